@@ -1,0 +1,57 @@
+"""Low-variance training targets for any Gaussian diffusion or flow model.
+
+import stablefield as sf
+
+stable = sf.StableTarget(sf.EDM(), references=sf.Pool(images))
+target = stable(x0, x_t, sigma, index=index)  # then regress on target.x0, .noise, .score, .v or .velocity
+"""
+
+from stablefield import sampling
+from stablefield.diffusion.noise_levels import LogNormal, LogUniform, Uniform
+from stablefield.diffusion.objective import Objective, ObjectiveValue
+from stablefield.diffusion.preconditioning import (
+    Denoiser,
+    EDMPreconditioning,
+    VEPreconditioning,
+    VPPreconditioning,
+)
+from stablefield.diffusion.process import EDM, VE, VP, Cosine, Discrete, Process, RectifiedFlow
+from stablefield.diffusion.weighting import EDMWeighting, FlowWeighting, SNRWeighting
+from stablefield.targets.kernel import GaussianKernel, StudentTKernel
+from stablefield.targets.posterior import Posterior, posterior
+from stablefield.targets.references import InBatch, Pool
+from stablefield.targets.target import DenoisingTarget, StableTarget, Target
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EDM",
+    "VE",
+    "VP",
+    "Cosine",
+    "Denoiser",
+    "DenoisingTarget",
+    "Discrete",
+    "EDMPreconditioning",
+    "EDMWeighting",
+    "FlowWeighting",
+    "GaussianKernel",
+    "InBatch",
+    "LogNormal",
+    "LogUniform",
+    "Objective",
+    "ObjectiveValue",
+    "Pool",
+    "Posterior",
+    "Process",
+    "RectifiedFlow",
+    "SNRWeighting",
+    "StableTarget",
+    "StudentTKernel",
+    "Target",
+    "Uniform",
+    "VEPreconditioning",
+    "VPPreconditioning",
+    "posterior",
+    "sampling",
+]

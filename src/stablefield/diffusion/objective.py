@@ -1,0 +1,151 @@
+r"""The training objective: a weighted squared error to a target.
+
+$$ L = E\left[ w(s)\, \tfrac{1}{d} |D(x_t / \alpha; s) - \hat x_0|^2 \right], \qquad s = \sigma / \alpha . $$
+
+With a stable target the loss of any network is lower than with the single sample by exactly the expectation of
+$w(s) V / d$, where V is the posterior variance over the references: the two losses differ by a constant, so their
+gradients agree in expectation. The objective reports that term for every row.
+"""
+
+import math
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from stablefield.diffusion.noise_levels import LogNormal, NoiseLevels
+from stablefield.diffusion.process import Process
+from stablefield.diffusion.weighting import EDMWeighting, Weighting
+from stablefield.shapes import per_row
+from stablefield.targets.target import StableTarget
+
+__all__ = ["DenoiserLike", "Objective", "ObjectiveValue"]
+
+
+class DenoiserLike(Protocol):
+    """Anybody's D(x, sigma) in noise-to-signal units; `Denoiser` is one."""
+
+    def __call__(
+        self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> Tensor:
+        """Estimate x0 of the shape of x (B, ...) at noise levels sigma (B,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class ObjectiveValue:
+    """The loss of a batch and what it is made of.
+
+    Attributes:
+        loss: mean of row_loss, a scalar with gradients.
+        row_loss: weighted squared error per dimension of each row, shape (B,), with gradients.
+        noise_level: sigma / alpha of each row, shape (B,).
+        variance_removed: what the references took from the row's target variance, w V / d in the units of the loss,
+            shape (B,); 0 for the single-sample target. In expectation loss + variance_removed is the loss with the
+            single-sample target.
+    """
+
+    loss: Tensor
+    row_loss: Tensor
+    noise_level: Tensor
+    variance_removed: Tensor
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a denoiser is trained on.
+
+    Args:
+        process: how data become noise.
+        noise_levels: distribution of the noise levels.
+        weighting: loss weight as a function of the noise level.
+        target: what to regress on; a stable target over the batch if None.
+        label_dropout: share of rows whose class label is hidden from the network (-1), for classifier-free guidance.
+
+    Raises:
+        ValueError: if `label_dropout` is not a probability, or the target was made for another process.
+    """
+
+    process: Process
+    _: KW_ONLY
+    noise_levels: NoiseLevels = field(default_factory=LogNormal)
+    weighting: Weighting = field(default_factory=EDMWeighting)
+    target: StableTarget | None = None
+    label_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_dropout <= 1:
+            raise ValueError(f"label_dropout is {self.label_dropout}: it is a probability, 0 to 1.")
+        if self.target is None:
+            object.__setattr__(self, "target", StableTarget(self.process))
+        elif self.target.process != self.process:
+            raise ValueError(f"target is for {self.target.process}, the objective for {self.process}: use one process.")
+
+    def __call__(
+        self,
+        denoiser: DenoiserLike,
+        x0: Tensor,
+        class_labels: Tensor | None = None,
+        index: Tensor | None = None,
+        *,
+        augment_labels: Tensor | None = None,
+        flip: Tensor | None = None,
+        alone: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> ObjectiveValue:
+        """Draw noise for a batch and evaluate the loss.
+
+        Everything random is drawn from `generator`, in a fixed order: noise levels, noise, dropped labels, references.
+
+        Args:
+            denoiser: D(x, sigma, class_labels) in noise-to-signal units; called with class_labels and augment_labels only
+                if they are given.
+            x0: clean data, shape (B, ...), float32 or float64.
+            class_labels: integers (B,), -1 for no class; they are also the groups of the references.
+            index: place of each row in the data of a `Pool`, integers (B,).
+            augment_labels: what the network is told of each row's augmentation, shape (B, augment_dim).
+            flip: mirrored rows, as in `StableTarget`.
+            alone: rows with an augmentation of their own, as in `StableTarget`.
+            generator: torch's global one if None.
+
+        Returns:
+            The loss with its parts.
+
+        Raises:
+            ValueError: as `StableTarget`; or if a drawn noise level is 0 or infinite.
+        """
+        assert self.target is not None
+        device = x0.device if generator is None else generator.device
+        t = self.noise_levels.sample(self.process, len(x0), generator, x0.device)
+        noise = torch.randn(x0.shape, dtype=x0.dtype, generator=generator, device=device).to(x0.device)
+        seen = class_labels
+        if class_labels is not None and self.label_dropout > 0:
+            hidden = torch.rand(len(x0), generator=generator, device=device).to(x0.device) < self.label_dropout
+            seen = class_labels.masked_fill(hidden, -1)
+        x_t = self.process.perturb(x0, t, noise)
+        target = self.target(
+            x0,
+            x_t,
+            t,
+            seen,
+            index,
+            noise=noise,
+            reference_group=class_labels,
+            flip=flip,
+            alone=alone,
+            generator=generator,
+        )
+        level = self.process.noise_level(t)
+        x = x_t / per_row(self.process.alpha(t), x0)
+        if seen is None and augment_labels is None:
+            estimate = denoiser(x, level)
+        elif augment_labels is None:
+            estimate = denoiser(x, level, seen)
+        else:
+            estimate = denoiser(x, level, seen, augment_labels)
+        weight = self.weighting(level)
+        error = (estimate.to(torch.promote_types(estimate.dtype, torch.float32)) - target.x0).flatten(1)
+        row_loss = weight.to(error.dtype) * error.square().mean(1)
+        removed = weight * target.variance / math.prod(x0.shape[1:])
+        return ObjectiveValue(row_loss.mean(), row_loss, level, removed)

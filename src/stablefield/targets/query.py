@@ -1,0 +1,147 @@
+"""A query: the noisy rows that ask for a posterior, checked and brought to the dtype of the computation.
+
+Every complaint about arguments is made here or in `checked_bank`, in one place, before anything is computed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stablefield.shapes import row_values
+from stablefield.targets.bank import Bank, squared_norms
+
+__all__ = ["Query", "checked_bank"]
+
+
+@dataclass(frozen=True)
+class Query:
+    """B noisy rows and what is known of each.
+
+    Attributes:
+        x_t: the noisy samples as rows in the dtype of the computation, shape (B, d).
+        alpha: scale of the data, shape (B,), float64.
+        sigma: scale of the noise, shape (B,), float64.
+        source: index of each row's own reference, shape (B,), or None.
+        group: condition of each row, shape (B,), or None.
+        reference_group: condition of each reference, shape (n,), or None.
+        log_prior: log prior weight of each reference, shape (n,), float64, or None.
+        like: x_t as it was given, whose shape and dtype the mean takes.
+    """
+
+    x_t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    source: Tensor | None
+    group: Tensor | None
+    reference_group: Tensor | None
+    log_prior: Tensor | None
+    like: Tensor
+
+    @classmethod
+    def checked(
+        cls,
+        x_t: Tensor,
+        alpha: float | Tensor,
+        sigma: float | Tensor,
+        bank: Bank,
+        source: Tensor | None = None,
+        group: Tensor | None = None,
+        reference_group: Tensor | None = None,
+        log_prior: Tensor | None = None,
+    ) -> "Query":
+        """Check the arguments of `posterior`, described there, against each other and against `bank`.
+
+        Raises:
+            ValueError: naming the argument, its first bad value and the remedy.
+        """
+        batch, n = x_t.shape[0], len(bank)
+        dtype = torch.promote_types(bank.dtype, torch.promote_types(x_t.dtype, torch.float32))
+        wide = torch.float32 if x_t.device.type == "mps" else torch.float64
+        alpha = row_values("alpha", alpha, x_t).to(wide)
+        sigma = row_values("sigma", sigma, x_t).to(wide)
+        _require((sigma > 0) & sigma.isfinite(), "sigma", sigma, "it must be positive and finite")
+        _require(alpha.isfinite(), "alpha", alpha, "it must be finite")
+        rows = x_t.reshape(batch, bank.dim).to(dtype)
+        _require_finite(squared_norms(rows), "x_t")
+        _require_finite(bank.squares(dtype), "references")
+        if source is not None:
+            _check_integers("source", source, batch, x_t, "the index of each row's own reference")
+            source = source.long()
+            _require((source >= 0) & (source < n), "source", source, f"it must index the {n} references, 0 to {n - 1}")
+        if (group is None) != (reference_group is None):
+            missing, given = ("group", "reference_group") if group is None else ("reference_group", "group")
+            raise ValueError(f"{missing} is missing: it is needed with {given}, one integer per row and per reference.")
+        if group is not None and reference_group is not None:
+            _check_integers("group", group, batch, x_t, "the condition of each row")
+            _check_integers("reference_group", reference_group, n, x_t, "the condition of each reference")
+            if source is not None:
+                fits = (group == -1) | (group == reference_group[source])
+                _require(
+                    fits, "group", group, "the row's own source is a reference of another group; it must fit its row"
+                )
+        if log_prior is not None:
+            if log_prior.shape != (n,) or log_prior.device != x_t.device:
+                raise ValueError(
+                    f"log_prior has shape {tuple(log_prior.shape)} on {log_prior.device}: "
+                    f"it needs one number per reference, shape ({n},), on {x_t.device}."
+                )
+            log_prior = log_prior.to(wide)
+            _require(
+                log_prior < torch.inf, "log_prior", log_prior, "it must be a number below +inf (-inf excludes one)"
+            )
+        return cls(rows, alpha, sigma, source, group, reference_group, log_prior, x_t)
+
+    def allowed(self, where: slice, rows: Tensor | None = None) -> Tensor | None:
+        """Which references of the slice each row (or each of `rows`) may use, shape (B, c); None if all may use all."""
+        if self.group is None or self.reference_group is None:
+            return None
+        group = (self.group if rows is None else self.group[rows])[:, None]
+        return (group == self.reference_group[where]) | (group == -1)
+
+
+def checked_bank(x_t: Tensor, references: Tensor) -> Bank:
+    """Check that `references` fit the batch `x_t` (B, ...) in shape, dtype and device, and wrap them.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    if not x_t.is_floating_point():
+        raise ValueError(f"x_t has dtype {x_t.dtype}: noisy samples are floating point.")
+    if x_t.ndim < 2 or x_t.shape[0] == 0:
+        raise ValueError(
+            f"x_t has shape {tuple(x_t.shape)}: it needs at least one row and one data dimension, shape (B, ...)."
+        )
+    if not (references.is_floating_point() or references.dtype == torch.uint8):
+        raise ValueError(f"references have dtype {references.dtype}: pass floating point data, or uint8 images.")
+    if references.ndim < 1 or references.shape[0] == 0 or references.shape[1:] != x_t.shape[1:]:
+        raise ValueError(
+            f"references have shape {tuple(references.shape)}: they must be at least one sample "
+            f"of the shape of the rows of x_t, (n, {', '.join(map(str, x_t.shape[1:]))})."
+        )
+    if references.device != x_t.device:
+        raise ValueError(f"references are on {references.device}, x_t is on {x_t.device}: move one of them.")
+    return Bank(references)
+
+
+def _check_integers(name: str, value: Tensor, length: int, x: Tensor, meaning: str) -> None:
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise ValueError(f"{name} has dtype {value.dtype}: it holds {meaning}, as integers.")
+    if value.shape != (length,):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: it holds {meaning}, shape ({length},).")
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device}, the batch is on {x.device}: move one of them.")
+
+
+def _require(holds: Tensor, name: str, value: Tensor, rule: str) -> None:
+    if not bool(holds.all()):
+        row = int((~holds).nonzero()[0, 0])
+        raise ValueError(f"{name}[{row}] is {value[row].item():g}: {rule}.")
+
+
+def _require_finite(squares: Tensor, name: str) -> None:
+    # Squared norms are needed anyway and are not finite where a sample is not: the check costs no pass over the data.
+    holds = squares.isfinite()
+    if not bool(holds.all()):
+        row = int((~holds).nonzero()[0, 0])
+        raise ValueError(f"{name}[{row}] holds NaN or inf (or overflows when squared): clean the data first.")

@@ -1,0 +1,187 @@
+"""Reference policies: which clean samples a stable target averages over.
+
+A policy chooses, for a batch of sources, a set of references with every row's source in it. The target is unbiased if,
+given the set, the source is equally likely to be any of its members (see `posterior`). That holds for a batch drawn at
+random, for a whole data set, and for a random subset joined with the batch's own rows; it fails, measurably, if the
+source is left out or held twice, or if references differ from the row in a condition that the network is told.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from stablefield.targets.bank import Bank
+
+__all__ = ["InBatch", "Pool", "References", "Selection"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The references of one batch.
+
+    Attributes:
+        bank: the references.
+        source: index into the bank of the reference that each row was made from, shape (B,).
+        group: condition of each reference, shape (n,), or None.
+        mirrored: whether the mirror image (last axis) of each reference is a reference, too.
+    """
+
+    bank: Bank
+    source: Tensor
+    group: Tensor | None
+    mirrored: bool = False
+
+
+class References(Protocol):
+    """What a stable target asks of a reference policy."""
+
+    def select(
+        self, x0: Tensor, group: Tensor | None, index: Tensor | None, generator: torch.Generator | None
+    ) -> Selection:
+        """Choose the references of a batch.
+
+        Args:
+            x0: the sources as the data set holds them (flips undone), shape (B, ...).
+            group: true condition of each source, shape (B,), or None.
+            index: place of each source in the data set, shape (B,), or None.
+            generator: where random choices are drawn from.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class InBatch:
+    """The batch itself: every row's clean sample is a reference for all rows."""
+
+    def select(  # noqa: D102
+        self,
+        x0: Tensor,
+        group: Tensor | None,
+        index: Tensor | None,  # noqa: ARG002
+        generator: torch.Generator | None,  # noqa: ARG002
+    ) -> Selection:
+        return Selection(Bank(x0), torch.arange(len(x0), device=x0.device), group)
+
+
+class Pool:
+    """References from a resident array: the batch's own rows and others drawn without replacement, or the whole array.
+
+    No sample is ever in the set twice, and every row's own sample is always in it.
+
+    Args:
+        data: the clean samples, shape (n, ...), floating point, or uint8 images that mean data / 127.5 - 1, on the device
+            of the training batches.
+        size: number of references per batch; None for the whole array.
+        group: condition of each sample, integers of shape (n,), or None.
+        mirrored: use the mirror image (last axis) of each reference, too. For data sets doubled by random flips that the
+            network is not told of; the set then has 2 `size` members.
+
+    Raises:
+        ValueError: if `data` is empty or of another dtype, `size` is not between 1 and n, or `group` does not fit.
+    """
+
+    def __init__(
+        self, data: Tensor, size: int | None = None, group: Tensor | None = None, *, mirrored: bool = False
+    ) -> None:
+        if data.ndim < 2 or len(data) == 0:
+            raise ValueError(f"Pool data have shape {tuple(data.shape)}: pass at least one sample, shape (n, ...).")
+        if not (data.is_floating_point() or data.dtype == torch.uint8):
+            raise ValueError(f"Pool data have dtype {data.dtype}: pass floating point data, or uint8 images.")
+        if size is not None and not 1 <= size <= len(data):
+            raise ValueError(f"Pool size is {size}: it must be from 1 to the {len(data)} samples, or None for all.")
+        if group is not None and (group.shape != (len(data),) or group.is_floating_point()):
+            raise ValueError(
+                f"Pool group has shape {tuple(group.shape)} and dtype {group.dtype}: "
+                f"it needs one integer per sample, shape ({len(data)},)."
+            )
+        self.size = size
+        self.group = group
+        self.mirrored = mirrored
+        self._bank = Bank(data)
+
+    def __repr__(self) -> str:
+        return f"Pool(<{len(self._bank)} samples>, size={self.size}, mirrored={self.mirrored})"
+
+    @property
+    def data(self) -> Tensor:
+        """The clean samples, shape (n, ...)."""
+        return self._bank.data
+
+    def select(
+        self, x0: Tensor, group: Tensor | None, index: Tensor | None, generator: torch.Generator | None
+    ) -> Selection:
+        """Choose the references of a batch, as described at `References`.
+
+        Raises:
+            ValueError: if `index` is missing or out of range, `size` is below the batch's distinct samples, devices
+                differ, or a row of `x0` is not the sample that `index` says.
+        """
+        n = len(self._bank)
+        if index is None:
+            raise ValueError("index is missing: a Pool needs the place of each row of the batch in its data.")
+        if index.shape != x0.shape[:1] or index.is_floating_point() or index.dtype == torch.bool:
+            raise ValueError(
+                f"index has shape {tuple(index.shape)} and dtype {index.dtype}: one integer per row is needed."
+            )
+        if self.data.device != x0.device or index.device != x0.device:
+            raise ValueError(
+                f"the Pool's data are on {self.data.device}, index on {index.device}, the batch on {x0.device}: "
+                "move them to one device."
+            )
+        if x0.shape[1:] != self.data.shape[1:]:
+            raise ValueError(
+                f"rows of x0 have shape {tuple(x0.shape[1:])}, the Pool's {tuple(self.data.shape[1:])}: they must agree."
+            )
+        if not bool(((index >= 0) & (index < n)).all()):
+            raise ValueError(f"index runs from {index.min()} to {index.max()}: the Pool holds 0 to {n - 1}.")
+        index = index.long()
+        self._check_is_own(x0, index)
+        if group is not None and self.group is None:
+            raise ValueError(
+                "group is given, but the Pool has none: pass Pool(..., group=...), one integer per sample."
+            )
+        if self.size is None:
+            return Selection(self._bank, index, self.group, self.mirrored)
+        own: Tensor
+        source: Tensor
+        own, source = torch.unique(index, return_inverse=True)
+        if self.size < len(own):
+            raise ValueError(
+                f"Pool size is {self.size}, but the batch has {len(own)} samples of its own: "
+                f"a size of at least the batch is needed, so that every source is among the references."
+            )
+        chosen = torch.cat([own, _others(n, own, self.size - len(own), generator)])
+        return Selection(
+            self._bank.take(chosen), source, None if self.group is None else self.group[chosen], self.mirrored
+        )
+
+    def _check_is_own(self, x0: Tensor, index: Tensor) -> None:
+        # A source that is not among the references biases the target silently, so it is worth a look at B d numbers.
+        rows = self._bank.rows(index, x0.dtype if x0.dtype == torch.float64 else torch.float32)
+        gap = (x0.reshape(len(x0), -1) - rows).abs().amax(1)
+        wrong = gap > 0.01 * (1 + rows.abs().amax(1))
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0, 0])
+            raise ValueError(
+                f"row {row} of x0 is not sample {int(index[row])} of the Pool (largest difference {gap[row].item():.3g}): "
+                "pass flip= for mirrored rows, alone= for rows with another augmentation of their own, or the right index."
+            )
+
+
+def _others(n: int, own: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """Draw `count` of the numbers 0 to n - 1 that are not in `own`, without replacement, on the device of `own`."""
+    device = own.device if generator is None else generator.device
+    if 4 * (count + len(own)) > n:
+        taken = torch.zeros(n, dtype=torch.bool, device=own.device)
+        taken[own] = True
+        free = (~taken).nonzero()[:, 0]
+        return free[torch.randperm(len(free), generator=generator, device=device)[:count].to(own.device)]
+    # Few out of many: draw with replacement, strike out repeats, keep a random subset; no pass over all n.
+    found = own.new_empty(0)
+    while len(found) < count:
+        drawn = torch.randint(n, (2 * count + 16,), generator=generator, device=device).to(own.device)
+        drawn = drawn[~torch.isin(drawn, own)]
+        found: Tensor = torch.unique(torch.cat([found, drawn]))
+    return found[torch.randperm(len(found), generator=generator, device=device)[:count].to(own.device)]
