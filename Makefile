@@ -1,0 +1,47 @@
+# `make demo` and `make test` do all their set-up themselves; CONTRIBUTING.md has the same steps as pip commands.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint types tests format clean
+
+demo: $(VENV)/.demo
+	$(BIN)/stablefield train digits
+
+test: lint types tests
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/.test
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+tests: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV)
+
+# torch first and alone: what is installed already is what later packages are content with.
+$(VENV)/.base: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than Python 3.11: install a newer one, or name it: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) pip
+	$(PIP) torch
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.base pyproject.toml
+	$(PIP) --editable ".[train]"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base pyproject.toml
+	$(PIP) --group lint --group test --editable ".[train,evaluate,fid,ode]"
+	@touch $@

@@ -1,0 +1,51 @@
+"""The entry point: which verb, and how a failure is told.
+
+Exit status 0 for success, 1 for a run that failed, 2 for wrong use. A failure is one paragraph on standard error, without a
+traceback unless --debug is given.
+"""
+
+import importlib.util
+import sys
+import textwrap
+import traceback
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+_NEEDED = ("tyro", "rich", "PIL", "safetensors")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command and exit with its status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        _tell(
+            f'the command needs {", ".join(missing)}, which the library alone does not: pip install "stablefield[train]".'
+        )
+        sys.exit(1)
+    from stablefield.cli.verbs import parse
+    from stablefield.training.loop import TrainingError
+
+    try:
+        status = parse(arguments).run()
+    except KeyboardInterrupt:
+        _tell("interrupted.")
+        status = 1
+    except (TrainingError, ValueError, OSError, ImportError) as error:
+        if debug:
+            traceback.print_exc()
+        _tell(str(error))
+        status = 2 if isinstance(error, ValueError) else 1
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        _tell(f"{type(error).__name__}: {error}. This is a defect of ours; --debug shows where it happened.")
+        status = 1
+    sys.exit(status)
+
+
+def _tell(message: str) -> None:
+    print(textwrap.fill(f"stablefield: {message}", width=100, break_on_hyphens=False), file=sys.stderr)

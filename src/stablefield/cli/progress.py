@@ -1,0 +1,61 @@
+"""Progress of a training run: a bar in a terminal, a line now and then elsewhere."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from stablefield.cli.console import console
+from stablefield.training.loop import Report
+
+__all__ = ["TrainingProgress"]
+
+# Seconds between lines where there is no terminal.
+_QUIET = 15.0
+# Smoothing of the numbers shown.
+_SMOOTH = 0.1
+
+
+class TrainingProgress:
+    """Shows reports of a run of `steps` steps.
+
+    Args:
+        steps: of the whole run.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._last_line = time.monotonic()
+        self._loss: float | None = None
+        self._share = 0.0
+        self._bar = Progress(
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("train", total=steps, text="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, report: Report) -> None:
+        """Show a report."""
+        blend = _SMOOTH if self._loss is not None else 1.0
+        self._loss = report.loss if self._loss is None else self._loss + blend * (report.loss - self._loss)
+        self._share += blend * (report.share_removed - self._share)
+        text = f"{report.images_per_second:,.0f} img/s  loss {self._loss:.3f}  variance -{self._share:.0%}"
+        self._bar.update(self._task, completed=report.step, text=text)
+        now = time.monotonic()
+        if not console.is_terminal and (now - self._last_line > _QUIET or report.step == self._steps):
+            self._last_line = now
+            console.print(f"step {report.step:,} of {self._steps:,}  {text}")

@@ -1,0 +1,28 @@
+"""What DATA may be: from the word on the command line to an image set, with a line of progress for slow ones."""
+
+from pathlib import Path
+
+from rich.progress import Progress
+
+from stablefield.cli.console import console
+from stablefield.data.image_set import ImageSet
+from stablefield.data.source import open_images
+
+__all__ = ["open_data"]
+
+
+def open_data(name: str) -> ImageSet:
+    """Open the data that `name` means.
+
+    Raises:
+        ValueError: if it means nothing, or is damaged; with what would be understood.
+    """
+    if name and not name.startswith("hf:") and name != "digits" and not Path(name).exists():
+        raise ValueError(
+            f"DATA is {name}, and there is no such file or folder; the built-in data set is called digits."
+        )
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading", total=None)
+        return open_images(
+            name, progress=lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total)
+        )

@@ -1,0 +1,263 @@
+"""A collection of image files: the names in a folder or a .zip archive, how to open each, and their labels.
+
+Files are recognised by their suffix, taken in the order of their names, and looked for in sub-folders too. Names that
+begin with a dot and `__MACOSX` are passed over. Names are relative to the deepest folder that holds all images. Then,
+
+- if every name begins with a word for a split (train, val, test, ...), and at least two of them occur, only the files of
+  the wanted split are taken;
+- labels come from `dataset.json`, `{"labels": [["a/b.png", 3], ...]}` with names relative to the folder it lies in, if
+  there is one (its labels may be null: none);
+- otherwise, if every image lies in exactly one level of sub-folder, and there are at least two, the sub-folders are the
+  classes, numbered in the order of their names.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["SUFFIXES", "ImageFiles", "folder_files", "stamp", "zip_files"]
+
+SUFFIXES = frozenset(
+    [
+        ".png",
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".webp",
+        ".bmp",
+        ".dib",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".jp2",
+        ".tga",
+        ".avif",
+    ]
+)
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFiles:
+    """Image files with their labels; nothing is decoded yet."""
+
+    names: tuple[str, ...]
+    """What each file is called in messages."""
+    open: Callable[[int], BinaryIO]
+    """Open file i for reading; may be called from several threads."""
+    labels: NDArray[np.int64] | None
+    """Class numbers, shape (n,), or None."""
+    class_names: tuple[str, ...] | None
+    """What the classes are called, if that is known."""
+    name: str
+    """A short name."""
+    source: str
+    """One line that says where the files are."""
+    fingerprint: Callable[[], str]
+    """A text that changes when a file does: names, sizes, times of change."""
+
+
+def folder_files(folder: Path, split: str = "train") -> ImageFiles:
+    """The image files in a folder and its sub-folders; links are followed, once each.
+
+    Args:
+        folder: the folder.
+        split: which of its splits, where it has some.
+
+    Raises:
+        ValueError: if there is no image, no such split, or `dataset.json` does not fit the files.
+    """
+    paths: dict[str, Path] = {}
+    seen: set[tuple[int, int]] = set()
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}.") from error
+
+    for place, below, files in os.walk(folder, onerror=refuse, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            below.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        below[:] = sorted(name for name in below if not _hidden(name))
+        for file in files:
+            if not _hidden(file) and (Path(file).suffix.lower() in SUFFIXES or file == "dataset.json"):
+                path = Path(place) / file
+                paths[path.relative_to(folder).as_posix()] = path
+    documents = {name: path.read_bytes() for name, path in paths.items() if PurePosixPath(name).name == "dataset.json"}
+    chosen = _choose([name for name in paths if name not in documents], documents, folder, split)
+
+    def fingerprint() -> str:
+        return json.dumps([str(folder.resolve()), [[name, *stamp(paths[name])] for name in chosen.names]])
+
+    return ImageFiles(
+        names=tuple(str(paths[name]) for name in chosen.names),
+        open=lambda i: paths[chosen.names[i]].open("rb"),
+        labels=chosen.labels,
+        class_names=chosen.class_names,
+        name=folder.resolve().name or "images",
+        source=f"folder {folder.resolve().name} with {len(chosen.names):,} image files{chosen.note}",
+        fingerprint=fingerprint,
+    )
+
+
+@contextmanager
+def zip_files(path: Path, split: str = "train") -> Generator[ImageFiles, None, None]:
+    """The image files in a .zip archive, which stays open for the length of the block; nothing is unpacked to disk.
+
+    Args:
+        path: the archive.
+        split: which of its splits, where it has some.
+
+    Raises:
+        ValueError: if the archive is damaged or encrypted, an entry's name leads out of it or occurs twice, there is no
+            image, no such split, or `dataset.json` does not fit the files.
+    """
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+        raise ValueError(f"{path} is not a whole .zip archive ({error}): copy or make it again.") from error
+    with archive:
+        entries: dict[str, zipfile.ZipInfo] = {}
+        for entry in archive.infolist():
+            name = entry.filename
+            parts = PurePosixPath(name).parts
+            if name.startswith("/") or ".." in parts or "\\" in entry.orig_filename or ":" in name.split("/")[0]:
+                raise ValueError(f"{path}: the entry {entry.orig_filename!r} leads out of the archive: make it again.")
+            if entry.is_dir() or any(_hidden(part) for part in parts):
+                continue
+            if PurePosixPath(name).suffix.lower() not in SUFFIXES and parts[-1] != "dataset.json":
+                continue
+            if name in entries:
+                raise ValueError(f"{path}: the entry {name!r} occurs twice: make the archive again.")
+            if entry.flag_bits & 1:
+                raise ValueError(f"{path}: the entry {name!r} is encrypted: unpack the archive and use the folder.")
+            entries[name] = entry
+        documents: dict[str, bytes] = {}
+        for name, entry in entries.items():
+            if PurePosixPath(name).name == "dataset.json":
+                try:
+                    documents[name] = archive.read(entry)
+                except Exception as error:
+                    raise ValueError(f"{path}: the entry {name!r} cannot be read ({error}): make it again.") from error
+        chosen = _choose([name for name in entries if name not in documents], documents, path, split)
+
+        def fingerprint() -> str:
+            return json.dumps([str(path.resolve()), *stamp(path), chosen.names])
+
+        yield ImageFiles(
+            names=tuple(f"{path}/{name}" for name in chosen.names),
+            open=lambda i: cast("BinaryIO", archive.open(entries[chosen.names[i]])),
+            labels=chosen.labels,
+            class_names=chosen.class_names,
+            name=path.stem,
+            source=f"archive {path.name} with {len(chosen.names):,} image files{chosen.note}",
+            fingerprint=fingerprint,
+        )
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Size and time of change of a file; zeros if it cannot be looked at."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    names: list[str]
+    labels: NDArray[np.int64] | None = None
+    class_names: tuple[str, ...] | None = None
+    note: str = ""
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _choose(names: list[str], documents: dict[str, bytes], where: Path, split: str) -> _Chosen:
+    """Split, order and labels of the image files `names`, by the rules of the module."""
+    if not names:
+        raise ValueError(
+            f"{where} holds no image file: {', '.join(sorted(SUFFIXES))} are looked for, in sub-folders too."
+        )
+    names = sorted(names)
+    root = _common_folder(names)
+    first = {name[len(root) :].split("/")[0] if "/" in name[len(root) :] else "" for name in names}
+    words = {word: key for key, words in SPLITS.items() for word in words}
+    note = ""
+    if len(first) >= 2 and all(word.lower() in words for word in first):
+        kept = [word for word in first if words[word.lower()] == words.get(split.lower(), split)]
+        if len(kept) != 1:
+            raise ValueError(f"split={split!r}: {where} holds the splits {', '.join(sorted(first))}; pass one of them.")
+        names = [name for name in names if name.startswith(f"{root}{kept[0]}/")]
+        root, note = _common_folder(names), f", split {kept[0]}"
+    elif split != "train":
+        raise ValueError(
+            f"split={split!r}: {where} has no splits; leave split out, or name the folder with the images."
+        )
+    for name, document in sorted(documents.items(), key=lambda item: len(item[0])):
+        folder = name.removesuffix("dataset.json")
+        if root.startswith(folder):
+            labels = _document_labels([n[len(folder) :] for n in names], document, f"{where}/{name}")
+            return _Chosen(names=names, labels=labels, note=note)
+    classes = [name[len(root) :].split("/") for name in names]
+    if all(len(parts) == 2 for parts in classes):
+        class_names = sorted({parts[0] for parts in classes})
+        number = {name: i for i, name in enumerate(class_names)}
+        labels = np.array([number[parts[0]] for parts in classes], np.int64)
+        return _Chosen(names=names, labels=labels, class_names=tuple(class_names), note=note)
+    return _Chosen(names=names, note=note)
+
+
+def _common_folder(names: list[str]) -> str:
+    """The deepest folder that holds all names, "" or with a slash at its end."""
+    folders = [name.split("/")[:-1] for name in (min(names), max(names))]
+    # The first and the last name in order agree on a prefix of folders only if all between them do.
+    agree = takewhile(lambda pair: pair[0] == pair[1], zip(*folders, strict=False))
+    return "".join(f"{part}/" for part, _ in agree)
+
+
+def _document_labels(names: list[str], document: bytes, where: str) -> NDArray[np.int64] | None:
+    """Labels of `names` from a dataset.json; entries without an image are ignored."""
+    try:
+        content: Any = json.loads(document)
+        pairs: Any = content.get("labels")
+        if pairs is None:
+            return None
+        table = {str(name): label for name, label in pairs}
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f'{where} is not understood ({error}): it should read {{"labels": [["name.png", 0], ...]}} or '
+            '{"labels": null}.'
+        ) from error
+    missing = [name for name in names if name not in table]
+    if missing:
+        raise ValueError(
+            f"{where} has no label for {len(missing):,} of {len(names):,} images, the first {missing[0]}: add them."
+        )
+    labels = [table[name] for name in names]
+    for name, label in zip(names, labels, strict=True):
+        if type(label) is not int or not 0 <= label < 2**31:
+            raise ValueError(f"{where} gives {name} the label {label!r}: a label is a whole number from 0.")
+    return np.array(labels, np.int64)

@@ -1,0 +1,219 @@
+"""From image files to an image set: every file is looked at, then decoded, in order, by a few threads.
+
+The first pass reads headers alone and settles the shape: greyscale if all images are, one size or the wanted resolution. The
+second decodes into a `Collector`. No more than a few dozen decoded images are on their way at a time. All files that cannot
+be read are found and counted before anything is said about them.
+"""
+
+import json
+import math
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stablefield.data.collector import Collector, cached
+from stablefield.data.image_decoder import Header, decode, read_header
+from stablefield.data.image_files import ImageFiles
+from stablefield.data.image_set import ImageSet, Origin, labels_sha256
+from stablefield.data.pillow import require_pillow
+from stablefield.data.resizing import Resize, resize_text
+
+__all__ = ["Progress", "load_image_files"]
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Called with the stage ("looking at files", "decoding"), how many files are done, and of how many."""
+
+THREADS = 4
+WINDOW = 32
+FILE_LIMIT = 2**30
+LISTED = 5
+REASON_LENGTH = 200
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Broken:
+    reason: str
+
+
+def load_image_files(
+    files: ImageFiles,
+    *,
+    resolution: int | None,
+    resize: Resize,
+    skip_broken: bool,
+    progress: Progress | None,
+    memory_budget: int,
+    cache: Path,
+) -> ImageSet:
+    """Decode image files.
+
+    Args:
+        files: which.
+        resolution: bring every image to this many pixels a side; None takes images that agree in size as they are.
+        resize: how.
+        skip_broken: leave out files that cannot be read, and count them in the manifest.
+        progress: called as files are done, from the caller's thread.
+        memory_budget: bytes of pixels that may be kept in memory.
+        cache: the folder for a packed file if they are more.
+
+    Returns:
+        The set, in the order of `files`.
+
+    Raises:
+        ValueError: if images differ in size and `resolution` is None, files cannot be read (unless skipped), or no image
+            is left.
+        ImportError: if Pillow is not installed.
+    """
+    require_pillow("reading image files")
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        # Pillow warns of what is harmless here (odd EXIF, palettes); of a decompression bomb it must not only warn.
+        warnings.filterwarnings("ignore", module="PIL")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        headers = list(_reported("looking at files", progress, lambda i: _header(files, i), len(files.names)))
+        shape, resized = _settle(files.names, headers, resolution, resize)
+        file = cache
+        if len(headers) * math.prod(shape) > memory_budget:
+            parts = [files.fingerprint(), labels_sha256(files.labels), files.class_names, shape, resized]
+            file, found = cached(cache, json.dumps(parts))
+            if found is not None and (skip_broken or found.manifest.get("skipped") == 0):
+                return found
+        broken: dict[int, _Broken] = {}
+        conversions: Counter[str] = Counter()
+        with Collector(
+            len(headers), shape, memory_budget=memory_budget, file=file, class_names=files.class_names
+        ) as collector:
+            wanted = None if resolution is None else (resolution, resize)
+
+            def decoded(i: int) -> tuple[NDArray[np.uint8], tuple[str, ...]] | _Broken:
+                header = headers[i]
+                return header if isinstance(header, _Broken) else _pixels(files, i, shape, wanted)
+
+            with closing(_reported("decoding", progress, decoded, len(headers))) as results:
+                for i, result in enumerate(results):
+                    if isinstance(result, _Broken):
+                        broken[i] = result
+                    elif skip_broken or not broken:
+                        collector.append(result[0][None])
+                        conversions.update(result[1])
+            reasons = [f"{files.names[i]} ({fault.reason[:REASON_LENGTH]})" for i, fault in broken.items()]
+            if broken and (not skip_broken or len(broken) == len(headers)):
+                raise ValueError(_broken_text(reasons, len(headers)))
+            kept = np.array([i for i in range(len(headers)) if i not in broken])
+            origin = Origin(
+                name=files.name,
+                source=files.source,
+                class_names=files.class_names,
+                resized=resized,
+                conversions=dict(sorted(conversions.items())),
+                skipped=len(broken),
+                skipped_files=tuple(reasons[:LISTED]),
+            )
+            return collector.finish(None if files.labels is None else files.labels[kept], origin)
+
+
+def _settle(
+    names: Sequence[str], headers: Sequence[Header | _Broken], resolution: int | None, resize: Resize
+) -> tuple[tuple[int, int, int], str]:
+    """Shape of the set, and how its images are brought to it."""
+    good = [(name, header) for name, header in zip(names, headers, strict=True) if isinstance(header, Header)]
+    if not good:
+        reasons = [f"{n} ({h.reason})" for n, h in zip(names, headers, strict=True) if isinstance(h, _Broken)]
+        raise ValueError(_broken_text(reasons, len(names)))
+    channels = 1 if all(header.grey for _, header in good) else 3
+    sizes = Counter((header.height, header.width) for _, header in good)
+    if resolution is not None:
+        same = set(sizes) == {(resolution, resolution)}
+        return (channels, resolution, resolution), "no" if same else resize_text(resolution, resize)
+    if len(sizes) > 1:
+        name, first = good[0]
+        other, second = next((n, h) for n, h in good if (h.height, h.width) != (first.height, first.width))
+        smallest = min(min(size) for size in sizes)
+        raise ValueError(
+            f"images differ in size ({len(sizes):,} sizes in {len(good):,} images): {name} has {first.width} x "
+            f"{first.height} pixels, {other} has {second.width} x {second.height}. Pass a resolution to bring all of "
+            f"them to one square size (--resolution N; the shortest side among them is {smallest})."
+        )
+    height, width = next(iter(sizes))
+    return (channels, height, width), "no"
+
+
+def _header(files: ImageFiles, i: int) -> Header | _Broken:
+    def read() -> Header:
+        with files.open(i) as file:
+            return read_header(file)
+
+    return _guarded(read)
+
+
+def _pixels(
+    files: ImageFiles, i: int, shape: tuple[int, int, int], wanted: tuple[int, Resize] | None
+) -> tuple[NDArray[np.uint8], tuple[str, ...]] | _Broken:
+    def read() -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+        with files.open(i) as file:
+            data = file.read(FILE_LIMIT + 1)
+        if len(data) > FILE_LIMIT:
+            raise ValueError(f"the file has more than {FILE_LIMIT:,} bytes")
+        pixels, notes = decode(data, shape[0], *wanted) if wanted else decode(data, shape[0])
+        if pixels.shape != shape:
+            raise ValueError(f"it decodes to shape {pixels.shape}, but its header promised {shape}")
+        return pixels, notes
+
+    return _guarded(read)
+
+
+def _guarded(read: Callable[[], T]) -> T | _Broken:
+    """The result, or why there is none: decoders raise anything at all over a damaged file."""
+    from PIL import UnidentifiedImageError
+
+    try:
+        return read()
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        return _Broken("not an image that Pillow knows, or an empty file")
+    except OSError as error:
+        return _Broken(error.strerror or str(error) or type(error).__name__)
+    except Exception as error:
+        return _Broken(str(error).strip() or type(error).__name__)
+
+
+def _broken_text(reasons: Sequence[str], count: int) -> str:
+    more = f" and {len(reasons) - LISTED:,} more" if len(reasons) > LISTED else ""
+    return (
+        f"{len(reasons):,} of {count:,} image files cannot be read: {'; '.join(reasons[:LISTED])}{more}. "
+        "Mend or remove them, or leave them out with skip_broken=True (--skip-broken)."
+        if len(reasons) < count
+        else f"none of {count:,} image files can be read: {'; '.join(reasons[:LISTED])}{more}. Mend or convert them."
+    )
+
+
+def _reported(
+    stage: str, progress: Progress | None, function: Callable[[int], T], count: int
+) -> Generator[T, None, None]:
+    """`function` of 0 .. count - 1, in order, from a pool of threads that runs only a little ahead."""
+    window: deque[Future[T]] = deque()
+    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="stablefield-images")
+    try:
+        done = 0
+        for i in range(count + WINDOW):
+            if i < count:
+                window.append(pool.submit(function, i))
+            if i >= WINDOW and window:
+                yield window.popleft().result()
+                done += 1
+                if progress is not None:
+                    progress(stage, done, count)
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,156 @@
+"""Anything that holds images, opened as an image set.
+
+A source is recognised by what is in it, not by its name: see `UNDERSTOOD` for the list.
+"""
+
+import zipfile
+from pathlib import Path
+
+from stablefield.data.arrays import open_npy, open_npz
+from stablefield.data.cifar10 import cifar10_folder, open_cifar10
+from stablefield.data.collector import MEMORY_BUDGET, cache_folder
+from stablefield.data.digits import open_digits
+from stablefield.data.hub import hub_files
+from stablefield.data.idx import idx_images, is_idx, open_idx
+from stablefield.data.image_files import ImageFiles, folder_files, zip_files
+from stablefield.data.image_loader import Progress, load_image_files
+from stablefield.data.image_set import ImageSet
+from stablefield.data.packed import is_packed, open_packed
+from stablefield.data.resizing import Resize, check_resize, resized_set
+
+__all__ = ["UNDERSTOOD", "open_images"]
+
+UNDERSTOOD = (
+    "Understood are: the word digits (built in); a folder of images, with sub-folders or dataset.json for classes; a .zip "
+    "of the same; CIFAR-10's binary folder; idx files of the MNIST family or a folder of them, also gzipped; uint8 arrays "
+    "in .npy or .npz files; a file that `stablefield data pack` made; and hf:OWNER/NAME for a data set of the Hugging Face "
+    "hub."
+)
+
+
+def open_images(
+    source: str | Path,
+    *,
+    resolution: int | None = None,
+    resize: Resize = "crop",
+    split: str = "train",
+    skip_broken: bool = False,
+    progress: Progress | None = None,
+    memory_budget: int = MEMORY_BUDGET,
+    cache: Path | None = None,
+) -> ImageSet:
+    """Open a source of images.
+
+    Args:
+        source: "digits", "hf:OWNER/NAME", or the path of a folder or file (`./digits` for a folder of that name).
+        resolution: bring every image to this many pixels a side; None keeps their size, in which all must agree.
+        resize: "crop" cuts to the largest centred square first, "squash" takes the whole image.
+        split: which part, for sources that have several.
+        skip_broken: leave out files that cannot be read, and count them in the manifest.
+        progress: called with stage, files done, and files in all.
+        memory_budget: decoded images of more bytes than this are written to a packed file and mapped, not held.
+        cache: the folder for that file; by default `stablefield` in $XDG_CACHE_HOME or ~/.cache.
+
+    Returns:
+        The set, in an order that depends on nothing but the source.
+
+    Raises:
+        ValueError: if the source is not understood, damaged, empty, lacks the split, or its images differ in size.
+        ImportError: if a package is missing, with the command that installs it.
+    """
+    check_resize(resolution, resize)
+    cache = cache_folder() if cache is None else cache
+
+    def loaded(files: ImageFiles) -> ImageSet:
+        return load_image_files(
+            files,
+            resolution=resolution,
+            resize=resize,
+            skip_broken=skip_broken,
+            progress=progress,
+            memory_budget=memory_budget,
+            cache=cache,
+        )
+
+    kind, path = _kind(source)
+    match kind:
+        case "hub":
+            return loaded(hub_files(str(source).removeprefix("hf:"), split))
+        case "folder":
+            return loaded(folder_files(path, split))
+        case "zip":
+            with zip_files(path, split) as files:
+                return loaded(files)
+        case "cifar10":
+            images = open_cifar10(cifar10_folder(path) or path, split)
+        case "idx":
+            images = open_idx(path, split)
+        case "npz":
+            images = open_npz(path, split, memory_budget=memory_budget, cache=cache)
+        case _:
+            if split != "train":
+                raise ValueError(f"split={split!r}: {source} has no splits; leave split out.")
+            images = open_digits() if kind == "digits" else open_npy(path) if kind == "npy" else open_packed(path)
+    if resolution is None:
+        return images
+    return resized_set(images, resolution, resize, memory_budget=memory_budget, cache=cache)
+
+
+def _kind(source: str | Path) -> tuple[str, Path]:
+    """What a source is, and its path."""
+    path = Path(source).expanduser()
+    if source == "digits":
+        return "digits", path
+    if str(source).startswith("hf:"):
+        return "hub", path
+    try:
+        if path.is_dir():
+            return _folder_kind(path), path
+        if path.is_file():
+            return _file_kind(path), path
+    except OSError as error:
+        raise ValueError(f"{source} cannot be read: {error.strerror or error}.") from error
+    raise ValueError(f"{source} does not exist. {UNDERSTOOD}")
+
+
+def _folder_kind(folder: Path) -> str:
+    if cifar10_folder(folder) is not None:
+        return "cifar10"
+    if (folder / "data_batch_1").is_file() or (folder / "cifar-10-batches-py").is_dir():
+        raise ValueError(
+            f"{folder} holds CIFAR-10 as pickles, which are never read, because they may run code: take the binary version "
+            "(cifar-10-binary.tar.gz) instead."
+        )
+    return "idx" if idx_images(folder) else "folder"
+
+
+def _file_kind(path: Path) -> str:
+    with path.open("rb") as file:
+        head = file.read(512)
+    if zipfile.is_zipfile(path) or head[:4] == b"PK\x03\x04":
+        return "npz" if _holds_arrays(path) else "zip"
+    if head[:6] == b"\x93NUMPY":
+        return "npy"
+    if is_idx(path):
+        return "idx"
+    if is_packed(path):
+        return "packed"
+    hint = ""
+    if (
+        head[257:262] == b"ustar"
+        or head[:2] == b"\x1f\x8b"
+        or path.suffix in (".tar", ".7z", ".rar", ".xz", ".bz2", ".zst")
+    ):
+        hint = " It looks like an archive: unpack it, and name the folder."
+    elif head[:8] == b"\x89PNG\r\n\x1a\n" or head[:3] == b"\xff\xd8\xff":
+        hint = " It is one image: name the folder that it lies in."
+    raise ValueError(f"{path} is not understood.{hint} {UNDERSTOOD}")
+
+
+def _holds_arrays(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, NotImplementedError):
+        return path.suffix == ".npz"
+    return bool(names) and all(name.endswith(".npy") for name in names)

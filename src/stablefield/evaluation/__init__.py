@@ -1,0 +1,5 @@
+"""Numbers that can be compared: metrics on feature arrays, the extractors that make features, and the protocol record.
+
+Metrics are pure functions of feature arrays and need torch alone. `stablefield.evaluation.streaming` (torchmetrics) and
+the extractors' weights come with the extra: `pip install stablefield[evaluate]`.
+"""

@@ -1,0 +1,95 @@
+r"""Precision, recall, density and coverage: fidelity and diversity apart.
+
+A set of features stands for the union of the closed balls about its rows, each of which reaches to the row's k-th
+nearest other row, $B_k(x) = \{ z : |z - x| \le \mathrm{NND}_k(x) \}$. With real rows $x_i$ (n), generated $y_j$ (m):
+
+    precision    share of the y_j that lie in some B_k(x_i)
+    recall       share of the x_i that lie in some B_k(y_j)
+    density      mean over j of (number of B_k(x_i) that hold y_j) / k; may exceed 1
+    coverage     share of the B_k(x_i) that hold some y_j
+
+Each depends on n, m and k, and coverage of a perfect model is 1 - 2^-k or so, not 1, at n = m.
+
+References:
+    Kynkaanniemi, Karras, Laine, Lehtinen, Aila, "Improved Precision and Recall Metric for Assessing Generative Models",
+    NeurIPS 2019, equations 1 and 2 (k = 3).
+    Naeem, Oh, Uh, Choi, Yoo, "Reliable Fidelity and Diversity Metrics for Generative Models", ICML 2020, equations 2
+    and 3 and lemma 1 (k = 5).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stablefield.evaluation.features import checked_pair
+from stablefield.evaluation.neighbours import Ball
+
+__all__ = ["ManifoldScore", "coverage", "density", "precision", "recall"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManifoldScore:
+    """A precision, recall, density or coverage."""
+
+    value: float
+    """The score."""
+    k: int
+    """Which neighbour the balls reach to."""
+    real: int
+    """Number of real rows."""
+    generated: int
+    """Number of generated rows."""
+
+
+def precision(real: Tensor, generated: Tensor, k: int = 3) -> ManifoldScore:
+    """Share of generated rows inside the real manifold.
+
+    Args:
+        real: features of real images, shape (n, d), n > k.
+        generated: features of generated images, shape (m, d), m > k.
+        k: which neighbour the balls reach to.
+
+    Raises:
+        ValueError: if an array is no valid feature array or has no more than `k` rows, if the dimensions disagree, or k
+            < 1.
+    """
+    real, generated = _checked(real, generated, k)
+    return ManifoldScore(value=_held(real, generated, k), k=k, real=len(real), generated=len(generated))
+
+
+def recall(real: Tensor, generated: Tensor, k: int = 3) -> ManifoldScore:
+    """Share of real rows inside the generated manifold; arguments and errors as for `precision`."""
+    real, generated = _checked(real, generated, k)
+    return ManifoldScore(value=_held(generated, real, k), k=k, real=len(real), generated=len(generated))
+
+
+def density(real: Tensor, generated: Tensor, k: int = 5) -> ManifoldScore:
+    """Mean number of real balls about a generated row, over k; arguments and errors as for `precision`."""
+    real, generated = _checked(real, generated, k)
+    count = sum(int(held.sum()) for _, _, held in Ball(real, k).holds(generated))
+    return ManifoldScore(value=count / (k * len(generated)), k=k, real=len(real), generated=len(generated))
+
+
+def coverage(real: Tensor, generated: Tensor, k: int = 5) -> ManifoldScore:
+    """Share of real balls with a generated row inside; arguments and errors as for `precision`."""
+    real, generated = _checked(real, generated, k)
+    covered = torch.zeros(len(real), dtype=torch.bool)
+    for rows, _, held in Ball(real, k).holds(generated):
+        covered[rows] |= held.any(dim=1).cpu()
+    return ManifoldScore(value=int(covered.sum()) / len(real), k=k, real=len(real), generated=len(generated))
+
+
+def _held(centres: Tensor, points: Tensor, k: int) -> float:
+    inside = torch.zeros(len(points), dtype=torch.bool)
+    for _, columns, held in Ball(centres, k).holds(points):
+        inside[columns] |= held.any(dim=0).cpu()
+    return int(inside.sum()) / len(points)
+
+
+def _checked(real: Tensor, generated: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    if k < 1:
+        raise ValueError(f"k is {k}: pass 1 or more.")
+    return checked_pair(
+        ("real", "generated"), real, generated, k + 1, f"every row must have {k} neighbours of its own set"
+    )

@@ -1,0 +1,121 @@
+"""Cached reference statistics: a safetensors file with the protocol record inside.
+
+The file holds `mean` (d,) and `covariance` (d, d), float64, and in its metadata the count and the record of what they
+are statistics of. It is read only for that record: other weights, another resize rule or another reference set is an
+error, since the number would be wrong without looking wrong. Another commit, or the same thing under another name, is a
+warning.
+"""
+
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+from stablefield.evaluation.protocol import REFERENCE_FIELDS, Protocol, ProtocolWarning, differences
+from stablefield.evaluation.statistics import Statistics
+
+__all__ = ["load_statistics", "save_statistics"]
+
+_NAMES = ("extractor", "reference")
+
+
+def save_statistics(path: str | Path, statistics: Statistics, protocol: Protocol) -> None:
+    """Write reference statistics; readers see the old file or the new one, never a part.
+
+    Args:
+        path: the file; its folder is made if need be.
+        statistics: of the features of all `protocol.reference_count` reference images.
+        protocol: what they are of; only the part of it that concerns the reference set is kept.
+
+    Raises:
+        ValueError: if the count disagrees with the record.
+        ImportError: if safetensors is not installed.
+    """
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise _missing() from error
+    if statistics.count != protocol.reference_count:
+        raise ValueError(
+            f"statistics are of {statistics.count} rows, protocol.reference_count is {protocol.reference_count}: "
+            "they must be of the whole reference set, each image once."
+        )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {"mean": statistics.mean, "covariance": statistics.covariance}
+    content = save(
+        {name: tensor.detach().cpu().double().contiguous() for name, tensor in tensors.items()},
+        metadata={"count": str(statistics.count), "protocol": protocol.of_reference().to_json()},
+    )
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load_statistics(path: str | Path, expected: Protocol) -> Statistics:
+    """Read reference statistics that `expected` is to be measured against.
+
+    Args:
+        path: the file.
+        expected: the protocol of the measurement to come.
+
+    Raises:
+        ValueError: if there is no such file, it is damaged, or it was made with other weights, another resize rule or
+            of another reference set, split or count.
+        ImportError: if safetensors is not installed.
+
+    Warns:
+        ProtocolWarning: if the commit, or the name of the extractor or of the reference set, differs.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise _missing() from error
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}: compute the reference statistics first.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            mean, covariance = file.get_tensor("mean"), file.get_tensor("covariance")
+        count, protocol = int(metadata["count"]), Protocol.from_json(metadata["protocol"])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path} holds no reference statistics ({error}): delete it and compute them again."
+        ) from error
+    _compare(path, protocol, expected)
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or count != protocol.reference_count:
+        raise ValueError(f"{path} contradicts its own record: delete it and compute the statistics again.")
+    if not (torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
+        raise ValueError(f"{path} holds NaN or infinite numbers: delete it and compute the statistics again.")
+    return Statistics(count=count, mean=mean, covariance=covariance)
+
+
+def _compare(path: Path, cached: Protocol, expected: Protocol) -> None:
+    found = differences(cached, expected.of_reference())
+    refused = [
+        str(difference)
+        for difference in found
+        if difference.field in REFERENCE_FIELDS and difference.field not in _NAMES
+    ]
+    if refused:
+        raise ValueError(
+            f"{path} holds other reference statistics than this measurement needs ({'; '.join(refused)}): "
+            "compute them for it, in a file of their own."
+        )
+    if found:
+        listed = "; ".join(str(difference) for difference in found)
+        warnings.warn(f"{path} was made under a slightly different protocol: {listed}.", ProtocolWarning, stacklevel=3)
+
+
+def _missing() -> ImportError:
+    return ImportError(
+        "cached reference statistics need safetensors: pip install 'stablefield[evaluate]'.", name="safetensors"
+    )

@@ -1,0 +1,138 @@
+"""A feature network from a TorchScript file.
+
+The file holds a network f that maps normalised images (B, 3, S, S), float32, to features (B, d). Images are given three
+channels, resized by a named rule, then normalised channel by channel: (x - offset) / scale with x in 0..255.
+"""
+
+import hashlib
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stablefield.evaluation.extractor import check_images, full_precision, three_channels
+from stablefield.evaluation.resize import AntialiasedBicubic, Resize
+
+__all__ = ["TorchScriptExtractor", "dinov2", "file_sha256"]
+
+Channels = tuple[float, float, float]
+
+
+class TorchScriptExtractor:
+    """Features of a network in a TorchScript file.
+
+    The file is a program that torch runs: load only files that you trust. Features are computed in float32 without
+    TensorFloat-32 or autocast, on `device`, and returned there.
+
+    Args:
+        path: the TorchScript file.
+        name: what to call the network in tables and records.
+        resize: the rule that brings images to the size that the network wants.
+        offset: subtracted from each channel's 0..255 values.
+        scale: divides each channel after that.
+        device: where the network runs.
+
+    Raises:
+        ValueError: if the file does not exist or is no TorchScript file; if the network does not map (1, 3, H, W) to
+            one row of features; on a call, if images are not uint8 (B, C, H, W) with 1 or 3 channels.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        name: str,
+        resize: Resize,
+        offset: Channels,
+        scale: Channels,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"{name}: there is no file {path}: pass the path of a TorchScript file.")
+        self._name, self._resize, self._device = name, resize, torch.device(device)
+        self._sha256 = file_sha256(path)
+        self._network = _load(path, self._device)
+        self._offset = torch.tensor(offset, device=self._device).reshape(1, 3, 1, 1)
+        self._scale = torch.tensor(scale, device=self._device).reshape(1, 3, 1, 1)
+        self._dim = self._measured_dim(path)
+
+    @property
+    def name(self) -> str:  # noqa: D102
+        return self._name
+
+    @property
+    def dim(self) -> int:  # noqa: D102
+        return self._dim
+
+    @property
+    def sha256(self) -> str:  # noqa: D102
+        return self._sha256
+
+    @property
+    def resize(self) -> str:  # noqa: D102
+        return self._resize.rule
+
+    def __call__(self, images: Tensor) -> Tensor:  # noqa: D102
+        check_images(images)
+        # The executor's specialised plans are left out: with them a first call may differ from later ones.
+        with full_precision(self._device), torch.jit.optimized_execution(False):  # pyright: ignore[reportPrivateImportUsage]
+            x = self._resize(three_channels(images.to(self._device)).float())
+            features: Tensor = self._network((x - self._offset) / self._scale)
+        # Pooled maps (B, d, 1, 1) are rows of features too.
+        return features.flatten(1) if features.ndim == 4 and features.shape[2:] == (1, 1) else features
+
+    def _measured_dim(self, path: Path) -> int:
+        try:
+            features = self(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+            if features.ndim != 2 or len(features) != 1:
+                raise ValueError(f"it returns shape {tuple(features.shape)} for one image")
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: this network does not map images (B, 3, H, W) after {self.resize} to features (B, d): {error}"
+            ) from error
+        return features.shape[1]
+
+
+def dinov2(
+    path: str | Path, *, resize: Resize | None = None, device: str | torch.device = "cpu"
+) -> TorchScriptExtractor:
+    """DINOv2 from a TorchScript file of your own, on images prepared as it was trained.
+
+    Trace any DINOv2 backbone that returns its class token, (B, 3, 224, 224) to (B, d). Images are resized to 224 x 224
+    by `AntialiasedBicubic` unless `resize` says otherwise, and normalised by ImageNet's mean and standard deviation.
+
+    References:
+        Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", TMLR 2024.
+        Stein et al., "Exposing Flaws of Generative Model Evaluation Metrics and Their Unfair Treatment of Diffusion
+        Models", NeurIPS 2023 (its use in Frechet distances).
+    """
+    return TorchScriptExtractor(
+        path,
+        name="DINOv2",
+        resize=AntialiasedBicubic(224) if resize is None else resize,
+        offset=(255 * 0.485, 255 * 0.456, 255 * 0.406),
+        scale=(255 * 0.229, 255 * 0.224, 255 * 0.225),
+        device=device,
+    )
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _load(path: Path, device: torch.device) -> torch.jit.ScriptModule:
+    with warnings.catch_warnings():
+        # torch >= 2.10 calls torch.jit.load deprecated in favour of torch.export, whose files these networks do not
+        # come in; on Python 3.14 and later the sentence is "is not supported". Nothing else is silenced.
+        warnings.filterwarnings("ignore", r"`torch\.jit\.load` is ", DeprecationWarning)
+        try:
+            network = torch.jit.load(str(path), map_location=device)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{path} is no TorchScript file that this torch ({torch.__version__}) reads: {error}"
+            ) from error
+    return network.eval()

@@ -1,0 +1,257 @@
+r"""DDPM++ and NCSN++: the U-Nets of score-based diffusion, in the configuration that EDM trains.
+
+An encoder of levels at resolutions $R, R/2, R/4 \ldots$ and a decoder that mirrors it, joined by skip connections. Level $l$
+is `multipliers[l] * base_channels` wide and has `blocks` residual blocks in the encoder, `blocks + 1` in the decoder, each
+of which takes one skip. The embedding of noise level, class and augmentation enters every block:
+
+$$ e = \text{silu}(W_1\, \text{silu}(W_0 (\phi(c) + W_L \sqrt L\, \text{onehot} + b_L + W_A a) + b_0) + b_1). $$
+
+| | noise embedding | resampling taps | residual input path |
+|---|---|---|---|
+| DDPM++ | positional, B wide | (1, 1) | no |
+| NCSN++ | random Fourier, 2B wide | (1, 3, 3, 1) | yes: the input, convolved and halved, joins each lower level |
+
+Names and values of the state are those of the published checkpoints (below their `model.`), so that weights trained
+elsewhere load and give the same outputs.
+
+References:
+    Song, Sohl-Dickstein, Kingma, Kumar, Ermon, Poole, "Score-Based Generative Modeling through Stochastic Differential
+    Equations", ICLR 2021, appendix H; Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based
+    Generative Models", NeurIPS 2022, appendix F.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from stablefield.networks.blocks import UNetBlock
+from stablefield.networks.embedding import FourierEmbedding, PositionalEmbedding, class_vectors
+from stablefield.networks.layers import Linear
+from stablefield.networks.levels import Decoder, Encoder
+from stablefield.shapes import row_values
+
+__all__ = ["SongUNet"]
+
+
+class SongUNet(nn.Module):
+    """The U-Net of DDPM++ and NCSN++; `SongUNet.ddpmpp` and `SongUNet.ncsnpp` set the first three options.
+
+    Args:
+        resolution: side of the square images in pixels; a multiple of 2^(levels - 1).
+        channels: of the images.
+        fourier: random Fourier embedding of the noise level, instead of a positional one.
+        residual_input: let the input join each lower level of the encoder.
+        taps: of the resampling filter.
+        base_channels: unit of width B; the embedding is 4B wide.
+        multipliers: width of each level in units of B, from the full resolution down.
+        blocks: residual blocks per level of the encoder.
+        attention: resolutions whose blocks attend (in the decoder, the last block of the level). If not given: the
+            highest resolution of the network that is not above 16: 16 for images of 32 or 64 pixels, 14 for 28, 8 for 8.
+            The lowest level attends once in any case.
+        augment_dim: width of the augmentation labels; 0 for none.
+        classes: how many classes there are; 0 for none.
+        dropout: probability of dropping a value within a block, in training mode.
+        generator: where the weights are drawn from; torch's global generator if not given. Dropout draws from the
+            global generator, as everywhere in torch.
+
+    Raises:
+        ValueError: if a size is below 1, `resolution` cannot be halved that often, `attention` names a resolution that
+            the network does not have, or a width does not divide into the groups of its normalisation.
+    """
+
+    def __init__(
+        self,
+        resolution: int,
+        channels: int,
+        *,
+        fourier: bool,
+        residual_input: bool,
+        taps: Sequence[float],
+        base_channels: int = 128,
+        multipliers: Sequence[int] = (2, 2, 2),
+        blocks: int = 4,
+        attention: Sequence[int] | None = None,
+        augment_dim: int = 0,
+        classes: int = 0,
+        dropout: float = 0.13,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        _check_sizes(resolution, channels, base_channels, multipliers, blocks, augment_dim, classes, dropout)
+        resolutions = [resolution >> level for level in range(len(multipliers))]
+        if attention is None:
+            attention = [side for side in resolutions if side <= 16][:1]
+        elif not set(attention) <= set(resolutions):
+            raise ValueError(f"attention is {tuple(attention)}: choose among the network's resolutions, {resolutions}.")
+        self.resolution, self.channels = resolution, channels
+        self.augment_dim, self.classes = augment_dim, classes
+        widths = [base_channels * multiplier for multiplier in multipliers]
+        noise_width, embedding_width = base_channels * (2 if fourier else 1), 4 * base_channels
+
+        self.map_noise = (
+            FourierEmbedding(noise_width, generator=generator) if fourier else PositionalEmbedding(noise_width)
+        )
+        self.map_label = Linear(classes, noise_width, generator=generator) if classes else None
+        self.map_augment = Linear(augment_dim, noise_width, bias=False, generator=generator) if augment_dim else None
+        self.map_layer0 = Linear(noise_width, embedding_width, generator=generator)
+        self.map_layer1 = Linear(embedding_width, embedding_width, generator=generator)
+
+        block = partial(UNetBlock, embedding_width=embedding_width, taps=taps, dropout=dropout, generator=generator)
+        residual_taps = taps if residual_input else None
+        self.enc = Encoder(
+            channels, base_channels, resolutions, widths, blocks, attention, residual_taps, block, generator
+        )
+        self.dec = Decoder(channels, resolutions, widths, blocks, attention, self.enc.skip_widths, block, generator)
+
+    @classmethod
+    def ddpmpp(
+        cls,
+        resolution: int,
+        channels: int,
+        base_channels: int = 128,
+        multipliers: Sequence[int] = (2, 2, 2),
+        blocks: int = 4,
+        augment_dim: int = 0,
+        classes: int = 0,
+        dropout: float = 0.13,
+        *,
+        attention: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Self:
+        """DDPM++; arguments as in the class, defaults as published for CIFAR-10 (there with `augment_dim` 9)."""
+        return cls(
+            resolution,
+            channels,
+            fourier=False,
+            residual_input=False,
+            taps=(1, 1),
+            base_channels=base_channels,
+            multipliers=multipliers,
+            blocks=blocks,
+            attention=attention,
+            augment_dim=augment_dim,
+            classes=classes,
+            dropout=dropout,
+            generator=generator,
+        )
+
+    @classmethod
+    def ncsnpp(
+        cls,
+        resolution: int,
+        channels: int,
+        base_channels: int = 128,
+        multipliers: Sequence[int] = (2, 2, 2),
+        blocks: int = 4,
+        augment_dim: int = 0,
+        classes: int = 0,
+        dropout: float = 0.13,
+        *,
+        attention: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Self:
+        """NCSN++; arguments as in the class, defaults as published for CIFAR-10 (there with `augment_dim` 9)."""
+        return cls(
+            resolution,
+            channels,
+            fourier=True,
+            residual_input=True,
+            taps=(1, 3, 3, 1),
+            base_channels=base_channels,
+            multipliers=multipliers,
+            blocks=blocks,
+            attention=attention,
+            augment_dim=augment_dim,
+            classes=classes,
+            dropout=dropout,
+            generator=generator,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_label: Tensor | float,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Evaluate the network.
+
+        Args:
+            x: images, shape (N, channels, resolution, resolution), in the dtype of the weights.
+            noise_label: what the preconditioning makes of the noise level; shape (N,), or one number.
+            class_labels: integers (N,), -1 for no class, or one-hot vectors (N, classes); None: no class for any row.
+            augment_labels: shape (N, augment_dim); None stands for zeros.
+
+        Returns:
+            Shape (N, channels, resolution, resolution).
+
+        Raises:
+            ValueError: if shapes, dtypes or devices do not agree, labels are out of range, or labels are given to a
+                network that was made without them.
+        """
+        if x.shape[1:] != (self.channels, self.resolution, self.resolution):
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}: this network takes images of shape "
+                f"(N, {self.channels}, {self.resolution}, {self.resolution})."
+            )
+        embedding = self._embed(x, noise_label, class_labels, augment_labels)
+        features, skips = self.enc(x, embedding)
+        return self.dec(features, skips, embedding)
+
+    def _embed(
+        self, x: Tensor, noise_label: Tensor | float, class_labels: Tensor | None, augment_labels: Tensor | None
+    ) -> Tensor:
+        dtype = self.map_layer0.weight.dtype
+        labels = row_values("noise_label", noise_label, x).to(torch.promote_types(dtype, torch.float32))
+        embedding = self.map_noise(labels).to(dtype)
+        if self.map_label is not None:
+            # A row without a class is a zero vector and still receives the bias: that is how such rows were trained.
+            hot = class_vectors(class_labels, self.classes, x).to(dtype)
+            embedding = embedding + self.map_label(hot * math.sqrt(self.classes))
+        elif class_labels is not None:
+            raise ValueError(
+                "class_labels were given to a network without classes: build it with classes=L or pass None."
+            )
+        if augment_labels is not None:
+            if self.map_augment is None:
+                raise ValueError("augment_labels were given to a network without them: build it with augment_dim=9.")
+            if augment_labels.shape != (x.shape[0], self.augment_dim) or augment_labels.device != x.device:
+                raise ValueError(
+                    f"augment_labels has shape {tuple(augment_labels.shape)} on {augment_labels.device}: "
+                    f"pass {(x.shape[0], self.augment_dim)} on {x.device}."
+                )
+            embedding = embedding + self.map_augment(augment_labels.to(dtype))
+        silu = nn.functional.silu
+        return silu(self.map_layer1(silu(self.map_layer0(embedding))))
+
+
+def _check_sizes(
+    resolution: int,
+    channels: int,
+    base_channels: int,
+    multipliers: Sequence[int],
+    blocks: int,
+    augment_dim: int,
+    classes: int,
+    dropout: float,
+) -> None:
+    sizes = {"resolution": resolution, "channels": channels, "base_channels": base_channels, "blocks": blocks}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} is {size}: it must be at least 1.")
+    if min(augment_dim, classes) < 0:
+        raise ValueError(f"augment_dim is {augment_dim}, classes is {classes}: pass 0 for none.")
+    if len(multipliers) == 0 or min(multipliers) < 1:
+        raise ValueError(f"multipliers is {tuple(multipliers)}: pass one number of at least 1 per level.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}: it must be at least 0 and below 1.")
+    factor = 2 ** (len(multipliers) - 1)
+    if resolution % factor:
+        raise ValueError(
+            f"resolution is {resolution}: {len(multipliers)} levels halve it {len(multipliers) - 1} times, so it must be "
+            f"a multiple of {factor}; resize the images or pass fewer multipliers."
+        )

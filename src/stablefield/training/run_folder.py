@@ -1,0 +1,149 @@
+"""A run folder: where a run lives, from its configuration to its pictures.
+
+config.json  metrics.jsonl  checkpoints/step-00002000/  samples/step-00002000.png
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stablefield.training.checkpoint import CheckpointError, State, read_state
+from stablefield.training.config import decode, encode
+from stablefield.training.recipe import Recipe
+
+__all__ = ["RunConfig", "RunFolder"]
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What config.json says.
+
+    Attributes:
+        data: the data as it was named to the command.
+        shape: of one image, (C, H, W).
+        classes: number of classes the network is told; 0 for none.
+        manifest: what the data are.
+        recipe: what the run does.
+        version: of the library that wrote it.
+    """
+
+    data: str
+    shape: tuple[int, ...]
+    classes: int
+    manifest: Mapping[str, Any]
+    recipe: Recipe
+    version: str
+
+
+class RunFolder:
+    """The folder `path` of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path, config: RunConfig) -> "RunFolder":
+        """Make the folder and write config.json.
+
+        Raises:
+            ValueError: if the folder is not empty or cannot be written.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if any(path.iterdir()):
+                raise ValueError(
+                    f"--out {path} is not empty: name a new folder, or continue the run in it with --resume --out {path}."
+                )
+            record = {
+                "format": _FORMAT,
+                "stablefield": config.version,
+                "data": config.data,
+                "shape": list(config.shape),
+                "classes": config.classes,
+                "manifest": dict(config.manifest),
+                "recipe": encode(config.recipe),
+            }
+            (path / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+        except OSError as error:
+            raise ValueError(
+                f"--out {path} cannot be written ({error.strerror}): name a folder in a place that you may write to."
+            ) from error
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """Open an existing run.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{path} is not a run: it has no config.json. Train one: stablefield train digits.")
+        return cls(path)
+
+    def config(self) -> RunConfig:
+        """Read config.json.
+
+        Raises:
+            ValueError: if it cannot be read or is of another format.
+        """
+        try:
+            record = json.loads((self.path / "config.json").read_text())
+            if record["format"] != _FORMAT:
+                raise ValueError(f"its format is {record['format']}, this version reads {_FORMAT}")
+            return RunConfig(
+                data=record["data"],
+                shape=tuple(record["shape"]),
+                classes=record["classes"],
+                manifest=record["manifest"],
+                recipe=decode(record["recipe"]),
+                version=record["stablefield"],
+            )
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.path / 'config.json'} cannot be used: {error}.") from error
+
+    def log(self, entry: Mapping[str, float]) -> None:
+        """Append a line to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(dict(entry)) + "\n")
+
+    def rewind_log(self, step: int) -> None:
+        """Drop the lines of metrics.jsonl after `step`, which a resumed run writes again."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept: list[str] = []
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # a line cut off by a kill
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint of `step`."""
+        return self.path / "checkpoints" / f"step-{step:08d}"
+
+    def picture(self, step: int) -> Path:
+        """The file of the sample grid of `step`."""
+        return self.path / "samples" / f"step-{step:08d}.png"
+
+    def newest(self) -> tuple[Path, State, list[str]] | None:
+        """The newest whole checkpoint, where it stood, and what was wrong with newer ones; None if there is none."""
+        complaints: list[str] = []
+        for folder in sorted((self.path / "checkpoints").glob("step-*"), reverse=True):
+            try:
+                return folder, read_state(folder), complaints
+            except CheckpointError as error:
+                complaints.append(str(error))
+        if complaints:
+            raise ValueError("no checkpoint of this run is whole. " + " ".join(complaints))
+        return None

@@ -1,0 +1,29 @@
+"""Seeds: every random choice of a run is a function of (seed, purpose, step).
+
+No generator's state is ever saved: a run that is resumed, or split over more processes, draws what it would have drawn.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+import torch
+
+__all__ = ["Purpose", "generator_for", "seed_for"]
+
+
+class Purpose(IntEnum):
+    """What a random stream is for; the numbers are part of the format and never change."""
+
+    WEIGHTS = 0
+    OBJECTIVE = 1
+    DROPOUT = 2
+
+
+def seed_for(seed: int, purpose: Purpose, step: int = 0) -> int:
+    """A number from 0 to 2^32 - 1 for (seed, purpose, step): torch's CPU generator reads no more bits than these."""
+    return int(np.random.SeedSequence(seed, spawn_key=(int(purpose), step)).generate_state(1, np.uint32)[0])
+
+
+def generator_for(seed: int, purpose: Purpose, step: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator on `device` for (seed, purpose, step)."""
+    return torch.Generator(device).manual_seed(seed_for(seed, purpose, step))

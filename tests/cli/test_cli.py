@@ -1,0 +1,150 @@
+"""The command: from digits to pictures, and every wrong use told in one paragraph with status 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stablefield.cli.entry import main
+from stablefield.data.digits import open_digits
+
+TINY = ["--steps", "4", "--network.width", "16", "--network.depth", "1", "--sample-every", "0"]
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture).copy()
+
+
+def status(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    code = exit_.value.code
+    assert isinstance(code, int)
+    return code
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "digits"
+    assert status("train", "digits", "--steps", "700", "--network.width", "256", "--out", str(path)) == 0
+    return path
+
+
+def test_train_leaves_the_run_folder_of_the_contract(run: Path) -> None:
+    assert {path.name for path in run.iterdir()} == {"config.json", "metrics.jsonl", "checkpoints", "samples"}
+    assert (run / "samples" / "step-00000700.png").is_file()
+    assert (run / "checkpoints" / "step-00000700" / "state.json").is_file()
+
+
+@pytest.mark.slow
+def test_samples_of_a_short_run_are_near_the_digits_and_no_copies(run: Path, tmp_path: Path) -> None:
+    assert status("sample", str(run), "--seeds", "0-63", "--out", str(tmp_path / "images")) == 0
+    images = np.stack([pixels(path) for path in sorted((tmp_path / "images").iterdir())])
+    assert images.shape == (64, 8, 8)
+    data = open_digits().images.reshape(-1, 64).astype(float)
+
+    def nearest(rows: np.ndarray) -> np.ndarray:
+        distance = np.sqrt(((rows[:, None] - data[None]) ** 2).sum(-1))
+        return np.sort(distance, axis=1)
+
+    own = np.median(nearest(data[:200])[:, 1])  # a digit's distance to the nearest other digit
+    drawn = nearest(images.reshape(64, 64).astype(float))[:, 0]
+    noise = np.median(nearest(np.random.default_rng(0).integers(0, 256, (64, 64)).astype(float))[:, 0])
+    assert np.median(drawn) < 1.5 * own < noise / 2
+    assert (drawn > 0).all()
+
+
+def test_image_k_is_the_same_in_every_call(run: Path, tmp_path: Path) -> None:
+    for name, seeds, batch in (("a", "3-9", "2"), ("b", "5", "1")):
+        assert status("sample", str(run), "--seeds", seeds, "--batch", batch, "--out", str(tmp_path / name)) == 0
+    one, other = (pixels(tmp_path / name / "000005.png").astype(int) for name in ("a", "b"))
+    assert np.abs(one - other).max() <= 1  # the network's rounding depends on the batch size
+
+
+@pytest.mark.parametrize(("sampler", "nfe"), [("heun", 35), ("euler", 18), ("dpmpp-2m", 18), ("ancestral", 18)])
+def test_every_sampler_says_its_evaluations(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], sampler: str, nfe: int
+) -> None:
+    out = tmp_path / "grid.png"
+    assert status("sample", str(run), "--seeds", "0-3", "--sampler", sampler, "--out", str(out)) == 0
+    assert f"{nfe} network evaluations" in capsys.readouterr().out
+    assert pixels(out).shape[1] > 200
+
+
+def test_resume_of_a_finished_run_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run"
+    assert status("train", "digits", *TINY, "--out", str(path)) == 0
+    before = (path / "checkpoints/step-00000004/model.safetensors").read_bytes()
+    assert status("train", "--resume", "--out", str(path)) == 0
+    assert "continuing from step 4" in capsys.readouterr().out
+    assert (path / "checkpoints/step-00000004/model.safetensors").read_bytes() == before
+
+
+def test_runs_without_a_name_never_overwrite_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert status("train", "digits", *TINY) == 0
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"digits-stf", "digits-stf-2"}
+
+
+def test_doctor_finds_the_target_exact_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("doctor") == 0
+    assert "exact: relative error" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "no-such-data"], ["DATA is no-such-data", "digits"]),
+        (["train"], ["DATA is missing"]),
+        (["train", "digits", "--steps", "0"], ["--steps is 0"]),
+        (["train", "digits", "--references", "1798"], ["--references 1798", "1797"]),
+        (["train", "digits", "--references", "5"], ["--references 5", "--batch"]),
+        (["train", "digits", "--batch", "2000"], ["--batch 2000"]),
+        (["train", "digits", "--device", "abacus"], ["--device abacus"]),
+        (["train", "--resume"], ["--out"]),
+        (["train", "--resume", "--out", "nowhere"], ["nowhere is not a run"]),
+        (["train", "digits", "--out", "{full}"], ["is not empty", "--resume"]),
+        (["train", "digits", "--out", "{file}/run"], ["cannot be written"]),
+        (["sample", "nowhere"], ["nowhere is not a run"]),
+        (["sample", "{run}", "--seeds", "a-b"], ["--seeds a-b"]),
+        (["sample", "{run}", "--seeds", "9-3"], ["ends before it begins"]),
+        (["sample", "{run}", "--steps", "0"], ["steps"]),
+        (["sample", "{run}", "--out", "{file}/x.png"], ["cannot be written"]),
+    ],
+)
+def test_wrong_use_is_one_paragraph_and_status_2(
+    arguments: list[str], words: list[str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("")
+    places = {"full": tmp_path / "full", "file": tmp_path / "file", "run": run}
+    assert status(*(argument.format(**places) for argument in arguments)) == 2
+    told = capsys.readouterr().err
+    text = " ".join(told.split())
+    assert all(word in text for word in words), told
+    assert "Traceback" not in told
+    assert told.startswith("stablefield: ")
+    assert "\n\n" not in told.strip()
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "years of work"
+
+
+def test_unknown_flag_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("train", "digits", "--stepz", "3") == 2
+    assert "--stepz" in capsys.readouterr().err
+
+
+def test_command_without_its_extra_says_what_to_install() -> None:
+    code = (
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'tyro' else find(name, *rest)\n"
+        "from stablefield.cli.entry import main; main(['doctor'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert 'pip install "stablefield[train]"' in done.stderr

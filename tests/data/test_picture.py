@@ -1,0 +1,119 @@
+"""Pictures: tiles lie where they should, files hold what was written, tables say what is in a set."""
+
+import numpy as np
+import pytest
+
+from stablefield.data import Origin, make_image_set, open_images, sample_grid, summary, tile, write_png
+
+
+def noise(n, shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, *shape), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 6), (1, 8, 8)])
+@pytest.mark.parametrize(("n", "columns", "scale", "padding"), [(5, 2, 3, 1), (4, None, 2, 0), (7, 7, 1, 3), (1, 4, 1, 2)])
+def test_every_image_lies_in_its_cell_and_the_rest_is_white(shape, n, columns, scale, padding):
+    images = noise(n, shape)
+    picture = tile(images, columns, scale, padding)
+    C, H, W = shape
+    wide = columns or 2
+    rows = -(-n // wide)
+    size = (rows * (H * scale + padding) + padding, wide * (W * scale + padding) + padding, C)
+    assert picture.shape == size
+    expected = np.full(size, 255)
+    for i in range(n):
+        for y in range(H * scale):
+            for x in range(W * scale):
+                row = padding + i // wide * (H * scale + padding) + y
+                column = padding + i % wide * (W * scale + padding) + x
+                expected[row, column] = images[i, :, y // scale, x // scale]
+    np.testing.assert_array_equal(picture, expected)
+
+
+@pytest.mark.parametrize(("n", "side", "scale"), [(64, 8, 15), (1, 8, 16), (64, 28, 4), (64, 32, 3), (4, 64, 2), (64, 512, 1)])
+def test_small_images_are_enlarged_as_far_as_a_thousand_pixels_go(n, side, scale):
+    picture = tile(np.zeros((n, 1, side, side), np.uint8))
+    columns = round(n**0.5)
+    assert picture.shape == (*(columns * (side * scale + 2) + 2,) * 2, 1)
+    assert picture.shape[1] <= 1000 or scale == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (np.zeros((2, 3, 4), np.uint8),),
+        (np.zeros((2, 3, 4, 4)),),
+        (np.zeros((0, 3, 4, 4), np.uint8),),
+        (np.zeros((2, 2, 4, 4), np.uint8),),
+        (np.zeros((2, 3, 4, 4), np.uint8), 0),
+        (np.zeros((2, 3, 4, 4), np.uint8), 1, 0),
+        (np.zeros((2, 3, 4, 4), np.uint8), 1, 1, -1),
+    ],
+)
+def test_what_cannot_be_tiled_is_refused(arguments):
+    with pytest.raises(ValueError, match=r"images has|columns="):
+        tile(*arguments)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1), (5, 7, 3)])
+def test_a_png_reads_back_as_it_was_written(tmp_path, shape):
+    from PIL import Image
+
+    array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    path = write_png(tmp_path / "new" / "a.png", array)
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        np.testing.assert_array_equal(np.asarray(image), array.reshape(np.asarray(image).shape))
+    assert [file.name for file in path.parent.iterdir()] == ["a.png"]
+    with pytest.raises(ValueError, match="tile first"):
+        write_png(tmp_path / "b.png", np.zeros((4, 3, 5, 5), np.uint8))
+
+
+def test_without_pillow_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "PIL", None)
+    with pytest.raises(ImportError, match=r'pip install "stablefield\[train\]"'):
+        write_png(tmp_path / "b.png", np.zeros((5, 5), np.uint8))
+
+
+def test_the_summary_gives_the_figures_of_the_data():
+    images = noise(50, (3, 5, 4)) // np.array([1, 2, 5], np.uint8)[:, None, None]
+    labels = np.arange(50) % 3
+    made = make_image_set(images, labels, Origin(name="toy", source="made up", class_names=("ant", "bee", "cow"), skipped=2))
+    rows = dict(summary(made))
+    mean, std = images.astype(float).mean((0, 2, 3)), images.astype(float).std((0, 2, 3))
+    assert rows["mean"].startswith(", ".join(f"{v:.2f}" for v in mean))
+    assert rows["standard deviation"].startswith(", ".join(f"{v:.2f}" for v in std))
+    scaled = images / 127.5 - 1
+    assert rows["mean"].endswith(f"({', '.join(f'{v:.4f}' for v in scaled.mean((0, 2, 3)))} in [-1, 1])")
+    assert rows["standard deviation"].endswith(f"({', '.join(f'{v:.4f}' for v in scaled.std((0, 2, 3)))} in [-1, 1])")
+    assert rows["values"] == f"uint8, {images.min()} to {images.max()}"
+    assert (rows["  class ant"], rows["  class bee"], rows["  class cow"]) == ("17", "17", "16")
+    assert (rows["images"], rows["shape"], rows["skipped files"]) == ("50", "3 x 5 x 4 (RGB)", "2")
+    assert rows["sha256"] == made.manifest["sha256"]
+    assert rows["memory"] == "2.9 KiB, in memory"
+
+
+def test_the_summary_of_many_classes_or_none_stays_short():
+    images = noise(200, (1, 2, 2))
+    rows = dict(summary(make_image_set(images, np.arange(200) % 30, Origin(name="toy", source="made up"))))
+    assert rows["  10 more classes"] == "6 to 6 each"
+    assert dict(summary(make_image_set(images, None, Origin(name="toy", source="made up"))))["classes"] == "none"
+
+
+def test_a_sample_grid_shows_distinct_images_of_the_set_and_depends_on_the_seed():
+    digits = open_images("digits")
+    grid = sample_grid(digits, 9, seed=1)
+    scale = 16
+    cells = [
+        grid[2 + r * (8 * scale + 2) :, 2 + c * (8 * scale + 2) :][: 8 * scale : scale, : 8 * scale : scale, 0]
+        for r in range(3)
+        for c in range(3)
+    ]
+    found = [np.flatnonzero((digits.images[:, 0] == cell).all((1, 2))) for cell in cells]
+    assert all(len(rows) for rows in found)
+    assert len({int(rows[0]) for rows in found}) == 9
+    np.testing.assert_array_equal(grid, sample_grid(digits, 9, seed=1))
+    assert (grid != sample_grid(digits, 9, seed=2)).any()
+    assert sample_grid(make_image_set(noise(3, (1, 4, 4)), None, Origin(name="toy", source="made up")), 64).ndim == 3
+    with pytest.raises(ValueError, match="count=0"):
+        sample_grid(digits, 0)

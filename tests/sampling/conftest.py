@@ -1,0 +1,61 @@
+"""A Gaussian mixture whose denoiser, score and density are known in closed form at every noise level."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+
+class GaussianMixture:
+    """sum_k w_k N(mean_k, scale_k^2 I); with noise sigma the k-th variance is scale_k^2 + sigma^2."""
+
+    def __init__(self, means: Tensor, scales: Tensor, weights: Tensor) -> None:
+        self.means, self.scales, self.weights = means.double(), scales.double(), weights.double()
+
+    def _log_parts(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        variance = self.scales**2 + sigma.double()[:, None] ** 2  # (B, K)
+        gap = x.double()[:, None] - self.means  # (B, K, d)
+        d = x.shape[1]
+        log = self.weights.log() - gap.square().sum(-1) / (2 * variance) - d / 2 * torch.log(2 * math.pi * variance)
+        return log, gap, variance
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        log, gap, variance = self._log_parts(x, sigma)
+        parts = self.means + (self.scales**2 / variance)[..., None] * gap
+        return (torch.softmax(log, 1)[..., None] * parts).sum(1)
+
+    def log_prob(self, x: Tensor, sigma: float) -> Tensor:
+        return self._log_parts(x, x.new_full((len(x),), sigma))[0].logsumexp(1)
+
+    def sample(self, rows: int, sigma: float, generator: torch.Generator) -> Tensor:
+        k = torch.multinomial(self.weights, rows, replacement=True, generator=generator)
+        std = (self.scales[k] ** 2 + sigma**2).sqrt()[:, None]
+        return self.means[k] + std * torch.randn(rows, self.means.shape[1], generator=generator, dtype=torch.float64)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.weights @ self.means
+
+    @property
+    def covariance(self) -> Tensor:
+        centred = self.means - self.mean
+        within = (self.weights @ self.scales**2) * torch.eye(self.means.shape[1], dtype=torch.float64)
+        return within + (self.weights[:, None, None] * centred[:, :, None] * centred[:, None, :]).sum(0)
+
+
+@pytest.fixture
+def mixture() -> GaussianMixture:
+    means = torch.tensor([[-1.0, -0.5], [1.0, -0.6], [0.2, 1.1]])
+    return GaussianMixture(means, torch.tensor([0.25, 0.35, 0.3]), torch.tensor([0.5, 0.3, 0.2]))
+
+
+@pytest.fixture
+def normal() -> GaussianMixture:
+    """A single Gaussian: mean (0.7, -0.4), standard deviation 0.6."""
+    return GaussianMixture(torch.tensor([[0.7, -0.4]]), torch.tensor([0.6]), torch.tensor([1.0]))
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(20)

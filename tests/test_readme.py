@@ -1,0 +1,61 @@
+"""The README's code runs as it stands, and with one reference its loss is bit for bit the one without stablefield."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import stablefield
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"```diff\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+def loss_of(block: str, sign: str, library: object) -> torch.Tensor:
+    lines = [line[1:] for line in block.splitlines() if line[:1] in (sign, " ")]
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(40, 1, 4, 4, generator=generator) * 2 - 1
+    index = torch.randperm(40, generator=generator)[:16]
+    names = {
+        "sf": library,
+        "torch": torch,
+        "images": images,
+        "batches": [(index, images[index])],
+        "alphas_cumprod": torch.linspace(0.999, 0.01, 1000),
+        "network": lambda x, t: x * 0.3,
+    }
+    torch.manual_seed(1)
+    exec("\n".join(lines), names)
+    loss = names["loss"]
+    assert isinstance(loss, torch.Tensor)
+    return loss
+
+
+def test_readme_shows_three_loops() -> None:
+    assert len(BLOCKS) == 3
+    for block in BLOCKS:
+        added = [line for line in block.splitlines() if line.startswith("+")]
+        assert len(added) == 3
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_drop_in_runs_and_with_one_reference_changes_no_bit(block: str) -> None:
+    single = SimpleNamespace(**vars(stablefield))
+    single.StableTarget = lambda process, references: stablefield.DenoisingTarget(process)
+    before = loss_of(block, "-", None)
+    assert torch.equal(loss_of(block, "+", single), before)
+    stable = loss_of(block, "+", stablefield)
+    assert torch.isfinite(stable)
+    assert not torch.equal(stable, before)
+
+
+def test_table_of_the_readme_is_the_committed_measurement() -> None:
+    import json
+
+    record = json.loads((README.parent / "benchmarks/results/own_weight.json").read_text())
+    for level in record["levels"]:
+        cells = [f"{level[f'own_weight_{n}']:.4f}" for n in (1024, 4096, 50_000)]
+        removed = f"{level['variance_removed_50000']:.3g}"
+        assert f"| {level['noise_level']:g} | {' | '.join(cells)} | {removed} |" in README.read_text()

@@ -1,0 +1,157 @@
+"""A run is a function of its recipe: the same seed gives the same bytes, however often it was interrupted."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import stablefield
+from stablefield.data.digits import open_digits
+from stablefield.training.loop import TrainingError, check_fit, train
+from stablefield.training.recipe import DIGITS, Perceptron, Recipe
+from stablefield.training.run_folder import RunConfig, RunFolder
+
+SMALL = dataclasses.replace(
+    DIGITS, steps=24, batch=32, network=Perceptron(width=32, depth=1), sample_every=0, checkpoint_every=8, log_every=4
+)
+
+
+def start(path: Path, recipe: Recipe) -> RunFolder:
+    data = open_digits()
+    classes = data.classes if recipe.conditional else 0
+    config = RunConfig(
+        data="digits", shape=data.shape, classes=classes, manifest=data.manifest, recipe=recipe, version="test"
+    )
+    return RunFolder.create(path, config)
+
+
+def go(folder: RunFolder) -> None:
+    train(folder, folder.config(), open_digits(), device=torch.device("cpu"))
+
+
+def weights(folder: RunFolder, step: int = 24) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.checkpoint(step).glob("*.safetensors")}
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"target": "dsm"}, {"references": 64}, {"conditional": True}, {"noise_band": 1.0}]
+)
+def test_same_seed_gives_same_bytes_and_another_seed_others(tmp_path: Path, change: dict[str, object]) -> None:
+    recipe = dataclasses.replace(SMALL, steps=8, **change)
+    runs = [start(tmp_path / str(k), dataclasses.replace(recipe, seed=seed)) for k, seed in enumerate((0, 0, 1))]
+    for run in runs:
+        go(run)
+    first, again, other = (weights(run, 8) for run in runs)
+    assert len(first) == 3
+    assert first == again
+    assert first["model.safetensors"] != other["model.safetensors"]
+
+
+def test_run_resumed_from_a_checkpoint_equals_the_uninterrupted_run(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(SMALL, network=Perceptron(width=32, depth=1, dropout=0.2), references=64)
+    whole, cut = start(tmp_path / "whole", recipe), start(tmp_path / "cut", recipe)
+    go(whole)
+
+    def interrupt(report: object) -> None:
+        if report.step >= 13:  # pyright: ignore[reportAttributeAccessIssue]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, cut.config(), open_digits(), device=torch.device("cpu"), report=interrupt, every=1)
+    with (cut.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 16, "lo')  # a line cut off by a kill
+    go(cut)
+    assert weights(whole) == weights(cut)
+    steps = [[json.loads(line)["step"] for line in (run.path / "metrics.jsonl").open()] for run in (whole, cut)]
+    assert steps[0] == steps[1] == [4, 8, 12, 16, 20, 24]
+
+
+def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", SMALL)
+    go(run)
+    expected = weights(run)
+    damaged = run.checkpoint(24) / "ema.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x55")
+    newest = run.newest()
+    assert newest is not None
+    folder, state, complaints = newest
+    assert (folder, state.step) == (run.checkpoint(16), 16)
+    assert "ema.safetensors" in complaints[0]
+    go(run)
+    assert weights(run) == expected
+
+
+def test_every_checkpoint_damaged_is_an_error_and_not_a_new_start(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", dataclasses.replace(SMALL, steps=8))
+    go(run)
+    (run.checkpoint(8) / "state.json").write_text("{")
+    with pytest.raises(ValueError, match="no checkpoint of this run is whole"):
+        run.newest()
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_earlier_checkpoints(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", dataclasses.replace(SMALL, learning_rate=1e30, ramp_images=0, checkpoint_every=1))
+    with pytest.raises(TrainingError, match="the loss is"):
+        go(run)
+    assert run.newest() is not None
+
+
+def test_stable_loss_plus_variance_removed_is_the_single_sample_loss(tmp_path: Path) -> None:
+    # Same weights (learning rate ~ 0), same draws: the two losses differ by the variance removed, in expectation.
+    recipe = dataclasses.replace(SMALL, steps=300, batch=128, learning_rate=1e-12, log_every=300)
+    values = {}
+    for target in ("stf", "dsm"):
+        run = start(tmp_path / target, dataclasses.replace(recipe, target=target))
+        go(run)
+        values[target] = json.loads((run.path / "metrics.jsonl").read_text().splitlines()[-1])
+    gap = values["dsm"]["loss"] - values["stf"]["loss"]
+    assert values["dsm"]["variance_removed"] == 0
+    assert gap == pytest.approx(values["stf"]["variance_removed"], rel=0.1)
+
+
+def test_data_other_than_the_run_was_started_with_are_refused(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", SMALL)
+    digits = open_digits()
+    manifest = {**digits.manifest, "sha256": "0"}
+    with pytest.raises(ValueError, match="sha256"):
+        train(run, run.config(), dataclasses.replace(digits, manifest=manifest), device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"batch": 2000}, "--batch 2000"),
+        ({"references": 1798}, "--references 1798"),
+        ({"references": 31}, "--references 31"),
+    ],
+)
+def test_recipe_that_does_not_fit_the_data_is_refused(change: dict[str, int], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        check_fit(dataclasses.replace(SMALL, **change), open_digits())
+
+
+def test_conditional_run_without_labels_is_refused() -> None:
+    data = dataclasses.replace(open_digits(), labels=None, class_names=None)
+    with pytest.raises(ValueError, match="--conditional"):
+        check_fit(dataclasses.replace(SMALL, conditional=True), data)
+
+
+def test_numbers_of_the_picture_are_the_samples_of_the_run(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from stablefield.data.png import tile
+    from stablefield.training.model import draw, load_denoiser
+
+    run = start(tmp_path / "run", dataclasses.replace(SMALL, steps=8))
+    go(run)
+    denoiser = load_denoiser(run.config(), run.checkpoint(8))
+    sigmas = stablefield.sampling.edm_sigmas(18)
+    images = draw(
+        lambda x, _: stablefield.sampling.heun(denoiser, x, sigmas), (1, 8, 8), range(64), 80.0, torch.device("cpu")
+    )
+    with Image.open(run.picture(8)) as picture:
+        shown = np.asarray(picture)
+    np.testing.assert_array_equal(shown, tile(images)[:, :, 0])
