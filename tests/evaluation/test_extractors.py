@@ -149,9 +149,9 @@ def test_files_that_are_no_feature_network_are_refused(tmp_path: Path, scripted:
         load(scripted(nn.Linear(5, 2)))
 
 
-def test_full_precision_restores_what_it_changes_also_after_an_error() -> None:
+def test_full_precision_restores_what_it_changes_also_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     conv = torch.backends.cudnn.conv
-    before = conv.fp32_precision
+    monkeypatch.setattr(conv, "fp32_precision", "tf32")
     inside: list[object] = []
 
     def fail() -> None:
@@ -162,4 +162,4 @@ def test_full_precision_restores_what_it_changes_also_after_an_error() -> None:
     with pytest.raises(KeyError):
         fail()
     assert inside == ["ieee", True]
-    assert conv.fp32_precision == before
+    assert conv.fp32_precision == "tf32"

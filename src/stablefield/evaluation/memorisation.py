@@ -99,7 +99,8 @@ def nearest_ratio(
 def _ratio(points: Tensor, training: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     distances, index = nearest(points, training, 2)
     first, second = distances.unbind(dim=1)
-    return torch.where(second > 0, first / second.clamp(min=torch.finfo(second.dtype).tiny), 0.0), first, index[:, 0]
+    # 0 / 0 is 0: the sample, and two training images, are one.
+    return first / second.clamp(min=torch.finfo(second.dtype).tiny), first, index[:, 0]
 
 
 def _probability_less(a: Tensor, b: Tensor) -> float:
