@@ -43,5 +43,5 @@ $(VENV)/.demo: $(VENV)/.base pyproject.toml
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.base pyproject.toml
-	$(PIP) --group lint --group test --editable ".[train,evaluate,fid,ode]"
+	$(PIP) --group lint --group test --editable ".[train,evaluate,ode]"
 	@touch $@

@@ -1,7 +1,9 @@
 """The command: from digits to pictures, and every wrong use told in one paragraph with status 2."""
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +84,28 @@ def test_resume_of_a_finished_run_changes_nothing(tmp_path: Path, capsys: pytest
     assert status("train", "--resume", "--out", str(path)) == 0
     assert "continuing from step 4" in capsys.readouterr().out
     assert (path / "checkpoints/step-00000004/model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_is_saved_and_resumed_to_the_bytes_of_the_whole(tmp_path: Path, number: int) -> None:
+    flags = ["--steps", "400", "--network.width", "16", "--network.depth", "1", "--sample-every", "0"]
+    assert status("train", "digits", *flags, "--out", str(tmp_path / "whole")) == 0
+    cut = tmp_path / "cut"
+    code = "from stablefield.cli.entry import main; main()"
+    command = [sys.executable, "-c", code, "train", "digits", *flags, "--log-every", "1", "--out", str(cut)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        log = cut / "metrics.jsonl"
+        deadline = time.monotonic() + 60
+        while not (log.exists() and log.read_text().count("\n") > 20) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(number)
+        told, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "to go on: stablefield train --resume" in told
+    assert status("sample", str(cut), "--seeds", "0", "--out", str(tmp_path / "one.png")) == 0
+    assert status("train", "--resume", "--out", str(cut)) == 0
+    name = "checkpoints/step-00000400/ema.safetensors"
+    assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_runs_without_a_name_never_overwrite_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ traceback unless --debug is given.
 
 import importlib.util
 import sys
-import textwrap
 import traceback
 from collections.abc import Sequence
 
@@ -48,4 +47,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _tell(message: str) -> None:
-    print(textwrap.fill(f"stablefield: {message}", width=100, break_on_hyphens=False), file=sys.stderr)
+    # Not wrapped: a command in the message stays in one piece, and a terminal wraps by itself.
+    print(f"stablefield: {message}", file=sys.stderr)

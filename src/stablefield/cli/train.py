@@ -10,6 +10,7 @@ import tyro
 
 import stablefield
 from stablefield.cli.console import console, relative
+from stablefield.cli.interruption import Interruption
 from stablefield.cli.progress import TrainingProgress
 from stablefield.cli.sources import open_data
 from stablefield.training.loop import check_fit, train
@@ -65,9 +66,15 @@ class Train:
             f"{'x'.join(map(str, data.shape))}, {recipe.steps:,} steps of {recipe.batch}{references}, on {device}"
         )
         console.print(f"run folder: {relative(folder.path)}")
-        with TrainingProgress(recipe.steps) as progress:
-            train(folder, config, data, device=device, report=progress.update)
-        console.print(f"samples:    {relative(folder.picture(recipe.steps))}")
+        with TrainingProgress(recipe.steps) as progress, Interruption() as interruption:
+            done = train(
+                folder, config, data, device=device, report=progress.update, stop=lambda: interruption.requested
+            )
+        if done < recipe.steps:
+            console.print(
+                f"stopped at step {done:,}; to go on: stablefield train --resume --out {relative(folder.path)}"
+            )
+        console.print(f"samples:    {relative(folder.picture(done))}")
         console.print(f"draw more:  stablefield sample {relative(folder.path)} --seeds 0-63")
         return 0
 

@@ -91,7 +91,8 @@ def train(
     device: torch.device,
     report: Callable[[Report], None] | None = None,
     every: int = 10,
-) -> None:
+    stop: Callable[[], bool] = lambda: False,
+) -> int:
     """Train the run in `folder` to its last step, from its newest checkpoint if it has one.
 
     Args:
@@ -101,6 +102,10 @@ def train(
         device: where to compute.
         report: called after every `every` steps.
         every: steps between reports.
+        stop: asked after every step; if true, the run is saved with a checkpoint and a picture, and left.
+
+    Returns:
+        The steps done.
 
     Raises:
         TrainingError: if the loss is not finite.
@@ -138,7 +143,8 @@ def train(
         optimizer.step()
         update_ema(ema, model, ema_decay(recipe.batch, step * recipe.batch, recipe.ema_half_life, recipe.ema_ramp))
 
-        done, last = step + 1, step + 1 == recipe.steps
+        done = step + 1
+        last = done == recipe.steps or stop()
         removed = value.variance_removed.mean()
         reported.add(value.loss.detach(), removed, recipe.batch)
         logged.add(value.loss.detach(), removed, recipe.batch)
@@ -169,6 +175,9 @@ def train(
             save(folder.checkpoint(done), State(done, done * recipe.batch), model, ema, optimizer)
             reported.restart()
             logged.restart()
+        if last:
+            return done
+    return state.step
 
 
 class _Meter:

@@ -1,0 +1,39 @@
+"""Ctrl-C and SIGTERM as a wish to stop in order: the step that is under way is finished first."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Self
+
+__all__ = ["Interruption"]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interruption:
+    """Within its block, the first signal sets `requested`; a second one acts as it always does.
+
+    Attributes:
+        requested: whether somebody wants to stop.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._found = {number: signal.getsignal(number) for number in _SIGNALS}
+
+    def __enter__(self) -> Self:
+        for number in _SIGNALS:
+            signal.signal(number, self._request)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _request(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        self.requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._found.items():
+            signal.signal(number, handler)
