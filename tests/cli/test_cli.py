@@ -115,6 +115,23 @@ def test_runs_without_a_name_never_overwrite_each_other(tmp_path: Path, monkeypa
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"digits-stf", "digits-stf-2"}
 
 
+def test_packed_digits_train_to_the_same_bytes_as_the_built_in_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed = tmp_path / "digits.safetensors"
+    assert status("data", "pack", "digits", str(packed)) == 0
+    assert status("data", "pack", "digits", str(packed)) == 2  # never overwritten unasked
+    assert "overwrite" in capsys.readouterr().err
+    assert status("data", "inspect", str(packed), "--out", str(tmp_path / "some.png")) == 0
+    assert "1,797" in capsys.readouterr().out
+    assert pixels(tmp_path / "some.png").shape[1] > 500
+    weights = []
+    for name, data in (("a", "digits"), ("b", str(packed))):
+        assert status("train", data, *TINY, "--out", str(tmp_path / name)) == 0
+        weights.append((tmp_path / name / "checkpoints/step-00000004/ema.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
 def test_doctor_finds_the_target_exact_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert status("doctor") == 0
     assert "exact: relative error" in capsys.readouterr().out
@@ -134,6 +151,8 @@ def test_doctor_finds_the_target_exact_here(capsys: pytest.CaptureFixture[str]) 
         (["train", "--resume", "--out", "nowhere"], ["nowhere is not a run"]),
         (["train", "digits", "--out", "{full}"], ["is not empty", "--resume"]),
         (["train", "digits", "--out", "{file}/run"], ["cannot be written"]),
+        (["data", "inspect", "digits", "--out", "{file}/x.png"], ["cannot be written"]),
+        (["data", "pack", "{full}", "{full}/x"], ["holds no image file"]),
         (["sample", "nowhere"], ["nowhere is not a run"]),
         (["sample", "{run}", "--seeds", "a-b"], ["--seeds a-b"]),
         (["sample", "{run}", "--seeds", "9-3"], ["ends before it begins"]),

@@ -6,13 +6,16 @@ from rich.progress import Progress
 
 from stablefield.cli.console import console
 from stablefield.data.image_set import ImageSet
+from stablefield.data.resizing import Resize
 from stablefield.data.source import open_images
 
 __all__ = ["open_data"]
 
 
-def open_data(name: str) -> ImageSet:
-    """Open the data that `name` means.
+def open_data(
+    name: str, resolution: int | None = None, resize: Resize = "crop", split: str = "train", skip_broken: bool = False
+) -> ImageSet:
+    """Open the data that `name` means, as `stablefield.data.source.open_images` does.
 
     Raises:
         ValueError: if it means nothing, or is damaged; with what would be understood.
@@ -24,5 +27,10 @@ def open_data(name: str) -> ImageSet:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=None)
         return open_images(
-            name, progress=lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total)
+            name,
+            resolution=resolution,
+            resize=resize,
+            split=split,
+            skip_broken=skip_broken,
+            progress=lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total),
         )

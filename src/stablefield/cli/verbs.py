@@ -5,6 +5,7 @@ from typing import Annotated, Protocol
 
 import tyro
 
+from stablefield.cli.data import Data
 from stablefield.cli.doctor import Doctor
 from stablefield.cli.sample import Sample
 from stablefield.cli.train import RECIPES, Train
@@ -26,6 +27,7 @@ def parse(arguments: Sequence[str]) -> Verb:
     verbs = (
         Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Sample, tyro.conf.subcommand("sample")]
+        | Annotated[Data, tyro.conf.subcommand("data")]
         | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     )
     return tyro.cli(
