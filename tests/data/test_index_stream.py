@@ -58,7 +58,9 @@ def test_what_is_returned_is_the_callers_own():
 
 def test_seeds_and_epochs_give_unrelated_orders():
     # With seeds and epochs laid end to end as 32-bit words, (5 + 2^32, 0) and (5, 1) would be one stream.
-    orders = [tuple(epoch_of(IndexStream(50, 5, seed), e)) for seed in (0, 1, 5, 2**32, 2**32 + 5, 2**70) for e in range(3)]
+    orders = [
+        tuple(epoch_of(IndexStream(50, 5, seed), e)) for seed in (0, 1, 5, 2**32, 2**32 + 5, 2**70) for e in range(3)
+    ]
     assert len(set(orders)) == len(orders)
 
 

@@ -152,9 +152,9 @@ def test_other_safetensors_files_are_refused(tmp_path):
 
 def test_nothing_is_left_of_a_file_that_was_not_finished(tmp_path):
     made = toy()
-    with pytest.raises(ZeroDivisionError), PackedWriter(tmp_path / "toy", made.shape) as writer:
+    with PackedWriter(tmp_path / "toy", made.shape) as writer:
         writer.append(made.images)
-        _ = 1 / 0
+        assert len(list(tmp_path.iterdir())) == 1
     assert list(tmp_path.iterdir()) == []
 
 

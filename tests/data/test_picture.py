@@ -1,7 +1,10 @@
 """Pictures: tiles lie where they should, files hold what was written, tables say what is in a set."""
 
+import sys
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from stablefield.data import Origin, make_image_set, open_images, sample_grid, summary, tile, write_png
 
@@ -11,7 +14,9 @@ def noise(n, shape, seed=0):
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 6), (1, 8, 8)])
-@pytest.mark.parametrize(("n", "columns", "scale", "padding"), [(5, 2, 3, 1), (4, None, 2, 0), (7, 7, 1, 3), (1, 4, 1, 2)])
+@pytest.mark.parametrize(
+    ("n", "columns", "scale", "padding"), [(5, 2, 3, 1), (4, None, 2, 0), (7, 7, 1, 3), (1, 4, 1, 2)]
+)
 def test_every_image_lies_in_its_cell_and_the_rest_is_white(shape, n, columns, scale, padding):
     images = noise(n, shape)
     picture = tile(images, columns, scale, padding)
@@ -30,7 +35,9 @@ def test_every_image_lies_in_its_cell_and_the_rest_is_white(shape, n, columns, s
     np.testing.assert_array_equal(picture, expected)
 
 
-@pytest.mark.parametrize(("n", "side", "scale"), [(64, 8, 15), (1, 8, 16), (64, 28, 4), (64, 32, 3), (4, 64, 2), (64, 512, 1)])
+@pytest.mark.parametrize(
+    ("n", "side", "scale"), [(64, 8, 15), (1, 8, 16), (64, 28, 4), (64, 32, 3), (4, 64, 2), (64, 512, 1)]
+)
 def test_small_images_are_enlarged_as_far_as_a_thousand_pixels_go(n, side, scale):
     picture = tile(np.zeros((n, 1, side, side), np.uint8))
     columns = round(n**0.5)
@@ -57,8 +64,6 @@ def test_what_cannot_be_tiled_is_refused(arguments):
 
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1), (5, 7, 3)])
 def test_a_png_reads_back_as_it_was_written(tmp_path, shape):
-    from PIL import Image
-
     array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     path = write_png(tmp_path / "new" / "a.png", array)
     with Image.open(path) as image:
@@ -70,7 +75,7 @@ def test_a_png_reads_back_as_it_was_written(tmp_path, shape):
 
 
 def test_without_pillow_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match=r'pip install "stablefield\[train\]"'):
         write_png(tmp_path / "b.png", np.zeros((5, 5), np.uint8))
 
@@ -78,7 +83,9 @@ def test_without_pillow_the_extra_is_named(tmp_path, monkeypatch):
 def test_the_summary_gives_the_figures_of_the_data():
     images = noise(50, (3, 5, 4)) // np.array([1, 2, 5], np.uint8)[:, None, None]
     labels = np.arange(50) % 3
-    made = make_image_set(images, labels, Origin(name="toy", source="made up", class_names=("ant", "bee", "cow"), skipped=2))
+    made = make_image_set(
+        images, labels, Origin(name="toy", source="made up", class_names=("ant", "bee", "cow"), skipped=2)
+    )
     rows = dict(summary(made))
     mean, std = images.astype(float).mean((0, 2, 3)), images.astype(float).std((0, 2, 3))
     assert rows["mean"].startswith(", ".join(f"{v:.2f}" for v in mean))
@@ -115,5 +122,7 @@ def test_a_sample_grid_shows_distinct_images_of_the_set_and_depends_on_the_seed(
     np.testing.assert_array_equal(grid, sample_grid(digits, 9, seed=1))
     assert (grid != sample_grid(digits, 9, seed=2)).any()
     assert sample_grid(make_image_set(noise(3, (1, 4, 4)), None, Origin(name="toy", source="made up")), 64).ndim == 3
+    few = make_image_set(np.arange(36, dtype=np.uint8)[:, None, None, None], None, Origin(name="toy", source="made up"))
+    assert set(range(36)) <= set(sample_grid(few, 36, seed=3).ravel().tolist())
     with pytest.raises(ValueError, match="count=0"):
         sample_grid(digits, 0)

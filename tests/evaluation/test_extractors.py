@@ -1,6 +1,6 @@
 import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -149,17 +149,26 @@ def test_files_that_are_no_feature_network_are_refused(tmp_path: Path, scripted:
         load(scripted(nn.Linear(5, 2)))
 
 
-def test_full_precision_restores_what_it_changes_also_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def tensor_float_32() -> Iterator[None]:
+    # monkeypatch cannot undo this attribute: it lives behind the class.
     conv = torch.backends.cudnn.conv
-    monkeypatch.setattr(conv, "fp32_precision", "tf32")
+    before = conv.fp32_precision
+    conv.fp32_precision = "tf32"
+    yield
+    conv.fp32_precision = before
+
+
+@pytest.mark.usefixtures("tensor_float_32")
+def test_full_precision_restores_what_it_changes_also_after_an_error() -> None:
     inside: list[object] = []
 
     def fail() -> None:
         with full_precision(torch.device("cpu")):
-            inside.extend([conv.fp32_precision, torch.is_inference_mode_enabled()])
+            inside.extend([torch.backends.cudnn.conv.fp32_precision, torch.is_inference_mode_enabled()])
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
     assert inside == ["ieee", True]
-    assert conv.fp32_precision == "tf32"
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32"

@@ -97,7 +97,7 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
 
 def test_a_missing_package_is_an_error_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inception, "find_spec", lambda _: None)
-    with pytest.raises(ImportError, match=r"pip install 'stablefield\[evaluate\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'stablefield\[fid\]'"):
         Inception()
 
 

@@ -69,8 +69,8 @@ def test_positional_embedding_is_its_closed_form():
     labels = [0.0, 1.0, 73.5, 999.0]
     actual = PositionalEmbedding(128)(torch.tensor(labels))
     angles = np.outer(labels, [10000 ** (-k / 63) for k in range(64)])
+    # A phase of 999 has a float32 spacing of 6e-5.
     np.testing.assert_allclose(actual, np.concatenate([np.sin(angles), np.cos(angles)], axis=1), atol=1e-4)
-    # In float64 the only rounding left is that of the float32 frequencies.
     assert actual.dtype == torch.float32
     assert PositionalEmbedding(128).state_dict() == {}
 
@@ -129,7 +129,7 @@ def test_groups_are_a_quarter_of_the_channels_and_at_most_32(channels, groups):
     assert (norm.num_groups, norm.eps) == (groups, 1e-6)
 
 
-@pytest.mark.parametrize("channels", [3, 10, 144])
+@pytest.mark.parametrize("channels", [3, 9, 144])
 def test_channels_that_do_not_divide_into_groups_are_refused(channels):
     with pytest.raises(ValueError, match=f"{channels} channels"):
         group_norm(channels)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from stablefield.data.collector import Collector, cached
 from stablefield.data.image_files import stamp
-from stablefield.data.image_set import ImageSet, Origin, make_image_set, labels_sha256
+from stablefield.data.image_set import ImageSet, Origin, labels_sha256, make_image_set
 
 __all__ = ["open_npy", "open_npz"]
 

@@ -57,10 +57,14 @@ def read_header(file: BinaryIO) -> Header:
         Exception: whatever Pillow raises for a damaged file.
     """
     from PIL.Image import open as open_image
+    from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
     with open_image(file) as image:
         turned = _check(image) >= 5
-        width, height = reversed(image.size) if turned else image.size
+        # Pillow turns a TIFF by itself, and its size may say so already; the tags are those of the file.
+        tiff = isinstance(image, TiffImageFile)
+        size: tuple[int, int] = (image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]) if tiff else image.size
+        width, height = reversed(size) if turned else size
         return Header(height=height, width=width, grey=image.mode in GREY_MODES)
 
 

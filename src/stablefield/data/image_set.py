@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ImageSet", "Origin", "chunks", "make_image_set", "labels_sha256", "pixels_sha256", "size_text"]
+__all__ = ["ImageSet", "Origin", "chunks", "labels_sha256", "make_image_set", "pixels_sha256", "size_text"]
 
 CHUNK_BYTES = 16 * 2**20
 """How much is read from a set at a time where all of it must be seen."""

@@ -38,10 +38,12 @@ def fit(image: Image, resolution: int, resize: Resize) -> Image:
     from PIL.Image import Resampling
 
     width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    box = (0, 0, width, height) if resize == "squash" else (left, top, left + side, top + side)
-    return image.resize((resolution, resolution), Resampling.LANCZOS, box=box)
+    if resize == "crop" and width != height:
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        # Cut first: resize(box=...) would let the filter look at what lies outside of the square.
+        image = image.crop((left, top, left + side, top + side))
+    return image.resize((resolution, resolution), Resampling.LANCZOS)
 
 
 def resize_text(resolution: int, resize: Resize) -> str:

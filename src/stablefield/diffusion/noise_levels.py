@@ -47,7 +47,11 @@ class NoiseLevels(ABC):
         if self.stratified:
             u = (torch.randperm(batch, generator=generator, device=source) + u) / batch
         tiny = torch.finfo(wide).eps
-        return self.quantile(u.clamp(tiny, 1 - tiny), process).to(device or source, torch.float32)
+        wide_t = self.quantile(u.clamp(tiny, 1 - tiny), process)
+        t = wide_t.to(torch.float32)
+        # float32 rounds the last 3e-8 of [0, 1] to 1, where flows have no signal left and an infinite noise level.
+        rounded_up = process.noise_level(wide_t).isfinite() & process.noise_level(t).isinf()
+        return torch.where(rounded_up, torch.nextafter(t, torch.zeros_like(t)), t).to(device or source)
 
 
 @dataclass(frozen=True)

@@ -116,8 +116,18 @@ class Objective:
             ValueError: as `StableTarget`; or if a drawn noise level is 0 or infinite.
         """
         assert self.target is not None
+        if not x0.is_floating_point():
+            raise ValueError(f"x0 has dtype {x0.dtype}: it must be floating point (uint8 images: x0 / 127.5 - 1).")
+        if class_labels is not None:
+            class_labels = _checked_labels(class_labels, x0)
         device = x0.device if generator is None else generator.device
         t = self.noise_levels.sample(self.process, len(x0), generator, x0.device)
+        level = self.process.noise_level(t)
+        if not bool(((level > 0) & level.isfinite()).all()):
+            raise ValueError(
+                f"the noise levels drawn run from {level.min():g} to {level.max():g}: they must be positive and finite; "
+                f"change the range of {self.noise_levels}."
+            )
         noise = torch.randn(x0.shape, dtype=x0.dtype, generator=generator, device=device).to(x0.device)
         seen = class_labels
         if class_labels is not None and self.label_dropout > 0:
@@ -136,7 +146,6 @@ class Objective:
             alone=alone,
             generator=generator,
         )
-        level = self.process.noise_level(t)
         x = x_t / per_row(self.process.alpha(t), x0)
         if seen is None and augment_labels is None:
             estimate = denoiser(x, level)
@@ -144,8 +153,27 @@ class Objective:
             estimate = denoiser(x, level, seen)
         else:
             estimate = denoiser(x, level, seen, augment_labels)
+        if estimate.shape != x0.shape:
+            raise ValueError(
+                f"the denoiser returned shape {tuple(estimate.shape)} for x0 of shape {tuple(x0.shape)}: they must be equal."
+            )
         weight = self.weighting(level)
+        if not bool(weight.isfinite().all()):
+            raise ValueError(
+                f"{self.weighting} is not finite at noise levels from {level.min():g}: raise the lower end of "
+                f"{self.noise_levels}."
+            )
         error = (estimate.to(torch.promote_types(estimate.dtype, torch.float32)) - target.x0).flatten(1)
         row_loss = weight.to(error.dtype) * error.square().mean(1)
         removed = weight * target.variance / math.prod(x0.shape[1:])
         return ObjectiveValue(row_loss.mean(), row_loss, level, removed)
+
+
+def _checked_labels(labels: Tensor, x0: Tensor) -> Tensor:
+    kind = labels.dtype
+    if labels.shape != x0.shape[:1] or kind.is_floating_point or kind.is_complex or kind == torch.bool:
+        raise ValueError(
+            f"class_labels have shape {tuple(labels.shape)} and dtype {kind}: "
+            f"one integer per row is needed, shape ({len(x0)},), -1 for no class."
+        )
+    return labels.long()

@@ -68,6 +68,13 @@ class VPPreconditioning:
     beta_slope: float = 19.9
     steps: int = 1000
 
+    def __post_init__(self) -> None:
+        if not (self.beta_min >= 0 and 0 < self.beta_slope < math.inf and self.steps >= 1):
+            raise ValueError(
+                f"VPPreconditioning(beta_min={self.beta_min}, beta_slope={self.beta_slope}, steps={self.steps}): "
+                "beta_min must not be negative, beta_slope positive, steps at least 1."
+            )
+
     def __call__(self, sigma: Tensor) -> Scalings:  # noqa: D102
         one = torch.ones_like(sigma)
         # A plain log of (1 + s^2), not log1p: the published networks were trained with its float32 rounding.
@@ -123,15 +130,18 @@ class Denoiser(nn.Module):
         inner = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), dtype)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(dtype)
-            # Labels in the network's dtype, as published; the scalings of the state in its own.
+            # The label is computed in float32, as published, and rounded once for a network of lower precision.
             level = row_values("sigma", sigma, x)
             scale = self.preconditioning(level.to(dtype))
-            label = self.preconditioning(level.to(inner)).noise
+            exact = torch.float64 if inner == torch.float64 else torch.float32
+            label = self.preconditioning(level.to(exact)).noise.to(inner)
             scaled = (per_row(scale.into, x) * x).to(inner)
         if class_labels is None and augment_labels is None:
             raw = self.network(scaled, label)
         elif augment_labels is None:
             raw = self.network(scaled, label, class_labels=class_labels)
+        elif class_labels is None:
+            raw = self.network(scaled, label, augment_labels=augment_labels)
         else:
             raw = self.network(scaled, label, class_labels=class_labels, augment_labels=augment_labels)
         with torch.autocast(x.device.type, enabled=False):

@@ -76,7 +76,7 @@ class Process(ABC):
         elif noise.shape != x0.shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, x0 has {tuple(x0.shape)}: they must be equal.")
         t = row_values("t", t, x0)
-        return per_row(self.alpha(t), x0) * x0 + per_row(self.sigma(t), x0) * noise
+        return per_row(self.alpha(t), x0) * x0 + per_row(self.sigma(t), x0) * noise.to(x0.dtype)
 
 
 @dataclass(frozen=True)

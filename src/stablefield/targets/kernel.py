@@ -39,7 +39,8 @@ class GaussianKernel:
     """The normal density N(x_t; alpha y, sigma^2 I)."""
 
     def log_ratio(self, excess: Tensor, anchor_square: Tensor, sigma: Tensor, dim: int) -> Tensor:  # noqa: ARG002, D102
-        return excess * (-0.5 / sigma**2).to(excess.dtype)
+        # Below 1e-19, 1 / sigma^2 leaves float32; a large number in its place has the same softmax, and infinity has none.
+        return excess * (-0.5 / sigma**2).clamp(min=torch.finfo(excess.dtype).min).to(excess.dtype)
 
     def log_density(self, square: Tensor, sigma: Tensor, dim: int) -> Tensor:  # noqa: D102
         return -0.5 * (square / sigma**2 + dim * torch.log(2 * math.pi * sigma**2))
@@ -68,7 +69,9 @@ class StudentTKernel:
 
     def log_ratio(self, excess: Tensor, anchor_square: Tensor, sigma: Tensor, dim: int) -> Tensor:  # noqa: D102
         scale = (1 / (anchor_square + self.dof * sigma**2)).to(excess.dtype)
-        return -0.5 * (dim + self.dof) * torch.log1p(excess * scale)
+        # The ratio is above -1 but for rounding, which must not make a nan of it.
+        ratio = (excess * scale).clamp(min=-1 + torch.finfo(excess.dtype).eps)
+        return -0.5 * (dim + self.dof) * torch.log1p(ratio)
 
     def log_density(self, square: Tensor, sigma: Tensor, dim: int) -> Tensor:  # noqa: D102
         d = self.dof

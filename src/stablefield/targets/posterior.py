@@ -94,11 +94,12 @@ def posterior(
     query = Query.checked(x_t, alpha, sigma, bank, source, group, reference_group, log_prior)
     kernel = kernel or GaussianKernel()
     with full_precision(x_t.device):
-        excess = Excess(query, find_anchor(query, bank))
-        return finish(accumulate(query, bank, excess, kernel, chunk_size), query, excess, kernel)
+        anchor, distances = find_anchor(query, bank)
+        excess = Excess(query, anchor, kernel, distances)
+        return finish(accumulate(query, bank, excess, chunk_size), query, excess, kernel)
 
 
-def accumulate(query: Query, bank: Bank, excess: Excess, kernel: Kernel, chunk_size: int | None = None) -> Partial:
+def accumulate(query: Query, bank: Bank, excess: Excess, chunk_size: int | None = None) -> Partial:
     """Softmax sums of `query` over the references of `bank`, with logits relative to the anchors of `excess`.
 
     Raises:
@@ -112,9 +113,10 @@ def accumulate(query: Query, bank: Bank, excess: Excess, kernel: Kernel, chunk_s
     for where, rows in bank.chunks(chunk_size or bank.chunk_size(batch), query.x_t.dtype):
         allowed = query.allowed(where)
         delta = excess.over(rows, squares[where], where, allowed)
-        logits = kernel.log_ratio(delta, excess.anchor_square[:, None], query.sigma[:, None], dim)
-        logits, prior = _with_prior(logits, query, where, allowed)
-        partial.add(logits, rows, squares[where], prior)
+        logits = excess.logits(delta, where)
+        if allowed is not None:
+            logits.masked_fill_(~allowed, -torch.inf)
+        partial.add(logits, rows, squares[where], _prior_weight(query, where, allowed))
     return partial
 
 
@@ -148,15 +150,10 @@ def finish(partial: Partial, query: Query, excess: Excess, kernel: Kernel) -> Po
     )
 
 
-def _with_prior(logits: Tensor, query: Query, where: slice, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Add the prior and mask what is not allowed; return the logits and the log of the summed prior weights."""
+def _prior_weight(query: Query, where: slice, allowed: Tensor | None) -> Tensor:
+    """Log of the summed prior weights of the allowed references of a chunk, shape (B,) or ()."""
     if query.log_prior is None:
-        count = torch.full((), logits.shape[1], device=logits.device) if allowed is None else allowed.sum(1)
-        prior = count.to(query.sigma.dtype).log()
-    else:
-        log_prior = query.log_prior[where]
-        logits = logits + log_prior.to(logits.dtype)
-        prior = (log_prior if allowed is None else torch.where(allowed, log_prior, -torch.inf)).logsumexp(-1)
-    if allowed is not None:
-        logits.masked_fill_(~allowed, -torch.inf)
-    return logits, prior
+        count = torch.full((), where.stop - where.start) if allowed is None else allowed.sum(1)
+        return count.to(query.sigma).log()
+    log_prior = query.log_prior[where]
+    return (log_prior if allowed is None else torch.where(allowed, log_prior, -torch.inf)).logsumexp(-1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from stablefield.shapes import row_values
 from stablefield.targets.bank import Bank, squared_norms
 
-__all__ = ["Query", "checked_bank"]
+__all__ = ["Query", "checked_bank", "require_rows"]
 
 
 @dataclass(frozen=True)
@@ -60,24 +60,27 @@ class Query:
         wide = torch.float32 if x_t.device.type == "mps" else torch.float64
         alpha = row_values("alpha", alpha, x_t).to(wide)
         sigma = row_values("sigma", sigma, x_t).to(wide)
-        _require((sigma > 0) & sigma.isfinite(), "sigma", sigma, "it must be positive and finite")
-        _require(alpha.isfinite(), "alpha", alpha, "it must be finite")
+        require_rows((sigma > 0) & sigma.isfinite(), "sigma", sigma, "it must be positive and finite")
+        require_rows(alpha.isfinite(), "alpha", alpha, "it must be finite")
         rows = x_t.reshape(batch, bank.dim).to(dtype)
         _require_finite(squared_norms(rows), "x_t")
         _require_finite(bank.squares(dtype), "references")
         if source is not None:
             _check_integers("source", source, batch, x_t, "the index of each row's own reference")
             source = source.long()
-            _require((source >= 0) & (source < n), "source", source, f"it must index the {n} references, 0 to {n - 1}")
+            require_rows(
+                (source >= 0) & (source < n), "source", source, f"it must index the {n} references, 0 to {n - 1}"
+            )
         if (group is None) != (reference_group is None):
             missing, given = ("group", "reference_group") if group is None else ("reference_group", "group")
             raise ValueError(f"{missing} is missing: it is needed with {given}, one integer per row and per reference.")
         if group is not None and reference_group is not None:
             _check_integers("group", group, batch, x_t, "the condition of each row")
             _check_integers("reference_group", reference_group, n, x_t, "the condition of each reference")
+            group, reference_group = group.long(), reference_group.long()
             if source is not None:
                 fits = (group == -1) | (group == reference_group[source])
-                _require(
+                require_rows(
                     fits, "group", group, "the row's own source is a reference of another group; it must fit its row"
                 )
         if log_prior is not None:
@@ -86,11 +89,16 @@ class Query:
                     f"log_prior has shape {tuple(log_prior.shape)} on {log_prior.device}: "
                     f"it needs one number per reference, shape ({n},), on {x_t.device}."
                 )
-            log_prior = log_prior.to(wide)
-            _require(
-                log_prior < torch.inf, "log_prior", log_prior, "it must be a number below +inf (-inf excludes one)"
-            )
+            below = log_prior < torch.inf
+            require_rows(below, "log_prior", log_prior, "it must be a number below +inf (-inf excludes one)")
+            # Only differences count; without the common part, they keep their digits in the dtype of the logits.
+            largest = log_prior.to(wide).max()
+            log_prior = (log_prior.to(wide) - torch.where(largest.isneginf(), 0, largest)).to(dtype).to(wide)
         return cls(rows, alpha, sigma, source, group, reference_group, log_prior, x_t)
+
+    def prior(self, where: slice) -> Tensor | None:
+        """Log prior weights of the references of the slice, shape (c,), in the dtype of the logits; None if uniform."""
+        return None if self.log_prior is None else self.log_prior[where].to(self.x_t.dtype)
 
     def allowed(self, where: slice, rows: Tensor | None = None) -> Tensor | None:
         """Which references of the slice each row (or each of `rows`) may use, shape (B, c); None if all may use all."""
@@ -133,7 +141,8 @@ def _check_integers(name: str, value: Tensor, length: int, x: Tensor, meaning: s
         raise ValueError(f"{name} is on {value.device}, the batch is on {x.device}: move one of them.")
 
 
-def _require(holds: Tensor, name: str, value: Tensor, rule: str) -> None:
+def require_rows(holds: Tensor, name: str, value: Tensor, rule: str) -> None:
+    """Raise ValueError for the first row for which `holds` (B,) is false, with its `value` (B,) and the rule."""
     if not bool(holds.all()):
         row = int((~holds).nonzero()[0, 0])
         raise ValueError(f"{name}[{row}] is {value[row].item():g}: {rule}.")

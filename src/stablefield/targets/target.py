@@ -30,7 +30,7 @@ from stablefield.targets.excess import Excess
 from stablefield.targets.kernel import GaussianKernel, Kernel
 from stablefield.targets.posterior import Posterior, accumulate, finish
 from stablefield.targets.precision import full_precision
-from stablefield.targets.query import Query
+from stablefield.targets.query import Query, require_rows
 from stablefield.targets.references import InBatch, References, Selection
 
 __all__ = ["DenoisingTarget", "StableTarget", "Target"]
@@ -70,7 +70,9 @@ class Target:
         the cancellation that a small sigma would magnify.
         """
         ratio = self.process.alpha(self.t) / self.process.sigma(self.t)
-        return self.source_noise + per_row(ratio, self.x0) * (self.source - self.x0)
+        gap = self.source - self.x0
+        # Where sigma is 0 the ratio is infinite and the gap 0, which is no correction and not nan.
+        return torch.where(gap == 0, self.source_noise, self.source_noise + per_row(ratio, self.x0) * gap)
 
     @property
     def score(self) -> Tensor:
@@ -169,6 +171,14 @@ class StableTarget:
         _check_pair(x0, x_t, noise)
         t = row_values("t", t, x0)
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        require_rows((sigma >= 0) & sigma.isfinite(), "sigma", sigma, "it must not be negative: check t")
+        require_rows(alpha.isfinite(), "alpha", alpha, "it must be finite: check t")
+        for name, value in (("group", group), ("reference_group", reference_group), ("index", index)):
+            if value is not None and value.shape != x0.shape[:1]:
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}: one integer per row is needed, "
+                    f"shape ({len(x0)},)."
+                )
         if noise is None:
             noise = (x_t - per_row(alpha, x0) * x0) / per_row(sigma, x0)
         variance = torch.zeros(len(x0), dtype=torch.promote_types(x0.dtype, torch.float32), device=x0.device)
@@ -177,7 +187,8 @@ class StableTarget:
         # Rows that are alone are of another kind than the rest, so they are no references for it either; rows below the
         # noise band are.
         shared = None if alone is None else _flags("alone", alone, x0).logical_not().nonzero()[:, 0]
-        in_band = sigma / alpha >= self.noise_band
+        # A band without an upper end is DSM, also where alpha is 0 and the noise level infinite.
+        in_band = (sigma / alpha >= self.noise_band) & math.isfinite(self.noise_band)
         if shared is not None:
             in_band = in_band[shared]
         active = in_band.nonzero()[:, 0]
@@ -209,14 +220,14 @@ class StableTarget:
         query = Query.checked(batch.x_t, batch.alpha, batch.sigma, bank, source, batch.group, reference_group)
         with full_precision(batch.x_t.device):
             anchor = batch.x0.reshape(query.x_t.shape).to(query.x_t.dtype)
-            excess = Excess(query, anchor)
-            partial = accumulate(query, bank, excess, kernel, self.chunk_size)
+            excess = Excess(query, anchor, kernel)
+            partial = accumulate(query, bank, excess, self.chunk_size)
             if selection.mirrored:
                 # The posterior over mirrored references is that of the mirrored row over the references as they are,
                 # mirrored back. Both parts have the same anchor but for the mirror, so they merge.
                 image = replace(query, x_t=batch.x_t.flip(-1).reshape(query.x_t.shape).to(query.x_t.dtype), source=None)
                 anchor = batch.x0.flip(-1).reshape(query.x_t.shape).to(query.x_t.dtype)
-                other = accumulate(image, bank, Excess(image, anchor), kernel, self.chunk_size)
+                other = accumulate(image, bank, Excess(image, anchor, kernel), self.chunk_size)
                 other.total = other.total.reshape(batch.x_t.shape).flip(-1).reshape(query.x_t.shape)
                 partial = partial.merge(other)
             return finish(partial, query, excess, kernel)
@@ -293,6 +304,8 @@ def _check_pair(x0: Tensor, x_t: Tensor, noise: Tensor | None) -> None:
         raise ValueError(f"x0 has dtype {x0.dtype}: it must be floating point (uint8 images: x0 / 127.5 - 1).")
     if x0.ndim < 2 or len(x0) == 0:
         raise ValueError(f"x0 has shape {tuple(x0.shape)}: it needs at least one row and one data dimension, (B, ...).")
+    if not x_t.is_floating_point():
+        raise ValueError(f"x_t has dtype {x_t.dtype}: noisy samples are floating point.")
     for name, value in (("x_t", x_t), ("noise", noise)):
         if value is None:
             continue

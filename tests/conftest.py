@@ -1,0 +1,83 @@
+"""What all tests share: a bound on threads, seeded draws, and a posterior written in the plainest way."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Exact:
+    """A posterior by its definition, in float64: weights (B, n), mean (B, d), variance, ess, log_evidence (B,)."""
+
+    weights: Tensor
+    mean: Tensor
+    variance: Tensor
+    ess: Tensor
+    log_evidence: Tensor
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def at_most_two_threads() -> Iterator[None]:
+    found = torch.get_num_threads()
+    torch.set_num_threads(min(found, 2))
+    yield
+    torch.set_num_threads(found)
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def exact() -> Callable[..., Exact]:
+    def compute(x_t, alpha, sigma, references, allowed=None, log_prior=None, log_kernel=None) -> Exact:
+        """No product form, no anchor, no chunks: every difference vector is formed, in float64.
+
+        `log_kernel(square, sigma, dim)` is the log density of the noise; Gaussian if not given.
+        """
+        x, y = x_t.reshape(len(x_t), -1).double(), references.reshape(len(references), -1).double()
+        alpha = torch.as_tensor(alpha, dtype=torch.float64).expand(len(x))
+        sigma = torch.as_tensor(sigma, dtype=torch.float64).expand(len(x))[:, None]
+        square = torch.stack([((x[i] - alpha[i] * y) ** 2).sum(1) for i in range(len(x))])
+        if log_kernel is None:
+            log_density = -square / (2 * sigma**2) - x.shape[1] * torch.log(sigma * (2 * torch.pi) ** 0.5)
+        else:
+            log_density = log_kernel(square, sigma, x.shape[1])
+        prior = torch.zeros(len(x), len(y), dtype=torch.float64)
+        if log_prior is not None:
+            prior = prior + log_prior.double()
+        if allowed is not None:
+            prior = prior.masked_fill(~allowed, -torch.inf)
+        joint = prior.log_softmax(1) + log_density
+        weights = joint.softmax(1)
+        mean = weights @ y
+        spread = torch.stack([((y - mean[i]) ** 2).sum(1) for i in range(len(x))])
+        return Exact(weights, mean, (weights * spread).sum(1), 1 / (weights**2).sum(1), joint.logsumexp(1))
+
+    return compute
+
+
+@pytest.fixture(scope="session")
+def smooth_images() -> Callable[..., Tensor]:
+    def make(n: int, generator: torch.Generator, size: int = 32) -> Tensor:
+        """Random images in [-1, 1], shape (n, 3, size, size), whose power falls with frequency as in photographs."""
+        octaves = [
+            torch.nn.functional.interpolate(
+                torch.randn(n, 3, cells, cells, generator=generator) * 1.2 / cells**0.5, size=size, mode="bilinear"
+            )
+            for cells in (2, 4, 8, 16)
+        ]
+        return sum(octaves[1:], octaves[0]).clamp(-1, 1)
+
+    return make

@@ -1,0 +1,443 @@
+"""CIFAR-10, idx files, NumPy arrays, the hub, and what is no source at all."""
+
+import gzip
+import io
+import struct
+import sys
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stablefield.data import open_images
+
+
+def noise(shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+# CIFAR-10
+
+
+def cifar(folder, rows=4):
+    folder.mkdir(parents=True)
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+    labels, images = noise((6, rows), 1) % 10, noise((6, rows, 3, 32, 32), 2)
+    for name, numbers, pictures in zip(names, labels, images, strict=True):
+        with (folder / name).open("wb") as file:
+            for number, picture in zip(numbers, pictures, strict=True):
+                file.write(bytes([number]))
+                for plane in picture:  # red, green, blue
+                    file.write(plane.tobytes())
+    return labels, images
+
+
+@pytest.mark.parametrize("place", [".", "cifar-10-batches-bin"])
+def test_cifar10_gives_its_batches_in_order(tmp_path, place):
+    labels, images = cifar(tmp_path / "data" / place)
+    train, test = open_images(tmp_path / "data"), open_images(tmp_path / "data", split="test")
+    np.testing.assert_array_equal(train.images, images[:5].reshape(20, 3, 32, 32))
+    np.testing.assert_array_equal(train.labels, labels[:5].reshape(20))
+    np.testing.assert_array_equal(test.images, images[5])
+    np.testing.assert_array_equal(test.labels, labels[5])
+    assert (train.name, train.class_names[3], train.classes) == ("cifar10", "cat", 10)
+
+
+def test_an_incomplete_or_cut_cifar10_is_refused(tmp_path):
+    cifar(tmp_path / "c")
+    with pytest.raises(ValueError, match="split='val'"):
+        open_images(tmp_path / "c", split="val")
+    path = tmp_path / "c" / "data_batch_3.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=r"data_batch_3\.bin has 12,291 bytes, no multiple of 3,073"):
+        open_images(tmp_path / "c")
+    path.write_bytes(b"\x0a" + whole[1:])
+    with pytest.raises(ValueError, match="the label 10"):
+        open_images(tmp_path / "c")
+    path.unlink()
+    with pytest.raises(ValueError, match=r"lacks data_batch_3\.bin"):
+        open_images(tmp_path / "c")
+
+
+def test_cifar10_as_pickles_is_never_read(tmp_path):
+    (tmp_path / "data_batch_1").write_bytes(b"cos\nsystem\n(S'exit'\ntR.")
+    with pytest.raises(ValueError, match=r"pickles.*binary version"):
+        open_images(tmp_path)
+
+
+# idx
+
+
+def idx(path, array, code=8):
+    content = bytes([0, 0, code, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+@pytest.fixture(params=["", ".gz"])
+def mnist(tmp_path, request):
+    data = {"train": (noise((7, 5, 4)), noise(7) % 10), "t10k": (noise((3, 5, 4), 1), noise(3, 1) % 10)}
+    for split, (images, labels) in data.items():
+        idx(tmp_path / f"{split}-images-idx3-ubyte{request.param}", images)
+        idx(tmp_path / f"{split}-labels-idx1-ubyte{request.param}", labels)
+    return tmp_path, data, request.param
+
+
+def test_a_folder_of_idx_files_gives_its_splits_with_labels(mnist):
+    folder, data, _ = mnist
+    for split, key in (("train", "train"), ("test", "t10k")):
+        opened = open_images(folder, split=split)
+        np.testing.assert_array_equal(opened.images[:, 0], data[key][0])
+        np.testing.assert_array_equal(opened.labels, data[key][1])
+    with pytest.raises(ValueError, match="split='val'"):
+        open_images(folder, split="val")
+
+
+def test_one_idx_file_finds_its_labels_or_does_without(mnist):
+    folder, data, suffix = mnist
+    path = folder / f"t10k-images-idx3-ubyte{suffix}"
+    np.testing.assert_array_equal(open_images(path).labels, data["t10k"][1])
+    assert (open_images(path).file is None) == (suffix == ".gz")
+    (folder / f"t10k-labels-idx1-ubyte{suffix}").unlink()
+    assert open_images(path).labels is None
+
+
+def test_a_cut_or_foreign_idx_file_is_refused(mnist):
+    folder, _, suffix = mnist
+    path = folder / f"train-images-idx3-ubyte{suffix}"
+    whole = path.read_bytes()
+    for content in (whole[:-9], whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="cut short or damaged"):
+            open_images(folder)
+    plain = gzip.decompress(whole) if suffix else whole
+    for content in (plain[:-1], plain + b"\0", plain[:9]):
+        path.write_bytes(gzip.compress(content) if suffix else content)
+        with pytest.raises(ValueError, match="cut short or damaged"):
+            open_images(folder)
+    idx(path, noise((8, 5, 4)))
+    with pytest.raises(ValueError, match="7 labels for the 8 images"):
+        open_images(folder)
+    with pytest.raises(ValueError, match="3 axes"):
+        open_images(folder / f"train-labels-idx1-ubyte{suffix}")
+    idx(path, np.zeros((0, 5, 4), np.uint8))
+    with pytest.raises(ValueError, match="empty or damaged"):
+        open_images(path)
+
+
+def test_a_folder_with_several_training_sets_asks_for_a_file(tmp_path):
+    for name in ("a-train-images-idx3-ubyte", "b-train-images-idx3-ubyte"):
+        idx(tmp_path / name, noise((2, 3, 3)))
+    with pytest.raises(ValueError, match=r"2 idx files of images.*a-train-images.*name the file itself"):
+        open_images(tmp_path)
+
+
+def test_an_idx_file_beside_its_gzipped_twin_is_no_ambiguity(tmp_path):
+    idx(tmp_path / "train-images-idx3-ubyte", noise((2, 3, 3)))
+    idx(tmp_path / "train-images-idx3-ubyte.gz", noise((2, 3, 3)))
+    assert len(open_images(tmp_path)) == 2
+
+
+# NumPy arrays
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((4, 5, 6), "NHW"),
+        ((4, 3, 5, 6), "NCHW"),
+        ((4, 1, 5, 6), "NCHW"),
+        ((4, 5, 6, 3), "NHWC"),
+        ((3, 5, 6, 1), "NHWC"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["npy", "npz", "mapped npz"])
+def test_layouts_are_told_apart_by_shape_and_stated(tmp_path, shape, layout, kind):
+    array = noise(shape)
+    expected = {"NHW": array[:, None] if array.ndim == 3 else None, "NCHW": array, "NHWC": np.moveaxis(array, -1, 1)}[
+        layout
+    ]
+    path = tmp_path / f"a.{kind[-3:]}"
+    if kind == "npy":
+        np.save(path, array)
+    else:
+        np.savez_compressed(path, images=array)
+    options = {"memory_budget": 10, "cache": tmp_path / "cache"} if kind == "mapped npz" else {}
+    opened = open_images(path, **options)
+    np.testing.assert_array_equal(opened.images, expected)
+    assert f"read as {layout}" in opened.manifest["source"]
+    assert (opened.file is None) == (kind == "npz")
+    opened.verify()
+    if options:
+        assert open_images(path, **options).file == opened.file
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 5, 3), (4, 1, 5, 3), (4, 1, 5, 1)])
+def test_an_ambiguous_layout_is_refused_with_the_remedy(tmp_path, shape):
+    np.save(tmp_path / "a.npy", noise(shape))
+    with pytest.raises(ValueError, match=r"may be \(n, C, H, W\) as well as.*greyscale images as \(n, H, W\)"):
+        open_images(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (noise((4, 5, 6)) / 255, r"float64.*astype\('uint8'\)"),
+        (noise((4, 5, 6)) > 9, "bool"),
+        (noise((4, 5, 6, 4)), "alpha"),
+        (noise((4, 5)), r"\(4, 5\)"),
+        (noise((0, 5, 6)), "n above 0"),
+    ],
+)
+def test_arrays_that_are_no_images_are_refused_with_the_remedy(tmp_path, array, says):
+    np.save(tmp_path / "a.npy", array)
+    np.savez(tmp_path / "a.npz", x=array)
+    for name in ("a.npy", "a.npz"):
+        with pytest.raises(ValueError, match=says):
+            open_images(tmp_path / name)
+
+
+def test_pickled_arrays_are_never_read(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([{}], object), allow_pickle=True)
+    np.savez(tmp_path / "a.npz", images=noise((2, 5, 5)), labels=np.array([{}, {}], object))
+    with pytest.raises(ValueError, match="Python objects"):
+        open_images(tmp_path / "a.npy")
+    with pytest.raises(ValueError, match=r"[Oo]bject"):
+        open_images(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [("images", "labels"), ("x", "y"), ("arr_0", "labels"), ("train_images", "train_labels"), ("x_train", "y_train")],
+)
+@pytest.mark.parametrize("column", [False, True])
+def test_labels_of_an_npz_are_found_under_the_usual_names(tmp_path, keys, column):
+    labels = np.array([2, 0, 1], np.uint8)
+    np.savez(tmp_path / "a.npz", **{keys[0]: noise((3, 5, 5)), keys[1]: labels[:, None] if column else labels})
+    opened = open_images(tmp_path / "a.npz")
+    np.testing.assert_array_equal(opened.labels, labels)
+    assert opened.labels.dtype == np.int64
+
+
+def test_an_npz_with_splits_gives_each(tmp_path):
+    np.savez(tmp_path / "a.npz", x_train=noise((3, 5, 5)), y_train=[0, 1, 0], x_test=noise((2, 5, 5), 1), y_test=[1, 1])
+    opened = open_images(tmp_path / "a.npz", split="test")
+    np.testing.assert_array_equal(opened.images[:, 0], noise((2, 5, 5), 1))
+    np.testing.assert_array_equal(opened.labels, [1, 1])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "says"),
+    [
+        ({"pictures": noise((3, 5, 5))}, "holds the arrays pictures"),
+        ({"images": noise((3, 5, 5)), "x": noise((3, 5, 5))}, "exactly one"),
+        ({"images": noise((3, 5, 5)), "labels": [0, 1]}, "2 labels for 3 images"),
+        ({"images": noise((3, 5, 5)), "labels": np.eye(3, dtype=int)}, "argmax"),
+        ({"images": noise((3, 5, 5)), "labels": [0.0, 1, 2]}, "float64"),
+        ({"images": noise((3, 5, 5)), "labels": [0, 1, -1]}, "counted from 0"),
+        ({"images": np.asfortranarray(noise((3, 5, 5)))}, "Fortran"),
+    ],
+)
+def test_an_npz_that_does_not_fit_is_refused(tmp_path, arrays, says):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ValueError, match=says):
+        open_images(tmp_path / "a.npz")
+
+
+def test_damaged_arrays_are_refused(tmp_path):
+    np.save(tmp_path / "a.npy", noise((4, 50, 60)))
+    np.savez(tmp_path / "a.npz", images=noise((4, 50, 60)))
+    for name in ("a.npy", "a.npz"):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match="cut short"):
+            open_images(tmp_path / name)
+    content = bytearray(whole)
+    content[len(content) // 2] ^= 255
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(ValueError, match="cut short or damaged"):
+        open_images(tmp_path / "a.npz")
+
+
+def test_arrays_are_resized_too_and_say_so(tmp_path):
+    colour, grey = noise((3, 3, 12, 12)), noise((3, 12, 12))
+    np.savez(tmp_path / "c.npz", images=colour, labels=[2, 0, 1])
+    np.save(tmp_path / "g.npy", grey)
+    opened = open_images(tmp_path / "c.npz", resolution=6)
+    for row, image in zip(opened.images, colour, strict=True):
+        alone = Image.fromarray(image.transpose(1, 2, 0)).resize((6, 6), Image.Resampling.LANCZOS)
+        np.testing.assert_array_equal(row, np.asarray(alone).transpose(2, 0, 1))
+    np.testing.assert_array_equal(opened.labels, [2, 0, 1])
+    assert "Lanczos to 6 x 6" in opened.manifest["resized"]
+    opened.verify()
+    mapped = open_images(tmp_path / "g.npy", resolution=24, memory_budget=100, cache=tmp_path / "cache")
+    assert mapped.images.shape == (3, 1, 24, 24)
+    assert mapped.file.parent == tmp_path / "cache"
+    assert mapped.manifest["conversions"] == {"enlarged": 3}
+    assert (
+        open_images(tmp_path / "g.npy", resolution=24, memory_budget=100, cache=tmp_path / "cache").file == mapped.file
+    )
+
+
+# The hub
+
+
+class FakeImage:
+    def __init__(self, decode=True):
+        self.decode = decode
+
+
+class FakeDataset:
+    """What `datasets.Dataset` offers of what is used here."""
+
+    _fingerprint = "abc"
+
+    def __init__(self, columns, features):
+        self.columns, self.features = columns, features
+
+    def __len__(self):
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, key):
+        if isinstance(key, str):
+            return self.columns[key]
+        return {name: values[key] for name, values in self.columns.items()}
+
+    def cast_column(self, name, feature):
+        assert type(self.features[name]).__name__ == "Image"
+        assert not feature.decode
+        return self
+
+
+def image_feature():
+    return type("Image", (), {})()
+
+
+def class_label(names):
+    feature = type("ClassLabel", (), {})()
+    feature.names = names
+    return feature
+
+
+def png(array):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A stand-in for the package `datasets`; `hub.dataset` is what it loads, `hub.asked` what it was asked for."""
+    (tmp_path / "b.png").write_bytes(png(noise((5, 6, 3), 1)))
+    cells = [{"bytes": png(noise((5, 6, 3))), "path": "a.png"}, {"bytes": None, "path": str(tmp_path / "b.png")}]
+    module = types.ModuleType("datasets")
+    module.Image = FakeImage
+    module.asked = []
+    module.dataset = FakeDataset(
+        {"image": cells, "label": [1, 0], "note": ["x", "y"]},
+        {"image": image_feature(), "label": class_label(["cat", "dog"]), "note": None},
+    )
+
+    def load_dataset(name, configuration, split):
+        module.asked.append((name, configuration, split))
+        return module.dataset
+
+    module.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return module
+
+
+def test_a_data_set_of_the_hub_is_read_from_its_stored_files(hub):
+    opened = open_images("hf:owner/pets:small", split="validation")
+    assert hub.asked == [("owner/pets", "small", "validation")]
+    np.testing.assert_array_equal(opened.images, [noise((5, 6, 3), seed).transpose(2, 0, 1) for seed in (0, 1)])
+    np.testing.assert_array_equal(opened.labels, [1, 0])
+    assert (opened.name, opened.class_names) == ("pets", ("cat", "dog"))
+    assert opened.manifest["source"] == "Hugging Face owner/pets:small, split validation"
+
+
+def test_broken_and_missing_images_of_the_hub_are_named_by_row(hub):
+    hub.dataset.columns["image"] = [None, {"bytes": b"?", "path": None}, *hub.dataset.columns["image"]]
+    hub.dataset.columns["label"] = [0, 1, 1, 0]
+    hub.dataset.columns["note"] = [""] * 4
+    with pytest.raises(ValueError, match=r"2 of 4 .*pets row 0 \(the row has no image\); pets row 1 \(not an image"):
+        open_images("hf:owner/pets")
+    opened = open_images("hf:owner/pets", skip_broken=True)
+    np.testing.assert_array_equal(opened.labels, [1, 0])
+
+
+def test_the_label_is_the_one_called_label_or_the_only_one(hub):
+    cells = hub.dataset.columns["image"]
+    fine, coarse = class_label(["a", "b"]), class_label(["c"])
+    hub.dataset = FakeDataset({"image": cells, "fine": [0, 1]}, {"image": image_feature(), "fine": fine})
+    assert open_images("hf:x").class_names == ("a", "b")
+    columns = {"image": cells, "fine": [0, 1], "coarse": [0, 0]}
+    hub.dataset = FakeDataset(columns, {"image": image_feature(), "fine": fine, "coarse": coarse})
+    assert open_images("hf:x").labels is None
+    hub.dataset = FakeDataset({"image": cells, "label": [-1, -1]}, {"image": image_feature(), "label": fine})
+    assert open_images("hf:x").labels is None
+
+
+def test_a_data_set_of_the_hub_without_one_column_of_images_is_refused(hub):
+    hub.dataset = FakeDataset({"text": ["a"]}, {"text": None})
+    with pytest.raises(ValueError, match="exactly one column of images"):
+        open_images("hf:x")
+
+    def fail(name, configuration, split):
+        raise FileNotFoundError("no such data set")
+
+    hub.load_dataset = fail
+    with pytest.raises(ValueError, match=r"'x'.*cannot be loaded: no such data set"):
+        open_images("hf:x")
+    with pytest.raises(ValueError, match="hf:OWNER/NAME"):
+        open_images("hf:")
+
+
+def test_without_the_package_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r'pip install "stablefield\[hub\]"'):
+        open_images("hf:x")
+
+
+def test_the_real_package_behaves_like_the_stand_in(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    arrays = [noise((5, 6, 3), seed) for seed in range(3)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    rows = {"image": [Image.fromarray(array) for array in arrays], "label": [1, 0, 1]}
+    dataset = datasets.Dataset.from_dict(rows, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: dataset)
+    opened = open_images("hf:owner/pets")
+    np.testing.assert_array_equal(opened.images, [array.transpose(2, 0, 1) for array in arrays])
+    np.testing.assert_array_equal(opened.labels, [1, 0, 1])
+    assert opened.class_names == ("cat", "dog")
+
+
+# What is no source
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.bin", b"hello", "is not understood"),
+        ("a.tar", bytes(257) + b"ustar" + bytes(300), "unpack it"),
+        ("a.tar.gz", gzip.compress(b"hello"), "unpack it"),
+        ("a.png", b"\x89PNG\r\n\x1a\nxxxx", "name the folder that it lies in"),
+        ("a.bin", b"", "is not understood"),
+    ],
+)
+def test_what_is_not_understood_gets_one_paragraph_with_all_that_is(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=says) as caught:
+        open_images(tmp_path / name)
+    for word in ("digits", "folder", ".zip", "CIFAR-10", "idx", ".npy", "data pack", "hf:OWNER/NAME"):
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_path_that_does_not_exist_says_so(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere does not exist\. Understood are"):
+        open_images(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="cannot be read: File name too long"):
+        open_images("a" * 5000)

@@ -1,0 +1,540 @@
+"""Folders and archives of images: order, labels, colour, size, and what is said about files that cannot be used."""
+
+import io
+import json
+import sys
+import zipfile
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stablefield.data import image_loader, open_images
+
+
+def pixels(shape=(6, 8, 3), seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def save(path, array, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = array if isinstance(array, Image.Image) else Image.fromarray(array)
+    image.save(path, **options)
+    return path
+
+
+def png_bytes(array):
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def zipped(path, entries):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return path
+
+
+def chw(array):
+    return array.reshape(*array.shape[:2], -1).transpose(2, 0, 1)
+
+
+# Order and labels
+
+
+def test_a_folder_of_mixed_jpg_and_png_is_read_in_the_order_of_names(tmp_path):
+    names = ["10.png", "9.JPG", "a.jpeg", "B.png", "sub/0.png", "sub/deep/x.png"]
+    for seed, name in enumerate(names):
+        save(tmp_path / "photos" / name, pixels(seed=seed))
+    (tmp_path / "photos" / "notes.txt").write_text("not an image")
+    (tmp_path / "photos" / ".hidden.png").write_bytes(b"not an image")
+    save(tmp_path / "photos" / ".cache" / "x.png", pixels((1, 1, 3)))
+    opened = open_images(tmp_path / "photos")
+    assert opened.images.shape == (6, 3, 6, 8)
+    for row, name in zip(
+        opened.images, ["10.png", "9.JPG", "B.png", "a.jpeg", "sub/0.png", "sub/deep/x.png"], strict=True
+    ):
+        with Image.open(tmp_path / "photos" / name) as image:
+            np.testing.assert_array_equal(row, chw(np.asarray(image)))
+    assert opened.labels is None
+    assert opened.manifest["source"] == "folder photos with 6 image files"
+    assert (opened.manifest["resized"], opened.manifest["conversions"], opened.manifest["skipped"]) == ("no", {}, 0)
+
+
+def test_one_level_of_sub_folders_is_classes_in_the_order_of_names(tmp_path):
+    for seed, name in enumerate(["dog/1.png", "cat/2.png", "cat/1.png", "Ant/7.png"]):
+        save(tmp_path / "all" / name, pixels(seed=seed))
+    # The folder above holds the same images one level deeper: nothing changes.
+    for source in (tmp_path / "all", tmp_path):
+        opened = open_images(source)
+        assert opened.class_names == ("Ant", "cat", "dog")
+        np.testing.assert_array_equal(opened.labels, [0, 1, 1, 2])
+        np.testing.assert_array_equal(opened.images, [chw(pixels(seed=seed)) for seed in (3, 2, 1, 0)])
+
+
+@pytest.mark.parametrize(
+    "names", [["a/1.png", "2.png"], ["a/1.png", "b/c/2.png"], ["a/1.png", "a/2.png"], ["a/b/1.png", "c/d/2.png"]]
+)
+def test_other_nestings_have_no_classes(tmp_path, names):
+    for name in names:
+        save(tmp_path / name, pixels())
+    assert open_images(tmp_path).labels is None
+
+
+def test_folders_named_after_splits_are_splits_and_not_classes(tmp_path):
+    for seed, name in enumerate(["train/cat/1.png", "train/dog/1.png", "val/cat/2.png", "val/dog/2.png"]):
+        save(tmp_path / name, pixels(seed=seed))
+    train, val = open_images(tmp_path), open_images(tmp_path, split="validation")
+    np.testing.assert_array_equal(train.images, [chw(pixels(seed=seed)) for seed in (0, 1)])
+    np.testing.assert_array_equal(val.images, [chw(pixels(seed=seed)) for seed in (2, 3)])
+    assert train.class_names == val.class_names == ("cat", "dog")
+    assert train.manifest["source"].endswith("split train")
+    with pytest.raises(ValueError, match=r"split='test'.*train, val"):
+        open_images(tmp_path, split="test")
+    with pytest.raises(ValueError, match="has no splits"):
+        open_images(tmp_path / "train", split="val")
+
+
+def dataset(labels):
+    return json.dumps({"labels": labels}).encode()
+
+
+LAYOUT = {"00000/img0.png": 0, "00000/img1.png": 1, "00001/img2.png": 2}
+
+
+@pytest.mark.parametrize("packing", ["folder", "zip"])
+@pytest.mark.parametrize("top", ["", "top/"])
+def test_dataset_json_gives_the_labels(tmp_path, packing, top):
+    labels = [["00001/img2.png", 4], ["00000/img1.png", 0], ["00000/img0.png", 2], ["absent.png", 1]]
+    entries = {top + name: png_bytes(pixels(seed=seed)) for name, seed in LAYOUT.items()}
+    entries[f"{top}dataset.json"] = dataset(labels)
+    if packing == "zip":
+        source = zipped(tmp_path / "a.zip", entries)
+    else:
+        source = tmp_path / "folder"
+        for name, content in entries.items():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes(content)
+    opened = open_images(source)
+    np.testing.assert_array_equal(opened.labels, [2, 0, 4])
+    np.testing.assert_array_equal(opened.images, [chw(pixels(seed=seed)) for seed in range(3)])
+    assert (opened.classes, opened.class_names) == (5, None)
+
+
+@pytest.mark.parametrize("document", [b'{"labels": null}', b"{}"])
+def test_dataset_json_without_labels_means_none_even_with_sub_folders(tmp_path, document):
+    entries = {name: png_bytes(pixels()) for name in LAYOUT} | {"dataset.json": document}
+    assert open_images(zipped(tmp_path / "a.zip", entries)).labels is None
+
+
+@pytest.mark.parametrize(
+    ("document", "says"),
+    [
+        (b"{", "not understood"),
+        (b"[]", "not understood"),
+        (b'{"labels": [1, 2]}', "not understood"),
+        (dataset([["00000/img0.png", 1]]), r"no label for 2 of 3 images, the first 00000/img1\.png"),
+        (dataset([[name, [0.0, 1.0]] for name in LAYOUT]), "whole number"),
+        (dataset([[name, -1] for name in LAYOUT]), "the label -1"),
+        (dataset([[name, True] for name in LAYOUT]), "the label True"),
+    ],
+)
+def test_a_dataset_json_that_does_not_fit_is_refused(tmp_path, document, says):
+    entries = {name: png_bytes(pixels()) for name in LAYOUT} | {"dataset.json": document}
+    with pytest.raises(ValueError, match=says):
+        open_images(zipped(tmp_path / "a.zip", entries))
+
+
+def test_an_archive_gives_what_its_folder_gives(tmp_path):
+    for seed, name in enumerate(["pets/dog/1.png", "pets/cat/2.jpg", "pets/cat/1.png"]):
+        save(tmp_path / name, pixels(seed=seed))
+    source = tmp_path / "pets.zip"
+    with zipfile.ZipFile(source, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted(tmp_path.rglob("*.*g"), reverse=True):
+            archive.write(path, path.relative_to(tmp_path))
+        archive.writestr("__MACOSX/pets/dog/._1.png", b"rubbish")
+    folder, archive = open_images(tmp_path / "pets"), open_images(source)
+    same = ("count", "shape", "class_names", "sha256", "labels_sha256", "name")
+    assert [archive.manifest[key] for key in same] == [folder.manifest[key] for key in same]
+    assert archive.manifest["source"] == "archive pets.zip with 3 image files"
+
+
+def test_a_link_into_its_own_folder_ends(tmp_path):
+    save(tmp_path / "a" / "1.png", pixels())
+    (tmp_path / "a" / "loop").symlink_to(tmp_path, target_is_directory=True)
+    assert len(open_images(tmp_path)) == 1
+
+
+# Archives that are not what they seem
+
+
+@pytest.mark.parametrize("name", ["../a.png", "x/../../a.png", "/a.png", "C:/a.png", "..\\a.png"])
+def test_an_entry_that_leads_out_of_the_archive_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="leads out of the archive"):
+        open_images(zipped(tmp_path / "a.zip", {"ok.png": png_bytes(pixels()), name: png_bytes(pixels())}))
+
+
+def test_an_entry_that_occurs_twice_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.png", png_bytes(pixels()))
+        with pytest.warns(UserWarning, match="Duplicate"):
+            archive.writestr("a.png", png_bytes(pixels(seed=1)))
+    with pytest.raises(ValueError, match="occurs twice"):
+        open_images(tmp_path / "a.zip")
+
+
+def test_an_encrypted_entry_is_refused(tmp_path):
+    content = bytearray(zipped(tmp_path / "a.zip", {"a.png": png_bytes(pixels())}).read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(ValueError, match="encrypted"):
+        open_images(tmp_path / "a.zip")
+
+
+def test_a_cut_archive_is_refused(tmp_path):
+    path = zipped(tmp_path / "a.zip", {"a.png": png_bytes(pixels())})
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"not a whole \.zip archive"):
+        open_images(path)
+
+
+def test_an_entry_with_a_wrong_checksum_is_a_broken_file(tmp_path):
+    array = pixels()
+    content = bytearray(zipped(tmp_path / "a.zip", {"a.png": png_bytes(array), "b.png": png_bytes(array)}).read_bytes())
+    content[content.index(b"IDAT") + 30] ^= 255
+    (tmp_path / "a.zip").write_bytes(content)
+    with pytest.raises(ValueError, match=r"1 of 2 image files cannot be read: .*a\.zip/a\.png \(.+\)"):
+        open_images(tmp_path / "a.zip")
+
+
+# Broken files
+
+
+def test_broken_files_are_all_found_and_named_with_their_reason(tmp_path):
+    for seed in range(20):
+        save(tmp_path / f"{seed:02}.png", pixels(seed=seed))
+    (tmp_path / "03.png").write_bytes(b"")
+    (tmp_path / "05.png").write_bytes(b"GIF89a, no more")
+    whole = (tmp_path / "17.png").read_bytes()
+    (tmp_path / "17.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="--skip-broken") as caught:
+        open_images(tmp_path)
+    message = str(caught.value)
+    assert message.startswith("3 of 20 image files cannot be read: ")
+    for name in ("03.png", "05.png", "17.png"):
+        assert f"{tmp_path / name} (" in message
+    assert "truncated" in message
+    assert "BytesIO" not in message
+
+
+def test_skipped_files_are_counted_and_take_their_labels_with_them(tmp_path):
+    for seed, name in enumerate(["a/0.png", "a/1.png", "b/2.png", "b/3.png"]):
+        save(tmp_path / name, pixels(seed=seed))
+    (tmp_path / "a" / "1.png").write_bytes((tmp_path / "a" / "1.png").read_bytes()[:100])
+    (tmp_path / "b" / "2.png").write_text("<html>404</html>")
+    opened = open_images(tmp_path, skip_broken=True)
+    np.testing.assert_array_equal(opened.images, [chw(pixels(seed=seed)) for seed in (0, 3)])
+    np.testing.assert_array_equal(opened.labels, [0, 1])
+    assert opened.manifest["skipped"] == 2
+    assert [text.split(" (")[0] for text in opened.manifest["skipped_files"]] == [
+        str(tmp_path / name) for name in ("a/1.png", "b/2.png")
+    ]
+    assert (opened.manifest["count"], opened.manifest["class_names"]) == (2, ["a", "b"])
+
+
+def test_more_than_a_few_broken_files_are_counted_and_the_first_named(tmp_path):
+    for i in range(9):
+        (tmp_path / f"{i}.png").write_text("?")
+    save(tmp_path / "good.png", pixels())
+    with pytest.raises(ValueError, match=r"9 of 10 .*/4\.png \([^)]*\) and 4 more"):
+        open_images(tmp_path)
+    (tmp_path / "good.png").unlink()
+    for skip in (False, True):
+        with pytest.raises(ValueError, match="none of 9 image files can be read"):
+            open_images(tmp_path, skip_broken=skip)
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    save(tmp_path / "a.png", pixels())
+    # 20,000 x 20,000 pixels in a header, and nothing behind it that could be decoded.
+    header = b"IHDR" + (20000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
+    chunk = (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big")
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\0IDAT\x35\xaf\x06\x1e")
+    with pytest.raises(ValueError, match=r"bomb\.png \(.*decompression bomb"):
+        open_images(tmp_path)
+    # Between Pillow's warning and its error, and where somebody switched Pillow's own check off.
+    for limit in (300_000_000, None):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(ValueError, match=r"bomb\.png \(.*decompression bomb"):
+            open_images(tmp_path)
+
+
+def test_a_folder_without_images_says_what_it_looked_for(tmp_path):
+    (tmp_path / "readme.txt").write_text("hello")
+    with pytest.raises(ValueError, match=r"holds no image file.*\.png"):
+        open_images(tmp_path)
+    with pytest.raises(ValueError, match="holds no image file"):
+        open_images(zipped(tmp_path / "a.zip", {"readme.txt": b"hello"}))
+
+
+# Sizes
+
+
+def test_images_of_different_size_are_named_with_the_remedy(tmp_path):
+    save(tmp_path / "a.png", pixels((6, 8, 3)))
+    save(tmp_path / "b.png", pixels((6, 8, 3)))
+    save(tmp_path / "c.png", pixels((5, 9, 3)))
+    with pytest.raises(
+        ValueError, match=r"a\.png has 8 x 6 pixels, .*c\.png has 9 x 5.*--resolution N.*shortest side .* 5"
+    ):
+        open_images(tmp_path)
+
+
+def lanczos(line, size):
+    """Resample a float64 line by the definition: sinc(x) sinc(x / 3), widened when reducing, weights normalised."""
+    scale = len(line) / size
+    wide = max(scale, 1.0)
+    place = (np.arange(size) + 0.5) * scale - 0.5
+    x = (np.arange(len(line)) - place[:, None]) / wide
+    weight = np.where(abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0)
+    return weight / weight.sum(1, keepdims=True) @ line
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash"])
+@pytest.mark.parametrize(("shape", "resolution"), [((21, 32, 3), 8), ((33, 20, 3), 16), ((9, 12), 24)])
+def test_resizing_is_a_centred_crop_and_lanczos_as_the_manifest_says(tmp_path, resize, shape, resolution):
+    # Pillow rounds to bytes after each of its two passes, and the weights of the second have absolute sum below 1.5.
+    y, x = np.mgrid[: shape[0], : shape[1]]
+    smooth = np.stack([np.sin(x / 5 + k) + np.cos(y / 4 - k) for k in range(3)], -1)[..., : 3 if len(shape) == 3 else 1]
+    array = np.rint(127.5 + 60 * smooth).astype(np.uint8).reshape(shape)
+    save(tmp_path / "a.png", array)
+    opened = open_images(tmp_path, resolution=resolution, resize=resize)
+    wanted = array.reshape(*shape[:2], -1).astype(float)
+    if resize == "crop":
+        side = min(shape[:2])
+        top, left = (shape[0] - side) // 2, (shape[1] - side) // 2
+        wanted = wanted[top : top + side, left : left + side]
+    wanted = np.apply_along_axis(lanczos, 0, np.apply_along_axis(lanczos, 1, wanted, resolution), resolution)
+    assert abs(opened.images[0] - wanted.transpose(2, 0, 1)).max() <= 0.5 * 1.5 + 0.5
+    how = {"crop": "cut to the largest centred square", "squash": "squashed to a square"}[resize]
+    assert opened.manifest["resized"].startswith(f"{how}, then Lanczos to {resolution} x {resolution} (Pillow")
+    assert opened.manifest["conversions"] == ({"enlarged": 1} if min(shape[:2]) < resolution else {})
+
+
+def test_images_that_have_the_resolution_are_left_as_they_are(tmp_path):
+    save(tmp_path / "a.png", pixels((8, 8, 3)))
+    opened = open_images(tmp_path, resolution=8)
+    np.testing.assert_array_equal(opened.images[0], chw(pixels((8, 8, 3))))
+    assert opened.manifest["resized"] == "no"
+
+
+def test_a_crop_without_reduction_copies_pixels(tmp_path):
+    save(tmp_path / "a.png", pixels((8, 13, 3)))
+    np.testing.assert_array_equal(open_images(tmp_path, resolution=8).images[0], chw(pixels((8, 13, 3))[:, 2:10]))
+
+
+@pytest.mark.parametrize("arguments", [{"resolution": 0}, {"resolution": -4}, {"resize": "stretch"}])
+def test_bad_arguments_are_named(arguments):
+    ((name, value),) = arguments.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+        open_images("digits", **arguments)
+
+
+# Colour
+
+
+def test_greyscale_stays_one_channel_if_all_images_are(tmp_path):
+    grey = pixels((6, 8))
+    save(tmp_path / "a.png", grey)
+    save(tmp_path / "b.jpg", grey, quality=100)
+    save(tmp_path / "c.png", Image.fromarray(grey > 127))
+    opened = open_images(tmp_path)
+    assert opened.images.shape == (3, 1, 6, 8)
+    np.testing.assert_array_equal(opened.images[0, 0], grey)
+    np.testing.assert_array_equal(opened.images[2, 0], 255 * (grey > 127))
+    save(tmp_path / "d.png", pixels())
+    mixed = open_images(tmp_path)
+    assert mixed.images.shape == (4, 3, 6, 8)
+    np.testing.assert_array_equal(mixed.images[0], np.stack([grey] * 3))
+    assert mixed.manifest["conversions"] == {"greyscale repeated to RGB": 3}
+
+
+def test_transparency_is_composited_over_white(tmp_path):
+    array = pixels((6, 8, 4))
+    array[:3, :, 3] = 0
+    array[3, :, 3] = 255
+    save(tmp_path / "a.png", array)
+    opened = open_images(tmp_path).images[0].astype(int)
+    alpha = array[..., 3:] / 255
+    expected = chw(array[..., :3] * alpha + 255 * (1 - alpha))
+    np.testing.assert_array_equal(opened[:, :3], 255)
+    np.testing.assert_array_equal(opened[:, 3], chw(array[..., :3])[:, 3])
+    assert abs(opened - expected).max() <= 1
+    assert open_images(tmp_path).manifest["conversions"] == {"transparency composited over white": 1}
+
+
+def test_opaque_alpha_is_dropped_without_a_word(tmp_path):
+    array = pixels((6, 8, 4))
+    array[..., 3] = 255
+    save(tmp_path / "a.png", array)
+    opened = open_images(tmp_path)
+    np.testing.assert_array_equal(opened.images[0], chw(array[..., :3]))
+    assert opened.manifest["conversions"] == {}
+
+
+def test_transparent_greyscale_stays_greyscale(tmp_path):
+    layered = Image.merge("LA", [Image.fromarray(pixels((6, 8))), Image.fromarray(np.zeros((6, 8), np.uint8))])
+    save(tmp_path / "a.png", layered)
+    save(tmp_path / "b.png", pixels((6, 8)), transparency=int(pixels((6, 8))[2, 3]))
+    opened = open_images(tmp_path)
+    assert opened.images.shape == (2, 1, 6, 8)
+    assert (opened.images[0] == 255).all()
+    keyed = pixels((6, 8))
+    np.testing.assert_array_equal(opened.images[1, 0], np.where(keyed == keyed[2, 3], 255, keyed))
+    assert opened.manifest["conversions"] == {"transparency composited over white": 2}
+
+
+def test_palette_images_become_their_colours(tmp_path):
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [9, 99, 199]], np.uint8)
+    index = pixels((6, 8)) % 4
+    image = Image.fromarray(index)
+    image.putpalette(colours.ravel().tolist())
+    save(tmp_path / "a.png", image)
+    save(tmp_path / "b.gif", image)
+    save(tmp_path / "c.png", image, transparency=2)
+    opened = open_images(tmp_path)
+    expected = chw(colours[index])
+    np.testing.assert_array_equal(opened.images[0], expected)
+    np.testing.assert_array_equal(opened.images[1], expected)
+    np.testing.assert_array_equal(opened.images[2], np.where(index == 2, 255, expected))
+    assert opened.manifest["conversions"] == {"transparency composited over white": 1}
+
+
+def test_cmyk_is_converted_and_said(tmp_path):
+    ink = pixels((6, 8, 4))
+    save(tmp_path / "a.tif", Image.merge("CMYK", [Image.fromarray(ink[..., i]) for i in range(4)]))
+    opened = open_images(tmp_path)
+    expected = (255 - ink[..., :3].astype(float)) * (255 - ink[..., 3:]) / 255
+    assert abs(opened.images[0] - chw(expected)).max() <= 1
+    assert opened.manifest["conversions"] == {"CMYK converted to RGB": 1}
+
+
+def test_sixteen_bit_greyscale_is_refused_with_the_remedy(tmp_path):
+    save(tmp_path / "a.png", Image.fromarray(pixels((6, 8)).astype(np.uint16) * 257))
+    with pytest.raises(ValueError, match=r"mode I;16 is not 8 bits.*convert it to 8 bits"):
+        open_images(tmp_path)
+    (tmp_path / "a.png").unlink()
+    save(tmp_path / "a.tif", Image.fromarray(pixels((6, 8)).astype(np.float32)))
+    with pytest.raises(ValueError, match="mode F"):
+        open_images(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
+def test_images_are_turned_as_exif_says(tmp_path, suffix):
+    upright = np.zeros((16, 24, 3), np.uint8)
+    upright[:8, :8] = 250, 10, 10
+    upright[8:, 16:] = 10, 10, 250
+    stored = {  # what a camera stores for each tag: the upright picture, turned the other way
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: np.rot90(upright, 2).transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }
+    for tag, array in stored.items():
+        exif = Image.Exif()
+        exif[0x0112] = tag
+        options = {"quality": 100, "subsampling": 0} if suffix == "jpg" else {}
+        save(tmp_path / f"{tag}.{suffix}", np.ascontiguousarray(array), exif=exif, **options)
+    opened = open_images(tmp_path)
+    assert opened.images.shape == (8, 3, 16, 24)
+    assert abs(opened.images.astype(int) - chw(upright)).max() <= (3 if suffix == "jpg" else 0)
+    assert opened.manifest["conversions"] == {"turned as EXIF says": 7}
+
+
+def test_the_first_frame_of_an_animation_is_taken(tmp_path):
+    frames = [Image.fromarray(np.full((6, 8, 3), value, np.uint8)) for value in (40, 200)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    opened = open_images(tmp_path)
+    assert (opened.images == 40).all()
+    assert opened.manifest["conversions"] == {"first frame of several taken": 1}
+
+
+# Memory
+
+
+def test_images_beyond_the_memory_budget_are_mapped_and_kept_for_the_next_time(tmp_path, monkeypatch):
+    for seed, name in enumerate(["a/0.png", "a/1.png", "b/2.png"]):
+        save(tmp_path / "in" / name, pixels(seed=seed))
+    (tmp_path / "in" / "b" / "3.png").write_text("?")
+    held = open_images(tmp_path / "in", skip_broken=True, cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    # Four files were promised, of 144 bytes each.
+    small = {"memory_budget": 4 * 144 - 1, "cache": tmp_path / "cache"}
+    with pytest.raises(ValueError, match="1 of 4"):
+        open_images(tmp_path / "in", **small)
+    assert list((tmp_path / "cache").iterdir()) == []
+    mapped = open_images(tmp_path / "in", skip_broken=True, **small)
+    assert isinstance(mapped.images, np.memmap)
+    assert mapped.file.parent == tmp_path / "cache"
+    np.testing.assert_array_equal(mapped.images, held.images)
+    np.testing.assert_array_equal(mapped.labels, held.labels)
+    assert mapped.manifest == held.manifest
+    written = mapped.file.stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr("stablefield.data.image_loader.decode", None)
+        again = open_images(tmp_path / "in", skip_broken=True, **small)
+    assert again.file == mapped.file
+    assert again.file.stat().st_mtime_ns == written
+    # What was skipped is not passed over in silence by somebody who does not skip.
+    with pytest.raises(ValueError, match="1 of 4"):
+        open_images(tmp_path / "in", **small)
+    # A damaged cache file and a changed source are decoded anew.
+    mapped.file.write_bytes(mapped.file.read_bytes()[:-1])
+    assert open_images(tmp_path / "in", skip_broken=True, **small).manifest == held.manifest
+    save(tmp_path / "in" / "a" / "1.png", pixels(seed=7))
+    changed = open_images(tmp_path / "in", skip_broken=True, **small)
+    np.testing.assert_array_equal(changed.images[1], chw(pixels(seed=7)))
+
+
+def test_a_cache_disk_that_is_too_small_is_said_before_decoding(tmp_path, monkeypatch):
+    save(tmp_path / "in" / "a.png", pixels())
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(ValueError, match=r"above the memory budget of 10 B.*100 B left.*XDG_CACHE_HOME"):
+        open_images(tmp_path / "in", memory_budget=10, cache=tmp_path / "cache")
+
+
+def test_the_cache_lies_where_the_system_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    save(tmp_path / "in" / "a.png", pixels())
+    assert open_images(tmp_path / "in", memory_budget=10).file.parent == tmp_path / "cache" / "stablefield"
+
+
+def test_decoding_runs_only_a_little_ahead(tmp_path, monkeypatch):
+    started = []
+    results = image_loader._reported("decoding", None, lambda i: started.append(i) or i, 1000)
+    assert [next(results) for _ in range(10)] == list(range(10))
+    assert len(started) <= 10 + image_loader.WINDOW
+    results.close()
+    assert len(started) <= 11 + image_loader.WINDOW
+
+
+def test_progress_is_reported_for_every_file_and_both_passes(tmp_path):
+    for i in range(5):
+        save(tmp_path / f"{i}.png", pixels())
+    calls = []
+    open_images(tmp_path, progress=lambda *call: calls.append(call))
+    assert calls == [(stage, i + 1, 5) for stage in ("looking at files", "decoding") for i in range(5)]
+
+
+def test_without_pillow_the_extra_is_named(tmp_path, monkeypatch):
+    save(tmp_path / "a.png", pixels())
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(ImportError, match=r'pip install "stablefield\[train\]"'):
+        open_images(tmp_path)

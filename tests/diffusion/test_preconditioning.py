@@ -1,0 +1,315 @@
+"""Claims on preconditioning: the published table value by value, unit variances, and what dtype is seen where."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import stablefield as sf
+
+SIGMAS = np.array([2e-3, 0.02, 0.1, 0.3, 0.5, 1.0, 2.0, 7.3, 20.0, 80.0, 100.0, 151.0])
+
+
+class Recorder(nn.Module):
+    """A network that keeps what it is called with and returns what it is told to."""
+
+    def __init__(self, answer=lambda x: x, dtype=torch.float32):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones((), dtype=dtype))
+        self.answer = answer
+        self.calls = []
+
+    def forward(self, *args, **kwargs):
+        self.calls.append((args, kwargs))
+        return self.answer(args[0])
+
+    @property
+    def x(self):
+        return self.calls[-1][0][0]
+
+    @property
+    def label(self):
+        return self.calls[-1][0][1]
+
+
+def edm_table(s, sigma_data):
+    root = np.sqrt(s**2 + sigma_data**2)
+    return sigma_data**2 / root**2, s * sigma_data / root, 1 / root, np.log(s) / 4
+
+
+def vp_table(s):
+    t = (np.sqrt(0.1**2 + 2 * 19.9 * np.log1p(s**2)) - 0.1) / 19.9
+    return np.ones_like(s), -s, 1 / np.sqrt(s**2 + 1), 999 * t
+
+
+def ve_table(s):
+    return np.ones_like(s), s, np.ones_like(s), np.log(s / 2)
+
+
+PRECONDITIONINGS = [
+    (sf.EDMPreconditioning(), lambda s: edm_table(s, 0.5)),
+    (sf.EDMPreconditioning(sigma_data=1.3), lambda s: edm_table(s, 1.3)),
+    (sf.VPPreconditioning(), vp_table),
+    (sf.VEPreconditioning(), ve_table),
+]
+EVERY = [preconditioning for preconditioning, _ in PRECONDITIONINGS]
+
+
+def batch(rows=3, dtype=torch.float32, seed=0):
+    return torch.randn(rows, 2, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("preconditioning", "table"), PRECONDITIONINGS, ids=lambda value: repr(value)[:40])
+def test_scalings_are_the_published_table(preconditioning, table):
+    scalings = preconditioning(torch.from_numpy(SIGMAS))
+    for name, value, expected in zip(scalings._fields, scalings, table(SIGMAS), strict=True):
+        # The plain logarithm of VP loses 1e-16 / s^2 of its label on purpose.
+        np.testing.assert_allclose(value, expected, rtol=1e-10, err_msg=name)
+        assert value.dtype == torch.float64
+
+
+@pytest.mark.parametrize(("preconditioning", "table"), PRECONDITIONINGS, ids=lambda value: repr(value)[:40])
+def test_a_denoiser_is_skip_x_plus_out_times_the_network_at_the_scaled_input(preconditioning, table):
+    x = batch(len(SIGMAS), torch.float64)
+    network = Recorder(torch.cos, torch.float64)
+    estimate = sf.Denoiser(network, preconditioning)(x, torch.from_numpy(SIGMAS))
+    skip, out, into, noise = (value.reshape(-1, 1, 1, 1) for value in table(SIGMAS))
+    np.testing.assert_allclose(network.x, into * x.numpy(), rtol=1e-12)
+    np.testing.assert_allclose(network.label, noise[:, 0, 0, 0], rtol=1e-10)
+    np.testing.assert_allclose(estimate.detach(), skip * x.numpy() + out * np.cos(into * x.numpy()), rtol=1e-9)
+
+
+def test_edm_is_the_default():
+    assert sf.Denoiser(Recorder()).preconditioning == sf.EDMPreconditioning(sigma_data=0.5)
+
+
+@pytest.mark.parametrize("steps", [2, 1000])
+@pytest.mark.parametrize(("beta_min", "beta_max"), [(0.1, 20.0), (0.5, 8.0)])
+def test_the_vp_label_is_the_time_of_the_vp_process_in_steps(steps, beta_min, beta_max):
+    preconditioning = sf.VPPreconditioning(beta_min=beta_min, beta_slope=beta_max - beta_min, steps=steps)
+    process = sf.VP(beta_min=beta_min, beta_max=beta_max)
+    t = torch.linspace(0.01, 1, 50, dtype=torch.float64)
+    torch.testing.assert_close(preconditioning(process.noise_level(t)).noise, (steps - 1) * t, rtol=1e-9, atol=0)
+
+
+def test_the_vp_label_has_the_published_float32_rounding_of_a_plain_logarithm():
+    s = np.logspace(-4, 2, 25).astype(np.float32)
+    log = np.log(np.float32(1) + s**2)
+    t = (np.sqrt(np.float32(0.1**2) + np.float32(2 * 19.9) * log) - np.float32(0.1)) / np.float32(19.9)
+    label = sf.VPPreconditioning()(torch.from_numpy(s)).noise
+    assert label.dtype == torch.float32
+    # The difference to 0.1 magnifies an ulp of the root, which is 4e-7 of a label of 1,000 steps.
+    np.testing.assert_allclose(label, np.float32(999) * t, rtol=1e-6, atol=2e-6)
+    # A more accurate logarithm would be noticed: of small noise the plain one keeps few digits, or none.
+    exact = vp_table(s.astype(np.float64))[3]
+    assert label[0] == 0
+    assert exact[0] > 5e-5
+    assert np.abs(label.numpy() - exact)[s < 3e-3].max() > 2e-4
+
+
+def test_vp_and_ve_predict_the_noise_exactly():
+    g = torch.Generator().manual_seed(1)
+    y, noise = torch.randn(2, len(SIGMAS), 5, generator=g, dtype=torch.float64)
+    s = torch.from_numpy(SIGMAS)
+    x = y + s[:, None] * noise
+    for preconditioning, answer in ((sf.VPPreconditioning(), noise), (sf.VEPreconditioning(), -noise)):
+        network = Recorder(lambda x, answer=answer: answer, torch.float64)
+        torch.testing.assert_close(sf.Denoiser(network, preconditioning)(x, s), y, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("sigma_data", [0.25, 0.5, 1.0, 3.0])
+def test_edm_gives_the_network_inputs_and_targets_of_unit_variance_at_every_noise_level(sigma_data):
+    # All four equally likely combinations of two-point data and two-point noise: an exact expectation.
+    corners = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=2)), dtype=torch.float64)
+    y, noise = sigma_data * corners[:, :1], corners[:, 1:]
+    preconditioning = sf.EDMPreconditioning(sigma_data=sigma_data)
+    for s in SIGMAS:
+        x = y + s * noise
+        zero, one = Recorder(torch.zeros_like, torch.float64), Recorder(torch.ones_like, torch.float64)
+        skipped = sf.Denoiser(zero, preconditioning)(x, float(s))
+        out = sf.Denoiser(one, preconditioning)(x, float(s)) - skipped
+        wanted = (y - skipped) / out
+        for what in (zero.x, wanted):
+            assert what.mean().item() == pytest.approx(0, abs=1e-9)
+            assert what.square().mean().item() == pytest.approx(1, rel=1e-6)
+        # Of all c_skip, that one makes an error of the network count least: the input tells nothing of the target's rest.
+        assert (zero.x * wanted).mean().item() == pytest.approx(0, abs=1e-6)
+
+
+# --- dtypes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preconditioning", EVERY, ids=repr)
+@pytest.mark.parametrize("sigma", [2e-3, 0.5, 80.0])
+def test_a_float64_state_stays_float64_around_a_float32_network(preconditioning, sigma):
+    x = batch(dtype=torch.float64)
+    network = Recorder(torch.sin)
+    estimate = sf.Denoiser(network, preconditioning)(x, torch.full((3,), sigma, dtype=torch.float64))
+    assert network.x.dtype == network.label.dtype == torch.float32
+    assert estimate.dtype == torch.float64
+    scalings = preconditioning(torch.tensor([sigma], dtype=torch.float64))
+    inner = torch.sin((scalings.into * x).float()).double()
+    torch.testing.assert_close(estimate, scalings.skip * x + scalings.out * inner, rtol=1e-14, atol=0)
+    # The label is the one that the network was trained with, of a float32 noise level.
+    assert torch.equal(network.label, preconditioning(torch.full((3,), sigma)).noise)
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("preconditioning", EVERY, ids=repr)
+def test_a_low_precision_network_sees_its_own_dtype_and_the_sums_are_float32(preconditioning, low):
+    x = batch()
+    network = Recorder(torch.sin, low)
+    estimate = sf.Denoiser(network, preconditioning)(x, 0.7)
+    assert network.x.dtype == network.label.dtype == low
+    assert estimate.dtype == torch.float32
+    scalings = preconditioning(torch.tensor([0.7]))
+    inner = torch.sin((scalings.into * x).to(low)).float()
+    torch.testing.assert_close(estimate, scalings.skip * x + scalings.out * inner, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("preconditioning", EVERY, ids=repr)
+@pytest.mark.parametrize("sigma", [2e-3, 0.02, 0.05, 1.0, 80.0, 1000.0])
+def test_a_low_precision_network_gets_the_float32_label_rounded_once(preconditioning, sigma, low):
+    network = Recorder(torch.sin, low)
+    sf.Denoiser(network, preconditioning)(batch(), sigma)
+    assert torch.equal(network.label, preconditioning(torch.full((3,), sigma)).noise.to(low))
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_a_low_precision_state_gives_a_float32_estimate(low):
+    network = Recorder(torch.sin)
+    x = batch().to(low)
+    estimate = sf.Denoiser(network)(x, 0.7)
+    assert network.x.dtype == estimate.dtype == torch.float32
+    torch.testing.assert_close(estimate, sf.Denoiser(network)(x.float(), 0.7))
+
+
+def test_a_float64_network_sees_float64_and_answers_in_the_states_dtype():
+    network = Recorder(torch.sin, torch.float64)
+    estimate = sf.Denoiser(network)(batch(), 0.7)
+    assert network.x.dtype == network.label.dtype == torch.float64
+    assert estimate.dtype == torch.float32
+
+
+def test_a_network_without_parameters_sees_the_dtype_of_the_state():
+    class Bare(nn.Module):
+        def forward(self, x, label):
+            self.seen = x.dtype, label.dtype
+            return x
+
+    for dtype in (torch.float32, torch.float64):
+        network = Bare()
+        assert sf.Denoiser(network)(batch(dtype=dtype), 0.7).dtype == dtype
+        assert network.seen == (dtype, dtype)
+
+
+@pytest.mark.parametrize("preconditioning", EVERY, ids=repr)
+def test_autocast_reaches_the_network_and_not_the_scalings(preconditioning):
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.Linear(32, 32)
+
+        def forward(self, x, label):
+            self.seen = x.dtype, label.dtype
+            self.raw = self.layer(x.flatten(1)).reshape(x.shape)
+            return self.raw
+
+    network, x, s = Linear(), batch(), torch.tensor([2e-3, 0.3, 80.0])
+    with torch.autocast("cpu", torch.bfloat16):
+        estimate = sf.Denoiser(network, preconditioning)(x, s)
+    assert network.seen == (torch.float32, torch.float32)
+    assert network.raw.dtype == torch.bfloat16
+    assert estimate.dtype == torch.float32
+    scalings = preconditioning(s.double())
+    skip, out, into, _ = (value.reshape(-1, 1, 1, 1) for value in scalings)
+    expected = skip * x.double() + out * network.raw.double()
+    torch.testing.assert_close(estimate.double(), expected, rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = network.layer((into * x).float().flatten(1)).reshape(x.shape)
+    assert torch.equal(network.raw, low)
+
+
+def test_gradients_reach_the_network_and_the_state():
+    x = batch(dtype=torch.float64).requires_grad_()
+    network = Recorder(dtype=torch.float64)
+    network.answer = lambda x: network.weight * x**2
+    denoiser = sf.Denoiser(network)
+    assert torch.autograd.gradcheck(lambda x: denoiser(x, 0.7), (x,))
+    denoiser(x, 0.7).sum().backward()
+    assert network.weight.grad is not None
+
+
+# --- noise levels and labels ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preconditioning", EVERY, ids=repr)
+def test_one_noise_level_for_all_rows_is_that_level_in_each(preconditioning):
+    x, denoiser = batch(), sf.Denoiser(Recorder(torch.sin), preconditioning)
+    rows = denoiser(x, torch.full((3,), 0.7))
+    torch.testing.assert_close(denoiser(x, torch.tensor(0.7)), rows)
+    torch.testing.assert_close(denoiser(x, 0.7), rows)
+    mixed = denoiser(x, torch.tensor([0.1, 0.7, 9.0]))
+    torch.testing.assert_close(mixed[1], rows[1])
+    assert not torch.allclose(mixed[0], rows[0])
+
+
+def test_labels_reach_the_network_if_and_only_if_they_are_given():
+    network = Recorder()
+    denoiser, x = sf.Denoiser(network), batch()
+    classes, augment = torch.tensor([0, -1, 2]), torch.zeros(3, 9)
+
+    def keywords(*args, **kwargs):
+        denoiser(x, 0.7, *args, **kwargs)
+        args, kwargs = network.calls[-1]
+        assert len(args) == 2
+        return kwargs
+
+    assert keywords() == {}
+    assert keywords(None, None) == {}
+    given = keywords(classes)
+    assert set(given) == {"class_labels"}
+    assert given["class_labels"] is classes
+    given = keywords(classes, augment)
+    assert set(given) == {"class_labels", "augment_labels"}
+    assert given["class_labels"] is classes
+    assert given["augment_labels"] is augment
+
+
+def test_a_network_that_takes_augmentation_labels_alone_is_not_called_with_class_labels():
+    network, augment = Recorder(), torch.zeros(3, 9)
+    sf.Denoiser(network)(batch(), 0.7, augment_labels=augment)
+    assert set(network.calls[-1][1]) == {"augment_labels"}
+    assert network.calls[-1][1]["augment_labels"] is augment
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: sf.Denoiser(Recorder())(batch(), torch.ones(2)), r"sigma has shape \(2,\)"),
+        (lambda: sf.Denoiser(Recorder())(batch(), torch.ones(3, 1)), r"sigma has shape \(3, 1\)"),
+        (lambda: sf.EDMPreconditioning(sigma_data=0.0), "sigma_data=0.0"),
+        (lambda: sf.EDMPreconditioning(sigma_data=-1.0), "sigma_data=-1.0"),
+        (lambda: sf.EDMPreconditioning(sigma_data=math.nan), "sigma_data=nan"),
+        (lambda: sf.EDMPreconditioning(sigma_data=math.inf), "sigma_data=inf"),
+        (lambda: sf.VPPreconditioning(beta_slope=0.0), "beta_slope=0"),
+        (lambda: sf.VPPreconditioning(beta_min=-1.0), "beta_min=-1"),
+        (lambda: sf.VPPreconditioning(steps=0), "steps=0"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(call, named):
+    with pytest.raises(ValueError, match=named):
+        call()
+
+
+def test_the_denoiser_adds_no_parameters_and_its_state_is_the_networks():
+    network = nn.Linear(3, 3)
+    assert set(sf.Denoiser(network).state_dict()) == {f"network.{name}" for name in network.state_dict()}

@@ -1,0 +1,213 @@
+"""Every complaint: a ValueError that names the argument and what to do."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import stablefield as sf
+
+X = torch.zeros(4, 3)
+Y = torch.arange(15, dtype=torch.float32).reshape(5, 3)
+ELSEWHERE = torch.device("meta")
+
+
+def with_value(x: torch.Tensor, place: tuple[int, int], value: float) -> torch.Tensor:
+    x = x.clone()
+    x[place] = value
+    return x
+
+
+POSTERIOR = {
+    "x_t of integers": ({"x_t": X.long()}, r"x_t has dtype torch\.int64.*floating"),
+    "x_t without rows": ({"x_t": X[:0]}, r"x_t has shape \(0, 3\).*at least one row"),
+    "x_t without dimensions": ({"x_t": X[:, 0]}, r"x_t has shape \(4,\).*data dimension"),
+    "x_t with nan": ({"x_t": with_value(X, (2, 1), float("nan"))}, r"x_t\[2\] holds NaN or inf.*clean"),
+    "x_t with inf": ({"x_t": with_value(X, (3, 1), float("inf"))}, r"x_t\[3\] holds NaN or inf"),
+    "references of integers": ({"references": Y.long()}, r"references have dtype torch\.int64.*uint8"),
+    "references of bool": ({"references": Y > 0}, r"references have dtype torch\.bool"),
+    "no references": ({"references": Y[:0]}, r"references have shape \(0, 3\).*at least one"),
+    "references of another shape": ({"references": Y[:, :2]}, r"references have shape \(5, 2\).*\(n, 3\)"),
+    "references elsewhere": ({"references": Y.to(ELSEWHERE)}, r"references are on meta, x_t is on cpu: move"),
+    "references with nan": ({"references": with_value(Y, (4, 0), float("nan"))}, r"references\[4\] holds NaN"),
+    "sigma zero": ({"sigma": 0.0}, r"sigma\[0\] is 0: it must be positive"),
+    "sigma negative": ({"sigma": torch.tensor([1.0, 1.0, -2.0, 1.0])}, r"sigma\[2\] is -2: it must be positive"),
+    "sigma nan": ({"sigma": float("nan")}, r"sigma\[0\] is nan"),
+    "sigma infinite": ({"sigma": float("inf")}, r"sigma\[0\] is inf.*finite"),
+    "sigma of another shape": ({"sigma": torch.ones(3)}, r"sigma has shape \(3,\).*4 rows"),
+    "sigma per element": ({"sigma": torch.ones(4, 1)}, r"sigma has shape \(4, 1\).*one per row"),
+    "sigma elsewhere": ({"sigma": torch.ones(4, device=ELSEWHERE)}, r"sigma is on meta.*move"),
+    "alpha nan": ({"alpha": float("nan")}, r"alpha\[0\] is nan: it must be finite"),
+    "alpha infinite": ({"alpha": torch.tensor([1.0, float("inf"), 1.0, 1.0])}, r"alpha\[1\] is inf"),
+    "alpha of another shape": ({"alpha": torch.ones(5)}, r"alpha has shape \(5,\).*4 rows"),
+    "source of floats": ({"source": torch.zeros(4)}, r"source has dtype torch\.float32.*integers"),
+    "source of bool": ({"source": torch.zeros(4, dtype=torch.bool)}, r"source has dtype torch\.bool.*integers"),
+    "source of another length": ({"source": torch.zeros(5, dtype=torch.long)}, r"source has shape \(5,\).*\(4,\)"),
+    "source too large": ({"source": torch.tensor([0, 5, 0, 0])}, r"source\[1\] is 5: it must index the 5 references"),
+    "source negative": ({"source": torch.tensor([0, 0, 0, -1])}, r"source\[3\] is -1.*0 to 4"),
+    "source elsewhere": ({"source": torch.zeros(4, dtype=torch.long, device=ELSEWHERE)}, r"source is on meta.*move"),
+    "group alone": ({"group": torch.zeros(4, dtype=torch.long)}, r"reference_group is missing.*with group"),
+    "reference_group alone": ({"reference_group": torch.zeros(5, dtype=torch.long)}, r"^group is missing"),
+    "group of floats": (
+        {"group": torch.zeros(4), "reference_group": torch.zeros(5, dtype=torch.long)},
+        r"^group has dtype torch\.float32.*integers",
+    ),
+    "group of another length": (
+        {"group": torch.zeros(5, dtype=torch.long), "reference_group": torch.zeros(5, dtype=torch.long)},
+        r"^group has shape \(5,\).*\(4,\)",
+    ),
+    "reference_group of another length": (
+        {"group": torch.zeros(4, dtype=torch.long), "reference_group": torch.zeros(4, dtype=torch.long)},
+        r"^reference_group has shape \(4,\).*\(5,\)",
+    ),
+    "reference_group elsewhere": (
+        {"group": torch.zeros(4, dtype=torch.long), "reference_group": torch.zeros(5, dtype=torch.long).to(ELSEWHERE)},
+        r"^reference_group is on meta.*move",
+    ),
+    "a group of nobody": (
+        {"group": torch.tensor([0, 0, 7, 0]), "reference_group": torch.zeros(5, dtype=torch.long)},
+        r"no reference may serve row 2 \(group 7\).*group -1",
+    ),
+    "a source of another group": (
+        {
+            "group": torch.zeros(4, dtype=torch.long),
+            "reference_group": torch.tensor([0, 0, 0, 0, 1]),
+            "source": torch.tensor([0, 4, 0, 0]),
+        },
+        r"group\[1\] is 0: the row's own source is a reference of another group",
+    ),
+    "log_prior of another length": ({"log_prior": torch.zeros(4)}, r"log_prior has shape \(4,\).*\(5,\)"),
+    "log_prior elsewhere": ({"log_prior": torch.zeros(5, device=ELSEWHERE)}, r"log_prior has shape.*on meta"),
+    "log_prior nan": ({"log_prior": torch.full((5,), float("nan"))}, r"log_prior\[0\] is nan"),
+    "log_prior infinite": ({"log_prior": torch.tensor([0, 0, 0, float("inf"), 0])}, r"log_prior\[3\] is inf.*-inf"),
+    "all references excluded": ({"log_prior": torch.full((5,), -float("inf"))}, r"no reference may serve row 0: "),
+    "chunk_size zero": ({"chunk_size": 0}, r"chunk_size is 0: it must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("name", POSTERIOR)
+def test_posterior_refuses(name: str) -> None:
+    change, message = POSTERIOR[name]
+    arguments = {"x_t": X, "alpha": 1.0, "sigma": 1.0, "references": Y} | change
+    with pytest.raises(ValueError, match=message):
+        sf.posterior(**arguments)
+
+
+ZERO = torch.zeros(4, dtype=torch.long)
+TARGET = {
+    "x0 of integers": ({"x0": X.byte()}, r"x0 has dtype torch\.uint8.*127\.5"),
+    "x0 without rows": ({"x0": X[:0], "x_t": X[:0]}, r"x0 has shape \(0, 3\).*at least one row"),
+    "x0 without dimensions": ({"x0": X[:, 0], "x_t": X[:, 0]}, r"x0 has shape \(4,\)"),
+    "x0 with nan": ({"x0": with_value(X, (1, 0), float("nan"))}, r"\[1\] holds NaN or inf"),
+    "x_t of another shape": ({"x_t": X[:3]}, r"x_t has shape \(3, 3\), x0 has \(4, 3\)"),
+    "x_t of integers": ({"x_t": X.long()}, r"x_t has dtype torch\.int64"),
+    "x_t elsewhere": ({"x_t": X.to(ELSEWHERE)}, r"x_t is on meta.*move"),
+    "x_t with nan": ({"x_t": with_value(X, (2, 1), float("nan"))}, r"x_t\[2\] holds NaN"),
+    "noise of another shape": ({"noise": X[:, :2]}, r"noise has shape \(4, 2\)"),
+    "noise elsewhere": ({"noise": X.to(ELSEWHERE)}, r"noise is on meta"),
+    "t of another shape": ({"t": torch.ones(3)}, r"t has shape \(3,\).*4 rows"),
+    "t elsewhere": ({"t": torch.ones(4, device=ELSEWHERE)}, r"t is on meta"),
+    "t without noise": ({"t": torch.tensor([1.0, 0.0, 1.0, 1.0])}, r"sigma\[1\] is 0"),
+    "t negative": ({"t": -1.0}, r"sigma\[0\] is -1"),
+    "t nan": ({"t": torch.full((4,), float("nan"))}, r"sigma\[0\] is nan"),
+    "flip of integers": ({"flip": ZERO}, r"flip has shape \(4,\) and dtype torch\.int64.*bool"),
+    "flip of another length": ({"flip": torch.zeros(3, dtype=torch.bool)}, r"flip has shape \(3,\).*\(4, m\)"),
+    "flip of too many columns": ({"flip": torch.zeros(4, 2, dtype=torch.bool)}, r"flip has 2 columns.*fewer axes"),
+    "flip of three dimensions": ({"flip": torch.zeros(4, 1, 1, dtype=torch.bool)}, r"flip has shape \(4, 1, 1\)"),
+    "alone of integers": ({"alone": ZERO}, r"alone has shape \(4,\) and dtype torch\.int64.*bool"),
+    "alone of another length": ({"alone": torch.zeros(5, dtype=torch.bool)}, r"alone has shape \(5,\).*\(4,\)"),
+    "alone of two dimensions": ({"alone": torch.zeros(4, 1, dtype=torch.bool)}, r"alone has shape \(4, 1\)"),
+    "group of floats": ({"group": X[:, 0]}, r"group has dtype torch\.float32"),
+    "group too short": ({"group": ZERO[:3]}, r"group has shape \(3,\)"),
+    "group too long": ({"group": torch.zeros(6, dtype=torch.long)}, r"group has shape \(6,\)"),
+    "reference_group too short": ({"group": ZERO, "reference_group": ZERO[:3]}, r"group has shape \(3,\)"),
+    "reference_group of another class": (
+        {"group": ZERO, "reference_group": ZERO + 1},
+        r"group\[0\] is 0: the row's own source",
+    ),
+    "index too short": ({"index": torch.arange(3)}, r"index has shape \(3,\).*one integer per row"),
+    "index too long": ({"index": torch.arange(5)}, r"index has shape \(5,\).*one integer per row"),
+}
+
+
+# With rows alone, or rows below the band, the batch is cut into parts before it is used: errors must not change by that.
+@pytest.mark.parametrize("parts", ["whole", "alone", "band"])
+@pytest.mark.parametrize("name", TARGET)
+def test_stable_target_refuses(name: str, parts: str) -> None:
+    change, message = TARGET[name]
+    x0 = Y[:4].clone()
+    arguments = {"x0": x0, "x_t": x0 + 0.5, "t": torch.tensor([1.0, 1.0, 1.0, 1.0])} | change
+    band = 0.0
+    if parts == "alone":
+        arguments = {"alone": torch.tensor([False, False, False, True])} | arguments
+    elif parts == "band" and "t" not in change:
+        arguments["t"] = torch.tensor([1.0, 1.0, 1.0, 0.1])
+        band = 0.5
+    references = sf.InBatch()
+    if "index" in change:
+        references = sf.Pool(Y)
+    with pytest.raises(ValueError, match=message):
+        sf.StableTarget(sf.EDM(), references=references, noise_band=band)(**arguments)
+
+
+@pytest.mark.parametrize("band", [-0.1, float("nan")])
+def test_stable_target_refuses_a_band_that_is_no_noise_level(band: float) -> None:
+    with pytest.raises(ValueError, match="noise_band is"):
+        sf.StableTarget(sf.EDM(), noise_band=band)
+
+
+def test_stable_target_refuses_a_chunk_of_nothing() -> None:
+    with pytest.raises(ValueError, match="chunk_size is 0"):
+        sf.StableTarget(sf.EDM(), chunk_size=0)(X, X, 1.0)
+
+
+POOL: dict[str, tuple[Callable[[], object], str]] = {
+    "no data": (lambda: sf.Pool(Y[:0]), r"Pool data have shape \(0, 3\).*at least one"),
+    "data without dimensions": (lambda: sf.Pool(Y[:, 0]), r"Pool data have shape \(5,\)"),
+    "data of integers": (lambda: sf.Pool(Y.long()), r"Pool data have dtype torch\.int64.*uint8"),
+    "size zero": (lambda: sf.Pool(Y, 0), r"Pool size is 0.*from 1 to the 5"),
+    "size above the data": (lambda: sf.Pool(Y, 6), r"Pool size is 6.*None for all"),
+    "group of another length": (lambda: sf.Pool(Y, group=ZERO), r"Pool group has shape \(4,\).*\(5,\)"),
+    "group of floats": (lambda: sf.Pool(Y, group=Y[:, 0]), r"Pool group has shape \(5,\) and dtype torch\.float32"),
+}
+
+
+@pytest.mark.parametrize("name", POOL)
+def test_pool_refuses(name: str) -> None:
+    make, message = POOL[name]
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+CALL = {
+    "no index": (sf.Pool(Y), {"index": None}, r"index is missing"),
+    "index of floats": (sf.Pool(Y), {"index": torch.arange(4.0)}, r"index has shape \(4,\) and dtype torch\.float32"),
+    "index of bool": (sf.Pool(Y), {"index": torch.ones(4, dtype=torch.bool)}, r"index has.*torch\.bool"),
+    "index elsewhere": (sf.Pool(Y), {"index": torch.arange(4).to(ELSEWHERE)}, r"index on meta.*one device"),
+    "data elsewhere": (sf.Pool(Y.to(ELSEWHERE)), {}, r"Pool's data are on meta.*one device"),
+    "index too large": (sf.Pool(Y), {"index": torch.tensor([0, 1, 2, 5])}, r"index runs from 0 to 5.*0 to 4"),
+    "index negative": (sf.Pool(Y), {"index": torch.tensor([0, 1, 2, -1])}, r"index runs from -1"),
+    "data of another shape": (sf.Pool(Y[:, :2]), {}, r"rows of x0 have shape \(3,\), the Pool's \(2,\)"),
+    "another sample": (sf.Pool(Y), {"index": torch.tensor([0, 1, 3, 3])}, r"row 2 of x0 is not sample 3.*flip="),
+    "a size below the batch": (sf.Pool(Y, 3), {}, r"Pool size is 3, but the batch has 4 samples of its own"),
+    "a group that the pool lacks": (sf.Pool(Y), {"group": ZERO}, r"group is given, but the Pool has none"),
+    "a group of another class": (
+        sf.Pool(Y, group=torch.tensor([0, 0, 0, 1, 1])),
+        {"group": ZERO},
+        r"group\[3\] is 0: the row's own source",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALL)
+def test_a_target_over_a_pool_refuses(name: str) -> None:
+    pool, change, message = CALL[name]
+    arguments = {"x0": Y[:4], "x_t": Y[:4] + 0.5, "t": 1.0, "index": torch.arange(4)} | change
+    with pytest.raises(ValueError, match=message):
+        sf.StableTarget(sf.EDM(), references=pool)(**arguments)
+
+
+def test_a_pool_may_be_as_small_as_the_distinct_samples_of_the_batch() -> None:
+    index = torch.tensor([2, 2, 0, 2])
+    target = sf.StableTarget(sf.EDM(), references=sf.Pool(Y, 2))
+    assert target(Y[index], Y[index] + 0.5, 50.0, index=index).ess.max() > 1.9

@@ -1,0 +1,151 @@
+"""The posterior is computed in full precision, and the user's switches are found again as they were left."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import stablefield as sf
+
+FIELDS = ("mean", "variance", "ess", "source_weight", "log_evidence")
+
+
+def switches() -> tuple[str, str, str, bool]:
+    return (
+        torch.get_float32_matmul_precision(),
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.mkldnn.matmul.fp32_precision,
+        torch.backends.cuda.matmul.allow_tf32,
+    )
+
+
+@pytest.fixture(autouse=True)
+def highest_again() -> Iterator[None]:
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture
+def case(rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """(x_t, references, source) at which a product in bfloat16 would show: 300 references, one third of them near."""
+    y = torch.randn(300, 256, generator=rng)
+    return y[:64] + 4 * torch.randn(64, 256, generator=rng), y, torch.arange(64)
+
+
+class Products(TorchDispatchMode):
+    """Records, at every matrix product, whether a switch or autocast would have rounded it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, str, bool, torch.dtype]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.seen.append(
+                (
+                    torch.backends.cuda.matmul.fp32_precision,
+                    torch.backends.mkldnn.matmul.fp32_precision,
+                    torch.is_autocast_enabled("cpu"),
+                    args[-1].dtype,
+                )
+            )
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("setting", ["high", "medium"])
+@pytest.mark.parametrize("sigma", [0.05, 4.0])
+@pytest.mark.parametrize("with_source", [True, False])
+def test_results_are_bitwise_those_of_the_highest_precision(
+    case, setting: str, sigma: float, with_source: bool
+) -> None:
+    x_t, y, source = case
+    source = source if with_source else None
+    truth = sf.posterior(x_t, 1.0, sigma, y, source)
+    torch.set_float32_matmul_precision(setting)
+    found = sf.posterior(x_t, 1.0, sigma, y, source)
+    for name in FIELDS:
+        left, right = getattr(found, name), getattr(truth, name)
+        assert left is right is None or torch.equal(left, right), name
+
+
+@pytest.mark.parametrize("sigma", [0.05, 4.0])
+@pytest.mark.parametrize("with_source", [True, False])
+def test_results_under_autocast_are_bitwise_those_without(case, sigma: float, with_source: bool) -> None:
+    x_t, y, source = case
+    source = source if with_source else None
+    truth = sf.posterior(x_t, 1.0, sigma, y, source)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (x_t @ y.T).dtype == torch.bfloat16
+        found = sf.posterior(x_t, 1.0, sigma, y, source)
+    for name in FIELDS:
+        left, right = getattr(found, name), getattr(truth, name)
+        assert left is right is None or torch.equal(left, right), name
+
+
+@pytest.mark.parametrize("references", [sf.InBatch(), None], ids=["batch", "mirrored pool"])
+def test_targets_and_their_views_under_autocast_are_bitwise_those_without(case, references) -> None:
+    x_t, y, _ = case
+    pool = references or sf.Pool(y, mirrored=True)
+    target = sf.StableTarget(sf.VP(), references=pool)
+    arguments = (y[:64], x_t, 0.7)
+    truth = target(*arguments, index=torch.arange(64))
+    torch.set_float32_matmul_precision("medium")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = target(*arguments, index=torch.arange(64))
+        views = [getattr(found, name) for name in ("x0", "noise", "score", "v", "velocity")]
+    for view, name in zip(views, ("x0", "noise", "score", "v", "velocity"), strict=True):
+        assert torch.equal(view, getattr(truth, name)), name
+    assert torch.equal(found.variance, truth.variance)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 4.0])
+def test_every_matrix_product_is_made_with_the_switches_off(case, sigma: float) -> None:
+    # On machines without bfloat16 products the bitwise tests cannot fail; this one can on all.
+    x_t, y, source = case
+    torch.set_float32_matmul_precision("medium")
+    target = sf.StableTarget(sf.EDM(), references=sf.Pool(y, mirrored=True))
+    with torch.autocast("cpu", torch.bfloat16), Products() as products:
+        sf.posterior(x_t, 1.0, sigma, y, source)
+        sf.posterior(x_t, 1.0, sigma, y)
+        target(y[:64], x_t, sigma, index=source)
+    assert len(products.seen) >= 8
+    assert set(products.seen) == {("ieee", "ieee", False, torch.float32)}
+
+
+@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
+def test_the_switches_are_found_as_they_were_left(case, setting: str) -> None:
+    x_t, y, source = case
+    torch.set_float32_matmul_precision(setting)
+    before = switches()
+    with torch.autocast("cpu", torch.bfloat16):
+        sf.posterior(x_t, 1.0, 4.0, y, source)
+        assert torch.is_autocast_enabled("cpu")
+    assert not torch.is_autocast_enabled("cpu")
+    assert switches() == before
+
+
+@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
+def test_the_switches_are_found_as_they_were_left_after_an_error(case, setting: str) -> None:
+    x_t, y, _ = case
+    torch.set_float32_matmul_precision(setting)
+    before = switches()
+    nobody = {"group": torch.ones(64, dtype=torch.long), "reference_group": torch.zeros(300, dtype=torch.long)}
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match="no reference may serve"):
+            sf.posterior(x_t, 1.0, 4.0, y, **nobody)
+        assert torch.is_autocast_enabled("cpu")
+    assert switches() == before
+
+
+@pytest.mark.gpu
+def test_tf32_and_autocast_do_not_reach_the_posterior_on_cuda(case) -> None:
+    x_t, y, source = (value.cuda() for value in case)
+    truth = sf.posterior(x_t, 1.0, 4.0, y, source)
+    torch.set_float32_matmul_precision("high")
+    with torch.autocast("cuda", torch.bfloat16):
+        found = sf.posterior(x_t, 1.0, 4.0, y, source)
+    for name in FIELDS:
+        assert torch.equal(getattr(found, name), getattr(truth, name)), name
