@@ -120,3 +120,17 @@ def test_heavy_tailed_noise_keeps_the_accuracy(
         torch.testing.assert_close(
             found.ess.double(), truth.ess, rtol=3e-3, atol=0, msg=lambda m, s=sigma: f"sigma {s}: {m}"
         )
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.1, 0.5, 3.0])
+@pytest.mark.parametrize("with_source", [True, False])
+def test_rows_with_many_near_references_far_from_zero_keep_their_accuracy(
+    sigma: float, with_source: bool, rng: torch.Generator, exact: Callable
+) -> None:
+    y = 100 + 2 * sigma * torch.randn(200, 64, generator=rng) / 8
+    x_t = y[:32] + sigma * torch.randn(32, 64, generator=rng)
+    truth = exact(x_t, 1.0, sigma, y)
+    found = sf.posterior(x_t, 1.0, sigma, y, torch.arange(32) if with_source else None)
+    assert truth.ess.median() > 5
+    torch.testing.assert_close(found.ess.double(), truth.ess, rtol=3e-3, atol=0)
+    torch.testing.assert_close(found.mean.double(), truth.mean, rtol=1e-6, atol=1e-3 * sigma)

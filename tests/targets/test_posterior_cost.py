@@ -148,3 +148,30 @@ def test_time_is_at_most_twice_that_of_the_two_matrix_products(
     # Other work on the machine only ever adds time, so the least of each is the one to compare.
     ratio = min(a for a, _ in pairs) / min(b for _, b in pairs)
     assert ratio < 2, pairs
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("with_source", [True, False])
+def test_data_far_from_zero_cost_a_float64_product_and_not_a_pass_over_all_pairs(
+    with_source: bool, rng: torch.Generator
+) -> None:
+    # Grey images in 0..255 at a noise level where every reference has weight: nearly every pair needs its repair.
+    y = 128 + 8 * torch.randn(2048, 3072, generator=rng)
+    x_t = y[:128] + 200 * torch.randn(128, 3072, generator=rng)
+    source = torch.arange(128) if with_source else None
+
+    def seconds(work: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    def products() -> torch.Tensor:
+        return (x_t @ y.T) @ y
+
+    def ours() -> sf.Posterior:
+        return sf.posterior(x_t, 1.0, 200.0, y, source)
+
+    ours(), products()
+    pairs = [(seconds(ours), seconds(products)) for _ in range(4)]
+    assert min(a for a, _ in pairs) / min(b for _, b in pairs) < 6, pairs
