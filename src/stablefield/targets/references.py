@@ -72,7 +72,7 @@ class Pool:
 
     Args:
         data: the clean samples, shape (n, ...), floating point, or uint8 images that mean data / 127.5 - 1, on the device
-            of the training batches.
+            of the training batches. Norms are computed once and kept: do not change the data in place afterwards.
         size: number of references per batch; None for the whole array.
         group: condition of each sample, integers of shape (n,), or None.
         mirrored: use the mirror image (last axis) of each reference, too. For data sets doubled by random flips that the
