@@ -49,6 +49,6 @@ class Ema:
         parameters, error = combine(folder.snapshots, length, self.step)
         name = f"length-{length:g}" + ("" if self.step is None else f"-step-{self.step:08d}")
         path = folder.snapshots / f"{name}.safetensors"
-        metadata = {"length": str(length), "profile_error": f"{error:.3g}"}
+        metadata = {"length": f"{length:g}"}
         write_whole(path, lambda temporary: save_file(parameters, temporary, metadata))
         console.print(f"length {length:g}: {relative(path)} (profile within {error:.1%} of the exact one)")

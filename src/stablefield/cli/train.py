@@ -118,7 +118,7 @@ class Train:
             f"{'x'.join(map(str, data.shape))}, {recipe.steps:,} steps of {recipe.batch}, on {device}{many}"
         )
         console.print(f"run folder: {relative(folder.path)}")
-        accelerator = make_accelerator(device, recipe, self.tracker, folder)
+        accelerator = make_accelerator(device, self.tracker, folder)
         began = time.monotonic()
         with TrainingProgress(recipe.steps) as progress, Interruption() as interruption:
             done = train(
@@ -181,7 +181,7 @@ class Train:
 
     def _rehearse(self, config: RunConfig, data: ImageSet, device: torch.device) -> int:
         recipe = config.recipe
-        accelerator = make_accelerator(device, recipe)
+        accelerator = make_accelerator(device)
         feed = Feed(data, recipe, device, labelled=config.classes > 0, resident=fits(data, device))
         found = estimate(config, feed, accelerator)
         feed.close()

@@ -74,20 +74,19 @@ def check_fit(recipe: Recipe, data: ImageSet) -> None:
         raise ValueError("--conditional needs classes, and the data have no labels: leave it out.")
 
 
-def make_accelerator(
-    device: torch.device, recipe: Recipe, tracker: Tracker = "none", folder: RunFolder | None = None
-) -> Accelerator:
-    """The processes of this run with their devices, precision and tracker.
+def make_accelerator(device: torch.device, tracker: Tracker = "none", folder: RunFolder | None = None) -> Accelerator:
+    """The processes of this run with their devices and tracker.
+
+    Precision is the stepper's: Accelerate settles it once for a whole program, which may hold several runs.
 
     Args:
         device: of a run of one process; with several, each takes its own GPU, or the CPU if this is one.
-        recipe: its precision counts.
         tracker: what metrics.jsonl is mirrored to.
         folder: where a tracker may write.
     """
     return Accelerator(
         cpu=device.type == "cpu",
-        mixed_precision="bf16" if recipe.precision == "bf16" else "no",
+        mixed_precision="no",
         log_with=None if tracker == "none" else tracker,
         project_dir=None if folder is None else str(folder.path),
     )
@@ -131,7 +130,7 @@ def train(
     recipe = config.recipe
     if data.manifest["sha256"] != config.manifest["sha256"]:
         raise ValueError(f"{config.data} is not what this run was started with (its pixels' sha256 differs).")
-    accelerator = accelerator or make_accelerator(device, recipe, tracker, folder)
+    accelerator = accelerator or make_accelerator(device, tracker, folder)
     device = accelerator.device
     feed = Feed(data, recipe, device, labelled=config.classes > 0, resident=fits(data, device))
     try:

@@ -74,7 +74,8 @@ def take_snapshot(folder: Path, step: int, averages: Sequence[tuple[float, nn.Mo
         for length, average in averages
         for name, value in average.named_parameters()
     }
-    metadata = {"step": str(step), "lengths": json.dumps([length for length, _ in averages])}
+    # One entry: safetensors writes several in no fixed order, and equal snapshots are to be equal files.
+    metadata = {"averages": json.dumps({"step": step, "lengths": [length for length, _ in averages]})}
     path = folder / f"step-{step:08d}.safetensors"
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
     return path
@@ -82,7 +83,7 @@ def take_snapshot(folder: Path, step: int, averages: Sequence[tuple[float, nn.Mo
 
 def snapshot_steps(folder: Path) -> list[int]:
     """Steps of which there are snapshots, in order."""
-    return [profile.step for profile in dict.fromkeys(p for p, _ in _profiles(folder))]
+    return sorted({profile.step for profile, _ in _profiles(folder)})
 
 
 def combine(folder: Path, length: float, step: int | None = None) -> tuple[dict[str, Tensor], float]:
@@ -124,8 +125,8 @@ def _profiles(folder: Path) -> list[tuple[Profile, Path]]:
     found: list[tuple[Profile, Path]] = []
     for path in sorted(folder.glob("step-*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-        found += [(Profile(int(metadata["step"]), length), path) for length in json.loads(metadata["lengths"])]
+            record = json.loads(file.metadata()["averages"])
+        found += [(Profile(record["step"], length), path) for length in record["lengths"]]
     return found
 
 

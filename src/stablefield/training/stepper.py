@@ -36,7 +36,7 @@ class Stepper:
     Args:
         config: of the run, with its references resolved.
         feed: of its data.
-        accelerator: the processes, their device and precision.
+        accelerator: the processes and their device.
 
     Attributes:
         trained: what changes with every step.
@@ -111,7 +111,7 @@ class Stepper:
             example = objective.example(x0, draws[part], rows.labels, rows.index, flip=flips, alone=alone)
             self.target_watch.stop()
             torch.manual_seed(self._dropout_seed(step, number))
-            with self._accelerator.autocast():
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
                 value = objective.evaluate(self._network, example, augment_labels)
             self._accelerator.backward(value.row_loss.sum() / recipe.batch)
             values.append(value)
