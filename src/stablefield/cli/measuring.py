@@ -1,0 +1,274 @@
+"""What `stablefield evaluate` does: samples of a run, or images from anywhere, through extractors, against real images."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stablefield.cli.console import console
+from stablefield.cli.drawing import Model
+from stablefield.cli.evaluate import DataFlags, Evaluate, MetricName
+from stablefield.cli.sample import own_device
+from stablefield.cli.sources import open_data
+from stablefield.cli.train import pick_device
+from stablefield.cli.work import Work
+from stablefield.data.collector import cache_folder
+from stablefield.data.image_set import ImageSet
+from stablefield.evaluation.commit import running_commit
+from stablefield.evaluation.extractor import RawPixels
+from stablefield.evaluation.feature_pass import Batch, Lens, extract, set_batches
+from stablefield.evaluation.measurement import Making, Measurement, check_counts, lens_for
+from stablefield.evaluation.metric import (
+    ClassifierScore,
+    Coverage,
+    Density,
+    Frechet,
+    Kernel,
+    Metric,
+    Nearest,
+    Precision,
+    Recall,
+    Value,
+)
+from stablefield.evaluation.processes import Processes
+from stablefield.evaluation.protocol import ProtocolWarning
+from stablefield.evaluation.reference import Reference, ReferenceSet, measure_reference, told
+from stablefield.evaluation.result import Result
+from stablefield.sampling.samples import chunks_of
+from stablefield.training.run_folder import RunFolder
+
+__all__ = ["measure"]
+
+_METRICS: dict[MetricName, Metric] = {
+    "frechet": Frechet(),
+    "kernel": Kernel(),
+    "precision": Precision(),
+    "recall": Recall(),
+    "density": Density(),
+    "coverage": Coverage(),
+}
+_DEFAULT_SAMPLES = 5000
+
+
+def measure(flags: Evaluate, processes: Processes) -> list[Result]:
+    """Measure what the flags say, together with the other processes.
+
+    Returns:
+        The results in the first process, nothing in the others.
+
+    Raises:
+        ValueError: if the flags do not fit the run, the images or the data.
+        ImportError: if the extractor's package is missing.
+    """
+    device = pick_device(own_device(flags.device))
+    source = _Run(flags, device, processes) if flags.is_run else _Images(flags, processes)
+    with Work() as work:
+        measurements = _Plan(flags, source, device, processes, work).measurements()
+        lenses = [measurement.lens for measurement in measurements]
+        repeats: list[list[list[Value]]] = []
+        for repeat in range(flags.repeats):
+            features = extract(source.batches(repeat, work), lenses, "sample")
+            if processes.first:
+                work("metrics", repeat, flags.repeats)
+                repeats.append([m.values(f) for m, f in zip(measurements, features, strict=True)])
+        making = source.making()
+    if not processes.first:
+        return []
+    return [
+        result
+        for place, measurement in enumerate(measurements)
+        for result in measurement.results([values[place] for values in repeats], source.count, source.seeds, making)
+    ]
+
+
+class _Run:
+    """Samples drawn from a run."""
+
+    def __init__(self, flags: Evaluate, device: torch.device, processes: Processes) -> None:
+        folder = Path(flags.subject)
+        self._flags, self._device, self._processes = flags, device, processes
+        self._model: Model = flags.drawing.open(folder, device)
+        config = RunFolder.open(folder).config()
+        self.shape = (config.shape[0], config.shape[1], config.shape[2])
+        self.data_name = flags.real.data or config.data
+        self.count = _DEFAULT_SAMPLES if flags.samples is None else flags.samples
+        last = flags.first_seed + flags.repeats * self.count
+        if last > 2**32:
+            raise ValueError(f"--first-seed {flags.first_seed}: seeds up to {last} are needed, and end at 2^32 - 1.")
+        self._evaluations = self._chunks = 0
+        if flags.real.data == "" and not Path(config.data).exists() and config.data != "digits":
+            raise ValueError(f"--data is missing: the run's own data, {config.data}, are not there any more.")
+
+    @property
+    def seeds(self) -> tuple[str, ...]:
+        """The seeds of every repeat."""
+        return tuple(f"{start}-{start + self.count - 1}" for start in self._starts())
+
+    def _starts(self) -> list[int]:
+        first = self._flags.first_seed
+        return [first + repeat * self.count for repeat in range(self._flags.repeats)]
+
+    def batches(self, repeat: int, work: Work) -> Iterator[Batch]:
+        """This process's samples of a repeat."""
+        flags = self._flags.drawing
+        start = self._starts()[repeat]
+        seeds = range(start, start + self.count)
+        chunks = self._processes.share(chunks_of(seeds, flags.batch, coupled=flags.coupled))
+        stage = "samples" if self._flags.repeats == 1 else f"samples, repeat {repeat + 1}"
+        many = self._processes.count
+        done = size = 0
+
+        def progress(share: float) -> None:
+            work(stage, min(self.count, many * (done + share * size)), self.count)
+
+        drawing = flags.drawing(self._model, self._device, progress)
+        for chunk in chunks:
+            size = len(chunk.places)
+            yield drawing(chunk), torch.tensor(chunk.wanted) - start
+            done += size
+        self._evaluations += drawing.evaluations
+        self._chunks += drawing.chunks
+
+    def making(self) -> Making:
+        """How the samples were made."""
+        flags = self._flags.drawing
+        evaluations, chunks = self._processes.total(self._evaluations, self._chunks)
+        return Making(
+            sampler=flags.describe(self._model.own.config.recipe.process),
+            steps=flags.steps_taken,
+            nfe=evaluations / chunks,
+            ema=self._model.ema,
+            commit=running_commit(),
+        )
+
+
+class _Images:
+    """Images that were found."""
+
+    def __init__(self, flags: Evaluate, processes: Processes) -> None:
+        self._flags, self._processes = flags, processes
+        if not (Path(flags.subject).exists() or flags.subject == "digits" or flags.subject.startswith("hf:")):
+            raise ValueError(
+                f"RUN_OR_IMAGES is {flags.subject}, and there is no such file or folder: name a run (a folder with "
+                "config.json) or images."
+            )
+        if not flags.real.data:
+            raise ValueError("--data is missing: name the real images to measure against, such as --data digits.")
+        self._images = open_data(flags.subject, split=flags.images_split)
+        self.shape = self._images.shape
+        self.data_name = flags.real.data
+        n = len(self._images)
+        self.count = n // flags.repeats if flags.samples is None else flags.samples
+        if self.count * flags.repeats > n or self.count < 1:
+            raise ValueError(
+                f"--samples {flags.samples} in {flags.repeats} repeats take {self.count * flags.repeats} images, and "
+                f"{flags.subject} has {n}: every repeat takes images of its own."
+            )
+        # Sets are often sorted by class: repeats, and parts, are drawn at random.
+        everything = np.random.default_rng(flags.first_seed).permutation(n)
+        self._rows = [np.sort(everything[r * self.count : (r + 1) * self.count]) for r in range(flags.repeats)]
+        self.seeds: tuple[str, ...] = ()
+
+    def batches(self, repeat: int, work: Work) -> Iterator[Batch]:
+        """This process's images of a repeat."""
+        batches = set_batches(self._images.images, self._rows[repeat], self._flags.feature_batch, self._processes)
+        stage = self._images.name if self._flags.repeats == 1 else f"{self._images.name}, repeat {repeat + 1}"
+        return told(batches, stage, self.count, work, self._processes.count)
+
+    def making(self) -> Making:
+        """Nothing is known."""
+        return Making()
+
+
+class _Plan:
+    """What is asked of every extractor: the chosen one, pixels for memorisation, the classifier."""
+
+    def __init__(
+        self, flags: Evaluate, source: _Run | _Images, device: torch.device, processes: Processes, work: Work
+    ) -> None:
+        self._flags, self._source, self._device = flags, source, device
+        self._processes, self._work = processes, work
+        self._split = flags.real.split
+        self._data = _real(flags.real, source.data_name, self._split)
+        if source.shape != self._data.shape:
+            raise ValueError(
+                f"the samples are {_size(source.shape)} (C x H x W), the images of --data {source.data_name} "
+                f"{_size(self._data.shape)}: measure images of one size; --resolution {source.shape[1]} brings the real "
+                "ones there, if the channels agree."
+            )
+        self._wanted = ReferenceSet(images=self._data, split=self._split, count=flags.real.references)
+        self._commit = running_commit()
+        real = flags.real
+        self._cache = None if real.no_cache else real.cache or cache_folder() / "references"
+
+    def measurements(self) -> list[Measurement]:
+        """All of them, with their references measured."""
+        flags, data = self._flags, self._data
+        chosen = tuple(_METRICS[name] for name in flags.metrics if name in _METRICS)
+        scores: tuple[Metric, ...] = (ClassifierScore(),) if "classifier-score" in flags.metrics else ()
+        near: tuple[Metric, ...] = (Nearest(),) if "nearest" in flags.metrics else ()
+        check_counts(chosen + scores, self._source.count, len(self._wanted))
+        found: list[Measurement] = []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ProtocolWarning)
+            if chosen:
+                extractor = flags.extractor.open(data.shape, self._device)
+                reference = self._measured(self._wanted, lens_for(extractor, chosen), self._cache)
+                found.append(Measurement(extractor=extractor, metrics=chosen, reference=reference))
+            if near:
+                training = data if self._split == "train" else _real(flags.real, self._source.data_name, "train")
+                check_counts(near, self._source.count, len(training))
+                pixels = RawPixels(data.shape)
+                # Pixels are at hand anyway: nothing to keep.
+                whole = ReferenceSet(images=training, split="train")
+                reference = self._measured(whole, lens_for(pixels, near), None)
+                held_out = self._held_out(pixels)
+                found.append(Measurement(extractor=pixels, metrics=near, reference=reference, held_out=held_out))
+            classifier = flags.extractor.open_classifier(self._device)
+            if classifier is not None and scores:
+                reference = self._measured(self._wanted, lens_for(classifier, scores), self._cache)
+                found.append(Measurement(extractor=classifier, metrics=scores, reference=reference))
+        for message in dict.fromkeys(str(warning.message) for warning in caught):
+            console.print(f"[yellow]warning:[/] {message} To make it anew: --no-cache, or delete the file.")
+        return found
+
+    def _measured(self, reference: ReferenceSet, lens: Lens, cache: Path | None) -> Reference:
+        return measure_reference(
+            reference,
+            lens,
+            batch=self._flags.feature_batch,
+            cache=cache,
+            commit=self._commit,
+            processes=self._processes,
+            progress=self._work,
+        )
+
+    def _held_out(self, extractor: RawPixels) -> Tensor | None:
+        """Pixels of real images that were not trained on, (h, d); None where there are none."""
+        real, name = self._flags.real, self._flags.real.held_out
+        try:
+            images = _real(real, name or self._source.data_name, "train" if name else "test")
+        except ValueError:
+            if name:
+                raise
+            return None
+        if images.shape != self._data.shape:
+            raise ValueError(
+                f"--held-out {name or self._source.data_name} has images of {_size(images.shape)}, --data of "
+                f"{_size(self._data.shape)}: pass images of one size, or --resolution."
+            )
+        rows = np.arange(len(images))
+        batches = set_batches(images.images, rows, self._flags.feature_batch, self._processes)
+        (features,) = extract(batches, [Lens(extractor=extractor, moments=False)], "held-out image")
+        return features.rows
+
+
+def _real(flags: DataFlags, name: str, split: str) -> ImageSet:
+    return open_data(name, flags.resolution, flags.resize, split)
+
+
+def _size(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
