@@ -204,7 +204,8 @@ class Nearest:
         samples, training = _rows(sides)
         found = nearest_ratio(samples, training, sides.held_out, threshold=self.threshold)
         share = found.memorised
-        error = math.sqrt(share * (1 - share) / len(samples))
+        # Of a share of 0 or 1 the binomial formula would say 0, which is not known.
+        error = math.sqrt(share * (1 - share) / len(samples)) if 0 < share < 1 else None
         settings = {"threshold": self.threshold}
         values = [Value(name="memorised share", value=share, standard_error=error, settings=settings)]
         if sides.held_out is not None and found.held_out_memorised is not None and found.closer is not None:
