@@ -35,8 +35,7 @@ class DataFlags:
     references: int | None = None
     """How many of them, drawn at random; all by default."""
     held_out: str = ""
-    """Real images that were not trained on, as the control of the metric nearest; the test part of --data if there is
-    one."""
+    """Real images that were not trained on, to compare nearest with; by default the test part of --data, if any."""
     resolution: int | None = None
     """Bring real images to this many pixels a side, as in training."""
     resize: Resize = "crop"
@@ -57,8 +56,7 @@ class Evaluate:
     subject: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_IMAGES")]
     """A run's folder, or images: whatever DATA may be, such as a folder, a .zip or an .npz file."""
     metrics: tuple[MetricName, ...] = _DEFAULT
-    """Which numbers: frechet (FID with --extractor inception), kernel (KID), precision, recall, density, coverage, nearest
-    (memorisation, in pixels), classifier-score (with --classifier)."""
+    """Which numbers. frechet is FID, kernel KID with inception; nearest is memorisation, in pixels."""
     samples: int | None = None
     """How many samples for each number: 5,000 of a run by default, all of given images. Published FIDs take 50,000."""
     repeats: int = 1

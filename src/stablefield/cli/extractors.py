@@ -26,8 +26,7 @@ class ExtractorFlags:
     """What looks at the images."""
 
     extractor: Literal["inception", "dinov2", "torchscript", "pixels", "random"] = "inception"
-    """inception (FID's own; the extra stablefield[fid], or --extractor-file), dinov2 or torchscript (--extractor-file),
-    the pixels themselves, or a small random convolution net."""
+    """inception is FID's own (extra stablefield[fid]); dinov2 and torchscript take --extractor-file; random a small net."""
     extractor_file: Path | None = None
     """TorchScript file of the network; it is a program, so take only one that you trust."""
     extractor_size: int | None = None
@@ -37,8 +36,7 @@ class ExtractorFlags:
     extractor_scale: Literal["unit", "symmetric", "imagenet"] = "imagenet"
     """How its images are scaled: to 0..1, to -1..1, or by ImageNet's mean and deviation."""
     classifier: Path | None = None
-    """TorchScript file of a classifier that returns logits, prepared as --extractor torchscript; for the metric
-    classifier-score, the formula of the Inception Score."""
+    """TorchScript file of a classifier that returns logits, for classifier-score; images as for --extractor torchscript."""
 
     def check(self) -> None:
         """Find out whether the flags fit together.

@@ -87,8 +87,8 @@ def _notes(results: Sequence[Result]) -> list[str]:
     frechet = [r for r in results if r.protocol.metric.startswith(("FID", "Frechet"))]
     few = [r.protocol for r in frechet if min(r.protocol.sample_count, r.protocol.reference_count) < 10_000]
     return [
-        f"a {protocol.metric} is biased upwards by an amount that falls as one over the number of samples: compare this one "
-        f"with others on {protocol.sample_count:,} samples only."
+        f"{protocol.metric} on few samples is biased upwards, by about one over their number: compare this one with others "
+        f"on {protocol.sample_count:,} samples only."
         for protocol in few
     ]
 

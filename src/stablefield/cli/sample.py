@@ -35,8 +35,7 @@ class Sample:
     seeds: str = "0-63"
     """Which images: numbers and ranges, such as 0-63 or 1,5,8-12. Image k is the same in every call."""
     out: Path | None = None
-    """FILE.png for a grid, FILE.npz for arrays, or a folder for one file per image; RUN/samples/SAMPLER-STEPS.png if not
-    given."""
+    """FILE.png for a grid, FILE.npz, or a folder for one file per image; RUN/samples/SAMPLER-STEPS.png if not given."""
     device: str = ""
     """Where to compute; a GPU if there is one."""
     drawing: Annotated[DrawingFlags, tyro.conf.arg(name="")] = field(default_factory=DrawingFlags)
