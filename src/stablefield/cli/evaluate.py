@@ -70,7 +70,7 @@ class Evaluate:
     out: Path | None = None
     """The result file, JSON; RUN/evaluations/NAME.json, or evaluation.json here."""
     feature_batch: int = 64
-    """Images at a time in the extractor, where they are not drawn."""
+    """Images at a time in the extractor."""
     device: str = ""
     """Where to compute; a GPU if there is one."""
     real: Annotated[DataFlags, tyro.conf.arg(name="")] = field(default_factory=DataFlags)

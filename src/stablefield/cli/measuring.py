@@ -70,7 +70,7 @@ def measure(flags: Evaluate, processes: Processes) -> list[Result]:
         lenses = [measurement.lens for measurement in measurements]
         repeats: list[list[list[Value]]] = []
         for repeat in range(flags.repeats):
-            features = extract(source.batches(repeat, work), lenses, "sample")
+            features = extract(source.batches(repeat, work), lenses, "sample", at_once=flags.feature_batch)
             if processes.first:
                 work("metrics", repeat, flags.repeats)
                 repeats.append([m.values(f) for m, f in zip(measurements, features, strict=True)])

@@ -60,7 +60,9 @@ def set_batches(
         yield torch.from_numpy(np.ascontiguousarray(images[part])), torch.from_numpy(places)
 
 
-def extract(batches: Iterable[Batch], lenses: Sequence[Lens], what: str = "image") -> list[Features]:
+def extract(
+    batches: Iterable[Batch], lenses: Sequence[Lens], what: str = "image", *, at_once: int | None = None
+) -> list[Features]:
     """Send all batches through all extractors.
 
     Where torch.distributed is running, every process calls this with its own batches, and gets the features of all.
@@ -69,6 +71,7 @@ def extract(batches: Iterable[Batch], lenses: Sequence[Lens], what: str = "image
         batches: images with their numbers.
         lenses: extractors, and what to keep of each.
         what: what to call an image in an error, such as "sample".
+        at_once: images that an extractor sees at a time; a network at 299 x 299 takes some 10 MB for each.
 
     Returns:
         One `Features` per lens.
@@ -80,7 +83,8 @@ def extract(batches: Iterable[Batch], lenses: Sequence[Lens], what: str = "image
     moments = [StreamingStatistics(lens.extractor.dim) if lens.moments else None for lens in lenses]
     for images, numbers in batches:
         for lens, row, moment in zip(lenses, rows, moments, strict=True):
-            features = lens.extractor(images).float()
+            parts = images.split(at_once or max(1, len(images)))
+            features = torch.cat([lens.extractor(part).float() for part in parts])
             _check_finite(features, numbers, lens.extractor, what)
             if row is not None:
                 row.update(features, numbers)
