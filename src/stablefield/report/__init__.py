@@ -7,6 +7,7 @@ Drawing needs matplotlib, writing a page needs Jinja2: the extra `stablefield[re
 used.
 """
 
+from stablefield.report.cells import Estimate
 from stablefield.report.chart import BarChart, Bars, Line, LineChart, Region
 from stablefield.report.drawing import chart_figure, write_chart
 from stablefield.report.images import image_figure
@@ -15,7 +16,6 @@ from stablefield.report.page import (
     Bullets,
     Code,
     Details,
-    Estimate,
     Figure,
     KeyFigure,
     KeyFigures,

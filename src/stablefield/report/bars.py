@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stablefield.report.cell import show
+from stablefield.report.cells import show
 from stablefield.report.chart import BarChart
 from stablefield.report.colours import LIGHT
 from stablefield.report.layout import Layout, wrap
@@ -81,11 +81,11 @@ def draw_bars(canvas: "Canvas", chart: BarChart, layout: Layout) -> None:
             )
     low, high = min(reach), max(reach)
     pad = 0.04 * (high - low) or 1.0
-    axes.set_xlim(low - pad if low < 0 else 0.0, high + pad if high > 0 else 0.0)
+    axes.set_xlim(low - pad if low < 0 else 0.0, 0.0 if high <= 0 < high - low else high + pad)
     if low < 0:
         axes.axvline(0, color=LIGHT.ink, linewidth=1, zorder=4)
     axes.set_yticks(middles, [wrap(name, layout.name_length) for name in chart.categories])
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="y", length=0, pad=6)
     axes.spines["left"].set_visible(low >= 0)
     axes.grid(axis="x", color=LIGHT.grid, linewidth=1)
     axes.set_axisbelow(True)

@@ -202,8 +202,10 @@ def _draw_name(axes: "Axes", line: Line, text: "Text", style: dict[str, Any], y:
     assert canvas is not None
     pixels = _pixels(canvas)
     begin, middle, stop = right + LEAD, right + LEAD + SWATCH / 2, right + LEAD + SWATCH
+    # A long lead would look like data: dots do not.
+    dots = (0, (1, 3)) if right - end[0] > LEAD else "-"
     canvas.add_artist(
-        Line2D([end[0], begin], [end[1], y], transform=pixels, color=style["color"], linewidth=0.8, alpha=0.7)
+        Line2D([end[0], begin], [end[1], y], transform=pixels, color=style["color"], linewidth=0.8, linestyle=dots)
     )
     canvas.add_artist(Line2D([begin, middle, stop], [y] * 3, transform=pixels, markevery=[1], **style))
     text.set_position((right + NAME_AT, y))

@@ -12,16 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stablefield.report.cell import Cell, Estimate
+from stablefield.report.cells import Cell, check_cell
 from stablefield.report.svg import check_svg
 
 __all__ = [
     "Block",
     "Bullets",
-    "Cell",
     "Code",
     "Details",
-    "Estimate",
     "Figure",
     "KeyFigure",
     "KeyFigures",
@@ -99,6 +97,7 @@ class KeyFigure:
     """A second, smaller line: a unit, an interval, a condition."""
 
     def __post_init__(self) -> None:
+        check_cell("value of a KeyFigure", self.value)
         if self.value is None:
             raise ValueError("value=None of a KeyFigure: leave the figure out, or pass a text such as 'not measured'.")
         if isinstance(self.value, str):
@@ -149,6 +148,8 @@ class Table:
                     f"row {i} of a Table has {len(row)} cells, but there are {len(self.columns)} columns: "
                     "pass one cell per column, None for an empty one."
                 )
+            for title, cell in zip(self.columns, row, strict=True):
+                check_cell(f"cell {title!r} of row {i} of a Table", cell)
         if self.digits < 1:
             raise ValueError(f"digits={self.digits} of a Table: show at least one significant digit.")
         if self.marked is not None and not 0 <= self.marked < len(self.rows):

@@ -10,10 +10,11 @@ import re
 import secrets
 from collections.abc import Iterator
 from importlib.resources import files
+from itertools import count
 from pathlib import Path
 
 import stablefield
-from stablefield.report.cell import Cell, show
+from stablefield.report.cells import Cell, show
 from stablefield.report.colours import DARK, LIGHT, Palette
 from stablefield.report.extra import require
 from stablefield.report.page import Block, Figure, Page, Section, Table
@@ -37,11 +38,14 @@ def render_page(page: Page) -> str:
 
     folder = files("stablefield.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    numbers = iter(range(1, 10**9))
+    numbers = count(1)
+
+    def number() -> int:
+        return next(numbers)
 
     def svg(figure: Figure, text: str) -> Markup:
         # Checked when the figure was made; the label is escaped as an attribute of the element.
-        return Markup(with_prefix(text, f"p{next(numbers)}-", figure.alt))
+        return Markup(with_prefix(text, f"p{number()}-", figure.alt))
 
     def source(figure: Figure) -> str:
         return "data:image/png;base64," + base64.b64encode(figure.png or b"").decode()
@@ -55,9 +59,10 @@ def render_page(page: Page) -> str:
         version=stablefield.__version__,
         svg=svg,
         source=source,
+        number=number,
         table=_cells,
         kind=_kind,
-        show=show,
+        key_value=_key_value,
         paragraphs=_paragraphs,
         spans=_spans,
     )
@@ -99,6 +104,14 @@ def _colours() -> str:
 
 def _kind(block: Block) -> str:
     return type(block).__name__
+
+
+def _key_value(value: Cell) -> tuple[str, str]:
+    """A number in large type, without zeros that say nothing, and its error in smaller type."""
+    number, _, error = show(value).partition(" ± ")
+    if isinstance(value, float) and "." in number and "·" not in number:
+        number = number.rstrip("0").rstrip(".")
+    return number, f"± {error}" if error else ""
 
 
 def _paragraphs(text: str) -> list[str]:
