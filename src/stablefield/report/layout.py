@@ -3,6 +3,8 @@
 import textwrap
 from dataclasses import dataclass
 
+from stablefield.report.svg import printable
+
 __all__ = ["NARROW", "WIDE", "Layout", "wrap"]
 
 
@@ -26,5 +28,5 @@ NARROW = Layout(width=344, height=340, font=12, names_at_ends=False, name_length
 
 
 def wrap(text: str, length: int) -> str:
-    """The text in lines of at most `length` characters, a longer word on a line of its own."""
-    return "\n".join(textwrap.wrap(text, length, break_long_words=False)) or text
+    """The text in lines of at most `length` characters, a longer word on a line of its own; no sign that is not printed."""
+    return "\n".join(textwrap.wrap(printable(text), length, break_long_words=False))

@@ -18,7 +18,7 @@ from stablefield.report.cells import Cell, show
 from stablefield.report.colours import DARK, LIGHT, Palette
 from stablefield.report.extra import require
 from stablefield.report.page import Block, Figure, Page, Section, Table
-from stablefield.report.svg import with_prefix
+from stablefield.report.svg import printable, with_prefix
 
 __all__ = ["render_page", "write_page"]
 
@@ -52,7 +52,7 @@ def render_page(page: Page) -> str:
 
     sections = [block for block in page.blocks if isinstance(block, Section)]
     template = environment.from_string((folder / "page.html.jinja").read_text("utf-8"))
-    return template.render(
+    text = template.render(
         page=page,
         contents=sections if len(sections) >= CONTENTS_FROM else [],
         style=Markup(_colours() + (folder / "page.css").read_text("utf-8")),
@@ -66,6 +66,7 @@ def render_page(page: Page) -> str:
         paragraphs=_paragraphs,
         spans=_spans,
     )
+    return printable(text)
 
 
 def write_page(page: Page, path: str | Path) -> Path:
