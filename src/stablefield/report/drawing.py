@@ -155,6 +155,9 @@ def _for_a_page(text: str) -> str:
     for element in root.iter():
         for name, value in element.attrib.items():
             element.set(name, " ".join(value.split()))
+        for name in {"fill", "stroke"} & element.attrib.keys():
+            # An attribute of its own, as on the ground of a hatch, cannot be relied on to take a variable.
+            element.set("style", f"{name}: {element.attrib.pop(name)}; {element.get('style', '')}")
         if (style := element.get("style")) is not None:
             style = re.sub(r"#[0-9a-f]{6}\b", lambda found: named.get(found[0], found[0]), style)
             # The short form, "font: 700 13px 'DejaVu Sans'", is what older versions write.

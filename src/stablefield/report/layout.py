@@ -24,7 +24,7 @@ class Layout:
 
 
 WIDE = Layout(width=720, height=400, font=13, names_at_ends=True, name_length=22, most_ticks=9)
-NARROW = Layout(width=344, height=340, font=12, names_at_ends=False, name_length=14, most_ticks=6)
+NARROW = Layout(width=328, height=330, font=12, names_at_ends=False, name_length=14, most_ticks=6)
 
 
 def wrap(text: str, length: int) -> str:

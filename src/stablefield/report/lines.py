@@ -47,12 +47,11 @@ def draw_lines(canvas: "Canvas", chart: LineChart, layout: Layout) -> None:
     for line in chart.lines:
         style = _style(series.index(line) if not line.reference else None)
         _draw_line(axes, line, style, floor=axes.get_ylim()[0] if chart.log_y else -math.inf)
-    label_ticks(axes.xaxis, log=chart.log_x, most=layout.most_ticks)
-    label_ticks(axes.yaxis, log=chart.log_y, most=7)
+    label_ticks(axes.xaxis, log=chart.log_x, most=layout.most_ticks, minor=True)
+    label_ticks(axes.yaxis, log=chart.log_y, most=7, minor=False)
     axes.grid(axis="y", color=LIGHT.grid, linewidth=1)
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
-    axes.tick_params(axis="y", which="minor", length=0)
     axes.set_xlabel(wrap(chart.x_label, layout.width // 8))
     # Above its axis, and level: read at once, and no width lost on a phone.
     axes.set_title(wrap(chart.y_label, layout.width // 8), loc="left", fontsize=layout.font, pad=TITLE_PAD)

@@ -11,16 +11,20 @@ if TYPE_CHECKING:
 
 __all__ = ["label_ticks", "tick_texts"]
 
+MOST_DECADES = 8
+"""Decades below which a logarithmic axis has minor ticks."""
 
-def label_ticks(axis: "Axis", *, log: bool, most: int) -> None:
+
+def label_ticks(axis: "Axis", *, log: bool, most: int, minor: bool) -> None:
     """Choose an axis' ticks and their texts.
 
     Args:
         axis: with its scale and limits set.
         log: whether the scale is logarithmic.
         most: number of ticks to stay below, about.
+        minor: whether to mark 2 to 9 times each power of ten on a logarithmic scale, without texts.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     low, high = axis.get_view_interval()
     if log:
@@ -28,7 +32,9 @@ def label_ticks(axis: "Axis", *, log: bool, most: int) -> None:
         # Few decades would leave two or three ticks: then the numbers between are named as well.
         subs = (1.0,) if decades > 2 else (1.0, 2.0, 5.0) if decades > 0.7 else tuple(range(1, 10))
         axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=most))
-        axis.set_minor_locator(LogLocator(base=10, subs=range(2, 10), numticks=100))
+        # Hundreds of small ticks would say nothing, and take seconds.
+        few = minor and decades < MOST_DECADES
+        axis.set_minor_locator(LogLocator(base=10, subs=range(2, 10), numticks=100) if few else NullLocator())
         axis.set_minor_formatter(NullFormatter())
     else:
         axis.set_major_locator(MaxNLocator(nbins=most, steps=[1, 2, 2.5, 5, 10]))
