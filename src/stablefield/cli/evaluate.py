@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -14,6 +14,12 @@ from stablefield.data.resizing import Resize
 from stablefield.evaluation.processes import Processes
 from stablefield.evaluation.result import Result
 from stablefield.evaluation.result_file import read_results, write_results
+from stablefield.report.evaluation import Earlier, evaluation_page
+from stablefield.report.extra import require
+from stablefield.report.render import write_page
+
+if TYPE_CHECKING:
+    from stablefield.cli.measuring import Measured
 
 __all__ = ["DataFlags", "Evaluate", "MetricName"]
 
@@ -69,6 +75,8 @@ class Evaluate:
     """An earlier result file to compare with."""
     out: Path | None = None
     """The result file, JSON; RUN/evaluations/NAME.json, or evaluation.json here."""
+    report: Path | None = None
+    """An HTML page with the numbers, some images and every protocol, such as report.html."""
     feature_batch: int = 64
     """Images at a time in the extractor."""
     device: str = ""
@@ -90,9 +98,9 @@ class Evaluate:
                 # Imported here: it needs torchmetrics, which the other verbs do not.
                 from stablefield.cli.measuring import measure
 
-                results = measure(self, processes)
+                measured = measure(self, processes)
                 if processes.first:
-                    self._tell(results, earlier)
+                    self._tell(measured, earlier)
             finally:
                 console.quiet = False
         return 0
@@ -114,6 +122,8 @@ class Evaluate:
         ):
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least 1.")
+        if self.report is not None:
+            require("jinja2", "--report")
         if self.first_seed < 0:
             raise ValueError(f"--first-seed is {self.first_seed}: it must not be negative.")
 
@@ -122,7 +132,8 @@ class Evaluate:
         """Whether the subject is a run, not images."""
         return (Path(self.subject) / "config.json").is_file()
 
-    def _tell(self, results: list[Result], earlier: tuple[str, list[Result]] | None) -> None:
+    def _tell(self, measured: "Measured", earlier: tuple[str, list[Result]] | None) -> None:
+        results = measured.results
         print_results(results)
         if earlier is not None:
             print_against(results, earlier[1], relative(Path(self.against or "")))
@@ -136,3 +147,12 @@ class Evaluate:
         except OSError as error:
             raise ValueError(f"--out {out} cannot be written ({error.strerror}): name another place.") from error
         console.print(f"written: {relative(out)}")
+        if self.report is not None:
+            from_file = None if earlier is None else Earlier(name=str(self.against), results=tuple(earlier[1]))
+            footer = f"Made by stablefield evaluate {self.subject}."
+            page = evaluation_page(self.subject, results, images=measured.images, earlier=from_file, footer=footer)
+            try:
+                write_page(page, self.report)
+            except OSError as error:
+                raise ValueError(f"--report {self.report} cannot be written ({error.strerror}).") from error
+            console.print(f"report:  {relative(self.report)}")

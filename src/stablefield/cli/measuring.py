@@ -2,10 +2,12 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stablefield.cli.console import console
@@ -40,7 +42,7 @@ from stablefield.evaluation.result import Result
 from stablefield.sampling.samples import chunks_of
 from stablefield.training.run_folder import RunFolder
 
-__all__ = ["measure"]
+__all__ = ["Measured", "measure"]
 
 _METRICS: dict[MetricName, Metric] = {
     "frechet": Frechet(),
@@ -51,13 +53,21 @@ _METRICS: dict[MetricName, Metric] = {
     "coverage": Coverage(),
 }
 _DEFAULT_SAMPLES = 5000
+_SHOWN = 64
 
 
-def measure(flags: Evaluate, processes: Processes) -> list[Result]:
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What came out, in the first process; nothing in the others."""
+
+    results: list[Result]
+    """One per number."""
+    images: NDArray[np.uint8]
+    """Some of the samples that this process saw, shape (n, C, H, W)."""
+
+
+def measure(flags: Evaluate, processes: Processes) -> Measured:
     """Measure what the flags say, together with the other processes.
-
-    Returns:
-        The results in the first process, nothing in the others.
 
     Raises:
         ValueError: if the flags do not fit the run, the images or the data.
@@ -69,19 +79,31 @@ def measure(flags: Evaluate, processes: Processes) -> list[Result]:
         measurements = _Plan(flags, source, device, processes, work).measurements()
         lenses = [measurement.lens for measurement in measurements]
         repeats: list[list[list[Value]]] = []
+        shown: list[Tensor] = []
         for repeat in range(flags.repeats):
-            features = extract(source.batches(repeat, work), lenses, "sample", at_once=flags.feature_batch)
+            batches = _remembered(source.batches(repeat, work), shown)
+            features = extract(batches, lenses, "sample", at_once=flags.feature_batch)
             if processes.first:
                 work("metrics", repeat, flags.repeats)
                 repeats.append([m.values(f) for m, f in zip(measurements, features, strict=True)])
         making = source.making()
+    images = torch.cat(shown)[:_SHOWN].numpy() if shown else np.zeros((0, *source.shape), np.uint8)
     if not processes.first:
-        return []
-    return [
+        return Measured(results=[], images=images)
+    results = [
         result
         for place, measurement in enumerate(measurements)
         for result in measurement.results([values[place] for values in repeats], source.count, source.seeds, making)
     ]
+    return Measured(results=results, images=images)
+
+
+def _remembered(batches: Iterator[Batch], shown: list[Tensor]) -> Iterator[Batch]:
+    """The same batches; the first images are kept to be looked at."""
+    for images, numbers in batches:
+        if sum(map(len, shown)) < _SHOWN:
+            shown.append(images)
+        yield images, numbers
 
 
 class _Run:

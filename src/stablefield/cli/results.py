@@ -1,5 +1,6 @@
 """Results on a terminal: a table, and beneath it what was measured how."""
 
+import re
 import warnings
 from collections.abc import Sequence
 
@@ -25,7 +26,7 @@ def print_results(results: Sequence[Result]) -> None:
     for result in results:
         numbers = (result.minimum, result.mean, result.spread) if repeated else (result.mean,)
         error = "" if result.standard_error is None else f"± {result.standard_error:.2g}"
-        table.add_row(result.protocol.metric, *(_number(number) for number in numbers), error)
+        table.add_row(_short(result.protocol.metric), *(_number(number) for number in numbers), error)
     console.print(table)
     seen: list[str] = []
     for result in results:
@@ -55,7 +56,10 @@ def print_against(results: Sequence[Result], earlier: Sequence[Result], name: st
         messages += [str(warning.message) for warning in caught]
         mark = "" if comparison.comparable else " (!)"
         table.add_row(
-            result.protocol.metric, _number(result.mean), _number(other.mean), f"{comparison.difference:+.4g}{mark}"
+            _short(result.protocol.metric),
+            _number(result.mean),
+            _number(other.mean),
+            f"{comparison.difference:+.4g}{mark}",
         )
     if not table.row_count:
         console.print(f"[yellow]warning:[/] {name} has none of these numbers: nothing to compare with.")
@@ -91,6 +95,11 @@ def _notes(results: Sequence[Result]) -> list[str]:
         f"on {protocol.sample_count:,} samples only."
         for protocol in few
     ]
+
+
+def _short(name: str) -> str:
+    """A metric's name for a column: "kernel distance (random convolutions (seed 0))" without the inner parentheses."""
+    return re.sub(r" \([^()]*\)\)$", ")", name)
 
 
 def _number(value: float) -> str:

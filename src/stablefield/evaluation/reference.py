@@ -7,6 +7,7 @@ sets are often sorted by class, so the first rows would not do.
 """
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from stablefield.evaluation.extractor import Extractor
 from stablefield.evaluation.feature_pass import Batch, Features, Lens, extract, set_batches
 from stablefield.evaluation.frechet import Gaussian, fit_moments
 from stablefield.evaluation.processes import Processes
-from stablefield.evaluation.protocol import Protocol
+from stablefield.evaluation.protocol import Protocol, ProtocolWarning
 from stablefield.evaluation.reference_cache import load_features, load_statistics, save_features, save_statistics
 
 __all__ = ["Progress", "Reference", "ReferenceSet", "measure_reference", "told"]
@@ -172,13 +173,15 @@ def _paths(cache: Path, protocol: Protocol) -> tuple[Path, Path]:
 def _read(cache: Path, protocol: Protocol, lens: Lens) -> Features | None:
     moments, rows = _paths(cache, protocol)
     try:
-        return Features(
-            count=protocol.reference_count,
-            rows=load_features(rows, protocol) if lens.rows else None,
-            statistics=load_statistics(moments, protocol) if lens.moments else None,
-        )
+        statistics = load_statistics(moments, protocol) if lens.moments else None
+        with warnings.catch_warnings():
+            if lens.moments:
+                # Both files were written together: one warning is enough.
+                warnings.simplefilter("ignore", ProtocolWarning)
+            features = load_features(rows, protocol) if lens.rows else None
     except ValueError:
         return None
+    return Features(count=protocol.reference_count, rows=features, statistics=statistics)
 
 
 def _write(cache: Path, protocol: Protocol, features: Features) -> None:
