@@ -203,6 +203,22 @@ def test_the_table_fits_in_80_columns(
     assert max(map(len, table)) <= 80
 
 
+def test_the_report_is_one_html_file_with_the_numbers(run: Path, tmp_path: Path) -> None:
+    flags = (str(run), *QUICK, "--metrics", "frechet", "recall", "--report", str(tmp_path / "r.html"))
+    got = measured(tmp_path / "r.json", *flags)
+    text = (tmp_path / "r.html").read_text()
+    assert f"{got['recall']['mean']:.3g}" in text
+    assert "data:image/png;base64," in text
+    assert got["recall"]["protocol"]["reference_sha256"] in text
+
+
+def test_results_without_a_name_never_overwrite_each_other(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("random-ancestral.json", "random-ancestral-2.json"):
+        assert status("evaluate", str(run), *QUICK, "--metrics", "recall", "--sampler", "ancestral") == 0
+        assert (run / "evaluations" / name).is_file()
+    assert not (run / "evaluations" / "random-ancestral-3.json").exists()
+
+
 class Logits(nn.Module):
     """Three classes by the mean grey level."""
 

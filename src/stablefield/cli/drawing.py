@@ -228,8 +228,8 @@ class DrawingFlags:
             progress=None if progress is None else lambda sigma: progress(_share_done(sigmas, sigma)),
         )
 
-    def describe(self, process: Process) -> str:
-        """The sampler with all that decides what it draws, for the protocol."""
+    def describe(self, process: Process, classes: int) -> str:
+        """The sampler with all that decides what it draws from a run of so many classes, for the protocol."""
         sigmas = self.sigmas(process)
         parts = [f"{self._grid_name} grid {float(sigmas[0]):.6g} to {float(sigmas[-2]):.6g}"]
         if self._grid_name == "edm" and self.sampler != "rk45":
@@ -239,10 +239,16 @@ class DrawingFlags:
                 value = getattr(self, name)
                 text = " to ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
                 parts.append(f"{name.replace('_', ' ')} {text}")
-        if self.class_label is not None:
-            parts.append(f"class {self.class_label}")
+        if classes:
+            parts.append(
+                "class of seed k: k modulo classes" if self.class_label is None else f"class {self.class_label}"
+            )
         if self.guidance != 1:
-            kind = "classifier-free guidance" if self.guide is None else f"autoguidance by {self.guide.name}"
+            kind = (
+                "classifier-free guidance"
+                if self.guide is None
+                else f"autoguidance by {self.guide.name} (EMA {self.guide_ema})"
+            )
             inside = "" if self.interval is None else f" in {self.interval[0]:g} to {self.interval[1]:g}"
             parts.append(f"{kind} {self.guidance:g}{inside}")
         return f"{self.sampler} ({'; '.join(parts)})"

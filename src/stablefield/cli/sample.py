@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stablefield.cli.console import console, relative
 from stablefield.cli.drawing import DrawingFlags, Model
+from stablefield.cli.places import check_place
 from stablefield.cli.train import pick_device
 from stablefield.cli.work import Work
 from stablefield.data.png import tile, write_png
@@ -60,7 +61,7 @@ class Sample:
         steps = "" if flags.steps_taken is None else f"-{flags.steps_taken}"
         out = self.out or self.run_folder / "samples" / f"{flags.sampler}{steps}.png"
         kind = out.suffix.lower()
-        _check_writable(out, as_file=kind in (".png", ".npz"))
+        check_place("--out", out, folder=kind not in (".png", ".npz"))
         chunks = processes.share(chunks_of(seeds, flags.batch, coupled=flags.coupled))
         began = time.perf_counter()
         kept: list[Tensor] = []
@@ -159,17 +160,3 @@ def _in_order(images: Tensor, drawn: Tensor, seeds: list[int]) -> NDArray[np.uin
     """Images in the order in which their seeds were asked for."""
     place = {seed: row for row, seed in enumerate(drawn.tolist())}
     return images[[place[seed] for seed in seeds]].numpy()
-
-
-def _check_writable(out: Path, as_file: bool) -> None:
-    """Find out before the sampling, not after it."""
-    folder = out.parent if as_file else out
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".stablefield-probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written ({error.strerror}): name another place.") from error
-    if as_file and out.is_dir():
-        raise ValueError(f"--out {out} is a folder: name a file, or a folder without {out.suffix} in its name.")
