@@ -8,6 +8,7 @@ import tyro
 from stablefield.cli.data import Data
 from stablefield.cli.doctor import Doctor
 from stablefield.cli.ema import Ema
+from stablefield.cli.evaluate import Evaluate
 from stablefield.cli.recipes import RECIPES
 from stablefield.cli.sample import Sample
 from stablefield.cli.train import Train
@@ -49,6 +50,7 @@ def _parse(arguments: Sequence[str], recipe: Recipe) -> Verb:
         Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Sample, tyro.conf.subcommand("sample")]
         | Annotated[Ema, tyro.conf.subcommand("ema")]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Data, tyro.conf.subcommand("data")]
         | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     )
