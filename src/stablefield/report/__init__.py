@@ -1,0 +1,54 @@
+"""Pictures and the report: one HTML file that needs nothing else, and the charts in it.
+
+A `Page` is built of blocks and written by `write_page`. A chart is data (`LineChart`, `BarChart`) until `chart_figure`
+draws it for a page, or `write_chart` as a PNG file. `image_figure` shows images.
+
+Drawing needs matplotlib, writing a page needs Jinja2: the extra `stablefield[report]`. Both are imported where they are
+used.
+"""
+
+from stablefield.report.chart import BarChart, Bars, Line, LineChart, Region
+from stablefield.report.drawing import chart_figure, write_chart
+from stablefield.report.images import image_figure
+from stablefield.report.page import (
+    Block,
+    Bullets,
+    Code,
+    Details,
+    Estimate,
+    Figure,
+    KeyFigure,
+    KeyFigures,
+    Page,
+    Section,
+    Table,
+    Text,
+    json_details,
+)
+from stablefield.report.render import render_page, write_page
+
+__all__ = [
+    "BarChart",
+    "Bars",
+    "Block",
+    "Bullets",
+    "Code",
+    "Details",
+    "Estimate",
+    "Figure",
+    "KeyFigure",
+    "KeyFigures",
+    "Line",
+    "LineChart",
+    "Page",
+    "Region",
+    "Section",
+    "Table",
+    "Text",
+    "chart_figure",
+    "image_figure",
+    "json_details",
+    "render_page",
+    "write_chart",
+    "write_page",
+]

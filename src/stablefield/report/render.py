@@ -1,0 +1,136 @@
+"""A page as HTML: one file that holds its pictures and its style, runs no script and fetches nothing.
+
+The template and the style lie beside this module. The page states a content security policy that forbids every request,
+so that a browser would rather leave a picture out than look for it elsewhere.
+"""
+
+import base64
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+
+import stablefield
+from stablefield.report.cell import Cell, show
+from stablefield.report.colours import DARK, LIGHT, Palette
+from stablefield.report.extra import require
+from stablefield.report.page import Block, Figure, Page, Section, Table
+from stablefield.report.svg import with_prefix
+
+__all__ = ["render_page", "write_page"]
+
+CONTENTS_FROM = 4
+"""Sections from which a page begins with a list of them."""
+
+
+def render_page(page: Page) -> str:
+    """The page as the text of an HTML file. The same page gives the same text.
+
+    Raises:
+        ImportError: if Jinja2 is not installed.
+    """
+    require("jinja2", "writing a report")
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    folder = files("stablefield.report")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    numbers = iter(range(1, 10**9))
+
+    def svg(figure: Figure, text: str) -> Markup:
+        # Checked when the figure was made; the label is escaped as an attribute of the element.
+        return Markup(with_prefix(text, f"p{next(numbers)}-", figure.alt))
+
+    def source(figure: Figure) -> str:
+        return "data:image/png;base64," + base64.b64encode(figure.png or b"").decode()
+
+    sections = [block for block in page.blocks if isinstance(block, Section)]
+    template = environment.from_string((folder / "page.html.jinja").read_text("utf-8"))
+    return template.render(
+        page=page,
+        contents=sections if len(sections) >= CONTENTS_FROM else [],
+        style=Markup(_colours() + (folder / "page.css").read_text("utf-8")),
+        version=stablefield.__version__,
+        svg=svg,
+        source=source,
+        table=_cells,
+        kind=_kind,
+        show=show,
+        paragraphs=_paragraphs,
+        spans=_spans,
+    )
+
+
+def write_page(page: Page, path: str | Path) -> Path:
+    """Write the page to a file, whole or not at all.
+
+    Args:
+        page: what to write.
+        path: the file; folders on the way are made, a file of that name is replaced.
+
+    Returns:
+        The path.
+
+    Raises:
+        ImportError: if Jinja2 is not installed.
+    """
+    text = render_page(page)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _colours() -> str:
+    """Dark only on screens that ask for it: paper is white."""
+
+    def root(palette: Palette) -> str:
+        return ":root { " + " ".join(f"--{name}: {colour};" for name, colour in palette.variables().items()) + " }"
+
+    return f"{root(LIGHT)}\n@media screen and (prefers-color-scheme: dark) {{ {root(DARK)} }}\n"
+
+
+def _kind(block: Block) -> str:
+    return type(block).__name__
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
+
+
+def _spans(text: str) -> Iterator[tuple[bool, str]]:
+    """Pieces of text, and whether each stood between backticks. A backtick without a partner is itself."""
+    pieces = text.split("`")
+    if len(pieces) % 2 == 0:
+        pieces[-2:] = ["`".join(pieces[-2:])]
+    for i, piece in enumerate(pieces):
+        if piece:
+            yield i % 2 == 1, piece
+
+
+def _cells(table: Table) -> list[list[tuple[str, str, int]]]:
+    """Each cell as what stands before its decimal point, the rest, and the width to keep for the rest.
+
+    Only cells of numeric columns are split; a right-aligned column whose rests are equally wide lines up on its points.
+    """
+    columns = [
+        _column([row[i] for row in table.rows], table.digits, table.numeric(i)) for i in range(len(table.columns))
+    ]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _column(cells: list[Cell], digits: int, numeric: bool) -> list[tuple[str, str, int]]:
+    texts = [show(cell, digits) for cell in cells]
+    if not numeric:
+        return [(text, "", 0) for text in texts]
+    split = [re.fullmatch(r"([^.± ]*)(.*)", text, re.DOTALL) for text in texts]
+    parts = [(found[1], found[2]) if found else (text, "") for found, text in zip(split, texts, strict=True)]
+    width = max(len(rest) for _, rest in parts)
+    return [(whole, rest, width) for whole, rest in parts]
