@@ -7,6 +7,7 @@ import tyro
 
 from stablefield.cli.data import Data
 from stablefield.cli.doctor import Doctor
+from stablefield.cli.probe import Probe
 from stablefield.cli.sample import Sample
 from stablefield.cli.train import RECIPES, Train
 
@@ -27,6 +28,7 @@ def parse(arguments: Sequence[str]) -> Verb:
     verbs = (
         Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Sample, tyro.conf.subcommand("sample")]
+        | Annotated[Probe, tyro.conf.subcommand("probe")]
         | Annotated[Data, tyro.conf.subcommand("data")]
         | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     )

@@ -45,6 +45,15 @@ class Training:
         if self.batch < 1:
             raise ValueError(f"batch is {self.batch}: it must be at least 1.")
 
+    def levels(self, count: int) -> Tensor:
+        """Noise levels in the middle of `count` equally probable parts of their distribution, float64, increasing.
+
+        Those that are 0 or infinite, at the ends of a clock, are left out.
+        """
+        u = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+        level = self.process.noise_level(self.noise_levels.quantile(u, self.process))
+        return level[(level > 0) & level.isfinite()]
+
 
 @dataclass(frozen=True, kw_only=True)
 class SizeAdvice:
@@ -100,7 +109,8 @@ def advise(curve: VarianceCurve, training: Training, *, aim: float = 0.1, tolera
         raise ValueError(f"aim is {aim}: it is the share of the variance that may stay, between 0 and 1.")
     band = find_band(curve, tolerance)
     share = 1.0 if band is None else share_above(band.noise_level, training.noise_levels, training.process)
-    level, weight = _weights(training)
+    level = training.levels(_POINTS)
+    weight = training.weighting(level).double()
     whole = float((weight * interpolate(level, curve.noise_level, curve.dsm.mean)).sum())
     sizes: list[SizeAdvice] = []
     for size in (*curve.stf, curve.samples):
@@ -114,12 +124,3 @@ def advise(curve: VarianceCurve, training: Training, *, aim: float = 0.1, tolera
         sizes.append(SizeAdvice(size=size, left=left, error=error, flops=4 * pairs * curve.dim, seconds=seconds))
     recommended = next(entry for entry in sizes if entry.left <= aim)
     return Advice(band=band, share=share, sizes=tuple(sizes), recommended=recommended, aim=aim)
-
-
-def _weights(training: Training) -> tuple[Tensor, Tensor]:
-    """Noise levels in the middle of equally probable parts of their distribution, and their loss weights."""
-    u = (torch.arange(_POINTS, dtype=torch.float64) + 0.5) / _POINTS
-    level = training.process.noise_level(training.noise_levels.quantile(u, training.process))
-    usable = (level > 0) & level.isfinite()
-    level = level[usable]
-    return level, training.weighting(level).double()

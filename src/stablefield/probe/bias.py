@@ -229,7 +229,7 @@ def largest_t(values: Tensor, false_alarm: float, generator: torch.Generator | N
 
 
 def _studentised(total: Tensor, units: int) -> Tensor:
-    """t statistics from sums of `units` values whose squares sum to 1."""
+    """T statistics from sums of `units` values whose squares sum to 1."""
     return total * ((units - 1) / (units - total**2).clamp(min=1e-12)).sqrt()
 
 

@@ -108,7 +108,10 @@ def measure_fit(
     parts = len(chosen.split(batch))
     distance, loss, floor = (
         torch.cat(
-            [torch.stack([entry[k] for entry in columns[i * len(levels) : (i + 1) * len(levels)]], 1) for i in range(parts)]
+            [
+                torch.stack([entry[k] for entry in columns[i * len(levels) : (i + 1) * len(levels)]], 1)
+                for i in range(parts)
+            ]
         )
         .double()
         .cpu()

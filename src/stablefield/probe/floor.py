@@ -9,6 +9,7 @@ references, 0 with the whole data set. The second part is the floor. "Loss minus
 optimum, which the loss alone hides: most of it is floor where noise is large.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,8 +22,8 @@ from stablefield.probe.variance import VarianceCurve
 
 __all__ = ["LossFloor"]
 
-# Noise levels over which a bin is averaged.
-_POINTS = 256
+# Noise levels that stand for the training distribution.
+_POINTS = 16_384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,24 +65,20 @@ class LossFloor:
         level = noise_level.double()
         return self.weighting(level) * interpolate(level, self.noise_level, self.variance) / self.dim
 
-    def between(self, low: float, high: float, training: Training) -> float:
-        """Mean floor of the training rows with noise levels from `low` to `high`: that of a bin of a trainer's log.
+    def bins(self, edges: Sequence[float], training: Training) -> Tensor:
+        """Mean floor of the training rows in each bin of a trainer's log, shape (len(edges) + 1,), float64.
 
         Args:
-            low: lower end of the bin.
-            high: upper end, may be infinite.
+            edges: noise levels between the bins, increasing; the outer bins are open.
             training: where the process and the distribution of the noise levels are taken from.
 
-        Raises:
-            ValueError: if the bin is empty of rows.
+        Returns:
+            The means; nan where no row falls.
         """
-        process, distribution = training.process, training.noise_levels
-        u = (torch.arange(64 * _POINTS, dtype=torch.float64) + 0.5) / (64 * _POINTS)
-        level = process.noise_level(distribution.quantile(u, process))
-        level = level[(level >= low) & (level < high) & (level > 0) & level.isfinite()]
-        if not len(level):
-            raise ValueError(f"no training row has a noise level from {low:g} to {high:g}: leave that bin out.")
-        return float(self(level).mean())
+        level = training.levels(_POINTS)
+        place = torch.bucketize(level, torch.as_tensor(edges, dtype=torch.float64), right=True)
+        total = torch.zeros(len(edges) + 1, dtype=torch.float64).index_add_(0, place, self(level))
+        return total / torch.bincount(place, minlength=len(edges) + 1)
 
     def excess(self, loss: Tensor, noise_level: Tensor) -> Tensor:
         """Loss minus floor: `loss` at `noise_level`, of one shape, as a trainer logs them. Noise may take it below 0."""

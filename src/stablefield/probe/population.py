@@ -40,7 +40,9 @@ class Population:
     def __post_init__(self) -> None:
         data, group = self.data, self.group
         if data.ndim < 2 or data[:1].numel() == 0:
-            raise ValueError(f"data have shape {tuple(data.shape)}: pass samples of at least one number, shape (N, ...).")
+            raise ValueError(
+                f"data have shape {tuple(data.shape)}: pass samples of at least one number, shape (N, ...)."
+            )
         if not (data.is_floating_point() or data.dtype == torch.uint8):
             raise ValueError(f"data have dtype {data.dtype}: pass floating point data, or uint8 images.")
         if len(data) < 2:

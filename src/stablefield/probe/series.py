@@ -34,23 +34,33 @@ class Series:
         sources' means, which holds both. NaN where there are too few values to tell.
         """
         draws, sources, _ = values.shape
-        if complete:
-            error = (values.var(0).mean(0) / (draws * sources)).sqrt()
-        else:
-            error = (values.mean(0).var(0) / sources).sqrt()
+        per_mean = values.var(0).mean(0) / draws if complete else values.mean(0).var(0)
+        error = (per_mean / sources).sqrt()
         return cls(values.mean((0, 1)), error)
 
     @classmethod
-    def of_sets(cls, values: Tensor, weight: Tensor) -> "Series":
-        """The weighted mean over independent sets of `values`, shape (sets, L), with weights (sets,).
+    def of_sets(cls, values: Tensor, others: Tensor, weight: Tensor) -> "Series":
+        """The best of two unbiased estimates over independent sets, whose rows share references and are one unit.
 
-        The error is that of a ratio estimator: rows that share their references are one unit.
+        The difference of the two has mean 0, so it is a control variate: it is subtracted with the factor that leaves the
+        least variance between sets.
+
+        Args:
+            values: one estimate, shape (sets, L).
+            others: the other, shape (sets, L).
+            weight: rows in each set, shape (sets,).
         """
         share = (weight / weight.sum())[:, None]
-        mean = (share * values).sum(0)
         sets = len(values)
-        error = ((share * (values - mean)) ** 2).sum(0).sqrt() * (sets / max(sets - 1, 0.5)) ** 0.5
-        return cls(mean, error if sets > 1 else torch.full_like(error, torch.nan))
+        first, gap = values - (share * values).sum(0), values - others
+        centred = gap - (share * gap).sum(0)
+        spread = (share**2 * centred**2).sum(0)
+        factor = torch.where(spread > 0, (share**2 * centred * first).sum(0) / spread, 0)
+        best = values - factor * gap
+        mean = (share * best).sum(0)
+        # One degree of freedom for the mean, one for the factor.
+        error = ((share * (best - mean)) ** 2).sum(0).sqrt() * (sets / max(sets - 2, 1)) ** 0.5
+        return cls(mean.clamp(min=0), error if sets > 2 else torch.full_like(error, torch.nan))
 
 
 def interpolate(at: Tensor, noise_level: Tensor, value: Tensor) -> Tensor:
