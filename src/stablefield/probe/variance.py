@@ -227,8 +227,8 @@ def measure_variance(
 def find_noise_levels(population: Population, count: int = 21, *, seed: int = 0) -> Tensor:
     """Noise levels that span the three phases, evenly on a logarithmic axis, shape (`count`,), float64.
 
-    From half of where a few rows show the first trace of variance to four times the spread of the data, where the
-    posterior is the prior to about a percent.
+    From half of where a few rows show the first trace of variance to where the posterior is the prior to about a percent:
+    at high noise D is S^2 / 2 sigma^2 for data of spread S, and four times S is enough but for very few samples.
 
     Raises:
         ValueError: if `count` is below 2.
@@ -239,8 +239,8 @@ def find_noise_levels(population: Population, count: int = 21, *, seed: int = 0)
     whole = ExactPosterior(population.data, population.group)
     generator = torch.Generator().manual_seed(seed)
     job = _Job(EDM(), torch.zeros(1), whole, len(population), generator)
-    top = 4 * math.sqrt(total)
-    low = top / 8
+    low = math.sqrt(total) / 2
+    top = math.sqrt(total) * max(4.0, 1.4 * math.sqrt(1 / (2 * 0.01 * math.log(len(population)))))
     index = torch.randperm(len(population), generator=generator)[:32]
     # Duplicates keep a variance at all levels above their distance; 2^-12 of the spread is below what images resolve.
     for _ in range(12):
