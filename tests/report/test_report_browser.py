@@ -115,12 +115,12 @@ def test_it_renders_without_complaint_and_fits_the_screen(browser, example, widt
     assert browser.ask("window.innerWidth") == width
     assert browser.overflow() == 0
     pictures = browser.ask(SIZES)
-    assert len(pictures) == 7
+    assert len(pictures) == 9
     shown = [picture for picture in pictures if picture[1]]
-    # Of each chart one layout is shown, and the images.
-    assert [tag for tag, *_ in shown] == ["svg", "svg", "svg", "IMG"]
+    # Of each chart one layout is shown, and all images.
+    assert [tag for tag, *_ in shown] == ["svg", "svg", "svg", "IMG", "IMG", "IMG"]
     for _, _, wide, high, natural in shown:
-        assert width * 0.6 < wide <= width or wide > 600
+        assert min(0.6 * width, 280) < wide <= width
         assert high > 60
         assert natural > 0
 
@@ -181,6 +181,21 @@ def test_every_series_is_drawn_in_both_schemes_and_both_layouts(browser, example
             picture = browser.picture("svg").astype(int) @ [65536, 256, 1]
             for colour in palette.series[:4]:
                 assert (picture == int(colour[1:], 16)).sum() > 20, (width, scheme, colour)
+
+
+@pytest.mark.parametrize(("width", "beside"), [(360, False), (1200, True)])
+def test_pictures_to_compare_stand_beside_each_other_where_there_is_room(browser, example, width, beside):
+    browser.open(example, width)
+    boxes = browser.ask(
+        """[...document.querySelectorAll(".side-by-side img")].map(e => {
+          const box = e.getBoundingClientRect();
+          return [box.top, box.left, box.width, box.height];
+        })"""
+    )
+    assert len(boxes) == 2
+    assert (boxes[0][0] == boxes[1][0]) == beside
+    assert (boxes[0][1] < boxes[1][1]) == beside
+    assert boxes[0][2:] == boxes[1][2:]
 
 
 def test_a_wide_table_and_long_code_scroll_in_their_own_boxes(browser, tmp_path):

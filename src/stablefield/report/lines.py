@@ -58,7 +58,9 @@ def draw_lines(canvas: "Canvas", chart: LineChart, layout: Layout) -> None:
     styles = [_style(None if line.reference else series.index(line)) for line in chart.lines]
     if not layout.names_at_ends:
         _key(canvas, chart, styles, layout)
-    canvas.draw_without_rendering()
+    engine = canvas.get_layout_engine()
+    assert engine is not None
+    engine.execute(canvas)
     canvas.set_layout_engine("none")
     # From here on all is placed by hand, in pixels of the layout.
     box = axes.get_window_extent()
