@@ -7,6 +7,7 @@ Drawing needs matplotlib, writing a page needs Jinja2: the extra `stablefield[re
 used.
 """
 
+from stablefield.report.cells import Estimate
 from stablefield.report.chart import BarChart, Bars, Line, LineChart, Region
 from stablefield.report.drawing import chart_figure, write_chart
 from stablefield.report.images import image_figure
@@ -15,12 +16,12 @@ from stablefield.report.page import (
     Bullets,
     Code,
     Details,
-    Estimate,
     Figure,
     KeyFigure,
     KeyFigures,
     Page,
     Section,
+    SideBySide,
     Table,
     Text,
     json_details,
@@ -43,6 +44,7 @@ __all__ = [
     "Page",
     "Region",
     "Section",
+    "SideBySide",
     "Table",
     "Text",
     "chart_figure",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stablefield.report.cell import show
+from stablefield.report.cells import show
 from stablefield.report.chart import BarChart
 from stablefield.report.colours import LIGHT
 from stablefield.report.layout import Layout, wrap
@@ -55,15 +55,9 @@ def draw_bars(canvas: "Canvas", chart: BarChart, layout: Layout) -> None:
         reach += values[np.isfinite(values)].tolist()
         if bars.low is not None and bars.high is not None:
             low, high = np.asarray(bars.low, dtype=np.float64), np.asarray(bars.high, dtype=np.float64)
-            axes.errorbar(
-                values,
-                at,
-                xerr=np.stack([values - low, high - values]),
-                fmt="none",
-                ecolor=LIGHT.ink,
-                capsize=4,
-                zorder=3,
-            )
+            axes.hlines(at, low, high, color=LIGHT.ink, linewidth=1.5, zorder=3)
+            for ends in (low, high):
+                axes.plot(ends, at, **CAP)
             reach += [*low[np.isfinite(low)].tolist(), *high[np.isfinite(high)].tolist()]
         for y, points in zip(at, bars.points or (), strict=False):
             dots = _finite(points)
@@ -81,15 +75,15 @@ def draw_bars(canvas: "Canvas", chart: BarChart, layout: Layout) -> None:
             )
     low, high = min(reach), max(reach)
     pad = 0.04 * (high - low) or 1.0
-    axes.set_xlim(low - pad if low < 0 else 0.0, high + pad if high > 0 else 0.0)
+    axes.set_xlim(low - pad if low < 0 else 0.0, 0.0 if high <= 0 < high - low else high + pad)
     if low < 0:
         axes.axvline(0, color=LIGHT.ink, linewidth=1, zorder=4)
     axes.set_yticks(middles, [wrap(name, layout.name_length) for name in chart.categories])
-    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="y", length=0, pad=6)
     axes.spines["left"].set_visible(low >= 0)
     axes.grid(axis="x", color=LIGHT.grid, linewidth=1)
     axes.set_axisbelow(True)
-    label_ticks(axes.xaxis, log=False, most=layout.most_ticks)
+    label_ticks(axes.xaxis, log=False, most=layout.most_ticks, minor=False)
     axes.set_xlabel(wrap(chart.value_label, layout.width // 9))
     if len(chart.series) > 1:
         canvas.legend(
@@ -97,12 +91,14 @@ def draw_bars(canvas: "Canvas", chart: BarChart, layout: Layout) -> None:
         )
 
 
+CAP: dict[str, Any] = {"marker": "|", "markersize": 9, "color": LIGHT.ink, "linestyle": "", "zorder": 3}
 DOT: dict[str, Any] = {
     "marker": "o",
     "markersize": 4.5,
     "markerfacecolor": LIGHT.ground,
     "markeredgecolor": LIGHT.ink,
     "markeredgewidth": 1.0,
+    "color": LIGHT.ink,
     "linestyle": "",
     "zorder": 4,
 }

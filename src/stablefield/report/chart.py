@@ -168,7 +168,7 @@ class Bars:
             object.__setattr__(self, "low", low)
             object.__setattr__(self, "high", high)
         if self.points is not None:
-            points = tuple(_numbers("points", self.label, each) for each in self.points)
+            points = tuple(_numbers("points", self.label, each, least=0) for each in self.points)
             if len(points) != len(values):
                 raise ValueError(f"points of Bars {self.label!r} are for {len(points)} bars, values for {len(values)}.")
             object.__setattr__(self, "points", points)
@@ -216,13 +216,13 @@ def _axes_labelled(*labels: str) -> None:
         raise ValueError(f"labels of axes are {labels}: say for each what it measures, and its unit.")
 
 
-def _numbers(name: str, label: str, values: ArrayLike) -> tuple[float, ...]:
+def _numbers(name: str, label: str, values: ArrayLike, least: int = 1) -> tuple[float, ...]:
     try:
         array = np.asarray(values, dtype=float)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} of {label!r} is not a sequence of numbers: {error}.") from error
-    if array.ndim != 1 or array.size == 0:
-        raise ValueError(f"{name} of {label!r} has shape {array.shape}: pass a sequence of at least one number.")
+    if array.ndim != 1 or array.size < least:
+        raise ValueError(f"{name} of {label!r} has shape {array.shape}: pass a sequence of numbers, {least} or more.")
     if np.isinf(array).any():
         raise ValueError(f"{name} of {label!r} holds an infinite value: put nan where there is nothing to draw.")
     return tuple(array.tolist())

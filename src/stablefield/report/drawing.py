@@ -8,6 +8,7 @@ Its room is measured in DejaVu Sans, which is wider than what browsers choose.
 import io
 import os
 import re
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from stablefield.report.chart import Chart, LineChart
 from stablefield.report.colours import LIGHT
 from stablefield.report.extra import require
-from stablefield.report.layout import NARROW, WIDE, Layout
+from stablefield.report.layout import NARROW, WIDE, Layout, wrap
 from stablefield.report.page import Figure
 from stablefield.report.svg import parse_svg, write_svg
 
@@ -80,7 +81,9 @@ def write_chart(chart: Chart, path: str | Path, *, title: str = "", scale: float
 
 def _svg(chart: Chart, layout: Layout) -> str:
     stream = io.StringIO()
-    with _settings(layout):
+    with _settings(layout), warnings.catch_warnings():
+        # Text stays text: a character that matplotlib's own font lacks is the browser's to draw.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         canvas = _draw(chart, layout, "")
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         canvas.savefig(stream, format="svg", transparent=True, metadata=nothing)
@@ -125,7 +128,13 @@ def _draw(chart: Chart, layout: Layout, title: str) -> "Canvas":
     canvas = Canvas(figsize=(layout.width / DPI, height / DPI), dpi=DPI)
     canvas.set_layout_engine("constrained", w_pad=4 / DPI, h_pad=4 / DPI)
     if title:
-        canvas.suptitle(title, x=4 / layout.width, ha="left", fontsize=layout.font * 1.15, fontweight="bold")
+        canvas.suptitle(
+            wrap(title, layout.width // 9),
+            x=4 / layout.width,
+            ha="left",
+            fontsize=layout.font * 1.15,
+            fontweight="bold",
+        )
     if isinstance(chart, LineChart):
         draw_lines(canvas, chart, layout)
     else:
@@ -146,6 +155,9 @@ def _for_a_page(text: str) -> str:
     for element in root.iter():
         for name, value in element.attrib.items():
             element.set(name, " ".join(value.split()))
+        for name in {"fill", "stroke"} & element.attrib.keys():
+            # An attribute of its own, as on the ground of a hatch, cannot be relied on to take a variable.
+            element.set("style", f"{name}: {element.attrib.pop(name)}; {element.get('style', '')}")
         if (style := element.get("style")) is not None:
             style = re.sub(r"#[0-9a-f]{6}\b", lambda found: named.get(found[0], found[0]), style)
             # The short form, "font: 700 13px 'DejaVu Sans'", is what older versions write.

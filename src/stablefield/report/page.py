@@ -1,6 +1,6 @@
 """A page: what a report says, before it is drawn.
 
-    Page(title, summary, blocks)      a block is Text, Bullets, KeyFigures, Table, Figure, Code, Details or Section
+    Page(title, summary, blocks)      a block is Text, Bullets, a Table, a Figure, Details, a Section, ...
 
 Every value is checked where it is made, so that a mistake shows in the line that made it and not in a browser. Text is
 plain; between `backticks` it is set as code, and a blank line begins a paragraph.
@@ -12,21 +12,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stablefield.report.cell import Cell, Estimate
+from stablefield.report.cells import Cell, check_cell
 from stablefield.report.svg import check_svg
 
 __all__ = [
     "Block",
     "Bullets",
-    "Cell",
     "Code",
     "Details",
-    "Estimate",
     "Figure",
     "KeyFigure",
     "KeyFigures",
     "Page",
     "Section",
+    "SideBySide",
     "Table",
     "Text",
     "json_details",
@@ -99,6 +98,7 @@ class KeyFigure:
     """A second, smaller line: a unit, an interval, a condition."""
 
     def __post_init__(self) -> None:
+        check_cell("value of a KeyFigure", self.value)
         if self.value is None:
             raise ValueError("value=None of a KeyFigure: leave the figure out, or pass a text such as 'not measured'.")
         if isinstance(self.value, str):
@@ -149,6 +149,8 @@ class Table:
                     f"row {i} of a Table has {len(row)} cells, but there are {len(self.columns)} columns: "
                     "pass one cell per column, None for an empty one."
                 )
+            for title, cell in zip(self.columns, row, strict=True):
+                check_cell(f"cell {title!r} of row {i} of a Table", cell)
         if self.digits < 1:
             raise ValueError(f"digits={self.digits} of a Table: show at least one significant digit.")
         if self.marked is not None and not 0 <= self.marked < len(self.rows):
@@ -205,6 +207,22 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class SideBySide:
+    """Figures to compare, beside each other where the screen is wide enough. Charts are drawn in their narrow layout.
+
+    Raises:
+        ValueError: if there are fewer than two.
+    """
+
+    figures: tuple[Figure, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "figures", tuple(self.figures))
+        if len(self.figures) < 2:
+            raise ValueError(f"figures of SideBySide are {len(self.figures)}: pass at least two, or a Figure alone.")
+
+
+@dataclass(frozen=True)
 class Details:
     """Blocks behind a line that opens and closes them. On paper they are open.
 
@@ -240,7 +258,7 @@ class Section:
             raise ValueError(f"blocks of Section {self.title!r} is empty: pass at least one block.")
 
 
-Block = Text | Bullets | Code | KeyFigures | Table | Figure | Details | Section
+Block = Text | Bullets | Code | KeyFigures | Table | Figure | SideBySide | Details | Section
 """What pages, sections and details are made of."""
 
 

@@ -10,14 +10,15 @@ import re
 import secrets
 from collections.abc import Iterator
 from importlib.resources import files
+from itertools import count
 from pathlib import Path
 
 import stablefield
-from stablefield.report.cell import Cell, show
+from stablefield.report.cells import Cell, show
 from stablefield.report.colours import DARK, LIGHT, Palette
 from stablefield.report.extra import require
 from stablefield.report.page import Block, Figure, Page, Section, Table
-from stablefield.report.svg import with_prefix
+from stablefield.report.svg import printable, with_prefix
 
 __all__ = ["render_page", "write_page"]
 
@@ -37,30 +38,35 @@ def render_page(page: Page) -> str:
 
     folder = files("stablefield.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    numbers = iter(range(1, 10**9))
+    numbers = count(1)
+
+    def number() -> int:
+        return next(numbers)
 
     def svg(figure: Figure, text: str) -> Markup:
         # Checked when the figure was made; the label is escaped as an attribute of the element.
-        return Markup(with_prefix(text, f"p{next(numbers)}-", figure.alt))
+        return Markup(with_prefix(text, f"p{number()}-", figure.alt))
 
     def source(figure: Figure) -> str:
         return "data:image/png;base64," + base64.b64encode(figure.png or b"").decode()
 
     sections = [block for block in page.blocks if isinstance(block, Section)]
     template = environment.from_string((folder / "page.html.jinja").read_text("utf-8"))
-    return template.render(
+    text = template.render(
         page=page,
         contents=sections if len(sections) >= CONTENTS_FROM else [],
         style=Markup(_colours() + (folder / "page.css").read_text("utf-8")),
         version=stablefield.__version__,
         svg=svg,
         source=source,
+        number=number,
         table=_cells,
         kind=_kind,
-        show=show,
+        key_value=_key_value,
         paragraphs=_paragraphs,
         spans=_spans,
     )
+    return printable(text)
 
 
 def write_page(page: Page, path: str | Path) -> Path:
@@ -99,6 +105,14 @@ def _colours() -> str:
 
 def _kind(block: Block) -> str:
     return type(block).__name__
+
+
+def _key_value(value: Cell) -> tuple[str, str]:
+    """A number in large type, without zeros that say nothing, and its error in smaller type."""
+    number, _, error = show(value).partition(" ± ")
+    if isinstance(value, float) and "." in number and "·" not in number:
+        number = number.rstrip("0").rstrip(".")
+    return number, f"± {error}" if error else ""
 
 
 def _paragraphs(text: str) -> list[str]:

@@ -8,11 +8,20 @@ import re
 from xml.etree import ElementTree as ET
 from xml.etree.ElementTree import Element
 
-__all__ = ["check_svg", "parse_svg", "with_prefix", "write_svg"]
+__all__ = ["check_svg", "parse_svg", "printable", "with_prefix", "write_svg"]
 
 FORBIDDEN = {"script", "foreignobject", "iframe", "object", "embed", "a", "style", "animate", "set"}
 """Elements that run, fetch, or reach the rest of the page."""
 REFERENCE = re.compile(r"url\(\s*(['\"]?)(.*?)\1\s*\)")
+
+
+UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""What XML and UTF-8 have no place for: controls, and halves of characters as in file names that are no UTF-8."""
+
+
+def printable(text: str) -> str:
+    """The text with the sign for an unknown character in place of each that cannot be written."""
+    return UNPRINTABLE.sub("\ufffd", text)
 
 
 def parse_svg(name: str, text: str) -> Element:

@@ -1,0 +1,106 @@
+"""Numbers as people read them: significant digits, thousands apart, a true minus, an error beside its value."""
+
+import math
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+__all__ = ["Cell", "Estimate", "check_cell", "grouped", "power_of_ten", "show"]
+
+MINUS = "\u2212"
+THIN_SPACE = "\u202f"
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its error, shown to the error's two leading digits: 0.312 ± 0.015.
+
+    Raises:
+        ValueError: if `error` is negative.
+    """
+
+    value: float
+    error: float
+    """Half the width of the interval that is meant; say in a caption which."""
+
+    def __post_init__(self) -> None:
+        if self.error < 0:
+            raise ValueError(f"error={self.error} of an Estimate is negative: pass its size.")
+
+
+Cell = str | int | float | Estimate | None
+"""What a table holds. None is an empty cell, shown as a dash. NumPy's numbers are numbers too."""
+
+
+def check_cell(name: str, cell: object) -> None:
+    """Refuse what is no cell.
+
+    Raises:
+        ValueError: if it is not, beginning with `name`.
+    """
+    if cell is not None and not isinstance(cell, str | Real | Estimate):
+        raise ValueError(
+            f"{name} is of type {type(cell).__name__}: pass a string, a number (`.item()` of a tensor), an Estimate or None."
+        )
+
+
+def show(cell: Cell, digits: int = 3) -> str:
+    """A cell as text.
+
+    Args:
+        cell: a string is shown as it is, an integer in full, a truth as yes or no, an Estimate to the second digit of its
+            error, None as a dash.
+        digits: significant digits of a float.
+    """
+    if cell is None:
+        return "–"
+    if isinstance(cell, str):
+        return cell
+    if isinstance(cell, Estimate):
+        return _estimate(cell, digits)
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    return grouped(str(int(cell))) if isinstance(cell, Integral) else _float(float(cell), digits)
+
+
+def grouped(text: str) -> str:
+    """A number's text with thousands apart from five digits on, and a true minus."""
+    whole, point, rest = text.partition(".")
+    if len(whole.lstrip("-")) > 4:
+        whole = f"{int(whole):,}".replace(",", THIN_SPACE)
+    return (whole + point + rest).replace("-", MINUS)
+
+
+def power_of_ten(exponent: int) -> str:
+    """10 to an integer power: 10⁻⁵."""
+    return f"10{str(exponent).translate(SUPERSCRIPTS)}"
+
+
+def _plain(power: int) -> bool:
+    """Whether a number of this order of magnitude is written without a power."""
+    return -4 <= power < 7
+
+
+def _float(value: float, digits: int) -> str:
+    if math.isnan(value):
+        return "not a number"
+    if math.isinf(value):
+        return "∞" if value > 0 else f"{MINUS}∞"
+    if value == 0:
+        return "0"
+    mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
+    power = int(exponent)
+    if not _plain(power):
+        return f"{grouped(mantissa)}·{power_of_ten(power)}"
+    return grouped(f"{value:.{max(0, digits - 1 - power)}f}")
+
+
+def _estimate(estimate: Estimate, digits: int) -> str:
+    value, error = estimate.value, estimate.error
+    if not (math.isfinite(value) and math.isfinite(error)) or error == 0:
+        return f"{_float(value, digits)} ± {_float(error, 2)}"
+    power = int(f"{error:.1e}".partition("e")[2])
+    decimals = max(0, 1 - power)
+    if _plain(power) and abs(value) < 1e7:
+        return f"{grouped(f'{value:.{decimals}f}')} ± {grouped(f'{error:.{decimals}f}')}"
+    return f"{_float(value, digits)} ± {_float(error, 2)}"
