@@ -21,7 +21,6 @@ from stablefield.cli.sources import open_data
 from stablefield.cli.train import pick_device
 from stablefield.data.image_set import ImageSet
 from stablefield.diffusion.noise_levels import LogUniform, Uniform
-from stablefield.diffusion.preconditioning import Denoiser
 from stablefield.diffusion.process import VE, VP, RectifiedFlow
 from stablefield.diffusion.weighting import FlowWeighting, SNRWeighting
 from stablefield.probe.advice import Advice, Training, advise
@@ -40,15 +39,13 @@ from stablefield.probe.record import (
     phases_record,
 )
 from stablefield.probe.variance import VarianceCurve, find_noise_levels, measure_variance
-from stablefield.report.drawing import write_chart
+from stablefield.report import write_chart, write_page
 from stablefield.report.extra import require
 from stablefield.report.fit_page import distance_chart, excess_chart, fit_page
-from stablefield.report.render import write_page
 from stablefield.report.variance_page import phases_chart, sizes_chart, variance_chart, variance_page
 from stablefield.targets.references import InBatch, Pool
 from stablefield.targets.target import StableTarget
-from stablefield.training.model import load_denoiser
-from stablefield.training.run_folder import RunConfig, RunFolder
+from stablefield.training.model import open_model
 
 __all__ = ["Probe"]
 
@@ -193,9 +190,9 @@ class Probe:
         table = Table("references", "verdict", "p", "largest |t|", "where", box=None, pad_edge=False)
         with _Bar("testing") as bar:
             for number, (name, target) in enumerate((sound | faulty).items()):
-                # A batch no larger than the pool, which must hold it.
+                # A batch no larger than the pool, which must hold it, and that leaves samples for a source left out.
                 result = check_bias(
-                    target, population, process=process, batch=min(128, size), false_alarm=self.false_alarm,
+                    target, population, process=process, batch=min(128, max(2, len(population) // 3)), false_alarm=self.false_alarm,
                     seed=self.seed,
                 )  # fmt: skip
                 results[name] = result
@@ -224,8 +221,11 @@ class Probe:
         require("matplotlib", "drawing the network's error")
         require("jinja2", "writing the report")
         folder = Path(self.data)
-        denoiser, config, step = _open_run(folder, device)
-        images = open_data(config.data)
+        model = open_model(folder, device=device)
+        config, step = model.config, model.step
+        for complaint in model.complaints:
+            console.print(f"[yellow]passed over:[/] {complaint}")
+        images = open_data(config.data, **config.opening)
         by_class = config.classes > 0
         population = draw_population(images, most=self.images, by_class=by_class, seed=self.seed)
         group = None if population.group is None else population.group.to(device)
@@ -240,7 +240,7 @@ class Probe:
         out = _folder(self.out or folder / "probe")
         rows = self.sources or 512
         began = time.monotonic()
-        fit = measure_fit(denoiser, population, found, labelled=by_class, rows=rows, seed=self.seed)
+        fit = measure_fit(model.denoiser, population, found, labelled=by_class, rows=rows, seed=self.seed)
         weighting = config.recipe.weighting
         summary = _fit_line(fit, weighting, step)
         console.print(summary)
@@ -290,15 +290,6 @@ class _Bar:
         self._bar.update(self._task, completed=share)
 
 
-def _open_run(folder: Path, device: torch.device) -> tuple[Denoiser, RunConfig, int]:
-    """The network of a run with its averaged weights, the run's configuration and the steps it was trained for."""
-    run = RunFolder.open(folder)
-    config, newest = run.config(), run.newest()
-    if newest is None:
-        raise ValueError(f"{folder} has no checkpoint yet: let it train for longer.")
-    return load_denoiser(config, newest[0]).to(device), config, newest[1].step
-
-
 def _advice_lines(
     curve: VarianceCurve, phases: Phases, advice: Advice, plan: str, tolerance: float
 ) -> list[str]:  # fmt: skip
@@ -311,7 +302,7 @@ def _advice_lines(
         shares = ""
     else:
         band = (
-            f"Noise band: from {_level(advice.band)}. Below, STF is the single sample to {tolerance:.2%} of the "
+            f"Noise band: from {_level(advice.band)}. Below, STF is the single sample to {100 * tolerance:.2g} % of the "
             "variance."
         )
         parts = [
@@ -320,16 +311,17 @@ def _advice_lines(
         ]
         shares = f"Share of a training batch in the band: {', '.join(parts)}."
     single, prior = phases.single_below, phases.prior_above
+    left = "none" if everything else f"{best.left:.1%} (± {best.error:.1%})"
     lines = [
-        f"Take {size} references: they leave "
-        + ("none" if everything else f"{best.left:.1%} (standard error {best.error:.1%})")
-        + f" of the targets' variance in {PLANS[plan][0]} training.",
+        f"Take {size} references: they leave {left} of the variance in {PLANS[plan][0]} training.",
         f"Phases: one sample below noise level {_level(single)}, the prior above {_level(prior)}.",
         band,
         shares,
         f"Cost per step here: {_seconds(best.seconds)} for {size}"
         + ("." if everything else f", {_seconds(whole.seconds)} for all {curve.samples:,}, which leave none."),
     ]
+    if curve.drawn_from is not None:
+        lines.append(f"All of this is said of {curve.samples:,} images drawn from {curve.drawn_from:,}.")
     return [line for line in lines if line]
 
 

@@ -15,8 +15,7 @@ from stablefield.cli.console import console, relative
 from stablefield.cli.train import pick_device
 from stablefield.data.png import tile, write_png
 from stablefield.sampling.noise import SampleNoise
-from stablefield.training.model import draw, load_denoiser
-from stablefield.training.run_folder import RunFolder
+from stablefield.training.model import draw, open_model
 
 __all__ = ["Sample"]
 
@@ -43,8 +42,8 @@ class Sample:
     """A file name ending in .png for a grid, or a folder for one file per image; RUN/samples/SAMPLER.png if not given."""
     batch: int = 256
     """Images at a time."""
-    raw: bool = False
-    """Use the weights of the last step instead of their average."""
+    ema: str = "half-life"
+    """Which weights: half-life, none (those of the last step), or the length of an average made of snapshots: 0.1."""
     device: str = ""
     """Where to compute; a GPU if there is one."""
 
@@ -55,15 +54,12 @@ class Sample:
             raise ValueError(f"--batch is {self.batch}: it must be at least 1.")
         sigmas = sampling.edm_sigmas(self.steps, sigma_min=self.sigma_min, sigma_max=self.sigma_max)
         device = pick_device(self.device)
-        folder = RunFolder.open(self.run_folder)
-        config = folder.config()
-        newest = folder.newest()
-        if newest is None:
-            raise ValueError(f"{self.run_folder} has no checkpoint yet: let it train for longer.")
-        out = self.out or folder.path / "samples" / f"{self.sampler}-{self.steps}.png"
+        opened = open_model(self.run_folder, self.ema, device)
+        config = opened.config
+        out = self.out or self.run_folder / "samples" / f"{self.sampler}-{self.steps}.png"
         as_grid = out.suffix.lower() == ".png"
         _check_writable(out, as_grid)
-        denoiser = sampling.counted(load_denoiser(config, newest[0], ema=not self.raw).to(device))
+        denoiser = sampling.counted(opened.denoiser)
         solve = _solver(self.sampler, denoiser, sigmas)
         began = time.perf_counter()
         parts = [seeds[start : start + self.batch] for start in range(0, len(seeds), self.batch)]
@@ -76,7 +72,7 @@ class Sample:
             for seed, image in zip(seeds, every, strict=True):
                 write_png(out / f"{seed:06d}.png", image.transpose(1, 2, 0))
         console.print(
-            f"{len(seeds)} images of step {newest[1].step:,}, {self.sampler}, {denoiser.nfe // len(parts)} network "
+            f"{len(seeds)} images of step {opened.step:,}, {self.sampler}, {denoiser.nfe // len(parts)} network "
             f"evaluations each (NFE), {seconds:.1f} s"
         )
         console.print(f"written: {relative(out)}")

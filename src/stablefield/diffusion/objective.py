@@ -8,6 +8,7 @@ gradients agree in expectation. The objective reports that term for every row.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Protocol
 
@@ -157,33 +158,45 @@ class Objective:
         _check_data(x0)
         if class_labels is not None:
             class_labels = _checked_labels(class_labels, x0)
-        draws = self.draw(x0, generator, labelled=class_labels is not None)
+        draws = self.draw(x0.shape, generator, device=x0.device, dtype=x0.dtype, labelled=class_labels is not None)
         example = self.example(x0, draws, class_labels, index, flip=flip, alone=alone, generator=generator)
         return self.evaluate(denoiser, example, augment_labels)
 
-    def draw(self, x0: Tensor, generator: torch.Generator | None = None, *, labelled: bool = False) -> Draws:
+    def draw(
+        self,
+        shape: Sequence[int],
+        generator: torch.Generator | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        labelled: bool = False,
+    ) -> Draws:
         """Draw noise levels, noise and, if the rows are `labelled`, which labels are hidden.
 
         Args:
-            x0: clean data, shape (B, ...), floating point; only its shape, dtype and device matter.
+            shape: of the batch, (B, ...).
             generator: torch's global one if None.
+            device: where the draws are wanted; the generator's device if not given.
+            dtype: of the noise.
             labelled: whether the rows have class labels.
 
         Raises:
             ValueError: if a drawn noise level is 0 or infinite.
         """
-        device = x0.device if generator is None else generator.device
-        t = self.noise_levels.sample(self.process, len(x0), generator, x0.device)
+        if device is None:
+            device = "cpu" if generator is None else generator.device
+        source = device if generator is None else generator.device
+        t = self.noise_levels.sample(self.process, shape[0], generator, device)
         level = self.process.noise_level(t)
         if not bool(((level > 0) & level.isfinite()).all()):
             raise ValueError(
                 f"the noise levels drawn run from {level.min():g} to {level.max():g}: they must be positive and finite; "
                 f"change the range of {self.noise_levels}."
             )
-        noise = torch.randn(x0.shape, dtype=x0.dtype, generator=generator, device=device).to(x0.device)
+        noise = torch.randn(tuple(shape), dtype=dtype, generator=generator, device=source).to(device)
         if not labelled or self.label_dropout == 0:
             return Draws(t, noise)
-        uniform = torch.rand(len(x0), generator=generator, device=device).to(x0.device)
+        uniform = torch.rand(shape[0], generator=generator, device=source).to(device)
         return Draws(t, noise, uniform < self.label_dropout)
 
     def example(

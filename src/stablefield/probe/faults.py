@@ -29,11 +29,14 @@ class _Faulty:
 
 
 class SourceLeftOut(_Faulty):
-    """References drawn from all samples but those that the batch was made from."""
+    """References drawn from all samples but those that the batch was made from.
+
+    A row whose class has no other sample keeps its own: there is nothing to get wrong.
+    """
 
     def __call__(  # noqa: D102
         self,
-        x0: Tensor,  # noqa: ARG002
+        x0: Tensor,
         x_t: Tensor,
         t: Tensor,
         group: Tensor | None = None,
@@ -47,9 +50,15 @@ class SourceLeftOut(_Faulty):
         free[index] = False
         places = free.nonzero()[:, 0]
         chosen = places[torch.randperm(len(places), generator=generator).to(places.device)[: self.size]]
-        groups = None if group is None or self.population.group is None else self.population.group[chosen]
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
-        return posterior(x_t, alpha, sigma, data[chosen], group=group, reference_group=groups).mean
+        if group is None or self.population.group is None:
+            return posterior(x_t, alpha, sigma, data[chosen]).mean
+        groups = self.population.group[chosen]
+        served = ((group[:, None] == groups).any(1) | (group == -1)).nonzero()[:, 0]
+        found = posterior(
+            x_t[served], alpha[served], sigma[served], data[chosen], group=group[served], reference_group=groups
+        )
+        return x0.index_copy(0, served, found.mean)
 
 
 class ClassesMixed(_Faulty):

@@ -5,9 +5,19 @@ import math
 from stablefield.diffusion.weighting import Weighting
 from stablefield.probe.fit import Fit
 from stablefield.probe.record import fit_record
-from stablefield.report.chart import Line, LineChart
-from stablefield.report.drawing import chart_figure
-from stablefield.report.page import Code, Estimate, KeyFigure, KeyFigures, Page, Section, Table, json_details
+from stablefield.report import (
+    Code,
+    Estimate,
+    KeyFigure,
+    KeyFigures,
+    Line,
+    LineChart,
+    Page,
+    Section,
+    Table,
+    chart_figure,
+    json_details,
+)
 
 __all__ = ["distance_chart", "excess_chart", "fit_page"]
 

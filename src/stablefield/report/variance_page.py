@@ -11,18 +11,20 @@ from stablefield.probe.phases import Edge, Phases
 from stablefield.probe.record import advice_record, curve_record, phases_record
 from stablefield.probe.series import Series
 from stablefield.probe.variance import VarianceCurve
-from stablefield.report.chart import Line, LineChart, Region
-from stablefield.report.drawing import chart_figure
-from stablefield.report.page import (
+from stablefield.report import (
     Block,
     Code,
     Estimate,
     KeyFigure,
     KeyFigures,
+    Line,
+    LineChart,
     Page,
+    Region,
     Section,
     Table,
     Text,
+    chart_figure,
     json_details,
 )
 
@@ -114,6 +116,7 @@ def variance_page(
     best = advice.recommended
     band = "the lowest level measured" if advice.band is None else f"{advice.band.noise_level:.2g}"
     everything = best.size >= curve.samples
+    shown = _some(tuple(curve.stf), 4)
     size = f"all {curve.samples:,}" if everything else f"{best.size:,}"
     left = 0.0 if everything else Estimate(best.left, best.error)
     blocks: list[Block] = [
@@ -125,7 +128,7 @@ def variance_page(
                 KeyFigure(value=left, label="of the targets' variance is left with them"),
             )
         ),
-        Text("\n\n".join(said)),
+        Text("\n\n".join(said[1:])),
         Section(
             "Variance against noise level",
             (
@@ -149,7 +152,7 @@ def variance_page(
                         (
                             float(curve.noise_level[i]),
                             _estimate(curve.dsm, i),
-                            *(_estimate(curve.left(n), i) for n in curve.stf),
+                            *(_left(curve, n, i) for n in shown),
                             float(curve.own_weight.mean[i]),
                             float(curve.ess.mean[i]),
                             float(curve.divergence.mean[i]),
@@ -257,6 +260,11 @@ def _estimate(series: Series, place: int) -> Estimate | float | None:
     if not math.isfinite(mean):
         return None
     return Estimate(mean, error) if math.isfinite(error) and error > 0 else mean
+
+
+def _left(curve: VarianceCurve, size: int, place: int) -> Estimate | float | None:
+    # A ratio of two nothings tells nothing.
+    return _estimate(curve.left(size), place) if curve.dsm.mean[place] > _LEAST * curve.total else None
 
 
 def _some(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
