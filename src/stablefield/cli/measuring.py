@@ -13,9 +13,9 @@ from torch import Tensor
 from stablefield.cli.console import console
 from stablefield.cli.evaluation_flags import DataFlags, EvaluationFlags, MetricName
 from stablefield.cli.sample import own_device
+from stablefield.cli.settling import pick_device
 from stablefield.cli.sources import open_data
 from stablefield.cli.subjects import FoundImages, RunSamples
-from stablefield.cli.train import pick_device
 from stablefield.cli.work import Work
 from stablefield.data.collector import cache_folder
 from stablefield.data.image_set import ImageSet

@@ -17,8 +17,8 @@ from rich.table import Table
 
 import stablefield
 from stablefield.cli.console import console, relative
+from stablefield.cli.settling import pick_device
 from stablefield.cli.sources import open_data
-from stablefield.cli.train import pick_device
 from stablefield.data.image_set import ImageSet
 from stablefield.diffusion.noise_levels import LogUniform, Uniform
 from stablefield.diffusion.process import VE, VP, RectifiedFlow

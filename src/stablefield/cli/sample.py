@@ -15,7 +15,7 @@ from torch import Tensor
 from stablefield.cli.console import console, relative
 from stablefield.cli.drawing import DrawingFlags, Model
 from stablefield.cli.places import check_place
-from stablefield.cli.train import pick_device
+from stablefield.cli.settling import pick_device
 from stablefield.cli.work import Work
 from stablefield.data.png import tile, write_png
 from stablefield.evaluation.processes import Processes

@@ -15,18 +15,22 @@ from rich.table import Table
 
 import stablefield
 from stablefield.cli.console import console, relative
+from stablefield.cli.extractors import ExtractorFlags
 from stablefield.cli.interruption import Interruption
 from stablefield.cli.progress import TrainingProgress
-from stablefield.cli.recipes import RecipeName, chosen, limit, shown
+from stablefield.cli.recipes import RecipeName, shown
+from stablefield.cli.settling import pick_device, settled
 from stablefield.cli.sources import open_data
 from stablefield.data.image_set import ImageSet, size_text
+from stablefield.evaluation.self_check import Reading, SelfCheck
 from stablefield.training.estimate import estimate
 from stablefield.training.feed import Feed, fits, resolve_references
 from stablefield.training.loop import Tracker, check_fit, make_accelerator, train
+from stablefield.training.observers import FrechetObserver
 from stablefield.training.recipe import Recipe
 from stablefield.training.run_folder import RunConfig, RunFolder
 
-__all__ = ["Train", "pick_device"]
+__all__ = ["Train"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,12 @@ class Train:
     """Leave out files that cannot be read, and count them."""
     tracker: Tracker = "none"
     """Mirror metrics.jsonl to TensorBoard (in the run's folder) or Weights & Biases."""
+    evaluate_every: int = 0
+    """Steps between Frechet distances of a few samples, which go into metrics.jsonl; 0 for none."""
+    evaluate_samples: int = 500
+    """How many samples; the more, the less noisy."""
+    measure: ExtractorFlags = dataclasses.field(default_factory=lambda: ExtractorFlags(extractor="random"))
+    """What looks at those samples."""
     device: str = ""
     """Where to compute, such as cpu or cuda; a GPU if there is one."""
     config: Annotated[Recipe, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Recipe)
@@ -81,18 +91,7 @@ class Train:
             if self.print and self.recipe not in ("auto", "imagefolder"):
                 return self
             raise ValueError("DATA is missing: name what to train on, such as: stablefield train digits.")
-        accelerated = pick_device(self.device).type == "cuda"
-        bound = None if self.resolution else limit(self.recipe, accelerated=accelerated)
-        with PartialState(cpu=not accelerated).main_process_first():
-            data = open_data(self.data, self.resolution, self.resize, "train", self.skip_broken, bound)
-        if self.recipe in ("auto", "imagefolder"):
-            name, recipe = chosen(self.recipe, data, accelerated=accelerated)
-            if self.data == "digits" and self.recipe == "auto":
-                name, recipe = "digits", base
-            call = parse(recipe)
-        else:
-            name, call = self.recipe, self
-        return dataclasses.replace(call, recipe=name, opened=data)
+        return settled(self, parse)
 
     def run(self) -> int:
         """Train, with a progress bar, and say what is where."""
@@ -127,6 +126,7 @@ class Train:
         )
         console.print(f"run folder: {relative(folder.path)}")
         accelerator = make_accelerator(device, self.tracker, folder)
+        observers = self._observers(data, device)
         began = time.monotonic()
         with TrainingProgress(recipe.steps) as progress:
             done = train(
@@ -137,6 +137,7 @@ class Train:
                 report=progress.update,
                 stop=lambda: interruption.requested,
                 tracker=self.tracker,
+                observers=observers,
                 accelerator=accelerator,
             )
         if done < recipe.steps:
@@ -177,6 +178,20 @@ class Train:
         with torch.device("meta"):
             recipe.network.build(config.shape, config.classes, recipe.augment_dim, torch.Generator())
         return data, config
+
+    def _observers(self, data: ImageSet, device: torch.device) -> list[FrechetObserver]:
+        if self.evaluate_every < 0:
+            raise ValueError(f"--evaluate-every is {self.evaluate_every}: it must not be negative.")
+        if not self.evaluate_every or not PartialState().is_main_process:
+            return []
+        self.measure.check()
+        extractor = self.measure.open(data.shape, device)
+        check = SelfCheck.prepare(data, extractor, samples=self.evaluate_samples)
+
+        def tell(step: int, reading: Reading) -> None:
+            console.print(f"step {step:,}: {reading}")
+
+        return [FrechetObserver(check, self.evaluate_every, data.shape, device, tell)]
 
     def _create(self, data: ImageSet, config: RunConfig) -> RunFolder:
         """Make the folder on the first process, and tell the others where it is."""
@@ -225,20 +240,6 @@ class Train:
                 console.print(f"[yellow]passed over:[/] {complaint}")
             console.print(f"continuing from step {newest[1].step:,}")
         return folder, folder.config()
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called `name`, or a GPU if there is one, else the CPU.
-
-    Raises:
-        ValueError: if it cannot be used.
-    """
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def _duration(seconds: float) -> str:

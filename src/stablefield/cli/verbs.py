@@ -1,10 +1,11 @@
 """The verbs and their flags, from the dataclasses that carry them out."""
 
 from collections.abc import Sequence
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, TypeVar
 
 import tyro
 
+from stablefield.cli.compare import Compare
 from stablefield.cli.data import Data
 from stablefield.cli.doctor import Doctor
 from stablefield.cli.ema import Ema
@@ -12,6 +13,7 @@ from stablefield.cli.evaluate import Evaluate
 from stablefield.cli.probe import Probe
 from stablefield.cli.recipes import RECIPES
 from stablefield.cli.sample import Sample
+from stablefield.cli.settling import settled
 from stablefield.cli.train import Train
 from stablefield.training.recipe import Recipe
 from stablefield.training.recipes import DIGITS, imagefolder
@@ -20,6 +22,9 @@ __all__ = ["Verb", "parse"]
 
 UNET = imagefolder((3, 32, 32), 10_000, accelerated=False)
 """What the help shows where the data are not known yet."""
+
+
+Kind = TypeVar("Kind")
 
 
 class Verb(Protocol):
@@ -34,21 +39,24 @@ def parse(arguments: Sequence[str]) -> Verb:
     """Read the command line; wrong use exits with status 2 and says what is wrong."""
     base = RECIPES.get(_recipe_name(arguments), UNET if _recipe_name(arguments) == "imagefolder" else DIGITS)
     verb = _parse(arguments, base)
-    if not isinstance(verb, Train):
-        return verb
+    if isinstance(verb, Train):
+        return verb.settled(lambda recipe: _again(Train, arguments, recipe), base)
+    if isinstance(verb, Compare):
+        return settled(verb, lambda recipe: _again(Compare, arguments, recipe))
+    return verb
 
-    def again(recipe: Recipe) -> Train:
-        read = _parse(arguments, recipe)
-        assert isinstance(read, Train)
-        return read
 
-    return verb.settled(again, base)
+def _again(kind: type[Kind], arguments: Sequence[str], recipe: Recipe) -> Kind:
+    verb = _parse(arguments, recipe)
+    assert isinstance(verb, kind)
+    return verb
 
 
 def _parse(arguments: Sequence[str], recipe: Recipe) -> Verb:
-    train = Train(config=recipe)
+    train, compare = Train(config=recipe), Compare(config=recipe)
     verbs = (
         Annotated[Train, tyro.conf.subcommand("train", default=train)]
+        | Annotated[Compare, tyro.conf.subcommand("compare", default=compare)]
         | Annotated[Sample, tyro.conf.subcommand("sample")]
         | Annotated[Ema, tyro.conf.subcommand("ema")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]

@@ -14,12 +14,10 @@ from accelerate import Accelerator
 from stablefield.data.image_set import ImageSet
 from stablefield.data.png import tile, write_png
 from stablefield.diffusion.preconditioning import Denoiser
-from stablefield.sampling.grids import edm_sigmas
-from stablefield.sampling.ode import heun
 from stablefield.training.checkpoint import State, restore, save, sweep
 from stablefield.training.feed import Feed, fits
 from stablefield.training.meter import Meter, Report, bin_edges
-from stablefield.training.model import draw
+from stablefield.training.observers import samples
 from stablefield.training.post_hoc import take_snapshot
 from stablefield.training.recipe import Recipe
 from stablefield.training.run_folder import RunConfig, RunFolder
@@ -28,7 +26,6 @@ from stablefield.training.stepper import Stepper
 __all__ = ["Observer", "Report", "Tracker", "TrainingError", "check_fit", "make_accelerator", "train"]
 
 SAMPLE_SEEDS = range(64)
-SAMPLE_STEPS = 18
 
 Tracker = Literal["none", "tensorboard", "wandb"]
 
@@ -299,11 +296,10 @@ class _Loop:
             meter.pause()
 
     def _picture(self, step: int) -> None:
-        sigmas = edm_sigmas(SAMPLE_STEPS)
         ema = self._stepper.trained.averages["ema"]
-        device = self._accelerator.device
-        images = draw(lambda x, _: heun(ema, x, sigmas), self._config.shape, SAMPLE_SEEDS, float(sigmas[0]), device)
-        write_png(self._folder.picture(step), tile(images))
+        assert isinstance(ema, Denoiser)
+        images = samples(ema, self._config.shape, SAMPLE_SEEDS, self._accelerator.device)
+        write_png(self._folder.picture(step), tile(images.numpy()))
 
 
 def _or_none(value: float) -> float | None:

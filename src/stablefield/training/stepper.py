@@ -9,6 +9,7 @@ overlap with the backward pass that DistributedDataParallel has, and buys a sum 
 run has been going, without which resuming could not repeat it bit for bit.
 """
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -16,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from stablefield.data.augmentation import Augmentation, AugmentationParameters, flip
-from stablefield.diffusion.objective import Objective, ObjectiveValue
+from stablefield.diffusion.objective import Example, Objective, ObjectiveValue
 from stablefield.targets.references import References
 from stablefield.targets.target import DenoisingTarget, StableTarget
 from stablefield.training.checkpoint import Trained
@@ -65,7 +66,7 @@ class Stepper:
         recipe, optimizer = self._recipe, self.trained.optimizer
         assert optimizer is not None
         optimizer.param_groups[0]["lr"] = recipe.learning_rate_at(step)
-        optimizer.zero_grad(set_to_none=True)
+        self._zero_gradients()
         self.trained.model.train()
         parts = self._backward(step)
         self._sum_gradients()
@@ -84,9 +85,9 @@ class Stepper:
             if not bool(value.isfinite().all()):
                 raise ArithmeticError(f"the weight {name} is not finite at step {step}")
 
-    def _backward(self, step: int) -> list[ObjectiveValue]:
+    def examples(self, step: int) -> Iterator[tuple[Example, Tensor | None]]:
+        """This process's parts of the batch of `step`, made ready, each with its augmentation labels."""
         recipe, device = self._recipe, self._device
-        values: list[ObjectiveValue] = []
         generator = generator_for(recipe.seed, Purpose.OBJECTIVE, step, device)
         self.target_watch.start()
         draws = self._objective(None).draw(
@@ -94,7 +95,7 @@ class Stepper:
         )
         augmentation = self._drawn_augmentation(step)
         self.target_watch.stop()
-        for number, part in enumerate(self._parts()):
+        for part in self._parts():
             rows = self._feed.rows(step, part)
             self.target_watch.start()
             x0 = rows.pixels.float().div_(127.5).sub_(1)
@@ -110,10 +111,31 @@ class Stepper:
             objective = self._objective(rows.pool)
             example = objective.example(x0, draws[part], rows.labels, rows.index, flip=flips, alone=alone)
             self.target_watch.stop()
+            yield example, augment_labels
+
+    def gradient(self, step: int) -> Tensor:
+        """The gradient that the batch of `step` has at the present weights, in evaluation mode, as one vector."""
+        self.trained.model.eval()
+        self._zero_gradients()
+        for example, augment_labels in self.examples(step):
+            value = self._objective(None).evaluate(self.trained.model, example, augment_labels)
+            (value.row_loss.sum() / self._recipe.batch).backward()
+        vector = torch.cat([gradient.reshape(-1) for gradient in self._gradients()])
+        self._zero_gradients()
+        return vector
+
+    def _zero_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def _backward(self, step: int) -> list[ObjectiveValue]:
+        values: list[ObjectiveValue] = []
+        objective = self._objective(None)
+        for number, (example, augment_labels) in enumerate(self.examples(step)):
             torch.manual_seed(self._dropout_seed(step, number))
-            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._recipe.precision == "bf16"):
                 value = objective.evaluate(self._network, example, augment_labels)
-            self._accelerator.backward(value.row_loss.sum() / recipe.batch)
+            self._accelerator.backward(value.row_loss.sum() / self._recipe.batch)
             values.append(value)
         return values
 

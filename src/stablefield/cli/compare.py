@@ -1,0 +1,317 @@
+"""`stablefield compare DATA`: the single-sample target and the stable one, side by side, with a report."""
+
+import csv
+import dataclasses
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import stablefield
+from stablefield.cli.console import console, relative
+from stablefield.cli.extractors import ExtractorFlags
+from stablefield.cli.interruption import Interruption
+from stablefield.cli.places import check_place
+from stablefield.cli.recipes import RecipeName
+from stablefield.cli.settling import pick_device
+from stablefield.data.image_set import ImageSet
+from stablefield.evaluation.names import frechet_name
+from stablefield.evaluation.self_check import SelfCheck
+from stablefield.report import write_page
+from stablefield.report.comparison_page import comparison_page
+from stablefield.report.extra import require
+from stablefield.training.comparison import LEVELS, MIDDLE, Outcome, TargetName, improvement, run_one, samples_of
+from stablefield.training.config import encode
+from stablefield.training.feed import resolve_references
+from stablefield.training.files import write_whole
+from stablefield.training.loop import Report, check_fit
+from stablefield.training.recipe import Recipe
+from stablefield.training.run_folder import RunConfig, RunFolder
+
+__all__ = ["Compare"]
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Train with the single-sample target and the stable one from the same seeds, and report what came out."""
+
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA", help_behavior_hint="")] = ""
+    """What to train on: digits (built in), a folder or .zip of images, .npy, .npz, idx or CIFAR-10 files."""
+    out: Path | None = None
+    """Folder of the comparison; compare/DATA if not given. One that was interrupted goes on where it stopped."""
+    seeds: str = "0,1,2"
+    """Seeds of weights, batches and noise; two runs each."""
+    looks: int = 8
+    """How often each run is scored over training."""
+    samples: int = 1000
+    """Samples of each Frechet distance."""
+    measure: ExtractorFlags = field(default_factory=lambda: ExtractorFlags(extractor="pixels"))
+    """What looks at the samples."""
+    recipe: RecipeName = "auto"
+    """Which settings to start from; the flags below change them. auto chooses by the data."""
+    resolution: int | None = None
+    """Bring every image to this many pixels a side; chosen by the recipe where sizes differ."""
+    resize: Literal["crop", "squash"] = "crop"
+    """Cut to the largest centred square first, or take the whole image."""
+    skip_broken: bool = False
+    """Leave out files that cannot be read, and count them."""
+    device: str = ""
+    """Where to compute; a GPU if there is one."""
+    config: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+    """What the runs do; the target is both."""
+    opened: tyro.conf.Suppress[Any] = None
+    """The data, once they are open."""
+
+    def run(self) -> int:
+        """Train, score, print a table, and write numbers and a report."""
+        seeds = _numbers(self.seeds)
+        for package in ("jinja2", "matplotlib"):
+            require(package, "a report of the comparison")
+        self.measure.check()
+        if self.looks < 1:
+            raise ValueError(f"--looks is {self.looks}: each run is scored at least once, at its end.")
+        device = pick_device(self.device)
+        data = self.opened
+        assert isinstance(data, ImageSet)
+        out = self.out or Path("compare") / data.name
+        check_place("--out", out / "report.html")
+        configs = self._configs(seeds, data, device)
+        extractor = self.measure.open(data.shape, device)
+        check = SelfCheck.prepare(data, extractor, samples=min(self.samples, len(data)))
+        first = configs[0][2].recipe
+        every = max(1, first.steps // self.looks)
+        console.print(
+            f"DSM and STF on {data.name}: {len(seeds)} seeds, {first.steps:,} steps of {first.batch}, on {device}"
+        )
+        outcomes = self._train(configs, data, check, every, device, out)
+        if outcomes is None:
+            console.print(f"stopped; the same command goes on: --out {relative(out)}")
+            return 0
+        name = frechet_name(extractor)
+        _print(outcomes, seeds, name)
+        self._write(outcomes, seeds, data, out, name, check, device)
+        console.print(f"report:     {relative(out / 'report.html')}")
+        console.print(f"numbers:    {relative(out / 'comparison.json')}, {relative(out / 'comparison.csv')}")
+        return 0
+
+    def _configs(
+        self, seeds: Sequence[int], data: ImageSet, device: torch.device
+    ) -> list[tuple[TargetName, int, RunConfig]]:
+        recipe = dataclasses.replace(self.config, target="stf")
+        references, rule = resolve_references(recipe, data, device)
+        console.print(f"references: {rule}")
+        every = max(1, recipe.steps // self.looks)
+        found: list[tuple[TargetName, int, RunConfig]] = []
+        targets: tuple[TargetName, ...] = ("dsm", "stf")
+        for seed in seeds:
+            for target in targets:
+                one = dataclasses.replace(
+                    recipe,
+                    target=target,
+                    references=references,
+                    seed=seed,
+                    sample_every=0,
+                    checkpoint_every=every,
+                )
+                check_fit(one, data)
+                opening = {"resolution": self.resolution, "resize": self.resize, "skip_broken": self.skip_broken}
+                config = RunConfig(
+                    data=self.data,
+                    shape=data.shape,
+                    classes=data.classes if one.conditional else 0,
+                    manifest=data.manifest,
+                    recipe=one,
+                    version=stablefield.__version__,
+                    opening=opening,
+                )
+                found.append((target, seed, config))
+        return found
+
+    def _train(
+        self,
+        configs: Sequence[tuple[TargetName, int, RunConfig]],
+        data: ImageSet,
+        check: SelfCheck,
+        every: int,
+        device: torch.device,
+        out: Path,
+    ) -> list[Outcome] | None:
+        outcomes: list[Outcome] = []
+        with _Bars(configs) as bars, Interruption() as interruption:
+            for target, seed, config in configs:
+                path = out / f"{target}-seed{seed}"
+                folder = RunFolder(path) if (path / "config.json").is_file() else RunFolder.create(path, config)
+                if (
+                    folder.config().recipe != config.recipe
+                    or folder.config().manifest["sha256"] != data.manifest["sha256"]
+                ):
+                    raise ValueError(f"{path} holds a run with other settings: name another --out for this comparison.")
+                outcome = run_one(
+                    folder,
+                    data,
+                    check,
+                    every,
+                    device,
+                    report=lambda report, key=(target, seed): bars.update(key, report),
+                    stop=lambda: interruption.requested,
+                )
+                if outcome is None:
+                    return None
+                outcomes.append(outcome)
+                bars.finish(outcome)
+        return outcomes
+
+    def _write(
+        self,
+        outcomes: Sequence[Outcome],
+        seeds: Sequence[int],
+        data: ImageSet,
+        out: Path,
+        name: str,
+        check: SelfCheck,
+        device: torch.device,
+    ) -> None:
+        recipe = RunFolder(outcomes[0].folder).config().recipe
+        command = f"stablefield compare {shlex.quote(self.data)} --seeds {self.seeds} --steps {recipe.steps}"
+        gains = {str(seed): improvement(outcomes, seed) for seed in seeds}
+        protocol = {
+            "stablefield": stablefield.__version__,
+            "torch": torch.__version__,
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+            "data": {key: data.manifest[key] for key in ("name", "count", "shape", "sha256")},
+            "recipe": encode(recipe),
+            "seeds": list(seeds),
+            "frechet": {
+                "name": name,
+                "samples": len(check.seeds),
+                "floor": check.floor,
+                "sampler": "heun, 18 steps, NFE 35",
+            },
+            "noise_levels": list(LEVELS),
+            "middle": list(MIDDLE),
+        }
+        record = {
+            "command": command,
+            "protocol": protocol,
+            "less_distance_to_the_optimum": gains,
+            "runs": [
+                {"target": o.target, "seed": o.seed, "scores": [dataclasses.asdict(score) for score in o.scores]}
+                for o in outcomes
+            ],
+        }
+        write_whole(out / "comparison.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+        write_whole(out / "comparison.csv", lambda path: _write_csv(path, outcomes))
+        grids = [
+            (f"{o.target.upper()}, seed {o.seed}", samples_of(o, range(36), device))
+            for o in outcomes
+            if o.seed == seeds[0]
+        ]
+        page = comparison_page(
+            f"DSM and STF on {data.name}", _summary(outcomes, seeds, name), outcomes, grids, protocol, name, command
+        )
+        write_page(page, out / "report.html")
+
+
+class _Bars:
+    """A bar per run in a terminal; elsewhere a line per run that has ended."""
+
+    def __init__(self, configs: Sequence[tuple[TargetName, int, RunConfig]]) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[tuple[str, int], TaskID] = {
+            (target, seed): self._progress.add_task(f"seed {seed} {target.upper()}", total=config.recipe.steps, text="")
+            for target, seed, config in configs
+        }
+
+    def __enter__(self) -> "_Bars":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, key: tuple[str, int], report: Report) -> None:
+        self._progress.update(self._tasks[key], completed=report.step, text=f"loss {report.loss:.3f}")
+
+    def finish(self, outcome: Outcome) -> None:
+        last = outcome.scores[-1]
+        text = f"distance {last.middle:.4f}, Frechet {last.frechet:.3f}, {last.seconds:.0f} s"
+        self._progress.update(self._tasks[outcome.target, outcome.seed], completed=last.step, text=text)
+        if not console.is_terminal:
+            console.print(f"seed {outcome.seed} {outcome.target.upper()}: {text}")
+
+
+def _print(outcomes: Sequence[Outcome], seeds: Sequence[int], name: str) -> None:
+    table = Table(box=None, pad_edge=False)
+    for column in ("seed", "distance DSM", "STF", "gain", f"{name} DSM", "STF", "s DSM", "STF"):
+        table.add_column(column, justify="right")
+    last = {(o.target, o.seed): o.scores[-1] for o in outcomes}
+    for seed in seeds:
+        a, b = last["dsm", seed], last["stf", seed]
+        table.add_row(
+            str(seed),
+            f"{a.middle:.4f}",
+            f"{b.middle:.4f}",
+            f"{improvement(outcomes, seed):.0%}",
+            f"{a.frechet:.3f} ± {a.frechet_error:.3f}",
+            f"{b.frechet:.3f} ± {b.frechet_error:.3f}",
+            f"{a.seconds:.0f}",
+            f"{b.seconds:.0f}",
+        )
+    console.print(table)
+    console.print(
+        f"distance: mean squared distance to the exact posterior mean, noise levels {MIDDLE[0]:g} to {MIDDLE[1]:g}"
+    )
+    console.print(_summary(outcomes, seeds, name))
+
+
+def _summary(outcomes: Sequence[Outcome], seeds: Sequence[int], name: str) -> str:
+    gains = [improvement(outcomes, seed) for seed in seeds]
+    better = sum(gain > 0 for gain in gains)
+    frechet = {t: [o.scores[-1].frechet for o in outcomes if o.target == t] for t in ("dsm", "stf")}
+    seconds = {t: float(np.mean([o.scores[-1].seconds for o in outcomes if o.target == t])) for t in ("dsm", "stf")}
+    lower = sum(b < a for a, b in zip(frechet["dsm"], frechet["stf"], strict=True))
+    return (
+        f"STF is nearer to the optimum at middle noise levels in {better} of {len(seeds)} seeds, by {np.mean(gains):.0%} on "
+        f"average; its {name} is lower in {lower} of {len(seeds)}: {np.mean(frechet['stf']):.3f} against "
+        f"{np.mean(frechet['dsm']):.3f} on average. Training took {seconds['stf']:.0f} s with STF, {seconds['dsm']:.0f} s "
+        "with DSM."
+    )
+
+
+def _write_csv(path: Path, outcomes: Sequence[Outcome]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        distances = [f"distance_{level:g}" for level in LEVELS]
+        head = ("target", "seed", "step", "seconds", "frechet", "frechet_error", "gradient_variance", "gradient_ratio")
+        writer.writerow([*head, *distances])
+        for o in outcomes:
+            for s in o.scores:
+                numbers = (s.step, s.seconds, s.frechet, s.frechet_error, s.gradient_variance, s.gradient_ratio)
+                writer.writerow([o.target, o.seed, *numbers, *s.distance])
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds {text}: write numbers with commas, such as 0,1,2.") from None
+    if len(set(found)) < len(found) or min(found) < 0:
+        raise ValueError(f"--seeds {text}: every seed once, and none below 0.")
+    return found

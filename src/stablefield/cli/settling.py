@@ -1,0 +1,75 @@
+"""What a call that trains must know before its flags can be read to the end: the data, and the recipe they suggest."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch
+from accelerate import PartialState
+
+from stablefield.cli.recipes import RecipeName, chosen, limit
+from stablefield.cli.sources import open_data
+from stablefield.training.recipe import Recipe
+
+__all__ = ["Trains", "pick_device", "settled"]
+
+
+class Trains(Protocol):
+    """A verb that trains: its flags, as far as they decide about data and recipe."""
+
+    @property
+    def data(self) -> str: ...  # noqa: D102
+    @property
+    def recipe(self) -> RecipeName: ...  # noqa: D102
+    @property
+    def resolution(self) -> int | None: ...  # noqa: D102
+    @property
+    def resize(self) -> Literal["crop", "squash"]: ...  # noqa: D102
+    @property
+    def skip_broken(self) -> bool: ...  # noqa: D102
+    @property
+    def device(self) -> str: ...  # noqa: D102
+    @property
+    def opened(self) -> Any: ...  # noqa: D102
+
+
+Call = TypeVar("Call", bound=Trains)
+
+
+def settled(call: Call, parse: Callable[[Recipe], Call]) -> Call:
+    """The call with its data open and the recipe that they suggest, if none was named, under its flags.
+
+    Args:
+        call: the verb as it was read.
+        parse: reads the command line on top of a recipe.
+
+    Raises:
+        ValueError: if the data are missing or cannot be opened.
+    """
+    if not call.data:
+        raise ValueError("DATA is missing: name what to train on, such as: stablefield train digits.")
+    accelerated = pick_device(call.device).type == "cuda"
+    bound = None if call.resolution else limit(call.recipe, accelerated=accelerated)
+    with PartialState(cpu=not accelerated).main_process_first():
+        data = open_data(call.data, call.resolution, call.resize, "train", call.skip_broken, bound)
+    name: str = call.recipe
+    if call.data == "digits" and call.recipe == "auto":
+        name = "digits"
+    elif call.recipe in ("auto", "imagefolder"):
+        name, recipe = chosen(call.recipe, data, accelerated=accelerated)
+        call = parse(recipe)
+    return dataclasses.replace(call, recipe=name, opened=data)  # pyright: ignore[reportArgumentType]
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`, or a GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: if it cannot be used.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device

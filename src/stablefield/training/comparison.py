@@ -1,0 +1,239 @@
+r"""A comparison: the single-sample target and the stable one, trained from the same seeds on the same batches and noise.
+
+Both runs of a seed begin with the same weights and see the same rows, noise levels and noise; only what they regress on
+differs. At every look, the averaged model is scored by
+
+- its mean squared distance to the exact posterior mean over the whole training set, at several noise levels;
+- the Frechet distance of samples of fixed seeds, with its jackknife error;
+- the variance of the gradient from batch to batch, $E|g - E g|^2$ summed over the parameters, for both targets at the same
+  weights: what the stable target is there to lower.
+
+Scores are kept in the run's folder line by line, so a comparison that was interrupted goes on where it stopped.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+
+from stablefield.data.image_set import ImageSet
+from stablefield.diffusion.preconditioning import Denoiser
+from stablefield.evaluation.self_check import SelfCheck
+from stablefield.probe.fit import measure_fit
+from stablefield.probe.population import Population
+from stablefield.training.feed import Feed, fits
+from stablefield.training.loop import Report, make_accelerator, train
+from stablefield.training.model import open_model
+from stablefield.training.observers import samples
+from stablefield.training.run_folder import RunConfig, RunFolder
+from stablefield.training.stepper import Stepper
+
+__all__ = ["LEVELS", "MIDDLE", "Outcome", "Score", "Scorer", "TargetName", "improvement", "run_one", "samples_of"]
+
+LEVELS = (0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
+"""Noise levels at which the distance to the posterior mean is measured."""
+MIDDLE = (1.5, 5.0)
+"""The noise levels, both ends included, over which a comparison is summed up."""
+GRADIENTS = 16
+
+TargetName = Literal["dsm", "stf"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A model at one look.
+
+    Attributes:
+        step: steps done.
+        seconds: spent on training until then, without the looks themselves.
+        distance: mean squared distance to the exact posterior mean at each of `LEVELS`, per number of a sample.
+        frechet: Frechet distance of the samples.
+        frechet_error: its standard error over fresh samples.
+        gradient_variance: of the run's own target.
+        gradient_ratio: variance of the gradient with the stable target over that with the single sample, at these weights.
+    """
+
+    step: int
+    seconds: float
+    distance: tuple[float, ...]
+    frechet: float
+    frechet_error: float
+    gradient_variance: float
+    gradient_ratio: float
+
+    @property
+    def middle(self) -> float:
+        """Mean of the distance over the middle noise levels."""
+        inside = [d for level, d in zip(LEVELS, self.distance, strict=True) if MIDDLE[0] <= level <= MIDDLE[1]]
+        return sum(inside) / len(inside)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run of a comparison.
+
+    Attributes:
+        target: what it regressed on.
+        seed: of weights, batches and noise.
+        scores: over training, the last one at the end.
+        folder: of the run.
+    """
+
+    target: TargetName
+    seed: int
+    scores: tuple[Score, ...]
+    folder: Path
+
+
+def improvement(outcomes: Sequence[Outcome], seed: int) -> float:
+    """By which share the stable target's distance to the posterior mean is below the other's at middle noise levels."""
+    last = {outcome.target: outcome.scores[-1].middle for outcome in outcomes if outcome.seed == seed}
+    return 1 - last["stf"] / last["dsm"]
+
+
+class Scorer:
+    """Looks at a run in training; an observer of the loop.
+
+    Args:
+        folder: of the run; scores.jsonl in it is continued.
+        config: of the run.
+        data: the images.
+        check: measures samples.
+        every: steps between looks.
+        accelerator: of the run.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        data: ImageSet,
+        check: SelfCheck,
+        every: int,
+        accelerator: Accelerator,
+    ) -> None:
+        self._path, self._config, self._check, self._every = folder.path / "scores.jsonl", config, check, every
+        self._device = accelerator.device
+        feed = Feed(data, config.recipe, self._device, labelled=config.classes > 0, resident=fits(data, self._device))
+        labels = None if data.labels is None or not config.classes else torch.from_numpy(data.labels)
+        self._population = Population(torch.from_numpy(data.images.copy()), labels)
+        self._steppers = {
+            target: Stepper(
+                dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, target=target, accumulate=1)),
+                feed,
+                accelerator,
+            )
+            for target in ("dsm", "stf")
+        }
+        newest = folder.newest()
+        started = newest[1].step if newest is not None else 0
+        self._seconds = max((score.seconds for score in read_scores(folder.path) if score.step <= started), default=0.0)
+        self._began = time.perf_counter()
+
+    @property
+    def every(self) -> int:
+        """Steps between looks."""
+        return self._every
+
+    def __call__(self, step: int, denoiser: Denoiser) -> dict[str, float]:
+        """Score the model, and add a line to scores.jsonl."""
+        self._seconds += time.perf_counter() - self._began
+        reading = self._check.read(lambda seeds: samples(denoiser, self._config.shape, seeds, self._device))
+        variances = {target: self._gradient_variance(stepper, denoiser) for target, stepper in self._steppers.items()}
+        fit = measure_fit(denoiser, self._population, LEVELS, labelled=self._config.classes > 0, rows=1024)
+        score = Score(
+            step=step,
+            seconds=self._seconds,
+            distance=tuple((fit.distance.mean / fit.dim).tolist()),
+            frechet=reading.value,
+            frechet_error=reading.standard_error,
+            gradient_variance=variances[self._config.recipe.target],
+            gradient_ratio=variances["stf"] / variances["dsm"],
+        )
+        with self._path.open("a") as file:
+            file.write(json.dumps(dataclasses.asdict(score)) + "\n")
+        self._began = time.perf_counter()
+        return {"frechet": score.frechet, "distance_to_optimum": score.middle}
+
+    def _gradient_variance(self, stepper: Stepper, denoiser: Denoiser) -> float:
+        """E|g - E g|^2 over the batches of the first steps, unbiased, at the weights of `denoiser`."""
+        stepper.trained.model.load_state_dict(denoiser.state_dict())
+        first = stepper.gradient(0).double()
+        total, squares = torch.zeros_like(first), 0.0
+        for step in range(1, GRADIENTS):
+            gap = stepper.gradient(step).double() - first
+            total += gap
+            squares += float(gap.square().sum())
+        return (squares - float(total.square().sum()) / GRADIENTS) / (GRADIENTS - 1)
+
+
+def read_scores(folder: Path) -> list[Score]:
+    """The scores in a run's folder, in order; of a step that was scored twice, the later line."""
+    path, found = folder / "scores.jsonl", dict[int, Score]()
+    if not path.exists():
+        return []
+    for line in path.read_text().splitlines():
+        try:
+            record: dict[str, Any] = json.loads(line)
+            record["distance"] = tuple(record["distance"])
+            score = Score(**record)
+        except (ValueError, KeyError, TypeError):
+            continue  # a line cut off by a kill
+        found[score.step] = score
+    return [found[step] for step in sorted(found)]
+
+
+def run_one(
+    folder: RunFolder,
+    data: ImageSet,
+    check: SelfCheck,
+    every: int,
+    device: torch.device,
+    *,
+    report: Callable[[Report], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Outcome | None:
+    """Train and score the run in `folder`, or what is left of it; None if it was stopped.
+
+    Args:
+        folder: of the run.
+        data: the images.
+        check: measures samples.
+        every: steps between looks.
+        device: where to compute.
+        report: told of progress.
+        stop: asked after every step.
+    """
+    config = folder.config()
+    assert config.recipe.target in ("dsm", "stf")
+    scores = read_scores(folder.path)
+    if not scores or scores[-1].step < config.recipe.steps:
+        accelerator = make_accelerator(device)
+        scorer = Scorer(folder, config, data, check, every, accelerator)
+        done = train(
+            folder,
+            config,
+            data,
+            device=device,
+            report=report,
+            stop=stop,
+            observers=(scorer,),
+            accelerator=accelerator,
+        )
+        if done < config.recipe.steps:
+            return None
+    return Outcome(config.recipe.target, config.recipe.seed, tuple(read_scores(folder.path)), folder.path)
+
+
+def samples_of(outcome: Outcome, seeds: Sequence[int], device: torch.device) -> NDArray[np.uint8]:
+    """Images of `seeds` that the run's averaged model draws, uint8, shape (len(seeds), C, H, W)."""
+    opened = open_model(outcome.folder, device=device)
+    return samples(opened.denoiser, opened.config.shape, seeds, device).numpy()

@@ -1,0 +1,155 @@
+"""A comparison: equal starts, equal batches, scores that mean what they say, and nothing done twice."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import stablefield as sf
+from stablefield.cli.entry import main
+from stablefield.data.digits import open_digits
+from stablefield.evaluation.extractor import RawPixels
+from stablefield.evaluation.self_check import SelfCheck
+from stablefield.probe.fit import measure_fit
+from stablefield.probe.population import Population
+from stablefield.training.comparison import LEVELS, Score, read_scores, run_one
+from stablefield.training.model import open_model
+from stablefield.training.recipe import Perceptron
+from stablefield.training.recipes import DIGITS
+from stablefield.training.run_folder import RunConfig, RunFolder
+
+CPU = torch.device("cpu")
+RECIPE = dataclasses.replace(
+    DIGITS,
+    references="all",
+    steps=20,
+    batch=64,
+    ramp_images=500,
+    sample_every=0,
+    checkpoint_every=10,
+    network=Perceptron(width=32, depth=1),
+)
+FLAGS = ("--steps", "20", "--looks", "2", "--samples", "100", "--network.width", "32", "--network.depth", "1")
+
+
+@pytest.fixture(scope="module")
+def check() -> SelfCheck:
+    return SelfCheck.prepare(open_digits(), RawPixels((1, 8, 8)), samples=100)
+
+
+def run(path: Path, target: str, check: SelfCheck) -> tuple[RunFolder, tuple[Score, ...]]:
+    data = open_digits()
+    config = RunConfig(
+        data="digits",
+        shape=data.shape,
+        classes=0,
+        manifest=data.manifest,
+        recipe=dataclasses.replace(RECIPE, target=target),
+        version="test",
+    )
+    folder = RunFolder.create(path, config)
+    outcome = run_one(folder, data, check, 10, CPU)
+    assert outcome is not None
+    return folder, outcome.scores
+
+
+def test_scores_are_those_of_the_saved_model(tmp_path: Path, check: SelfCheck) -> None:
+    folder, scores = run(tmp_path / "stf", "stf", check)
+    assert [score.step for score in scores] == [10, 20]
+    denoiser = open_model(folder.path).denoiser
+    population = Population(torch.from_numpy(open_digits().images))
+    fit = measure_fit(denoiser, population, LEVELS, rows=1024)
+    assert scores[-1].distance == pytest.approx((fit.distance.mean / 64).tolist(), rel=1e-4)
+    assert scores[1].seconds > scores[0].seconds > 0
+
+
+def test_gradient_variance_is_that_of_the_gradients_themselves(tmp_path: Path, check: SelfCheck) -> None:
+    folder, scores = run(tmp_path / "dsm", "dsm", check)
+    data, recipe = open_digits(), RECIPE
+    model = open_model(folder.path).denoiser.requires_grad_(True)
+    x = torch.from_numpy(data.images).float() / 127.5 - 1
+    from stablefield.data.index_stream import IndexStream
+    from stablefield.training.seeding import Purpose, generator_for
+
+    stream = IndexStream(len(data), recipe.batch, recipe.seed)
+    variance = {}
+    for name, target in (
+        ("dsm", sf.DenoisingTarget(recipe.process)),
+        ("stf", sf.StableTarget(recipe.process, references=sf.Pool(torch.from_numpy(data.images)))),
+    ):
+        objective = sf.Objective(recipe.process, target=target)
+        gradients = []
+        for step in range(16):
+            index = torch.from_numpy(stream.batch_at(step))
+            loss = objective(model, x[index], None, index, generator=generator_for(0, Purpose.OBJECTIVE, step)).loss
+            gradients.append(torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(model.parameters()))]))
+        variance[name] = torch.stack(gradients).double().var(0).sum().item()
+    assert scores[-1].gradient_variance == pytest.approx(variance["dsm"], rel=1e-3)
+    assert scores[-1].gradient_ratio == pytest.approx(variance["stf"] / variance["dsm"], rel=1e-3)
+
+
+def test_a_line_cut_off_by_a_kill_is_passed_over_and_a_step_scored_twice_counts_once(tmp_path: Path) -> None:
+    score = Score(10, 1.0, tuple(0.0 for _ in LEVELS), 1.0, 0.1, 1.0, 1.0)
+    lines = [json.dumps(dataclasses.asdict(dataclasses.replace(score, frechet=f))) for f in (1.0, 2.0)]
+    (tmp_path / "scores.jsonl").write_text("\n".join([*lines, lines[0][:20]]))
+    assert [found.frechet for found in read_scores(tmp_path)] == [2.0]
+
+
+def status(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    code = exit_.value.code
+    assert isinstance(code, int)
+    return code
+
+
+@pytest.mark.slow
+def test_compare_trains_reports_and_goes_on_without_doing_anything_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "compare"
+    command = ("compare", "digits", "--seeds", "0,1", *FLAGS, "--out", str(out))
+    assert status(*command) == 0
+    text = capsys.readouterr().out
+    assert "of 2 seeds" in text
+    record = json.loads((out / "comparison.json").read_text())
+    assert [(r["target"], r["seed"]) for r in record["runs"]] == [("dsm", 0), ("stf", 0), ("dsm", 1), ("stf", 1)]
+    page = (out / "report.html").read_text()
+    assert "gradient variance STF / DSM" in page
+    assert len((out / "comparison.csv").read_text().splitlines()) == 1 + 4 * 2
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert status(*command) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
+    assert json.loads((out / "comparison.json").read_text())["runs"] == record["runs"]
+    # Both runs of a seed began alike: the same weights, rows and noise.
+    first = [json.loads((out / f"{t}-seed0" / "config.json").read_text())["recipe"] for t in ("dsm", "stf")]
+    assert {**first[0], "target": ""} == {**first[1], "target": ""}
+    assert status(*command[:-2], "--batch", "32", "--out", str(out)) == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [(("--seeds", "0,0"), "every seed once"), (("--seeds", "a"), "0,1,2"), (("--looks", "0"), "--looks")],
+)
+def test_wrong_use_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], words: str
+) -> None:
+    assert status("compare", "digits", *FLAGS, *flags, "--out", str(tmp_path / "c")) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_run_can_measure_itself_and_says_how_noisy_that_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    flags = ("--network.width", "32", "--network.depth", "1", "--sample-every", "0", "--log-every", "2")
+    measure = ("--evaluate-every", "2", "--evaluate-samples", "60", "--measure.extractor", "pixels")
+    assert status("train", "digits", "--steps", "4", *flags, *measure, "--out", str(out)) == 0
+    text = capsys.readouterr().out
+    assert "on 60 samples (as many real images:" in text
+    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries if "frechet" in entry] == [2, 4]
+    assert all(entry["frechet_error"] > 0 for entry in entries if "frechet" in entry)
