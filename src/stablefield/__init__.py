@@ -17,6 +17,7 @@ from stablefield.diffusion.preconditioning import (
 )
 from stablefield.diffusion.process import EDM, VE, VP, Cosine, Discrete, Process, RectifiedFlow
 from stablefield.diffusion.weighting import EDMWeighting, FlowWeighting, SNRWeighting
+from stablefield.targets.band import NoiseBand, pick_noise_band
 from stablefield.targets.kernel import GaussianKernel, StudentTKernel
 from stablefield.targets.posterior import Posterior, posterior
 from stablefield.targets.references import InBatch, Pool
@@ -39,6 +40,7 @@ __all__ = [
     "InBatch",
     "LogNormal",
     "LogUniform",
+    "NoiseBand",
     "Objective",
     "ObjectiveValue",
     "Pool",
@@ -52,6 +54,7 @@ __all__ = [
     "Uniform",
     "VEPreconditioning",
     "VPPreconditioning",
+    "pick_noise_band",
     "posterior",
     "sampling",
 ]

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from stablefield.diffusion.process import Process
 from stablefield.shapes import per_row, row_values
-from stablefield.targets.excess import Excess
+from stablefield.targets.excess import Anchor, Excess
 from stablefield.targets.kernel import GaussianKernel, Kernel
+from stablefield.targets.partial import Partial
 from stablefield.targets.posterior import Posterior, accumulate, finish
 from stablefield.targets.precision import full_precision
 from stablefield.targets.query import Query, require_rows
@@ -180,7 +181,7 @@ class StableTarget:
                     f"shape ({len(x0)},)."
                 )
         if noise is None:
-            noise = (x_t - per_row(alpha, x0) * x0) / per_row(sigma, x0)
+            noise = torch.addcmul(x_t, per_row(alpha, x0), x0, value=-1).div_(per_row(sigma, x0))
         variance = torch.zeros(len(x0), dtype=torch.promote_types(x0.dtype, torch.float32), device=x0.device)
         ess, own = torch.ones_like(variance), torch.ones_like(variance)
         mean = x0
@@ -207,11 +208,17 @@ class StableTarget:
             assert found.source_weight is not None
             # Where the source has all the weight, return it as it is, without the rounding of a decoder or a flip.
             certain = per_row(found.source_weight, x0) == 1
-            update = torch.where(certain, x0[rows], _mirrored(found.mean, None if mirror is None else mirror[rows]))
-            mean = x0.index_copy(0, rows, update.to(x0.dtype))
-            variance = variance.index_copy(0, rows, found.variance.to(variance.dtype))
-            ess = ess.index_copy(0, rows, found.ess.to(ess.dtype))
-            own = own.index_copy(0, rows, found.source_weight.to(own.dtype))
+            update = _mirrored(found.mean, None if mirror is None else mirror[rows])
+            if len(rows) == len(x0):
+                mean = torch.where(certain, x0, update).to(x0.dtype)
+                variance, ess, own = (
+                    value.to(variance.dtype) for value in (found.variance, found.ess, found.source_weight)
+                )
+            else:
+                mean = x0.index_copy(0, rows, torch.where(certain, x0[rows], update).to(x0.dtype))
+                variance = variance.index_copy(0, rows, found.variance.to(variance.dtype))
+                ess = ess.index_copy(0, rows, found.ess.to(ess.dtype))
+                own = own.index_copy(0, rows, found.source_weight.to(own.dtype))
         return Target(mean, variance, ess, own, x0, noise, self.process, t, self.kernel)
 
     def _posterior(self, batch: "_Batch", selection: Selection, source: Tensor) -> Posterior:
@@ -219,16 +226,19 @@ class StableTarget:
         reference_group = None if batch.group is None else selection.group
         query = Query.checked(batch.x_t, batch.alpha, batch.sigma, bank, source, batch.group, reference_group)
         with full_precision(batch.x_t.device):
-            anchor = batch.x0.reshape(query.x_t.shape).to(query.x_t.dtype)
-            excess = Excess(query, anchor, kernel)
-            partial = accumulate(query, bank, excess, self.chunk_size)
+            anchor = Anchor(batch.x0.reshape(query.x_t.shape).to(query.x_t.dtype), source)
+            excess = Excess(query, anchor, bank, kernel)
+            partial = accumulate(query, bank, excess, excess.own, self.chunk_size)
             if selection.mirrored:
                 # The posterior over mirrored references is that of the mirrored row over the references as they are,
                 # mirrored back. Both parts have the same anchor but for the mirror, so they merge.
-                image = replace(query, x_t=batch.x_t.flip(-1).reshape(query.x_t.shape).to(query.x_t.dtype), source=None)
-                anchor = batch.x0.flip(-1).reshape(query.x_t.shape).to(query.x_t.dtype)
-                other = accumulate(image, bank, Excess(image, anchor, kernel), self.chunk_size)
-                other.total = other.total.reshape(batch.x_t.shape).flip(-1).reshape(query.x_t.shape)
+                shape, dtype = query.x_t.shape, query.x_t.dtype
+                rows, dim = shape
+                image = replace(query, x_t=batch.x_t.flip(-1).reshape(shape).to(dtype), source=None)
+                mirror = Excess(image, Anchor(batch.x0.flip(-1).reshape(shape).to(dtype), None), bank, kernel)
+                other = Partial.empty(rows, dim, dtype, query.x_t.device, level=partial.peak)
+                other = accumulate(image, bank, mirror, other, self.chunk_size)
+                other.total = other.total.reshape(batch.x_t.shape).flip(-1).reshape(shape)
                 partial = partial.merge(other)
             return finish(partial, query, excess, kernel)
 
