@@ -28,7 +28,7 @@ _PART = 128
 def squared_norms(rows: Tensor) -> Tensor:
     """Squared norms of `rows` (n, d) in float64 (float32 where a device has none), shape (n,).
 
-    Parts of 128 numbers are summed in the dtype of the rows, the parts in float64: half an ulp in all.
+    Parts of 128 numbers are summed in the dtype of the rows, the parts in float64: an ulp or two in all.
     """
     wide = torch.float32 if rows.device.type == "mps" else torch.float64
     if len(rows) == 0:

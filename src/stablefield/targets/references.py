@@ -155,7 +155,7 @@ class Pool:
                 f"index has shape {tuple(index.shape)} and dtype {index.dtype}: one integer per row is needed."
             )
         if index.device != x0.device:
-            raise ValueError(f"index is on {index.device}, the batch on {x0.device}: move them to one device.")
+            raise ValueError(f"index on {index.device}, the batch on {x0.device}: move them to one device.")
         bank = self.bank(x0.device)
         if x0.shape[1:] != self.data.shape[1:]:
             raise ValueError(
