@@ -21,6 +21,7 @@ from stablefield.targets.band import NoiseBand, pick_noise_band
 from stablefield.targets.kernel import GaussianKernel, StudentTKernel
 from stablefield.targets.posterior import Posterior, posterior
 from stablefield.targets.references import InBatch, Pool
+from stablefield.targets.sharded import RankError, ShardedPool
 from stablefield.targets.target import DenoisingTarget, StableTarget, Target
 
 __version__ = "0.1.0"
@@ -46,8 +47,10 @@ __all__ = [
     "Pool",
     "Posterior",
     "Process",
+    "RankError",
     "RectifiedFlow",
     "SNRWeighting",
+    "ShardedPool",
     "StableTarget",
     "StudentTKernel",
     "Target",

@@ -101,6 +101,8 @@ def test_fewer_references_per_step_have_a_higher_band(rng: torch.Generator) -> N
     data = gaussian(2000, 10, rng)
     levels = [sf.pick_noise_band(sf.Pool(data, size)).level for size in (10, 200, None)]
     assert levels[0] > 1.2 * levels[1] > 1.2 * levels[2]
+    # A part of a set stands for the whole.
+    assert sf.pick_noise_band(sf.Pool(data[:200]), total=2000).level == pytest.approx(levels[2], rel=0.2)
     # Each reference stands for ten: the band of 200 is that of 200 of them, to the luck of the draw.
     parts = [sf.pick_noise_band(sf.Pool(part)).level for part in data.split(200)]
     assert levels[1] == pytest.approx(sum(parts) / 10, rel=0.15)
@@ -134,5 +136,7 @@ def test_wrong_use_is_told() -> None:
             sf.pick_noise_band(pool, tolerance=tolerance)
     with pytest.raises(ValueError, match="rows is 0"):
         sf.pick_noise_band(pool, rows=0)
+    with pytest.raises(ValueError, match="total is 3, and the pool alone has 4"):
+        sf.pick_noise_band(pool, total=3)
     with pytest.raises(ValueError, match="NaN or inf"):
         sf.pick_noise_band(sf.Pool(torch.tensor([[1.0], [math.nan]])))

@@ -70,6 +70,7 @@ def pick_noise_band(
     tolerance: float = 0.02,
     rows: int = 256,
     generator: torch.Generator | None = None,
+    total: int | None = None,
     device: torch.device | None = None,
 ) -> NoiseBand:
     """Probe a pool for the noise level below which the stable target is the single-sample one, to a tolerance.
@@ -84,13 +85,16 @@ def pick_noise_band(
         tolerance: how far below 1 the mean own weight may be, between 0 and 0.5.
         rows: samples whose distances to the references are counted, at a cost of one matrix product.
         generator: what the samples are drawn from; one seeded with 0 if not given, so that a pool has one band.
+        total: samples of the whole set, if the pool is a random part of it: `pick_noise_band(sharded.pool,
+            total=sharded.total)` for a `ShardedPool`. Ranks may have bands of their own.
         device: where to compute, for a pool of a numpy array; a tensor is probed where it is.
 
     Returns:
         The band's level with what was measured.
 
     Raises:
-        ValueError: if `tolerance` is not between 0 and 0.5, `rows` is below 1, or the data are not finite.
+        ValueError: if `tolerance` is not between 0 and 0.5, `rows` is below 1, `total` below the pool, or the data are not
+            finite.
     """
     if not 0 < tolerance < 0.5:
         raise ValueError(f"tolerance is {tolerance}: it is how far below 1 the own weight may be, between 0 and 0.5.")
@@ -99,6 +103,8 @@ def pick_noise_band(
     if device is None:
         device = pool.data.device if isinstance(pool.data, Tensor) else torch.device("cpu")
     n = len(pool.data)
+    if total is not None and total < n:
+        raise ValueError(f"total is {total}, and the pool alone has {n} samples: pass the size of the whole set.")
     bank, group = pool.bank(device), None if pool.group is None else pool.group.to(device)
     generator = generator or torch.Generator().manual_seed(0)
     order = torch.randperm(n, generator=generator, device=generator.device).to(device)
@@ -112,7 +118,7 @@ def pick_noise_band(
     with full_precision(device):
         counts, distances = _count(bank, index, group, pool.mirrored)
     # How many references of a training step each counted one stands for.
-    share = ((pool.size or n) - 1) / max(1, len(bank) - 1)
+    share = ((pool.size or total or n) - 1) / max(1, len(bank) - 1)
     level = _level(counts * share, distances, tolerance)
     others = counts.sum(1) > 0
     first = torch.where(others, distances[(counts > 0).double().argmax(1)], torch.inf)

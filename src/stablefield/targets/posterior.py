@@ -18,19 +18,19 @@ References:
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from stablefield.targets.bank import Bank, squared_norms
-from stablefield.targets.excess import Excess, find_anchor, watched
+from stablefield.targets.excess import Anchor, Excess, find_anchor, watched
 from stablefield.targets.kernel import GaussianKernel, Kernel
 from stablefield.targets.partial import Partial
 from stablefield.targets.precision import full_precision
 from stablefield.targets.query import Query, checked_bank
 
-__all__ = ["Posterior", "accumulate", "finish", "posterior"]
+__all__ = ["Posterior", "accumulate", "finish", "mirrored_sums", "posterior"]
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,35 @@ def accumulate(query: Query, bank: Bank, excess: Excess, partial: Partial, chunk
         allowed, part = query.allowed(where), norms.at(where)
         logits, largest = excess.logits(rows, part, where, allowed, partial.peak, buffer)
         partial.add(logits, largest, rows, part, _prior_weight(query, where, allowed), cut)
+    return partial
+
+
+def mirrored_sums(
+    query: Query, anchor: Anchor, bank: Bank, kernel: Kernel, level: Tensor, chunk_size: int | None = None
+) -> Partial:
+    """Softmax sums of `query` over the mirror images (last axis) of the references of `bank`.
+
+    They are those of the mirrored row over the references as they are, mirrored back. The anchor is the same but for the
+    mirror, so they merge with the sums over the references themselves.
+
+    Args:
+        query: the rows.
+        anchor: their anchors.
+        bank: the references.
+        kernel: the noise kernel.
+        level: a logit that each row is known to reach, shape (B,).
+        chunk_size: references per matrix product; chosen by memory if not given.
+    """
+
+    def mirror(rows: Tensor) -> Tensor:
+        return rows.reshape(len(rows), *bank.data.shape[1:]).flip(-1).reshape(rows.shape)
+
+    image = replace(query, x_t=mirror(query.x_t), source=None)
+    excess = Excess(image, Anchor(mirror(anchor.rows), None), bank, kernel)
+    x = image.x_t
+    partial = Partial.empty(x.shape[0], x.shape[1], x.dtype, x.device, level=level)
+    partial = accumulate(image, bank, excess, partial, chunk_size)
+    partial.total = mirror(partial.total)
     return partial
 
 

@@ -14,8 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stablefield.targets.bank import Bank
+from stablefield.targets.excess import Anchor
+from stablefield.targets.kernel import Kernel
+from stablefield.targets.partial import Partial
+from stablefield.targets.query import Query
 
-__all__ = ["InBatch", "Pool", "References", "Selection", "check_is_own", "own_gap"]
+__all__ = ["Exchange", "InBatch", "Pool", "References", "Selection", "check_is_own", "own_gap"]
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,24 @@ class Selection:
         source: index into the bank of the reference that each row was made from, shape (B,).
         group: condition of each reference, shape (n,), or None.
         mirrored: whether the mirror image (last axis) of each reference is a reference, too.
+        exchange: how to ask the ranks that hold other references, or None; `source` then counts in the whole set.
     """
 
     bank: Bank
     source: Tensor
     group: Tensor | None
     mirrored: bool = False
+    exchange: "Exchange | None" = None
+
+
+class Exchange(Protocol):
+    """How the sums of a batch over references that lie elsewhere are obtained."""
+
+    def sums(
+        self, query: Query, anchor: Anchor, bank: Bank, kernel: Kernel, mirrored: bool, chunk_size: int | None
+    ) -> Partial:
+        """Softmax sums over the references of all ranks, without the rows' own sources; see `sharded`."""
+        ...
 
 
 class References(Protocol):
