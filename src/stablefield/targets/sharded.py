@@ -80,9 +80,8 @@ class ShardedPool:
         self.pool = Pool(data, group=group, mirrored=mirrored)
         device = device or (data.device if isinstance(data, Tensor) else torch.device("cpu"))
         if timeout is not None:
-            process_group = dist.new_group(
-                dist.get_process_group_ranks(process_group or dist.group.WORLD), timeout=timeout
-            )
+            made = dist.new_group(dist.get_process_group_ranks(process_group), timeout=timeout)
+            process_group = cast("dist.ProcessGroup", made)  # an int for those outside, and all are inside
         self._ranks = _Ranks(process_group)
         shape = [len(data), *data.shape[1:]]
         mine = torch.tensor([len(shape), group is not None, mirrored, *shape, *[0] * (12 - len(shape))], device=device)
