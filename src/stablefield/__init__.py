@@ -17,9 +17,11 @@ from stablefield.diffusion.preconditioning import (
 )
 from stablefield.diffusion.process import EDM, VE, VP, Cosine, Discrete, Process, RectifiedFlow
 from stablefield.diffusion.weighting import EDMWeighting, FlowWeighting, SNRWeighting
+from stablefield.targets.band import NoiseBand, pick_noise_band
 from stablefield.targets.kernel import GaussianKernel, StudentTKernel
 from stablefield.targets.posterior import Posterior, posterior
 from stablefield.targets.references import InBatch, Pool
+from stablefield.targets.sharded import RankError, ShardedPool
 from stablefield.targets.target import DenoisingTarget, StableTarget, Target
 
 __version__ = "0.1.0"
@@ -39,19 +41,23 @@ __all__ = [
     "InBatch",
     "LogNormal",
     "LogUniform",
+    "NoiseBand",
     "Objective",
     "ObjectiveValue",
     "Pool",
     "Posterior",
     "Process",
+    "RankError",
     "RectifiedFlow",
     "SNRWeighting",
+    "ShardedPool",
     "StableTarget",
     "StudentTKernel",
     "Target",
     "Uniform",
     "VEPreconditioning",
     "VPPreconditioning",
+    "pick_noise_band",
     "posterior",
     "sampling",
 ]

@@ -111,7 +111,7 @@ def test_every_matrix_product_is_made_with_the_switches_off(case, sigma: float) 
         sf.posterior(x_t, 1.0, sigma, y, source)
         sf.posterior(x_t, 1.0, sigma, y)
         target(y[:64], x_t, sigma, index=source)
-    assert len(products.seen) >= 8
+    assert len(products.seen) >= 6  # second products that no row needs are not made
     assert set(products.seen) == {("ieee", "ieee", False, torch.float32)}
 
 

@@ -1,43 +1,87 @@
 """A bank: a set of references as the rows of a matrix, decoded chunk by chunk.
 
-The references may be floating point or uint8 images, in any memory layout. Whatever they are, a bank hands them out as
-contiguous rows of the dtype of the computation, a chunk at a time, so that no second copy of the set ever exists.
+The references may be floating point or uint8 images, in any memory layout, a tensor or a numpy array (such as a memory map
+of a file larger than memory). Whatever they are, a bank hands them out as contiguous rows of the dtype of the computation,
+a chunk at a time into one reused buffer, so that no second copy of the set ever exists.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Bank", "squared_norms"]
+from stablefield.targets.memory import chunk_rows
 
-# Elements of the largest temporary matrix: 32 MB in float32. Larger chunks are no faster, smaller ones starve the
-# matrix products.
-_BUDGET = 2**23
+__all__ = ["Bank", "Norms", "squared_norms"]
+
+
+# Numbers that a pass over a set takes at a time, 1 MB in float32, so that what it makes of them stays in the cache.
+_BLOCK = 2**18
+# Numbers that are summed without float64.
+_PART = 128
 
 
 def squared_norms(rows: Tensor) -> Tensor:
     """Squared norms of `rows` (n, d) in float64 (float32 where a device has none), shape (n,).
 
-    The squares are rounded to the dtype of the rows and summed in float64, block by block to stay in the cache.
+    Parts of 128 numbers are summed in the dtype of the rows, the parts in float64: an ulp or two in all.
     """
     wide = torch.float32 if rows.device.type == "mps" else torch.float64
-    step = max(1, 2**18 // max(1, rows.shape[1]))
-    return (
-        torch.cat([block.square().sum(1, dtype=wide) for block in rows.split(step)]) if len(rows) else rows.new_empty(0)
-    )
+    if len(rows) == 0:
+        return torch.zeros(0, dtype=wide, device=rows.device)
+    if rows.shape[1] % _PART == 0 and rows.shape[1] and rows.is_contiguous():
+        parts = torch.linalg.vector_norm(rows.view(len(rows), -1, _PART), dim=2)
+        return parts.to(wide).square_().sum(1)
+    step = max(1, _BLOCK // max(1, rows.shape[1]))
+    return torch.cat([block.square().sum(1, dtype=wide) for block in rows.split(step)])
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Squared norms of the references of a bank.
+
+    Attributes:
+        squares: |y|^2, shape (n,), float64.
+        centre: their mean, shape (), float64.
+        centred: |y|^2 - centre in the dtype of the computation, where the difference keeps digits that |y|^2 would not,
+            shape (n,).
+        largest: an upper bound, shape (), float64.
+        finite: whether all of them are.
+    """
+
+    squares: Tensor
+    centre: Tensor
+    centred: Tensor
+    largest: Tensor
+    finite: bool
+
+    @classmethod
+    def of(cls, squares: Tensor, dtype: torch.dtype) -> "Norms":
+        """What belongs to these squared norms."""
+        centre = squares.mean()
+        return cls(squares, centre, (squares - centre).to(dtype), squares.max(), bool(squares.isfinite().all()))
+
+    def at(self, index: Tensor | slice) -> "Norms":
+        """Those of the references at `index`."""
+        return Norms(self.squares[index], self.centre, self.centred[index], self.largest, self.finite)
 
 
 class Bank:
     """The references `data`, shape (n, ...), as n rows of d numbers.
 
     Args:
-        data: floating point, or uint8 images that mean data / 127.5 - 1.
+        data: floating point, or uint8 images that mean data / 127.5 - 1; a tensor or a numpy array.
+        device: where to decode an array to; a tensor's own device.
     """
 
-    def __init__(self, data: Tensor) -> None:
+    def __init__(self, data: Tensor | NDArray[Any], device: torch.device | None = None) -> None:
         self.data = data
-        self._squares: dict[torch.dtype, Tensor] = {}
+        self.device = data.device if isinstance(data, Tensor) else device or torch.device("cpu")
+        self._norms: dict[torch.dtype, Norms] = {}
 
     def __len__(self) -> int:
         return self.data.shape[0]
@@ -45,42 +89,67 @@ class Bank:
     @property
     def dim(self) -> int:
         """Numbers per reference, d."""
-        return self.data[:1].numel()
+        dim = 1
+        for size in self.data.shape[1:]:
+            dim *= size
+        return dim
 
     @property
     def dtype(self) -> torch.dtype:
         """The floating point dtype in which the references are exact: float32 or, for float64 references, float64."""
-        return torch.float64 if self.data.dtype == torch.float64 else torch.float32
+        wide = self.data.dtype in (torch.float64, np.dtype(np.float64))
+        return torch.float64 if wide else torch.float32
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """The references at `index` (m,), decoded, shape (m, d)."""
-        return self._decode(self.data[index], dtype)
+        data = self._gather(index)
+        return _decode(data, torch.empty(data.shape, dtype=dtype, device=self.device)).view(len(data), self.dim)
 
     def take(self, index: Tensor) -> "Bank":
         """A bank of the references at `index` (m,), with what is known of their norms."""
-        part = Bank(self.data[index])
-        part._squares = {dtype: self.squares(dtype)[index] for dtype in (self._squares or {self.dtype: None})}
+        part = Bank(self._gather(index))
+        part._norms = {dtype: self.norms(dtype).at(index) for dtype in (self._norms or {self.dtype: None})}
         return part
 
     def chunk_size(self, batch: int) -> int:
-        """Rows per chunk such that neither (batch, chunk) nor (chunk, d) exceeds the budget for temporaries."""
-        return max(1, min(len(self), _BUDGET // max(batch, self.dim, 1)))
+        """References per chunk for `batch` rows, by the memory at hand."""
+        return chunk_rows(batch, self.dim, len(self), self.device)
 
     def chunks(self, size: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (slice, rows), with rows of shape (at most `size`, d) in `dtype`."""
+        """Yield (slice, rows), with rows of shape (at most `size`, d) in `dtype`, valid until the next one is asked for."""
+        size = min(size, len(self))
+        plain = isinstance(self.data, Tensor) and self.data.dtype == dtype and self.data.is_contiguous()
+        buffer = None if plain else torch.empty(size, *self.data.shape[1:], dtype=dtype, device=self.device)
+        page = None
+        if not isinstance(self.data, Tensor):
+            page = np.empty((size, *self.data.shape[1:]), self.data.dtype)
         for start in range(0, len(self), size):
             where = slice(start, min(start + size, len(self)))
-            yield where, self._decode(self.data[where], dtype)
+            count = where.stop - start
+            part = self.data[where]
+            if not isinstance(part, Tensor):
+                assert page is not None
+                np.copyto(page[:count], part)
+                part = torch.from_numpy(page[:count])
+            rows = part if buffer is None else _decode(part, buffer[:count])
+            yield where, rows.view(count, self.dim)
 
-    def squares(self, dtype: torch.dtype) -> Tensor:
-        """Squared norms of all references as decoded to `dtype`, shape (n,), computed once."""
-        if dtype not in self._squares:
-            size = self.chunk_size(1)
-            self._squares[dtype] = torch.cat([squared_norms(rows) for _, rows in self.chunks(size, dtype)])
-        return self._squares[dtype]
+    def norms(self, dtype: torch.dtype) -> Norms:
+        """Squared norms of all references as decoded to `dtype`, computed once."""
+        if dtype not in self._norms:
+            size = max(1, _BLOCK // max(1, self.dim)) if self.device.type == "cpu" else self.chunk_size(1)
+            squares = torch.cat([squared_norms(rows) for _, rows in self.chunks(size, dtype)])
+            self._norms[dtype] = Norms.of(squares, dtype)
+        return self._norms[dtype]
 
-    def _decode(self, data: Tensor, dtype: torch.dtype) -> Tensor:
-        rows = data.reshape(data.shape[0], self.dim)
-        if rows.dtype == torch.uint8:
-            return rows.to(dtype).div_(127.5).sub_(1)
-        return rows.to(dtype)
+    def _gather(self, index: Tensor) -> Tensor:
+        if isinstance(self.data, Tensor):
+            return self.data[index]
+        return torch.from_numpy(np.ascontiguousarray(self.data[index.cpu().numpy()])).to(self.device)
+
+
+def _decode(data: Tensor, buffer: Tensor) -> Tensor:
+    """Write the values that `data` means into `buffer`, of the same shape."""
+    # To the device first: uint8 is a quarter of what it is decoded to.
+    buffer.copy_(data.to(buffer.device))
+    return buffer.div_(127.5).sub_(1) if data.dtype == torch.uint8 else buffer

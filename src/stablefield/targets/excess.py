@@ -1,4 +1,4 @@
-r"""The excess: how much farther each reference is from the noisy row than the anchor is.
+r"""The excess: how much farther each reference is from the noisy row than the anchor is, and the logits that it gives.
 
 $$ \Delta_k = |x_t - \alpha y_k|^2 - |x_t - \alpha a|^2 $$
 
@@ -13,17 +13,21 @@ $$ \Delta_k = \langle \alpha (a - y_k),\; \alpha (a - y_k) + 2 n \rangle, \qquad
 
 does not cancel. That form is used for just the pairs for which rounding could show: rows of small noise and, of their
 references, those that are near enough to have weight. They are few, as a rule; where they are many (data far from zero,
-many near-duplicates), one float64 product repairs them all.
+many near-duplicates), one float64 product repairs them all. On a GPU that product serves every row of small noise, since
+to count pairs there is to wait for it; rows below a noise band are not here at all.
+
+The anchor itself, if it is a reference, has excess 0 exactly and is no part of the chunks: its share is `Excess.own`.
 """
 
 import torch
 from torch import Tensor
 
-from stablefield.targets.bank import Bank, squared_norms
+from stablefield.targets.bank import Bank, Norms, squared_norms
 from stablefield.targets.kernel import Kernel
+from stablefield.targets.partial import Partial
 from stablefield.targets.query import Query
 
-__all__ = ["Excess", "find_anchor"]
+__all__ = ["Anchor", "Excess", "find_anchor", "watched"]
 
 # The bound on the rounding error of a logit above which its pair is computed again; measured errors are about a tenth of it.
 _TOLERANCE = 4e-4
@@ -37,110 +41,193 @@ _DENSE = 1 / 16
 _PAIR_BUDGET = 2**22
 
 
+def watched(device: torch.device) -> bool:
+    """Whether values on `device` may decide what is computed: where they lie in another memory, looking means waiting."""
+    return device.type in ("cpu", "mps")
+
+
+class Anchor:
+    """A clean sample for each row; near it where the noise is small.
+
+    Args:
+        rows: the samples, shape (B, d), in the dtype of the computation.
+        place: the index of the reference that it is, shape (B,), -1 for none; None if no row's anchor is a reference.
+        distances: what the search for the anchors has computed already, shape (B, n), see `find_anchor`.
+    """
+
+    def __init__(self, rows: Tensor, place: Tensor | None, distances: Tensor | None = None) -> None:
+        self.rows = rows
+        self.place = place
+        self.distances = distances
+
+
 class Excess:
     """The excess of references over one anchor per row.
 
     Args:
         query: the rows.
-        anchor: a clean sample for each row, shape (B, d); near it where the noise is small.
-        kernel: what makes weights of the excess, to tell which pairs have any.
-        distances: what the search for the anchors has computed already, shape (B, n), see `find_anchor`.
+        anchor: their anchors.
+        bank: the references.
+        kernel: what makes weights of the excess.
 
     Attributes:
         anchor_square: |x_t - alpha a|^2, shape (B,), float64.
     """
 
-    def __init__(self, query: Query, anchor: Tensor, kernel: Kernel, distances: Tensor | None = None) -> None:
+    def __init__(self, query: Query, anchor: Anchor, bank: Bank, kernel: Kernel) -> None:
         x, alpha = query.x_t, query.alpha
+        norms = bank.norms(x.dtype)
         self._query = query
         self._anchor = anchor
         self._kernel = kernel
-        self._distances = distances
-        self._noise = x - alpha.to(x.dtype)[:, None] * anchor
+        self._noise = torch.addcmul(x, anchor.rows, alpha.to(x.dtype)[:, None], value=-1)
         self.anchor_square = squared_norms(self._noise)
-        self._offset = alpha * (alpha * squared_norms(anchor) - 2 * (x * anchor).sum(1, dtype=alpha.dtype))
+        self._square = squared_norms(anchor.rows)
+        inner = torch.cat(
+            [(p * q).sum(1, dtype=alpha.dtype) for p, q in zip(_blocks(x), _blocks(anchor.rows), strict=True)]
+        )
+        offset = alpha * (alpha * self._square - 2 * inner)
+        # What all references have in common is taken off in float64, so that the rest keeps its digits.
+        self._offset = (offset - alpha**2 * norms.centre).to(x.dtype)[:, None]
+        self._alpha_square = (alpha**2).to(x.dtype)[:, None]
         self._scaled = _scaled(query)
+        self._error = _logit_error(query, norms.largest)
+        self._rough = self._error > _TOLERANCE
+        # Asked once for all chunks.
+        self._rows = self._rough.nonzero()[:, 0]
+        self._by_pairs = watched(x.device) or x.dtype == torch.float64
 
-    def over(self, rows: Tensor, squares: Tensor, where: slice, allowed: Tensor | None) -> Tensor:
-        """Excess of a chunk of references, shape (B, c).
+    @property
+    def own(self) -> Partial:
+        """The share of the anchors that are references."""
+        place, query = self._anchor.place, self._query
+        logit = torch.zeros_like(self.anchor_square)
+        if place is None:
+            logit.fill_(-torch.inf)
+        else:
+            if query.log_prior is not None:
+                logit = query.log_prior[place.clamp(min=0)]
+            logit = logit.masked_fill(place < 0, -torch.inf)
+        return Partial.of_one(logit, self._square, self._anchor.rows)
+
+    def logits(
+        self, rows: Tensor, norms: Norms, where: slice, allowed: Tensor | None, reached: Tensor, buffer: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Log weights of a chunk relative to the anchor, with the prior, and the largest of each row.
 
         Args:
             rows: the references, shape (c, d).
-            squares: their squared norms, shape (c,).
+            norms: their squared norms.
             where: their place in the bank.
             allowed: which pairs count at all, shape (B, c), or None for all.
-        """
-        query = self._query
-        if self._distances is None:
-            constant = query.alpha[:, None] ** 2 * squares - self._offset[:, None]
-            excess = torch.addmm(constant.to(rows.dtype), self._scaled, rows.T)
-        else:
-            excess = self._distances[:, where] - self._offset.to(rows.dtype)[:, None]
-        self._repair(excess, rows, where, _logit_error(query, squares.max()), allowed)
-        if query.source is not None:
-            own = ((query.source >= where.start) & (query.source < where.stop)).nonzero()[:, 0]
-            excess[own, query.source[own] - where.start] = 0
-        return excess
+            reached: a logit that the row is known to reach, shape (B,), -inf where none is.
+            buffer: numbers to overwrite, at least B c.
 
-    def logits(self, excess: Tensor, where: slice, rows: Tensor | slice = slice(None)) -> Tensor:
-        """Log weights of a chunk for all rows, or for `rows`, with the prior, relative to the anchor; like `excess`."""
-        square, sigma = self.anchor_square[rows, None], self._query.sigma[rows, None]
-        logits = self._kernel.log_ratio(excess, square, sigma, self._anchor.shape[1])
+        Returns:
+            Shapes (B, c), -inf for what is not allowed and for the anchor itself, and (B,).
+        """
+        query, anchor = self._query, self._anchor
+        shape = (len(query.x_t), len(rows))
+        excess = buffer[: shape[0] * shape[1]].view(shape)
+        if anchor.distances is None:
+            torch.mul(self._alpha_square, norms.centred, out=excess).sub_(self._offset)
+            excess.addmm_(self._scaled, rows.T)
+        else:
+            torch.sub(anchor.distances[:, where], self._offset, out=excess)
+        if len(self._rows) and not self._by_pairs:
+            excess.index_copy_(0, self._rows, self._wide(rows, self._rows).to(excess.dtype))
+        logits = self._log_ratio(excess, where)
+        if allowed is not None:
+            logits.masked_fill_(~allowed, -torch.inf)
+        if anchor.place is not None:
+            inside = (anchor.place >= where.start) & (anchor.place < where.stop)
+            column = (anchor.place - where.start).clamp(0, len(rows) - 1)[:, None]
+            logits.scatter_(1, column, logits.gather(1, column).masked_fill_(inside[:, None], -torch.inf))
+        largest = logits.amax(1)
+        if len(self._rows) and self._by_pairs:
+            self._repair(logits, largest, rows, where, reached)
+        return logits, largest
+
+    def _log_ratio(self, excess: Tensor, where: slice, at: Tensor | slice = slice(None)) -> Tensor:
+        square, sigma = self.anchor_square[at, None], self._query.sigma[at, None]
+        logits = self._kernel.log_ratio(excess, square, sigma, self._query.x_t.shape[1])
         prior = self._query.prior(where)
         return logits if prior is None else logits + prior
 
-    def _repair(self, excess: Tensor, rows: Tensor, where: slice, error: Tensor, allowed: Tensor | None) -> None:
-        query = self._query
-        rough = (error > _TOLERANCE).nonzero()[:, 0]
-        if not len(rough):
+    def _repair(self, logits: Tensor, largest: Tensor, rows: Tensor, where: slice, reached: Tensor) -> None:
+        # Near is what could have weight beside a logit that is certain to be reached, rounding errors included.
+        least = torch.maximum(largest - self._error, reached) - self._error - _NEGLIGIBLE
+        some = (self._rough & (largest >= least) & ~torch.isneginf(largest)).nonzero()[:, 0]
+        if not len(some):
             return
-        logits = self.logits(excess[rough], where, rough)
-        if allowed is not None:
-            logits.masked_fill_(~allowed[rough], -torch.inf)
-        # What is certain to be reached by some reference, rounding error included; the source's own logit is its prior.
-        reached = logits.amax(1) - error[rough]
-        if query.source is not None:
-            own = torch.zeros_like(reached) if query.log_prior is None else query.log_prior[query.source[rough]]
-            reached = torch.maximum(reached, own)
-        near = (logits >= (reached - error[rough] - _NEGLIGIBLE).to(logits.dtype)[:, None]) & ~logits.isneginf()
-        if rows.device.type == "cpu" and rows.dtype == torch.float32 and int(near.sum()) > _DENSE * near.numel():
-            excess[rough] = self._wide(rows, rough).to(excess.dtype)
-            return
-        i, k = near.nonzero(as_tuple=True)
-        alpha = query.alpha.to(rows.dtype)
-        step = max(1, _PAIR_BUDGET // rows.shape[1])
-        for part_i, part_k in zip(rough[i].split(step), k.split(step), strict=True):
-            gap = (self._anchor[part_i] - rows[part_k]).mul_(alpha[part_i, None])
-            excess[part_i, part_k] = self._noise[part_i].mul_(2).add_(gap).mul_(gap).sum(1)
+        old = logits[some]
+        near = (old >= least[some].to(old.dtype)[:, None]) & ~old.isneginf()
+        count = int(near.sum())
+        if rows.device.type == "cpu" and rows.dtype == torch.float32 and count > _DENSE * near.numel():
+            exact = self._log_ratio(self._wide(rows, some).to(old.dtype), where, some)
+            new = torch.where(old.isneginf(), old, exact)
+        else:
+            i, k = near.nonzero(as_tuple=True)
+            prior = self._query.prior(where)
+            exact = self._pairs(rows, some[i], k)
+            new = old.index_put((i, k), exact if prior is None else exact + prior[k])
+        logits[some] = new
+        largest[some] = new.amax(1)
 
-    def _wide(self, rows: Tensor, rough: Tensor) -> Tensor:
+    def _pairs(self, rows: Tensor, i: Tensor, k: Tensor) -> Tensor:
+        """Log ratio of row i[p] and reference k[p] of the chunk, shape (P,), without the prior."""
+        query = self._query
+        alpha = query.alpha.to(rows.dtype)[:, None]
+        step = max(1, _PAIR_BUDGET // rows.shape[1])
+        excess = torch.cat(
+            [
+                _uncancelled((self._anchor.rows[part_i] - rows[part_k]).mul_(alpha[part_i]), self._noise[part_i])
+                for part_i, part_k in zip(i.split(step), k.split(step), strict=True)
+            ]
+        )
+        ratio = self._kernel.log_ratio(
+            excess[:, None], self.anchor_square[i, None], query.sigma[i, None], rows.shape[1]
+        )
+        return ratio[:, 0]
+
+    def _wide(self, rows: Tensor, some: Tensor) -> Tensor:
         # In float64 the product form has digits to spare, so the order of the terms does not matter.
         wide = rows.double()
-        alpha = self._query.alpha[rough, None]
-        x, anchor = self._query.x_t[rough].double(), self._anchor[rough].double()
+        alpha = self._query.alpha[some, None]
+        x, anchor = self._query.x_t[some].double(), self._anchor.rows[some].double()
         offset = alpha * (alpha * anchor.square().sum(1, keepdim=True) - 2 * (x * anchor).sum(1, keepdim=True))
         return torch.addmm(alpha**2 * wide.square().sum(1) - offset, x * (-2 * alpha), wide.T)
 
 
-def find_anchor(query: Query, bank: Bank) -> tuple[Tensor, Tensor | None]:
+def find_anchor(query: Query, bank: Bank) -> Anchor:
     """A clean sample for each row: its source; else the nearest reference where noise is small, else 0.
 
-    Returns:
-        The anchors, shape (B, d), and alpha^2 |y_k|^2 - 2 alpha <x_t, y_k> for all pairs, shape (B, n), if the search has
-        computed it and it is small enough to keep.
+    Its distances, if the search has computed them all and they are few enough to keep, are
+    alpha^2 (|y_k|^2 - centre) - 2 alpha <x_t, y_k> for all pairs.
     """
     dtype = query.x_t.dtype
     if query.source is not None:
-        return bank.rows(query.source, dtype), None
+        return Anchor(bank.rows(query.source, dtype), query.source)
     anchor = torch.zeros_like(query.x_t)
-    rough = (_logit_error(query, bank.squares(dtype).max()) > _TOLERANCE).nonzero()[:, 0]
+    rough = (_logit_error(query, bank.norms(dtype).largest) > _TOLERANCE).nonzero()[:, 0]
     if not len(rough):
-        return anchor, None
+        return Anchor(anchor, None)
     keep = len(query.x_t) * len(bank) <= _KEPT
     rows = torch.arange(len(query.x_t), device=rough.device) if keep else rough
     nearest, distances = _nearest(query, rows, bank, keep)
-    anchor[rough] = bank.rows(nearest[rough] if keep else nearest, dtype)
-    return anchor, distances
+    nearest = nearest[rough] if keep else nearest
+    anchor[rough] = bank.rows(nearest.clamp(min=0), dtype)
+    place = torch.full((len(anchor),), -1, device=rough.device)
+    place[rough] = nearest
+    return Anchor(anchor, place, distances)
+
+
+def _blocks(rows: Tensor) -> tuple[Tensor, ...]:
+    return rows.split(max(1, 2**18 // max(1, rows.shape[1])))
+
+
+def _uncancelled(gap: Tensor, noise: Tensor) -> Tensor:
+    return noise.mul(2).add_(gap).mul_(gap).sum(1)
 
 
 def _logit_error(query: Query, square: Tensor) -> Tensor:
@@ -153,17 +240,18 @@ def _scaled(query: Query) -> Tensor:
 
 
 def _nearest(query: Query, rows: Tensor, bank: Bank, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """The reference of largest weight for each of `rows`, and the distances of all pairs if they are to be kept.
+    """The reference of largest weight for each of `rows` (-1 if none is allowed), and, if kept, the distances of all pairs.
 
     Near enough is good enough for an anchor, so the plain product form serves.
     """
     dtype = query.x_t.dtype
-    alpha, scaled = query.alpha[rows], _scaled(query)[rows]
+    alpha_square, scaled = (query.alpha[rows, None] ** 2).to(dtype), _scaled(query)[rows]
+    centred = bank.norms(dtype).centred
     best = torch.full((len(rows),), torch.inf, dtype=dtype, device=rows.device)
-    index = torch.zeros_like(rows)
+    index = torch.full_like(rows, -1)
     kept = torch.empty(len(rows), len(bank), dtype=dtype, device=rows.device) if keep else None
     for where, chunk in bank.chunks(bank.chunk_size(len(rows)), dtype):
-        distance = torch.addmm((alpha[:, None] ** 2 * bank.squares(dtype)[where]).to(dtype), scaled, chunk.T)
+        distance = torch.addmm(alpha_square * centred[where], scaled, chunk.T)
         if kept is not None:
             kept[:, where] = distance
         prior, allowed = query.prior(where), query.allowed(where, rows)

@@ -9,26 +9,28 @@ If the references are exchangeable and $x_t$ was made from one of them, the mean
 $x_t$ and the set: an unbiased regression target with less variance than the source itself (Rao-Blackwell).
 
 It is one softmax cross-attention with queries $x_t$ and keys = values = references, at the cost of two matrix products
-of 2 B n d flops and memory O(B n + B d + chunk d); `excess` says how its logits keep their accuracy.
+of 2 B n d flops and memory O((B + chunk) d + B chunk); `excess` says how its logits keep their accuracy. On a CPU, rows
+for which a chunk has no weight that the dtype sees are left out of the second product: all rows of small noise.
 
 References:
     Xu, Tong, Jaakkola, "Stable Target Field for Reduced Variance Score Estimation in Diffusion Models", ICLR 2023,
     equations 6 to 8.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from stablefield.targets.bank import Bank, squared_norms
-from stablefield.targets.excess import Excess, find_anchor
+from stablefield.targets.excess import Anchor, Excess, find_anchor, watched
 from stablefield.targets.kernel import GaussianKernel, Kernel
 from stablefield.targets.partial import Partial
 from stablefield.targets.precision import full_precision
 from stablefield.targets.query import Query, checked_bank
 
-__all__ = ["Posterior", "accumulate", "finish", "posterior"]
+__all__ = ["Posterior", "accumulate", "finish", "mirrored_sums", "posterior"]
 
 
 @dataclass(frozen=True)
@@ -95,29 +97,60 @@ def posterior(
     query = Query.checked(x_t, alpha, sigma, bank, source, group, reference_group, log_prior)
     kernel = kernel or GaussianKernel()
     with full_precision(x_t.device):
-        anchor, distances = find_anchor(query, bank)
-        excess = Excess(query, anchor, kernel, distances)
-        return finish(accumulate(query, bank, excess, chunk_size), query, excess, kernel)
+        excess = Excess(query, find_anchor(query, bank), bank, kernel)
+        return finish(accumulate(query, bank, excess, excess.own, chunk_size), query, excess, kernel)
 
 
-def accumulate(query: Query, bank: Bank, excess: Excess, chunk_size: int | None = None) -> Partial:
-    """Softmax sums of `query` over the references of `bank`, with logits relative to the anchors of `excess`.
+def accumulate(query: Query, bank: Bank, excess: Excess, partial: Partial, chunk_size: int | None = None) -> Partial:
+    """Add the references of `bank` to the softmax sums `partial`, with logits relative to the anchors of `excess`.
+
+    Returns:
+        `partial`, changed in place. The anchors themselves are not added, see `Excess.own`.
 
     Raises:
         ValueError: if `chunk_size` is below 1.
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1, or None to have it chosen.")
-    batch, dim = query.x_t.shape
-    squares = bank.squares(query.x_t.dtype)
-    partial = Partial.empty(batch, dim, query.x_t.dtype, query.x_t.device)
-    for where, rows in bank.chunks(chunk_size or bank.chunk_size(batch), query.x_t.dtype):
-        allowed = query.allowed(where)
-        delta = excess.over(rows, squares[where], where, allowed)
-        logits = excess.logits(delta, where)
-        if allowed is not None:
-            logits.masked_fill_(~allowed, -torch.inf)
-        partial.add(logits, rows, squares[where], _prior_weight(query, where, allowed))
+    x = query.x_t
+    size = min(chunk_size or bank.chunk_size(len(x)), len(bank))
+    norms = bank.norms(x.dtype)
+    buffer = torch.empty(len(x) * size, dtype=x.dtype, device=x.device)
+    # All references together, if each is this far below the largest logit, weigh less than half an ulp of it.
+    cut = math.log(4 * len(bank) / torch.finfo(x.dtype).eps) if watched(x.device) else None
+    for where, rows in bank.chunks(size, x.dtype):
+        allowed, part = query.allowed(where), norms.at(where)
+        logits, largest = excess.logits(rows, part, where, allowed, partial.peak, buffer)
+        partial.add(logits, largest, rows, part, _prior_weight(query, where, allowed), cut)
+    return partial
+
+
+def mirrored_sums(
+    query: Query, anchor: Anchor, bank: Bank, kernel: Kernel, level: Tensor, chunk_size: int | None = None
+) -> Partial:
+    """Softmax sums of `query` over the mirror images (last axis) of the references of `bank`.
+
+    They are those of the mirrored row over the references as they are, mirrored back. The anchor is the same but for the
+    mirror, so they merge with the sums over the references themselves.
+
+    Args:
+        query: the rows.
+        anchor: their anchors.
+        bank: the references.
+        kernel: the noise kernel.
+        level: a logit that each row is known to reach, shape (B,).
+        chunk_size: references per matrix product; chosen by memory if not given.
+    """
+
+    def mirror(rows: Tensor) -> Tensor:
+        return rows.reshape(len(rows), *bank.data.shape[1:]).flip(-1).reshape(rows.shape)
+
+    image = replace(query, x_t=mirror(query.x_t), source=None)
+    excess = Excess(image, Anchor(mirror(anchor.rows), None), bank, kernel)
+    x = image.x_t
+    partial = Partial.empty(x.shape[0], x.shape[1], x.dtype, x.device, level=level)
+    partial = accumulate(image, bank, excess, partial, chunk_size)
+    partial.total = mirror(partial.total)
     return partial
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stablefield.shapes import row_values
-from stablefield.targets.bank import Bank, squared_norms
+from stablefield.targets.bank import Bank
 
 __all__ = ["Query", "checked_bank", "require_rows"]
 
@@ -63,8 +63,10 @@ class Query:
         require_rows((sigma > 0) & sigma.isfinite(), "sigma", sigma, "it must be positive and finite")
         require_rows(alpha.isfinite(), "alpha", alpha, "it must be finite")
         rows = x_t.reshape(batch, bank.dim).to(dtype)
-        _require_finite(squared_norms(rows), "x_t")
-        _require_finite(bank.squares(dtype), "references")
+        _require_finite(_largest_square(rows), "x_t")
+        norms = bank.norms(dtype)
+        if not norms.finite:
+            _require_finite(norms.squares, "references")
         if source is not None:
             _check_integers("source", source, batch, x_t, "the index of each row's own reference")
             source = source.long()
@@ -146,6 +148,13 @@ def require_rows(holds: Tensor, name: str, value: Tensor, rule: str) -> None:
     if not bool(holds.all()):
         row = int((~holds).nonzero()[0, 0])
         raise ValueError(f"{name}[{row}] is {value[row].item():g}: {rule}.")
+
+
+def _largest_square(rows: Tensor) -> Tensor:
+    # Not finite where a number is not, in one pass without a copy.
+    if rows.shape[1] == 0:
+        return rows.new_zeros(len(rows))
+    return torch.linalg.vector_norm(rows, torch.inf, dim=1).square_() * rows.shape[1]
 
 
 def _require_finite(squares: Tensor, name: str) -> None:

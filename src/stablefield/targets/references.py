@@ -7,14 +7,19 @@ source is left out or held twice, or if references differ from the row in a cond
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stablefield.targets.bank import Bank
+from stablefield.targets.excess import Anchor
+from stablefield.targets.kernel import Kernel
+from stablefield.targets.partial import Partial
+from stablefield.targets.query import Query
 
-__all__ = ["InBatch", "Pool", "References", "Selection", "choose"]
+__all__ = ["Exchange", "InBatch", "Pool", "References", "Selection", "check_is_own", "choose", "own_gap"]
 
 
 @dataclass(frozen=True)
@@ -26,12 +31,24 @@ class Selection:
         source: index into the bank of the reference that each row was made from, shape (B,).
         group: condition of each reference, shape (n,), or None.
         mirrored: whether the mirror image (last axis) of each reference is a reference, too.
+        exchange: how to ask the ranks that hold other references, or None; `source` then counts in the whole set.
     """
 
     bank: Bank
     source: Tensor
     group: Tensor | None
     mirrored: bool = False
+    exchange: "Exchange | None" = None
+
+
+class Exchange(Protocol):
+    """How the sums of a batch over references that lie elsewhere are obtained."""
+
+    def sums(
+        self, query: Query, anchor: Anchor, bank: Bank, kernel: Kernel, mirrored: bool, chunk_size: int | None
+    ) -> Partial:
+        """Softmax sums over the references of all ranks, without the rows' own sources; see `sharded`."""
+        ...
 
 
 class References(Protocol):
@@ -66,13 +83,15 @@ class InBatch:
 
 
 class Pool:
-    """References from a resident array: the batch's own rows and others drawn without replacement, or the whole array.
+    """References from an array: the batch's own rows and others drawn without replacement, or the whole array.
 
     No sample is ever in the set twice, and every row's own sample is always in it.
 
     Args:
-        data: the clean samples, shape (n, ...), floating point, or uint8 images that mean data / 127.5 - 1, on the device
-            of the training batches. Norms are computed once and kept: do not change the data in place afterwards.
+        data: the clean samples, shape (n, ...), floating point, or uint8 images that mean data / 127.5 - 1. A tensor on the
+            device of the training batches; or a numpy array, such as a memory map of a file larger than memory, which is
+            brought to the device of the batch chunk by chunk. Norms are computed once and kept: do not change the data in
+            place afterwards.
         size: number of references per batch; None for the whole array.
         group: condition of each sample, integers of shape (n,), or None.
         mirrored: use the mirror image (last axis) of each reference, too. For data sets doubled by random flips that the
@@ -83,11 +102,20 @@ class Pool:
     """
 
     def __init__(
-        self, data: Tensor, size: int | None = None, group: Tensor | None = None, *, mirrored: bool = False
+        self,
+        data: Tensor | NDArray[Any],
+        size: int | None = None,
+        group: Tensor | None = None,
+        *,
+        mirrored: bool = False,
     ) -> None:
         if data.ndim < 2 or len(data) == 0:
             raise ValueError(f"Pool data have shape {tuple(data.shape)}: pass at least one sample, shape (n, ...).")
-        if not (data.is_floating_point() or data.dtype == torch.uint8):
+        if isinstance(data, Tensor):
+            fits = data.is_floating_point() or data.dtype == torch.uint8
+        else:
+            fits = data.dtype.name in ("uint8", "float16", "float32", "float64")
+        if not fits:
             raise ValueError(f"Pool data have dtype {data.dtype}: pass floating point data, or uint8 images.")
         if size is not None and not 1 <= size <= len(data):
             raise ValueError(f"Pool size is {size}: it must be from 1 to the {len(data)} samples, or None for all.")
@@ -100,14 +128,31 @@ class Pool:
         self.group = group
         self.mirrored = mirrored
         self._bank = Bank(data)
+        self._elsewhere: dict[torch.device, Bank] = {}
 
     def __repr__(self) -> str:
         return f"Pool(<{len(self._bank)} samples>, size={self.size}, mirrored={self.mirrored})"
 
     @property
-    def data(self) -> Tensor:
+    def data(self) -> Tensor | NDArray[Any]:
         """The clean samples, shape (n, ...)."""
         return self._bank.data
+
+    def bank(self, device: torch.device) -> Bank:
+        """The samples as a bank for batches on `device`.
+
+        Raises:
+            ValueError: if they are a tensor on another one.
+        """
+        if self._bank.device == device:
+            return self._bank
+        if isinstance(self.data, Tensor):
+            raise ValueError(
+                f"the Pool's data are on {self.data.device}, the batch on {device}: move them to one device."
+            )
+        if device not in self._elsewhere:
+            self._elsewhere[device] = Bank(self.data, device)
+        return self._elsewhere[device]
 
     def select(
         self, x0: Tensor, group: Tensor | None, index: Tensor | None, generator: torch.Generator | None
@@ -125,11 +170,9 @@ class Pool:
             raise ValueError(
                 f"index has shape {tuple(index.shape)} and dtype {index.dtype}: one integer per row is needed."
             )
-        if self.data.device != x0.device or index.device != x0.device:
-            raise ValueError(
-                f"the Pool's data are on {self.data.device}, index on {index.device}, the batch on {x0.device}: "
-                "move them to one device."
-            )
+        if index.device != x0.device:
+            raise ValueError(f"index on {index.device}, the batch on {x0.device}: move them to one device.")
+        bank = self.bank(x0.device)
         if x0.shape[1:] != self.data.shape[1:]:
             raise ValueError(
                 f"rows of x0 have shape {tuple(x0.shape[1:])}, the Pool's {tuple(self.data.shape[1:])}: they must agree."
@@ -137,36 +180,49 @@ class Pool:
         if not bool(((index >= 0) & (index < n)).all()):
             raise ValueError(f"index runs from {index.min()} to {index.max()}: the Pool holds 0 to {n - 1}.")
         index = index.long()
-        self._check_is_own(x0, index)
+        check_is_own(x0, index, bank)
         if group is not None and self.group is None:
             raise ValueError(
                 "group is given, but the Pool has none: pass Pool(..., group=...), one integer per sample."
             )
+        reference_group = None if self.group is None else self.group.to(x0.device)
         if self.size is None:
-            return Selection(self._bank, index, self.group, self.mirrored)
+            return Selection(bank, index, reference_group, self.mirrored)
         chosen, source = choose(n, index, self.size, generator)
-        part = self.subset(chosen)
-        return Selection(part._bank, source, part.group, part.mirrored)
+        return Selection(
+            bank.take(chosen), source, None if reference_group is None else reference_group[chosen], self.mirrored
+        )
 
     def subset(self, index: Tensor) -> "Pool":
         """The whole pool of the samples at `index`, integers (m,), with what is known of their norms."""
         part = Pool.__new__(Pool)
         part.size, part.mirrored = None, self.mirrored
         part.group = None if self.group is None else self.group[index]
-        part._bank = self._bank.take(index)
+        part._bank, part._elsewhere = self._bank.take(index), {}
         return part
 
-    def _check_is_own(self, x0: Tensor, index: Tensor) -> None:
-        # A source that is not among the references biases the target silently, so it is worth a look at B d numbers.
-        rows = self._bank.rows(index, x0.dtype if x0.dtype == torch.float64 else torch.float32)
-        gap = (x0.reshape(len(x0), -1) - rows).abs().amax(1)
-        wrong = gap > 0.01 * (1 + rows.abs().amax(1))
-        if bool(wrong.any()):
-            row = int(wrong.nonzero()[0, 0])
-            raise ValueError(
-                f"row {row} of x0 is not sample {int(index[row])} of the Pool (largest difference {gap[row].item():.3g}): "
-                "pass flip= for mirrored rows, alone= for rows with another augmentation of their own, or the right index."
-            )
+
+def own_gap(x0: Tensor, index: Tensor, bank: Bank) -> tuple[Tensor, Tensor]:
+    """Largest difference between each row of `x0` and the reference at its index, and whether it is another sample, (B,)."""
+    rows = bank.rows(index, x0.dtype if x0.dtype == torch.float64 else torch.float32)
+    size = torch.linalg.vector_norm(rows, torch.inf, dim=1)
+    gap = torch.linalg.vector_norm(rows.sub_(x0.reshape(rows.shape)), torch.inf, dim=1)
+    return gap, gap > 0.01 * (1 + size)
+
+
+def check_is_own(x0: Tensor, index: Tensor, bank: Bank) -> None:
+    """Look whether each row of `x0` (B, ...) is the reference at its index.
+
+    Raises:
+        ValueError: if one is not. Its source would not be among the references, which biases the target silently.
+    """
+    gap, wrong = own_gap(x0, index, bank)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0, 0])
+        raise ValueError(
+            f"row {row} of x0 is not sample {int(index[row])} of the Pool (largest difference {gap[row].item():.3g}): "
+            "pass flip= for mirrored rows, alone= for rows with another augmentation of their own, or the right index."
+        )
 
 
 def choose(n: int, index: Tensor, size: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

@@ -26,12 +26,13 @@ from torch import Tensor
 
 from stablefield.diffusion.process import Process
 from stablefield.shapes import per_row, row_values
-from stablefield.targets.excess import Excess
+from stablefield.targets.excess import Anchor, Excess
 from stablefield.targets.kernel import GaussianKernel, Kernel
-from stablefield.targets.posterior import Posterior, accumulate, finish
+from stablefield.targets.posterior import Posterior, accumulate, finish, mirrored_sums
 from stablefield.targets.precision import full_precision
 from stablefield.targets.query import Query, require_rows
 from stablefield.targets.references import InBatch, References, Selection
+from stablefield.targets.sharded import ShardedPool
 
 __all__ = ["DenoisingTarget", "StableTarget", "Target"]
 
@@ -107,10 +108,10 @@ class StableTarget:
 
     Args:
         process: the process that makes x_t.
-        references: the reference policy: `InBatch()` or a `Pool`.
+        references: the reference policy: `InBatch()`, a `Pool`, or a `ShardedPool` over many processes.
         noise_band: rows whose noise level sigma / alpha is below this use their source alone. Exactly unbiased for every
             value, since the rule does not look at the data; worth it where the source has all the weight anyway, because
-            those rows then cost nothing.
+            those rows then cost nothing. `pick_noise_band` finds such a level.
         kernel: the noise kernel; `StudentTKernel(D)` for PFGM++.
         chunk_size: references per matrix product; chosen by memory if None.
 
@@ -180,7 +181,7 @@ class StableTarget:
                     f"shape ({len(x0)},)."
                 )
         if noise is None:
-            noise = (x_t - per_row(alpha, x0) * x0) / per_row(sigma, x0)
+            noise = torch.addcmul(x_t, per_row(alpha, x0), x0, value=-1).div_(per_row(sigma, x0))
         variance = torch.zeros(len(x0), dtype=torch.promote_types(x0.dtype, torch.float32), device=x0.device)
         ess, own = torch.ones_like(variance), torch.ones_like(variance)
         mean = x0
@@ -192,7 +193,8 @@ class StableTarget:
         if shared is not None:
             in_band = in_band[shared]
         active = in_band.nonzero()[:, 0]
-        if len(active):
+        # A rank without rows of its own still answers the others.
+        if len(active) or isinstance(self.references, ShardedPool):
             mirror = None if flip is None else _flags("flip", flip, x0, columns=True)
             batch = _Batch(_mirrored(x0, mirror), _mirrored(x_t, mirror), alpha, sigma, group, reference_group, index)
             if shared is not None:
@@ -207,29 +209,38 @@ class StableTarget:
             assert found.source_weight is not None
             # Where the source has all the weight, return it as it is, without the rounding of a decoder or a flip.
             certain = per_row(found.source_weight, x0) == 1
-            update = torch.where(certain, x0[rows], _mirrored(found.mean, None if mirror is None else mirror[rows]))
-            mean = x0.index_copy(0, rows, update.to(x0.dtype))
-            variance = variance.index_copy(0, rows, found.variance.to(variance.dtype))
-            ess = ess.index_copy(0, rows, found.ess.to(ess.dtype))
-            own = own.index_copy(0, rows, found.source_weight.to(own.dtype))
+            update = _mirrored(found.mean, None if mirror is None else mirror[rows])
+            if len(rows) == len(x0):
+                mean = torch.where(certain, x0, update).to(x0.dtype)
+                variance, ess, own = (
+                    value.to(variance.dtype) for value in (found.variance, found.ess, found.source_weight)
+                )
+            else:
+                mean = x0.index_copy(0, rows, torch.where(certain, x0[rows], update).to(x0.dtype))
+                variance = variance.index_copy(0, rows, found.variance.to(variance.dtype))
+                ess = ess.index_copy(0, rows, found.ess.to(ess.dtype))
+                own = own.index_copy(0, rows, found.source_weight.to(own.dtype))
         return Target(mean, variance, ess, own, x0, noise, self.process, t, self.kernel)
 
     def _posterior(self, batch: "_Batch", selection: Selection, source: Tensor) -> Posterior:
-        bank, kernel = selection.bank, self.kernel
+        bank, kernel, exchange = selection.bank, self.kernel, selection.exchange
         reference_group = None if batch.group is None else selection.group
-        query = Query.checked(batch.x_t, batch.alpha, batch.sigma, bank, source, batch.group, reference_group)
+        # Sources of other ranks are no references of this bank.
+        own = source if exchange is None else None
+        query = Query.checked(batch.x_t, batch.alpha, batch.sigma, bank, own, batch.group, reference_group)
+        query = replace(query, source=source)
         with full_precision(batch.x_t.device):
-            anchor = batch.x0.reshape(query.x_t.shape).to(query.x_t.dtype)
-            excess = Excess(query, anchor, kernel)
-            partial = accumulate(query, bank, excess, self.chunk_size)
-            if selection.mirrored:
-                # The posterior over mirrored references is that of the mirrored row over the references as they are,
-                # mirrored back. Both parts have the same anchor but for the mirror, so they merge.
-                image = replace(query, x_t=batch.x_t.flip(-1).reshape(query.x_t.shape).to(query.x_t.dtype), source=None)
-                anchor = batch.x0.flip(-1).reshape(query.x_t.shape).to(query.x_t.dtype)
-                other = accumulate(image, bank, Excess(image, anchor, kernel), self.chunk_size)
-                other.total = other.total.reshape(batch.x_t.shape).flip(-1).reshape(query.x_t.shape)
-                partial = partial.merge(other)
+            anchor = Anchor(batch.x0.reshape(query.x_t.shape).to(query.x_t.dtype), source)
+            excess = Excess(query, anchor, bank, kernel)
+            partial = excess.own
+            if exchange is not None:
+                others = exchange.sums(query, anchor, bank, kernel, selection.mirrored, self.chunk_size)
+                partial = partial.merge(others)
+            else:
+                partial = accumulate(query, bank, excess, partial, self.chunk_size)
+                if selection.mirrored:
+                    other = mirrored_sums(query, anchor, bank, kernel, partial.peak, self.chunk_size)
+                    partial = partial.merge(other)
             return finish(partial, query, excess, kernel)
 
 

@@ -137,7 +137,9 @@ class Feed:
             pool = self._pool_of(step)
         places = places[part]
         labels = None if self._labels is None else self._labels[index[part]]
-        return Rows(pool.data[places], labels, places, pool)
+        pixels = pool.data[places]
+        assert isinstance(pixels, Tensor)
+        return Rows(pixels, labels, places, pool)
 
     def close(self) -> None:
         """End the thread that reads ahead, if there is one."""

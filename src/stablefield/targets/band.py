@@ -1,0 +1,197 @@
+r"""The noise band: below which noise level a row's own source has all the weight anyway.
+
+With little noise only one reference could have made $x_t$, and the stable target is the single-sample one. Rows of such
+noise levels need no references at all. How far down that is follows from the distances between samples alone. Beside the
+source, a reference at distance $r s$ has at noise level $s$ the expected weight
+
+$$ S(r) = E\left[ \frac{1}{1 + e^{r^2/2 - r z}} \right]
+        = e^{-r^2/8}\, E\left[ \frac{1}{2 \cosh(r z / 2)} \right], \qquad z \sim N(0, 1), $$
+
+and more references only lessen it, so that the weight which the source loses to all of them is on average at most
+
+$$ L(s) = E_{\mathrm{source}} \min\Bigl(1, \sum_k S(|y_k - y_{\mathrm{source}}| / s)\Bigr), $$
+
+which grows with $s$. A probe of the pool counts the distances from some of its samples to all others and finds the level
+at which this bound meets a tolerance. What the probe sees only decides a number, before training. The rule that uses it
+looks at the noise level alone, so the target stays exactly unbiased, whatever the number.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stablefield.targets.bank import Bank
+from stablefield.targets.precision import full_precision
+from stablefield.targets.references import Pool
+
+__all__ = ["NoiseBand", "pick_noise_band"]
+
+# References that the probe looks at; the rest are allowed for by their number.
+_REFERENCES = 65_536
+# Squared distances are counted in bins of a 64th of an octave, 0.5 % in distance.
+_BINS_PER_OCTAVE = 64
+# Octaves below the squared size of the data in which float32 tells a distance from none, and above it.
+_BELOW, _ABOVE = 18, 6
+# The level is found to this factor.
+_WITHIN = 1.005
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseBand:
+    """Where the noise band lies, and what was measured to find it.
+
+    Attributes:
+        level: the noise level sigma / alpha for `StableTarget(noise_band=...)`; 0 if no level is low enough (too many equal
+            samples), infinite if the source has all the weight at every level (a single reference, or groups of one).
+        tolerance: how far below 1 the mean own weight may be at the level.
+        lost: bound of the mean weight lost at the level; at most the tolerance.
+        rows: samples whose distances were counted.
+        references: references to which they were.
+        nearest: median distance of a row from its nearest reference, in units of the data; infinite without another one.
+    """
+
+    level: float
+    tolerance: float
+    lost: float
+    rows: int
+    references: int
+    nearest: float
+
+    def __float__(self) -> float:
+        return self.level
+
+
+@torch.no_grad()
+def pick_noise_band(
+    pool: Pool,
+    *,
+    tolerance: float = 0.02,
+    rows: int = 256,
+    generator: torch.Generator | None = None,
+    total: int | None = None,
+    device: torch.device | None = None,
+) -> NoiseBand:
+    """Probe a pool for the noise level below which the stable target is the single-sample one, to a tolerance.
+
+    The noise level sigma / alpha is all that a Gaussian posterior depends on, so the result serves every process. For the
+    heavier tails of `StudentTKernel` it is too high. If the pool has groups, references of the row's own group compete; rows
+    whose label is dropped would gain from a lower level. Pools of more than 65,536 samples are probed on that many of them,
+    and the weight of the others is taken in proportion.
+
+    Args:
+        pool: the references.
+        tolerance: how far below 1 the mean own weight may be, between 0 and 0.5.
+        rows: samples whose distances to the references are counted, at a cost of one matrix product.
+        generator: what the samples are drawn from; one seeded with 0 if not given, so that a pool has one band.
+        total: samples of the whole set, if the pool is a random part of it: `pick_noise_band(sharded.pool,
+            total=sharded.total)` for a `ShardedPool`. Ranks may have bands of their own.
+        device: where to compute, for a pool of a numpy array; a tensor is probed where it is.
+
+    Returns:
+        The band's level with what was measured.
+
+    Raises:
+        ValueError: if `tolerance` is not between 0 and 0.5, `rows` is below 1, `total` below the pool, or the data are not
+            finite.
+    """
+    if not 0 < tolerance < 0.5:
+        raise ValueError(f"tolerance is {tolerance}: it is how far below 1 the own weight may be, between 0 and 0.5.")
+    if rows < 1:
+        raise ValueError(f"rows is {rows}: the distances of at least one sample must be counted.")
+    if device is None:
+        device = pool.data.device if isinstance(pool.data, Tensor) else torch.device("cpu")
+    n = len(pool.data)
+    if total is not None and total < n:
+        raise ValueError(f"total is {total}, and the pool alone has {n} samples: pass the size of the whole set.")
+    bank, group = pool.bank(device), None if pool.group is None else pool.group.to(device)
+    generator = generator or torch.Generator().manual_seed(0)
+    order = torch.randperm(n, generator=generator, device=generator.device).to(device)
+    if n > _REFERENCES:
+        some = order[:_REFERENCES].sort()[0]
+        bank, group = bank.take(some), None if group is None else group[some]
+        order = torch.randperm(_REFERENCES, generator=generator, device=generator.device).to(device)
+    if not bank.norms(torch.float32).finite:
+        raise ValueError("the Pool's data hold NaN or inf (or overflow when squared): clean the data first.")
+    index = order[:rows]
+    with full_precision(device):
+        counts, distances = _count(bank, index, group, pool.mirrored)
+    # How many references of a training step each counted one stands for.
+    share = ((pool.size or total or n) - 1) / max(1, len(bank) - 1)
+    level = _level(counts * share, distances, tolerance)
+    others = counts.sum(1) > 0
+    first = torch.where(others, distances[(counts > 0).double().argmax(1)], torch.inf)
+    return NoiseBand(
+        level=level,
+        tolerance=tolerance,
+        lost=_lost(counts * share, distances, level),
+        rows=len(index),
+        references=len(bank),
+        nearest=float(first.median()),
+    )
+
+
+def _count(bank: Bank, index: Tensor, group: Tensor | None, mirrored: bool) -> tuple[Tensor, Tensor]:
+    """How many references lie at which distance of each sample.
+
+    Returns:
+        Counts (m, bins) without the sample itself, and the distances that the bins stand for (bins,), both float64 on the
+        CPU. The first bin is distance 0.
+    """
+    own = bank.rows(index, torch.float32)
+    # Distances do not change if all is moved, and keep their digits where the data are about zero.
+    origin = own.mean(0)
+    own = own - origin
+    size = float(bank.rows(index, torch.float32).sub_(origin).square().sum(1).max()) or 1.0
+    bins = (_BELOW + _ABOVE) * _BINS_PER_OCTAVE
+    shape = (-1, *bank.data.shape[1:])
+    images = [own, (own + origin).reshape(shape).flip(-1).reshape(own.shape) - origin] if mirrored else [own]
+    counts = torch.zeros(len(own), bins, device=bank.device)
+    buffer = torch.empty(0, device=bank.device)
+    for where, rows in bank.chunks(bank.chunk_size(len(index)), torch.float32):
+        if len(buffer) < len(rows):
+            buffer = torch.empty_like(rows)
+        moved = torch.sub(rows, origin, out=buffer[: len(rows)])
+        squares = moved.square().sum(1)
+        for which, image in enumerate(images):
+            gap = (squares + image.square().sum(1)[:, None]).addmm_(image, moved.T, alpha=-2)
+            place = (gap.div_(size).clamp_(min=2.0**-_BELOW).log2_() + _BELOW).mul_(_BINS_PER_OCTAVE)
+            place = place.round_().clamp_(max=bins - 1).long()
+            one = torch.ones((), device=bank.device).expand(place.shape)
+            if group is not None:
+                one = (group[index][:, None] == group[where]).float()
+            if which == 0:
+                one = torch.where(torch.arange(where.start, where.stop, device=bank.device) == index[:, None], 0, one)
+            counts.scatter_add_(1, place, one)
+    octaves = torch.arange(bins, dtype=torch.float64) / _BINS_PER_OCTAVE - _BELOW
+    distances = (size * 2.0**octaves).sqrt()
+    distances[0] = 0
+    return counts.cpu().double(), distances
+
+
+def _level(counts: Tensor, distances: Tensor, tolerance: float) -> float:
+    if _lost(counts, distances, math.inf) <= tolerance:
+        return math.inf
+    low, high = float(distances[1]) / 100, float(distances[-1]) * 100
+    if _lost(counts, distances, low) > tolerance:
+        return 0.0
+    while high > low * _WITHIN:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if _lost(counts, distances, middle) <= tolerance else (low, middle)
+    return low
+
+
+def _lost(counts: Tensor, distances: Tensor, level: float) -> float:
+    """The bound L of the mean weight lost at a noise level."""
+    ratio = torch.zeros_like(distances) if math.isinf(level) else distances / max(level, 1e-300)
+    return float((counts @ _beside(ratio)).clamp(max=1).mean())
+
+
+def _beside(ratio: Tensor) -> Tensor:
+    """S of the ratios (bins,), by the trapezoidal rule, which is exact to rounding for functions so smooth."""
+    z = torch.linspace(-8, 8, 257, dtype=torch.float64)
+    density = torch.exp(-z.square() / 2) * ((z[1] - z[0]) / math.sqrt(2 * math.pi))
+    # Beyond 30 the weight is below 1e-49, and the grid too coarse for it.
+    ratio = ratio.clamp(max=30)
+    return torch.exp(-ratio.square() / 8) * ((0.5 / torch.cosh(ratio[:, None] * z / 2)) @ density)

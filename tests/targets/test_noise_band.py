@@ -1,0 +1,142 @@
+"""The picked band: the level below which the source has all the weight to a tolerance, by distances alone."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate, optimize, special
+from torch import Tensor
+
+import stablefield as sf
+
+
+def gaussian(n: int, d: int, rng: torch.Generator) -> Tensor:
+    return torch.randn(n, d, generator=rng)
+
+
+def own_weight(pool: sf.Pool, level: float, rng: torch.Generator, repeats: int = 4) -> float:
+    """Mean own weight of every sample of a pool at a noise level."""
+    data = pool.data
+    assert isinstance(data, Tensor)
+    x0 = data / 127.5 - 1 if data.dtype == torch.uint8 else data
+    found = []
+    for _ in range(repeats):
+        x_t = sf.EDM().perturb(x0, level, generator=rng)
+        target = sf.StableTarget(sf.EDM(), references=pool)
+        found.append(target(x0, x_t, level, pool.group, torch.arange(len(x0)), generator=rng).source_weight)
+    return float(torch.stack(found).double().mean())
+
+
+def pools(rng: torch.Generator, smooth_images: Callable) -> dict[str, sf.Pool]:
+    images = ((smooth_images(400, rng, size=8) + 1) * 127.5).round().to(torch.uint8)
+    return {
+        "uint8 images": sf.Pool(images),
+        "mirrored images": sf.Pool(images, mirrored=True),
+        "groups": sf.Pool(images, group=torch.arange(400) % 7),
+        "points of the plane": sf.Pool(gaussian(500, 2, rng)),
+        "float64": sf.Pool(gaussian(300, 50, rng).double()),
+        "tiny": sf.Pool(gaussian(3, 4, rng)),
+    }
+
+
+def test_the_own_weight_below_the_band_is_one_to_the_tolerance_and_soon_above_it_is_not(
+    rng: torch.Generator, smooth_images: Callable
+) -> None:
+    for name, pool in pools(rng, smooth_images).items():
+        for tolerance in (0.02, 0.1):
+            band = sf.pick_noise_band(pool, tolerance=tolerance, rows=500)
+            assert own_weight(pool, band.level, rng) > 1 - 1.3 * tolerance, name
+            assert own_weight(pool, 0.5 * band.level, rng) > 1 - tolerance, name
+            # A bound that is not idle: half as much noise again loses more than the tolerance.
+            assert own_weight(pool, 1.5 * band.level, rng) < 1 - tolerance, name
+            assert band.lost <= tolerance
+
+
+@pytest.mark.parametrize("tolerance", [0.001, 0.02, 0.3])
+def test_two_samples_have_the_band_that_the_integral_says(tolerance: float) -> None:
+    distance = 3.0
+
+    def lost(level: float) -> float:
+        r = distance / level
+
+        def weight(z: float) -> float:
+            return math.exp(-(z**2) / 2) / math.sqrt(2 * math.pi) * special.expit(r * z - r**2 / 2)
+
+        return integrate.quad(weight, -12, 12, limit=400)[0]
+
+    truth = optimize.brentq(lambda level: lost(level) - tolerance, 0.1, 1e3)
+    data = torch.tensor([[0.0, 1.0], [3.0, 1.0]])
+    assert sf.pick_noise_band(sf.Pool(data), tolerance=tolerance).level == pytest.approx(truth, rel=0.012)
+
+
+def test_three_times_the_data_have_three_times_the_band_and_moved_data_the_same(rng: torch.Generator) -> None:
+    data = gaussian(200, 30, rng)
+    level = sf.pick_noise_band(sf.Pool(data)).level
+    assert sf.pick_noise_band(sf.Pool(3 * data)).level == pytest.approx(3 * level, rel=0.012)
+    assert sf.pick_noise_band(sf.Pool(data + 200)).level == pytest.approx(level, rel=0.012)
+
+
+def test_what_leaves_no_choice_is_told_as_zero_or_infinity() -> None:
+    one, equal = torch.randn(1, 3), torch.full((50, 3), 0.3)
+    assert sf.pick_noise_band(sf.Pool(one)).level == math.inf
+    assert sf.pick_noise_band(sf.Pool(torch.randn(9, 3), size=1)).level == math.inf
+    assert sf.pick_noise_band(sf.Pool(torch.randn(9, 3), group=torch.arange(9))).level == math.inf
+    assert sf.pick_noise_band(sf.Pool(equal)).level == 0
+    assert sf.pick_noise_band(sf.Pool(torch.zeros(50, 3, dtype=torch.uint8))).level == 0
+    pairs = torch.randn(20, 3).repeat(2, 1)  # every sample twice: the source never has more than half
+    assert sf.pick_noise_band(sf.Pool(pairs)).level == 0
+
+
+def test_an_own_mirror_image_competes(rng: torch.Generator) -> None:
+    half = torch.randn(40, 3, 6, 3, generator=rng)
+    symmetric = torch.cat([half, half.flip(-1)], -1)
+    assert sf.pick_noise_band(sf.Pool(symmetric)).level > 0
+    assert sf.pick_noise_band(sf.Pool(symmetric, mirrored=True)).level == 0
+
+
+def test_fewer_references_per_step_have_a_higher_band(rng: torch.Generator) -> None:
+    data = gaussian(2000, 10, rng)
+    levels = [sf.pick_noise_band(sf.Pool(data, size)).level for size in (10, 200, None)]
+    assert levels[0] > 1.2 * levels[1] > 1.2 * levels[2]
+    # A part of a set stands for the whole.
+    assert sf.pick_noise_band(sf.Pool(data[:200]), total=2000).level == pytest.approx(levels[2], rel=0.2)
+    # Each reference stands for ten: the band of 200 is that of 200 of them, to the luck of the draw.
+    parts = [sf.pick_noise_band(sf.Pool(part)).level for part in data.split(200)]
+    assert levels[1] == pytest.approx(sum(parts) / 10, rel=0.15)
+
+
+def test_large_pools_are_probed_on_some(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = gaussian(4000, 6, rng)
+    whole = sf.pick_noise_band(sf.Pool(data, group=torch.arange(4000) % 2))
+    monkeypatch.setattr("stablefield.targets.band._REFERENCES", 1000)
+    part = sf.pick_noise_band(sf.Pool(data, group=torch.arange(4000) % 2))
+    assert (whole.references, part.references) == (4000, 1000)
+    assert part.level == pytest.approx(whole.level, rel=0.2)
+
+
+def test_a_pool_has_one_band_and_a_mapped_file_the_same(rng: torch.Generator, tmp_path: Path) -> None:
+    data = torch.randint(0, 256, (300, 3, 4, 4), generator=rng, dtype=torch.uint8)
+    np.save(tmp_path / "data.npy", data.numpy())
+    band = sf.pick_noise_band(sf.Pool(data), rows=100)
+    assert sf.pick_noise_band(sf.Pool(data), rows=100) == band
+    assert sf.pick_noise_band(sf.Pool(np.load(tmp_path / "data.npy", mmap_mode="r")), rows=100) == band
+    other = sf.pick_noise_band(sf.Pool(data), rows=100, generator=rng)
+    assert other.level != band.level
+    assert other.level == pytest.approx(band.level, rel=0.2)
+    assert float(band) == band.level
+
+
+def test_wrong_use_is_told() -> None:
+    pool = sf.Pool(torch.randn(4, 2))
+    for tolerance in (0.0, 0.5, -1.0, math.nan):
+        with pytest.raises(ValueError, match=r"tolerance is .*between 0 and 0\.5"):
+            sf.pick_noise_band(pool, tolerance=tolerance)
+    with pytest.raises(ValueError, match="rows is 0"):
+        sf.pick_noise_band(pool, rows=0)
+    with pytest.raises(ValueError, match="total is 3, and the pool alone has 4"):
+        sf.pick_noise_band(pool, total=3)
+    with pytest.raises(ValueError, match="NaN or inf"):
+        sf.pick_noise_band(sf.Pool(torch.tensor([[1.0], [math.nan]])))
