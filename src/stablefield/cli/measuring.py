@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.markup import escape
 from torch import Tensor
 
 from stablefield.cli.console import console
@@ -157,7 +158,7 @@ class _Plan:
                 reference = self._measured(self._wanted, lens_for(classifier, scores), self._cache)
                 found.append(Measurement(extractor=classifier, metrics=scores, reference=reference))
         for message in dict.fromkeys(str(warning.message) for warning in caught):
-            console.print(f"[yellow]warning:[/] {message} To make it anew: --no-cache, or delete the file.")
+            console.print(f"[yellow]warning:[/] {escape(message)} To make it anew: --no-cache, or delete the file.")
         return found
 
     def _measured(self, reference: ReferenceSet, lens: Lens, cache: Path | None) -> Reference:

@@ -165,6 +165,18 @@ def jackknife_error(features: Tensor, reference: Gaussian, groups: int = 20) -> 
         raise ValueError(f"groups={groups}: a jackknife takes at least 2.")
     x = in_float64(checked("features", features, 2 * groups, f"each of {groups} groups takes 2 rows"))
     group = torch.arange(len(x), device=x.device) % groups
-    values = [distance_between(fit_features(x[group != j]), reference).value for j in range(groups)]
+    # Rows times the other side's factor: all that the cross term depends on. Fewer rows than columns span as many
+    # dimensions as they are, and in coordinates of these the singular values are the same and quickly found.
+    z = x @ reference.factor.T
+    z = torch.linalg.qr(z.T, mode="r").R.T if len(z) < z.shape[1] else z
+    values = [_distance(x[group != j], z[group != j], reference) for j in range(groups)]
     mean = math.fsum(values) / groups
     return math.sqrt((groups - 1) / groups * math.fsum((value - mean) ** 2 for value in values))
+
+
+def _distance(x: Tensor, z: Tensor, reference: Gaussian) -> float:
+    """The squared distance of rows `x` to the reference, from `z`, the rows times the reference's factor."""
+    mean = x.mean(dim=0)
+    trace = (x - mean).square().sum() / (len(x) - 1)
+    cross = torch.linalg.svdvals((z - z.mean(dim=0)) / (len(x) - 1) ** 0.5).sum()
+    return float((mean - reference.mean).square().sum() + trace + reference.trace - 2 * cross)
