@@ -33,6 +33,7 @@ FLOORS = [
     {"training"},
     {"report", "interop"},
     {"cli"},
+    {"__main__"},
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 # A target is made for a process, which imports nothing of targets.

@@ -17,6 +17,7 @@ from stablefield.report import (
     Page,
     Region,
     Section,
+    SideBySide,
     Table,
     Text,
     chart_figure,
@@ -160,10 +161,21 @@ def example_page():
                 (
                     image_figure(
                         digits[:64],
-                        alt="64 handwritten digits of 8 by 8 pixels in eight rows.",
-                        title="From the same latents.",
-                        caption="Left to right: seeds 0 to 63.",
+                        alt="64 handwritten digits of 8 by 8 pixels in four rows.",
+                        title="Data.",
+                        caption="Rows 0 to 63.",
                         columns=16,
+                    ),
+                    SideBySide(
+                        tuple(
+                            image_figure(
+                                digits[start : start + 64],
+                                alt=f"64 digits by {name} in eight rows.",
+                                title=f"{name}.",
+                                caption="Seeds 0 to 63, the same latents.",
+                            )
+                            for name, start in (("DSM", 64), ("STF", 128))
+                        )
                     ),
                 ),
             ),

@@ -3,6 +3,7 @@
 import itertools
 import re
 import sys
+from functools import cache
 
 import matplotlib as mpl
 import numpy as np
@@ -26,8 +27,13 @@ def line(label="a", n=9, **fields):
     return Line(**{"label": label, "x": np.arange(1.0, n + 1), "y": RNG.uniform(1, 2, n), **fields})
 
 
+@cache
+def figure_of(what):
+    return chart_figure(what, alt="a chart")
+
+
 def draw(what, narrow=False):
-    figure = chart_figure(what, alt="a chart")
+    figure = figure_of(what)
     reader = Reader()
     reader.feed(figure.narrow_svg if narrow else figure.svg)
     return reader.root.one("svg")
@@ -169,6 +175,14 @@ def test_bars_and_their_errors_are_as_long_as_their_numbers(narrow):
     ]  # fmt: skip
 
 
+def test_bars_stand_on_the_edge_of_the_axes():
+    for values, edge in (([1, 2], "x"), ([-1, -2], None)):
+        svg = draw(BarChart(categories=("a", "b"), series=(Bars(label="a", values=values),), value_label="v"))
+        box = svg.one("rect").attributes
+        zero = float(box["x"]) + (0 if edge else float(box["width"]))
+        assert scale(svg, "x", False)(zero) == pytest.approx(0, abs=1e-3)
+
+
 def test_lines_are_told_apart_without_colour():
     svg = draw(chart(*(line(f"line {i}") for i in range(6))))
     styles = [dash(svg, i) for i in range(1, 7)]
@@ -204,7 +218,7 @@ def test_every_colour_is_named_so_that_the_page_can_change_it():
 
 
 def test_the_users_settings_change_nothing_and_are_left_as_they_were():
-    before = chart_figure(variance_chart(), alt="a")
+    before = figure_of(variance_chart())
     mine = {
         "font.size": 31.0,
         "axes.facecolor": "pink",
@@ -212,7 +226,7 @@ def test_the_users_settings_change_nothing_and_are_left_as_they_were():
         "axes.prop_cycle": mpl.cycler(color="k"),
     }
     with mpl.rc_context(mine):
-        assert chart_figure(variance_chart(), alt="a") == before
+        assert chart_figure(variance_chart(), alt="a chart") == before
         assert {name: mpl.rcParams[name] for name in mine} == mine
     assert "matplotlib.pyplot" not in sys.modules
 

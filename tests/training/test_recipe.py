@@ -8,7 +8,8 @@ import torch
 
 import stablefield as sf
 from stablefield.training.config import decode, encode
-from stablefield.training.recipe import DIGITS, Perceptron, Recipe
+from stablefield.training.recipe import Perceptron, Recipe
+from stablefield.training.recipes import DIGITS
 from stablefield.training.seeding import Purpose, generator_for, seed_for
 
 

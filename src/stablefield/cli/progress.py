@@ -29,8 +29,9 @@ class TrainingProgress:
         self._last_line = time.monotonic()
         self._loss: float | None = None
         self._share = 0.0
+        self._target = 0.0
         self._bar = Progress(
-            BarColumn(bar_width=16),
+            BarColumn(bar_width=8),
             MofNCompleteColumn(),
             TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(),
@@ -53,7 +54,12 @@ class TrainingProgress:
         blend = _SMOOTH if self._loss is not None else 1.0
         self._loss = report.loss if self._loss is None else self._loss + blend * (report.loss - self._loss)
         self._share += blend * (report.share_removed - self._share)
-        text = f"{report.images_per_second:,.0f} img/s  loss {self._loss:.3f}  variance -{self._share:.0%}"
+        self._target += blend * (report.target_share - self._target)
+        speed = report.images_per_second
+        text = (
+            f"{speed:{',.0f' if speed >= 10 else '.1f'}} img/s loss {self._loss:.3f} "
+            f"variance -{self._share:.0%} target {self._target:.0%}"
+        )
         self._bar.update(self._task, completed=report.step, text=text)
         now = time.monotonic()
         if not console.is_terminal and (now - self._last_line > _QUIET or report.step == self._steps):

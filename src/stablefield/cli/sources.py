@@ -13,7 +13,12 @@ __all__ = ["open_data"]
 
 
 def open_data(
-    name: str, resolution: int | None = None, resize: Resize = "crop", split: str = "train", skip_broken: bool = False
+    name: str,
+    resolution: int | None = None,
+    resize: Resize = "crop",
+    split: str = "train",
+    skip_broken: bool = False,
+    limit: int | None = None,
 ) -> ImageSet:
     """Open the data that `name` means, as `stablefield.data.source.open_images` does.
 
@@ -29,6 +34,7 @@ def open_data(
         return open_images(
             name,
             resolution=resolution,
+            limit=limit,
             resize=resize,
             split=split,
             skip_broken=skip_broken,

@@ -1,25 +1,32 @@
 """`stablefield train DATA`: train a model and leave a run folder."""
 
 import dataclasses
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from rich.table import Table
 
 import stablefield
 from stablefield.cli.console import console, relative
 from stablefield.cli.interruption import Interruption
 from stablefield.cli.progress import TrainingProgress
+from stablefield.cli.recipes import RecipeName, chosen, limit, shown
 from stablefield.cli.sources import open_data
-from stablefield.training.loop import check_fit, train
-from stablefield.training.recipe import DIGITS, Recipe
+from stablefield.data.image_set import ImageSet, size_text
+from stablefield.training.estimate import estimate
+from stablefield.training.feed import Feed, fits, resolve_references
+from stablefield.training.loop import Tracker, check_fit, make_accelerator, train
+from stablefield.training.recipe import Recipe
 from stablefield.training.run_folder import RunConfig, RunFolder
 
-__all__ = ["RECIPES", "Train", "pick_device"]
-
-RECIPES = {"digits": DIGITS}
+__all__ = ["Train", "pick_device"]
 
 
 @dataclass(frozen=True)
@@ -27,55 +34,183 @@ class Train:
     """Train a diffusion model with the stable target (or with the single-sample one)."""
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA", help_behavior_hint="")] = ""
-    """What to train on: digits (built in), a folder or .zip of images, .npy, .npz, idx or CIFAR-10 files."""
+    """What to train on: digits (built in), a folder or .zip of images, .npy, .npz, idx or CIFAR-10 files, hf:OWNER/NAME."""
     out: Path | None = None
     """Folder of the run, new or empty; runs/DATA-TARGET with a number if not given."""
     resume: bool = False
     """Continue the run in --out from its newest checkpoint, as it was configured."""
-    recipe: Literal["digits"] = "digits"
-    """Which settings to start from; the flags below change them."""
+    recipe: RecipeName = "auto"
+    """Which settings to start from; the flags below change them. auto chooses by the data."""
+    print: bool = False
+    """Show the recipe as Python, and do nothing."""
+    dry_run: bool = False
+    """Say what the run would take here, and do nothing."""
+    resolution: int | None = None
+    """Bring every image to this many pixels a side; chosen by the recipe where sizes differ."""
+    resize: Literal["crop", "squash"] = "crop"
+    """Cut to the largest centred square first, or take the whole image."""
+    skip_broken: bool = False
+    """Leave out files that cannot be read, and count them."""
+    tracker: Tracker = "none"
+    """Mirror metrics.jsonl to TensorBoard (in the run's folder) or Weights & Biases."""
     device: str = ""
     """Where to compute, such as cpu or cuda; a GPU if there is one."""
     config: Annotated[Recipe, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Recipe)
     """What the run does."""
+    opened: tyro.conf.Suppress[Any] = None
+    """The data, once they are open."""
+
+    def settled(self, parse: "Callable[[Recipe], Train]", base: Recipe) -> "Train":
+        """This call with the recipe that the data suggest, if none was named; flags are read anew on top of it.
+
+        Args:
+            parse: reads the command line on top of a recipe.
+            base: what this call was read on top of.
+        """
+        if self.resume:
+            if self.config != base or self.recipe != "auto":
+                changed = [
+                    f.name for f in dataclasses.fields(Recipe) if getattr(self.config, f.name) != getattr(base, f.name)
+                ]
+                flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed) or "--recipe"
+                raise ValueError(
+                    f"{flags} with --resume: a run goes on as it was configured; leave it out, or start a new run."
+                )
+            return self
+        if not self.data:
+            if self.print and self.recipe not in ("auto", "imagefolder"):
+                return self
+            raise ValueError("DATA is missing: name what to train on, such as: stablefield train digits.")
+        accelerated = pick_device(self.device).type == "cuda"
+        bound = None if self.resolution else limit(self.recipe, accelerated=accelerated)
+        with PartialState(cpu=not accelerated).main_process_first():
+            data = open_data(self.data, self.resolution, self.resize, "train", self.skip_broken, bound)
+        if self.recipe in ("auto", "imagefolder"):
+            name, recipe = chosen(self.recipe, data, accelerated=accelerated)
+            if self.data == "digits" and self.recipe == "auto":
+                name, recipe = "digits", base
+            call = parse(recipe)
+        else:
+            name, call = self.recipe, self
+        return dataclasses.replace(call, recipe=name, opened=data)
 
     def run(self) -> int:
         """Train, with a progress bar, and say what is where."""
-        device = pick_device(self.device)
+        if self.print:
+            console.out(shown(self.config))
+            return 0
+        state = PartialState(cpu=pick_device(self.device).type == "cpu")
+        console.quiet = not state.is_main_process
+        device = pick_device(str(state.device) if state.num_processes > 1 else self.device)
         if self.resume:
             folder, config = self._existing()
-            data = open_data(config.data)
+            with state.main_process_first():
+                data = open_data(config.data, **config.opening)
         else:
-            if not self.data:
-                raise ValueError("DATA is missing: name what to train on, such as: stablefield train digits.")
-            data = open_data(self.data)
-            check_fit(self.config, data)
-            config = RunConfig(
-                data=self.data,
-                shape=data.shape,
-                classes=data.classes if self.config.conditional else 0,
-                manifest=data.manifest,
-                recipe=self.config,
-                version=stablefield.__version__,
-            )
-            folder = RunFolder.create(self.out or _free_name(f"{data.name}-{self.config.target}"), config)
-        recipe = config.recipe
-        references = f", {recipe.references} references" if recipe.target == "stf" else ""
+            data, config = self._new(device)
+            if self.dry_run:
+                return self._rehearse(config, data, device)
+            folder = None
+        # From here on Ctrl-C is a wish to stop in order: whoever sees that a run has begun can rely on it.
+        with Interruption() as interruption:
+            folder = folder or self._create(data, config)
+            return self._follow(folder, config, data, device, interruption)
+
+    def _follow(
+        self, folder: RunFolder, config: RunConfig, data: ImageSet, device: torch.device, interruption: Interruption
+    ) -> int:
+        recipe, processes = config.recipe, PartialState().num_processes
+        many = f" x {processes} processes" if processes > 1 else ""
         console.print(
             f"[bold]{recipe.target.upper()}[/] on {data.name}: {len(data):,} images of "
-            f"{'x'.join(map(str, data.shape))}, {recipe.steps:,} steps of {recipe.batch}{references}, on {device}"
+            f"{'x'.join(map(str, data.shape))}, {recipe.steps:,} steps of {recipe.batch}, on {device}{many}"
         )
         console.print(f"run folder: {relative(folder.path)}")
-        with TrainingProgress(recipe.steps) as progress, Interruption() as interruption:
+        accelerator = make_accelerator(device, self.tracker, folder)
+        began = time.monotonic()
+        with TrainingProgress(recipe.steps) as progress:
             done = train(
-                folder, config, data, device=device, report=progress.update, stop=lambda: interruption.requested
+                folder,
+                config,
+                data,
+                device=device,
+                report=progress.update,
+                stop=lambda: interruption.requested,
+                tracker=self.tracker,
+                accelerator=accelerator,
             )
         if done < recipe.steps:
             console.print(
                 f"stopped at step {done:,}; to go on: stablefield train --resume --out {relative(folder.path)}"
             )
-        console.print(f"samples:    {relative(folder.picture(done))}")
+        else:
+            console.print(f"done in {_duration(time.monotonic() - began)}")
+            console.print(f"samples:    {relative(folder.picture(done))}")
         console.print(f"draw more:  stablefield sample {relative(folder.path)} --seeds 0-63")
+        return 0
+
+    def _new(self, device: torch.device) -> tuple[ImageSet, RunConfig]:
+        data, recipe = self.opened, self.config
+        assert isinstance(data, ImageSet)
+        check_fit(recipe, data)
+        references, rule = resolve_references(recipe, data, device)
+        recipe = dataclasses.replace(recipe, references=references)
+        check_fit(recipe, data)
+        console.print(f"recipe:     {self.recipe} (all of it: --print)")
+        if data.manifest["resized"] != "no":
+            console.print(f"images:     {data.manifest['resized']}")
+        console.print(f"references: {rule}")
+        config = RunConfig(
+            data=self.data,
+            shape=data.shape,
+            classes=data.classes if recipe.conditional else 0,
+            manifest=data.manifest,
+            recipe=recipe,
+            version=stablefield.__version__,
+            opening={
+                "resolution": None if data.manifest["resized"] == "no" else data.shape[-1],
+                "resize": self.resize,
+                "skip_broken": self.skip_broken,
+            },
+        )
+        # Before a folder is made: a network that does not fit the images says so here.
+        with torch.device("meta"):
+            recipe.network.build(config.shape, config.classes, recipe.augment_dim, torch.Generator())
+        return data, config
+
+    def _create(self, data: ImageSet, config: RunConfig) -> RunFolder:
+        """Make the folder on the first process, and tell the others where it is."""
+        place: list[Any] = [None]
+        if PartialState().is_main_process:
+            path = self.out or _free_name(f"{data.name}-{config.recipe.target}")
+            place = [str(RunFolder.create(path, config).path)]
+        broadcast_object_list(place)
+        return RunFolder(Path(place[0]))
+
+    def _rehearse(self, config: RunConfig, data: ImageSet, device: torch.device) -> int:
+        recipe = config.recipe
+        accelerator = make_accelerator(device)
+        feed = Feed(data, recipe, device, labelled=config.classes > 0, resident=fits(data, device))
+        found = estimate(config, feed, accelerator)
+        feed.close()
+        table = Table(show_header=False, box=None, pad_edge=False)
+        table.add_row("images", f"{len(data):,} of {'x'.join(map(str, data.shape))}, {size_text(data.images.nbytes)}")
+        table.add_row("parameters", f"{found.parameters:,}")
+        table.add_row(
+            "memory",
+            f"{size_text(found.state_bytes)} of weights, averages, gradients and moments; "
+            f"{size_text(found.peak_bytes)} at the peak on {device}",
+        )
+        images = recipe.steps * recipe.batch
+        table.add_row(
+            "steps", f"{recipe.steps:,} of {recipe.batch}: {images:,} images, {images / len(data):,.0f} epochs"
+        )
+        if recipe.target == "stf":
+            table.add_row("references", f"{recipe.references} per step")
+        share = found.target_seconds / found.seconds_per_step
+        table.add_row("a step here", f"{found.seconds_per_step:.3f} s, of which noise and target {share:.1%}")
+        table.add_row("all of it", f"about {_duration(found.seconds_per_step * recipe.steps)} on {device}")
+        console.print(table)
         return 0
 
     def _existing(self) -> tuple[RunFolder, RunConfig]:
@@ -104,6 +239,17 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _free_name(name: str) -> Path:

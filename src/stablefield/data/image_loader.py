@@ -24,7 +24,7 @@ from stablefield.data.image_decoder import Header, decode, read_header
 from stablefield.data.image_files import ImageFiles
 from stablefield.data.image_set import ImageSet, Origin, labels_sha256
 from stablefield.data.pillow import require_pillow
-from stablefield.data.resizing import Resize, resize_text
+from stablefield.data.resizing import Resize, natural_resolution, resize_text
 
 __all__ = ["Progress", "load_image_files"]
 
@@ -49,6 +49,7 @@ def load_image_files(
     files: ImageFiles,
     *,
     resolution: int | None,
+    limit: int | None,
     resize: Resize,
     skip_broken: bool,
     progress: Progress | None,
@@ -60,6 +61,7 @@ def load_image_files(
     Args:
         files: which.
         resolution: bring every image to this many pixels a side; None takes images that agree in size as they are.
+        limit: where there is no resolution, choose the natural one up to this (see `natural_resolution`).
         resize: how.
         skip_broken: leave out files that cannot be read, and count them in the manifest.
         progress: called as files are done, from the caller's thread.
@@ -82,6 +84,9 @@ def load_image_files(
         warnings.filterwarnings("ignore", module="PIL")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         headers = list(_reported("looking at files", progress, lambda i: _header(files, i), len(files.names)))
+        if resolution is None and limit is not None:
+            sizes = [(header.height, header.width) for header in headers if isinstance(header, Header)]
+            resolution = natural_resolution(sizes, limit) if sizes else None
         shape, resized = _settle(files.names, headers, resolution, resize)
         file = cache
         if len(headers) * math.prod(shape) > memory_budget:

@@ -8,6 +8,7 @@ of reduction so that it does not alias. An image that has the size already is le
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -20,7 +21,7 @@ from stablefield.data.pillow import require_pillow
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Resize", "check_resize", "fit", "resize_text", "resized_set"]
+__all__ = ["Resize", "check_resize", "fit", "natural_resolution", "resize_text", "resized_set"]
 
 Resize: TypeAlias = Literal["crop", "squash"]
 
@@ -31,6 +32,26 @@ def check_resize(resolution: int | None, resize: Resize) -> None:
         raise ValueError(f"resolution={resolution}: pass the wanted side of the images in pixels, 1 to 8192.")
     if resize not in ("crop", "squash"):
         raise ValueError(f'resize={resize!r}: pass "crop" (largest centred square) or "squash" (the whole image).')
+
+
+def natural_resolution(sizes: Iterable[tuple[int, int]], limit: int) -> int | None:
+    """The resolution that suits images of some sizes, for a network of squares that are halved several times.
+
+    Args:
+        sizes: (height, width) of the images.
+        limit: no resolution above this.
+
+    Returns:
+        None if the images are equal squares of a multiple of 4 pixels, not above the limit: they stay as they are. Else
+        the largest power of two that is neither above the shortest side nor the limit, and at least 8.
+    """
+    distinct = set(sizes)
+    if len(distinct) == 1:
+        height, width = next(iter(distinct))
+        if height == width <= limit and height % 4 == 0:
+            return None
+    shortest = min(limit, *(min(size) for size in distinct))
+    return max(8, 1 << (shortest.bit_length() - 1))
 
 
 def fit(image: Image, resolution: int, resize: Resize) -> Image:

@@ -16,7 +16,7 @@ from stablefield.data.image_files import ImageFiles, folder_files, zip_files
 from stablefield.data.image_loader import Progress, load_image_files
 from stablefield.data.image_set import ImageSet
 from stablefield.data.packed import is_packed, open_packed
-from stablefield.data.resizing import Resize, check_resize, resized_set
+from stablefield.data.resizing import Resize, check_resize, natural_resolution, resized_set
 
 __all__ = ["UNDERSTOOD", "open_images"]
 
@@ -32,6 +32,7 @@ def open_images(
     source: str | Path,
     *,
     resolution: int | None = None,
+    limit: int | None = None,
     resize: Resize = "crop",
     split: str = "train",
     skip_broken: bool = False,
@@ -44,6 +45,8 @@ def open_images(
     Args:
         source: "digits", "hf:OWNER/NAME", or the path of a folder or file (`./digits` for a folder of that name).
         resolution: bring every image to this many pixels a side; None keeps their size, in which all must agree.
+        limit: where no resolution is given, choose one that suits a U-Net, up to this many pixels; images that are equal
+            squares of a multiple of 4 pixels stay as they are.
         resize: "crop" cuts to the largest centred square first, "squash" takes the whole image.
         split: which part, for sources that have several.
         skip_broken: leave out files that cannot be read, and count them in the manifest.
@@ -65,6 +68,7 @@ def open_images(
         return load_image_files(
             files,
             resolution=resolution,
+            limit=limit,
             resize=resize,
             skip_broken=skip_broken,
             progress=progress,
@@ -91,6 +95,8 @@ def open_images(
             if split != "train":
                 raise ValueError(f"split={split!r}: {source} has no splits; leave split out.")
             images = open_digits() if kind == "digits" else open_npy(path) if kind == "npy" else open_packed(path)
+    if resolution is None and limit is not None:
+        resolution = natural_resolution([images.shape[1:]], limit)
     if resolution is None:
         return images
     return resized_set(images, resolution, resize, memory_budget=memory_budget, cache=cache)

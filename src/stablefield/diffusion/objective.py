@@ -8,6 +8,7 @@ gradients agree in expectation. The objective reports that term for every row.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Protocol
 
@@ -18,9 +19,9 @@ from stablefield.diffusion.noise_levels import LogNormal, NoiseLevels
 from stablefield.diffusion.process import Process
 from stablefield.diffusion.weighting import EDMWeighting, Weighting
 from stablefield.shapes import per_row
-from stablefield.targets.target import StableTarget
+from stablefield.targets.target import StableTarget, Target
 
-__all__ = ["DenoiserLike", "Objective", "ObjectiveValue"]
+__all__ = ["DenoiserLike", "Draws", "Example", "Objective", "ObjectiveValue"]
 
 
 class DenoiserLike(Protocol):
@@ -53,8 +54,47 @@ class ObjectiveValue:
 
 
 @dataclass(frozen=True)
+class Draws:
+    """What is random in a batch, apart from its references.
+
+    Attributes:
+        t: times, shape (B,).
+        noise: standard normal, shape (B, ...).
+        hidden: rows whose label the network does not see, bool (B,); None if no label is ever hidden.
+    """
+
+    t: Tensor
+    noise: Tensor
+    hidden: Tensor | None = None
+
+    def __getitem__(self, rows: slice) -> "Draws":
+        """The draws of a part of the batch."""
+        return Draws(self.t[rows], self.noise[rows], None if self.hidden is None else self.hidden[rows])
+
+
+@dataclass(frozen=True)
+class Example:
+    """A batch made ready: what the network is shown, and what it is to say.
+
+    Attributes:
+        x: x_t / alpha, shape (B, ...).
+        noise_level: sigma / alpha, shape (B,).
+        seen: class that the network sees, integers (B,), -1 for none; or None.
+        target: what to regress on.
+    """
+
+    x: Tensor
+    noise_level: Tensor
+    seen: Tensor | None
+    target: Target
+
+
+@dataclass(frozen=True)
 class Objective:
     """What a denoiser is trained on.
+
+    Calling it does three things that can also be done one by one: `draw` what is random, make it an `example`, `evaluate`
+    the denoiser. Draws for a whole batch may be cut into parts: over processes, or to fit into memory.
 
     Args:
         process: how data become noise.
@@ -115,47 +155,108 @@ class Objective:
         Raises:
             ValueError: as `StableTarget`; or if a drawn noise level is 0 or infinite.
         """
-        assert self.target is not None
-        if not x0.is_floating_point():
-            raise ValueError(f"x0 has dtype {x0.dtype}: it must be floating point (uint8 images: x0 / 127.5 - 1).")
+        _check_data(x0)
         if class_labels is not None:
             class_labels = _checked_labels(class_labels, x0)
-        device = x0.device if generator is None else generator.device
-        t = self.noise_levels.sample(self.process, len(x0), generator, x0.device)
+        draws = self.draw(x0.shape, generator, device=x0.device, dtype=x0.dtype, labelled=class_labels is not None)
+        example = self.example(x0, draws, class_labels, index, flip=flip, alone=alone, generator=generator)
+        return self.evaluate(denoiser, example, augment_labels)
+
+    def draw(
+        self,
+        shape: Sequence[int],
+        generator: torch.Generator | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        labelled: bool = False,
+    ) -> Draws:
+        """Draw noise levels, noise and, if the rows are `labelled`, which labels are hidden.
+
+        Args:
+            shape: of the batch, (B, ...).
+            generator: torch's global one if None.
+            device: where the draws are wanted; the generator's device if not given.
+            dtype: of the noise.
+            labelled: whether the rows have class labels.
+
+        Raises:
+            ValueError: if a drawn noise level is 0 or infinite.
+        """
+        if device is None:
+            device = "cpu" if generator is None else generator.device
+        source = device if generator is None else generator.device
+        t = self.noise_levels.sample(self.process, shape[0], generator, device)
         level = self.process.noise_level(t)
         if not bool(((level > 0) & level.isfinite()).all()):
             raise ValueError(
                 f"the noise levels drawn run from {level.min():g} to {level.max():g}: they must be positive and finite; "
                 f"change the range of {self.noise_levels}."
             )
-        noise = torch.randn(x0.shape, dtype=x0.dtype, generator=generator, device=device).to(x0.device)
+        noise = torch.randn(tuple(shape), dtype=dtype, generator=generator, device=source).to(device)
+        if not labelled or self.label_dropout == 0:
+            return Draws(t, noise)
+        uniform = torch.rand(shape[0], generator=generator, device=source).to(device)
+        return Draws(t, noise, uniform < self.label_dropout)
+
+    def example(
+        self,
+        x0: Tensor,
+        draws: Draws,
+        class_labels: Tensor | None = None,
+        index: Tensor | None = None,
+        *,
+        flip: Tensor | None = None,
+        alone: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Example:
+        """Add the drawn noise and compute the target; arguments as in `__call__`, with the `draws` of these rows.
+
+        Raises:
+            ValueError: as `StableTarget`.
+        """
+        assert self.target is not None
+        _check_data(x0)
         seen = class_labels
-        if class_labels is not None and self.label_dropout > 0:
-            hidden = torch.rand(len(x0), generator=generator, device=device).to(x0.device) < self.label_dropout
-            seen = class_labels.masked_fill(hidden, -1)
-        x_t = self.process.perturb(x0, t, noise)
+        if class_labels is not None:
+            class_labels = seen = _checked_labels(class_labels, x0)
+            if draws.hidden is not None:
+                seen = class_labels.masked_fill(draws.hidden, -1)
+        t = draws.t
+        x_t = self.process.perturb(x0, t, draws.noise)
         target = self.target(
             x0,
             x_t,
             t,
             seen,
             index,
-            noise=noise,
+            noise=draws.noise,
             reference_group=class_labels,
             flip=flip,
             alone=alone,
             generator=generator,
         )
         x = x_t / per_row(self.process.alpha(t), x0)
+        return Example(x, self.process.noise_level(t), seen, target)
+
+    def evaluate(
+        self, denoiser: DenoiserLike, example: Example, augment_labels: Tensor | None = None
+    ) -> ObjectiveValue:
+        """The loss of a denoiser on an example; arguments as in `__call__`.
+
+        Raises:
+            ValueError: if the denoiser returns another shape, or the weight is not finite.
+        """
+        x, level, seen = example.x, example.noise_level, example.seen
         if seen is None and augment_labels is None:
             estimate = denoiser(x, level)
         elif augment_labels is None:
             estimate = denoiser(x, level, seen)
         else:
             estimate = denoiser(x, level, seen, augment_labels)
-        if estimate.shape != x0.shape:
+        if estimate.shape != x.shape:
             raise ValueError(
-                f"the denoiser returned shape {tuple(estimate.shape)} for x0 of shape {tuple(x0.shape)}: they must be equal."
+                f"the denoiser returned shape {tuple(estimate.shape)} for x0 of shape {tuple(x.shape)}: they must be equal."
             )
         weight = self.weighting(level)
         if not bool(weight.isfinite().all()):
@@ -163,10 +264,15 @@ class Objective:
                 f"{self.weighting} is not finite at noise levels from {level.min():g}: raise the lower end of "
                 f"{self.noise_levels}."
             )
-        error = (estimate.to(torch.promote_types(estimate.dtype, torch.float32)) - target.x0).flatten(1)
+        error = (estimate.to(torch.promote_types(estimate.dtype, torch.float32)) - example.target.x0).flatten(1)
         row_loss = weight.to(error.dtype) * error.square().mean(1)
-        removed = weight * target.variance / math.prod(x0.shape[1:])
+        removed = weight * example.target.variance / math.prod(x.shape[1:])
         return ObjectiveValue(row_loss.mean(), row_loss, level, removed)
+
+
+def _check_data(x0: Tensor) -> None:
+    if not x0.is_floating_point():
+        raise ValueError(f"x0 has dtype {x0.dtype}: it must be floating point (uint8 images: x0 / 127.5 - 1).")
 
 
 def _checked_labels(labels: Tensor, x0: Tensor) -> Tensor:

@@ -2,10 +2,16 @@
 
 import textwrap
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from stablefield.report.svg import printable
 
-__all__ = ["NARROW", "WIDE", "Layout", "wrap"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+    from matplotlib.transforms import Transform
+
+__all__ = ["NARROW", "WIDE", "Layout", "pixels", "place", "wrap"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,3 +36,16 @@ NARROW = Layout(width=328, height=330, font=12, names_at_ends=False, name_length
 def wrap(text: str, length: int) -> str:
     """The text in lines of at most `length` characters, a longer word on a line of its own; no sign that is not printed."""
     return "\n".join(textwrap.wrap(printable(text), length, break_long_words=False))
+
+
+def pixels(canvas: "Canvas") -> "Transform":
+    """Pixels of the layout from the lower left corner, whatever the resolution the canvas is saved at."""
+    from matplotlib.transforms import Affine2D
+
+    return Affine2D().scale(1 / canvas.dpi) + canvas.dpi_scale_trans
+
+
+def place(axes: "Axes", left: float, bottom: float, right: float, top: float) -> None:
+    """Put the axes there, in pixels of the layout."""
+    width, height = axes.figure.bbox.width, axes.figure.bbox.height
+    axes.set_position((left / width, bottom / height, (right - left) / width, (top - bottom) / height))

@@ -1,6 +1,6 @@
 """A page: what a report says, before it is drawn.
 
-    Page(title, summary, blocks)      a block is Text, Bullets, KeyFigures, Table, Figure, Code, Details or Section
+    Page(title, summary, blocks)      a block is Text, Bullets, a Table, a Figure, Details, a Section, ...
 
 Every value is checked where it is made, so that a mistake shows in the line that made it and not in a browser. Text is
 plain; between `backticks` it is set as code, and a blank line begins a paragraph.
@@ -25,6 +25,7 @@ __all__ = [
     "KeyFigures",
     "Page",
     "Section",
+    "SideBySide",
     "Table",
     "Text",
     "json_details",
@@ -206,6 +207,22 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class SideBySide:
+    """Figures to compare, beside each other where the screen is wide enough. Charts are drawn in their narrow layout.
+
+    Raises:
+        ValueError: if there are fewer than two.
+    """
+
+    figures: tuple[Figure, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "figures", tuple(self.figures))
+        if len(self.figures) < 2:
+            raise ValueError(f"figures of SideBySide are {len(self.figures)}: pass at least two, or a Figure alone.")
+
+
+@dataclass(frozen=True)
 class Details:
     """Blocks behind a line that opens and closes them. On paper they are open.
 
@@ -241,7 +258,7 @@ class Section:
             raise ValueError(f"blocks of Section {self.title!r} is empty: pass at least one block.")
 
 
-Block = Text | Bullets | Code | KeyFigures | Table | Figure | Details | Section
+Block = Text | Bullets | Code | KeyFigures | Table | Figure | SideBySide | Details | Section
 """What pages, sections and details are made of."""
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stablefield.targets.bank import Bank
 
-__all__ = ["InBatch", "Pool", "References", "Selection"]
+__all__ = ["InBatch", "Pool", "References", "Selection", "choose"]
 
 
 @dataclass(frozen=True)
@@ -144,18 +144,17 @@ class Pool:
             )
         if self.size is None:
             return Selection(self._bank, index, self.group, self.mirrored)
-        own: Tensor
-        source: Tensor
-        own, source = torch.unique(index, return_inverse=True)
-        if self.size < len(own):
-            raise ValueError(
-                f"Pool size is {self.size}, but the batch has {len(own)} samples of its own: "
-                f"a size of at least the batch is needed, so that every source is among the references."
-            )
-        chosen = torch.cat([own, _others(n, own, self.size - len(own), generator)])
-        return Selection(
-            self._bank.take(chosen), source, None if self.group is None else self.group[chosen], self.mirrored
-        )
+        chosen, source = choose(n, index, self.size, generator)
+        part = self.subset(chosen)
+        return Selection(part._bank, source, part.group, part.mirrored)
+
+    def subset(self, index: Tensor) -> "Pool":
+        """The whole pool of the samples at `index`, integers (m,), with what is known of their norms."""
+        part = Pool.__new__(Pool)
+        part.size, part.mirrored = None, self.mirrored
+        part.group = None if self.group is None else self.group[index]
+        part._bank = self._bank.take(index)
+        return part
 
     def _check_is_own(self, x0: Tensor, index: Tensor) -> None:
         # A source that is not among the references biases the target silently, so it is worth a look at B d numbers.
@@ -168,6 +167,32 @@ class Pool:
                 f"row {row} of x0 is not sample {int(index[row])} of the Pool (largest difference {gap[row].item():.3g}): "
                 "pass flip= for mirrored rows, alone= for rows with another augmentation of their own, or the right index."
             )
+
+
+def choose(n: int, index: Tensor, size: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Choose `size` of n samples: those at `index`, each once, and others drawn without replacement.
+
+    Args:
+        n: how many samples there are.
+        index: places of the batch's rows, integers (B,).
+        size: how many to choose.
+        generator: where the others are drawn from.
+
+    Returns:
+        The places of the chosen, shape (size,), and each row's place among them, shape (B,).
+
+    Raises:
+        ValueError: if `size` is below the number of distinct rows.
+    """
+    own: Tensor
+    source: Tensor
+    own, source = torch.unique(index, return_inverse=True)
+    if size < len(own):
+        raise ValueError(
+            f"Pool size is {size}, but the batch has {len(own)} samples of its own: "
+            f"a size of at least the batch is needed, so that every source is among the references."
+        )
+    return torch.cat([own, _others(n, own, size - len(own), generator)]), source
 
 
 def _others(n: int, own: Tensor, count: int, generator: torch.Generator | None) -> Tensor:

@@ -1,6 +1,6 @@
-"""A checkpoint: a folder with the weights, their average and the optimiser in safetensors, and the rest in JSON.
+"""A checkpoint: a folder with the weights, their averages and the optimiser in safetensors, and the rest in JSON.
 
-    step-00002000/  model.safetensors  ema.safetensors  optimizer.safetensors  state.json
+    step-00002000/  model.safetensors  ema.safetensors  optimizer.safetensors  [power-0.05.safetensors ...]  state.json
 
 It is written under a temporary name, synced and renamed, so a folder of this name is whole; state.json carries the
 sha256 of the other files, so later damage is seen.
@@ -10,16 +10,17 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CheckpointError", "State", "load_weights", "read_state", "restore", "save"]
+from stablefield.training.files import sync
 
-_FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+__all__ = ["CheckpointError", "State", "Trained", "load_weights", "read_state", "remove", "restore", "save", "sweep"]
 
 
 class CheckpointError(Exception):
@@ -39,27 +40,74 @@ class State:
     images: int
 
 
-def save(folder: Path, state: State, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write a checkpoint to `folder`, whole or not at all."""
+@dataclass(frozen=True)
+class Trained:
+    """What training changes.
+
+    Attributes:
+        model: the weights.
+        averages: modules that hold averages of them, by name: "ema", and "power-0.05" where snapshots are taken.
+        optimizer: with its moments.
+    """
+
+    model: nn.Module
+    averages: Mapping[str, nn.Module] = field(default_factory=dict[str, nn.Module])
+    optimizer: torch.optim.Optimizer | None = None
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The model and its averages, by the names of their files."""
+        return {"model": self.model, **self.averages}
+
+
+def save(folder: Path, state: State, trained: Trained) -> None:
+    """Write a checkpoint to `folder`, whole or not at all.
+
+    Raises:
+        OSError: if it cannot be written, as on a full disk; nothing is left behind.
+    """
     from safetensors.torch import save_file
 
+    contents = {name: module.state_dict() for name, module in trained.modules().items()}
+    if trained.optimizer is not None:
+        contents["optimizer"] = _flat(trained.optimizer)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    tensors = (model.state_dict(), ema.state_dict(), _flat(optimizer))
-    for name, content in zip(_FILES, tensors, strict=True):
-        save_file({key: value.detach().contiguous().cpu() for key, value in content.items()}, temporary / name)
-        _sync(temporary / name)
-    record = {
-        "step": state.step,
-        "images": state.images,
-        "sha256": {name: _sha256(temporary / name) for name in _FILES},
-    }
-    (temporary / "state.json").write_text(json.dumps(record, indent=2) + "\n")
-    _sync(temporary / "state.json")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    _sync(folder.parent)
+    try:
+        sums: dict[str, str] = {}
+        for name, content in contents.items():
+            path = temporary / f"{name}.safetensors"
+            try:
+                save_file({key: value.detach().contiguous().cpu() for key, value in content.items()}, path)
+            except OSError:
+                raise
+            except Exception as error:  # safetensors reports a full disk as an error of its own
+                raise OSError(f"{path} cannot be written: {error}") from error
+            sync(path)
+            sums[path.name] = _sha256(path)
+        record = {"step": state.step, "images": state.images, "sha256": sums}
+        (temporary / "state.json").write_text(json.dumps(record, indent=2) + "\n")
+        sync(temporary / "state.json")
+        remove(folder)
+        os.replace(temporary, folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; at no time is there a part of one under its name."""
+    if folder.exists():
+        doomed = folder.with_name(f".{folder.name}.old.tmp")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a kill left half-written or half-deleted in a folder of checkpoints."""
+    for leftover in folder.glob(".*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def read_state(folder: Path) -> State:
@@ -71,22 +119,22 @@ def read_state(folder: Path) -> State:
     try:
         record = json.loads((folder / "state.json").read_text())
         state, sums = State(int(record["step"]), int(record["images"])), record["sha256"]
-        for name in _FILES:
+        for name in ("model.safetensors", *sums):
             if _sha256(folder / name) != sums[name]:
                 raise CheckpointError(f"{folder / name} is not what was written there (its sha256 differs).")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder} cannot be read: {error}.") from error
     return state
 
 
-def load_weights(folder: Path, module: nn.Module, *, ema: bool) -> None:
-    """Load the weights, or their average, into `module`."""
+def load_weights(folder: Path, module: nn.Module, name: str = "model") -> None:
+    """Load the weights, or the average called `name`, into `module`."""
     from safetensors.torch import load_file
 
-    module.load_state_dict(load_file(folder / ("ema.safetensors" if ema else "model.safetensors")))
+    module.load_state_dict(load_file(folder / f"{name}.safetensors"))
 
 
-def restore(folder: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+def restore(folder: Path, trained: Trained) -> State:
     """Load everything from a checkpoint.
 
     Raises:
@@ -95,14 +143,15 @@ def restore(folder: Path, model: nn.Module, ema: nn.Module, optimizer: torch.opt
     from safetensors.torch import load_file
 
     state = read_state(folder)
-    load_weights(folder, model, ema=False)
-    load_weights(folder, ema, ema=True)
-    entries: dict[int, dict[str, Tensor]] = {}
-    for key, value in load_file(folder / "optimizer.safetensors").items():
-        number, name = key.split(".", 1)
-        entries.setdefault(int(number), {})[name] = value
-    record: dict[str, Any] = optimizer.state_dict()
-    optimizer.load_state_dict({"state": entries, "param_groups": record["param_groups"]})
+    for name, module in trained.modules().items():
+        load_weights(folder, module, name)
+    if trained.optimizer is not None:
+        entries: dict[int, dict[str, Tensor]] = {}
+        for key, value in load_file(folder / "optimizer.safetensors").items():
+            number, name = key.split(".", 1)
+            entries.setdefault(int(number), {})[name] = value
+        record: dict[str, Any] = trained.optimizer.state_dict()
+        trained.optimizer.load_state_dict({"state": entries, "param_groups": record["param_groups"]})
     return state
 
 
@@ -114,11 +163,3 @@ def _flat(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

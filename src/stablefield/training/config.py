@@ -4,13 +4,13 @@ Only the classes listed here are ever made from a file.
 """
 
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, cast
 
 from stablefield.diffusion.noise_levels import LogNormal, LogUniform, Uniform
 from stablefield.diffusion.preconditioning import EDMPreconditioning, VEPreconditioning, VPPreconditioning
 from stablefield.diffusion.process import EDM, VE, VP, Cosine, RectifiedFlow
 from stablefield.diffusion.weighting import EDMWeighting, FlowWeighting, SNRWeighting
-from stablefield.training.recipe import Perceptron, Recipe
+from stablefield.training.recipe import Perceptron, Recipe, UNet
 
 __all__ = ["decode", "encode"]
 
@@ -21,15 +21,17 @@ _KINDS = {
         *(LogNormal, LogUniform, Uniform),
         *(EDMWeighting, SNRWeighting, FlowWeighting),
         *(EDMPreconditioning, VPPreconditioning, VEPreconditioning),
-        *(Perceptron, Recipe),
+        *(Perceptron, UNet, Recipe),
     )
 }
 
 
 def encode(value: Any) -> Any:
-    """`value` (a dataclass of the list, or a JSON value) as JSON values; infinity becomes the text "inf"."""
+    """A dataclass of the list, or a JSON value, as JSON values; infinity becomes "inf", a tuple a list."""
     if is_dataclass(value):
         return {"kind": type(value).__name__, **{f.name: encode(getattr(value, f.name)) for f in fields(value)}}
+    if isinstance(value, tuple):
+        return [encode(item) for item in cast("tuple[Any, ...]", value)]
     return "inf" if value == float("inf") else value
 
 
@@ -39,9 +41,11 @@ def decode(data: Any) -> Any:
     Raises:
         ValueError: if a kind is not of the list, or its fields do not fit.
     """
+    if isinstance(data, list):
+        return tuple(decode(item) for item in cast("list[Any]", data))
     if not isinstance(data, dict):
         return float("inf") if data == "inf" else data
-    entries = {str(key): decode(value) for key, value in data.items()}
+    entries = {str(key): decode(value) for key, value in cast("dict[str, Any]", data).items()}
     kind = str(entries.pop("kind", None))
     if kind not in _KINDS:
         raise ValueError(f'config.json has the kind "{kind}", which this version does not know: {", ".join(_KINDS)}.')

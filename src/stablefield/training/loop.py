@@ -1,63 +1,53 @@
-"""The training loop: batches, noise and references as functions of (seed, step).
+"""The training loop: steps, and between them what people look at and what is kept.
 
-A step takes its rows from the index stream, everything random from generators of (seed, purpose, step), and leaves nothing
-behind but weights, average and optimiser: continuing from a checkpoint repeats what an uninterrupted run does.
+A step is a function of (seed, step), see `stepper`; the loop adds reports, lines of metrics.jsonl, pictures, checkpoints and
+observers, none of which changes what the steps do. One process or many run it alike; the first of them writes.
 """
 
 import math
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
+from accelerate import Accelerator
 
 from stablefield.data.image_set import ImageSet
-from stablefield.data.index_stream import IndexStream
 from stablefield.data.png import tile, write_png
-from stablefield.diffusion.objective import Objective
+from stablefield.diffusion.preconditioning import Denoiser
 from stablefield.sampling.grids import edm_sigmas
 from stablefield.sampling.ode import heun
-from stablefield.targets.references import Pool
-from stablefield.targets.target import DenoisingTarget, StableTarget
-from stablefield.training.checkpoint import State, restore, save
-from stablefield.training.ema import ema_decay, follower, update_ema
-from stablefield.training.model import build_denoiser, draw
+from stablefield.training.checkpoint import State, restore, save, sweep
+from stablefield.training.feed import Feed, fits
+from stablefield.training.meter import Meter, Report, bin_edges
+from stablefield.training.model import draw
+from stablefield.training.post_hoc import take_snapshot
 from stablefield.training.recipe import Recipe
 from stablefield.training.run_folder import RunConfig, RunFolder
-from stablefield.training.seeding import Purpose, generator_for, seed_for
+from stablefield.training.stepper import Stepper
 
-__all__ = ["Report", "TrainingError", "check_fit", "train"]
+__all__ = ["Observer", "Report", "Tracker", "TrainingError", "check_fit", "make_accelerator", "train"]
 
 SAMPLE_SEEDS = range(64)
 SAMPLE_STEPS = 18
+
+Tracker = Literal["none", "tensorboard", "wandb"]
 
 
 class TrainingError(Exception):
     """The run cannot go on; the message says why and what is left."""
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a stretch of steps came to.
-
-    Attributes:
-        step: steps done.
-        loss: mean loss over the stretch.
-        variance_removed: mean of what the references took from the loss, in its units.
-        images_per_second: over the stretch, without checkpoints and pictures.
-    """
-
-    step: int
-    loss: float
-    variance_removed: float
-    images_per_second: float
+class Observer(Protocol):
+    """Somebody who looks at the model every so often, as an evaluation does."""
 
     @property
-    def share_removed(self) -> float:
-        """Variance removed as a share of the loss that the single-sample target would have."""
-        whole = self.loss + self.variance_removed
-        return self.variance_removed / whole if whole > 0 else 0.0
+    def every(self) -> int:
+        """Steps between looks; the last step is always one."""
+        ...
+
+    def __call__(self, step: int, denoiser: Denoiser) -> dict[str, float]:
+        """Look at the averaged model after `step` steps, and return what goes into metrics.jsonl."""
+        ...
 
 
 def check_fit(recipe: Recipe, data: ImageSet) -> None:
@@ -70,17 +60,36 @@ def check_fit(recipe: Recipe, data: ImageSet) -> None:
     n = len(data)
     if recipe.batch > n:
         raise ValueError(f"--batch {recipe.batch} is above the {n} images of the data: pass --batch {n} or less.")
-    if recipe.references != "all" and recipe.references > n:
-        raise ValueError(
-            f"--references {recipe.references} is above the {n} images of the data: pass at most {n}, or all."
-        )
-    if recipe.target == "stf" and recipe.references != "all" and recipe.references < recipe.batch:
-        raise ValueError(
-            f"--references {recipe.references} is below --batch {recipe.batch}: every image of a batch is among its "
-            f"references, so pass at least {recipe.batch}, or --target dsm for none."
-        )
+    if isinstance(recipe.references, int) and recipe.target == "stf":
+        if recipe.references > n:
+            raise ValueError(
+                f"--references {recipe.references} is above the {n} images of the data: pass at most {n}, or all."
+            )
+        if recipe.references < recipe.batch:
+            raise ValueError(
+                f"--references {recipe.references} is below --batch {recipe.batch}: every image of a batch is among its "
+                f"references, so pass at least {recipe.batch}, or --target dsm for none."
+            )
     if recipe.conditional and data.labels is None:
         raise ValueError("--conditional needs classes, and the data have no labels: leave it out.")
+
+
+def make_accelerator(device: torch.device, tracker: Tracker = "none", folder: RunFolder | None = None) -> Accelerator:
+    """The processes of this run with their devices and tracker.
+
+    Precision is the stepper's: Accelerate settles it once for a whole program, which may hold several runs.
+
+    Args:
+        device: of a run of one process; with several, each takes its own GPU, or the CPU if this is one.
+        tracker: what metrics.jsonl is mirrored to.
+        folder: where a tracker may write.
+    """
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="no",
+        log_with=None if tracker == "none" else tracker,
+        project_dir=None if folder is None else str(folder.path),
+    )
 
 
 def train(
@@ -92,6 +101,9 @@ def train(
     report: Callable[[Report], None] | None = None,
     every: int = 10,
     stop: Callable[[], bool] = lambda: False,
+    observers: Sequence[Observer] = (),
+    tracker: Tracker = "none",
+    accelerator: Accelerator | None = None,
 ) -> int:
     """Train the run in `folder` to its last step, from its newest checkpoint if it has one.
 
@@ -100,130 +112,199 @@ def train(
         config: what config.json says.
         data: the images.
         device: where to compute.
-        report: called after every `every` steps.
+        report: called after every `every` steps, on the first process.
         every: steps between reports.
-        stop: asked after every step; if true, the run is saved with a checkpoint and a picture, and left.
+        stop: asked after every step (with several processes, every `every` steps); if true on any process, the run is
+            saved with a checkpoint, and left.
+        observers: asked for further metrics.
+        tracker: where metrics.jsonl is mirrored to.
+        accelerator: the processes; made if not given.
 
     Returns:
         The steps done.
 
     Raises:
-        TrainingError: if the loss is not finite.
+        TrainingError: if a loss or a weight is not finite, or the disk is full; the checkpoints written before are whole.
         ValueError: if no checkpoint of a run to continue is whole, or the data are not those of the run.
     """
     recipe = config.recipe
     if data.manifest["sha256"] != config.manifest["sha256"]:
         raise ValueError(f"{config.data} is not what this run was started with (its pixels' sha256 differs).")
-    model = build_denoiser(config).to(device)
-    ema = follower(model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate)
-    state = State(0, 0)
-    newest = folder.newest()
-    if newest is not None:
-        state = restore(newest[0], model, ema, optimizer)
-    folder.rewind_log(state.step)
-
-    # A copy: a mapped file is read-only, and every row is wanted at every step.
-    pixels = torch.from_numpy(np.array(data.images)).to(device)
-    labels = torch.from_numpy(data.labels).to(device) if config.classes and data.labels is not None else None
-    objective = _objective(recipe, pixels, labels)
-    stream = IndexStream(len(data), recipe.batch, recipe.seed)
-    reported, logged = _Meter(device), _Meter(device)
-    for step in range(state.step, recipe.steps):
-        index = torch.from_numpy(stream.batch_at(step)).to(device)
-        x0 = pixels[index].float().div_(127.5).sub_(1)
-        model.train()
-        torch.manual_seed(seed_for(recipe.seed, Purpose.DROPOUT, step))
-        optimizer.param_groups[0]["lr"] = recipe.learning_rate_at(step)
-        generator = generator_for(recipe.seed, Purpose.OBJECTIVE, step, device)
-        value = objective(model, x0, None if labels is None else labels[index], index, generator=generator)
-        optimizer.zero_grad(set_to_none=True)
-        value.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimizer.step()
-        update_ema(ema, model, ema_decay(recipe.batch, step * recipe.batch, recipe.ema_half_life, recipe.ema_ramp))
-
-        done = step + 1
-        last = done == recipe.steps or stop()
-        removed = value.variance_removed.mean()
-        reported.add(value.loss.detach(), removed, recipe.batch)
-        logged.add(value.loss.detach(), removed, recipe.batch)
-        if done % recipe.log_every == 0 or last:
-            entry = logged.report(done)
-            if not math.isfinite(entry.loss):
-                raise TrainingError(
-                    f"the loss is {entry.loss} at step {done}: lower --learning-rate or --clip. "
-                    "The checkpoints written before are whole."
-                )
-            folder.log(
-                {
-                    "step": done,
-                    "images": done * recipe.batch,
-                    "loss": entry.loss,
-                    "variance_removed": entry.variance_removed,
-                    "images_per_second": entry.images_per_second,
-                    "learning_rate": recipe.learning_rate_at(step),
-                }
-            )
-            logged = _Meter(device)
-        if report is not None and (done % every == 0 or last):
-            report(reported.report(done))
-            reported = _Meter(device)
-        if last or (recipe.sample_every and done % recipe.sample_every == 0):
-            _picture(folder, config, ema, done, device)
-        if last or done % recipe.checkpoint_every == 0:
-            save(folder.checkpoint(done), State(done, done * recipe.batch), model, ema, optimizer)
-            reported.restart()
-            logged.restart()
-        if last:
-            return done
-    return state.step
+    accelerator = accelerator or make_accelerator(device, tracker, folder)
+    device = accelerator.device
+    feed = Feed(data, recipe, device, labelled=config.classes > 0, resident=fits(data, device))
+    try:
+        loop = _Loop(folder, config, feed, accelerator, observers)
+        if tracker != "none":
+            accelerator.init_trackers("stablefield", {"run": folder.path.name, "data": config.data})
+        try:
+            return loop.run(report, every, stop)
+        except ArithmeticError as error:
+            raise TrainingError(
+                f"{error}: lower --learning-rate or --clip. The checkpoints written before are whole."
+            ) from error
+        except OSError as error:
+            raise TrainingError(
+                f"the run cannot be written ({error.strerror or error}): free some space, then go on with --resume. "
+                "The checkpoints written before are whole."
+            ) from error
+        finally:
+            if tracker != "none":
+                accelerator.end_training()
+    finally:
+        feed.close()
 
 
-class _Meter:
-    """Sums over a stretch of steps; the device is asked for numbers at its end only."""
+class _Loop:
+    """A run under way on one process."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(2, dtype=torch.float32, device=device)
-        self._steps = 0
-        self._images = 0
-        self._seconds = 0.0
-        self._clock = time.perf_counter()
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        feed: Feed,
+        accelerator: Accelerator,
+        observers: Sequence[Observer],
+    ) -> None:
+        self._folder, self._config, self._recipe = folder, config, config.recipe
+        self._accelerator, self._observers = accelerator, observers
+        self._main = accelerator.is_main_process
+        self._stepper = Stepper(config, feed, accelerator)
+        self._edges = bin_edges(config.recipe.noise_levels, config.recipe.process)
+        self._state = State(0, 0)
+        newest = folder.newest()
+        if newest is not None:
+            self._state = restore(newest[0], self._stepper.trained)
+        accelerator.wait_for_everyone()
+        if self._main:
+            sweep(folder.path / "checkpoints")
+            folder.rewind_log(self._state.step)
+        self._reported, self._logged = self._meter(), self._meter()
 
-    def add(self, loss: torch.Tensor, removed: torch.Tensor, images: int) -> None:
-        self._sums += torch.stack([loss.float(), removed.float()])
-        self._steps += 1
-        self._images += images
-        self.restart(count=True)
+    def run(self, report: Callable[[Report], None] | None, every: int, stop: Callable[[], bool]) -> int:
+        recipe = self._recipe
+        for step in range(self._state.step, recipe.steps):
+            parts = self._stepper.take(step)
+            done = step + 1
+            # Whoever stops a run may have no time for pictures; a checkpoint is all that it needs.
+            stopped = done < recipe.steps and self._stops(done, every, stop)
+            last = done == recipe.steps or stopped
+            for meter in (self._reported, self._logged):
+                meter.step(parts, recipe.batch)
+            extra = {} if stopped else self._observe(done, last)
+            if done % recipe.log_every == 0 or last:
+                self._log(done, extra)
+            elif extra and self._main:
+                self._write({"step": done, **extra})
+            if done % every == 0 or last:
+                found = self._report(self._reported, done)
+                self._reported = self._meter()
+                if report is not None and self._main:
+                    report(found)
+            self._keep(done, last, stopped)
+            if last:
+                return done
+        return self._state.step
 
-    def restart(self, count: bool = False) -> None:
-        now = time.perf_counter()
-        if count:
-            self._seconds += now - self._clock
-        self._clock = now
+    def _stops(self, done: int, every: int, stop: Callable[[], bool]) -> bool:
+        if self._accelerator.num_processes == 1:
+            return stop()
+        if done % every:
+            return False
+        # All or none: a process that left alone would leave the others waiting.
+        wish = torch.tensor([float(stop())], device=self._accelerator.device)
+        torch.distributed.all_reduce(wish)
+        return bool(wish.item() > 0)
 
-    def report(self, step: int) -> Report:
-        loss, removed = (self._sums / max(1, self._steps)).tolist()
-        return Report(step, loss, removed, self._images / max(1e-9, self._seconds))
+    def _meter(self) -> Meter:
+        return Meter(self._edges, self._accelerator.device, self._stepper.target_watch)
+
+    def _report(self, meter: Meter, done: int) -> Report:
+        sums = meter.sums
+        if self._accelerator.num_processes > 1:
+            sums = sums.clone()
+            torch.distributed.all_reduce(sums)
+        return meter.report(done, sums)
+
+    def _log(self, done: int, extra: dict[str, float]) -> None:
+        entry = self._report(self._logged, done)
+        self._logged = self._meter()
+        if not math.isfinite(entry.loss):
+            raise ArithmeticError(f"the loss is {entry.loss} at step {done}")
+        if not self._main:
+            return
+        self._write(
+            {
+                "step": done,
+                "images": done * self._recipe.batch,
+                "loss": entry.loss,
+                "variance_removed": entry.variance_removed,
+                "images_per_second": entry.images_per_second,
+                "target_share": entry.target_share,
+                "learning_rate": self._recipe.learning_rate_at(done - 1),
+                "bin_edges": list(self._edges),
+                "bin_loss": [_or_none(value) for value in entry.bin_loss],
+                "bin_variance_removed": [_or_none(value) for value in entry.bin_removed],
+                **extra,
+            }
+        )
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self._folder.log(entry)
+        if self._accelerator.trackers:
+            flat = {key: value for key, value in entry.items() if isinstance(value, int | float)}
+            for name in ("bin_loss", "bin_variance_removed"):
+                flat |= {f"{name}/{k}": v for k, v in enumerate(entry.get(name, ())) if v is not None}
+            step = flat.pop("step")
+            self._accelerator.log(flat, step=int(step))
+
+    def _observe(self, done: int, last: bool) -> dict[str, float]:
+        """What the observers see, on the first process; the others wait at their next step."""
+        found: dict[str, float] = {}
+        ema = self._stepper.trained.averages["ema"]
+        assert isinstance(ema, Denoiser)
+        if self._main:
+            for observer in self._observers:
+                if last or done % observer.every == 0:
+                    found |= observer(done, ema)
+        if found:
+            self._pause()
+        return found
+
+    def _keep(self, done: int, last: bool, stopped: bool) -> None:
+        recipe, folder = self._recipe, self._folder
+        final = last and not stopped
+        snapshot = recipe.ema_snapshot_every and (final or done % recipe.ema_snapshot_every == 0)
+        picture = final or (recipe.sample_every and not stopped and done % recipe.sample_every == 0)
+        checkpoint = last or done % recipe.checkpoint_every == 0
+        if not (snapshot or picture or checkpoint):
+            return
+        if checkpoint or snapshot:
+            self._stepper.require_finite(done)
+        if self._main:
+            trained = self._stepper.trained
+            if snapshot:
+                powers = [(n, m) for n, m in trained.averages.items() if n.startswith("power-")]
+                take_snapshot(folder.snapshots, done, [(float(n.removeprefix("power-")), m) for n, m in powers])
+            if picture:
+                self._picture(done)
+            if checkpoint:
+                save(folder.checkpoint(done), State(done, done * recipe.batch), trained)
+                folder.prune(recipe.keep_last, recipe.keep_every)
+        self._accelerator.wait_for_everyone()
+        self._pause()
+
+    def _pause(self) -> None:
+        for meter in (self._reported, self._logged):
+            meter.pause()
+
+    def _picture(self, step: int) -> None:
+        sigmas = edm_sigmas(SAMPLE_STEPS)
+        ema = self._stepper.trained.averages["ema"]
+        device = self._accelerator.device
+        images = draw(lambda x, _: heun(ema, x, sigmas), self._config.shape, SAMPLE_SEEDS, float(sigmas[0]), device)
+        write_png(self._folder.picture(step), tile(images))
 
 
-def _objective(recipe: Recipe, pixels: torch.Tensor, labels: torch.Tensor | None) -> Objective:
-    if recipe.target == "dsm":
-        target: StableTarget = DenoisingTarget(recipe.process)
-    else:
-        size = None if recipe.references == "all" else recipe.references
-        pool = Pool(pixels, size, labels)
-        target = StableTarget(recipe.process, references=pool, noise_band=recipe.noise_band)
-    return Objective(
-        recipe.process,
-        noise_levels=recipe.noise_levels,
-        weighting=recipe.weighting,
-        target=target,
-        label_dropout=recipe.label_dropout if labels is not None else 0.0,
-    )
-
-
-def _picture(folder: RunFolder, config: RunConfig, ema: torch.nn.Module, step: int, device: torch.device) -> None:
-    sigmas = edm_sigmas(SAMPLE_STEPS)
-    images = draw(lambda x, _: heun(ema, x, sigmas), config.shape, SAMPLE_SEEDS, float(sigmas[0]), device)
-    write_png(folder.picture(step), tile(images))
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None

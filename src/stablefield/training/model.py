@@ -12,63 +12,83 @@ from torch import Tensor
 from stablefield.diffusion.preconditioning import Denoiser
 from stablefield.sampling.noise import SampleNoise
 from stablefield.training.checkpoint import load_weights
+from stablefield.training.post_hoc import combine, snapshot_steps
 from stablefield.training.run_folder import RunConfig, RunFolder
 from stablefield.training.seeding import Purpose, generator_for
 
-__all__ = ["OpenModel", "build_denoiser", "draw", "load_denoiser", "open_model", "to_uint8"]
+__all__ = ["OpenModel", "build_denoiser", "draw", "open_model", "to_uint8"]
 
 
-def build_denoiser(config: RunConfig) -> Denoiser:
-    """The denoiser of a run with its initial weights, a function of the seed."""
-    recipe = config.recipe
-    generator = generator_for(recipe.seed, Purpose.WEIGHTS)
-    return Denoiser(recipe.network.build(config.shape, config.classes, generator), recipe.preconditioning)
-
-
-def load_denoiser(config: RunConfig, checkpoint: Path, *, ema: bool = True) -> Denoiser:
-    """The denoiser of a checkpoint, in evaluation mode: its averaged weights, or the raw ones."""
-    denoiser = build_denoiser(config)
-    load_weights(checkpoint, denoiser, ema=ema)
-    return denoiser.eval().requires_grad_(False)
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class OpenModel:
-    """A model of a run, ready to be used.
+    """A trained model, ready to be asked.
 
     Attributes:
-        denoiser: in evaluation mode.
+        denoiser: D(x, sigma, class_labels=None) in noise-to-signal units, in evaluation mode.
         config: of its run.
-        step: how long it was trained.
-        ema: which average of the weights it is, for the protocol.
+        step: steps it was trained for.
+        ema: which average of the weights it is, for a protocol: "half-life", "none", or the length "0.1".
+        complaints: what was wrong with newer checkpoints, which were passed over.
     """
 
     denoiser: Denoiser
     config: RunConfig
     step: int
     ema: str
+    complaints: tuple[str, ...] = ()
+
+
+def build_denoiser(config: RunConfig) -> Denoiser:
+    """The denoiser of a run with its initial weights, a function of the seed."""
+    recipe = config.recipe
+    generator = generator_for(recipe.seed, Purpose.WEIGHTS)
+    network = recipe.network.build(config.shape, config.classes, recipe.augment_dim, generator)
+    return Denoiser(network, recipe.preconditioning)
 
 
 def open_model(path: Path, ema: str = "half-life", device: torch.device | str = "cpu") -> OpenModel:
-    """Open the newest checkpoint of a run.
+    """Open the newest model of a run.
 
     Args:
         path: the run's folder.
-        ema: "half-life" for the averaged weights, "none" for those of the last step.
-        device: where to put the denoiser.
+        ema: "half-life" for the average by EDM's rule, "none" for the weights of the last step, or a length such as "0.1"
+            for a power-function average made of the run's snapshots.
+        device: where it is wanted.
 
     Raises:
-        ValueError: if there is no run or no checkpoint, or `ema` is not one of the run.
+        ValueError: if there is no run or no whole checkpoint, or the average is unknown, with what there is.
     """
     folder = RunFolder.open(path)
     config = folder.config()
     newest = folder.newest()
     if newest is None:
         raise ValueError(f"{path} has no checkpoint yet: let it train for longer.")
-    if ema not in ("half-life", "none"):
-        raise ValueError(f"--ema {ema}: this run has half-life, and none for the weights of the last step.")
-    denoiser = load_denoiser(config, newest[0], ema=ema != "none").to(device)
-    return OpenModel(denoiser=denoiser, config=config, step=newest[1].step, ema=ema)
+    checkpoint, state, complaints = newest
+    denoiser, step = build_denoiser(config), state.step
+    if ema in ("half-life", "none"):
+        load_weights(checkpoint, denoiser, "ema" if ema == "half-life" else "model")
+    else:
+        step = _load_power_average(folder, ema, denoiser)
+    return OpenModel(denoiser.eval().requires_grad_(False).to(device), config, step, ema, tuple(complaints))
+
+
+def _load_power_average(folder: RunFolder, ema: str, denoiser: Denoiser) -> int:
+    steps = snapshot_steps(folder.snapshots)
+    there = "half-life, none"
+    if steps:
+        there += f", or a length from 0.01 to 0.25, made of {len(steps)} snapshots up to step {steps[-1]:,}"
+    try:
+        length = float(ema)
+    except ValueError:
+        raise ValueError(f"--ema {ema} is unknown: this run has {there}.") from None
+    if not steps:
+        raise ValueError(
+            f"--ema {ema}: this run has {there}; averages of other lengths need --ema-snapshot-every in training."
+        )
+    parameters, _ = combine(folder.snapshots, length)
+    # Buffers are constants of the architecture and the seed, and are not averaged.
+    denoiser.load_state_dict({**dict(denoiser.named_buffers()), **parameters})
+    return steps[-1]
 
 
 def draw(

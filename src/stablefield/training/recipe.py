@@ -1,21 +1,25 @@
 """A recipe: everything that decides what a run does, as one frozen value.
 
-Its attribute docstrings are the help of the command's flags.
+Its attribute docstrings are the help of the command's flags. `recipes` holds the named ones.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import nn
 
+from stablefield.data.augmentation import LABEL_WIDTH
 from stablefield.diffusion.noise_levels import LogNormal, LogUniform, Uniform
 from stablefield.diffusion.preconditioning import EDMPreconditioning, VEPreconditioning, VPPreconditioning
 from stablefield.diffusion.process import EDM, VE, VP, Cosine, RectifiedFlow
 from stablefield.diffusion.weighting import EDMWeighting, FlowWeighting, SNRWeighting
 from stablefield.networks.mlp import MLP
+from stablefield.networks.song_unet import SongUNet
 
-__all__ = ["DIGITS", "Perceptron", "Recipe"]
+__all__ = ["Perceptron", "Recipe", "UNet"]
+
+Shape: TypeAlias = tuple[int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +33,58 @@ class Perceptron:
     dropout: float = 0.0
     """Share of hidden values dropped in training."""
 
-    def build(self, shape: tuple[int, ...], classes: int, generator: torch.Generator) -> nn.Module:
-        """The network for samples of `shape` (C, H, W)."""
+    def build(self, shape: Shape, classes: int, augment_dim: int, generator: torch.Generator) -> nn.Module:
+        """The network for samples of `shape` (C, H, W).
+
+        Raises:
+            ValueError: if augmentation labels are asked for.
+        """
+        if augment_dim:
+            raise ValueError("--augmentation needs a U-Net, which can be told of it: use 0 with a perceptron.")
         return MLP(shape, self.width, self.depth, self.dropout, classes, generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNet:
+    """DDPM++ or NCSN++."""
+
+    architecture: Literal["ddpmpp", "ncsnpp"] = "ddpmpp"
+    """DDPM++ (positional noise embedding) or NCSN++ (Fourier embedding, wide resampling, residual input)."""
+    base_channels: int = 128
+    """Unit of width."""
+    multipliers: tuple[int, ...] = (2, 2, 2)
+    """Width of each level in that unit, from the full resolution down."""
+    blocks: int = 4
+    """Residual blocks per level."""
+    dropout: float = 0.13
+    """Share of values dropped within a block in training."""
+
+    def build(self, shape: Shape, classes: int, augment_dim: int, generator: torch.Generator) -> nn.Module:
+        """The network for images of `shape` (C, H, W).
+
+        Raises:
+            ValueError: if the images are not square, or cannot be halved as often as there are levels.
+        """
+        channels, height, width = shape
+        halvings = 2 ** (len(self.multipliers) - 1)
+        if height != width or height % halvings:
+            raise ValueError(
+                f"images of {width} x {height} pixels do not fit a U-Net of {len(self.multipliers)} levels, which takes "
+                f"squares whose side is a multiple of {halvings}: pass --resolution {_near(min(height, width), halvings)}."
+            )
+        make = SongUNet.ncsnpp if self.architecture == "ncsnpp" else SongUNet.ddpmpp
+        network = make(
+            height,
+            channels,
+            self.base_channels,
+            self.multipliers,
+            self.blocks,
+            augment_dim,
+            classes,
+            self.dropout,
+            generator=generator,
+        )
+        return network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +93,17 @@ class Recipe:
 
     target: Literal["stf", "dsm"] = "stf"
     """What to regress on: the stable target, or the single sample of denoising score matching."""
-    references: int | Literal["all"] = "all"
-    """References of the stable target per batch: a number from the batch size to the size of the data, or all of it."""
+    references: int | Literal["auto", "all"] = "auto"
+    """References of the stable target per step: a number from the batch size to the size of the data, all of it, or auto:
+    all where the data fit on the device, else 4096 read with each batch."""
     noise_band: float = 0.0
     """Noise level (sigma / alpha) below which the single sample is used."""
     steps: int = 4000
     """Optimiser steps."""
     batch: int = 128
-    """Images per step."""
+    """Images per step, over all processes together."""
+    accumulate: int = 1
+    """Parts in which a process works through its share of the batch, to save memory."""
     seed: int = 0
     """Decides weights, batches, noise and references."""
     learning_rate: float = 1e-3
@@ -57,22 +113,38 @@ class Recipe:
     decay_share: float = 0.3
     """Last share of the steps over which the learning rate falls linearly to 0."""
     clip: float = 1.0
-    """Norm to which gradients are clipped."""
+    """Norm to which gradients are clipped; inf for no clipping."""
+    mend_gradients: bool = False
+    """Set gradients that are NaN to 0 and infinite ones to 1e5, instead of stopping."""
     ema_half_life: float = 50_000
     """Half-life of the averaged weights, in images."""
     ema_ramp: float = 0.05
     """Upper bound of the half-life as a share of the images seen."""
+    ema_snapshot_every: int = 0
+    """Steps between snapshots of two power-function averages, from which `stablefield ema` makes others; 0 for none."""
+    augmentation: float = 0.0
+    """Probability of the non-leaking augmentation, of which the network is told; 0 for none."""
+    mirror: bool = False
+    """Double the data by their mirror images, left and right exchanged."""
     conditional: bool = False
     """Tell the network the class."""
     label_dropout: float = 0.1
     """Share of labels hidden from a conditional network, for guidance."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """Arithmetic of the network; targets, losses, weights and averages are float32 in any case."""
+    compile: bool = False
+    """Compile the network: slow at the start, faster afterwards on a GPU."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
     sample_every: int = 1000
     """Steps between sample grids; 0 for none but the last."""
     checkpoint_every: int = 2000
     """Steps between checkpoints; the last step always leaves one."""
-    network: Perceptron = field(default_factory=Perceptron)
+    keep_last: int = 2
+    """Newest checkpoints to keep."""
+    keep_every: int = 0
+    """Keep also the checkpoints at multiples of this many steps; 0 for none."""
+    network: Perceptron | UNet = field(default_factory=Perceptron)
     """The network."""
     process: EDM | VE | VP | Cosine | RectifiedFlow = field(default_factory=EDM)
     """How data become noise."""
@@ -86,18 +158,25 @@ class Recipe:
     """Scalings around the network."""
 
     def __post_init__(self) -> None:
-        positive = ("steps", "batch", "learning_rate", "clip", "ema_half_life", "log_every", "checkpoint_every")
-        for name in positive:
+        positive = ("steps", "batch", "accumulate", "learning_rate", "clip", "ema_half_life", "log_every")
+        for name in (*positive, "checkpoint_every", "keep_last"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be positive.")
-        for name in ("seed", "ramp_images", "sample_every", "noise_band"):
+        for name in ("seed", "ramp_images", "sample_every", "noise_band", "ema_snapshot_every", "keep_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must not be negative.")
-        for name in ("decay_share", "ema_ramp", "label_dropout"):
+        for name in ("decay_share", "ema_ramp", "label_dropout", "augmentation"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it is a share, 0 to 1.")
-        if self.references != "all" and self.references < 1:
-            raise ValueError(f"--references is {self.references}: it must be at least 1, or all.")
+        if isinstance(self.references, int) and self.references < 1:
+            raise ValueError(f"--references is {self.references}: it must be at least 1, or all, or auto.")
+        if self.mirror and self.augmentation:
+            raise ValueError("--mirror and --augmentation are both set: the augmentation mirrors images itself.")
+
+    @property
+    def augment_dim(self) -> int:
+        """Width of the augmentation labels; 0 for none."""
+        return LABEL_WIDTH if self.augmentation else 0
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of step `step`, counted from 0."""
@@ -106,5 +185,5 @@ class Recipe:
         return self.learning_rate * min(ramp, left, 1.0)
 
 
-DIGITS = Recipe()
-"""The built-in digits: a few minutes on two CPU cores."""
+def _near(side: int, halvings: int) -> int:
+    return max(halvings, side // halvings * halvings)

@@ -1,17 +1,18 @@
 """A run folder: where a run lives, from its configuration to its pictures.
 
-config.json  metrics.jsonl  checkpoints/step-00002000/  samples/step-00002000.png
+config.json  metrics.jsonl  checkpoints/step-00002000/  samples/step-00002000.png  ema/step-00002000.safetensors
 """
 
 import json
-import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stablefield.training.checkpoint import CheckpointError, State, read_state
+from stablefield.training.checkpoint import CheckpointError, State, read_state, remove
 from stablefield.training.config import decode, encode
+from stablefield.training.files import write_whole
 from stablefield.training.recipe import Recipe
 
 __all__ = ["RunConfig", "RunFolder"]
@@ -30,14 +31,16 @@ class RunConfig:
         manifest: what the data are.
         recipe: what the run does.
         version: of the library that wrote it.
+        opening: how the data were opened, beside their name: resolution, resize, skip_broken.
     """
 
     data: str
-    shape: tuple[int, ...]
+    shape: tuple[int, int, int]
     classes: int
     manifest: Mapping[str, Any]
     recipe: Recipe
     version: str
+    opening: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 class RunFolder:
@@ -65,10 +68,12 @@ class RunFolder:
                 "data": config.data,
                 "shape": list(config.shape),
                 "classes": config.classes,
+                "opening": dict(config.opening),
                 "manifest": dict(config.manifest),
                 "recipe": encode(config.recipe),
             }
-            (path / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+            text = json.dumps(record, indent=2) + "\n"
+            write_whole(path / "config.json", lambda temporary: temporary.write_text(text))
         except OSError as error:
             raise ValueError(
                 f"--out {path} cannot be written ({error.strerror}): name a folder in a place that you may write to."
@@ -103,11 +108,12 @@ class RunFolder:
                 manifest=record["manifest"],
                 recipe=decode(record["recipe"]),
                 version=record["stablefield"],
+                opening=record["opening"],
             )
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.path / 'config.json'} cannot be used: {error}.") from error
 
-    def log(self, entry: Mapping[str, float]) -> None:
+    def log(self, entry: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(dict(entry)) + "\n")
@@ -124,13 +130,23 @@ class RunFolder:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue  # a line cut off by a kill
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
+        write_whole(path, lambda temporary: temporary.write_text("".join(kept)))
 
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint of `step`."""
         return self.path / "checkpoints" / f"step-{step:08d}"
+
+    @property
+    def snapshots(self) -> Path:
+        """The folder of snapshots of power-function averages."""
+        return self.path / "ema"
+
+    def prune(self, keep_last: int, keep_every: int) -> None:
+        """Delete the checkpoints that are neither among the newest `keep_last` nor at multiples of `keep_every` steps."""
+        for folder in self._checkpoints()[:-keep_last]:
+            step = int(folder.name.removeprefix("step-"))
+            if not keep_every or step % keep_every:
+                remove(folder)
 
     def picture(self, step: int) -> Path:
         """The file of the sample grid of `step`."""
@@ -139,7 +155,7 @@ class RunFolder:
     def newest(self) -> tuple[Path, State, list[str]] | None:
         """The newest whole checkpoint, where it stood, and what was wrong with newer ones; None if there is none."""
         complaints: list[str] = []
-        for folder in sorted((self.path / "checkpoints").glob("step-*"), reverse=True):
+        for folder in reversed(self._checkpoints()):
             try:
                 return folder, read_state(folder), complaints
             except CheckpointError as error:
@@ -147,3 +163,7 @@ class RunFolder:
         if complaints:
             raise ValueError("no checkpoint of this run is whole. " + " ".join(complaints))
         return None
+
+    def _checkpoints(self) -> list[Path]:
+        folders = (self.path / "checkpoints").glob("step-*")
+        return sorted(folder for folder in folders if re.fullmatch(r"step-\d{8,}", folder.name))

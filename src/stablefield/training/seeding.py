@@ -17,11 +17,14 @@ class Purpose(IntEnum):
     WEIGHTS = 0
     OBJECTIVE = 1
     DROPOUT = 2
+    REFERENCES = 3
+    AUGMENTATION = 4
 
 
-def seed_for(seed: int, purpose: Purpose, step: int = 0) -> int:
-    """A number from 0 to 2^32 - 1 for (seed, purpose, step): torch's CPU generator reads no more bits than these."""
-    return int(np.random.SeedSequence(seed, spawn_key=(int(purpose), step)).generate_state(1, np.uint32)[0])
+def seed_for(seed: int, purpose: Purpose, step: int = 0, part: int = 0) -> int:
+    """A number from 0 to 2^32 - 1 for (seed, purpose, step, part): torch's CPU generator reads no more bits than these."""
+    key = (int(purpose), step, part) if part else (int(purpose), step)
+    return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint32)[0])
 
 
 def generator_for(seed: int, purpose: Purpose, step: int = 0, device: torch.device | str = "cpu") -> torch.Generator:

@@ -1,0 +1,54 @@
+"""`stablefield ema RUN`: averages of any length, from a run's snapshots."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from stablefield.cli.console import console, relative
+from stablefield.training.ema import LENGTHS, power_exponent
+from stablefield.training.files import write_whole
+from stablefield.training.post_hoc import combine, snapshot_steps
+from stablefield.training.run_folder import RunFolder
+
+__all__ = ["Ema"]
+
+
+@dataclass(frozen=True)
+class Ema:
+    """Make averages of the weights of any length after training, or say which snapshots there are."""
+
+    run_folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """The run's folder."""
+    length: tuple[float, ...] = ()
+    """Standard deviations of the averages as shares of the run, such as 0.05 0.1 0.15."""
+    step: int | None = None
+    """At which step; that of the last snapshot if not given."""
+
+    def run(self) -> int:
+        """Write one file of weights per length."""
+        folder = RunFolder.open(self.run_folder)
+        steps = snapshot_steps(folder.snapshots)
+        if not steps:
+            raise ValueError(
+                f"{self.run_folder} has no snapshots: they are taken with --ema-snapshot-every in training."
+            )
+        shown = ", ".join(f"{step:,}" for step in steps[:8]) + (f" ... {steps[-1]:,}" if len(steps) > 8 else "")
+        console.print(f"snapshots of lengths {' and '.join(map(str, LENGTHS))} at steps {shown}")
+        for length in self.length:
+            power_exponent(length)
+        for length in self.length:
+            self._write(folder, length)
+        console.print(f"use one:    stablefield sample {relative(folder.path)} --ema {(self.length or (0.1,))[0]:g}")
+        return 0
+
+    def _write(self, folder: RunFolder, length: float) -> None:
+        from safetensors.torch import save_file
+
+        parameters, error = combine(folder.snapshots, length, self.step)
+        name = f"length-{length:g}" + ("" if self.step is None else f"-step-{self.step:08d}")
+        path = folder.snapshots / f"{name}.safetensors"
+        metadata = {"length": f"{length:g}"}
+        write_whole(path, lambda temporary: save_file(parameters, temporary, metadata))
+        console.print(f"length {length:g}: {relative(path)} (profile within {error:.1%} of the exact one)")

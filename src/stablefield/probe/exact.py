@@ -1,0 +1,98 @@
+r"""The exact posterior over a population, and how far it is from the prior.
+
+The divergence is that of Kullback and Leibler, the f-divergence with $f(u) = u \log u$:
+
+$$ D_f(p(x_0 | x_t) \,\|\, p(x_0)) = \sum_k w_k \log \frac{w_k}{1/n} = \log n - H(w), $$
+
+$\log n$ nats where one sample has all the weight and 0 where all have the same. Its mean over $x_t$ is the mutual
+information of $x_0$ and $x_t$. It comes from sums that the posterior keeps anyway: with logits $l_k$ relative to the
+anchor, $\sum_k w_k \log w_k = \sum_k w_k l_k - \log \sum_k e^{l_k}$, and the mean logit is a difference of first and
+second moments.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stablefield.shapes import row_values
+from stablefield.targets.bank import Bank, squared_norms
+from stablefield.targets.excess import Excess, find_anchor
+from stablefield.targets.kernel import GaussianKernel
+from stablefield.targets.partial import Partial
+from stablefield.targets.posterior import Posterior, accumulate, finish
+from stablefield.targets.precision import full_precision
+from stablefield.targets.query import Query
+
+__all__ = ["Exact", "ExactPosterior"]
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The posterior for a batch of B rows.
+
+    Attributes:
+        posterior: mean, variance, ESS and own weight.
+        divergence: D_f of the weights from the prior, f(u) = u log u, in nats, shape (B,), float64.
+    """
+
+    posterior: Posterior
+    divergence: Tensor
+
+
+class ExactPosterior:
+    """The posterior over a fixed set whose norms are computed once.
+
+    Args:
+        data: the samples, shape (N, ...), floating point, or uint8 images that mean data / 127.5 - 1.
+        group: class of each, integers of shape (N,): rows then use their own class alone.
+    """
+
+    def __init__(self, data: Tensor, group: Tensor | None = None) -> None:
+        self._bank = Bank(data)
+        self._group = group
+
+    @property
+    def bank(self) -> Bank:
+        """The samples."""
+        return self._bank
+
+    def among(self, index: Tensor) -> "ExactPosterior":
+        """The posterior over the samples at `index` (n,) alone."""
+        part = ExactPosterior.__new__(ExactPosterior)
+        part._bank = self._bank.take(index)
+        part._group = None if self._group is None else self._group[index]
+        return part
+
+    @torch.no_grad()
+    def __call__(self, x_t: Tensor, alpha: Tensor, sigma: Tensor, source: Tensor) -> Exact:
+        """The posterior of rows that were made from samples of the set.
+
+        Args:
+            x_t: noisy rows, shape (B, ...).
+            alpha: scale of the data, shape (B,).
+            sigma: scale of the noise, shape (B,).
+            source: which sample made each row, shape (B,).
+
+        Raises:
+            ValueError: as `stablefield.posterior`.
+        """
+        group = None if self._group is None else self._group[source]
+        query = Query.checked(x_t, alpha, sigma, self._bank, source, group, self._group)
+        kernel = GaussianKernel()
+        with full_precision(x_t.device):
+            anchor, distances = find_anchor(query, self._bank)
+            excess = Excess(query, anchor, kernel, distances)
+            partial = accumulate(query, self._bank, excess)
+            return Exact(finish(partial, query, excess, kernel), _divergence(partial, query, anchor))
+
+
+def _divergence(partial: Partial, query: Query, anchor: Tensor) -> Tensor:
+    mean = partial.total / partial.mass.to(partial.total.dtype)[:, None]
+    wide = partial.mass.dtype
+    # E_w |x_t - alpha y|^2 - |x_t - alpha a|^2, by moments; exactly 0 where the anchor has all the weight.
+    moved = (query.x_t * (mean - anchor)).sum(1, dtype=wide)
+    square = partial.energy / partial.mass - squared_norms(anchor)
+    excess = row_values("alpha", query.alpha, query.x_t) * (query.alpha * square - 2 * moved)
+    mean_logit = -excess / (2 * query.sigma**2)
+    return (mean_logit - partial.peak - partial.mass.log() + partial.log_prior).clamp(min=0)

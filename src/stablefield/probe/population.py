@@ -1,0 +1,139 @@
+"""The population: the samples that a probe takes for the whole data set, all of it or a stated part.
+
+The posterior over a set costs a pass over it for every row, so of a set that is too large a random part is drawn. What is
+measured then is true of a data set of that size, and the population says of how many it was drawn.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stablefield.data.image_set import ImageSet
+from stablefield.targets.bank import Bank
+
+__all__ = ["MOST", "Population", "draw_population"]
+
+MOST = 65_536
+"""Samples that a population holds unless more are asked for."""
+
+
+@dataclass(frozen=True)
+class Population:
+    """Samples and what is known of them.
+
+    Args:
+        data: shape (N, ...), floating point, or uint8 images that mean data / 127.5 - 1.
+        group: class of each sample, integers of shape (N,), if posteriors are to stay within classes; else None.
+        drawn_from: size of the set that the samples were drawn from; None if they are all of it.
+
+    Raises:
+        ValueError: if there are fewer than two different samples (in every group, if there are groups), a value is not
+            finite, or `group` does not fit.
+    """
+
+    data: Tensor
+    group: Tensor | None = None
+    drawn_from: int | None = None
+
+    def __post_init__(self) -> None:
+        data, group = self.data, self.group
+        if data.ndim < 2 or data[:1].numel() == 0:
+            raise ValueError(
+                f"data have shape {tuple(data.shape)}: pass samples of at least one number, shape (N, ...)."
+            )
+        if not (data.is_floating_point() or data.dtype == torch.uint8):
+            raise ValueError(f"data have dtype {data.dtype}: pass floating point data, or uint8 images.")
+        if len(data) < 2:
+            raise ValueError(
+                f"data hold {len(data)} sample: with one sample every target is that sample, and there is no variance to "
+                "measure. Probe at least 2."
+            )
+        if group is not None and (group.shape != data.shape[:1] or group.is_floating_point()):
+            raise ValueError(
+                f"group has shape {tuple(group.shape)} and dtype {group.dtype}: one integer per sample is needed, "
+                f"shape ({len(data)},)."
+            )
+        if data.is_floating_point():
+            for start in range(0, len(data), 4096):
+                finite = data[start : start + 4096].flatten(1).isfinite().all(1)
+                if not bool(finite.all()):
+                    row = start + int((~finite).nonzero()[0, 0])
+                    raise ValueError(f"data[{row}] holds NaN or inf: clean the data first.")
+        if _all_equal(data, group):
+            within = "" if group is None else " of each class"
+            raise ValueError(
+                f"all {len(data):,} samples{within} are equal: every target is that sample at every noise level, so there "
+                "is no variance to measure or to remove."
+            )
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def dim(self) -> int:
+        """Numbers per sample, d."""
+        return self.data[0].numel()
+
+    def variance(self) -> float:
+        """Trace of the covariance of the samples, within groups if there are any: V_DSM where all is noise."""
+        bank = Bank(self.data)
+        group = torch.zeros(len(self), dtype=torch.long) if self.group is None else self.group.cpu()
+        _, place = torch.unique(group, return_inverse=True)
+        place = place.to(self.data.device)
+        kinds = int(place.max()) + 1
+        wide = torch.float32 if self.data.device.type == "mps" else torch.float64
+        # About the first sample, so that data far from zero lose no digits.
+        centre = bank.rows(torch.zeros(1, dtype=torch.long, device=self.data.device), bank.dtype)
+        total = torch.zeros(kinds, self.dim, dtype=wide, device=self.data.device)
+        square = 0.0
+        for where, rows in bank.chunks(bank.chunk_size(1), bank.dtype):
+            wider = (rows - centre).to(wide)
+            total.index_add_(0, place[where], wider)
+            square += float(wider.square().sum())
+        count = torch.bincount(place, minlength=kinds).to(wide)
+        return max(0.0, (square - float((total.square().sum(1) / count).sum())) / len(self))
+
+
+def draw_population(images: ImageSet, *, most: int = MOST, by_class: bool = False, seed: int = 0) -> Population:
+    """All of `images`, or `most` of them drawn at random without replacement.
+
+    Args:
+        images: the set; only the rows that are drawn are read.
+        most: samples to hold at most, 2 or more.
+        by_class: keep the labels, so that posteriors stay within classes.
+        seed: of the draw.
+
+    Raises:
+        ValueError: if `most` is below 2, or classes are asked for and there are none; and as `Population`.
+    """
+    if most < 2:
+        raise ValueError(f"most is {most}: at least 2 samples are needed.")
+    if by_class and images.labels is None:
+        raise ValueError(f"{images.name} has no classes: probe it without them.")
+    if len(images) <= most:
+        # A copy, as the set may be mapped read-only, and every row of it is read many times.
+        pixels, labels = np.array(images.images, order="C"), images.labels
+    else:
+        drawn = np.random.default_rng(seed).choice(len(images), most, replace=False, shuffle=False)
+        pixels, labels = images.batch(np.sort(drawn))
+    return Population(
+        torch.from_numpy(pixels),
+        torch.from_numpy(np.array(labels)) if by_class and labels is not None else None,
+        len(images) if len(images) > most else None,
+    )
+
+
+def _all_equal(data: Tensor, group: Tensor | None) -> bool:
+    if group is None:
+        first = data[:1]
+        return all(bool((part == first).all()) for part in data.split(4096))
+    _, place = torch.unique(group, return_inverse=True)
+    # The first member of each group: written last to first, the first one stays.
+    first = torch.empty(int(place.max()) + 1, dtype=torch.long, device=place.device)
+    first.scatter_reduce_(0, place, torch.arange(len(place), device=place.device), "amin", include_self=False)
+    return all(
+        bool((data[start : start + 4096] == data[first[place[start : start + 4096]]]).all())
+        for start in range(0, len(data), 4096)
+    )

@@ -1,0 +1,148 @@
+"""The page of a network that was held against the exact posterior mean, and its charts."""
+
+import math
+
+from stablefield.diffusion.weighting import Weighting
+from stablefield.probe.fit import Fit
+from stablefield.probe.record import fit_record
+from stablefield.report import (
+    Code,
+    Estimate,
+    KeyFigure,
+    KeyFigures,
+    Line,
+    LineChart,
+    Page,
+    Section,
+    Table,
+    chart_figure,
+    json_details,
+)
+
+__all__ = ["distance_chart", "excess_chart", "fit_page"]
+
+
+def distance_chart(fit: Fit) -> LineChart:
+    """Squared distance of the network to the posterior mean per number, with the floor to compare."""
+    x, d = fit.noise_level.numpy(), fit.dim
+    mean, error = fit.distance.mean / d, fit.distance.error / d
+    floor = (fit.floor.mean / d).where(fit.floor.mean > 1e-4 * fit.floor.mean.max(), math.nan)
+    lines = [
+        Line(
+            label="network to posterior mean",
+            x=x,
+            y=mean.where(mean > 0, math.nan).numpy(),
+            low=(mean - 2 * error).numpy(),
+            high=(mean + 2 * error).numpy(),
+        )
+    ]
+    if not bool(floor.isnan().all()):
+        lines.append(Line(label="V_DSM: noise of the single-sample target", x=x, y=floor.numpy(), reference=True))
+    return LineChart(
+        lines=tuple(lines),
+        x_label="noise level sigma / alpha",
+        y_label="squared error per number",
+        log_x=True,
+        log_y=True,
+    )
+
+
+def excess_chart(fit: Fit, weighting: Weighting) -> LineChart:
+    """The loss against the noise level, its floor, and the difference, in the units of training."""
+    x = fit.noise_level.numpy()
+    weight = weighting(fit.noise_level) / fit.dim
+    excess, error = weight * fit.distance.mean, weight * fit.distance.error
+    return LineChart(
+        lines=(
+            Line(label="loss", x=x, y=(weight * fit.loss.mean).numpy()),
+            Line(
+                label="loss minus floor",
+                x=x,
+                y=excess.numpy(),
+                low=(excess - 2 * error).numpy(),
+                high=(excess + 2 * error).numpy(),
+            ),
+            Line(label="floor", x=x, y=(weight * fit.floor.mean).numpy(), reference=True),
+        ),
+        x_label="noise level sigma / alpha",
+        y_label="weighted loss",
+        log_x=True,
+        y_min=0.0,
+    )
+
+
+def fit_page(name: str, description: str, fit: Fit, weighting: Weighting, summary: str, command: str) -> Page:
+    """The page.
+
+    Args:
+        name: of the run.
+        description: a line that says what it is.
+        fit: the measurement.
+        weighting: of the run's loss.
+        summary: what came out.
+        command: that made it.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    weight = weighting(fit.noise_level) / fit.dim
+    excess, loss = weight * fit.distance.mean, weight * fit.loss.mean
+    worst = int(excess.argmax())
+    return Page(
+        title=f"{name} against the optimum",
+        summary=summary,
+        blocks=(
+            KeyFigures(
+                (
+                    KeyFigure(
+                        value=Estimate(float(excess[worst]), float(weight[worst] * fit.distance.error[worst])),
+                        label="largest excess loss",
+                        note=f"at noise level {float(fit.noise_level[worst]):.2g}",
+                    ),
+                    KeyFigure(
+                        value=f"{float(fit.floor.mean[-1] / fit.loss.mean[-1]):.1%}",
+                        label="of the loss is floor where noise is largest",
+                    ),
+                )
+            ),
+            Section(
+                "Distance to the posterior mean",
+                (
+                    chart_figure(
+                        distance_chart(fit),
+                        alt="Squared distance of the network to the exact posterior mean, per number, against noise level.",
+                        title="Squared distance to the optimum.",
+                        caption=f"{fit.rows:,} noisy rows per level, the posterior over {fit.samples:,} samples. Band: two "
+                        "standard errors.",
+                    ),
+                ),
+            ),
+            Section(
+                "Loss minus floor",
+                (
+                    chart_figure(
+                        excess_chart(fit, weighting),
+                        alt="The training loss against noise level, its irreducible floor, and the difference of both.",
+                        title="What training can still gain.",
+                        caption="In the units of the single-sample loss. The floor is w V_DSM / d; no network goes below.",
+                    ),
+                    Table(
+                        columns=("noise level", "distance per number", "loss", "floor", "loss minus floor"),
+                        rows=tuple(
+                            (
+                                float(fit.noise_level[i]),
+                                Estimate(float(fit.distance.mean[i]) / fit.dim, float(fit.distance.error[i]) / fit.dim),
+                                float(loss[i]),
+                                float(weight[i] * fit.floor.mean[i]),
+                                float(excess[i]),
+                            )
+                            for i in range(len(fit.noise_level))
+                        ),
+                        caption="Loss minus floor is the weighted distance, measured itself: it has no noise of the floor.",
+                    ),
+                ),
+            ),
+            Section("Numbers", (Code(command), json_details("Every figure", fit_record(fit)))),
+        ),
+        footer=f"{description}. `{command}`",
+    )

@@ -1,0 +1,177 @@
+r"""The stepper: one optimiser step, on one process or many, as a function of (seed, step).
+
+Everything random in a step is drawn for the whole batch, by every process alike; each process then works on its own rows,
+in as many parts as the recipe accumulates. Losses are sums over rows divided by the size of the whole batch, so sums over
+parts and processes are the mean over the batch, whatever the number of either.
+
+Gradients are summed over the processes by one all-reduce of all of them, in the order of the parameters. That costs the
+overlap with the backward pass that DistributedDataParallel has, and buys a sum whose order does not depend on how long the
+run has been going, without which resuming could not repeat it bit for bit.
+"""
+
+from itertools import pairwise
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from stablefield.data.augmentation import Augmentation, AugmentationParameters, flip
+from stablefield.diffusion.objective import Objective, ObjectiveValue
+from stablefield.targets.references import References
+from stablefield.targets.target import DenoisingTarget, StableTarget
+from stablefield.training.checkpoint import Trained
+from stablefield.training.ema import LENGTHS, ema_decay, follower, power_decay, power_exponent, update_ema
+from stablefield.training.feed import Feed
+from stablefield.training.meter import Stopwatch
+from stablefield.training.model import build_denoiser
+from stablefield.training.run_folder import RunConfig
+from stablefield.training.seeding import Purpose, generator_for, seed_for
+
+__all__ = ["Stepper"]
+
+
+class Stepper:
+    """A model in training.
+
+    Args:
+        config: of the run, with its references resolved.
+        feed: of its data.
+        accelerator: the processes and their device.
+
+    Attributes:
+        trained: what changes with every step.
+        target_watch: runs while noise and targets are made.
+    """
+
+    def __init__(self, config: RunConfig, feed: Feed, accelerator: Accelerator) -> None:
+        recipe = config.recipe
+        self._recipe, self._feed, self._accelerator = recipe, feed, accelerator
+        self._device = accelerator.device
+        model = build_denoiser(config).to(self._device)
+        averages: dict[str, nn.Module] = {"ema": follower(model)}
+        if recipe.ema_snapshot_every:
+            averages |= {f"power-{length}": follower(model) for length in LENGTHS}
+        fused = self._device.type in ("cpu", "cuda")
+        optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, fused=fused)
+        self.trained = Trained(model, averages, optimizer)
+        self._parameters = list(model.parameters())
+        self._network: nn.Module = torch.compile(model) if recipe.compile else model  # pyright: ignore[reportAttributeAccessIssue]
+        self._augmentation = Augmentation(probability=recipe.augmentation) if recipe.augmentation else None
+        self._shape = config.shape
+        self.target_watch = Stopwatch(self._device)
+
+    def take(self, step: int) -> list[ObjectiveValue]:
+        """Take step `step`, counted from 0, and return what this process's parts of it came to."""
+        recipe, optimizer = self._recipe, self.trained.optimizer
+        assert optimizer is not None
+        optimizer.param_groups[0]["lr"] = recipe.learning_rate_at(step)
+        optimizer.zero_grad(set_to_none=True)
+        self.trained.model.train()
+        parts = self._backward(step)
+        self._sum_gradients()
+        if recipe.mend_gradients:
+            for gradient in self._gradients():
+                torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5, out=gradient)
+        if recipe.clip < float("inf"):
+            torch.nn.utils.clip_grad_norm_(self._parameters, recipe.clip)
+        optimizer.step()
+        self._average(step)
+        return parts
+
+    def require_finite(self, step: int) -> None:
+        """Raise ArithmeticError if a weight is not finite, before it could be saved."""
+        for name, value in self.trained.model.named_parameters():
+            if not bool(value.isfinite().all()):
+                raise ArithmeticError(f"the weight {name} is not finite at step {step}")
+
+    def _backward(self, step: int) -> list[ObjectiveValue]:
+        recipe, device = self._recipe, self._device
+        values: list[ObjectiveValue] = []
+        generator = generator_for(recipe.seed, Purpose.OBJECTIVE, step, device)
+        self.target_watch.start()
+        draws = self._objective(None).draw(
+            (recipe.batch, *self._shape), generator, device=device, labelled=self._feed.labelled
+        )
+        augmentation = self._drawn_augmentation(step)
+        self.target_watch.stop()
+        for number, part in enumerate(self._parts()):
+            rows = self._feed.rows(step, part)
+            self.target_watch.start()
+            x0 = rows.pixels.float().div_(127.5).sub_(1)
+            flips, alone, augment_labels = None, None, None
+            if augmentation is not None:
+                parameters = augmentation[part]
+                flips = parameters.flips.to(device)
+                if self._augmentation is not None:
+                    x0 = self._augmentation.apply(x0, parameters)
+                    alone, augment_labels = parameters.own.to(device), parameters.labels.to(device)
+                else:
+                    x0 = flip(x0, flips)
+            objective = self._objective(rows.pool)
+            example = objective.example(x0, draws[part], rows.labels, rows.index, flip=flips, alone=alone)
+            self.target_watch.stop()
+            torch.manual_seed(self._dropout_seed(step, number))
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+                value = objective.evaluate(self._network, example, augment_labels)
+            self._accelerator.backward(value.row_loss.sum() / recipe.batch)
+            values.append(value)
+        return values
+
+    def _dropout_seed(self, step: int, number: int) -> int:
+        part = self._accelerator.process_index * self._recipe.accumulate + number
+        return seed_for(self._recipe.seed, Purpose.DROPOUT, step, part)
+
+    def _drawn_augmentation(self, step: int) -> AugmentationParameters | None:
+        """What is drawn for the whole batch; for mirrored data, flips alone, of which the network is not told."""
+        if self._augmentation is None and not self._recipe.mirror:
+            return None
+        drawing = self._augmentation or Augmentation(probability=0.0, flip_y=False)
+        return drawing.draw(self._recipe.batch, generator_for(self._recipe.seed, Purpose.AUGMENTATION, step))
+
+    def _parts(self) -> list[slice]:
+        """The rows of this process, in parts: consecutive, and as equal as can be."""
+        processes, accumulate = self._accelerator.num_processes, self._recipe.accumulate
+        first = self._accelerator.process_index * accumulate
+        count, batch = processes * accumulate, self._recipe.batch
+        edges = [batch * k // count for k in range(first, first + accumulate + 1)]
+        return [slice(a, b) for a, b in pairwise(edges) if a < b]
+
+    def _objective(self, references: References | None) -> Objective:
+        recipe = self._recipe
+        target: StableTarget
+        if references is None or recipe.target == "dsm":
+            target = DenoisingTarget(recipe.process)
+        else:
+            target = StableTarget(recipe.process, references=references, noise_band=recipe.noise_band)
+        return Objective(
+            recipe.process,
+            noise_levels=recipe.noise_levels,
+            weighting=recipe.weighting,
+            target=target,
+            label_dropout=recipe.label_dropout if self._feed.labelled else 0.0,
+        )
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+
+    def _sum_gradients(self) -> None:
+        if self._accelerator.num_processes == 1:
+            return
+        for parameter in self._parameters:  # a process without rows takes part, too
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = self._gradients()
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        torch.distributed.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.reshape(gradient.shape))
+
+    def _average(self, step: int) -> None:
+        recipe, model = self._recipe, self.trained.model
+        decay = ema_decay(recipe.batch, step * recipe.batch, recipe.ema_half_life, recipe.ema_ramp)
+        for name, average in self.trained.averages.items():
+            if name.startswith("power-"):
+                decay_now = power_decay(step + 1, power_exponent(float(name.removeprefix("power-"))))
+            else:
+                decay_now = decay
+            update_ema(average, model, decay_now)

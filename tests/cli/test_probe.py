@@ -1,0 +1,170 @@
+"""`stablefield probe`: numbers, pictures and a report from data or a run, and wrong use told of."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stablefield.cli.entry import main
+
+
+def status(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    code = exit_.value.code
+    assert isinstance(code, int)
+    return code
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ninety small images of three classes."""
+    path = tmp_path_factory.mktemp("data") / "few.npz"
+    rng = np.random.default_rng(0)
+    labels = np.arange(90) % 3
+    images = np.clip(70 * labels[:, None, None] + rng.normal(60, 40, (90, 4, 4)), 0, 255).astype(np.uint8)
+    np.savez(path, images=images, labels=labels)
+    return path
+
+
+@pytest.fixture(scope="module")
+def probed(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("probe") / "out"
+    assert status("probe", str(few), "--references", "4,32,all", "--out", str(out)) == 0
+    return out
+
+
+def test_a_probe_leaves_numbers_pictures_and_a_report(probed: Path) -> None:
+    assert {path.name for path in probed.iterdir()} == {
+        "probe.json",
+        "variance.csv",
+        "variance.png",
+        "phases.png",
+        "references.png",
+        "report.html",
+    }
+    for path in probed.glob("*.png"):
+        with Image.open(path) as picture:
+            assert np.asarray(picture).std() > 1
+    page = (probed / "report.html").read_text()
+    assert page.count("<svg") >= 3
+    assert "stablefield probe" in page
+
+
+def test_the_json_and_the_table_hold_the_same_numbers(probed: Path) -> None:
+    record = json.loads((probed / "probe.json").read_text())
+    levels = record["variance"]["levels"]
+    with (probed / "variance.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(levels) == len(rows) == 21
+    for level, row in zip(levels, rows, strict=True):
+        assert level == {name: float(cell) if cell else None for name, cell in row.items()}
+    assert {"v_dsm", "v_dsm_se", "v_stf_4", "share_left_32", "divergence", "own_weight", "ess"} <= set(levels[0])
+    assert [entry["references"] for entry in record["advice"]["sizes"]] == [4, 32, 90]
+    assert record["variance"]["every_sample_a_source"]
+    assert record["data"]["count"] == 90
+    assert 0 < record["advice"]["share_of_batch_in_band"] < 1
+
+
+def test_the_advice_is_a_few_lines(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--references", "32", "--noise-levels", "0.01,0.3,1,30", "--plan", "ve", "--by-class")
+    assert status("probe", str(few), *arguments, "--out", str(tmp_path / "out")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Take ")
+    assert lines[0].endswith("of the variance in VE training.")
+    assert len(lines) < 15
+    assert all(len(line) <= 84 for line in lines[:-1])
+    record = json.loads((tmp_path / "out" / "probe.json").read_text())
+    assert record["command"].endswith("--plan ve --by-class")
+    assert [level["noise_level"] for level in record["variance"]["levels"]] == pytest.approx([0.01, 0.3, 1, 30])
+
+
+def test_a_part_of_the_images_is_said_to_be_one(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--images", "40", "--references", "8", "--noise-levels", "0.5,1")
+    assert status("probe", str(few), *arguments, "--out", str(tmp_path / "out")) == 0
+    assert "sampled: 40 of 90 images stand for the data set" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "probe.json").read_text())["variance"]["drawn_from"] == 90
+
+
+def test_the_bias_check_passes_the_policies_and_sees_the_faults(
+    few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status("probe", str(few), "--by-class", "--check-bias", "--out", str(tmp_path / "out")) == 0
+    out = capsys.readouterr().out
+    assert out.count("no bias seen") == 3
+    assert out.count("BIASED") == 3
+    checks = json.loads((tmp_path / "out" / "bias.json").read_text())["checks"]
+    assert {name for name, check in checks.items() if not check["passed"]} == {
+        "source left out",
+        "source held twice",
+        "classes mixed",
+    }
+    assert all(check["planted"] != check["passed"] for check in checks.values())
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_a_run_is_held_against_the_optimum(
+    few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], conditional: bool
+) -> None:
+    run = tmp_path / "run"
+    tiny = ["--recipe", "digits", "--steps", "30", "--batch", "32", "--network.width", "16", "--network.depth", "1"]
+    given = ["--conditional"] if conditional else []
+    assert status("train", str(few), *tiny, *given, "--sample-every", "0", "--out", str(run)) == 0
+    assert status("probe", str(run)) == 0
+    assert "Step 30: the network is farthest from the optimum" in capsys.readouterr().out
+    assert {path.name for path in (run / "probe").iterdir()} == {
+        "probe.json",
+        "fit.csv",
+        "distance.png",
+        "excess.png",
+        "report.html",
+    }
+    levels = json.loads((run / "probe" / "probe.json").read_text())["fit"]["levels"]
+    # A network of 30 steps is far from the optimum, and the loss is distance and floor.
+    for level in levels:
+        spread = 5 * level["loss_se"] + 1e-6
+        assert abs(level["loss"] - level["distance_to_mean"] - level["floor"]) < spread
+    assert max(level["distance_to_mean"] for level in levels) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--references", "4,x"), "x is no number"),
+        (("--references", "0"), "at least 1 reference"),
+        (("--noise-levels", "1,b"), "--noise-levels is 1,b"),
+        (("--noise-levels", "-1"), "noise_levels are"),
+        (("--aim", "2"), "aim is 2"),
+        (("--tolerance", "0"), "tolerance is 0"),
+        (("--images", "1"), "most is 1"),
+        (("--batch", "0"), "batch is 0"),
+        (("--device", "abacus"), "--device abacus"),
+    ],
+)
+def test_wrong_use_is_told_in_one_paragraph(
+    few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str
+) -> None:
+    given = arguments if "--noise-levels" in arguments else (*arguments, "--noise-levels", "0.5,1")
+    assert status("probe", str(few), *given, "--out", str(tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (np.zeros((1, 4, 4), np.uint8), "hold 1 sample"),
+        (np.full((30, 4, 4), 9, np.uint8), "all 30 samples are equal"),
+        (np.full((30, 4, 4), np.nan, np.float32), "dtype float32"),
+    ],
+)
+def test_data_with_nothing_to_measure_are_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], images: np.ndarray, words: str
+) -> None:
+    np.save(tmp_path / "x.npy", images)
+    assert status("probe", str(tmp_path / "x.npy"), "--out", str(tmp_path / "out")) == 2
+    assert words in capsys.readouterr().err

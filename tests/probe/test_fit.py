@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+import stablefield as sf
+from stablefield.probe.fit import measure_fit
+from stablefield.probe.population import Population, draw_population
+
+
+def test_the_exact_posterior_mean_has_distance_0_and_the_floor_as_its_loss(two_gaussians):
+    def optimum(x, s):
+        return sf.posterior(x, 1.0, s, two_gaussians).mean
+
+    fit = measure_fit(optimum, Population(two_gaussians), [0.3, 1.0, 5.0], rows=800, batch=300)
+    assert (fit.distance.mean < 1e-8).all()
+    assert ((fit.loss.mean - fit.floor.mean).abs() < 4 * fit.loss.error).all()
+    assert fit.rows == 800
+
+
+def test_the_distance_of_a_shifted_optimum_is_the_shift_and_adds_to_the_loss(two_gaussians):
+    def shifted(x, s):
+        return sf.posterior(x, 1.0, s, two_gaussians).mean + 0.1 * s[:, None]
+
+    fit = measure_fit(shifted, Population(two_gaussians), [0.5, 2.0], rows=1000)
+    expected = 64 * (0.1 * fit.noise_level) ** 2
+    assert torch.allclose(fit.distance.mean, expected, rtol=1e-4)
+    gap = fit.loss.mean - fit.floor.mean - expected
+    assert (gap.abs() < 4 * fit.loss.error).all()
+
+
+def test_within_classes_a_labelled_network_is_told_the_class(digits):
+    population = draw_population(digits, by_class=True)
+
+    def optimum(x, s, labels):
+        return sf.posterior(x, 1.0, s, population.data, group=labels, reference_group=population.group).mean
+
+    fit = measure_fit(optimum, population, [1.0], labelled=True, rows=64)
+    assert float(fit.distance.mean[0]) < 1e-6
+    blind = measure_fit(lambda x, s: sf.posterior(x, 1.0, s, population.data).mean, population, [1.0], rows=64)
+    assert float(blind.distance.mean[0]) > 0.1
+
+
+def test_wrong_arguments_are_named(two_gaussians):
+    population = Population(two_gaussians)
+    for arguments, words in (
+        ({"noise_levels": [0.0]}, "noise_levels are"),
+        ({"noise_levels": [1.0], "rows": 1}, "rows is 1"),
+        ({"noise_levels": [1.0], "labelled": True}, "no groups"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            measure_fit(lambda x, s: x, population, **arguments)
+    with pytest.raises(ValueError, match=r"returned shape \(256, 63\)"):
+        measure_fit(lambda x, s: x[:, 1:], population, [1.0])

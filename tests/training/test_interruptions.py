@@ -1,0 +1,175 @@
+"""Nothing is lost: kills, full disks and damaged files leave a run that goes on to the same bytes."""
+
+import dataclasses
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stablefield.data.digits import open_digits
+from stablefield.training.checkpoint import CheckpointError, State, Trained, read_state, restore, save, sweep
+from stablefield.training.loop import TrainingError, train
+from stablefield.training.recipe import Perceptron
+from stablefield.training.recipes import DIGITS
+from stablefield.training.run_folder import RunConfig, RunFolder
+
+SMALL = dataclasses.replace(
+    DIGITS,
+    references="all",
+    steps=24,
+    batch=32,
+    network=Perceptron(width=32, depth=1),
+    sample_every=0,
+    checkpoint_every=4,
+    keep_last=2,
+    keep_every=12,
+)
+
+
+def start(path: Path, recipe=SMALL) -> RunFolder:
+    data = open_digits()
+    config = RunConfig(
+        data="digits", shape=data.shape, classes=0, manifest=data.manifest, recipe=recipe, version="test"
+    )
+    return RunFolder.create(path, config)
+
+
+def go(folder: RunFolder) -> None:
+    train(folder, folder.config(), open_digits(), device=torch.device("cpu"))
+
+
+def test_a_run_killed_at_random_moments_ends_in_the_bytes_of_a_quiet_one(tmp_path: Path) -> None:
+    program = Path(__file__).with_name("kills.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(program), "5", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("5 kills")
+
+
+def test_the_last_checkpoints_and_every_nth_are_kept(tmp_path: Path) -> None:
+    run = start(tmp_path / "run")
+    go(run)
+    assert sorted(path.name for path in (run.path / "checkpoints").iterdir()) == [
+        "step-00000012",
+        "step-00000020",
+        "step-00000024",
+    ]
+
+
+def test_a_checkpoint_that_could_not_be_finished_is_swept_and_never_loaded(tmp_path: Path) -> None:
+    run = start(tmp_path / "run")
+    go(run)
+    half = run.path / "checkpoints" / ".step-00000028.tmp"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"\0" * 100)
+    newest = run.newest()
+    assert newest is not None
+    assert newest[1].step == 24
+    sweep(run.path / "checkpoints")
+    assert not half.exists()
+
+
+def full_disk(limit: int) -> None:
+    # Real failure of real writes: the kernel refuses a file to grow beyond the limit.
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_full_disk_stops_the_run_with_a_message_and_keeps_the_checkpoint_before(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", dataclasses.replace(SMALL, steps=8))
+
+    def fill(report: object) -> None:
+        if report.step == 6:  # pyright: ignore[reportAttributeAccessIssue]
+            full_disk(4096)
+
+    try:
+        with pytest.raises(TrainingError, match=r"cannot be written.*free some space.*--resume"):
+            train(run, run.config(), open_digits(), device=torch.device("cpu"), report=fill, every=1)
+    finally:
+        full_disk(resource.RLIM_INFINITY)
+    assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["step-00000004"]
+    whole = start(tmp_path / "whole", dataclasses.replace(SMALL, steps=8))
+    go(whole)
+    go(run)
+    name = "model.safetensors"
+    assert (run.checkpoint(8) / name).read_bytes() == (whole.checkpoint(8) / name).read_bytes()
+
+
+def trained(seed: int) -> Trained:
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    model(torch.randn(5, 3)).square().sum().backward()
+    optimizer.step()
+    return Trained(model, {"ema": torch.nn.Linear(3, 4), "power-0.05": torch.nn.Linear(2, 2)}, optimizer)
+
+
+def test_a_checkpoint_holds_model_averages_and_moments_bit_for_bit(tmp_path: Path) -> None:
+    first, second = trained(0), trained(1)
+    save(tmp_path / "step-00000007", State(7, 70), first)
+    assert restore(tmp_path / "step-00000007", second) == State(7, 70)
+    for name, module in first.modules().items():
+        for key, value in module.state_dict().items():
+            assert torch.equal(value, second.modules()[name].state_dict()[key])
+    assert first.optimizer is not None
+    assert second.optimizer is not None
+    for a, b in zip(
+        first.optimizer.state_dict()["state"].values(), second.optimizer.state_dict()["state"].values(), strict=True
+    ):
+        assert all(torch.equal(a[key], b[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+
+
+@pytest.mark.parametrize("name", ["model", "ema", "power-0.05", "optimizer", "state"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+def test_any_damage_to_a_checkpoint_is_seen(tmp_path: Path, name: str, damage: str) -> None:
+    folder = tmp_path / "step-00000001"
+    save(folder, State(1, 1), trained(0))
+    path = next(folder.glob(f"{name}.*"))
+    data = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    elif name == "state":
+        path.write_bytes(data.replace(b'"sha256"', b'"sha265"'))
+    else:
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(CheckpointError):
+        read_state(folder)
+
+
+def test_gradients_that_are_not_finite_are_mended_where_the_recipe_says_so(tmp_path: Path) -> None:
+    from stablefield.training import stepper
+
+    class Broken(torch.nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            if self.training:
+                y.register_hook(lambda g: torch.full_like(g, float("nan")))
+            return y
+
+    run = start(tmp_path / "run", dataclasses.replace(SMALL, steps=4, mend_gradients=True, clip=float("inf")))
+    found = stepper.build_denoiser
+
+    def broken(config):
+        model = found(config)
+        model.network.enter = Broken(64, 32)
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stepper, "build_denoiser", broken)
+        go(run)
+    assert all(v.isfinite().all() for v in load_file(run.checkpoint(4) / "model.safetensors").values())

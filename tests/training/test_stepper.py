@@ -1,0 +1,202 @@
+"""A step is a function of (seed, step): not of parts, processes, or where the references lie."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+import stablefield as sf
+from stablefield.data.digits import open_digits
+from stablefield.data.image_set import ImageSet, Origin, make_image_set
+from stablefield.training.feed import Feed
+from stablefield.training.loop import train
+from stablefield.training.meter import BINS, Meter, Stopwatch, bin_edges
+from stablefield.training.recipe import Perceptron, Recipe, UNet
+from stablefield.training.recipes import DIGITS
+from stablefield.training.run_folder import RunConfig, RunFolder
+from stablefield.training.stepper import Stepper
+
+CPU = torch.device("cpu")
+SMALL = dataclasses.replace(DIGITS, references="all", steps=12, batch=36, network=Perceptron(width=32, depth=1))
+TINY_UNET = UNet(base_channels=8, multipliers=(1, 2), blocks=1, dropout=0.0)
+
+
+def configured(recipe: Recipe, data: ImageSet) -> RunConfig:
+    classes = data.classes if recipe.conditional else 0
+    return RunConfig(
+        data="digits", shape=data.shape, classes=classes, manifest=data.manifest, recipe=recipe, version="test"
+    )
+
+
+def stepper(recipe: Recipe, data: ImageSet) -> Stepper:
+    config = configured(recipe, data)
+    feed = Feed(data, recipe, CPU, labelled=config.classes > 0, resident=True)
+    return Stepper(config, feed, Accelerator(cpu=True))
+
+
+def losses(recipe: Recipe, data: ImageSet, steps: int = 6) -> list[float]:
+    found = stepper(recipe, data)
+    totals = []
+    for step in range(steps):
+        parts = found.take(step)
+        totals.append(sum(float(part.row_loss.detach().sum()) for part in parts) / recipe.batch)
+    return totals
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageSet:
+    return open_digits()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"references": 64}, {"conditional": True}, {"target": "dsm"}, {"network": TINY_UNET, "augmentation": 0.3}],
+)
+def test_losses_do_not_depend_on_the_parts_of_a_step(digits: ImageSet, change: dict[str, object]) -> None:
+    recipe = dataclasses.replace(SMALL, **change)
+    whole = losses(recipe, digits, 4)
+    for accumulate in (2, 5):
+        assert losses(dataclasses.replace(recipe, accumulate=accumulate), digits, 4) == pytest.approx(whole, rel=1e-4)
+
+
+def test_more_parts_than_rows_leave_none_out(digits: ImageSet) -> None:
+    recipe = dataclasses.replace(SMALL, batch=3, accumulate=5)
+    assert losses(recipe, digits, 3) == pytest.approx(
+        losses(dataclasses.replace(recipe, accumulate=1), digits, 3), rel=1e-4
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [{}, {"references": 64, "accumulate": 2}])
+def test_two_processes_follow_the_losses_of_one(tmp_path: Path, digits: ImageSet, change: dict[str, object]) -> None:
+    recipe = dataclasses.replace(SMALL, log_every=1, sample_every=0, **change)
+    one = RunFolder.create(tmp_path / "one", configured(recipe, digits))
+    two = RunFolder.create(tmp_path / "two", configured(recipe, digits))
+    train(one, one.config(), digits, device=CPU)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *("-m", "stablefield", "train", "--resume", "--out", str(two.path), "--device", "cpu"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    read = [[json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()] for run in (one, two)]
+    assert [entry["step"] for entry in read[1]] == list(range(1, 13))
+    for key in ("loss", "variance_removed"):
+        assert [e[key] for e in read[1]] == pytest.approx([e[key] for e in read[0]], rel=2e-4)
+
+
+def test_rows_with_an_augmentation_of_their_own_use_their_source_alone(digits: ImageSet) -> None:
+    # Every row is shifted: nothing is left of the references, and the run is that of the single sample, bit for bit.
+    recipe = dataclasses.replace(SMALL, network=TINY_UNET, augmentation=1.0)
+    stable, single = (losses(dataclasses.replace(recipe, target=target), digits, 3) for target in ("stf", "dsm"))
+    assert stable == single
+
+
+@pytest.mark.parametrize("change", [{"mirror": True}, {"augmentation": 0.1}])
+def test_loss_plus_variance_removed_is_the_single_sample_loss_under_augmentation(
+    digits: ImageSet, change: dict[str, object]
+) -> None:
+    recipe = dataclasses.replace(SMALL, network=TINY_UNET, batch=128, learning_rate=1e-12, **change)
+    sums = {}
+    for target in ("stf", "dsm"):
+        found = stepper(dataclasses.replace(recipe, target=target), digits)
+        parts = [part for step in range(40) for part in found.take(step)]
+        sums[target] = [
+            torch.cat([getattr(p, name) for p in parts]).mean().item() for name in ("row_loss", "variance_removed")
+        ]
+    gap = sums["dsm"][0] - sums["stf"][0]
+    assert sums["dsm"][1] == 0
+    assert gap == pytest.approx(sums["stf"][1], rel=0.2)
+
+
+def test_mirrored_data_are_seen_from_both_sides() -> None:
+    # One asymmetric image: at enormous noise the target is the mean of it and its mirror image.
+    pixels = np.zeros((1, 1, 8, 8), np.uint8)
+    pixels[..., :4] = 255
+    data = make_image_set(pixels, None, Origin(name="one", source="made up"))
+    recipe = dataclasses.replace(
+        SMALL, batch=1, mirror=True, network=TINY_UNET, noise_levels=sf.LogUniform(900.0, 1000.0)
+    )
+    found = stepper(recipe, data)
+    removed = [found.take(step)[0].variance_removed for step in range(8)]
+    level = sf.EDMWeighting()(torch.tensor(950.0))
+    # Half of the squared distance of the two, per dimension, weighted: each value is +-1 with equal weights.
+    assert torch.cat(removed).mean().item() == pytest.approx(float(level), rel=0.01)
+
+
+def test_bf16_networks_train_with_losses_and_weights_in_float32(digits: ImageSet) -> None:
+    recipe = dataclasses.replace(SMALL, network=TINY_UNET)
+    found = stepper(dataclasses.replace(recipe, precision="bf16"), digits)
+    value = found.take(0)[0]
+    assert value.row_loss.dtype == torch.float32
+    assert all(p.dtype == torch.float32 for p in found.trained.model.parameters())
+    exact = stepper(recipe, digits).take(0)[0].row_loss
+    assert torch.allclose(value.row_loss, exact, rtol=0.05, atol=0.05)
+
+
+def test_bins_are_equally_probable_and_sum_to_the_whole() -> None:
+    process, levels = sf.EDM(), sf.LogNormal()
+    edges = bin_edges(levels, process)
+    assert len(edges) == BINS - 1
+    drawn = process.noise_level(levels.sample(process, 80_000, torch.Generator().manual_seed(0)))
+    counts = torch.bincount(torch.bucketize(drawn, torch.tensor(edges)), minlength=BINS)
+    assert (counts - 10_000).abs().max() < 500
+    meter = Meter(edges, CPU, Stopwatch(CPU))
+    rows = torch.rand(1000, generator=torch.Generator().manual_seed(1))
+    value = sf.ObjectiveValue(rows.mean(), rows, drawn[:1000], 2 * rows)
+    meter.step([value, value], 2000)
+    report = meter.report(5)
+    assert report.loss == pytest.approx(float(rows.mean()), rel=1e-5)
+    assert report.variance_removed == pytest.approx(2 * float(rows.mean()), rel=1e-5)
+    assert report.share_removed == pytest.approx(2 / 3, rel=1e-5)
+    inside = drawn[:1000] < edges[0]
+    assert report.bin_loss[0] == pytest.approx(float(rows[inside].mean()), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_loop_itself_costs_under_5_percent_of_a_step_of_5_million_parameters() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 3, 32, 32), dtype=np.uint8)
+    data = make_image_set(pixels, None, Origin(name="noise", source="made up"))
+    network = UNet(base_channels=64, multipliers=(1, 2, 2), blocks=1, dropout=0.0)
+    recipe = dataclasses.replace(SMALL, target="dsm", batch=8, network=network)
+    found = stepper(recipe, data)
+    count = sum(p.numel() for p in found.trained.model.parameters())
+    assert 4_000_000 < count < 7_000_000
+    found.take(0)
+    network_time = 0.0
+    original = found._accelerator.backward
+    evaluate = sf.Objective.evaluate
+
+    def timed(function):
+        def run(*arguments, **keywords):
+            nonlocal network_time
+            began = time.perf_counter()
+            result = function(*arguments, **keywords)
+            network_time += time.perf_counter() - began
+            return result
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(found._accelerator, "backward", timed(original))
+        patch.setattr(sf.Objective, "evaluate", timed(evaluate))
+        patch.setattr(found.trained.optimizer, "step", timed(found.trained.optimizer.step))
+        began = time.perf_counter()
+        for step in range(1, 4):
+            found.take(step)
+        whole = time.perf_counter() - began
+    assert 0 < whole - network_time < 0.05 * whole
