@@ -18,6 +18,7 @@ References:
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -59,7 +60,8 @@ class Reading:
 class SelfCheck:
     """Measures few samples of a model in training; made once per run by `prepare`.
 
-    `draw` is called as draw(seeds) and returns uint8 images (len(seeds), C, H, W).
+    What draws is any function of seeds that returns uint8 images (len(seeds), C, H, W), such as
+    `lambda seeds: drawing.images(seeds, 250)` with a `stablefield.sampling.samples.Drawing`.
     """
 
     extractor: Extractor
@@ -84,6 +86,8 @@ class SelfCheck:
         samples: int = 500,
         batch: int = 250,
         groups: int = 20,
+        cache: Path | None = None,
+        commit: str | None = None,
         progress: Progress | None = None,
     ) -> "SelfCheck":
         """Look at the real images once.
@@ -94,6 +98,8 @@ class SelfCheck:
             samples: drawn at every check; seeds 0 to samples - 1.
             batch: images at a time.
             groups: parts of the jackknife, at least 2.
+            cache: folder where features of the real images are kept, as of `measure_reference`.
+            commit: of the code that runs, for the record of what is kept there.
             progress: told of every batch.
 
         Raises:
@@ -110,7 +116,8 @@ class SelfCheck:
                 f"beside them; pass at most {len(images)}."
             )
         lens = Lens(extractor=extractor)
-        real = measure_reference(ReferenceSet(images=images, split="train"), lens, batch=batch, progress=progress)
+        whole = ReferenceSet(images=images, split="train")
+        real = measure_reference(whole, lens, batch=batch, cache=cache, commit=commit, progress=progress)
         rows, gaussian = real.features.rows, real.gaussian
         assert rows is not None
         assert gaussian is not None
