@@ -212,6 +212,17 @@ def test_the_report_is_one_html_file_with_the_numbers(run: Path, tmp_path: Path)
     assert got["recall"]["protocol"]["reference_sha256"] in text
 
 
+def test_real_images_are_brought_to_the_size_that_the_run_was_trained_at(tmp_path: Path) -> None:
+    np.save(tmp_path / "wide.npy", open_digits().images[:200].repeat(2, axis=2).repeat(2, axis=3))
+    path = tmp_path / "run"
+    trained = ("--resolution", "8", "--recipe", "digits", *TINY, "--out", str(path))
+    assert status("train", str(tmp_path / "wide.npy"), *trained) == 0
+    (result,) = measured(tmp_path / "r.json", str(path), *QUICK, "--metrics", "frechet").values()
+    (same,) = measured(tmp_path / "s.json", str(path), *QUICK, "--metrics", "frechet", "--resolution", "8").values()
+    assert result["protocol"]["reference_count"] == 200
+    assert result["values"] == same["values"]
+
+
 def test_results_without_a_name_never_overwrite_each_other(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("random-ancestral.json", "random-ancestral-2.json"):
         assert status("evaluate", str(run), *QUICK, "--metrics", "recall", "--sampler", "ancestral") == 0

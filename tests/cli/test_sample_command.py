@@ -168,6 +168,21 @@ def test_the_average_and_the_last_weights_draw_different_images(run: Path, tmp_p
     assert (average != last).any()
 
 
+def test_averages_of_other_lengths_are_made_of_a_runs_snapshots(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run"
+    assert status("train", "digits", *TINY, "--ema-snapshot-every", "5", "--out", str(path)) == 0
+    capsys.readouterr()
+    half_life, short, long = (
+        drawn(path, tmp_path / "a.npz", "--seeds", "0-3", "--ema", ema)["arr_0"]
+        for ema in ("half-life", "0.05", "0.10")
+    )
+    assert (half_life != long).any()
+    assert (short != long).any()
+    assert "(EMA 0.10)" in capsys.readouterr().out
+
+
 def test_a_conditional_run_draws_the_class_of_the_seed_or_the_one_asked_for(conditional: Path, tmp_path: Path) -> None:
     arrays = drawn(conditional, tmp_path / "a.npz", "--seeds", "0-29")
     assert arrays["labels"].tolist() == [seed % 10 for seed in range(30)]

@@ -63,6 +63,15 @@ def test_chunks_hold_every_seed_once(batch):
     assert max(len(chunk.seeds) for chunk in chunks) == min(batch, len(seeds))
 
 
+@pytest.mark.parametrize("name", ["ancestral", "rk45"])
+def test_images_come_in_the_order_of_their_seeds(name):
+    seeds = [33, 2, 64, 0]
+    drawing = Drawing(lambda _: denoiser, SOLVERS[name], shape=SHAPE, sigma_max=20.0)
+    got = drawing.images(seeds, 3, coupled=name == "rk45")
+    one_by_one = images(name, seeds, 1)
+    assert torch.equal(got, torch.stack([one_by_one[seed] for seed in seeds]))
+
+
 def test_evaluations_are_counted_per_image_and_the_progress_hears_of_each():
     levels: list[float] = []
     drawing = Drawing(lambda _: denoiser, SOLVERS["ancestral"], shape=SHAPE, sigma_max=20.0, progress=levels.append)

@@ -9,9 +9,11 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
+from rich.markup import escape
 from torch import Tensor
 
 from stablefield import sampling
+from stablefield.cli.console import console
 from stablefield.diffusion.process import VE, VP, Process
 from stablefield.sampling.noise import SampleNoise
 from stablefield.sampling.samples import Drawing, Solve
@@ -173,6 +175,8 @@ class DrawingFlags:
             ValueError: if there is no such run or EMA, or the flags do not fit the run.
         """
         own = open_model(run, self.ema, device)
+        for complaint in own.complaints:
+            console.print(f"[yellow]passed over:[/] {escape(complaint)}")
         guide = None if self.guide is None else open_model(self.guide, self.guide_ema, device)
         classes = own.config.classes
         if self.class_label is not None and not -1 <= self.class_label < max(classes, 1):

@@ -34,7 +34,7 @@ class DataFlags:
     held_out: str = ""
     """Real images that were not trained on, to compare nearest with; by default the test part of --data, if any."""
     resolution: int | None = None
-    """Bring real images to this many pixels a side, as in training."""
+    """Bring real images to this many pixels a side; as in the run's training by default."""
     resize: Resize = "crop"
     """Cut them to the largest centred square first, or take the whole image."""
     cache: Path | None = None

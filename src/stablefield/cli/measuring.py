@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.markup import escape
 from torch import Tensor
 
 from stablefield.cli.console import console
-from stablefield.cli.evaluation_flags import DataFlags, EvaluationFlags, MetricName
+from stablefield.cli.evaluation_flags import EvaluationFlags, MetricName
 from stablefield.cli.sample import own_device
 from stablefield.cli.settling import pick_device
 from stablefield.cli.sources import open_data
@@ -117,7 +118,7 @@ class _Plan:
         self._flags, self._source, self._device = flags, source, device
         self._processes, self._work = processes, work
         self._split = flags.real.split
-        self._data = _real(flags.real, source.data_name, self._split)
+        self._data = self._real(source.data_name, self._split)
         if source.shape != self._data.shape:
             raise ValueError(
                 f"the samples are {_size(source.shape)} (C x H x W), the images of --data {source.data_name} "
@@ -144,7 +145,7 @@ class _Plan:
                 reference = self._measured(self._wanted, lens_for(extractor, chosen), self._cache)
                 found.append(Measurement(extractor=extractor, metrics=chosen, reference=reference))
             if near:
-                training = data if self._split == "train" else _real(flags.real, self._source.data_name, "train")
+                training = data if self._split == "train" else self._real(self._source.data_name, "train")
                 check_counts(near, self._source.count, len(training))
                 pixels = RawPixels(data.shape)
                 # Pixels are at hand anyway: nothing to keep.
@@ -157,8 +158,15 @@ class _Plan:
                 reference = self._measured(self._wanted, lens_for(classifier, scores), self._cache)
                 found.append(Measurement(extractor=classifier, metrics=scores, reference=reference))
         for message in dict.fromkeys(str(warning.message) for warning in caught):
-            console.print(f"[yellow]warning:[/] {message} To make it anew: --no-cache, or delete the file.")
+            console.print(f"[yellow]warning:[/] {escape(message)} To make it anew: --no-cache, or delete the file.")
         return found
+
+    def _real(self, name: str, split: str) -> ImageSet:
+        """Real images, brought to their size as the run's were in training unless the flags say otherwise."""
+        real, opening = self._flags.real, self._source.opening
+        if real.resolution is None and opening:
+            return open_data(name, split=split, **opening)
+        return open_data(name, real.resolution, real.resize, split)
 
     def _measured(self, reference: ReferenceSet, lens: Lens, cache: Path | None) -> Reference:
         return measure_reference(
@@ -173,9 +181,9 @@ class _Plan:
 
     def _held_out(self, extractor: RawPixels) -> Tensor | None:
         """Pixels of real images that were not trained on, (h, d); None where there are none."""
-        real, name = self._flags.real, self._flags.real.held_out
+        name = self._flags.real.held_out
         try:
-            images = _real(real, name or self._source.data_name, "train" if name else "test")
+            images = self._real(name or self._source.data_name, "train" if name else "test")
         except ValueError:
             if name:
                 raise
@@ -189,10 +197,6 @@ class _Plan:
         batches = set_batches(images.images, rows, self._flags.feature_batch, self._processes)
         (features,) = extract(batches, [Lens(extractor=extractor, moments=False)], "held-out image")
         return features.rows
-
-
-def _real(flags: DataFlags, name: str, split: str) -> ImageSet:
-    return open_data(name, flags.resolution, flags.resize, split)
 
 
 def _size(shape: Sequence[int]) -> str:

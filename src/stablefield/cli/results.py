@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
 from stablefield.cli.console import console
@@ -26,7 +27,7 @@ def print_results(results: Sequence[Result]) -> None:
     for result in results:
         numbers = (result.minimum, result.mean, result.spread) if repeated else (result.mean,)
         error = "" if result.standard_error is None else f"± {result.standard_error:.2g}"
-        table.add_row(_short(result.protocol.metric), *(_number(number) for number in numbers), error)
+        table.add_row(escape(_short(result.protocol.metric)), *(_number(number) for number in numbers), error)
     console.print(table)
     seen: list[str] = []
     for result in results:
@@ -34,15 +35,15 @@ def print_results(results: Sequence[Result]) -> None:
             if line not in seen:
                 seen.append(line)
     for line in seen:
-        console.print(f"[dim]{line}[/]")
+        console.print(line, style="dim", markup=False)
     for note in _notes(results):
-        console.print(f"[yellow]note:[/] {note}")
+        console.print(f"[yellow]note:[/] {escape(note)}")
 
 
 def print_against(results: Sequence[Result], earlier: Sequence[Result], name: str) -> None:
     """The same numbers of an earlier file beside these, with a warning where protocols differ."""
     others = {result.protocol.metric: result for result in earlier}
-    table = Table(box=None, pad_edge=False, header_style="bold", title=f"against {name}", title_justify="left")
+    table = Table(box=None, pad_edge=False, header_style="bold", title=escape(f"against {name}"), title_justify="left")
     for heading in ("", "here", "there", "difference"):
         table.add_column(heading, justify="left" if not heading else "right")
     messages: list[str] = []
@@ -56,17 +57,17 @@ def print_against(results: Sequence[Result], earlier: Sequence[Result], name: st
         messages += [str(warning.message) for warning in caught]
         mark = "" if comparison.comparable else " (!)"
         table.add_row(
-            _short(result.protocol.metric),
+            escape(_short(result.protocol.metric)),
             _number(result.mean),
             _number(other.mean),
             f"{comparison.difference:+.4g}{mark}",
         )
     if not table.row_count:
-        console.print(f"[yellow]warning:[/] {name} has none of these numbers: nothing to compare with.")
+        console.print(f"[yellow]warning:[/] {escape(name)} has none of these numbers: nothing to compare with.")
         return
     console.print(table)
     for message in dict.fromkeys(messages):
-        console.print(f"[yellow]warning:[/] {message}")
+        console.print(f"[yellow]warning:[/] {escape(message)}")
 
 
 def _protocol_lines(protocol: Protocol, repeats: int) -> list[str]:

@@ -1,7 +1,8 @@
 """What is measured: samples drawn from a run, or images that were found."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ class RunSamples:
         config = self._model.own.config
         self.shape = (config.shape[0], config.shape[1], config.shape[2])
         self.data_name = flags.real.data or config.data
+        self.opening: Mapping[str, Any] = config.opening
         self.count = DEFAULT_SAMPLES if flags.samples is None else flags.samples
         last = flags.first_seed + flags.repeats * self.count
         if last > 2**32:
@@ -101,6 +103,7 @@ class FoundImages:
         self._images = open_data(flags.subject, split=flags.images_split)
         self.shape = self._images.shape
         self.data_name = flags.real.data
+        self.opening: Mapping[str, Any] = {}
         n = len(self._images)
         self.count = n // flags.repeats if flags.samples is None else flags.samples
         if self.count * flags.repeats > n or self.count < 1:

@@ -19,10 +19,10 @@ class Work:
 
     def __init__(self) -> None:
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             TaskProgressColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
             TimeRemainingColumn(),
             console=console,
             transient=True,
@@ -52,4 +52,4 @@ class Work:
         now = time.monotonic()
         if not console.is_terminal and now - self._last_line > _QUIET:
             self._last_line = now
-            console.print(f"{stage}: {text}")
+            console.print(f"{stage}: {text}", markup=False)

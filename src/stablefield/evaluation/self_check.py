@@ -18,6 +18,7 @@ References:
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -59,7 +60,8 @@ class Reading:
 class SelfCheck:
     """Measures few samples of a model in training; made once per run by `prepare`.
 
-    `draw` is called as draw(seeds) and returns uint8 images (len(seeds), C, H, W).
+    What draws is any function of seeds that returns uint8 images (len(seeds), C, H, W), such as
+    `lambda seeds: drawing.images(seeds, 250)` with a `stablefield.sampling.samples.Drawing`.
     """
 
     extractor: Extractor
@@ -84,6 +86,8 @@ class SelfCheck:
         samples: int = 500,
         batch: int = 250,
         groups: int = 20,
+        cache: Path | None = None,
+        commit: str | None = None,
         progress: Progress | None = None,
     ) -> "SelfCheck":
         """Look at the real images once.
@@ -94,6 +98,8 @@ class SelfCheck:
             samples: drawn at every check; seeds 0 to samples - 1.
             batch: images at a time.
             groups: parts of the jackknife, at least 2.
+            cache: folder where features of the real images are kept, as of `measure_reference`.
+            commit: of the code that runs, for the record of what is kept there.
             progress: told of every batch.
 
         Raises:
@@ -110,7 +116,8 @@ class SelfCheck:
                 f"beside them; pass at most {len(images)}."
             )
         lens = Lens(extractor=extractor)
-        real = measure_reference(ReferenceSet(images=images, split="train"), lens, batch=batch, progress=progress)
+        whole = ReferenceSet(images=images, split="train")
+        real = measure_reference(whole, lens, batch=batch, cache=cache, commit=commit, progress=progress)
         rows, gaussian = real.features.rows, real.gaussian
         assert rows is not None
         assert gaussian is not None
@@ -165,6 +172,18 @@ def jackknife_error(features: Tensor, reference: Gaussian, groups: int = 20) -> 
         raise ValueError(f"groups={groups}: a jackknife takes at least 2.")
     x = in_float64(checked("features", features, 2 * groups, f"each of {groups} groups takes 2 rows"))
     group = torch.arange(len(x), device=x.device) % groups
-    values = [distance_between(fit_features(x[group != j]), reference).value for j in range(groups)]
+    # Rows times the other side's factor: all that the cross term depends on. Fewer rows than columns span as many
+    # dimensions as they are, and in coordinates of these the singular values are the same and quickly found.
+    z = x @ reference.factor.T
+    z = torch.linalg.qr(z.T, mode="r").R.T if len(z) < z.shape[1] else z
+    values = [_distance(x[group != j], z[group != j], reference) for j in range(groups)]
     mean = math.fsum(values) / groups
     return math.sqrt((groups - 1) / groups * math.fsum((value - mean) ** 2 for value in values))
+
+
+def _distance(x: Tensor, z: Tensor, reference: Gaussian) -> float:
+    """The squared distance of rows `x` to the reference, from `z`, the rows times the reference's factor."""
+    mean = x.mean(dim=0)
+    trace = (x - mean).square().sum() / (len(x) - 1)
+    cross = torch.linalg.svdvals((z - z.mean(dim=0)) / (len(x) - 1) ** 0.5).sum()
+    return float((mean - reference.mean).square().sum() + trace + reference.trace - 2 * cross)

@@ -127,6 +127,13 @@ class Drawing:
         self.chunks += 1
         return images[list(chunk.places)]
 
+    def images(self, seeds: Sequence[int], batch: int, *, coupled: bool = False) -> Tensor:
+        """Images of seeds in their order, uint8, shape (len(seeds), C, H, W); arguments and errors as `chunks_of`."""
+        parts = chunks_of(seeds, batch, coupled=coupled)
+        row = {seed: place for place, seed in enumerate(seed for part in parts for seed in part.wanted)}
+        drawn = torch.cat([self(part) for part in parts])
+        return drawn[[row[seed] for seed in seeds]]
+
     @property
     def nfe(self) -> float:
         """Network evaluations per image: the mean over chunks."""
