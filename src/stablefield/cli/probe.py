@@ -112,9 +112,14 @@ class Probe:
         population = self._population(images, self.images, device)
         with _Bar("measuring") as bar:
             curve = measure_variance(
-                population, levels, process=self._training.process, sizes=sizes, sources=self.sources, seed=self.seed,
+                population,
+                levels,
+                process=self._training.process,
+                sizes=sizes,
+                sources=self.sources,
+                seed=self.seed,
                 progress=bar,
-            )  # fmt: skip
+            )
         phases = find_phases(curve)
         advice = advise(curve, self._training, aim=self.aim, tolerance=self.tolerance)
         said = _advice_lines(curve, phases, advice, self.plan, self.tolerance)
@@ -175,6 +180,8 @@ class Probe:
         out = _folder(self.out or Path("probes") / images.name)
         process, data, group = self._training.process, population.data, population.group
         size = min(256, len(population))
+        # No more than the pool, which must hold the batch, and few enough that others are left without it.
+        rows = min(128, max(2, len(population) // 3))
         sound: dict[str, TargetLike] = {
             "the batch": StableTarget(process, references=InBatch()),
             f"a pool of {size:,}": StableTarget(process, references=Pool(data, size, group)),
@@ -190,11 +197,9 @@ class Probe:
         table = Table("references", "verdict", "p", "largest |t|", "where", box=None, pad_edge=False)
         with _Bar("testing") as bar:
             for number, (name, target) in enumerate((sound | faulty).items()):
-                # A batch no larger than the pool, which must hold it, and that leaves samples for a source left out.
                 result = check_bias(
-                    target, population, process=process, batch=min(128, max(2, len(population) // 3)), false_alarm=self.false_alarm,
-                    seed=self.seed,
-                )  # fmt: skip
+                    target, population, process=process, batch=rows, false_alarm=self.false_alarm, seed=self.seed
+                )
                 results[name] = result
                 bar((number + 1) / len(sound | faulty))
                 verdict = "no bias seen" if result.passed else "BIASED"
@@ -207,9 +212,9 @@ class Probe:
                     where,
                 )
         console.print(table)
-        rows = next(iter(results.values())).rows
+        looked = next(iter(results.values())).rows
         console.print(
-            f"{rows:,} training rows each; an unbiased policy fails at a rate of {self.false_alarm:g}. The faults are "
+            f"{looked:,} training rows each; an unbiased policy fails at a rate of {self.false_alarm:g}. The faults are "
             "planted,\nto show what the test sees on these data."
         )
         record = {"command": f"{self._command} --check-bias", "data": images.manifest, "seed": self.seed}
@@ -257,9 +262,7 @@ class Probe:
         written = [_write_json(out / "probe.json", record), _write_csv(out / "fit.csv", fit_table(fit))]
         written.append(write_chart(distance_chart(fit), out / "distance.png", title="Squared distance to the optimum"))
         written.append(write_chart(excess_chart(fit, weighting), out / "excess.png", title="Loss minus floor"))
-        page = fit_page(
-            f"{folder.name}, step {step:,}", images.describe(), fit, weighting, summary, self._command
-        )  # fmt: skip
+        page = fit_page(f"{folder.name}, step {step:,}", images.describe(), fit, weighting, summary, self._command)
         written.append(write_page(page, out / "report.html"))
         console.print(f"written to {relative(out)}: {', '.join(path.name for path in written)}")
         return 0
@@ -290,9 +293,7 @@ class _Bar:
         self._bar.update(self._task, completed=share)
 
 
-def _advice_lines(
-    curve: VarianceCurve, phases: Phases, advice: Advice, plan: str, tolerance: float
-) -> list[str]:  # fmt: skip
+def _advice_lines(curve: VarianceCurve, phases: Phases, advice: Advice, plan: str, tolerance: float) -> list[str]:
     best = advice.recommended
     everything = best.size >= curve.samples
     size = f"all {curve.samples:,}" if everything else f"{best.size:,}"
