@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stablefield.data.digits import open_digits
 from stablefield.evaluation.frechet import frechet_distance, frechet_distance_from_features
+from stablefield.evaluation.random_convolutions import RandomConvolutions
 
 
 def random_orthogonal(d: int, generator: torch.Generator) -> torch.Tensor:
@@ -141,3 +143,25 @@ def test_bad_statistics_are_refused_with_the_remedy() -> None:
         frechet_distance(good_mean, good, good_mean, -good)
     with pytest.raises(ValueError, match="mean1 or cov1 holds NaN"):
         frechet_distance(torch.full((3,), torch.nan), good, good_mean, good)
+
+
+def test_two_halves_of_a_set_are_as_far_apart_as_their_sizes_say() -> None:
+    """To second order in the errors of mean and covariance, in the axes of the covariance with eigenvalues l_i,
+
+    E d^2 = (1/n + 1/m) (sum_i l_i + 1/2 sum_ij Var(x_i x_j) / (l_i + l_j)),
+
+    the second term being the Bures metric's (Bhatia, Jain, Lim, "On the Bures-Wasserstein distance between positive
+    definite matrices", 2019) at the sampling variance of a covariance.
+    """
+    features = RandomConvolutions()(torch.from_numpy(open_digits().images)).double()
+    values, axes = torch.linalg.eigh(features.T.cov())
+    x = (features - features.mean(0)) @ axes
+    spread = (x.square().T @ x.square()) / len(x) - (x.T @ x / len(x)).square()
+    expected = (values.sum() + 0.5 * (spread / (values[:, None] + values)).sum()).item()
+    generator = rng(4)
+    found = []
+    for _ in range(6):
+        order = torch.randperm(len(features), generator=generator)
+        a, b = features[order[:898]], features[order[898:]]
+        found.append(frechet_distance_from_features(a, b).value / (1 / len(a) + 1 / len(b)))
+    assert np.mean(found) == pytest.approx(expected, rel=0.1)

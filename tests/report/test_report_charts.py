@@ -175,6 +175,14 @@ def test_bars_and_their_errors_are_as_long_as_their_numbers(narrow):
     ]  # fmt: skip
 
 
+def test_bars_stand_on_the_edge_of_the_axes():
+    for values, edge in (([1, 2], "x"), ([-1, -2], None)):
+        svg = draw(BarChart(categories=("a", "b"), series=(Bars(label="a", values=values),), value_label="v"))
+        box = svg.one("rect").attributes
+        zero = float(box["x"]) + (0 if edge else float(box["width"]))
+        assert scale(svg, "x", False)(zero) == pytest.approx(0, abs=1e-3)
+
+
 def test_lines_are_told_apart_without_colour():
     svg = draw(chart(*(line(f"line {i}") for i in range(6))))
     styles = [dash(svg, i) for i in range(1, 7)]

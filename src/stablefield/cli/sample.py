@@ -1,95 +1,137 @@
 """`stablefield sample RUN`: draw images from a trained run."""
 
+import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
+import torch
 import tyro
+from numpy.typing import NDArray
 from torch import Tensor
 
-from stablefield import sampling
 from stablefield.cli.console import console, relative
+from stablefield.cli.drawing import DrawingFlags, Model
+from stablefield.cli.places import check_place
 from stablefield.cli.train import pick_device
+from stablefield.cli.work import Work
 from stablefield.data.png import tile, write_png
-from stablefield.sampling.noise import SampleNoise
-from stablefield.training.model import draw, open_model
+from stablefield.evaluation.processes import Processes
+from stablefield.sampling.samples import Drawing, chunks_of
 
-__all__ = ["Sample"]
-
-Sampler = Literal["heun", "euler", "dpmpp-2m", "ancestral"]
+__all__ = ["Sample", "own_device", "parse_seeds"]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Draw images from a run: a grid as one PNG file, or a folder of them."""
+    """Draw images from a run: a grid as one PNG file, a folder of them, or an .npz file.
+
+    Started by torchrun or `accelerate launch`, the processes share the seeds; the images are the same.
+    """
 
     run_folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """The run's folder."""
     seeds: str = "0-63"
     """Which images: numbers and ranges, such as 0-63 or 1,5,8-12. Image k is the same in every call."""
-    sampler: Sampler = "heun"
-    """The solver."""
-    steps: int = 18
-    """Steps of the solver; Heun evaluates the network 2 steps - 1 times."""
-    sigma_min: float = 0.002
-    """Last noise level before 0."""
-    sigma_max: float = 80.0
-    """First noise level."""
     out: Path | None = None
-    """A file name ending in .png for a grid, or a folder for one file per image; RUN/samples/SAMPLER.png if not given."""
-    batch: int = 256
-    """Images at a time."""
-    ema: str = "half-life"
-    """Which weights: half-life, none (those of the last step), or the length of an average made of snapshots: 0.1."""
+    """FILE.png for a grid, FILE.npz, or a folder for one file per image; RUN/samples/SAMPLER-STEPS.png if not given."""
     device: str = ""
     """Where to compute; a GPU if there is one."""
+    drawing: Annotated[DrawingFlags, tyro.conf.arg(name="")] = field(default_factory=DrawingFlags)
+    """How to draw."""
 
     def run(self) -> int:
         """Draw, write, and say how many network evaluations it took."""
-        seeds = _seeds(self.seeds)
-        if self.batch < 1:
-            raise ValueError(f"--batch is {self.batch}: it must be at least 1.")
-        sigmas = sampling.edm_sigmas(self.steps, sigma_min=self.sigma_min, sigma_max=self.sigma_max)
-        device = pick_device(self.device)
-        opened = open_model(self.run_folder, self.ema, device)
-        config = opened.config
-        out = self.out or self.run_folder / "samples" / f"{self.sampler}-{self.steps}.png"
-        as_grid = out.suffix.lower() == ".png"
-        _check_writable(out, as_grid)
-        denoiser = sampling.counted(opened.denoiser)
-        solve = _solver(self.sampler, denoiser, sigmas)
-        began = time.perf_counter()
-        parts = [seeds[start : start + self.batch] for start in range(0, len(seeds), self.batch)]
-        images = [draw(solve, config.shape, part, float(sigmas[0]), device) for part in parts]
-        seconds = time.perf_counter() - began
-        every = np.concatenate(images)
-        if as_grid:
-            write_png(out, tile(every))
-        else:
-            for seed, image in zip(seeds, every, strict=True):
-                write_png(out / f"{seed:06d}.png", image.transpose(1, 2, 0))
-        console.print(
-            f"{len(seeds)} images of step {opened.step:,}, {self.sampler}, {denoiser.nfe // len(parts)} network "
-            f"evaluations each (NFE), {seconds:.1f} s"
-        )
-        console.print(f"written: {relative(out)}")
+        seeds = parse_seeds(self.seeds)
+        self.drawing.check()
+        with Processes() as processes:
+            console.quiet = not processes.first
+            try:
+                self._draw(seeds, processes)
+            finally:
+                console.quiet = False
         return 0
 
+    def _draw(self, seeds: list[int], processes: Processes) -> None:
+        flags = self.drawing
+        device = pick_device(own_device(self.device))
+        model = flags.open(self.run_folder, device)
+        steps = "" if flags.steps_taken is None else f"-{flags.steps_taken}"
+        out = self.out or self.run_folder / "samples" / f"{flags.sampler}{steps}.png"
+        kind = out.suffix.lower()
+        check_place("--out", out, folder=kind not in (".png", ".npz"))
+        chunks = processes.share(chunks_of(seeds, flags.batch, coupled=flags.coupled))
+        began = time.perf_counter()
+        kept: list[Tensor] = []
+        drawn: list[int] = []
+        with Work() as work:
+            total = sum(len(chunk.places) for chunk in chunks)
+            stage = "drawing" if processes.count == 1 else f"drawing (process 1 of {processes.count})"
+            size = 0
 
-def _solver(name: Sampler, denoiser: Callable[..., Tensor], sigmas: Tensor) -> Callable[[Tensor, SampleNoise], Tensor]:
-    solvers: dict[Sampler, Callable[[Tensor, SampleNoise], Tensor]] = {
-        "heun": lambda x, _: sampling.heun(denoiser, x, sigmas),
-        "euler": lambda x, _: sampling.euler(denoiser, x, sigmas),
-        "dpmpp-2m": lambda x, _: sampling.dpmpp_2m(denoiser, x, sigmas),
-        "ancestral": lambda x, noise: sampling.ancestral(denoiser, x, sigmas, noise=noise),
-    }
-    return solvers[name]
+            def progress(share: float) -> None:
+                work(stage, len(drawn) + share * size, total)
+
+            drawing = flags.drawing(model, device, progress)
+            for chunk in chunks:
+                size = len(chunk.places)
+                images = drawing(chunk)
+                drawn.extend(chunk.wanted)
+                if kind in (".png", ".npz"):
+                    kept.append(images)
+                    continue
+                for seed, image in zip(chunk.wanted, images.numpy(), strict=True):
+                    write_png(out / f"{seed:06d}.png", image.transpose(1, 2, 0))
+        nfe = _mean_nfe(drawing, processes)
+        if kind in (".png", ".npz"):
+            shape = tuple(model.own.config.shape)
+            own = torch.cat(kept) if kept else torch.zeros(0, *shape, dtype=torch.uint8)
+            images = _in_order(
+                processes.gathered(own), processes.gathered(torch.tensor(drawn, dtype=torch.int64)), seeds
+            )
+            if processes.first:
+                if kind == ".png":
+                    write_png(out, tile(images))
+                else:
+                    self._write_arrays(out, images, seeds, model)
+        seconds = time.perf_counter() - began
+        together = "" if processes.count == 1 else f" in {processes.count} processes"
+        console.print(
+            f"{len(seeds):,} images of step {model.own.step:,} (EMA {model.own.ema}), {flags.sampler}{steps}: {nfe:,.4g} "
+            f"network evaluations each (NFE), {seconds:.1f} s{together}"
+        )
+        console.print(f"written: {relative(out)}")
+
+    def _write_arrays(self, out: Path, images: NDArray[np.uint8], seeds: list[int], model: Model) -> None:
+        # arr_0 and the channels last: what the usual evaluators of .npz files read.
+        arrays = {"arr_0": images.transpose(0, 2, 3, 1), "seeds": np.array(seeds, np.int64)}
+        labels = self.drawing.labels(torch.tensor(seeds), model.own.config.classes)
+        if labels is not None:
+            arrays["labels"] = labels.numpy()
+        unfinished = out.with_name(f".{out.stem}.{os.getpid()}.part.npz")
+        try:
+            np.savez_compressed(unfinished, allow_pickle=False, **arrays)
+            unfinished.replace(out)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
-def _seeds(text: str) -> list[int]:
+def own_device(name: str) -> str:
+    """The device called `name`; without a name, this process's own GPU where there are several of both."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if name or "LOCAL_RANK" not in os.environ or not torch.cuda.is_available():
+        return name
+    return f"cuda:{local % torch.cuda.device_count()}"
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Seeds of a text such as 0-63 or 1,5,8-12.
+
+    Raises:
+        ValueError: if it is none, or names a seed twice.
+    """
     seeds: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
@@ -99,6 +141,8 @@ def _seeds(text: str) -> list[int]:
             raise ValueError(f"--seeds {text}: write numbers and ranges, such as 0-63 or 1,5,8-12.") from None
         if stop < start:
             raise ValueError(f"--seeds {text}: the range {part.strip()} ends before it begins.")
+        if stop >= 2**32:
+            raise ValueError(f"--seeds {text}: a seed is a whole number from 0 to 2^32 - 1.")
         if stop - start + len(seeds) >= 1_000_000:
             raise ValueError(f"--seeds {text}: that is over a million images; draw them in several calls.")
         seeds.extend(range(start, stop + 1))
@@ -107,15 +151,12 @@ def _seeds(text: str) -> list[int]:
     return seeds
 
 
-def _check_writable(out: Path, as_grid: bool) -> None:
-    """Find out before the sampling, not after it."""
-    folder = out.parent if as_grid else out
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".stablefield-probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written ({error.strerror}): name another place.") from error
-    if as_grid and out.is_dir():
-        raise ValueError(f"--out {out} is a folder: name a file, or a folder without .png in its name.")
+def _mean_nfe(drawing: Drawing, processes: Processes) -> float:
+    evaluations, chunks = processes.total(drawing.evaluations, drawing.chunks)
+    return evaluations / chunks
+
+
+def _in_order(images: Tensor, drawn: Tensor, seeds: list[int]) -> NDArray[np.uint8]:
+    """Images in the order in which their seeds were asked for."""
+    place = {seed: row for row, seed in enumerate(drawn.tolist())}
+    return images[[place[seed] for seed in seeds]].numpy()

@@ -110,9 +110,17 @@ class Train:
             data, config = self._new(device)
             if self.dry_run:
                 return self._rehearse(config, data, device)
-            folder = self._create(data, config)
-        recipe = config.recipe
-        many = f" x {state.num_processes} processes" if state.num_processes > 1 else ""
+            folder = None
+        # From here on Ctrl-C is a wish to stop in order: whoever sees that a run has begun can rely on it.
+        with Interruption() as interruption:
+            folder = folder or self._create(data, config)
+            return self._follow(folder, config, data, device, interruption)
+
+    def _follow(
+        self, folder: RunFolder, config: RunConfig, data: ImageSet, device: torch.device, interruption: Interruption
+    ) -> int:
+        recipe, processes = config.recipe, PartialState().num_processes
+        many = f" x {processes} processes" if processes > 1 else ""
         console.print(
             f"[bold]{recipe.target.upper()}[/] on {data.name}: {len(data):,} images of "
             f"{'x'.join(map(str, data.shape))}, {recipe.steps:,} steps of {recipe.batch}, on {device}{many}"
@@ -120,7 +128,7 @@ class Train:
         console.print(f"run folder: {relative(folder.path)}")
         accelerator = make_accelerator(device, self.tracker, folder)
         began = time.monotonic()
-        with TrainingProgress(recipe.steps) as progress, Interruption() as interruption:
+        with TrainingProgress(recipe.steps) as progress:
             done = train(
                 folder,
                 config,
@@ -137,7 +145,7 @@ class Train:
             )
         else:
             console.print(f"done in {_duration(time.monotonic() - began)}")
-        console.print(f"samples:    {relative(folder.picture(done))}")
+            console.print(f"samples:    {relative(folder.picture(done))}")
         console.print(f"draw more:  stablefield sample {relative(folder.path)} --seeds 0-63")
         return 0
 

@@ -8,6 +8,7 @@ import tyro
 from stablefield.cli.data import Data
 from stablefield.cli.doctor import Doctor
 from stablefield.cli.ema import Ema
+from stablefield.cli.evaluate import Evaluate
 from stablefield.cli.probe import Probe
 from stablefield.cli.recipes import RECIPES
 from stablefield.cli.sample import Sample
@@ -50,6 +51,7 @@ def _parse(arguments: Sequence[str], recipe: Recipe) -> Verb:
         Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Sample, tyro.conf.subcommand("sample")]
         | Annotated[Ema, tyro.conf.subcommand("ema")]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Probe, tyro.conf.subcommand("probe")]
         | Annotated[Data, tyro.conf.subcommand("data")]
         | Annotated[Doctor, tyro.conf.subcommand("doctor")]

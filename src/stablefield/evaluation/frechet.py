@@ -22,9 +22,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stablefield.evaluation.features import checked_pair, in_float64
+from stablefield.evaluation.features import checked, checked_pair, in_float64
 
-__all__ = ["FrechetDistance", "frechet_distance", "frechet_distance_from_features"]
+__all__ = [
+    "FrechetDistance",
+    "Gaussian",
+    "distance_between",
+    "fit_features",
+    "fit_moments",
+    "frechet_distance",
+    "frechet_distance_from_features",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +45,76 @@ class FrechetDistance:
     """Squared distance of the means."""
     covariance_term: float
     """Tr C1 + Tr C2 - 2 Tr (C1 C2)^(1/2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gaussian:
+    """A Gaussian in the form that distances are taken in, float64; made once where it is measured against often."""
+
+    mean: Tensor
+    """Shape (d,)."""
+    factor: Tensor
+    """A with A^T A the covariance, shape (r, d), any r."""
+    trace: Tensor
+    """Trace of the covariance, a scalar."""
+
+
+def fit_moments(mean: Tensor, cov: Tensor, number: int = 1) -> Gaussian:
+    """The Gaussian of a mean and a covariance.
+
+    Args:
+        mean: shape (d,).
+        cov: symmetric and positive semidefinite, singular or not, shape (d, d).
+        number: which of two it is, for the errors.
+
+    Raises:
+        ValueError: if shapes do not agree, numbers are not finite, or the covariance is not symmetric or has an
+            eigenvalue that is negative beyond rounding.
+    """
+    mean, cov = in_float64(mean.detach()), in_float64(cov.detach())
+    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+        raise ValueError(
+            f"mean{number} has shape {tuple(mean.shape)}, cov{number} {tuple(cov.shape)}: pass means (d,) and covariances "
+            "(d, d), both of one d."
+        )
+    if not (torch.isfinite(mean).all() and torch.isfinite(cov).all()):
+        raise ValueError(
+            f"mean{number} or cov{number} holds NaN or infinite numbers: look for the features they are of."
+        )
+    return Gaussian(mean=mean, factor=_factor(f"cov{number}", cov), trace=cov.trace())
+
+
+def fit_features(features: Tensor) -> Gaussian:
+    """The Gaussian of a feature array, shape (n, d), n >= 2 and perhaps below d (covariance divided by n - 1).
+
+    Raises:
+        ValueError: if the array is no valid feature array or has fewer than 2 rows.
+    """
+    x = in_float64(checked("features", features, 2, "one row has no covariance"))
+    mean = x.mean(dim=0)
+    factor = (x - mean) / (len(x) - 1) ** 0.5
+    trace = factor.square().sum()
+    # R of QR has the same Gram matrix with d rows instead of n.
+    factor = torch.linalg.qr(factor, mode="r").R if len(x) > x.shape[1] else factor
+    return Gaussian(mean=mean, factor=factor, trace=trace)
+
+
+def distance_between(a: Gaussian, b: Gaussian) -> FrechetDistance:
+    """Squared Frechet distance between two Gaussians of one dimension d.
+
+    Raises:
+        ValueError: if their dimensions differ.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(
+            f"mean1 has shape {tuple(a.mean.shape)}, mean2 {tuple(b.mean.shape)}: pass means (d,) and covariances (d, d), "
+            "both of one d, from the same extractor."
+        )
+    mean_term = float((a.mean - b.mean).square().sum())
+    cross = torch.linalg.svdvals(a.factor @ b.factor.T).sum()
+    # Never below 0 but by the rounding of traces that cancel.
+    covariance_term = max(0.0, float(a.trace + b.trace - 2 * cross))
+    return FrechetDistance(value=mean_term + covariance_term, mean_term=mean_term, covariance_term=covariance_term)
 
 
 def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> FrechetDistance:
@@ -52,22 +130,7 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
         ValueError: if shapes do not agree, numbers are not finite, or a covariance is not symmetric or has an
             eigenvalue that is negative beyond rounding.
     """
-    means, factors, traces = [], [], []
-    for which, mean, cov in ((1, mean1, cov1), (2, mean2, cov2)):
-        mean, cov = in_float64(mean.detach()), in_float64(cov.detach())
-        if mean.ndim != 1 or mean.shape != mean1.shape or cov.shape != (len(mean), len(mean)):
-            raise ValueError(
-                f"mean{which} has shape {tuple(mean.shape)}, cov{which} {tuple(cov.shape)}: pass means (d,) and covariances "
-                f"(d, d), both of one d (mean1 has {tuple(mean1.shape)})."
-            )
-        if not (torch.isfinite(mean).all() and torch.isfinite(cov).all()):
-            raise ValueError(
-                f"mean{which} or cov{which} holds NaN or infinite numbers: look for the features they are of."
-            )
-        means.append(mean)
-        factors.append(_factor(f"cov{which}", cov))
-        traces.append(cov.trace())
-    return _distance(means, traces, torch.linalg.svdvals(factors[0] @ factors[1].T).sum())
+    return distance_between(fit_moments(mean1, cov1, 1), fit_moments(mean2, cov2, 2))
 
 
 def frechet_distance_from_features(a: Tensor, b: Tensor) -> FrechetDistance:
@@ -81,16 +144,7 @@ def frechet_distance_from_features(a: Tensor, b: Tensor) -> FrechetDistance:
         ValueError: if an array is no valid feature array, has fewer than 2 rows, or the feature dimensions disagree.
     """
     a, b = checked_pair(("a", "b"), a, b, 2, "one row has no covariance")
-    means, factors, traces = [], [], []
-    for features in (a, b):
-        x = in_float64(features)
-        mean = x.mean(dim=0)
-        factor = (x - mean) / (len(x) - 1) ** 0.5
-        means.append(mean)
-        traces.append(factor.square().sum())
-        # R of QR has the same Gram matrix with d rows instead of n.
-        factors.append(torch.linalg.qr(factor, mode="r").R if len(x) > x.shape[1] else factor)
-    return _distance(means, traces, torch.linalg.svdvals(factors[0] @ factors[1].T).sum())
+    return distance_between(fit_features(a), fit_features(b))
 
 
 def _factor(name: str, cov: Tensor) -> Tensor:
@@ -102,10 +156,3 @@ def _factor(name: str, cov: Tensor) -> Tensor:
     if values[0] < -1e-4 * scale:
         raise ValueError(f"{name} has the eigenvalue {values[0]:.3g}: a covariance matrix has none below 0.")
     return values.clamp(min=0).sqrt()[:, None] * vectors.T
-
-
-def _distance(means: list[Tensor], traces: list[Tensor], cross: Tensor) -> FrechetDistance:
-    mean_term = float((means[0] - means[1]).square().sum())
-    # Never below 0 but by the rounding of traces that cancel.
-    covariance_term = max(0.0, float(traces[0] + traces[1] - 2 * cross))
-    return FrechetDistance(value=mean_term + covariance_term, mean_term=mean_term, covariance_term=covariance_term)

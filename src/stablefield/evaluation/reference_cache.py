@@ -11,11 +11,12 @@ import warnings
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from stablefield.evaluation.protocol import REFERENCE_FIELDS, Protocol, ProtocolWarning, differences
 from stablefield.evaluation.statistics import Statistics
 
-__all__ = ["load_statistics", "save_statistics"]
+__all__ = ["load_features", "load_statistics", "save_features", "save_statistics"]
 
 _NAMES = ("extractor", "reference")
 
@@ -32,21 +33,29 @@ def save_statistics(path: str | Path, statistics: Statistics, protocol: Protocol
         ValueError: if the count disagrees with the record.
         ImportError: if safetensors is not installed.
     """
+    tensors = {"mean": statistics.mean.double(), "covariance": statistics.covariance.double()}
+    _save(Path(path), tensors, statistics.count, protocol)
+
+
+def save_features(path: str | Path, features: Tensor, protocol: Protocol) -> None:
+    """Write the features of a reference set, shape (n, d), as float32; otherwise as `save_statistics`."""
+    _save(Path(path), {"features": features.float()}, len(features), protocol)
+
+
+def _save(path: Path, tensors: dict[str, Tensor], count: int, protocol: Protocol) -> None:
     try:
         from safetensors.torch import save
     except ImportError as error:
         raise _missing() from error
-    if statistics.count != protocol.reference_count:
+    if count != protocol.reference_count:
         raise ValueError(
-            f"statistics are of {statistics.count} rows, protocol.reference_count is {protocol.reference_count}: "
+            f"statistics are of {count} rows, protocol.reference_count is {protocol.reference_count}: "
             "they must be of the whole reference set, each image once."
         )
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {"mean": statistics.mean, "covariance": statistics.covariance}
     content = save(
-        {name: tensor.detach().cpu().double().contiguous() for name, tensor in tensors.items()},
-        metadata={"count": str(statistics.count), "protocol": protocol.of_reference().to_json()},
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        metadata={"count": str(count), "protocol": protocol.of_reference().to_json()},
     )
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -74,28 +83,44 @@ def load_statistics(path: str | Path, expected: Protocol) -> Statistics:
     Warns:
         ProtocolWarning: if the commit, or the name of the extractor or of the reference set, differs.
     """
+    path = Path(path)
+    (mean, covariance), count = _load(path, ("mean", "covariance"), expected)
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise ValueError(f"{path} contradicts its own record: delete it and compute the statistics again.")
+    return Statistics(count=count, mean=mean, covariance=covariance)
+
+
+def load_features(path: str | Path, expected: Protocol) -> Tensor:
+    """Read the features of a reference set, shape (n, d), float32; errors and warnings as `load_statistics`."""
+    path = Path(path)
+    (features,), count = _load(path, ("features",), expected)
+    if features.ndim != 2 or len(features) != count:
+        raise ValueError(f"{path} contradicts its own record: delete it and compute the features again.")
+    return features
+
+
+def _load(path: Path, names: tuple[str, ...], expected: Protocol) -> tuple[list[Tensor], int]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise _missing() from error
-    path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no file {path}: compute the reference statistics first.")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            mean, covariance = file.get_tensor("mean"), file.get_tensor("covariance")
+            tensors = [file.get_tensor(name) for name in names]
         count, protocol = int(metadata["count"]), Protocol.from_json(metadata["protocol"])
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(
             f"{path} holds no reference statistics ({error}): delete it and compute them again."
         ) from error
     _compare(path, protocol, expected)
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or count != protocol.reference_count:
+    if count != protocol.reference_count:
         raise ValueError(f"{path} contradicts its own record: delete it and compute the statistics again.")
-    if not (torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
         raise ValueError(f"{path} holds NaN or infinite numbers: delete it and compute the statistics again.")
-    return Statistics(count=count, mean=mean, covariance=covariance)
+    return tensors, count
 
 
 def _compare(path: Path, cached: Protocol, expected: Protocol) -> None:
@@ -112,7 +137,7 @@ def _compare(path: Path, cached: Protocol, expected: Protocol) -> None:
         )
     if found:
         listed = "; ".join(str(difference) for difference in found)
-        warnings.warn(f"{path} was made under a slightly different protocol: {listed}.", ProtocolWarning, stacklevel=3)
+        warnings.warn(f"{path} was made under a slightly different protocol: {listed}.", ProtocolWarning, stacklevel=4)
 
 
 def _missing() -> ImportError:

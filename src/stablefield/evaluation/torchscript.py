@@ -14,7 +14,7 @@ from torch import Tensor
 from stablefield.evaluation.extractor import check_images, full_precision, three_channels
 from stablefield.evaluation.resize import AntialiasedBicubic, Resize
 
-__all__ = ["TorchScriptExtractor", "dinov2", "file_sha256"]
+__all__ = ["Channels", "TorchScriptExtractor", "dinov2", "file_sha256"]
 
 Channels = tuple[float, float, float]
 

@@ -115,7 +115,7 @@ def train(
         report: called after every `every` steps, on the first process.
         every: steps between reports.
         stop: asked after every step (with several processes, every `every` steps); if true on any process, the run is
-            saved with a checkpoint and a picture, and left.
+            saved with a checkpoint, and left.
         observers: asked for further metrics.
         tracker: where metrics.jsonl is mirrored to.
         accelerator: the processes; made if not given.
@@ -186,10 +186,12 @@ class _Loop:
         for step in range(self._state.step, recipe.steps):
             parts = self._stepper.take(step)
             done = step + 1
-            last = done == recipe.steps or self._stops(done, every, stop)
+            # Whoever stops a run may have no time for pictures; a checkpoint is all that it needs.
+            stopped = done < recipe.steps and self._stops(done, every, stop)
+            last = done == recipe.steps or stopped
             for meter in (self._reported, self._logged):
                 meter.step(parts, recipe.batch)
-            extra = self._observe(done, last)
+            extra = {} if stopped else self._observe(done, last)
             if done % recipe.log_every == 0 or last:
                 self._log(done, extra)
             elif extra and self._main:
@@ -199,7 +201,7 @@ class _Loop:
                 self._reported = self._meter()
                 if report is not None and self._main:
                     report(found)
-            self._keep(done, last)
+            self._keep(done, last, stopped)
             if last:
                 return done
         return self._state.step
@@ -269,10 +271,11 @@ class _Loop:
             self._pause()
         return found
 
-    def _keep(self, done: int, last: bool) -> None:
+    def _keep(self, done: int, last: bool, stopped: bool) -> None:
         recipe, folder = self._recipe, self._folder
-        snapshot = recipe.ema_snapshot_every and (last or done % recipe.ema_snapshot_every == 0)
-        picture = last or (recipe.sample_every and done % recipe.sample_every == 0)
+        final = last and not stopped
+        snapshot = recipe.ema_snapshot_every and (final or done % recipe.ema_snapshot_every == 0)
+        picture = final or (recipe.sample_every and not stopped and done % recipe.sample_every == 0)
         checkpoint = last or done % recipe.checkpoint_every == 0
         if not (snapshot or picture or checkpoint):
             return

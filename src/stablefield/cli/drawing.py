@@ -1,0 +1,300 @@
+"""How images are drawn: the flags that `sample` and `evaluate` share, and the sampler they mean."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from stablefield import sampling
+from stablefield.diffusion.process import VE, VP, Process
+from stablefield.sampling.noise import SampleNoise
+from stablefield.sampling.samples import Drawing, Solve
+from stablefield.sampling.walk import Denoise
+from stablefield.training.model import OpenModel, open_model
+
+__all__ = ["DrawingFlags", "Model"]
+
+Sampler = Literal[
+    "heun", "euler", "dpmpp-2m", "dpmpp-2m-sde", "euler-maruyama", "ancestral", "pc-ve", "pc-vp", "rk45"
+]  # fmt: skip
+Grid = Literal["edm", "ve", "vp", "cosine"]
+
+# Which samplers an option is for; given to another one it would go unnoticed.
+_OWNERS: dict[str, tuple[Sampler, ...]] = {
+    "churn": ("heun",),
+    "churn_range": ("heun",),
+    "churn_noise": ("heun",),
+    "eta": ("dpmpp-2m-sde",),
+    "predictor": ("pc-ve", "pc-vp"),
+    "corrector_steps": ("pc-ve", "pc-vp"),
+    "snr": ("pc-ve", "pc-vp"),
+    "rtol": ("rk45",),
+    "atol": ("rk45",),
+}
+_STEPS = 18
+_MANY_STEPS: dict[Sampler, int] = {"euler-maruyama": 1000, "pc-ve": 1000, "pc-vp": 1000}
+_OWN_GRID: dict[Sampler, Grid] = {"pc-ve": "ve", "pc-vp": "vp"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A run's model, and the worse one that guides it if there is one."""
+
+    own: OpenModel
+    guide: OpenModel | None
+
+    @property
+    def ema(self) -> str:
+        """Which weights, for the protocol."""
+        return f"{self.own.ema}, step {self.own.step}"
+
+
+@dataclass(frozen=True)
+class DrawingFlags:
+    """How to draw."""
+
+    sampler: Sampler = "heun"
+    """The solver: heun (EDM's, with --churn stochastic), euler, dpmpp-2m and rk45 of the ODE; the others of the SDE."""
+    steps: int | None = None
+    """Steps of the solver; 18 by default, 1,000 for euler-maruyama, pc-ve and pc-vp. rk45 chooses its own."""
+    grid: Grid | None = None
+    """How noise levels are spaced; edm by default, for pc-ve and pc-vp their process's own."""
+    sigma_min: float | None = None
+    """Last noise level before 0; by default the grid's: 0.002, and 0.02 for ve."""
+    sigma_max: float | None = None
+    """First noise level; by default the grid's: 80, and 100 for ve."""
+    rho: float = 7.0
+    """Exponent of the edm grid."""
+    churn: float = 0.0
+    """Noise that heun adds over all steps; 0 for none."""
+    churn_range: tuple[float, float] = (0.0, math.inf)
+    """Lowest and highest noise level with churn."""
+    churn_noise: float = 1.0
+    """Standard deviation of churn's noise."""
+    eta: float = 1.0
+    """Share of noise of dpmpp-2m-sde; 0 is dpmpp-2m."""
+    predictor: Literal["reverse_diffusion", "ancestral"] = "reverse_diffusion"
+    """Rule from one noise level to the next of pc-ve and pc-vp."""
+    corrector_steps: int = 1
+    """Langevin steps a level of pc-ve and pc-vp."""
+    snr: float = 0.16
+    """Signal-to-noise ratio of a Langevin step."""
+    rtol: float = 1e-5
+    """Relative tolerance of rk45."""
+    atol: float = 1e-5
+    """Absolute tolerance of rk45."""
+    class_label: Annotated[int | None, tyro.conf.arg(name="class")] = None
+    """Class of all images of a conditional run, -1 for none; by default seed k is of class k modulo their number."""
+    guidance: float = 1.0
+    """Guidance scale: classifier-free, or by --guide; 1 for none."""
+    interval: tuple[float, float] | None = None
+    """Noise levels to guide in, such as 0.19 1.61; all by default."""
+    guide: Path | None = None
+    """A worse run of the same data, smaller or less trained, to guide by (autoguidance)."""
+    ema: str = "half-life"
+    """Which average of the weights: half-life, none for those of the last step, or another that the run has."""
+    guide_ema: str = "half-life"
+    """The same of --guide."""
+    batch: int = field(default=256)
+    """Images at a time. It changes no image but for the network's rounding."""
+
+    def check(self) -> None:
+        """Find out before anything is loaded whether the flags fit together.
+
+        Raises:
+            ValueError: naming the flag.
+        """
+        defaults = {item.name: item.default for item in fields(self)}
+        for name, owners in _OWNERS.items():
+            if self.sampler not in owners and getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is an option of {' and '.join(owners)}, not of {self.sampler}: leave it "
+                    "out, or choose that sampler."
+                )
+        if self.sampler == "rk45" and self.steps is not None:
+            raise ValueError(f"--steps {self.steps}: rk45 chooses its own; set --rtol and --atol instead.")
+        if self.batch < 1:
+            raise ValueError(f"--batch is {self.batch}: it must be at least 1.")
+        if self.guide is not None and self.guidance == 1:
+            raise ValueError(f"--guide {self.guide} does nothing at --guidance 1: pass a scale, such as --guidance 2.")
+        if self.interval is not None and self.guidance == 1:
+            raise ValueError("--interval does nothing at --guidance 1: pass a scale, such as --guidance 2.")
+        self.sigmas(None)
+
+    @property
+    def coupled(self) -> bool:
+        """Whether rows of a batch influence each other."""
+        return self.sampler == "rk45"
+
+    @property
+    def steps_taken(self) -> int | None:
+        """Steps of the grid; None where the solver chooses."""
+        if self.sampler == "rk45":
+            return None
+        return _MANY_STEPS.get(self.sampler, _STEPS) if self.steps is None else self.steps
+
+    def sigmas(self, process: Process | None) -> Tensor:
+        """The grid of noise levels, on which a run's own process gives ve and vp their ends.
+
+        Raises:
+            ValueError: if they are no grid.
+        """
+        steps = 2 if self.steps_taken is None else self.steps_taken
+        name = self._grid_name
+        ends = [("sigma_min", self.sigma_min), ("sigma_max", self.sigma_max)]
+        given = {end: value for end, value in ends if value is not None}
+        if name == "vp":
+            if given:
+                raise ValueError(
+                    f"--{'/--'.join(end.replace('_', '-') for end in given)}: the vp grid's ends are those of its process; "
+                    "leave them out, or take another --grid."
+                )
+            vp = process if isinstance(process, VP) else VP()
+            return sampling.vp_sigmas(steps, beta_min=vp.beta_min, beta_max=vp.beta_max)
+        if name == "ve":
+            ve = process if isinstance(process, VE) else VE()
+            low, high = given.get("sigma_min", ve.sigma_min), given.get("sigma_max", ve.sigma_max)
+            return sampling.ve_sigmas(steps, sigma_min=low, sigma_max=high)
+        low, high = given.get("sigma_min", 0.002), given.get("sigma_max", 80.0)
+        if name == "cosine":
+            return sampling.cosine_sigmas(steps, sigma_min=low, sigma_max=high)
+        return sampling.edm_sigmas(steps, sigma_min=low, sigma_max=high, rho=self.rho)
+
+    def open(self, run: Path, device: torch.device) -> Model:
+        """Open the run's model, and the guide's.
+
+        Raises:
+            ValueError: if there is no such run or EMA, or the flags do not fit the run.
+        """
+        own = open_model(run, self.ema, device)
+        guide = None if self.guide is None else open_model(self.guide, self.guide_ema, device)
+        classes = own.config.classes
+        if self.class_label is not None and not -1 <= self.class_label < max(classes, 1):
+            known = f"0 to {classes - 1}, or -1 for none" if classes else "it was not told any: leave --class out"
+            raise ValueError(f"--class {self.class_label}: the run knows classes {known}.")
+        if self.class_label is not None and classes == 0:
+            raise ValueError(f"--class {self.class_label}: the run was not told classes; leave --class out.")
+        if self.guidance != 1 and guide is None and (classes == 0 or self.class_label == -1):
+            raise ValueError(
+                f"--guidance {self.guidance:g}: classifier-free guidance takes a run with classes, and images of one; "
+                "guide by a worse run with --guide RUN."
+            )
+        if guide is not None and (guide.config.shape != own.config.shape or guide.config.classes != classes):
+            raise ValueError(
+                f"--guide {self.guide} draws {'x'.join(map(str, guide.config.shape))} images of {guide.config.classes} "
+                f"classes, the run {'x'.join(map(str, own.config.shape))} of {classes}: take a run of the same data."
+            )
+        return Model(own, guide)
+
+    def labels(self, seeds: Tensor, classes: int) -> Tensor | None:
+        """Classes of the images of seeds (B,), or None for a run without classes."""
+        if classes == 0:
+            return None
+        return seeds % classes if self.class_label is None else torch.full_like(seeds, self.class_label)
+
+    def drawing(self, model: Model, device: torch.device, progress: Callable[[float], object] | None = None) -> Drawing:
+        """What draws the images.
+
+        Args:
+            model: the opened model.
+            device: where it is.
+            progress: told before every evaluation which share of its chunk is done.
+        """
+        sigmas = self.sigmas(model.own.config.recipe.process)
+        denoiser, guide = model.own.denoiser, None if model.guide is None else model.guide.denoiser
+
+        def denoiser_of(seeds: Tensor) -> Denoise:
+            labels = self.labels(seeds, model.own.config.classes)
+            if self.guidance != 1 and guide is not None:
+                return sampling.autoguidance(denoiser, guide, self.guidance, self.interval, class_labels=labels)
+            if labels is None:
+                return denoiser
+            if self.guidance != 1:
+                return sampling.classifier_free(denoiser, labels, self.guidance, self.interval)
+            return lambda x, sigma: denoiser(x, sigma, labels)
+
+        return Drawing(
+            denoiser_of,
+            self._solve(sigmas),
+            shape=model.own.config.shape,
+            sigma_max=float(sigmas[0]),
+            device=device,
+            progress=None if progress is None else lambda sigma: progress(_share_done(sigmas, sigma)),
+        )
+
+    def describe(self, process: Process, classes: int) -> str:
+        """The sampler with all that decides what it draws from a run of so many classes, for the protocol."""
+        sigmas = self.sigmas(process)
+        parts = [f"{self._grid_name} grid {float(sigmas[0]):.6g} to {float(sigmas[-2]):.6g}"]
+        if self._grid_name == "edm" and self.sampler != "rk45":
+            parts[0] += f", rho {self.rho:g}"
+        for name, owners in _OWNERS.items():
+            if self.sampler in owners and not (name.startswith("churn") and self.churn == 0):
+                value = getattr(self, name)
+                text = " to ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
+                parts.append(f"{name.replace('_', ' ')} {text}")
+        if classes:
+            parts.append(
+                "class of seed k: k modulo classes" if self.class_label is None else f"class {self.class_label}"
+            )
+        if self.guidance != 1:
+            kind = (
+                "classifier-free guidance"
+                if self.guide is None
+                else f"autoguidance by {self.guide.name} (EMA {self.guide_ema})"
+            )
+            inside = "" if self.interval is None else f" in {self.interval[0]:g} to {self.interval[1]:g}"
+            parts.append(f"{kind} {self.guidance:g}{inside}")
+        return f"{self.sampler} ({'; '.join(parts)})"
+
+    @property
+    def _grid_name(self) -> Grid:
+        return self.grid or _OWN_GRID.get(self.sampler, "edm")
+
+    def _solve(self, sigmas: Tensor) -> Solve:
+        low, high = self.churn_range
+
+        def heun(denoise: Denoise, x: Tensor, noise: SampleNoise) -> Tensor:
+            return sampling.heun(
+                denoise, x, sigmas, s_churn=self.churn, s_min=low, s_max=high, s_noise=self.churn_noise, noise=noise
+            )
+
+        def corrected(denoise: Denoise, x: Tensor, noise: SampleNoise) -> Tensor:
+            return sampling.predictor_corrector(
+                denoise,
+                x,
+                sigmas,
+                process="vp" if self.sampler == "pc-vp" else "ve",
+                predictor=self.predictor,
+                corrector_steps=self.corrector_steps,
+                snr=self.snr,
+                noise=noise,
+            )
+
+        solvers: dict[Sampler, Solve] = {
+            "heun": heun,
+            "euler": lambda denoise, x, _: sampling.euler(denoise, x, sigmas),
+            "dpmpp-2m": lambda denoise, x, _: sampling.dpmpp_2m(denoise, x, sigmas),
+            "dpmpp-2m-sde": lambda denoise, x, noise: sampling.dpmpp_2m_sde(
+                denoise, x, sigmas, eta=self.eta, noise=noise
+            ),
+            "euler-maruyama": lambda denoise, x, noise: sampling.euler_maruyama(denoise, x, sigmas, noise=noise),
+            "ancestral": lambda denoise, x, noise: sampling.ancestral(denoise, x, sigmas, noise=noise),
+            "pc-ve": corrected,
+            "pc-vp": corrected,
+            "rk45": lambda denoise, x, _: sampling.rk45(denoise, x, sigmas, rtol=self.rtol, atol=self.atol),
+        }
+        return solvers[self.sampler]
+
+
+def _share_done(sigmas: Tensor, sigma: float) -> float:
+    """Which share of the grid lies above a noise level; of the two ends of an adaptive solver, in ln sigma."""
+    levels = -np.log(sigmas[:-1].numpy())
+    place = float(np.interp(-math.log(sigma), levels, np.arange(len(levels)))) if sigma > 0 else len(levels)
+    return min(1.0, place / len(levels)) if len(levels) > 2 else min(1.0, place)

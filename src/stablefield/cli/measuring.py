@@ -1,0 +1,199 @@
+"""What `stablefield evaluate` does: samples of a run, or images from anywhere, through extractors, against real images."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stablefield.cli.console import console
+from stablefield.cli.evaluation_flags import DataFlags, EvaluationFlags, MetricName
+from stablefield.cli.sample import own_device
+from stablefield.cli.sources import open_data
+from stablefield.cli.subjects import FoundImages, RunSamples
+from stablefield.cli.train import pick_device
+from stablefield.cli.work import Work
+from stablefield.data.collector import cache_folder
+from stablefield.data.image_set import ImageSet
+from stablefield.evaluation.commit import running_commit
+from stablefield.evaluation.extractor import RawPixels
+from stablefield.evaluation.feature_pass import Batch, Lens, extract, set_batches
+from stablefield.evaluation.measurement import Measurement, check_counts, lens_for
+from stablefield.evaluation.metric import (
+    ClassifierScore,
+    Coverage,
+    Density,
+    Frechet,
+    Kernel,
+    Metric,
+    Nearest,
+    Precision,
+    Recall,
+    Value,
+)
+from stablefield.evaluation.processes import Processes
+from stablefield.evaluation.protocol import ProtocolWarning
+from stablefield.evaluation.reference import Reference, ReferenceSet, measure_reference
+from stablefield.evaluation.result import Result
+
+__all__ = ["Measured", "measure"]
+
+_METRICS: dict[MetricName, Metric] = {
+    "frechet": Frechet(),
+    "kernel": Kernel(),
+    "precision": Precision(),
+    "recall": Recall(),
+    "density": Density(),
+    "coverage": Coverage(),
+}
+_SHOWN = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What came out, in the first process; nothing in the others."""
+
+    results: list[Result]
+    """One per number."""
+    images: NDArray[np.uint8]
+    """Some of the samples that this process saw, shape (n, C, H, W)."""
+
+
+def measure(flags: EvaluationFlags, processes: Processes) -> Measured:
+    """Measure what the flags say, together with the other processes.
+
+    Raises:
+        ValueError: if the flags do not fit the run, the images or the data.
+        ImportError: if the extractor's package is missing.
+    """
+    device = pick_device(own_device(flags.device))
+    source = RunSamples(flags, device, processes) if flags.is_run else FoundImages(flags, processes)
+    with Work() as work:
+        measurements = _Plan(flags, source, device, processes, work).measurements()
+        lenses = [measurement.lens for measurement in measurements]
+        repeats: list[list[list[Value]]] = []
+        shown: list[Tensor] = []
+        for repeat in range(flags.repeats):
+            batches = _remembered(source.batches(repeat, work), shown)
+            features = extract(batches, lenses, "sample", at_once=flags.feature_batch)
+            if processes.first:
+                work("metrics", repeat, flags.repeats)
+                repeats.append([m.values(f) for m, f in zip(measurements, features, strict=True)])
+        making = source.making()
+    images = torch.cat(shown)[:_SHOWN].numpy() if shown else np.zeros((0, *source.shape), np.uint8)
+    if not processes.first:
+        return Measured(results=[], images=images)
+    results = [
+        result
+        for place, measurement in enumerate(measurements)
+        for result in measurement.results([values[place] for values in repeats], source.count, source.seeds, making)
+    ]
+    return Measured(results=results, images=images)
+
+
+def _remembered(batches: Iterator[Batch], shown: list[Tensor]) -> Iterator[Batch]:
+    """The same batches; the first images are kept to be looked at."""
+    for images, numbers in batches:
+        if sum(map(len, shown)) < _SHOWN:
+            shown.append(images)
+        yield images, numbers
+
+
+class _Plan:
+    """What is asked of every extractor: the chosen one, pixels for memorisation, the classifier."""
+
+    def __init__(
+        self,
+        flags: EvaluationFlags,
+        source: RunSamples | FoundImages,
+        device: torch.device,
+        processes: Processes,
+        work: Work,
+    ) -> None:
+        self._flags, self._source, self._device = flags, source, device
+        self._processes, self._work = processes, work
+        self._split = flags.real.split
+        self._data = _real(flags.real, source.data_name, self._split)
+        if source.shape != self._data.shape:
+            raise ValueError(
+                f"the samples are {_size(source.shape)} (C x H x W), the images of --data {source.data_name} "
+                f"{_size(self._data.shape)}: measure images of one size; --resolution {source.shape[1]} brings the real "
+                "ones there, if the channels agree."
+            )
+        self._wanted = ReferenceSet(images=self._data, split=self._split, count=flags.real.references)
+        self._commit = running_commit()
+        real = flags.real
+        self._cache = None if real.no_cache else real.cache or cache_folder() / "references"
+
+    def measurements(self) -> list[Measurement]:
+        """All of them, with their references measured."""
+        flags, data = self._flags, self._data
+        chosen = tuple(_METRICS[name] for name in flags.metrics if name in _METRICS)
+        scores: tuple[Metric, ...] = (ClassifierScore(),) if "classifier-score" in flags.metrics else ()
+        near: tuple[Metric, ...] = (Nearest(),) if "nearest" in flags.metrics else ()
+        check_counts(chosen + scores, self._source.count, len(self._wanted))
+        found: list[Measurement] = []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ProtocolWarning)
+            if chosen:
+                extractor = flags.extractor.open(data.shape, self._device)
+                reference = self._measured(self._wanted, lens_for(extractor, chosen), self._cache)
+                found.append(Measurement(extractor=extractor, metrics=chosen, reference=reference))
+            if near:
+                training = data if self._split == "train" else _real(flags.real, self._source.data_name, "train")
+                check_counts(near, self._source.count, len(training))
+                pixels = RawPixels(data.shape)
+                # Pixels are at hand anyway: nothing to keep.
+                whole = ReferenceSet(images=training, split="train")
+                reference = self._measured(whole, lens_for(pixels, near), None)
+                held_out = self._held_out(pixels)
+                found.append(Measurement(extractor=pixels, metrics=near, reference=reference, held_out=held_out))
+            classifier = flags.extractor.open_classifier(self._device)
+            if classifier is not None and scores:
+                reference = self._measured(self._wanted, lens_for(classifier, scores), self._cache)
+                found.append(Measurement(extractor=classifier, metrics=scores, reference=reference))
+        for message in dict.fromkeys(str(warning.message) for warning in caught):
+            console.print(f"[yellow]warning:[/] {message} To make it anew: --no-cache, or delete the file.")
+        return found
+
+    def _measured(self, reference: ReferenceSet, lens: Lens, cache: Path | None) -> Reference:
+        return measure_reference(
+            reference,
+            lens,
+            batch=self._flags.feature_batch,
+            cache=cache,
+            commit=self._commit,
+            processes=self._processes,
+            progress=self._work,
+        )
+
+    def _held_out(self, extractor: RawPixels) -> Tensor | None:
+        """Pixels of real images that were not trained on, (h, d); None where there are none."""
+        real, name = self._flags.real, self._flags.real.held_out
+        try:
+            images = _real(real, name or self._source.data_name, "train" if name else "test")
+        except ValueError:
+            if name:
+                raise
+            return None
+        if images.shape != self._data.shape:
+            raise ValueError(
+                f"--held-out {name or self._source.data_name} has images of {_size(images.shape)}, --data of "
+                f"{_size(self._data.shape)}: pass images of one size, or --resolution."
+            )
+        rows = np.arange(len(images))
+        batches = set_batches(images.images, rows, self._flags.feature_batch, self._processes)
+        (features,) = extract(batches, [Lens(extractor=extractor, moments=False)], "held-out image")
+        return features.rows
+
+
+def _real(flags: DataFlags, name: str, split: str) -> ImageSet:
+    return open_data(name, flags.resolution, flags.resize, split)
+
+
+def _size(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))

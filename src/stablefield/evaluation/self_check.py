@@ -1,0 +1,170 @@
+r"""A model in training looks at itself: a Frechet distance on few samples, with how noisy it is and what it is at best.
+
+A Frechet distance on n samples is biased upwards, by about c / n, and scatters. So a reading is three numbers:
+
+- the value;
+- its standard error, by the jackknife over g groups: with $\theta_{-j}$ the value without group j and $\bar\theta$
+  their mean, $s^2 = \frac{g - 1}{g} \sum_j (\theta_{-j} - \bar\theta)^2$;
+- the floor: the distance of n real images, drawn from the set, to all of it. A perfect model reads about that, so
+  what is above the floor, in units of the standard error, is what the samples say.
+
+The same seeds at every check make the readings of one run differ by the model, not by the draw.
+
+References:
+    Efron, Stein, "The Jackknife Estimate of Variance", Annals of Statistics 1981.
+    Chong, Forsyth, "Effectively Unbiased FID and Inception Score and Where to Find Them", CVPR 2020 (the bias).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stablefield.data.image_set import ImageSet
+from stablefield.evaluation.extractor import Extractor
+from stablefield.evaluation.feature_pass import Lens
+from stablefield.evaluation.features import checked, in_float64
+from stablefield.evaluation.frechet import Gaussian, distance_between, fit_features
+from stablefield.evaluation.names import frechet_name
+from stablefield.evaluation.reference import Progress, ReferenceSet, measure_reference
+
+__all__ = ["Reading", "SelfCheck", "jackknife_error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What one check came to."""
+
+    name: str
+    """What the distance is called."""
+    value: float
+    """The squared Frechet distance."""
+    standard_error: float
+    """Of the value, over fresh samples of the same number."""
+    floor: float
+    """The value that as many real images have."""
+    count: int
+    """Number of samples."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} {self.value:.4g} ± {self.standard_error:.1g} "
+            f"on {self.count:,} samples (as many real images: {self.floor:.4g})"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfCheck:
+    """Measures few samples of a model in training; made once per run by `prepare`.
+
+    `draw` is called as draw(seeds) and returns uint8 images (len(seeds), C, H, W).
+    """
+
+    extractor: Extractor
+    """From images to features."""
+    reference: Gaussian
+    """Of the features of the whole set."""
+    floor: float
+    """The distance of as many real images."""
+    seeds: tuple[int, ...]
+    """Which samples are drawn at every check."""
+    batch: int = 250
+    """Samples at a time."""
+    groups: int = 20
+    """Parts of the jackknife."""
+
+    @classmethod
+    def prepare(
+        cls,
+        images: ImageSet,
+        extractor: Extractor,
+        *,
+        samples: int = 500,
+        batch: int = 250,
+        groups: int = 20,
+        progress: Progress | None = None,
+    ) -> "SelfCheck":
+        """Look at the real images once.
+
+        Args:
+            images: the training set.
+            extractor: from images to features.
+            samples: drawn at every check; seeds 0 to samples - 1.
+            batch: images at a time.
+            groups: parts of the jackknife, at least 2.
+            progress: told of every batch.
+
+        Raises:
+            ValueError: if there are fewer samples than two a group, or fewer real images than samples.
+        """
+        if groups < 2 or samples < 2 * groups:
+            raise ValueError(
+                f"samples={samples}, groups={groups}: a self-check takes at least 2 groups of 2 samples; 500 samples or "
+                "more are of use."
+            )
+        if samples > len(images):
+            raise ValueError(
+                f"samples={samples} is above the {len(images)} images of the data: as many real images are measured "
+                f"beside them; pass at most {len(images)}."
+            )
+        lens = Lens(extractor=extractor)
+        real = measure_reference(ReferenceSet(images=images, split="train"), lens, batch=batch, progress=progress)
+        rows, gaussian = real.features.rows, real.gaussian
+        assert rows is not None
+        assert gaussian is not None
+        part = ReferenceSet(images=images, split="train", count=samples).rows
+        floor = distance_between(fit_features(rows[torch.from_numpy(part)]), gaussian).value
+        return cls(
+            extractor=extractor,
+            reference=gaussian,
+            floor=floor,
+            seeds=tuple(range(samples)),
+            batch=batch,
+            groups=groups,
+        )
+
+    def read(self, draw: Callable[[Sequence[int]], Tensor]) -> Reading:
+        """Draw the samples and measure them.
+
+        Args:
+            draw: images of seeds, uint8, shape (len(seeds), C, H, W).
+
+        Raises:
+            ValueError: if the images are not such, or their features are not finite.
+        """
+        parts = [
+            self.extractor(draw(self.seeds[start : start + self.batch]))
+            for start in range(0, len(self.seeds), self.batch)
+        ]
+        features = checked(
+            "features of the samples", torch.cat(parts), 2 * self.groups, "a standard error takes groups"
+        )
+        return Reading(
+            name=frechet_name(self.extractor),
+            value=distance_between(fit_features(features), self.reference).value,
+            standard_error=jackknife_error(features, self.reference, self.groups),
+            floor=self.floor,
+            count=len(features),
+        )
+
+
+def jackknife_error(features: Tensor, reference: Gaussian, groups: int = 20) -> float:
+    """Standard error of the squared Frechet distance of `features` to `reference`, over fresh samples.
+
+    Args:
+        features: shape (n, d), n >= 2 groups; n may be below d. Row k is in group k mod `groups`.
+        reference: the other side, taken as exact.
+        groups: how many parts, at least 2.
+
+    Raises:
+        ValueError: if the features are no valid array, or there are too few rows for the groups.
+    """
+    if groups < 2:
+        raise ValueError(f"groups={groups}: a jackknife takes at least 2.")
+    x = in_float64(checked("features", features, 2 * groups, f"each of {groups} groups takes 2 rows"))
+    group = torch.arange(len(x), device=x.device) % groups
+    values = [distance_between(fit_features(x[group != j]), reference).value for j in range(groups)]
+    mean = math.fsum(values) / groups
+    return math.sqrt((groups - 1) / groups * math.fsum((value - mean) ** 2 for value in values))

@@ -1,0 +1,294 @@
+"""`stablefield sample`: every sampler, grid, EMA, class and guide by its flag, and the same images from two processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stablefield import sampling
+from stablefield.cli.entry import main
+from stablefield.sampling.noise import SampleNoise
+from stablefield.sampling.samples import to_uint8
+from stablefield.training.model import open_model
+
+TINY = ["--steps", "30", "--network.width", "16", "--network.depth", "1", "--sample-every", "0"]
+
+
+def status(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    code = exit_.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def drawn(run: Path, out: Path, *flags: str) -> dict[str, np.ndarray]:
+    assert status("sample", str(run), "--out", str(out), *flags) == 0
+    with np.load(out) as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "plain"
+    assert status("train", "digits", *TINY, "--out", str(path)) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def worse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "worse"
+    assert status("train", "digits", *TINY, "--steps", "4", "--out", str(path)) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "conditional"
+    assert status("train", "digits", "--conditional", *TINY, "--out", str(path)) == 0
+    return path
+
+
+@pytest.mark.parametrize(
+    ("flags", "nfe"),
+    [
+        (["--sampler", "heun"], "35"),
+        (["--sampler", "heun", "--churn", "20", "--churn-range", "0.05", "50", "--churn-noise", "1.003"], "35"),
+        (["--sampler", "euler", "--steps", "7"], "7"),
+        (["--sampler", "dpmpp-2m"], "18"),
+        (["--sampler", "dpmpp-2m-sde", "--eta", "0.5"], "18"),
+        (["--sampler", "euler-maruyama"], "1,000"),
+        (["--sampler", "ancestral"], "18"),
+        (["--sampler", "pc-ve", "--steps", "20"], "39"),
+        (["--sampler", "pc-vp", "--steps", "20", "--predictor", "ancestral", "--corrector-steps", "2"], "58"),
+        (["--grid", "ve"], "35"),
+        (["--grid", "vp"], "35"),
+        (["--grid", "cosine"], "35"),
+    ],
+    ids=lambda value: " ".join(value[:4]) if isinstance(value, list) else value,
+)
+def test_every_sampler_and_grid_draws_and_says_its_evaluations(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], nfe: str
+) -> None:
+    arrays = drawn(run, tmp_path / "a.npz", "--seeds", "0-2", *flags)
+    assert f": {nfe} network evaluations each (NFE)" in capsys.readouterr().out
+    assert arrays["arr_0"].shape == (3, 8, 8, 1)
+    assert arrays["arr_0"].dtype == np.uint8
+    assert arrays["arr_0"].std() > 5
+    assert arrays["seeds"].tolist() == [0, 1, 2]
+
+
+def test_a_flag_reaches_its_sampler(run: Path, tmp_path: Path) -> None:
+    """Against the library's own sampler with the same noise."""
+    denoiser = open_model(run).denoiser
+    noise = SampleNoise([3, 8])
+    start = noise.latents((1, 8, 8), dtype=torch.float64)
+    cases = {
+        "heun": (
+            ["--churn", "9", "--churn-range", "0.1", "5", "--churn-noise", "1.1", "--rho", "5", "--sigma-max", "40"],
+            lambda x, z, g: sampling.heun(denoiser, x, g, s_churn=9.0, s_min=0.1, s_max=5.0, s_noise=1.1, noise=z),
+            sampling.edm_sigmas(12, rho=5, sigma_max=40),
+        ),
+        "pc-ve": (
+            ["--snr", "0.1", "--corrector-steps", "2", "--sigma-min", "0.05"],
+            lambda x, z, g: sampling.predictor_corrector(denoiser, x, g, corrector_steps=2, snr=0.1, noise=z),
+            sampling.ve_sigmas(12, sigma_min=0.05),
+        ),
+        "pc-vp": (
+            ["--predictor", "ancestral"],
+            lambda x, z, g: sampling.predictor_corrector(denoiser, x, g, process="vp", predictor="ancestral", noise=z),
+            sampling.vp_sigmas(12),
+        ),
+        "dpmpp-2m-sde": (
+            ["--eta", "0.3", "--grid", "cosine"],
+            lambda x, z, g: sampling.dpmpp_2m_sde(denoiser, x, g, eta=0.3, noise=z),
+            sampling.cosine_sigmas(12),
+        ),
+    }
+    for name, (flags, sampler, grid) in cases.items():
+        noise = SampleNoise([3, 8])
+        start = noise.latents((1, 8, 8), dtype=torch.float64)
+        expected = to_uint8(sampler(start * grid[0], noise, grid)).permute(0, 2, 3, 1).numpy()
+        got = drawn(run, tmp_path / "a.npz", "--seeds", "3,8", "--sampler", name, "--steps", "12", *flags)["arr_0"]
+        assert np.array_equal(got, expected), name
+
+
+@pytest.mark.parametrize("sampler", ["heun", "rk45"])
+def test_image_k_is_the_same_in_every_call_whatever_the_batch(run: Path, tmp_path: Path, sampler: str) -> None:
+    flags = ("--sampler", sampler)
+    whole = drawn(run, tmp_path / "a.npz", "--seeds", "0-39", "--batch", "40", *flags)["arr_0"]
+    some = drawn(run, tmp_path / "b.npz", "--seeds", "35,3,4", "--batch", "2", *flags)
+    assert some["seeds"].tolist() == [35, 3, 4]
+    difference = np.abs(whole[[35, 3, 4]].astype(int) - some["arr_0"])
+    # rk45 always solves the same rows together; elsewhere a network's rounding may turn a grey level.
+    assert difference.max() <= (0 if sampler == "rk45" else 1)
+
+
+def test_rk45_keeps_its_tolerance_and_tells_what_that_took(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exact = drawn(run, tmp_path / "a.npz", "--sampler", "rk45", "--rtol", "1e-8", "--atol", "1e-8")["arr_0"].astype(int)
+    usual = drawn(run, tmp_path / "b.npz", "--sampler", "rk45")["arr_0"]
+    rough = drawn(run, tmp_path / "c.npz", "--sampler", "rk45", "--rtol", "0.05", "--atol", "0.05")["arr_0"]
+    assert np.abs(exact - usual).max() <= 1
+    assert np.abs(exact - rough).max() > 1
+    nfe = [
+        float(line.split(" network")[0].split()[-1]) for line in capsys.readouterr().out.splitlines() if "NFE" in line
+    ]
+    assert nfe[0] > 2 * nfe[1] > 2 * nfe[2]
+
+
+def test_a_grid_a_folder_and_an_npz_file_hold_the_same_images(run: Path, tmp_path: Path) -> None:
+    seeds = ("--seeds", "4,2")
+    arrays = drawn(run, tmp_path / "a.npz", *seeds)["arr_0"]
+    assert status("sample", str(run), *seeds, "--out", str(tmp_path / "folder")) == 0
+    assert status("sample", str(run), *seeds, "--out", str(tmp_path / "grid.png")) == 0
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["000002.png", "000004.png"]
+    for place, name in ((0, "000004.png"), (1, "000002.png")):
+        with Image.open(tmp_path / "folder" / name) as picture:
+            assert np.array_equal(np.asarray(picture), arrays[place, :, :, 0])
+    with Image.open(tmp_path / "grid.png") as picture:
+        grid = np.asarray(picture)
+    scale = (grid.shape[1] - 6) // 16
+    assert np.array_equal(grid[2 : 2 + 8 * scale : scale, 2 : 2 + 8 * scale : scale], arrays[0, :, :, 0])
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_the_average_and_the_last_weights_draw_different_images(run: Path, tmp_path: Path) -> None:
+    average = drawn(run, tmp_path / "a.npz", "--ema", "half-life")["arr_0"]
+    last = drawn(run, tmp_path / "b.npz", "--ema", "none")["arr_0"]
+    assert np.array_equal(average, drawn(run, tmp_path / "c.npz")["arr_0"])
+    assert (average != last).any()
+
+
+def test_a_conditional_run_draws_the_class_of_the_seed_or_the_one_asked_for(conditional: Path, tmp_path: Path) -> None:
+    arrays = drawn(conditional, tmp_path / "a.npz", "--seeds", "0-29")
+    assert arrays["labels"].tolist() == [seed % 10 for seed in range(30)]
+    sevens = drawn(conditional, tmp_path / "b.npz", "--seeds", "0-29", "--class", "7")
+    assert set(sevens["labels"].tolist()) == {7}
+    same = (arrays["arr_0"] == sevens["arr_0"]).all((1, 2, 3))
+    assert same[[7, 17, 27]].all()
+    assert not same.all()
+
+
+def test_classifier_free_guidance_acts_in_its_interval_and_counts_both_evaluations(
+    conditional: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = drawn(conditional, tmp_path / "a.npz")["arr_0"]
+    guided = drawn(conditional, tmp_path / "b.npz", "--guidance", "3")["arr_0"]
+    assert ": 70 network evaluations" in capsys.readouterr().out
+    assert (plain != guided).any()
+    outside = drawn(conditional, tmp_path / "c.npz", "--guidance", "3", "--interval", "100", "200")["arr_0"]
+    assert ": 35 network evaluations" in capsys.readouterr().out
+    assert np.array_equal(outside, plain)
+
+
+def test_autoguidance_extrapolates_from_the_guides_run(run: Path, worse: Path, tmp_path: Path) -> None:
+    arrays = drawn(run, tmp_path / "a.npz", "--seeds", "5", "--guidance", "2", "--guide", str(worse))
+    good, bad = open_model(run).denoiser, open_model(worse).denoiser
+    grid, noise = sampling.edm_sigmas(18), SampleNoise([5])
+    start = noise.latents((1, 8, 8), dtype=torch.float64) * 80
+    with torch.no_grad():
+        expected = sampling.heun(lambda x, s: 2 * good(x, s) - bad(x, s), start, grid)
+    assert np.abs(arrays["arr_0"].transpose(0, 3, 1, 2).astype(int) - to_uint8(expected).numpy()).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--ema", "0.25"], ["--ema 0.25", "half-life", "none"]),
+        (["--sampler", "euler", "--churn", "3"], ["--churn is an option of heun, not of euler"]),
+        (["--snr", "0.1"], ["--snr is an option of pc-ve and pc-vp, not of heun"]),
+        (["--sampler", "rk45", "--steps", "9"], ["--steps 9", "--rtol"]),
+        (["--grid", "vp", "--sigma-min", "0.1"], ["--sigma-min", "vp grid"]),
+        (["--sigma-min", "90"], ["sigma_min=90"]),
+        (["--class", "3"], ["--class 3", "leave --class out"]),
+        (["--guidance", "2"], ["--guidance 2", "--guide RUN"]),
+        (["--interval", "1", "2"], ["--interval does nothing at --guidance 1"]),
+        (["--guide", "{run}"], ["--guide", "does nothing at --guidance 1"]),
+        (["--guidance", "2", "--guide", "nowhere"], ["nowhere is not a run"]),
+        (["--guidance", "2", "--guide", "{conditional}"], ["10 classes", "a run of the same data"]),
+        (["--seeds", "4294967296"], ["2^32 - 1"]),
+        (["--batch", "0"], ["--batch is 0"]),
+        (["--out", "{folder}.npz"], ["is a folder"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_wrong_use_is_one_paragraph_that_says_what_to_do(
+    run: Path, conditional: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: list[str]
+) -> None:
+    (tmp_path / "x.npz").mkdir()
+    places = {"run": run, "conditional": conditional, "folder": tmp_path / "x"}
+    assert status("sample", str(run), *(flag.format(**places) for flag in flags)) == 2
+    told = capsys.readouterr().err
+    assert all(word in told for word in words), told
+    assert "Traceback" not in told
+
+
+def test_a_class_that_the_run_does_not_know_is_refused(conditional: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("sample", str(conditional), "--class", "10") == 2
+    assert "--class 10: the run knows classes 0 to 9, or -1 for none" in capsys.readouterr().err
+
+
+BOTH = """
+import os, sys, torch
+from stablefield.cli.entry import main
+torch.set_num_threads(1)
+run, out, *ports = sys.argv[1:]
+draw = ["sample", run, "--seeds", "0-12,70", "--batch", "3"]
+measure = ["evaluate", run, "--samples", "30", "--batch", "8", "--feature-batch", "500", "--extractor", "random",
+           "--no-cache", "--out", out + "/r.json"]
+for port, arguments in zip(ports, ([*draw, "--out", out + "/a.npz"], [*draw, "--out", out + "/images"], measure)):
+    os.environ["MASTER_PORT"] = port
+    try:
+        main(arguments)
+    except SystemExit as done:
+        assert done.code == 0, done.code
+"""
+
+
+def free_ports(count: int) -> list[str]:
+    sockets = [socket.socket() for _ in range(count)]
+    for free in sockets:
+        free.bind(("127.0.0.1", 0))
+    ports = [str(free.getsockname()[1]) for free in sockets]
+    for free in sockets:
+        free.close()
+    return ports
+
+
+@pytest.mark.slow
+def test_two_processes_draw_and_measure_what_one_does(run: Path, tmp_path: Path) -> None:
+    ports = free_ports(3)
+    outputs: dict[int, list[str]] = {}
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        out.mkdir()
+        started = []
+        for rank in range(count):
+            place = {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, "-c", BOTH, str(run), str(out), *ports]
+            pipe = subprocess.PIPE
+            started.append(subprocess.Popen(command, env={**os.environ, **place}, stdout=pipe, text=True))
+        outputs[count] = [process.communicate(timeout=200)[0] for process in started]
+        assert [process.returncode for process in started] == [0] * count
+    assert outputs[2][1] == ""  # the first process tells
+    assert "in 2 processes" in outputs[2][0]
+    one, two = (dict(np.load(tmp_path / str(count) / "a.npz")) for count in (1, 2))
+    assert one["seeds"].tolist() == [*range(13), 70]
+    assert np.array_equal(one["arr_0"], two["arr_0"])
+    files = [sorted((tmp_path / str(count) / "images").iterdir()) for count in (1, 2)]
+    assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
+    assert len(files[0]) == 14
+    results = [json.loads((tmp_path / str(count) / "r.json").read_text())["results"] for count in (1, 2)]
+    assert len(results[0]) == 7
+    for alone, together in zip(*results, strict=True):
+        assert together["values"] == pytest.approx(alone["values"], rel=1e-9, abs=1e-12)
+        assert together["protocol"] == alone["protocol"]

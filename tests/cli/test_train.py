@@ -1,0 +1,125 @@
+"""`stablefield train`: any folder of images, the recipe that fits it, and a run that can be left at any time."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stablefield.cli.entry import main
+from stablefield.training.run_folder import RunFolder
+
+QUICK = ["--steps", "2", "--batch", "4", "--network.base-channels", "8", "--sample-every", "0"]
+
+
+def status(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    code = exit_.value.code
+    assert isinstance(code, int)
+    return code
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of many sizes, jpg and png, colour and grey."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for k in range(24):
+        width, height = rng.integers(40, 70, 2)
+        ramp = np.linspace(0, 255, width)[None, :, None] * rng.random(3) * np.ones((height, 1, 1))
+        image = Image.fromarray(ramp.astype(np.uint8))
+        (image.convert("L") if k % 3 == 0 else image).save(folder / f"{k}.{'jpg' if k % 2 else 'png'}")
+    return folder
+
+
+@pytest.mark.slow
+def test_folder_of_mixed_pictures_trains_without_flags_and_can_be_sampled_after_ctrl_c(
+    photos: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", "from stablefield.cli.entry import main; main()", "train", str(photos)]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.startswith("run folder"):
+                break
+        child.send_signal(signal.SIGINT)
+        rest = child.stdout.read()
+        assert child.wait(timeout=120) == 0, rest
+    run = next((tmp_path / "runs").iterdir())
+    assert "stopped at step" in rest
+    assert f"--resume --out runs/{run.name}" in rest
+    config = RunFolder.open(run).config()
+    assert config.shape == (3, 32, 32)
+    assert "Lanczos to 32 x 32" in config.manifest["resized"]
+    assert status("sample", str(run), "--seeds", "0-3", "--steps", "2", "--out", str(tmp_path / "grid.png")) == 0
+    assert (tmp_path / "grid.png").is_file()
+
+
+def test_dry_run_says_what_a_run_takes_and_writes_nothing(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert status("train", str(photos), *QUICK, "--dry-run") == 0
+    text = capsys.readouterr().out
+    for word in ("parameters", "memory", "steps", "references", "a step here", "all of it"):
+        assert word in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_print_shows_the_recipe_with_flags_applied(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("train", "--recipe", "cifar10-ve", "--batch", "64", "--network.base-channels", "32", "--print") == 0
+    text = capsys.readouterr().out
+    assert "batch=64" in text
+    assert "base_channels=32" in text
+    assert "VE(sigma_min=0.02, sigma_max=100.0)" in text
+
+
+def test_flags_that_resume_would_not_heed_are_refused(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "run")
+    assert status("train", str(photos), *QUICK, "--out", out) == 0
+    assert status("train", "--resume", "--out", out, "--steps", "9") == 2
+    assert "--steps with --resume" in capsys.readouterr().err
+    assert status("train", "--resume", "--out", out) == 0
+
+
+def test_every_flag_is_on_top_of_the_recipe_that_the_data_chose(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    flags = ["--references", "8", "--augmentation", "0", "--mirror", "--resolution", "16", "--conditional"]
+    assert status("train", str(photos), *QUICK, *flags[:-1], "--out", str(out)) == 0
+    recipe = RunFolder.open(out).config().recipe
+    assert (recipe.references, recipe.augmentation, recipe.mirror, recipe.steps) == (8, 0.0, True, 2)
+    assert RunFolder.open(out).config().shape == (3, 16, 16)
+    assert status("train", str(photos), *QUICK, *flags, "--out", str(tmp_path / "other")) == 2
+
+
+@pytest.mark.slow
+def test_tensorboard_receives_what_metrics_jsonl_does(photos: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    assert status("train", str(photos), *QUICK, "--log-every", "1", "--tracker", "tensorboard", "--out", str(out)) == 0
+    events = EventAccumulator(str(out / "stablefield")).Reload()
+    losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
+
+
+def test_averages_of_any_length_are_made_and_sampled_after_training(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "run")
+    assert status("train", str(photos), *QUICK, "--steps", "6", "--ema-snapshot-every", "2", "--out", out) == 0
+    assert status("ema", out, "--length", "0.07", "0.2") == 0
+    assert (tmp_path / "run" / "ema" / "length-0.07.safetensors").is_file()
+    grid = str(tmp_path / "grid.png")
+    assert status("sample", out, "--seeds", "0-3", "--steps", "2", "--ema", "0.07", "--out", grid) == 0
+    capsys.readouterr()
+    assert status("sample", out, "--ema", "best", "--out", grid) == 2
+    assert "half-life, none, or a length" in capsys.readouterr().err

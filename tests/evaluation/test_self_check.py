@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from stablefield.data.digits import open_digits
+from stablefield.data.image_set import Origin, make_image_set
+from stablefield.evaluation.extractor import RawPixels
+from stablefield.evaluation.frechet import (
+    distance_between,
+    fit_features,
+    fit_moments,
+    frechet_distance,
+    frechet_distance_from_features,
+)
+from stablefield.evaluation.self_check import SelfCheck, jackknife_error
+
+DIGITS = open_digits()
+
+
+@pytest.mark.parametrize(("n", "d", "shift"), [(200, 10, 0.5), (60, 40, 0.3)])
+def test_standard_error_is_the_spread_over_fresh_samples(n: int, d: int, shift: float) -> None:
+    generator = torch.Generator().manual_seed(n)
+    root = torch.randn(d, d, generator=generator, dtype=torch.float64) / d**0.5
+    reference = fit_moments(torch.zeros(d), root.T @ root)
+    draws = [1.1 * torch.randn(n, d, generator=generator, dtype=torch.float64) @ root + shift for _ in range(80)]
+    spread = np.std([distance_between(fit_features(x), reference).value for x in draws], ddof=1)
+    claimed = np.sqrt(np.mean([jackknife_error(x, reference) ** 2 for x in draws[:20]]))
+    # The jackknife's variance is too large on average, never too small (Efron and Stein).
+    assert 0.85 < claimed / spread < 1.4
+
+
+def test_the_jackknife_is_that_of_its_definition() -> None:
+    x = torch.randn(12, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    reference = fit_moments(torch.zeros(3), torch.eye(3))
+    zero = torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    without = [
+        frechet_distance(part.mean(0), part.T.cov(), *zero).value
+        for part in (x[[row for row in range(12) if row % 4 != j]] for j in range(4))
+    ]
+    expected = np.sqrt(3 / 4 * np.square(np.array(without) - np.mean(without)).sum())
+    assert jackknife_error(x, reference, 4) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_reading_is_value_error_and_floor_on_as_many_images() -> None:
+    extractor = RawPixels((1, 8, 8))
+    check = SelfCheck.prepare(DIGITS, extractor, samples=300, batch=128, groups=10)
+    generator = torch.Generator().manual_seed(1)
+    pool = torch.from_numpy(DIGITS.images)
+    asked: list[int] = []
+
+    def resampled(seeds: object) -> Tensor:
+        asked.extend(seeds)
+        return pool[torch.randint(0, len(pool), (len(seeds),), generator=generator)]
+
+    def noisy(seeds: object) -> Tensor:
+        x = pool[torch.randint(0, len(pool), (len(seeds),), generator=generator)].float()
+        return (x + 60 * torch.randn(x.shape, generator=generator)).clamp(0, 255).to(torch.uint8)
+
+    perfect, poor = check.read(resampled), check.read(noisy)
+    assert asked == list(range(300))
+    # A model that draws real images reads its floor, within its noise; noise on the images is seen at once.
+    assert abs(perfect.value - perfect.floor) < 5 * perfect.standard_error
+    assert poor.value - poor.floor > 20 * poor.standard_error
+    assert perfect.floor == check.floor > 0.1
+    assert (perfect.name, perfect.count) == ("Frechet distance (pixels)", 300)
+    assert "300 samples (as many real images: " in str(perfect)
+
+
+def test_the_floor_falls_with_the_number_of_samples_and_is_that_of_a_real_subset() -> None:
+    extractor = RawPixels((1, 8, 8))
+    few, many = (SelfCheck.prepare(DIGITS, extractor, samples=n).floor for n in (200, 800))
+    assert few > 2.5 * many
+    whole = extractor(torch.from_numpy(DIGITS.images))
+    rows = np.sort(np.random.default_rng(0).choice(len(DIGITS), 200, replace=False))
+    assert few == pytest.approx(frechet_distance_from_features(whole[rows], whole).value, rel=1e-6)
+
+
+def test_too_few_samples_or_images_are_refused() -> None:
+    small = make_image_set(DIGITS.images[:100], None, Origin(name="few", source="here"))
+    with pytest.raises(ValueError, match="samples=39, groups=20: a self-check takes at least 2 groups of 2 samples"):
+        SelfCheck.prepare(DIGITS, RawPixels((1, 8, 8)), samples=39)
+    with pytest.raises(ValueError, match="samples=500 is above the 100 images of the data"):
+        SelfCheck.prepare(small, RawPixels((1, 8, 8)))
+    with pytest.raises(ValueError, match="features has 30 rows, but at least 40"):
+        jackknife_error(torch.zeros(30, 2), fit_moments(torch.zeros(2), torch.eye(2)))

@@ -1,0 +1,99 @@
+"""The named recipes say what the paper and the facts sheet say, and can be shown as Python."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import stablefield as sf
+from stablefield.cli.recipes import RECIPES, chosen, limit, shown
+from stablefield.data.digits import open_digits
+from stablefield.data.image_set import Origin, make_image_set
+from stablefield.training import recipe as recipe_module
+from stablefield.training.recipe import Recipe, UNet
+from stablefield.training.recipes import CIFAR10_EDM, CIFAR10_VE, CIFAR10_VP, imagefolder
+
+
+def names() -> dict[str, object]:
+    found = {name: getattr(recipe_module, name) for name in ("Recipe", "UNet", "Perceptron")}
+    return {**found, **{name: getattr(sf, name) for name in sf.__all__}, "inf": float("inf")}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_is_shown_is_python_that_makes_the_recipe(name: str) -> None:
+    text = shown(RECIPES[name])
+    assert eval(text, {"__builtins__": {}}, names()) == RECIPES[name]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "parameters"), [(CIFAR10_EDM, 56_397_827), (CIFAR10_VE, 56_397_827), (CIFAR10_VP, 55_733_891)]
+)
+def test_cifar10_recipes_have_the_published_networks(recipe: Recipe, parameters: int) -> None:
+    with torch.device("meta"):
+        network = recipe.network.build((3, 32, 32), 0, recipe.augment_dim, torch.Generator())
+    assert sum(p.numel() for p in network.parameters()) == parameters
+
+
+@pytest.mark.parametrize("recipe", [CIFAR10_EDM, CIFAR10_VE, CIFAR10_VP])
+def test_cifar10_recipes_follow_the_published_schedule(recipe: Recipe) -> None:
+    assert recipe.batch == 512
+    assert recipe.steps * recipe.batch == pytest.approx(200e6, rel=1e-5)
+    assert recipe.learning_rate_at(0) == pytest.approx(1e-3 * 512 / 10e6)
+    assert recipe.learning_rate_at(10_000_000 // 512 + 1) == recipe.learning_rate_at(recipe.steps - 1) == 1e-3
+    assert (recipe.ema_half_life, recipe.ema_ramp, recipe.augmentation) == (500_000, 0.05, 0.12)
+    assert isinstance(recipe.network, UNet)
+    assert recipe.network.dropout == 0.13
+    assert not recipe.mirror
+    assert recipe.mend_gradients
+
+
+def test_ve_and_vp_weigh_the_error_in_the_noise_and_draw_the_published_levels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for recipe, low, high in ((CIFAR10_VE, 0.02, 100.0), (CIFAR10_VP, 0.0, 160.0)):
+        level = recipe.process.noise_level(recipe.noise_levels.sample(recipe.process, 20_000, generator))
+        assert low <= level.min()
+        assert level.max() <= high
+        torch.testing.assert_close(recipe.weighting(level), 1 / level**2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "count", "name"),
+    [((1, 28, 28), 500, "mnist28"), ((3, 64, 64), 500, "imagefolder"), ((3, 8, 8), 50, "imagefolder")],
+)
+def test_auto_chooses_by_the_data(shape: tuple[int, int, int], count: int, name: str) -> None:
+    import numpy as np
+
+    data = make_image_set(np.zeros((count, *shape), np.uint8), None, Origin(name="made", source="made up"))
+    found, recipe = chosen("auto", data, accelerated=False)
+    assert found == name
+    recipe.network.build(data.shape, 0, recipe.augment_dim, torch.Generator())
+    assert recipe.batch <= count
+
+
+@pytest.mark.parametrize("side", [8, 16, 28, 32, 64])
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_imagefolder_fits_every_size_that_it_chooses(side: int, accelerated: bool) -> None:
+    recipe = imagefolder((3, side, side), 1000, accelerated=accelerated)
+    with torch.device("meta"):
+        recipe.network.build((3, side, side), 0, recipe.augment_dim, torch.Generator())
+
+
+def test_limits_of_resolution_follow_recipe_and_device() -> None:
+    assert limit("auto", accelerated=False) == 32
+    assert limit("imagefolder", accelerated=True) == limit("celeba64-ve", accelerated=False) == 64
+    assert limit("cifar10-ve", accelerated=False) == 32
+    assert limit("digits", accelerated=False) is None
+
+
+def test_unet_names_the_resolution_for_images_that_it_does_not_fit() -> None:
+    for shape, words in (((3, 30, 30), "--resolution 28"), ((3, 40, 64), "--resolution 40")):
+        with pytest.raises(ValueError, match=words):
+            UNet().build(shape, 0, 0, torch.Generator())
+
+
+def test_augmentation_needs_a_network_that_can_be_told() -> None:
+    recipe = dataclasses.replace(RECIPES["digits"], augmentation=0.1)
+    with pytest.raises(ValueError, match="--augmentation"):
+        recipe.network.build(open_digits().shape, 0, recipe.augment_dim, torch.Generator())
+    with pytest.raises(ValueError, match="--mirror"):
+        dataclasses.replace(recipe, mirror=True)
