@@ -21,6 +21,9 @@ from stablefield.report import (
 
 __all__ = ["distance_chart", "excess_chart", "fit_page"]
 
+# What a distance of 0 is drawn as on a logarithmic axis: below what float32 resolves.
+_LEAST = 1e-14
+
 
 def distance_chart(fit: Fit) -> LineChart:
     """Squared distance of the network to the posterior mean per number, with the floor to compare."""
@@ -31,7 +34,7 @@ def distance_chart(fit: Fit) -> LineChart:
         Line(
             label="network to posterior mean",
             x=x,
-            y=mean.where(mean > 0, math.nan).numpy(),
+            y=mean.clamp(min=_LEAST).numpy(),
             low=(mean - 2 * error).numpy(),
             high=(mean + 2 * error).numpy(),
         )
