@@ -1,5 +1,6 @@
 """`stablefield probe DATA|RUN`: see the variance of targets on data, or a run's network against the optimum."""
 
+import contextlib
 import csv
 import io
 import json
@@ -27,6 +28,7 @@ from stablefield.probe.advice import Advice, Training, advise
 from stablefield.probe.bias import BiasCheck, TargetLike, check_bias
 from stablefield.probe.faults import ClassesMixed, SourceLeftOut, SourceTwice
 from stablefield.probe.fit import Fit, measure_fit
+from stablefield.probe.floor import LossFloor, logged_excess
 from stablefield.probe.phases import Edge, Phases, find_phases, share_above
 from stablefield.probe.population import MOST, Population, draw_population
 from stablefield.probe.record import (
@@ -41,7 +43,7 @@ from stablefield.probe.record import (
 from stablefield.probe.variance import VarianceCurve, find_noise_levels, measure_variance
 from stablefield.report import write_chart, write_page
 from stablefield.report.extra import require
-from stablefield.report.fit_page import distance_chart, excess_chart, fit_page
+from stablefield.report.fit_page import distance_chart, excess_chart, fit_page, logged_chart
 from stablefield.report.variance_page import phases_chart, sizes_chart, variance_chart, variance_page
 from stablefield.targets.references import InBatch, Pool
 from stablefield.targets.target import StableTarget
@@ -246,7 +248,12 @@ class Probe:
         rows = self.sources or 512
         began = time.monotonic()
         fit = measure_fit(model.denoiser, population, found, labelled=by_class, rows=rows, seed=self.seed)
-        weighting = config.recipe.weighting
+        recipe, weighting = config.recipe, config.recipe.weighting
+        training = Training(
+            process=recipe.process, noise_levels=recipe.noise_levels, weighting=weighting, batch=recipe.batch
+        )
+        floor = LossFloor(noise_level=fit.noise_level, variance=fit.floor.mean, dim=fit.dim, weighting=weighting)
+        logged = logged_excess(_log(folder), floor, training)
         summary = _fit_line(fit, weighting, step)
         console.print(summary)
         console.print(_fit_lines(fit, weighting))
@@ -258,11 +265,17 @@ class Probe:
             "seed": self.seed,
             "seconds": time.monotonic() - began,
             "fit": fit_record(fit),
+            "logged": [entry.record() for entry in logged],
         }
         written = [_write_json(out / "probe.json", record), _write_csv(out / "fit.csv", fit_table(fit))]
         written.append(write_chart(distance_chart(fit), out / "distance.png", title="Squared distance to the optimum"))
         written.append(write_chart(excess_chart(fit, weighting), out / "excess.png", title="Loss minus floor"))
-        page = fit_page(f"{folder.name}, step {step:,}", images.describe(), fit, weighting, summary, self._command)
+        over_training = logged_chart(logged)
+        if over_training is not None:
+            written.append(write_chart(over_training, out / "training.png", title="Loss minus floor over training"))
+        page = fit_page(
+            f"{folder.name}, step {step:,}", images.describe(), fit, weighting, summary, self._command, over_training
+        )
         written.append(write_page(page, out / "report.html"))
         console.print(f"written to {relative(out)}: {', '.join(path.name for path in written)}")
         return 0
@@ -387,6 +400,16 @@ def _seconds(value: float) -> str:
     if value >= 1:
         return f"{value:,.1f} s"
     return f"{1000 * value:.0f} ms" if value >= 0.01 else f"{1000 * value:.2g} ms"
+
+
+def _log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; one that a kill has cut off is passed over."""
+    path = folder / "metrics.jsonl"
+    entries: list[dict[str, Any]] = []
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
 
 
 def _sizes(text: str) -> tuple[int, ...]:
