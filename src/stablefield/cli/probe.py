@@ -91,7 +91,7 @@ class Probe:
     """Decides all that is drawn."""
     check_bias: bool = False
     """Test instead that reference policies are unbiased on the data, and that planted faults are seen."""
-    false_alarm: float = 0.01
+    false_alarm: float = 0.001
     """Rate at which the bias check may fail an unbiased policy."""
     out: Path | None = None
     """Folder for numbers, pictures and the report; probes/NAME if not given."""
@@ -196,7 +196,7 @@ class Probe:
         if group is not None:
             faulty["classes mixed"] = ClassesMixed(population, size, process=process)
         results: dict[str, BiasCheck] = {}
-        table = Table("references", "verdict", "p", "largest |t|", "where", box=None, pad_edge=False)
+        table = Table("references", "verdict", "p", "max |t|", "direction, noise level", box=None, pad_edge=False)
         with _Bar("testing") as bar:
             for number, (name, target) in enumerate((sound | faulty).items()):
                 result = check_bias(
@@ -205,19 +205,19 @@ class Probe:
                 results[name] = result
                 bar((number + 1) / len(sound | faulty))
                 verdict = "no bias seen" if result.passed else "BIASED"
-                where = f"{result.direction}, noise level {result.noise_level:.2g}"
+                where = f"{result.direction}, at {result.noise_level:.2g}"
                 table.add_row(
                     name if name in sound else f"fault: {name}",
                     f"[{'green' if result.passed == (name in sound) else 'red'}]{verdict}[/]",
-                    f"{result.p_value:.4f}",
+                    f"{result.p_value:.2g}",
                     f"{result.statistic:.1f}",
                     where,
                 )
         console.print(table)
         looked = next(iter(results.values())).rows
         console.print(
-            f"{looked:,} training rows each; an unbiased policy fails at a rate of {self.false_alarm:g}. The faults are "
-            "planted,\nto show what the test sees on these data."
+            f"{looked:,} training rows each; an unbiased policy fails at a rate of {self.false_alarm:g}.\n"
+            "The faults are planted, to show what the test sees on these data."
         )
         record = {"command": f"{self._command} --check-bias", "data": images.manifest, "seed": self.seed}
         record["checks"] = {name: {"planted": name in faulty, **bias_record(r)} for name, r in results.items()}
