@@ -112,7 +112,7 @@ def test_a_run_is_held_against_the_optimum(
     run = tmp_path / "run"
     tiny = ["--recipe", "digits", "--steps", "30", "--batch", "32", "--network.width", "16", "--network.depth", "1"]
     given = ["--conditional"] if conditional else []
-    assert status("train", str(few), *tiny, *given, "--sample-every", "0", "--out", str(run)) == 0
+    assert status("train", str(few), *tiny, *given, "--log-every", "10", "--sample-every", "0", "--out", str(run)) == 0
     assert status("probe", str(run)) == 0
     assert "Step 30: the network is farthest from the optimum" in capsys.readouterr().out
     assert {path.name for path in (run / "probe").iterdir()} == {
@@ -120,8 +120,12 @@ def test_a_run_is_held_against_the_optimum(
         "fit.csv",
         "distance.png",
         "excess.png",
+        "training.png",
         "report.html",
     }
+    logged = json.loads((run / "probe" / "probe.json").read_text())["logged"]
+    assert [entry["step"] for entry in logged] == [10, 20, 30]
+    assert all(len(entry["bin_excess"]) == len(entry["bin_edges"]) + 1 for entry in logged)
     levels = json.loads((run / "probe" / "probe.json").read_text())["fit"]["levels"]
     # A network of 30 steps is far from the optimum, and the loss is distance and floor.
     for level in levels:

@@ -6,7 +6,7 @@ import torch
 
 import stablefield as sf
 from stablefield.probe.advice import Training, advise
-from stablefield.probe.floor import LossFloor
+from stablefield.probe.floor import LossFloor, logged_excess
 from stablefield.probe.phases import find_band, find_phases, share_above
 from stablefield.probe.population import Population
 from stablefield.probe.series import Series
@@ -172,6 +172,43 @@ def test_the_floor_of_a_bin_is_the_mean_over_its_rows():
     expected = [float(values[place == k].mean()) for k in range(4)]
     assert floor.bins(edges, training).tolist() == pytest.approx(expected, rel=0.02)
     assert math.isnan(float(floor.bins((1e-9, 1.0), training)[0]))
+
+
+def test_the_logged_excess_is_that_of_the_network_whatever_the_references_were(two_gaussians):
+    # A network that is off by 0.2 in every number has an excess of 0.04 w(s), with DSM and with STF.
+    curve = measure_variance(Population(two_gaussians), sizes=(), draws=4)
+    training = Training(noise_levels=sf.LogUniform(0.3, 5), weighting=sf.SNRWeighting(power=0))
+    floor = LossFloor.of(curve, training.weighting)
+    edges = (0.6, 1.5)
+    for target in (sf.DenoisingTarget(sf.EDM()), sf.StableTarget(sf.EDM(), references=sf.Pool(two_gaussians, 200))):
+        objective = sf.Objective(
+            sf.EDM(), noise_levels=training.noise_levels, weighting=training.weighting, target=target
+        )
+        generator = torch.Generator().manual_seed(3)
+        rows = []
+        for _ in range(60):
+            index = torch.randperm(1000, generator=generator)[:64]
+            value = objective(
+                lambda x, s: sf.posterior(x, 1.0, s, two_gaussians).mean + 0.2,
+                two_gaussians[index],
+                index=index,
+                generator=generator,
+            )
+            rows.append(torch.stack([value.noise_level, value.row_loss, value.variance_removed], 1))
+        level, loss, removed = torch.cat(rows).double().T.contiguous()
+        place = torch.bucketize(level, torch.tensor(edges, dtype=torch.float64))
+        entry = {
+            "step": 7,
+            "bin_edges": list(edges),
+            "bin_loss": [float(loss[place == k].mean()) for k in range(3)],
+            "bin_variance_removed": [float(removed[place == k].mean()) for k in range(3)],
+        }
+        (found,) = logged_excess([{"step": 1, "loss": 1.0}, entry], floor, training)
+        error = [float((loss + removed)[place == k].std() / (place == k).sum() ** 0.5) for k in range(3)]
+        assert found.step == 7
+        assert all(abs(value - 0.04) < 4 * e + 5e-4 for value, e in zip(found.excess, error, strict=True))
+    empty = {"step": 8, "bin_edges": list(edges), "bin_loss": [None, 1.0, 1.0]}
+    assert logged_excess([empty], floor, training)[0].excess[0] is None
 
 
 def test_the_floor_of_a_size_that_was_not_measured_is_refused():

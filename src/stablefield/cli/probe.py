@@ -1,5 +1,6 @@
 """`stablefield probe DATA|RUN`: see the variance of targets on data, or a run's network against the optimum."""
 
+import contextlib
 import csv
 import io
 import json
@@ -27,6 +28,7 @@ from stablefield.probe.advice import Advice, Training, advise
 from stablefield.probe.bias import BiasCheck, TargetLike, check_bias
 from stablefield.probe.faults import ClassesMixed, SourceLeftOut, SourceTwice
 from stablefield.probe.fit import Fit, measure_fit
+from stablefield.probe.floor import LossFloor, logged_excess
 from stablefield.probe.phases import Edge, Phases, find_phases, share_above
 from stablefield.probe.population import MOST, Population, draw_population
 from stablefield.probe.record import (
@@ -41,7 +43,7 @@ from stablefield.probe.record import (
 from stablefield.probe.variance import VarianceCurve, find_noise_levels, measure_variance
 from stablefield.report import write_chart, write_page
 from stablefield.report.extra import require
-from stablefield.report.fit_page import distance_chart, excess_chart, fit_page
+from stablefield.report.fit_page import distance_chart, excess_chart, fit_page, logged_chart
 from stablefield.report.variance_page import phases_chart, sizes_chart, variance_chart, variance_page
 from stablefield.targets.references import InBatch, Pool
 from stablefield.targets.target import StableTarget
@@ -89,7 +91,7 @@ class Probe:
     """Decides all that is drawn."""
     check_bias: bool = False
     """Test instead that reference policies are unbiased on the data, and that planted faults are seen."""
-    false_alarm: float = 0.01
+    false_alarm: float = 0.001
     """Rate at which the bias check may fail an unbiased policy."""
     out: Path | None = None
     """Folder for numbers, pictures and the report; probes/NAME if not given."""
@@ -112,9 +114,14 @@ class Probe:
         population = self._population(images, self.images, device)
         with _Bar("measuring") as bar:
             curve = measure_variance(
-                population, levels, process=self._training.process, sizes=sizes, sources=self.sources, seed=self.seed,
+                population,
+                levels,
+                process=self._training.process,
+                sizes=sizes,
+                sources=self.sources,
+                seed=self.seed,
                 progress=bar,
-            )  # fmt: skip
+            )
         phases = find_phases(curve)
         advice = advise(curve, self._training, aim=self.aim, tolerance=self.tolerance)
         said = _advice_lines(curve, phases, advice, self.plan, self.tolerance)
@@ -175,6 +182,8 @@ class Probe:
         out = _folder(self.out or Path("probes") / images.name)
         process, data, group = self._training.process, population.data, population.group
         size = min(256, len(population))
+        # No more than the pool, which must hold the batch, and few enough that others are left without it.
+        rows = min(128, max(2, len(population) // 3))
         sound: dict[str, TargetLike] = {
             "the batch": StableTarget(process, references=InBatch()),
             f"a pool of {size:,}": StableTarget(process, references=Pool(data, size, group)),
@@ -187,30 +196,28 @@ class Probe:
         if group is not None:
             faulty["classes mixed"] = ClassesMixed(population, size, process=process)
         results: dict[str, BiasCheck] = {}
-        table = Table("references", "verdict", "p", "largest |t|", "where", box=None, pad_edge=False)
+        table = Table("references", "verdict", "p", "max |t|", "direction, noise level", box=None, pad_edge=False)
         with _Bar("testing") as bar:
             for number, (name, target) in enumerate((sound | faulty).items()):
-                # A batch no larger than the pool, which must hold it, and that leaves samples for a source left out.
                 result = check_bias(
-                    target, population, process=process, batch=min(128, max(2, len(population) // 3)), false_alarm=self.false_alarm,
-                    seed=self.seed,
-                )  # fmt: skip
+                    target, population, process=process, batch=rows, false_alarm=self.false_alarm, seed=self.seed
+                )
                 results[name] = result
                 bar((number + 1) / len(sound | faulty))
                 verdict = "no bias seen" if result.passed else "BIASED"
-                where = f"{result.direction}, noise level {result.noise_level:.2g}"
+                where = f"{result.direction}, at {result.noise_level:.2g}"
                 table.add_row(
                     name if name in sound else f"fault: {name}",
                     f"[{'green' if result.passed == (name in sound) else 'red'}]{verdict}[/]",
-                    f"{result.p_value:.4f}",
+                    f"{result.p_value:.2g}",
                     f"{result.statistic:.1f}",
                     where,
                 )
         console.print(table)
-        rows = next(iter(results.values())).rows
+        looked = next(iter(results.values())).rows
         console.print(
-            f"{rows:,} training rows each; an unbiased policy fails at a rate of {self.false_alarm:g}. The faults are "
-            "planted,\nto show what the test sees on these data."
+            f"{looked:,} training rows each; an unbiased policy fails at a rate of {self.false_alarm:g}.\n"
+            "The faults are planted, to show what the test sees on these data."
         )
         record = {"command": f"{self._command} --check-bias", "data": images.manifest, "seed": self.seed}
         record["checks"] = {name: {"planted": name in faulty, **bias_record(r)} for name, r in results.items()}
@@ -241,7 +248,12 @@ class Probe:
         rows = self.sources or 512
         began = time.monotonic()
         fit = measure_fit(model.denoiser, population, found, labelled=by_class, rows=rows, seed=self.seed)
-        weighting = config.recipe.weighting
+        recipe, weighting = config.recipe, config.recipe.weighting
+        training = Training(
+            process=recipe.process, noise_levels=recipe.noise_levels, weighting=weighting, batch=recipe.batch
+        )
+        floor = LossFloor(noise_level=fit.noise_level, variance=fit.floor.mean, dim=fit.dim, weighting=weighting)
+        logged = logged_excess(_log(folder), floor, training)
         summary = _fit_line(fit, weighting, step)
         console.print(summary)
         console.print(_fit_lines(fit, weighting))
@@ -253,13 +265,17 @@ class Probe:
             "seed": self.seed,
             "seconds": time.monotonic() - began,
             "fit": fit_record(fit),
+            "logged": [entry.record() for entry in logged],
         }
         written = [_write_json(out / "probe.json", record), _write_csv(out / "fit.csv", fit_table(fit))]
         written.append(write_chart(distance_chart(fit), out / "distance.png", title="Squared distance to the optimum"))
         written.append(write_chart(excess_chart(fit, weighting), out / "excess.png", title="Loss minus floor"))
+        over_training = logged_chart(logged)
+        if over_training is not None:
+            written.append(write_chart(over_training, out / "training.png", title="Loss minus floor over training"))
         page = fit_page(
-            f"{folder.name}, step {step:,}", images.describe(), fit, weighting, summary, self._command
-        )  # fmt: skip
+            f"{folder.name}, step {step:,}", images.describe(), fit, weighting, summary, self._command, over_training
+        )
         written.append(write_page(page, out / "report.html"))
         console.print(f"written to {relative(out)}: {', '.join(path.name for path in written)}")
         return 0
@@ -290,9 +306,7 @@ class _Bar:
         self._bar.update(self._task, completed=share)
 
 
-def _advice_lines(
-    curve: VarianceCurve, phases: Phases, advice: Advice, plan: str, tolerance: float
-) -> list[str]:  # fmt: skip
+def _advice_lines(curve: VarianceCurve, phases: Phases, advice: Advice, plan: str, tolerance: float) -> list[str]:
     best = advice.recommended
     everything = best.size >= curve.samples
     size = f"all {curve.samples:,}" if everything else f"{best.size:,}"
@@ -386,6 +400,16 @@ def _seconds(value: float) -> str:
     if value >= 1:
         return f"{value:,.1f} s"
     return f"{1000 * value:.0f} ms" if value >= 0.01 else f"{1000 * value:.2g} ms"
+
+
+def _log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; one that a kill has cut off is passed over."""
+    path = folder / "metrics.jsonl"
+    entries: list[dict[str, Any]] = []
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
 
 
 def _sizes(text: str) -> tuple[int, ...]:

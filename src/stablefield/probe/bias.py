@@ -120,7 +120,7 @@ def check_bias(
     batch: int = 128,
     batches: int = 300,
     label_dropout: float = 0.0,
-    false_alarm: float = 0.01,
+    false_alarm: float = 0.001,
     seed: int = 0,
 ) -> BiasCheck:
     """Test that `target` is unbiased on `population`, as a class-conditional target if that has groups.
@@ -242,7 +242,7 @@ class _Directions:
         self._mean, self._class_means = _means(population)
         self._axes, self._spread = _axes(self._bank, self._mean)
         axes = [f"component {k + 1}" for k in range(len(self._axes))]
-        names = ["noisy row", "sharper mean", *axes, *(f"{name} times own place" for name in axes)]
+        names = ["noisy row", "sharper mean", *axes, *(f"{name} x place" for name in axes)]
         self.names = (*names, *([] if self._group is None else ["class mean"]))
 
     def products(self, residual: Tensor, row: Tensor, level: Tensor, seen: Tensor | None) -> Tensor:

@@ -9,8 +9,10 @@ references, 0 with the whole data set. The second part is the floor. "Loss minus
 optimum, which the loss alone hides: most of it is floor where noise is large.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from stablefield.probe.advice import Training
 from stablefield.probe.series import interpolate
 from stablefield.probe.variance import VarianceCurve
 
-__all__ = ["LossFloor"]
+__all__ = ["LoggedExcess", "LossFloor", "logged_excess"]
 
 # Noise levels that stand for the training distribution.
 _POINTS = 16_384
@@ -83,3 +85,50 @@ class LossFloor:
     def excess(self, loss: Tensor, noise_level: Tensor) -> Tensor:
         """Loss minus floor: `loss` at `noise_level`, of one shape, as a trainer logs them. Noise may take it below 0."""
         return loss.double() - self(noise_level)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggedExcess:
+    """What a line of a trainer's log says of the distance to the optimum.
+
+    Attributes:
+        step: steps done.
+        edges: noise levels between the bins; the outer bins are open.
+        excess: loss minus floor of each bin; None where no row fell. Noise may take it below 0.
+    """
+
+    step: int
+    edges: tuple[float, ...]
+    excess: tuple[float | None, ...]
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"step": self.step, "bin_edges": list(self.edges), "bin_excess": list(self.excess)}
+
+
+def logged_excess(entries: Sequence[Mapping[str, Any]], floor: LossFloor, training: Training) -> list[LoggedExcess]:
+    """Loss minus floor per bin of noise levels, from the lines of a run's metrics.jsonl.
+
+    The logged loss and the logged variance removed add up to the loss with the single-sample target, whatever the references
+    were, so one floor serves all runs.
+
+    Args:
+        entries: lines of the log; those without bins are passed over.
+        floor: that of the single-sample target.
+        training: how the run draws noise levels.
+    """
+    floors: dict[tuple[float, ...], list[float]] = {}
+    found: list[LoggedExcess] = []
+    for entry in entries:
+        if "bin_edges" not in entry or "bin_loss" not in entry:
+            continue
+        edges = tuple(float(edge) for edge in entry["bin_edges"])
+        if edges not in floors:
+            floors[edges] = floor.bins(edges, training).tolist()
+        removed = entry.get("bin_variance_removed") or [0.0] * len(entry["bin_loss"])
+        excess = tuple(
+            None if loss is None or math.isnan(least) else loss + (taken or 0.0) - least
+            for loss, taken, least in zip(entry["bin_loss"], removed, floors[edges], strict=True)
+        )
+        found.append(LoggedExcess(step=int(entry["step"]), edges=edges, excess=excess))
+    return found

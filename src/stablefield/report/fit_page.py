@@ -1,9 +1,11 @@
 """The page of a network that was held against the exact posterior mean, and its charts."""
 
 import math
+from collections.abc import Sequence
 
 from stablefield.diffusion.weighting import Weighting
 from stablefield.probe.fit import Fit
+from stablefield.probe.floor import LoggedExcess
 from stablefield.probe.record import fit_record
 from stablefield.report import (
     Code,
@@ -19,7 +21,10 @@ from stablefield.report import (
     json_details,
 )
 
-__all__ = ["distance_chart", "excess_chart", "fit_page"]
+__all__ = ["distance_chart", "excess_chart", "fit_page", "logged_chart"]
+
+# What a distance of 0 is drawn as on a logarithmic axis: below what float32 resolves.
+_LEAST = 1e-14
 
 
 def distance_chart(fit: Fit) -> LineChart:
@@ -31,7 +36,7 @@ def distance_chart(fit: Fit) -> LineChart:
         Line(
             label="network to posterior mean",
             x=x,
-            y=mean.where(mean > 0, math.nan).numpy(),
+            y=mean.clamp(min=_LEAST).numpy(),
             low=(mean - 2 * error).numpy(),
             high=(mean + 2 * error).numpy(),
         )
@@ -71,7 +76,38 @@ def excess_chart(fit: Fit, weighting: Weighting) -> LineChart:
     )
 
 
-def fit_page(name: str, description: str, fit: Fit, weighting: Weighting, summary: str, command: str) -> Page:
+def logged_chart(logged: Sequence[LoggedExcess]) -> LineChart | None:
+    """Loss minus floor of bins of noise levels over training, as it was logged; None with fewer than two lines of it."""
+    if len(logged) < 2:
+        return None
+    x = [entry.step for entry in logged]
+    bins = len(logged[0].excess)
+    lines: list[Line] = []
+    # The lowest bins have no floor to speak of; six lines are as many as can be told apart.
+    for place in range(max(0, bins - 6), bins):
+        y = [math.nan if (value := entry.excess[place]) is None else value for entry in logged]
+        if not all(math.isnan(value) for value in y):
+            lines.append(Line(label=_bin_name(logged[0].edges, place), x=x, y=y))
+    return LineChart(lines=tuple(lines), x_label="step", y_label="loss minus floor, weighted") if lines else None
+
+
+def _bin_name(edges: tuple[float, ...], place: int) -> str:
+    if place == 0:
+        return f"noise level to {edges[0]:.2g}"
+    if place == len(edges):
+        return f"noise level from {edges[-1]:.2g}"
+    return f"{edges[place - 1]:.2g} to {edges[place]:.2g}"
+
+
+def fit_page(
+    name: str,
+    description: str,
+    fit: Fit,
+    weighting: Weighting,
+    summary: str,
+    command: str,
+    over_training: LineChart | None = None,
+) -> Page:
     """The page.
 
     Args:
@@ -81,6 +117,7 @@ def fit_page(name: str, description: str, fit: Fit, weighting: Weighting, summar
         weighting: of the run's loss.
         summary: what came out.
         command: that made it.
+        over_training: `logged_chart` of the run's log, if there is one.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -142,7 +179,21 @@ def fit_page(name: str, description: str, fit: Fit, weighting: Weighting, summar
                     ),
                 ),
             ),
+            *_training_section(over_training),
             Section("Numbers", (Code(command), json_details("Every figure", fit_record(fit)))),
         ),
         footer=f"{description}. `{command}`",
     )
+
+
+def _training_section(chart: LineChart | None) -> tuple[Section, ...]:
+    if chart is None:
+        return ()
+    figure = chart_figure(
+        chart,
+        alt="Loss minus floor against training steps, a line for each bin of noise levels.",
+        title="Over training.",
+        caption="Logged loss and variance removed, less the floor of the single-sample loss. What stays above 0 can be "
+        "gained; the lines are as noisy as the log.",
+    )
+    return (Section("Loss minus floor over training", (figure,)),)

@@ -56,12 +56,13 @@ def phases_chart(curve: VarianceCurve, phases: Phases) -> LineChart:
     """What makes the three phases: V_DSM, the divergence, the own weight, and the variance of the score's target."""
     level = curve.noise_level
     score = curve.dsm.mean * curve.score_factor
+    peak = score.max() if float(score.max()) > 0 else 1.0
     return LineChart(
         lines=(
             _line("V_DSM / variance of the data", level, curve.dsm, curve.total),
             _line("divergence D / log N", level, curve.divergence, math.log(curve.samples)),
             _line("own weight", level, curve.own_weight, 1.0),
-            Line(label="V_DSM of the score / its peak", x=level.numpy(), y=(score / score.max()).numpy()),
+            Line(label="V_DSM of the score / its peak", x=level.numpy(), y=(score / peak).numpy()),
         ),
         x_label="noise level sigma / alpha",
         y_label="share",
@@ -143,7 +144,7 @@ def variance_page(
                     columns=(
                         "noise level",
                         "V_DSM",
-                        *(f"left, n = {n:,}" for n in curve.stf),
+                        *(f"left, n = {n:,}" for n in shown),
                         "own weight",
                         "ESS",
                         "D",

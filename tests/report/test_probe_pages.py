@@ -1,0 +1,80 @@
+"""The pages of the probe hold for every measurement: many sizes and few, edges found and not, levels without variance."""
+
+import math
+
+import pytest
+import torch
+
+import stablefield as sf
+from stablefield.probe.advice import Training, advise
+from stablefield.probe.fit import Fit
+from stablefield.probe.phases import find_phases
+from stablefield.probe.series import Series
+from stablefield.probe.variance import VarianceCurve
+from stablefield.report import render_page, write_chart
+from stablefield.report.fit_page import fit_page
+from stablefield.report.variance_page import phases_chart, sizes_chart, variance_chart, variance_page
+
+
+def series(values):
+    return Series(values, 0.1 * values)
+
+
+def curve(levels, sizes, dsm):
+    level = torch.tensor(levels, dtype=torch.float64)
+    value = dsm(level)
+    return VarianceCurve(
+        noise_level=level,
+        dsm=series(value),
+        stf={n: series(value / n) for n in sizes},
+        divergence=series(math.log(500) / (1 + level**2)),
+        own_weight=series(1 / (1 + level**2)),
+        ess=series(1 + level),
+        score_factor=level**-4,
+        total=1.0,
+        samples=500,
+        drawn_from=9000,
+        dim=12,
+        sources=100,
+        draws=1,
+        seconds=1.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "levels", "dsm"),
+    [
+        ((2, 4, 8, 16, 32, 64, 128), (0.01, 0.1, 1.0, 10.0, 100.0), lambda s: s**8 / (1 + s**8)),
+        ((), (1.0,), lambda s: s / 2),
+        ((8,), (5.0, 6.0), lambda s: 0 * s + 0.99),
+        ((4, 8), (0.1, 0.2), lambda s: 0 * s),
+    ],
+)
+def test_a_measurement_of_any_kind_makes_a_page_and_pictures(tmp_path, sizes, levels, dsm):
+    measured = curve(levels, sizes, dsm)
+    phases = find_phases(measured)
+    advice = advise(measured, Training())
+    page = variance_page("x", "an example", measured, phases, advice, ["Take them.", "All."], "stablefield probe x")
+    text = render_page(page)
+    assert text.count("<svg") >= 2
+    assert "500 samples drawn from 9,000" in text
+    for name, chart in (("a", variance_chart(measured, phases, advice)), ("b", phases_chart(measured, phases))):
+        assert write_chart(chart, tmp_path / f"{name}.png").stat().st_size > 1000
+    assert (sizes_chart(measured) is None) == (len(sizes) < 2 or float(measured.dsm.mean.max()) == 0)
+
+
+@pytest.mark.parametrize("distance", [0.0, 0.3])
+def test_a_fit_of_any_kind_makes_a_page(distance):
+    level = torch.tensor([0.1, 1.0, 10.0], dtype=torch.float64)
+    floor = level**2 / (1 + level**2)
+    fit = Fit(
+        noise_level=level,
+        distance=series(0 * level + distance),
+        loss=series(floor + distance),
+        floor=series(floor),
+        dim=12,
+        samples=500,
+        rows=64,
+    )
+    page = fit_page("run", "an example", fit, sf.EDMWeighting(), "It fits.", "stablefield probe run")
+    assert render_page(page).count("<svg") >= 2
