@@ -104,7 +104,8 @@ def paired(first: Callable[[], object], second: Callable[[], object], pairs: int
         _wait(device)
         return time.perf_counter() - start
 
-    seconds(first), seconds(second)
+    for work in (first, second):
+        seconds(work)
     times = [(seconds(first), seconds(second)) for _ in range(pairs)]
     return Pairs(
         ratio=statistics.median(a / b for a, b in times),

@@ -237,7 +237,7 @@ class _Directions:
     """The directions of a population and what is needed to point along them."""
 
     def __init__(self, population: Population) -> None:
-        self._bank = Bank(population.data)
+        self._data, self._bank = population.data, Bank(population.data)
         self._group = population.group
         self._mean, self._class_means = _means(population)
         self._axes, self._spread = _axes(self._bank, self._mean)
@@ -274,7 +274,7 @@ class _Directions:
         return torch.cat(columns, 1)
 
     def _weighed(self, row: Tensor, level: Tensor, seen: Tensor | None) -> Tensor:
-        data = self._bank.data
+        data = self._data
         shaped = row.reshape(len(row), *data.shape[1:])
         group = None if seen is None else self._group
         return posterior(shaped, 1.0, level, data, group=seen, reference_group=group).mean.flatten(1)

@@ -81,10 +81,10 @@ class ExactPosterior:
         query = Query.checked(x_t, alpha, sigma, self._bank, source, group, self._group)
         kernel = GaussianKernel()
         with full_precision(x_t.device):
-            anchor, distances = find_anchor(query, self._bank)
-            excess = Excess(query, anchor, kernel, distances)
-            partial = accumulate(query, self._bank, excess)
-            return Exact(finish(partial, query, excess, kernel), _divergence(partial, query, anchor))
+            anchor = find_anchor(query, self._bank)
+            excess = Excess(query, anchor, self._bank, kernel)
+            partial = accumulate(query, self._bank, excess, excess.own)
+            return Exact(finish(partial, query, excess, kernel), _divergence(partial, query, anchor.rows))
 
 
 def _divergence(partial: Partial, query: Query, anchor: Tensor) -> Tensor:
