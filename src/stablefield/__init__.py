@@ -16,6 +16,7 @@ from stablefield.diffusion.preconditioning import (
     VPPreconditioning,
 )
 from stablefield.diffusion.process import EDM, VE, VP, Cosine, Discrete, Process, RectifiedFlow
+from stablefield.diffusion.scheduler import Regression, from_diffusers
 from stablefield.diffusion.weighting import EDMWeighting, FlowWeighting, SNRWeighting
 from stablefield.targets.kernel import GaussianKernel, StudentTKernel
 from stablefield.targets.posterior import Posterior, posterior
@@ -45,6 +46,7 @@ __all__ = [
     "Posterior",
     "Process",
     "RectifiedFlow",
+    "Regression",
     "SNRWeighting",
     "StableTarget",
     "StudentTKernel",
@@ -52,6 +54,7 @@ __all__ = [
     "Uniform",
     "VEPreconditioning",
     "VPPreconditioning",
+    "from_diffusers",
     "posterior",
     "sampling",
 ]

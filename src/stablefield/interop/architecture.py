@@ -46,6 +46,11 @@ class Architecture:
         kinds = {(False, False, 2): "DDPM++", (True, True, 4): "NCSN++"}
         return kinds.get((self.fourier, self.residual_input, len(self.taps)), "a mixture of DDPM++ and NCSN++")
 
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The resolutions of its levels, from the full one down."""
+        return tuple(self.resolution >> level for level in range(len(self.multipliers)))
+
     def build(self) -> SongUNet:
         """A network of this architecture."""
         return SongUNet(
@@ -65,9 +70,7 @@ class Architecture:
 
     def describe(self) -> list[tuple[str, str]]:
         """What it is, in pairs of a word and a text."""
-        times = ", ".join(
-            f"{m} at {self.resolution >> level}x{self.resolution >> level}" for level, m in enumerate(self.multipliers)
-        )
+        times = ", ".join(f"{m} at {side}x{side}" for m, side in zip(self.multipliers, self.sides, strict=True))
         return [
             ("architecture", self.name),
             ("images", f"{self.channels} x {self.resolution} x {self.resolution}"),
