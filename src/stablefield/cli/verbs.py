@@ -11,6 +11,7 @@ from stablefield.cli.ema import Ema
 from stablefield.cli.evaluate import Evaluate
 from stablefield.cli.probe import Probe
 from stablefield.cli.recipes import RECIPES
+from stablefield.cli.export import Export
 from stablefield.cli.importing import Import
 from stablefield.cli.sample import Sample
 from stablefield.cli.train import Train
@@ -55,6 +56,7 @@ def _parse(arguments: Sequence[str], recipe: Recipe) -> Verb:
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Probe, tyro.conf.subcommand("probe")]
         | Annotated[Data, tyro.conf.subcommand("data")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Import, tyro.conf.subcommand("import")]
         | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     )
