@@ -49,17 +49,21 @@ class Export:
         """Write the folder, and say how it is loaded."""
         if self.samples < 0:
             raise ValueError(f"--samples is {self.samples}: it must not be negative.")
+        if self.push and self.push.count("/") != 1:
+            raise ValueError(f"--push {self.push} is no name of a repository: write OWNER/NAME.")
         sigmas = sampling.edm_sigmas(self.steps)
         model = open_model(self.run_folder, self.ema)
         config, denoiser = model.config, model.denoiser
         for complaint in model.complaints:
             console.print(f"[yellow]passed over:[/] {escape(complaint)}")
         results = results_of_run(self.run_folder)
+        # A network that is told classes shows them in turn.
+        labels = torch.arange(self.samples) % config.classes if config.classes else None
         write = write_pipeline if self.format == "diffusers" else write_plain
         write(self.out, denoiser, config.shape)
         if self.samples:
             images = draw(
-                lambda x, _: sampling.heun(denoiser, x, sigmas),
+                lambda x, _: sampling.heun(lambda x, sigma: denoiser(x, sigma, labels), x, sigmas),
                 config.shape,
                 range(self.samples),
                 float(sigmas[0]),

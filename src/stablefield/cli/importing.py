@@ -32,9 +32,8 @@ class Import:
         table = Table(show_header=False, box=None, pad_edge=False)
         for what, text in [*network.architecture.describe(), ("preconditioning", str(network.preconditioning))]:
             table.add_row(what, escape(text))
-        table.add_row(
-            "parameters", f"{sum(value.numel() for value in network.state.values()):,}, {escape(network.origin)}"
-        )
+        count = sum(parameter.numel() for parameter in network.denoiser().parameters())
+        table.add_row("parameters", f"{count:,}, {escape(network.origin)}")
         console.print(table)
         folder = write_imported_run(self.out, network, self.file)
         console.print(f"run folder: {escape(relative(folder.path))}")

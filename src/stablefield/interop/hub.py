@@ -30,8 +30,6 @@ def push_folder(path: Path, name: str, *, private: bool = False) -> str:
     except ImportError as error:
         raise ImportError('--push needs huggingface_hub: pip install "stablefield[diffusers]".') from error
     api = HfApi()
-    if name.count("/") != 1:
-        raise ValueError(f"--push {name}: write OWNER/NAME.")
     try:
         api.create_repo(name, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=name, folder_path=path, commit_message="Export from stablefield")

@@ -17,12 +17,12 @@ class ModelCard:
 
     Attributes:
         name: of the model.
-        data: what it was trained on.
+        data: what it was trained on; for an imported one, where it comes from.
         shape: of one image, (C, H, W).
         classes: how many it is told; 0 for none.
         parameters: how many the network has.
         recipe: how it was trained.
-        step: steps done.
+        step: steps done; 0 for an imported one, of whose training nothing is known.
         ema: which average of the weights this is.
         version: of the library.
         results: what was measured.
@@ -49,7 +49,8 @@ class ModelCard:
 
     def _head(self) -> str:
         library = "diffusers" if self.pipeline else "stablefield"
-        tags = ["diffusion", "unconditional-image-generation", "stable-target-field", "edm"]
+        kind = "class-conditional-image-generation" if self.classes else "unconditional-image-generation"
+        tags = ["diffusion", kind, "stable-target-field", "edm"]
         lines = [
             "---",
             f"library_name: {library}",
@@ -62,9 +63,10 @@ class ModelCard:
         ]
         size = " x ".join(map(str, self.shape))
         told = f", told one of {self.classes} classes" if self.classes else ""
+        origin = f"trained on {self.data}" if self.step else self.data
         lines.append(
             f"A diffusion model of images of {size} (channels, height, width){told}; {self.parameters:,} parameters; "
-            f"trained on {self.data} with stablefield {self.version}."
+            f"{origin} with stablefield {self.version}."
         )
         if self.grid:
             lines += ["", f"![Samples]({self.grid})"]
