@@ -84,14 +84,16 @@ def unet(make, **options) -> sf.Denoiser:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five pipelines, the samples of ours for given latents, and those of a process with diffusers alone."""
+    """Six pipelines, the samples of ours for given latents, and those of a process with diffusers alone."""
     folder = tmp_path_factory.mktemp("exports")
+    torch.manual_seed(0)
     denoisers = {
         "edm": (trained(sf.EDMPreconditioning(0.6), sf.EDMWeighting(0.6), 0), (1, 8, 8), None),
         "vp": (trained(sf.VPPreconditioning(), sf.SNRWeighting(), 0), (1, 8, 8), None),
         "ve": (trained(sf.VEPreconditioning(), sf.SNRWeighting(), 10), (1, 8, 8), LABELS),
         "ddpmpp": (unet(SongUNet.ddpmpp, classes=8, augment_dim=9), (3, 16, 16), LABELS),
         "ncsnpp": (unet(SongUNet.ncsnpp), (3, 16, 16), None),
+        "diffusers": (sf.Denoiser(DiffusersUNet.sized(8, 1, (8, 8), 1, classes=8, groups=4)).eval(), (1, 8, 8), LABELS),
     }
     sigmas = sf.sampling.edm_sigmas(18)
     for name, (denoiser, shape, labels) in denoisers.items():
@@ -116,7 +118,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
             DiffusionPipeline.from_pretrained("edm")
         except ValueError as error:
             distrusting = str(error)
-        for name in ("edm", "vp", "ve", "ddpmpp", "ncsnpp"):
+        for name in ("edm", "vp", "ve", "ddpmpp", "ncsnpp", "diffusers"):
             ours = torch.load(name + ".pt")
             pipe = DiffusionPipeline.from_pretrained(name, trust_remote_code=True)
             pipe.set_progress_bar_config(disable=True)
@@ -131,6 +133,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
             found["seeded"] = pipe(generator=generators, num_inference_steps=4, output_type="pt").images
             generators = [torch.Generator().manual_seed(k) for k in (4,)]
             found["again"] = pipe(generator=generators, num_inference_steps=4, output_type="pt").images
+            if name != "edm":
+                torch.save(found, name + "-alone.pt")
+                continue
             pipe.scheduler = EDMDPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
             found["dpm"] = pipe(output_type="pt", solver="scheduler", num_inference_steps=40, **options).images
             torch.save(found, name + "-alone.pt")
@@ -140,7 +145,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-NAMES = pytest.mark.parametrize("name", ["edm", "vp", "ve", "ddpmpp", "ncsnpp"])
+NAMES = pytest.mark.parametrize("name", ["edm", "vp", "ve", "ddpmpp", "ncsnpp", "diffusers"])
 
 
 def both(folder: Path, name: str) -> tuple[dict, dict]:
@@ -205,10 +210,21 @@ def test_bundle_refuses_what_would_not_stand_alone() -> None:
 
 
 def test_network_that_an_export_cannot_carry_is_refused(tmp_path: Path) -> None:
-    denoiser = sf.Denoiser(DiffusersUNet.sized(8, 1, (8, 8), 1, groups=4))
-    with pytest.raises(ValueError, match=r"is a DiffusersUNet, .* save_pretrained"):
-        write_pipeline(tmp_path / "out", denoiser, (1, 8, 8))
-    assert not (tmp_path / "out").exists()
+    vp = sf.Denoiser(DiffusersUNet.sized(8, 1, (8, 8), 1, groups=4), sf.VPPreconditioning())
+    for denoiser, message in (
+        (vp, "UNet2DModel .* cannot be exported"),
+        (sf.Denoiser(torch.nn.Identity()), "an Identity|a Identity"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_pipeline(tmp_path / "out", denoiser, (1, 8, 8))
+        assert not (tmp_path / "out").exists()
+
+
+def test_unet_of_diffusers_is_exported_as_itself(exported: Path) -> None:
+    assert json.loads((exported / "diffusers" / "model_index.json").read_text())["unet"] == ["diffusers", "UNet2DModel"]
+    assert {path.name for path in (exported / "diffusers" / "unet").iterdir()} == {
+        *("config.json", "diffusion_pytorch_model.safetensors")
+    }
 
 
 # The command.

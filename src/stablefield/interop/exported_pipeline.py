@@ -65,7 +65,8 @@ class StablefieldPipeline(DiffusionPipeline):
             )
         config, device = self.unet.config, self._execution_device
         if latents is None:
-            shape = (config.in_channels, *config.sample_size)
+            size = config.sample_size
+            shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))
             if isinstance(generator, list):
                 rows = [torch.randn(shape, generator=one, device=one.device).to(device) for one in generator]
                 latents = torch.stack(rows)
@@ -73,6 +74,11 @@ class StablefieldPipeline(DiffusionPipeline):
                 place = device if generator is None else generator.device
                 latents = torch.randn((batch_size, *shape), generator=generator, device=place).to(device)
         labels = None if class_labels is None else torch.as_tensor(class_labels, device=device)
+        embeddings = getattr(config, "num_class_embeds", None)
+        if embeddings:  # diffusers' own model, trained with its last embedding for no class
+            unknown = torch.full((len(latents),), -1, device=device)
+            labels = unknown if labels is None else labels
+            labels = torch.where(labels < 0, embeddings - 1, labels)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         wide = torch.float32 if device.type == "mps" else torch.float64
         x = latents.to(device, wide) * self.scheduler.sigmas[0].to(wide)

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -20,10 +20,14 @@ from stablefield import shapes
 from stablefield.diffusion import preconditioning
 from stablefield.diffusion.preconditioning import Denoiser, EDMPreconditioning, VEPreconditioning, VPPreconditioning
 from stablefield.interop.architecture import infer_architecture
+from stablefield.interop.diffusers_unet import DiffusersUNet
 from stablefield.interop.source_bundle import bundle
 from stablefield.networks import blocks, embedding, layers, levels, mlp, resample, song_unet
 from stablefield.networks.mlp import MLP
 from stablefield.networks.song_unet import SongUNet
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d import UNet2DModel
 
 __all__ = ["network_options", "preconditioning_options", "write_pipeline"]
 
@@ -43,7 +47,7 @@ def write_pipeline(
 
     Args:
         path: a new or empty folder.
-        denoiser: of a `SongUNet` or an `MLP`.
+        denoiser: of a `SongUNet`, an `MLP` or a `DiffusersUNet`; the last needs no `network.py`.
         shape: of one image, (C, H, W).
         sigma_min: last noise level of the scheduler's grid before 0.
         sigma_max: its first noise level.
@@ -63,28 +67,35 @@ def write_pipeline(
     except ImportError as error:
         raise ImportError('--format diffusers needs diffusers: pip install "stablefield[diffusers]".') from error
 
-    kind, options = network_options(denoiser.network)
     name, arguments = preconditioning_options(denoiser)
     sigma_data = arguments["sigma_data"] if name == "edm" else 0.5
-    unet = StablefieldUNet(
-        kind=kind,
-        options=options,
-        in_channels=shape[0],
-        sample_size=list(shape[1:]),
-        num_classes=int(getattr(denoiser.network, "classes", 0)),
-        sigma_data=sigma_data,
-        preconditioning=name,
-        preconditioning_options={} if name == "edm" else arguments,
-    )
-    unet.network.load_state_dict(denoiser.network.state_dict())
+    code = None
+    if isinstance(denoiser.network, DiffusersUNet):
+        unet, home = _plain_unet(denoiser.network, name), "diffusers"
+    else:
+        kind, options = network_options(denoiser.network)
+        unet, home = (
+            StablefieldUNet(
+                kind=kind,
+                options=options,
+                in_channels=shape[0],
+                sample_size=list(shape[1:]),
+                num_classes=int(getattr(denoiser.network, "classes", 0)),
+                sigma_data=sigma_data,
+                preconditioning=name,
+                preconditioning_options={} if name == "edm" else arguments,
+            ),
+            "network",
+        )
+        unet.network.load_state_dict(denoiser.network.state_dict())
+        code = bundle([*_MODULES, exported_network], "The network of this export.")
     scheduler = EDMEulerScheduler(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, rho=rho)
     index = {
         "_class_name": ["pipeline", "StablefieldPipeline"],
         "_diffusers_version": diffusers.__version__,
         "scheduler": ["diffusers", "EDMEulerScheduler"],
-        "unet": ["network", "StablefieldUNet"],
+        "unet": [home, type(unet).__name__],
     }
-    code = bundle([*_MODULES, exported_network], "The network of this export.")
     assert exported_pipeline.__file__ is not None
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -92,11 +103,23 @@ def write_pipeline(
             raise ValueError(f"--out {path} is not empty: name a new folder.")
         unet.save_pretrained(path / "unet", safe_serialization=True)
         scheduler.save_pretrained(path / "scheduler")
-        (path / "unet" / "network.py").write_text(code)
+        if code is not None:
+            (path / "unet" / "network.py").write_text(code)
         (path / "pipeline.py").write_text(Path(exported_pipeline.__file__).read_text("utf-8"))
         (path / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     except OSError as error:
         raise ValueError(f"--out {path} cannot be written ({error.strerror}): name another place.") from error
+
+
+def _plain_unet(network: DiffusersUNet, preconditioning: str) -> "UNet2DModel":
+    """The model itself, where the pipeline's calls of it are ours."""
+    unet: Any = network.unet
+    if preconditioning != "edm" or unet.config.time_embedding_type != "positional":
+        raise ValueError(
+            f"a UNet2DModel with a {unet.config.time_embedding_type} time embedding in the preconditioning "
+            f"{preconditioning} cannot be exported: EDM's scheduler gives ln(sigma) / 4, for a positional embedding."
+        )
+    return unet
 
 
 def network_options(network: nn.Module) -> tuple[str, dict[str, Any]]:
@@ -118,8 +141,7 @@ def network_options(network: nn.Module) -> tuple[str, dict[str, Any]]:
             }
         case _:
             raise ValueError(
-                f"the network is a {type(network).__name__}, and an export carries the code of a SongUNet or an MLP: "
-                "save a UNet2DModel with its own save_pretrained."
+                f"the network is a {type(network).__name__}, and an export carries the code of a SongUNet or an MLP."
             )
 
 
