@@ -64,7 +64,7 @@ def trained(preconditioning, weighting, classes: int) -> sf.Denoiser:
     denoiser = sf.Denoiser(MLP((1, 8, 8), 64, 1, classes=classes, generator=g), preconditioning)
     optimizer = torch.optim.Adam(denoiser.parameters(), 2e-3)
     objective = sf.Objective(sf.EDM(), target=sf.DenoisingTarget(sf.EDM()), weighting=weighting, label_dropout=0.1)
-    for _ in range(200):
+    for _ in range(120):
         index = torch.randint(len(data), (128,), generator=g)
         x0 = torch.from_numpy(data.images[index.numpy()]).float() / 127.5 - 1
         labels = torch.from_numpy(data.labels)[index] if classes else None
@@ -125,17 +125,17 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
             options = dict(latents=ours["z"], class_labels=ours["labels"])
             found = {"heun": pipe(output_type="pt", **options).images}
             found["euler"] = pipe(output_type="pt", solver="scheduler", **options).images
-            found["np"] = pipe(output_type="np", **options).images
             found |= {"training": pipe.unet.training, "distrusting": distrusting}
+            if name not in ("edm", "ddpmpp"):
+                torch.save(found, name + "-alone.pt")
+                continue
+            found["np"] = pipe(output_type="np", **options).images
             for image, place in zip(pipe(**options).images, range(4)):
                 image.save(f"{name}-{place}.png")
             generators = [torch.Generator().manual_seed(k) for k in (3, 4)]
             found["seeded"] = pipe(generator=generators, num_inference_steps=4, output_type="pt").images
             generators = [torch.Generator().manual_seed(k) for k in (4,)]
             found["again"] = pipe(generator=generators, num_inference_steps=4, output_type="pt").images
-            if name != "edm":
-                torch.save(found, name + "-alone.pt")
-                continue
             pipe.scheduler = EDMDPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
             found["dpm"] = pipe(output_type="pt", solver="scheduler", num_inference_steps=40, **options).images
             torch.save(found, name + "-alone.pt")
@@ -164,7 +164,7 @@ def test_process_with_diffusers_alone_draws_our_samples_to_1e_4(exported: Path, 
     assert error < 1e-4 * (ours[solver].abs().max() if name in ("vp", "ve") else 1)
 
 
-@NAMES
+@pytest.mark.parametrize("name", ["edm", "ddpmpp"])
 def test_pictures_of_the_pipeline_are_those_of_its_numbers(exported: Path, name: str) -> None:
     ours, alone = both(exported, name)
     expected = ((ours["heun"].float() + 1) * 127.5).round().clamp(0, 255).numpy().transpose(0, 2, 3, 1)
@@ -175,7 +175,7 @@ def test_pictures_of_the_pipeline_are_those_of_its_numbers(exported: Path, name:
         assert np.abs(pixels - expected[place]).max() <= 1
 
 
-@NAMES
+@pytest.mark.parametrize("name", ["edm", "ddpmpp"])
 def test_image_of_a_generator_does_not_depend_on_its_batch(exported: Path, name: str) -> None:
     _, alone = both(exported, name)
     torch.testing.assert_close(alone["seeded"][1:], alone["again"], rtol=0, atol=1e-4)

@@ -141,7 +141,7 @@ def test_every_cut_and_many_damages_of_a_good_file_are_refused_or_harmless(
 ) -> None:
     good = foreign.edm_file(SongUNet.ddpmpp(4, 1, 4, (1,), 1), kind=kind)
     path, chance, refused = tmp_path / "network.pkl", random.Random(0), 0
-    for trial in range(100):
+    for trial in range(60):
         data = bytearray(good)
         if trial % 4 == 0:
             data = data[: chance.randrange(len(data))]
@@ -158,7 +158,7 @@ def test_every_cut_and_many_damages_of_a_good_file_are_refused_or_harmless(
         except ValueError:
             refused += 1
         assert events == []
-    assert refused > 20
+    assert refused > 12
 
 
 def test_opcodes_are_counted() -> None:
