@@ -9,9 +9,9 @@ from stablefield.cli.data import Data
 from stablefield.cli.doctor import Doctor
 from stablefield.cli.ema import Ema
 from stablefield.cli.evaluate import Evaluate
-from stablefield.cli.probe import Probe
 from stablefield.cli.export import Export
 from stablefield.cli.importing import Import
+from stablefield.cli.probe import Probe
 from stablefield.cli.recipes import RECIPES
 from stablefield.cli.sample import Sample
 from stablefield.cli.train import Train

@@ -1,11 +1,11 @@
 """A model card: what an exported model is, how it was trained, what was measured, and how to draw from it."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from stablefield.evaluation.result import Result
+from stablefield.evaluation.result_file import read_results
 from stablefield.training.recipe import Recipe
 
 __all__ = ["ModelCard", "results_of_run"]
@@ -129,13 +129,7 @@ def results_of_run(path: Path) -> list[Result]:
     Raises:
         ValueError: naming a file that holds no results.
     """
-    found: list[Result] = []
-    for file in sorted((path / "evaluations").glob("*.json")):
-        try:
-            found += [Result.from_dict(record) for record in json.loads(file.read_text())["results"]]
-        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{file} holds no results ({error}): remove it, or evaluate again.") from error
-    return found
+    return [result for file in sorted((path / "evaluations").glob("*.json")) for result in read_results(file)[1]]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
