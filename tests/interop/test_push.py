@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import stablefield
+from stablefield.cli.entry import main
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -65,39 +66,42 @@ def hub() -> Iterator[ThreadingHTTPServer]:
     server.server_close()
 
 
-def push(folder: Path, hub: ThreadingHTTPServer, cache: Path) -> subprocess.CompletedProcess[str]:
-    # The client reads its environment when it is imported, so it gets a process of its own.
+def export(run: Path, out: Path, hub: ThreadingHTTPServer) -> subprocess.CompletedProcess[str]:
+    # The client reads its environment when it is imported, so the command gets a process of its own.
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     environment = {
         **kept,
         "PYTHONPATH": str(Path(stablefield.__file__).parents[1]),
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
-        "HF_HOME": str(cache),
+        "HF_HOME": str(out.parent / "cache"),
         "HF_TOKEN": "hf_of_the_test",
         "NO_PROXY": "127.0.0.1",
         "no_proxy": "127.0.0.1",
     }
-    code = f"""
-import pathlib
-from stablefield.interop.hub import push_folder
-print(push_folder(pathlib.Path({str(folder)!r}), "ada/digits", private=True))
-"""
+    code = "from stablefield.cli.entry import main; main()"
+    flags = ["--out", str(out), "--samples", "4", "--steps", "2", "--push", "ada/digits", "--private"]
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, env=environment
+        [sys.executable, "-c", code, "export", str(run), *flags],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=environment,
     )
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    path = tmp_path / "pipe"
-    (path / "unet").mkdir(parents=True)
-    (path / "README.md").write_text("---\nlibrary_name: diffusers\n---\n\n# digits\n")
-    (path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(bytes(range(256)))
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "digits"
+    flags = ["--steps", "2", "--network.width", "16", "--network.depth", "1", "--sample-every", "0"]
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "digits", *flags, "--out", str(path)])
     return path
 
 
-def test_every_file_of_the_folder_arrives_at_the_hub_in_one_commit(folder: Path, hub, tmp_path: Path) -> None:
-    done = push(folder, hub, tmp_path / "cache")
+def test_every_file_of_an_export_arrives_at_the_hub_in_one_commit(run: Path, hub, tmp_path: Path) -> None:
+    folder = tmp_path / "pipe"
+    done = export(run, folder, hub)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip().endswith("/ada/digits/commit/" + "0" * 40)
     told = {path: (who, body) for path, who, body in hub.told}
@@ -108,13 +112,16 @@ def test_every_file_of_the_folder_arrives_at_the_hub_in_one_commit(folder: Path,
     commit = [json.loads(line) for line in told["/api/models/ada/digits/commit/main"][1].splitlines()]
     files = {line["value"]["path"]: line["value"]["content"] for line in commit if line["key"] == "file"}
     expected = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert {"README.md", "model_index.json", "samples.png", "unet/network.py"} <= set(expected)
     assert {path: base64.b64decode(content) for path, content in files.items()} == expected
 
 
-def test_hub_that_refuses_is_an_error_with_its_reason(folder: Path, hub, tmp_path: Path) -> None:
+def test_hub_that_refuses_is_a_failure_with_its_reason_and_the_export_stays(run: Path, hub, tmp_path: Path) -> None:
     hub.refusing = True
-    done = push(folder, hub, tmp_path / "cache")
+    done = export(run, tmp_path / "pipe", hub)
     assert done.returncode == 1
-    last = done.stderr.strip().splitlines()
-    assert any("403" in line for line in last)
-    assert any("You may not write here." in line for line in last)
+    assert "--push ada/digits failed, and the export stays where it is: 403" in done.stderr
+    assert "You may not write here." in done.stderr
+    assert "\n" not in done.stderr.strip()
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "pipe" / "README.md").is_file()

@@ -35,8 +35,7 @@ def push_folder(path: Path, name: str, *, private: bool = False) -> str:
         commit = api.upload_folder(repo_id=name, folder_path=path, commit_message="Export from stablefield")
     except HFValidationError as error:
         raise ValueError(f"--push {name} is no name of a repository: {error}") from error
-    except OSError:
-        raise
     except Exception as error:  # the client passes on whatever its transport raises
-        raise OSError(f"--push {name} failed: {type(error).__name__}: {error}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(f"--push {name} failed, and the export stays where it is: {reason}") from error
     return str(commit.commit_url)
