@@ -306,8 +306,12 @@ def bombs() -> dict[str, bytes]:
         "storages over and over": program(
             b"B" + struct.pack("<I", len(STORAGE)) + STORAGE + b"\x940"
             + (named("torch.storage", "_load_from_bytes") + b"h\x00\x85R0") * 1000 + b"N"),
+        "numbers of one hash as keys": program(b"}(" + b"".join(
+            b"\x8a\x10" + (k * (2**61 - 1)).to_bytes(16, "little") + b"N" for k in range(20_000)) + b"u"),
+        "numbers of one hash in the memo": b"\x80\x02" + b"".join(
+            b"Np" + str(k * (2**61 - 1)).encode() + b"\n0" for k in range(20_000)) + b"N.",
         "sets over and over": program(
-            b"]\x94(" + b"K\x01" * 100_000 + b"e0" + (named("builtins", "set") + b"h\x00\x85R0") * 1000 + b"N"),
+            b"]\x94(" + text("b") * 20_000 + b"e0" + (named("builtins", "set") + b"h\x00\x85R0") * 1000 + b"N"),
     }  # fmt: skip
 
 

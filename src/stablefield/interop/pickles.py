@@ -1,7 +1,7 @@
 r"""Pickles as data: an interpreter of the pickle language that can call nothing.
 
 Python's `pickle` looks names up and calls what it finds; this one reads the same opcodes, pushes and pops the same
-values, and where the pickle names a class or function takes the meaning from `stablefield.interop.inert`, or refuses. No
+values, and where the pickle names a class or function takes the meaning from `stablefield.interop.names`, or refuses. No
 module is imported, no attribute is looked up and no code of the file is compiled, whatever the file holds.
 
 What can go wrong otherwise is size. Each opcode makes at most one small value, and their number is limited; a value that
@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
-from stablefield.interop.inert import Array, Name, Node, RefusedError, attributes_of, find_name, plain_text
+from stablefield.interop.inert import Array, Name, Node, RefusedError, attributes_of, plain_text
+from stablefield.interop.names import find_name
 
 __all__ = ["MAX_OPCODES", "ByteStream", "interpret"]
 
@@ -30,6 +31,7 @@ MAX_OPCODES = 2_000_000
 _MAX_BITS = 128
 # Entries copied from one container to another.
 _MAX_WORK = MAX_OPCODES
+_MAX_NUMBER_KEYS = 10_000
 
 
 class ByteStream(Protocol):
@@ -56,6 +58,7 @@ class _Machine:
         reopen: turns bytes that hold a saved storage into that storage.
         persistent: turns a persistent id into a storage.
         work: entries copied so far.
+        number_keys: keys and members of sets so far that are numbers.
     """
 
     reopen: Callable[[bytes], object] | None
@@ -64,6 +67,7 @@ class _Machine:
     marked: list[list[object]] = field(default_factory=list[list[object]])
     memo: dict[int, object] = field(default_factory=dict[int, object])
     work: int = 0
+    number_keys: int = 0
 
     def step(self, opcode: str, argument: object) -> None:
         """Carry out one opcode."""
@@ -147,14 +151,14 @@ class _Machine:
         """A row of keys and values as a dict."""
         values = self._pop_marked()
         target: dict[object, object] = {}
-        _set_items(target, values)
+        self._set_items(target, values)
         self.stack.append(target)
 
     def frozenset_of_marked(self, _: object) -> None:
         """A row as a set."""
         values = self._pop_marked()
         target: set[object] = set()
-        _add_items(target, values)
+        self._add_items(target, values)
         self.stack.append(target)
 
     def append(self, _: object) -> None:
@@ -170,17 +174,41 @@ class _Machine:
     def set_item(self, _: object) -> None:
         """Put one key and value into a dict."""
         pair = self._pop_last(2)
-        _set_items(self._top(), pair)
+        self._set_items(self._top(), pair)
 
     def set_items(self, _: object) -> None:
         """Put a row of keys and values into a dict."""
         values = self._pop_marked()
-        _set_items(self._top(), values)
+        self._set_items(self._top(), values)
 
     def add_items(self, _: object) -> None:
         """Put a row into a set."""
         values = self._pop_marked()
-        _add_items(self._top(), values)
+        self._add_items(self._top(), values)
+
+    def _set_items(self, target: object, values: list[object]) -> None:
+        if not isinstance(target, dict) or len(values) % 2:
+            raise RefusedError(f"the pickle puts keys and values into {_called(target)}.")
+        items = cast("dict[object, object]", target)
+        for key, value in zip(values[::2], values[1::2], strict=True):
+            self._check_key(key)
+            items[key] = value
+
+    def _add_items(self, target: object, values: list[object]) -> None:
+        if not isinstance(target, set):
+            raise RefusedError(f"the pickle adds to {_called(target)}.")
+        for value in values:
+            self._check_key(value)
+            cast("set[object]", target).add(value)
+
+    def _check_key(self, key: object) -> None:
+        if key is not None and not isinstance(key, str | int | float | bytes):
+            raise RefusedError(f"the pickle has {_called(key)} for a key or in a set; only numbers and texts are read.")
+        # Numbers of one hash are easily found, and a dict of them takes time that is quadratic in their number.
+        if isinstance(key, int | float):
+            self.number_keys += 1
+            if self.number_keys > _MAX_NUMBER_KEYS:
+                raise RefusedError(f"the pickle has more than {_MAX_NUMBER_KEYS:,} numbers for keys.")
 
     def name(self, argument: object) -> None:
         """A name, module and attribute with a blank between."""
@@ -350,8 +378,8 @@ def _called(value: object) -> str:
 
 
 def _index(argument: object) -> int:
-    if not isinstance(argument, int):
-        raise RefusedError("the pickle's memo has a place that is no number.")
+    if not isinstance(argument, int) or not 0 <= argument <= MAX_OPCODES:
+        raise RefusedError("the pickle's memo has a place that no writer uses.")
     return argument
 
 
@@ -359,25 +387,3 @@ def _extend(target: object, values: list[object]) -> None:
     if not isinstance(target, list):
         raise RefusedError(f"the pickle appends to {_called(target)}.")
     cast("list[object]", target).extend(values)
-
-
-def _set_items(target: object, values: list[object]) -> None:
-    if not isinstance(target, dict) or len(values) % 2:
-        raise RefusedError(f"the pickle puts keys and values into {_called(target)}.")
-    items = cast("dict[object, object]", target)
-    for key, value in zip(values[::2], values[1::2], strict=True):
-        _check_key(key)
-        items[key] = value
-
-
-def _add_items(target: object, values: list[object]) -> None:
-    if not isinstance(target, set):
-        raise RefusedError(f"the pickle adds to {_called(target)}.")
-    for value in values:
-        _check_key(value)
-        cast("set[object]", target).add(value)
-
-
-def _check_key(key: object) -> None:
-    if key is not None and not isinstance(key, str | int | float | bytes):
-        raise RefusedError(f"the pickle has {_called(key)} for a key or in a set; only numbers and texts are read.")
