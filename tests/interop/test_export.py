@@ -160,8 +160,9 @@ def test_process_with_diffusers_alone_draws_our_samples_to_1e_4(exported: Path, 
     assert name in ("vp", "ve") or ours[solver].abs().max() < 4
     assert not alone["training"]
     error = (alone[solver].double() - ours[solver]).abs().max()
-    # Those two predict noise, which a moment of training does not make precise enough for images in [-1, 1].
-    assert error < 1e-4 * (ours[solver].abs().max() if name in ("vp", "ve") else 1)
+    # Those two predict noise, which a moment of training does not make precise enough for images in [-1, 1]: theirs is a
+    # share of numbers that reach 160.
+    assert error < (1e-5 * ours[solver].abs().max() if name in ("vp", "ve") else 1e-4)
 
 
 @pytest.mark.parametrize("name", ["edm", "ddpmpp"])
