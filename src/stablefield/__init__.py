@@ -16,6 +16,7 @@ from stablefield.diffusion.preconditioning import (
     VPPreconditioning,
 )
 from stablefield.diffusion.process import EDM, VE, VP, Cosine, Discrete, Process, RectifiedFlow
+from stablefield.diffusion.scheduler import Regression, from_diffusers
 from stablefield.diffusion.weighting import EDMWeighting, FlowWeighting, SNRWeighting
 from stablefield.targets.band import NoiseBand, pick_noise_band
 from stablefield.targets.kernel import GaussianKernel, StudentTKernel
@@ -49,6 +50,7 @@ __all__ = [
     "Process",
     "RankError",
     "RectifiedFlow",
+    "Regression",
     "SNRWeighting",
     "ShardedPool",
     "StableTarget",
@@ -57,6 +59,7 @@ __all__ = [
     "Uniform",
     "VEPreconditioning",
     "VPPreconditioning",
+    "from_diffusers",
     "pick_noise_band",
     "posterior",
     "sampling",

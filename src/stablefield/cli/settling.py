@@ -11,7 +11,7 @@ from stablefield.cli.recipes import RecipeName, chosen, limit
 from stablefield.cli.sources import open_data
 from stablefield.training.recipe import Recipe
 
-__all__ = ["Trains", "pick_device", "settled"]
+__all__ = ["Trains", "chooses", "pick_device", "settled"]
 
 
 class Trains(Protocol):
@@ -36,6 +36,11 @@ class Trains(Protocol):
 Call = TypeVar("Call", bound=Trains)
 
 
+def chooses(call: Trains) -> bool:
+    """Whether the recipe waits for the data."""
+    return bool(call.data) and call.recipe in ("auto", "imagefolder") and not getattr(call, "resume", False)
+
+
 def settled(call: Call, parse: Callable[[Recipe], Call]) -> Call:
     """The call with its data open and the recipe that they suggest, if none was named, under its flags.
 
@@ -53,10 +58,9 @@ def settled(call: Call, parse: Callable[[Recipe], Call]) -> Call:
     with PartialState(cpu=not accelerated).main_process_first():
         data = open_data(call.data, call.resolution, call.resize, "train", call.skip_broken, bound)
     name: str = call.recipe
-    if call.data == "digits" and call.recipe == "auto":
-        name = "digits"
-    elif call.recipe in ("auto", "imagefolder"):
-        name, recipe = chosen(call.recipe, data, accelerated=accelerated)
+    if chooses(call):
+        wanted = "digits" if call.data == "digits" and call.recipe == "auto" else call.recipe
+        name, recipe = chosen(wanted, data, accelerated=accelerated)
         call = parse(recipe)
     return dataclasses.replace(call, recipe=name, opened=data)  # pyright: ignore[reportArgumentType]
 

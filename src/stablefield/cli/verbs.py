@@ -10,13 +10,15 @@ from stablefield.cli.data import Data
 from stablefield.cli.doctor import Doctor
 from stablefield.cli.ema import Ema
 from stablefield.cli.evaluate import Evaluate
+from stablefield.cli.export import Export
+from stablefield.cli.importing import Import
 from stablefield.cli.probe import Probe
 from stablefield.cli.recipes import RECIPES
 from stablefield.cli.sample import Sample
-from stablefield.cli.settling import settled
+from stablefield.cli.settling import chooses, settled
 from stablefield.cli.train import Train
 from stablefield.training.recipe import Recipe
-from stablefield.training.recipes import DIGITS, imagefolder
+from stablefield.training.recipes import imagefolder
 
 __all__ = ["Verb", "parse"]
 
@@ -25,6 +27,10 @@ UNET = imagefolder((3, 32, 32), 10_000, accelerated=False)
 
 
 Kind = TypeVar("Kind")
+
+
+_DESCRIPTION = "Low-variance training targets for diffusion and flow models, and a trainer that uses them."
+_CONFIG = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
 
 
 class Verb(Protocol):
@@ -37,8 +43,15 @@ class Verb(Protocol):
 
 def parse(arguments: Sequence[str]) -> Verb:
     """Read the command line; wrong use exits with status 2 and says what is wrong."""
-    base = RECIPES.get(_recipe_name(arguments), UNET if _recipe_name(arguments) == "imagefolder" else DIGITS)
-    verb = _parse(arguments, base)
+    base = RECIPES.get(_recipe_name(arguments), UNET)
+    verb, unknown = _read(arguments, base)
+    if isinstance(verb, Train | Compare) and chooses(verb):
+        # Which flags there are depends on the recipe, so what is unknown here may be known when it is chosen.
+        if isinstance(verb, Compare):
+            return settled(verb, lambda recipe: _again(Compare, arguments, recipe))
+        return verb.settled(lambda recipe: _again(Train, arguments, recipe), base)
+    if unknown:
+        verb = _parse(arguments, base)
     if isinstance(verb, Train):
         return verb.settled(lambda recipe: _again(Train, arguments, recipe), base)
     if isinstance(verb, Compare):
@@ -53,8 +66,30 @@ def _again(kind: type[Kind], arguments: Sequence[str], recipe: Recipe) -> Kind:
 
 
 def _parse(arguments: Sequence[str], recipe: Recipe) -> Verb:
+    return tyro.cli(  # pyright: ignore[reportReturnType]
+        _verbs(recipe),  # pyright: ignore[reportArgumentType]
+        prog="stablefield",
+        description=_DESCRIPTION,
+        args=list(arguments),
+        config=_CONFIG,
+    )
+
+
+def _read(arguments: Sequence[str], recipe: Recipe) -> tuple[Verb, list[str]]:
+    """The verb and the flags that it does not know."""
+    return tyro.cli(  # pyright: ignore[reportReturnType]
+        _verbs(recipe),  # pyright: ignore[reportArgumentType]
+        prog="stablefield",
+        description=_DESCRIPTION,
+        args=list(arguments),
+        config=_CONFIG,
+        return_unknown_args=True,
+    )
+
+
+def _verbs(recipe: Recipe) -> object:
     train, compare = Train(config=recipe), Compare(config=recipe)
-    verbs = (
+    return (
         Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Compare, tyro.conf.subcommand("compare", default=compare)]
         | Annotated[Sample, tyro.conf.subcommand("sample")]
@@ -62,14 +97,9 @@ def _parse(arguments: Sequence[str], recipe: Recipe) -> Verb:
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Probe, tyro.conf.subcommand("probe")]
         | Annotated[Data, tyro.conf.subcommand("data")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
+        | Annotated[Import, tyro.conf.subcommand("import")]
         | Annotated[Doctor, tyro.conf.subcommand("doctor")]
-    )
-    return tyro.cli(
-        verbs,  # pyright: ignore[reportArgumentType]
-        prog="stablefield",
-        description="Low-variance training targets for diffusion and flow models, and a trainer that uses them.",
-        args=list(arguments),
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
     )
 
 
@@ -80,5 +110,4 @@ def _recipe_name(arguments: Sequence[str]) -> str:
             return argument.partition("=")[2]
         if argument == "--recipe" and place + 1 < len(arguments):
             return arguments[place + 1]
-    # Not named: it is chosen by the data, and all but the digits are for a U-Net.
-    return "digits" if "digits" in arguments or len(arguments) < 2 else "imagefolder"
+    return "digits" if "digits" in arguments or len(arguments) < 2 else "auto"

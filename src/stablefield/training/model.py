@@ -87,7 +87,7 @@ def _load_power_average(folder: RunFolder, ema: str, denoiser: Denoiser) -> int:
         )
     parameters, _ = combine(folder.snapshots, length)
     # Buffers are constants of the architecture and the seed, and are not averaged.
-    denoiser.load_state_dict({**dict(denoiser.named_buffers()), **parameters})
+    denoiser.load_state_dict({**denoiser.state_dict(), **parameters})
     return steps[-1]
 
 

@@ -104,7 +104,7 @@ def imagefolder(shape: Shape, count: int, *, accelerated: bool) -> Recipe:
         ramp_images=100 * batch,
         decay_share=0.2,
         ema_half_life=min(500_000, 1000 * batch),
-        mirror=True,
+        augmentation=0.12,
         checkpoint_every=1000 if accelerated else 250,
         sample_every=1000 if accelerated else 250,
         precision="bf16" if accelerated else "float32",

@@ -1,0 +1,41 @@
+"""`stablefield import FILE --out DIR`: make a run of a published network."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.markup import escape
+from rich.table import Table
+
+from stablefield.cli.console import console, relative
+from stablefield.interop.imported_run import write_imported_run
+from stablefield.interop.published import read_published
+
+__all__ = ["Import"]
+
+
+@dataclass(frozen=True)
+class Import:
+    """Make a run of a published DDPM++ or NCSN++ network. Nothing in the file is executed, whatever it holds."""
+
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
+    """A pickle of the EDM family (.pkl), a torch file (.pt, .pth) or safetensors."""
+    out: Path
+    """Folder of the run, new or empty."""
+    preconditioning: Literal["edm", "vp", "ve"] | None = None
+    """Scalings that the network was trained in; needed where the file does not say, as with a plain state dict."""
+
+    def run(self) -> int:
+        """Read, say what was found, and write the run."""
+        network = read_published(self.file, self.preconditioning)
+        table = Table(show_header=False, box=None, pad_edge=False)
+        for what, text in [*network.architecture.describe(), ("preconditioning", str(network.preconditioning))]:
+            table.add_row(what, escape(text))
+        count = sum(parameter.numel() for parameter in network.denoiser().parameters())
+        table.add_row("parameters", f"{count:,}, {escape(network.origin)}")
+        console.print(table)
+        folder = write_imported_run(self.out, network, self.file)
+        console.print(f"run folder: {escape(relative(folder.path))}")
+        console.print(f"draw from it:  stablefield sample {escape(relative(folder.path))} --seeds 0-63")
+        return 0

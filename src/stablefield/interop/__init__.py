@@ -1,0 +1,4 @@
+"""Other people's libraries and files: diffusers' schedulers, networks and pipelines, and published checkpoints.
+
+Nothing here is imported by `stablefield` itself; each module imports the library it is about where it uses it.
+"""

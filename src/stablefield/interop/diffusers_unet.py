@@ -1,0 +1,116 @@
+"""A `UNet2DModel` of diffusers as a network of ours: to be put into a `Denoiser`, trained and sampled from.
+
+The library is imported where a network is made, so this module can be imported without it.
+"""
+
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d import UNet2DModel
+
+__all__ = ["DiffusersUNet"]
+
+
+class DiffusersUNet(nn.Module):
+    """A `UNet2DModel`, called as networks are called here.
+
+    The noise label goes to the model's timestep: as it is for a positional embedding, as its exponential for a Fourier
+    one, which takes the logarithm itself. With classes, the last entry of the model's class embedding stands for no
+    class, so `num_class_embeds` is one more than there are classes.
+
+    Args:
+        unet: the model; its output has as many channels as its input.
+
+    Raises:
+        ValueError: if the model embeds timesteps by a table, embeds classes otherwise than by a table, or changes the
+            number of channels.
+    """
+
+    def __init__(self, unet: "UNet2DModel") -> None:
+        super().__init__()
+        config: Any = unet.config
+        if config.time_embedding_type not in ("positional", "fourier"):
+            raise ValueError(
+                f"unet has time_embedding_type {config.time_embedding_type}: noise levels are continuous, so it must be "
+                "positional or fourier."
+            )
+        if config.class_embed_type is not None:
+            raise ValueError(
+                f"unet has class_embed_type {config.class_embed_type}: pass num_class_embeds=classes + 1 and no type."
+            )
+        if config.in_channels != config.out_channels:
+            raise ValueError(
+                f"unet maps {config.in_channels} channels to {config.out_channels}: a denoiser keeps their number."
+            )
+        self.unet = unet
+        self.classes = max(0, (config.num_class_embeds or 0) - 1)
+        self._takes_logarithm = config.time_embedding_type == "fourier"
+
+    @classmethod
+    def sized(
+        cls,
+        resolution: int,
+        channels: int,
+        widths: tuple[int, ...] = (64, 128, 128),
+        blocks: int = 2,
+        classes: int = 0,
+        attention: tuple[bool, ...] | None = None,
+        groups: int = 32,
+    ) -> Self:
+        """A model of the usual shape.
+
+        Args:
+            resolution: side of the images.
+            channels: of the images.
+            widths: channels of each level, multiples of `groups`.
+            blocks: residual blocks per level.
+            classes: how many classes there are; 0 for none.
+            attention: which levels attend; the lowest alone if not given.
+            groups: of the normalisations.
+
+        Raises:
+            ImportError: if diffusers is not installed.
+        """
+        try:
+            from diffusers.models.unets.unet_2d import UNet2DModel
+        except ImportError as error:
+            raise ImportError('DiffusersUNet needs diffusers: pip install "stablefield[diffusers]".') from error
+        attends = attention or (*(False,) * (len(widths) - 1), True)
+        down = tuple("AttnDownBlock2D" if attending else "DownBlock2D" for attending in attends)
+        up = tuple("AttnUpBlock2D" if attending else "UpBlock2D" for attending in reversed(attends))
+        unet = UNet2DModel(
+            sample_size=resolution,
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=widths,
+            down_block_types=down,
+            up_block_types=up,
+            layers_per_block=blocks,
+            norm_num_groups=groups,
+            num_class_embeds=classes + 1 if classes else None,
+        )
+        return cls(unet)
+
+    def forward(self, x: Tensor, noise_label: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """Map (B, C, H, W) to the same shape.
+
+        Args:
+            x: scaled noisy images.
+            noise_label: shape (B,).
+            class_labels: integers (B,), -1 for no class; None for no class in any row.
+
+        Raises:
+            ValueError: if labels are given to a model without classes.
+        """
+        time = noise_label.exp() if self._takes_logarithm else noise_label
+        if not self.classes:
+            if class_labels is not None:
+                raise ValueError("class_labels were given to a UNet2DModel without classes: build it with them.")
+            return self.unet(x, time).sample
+        if class_labels is None:
+            class_labels = torch.full((len(x),), -1, device=x.device)
+        seen = torch.where(class_labels < 0, self.classes, class_labels)
+        return self.unet(x, time, class_labels=seen).sample

@@ -1,0 +1,124 @@
+"""A diffusers pipeline for denoisers in EDM's preconditioning, sampled by Heun's method.
+
+This file travels with the exported weights, as `pipeline.py`; it needs torch and diffusers only.
+
+References:
+    Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022,
+    algorithm 1 (the solver) and equation 7 (the preconditioning, which the scheduler carries out).
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from torch import Tensor
+
+__all__ = ["StablefieldPipeline"]
+
+
+class StablefieldPipeline(DiffusionPipeline):
+    """Draw images from a network that was trained in EDM's preconditioning.
+
+    Args:
+        unet: the raw network, called as unet(sample, timestep, class_labels=...).
+        scheduler: an EDM scheduler: the grid of noise levels, and the preconditioning around the network.
+    """
+
+    unet: Any
+    scheduler: Any
+
+    def __init__(self, unet: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        num_inference_steps: int = 18,
+        class_labels: Tensor | list[int] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        solver: str = "heun",
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw `batch_size` images.
+
+        Args:
+            batch_size: how many, where `latents` do not say.
+            num_inference_steps: steps N of the solver; Heun evaluates the network 2 N - 1 times.
+            class_labels: a class per image, -1 for none.
+            generator: where the latents are drawn from; a list has one per image.
+            latents: standard normal noise, shape (B, C, H, W), in place of drawing it.
+            solver: "heun", in float64 where the device has it, or "scheduler" for the scheduler's own steps.
+            output_type: "pil", "np" (B, H, W, C) in [0, 1], or "pt", (B, C, H, W) in [-1, 1] as the network is trained.
+            return_dict: return an object with `images`, or a tuple.
+
+        Raises:
+            ValueError: for a solver or an output that there is not.
+        """
+        if solver not in ("heun", "scheduler") or output_type not in ("pil", "np", "pt"):
+            raise ValueError(
+                f"solver is {solver} and output_type {output_type}: pass heun or scheduler, and pil, np or pt."
+            )
+        config, device = self.unet.config, self._execution_device
+        if latents is None:
+            size = config.sample_size
+            shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))
+            if isinstance(generator, list):
+                rows = [torch.randn(shape, generator=one, device=one.device).to(device) for one in generator]
+                latents = torch.stack(rows)
+            else:
+                place = device if generator is None else generator.device
+                latents = torch.randn((batch_size, *shape), generator=generator, device=place).to(device)
+        labels = None if class_labels is None else torch.as_tensor(class_labels, device=device)
+        embeddings = getattr(config, "num_class_embeds", None)
+        if embeddings:  # diffusers' own model, trained with its last embedding for no class
+            unknown = torch.full((len(latents),), -1, device=device)
+            labels = unknown if labels is None else labels
+            labels = torch.where(labels < 0, embeddings - 1, labels)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        x = latents.to(device, wide) * self.scheduler.sigmas[0].to(wide)
+        x = self._heun(x, labels) if solver == "heun" else self._own_steps(x, labels)
+        if output_type == "pt":
+            images: Any = x.to(self.unet.dtype)
+        else:
+            images = (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
+            images = self.numpy_to_pil(images) if output_type == "pil" else images
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _denoise(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+        """D(x; sigma) for one noise level, in the dtype of `x`."""
+        inner = self.unet.dtype
+        label = self.scheduler.precondition_noise(sigma).to(inner).expand(len(x))
+        scaled = self.scheduler.precondition_inputs(x, sigma).to(inner)
+        raw = self.unet(scaled, label, class_labels=labels).sample
+        return self.scheduler.precondition_outputs(x, raw.to(x.dtype), sigma)
+
+    def _shown(self, steps: Iterable[Any]) -> Iterable[Any]:
+        # The annotation of the base class calls the method a property.
+        bar: Any = self.progress_bar
+        return bar(steps)
+
+    def _heun(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        sigmas = self.scheduler.sigmas.to(x.device, x.dtype)
+        for step in self._shown(range(len(sigmas) - 1)):
+            sigma, following = sigmas[step], sigmas[step + 1]
+            slope = (x - self._denoise(x, sigma, labels)) / sigma
+            end = x + (following - sigma) * slope
+            if following > 0:
+                slope_end = (end - self._denoise(end, following, labels)) / following
+                end = x + (following - sigma) * (slope + slope_end) / 2
+            x = end
+        return x
+
+    def _own_steps(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        inner = self.unet.dtype
+        x = x.to(inner)
+        for t in self._shown(self.scheduler.timesteps):
+            raw = self.unet(self.scheduler.scale_model_input(x, t), t.to(inner), class_labels=labels).sample
+            x = self.scheduler.step(raw, t, x).prev_sample
+        return x

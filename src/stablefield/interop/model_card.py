@@ -1,0 +1,137 @@
+"""A model card: what an exported model is, how it was trained, what was measured, and how to draw from it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stablefield.evaluation.result import Result
+from stablefield.evaluation.result_file import read_results
+from stablefield.training.recipe import Recipe
+
+__all__ = ["ModelCard", "results_of_run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What a card says.
+
+    Attributes:
+        name: of the model.
+        data: what it was trained on; for an imported one, where it comes from.
+        shape: of one image, (C, H, W).
+        classes: how many it is told; 0 for none.
+        parameters: how many the network has.
+        recipe: how it was trained.
+        step: steps done; 0 for an imported one, of whose training nothing is known.
+        ema: which average of the weights this is.
+        version: of the library.
+        results: what was measured.
+        grid: file of sample images beside the card, or none.
+        pipeline: whether diffusers loads the folder; else it holds plain safetensors.
+    """
+
+    name: str
+    data: str
+    shape: tuple[int, int, int]
+    classes: int
+    parameters: int
+    recipe: Recipe
+    step: int
+    ema: str
+    version: str
+    results: Sequence[Result] = ()
+    grid: str | None = None
+    pipeline: bool = True
+
+    def text(self) -> str:
+        """The card as Markdown with a YAML head."""
+        return "\n\n".join(filter(None, [self._head(), self._training(), self._metrics(), self._use()])) + "\n"
+
+    def _head(self) -> str:
+        library = "diffusers" if self.pipeline else "stablefield"
+        kind = "class-conditional-image-generation" if self.classes else "unconditional-image-generation"
+        tags = ["diffusion", kind, "stable-target-field", "edm"]
+        lines = [
+            "---",
+            f"library_name: {library}",
+            "tags:",
+            *(f"- {tag}" for tag in tags),
+            "---",
+            "",
+            f"# {self.name}",
+            "",
+        ]
+        size = " x ".join(map(str, self.shape))
+        told = f", told one of {self.classes} classes" if self.classes else ""
+        origin = f"trained on {self.data}" if self.step else self.data
+        lines.append(
+            f"A diffusion model of images of {size} (channels, height, width){told}; {self.parameters:,} parameters; "
+            f"{origin} with stablefield {self.version}."
+        )
+        if self.grid:
+            lines += ["", f"![Samples]({self.grid})"]
+        return "\n".join(lines)
+
+    def _training(self) -> str:
+        recipe = self.recipe
+        target = "the single sample (denoising score matching)"
+        if recipe.target == "stf":
+            target = f"the stable target, references: {recipe.references}, noise band: {recipe.noise_band:g}"
+        rows = [
+            ("regressed on", target),
+            ("steps", f"{self.step:,} of {recipe.batch:,} images"),
+            ("weights", f"average: {self.ema}"),
+            ("network", str(recipe.network)),
+            ("process", str(recipe.process)),
+            ("noise levels", str(recipe.noise_levels)),
+            ("weighting", str(recipe.weighting)),
+            ("preconditioning", str(recipe.preconditioning)),
+            ("seed", str(recipe.seed)),
+        ]
+        if not self.step:
+            rows = [row for row in rows if row[0] in ("network", "preconditioning")]
+        return "## Training\n\n" + _table(("what", "how"), rows)
+
+    def _metrics(self) -> str:
+        if not self.results:
+            return "## Metrics\n\nNone were measured: `stablefield evaluate` was not run before the export."
+        head = ("metric", "minimum", "mean", "spread", "repeats", "samples", "against", "extractor", "sampler", "NFE")
+        rows: list[tuple[str, ...]] = []
+        for result in self.results:
+            p = result.protocol
+            figures = tuple(f"{value:.4g}" for value in (result.minimum, result.mean, result.spread))
+            against = f"{p.reference} ({p.split}, {p.reference_count:,})"
+            sampler = f"{p.sampler or '-'}, {p.steps or '-'} steps, {p.ema or '-'}"
+            how = (str(len(result.values)), f"{p.sample_count:,}", against, f"{p.extractor}, {p.resize}", sampler)
+            rows.append((p.metric, *figures, *how, f"{p.nfe:g}" if p.nfe else "-"))
+        return "## Metrics\n\n" + _table(head, rows)
+
+    def _use(self) -> str:
+        if not self.pipeline:
+            return (
+                "## Use\n\n`model.safetensors` holds the network's state, `config.json` its options and preconditioning. "
+                "`stablefield import model.safetensors` reads a U-Net back."
+            )
+        labels = ", class_labels=[0] * 16" if self.classes else ""
+        return (
+            "## Use\n\nThe folder carries `pipeline.py` and `unet/network.py`, which diffusers runs: read them, then\n\n"
+            "```python\nfrom diffusers import DiffusionPipeline\n\n"
+            'pipe = DiffusionPipeline.from_pretrained("PATH OR NAME", trust_remote_code=True)\n'
+            f"images = pipe(batch_size=16, num_inference_steps=18{labels}).images\n```\n\n"
+            '18 steps of Heun\'s method are 35 network evaluations. `solver="scheduler"` takes the steps of '
+            "`pipe.scheduler` instead, diffusers' `EDMEulerScheduler` or another EDM scheduler in its place."
+        )
+
+
+def results_of_run(path: Path) -> list[Result]:
+    """The results that `stablefield evaluate` left in a run's folder, in the order of their files' names.
+
+    Raises:
+        ValueError: naming a file that holds no results.
+    """
+    return [result for file in sorted((path / "evaluations").glob("*.json")) for result in read_results(file)[1]]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)

@@ -1,0 +1,167 @@
+r"""Files of weights: what is in a `.pkl`, `.pt`, `.pth`, `.ckpt` or `.safetensors` file, as inert values.
+
+| kind | how it is told | where the tensors' bytes are |
+|---|---|---|
+| safetensors | a JSON header | after the header |
+| `torch.save`, since 2020 | a zip archive with `data.pkl` | one stored entry each, `data/KEY` |
+| `torch.save`, before | a pickle of a magic number, three more pickles | after the pickles |
+| `pickle.dump` of modules | any other pickle | within the pickle: each storage is a file of the kind above |
+
+All sizes are bounded by the size of the file: nothing is decompressed, and a storage must have as many bytes in the file
+as it says.
+"""
+
+import mmap
+import struct
+import sys
+import zipfile
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import cast
+
+from torch import Tensor
+
+from stablefield.interop.inert import Name, RefusedError, Storage, plain_text
+from stablefield.interop.pickles import MAX_OPCODES, ByteStream, interpret
+
+__all__ = ["read_weight_file"]
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_VERSION = 1001
+# A storage saved within a pickle needs a few dozen.
+_SMALL = 2_000
+
+
+def read_weight_file(path: Path) -> object:
+    """What the file holds, without executing anything of it.
+
+    Args:
+        path: a file of one of the kinds above.
+
+    Returns:
+        Plain values, `Node` and `TensorView` objects; for safetensors a dict of names to tensors.
+
+    Raises:
+        RefusedError: naming what is in the file that is not read.
+        ValueError: if there is no such file.
+    """
+    if not path.is_file():
+        raise ValueError(f"FILE is {path}, and there is no such file: name a .pkl, .pt, .pth or .safetensors file.")
+    if sys.byteorder != "little":
+        raise ValueError("FILE cannot be read on this machine: weights are stored in the other byte order.")
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+            if len(head) < 9:
+                raise RefusedError("it is too short to hold weights; it may have been cut off.")
+            if head[:2] == b"PK":
+                return _read_archive(path)
+            # Mapped, not read: reading beyond the end gives what is left, whatever length the file announces.
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                if head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < len(content):
+                    return _read_safetensors(path)
+                if head[:1] != b"\x80":
+                    raise RefusedError("it is neither safetensors, nor a file of torch.save, nor a pickle.")
+                return _read_pickle(content, len(content))
+    except RefusedError as error:
+        raise RefusedError(f"{path.name} is refused: {error}") from error
+
+
+def _read_pickle(stream: ByteStream, size: int) -> object:
+    reopened = 0
+
+    def reopen(data: bytes) -> object:
+        nonlocal reopened
+        reopened += len(data)
+        if reopened > size:
+            raise RefusedError("its storages are larger than the file: one is used over and over.")
+        inner = BytesIO(data)
+        if interpret(inner, max_opcodes=_SMALL) != _LEGACY_MAGIC:
+            raise RefusedError("a storage within the pickle is not of the kind that torch writes.")
+        return _read_legacy(inner, size, max_opcodes=_SMALL)
+
+    first = interpret(stream, reopen=reopen)
+    return _read_legacy(stream, size) if first == _LEGACY_MAGIC and isinstance(first, int) else first
+
+
+def _read_legacy(stream: ByteStream, size: int, max_opcodes: int = MAX_OPCODES) -> object:
+    """The rest of a file of the older kind, after its magic number."""
+    storages: dict[str, Storage] = {}
+    if interpret(stream, max_opcodes=_SMALL) != _LEGACY_VERSION:
+        raise RefusedError("it is of a version of torch's older format that is not known.")
+    system = interpret(stream, max_opcodes=_SMALL)
+    if not isinstance(system, dict) or cast("dict[object, object]", system).get("little_endian") is not True:
+        raise RefusedError("it was written on a machine of the other byte order.")
+    value = interpret(stream, persistent=lambda reference: _storage(reference, storages, size), max_opcodes=max_opcodes)
+    keys = interpret(stream)
+    if not isinstance(keys, list) or set(storages) != {str(key) for key in cast("list[object]", keys)}:
+        raise RefusedError("its list of storages is not that of its tensors: the file is damaged.")
+    for key in cast("list[object]", keys):
+        storage = storages[str(key)]
+        header = stream.read(8)
+        if len(header) < 8 or struct.unpack("<q", header)[0] != storage.count:
+            raise RefusedError("a storage is not as long as its tensors say: the file is damaged.")
+        storage.fill(stream.read(storage.count * storage.dtype.itemsize))
+    return value
+
+
+def _storage(reference: object, storages: dict[str, Storage], size: int) -> Storage | Name:
+    """The storage of a persistent id, still without its bytes."""
+    match reference:
+        case ("module", Name() as name, *_):
+            return name  # the older format puts a class's source text beside its name
+        case ("storage", Name(dtype=dtype), str(key), str(), int(count), *rest) if dtype is not None:
+            if rest not in ([], [None]):
+                raise RefusedError("a storage is a part of another one, which only very old files have.")
+            if not 0 <= count * dtype.itemsize <= size:
+                raise RefusedError(f"it announces a storage of {count:,} numbers, and the file has {size:,} bytes.")
+            storage = storages.setdefault(key, Storage(dtype, count))
+            if (storage.dtype, storage.count) != (dtype, count):
+                raise RefusedError(f"it describes the storage {plain_text(key)} in two ways: the file is damaged.")
+            return storage
+        case _:
+            raise RefusedError("it refers to something outside of the pickle that is no storage.")
+
+
+def _read_archive(path: Path) -> object:
+    size, storages, total = path.stat().st_size, dict[str, Storage](), 0
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickles = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
+            if len(pickles) != 1:
+                raise RefusedError("it is a zip archive, but not one that torch.save writes: it has no data.pkl.")
+            root = pickles[0].removesuffix("data.pkl")
+            if root + "byteorder" in archive.namelist() and _entry(archive, root + "byteorder", size) != b"little":
+                raise RefusedError("it was written on a machine of the other byte order.")
+            program = BytesIO(_entry(archive, pickles[0], size))
+            value = interpret(program, persistent=lambda reference: _storage(reference, storages, size))
+            for key, storage in storages.items():
+                total += storage.count * storage.dtype.itemsize
+                if total > size:
+                    raise RefusedError("its storages are together larger than the file: entries overlap.")
+                storage.fill(_entry(archive, f"{root}data/{key}", size))
+            return value
+    except (zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError, EOFError, OSError, struct.error) as error:
+        raise RefusedError(f"it is no whole zip archive ({plain_text(str(error))}).") from error
+
+
+def _entry(archive: zipfile.ZipFile, name: str, size: int) -> bytes:
+    entry = archive.getinfo(name)
+    # torch stores without compressing, so what is compressed is not torch's, and may be a bomb.
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size or entry.flag_bits & 1:
+        raise RefusedError(f"the entry {plain_text(name)} of the archive is compressed, which torch.save never does.")
+    return archive.read(entry)
+
+
+def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
+    """A safetensors file; the library checks its header against the size of the file."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ImportError('reading .safetensors files needs safetensors: pip install "stablefield[train]".') from error
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise RefusedError(f"it is no whole safetensors file ({plain_text(str(error))}).") from error

@@ -1,0 +1,127 @@
+"""Pushing to a model hub: against one that listens on this machine only."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+import stablefield
+from stablefield.cli.entry import main
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The few requests of an upload, kept in `server.told`; files arrive in the commit."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        base = f"http://127.0.0.1:{self.server.server_port}"
+        self.server.told.append((self.path, self.headers.get("Authorization"), body))
+        if self.server.refusing:
+            return self.answer(403, {"error": "You may not write here."})
+        if self.path == "/api/repos/create":
+            return self.answer(200, {"url": f"{base}/ada/digits"})
+        if self.path == "/api/validate-yaml":
+            return self.answer(200, {"errors": [], "warnings": []})
+        if self.path == "/api/models/ada/digits/preupload/main":
+            paths = [entry["path"] for entry in json.loads(body)["files"]]
+            files = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]
+            return self.answer(200, {"files": files})
+        if self.path == "/api/models/ada/digits/commit/main":
+            url = f"{base}/ada/digits/commit/{'0' * 40}"
+            return self.answer(200, {"success": True, "commitOid": "0" * 40, "commitUrl": url})
+        return self.answer(404, {"error": f"no {self.path} here"})
+
+    def do_GET(self) -> None:
+        self.server.told.append((self.path, self.headers.get("Authorization"), b""))
+        self.answer(404, {"error": f"no {self.path} here"})
+
+    def answer(self, code: int, content: dict) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.told, server.refusing = [], False
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def export(run: Path, out: Path, hub: ThreadingHTTPServer) -> subprocess.CompletedProcess[str]:
+    # The client reads its environment when it is imported, so the command gets a process of its own.
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    environment = {
+        **kept,
+        "PYTHONPATH": str(Path(stablefield.__file__).parents[1]),
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_HOME": str(out.parent / "cache"),
+        "HF_TOKEN": "hf_of_the_test",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }
+    code = "from stablefield.cli.entry import main; main()"
+    flags = ["--out", str(out), "--samples", "4", "--steps", "2", "--push", "ada/digits", "--private"]
+    return subprocess.run(
+        [sys.executable, "-c", code, "export", str(run), *flags],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=environment,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "digits"
+    flags = ["--steps", "2", "--network.width", "16", "--network.depth", "1", "--sample-every", "0"]
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "digits", *flags, "--out", str(path)])
+    return path
+
+
+def test_every_file_of_an_export_arrives_at_the_hub_in_one_commit(run: Path, hub, tmp_path: Path) -> None:
+    folder = tmp_path / "pipe"
+    done = export(run, folder, hub)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip().endswith("/ada/digits/commit/" + "0" * 40)
+    told = {path: (who, body) for path, who, body in hub.told}
+    made = json.loads(told["/api/repos/create"][1])
+    assert (made["organization"], made["name"], made["visibility"]) == ("ada", "digits", "private")
+    for path in ("/api/repos/create", "/api/models/ada/digits/commit/main"):
+        assert told[path][0] == "Bearer hf_of_the_test"
+    commit = [json.loads(line) for line in told["/api/models/ada/digits/commit/main"][1].splitlines()]
+    files = {line["value"]["path"]: line["value"]["content"] for line in commit if line["key"] == "file"}
+    expected = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert {"README.md", "model_index.json", "samples.png", "unet/network.py"} <= set(expected)
+    assert {path: base64.b64decode(content) for path, content in files.items()} == expected
+
+
+def test_hub_that_refuses_is_a_failure_with_its_reason_and_the_export_stays(run: Path, hub, tmp_path: Path) -> None:
+    hub.refusing = True
+    done = export(run, tmp_path / "pipe", hub)
+    assert done.returncode == 1
+    assert "--push ada/digits failed, and the export stays where it is: 403" in done.stderr
+    assert "You may not write here." in done.stderr
+    assert "\n" not in done.stderr.strip()
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "pipe" / "README.md").is_file()
