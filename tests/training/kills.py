@@ -25,6 +25,7 @@ STEPS = 120
 RECIPE = dataclasses.replace(
     DIGITS,
     references="all",
+    noise_band=0.0,
     steps=STEPS,
     batch=32,
     checkpoint_every=3,

@@ -24,6 +24,7 @@ CPU = torch.device("cpu")
 RECIPE = dataclasses.replace(
     DIGITS,
     references="all",
+    noise_band=0.0,
     steps=20,
     batch=64,
     ramp_images=500,

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+import stablefield as sf
 from stablefield.data.digits import open_digits
 from stablefield.data.image_set import ImageSet
 from stablefield.data.index_stream import IndexStream
 from stablefield.data.packed import open_packed, pack
 from stablefield.training import feed as feed_module
-from stablefield.training.feed import Feed, Rows, resolve_references
+from stablefield.training.feed import Feed, Rows, resolve_band, resolve_references
 from stablefield.training.recipes import DIGITS
 
 CPU = torch.device("cpu")
@@ -126,3 +127,14 @@ def test_half_of_the_free_memory_is_the_limit(mapped: ImageSet, monkeypatch: pyt
 def test_free_memory_is_what_the_system_says(tmp_path: Path) -> None:
     free = feed_module.free_memory(CPU)
     assert 10**8 < free < 10**14
+
+
+def test_auto_band_is_where_the_probe_of_the_references_says(digits: ImageSet) -> None:
+    pixels = torch.from_numpy(digits.images)
+    found, words = resolve_band(dataclasses.replace(DIGITS, references="all"), digits, CPU)
+    assert found == sf.pick_noise_band(sf.Pool(pixels)).level
+    assert f"from {found:.3g}" in words
+    fewer, _ = resolve_band(dataclasses.replace(DIGITS, references=256), digits, CPU)
+    assert fewer == sf.pick_noise_band(sf.Pool(pixels, 256)).level > found > 0
+    assert resolve_band(dataclasses.replace(DIGITS, noise_band=1.5), digits, CPU)[0] == 1.5
+    assert resolve_band(dataclasses.replace(DIGITS, target="dsm"), digits, CPU)[0] == 0

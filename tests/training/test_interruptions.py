@@ -22,6 +22,7 @@ from stablefield.training.run_folder import RunConfig, RunFolder
 SMALL = dataclasses.replace(
     DIGITS,
     references="all",
+    noise_band=0.0,
     steps=24,
     batch=32,
     network=Perceptron(width=32, depth=1),

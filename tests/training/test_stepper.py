@@ -25,7 +25,9 @@ from stablefield.training.run_folder import RunConfig, RunFolder
 from stablefield.training.stepper import Stepper
 
 CPU = torch.device("cpu")
-SMALL = dataclasses.replace(DIGITS, references="all", steps=12, batch=36, network=Perceptron(width=32, depth=1))
+SMALL = dataclasses.replace(
+    DIGITS, references="all", noise_band=0.0, steps=12, batch=36, network=Perceptron(width=32, depth=1)
+)
 TINY_UNET = UNet(base_channels=8, multipliers=(1, 2), blocks=1, dropout=0.0)
 
 

@@ -30,7 +30,7 @@ from stablefield.report.comparison_page import comparison_page
 from stablefield.report.extra import require
 from stablefield.training.comparison import LEVELS, MIDDLE, Outcome, TargetName, improvement, run_one, samples_of
 from stablefield.training.config import encode
-from stablefield.training.feed import resolve_references
+from stablefield.training.feed import resolve_band, resolve_references
 from stablefield.training.files import write_whole
 from stablefield.training.loop import Report, check_fit
 from stablefield.training.recipe import Recipe
@@ -107,7 +107,10 @@ class Compare:
     ) -> list[tuple[TargetName, int, RunConfig]]:
         recipe = dataclasses.replace(self.config, target="stf")
         references, rule = resolve_references(recipe, data, device)
+        recipe = dataclasses.replace(recipe, references=references)
+        band, finding = resolve_band(recipe, data, device)
         console.print(f"references: {rule}")
+        console.print(f"noise band: {finding}")
         every = max(1, recipe.steps // self.looks)
         found: list[tuple[TargetName, int, RunConfig]] = []
         targets: tuple[TargetName, ...] = ("dsm", "stf")
@@ -116,7 +119,7 @@ class Compare:
                 one = dataclasses.replace(
                     recipe,
                     target=target,
-                    references=references,
+                    noise_band=band,
                     seed=seed,
                     sample_every=0,
                     checkpoint_every=every,

@@ -24,7 +24,7 @@ from stablefield.cli.sources import open_data
 from stablefield.data.image_set import ImageSet, size_text
 from stablefield.evaluation.self_check import Reading, SelfCheck
 from stablefield.training.estimate import estimate
-from stablefield.training.feed import Feed, fits, resolve_references
+from stablefield.training.feed import Feed, fits, resolve_band, resolve_references
 from stablefield.training.loop import Tracker, check_fit, make_accelerator, train
 from stablefield.training.observers import FrechetObserver
 from stablefield.training.recipe import Recipe
@@ -156,11 +156,15 @@ class Train:
         check_fit(recipe, data)
         references, rule = resolve_references(recipe, data, device)
         recipe = dataclasses.replace(recipe, references=references)
+        band, finding = resolve_band(recipe, data, device)
+        recipe = dataclasses.replace(recipe, noise_band=band)
         check_fit(recipe, data)
         console.print(f"recipe:     {self.recipe} (all of it: --print)")
         if data.manifest["resized"] != "no":
             console.print(f"images:     {data.manifest['resized']}")
         console.print(f"references: {rule}")
+        if recipe.target == "stf":
+            console.print(f"noise band: {finding}")
         config = RunConfig(
             data=self.data,
             shape=data.shape,

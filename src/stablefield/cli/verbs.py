@@ -66,7 +66,7 @@ def _again(kind: type[Kind], arguments: Sequence[str], recipe: Recipe) -> Kind:
 
 
 def _parse(arguments: Sequence[str], recipe: Recipe) -> Verb:
-    return tyro.cli(  # pyright: ignore[reportReturnType]
+    return tyro.cli(  # pyright: ignore[reportCallIssue]
         _verbs(recipe),  # pyright: ignore[reportArgumentType]
         prog="stablefield",
         description=_DESCRIPTION,
@@ -77,7 +77,7 @@ def _parse(arguments: Sequence[str], recipe: Recipe) -> Verb:
 
 def _read(arguments: Sequence[str], recipe: Recipe) -> tuple[Verb, list[str]]:
     """The verb and the flags that it does not know."""
-    return tyro.cli(  # pyright: ignore[reportReturnType]
+    return tyro.cli(  # pyright: ignore[reportCallIssue]
         _verbs(recipe),  # pyright: ignore[reportArgumentType]
         prog="stablefield",
         description=_DESCRIPTION,

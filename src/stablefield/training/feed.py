@@ -18,11 +18,12 @@ from torch import Tensor
 
 from stablefield.data.image_set import ImageSet, size_text
 from stablefield.data.index_stream import IndexStream
+from stablefield.targets.band import pick_noise_band
 from stablefield.targets.references import Pool, choose
 from stablefield.training.recipe import Recipe
 from stablefield.training.seeding import Purpose, generator_for
 
-__all__ = ["LOADED_REFERENCES", "Feed", "Rows", "fits", "resolve_references"]
+__all__ = ["LOADED_REFERENCES", "Feed", "Rows", "fits", "resolve_band", "resolve_references"]
 
 LOADED_REFERENCES = 4096
 """References per step where the data do not fit on the device."""
@@ -85,6 +86,23 @@ def resolve_references(recipe: Recipe, data: ImageSet, device: torch.device) -> 
         return "all", f"all {len(data):,} (resident: {size}, at most half of the {free} free on {device})"
     number = min(len(data), max(LOADED_REFERENCES, recipe.batch))
     return number, f"{number:,} read with each batch ({size} are more than half of the {free} free on {device})"
+
+
+def resolve_band(recipe: Recipe, data: ImageSet, device: torch.device) -> tuple[float, str]:
+    """What the noise band `auto` comes to on these data, and what was found, in words."""
+    if recipe.target == "dsm":
+        return 0.0, "none, the single sample is used everywhere"
+    if recipe.noise_band != "auto":
+        return recipe.noise_band, f"from {recipe.noise_band:g}, as told"
+    labels = torch.from_numpy(data.labels) if recipe.conditional and data.labels is not None else None
+    size = recipe.references if isinstance(recipe.references, int) else None
+    found = pick_noise_band(Pool(data.images, size, labels, mirrored=recipe.mirror), device=device)
+    if found.level == float("inf"):
+        return found.level, "none: every sample is its own only reference"
+    return found.level, (
+        f"from {found.level:.3g}: below it references take less than {found.tolerance:.0%} of the weight, by "
+        f"{found.rows:,} probed"
+    )
 
 
 class Feed:

@@ -96,8 +96,9 @@ class Recipe:
     references: int | Literal["auto", "all"] = "auto"
     """References of the stable target per step: a number from the batch size to the size of the data, all of it, or auto:
     all where the data fit on the device, else 4096 read with each batch."""
-    noise_band: float = 0.0
-    """Noise level (sigma / alpha) below which the single sample is used."""
+    noise_band: float | Literal["auto"] = "auto"
+    """Noise level (sigma / alpha) below which the single sample is used; auto finds by a short probe of the data where the
+    references have no weight yet. Unbiased whatever it is."""
     steps: int = 4000
     """Optimiser steps."""
     batch: int = 128
@@ -162,12 +163,14 @@ class Recipe:
         for name in (*positive, "checkpoint_every", "keep_last"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be positive.")
-        for name in ("seed", "ramp_images", "sample_every", "noise_band", "ema_snapshot_every", "keep_every"):
+        for name in ("seed", "ramp_images", "sample_every", "ema_snapshot_every", "keep_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must not be negative.")
         for name in ("decay_share", "ema_ramp", "label_dropout", "augmentation"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it is a share, 0 to 1.")
+        if self.noise_band != "auto" and not self.noise_band >= 0:
+            raise ValueError(f"--noise-band is {self.noise_band}: it must not be negative, or auto.")
         if isinstance(self.references, int) and self.references < 1:
             raise ValueError(f"--references is {self.references}: it must be at least 1, or all, or auto.")
         if self.mirror and self.augmentation:

@@ -164,6 +164,7 @@ class Stepper:
         if references is None or recipe.target == "dsm":
             target = DenoisingTarget(recipe.process)
         else:
+            assert recipe.noise_band != "auto"
             target = StableTarget(recipe.process, references=references, noise_band=recipe.noise_band)
         return Objective(
             recipe.process,
