@@ -5,6 +5,7 @@ from typing import Annotated, Protocol
 
 import tyro
 
+from stablefield.cli.bench import Bench
 from stablefield.cli.data import Data
 from stablefield.cli.doctor import Doctor
 from stablefield.cli.sample import Sample
@@ -28,6 +29,7 @@ def parse(arguments: Sequence[str]) -> Verb:
         Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Sample, tyro.conf.subcommand("sample")]
         | Annotated[Data, tyro.conf.subcommand("data")]
+        | Annotated[Bench, tyro.conf.subcommand("bench")]
         | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     )
     return tyro.cli(
