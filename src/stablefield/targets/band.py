@@ -67,7 +67,7 @@ class NoiseBand:
 def pick_noise_band(
     pool: Pool,
     *,
-    tolerance: float = 0.02,
+    tolerance: float = 0.05,
     rows: int = 256,
     generator: torch.Generator | None = None,
     total: int | None = None,

@@ -12,6 +12,7 @@ References:
     Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018, arXiv 1805.02867, section 3.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +25,8 @@ __all__ = ["Partial"]
 # A logit may exceed the level m by this much before the sums are rescaled to it, a pass over all of them: e^16 squared,
 # summed over any number of references, is far from the end of float32.
 _SLACK = 16.0
-# Share of the rows up to which it is cheaper to pick those that a chunk has weight for.
-_FEW = 0.75
+# Share of the rows above which it is cheaper to multiply all than to pick those that a chunk has weight for.
+_MANY = 0.75
 
 
 @dataclass
@@ -80,7 +81,7 @@ class Partial:
         return cls(logit, mass, mass.clone(), squares * mass, total, torch.full_like(logit, -torch.inf))
 
     def add(
-        self, logits: Tensor, largest: Tensor, rows: Tensor, norms: Norms, log_prior: Tensor, cut: float | None = None
+        self, logits: Tensor, largest: Tensor, rows: Tensor, norms: Norms, log_prior: Tensor, among: int | None = None
     ) -> None:
         """Add a chunk of c references.
 
@@ -90,29 +91,25 @@ class Partial:
             rows: the references, shape (c, d).
             norms: their squared norms.
             log_prior: log of the summed prior weights of the allowed references of this chunk, shape (B,) or ().
-            cut: leave out the queries whose logits are all this far below the level. This looks at the values, for which a
-                GPU would have to be waited for: None adds all of them without a look.
+            among: how many references there are in all. What weighs so little that all of them, if they weighed no more,
+                could not be seen in the dtype, is left out. This looks at the values, for which a GPU would have to be
+                waited for: None adds all without a look.
         """
         self.log_prior = torch.logaddexp(self.log_prior, log_prior.to(self.log_prior.dtype))
         old = self.peak
-        if cut is None:
-            self._raise_to(torch.where(largest > old + _SLACK, largest.to(old.dtype), old))
-        else:
-            seen = largest > old - cut
-            count = int(seen.sum())
-            if count == 0:
-                return
-            if bool((largest > old + _SLACK).any()):
-                self._raise_to(torch.where(largest > old + _SLACK, largest.to(old.dtype), old))
-            if count < _FEW * len(old):
-                self._add_to(seen.nonzero()[:, 0], logits, rows, norms)
-                return
-        weights = logits.sub_(_finite(self.peak).to(logits.dtype)[:, None]).exp_()
-        mass = weights.sum(1).to(self.mass.dtype)
-        self.mass = self.mass + mass
-        self.energy = self.energy + mass * norms.centre + torch.mv(weights, norms.centred)
-        self.total.addmm_(weights, rows)
-        self.mass_squared = self.mass_squared + weights.square_().sum(1)
+        above = largest > old + _SLACK
+        if among is None:
+            self._raise_to(torch.where(above, largest.to(old.dtype), old))
+            self._add_all(logits, rows, norms)
+            return
+        unseen = torch.finfo(logits.dtype).eps / (4 * among)
+        seen = largest > old + math.log(unseen)
+        count = int(seen.sum())
+        if count == 0:
+            return
+        if bool(above.any()):
+            self._raise_to(torch.where(above, largest.to(old.dtype), old))
+        self._add_some(seen.nonzero()[:, 0], logits, rows, norms, unseen * len(rows))
 
     def merge(self, other: "Partial") -> "Partial":
         """The posterior sums over the references of both parts, which must be disjoint and share their anchor."""
@@ -136,12 +133,32 @@ class Partial:
         self.energy = self.energy * keep
         self.total.mul_(keep.to(self.total.dtype)[:, None])
 
-    def _add_to(self, queries: Tensor, logits: Tensor, rows: Tensor, norms: Norms) -> None:
-        weights = logits[queries].sub_(_finite(self.peak[queries]).to(logits.dtype)[:, None]).exp_()
+    def _add_all(self, logits: Tensor, rows: Tensor, norms: Norms) -> None:
+        weights = logits.sub_(_finite(self.peak).to(logits.dtype)[:, None]).exp_()
         mass = weights.sum(1).to(self.mass.dtype)
+        self.mass = self.mass + mass
+        self.energy = self.energy + mass * norms.centre + torch.mv(weights, norms.centred)
+        self.total.addmm_(weights, rows)
+        self.mass_squared = self.mass_squared + weights.square_().sum(1)
+
+    def _add_some(self, queries: Tensor, logits: Tensor, rows: Tensor, norms: Norms, unseen: float) -> None:
+        """Add for `queries`, and make the product with `rows` for those of them whose chunk weighs more than `unseen`."""
+        if len(queries) < len(logits):
+            logits = logits[queries]
+        weights = logits.sub_(_finite(self.peak[queries]).to(logits.dtype)[:, None]).exp_()
+        narrow = weights.sum(1)
+        heavy = narrow > unseen
+        count = int(heavy.sum())
+        if count > _MANY * len(self.total) and len(queries) == len(self.total):
+            self.total.addmm_(weights, rows)
+        elif count == len(queries):
+            self.total.index_add_(0, queries, weights @ rows)
+        elif count:
+            self.total.index_add_(0, queries[heavy], weights[heavy] @ rows)
+        mass = narrow.to(self.mass.dtype)
+        energy = mass * norms.centre + torch.mv(weights, norms.centred)
         self.mass = self.mass.index_add(0, queries, mass)
-        self.energy = self.energy.index_add(0, queries, mass * norms.centre + torch.mv(weights, norms.centred))
-        self.total.index_add_(0, queries, weights @ rows)
+        self.energy = self.energy.index_add(0, queries, energy)
         self.mass_squared = self.mass_squared.index_add(0, queries, weights.square_().sum(1).to(mass.dtype))
 
 

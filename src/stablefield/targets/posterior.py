@@ -17,7 +17,6 @@ References:
     equations 6 to 8.
 """
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -116,12 +115,11 @@ def accumulate(query: Query, bank: Bank, excess: Excess, partial: Partial, chunk
     size = min(chunk_size or bank.chunk_size(len(x)), len(bank))
     norms = bank.norms(x.dtype)
     buffer = torch.empty(len(x) * size, dtype=x.dtype, device=x.device)
-    # All references together, if each is this far below the largest logit, weigh less than half an ulp of it.
-    cut = math.log(4 * len(bank) / torch.finfo(x.dtype).eps) if watched(x.device) else None
+    among = len(bank) if watched(x.device) else None
     for where, rows in bank.chunks(size, x.dtype):
         allowed, part = query.allowed(where), norms.at(where)
         logits, largest = excess.logits(rows, part, where, allowed, partial.peak, buffer)
-        partial.add(logits, largest, rows, part, _prior_weight(query, where, allowed), cut)
+        partial.add(logits, largest, rows, part, _prior_weight(query, where, allowed), among)
     return partial
 
 

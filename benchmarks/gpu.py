@@ -1,0 +1,136 @@
+"""What a GPU is measured for: accuracy, the target's cost, training throughput. Needs CUDA.
+
+    python benchmarks/gpu.py DATA [--only accuracy cost throughput] [--pairs N] [--out NAME]
+
+DATA is what `stablefield train` takes: CIFAR-10's binary folder, or any 32 x 32 RGB images. Writes
+benchmarks/results/NAME.json (gpu.json) and prints a short table last.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import statistics
+import sys
+import time
+
+import torch
+from record import write
+
+import stablefield as sf
+from stablefield.data.source import open_images
+from stablefield.evaluation.cost import measure_cost
+from stablefield.networks.song_unet import SongUNet
+
+TASKS = ("accuracy", "cost", "throughput")
+
+
+def accuracy(images: torch.Tensor) -> list[dict[str, object]]:
+    """Largest relative error of the posterior mean against float64, with TF32 and autocast on outside."""
+    found = []
+    references = images[:4096].float().div_(127.5).sub_(1)
+    generator = torch.Generator(images.device).manual_seed(0)
+    for level in (0.02, 0.3, 1.0, 3.0, 10.0, 50.0):
+        x_t = sf.EDM().perturb(references[:128], level, generator=generator)
+        wide = references.flatten(1).double()
+        square = torch.cdist(x_t.flatten(1).double(), wide, compute_mode="donot_use_mm_for_euclid_dist").square()
+        truth = torch.softmax(-square / (2 * level**2), 1) @ wide
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        with torch.autocast("cuda", torch.bfloat16):
+            mean = sf.posterior(x_t, 1.0, level, references).mean
+        torch.set_float32_matmul_precision(before)
+        error = ((mean.flatten(1).double() - truth).norm(dim=1) / truth.norm(dim=1)).max()
+        found.append({"level": level, "relative_error": float(error)})
+    return found
+
+
+def cost(images: torch.Tensor, pairs: int) -> list[dict[str, object]]:
+    """Time and memory of one call beside two bare products and the naive form."""
+    return [
+        dataclasses.asdict(measure_cost(images[:n], batch, level=100.0, pairs=pairs, naive_bytes=2**34))
+        for n, batch in itertools.product((1024, 4096, 50_000), (64, 512))
+        if n <= len(images)
+    ]
+
+
+def throughput(images: torch.Tensor, steps: int) -> list[dict[str, object]]:
+    """Images per second of training a DDPM++ with batches of 512, by precision and target."""
+    band = sf.pick_noise_band(sf.Pool(images)).level
+    targets = {
+        "DSM": sf.DenoisingTarget(sf.EDM()),
+        "STF, n = 4096": sf.StableTarget(sf.EDM(), references=sf.Pool(images, min(4096, len(images))), noise_band=band),
+        f"STF, n = {len(images):,}": sf.StableTarget(sf.EDM(), references=sf.Pool(images), noise_band=band),
+    }
+    found = []
+    for precision in ("float32", "bf16", "bf16 compiled"):
+        torch.manual_seed(0)
+        network = SongUNet.ddpmpp(images.shape[-1], images.shape[1]).to(images.device)
+        denoiser = sf.Denoiser(network, sf.EDMPreconditioning(sigma_data=0.5))
+        called = torch.compile(denoiser) if "compiled" in precision else denoiser
+        optimizer = torch.optim.Adam(denoiser.parameters(), lr=1e-4, fused=True)
+        for name, target in targets.items():
+            objective = sf.Objective(sf.EDM(), target=target)
+            generator = torch.Generator(images.device).manual_seed(0)
+            seconds = []
+            for step in range(steps + 3):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                index = torch.randint(len(images), (512,), generator=generator, device=images.device)
+                x0 = images[index].float().div_(127.5).sub_(1)
+                optimizer.zero_grad(set_to_none=True)
+                with torch.autocast("cuda", torch.bfloat16, enabled=precision != "float32"):
+                    loss = objective(called, x0, index=index, generator=generator).loss
+                loss.backward()
+                optimizer.step()
+                torch.cuda.synchronize()
+                if step >= 3:
+                    seconds.append(time.perf_counter() - start)
+            found.append(
+                {
+                    "precision": precision,
+                    "target": name,
+                    "noise_band": 0.0 if name == "DSM" else band,
+                    "images_per_second": 512 / statistics.median(seconds),
+                }
+            )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    parser.add_argument("--only", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=20, help="measured training steps per setting")
+    parser.add_argument("--out", default="gpu")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("this benchmark needs a CUDA device; on a CPU: python benchmarks/target.py CIFAR_FOLDER")
+    images = torch.tensor(open_images(options.data).images).cuda()
+    found: dict[str, list[dict[str, object]]] = {}
+    if "accuracy" in options.only:
+        found["accuracy"] = accuracy(images)
+    if "cost" in options.only:
+        found["cost"] = cost(images, options.pairs)
+    if "throughput" in options.only:
+        found["throughput"] = throughput(images, options.steps)
+    command = (
+        f"python benchmarks/gpu.py DATA --only {' '.join(options.only)} --pairs {options.pairs} --out {options.out}"
+    )
+    path = write(options.out, command, {"device": torch.cuda.get_device_name(), **found})
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    for row in found.get("accuracy", []):
+        print(f"noise level {row['level']:>5g}   relative error against float64 {row['relative_error']:.1e}")
+    for row in found.get("cost", []):
+        naive = "too large" if row["naive"] is None else f"{row['naive'] * 1e3:.1f} ms"
+        print(
+            f"B {row['batch']:>4}  n {row['references']:>6}   {row['seconds'] * 1e3:8.2f} ms, {row['ratio']:.2f} of two "
+            f"products, {row['peak'] / 1e6:,.0f} MB; naive {naive}"
+        )
+    for row in found.get("throughput", []):
+        print(f"{row['precision']:>14}  {row['target']:>16}   {row['images_per_second']:8,.0f} images/s")
+    print(f"written: {path.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""What every result says of its making: command, machine, date and commit."""
+
+import json
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def processor() -> str:
+    """The model of the processor, or the machine's kind where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def write(name: str, command: str, values: dict[str, Any]) -> Path:
+    """Write results/NAME.json."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    machine = f"{processor()}, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        machine = f"{torch.cuda.get_device_name()}; {machine}"
+    record = {
+        "command": command,
+        "machine": machine,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit or None,
+        **values,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    return path
