@@ -141,8 +141,13 @@ class Excess:
             logits.masked_fill_(~allowed, -torch.inf)
         if anchor.place is not None:
             inside = (anchor.place >= where.start) & (anchor.place < where.stop)
-            column = (anchor.place - where.start).clamp(0, len(rows) - 1)[:, None]
-            logits.scatter_(1, column, logits.gather(1, column).masked_fill_(inside[:, None], -torch.inf))
+            if watched(rows.device):
+                own = inside.nonzero()[:, 0]
+                if len(own):
+                    logits[own, anchor.place[own] - where.start] = -torch.inf
+            else:
+                column = (anchor.place - where.start).clamp(0, len(rows) - 1)[:, None]
+                logits.scatter_(1, column, logits.gather(1, column).masked_fill_(inside[:, None], -torch.inf))
         largest = logits.amax(1)
         if len(self._rows) and self._by_pairs:
             self._repair(logits, largest, rows, where, reached)

@@ -68,7 +68,7 @@ class Partial:
 
     @classmethod
     def of_one(cls, logit: Tensor, squares: Tensor, rows: Tensor) -> "Partial":
-        """One reference for each query; its prior weight is left to be counted with those of its chunk.
+        """One reference for each query; its prior weight is left to `add_prior`.
 
         Args:
             logit: its logit, shape (B,), float64; -inf for a query that has none.
@@ -80,22 +80,22 @@ class Partial:
         total = rows * mass.to(rows.dtype)[:, None]
         return cls(logit, mass, mass.clone(), squares * mass, total, torch.full_like(logit, -torch.inf))
 
-    def add(
-        self, logits: Tensor, largest: Tensor, rows: Tensor, norms: Norms, log_prior: Tensor, among: int | None = None
-    ) -> None:
-        """Add a chunk of c references.
+    def add_prior(self, log_prior: Tensor) -> None:
+        """Count prior weights, given as the log of their sum, shape (B,) or (): of what `add` adds, and of the anchors."""
+        self.log_prior = torch.logaddexp(self.log_prior, log_prior.to(self.log_prior.dtype))
+
+    def add(self, logits: Tensor, largest: Tensor, rows: Tensor, norms: Norms, among: int | None = None) -> None:
+        """Add a chunk of c references, but for their prior weights.
 
         Args:
             logits: shape (B, c), -inf where a reference may not be used; overwritten.
             largest: the largest logit of each query, shape (B,).
             rows: the references, shape (c, d).
             norms: their squared norms.
-            log_prior: log of the summed prior weights of the allowed references of this chunk, shape (B,) or ().
             among: how many references there are in all. What weighs so little that all of them, if they weighed no more,
                 could not be seen in the dtype, is left out. This looks at the values, for which a GPU would have to be
                 waited for: None adds all without a look.
         """
-        self.log_prior = torch.logaddexp(self.log_prior, log_prior.to(self.log_prior.dtype))
         old = self.peak
         above = largest > old + _SLACK
         if among is None:
