@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 __all__ = ["main"]
 
-_NEEDED = ("tyro", "rich", "PIL", "safetensors", "accelerate", "torchmetrics", "jinja2", "matplotlib")
+_NEEDED = ("tyro", "rich", "PIL", "safetensors", "accelerate")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
