@@ -1,5 +1,7 @@
 """`stablefield compare DATA`: the single-sample target and the stable one, side by side, with a report."""
 
+from __future__ import annotations
+
 import csv
 import dataclasses
 import json
@@ -7,7 +9,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +26,6 @@ from stablefield.cli.recipes import RecipeName
 from stablefield.cli.settling import pick_device
 from stablefield.data.image_set import ImageSet
 from stablefield.evaluation.names import frechet_name
-from stablefield.evaluation.self_check import SelfCheck
 from stablefield.report import write_page
 from stablefield.report.comparison_page import comparison_page
 from stablefield.report.extra import require
@@ -35,6 +36,9 @@ from stablefield.training.files import write_whole
 from stablefield.training.loop import Report, check_fit
 from stablefield.training.recipe import Recipe
 from stablefield.training.run_folder import RunConfig, RunFolder
+
+if TYPE_CHECKING:
+    from stablefield.evaluation.self_check import SelfCheck
 
 __all__ = ["Compare"]
 
@@ -84,6 +88,8 @@ class Compare:
         out = self.out or Path("compare") / data.name
         check_place("--out", out / "report.html")
         configs = self._configs(seeds, data, device)
+        from stablefield.evaluation.self_check import SelfCheck  # needs torchmetrics
+
         extractor = self.measure.open(data.shape, device)
         check = SelfCheck.prepare(data, extractor, samples=min(self.samples, len(data)))
         first = configs[0][2].recipe
@@ -242,7 +248,7 @@ class _Bars:
             for target, seed, config in configs
         }
 
-    def __enter__(self) -> "_Bars":
+    def __enter__(self) -> _Bars:
         self._progress.start()
         return self
 

@@ -22,7 +22,6 @@ from stablefield.cli.recipes import RecipeName, shown
 from stablefield.cli.settling import pick_device, settled
 from stablefield.cli.sources import open_data
 from stablefield.data.image_set import ImageSet, size_text
-from stablefield.evaluation.self_check import Reading, SelfCheck
 from stablefield.training.estimate import estimate
 from stablefield.training.feed import Feed, fits, resolve_band, resolve_references
 from stablefield.training.loop import Tracker, check_fit, make_accelerator, train
@@ -188,6 +187,8 @@ class Train:
             raise ValueError(f"--evaluate-every is {self.evaluate_every}: it must not be negative.")
         if not self.evaluate_every or not PartialState().is_main_process:
             return []
+        from stablefield.evaluation.self_check import Reading, SelfCheck  # needs torchmetrics
+
         self.measure.check()
         extractor = self.measure.open(data.shape, device)
         check = SelfCheck.prepare(data, extractor, samples=self.evaluate_samples)

@@ -11,13 +11,15 @@ differs. At every look, the averaged model is scored by
 Scores are kept in the run's folder line by line, so a comparison that was interrupted goes on where it stopped.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +28,6 @@ from numpy.typing import NDArray
 
 from stablefield.data.image_set import ImageSet
 from stablefield.diffusion.preconditioning import Denoiser
-from stablefield.evaluation.self_check import SelfCheck
 from stablefield.probe.fit import measure_fit
 from stablefield.probe.population import Population
 from stablefield.training.feed import Feed, fits
@@ -35,6 +36,9 @@ from stablefield.training.model import open_model
 from stablefield.training.observers import samples
 from stablefield.training.run_folder import RunConfig, RunFolder
 from stablefield.training.stepper import Stepper
+
+if TYPE_CHECKING:
+    from stablefield.evaluation.self_check import SelfCheck
 
 __all__ = ["LEVELS", "MIDDLE", "Outcome", "Score", "Scorer", "TargetName", "improvement", "run_one", "samples_of"]
 

@@ -4,6 +4,7 @@ A step is a function of (seed, step), see `stepper`; the loop adds reports, line
 observers, none of which changes what the steps do. One process or many run it alike; the first of them writes.
 """
 
+import errno
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
@@ -141,8 +142,10 @@ def train(
                 f"{error}: lower --learning-rate or --clip. The checkpoints written before are whole."
             ) from error
         except OSError as error:
+            full = error.errno is None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            remedy = "free some space" if full else "see to its folder"
             raise TrainingError(
-                f"the run cannot be written ({error.strerror or error}): free some space, then go on with --resume. "
+                f"the run cannot be written ({error.strerror or error}): {remedy}, then go on with --resume. "
                 "The checkpoints written before are whole."
             ) from error
         finally:

@@ -1,15 +1,20 @@
 """Observers: who looks at a model in training, and what they report."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from stablefield.diffusion.preconditioning import Denoiser
-from stablefield.evaluation.self_check import Reading, SelfCheck
 from stablefield.sampling.grids import edm_sigmas
 from stablefield.sampling.ode import heun
 from stablefield.training.model import draw
+
+if TYPE_CHECKING:  # it imports torchmetrics, which a run that does not measure itself can do without
+    from stablefield.evaluation.self_check import Reading, SelfCheck
 
 __all__ = ["FrechetObserver", "samples"]
 
