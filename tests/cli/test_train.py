@@ -123,3 +123,56 @@ def test_averages_of_any_length_are_made_and_sampled_after_training(
     capsys.readouterr()
     assert status("sample", out, "--ema", "best", "--out", grid) == 2
     assert "half-life, none, or a length" in capsys.readouterr().err
+
+
+def test_resume_finds_data_that_moved_and_heeds_nothing_that_would_change_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    array = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), dtype=np.uint8)
+    np.save(tmp_path / "a.npy", array)
+    out = str(tmp_path / "run")
+    small = ("--network.width", "16", "--network.depth", "1", "--batch", "4", "--sample-every", "0")
+    assert status("train", str(tmp_path / "a.npy"), *small, "--steps", "2", "--out", out) == 0
+    (tmp_path / "a.npy").rename(tmp_path / "b.npy")
+    capsys.readouterr()
+    assert status("train", "--resume", "--out", out) == 2
+    assert "no such file" in capsys.readouterr().err
+    assert status("train", str(tmp_path / "b.npy"), "--resume", "--out", out) == 0
+    assert status("train", str(tmp_path / "b.npy"), "--resume", "--out", out, "--resolution", "16") == 2
+    assert "--resolution with --resume" in capsys.readouterr().err
+
+
+def test_print_and_dry_run_of_a_run_to_resume_are_about_that_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    small = ("--network.width", "16", "--network.depth", "1", "--batch", "4", "--sample-every", "0")
+    assert status("train", "digits", *small, "--steps", "3", "--out", str(out)) == 0
+    before = sorted(path.name for path in out.rglob("*"))
+    capsys.readouterr()
+    assert status("train", "--resume", "--out", str(out), "--print") == 0
+    assert "steps=3" in capsys.readouterr().out
+    assert status("train", "--resume", "--out", str(out), "--dry-run") == 0
+    assert "3 of 4: 12 images" in capsys.readouterr().out
+    assert sorted(path.name for path in out.rglob("*")) == before
+
+
+def test_wrong_use_is_found_before_a_folder_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert status("train", "digits", "--evaluate-every", "-1", "--out", str(out)) == 2
+    assert "--evaluate-every" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_second_sigterm_is_the_same_wish_and_a_second_ctrl_c_is_not() -> None:
+    from stablefield.cli.interruption import Interruption
+
+    with Interruption() as interruption:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+        assert interruption.requested
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGINT)
+        assert interruption.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)

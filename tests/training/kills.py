@@ -17,11 +17,11 @@ import torch
 
 from stablefield.data.digits import open_digits
 from stablefield.training.loop import train
-from stablefield.training.recipe import Perceptron
+from stablefield.training.recipe import UNet
 from stablefield.training.recipes import DIGITS
 from stablefield.training.run_folder import RunConfig, RunFolder
 
-STEPS = 120
+STEPS = 60
 RECIPE = dataclasses.replace(
     DIGITS,
     references="all",
@@ -30,9 +30,9 @@ RECIPE = dataclasses.replace(
     batch=32,
     checkpoint_every=3,
     sample_every=0,
-    ema_snapshot_every=30,
-    keep_every=30,
-    network=Perceptron(width=64, depth=1, dropout=0.1),
+    ema_snapshot_every=15,
+    keep_every=15,
+    network=UNet(base_channels=8, multipliers=(1, 2), blocks=1, dropout=0.1),
 )
 
 

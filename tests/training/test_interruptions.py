@@ -109,6 +109,21 @@ def test_a_full_disk_stops_the_run_with_a_message_and_keeps_the_checkpoint_befor
     assert (run.checkpoint(8) / name).read_bytes() == (whole.checkpoint(8) / name).read_bytes()
 
 
+def test_a_full_disk_at_a_snapshot_is_told_in_the_same_words(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", dataclasses.replace(SMALL, steps=4, ema_snapshot_every=2))
+
+    def fill(report: object) -> None:
+        if report.step == 2:  # pyright: ignore[reportAttributeAccessIssue]
+            full_disk(4096)
+
+    try:
+        with pytest.raises(TrainingError, match=r"cannot be written.*free some space.*--resume"):
+            train(run, run.config(), open_digits(), device=torch.device("cpu"), report=fill, every=1)
+    finally:
+        full_disk(resource.RLIM_INFINITY)
+    assert list((run.path / "ema").iterdir()) == []
+
+
 def trained(seed: int) -> Trained:
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))

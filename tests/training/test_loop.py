@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import stablefield
 from stablefield.data.digits import open_digits
 from stablefield.training.loop import TrainingError, check_fit, train
-from stablefield.training.recipe import Perceptron, Recipe
+from stablefield.training.recipe import Perceptron, Recipe, UNet
 from stablefield.training.recipes import DIGITS
 from stablefield.training.run_folder import RunConfig, RunFolder
 
@@ -60,8 +60,17 @@ def test_same_seed_gives_same_bytes_and_another_seed_others(tmp_path: Path, chan
     assert first["model.safetensors"] != other["model.safetensors"]
 
 
-def test_run_resumed_from_a_checkpoint_equals_the_uninterrupted_run(tmp_path: Path) -> None:
-    recipe = dataclasses.replace(SMALL, network=Perceptron(width=32, depth=1, dropout=0.2), references=64)
+@pytest.mark.parametrize(
+    "network",
+    [
+        Perceptron(width=32, depth=1, dropout=0.2),
+        UNet(
+            base_channels=8, multipliers=(1, 2), blocks=1, dropout=0.2
+        ),  # its weights are channels-last, its files not
+    ],
+)
+def test_run_resumed_from_a_checkpoint_equals_the_uninterrupted_run(tmp_path: Path, network: Perceptron | UNet) -> None:
+    recipe = dataclasses.replace(SMALL, network=network, references=64)
     whole, cut = start(tmp_path / "whole", recipe), start(tmp_path / "cut", recipe)
     go(whole)
 
@@ -93,6 +102,10 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(tmp_path: Pa
     folder, state, complaints = newest
     assert (folder, state.step) == (run.checkpoint(16), 16)
     assert "ema.safetensors" in complaints[0]
+    # A damaged one must not take the place of a whole one among those to keep.
+    stopped = train(run, run.config(), open_digits(), device=torch.device("cpu"), stop=lambda: True)
+    assert stopped == 17
+    assert sorted(path.name for path in run.checkpoint(17).parent.iterdir()) == ["step-00000016", "step-00000017"]
     go(run)
     assert weights(run) == expected
 

@@ -70,7 +70,7 @@ def test_auto_chooses_by_the_data(shape: tuple[int, int, int], count: int, name:
     assert recipe.batch <= count
 
 
-@pytest.mark.parametrize("side", [8, 16, 28, 32, 64])
+@pytest.mark.parametrize("side", [8, 12, 16, 20, 28, 32, 40, 48, 56, 64])
 @pytest.mark.parametrize("accelerated", [False, True])
 def test_imagefolder_fits_every_size_that_it_chooses(side: int, accelerated: bool) -> None:
     recipe = imagefolder((3, side, side), 1000, accelerated=accelerated)

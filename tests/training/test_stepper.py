@@ -174,8 +174,9 @@ def test_the_loop_itself_costs_under_5_percent_of_a_step_of_5_million_parameters
     pixels = np.random.default_rng(0).integers(0, 256, (64, 3, 32, 32), dtype=np.uint8)
     data = make_image_set(pixels, None, Origin(name="noise", source="made up"))
     network = UNet(base_channels=64, multipliers=(1, 2, 2), blocks=1, dropout=0.0)
-    recipe = dataclasses.replace(SMALL, target="dsm", batch=8, network=network)
+    recipe = dataclasses.replace(SMALL, batch=8, network=network)
     found = stepper(recipe, data)
+    meter = Meter(bin_edges(recipe.noise_levels, recipe.process), CPU, found.target_watch)
     count = sum(p.numel() for p in found.trained.model.parameters())
     assert 4_000_000 < count < 7_000_000
     found.take(0)
@@ -199,6 +200,7 @@ def test_the_loop_itself_costs_under_5_percent_of_a_step_of_5_million_parameters
         patch.setattr(found.trained.optimizer, "step", timed(found.trained.optimizer.step))
         began = time.perf_counter()
         for step in range(1, 4):
-            found.take(step)
+            meter.step(found.take(step), recipe.batch)
+            meter.report(step)
         whole = time.perf_counter() - began
     assert 0 < whole - network_time < 0.05 * whole

@@ -23,7 +23,7 @@ from stablefield.cli.extractors import ExtractorFlags
 from stablefield.cli.interruption import Interruption
 from stablefield.cli.places import check_place
 from stablefield.cli.recipes import RecipeName
-from stablefield.cli.settling import pick_device
+from stablefield.cli.settling import opening_of, pick_device
 from stablefield.data.image_set import ImageSet
 from stablefield.evaluation.names import frechet_name
 from stablefield.report import write_page
@@ -114,6 +114,7 @@ class Compare:
         recipe = dataclasses.replace(self.config, target="stf")
         references, rule = resolve_references(recipe, data, device)
         recipe = dataclasses.replace(recipe, references=references)
+        check_fit(recipe, data)
         band, finding = resolve_band(recipe, data, device)
         console.print(f"references: {rule}")
         console.print(f"noise band: {finding}")
@@ -131,7 +132,6 @@ class Compare:
                     checkpoint_every=every,
                 )
                 check_fit(one, data)
-                opening = {"resolution": self.resolution, "resize": self.resize, "skip_broken": self.skip_broken}
                 config = RunConfig(
                     data=self.data,
                     shape=data.shape,
@@ -139,7 +139,7 @@ class Compare:
                     manifest=data.manifest,
                     recipe=one,
                     version=stablefield.__version__,
-                    opening=opening,
+                    opening=opening_of(self, data),
                 )
                 found.append((target, seed, config))
         return found

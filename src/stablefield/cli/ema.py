@@ -8,7 +8,7 @@ import tyro
 
 from stablefield.cli.console import console, relative
 from stablefield.training.ema import LENGTHS, power_exponent
-from stablefield.training.files import write_whole
+from stablefield.training.files import write_tensors, write_whole
 from stablefield.training.post_hoc import combine, snapshot_steps
 from stablefield.training.run_folder import RunFolder
 
@@ -28,6 +28,8 @@ class Ema:
 
     def run(self) -> int:
         """Write one file of weights per length."""
+        if self.step is not None and self.step < 1:
+            raise ValueError(f"--step is {self.step}: steps of a run are counted from 1.")
         folder = RunFolder.open(self.run_folder)
         steps = snapshot_steps(folder.snapshots)
         if not steps:
@@ -40,15 +42,14 @@ class Ema:
             power_exponent(length)
         for length in self.length:
             self._write(folder, length)
-        console.print(f"use one:    stablefield sample {relative(folder.path)} --ema {(self.length or (0.1,))[0]:g}")
+        shown = f"stablefield sample {relative(folder.path)} --ema {(self.length or (0.1,))[0]:g}"
+        console.print(f"to sample with an average of the last step, made on the fly: {shown}")
         return 0
 
     def _write(self, folder: RunFolder, length: float) -> None:
-        from safetensors.torch import save_file
-
         parameters, error = combine(folder.snapshots, length, self.step)
         name = f"length-{length:g}" + ("" if self.step is None else f"-step-{self.step:08d}")
         path = folder.snapshots / f"{name}.safetensors"
         metadata = {"length": f"{length:g}"}
-        write_whole(path, lambda temporary: save_file(parameters, temporary, metadata))
+        write_whole(path, lambda temporary: write_tensors(temporary, parameters, metadata))
         console.print(f"length {length:g}: {relative(path)} (profile within {error:.1%} of the exact one)")

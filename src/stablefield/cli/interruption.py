@@ -10,7 +10,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """Within its block, the first signal sets `requested`; a second one acts as it always does.
+    """Within its block, a signal sets `requested`; a second Ctrl-C acts as it always does.
+
+    A second SIGTERM is the same wish: where a manager signals a whole group, a launcher passes it on to its processes, and
+    each of them gets two.
 
     Attributes:
         requested: whether somebody wants to stop.
@@ -32,7 +35,8 @@ class Interruption:
 
     def _request(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self.requested = True
-        self._restore()
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, self._found[signal.SIGINT])
 
     def _restore(self) -> None:
         for number, handler in self._found.items():

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -9,9 +10,14 @@ from accelerate import PartialState
 
 from stablefield.cli.recipes import RecipeName, chosen, limit
 from stablefield.cli.sources import open_data
+from stablefield.data.image_set import ImageSet
 from stablefield.training.recipe import Recipe
 
-__all__ = ["Trains", "chooses", "pick_device", "settled"]
+__all__ = ["Trains", "chooses", "opening_of", "pick_device", "settled", "start_processes"]
+
+
+PATIENCE = timedelta(hours=12)
+"""How long processes wait for the first one, which may be decoding a large folder, or drawing samples."""
 
 
 class Trains(Protocol):
@@ -41,6 +47,11 @@ def chooses(call: Trains) -> bool:
     return bool(call.data) and call.recipe in ("auto", "imagefolder") and not getattr(call, "resume", False)
 
 
+def start_processes(*, accelerated: bool) -> PartialState:
+    """The processes of this program, set up at the first call."""
+    return PartialState(cpu=not accelerated, timeout=PATIENCE)
+
+
 def settled(call: Call, parse: Callable[[Recipe], Call]) -> Call:
     """The call with its data open and the recipe that they suggest, if none was named, under its flags.
 
@@ -55,7 +66,7 @@ def settled(call: Call, parse: Callable[[Recipe], Call]) -> Call:
         raise ValueError("DATA is missing: name what to train on, such as: stablefield train digits.")
     accelerated = pick_device(call.device).type == "cuda"
     bound = None if call.resolution else limit(call.recipe, accelerated=accelerated)
-    with PartialState(cpu=not accelerated).main_process_first():
+    with start_processes(accelerated=accelerated).main_process_first():
         data = open_data(call.data, call.resolution, call.resize, "train", call.skip_broken, bound)
     name: str = call.recipe
     if chooses(call):
@@ -63,6 +74,15 @@ def settled(call: Call, parse: Callable[[Recipe], Call]) -> Call:
         name, recipe = chosen(wanted, data, accelerated=accelerated)
         call = parse(recipe)
     return dataclasses.replace(call, recipe=name, opened=data)  # pyright: ignore[reportArgumentType]
+
+
+def opening_of(call: Trains, data: ImageSet) -> dict[str, Any]:
+    """How `data` were opened, beside their name, for config.json."""
+    return {
+        "resolution": None if data.manifest["resized"] == "no" else data.shape[-1],
+        "resize": call.resize,
+        "skip_broken": call.skip_broken,
+    }
 
 
 def pick_device(name: str) -> torch.device:
@@ -73,6 +93,8 @@ def pick_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if name.startswith("cuda:"):
+            torch.cuda.set_device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error

@@ -19,7 +19,7 @@ from stablefield.cli.extractors import ExtractorFlags
 from stablefield.cli.interruption import Interruption
 from stablefield.cli.progress import TrainingProgress
 from stablefield.cli.recipes import RecipeName, shown
-from stablefield.cli.settling import pick_device, settled
+from stablefield.cli.settling import opening_of, pick_device, settled, start_processes
 from stablefield.cli.sources import open_data
 from stablefield.data.image_set import ImageSet, size_text
 from stablefield.training.estimate import estimate
@@ -37,7 +37,8 @@ class Train:
     """Train a diffusion model with the stable target (or with the single-sample one)."""
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA", help_behavior_hint="")] = ""
-    """What to train on: digits (built in), a folder or .zip of images, .npy, .npz, idx or CIFAR-10 files, hf:OWNER/NAME."""
+    """What to train on: digits (built in), a folder or .zip of images, .npy, .npz, idx or CIFAR-10 files, hf:OWNER/NAME.
+    With --resume: where the data are now, if they have moved."""
     out: Path | None = None
     """Folder of the run, new or empty; runs/DATA-TARGET with a number if not given."""
     resume: bool = False
@@ -85,6 +86,11 @@ class Train:
                 raise ValueError(
                     f"{flags} with --resume: a run goes on as it was configured; leave it out, or start a new run."
                 )
+            for name in ("resolution", "resize", "skip_broken"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(
+                        f"--{name.replace('_', '-')} with --resume: the data are opened as the run was begun; leave it out."
+                    )
             return self
         if not self.data:
             if self.print and self.recipe not in ("auto", "imagefolder"):
@@ -95,27 +101,36 @@ class Train:
     def run(self) -> int:
         """Train, with a progress bar, and say what is where."""
         if self.print:
-            console.out(shown(self.config))
+            console.out(shown(self._existing()[1].recipe if self.resume else self.config))
             return 0
-        state = PartialState(cpu=pick_device(self.device).type == "cpu")
+        state = start_processes(accelerated=pick_device(self.device).type == "cuda")
         console.quiet = not state.is_main_process
         device = pick_device(str(state.device) if state.num_processes > 1 else self.device)
         if self.resume:
             folder, config = self._existing()
             with state.main_process_first():
-                data = open_data(config.data, **config.opening)
+                data = open_data(self.data or config.data, **config.opening)
         else:
-            data, config = self._new(device)
-            if self.dry_run:
-                return self._rehearse(config, data, device)
             folder = None
+            data, config = self._new(device)
+        if self.dry_run:
+            return self._rehearse(config, data, device)
+        observers = self._observers(data, device)
         # From here on Ctrl-C is a wish to stop in order: whoever sees that a run has begun can rely on it.
         with Interruption() as interruption:
-            folder = folder or self._create(data, config)
-            return self._follow(folder, config, data, device, interruption)
+            if folder is None:
+                folder = self._create(data, config)
+                config = folder.config()  # what the first process found: others may have found other memory
+            return self._follow(folder, config, data, device, observers, interruption)
 
     def _follow(
-        self, folder: RunFolder, config: RunConfig, data: ImageSet, device: torch.device, interruption: Interruption
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        data: ImageSet,
+        device: torch.device,
+        observers: list[FrechetObserver],
+        interruption: Interruption,
     ) -> int:
         recipe, processes = config.recipe, PartialState().num_processes
         many = f" x {processes} processes" if processes > 1 else ""
@@ -125,7 +140,6 @@ class Train:
         )
         console.print(f"run folder: {relative(folder.path)}")
         accelerator = make_accelerator(device, self.tracker, folder)
-        observers = self._observers(data, device)
         began = time.monotonic()
         with TrainingProgress(recipe.steps) as progress:
             done = train(
@@ -171,11 +185,7 @@ class Train:
             manifest=data.manifest,
             recipe=recipe,
             version=stablefield.__version__,
-            opening={
-                "resolution": None if data.manifest["resized"] == "no" else data.shape[-1],
-                "resize": self.resize,
-                "skip_broken": self.skip_broken,
-            },
+            opening=opening_of(self, data),
         )
         # Before a folder is made: a network that does not fit the images says so here.
         with torch.device("meta"):

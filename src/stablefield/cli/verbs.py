@@ -19,7 +19,7 @@ from stablefield.cli.sample import Sample
 from stablefield.cli.settling import chooses, settled
 from stablefield.cli.train import Train
 from stablefield.training.recipe import Recipe
-from stablefield.training.recipes import imagefolder
+from stablefield.training.recipes import DIGITS, imagefolder
 
 __all__ = ["Verb", "parse"]
 
@@ -42,7 +42,8 @@ class Verb(Protocol):
 
 def parse(arguments: Sequence[str]) -> Verb:
     """Read the command line; wrong use exits with status 2 and says what is wrong."""
-    base = RECIPES.get(_recipe_name(arguments), UNET)
+    flat = any(argument.startswith(("--network.width", "--network.depth")) for argument in arguments)
+    base = RECIPES.get(_recipe_name(arguments), DIGITS if flat else UNET)
     verb, unknown = _read(arguments, base)
     # Which flags there are depends on the recipe, so what is unknown here may be known when it is chosen.
     if unknown and not (isinstance(verb, Train | Compare) and chooses(verb)):

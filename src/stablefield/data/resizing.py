@@ -42,13 +42,13 @@ def natural_resolution(sizes: Iterable[tuple[int, int]], limit: int) -> int | No
         limit: no resolution above this.
 
     Returns:
-        None if the images are equal squares of a multiple of 4 pixels, not above the limit: they stay as they are. Else
-        the largest power of two that is neither above the shortest side nor the limit, and at least 8.
+        None if the images are equal squares of a multiple of 4 pixels (above 32, of 8), not above the limit: they stay as
+        they are. Else the largest power of two that is neither above the shortest side nor the limit, and at least 8.
     """
     distinct = set(sizes)
     if len(distinct) == 1:
         height, width = next(iter(distinct))
-        if height == width <= limit and height % 4 == 0:
+        if height == width <= limit and height % (4 if height <= 32 else 8) == 0:
             return None
     shortest = min(limit, *(min(size) for size in distinct))
     return max(8, 1 << (shortest.bit_length() - 1))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stablefield.training.files import sync
+from stablefield.training.files import sync, write_tensors
 
 __all__ = ["CheckpointError", "State", "Trained", "load_weights", "read_state", "remove", "restore", "save", "sweep"]
 
@@ -65,8 +65,6 @@ def save(folder: Path, state: State, trained: Trained) -> None:
     Raises:
         OSError: if it cannot be written, as on a full disk; nothing is left behind.
     """
-    from safetensors.torch import save_file
-
     contents = {name: module.state_dict() for name, module in trained.modules().items()}
     if trained.optimizer is not None:
         contents["optimizer"] = _flat(trained.optimizer)
@@ -77,17 +75,13 @@ def save(folder: Path, state: State, trained: Trained) -> None:
         sums: dict[str, str] = {}
         for name, content in contents.items():
             path = temporary / f"{name}.safetensors"
-            try:
-                save_file({key: value.detach().contiguous().cpu() for key, value in content.items()}, path)
-            except OSError:
-                raise
-            except Exception as error:  # safetensors reports a full disk as an error of its own
-                raise OSError(f"{path} cannot be written: {error}") from error
+            write_tensors(path, content)
             sync(path)
             sums[path.name] = _sha256(path)
         record = {"step": state.step, "images": state.images, "sha256": sums}
         (temporary / "state.json").write_text(json.dumps(record, indent=2) + "\n")
         sync(temporary / "state.json")
+        sync(temporary)
         remove(folder)
         os.replace(temporary, folder)
         sync(folder.parent)
@@ -152,7 +146,20 @@ def restore(folder: Path, trained: Trained) -> State:
             entries.setdefault(int(number), {})[name] = value
         record: dict[str, Any] = trained.optimizer.state_dict()
         trained.optimizer.load_state_dict({"state": entries, "param_groups": record["param_groups"]})
+        _lay_out(trained.optimizer)
     return state
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Give the moments the memory layout of their weights, which a file does not keep.
+
+    Fused optimisers go through weights and moments in the order of memory: of a channels-last weight and a contiguous
+    moment they would pair other elements.
+    """
+    for parameter, entry in optimizer.state.items():
+        for name, value in entry.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                entry[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _flat(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -126,7 +126,9 @@ class Scorer:
     ) -> None:
         self._path, self._config, self._check, self._every = folder.path / "scores.jsonl", config, check, every
         self._device = accelerator.device
-        feed = Feed(data, config.recipe, self._device, labelled=config.classes > 0, resident=fits(data, self._device))
+        # References as the stable target has them, whichever target this run regresses on.
+        stable = dataclasses.replace(config.recipe, target="stf")
+        feed = Feed(data, stable, self._device, labelled=config.classes > 0, resident=fits(data, self._device))
         labels = None if data.labels is None or not config.classes else torch.from_numpy(data.labels)
         self._population = Population(torch.from_numpy(data.images.copy()), labels)
         self._steppers = {
@@ -219,7 +221,8 @@ def run_one(
     config = folder.config()
     assert config.recipe.target in ("dsm", "stf")
     scores = read_scores(folder.path)
-    if not scores or scores[-1].step < config.recipe.steps:
+    newest = folder.newest()
+    if not scores or newest is None or min(scores[-1].step, newest[1].step) < config.recipe.steps:
         accelerator = make_accelerator(device)
         scorer = Scorer(folder, config, data, check, every, accelerator)
         done = train(

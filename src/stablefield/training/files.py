@@ -1,10 +1,28 @@
 """Files that are there whole or not at all: written under a temporary name, synced, and renamed."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-__all__ = ["sync", "write_whole"]
+from torch import Tensor
+
+__all__ = ["sync", "write_tensors", "write_whole"]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, of tensors on any device and in any layout.
+
+    Raises:
+        OSError: if it cannot be written: safetensors reports a full disk as an error of its own.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    content = {name: value.detach().contiguous().cpu() for name, value in tensors.items()}
+    try:
+        save_file(content, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
 
 
 def sync(path: Path) -> None:

@@ -7,6 +7,7 @@ observers, none of which changes what the steps do. One process or many run it a
 import errno
 import math
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any, Literal, Protocol
 
 import torch
@@ -82,6 +83,9 @@ def make_accelerator(device: torch.device, tracker: Tracker = "none", folder: Ru
         tracker: what metrics.jsonl is mirrored to.
         folder: where a tracker may write.
     """
+    if tracker != "none" and find_spec(tracker) is None:
+        extra = 'pip install "stablefield[tensorboard]"' if tracker == "tensorboard" else "pip install wandb"
+        raise ImportError(f"--tracker {tracker} needs a package that is not installed: {extra}.")
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="no",
@@ -112,8 +116,7 @@ def train(
         device: where to compute.
         report: called after every `every` steps, on the first process.
         every: steps between reports.
-        stop: asked after every step (with several processes, every `every` steps); if true on any process, the run is
-            saved with a checkpoint, and left.
+        stop: asked after every step; if true on any process, the run is saved with a checkpoint, and left.
         observers: asked for further metrics.
         tracker: where metrics.jsonl is mirrored to.
         accelerator: the processes; made if not given.
@@ -130,7 +133,9 @@ def train(
         raise ValueError(f"{config.data} is not what this run was started with (its pixels' sha256 differs).")
     accelerator = accelerator or make_accelerator(device, tracker, folder)
     device = accelerator.device
-    feed = Feed(data, recipe, device, labelled=config.classes > 0, resident=fits(data, device))
+    # All data as references are resident: it was decided when the run began, on a machine that may have been less busy.
+    resident = recipe.references == "all" or fits(data, device)
+    feed = Feed(data, recipe, device, labelled=config.classes > 0, resident=resident)
     try:
         loop = _Loop(folder, config, feed, accelerator, observers)
         if tracker != "none":
@@ -177,6 +182,8 @@ class _Loop:
             self._state = restore(newest[0], self._stepper.trained)
         accelerator.wait_for_everyone()
         if self._main:
+            # Newer ones are damaged, or they would have been used: they must not count among those to keep.
+            folder.remove_after(self._state.step)
             sweep(folder.path / "checkpoints")
             folder.rewind_log(self._state.step)
         self._reported, self._logged = self._meter(), self._meter()
@@ -187,11 +194,11 @@ class _Loop:
             parts = self._stepper.take(step)
             done = step + 1
             # Whoever stops a run may have no time for pictures; a checkpoint is all that it needs.
-            stopped = done < recipe.steps and self._stops(done, every, stop)
+            stopped = done < recipe.steps and self._stops(stop)
             last = done == recipe.steps or stopped
             for meter in (self._reported, self._logged):
                 meter.step(parts, recipe.batch)
-            extra = {} if stopped else self._observe(done, last)
+            extra = self._observe(done, last and not stopped)
             if done % recipe.log_every == 0 or last:
                 self._log(done, extra)
             elif extra and self._main:
@@ -206,11 +213,9 @@ class _Loop:
                 return done
         return self._state.step
 
-    def _stops(self, done: int, every: int, stop: Callable[[], bool]) -> bool:
+    def _stops(self, stop: Callable[[], bool]) -> bool:
         if self._accelerator.num_processes == 1:
             return stop()
-        if done % every:
-            return False
         # All or none: a process that left alone would leave the others waiting.
         wish = torch.tensor([float(stop())], device=self._accelerator.device)
         torch.distributed.all_reduce(wish)

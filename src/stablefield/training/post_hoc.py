@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stablefield.training.ema import power_exponent
-from stablefield.training.files import write_whole
+from stablefield.training.files import write_tensors, write_whole
 
 __all__ = ["Profile", "combine", "mixture", "snapshot_steps", "take_snapshot"]
 
@@ -67,17 +67,11 @@ def mixture(snapshots: Sequence[Profile], wanted: Profile) -> tuple[NDArray[np.f
 
 def take_snapshot(folder: Path, step: int, averages: Sequence[tuple[float, nn.Module]]) -> Path:
     """Write the averages of this step, (length, module) each, as one file step-00001000.safetensors, whole or not at all."""
-    from safetensors.torch import save_file
-
-    tensors = {
-        f"{length}/{name}": value.detach().contiguous().cpu()
-        for length, average in averages
-        for name, value in average.named_parameters()
-    }
+    tensors = {f"{length}/{name}": value for length, average in averages for name, value in average.named_parameters()}
     # One entry: safetensors writes several in no fixed order, and equal snapshots are to be equal files.
     metadata = {"averages": json.dumps({"step": step, "lengths": [length for length, _ in averages]})}
     path = folder / f"step-{step:08d}.safetensors"
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+    write_whole(path, lambda temporary: write_tensors(temporary, tensors, metadata))
     return path
 
 

@@ -116,7 +116,7 @@ class Recipe:
     clip: float = 1.0
     """Norm to which gradients are clipped; inf for no clipping."""
     mend_gradients: bool = False
-    """Set gradients that are NaN to 0 and infinite ones to 1e5, instead of stopping."""
+    """Set gradients that are NaN to 0 and infinite ones to 1e5; losses must be finite all the same."""
     ema_half_life: float = 50_000
     """Half-life of the averaged weights, in images."""
     ema_ramp: float = 0.05

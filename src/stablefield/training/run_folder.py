@@ -148,6 +148,12 @@ class RunFolder:
             if not keep_every or step % keep_every:
                 remove(folder)
 
+    def remove_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps."""
+        for folder in self._checkpoints():
+            if int(folder.name.removeprefix("step-")) > step:
+                remove(folder)
+
     def picture(self, step: int) -> Path:
         """The file of the sample grid of `step`."""
         return self.path / "samples" / f"step-{step:08d}.png"

@@ -2,7 +2,8 @@ r"""The stepper: one optimiser step, on one process or many, as a function of (s
 
 Everything random in a step is drawn for the whole batch, by every process alike; each process then works on its own rows,
 in as many parts as the recipe accumulates. Losses are sums over rows divided by the size of the whole batch, so sums over
-parts and processes are the mean over the batch, whatever the number of either.
+parts and processes are the mean over the batch, whatever the number of either. Only the masks of dropout are drawn by each
+part for itself: with dropout, runs on other numbers of processes or parts follow other, equally good, losses.
 
 Gradients are summed over the processes by one all-reduce of all of them, in the order of the parameters. That costs the
 overlap with the backward pass that DistributedDataParallel has, and buys a sum whose order does not depend on how long the
