@@ -76,7 +76,7 @@ class ModelCard:
         recipe = self.recipe
         target = "the single sample (denoising score matching)"
         if recipe.target == "stf":
-            target = f"the stable target, references: {recipe.references}, noise band: {recipe.noise_band:g}"
+            target = f"the stable target, references: {recipe.references}, noise band: {recipe.noise_band}"
         rows = [
             ("regressed on", target),
             ("steps", f"{self.step:,} of {recipe.batch:,} images"),
