@@ -24,14 +24,14 @@ DIGITS = Recipe(network=Perceptron())
 """The built-in digits: a few minutes on two CPU cores."""
 
 MNIST28 = Recipe(
-    steps=700,
+    steps=600,
     batch=64,
     learning_rate=2e-3,
     ramp_images=6_400,
     ema_half_life=20_000,
     ema_ramp=0.1,
     checkpoint_every=200,
-    sample_every=350,
+    sample_every=300,
     network=UNet(base_channels=32, multipliers=(1, 2, 2), blocks=1, dropout=0.0),
 )
 """The MNIST family, 28 x 28 grey: about ten minutes on two CPU cores."""
