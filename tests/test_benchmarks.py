@@ -12,7 +12,7 @@ import torch
 
 from stablefield.cli.bench import Bench
 from stablefield.cli.verbs import parse
-from stablefield.evaluation.cost import measure_cost, measure_step, paired, peak_bytes
+from stablefield.evaluation.cost import measure_cost, measure_step, paired
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,13 +40,20 @@ def test_pairs_report_the_median_of_the_ratios() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to reset the peak of memory")
 def test_peak_memory_is_what_the_work_holds_at_a_time() -> None:
-    def work() -> None:
-        for _ in range(3):
-            torch.ones(2**24)  # 67 MB, given back each time
+    # In a process of its own, as `bench` is: what the tests before have left to the allocator is no part of the claim.
+    # The kernel's count is of the whole process, so it errs upwards: the smallest of three is the work's.
+    program = """
+import torch
+from stablefield.evaluation.cost import peak_bytes
 
-    found = peak_bytes(work, CPU)
-    assert found is not None
-    assert 4 * 2**24 <= found < 1.5 * 4 * 2**24
+def work():
+    for _ in range(3):
+        torch.ones(2**24)  # 67 MB, given back each time
+
+print(min(peak_bytes(work, torch.device("cpu")) for _ in range(3)))
+"""
+    found = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+    assert 0.95 * 4 * 2**24 < found < 1.5 * 4 * 2**24
 
 
 @pytest.mark.usefixtures("one_thread")
