@@ -29,7 +29,8 @@ def one_thread() -> Iterator[None]:
 
 def test_pairs_report_the_median_of_the_ratios() -> None:
     now = [0.0]
-    lengths = iter([9.0, 9.0, 1.0, 2.0, 4.0, 1.0, 3.0, 2.0])  # one unmeasured run of each, then three pairs
+    # One unmeasured run of each, then three pairs, the second of which is in the other order.
+    lengths = iter([9.0, 9.0, 1.0, 2.0, 1.0, 4.0, 3.0, 2.0])
 
     def work() -> None:
         now[0] += next(lengths)

@@ -152,7 +152,8 @@ def test_chunks_are_decoded_into_one_buffer(kind: str, rng: torch.Generator) -> 
         places.add(chunk.data_ptr())
     assert len(places) == 1
     assert [(part.start, part.stop) for part in where] == [(0, 16), (16, 32), (32, 48), (48, 50)]
-    assert torch.equal(torch.cat(rows), values)
+    # Bytes are decoded by one multiply-add, which rounds once where this rounds twice.
+    torch.testing.assert_close(torch.cat(rows), values, rtol=0, atol=2**-23 if kind != "channels_last" else 0)
 
 
 @pytest.mark.parametrize("dim", [1, 100, 128, 384])

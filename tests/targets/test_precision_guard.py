@@ -43,13 +43,14 @@ class Products(TorchDispatchMode):
         self.seen: list[tuple[str, str, bool, torch.dtype]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+        onednn = func.namespace == "mkldnn"
+        if onednn or func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
             self.seen.append(
                 (
                     torch.backends.cuda.matmul.fp32_precision,
                     torch.backends.mkldnn.matmul.fp32_precision,
                     torch.is_autocast_enabled("cpu"),
-                    args[-1].dtype,
+                    args[0 if onednn else -1].dtype,
                 )
             )
         return func(*args, **(kwargs or {}))

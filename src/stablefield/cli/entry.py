@@ -26,8 +26,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         sys.exit(1)
     from stablefield.cli.verbs import parse
+    from stablefield.training.allocator import keep_freed_memory
     from stablefield.training.loop import TrainingError
 
+    keep_freed_memory()
     try:
         status = parse(arguments).run()
     except KeyboardInterrupt:

@@ -103,7 +103,7 @@ def paired(
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Pairs:
-    """Time two pieces of work in turn, `pairs` times, after one unmeasured run of each."""
+    """Time two pieces of work in turn, `pairs` times, after one unmeasured run of each; which goes first alternates."""
 
     def seconds(work: Callable[[], object]) -> float:
         _wait(device)
@@ -114,7 +114,14 @@ def paired(
 
     seconds(first)
     seconds(second)
-    times = [(seconds(first), seconds(second)) for _ in range(pairs)]
+    times: list[tuple[float, float]] = []
+    for pair in range(pairs):
+        if pair % 2:
+            late = seconds(second)
+            times.append((seconds(first), late))
+        else:
+            early = seconds(first)
+            times.append((early, seconds(second)))
     return Pairs(
         ratio=statistics.median(a / b for a, b in times),
         first=statistics.median(a for a, _ in times),

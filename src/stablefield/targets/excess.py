@@ -25,12 +25,14 @@ from torch import Tensor
 from stablefield.targets.bank import Bank, Norms, squared_norms
 from stablefield.targets.kernel import Kernel
 from stablefield.targets.partial import Partial
+from stablefield.targets.product import ULPS, inner
 from stablefield.targets.query import Query
 
 __all__ = ["Anchor", "Excess", "find_anchor", "watched"]
 
-# The bound on the rounding error of a logit above which its pair is computed again; measured errors are about a tenth of it.
-_TOLERANCE = 4e-4
+# The bound on the rounding error of a logit, and so of a weight, above which its pair is computed again; measured errors
+# are about a quarter of it.
+_TOLERANCE = 1e-3
 # A logit this far below the largest is a weight that float32 does not see.
 _NEGLIGIBLE = 18.0
 # Distances that the search for anchors keeps, so that they are computed once: 128 MB in float32.
@@ -83,10 +85,10 @@ class Excess:
         self._noise = torch.addcmul(x, anchor.rows, alpha.to(x.dtype)[:, None], value=-1)
         self.anchor_square = squared_norms(self._noise)
         self._square = squared_norms(anchor.rows)
-        inner = torch.cat(
+        along = torch.cat(
             [(p * q).sum(1, dtype=alpha.dtype) for p, q in zip(_blocks(x), _blocks(anchor.rows), strict=True)]
         )
-        offset = alpha * (alpha * self._square - 2 * inner)
+        offset = alpha * (alpha * self._square - 2 * along)
         # What all references have in common is taken off in float64, so that the rest keeps its digits.
         self._offset = (offset - alpha**2 * norms.centre).to(x.dtype)[:, None]
         self._alpha_square = (alpha**2).to(x.dtype)[:, None]
@@ -111,7 +113,7 @@ class Excess:
         return Partial.of_one(logit, self._square, self._anchor.rows)
 
     def logits(
-        self, rows: Tensor, norms: Norms, where: slice, allowed: Tensor | None, reached: Tensor, buffer: Tensor
+        self, rows: Tensor, norms: Norms, where: slice, allowed: Tensor | None, reached: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Log weights of a chunk relative to the anchor, with the prior, and the largest of each row.
 
@@ -121,19 +123,15 @@ class Excess:
             where: their place in the bank.
             allowed: which pairs count at all, shape (B, c), or None for all.
             reached: a logit that the row is known to reach, shape (B,), -inf where none is.
-            buffer: numbers to overwrite, at least B c.
 
         Returns:
             Shapes (B, c), -inf for what is not allowed and for the anchor itself, and (B,).
         """
-        query, anchor = self._query, self._anchor
-        shape = (len(query.x_t), len(rows))
-        excess = buffer[: shape[0] * shape[1]].view(shape)
+        anchor = self._anchor
         if anchor.distances is None:
-            torch.mul(self._alpha_square, norms.centred, out=excess).sub_(self._offset)
-            excess.addmm_(self._scaled, rows.T)
+            excess = inner(self._scaled, rows).addcmul_(self._alpha_square, norms.centred).sub_(self._offset)
         else:
-            torch.sub(anchor.distances[:, where], self._offset, out=excess)
+            excess = anchor.distances[:, where] - self._offset
         if len(self._rows) and not self._by_pairs:
             excess.index_copy_(0, self._rows, self._wide(rows, self._rows).to(excess.dtype))
         logits = self._log_ratio(excess, where)
@@ -236,8 +234,7 @@ def _uncancelled(gap: Tensor, noise: Tensor) -> Tensor:
 
 
 def _logit_error(query: Query, square: Tensor) -> Tensor:
-    # A few ulps of the largest term, for squared norms up to `square`; measured errors of sgemm stay below half of it.
-    return 4 * torch.finfo(query.x_t.dtype).eps * square * (query.alpha / query.sigma) ** 2
+    return ULPS * torch.finfo(query.x_t.dtype).eps * square * (query.alpha / query.sigma) ** 2
 
 
 def _scaled(query: Query) -> Tensor:
@@ -256,7 +253,7 @@ def _nearest(query: Query, rows: Tensor, bank: Bank, keep: bool) -> tuple[Tensor
     index = torch.full_like(rows, -1)
     kept = torch.empty(len(rows), len(bank), dtype=dtype, device=rows.device) if keep else None
     for where, chunk in bank.chunks(bank.chunk_size(len(rows)), dtype):
-        distance = torch.addmm(alpha_square * centred[where], scaled, chunk.T)
+        distance = inner(scaled, chunk).addcmul_(alpha_square, centred[where])
         if kept is not None:
             kept[:, where] = distance
         prior, allowed = query.prior(where), query.allowed(where, rows)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from stablefield.targets.bank import Norms
+from stablefield.targets.product import weighted
 
 __all__ = ["Partial"]
 
@@ -138,7 +139,7 @@ class Partial:
         mass = weights.sum(1).to(self.mass.dtype)
         self.mass = self.mass + mass
         self.energy = self.energy + mass * norms.centre + torch.mv(weights, norms.centred)
-        self.total.addmm_(weights, rows)
+        self.total.add_(weighted(weights, rows))
         self.mass_squared = self.mass_squared + weights.square_().sum(1)
 
     def _add_some(self, queries: Tensor, logits: Tensor, rows: Tensor, norms: Norms, unseen: float) -> None:
@@ -150,11 +151,11 @@ class Partial:
         heavy = narrow > unseen
         count = int(heavy.sum())
         if count > _MANY * len(self.total) and len(queries) == len(self.total):
-            self.total.addmm_(weights, rows)
+            self.total.add_(weighted(weights, rows))
         elif count == len(queries):
-            self.total.index_add_(0, queries, weights @ rows)
+            self.total.index_add_(0, queries, weighted(weights, rows))
         elif count:
-            self.total.index_add_(0, queries[heavy], weights[heavy] @ rows)
+            self.total.index_add_(0, queries[heavy], weighted(weights[heavy], rows))
         mass = narrow.to(self.mass.dtype)
         energy = mass * norms.centre + torch.mv(weights, norms.centred)
         self.mass = self.mass.index_add(0, queries, mass)

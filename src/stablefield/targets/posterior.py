@@ -114,14 +114,13 @@ def accumulate(query: Query, bank: Bank, excess: Excess, partial: Partial, chunk
     x = query.x_t
     size = min(chunk_size or bank.chunk_size(len(x)), len(bank))
     norms = bank.norms(x.dtype)
-    buffer = torch.empty(len(x) * size, dtype=x.dtype, device=x.device)
     among = len(bank) if watched(x.device) else None
     uniform = query.log_prior is None and query.group is None
     if uniform:
         partial.add_prior(_prior_weight(query, slice(0, len(bank)), None))
     for where, rows in bank.chunks(size, x.dtype):
         allowed, part = query.allowed(where), norms.at(where)
-        logits, largest = excess.logits(rows, part, where, allowed, partial.peak, buffer)
+        logits, largest = excess.logits(rows, part, where, allowed, partial.peak)
         if not uniform:
             partial.add_prior(_prior_weight(query, where, allowed))
         partial.add(logits, largest, rows, part, among)
