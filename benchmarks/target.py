@@ -33,8 +33,8 @@ def band_cost(images: torch.Tensor, pairs: int, clock: Callable[[], float]) -> d
     whole = sf.StableTarget(sf.EDM(), references=pool)
     some = sf.StableTarget(sf.EDM(), references=pool, noise_band=band.level)
     found = []
-    # The number of rows in the band is random, so there are several batches, each timed in three pairs.
-    for seed in range(pairs):
+    # The number of rows in the band is random, so there are many batches, each timed in three pairs.
+    for seed in range(2 * pairs + 1):
         generator = torch.Generator().manual_seed(seed)
         index = torch.randint(len(images), (512,), generator=generator)
         x0 = images[index].float().div_(127.5).sub_(1)

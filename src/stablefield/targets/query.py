@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stablefield.shapes import row_values
-from stablefield.targets.bank import Bank
+from stablefield.targets.bank import Bank, largest_magnitude
 
 __all__ = ["Query", "checked_bank", "require_rows"]
 
@@ -152,9 +152,7 @@ def require_rows(holds: Tensor, name: str, value: Tensor, rule: str) -> None:
 
 def _largest_square(rows: Tensor) -> Tensor:
     # Not finite where a number is not, in one pass without a copy.
-    if rows.shape[1] == 0:
-        return rows.new_zeros(len(rows))
-    return torch.linalg.vector_norm(rows, torch.inf, dim=1).square_() * rows.shape[1]
+    return largest_magnitude(rows).square() * rows.shape[1]
 
 
 def _require_finite(squares: Tensor, name: str) -> None:

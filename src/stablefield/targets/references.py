@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stablefield.targets.bank import Bank
+from stablefield.targets.bank import Bank, largest_magnitude
 from stablefield.targets.excess import Anchor
 from stablefield.targets.kernel import Kernel
 from stablefield.targets.partial import Partial
@@ -205,8 +205,8 @@ class Pool:
 def own_gap(x0: Tensor, index: Tensor, bank: Bank) -> tuple[Tensor, Tensor]:
     """Largest difference between each row of `x0` and the reference at its index, and whether it is another sample, (B,)."""
     rows = bank.rows(index, x0.dtype if x0.dtype == torch.float64 else torch.float32)
-    size = torch.linalg.vector_norm(rows, torch.inf, dim=1)
-    gap = torch.linalg.vector_norm(rows.sub_(x0.reshape(rows.shape)), torch.inf, dim=1)
+    size = largest_magnitude(rows)
+    gap = largest_magnitude(rows.sub_(x0.reshape(rows.shape)))
     return gap, gap > 0.01 * (1 + size)
 
 
