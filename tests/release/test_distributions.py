@@ -1,9 +1,11 @@
 """What is released: an sdist that builds, and a wheel that works where there is nothing but what it asks for."""
 
 import email
+import json
 import re
 import subprocess
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -82,3 +84,17 @@ def test_quick_start_runs_from_the_wheel(built: tuple[Path, Path], empty: Path, 
     )
     subprocess.run([command, "sample", tmp_path / "run", "--seeds", "0-3"], check=True, capture_output=True)
     assert list((tmp_path / "run").rglob("*.png"))
+
+
+def test_supported_versions_are_those_of_the_matrix() -> None:
+    record = json.loads(Path(__file__).with_name("matrix.json").read_text())
+    contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    for one in record:
+        assert f"| {one['python']} | {one['torch']} | {one['numpy']} |" in contributing
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    floors = dict(value.split(">=") for value in project["dependencies"])
+    for name, floor in floors.items():
+        assert any(f"{one[name]}.".startswith(f"{floor}.") for one in record), f"nothing ran on {name} {floor}"
+    pythons = {one["python"].rpartition(".")[0] for one in record}
+    assert {f"Programming Language :: Python :: {version}" for version in pythons} <= set(project["classifiers"])
+    assert project["requires-python"] == f">={min(pythons, key=lambda v: int(v.partition('.')[2]))}"
