@@ -49,7 +49,7 @@ class Walk:
                 f"{tuple(x.shape)}: it must return the clean data it expects, shaped like x."
             )
         denoised = denoised.to(x.dtype)
-        if not (torch.isfinite(denoised).all() & torch.isfinite(x).all()):
+        if not _finite(denoised, x):
             self.arrive(x, sigma)
             raise ValueError(
                 f"{self.sampler}: the denoiser returned NaN or infinite values at sigma={sigma:.6g} "
@@ -63,7 +63,7 @@ class Walk:
         Raises:
             ValueError: if it is not.
         """
-        if not torch.isfinite(x).all():
+        if not _finite(x):
             level = self.levels[-1] if sigma is None else sigma
             raise ValueError(
                 f"{self.sampler}: the state is NaN or infinite at sigma={level:.6g}: "
@@ -122,6 +122,12 @@ def grid_levels(sampler: str, sigmas: Tensor) -> tuple[float, ...]:
             f"{grid[k + 1]:.6g}: sort the grid from noise to data and drop repeated values."
         )
     return tuple(grid.tolist())
+
+
+def _finite(*states: Tensor) -> bool:
+    # A sum is finite if all numbers are, but where finite ones overflow: then, and only then, each is looked at.
+    total = sum((state.sum() for state in states), start=states[0].new_zeros(()))
+    return bool(torch.isfinite(total)) or all(bool(torch.isfinite(state).all()) for state in states)
 
 
 def derivative(x: Tensor, denoised: Tensor, sigma: float) -> Tensor:

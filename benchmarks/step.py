@@ -1,0 +1,143 @@
+"""What a training step of a DDPM++ is made of, and how many images it trains per second.
+
+    python benchmarks/step.py DATA [--base-channels 64] [--batch 32] [--steps 5] [--compile] [--threads N]
+
+DATA is what `stablefield train` takes, 32 x 32 RGB images such as CIFAR-10's binary folder. The step is the trainer's own:
+target over all images, augmentation, network, optimiser, average of the weights. Writes results/step_cpu.json, or
+step_gpu.json where there is one.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import statistics
+import sys
+import time
+
+import torch
+from accelerate import Accelerator
+from record import write
+from torch.profiler import ProfilerActivity, profile
+
+from stablefield.data.image_set import ImageSet
+from stablefield.data.source import open_images
+from stablefield.training.allocator import keep_freed_memory
+from stablefield.training.feed import Feed, resolve_band
+from stablefield.training.recipe import Recipe, UNet
+from stablefield.training.recipes import CIFAR10_EDM
+from stablefield.training.run_folder import RunConfig
+from stablefield.training.stepper import Stepper
+
+# Names of operators, in part, and what they are for; the first that fits counts.
+KINDS = {
+    "convolution": ("conv",),
+    "attention": ("attention", "bmm", "softmax"),
+    "matrix products": ("addmm", "::mm", "linear"),
+    "normalisation and activation": ("norm", "silu"),
+    "masks of dropout": ("bernoulli", "dropout"),
+    "optimiser": ("adam",),
+    "averages of the weights": ("foreach",),
+    "copies and fills": ("copy", "fill", "zero", "cat", "contiguous"),
+}
+
+
+def stepper(recipe: Recipe, data: ImageSet, device: torch.device) -> Stepper:
+    classes = data.classes if recipe.conditional else 0
+    config = RunConfig(
+        data="data", shape=data.shape, classes=classes, manifest=data.manifest, recipe=recipe, version="benchmark"
+    )
+    feed = Feed(data, recipe, device, labelled=classes > 0, resident=True)
+    return Stepper(config, feed, Accelerator(cpu=device.type == "cpu"))
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def speed(found: Stepper, batch: int, steps: int, device: torch.device, warm: int = 2) -> dict[str, float]:
+    """Images per second, from the median step, and the target's share of the time."""
+    seconds: list[float] = []
+    before = 0.0
+    for step in range(warm + steps):
+        if step == warm:
+            wait(device)
+            before = found.target_watch.seconds()
+        start = time.perf_counter()
+        found.take(step)
+        wait(device)
+        seconds.append(time.perf_counter() - start)
+    middle = statistics.median(seconds[warm:])
+    share = (found.target_watch.seconds() - before) / sum(seconds[warm:])
+    return {"seconds": middle, "images_per_second": batch / middle, "target_share": share}
+
+
+def shares(found: Stepper, device: torch.device) -> dict[str, float]:
+    """Shares of a step's time by what the operators are for; of the device's time on a GPU."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    found.take(0)
+    with profile(activities=activities) as profiled:
+        found.take(1)
+        wait(device)
+    totals = dict.fromkeys([*KINDS, "all else"], 0.0)
+    for event in profiled.key_averages():
+        spent = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        name = event.key.lower()
+        kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "all else")
+        totals[kind] += spent
+    whole = sum(totals.values())
+    return {kind: spent / whole for kind, spent in totals.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    parser.add_argument("--base-channels", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--compile", action="store_true", help="also measure the compiled network")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = open_images(options.data)
+    network = dataclasses.replace(CIFAR10_EDM.network, base_channels=options.base_channels)
+    assert isinstance(network, UNet)
+    recipe = dataclasses.replace(CIFAR10_EDM, network=network, batch=options.batch, references="all")
+    recipe = dataclasses.replace(recipe, noise_band=resolve_band(recipe, data, device)[0])
+    found: list[dict[str, object]] = []
+
+    def measure(name: str, recipe: Recipe) -> None:
+        row = speed(stepper(recipe, data, device), options.batch, options.steps, device)
+        found.append({"setting": name, "precision": recipe.precision, "compiled": recipe.compile, **row})
+        print(f"{name:<44} {row['images_per_second']:8.1f} images/s, target {row['target_share']:.1%}", flush=True)
+
+    if device.type == "cpu":
+        measure("float32, freed memory given back", recipe)
+        keep_freed_memory()  # as the command does
+    for precision, compiled in itertools.product(("float32", "bf16"), (False, True) if options.compile else (False,)):
+        name = precision + (", compiled" if compiled else "")
+        measure(name, dataclasses.replace(recipe, precision=precision, compile=compiled))
+    parts = stepper(recipe, data, device)
+    whole = shares(parts, device)
+    for kind, share in whole.items():
+        print(f"{kind:<44} {share:8.1%}")
+    flags = f"--base-channels {options.base_channels} --batch {options.batch} --steps {options.steps}"
+    flags += f" --threads {options.threads}" + (" --compile" if options.compile else "")
+    path = write(
+        "step_gpu" if device.type == "cuda" else "step_cpu",
+        f"python benchmarks/step.py DATA {flags}",
+        {
+            "parameters": sum(parameter.numel() for parameter in parts.trained.model.parameters()),
+            "batch": options.batch,
+            "references": len(data.images),
+            "noise_band": recipe.noise_band,
+            "throughput": found,
+            "shares_of_a_float32_step": whole,
+        },
+    )
+    print(f"written: {path.name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
