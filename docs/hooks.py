@@ -5,6 +5,9 @@ mkdocs calls the functions named `on_...`. On a page, a comment of its own line 
     <!-- changes: examples/accelerate_loop.py -->   the lines of a script that stable targets change, as a diff
     <!-- script: examples/accelerate_loop.py -->    the whole script
     <!-- own weight -->                             the table of benchmarks/results/own_weight.json
+    <!-- cost -->                                   what results/target.json says of the target's cost, as a table
+    <!-- step -->                                   results/step_cpu.json, as two tables
+    <!-- samplers -->                               the table of results/samplers.json
 """
 
 import difflib
@@ -18,13 +21,16 @@ from latex2mathml.converter import convert
 
 __all__ = [
     "changes",
+    "cost",
     "formulas",
     "on_page_content",
     "on_page_markdown",
     "on_post_page",
     "on_post_template",
     "own_weight",
+    "samplers",
     "script",
+    "step",
 ]
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +42,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put what the project's files hold in the place of the comments."""
     markdown = re.sub(r"^<!-- changes: (\S+) -->$", lambda m: changes(ROOT / m[1]), markdown, flags=re.M)
     markdown = re.sub(r"^<!-- script: (\S+) -->$", lambda m: script(ROOT / m[1]), markdown, flags=re.M)
-    return re.sub(r"^<!-- own weight -->$", lambda _: own_weight(), markdown, flags=re.M)
+    tables = {"own weight": own_weight, "cost": cost, "step": step, "samplers": samplers}
+    return re.sub(rf"^<!-- ({'|'.join(tables)}) -->$", lambda m: tables[m[1]](), markdown, flags=re.M)
 
 
 def on_page_content(html: str, **_: Any) -> str:
@@ -72,14 +79,93 @@ def changes(script: Path) -> str:
 
 def own_weight() -> str:
     """The committed measurement of the source's own weight on CIFAR-10, as a table."""
-    record = json.loads((ROOT / "benchmarks/results/own_weight.json").read_text("utf-8"))
-    rows = ["| noise level | n = 1,024 | n = 4,096 | n = 50,000 | variance removed, n = 50,000 |", "|" + "--:|" * 5]
-    for level in record["levels"]:
-        own = (f"{level[f'own_weight_{n}']:.4f}" for n in (1024, 4096, 50000))
-        cells = [f"{level['noise_level']:g}", *own, f"{level['variance_removed_50000']:.3g}"]
-        rows.append(f"| {' | '.join(cells)} |")
-    said = f"`{record['command']}`, {record['rows_per_level']} rows a level, torch {record['torch']}, {record['date']}."
-    return "\n".join([*rows, "", said])
+    record = _record("own_weight")
+    head = ("noise level", "n = 1,024", "n = 4,096", "n = 50,000", "variance removed, n = 50,000")
+    rows = [
+        (
+            f"{level['noise_level']:g}",
+            *(f"{level[f'own_weight_{n}']:.4f}" for n in (1024, 4096, 50000)),
+            f"{level['variance_removed_50000']:.3g}",
+        )
+        for level in record["levels"]
+    ]
+    return _table(head, rows, record, f", {record['rows_per_level']} rows a level")
+
+
+def cost() -> str:
+    """The committed measurement of what the target costs on a CPU, as a table."""
+    record = _record("target")
+    products, naive, band = record["beside_two_products"], record["beside_the_naive_form"], record["with_a_band"]
+    training = record["training_step"]
+    rows = [
+        (
+            f"two bare matrix products (B = {products['batch']}, n = {products['references']:,})",
+            f"{products['ratio']:.2f} of their time",
+        ),
+        (
+            f"the broadcast form (B = {naive['batch']}, n = {naive['references']:,})",
+            f"1/{naive['naive'] / naive['seconds']:.0f} of its time, "
+            f"1/{naive['naive_peak'] / naive['peak']:.0f} of its memory",
+        ),
+        (
+            f"itself without a noise band (B = {band['batch']}, n = {band['references']:,} as uint8)",
+            f"{band['ratio']:.2f} of the time; {band['peak_bytes_above_pool'] / 1e6:.0f} MB above the images",
+        ),
+        (
+            f"a training step without it ({training['parameters'] / 1e6:.1f} M parameters, B = {training['batch']}, "
+            f"n = {training['references']:,})",
+            f"{training['ratio'] - 1:+.1%}",
+        ),
+    ]
+    return _table(("the target beside", "costs"), rows, record)
+
+
+def step() -> str:
+    """The committed measurement of a training step on a CPU: images per second, and what the time goes into."""
+    record = _record("step_cpu")
+    speed = [
+        (row["setting"], f"{row['images_per_second']:.1f}", f"{row['target_share']:.1%}")
+        for row in record["throughput"]
+    ]
+    shares = sorted(record["shares_of_a_float32_step"].items(), key=lambda item: -item[1])
+    size = f", {record['parameters'] / 1e6:.1f} M parameters"
+    return "\n\n".join(
+        (
+            _table(("setting", "images a second", "share of noise and target"), speed, None),
+            _table(("a float32 step is", "share"), [(kind, f"{share:.1%}") for kind, share in shares], record, size),
+        )
+    )
+
+
+def samplers() -> str:
+    """The committed measurement of samplers here and in other libraries, as a table."""
+    record = _record("samplers")
+    head = ("method", "sampler", "NFE, 18 steps", "error, 9 steps", "18", "36", "microseconds a step")
+    rows = [
+        (
+            row["method"],
+            row["sampler"],
+            str(row["nfe_18"]),
+            *(f"{row[f'error_{steps}']:.3f}" for steps in (9, 18, 36)),
+            f"{row['microseconds_per_step']:.0f}",
+        )
+        for row in record["samplers"]
+    ]
+    return _table(head, rows, record, "".join(f", {name} {version}" for name, version in record["libraries"].items()))
+
+
+def _record(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text("utf-8"))
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], record: dict[str, Any] | None, more: str = "") -> str:
+    """A Markdown table, and below it the command that made its numbers, where and when."""
+    lines = [head, tuple("---" if k == 0 else "--:" for k in range(len(head))), *rows]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    if record is None:
+        return text
+    said = f"`{record['command']}`{more}, {record['machine']}, torch {record['torch']}, {record['date']}."
+    return f"{text}\n\n{said}"
 
 
 def formulas(page: str) -> str:

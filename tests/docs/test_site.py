@@ -98,6 +98,17 @@ def test_the_table_of_the_theory_is_the_committed_measurement(site: Path) -> Non
     assert "<!-- own weight" not in page
 
 
+def test_the_tables_of_the_comparison_are_the_committed_measurements(site: Path) -> None:
+    page = (site / "comparison.html").read_text("utf-8")
+    samplers = json.loads((ROOT / "benchmarks/results/samplers.json").read_text())["samplers"]
+    assert len(samplers) >= 8
+    for row in samplers:
+        assert re.search(rf">{row['sampler']}</td>.*?>{row['nfe_18']}</td>.*?>{row['error_18']:.3f}</td>", page, re.S)
+    target = json.loads((ROOT / "benchmarks/results/target.json").read_text())
+    assert f">{target['beside_two_products']['ratio']:.2f} of their time</td>" in page
+    assert f">{target['training_step']['ratio'] - 1:+.1%}</td>" in page
+
+
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
 def test_each_example_has_a_page_with_its_changes_and_all_of_it(script: Path, site: Path) -> None:
     source = (ROOT / "docs" / "drop-ins").glob("*.md")
