@@ -1,0 +1,180 @@
+"""The probe of data: the variance of training targets on them, its phases, and how many references to take."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+import stablefield
+from stablefield.cli.bar import Bar
+from stablefield.cli.console import console
+from stablefield.cli.probe_files import make_folder, print_written, write_csv, write_json
+from stablefield.cli.probe_tables import spaced, with_error
+from stablefield.cli.probing import Probing
+from stablefield.data.image_set import ImageSet
+from stablefield.diffusion.noise_levels import LogUniform, Uniform
+from stablefield.diffusion.process import VE, VP, RectifiedFlow
+from stablefield.diffusion.weighting import FlowWeighting, SNRWeighting
+from stablefield.probe.advice import Advice, Training, advise
+from stablefield.probe.phases import Edge, Phases, find_phases, share_above
+from stablefield.probe.record import advice_record, curve_record, curve_table, phases_record
+from stablefield.probe.variance import VarianceCurve, measure_variance
+from stablefield.report import write_chart, write_page
+from stablefield.report.variance_page import phases_chart, sizes_chart, variance_chart, variance_page
+
+__all__ = ["probe_data", "training_for"]
+
+# Trainings to advise on, by --plan: what a sentence calls them, and what they are.
+_PLANS = {
+    "edm": ("EDM", Training()),
+    "ve": ("VE", Training(process=VE(), noise_levels=LogUniform(), weighting=SNRWeighting())),
+    "vp": ("VP", Training(process=VP(), noise_levels=Uniform(), weighting=SNRWeighting())),
+    "flow": ("flow", Training(process=RectifiedFlow(), noise_levels=Uniform(0.0, 1.0), weighting=FlowWeighting())),
+}
+# Lines of the table that fit a terminal.
+_LINES = 8
+
+
+def training_for(plan: str, batch: int) -> Training:
+    """The training that --plan means, with so many rows per step.
+
+    Raises:
+        ValueError: if the batch is below 1.
+    """
+    return dataclasses.replace(_PLANS[plan][1], batch=batch)
+
+
+def probe_data(
+    images: ImageSet,
+    probing: Probing,
+    *,
+    sizes: Sequence[int],
+    levels: Sequence[float] | None,
+    plan: str,
+    batch: int,
+    aim: float,
+    tolerance: float,
+    by_class: bool,
+) -> None:
+    """Measure the variance, print advice and a table, and write numbers, pictures and the report.
+
+    Args:
+        images: the data.
+        probing: what every probe is told.
+        sizes: of reference sets.
+        levels: noise levels; chosen from the data if None.
+        plan: the training to advise on.
+        batch: its rows per step.
+        aim: share of the targets' variance that may stay.
+        tolerance: variance where the noise band begins, as a share of the data's.
+        by_class: whether posteriors stay within classes.
+
+    Raises:
+        ValueError: if the data have nothing to measure, a number does not fit, or the folder cannot be made.
+    """
+    out = make_folder(probing.out or Path("probes") / images.name)
+    population = probing.population(images, by_class=by_class)
+    training = training_for(plan, batch)
+    with Bar("measuring") as bar:
+        curve = measure_variance(
+            population,
+            levels,
+            process=training.process,
+            sizes=sizes,
+            sources=probing.sources,
+            seed=probing.seed,
+            progress=bar,
+        )
+    phases = find_phases(curve)
+    advice = advise(curve, training, aim=aim, tolerance=tolerance)
+    said = _advice_lines(curve, phases, advice, plan, tolerance)
+    for line in said:
+        console.print(line)
+    console.print(_curve_lines(curve))
+    record = {
+        "stablefield": stablefield.__version__,
+        "command": probing.command,
+        "data": images.manifest,
+        "seed": probing.seed,
+        "plan": plan,
+        "batch": batch,
+        "device": str(probing.device),
+        "phases": phases_record(phases),
+        "advice": advice_record(advice),
+        "variance": curve_record(curve),
+    }
+    written = [write_json(out / "probe.json", record), write_csv(out / "variance.csv", curve_table(curve))]
+    charts = {
+        "variance.png": (variance_chart(curve, phases, advice), f"Variance of the target: {images.name}"),
+        "phases.png": (phases_chart(curve, phases), f"The three phases: {images.name}"),
+        "references.png": (sizes_chart(curve), f"More references: {images.name}"),
+    }
+    written += [write_chart(chart, out / file, title=title) for file, (chart, title) in charts.items() if chart]
+    page = variance_page(images.name, images.describe(), curve, phases, advice, said, probing.command)
+    written.append(write_page(page, out / "report.html"))
+    print_written(out, written)
+
+
+def _advice_lines(curve: VarianceCurve, phases: Phases, advice: Advice, plan: str, tolerance: float) -> list[str]:
+    best = advice.recommended
+    everything = best.size >= curve.samples
+    size = f"all {curve.samples:,}" if everything else f"{best.size:,}"
+    whole = advice.sizes[-1]
+    if advice.band is None:
+        band = "Noise band: not found, the levels measured lie all above or all below its edge."
+        shares = ""
+    else:
+        band = (
+            f"Noise band: from {_level(advice.band)}. Below, STF is the single sample to {100 * tolerance:.2g} % of the "
+            "variance."
+        )
+        parts = [
+            f"{title} {share_above(advice.band.noise_level, p.noise_levels, p.process):.0%}"
+            for title, p in _PLANS.values()
+        ]
+        shares = f"Share of a training batch in the band: {', '.join(parts)}."
+    single, prior = phases.single_below, phases.prior_above
+    left = "none" if everything else f"{best.left:.1%} (± {best.error:.1%})"
+    lines = [
+        f"Take {size} references: they leave {left} of the variance in {_PLANS[plan][0]} training.",
+        f"Phases: one sample below noise level {_level(single)}, the prior above {_level(prior)}.",
+        band,
+        shares,
+        f"Cost per step here: {_seconds(best.seconds)} for {size}"
+        + ("." if everything else f", {_seconds(whole.seconds)} for all {curve.samples:,}, which leave none."),
+    ]
+    if curve.drawn_from is not None:
+        lines.append(f"All of this is said of {curve.samples:,} images drawn from {curve.drawn_from:,}.")
+    return [line for line in lines if line]
+
+
+def _curve_lines(curve: VarianceCurve) -> Table:
+    sizes = list(curve.stf)[-4:]
+    table = Table(
+        box=None, pad_edge=False, title_justify="left", title="V_DSM, and what is left of it with n references"
+    )
+    for name in ("noise", "V_DSM", *(f"n={size}" for size in sizes), "own weight", "ESS"):
+        table.add_column(name, justify="right", no_wrap=True)
+    # From the last level at which there is nothing to remove.
+    some = (curve.dsm.mean > 1e-4 * curve.total).nonzero()[:, 0]
+    first = max(0, int(some[0]) - 1) if len(some) else 0
+    for i in spaced(first, len(curve.noise_level), _LINES):
+        cells = [f"{float(curve.noise_level[i]):.3g}", with_error(float(curve.dsm.mean[i]), float(curve.dsm.error[i]))]
+        for size in sizes:
+            # A ratio of two nothings tells nothing.
+            shown = float(curve.dsm.mean[i]) > 1e-4 * curve.total
+            cells.append(f"{float(curve.left(size).mean[i]):.1%}" if shown else "-")
+        cells += [f"{float(curve.own_weight.mean[i]):.4f}", f"{float(curve.ess.mean[i]):,.1f}"]
+        table.add_row(*cells)
+    return table
+
+
+def _level(edge: Edge | None) -> str:
+    return "(not among those measured)" if edge is None else f"{edge.noise_level:.2g}"
+
+
+def _seconds(value: float) -> str:
+    if value >= 1:
+        return f"{value:,.1f} s"
+    return f"{1000 * value:.0f} ms" if value >= 0.01 else f"{1000 * value:.2g} ms"
