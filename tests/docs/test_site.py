@@ -109,6 +109,15 @@ def test_the_tables_of_the_comparison_are_the_committed_measurements(site: Path)
     assert f">{target['training_step']['ratio'] - 1:+.1%}</td>" in page
 
 
+def test_the_tables_of_the_page_on_speed_are_the_committed_measurements(site: Path) -> None:
+    page = (site / "speed.html").read_text("utf-8")
+    record = json.loads((ROOT / "benchmarks/results/step_cpu.json").read_text())
+    assert {row["precision"] for row in record["throughput"]} == {"float32", "bf16"}
+    for row in record["throughput"]:
+        assert f'>{row["setting"]}</td>\n<td style="text-align: right;">{row["images_per_second"]:.1f}</td>' in page
+    assert abs(sum(record["shares_of_a_float32_step"].values()) - 1) < 1e-9
+
+
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
 def test_each_example_has_a_page_with_its_changes_and_all_of_it(script: Path, site: Path) -> None:
     source = (ROOT / "docs" / "drop-ins").glob("*.md")

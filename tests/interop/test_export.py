@@ -19,11 +19,11 @@ from stablefield.data.digits import open_digits
 from stablefield.evaluation.protocol import Protocol
 from stablefield.evaluation.result import Result
 from stablefield.interop import source_bundle
-from stablefield.interop.diffusers_unet import DiffusersUNet
 from stablefield.interop.model_card import ModelCard
 from stablefield.interop.pipeline_folder import write_pipeline
 from stablefield.interop.published import read_published
 from stablefield.networks import MLP, SongUNet
+from stablefield.networks.diffusers_unet import DiffusersUNet
 from stablefield.training.recipe import Recipe
 
 LABELS = torch.tensor([0, 7, -1, 3])

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from accelerate import PartialState
 
-from stablefield.cli.recipes import RecipeName, chosen, limit
+from stablefield.cli.recipes import BY_DATA, RecipeName, chosen, limit
 from stablefield.cli.sources import open_data
 from stablefield.data.image_set import ImageSet
 from stablefield.training.recipe import Recipe
@@ -44,7 +44,7 @@ Call = TypeVar("Call", bound=Trains)
 
 def chooses(call: Trains) -> bool:
     """Whether the recipe waits for the data."""
-    return bool(call.data) and call.recipe in ("auto", "imagefolder") and not getattr(call, "resume", False)
+    return bool(call.data) and call.recipe in BY_DATA and not getattr(call, "resume", False)
 
 
 def start_processes(*, accelerated: bool) -> PartialState:

@@ -18,7 +18,7 @@ from stablefield.cli.console import console, relative
 from stablefield.cli.extractors import ExtractorFlags
 from stablefield.cli.interruption import Interruption
 from stablefield.cli.progress import TrainingProgress
-from stablefield.cli.recipes import RecipeName, shown
+from stablefield.cli.recipes import BY_DATA, RecipeName, shown
 from stablefield.cli.settling import opening_of, pick_device, settled, start_processes
 from stablefield.cli.sources import open_data
 from stablefield.data.image_set import ImageSet, size_text
@@ -93,7 +93,7 @@ class Train:
                     )
             return self
         if not self.data:
-            if self.print and self.recipe not in ("auto", "imagefolder"):
+            if self.print and self.recipe not in BY_DATA:
                 return self
             raise ValueError("DATA is missing: name what to train on, such as: stablefield train digits.")
         return settled(self, parse)

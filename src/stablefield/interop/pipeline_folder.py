@@ -20,9 +20,9 @@ from stablefield import shapes
 from stablefield.diffusion import preconditioning
 from stablefield.diffusion.preconditioning import Denoiser, EDMPreconditioning, VEPreconditioning, VPPreconditioning
 from stablefield.interop.architecture import infer_architecture
-from stablefield.interop.diffusers_unet import DiffusersUNet
 from stablefield.interop.source_bundle import bundle
 from stablefield.networks import blocks, embedding, layers, levels, mlp, resample, song_unet
+from stablefield.networks.diffusers_unet import DiffusersUNet
 from stablefield.networks.mlp import MLP
 from stablefield.networks.song_unet import SongUNet
 

@@ -10,7 +10,7 @@ from stablefield.diffusion.noise_levels import LogNormal, LogUniform, Uniform
 from stablefield.diffusion.preconditioning import EDMPreconditioning, VEPreconditioning, VPPreconditioning
 from stablefield.diffusion.process import EDM, VE, VP, Cosine, RectifiedFlow
 from stablefield.diffusion.weighting import EDMWeighting, FlowWeighting, SNRWeighting
-from stablefield.training.recipe import Perceptron, Recipe, UNet
+from stablefield.training.recipe import Perceptron, Recipe, UNet, UNet2D
 
 __all__ = ["decode", "encode"]
 
@@ -21,7 +21,7 @@ _KINDS = {
         *(LogNormal, LogUniform, Uniform),
         *(EDMWeighting, SNRWeighting, FlowWeighting),
         *(EDMPreconditioning, VPPreconditioning, VEPreconditioning),
-        *(Perceptron, UNet, Recipe),
+        *(Perceptron, UNet, UNet2D, Recipe),
     )
 }
 

@@ -14,10 +14,11 @@ from stablefield.diffusion.noise_levels import LogNormal, LogUniform, Uniform
 from stablefield.diffusion.preconditioning import EDMPreconditioning, VEPreconditioning, VPPreconditioning
 from stablefield.diffusion.process import EDM, VE, VP, Cosine, RectifiedFlow
 from stablefield.diffusion.weighting import EDMWeighting, FlowWeighting, SNRWeighting
+from stablefield.networks.diffusers_unet import DiffusersUNet
 from stablefield.networks.mlp import MLP
 from stablefield.networks.song_unet import SongUNet
 
-__all__ = ["Perceptron", "Recipe", "UNet"]
+__all__ = ["Perceptron", "Recipe", "UNet", "UNet2D"]
 
 Shape: TypeAlias = tuple[int, int, int]
 
@@ -65,13 +66,8 @@ class UNet:
         Raises:
             ValueError: if the images are not square, or cannot be halved as often as there are levels.
         """
-        channels, height, width = shape
-        halvings = 2 ** (len(self.multipliers) - 1)
-        if height != width or height % halvings:
-            raise ValueError(
-                f"images of {width} x {height} pixels do not fit a U-Net of {len(self.multipliers)} levels, which takes "
-                f"squares whose side is a multiple of {halvings}: pass --resolution {_near(min(height, width), halvings)}."
-            )
+        channels, height, _ = shape
+        _require_square(shape, len(self.multipliers))
         make = SongUNet.ncsnpp if self.architecture == "ncsnpp" else SongUNet.ddpmpp
         network = make(
             height,
@@ -85,6 +81,51 @@ class UNet:
             generator=generator,
         )
         return network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNet2D:
+    """The UNet2DModel of diffusers, to be exported as a pipeline that opens without code of ours."""
+
+    widths: tuple[int, ...] = (64, 128, 128)
+    """Channels of each level, from the full resolution down; multiples of the groups."""
+    blocks: int = 2
+    """Residual blocks per level."""
+    attention: tuple[bool, ...] | None = None
+    """Which levels attend; the lowest alone if not given."""
+    groups: int = 32
+    """Groups of the normalisations."""
+    dropout: float = 0.0
+    """Share of values dropped within a block in training."""
+
+    def build(self, shape: Shape, classes: int, augment_dim: int, generator: torch.Generator) -> nn.Module:
+        """The network for images of `shape` (C, H, W).
+
+        Raises:
+            ValueError: if the images are not square, or cannot be halved as often as there are levels; if augmentation
+                labels are asked for; or the widths do not fit attention or groups.
+            ImportError: if diffusers is not installed.
+        """
+        if augment_dim:
+            raise ValueError("--augmentation needs a U-Net that can be told of it: use 0 with a UNet2DModel.")
+        if self.attention is not None and len(self.attention) != len(self.widths):
+            raise ValueError(
+                f"--network.attention has {len(self.attention)} values, --network.widths {len(self.widths)}: one a level."
+            )
+        if any(width < 1 or width % self.groups for width in self.widths):
+            raise ValueError(f"--network.widths is {self.widths}: each must be a multiple of the {self.groups} groups.")
+        _require_square(shape, len(self.widths))
+        return DiffusersUNet.sized(
+            shape[1],
+            shape[0],
+            self.widths,
+            self.blocks,
+            classes,
+            self.attention,
+            self.groups,
+            self.dropout,
+            generator,
+        ).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +186,7 @@ class Recipe:
     """Newest checkpoints to keep."""
     keep_every: int = 0
     """Keep also the checkpoints at multiples of this many steps; 0 for none."""
-    network: Perceptron | UNet = field(default_factory=Perceptron)
+    network: Perceptron | UNet | UNet2D = field(default_factory=Perceptron)
     """The network."""
     process: EDM | VE | VP | Cosine | RectifiedFlow = field(default_factory=EDM)
     """How data become noise."""
@@ -186,6 +227,16 @@ class Recipe:
         ramp = min(1.0, (step + 1) * self.batch / self.ramp_images) if self.ramp_images else 1.0
         left = (self.steps - step) / (self.decay_share * self.steps) if self.decay_share else 1.0
         return self.learning_rate * min(ramp, left, 1.0)
+
+
+def _require_square(shape: Shape, levels: int) -> None:
+    _, height, width = shape
+    halvings = 2 ** (levels - 1)
+    if height != width or height % halvings:
+        raise ValueError(
+            f"images of {width} x {height} pixels do not fit a U-Net of {levels} levels, which takes "
+            f"squares whose side is a multiple of {halvings}: pass --resolution {_near(min(height, width), halvings)}."
+        )
 
 
 def _near(side: int, halvings: int) -> int:

@@ -16,9 +16,9 @@ from stablefield.diffusion.noise_levels import LogUniform, Uniform
 from stablefield.diffusion.preconditioning import VEPreconditioning, VPPreconditioning
 from stablefield.diffusion.process import VE, VP
 from stablefield.diffusion.weighting import SNRWeighting
-from stablefield.training.recipe import Perceptron, Recipe, Shape, UNet
+from stablefield.training.recipe import Perceptron, Recipe, Shape, UNet, UNet2D
 
-__all__ = ["CELEBA64_VE", "CIFAR10_EDM", "CIFAR10_VE", "CIFAR10_VP", "DIGITS", "MNIST28", "imagefolder"]
+__all__ = ["CELEBA64_VE", "CIFAR10_EDM", "CIFAR10_VE", "CIFAR10_VP", "DIGITS", "MNIST28", "imagefolder", "unet2d"]
 
 DIGITS = Recipe(network=Perceptron())
 """The built-in digits: a few minutes on two CPU cores."""
@@ -81,6 +81,21 @@ CELEBA64_VE = dataclasses.replace(
     network=UNet(architecture="ncsnpp", multipliers=(1, 2, 2, 2), dropout=0.05),
 )
 """Variance-exploding diffusion on faces of 64 x 64 pixels, with NCSN++ of four levels."""
+
+
+def unet2d(shape: Shape, count: int, *, accelerated: bool) -> Recipe:
+    """The recipe for images of one's own, with a UNet2DModel of diffusers, which cannot be told of an augmentation.
+
+    Args:
+        shape: of one image, (C, H, W).
+        count: how many there are.
+        accelerated: whether there is a GPU.
+    """
+    recipe = imagefolder((shape[0], max(16, shape[1]), max(16, shape[2])), count, accelerated=accelerated)
+    assert isinstance(recipe.network, UNet)
+    widths = tuple(recipe.network.base_channels * multiplier for multiplier in recipe.network.multipliers)
+    network = UNet2D(widths=widths, blocks=recipe.network.blocks, dropout=recipe.network.dropout)
+    return dataclasses.replace(recipe, network=network, augmentation=0.0)
 
 
 def imagefolder(shape: Shape, count: int, *, accelerated: bool) -> Recipe:

@@ -59,6 +59,8 @@ class DiffusersUNet(nn.Module):
         classes: int = 0,
         attention: tuple[bool, ...] | None = None,
         groups: int = 32,
+        dropout: float = 0.0,
+        generator: torch.Generator | None = None,
     ) -> Self:
         """A model of the usual shape.
 
@@ -70,6 +72,8 @@ class DiffusersUNet(nn.Module):
             classes: how many classes there are; 0 for none.
             attention: which levels attend; the lowest alone if not given.
             groups: of the normalisations.
+            dropout: share of values dropped within a block in training.
+            generator: where the initial weights are drawn from; torch's global one if not given.
 
         Raises:
             ImportError: if diffusers is not installed.
@@ -81,17 +85,22 @@ class DiffusersUNet(nn.Module):
         attends = attention or (*(False,) * (len(widths) - 1), True)
         down = tuple("AttnDownBlock2D" if attending else "DownBlock2D" for attending in attends)
         up = tuple("AttnUpBlock2D" if attending else "UpBlock2D" for attending in reversed(attends))
-        unet = UNet2DModel(
-            sample_size=resolution,
-            in_channels=channels,
-            out_channels=channels,
-            block_out_channels=widths,
-            down_block_types=down,
-            up_block_types=up,
-            layers_per_block=blocks,
-            norm_num_groups=groups,
-            num_class_embeds=classes + 1 if classes else None,
-        )
+        # The library draws weights from the global generator alone.
+        with torch.random.fork_rng(devices=[], enabled=generator is not None):
+            if generator is not None:
+                torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
+            unet = UNet2DModel(
+                sample_size=resolution,
+                in_channels=channels,
+                out_channels=channels,
+                block_out_channels=widths,
+                down_block_types=down,
+                up_block_types=up,
+                layers_per_block=blocks,
+                norm_num_groups=groups,
+                dropout=dropout,
+                num_class_embeds=classes + 1 if classes else None,
+            )
         return cls(unet)
 
     def forward(self, x: Tensor, noise_label: Tensor, class_labels: Tensor | None = None) -> Tensor:
