@@ -54,6 +54,26 @@ def test_a_probe_leaves_numbers_pictures_and_a_report(probed: Path) -> None:
     assert "stablefield probe" in page
 
 
+def test_pictures_of_many_sizes_are_probed_as_train_would_take_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for k in range(12):
+        width, height = rng.integers(20, 40, 2)
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{k}.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    flags = ("--references", "4,all", "--noise-levels", "1,8")
+    assert status("probe", str(folder), *flags, "--out", str(tmp_path / "a")) == 2
+    assert "broken.png" in capsys.readouterr().err
+    for out, more, side in (("a", (), 16), ("b", ("--resolution", "8", "--resize", "squash"), 8)):
+        assert status("probe", str(folder), *flags, "--skip-broken", *more, "--out", str(tmp_path / out)) == 0
+        record = json.loads((tmp_path / out / "probe.json").read_text())
+        assert record["data"]["shape"] == [3, side, side]
+        assert record["command"].endswith(" ".join((*more, "--skip-broken")))
+
+
 def test_the_json_and_the_table_hold_the_same_numbers(probed: Path) -> None:
     record = json.loads((probed / "probe.json").read_text())
     levels = record["variance"]["levels"]

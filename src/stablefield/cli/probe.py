@@ -11,6 +11,7 @@ from stablefield.cli.probing import Probing, read_levels
 from stablefield.cli.probing_bias import probe_bias
 from stablefield.cli.probing_data import probe_data, training_for
 from stablefield.cli.probing_run import probe_run
+from stablefield.cli.recipes import limit
 from stablefield.cli.settling import pick_device
 from stablefield.cli.sources import open_data
 from stablefield.probe.population import MOST
@@ -49,6 +50,12 @@ class Probe:
     """Test instead that reference policies are unbiased on the data, and that planted faults are seen."""
     false_alarm: float = 0.001
     """Rate at which the bias check may fail an unbiased policy."""
+    resolution: int | None = None
+    """Bring every image to this many pixels a side; where sizes differ, chosen as train would."""
+    resize: Literal["crop", "squash"] = "crop"
+    """Cut to the largest centred square first, or take the whole image."""
+    skip_broken: bool = False
+    """Leave out files that cannot be read, and count them."""
     out: Path | None = None
     """Folder for numbers, pictures and the report; probes/NAME if not given."""
     device: str = ""
@@ -71,7 +78,8 @@ class Probe:
         require("jinja2", "writing the report")
         sizes = _sizes(self.references)
         levels = read_levels(self.noise_levels)
-        images = open_data(self.data)
+        bound = None if self.resolution else limit("auto", accelerated=probing.device.type == "cuda")
+        images = open_data(self.data, self.resolution, self.resize, "train", self.skip_broken, bound)
         if self.check_bias:
             process = training_for(self.plan, self.batch).process
             passed = probe_bias(images, probing, process=process, by_class=self.by_class, false_alarm=self.false_alarm)
@@ -92,11 +100,13 @@ class Probe:
     @property
     def _command(self) -> str:
         words = ["stablefield", "probe", self.data]
-        for name in ("references", "noise_levels", "plan", "batch", "aim", "tolerance", "images", "sources", "seed"):
+        told = ("references", "noise_levels", "plan", "batch", "aim", "tolerance", "images", "sources", "seed")
+        for name in (*told, "resolution", "resize"):
             value = getattr(self, name)
             if value != type(self).__dataclass_fields__[name].default:
                 words += [f"--{name.replace('_', '-')}", str(value)]
-        return shlex.join([*words, *(["--by-class"] if self.by_class else [])])
+        switches = [f"--{name.replace('_', '-')}" for name in ("by_class", "skip_broken") if getattr(self, name)]
+        return shlex.join([*words, *switches])
 
 
 def _sizes(text: str) -> tuple[int, ...]:
