@@ -22,8 +22,9 @@ from stablefield.cli.console import console, relative
 from stablefield.cli.extractors import ExtractorFlags
 from stablefield.cli.interruption import Interruption
 from stablefield.cli.places import check_place
-from stablefield.cli.recipes import RecipeName
+from stablefield.cli.recipes import RecipeName, chosen
 from stablefield.cli.settling import opening_of, pick_device
+from stablefield.cli.words import flags_of
 from stablefield.data.image_set import ImageSet
 from stablefield.evaluation.names import frechet_name
 from stablefield.report import write_page
@@ -178,6 +179,14 @@ class Compare:
                 bars.finish(outcome)
         return outcomes
 
+    def _command(self, data: ImageSet, *, accelerated: bool) -> str:
+        """The command line, without where it writes to."""
+        told = flags_of(self, Compare(), besides=("data", "out", "device", "config", "opened"))
+        base = chosen(self.recipe, data, accelerated=accelerated)[1]
+        return shlex.join(
+            ["stablefield", "compare", self.data, *told, *flags_of(self.config, base, besides=("target",))]
+        )
+
     def _write(
         self,
         outcomes: Sequence[Outcome],
@@ -189,7 +198,7 @@ class Compare:
         device: torch.device,
     ) -> None:
         recipe = RunFolder(outcomes[0].folder).config().recipe
-        command = f"stablefield compare {shlex.quote(self.data)} --seeds {self.seeds} --steps {recipe.steps}"
+        command = self._command(data, accelerated=device.type == "cuda")
         gains = {str(seed): improvement(outcomes, seed) for seed in seeds}
         protocol = {
             "stablefield": stablefield.__version__,

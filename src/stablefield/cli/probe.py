@@ -14,6 +14,7 @@ from stablefield.cli.probing_run import probe_run
 from stablefield.cli.recipes import limit
 from stablefield.cli.settling import pick_device
 from stablefield.cli.sources import open_data
+from stablefield.cli.words import flags_of
 from stablefield.probe.population import MOST
 from stablefield.report.extra import require
 
@@ -99,14 +100,9 @@ class Probe:
 
     @property
     def _command(self) -> str:
-        words = ["stablefield", "probe", self.data]
-        told = ("references", "noise_levels", "plan", "batch", "aim", "tolerance", "images", "sources", "seed")
-        for name in (*told, "resolution", "resize"):
-            value = getattr(self, name)
-            if value != type(self).__dataclass_fields__[name].default:
-                words += [f"--{name.replace('_', '-')}", str(value)]
-        switches = [f"--{name.replace('_', '-')}" for name in ("by_class", "skip_broken") if getattr(self, name)]
-        return shlex.join([*words, *switches])
+        return shlex.join(
+            ["stablefield", "probe", self.data, *flags_of(self, Probe(""), besides=("data", "out", "device"))]
+        )
 
 
 def _sizes(text: str) -> tuple[int, ...]:

@@ -1,0 +1,49 @@
+"""The command line on record is one that asks for the same."""
+
+import dataclasses
+import shlex
+
+import pytest
+
+from stablefield.cli.compare import Compare
+from stablefield.cli.probe import Probe
+from stablefield.cli.verbs import parse
+
+
+def same(left: object, right: object) -> bool:
+    """Equal but for the data that have been opened."""
+    strip = {"opened": None} if isinstance(left, Compare) else {}
+    return dataclasses.replace(left, **strip) == dataclasses.replace(right, **strip)  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--seeds 0,4 --steps 30 --batch 32 --looks 2 --samples 300",
+        "--recipe digits --network.width 64 --mirror --learning-rate 0.002 --measure.extractor random",
+        "--recipe imagefolder --resolution 16 --network.base-channels 16 --network.multipliers 1 2 --no-augmentation",
+        "--conditional --weighting.sigma-data 0.25 --noise-levels.mean -1.5 --references 256",
+    ],
+)
+def test_command_of_a_comparison_is_read_back_as_the_same(flags: str) -> None:
+    flags = flags.replace("--no-augmentation", "--augmentation 0")
+    verb = parse(["compare", "digits", *flags.split()])
+    assert isinstance(verb, Compare)
+    words = shlex.split(verb._command(verb.opened, accelerated=False))
+    assert words[:3] == ["stablefield", "compare", "digits"]
+    assert same(parse(words[1:]), verb)
+    if flags:
+        assert len(words) > 4
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--references 4,all --plan ve --by-class --aim 0.2", "--resolution 8 --skip-broken"]
+)
+def test_command_of_a_probe_is_read_back_as_the_same(flags: str) -> None:
+    verb = parse(["probe", "my photos", *flags.split()])
+    assert isinstance(verb, Probe)
+    words = shlex.split(verb._command)
+    assert words[:3] == ["stablefield", "probe", "my photos"]
+    assert same(parse(words[1:]), verb)
+    assert len(words) == 3 + len(flags.split())
