@@ -109,6 +109,11 @@ def test_the_tables_of_the_comparison_are_the_committed_measurements(site: Path)
     assert f">{target['training_step']['ratio'] - 1:+.1%}</td>" in page
 
 
+def test_the_picture_of_the_comparison_is_that_of_the_experiments() -> None:
+    shown, made = ROOT / "docs/assets/comparisons.png", ROOT / "experiments/figures/comparisons.png"
+    assert shown.read_bytes() == made.read_bytes()
+
+
 def test_the_tables_of_the_page_on_speed_are_the_committed_measurements(site: Path) -> None:
     page = (site / "speed.html").read_text("utf-8")
     record = json.loads((ROOT / "benchmarks/results/step_cpu.json").read_text())
