@@ -25,8 +25,9 @@ Of rows with themselves, where errors are largest: up to 7 measured on images, 1
 
 # Multiplications from which the operator's own overhead (some 15 us) does not show.
 _LARGE = 2**20
-# oneDNN compiles code for every new shape, about a millisecond each; rows of zeros keep the shapes few.
-_ROWS = 4
+# oneDNN compiles code for every new shape, about a millisecond each, and keeps the newest 1,024; rows of zeros keep the
+# shapes few: at most this many to each doubling of the rows, but no fewer than 4 rows apart.
+_PER_DOUBLING = 8
 
 
 def inner(x: Tensor, rows: Tensor) -> Tensor:
@@ -45,10 +46,14 @@ Linear = Callable[[Tensor, Tensor], Tensor]
 
 
 def _padded(linear: Linear, x: Tensor, weight: Tensor) -> Tensor:
-    missing = -len(x) % _ROWS
+    missing = _padding(len(x))
     if not missing:
         return linear(x, weight)
     return linear(functional.pad(x, (0, 0, 0, missing)), weight)[: len(x)]
+
+
+def _padding(rows: int) -> int:
+    return -rows % max(4, 2 ** rows.bit_length() // (2 * _PER_DOUBLING))
 
 
 def _linear(x: Tensor, rows: Tensor) -> Linear | None:
