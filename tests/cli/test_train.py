@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,15 @@ def test_wrong_use_is_found_before_a_folder_is_made(tmp_path: Path, capsys: pyte
     assert not out.exists()
 
 
+@pytest.fixture
+def usual_ctrl_c() -> Iterator[None]:
+    # A shell's background job is started with Ctrl-C ignored, and so are these tests in one.
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, found)
+
+
+@pytest.mark.usefixtures("usual_ctrl_c")
 def test_second_sigterm_is_the_same_wish_and_a_second_ctrl_c_is_not() -> None:
     from stablefield.cli.interruption import Interruption
 
