@@ -1,15 +1,14 @@
 """Results on a terminal: a table, and beneath it what was measured how."""
 
 import re
-import warnings
 from collections.abc import Sequence
 
 from rich.markup import escape
 from rich.table import Table
 
 from stablefield.cli.console import console
-from stablefield.evaluation.protocol import Protocol, ProtocolWarning
-from stablefield.evaluation.result import Result, compare
+from stablefield.evaluation.protocol import Protocol
+from stablefield.evaluation.result import Result, compare_all
 
 __all__ = ["print_against", "print_results"]
 
@@ -42,19 +41,11 @@ def print_results(results: Sequence[Result]) -> None:
 
 def print_against(results: Sequence[Result], earlier: Sequence[Result], name: str) -> None:
     """The same numbers of an earlier file beside these, with a warning where protocols differ."""
-    others = {result.protocol.metric: result for result in earlier}
     table = Table(box=None, pad_edge=False, header_style="bold", title=escape(f"against {name}"), title_justify="left")
     for heading in ("", "here", "there", "difference"):
         table.add_column(heading, justify="left" if not heading else "right")
-    messages: list[str] = []
-    for result in results:
-        other = others.get(result.protocol.metric)
-        if other is None:
-            continue
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", ProtocolWarning)
-            comparison = compare(result, other)
-        messages += [str(warning.message) for warning in caught]
+    found, messages = compare_all(results, earlier)
+    for result, other, comparison in found:
         mark = "" if comparison.comparable else " (!)"
         table.add_row(
             escape(_short(result.protocol.metric)),
@@ -62,11 +53,11 @@ def print_against(results: Sequence[Result], earlier: Sequence[Result], name: st
             _number(other.mean),
             f"{comparison.difference:+.4g}{mark}",
         )
-    if not table.row_count:
+    if not found:
         console.print(f"[yellow]warning:[/] {escape(name)} has none of these numbers: nothing to compare with.")
         return
     console.print(table)
-    for message in dict.fromkeys(messages):
+    for message in messages:
         console.print(f"[yellow]warning:[/] {escape(message)}")
 
 

@@ -8,14 +8,14 @@ printed.
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Self
 
 from stablefield.evaluation.protocol import Difference, Protocol, ProtocolWarning, differences
 
-__all__ = ["Comparison", "Result", "compare"]
+__all__ = ["Comparison", "Result", "compare", "compare_all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,3 +134,22 @@ def compare(a: Result, b: Result) -> Comparison:
             parts.append(f"Their samples were made differently: {'; '.join(telling)}.")
         warnings.warn(" ".join(parts), ProtocolWarning, stacklevel=2)
     return Comparison(difference=a.mean - b.mean, differences=found)
+
+
+def compare_all(
+    results: Sequence[Result], earlier: Sequence[Result]
+) -> tuple[list[tuple[Result, Result, Comparison]], list[str]]:
+    """Compare results with those of the same metrics among `earlier`.
+
+    Returns:
+        Each result that has one with its counterpart and their comparison; and what `compare` warns of, each once.
+    """
+    others = {result.protocol.metric: result for result in earlier}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ProtocolWarning)
+        found = [
+            (result, others[result.protocol.metric], compare(result, others[result.protocol.metric]))
+            for result in results
+            if result.protocol.metric in others
+        ]
+    return found, list(dict.fromkeys(str(warning.message) for warning in caught))

@@ -1,14 +1,13 @@
 """The page of `stablefield evaluate`: the numbers, some of the images, an earlier result beside them, and every protocol."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stablefield.evaluation.protocol import Protocol, ProtocolWarning
-from stablefield.evaluation.result import Result, compare
+from stablefield.evaluation.protocol import Protocol
+from stablefield.evaluation.result import Result, compare_all
 from stablefield.report.cells import Cell, Estimate
 from stablefield.report.images import image_figure
 from stablefield.report.page import (
@@ -122,25 +121,16 @@ def _numbers(results: Sequence[Result]) -> Table:
 
 
 def _comparison(results: Sequence[Result], earlier: Earlier) -> tuple[Block, ...]:
-    others = {result.protocol.metric: result for result in earlier.results}
+    found, messages = compare_all(results, earlier.results)
     rows: list[tuple[Cell, ...]] = []
-    messages: list[str] = []
-    for result in results:
-        other = others.get(result.protocol.metric)
-        if other is None:
-            continue
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", ProtocolWarning)
-            comparison = compare(result, other)
-        messages += [str(warning.message) for warning in caught]
+    for result, other, comparison in found:
         verdict = "yes" if comparison.comparable else "no"
         rows.append((result.protocol.metric, result.mean, other.mean, comparison.difference, verdict))
     if not rows:
         return (Text(f"{earlier.name} has none of these numbers."),)
     columns = ("Metric", "Here", "There", "Difference", "Measured alike")
     table = Table(columns=columns, rows=tuple(rows), caption=f"There: {earlier.name}.", digits=4)
-    told = tuple(dict.fromkeys(messages))
-    return (table, Bullets(told)) if told else (table,)
+    return (table, Bullets(tuple(messages))) if messages else (table,)
 
 
 def _lines(protocol: Protocol) -> list[str]:

@@ -159,7 +159,7 @@ class Bank:
 
 
 def _decode(data: Tensor, buffer: Tensor) -> Tensor:
-    """Write the values that `data` means into `buffer`, of the same shape."""
+    """Write the values that `data` means into `buffer`, of the same shape; those of uint8 to 2^-23."""
     # To the device first: uint8 is a quarter of what it is decoded to.
     buffer.copy_(data.to(buffer.device))
     if data.dtype != torch.uint8:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from stablefield.targets.bank import Norms
-from stablefield.targets.product import weighted
+from stablefield.targets.product import add_weighted, weighted
 
 __all__ = ["Partial"]
 
@@ -139,7 +139,7 @@ class Partial:
         mass = weights.sum(1).to(self.mass.dtype)
         self.mass = self.mass + mass
         self.energy = self.energy + mass * norms.centre + torch.mv(weights, norms.centred)
-        self.total.add_(weighted(weights, rows))
+        add_weighted(self.total, weights, rows)
         self.mass_squared = self.mass_squared + weights.square_().sum(1)
 
     def _add_some(self, queries: Tensor, logits: Tensor, rows: Tensor, norms: Norms, unseen: float) -> None:
@@ -151,7 +151,7 @@ class Partial:
         heavy = narrow > unseen
         count = int(heavy.sum())
         if count > _MANY * len(self.total) and len(queries) == len(self.total):
-            self.total.add_(weighted(weights, rows))
+            add_weighted(self.total, weights, rows)
         elif count == len(queries):
             self.total.index_add_(0, queries, weighted(weights, rows))
         elif count:

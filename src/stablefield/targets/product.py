@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["ULPS", "inner", "weighted"]
+__all__ = ["ULPS", "add_weighted", "inner", "weighted"]
+
+_Linear = Callable[[Tensor, Tensor], Tensor]
 
 ULPS = 10
 """Bound on the rounding error of `inner`, in ulps of the product of the two norms.
@@ -42,10 +44,16 @@ def weighted(weights: Tensor, rows: Tensor) -> Tensor:
     return weights @ rows if linear is None else _padded(linear, weights, rows.T)
 
 
-Linear = Callable[[Tensor, Tensor], Tensor]
+def add_weighted(total: Tensor, weights: Tensor, rows: Tensor) -> None:
+    """Add the sums of `rows` (c, d) with `weights` (B, c) to `total` (B, d), in place."""
+    linear = _linear(weights, rows)
+    if linear is None:
+        total.addmm_(weights, rows)  # in one pass
+    else:
+        total.add_(_padded(linear, weights, rows.T))
 
 
-def _padded(linear: Linear, x: Tensor, weight: Tensor) -> Tensor:
+def _padded(linear: _Linear, x: Tensor, weight: Tensor) -> Tensor:
     missing = _padding(len(x))
     if not missing:
         return linear(x, weight)
@@ -56,7 +64,7 @@ def _padding(rows: int) -> int:
     return -rows % max(4, 2 ** rows.bit_length() // (2 * _PER_DOUBLING))
 
 
-def _linear(x: Tensor, rows: Tensor) -> Linear | None:
+def _linear(x: Tensor, rows: Tensor) -> _Linear | None:
     """OneDNN's x @ weight.T, if it is to be used for these tensors."""
     fits = x.device.type == "cpu" and x.dtype == rows.dtype == torch.float32
     if not fits or len(x) * rows.numel() < _LARGE or not torch.backends.mkldnn.enabled:
@@ -65,7 +73,7 @@ def _linear(x: Tensor, rows: Tensor) -> Linear | None:
 
 
 @cache
-def _find() -> Linear | None:
+def _find() -> _Linear | None:
     """OneDNN's x @ weight.T, if torch has it on this machine and it does what it is expected to do."""
     if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
         return None
