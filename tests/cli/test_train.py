@@ -1,7 +1,9 @@
 """`stablefield train`: any folder of images, the recipe that fits it, and a run that can be left at any time."""
 
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -59,6 +61,26 @@ def test_folder_of_mixed_pictures_trains_without_flags_and_can_be_sampled_after_
     assert "Lanczos to 32 x 32" in config.manifest["resized"]
     assert status("sample", str(run), "--seeds", "0-3", "--steps", "2", "--out", str(tmp_path / "grid.png")) == 0
     assert (tmp_path / "grid.png").is_file()
+
+
+@pytest.mark.slow
+def test_both_of_two_processes_end_a_failed_run_with_its_message(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "stablefield", "train", "digits", "--device", "cpu", "--steps", "5"]
+    command += ["--learning-rate", "1e30", "--sample-every", "0"]
+    started = []
+    for rank in ("0", "1"):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, **place, "OMP_NUM_THREADS": "1"}
+        started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True))
+    messages = [process.communicate(timeout=200)[1] for process in started]
+    # Not -6: gloo's threads abort a process that ends within its group.
+    assert [process.returncode for process in started] == [1, 1], messages
+    for message in messages:
+        assert "the loss is nan" in message
+        assert "lower --learning-rate" in message
 
 
 def test_dry_run_says_what_a_run_takes_and_writes_nothing(

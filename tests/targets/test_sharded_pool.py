@@ -13,6 +13,7 @@ import stablefield as sf
 
 # What every rank does: its part of a batch over its shard, for several kinds of references; results go to a file.
 PROGRAM = """
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -52,24 +53,28 @@ def result(kind, band=0.0, timeout=None):
     found = target(x0[some], x_t[some], level, seen, case["index"][some])
     return {name: getattr(found, name)[: len(rows)] for name in ("x0", "variance", "ess", "source_weight")}
 
-if what == "wrong":
-    case["index"][1] += 1
-    result("uint8")
-elif what in ("dies", "silent"):
-    pool = sf.ShardedPool(case["data"][mine], timeout=timedelta(seconds=2 if what == "silent" else 50))
-    target = sf.StableTarget(sf.EDM(), references=pool)
-    if rank == size - 1:
-        if what == "dies":
-            sys.exit("rank %d: the first error" % rank)
-        import time
-        time.sleep(5)
-    target(case["x0"][rows], case["x_t"][rows], case["t"][rows], index=case["index"][rows])
-else:
-    band = 1e-3 if what == "idle" else 0.0
-    kinds = ["uint8"] if what == "idle" else ["uint8", "float64", "array", "groups", "mirrored"]
-    torch.save({kind: result(kind, band) for kind in kinds} | {"rows": rows}, folder / ("found-%d.pt" % rank))
-    dist.barrier()
-dist.destroy_process_group()
+try:
+    if what == "wrong":
+        case["index"][1] += 1
+        result("uint8")
+    elif what in ("dies", "silent"):
+        pool = sf.ShardedPool(case["data"][mine], timeout=timedelta(seconds=2 if what == "silent" else 50))
+        target = sf.StableTarget(sf.EDM(), references=pool)
+        if rank == size - 1:
+            if what == "dies":
+                print("rank %d: the first error" % rank, file=sys.stderr, flush=True)
+                os._exit(3)  # as a killed process: nothing is said to the others
+            import time
+            time.sleep(5)
+        target(case["x0"][rows], case["x_t"][rows], case["t"][rows], index=case["index"][rows])
+    else:
+        band = 1e-3 if what == "idle" else 0.0
+        kinds = ["uint8"] if what == "idle" else ["uint8", "float64", "array", "groups", "mirrored"]
+        torch.save({kind: result(kind, band) for kind in kinds} | {"rows": rows}, folder / ("found-%d.pt" % rank))
+        dist.barrier()
+finally:
+    # Without it the threads of gloo can abort the process at its end, after the message.
+    dist.destroy_process_group()
 """
 
 TIMEOUT = 60

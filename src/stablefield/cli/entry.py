@@ -45,7 +45,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         _tell(f"{type(error).__name__}: {error}. This is a defect of ours; --debug shows where it happened.")
         status = 1
+    _leave_the_others(failed=status != 0)
     sys.exit(status)
+
+
+def _leave_the_others(failed: bool) -> None:
+    """End the group of processes, if this is one of several: gloo's threads can abort a program that ends without.
+
+    After a failure, only where that cannot wait for the others: NCCL's end is an affair of all ranks.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not (distributed.is_available() and distributed.is_initialized()):
+        return
+    if not failed or distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
 
 
 def _tell(message: str) -> None:
