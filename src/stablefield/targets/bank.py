@@ -121,28 +121,42 @@ class Bank:
         part._norms = {dtype: self.norms(dtype).at(index) for dtype in (self._norms or {self.dtype: None})}
         return part
 
-    def chunk_size(self, batch: int) -> int:
-        """References per chunk for `batch` rows, by the memory at hand."""
-        return chunk_rows(batch, self.dim, len(self), self.device)
+    @property
+    def holds_bytes(self) -> bool:
+        """Whether the references are uint8 images."""
+        return self.data.dtype in (torch.uint8, np.dtype(np.uint8))
+
+    def chunk_size(self, batch: int, decoded: bool = True) -> int:
+        """References per chunk for `batch` rows, by the memory at hand; more if they stay the bytes that they are."""
+        return chunk_rows(batch, self.dim, len(self), self.device, decoded)
 
     def chunks(self, size: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Yield (slice, rows), with rows of shape (at most `size`, d) in `dtype`, valid until the next one is asked for."""
-        size = min(size, len(self))
         plain = isinstance(self.data, Tensor) and self.data.dtype == dtype and self.data.is_contiguous()
-        buffer = None if plain else torch.empty(size, *self.data.shape[1:], dtype=dtype, device=self.device)
+        shape = (min(size, len(self)), *self.data.shape[1:])
+        buffer = None if plain else torch.empty(shape, dtype=dtype, device=self.device)
+        for where, part in self.pages(size):
+            rows = part if buffer is None else _decode(part, buffer[: len(part)])
+            yield where, rows.view(len(part), self.dim)
+
+    def pages(self, size: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (slice, data), with data of shape (at most `size`, ...) as they are stored, valid until the next one.
+
+        Those of an array are on the host, whatever the device.
+        """
+        size = min(size, len(self))
         page = None
         if not isinstance(self.data, Tensor):
             page = np.empty((size, *self.data.shape[1:]), self.data.dtype)
         for start in range(0, len(self), size):
             where = slice(start, min(start + size, len(self)))
-            count = where.stop - start
             part = self.data[where]
             if not isinstance(part, Tensor):
                 assert page is not None
+                count = where.stop - start
                 np.copyto(page[:count], part)
                 part = torch.from_numpy(page[:count])
-            rows = part if buffer is None else _decode(part, buffer[:count])
-            yield where, rows.view(count, self.dim)
+            yield where, part
 
     def norms(self, dtype: torch.dtype) -> Norms:
         """Squared norms of all references as decoded to `dtype`, computed once."""

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from stablefield.targets.bank import Bank, Norms, squared_norms
+from stablefield.targets.factor import Factor, Operand, factor_size, factors
 from stablefield.targets.kernel import Kernel
 from stablefield.targets.partial import Partial
-from stablefield.targets.product import ULPS, inner
+from stablefield.targets.product import ULPS
 from stablefield.targets.query import Query
 
 __all__ = ["Anchor", "Excess", "find_anchor", "watched"]
@@ -92,7 +93,7 @@ class Excess:
         # What all references have in common is taken off in float64, so that the rest keeps its digits.
         self._offset = (offset - alpha**2 * norms.centre).to(x.dtype)[:, None]
         self._alpha_square = (alpha**2).to(x.dtype)[:, None]
-        self._scaled = _scaled(query)
+        self._scaled = Operand(_scaled(query))
         self._error = _logit_error(query, norms.largest)
         self._rough = self._error > _TOLERANCE
         # Asked once for all chunks.
@@ -113,12 +114,12 @@ class Excess:
         return Partial.of_one(logit, self._square, self._anchor.rows)
 
     def logits(
-        self, rows: Tensor, norms: Norms, where: slice, allowed: Tensor | None, reached: Tensor
+        self, factor: Factor, norms: Norms, where: slice, allowed: Tensor | None, reached: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Log weights of a chunk relative to the anchor, with the prior, and the largest of each row.
 
         Args:
-            rows: the references, shape (c, d).
+            factor: the c references.
             norms: their squared norms.
             where: their place in the bank.
             allowed: which pairs count at all, shape (B, c), or None for all.
@@ -129,26 +130,26 @@ class Excess:
         """
         anchor = self._anchor
         if anchor.distances is None:
-            excess = inner(self._scaled, rows).addcmul_(self._alpha_square, norms.centred).sub_(self._offset)
+            excess = factor.inner(self._scaled).addcmul_(self._alpha_square, norms.centred).sub_(self._offset)
         else:
             excess = anchor.distances[:, where] - self._offset
         if len(self._rows) and not self._by_pairs:
-            excess.index_copy_(0, self._rows, self._wide(rows, self._rows).to(excess.dtype))
+            excess.index_copy_(0, self._rows, self._wide(factor.rows, self._rows).to(excess.dtype))
         logits = self._log_ratio(excess, where)
         if allowed is not None:
             logits.masked_fill_(~allowed, -torch.inf)
         if anchor.place is not None:
             inside = (anchor.place >= where.start) & (anchor.place < where.stop)
-            if watched(rows.device):
+            if watched(logits.device):
                 own = inside.nonzero()[:, 0]
                 if len(own):
                     logits[own, anchor.place[own] - where.start] = -torch.inf
             else:
-                column = (anchor.place - where.start).clamp(0, len(rows) - 1)[:, None]
+                column = (anchor.place - where.start).clamp(0, len(factor) - 1)[:, None]
                 logits.scatter_(1, column, logits.gather(1, column).masked_fill_(inside[:, None], -torch.inf))
         largest = logits.amax(1)
         if len(self._rows) and self._by_pairs:
-            self._repair(logits, largest, rows, where, reached)
+            self._repair(logits, largest, factor, where, reached)
         return logits, largest
 
     def _log_ratio(self, excess: Tensor, where: slice, at: Tensor | slice = slice(None)) -> Tensor:
@@ -157,7 +158,7 @@ class Excess:
         prior = self._query.prior(where)
         return logits if prior is None else logits + prior
 
-    def _repair(self, logits: Tensor, largest: Tensor, rows: Tensor, where: slice, reached: Tensor) -> None:
+    def _repair(self, logits: Tensor, largest: Tensor, factor: Factor, where: slice, reached: Tensor) -> None:
         # Near is what could have weight beside a logit that is certain to be reached, rounding errors included.
         least = torch.maximum(largest - self._error, reached) - self._error - _NEGLIGIBLE
         some = (self._rough & (largest >= least) & ~torch.isneginf(largest)).nonzero()[:, 0]
@@ -166,31 +167,30 @@ class Excess:
         old = logits[some]
         near = (old >= least[some].to(old.dtype)[:, None]) & ~old.isneginf()
         count = int(near.sum())
-        if rows.device.type == "cpu" and rows.dtype == torch.float32 and count > _DENSE * near.numel():
-            exact = self._log_ratio(self._wide(rows, some).to(old.dtype), where, some)
+        if old.device.type == "cpu" and old.dtype == torch.float32 and count > _DENSE * near.numel():
+            exact = self._log_ratio(self._wide(factor.rows, some).to(old.dtype), where, some)
             new = torch.where(old.isneginf(), old, exact)
         else:
             i, k = near.nonzero(as_tuple=True)
             prior = self._query.prior(where)
-            exact = self._pairs(rows, some[i], k)
+            exact = self._pairs(factor, some[i], k)
             new = old.index_put((i, k), exact if prior is None else exact + prior[k])
         logits[some] = new
         largest[some] = new.amax(1)
 
-    def _pairs(self, rows: Tensor, i: Tensor, k: Tensor) -> Tensor:
+    def _pairs(self, factor: Factor, i: Tensor, k: Tensor) -> Tensor:
         """Log ratio of row i[p] and reference k[p] of the chunk, shape (P,), without the prior."""
         query = self._query
-        alpha = query.alpha.to(rows.dtype)[:, None]
-        step = max(1, _PAIR_BUDGET // rows.shape[1])
+        dim = query.x_t.shape[1]
+        alpha = query.alpha.to(query.x_t.dtype)[:, None]
+        step = max(1, _PAIR_BUDGET // dim)
         excess = torch.cat(
             [
-                _uncancelled((self._anchor.rows[part_i] - rows[part_k]).mul_(alpha[part_i]), self._noise[part_i])
+                _uncancelled((self._anchor.rows[part_i] - factor.at(part_k)).mul_(alpha[part_i]), self._noise[part_i])
                 for part_i, part_k in zip(i.split(step), k.split(step), strict=True)
             ]
         )
-        ratio = self._kernel.log_ratio(
-            excess[:, None], self.anchor_square[i, None], query.sigma[i, None], rows.shape[1]
-        )
+        ratio = self._kernel.log_ratio(excess[:, None], self.anchor_square[i, None], query.sigma[i, None], dim)
         return ratio[:, 0]
 
     def _wide(self, rows: Tensor, some: Tensor) -> Tensor:
@@ -247,13 +247,13 @@ def _nearest(query: Query, rows: Tensor, bank: Bank, keep: bool) -> tuple[Tensor
     Near enough is good enough for an anchor, so the plain product form serves.
     """
     dtype = query.x_t.dtype
-    alpha_square, scaled = (query.alpha[rows, None] ** 2).to(dtype), _scaled(query)[rows]
+    alpha_square, scaled = (query.alpha[rows, None] ** 2).to(dtype), Operand(_scaled(query)[rows])
     centred = bank.norms(dtype).centred
     best = torch.full((len(rows),), torch.inf, dtype=dtype, device=rows.device)
     index = torch.full_like(rows, -1)
     kept = torch.empty(len(rows), len(bank), dtype=dtype, device=rows.device) if keep else None
-    for where, chunk in bank.chunks(bank.chunk_size(len(rows)), dtype):
-        distance = inner(scaled, chunk).addcmul_(alpha_square, centred[where])
+    for where, factor in factors(bank, factor_size(bank, len(rows), dtype), len(rows), dtype):
+        distance = factor.inner(scaled).addcmul_(alpha_square, centred[where])
         if kept is not None:
             kept[:, where] = distance
         prior, allowed = query.prior(where), query.allowed(where, rows)

@@ -14,6 +14,8 @@ __all__ = ["chunk_rows", "free_bytes"]
 
 # Numbers in a chunk on a CPU: 8 MB in float32, a share of the cache of one socket. Fewer starve the matrix products.
 _CACHED = 2**21
+# Numbers in a chunk of bytes: 8 MB, since nothing larger is made of them.
+_CACHED_BYTES = 2**23
 # Numbers in a chunk elsewhere: 1 GB in float32.
 _RESIDENT = 2**28
 # References per chunk below which the pass over the sums, B d numbers per chunk, costs as much as the products.
@@ -22,15 +24,16 @@ _FEWEST = 128
 _SHARE = 16
 
 
-def chunk_rows(batch: int, dim: int, n: int, device: torch.device) -> int:
-    """How many of `n` references of `dim` numbers a chunk should hold, for `batch` rows.
+def chunk_rows(batch: int, dim: int, n: int, device: torch.device, decoded: bool = True) -> int:
+    """How many of `n` references of `dim` numbers (or bytes, if not decoded) a chunk should hold, for `batch` rows.
 
     Neither (batch, chunk) nor (chunk, dim) float32 numbers exceed a sixteenth of the free memory, if more than one
     reference fits at all.
     """
     widest = max(batch, dim, 1)
-    wanted = max(_FEWEST, (_CACHED if device.type == "cpu" else _RESIDENT) // widest)
-    if wanted >= n and n * widest <= _CACHED:
+    cached = _CACHED if decoded else _CACHED_BYTES
+    wanted = max(_FEWEST, (cached if device.type == "cpu" else _RESIDENT) // widest)
+    if wanted >= n and n * widest <= cached:
         return max(1, n)
     return max(1, min(n, wanted, free_bytes(device) // (4 * _SHARE) // widest))
 

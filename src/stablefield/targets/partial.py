@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from stablefield.targets.bank import Norms
-from stablefield.targets.product import add_weighted, weighted
+from stablefield.targets.factor import Factor
 
 __all__ = ["Partial"]
 
@@ -85,13 +86,13 @@ class Partial:
         """Count prior weights, given as the log of their sum, shape (B,) or (): of what `add` adds, and of the anchors."""
         self.log_prior = torch.logaddexp(self.log_prior, log_prior.to(self.log_prior.dtype))
 
-    def add(self, logits: Tensor, largest: Tensor, rows: Tensor, norms: Norms, among: int | None = None) -> None:
+    def add(self, logits: Tensor, largest: Tensor, factor: Factor, norms: Norms, among: int | None = None) -> None:
         """Add a chunk of c references, but for their prior weights.
 
         Args:
             logits: shape (B, c), -inf where a reference may not be used; overwritten.
             largest: the largest logit of each query, shape (B,).
-            rows: the references, shape (c, d).
+            factor: the references.
             norms: their squared norms.
             among: how many references there are in all. What weighs so little that all of them, if they weighed no more,
                 could not be seen in the dtype, is left out. This looks at the values, for which a GPU would have to be
@@ -101,7 +102,7 @@ class Partial:
         above = largest > old + _SLACK
         if among is None:
             self._raise_to(torch.where(above, largest.to(old.dtype), old))
-            self._add_all(logits, rows, norms)
+            self._add_all(logits, factor, norms)
             return
         unseen = torch.finfo(logits.dtype).eps / (4 * among)
         seen = largest > old + math.log(unseen)
@@ -110,7 +111,7 @@ class Partial:
             return
         if bool(above.any()):
             self._raise_to(torch.where(above, largest.to(old.dtype), old))
-        self._add_some(seen.nonzero()[:, 0], logits, rows, norms, unseen * len(rows))
+        self._add_some(seen.nonzero()[:, 0], logits, factor, norms, unseen * len(factor))
 
     def merge(self, other: "Partial") -> "Partial":
         """The posterior sums over the references of both parts, which must be disjoint and share their anchor."""
@@ -134,33 +135,42 @@ class Partial:
         self.energy = self.energy * keep
         self.total.mul_(keep.to(self.total.dtype)[:, None])
 
-    def _add_all(self, logits: Tensor, rows: Tensor, norms: Norms) -> None:
-        weights = logits.sub_(_finite(self.peak).to(logits.dtype)[:, None]).exp_()
+    def _add_all(self, logits: Tensor, factor: Factor, norms: Norms) -> None:
+        weights = _exp(logits.sub_(_finite(self.peak).to(logits.dtype)[:, None]))
         mass = weights.sum(1).to(self.mass.dtype)
         self.mass = self.mass + mass
         self.energy = self.energy + mass * norms.centre + torch.mv(weights, norms.centred)
-        add_weighted(self.total, weights, rows)
+        factor.add_weighted(self.total, weights)
         self.mass_squared = self.mass_squared + weights.square_().sum(1)
 
-    def _add_some(self, queries: Tensor, logits: Tensor, rows: Tensor, norms: Norms, unseen: float) -> None:
-        """Add for `queries`, and make the product with `rows` for those of them whose chunk weighs more than `unseen`."""
+    def _add_some(self, queries: Tensor, logits: Tensor, factor: Factor, norms: Norms, unseen: float) -> None:
+        """Add for `queries`, and make the product for those of them whose chunk weighs more than `unseen`."""
         if len(queries) < len(logits):
-            logits = logits[queries]
-        weights = logits.sub_(_finite(self.peak[queries]).to(logits.dtype)[:, None]).exp_()
+            logits = logits.index_select(0, queries)
+        weights = _exp(logits.sub_(_finite(self.peak[queries]).to(logits.dtype)[:, None]))
         narrow = weights.sum(1)
         heavy = narrow > unseen
         count = int(heavy.sum())
         if count > _MANY * len(self.total) and len(queries) == len(self.total):
-            add_weighted(self.total, weights, rows)
+            factor.add_weighted(self.total, weights)
         elif count == len(queries):
-            self.total.index_add_(0, queries, weighted(weights, rows))
+            self.total.index_add_(0, queries, factor.weighted(weights))
         elif count:
-            self.total.index_add_(0, queries[heavy], weighted(weights[heavy], rows))
+            self.total.index_add_(0, queries[heavy], factor.weighted(weights[heavy]))
         mass = narrow.to(self.mass.dtype)
         energy = mass * norms.centre + torch.mv(weights, norms.centred)
         self.mass = self.mass.index_add(0, queries, mass)
         self.energy = self.energy.index_add(0, queries, energy)
         self.mass_squared = self.mass_squared.index_add(0, queries, weights.square_().sum(1).to(mass.dtype))
+
+
+def _exp(logits: Tensor) -> Tensor:
+    """Exponentials, in place; 0 for those that are no normal numbers."""
+    if logits.device.type != "cpu":
+        return logits.exp_()
+    # Denormal results take a CPU thirty times as long, and results of 0 ten times; most logits would have them.
+    least = 4 * torch.finfo(logits.dtype).tiny
+    return functional.threshold(logits.clamp_(min=math.log(least)).exp_(), 2 * least, 0.0, inplace=True)
 
 
 def _finite(peak: Tensor) -> Tensor:

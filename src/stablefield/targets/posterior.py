@@ -24,6 +24,7 @@ from torch import Tensor
 
 from stablefield.targets.bank import Bank, squared_norms
 from stablefield.targets.excess import Anchor, Excess, find_anchor, watched
+from stablefield.targets.factor import factor_size, factors
 from stablefield.targets.kernel import GaussianKernel, Kernel
 from stablefield.targets.partial import Partial
 from stablefield.targets.precision import full_precision
@@ -112,18 +113,18 @@ def accumulate(query: Query, bank: Bank, excess: Excess, partial: Partial, chunk
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1, or None to have it chosen.")
     x = query.x_t
-    size = min(chunk_size or bank.chunk_size(len(x)), len(bank))
+    size = min(chunk_size or factor_size(bank, len(x), x.dtype), len(bank))
     norms = bank.norms(x.dtype)
     among = len(bank) if watched(x.device) else None
     uniform = query.log_prior is None and query.group is None
     if uniform:
         partial.add_prior(_prior_weight(query, slice(0, len(bank)), None))
-    for where, rows in bank.chunks(size, x.dtype):
+    for where, factor in factors(bank, size, len(x), x.dtype):
         allowed, part = query.allowed(where), norms.at(where)
-        logits, largest = excess.logits(rows, part, where, allowed, partial.peak)
+        logits, largest = excess.logits(factor, part, where, allowed, partial.peak)
         if not uniform:
             partial.add_prior(_prior_weight(query, where, allowed))
-        partial.add(logits, largest, rows, part, among)
+        partial.add(logits, largest, factor, part, among)
     return partial
 
 

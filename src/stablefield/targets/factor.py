@@ -1,0 +1,172 @@
+"""Factors: references of a chunk as what rows are multiplied with, decoded or as the bytes that they are stored as."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from stablefield.targets import product
+from stablefield.targets.bank import Bank, largest_magnitude
+from stablefield.targets.integers import LONGEST, Digits, available
+
+__all__ = ["ByteFactor", "DecodedFactor", "Factor", "Operand", "factor_size", "factors"]
+
+# Multiplications of a whole pass over the references from which digits are worth making.
+_LARGE = 2**24
+# Numbers per row below which products of bytes gain nothing.
+_SHORT = 256
+
+
+class Operand:
+    """Rows that are multiplied with many factors; what a kind of factor makes of them is made once.
+
+    Args:
+        rows: shape (B, d), finite.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    @cached_property
+    def digits(self) -> Digits:
+        """The rows as digits."""
+        return Digits.of(self.rows, largest_magnitude(self.rows))
+
+    @cached_property
+    def sums(self) -> Tensor:
+        """The sum of each row, shape (B,)."""
+        return self.rows.sum(1)
+
+
+class Factor(Protocol):
+    """Some references, c rows of d numbers."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    @property
+    def rows(self) -> Tensor:
+        """All of them, decoded, shape (c, d)."""
+        ...
+
+    def at(self, index: Tensor) -> Tensor:
+        """Those at `index` (m,), decoded, shape (m, d)."""
+        ...
+
+    def inner(self, x: Operand) -> Tensor:
+        """Inner products with the rows of `x`, shape (B, c), in a tensor of its own."""
+        ...
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """Their sums with `weights` (B, c), none negative, shape (B, d), in a tensor of its own."""
+        ...
+
+    def add_weighted(self, total: Tensor, weights: Tensor) -> None:
+        """Add their sums with `weights` (B, c), none negative, to `total` (B, d), in place."""
+        ...
+
+
+class DecodedFactor:
+    """References as floats.
+
+    Args:
+        rows: shape (c, d).
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def rows(self) -> Tensor:  # noqa: D102
+        return self._rows
+
+    def at(self, index: Tensor) -> Tensor:  # noqa: D102
+        return self._rows[index]
+
+    def inner(self, x: Operand) -> Tensor:  # noqa: D102
+        return product.inner(x.rows, self._rows)
+
+    def weighted(self, weights: Tensor) -> Tensor:  # noqa: D102
+        return product.weighted(weights, self._rows)
+
+    def add_weighted(self, total: Tensor, weights: Tensor) -> None:  # noqa: D102
+        product.add_weighted(total, weights, self._rows)
+
+
+class ByteFactor:
+    """References as bytes b that mean (b + 1/2) / 127.5: uint8 images u, by b = u - 128.
+
+    Args:
+        values: shape (c, d), int8.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._bytes = values
+        self._decoded: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self._bytes)
+
+    @property
+    def rows(self) -> Tensor:  # noqa: D102
+        if self._decoded is None:
+            self._decoded = _meaning(self._bytes)
+        return self._decoded
+
+    def at(self, index: Tensor) -> Tensor:  # noqa: D102
+        return _meaning(self._bytes[index])
+
+    def inner(self, x: Operand) -> Tensor:  # noqa: D102
+        return self._times(x.digits, x.sums, self._bytes.T)
+
+    def weighted(self, weights: Tensor) -> Tensor:  # noqa: D102
+        return self._times(Digits.of(weights, weights.amax(1)), weights.sum(1), self._bytes)
+
+    def add_weighted(self, total: Tensor, weights: Tensor) -> None:  # noqa: D102
+        total.add_(self.weighted(weights))
+
+    def _times(self, digits: Digits, sums: Tensor, matrix: Tensor) -> Tensor:
+        halves, scale = sums * (0.5 / 127.5), digits.scale / 127.5
+        return digits.times(matrix).mul_(scale[:, None]).add_(halves[:, None])
+
+
+def factor_size(bank: Bank, batch: int, dtype: torch.dtype) -> int:
+    """How many references of `bank` a factor for `batch` rows should have, by the memory at hand."""
+    return bank.chunk_size(batch, decoded=not _stays_bytes(bank, batch, dtype))
+
+
+def factors(bank: Bank, size: int, batch: int, dtype: torch.dtype) -> Iterator[tuple[slice, Factor]]:
+    """The references of `bank`, at most `size` at a time, for products with `batch` rows of `dtype`.
+
+    Yields:
+        Their place in the bank, and the factor, valid until the next one is asked for.
+    """
+    if not _stays_bytes(bank, batch, dtype):
+        for where, rows in bank.chunks(size, dtype):
+            yield where, DecodedFactor(rows)
+        return
+    buffer = torch.empty(min(size, len(bank)), *bank.data.shape[1:], dtype=torch.uint8)
+    for where, part in bank.pages(size):
+        values = torch.bitwise_xor(part, 128, out=buffer[: len(part)])
+        yield where, ByteFactor(values.view(torch.int8).view(len(part), bank.dim))
+
+
+def _stays_bytes(bank: Bank, batch: int, dtype: torch.dtype) -> bool:
+    return (
+        dtype == torch.float32
+        and bank.device.type == "cpu"
+        and bank.holds_bytes
+        and _SHORT <= bank.dim <= LONGEST
+        and batch * len(bank) * bank.dim >= _LARGE
+        and available()
+    )
+
+
+def _meaning(values: Tensor) -> Tensor:
+    return values.to(torch.float32).add_(0.5).div_(127.5)

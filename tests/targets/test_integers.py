@@ -1,0 +1,138 @@
+"""Products with bytes in integer arithmetic: what float32 would give, in every shape, and only where it is exact."""
+
+import pytest
+import torch
+
+import stablefield as sf
+from stablefield.targets.bank import Bank, largest_magnitude
+from stablefield.targets.factor import ByteFactor, DecodedFactor, Operand, factors
+from stablefield.targets.integers import Digits, available
+from stablefield.targets.product import ULPS
+
+EPS = torch.finfo(torch.float32).eps
+# The digits need no special instructions, so they are tested everywhere.
+
+
+def of(rows: torch.Tensor) -> Digits:
+    return Digits.of(rows, largest_magnitude(rows))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 300.0, 1e30])
+def test_digits_keep_24_bits_of_the_largest_number(scale: float, rng: torch.Generator) -> None:
+    rows = scale * torch.randn(5, 300, generator=rng)
+    rows[0, 0] = -4 * scale
+    digits = of(rows)
+    values = sum(digits.digits[k, :5].double() * 256**k for k in range(3)) * digits.scale.double()[:, None]
+    error = (values - rows.double()).abs().amax(1) / rows.abs().amax(1).double()
+    assert error.max() < 1.1 * 2.0**-23
+    assert error.max() > 0
+
+
+def test_digits_of_zeros_and_of_the_extremes_are_exact() -> None:
+    rows = torch.tensor([[0.0, 0.0], [3.0, -3.0], [1e-42, 0.0]])
+    digits = of(rows)
+    assert digits.scale.isfinite().all()
+    values = sum(digits.digits[k, :3].double() * 256**k for k in range(3)) * digits.scale.double()[:, None]
+    torch.testing.assert_close(values, rows.double(), rtol=1e-7, atol=1e-40)
+
+
+@pytest.mark.parametrize("kind", ["images", "dark", "light", "equal"])
+@pytest.mark.parametrize("dim", [256, 784, 3072])
+def test_inner_products_with_bytes_keep_to_the_bound_of_products_with_floats(
+    kind: str, dim: int, rng: torch.Generator
+) -> None:
+    low, high = {"images": (0, 256), "dark": (0, 5), "light": (250, 256), "equal": (200, 201)}[kind]
+    images = torch.randint(low, high, (70, dim), generator=rng, dtype=torch.uint8)
+    factor = ByteFactor((images ^ 128).view(torch.int8))
+    truth = images.double() / 127.5 - 1
+    x = truth[:30].float() + 0.001 * torch.randn(30, dim, generator=rng)
+    expected = x.double() @ truth.T
+    norms = x.double().norm(dim=1)[:, None] * truth.norm(dim=1)
+    assert 0 < ((factor.inner(Operand(x)) - expected) / norms).abs().max() < ULPS * EPS
+
+
+@pytest.mark.parametrize("batch", [1, 3, 24])
+@pytest.mark.parametrize("count", [1, 37, 700])
+def test_weighted_sums_of_bytes_are_those_of_the_images(batch: int, count: int, rng: torch.Generator) -> None:
+    images = torch.randint(0, 256, (count, 768), generator=rng, dtype=torch.uint8)
+    factor = ByteFactor((images ^ 128).view(torch.int8))
+    truth = images.double() / 127.5 - 1
+    # Weights of all sizes, with a level far from the largest, as they come while sums are made.
+    weights = torch.exp(16 - 20 * torch.rand(batch, count, generator=rng))
+    weights[0] = 0
+    expected = weights.double() @ truth
+    scale = weights.double().sum(1, keepdim=True).clamp(min=1)
+    assert ((factor.weighted(weights) - expected) / scale).abs().max() < 2e-6
+    total = torch.ones(batch, 768)
+    factor.add_weighted(total, weights)
+    assert ((total - 1 - expected) / scale).abs().max() < 2e-6
+    torch.testing.assert_close(factor.rows.double(), truth, rtol=0, atol=1e-7)
+    assert torch.equal(factor.at(torch.tensor([count - 1])), factor.rows[-1:])
+
+
+@pytest.mark.parametrize("form", ["tensor", "array", "channels last"])
+@pytest.mark.parametrize("level", [0.3, 3.0, 30.0])
+def test_a_posterior_over_bytes_is_that_over_the_decoded_images(
+    form: str, level: float, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smooth = torch.nn.functional.interpolate(torch.rand(600, 3, 4, 4, generator=rng), size=16, mode="bilinear")
+    images = (255 * smooth).round().to(torch.uint8)
+    held = {
+        "tensor": images,
+        "array": images.numpy(),
+        "channels last": images.contiguous(memory_format=torch.channels_last),
+    }[form]
+    index = torch.arange(64)
+    x0 = images[index] / 127.5 - 1
+    x_t = sf.EDM().perturb(x0, level, generator=rng)
+
+    def target() -> sf.Target:
+        pool = sf.Pool(held, mirrored=True)
+        return sf.StableTarget(sf.EDM(), references=pool, chunk_size=130)(x0, x_t, level, index=index)
+
+    monkeypatch.setattr("stablefield.targets.factor.available", lambda: True)
+    kinds = {type(factor) for _, factor in factors(Bank(held), 130, 64, torch.float32)}
+    assert kinds == {ByteFactor}
+    by_bytes = target()
+    monkeypatch.setattr("stablefield.targets.factor.available", lambda: False)
+    kinds = {type(factor) for _, factor in factors(Bank(held), 130, 64, torch.float32)}
+    assert kinds == {DecodedFactor}
+    decoded = target()
+    torch.testing.assert_close(by_bytes.x0, decoded.x0, rtol=0, atol=1e-5)
+    torch.testing.assert_close(by_bytes.ess, decoded.ess, rtol=1e-3, atol=0)
+    assert level < 1 or decoded.ess.max() > 1.5
+
+
+def test_what_is_not_made_for_it_is_decoded(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stablefield.targets.factor.available", lambda: True)
+    images = torch.randint(0, 256, (200, 3072), generator=rng, dtype=torch.uint8)
+
+    def kind(data: torch.Tensor, batch: int = 64, dtype: torch.dtype = torch.float32) -> type:
+        return type(next(factors(Bank(data), 50, batch, dtype))[1])
+
+    assert kind(images) is ByteFactor
+    assert kind(images.float()) is DecodedFactor
+    assert kind(images, dtype=torch.float64) is DecodedFactor
+    assert kind(images[:, :64]) is DecodedFactor
+    assert kind(images, batch=2) is DecodedFactor
+
+
+def test_without_the_instructions_bytes_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cpu._is_vnni_supported", lambda: False)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    available.cache_clear()
+    try:
+        assert not available()
+    finally:
+        available.cache_clear()
+
+
+def test_a_product_that_overflows_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cpu._is_vnni_supported", lambda: True)
+    # As libraries do without VNNI: pairs of products saturate at 16 bits.
+    monkeypatch.setattr("torch._int_mm", lambda a, b: (a.int() @ b.int()).clamp(max=2**15 - 1))
+    available.cache_clear()
+    try:
+        assert not available()
+    finally:
+        available.cache_clear()
