@@ -348,7 +348,7 @@ def test_no_code_carries_a_mark_of_a_licence_that_forbids_commercial_use():
         (MACHINE_PATH, "see /" + "work/shared", True),
         (MACHINE_PATH, "C:" + r"\Users\ada", True),
         (MACHINE_PATH, "https://example.org/work/of/others", False),
-        (MACHINE_PATH, "path/to/home/run, ~/work/data", False),
+        (MACHINE_PATH, "path/to/" + "home/run, ~/" + "work/data", False),
         (FOREIGN_LICENCE, "# Copyright (c) 2022, NV" + "IDIA CORPORATION & AFFILIATES.", True),
         (FOREIGN_LICENCE, "Creative Commons CC BY-" + "NC-SA 4.0", True),
         (FOREIGN_LICENCE, "import dnn" + "lib", True),

@@ -6,7 +6,7 @@ import torch
 import stablefield as sf
 from stablefield.targets.bank import Bank, largest_magnitude
 from stablefield.targets.factor import ByteFactor, DecodedFactor, Operand, factors
-from stablefield.targets.integers import Digits, available
+from stablefield.targets.integers import LONGEST, Digits, available
 from stablefield.targets.product import ULPS
 
 EPS = torch.finfo(torch.float32).eps
@@ -136,3 +136,24 @@ def test_a_product_that_overflows_is_not_used(monkeypatch: pytest.MonkeyPatch) -
         assert not available()
     finally:
         available.cache_clear()
+
+
+@pytest.mark.parametrize("byte", [-128, 127])
+@pytest.mark.parametrize("number", [1.0, -1.0])
+def test_the_longest_sums_do_not_overflow(byte: int, number: float) -> None:
+    # Digits of 127 or -127 in the first place, and of -128 in the others, with bytes of one sign.
+    for rest in (0.0, -0x8080 / 2**23):
+        rows = torch.full((2, LONGEST), number + rest)
+        rows[0, 0] = 1 + 1 / 127
+        values = torch.full((LONGEST, 3), byte, dtype=torch.int8)
+        found = of(rows).times(values) * of(rows).scale[:, None]
+        torch.testing.assert_close(found.double(), rows.double() @ values.double(), rtol=1e-6, atol=0)
+
+
+def test_no_chunk_of_bytes_is_longer_than_its_sums_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stablefield.targets.factor.available", lambda: True)
+    # Black images of equal weight: a sum over all of them in one chunk would leave 32 bits.
+    images = torch.zeros(150_000, 256, dtype=torch.uint8)
+    found = sf.posterior(torch.zeros(2, 256), 1.0, 1e3, images, chunk_size=len(images))
+    torch.testing.assert_close(found.mean, torch.full((2, 256), -1.0), rtol=0, atol=1e-5)
+    assert found.ess == pytest.approx([150_000] * 2, rel=1e-4)

@@ -2,7 +2,7 @@
 
 The references may be floating point or uint8 images, in any memory layout, a tensor or a numpy array (such as a memory map
 of a file larger than memory). Whatever they are, a bank hands them out as contiguous rows of the dtype of the computation,
-a chunk at a time into one reused buffer, so that no second copy of the set ever exists.
+a chunk at a time into one reused buffer, so that no second copy of the set ever exists; or as they are stored, by pages.
 """
 
 from collections.abc import Iterator

@@ -108,16 +108,13 @@ class ByteFactor:
 
     def __init__(self, values: Tensor) -> None:
         self._bytes = values
-        self._decoded: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self._bytes)
 
     @property
     def rows(self) -> Tensor:  # noqa: D102
-        if self._decoded is None:
-            self._decoded = _meaning(self._bytes)
-        return self._decoded
+        return _meaning(self._bytes)
 
     def at(self, index: Tensor) -> Tensor:  # noqa: D102
         return _meaning(self._bytes[index])
@@ -144,6 +141,8 @@ def factor_size(bank: Bank, batch: int, dtype: torch.dtype) -> int:
 def factors(bank: Bank, size: int, batch: int, dtype: torch.dtype) -> Iterator[tuple[slice, Factor]]:
     """The references of `bank`, at most `size` at a time, for products with `batch` rows of `dtype`.
 
+    uint8 images stay bytes if rows are float32 on a CPU that has products for bytes, and there is enough to multiply.
+
     Yields:
         Their place in the bank, and the factor, valid until the next one is asked for.
     """
@@ -151,6 +150,8 @@ def factors(bank: Bank, size: int, batch: int, dtype: torch.dtype) -> Iterator[t
         for where, rows in bank.chunks(size, dtype):
             yield where, DecodedFactor(rows)
         return
+    # Weighted sums run over the references of a factor.
+    size = min(size, LONGEST)
     buffer = torch.empty(min(size, len(bank)), *bank.data.shape[1:], dtype=torch.uint8)
     for where, part in bank.pages(size):
         values = torch.bitwise_xor(part, 128, out=buffer[: len(part)])

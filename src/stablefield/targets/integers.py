@@ -4,9 +4,9 @@ A number relative to the largest of its row is three digits in base 256,
 
 $$ x = s\,(p_0 + 256\, p_1 + 256^2\, p_2), \qquad p \in [-128, 127], $$
 
-with an error of at most half a unit of the last digit, 2^-24 of that largest number: what float32 would keep of it. Each
-digit times bytes is a product of integers, summed without rounding; what rounds is the sum of the three. On CPUs with VNNI
-or AMX that takes 0.6 of the time of a product of floats, a quarter of the memory traffic, and the bytes need no decoding.
+with an error of at most one unit of the last digit, 2^-23 of that largest number, as in float32. Each digit times bytes is
+a product of integers, summed without rounding; what rounds is the sum of the three. On CPUs with VNNI or AMX that takes 0.6
+to 0.75 of the time of a product of floats, a quarter of the memory traffic, and the bytes need no decoding.
 """
 
 import platform
@@ -18,17 +18,17 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from stablefield.targets.product import padding
+
 __all__ = ["LONGEST", "Digits", "available"]
 
-LONGEST = 2**17
-"""Most products of a digit with a byte that a sum of 32 bits holds for certain."""
+LONGEST = 2**16 - 1
+"""Most products of a digit with a byte that 32 bits can sum, also where a library shifts one of them to 0 to 255."""
 
 _BASE = 256
 _DIGITS = 3
 # The largest number in units of the last digit: 127, 0, 0.
 _TOP = 127 * _BASE**2
-# The library compiles code for every new shape; rows of zeros keep the shapes few.
-_MULTIPLE = 4
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Digits:
 
     @classmethod
     def of(cls, rows: Tensor, largest: Tensor) -> "Digits":
-        """The digits of `rows` (B, k), float32 and finite, whose largest magnitudes are `largest` (B,)."""
+        """The digits of `rows` (B, k), float32 and finite on the CPU, whose largest magnitudes are `largest` (B,)."""
         batch, length = rows.shape
         scale = largest.clamp(min=torch.finfo(torch.float32).tiny * _TOP) / _TOP
         rest = (rows / scale[:, None]).round_().to(torch.int32)
-        digits = torch.zeros(_DIGITS, batch + -batch % _MULTIPLE, length, dtype=torch.int8)
+        digits = torch.zeros(_DIGITS, batch + padding(batch), length, dtype=torch.int8)
         for place in range(_DIGITS):
             # The lowest byte of a number, as a signed one, is its lowest digit.
             digit = digits[place, :batch].copy_(rest)
@@ -58,7 +58,11 @@ class Digits:
         return cls(digits, scale)
 
     def times(self, matrix: Tensor) -> Tensor:
-        """The rows' products with the bytes `matrix` (k, m), int8, in units of `scale`, shape (B, m), float32."""
+        """The rows' products with bytes, in units of `scale`, shape (B, m), float32.
+
+        Args:
+            matrix: the bytes, shape (k, m), int8, with k at most LONGEST.
+        """
         sums = _product()(self.digits.flatten(0, 1), matrix).view(*self.digits.shape[:2], -1)[:, : len(self.scale)]
         low, middle, high = sums
         return high.to(torch.float32).mul_(_BASE).add_(middle).mul_(_BASE).add_(low)

@@ -14,7 +14,7 @@ __all__ = ["chunk_rows", "free_bytes"]
 
 # Numbers in a chunk on a CPU: 8 MB in float32, a share of the cache of one socket. Fewer starve the matrix products.
 _CACHED = 2**21
-# Numbers in a chunk of bytes: 8 MB, since nothing larger is made of them.
+# Numbers in a chunk that stays bytes: 8 MB, too. Smaller ones cost more calls, and larger ones gain nothing.
 _CACHED_BYTES = 2**23
 # Numbers in a chunk elsewhere: 1 GB in float32.
 _RESIDENT = 2**28

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["ULPS", "add_weighted", "inner", "weighted"]
+__all__ = ["ULPS", "add_weighted", "inner", "padding", "weighted"]
 
 _Linear = Callable[[Tensor, Tensor], Tensor]
 
@@ -54,13 +54,14 @@ def add_weighted(total: Tensor, weights: Tensor, rows: Tensor) -> None:
 
 
 def _padded(linear: _Linear, x: Tensor, weight: Tensor) -> Tensor:
-    missing = _padding(len(x))
+    missing = padding(len(x))
     if not missing:
         return linear(x, weight)
     return linear(functional.pad(x, (0, 0, 0, missing)), weight)[: len(x)]
 
 
-def _padding(rows: int) -> int:
+def padding(rows: int) -> int:
+    """How many rows of zeros to add to `rows` of a product, so that oneDNN meets few shapes."""
     return -rows % max(4, 2 ** rows.bit_length() // (2 * _PER_DOUBLING))
 
 
