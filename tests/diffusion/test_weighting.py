@@ -21,7 +21,15 @@ def two_targets(process, levels=LEVELS):
 
     def target(x0):
         return sf.Target(
-            x0=x0, variance=0 * one, ess=one, source_weight=one, source=source, source_noise=noise, process=process, t=t
+            x0=x0,
+            variance=0 * one,
+            ess=one,
+            source_weight=one,
+            source=source,
+            x_t=process.perturb(source, t, noise),
+            process=process,
+            t=t,
+            given_noise=noise,
         )
 
     return target(source), target(guess)

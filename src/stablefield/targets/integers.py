@@ -64,8 +64,8 @@ class Digits:
             matrix: the bytes, shape (k, m), int8, with k at most LONGEST.
         """
         sums = _product()(self.digits.flatten(0, 1), matrix).view(*self.digits.shape[:2], -1)[:, : len(self.scale)]
-        low, middle, high = sums
-        return high.to(torch.float32).mul_(_BASE).add_(middle).mul_(_BASE).add_(low)
+        low, middle, high = sums.to(torch.float32)
+        return low.add_(middle.add_(high, alpha=_BASE), alpha=_BASE)
 
 
 @cache

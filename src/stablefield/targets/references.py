@@ -160,8 +160,8 @@ class Pool:
         """Choose the references of a batch, as described at `References`.
 
         Raises:
-            ValueError: if `index` is missing or out of range, `size` is below the batch's distinct samples, devices
-                differ, or a row of `x0` is not the sample that `index` says.
+            ValueError: if `index` is missing or out of range, `size` is below the batch's distinct samples, or devices
+                differ.
         """
         n = len(self._bank)
         if index is None:
@@ -180,7 +180,6 @@ class Pool:
         if not bool(((index >= 0) & (index < n)).all()):
             raise ValueError(f"index runs from {index.min()} to {index.max()}: the Pool holds 0 to {n - 1}.")
         index = index.long()
-        check_is_own(x0, index, bank)
         if group is not None and self.group is None:
             raise ValueError(
                 "group is given, but the Pool has none: pass Pool(..., group=...), one integer per sample."
@@ -210,17 +209,25 @@ def own_gap(x0: Tensor, index: Tensor, bank: Bank) -> tuple[Tensor, Tensor]:
     return gap, gap > 0.01 * (1 + size)
 
 
-def check_is_own(x0: Tensor, index: Tensor, bank: Bank) -> None:
-    """Look whether each row of `x0` (B, ...) is the reference at its index.
+def check_is_own(x0: Tensor, source: Tensor, bank: Bank, rows: Tensor, index: Tensor | None) -> None:
+    """Look whether each row is the reference that it is said to be.
+
+    Args:
+        x0: the rows that use references, shape (B, ...).
+        source: the reference that each is, shape (B,).
+        bank: the references.
+        rows: where the rows are in the user's batch, shape (B,).
+        index: where they are in the user's data, shape (B,), if that is known.
 
     Raises:
         ValueError: if one is not. Its source would not be among the references, which biases the target silently.
     """
-    gap, wrong = own_gap(x0, index, bank)
+    gap, wrong = own_gap(x0, source, bank)
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0, 0])
+        sample = int((source if index is None else index)[row])
         raise ValueError(
-            f"row {row} of x0 is not sample {int(index[row])} of the Pool (largest difference {gap[row].item():.3g}): "
+            f"row {int(rows[row])} of x0 is not sample {sample} of the Pool (largest difference {gap[row].item():.3g}): "
             "pass flip= for mirrored rows, alone= for rows with another augmentation of their own, or the right index."
         )
 

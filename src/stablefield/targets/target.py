@@ -31,7 +31,7 @@ from stablefield.targets.kernel import GaussianKernel, Kernel
 from stablefield.targets.posterior import Posterior, accumulate, finish, mirrored_sums
 from stablefield.targets.precision import full_precision
 from stablefield.targets.query import Query, require_rows
-from stablefield.targets.references import InBatch, References, Selection
+from stablefield.targets.references import InBatch, References, Selection, check_is_own
 from stablefield.targets.sharded import ShardedPool
 
 __all__ = ["DenoisingTarget", "StableTarget", "Target"]
@@ -47,10 +47,11 @@ class Target:
         ess: effective sample size of the references, shape (B,).
         source_weight: posterior weight of the row's own source, shape (B,).
         source: the clean samples that made x_t, shape (B, ...).
-        source_noise: the noise that made x_t from them, shape (B, ...).
+        x_t: what was made of them, shape (B, ...).
         process: the process that made x_t.
         t: times, shape (B,).
         kernel: the noise kernel.
+        given_noise: the noise in x_t, shape (B, ...), if the call was given it.
     """
 
     x0: Tensor
@@ -58,10 +59,20 @@ class Target:
     ess: Tensor
     source_weight: Tensor
     source: Tensor
-    source_noise: Tensor
+    x_t: Tensor
     process: Process
     t: Tensor
     kernel: Kernel = field(default_factory=GaussianKernel)
+    given_noise: Tensor | None = None
+
+    @property
+    @torch.no_grad()
+    def source_noise(self) -> Tensor:
+        """The noise that made x_t from the source, shape (B, ...)."""
+        if self.given_noise is not None:
+            return self.given_noise
+        alpha, sigma = (per_row(scale(self.t), self.source) for scale in (self.process.alpha, self.process.sigma))
+        return torch.addcmul(self.x_t, alpha, self.source, value=-1).div_(sigma)
 
     @property
     def noise(self) -> Tensor:
@@ -180,8 +191,6 @@ class StableTarget:
                     f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}: one integer per row is needed, "
                     f"shape ({len(x0)},)."
                 )
-        if noise is None:
-            noise = torch.addcmul(x_t, per_row(alpha, x0), x0, value=-1).div_(per_row(sigma, x0))
         variance = torch.zeros(len(x0), dtype=torch.promote_types(x0.dtype, torch.float32), device=x0.device)
         ess, own = torch.ones_like(variance), torch.ones_like(variance)
         mean = x0
@@ -205,6 +214,9 @@ class StableTarget:
             rows = active if shared is None else shared[active]
             if len(active) < len(batch.x0):
                 batch, source = batch.at(active), source[active]
+            # Those of a batch are its own by construction, and those of other ranks are looked at where they are.
+            if not isinstance(self.references, InBatch) and selection.exchange is None:
+                check_is_own(batch.x0, source, selection.bank, rows, batch.index)
             found = self._posterior(batch, selection, source)
             assert found.source_weight is not None
             # Where the source has all the weight, return it as it is, without the rounding of a decoder or a flip.
@@ -220,7 +232,7 @@ class StableTarget:
                 variance = variance.index_copy(0, rows, found.variance.to(variance.dtype))
                 ess = ess.index_copy(0, rows, found.ess.to(ess.dtype))
                 own = own.index_copy(0, rows, found.source_weight.to(own.dtype))
-        return Target(mean, variance, ess, own, x0, noise, self.process, t, self.kernel)
+        return Target(mean, variance, ess, own, x0, x_t, self.process, t, self.kernel, noise)
 
     def _posterior(self, batch: "_Batch", selection: Selection, source: Tensor) -> Posterior:
         bank, kernel, exchange = selection.bank, self.kernel, selection.exchange
