@@ -23,7 +23,8 @@ from stablefield.targets.kernel import GaussianKernel, StudentTKernel
 from stablefield.targets.posterior import Posterior, posterior
 from stablefield.targets.references import InBatch, Pool
 from stablefield.targets.sharded import RankError, ShardedPool
-from stablefield.targets.target import DenoisingTarget, StableTarget, Target
+from stablefield.targets.stable_target import DenoisingTarget, StableTarget
+from stablefield.targets.target import Target
 
 __version__ = "0.1.0"
 

@@ -44,8 +44,7 @@ class Operations(TorchDispatchMode):
 @pytest.fixture
 def unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of a device that must not be waited for, on this one."""
-    monkeypatch.setattr("stablefield.targets.excess.watched", lambda device: False)
-    monkeypatch.setattr("stablefield.targets.posterior.watched", lambda device: False)
+    monkeypatch.setattr("stablefield.targets.query.watched", lambda device: False)
 
 
 def case(sigma: float, rng: torch.Generator, n: int = 900, d: int = 256, b: int = 32) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,8 +88,7 @@ def test_what_is_skipped_does_not_show(
     torch.testing.assert_close(found.ess.double(), truth.ess, rtol=2e-3, atol=0)
     torch.testing.assert_close(found.log_evidence.double(), truth.log_evidence, rtol=2e-6, atol=1e-3)
     # And without a look at values, as on a GPU.
-    monkeypatch.setattr("stablefield.targets.excess.watched", lambda device: False)
-    monkeypatch.setattr("stablefield.targets.posterior.watched", lambda device: False)
+    monkeypatch.setattr("stablefield.targets.query.watched", lambda device: False)
     dense = sf.posterior(*arguments)
     torch.testing.assert_close(dense.mean.double(), truth.mean, rtol=0, atol=2e-4)
     torch.testing.assert_close(dense.ess.double(), truth.ess, rtol=2e-3, atol=0)

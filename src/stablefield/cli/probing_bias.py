@@ -15,7 +15,7 @@ from stablefield.probe.faults import ClassesMixed, SourceLeftOut, SourceTwice
 from stablefield.probe.population import Population
 from stablefield.probe.record import bias_record
 from stablefield.targets.references import InBatch, Pool
-from stablefield.targets.target import StableTarget
+from stablefield.targets.stable_target import StableTarget
 
 __all__ = ["probe_bias"]
 

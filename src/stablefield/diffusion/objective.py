@@ -19,7 +19,8 @@ from stablefield.diffusion.noise_levels import LogNormal, NoiseLevels
 from stablefield.diffusion.process import Process
 from stablefield.diffusion.weighting import EDMWeighting, Weighting
 from stablefield.shapes import per_row
-from stablefield.targets.target import StableTarget, Target
+from stablefield.targets.stable_target import StableTarget
+from stablefield.targets.target import Target
 
 __all__ = ["DenoiserLike", "Draws", "Example", "Objective", "ObjectiveValue"]
 

@@ -24,7 +24,7 @@ from stablefield.diffusion.process import EDM
 from stablefield.networks.song_unet import SongUNet
 from stablefield.targets.precision import full_precision
 from stablefield.targets.references import Pool
-from stablefield.targets.target import DenoisingTarget, StableTarget
+from stablefield.targets.stable_target import DenoisingTarget, StableTarget
 
 __all__ = ["Cost", "Pairs", "StepShare", "measure_cost", "measure_step", "paired", "peak_bytes"]
 

@@ -19,10 +19,11 @@ from stablefield.shapes import row_values
 from stablefield.targets.bank import Bank, squared_norms
 from stablefield.targets.excess import Excess, find_anchor
 from stablefield.targets.kernel import GaussianKernel
+from stablefield.targets.outcome import Posterior, finish
 from stablefield.targets.partial import Partial
-from stablefield.targets.posterior import Posterior, accumulate, finish
 from stablefield.targets.precision import full_precision
 from stablefield.targets.query import Query
+from stablefield.targets.sums import accumulate
 
 __all__ = ["Exact", "ExactPosterior"]
 

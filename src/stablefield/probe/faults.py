@@ -13,7 +13,7 @@ from stablefield.probe.population import Population
 from stablefield.shapes import per_row
 from stablefield.targets.posterior import posterior
 from stablefield.targets.references import Pool
-from stablefield.targets.target import StableTarget
+from stablefield.targets.stable_target import StableTarget
 
 __all__ = ["ClassesMixed", "SourceLeftOut", "SourceTwice"]
 

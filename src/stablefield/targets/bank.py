@@ -5,6 +5,7 @@ of a file larger than memory). Whatever they are, a bank hands them out as conti
 a chunk at a time into one reused buffer, so that no second copy of the set ever exists; or as they are stored, by pages.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +62,7 @@ class Norms:
             shape (n,).
         largest: an upper bound, shape (), float64.
         finite: whether all of them are.
+        bound: the upper bound as a number, if it is known.
     """
 
     squares: Tensor
@@ -68,16 +70,19 @@ class Norms:
     centred: Tensor
     largest: Tensor
     finite: bool
+    bound: float | None
 
     @classmethod
-    def of(cls, squares: Tensor, dtype: torch.dtype) -> "Norms":
-        """What belongs to these squared norms."""
-        centre = squares.mean()
-        return cls(squares, centre, (squares - centre).to(dtype), squares.max(), bool(squares.isfinite().all()))
+    def of(cls, squares: Tensor, dtype: torch.dtype, look: bool = True) -> "Norms":
+        """What belongs to these squared norms; those that are not looked at are taken to be finite."""
+        centre, largest = squares.mean(), squares.max()
+        bound = float(largest) if look else None
+        finite = bound is None or math.isfinite(bound)
+        return cls(squares, centre, (squares - centre).to(dtype), largest, finite, bound)
 
     def at(self, index: Tensor | slice) -> "Norms":
         """Those of the references at `index`."""
-        return Norms(self.squares[index], self.centre, self.centred[index], self.largest, self.finite)
+        return Norms(self.squares[index], self.centre, self.centred[index], self.largest, self.finite, self.bound)
 
 
 class Bank:
@@ -161,10 +166,20 @@ class Bank:
     def norms(self, dtype: torch.dtype) -> Norms:
         """Squared norms of all references as decoded to `dtype`, computed once."""
         if dtype not in self._norms:
-            size = max(1, _BLOCK // max(1, self.dim)) if self.device.type == "cpu" else self.chunk_size(1)
-            squares = torch.cat([squared_norms(rows) for _, rows in self.chunks(size, dtype)])
-            self._norms[dtype] = Norms.of(squares, dtype)
+            self._norms[dtype] = Norms.of(self._squares(dtype), dtype)
         return self._norms[dtype]
+
+    def known_norms(self, dtype: torch.dtype) -> Norms | None:
+        """The squared norms, if they have been computed."""
+        return self._norms.get(dtype)
+
+    def set_norms(self, dtype: torch.dtype, squares: Tensor | None) -> None:
+        """Take `squares` (n,) for the squared norms, computed if None, and do not look at them."""
+        self._norms[dtype] = Norms.of(self._squares(dtype) if squares is None else squares, dtype, look=False)
+
+    def _squares(self, dtype: torch.dtype) -> Tensor:
+        size = max(1, _BLOCK // max(1, self.dim)) if self.device.type == "cpu" else self.chunk_size(1)
+        return torch.cat([squared_norms(rows) for _, rows in self.chunks(size, dtype)])
 
     def _gather(self, index: Tensor) -> Tensor:
         if isinstance(self.data, Tensor):

@@ -29,7 +29,7 @@ from stablefield.targets.partial import Partial
 from stablefield.targets.product import ULPS
 from stablefield.targets.query import Query
 
-__all__ = ["Anchor", "Excess", "find_anchor", "watched"]
+__all__ = ["Anchor", "Excess", "certain", "find_anchor"]
 
 # The bound on the rounding error of a logit, and so of a weight, above which its pair is computed again; measured errors
 # are about a quarter of it.
@@ -42,11 +42,6 @@ _KEPT = 2**25
 _DENSE = 1 / 16
 # Elements of a temporary of the repair.
 _PAIR_BUDGET = 2**22
-
-
-def watched(device: torch.device) -> bool:
-    """Whether values on `device` may decide what is computed: where they lie in another memory, looking means waiting."""
-    return device.type in ("cpu", "mps")
 
 
 class Anchor:
@@ -97,8 +92,8 @@ class Excess:
         self._error = _logit_error(query, norms.largest)
         self._rough = self._error > _TOLERANCE
         # Asked once for all chunks.
-        self._rows = self._rough.nonzero()[:, 0]
-        self._by_pairs = watched(x.device) or x.dtype == torch.float64
+        self._rows = _all_or_none(query) if query.fixed else self._rough.nonzero()[:, 0]
+        self._by_pairs = query.watched or (x.dtype == torch.float64 and not query.fixed)
 
     @property
     def own(self) -> Partial:
@@ -128,19 +123,22 @@ class Excess:
         Returns:
             Shapes (B, c), -inf for what is not allowed and for the anchor itself, and (B,).
         """
-        anchor = self._anchor
-        if anchor.distances is None:
+        anchor, query = self._anchor, self._query
+        repaired = len(self._rows) if not self._by_pairs else 0
+        if repaired == len(query.x_t):
+            excess = self._wide(factor.rows, self._rows).to(query.x_t.dtype)
+        elif anchor.distances is None:
             excess = factor.inner(self._scaled).addcmul_(self._alpha_square, norms.centred).sub_(self._offset)
         else:
             excess = anchor.distances[:, where] - self._offset
-        if len(self._rows) and not self._by_pairs:
+        if 0 < repaired < len(query.x_t):
             excess.index_copy_(0, self._rows, self._wide(factor.rows, self._rows).to(excess.dtype))
         logits = self._log_ratio(excess, where)
         if allowed is not None:
             logits.masked_fill_(~allowed, -torch.inf)
         if anchor.place is not None:
             inside = (anchor.place >= where.start) & (anchor.place < where.stop)
-            if watched(logits.device):
+            if query.watched:
                 own = inside.nonzero()[:, 0]
                 if len(own):
                     logits[own, anchor.place[own] - where.start] = -torch.inf
@@ -212,7 +210,10 @@ def find_anchor(query: Query, bank: Bank) -> Anchor:
     if query.source is not None:
         return Anchor(bank.rows(query.source, dtype), query.source)
     anchor = torch.zeros_like(query.x_t)
-    rough = (_logit_error(query, bank.norms(dtype).largest) > _TOLERANCE).nonzero()[:, 0]
+    if query.fixed:
+        rough = _all_or_none(query)
+    else:
+        rough = (_logit_error(query, bank.norms(dtype).largest) > _TOLERANCE).nonzero()[:, 0]
     if not len(rough):
         return Anchor(anchor, None)
     keep = len(query.x_t) * len(bank) <= _KEPT
@@ -223,6 +224,17 @@ def find_anchor(query: Query, bank: Bank) -> Anchor:
     place = torch.full((len(anchor),), -1, device=rough.device)
     place[rough] = nearest
     return Anchor(anchor, place, distances)
+
+
+def certain(level: float, largest: float, dtype: torch.dtype) -> bool:
+    """Whether logits need no repair at noise levels from `level` on, for references of squared norm up to `largest`."""
+    return ULPS * torch.finfo(dtype).eps * largest <= _TOLERANCE * level**2
+
+
+def _all_or_none(query: Query) -> Tensor:
+    # float64 repairs what float32 has lost; data that are float64 themselves are as exact as they are.
+    wide = query.wide and query.x_t.dtype != torch.float64
+    return torch.arange(len(query.x_t) if wide else 0, device=query.x_t.device)
 
 
 def _blocks(rows: Tensor) -> tuple[Tensor, ...]:

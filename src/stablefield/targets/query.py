@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stablefield.shapes import row_values
 from stablefield.targets.bank import Bank, largest_magnitude
+from stablefield.targets.reading import watched
 
 __all__ = ["Query", "checked_bank", "require_rows"]
 
@@ -27,6 +28,8 @@ class Query:
         reference_group: condition of each reference, shape (n,), or None.
         log_prior: log prior weight of each reference, shape (n,), float64, or None.
         like: x_t as it was given, whose shape and dtype the mean takes.
+        fixed: whether what is computed must not depend on values, see `reading`.
+        wide: whether logits of all rows are made in float64: of use where `fixed` forbids to ask which rows need it.
     """
 
     x_t: Tensor
@@ -37,6 +40,13 @@ class Query:
     reference_group: Tensor | None
     log_prior: Tensor | None
     like: Tensor
+    fixed: bool = False
+    wide: bool = False
+
+    @property
+    def watched(self) -> bool:
+        """Whether values may decide what is computed."""
+        return not self.fixed and watched(self.x_t.device)
 
     @classmethod
     def checked(
@@ -49,30 +59,36 @@ class Query:
         group: Tensor | None = None,
         reference_group: Tensor | None = None,
         log_prior: Tensor | None = None,
+        *,
+        fixed: bool = False,
+        wide: bool = False,
     ) -> "Query":
         """Check the arguments of `posterior`, described there, against each other and against `bank`.
+
+        If `fixed`, only what can be told without looking at values is checked.
 
         Raises:
             ValueError: naming the argument, its first bad value and the remedy.
         """
         batch, n = x_t.shape[0], len(bank)
         dtype = torch.promote_types(bank.dtype, torch.promote_types(x_t.dtype, torch.float32))
-        wide = torch.float32 if x_t.device.type == "mps" else torch.float64
-        alpha = row_values("alpha", alpha, x_t).to(wide)
-        sigma = row_values("sigma", sigma, x_t).to(wide)
-        require_rows((sigma > 0) & sigma.isfinite(), "sigma", sigma, "it must be positive and finite")
-        require_rows(alpha.isfinite(), "alpha", alpha, "it must be finite")
+        scalar = torch.float32 if x_t.device.type == "mps" else torch.float64
+        alpha = row_values("alpha", alpha, x_t).to(scalar)
+        sigma = row_values("sigma", sigma, x_t).to(scalar)
         rows = x_t.reshape(batch, bank.dim).to(dtype)
-        _require_finite(_largest_square(rows), "x_t")
-        norms = bank.norms(dtype)
-        if not norms.finite:
-            _require_finite(norms.squares, "references")
+        if not fixed:
+            require_rows((sigma > 0) & sigma.isfinite(), "sigma", sigma, "it must be positive and finite")
+            require_rows(alpha.isfinite(), "alpha", alpha, "it must be finite")
+            _require_finite(_largest_square(rows), "x_t")
+            norms = bank.norms(dtype)
+            if not norms.finite:
+                _require_finite(norms.squares, "references")
         if source is not None:
             _check_integers("source", source, batch, x_t, "the index of each row's own reference")
             source = source.long()
-            require_rows(
-                (source >= 0) & (source < n), "source", source, f"it must index the {n} references, 0 to {n - 1}"
-            )
+            if not fixed:
+                there = (source >= 0) & (source < n)
+                require_rows(there, "source", source, f"it must index the {n} references, 0 to {n - 1}")
         if (group is None) != (reference_group is None):
             missing, given = ("group", "reference_group") if group is None else ("reference_group", "group")
             raise ValueError(f"{missing} is missing: it is needed with {given}, one integer per row and per reference.")
@@ -80,7 +96,7 @@ class Query:
             _check_integers("group", group, batch, x_t, "the condition of each row")
             _check_integers("reference_group", reference_group, n, x_t, "the condition of each reference")
             group, reference_group = group.long(), reference_group.long()
-            if source is not None:
+            if source is not None and not fixed:
                 fits = (group == -1) | (group == reference_group[source])
                 require_rows(
                     fits, "group", group, "the row's own source is a reference of another group; it must fit its row"
@@ -91,12 +107,13 @@ class Query:
                     f"log_prior has shape {tuple(log_prior.shape)} on {log_prior.device}: "
                     f"it needs one number per reference, shape ({n},), on {x_t.device}."
                 )
-            below = log_prior < torch.inf
-            require_rows(below, "log_prior", log_prior, "it must be a number below +inf (-inf excludes one)")
+            if not fixed:
+                below = log_prior < torch.inf
+                require_rows(below, "log_prior", log_prior, "it must be a number below +inf (-inf excludes one)")
             # Only differences count; without the common part, they keep their digits in the dtype of the logits.
-            largest = log_prior.to(wide).max()
-            log_prior = (log_prior.to(wide) - torch.where(largest.isneginf(), 0, largest)).to(dtype).to(wide)
-        return cls(rows, alpha, sigma, source, group, reference_group, log_prior, x_t)
+            largest = log_prior.to(scalar).max()
+            log_prior = (log_prior.to(scalar) - torch.where(largest.isneginf(), 0, largest)).to(dtype).to(scalar)
+        return cls(rows, alpha, sigma, source, group, reference_group, log_prior, x_t, fixed, wide)
 
     def prior(self, where: slice) -> Tensor | None:
         """Log prior weights of the references of the slice, shape (c,), in the dtype of the logits; None if uniform."""

@@ -18,6 +18,7 @@ from stablefield.targets.excess import Anchor
 from stablefield.targets.kernel import Kernel
 from stablefield.targets.partial import Partial
 from stablefield.targets.query import Query
+from stablefield.targets.reading import readable
 
 __all__ = ["Exchange", "InBatch", "Pool", "References", "Selection", "check_is_own", "choose", "own_gap"]
 
@@ -177,8 +178,14 @@ class Pool:
             raise ValueError(
                 f"rows of x0 have shape {tuple(x0.shape[1:])}, the Pool's {tuple(self.data.shape[1:])}: they must agree."
             )
-        if not bool(((index >= 0) & (index < n)).all()):
-            raise ValueError(f"index runs from {index.min()} to {index.max()}: the Pool holds 0 to {n - 1}.")
+        if readable(x0.device):
+            if not bool(((index >= 0) & (index < n)).all()):
+                raise ValueError(f"index runs from {index.min()} to {index.max()}: the Pool holds 0 to {n - 1}.")
+        elif self.size is not None:
+            raise ValueError(
+                f"the Pool's size is {self.size}: which references are drawn depends on the batch's index, which a compiled "
+                "or captured function cannot look at. Use the whole pool (size=None) with a noise_band and a capacity."
+            )
         index = index.long()
         if group is not None and self.group is None:
             raise ValueError(

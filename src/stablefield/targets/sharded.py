@@ -27,9 +27,10 @@ from stablefield.targets.bank import Bank
 from stablefield.targets.excess import Anchor, Excess
 from stablefield.targets.kernel import Kernel
 from stablefield.targets.partial import Partial
-from stablefield.targets.posterior import accumulate, mirrored_sums
 from stablefield.targets.query import Query
+from stablefield.targets.reading import readable
 from stablefield.targets.references import Pool, Selection, own_gap
+from stablefield.targets.sums import accumulate, mirrored_sums
 
 __all__ = ["RankError", "ShardedPool"]
 
@@ -120,6 +121,8 @@ class ShardedPool:
             raise ValueError(
                 f"index has shape {tuple(index.shape)} and dtype {index.dtype}: one integer per row is needed."
             )
+        if not readable(x0.device):
+            raise ValueError(f"{self} cannot be compiled or captured: its ranks wait for each other's rows.")
         if not bool(((index >= 0) & (index < self.total)).all()):
             raise ValueError(
                 f"index runs from {index.min()} to {index.max()}: the ranks hold 0 to {self.total - 1} together."

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from stablefield.data.augmentation import Augmentation, AugmentationParameters, flip
 from stablefield.diffusion.objective import Example, Objective, ObjectiveValue
 from stablefield.targets.references import References
-from stablefield.targets.target import DenoisingTarget, StableTarget
+from stablefield.targets.stable_target import DenoisingTarget, StableTarget
 from stablefield.training.checkpoint import Trained
 from stablefield.training.ema import LENGTHS, ema_decay, follower, power_decay, power_exponent, update_ema
 from stablefield.training.feed import Feed

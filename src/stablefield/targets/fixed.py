@@ -1,0 +1,151 @@
+r"""The posterior with fixed shapes: for compilers, and for CUDA graphs.
+
+What is computed may not depend on values here (see `reading`), so nothing is skipped and no value is checked: call the same
+thing once outside the compiled function to have its arguments checked. Rows of small noise, whose logits float32 would lose
+to cancellation, cannot be told from others; unless noise is known to be large enough for all, float64 makes all logits.
+
+To a compiler it is one operator, `torch.ops.stablefield.posterior`: what it does inside, such as the switches for full
+precision, is neither traced nor taken apart.
+"""
+
+import torch
+from torch import Tensor
+
+from stablefield.shapes import row_values
+from stablefield.targets.bank import Bank
+from stablefield.targets.excess import Anchor, Excess, certain, find_anchor
+from stablefield.targets.kernel import GaussianKernel, Kernel, StudentTKernel
+from stablefield.targets.outcome import Posterior, finish
+from stablefield.targets.precision import full_precision
+from stablefield.targets.query import Query
+from stablefield.targets.sums import accumulate, mirrored_sums
+
+__all__ = ["compute", "fixed_posterior"]
+
+
+def fixed_posterior(
+    x_t: Tensor,
+    alpha: float | Tensor,
+    sigma: float | Tensor,
+    bank: Bank,
+    source: Tensor | None = None,
+    group: Tensor | None = None,
+    reference_group: Tensor | None = None,
+    log_prior: Tensor | None = None,
+    *,
+    kernel: Kernel,
+    anchor: Tensor | None = None,
+    mirrored: bool = False,
+    chunk_size: int | None = None,
+    least_level: float = 0.0,
+) -> Posterior:
+    """The posterior as `posterior` has it, by operations that do not depend on values.
+
+    Args:
+        x_t: noisy samples, shape (B, ...).
+        alpha: scale of the data, a float or shape (B,).
+        sigma: scale of the noise, a float or shape (B,).
+        bank: the references, a tensor.
+        source: index of each row's own reference, shape (B,), or None.
+        group: condition of each row, shape (B,), or None.
+        reference_group: condition of each reference, shape (n,), or None.
+        log_prior: log prior weight of each reference, shape (n,), or None.
+        kernel: the noise kernel.
+        anchor: the sources themselves, shape (B, ...), if they are known.
+        mirrored: whether the mirror image of each reference is a reference, too.
+        chunk_size: references per matrix product; chosen by memory if None.
+        least_level: a noise level below which no row's result is used.
+
+    Raises:
+        ValueError: if shapes, dtypes or devices do not fit, references lie in a numpy array, or the kernel is not one of
+            this library's.
+    """
+    if not isinstance(bank.data, Tensor):
+        raise ValueError(
+            f"the references are a numpy array of shape {tuple(bank.data.shape)}: a compiled or captured function needs "
+            "them in a tensor on the device of the batch."
+        )
+    if isinstance(kernel, StudentTKernel):
+        dof = kernel.dof
+    elif isinstance(kernel, GaussianKernel):
+        dof = 0.0
+    else:
+        raise ValueError(
+            f"kernel is {kernel}: GaussianKernel and StudentTKernel can be compiled or captured, others not."
+        )
+    dtype = torch.promote_types(bank.dtype, torch.promote_types(x_t.dtype, torch.float32))
+    norms = bank.known_norms(dtype)
+    wide = norms is None or norms.bound is None or not certain(least_level, norms.bound, dtype)
+    found = torch.ops.stablefield.posterior(
+        x_t,
+        row_values("alpha", alpha, x_t),
+        row_values("sigma", sigma, x_t),
+        bank.data,
+        None if norms is None else norms.squares,
+        anchor,
+        source,
+        group,
+        reference_group,
+        log_prior,
+        dof,
+        mirrored,
+        chunk_size,
+        wide,
+    )
+    mean, variance, ess, source_weight, log_evidence = found
+    return Posterior(mean, variance, ess, None if source is None else source_weight, log_evidence)
+
+
+def compute(
+    x_t: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    references: Tensor,
+    squares: Tensor | None,
+    anchor: Tensor | None,
+    source: Tensor | None,
+    group: Tensor | None,
+    reference_group: Tensor | None,
+    log_prior: Tensor | None,
+    dof: float,
+    mirrored: bool,
+    chunk_size: int | None,
+    wide: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `torch.ops.stablefield.posterior` does: mean, variance, ESS, source weight (empty if unknown), log evidence."""
+    bank = Bank(references)
+    dtype = torch.promote_types(bank.dtype, torch.promote_types(x_t.dtype, torch.float32))
+    bank.set_norms(dtype, squares)
+    kernel: Kernel = StudentTKernel(dof) if dof else GaussianKernel()
+    query = Query.checked(x_t, alpha, sigma, bank, source, group, reference_group, log_prior, fixed=True, wide=wide)
+    with full_precision(x_t.device):
+        rows = None if anchor is None else anchor.reshape(query.x_t.shape).to(dtype)
+        found = find_anchor(query, bank) if rows is None else Anchor(rows, source)
+        excess = Excess(query, found, bank, kernel)
+        partial = accumulate(query, bank, excess, excess.own, chunk_size)
+        if mirrored:
+            partial = partial.merge(mirrored_sums(query, found, bank, kernel, partial.peak, chunk_size))
+        result = finish(partial, query, excess, kernel)
+    own = result.ess.new_zeros(0) if result.source_weight is None else result.source_weight
+    return result.mean, result.variance, result.ess, own, result.log_evidence
+
+
+_posterior = torch.library.custom_op("stablefield::posterior", compute, mutates_args=())
+
+
+@_posterior.register_fake
+def _(
+    x_t: Tensor,
+    alpha: Tensor,  # noqa: ARG001
+    sigma: Tensor,  # noqa: ARG001
+    references: Tensor,
+    squares: Tensor | None,  # noqa: ARG001
+    anchor: Tensor | None,  # noqa: ARG001
+    source: Tensor | None,
+    *rest: object,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(Bank(references).dtype, torch.promote_types(x_t.dtype, torch.float32))
+    row = x_t.new_empty(len(x_t), dtype=dtype)
+    own = row.new_empty(0 if source is None else len(x_t))
+    mean = torch.empty(x_t.shape, dtype=x_t.dtype, device=x_t.device)
+    return mean, row, torch.empty_like(row), own, torch.empty_like(row)

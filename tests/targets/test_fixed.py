@@ -1,0 +1,283 @@
+"""The target with fixed shapes: in compiled functions and captured graphs, equal to the plain call, without a look."""
+
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import stablefield as sf
+from stablefield.targets.fixed import compute
+
+SHAPE = (3, 4, 4)
+
+
+@pytest.fixture
+def unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As while a CUDA graph is captured."""
+    for module in ("posterior", "stable_target", "references", "sharded"):
+        monkeypatch.setattr(f"stablefield.targets.{module}.readable", lambda device: False)
+
+
+@pytest.fixture
+def images(rng: torch.Generator) -> Tensor:
+    return torch.randint(0, 256, (200, *SHAPE), generator=rng, dtype=torch.uint8)
+
+
+def case(process: sf.Process, images: Tensor, rng: torch.Generator, batch: int = 24) -> dict[str, Tensor]:
+    """Rows from where the source has all the weight to where none has."""
+    index = torch.randperm(len(images), generator=rng)[:batch]
+    x0 = images[index] / 127.5 - 1
+    t = process.time(torch.exp(torch.linspace(-2.5, 2.5, batch)))
+    return {"x0": x0, "x_t": process.perturb(x0, t, generator=rng), "t": t, "index": index}
+
+
+def assert_equal(found: sf.Target, truth: sf.Target) -> None:
+    for name in ("x0", "noise", "v", "velocity", "source_weight"):
+        torch.testing.assert_close(getattr(found, name), getattr(truth, name), rtol=0, atol=2e-5)
+    torch.testing.assert_close(found.ess, truth.ess, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.variance, truth.variance, rtol=1e-4, atol=1e-4)
+
+
+def compiled(function: Callable, backend: str = "aot_eager") -> Callable:
+    torch._dynamo.reset()
+    return torch.compile(function, backend=backend, fullgraph=True)
+
+
+@pytest.mark.parametrize("process", [sf.EDM(), sf.VE(), sf.VP(), sf.Cosine(), sf.RectifiedFlow()], ids=repr)
+def test_a_compiled_target_is_that_of_the_call(process: sf.Process, images: Tensor, rng: torch.Generator) -> None:
+    stable = sf.StableTarget(process, references=sf.Pool(images))
+    arguments = case(process, images, rng)
+    assert_equal(compiled(stable)(**arguments), stable(**arguments))
+
+
+KINDS = ("in batch", "band", "capacity", "groups", "mirrored", "flips", "alone", "alone in batch", "heavy tails", "DSM")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_with_every_option(kind: str, images: Tensor, rng: torch.Generator) -> None:
+    label = torch.arange(len(images)) % 3
+    pool = sf.Pool(images, group=label if kind == "groups" else None, mirrored=kind == "mirrored")
+    arguments: dict[str, object] = dict(case(sf.EDM(), images, rng))
+    index, x0 = arguments["index"], arguments["x0"]
+    flag = torch.arange(len(x0)) % 2 == 0
+    options: dict[str, object] = {"references": pool}
+    match kind:
+        case "in batch":
+            options, arguments["index"] = {}, None
+        case "band":
+            options["noise_band"] = 0.8
+        case "capacity":
+            options |= {"noise_band": 0.8, "capacity": 5}
+        case "groups":
+            arguments["group"] = torch.where(flag, label[index], -1)
+        case "flips":
+            for name in ("x0", "x_t"):
+                arguments[name] = torch.where(flag[:, None, None, None], arguments[name].flip(-1), arguments[name])
+            arguments["flip"] = flag
+        case "alone":
+            arguments["alone"] = flag
+        case "alone in batch":
+            options, arguments["index"], arguments["alone"] = {}, None, flag
+        case "heavy tails":
+            options["kernel"] = sf.StudentTKernel(64.0)
+        case _:
+            pass
+    stable = sf.DenoisingTarget(sf.EDM()) if kind == "DSM" else sf.StableTarget(sf.EDM(), **options)
+    truth = stable(**arguments)
+    found = compiled(stable)(**arguments)
+    assert_equal(found, truth)
+    assert (truth.ess > 2).any() == (kind != "DSM")
+    single = truth.source_weight == 1
+    assert torch.equal(found.x0[single], arguments["x0"][single])
+
+
+@pytest.mark.parametrize("with_source", [True, False])
+@pytest.mark.parametrize("sigma", [0.002, 0.1, 2.0, 30.0])
+def test_compiled_weights_are_as_exact_as_the_plain_ones(
+    sigma: float, with_source: bool, rng: torch.Generator, exact: Callable
+) -> None:
+    y = torch.randn(300, 768, generator=rng)
+    y[150:] = y[:150] + 1.5 * sigma / 768**0.5 * torch.randn(150, 768, generator=rng)
+    index = torch.randperm(300, generator=rng)[:16]
+    x_t = y[index] + sigma * torch.randn(16, 768, generator=rng)
+    truth = exact(x_t, 1.0, sigma, y)
+    source = index if with_source else None
+    found = compiled(sf.posterior)(x_t, 1.0, sigma, y, source, chunk_size=90)
+    torch.testing.assert_close(found.mean.double(), truth.mean, rtol=0, atol=1e-3 * min(sigma, 1))
+    torch.testing.assert_close(found.ess.double(), truth.ess, rtol=2e-3, atol=0)
+    torch.testing.assert_close(found.log_evidence.double(), truth.log_evidence, rtol=2e-6, atol=1e-3)
+    if with_source:
+        own = truth.weights[torch.arange(16), index]
+        torch.testing.assert_close(found.source_weight.double(), own, rtol=0, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_a_whole_training_step_is_one_graph(images: Tensor, rng: torch.Generator) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.SiLU(), nn.Linear(32, 48))
+    stable = sf.StableTarget(sf.EDM(), references=sf.Pool(images), noise_band=0.8, capacity=16)
+
+    def loss(x0: Tensor, x_t: Tensor, t: Tensor, index: Tensor) -> Tensor:
+        return (network(x_t) - stable(x0, x_t, t, index=index).x0.flatten(1)).square().mean()
+
+    def gradient(function: Callable, arguments: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        network.zero_grad()
+        value = function(**arguments)
+        value.backward()
+        return value.detach(), network[1].weight.grad.clone()
+
+    step = compiled(loss, "inductor")
+    stable(**case(sf.EDM(), images, rng))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        # The number of rows in the band is another each time.
+        for scale in (0.3, 1.0, 3.0):
+            arguments = case(sf.EDM(), images, rng)
+            arguments["t"] = arguments["t"] * scale
+            for found, truth in zip(gradient(step, arguments), gradient(loss, arguments), strict=True):
+                torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-6)
+
+
+class Looks(TorchDispatchMode):
+    """Counts operations that need a value, and float64 products."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "equal", "unique", "masked_select", "repeat_interleave")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looks: list[str] = []
+        self.wide_products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name == "posterior":
+            with self:  # look inside
+                return compute(*args, **(kwargs or {}))
+        # A mask as an index is a hidden nonzero.
+        index = args[1] if name == "index" else ()
+        if name.startswith(self.NAMES) or any(one is not None and one.dtype == torch.bool for one in index):
+            self.looks.append(name)
+        if name in ("mm", "addmm") and args[-1].dtype == torch.float64:
+            self.wide_products += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("unreadable")
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_nothing_is_looked_at(mirrored: bool, images: Tensor, rng: torch.Generator) -> None:
+    stable = sf.StableTarget(sf.EDM(), references=sf.Pool(images, mirrored=mirrored), capacity=9, chunk_size=30)
+    arguments = case(sf.EDM(), images, rng)
+    with Looks() as seen:
+        stable(**arguments, flip=arguments["index"] % 2 == 0, alone=arguments["index"] % 3 == 0)
+        sf.posterior(arguments["x_t"], 1.0, arguments["t"], images, chunk_size=30)
+    assert seen.looks == []
+
+
+def test_a_plain_call_looks(images: Tensor, rng: torch.Generator) -> None:
+    with Looks() as seen:
+        sf.StableTarget(sf.EDM(), references=sf.Pool(images))(**case(sf.EDM(), images, rng))
+    assert {"_local_scalar_dense", "nonzero"} <= set(seen.looks)
+
+
+def test_a_band_spares_the_float64_of_a_compiled_target(
+    images: Tensor, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = sf.Pool(images)
+    arguments = case(sf.EDM(), images, rng)
+
+    def wide_products(band: float) -> int:
+        with Looks() as seen:
+            sf.StableTarget(sf.EDM(), references=pool, noise_band=band)(**arguments)
+        return seen.wide_products
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stablefield.targets.stable_target.readable", lambda device: False)
+        patch.setattr("stablefield.targets.references.readable", lambda device: False)
+        assert wide_products(2.3) > 0  # nobody knows how large the references are
+    sf.StableTarget(sf.EDM(), references=pool)(**arguments)
+    monkeypatch.setattr("stablefield.targets.stable_target.readable", lambda device: False)
+    monkeypatch.setattr("stablefield.targets.references.readable", lambda device: False)
+    assert wide_products(0.01) > 0
+    assert wide_products(2.3) == 0
+
+
+def test_on_another_device_nothing_is_looked_at_or_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Meta tensors have a device and a shape, and no values: what asks for one, or mixes devices, fails.
+    monkeypatch.setattr("stablefield.targets.fixed.full_precision", lambda device: nullcontext())
+    x_t, y, y8 = (torch.empty(n, *SHAPE, device="meta") for n in (8, 50, 50))
+    one, place = torch.ones(8, device="meta"), torch.zeros(8, dtype=torch.long, device="meta")
+    group, prior = torch.zeros(50, dtype=torch.long, device="meta"), torch.zeros(50, device="meta")
+    for references, wide, mirrored in product((y, y8.to(torch.uint8)), (False, True), (False, True)):
+        for anchor, source in ((x_t, place), (None, None)):
+            options = (place, group, prior, 0.0, mirrored, 20, wide)
+            found = compute(x_t, one, one, references, None, anchor, source, *options)
+            assert {value.device.type for value in found} == {"meta"}
+            assert found[0].shape == x_t.shape
+
+
+def test_norms_made_while_compiling_are_not_kept(images: Tensor, rng: torch.Generator) -> None:
+    pool = sf.Pool(images)
+    compiled(sf.StableTarget(sf.EDM(), references=pool))(**case(sf.EDM(), images, rng))
+    assert pool.bank(torch.device("cpu")).known_norms(torch.float32) is None
+
+
+def test_rows_beyond_the_capacity_have_their_own_sample(images: Tensor, rng: torch.Generator) -> None:
+    arguments = case(sf.EDM(), images, rng)
+    shuffle = torch.randperm(24, generator=rng)
+    arguments = {name: value[shuffle] for name, value in arguments.items()}
+    pool = sf.Pool(images)
+    some = sf.StableTarget(sf.EDM(), references=pool, capacity=7)(**arguments)
+    whole = sf.StableTarget(sf.EDM(), references=pool)(**arguments)
+    noisiest = arguments["t"] >= arguments["t"].sort().values[-7]
+    torch.testing.assert_close(some.x0[noisiest], whole.x0[noisiest], rtol=0, atol=1e-6)
+    assert torch.equal(some.x0[~noisiest], arguments["x0"][~noisiest])
+    assert torch.equal(some.source_weight[~noisiest], torch.ones(17))
+    assert some.ess[noisiest].min() > 1.5
+
+
+def test_a_capacity_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="capacity is 0: at least one row"):
+        sf.StableTarget(sf.EDM(), capacity=0)
+
+
+class Unknown(sf.GaussianKernel):
+    pass
+
+
+@pytest.mark.usefixtures("unreadable")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 50}, r"the Pool's size is 50: .*size=None"),
+        ({"array": True}, r"references are a numpy array of shape \(200, 3, 4, 4\)"),
+        ({"kernel": object()}, r"kernel is <object.*GaussianKernel and StudentTKernel"),
+    ],
+    ids=["size", "array", "kernel"],
+)
+def test_what_cannot_be_compiled_is_refused(options, message: str, images: Tensor, rng: torch.Generator) -> None:
+    pool = sf.Pool(images.numpy() if "array" in options else images, options.get("size"))
+    kernel = options.get("kernel", sf.GaussianKernel())
+    with pytest.raises(ValueError, match=message):
+        sf.StableTarget(sf.EDM(), references=pool, kernel=kernel)(**case(sf.EDM(), images, rng))
+
+
+@pytest.mark.gpu
+def test_a_captured_target_is_that_of_the_call(images: Tensor, rng: torch.Generator) -> None:
+    stable = sf.StableTarget(sf.EDM(), references=sf.Pool(images.cuda()), noise_band=0.8, capacity=16)
+    arguments = {name: value.cuda() for name, value in case(sf.EDM(), images, rng).items()}
+    truth = stable(**arguments)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        stable(**arguments)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = stable(**arguments)
+    for value in (found.x0, found.ess):
+        value.zero_()
+    graph.replay()
+    assert_equal(found, truth)
