@@ -22,7 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 from stablefield.data.image_set import ImageSet
 from stablefield.data.source import open_images
 from stablefield.training.allocator import keep_freed_memory
-from stablefield.training.feed import Feed, resolve_band
+from stablefield.training.feed import Feed
+from stablefield.training.placement import resolve_band
 from stablefield.training.recipe import Recipe, UNet
 from stablefield.training.recipes import CIFAR10_EDM
 from stablefield.training.run_folder import RunConfig
@@ -46,7 +47,7 @@ def stepper(recipe: Recipe, data: ImageSet, device: torch.device) -> Stepper:
     config = RunConfig(
         data="data", shape=data.shape, classes=classes, manifest=data.manifest, recipe=recipe, version="benchmark"
     )
-    feed = Feed(data, recipe, device, labelled=classes > 0, resident=True)
+    feed = Feed(data, recipe, device, labelled=classes > 0, placement="resident")
     return Stepper(config, feed, Accelerator(cpu=device.type == "cpu"))
 
 

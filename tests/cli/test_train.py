@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,24 +64,50 @@ def test_folder_of_mixed_pictures_trains_without_flags_and_can_be_sampled_after_
     assert (tmp_path / "grid.png").is_file()
 
 
-@pytest.mark.slow
-def test_both_of_two_processes_end_a_failed_run_with_its_message(tmp_path: Path) -> None:
+def begin_two(cwd: Path, *arguments: str) -> list["subprocess.Popen[str]"]:
+    """Two processes of a run on the digits, each its own child, with what they say in their pipes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "stablefield", "train", "digits", "--device", "cpu", "--steps", "5"]
-    command += ["--learning-rate", "1e30", "--sample-every", "0"]
+    command = [sys.executable, "-m", "stablefield", "train", "digits", "--device", "cpu", *arguments]
     started = []
     for rank in ("0", "1"):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {**os.environ, **place, "OMP_NUM_THREADS": "1"}
-        started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True))
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True))
+    return started
+
+
+@pytest.mark.slow
+def test_both_of_two_processes_end_a_failed_run_with_its_message(tmp_path: Path) -> None:
+    started = begin_two(tmp_path, "--steps", "5", "--learning-rate", "1e30", "--sample-every", "0")
     messages = [process.communicate(timeout=200)[1] for process in started]
     # Not -6: gloo's threads abort a process that ends within its group.
     assert [process.returncode for process in started] == [1, 1], messages
     for message in messages:
         assert "the loss is nan" in message
         assert "lower --learning-rate" in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("references", ["all", "sharded"])
+def test_a_process_that_dies_ends_the_other_with_a_message(references: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first, second = begin_two(
+        tmp_path, "--steps", "100000", "--log-every", "5", "--references", references, "--out", str(out)
+    )
+    log = out / "metrics.jsonl"
+    while not (log.is_file() and log.read_text()):
+        assert first.poll() is None, first.communicate()[1]
+        time.sleep(0.1)
+    second.kill()
+    message = first.communicate(timeout=60)[1]
+    second.communicate()
+    assert first.returncode == 1
+    assert "rank 0 of 2 waited for the others" in message
+    assert "The checkpoints written before are whole." in message
+    assert "a defect of ours" not in message
 
 
 def test_dry_run_says_what_a_run_takes_and_writes_nothing(

@@ -12,8 +12,9 @@ from stablefield.data.digits import open_digits
 from stablefield.data.image_set import ImageSet
 from stablefield.data.index_stream import IndexStream
 from stablefield.data.packed import open_packed, pack
-from stablefield.training import feed as feed_module
-from stablefield.training.feed import Feed, Rows, resolve_band, resolve_references
+from stablefield.training import placement as placement_module
+from stablefield.training.feed import Feed, Rows
+from stablefield.training.placement import resolve_band, resolve_references
 from stablefield.training.recipes import DIGITS
 
 CPU = torch.device("cpu")
@@ -22,7 +23,7 @@ ALL = slice(0, 32)
 
 def make(data: ImageSet, resident: bool, labelled: bool = False, **change: object) -> Feed:
     recipe = dataclasses.replace(DIGITS, batch=32, **change)
-    return Feed(data, recipe, CPU, labelled=labelled, resident=resident)
+    return Feed(data, recipe, CPU, labelled=labelled, placement="resident" if resident else "loaded")
 
 
 @pytest.fixture(scope="module")
@@ -103,29 +104,55 @@ def test_all_references_where_they_do_not_fit_is_an_error_with_the_remedy(
 ) -> None:
     with pytest.raises(ValueError, match="number of references"):
         make(mapped, False, references="all")
-    monkeypatch.setattr(feed_module, "free_memory", lambda device: 200_000)
+    monkeypatch.setattr(placement_module, "free_memory", lambda device: 200_000)
     with pytest.raises(ValueError, match=r"--references all.*4096"):
         resolve_references(dataclasses.replace(DIGITS, references="all"), mapped, CPU)
 
 
-@pytest.mark.parametrize(("free", "expected"), [(10**9, "all"), (200_000, 1797)])
+@pytest.mark.parametrize(
+    ("free", "processes", "expected", "words"),
+    [
+        (10**9, 1, "all", "at most half of the"),
+        (10**9, 4, "all", "at most half of the"),
+        (200_000, 1, 1797, "more than half of the"),
+        (200_000, 2, "sharded", "a part of the 112.3 KiB on each of 2 processes"),
+        (50_000, 2, 1797, "more than half of the"),
+    ],
+)
 def test_auto_takes_all_where_they_fit_and_says_the_rule(
-    mapped: ImageSet, monkeypatch: pytest.MonkeyPatch, free: int, expected: object
+    mapped: ImageSet, monkeypatch: pytest.MonkeyPatch, free: int, processes: int, expected: object, words: str
 ) -> None:
-    monkeypatch.setattr(feed_module, "free_memory", lambda device: free)
-    found, rule = resolve_references(DIGITS, mapped, CPU)
+    monkeypatch.setattr(placement_module, "free_memory", lambda device: free)
+    found, rule = resolve_references(DIGITS, mapped, CPU, processes)
     assert found == expected
-    assert "half of the" in rule
+    assert words in rule
+
+
+def test_processes_on_one_cpu_share_its_memory(mapped: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement_module, "free_memory", lambda device: 3 * mapped.images.nbytes)
+    assert placement_module.fits(mapped, CPU)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert not placement_module.fits(mapped, CPU)
+    assert placement_module.fits(mapped, CPU, processes=2)
+
+
+def test_sharded_references_of_one_process_are_refused_and_go_on_as_all(mapped: ImageSet) -> None:
+    recipe = dataclasses.replace(DIGITS, references="sharded")
+    with pytest.raises(ValueError, match=r"--references sharded needs several processes.*torchrun"):
+        resolve_references(recipe, mapped, CPU)
+    # A run that several processes began, and one goes on with.
+    assert placement_module.placed(recipe, mapped, CPU) == "resident"
+    assert placement_module.placed(recipe, mapped, CPU, processes=2) == "sharded"
 
 
 def test_half_of_the_free_memory_is_the_limit(mapped: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     for free, fitting in ((2 * mapped.images.nbytes, True), (2 * mapped.images.nbytes - 2, False)):
-        monkeypatch.setattr(feed_module, "free_memory", lambda device, free=free: free)
-        assert feed_module.fits(mapped, CPU) is fitting
+        monkeypatch.setattr(placement_module, "free_memory", lambda device, free=free: free)
+        assert placement_module.fits(mapped, CPU) is fitting
 
 
 def test_free_memory_is_what_the_system_says(tmp_path: Path) -> None:
-    free = feed_module.free_memory(CPU)
+    free = placement_module.free_memory(CPU)
     assert 10**8 < free < 10**14
 
 

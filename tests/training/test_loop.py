@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from safetensors.torch import load_file
 
 import stablefield
 from stablefield.data.digits import open_digits
+from stablefield.targets.ranks import RankError
 from stablefield.training.loop import TrainingError, check_fit, train
 from stablefield.training.recipe import Perceptron, Recipe, UNet
 from stablefield.training.recipes import DIGITS
 from stablefield.training.run_folder import RunConfig, RunFolder
+from stablefield.training.stepper import Stepper
 
 SMALL = dataclasses.replace(
     DIGITS,
@@ -125,6 +128,22 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_earlier_checkpoints(tmp
     newest = run.newest()
     assert newest is not None
     assert all(value.isfinite().all() for value in load_file(newest[0] / "model.safetensors").values())
+
+
+def test_a_dead_process_is_told_as_such_and_not_as_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Stepper, step: int) -> None:
+        raise RankError("rank 1 has died.")
+
+    monkeypatch.setattr(Stepper, "take", fail)
+    with pytest.raises(TrainingError, match=r"^rank 1 has died\. The checkpoints written before are whole\.$"):
+        go(start(tmp_path / "run", SMALL))
+
+
+def test_sharded_references_need_a_row_for_every_part_of_a_step(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", dataclasses.replace(SMALL, batch=7, accumulate=4, references="sharded"))
+    two = SimpleNamespace(device=torch.device("cpu"), num_processes=2)
+    with pytest.raises(ValueError, match=r"--batch 7 is below the 8 parts.*--batch 8 or more"):
+        train(run, run.config(), open_digits(), device=torch.device("cpu"), accelerator=two)
 
 
 def test_stable_loss_plus_variance_removed_is_the_single_sample_loss(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 import stablefield as sf
 from stablefield.data.digits import open_digits
 from stablefield.data.image_set import ImageSet, Origin, make_image_set
+from stablefield.training.allocator import keep_freed_memory
 from stablefield.training.feed import Feed
 from stablefield.training.loop import train
 from stablefield.training.meter import BINS, Meter, Stopwatch, bin_edges
@@ -40,7 +41,7 @@ def configured(recipe: Recipe, data: ImageSet) -> RunConfig:
 
 def stepper(recipe: Recipe, data: ImageSet) -> Stepper:
     config = configured(recipe, data)
-    feed = Feed(data, recipe, CPU, labelled=config.classes > 0, resident=True)
+    feed = Feed(data, recipe, CPU, labelled=config.classes > 0, placement="resident")
     return Stepper(config, feed, Accelerator(cpu=True))
 
 
@@ -77,7 +78,18 @@ def test_more_parts_than_rows_leave_none_out(digits: ImageSet) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [{}, {"references": 64, "accumulate": 2}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"references": 64, "accumulate": 2},
+        {"references": "sharded", "accumulate": 2},
+        {"references": "sharded", "conditional": True, "label_dropout": 0.3, "noise_band": 0.5},
+        {"references": "sharded", "network": TINY_UNET, "augmentation": 0.3},
+        {"references": "sharded", "network": TINY_UNET, "mirror": True},
+    ],
+    ids=str,
+)
 def test_two_processes_follow_the_losses_of_one(tmp_path: Path, digits: ImageSet, change: dict[str, object]) -> None:
     recipe = dataclasses.replace(SMALL, log_every=1, sample_every=0, **change)
     one = RunFolder.create(tmp_path / "one", configured(recipe, digits))
@@ -171,10 +183,11 @@ def test_bins_are_equally_probable_and_sum_to_the_whole() -> None:
 
 @pytest.mark.slow
 def test_the_loop_itself_costs_under_5_percent_of_a_step_of_5_million_parameters() -> None:
+    keep_freed_memory()  # as the command does
     pixels = np.random.default_rng(0).integers(0, 256, (64, 3, 32, 32), dtype=np.uint8)
     data = make_image_set(pixels, None, Origin(name="noise", source="made up"))
     network = UNet(base_channels=64, multipliers=(1, 2, 2), blocks=1, dropout=0.0)
-    recipe = dataclasses.replace(SMALL, batch=8, network=network)
+    recipe = dataclasses.replace(SMALL, batch=16, network=network)
     found = stepper(recipe, data)
     meter = Meter(bin_edges(recipe.noise_levels, recipe.process), CPU, found.target_watch)
     count = sum(p.numel() for p in found.trained.model.parameters())

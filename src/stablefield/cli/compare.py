@@ -32,9 +32,9 @@ from stablefield.report.comparison_page import comparison_page
 from stablefield.report.extra import require
 from stablefield.training.comparison import LEVELS, MIDDLE, Outcome, TargetName, improvement, run_one, samples_of
 from stablefield.training.config import encode
-from stablefield.training.feed import resolve_band, resolve_references
 from stablefield.training.files import write_whole
 from stablefield.training.loop import Report, check_fit
+from stablefield.training.placement import resolve_band, resolve_references
 from stablefield.training.recipe import Recipe
 from stablefield.training.run_folder import RunConfig, RunFolder
 

@@ -23,9 +23,10 @@ from stablefield.cli.settling import opening_of, pick_device, settled, start_pro
 from stablefield.cli.sources import open_data
 from stablefield.data.image_set import ImageSet, size_text
 from stablefield.training.estimate import estimate
-from stablefield.training.feed import Feed, fits, resolve_band, resolve_references
+from stablefield.training.feed import Feed
 from stablefield.training.loop import Tracker, check_fit, make_accelerator, train
 from stablefield.training.observers import FrechetObserver
+from stablefield.training.placement import placed, resolve_band, resolve_references
 from stablefield.training.recipe import Recipe
 from stablefield.training.run_folder import RunConfig, RunFolder
 
@@ -167,7 +168,7 @@ class Train:
         data, recipe = self.opened, self.config
         assert isinstance(data, ImageSet)
         check_fit(recipe, data)
-        references, rule = resolve_references(recipe, data, device)
+        references, rule = resolve_references(recipe, data, device, PartialState().num_processes)
         recipe = dataclasses.replace(recipe, references=references)
         band, finding = resolve_band(recipe, data, device)
         recipe = dataclasses.replace(recipe, noise_band=band)
@@ -220,7 +221,8 @@ class Train:
     def _rehearse(self, config: RunConfig, data: ImageSet, device: torch.device) -> int:
         recipe = config.recipe
         accelerator = make_accelerator(device)
-        feed = Feed(data, recipe, device, labelled=config.classes > 0, resident=fits(data, device))
+        placement = placed(recipe, data, device, accelerator.num_processes)
+        feed = Feed(data, recipe, device, labelled=config.classes > 0, placement=placement)
         found = estimate(config, feed, accelerator)
         feed.close()
         table = Table(show_header=False, box=None, pad_edge=False)
@@ -236,7 +238,9 @@ class Train:
             "steps", f"{recipe.steps:,} of {recipe.batch}: {images:,} images, {images / len(data):,.0f} epochs"
         )
         if recipe.target == "stf":
-            table.add_row("references", f"{recipe.references} per step")
+            sharded = f"all, in {accelerator.num_processes} parts"
+            many = sharded if placement == "sharded" else recipe.references
+            table.add_row("references", f"{many} per step")
         share = found.target_seconds / found.seconds_per_step
         table.add_row("a step here", f"{found.seconds_per_step:.3f} s, of which noise and target {share:.1%}")
         table.add_row("all of it", f"about {_duration(found.seconds_per_step * recipe.steps)} on {device}")

@@ -19,6 +19,7 @@ from stablefield.diffusion.noise_levels import LogNormal, NoiseLevels
 from stablefield.diffusion.process import Process
 from stablefield.diffusion.weighting import EDMWeighting, Weighting
 from stablefield.shapes import per_row
+from stablefield.targets.reading import readable
 from stablefield.targets.stable_target import StableTarget
 from stablefield.targets.target import Target
 
@@ -189,7 +190,7 @@ class Objective:
         source = device if generator is None else generator.device
         t = self.noise_levels.sample(self.process, shape[0], generator, device)
         level = self.process.noise_level(t)
-        if not bool(((level > 0) & level.isfinite()).all()):
+        if readable(level.device) and not bool(((level > 0) & level.isfinite()).all()):
             raise ValueError(
                 f"the noise levels drawn run from {level.min():g} to {level.max():g}: they must be positive and finite; "
                 f"change the range of {self.noise_levels}."
@@ -260,7 +261,7 @@ class Objective:
                 f"the denoiser returned shape {tuple(estimate.shape)} for x0 of shape {tuple(x.shape)}: they must be equal."
             )
         weight = self.weighting(level)
-        if not bool(weight.isfinite().all()):
+        if readable(weight.device) and not bool(weight.isfinite().all()):
             raise ValueError(
                 f"{self.weighting} is not finite at noise levels from {level.min():g}: raise the lower end of "
                 f"{self.noise_levels}."

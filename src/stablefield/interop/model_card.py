@@ -76,7 +76,8 @@ class ModelCard:
         recipe = self.recipe
         target = "the single sample (denoising score matching)"
         if recipe.target == "stf":
-            target = f"the stable target, references: {recipe.references}, noise band: {recipe.noise_band}"
+            references = "all" if recipe.references == "sharded" else recipe.references
+            target = f"the stable target, references: {references}, noise band: {recipe.noise_band}"
         rows = [
             ("regressed on", target),
             ("steps", f"{self.step:,} of {recipe.batch:,} images"),

@@ -12,8 +12,6 @@ Anchors travel with their rows, so logits of different shards are relative to th
 small noise. Per row, 2 d numbers go out to every rank and d come back from each.
 """
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, cast
@@ -28,17 +26,14 @@ from stablefield.targets.excess import Anchor, Excess
 from stablefield.targets.kernel import Kernel
 from stablefield.targets.partial import Partial
 from stablefield.targets.query import Query
+from stablefield.targets.ranks import Ranks
 from stablefield.targets.reading import readable
 from stablefield.targets.references import Pool, Selection, own_gap
 from stablefield.targets.sums import accumulate, mirrored_sums
 
-__all__ = ["RankError", "ShardedPool"]
+__all__ = ["ShardedPool"]
 
 _DTYPES = (torch.float32, torch.float64)
-
-
-class RankError(ConnectionError):
-    """Another rank has died or does not answer."""
 
 
 class ShardedPool:
@@ -83,7 +78,7 @@ class ShardedPool:
         if timeout is not None:
             made = dist.new_group(dist.get_process_group_ranks(process_group), timeout=timeout)
             process_group = cast("dist.ProcessGroup", made)  # an int for those outside, and all are inside
-        self._ranks = _Ranks(process_group)
+        self._ranks = Ranks(process_group)
         shape = [len(data), *data.shape[1:]]
         mine = torch.tensor([len(shape), group is not None, mirrored, *shape, *[0] * (12 - len(shape))], device=device)
         parts = self._ranks.gather_equal(mine, "to compare their shards")
@@ -152,7 +147,7 @@ class _Exchange:
         reference_group: condition of each sample of the shard, or None.
     """
 
-    ranks: "_Ranks"
+    ranks: Ranks
     start: int
     reference_group: Tensor | None
 
@@ -250,48 +245,6 @@ class _Exchange:
             partial = partial.merge(mirrored_sums(asked, anchor, bank, kernel, partial.peak, chunk_size))
         gap, wrong = own_gap(rows, place.clamp(min=0), bank)
         return partial, torch.where(here, gap, 0), here & wrong
-
-
-class _Ranks:
-    """The ranks of a process group, and what they tell each other; a silent one becomes a RankError."""
-
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._group = group
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
-
-    def gather_equal(self, mine: Tensor, purpose: str) -> list[Tensor]:
-        """Tensors of one shape from all ranks, in their order."""
-        parts = [torch.empty_like(mine) for _ in range(self.size)]
-        with self._waiting(purpose):
-            dist.all_gather(parts, mine, group=self._group)
-        return parts
-
-    def gather(self, mine: Tensor, counts: list[int]) -> Tensor:
-        """The rows of all ranks, of which each has its own number."""
-        padded = mine.new_zeros(max(counts), mine.shape[1])
-        padded[: len(mine)] = mine
-        parts = self.gather_equal(padded, "to exchange their rows")
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-    def send_home(self, rows: Tensor, counts: list[int]) -> list[Tensor]:
-        """Send each rank the results of its rows; what all ranks have found for the rows of this one, in their order."""
-        mine = counts[self.rank]
-        received = rows.new_empty(self.size * mine, rows.shape[1])
-        if sum(counts):
-            with self._waiting("to return what they have found"):
-                dist.all_to_all_single(received, rows.contiguous(), [mine] * self.size, counts, group=self._group)
-        return list(received.split(mine)) if mine else [received] * self.size
-
-    @contextmanager
-    def _waiting(self, purpose: str) -> Generator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            raise RankError(
-                f"rank {self.rank} of {self.size} waited for the others {purpose}, and one has died or does not answer: "
-                f"look for the first error among the ranks. ({str(error).splitlines()[0]})"
-            ) from error
 
 
 def _shape(x: Tensor) -> tuple[int, int]:

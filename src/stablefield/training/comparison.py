@@ -30,10 +30,11 @@ from stablefield.data.image_set import ImageSet
 from stablefield.diffusion.preconditioning import Denoiser
 from stablefield.probe.fit import measure_fit
 from stablefield.probe.population import Population
-from stablefield.training.feed import Feed, fits
+from stablefield.training.feed import Feed
 from stablefield.training.loop import Report, make_accelerator, train
 from stablefield.training.model import open_model
 from stablefield.training.observers import samples
+from stablefield.training.placement import placed
 from stablefield.training.run_folder import RunConfig, RunFolder
 from stablefield.training.stepper import Stepper
 
@@ -128,7 +129,9 @@ class Scorer:
         self._device = accelerator.device
         # References as the stable target has them, whichever target this run regresses on.
         stable = dataclasses.replace(config.recipe, target="stf")
-        feed = Feed(data, stable, self._device, labelled=config.classes > 0, resident=fits(data, self._device))
+        feed = Feed(
+            data, stable, self._device, labelled=config.classes > 0, placement=placed(stable, data, self._device)
+        )
         labels = None if data.labels is None or not config.classes else torch.from_numpy(data.labels)
         self._population = Population(torch.from_numpy(data.images.copy()), labels)
         self._steppers = {

@@ -16,10 +16,12 @@ from accelerate import Accelerator
 from stablefield.data.image_set import ImageSet
 from stablefield.data.png import tile, write_png
 from stablefield.diffusion.preconditioning import Denoiser
+from stablefield.targets.ranks import RankError, Ranks
 from stablefield.training.checkpoint import State, restore, save, sweep
-from stablefield.training.feed import Feed, fits
+from stablefield.training.feed import Feed
 from stablefield.training.meter import Meter, Report, bin_edges
 from stablefield.training.observers import samples
+from stablefield.training.placement import placed
 from stablefield.training.post_hoc import take_snapshot
 from stablefield.training.recipe import Recipe
 from stablefield.training.run_folder import RunConfig, RunFolder
@@ -133,9 +135,15 @@ def train(
         raise ValueError(f"{config.data} is not what this run was started with (its pixels' sha256 differs).")
     accelerator = accelerator or make_accelerator(device, tracker, folder)
     device = accelerator.device
-    # All data as references are resident: it was decided when the run began, on a machine that may have been less busy.
-    resident = recipe.references == "all" or fits(data, device)
-    feed = Feed(data, recipe, device, labelled=config.classes > 0, resident=resident)
+    placement = placed(recipe, data, device, accelerator.num_processes)
+    parts = accelerator.num_processes * recipe.accumulate
+    if placement == "sharded" and recipe.batch < parts:
+        # A process without rows would not ask, and all must ask equally often.
+        raise ValueError(
+            f"--batch {recipe.batch} is below the {parts} parts that the processes make of it: with sharded references, "
+            f"pass --batch {parts} or more, or a smaller --accumulate."
+        )
+    feed = Feed(data, recipe, device, labelled=config.classes > 0, placement=placement)
     try:
         loop = _Loop(folder, config, feed, accelerator, observers)
         if tracker != "none":
@@ -146,6 +154,8 @@ def train(
             raise TrainingError(
                 f"{error}: lower --learning-rate or --clip. The checkpoints written before are whole."
             ) from error
+        except RankError as error:
+            raise TrainingError(f"{error} The checkpoints written before are whole.") from error
         except OSError as error:
             full = error.errno is None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             remedy = "free some space" if full else "see to its folder"
@@ -180,7 +190,8 @@ class _Loop:
         newest = folder.newest()
         if newest is not None:
             self._state = restore(newest[0], self._stepper.trained)
-        accelerator.wait_for_everyone()
+        self._ranks = Ranks() if accelerator.num_processes > 1 else None
+        self._meet("to begin")
         if self._main:
             # Newer ones are damaged, or they would have been used: they must not count among those to keep.
             folder.remove_after(self._state.step)
@@ -214,21 +225,26 @@ class _Loop:
         return self._state.step
 
     def _stops(self, stop: Callable[[], bool]) -> bool:
-        if self._accelerator.num_processes == 1:
+        if self._ranks is None:
             return stop()
         # All or none: a process that left alone would leave the others waiting.
         wish = torch.tensor([float(stop())], device=self._accelerator.device)
-        torch.distributed.all_reduce(wish)
+        self._ranks.add_up(wish, "to hear whether one of them is to stop")
         return bool(wish.item() > 0)
+
+    def _meet(self, purpose: str) -> None:
+        if self._ranks is not None:
+            with self._ranks.waiting(purpose):
+                self._accelerator.wait_for_everyone()
 
     def _meter(self) -> Meter:
         return Meter(self._edges, self._accelerator.device, self._stepper.target_watch)
 
     def _report(self, meter: Meter, done: int) -> Report:
         sums = meter.sums
-        if self._accelerator.num_processes > 1:
+        if self._ranks is not None:
             sums = sums.clone()
-            torch.distributed.all_reduce(sums)
+            self._ranks.add_up(sums, "to add up what they report")
         return meter.report(done, sums)
 
     def _log(self, done: int, extra: dict[str, float]) -> None:
@@ -296,7 +312,7 @@ class _Loop:
             if checkpoint:
                 save(folder.checkpoint(done), State(done, done * recipe.batch), trained)
                 folder.prune(recipe.keep_last, recipe.keep_every)
-        self._accelerator.wait_for_everyone()
+        self._meet("to have the run written")
         self._pause()
 
     def _pause(self) -> None:

@@ -134,9 +134,10 @@ class Recipe:
 
     target: Literal["stf", "dsm"] = "stf"
     """What to regress on: the stable target, or the single sample of denoising score matching."""
-    references: int | Literal["auto", "all"] = "auto"
-    """References of the stable target per step: a number from the batch size to the size of the data, all of it, or auto:
-    all where the data fit on the device, else 4096 read with each batch."""
+    references: int | Literal["auto", "all", "sharded"] = "auto"
+    """References of the stable target per step: a number from the batch size to the size of the data; all of it; sharded,
+    which is all of it with a part on each of several processes; or auto: all where the data fit on the device, sharded
+    where they fit on those of all processes, else 4096 read with each batch."""
     noise_band: float | Literal["auto"] = "auto"
     """Noise level (sigma / alpha) below which the single sample is used; auto finds by a short probe of the data where the
     references have no weight yet. Unbiased whatever it is."""

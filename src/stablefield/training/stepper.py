@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from stablefield.data.augmentation import Augmentation, AugmentationParameters, flip
 from stablefield.diffusion.objective import Example, Objective, ObjectiveValue
+from stablefield.targets.ranks import Ranks
 from stablefield.targets.references import References
 from stablefield.targets.stable_target import DenoisingTarget, StableTarget
 from stablefield.training.checkpoint import Trained
@@ -49,6 +50,7 @@ class Stepper:
         recipe = config.recipe
         self._recipe, self._feed, self._accelerator = recipe, feed, accelerator
         self._device = accelerator.device
+        self._ranks = Ranks() if accelerator.num_processes > 1 else None
         model = build_denoiser(config).to(self._device)
         averages: dict[str, nn.Module] = {"ema": follower(model)}
         if recipe.ema_snapshot_every:
@@ -179,14 +181,14 @@ class Stepper:
         return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
     def _sum_gradients(self) -> None:
-        if self._accelerator.num_processes == 1:
+        if self._ranks is None:
             return
         for parameter in self._parameters:  # a process without rows takes part, too
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = self._gradients()
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        torch.distributed.all_reduce(flat)
+        self._ranks.add_up(flat, "to sum their gradients")
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.reshape(gradient.shape))
 
