@@ -29,6 +29,13 @@ def main() -> None:
         mean = torch.softmax(-square / (2 * sigma**2), 1) @ references
         assert (target.x0.flatten(1) - mean).abs().max() < 1e-4
 
+    # Compiled, it is the same.
+    level = torch.linspace(0.5, 20, 16)
+    arguments = (x0, sf.EDM().perturb(x0, level, generator=generator), level, None, index)
+    stable = sf.StableTarget(sf.EDM(), references=sf.Pool(images), noise_band=1.0, capacity=12)
+    compiled = torch.compile(stable, fullgraph=True, backend="eager")
+    assert (compiled(*arguments).x0 - stable(*arguments).x0).abs().max() < 1e-4
+
     # A U-Net trains a step on it, and a sampler runs.
     network = networks.SongUNet.ddpmpp(16, 3, base_channels=16, multipliers=(1, 2), blocks=1)
     denoiser = sf.Denoiser(network, sf.EDMPreconditioning(sigma_data=0.5))
