@@ -127,7 +127,7 @@ def test_the_proof_measures_both_targets_after_equal_times(
     assert found == told
     assert [row["target"] for row in found] == ["dsm", "dsm", "stf", "stf"]
     for row, seconds in zip(found, (0.5, 1.0, 0.5, 1.0), strict=True):
-        assert seconds <= row["seconds"] < seconds + 1
+        assert seconds <= row["seconds"] < seconds + 30  # a step that began in time
         assert row["images"] == 8 * row["steps"] > 0
         assert row["heun_nfe"] == 35
         assert all(row[sampler] > 0 < row[f"{sampler}_nfe"] for sampler in samplers)

@@ -110,6 +110,26 @@ def test_a_process_that_dies_ends_the_other_with_a_message(references: str, tmp_
     assert "a defect of ours" not in message
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [["--dry-run"], []], ids=["dry run", "run"])
+def test_a_batch_of_fewer_rows_than_parts_is_refused_by_all_processes(more: list[str], tmp_path: Path) -> None:
+    flags = ("--references", "sharded", "--batch", "3", "--accumulate", "2", *more)
+    started = begin_two(tmp_path, *flags)
+    messages = [process.communicate(timeout=100)[1] for process in started]
+    assert [process.returncode for process in started] == [2, 2], messages
+    assert all("--batch 3 is below the 4 parts" in message for message in messages)
+
+
+@pytest.mark.slow
+def test_what_ends_the_first_process_before_the_run_ends_the_other(tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("not empty")
+    started = begin_two(tmp_path, "--steps", "2", "--out", str(tmp_path))
+    messages = [process.communicate(timeout=100)[1] for process in started]
+    assert [process.returncode for process in started] == [2, 1], messages
+    assert "is not empty" in messages[0]
+    assert "rank 1 of 2 waited for the others to hear from the first how the run is to be" in messages[1]
+
+
 def test_dry_run_says_what_a_run_takes_and_writes_nothing(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,11 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import stablefield as sf
+from stablefield.targets.bank import Bank
 from stablefield.targets.fixed import compute
 
 SHAPE = (3, 4, 4)
+TABLE = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
+PROCESSES = [sf.EDM(), sf.VE(), sf.VP(), sf.Cosine(), sf.RectifiedFlow(), sf.Discrete(TABLE)]
 
 
 @pytest.fixture
@@ -36,8 +40,8 @@ def case(process: sf.Process, images: Tensor, rng: torch.Generator, batch: int =
     return {"x0": x0, "x_t": process.perturb(x0, t, generator=rng), "t": t, "index": index}
 
 
-def assert_equal(found: sf.Target, truth: sf.Target) -> None:
-    for name in ("x0", "noise", "v", "velocity", "source_weight"):
+def assert_equal(found: sf.Target, truth: sf.Target, views: tuple[str, ...] = ("v", "velocity")) -> None:
+    for name in ("x0", "noise", "source_weight", *views):
         torch.testing.assert_close(getattr(found, name), getattr(truth, name), rtol=0, atol=2e-5)
     torch.testing.assert_close(found.ess, truth.ess, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.variance, truth.variance, rtol=1e-4, atol=1e-4)
@@ -48,11 +52,12 @@ def compiled(function: Callable, backend: str = "aot_eager") -> Callable:
     return torch.compile(function, backend=backend, fullgraph=True)
 
 
-@pytest.mark.parametrize("process", [sf.EDM(), sf.VE(), sf.VP(), sf.Cosine(), sf.RectifiedFlow()], ids=repr)
+@pytest.mark.parametrize("process", PROCESSES, ids=repr)
 def test_a_compiled_target_is_that_of_the_call(process: sf.Process, images: Tensor, rng: torch.Generator) -> None:
     stable = sf.StableTarget(process, references=sf.Pool(images))
     arguments = case(process, images, rng)
-    assert_equal(compiled(stable)(**arguments), stable(**arguments))
+    views = ("v",) if isinstance(process, sf.Discrete) else ("v", "velocity")
+    assert_equal(compiled(stable)(**arguments), stable(**arguments), views)
 
 
 KINDS = ("in batch", "band", "capacity", "groups", "mirrored", "flips", "alone", "alone in batch", "heavy tails", "DSM")
@@ -94,6 +99,39 @@ def test_compiled_with_every_option(kind: str, images: Tensor, rng: torch.Genera
     assert (truth.ess > 2).any() == (kind != "DSM")
     single = truth.source_weight == 1
     assert torch.equal(found.x0[single], arguments["x0"][single])
+
+
+def test_rows_without_noise_keep_their_sample(images: Tensor, rng: torch.Generator) -> None:
+    arguments = case(sf.EDM(), images, rng)
+    arguments["t"][::3] = 0
+    found = compiled(sf.StableTarget(sf.EDM(), references=sf.Pool(images)))(**arguments)
+    assert torch.equal(found.x0[::3], arguments["x0"][::3])
+    assert torch.equal(found.source_weight[::3], torch.ones(8))
+    assert found.x0.isfinite().all()
+
+
+def test_a_capacity_finds_rows_and_flips_in_any_order_and_takes_the_first_of_equals(
+    images: Tensor, rng: torch.Generator
+) -> None:
+    arguments = case(sf.EDM(), images, rng)
+    arguments["t"] = torch.tensor([0.1, 4.0, 0.9, 4.0, 7.0, 4.0] * 4)
+    flip = torch.rand(24, generator=rng) < 0.5
+    x0 = torch.where(flip[:, None, None, None], arguments["x0"].flip(-1), arguments["x0"])
+    arguments |= {"x0": x0, "x_t": sf.EDM().perturb(x0, arguments["t"], generator=rng), "flip": flip}
+    stable = sf.StableTarget(sf.EDM(), references=sf.Pool(images), noise_band=0.5, capacity=9)
+    truth = stable(**arguments)
+    used = truth.ess > 1.01
+    assert used.nonzero()[:, 0].tolist() == [1, 3, 4, 5, 7, 9, 10, 16, 22]
+    assert_equal(compiled(stable)(**arguments), truth)
+
+
+def test_batches_of_many_sizes_need_few_graphs(images: Tensor, rng: torch.Generator) -> None:
+    stable = sf.StableTarget(sf.EDM(), references=sf.Pool(images))
+    function = compiled(stable)
+    sizes = (24, 25, 26, 27, 28, 30, 32, 40, 41, 50)  # above torch's limit of eight
+    for size in sizes:
+        arguments = case(sf.EDM(), images, rng, size)
+        assert_equal(function(**arguments), stable(**arguments))
 
 
 @pytest.mark.parametrize("with_source", [True, False])
@@ -202,19 +240,36 @@ def test_a_band_spares_the_float64_of_a_compiled_target(
     monkeypatch.setattr("stablefield.targets.stable_target.readable", lambda device: False)
     monkeypatch.setattr("stablefield.targets.references.readable", lambda device: False)
     assert wide_products(0.01) > 0
+    # Nor are the pool's norms computed anew.
+    monkeypatch.setattr(Bank, "_squares", None)
     assert wide_products(2.3) == 0
 
 
+class NoCopies(TorchDispatchMode):
+    """Fails where a tensor on the CPU is an operand of an operation on meta tensors, or copied to their device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        flat = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        on_meta = any(one.is_meta for one in (*flat, *tree_leaves(result)) if isinstance(one, Tensor))
+        assert not on_meta or all(one.is_meta for one in flat), func
+        return result
+
+
 def test_on_another_device_nothing_is_looked_at_or_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Meta tensors have a device and a shape, and no values: what asks for one, or mixes devices, fails.
+    # Meta tensors have a device and a shape, and no values: what asks for one, or mixes devices, fails. Copies do not,
+    # and a copy of memory that is not pinned is what a capture refuses.
     monkeypatch.setattr("stablefield.targets.fixed.full_precision", lambda device: nullcontext())
     x_t, y, y8 = (torch.empty(n, *SHAPE, device="meta") for n in (8, 50, 50))
     one, place = torch.ones(8, device="meta"), torch.zeros(8, dtype=torch.long, device="meta")
     group, prior = torch.zeros(50, dtype=torch.long, device="meta"), torch.zeros(50, device="meta")
     for references, wide, mirrored in product((y, y8.to(torch.uint8)), (False, True), (False, True)):
         for anchor, source in ((x_t, place), (None, None)):
-            options = (place, group, prior, 0.0, mirrored, 20, wide)
-            found = compute(x_t, one, one, references, None, anchor, source, *options)
+            for conditions in ((place, group, prior), (None, None, None)):
+                options = (*conditions, 0.0, mirrored, 20, wide)
+                with NoCopies():
+                    found = compute(x_t, one, one, references, None, anchor, source, *options)
             assert {value.device.type for value in found} == {"meta"}
             assert found[0].shape == x_t.shape
 
@@ -239,13 +294,14 @@ def test_rows_beyond_the_capacity_have_their_own_sample(images: Tensor, rng: tor
     assert some.ess[noisiest].min() > 1.5
 
 
-def test_a_capacity_below_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="capacity is 0: at least one row"):
-        sf.StableTarget(sf.EDM(), capacity=0)
+@pytest.mark.parametrize("capacity", [0, 2.5, float("nan"), True, "3"])
+def test_a_capacity_that_is_no_number_of_rows_is_refused(capacity: object) -> None:
+    with pytest.raises(ValueError, match=f"capacity is {capacity!r}: it is a number of rows"):
+        sf.StableTarget(sf.EDM(), capacity=capacity)
 
 
 class Unknown(sf.GaussianKernel):
-    pass
+    """Whatever it changes would not reach the operator."""
 
 
 @pytest.mark.usefixtures("unreadable")
@@ -254,7 +310,7 @@ class Unknown(sf.GaussianKernel):
     [
         ({"size": 50}, r"the Pool's size is 50: .*size=None"),
         ({"array": True}, r"references are a numpy array of shape \(200, 3, 4, 4\)"),
-        ({"kernel": object()}, r"kernel is <object.*GaussianKernel and StudentTKernel"),
+        ({"kernel": Unknown()}, r"kernel is Unknown.*GaussianKernel and StudentTKernel"),
     ],
     ids=["size", "array", "kernel"],
 )

@@ -208,14 +208,21 @@ def test_a_target_over_a_pool_refuses(name: str) -> None:
 
 
 def test_a_row_that_uses_references_is_named_by_its_place_in_the_batch() -> None:
-    target = sf.StableTarget(sf.EDM(), references=sf.Pool(Y, 4), noise_band=1.0)
+    target = sf.StableTarget(sf.EDM(), references=sf.Pool(Y), noise_band=1.0)
     levels = torch.tensor([0.5, 2.0, 0.5, 2.0])
     with pytest.raises(ValueError, match=r"row 3 of x0 is not sample 2 of the Pool"):
         target(Y[:4], Y[:4] + 0.5, levels, index=torch.tensor([0, 1, 3, 2]))
     # Rows below the band use no reference, so nothing depends on their index.
-    index = torch.tensor([0, 1, 4, 3])
-    other = target(Y[:4], Y[:4] + 0.5, levels, index=index, generator=torch.Generator().manual_seed(0))
+    other = target(Y[:4], Y[:4] + 0.5, levels, index=torch.tensor([0, 1, 4, 3]))
     assert torch.equal(other.x0[2], Y[2])
+
+
+def test_where_references_are_drawn_every_row_is_looked_at() -> None:
+    # A row below the band uses none, but what is drawn for the others depends on its index.
+    target = sf.StableTarget(sf.EDM(), references=sf.Pool(Y, 4), noise_band=1.0)
+    levels = torch.tensor([0.5, 2.0, 0.5, 2.0])
+    with pytest.raises(ValueError, match=r"row 2 of x0 is not sample 4 of the Pool"):
+        target(Y[:4], Y[:4] + 0.5, levels, index=torch.tensor([0, 1, 4, 3]))
 
 
 def test_a_pool_may_be_as_small_as_the_distinct_samples_of_the_batch() -> None:

@@ -145,6 +145,15 @@ def test_sharded_references_of_one_process_are_refused_and_go_on_as_all(mapped: 
     assert placement_module.placed(recipe, mapped, CPU, processes=2) == "sharded"
 
 
+def test_sharded_references_that_do_not_fit_are_refused(mapped: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = dataclasses.replace(DIGITS, references="sharded")
+    monkeypatch.setattr(placement_module, "free_memory", lambda device: 50_000)
+    with pytest.raises(ValueError, match=r"--references sharded: the data take 112.3 KiB.*also in 2 parts"):
+        resolve_references(recipe, mapped, CPU, processes=2)
+    with pytest.raises(ValueError, match=r"sharded over several processes.*go on with several"):
+        placement_module.placed(recipe, mapped, CPU)
+
+
 def test_half_of_the_free_memory_is_the_limit(mapped: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     for free, fitting in ((2 * mapped.images.nbytes, True), (2 * mapped.images.nbytes - 2, False)):
         monkeypatch.setattr(placement_module, "free_memory", lambda device, free=free: free)

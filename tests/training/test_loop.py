@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -137,13 +136,6 @@ def test_a_dead_process_is_told_as_such_and_not_as_a_full_disk(tmp_path: Path, m
     monkeypatch.setattr(Stepper, "take", fail)
     with pytest.raises(TrainingError, match=r"^rank 1 has died\. The checkpoints written before are whole\.$"):
         go(start(tmp_path / "run", SMALL))
-
-
-def test_sharded_references_need_a_row_for_every_part_of_a_step(tmp_path: Path) -> None:
-    run = start(tmp_path / "run", dataclasses.replace(SMALL, batch=7, accumulate=4, references="sharded"))
-    two = SimpleNamespace(device=torch.device("cpu"), num_processes=2)
-    with pytest.raises(ValueError, match=r"--batch 7 is below the 8 parts.*--batch 8 or more"):
-        train(run, run.config(), open_digits(), device=torch.device("cpu"), accelerator=two)
 
 
 def test_stable_loss_plus_variance_removed_is_the_single_sample_loss(tmp_path: Path) -> None:

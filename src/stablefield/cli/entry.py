@@ -5,6 +5,7 @@ traceback unless --debug is given.
 """
 
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -45,20 +46,25 @@ def main(argv: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         _tell(f"{type(error).__name__}: {error}. This is a defect of ours; --debug shows where it happened.")
         status = 1
-    _leave_the_others(failed=status != 0)
+    _leave_the_others(status)
     sys.exit(status)
 
 
-def _leave_the_others(failed: bool) -> None:
+def _leave_the_others(status: int) -> None:
     """End the group of processes, if this is one of several: gloo's threads can abort a program that ends without.
 
-    After a failure, only where that cannot wait for the others: NCCL's end is an affair of all ranks.
+    After a failure there is nothing to end in order: NCCL would wait for ranks that may be dead, and gloo's threads can
+    abort the program also after the end of the group, if a connection broke.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not (distributed.is_available() and distributed.is_initialized()):
         return
-    if not failed or distributed.get_backend() == "gloo":
+    if status == 0:
         distributed.destroy_process_group()
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _tell(message: str) -> None:

@@ -1,19 +1,31 @@
 """What a call that trains must know before its flags can be read to the end: the data, and the recipe they suggest."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from stablefield.cli.recipes import BY_DATA, RecipeName, chosen, limit
 from stablefield.cli.sources import open_data
 from stablefield.data.image_set import ImageSet
+from stablefield.targets.ranks import Ranks
 from stablefield.training.recipe import Recipe
 
-__all__ = ["Trains", "chooses", "opening_of", "pick_device", "settled", "start_processes"]
+__all__ = [
+    "Trains",
+    "chooses",
+    "first_process_first",
+    "opening_of",
+    "pick_device",
+    "settled",
+    "start_processes",
+    "told",
+]
 
 
 PATIENCE = timedelta(hours=12)
@@ -40,6 +52,7 @@ class Trains(Protocol):
 
 
 Call = TypeVar("Call", bound=Trains)
+Value = TypeVar("Value")
 
 
 def chooses(call: Trains) -> bool:
@@ -50,6 +63,29 @@ def chooses(call: Trains) -> bool:
 def start_processes(*, accelerated: bool) -> PartialState:
     """The processes of this program, set up at the first call."""
     return PartialState(cpu=not accelerated, timeout=PATIENCE)
+
+
+@contextmanager
+def first_process_first(state: PartialState) -> Generator[None]:
+    """For a block that the first process goes through before the others."""
+    wait = "to have the data opened"
+    if state.num_processes > 1 and not state.is_main_process:
+        with Ranks().waiting(wait):
+            state.wait_for_everyone()
+    yield
+    if state.num_processes > 1 and state.is_main_process:
+        with Ranks().waiting(wait):
+            state.wait_for_everyone()
+
+
+def told(value: Value) -> Value:
+    """What the first process has for `value`, on all of them."""
+    if PartialState().num_processes == 1:
+        return value
+    values = [value]
+    with Ranks().waiting("to hear from the first how the run is to be"):
+        broadcast_object_list(values)
+    return values[0]
 
 
 def settled(call: Call, parse: Callable[[Recipe], Call]) -> Call:
@@ -66,7 +102,7 @@ def settled(call: Call, parse: Callable[[Recipe], Call]) -> Call:
         raise ValueError("DATA is missing: name what to train on, such as: stablefield train digits.")
     accelerated = pick_device(call.device).type == "cuda"
     bound = None if call.resolution else limit(call.recipe, accelerated=accelerated)
-    with start_processes(accelerated=accelerated).main_process_first():
+    with first_process_first(start_processes(accelerated=accelerated)):
         data = open_data(call.data, call.resolution, call.resize, "train", call.skip_broken, bound)
     name: str = call.recipe
     if chooses(call):

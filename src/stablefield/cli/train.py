@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from rich.table import Table
 
 import stablefield
@@ -19,7 +18,7 @@ from stablefield.cli.extractors import ExtractorFlags
 from stablefield.cli.interruption import Interruption
 from stablefield.cli.progress import TrainingProgress
 from stablefield.cli.recipes import BY_DATA, RecipeName, shown
-from stablefield.cli.settling import opening_of, pick_device, settled, start_processes
+from stablefield.cli.settling import first_process_first, opening_of, pick_device, settled, start_processes, told
 from stablefield.cli.sources import open_data
 from stablefield.data.image_set import ImageSet, size_text
 from stablefield.training.estimate import estimate
@@ -109,11 +108,15 @@ class Train:
         device = pick_device(str(state.device) if state.num_processes > 1 else self.device)
         if self.resume:
             folder, config = self._existing()
-            with state.main_process_first():
+            with first_process_first(state):
                 data = open_data(self.data or config.data, **config.opening)
         else:
             folder = None
-            data, config = self._new(device)
+            data = self.opened
+            assert isinstance(data, ImageSet)
+            # Decided once: others may have other memory.
+            config = told(self._new(data, device) if state.is_main_process else None)
+            assert config is not None
         if self.dry_run:
             return self._rehearse(config, data, device)
         observers = self._observers(data, device)
@@ -121,7 +124,6 @@ class Train:
         with Interruption() as interruption:
             if folder is None:
                 folder = self._create(data, config)
-                config = folder.config()  # what the first process found: others may have found other memory
             return self._follow(folder, config, data, device, observers, interruption)
 
     def _follow(
@@ -164,9 +166,8 @@ class Train:
         console.print(f"draw more:  stablefield sample {relative(folder.path)} --seeds 0-63")
         return 0
 
-    def _new(self, device: torch.device) -> tuple[ImageSet, RunConfig]:
-        data, recipe = self.opened, self.config
-        assert isinstance(data, ImageSet)
+    def _new(self, data: ImageSet, device: torch.device) -> RunConfig:
+        recipe = self.config
         check_fit(recipe, data)
         references, rule = resolve_references(recipe, data, device, PartialState().num_processes)
         recipe = dataclasses.replace(recipe, references=references)
@@ -191,7 +192,7 @@ class Train:
         # Before a folder is made: a network that does not fit the images says so here.
         with torch.device("meta"):
             recipe.network.build(config.shape, config.classes, recipe.augment_dim, torch.Generator())
-        return data, config
+        return config
 
     def _observers(self, data: ImageSet, device: torch.device) -> list[FrechetObserver]:
         if self.evaluate_every < 0:
@@ -211,12 +212,11 @@ class Train:
 
     def _create(self, data: ImageSet, config: RunConfig) -> RunFolder:
         """Make the folder on the first process, and tell the others where it is."""
-        place: list[Any] = [None]
+        place = ""
         if PartialState().is_main_process:
             path = self.out or _free_name(f"{data.name}-{config.recipe.target}")
-            place = [str(RunFolder.create(path, config).path)]
-        broadcast_object_list(place)
-        return RunFolder(Path(place[0]))
+            place = str(RunFolder.create(path, config).path)
+        return RunFolder(Path(told(place)))
 
     def _rehearse(self, config: RunConfig, data: ImageSet, device: torch.device) -> int:
         recipe = config.recipe

@@ -18,8 +18,8 @@ from torch import Tensor
 from stablefield.diffusion.noise_levels import LogNormal, NoiseLevels
 from stablefield.diffusion.process import Process
 from stablefield.diffusion.weighting import EDMWeighting, Weighting
+from stablefield.reading import readable
 from stablefield.shapes import per_row
-from stablefield.targets.reading import readable
 from stablefield.targets.stable_target import StableTarget
 from stablefield.targets.target import Target
 

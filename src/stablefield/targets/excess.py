@@ -232,8 +232,8 @@ def certain(level: float, largest: float, dtype: torch.dtype) -> bool:
 
 
 def _all_or_none(query: Query) -> Tensor:
-    # float64 repairs what float32 has lost; data that are float64 themselves are as exact as they are.
-    wide = query.wide and query.x_t.dtype != torch.float64
+    # float64 repairs what float32 has lost; data that are float64 themselves are as exact as they are, and MPS has none.
+    wide = query.wide and query.x_t.dtype != torch.float64 and query.x_t.device.type != "mps"
     return torch.arange(len(query.x_t) if wide else 0, device=query.x_t.device)
 
 

@@ -14,8 +14,8 @@ __all__ = ["chunk_rows", "free_bytes"]
 
 # Numbers in a chunk on a CPU: 8 MB in float32, a share of the cache of one socket. Fewer starve the matrix products.
 _CACHED = 2**21
-# Numbers in a chunk that stays bytes: 8 MB, too. Smaller ones cost more calls, and larger ones gain nothing.
-_CACHED_BYTES = 2**23
+# Numbers in a chunk that stays bytes: 12 MB. Smaller ones cost more calls, and larger ones leave the cache.
+_CACHED_BYTES = 3 * 2**22
 # Numbers in a chunk elsewhere: 1 GB in float32.
 _RESIDENT = 2**28
 # References per chunk below which the pass over the sums, B d numbers per chunk, costs as much as the products.

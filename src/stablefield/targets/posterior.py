@@ -20,13 +20,13 @@ References:
 import torch
 from torch import Tensor
 
+from stablefield.reading import readable
 from stablefield.targets.excess import Excess, find_anchor
 from stablefield.targets.fixed import fixed_posterior
 from stablefield.targets.kernel import GaussianKernel, Kernel
 from stablefield.targets.outcome import Posterior, finish
 from stablefield.targets.precision import full_precision
 from stablefield.targets.query import Query, checked_bank
-from stablefield.targets.reading import readable
 from stablefield.targets.sums import accumulate
 
 __all__ = ["Posterior", "posterior"]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stablefield.reading import watched
 from stablefield.shapes import row_values
 from stablefield.targets.bank import Bank, largest_magnitude
-from stablefield.targets.reading import watched
 
 __all__ = ["Query", "checked_bank", "require_rows"]
 

@@ -59,6 +59,8 @@ class Ranks:
         """Turn the failure of a communication, whose `purpose` completes "waited for the others", into a RankError."""
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise RankError(
                 f"rank {self.rank} of {self.size} waited for the others {purpose}, and one has died or does not answer: "

@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stablefield.reading import readable
 from stablefield.targets.bank import Bank, largest_magnitude
 from stablefield.targets.excess import Anchor
 from stablefield.targets.kernel import Kernel
 from stablefield.targets.partial import Partial
 from stablefield.targets.query import Query
-from stablefield.targets.reading import readable
 
 __all__ = ["Exchange", "InBatch", "Pool", "References", "Selection", "check_is_own", "choose", "own_gap"]
 
@@ -33,6 +33,7 @@ class Selection:
         group: condition of each reference, shape (n,), or None.
         mirrored: whether the mirror image (last axis) of each reference is a reference, too.
         exchange: how to ask the ranks that hold other references, or None; `source` then counts in the whole set.
+        checked: whether it is known, or looked at elsewhere, that the rows are the references at `source`.
     """
 
     bank: Bank
@@ -40,6 +41,7 @@ class Selection:
     group: Tensor | None
     mirrored: bool = False
     exchange: "Exchange | None" = None
+    checked: bool = False
 
 
 class Exchange(Protocol):
@@ -80,7 +82,7 @@ class InBatch:
         index: Tensor | None,  # noqa: ARG002
         generator: torch.Generator | None,  # noqa: ARG002
     ) -> Selection:
-        return Selection(Bank(x0), torch.arange(len(x0), device=x0.device), group)
+        return Selection(Bank(x0), torch.arange(len(x0), device=x0.device), group, checked=True)
 
 
 class Pool:
@@ -130,6 +132,7 @@ class Pool:
         self.mirrored = mirrored
         self._bank = Bank(data)
         self._elsewhere: dict[torch.device, Bank] = {}
+        self._groups: dict[torch.device, Tensor] = {}
 
     def __repr__(self) -> str:
         return f"Pool(<{len(self._bank)} samples>, size={self.size}, mirrored={self.mirrored})"
@@ -161,8 +164,8 @@ class Pool:
         """Choose the references of a batch, as described at `References`.
 
         Raises:
-            ValueError: if `index` is missing or out of range, `size` is below the batch's distinct samples, or devices
-                differ.
+            ValueError: if `index` is missing or out of range, `size` is below the batch's distinct samples, devices differ,
+                or, where `size` of the samples are drawn, a row of `x0` is not the sample that `index` says.
         """
         n = len(self._bank)
         if index is None:
@@ -181,30 +184,45 @@ class Pool:
         if readable(x0.device):
             if not bool(((index >= 0) & (index < n)).all()):
                 raise ValueError(f"index runs from {index.min()} to {index.max()}: the Pool holds 0 to {n - 1}.")
-        elif self.size is not None:
+        elif self._draws:
             raise ValueError(
                 f"the Pool's size is {self.size}: which references are drawn depends on the batch's index, which a compiled "
-                "or captured function cannot look at. Use the whole pool (size=None) with a noise_band and a capacity."
+                "or captured function cannot look at. Use the whole pool (size=None) with a noise_band and a capacity, or "
+                "keep the target out of what is compiled: torch.compiler.disable(target.__call__)."
             )
         index = index.long()
         if group is not None and self.group is None:
             raise ValueError(
                 "group is given, but the Pool has none: pass Pool(..., group=...), one integer per sample."
             )
-        reference_group = None if self.group is None else self.group.to(x0.device)
-        if self.size is None:
+        reference_group = self._group_on(x0.device)
+        if not self._draws:
             return Selection(bank, index, reference_group, self.mirrored)
+        # The index of every row has a part in what is drawn, also of those that will use no reference.
+        check_is_own(x0, index, bank, torch.arange(len(x0)), index)
+        assert self.size is not None
         chosen, source = choose(n, index, self.size, generator)
-        return Selection(
-            bank.take(chosen), source, None if reference_group is None else reference_group[chosen], self.mirrored
-        )
+        group = None if reference_group is None else reference_group[chosen]
+        return Selection(bank.take(chosen), source, group, self.mirrored, checked=True)
+
+    @property
+    def _draws(self) -> bool:
+        """Whether each batch has references of its own."""
+        return self.size is not None and self.size < len(self._bank)
+
+    def _group_on(self, device: torch.device) -> Tensor | None:
+        if self.group is None or self.group.device == device:
+            return self.group
+        if device not in self._groups:
+            self._groups[device] = self.group.to(device)
+        return self._groups[device]
 
     def subset(self, index: Tensor) -> "Pool":
         """The whole pool of the samples at `index`, integers (m,), with what is known of their norms."""
         part = Pool.__new__(Pool)
         part.size, part.mirrored = None, self.mirrored
         part.group = None if self.group is None else self.group[index]
-        part._bank, part._elsewhere = self._bank.take(index), {}
+        part._bank, part._elsewhere, part._groups = self._bank.take(index), {}, {}
         return part
 
 

@@ -21,13 +21,13 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stablefield.reading import readable
 from stablefield.targets.bank import Bank
 from stablefield.targets.excess import Anchor, Excess
 from stablefield.targets.kernel import Kernel
 from stablefield.targets.partial import Partial
 from stablefield.targets.query import Query
 from stablefield.targets.ranks import Ranks
-from stablefield.targets.reading import readable
 from stablefield.targets.references import Pool, Selection, own_gap
 from stablefield.targets.sums import accumulate, mirrored_sums
 
@@ -134,7 +134,8 @@ class ShardedPool:
         own_group = None if self.pool.group is None else self.pool.group.to(x0.device)
         bank = self.pool.bank(x0.device)
         exchange = _Exchange(self._ranks, self.start, own_group)
-        return Selection(bank, index.long(), own_group, self.pool.mirrored, exchange)
+        # Rows are compared with their samples where these are.
+        return Selection(bank, index.long(), own_group, self.pool.mirrored, exchange, checked=True)
 
 
 @dataclass(frozen=True)

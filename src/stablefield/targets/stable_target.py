@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from stablefield.diffusion.process import Process
+from stablefield.reading import readable
 from stablefield.shapes import row_values
 from stablefield.targets.excess import Anchor, Excess
 from stablefield.targets.fixed import fixed_posterior
@@ -25,7 +26,6 @@ from stablefield.targets.kernel import GaussianKernel, Kernel
 from stablefield.targets.outcome import Posterior, finish
 from stablefield.targets.precision import full_precision
 from stablefield.targets.query import Query, require_rows
-from stablefield.targets.reading import readable
 from stablefield.targets.references import InBatch, References, check_is_own
 from stablefield.targets.sharded import ShardedPool
 from stablefield.targets.sums import accumulate, mirrored_sums
@@ -51,7 +51,7 @@ class StableTarget:
             depend on how many rows are in the band, it is what makes a band save work.
 
     Raises:
-        ValueError: if `noise_band` is negative or NaN, or `capacity` is below 1.
+        ValueError: if `noise_band` is negative or NaN, or `capacity` is not a whole number from 1.
     """
 
     process: Process
@@ -65,8 +65,9 @@ class StableTarget:
     def __post_init__(self) -> None:
         if not self.noise_band >= 0:
             raise ValueError(f"noise_band is {self.noise_band}: it is a noise level sigma / alpha, 0 or more.")
-        if self.capacity is not None and self.capacity < 1:
-            raise ValueError(f"capacity is {self.capacity}: at least one row must have a place, or None for all.")
+        whole = isinstance(self.capacity, int) and not isinstance(self.capacity, bool)
+        if self.capacity is not None and not (whole and self.capacity >= 1):
+            raise ValueError(f"capacity is {self.capacity!r}: it is a number of rows, at least 1, or None for all.")
 
     @torch.no_grad()
     def __call__(
@@ -167,8 +168,7 @@ class StableTarget:
         if len(rows) < len(batch.x0):
             batch = batch.at(rows)
         bank, kernel, exchange = selection.bank, self.kernel, selection.exchange
-        # Those of a batch are its own by construction, and those of other ranks are looked at where they are.
-        if not isinstance(self.references, InBatch) and exchange is None:
+        if not selection.checked:
             check_is_own(batch.x0, source, bank, rows, batch.index)
         reference_group = None if batch.group is None else selection.group
         # Sources of other ranks are no references of this bank.
@@ -267,14 +267,15 @@ def _noisiest(level: Tensor, use: Tensor, capacity: int | None) -> Tensor:
     rows = use.nonzero()[:, 0]
     if capacity is None or len(rows) <= capacity:
         return rows
-    return rows[level[rows].topk(capacity).indices.sort().values]
+    # Of equal levels the first, as below.
+    return rows[level[rows].sort(descending=True, stable=True).indices[:capacity].sort().values]
 
 
 def _noisiest_of_a_fixed_number(level: Tensor, use: Tensor, capacity: int | None) -> Tensor:
     """`capacity` rows, if there are as many, and among them those of `_noisiest`."""
     if capacity is None or len(level) <= capacity:
         return torch.arange(len(level), device=level.device)
-    return torch.where(use, level, -1).topk(capacity).indices
+    return torch.where(use, level, -1).sort(descending=True, stable=True).indices[:capacity]
 
 
 def _put(old: Tensor, rows: Tensor, keep: Tensor, new: Tensor) -> Tensor:

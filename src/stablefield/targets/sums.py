@@ -1,5 +1,6 @@
 """Sums: the softmax sums of a query over a bank, chunk by chunk."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -74,7 +75,8 @@ def mirrored_sums(
 def _prior_weight(query: Query, where: slice, allowed: Tensor | None) -> Tensor:
     """Log of the summed prior weights of the allowed references of a chunk, shape (B,) or ()."""
     if query.log_prior is None:
-        count = torch.full((), where.stop - where.start) if allowed is None else allowed.sum(1)
-        return count.to(query.sigma).log()
+        if allowed is None:
+            return query.sigma.new_full((), math.log(where.stop - where.start))
+        return allowed.sum(1).to(query.sigma).log()
     log_prior = query.log_prior[where]
     return (log_prior if allowed is None else torch.where(allowed, log_prior, -torch.inf)).logsumexp(-1)

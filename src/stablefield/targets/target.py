@@ -26,6 +26,9 @@ __all__ = ["Target"]
 class Target:
     """A regression target in every parameterisation.
 
+    x0, x_t and t of the call are kept, not copied, and the views are made when they are asked for: do so before you change
+    one of them in place.
+
     Attributes:
         x0: the target for x0, shape (B, ...).
         variance: variance removed, sum_k w_k |y_k|^2 - |x0|^2, shape (B,); 0 for rows that use their source alone.
@@ -69,7 +72,8 @@ class Target:
         ratio = self.process.alpha(self.t) / self.process.sigma(self.t)
         gap = self.source - self.x0
         # Where sigma is 0 the ratio is infinite and the gap 0, which is no correction and not nan.
-        return torch.where(gap == 0, self.source_noise, self.source_noise + per_row(ratio, self.x0) * gap)
+        noise = self.source_noise
+        return torch.where(gap == 0, noise, noise + per_row(ratio, self.x0) * gap)
 
     @property
     def score(self) -> Tensor:

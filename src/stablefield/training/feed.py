@@ -59,7 +59,8 @@ class Feed:
         labelled: whether rows come with labels.
 
     Raises:
-        ValueError: if all data are to be references and are not resident.
+        ValueError: if all data are to be references and are not resident, or if they are sharded and the batch has fewer
+            rows than parts.
     """
 
     def __init__(
@@ -84,6 +85,13 @@ class Feed:
             self._pool = self._wrap(self._pixels(slice(None)), self._labels)
         elif sharded:
             rank, processes = dist.get_rank(), dist.get_world_size()
+            parts = processes * recipe.accumulate
+            if recipe.batch < parts:
+                # A process without rows would not ask, and all must ask equally often.
+                raise ValueError(
+                    f"--batch {recipe.batch} is below the {parts} parts that the processes make of it: with sharded "
+                    f"references, pass --batch {parts} or more, or a smaller --accumulate."
+                )
             part = slice(len(data) * rank // processes, len(data) * (rank + 1) // processes)
             labels = None if self._labels is None else self._labels[part]
             self._shard = ShardedPool(self._pixels(part), labels, mirrored=recipe.mirror)

@@ -136,13 +136,6 @@ def train(
     accelerator = accelerator or make_accelerator(device, tracker, folder)
     device = accelerator.device
     placement = placed(recipe, data, device, accelerator.num_processes)
-    parts = accelerator.num_processes * recipe.accumulate
-    if placement == "sharded" and recipe.batch < parts:
-        # A process without rows would not ask, and all must ask equally often.
-        raise ValueError(
-            f"--batch {recipe.batch} is below the {parts} parts that the processes make of it: with sharded references, "
-            f"pass --batch {parts} or more, or a smaller --accumulate."
-        )
     feed = Feed(data, recipe, device, labelled=config.classes > 0, placement=placement)
     try:
         loop = _Loop(folder, config, feed, accelerator, observers)

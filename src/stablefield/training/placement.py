@@ -49,10 +49,20 @@ def placed(recipe: Recipe, data: ImageSet, device: torch.device, processes: int 
     """Where the pixels of a run lie whose references have been resolved.
 
     All data as references were found to fit when the run began, on a machine that may have been less busy: they stay so.
+
+    Raises:
+        ValueError: if a run of several processes, with a part of the data on each, goes on with one that cannot hold all.
     """
-    if recipe.target == "stf" and recipe.references == "sharded" and processes > 1:
-        return "sharded"
-    if recipe.target == "stf" and recipe.references in ("all", "sharded"):
+    if recipe.target == "stf" and recipe.references == "all":
+        return "resident"
+    if recipe.target == "stf" and recipe.references == "sharded":
+        if processes > 1:
+            return "sharded"
+        if not fits(data, device):
+            raise ValueError(
+                f"the references of this run are sharded over several processes, and the {size_text(data.images.nbytes)} "
+                f"of its data are more than half of what is free on {device}: go on with several processes."
+            )
         return "resident"
     return "resident" if fits(data, device) else "loaded"
 
@@ -77,12 +87,13 @@ def resolve_references(
         )
     if recipe.references != "sharded" and fits(data, device):
         return "all", f"all {len(data):,} (resident: {size}, at most half of the {free} free on {device})"
-    if processes > 1 and (recipe.references == "sharded" or fits(data, device, processes)):
+    if processes > 1 and fits(data, device, processes):
         return "sharded", f"all {len(data):,}, a part of the {size} on each of {processes} processes"
-    if recipe.references == "all":
+    if recipe.references in ("all", "sharded"):
         parts = f", also in {processes} parts" if processes > 1 else ""
         raise ValueError(
-            f"--references all: the data take {size}, more than half of the {free} that are free on {device}{parts}: pass a "
+            f"--references {recipe.references}: the data take {size}, more than half of the {free} that are free on "
+            f"{device}{parts}: pass a "
             f"number, such as {LOADED_REFERENCES}, which is read with each batch, or train in more processes."
         )
     number = min(len(data), max(LOADED_REFERENCES, recipe.batch))
