@@ -35,7 +35,7 @@ KINDS = {
     "attention": ("attention", "bmm", "softmax"),
     "matrix products": ("addmm", "::mm", "linear"),
     "normalisation and activation": ("norm", "silu"),
-    "masks of dropout": ("bernoulli", "dropout"),
+    "masks of dropout": ("bernoulli", "random_", "dropout"),
     "optimiser": ("adam",),
     "averages of the weights": ("foreach",),
     "copies and fills": ("copy", "fill", "zero", "cat", "contiguous"),

@@ -21,7 +21,7 @@ from stablefield.diffusion import preconditioning
 from stablefield.diffusion.preconditioning import Denoiser, EDMPreconditioning, VEPreconditioning, VPPreconditioning
 from stablefield.interop.architecture import infer_architecture
 from stablefield.interop.source_bundle import bundle
-from stablefield.networks import blocks, embedding, layers, levels, mlp, resample, song_unet
+from stablefield.networks import blocks, dropout, embedding, layers, levels, mlp, resample, song_unet
 from stablefield.networks.diffusers_unet import DiffusersUNet
 from stablefield.networks.mlp import MLP
 from stablefield.networks.song_unet import SongUNet
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["network_options", "preconditioning_options", "write_pipeline"]
 
-_MODULES = (shapes, preconditioning, layers, resample, embedding, blocks, levels, song_unet, mlp)
+_MODULES = (shapes, preconditioning, layers, resample, embedding, dropout, blocks, levels, song_unet, mlp)
 
 
 def write_pipeline(

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from stablefield.networks.dropout import dropout
 from stablefield.networks.layers import Conv2d, Linear, group_norm
 from stablefield.networks.resample import DownConv2d, UpConv2d
 
@@ -82,7 +83,7 @@ class UNetBlock(nn.Module):
         """Map `x` (N, in, H, W) and `embedding` (N, width) to (N, out, H', W')."""
         silu = nn.functional.silu
         h = self.conv0(silu(self.norm0(x))) + self.affine(embedding)[:, :, None, None]
-        h = nn.functional.dropout(silu(self.norm1(h)), self.dropout, self.training)
+        h = dropout(silu(self.norm1(h)), self.dropout, self.training)
         x = (self.conv1(h) + (x if self.skip is None else self.skip(x))) * math.sqrt(0.5)
         if self.norm2 is not None and self.qkv is not None and self.proj is not None:
             x = (self.proj(self_attention(self.qkv(self.norm2(x)))) + x) * math.sqrt(0.5)

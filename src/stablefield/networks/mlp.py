@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from stablefield.networks.dropout import dropout
 from stablefield.networks.embedding import FourierEmbedding, class_vectors
 
 __all__ = ["MLP"]
@@ -88,9 +89,9 @@ class _Block(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.first = nn.Linear(width, width)
         self.embed = nn.Linear(width, width)
-        self.drop = nn.Dropout(dropout)
+        self.dropout = dropout
         self.second = nn.Linear(width, width)
 
     def forward(self, h: Tensor, e: Tensor) -> Tensor:
         inner = self.first(nn.functional.silu(self.norm(h))) + self.embed(e)
-        return h + self.second(self.drop(nn.functional.silu(inner)))
+        return h + self.second(dropout(nn.functional.silu(inner), self.dropout, self.training))

@@ -1,0 +1,97 @@
+"""Dropout with shared random numbers is dropout: independent values, its probability, mean and gradient; and cheaper."""
+
+import time
+
+import pytest
+import torch
+from torch.nn import functional
+
+from stablefield.networks.dropout import dropout
+
+
+@pytest.mark.parametrize("probability", [0.05, 0.13, 0.5, 0.9])
+def test_values_are_dropped_with_the_probability_and_scaled_so_that_the_mean_stays(probability: float) -> None:
+    torch.manual_seed(0)
+    x = torch.ones(1_000_003)
+    found = dropout(x, probability, True)
+    share = float((found == 0).float().mean())
+    assert share == pytest.approx(probability, abs=5 * (probability * (1 - probability) / len(x)) ** 0.5)
+    kept = found[found != 0]
+    assert torch.equal(kept, kept[:1].expand_as(kept))
+    assert float(kept[0]) == pytest.approx(1 / (1 - probability), rel=2e-4)
+    # A multiple of 2^-16 is what it is exactly.
+    dropped = round(probability * 2**16)
+    assert float(kept[0]) == pytest.approx(2**16 / (2**16 - dropped), rel=1e-7)
+
+
+def test_values_of_one_random_number_are_independent() -> None:
+    torch.manual_seed(1)
+    n = 400_000
+    bits = (dropout(torch.ones(n, 4), 0.3, True) == 0).double()
+    patterns = (bits @ torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64)).long().bincount(minlength=16)
+    ones = torch.tensor([bin(k).count("1") for k in range(16)])
+    expected = n * 0.3**ones * 0.7 ** (4 - ones)
+    # Chi-square with 15 degrees of freedom exceeds 44 once in 10,000 times.
+    assert float(((patterns - expected) ** 2 / expected).sum()) < 44
+    # And of its neighbours.
+    flat = bits.flatten() - bits.mean()
+    for lag in range(1, 9):
+        assert abs(float((flat[:-lag] * flat[lag:]).mean())) < 5 * 0.21 / (4 * n) ** 0.5
+
+
+def test_the_gradient_is_that_of_the_mask() -> None:
+    torch.manual_seed(2)
+    x = torch.randn(3, 4, 5, 6, requires_grad=True)
+    found = dropout(x, 0.4, True)
+    found.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(found, x.detach() * x.grad)
+    assert 0 < int((x.grad == 0).sum()) < x.numel()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "strided", "odd", "empty", "bf16", "float64"])
+def test_any_layout_and_dtype_keeps_its_shape_and_repeats_with_its_seed(layout: str) -> None:
+    x = torch.ones(4, 6, 8, 8)
+    match layout:
+        case "channels last":
+            x = x.to(memory_format=torch.channels_last)
+        case "strided":
+            x = torch.ones(4, 8, 6, 8).transpose(1, 2)
+        case "odd":
+            x = torch.ones(7)
+        case "empty":
+            x = torch.ones(0, 3)
+        case "bf16":
+            x = x.bfloat16()
+        case "float64":
+            x = x.double()
+        case _:
+            pass
+    torch.manual_seed(3)
+    found = dropout(x, 0.5, True)
+    torch.manual_seed(3)
+    assert torch.equal(dropout(x, 0.5, True), found)
+    assert (found.shape, found.dtype, found.stride()) == (x.shape, x.dtype, x.stride())
+    assert set(found.unique().tolist()) <= {0.0, 2.0}
+
+
+def test_nothing_happens_in_evaluation_or_with_probability_0() -> None:
+    x = torch.ones(5)
+    assert dropout(x, 0.5, False) is x
+    assert dropout(x, 0.0, True) is x
+
+
+def test_a_probability_next_to_1_is_finite() -> None:
+    assert dropout(torch.ones(100_000), 1 - 1e-9, True).isfinite().all()
+
+
+def test_masks_take_less_than_half_of_the_time_of_those_of_torch() -> None:
+    x = torch.randn(16, 64, 32, 32)
+
+    def seconds(function) -> float:
+        began = time.process_time()
+        function(x, 0.13, True)
+        return time.process_time() - began
+
+    ratios = [seconds(dropout) / seconds(functional.dropout) for _ in range(9)]
+    assert sorted(ratios)[4] < 0.5
