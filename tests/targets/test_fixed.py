@@ -274,6 +274,25 @@ def test_on_another_device_nothing_is_looked_at_or_copied(monkeypatch: pytest.Mo
             assert found[0].shape == x_t.shape
 
 
+@pytest.mark.usefixtures("unreadable")
+@pytest.mark.parametrize("process", PROCESSES, ids=repr)
+def test_around_the_operator_nothing_is_looked_at_or_copied_either(process: sf.Process) -> None:
+    x0, images = torch.empty(8, *SHAPE, device="meta"), torch.empty(50, *SHAPE, device="meta", dtype=torch.uint8)
+    index, flag = torch.empty(8, device="meta", dtype=torch.long), torch.empty(8, device="meta", dtype=torch.bool)
+    label = torch.empty(50, device="meta", dtype=torch.long)
+    pools = [sf.Pool(images), sf.Pool(images, mirrored=True), sf.Pool(images, group=torch.zeros(50).long())]
+    targets = [sf.StableTarget(process, references=pool, noise_band=0.5, capacity=5) for pool in pools]
+    process.alpha(index)  # a table goes to the device once
+    for target in (*targets, sf.StableTarget(process), sf.DenoisingTarget(process)):
+        group = None if target is not targets[2] else label[:8]
+        if group is not None:
+            pools[2]._group_on(x0.device)  # once, too
+        with NoCopies():
+            found = target(x0, x0, index, group, index, flip=flag, alone=flag)
+            views = [found.x0, found.noise, found.v, found.score, found.variance, found.ess]
+        assert all(view.is_meta for view in views)
+
+
 def test_norms_made_while_compiling_are_not_kept(images: Tensor, rng: torch.Generator) -> None:
     pool = sf.Pool(images)
     compiled(sf.StableTarget(sf.EDM(), references=pool))(**case(sf.EDM(), images, rng))

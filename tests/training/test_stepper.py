@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -111,6 +112,16 @@ def test_two_processes_follow_the_losses_of_one(tmp_path: Path, digits: ImageSet
     assert [entry["step"] for entry in read[1]] == list(range(1, 13))
     for key in ("loss", "variance_removed"):
         assert [e[key] for e in read[1]] == pytest.approx([e[key] for e in read[0]], rel=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("change", [{}, {"network": TINY_UNET, "augmentation": 0.3}], ids=["perceptron", "unet"])
+def test_compiled_networks_have_the_losses_of_plain_ones(digits: ImageSet, change: dict[str, object]) -> None:
+    recipe = dataclasses.replace(SMALL, **change)
+    assert losses(dataclasses.replace(recipe, compile=True), digits, 4) == pytest.approx(
+        losses(recipe, digits, 4), rel=1e-4
+    )
 
 
 def test_rows_with_an_augmentation_of_their_own_use_their_source_alone(digits: ImageSet) -> None:

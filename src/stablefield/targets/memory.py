@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from stablefield.reading import readable
+
 __all__ = ["chunk_rows", "free_bytes"]
 
 # Numbers in a chunk on a CPU: 8 MB in float32, a share of the cache of one socket. Fewer starve the matrix products.
@@ -40,6 +42,9 @@ def chunk_rows(batch: int, dim: int, n: int, device: torch.device, decoded: bool
 
 def free_bytes(device: torch.device) -> int:
     """Memory that new tensors on `device` could take, in bytes; 4 GB where the system does not tell."""
+    if device.type == "cuda" and not readable(device):
+        # While a graph is captured, the driver is not to be asked.
+        return torch.cuda.get_device_properties(device).total_memory - torch.cuda.memory_allocated(device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
