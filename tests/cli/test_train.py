@@ -130,6 +130,18 @@ def test_what_ends_the_first_process_before_the_run_ends_the_other(tmp_path: Pat
     assert "rank 1 of 2 waited for the others to hear from the first how the run is to be" in messages[1]
 
 
+@pytest.mark.slow
+def test_two_processes_measure_themselves_on_the_way(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    flags = ("--steps", "4", "--batch", "64", "--sample-every", "0", "--log-every", "2", "--out", str(out))
+    started = begin_two(tmp_path, *flags, "--evaluate-every", "2", "--evaluate-samples", "60")
+    ends = [process.communicate(timeout=100) for process in started]
+    assert [process.returncode for process in started] == [0, 0], ends
+    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [2, 4]
+    assert all(any("frechet" in key.lower() for key in entry) for entry in entries), entries
+
+
 def test_dry_run_says_what_a_run_takes_and_writes_nothing(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
 from stablefield.networks.dropout import dropout
@@ -83,6 +84,19 @@ def test_nothing_happens_in_evaluation_or_with_probability_0() -> None:
 
 def test_a_probability_next_to_1_is_finite() -> None:
     assert dropout(torch.ones(100_000), 1 - 1e-9, True).isfinite().all()
+
+
+def test_functions_of_functions_traces_and_graphs_have_the_dropout_of_torch() -> None:
+    x = torch.ones(5, 100)
+
+    def loss(row: torch.Tensor) -> torch.Tensor:
+        return dropout(row, 0.5, True).sum()
+
+    gradients = torch.func.vmap(torch.func.grad(loss), randomness="different")(x)
+    assert set(gradients.unique().tolist()) == {0.0, 2.0}
+    assert not torch.equal(gradients[0], gradients[1])
+    graph = make_fx(lambda row: dropout(row, 0.5, True))(x)
+    assert set(graph(x).unique().tolist()) == {0.0, 2.0}
 
 
 def test_masks_take_less_than_half_of_the_time_of_those_of_torch() -> None:

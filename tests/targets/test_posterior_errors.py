@@ -223,6 +223,10 @@ def test_where_references_are_drawn_every_row_is_looked_at() -> None:
     levels = torch.tensor([0.5, 2.0, 0.5, 2.0])
     with pytest.raises(ValueError, match=r"row 2 of x0 is not sample 4 of the Pool"):
         target(Y[:4], Y[:4] + 0.5, levels, index=torch.tensor([0, 1, 4, 3]))
+    # Rows that are alone have no part in it, and the others keep their number.
+    alone = torch.tensor([True, False, False, False])
+    with pytest.raises(ValueError, match=r"row 3 of x0 is not sample 4 of the Pool"):
+        target(Y[:4], Y[:4] + 0.5, levels, index=torch.tensor([1, 1, 2, 4]), alone=alone)
 
 
 def test_a_pool_may_be_as_small_as_the_distinct_samples_of_the_batch() -> None:

@@ -26,28 +26,37 @@ def main(argv: Sequence[str] | None = None) -> None:
             f'the command needs {", ".join(missing)}, which the library alone does not: pip install "stablefield[train]".'
         )
         sys.exit(1)
-    from stablefield.cli.verbs import parse
-    from stablefield.training.allocator import keep_freed_memory
-    from stablefield.training.loop import TrainingError
-
-    keep_freed_memory()
     try:
+        # Within, since an interruption may come that early.
+        from stablefield.cli.verbs import parse
+        from stablefield.training.allocator import keep_freed_memory
+
+        keep_freed_memory()
         status = parse(arguments).run()
     except KeyboardInterrupt:
         _tell("interrupted.")
         status = 1
-    except (TrainingError, ValueError, OSError, ImportError) as error:
-        if debug:
-            traceback.print_exc()
-        _tell(str(error))
-        status = 2 if isinstance(error, ValueError) else 1
+    except SystemExit as error:
+        # Of the parser, after it has told; a process must leave its group all the same.
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
     except Exception as error:
         if debug:
             traceback.print_exc()
-        _tell(f"{type(error).__name__}: {error}. This is a defect of ours; --debug shows where it happened.")
-        status = 1
+        if _is_message(error):
+            _tell(str(error))
+        else:
+            _tell(f"{type(error).__name__}: {error}. This is a defect of ours; --debug shows where it happened.")
+        status = 2 if isinstance(error, ValueError) else 1
     _leave_the_others(status)
     sys.exit(status)
+
+
+def _is_message(error: Exception) -> bool:
+    """Whether an error was made to be read."""
+    if isinstance(error, ValueError | OSError | ImportError):
+        return True
+    loop = sys.modules.get("stablefield.training.loop")  # looked up, since loading it may be what failed
+    return loop is not None and isinstance(error, loop.TrainingError)
 
 
 def _leave_the_others(status: int) -> None:

@@ -127,7 +127,7 @@ def measure_reference(
         batch: images at a time.
         cache: folder of kept features; None neither reads nor writes any. Damaged files are made again.
         commit: of the code that runs, for the record of what is kept.
-        processes: those that share the work; each calls this.
+        processes: those that share the work; each calls this. Without them this process does it alone.
         progress: told of every batch.
 
     Raises:
@@ -144,7 +144,7 @@ def measure_reference(
         batches = set_batches(reference.images.images, rows, batch, processes)
         what = f"{lens.extractor.name}: {reference.images.name}"
         watched = told(batches, what, len(rows), progress, processes.count)
-        (found,) = extract(watched, [lens], "reference image")
+        (found,) = extract(watched, [lens], "reference image", alone=processes.count == 1)
         if cache is not None and processes.first:
             _write(cache, protocol, found)
     return Reference(name=protocol.reference, sha256=protocol.reference_sha256, split=protocol.split, features=found)

@@ -3,7 +3,7 @@ r"""Dropout, whose masks cost a CPU a quarter of the random numbers.
 torch draws one number of 53 bits for each value on a CPU, one after the other, which takes a tenth of a step of a U-Net.
 Here four values share one of 64 bits: each is dropped if its 16 bits, as a number, are below $p \cdot 2^{16}$. The
 probability is then a multiple of $2^{-16}$, and what is kept is scaled by that, so that the mean of the values is kept
-exactly. On other devices, and in compiled functions, it is torch's own dropout.
+exactly. On other devices, and where a function is compiled, traced or transformed (`torch.func`), it is torch's own dropout.
 
 References:
     Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout: A Simple Way to Prevent Neural Networks from
@@ -13,6 +13,7 @@ References:
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 __all__ = ["dropout"]
 
@@ -29,7 +30,7 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     """
     if not training or probability == 0:
         return x
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or _transformed():
         return functional.dropout(x, probability)
     dropped = min(round(probability * _STEPS), _STEPS - 1)
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
@@ -39,3 +40,13 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     else:
         mask = kept.view(x.shape)
     return x * mask * (_STEPS / (_STEPS - dropped))
+
+
+def _transformed() -> bool:
+    """Whether something else than plain execution is going on, for which torch's own operator has rules."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+        or is_in_torch_dispatch_mode()
+    )

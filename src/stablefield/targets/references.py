@@ -7,7 +7,7 @@ source is left out or held twice, or if references differ from the row in a cond
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from numpy.typing import NDArray
@@ -33,7 +33,8 @@ class Selection:
         group: condition of each reference, shape (n,), or None.
         mirrored: whether the mirror image (last axis) of each reference is a reference, too.
         exchange: how to ask the ranks that hold other references, or None; `source` then counts in the whole set.
-        checked: whether it is known, or looked at elsewhere, that the rows are the references at `source`.
+        unsure: of which rows it must still be looked whether they are the references at `source`: those that use references,
+            all of them (where their index has decided which references there are), or none.
     """
 
     bank: Bank
@@ -41,7 +42,7 @@ class Selection:
     group: Tensor | None
     mirrored: bool = False
     exchange: "Exchange | None" = None
-    checked: bool = False
+    unsure: Literal["using", "all", "none"] = "using"
 
 
 class Exchange(Protocol):
@@ -82,7 +83,7 @@ class InBatch:
         index: Tensor | None,  # noqa: ARG002
         generator: torch.Generator | None,  # noqa: ARG002
     ) -> Selection:
-        return Selection(Bank(x0), torch.arange(len(x0), device=x0.device), group, checked=True)
+        return Selection(Bank(x0), torch.arange(len(x0), device=x0.device), group, unsure="none")
 
 
 class Pool:
@@ -164,8 +165,8 @@ class Pool:
         """Choose the references of a batch, as described at `References`.
 
         Raises:
-            ValueError: if `index` is missing or out of range, `size` is below the batch's distinct samples, devices differ,
-                or, where `size` of the samples are drawn, a row of `x0` is not the sample that `index` says.
+            ValueError: if `index` is missing or out of range, `size` is below the batch's distinct samples, or devices
+                differ.
         """
         n = len(self._bank)
         if index is None:
@@ -198,12 +199,10 @@ class Pool:
         reference_group = self._group_on(x0.device)
         if not self._draws:
             return Selection(bank, index, reference_group, self.mirrored)
-        # The index of every row has a part in what is drawn, also of those that will use no reference.
-        check_is_own(x0, index, bank, torch.arange(len(x0)), index)
         assert self.size is not None
         chosen, source = choose(n, index, self.size, generator)
         group = None if reference_group is None else reference_group[chosen]
-        return Selection(bank.take(chosen), source, group, self.mirrored, checked=True)
+        return Selection(bank.take(chosen), source, group, self.mirrored, unsure="all")
 
     @property
     def _draws(self) -> bool:

@@ -135,7 +135,7 @@ class ShardedPool:
         bank = self.pool.bank(x0.device)
         exchange = _Exchange(self._ranks, self.start, own_group)
         # Rows are compared with their samples where these are.
-        return Selection(bank, index.long(), own_group, self.pool.mirrored, exchange, checked=True)
+        return Selection(bank, index.long(), own_group, self.pool.mirrored, exchange, unsure="none")
 
 
 @dataclass(frozen=True)

@@ -158,17 +158,18 @@ class StableTarget:
         """The posterior of `rows` of the batch over the references of all of its rows that are not alone."""
         # Rows that are alone are of another kind than the rest, so they are no references for it either; rows below the
         # noise band are.
-        if alone is None:
-            selection = self.references.select(batch.x0, batch.truth, batch.index, generator)
-            source = selection.source[rows]
-        else:
-            shared = batch.at((~alone).nonzero()[:, 0])
-            selection = self.references.select(shared.x0, shared.truth, shared.index, generator)
-            source = selection.source[((~alone).cumsum(0) - 1)[rows]]
+        shared, places = batch, torch.arange(len(batch.x0), device=rows.device)
+        if alone is not None:
+            places = (~alone).nonzero()[:, 0]
+            shared = batch.at(places)
+        selection = self.references.select(shared.x0, shared.truth, shared.index, generator)
+        bank, kernel, exchange = selection.bank, self.kernel, selection.exchange
+        if selection.unsure == "all":
+            check_is_own(shared.x0, selection.source, bank, places, shared.index)
+        source = selection.source[rows if alone is None else ((~alone).cumsum(0) - 1)[rows]]
         if len(rows) < len(batch.x0):
             batch = batch.at(rows)
-        bank, kernel, exchange = selection.bank, self.kernel, selection.exchange
-        if not selection.checked:
+        if selection.unsure == "using":
             check_is_own(batch.x0, source, bank, rows, batch.index)
         reference_group = None if batch.group is None else selection.group
         # Sources of other ranks are no references of this bank.

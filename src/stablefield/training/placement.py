@@ -89,14 +89,13 @@ def resolve_references(
         return "all", f"all {len(data):,} (resident: {size}, at most half of the {free} free on {device})"
     if processes > 1 and fits(data, device, processes):
         return "sharded", f"all {len(data):,}, a part of the {size} on each of {processes} processes"
+    number = min(len(data), max(LOADED_REFERENCES, recipe.batch))
     if recipe.references in ("all", "sharded"):
         parts = f", also in {processes} parts" if processes > 1 else ""
         raise ValueError(
             f"--references {recipe.references}: the data take {size}, more than half of the {free} that are free on "
-            f"{device}{parts}: pass a "
-            f"number, such as {LOADED_REFERENCES}, which is read with each batch, or train in more processes."
+            f"{device}{parts}: pass a number, such as {number}, which is read with each batch, or train in more processes."
         )
-    number = min(len(data), max(LOADED_REFERENCES, recipe.batch))
     return number, f"{number:,} read with each batch ({size} are more than half of the {free} free on {device})"
 
 
