@@ -115,6 +115,10 @@ class Bank:
         wide = self.data.dtype in (torch.float64, np.dtype(np.float64))
         return torch.float64 if wide else torch.float32
 
+    def dtype_with(self, x_t: Tensor) -> torch.dtype:
+        """The dtype of computations with noisy rows `x_t`: float32, or float64 if either is."""
+        return torch.promote_types(self.dtype, torch.promote_types(x_t.dtype, torch.float32))
+
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """The references at `index` (m,), decoded, shape (m, d)."""
         data = self._gather(index)

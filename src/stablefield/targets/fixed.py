@@ -18,7 +18,7 @@ from stablefield.targets.kernel import GaussianKernel, Kernel, StudentTKernel
 from stablefield.targets.outcome import Posterior, finish
 from stablefield.targets.precision import full_precision
 from stablefield.targets.query import Query
-from stablefield.targets.sums import accumulate, mirrored_sums
+from stablefield.targets.sums import accumulate_all
 
 __all__ = ["compute", "fixed_posterior"]
 
@@ -74,7 +74,7 @@ def fixed_posterior(
         raise ValueError(
             f"kernel is {kernel}: GaussianKernel and StudentTKernel can be compiled or captured, others not."
         )
-    dtype = torch.promote_types(bank.dtype, torch.promote_types(x_t.dtype, torch.float32))
+    dtype = bank.dtype_with(x_t)
     norms = bank.known_norms(dtype)
     wide = norms is None or norms.bound is None or not certain(least_level, norms.bound, dtype)
     found = torch.ops.stablefield.posterior(
@@ -115,7 +115,7 @@ def compute(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `torch.ops.stablefield.posterior` does: mean, variance, ESS, source weight (empty if unknown), log evidence."""
     bank = Bank(references)
-    dtype = torch.promote_types(bank.dtype, torch.promote_types(x_t.dtype, torch.float32))
+    dtype = bank.dtype_with(x_t)
     bank.set_norms(dtype, squares)
     kernel: Kernel = StudentTKernel(dof) if dof else GaussianKernel()
     query = Query.checked(x_t, alpha, sigma, bank, source, group, reference_group, log_prior, fixed=True, wide=wide)
@@ -123,9 +123,7 @@ def compute(
         rows = None if anchor is None else anchor.reshape(query.x_t.shape).to(dtype)
         found = find_anchor(query, bank) if rows is None else Anchor(rows, source)
         excess = Excess(query, found, bank, kernel)
-        partial = accumulate(query, bank, excess, excess.own, chunk_size)
-        if mirrored:
-            partial = partial.merge(mirrored_sums(query, found, bank, kernel, partial.peak, chunk_size))
+        partial = accumulate_all(query, found, bank, excess, kernel, excess.own, mirrored, chunk_size)
         result = finish(partial, query, excess, kernel)
     own = result.ess.new_zeros(0) if result.source_weight is None else result.source_weight
     return result.mean, result.variance, result.ess, own, result.log_evidence
@@ -145,7 +143,7 @@ def _(
     source: Tensor | None,
     *rest: object,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(Bank(references).dtype, torch.promote_types(x_t.dtype, torch.float32))
+    dtype = Bank(references).dtype_with(x_t)
     batch = x_t.shape[0]  # not len(): it may be a symbol
     row = x_t.new_empty(batch, dtype=dtype)
     own = row.new_empty(0 if source is None else batch)

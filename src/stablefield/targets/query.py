@@ -71,7 +71,7 @@ class Query:
             ValueError: naming the argument, its first bad value and the remedy.
         """
         batch, n = x_t.shape[0], len(bank)
-        dtype = torch.promote_types(bank.dtype, torch.promote_types(x_t.dtype, torch.float32))
+        dtype = bank.dtype_with(x_t)
         scalar = torch.float32 if x_t.device.type == "mps" else torch.float64
         alpha = row_values("alpha", alpha, x_t).to(scalar)
         sigma = row_values("sigma", sigma, x_t).to(scalar)

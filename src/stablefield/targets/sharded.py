@@ -29,7 +29,7 @@ from stablefield.targets.partial import Partial
 from stablefield.targets.query import Query
 from stablefield.targets.ranks import Ranks
 from stablefield.targets.references import Pool, Selection, own_gap
-from stablefield.targets.sums import accumulate, mirrored_sums
+from stablefield.targets.sums import accumulate_all
 
 __all__ = ["ShardedPool"]
 
@@ -241,9 +241,7 @@ class _Exchange:
         # Every row's own source is a reference of some rank, so no row is without one: what weighs nothing beside it is
         # left out here.
         partial = Partial.empty(*_shape(x), x.dtype, x.device, level=torch.zeros_like(alpha))
-        partial = accumulate(asked, bank, excess, partial, chunk_size)
-        if mirrored:
-            partial = partial.merge(mirrored_sums(asked, anchor, bank, kernel, partial.peak, chunk_size))
+        partial = accumulate_all(asked, anchor, bank, excess, kernel, partial, mirrored, chunk_size)
         gap, wrong = own_gap(rows, place.clamp(min=0), bank)
         return partial, torch.where(here, gap, 0), here & wrong
 

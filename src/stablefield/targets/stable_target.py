@@ -28,7 +28,7 @@ from stablefield.targets.precision import full_precision
 from stablefield.targets.query import Query, require_rows
 from stablefield.targets.references import InBatch, References, check_is_own
 from stablefield.targets.sharded import ShardedPool
-from stablefield.targets.sums import accumulate, mirrored_sums
+from stablefield.targets.sums import accumulate_all
 from stablefield.targets.target import Target
 
 __all__ = ["DenoisingTarget", "StableTarget"]
@@ -184,10 +184,8 @@ class StableTarget:
                 others = exchange.sums(query, anchor, bank, kernel, selection.mirrored, self.chunk_size)
                 partial = partial.merge(others)
             else:
-                partial = accumulate(query, bank, excess, partial, self.chunk_size)
-                if selection.mirrored:
-                    other = mirrored_sums(query, anchor, bank, kernel, partial.peak, self.chunk_size)
-                    partial = partial.merge(other)
+                mirrored, size = selection.mirrored, self.chunk_size
+                partial = accumulate_all(query, anchor, bank, excess, kernel, partial, mirrored, size)
             return finish(partial, query, excess, kernel)
 
     def _fixed_posterior(

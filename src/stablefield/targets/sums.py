@@ -13,7 +13,7 @@ from stablefield.targets.kernel import Kernel
 from stablefield.targets.partial import Partial
 from stablefield.targets.query import Query
 
-__all__ = ["accumulate", "mirrored_sums"]
+__all__ = ["accumulate", "accumulate_all"]
 
 
 def accumulate(query: Query, bank: Bank, excess: Excess, partial: Partial, chunk_size: int | None = None) -> Partial:
@@ -43,7 +43,36 @@ def accumulate(query: Query, bank: Bank, excess: Excess, partial: Partial, chunk
     return partial
 
 
-def mirrored_sums(
+def accumulate_all(
+    query: Query,
+    anchor: Anchor,
+    bank: Bank,
+    excess: Excess,
+    kernel: Kernel,
+    partial: Partial,
+    mirrored: bool,
+    chunk_size: int | None = None,
+) -> Partial:
+    """As `accumulate`, with the mirror images of the references, too, if the set is `mirrored`.
+
+    Args:
+        query: the rows.
+        anchor: their anchors, those of `excess`.
+        bank: the references.
+        excess: what makes the logits of the references as they are.
+        kernel: the noise kernel.
+        partial: what has been summed before, shape (B,) and (B, d); changed in place.
+        mirrored: whether the mirror image (last axis) of each reference is a reference, too.
+        chunk_size: references per matrix product; chosen by memory if not given.
+
+    Raises:
+        ValueError: if `chunk_size` is below 1.
+    """
+    partial = accumulate(query, bank, excess, partial, chunk_size)
+    return partial.merge(_mirrored(query, anchor, bank, kernel, partial.peak, chunk_size)) if mirrored else partial
+
+
+def _mirrored(
     query: Query, anchor: Anchor, bank: Bank, kernel: Kernel, level: Tensor, chunk_size: int | None = None
 ) -> Partial:
     """Softmax sums of `query` over the mirror images (last axis) of the references of `bank`.
