@@ -4,6 +4,7 @@ Exit status 0 for success, 1 for a run that failed, 2 for wrong use. A failure i
 traceback unless --debug is given.
 """
 
+import atexit
 import importlib.util
 import os
 import sys
@@ -60,17 +61,20 @@ def _is_message(error: Exception) -> bool:
 
 
 def _leave_the_others(status: int) -> None:
-    """End the group of processes, if this is one of several: gloo's threads can abort a program that ends without.
+    """End this process here and now if it is one of several, after what it has to end in order.
 
-    After a failure there is nothing to end in order: NCCL would wait for ranks that may be dead, and gloo's threads can
-    abort the program also after the end of the group, if a connection broke.
+    Interpreters that are torn down while gloo's threads live can abort: a thread that drops its last tensors then waits for
+    an interpreter that is gone. Those threads may outlive the group's end, since torch itself keeps groups alive (as default
+    arguments of torch.distributed.nn.functional, which compilers import).
     """
     distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not (distributed.is_available() and distributed.is_initialized()):
+    if distributed is None or os.environ.get("WORLD_SIZE", "1") == "1":
         return
+    # After a failure there is nothing to end in order: NCCL would wait for ranks that may be dead.
     if status == 0:
-        distributed.destroy_process_group()
-        return
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
+        atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -78,4 +82,5 @@ def _leave_the_others(status: int) -> None:
 
 def _tell(message: str) -> None:
     # Not wrapped: a command in the message stays in one piece, and a terminal wraps by itself.
-    print(f"stablefield: {message}", file=sys.stderr)
+    # In one write, so that the messages of several processes stay whole.
+    sys.stderr.write(f"stablefield: {message}\n")
