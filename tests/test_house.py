@@ -23,6 +23,7 @@ SOURCE = ROOT / "src" / "stablefield"
 # gathers the core's names and so stands on top of it.
 FLOORS = [
     {"shapes", "reading"},
+    {"memory"},
     {"targets"},
     {"diffusion"},
     {"networks", "sampling"},
@@ -235,7 +236,7 @@ def test_the_import_takes_no_more_than_0_3_seconds_beyond_torch_and_numpy(import
 def test_the_import_brings_nothing_but_the_core(imports):
     assert "stablefield.targets.posterior" in imports[1]
     rooms = {room_of(name) for name in imports[1] if name.partition(".")[0] == "stablefield"}
-    assert rooms <= {"", "shapes", "reading", "targets", "diffusion", "networks", "sampling"}
+    assert rooms <= {"", "shapes", "reading", "memory", "targets", "diffusion", "networks", "sampling"}
     others = {name.partition(".")[0] for name in imports[1]} - set(sys.stdlib_module_names)
     assert others <= {"stablefield", "torch", "numpy"}
 

@@ -1,7 +1,6 @@
 """The feed: rows and references of a step are functions of (seed, step), wherever the data lie."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,7 +103,7 @@ def test_all_references_where_they_do_not_fit_is_an_error_with_the_remedy(
 ) -> None:
     with pytest.raises(ValueError, match="number of references"):
         make(mapped, False, references="all")
-    monkeypatch.setattr(placement_module, "free_memory", lambda device: 200_000)
+    monkeypatch.setattr(placement_module, "free_bytes", lambda device: 200_000)
     with pytest.raises(ValueError, match=r"--references all.*such as 1797,"):
         resolve_references(dataclasses.replace(DIGITS, references="all"), mapped, CPU)
 
@@ -122,14 +121,14 @@ def test_all_references_where_they_do_not_fit_is_an_error_with_the_remedy(
 def test_auto_takes_all_where_they_fit_and_says_the_rule(
     mapped: ImageSet, monkeypatch: pytest.MonkeyPatch, free: int, processes: int, expected: object, words: str
 ) -> None:
-    monkeypatch.setattr(placement_module, "free_memory", lambda device: free)
+    monkeypatch.setattr(placement_module, "free_bytes", lambda device: free)
     found, rule = resolve_references(DIGITS, mapped, CPU, processes)
     assert found == expected
     assert words in rule
 
 
 def test_processes_on_one_cpu_share_its_memory(mapped: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement_module, "free_memory", lambda device: 3 * mapped.images.nbytes)
+    monkeypatch.setattr(placement_module, "free_bytes", lambda device: 3 * mapped.images.nbytes)
     assert placement_module.fits(mapped, CPU)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert not placement_module.fits(mapped, CPU)
@@ -147,7 +146,7 @@ def test_sharded_references_of_one_process_are_refused_and_go_on_as_all(mapped: 
 
 def test_sharded_references_that_do_not_fit_are_refused(mapped: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = dataclasses.replace(DIGITS, references="sharded")
-    monkeypatch.setattr(placement_module, "free_memory", lambda device: 50_000)
+    monkeypatch.setattr(placement_module, "free_bytes", lambda device: 50_000)
     with pytest.raises(ValueError, match=r"--references sharded: the data take 112.3 KiB.*also in 2 parts"):
         resolve_references(recipe, mapped, CPU, processes=2)
     with pytest.raises(ValueError, match=r"sharded over several processes.*go on with several"):
@@ -156,13 +155,8 @@ def test_sharded_references_that_do_not_fit_are_refused(mapped: ImageSet, monkey
 
 def test_half_of_the_free_memory_is_the_limit(mapped: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     for free, fitting in ((2 * mapped.images.nbytes, True), (2 * mapped.images.nbytes - 2, False)):
-        monkeypatch.setattr(placement_module, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(placement_module, "free_bytes", lambda device, free=free: free)
         assert placement_module.fits(mapped, CPU) is fitting
-
-
-def test_free_memory_is_what_the_system_says(tmp_path: Path) -> None:
-    free = placement_module.free_memory(CPU)
-    assert 10**8 < free < 10**14
 
 
 def test_auto_band_is_where_the_probe_of_the_references_says(digits: ImageSet) -> None:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stablefield.targets.memory import chunk_rows
+from stablefield.targets.chunk import chunk_rows
 
 __all__ = ["Bank", "Norms", "largest_magnitude", "squared_norms"]
 

@@ -10,11 +10,12 @@ from typing import Literal
 import torch
 
 from stablefield.data.image_set import ImageSet, size_text
+from stablefield.memory import free_bytes
 from stablefield.targets.band import pick_noise_band
 from stablefield.targets.references import Pool
 from stablefield.training.recipe import Recipe
 
-__all__ = ["LOADED_REFERENCES", "Placement", "fits", "free_memory", "placed", "resolve_band", "resolve_references"]
+__all__ = ["LOADED_REFERENCES", "Placement", "fits", "placed", "resolve_band", "resolve_references"]
 
 Placement = Literal["resident", "sharded", "loaded"]
 
@@ -24,25 +25,13 @@ RESIDENT_SHARE = 0.5
 """Share of the device's free memory that resident pixels may take."""
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes of memory that are free on the device; of the machine, for a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as file:
-            entries = dict(line.split(":", 1) for line in file)
-        return int(entries["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
 def fits(data: ImageSet, device: torch.device, processes: int = 1) -> bool:
     """Whether the pixels, in `processes` equal parts, may be resident: a part in half of the memory free on each device.
 
     Processes on the CPU of one machine share its memory.
     """
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
-    return data.images.nbytes * sharing <= RESIDENT_SHARE * free_memory(device) * processes
+    return data.images.nbytes * sharing <= RESIDENT_SHARE * free_bytes(device) * processes
 
 
 def placed(recipe: Recipe, data: ImageSet, device: torch.device, processes: int = 1) -> Placement:
@@ -75,7 +64,7 @@ def resolve_references(
     Raises:
         ValueError: if all are asked for and do not fit on the device, or on those of all processes.
     """
-    size, free = size_text(data.images.nbytes), size_text(free_memory(device))
+    size, free = size_text(data.images.nbytes), size_text(free_bytes(device))
     if recipe.target == "dsm":
         return 1, "one, the sample itself"
     if isinstance(recipe.references, int):
