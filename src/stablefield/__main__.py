@@ -1,8 +1,8 @@
 """`python -m stablefield`: the command, for launchers that start modules, such as torchrun."""
 
-from stablefield.cli.entry import main
+from stablefield.cli.entry import program
 
 __all__: list[str] = []
 
 if __name__ == "__main__":
-    main()
+    program()

@@ -41,7 +41,8 @@ for pair in range(pairs):
             dist.init_process_group("gloo", init_method=f"file://{folder}/store-{pair}", rank=rank, world_size=2)
             keep.append(dist.group.WORLD)
             atexit.register((folder / f"ended-{pair}-{rank}").touch)
-            entry.main([])
+            sys.argv = ["stablefield"]
+            entry.program()
         children.append(child)
     codes |= {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children}
 print(sorted(codes))

@@ -11,9 +11,19 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-__all__ = ["main"]
+__all__ = ["main", "program"]
 
 _NEEDED = ("tyro", "rich", "PIL", "safetensors", "accelerate")
+
+
+def program() -> None:
+    """The command as a program of its own: `main`, and the end of the process."""
+    try:
+        main()
+    except SystemExit as end:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            _end_among_others(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -37,9 +47,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         _tell("interrupted.")
         status = 1
-    except SystemExit as error:
-        # Of the parser, after it has told; a process must leave its group all the same.
-        status = error.code if isinstance(error.code, int) else int(error.code is not None)
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -48,7 +55,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             _tell(f"{type(error).__name__}: {error}. This is a defect of ours; --debug shows where it happened.")
         status = 2 if isinstance(error, ValueError) else 1
-    _leave_the_others(status)
     sys.exit(status)
 
 
@@ -60,21 +66,19 @@ def _is_message(error: Exception) -> bool:
     return loop is not None and isinstance(error, loop.TrainingError)
 
 
-def _leave_the_others(status: int) -> None:
-    """End this process here and now if it is one of several, after what it has to end in order.
+def _end_among_others(status: int) -> None:
+    """End this process here and now, after what is to end in order.
 
-    Interpreters that are torn down while gloo's threads live can abort: a thread that drops its last tensors then waits for
+    An interpreter that is torn down while gloo's threads live can abort: a thread that drops its last tensors then waits for
     an interpreter that is gone. Those threads may outlive the group's end, since torch itself keeps groups alive (as default
     arguments of torch.distributed.nn.functional, which compilers import).
     """
     distributed = sys.modules.get("torch.distributed")
-    if distributed is None or os.environ.get("WORLD_SIZE", "1") == "1":
-        return
     # After a failure there is nothing to end in order: NCCL would wait for ranks that may be dead.
     if status == 0:
-        if distributed.is_available() and distributed.is_initialized():
+        if distributed is not None and distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()
-        atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+        atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
