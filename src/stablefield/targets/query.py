@@ -11,8 +11,9 @@ from torch import Tensor
 from stablefield.reading import watched
 from stablefield.shapes import row_values
 from stablefield.targets.bank import Bank, largest_magnitude
+from stablefield.targets.check import each, finite, require
 
-__all__ = ["Query", "checked_bank", "require_rows"]
+__all__ = ["Query", "checked_bank"]
 
 
 @dataclass(frozen=True)
@@ -76,19 +77,22 @@ class Query:
         alpha = row_values("alpha", alpha, x_t).to(scalar)
         sigma = row_values("sigma", sigma, x_t).to(scalar)
         rows = x_t.reshape(batch, bank.dim).to(dtype)
-        if not fixed:
-            require_rows((sigma > 0) & sigma.isfinite(), "sigma", sigma, "it must be positive and finite")
-            require_rows(alpha.isfinite(), "alpha", alpha, "it must be finite")
-            _require_finite(_largest_square(rows), "x_t")
-            norms = bank.norms(dtype)
-            if not norms.finite:
-                _require_finite(norms.squares, "references")
         if source is not None:
             _check_integers("source", source, batch, x_t, "the index of each row's own reference")
             source = source.long()
-            if not fixed:
+        if not fixed:
+            checks = [
+                each((sigma > 0) & sigma.isfinite(), "sigma", sigma, "it must be positive and finite"),
+                each(alpha.isfinite(), "alpha", alpha, "it must be finite"),
+                finite(_largest_square(rows), "x_t"),
+            ]
+            norms = bank.norms(dtype)
+            if not norms.finite:
+                checks.append(finite(norms.squares, "references"))
+            if source is not None:
                 there = (source >= 0) & (source < n)
-                require_rows(there, "source", source, f"it must index the {n} references, 0 to {n - 1}")
+                checks.append(each(there, "source", source, f"it must index the {n} references, 0 to {n - 1}"))
+            require(*checks)
         if (group is None) != (reference_group is None):
             missing, given = ("group", "reference_group") if group is None else ("reference_group", "group")
             raise ValueError(f"{missing} is missing: it is needed with {given}, one integer per row and per reference.")
@@ -98,9 +102,8 @@ class Query:
             group, reference_group = group.long(), reference_group.long()
             if source is not None and not fixed:
                 fits = (group == -1) | (group == reference_group[source])
-                require_rows(
-                    fits, "group", group, "the row's own source is a reference of another group; it must fit its row"
-                )
+                rule = "the row's own source is a reference of another group; it must fit its row"
+                require(each(fits, "group", group, rule))
         if log_prior is not None:
             if log_prior.shape != (n,) or log_prior.device != x_t.device:
                 raise ValueError(
@@ -109,7 +112,7 @@ class Query:
                 )
             if not fixed:
                 below = log_prior < torch.inf
-                require_rows(below, "log_prior", log_prior, "it must be a number below +inf (-inf excludes one)")
+                require(each(below, "log_prior", log_prior, "it must be a number below +inf (-inf excludes one)"))
             # Only differences count; without the common part, they keep their digits in the dtype of the logits.
             largest = log_prior.to(scalar).max()
             log_prior = (log_prior.to(scalar) - torch.where(largest.isneginf(), 0, largest)).to(dtype).to(scalar)
@@ -160,21 +163,6 @@ def _check_integers(name: str, value: Tensor, length: int, x: Tensor, meaning: s
         raise ValueError(f"{name} is on {value.device}, the batch is on {x.device}: move one of them.")
 
 
-def require_rows(holds: Tensor, name: str, value: Tensor, rule: str) -> None:
-    """Raise ValueError for the first row for which `holds` (B,) is false, with its `value` (B,) and the rule."""
-    if not bool(holds.all()):
-        row = int((~holds).nonzero()[0, 0])
-        raise ValueError(f"{name}[{row}] is {value[row].item():g}: {rule}.")
-
-
 def _largest_square(rows: Tensor) -> Tensor:
     # Not finite where a number is not, in one pass without a copy.
     return largest_magnitude(rows).square() * rows.shape[1]
-
-
-def _require_finite(squares: Tensor, name: str) -> None:
-    # Squared norms are needed anyway and are not finite where a sample is not: the check costs no pass over the data.
-    holds = squares.isfinite()
-    if not bool(holds.all()):
-        row = int((~holds).nonzero()[0, 0])
-        raise ValueError(f"{name}[{row}] holds NaN or inf (or overflows when squared): clean the data first.")

@@ -20,12 +20,13 @@ from torch import Tensor
 from stablefield.diffusion.process import Process
 from stablefield.reading import readable
 from stablefield.shapes import row_values
+from stablefield.targets.check import each, require
 from stablefield.targets.excess import Anchor, Excess
 from stablefield.targets.fixed import fixed_posterior
 from stablefield.targets.kernel import GaussianKernel, Kernel
 from stablefield.targets.outcome import Posterior, finish
 from stablefield.targets.precision import full_precision
-from stablefield.targets.query import Query, require_rows
+from stablefield.targets.query import Query
 from stablefield.targets.references import InBatch, References, check_is_own
 from stablefield.targets.sharded import ShardedPool
 from stablefield.targets.sums import accumulate_all
@@ -113,8 +114,10 @@ class StableTarget:
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         look = readable(x0.device)
         if look:
-            require_rows((sigma >= 0) & sigma.isfinite(), "sigma", sigma, "it must not be negative: check t")
-            require_rows(alpha.isfinite(), "alpha", alpha, "it must be finite: check t")
+            require(
+                each((sigma >= 0) & sigma.isfinite(), "sigma", sigma, "it must not be negative: check t"),
+                each(alpha.isfinite(), "alpha", alpha, "it must be finite: check t"),
+            )
         for name, value in (("group", group), ("reference_group", reference_group), ("index", index)):
             if value is not None and value.shape != x0.shape[:1]:
                 raise ValueError(
