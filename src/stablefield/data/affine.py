@@ -91,10 +91,16 @@ def _cubic(image: Tensor, sources: Tensor) -> Tensor:
     along_y = _second_difference(image.mT).mT
     stack = torch.cat([image, _second_difference(image), along_y, _second_difference(along_y)], dim=1)
     linear = torch.nn.functional.grid_sample(stack, sources, "bilinear", "reflection", align_corners=True).chunk(4, 1)
-    sides = torch.tensor([image.shape[-1] - 1, image.shape[-2] - 1], dtype=sources.dtype, device=sources.device)
-    t = ((sources + 1) / 2 * sides).frac().abs()
-    x, y = (t * (1 - t) / 2)[:, None].unbind(-1)
+    x, y = (
+        _bump(at, side - 1) for at, side in zip(sources.unbind(-1), (image.shape[-1], image.shape[-2]), strict=True)
+    )
     return linear[0] - x * linear[1] - y * linear[2] + x * y * linear[3]
+
+
+def _bump(source: Tensor, last: int) -> Tensor:
+    """The t (1 - t) / 2 of the place t between two samples at which `source` (B, H, W) points, -1 for 0 and 1 for `last`."""
+    t = ((source + 1) / 2 * last).frac().abs()
+    return (t * (1 - t) / 2)[:, None]
 
 
 def _second_difference(x: Tensor) -> Tensor:

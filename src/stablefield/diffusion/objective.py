@@ -250,6 +250,13 @@ class Objective:
             ValueError: if the denoiser returns another shape, or the weight is not finite.
         """
         x, level, seen = example.x, example.noise_level, example.seen
+        # Looked at before the network: afterwards a GPU would have to be through with it, with nothing waiting to be run.
+        weight = self.weighting(level)
+        if readable(weight.device) and not bool(weight.isfinite().all()):
+            raise ValueError(
+                f"{self.weighting} is not finite at noise levels from {level.min():g}: raise the lower end of "
+                f"{self.noise_levels}."
+            )
         if seen is None and augment_labels is None:
             estimate = denoiser(x, level)
         elif augment_labels is None:
@@ -259,12 +266,6 @@ class Objective:
         if estimate.shape != x.shape:
             raise ValueError(
                 f"the denoiser returned shape {tuple(estimate.shape)} for x0 of shape {tuple(x.shape)}: they must be equal."
-            )
-        weight = self.weighting(level)
-        if readable(weight.device) and not bool(weight.isfinite().all()):
-            raise ValueError(
-                f"{self.weighting} is not finite at noise levels from {level.min():g}: raise the lower end of "
-                f"{self.noise_levels}."
             )
         error = (estimate.to(torch.promote_types(estimate.dtype, torch.float32)) - example.target.x0).flatten(1)
         row_loss = weight.to(error.dtype) * error.square().mean(1)

@@ -1,0 +1,181 @@
+"""A device that waits: its tensors are numbers on the CPU, and it keeps books on what a GPU would have to wait for.
+
+The device "far" follows the rules of a GPU: tensors of two devices do not meet in one operation, and its random numbers
+come from a generator of its own. What makes Python wait for a GPU is counted: *looks*, where it asks for a value or for a
+number of rows, and *copies* between the devices. So a machine without a GPU can tell what runs on one, and what waits;
+not how fast, and not what the GPU's own arithmetic gives.
+
+torch allows one device written in Python per process, and its name stays: use it in a process of its own.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils import backend_registration
+from torch.utils._pytree import tree_leaves, tree_map
+
+CPU = torch.device("cpu")
+
+
+class Module(backend_registration._DummyBackendModule):
+    """What torch asks of a device beside its operations."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+
+backend_registration._setup_privateuseone_for_python_backend("far", backend_module=Module())
+FAR = torch.device("far:0")
+
+# Operations whose result's shape, or whose Python value, depends on numbers.
+LOOKS = (
+    *("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim", "unique_consecutive"),
+    *("repeat_interleave", "bincount"),
+)
+counts: Counter[str] = Counter()
+NearGenerator = torch.Generator
+_generators: list[NearGenerator] = []
+
+
+class FarGenerator(torch.Generator):
+    """Random numbers of the far device."""
+
+    device = FAR
+
+
+class _Generators(type):
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, NearGenerator)
+
+    def __call__(cls, device: Any = "cpu") -> Any:
+        if torch.device(device).type != "far":
+            return NearGenerator(device)
+        _generators.append(FarGenerator())
+        return _generators[-1]
+
+
+class AnyGenerator(metaclass=_Generators):
+    """Stands for torch.Generator, which knows no devices written in Python."""
+
+
+class FarTensor(Tensor):
+    """A tensor of the far device."""
+
+    near: Tensor
+
+    @staticmethod
+    def __new__(cls, near: Tensor) -> Self:
+        made = Tensor._make_wrapper_subclass(
+            cls, near.shape, strides=near.stride(), storage_offset=near.storage_offset(), dtype=near.dtype, device=FAR
+        )
+        made.near = near
+        return made
+
+    def __repr__(self) -> str:
+        return f"FarTensor({self.near})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return _run(func, args, kwargs or {})
+
+
+def near(value: Any) -> Any:
+    """The numbers of far tensors, without counting them as copies."""
+    return value.detach().near if isinstance(value, FarTensor) else value
+
+
+@contextmanager
+def far_device() -> Generator[torch.device]:
+    """The device, within a block."""
+    kept = {name: getattr(torch, name) for name in ("Generator", *_OF_NUMBERS, *_OF_A_RULE)}
+    torch.Generator = AnyGenerator
+    for name in (*_OF_NUMBERS, *_OF_A_RULE):
+        setattr(torch, name, _made_near(kept[name], copied=name in _OF_NUMBERS))
+    try:
+        yield FAR
+    finally:
+        for name, value in kept.items():
+            setattr(torch, name, value)
+
+
+# What torch makes in ways that a device written in Python does not see: of Python's numbers, which are copied to a device,
+# and of a rule, with a size that is known only after the tensor has been made.
+_OF_NUMBERS = ("tensor", "as_tensor")
+_OF_A_RULE = ("arange", "linspace", "logspace", "eye")
+
+
+def _made_near(function: Callable[..., Tensor], copied: bool) -> Callable[..., Tensor]:
+    def made(*args: Any, device: Any = None, **options: Any) -> Tensor:
+        found = function(*args, **options)
+        if device is None or torch.device(device).type != "far":
+            return found if device is None else found.to(device)
+        return found.to(FAR) if copied else FarTensor(found)
+
+    return made
+
+
+def waits(function: Callable[[], Any]) -> dict[str, int]:
+    """What Python waits for while `function` runs."""
+    counts.clear()
+    function()
+    return dict(counts)
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    name = func._schema.name.removeprefix("aten::").rstrip("_")
+    if name == "stablefield::posterior":
+        # Looked into, since on a device it runs as it stands.
+        from stablefield.targets.fixed import compute
+
+        return compute(*args, **kwargs)
+    leaves = tree_leaves((args, kwargs))
+    there = [leaf for leaf in leaves if isinstance(leaf, FarTensor)]
+    here = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, FarTensor)]
+    device = kwargs.get("device")
+    goes = bool(there) if device is None else torch.device(device).type == "far"
+    if name == "copy":
+        goes = isinstance(args[0], FarTensor)
+    if name in ("_to_copy", "copy"):
+        if any(isinstance(leaf, FarTensor) != goes for leaf in (*there, *here)):
+            counts["copy to far" if goes else "copy to near"] += 1
+    elif there and any(leaf.ndim for leaf in here):
+        raise RuntimeError(f"{name}: operands on two devices")
+    if there and (name in LOOKS or _has_mask(name, args)):
+        counts[f"look: {name}"] += 1
+    for leaf in leaves:
+        if isinstance(leaf, NearGenerator) and any(leaf._cdata == one._cdata for one in _generators) != goes:
+            raise RuntimeError(f"{name}: a generator of another device")
+    result = func(*tree_map(_inner, tuple(args)), **tree_map(_inner, kwargs))
+    if any(leaf.shape != leaf.near.shape for leaf in there):
+        raise NotImplementedError(f"{name} has given a tensor of the device another shape, which is not followed")
+    if not goes:
+        return result
+    known = {id(leaf.near): leaf for leaf in there}
+
+    def outer(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return known[id(value)] if id(value) in known else FarTensor(value)
+
+    return tree_map(outer, result)
+
+
+def _inner(value: Any) -> Any:
+    if isinstance(value, FarTensor):
+        return value.near
+    return CPU if isinstance(value, torch.device) and value.type == "far" else value
+
+
+def _has_mask(name: str, args: Any) -> bool:
+    # A mask as an index is a hidden nonzero.
+    masks = args[1] if name in ("index", "index_put") else ()
+    return any(isinstance(one, Tensor) and one.dtype == torch.bool for one in masks)
+
+
+# What no tensor tells of: operations that make one on the device.
+_made = torch.library.Library("_", "IMPL")
+_made.fallback(lambda func, *args, **kwargs: _run(func, args, kwargs), "PrivateUse1")

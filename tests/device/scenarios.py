@@ -1,0 +1,239 @@
+"""What runs on the far device, and what waits there; prints it as JSON. Run by test_far_device.py."""
+
+import dataclasses
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from far import FAR, counts, far_device, near, waits
+from torch import Tensor
+
+import stablefield as sf
+from stablefield import sampling
+from stablefield.data.digits import open_digits
+from stablefield.training.feed import Feed
+from stablefield.training.meter import Meter
+from stablefield.training.recipe import Recipe, UNet
+from stablefield.training.recipes import DIGITS
+from stablefield.training.run_folder import RunConfig
+from stablefield.training.stepper import Stepper
+
+TABLE = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
+VIEWS = ("x0", "noise", "v", "variance", "ess", "source_weight")
+SHAPE = (3, 8, 8)
+
+
+def of_the_device() -> dict[str, Any]:
+    """What it counts, and what it refuses."""
+    x = torch.ones(3, 4, device=FAR)
+    found: dict[str, Any] = {
+        "sum": waits(lambda: (x + 1).sum(0) * torch.tensor(2.0)),
+        "item": waits(lambda: x.sum().item()),
+        "bool": waits(lambda: bool((x > 0).all())),
+        "mask": waits(lambda: x[x > 0]),
+        "nonzero": waits(lambda: x.nonzero()),
+        "to near": waits(lambda: x.cpu()),
+        "to far": waits(lambda: torch.ones(2).to(FAR)),
+        "of numbers": waits(lambda: torch.tensor([1.0, 2.0], device=FAR)),
+    }
+    for name, function in {
+        "two devices": lambda: x + torch.ones(4),
+        "two generators": lambda: torch.randn(3, device=FAR, generator=torch.Generator()),
+    }.items():
+        try:
+            function()
+        except RuntimeError as error:
+            found[name] = str(error)
+    return found
+
+
+def case(kind: str, batch: int = 64) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of a target of this kind, and arguments of a call, on the CPU."""
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (300, *SHAPE), generator=rng, dtype=torch.uint8)
+    images[150:] = images[:150].clamp(0, 254) + 1  # twins, which small noise does not tell apart
+    index = torch.randperm(len(images), generator=rng)[:batch]
+    x0 = images[index] / 127.5 - 1
+    process = sf.Discrete(TABLE) if kind == "discrete" else sf.VP() if kind == "VP" else sf.EDM()
+    t = process.time(torch.exp(torch.linspace(-3, 3, batch)))
+    flag = torch.arange(batch) % 3 == 0
+    if kind == "flips":
+        x0 = torch.where(flag[:, None, None, None], x0.flip(-1), x0)
+    call = {"x0": x0, "x_t": process.perturb(x0, t, generator=rng), "t": t, "index": index}
+    label = torch.arange(len(images)) % 5
+    data = images / 127.5 - 1 if kind == "floats" else images
+    options: dict[str, Any] = {"process": process, "noise_band": 0.1}
+    group = {"group": label} if kind == "groups" else {}
+    options["pool"] = {"data": data, "mirrored": kind == "mirrored", **group}
+    match kind:
+        case "in batch" | "DSM":
+            options.pop("pool")
+            call["index"] = None
+        case "groups":
+            call["group"] = torch.where(flag, -1, label[index])
+        case "flips":
+            call["flip"] = flag
+        case "alone":
+            call["alone"] = flag
+        case "capacity":
+            options["capacity"] = 20
+        case "heavy tails":
+            options["kernel"] = sf.StudentTKernel(64.0)
+        case _:
+            pass
+    return options, call
+
+
+KINDS = (
+    *("pool", "floats", "in batch", "DSM", "groups", "mirrored", "flips", "alone", "capacity", "heavy tails"),
+    *("VP", "discrete"),
+)
+
+
+def target(kind: str, options: dict[str, Any], move: Callable[[Any], Any], chunk_size: int) -> sf.StableTarget:
+    options = dict(options)
+    if kind == "DSM":
+        return sf.DenoisingTarget(options["process"])
+    if "pool" in options:
+        options["references"] = sf.Pool(**{name: move(value) for name, value in options.pop("pool").items()})
+    return sf.StableTarget(**options, chunk_size=chunk_size)
+
+
+def far(value: Any) -> Any:
+    return value.to(FAR) if isinstance(value, Tensor) else value
+
+
+def gap(found: sf.Target, truth: sf.Target) -> float:
+    views = [(near(getattr(found, name)), getattr(truth, name)) for name in VIEWS]
+    return max(float(((a - b).abs() / (1 + b.abs())).max()) for a, b in views)
+
+
+def of_targets(kind: str) -> dict[str, Any]:
+    options, call = case(kind)
+    there = {name: far(value) for name, value in call.items()}
+    found: dict[str, Any] = {"waits": {}, "gap": 0.0}
+    for chunk_size in (300, 60, 10):
+        truth = target(kind, options, lambda value: value, chunk_size)(**call)
+        stable = target(kind, options, far, chunk_size)
+        stable(**there)  # what is computed once: norms, tables
+        results: list[sf.Target] = []
+        found["waits"][chunk_size] = waits(lambda s=stable, r=results: r.append(s(**there)))
+        found["gap"] = max(found["gap"], gap(results[0], truth))
+        found["waits of views"] = waits(lambda r=results: [getattr(r[0], name) for name in VIEWS])
+    return found
+
+
+def of_fixed_shapes(kind: str) -> dict[str, Any]:
+    """As while a graph is captured: `readable` says no."""
+    options, call = case(kind)
+    there = {name: far(value) for name, value in call.items()}
+    truth = target(kind, options, lambda value: value, 60)(**call)
+    stable = target(kind, options, far, 60)
+    stable(**there)
+    modules = [sys.modules[f"stablefield.targets.{name}"] for name in ("stable_target", "references", "sharded")]
+    kept = [module.readable for module in modules]
+    for module in modules:
+        module.readable = lambda device: False
+    results: list[sf.Target] = []
+    try:
+        waited = waits(lambda: results.append(stable(**there)))
+    finally:
+        for module, function in zip(modules, kept, strict=True):
+            module.readable = function
+    return {"waits": waited, "gap": gap(results[0], truth)}
+
+
+def stepper(recipe: Recipe, device: torch.device) -> Stepper:
+    data = open_digits()
+    classes = data.classes if recipe.conditional else 0
+    config = RunConfig(
+        data="digits", shape=data.shape, classes=classes, manifest=data.manifest, recipe=recipe, version="test"
+    )
+    feed = Feed(data, recipe, device, labelled=classes > 0, placement="resident")
+    alone = SimpleNamespace(
+        device=device, num_processes=1, process_index=0, backward=lambda loss: loss.backward(), is_main_process=True
+    )
+    return Stepper(config, feed, alone)
+
+
+UNET = UNet(base_channels=8, multipliers=(1, 2), blocks=1, dropout=0.0)
+RECIPES = {
+    "perceptron": dataclasses.replace(DIGITS, references="all", noise_band=0.3, batch=64),
+    "unet": dataclasses.replace(DIGITS, references="all", noise_band=0.3, batch=32, network=UNET, mirror=True),
+    "augmented": dataclasses.replace(
+        DIGITS, references="all", noise_band=0.3, batch=32, network=UNET, augmentation=0.3
+    ),
+    "conditional": dataclasses.replace(
+        DIGITS, references="all", noise_band=0.3, batch=64, conditional=True, label_dropout=0.2
+    ),
+    "DSM": dataclasses.replace(DIGITS, target="dsm", batch=64),
+}
+
+
+def of_steps(name: str) -> dict[str, Any]:
+    """Whole steps, with what the loop adds up of each; and what of the waits comes once the network has begun."""
+    found: dict[str, Any] = {"waits": [], "once the network runs": [], "losses": [], "truth": []}
+    there, here = (stepper(RECIPES[name], device) for device in (FAR, torch.device("cpu")))
+    meter = Meter((0.5, 1.0, 2.0), FAR, there.target_watch)
+    begun: list[Counter[str]] = []
+    there.trained.model.register_forward_pre_hook(lambda *_: begun.append(counts.copy()))
+    for step in range(4):
+        parts: list[Any] = []
+
+        def take(parts: list[Any] = parts, step: int = step) -> None:
+            parts.extend(there.take(step))
+            meter.step(parts, RECIPES[name].batch)
+
+        all_waits = waits(take)
+        found["waits"].append(all_waits)
+        found["once the network runs"].append(dict(Counter(all_waits) - begun[-1]))
+        found["losses"].append(float(near(parts[0].row_loss).mean()))
+        found["truth"].append(float(here.take(step)[0].row_loss.detach().mean()))
+    return found
+
+
+SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "euler": sampling.euler,
+    "heun": sampling.heun,
+    "dpmpp_2m": sampling.dpmpp_2m,
+    "ancestral": sampling.ancestral,
+    "dpmpp_2m_sde": sampling.dpmpp_2m_sde,
+    "euler_maruyama": sampling.euler_maruyama,
+    "predictor_corrector": sampling.predictor_corrector,
+}
+
+
+def of_samplers(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    there, here = (stepper(RECIPES["unet"], device).trained.model.eval() for device in (FAR, torch.device("cpu")))
+    start = 80.0 * torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for steps in (4, 12):
+        sigmas, drawn = sampling.edm_sigmas(steps), {}
+        images: list[Tensor] = []
+        x = start.to(FAR)
+        if name not in ("euler", "heun", "dpmpp_2m"):
+            drawn = {"noise": lambda x: torch.ones_like(x)}
+        with torch.no_grad():
+            found[str(steps)] = waits(
+                lambda d=drawn, s=sigmas, x=x, out=images: out.append(SAMPLERS[name](there, x, s, **d))
+            )
+            truth = SAMPLERS[name](here, start, sigmas, **drawn)
+        found["gap"] = float((near(images[0]) - truth).abs().max())
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with far_device():
+        report = {
+            "device": of_the_device(),
+            "targets": {kind: of_targets(kind) for kind in KINDS},
+            "fixed": {kind: of_fixed_shapes(kind) for kind in KINDS},
+            "samplers": {name: of_samplers(name) for name in SAMPLERS},
+            "steps": {name: of_steps(name) for name in RECIPES},
+        }
+    sys.stdout.write(json.dumps(report))

@@ -1,0 +1,97 @@
+"""On a device that Python has to wait for: the same numbers, no mixture of devices, and known, few waits.
+
+No GPU is needed: `far.py` is a device written in Python that counts what a GPU would be waited for. What a GPU computes, and
+how fast, only a GPU tells: `pytest -m gpu` and benchmarks/gpu.py.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Torch knows one device written in Python per process, and keeps its name: it has a process of its own.
+KINDS = (
+    *("pool", "floats", "in batch", "DSM", "groups", "mirrored", "flips", "alone", "capacity", "heavy tails"),
+    *("VP", "discrete"),
+)
+STEPS = ("perceptron", "unet", "augmented", "conditional", "DSM")
+EVALUATIONS = {
+    **dict.fromkeys(("euler", "dpmpp_2m", "ancestral", "dpmpp_2m_sde", "euler_maruyama"), 1),
+    **dict.fromkeys(("heun", "predictor_corrector"), 2),
+}
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, dict[str, Any]]:
+    script = Path(__file__).with_name("scenarios.py")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_the_device_counts_what_waits_and_refuses_what_a_gpu_refuses(seen: dict[str, dict[str, Any]]) -> None:
+    assert seen["device"] == {
+        "sum": {},
+        "item": {"look: _local_scalar_dense": 1},
+        "bool": {"look: _local_scalar_dense": 1},
+        "mask": {"look: index": 1},
+        "nonzero": {"look: nonzero": 1},
+        "to near": {"copy to near": 1},
+        "to far": {"copy to far": 1},
+        "of numbers": {"copy to far": 1},
+        "two devices": "add: operands on two devices",
+        "two generators": "normal: a generator of another device",
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_targets_there_are_those_of_the_cpu(seen: dict[str, dict[str, Any]], kind: str) -> None:
+    # Paths differ: a CPU is asked which rows need what, the others compute it for all.
+    assert seen["targets"][kind]["gap"] < 5e-5
+    assert seen["targets"][kind]["waits of views"] == {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_chunk_is_waited_for(seen: dict[str, dict[str, Any]], kind: str) -> None:
+    one, few, many = (seen["targets"][kind]["waits"][size] for size in ("300", "60", "10"))
+    assert one == few == many  # of 1, 5 and 30 chunks
+    assert not any(name.startswith("copy") for name in one)
+    assert sum(one.values()) <= {"groups": 8, "mirrored": 7, "alone": 7}.get(kind, 6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_compiled_or_captured_waits_for_nothing(seen: dict[str, dict[str, Any]], kind: str) -> None:
+    assert seen["fixed"][kind]["waits"] == {}
+    assert seen["fixed"][kind]["gap"] < 5e-5
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_training_there_has_the_losses_of_the_cpu(seen: dict[str, dict[str, Any]], name: str) -> None:
+    assert seen["steps"][name]["losses"] == pytest.approx(seen["steps"][name]["truth"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_once_its_network_runs_a_step_waits_for_nothing(seen: dict[str, dict[str, Any]], name: str) -> None:
+    # Nor do backward pass, clipping, optimiser, averages and what is added up for reports.
+    assert seen["steps"][name]["once the network runs"] == [{}] * 4
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_waits_of_a_step_are_few_and_do_not_grow(seen: dict[str, dict[str, Any]], name: str) -> None:
+    first, *later = seen["steps"][name]["waits"]
+    assert later == [later[0]] * 3
+    copies = sum(count for wait, count in later[0].items() if wait.startswith("copy"))
+    # Of the places of the rows; of flips; of what else an augmentation has drawn.
+    assert copies == {"unet": 2, "augmented": 7}.get(name, 1)
+    assert sum(later[0].values()) - copies == {"DSM": 3, "conditional": 10, "perceptron": 8}.get(name, 9)
+    assert sum(first.values()) <= sum(later[0].values()) + 1  # norms, once
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_a_sampler_waits_once_for_each_evaluation(seen: dict[str, dict[str, Any]], name: str) -> None:
+    few, many = (sum(seen["samplers"][name][steps].values()) for steps in ("4", "12"))
+    assert many - few == 8 * EVALUATIONS[name]
+    assert seen["samplers"][name]["gap"] < 1e-5
