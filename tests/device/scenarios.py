@@ -65,7 +65,7 @@ def case(kind: str, batch: int = 64) -> tuple[dict[str, Any], dict[str, Any]]:
         x0 = torch.where(flag[:, None, None, None], x0.flip(-1), x0)
     call = {"x0": x0, "x_t": process.perturb(x0, t, generator=rng), "t": t, "index": index}
     label = torch.arange(len(images)) % 5
-    data = images / 127.5 - 1 if kind == "floats" else images
+    data = images.numpy() if kind == "array" else images / 127.5 - 1 if kind == "floats" else images
     options: dict[str, Any] = {"process": process, "noise_band": 0.1}
     group = {"group": label} if kind == "groups" else {}
     options["pool"] = {"data": data, "mirrored": kind == "mirrored", **group}
@@ -231,7 +231,7 @@ if __name__ == "__main__":
     with far_device():
         report = {
             "device": of_the_device(),
-            "targets": {kind: of_targets(kind) for kind in KINDS},
+            "targets": {kind: of_targets(kind) for kind in (*KINDS, "array")},
             "fixed": {kind: of_fixed_shapes(kind) for kind in KINDS},
             "samplers": {name: of_samplers(name) for name in SAMPLERS},
             "steps": {name: of_steps(name) for name in RECIPES},

@@ -62,6 +62,14 @@ def test_no_chunk_is_waited_for(seen: dict[str, dict[str, Any]], kind: str) -> N
     assert sum(one.values()) <= {"groups": 8, "mirrored": 7, "alone": 7}.get(kind, 6)
 
 
+def test_a_pool_in_a_file_is_copied_chunk_by_chunk(seen: dict[str, dict[str, Any]]) -> None:
+    plain, found = seen["targets"]["pool"]["waits"], seen["targets"]["array"]
+    for size, chunks in (("300", 1), ("60", 5), ("10", 30)):
+        # Of each chunk; and of the samples themselves, whose places the file's owner has to know.
+        assert found["waits"][size] == {**plain[size], "copy to far": chunks + 1, "copy to near": 1}
+    assert found["gap"] < 5e-5
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_compiled_or_captured_waits_for_nothing(seen: dict[str, dict[str, Any]], kind: str) -> None:
     assert seen["fixed"][kind]["waits"] == {}

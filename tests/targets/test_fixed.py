@@ -101,6 +101,18 @@ def test_compiled_with_every_option(kind: str, images: Tensor, rng: torch.Genera
     assert torch.equal(found.x0[single], arguments["x0"][single])
 
 
+def test_what_is_not_finite_in_rows_that_are_alone_stays_there(images: Tensor, rng: torch.Generator) -> None:
+    arguments = case(sf.EDM(), images, rng)
+    arguments["index"] = None
+    alone = torch.arange(24) % 3 == 0
+    truth = sf.StableTarget(sf.EDM())(**arguments, alone=alone)
+    arguments["x0"] = arguments["x0"].masked_fill(alone[:, None, None, None], torch.nan)
+    for stable in (sf.StableTarget(sf.EDM()), compiled(sf.StableTarget(sf.EDM()))):
+        found = stable(**arguments, alone=alone)
+        assert found.x0[alone].isnan().all()
+        torch.testing.assert_close(found.x0[~alone], truth.x0[~alone], rtol=0, atol=2e-5)
+
+
 def test_rows_without_noise_keep_their_sample(images: Tensor, rng: torch.Generator) -> None:
     arguments = case(sf.EDM(), images, rng)
     arguments["t"][::3] = 0

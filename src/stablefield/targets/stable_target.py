@@ -195,10 +195,12 @@ class StableTarget:
         self, batch: "_Batch", rows: Tensor, alone: Tensor | None, generator: torch.Generator | None
     ) -> Posterior:
         """The same by operations that do not depend on values."""
-        selection = self.references.select(batch.x0, batch.truth, batch.index, generator)
-        log_prior = None
+        x0, log_prior = batch.x0, None
         if alone is not None and isinstance(self.references, InBatch):
             log_prior = torch.zeros(len(alone), device=alone.device).masked_fill(alone, -torch.inf)
+            # A weight of 0 does not take away what is not finite.
+            x0 = torch.where(alone.reshape(-1, *(1,) * (x0.ndim - 1)), 0, x0)
+        selection = self.references.select(x0, batch.truth, batch.index, generator)
         some = batch.at(rows)
         return fixed_posterior(
             some.x_t,
