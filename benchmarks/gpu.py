@@ -26,6 +26,7 @@ from stablefield.evaluation.inception import Inception
 from stablefield.networks.song_unet import SongUNet
 
 TASKS = ("accuracy", "cost", "throughput", "sanity", "proof")
+PRECISIONS = ("float32", "bf16", "bf16 compiled")
 
 
 def accuracy(images: torch.Tensor) -> list[dict[str, object]]:
@@ -40,7 +41,7 @@ def accuracy(images: torch.Tensor) -> list[dict[str, object]]:
         truth = torch.softmax(-square / (2 * level**2), 1) @ wide
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high")
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(images.device.type, torch.bfloat16):
             mean = sf.posterior(x_t, 1.0, level, references).mean
         torch.set_float32_matmul_precision(before)
         error = ((mean.flatten(1).double() - truth).norm(dim=1) / truth.norm(dim=1)).max()
@@ -57,8 +58,11 @@ def cost(images: torch.Tensor, pairs: int) -> list[dict[str, object]]:
     ]
 
 
-def throughput(images: torch.Tensor, steps: int) -> list[dict[str, object]]:
-    """Images per second of training a DDPM++ with batches of 512, by precision and target."""
+def throughput(
+    images: torch.Tensor, steps: int, batch: int = 512, width: int = 128, precisions: tuple[str, ...] = PRECISIONS
+) -> list[dict[str, object]]:
+    """Images per second of training a DDPM++, by precision and target."""
+    device = images.device
     band = sf.pick_noise_band(sf.Pool(images)).level
     targets = {
         "DSM": sf.DenoisingTarget(sf.EDM()),
@@ -66,27 +70,27 @@ def throughput(images: torch.Tensor, steps: int) -> list[dict[str, object]]:
         f"STF, n = {len(images):,}": sf.StableTarget(sf.EDM(), references=sf.Pool(images), noise_band=band),
     }
     found = []
-    for precision in ("float32", "bf16", "bf16 compiled"):
+    for precision in precisions:
         torch.manual_seed(0)
-        network = SongUNet.ddpmpp(images.shape[-1], images.shape[1]).to(images.device)
+        network = SongUNet.ddpmpp(images.shape[-1], images.shape[1], width).to(device)
         denoiser = sf.Denoiser(network, sf.EDMPreconditioning(sigma_data=0.5))
         called = torch.compile(denoiser) if "compiled" in precision else denoiser
-        optimizer = torch.optim.Adam(denoiser.parameters(), lr=1e-4, fused=True)
+        optimizer = torch.optim.Adam(denoiser.parameters(), lr=1e-4, fused=device.type == "cuda")
         for name, target in targets.items():
             objective = sf.Objective(sf.EDM(), target=target)
-            generator = torch.Generator(images.device).manual_seed(0)
+            generator = torch.Generator(device).manual_seed(0)
             seconds = []
             for step in range(steps + 3):
-                torch.cuda.synchronize()
+                _wait(device)
                 start = time.perf_counter()
-                index = torch.randint(len(images), (512,), generator=generator, device=images.device)
+                index = torch.randint(len(images), (batch,), generator=generator, device=device)
                 x0 = images[index].float().div_(127.5).sub_(1)
                 optimizer.zero_grad(set_to_none=True)
-                with torch.autocast("cuda", torch.bfloat16, enabled=precision != "float32"):
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision != "float32"):
                     loss = objective(called, x0, index=index, generator=generator).loss
                 loss.backward()
                 optimizer.step()
-                torch.cuda.synchronize()
+                _wait(device)
                 if step >= 3:
                     seconds.append(time.perf_counter() - start)
             found.append(
@@ -94,10 +98,15 @@ def throughput(images: torch.Tensor, steps: int) -> list[dict[str, object]]:
                     "precision": precision,
                     "target": name,
                     "noise_band": 0.0 if name == "DSM" else band,
-                    "images_per_second": 512 / statistics.median(seconds),
+                    "images_per_second": batch / statistics.median(seconds),
                 }
             )
     return found
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def main() -> None:

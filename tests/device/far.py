@@ -179,3 +179,5 @@ def _has_mask(name: str, args: Any) -> bool:
 # What no tensor tells of: operations that make one on the device.
 _made = torch.library.Library("_", "IMPL")
 _made.fallback(lambda func, *args, **kwargs: _run(func, args, kwargs), "PrivateUse1")
+# Autocast may be on; it changes no numbers here.
+_made.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")

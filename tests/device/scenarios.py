@@ -1,10 +1,12 @@
 """What runs on the far device, and what waits there; prints it as JSON. Run by test_far_device.py."""
 
 import dataclasses
+import importlib
 import json
 import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor
 import stablefield as sf
 from stablefield import sampling
 from stablefield.data.digits import open_digits
+from stablefield.evaluation.random_convolutions import RandomConvolutions
 from stablefield.training.feed import Feed
 from stablefield.training.meter import Meter
 from stablefield.training.recipe import Recipe, UNet
@@ -226,11 +229,31 @@ def of_samplers(name: str) -> dict[str, Any]:
     return found
 
 
+def of_the_gpu_benchmark() -> dict[str, Any]:
+    """What benchmarks/gpu.py measures, in miniature: it must not fail where a GPU is at hand for minutes."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    gpu, quality = importlib.import_module("gpu"), importlib.import_module("quality")
+    images = torch.randint(0, 256, (1100, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    there = images[:, :, :8, :8].contiguous().to(FAR)
+    extractor = RandomConvolutions(device=FAR)
+    budget = quality.Budget(seconds=0.5, marks=1, samples=10, batch=4, width=8, blocks=1)
+    rows: list[dict[str, Any]] = []
+    quality.proof(images[:100].to(FAR), extractor, "ve", budget, rows.append)
+    return {
+        "accuracy": max(row["relative_error"] for row in gpu.accuracy(there)),
+        "cost": len(gpu.cost(there, 1)),
+        "throughput": len(gpu.throughput(there, 1, 8, 8, ("float32", "bf16"))),
+        "sanity": quality.sanity(images[:300].to(FAR), images[300:500], extractor)["distance"],
+        "proof": [row["target"] for row in rows],
+    }
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with far_device():
         report = {
             "device": of_the_device(),
+            "gpu benchmark": of_the_gpu_benchmark(),
             "targets": {kind: of_targets(kind) for kind in (*KINDS, "array")},
             "fixed": {kind: of_fixed_shapes(kind) for kind in KINDS},
             "samplers": {name: of_samplers(name) for name in SAMPLERS},

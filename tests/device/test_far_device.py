@@ -103,3 +103,10 @@ def test_a_sampler_waits_once_for_each_evaluation(seen: dict[str, dict[str, Any]
     few, many = (sum(seen["samplers"][name][steps].values()) for steps in ("4", "12"))
     assert many - few == 8 * EVALUATIONS[name]
     assert seen["samplers"][name]["gap"] < 1e-5
+
+
+def test_the_benchmark_for_gpus_runs_there(seen: dict[str, dict[str, Any]]) -> None:
+    found = seen["gpu benchmark"]
+    assert found["accuracy"] < 1e-4
+    assert (found["cost"], found["throughput"], found["proof"]) == (2, 6, ["dsm", "stf"])
+    assert 0 < found["sanity"] < 1
