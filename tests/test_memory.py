@@ -84,3 +84,37 @@ def test_control_groups_of_the_first_version_count(tmp_path: Path) -> None:
         f"{folder}/job/memory.stat": f"inactive_file 0\ntotal_inactive_file {2 * MIB}\n",
     }
     assert free_bytes(CPU, system(tmp_path, files)) == 3 * MIB
+
+
+def test_a_group_that_does_not_tell_of_its_files_still_has_its_limit(tmp_path: Path) -> None:
+    files = group("sys/fs/cgroup", 6 * MIB, 4 * MIB, MIB)
+    del files["sys/fs/cgroup/memory.stat"]
+    assert free_bytes(CPU, system(tmp_path, files)) == 2 * MIB  # nor which groups there are
+
+
+def test_no_more_is_left_than_the_limit(tmp_path: Path) -> None:
+    files = {**group("sys/fs/cgroup", 6 * MIB, 4 * MIB, 4 * MIB), "sys/fs/cgroup/memory.current": "1\n"}
+    assert free_bytes(CPU, system(tmp_path, files)) == 6 * MIB
+
+
+def test_the_limit_from_which_a_group_is_slowed_down_counts(tmp_path: Path) -> None:
+    files = {**group("sys/fs/cgroup", 6 * MIB, 2 * MIB, 0), "sys/fs/cgroup/memory.high": f"{3 * MIB}\n"}
+    assert free_bytes(CPU, system(tmp_path, files)) == MIB
+
+
+def test_groups_of_the_second_version_beside_the_first_count(tmp_path: Path) -> None:
+    files = {
+        "proc/self/cgroup": "1:name=systemd:/\n0::/job\n",
+        **group("sys/fs/cgroup/unified/job", 6 * MIB, 4 * MIB, 0),
+    }
+    assert free_bytes(CPU, system(tmp_path, files)) == 2 * MIB
+
+
+def test_what_cannot_be_understood_is_passed_over(tmp_path: Path) -> None:
+    files = {
+        "proc/meminfo": "MemAvailable:\nMemAvailable: 8192 kB\n",
+        "proc/self/cgroup": "\n3\n4:name=systemd:/jöb:1\n0::/a:b\n",
+        **group("sys/fs/cgroup/a:b", 6 * MIB, 4 * MIB, 0),
+        "sys/fs/cgroup/memory.max": "plenty\n",
+    }
+    assert free_bytes(CPU, system(tmp_path, files)) == 2 * MIB

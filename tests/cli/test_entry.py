@@ -1,25 +1,35 @@
 """The end of a program: with its status, after what was registered for its end, and without an abort of one of several."""
 
 import os
+import runpy
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+
+from stablefield.cli import entry, verbs
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="forks, with gloo on the interface lo")
 
 # One import for all pairs of processes: each pair is forked. What they run is a verb that talks to the other and, as torch
 # does where it compiles, keeps the group alive. Threads that wait for the interpreter wait long, so that one that is torn
 # down around them aborts in about a quarter of the pairs.
 PAIRS = """
-import atexit, os, sys, time
+import atexit, os, sys, threading, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
 from stablefield.cli import entry, verbs
 
-folder, pairs, status = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+folder, pairs, size, status = Path(sys.argv[1]), *map(int, sys.argv[2:])
 torch.set_num_threads(1)
 keep = []
+
+def write_late(name):
+    time.sleep(0.2)
+    (folder / name).write_text("in a group" if dist.is_initialized() else "alone")
 
 class Verb:
     def run(self):
@@ -27,20 +37,23 @@ class Verb:
             dist.all_reduce(torch.ones(3))
         if status == 1:
             raise OSError("the disk is gone")
+        if status == 3:
+            raise SystemExit("words")
         return status
 
 verbs.parse = lambda arguments: Verb()
 codes = set()
 for pair in range(pairs):
     children = []
-    for rank in range(2):
+    for rank in range(size):
         child = os.fork()
         if child == 0:
-            os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
             sys.setswitchinterval(10)
-            dist.init_process_group("gloo", init_method=f"file://{folder}/store-{pair}", rank=rank, world_size=2)
+            dist.init_process_group("gloo", init_method=f"file://{folder}/store-{pair}", rank=rank, world_size=size)
             keep.append(dist.group.WORLD)
-            atexit.register((folder / f"ended-{pair}-{rank}").touch)
+            atexit.register(lambda: (folder / f"end-{pair}-{rank}").write_text(str(dist.is_initialized())))
+            threading.Thread(target=write_late, args=(f"thread-{pair}-{rank}",)).start()
             sys.argv = ["stablefield"]
             entry.program()
         children.append(child)
@@ -49,9 +62,9 @@ print(sorted(codes))
 """
 
 
-def pairs(folder: Path, count: int, status: int) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *numbers: int) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", PAIRS, str(folder), str(count), str(status)],
+        [sys.executable, "-c", PAIRS, str(folder), *map(str, numbers)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -60,17 +73,109 @@ def pairs(folder: Path, count: int, status: int) -> subprocess.CompletedProcess[
     )
 
 
+@linux
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="forks, with gloo on the interface lo")
-def test_processes_that_succeed_end_without_an_abort_and_after_what_was_registered(tmp_path: Path) -> None:
-    done = pairs(tmp_path, 12, 0)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "[0]\n", "")
-    assert len(list(tmp_path.glob("ended-*"))) == 24
+@pytest.mark.parametrize(("pairs", "size"), [(12, 2), (4, 1)])
+def test_processes_that_succeed_end_without_an_abort_and_after_all_that_they_have_begun(
+    tmp_path: Path, pairs: int, size: int
+) -> None:
+    done = run(tmp_path, pairs, size, 0)
+    assert (done.returncode, done.stdout) == (0, "[0]\n")
+    assert "terminate" not in done.stderr
+    assert [path.read_text() for path in tmp_path.glob("end-*")] == ["False"] * (pairs * size)
+    assert len(list(tmp_path.glob("thread-*"))) == pairs * size
 
 
+@linux
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="forks, with gloo on the interface lo")
-def test_processes_that_fail_end_with_their_message_and_status(tmp_path: Path) -> None:
-    done = pairs(tmp_path, 2, 1)
+@pytest.mark.parametrize(("status", "words"), [(1, "the disk is gone"), (3, "words")])
+def test_processes_that_fail_end_with_their_message_and_status(tmp_path: Path, status: int, words: str) -> None:
+    done = run(tmp_path, 2, 2, status)
     assert (done.returncode, done.stdout) == (0, "[1]\n")
-    assert done.stderr == "stablefield: the disk is gone\n" * 4
+    assert done.stderr == f"stablefield: {words}\n" * 4
+    assert len(list(tmp_path.glob("end-*"))) == len(list(tmp_path.glob("thread-*"))) == 4
+
+
+class Ended(BaseException):
+    """In place of the end of the process."""
+
+
+class Stream:
+    """Keeps what is written, one entry for each write; full if told so."""
+
+    def __init__(self, full: bool = False) -> None:
+        self.full, self.writes = full, list[str]()
+
+    def write(self, text: str) -> int:
+        self.writes.append(text)
+        return len(text)
+
+    def flush(self) -> None:
+        if self.full:
+            raise OSError("no space left")
+
+
+@pytest.fixture
+def end(monkeypatch: pytest.MonkeyPatch):
+    """Run the end of a process of several; its status."""
+
+    def status_after(
+        status: int, *, at_exit=lambda: None, out: Stream | None = None, error: Stream | None = None
+    ) -> int:
+        with monkeypatch.context() as patch:
+
+            def leave(status: int) -> None:
+                raise Ended(status)
+
+            patch.setattr(os, "_exit", leave)
+            patch.setattr("atexit._run_exitfuncs", at_exit)
+            patch.setattr("threading._shutdown", lambda: None)
+            patch.setattr(sys, "stdout", out)
+            patch.setattr(sys, "stderr", error)
+            with pytest.raises(Ended) as ended:
+                entry._end(status)
+        return ended.value.args[0]
+
+    return status_after
+
+
+def raised(error: BaseException):
+    def function(*_: object) -> None:
+        raise error
+
+    return function
+
+
+def test_a_process_ends_also_where_it_cannot_end_in_order(end) -> None:
+    assert end(0) == 0  # with closed streams
+    assert end(0, out=Stream(full=True)) == 120
+    assert end(2, out=Stream(full=True)) == 2
+    error = Stream()
+    assert end(0, at_exit=raised(RuntimeError("a tracker is gone")), error=error) == 1
+    assert error.writes == ["stablefield: at its end: RuntimeError: a tracker is gone\n"]
+    assert end(0, at_exit=raised(KeyboardInterrupt())) == 1
+
+
+def test_a_message_is_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = Stream()
+    monkeypatch.setattr(sys, "stderr", error)
+    monkeypatch.setattr(verbs, "parse", raised(OSError("the disk\nis gone")))
+    with pytest.raises(SystemExit, match="1"):
+        entry.main([])
+    assert error.writes == ["stablefield: the disk\nis gone\n"]
+
+
+def test_the_command_and_the_module_are_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    (command,) = entry_points(group="console_scripts", name="stablefield")
+    assert command.value == "stablefield.cli.entry:program"
+    called = []
+    monkeypatch.setattr(entry, "program", lambda: called.append(True))
+    runpy.run_module("stablefield", run_name="__main__")
+    assert called == [True]
+
+
+def test_a_process_alone_ends_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(entry, "main", raised(SystemExit(2)))
+    with pytest.raises(SystemExit, match="2"):
+        entry.program()

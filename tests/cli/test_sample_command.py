@@ -266,6 +266,8 @@ for port, arguments in zip(ports, ([*draw, "--out", out + "/a.npz"], [*draw, "--
         main(arguments)
     except SystemExit as done:
         assert done.code == 0, done.code
+sys.stdout.flush()
+os._exit(0)  # as a program of several processes ends
 """
 
 

@@ -5,7 +5,9 @@ come from a generator of its own. What makes Python wait for a GPU is counted: *
 number of rows, and *copies* between the devices. So a machine without a GPU can tell what runs on one, and what waits;
 not how fast, and not what the GPU's own arithmetic gives.
 
-torch allows one device written in Python per process, and its name stays: use it in a process of its own.
+What it does not show: branches of ours for "cuda" (events of a stopwatch, pinned memory, what the driver says of memory);
+what in torch waits inside a kernel and is not named in `LOOKS`. `tolist`, `new_tensor`, lists as an index and formatting
+fail on it. torch allows one device written in Python per process, and its name stays: use it in a process of its own.
 """
 
 from collections import Counter
@@ -21,24 +23,30 @@ from torch.utils._pytree import tree_leaves, tree_map
 CPU = torch.device("cpu")
 
 
-class Module(backend_registration._DummyBackendModule):
+class _Module(backend_registration._DummyBackendModule):
     """What torch asks of a device beside its operations."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
 
 
-backend_registration._setup_privateuseone_for_python_backend("far", backend_module=Module())
+backend_registration._setup_privateuseone_for_python_backend("far", backend_module=_Module())
 FAR = torch.device("far:0")
 
-# Operations whose result's shape, or whose Python value, depends on numbers.
+# Operations whose result's shape, or whose Python value, depends on numbers, and those that ask whether they succeeded.
 LOOKS = (
-    *("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim", "unique_consecutive"),
-    *("repeat_interleave", "bincount"),
+    *("_local_scalar_dense", "nonzero", "equal", "allclose", "masked_select", "_unique2", "unique_dim"),
+    *("unique_consecutive", "repeat_interleave", "bincount", "histc", "multinomial"),
+    *("linalg_inv_ex", "linalg_cholesky_ex", "_linalg_eigh", "_linalg_solve_ex", "_linalg_svd", "linalg_lu_factor_ex"),
 )
+# What torch makes in ways that a device written in Python does not see: of Python's numbers, which are copied to a device,
+# and of a rule, with a size that is known only after the tensor has been made.
+_OF_NUMBERS = ("tensor", "as_tensor")
+_OF_A_RULE = ("arange", "linspace", "logspace", "eye")
+
 counts: Counter[str] = Counter()
-NearGenerator = torch.Generator
-_generators: list[NearGenerator] = []
+_NearGenerator = torch.Generator
+_generators: list[_NearGenerator] = []
 
 
 class FarGenerator(torch.Generator):
@@ -49,16 +57,16 @@ class FarGenerator(torch.Generator):
 
 class _Generators(type):
     def __instancecheck__(cls, instance: object) -> bool:
-        return isinstance(instance, NearGenerator)
+        return isinstance(instance, _NearGenerator)
 
     def __call__(cls, device: Any = "cpu") -> Any:
         if torch.device(device).type != "far":
-            return NearGenerator(device)
+            return _NearGenerator(device)
         _generators.append(FarGenerator())
         return _generators[-1]
 
 
-class AnyGenerator(metaclass=_Generators):
+class _AnyGenerator(metaclass=_Generators):
     """Stands for torch.Generator, which knows no devices written in Python."""
 
 
@@ -92,7 +100,7 @@ def near(value: Any) -> Any:
 def far_device() -> Generator[torch.device]:
     """The device, within a block."""
     kept = {name: getattr(torch, name) for name in ("Generator", *_OF_NUMBERS, *_OF_A_RULE)}
-    torch.Generator = AnyGenerator
+    torch.Generator = _AnyGenerator
     for name in (*_OF_NUMBERS, *_OF_A_RULE):
         setattr(torch, name, _made_near(kept[name], copied=name in _OF_NUMBERS))
     try:
@@ -100,12 +108,6 @@ def far_device() -> Generator[torch.device]:
     finally:
         for name, value in kept.items():
             setattr(torch, name, value)
-
-
-# What torch makes in ways that a device written in Python does not see: of Python's numbers, which are copied to a device,
-# and of a rule, with a size that is known only after the tensor has been made.
-_OF_NUMBERS = ("tensor", "as_tensor")
-_OF_A_RULE = ("arange", "linspace", "logspace", "eye")
 
 
 def _made_near(function: Callable[..., Tensor], copied: bool) -> Callable[..., Tensor]:
@@ -133,28 +135,29 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
         return compute(*args, **kwargs)
     leaves = tree_leaves((args, kwargs))
-    there = [leaf for leaf in leaves if isinstance(leaf, FarTensor)]
-    here = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, FarTensor)]
+    far_ones = [leaf for leaf in leaves if isinstance(leaf, FarTensor)]
+    near_ones = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not isinstance(leaf, FarTensor)]
     device = kwargs.get("device")
-    goes = bool(there) if device is None else torch.device(device).type == "far"
+    result_is_far = bool(far_ones) if device is None else torch.device(device).type == "far"
     if name == "copy":
-        goes = isinstance(args[0], FarTensor)
+        result_is_far = isinstance(args[0], FarTensor)
     if name in ("_to_copy", "copy"):
-        if any(isinstance(leaf, FarTensor) != goes for leaf in (*there, *here)):
-            counts["copy to far" if goes else "copy to near"] += 1
-    elif there and any(leaf.ndim for leaf in here):
+        if any(isinstance(leaf, FarTensor) != result_is_far for leaf in (*far_ones, *near_ones)):
+            counts["copy to far" if result_is_far else "copy to near"] += 1
+    elif far_ones and any(leaf.ndim for leaf in near_ones):
         raise RuntimeError(f"{name}: operands on two devices")
-    if there and (name in LOOKS or _has_mask(name, args)):
+    if far_ones and (name in LOOKS or _has_mask(name, args)):
         counts[f"look: {name}"] += 1
     for leaf in leaves:
-        if isinstance(leaf, NearGenerator) and any(leaf._cdata == one._cdata for one in _generators) != goes:
+        if isinstance(leaf, _NearGenerator) and any(leaf._cdata == one._cdata for one in _generators) != result_is_far:
             raise RuntimeError(f"{name}: a generator of another device")
     result = func(*tree_map(_inner, tuple(args)), **tree_map(_inner, kwargs))
-    if any(leaf.shape != leaf.near.shape for leaf in there):
+    if any(leaf.shape != leaf.near.shape for leaf in far_ones):
         raise NotImplementedError(f"{name} has given a tensor of the device another shape, which is not followed")
-    if not goes:
+    if not result_is_far:
         return result
-    known = {id(leaf.near): leaf for leaf in there}
+    # What is changed in place stays the tensor that it was.
+    known = {id(leaf.near): leaf for leaf in far_ones}
 
     def outer(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -173,7 +176,7 @@ def _inner(value: Any) -> Any:
 def _has_mask(name: str, args: Any) -> bool:
     # A mask as an index is a hidden nonzero.
     masks = args[1] if name in ("index", "index_put") else ()
-    return any(isinstance(one, Tensor) and one.dtype == torch.bool for one in masks)
+    return any(isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8) for one in masks)
 
 
 # What no tensor tells of: operations that make one on the device.

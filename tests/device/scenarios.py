@@ -1,29 +1,23 @@
 """What runs on the far device, and what waits there; prints it as JSON. Run by test_far_device.py."""
 
-import dataclasses
 import importlib
 import json
 import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from far import FAR, counts, far_device, near, waits
+from names import SAMPLERS, STEPS, TARGETS
+from steps import RECIPES, stepper
 from torch import Tensor
 
 import stablefield as sf
 from stablefield import sampling
-from stablefield.data.digits import open_digits
 from stablefield.evaluation.random_convolutions import RandomConvolutions
-from stablefield.training.feed import Feed
 from stablefield.training.meter import Meter
-from stablefield.training.recipe import Recipe, UNet
-from stablefield.training.recipes import DIGITS
-from stablefield.training.run_folder import RunConfig
-from stablefield.training.stepper import Stepper
 
 TABLE = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
 VIEWS = ("x0", "noise", "v", "variance", "ess", "source_weight")
@@ -32,17 +26,34 @@ SHAPE = (3, 8, 8)
 
 def of_the_device() -> dict[str, Any]:
     """What it counts, and what it refuses."""
-    x = torch.ones(3, 4, device=FAR)
-    found: dict[str, Any] = {
-        "sum": waits(lambda: (x + 1).sum(0) * torch.tensor(2.0)),
-        "item": waits(lambda: x.sum().item()),
-        "bool": waits(lambda: bool((x > 0).all())),
-        "mask": waits(lambda: x[x > 0]),
-        "nonzero": waits(lambda: x.nonzero()),
-        "to near": waits(lambda: x.cpu()),
-        "to far": waits(lambda: torch.ones(2).to(FAR)),
-        "of numbers": waits(lambda: torch.tensor([1.0, 2.0], device=FAR)),
+    x, whole, square = (torch.ones(4, 4, device=FAR), torch.arange(3, device=FAR), torch.eye(3, device=FAR))
+    probes: dict[str, Callable[[], Any]] = {
+        "sum": lambda: (x + 1).sum(0) * torch.tensor(2.0),
+        "item": lambda: x.sum().item(),
+        "bool": lambda: bool((x > 0).all()),
+        "mask": lambda: x[x > 0],
+        "byte mask": lambda: x[(x > 0).to(torch.uint8)],
+        "put by mask": lambda: x.clone().index_put_((x > 0,), x.sum()),
+        "nonzero": lambda: x.nonzero(),
+        "equal": lambda: torch.equal(x, x),
+        "allclose": lambda: torch.allclose(x, x),
+        "masked_select": lambda: x.masked_select(x > 0),
+        "unique": lambda: whole.unique(),
+        "unique rows": lambda: x.unique(dim=0),
+        "repeat_interleave": lambda: whole.repeat_interleave(whole),
+        "bincount": lambda: whole.bincount(),
+        "histc": lambda: x.histc(),
+        "multinomial": lambda: torch.multinomial(x, 2),
+        "inv": lambda: torch.linalg.inv(square),
+        "cholesky": lambda: torch.linalg.cholesky(square),
+        "eigh": lambda: torch.linalg.eigh(square),
+        "solve": lambda: torch.linalg.solve(square, square),
+        "svd": lambda: torch.linalg.svd(square),
+        "to near": lambda: x.cpu(),
+        "to far": lambda: torch.ones(2).to(FAR),
+        "of numbers": lambda: torch.tensor([1.0, 2.0], device=FAR),
     }
+    found: dict[str, Any] = {name: waits(probe) for name, probe in probes.items()}
     for name, function in {
         "two devices": lambda: x + torch.ones(4),
         "two generators": lambda: torch.randn(3, device=FAR, generator=torch.Generator()),
@@ -71,7 +82,8 @@ def case(kind: str, batch: int = 64) -> tuple[dict[str, Any], dict[str, Any]]:
     data = images.numpy() if kind == "array" else images / 127.5 - 1 if kind == "floats" else images
     options: dict[str, Any] = {"process": process, "noise_band": 0.1}
     group = {"group": label} if kind == "groups" else {}
-    options["pool"] = {"data": data, "mirrored": kind == "mirrored", **group}
+    size = 200 if kind == "drawn" else None
+    options["pool"] = {"data": data, "size": size, "mirrored": kind == "mirrored", **group}
     match kind:
         case "in batch" | "DSM":
             options.pop("pool")
@@ -89,12 +101,6 @@ def case(kind: str, batch: int = 64) -> tuple[dict[str, Any], dict[str, Any]]:
         case _:
             pass
     return options, call
-
-
-KINDS = (
-    *("pool", "floats", "in batch", "DSM", "groups", "mirrored", "flips", "alone", "capacity", "heavy tails"),
-    *("VP", "discrete"),
-)
 
 
 def target(kind: str, options: dict[str, Any], move: Callable[[Any], Any], chunk_size: int) -> sf.StableTarget:
@@ -120,11 +126,13 @@ def of_targets(kind: str) -> dict[str, Any]:
     there = {name: far(value) for name, value in call.items()}
     found: dict[str, Any] = {"waits": {}, "gap": 0.0}
     for chunk_size in (300, 60, 10):
-        truth = target(kind, options, lambda value: value, chunk_size)(**call)
+        drawn = {"generator": torch.Generator().manual_seed(1)} if kind == "drawn" else {}
+        truth = target(kind, options, lambda value: value, chunk_size)(**call, **drawn)
         stable = target(kind, options, far, chunk_size)
         stable(**there)  # what is computed once: norms, tables
+        again = {"generator": torch.Generator(FAR).manual_seed(1)} if kind == "drawn" else {}
         results: list[sf.Target] = []
-        found["waits"][chunk_size] = waits(lambda s=stable, r=results: r.append(s(**there)))
+        found["waits"][chunk_size] = waits(lambda s=stable, r=results, a=again: r.append(s(**there, **a)))
         found["gap"] = max(found["gap"], gap(results[0], truth))
         found["waits of views"] = waits(lambda r=results: [getattr(r[0], name) for name in VIEWS])
     return found
@@ -150,36 +158,9 @@ def of_fixed_shapes(kind: str) -> dict[str, Any]:
     return {"waits": waited, "gap": gap(results[0], truth)}
 
 
-def stepper(recipe: Recipe, device: torch.device) -> Stepper:
-    data = open_digits()
-    classes = data.classes if recipe.conditional else 0
-    config = RunConfig(
-        data="digits", shape=data.shape, classes=classes, manifest=data.manifest, recipe=recipe, version="test"
-    )
-    feed = Feed(data, recipe, device, labelled=classes > 0, placement="resident")
-    alone = SimpleNamespace(
-        device=device, num_processes=1, process_index=0, backward=lambda loss: loss.backward(), is_main_process=True
-    )
-    return Stepper(config, feed, alone)
-
-
-UNET = UNet(base_channels=8, multipliers=(1, 2), blocks=1, dropout=0.0)
-RECIPES = {
-    "perceptron": dataclasses.replace(DIGITS, references="all", noise_band=0.3, batch=64),
-    "unet": dataclasses.replace(DIGITS, references="all", noise_band=0.3, batch=32, network=UNET, mirror=True),
-    "augmented": dataclasses.replace(
-        DIGITS, references="all", noise_band=0.3, batch=32, network=UNET, augmentation=0.3
-    ),
-    "conditional": dataclasses.replace(
-        DIGITS, references="all", noise_band=0.3, batch=64, conditional=True, label_dropout=0.2
-    ),
-    "DSM": dataclasses.replace(DIGITS, target="dsm", batch=64),
-}
-
-
 def of_steps(name: str) -> dict[str, Any]:
     """Whole steps, with what the loop adds up of each; and what of the waits comes once the network has begun."""
-    found: dict[str, Any] = {"waits": [], "once the network runs": [], "losses": [], "truth": []}
+    found: dict[str, Any] = {"waits": [], "before the network": [], "losses": [], "truth": []}
     there, here = (stepper(RECIPES[name], device) for device in (FAR, torch.device("cpu")))
     meter = Meter((0.5, 1.0, 2.0), FAR, there.target_watch)
     begun: list[Counter[str]] = []
@@ -191,23 +172,12 @@ def of_steps(name: str) -> dict[str, Any]:
             parts.extend(there.take(step))
             meter.step(parts, RECIPES[name].batch)
 
-        all_waits = waits(take)
-        found["waits"].append(all_waits)
-        found["once the network runs"].append(dict(Counter(all_waits) - begun[-1]))
-        found["losses"].append(float(near(parts[0].row_loss).mean()))
-        found["truth"].append(float(here.take(step)[0].row_loss.detach().mean()))
+        begun.clear()
+        found["waits"].append(waits(take))
+        found["before the network"].append([dict(one) for one in begun])
+        found["losses"].append(sum(float(near(part.row_loss).sum()) for part in parts))
+        found["truth"].append(sum(float(part.row_loss.detach().sum()) for part in here.take(step)))
     return found
-
-
-SAMPLERS: dict[str, Callable[..., Tensor]] = {
-    "euler": sampling.euler,
-    "heun": sampling.heun,
-    "dpmpp_2m": sampling.dpmpp_2m,
-    "ancestral": sampling.ancestral,
-    "dpmpp_2m_sde": sampling.dpmpp_2m_sde,
-    "euler_maruyama": sampling.euler_maruyama,
-    "predictor_corrector": sampling.predictor_corrector,
-}
 
 
 def of_samplers(name: str) -> dict[str, Any]:
@@ -222,9 +192,9 @@ def of_samplers(name: str) -> dict[str, Any]:
             drawn = {"noise": lambda x: torch.ones_like(x)}
         with torch.no_grad():
             found[str(steps)] = waits(
-                lambda d=drawn, s=sigmas, x=x, out=images: out.append(SAMPLERS[name](there, x, s, **d))
+                lambda d=drawn, s=sigmas, x=x, out=images: out.append(getattr(sampling, name)(there, x, s, **d))
             )
-            truth = SAMPLERS[name](here, start, sigmas, **drawn)
+            truth = getattr(sampling, name)(here, start, sigmas, **drawn)
         found["gap"] = float((near(images[0]) - truth).abs().max())
     return found
 
@@ -254,9 +224,9 @@ if __name__ == "__main__":
         report = {
             "device": of_the_device(),
             "gpu benchmark": of_the_gpu_benchmark(),
-            "targets": {kind: of_targets(kind) for kind in (*KINDS, "array")},
-            "fixed": {kind: of_fixed_shapes(kind) for kind in KINDS},
+            "targets": {kind: of_targets(kind) for kind in (*TARGETS, "array")},
+            "fixed": {kind: of_fixed_shapes(kind) for kind in TARGETS if kind != "drawn"},
             "samplers": {name: of_samplers(name) for name in SAMPLERS},
-            "steps": {name: of_steps(name) for name in RECIPES},
+            "steps": {name: of_steps(name) for name in STEPS},
         }
     sys.stdout.write(json.dumps(report))

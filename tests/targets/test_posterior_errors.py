@@ -233,3 +233,17 @@ def test_a_pool_may_be_as_small_as_the_distinct_samples_of_the_batch() -> None:
     index = torch.tensor([2, 2, 0, 2])
     target = sf.StableTarget(sf.EDM(), references=sf.Pool(Y, 2))
     assert target(Y[index], Y[index] + 0.5, 50.0, index=index).ess.max() > 1.9
+
+
+class Ball(sf.GaussianKernel):
+    """Noise that is uniform in a ball."""
+
+    def log_ratio(self, excess, anchor_square, sigma, dim):
+        return torch.where(excess + anchor_square > dim * sigma**2, -torch.inf, 0.0).to(excess.dtype)
+
+
+def test_a_kernel_that_no_reference_can_have_made_the_row_by_is_an_error(rng: torch.Generator) -> None:
+    references = torch.randn(20, 4, generator=rng)
+    assert sf.posterior(references[:3], 1.0, 1.0, references, kernel=Ball()).mean.isfinite().all()
+    with pytest.raises(ValueError, match="no reference may serve row 0"):
+        sf.posterior(references[:3] + 100, 1.0, 1.0, references, kernel=Ball())

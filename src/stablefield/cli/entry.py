@@ -8,8 +8,10 @@ import atexit
 import importlib.util
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 __all__ = ["main", "program"]
 
@@ -17,17 +19,34 @@ _NEEDED = ("tyro", "rich", "PIL", "safetensors", "accelerate")
 
 
 def program() -> None:
-    """The command as a program of its own: `main`, and the end of the process."""
+    """Run `main` as a program of its own, and end the process.
+
+    One of several processes ends by os._exit, once its threads are through and what is registered with atexit has run. An
+    interpreter that is torn down while gloo's threads live can abort: a thread that drops its last tensors then waits for an
+    interpreter that is gone. Those threads may outlive the group's end, since torch itself keeps groups alive (as default
+    arguments of torch.distributed.nn.functional, which compilers import).
+
+    Raises:
+        SystemExit: with the status, if this process is alone.
+    """
     try:
         main()
     except SystemExit as end:
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            _end_among_others(end.code if isinstance(end.code, int) else int(end.code is not None))
-        raise
+        if not _among_others():
+            raise
+        if isinstance(end.code, str):
+            _tell(end.code)
+        _end(end.code if isinstance(end.code, int) else int(end.code is not None))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command and exit with its status."""
+    """Run the command.
+
+    A process group that it has begun may be left open; `program` ends it with the process.
+
+    Raises:
+        SystemExit: with the exit status, always.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -66,25 +85,41 @@ def _is_message(error: Exception) -> bool:
     return loop is not None and isinstance(error, loop.TrainingError)
 
 
-def _end_among_others(status: int) -> None:
-    """End this process here and now, after what is to end in order.
-
-    An interpreter that is torn down while gloo's threads live can abort: a thread that drops its last tensors then waits for
-    an interpreter that is gone. Those threads may outlive the group's end, since torch itself keeps groups alive (as default
-    arguments of torch.distributed.nn.functional, which compilers import).
-    """
+def _in_group() -> bool:
     distributed = sys.modules.get("torch.distributed")
-    # After a failure there is nothing to end in order: NCCL would wait for ranks that may be dead.
-    if status == 0:
-        if distributed is not None and distributed.is_available() and distributed.is_initialized():
-            distributed.destroy_process_group()
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def _among_others() -> bool:
+    # A group that has been left may have left its threads.
+    return _in_group() or ("torch.distributed" in sys.modules and os.environ.get("WORLD_SIZE", "1") != "1")
+
+
+def _end(status: int) -> NoReturn:
+    """Do what an interpreter does at its end, short of taking itself apart."""
+    try:
+        # After a failure the group is left as it is: NCCL would wait for ranks that may be dead.
+        if status == 0 and _in_group():
+            sys.modules["torch.distributed"].destroy_process_group()
+        threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
         atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    except KeyboardInterrupt:
+        _tell("interrupted.")
+        status = 1
+    except Exception as error:
+        _tell(f"at its end: {type(error).__name__}: {error}")
+        status = status or 1
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                if stream is not None:
+                    stream.flush()
+            except (OSError, ValueError):
+                status = status or 120  # as Python has it
+        os._exit(status)
 
 
 def _tell(message: str) -> None:
     # Not wrapped: a command in the message stays in one piece, and a terminal wraps by itself.
-    # In one write, so that the messages of several processes stay whole.
-    sys.stderr.write(f"stablefield: {message}\n")
+    if sys.stderr is not None:
+        sys.stderr.write(f"stablefield: {message}\n")  # one write, which no other process's message can divide

@@ -98,7 +98,7 @@ def _cubic(image: Tensor, sources: Tensor) -> Tensor:
 
 
 def _bump(source: Tensor, last: int) -> Tensor:
-    """The t (1 - t) / 2 of the place t between two samples at which `source` (B, H, W) points, -1 for 0 and 1 for `last`."""
+    """The t (1 - t) / 2 of the places `source` (B, H, W), -1 to 1, on an axis that has samples from 0 to `last`."""
     t = ((source + 1) / 2 * last).frac().abs()
     return (t * (1 - t) / 2)[:, None]
 

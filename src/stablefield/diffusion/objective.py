@@ -250,7 +250,7 @@ class Objective:
             ValueError: if the denoiser returns another shape, or the weight is not finite.
         """
         x, level, seen = example.x, example.noise_level, example.seen
-        # Looked at before the network: afterwards a GPU would have to be through with it, with nothing waiting to be run.
+        # Looked at before the network: afterwards a GPU would have to be through with it, and then run dry.
         weight = self.weighting(level)
         if readable(weight.device) and not bool(weight.isfinite().all()):
             raise ValueError(

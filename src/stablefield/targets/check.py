@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Check", "each", "finite", "require"]
+__all__ = ["Check", "finite_check", "require", "value_check"]
 
 
 @dataclass(frozen=True)
 class Check:
     """A condition on the rows of an argument.
 
-    Attributes:
+    Args:
         holds: for which rows it holds, bool (B,).
         tell: the message for one for which it does not.
     """
@@ -22,16 +22,13 @@ class Check:
     tell: Callable[[int], str]
 
 
-def each(holds: Tensor, name: str, value: Tensor, rule: str) -> Check:
-    """That `holds` (B,) is true for every `value` (B,) of the argument `name`; `rule` says what it means."""
+def value_check(holds: Tensor, name: str, value: Tensor, rule: str) -> Check:
+    """A check of the argument `name`, whose `value` (B,) meets the `rule` where `holds` (B,) is true."""
     return Check(holds, lambda row: f"{name}[{row}] is {value[row].item():g}: {rule}.")
 
 
-def finite(squares: Tensor, name: str) -> Check:
-    """That the squared norms (B,) of the rows of `name` are finite, and so the rows, too.
-
-    They are needed anyway, or made in one pass without a copy, which a look at every number is not.
-    """
+def finite_check(squares: Tensor, name: str) -> Check:
+    """A check that the rows of the argument `name` are finite, by their squared norms `squares` (B,)."""
     return Check(
         squares.isfinite(),
         lambda row: f"{name}[{row}] holds NaN or inf (or overflows when squared): clean the data first.",
@@ -39,7 +36,7 @@ def finite(squares: Tensor, name: str) -> Check:
 
 
 def require(*checks: Check) -> None:
-    """Look once whether all `checks` hold.
+    """Look once whether all `checks` (at least one) hold.
 
     Raises:
         ValueError: for the first row of the first check that does not.

@@ -43,9 +43,9 @@ def finish(partial: Partial, query: Query, excess: Excess, kernel: Kernel) -> Po
         ValueError: if no reference may serve a row.
     """
     served = ~torch.isneginf(partial.peak)
-    # All references serve all rows where nothing is excluded: no look is needed to know it.
-    excluding = query.group is not None or query.log_prior is not None
-    if excluding and not query.fixed and not bool(served.all()):
+    # A source serves its row (its group has been found to fit), unless its prior excludes it: no look is needed to know it.
+    unsure = query.source is None or query.log_prior is not None
+    if unsure and not query.fixed and not bool(served.all()):
         row = int((~served).nonzero()[0, 0])
         of_group = "" if query.group is None else f" (group {int(query.group[row])})"
         raise ValueError(

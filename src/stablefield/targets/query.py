@@ -1,6 +1,6 @@
 """A query: the noisy rows that ask for a posterior, checked and brought to the dtype of the computation.
 
-Every complaint about arguments is made here or in `checked_bank`, in one place, before anything is computed.
+Arguments are checked here and in `checked_bank`, in one place, before anything is computed.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import Tensor
 from stablefield.reading import watched
 from stablefield.shapes import row_values
 from stablefield.targets.bank import Bank, largest_magnitude
-from stablefield.targets.check import each, finite, require
+from stablefield.targets.check import finite_check, require, value_check
 
 __all__ = ["Query", "checked_bank"]
 
@@ -82,17 +82,17 @@ class Query:
             source = source.long()
         if not fixed:
             checks = [
-                each((sigma > 0) & sigma.isfinite(), "sigma", sigma, "it must be positive and finite"),
-                each(alpha.isfinite(), "alpha", alpha, "it must be finite"),
-                finite(_largest_square(rows), "x_t"),
+                value_check((sigma > 0) & sigma.isfinite(), "sigma", sigma, "it must be positive and finite"),
+                value_check(alpha.isfinite(), "alpha", alpha, "it must be finite"),
+                finite_check(_largest_square(rows), "x_t"),
             ]
+            if source is not None:
+                there, rule = (source >= 0) & (source < n), f"it must index the {n} references, 0 to {n - 1}"
+                checks.append(value_check(there, "source", source, rule))
+            require(*checks)
             norms = bank.norms(dtype)
             if not norms.finite:
-                checks.append(finite(norms.squares, "references"))
-            if source is not None:
-                there = (source >= 0) & (source < n)
-                checks.append(each(there, "source", source, f"it must index the {n} references, 0 to {n - 1}"))
-            require(*checks)
+                require(finite_check(norms.squares, "references"))
         if (group is None) != (reference_group is None):
             missing, given = ("group", "reference_group") if group is None else ("reference_group", "group")
             raise ValueError(f"{missing} is missing: it is needed with {given}, one integer per row and per reference.")
@@ -103,7 +103,7 @@ class Query:
             if source is not None and not fixed:
                 fits = (group == -1) | (group == reference_group[source])
                 rule = "the row's own source is a reference of another group; it must fit its row"
-                require(each(fits, "group", group, rule))
+                require(value_check(fits, "group", group, rule))
         if log_prior is not None:
             if log_prior.shape != (n,) or log_prior.device != x_t.device:
                 raise ValueError(
@@ -112,7 +112,9 @@ class Query:
                 )
             if not fixed:
                 below = log_prior < torch.inf
-                require(each(below, "log_prior", log_prior, "it must be a number below +inf (-inf excludes one)"))
+                require(
+                    value_check(below, "log_prior", log_prior, "it must be a number below +inf (-inf excludes one)")
+                )
             # Only differences count; without the common part, they keep their digits in the dtype of the logits.
             largest = log_prior.to(scalar).max()
             log_prior = (log_prior.to(scalar) - torch.where(largest.isneginf(), 0, largest)).to(dtype).to(scalar)

@@ -20,7 +20,7 @@ from torch import Tensor
 from stablefield.diffusion.process import Process
 from stablefield.reading import readable
 from stablefield.shapes import row_values
-from stablefield.targets.check import each, require
+from stablefield.targets.check import require, value_check
 from stablefield.targets.excess import Anchor, Excess
 from stablefield.targets.fixed import fixed_posterior
 from stablefield.targets.kernel import GaussianKernel, Kernel
@@ -115,8 +115,8 @@ class StableTarget:
         look = readable(x0.device)
         if look:
             require(
-                each((sigma >= 0) & sigma.isfinite(), "sigma", sigma, "it must not be negative: check t"),
-                each(alpha.isfinite(), "alpha", alpha, "it must be finite: check t"),
+                value_check((sigma >= 0) & sigma.isfinite(), "sigma", sigma, "it must not be negative: check t"),
+                value_check(alpha.isfinite(), "alpha", alpha, "it must be finite: check t"),
             )
         for name, value in (("group", group), ("reference_group", reference_group), ("index", index)):
             if value is not None and value.shape != x0.shape[:1]:

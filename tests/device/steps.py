@@ -1,0 +1,41 @@
+"""Training steps, on any device."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import torch
+
+from stablefield.data.digits import open_digits
+from stablefield.training.feed import Feed
+from stablefield.training.recipe import Recipe, UNet
+from stablefield.training.recipes import DIGITS
+from stablefield.training.run_folder import RunConfig
+from stablefield.training.stepper import Stepper
+
+
+def stepper(recipe: Recipe, device: torch.device) -> Stepper:
+    data = open_digits()
+    classes = data.classes if recipe.conditional else 0
+    config = RunConfig(
+        data="digits", shape=data.shape, classes=classes, manifest=data.manifest, recipe=recipe, version="test"
+    )
+    feed = Feed(data, recipe, device, labelled=classes > 0, placement="resident")
+    alone = SimpleNamespace(
+        device=device, num_processes=1, process_index=0, backward=lambda loss: loss.backward(), is_main_process=True
+    )
+    return Stepper(config, feed, alone)
+
+
+UNET = UNet(base_channels=8, multipliers=(1, 2), blocks=1, dropout=0.0)
+RECIPES = {
+    "perceptron": dataclasses.replace(DIGITS, references="all", noise_band=0.3, batch=64),
+    "unet": dataclasses.replace(DIGITS, references="all", noise_band=0.3, batch=32, network=UNET, mirror=True),
+    "augmented": dataclasses.replace(
+        DIGITS, references="all", noise_band=0.3, batch=32, network=UNET, augmentation=0.3
+    ),
+    "conditional": dataclasses.replace(
+        DIGITS, references="all", noise_band=0.3, batch=64, conditional=True, label_dropout=0.2
+    ),
+    "accumulated": dataclasses.replace(DIGITS, references="all", noise_band=0.3, batch=64, accumulate=2),
+    "DSM": dataclasses.replace(DIGITS, target="dsm", batch=64),
+}
