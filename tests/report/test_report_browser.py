@@ -14,6 +14,7 @@ from report_example import example_page
 from selenium.webdriver import Chrome
 from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.wait import WebDriverWait
 
 from stablefield.report import Code, Figure, Page, Table, Text, write_page
 from stablefield.report.colours import DARK, LIGHT
@@ -47,6 +48,8 @@ class Browser:
             "Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 600
         )
         self.driver.get(Path(path).as_uri())
+        # On a busy machine the driver has been seen to return just before.
+        WebDriverWait(self.driver, 30).until(lambda _: self.ask("document.readyState") == "complete")
 
     def ask(self, script):
         return self.driver.execute_script(f"return {script}")
