@@ -36,7 +36,7 @@ class Digits:
     """Rows of floats as digits.
 
     Attributes:
-        digits: the least significant digits of all rows, then the next, shape (3, at least B, k), int8.
+        digits: the least significant digits of all rows, then the next, shape (at least 3 B, k), int8; rows of zeros last.
         scale: what a unit of the last digit means, shape (B,), float32.
     """
 
@@ -49,10 +49,11 @@ class Digits:
         batch, length = rows.shape
         scale = largest.clamp(min=torch.finfo(torch.float32).tiny * _TOP) / _TOP
         rest = (rows / scale[:, None]).round_().to(torch.int32)
-        digits = torch.zeros(_DIGITS, batch + padding(batch), length, dtype=torch.int8)
-        for place in range(_DIGITS):
+        count = _DIGITS * batch
+        digits = torch.zeros(count + padding(count), length, dtype=torch.int8)
+        for place, digit in enumerate(digits[:count].view(_DIGITS, batch, length)):
             # The lowest byte of a number, as a signed one, is its lowest digit.
-            digit = digits[place, :batch].copy_(rest)
+            digit.copy_(rest)
             if place + 1 < _DIGITS:
                 rest.sub_(digit).bitwise_right_shift_(8)
         return cls(digits, scale)
@@ -63,8 +64,8 @@ class Digits:
         Args:
             matrix: the bytes, shape (k, m), int8, with k at most LONGEST.
         """
-        sums = _product()(self.digits.flatten(0, 1), matrix).view(*self.digits.shape[:2], -1)[:, : len(self.scale)]
-        low, middle, high = sums.to(torch.float32)
+        sums = _product()(self.digits, matrix)[: _DIGITS * len(self.scale)]
+        low, middle, high = sums.view(_DIGITS, len(self.scale), -1).to(torch.float32)
         return low.add_(middle.add_(high, alpha=_BASE), alpha=_BASE)
 
 
