@@ -5,6 +5,7 @@ mkdocs calls the functions named `on_...`. On a page, a comment of its own line 
     <!-- changes: examples/accelerate_loop.py -->   the lines of a script that stable targets change, as a diff
     <!-- script: examples/accelerate_loop.py -->    the whole script
     <!-- own weight -->                             the table of benchmarks/results/own_weight.json
+    <!-- band -->                                   results/band.json, what the tolerance of the noise band costs and keeps
     <!-- cost -->                                   what results/target.json says of the target's cost, as a table
     <!-- step -->                                   results/step_cpu.json, as two tables
     <!-- samplers -->                               the table of results/samplers.json
@@ -20,6 +21,7 @@ from typing import Any
 from latex2mathml.converter import convert
 
 __all__ = [
+    "band",
     "changes",
     "cost",
     "formulas",
@@ -42,7 +44,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put what the project's files hold in the place of the comments."""
     markdown = re.sub(r"^<!-- changes: (\S+) -->$", lambda m: changes(ROOT / m[1]), markdown, flags=re.M)
     markdown = re.sub(r"^<!-- script: (\S+) -->$", lambda m: script(ROOT / m[1]), markdown, flags=re.M)
-    tables = {"own weight": own_weight, "cost": cost, "step": step, "samplers": samplers}
+    tables = {"own weight": own_weight, "band": band, "cost": cost, "step": step, "samplers": samplers}
     return re.sub(rf"^<!-- ({'|'.join(tables)}) -->$", lambda m: tables[m[1]](), markdown, flags=re.M)
 
 
@@ -90,6 +92,25 @@ def own_weight() -> str:
         for level in record["levels"]
     ]
     return _table(head, rows, record, f", {record['rows_per_level']} rows a level")
+
+
+def band() -> str:
+    """The committed measurement of what the tolerance of the noise band costs and keeps, as a table."""
+    record = _record("band")
+    head = ("data", "tolerance", "the band begins at", "weight lost there", "of a batch in the band", "kept")
+    rows = [
+        (
+            data["data"],
+            f"{row['tolerance']:g}",
+            f"{row['level']:.3g}",
+            f"{row['lost']:.1%}",
+            f"{row['share_of_a_batch']:.1%}",
+            f"{row['kept']:.1%}",
+        )
+        for data in record["found"]
+        for row in data["tolerances"]
+    ]
+    return _table(head, rows, record)
 
 
 def cost() -> str:

@@ -67,7 +67,7 @@ class NoiseBand:
 def pick_noise_band(
     pool: Pool,
     *,
-    tolerance: float = 0.05,
+    tolerance: float = 0.1,
     rows: int = 256,
     generator: torch.Generator | None = None,
     total: int | None = None,
@@ -82,7 +82,9 @@ def pick_noise_band(
 
     Args:
         pool: the references.
-        tolerance: how far below 1 the mean own weight may be, between 0 and 0.5.
+        tolerance: how far below 1 the bound of the mean own weight may be, between 0 and 0.5; the weight itself loses less
+            (on images a third to two thirds of it at 0.1). What is given up is little: on CIFAR-10 0.4 % of what references
+            take from the loss between 0.05 and 0.1, for a seventh of the rows (benchmarks/results/band.json).
         rows: samples whose distances to the references are counted, at a cost of one matrix product.
         generator: what the samples are drawn from; one seeded with 0 if not given, so that a pool has one band.
         total: samples of the whole set, if the pool is a random part of it: `pick_noise_band(sharded.pool,
