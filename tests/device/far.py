@@ -142,7 +142,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name == "copy":
         result_is_far = isinstance(args[0], FarTensor)
     if name in ("_to_copy", "copy"):
-        if any(isinstance(leaf, FarTensor) != result_is_far for leaf in (*far_ones, *near_ones)):
+        # What need not be waited for is taken to come from pinned memory.
+        ahead = result_is_far and (kwargs.get("non_blocking", False) or (name == "copy" and args[2:] == (True,)))
+        if not ahead and any(isinstance(leaf, FarTensor) != result_is_far for leaf in (*far_ones, *near_ones)):
             counts["copy to far" if result_is_far else "copy to near"] += 1
     elif far_ones and any(leaf.ndim for leaf in near_ones):
         raise RuntimeError(f"{name}: operands on two devices")

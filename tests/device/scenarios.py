@@ -5,9 +5,12 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 from far import FAR, counts, far_device, near, waits
 from names import SAMPLERS, STEPS, TARGETS
@@ -17,6 +20,8 @@ from torch import Tensor
 import stablefield as sf
 from stablefield import sampling
 from stablefield.evaluation.random_convolutions import RandomConvolutions
+from stablefield.targets import bank
+from stablefield.targets.staging import sent_ahead
 from stablefield.training.meter import Meter
 
 TABLE = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
@@ -138,6 +143,51 @@ def of_targets(kind: str) -> dict[str, Any]:
     return found
 
 
+class Event:
+    """In place of a CUDA event; keeps how many copies were waited for, and how many were under way at once."""
+
+    recorded = waited = most = 0
+
+    def record(self, stream: object) -> None:  # noqa: ARG002
+        Event.recorded += 1
+        Event.most = max(Event.most, Event.recorded - Event.waited)
+
+    def synchronize(self) -> None:
+        Event.waited += 1
+
+
+def of_a_staged_array() -> dict[str, Any]:
+    """A pool in a file as a GPU gets it: through memory that is not pinned here, with events of no device."""
+    empty, pinned = torch.empty, Counter[str]()
+
+    def allocated(*shape: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        pinned["pages"] += pin_memory
+        return empty(*shape, **options)
+
+    with ExitStack() as patches:
+        for patch in (
+            mock.patch.multiple(torch.cuda, Event=Event, current_stream=lambda device: None),
+            mock.patch.object(bank, "stages", lambda device: device.type == "far"),
+            mock.patch.object(torch, "empty", allocated),
+        ):
+            patches.enter_context(patch)
+        found = of_targets("array")
+        patches.enter_context(mock.patch.object(bank, "PAGE", 7 * 3 * 8 * 8))
+        small = of_targets("array")
+        Event.recorded = Event.waited = Event.most = 0
+        rows = np.arange(40.0).reshape(20, 2)
+        sent = [near(part) for _, part in sent_ahead(rows, (slice(k, k + 1) for k in range(20)), FAR)]
+    same = found["waits"] == small["waits"]
+    return {
+        **found,
+        "gap of small pages": small["gap"],
+        "same waits": same,
+        "sent": torch.equal(torch.cat(sent), torch.from_numpy(rows)),
+        "most": Event.most,
+        "pages": pinned["pages"],
+    }
+
+
 def of_fixed_shapes(kind: str) -> dict[str, Any]:
     """As while a graph is captured: `readable` says no."""
     options, call = case(kind)
@@ -225,6 +275,7 @@ if __name__ == "__main__":
             "device": of_the_device(),
             "gpu benchmark": of_the_gpu_benchmark(),
             "targets": {kind: of_targets(kind) for kind in (*TARGETS, "array")},
+            "staged": of_a_staged_array(),
             "fixed": {kind: of_fixed_shapes(kind) for kind in TARGETS if kind != "drawn"},
             "samplers": {name: of_samplers(name) for name in SAMPLERS},
             "steps": {name: of_steps(name) for name in STEPS},

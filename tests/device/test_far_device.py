@@ -92,6 +92,19 @@ def test_a_pool_in_a_file_is_copied_chunk_by_chunk(seen: dict[str, dict[str, Any
     assert found["gap"] < 5e-5
 
 
+def test_a_pool_in_a_file_is_sent_ahead_to_a_gpu(seen: dict[str, dict[str, Any]]) -> None:
+    plain, found = seen["targets"]["pool"]["waits"], seen["staged"]
+    for size in ("300", "60", "10"):
+        # Of the samples themselves; no chunk.
+        assert found["waits"][size] == {**plain[size], "copy to far": 1, "copy to near": 1}
+    assert found["same waits"]
+    assert max(found["gap"], found["gap of small pages"]) < 5e-5
+    # Of 1, 5 and 30 chunks, twice, and of a pass for the norms each; of pages of 7 samples, 43 for each pass.
+    assert found["pages"] > 2 * (1 + 5 + 30) + 9 * 43
+    assert found["sent"]
+    assert found["most"] == 2  # copies of a pass that are under way at a time
+
+
 @pytest.mark.parametrize("kind", FIXED)
 def test_what_is_compiled_or_captured_waits_for_nothing(seen: dict[str, dict[str, Any]], kind: str) -> None:
     assert seen["fixed"][kind]["waits"] == {}

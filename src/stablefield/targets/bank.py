@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stablefield.targets.chunk import chunk_rows
+from stablefield.targets.staging import PAGE, sent_ahead, stages
 
 __all__ = ["Bank", "Norms", "largest_magnitude", "squared_norms"]
 
@@ -151,21 +152,23 @@ class Bank:
     def pages(self, size: int) -> Iterator[tuple[slice, Tensor]]:
         """Yield (slice, data), with data of shape (at most `size`, ...) as they are stored, valid until the next one.
 
-        Those of an array are on the host, whatever the device.
+        Those of an array are on the host, or on the device if that is a GPU.
         """
+        staged = not isinstance(self.data, Tensor) and stages(self.device)
+        if staged:
+            size = min(size, max(1, PAGE // (self.data.itemsize * max(1, self.dim))))
         size = min(size, len(self))
-        page = None
-        if not isinstance(self.data, Tensor):
+        places = (slice(start, min(start + size, len(self))) for start in range(0, len(self), size))
+        if isinstance(self.data, Tensor):
+            yield from ((where, self.data[where]) for where in places)
+        elif staged:
+            yield from sent_ahead(self.data, places, self.device)
+        else:
             page = np.empty((size, *self.data.shape[1:]), self.data.dtype)
-        for start in range(0, len(self), size):
-            where = slice(start, min(start + size, len(self)))
-            part = self.data[where]
-            if not isinstance(part, Tensor):
-                assert page is not None
-                count = where.stop - start
-                np.copyto(page[:count], part)
-                part = torch.from_numpy(page[:count])
-            yield where, part
+            for where in places:
+                count = where.stop - where.start
+                np.copyto(page[:count], self.data[where])
+                yield where, torch.from_numpy(page[:count])
 
     def norms(self, dtype: torch.dtype) -> Norms:
         """Squared norms of all references as decoded to `dtype`, computed once."""
