@@ -21,7 +21,7 @@ from record import write
 
 import stablefield as sf
 from stablefield.data.source import open_images
-from stablefield.evaluation.cost import measure_cost
+from stablefield.evaluation.cost import measure_cost, wait_for
 from stablefield.evaluation.inception import Inception
 from stablefield.networks.song_unet import SongUNet
 
@@ -81,7 +81,7 @@ def throughput(
             generator = torch.Generator(device).manual_seed(0)
             seconds = []
             for step in range(steps + 3):
-                _wait(device)
+                wait_for(device)
                 start = time.perf_counter()
                 index = torch.randint(len(images), (batch,), generator=generator, device=device)
                 x0 = images[index].float().div_(127.5).sub_(1)
@@ -90,7 +90,7 @@ def throughput(
                     loss = objective(called, x0, index=index, generator=generator).loss
                 loss.backward()
                 optimizer.step()
-                _wait(device)
+                wait_for(device)
                 if step >= 3:
                     seconds.append(time.perf_counter() - start)
             found.append(
@@ -102,11 +102,6 @@ def throughput(
                 }
             )
     return found
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import stablefield as sf
+from stablefield.evaluation.cost import wait_for
 from stablefield.evaluation.extractor import Extractor
 from stablefield.evaluation.frechet import Gaussian, distance_between, fit_moments
 from stablefield.evaluation.statistics import empty_moments, join_moments, moments_of, unpack
@@ -146,8 +147,7 @@ def _trained(
             update_ema(average, denoiser, ema_decay(budget.batch, step * budget.batch, 500_000, 0.1))
             step += 1
             losses.append(loss.detach())
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            wait_for(device)
             spent = time.perf_counter() - began
         recent = float(torch.stack(losses[-200:]).mean())
         yield {"seconds": round(spent, 2), "steps": step, "images": step * budget.batch, "loss": recent}, average

@@ -26,7 +26,7 @@ from stablefield.targets.precision import full_precision
 from stablefield.targets.references import Pool
 from stablefield.targets.stable_target import DenoisingTarget, StableTarget
 
-__all__ = ["Cost", "Pairs", "StepShare", "measure_cost", "measure_step", "paired", "peak_bytes"]
+__all__ = ["Cost", "Pairs", "StepShare", "measure_cost", "measure_step", "paired", "peak_bytes", "wait_for"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +106,10 @@ def paired(
     """Time two pieces of work in turn, `pairs` times, after one unmeasured run of each; which goes first alternates."""
 
     def seconds(work: Callable[[], object]) -> float:
-        _wait(device)
+        wait_for(device)
         start = clock()
         work()
-        _wait(device)
+        wait_for(device)
         return clock() - start
 
     seconds(first)
@@ -135,11 +135,11 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
     On a GPU what torch allocates; on Linux the resident memory of the process, all threads and libraries included.
     """
     if device.type == "cuda":
-        _wait(device)
+        wait_for(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         work()
-        _wait(device)
+        wait_for(device)
         return torch.cuda.max_memory_allocated(device) - before
     marks = Path("/proc/self/clear_refs")
     if device.type != "cpu" or not marks.exists():
@@ -268,7 +268,8 @@ def measure_step(
     )
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Wait until `device` has done what it was given, so that a clock tells how long that took."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
