@@ -85,7 +85,7 @@ def case(kind: str, batch: int = 64) -> tuple[dict[str, Any], dict[str, Any]]:
     call = {"x0": x0, "x_t": process.perturb(x0, t, generator=rng), "t": t, "index": index}
     label = torch.arange(len(images)) % 5
     data = images.numpy() if kind == "array" else images / 127.5 - 1 if kind == "floats" else images
-    options: dict[str, Any] = {"process": process, "noise_band": 0.1}
+    options: dict[str, Any] = {"process": process, "noise_band": 0.1, "references": sf.InBatch()}
     group = {"group": label} if kind == "groups" else {}
     size = 200 if kind == "drawn" else None
     options["pool"] = {"data": data, "size": size, "mirrored": kind == "mirrored", **group}

@@ -168,7 +168,9 @@ def test_parts_have_one_number_per_row_and_the_loss_is_their_mean(shape):
     for dtype in (torch.float32, torch.float64):
         theta = torch.ones((), dtype=dtype, requires_grad=True)
         x0 = normal(*shape).to(dtype)
-        value = sf.Objective(sf.VP())(lambda x, s, theta=theta: theta * x, x0, generator=generator())
+        value = sf.Objective(sf.VP(), target=sf.StableTarget(sf.VP(), references=sf.InBatch()))(
+            lambda x, s, theta=theta: theta * x, x0, generator=generator()
+        )
         assert value.row_loss.shape == value.noise_level.shape == value.variance_removed.shape == (5,)
         assert value.loss.shape == ()
         assert value.row_loss.dtype == dtype
@@ -182,7 +184,9 @@ def test_parts_have_one_number_per_row_and_the_loss_is_their_mean(shape):
 @pytest.mark.parametrize("process", PROCESSES, ids=repr)
 def test_the_denoiser_is_called_in_noise_to_signal_units(process):
     spy, x0 = Spy(), normal(6, 3)
-    value = sf.Objective(process)(spy, x0, generator=generator(2))
+    value = sf.Objective(process, target=sf.StableTarget(process, references=sf.InBatch()))(
+        spy, x0, generator=generator(2)
+    )
     x, level = spy.args
     source = generator(2)
     t = sf.LogNormal().sample(process, 6, source)
@@ -194,7 +198,7 @@ def test_the_denoiser_is_called_in_noise_to_signal_units(process):
 
 
 def test_the_default_is_edms_training_with_a_stable_target_over_the_batch():
-    objective = sf.Objective(sf.VP())
+    objective = sf.Objective(sf.VP(), target=sf.StableTarget(sf.VP(), references=sf.InBatch()))
     assert objective.noise_levels == sf.LogNormal(mean=-1.2, std=1.2)
     assert objective.weighting == sf.EDMWeighting(sigma_data=0.5)
     assert objective.target == sf.StableTarget(sf.VP(), references=sf.InBatch())
@@ -455,7 +459,10 @@ def test_the_value_is_a_function_of_the_generator_alone(references):
 
 
 def test_without_a_generator_torchs_global_one_is_used():
-    objective, x0 = sf.Objective(sf.EDM(), label_dropout=0.5), normal(8, 2)
+    objective, x0 = (
+        sf.Objective(sf.EDM(), target=sf.StableTarget(sf.EDM(), references=sf.InBatch()), label_dropout=0.5),
+        normal(8, 2),
+    )
     labels = torch.zeros(8, dtype=torch.long)
     torch.manual_seed(3)
     one = objective(identity, x0, labels)
@@ -470,7 +477,7 @@ def test_one_seed_shows_the_network_the_same_rows_whatever_the_target_and_the_la
     for dropout in (0.0, 0.3, 0.6):
         for target in (
             sf.DenoisingTarget(process),
-            sf.StableTarget(process),
+            sf.StableTarget(process, references=sf.InBatch()),
             sf.StableTarget(process, references=sf.Pool(data, size=20, group=labels)),
         ):
             spy = Spy()
@@ -564,7 +571,10 @@ def test_without_dropout_labels_reach_target_and_denoiser_unchanged():
 
 
 def test_the_denoiser_is_given_labels_if_and_only_if_the_objective_is():
-    objective, x0 = sf.Objective(sf.EDM(), label_dropout=0.3), normal(4, 2)
+    objective, x0 = (
+        sf.Objective(sf.EDM(), target=sf.StableTarget(sf.EDM(), references=sf.InBatch()), label_dropout=0.3),
+        normal(4, 2),
+    )
     labels, augment = torch.tensor([0, 1, 1, 0]), normal(4, 9)
     assert objective(lambda x, sigma: x, x0).loss > 0
     assert objective(lambda x, sigma, class_labels: x, x0, labels).loss > 0
@@ -591,7 +601,11 @@ def test_a_denoiser_with_a_network_of_its_own_can_be_trained_by_it():
 
     data = normal(64, 2).float() * 0.5
     denoiser = sf.Denoiser(Network())
-    objective, parameters, losses = sf.Objective(sf.EDM()), list(denoiser.parameters()), []
+    objective, parameters, losses = (
+        sf.Objective(sf.EDM(), target=sf.StableTarget(sf.EDM(), references=sf.InBatch())),
+        list(denoiser.parameters()),
+        [],
+    )
     for step in range(60):
         value = objective(denoiser, data, generator=generator(step))
         for parameter, gradient in zip(parameters, torch.autograd.grad(value.loss, parameters), strict=True):
@@ -638,8 +652,10 @@ def test_mirrored_rows_have_the_loss_of_the_mirror_image_of_the_unmirrored_batch
             noise = torch.where(flip[:, None, None, None], noise.flip(-1), noise)
             return super().perturb(x0, t, noise)
 
-    plain = sf.Objective(process, noise_levels=At(level=2.0), target=sf.StableTarget(process))
-    mirroring = sf.Objective(Mirroring(), noise_levels=At(level=2.0))
+    plain = sf.Objective(process, noise_levels=At(level=2.0), target=sf.StableTarget(process, references=sf.InBatch()))
+    mirroring = sf.Objective(
+        Mirroring(), target=sf.StableTarget(Mirroring(), references=sf.InBatch()), noise_levels=At(level=2.0)
+    )
     mirrored = torch.where(flip[:, None, None, None], images.flip(-1), images)
     one = plain(fit, images, generator=generator())
     two = mirroring(fit, mirrored, flip=flip, generator=generator())
@@ -654,7 +670,9 @@ def test_mirrored_rows_have_the_loss_of_the_mirror_image_of_the_unmirrored_batch
 
 def test_autocast_changes_the_network_alone():
     x0 = normal(16, 8).float()
-    objective = sf.Objective(sf.VP(), noise_levels=sf.LogNormal(mean=0.5))
+    objective = sf.Objective(
+        sf.VP(), target=sf.StableTarget(sf.VP(), references=sf.InBatch()), noise_levels=sf.LogNormal(mean=0.5)
+    )
     plain = objective(fit, x0, generator=generator())
     with torch.autocast("cpu", torch.bfloat16):
         inside = objective(fit, x0, generator=generator())
@@ -672,7 +690,7 @@ def test_autocast_changes_the_network_alone():
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_a_low_precision_estimate_is_compared_in_float32(low):
     x0 = normal(16, 8).float()
-    objective = sf.Objective(sf.EDM())
+    objective = sf.Objective(sf.EDM(), target=sf.StableTarget(sf.EDM(), references=sf.InBatch()))
     value = objective(lambda x, s: torch.tanh(x).to(low), x0, generator=generator())
     exact = objective(lambda x, s: torch.tanh(x).to(low).float(), x0, generator=generator())
     assert same(value, exact)
@@ -684,14 +702,21 @@ def test_a_low_precision_estimate_is_compared_in_float32(low):
 @pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
 def test_a_label_dropout_that_is_no_probability_is_refused(share):
     with pytest.raises(ValueError, match=f"label_dropout is {share}"):
-        sf.Objective(sf.EDM(), label_dropout=share)
+        sf.Objective(sf.EDM(), target=sf.StableTarget(sf.EDM(), references=sf.InBatch()), label_dropout=share)
 
 
 def test_a_target_for_another_process_is_refused():
-    for target in (sf.StableTarget(sf.VP()), sf.DenoisingTarget(sf.EDM()), sf.StableTarget(sf.VE(sigma_max=50.0))):
+    for target in (
+        sf.StableTarget(sf.VP(), references=sf.InBatch()),
+        sf.DenoisingTarget(sf.EDM()),
+        sf.StableTarget(sf.VE(sigma_max=50.0), references=sf.InBatch()),
+    ):
         with pytest.raises(ValueError, match="one process"):
             sf.Objective(sf.VE(), target=target)
-    assert sf.Objective(sf.VE(), target=sf.StableTarget(sf.VE(sigma_max=100.0))).process == sf.VE()
+    assert (
+        sf.Objective(sf.VE(), target=sf.StableTarget(sf.VE(sigma_max=100.0), references=sf.InBatch())).process
+        == sf.VE()
+    )
 
 
 TARGETS = [sf.StableTarget, sf.DenoisingTarget]
@@ -728,13 +753,15 @@ def test_a_time_that_float32_rounds_to_the_end_of_a_flow_gives_a_finite_loss(pro
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
 def test_data_that_are_not_floating_point_are_refused(dtype):
     with pytest.raises(ValueError, match="x0 has dtype"):
-        sf.Objective(sf.EDM())(identity, torch.ones(4, 2, dtype=dtype))
+        sf.Objective(sf.EDM(), target=sf.StableTarget(sf.EDM(), references=sf.InBatch()))(
+            identity, torch.ones(4, 2, dtype=dtype)
+        )
 
 
 def test_an_answer_of_another_shape_than_the_data_is_refused_and_not_broadcast():
     for answer in (lambda x, s: x.sum(1, keepdim=True), lambda x, s: x[:1], lambda x, s: x[:, :, None]):
         with pytest.raises(ValueError, match="shape"):
-            sf.Objective(sf.EDM())(answer, normal(4, 2))
+            sf.Objective(sf.EDM(), target=sf.StableTarget(sf.EDM(), references=sf.InBatch()))(answer, normal(4, 2))
 
 
 @pytest.mark.parametrize(
@@ -764,7 +791,7 @@ def test_what_the_target_refuses_is_refused():
     with pytest.raises(ValueError, match="group is given"):
         pool(identity, x0, torch.zeros(4, dtype=torch.long), torch.arange(4))
     with pytest.raises(ValueError, match="NaN"):
-        sf.Objective(sf.EDM())(identity, x0 * math.nan)
+        sf.Objective(sf.EDM(), target=sf.StableTarget(sf.EDM(), references=sf.InBatch()))(identity, x0 * math.nan)
     for bad in (x0[:0], x0[:, 0]):
         with pytest.raises(ValueError, match="x0 has shape"):
-            sf.Objective(sf.EDM())(identity, bad)
+            sf.Objective(sf.EDM(), target=sf.StableTarget(sf.EDM(), references=sf.InBatch()))(identity, bad)

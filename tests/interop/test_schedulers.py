@@ -54,7 +54,9 @@ def test_target_with_one_reference_is_that_of_the_loop_to_the_last_bit(name, pre
     alone = sf.DenoisingTarget(regression.process)(x0, noisy, regression.time(t), noise=noise)
     assert torch.equal(regression(alone), before)
     # And a stable target is another one, but for its mean over draws.
-    assert not torch.equal(regression(sf.StableTarget(regression.process)(x0, noisy, t, noise=noise)), before)
+    assert not torch.equal(
+        regression(sf.StableTarget(regression.process, references=sf.InBatch())(x0, noisy, t, noise=noise)), before
+    )
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -64,7 +66,9 @@ def test_stable_target_in_every_view_is_the_posterior_mean_by_its_definition(pre
     regression = sf.from_diffusers(scheduler)
     t = torch.randint(200, 1000, (64,), generator=rng)
     noisy = scheduler.add_noise(x0, noise, t)
-    found = regression(sf.StableTarget(regression.process)(x0, noisy, regression.time(t), noise=noise))
+    found = regression(
+        sf.StableTarget(regression.process, references=sf.InBatch())(x0, noisy, regression.time(t), noise=noise)
+    )
     alpha, sigma = scheduler.alphas_cumprod[t].double().sqrt(), (1 - scheduler.alphas_cumprod[t].double()).sqrt()
     mean = exact(noisy, alpha, sigma, x0).mean.reshape(x0.shape)
     a, s = alpha[:, None, None, None], sigma[:, None, None, None]
@@ -77,7 +81,9 @@ def test_last_step_without_signal_has_the_mean_of_the_references_for_target(batc
     scheduler, (x0, noise) = TABLES["zero snr"], batch
     regression = sf.from_diffusers(scheduler)
     t = torch.full((64,), 999)
-    target = sf.StableTarget(regression.process)(x0, scheduler.add_noise(x0, noise, t), t, noise=noise)
+    target = sf.StableTarget(regression.process, references=sf.InBatch())(
+        x0, scheduler.add_noise(x0, noise, t), t, noise=noise
+    )
     torch.testing.assert_close(target.x0, x0.mean(0).expand_as(x0), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(regression(target), -target.x0)
 

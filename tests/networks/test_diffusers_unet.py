@@ -61,7 +61,9 @@ def test_no_class_is_the_last_entry_of_the_class_embedding(x):
 def test_it_trains_under_the_objective_with_label_dropout(classes, x, rng):
     denoiser = sf.Denoiser(DiffusersUNet.sized(8, 1, (8, 8), 1, classes, groups=4))
     labels = torch.tensor([0, 1, 2, 0]) if classes else None
-    objective = sf.Objective(sf.EDM(), label_dropout=0.5 if classes else 0.0)
+    objective = sf.Objective(
+        sf.EDM(), target=sf.StableTarget(sf.EDM(), references=sf.InBatch()), label_dropout=0.5 if classes else 0.0
+    )
     value = objective(denoiser, x, labels, generator=rng)
     value.loss.backward()
     grads = [p.grad for p in denoiser.parameters()]

@@ -22,7 +22,7 @@ def plain(by_class):
 def sound(population):
     data, group = population.data, population.group
     return {
-        "batch": sf.StableTarget(sf.EDM()),
+        "batch": sf.StableTarget(sf.EDM(), references=sf.InBatch()),
         "pool": sf.StableTarget(sf.EDM(), references=sf.Pool(data, 128, group)),
         "whole": sf.StableTarget(sf.EDM(), references=sf.Pool(data, None, group)),
     }
@@ -54,7 +54,7 @@ def test_each_planted_fault_is_flagged(plain, by_class, size):
 
 def test_a_fault_is_flagged_for_another_process(plain):
     process = sf.VP()
-    good = check_bias(sf.StableTarget(process), plain, process=process, **SETTINGS)
+    good = check_bias(sf.StableTarget(process, references=sf.InBatch()), plain, process=process, **SETTINGS)
     bad = check_bias(SourceLeftOut(plain, 128, process=process), plain, process=process, **SETTINGS)
     assert good.passed
     assert not bad.passed
@@ -84,7 +84,7 @@ def test_unbiased_targets_fail_at_the_stated_rate():
     # Few skewed samples in three dimensions, where batches are far from normal; 25 seeds at a rate of 1 in 10.
     generator = torch.Generator().manual_seed(1)
     population = Population(torch.randn(24, 3, generator=generator).exp())
-    target = sf.StableTarget(sf.EDM())
+    target = sf.StableTarget(sf.EDM(), references=sf.InBatch())
     failed = sum(
         not check_bias(
             target, population, batch=8, batches=30, noise_levels=[0.3, 1.0], false_alarm=0.1, seed=seed
@@ -122,7 +122,7 @@ def test_t_statistics_are_students():
 
 
 def test_wrong_arguments_are_named(plain):
-    target = sf.StableTarget(sf.EDM())
+    target = sf.StableTarget(sf.EDM(), references=sf.InBatch())
     for arguments, words in (
         ({"false_alarm": 0.0}, "false_alarm is 0"),
         ({"label_dropout": 2.0}, "label_dropout is 2"),

@@ -60,7 +60,7 @@ def test_one_flag_per_row_flips_the_last_axis(rng: torch.Generator) -> None:
 
 def test_references_from_the_batch_are_unflipped_and_flipped_as_the_row(rng: torch.Generator) -> None:
     _, x0, x_t = case(rng)
-    found = sf.StableTarget(sf.EDM())(x0, x_t, SIGMA, flip=torch.stack([ACROSS, DOWN], 1))
+    found = sf.StableTarget(sf.EDM(), references=sf.InBatch())(x0, x_t, SIGMA, flip=torch.stack([ACROSS, DOWN], 1))
     straight = torch.stack([flipped(x, a, d) for x, a, d in zip(x0, ACROSS, DOWN, strict=True)])
     for row in range(6):
         seen = flipped(straight, bool(ACROSS[row]), bool(DOWN[row]))

@@ -51,7 +51,7 @@ def test_in_batch_groups_use_rows_of_the_true_class_whose_label_was_dropped(rng:
     x_t, y, group, reference_group = case(rng)
     x0, truth_group = y[:9], reference_group[:9]
     group = torch.where(group == -1, -1, truth_group)
-    target = sf.StableTarget(sf.EDM())
+    target = sf.StableTarget(sf.EDM(), references=sf.InBatch())
     with_truth = target(x0, x_t, 0.9, group, reference_group=truth_group)
     without = target(x0, x_t, 0.9, group)
     for row, g in enumerate(group.tolist()):
@@ -66,11 +66,11 @@ def test_pool_groups_hold_for_the_drawn_subset(rng: torch.Generator) -> None:
     _, y, _, reference_group = case(rng)
     index = torch.tensor([13, 2, 4])
     x_t = y[index] + torch.randn(3, 5, generator=rng, dtype=torch.float64)
-    for group in (torch.tensor([0, 2, -1]), None):
+    for group in (torch.tensor([0, 2, -1]), torch.full((3,), -1)):
         target = sf.StableTarget(sf.EDM(), references=sf.Pool(y, group=reference_group))
         found = target(y[index], x_t, 1.0, group, index)
         for row in range(3):
-            g = -1 if group is None else int(group[row])
+            g = int(group[row])
             members = reference_group == g if g >= 0 else torch.ones(14, dtype=torch.bool)
             alone = sf.posterior(x_t[row : row + 1], 1.0, 1.0, y[members])
             torch.testing.assert_close(found.x0[row], alone.mean[0], rtol=1e-11, atol=1e-12)

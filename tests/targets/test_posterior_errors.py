@@ -107,7 +107,6 @@ TARGET = {
     "noise elsewhere": ({"noise": X.to(ELSEWHERE)}, r"noise is on meta"),
     "t of another shape": ({"t": torch.ones(3)}, r"t has shape \(3,\).*4 rows"),
     "t elsewhere": ({"t": torch.ones(4, device=ELSEWHERE)}, r"t is on meta"),
-    "t without noise": ({"t": torch.tensor([1.0, 0.0, 1.0, 1.0])}, r"sigma\[1\] is 0"),
     "t negative": ({"t": -1.0}, r"sigma\[0\] is -1"),
     "t nan": ({"t": torch.full((4,), float("nan"))}, r"sigma\[0\] is nan"),
     "flip of integers": ({"flip": ZERO}, r"flip has shape \(4,\) and dtype torch\.int64.*bool"),
@@ -117,7 +116,7 @@ TARGET = {
     "alone of integers": ({"alone": ZERO}, r"alone has shape \(4,\) and dtype torch\.int64.*bool"),
     "alone of another length": ({"alone": torch.zeros(5, dtype=torch.bool)}, r"alone has shape \(5,\).*\(4,\)"),
     "alone of two dimensions": ({"alone": torch.zeros(4, 1, dtype=torch.bool)}, r"alone has shape \(4, 1\)"),
-    "group of floats": ({"group": X[:, 0]}, r"group has dtype torch\.float32"),
+    "group of floats": ({"group": X[:, 0]}, r"group has shape \(4,\) and dtype torch\.float32"),
     "group too short": ({"group": ZERO[:3]}, r"group has shape \(3,\)"),
     "group too long": ({"group": torch.zeros(6, dtype=torch.long)}, r"group has shape \(6,\)"),
     "reference_group too short": ({"group": ZERO, "reference_group": ZERO[:3]}, r"group has shape \(3,\)"),
@@ -153,12 +152,12 @@ def test_stable_target_refuses(name: str, parts: str) -> None:
 @pytest.mark.parametrize("band", [-0.1, float("nan")])
 def test_stable_target_refuses_a_band_that_is_no_noise_level(band: float) -> None:
     with pytest.raises(ValueError, match="noise_band is"):
-        sf.StableTarget(sf.EDM(), noise_band=band)
+        sf.StableTarget(sf.EDM(), references=sf.InBatch(), noise_band=band)
 
 
 def test_stable_target_refuses_a_chunk_of_nothing() -> None:
     with pytest.raises(ValueError, match="chunk_size is 0"):
-        sf.StableTarget(sf.EDM(), chunk_size=0)(X, X, 1.0)
+        sf.StableTarget(sf.EDM(), references=sf.InBatch(), chunk_size=0)(X, X, 1.0)
 
 
 POOL: dict[str, tuple[Callable[[], object], str]] = {
@@ -183,10 +182,10 @@ CALL = {
     "no index": (sf.Pool(Y), {"index": None}, r"index is missing"),
     "index of floats": (sf.Pool(Y), {"index": torch.arange(4.0)}, r"index has shape \(4,\) and dtype torch\.float32"),
     "index of bool": (sf.Pool(Y), {"index": torch.ones(4, dtype=torch.bool)}, r"index has.*torch\.bool"),
-    "index elsewhere": (sf.Pool(Y), {"index": torch.arange(4).to(ELSEWHERE)}, r"index on meta.*one device"),
+    "index elsewhere": (sf.Pool(Y), {"index": torch.arange(4).to(ELSEWHERE)}, r"index is on meta.*move"),
     "data elsewhere": (sf.Pool(Y.to(ELSEWHERE)), {}, r"Pool's data are on meta.*one device"),
-    "index too large": (sf.Pool(Y), {"index": torch.tensor([0, 1, 2, 5])}, r"index runs from 0 to 5.*0 to 4"),
-    "index negative": (sf.Pool(Y), {"index": torch.tensor([0, 1, 2, -1])}, r"index runs from -1"),
+    "index too large": (sf.Pool(Y), {"index": torch.tensor([0, 1, 2, 5])}, r"index\[3\] is 5.*0 to 4"),
+    "index negative": (sf.Pool(Y), {"index": torch.tensor([0, 1, 2, -1])}, r"index\[3\] is -1.*0 to 4"),
     "data of another shape": (sf.Pool(Y[:, :2]), {}, r"rows of x0 have shape \(3,\), the Pool's \(2,\)"),
     "another sample": (sf.Pool(Y), {"index": torch.tensor([0, 1, 3, 3])}, r"row 2 of x0 is not sample 3.*flip="),
     "a size below the batch": (sf.Pool(Y, 3), {}, r"Pool size is 3, but the batch has 4 samples of its own"),
@@ -194,7 +193,7 @@ CALL = {
     "a group of another class": (
         sf.Pool(Y, group=torch.tensor([0, 0, 0, 1, 1])),
         {"group": ZERO},
-        r"group\[3\] is 0: the row's own source",
+        r"group\[3\] is 0: the Pool has another label",
     ),
 }
 

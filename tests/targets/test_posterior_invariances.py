@@ -149,7 +149,7 @@ def test_ve_vp_and_flow_are_one_computation_at_equal_noise_level(rng: torch.Gene
     truth = None
     for process in (sf.EDM(), sf.VE(), sf.VP(), sf.Cosine(), sf.RectifiedFlow()):
         t = process.time(level)
-        target = sf.StableTarget(process)(x0, process.perturb(x0, t, noise), t)
+        target = sf.StableTarget(process, references=sf.InBatch())(x0, process.perturb(x0, t, noise), t)
         truth = truth or target
         for name in ("x0", "noise", "variance", "ess", "source_weight"):
             torch.testing.assert_close(getattr(target, name), getattr(truth, name), rtol=1e-9, atol=1e-12)

@@ -21,7 +21,7 @@ class Counting(sf.GaussianKernel):
         return super().log_ratio(excess, anchor_square, sigma, dim)
 
 
-class Refusing:
+class Refusing(sf.InBatch):
     """References that must not be asked for."""
 
     def select(self, *arguments: object) -> NoReturn:  # noqa: ARG002
@@ -41,8 +41,8 @@ def test_the_band_is_a_noise_level_whatever_the_process(process: sf.Process, rng
     t = process.time(level)
     x_t = process.perturb(x0, t, generator=rng)
     below = level < 1
-    found = sf.StableTarget(process, noise_band=1.0)(x0, x_t, t)
-    full = sf.StableTarget(process)(x0, x_t, t)
+    found = sf.StableTarget(process, references=sf.InBatch(), noise_band=1.0)(x0, x_t, t)
+    full = sf.StableTarget(process, references=sf.InBatch())(x0, x_t, t)
     assert torch.equal(found.x0[below], x0[below])
     assert torch.equal(found.variance[below], torch.zeros(4, dtype=torch.float64))
     assert torch.equal(found.ess[below], torch.ones(4, dtype=torch.float64))
@@ -56,7 +56,7 @@ def test_the_band_is_a_noise_level_whatever_the_process(process: sf.Process, rng
 def test_rows_below_the_band_are_not_computed(rng: torch.Generator) -> None:
     x0, x_t, t = case(rng)
     kernel = Counting()
-    sf.StableTarget(sf.EDM(), noise_band=1.0, kernel=kernel)(x0, x_t, t)
+    sf.StableTarget(sf.EDM(), references=sf.InBatch(), noise_band=1.0, kernel=kernel)(x0, x_t, t)
     assert kernel.rows == [4]
     sf.StableTarget(sf.EDM(), noise_band=3.0, references=Refusing())(x0, x_t, t)
     with pytest.raises(AssertionError, match="were selected"):
@@ -79,7 +79,7 @@ def test_lone_rows_keep_their_source_and_serve_no_other_row(rng: torch.Generator
     x0, x_t, _ = case(rng)
     alone = torch.tensor([False, True, False, False, True, False, False, True])
     group = torch.tensor([0, 0, 1, 0, 1, 1, -1, 0])
-    target = sf.StableTarget(sf.EDM())
+    target = sf.StableTarget(sf.EDM(), references=sf.InBatch())
     for g in (None, group):
         found = target(x0, x_t, 2.0, g, alone=alone)
         rest = target(x0[~alone], x_t[~alone], 2.0, None if g is None else g[~alone])
@@ -95,6 +95,7 @@ def test_lone_rows_need_not_be_samples_of_the_pool(rng: torch.Generator) -> None
     alone = torch.zeros(8, dtype=torch.bool)
     alone[2], alone[5] = True, True
     x0[alone] *= -3  # an augmentation of their own
+    x_t = sf.EDM().perturb(x0, t, generator=rng)
     flip = torch.zeros(8, dtype=torch.bool)
     pool = sf.Pool(data)
     found = sf.StableTarget(sf.EDM(), references=pool, noise_band=1.0)(x0, x_t, t, index=index, alone=alone, flip=flip)

@@ -45,7 +45,8 @@ def result(kind, band=0.0, timeout=None):
     target = sf.StableTarget(process, references=pool, noise_band=band, chunk_size=17)
     x0, x_t, t = case["x0"], case["x_t"], case["t"]
     if kind == "float64":
-        x0, x_t = x0.double(), x_t.double()
+        x0 = data[case["index"]]  # without the rounding of float32, as the shards are
+        x_t = x0 + (case["x_t"] - case["x0"]).double()
     seen = case["seen"][rows] if kind == "groups" else None
     # A rank may have no row in the band, or no row at all in its batch but one below it.
     some = rows if len(rows) else torch.tensor([0])
@@ -136,7 +137,10 @@ def run(size: int, folder: Path, what: str = "") -> list[subprocess.CompletedPro
 def whole(case: dict[str, torch.Tensor], kind: str) -> sf.Target:
     data = case["data"].double() / 127.5 - 1 if kind == "float64" else case["data"]
     pool = sf.Pool(data, group=case["group"] if kind == "groups" else None, mirrored=kind == "mirrored")
-    x0, x_t = (value.double() if kind == "float64" else value for value in (case["x0"], case["x_t"]))
+    x0, x_t = case["x0"], case["x_t"]
+    if kind == "float64":
+        x_t = data[case["index"]] + (x_t - x0).double()
+        x0 = data[case["index"]]
     seen = case["seen"] if kind == "groups" else None
     return sf.StableTarget(sf.EDM(), references=pool)(x0, x_t, case["t"], seen, case["index"])
 

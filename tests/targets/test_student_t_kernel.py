@@ -94,7 +94,9 @@ def test_a_target_takes_the_kernel_and_refuses_its_score(rng: torch.Generator, e
     x0 = torch.randn(7, 5, generator=rng, dtype=torch.float64)
     noise = kernel.noise(x0, rng)
     process = sf.EDM()
-    target = sf.StableTarget(process, kernel=kernel)(x0, process.perturb(x0, 0.8, noise), 0.8, noise=noise)
+    target = sf.StableTarget(process, references=sf.InBatch(), kernel=kernel)(
+        x0, process.perturb(x0, 0.8, noise), 0.8, noise=noise
+    )
     truth = exact(process.perturb(x0, 0.8, noise), 1.0, 0.8, x0, log_kernel=kernel.log_density)
     torch.testing.assert_close(target.x0, truth.mean, rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(target.noise, noise + (x0 - truth.mean) / 0.8, rtol=1e-9, atol=1e-10)

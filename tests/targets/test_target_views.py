@@ -23,7 +23,7 @@ def test_views_are_their_closed_forms_of_the_posterior_mean(
     process: sf.Process, given: bool, rng: torch.Generator, exact
 ) -> None:
     x0, noise, x_t, t = batch(process, rng, torch.float64)
-    target = sf.StableTarget(process)(x0, x_t, t, noise=noise if given else None)
+    target = sf.StableTarget(process, references=sf.InBatch())(x0, x_t, t, noise=noise if given else None)
     truth = exact(x_t, process.alpha(t), process.sigma(t), x0)
     mean = truth.mean.reshape(x0.shape)
     alpha, sigma, alpha_dot, sigma_dot = (
@@ -43,7 +43,7 @@ def test_views_are_their_closed_forms_of_the_posterior_mean(
 def test_the_score_is_the_gradient_of_the_log_evidence(rng: torch.Generator) -> None:
     process = sf.VP()
     x0, noise, x_t, t = batch(process, rng, torch.float64)
-    score = sf.StableTarget(process)(x0, x_t, t, noise=noise).score
+    score = sf.StableTarget(process, references=sf.InBatch())(x0, x_t, t, noise=noise).score
     step = 1e-5
     for place in ((0, 0, 0), (1, 2, 3), (2, 3, 3)):
         shift = torch.zeros(3, 4, 4, dtype=torch.float64)
@@ -55,7 +55,7 @@ def test_the_score_is_the_gradient_of_the_log_evidence(rng: torch.Generator) -> 
 def test_the_network_target_of_edm_preconditioning_is_affine_in_the_mean(rng: torch.Generator) -> None:
     process, preconditioning = sf.EDM(), sf.EDMPreconditioning(sigma_data=0.5)
     x0, noise, x_t, t = batch(process, rng, torch.float64)
-    target = sf.StableTarget(process)(x0, x_t, t, noise=noise)
+    target = sf.StableTarget(process, references=sf.InBatch())(x0, x_t, t, noise=noise)
     scale = preconditioning(t)
     skip, out, s = (value.reshape(-1, 1, 1, 1) for value in (scale.skip, scale.out, t))
     raw = (target.x0 - skip * x_t) / out
@@ -75,9 +75,9 @@ def test_with_the_source_alone_the_views_are_those_of_the_usual_loop_bit_for_bit
     if kind == "denoising":
         make = sf.DenoisingTarget(process)
     elif kind == "below the band":
-        make = sf.StableTarget(process, noise_band=1e6)
+        make = sf.StableTarget(process, references=sf.InBatch(), noise_band=1e6)
     else:
-        make = sf.StableTarget(process)
+        make = sf.StableTarget(process, references=sf.InBatch())
         if kind == "alone":
             alone = torch.ones(8, dtype=torch.bool)
         else:
@@ -113,7 +113,11 @@ def test_a_time_of_exactly_zero_gives_the_usual_velocity_and_no_nan(
     # torch.rand draws an exact 0 once in 2^24 times: some loop will meet it.
     x0, noise = torch.randn(6, 4, generator=rng), torch.randn(6, 4, generator=rng)
     t = torch.tensor([0.0, 0.01, 0.3, 0.5, 0.7, 0.9])
-    make = sf.DenoisingTarget(process) if band is None else sf.StableTarget(process, noise_band=band)
+    make = (
+        sf.DenoisingTarget(process)
+        if band is None
+        else sf.StableTarget(process, references=sf.InBatch(), noise_band=band)
+    )
     target = make(x0, process.perturb(x0, t, noise), t, noise=noise)
     expected = process.alpha_dot(t)[:1, None] * x0[:1] + process.sigma_dot(t)[:1, None] * noise[:1]
     torch.testing.assert_close(target.noise[:1], noise[:1], rtol=0, atol=0)
@@ -129,7 +133,7 @@ def test_noise_views_do_not_magnify_rounding_at_small_noise(rng: torch.Generator
     noise = torch.randn(8, 64, generator=rng)
     t = torch.full((8,), 0.002)
     x_t = process.perturb(x0, t, noise)
-    target = sf.StableTarget(process)(x0, x_t, t, noise=noise)
+    target = sf.StableTarget(process, references=sf.InBatch())(x0, x_t, t, noise=noise)
     truth = exact(x_t, 1.0, 0.002, x0)
     correction = (x0.double() - truth.mean) / 0.002
     assert target.ess.min() > 1.05
@@ -139,14 +143,14 @@ def test_noise_views_do_not_magnify_rounding_at_small_noise(rng: torch.Generator
 def test_a_batch_of_half_precision_keeps_its_dtype(rng: torch.Generator) -> None:
     x0 = torch.randn(6, 4, generator=rng).bfloat16()
     x_t = x0 + torch.randn(6, 4, generator=rng).bfloat16()
-    target = sf.StableTarget(sf.EDM())(x0, x_t, 1.0)
+    target = sf.StableTarget(sf.EDM(), references=sf.InBatch())(x0, x_t, 1.0)
     assert target.x0.dtype == target.noise.dtype == target.velocity.dtype == torch.bfloat16
     assert target.variance.dtype == torch.float32
 
 
 def test_targets_carry_no_gradient(rng: torch.Generator) -> None:
     x0 = torch.randn(4, 3, generator=rng, requires_grad=True)
-    target = sf.StableTarget(sf.EDM())(x0, x0 + 1, 1.0)
+    target = sf.StableTarget(sf.EDM(), references=sf.InBatch())(x0, x0 + 1, 1.0)
     assert not target.x0.requires_grad
     assert not sf.posterior(x0, 1.0, 1.0, x0).mean.requires_grad
 
@@ -157,7 +161,7 @@ def test_a_discrete_process_serves_all_views_but_the_velocity(rng: torch.Generat
     t = torch.tensor([3, 400, 999])
     x0, noise = torch.randn(3, 5, generator=rng), torch.randn(3, 5, generator=rng)
     x_t = process.perturb(x0, t, noise)
-    target = sf.StableTarget(process)(x0, x_t, t, noise=noise)
+    target = sf.StableTarget(process, references=sf.InBatch())(x0, x_t, t, noise=noise)
     found = sf.posterior(x_t, table[t].sqrt(), (1 - table[t]).sqrt(), x0)
     torch.testing.assert_close(target.x0, found.mean, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="no time derivative"):

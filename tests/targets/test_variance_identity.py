@@ -59,7 +59,7 @@ def test_the_variance_of_the_target_falls_as_references_are_added():
 def test_the_trained_target_reports_the_same_variance_as_its_posterior():
     x0 = torch.tensor([[-1.0, 0.2], [0.5, 0.7], [2.0, -0.4]], dtype=torch.float64)
     x_t = x0 + torch.tensor([[0.3, -0.2], [-0.9, 0.4], [0.1, 1.0]], dtype=torch.float64)
-    target = sf.StableTarget(sf.EDM())(x0, x_t, 0.9)
+    target = sf.StableTarget(sf.EDM(), references=sf.InBatch())(x0, x_t, 0.9)
     weights = torch.exp(-(torch.cdist(x_t, x0) ** 2) / (2 * 0.9**2))
     weights /= weights.sum(1, keepdim=True)
     by_hand = torch.stack([(weights[i] * (x0 - weights[i] @ x0).square().sum(1)).sum() for i in range(3)])

@@ -102,7 +102,8 @@ class Objective:
         process: how data become noise.
         noise_levels: distribution of the noise levels.
         weighting: loss weight as a function of the noise level.
-        target: what to regress on; a stable target over the batch if None.
+        target: what to regress on, such as `StableTarget(process, references=Pool(images))`; `DenoisingTarget(process)` is
+            the usual single-sample loss.
         label_dropout: share of rows whose class label is hidden from the network (-1), for classifier-free guidance.
 
     Raises:
@@ -111,17 +112,15 @@ class Objective:
 
     process: Process
     _: KW_ONLY
+    target: StableTarget
     noise_levels: NoiseLevels = field(default_factory=LogNormal)
     weighting: Weighting = field(default_factory=EDMWeighting)
-    target: StableTarget | None = None
     label_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"label_dropout is {self.label_dropout}: it is a probability, 0 to 1.")
-        if self.target is None:
-            object.__setattr__(self, "target", StableTarget(self.process))
-        elif self.target.process != self.process:
+        if self.target.process != self.process:
             raise ValueError(f"target is for {self.target.process}, the objective for {self.process}: use one process.")
 
     def __call__(
@@ -217,7 +216,6 @@ class Objective:
         Raises:
             ValueError: as `StableTarget`.
         """
-        assert self.target is not None
         _check_data(x0)
         seen = class_labels
         if class_labels is not None:

@@ -21,7 +21,10 @@ from torch import Tensor
 from stablefield.reading import readable
 from stablefield.shapes import per_row, row_values
 
-__all__ = ["EDM", "VE", "VP", "Cosine", "Discrete", "Process", "RectifiedFlow"]
+__all__ = ["EDM", "TIME_MARGIN", "VE", "VP", "Cosine", "Discrete", "Process", "RectifiedFlow"]
+
+TIME_MARGIN = 1e-6
+"""How far rounding may take a time out of the range of its process."""
 
 
 class Process(ABC):
@@ -47,6 +50,11 @@ class Process(ABC):
     def time(self, noise_level: Tensor) -> Tensor:
         """The time at which sigma / alpha equals `noise_level`: the inverse of `noise_level`."""
 
+    @property
+    def time_range(self) -> tuple[float, float]:
+        """The first and the last time of the process."""
+        return -math.inf, math.inf
+
     def noise_level(self, t: Tensor) -> Tensor:
         """Noise-to-signal ratio sigma / alpha at time `t`."""
         return self.sigma(t) / self.alpha(t)
@@ -66,7 +74,8 @@ class Process(ABC):
             `x_t`, of the shape, dtype and device of `x0`.
 
         Raises:
-            ValueError: if `x0` is not floating point, or shapes do not agree.
+            ValueError: if `x0` is not floating point, shapes do not agree, or a time is outside of `time_range` (times on a
+                GPU are not looked at).
         """
         if not x0.is_floating_point():
             raise ValueError(
@@ -77,6 +86,13 @@ class Process(ABC):
         elif noise.shape != x0.shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, x0 has {tuple(x0.shape)}: they must be equal.")
         t = row_values("t", t, x0)
+        if t.device.type == "cpu" and readable(t.device):
+            low, high = self.time_range
+            if not bool(((t >= low - TIME_MARGIN) & (t <= high + TIME_MARGIN)).all()):
+                raise ValueError(
+                    f"t runs from {t.min().item():g} to {t.max().item():g}, but the times of {self} run from {low:g} to "
+                    f"{high:g}: pass times of this process."
+                )
         return per_row(self.alpha(t), x0) * x0 + per_row(self.sigma(t), x0) * noise.to(x0.dtype)
 
 
@@ -88,6 +104,10 @@ class EDM(Process):
         Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based Generative Models",
         NeurIPS 2022, table 1.
     """
+
+    @property
+    def time_range(self) -> tuple[float, float]:  # noqa: D102
+        return 0.0, math.inf
 
     def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
         return torch.ones_like(t)
@@ -126,6 +146,10 @@ class VE(Process):
     @property
     def _rate(self) -> float:
         return math.log(self.sigma_max / self.sigma_min)
+
+    @property
+    def time_range(self) -> tuple[float, float]:  # noqa: D102
+        return 0.0, 1.0
 
     def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
         return torch.ones_like(t)
@@ -169,6 +193,10 @@ class VP(Process):
     def _integral(self, t: Tensor) -> Tensor:
         return (0.5 * (self.beta_max - self.beta_min) * t + self.beta_min) * t
 
+    @property
+    def time_range(self) -> tuple[float, float]:  # noqa: D102
+        return 0.0, 1.0
+
     def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
         return torch.exp(-0.5 * self._integral(t))
 
@@ -201,6 +229,10 @@ class Cosine(Process):
         Nichol, Dhariwal, "Improved Denoising Diffusion Probabilistic Models", ICML 2021, equation 17 (without its offset).
     """
 
+    @property
+    def time_range(self) -> tuple[float, float]:  # noqa: D102
+        return 0.0, 1.0
+
     def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
         # cos(pi t / 2) as a sine: exactly 0, and never negative, at t = 1.
         return torch.sin(0.5 * math.pi * (1 - t))
@@ -228,6 +260,10 @@ class RectifiedFlow(Process):
         Liu, Gong, Liu, "Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow", ICLR 2023.
         Lipman, Chen, Ben-Hamu, Nickel, Le, "Flow Matching for Generative Modeling", ICLR 2023, equation 20 (sigma_min 0).
     """
+
+    @property
+    def time_range(self) -> tuple[float, float]:  # noqa: D102
+        return 0.0, 1.0
 
     def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
         return 1 - t
@@ -290,6 +326,11 @@ class Discrete(Process):
 
     def _like(self, value: Tensor, t: Tensor) -> Tensor:
         return value.to(t.dtype if t.is_floating_point() else torch.float32)
+
+    @property
+    def time_range(self) -> tuple[float, float]:
+        """Step 0 and the last step."""
+        return 0.0, len(self._table) - 1.0
 
     def alpha(self, t: Tensor) -> Tensor:
         """Scale of the data at step `t`, in the dtype of `t` if that is floating, else float32."""

@@ -98,6 +98,8 @@ class Bank:
         self.data = data
         self.device = data.device if isinstance(data, Tensor) else device or torch.device("cpu")
         self._norms: dict[torch.dtype, Norms] = {}
+        self._spread: Tensor | None = None
+        self._version = _version(data)
 
     def __len__(self) -> int:
         return self.data.shape[0]
@@ -130,6 +132,37 @@ class Bank:
         part = Bank(self._gather(index))
         part._norms = {dtype: self.norms(dtype).at(index) for dtype in (self._norms or {self.dtype: None})}
         return part
+
+    @property
+    def eps(self) -> float:
+        """The relative rounding error of the references as they are stored."""
+        dtype = self.data.dtype
+        if isinstance(dtype, torch.dtype):
+            return torch.finfo(dtype).eps if dtype.is_floating_point else torch.finfo(torch.float32).eps
+        return float(np.finfo(dtype).eps) if dtype.kind == "f" else torch.finfo(torch.float32).eps
+
+    @property
+    def spread(self) -> Tensor:
+        """Standard deviation of a number around its mean over the references, root mean square over the d numbers, ().
+
+        Of up to 256 references, evenly spaced.
+        """
+        self._forget_if_changed()
+        if self._spread is None:
+            n = len(self)
+            some = torch.arange(0, n, max(1, n // 256), device=self.device)[:256]
+            rows = self.rows(some, self.dtype)
+            self._spread = (rows - rows.mean(0)).square_().mean().sqrt()
+        return self._spread
+
+    def _forget_if_changed(self) -> None:
+        """Forget what was computed of a tensor that has been changed in place since."""
+        if torch.compiler.is_compiling():
+            return
+        version = _version(self.data)
+        if version != self._version:
+            self._version, self._spread = version, None
+            self._norms.clear()
 
     @property
     def holds_bytes(self) -> bool:
@@ -172,12 +205,14 @@ class Bank:
 
     def norms(self, dtype: torch.dtype) -> Norms:
         """Squared norms of all references as decoded to `dtype`, computed once."""
+        self._forget_if_changed()
         if dtype not in self._norms:
             self._norms[dtype] = Norms.of(self._squares(dtype), dtype)
         return self._norms[dtype]
 
     def known_norms(self, dtype: torch.dtype) -> Norms | None:
         """The squared norms, if they have been computed."""
+        self._forget_if_changed()
         return self._norms.get(dtype)
 
     def set_norms(self, dtype: torch.dtype, squares: Tensor | None) -> None:
@@ -192,6 +227,13 @@ class Bank:
         if isinstance(self.data, Tensor):
             return self.data[index]
         return torch.from_numpy(np.ascontiguousarray(self.data[index.cpu().numpy()])).to(self.device)
+
+
+def _version(data: Tensor | NDArray[Any]) -> int:
+    """How often a tensor has been changed in place; 0 for what does not count it."""
+    if torch.compiler.is_compiling() or not isinstance(data, Tensor) or data.is_inference():
+        return 0
+    return data._version
 
 
 def _decode(data: Tensor, buffer: Tensor) -> Tensor:

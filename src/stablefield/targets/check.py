@@ -1,12 +1,13 @@
 """Checks: what every row of an argument must meet, looked at together, since on a GPU every look waits for the device."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Check", "finite_check", "require", "value_check"]
+__all__ = ["Check", "finite_check", "require", "row_numbers", "value_check"]
 
 
 @dataclass(frozen=True)
@@ -14,12 +15,14 @@ class Check:
     """A condition on the rows of an argument.
 
     Args:
-        holds: for which rows it holds, bool (B,).
+        holds: for which rows it holds, bool (B,); of one number if the condition is on the whole batch.
         tell: the message for one for which it does not.
+        warning: whether a failure is a warning, and not an error.
     """
 
     holds: Tensor
     tell: Callable[[int], str]
+    warning: bool = False
 
 
 def value_check(holds: Tensor, name: str, value: Tensor, rule: str) -> Check:
@@ -36,14 +39,40 @@ def finite_check(squares: Tensor, name: str) -> Check:
 
 
 def require(*checks: Check) -> None:
-    """Look once whether all `checks` (at least one) hold.
+    """Look once whether all `checks` hold.
 
     Raises:
         ValueError: for the first row of the first check that does not.
+
+    Warns:
+        UserWarning: for the first row of each check that does not and is a warning.
     """
-    if bool(torch.stack([check.holds.all() for check in checks]).all()):
+    if not checks or bool(torch.stack([check.holds.all() for check in checks]).all()):
         return
-    for check in checks:
+    for check in sorted(checks, key=lambda check: check.warning):
         failing = (~check.holds).nonzero()
         if len(failing):
-            raise ValueError(check.tell(int(failing[0, 0])))
+            message = check.tell(int(failing[0, 0]))
+            if not check.warning:
+                raise ValueError(message)
+            warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def row_numbers(name: str, value: object, x: Tensor) -> Tensor:
+    """Check that the argument `name` is one integer per row of the batch `x` (B, ...), and return it.
+
+    Raises:
+        TypeError: if it is no tensor.
+        ValueError: if its shape, dtype or device do not fit.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}: pass a tensor with one integer per row, shape ({len(x)},)."
+        )
+    if value.shape != x.shape[:1] or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}: pass one integer per row, shape ({len(x)},)."
+        )
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device}, the batch is on {x.device}: move one of them.")
+    return value

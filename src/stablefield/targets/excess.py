@@ -100,7 +100,9 @@ class Excess:
         """The share of the anchors that are references."""
         place, query = self._anchor.place, self._query
         logit = torch.zeros_like(self.anchor_square)
-        if place is None:
+        if query.source_prior is not None:
+            logit = query.source_prior
+        elif place is None:
             logit.fill_(-torch.inf)
         else:
             if query.log_prior is not None:

@@ -8,6 +8,8 @@ To a compiler it is one operator, `torch.ops.stablefield.posterior`: what it doe
 precision, is neither traced nor taken apart.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -121,6 +123,11 @@ def compute(
     query = Query.checked(x_t, alpha, sigma, bank, source, group, reference_group, log_prior, fixed=True, wide=wide)
     with full_precision(x_t.device):
         rows = None if anchor is None else anchor.reshape(query.x_t.shape).to(dtype)
+        if rows is not None and source is not None:
+            # As `StableTarget` does elsewhere: the sample as it is stored, and the same noise.
+            stored = bank.rows(source, dtype)
+            moved = torch.addcmul(query.x_t, query.alpha.to(dtype)[:, None], stored - rows)
+            query, rows = replace(query, x_t=moved), stored
         found = find_anchor(query, bank) if rows is None else Anchor(rows, source)
         excess = Excess(query, found, bank, kernel)
         partial = accumulate_all(query, found, bank, excess, kernel, excess.own, mirrored, chunk_size)

@@ -44,7 +44,7 @@ def finish(partial: Partial, query: Query, excess: Excess, kernel: Kernel) -> Po
     """
     served = ~torch.isneginf(partial.peak)
     # A source serves its row (its group has been found to fit), unless its prior excludes it: no look is needed to know it.
-    unsure = query.source is None or query.log_prior is not None
+    unsure = query.source is None or (query.log_prior is not None and query.source_prior is None)
     if unsure and not query.fixed and not bool(served.all()):
         row = int((~served).nonzero()[0, 0])
         of_group = "" if query.group is None else f" (group {int(query.group[row])})"
@@ -56,7 +56,9 @@ def finish(partial: Partial, query: Query, excess: Excess, kernel: Kernel) -> Po
     variance = (partial.energy / partial.mass - squared_norms(mean)).clamp(min=0)
     own = None
     if query.source is not None:
-        prior = torch.zeros_like(partial.peak) if query.log_prior is None else query.log_prior[query.source]
+        prior = query.source_prior
+        if prior is None:
+            prior = torch.zeros_like(partial.peak) if query.log_prior is None else query.log_prior[query.source]
         own = (torch.exp(prior - partial.peak) / partial.mass).to(narrow)
     at_anchor = kernel.log_density(excess.anchor_square, query.sigma, query.x_t.shape[1])
     return Posterior(

@@ -28,6 +28,8 @@ class Query:
         group: condition of each row, shape (B,), or None.
         reference_group: condition of each reference, shape (n,), or None.
         log_prior: log prior weight of each reference, shape (n,), float64, or None.
+        source_prior: log prior weight of each row's own source on the scale of `log_prior`, shape (B,), float64; None where
+            it is that of its place. A source that is no reference (-1) is then one for its own row.
         like: x_t as it was given, whose shape and dtype the mean takes.
         fixed: whether what is computed must not depend on values, see `reading`.
         wide: whether logits of all rows are made in float64: of use where `fixed` forbids to ask which rows need it.
@@ -43,6 +45,7 @@ class Query:
     like: Tensor
     fixed: bool = False
     wide: bool = False
+    source_prior: Tensor | None = None
 
     @property
     def watched(self) -> bool:
@@ -60,6 +63,7 @@ class Query:
         group: Tensor | None = None,
         reference_group: Tensor | None = None,
         log_prior: Tensor | None = None,
+        source_prior: Tensor | None = None,
         *,
         fixed: bool = False,
         wide: bool = False,
@@ -117,8 +121,11 @@ class Query:
                 )
             # Only differences count; without the common part, they keep their digits in the dtype of the logits.
             largest = log_prior.to(scalar).max()
-            log_prior = (log_prior.to(scalar) - torch.where(largest.isneginf(), 0, largest)).to(dtype).to(scalar)
-        return cls(rows, alpha, sigma, source, group, reference_group, log_prior, x_t, fixed, wide)
+            common = torch.where(largest.isneginf(), 0, largest)
+            log_prior = (log_prior.to(scalar) - common).to(dtype).to(scalar)
+            if source_prior is not None:
+                source_prior = (source_prior.to(scalar) - common).to(dtype).to(scalar)
+        return cls(rows, alpha, sigma, source, group, reference_group, log_prior, x_t, fixed, wide, source_prior)
 
     def prior(self, where: slice) -> Tensor | None:
         """Log prior weights of the references of the slice, shape (c,), in the dtype of the logits; None if uniform."""

@@ -9,18 +9,26 @@ source is left out or held twice, or if references differ from the row in a cond
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from stablefield.reading import readable
-from stablefield.targets.bank import Bank, largest_magnitude
+from stablefield.targets.bank import Bank
+from stablefield.targets.check import Check, row_numbers, value_check
 from stablefield.targets.excess import Anchor
+from stablefield.targets.frequency import Frequencies
 from stablefield.targets.kernel import Kernel
 from stablefield.targets.partial import Partial
 from stablefield.targets.query import Query
 
 __all__ = ["Exchange", "InBatch", "Pool", "References", "Selection", "check_is_own", "choose", "own_gap"]
+
+_UNKNOWN_LABEL = (
+    "-1 means a label that was dropped for guidance, and a label that is not known is no such thing; give samples "
+    "without a label one of their own, such as the largest plus 1"
+)
 
 
 @dataclass(frozen=True)
@@ -33,8 +41,13 @@ class Selection:
         group: condition of each reference, shape (n,), or None.
         mirrored: whether the mirror image (last axis) of each reference is a reference, too.
         exchange: how to ask the ranks that hold other references, or None; `source` then counts in the whole set.
-        unsure: of which rows it must still be looked whether they are the references at `source`: those that use references,
-            all of them (where their index has decided which references there are), or none.
+        stored: the bank that holds each row's own sample, and where, shape (B,); None if the references are the rows
+            themselves, or lie with other ranks. Rows are compared with it.
+        unsure: of which rows: those that use references, or all of them (where their index has decided which references
+            there are).
+        log_prior: log prior weight of each reference, shape (n,), float64; None if uniform.
+        source_prior: log prior weight of each row's own sample on the same scale, shape (B,), float64; needed with
+            `log_prior`. `source` may then be -1, for one that is in the set of its own row alone.
     """
 
     bank: Bank
@@ -42,7 +55,10 @@ class Selection:
     group: Tensor | None
     mirrored: bool = False
     exchange: "Exchange | None" = None
-    unsure: Literal["using", "all", "none"] = "using"
+    stored: tuple[Bank, Tensor] | None = None
+    unsure: Literal["using", "all"] = "using"
+    log_prior: Tensor | None = None
+    source_prior: Tensor | None = None
 
 
 class Exchange(Protocol):
@@ -57,6 +73,35 @@ class Exchange(Protocol):
 
 class References(Protocol):
     """What a stable target asks of a reference policy."""
+
+    @property
+    def group(self) -> Tensor | None:
+        """Condition of each sample, where the policy knows it; `StableTarget` then asks for those of the rows."""
+        ...
+
+    def checks(
+        self,
+        x0: Tensor,
+        group: Tensor | None,
+        reference_group: Tensor | None,
+        index: Tensor | None,
+        alone: Tensor | None,
+        count: bool,
+    ) -> list[Check]:
+        """What the values of a call must meet, to be looked at together with others.
+
+        Args:
+            x0: the sources as they were given, shape (B, ...).
+            group: condition that the network sees for each row, shape (B,), or None.
+            reference_group: true condition of each row, shape (B,), or None.
+            index: place of each row in the data set, shape (B,), or None.
+            alone: rows that use their source alone, bool (B,), or None.
+            count: whether to count the rows, to compare how often each was drawn with what is assumed.
+
+        Raises:
+            ValueError: if `index` is missing, or shapes or devices do not fit.
+        """
+        ...
 
     def select(
         self, x0: Tensor, group: Tensor | None, index: Tensor | None, generator: torch.Generator | None
@@ -74,7 +119,30 @@ class References(Protocol):
 
 @dataclass(frozen=True)
 class InBatch:
-    """The batch itself: every row's clean sample is a reference for all rows."""
+    """The batch itself: every row's clean sample is a reference for all rows.
+
+    Each row's target varies less, but the rows of a batch then share all their references, and the variance of the batch's
+    gradient can rise: see "One row and a batch" in the theory. Prefer a `Pool` where you have the data.
+    """
+
+    @property
+    def group(self) -> None:
+        """None: the batch's own conditions serve."""
+        return
+
+    def checks(  # noqa: D102
+        self,
+        x0: Tensor,  # noqa: ARG002
+        group: Tensor | None,  # noqa: ARG002
+        reference_group: Tensor | None,
+        index: Tensor | None,  # noqa: ARG002
+        alone: Tensor | None,
+        count: bool,  # noqa: ARG002
+    ) -> list[Check]:
+        if reference_group is None:
+            return []
+        known = reference_group >= 0 if alone is None else (reference_group >= 0) | alone
+        return [value_check(known, "reference_group", reference_group, _UNKNOWN_LABEL)]
 
     def select(  # noqa: D102
         self,
@@ -83,7 +151,7 @@ class InBatch:
         index: Tensor | None,  # noqa: ARG002
         generator: torch.Generator | None,  # noqa: ARG002
     ) -> Selection:
-        return Selection(Bank(x0), torch.arange(len(x0), device=x0.device), group, unsure="none")
+        return Selection(Bank(x0), torch.arange(len(x0), device=x0.device), group)
 
 
 class Pool:
@@ -94,15 +162,21 @@ class Pool:
     Args:
         data: the clean samples, shape (n, ...), floating point, or uint8 images that mean data / 127.5 - 1. A tensor on the
             device of the training batches; or a numpy array, such as a memory map of a file larger than memory, which is
-            brought to the device of the batch chunk by chunk. Norms are computed once and kept: do not change the data in
-            place afterwards.
+            brought to the device of the batch chunk by chunk. Norms are computed once and kept: do not change an array in
+            place afterwards (a tensor that was changed is noticed).
         size: number of references per batch; None for the whole array.
-        group: condition of each sample, integers of shape (n,), or None.
+        group: condition of each sample, integers from 0, shape (n,), or None. A sample whose label is not known needs one
+            of its own (such as the largest plus 1, for "unknown"): that it is missing is information.
         mirrored: use the mirror image (last axis) of each reference, too. For data sets doubled by random flips that the
             network is not told of; the set then has 2 `size` members.
+        weights: how likely each sample is to be drawn for a batch, shape (n,), on any scale, not negative; equally likely if
+            None. It is the prior of the posterior: give what your sampler uses. With `size`, the references are then drawn
+            uniformly from all samples, and each row's own is added for that row alone.
 
     Raises:
-        ValueError: if `data` is empty or of another dtype, `size` is not between 1 and n, or `group` does not fit.
+        TypeError: if `data` is neither a tensor nor an array, or `size` is no whole number.
+        ValueError: if `data` is empty or of another dtype, `size` is not between 1 and n, or `group` or `weights` do not
+            fit.
     """
 
     def __init__(
@@ -112,7 +186,12 @@ class Pool:
         group: Tensor | None = None,
         *,
         mirrored: bool = False,
+        weights: Tensor | NDArray[Any] | None = None,
     ) -> None:
+        if not isinstance(data, Tensor | np.ndarray):
+            raise TypeError(f"Pool data are a {type(data).__name__}: pass a tensor or a numpy array of shape (n, ...).")
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool)):
+            raise TypeError(f"Pool size is {size!r}: pass a whole number of references, or None for all samples.")
         if data.ndim < 2 or len(data) == 0:
             raise ValueError(f"Pool data have shape {tuple(data.shape)}: pass at least one sample, shape (n, ...).")
         if isinstance(data, Tensor):
@@ -128,12 +207,16 @@ class Pool:
                 f"Pool group has shape {tuple(group.shape)} and dtype {group.dtype}: "
                 f"it needs one integer per sample, shape ({len(data)},)."
             )
+        if group is not None and bool((group < 0).any()):
+            raise ValueError(f"Pool group is {int(group.min())} at sample {int(group.argmin())}: {_UNKNOWN_LABEL}.")
         self.size = size
         self.group = group
         self.mirrored = mirrored
+        self.weights = None if weights is None else _checked_weights(weights, len(data))
         self._bank = Bank(data)
         self._elsewhere: dict[torch.device, Bank] = {}
-        self._groups: dict[torch.device, Tensor] = {}
+        self._moved: dict[tuple[str, torch.device], Tensor] = {}
+        self._frequencies: Frequencies | None = None
 
     def __repr__(self) -> str:
         return f"Pool(<{len(self._bank)} samples>, size={self.size}, mirrored={self.mirrored})"
@@ -159,100 +242,186 @@ class Pool:
             self._elsewhere[device] = Bank(self.data, device)
         return self._elsewhere[device]
 
+    def checks(
+        self,
+        x0: Tensor,
+        group: Tensor | None,
+        reference_group: Tensor | None,  # noqa: ARG002
+        index: Tensor | None,
+        alone: Tensor | None,
+        count: bool,
+    ) -> list[Check]:
+        """What the values of a call must meet, as described at `References`.
+
+        Raises:
+            ValueError: if `index` is missing, or shapes or devices do not fit.
+        """
+        index, _ = self._fitting(x0, group, index)
+        n, device = len(self._bank), x0.device
+        exempt = torch.zeros_like(index, dtype=torch.bool) if alone is None else alone
+        there = (index >= 0) & (index < n)
+        place = index.clamp(0, n - 1)
+        checks = [value_check(there | exempt, "index", index, f"the Pool holds samples 0 to {n - 1}")]
+        if group is not None:
+            own = self._on("group", device)
+            assert own is not None
+            fits = (group == -1) | (group == own[place]) | exempt
+            rule = "the Pool has another label for the row's own sample; pass the label of each row, or -1 for none"
+            checks.append(value_check(fits, "group", group, rule))
+        weights = self._on("weights", device)
+        if weights is not None:
+            rule = "its weight in the Pool is 0, so it cannot have been drawn; give the weights that your sampler uses"
+            checks.append(value_check((weights[place] > 0) | exempt, "index", index, rule))
+        if not count:
+            return checks
+        if self._frequencies is None:
+            uniform = torch.ones(n, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+            self._frequencies = Frequencies(uniform if weights is None else weights, self._on("group", device))
+        counted = None if alone is None else ~alone
+        frequent = self._frequencies.add(index, None if group is None else group >= 0, counted)
+        return checks if frequent is None else [*checks, frequent]
+
     def select(
         self, x0: Tensor, group: Tensor | None, index: Tensor | None, generator: torch.Generator | None
     ) -> Selection:
         """Choose the references of a batch, as described at `References`.
 
         Raises:
-            ValueError: if `index` is missing or out of range, `size` is below the batch's distinct samples, or devices
-                differ.
+            ValueError: if `index` is missing, `size` is below the batch's distinct samples, or shapes or devices do not fit.
         """
-        n = len(self._bank)
-        if index is None:
-            raise ValueError("index is missing: a Pool needs the place of each row of the batch in its data.")
-        if index.shape != x0.shape[:1] or index.is_floating_point() or index.dtype == torch.bool:
-            raise ValueError(
-                f"index has shape {tuple(index.shape)} and dtype {index.dtype}: one integer per row is needed."
-            )
-        if index.device != x0.device:
-            raise ValueError(f"index on {index.device}, the batch on {x0.device}: move them to one device.")
-        bank = self.bank(x0.device)
-        if x0.shape[1:] != self.data.shape[1:]:
-            raise ValueError(
-                f"rows of x0 have shape {tuple(x0.shape[1:])}, the Pool's {tuple(self.data.shape[1:])}: they must agree."
-            )
-        if readable(x0.device):
-            if not bool(((index >= 0) & (index < n)).all()):
-                raise ValueError(f"index runs from {index.min()} to {index.max()}: the Pool holds 0 to {n - 1}.")
-        elif self._draws:
+        index, bank = self._fitting(x0, group, index)
+        if self._draws and not readable(x0.device):
             raise ValueError(
                 f"the Pool's size is {self.size}: which references are drawn depends on the batch's index, which a compiled "
                 "or captured function cannot look at. Use the whole pool (size=None) with a noise_band and a capacity, or "
                 "keep the target out of what is compiled: torch.compiler.disable(target.__call__)."
             )
-        index = index.long()
+        groups, weights = self._on("group", x0.device), self._on("weights", x0.device)
+        stored = (bank, index)
+        if weights is None and not self._draws:
+            return Selection(bank, index, groups, self.mirrored, stored=stored)
+        if weights is None:
+            assert self.size is not None
+            chosen, source = choose(len(bank), index, self.size, generator)
+            groups = None if groups is None else groups[chosen]
+            return Selection(bank.take(chosen), source, groups, self.mirrored, stored=stored, unsure="all")
+        log_prior = weights.log()
+        source_prior = log_prior[index]
+        if not self._draws:
+            return Selection(
+                bank, index, groups, self.mirrored, stored=stored, log_prior=log_prior, source_prior=source_prior
+            )
+        assert self.size is not None
+        chosen = _others(len(bank), index.new_empty(0), self.size, generator)
+        place = torch.full((len(bank),), -1, device=x0.device)
+        place[chosen] = torch.arange(len(chosen), device=x0.device)
+        groups = None if groups is None else groups[chosen]
+        return Selection(
+            bank.take(chosen),
+            place[index],
+            groups,
+            self.mirrored,
+            stored=stored,
+            log_prior=log_prior[chosen],
+            source_prior=source_prior,
+        )
+
+    def _fitting(self, x0: Tensor, group: Tensor | None, index: Tensor | None) -> tuple[Tensor, Bank]:
+        """The index and the samples as a bank on the device of the batch, if the arguments of a call fit."""
+        if index is None:
+            raise ValueError("index is missing: a Pool needs the place of each row of the batch in its data.")
+        index = row_numbers("index", index, x0).long()
+        bank = self.bank(x0.device)
+        if x0.shape[1:] != self.data.shape[1:]:
+            raise ValueError(
+                f"rows of x0 have shape {tuple(x0.shape[1:])}, the Pool's {tuple(self.data.shape[1:])}: they must agree."
+            )
         if group is not None and self.group is None:
             raise ValueError(
                 "group is given, but the Pool has none: pass Pool(..., group=...), one integer per sample."
             )
-        reference_group = self._group_on(x0.device)
-        if not self._draws:
-            return Selection(bank, index, reference_group, self.mirrored)
-        assert self.size is not None
-        chosen, source = choose(n, index, self.size, generator)
-        group = None if reference_group is None else reference_group[chosen]
-        return Selection(bank.take(chosen), source, group, self.mirrored, unsure="all")
+        return index, bank
 
     @property
     def _draws(self) -> bool:
         """Whether each batch has references of its own."""
         return self.size is not None and self.size < len(self._bank)
 
-    def _group_on(self, device: torch.device) -> Tensor | None:
-        if self.group is None or self.group.device == device:
-            return self.group
-        if device not in self._groups:
-            self._groups[device] = self.group.to(device)
-        return self._groups[device]
+    def _on(self, name: Literal["group", "weights"], device: torch.device) -> Tensor | None:
+        """The conditions or the weights on `device`."""
+        value = self.group if name == "group" else self.weights
+        if value is None or value.device == device:
+            return value
+        if (name, device) not in self._moved:
+            self._moved[name, device] = value.to(device, torch.float32 if device.type == "mps" else None)
+        return self._moved[name, device]
 
     def subset(self, index: Tensor) -> "Pool":
         """The whole pool of the samples at `index`, integers (m,), with what is known of their norms."""
         part = Pool.__new__(Pool)
         part.size, part.mirrored = None, self.mirrored
         part.group = None if self.group is None else self.group[index]
-        part._bank, part._elsewhere, part._groups = self._bank.take(index), {}, {}
+        part.weights = None if self.weights is None else self.weights[index]
+        part._bank, part._elsewhere, part._moved = self._bank.take(index), {}, {}
+        part._frequencies = None
         return part
 
 
-def own_gap(x0: Tensor, index: Tensor, bank: Bank) -> tuple[Tensor, Tensor]:
-    """Largest difference between each row of `x0` and the reference at its index, and whether it is another sample, (B,)."""
+def _checked_weights(weights: Tensor | NDArray[Any], n: int) -> Tensor:
+    """The weights of `n` samples in float64, the largest 1."""
+    values = torch.as_tensor(weights).detach()
+    if values.shape != (n,) or values.is_complex() or values.dtype == torch.bool:
+        raise ValueError(
+            f"Pool weights have shape {tuple(values.shape)} and dtype {values.dtype}: pass one number per sample, ({n},)."
+        )
+    values = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+    bad = ~((values >= 0) & values.isfinite())
+    if bool(bad.any()):
+        place = int(bad.nonzero()[0, 0])
+        raise ValueError(
+            f"Pool weights are {values[place].item():g} at sample {place}: pass finite numbers, 0 or more."
+        )
+    if not bool((values > 0).any()):
+        raise ValueError("Pool weights are all 0: give each sample that can be drawn a positive weight.")
+    return values / values.max()
+
+
+def own_gap(x0: Tensor, index: Tensor, bank: Bank, rounded: bool = True) -> tuple[Tensor, Tensor]:
+    """Largest difference between each row of `x0` and the reference at its index, and whether it is another sample, (B,).
+
+    Args:
+        x0: the rows, shape (B, ...).
+        index: their places, shape (B,).
+        bank: the references.
+        rounded: whether the references may have been rounded to the dtype in which they are stored.
+    """
     rows = bank.rows(index, x0.dtype if x0.dtype == torch.float64 else torch.float32)
-    size = largest_magnitude(rows)
-    gap = largest_magnitude(rows.sub_(x0.reshape(rows.shape)))
-    return gap, gap > 0.01 * (1 + size)
+    eps = max(torch.finfo(x0.dtype).eps, bank.eps if rounded else torch.finfo(torch.float32).eps)
+    gap = (rows - x0.reshape(rows.shape)).abs_()
+    # Rounding of each number, and a hundredth of the spread of the data for arithmetic that differs.
+    wrong = (gap - 4 * eps * rows.abs_()).amax(1) > 0.01 * bank.spread + torch.finfo(rows.dtype).tiny
+    return gap.amax(1), wrong | ~(gap.amax(1) >= 0)
 
 
-def check_is_own(x0: Tensor, source: Tensor, bank: Bank, rows: Tensor, index: Tensor | None) -> None:
-    """Look whether each row is the reference that it is said to be.
+def check_is_own(x0: Tensor, index: Tensor, bank: Bank, rows: Tensor) -> None:
+    """Look whether each row is the sample that it is said to be.
 
     Args:
         x0: the rows that use references, shape (B, ...).
-        source: the reference that each is, shape (B,).
-        bank: the references.
+        index: the sample that each is said to be, shape (B,).
+        bank: the samples.
         rows: where the rows are in the user's batch, shape (B,).
-        index: where they are in the user's data, shape (B,), if that is known.
 
     Raises:
         ValueError: if one is not. Its source would not be among the references, which biases the target silently.
     """
-    gap, wrong = own_gap(x0, source, bank)
+    gap, wrong = own_gap(x0, index, bank)
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0, 0])
-        sample = int((source if index is None else index)[row])
         raise ValueError(
-            f"row {int(rows[row])} of x0 is not sample {sample} of the Pool (largest difference {gap[row].item():.3g}): "
-            "pass flip= for mirrored rows, alone= for rows with another augmentation of their own, or the right index."
+            f"row {int(rows[row])} of x0 is not sample {int(index[row])} of the Pool (largest difference "
+            f"{gap[row].item():.3g}): pass flip= for mirrored rows, alone= for rows with another augmentation of their own, "
+            "or the right index."
         )
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from stablefield.reading import readable
 from stablefield.targets.bank import Bank
+from stablefield.targets.check import Check, row_numbers, value_check
 from stablefield.targets.excess import Anchor, Excess
 from stablefield.targets.kernel import Kernel
 from stablefield.targets.partial import Partial
@@ -98,6 +99,31 @@ class ShardedPool:
     def __repr__(self) -> str:
         return f"ShardedPool(<{len(self.pool.data)} of {self.total} samples, from {self.start}>)"
 
+    @property
+    def group(self) -> Tensor | None:
+        """Condition of each of this rank's samples."""
+        return self.pool.group
+
+    def checks(
+        self,
+        x0: Tensor,
+        group: Tensor | None,
+        reference_group: Tensor | None,  # noqa: ARG002
+        index: Tensor | None,
+        alone: Tensor | None,
+        count: bool,  # noqa: ARG002
+    ) -> list[Check]:
+        """What the values of a call must meet, as described at `References`.
+
+        Raises:
+            ValueError: if `index` is missing, or shapes or groups do not fit.
+        """
+        index = self._fitting(x0, group, index)
+        there = (index >= 0) & (index < self.total)
+        if alone is not None:
+            there = there | alone
+        return [value_check(there, "index", index, f"the ranks hold samples 0 to {self.total - 1} together")]
+
     def select(
         self,
         x0: Tensor,
@@ -108,20 +134,19 @@ class ShardedPool:
         """The shard and how to ask the others, as described at `References`; nothing is drawn.
 
         Raises:
-            ValueError: if `index` is missing or out of range, or devices, shapes or groups do not fit.
+            ValueError: if `index` is missing, or devices, shapes or groups do not fit.
         """
-        if index is None:
-            raise ValueError("index is missing: a ShardedPool needs the place of each row in the data of all ranks.")
-        if index.shape != x0.shape[:1] or index.is_floating_point() or index.dtype == torch.bool:
-            raise ValueError(
-                f"index has shape {tuple(index.shape)} and dtype {index.dtype}: one integer per row is needed."
-            )
+        index = self._fitting(x0, group, index)
         if not readable(x0.device):
             raise ValueError(f"{self} cannot be compiled or captured: its ranks wait for each other's rows.")
-        if not bool(((index >= 0) & (index < self.total)).all()):
-            raise ValueError(
-                f"index runs from {index.min()} to {index.max()}: the ranks hold 0 to {self.total - 1} together."
-            )
+        own_group = None if self.pool.group is None else self.pool.group.to(x0.device)
+        # Rows are compared with their samples where these are.
+        exchange = _Exchange(self._ranks, self.start, own_group)
+        return Selection(self.pool.bank(x0.device), index, own_group, self.pool.mirrored, exchange)
+
+    def _fitting(self, x0: Tensor, group: Tensor | None, index: Tensor | None) -> Tensor:
+        if index is None:
+            raise ValueError("index is missing: a ShardedPool needs the place of each row in the data of all ranks.")
         if x0.shape[1:] != self.pool.data.shape[1:]:
             raise ValueError(
                 f"rows of x0 have shape {tuple(x0.shape[1:])}, the pool's {tuple(self.pool.data.shape[1:])}: "
@@ -131,11 +156,7 @@ class ShardedPool:
             raise ValueError(
                 "group is given, but the ShardedPool has none: pass ShardedPool(..., group=...), one integer per sample."
             )
-        own_group = None if self.pool.group is None else self.pool.group.to(x0.device)
-        bank = self.pool.bank(x0.device)
-        exchange = _Exchange(self._ranks, self.start, own_group)
-        # Rows are compared with their samples where these are.
-        return Selection(bank, index.long(), own_group, self.pool.mirrored, exchange, unsure="none")
+        return row_numbers("index", index, x0).long()
 
 
 @dataclass(frozen=True)
@@ -186,7 +207,8 @@ class _Exchange:
                 raise ValueError(
                     f"row {row} of the rows in the noise band is not sample {int(query.source[row])} of the pool (largest "
                     f"difference {part[row, 5].item():.3g}): pass flip= for mirrored rows, alone= for rows with another "
-                    "augmentation of their own, or the right index."
+                    "augmentation of their own, or the right index. Shards in half precision need rows that were rounded "
+                    "alike: take x0 from them."
                 )
         merged = Partial.empty(*_shape(x), x.dtype, x.device)
         for part, total in zip(home, totals, strict=True):
@@ -242,7 +264,7 @@ class _Exchange:
         # left out here.
         partial = Partial.empty(*_shape(x), x.dtype, x.device, level=torch.zeros_like(alpha))
         partial = accumulate_all(asked, anchor, bank, excess, kernel, partial, mirrored, chunk_size)
-        gap, wrong = own_gap(rows, place.clamp(min=0), bank)
+        gap, wrong = own_gap(rows, place.clamp(min=0), bank, rounded=False)
         return partial, torch.where(here, gap, 0), here & wrong
 
 

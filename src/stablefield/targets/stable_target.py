@@ -19,8 +19,10 @@ from torch import Tensor
 
 from stablefield.diffusion.process import Process
 from stablefield.reading import readable
-from stablefield.shapes import row_values
-from stablefield.targets.check import require, value_check
+from stablefield.shapes import per_row, row_values
+from stablefield.targets.bank import Bank
+from stablefield.targets.check import Check, finite_check, require, row_numbers, value_check
+from stablefield.targets.consistency import consistency_checks
 from stablefield.targets.excess import Anchor, Excess
 from stablefield.targets.fixed import fixed_posterior
 from stablefield.targets.kernel import GaussianKernel, Kernel
@@ -41,7 +43,9 @@ class StableTarget:
 
     Args:
         process: the process that makes x_t.
-        references: the reference policy: `InBatch()`, a `Pool`, or a `ShardedPool` over many processes.
+        references: the reference policy: a `Pool`, a `ShardedPool` over many processes, or `InBatch()`. Every set lowers the
+            variance of each row's target; that of the batch's gradient falls only with references well beyond the batch,
+            since rows share theirs: best the whole data set, last the batch itself.
         noise_band: rows whose noise level sigma / alpha is below this use their source alone. Exactly unbiased for every
             value, since the rule does not look at the data; worth it where the source has all the weight anyway, because
             those rows then cost nothing. `pick_noise_band` finds such a level.
@@ -49,7 +53,11 @@ class StableTarget:
         chunk_size: references per matrix product; chosen by memory if None.
         capacity: how many rows of a batch, the noisiest, may use references; None for all. As exactly unbiased as the band,
             and it makes the work of a call the same for all batches. In a compiled or captured function, where work cannot
-            depend on how many rows are in the band, it is what makes a band save work.
+            depend on how many rows are in the band, it is what makes a band save work. Rows of equal noise are chosen at
+            random.
+        validate_args: compare x_t with x0, t and noise, as `consistency` describes, and how often samples are drawn with
+            what the `Pool` assumes. False for rows that you choose yourself, such as a grid of noisy samples, or that the
+            process did not make in every dimension, such as masked data. All other checks stay.
 
     Raises:
         ValueError: if `noise_band` is negative or NaN, or `capacity` is not a whole number from 1.
@@ -57,11 +65,12 @@ class StableTarget:
 
     process: Process
     _: KW_ONLY
-    references: References = field(default_factory=InBatch)
+    references: References
     noise_band: float = 0.0
     kernel: Kernel = field(default_factory=GaussianKernel)
     chunk_size: int | None = None
     capacity: int | None = None
+    validate_args: bool = True
 
     def __post_init__(self) -> None:
         if not self.noise_band >= 0:
@@ -92,7 +101,8 @@ class StableTarget:
             x_t: noisy samples, process.perturb(x0, t), shape (B, ...).
             t: times, a float or shape (B,).
             group: condition that the network sees for each row, integers (B,); -1 where it sees none (label dropped for
-                guidance), which lets the row use all references. Without it all rows use all references.
+                guidance, independently of the sample), which lets the row use all references. Needed if the references have
+                conditions; otherwise all rows use all references.
             index: place of each row in the data of the `Pool`, integers (B,).
             noise: the noise in x_t, shape (B, ...), if it is at hand: the noise, v and velocity of a row that has its own
                 source alone are then bit for bit those of the usual loop.
@@ -101,44 +111,48 @@ class StableTarget:
             flip: which rows of x0 are mirror images, bool, (B,) for the last axis, or (B, m) with column j for axis -1-j.
                 The references are flipped likewise for these rows (if `Pool.mirrored`: the set holds both anyway).
             alone: rows that use their source alone, bool (B,): those with an augmentation of their own.
-            generator: where the references are drawn from.
+            generator: where the references are drawn from, and which rows of equal noise the `capacity` takes.
 
         Returns:
             The target of each row.
 
         Raises:
-            ValueError: if shapes, dtypes or devices do not fit, data are not finite, or the references cannot be chosen.
+            TypeError: if an argument is no tensor.
+            ValueError: if shapes, dtypes or devices do not fit, data are not finite, t is outside of the process's range,
+                x_t is not what the process makes of x0 at t, or the references cannot be chosen.
+
+        Warns:
+            UserWarning: once, if the rows seen so far were not drawn from a `Pool` as it assumes.
         """
         _check_pair(x0, x_t, noise)
         t = row_values("t", t, x0)
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         look = readable(x0.device)
-        if look:
-            require(
-                value_check((sigma >= 0) & sigma.isfinite(), "sigma", sigma, "it must not be negative: check t"),
-                value_check(alpha.isfinite(), "alpha", alpha, "it must be finite: check t"),
-            )
         for name, value in (("group", group), ("reference_group", reference_group), ("index", index)):
-            if value is not None and value.shape != x0.shape[:1]:
-                raise ValueError(
-                    f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}: one integer per row is needed, "
-                    f"shape ({len(x0)},)."
-                )
-        alone = None if alone is None else _flags("alone", alone, x0)
-        mirror = None if flip is None else _flags("flip", flip, x0, columns=True)
-        level = sigma / alpha
+            if value is not None:
+                row_numbers(name, value, x0)
         # A band without an upper end is DSM, also where alpha is 0 and the noise level infinite.
         single = self.noise_band == math.inf
-        use = torch.zeros_like(level, dtype=torch.bool) if single else level >= self.noise_band
+        if group is None and not single and self.references.group is not None:
+            raise ValueError(
+                f"group is missing: {self.references} has a label for each sample. Pass the label of each row, or "
+                "torch.full((len(x0),), -1) for a network that sees none, or references without labels."
+            )
+        alone = None if alone is None else _flags("alone", alone, x0)
+        mirror = None if flip is None else _flags("flip", flip, x0, columns=True)
+        if look:
+            require(*self._checks(x0, x_t, t, alpha, sigma, group, reference_group, index, noise, alone))
+        level = sigma / alpha
+        # Without noise a row can only be its source.
+        use = torch.zeros_like(level, dtype=torch.bool) if single else (level >= self.noise_band) & (sigma > 0)
         if alone is not None:
             use = use & ~alone
         if single:
             rows = torch.zeros(0, dtype=torch.long, device=x0.device)
         elif look:
-            rows = _noisiest(level, use, self.capacity)
+            rows = _noisiest(level, use, self.capacity, generator)
         else:
-            use = use & (sigma > 0)
-            rows = _noisiest_of_a_fixed_number(level, use, self.capacity)
+            rows = _noisiest_of_a_fixed_number(level, use, self.capacity, generator)
         # What a row has that uses its source alone.
         zero = torch.zeros(len(x0), dtype=torch.promote_types(x0.dtype, torch.float32), device=x0.device)
         values = [x0, zero, zero + 1, zero + 1]
@@ -155,6 +169,34 @@ class StableTarget:
         mean, variance, ess, source_weight = values
         return Target(mean, variance, ess, source_weight, x0, x_t, self.process, t, self.kernel, noise)
 
+    def _checks(
+        self,
+        x0: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        group: Tensor | None,
+        reference_group: Tensor | None,
+        index: Tensor | None,
+        noise: Tensor | None,
+        alone: Tensor | None,
+    ) -> list[Check]:
+        """What the values of the arguments must meet, looked at together."""
+        checks = [
+            value_check((sigma >= 0) & sigma.isfinite(), "sigma", sigma, "it must not be negative: check t"),
+            value_check(alpha.isfinite(), "alpha", alpha, "it must be finite: check t"),
+        ]
+        if self.validate_args:
+            checks += consistency_checks(self.process, self.kernel, x0, x_t, t, alpha, sigma, noise, alone)
+        else:
+            rest = torch.ones_like(sigma, dtype=torch.bool) if alone is None else ~alone
+            sizes = [torch.where(rest, x.flatten(1).to(sigma.dtype).norm(dim=1), 0) for x in (x0, x_t)]
+            checks += [finite_check(size, name) for size, name in zip(sizes, ("x0", "x_t"), strict=True)]
+        if self.noise_band == math.inf:  # no reference is asked for
+            return checks
+        return checks + self.references.checks(x0, group, reference_group, index, alone, self.validate_args)
+
     def _posterior(
         self, batch: "_Batch", rows: Tensor, alone: Tensor | None, generator: torch.Generator | None
     ) -> Posterior:
@@ -166,18 +208,31 @@ class StableTarget:
             places = (~alone).nonzero()[:, 0]
             shared = batch.at(places)
         selection = self.references.select(shared.x0, shared.truth, shared.index, generator)
-        bank, kernel, exchange = selection.bank, self.kernel, selection.exchange
-        if selection.unsure == "all":
-            check_is_own(shared.x0, selection.source, bank, places, shared.index)
-        source = selection.source[rows if alone is None else ((~alone).cumsum(0) - 1)[rows]]
+        bank, kernel, exchange, stored = selection.bank, self.kernel, selection.exchange, selection.stored
+        if stored is not None and selection.unsure == "all":
+            check_is_own(shared.x0, stored[1], stored[0], places)
+        among = rows if alone is None else ((~alone).cumsum(0) - 1)[rows]
+        source, source_prior = selection.source[among], selection.source_prior
+        source_prior = None if source_prior is None else source_prior[among]
         if len(rows) < len(batch.x0):
             batch = batch.at(rows)
-        if selection.unsure == "using":
-            check_is_own(batch.x0, source, bank, rows, batch.index)
+        if stored is not None:
+            if selection.unsure == "using":
+                check_is_own(batch.x0, stored[1][among], stored[0], rows)
+            batch = _as_stored(batch, stored[1][among], stored[0])
         reference_group = None if batch.group is None else selection.group
-        # Sources of other ranks are no references of this bank.
-        own = source if exchange is None else None
-        query = Query.checked(batch.x_t, batch.alpha, batch.sigma, bank, own, batch.group, reference_group)
+        query = Query.checked(
+            batch.x_t,
+            batch.alpha,
+            batch.sigma,
+            bank,
+            # Sources of other ranks, and those that are in the set of their own row alone, are no references of this bank.
+            source if exchange is None and source_prior is None else None,
+            batch.group,
+            reference_group,
+            selection.log_prior,
+            source_prior,
+        )
         query = replace(query, source=source)
         with full_precision(batch.x_t.device):
             anchor = Anchor(batch.x0.reshape(query.x_t.shape).to(query.x_t.dtype), source)
@@ -202,6 +257,7 @@ class StableTarget:
             x0 = torch.where(alone.reshape(-1, *(1,) * (x0.ndim - 1)), 0, x0)
         selection = self.references.select(x0, batch.truth, batch.index, generator)
         some = batch.at(rows)
+        log_prior = selection.log_prior if log_prior is None else log_prior
         return fixed_posterior(
             some.x_t,
             some.alpha,
@@ -230,7 +286,7 @@ class DenoisingTarget(StableTarget):
         Vincent, "A Connection Between Score Matching and Denoising Autoencoders", Neural Computation 2011, equation 17.
     """
 
-    references: References = field(default_factory=InBatch, init=False)
+    references: References = field(default_factory=InBatch, init=False)  # none is asked for
     noise_band: float = field(default=math.inf, init=False)
     kernel: Kernel = field(default_factory=GaussianKernel, init=False)
     chunk_size: int | None = field(default=None, init=False)
@@ -266,20 +322,39 @@ class _Batch:
         )
 
 
-def _noisiest(level: Tensor, use: Tensor, capacity: int | None) -> Tensor:
+def _as_stored(batch: "_Batch", source: Tensor, bank: Bank) -> "_Batch":
+    """The batch with the references at `source` in place of its clean samples, and the same noise.
+
+    A pool in half precision, or of bytes, holds samples that were rounded. Beside them a source that was not would be
+    favoured: its distance to x_t alone would be free of rounding.
+    """
+    stored = bank.rows(source, bank.dtype_with(batch.x_t)).view(batch.x0.shape)
+    moved = torch.addcmul(batch.x_t.to(stored.dtype), per_row(batch.alpha, stored), stored - batch.x0)
+    return replace(batch, x0=stored, x_t=moved)
+
+
+def _noisiest(level: Tensor, use: Tensor, capacity: int | None, generator: torch.Generator | None) -> Tensor:
     """The rows for which `use` is set, or the `capacity` noisiest of them, in their order."""
     rows = use.nonzero()[:, 0]
     if capacity is None or len(rows) <= capacity:
         return rows
-    # Of equal levels the first, as below.
-    return rows[level[rows].sort(descending=True, stable=True).indices[:capacity].sort().values]
+    return rows[_descending(level[rows], generator)[:capacity].sort().values]
 
 
-def _noisiest_of_a_fixed_number(level: Tensor, use: Tensor, capacity: int | None) -> Tensor:
-    """`capacity` rows, if there are as many, and among them those of `_noisiest`."""
+def _noisiest_of_a_fixed_number(
+    level: Tensor, use: Tensor, capacity: int | None, generator: torch.Generator | None
+) -> Tensor:
+    """`capacity` rows, if there are as many, and among them the noisiest for which `use` is set."""
     if capacity is None or len(level) <= capacity:
         return torch.arange(len(level), device=level.device)
-    return torch.where(use, level, -1).sort(descending=True, stable=True).indices[:capacity]
+    return _descending(torch.where(use, level, -1), generator)[:capacity]
+
+
+def _descending(level: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The order of descending levels, equal ones in random order: their places may depend on the data."""
+    device = level.device if generator is None else generator.device
+    order = torch.randperm(len(level), generator=generator, device=device).to(level.device)
+    return order[level[order].sort(descending=True, stable=True).indices]
 
 
 def _put(old: Tensor, rows: Tensor, keep: Tensor, new: Tensor) -> Tensor:
@@ -316,6 +391,9 @@ def _flags(name: str, value: Tensor, x0: Tensor, columns: bool = False) -> Tenso
 
 
 def _check_pair(x0: Tensor, x_t: Tensor, noise: Tensor | None) -> None:
+    for name, value in (("x0", x0), ("x_t", x_t), ("noise", noise)):
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}: pass a tensor of shape (B, ...).")
     if not x0.is_floating_point():
         raise ValueError(f"x0 has dtype {x0.dtype}: it must be floating point (uint8 images: x0 / 127.5 - 1).")
     if x0.ndim < 2 or len(x0) == 0:
@@ -329,3 +407,5 @@ def _check_pair(x0: Tensor, x_t: Tensor, noise: Tensor | None) -> None:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, x0 has {tuple(x0.shape)}: they must be equal.")
         if value.device != x0.device:
             raise ValueError(f"{name} is on {value.device}, x0 is on {x0.device}: move one of them.")
+        if not value.is_floating_point():
+            raise ValueError(f"{name} has dtype {value.dtype}: noise is floating point.")

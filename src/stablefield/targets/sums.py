@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from stablefield.targets.bank import Bank
+from stablefield.targets.bank import Bank, squared_norms
 from stablefield.targets.excess import Anchor, Excess
 from stablefield.targets.factor import factor_size, factors
 from stablefield.targets.kernel import Kernel
@@ -69,6 +69,8 @@ def accumulate_all(
         ValueError: if `chunk_size` is below 1.
     """
     partial = accumulate(query, bank, excess, partial, chunk_size)
+    if mirrored and query.source_prior is not None and anchor.place is not None:
+        partial = partial.merge(_own_image(query, anchor, bank, excess, kernel))
     return partial.merge(_mirrored(query, anchor, bank, kernel, partial.peak, chunk_size)) if mirrored else partial
 
 
@@ -88,17 +90,32 @@ def _mirrored(
         level: a logit that each row is known to reach, shape (B,).
         chunk_size: references per matrix product; chosen by memory if not given.
     """
-
-    def mirror(rows: Tensor) -> Tensor:
-        return rows.reshape(len(rows), *bank.data.shape[1:]).flip(-1).reshape(rows.shape)
-
-    image = replace(query, x_t=mirror(query.x_t), source=None)
-    excess = Excess(image, Anchor(mirror(anchor.rows), None), bank, kernel)
+    image = replace(query, x_t=_mirror(query.x_t, bank), source=None)
+    excess = Excess(image, Anchor(_mirror(anchor.rows, bank), None), bank, kernel)
     x = image.x_t
     partial = Partial.empty(x.shape[0], x.shape[1], x.dtype, x.device, level=level)
     partial = accumulate(image, bank, excess, partial, chunk_size)
-    partial.total = mirror(partial.total)
+    partial.total = _mirror(partial.total, bank)
     return partial
+
+
+def _own_image(query: Query, anchor: Anchor, bank: Bank, excess: Excess, kernel: Kernel) -> Partial:
+    """The share of the mirror images of the sources that are references for their own rows alone, shape (B,) and (B, d)."""
+    assert query.source_prior is not None
+    assert anchor.place is not None
+    rows = _mirror(anchor.rows, bank)
+    # |x - alpha m|^2 - |x - alpha a|^2 for the image m of the anchor a, in a form that does not cancel.
+    alpha = query.alpha.to(rows.dtype)[:, None]
+    gap = alpha * (anchor.rows - rows)
+    noise = torch.addcmul(query.x_t, alpha, anchor.rows, value=-1)
+    further = (gap * (gap + 2 * noise)).sum(1, dtype=query.sigma.dtype)[:, None]
+    logit = kernel.log_ratio(further, excess.anchor_square[:, None], query.sigma[:, None], rows.shape[1])[:, 0]
+    logit = (logit + query.source_prior).masked_fill(anchor.place >= 0, -torch.inf)
+    return Partial.of_one(logit.to(excess.anchor_square), squared_norms(rows), rows)
+
+
+def _mirror(rows: Tensor, bank: Bank) -> Tensor:
+    return rows.reshape(len(rows), *bank.data.shape[1:]).flip(-1).reshape(rows.shape)
 
 
 def _prior_weight(query: Query, where: slice, allowed: Tensor | None) -> Tensor:

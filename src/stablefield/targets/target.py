@@ -55,12 +55,13 @@ class Target:
 
     @property
     def source_noise(self) -> Tensor:
-        """The noise that made x_t from the source, shape (B, ...)."""
+        """The noise that made x_t from the source, shape (B, ...); where sigma is 0 and it is not known its mean, 0."""
         if self.given_noise is not None:
             return self.given_noise
         with torch.no_grad():
             alpha, sigma = (per_row(scale(self.t), self.source) for scale in (self.process.alpha, self.process.sigma))
-            return torch.addcmul(self.x_t, alpha, self.source, value=-1).div_(sigma)
+            noise = torch.addcmul(self.x_t, alpha, self.source, value=-1).div_(sigma)
+            return noise.masked_fill_(sigma == 0, 0)
 
     @property
     def noise(self) -> Tensor:
@@ -77,7 +78,7 @@ class Target:
 
     @property
     def score(self) -> Tensor:
-        """The target for the score, grad log p(x_t) = -noise / sigma.
+        """The target for the score, grad log p(x_t) = -noise / sigma; not finite where sigma is 0.
 
         Raises:
             ValueError: for another kernel than the Gaussian, whose score is not affine in x0.

@@ -1,0 +1,104 @@
+r"""Frequencies: whether the rows of a run were drawn from a pool with the probabilities that it assumes.
+
+The posterior over a pool has the probability of drawing a sample for its prior. A sampler that prefers some samples, or a
+run on a part of the pool's data, makes another prior, which biases every target. It shows in how often each sample has been
+drawn: Pearson's statistic
+
+$$ X^2 = \sum_k \frac{(c_k - e_k)^2}{e_k} $$
+
+over the samples that were to be expected once at least is chi-square if the draws are as assumed, and smaller if they come
+in epochs. Rows with a label are compared with the other samples of that label, since the posterior sees no others; rows
+without one, with all.
+
+References:
+    Pearson, "On the Criterion that a Given System of Deviations...", Philosophical Magazine 1900; Wilson, Hilferty, "The
+    Distribution of Chi-Square", PNAS 1931.
+"""
+
+import torch
+from torch import Tensor
+
+from stablefield.targets.check import Check
+
+__all__ = ["Frequencies"]
+
+# Standard deviations beyond which draws are not as assumed: never by chance.
+_SPREADS = 12.0
+# Mean squared relative deviation of the probabilities that is worth a warning: 10 % each.
+_DEVIATION = 0.01
+# Draws for each sample before the first look; then whenever they have doubled.
+_FIRST = 4
+
+
+class Frequencies:
+    """Counts of the samples that were drawn.
+
+    Args:
+        weights: probability of each sample, any scale, shape (n,), float64.
+        labels: label of each sample, integers (n,), or None.
+    """
+
+    def __init__(self, weights: Tensor, labels: Tensor | None) -> None:
+        self._weights = weights
+        self._labels = None if labels is None else torch.unique(labels, return_inverse=True)[1]
+        kinds = 1 if labels is None else 2
+        self._counts = torch.zeros(kinds, len(weights), dtype=torch.int32, device=weights.device)
+        self._drawn = 0
+        self._next = _FIRST * len(weights)
+
+    def add(self, index: Tensor, labelled: Tensor | None, counted: Tensor | None) -> Check | None:
+        """Count a batch, and ask whether all draws so far are as assumed; None while it is too early to tell, or told.
+
+        Args:
+            index: the samples that were drawn, integers (B,).
+            labelled: which rows have a label, bool (B,); None if no sample has one.
+            counted: which rows to count, bool (B,); None for all.
+        """
+        if self._next == 0:
+            return None
+        count = len(self._weights)
+        place = index.clamp(0, count - 1)
+        if labelled is not None:
+            place = place + count * labelled.long()
+        one = torch.ones_like(place, dtype=torch.int32) if counted is None else counted.int()
+        self._counts.view(-1).index_add_(0, place, one)
+        self._drawn += len(index)
+        if self._drawn < self._next:
+            return None
+        self._next = 2 * self._drawn
+        excess = torch.stack([self._excess(kind) for kind in range(len(self._counts))])
+        return Check(excess <= 1, self._tell, warning=True)
+
+    def _excess(self, kind: int) -> Tensor:
+        """How far the draws with a label (kind 1) or without one (kind 0) are from what is assumed, over the bound."""
+        counts = self._counts[kind].to(self._weights.dtype)
+        expected = self._expected(counts, kind)
+        often = expected >= 1
+        cells = often.sum().clamp(min=1)
+        square = torch.where(often, (counts - expected).square() / expected.clamp(min=1), 0).sum()
+        width = 2 / (9 * cells)
+        spreads = ((square / cells) ** (1 / 3) - (1 - width)) / width.sqrt()
+        deviation = (square - cells) / counts.sum().clamp(min=1)
+        return torch.minimum(spreads / _SPREADS, deviation / _DEVIATION)
+
+    def _expected(self, counts: Tensor, kind: int) -> Tensor:
+        if kind == 0 or self._labels is None:
+            return counts.sum() * self._weights / self._weights.sum()
+        classes = torch.zeros(len(counts), dtype=counts.dtype, device=counts.device)
+        drawn = classes.index_add(0, self._labels, counts)
+        weight = classes.index_add(0, self._labels, self._weights)
+        return (drawn / weight.clamp(min=torch.finfo(counts.dtype).tiny))[self._labels] * self._weights
+
+    def _tell(self, kind: int) -> str:
+        self._next = 0  # told once
+        counts = self._counts[kind].to(self._weights.dtype)
+        expected = self._expected(counts, kind)
+        worst = int(((counts - expected).abs() / expected.clamp(min=1).sqrt()).argmax())
+        among = " with a label" if kind else " without a label" if self._labels is not None else ""
+        return (
+            f"the rows{among} were not drawn from the Pool as it assumes: sample {worst} came {int(counts[worst])} times "
+            f"among {int(counts.sum())} rows, where {float(expected[worst]):.3g} were to be expected. The targets are "
+            "biased towards the samples that come less often. Pass Pool(..., weights=...) with the probability of each "
+            "sample, make the Pool of the samples that you train on, and drop labels independently of the sample. (Does "
+            "each process draw from a part of the Pool, and all of them from all of it? Then all is well.)"
+        )

@@ -1,0 +1,170 @@
+"""x_t is compared with x0, t and noise: what a process did not make is refused, and what it made never is."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+import stablefield as sf
+from stablefield.targets.consistency import consistency_checks
+
+TABLE = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
+PROCESSES = [sf.EDM(), sf.VE(), sf.VP(), sf.Cosine(), sf.RectifiedFlow(), sf.Discrete(TABLE)]
+SHAPE = (3, 4, 4)
+
+
+def batch(process: sf.Process, rng: torch.Generator, size: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    """(x0, t, noise) with noise levels from 0.1 to 10."""
+    x0 = torch.randn(size, *SHAPE, generator=rng) + 2
+    t = process.time(torch.exp(torch.linspace(-2.3, 2.3, size)))
+    return x0, t, torch.randn(size, *SHAPE, generator=rng)
+
+
+def call(process: sf.Process, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor | None) -> sf.Target:
+    return sf.StableTarget(process, references=sf.InBatch())(x0, x_t, t, noise=noise)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["noise", "no noise"])
+@pytest.mark.parametrize("process", PROCESSES, ids=repr)
+def test_what_the_process_makes_is_accepted(process: sf.Process, given: bool, rng: torch.Generator) -> None:
+    for size in (1, 2, 64):
+        x0, t, noise = batch(process, rng, size)
+        call(process, x0, process.perturb(x0, t, noise), t, noise if given else None)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["noise", "no noise"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_samples_rounded_to_half_precision_are_accepted(dtype: torch.dtype, given: bool, rng: torch.Generator) -> None:
+    process = sf.RectifiedFlow()
+    x0, t, noise = (value.to(dtype) for value in batch(process, rng))
+    scale = t[:, None, None, None]
+    call(process, x0, (1 - scale) * x0 + scale * noise, t.float(), noise if given else None)
+
+
+MISTAKES: dict[str, tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], str, bool]] = {
+    # (x_t, t, noise) of (x0, t, noise), what the error says, whether it can be seen without the noise
+    "reversed time": (lambda p, x0, t, n: (p.perturb(x0, t, n), 1 - t, n), "agree at 1 - t", True),
+    "steps in place of times": (
+        lambda p, x0, t, n: (p.perturb(x0, t, n), (t * 1000).round(), n),
+        "run from 0 to 1",
+        True,
+    ),
+    "times out of the range": (lambda p, x0, t, n: (p.perturb(x0, t, n), t + 1, n), "run from 0 to 1", True),
+    "another draw's noise": (lambda p, x0, t, n: (p.perturb(x0, t, n), t, n.roll(1, 0)), "is not alpha x0", False),
+    "rows in another order": (lambda p, x0, t, n: (p.perturb(x0, t, n).flip(0), t, n), "is not alpha x0", True),
+    "times of other rows": (lambda p, x0, t, n: (p.perturb(x0, t, n), t.flip(0), n), "is not alpha x0", True),
+    "input perturbation": (
+        lambda p, x0, t, n: (p.perturb(x0, t, n + 0.3 * n.roll(1, 0)), t, n),
+        "is not alpha x0",
+        False,
+    ),
+    "noise of another scale": (lambda p, x0, t, n: (p.perturb(x0, t, 1.2 * n), t, 1.2 * n), "variance", True),
+    "no noise": (lambda p, x0, t, n: (p.perturb(x0, t, 0 * n), t, 0 * n), "variance", True),
+}
+
+
+@pytest.mark.parametrize("target", ["stable", "denoising", "banded"])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_it_does_not_make_is_refused(mistake: str, target: str, rng: torch.Generator) -> None:
+    process = sf.RectifiedFlow()
+    stable = {
+        "stable": sf.StableTarget(process, references=sf.InBatch()),
+        "denoising": sf.DenoisingTarget(process),
+        "banded": sf.StableTarget(process, references=sf.InBatch(), noise_band=1.0),
+    }[target]
+    x0, t, noise = batch(process, rng)
+    make, message, seen = MISTAKES[mistake]
+    x_t, time, told = make(process, x0, t, noise)
+    with pytest.raises(ValueError, match=message):
+        stable(x0, x_t, time, noise=told)
+    if seen:
+        with pytest.raises(ValueError, match=r"is not what RectifiedFlow|run from 0 to 1"):
+            stable(x0, x_t, time)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["noise", "no noise"])
+def test_noise_that_a_coupling_assigned_to_the_data_is_refused(given: bool, rng: torch.Generator) -> None:
+    from scipy.optimize import linear_sum_assignment
+
+    process = sf.RectifiedFlow()
+    x0, t, noise = batch(process, rng, 256)
+    for cost in (torch.cdist(x0.flatten(1), noise.flatten(1)), torch.cdist(x0.flatten(1), noise.flatten(1)).square()):
+        paired = noise[linear_sum_assignment(cost.numpy())[1]]
+        with pytest.raises(ValueError, match=r"not independent of x0.*optimal transport"):
+            call(process, x0, process.perturb(x0, t, paired), t, paired if given else None)
+
+
+def test_samples_of_ones_own_choice_are_accepted_on_request(rng: torch.Generator) -> None:
+    grid = torch.linspace(-5, 5, 64, dtype=torch.float64)[:, None]
+    x0 = torch.where(torch.rand(64, 1, generator=rng) < 0.5, -1.0, 1.0).double()
+    stable = sf.StableTarget(sf.EDM(), references=sf.Pool(torch.tensor([[-1.0], [1.0]])), validate_args=False)
+    found = stable(x0, grid, 0.7, index=(x0[:, 0] > 0).long())
+    torch.testing.assert_close(found.x0, torch.tanh(grid / 0.49), rtol=1e-6, atol=1e-6)
+    for value in (grid, x0):
+        bad = value.clone()
+        bad[3] = torch.nan
+        with pytest.raises(ValueError, match=r"\[3\] holds NaN"):
+            stable(*((bad, grid) if value is x0 else (x0, bad)), 0.7, index=(x0[:, 0] > 0).long())
+
+
+@pytest.mark.parametrize("stable", [sf.DenoisingTarget(sf.EDM()), sf.StableTarget(sf.EDM(), references=sf.InBatch())])
+@pytest.mark.parametrize("name", ["x0", "x_t", "noise"])
+def test_nan_is_named_whatever_the_band(name: str, stable: sf.StableTarget, rng: torch.Generator) -> None:
+    x0, t, noise = batch(sf.EDM(), rng, 8)
+    arguments = {"x0": x0, "x_t": sf.EDM().perturb(x0, t, noise), "noise": noise}
+    arguments[name][5, 0, 1, 2] = torch.nan
+    with pytest.raises(ValueError, match=rf"{name}\[5\] holds NaN"):
+        stable(**arguments, t=t)
+
+
+@pytest.mark.parametrize("degrees", [1.0, 3.0, 64.0, 2048.0])
+def test_heavy_tails_are_held_to_their_own_law(degrees: float, rng: torch.Generator) -> None:
+    kernel = sf.StudentTKernel(degrees)
+    stable = sf.StableTarget(sf.EDM(), references=sf.InBatch(), kernel=kernel)
+    for size in (1, 4, 64):
+        x0, t, _ = batch(sf.EDM(), rng, size)
+        noise = kernel.noise(x0, rng)
+        stable(x0, sf.EDM().perturb(x0, t, noise), t, noise=noise)
+    with pytest.raises(ValueError, match="times the variance"):
+        stable(x0, sf.EDM().perturb(x0, t, 9 * noise), t, noise=9 * noise)
+
+
+def holds(kernel: sf.GaussianKernel | sf.StudentTKernel, noise: Tensor) -> bool:
+    """Whether all checks accept this noise of scale 1 on data that are 0."""
+    ones = torch.ones(len(noise))
+    checks = consistency_checks(sf.EDM(), kernel, torch.zeros_like(noise), noise, ones, ones, ones, noise)
+    return all(bool(check.holds.all()) for check in checks)
+
+
+@pytest.mark.parametrize(("rows", "d"), [(1, 1), (1, 3), (2, 100), (64, 1), (64, 3072)])
+def test_the_bound_of_the_law_is_that_of_a_chi_square(rows: int, d: int) -> None:
+    """The sum at 10.5 standard deviations by scipy's chi-square is accepted, that at 14 is not (with few numbers, at 25)."""
+    freedom = rows * d
+    for deviations, accepted in ((10.5, True), (14.0 if freedom > 10 else 25.0, False)):
+        # Beyond scipy's own quantile function: the sum at which its survival function is the normal one.
+        low, high = float(freedom), float(freedom) * 1e4
+        for _ in range(200):
+            middle = math.sqrt(low * high)
+            below = stats.chi2.logsf(middle, freedom) > stats.norm.logsf(deviations)
+            low, high = (middle, high) if below else (low, middle)
+        noise = torch.full((rows, d), math.sqrt(low / freedom))
+        assert holds(sf.GaussianKernel(), noise) == accepted
+
+
+def test_antithetic_noise_is_accepted(rng: torch.Generator) -> None:
+    process = sf.VP()
+    for _ in range(50):
+        x0, t, noise = batch(process, rng, 64)
+        noise = torch.cat([noise[:16], -noise[:16], noise[:16].flip(-1), -noise[:16].flip(-1)])
+        call(process, x0, process.perturb(x0, t, noise), t, noise)
+        half = torch.cat([x0[:32], x0[:32]])
+        call(process, half, process.perturb(half, t, noise), t, noise)
+
+
+def test_perturb_refuses_times_that_the_process_does_not_have() -> None:
+    for process in (sf.VE(), sf.VP(), sf.Cosine(), sf.RectifiedFlow()):
+        with pytest.raises(ValueError, match=r"t runs from 700 to 700.*run from 0 to 1"):
+            process.perturb(torch.zeros(2, 3), 700.0)

@@ -1,0 +1,184 @@
+"""A pool with weights is the prior of samples that are not drawn uniformly: by enumeration; other draws are noticed."""
+
+import warnings
+from collections.abc import Iterator
+from itertools import combinations, product
+
+import pytest
+import torch
+from torch import Tensor
+
+import stablefield as sf
+from stablefield.targets import references
+
+DATA = torch.tensor([[-1.0, 0.2], [0.1, 0.4], [0.8, -0.5], [1.5, 1.0]], dtype=torch.float64)
+WEIGHTS = torch.tensor([1.0, 5.0, 2.0, 0.5], dtype=torch.float64)
+PRIOR = WEIGHTS / WEIGHTS.sum()
+LABELS = torch.tensor([0, 0, 1, 1])
+X_T = torch.tensor([[-0.4, 0.3], [0.6, 0.1], [1.2, -1.0]], dtype=torch.float64)
+SIGMA = 0.8
+
+
+def density(samples: Tensor) -> Tensor:
+    """N(x_t; sample, sigma^2) up to a constant, shape (3, n)."""
+    return torch.exp(-(X_T[:, None] - samples).square().sum(2) / (2 * SIGMA**2))
+
+
+def truth(samples: Tensor, prior: Tensor) -> Tensor:
+    joint = density(samples) * prior
+    return joint @ samples / joint.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("mirrored", [False, True], ids=["plain", "mirrored"])
+@pytest.mark.parametrize("seen", ["none", "labels", "dropped"])
+@pytest.mark.parametrize("size", [None, 1, 2, 3])
+def test_the_target_has_the_expectation_of_the_weighted_prior(
+    size: int | None, seen: str, mirrored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over sources, a batch mate, flips and all sets that can be drawn, each with its probability."""
+    pool = sf.Pool(DATA, size, None if seen == "none" else LABELS, mirrored=mirrored, weights=7 * WEIGHTS)
+    stable = sf.StableTarget(sf.EDM(), references=pool, validate_args=False)
+    label = None if seen == "none" else -1 if seen == "dropped" else 1
+    drawn: list[int] = []
+    monkeypatch.setattr(references, "_others", lambda *_: torch.tensor(drawn))
+    sets = [()] if size is None else list(combinations(range(4), size))
+    flips = (False, True) if mirrored else (False,)
+    total, mass = torch.zeros(3, 2, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64)
+    for (source, mate), chosen, flip in product(product(range(4), repeat=2), sets, flips):
+        if label == 1 and LABELS[source] != 1:
+            continue
+        drawn[:] = chosen
+        index = torch.tensor([source] * 3 + [mate])
+        x0 = DATA[index]
+        x0[:3] = x0[:3].flip(-1) if flip else x0[:3]
+        group = None if label is None else torch.tensor([label] * 3 + [int(LABELS[mate])])
+        flags = torch.tensor([flip] * 3 + [False])
+        x_t = torch.cat([X_T, DATA[mate : mate + 1] + 0.3])
+        found = stable(x0, x_t, SIGMA, group, index, flip=flags if mirrored else None).x0[:3]
+        weight = PRIOR[source] * PRIOR[mate] * density(x0[:1])
+        total, mass = total + weight * found, mass + weight
+    members = LABELS == 1 if label == 1 else torch.ones(4, dtype=torch.bool)
+    samples, prior = DATA[members], PRIOR[members]
+    if mirrored:
+        samples, prior = torch.cat([samples, samples.flip(-1)]), torch.cat([prior, prior])
+    torch.testing.assert_close(total / mass, truth(samples, prior), rtol=0, atol=1e-12)
+
+
+def test_a_class_balanced_sampler_needs_its_weights() -> None:
+    """Atoms -1 (nine tenths of the pool) and +1, drawn equally often, at x_t = 0: the right mean is 0."""
+    data = torch.tensor([-1.0] * 9 + [1.0], dtype=torch.float64)[:, None]
+    balanced = torch.tensor([1 / 9] * 9 + [1.0])
+    index = torch.tensor([0, 9])
+    x_t = torch.zeros(2, 1, dtype=torch.float64)
+    for weights, mean in ((balanced, 0.0), (None, -0.8)):
+        stable = sf.StableTarget(sf.EDM(), references=sf.Pool(data, weights=weights), validate_args=False)
+        found = stable(data[index], x_t, 1.0, index=index)
+        torch.testing.assert_close(found.x0, torch.full_like(x_t, mean), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (torch.ones(3), r"weights have shape \(3,\).*\(4,\)"),
+        (torch.tensor([1.0, -1.0, 1.0, 1.0]), "weights are -1 at sample 1"),
+        (torch.tensor([1.0, 1.0, torch.nan, 1.0]), "weights are nan at sample 2"),
+        (torch.zeros(4), "weights are all 0"),
+    ],
+)
+def test_weights_that_are_no_probabilities_are_refused(weights: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sf.Pool(DATA, weights=weights)
+
+
+def test_a_row_that_cannot_have_been_drawn_is_refused() -> None:
+    pool = sf.Pool(DATA, weights=torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    with pytest.raises(ValueError, match=r"index\[0\] is 1: its weight in the Pool is 0"):
+        sf.StableTarget(sf.EDM(), references=pool)(DATA[1:2], DATA[1:2] + 0.5, 1.0, index=torch.tensor([1]))
+
+
+N = 60
+IMAGES = torch.arange(N, dtype=torch.float32)[:, None] * torch.ones(4)
+CLASSES = (torch.arange(N) >= 45).long()
+
+
+def run(pool: sf.Pool, batches: Iterator[tuple[Tensor, Tensor | None]], rng: torch.Generator, steps: int) -> list[str]:
+    """The warnings of a run."""
+    stable = sf.StableTarget(sf.EDM(), references=pool)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            index, group = next(batches)
+            x0 = IMAGES[index]
+            stable(x0, sf.EDM().perturb(x0, 1.0, generator=rng), 1.0, group, index)
+    return [str(warning.message) for warning in caught]
+
+
+def balanced(rng: torch.Generator) -> Tensor:
+    return torch.multinomial(torch.where(CLASSES == 0, 1 / 45, 1 / 15), 32, replacement=True, generator=rng)
+
+
+def uniform(rng: torch.Generator) -> Tensor:
+    return torch.randint(N, (32,), generator=rng)
+
+
+def test_draws_that_the_pool_does_not_expect_are_warned_of_once(rng: torch.Generator) -> None:
+    cases = {
+        "balanced": (sf.Pool(IMAGES), lambda: (balanced(rng), None)),
+        "a part": (sf.Pool(IMAGES), lambda: (torch.randint(N // 2, (32,), generator=rng), None)),
+        "weights that are not those of the sampler": (
+            sf.Pool(IMAGES, weights=1.0 + CLASSES),
+            lambda: (uniform(rng), None),
+        ),
+        "labels dropped by sample": (
+            sf.Pool(IMAGES, group=CLASSES),
+            lambda: (index := uniform(rng), torch.where(index % 2 == 0, -1, CLASSES[index])),
+        ),
+    }
+    for name, (pool, draw) in cases.items():
+        found = run(pool, iter(draw, None), rng, 250)
+        assert len(found) == 1, name
+        assert "were not drawn from the Pool as it assumes" in found[0]
+
+
+def test_draws_that_it_expects_are_not_warned_of(rng: torch.Generator) -> None:
+    def epochs() -> Iterator[tuple[Tensor, None]]:
+        while True:
+            yield from ((part, None) for part in torch.randperm(N, generator=rng).split(30))
+
+    half = torch.rand(10_000, generator=rng) < 0.5
+
+    def dropped() -> tuple[Tensor, Tensor]:
+        index = uniform(rng)
+        return index, torch.where(half[torch.randint(10_000, (32,), generator=rng)], -1, CLASSES[index])
+
+    def labelled() -> tuple[Tensor, Tensor]:
+        index = balanced(rng)
+        return index, CLASSES[index]
+
+    cases = {
+        "with replacement": (sf.Pool(IMAGES), iter(lambda: (uniform(rng), None), None)),
+        "in epochs": (sf.Pool(IMAGES), epochs()),
+        "balanced, with its weights": (
+            sf.Pool(IMAGES, weights=torch.where(CLASSES == 0, 1 / 45, 1 / 15)),
+            iter(lambda: (balanced(rng), None), None),
+        ),
+        "balanced, but every row sees its label": (sf.Pool(IMAGES, group=CLASSES), iter(labelled, None)),
+        "labels dropped by chance": (sf.Pool(IMAGES, group=CLASSES), iter(dropped, None)),
+    }
+    for name, (pool, batches) in cases.items():
+        assert run(pool, batches, rng, 130) == [], name
+
+
+def test_the_test_of_draws_cannot_fire_by_chance() -> None:
+    """Of 3,000 runs of uniform draws none comes near the bound, in few and in many samples."""
+    from stablefield.targets.frequency import Frequencies
+
+    rng = torch.Generator().manual_seed(0)
+    for n in (2, 10, 300):
+        worst = 0.0
+        for _ in range(1000):
+            counts = Frequencies(torch.ones(n, dtype=torch.float64), None)
+            check = counts.add(torch.randint(n, (4 * n,), generator=rng), None, None)
+            assert check is not None
+            worst = max(worst, float(counts._excess(0)))
+        assert worst < 0.6
