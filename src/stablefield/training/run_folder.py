@@ -111,6 +111,10 @@ class RunFolder:
         Raises:
             ValueError: if there is none.
         """
+        if path.is_dir() and all(found.name in _BEGINNINGS for found in path.iterdir()):
+            raise ValueError(
+                f"{path} holds nothing yet: there is nothing to go on with. Begin the run with --out {path}."
+            )
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} is not a run: it has no config.json. Train one: stablefield train digits.")
         return cls(path)
