@@ -155,7 +155,7 @@ def test_no_flipped_bit_of_a_snapshot_makes_another_average(tmp_path: Path) -> N
         return {name: value.tolist() for name, value in combine(tmp_path, 0.08)[0].items()}
 
     path, wanted = tmp_path / "step-00000020.safetensors", read()
-    told = [damage_told(read, path, wanted) for _ in flips(path, 17)]
+    told = [damage_told(read, path, wanted) for _ in flips(path, 13)]
     assert sum(told) > 0.8 * len(told) > 200
 
 
@@ -343,7 +343,7 @@ def test_nothing_but_regular_files_is_opened_in_a_run(run: RunFolder, name: str,
         with pytest.raises(ValueError, match=r"snapshot .*step-00000004\.safetensors"):
             open_model(run.path, ema="0.1")
     elif name == "metrics.jsonl":
-        with pytest.raises((ValueError, OSError), match="metrics.jsonl"):
+        with pytest.raises((ValueError, OSError), match=r"metrics\.jsonl"):
             run.log({"step": 9})
     else:
         with pytest.raises((ValueError, OSError), match="lock"):

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -59,8 +60,10 @@ class Interruption:
 def _fall_silent() -> None:
     from stablefield.cli.console import console  # here, since a process that only ends with its launcher needs none
 
-    if console.is_terminal:
-        console.quiet = True  # the terminal is gone, and writing to it would fail
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # there may be no standard output at all
+        descriptor = sys.stdout.fileno()
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+            console.quiet = True  # its terminal is gone, and writing to it would fail
 
 
 def end_with_launcher() -> None:

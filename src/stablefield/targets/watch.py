@@ -111,7 +111,7 @@ class Watch:
         """Tell the store of this rank, and in a long wait read what the others have told."""
         with contextlib.suppress(RuntimeError, OSError, ValueError):  # the store is gone, and the ranks are ending
             # A connection of its own: on the shared one, whoever waits keeps the others out.
-            store = dist.distributed_c10d._get_default_store().clone()  # pyright: ignore[reportPrivateUsage]
+            store = dist.distributed_c10d._get_default_store().clone()  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
             store.set_timeout(timedelta(seconds=max(5.0, 2 * self._beat)))
             names = [f"stablefield/watch/{rank}" for rank in range(self._size)]
             number = 0

@@ -3,7 +3,9 @@
 import hashlib
 import os
 from collections.abc import Callable, Mapping
+from io import BufferedReader
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor
 
@@ -74,7 +76,7 @@ def sha256(path: Path) -> str:
         OSError: if it cannot be read.
     """
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(cast("BufferedReader", file), "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

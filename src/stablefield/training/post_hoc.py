@@ -77,10 +77,8 @@ def take_snapshot(folder: Path, step: int, averages: Sequence[tuple[float, nn.Mo
         for length, average in averages
         for name, value in average.named_parameters()
     }
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
-        _digest(digest, key, tensors[key])
-    record = {"step": step, "lengths": [length for length, _ in averages], "sha256": digest.hexdigest()}
+    sums = [_sum(key, tensors[key]) for key in sorted(tensors)]
+    record = {"step": step, "lengths": [length for length, _ in averages], "sha256": _sum_of(sums)}
     # One entry: safetensors writes several in no fixed order, and equal snapshots are to be equal files.
     metadata = {"averages": json.dumps(seal(record))}
     path = folder / f"step-{step:08d}.safetensors"
@@ -150,16 +148,16 @@ class _Snapshot:
         from safetensors import safe_open
 
         known = {str(length): length for length in self.lengths}
-        digest = hashlib.sha256()
+        sums: list[bytes] = []
         with safe_open(self.path, framework="pt") as file:
             for key in sorted(file.keys()):
                 value = file.get_tensor(key)
-                _digest(digest, key, value)
+                sums.append(_sum(key, value))
                 length, _, name = key.partition("/")
                 if length not in known:
                     raise _unusable(self.path, f"it holds {key[:200]}, which is of none of its averages")
                 yield known[length], name, value
-        if self.sha256 not in (None, digest.hexdigest()):
+        if self.sha256 not in (None, _sum_of(sums)):
             raise _unusable(self.path, "it is damaged: its weights are not what was written there")
 
 
@@ -199,10 +197,15 @@ def _unusable(path: Path, why: str) -> ValueError:
     )
 
 
-def _digest(digest: "hashlib._Hash", name: str, value: Tensor) -> None:
-    """Add a tensor on the CPU to a checksum."""
-    digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-    digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+def _sum(name: str, value: Tensor) -> bytes:
+    """The checksum of a tensor on the CPU."""
+    digest = hashlib.sha256(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+    digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def _sum_of(sums: Sequence[bytes]) -> str:
+    return hashlib.sha256(b"".join(sums)).hexdigest()
 
 
 def _products(rows: Sequence[Profile], columns: Sequence[Profile]) -> NDArray[np.float64]:

@@ -50,7 +50,7 @@ def unseal(record: Mapping[str, Any], former: frozenset[str] | None = None) -> d
         ValueError: if it is not what was written.
     """
     content = {key: value for key, value in record.items() if key != _CHECKSUM}
-    if _CHECKSUM not in record and (former is None or former == set(content)):
+    if _CHECKSUM not in record and (former is None or set(former) == set(content)):
         return content
     if record.get(_CHECKSUM) != _sum(content):
         raise ValueError("it is damaged: its checksum is not that of its content")
