@@ -28,8 +28,9 @@ __all__ = [
     "write_record",
 ]
 
-# Ours take kilobytes; JSON of one MiB can take a hundred times that in memory.
-_LARGEST = 2**20
+# Ours take kilobytes, and JSON can take twenty times its size in memory.
+_LARGEST = 2**23
+_LONGEST_LINE = 2**20
 _DEEPEST = 32
 _CHECKSUM = "checksum"
 
@@ -118,8 +119,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         return
     with file:
         fresh = True
-        while piece := file.readline(_LARGEST):
-            if fresh and len(piece) < _LARGEST:
+        while piece := file.readline(_LONGEST_LINE):
+            if fresh and len(piece) < _LONGEST_LINE:
                 try:
                     record = unseal(parse(piece))
                 except ValueError:
