@@ -13,10 +13,9 @@ import threading
 import time
 from collections.abc import Callable
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch.distributed as dist
 
@@ -26,8 +25,7 @@ PATIENCE = 60.0
 """Seconds of waiting after which it is told, and again after twice the time."""
 
 
-@dataclass(frozen=True)
-class _Sign:
+class _Sign(NamedTuple):
     """What a rank has told of itself.
 
     Attributes:

@@ -193,7 +193,9 @@ def read_scores(folder: Path) -> list[Score]:
     found: dict[int, Score] = {}
     hints = get_type_hints(Score)
     for record in read_lines(folder / "scores.jsonl"):
-        entries = {name: tuple(cast("list[Any]", v)) if isinstance(v, list) else v for name, v in record.items()}
+        entries: dict[str, Any] = {
+            name: tuple(cast("list[Any]", v)) if isinstance(v, list) else v for name, v in record.items()
+        }
         if set(entries) == set(hints) and all(fits(entries[name], hint) for name, hint in hints.items()):
             score = Score(**entries)
             found[score.step] = score
