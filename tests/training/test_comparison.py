@@ -98,6 +98,22 @@ def test_a_line_cut_off_by_a_kill_is_passed_over_and_a_step_scored_twice_counts_
     assert [found.frechet for found in read_scores(tmp_path)] == [2.0]
 
 
+def test_a_damaged_last_score_is_made_again_and_not_replaced_by_the_one_before(
+    tmp_path: Path, check: SelfCheck
+) -> None:
+    folder, scores = run(tmp_path / "stf", "stf", check)
+    path = folder.path / "scores.jsonl"
+    whole = path.read_text().splitlines()
+    for last in (whole[1].replace('"step": 20', '"step": 21'), whole[1][:40], '{"step": 20, "distance": "near"}'):
+        path.write_text(f"{whole[0]}\n{last}\n")
+        assert [score.step for score in read_scores(folder.path)] == [10]
+        again = run_one(folder, open_digits(), check, 10, torch.device("cpu"))
+        assert again is not None
+        assert [score.step for score in again.scores] == [10, 20]
+        assert again.scores[1].distance == pytest.approx(scores[1].distance, rel=1e-6)
+        assert again.scores[1].frechet == pytest.approx(scores[1].frechet, rel=1e-4)
+
+
 def status(*arguments: str) -> int:
     with pytest.raises(SystemExit) as exit_:
         main(arguments)

@@ -10,7 +10,8 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 __all__ = ["main", "program"]
@@ -30,7 +31,8 @@ def program() -> None:
         SystemExit: with the status, if this process is alone.
     """
     try:
-        main()
+        with _watched():
+            main()
     except SystemExit as end:
         if not _among_others():
             raise
@@ -75,6 +77,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             _tell(f"{type(error).__name__}: {error}. This is a defect of ours; --debug shows where it happened.")
         status = 2 if isinstance(error, ValueError) else 1
     sys.exit(status)
+
+
+@contextmanager
+def _watched() -> Generator[None]:
+    """For what one of several processes does: it tells long waits for the others, and ends with its launcher."""
+    if "RANK" not in os.environ:
+        yield
+        return
+    from stablefield.cli.interruption import end_with_launcher
+    from stablefield.targets.watch import Watch
+
+    end_with_launcher()
+    with Watch(_tell):
+        yield
 
 
 def _is_message(error: Exception) -> bool:

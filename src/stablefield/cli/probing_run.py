@@ -1,7 +1,5 @@
 """The probe of a run: how far its network is from the optimum, and its loss above the floor."""
 
-import contextlib
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from stablefield.report import write_chart, write_page
 from stablefield.report.extra import require
 from stablefield.report.fit_page import distance_chart, excess_chart, fit_page, logged_chart
 from stablefield.training.model import open_model
+from stablefield.training.run_folder import RunFolder
 
 __all__ = ["probe_run"]
 
@@ -69,7 +68,7 @@ def probe_run(folder: Path, probing: Probing, *, noise_levels: str) -> None:
         process=recipe.process, noise_levels=recipe.noise_levels, weighting=weighting, batch=recipe.batch
     )
     floor = LossFloor(noise_level=fit.noise_level, variance=fit.floor.mean, dim=fit.dim, weighting=weighting)
-    logged = logged_excess(_log(folder), floor, training)
+    logged = logged_excess(list(RunFolder(folder).metrics()), floor, training)
     summary = _fit_line(fit, weighting, step)
     console.print(summary)
     console.print(_fit_lines(fit, weighting))
@@ -118,13 +117,3 @@ def _fit_lines(fit: Fit, weighting: Any) -> Table:
             f"{float(fit.noise_level[i]):.3g}", with_error(distance, error), *(f"{float(f):.3g}" for f in figures)
         )
     return table
-
-
-def _log(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; one that a kill has cut off is passed over."""
-    path = folder / "metrics.jsonl"
-    entries: list[dict[str, Any]] = []
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError):
-            entries.append(json.loads(line))
-    return entries

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -100,6 +101,10 @@ class Train:
 
     def run(self) -> int:
         """Train, with a progress bar, and say what is where."""
+        with ExitStack() as held:
+            return self._run(held)
+
+    def _run(self, held: ExitStack) -> int:
         if self.print:
             console.out(shown(self._existing()[1].recipe if self.resume else self.config))
             return 0
@@ -107,7 +112,7 @@ class Train:
         console.quiet = not state.is_main_process
         device = pick_device(str(state.device) if state.num_processes > 1 else self.device)
         if self.resume:
-            folder, config = self._existing()
+            folder, config = self._existing(held if state.is_main_process and not self.dry_run else None)
             with first_process_first(state):
                 data = open_data(self.data or config.data, **config.opening)
         else:
@@ -247,10 +252,12 @@ class Train:
         console.print(table)
         return 0
 
-    def _existing(self) -> tuple[RunFolder, RunConfig]:
+    def _existing(self, held: ExitStack | None = None) -> tuple[RunFolder, RunConfig]:
         if self.out is None:
             raise ValueError("--resume needs --out: name the folder of the run to continue.")
         folder = RunFolder.open(self.out)
+        if held is not None:
+            held.enter_context(folder.locked(tell=console.print))
         newest = folder.newest()
         if newest is None:
             console.print("this run has no checkpoint yet: it starts from its first step.")
@@ -273,8 +280,15 @@ def _duration(seconds: float) -> str:
 
 
 def _free_name(name: str) -> Path:
-    # A run never overwrites another: the second is called -2.
+    # A run never overwrites another: the second is called -2. Made at once, for another may begin at the same time.
     number = 1
-    while (path := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return path
+    while True:
+        path = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        except OSError:
+            return path  # whoever writes there says why that cannot be
+        else:
+            return path

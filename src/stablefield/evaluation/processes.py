@@ -14,12 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stablefield.targets.ranks import Ranks
+
 __all__ = ["Processes"]
 
 Item = TypeVar("Item")
 
 # Processes wait for the slowest of them; the first one may also compute alone for long.
 _PATIENCE = dt.timedelta(hours=12)
+_PURPOSE = "to exchange what they have drawn or measured"
 
 
 class Processes:
@@ -63,19 +66,21 @@ class Processes:
         if self.count == 1:
             return rows
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
-        dist.all_gather(lengths, torch.tensor([len(rows)]))
+        with Ranks().waiting(_PURPOSE):
+            dist.all_gather(lengths, torch.tensor([len(rows)]))
         longest = max(int(length) for length in lengths)
         padded = torch.zeros(longest, *rows.shape[1:], dtype=rows.dtype)
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in range(self.count)]
-        dist.all_gather(parts, padded)
+        with Ranks().waiting(_PURPOSE):
+            dist.all_gather(parts, padded)
         return torch.cat([part[: int(length)] for part, length in zip(parts, lengths, strict=True)])
 
     def total(self, *numbers: float) -> list[float]:
         """The sums of `numbers` over all processes."""
         sums = torch.tensor(numbers, dtype=torch.float64)
         if self.count > 1:
-            dist.all_reduce(sums)
+            Ranks().add_up(sums, _PURPOSE)
         return sums.tolist()
 
     def all(self, each: bool) -> bool:

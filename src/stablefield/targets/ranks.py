@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from stablefield.targets.watch import Watch
+
 __all__ = ["RankError", "Ranks"]
 
 
@@ -56,9 +58,16 @@ class Ranks:
 
     @contextmanager
     def waiting(self, purpose: str) -> Generator[None]:
-        """Turn the failure of a communication, whose `purpose` completes "waited for the others", into a RankError."""
+        """Turn the failure of a communication, whose `purpose` completes "waited for the others", into a RankError.
+
+        Within the block of a `Watch`, a long wait is told.
+        """
+        watch, met = Watch.current(), False
+        if watch is not None:
+            watch.begin(purpose)
         try:
             yield
+            met = True
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -66,3 +75,6 @@ class Ranks:
                 f"rank {self.rank} of {self.size} waited for the others {purpose}, and one has died or does not answer: "
                 f"look for the first error among the ranks. ({str(error).splitlines()[0]})"
             ) from error
+        finally:
+            if watch is not None:
+                watch.end(met=met)

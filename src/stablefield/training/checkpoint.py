@@ -3,12 +3,11 @@
     step-00002000/  model.safetensors  ema.safetensors  optimizer.safetensors  [power-0.05.safetensors ...]  state.json
 
 It is written under a temporary name, synced and renamed, so a folder of this name is whole; state.json carries the
-sha256 of the other files, so later damage is seen.
+sha256 of the other files and a checksum of itself, so later damage is seen.
 """
 
-import hashlib
-import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,13 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stablefield.training.files import sync, write_tensors
+from stablefield.training.files import read_tensors, sha256, sync, write_tensors
+from stablefield.training.records import is_count, read_record, write_record
 
 __all__ = ["CheckpointError", "State", "Trained", "load_weights", "read_state", "remove", "restore", "save", "sweep"]
 
 
-class CheckpointError(Exception):
-    """A checkpoint whose files are missing or are not those that were written."""
+_FORMER = frozenset({"step", "images", "sha256"})
+
+
+class CheckpointError(ValueError):
+    """A checkpoint whose files are missing, are not those that were written, or do not fit the run."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +80,8 @@ def save(folder: Path, state: State, trained: Trained) -> None:
             path = temporary / f"{name}.safetensors"
             write_tensors(path, content)
             sync(path)
-            sums[path.name] = _sha256(path)
-        record = {"step": state.step, "images": state.images, "sha256": sums}
-        (temporary / "state.json").write_text(json.dumps(record, indent=2) + "\n")
-        sync(temporary / "state.json")
-        sync(temporary)
+            sums[path.name] = sha256(path)
+        write_record(temporary / "state.json", {"step": state.step, "images": state.images, "sha256": sums})
         remove(folder)
         os.replace(temporary, folder)
         sync(folder.parent)
@@ -110,44 +110,65 @@ def read_state(folder: Path) -> State:
     Raises:
         CheckpointError: naming the file.
     """
+    path = folder / "state.json"
     try:
-        record = json.loads((folder / "state.json").read_text())
-        state, sums = State(int(record["step"]), int(record["images"])), record["sha256"]
-        for name in ("model.safetensors", *sums):
-            if _sha256(folder / name) != sums[name]:
-                raise CheckpointError(f"{folder / name} is not what was written there (its sha256 differs).")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder} cannot be read: {error}.") from error
-    return state
+        record = read_record(path, _FORMER)
+        step, images, sums = record.get("step"), record.get("images"), record.get("sha256")
+        if not (is_count(step) and is_count(images) and isinstance(sums, dict) and "model.safetensors" in sums):
+            raise ValueError("its entries are not those of a checkpoint")
+        named = re.fullmatch(r"step-(\d{8,})", folder.name)
+        if named is not None and int(named[1]) != step:
+            raise ValueError(f"it is damaged: its step is {step}")
+        for name, expected in sums.items():
+            path = folder / name
+            if Path(name).name != name or sha256(path) != expected:
+                raise ValueError("it is not what was written there (its sha256 differs)")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be used: {error}.") from error
+    return State(step, images)
 
 
 def load_weights(folder: Path, module: nn.Module, name: str = "model") -> None:
-    """Load the weights, or the average called `name`, into `module`."""
-    from safetensors.torch import load_file
+    """Load the weights, or the average called `name`, into `module`.
 
-    module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+    Raises:
+        CheckpointError: if they do not fit it.
+        FileNotFoundError: if they are not there.
+    """
+    path = folder / f"{name}.safetensors"
+    tensors = read_tensors(path)
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the network of the run's config.json: {error}") from error
 
 
 def restore(folder: Path, trained: Trained) -> State:
     """Load everything from a checkpoint.
 
     Raises:
-        CheckpointError: if a file is not what was written.
+        CheckpointError: if a file is not what was written, or does not fit.
     """
-    from safetensors.torch import load_file
-
     state = read_state(folder)
     for name, module in trained.modules().items():
         load_weights(folder, module, name)
     if trained.optimizer is not None:
-        entries: dict[int, dict[str, Tensor]] = {}
-        for key, value in load_file(folder / "optimizer.safetensors").items():
-            number, name = key.split(".", 1)
-            entries.setdefault(int(number), {})[name] = value
-        record: dict[str, Any] = trained.optimizer.state_dict()
-        trained.optimizer.load_state_dict({"state": entries, "param_groups": record["param_groups"]})
-        _lay_out(trained.optimizer)
+        _restore_moments(folder / "optimizer.safetensors", trained.optimizer)
     return state
+
+
+def _restore_moments(path: Path, optimizer: torch.optim.Optimizer) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    entries: dict[int, dict[str, Tensor]] = {}
+    for key, value in read_tensors(path).items():
+        number, _, name = key.partition(".")
+        fits = number.isdecimal() and int(number) < len(parameters)
+        if not fits or value.numel() not in (1, parameters[int(number)].numel()):
+            raise CheckpointError(f"{path} does not fit the network of the run's config.json: {key}.")
+        entries.setdefault(int(number), {})[name] = value
+    record: dict[str, Any] = optimizer.state_dict()
+    optimizer.load_state_dict({"state": entries, "param_groups": record["param_groups"]})
+    _lay_out(optimizer)
 
 
 def _lay_out(optimizer: torch.optim.Optimizer) -> None:
@@ -165,8 +186,3 @@ def _lay_out(optimizer: torch.optim.Optimizer) -> None:
 def _flat(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
     return {f"{number}.{name}": value for number, entry in state.items() for name, value in entry.items()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,12 +14,12 @@ Scores are kept in the run's folder line by line, so a comparison that was inter
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast, get_type_hints
 
 import numpy as np
 import torch
@@ -30,11 +30,13 @@ from stablefield.data.image_set import ImageSet
 from stablefield.diffusion.preconditioning import Denoiser
 from stablefield.probe.fit import measure_fit
 from stablefield.probe.population import Population
+from stablefield.training.config import fits
 from stablefield.training.feed import Feed
 from stablefield.training.loop import Report, make_accelerator, train
 from stablefield.training.model import open_model
 from stablefield.training.observers import samples
 from stablefield.training.placement import placed
+from stablefield.training.records import append_line, read_lines
 from stablefield.training.run_folder import RunConfig, RunFolder
 from stablefield.training.stepper import Stepper
 
@@ -167,8 +169,10 @@ class Scorer:
             gradient_variance=variances[self._config.recipe.target],
             gradient_ratio=variances["stf"] / variances["dsm"],
         )
-        with self._path.open("a") as file:
-            file.write(json.dumps(dataclasses.asdict(score)) + "\n")
+        numbers = (*score.distance, score.frechet, score.frechet_error, score.gradient_variance, score.gradient_ratio)
+        if not all(map(math.isfinite, numbers)):
+            raise ArithmeticError(f"a score is not finite at step {step}")
+        append_line(self._path, dataclasses.asdict(score))
         self._began = time.perf_counter()
         return {"frechet": score.frechet, "distance_to_optimum": score.middle}
 
@@ -185,18 +189,16 @@ class Scorer:
 
 
 def read_scores(folder: Path) -> list[Score]:
-    """The scores in a run's folder, in order; of a step that was scored twice, the later line."""
-    path, found = folder / "scores.jsonl", dict[int, Score]()
-    if not path.exists():
-        return []
-    for line in path.read_text().splitlines():
-        try:
-            record: dict[str, Any] = json.loads(line)
-            record["distance"] = tuple(record["distance"])
-            score = Score(**record)
-        except (ValueError, KeyError, TypeError):
-            continue  # a line cut off by a kill
-        found[score.step] = score
+    """The scores in a run's folder, in order, without damaged lines; of a step that was scored twice, the later line."""
+    found: dict[int, Score] = {}
+    hints = get_type_hints(Score)
+    for record in read_lines(folder / "scores.jsonl"):
+        entries: dict[str, Any] = {
+            name: tuple(cast("list[Any]", v)) if isinstance(v, list) else v for name, v in record.items()
+        }
+        if set(entries) == set(hints) and all(fits(entries[name], hint) for name, hint in hints.items()):
+            score = Score(**entries)
+            found[score.step] = score
     return [found[step] for step in sorted(found)]
 
 
@@ -240,6 +242,9 @@ def run_one(
         )
         if done < config.recipe.steps:
             return None
+        scores = read_scores(folder.path)
+        if not scores or scores[-1].step < done:  # the line of a run that had ended before is damaged
+            scorer(done, open_model(folder.path, device=device).denoiser)
     return Outcome(config.recipe.target, config.recipe.seed, tuple(read_scores(folder.path)), folder.path)
 
 

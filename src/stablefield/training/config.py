@@ -1,10 +1,11 @@
 """A recipe as JSON: dataclasses become objects with their class's name under "kind", and back.
 
-Only the classes listed here are ever made from a file.
+Only the classes listed here are ever made from a file, of values of the types that their fields say.
 """
 
 from dataclasses import fields, is_dataclass
-from typing import Any, cast
+from types import UnionType
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from stablefield.diffusion.noise_levels import LogNormal, LogUniform, Uniform
 from stablefield.diffusion.preconditioning import EDMPreconditioning, VEPreconditioning, VPPreconditioning
@@ -12,7 +13,7 @@ from stablefield.diffusion.process import EDM, VE, VP, Cosine, RectifiedFlow
 from stablefield.diffusion.weighting import EDMWeighting, FlowWeighting, SNRWeighting
 from stablefield.training.recipe import Perceptron, Recipe, UNet, UNet2D
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "encode", "fits"]
 
 _KINDS = {
     kind.__name__: kind
@@ -49,7 +50,54 @@ def decode(data: Any) -> Any:
     kind = str(entries.pop("kind", None))
     if kind not in _KINDS:
         raise ValueError(f'config.json has the kind "{kind}", which this version does not know: {", ".join(_KINDS)}.')
+    hints = get_type_hints(_KINDS[kind])
+    for name, value in entries.items():
+        if name not in hints:
+            raise ValueError(f"config.json does not fit this version: {kind} has no {name}.")
+        if not fits(value, hints[name]):
+            raise ValueError(
+                f"config.json has {_short(value)} for the {name} of {kind}, which must be {_named(hints[name])}."
+            )
     try:
         return _KINDS[kind](**entries)
     except TypeError as error:
         raise ValueError(f"config.json does not fit this version: {kind}: {error}.") from error
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value, with tuples for lists, is of a type: a class, a literal, a tuple, or a union of these.
+
+    Whole numbers are numbers; truth values are not; beyond 64 bits there are none.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return any(value == one and type(value) is type(one) for one in inner)
+    if origin in (Union, UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is tuple:
+        items = cast("tuple[Any, ...]", value)
+        if not isinstance(value, tuple):
+            return False
+        if inner[-1] is ...:
+            return all(fits(item, inner[0]) for item in items)
+        return len(items) == len(inner) and all(fits(item, one) for item, one in zip(items, inner, strict=True))
+    if isinstance(value, int) and kind in (int, float):
+        return not isinstance(value, bool) and abs(value) < 2**63
+    return isinstance(value, kind)
+
+
+def _named(kind: Any) -> str:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return " or ".join(f'"{one}"' for one in inner)
+    if origin in (Union, UnionType):
+        return " or ".join(_named(one) for one in inner)
+    if origin is tuple:
+        return f"a list of {_named(inner[0])}"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    return names.get(kind, f"a {getattr(kind, '__name__', kind)}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

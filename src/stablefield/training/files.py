@@ -1,12 +1,17 @@
 """Files that are there whole or not at all: written under a temporary name, synced, and renamed."""
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping
+from io import BufferedReader
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor
 
-__all__ = ["sync", "write_tensors", "write_whole"]
+from stablefield.regular_file import open_regular
+
+__all__ = ["read_tensors", "sha256", "sync", "tensor_shapes", "write_tensors", "write_whole"]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -19,10 +24,59 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     from safetensors.torch import save_file
 
     content = {name: value.detach().contiguous().cpu() for name, value in tensors.items()}
+    # safetensors lets nobody but the owner read its files; a file that is opened here gets what the umask allows.
+    path.open("wb").close()
+    mode = path.stat().st_mode & 0o777
     try:
         save_file(content, path, metadata)
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
+    path.chmod(mode)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        ValueError: if it is no regular file, or no safetensors file.
+        OSError: if it cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    open_regular(path).close()
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}.") from error
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a safetensors file, by name; the tensors are not read.
+
+    Raises:
+        ValueError: if it is no regular file, or no safetensors file.
+        OSError: if it cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    open_regular(path).close()
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}.") from error
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file's bytes.
+
+    Raises:
+        ValueError: if it is no regular file.
+        OSError: if it cannot be read.
+    """
+    with open_regular(path) as file:
+        return hashlib.file_digest(cast("BufferedReader", file), "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
@@ -42,6 +96,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # of a kill, or no file at all, which must not be written to
     try:
         write(temporary)
         sync(temporary)

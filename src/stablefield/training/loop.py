@@ -6,7 +6,8 @@ observers, none of which changes what the steps do. One process or many run it a
 
 import errno
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any, Literal, Protocol
 
@@ -20,6 +21,7 @@ from stablefield.targets.ranks import RankError, Ranks
 from stablefield.training.checkpoint import State, restore, save, sweep
 from stablefield.training.feed import Feed
 from stablefield.training.meter import Meter, Report, bin_edges
+from stablefield.training.model import require_fit
 from stablefield.training.observers import samples
 from stablefield.training.placement import placed
 from stablefield.training.post_hoc import take_snapshot
@@ -127,40 +129,48 @@ def train(
         The steps done.
 
     Raises:
-        TrainingError: if a loss or a weight is not finite, or the disk is full; the checkpoints written before are whole.
-        ValueError: if no checkpoint of a run to continue is whole, or the data are not those of the run.
+        TrainingError: if a loss or a weight is not finite, the disk is full, or the folder has been taken over while this
+            process was stopped; the checkpoints written before are whole.
+        ValueError: if another process trains in the folder, no checkpoint of a run to continue is whole, or the data are not
+            those of the run.
     """
     recipe = config.recipe
-    if data.manifest["sha256"] != config.manifest["sha256"]:
+    if data.manifest["sha256"] != config.manifest.get("sha256"):
         raise ValueError(f"{config.data} is not what this run was started with (its pixels' sha256 differs).")
     accelerator = accelerator or make_accelerator(device, tracker, folder)
     device = accelerator.device
-    placement = placed(recipe, data, device, accelerator.num_processes)
-    feed = Feed(data, recipe, device, labelled=config.classes > 0, placement=placement)
     try:
-        loop = _Loop(folder, config, feed, accelerator, observers)
-        if tracker != "none":
-            accelerator.init_trackers("stablefield", {"run": folder.path.name, "data": config.data})
-        try:
-            return loop.run(report, every, stop)
-        except ArithmeticError as error:
-            raise TrainingError(
-                f"{error}: lower --learning-rate or --clip. The checkpoints written before are whole."
-            ) from error
-        except RankError as error:
-            raise TrainingError(f"{error} The checkpoints written before are whole.") from error
-        except OSError as error:
-            full = error.errno is None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            remedy = "free some space" if full else "see to its folder"
-            raise TrainingError(
-                f"the run cannot be written ({error.strerror or error}): {remedy}, then go on with --resume. "
-                "The checkpoints written before are whole."
-            ) from error
-        finally:
-            if tracker != "none":
-                accelerator.end_training()
+        with folder.locked() if accelerator.is_main_process else nullcontext():
+            placement = placed(recipe, data, device, accelerator.num_processes)
+            with closing(Feed(data, recipe, device, labelled=config.classes > 0, placement=placement)) as feed:
+                loop = _Loop(folder, config, feed, accelerator, observers)
+                with _tracking(accelerator, tracker, {"run": folder.path.name, "data": config.data}):
+                    return loop.run(report, every, stop)
+    except ArithmeticError as error:
+        raise TrainingError(
+            f"{error}: lower --learning-rate or --clip. The checkpoints written before are whole."
+        ) from error
+    except RankError as error:
+        raise TrainingError(f"{error} The checkpoints written before are whole.") from error
+    except OSError as error:
+        full = error.errno is None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free some space" if full else "see to its folder"
+        raise TrainingError(
+            f"the run cannot be written ({error.strerror or error}): {remedy}, then go on with --resume. "
+            "The checkpoints written before are whole."
+        ) from error
+
+
+@contextmanager
+def _tracking(accelerator: Accelerator, tracker: Tracker, run: dict[str, str]) -> Generator[None]:
+    if tracker == "none":
+        yield
+        return
+    accelerator.init_trackers("stablefield", run)
+    try:
+        yield
     finally:
-        feed.close()
+        accelerator.end_training()
 
 
 class _Loop:
@@ -177,10 +187,12 @@ class _Loop:
         self._folder, self._config, self._recipe = folder, config, config.recipe
         self._accelerator, self._observers = accelerator, observers
         self._main = accelerator.is_main_process
+        newest = folder.newest()
+        if newest is not None:
+            require_fit(config, newest[0])
         self._stepper = Stepper(config, feed, accelerator)
         self._edges = bin_edges(config.recipe.noise_levels, config.recipe.process)
         self._state = State(0, 0)
-        newest = folder.newest()
         if newest is not None:
             self._state = restore(newest[0], self._stepper.trained)
         self._ranks = Ranks() if accelerator.num_processes > 1 else None
@@ -222,8 +234,10 @@ class _Loop:
             return stop()
         # All or none: a process that left alone would leave the others waiting.
         wish = torch.tensor([float(stop())], device=self._accelerator.device)
-        self._ranks.add_up(wish, "to hear whether one of them is to stop")
-        return bool(wish.item() > 0)
+        purpose = "to hear whether one of them is to stop"
+        self._ranks.add_up(wish, purpose)
+        with self._ranks.waiting(purpose):  # on a GPU, it is here that it waits
+            return bool(wish.item() > 0)
 
     def _meet(self, purpose: str) -> None:
         if self._ranks is not None:
@@ -263,7 +277,15 @@ class _Loop:
             }
         )
 
+    def _require_folder(self) -> None:
+        successor = self._folder.successor
+        if successor is not None:
+            raise TrainingError(
+                f"{self._folder.path} was taken over by {successor} while this process stood still: it ends here."
+            )
+
     def _write(self, entry: dict[str, Any]) -> None:
+        self._require_folder()
         self._folder.log(entry)
         if self._accelerator.trackers:
             flat = {key: value for key, value in entry.items() if isinstance(value, int | float)}
@@ -296,6 +318,7 @@ class _Loop:
         if checkpoint or snapshot:
             self._stepper.require_finite(done)
         if self._main:
+            self._require_folder()
             trained = self._stepper.trained
             if snapshot:
                 powers = [(n, m) for n, m in trained.averages.items() if n.startswith("power-")]

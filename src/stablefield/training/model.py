@@ -11,12 +11,13 @@ from torch import Tensor
 
 from stablefield.diffusion.preconditioning import Denoiser
 from stablefield.sampling.noise import SampleNoise
-from stablefield.training.checkpoint import load_weights
+from stablefield.training.checkpoint import CheckpointError, load_weights
+from stablefield.training.files import tensor_shapes
 from stablefield.training.post_hoc import combine, snapshot_steps
 from stablefield.training.run_folder import RunConfig, RunFolder
 from stablefield.training.seeding import Purpose, generator_for
 
-__all__ = ["OpenModel", "build_denoiser", "draw", "open_model", "to_uint8"]
+__all__ = ["OpenModel", "build_denoiser", "draw", "open_model", "require_fit", "to_uint8"]
 
 
 @dataclass(frozen=True)
@@ -60,16 +61,47 @@ def open_model(path: Path, ema: str = "half-life", device: torch.device | str = 
     """
     folder = RunFolder.open(path)
     config = folder.config()
-    newest = folder.newest()
+
+    def read(checkpoint: Path) -> Denoiser:
+        require_fit(config, checkpoint)
+        denoiser = build_denoiser(config)
+        if ema in ("half-life", "none"):
+            load_weights(checkpoint, denoiser, "ema" if ema == "half-life" else "model")
+        return denoiser
+
+    newest = folder.read_newest(read)
     if newest is None:
         raise ValueError(f"{path} has no checkpoint yet: let it train for longer.")
-    checkpoint, state, complaints = newest
-    denoiser, step = build_denoiser(config), state.step
-    if ema in ("half-life", "none"):
-        load_weights(checkpoint, denoiser, "ema" if ema == "half-life" else "model")
-    else:
-        step = _load_power_average(folder, ema, denoiser)
+    denoiser, state, complaints = newest
+    step = state.step if ema in ("half-life", "none") else _load_power_average(folder, ema, denoiser)
     return OpenModel(denoiser.eval().requires_grad_(False).to(device), config, step, ema, tuple(complaints))
+
+
+def require_fit(config: RunConfig, checkpoint: Path) -> None:
+    """Compare the weights in a checkpoint with the network of a run, before memory is taken for either.
+
+    Raises:
+        CheckpointError: if their names or shapes differ, or the run can have no such network.
+        FileNotFoundError: if the checkpoint is gone.
+    """
+    path = checkpoint / "model.safetensors"
+    found = tensor_shapes(path)
+    wanted: dict[str, tuple[int, ...]] = {}
+    why = ""
+    try:
+        with torch.device("meta"):
+            recipe = config.recipe
+            network = recipe.network.build(config.shape, config.classes, recipe.augment_dim, torch.Generator())
+            denoiser = Denoiser(network, recipe.preconditioning)
+        wanted = {name: tuple(value.shape) for name, value in denoiser.state_dict().items()}
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        why = f" ({str(error).splitlines()[0]})"
+    if found != wanted:
+        odd = next(iter(sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))), "")
+        raise CheckpointError(
+            f"{path} does not fit the network that the run's config.json names{why}: one of the two is of another run. "
+            f"Its {odd} is {found.get(odd, 'missing')}, and the network's {wanted.get(odd, 'missing')}."
+        )
 
 
 def _load_power_average(folder: RunFolder, ema: str, denoiser: Denoiser) -> int:
@@ -87,7 +119,10 @@ def _load_power_average(folder: RunFolder, ema: str, denoiser: Denoiser) -> int:
         )
     parameters, _ = combine(folder.snapshots, length)
     # Buffers are constants of the architecture and the seed, and are not averaged.
-    denoiser.load_state_dict({**denoiser.state_dict(), **parameters})
+    try:
+        denoiser.load_state_dict({**denoiser.state_dict(), **parameters})
+    except RuntimeError as error:
+        raise ValueError(f"the snapshots in {folder.snapshots} do not fit the run's config.json: {error}") from error
     return steps[-1]
 
 

@@ -16,18 +16,23 @@ References:
     CVPR 2024, section 3.2 and appendix C.
 """
 
+import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from stablefield.regular_file import open_regular
 from stablefield.training.ema import power_exponent
 from stablefield.training.files import write_tensors, write_whole
+from stablefield.training.records import is_count, parse, seal, unseal
 
 __all__ = ["Profile", "combine", "mixture", "snapshot_steps", "take_snapshot"]
 
@@ -67,17 +72,27 @@ def mixture(snapshots: Sequence[Profile], wanted: Profile) -> tuple[NDArray[np.f
 
 def take_snapshot(folder: Path, step: int, averages: Sequence[tuple[float, nn.Module]]) -> Path:
     """Write the averages of this step, (length, module) each, as one file step-00001000.safetensors, whole or not at all."""
-    tensors = {f"{length}/{name}": value for length, average in averages for name, value in average.named_parameters()}
+    tensors = {
+        f"{length}/{name}": value.detach().contiguous().cpu()
+        for length, average in averages
+        for name, value in average.named_parameters()
+    }
+    sums = [_sum(key, tensors[key]) for key in sorted(tensors)]
+    record = {"step": step, "lengths": [length for length, _ in averages], "sha256": _sum_of(sums)}
     # One entry: safetensors writes several in no fixed order, and equal snapshots are to be equal files.
-    metadata = {"averages": json.dumps({"step": step, "lengths": [length for length, _ in averages]})}
+    metadata = {"averages": json.dumps(seal(record))}
     path = folder / f"step-{step:08d}.safetensors"
     write_whole(path, lambda temporary: write_tensors(temporary, tensors, metadata))
     return path
 
 
 def snapshot_steps(folder: Path) -> list[int]:
-    """Steps of which there are snapshots, in order."""
-    return sorted({profile.step for profile, _ in _profiles(folder)})
+    """Steps of which there are snapshots, in order.
+
+    Raises:
+        ValueError: naming a snapshot that is damaged.
+    """
+    return sorted({snapshot.step for snapshot in _snapshots(folder)})
 
 
 def combine(folder: Path, length: float, step: int | None = None) -> tuple[dict[str, Tensor], float]:
@@ -92,36 +107,105 @@ def combine(folder: Path, length: float, step: int | None = None) -> tuple[dict[
         The parameters by name, and the relative L2 error of the profile.
 
     Raises:
-        ValueError: if there are no snapshots, or the length is out of range.
+        ValueError: if there are no snapshots, one is damaged, or the length is out of range.
     """
-    from safetensors import safe_open
-
     power_exponent(length)
-    found = _profiles(folder)
+    found = _snapshots(folder)
     if not found:
         raise ValueError(f"{folder.parent} has no snapshots of averages: train with --ema-snapshot-every STEPS.")
-    wanted = Profile(step or max(profile.step for profile, _ in found), length)
-    coefficients, error = mixture([profile for profile, _ in found], wanted)
+    profiles = [Profile(snapshot.step, each) for snapshot in found for each in snapshot.lengths]
+    wanted = Profile(step or max(profile.step for profile in profiles), length)
+    coefficients, error = mixture(profiles, wanted)
+    shares = dict(zip(profiles, coefficients.tolist(), strict=True))
     sums: dict[str, Tensor] = {}
-    for (profile, path), coefficient in zip(found, coefficients, strict=True):
-        with safe_open(path, framework="pt") as file:
-            prefix = f"{profile.length}/"
-            for key in file.keys():  # noqa: SIM118
-                if key.startswith(prefix):
-                    name, value = key.removeprefix(prefix), file.get_tensor(key).double() * float(coefficient)
-                    sums[name] = sums[name] + value if name in sums else value
+    for snapshot in found:
+        for each, name, value in snapshot.tensors():
+            part = value.double() * shares[Profile(snapshot.step, each)]
+            if name in sums and sums[name].shape != part.shape:
+                raise _unusable(snapshot.path, f"{name} has another shape than in the snapshots before")
+            sums[name] = sums[name] + part if name in sums else part
     return {name: value.to(torch.float32) for name, value in sums.items()}, error
 
 
-def _profiles(folder: Path) -> list[tuple[Profile, Path]]:
-    from safetensors import safe_open
+@dataclass(frozen=True)
+class _Snapshot:
+    """A file of averages.
 
-    found: list[tuple[Profile, Path]] = []
+    Attributes:
+        path: the file.
+        step: at which they were taken.
+        lengths: of the averages.
+        sha256: of the tensors; None in files from before they carried it.
+    """
+
+    path: Path
+    step: int
+    lengths: tuple[float, ...]
+    sha256: str | None
+
+    def tensors(self) -> Iterator[tuple[float, str, Tensor]]:
+        """The length, the name and the value of each tensor; the last is followed by an error if they are damaged."""
+        from safetensors import safe_open
+
+        known = {str(length): length for length in self.lengths}
+        sums: list[bytes] = []
+        with safe_open(self.path, framework="pt") as file:
+            for key in sorted(file.keys()):
+                value = file.get_tensor(key)
+                sums.append(_sum(key, value))
+                length, _, name = key.partition("/")
+                if length not in known:
+                    raise _unusable(self.path, f"it holds {key[:200]}, which is of none of its averages")
+                yield known[length], name, value
+        if self.sha256 not in (None, _sum_of(sums)):
+            raise _unusable(self.path, "it is damaged: its weights are not what was written there")
+
+
+def _snapshots(folder: Path) -> list[_Snapshot]:
+    """The snapshots in a folder, in the order of their steps."""
+    from safetensors import SafetensorError, safe_open
+
+    found: list[_Snapshot] = []
     for path in sorted(folder.glob("step-*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            record = json.loads(file.metadata()["averages"])
-        found += [(Profile(record["step"], length), path) for length in record["lengths"]]
+        try:
+            open_regular(path).close()
+            with safe_open(path, framework="pt") as file:
+                record = unseal(parse((file.metadata() or {}).get("averages", "")), frozenset({"step", "lengths"}))
+            found.append(_snapshot(path, record))
+        except (OSError, ValueError, SafetensorError) as error:
+            raise _unusable(path, str(error)) from error
     return found
+
+
+def _snapshot(path: Path, record: Mapping[str, Any]) -> _Snapshot:
+    step, lengths, sha256 = record.get("step"), record.get("lengths"), record.get("sha256")
+    if not is_count(step) or path.name != f"step-{step:08d}.safetensors":
+        raise ValueError(f"its step is {step}")
+    if not isinstance(lengths, list) or not isinstance(sha256, str | None):
+        raise ValueError("its entries are not those of a snapshot")
+    known = [value if isinstance(value, float) else math.nan for value in cast("list[Any]", lengths)]
+    for length in known:
+        power_exponent(length)
+    if len(set(known)) < len(known):
+        raise ValueError("it names a length twice")
+    return _Snapshot(path, step, tuple(known), sha256)
+
+
+def _unusable(path: Path, why: str) -> ValueError:
+    return ValueError(
+        f"the snapshot {path} cannot be used: {why}. Move it out of the folder, and averages are made of the others."
+    )
+
+
+def _sum(name: str, value: Tensor) -> bytes:
+    """The checksum of a tensor on the CPU."""
+    digest = hashlib.sha256(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+    digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def _sum_of(sums: Sequence[bytes]) -> str:
+    return hashlib.sha256(b"".join(sums)).hexdigest()
 
 
 def _products(rows: Sequence[Profile], columns: Sequence[Profile]) -> NDArray[np.float64]:

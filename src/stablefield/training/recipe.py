@@ -22,6 +22,10 @@ __all__ = ["Perceptron", "Recipe", "UNet", "UNet2D"]
 
 Shape: TypeAlias = tuple[int, int, int]
 
+# Beyond what anybody trains, and little enough for a file that says so to be found wrong in seconds.
+_MOST_BLOCKS = 1000
+_MOST_LEVELS = 12
+
 
 @dataclass(frozen=True, kw_only=True)
 class Perceptron:
@@ -33,6 +37,9 @@ class Perceptron:
     """Number of residual blocks."""
     dropout: float = 0.0
     """Share of hidden values dropped in training."""
+
+    def __post_init__(self) -> None:
+        _require_at_most("depth", self.depth, _MOST_BLOCKS)
 
     def build(self, shape: Shape, classes: int, augment_dim: int, generator: torch.Generator) -> nn.Module:
         """The network for samples of `shape` (C, H, W).
@@ -59,6 +66,10 @@ class UNet:
     """Residual blocks per level."""
     dropout: float = 0.13
     """Share of values dropped within a block in training."""
+
+    def __post_init__(self) -> None:
+        _require_at_most("blocks", self.blocks, _MOST_BLOCKS)
+        _require_at_most("multipliers", len(self.multipliers), _MOST_LEVELS, "levels")
 
     def build(self, shape: Shape, classes: int, augment_dim: int, generator: torch.Generator) -> nn.Module:
         """The network for images of `shape` (C, H, W).
@@ -98,6 +109,10 @@ class UNet2D:
     dropout: float = 0.0
     """Share of values dropped within a block in training."""
 
+    def __post_init__(self) -> None:
+        _require_at_most("blocks", self.blocks, _MOST_BLOCKS)
+        _require_at_most("widths", len(self.widths), _MOST_LEVELS, "levels")
+
     def build(self, shape: Shape, classes: int, augment_dim: int, generator: torch.Generator) -> nn.Module:
         """The network for images of `shape` (C, H, W).
 
@@ -112,7 +127,7 @@ class UNet2D:
             raise ValueError(
                 f"--network.attention has {len(self.attention)} values, --network.widths {len(self.widths)}: one a level."
             )
-        if any(width < 1 or width % self.groups for width in self.widths):
+        if self.groups < 1 or any(width < 1 or width % self.groups for width in self.widths):
             raise ValueError(f"--network.widths is {self.widths}: each must be a multiple of the {self.groups} groups.")
         _require_square(shape, len(self.widths))
         return DiffusersUNet.sized(
@@ -228,6 +243,11 @@ class Recipe:
         ramp = min(1.0, (step + 1) * self.batch / self.ramp_images) if self.ramp_images else 1.0
         left = (self.steps - step) / (self.decay_share * self.steps) if self.decay_share else 1.0
         return self.learning_rate * min(ramp, left, 1.0)
+
+
+def _require_at_most(name: str, count: int, most: int, of: str = "blocks") -> None:
+    if count > most:
+        raise ValueError(f"--network.{name} has {count} {of}: at most {most} are built.")
 
 
 def _require_square(shape: Shape, levels: int) -> None:

@@ -1,23 +1,34 @@
 """A run folder: where a run lives, from its configuration to its pictures.
 
 config.json  metrics.jsonl  checkpoints/step-00002000/  samples/step-00002000.png  ema/step-00002000.safetensors
+and while it is being trained, .stablefield.lock
 """
 
-import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar, cast
 
 from stablefield.training.checkpoint import CheckpointError, State, read_state, remove
-from stablefield.training.config import decode, encode
-from stablefield.training.files import write_whole
+from stablefield.training.config import decode, encode, fits
+from stablefield.training.lock import Holder, Lock
 from stablefield.training.recipe import Recipe
+from stablefield.training.records import append_line, is_count, read_lines, read_record, write_lines, write_record
 
 __all__ = ["RunConfig", "RunFolder"]
 
 _FORMAT = 1
+_LOCK = ".stablefield.lock"
+_ATTEMPTS = 10
+# What a kill may leave of a folder that was being made: it can be made again.
+_BEGINNINGS = {_LOCK, ".config.json.tmp"}
+_FORMER = frozenset({"format", "stablefield", "data", "shape", "classes", "opening", "manifest", "recipe"})
+_TYPES = {"stablefield": str, "data": str, "shape": tuple[int, int, int], "classes": int, "recipe": Recipe}
+_OPENING = {"resolution": int | None, "resize": Literal["crop", "squash"], "skip_broken": bool}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +54,15 @@ class RunConfig:
     opening: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
+Value = TypeVar("Value")
+
+
 class RunFolder:
     """The folder `path` of one run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock: Lock | None = None
 
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> "RunFolder":
@@ -56,29 +71,38 @@ class RunFolder:
         Raises:
             ValueError: if the folder is not empty or cannot be written.
         """
+        folder = cls(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if any(path.iterdir()):
-                raise ValueError(
-                    f"--out {path} is not empty: name a new folder, or continue the run in it with --resume --out {path}."
-                )
-            record = {
-                "format": _FORMAT,
-                "stablefield": config.version,
-                "data": config.data,
-                "shape": list(config.shape),
-                "classes": config.classes,
-                "opening": dict(config.opening),
-                "manifest": dict(config.manifest),
-                "recipe": encode(config.recipe),
-            }
-            text = json.dumps(record, indent=2) + "\n"
-            write_whole(path / "config.json", lambda temporary: temporary.write_text(text))
+            folder._require_empty()
+            with folder.locked():
+                folder._require_empty()  # others may have been faster
+                folder._write_config(config)
         except OSError as error:
             raise ValueError(
                 f"--out {path} cannot be written ({error.strerror}): name a folder in a place that you may write to."
             ) from error
-        return cls(path)
+        return folder
+
+    def _require_empty(self) -> None:
+        if any(found.name not in _BEGINNINGS for found in self.path.iterdir()):
+            raise ValueError(
+                f"--out {self.path} is not empty: name a new folder, or continue the run in it with --resume "
+                f"--out {self.path}."
+            )
+
+    def _write_config(self, config: RunConfig) -> None:
+        record = {
+            "format": _FORMAT,
+            "stablefield": config.version,
+            "data": config.data,
+            "shape": list(config.shape),
+            "classes": config.classes,
+            "opening": dict(config.opening),
+            "manifest": dict(config.manifest),
+            "recipe": encode(config.recipe),
+        }
+        write_record(self.path / "config.json", record)
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
@@ -87,50 +111,74 @@ class RunFolder:
         Raises:
             ValueError: if there is none.
         """
+        if path.is_dir() and all(found.name in _BEGINNINGS for found in path.iterdir()):
+            raise ValueError(
+                f"{path} holds nothing yet: there is nothing to go on with. Begin the run with --out {path}."
+            )
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} is not a run: it has no config.json. Train one: stablefield train digits.")
         return cls(path)
+
+    @contextmanager
+    def locked(self, tell: Callable[[str], None] | None = None) -> Generator[None]:
+        """Within its block no other process trains in the folder; blocks of one object may be nested.
+
+        Args:
+            tell: told why it takes a while to begin, as it may where the last holder was on another machine.
+
+        Raises:
+            ValueError: saying who trains in it: which process, on which machine, since when.
+            OSError: if the folder cannot be written.
+        """
+        if self._lock is not None:
+            yield
+            return
+        lock = Lock(self.path / _LOCK)
+        lock.acquire(tell)
+        self._lock = lock
+        try:
+            yield
+        finally:
+            self._lock = None
+            lock.release()
+
+    @property
+    def successor(self) -> Holder | None:
+        """Who has taken the folder over from this process within a `locked` block; None if nobody has."""
+        return None if self._lock is None else self._lock.successor
 
     def config(self) -> RunConfig:
         """Read config.json.
 
         Raises:
-            ValueError: if it cannot be read or is of another format.
+            ValueError: if it cannot be read, is damaged, is of another format, or holds what no run can have.
         """
+        path = self.path / "config.json"
         try:
-            record = json.loads((self.path / "config.json").read_text())
-            if record["format"] != _FORMAT:
-                raise ValueError(f"its format is {record['format']}, this version reads {_FORMAT}")
-            return RunConfig(
-                data=record["data"],
-                shape=tuple(record["shape"]),
-                classes=record["classes"],
-                manifest=record["manifest"],
-                recipe=decode(record["recipe"]),
-                version=record["stablefield"],
-                opening=record["opening"],
-            )
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.path / 'config.json'} cannot be used: {error}.") from error
+            return _config(read_record(path, _FORMER))
+        except (OSError, ValueError) as error:
+            advice = ""
+            if "checksum" in str(error):
+                advice = ' If somebody has changed it on purpose, take its entry "checksum" out.'
+            raise ValueError(f"{path} cannot be used: {str(error).rstrip('.')}.{advice}") from error
 
     def log(self, entry: Mapping[str, Any]) -> None:
-        """Append a line to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(dict(entry)) + "\n")
+        """Append a line to metrics.jsonl, without the numbers that are not finite."""
+        append_line(self.path / "metrics.jsonl", {key: value for key, value in entry.items() if not _is_nan(value)})
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """The lines of metrics.jsonl, without those that are damaged or cut off.
+
+        Each has its "step"; its other entries are finite numbers, and where their names begin with "bin_", lists of them and
+        None: the edges between n bins rise, and what the bins hold has n values.
+        """
+        return (entry for entry in read_lines(self.path / "metrics.jsonl") if _is_metrics(entry))
 
     def rewind_log(self, step: int) -> None:
         """Drop the lines of metrics.jsonl after `step`, which a resumed run writes again."""
         path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return
-        kept: list[str] = []
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue  # a line cut off by a kill
-        write_whole(path, lambda temporary: temporary.write_text("".join(kept)))
+        if path.exists():
+            write_lines(path, (entry for entry in self.metrics() if entry["step"] <= step))
 
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint of `step`."""
@@ -160,16 +208,113 @@ class RunFolder:
 
     def newest(self) -> tuple[Path, State, list[str]] | None:
         """The newest whole checkpoint, where it stood, and what was wrong with newer ones; None if there is none."""
-        complaints: list[str] = []
-        for folder in reversed(self._checkpoints()):
-            try:
-                return folder, read_state(folder), complaints
-            except CheckpointError as error:
-                complaints.append(str(error))
-        if complaints:
-            raise ValueError("no checkpoint of this run is whole. " + " ".join(complaints))
-        return None
+        return self.read_newest(lambda folder: folder)
+
+    def read_newest(self, read: Callable[[Path], Value]) -> tuple[Value, State, list[str]] | None:
+        """What `read` finds in the newest whole checkpoint, where that stood, and what was wrong with newer ones.
+
+        One that is pruned while it is read, by a run that goes on, is no fault: the newest is taken again.
+
+        Returns:
+            None if there is no checkpoint.
+
+        Raises:
+            ValueError: if none is whole, or checkpoints are pruned faster than they are read.
+        """
+        for _ in range(_ATTEMPTS):
+            complaints: list[str] = []
+            replaced = False
+            for folder in reversed(self._checkpoints()):
+                there = _identity(folder)
+                try:
+                    state = read_state(folder)
+                except CheckpointError as error:
+                    replaced = _identity(folder) != there
+                    if replaced:
+                        break
+                    complaints.append(str(error))
+                    continue
+                try:
+                    return read(folder), state, complaints
+                except (CheckpointError, FileNotFoundError):
+                    replaced = _identity(folder) != there
+                    if not replaced:
+                        raise
+                    break
+            if replaced:
+                continue
+            if complaints:
+                raise ValueError("no checkpoint of this run is whole. " + " ".join(complaints))
+            return None
+        raise ValueError(
+            f"{self.path}: its checkpoints are pruned faster than they can be read: train with a larger --keep-last or "
+            "--checkpoint-every, or wait until the run has ended."
+        )
 
     def _checkpoints(self) -> list[Path]:
         folders = (self.path / "checkpoints").glob("step-*")
         return sorted(folder for folder in folders if re.fullmatch(r"step-\d{8,}", folder.name))
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _config(record: Mapping[str, Any]) -> RunConfig:
+    """The configuration in a record.
+
+    Raises:
+        ValueError: if an entry is missing or of the wrong type.
+    """
+    missing = ", ".join(sorted(_FORMER - set(record)))
+    if missing:
+        raise ValueError(f"it has no {missing}")
+    if record["format"] != _FORMAT:
+        raise ValueError(f"its format is {record['format']}, this version reads {_FORMAT}")
+    found = {name: decode(record[name]) if name in ("shape", "recipe") else record[name] for name in _TYPES}
+    for name, kind in _TYPES.items():
+        if not fits(found[name], kind):
+            raise ValueError(f"its {name} is of the wrong type")
+    if min(found["shape"]) < 1 or found["classes"] < 0:
+        raise ValueError(f"its shape is {found['shape']} and its classes are {found['classes']}")
+    opening, manifest = record["opening"], record["manifest"]
+    if not isinstance(opening, dict) or not isinstance(manifest, dict):
+        raise ValueError("its opening or its manifest is no JSON object")
+    for name, value in cast("dict[str, Any]", opening).items():
+        if name not in _OPENING or not fits(value, _OPENING[name]):
+            raise ValueError(f"its opening has {name} = {str(value)[:80]}, which this version does not know")
+    return RunConfig(
+        data=found["data"],
+        shape=found["shape"],
+        classes=found["classes"],
+        manifest=cast("dict[str, Any]", manifest),
+        recipe=found["recipe"],
+        version=found["stablefield"],
+        opening=cast("dict[str, Any]", opening),
+    )
+
+
+def _is_metrics(entry: Mapping[str, Any]) -> bool:
+    if not is_count(entry.get("step")):
+        return False
+    edges = entry.get("bin_edges", [])
+    for name, value in entry.items():
+        if not name.startswith("bin_"):
+            if not fits(value, float):
+                return False
+            continue
+        row = tuple(cast("list[Any]", value)) if isinstance(value, list) else None
+        if name == "bin_edges":
+            if not fits(row, tuple[float, ...]) or any(a >= b for a, b in pairwise(row or ())):
+                return False
+        elif not fits(row, tuple[float | None, ...]) or len(row or ()) != len(edges) + 1:
+            return False
+    return True
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
