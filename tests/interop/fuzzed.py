@@ -31,7 +31,7 @@ from stablefield.networks import SongUNet
 SECONDS = 10
 EXTREMES = (0, 1, -1, 7, 255, 2**15, 2**31 - 1, 2**31, 2**32, 2**47, 2**48, 2**62, 2**63 - 1, -(2**63))
 OPCODES = b"().RbcQN]}\x81\x85\x86\x87\x88\x89\x8f\x90\x91\x93\x94aesu0h2K\x8a"
-KINDS = ("pickle", "zip", "legacy", "state zip", "state legacy", "safetensors")
+KINDS = ("pickle", "zip", "legacy", "state zip", "state legacy", "safetensors", "state")
 
 # What no file may make Python do. The hook cannot be taken away again, so it listens only while a file is read.
 WATCHED = {"import", "exec", "compile", "pickle.find_class", "ctypes.dlopen", "socket.connect", "subprocess.Popen"}
@@ -129,7 +129,7 @@ def damaged_header(data: bytes, chance: random.Random) -> bytes:
     length = struct.unpack("<Q", data[:8])[0]
     header, content = json.loads(data[8 : 8 + length]), data[8 + length :]
     for _ in range(chance.choice((1, 1, 3))):
-        name = chance.choice([name for name in header if name != "__metadata__"])
+        name = chance.choice([name for name, entry in header.items() if isinstance(entry, dict)])
         entry = header[name]
         odd = chance.choice((*EXTREMES, None, "", "\x1b[31m", [], {}, 1.5, float("nan"), True, 10**400))
         match chance.randrange(6):
@@ -138,7 +138,7 @@ def damaged_header(data: bytes, chance: random.Random) -> bytes:
             case 1:
                 entry["dtype"] = chance.choice(("F8_E4M3", "F8_E5M2", "F4", "U64", "C64", "BOOL", "F16", "BF16", "I8", "F64"))
             case 2:
-                entry["data_offsets"][chance.randrange(2)] = chance.choice(EXTREMES)
+                entry["data_offsets"] = [chance.choice((0, *EXTREMES)), chance.choice((4, 16, *EXTREMES))]
             case 3:
                 entry[chance.choice(("shape", "dtype", "data_offsets"))] = odd
             case 4:
@@ -149,6 +149,35 @@ def damaged_header(data: bytes, chance: random.Random) -> bytes:
     return struct.pack("<Q", len(changed)) + changed + content
 
 
+def damaged_state(chance: random.Random) -> bytes:
+    """A whole file whose tensors are not those of a network: other names, shapes, dtypes, strides or values."""
+    make = chance.choice((SongUNet.ddpmpp, SongUNet.ncsnpp))
+    network = make(8, 1, 4, chance.choice(((1,), (1, 2))), chance.choice((1, 2)), classes=chance.choice((0, 3)))
+    state: dict[str, torch.Tensor] = dict(network.state_dict())
+    for _ in range(chance.choice((1, 1, 2, 4))):
+        name = chance.choice((*state, *[key for key in state if "_conv.w" in key or "map_" in key or "block0" in key]))
+        side = chance.choice((1, 4, 8, 16, 65536))
+        match chance.randrange(7):
+            case 0:
+                state[name] = torch.zeros([chance.choice((0, 1, 2, 4, 9)) for _ in range(chance.choice((0, 1, 2, 4, 9)))])
+            case 1:
+                dtype = chance.choice((torch.float16, torch.int64, torch.bool, torch.float64, torch.complex64))
+                state[name] = state[name].to(dtype)
+            case 2:
+                state[name] = state[name].double() + chance.choice((1e39, float("nan"), float("inf"), -1e300))
+            case 3:
+                del state[name]
+            case 4:
+                state[chance.choice((f"enc.{side}x{side}_conv.weight", f"enc.{side}x{side}_block0.norm0.weight"))] = state[name]
+            case 5:
+                state[f"enc.8x8_block{chance.choice((1, 2, 3))}.conv1.weight"] = state[name]
+            case _:
+                state[name] = torch.zeros(1).expand(state[name].shape)
+    if chance.random() < 0.5:
+        return foreign.saved(state, legacy=chance.random() < 0.5)
+    return save({name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()})
+
+
 def damaged(files: dict[str, bytes], number: int) -> tuple[str, bytes]:
     """The file of this number, and of which kind it is."""
     chance = random.Random(number)
@@ -156,6 +185,8 @@ def damaged(files: dict[str, bytes], number: int) -> tuple[str, bytes]:
     structures: dict[str, Callable[[bytes, random.Random], bytes]] = {
         "zip": damaged_archive, "state zip": damaged_archive, "pickle": damaged_pickle, "safetensors": damaged_header,
     }  # fmt: skip
+    if kind == "state":
+        return kind, damaged_state(chance)
     damage = structures.get(kind, damaged_legacy) if chance.random() < 0.7 else damaged_bytes
     return kind, damage(files[kind], chance)
 
