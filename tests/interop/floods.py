@@ -26,14 +26,14 @@ def sizes(*values: int) -> bytes:
 
 def state(shapes: Mapping[str, tuple[int, ...]], count: int = 64) -> bytes:
     """A state dict of these shapes, all in one storage of `count` numbers."""
-    # Memo 0 is the storage, memo 1 the function.
-    body = storage_id(count) + b"\x940" + named("torch._utils", "_rebuild_tensor_v2") + b"\x940" + b"}("
+    parts = [storage_id(count), b"\x940", named("torch._utils", "_rebuild_tensor_v2"), b"\x940}("]
     for name, shape in shapes.items():
         strides = [1] * len(shape)
         for axis in range(len(shape) - 2, -1, -1):
             strides[axis] = min(2**46, strides[axis + 1] * shape[axis + 1])
-        arguments = b"h\x00K\x00" + sizes(*shape) + sizes(*strides) + b"\x89N"
-        body += text(name) + b"h\x01(" + arguments + b"tR"
+        # Memo 0 is the storage, memo 1 the function.
+        parts += [text(name), b"h\x01(h\x00K\x00", sizes(*shape), sizes(*strides), b"\x89NtR"]
+    body = b"".join(parts)
     return archive(program(body + b"u"), {"data/0": struct.pack("<f", 0.25) * count})  # a resampling filter, too
 
 
@@ -88,7 +88,14 @@ def doubled_network() -> bytes:
 def arrays(times: int, size: int) -> bytes:
     """Buffers that are numpy arrays of one and the same bytes."""
     body = named("numpy.core.multiarray", "_reconstruct") + b"\x940"
-    body += named("numpy", "dtype") + b"(" + text("u1") + b"tR(K\x03" + text("|") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x940"
+    body += (
+        named("numpy", "dtype")
+        + b"("
+        + text("u1")
+        + b"tR(K\x03"
+        + text("|")
+        + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x940"
+    )
     body += b"B" + struct.pack("<I", size) + bytes(size) + b"\x940"
     held = b"}("
     for k in range(times):
@@ -107,8 +114,10 @@ def members(count: int) -> bytes:
     end = data.index(b"PK\x05\x06")
     entry, name = bytes(data[start:end]), b"archive/data.pkl"
     many = b"".join(entry.replace(name, b"%016d" % k) for k in range(count))
-    return bytes(data[:end]) + many + (
-        b"PK\x05\x06" + struct.pack("<4H2LH", 0, 0, 65535, 65535, len(entry) + len(many), start, 0)
+    return (
+        bytes(data[:end])
+        + many
+        + (b"PK\x05\x06" + struct.pack("<4H2LH", 0, 0, 65535, 65535, len(entry) + len(many), start, 0))
     )
 
 
@@ -152,15 +161,16 @@ FLOODS: Mapping[str, Callable[[], bytes]] = {
     "long module of dots": lambda: program(named("." * 5_000_000, "_reconstruct_persistent_obj")),
     "device of many words over and over": lambda: program(
         b"(" + b"N" * 100_000 + b"t\x940" + named("torch", "device") + b"\x940" + b"h\x01h\x00R0" * 10_000 + b"N"),
-    "sets": lambda: program(b"\x8f" * 1_990_000 + b"N"),
-    "arrays without content": lambda: program(
-        named("numpy.core.multiarray", "_reconstruct") + b"\x94" + b"h\x00)R" * 660_000),
-    "objects": lambda: program(
-        named("torch.nn.modules.container", "Sequential") + b"\x94" + b"h\x00)\x81" * 660_000),
+    "sets": lambda: program(b"\x8f" * 1_100_000 + b"N"),
+    "tensors": lambda: archive(program(
+        storage_id(2) + b"\x940" + named("torch._utils", "_rebuild_tensor_v2") + b"\x940"
+        + b"(h\x00K\x00" + sizes(*[2**40] * 8) * 2 + b"\x89Nt\x940" + b"h\x01h\x02R" * 50_000, 2), {"data/0": bytes(8)}),
+    "attributes over and over": lambda: program(
+        named("torch.nn.modules.container", "Sequential") + b"\x940}("
+        + b"".join(text(str(k)) + b"N" for k in range(100_000)) + b"u\x940" + b"h\x00)\x81h\x01b" * 9),
     "objects within objects": lambda: program(
         named("torch.nn.modules.container", "Sequential") + b"\x94" + b"h\x00)\x81}" + text("a")
-        + (b"h\x00)\x81}" + text("a")) * 100_000 + b"N" + b"sb" * 100_001),
-    "rows within rows": lambda: program(b"(" * 1_900_000),
+        + (b"h\x00)\x81}" + text("a")) * 40_000 + b"N" + b"sb" * 40_001),
     "no elements and huge axes": lambda: state(unet() | {"map_label.weight": (0, 2**46, 2**46)}, 576),
     "huge axes": lambda: state(unet(width=2**30), 576),
     "width beyond any": lambda: state({name: (2**28, 1, *shape[2:]) for name, shape in unet().items()}, 576),

@@ -50,7 +50,9 @@ def good() -> dict[str, bytes]:
     """A small good file of each kind."""
     network = SongUNet.ddpmpp(4, 1, 4, (1,), 1, generator=torch.Generator().manual_seed(0))
     files = {kind: foreign.edm_file(network, kind=kind) for kind in ("pickle", "zip", "legacy")}
-    files |= {f"state {kind}": foreign.saved(network.state_dict(), legacy=kind == "legacy") for kind in ("zip", "legacy")}
+    files |= {
+        f"state {kind}": foreign.saved(network.state_dict(), legacy=kind == "legacy") for kind in ("zip", "legacy")
+    }
     return files | {"safetensors": save(network.state_dict())}
 
 
@@ -87,7 +89,9 @@ def damaged_pickle(data: bytes, chance: random.Random) -> bytes:
             case 0:
                 codes[place] = b""
             case 1:
-                codes[place : place + chance.choice((1, 5, 40))] = [b"".join(codes[place : place + 5])] * chance.choice((1, 2, 9))
+                codes[place : place + chance.choice((1, 5, 40))] = [b"".join(codes[place : place + 5])] * chance.choice(
+                    (1, 2, 9)
+                )
             case 2:
                 codes[place], codes[other] = codes[other], codes[place]
             case 3:
@@ -136,7 +140,9 @@ def damaged_header(data: bytes, chance: random.Random) -> bytes:
             case 0:
                 entry["shape"] = [chance.choice(EXTREMES) for _ in range(chance.choice((0, 1, 4, 70)))]
             case 1:
-                entry["dtype"] = chance.choice(("F8_E4M3", "F8_E5M2", "F4", "U64", "C64", "BOOL", "F16", "BF16", "I8", "F64"))
+                entry["dtype"] = chance.choice(
+                    ("F8_E4M3", "F8_E5M2", "F4", "U64", "C64", "BOOL", "F16", "BF16", "I8", "F64")
+                )
             case 2:
                 entry["data_offsets"] = [chance.choice((0, *EXTREMES)), chance.choice((4, 16, *EXTREMES))]
             case 3:
@@ -144,7 +150,9 @@ def damaged_header(data: bytes, chance: random.Random) -> bytes:
             case 4:
                 header[name] = odd
             case _:
-                header = {chance.choice((key, key, "enc.0x0_conv.weight", "\x1b]0;x\x07", "")): v for key, v in header.items()}
+                header = {
+                    chance.choice((key, key, "enc.0x0_conv.weight", "\x1b]0;x\x07", "")): v for key, v in header.items()
+                }
     changed = json.dumps(header).encode()
     return struct.pack("<Q", len(changed)) + changed + content
 
@@ -159,7 +167,9 @@ def damaged_state(chance: random.Random) -> bytes:
         side = chance.choice((1, 4, 8, 16, 65536))
         match chance.randrange(7):
             case 0:
-                state[name] = torch.zeros([chance.choice((0, 1, 2, 4, 9)) for _ in range(chance.choice((0, 1, 2, 4, 9)))])
+                state[name] = torch.zeros(
+                    [chance.choice((0, 1, 2, 4, 9)) for _ in range(chance.choice((0, 1, 2, 4, 9)))]
+                )
             case 1:
                 dtype = chance.choice((torch.float16, torch.int64, torch.bool, torch.float64, torch.complex64))
                 state[name] = state[name].to(dtype)
@@ -168,7 +178,9 @@ def damaged_state(chance: random.Random) -> bytes:
             case 3:
                 del state[name]
             case 4:
-                state[chance.choice((f"enc.{side}x{side}_conv.weight", f"enc.{side}x{side}_block0.norm0.weight"))] = state[name]
+                state[chance.choice((f"enc.{side}x{side}_conv.weight", f"enc.{side}x{side}_block0.norm0.weight"))] = (
+                    state[name]
+                )
             case 5:
                 state[f"enc.8x8_block{chance.choice((1, 2, 3))}.conv1.weight"] = state[name]
             case _:

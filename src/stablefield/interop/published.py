@@ -201,7 +201,9 @@ def _check_sizes(tensors: Mapping[str, Tensor | TensorView], size: int) -> None:
         if isinstance(value, TensorView):
             value.check()
         if 0 in value.shape or len(value.shape) > MAX_AXES:
-            raise RefusedError(f"{plain_text(name)} has no elements, or more than {MAX_AXES} axes: weights have neither.")
+            raise RefusedError(
+                f"{plain_text(name)} has no elements, or more than {MAX_AXES} axes: weights have neither."
+            )
         total += math.prod(value.shape) * value.dtype.itemsize
     if total > size:
         raise RefusedError(
