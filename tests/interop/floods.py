@@ -7,10 +7,8 @@ import struct
 import zipfile
 from collections.abc import Callable, Mapping
 
-import foreign
 import torch
 from foreign import archive, legacy, named, program, reconstructed, storage_id, tensor_of, text
-
 from safetensors.torch import save
 
 from stablefield.networks import SongUNet

@@ -1,6 +1,6 @@
-"""Damaged files of weights without number, each a function of its own: run as a program by the tests, and by hand for longer.
+"""Damaged files of weights, each a function of its number: run as a program by the tests, and by hand for longer.
 
-    python fuzzed.py FOLDER FIRST COUNT    one line of JSON: what the files of these numbers did
+    python fuzzed.py FOLDER FIRST COUNT    one line of JSON: what came of the files of these numbers
 
 Small good files of every kind are damaged in their bytes and in their structure: opcodes of a pickle left out, doubled and
 exchanged, numbers replaced by extreme ones, an archive written anew around a damaged part, a header of safetensors with
@@ -245,7 +245,8 @@ def main(folder: Path, first: int, count: int) -> None:
         path.write_bytes(data)
         signal.alarm(6 * SECONDS)
         resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1 + SECONDS, resource.RLIM_INFINITY))
-        print(number, file=sys.stderr, flush=True)  # should the process end here
+        sys.stderr.write(f"{number}\n")  # should the process end here
+        sys.stderr.flush()
         heard, began = [], time.process_time()
         said = read(path)
         done, heard = heard, None
@@ -254,7 +255,8 @@ def main(folder: Path, first: int, count: int) -> None:
         if said not in ("read", "refused") or done:
             faults.append(f"file {number}, {kind}: {said} {done}")
     peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    print(json.dumps({"counts": counts, "faults": faults[:20], "largest": largest, "peak": peak, "slowest": slowest}))
+    record = {"counts": counts, "faults": faults[:20], "largest": largest, "peak": peak, "slowest": slowest}
+    sys.stdout.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

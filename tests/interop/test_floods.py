@@ -102,9 +102,7 @@ def test_number_of_float64_beyond_float32_is_refused_not_made_infinite(tmp_path:
 
     network = SongUNet.ddpmpp(8, 1, 8, (1, 2), 1).double().state_dict()
     (tmp_path / "w.pt").write_bytes(saved(network | {"map_layer1.bias": torch.full((32,), 1e39, dtype=torch.float64)}))
-    with pytest.raises(
-        RefusedError, match="map_layer1.bias holds NaN or infinite values, or such as float32 cannot hold"
-    ):
+    with pytest.raises(RefusedError, match="holds NaN or infinite values, or such as float32"):
         read_published(tmp_path / "w.pt", "edm")
 
 

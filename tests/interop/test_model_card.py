@@ -128,13 +128,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("format", ["plain", "diffusers"])
-def test_no_file_of_an_export_says_where_the_data_lie_or_whose_they_are(run: Path, format: str, tmp_path: Path) -> None:
-    if format == "diffusers":
+@pytest.mark.parametrize("kind", ["plain", "diffusers"])
+def test_no_file_of_an_export_says_where_the_data_lie_or_whose_they_are(run: Path, kind: str, tmp_path: Path) -> None:
+    if kind == "diffusers":
         pytest.importorskip("diffusers")
     assert "ada-lovelace" in (run / "config.json").read_text()
     with pytest.raises(SystemExit, match="0"):
-        main(["export", str(run), "--out", str(tmp_path / "out"), "--format", format, "--samples", "2", "--steps", "2"])
+        main(["export", str(run), "--out", str(tmp_path / "out"), "--format", kind, "--samples", "2", "--steps", "2"])
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert len(files) > 2
     for path in files:

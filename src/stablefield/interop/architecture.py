@@ -135,7 +135,7 @@ def _read(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor | Te
     # Before a network of that many is made, even one without memory.
     if _TENSORS_PER_BLOCK * len(sides) * (2 * blocks + 1) > len(shapes):
         raise RefusedError(
-            f"its names are of {len(sides)} levels of {blocks:,} blocks, and its {len(shapes):,} tensors are too few for that."
+            f"its names are of {len(sides)} levels of {blocks:,} blocks, and its {len(shapes):,} tensors are too few."
         )
     widths = [_axis(shapes, f"enc.{side}x{side}_block0.conv1.weight", 0) for side in sides]
     if max(base, *widths) > _MAX_WIDTH:

@@ -207,8 +207,8 @@ def _check_sizes(tensors: Mapping[str, Tensor | TensorView], size: int) -> None:
         total += math.prod(value.shape) * value.dtype.itemsize
     if total > size:
         raise RefusedError(
-            f"its tensors take {total:,} bytes, and the file has {size:,}: they are views of the same memory. Save the state "
-            "dict with a copy of each tensor."
+            f"its tensors take {total:,} bytes, and the file has {size:,}: they are views of the same memory. "
+            "Save the state dict with a copy of each tensor."
         )
 
 
