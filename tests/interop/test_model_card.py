@@ -1,6 +1,7 @@
 """What a card publishes: names as they are, and nothing of the machine that it was written on."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from markdown_it import MarkdownIt
 from stablefield.cli.entry import main
 from stablefield.evaluation.protocol import Protocol
 from stablefield.evaluation.result import Result
-from stablefield.interop.model_card import ModelCard, public_name
+from stablefield.interop.model_card import ModelCard, public_name, results_of_run
 from stablefield.training.recipe import Recipe
 
 HOSTILE = [
@@ -109,6 +110,80 @@ def test_place_and_owner_of_data_are_not_on_the_card() -> None:
     for place in ("/srv/ada-lovelace/faces", "/" + "home/ada-lovelace", "C:" + r"\Users\ada-lovelace\x"):
         assert "lovelace" not in card(data=place, reference=place, extractor=place)
     assert "private data" in card(data="/" + "home/ada")
+
+
+def leaves(value: object, place: tuple = ()) -> list[tuple]:
+    """The places of everything in a record."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place, *(found for key, item in inner for found in leaves(item, (*place, key)))]
+
+
+def changed(value: object, place: tuple, other: object) -> object:
+    if not place:
+        return other
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[place[0]] = changed(copy[place[0]], place[1:], other)
+    return copy
+
+
+ODD = [
+    None,
+    True,
+    "",
+    "x\x1b[31m",
+    "1",
+    [],
+    {},
+    [[]],
+    -1,
+    0,
+    1.5,
+    10**400,
+    -(10**400),
+    2**63,
+    float("nan"),
+    float("inf"),
+]
+
+
+def test_results_of_wrong_types_are_told_of_by_their_file_or_shown(tmp_path: Path) -> None:
+    path = tmp_path / "evaluations" / "pixels.json"
+    path.parent.mkdir()
+    made = Result(
+        values=(1.0, 2.0), protocol=protocol(seeds=("0-1", "2-3"), settings={"k": 3}, steps=3, nfe=5.0, ema="x")
+    )
+    record = {"format": 1, "subject": "x", "results": [made.to_dict()]}
+    refused: list[str] = []
+    for place in leaves(record):
+        for odd in ODD:
+            path.write_text(json.dumps(changed(record, place, odd)))
+            try:
+                results = results_of_run(tmp_path)
+            except ValueError as error:
+                refused.append(str(error))
+                continue
+            sizes = {"shape": (1, 8, 8), "classes": 0, "parameters": 3}
+            text = ModelCard(
+                name="m", data="d", recipe=Recipe(), step=9, ema="none", version="1", results=results, **sizes
+            ).text()  # fmt: skip
+            assert "\x1b" not in text
+    assert len(refused) > 100
+    assert all(str(path) in told for told in refused)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"format": 1e400}', "{", "", "\udcff"])
+def test_results_that_are_no_json_are_told_of_by_their_file(content: str, tmp_path: Path) -> None:
+    (tmp_path / "evaluations").mkdir()
+    (tmp_path / "evaluations" / "pixels.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"pixels\.json holds no results"):
+        results_of_run(tmp_path)
+
+
+def test_fifo_among_the_results_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "evaluations").mkdir()
+    os.mkfifo(tmp_path / "evaluations" / "pixels.json")
+    with pytest.raises(ValueError, match=r"pixels\.json is a FIFO"):
+        results_of_run(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,9 @@
 """A run folder made of a published network, so that all verbs that open a run open it."""
 
 import hashlib
+from io import BufferedReader
 from pathlib import Path
+from typing import cast
 
 import stablefield
 from stablefield.diffusion.noise_levels import LogNormal, LogUniform, Uniform
@@ -87,4 +89,4 @@ def _recipe(architecture: Architecture, preconditioning: Preconditionings) -> Re
 
 def _sha256(path: Path) -> str:
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(cast("BufferedReader", file), "sha256").hexdigest()
