@@ -12,7 +12,7 @@ from stablefield import sampling
 from stablefield.cli.console import console, relative
 from stablefield.data.png import tile, write_png
 from stablefield.interop.hub import push_folder
-from stablefield.interop.model_card import ModelCard, results_of_run
+from stablefield.interop.model_card import ModelCard, public_name, results_of_run
 from stablefield.interop.pipeline_folder import write_pipeline
 from stablefield.interop.plain_export import write_plain
 from stablefield.training.model import draw, open_model
@@ -71,7 +71,7 @@ class Export:
             )
             write_png(self.out / _GRID, tile(images))
         card = ModelCard(
-            name=self.name or self.run_folder.resolve().name,
+            name=self.name or public_name(str(self.run_folder.resolve())) or "model",
             data=config.data,
             shape=config.shape,
             classes=config.classes,
@@ -84,7 +84,7 @@ class Export:
             grid=_GRID if self.samples else None,
             pipeline=self.format == "diffusers",
         )
-        (self.out / "README.md").write_text(card.text())
+        (self.out / "README.md").write_text(card.text(), "utf-8")
         console.print(f"written: {escape(relative(self.out))}")
         if self.format == "diffusers":
             console.print("load it:", style="bold")

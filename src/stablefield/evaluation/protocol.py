@@ -8,6 +8,7 @@ must be seen. `differences` therefore lists both kinds, and tells them apart.
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -170,7 +171,9 @@ def _check_type(name: str, value: object) -> None:
     elif name in ("sample_count", "reference_count", "steps"):
         good = (isinstance(value, int) and not isinstance(value, bool)) or (name == "steps" and value is None)
     elif name == "nfe":
-        good = value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+        good = value is None or (
+            isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        )
     else:
         good = isinstance(value, str) or (value is None and name in ("sampler", "ema", "commit"))
     if not good:

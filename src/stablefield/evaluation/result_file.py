@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stablefield.evaluation.result import Result
+from stablefield.regular_file import open_regular
 
 __all__ = ["read_results", "write_results"]
 
@@ -46,10 +47,12 @@ def read_results(path: str | Path) -> tuple[str, list[Result]]:
     """
     path = Path(path)
     try:
-        record = json.loads(path.read_text())
+        with open_regular(path) as file:
+            record = json.loads(file.read())
         if record["format"] != _FORMAT:
             raise ValueError(f"its format is {record['format']}, this version reads {_FORMAT}")
         return str(record["subject"]), [Result.from_dict(result) for result in record["results"]]
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+    # Besides what is missing or of another type: numbers beyond float64, and lists within lists a thousand deep.
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         told = (error.strerror or error) if isinstance(error, OSError) else error
         raise ValueError(f"{path} holds no results ({told}): name a file that `stablefield evaluate` wrote.") from error

@@ -21,6 +21,11 @@ __all__ = ["Architecture", "infer_architecture"]
 _TAPS = {2: (1.0, 1.0), 4: (1.0, 3.0, 3.0, 1.0)}
 # An absolute difference of the stored filter that is rounding, not another filter.
 _CLOSE = 1e-6
+# Twice and a hundred times what published networks have.
+_MAX_RESOLUTION = 2_048
+_MAX_WIDTH = 65_536
+# Two normalisations, two convolutions and an affine map, each with weight and bias.
+_TENSORS_PER_BLOCK = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,13 +113,18 @@ def infer_architecture(state: Mapping[str, Tensor | TensorView]) -> Architecture
 
 
 def _read(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor | TensorView]) -> Architecture:
-    firsts = [name for name in shapes if re.fullmatch(r"enc\.(\d{1,5})x\1_conv\.weight", name)]
+    firsts = [name for name in shapes if re.fullmatch(r"enc\.([1-9][0-9]{0,4})x\1_conv\.weight", name)]
     if len(firsts) != 1 or len(shapes[firsts[0]]) != 4:
         raise RefusedError(
             "its names are not those of a DDPM++ or NCSN++ network (one enc.RxR_conv.weight, R the resolution); "
             f"it has {len(shapes):,} tensors, the first of them {_examples(shapes)}."
         )
-    resolution = int(re.findall(r"\d+", firsts[0])[0])
+    resolution = int(re.findall(r"[0-9]+", firsts[0])[0])
+    # Nothing else in the file depends on it, and every image that is drawn has its square.
+    if resolution > _MAX_RESOLUTION:
+        raise RefusedError(
+            f"its images would be {resolution:,} pixels wide; a network is read up to {_MAX_RESOLUTION:,}."
+        )
     base, channels = shapes[firsts[0]][:2]
     sides = [resolution]
     while sides[-1] % 2 == 0 and f"enc.{sides[-1] // 2}x{sides[-1] // 2}_block0.norm0.weight" in shapes:
@@ -122,7 +132,14 @@ def _read(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor | Te
     blocks = 0
     while f"enc.{resolution}x{resolution}_block{blocks}.conv1.weight" in shapes:
         blocks += 1
-    widths = [shapes.get(f"enc.{side}x{side}_block0.conv1.weight", (0,))[0] for side in sides]
+    # Before a network of that many is made, even one without memory.
+    if _TENSORS_PER_BLOCK * len(sides) * (2 * blocks + 1) > len(shapes):
+        raise RefusedError(
+            f"its names are of {len(sides)} levels of {blocks:,} blocks, and its {len(shapes):,} tensors are too few."
+        )
+    widths = [_axis(shapes, f"enc.{side}x{side}_block0.conv1.weight", 0) for side in sides]
+    if max(base, *widths) > _MAX_WIDTH:
+        raise RefusedError(f"its levels are {_listed(widths)} wide; a network is read up to {_MAX_WIDTH:,}.")
     if base < 1 or blocks < 1 or any(width % base for width in widths):
         raise RefusedError(f"its levels are {_listed(widths)} wide, which are no multiples of the first width, {base}.")
     filters = [name for name in shapes if name.endswith(".resample_filter")]
@@ -140,9 +157,14 @@ def _read(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor | Te
         multipliers=tuple(width // base for width in widths),
         blocks=blocks,
         attention=tuple(side for side, attending in zip(sides, attends, strict=True) if attending),
-        augment_dim=shapes.get("map_augment.weight", (0, 0))[-1],
-        classes=shapes.get("map_label.weight", (0, 0))[-1],
+        augment_dim=_axis(shapes, "map_augment.weight", -1),
+        classes=_axis(shapes, "map_label.weight", -1),
     )
+
+
+def _axis(shapes: Mapping[str, tuple[int, ...]], name: str, axis: int) -> int:
+    """The length of an axis; 0 where there is no such tensor, or it has no axes."""
+    return (shapes.get(name) or (0,))[axis]
 
 
 def _taps(filters: list[Tensor | TensorView]) -> tuple[float, ...]:

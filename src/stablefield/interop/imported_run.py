@@ -1,7 +1,9 @@
 """A run folder made of a published network, so that all verbs that open a run open it."""
 
 import hashlib
+from io import BufferedReader
 from pathlib import Path
+from typing import cast
 
 import stablefield
 from stablefield.diffusion.noise_levels import LogNormal, LogUniform, Uniform
@@ -9,7 +11,9 @@ from stablefield.diffusion.preconditioning import EDMPreconditioning, VPPrecondi
 from stablefield.diffusion.process import EDM, VE, VP
 from stablefield.diffusion.weighting import EDMWeighting, SNRWeighting
 from stablefield.interop.architecture import Architecture
+from stablefield.interop.inert import plain_text
 from stablefield.interop.published import Preconditionings, PublishedNetwork
+from stablefield.regular_file import open_regular
 from stablefield.training.checkpoint import State, Trained, save
 from stablefield.training.recipe import Recipe, UNet
 from stablefield.training.run_folder import RunConfig, RunFolder
@@ -37,10 +41,10 @@ def write_imported_run(path: Path, network: PublishedNetwork, source: Path) -> R
     recipe = _recipe(architecture, network.preconditioning)
     denoiser = network.denoiser()
     config = RunConfig(
-        data=f"imported from {source.name}",
+        data=f"imported from {plain_text(source.name)}",
         shape=(architecture.channels, architecture.resolution, architecture.resolution),
         classes=architecture.classes,
-        manifest={"imported": source.name, "sha256": _sha256(source), "origin": network.origin},
+        manifest={"imported": plain_text(source.name), "sha256": _sha256(source), "origin": network.origin},
         recipe=recipe,
         version=stablefield.__version__,
     )
@@ -84,5 +88,5 @@ def _recipe(architecture: Architecture, preconditioning: Preconditionings) -> Re
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with open_regular(path) as file:
+        return hashlib.file_digest(cast("BufferedReader", file), "sha256").hexdigest()

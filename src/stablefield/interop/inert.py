@@ -18,6 +18,7 @@ from torch import Tensor
 
 __all__ = [
     "LARGE",
+    "MAX_AXES",
     "Array",
     "Name",
     "Node",
@@ -31,6 +32,9 @@ __all__ = [
 
 LARGE = 2**48
 """Above any size or offset of a tensor."""
+
+MAX_AXES = 8
+"""Of a tensor; weights have five at most."""
 
 
 class RefusedError(ValueError):
@@ -124,17 +128,19 @@ class TensorView:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
 
-    def tensor(self) -> Tensor:
-        """The tensor, in memory of its own.
+    def check(self) -> None:
+        """Make sure that the tensor lies in its storage.
 
         Raises:
-            RefusedError: if it reaches out of its storage, or repeats elements of it.
+            RefusedError: if it reaches out of its storage, repeats elements of it, or has none and axes of any length.
         """
-        memory = self.storage.memory()
         count = math.prod(self.shape)
         if count == 0:
-            return torch.zeros(self.shape, dtype=self.dtype)
-        held = len(memory) // self.dtype.itemsize
+            # No storage bounds its other axes.
+            if math.prod(filter(None, self.shape)) > LARGE:
+                raise RefusedError(f"a tensor of shape {self.shape} has no elements: the file is made to mislead.")
+            return
+        held = self.storage.count * self.storage.dtype.itemsize // self.dtype.itemsize
         last = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
         # More elements than the storage holds would be one number repeated to any size.
         if last >= held or count > held:
@@ -142,6 +148,17 @@ class TensorView:
                 f"a tensor of shape {self.shape} and strides {self.stride} from element {self.offset} does not lie in its "
                 f"storage of {held:,} elements: the file is damaged or made to mislead."
             )
+
+    def tensor(self) -> Tensor:
+        """The tensor, in memory of its own.
+
+        Raises:
+            RefusedError: as `check` does, or if the storage is not in the file.
+        """
+        self.check()
+        memory = self.storage.memory()
+        if math.prod(self.shape) == 0:
+            return torch.zeros(self.shape, dtype=self.dtype)
         flat = torch.frombuffer(memory, dtype=self.dtype)
         return flat.as_strided(self.shape, self.stride, self.offset).clone(memory_format=torch.contiguous_format)
 
@@ -199,8 +216,8 @@ def whole_sizes(values: object) -> tuple[int, ...]:
     """
     found: list[int] = []
     for value in cast("tuple[object, ...]", values):
-        if type(value) is not int or not 0 <= value < LARGE or len(found) >= 32:
-            raise RefusedError("a shape or stride is not a short row of whole numbers.")
+        if type(value) is not int or not 0 <= value < LARGE or len(found) >= MAX_AXES:
+            raise RefusedError(f"a shape or stride is not a row of up to {MAX_AXES} whole numbers.")
         found.append(value)
     return tuple(found)
 

@@ -1,14 +1,24 @@
-"""A model card: what an exported model is, how it was trained, what was measured, and how to draw from it."""
+"""A model card: what an exported model is, how it was trained, what was measured, and how to draw from it.
 
+A card is made to be published, and names come from folders and files: every text on it is shown as it is, whatever it would
+mean in Markdown or HTML, and data on this machine are told by their name, without the folders that they lie in.
+"""
+
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from stablefield.evaluation.result import Result
 from stablefield.evaluation.result_file import read_results
+from stablefield.interop.inert import plain_text
 from stablefield.training.recipe import Recipe
 
-__all__ = ["ModelCard", "results_of_run"]
+__all__ = ["ModelCard", "literal", "public_name", "results_of_run"]
+
+# What Markdown, its tables, HTML, formulas between dollars, mentions and links without brackets begin or end with.
+_MARKS = re.compile(r"[\\`*_{}\[\]<>#+!|~&@$^:]|(?<=www)\.", re.IGNORECASE)
+_LONGEST = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +68,16 @@ class ModelCard:
             *(f"- {tag}" for tag in tags),
             "---",
             "",
-            f"# {self.name}",
+            f"# {literal(self.name)}",
             "",
         ]
         size = " x ".join(map(str, self.shape))
         told = f", told one of {self.classes} classes" if self.classes else ""
-        origin = f"trained on {self.data}" if self.step else self.data
+        data = literal(public_name(self.data) or "private data")
+        origin = f"trained on {data}" if self.step else data
         lines.append(
             f"A diffusion model of images of {size} (channels, height, width){told}; {self.parameters:,} parameters; "
-            f"{origin} with stablefield {self.version}."
+            f"{origin} with stablefield {literal(self.version)}."
         )
         if self.grid:
             lines += ["", f"![Samples]({self.grid})"]
@@ -101,9 +112,10 @@ class ModelCard:
         for result in self.results:
             p = result.protocol
             figures = tuple(f"{value:.4g}" for value in (result.minimum, result.mean, result.spread))
-            against = f"{p.reference} ({p.split}, {p.reference_count:,})"
+            against = f"{public_name(p.reference) or 'private data'} ({p.split}, {p.reference_count:,})"
             sampler = f"{p.sampler or '-'}, {p.steps or '-'} steps, {p.ema or '-'}"
-            how = (str(len(result.values)), f"{p.sample_count:,}", against, f"{p.extractor}, {p.resize}", sampler)
+            extractor = f"{public_name(p.extractor)}, {p.resize}"
+            how = (str(len(result.values)), f"{p.sample_count:,}", against, extractor, sampler)
             rows.append((p.metric, *figures, *how, f"{p.nfe:g}" if p.nfe else "-"))
         return "## Metrics\n\n" + _table(head, rows)
 
@@ -124,6 +136,26 @@ class ModelCard:
         )
 
 
+def literal(text: str) -> str:
+    """A text as Markdown that shows it as it is, on one line and without control characters."""
+    return _MARKS.sub(r"\\\g<0>", plain_text(" ".join(text.split()), _LONGEST))
+
+
+def public_name(name: str) -> str:
+    """What data or a model are called, without where they lie: the last part of a path; hf:OWNER/NAME as it is.
+
+    A path may name its owner, and the folder of a user does so by itself: then there is no name, "".
+    """
+    if name.startswith("hf:") or not re.search(r"[/\\]|^(~|\.{1,2}|[A-Za-z]:)$", name):
+        return name
+    parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..", "~")]
+    above = parts[-2].lower() if len(parts) > 1 else ""
+    # Straight below the folder of all users, or a drive: the name is that of a user, or none.
+    if not parts or above in ("home", "users") or re.fullmatch("~.*|[A-Za-z]:", parts[-1]):
+        return ""
+    return parts[-1]
+
+
 def results_of_run(path: Path) -> list[Result]:
     """The results that `stablefield evaluate` left in a run's folder, in the order of their files' names.
 
@@ -135,4 +167,4 @@ def results_of_run(path: Path) -> list[Result]:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(literal, line)) + " |" for line in lines)

@@ -36,6 +36,7 @@ from stablefield.interop.inert import (
 
 __all__ = ["find_name"]
 
+_MAX_NAME = 200
 _DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -80,6 +81,9 @@ def find_name(module: str, name: str) -> Name:
     Raises:
         RefusedError: with the name, if it is not in the table.
     """
+    if len(module) + len(name) > _MAX_NAME:
+        # One long text in a file can be the module of a million names, each with a copy of it.
+        raise RefusedError(f"it refers to {plain_text(module)}, a name of {len(module) + len(name):,} characters.")
     text = f"{module}.{name}"
     if text in _TABLE:
         return _TABLE[text]
@@ -158,7 +162,11 @@ def _size(args: tuple[object, ...]) -> object:
 
 
 def _device(args: tuple[object, ...]) -> object:
-    return " ".join(plain_text(part) for part in args)
+    match args:
+        case (str() | int(), *rest) if len(rest) <= 1:
+            return " ".join(plain_text(part) for part in args)
+        case _:
+            raise RefusedError("a device is described in a way that torch does not write.")
 
 
 def _numpy_dtype(args: tuple[object, ...]) -> object:

@@ -24,8 +24,8 @@ from stablefield.interop.names import find_name
 
 __all__ = ["MAX_OPCODES", "ByteStream", "interpret"]
 
-MAX_OPCODES = 2_000_000
-"""Opcodes per file; a published network has about a hundred thousand."""
+MAX_OPCODES = 1_000_000
+"""Opcodes per file; a published network has about a hundred thousand. An opcode makes 220 bytes at most (an empty set)."""
 
 # Larger ones than any library writes: torch's own magic number has 77 bits.
 _MAX_BITS = 128

@@ -102,13 +102,21 @@ def write_pipeline(
         if any(path.iterdir()):
             raise ValueError(f"--out {path} is not empty: name a new folder.")
         unet.save_pretrained(path / "unet", safe_serialization=True)
+        _forget_origin(path / "unet" / "config.json")
         scheduler.save_pretrained(path / "scheduler")
         if code is not None:
-            (path / "unet" / "network.py").write_text(code)
-        (path / "pipeline.py").write_text(Path(exported_pipeline.__file__).read_text("utf-8"))
+            (path / "unet" / "network.py").write_text(code, "utf-8")
+        (path / "pipeline.py").write_text(Path(exported_pipeline.__file__).read_text("utf-8"), "utf-8")
         (path / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     except OSError as error:
         raise ValueError(f"--out {path} cannot be written ({error.strerror}): name another place.") from error
+
+
+def _forget_origin(path: Path) -> None:
+    """Take out of a model's configuration where it was loaded from, which may be a folder of this machine."""
+    record = json.loads(path.read_text("utf-8"))
+    record.pop("_name_or_path", None)
+    path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def _plain_unet(network: DiffusersUNet, preconditioning: str) -> "UNet2DModel":

@@ -9,17 +9,19 @@ References:
     table 1: the three preconditionings.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
+import torch
 from torch import Tensor
 
 from stablefield.diffusion.preconditioning import Denoiser, EDMPreconditioning, VEPreconditioning, VPPreconditioning
 from stablefield.interop.architecture import Architecture, infer_architecture
-from stablefield.interop.inert import Array, Node, RefusedError, TensorView, plain_text
-from stablefield.interop.weight_files import read_weight_file
+from stablefield.interop.inert import MAX_AXES, Array, Node, RefusedError, TensorView, plain_text
+from stablefield.interop.weight_files import MAX_TENSORS, read_weight_file
 
 __all__ = ["Preconditionings", "PublishedNetwork", "Scaling", "read_published"]
 
@@ -32,7 +34,9 @@ _CLASSES: Mapping[str, Scaling] = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPr
 # What a wrapper may have put before the names of the network's own state, outermost first.
 _PREFIXES = ("module.", "denoiser.", "network.", "model.")
 _MAX_DEPTH = 16
-_MAX_MODULES = 50_000
+# Modules, parameters and buffers of a network together, those that are None among them.
+_MAX_ENTRIES = 50_000
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +76,10 @@ def read_published(path: Path, scaling: Scaling | None = None) -> PublishedNetwo
         RefusedError: naming what is in the file that is not read, or what does not fit.
         ValueError: if there is no such file, or the preconditioning is neither in the file nor given, or they differ.
     """
-    value = read_weight_file(path)
+    value, name = read_weight_file(path), plain_text(path.name)
     try:
         found, where = _network(value)
+        _check_sizes(found.tensors, path.stat().st_size)
         state = _plain_names(found.tensors)
         architecture = infer_architecture(state)
         known = _CLASSES.get(found.class_name)
@@ -82,19 +87,18 @@ def read_published(path: Path, scaling: Scaling | None = None) -> PublishedNetwo
             raise RefusedError(
                 f"its network is in a {plain_text(found.class_name)}, and only {', '.join(_CLASSES)} are known."
             )
-        tensors = {name: _float32(name, value) for name, value in state.items()}
+        tensors = {key: _float32(key, tensor) for key, tensor in state.items()}
         preconditioning = _preconditioning(known or scaling or "edm", found.attributes)
     except RefusedError as error:
-        text = str(error)
-        raise error if text.startswith(path.name) else RefusedError(f"{path.name} is refused: {text}") from error
+        raise RefusedError(f"{name} is refused: {error}") from error
     if known is None and scaling is None:
         raise ValueError(
-            f"{path.name} holds weights only and does not say for which preconditioning: "
+            f"{name} holds weights only and does not say for which preconditioning: "
             "pass --preconditioning edm, vp or ve."
         )
     if known is not None and scaling not in (None, known):
         raise ValueError(
-            f"--preconditioning {scaling} contradicts {path.name}, whose network is in a {found.class_name}: leave it out."
+            f"--preconditioning {scaling} contradicts {name}, whose network is in a {found.class_name}: leave it out."
         )
     how = f"preconditioning of its {found.class_name}" if known else "preconditioning as given"
     return PublishedNetwork(
@@ -130,14 +134,14 @@ def _network(value: object) -> tuple[_Found, str]:
 
 def _of_node(node: Node) -> _Found:
     tensors: dict[str, Tensor | TensorView] = {}
-    left = [_MAX_MODULES]
+    left = [_MAX_ENTRIES]
     _collect(node, "", tensors, left, 0)
     return _Found(node.class_name, node.attributes, tensors)
 
 
 def _collect(node: Node, prefix: str, into: dict[str, Tensor | TensorView], left: list[int], depth: int) -> None:
     # The same submodule may sit in many places, and itself in itself: count and depth are bounded.
-    left[0] -= 1
+    left[0] -= 1 + sum(len(_entries(node, kind)) for kind in ("_parameters", "_buffers", "_modules"))
     if left[0] < 0 or depth > _MAX_DEPTH:
         raise RefusedError("its modules are nested without end: it is made to mislead.")
     transient = node.attributes.get("_non_persistent_buffers_set")
@@ -158,12 +162,16 @@ def _collect(node: Node, prefix: str, into: dict[str, Tensor | TensorView], left
             raise RefusedError(f"{plain_text(prefix + name)} is no module.")
 
 
-def _named(node: Node, kind: str) -> list[tuple[str, object]]:
+def _entries(node: Node, kind: str) -> dict[object, object]:
     entries = node.attributes.get(kind, {})
     if not isinstance(entries, dict):
         raise RefusedError(f"the {kind} of its {plain_text(node.class_name)} are no dict.")
+    return cast("dict[object, object]", entries)
+
+
+def _named(node: Node, kind: str) -> list[tuple[str, object]]:
     found: list[tuple[str, object]] = []
-    for name, value in cast("dict[object, object]", entries).items():
+    for name, value in _entries(node, kind).items():
         if not isinstance(name, str) or len(name) > 100:
             raise RefusedError(f"the {kind} of its {plain_text(node.class_name)} have a key that is no name.")
         found.append((name, value))
@@ -181,6 +189,29 @@ def _of_dict(entries: dict[object, object]) -> _Found:
     return _Found("", {}, tensors)
 
 
+def _check_sizes(tensors: Mapping[str, Tensor | TensorView], size: int) -> None:
+    """Make sure that the tensors together are no more than the file.
+
+    Every one may be a view of one and the same storage, and all axes of one without elements but one may have any length.
+    """
+    if len(tensors) > MAX_TENSORS:
+        raise RefusedError(f"it has {len(tensors):,} tensors; a network has no more than {MAX_TENSORS:,}.")
+    total = 0
+    for name, value in tensors.items():
+        if isinstance(value, TensorView):
+            value.check()
+        if 0 in value.shape or len(value.shape) > MAX_AXES:
+            raise RefusedError(
+                f"{plain_text(name)} has no elements, or more than {MAX_AXES} axes: weights have neither."
+            )
+        total += math.prod(value.shape) * value.dtype.itemsize
+    if total > size:
+        raise RefusedError(
+            f"its tensors take {total:,} bytes, and the file has {size:,}: they are views of the same memory. "
+            "Save the state dict with a copy of each tensor."
+        )
+
+
 def _plain_names(tensors: Mapping[str, Tensor | TensorView]) -> Mapping[str, Tensor | TensorView]:
     for prefix in _PREFIXES:
         if tensors and all(name.startswith(prefix) for name in tensors):
@@ -190,11 +221,15 @@ def _plain_names(tensors: Mapping[str, Tensor | TensorView]) -> Mapping[str, Ten
 
 def _float32(name: str, value: Tensor | TensorView) -> Tensor:
     tensor = value.tensor() if isinstance(value, TensorView) else value
-    if not tensor.is_floating_point():
-        raise RefusedError(f"{plain_text(name)} has dtype {tensor.dtype}, and weights are floating point.")
+    if tensor.dtype not in _FLOATS:
+        raise RefusedError(
+            f"{plain_text(name)} has dtype {tensor.dtype}, and weights are floating point of 16 to 64 bits."
+        )
+    # Looked at in float32, where large numbers of float64 are infinite.
+    tensor = tensor.float().contiguous()
     if not bool(tensor.isfinite().all()):
-        raise RefusedError(f"{plain_text(name)} holds NaN or infinite values.")
-    return tensor.float().contiguous()
+        raise RefusedError(f"{plain_text(name)} holds NaN or infinite values, or such as float32 cannot hold.")
+    return tensor
 
 
 def _preconditioning(scaling: Scaling, attributes: Mapping[str, object]) -> Preconditionings:
