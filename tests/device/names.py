@@ -1,9 +1,9 @@
 """What the scenarios on the far device are called, and what each of them may wait for."""
 
-# Looks of one call of a target, however many chunks its references take. Of a whole pool: at all that the
-# values of the arguments must meet; which rows are in the band; whether the samples are the pool's, and the rows in the band
-# are sound; which rows have small noise. References from the batch are no samples, but have norms of their own. One more where conditions are to
-# fit, where rows are alone, and where mirror images may have small noise, too; two more where references are drawn.
+# Looks of one call of a target, however many chunks its references take. Of a whole pool: at all that the values of the
+# arguments must meet; which rows are in the band; whether the samples are the pool's, and the rows in the band are sound;
+# which rows have small noise. References from the batch are no samples, but have norms of their own. One more where labels
+# are to fit, where rows are alone, and where mirror images may have small noise, too; two more where references are drawn.
 TARGETS = {
     "pool": 5,
     "floats": 5,

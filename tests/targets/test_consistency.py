@@ -165,6 +165,14 @@ def test_antithetic_noise_is_accepted(rng: torch.Generator) -> None:
 
 
 def test_perturb_refuses_times_that_the_process_does_not_have() -> None:
-    for process in (sf.VE(), sf.VP(), sf.Cosine(), sf.RectifiedFlow()):
-        with pytest.raises(ValueError, match=r"t runs from 700 to 700.*run from 0 to 1"):
+    for process, end in ((sf.VE(), 2), (sf.VP(), 2), (sf.Cosine(), 1), (sf.RectifiedFlow(), 1)):
+        with pytest.raises(ValueError, match=rf"t runs from 700 to 700.*to {end}: pass times"):
             process.perturb(torch.zeros(2, 3), 700.0)
+
+
+def test_noise_levels_beyond_those_of_a_process_are_noise_levels(rng: torch.Generator) -> None:
+    for process in (sf.VE(), sf.VP()):
+        level = torch.tensor([0.001, 0.01, 90.0, 400.0]) if isinstance(process, sf.VE) else torch.tensor([160.0, 200.0])
+        x0, t = torch.randn(len(level), 5, generator=rng), process.time(level)
+        assert not ((t >= 0) & (t <= 1)).all()
+        call(process, x0, process.perturb(x0, t, generator=rng), t, None)

@@ -143,7 +143,8 @@ class Objective:
             denoiser: D(x, sigma, class_labels) in noise-to-signal units; called with class_labels and augment_labels only
                 if they are given.
             x0: clean data, shape (B, ...), float32 or float64.
-            class_labels: integers (B,), -1 for no class; they are also the groups of the references.
+            class_labels: integers (B,), which are also the groups of the references; -1 in every row for no classes at all.
+                Samples without a label need one of their own.
             index: place of each row in the data of a `Pool`, integers (B,).
             augment_labels: what the network is told of each row's augmentation, shape (B, augment_dim).
             flip: mirrored rows, as in `StableTarget`.

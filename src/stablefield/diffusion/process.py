@@ -52,7 +52,7 @@ class Process(ABC):
 
     @property
     def time_range(self) -> tuple[float, float]:
-        """The first and the last time of the process."""
+        """The first and the last time that a batch may have; others are taken for a mistake, such as steps for times."""
         return -math.inf, math.inf
 
     def noise_level(self, t: Tensor) -> Tensor:
@@ -148,8 +148,9 @@ class VE(Process):
         return math.log(self.sigma_max / self.sigma_min)
 
     @property
-    def time_range(self) -> tuple[float, float]:  # noqa: D102
-        return 0.0, 1.0
+    def time_range(self) -> tuple[float, float]:
+        """From -1 to 2: noise levels beyond sigma_min and sigma_max are noise levels, too."""
+        return -1.0, 2.0
 
     def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
         return torch.ones_like(t)
@@ -194,8 +195,9 @@ class VP(Process):
         return (0.5 * (self.beta_max - self.beta_min) * t + self.beta_min) * t
 
     @property
-    def time_range(self) -> tuple[float, float]:  # noqa: D102
-        return 0.0, 1.0
+    def time_range(self) -> tuple[float, float]:
+        """From 0 to 2: times a little beyond 1 belong to noise levels that are drawn now and then."""
+        return 0.0, 2.0
 
     def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
         return torch.exp(-0.5 * self._integral(t))

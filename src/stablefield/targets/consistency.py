@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from stablefield.diffusion.process import TIME_MARGIN, Process
+from stablefield.diffusion.process import TIME_MARGIN, Discrete, Process
 from stablefield.targets.check import Check, finite_check, value_check
 from stablefield.targets.kernel import GaussianKernel, Kernel, StudentTKernel
 
@@ -148,9 +148,9 @@ def _residual_message(process: Process, x0: Tensor, x_t: Tensor, t: Tensor, nois
         f"x_t[{row}] is not alpha x0 + sigma noise of {process} at t[{row}] = {time.item():g}: they differ by "
         f"{left(time):.2g} of its size."
     )
-    low, high = process.time_range
-    if math.isfinite(high) and left(low + high - time) < 0.01:
-        return f"{message} They agree at {low + high:g} - t: pass that, since time grows with noise here."
+    end = process.time_range[1] if isinstance(process, Discrete) else 1.0
+    if math.isfinite(process.time_range[1]) and left(end - time) < 0.01:
+        return f"{message} They agree at {end:g} - t: pass that, since time grows with noise here."
     return f"{message} Pass the noise that made x_t, the rows of x0 in the same order, and times of this process."
 
 

@@ -141,7 +141,9 @@ class InBatch:
     ) -> list[Check]:
         if reference_group is None:
             return []
-        known = reference_group >= 0 if alone is None else (reference_group >= 0) | alone
+        # No label in the whole batch is no condition at all.
+        known = (reference_group >= 0) | (reference_group < 0).all()
+        known = known if alone is None else known | alone
         return [value_check(known, "reference_group", reference_group, _UNKNOWN_LABEL)]
 
     def select(  # noqa: D102
