@@ -75,6 +75,20 @@ def test_one_level_of_sub_folders_is_classes_in_the_order_of_names(tmp_path):
         np.testing.assert_array_equal(opened.images, [chw(pixels(seed=seed)) for seed in (3, 2, 1, 0)])
 
 
+def test_numbers_in_the_names_of_classes_count_as_numbers(tmp_path):
+    for name in map(str, range(12)):
+        save(tmp_path / "numbers" / name / "x.png", pixels(seed=int(name)))
+    opened = open_images(tmp_path / "numbers")
+    assert opened.class_names == tuple(map(str, range(12)))
+    # The label of a folder is the number that it is called; the images stay in the order of their names.
+    for image, label in zip(opened.images, opened.labels, strict=True):
+        np.testing.assert_array_equal(image, chw(pixels(seed=label)))
+    wanted = ["-", "2", "007", "10", "1" * 200, "a", "n2b1", "n2b10", "n10", "n010"]
+    names = {f"{name}/x.png": png_bytes(pixels()) for name in wanted}
+    assert open_images(zipped(tmp_path / "a.zip", names)).class_names[:4] == ("2", "007", "10", "1" * 200)
+    assert open_images(tmp_path / "a.zip").class_names[-5:] == ("a", "n2b1", "n2b10", "n010", "n10")
+
+
 @pytest.mark.parametrize(
     "names", [["a/1.png", "2.png"], ["a/1.png", "b/c/2.png"], ["a/1.png", "a/2.png"], ["a/b/1.png", "c/d/2.png"]]
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from rich.markup import escape
 from rich.table import Table
 
 from stablefield.cli.console import console, relative
@@ -74,7 +75,7 @@ class Inspect:
         table = Table("", "", show_header=False, box=None, pad_edge=False)
         table.columns[1].overflow = "fold"  # a checksum is of use only whole
         for what, figure in summary(images):
-            table.add_row(what, figure)
+            table.add_row(escape(what), escape(figure))
         console.print(table)
         try:
             write_png(self.out, sample_grid(images, self.count, self.seed))

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from stablefield import sampling
 from stablefield.cli.console import console, relative
-from stablefield.data.png import tile, write_png
+from stablefield.data.png import class_grid, write_png
 from stablefield.interop.hub import push_folder
 from stablefield.interop.model_card import ModelCard, results_of_run
 from stablefield.interop.pipeline_folder import write_pipeline
@@ -69,7 +69,8 @@ class Export:
                 float(sigmas[0]),
                 torch.device("cpu"),
             )
-            write_png(self.out / _GRID, tile(images))
+            numbers = None if labels is None else labels.numpy()
+            write_png(self.out / _GRID, class_grid(images, numbers, config.class_names))
         card = ModelCard(
             name=self.name or self.run_folder.resolve().name,
             data=config.data,

@@ -80,7 +80,7 @@ class RunSamples:
         flags = self._flags.drawing
         evaluations, chunks = self._processes.total(self._evaluations, self._chunks)
         return Making(
-            sampler=flags.describe(self._model.own.config.recipe.process, self._model.own.config.classes),
+            sampler=flags.describe(self._model.own.config),
             steps=flags.steps_taken,
             nfe=evaluations / chunks,
             ema=self._model.ema,

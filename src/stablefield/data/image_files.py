@@ -8,11 +8,12 @@ begin with a dot and `__MACOSX` are passed over. Names are relative to the deepe
 - labels come from `dataset.json`, `{"labels": [["a/b.png", 3], ...]}` with names relative to the folder it lies in, if
   there is one (its labels may be null: none);
 - otherwise, if every image lies in exactly one level of sub-folder, and there are at least two, the sub-folders are the
-  classes, numbered in the order of their names.
+  classes, numbered in the order of their names, in which numbers stand in the order of their values (2 before 10).
 """
 
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -223,11 +224,19 @@ def _choose(names: list[str], documents: dict[str, bytes], where: Path, split: s
             return _Chosen(names=names, labels=labels, note=note)
     classes = [name[len(root) :].split("/") for name in names]
     if all(len(parts) == 2 for parts in classes):
-        class_names = sorted({parts[0] for parts in classes})
+        class_names = sorted({parts[0] for parts in classes}, key=_natural)
         number = {name: i for i, name in enumerate(class_names)}
         labels = np.array([number[parts[0]] for parts in classes], np.int64)
         return _Chosen(names=names, labels=labels, class_names=tuple(class_names), note=note)
     return _Chosen(names=names, note=note)
+
+
+def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
+    """What puts names in natural order: the digits in them count as whole numbers."""
+    parts = re.split(r"([0-9]+)", name)
+    # A number without its leading zeros is the larger the longer it is.
+    whole = [part.lstrip("0") if place % 2 else part for place, part in enumerate(parts)]
+    return [(len(part) if place % 2 else 0, part) for place, part in enumerate(whole)], name
 
 
 def _common_folder(names: list[str]) -> str:
