@@ -60,7 +60,7 @@ class Export:
         # A network that is told classes shows them in turn.
         labels = torch.arange(self.samples) % config.classes if config.classes else None
         write = write_pipeline if self.format == "diffusers" else write_plain
-        write(self.out, denoiser, config.shape)
+        write(self.out, denoiser, config.shape, class_names=config.class_names)
         if self.samples:
             images = draw(
                 lambda x, _: sampling.heun(lambda x, sigma: denoiser(x, sigma, labels), x, sigmas),
