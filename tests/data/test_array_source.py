@@ -210,7 +210,14 @@ def test_pickled_arrays_are_never_read(tmp_path):
 
 @pytest.mark.parametrize(
     "keys",
-    [("images", "labels"), ("x", "y"), ("arr_0", "labels"), ("train_images", "train_labels"), ("x_train", "y_train")],
+    [
+        ("images", "labels"),
+        ("x", "y"),
+        ("arr_0", "labels"),
+        ("arr_0", "arr_1"),
+        ("train_images", "train_labels"),
+        ("x_train", "y_train"),
+    ],
 )
 @pytest.mark.parametrize("column", [False, True])
 def test_labels_of_an_npz_are_found_under_the_usual_names(tmp_path, keys, column):
@@ -221,11 +228,38 @@ def test_labels_of_an_npz_are_found_under_the_usual_names(tmp_path, keys, column
     assert opened.labels.dtype == np.int64
 
 
+def test_class_names_of_an_npz_are_read(tmp_path):
+    names = ("cat", "dog", "\u732b")
+    np.savez(tmp_path / "a.npz", arr_0=noise((3, 5, 5)), arr_1=[9, 9, 9], labels=[2, 0, 2], class_names=np.array(names))
+    opened = open_images(tmp_path / "a.npz")
+    # An array that says what it is comes before the second one.
+    assert opened.labels.tolist() == [2, 0, 2]
+    assert opened.class_names == names
+    mapped = open_images(tmp_path / "a.npz", memory_budget=0, cache=tmp_path)
+    assert mapped.class_names == names
+    for wrong in ([0, 1], [["a", "b"]]):
+        np.savez(tmp_path / "b.npz", images=noise((3, 5, 5)), labels=[0, 0, 1], class_names=np.array(wrong))
+        with pytest.raises(ValueError, match="one text per class"):
+            open_images(tmp_path / "b.npz")
+
+
 def test_an_npz_with_splits_gives_each(tmp_path):
     np.savez(tmp_path / "a.npz", x_train=noise((3, 5, 5)), y_train=[0, 1, 0], x_test=noise((2, 5, 5), 1), y_test=[1, 1])
     opened = open_images(tmp_path / "a.npz", split="test")
     np.testing.assert_array_equal(opened.images[:, 0], noise((2, 5, 5), 1))
     np.testing.assert_array_equal(opened.labels, [1, 1])
+
+
+@pytest.mark.parametrize("shape", [(7, 5, 3), (7, 5, 1), (7, 5, 4)])
+@pytest.mark.parametrize("kind", ["npy", "npz"])
+def test_one_image_with_its_channels_last_is_not_taken_for_many(tmp_path, shape, kind):
+    path = tmp_path / f"a.{kind}"
+    np.save(path, noise(shape)) if kind == "npy" else np.savez(path, images=noise(shape))
+    with pytest.raises(ValueError, match=r"may be one image \(H, W, C\) as well as 7 greyscale images .*x\[None\]"):
+        open_images(path)
+    if shape[2] == 3:
+        np.save(tmp_path / "b.npy", noise(shape)[None])
+        assert open_images(tmp_path / "b.npy").shape == (3, 7, 5)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +272,7 @@ def test_an_npz_with_splits_gives_each(tmp_path):
         ({"images": noise((3, 5, 5)), "labels": [0.0, 1, 2]}, "float64"),
         ({"images": noise((3, 5, 5)), "labels": [0, 1, -1]}, "counted from 0"),
         ({"images": np.asfortranarray(noise((3, 5, 5)))}, "Fortran"),
+        ({"arr_0": noise((3, 5, 5)), "arr_1": noise((3, 5, 5))}, "labels are whole numbers"),
     ],
 )
 def test_an_npz_that_does_not_fit_is_refused(tmp_path, arrays, says):

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from stablefield.cli.recipes import BY_DATA, RecipeName, chosen, limit
-from stablefield.cli.sources import open_data
+from stablefield.cli.sources import open_data, print_notes
 from stablefield.data.image_set import ImageSet
 from stablefield.targets.ranks import Ranks
 from stablefield.training.recipe import Recipe
@@ -104,6 +104,8 @@ def settled(call: Call, parse: Callable[[Recipe], Call]) -> Call:
     bound = None if call.resolution else limit(call.recipe, accelerated=accelerated)
     with first_process_first(start_processes(accelerated=accelerated)):
         data = open_data(call.data, call.resolution, call.resize, "train", call.skip_broken, bound)
+    if PartialState().is_main_process:
+        print_notes(data)
     name: str = call.recipe
     if chooses(call):
         wanted = "digits" if call.data == "digits" and call.recipe == "auto" else call.recipe

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from rich.markup import escape
 from rich.progress import Progress
 
 from stablefield.cli.console import console
@@ -9,7 +10,7 @@ from stablefield.data.image_set import ImageSet
 from stablefield.data.resizing import Resize
 from stablefield.data.source import open_images
 
-__all__ = ["open_data"]
+__all__ = ["open_data", "print_notes"]
 
 
 def open_data(
@@ -40,3 +41,9 @@ def open_data(
             skip_broken=skip_broken,
             progress=lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total),
         )
+
+
+def print_notes(data: ImageSet) -> None:
+    """Print what a person should know of how the data were read."""
+    for note in data.notes:
+        console.print(f"[yellow]note:[/] {escape(note)}")

@@ -8,7 +8,8 @@ begin with a dot and `__MACOSX` are passed over. Names are relative to the deepe
 - labels come from `dataset.json`, `{"labels": [["a/b.png", 3], ...]}` with names relative to the folder it lies in, if
   there is one (its labels may be null: none);
 - otherwise, if every image lies in exactly one level of sub-folder, and there are at least two, the sub-folders are the
-  classes, numbered in the order of their names, in which numbers stand in the order of their values (2 before 10).
+  classes, numbered in the order of their names, in which numbers count as numbers (2 before 10), and in every split as
+  in that for training. With an image elsewhere there are no classes, and the manifest notes why.
 """
 
 import json
@@ -74,6 +75,8 @@ class ImageFiles:
     """One line that says where the files are."""
     fingerprint: Callable[[], str]
     """A text that changes when a file does: names, sizes, times of change."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of how they were chosen, one sentence each."""
 
 
 def folder_files(folder: Path, split: str = "train") -> ImageFiles:
@@ -114,6 +117,7 @@ def folder_files(folder: Path, split: str = "train") -> ImageFiles:
         open=lambda i: paths[chosen.names[i]].open("rb"),
         labels=chosen.labels,
         class_names=chosen.class_names,
+        notes=chosen.notes,
         name=folder.resolve().name or "images",
         source=f"folder {folder.resolve().name} with {len(chosen.names):,} image files{chosen.note}",
         fingerprint=fingerprint,
@@ -139,11 +143,12 @@ def zip_files(path: Path, split: str = "train") -> Generator[ImageFiles, None, N
     with archive:
         entries: dict[str, zipfile.ZipInfo] = {}
         for entry in archive.infolist():
-            name = entry.filename
+            # Some programs of Windows write its own separator.
+            name = entry.filename.replace("\\", "/")
             parts = PurePosixPath(name).parts
-            if name.startswith("/") or ".." in parts or "\\" in entry.orig_filename or ":" in name.split("/")[0]:
+            if name.startswith("/") or ".." in parts or ":" in name.split("/")[0]:
                 raise ValueError(f"{path}: the entry {entry.orig_filename!r} leads out of the archive: make it again.")
-            if entry.is_dir() or any(_hidden(part) for part in parts):
+            if name.endswith("/") or any(_hidden(part) for part in parts):
                 continue
             if PurePosixPath(name).suffix.lower() not in SUFFIXES and parts[-1] != "dataset.json":
                 continue
@@ -169,6 +174,7 @@ def zip_files(path: Path, split: str = "train") -> Generator[ImageFiles, None, N
             open=lambda i: cast("BinaryIO", archive.open(entries[chosen.names[i]])),
             labels=chosen.labels,
             class_names=chosen.class_names,
+            notes=chosen.notes,
             name=path.stem,
             source=f"archive {path.name} with {len(chosen.names):,} image files{chosen.note}",
             fingerprint=fingerprint,
@@ -190,6 +196,7 @@ class _Chosen:
     labels: NDArray[np.int64] | None = None
     class_names: tuple[str, ...] | None = None
     note: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def _hidden(name: str) -> bool:
@@ -207,10 +214,31 @@ def _choose(names: list[str], documents: dict[str, bytes], where: Path, split: s
     first = {name[len(root) :].split("/")[0] if "/" in name[len(root) :] else "" for name in names}
     words = {word: key for key, words in SPLITS.items() for word in words}
     note = ""
+    notes: list[str] = []
+    training: list[str] = []
+    named = sorted(word for word in first if word.lower() in words)
+    if len(named) >= 2 and len(first) > len(named):
+        other = next(name for name in names if not name.startswith(tuple(f"{root}{word}/" for word in named)))
+        if "" in first:
+            raise ValueError(
+                f"{where} holds the splits {', '.join(named)} and beside them {other}, which is in none: move it, or name "
+                f"the folder of the split that you mean, {root}{named[0]}."
+            )
+        notes.append(
+            f"The folders {', '.join(named)} count as classes, not as splits, because {other} is in none of them: to read "
+            "one split, name its folder."
+        )
     if len(first) >= 2 and all(word.lower() in words for word in first):
         kept = [word for word in first if words[word.lower()] == words.get(split.lower(), split)]
         if len(kept) != 1:
             raise ValueError(f"split={split!r}: {where} holds the splits {', '.join(sorted(first))}; pass one of them.")
+        training = [
+            name
+            for word in first
+            if words[word.lower()] == "train"
+            for name in names
+            if name.startswith(f"{root}{word}/")
+        ]
         names = [name for name in names if name.startswith(f"{root}{kept[0]}/")]
         root, note = _common_folder(names), f", split {kept[0]}"
     elif split != "train":
@@ -221,14 +249,25 @@ def _choose(names: list[str], documents: dict[str, bytes], where: Path, split: s
         folder = name.removesuffix("dataset.json")
         if root.startswith(folder):
             labels = _document_labels([n[len(folder) :] for n in names], document, f"{where}/{name}")
-            return _Chosen(names=names, labels=labels, note=note)
+            return _Chosen(names=names, labels=labels, note=note, notes=tuple(notes))
     classes = [name[len(root) :].split("/") for name in names]
     if all(len(parts) == 2 for parts in classes):
-        class_names = sorted({parts[0] for parts in classes}, key=_natural)
+        above = len(_common_folder(training))
+        trained = {name[above:].split("/")[0] for name in training if name[above:].count("/") == 1}
+        class_names = sorted(trained, key=_natural)
+        class_names += sorted({parts[0] for parts in classes} - trained, key=_natural)
         number = {name: i for i, name in enumerate(class_names)}
         labels = np.array([number[parts[0]] for parts in classes], np.int64)
-        return _Chosen(names=names, labels=labels, class_names=tuple(class_names), note=note)
-    return _Chosen(names=names, note=note)
+        return _Chosen(names=names, labels=labels, class_names=tuple(class_names), note=note, notes=tuple(notes))
+    folders = {parts[0] for parts in classes if len(parts) == 2}
+    if len(folders) >= 2:
+        stray = [name for name, parts in zip(names, classes, strict=True) if len(parts) != 2]
+        notes.append(
+            f"The {len(folders):,} folders count as no classes, because {len(stray):,} of {len(names):,} images "
+            f"{'lies' if len(stray) == 1 else 'lie'} elsewhere, the first {stray[0]}: for classes, move "
+            f"{'it' if len(stray) == 1 else 'them'} into one of the folders or away, or write a dataset.json."
+        )
+    return _Chosen(names=names, note=note, notes=tuple(notes))
 
 
 def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
@@ -241,6 +280,8 @@ def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
 
 def _common_folder(names: list[str]) -> str:
     """The deepest folder that holds all names, "" or with a slash at its end."""
+    if not names:
+        return ""
     folders = [name.split("/")[:-1] for name in (min(names), max(names))]
     # The first and the last name in order agree on a prefix of folders only if all between them do.
     agree = takewhile(lambda pair: pair[0] == pair[1], zip(*folders, strict=False))
@@ -255,11 +296,14 @@ def _document_labels(names: list[str], document: bytes, where: str) -> NDArray[n
         if pairs is None:
             return None
         table = {str(name): label for name, label in pairs}
+        twice = next((name for name, label in pairs if table[str(name)] != label), None)
     except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f'{where} is not understood ({error}): it should read {{"labels": [["name.png", 0], ...]}} or '
             '{"labels": null}.'
         ) from error
+    if twice is not None:
+        raise ValueError(f"{where} gives {twice} two labels: leave one.")
     missing = [name for name in names if name not in table]
     if missing:
         raise ValueError(

@@ -90,7 +90,7 @@ def load_image_files(
         shape, resized = _settle(files.names, headers, resolution, resize)
         file = cache
         if len(headers) * math.prod(shape) > memory_budget:
-            parts = [files.fingerprint(), labels_sha256(files.labels), files.class_names, shape, resized]
+            parts = [files.fingerprint(), labels_sha256(files.labels), files.class_names, files.notes, shape, resized]
             file, found = cached(cache, json.dumps(parts))
             if found is not None and (skip_broken or found.manifest.get("skipped") == 0):
                 return found
@@ -124,6 +124,7 @@ def load_image_files(
                 conversions=dict(sorted(conversions.items())),
                 skipped=len(broken),
                 skipped_files=tuple(reasons[:LISTED]),
+                notes=files.notes,
             )
             return collector.finish(None if files.labels is None else files.labels[kept], origin)
 

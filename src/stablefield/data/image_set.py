@@ -53,6 +53,8 @@ class Origin:
     """How many files were left out because they could not be read."""
     skipped_files: tuple[str, ...] = ()
     """The first few of them, with the reason."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of how the source was read, one sentence each."""
 
     def manifest(self, classes: int) -> dict[str, Any]:
         """The manifest of a set with so many classes, still without count, shape and checksums."""
@@ -65,6 +67,7 @@ class Origin:
             "conversions": dict(self.conversions),
             "skipped": self.skipped,
             "skipped_files": list(self.skipped_files),
+            "notes": list(self.notes),
         }
 
 
@@ -155,6 +158,11 @@ class ImageSet:
             raise ValueError(f"index runs from {index.min()} to {index.max()}, but the set has {len(self)} images.")
         labels = None if self.labels is None else self.labels[index]
         return np.ascontiguousarray(self.images[index]), labels
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of how the source was read, one sentence each."""
+        return tuple(map(str, self.manifest.get("notes", ())))
 
     def describe(self) -> str:
         """One line for a person: how many images of which kind, and where they lie."""

@@ -47,6 +47,7 @@ def summary(images: ImageSet) -> list[tuple[str, str]]:
         ("resized", str(manifest["resized"])),
         *((f"  {what}", f"{count:,} images") for what, count in manifest["conversions"].items()),
         ("skipped files", f"{manifest['skipped']:,}"),
+        *(("note", note) for note in images.notes),
         (
             "memory",
             f"{size_text(images.images.nbytes)}, {f'mapped from {images.file}' if images.file else 'in memory'}",

@@ -114,6 +114,7 @@ def resized_set(images: ImageSet, resolution: int, resize: Resize, *, memory_bud
         | ({"enlarged": len(images)} if min(height, width) < resolution else {}),
         skipped=int(before.get("skipped", 0)),
         skipped_files=tuple(before.get("skipped_files", ())),
+        notes=images.notes,
     )
     with Collector(
         len(images), shape, memory_budget=memory_budget, file=file, class_names=images.class_names

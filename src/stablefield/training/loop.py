@@ -72,7 +72,9 @@ def check_fit(recipe: Recipe, data: ImageSet) -> None:
                 f"references, so pass at least {recipe.batch}, or --target dsm for none."
             )
     if recipe.conditional and data.labels is None:
-        raise ValueError("--conditional needs classes, and the data have no labels: leave it out.")
+        raise ValueError(
+            " ".join(["--conditional needs classes, and the data have no labels: leave it out.", *data.notes])
+        )
 
 
 def make_accelerator(device: torch.device, tracker: Tracker = "none", folder: RunFolder | None = None) -> Accelerator:
