@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["SUFFIXES", "ImageFiles", "folder_files", "stamp", "zip_files"]
+__all__ = ["SPLITS", "SUFFIXES", "ImageFiles", "folder_files", "natural", "stamp", "zip_files"]
 
 SUFFIXES = frozenset(
     [
@@ -79,15 +79,19 @@ class ImageFiles:
     """What a person should know of how they were chosen, one sentence each."""
 
 
-def folder_files(folder: Path, split: str = "train") -> ImageFiles:
+def folder_files(
+    folder: Path, split: str = "train", tables: Callable[[list[Path], Path, str], ImageFiles] | None = None
+) -> ImageFiles:
     """The image files in a folder and its sub-folders; links are followed, once each.
 
     Args:
         folder: the folder.
         split: which of its splits, where it has some.
+        tables: reads the parquet files of a folder that holds no other images.
 
     Raises:
-        ValueError: if there is no image, no such split, or `dataset.json` does not fit the files.
+        ValueError: if there is no image, or there are parquet files beside them, no such split, or `dataset.json` does not
+            fit the files.
     """
     paths: dict[str, Path] = {}
     seen: set[tuple[int, int]] = set()
@@ -103,9 +107,19 @@ def folder_files(folder: Path, split: str = "train") -> ImageFiles:
         seen.add((status.st_dev, status.st_ino))
         below[:] = sorted(name for name in below if not _hidden(name))
         for file in files:
-            if not _hidden(file) and (Path(file).suffix.lower() in SUFFIXES or file == "dataset.json"):
+            suffix = Path(file).suffix.lower()
+            if not _hidden(file) and (suffix in SUFFIXES or suffix == ".parquet" or file == "dataset.json"):
                 path = Path(place) / file
                 paths[path.relative_to(folder).as_posix()] = path
+    parquet = [paths.pop(name) for name in list(paths) if name.lower().endswith(".parquet")]
+    if parquet and tables is not None:
+        single = next((path for name, path in paths.items() if PurePosixPath(name).name != "dataset.json"), None)
+        if single is None:
+            return tables(parquet, folder, split)
+        raise ValueError(
+            f"{folder} holds parquet files, such as {parquet[0]}, and image files, such as {single}: name a folder with one "
+            "of both."
+        )
     documents = {name: path.read_bytes() for name, path in paths.items() if PurePosixPath(name).name == "dataset.json"}
     chosen = _choose([name for name in paths if name not in documents], documents, folder, split)
 
@@ -254,8 +268,8 @@ def _choose(names: list[str], documents: dict[str, bytes], where: Path, split: s
     if all(len(parts) == 2 for parts in classes):
         above = len(_common_folder(training))
         trained = {name[above:].split("/")[0] for name in training if name[above:].count("/") == 1}
-        class_names = sorted(trained, key=_natural)
-        class_names += sorted({parts[0] for parts in classes} - trained, key=_natural)
+        class_names = sorted(trained, key=natural)
+        class_names += sorted({parts[0] for parts in classes} - trained, key=natural)
         number = {name: i for i, name in enumerate(class_names)}
         labels = np.array([number[parts[0]] for parts in classes], np.int64)
         return _Chosen(names=names, labels=labels, class_names=tuple(class_names), note=note, notes=tuple(notes))
@@ -270,7 +284,7 @@ def _choose(names: list[str], documents: dict[str, bytes], where: Path, split: s
     return _Chosen(names=names, note=note, notes=tuple(notes))
 
 
-def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
+def natural(name: str) -> tuple[list[tuple[int, str]], str]:
     """What puts names in natural order: the digits in them count as whole numbers."""
     parts = re.split(r"([0-9]+)", name)
     # A number without its leading zeros is the larger the longer it is.

@@ -10,7 +10,7 @@ from stablefield.data.arrays import open_npy, open_npz
 from stablefield.data.cifar10 import cifar10_folder, open_cifar10
 from stablefield.data.collector import MEMORY_BUDGET, cache_folder
 from stablefield.data.digits import open_digits
-from stablefield.data.hub import hub_files
+from stablefield.data.hub import hub_files, is_saved, parquet_files, saved_files
 from stablefield.data.idx import idx_images, is_idx, open_idx
 from stablefield.data.image_files import ImageFiles, folder_files, zip_files
 from stablefield.data.image_loader import Progress, load_image_files
@@ -21,10 +21,10 @@ from stablefield.data.resizing import Resize, check_resize, natural_resolution, 
 __all__ = ["UNDERSTOOD", "open_images"]
 
 UNDERSTOOD = (
-    "Understood are: the word digits (built in); a folder of images, with sub-folders or dataset.json for classes; a .zip "
-    "of the same; CIFAR-10's binary folder; idx files of the MNIST family or a folder of them, also gzipped; uint8 arrays "
-    "in .npy or .npz files; a file that `stablefield data pack` made; and hf:OWNER/NAME for a data set of the Hugging Face "
-    "hub."
+    "Supported sources: `digits` (built in); a folder of images, with sub-folders or dataset.json for classes; a .zip of "
+    "the same; a folder of parquet files, or one that `datasets` saved by save_to_disk; CIFAR-10's binary folder; idx files "
+    "of the MNIST family or a folder of them, also gzipped; uint8 arrays in .npy or .npz files; a file that `stablefield "
+    "data pack` made; and hf:OWNER/NAME for a data set of the Hugging Face hub."
 )
 
 
@@ -81,7 +81,11 @@ def open_images(
         case "hub":
             return loaded(hub_files(str(source).removeprefix("hf:"), split))
         case "folder":
-            return loaded(folder_files(path, split))
+            return loaded(folder_files(path, split, parquet_files))
+        case "saved":
+            return loaded(saved_files(path, split))
+        case "parquet":
+            return loaded(parquet_files([path], path, split))
         case "zip":
             with zip_files(path, split) as files:
                 return loaded(files)
@@ -120,6 +124,8 @@ def _kind(source: str | Path) -> tuple[str, Path]:
 
 
 def _folder_kind(folder: Path) -> str:
+    if is_saved(folder):
+        return "saved"
     if cifar10_folder(folder) is not None:
         return "cifar10"
     if (folder / "data_batch_1").is_file() or (folder / "cifar-10-batches-py").is_dir():
@@ -137,6 +143,8 @@ def _file_kind(path: Path) -> str:
         return "npz" if _holds_arrays(path) else "zip"
     if head[:6] == b"\x93NUMPY":
         return "npy"
+    if head[:4] == b"PAR1":
+        return "parquet"
     if is_idx(path):
         return "idx"
     if is_packed(path):
