@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from stablefield.data import image_loader, open_images, pack, summary
+from stablefield.data.resizing import natural_resolution
 
 
 def pixels(shape=(6, 8, 3), seed=0):
@@ -404,6 +405,60 @@ def test_resizing_is_a_centred_crop_and_lanczos_as_the_manifest_says(tmp_path, r
     how = {"crop": "cut to the largest centred square", "squash": "squashed to a square"}[resize]
     assert opened.manifest["resized"].startswith(f"{how}, then Lanczos to {resolution} x {resolution} (Pillow")
     assert opened.manifest["conversions"] == ({"enlarged": 1} if min(shape[:2]) < resolution else {})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limit", "expected"),
+    [
+        ([(24, 32)], 32, None),  # kept
+        ([(64, 48)], 64, None),
+        ([(8, 64)], 64, None),
+        ([(48, 64)], 32, (24, 32)),  # smaller in the same shape
+        ([(480, 640)], 64, (48, 64)),
+        ([(30, 40)], 64, (28, 40)),  # cut to what can be halved
+        ([(218, 178)], 64, (64, 56)),
+        ([(1080, 1920)], 64, (32, 64)),
+        ([(1080, 1920)], 32, (16, 32)),
+        ([(10, 1000)], 64, 8),  # no network for it
+        ([(24, 32), (32, 24)], 32, 16),  # several sizes: squares
+        ([(32, 32)], 32, None),
+        ([(30, 30)], 64, 16),
+        ([(100, 100)], 64, 64),
+    ],
+)
+def test_images_of_one_size_keep_their_shape_where_it_can_be_halved(sizes, limit, expected):
+    assert natural_resolution(sizes, limit) == expected
+
+
+@pytest.mark.parametrize("source", ["folder", "npy"])
+@pytest.mark.parametrize(
+    ("size", "limit", "text"),
+    [
+        ((24, 32), 32, "no"),
+        ((48, 64), 32, "cut to the largest centred part of this shape, then Lanczos to 32 x 24 (Pillow"),
+        ((30, 41), 64, "cut to the largest centred part of this shape, then Lanczos to 40 x 28 (Pillow"),
+    ],
+)
+def test_what_became_of_images_that_are_not_square_is_said_and_done_again_alike(tmp_path, source, size, limit, text):
+    arrays = np.stack([pixels((*size, 3), seed) for seed in range(2)])
+    if source == "npy":
+        np.save(tmp_path / "a.npy", arrays)
+    for seed, array in enumerate(arrays):
+        save(tmp_path / "a" / f"{seed}.png", array)
+    path = tmp_path / ("a.npy" if source == "npy" else "a")
+    opened = open_images(path, limit=limit)
+    assert opened.manifest["resized"].startswith(text)
+    height, width = opened.shape[1:]
+    # The largest centred part of the shape, by its definition: no side can grow.
+    kept = min(size[0], round(size[1] * height / width)), min(size[1], round(size[0] * width / height))
+    top, left = ((whole - part) // 2 for whole, part in zip(size, kept, strict=True))
+    for image, array in zip(opened.images, arrays, strict=True):
+        part = Image.fromarray(array[top : top + kept[0], left : left + kept[1]])
+        expected = array if text == "no" else np.asarray(part.resize((width, height), Image.Resampling.LANCZOS))
+        np.testing.assert_array_equal(image, chw(expected))
+    again = open_images(path, resolution=[height, width])
+    assert again.manifest["sha256"] == opened.manifest["sha256"]
+    assert open_images(path, resolution=(8, 16), resize="squash").shape == (3, 8, 16)
 
 
 def test_images_that_have_the_resolution_are_left_as_they_are(tmp_path):

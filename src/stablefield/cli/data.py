@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from stablefield.cli.console import console, relative
-from stablefield.cli.sources import open_data, print_notes
+from stablefield.cli.sources import open_data, print_reading
 from stablefield.data.inspect import sample_grid, summary
 from stablefield.data.packed import pack
 from stablefield.data.png import write_png
@@ -51,7 +51,7 @@ class Pack:
         s = self.source
         images = open_data(s.data, s.resolution, s.resize, s.split, s.skip_broken)
         path = pack(images, self.destination.dest, overwrite=self.destination.overwrite)
-        print_notes(images)
+        print_reading(images)
         console.print(escape(images.describe()))
         console.print(f"written: {relative(path)} ({path.stat().st_size / 2**20:,.1f} MiB)")
         return 0

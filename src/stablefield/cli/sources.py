@@ -7,15 +7,15 @@ from rich.progress import Progress
 
 from stablefield.cli.console import console
 from stablefield.data.image_set import ImageSet
-from stablefield.data.resizing import Resize
+from stablefield.data.resizing import Resize, Resolution
 from stablefield.data.source import open_images
 
-__all__ = ["open_data", "print_notes"]
+__all__ = ["open_data", "print_reading"]
 
 
 def open_data(
     name: str,
-    resolution: int | None = None,
+    resolution: Resolution | None = None,
     resize: Resize = "crop",
     split: str = "train",
     skip_broken: bool = False,
@@ -43,7 +43,13 @@ def open_data(
         )
 
 
-def print_notes(data: ImageSet) -> None:
-    """Print what a person should know of how the data were read."""
+def print_reading(data: ImageSet) -> None:
+    """Print how the data were read: their size, if anything was done to it or they are not square, and notes."""
+    _, height, width = data.shape
+    resized = str(data.manifest["resized"])
+    if resized != "no":
+        console.print(f"images:     {escape(resized)}")
+    elif height != width:
+        console.print(f"images:     {width} x {height}, as they are; --resolution makes squares of them")
     for note in data.notes:
         console.print(f"[yellow]note:[/] {escape(note)}")

@@ -175,8 +175,6 @@ class Train:
         recipe = dataclasses.replace(recipe, noise_band=band)
         check_fit(recipe, data)
         console.print(f"recipe:     {self.recipe} (all of it: --print)")
-        if data.manifest["resized"] != "no":
-            console.print(f"images:     {data.manifest['resized']}")
         console.print(f"references: {rule}")
         if recipe.target == "stf":
             console.print(f"noise band: {finding}")

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from stablefield.data.resizing import Resize, fit
+from stablefield.data.resizing import Resize, Resolution, fit, height_and_width
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -70,14 +70,14 @@ def read_header(file: BinaryIO) -> Header:
 
 
 def decode(
-    data: bytes, channels: int, resolution: int | None = None, resize: Resize = "crop"
+    data: bytes, channels: int, resolution: Resolution | None = None, resize: Resize = "crop"
 ) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
     """Decode an image file.
 
     Args:
         data: the bytes of the file.
         channels: 1 or 3; a colour image has no 1-channel form here.
-        resolution: bring it to this many pixels a side; None keeps its size.
+        resolution: bring it to this side or height and width; None keeps its size.
         resize: how.
 
     Returns:
@@ -109,7 +109,8 @@ def decode(
             notes.append("greyscale repeated to RGB")
         plain = plain.convert("L" if channels == 1 else "RGB")
         if resolution is not None:
-            if min(plain.size) < resolution:
+            height, width = height_and_width(resolution)
+            if plain.height < height or plain.width < width:
                 notes.append("enlarged")
             plain = fit(plain, resolution, resize)
         pixels = np.asarray(plain).reshape(plain.height, plain.width, channels)

@@ -16,7 +16,7 @@ from stablefield.data.image_files import ImageFiles, folder_files, zip_files
 from stablefield.data.image_loader import Progress, load_image_files
 from stablefield.data.image_set import ImageSet
 from stablefield.data.packed import is_packed, open_packed
-from stablefield.data.resizing import Resize, check_resize, natural_resolution, resized_set
+from stablefield.data.resizing import Resize, Resolution, check_resize, natural_resolution, resized_set
 
 __all__ = ["UNDERSTOOD", "open_images"]
 
@@ -31,7 +31,7 @@ UNDERSTOOD = (
 def open_images(
     source: str | Path,
     *,
-    resolution: int | None = None,
+    resolution: Resolution | None = None,
     limit: int | None = None,
     resize: Resize = "crop",
     split: str = "train",
@@ -44,10 +44,11 @@ def open_images(
 
     Args:
         source: "digits", "hf:OWNER/NAME", or the path of a folder or file (`./digits` for a folder of that name).
-        resolution: bring every image to this many pixels a side; None keeps their size, in which all must agree.
-        limit: where no resolution is given, choose one that suits a U-Net, up to this many pixels; images that are equal
-            squares of a multiple of 4 pixels stay as they are.
-        resize: "crop" cuts to the largest centred square first, "squash" takes the whole image.
+        resolution: bring every image to this many pixels a side, or to this height and width; None keeps their size, in
+            which all must agree.
+        limit: where no resolution is given, choose one that suits a U-Net, up to this many pixels a side; images of one size
+            keep it, or their shape, where they can be halved (see `natural_resolution`).
+        resize: "crop" cuts to the largest centred square or other part of that shape first, "squash" takes the whole image.
         split: which part, for sources that have several.
         skip_broken: leave out files that cannot be read, and count them in the manifest.
         progress: called with stage, files done, and files in all.
