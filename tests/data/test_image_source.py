@@ -435,8 +435,8 @@ def test_images_of_one_size_keep_their_shape_where_it_can_be_halved(sizes, limit
     ("size", "limit", "text"),
     [
         ((24, 32), 32, "no"),
-        ((48, 64), 32, "cut to the largest centred part of this shape, then Lanczos to 32 x 24 (Pillow"),
-        ((30, 41), 64, "cut to the largest centred part of this shape, then Lanczos to 40 x 28 (Pillow"),
+        ((48, 64), 32, "Lanczos to 32 x 24 (Pillow"),
+        ((30, 41), 64, "cut to the largest centred part in the shape of 40 x 28, then Lanczos to 40 x 28 (Pillow"),
     ],
 )
 def test_what_became_of_images_that_are_not_square_is_said_and_done_again_alike(tmp_path, source, size, limit, text):

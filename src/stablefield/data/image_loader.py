@@ -141,7 +141,7 @@ def _settle(
     sizes = Counter((header.height, header.width) for _, header in good)
     if resolution is not None:
         size = height_and_width(resolution)
-        return (channels, *size), "no" if set(sizes) == {size} else resize_text(resolution, resize)
+        return (channels, *size), "no" if set(sizes) == {size} else resize_text(resolution, resize, sizes)
     if len(sizes) > 1:
         name, first = good[0]
         other, second = next((n, h) for n, h in good if (h.height, h.width) != (first.height, first.width))

@@ -103,14 +103,18 @@ def fit(image: Image, resolution: Resolution, resize: Resize) -> Image:
     return image.resize((wide, high), Resampling.LANCZOS)
 
 
-def resize_text(resolution: Resolution, resize: Resize) -> str:
-    """What `fit` does, for the manifest."""
+def resize_text(resolution: Resolution, resize: Resize, sizes: Iterable[tuple[int, int]]) -> str:
+    """What `fit` does to images of these heights and widths, for the manifest."""
     from PIL import __version__
 
     height, width = height_and_width(resolution)
-    crop, squash = ("square", "a square") if height == width else ("part of this shape", "this shape")
+    lanczos = f"Lanczos to {width} x {height} (Pillow {__version__})"
+    if all(w * height == h * width for h, w in sizes):
+        return lanczos
+    shape = f"shape of {width} x {height}"
+    crop, squash = ("square", "a square") if height == width else (f"part in the {shape}", f"the {shape}")
     how = f"cut to the largest centred {crop}" if resize == "crop" else f"squashed to {squash}"
-    return f"{how}, then Lanczos to {width} x {height} (Pillow {__version__})"
+    return f"{how}, then {lanczos}"
 
 
 def resized_set(
@@ -140,7 +144,7 @@ def resized_set(
     from PIL import Image
 
     before = images.manifest
-    text = resize_text(resolution, resize)
+    text = resize_text(resolution, resize, [(height, width)])
     key = json.dumps([before["sha256"], before["labels_sha256"], images.class_names, images.shape, text])
     file, found = cached(cache, key)
     if found is not None:
