@@ -20,7 +20,8 @@ __all__ = ["Data"]
 @dataclass(frozen=True)
 class _Reading:
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
-    """What to read: digits, a folder or .zip of images, .npy, .npz, idx or CIFAR-10 files, a packed file, hf:OWNER/NAME."""
+    """What to read: digits, a folder or .zip of images, .npy, .npz, idx, parquet or CIFAR-10 files, a packed file,
+    hf:OWNER/NAME."""
     resolution: int | None = None
     """Bring every image to this many pixels a side; needed if sizes differ."""
     resize: Literal["crop", "squash"] = "crop"
