@@ -320,6 +320,8 @@ def test_a_run_whose_classes_were_numbered_by_their_letters_goes_on_with_these_n
     record["recipe"]["steps"] = 31
     (run / "config.json").write_text(json.dumps(record))
     assert drawn(run, tmp_path / "a.npz", "--class", "10", "--seeds", "0-1")["labels"].tolist() == [1, 1]
+    assert status("sample", str(run), "--guidance", "2", "--guide", str(pets / "run")) == 2
+    assert "numbers its classes otherwise, 0 (1), 1 (2), 2 (3)" in capsys.readouterr().err
     assert status("train", "--resume", "--out", str(run)) == 0
     # Other labels for the same pixels are not the data of the run.
     record["manifest"]["labels_sha256"] = "0" * 64

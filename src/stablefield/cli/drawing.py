@@ -197,6 +197,12 @@ class DrawingFlags:
                 f"--guide {self.guide} draws {'x'.join(map(str, guide.config.shape))} images of {guide.config.classes} "
                 f"classes, the run {'x'.join(map(str, own.config.shape))} of {classes}: take a run of the same data."
             )
+        other = None if guide is None else guide.config.class_names
+        if other is not None and own.config.class_names is not None and other != own.config.class_names:
+            raise ValueError(
+                f"--guide {self.guide} numbers its classes otherwise, {_listed(classes, other)}, than the run, "
+                f"{_listed(classes, own.config.class_names)}: take a run of the same data and version."
+            )
         return Model(own, guide)
 
     def class_number(self, config: RunConfig) -> int | None:

@@ -50,6 +50,8 @@ SUFFIXES = frozenset(
         ".avif",
     ]
 )
+NOTED = 200
+"""Letters of a name in a note: notes are kept in the header of a packed file."""
 SPLITS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev"),
@@ -239,8 +241,8 @@ def _choose(names: list[str], documents: dict[str, bytes], where: Path, split: s
                 f"the folder of the split that you mean, {root}{named[0]}."
             )
         notes.append(
-            f"The folders {', '.join(named)} count as classes, not as splits, because {other} is in none of them: to read "
-            "one split, name its folder."
+            f"The folders {', '.join(named)} count as classes, not as splits, because {other[:NOTED]} is in none of them: "
+            "to read one split, name its folder."
         )
     if len(first) >= 2 and all(word.lower() in words for word in first):
         kept = [word for word in first if words[word.lower()] == words.get(split.lower(), split)]
@@ -278,7 +280,7 @@ def _choose(names: list[str], documents: dict[str, bytes], where: Path, split: s
         stray = [name for name, parts in zip(names, classes, strict=True) if len(parts) != 2]
         notes.append(
             f"The {len(folders):,} folders count as no classes, because {len(stray):,} of {len(names):,} images "
-            f"{'lies' if len(stray) == 1 else 'lie'} elsewhere, the first {stray[0]}: for classes, move "
+            f"{'lies' if len(stray) == 1 else 'lie'} elsewhere, the first {stray[0][:NOTED]}: for classes, move "
             f"{'it' if len(stray) == 1 else 'them'} into one of the folders or away, or write a dataset.json."
         )
     return _Chosen(names=names, note=note, notes=tuple(notes))
