@@ -223,6 +223,7 @@ def run_one(
     """
     config = folder.config()
     assert config.recipe.target in ("dsm", "stf")
+    data = config.numbered(data)
     scores = read_scores(folder.path)
     newest = folder.newest()
     if not scores or newest is None or min(scores[-1].step, newest[1].step) < config.recipe.steps:
