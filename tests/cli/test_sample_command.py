@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +15,9 @@ from PIL import Image
 
 from stablefield import sampling
 from stablefield.cli.entry import main
+from stablefield.data import open_images
+from stablefield.data.image_set import renumbered
+from stablefield.data.png import class_grid
 from stablefield.sampling.noise import SampleNoise
 from stablefield.sampling.samples import to_uint8
 from stablefield.training.model import open_model
@@ -250,6 +254,81 @@ def test_wrong_use_is_one_paragraph_that_says_what_to_do(
 def test_a_class_that_the_run_does_not_know_is_refused(conditional: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status("sample", str(conditional), "--class", "10") == 2
     assert "--class 10: the run knows classes 0 to 9, or -1 for none" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A conditional run on the classes 1, 2, ... 10 and [red]cat, as folders; it lies beside them."""
+    folder = tmp_path_factory.mktemp("pets")
+    for shade, name in enumerate([*map(str, range(1, 11)), "[red]cat"]):
+        for number in range(4):
+            place = folder / "data" / name / f"{number}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8), 20 * shade + number, np.uint8)).save(place)
+    flags = ["--conditional", "--batch", "8", *TINY, "--sample-every", "1000", "--out", str(folder / "run")]
+    assert status("train", str(folder / "data"), *flags) == 0
+    return folder
+
+
+def test_a_class_is_named_by_its_name_or_else_its_number_and_told_by_both(
+    pets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = pets / "run"
+    for name, number, told in (
+        ("[red]cat", 10, "class 10 ([red]cat)"),
+        ("10", 9, "class 9 (10)"),
+        ("1", 0, "class 0 (1)"),
+        ("0", 0, "class 0 (1)"),
+        ("-1", -1, "no class"),
+    ):
+        arrays = drawn(run, tmp_path / "a.npz", "--seeds", "0-3", "--steps", "2", "--class", name)
+        assert arrays["labels"].tolist() == [number] * 4
+        assert arrays["class_names"].tolist() == [*map(str, range(1, 11)), "[red]cat"]
+        assert told in capsys.readouterr().out.splitlines()
+    assert status("sample", str(run), "--class", "redcat") == 2
+    message = capsys.readouterr().err
+    assert "--class redcat: the run knows classes 0 (1), 1 (2), " in message
+    assert "10 ([red]cat), or -1 for none. Did you mean [red]cat?" in message
+    assert status("sample", str(run), "--class", "11") == 2
+
+
+def test_grids_of_a_conditional_run_are_in_the_order_of_the_classes_with_the_names(pets: Path, tmp_path: Path) -> None:
+    run = pets / "run"
+    names = (*map(str, range(1, 11)), "[red]cat")
+    arrays = drawn(run, tmp_path / "a.npz", "--seeds", "0-63")
+    labels = np.arange(64) % 11
+    assert arrays["labels"].tolist() == labels.tolist()
+    images = arrays["arr_0"].transpose(0, 3, 1, 2)
+    assert status("sample", str(run), "--seeds", "0-63", "--out", str(tmp_path / "a.png")) == 0
+    # What training shows is what the command draws.
+    for picture in (tmp_path / "a.png", run / "samples" / "step-00000030.png"):
+        with Image.open(picture) as image:
+            np.testing.assert_array_equal(np.asarray(image), class_grid(images, labels, names)[:, :, 0])
+
+
+def test_a_run_whose_classes_were_numbered_by_their_letters_goes_on_with_these_numbers(
+    pets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "old"
+    shutil.copytree(pets / "run", run)
+    record = json.loads((run / "config.json").read_text())
+    # As version 0.1 wrote it: 1, 10, 2, ..., and the labels that this gives.
+    names = sorted([*map(str, range(1, 11)), "[red]cat"])
+    record["manifest"]["class_names"] = names
+    data = renumbered(open_images(pets / "data"), names)
+    record["manifest"]["labels_sha256"] = data.manifest["labels_sha256"]
+    record["recipe"]["steps"] = 31
+    (run / "config.json").write_text(json.dumps(record))
+    assert drawn(run, tmp_path / "a.npz", "--class", "10", "--seeds", "0-1")["labels"].tolist() == [1, 1]
+    assert status("sample", str(run), "--guidance", "2", "--guide", str(pets / "run")) == 2
+    assert "numbers its classes otherwise, 0 (1), 1 (2), 2 (3)" in capsys.readouterr().err
+    assert status("train", "--resume", "--out", str(run)) == 0
+    # Other labels for the same pixels are not the data of the run.
+    record["manifest"]["labels_sha256"] = "0" * 64
+    record["recipe"]["steps"] = 32
+    (run / "config.json").write_text(json.dumps(record))
+    assert status("train", "--resume", "--out", str(run)) == 2
+    assert "its labels' sha256 differs" in capsys.readouterr().err
 
 
 BOTH = """

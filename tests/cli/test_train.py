@@ -224,6 +224,48 @@ def test_resume_finds_data_that_moved_and_heeds_nothing_that_would_change_them(
     assert "--resolution with --resume" in capsys.readouterr().err
 
 
+def test_images_of_one_size_that_are_not_square_are_trained_on_in_their_shape(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 32, 48, 1), dtype=np.uint8)
+    flags = [*QUICK, "--recipe", "imagefolder", "--network.multipliers", "1", "1", "--device", "cpu"]
+    for name, side, said in (
+        ("kept", 16, "images:     24 x 16, as they are"),
+        (
+            "smaller",
+            32,
+            "images:     cut to the largest centred part in the shape of 32 x 20, then Lanczos to 32 x 20 (",
+        ),
+    ):
+        np.save(tmp_path / f"{name}.npy", pixels[:, :side, : side * 3 // 2])
+        out = str(tmp_path / name)
+        assert status("train", str(tmp_path / f"{name}.npy"), *flags, "--out", out) == 0
+        assert said in capsys.readouterr().out
+        # The run opens its data alike again; otherwise their checksum would not be that of the run.
+        assert status("train", "--resume", "--out", out) == 0
+        capsys.readouterr()
+
+
+@pytest.mark.parametrize("packing", ["folder", "packed"])
+def test_why_there_are_no_classes_is_said_where_they_are_asked_for(
+    packing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("cat/1", "cat/2", "dog/1", "dog/2", "cover"):
+        path = tmp_path / "pets" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(path)
+    source = str(tmp_path / "pets")
+    said = "The 2 folders count as no classes, because 1 of 5 images lies elsewhere, the first cover.png"
+    if packing == "packed":
+        assert status("data", "pack", source, str(tmp_path / "packed")) == 0
+        source = str(tmp_path / "packed")
+        assert said in " ".join(capsys.readouterr().out.split())
+    assert status("train", source, "--conditional", "--batch", "4", "--out", str(tmp_path / "run")) == 2
+    told = capsys.readouterr()
+    assert said in " ".join(told.out.split())
+    assert f"the data have no labels: leave it out. {said}" in " ".join(told.err.split())
+
+
 def test_print_and_dry_run_of_a_run_to_resume_are_about_that_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ import io
 import struct
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -210,7 +211,14 @@ def test_pickled_arrays_are_never_read(tmp_path):
 
 @pytest.mark.parametrize(
     "keys",
-    [("images", "labels"), ("x", "y"), ("arr_0", "labels"), ("train_images", "train_labels"), ("x_train", "y_train")],
+    [
+        ("images", "labels"),
+        ("x", "y"),
+        ("arr_0", "labels"),
+        ("arr_0", "arr_1"),
+        ("train_images", "train_labels"),
+        ("x_train", "y_train"),
+    ],
 )
 @pytest.mark.parametrize("column", [False, True])
 def test_labels_of_an_npz_are_found_under_the_usual_names(tmp_path, keys, column):
@@ -221,11 +229,38 @@ def test_labels_of_an_npz_are_found_under_the_usual_names(tmp_path, keys, column
     assert opened.labels.dtype == np.int64
 
 
+def test_class_names_of_an_npz_are_read(tmp_path):
+    names = ("cat", "dog", "\u732b")
+    np.savez(tmp_path / "a.npz", arr_0=noise((3, 5, 5)), arr_1=[9, 9, 9], labels=[2, 0, 2], class_names=np.array(names))
+    opened = open_images(tmp_path / "a.npz")
+    # An array that says what it is comes before the second one.
+    assert opened.labels.tolist() == [2, 0, 2]
+    assert opened.class_names == names
+    mapped = open_images(tmp_path / "a.npz", memory_budget=0, cache=tmp_path)
+    assert mapped.class_names == names
+    for wrong in ([0, 1], [["a", "b"]]):
+        np.savez(tmp_path / "b.npz", images=noise((3, 5, 5)), labels=[0, 0, 1], class_names=np.array(wrong))
+        with pytest.raises(ValueError, match="one text per class"):
+            open_images(tmp_path / "b.npz")
+
+
 def test_an_npz_with_splits_gives_each(tmp_path):
     np.savez(tmp_path / "a.npz", x_train=noise((3, 5, 5)), y_train=[0, 1, 0], x_test=noise((2, 5, 5), 1), y_test=[1, 1])
     opened = open_images(tmp_path / "a.npz", split="test")
     np.testing.assert_array_equal(opened.images[:, 0], noise((2, 5, 5), 1))
     np.testing.assert_array_equal(opened.labels, [1, 1])
+
+
+@pytest.mark.parametrize("shape", [(7, 5, 3), (7, 5, 1), (7, 5, 4)])
+@pytest.mark.parametrize("kind", ["npy", "npz"])
+def test_one_image_with_its_channels_last_is_not_taken_for_many(tmp_path, shape, kind):
+    path = tmp_path / f"a.{kind}"
+    np.save(path, noise(shape)) if kind == "npy" else np.savez(path, images=noise(shape))
+    with pytest.raises(ValueError, match=r"may be one image \(H, W, C\) as well as 7 greyscale images .*x\[None\]"):
+        open_images(path)
+    if shape[2] == 3:
+        np.save(tmp_path / "b.npy", noise(shape)[None])
+        assert open_images(tmp_path / "b.npy").shape == (3, 7, 5)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +273,7 @@ def test_an_npz_with_splits_gives_each(tmp_path):
         ({"images": noise((3, 5, 5)), "labels": [0.0, 1, 2]}, "float64"),
         ({"images": noise((3, 5, 5)), "labels": [0, 1, -1]}, "counted from 0"),
         ({"images": np.asfortranarray(noise((3, 5, 5)))}, "Fortran"),
+        ({"arr_0": noise((3, 5, 5)), "arr_1": noise((3, 5, 5))}, "labels are whole numbers"),
     ],
 )
 def test_an_npz_that_does_not_fit_is_refused(tmp_path, arrays, says):
@@ -395,10 +431,102 @@ def test_a_data_set_of_the_hub_without_one_column_of_images_is_refused(hub):
         open_images("hf:")
 
 
-def test_without_the_package_the_extra_is_named(monkeypatch):
+def value(dtype):
+    feature = type("Value", (), {})()
+    feature.dtype = dtype
+    return feature
+
+
+@pytest.mark.parametrize(
+    ("features", "labels", "expected", "names", "note"),
+    [
+        ({"label": value("string")}, {"label": ["10", "9"]}, [1, 0], ("9", "10"), ""),
+        ({"labels": value("int64")}, {"labels": [3, 0]}, [3, 0], None, ""),
+        ({"note": value("int64")}, {"note": [3, 0]}, None, None, ""),
+        ({"label": value("int8")}, {"label": [3, -1]}, None, None, "1 of 2 rows have no label in the column label"),
+        ({"label": value("string")}, {"label": ["a", None]}, None, None, "1 of 2 rows have no label"),
+        ({"a": class_label("x"), "b": class_label("x")}, {"a": [0, 0], "b": [0, 0]}, None, None, "The columns a, b"),
+    ],
+)
+def test_labels_of_the_hub_are_read_or_their_absence_is_said(hub, features, labels, expected, names, note):
+    cells = hub.dataset.columns["image"]
+    hub.dataset = FakeDataset({"image": cells, **labels}, {"image": image_feature(), **features})
+    opened = open_images("hf:x")
+    assert (None if opened.labels is None else opened.labels.tolist()) == expected
+    assert opened.class_names == names
+    assert len(opened.notes) == bool(note)
+    assert "".join(opened.notes).startswith(note)
+
+
+def test_a_data_set_saved_to_disk_is_read_by_its_split(hub, tmp_path):
+    folder = tmp_path / "pets"
+    folder.mkdir()
+    (folder / "state.json").touch()
+    (folder / "dataset_info.json").touch()
+    one = hub.dataset
+    one.split = None
+    hub.load_from_disk = {str(folder): one}.__getitem__
+    opened = open_images(folder)
+    np.testing.assert_array_equal(opened.labels, [1, 0])
+    assert (opened.name, opened.class_names) == ("pets", ("cat", "dog"))
+    with pytest.raises(ValueError, match="has no splits; leave split out"):
+        open_images(folder, split="test")
+    (folder / "dataset_dict.json").touch()
+    other = FakeDataset({"image": one.columns["image"][1:]}, {"image": image_feature()})
+    hub.load_from_disk = {str(folder): {"training": one, "test": other}}.__getitem__
+    assert len(open_images(folder)) == 2
+    assert len(open_images(folder, split="test")) == 1
+    with pytest.raises(ValueError, match="has the splits training, test; pass one"):
+        open_images(folder, split="val")
+    hub.load_from_disk = {}.__getitem__
+    with pytest.raises(ValueError, match="cannot be loaded as a data set saved by datasets"):
+        open_images(folder)
+
+
+def test_parquet_files_are_read_by_the_split_that_their_names_begin_with(hub, tmp_path):
+    def load_dataset(kind, data_files, split):
+        assert (kind, split) == ("parquet", "train")
+        hub.asked.append([Path(file).relative_to(tmp_path).as_posix() for file in data_files])
+        return hub.dataset
+
+    hub.load_dataset = load_dataset
+
+    def asked(*arguments, **options):
+        opened = open_images(*arguments, **options)
+        np.testing.assert_array_equal(opened.labels, [1, 0])
+        return hub.asked.pop(), opened.manifest["source"]
+
+    def put(*names):
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(b"PAR1")
+
+    put("one/b.parquet", "one/a.parquet")
+    assert asked(tmp_path / "one") == (["one/a.parquet", "one/b.parquet"], "2 parquet files in one")
+    assert asked(tmp_path / "one/b.parquet") == (["one/b.parquet"], "1 parquet file in b")
+    with pytest.raises(ValueError, match="has no splits"):
+        open_images(tmp_path / "one", split="test")
+    names = ["two/data/train-00000-of-00002.parquet", "two/data/train-00001-of-00002.parquet"]
+    put(*names, "two/data/validation-00000-of-00001.parquet", "two/test/0000.parquet")
+    assert asked(tmp_path / "two") == (names, "2 parquet files in two, split train")
+    assert asked(tmp_path / "two", split="val")[0] == ["two/data/validation-00000-of-00001.parquet"]
+    assert asked(tmp_path / "two", split="test")[0] == ["two/test/0000.parquet"]
+    put("two/x.parquet")
+    with pytest.raises(ValueError, match=r"beside them .*x\.parquet, which is of none"):
+        open_images(tmp_path / "two")
+    (tmp_path / "one" / "a.png").write_bytes(png(noise((5, 6, 3))))
+    with pytest.raises(ValueError, match=r"holds parquet files, such as .*and image files, such as .*a\.png"):
+        open_images(tmp_path / "one")
+
+
+def test_without_the_package_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r'pip install "stablefield\[hub\]"'):
-        open_images("hf:x")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_dict.json").touch()
+    for source in ("hf:x", tmp_path / "a.parquet", tmp_path, tmp_path / "saved"):
+        with pytest.raises(ImportError, match=r'needs the package datasets: pip install "stablefield\[hub\]"'):
+            open_images(source)
 
 
 def test_the_real_package_behaves_like_the_stand_in(monkeypatch):
@@ -412,6 +540,37 @@ def test_the_real_package_behaves_like_the_stand_in(monkeypatch):
     np.testing.assert_array_equal(opened.images, [array.transpose(2, 0, 1) for array in arrays])
     np.testing.assert_array_equal(opened.labels, [1, 0, 1])
     assert opened.class_names == ("cat", "dog")
+
+
+def test_the_real_package_reads_what_it_saved_and_plain_parquet_files(monkeypatch, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    arrays = [noise((5, 6, 3), seed) for seed in range(3)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    rows = {"image": [Image.fromarray(array) for array in arrays], "label": [1, 0, 1]}
+    dataset = datasets.Dataset.from_dict(rows, features=features)
+    dataset.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=dataset, test=dataset.select([2])).save_to_disk(tmp_path / "two")
+    for split, chosen in (("train", [0, 1, 2]), ("test", [2])):
+        (tmp_path / "files").mkdir(exist_ok=True)
+        dataset.select(chosen).to_parquet(tmp_path / "files" / f"{split}-00000-of-00001.parquet")
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    contents = [png(array) for array in arrays]
+    for name, images in (
+        ("bytes", pyarrow.array(contents)),
+        ("struct", pyarrow.array([{"bytes": content, "path": "a.png"} for content in contents])),
+    ):
+        (tmp_path / name).mkdir()
+        parquet.write_table(
+            pyarrow.table({"image": images, "label": ["dog", "cat", "dog"]}), tmp_path / name / "x.parquet"
+        )
+    for name in ("one", "two", "files", "bytes", "struct"):
+        opened = open_images(tmp_path / name)
+        np.testing.assert_array_equal(opened.images, [array.transpose(2, 0, 1) for array in arrays])
+        np.testing.assert_array_equal(opened.labels, [1, 0, 1])
+        assert opened.class_names == ("cat", "dog")
+    for name in ("two", "files"):
+        np.testing.assert_array_equal(open_images(tmp_path / name, split="test").labels, [1])
 
 
 # What is no source
@@ -437,7 +596,7 @@ def test_what_is_not_understood_gets_one_paragraph_with_all_that_is(tmp_path, na
 
 
 def test_a_path_that_does_not_exist_says_so(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere does not exist\. Understood are"):
+    with pytest.raises(ValueError, match=r"nowhere does not exist\. Supported sources"):
         open_images(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="cannot be read: File name too long"):
         open_images("a" * 5000)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from stablefield.data import ImageSet, Origin, make_image_set
+from stablefield.data.image_set import renumbered
 
 ORIGIN = Origin(name="toy", source="made up")
 
@@ -96,3 +97,18 @@ def test_importing_the_package_imports_no_optional_package():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_classes_are_numbered_anew_by_their_names():
+    images = np.arange(4, dtype=np.uint8)[:, None, None, None]
+    origin = Origin(name="toy", source="made up", class_names=("0", "1", "10"))
+    made = make_image_set(images, np.array([0, 2, 1, 2]), origin)
+    changed = renumbered(made, ("0", "10", "1"))
+    assert changed.labels.tolist() == [0, 1, 2, 1]
+    assert changed.class_names == ("0", "10", "1") == tuple(changed.manifest["class_names"])
+    changed.verify()
+    assert renumbered(changed, ("0", "1", "10")).manifest == made.manifest
+    assert renumbered(made, ["0", "1", "10"]) is made
+    for other in (("0", "1"), ("0", "1", "2"), ("0", "1", "1")):
+        with pytest.raises(ValueError, match="has the classes 0, 1, 10, and not"):
+            renumbered(made, other)

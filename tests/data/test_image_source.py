@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stablefield.data import image_loader, open_images
+from stablefield.data import image_loader, open_images, pack, summary
+from stablefield.data.resizing import natural_resolution
 
 
 def pixels(shape=(6, 8, 3), seed=0):
@@ -75,6 +76,20 @@ def test_one_level_of_sub_folders_is_classes_in_the_order_of_names(tmp_path):
         np.testing.assert_array_equal(opened.images, [chw(pixels(seed=seed)) for seed in (3, 2, 1, 0)])
 
 
+def test_numbers_in_the_names_of_classes_count_as_numbers(tmp_path):
+    for name in map(str, range(12)):
+        save(tmp_path / "numbers" / name / "x.png", pixels(seed=int(name)))
+    opened = open_images(tmp_path / "numbers")
+    assert opened.class_names == tuple(map(str, range(12)))
+    # The label of a folder is the number that it is called; the images stay in the order of their names.
+    for image, label in zip(opened.images, opened.labels, strict=True):
+        np.testing.assert_array_equal(image, chw(pixels(seed=label)))
+    wanted = ["-", "2", "007", "10", "1" * 200, "a", "n2b1", "n2b10", "n10", "n010"]
+    names = {f"{name}/x.png": png_bytes(pixels()) for name in wanted}
+    assert open_images(zipped(tmp_path / "a.zip", names)).class_names[:4] == ("2", "007", "10", "1" * 200)
+    assert open_images(tmp_path / "a.zip").class_names[-5:] == ("a", "n2b1", "n2b10", "n010", "n10")
+
+
 @pytest.mark.parametrize(
     "names", [["a/1.png", "2.png"], ["a/1.png", "b/c/2.png"], ["a/1.png", "a/2.png"], ["a/b/1.png", "c/d/2.png"]]
 )
@@ -96,6 +111,42 @@ def test_folders_named_after_splits_are_splits_and_not_classes(tmp_path):
         open_images(tmp_path, split="test")
     with pytest.raises(ValueError, match="has no splits"):
         open_images(tmp_path / "train", split="val")
+
+
+@pytest.mark.parametrize("packing", ["folder", "zip"])
+def test_an_image_beside_the_folders_of_classes_is_said_with_a_way_out(tmp_path, packing):
+    entries = {name: png_bytes(pixels()) for name in ("a/1.png", "b/2.png", "b/3.png", "cover.png")}
+    if packing == "zip":
+        source = zipped(tmp_path / "x.zip", entries)
+    else:
+        source = tmp_path / "x"
+        for name in entries:
+            save(source / name, pixels())
+    opened = open_images(source)
+    assert opened.labels is None
+    (note,) = opened.notes
+    assert "The 2 folders count as no classes, because 1 of 4 images lies elsewhere, the first cover.png" in note
+    assert "for classes, move it" in note
+    assert opened.manifest["notes"] == [note]
+    assert ("note", note) in summary(opened)
+    # The word goes where the images go: through packing and resizing.
+    assert open_images(pack(opened, tmp_path / "packed")).notes == (note,)
+    assert open_images(tmp_path / "packed", resolution=4).notes == (note,)
+    del entries["cover.png"]
+    assert open_images(zipped(tmp_path / "y.zip", entries)).notes == ()
+
+
+def test_an_image_beside_splits_is_not_mixed_with_them(tmp_path):
+    names = ["train/cat/1.png", "train/dog/1.png", "val/dog/2.png", "val/eel/2.png"]
+    entries = {name: png_bytes(pixels(seed=seed)) for seed, name in enumerate(names)}
+    with pytest.raises(ValueError, match=r"holds the splits train, val and beside them logo\.png.*move it, or name"):
+        open_images(zipped(tmp_path / "a.zip", {**entries, "logo.png": png_bytes(pixels())}))
+    (note,) = open_images(zipped(tmp_path / "b.zip", {**entries, "extra/x/1.png": png_bytes(pixels())})).notes
+    assert note.startswith("The folders train, val count as classes, not as splits, because extra/x/1.png")
+    # A class has one number in all splits.
+    val = open_images(zipped(tmp_path / "c.zip", entries), split="val")
+    assert val.class_names == ("cat", "dog", "eel")
+    assert val.labels.tolist() == [1, 2]
 
 
 def dataset(labels):
@@ -140,12 +191,31 @@ def test_dataset_json_without_labels_means_none_even_with_sub_folders(tmp_path, 
         (dataset([[name, [0.0, 1.0]] for name in LAYOUT]), "whole number"),
         (dataset([[name, -1] for name in LAYOUT]), "the label -1"),
         (dataset([[name, True] for name in LAYOUT]), "the label True"),
+        (dataset([*([name, 0] for name in LAYOUT), ["00000/img1.png", 1]]), r"gives 00000/img1\.png two labels"),
+        (dataset([*([name, 0] for name in LAYOUT), ["absent.png", 1], ["absent.png", 2]]), r"absent\.png two labels"),
     ],
 )
 def test_a_dataset_json_that_does_not_fit_is_refused(tmp_path, document, says):
     entries = {name: png_bytes(pixels()) for name in LAYOUT} | {"dataset.json": document}
     with pytest.raises(ValueError, match=says):
         open_images(zipped(tmp_path / "a.zip", entries))
+
+
+def test_the_same_label_twice_is_no_contradiction(tmp_path):
+    entries = {name: png_bytes(pixels()) for name in LAYOUT}
+    entries["dataset.json"] = dataset([[name, label] for name, label in LAYOUT.items() for _ in range(2)])
+    assert open_images(zipped(tmp_path / "a.zip", entries)).labels.tolist() == [0, 1, 2]
+
+
+def test_an_archive_with_the_separators_of_windows_gives_what_its_folder_gives(tmp_path):
+    entries = {name: png_bytes(pixels(seed=seed)) for seed, name in enumerate(["pets/cat/1.png", "pets/dog/1.png"])}
+    plain = open_images(zipped(tmp_path / "a.zip", entries))
+    foreign = {"pets\\cat\\": b"", **{name.replace("/", "\\"): content for name, content in entries.items()}}
+    opened = open_images(zipped(tmp_path / "b.zip", foreign))
+    same = ("count", "class_names", "sha256", "labels_sha256")
+    assert [opened.manifest[key] for key in same] == [plain.manifest[key] for key in same]
+    with pytest.raises(ValueError, match=r"'pets/cat/1\.png' occurs twice"):
+        open_images(zipped(tmp_path / "c.zip", entries | foreign))
 
 
 def test_an_archive_gives_what_its_folder_gives(tmp_path):
@@ -171,7 +241,20 @@ def test_a_link_into_its_own_folder_ends(tmp_path):
 # Archives that are not what they seem
 
 
-@pytest.mark.parametrize("name", ["../a.png", "x/../../a.png", "/a.png", "C:/a.png", "..\\a.png"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../a.png",
+        "x/../../a.png",
+        "/a.png",
+        "C:/a.png",
+        "..\\a.png",
+        "x\\..\\..\\a.png",
+        "\\a.png",
+        "\\\\host\\a.png",
+        "C:\\a.png",
+    ],
+)
 def test_an_entry_that_leads_out_of_the_archive_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match="leads out of the archive"):
         open_images(zipped(tmp_path / "a.zip", {"ok.png": png_bytes(pixels()), name: png_bytes(pixels())}))
@@ -324,6 +407,60 @@ def test_resizing_is_a_centred_crop_and_lanczos_as_the_manifest_says(tmp_path, r
     assert opened.manifest["conversions"] == ({"enlarged": 1} if min(shape[:2]) < resolution else {})
 
 
+@pytest.mark.parametrize(
+    ("sizes", "limit", "expected"),
+    [
+        ([(24, 32)], 32, None),  # kept
+        ([(64, 48)], 64, None),
+        ([(8, 64)], 64, None),
+        ([(48, 64)], 32, (24, 32)),  # smaller in the same shape
+        ([(480, 640)], 64, (48, 64)),
+        ([(30, 40)], 64, (28, 40)),  # cut to what can be halved
+        ([(218, 178)], 64, (64, 56)),
+        ([(1080, 1920)], 64, (32, 64)),
+        ([(1080, 1920)], 32, (16, 32)),
+        ([(10, 1000)], 64, 8),  # no network for it
+        ([(24, 32), (32, 24)], 32, 16),  # several sizes: squares
+        ([(32, 32)], 32, None),
+        ([(30, 30)], 64, 16),
+        ([(100, 100)], 64, 64),
+    ],
+)
+def test_images_of_one_size_keep_their_shape_where_it_can_be_halved(sizes, limit, expected):
+    assert natural_resolution(sizes, limit) == expected
+
+
+@pytest.mark.parametrize("source", ["folder", "npy"])
+@pytest.mark.parametrize(
+    ("size", "limit", "text"),
+    [
+        ((24, 32), 32, "no"),
+        ((48, 64), 32, "Lanczos to 32 x 24 (Pillow"),
+        ((30, 41), 64, "cut to the largest centred part in the shape of 40 x 28, then Lanczos to 40 x 28 (Pillow"),
+    ],
+)
+def test_what_became_of_images_that_are_not_square_is_said_and_done_again_alike(tmp_path, source, size, limit, text):
+    arrays = np.stack([pixels((*size, 3), seed) for seed in range(2)])
+    if source == "npy":
+        np.save(tmp_path / "a.npy", arrays)
+    for seed, array in enumerate(arrays):
+        save(tmp_path / "a" / f"{seed}.png", array)
+    path = tmp_path / ("a.npy" if source == "npy" else "a")
+    opened = open_images(path, limit=limit)
+    assert opened.manifest["resized"].startswith(text)
+    height, width = opened.shape[1:]
+    # The largest centred part of the shape, by its definition: no side can grow.
+    kept = min(size[0], round(size[1] * height / width)), min(size[1], round(size[0] * width / height))
+    top, left = ((whole - part) // 2 for whole, part in zip(size, kept, strict=True))
+    for image, array in zip(opened.images, arrays, strict=True):
+        part = Image.fromarray(array[top : top + kept[0], left : left + kept[1]])
+        expected = array if text == "no" else np.asarray(part.resize((width, height), Image.Resampling.LANCZOS))
+        np.testing.assert_array_equal(image, chw(expected))
+    again = open_images(path, resolution=[height, width])
+    assert again.manifest["sha256"] == opened.manifest["sha256"]
+    assert open_images(path, resolution=(8, 16), resize="squash").shape == (3, 8, 16)
+
+
 def test_images_that_have_the_resolution_are_left_as_they_are(tmp_path):
     save(tmp_path / "a.png", pixels((8, 8, 3)))
     opened = open_images(tmp_path, resolution=8)
@@ -456,6 +593,44 @@ def test_images_are_turned_as_exif_says(tmp_path, suffix):
     assert opened.images.shape == (8, 3, 16, 24)
     assert abs(opened.images.astype(int) - chw(upright)).max() <= (3 if suffix == "jpg" else 0)
     assert opened.manifest["conversions"] == {"turned as EXIF says": 7}
+
+
+def with_chunk(png, kind, content, *, late):
+    """A PNG with one more chunk, in front of its pixels or behind them."""
+    chunk = len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+    place = png.index(b"IEND" if late else b"IDAT") - 4
+    return png[:place] + chunk + png[place:]
+
+
+XMP = b"""<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description rdf:about="" xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>"""
+
+
+@pytest.mark.parametrize("packing", ["folder", "zip"])
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("kind", ["eXIf", "iTXt", "zTXt"])
+def test_a_png_is_turned_wherever_its_orientation_is_written(tmp_path, kind, late, packing):
+    upright = pixels((6, 8, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    raw = exif.tobytes().removeprefix(b"Exif\0\0")
+    profile = b"\nexif\n%8d\n" % (len(raw) + 6) + (b"Exif\0\0" + raw).hex().encode() + b"\n"
+    content = {
+        "eXIf": raw,
+        "iTXt": b"XML:com.adobe.xmp\0\0\0\0\0" + XMP,
+        "zTXt": b"Raw profile type exif\0\0" + zlib.compress(profile),
+    }[kind]
+    stored = png_bytes(np.ascontiguousarray(np.rot90(upright)))
+    entries = {"a.png": with_chunk(stored, kind.encode(), content, late=late), "b.png": png_bytes(upright)}
+    if packing == "zip":
+        source = zipped(tmp_path / "a.zip", entries)
+    else:
+        source = tmp_path
+        for name, data in entries.items():
+            (tmp_path / name).write_bytes(data)
+    opened = open_images(source)
+    np.testing.assert_array_equal(opened.images, [chw(upright)] * 2)
+    assert opened.manifest["conversions"] == {"turned as EXIF says": 1}
 
 
 def test_the_first_frame_of_an_animation_is_taken(tmp_path):

@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 
 from stablefield.data import Origin, make_image_set, open_images, sample_grid, summary, tile, write_png
+from stablefield.data.image_set import class_text
+from stablefield.data.png import class_grid
 
 
 def noise(n, shape, seed=0):
@@ -62,6 +64,45 @@ def test_what_cannot_be_tiled_is_refused(arguments):
         tile(*arguments)
 
 
+def corners(grid):
+    """The upper left pixels of the images of a grid, as (row in pixels, value), row by row."""
+    marks = [(y, x) for y, x in zip(*np.nonzero((grid[:, :, 0] > 0) & (grid[:, :, 0] < 40)), strict=True)]
+    return [(y, int(grid[y, x, 0])) for y, x in marks if grid[y - 1, x, 0] == 255 and grid[y, x - 1, 0] == 255]
+
+
+@pytest.mark.parametrize(
+    ("classes", "count", "per_row"),
+    [(3, 11, 4), (10, 64, 7), (64, 64, 8), (1, 9, 3)],
+)
+def test_images_with_classes_lie_in_the_order_of_the_classes_with_a_caption_where_one_begins(classes, count, per_row):
+    labels = np.arange(count, dtype=np.int64) % classes
+    # The value of an image rises with its class; captions are drawn in values from 40.
+    values = (1 + labels * 38 // classes).astype(np.uint8)
+    grid = class_grid(np.broadcast_to(values[:, None, None, None], (count, 1, 8, 8)), labels)
+    found = corners(grid)
+    assert [value for _, value in found] == sorted(values)
+    tops = sorted({y for y, _ in found})
+    assert max(sum(y == top for y, _ in found) for top in tops) == per_row
+    captioned = [top for top in tops if ((grid[top - 18 : top] >= 40) & (grid[top - 18 : top] < 200)).any()]
+    # Few classes each begin a row; many follow one another, and every row has a caption where a class begins in it.
+    assert len(captioned) == (1 if classes == 1 else len(tops))
+
+
+def test_a_caption_is_the_number_with_the_name_and_fits_its_image():
+    images = np.zeros((9, 3, 8, 8), np.uint8)
+    np.testing.assert_array_equal(class_grid(images, None), tile(images))
+    labels = np.arange(9, dtype=np.int64)
+    plain = class_grid(images, labels)
+    for names in (["a"] * 9, ["x" * 500] * 9, ["line\nbreak \x1b[31m"] * 9, ["\u732b"] * 9):
+        named = class_grid(images, labels, names)
+        assert named.shape == plain.shape
+        assert (named != plain).any()
+    with pytest.raises(ValueError, match=r"labels has shape \(8,\)"):
+        class_grid(images, labels[:8])
+    assert [class_text(n, ("ant", "1")) for n in (-1, 0, 1)] == ["no class", "0 (ant)", "1"]
+    assert class_text(7, None) == "7"
+
+
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1), (5, 7, 3)])
 def test_a_png_reads_back_as_it_was_written(tmp_path, shape):
     array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
@@ -94,7 +135,7 @@ def test_the_summary_gives_the_figures_of_the_data():
     assert rows["mean"].endswith(f"({', '.join(f'{v:.4f}' for v in scaled.mean((0, 2, 3)))} in [-1, 1])")
     assert rows["standard deviation"].endswith(f"({', '.join(f'{v:.4f}' for v in scaled.std((0, 2, 3)))} in [-1, 1])")
     assert rows["values"] == f"uint8, {images.min()} to {images.max()}"
-    assert (rows["  class ant"], rows["  class bee"], rows["  class cow"]) == ("17", "17", "16")
+    assert (rows["  class 0 (ant)"], rows["  class 1 (bee)"], rows["  class 2 (cow)"]) == ("17", "17", "16")
     assert (rows["images"], rows["shape"], rows["skipped files"]) == ("50", "3 x 5 x 4 (RGB)", "2")
     assert rows["sha256"] == made.manifest["sha256"]
     assert rows["memory"] == "2.9 KiB, in memory"

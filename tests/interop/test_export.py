@@ -276,6 +276,36 @@ def test_export_writes_a_pipeline_with_samples_and_a_card(run: Path, tmp_path: P
     assert "is not empty" in capsys.readouterr().err
 
 
+def test_exports_carry_the_names_of_the_classes(tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    from stablefield.interop.plain_export import write_plain
+
+    torch.manual_seed(0)
+    denoiser = sf.Denoiser(DiffusersUNet.sized(8, 1, (8, 8), 1, classes=3, groups=4)).eval()
+    write_plain(tmp_path / "plain", unet(SongUNet.ddpmpp, classes=3), (3, 16, 16), class_names=("ant", "bee", "0"))
+    assert json.loads((tmp_path / "plain" / "config.json").read_text())["class_names"] == ["ant", "bee", "0"]
+    write_pipeline(tmp_path / "pipe", denoiser, (1, 8, 8), class_names=("ant", "bee", "0"))
+    for step in ("pipe", "again"):
+        pipe = DiffusionPipeline.from_pretrained(tmp_path / step, trust_remote_code=True)
+        pipe.set_progress_bar_config(disable=True)
+        assert pipe.labels == {"ant": 0, "bee": 1, "0": 2}
+        (tmp_path / "again").mkdir(exist_ok=True)
+        pipe.save_pretrained(tmp_path / "again")
+        # diffusers leaves the code of a pipeline where it was.
+        (tmp_path / "again" / "pipeline.py").write_text((tmp_path / "pipe" / "pipeline.py").read_text())
+        index = json.loads((tmp_path / "again" / "model_index.json").read_text())
+        assert index["id2label"] == {"0": "ant", "1": "bee", "2": "0"}
+        index["_class_name"] = ["pipeline", "StablefieldPipeline"]
+        (tmp_path / "again" / "model_index.json").write_text(json.dumps(index))
+    latents = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    options = {"latents": latents, "num_inference_steps": 2, "output_type": "pt"}
+    named = pipe(class_labels=["bee", "0", -1], **options).images
+    torch.testing.assert_close(named, pipe(class_labels=[1, 2, -1], **options).images, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="'cat': the classes are ant, bee, 0"):
+        pipe(class_labels=["cat"])
+
+
 def test_plain_export_is_safetensors_and_json_that_import_reads_back(tmp_path: Path) -> None:
     from stablefield.interop.plain_export import write_plain
 

@@ -1,3 +1,4 @@
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -39,7 +40,7 @@ def randomise(network: nn.Module, seed: int = 0) -> None:
 
 def inputs(network: SongUNet, rows: int = 3, seed: int = 1) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     g = generator(seed)
-    x = torch.randn(rows, network.channels, network.resolution, network.resolution, generator=g)
+    x = torch.randn(rows, network.channels, *network.size, generator=g)
     noise = torch.randn(rows, generator=g)
     labels = torch.arange(rows) % network.classes - 1 if network.classes else None
     augment = torch.randn(rows, network.augment_dim, generator=g) if network.augment_dim else None
@@ -175,6 +176,7 @@ def test_stored_filters_are_normalised_and_without_the_factor_of_upsampling():
 
 @pytest.mark.parametrize(("resolution", "multipliers", "expected"), [
     (8, (1, 2), 8), (28, (1, 2, 2), 14), (64, (1, 2, 2, 2), 16), (40, (1, 1, 1), 10), (64, (1, 1), None),
+    ((48, 64), (1, 2, 2, 2), 12), ((64, 16), (1, 1, 1), 32), ((8, 32), (1, 1), 8),
 ])  # fmt: skip
 def test_attention_is_at_the_highest_resolution_not_above_16(resolution, multipliers, expected):
     with torch.device("meta"):
@@ -183,7 +185,7 @@ def test_attention_is_at_the_highest_resolution_not_above_16(resolution, multipl
     assert sides == (set() if expected is None else {str(expected)})
 
 
-@pytest.mark.parametrize("resolution", [8, 28, 64])
+@pytest.mark.parametrize("resolution", [8, 28, 64, (8, 16), (20, 12)])
 @BOTH
 def test_output_has_the_shape_of_the_input_at_other_sizes(make, resolution):
     network = make(resolution, 1, 8, (1, 2, 2), 1)
@@ -212,6 +214,21 @@ def test_output_equals_a_second_implementation_from_the_published_description(ma
         ours = network(x, noise, labels, augment)
         theirs = song_reference.evaluate(network.state_dict(), x, noise, one_hot, augment, **sizes)
     assert ours.std() > 0.1
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(8, 16), (24, 16)])
+@BOTH
+def test_images_that_are_not_square_are_computed_by_the_same_description(make, size):
+    sizes = {"multipliers": (1, 2), "blocks": 1}
+    network = make(size, 3, 32, attention=(size[0] // 2,), **sizes).eval()
+    randomise(network)
+    x, noise, _, _ = inputs(network, 2)
+    # The description knows squares, and their side by name alone.
+    state = {re.sub(r"(\d+)x\d+_", r"\1x\1_", name): value for name, value in network.state_dict().items()}
+    with torch.no_grad():
+        ours = network(x, noise)
+        theirs = song_reference.evaluate(state, x, noise, None, None, resolution=size[0], **sizes)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -387,6 +404,8 @@ def test_whole_network_is_one_graph_for_the_compiler():
     ("arguments", "message"),
     [
         ({"resolution": 30}, r"resolution is 30: .* a multiple of 4"),
+        ({"resolution": (8, 30)}, r"resolution is \(8, 30\): .* a multiple of 4"),
+        ({"resolution": (8, 8, 8)}, "side of square images, or their height and width"),
         ({"resolution": 0}, "resolution is 0"),
         ({"multipliers": ()}, r"multipliers is \(\)"),
         ({"multipliers": (1, 0)}, r"multipliers is \(1, 0\)"),

@@ -236,6 +236,19 @@ def test_grey_images_are_shown_grey_and_white_pixels_stay_white():
     assert (picture[2:-2, 2:-2] == 255).all()
 
 
+def test_images_with_classes_lie_in_the_order_of_the_classes_under_letters_for_light_and_dark_pages():
+    images = np.full((4, 1, 8, 8), 7, np.uint8)
+    images[[1, 3]] = 9
+    labels = np.array([1, 0, 1, 0])
+    figure = image_figure(images, alt="two classes", labels=labels, class_names=("ant", "bee"))
+    grey, opacity = np.asarray(Image.open(io.BytesIO(figure.png))).transpose(2, 0, 1)
+    rows = [np.unique(row[opacity[y] == 255]).tolist() for y, row in enumerate(grey)]
+    assert rows.index([9]) < rows.index([7])  # class 0 comes first
+    letters = (opacity > 0) & (opacity < 255)
+    assert letters.sum() > 50
+    assert (grey[letters] == 128).all()
+
+
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 

@@ -9,9 +9,10 @@ import stablefield as sf
 from stablefield.cli.recipes import RECIPES, chosen, limit, shown
 from stablefield.data.digits import open_digits
 from stablefield.data.image_set import Origin, make_image_set
+from stablefield.data.resizing import natural_resolution
 from stablefield.training import recipe as recipe_module
-from stablefield.training.recipe import Recipe, UNet
-from stablefield.training.recipes import CIFAR10_EDM, CIFAR10_VE, CIFAR10_VP, imagefolder
+from stablefield.training.recipe import Recipe, UNet, UNet2D
+from stablefield.training.recipes import CIFAR10_EDM, CIFAR10_VE, CIFAR10_VP, imagefolder, unet2d
 
 
 def names() -> dict[str, object]:
@@ -78,6 +79,20 @@ def test_imagefolder_fits_every_size_that_it_chooses(side: int, accelerated: boo
         recipe.network.build((3, side, side), 0, recipe.augment_dim, torch.Generator())
 
 
+@pytest.mark.parametrize("size", [(8, 12), (12, 32), (24, 32), (32, 20), (48, 64), (64, 32), (40, 56)])
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_recipes_fit_images_that_are_not_square(size: tuple[int, int], accelerated: bool) -> None:
+    assert natural_resolution([size], 64) is None
+    for recipe in (imagefolder((3, *size), 1000, accelerated=accelerated), unet2d((3, *size), 1000, accelerated=True)):
+        if isinstance(recipe.network, UNet2D):
+            pytest.importorskip("diffusers")
+            if min(size) < 16:
+                continue
+        with torch.device("meta"):
+            network = recipe.network.build((3, *size), 0, recipe.augment_dim, torch.Generator())
+            assert network(torch.zeros(1, 3, *size), torch.zeros(1)).shape == (1, 3, *size)
+
+
 def test_limits_of_resolution_follow_recipe_and_device() -> None:
     assert limit("auto", accelerated=False) == 32
     assert limit("imagefolder", accelerated=True) == limit("celeba64-ve", accelerated=False) == 64
@@ -86,7 +101,7 @@ def test_limits_of_resolution_follow_recipe_and_device() -> None:
 
 
 def test_unet_names_the_resolution_for_images_that_it_does_not_fit() -> None:
-    for shape, words in (((3, 30, 30), "--resolution 28"), ((3, 40, 64), "--resolution 40")):
+    for shape, words in (((3, 30, 30), "--resolution 28"), ((3, 42, 64), "--resolution 40")):
         with pytest.raises(ValueError, match=words):
             UNet().build(shape, 0, 0, torch.Generator())
 

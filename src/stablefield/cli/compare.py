@@ -25,7 +25,7 @@ from stablefield.cli.places import check_place
 from stablefield.cli.recipes import RecipeName, chosen
 from stablefield.cli.settling import opening_of, pick_device
 from stablefield.cli.words import flags_of
-from stablefield.data.image_set import ImageSet
+from stablefield.data.image_set import ImageSet, class_text
 from stablefield.evaluation.names import frechet_name
 from stablefield.report import write_page
 from stablefield.report.comparison_page import comparison_page
@@ -228,8 +228,11 @@ class Compare:
         }
         write_whole(out / "comparison.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
         write_whole(out / "comparison.csv", lambda path: _write_csv(path, outcomes))
+        config = RunFolder(outcomes[0].folder).config()
+        told = [class_text(number, config.class_names) for number in range(min(config.classes, 36))]
+        in_order = f", in the order of the classes {', '.join(told)}" if told else ""
         grids = [
-            (f"{o.target.upper()}, seed {o.seed}", samples_of(o, range(36), device))
+            (f"{o.target.upper()}, seed {o.seed}{in_order}", samples_of(o, range(36), device))
             for o in outcomes
             if o.seed == seeds[0]
         ]

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from rich.markup import escape
 from rich.table import Table
 
 from stablefield.cli.console import console, relative
-from stablefield.cli.sources import open_data
+from stablefield.cli.sources import open_data, print_reading
 from stablefield.data.inspect import sample_grid, summary
 from stablefield.data.packed import pack
 from stablefield.data.png import write_png
@@ -19,7 +20,8 @@ __all__ = ["Data"]
 @dataclass(frozen=True)
 class _Reading:
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
-    """What to read: digits, a folder or .zip of images, .npy, .npz, idx or CIFAR-10 files, a packed file, hf:OWNER/NAME."""
+    """What to read: digits, a folder or .zip of images, .npy, .npz, idx, parquet or CIFAR-10 files, a packed file,
+    hf:OWNER/NAME."""
     resolution: int | None = None
     """Bring every image to this many pixels a side; needed if sizes differ."""
     resize: Literal["crop", "squash"] = "crop"
@@ -50,7 +52,8 @@ class Pack:
         s = self.source
         images = open_data(s.data, s.resolution, s.resize, s.split, s.skip_broken)
         path = pack(images, self.destination.dest, overwrite=self.destination.overwrite)
-        console.print(images.describe())
+        print_reading(images)
+        console.print(escape(images.describe()))
         console.print(f"written: {relative(path)} ({path.stat().st_size / 2**20:,.1f} MiB)")
         return 0
 
@@ -74,7 +77,7 @@ class Inspect:
         table = Table("", "", show_header=False, box=None, pad_edge=False)
         table.columns[1].overflow = "fold"  # a checksum is of use only whole
         for what, figure in summary(images):
-            table.add_row(what, figure)
+            table.add_row(escape(what), escape(figure))
         console.print(table)
         try:
             write_png(self.out, sample_grid(images, self.count, self.seed))

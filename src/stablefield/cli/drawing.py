@@ -1,8 +1,10 @@
 """How images are drawn: the flags that `sample` and `evaluate` share, and the sampler they mean."""
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,11 +16,13 @@ from torch import Tensor
 
 from stablefield import sampling
 from stablefield.cli.console import console
+from stablefield.data.image_set import class_text
 from stablefield.diffusion.process import VE, VP, Process
 from stablefield.sampling.noise import SampleNoise
 from stablefield.sampling.samples import Drawing, Solve
 from stablefield.sampling.walk import Denoise
 from stablefield.training.model import OpenModel, open_model
+from stablefield.training.run_folder import RunConfig
 
 __all__ = ["DrawingFlags", "Model"]
 
@@ -39,6 +43,8 @@ _OWNERS: dict[str, tuple[Sampler, ...]] = {
     "rtol": ("rk45",),
     "atol": ("rk45",),
 }
+# Classes that an error lists.
+_LISTED = 20
 _STEPS = 18
 _MANY_STEPS: dict[Sampler, int] = {"euler-maruyama": 1000, "pc-ve": 1000, "pc-vp": 1000}
 _OWN_GRID: dict[Sampler, Grid] = {"pc-ve": "ve", "pc-vp": "vp"}
@@ -91,8 +97,9 @@ class DrawingFlags:
     """Relative tolerance of rk45."""
     atol: float = 1e-5
     """Absolute tolerance of rk45."""
-    class_label: Annotated[int | None, tyro.conf.arg(name="class")] = None
-    """Class of all images of a conditional run, -1 for none; by default seed k is of class k modulo their number."""
+    class_label: Annotated[str, tyro.conf.arg(name="class", metavar="NAME")] = ""
+    """Class of all images of a conditional run: its name, or its number if no class is called that; -1 for none. By
+    default seed k is of class k modulo their number."""
     guidance: float = 1.0
     """Guidance scale: classifier-free, or by --guide; 1 for none."""
     interval: tuple[float, float] | None = None
@@ -179,12 +186,8 @@ class DrawingFlags:
             console.print(f"[yellow]passed over:[/] {escape(complaint)}")
         guide = None if self.guide is None else open_model(self.guide, self.guide_ema, device)
         classes = own.config.classes
-        if self.class_label is not None and not -1 <= self.class_label < max(classes, 1):
-            known = f"0 to {classes - 1}, or -1 for none" if classes else "it was not told any: leave --class out"
-            raise ValueError(f"--class {self.class_label}: the run knows classes {known}.")
-        if self.class_label is not None and classes == 0:
-            raise ValueError(f"--class {self.class_label}: the run was not told classes; leave --class out.")
-        if self.guidance != 1 and guide is None and (classes == 0 or self.class_label == -1):
+        number = self.class_number(own.config)
+        if self.guidance != 1 and guide is None and (classes == 0 or number == -1):
             raise ValueError(
                 f"--guidance {self.guidance:g}: classifier-free guidance takes a run with classes, and images of one; "
                 "guide by a worse run with --guide RUN."
@@ -194,13 +197,54 @@ class DrawingFlags:
                 f"--guide {self.guide} draws {'x'.join(map(str, guide.config.shape))} images of {guide.config.classes} "
                 f"classes, the run {'x'.join(map(str, own.config.shape))} of {classes}: take a run of the same data."
             )
+        other = None if guide is None else guide.config.class_names
+        if other is not None and own.config.class_names is not None and other != own.config.class_names:
+            raise ValueError(
+                f"--guide {self.guide} numbers its classes otherwise, {_listed(classes, other)}, than the run, "
+                f"{_listed(classes, own.config.class_names)}: take a run of the same data and version."
+            )
         return Model(own, guide)
 
-    def labels(self, seeds: Tensor, classes: int) -> Tensor | None:
-        """Classes of the images of seeds (B,), or None for a run without classes."""
-        if classes == 0:
+    def class_number(self, config: RunConfig) -> int | None:
+        """The number of the class of all images, -1 for none; None if seeds are of classes in turn.
+
+        Raises:
+            ValueError: if the run was not told such a class, with those that it was told.
+        """
+        wanted, classes, names = self.class_label, config.classes, config.class_names or ()
+        if not wanted:
             return None
-        return seeds % classes if self.class_label is None else torch.full_like(seeds, self.class_label)
+        if classes == 0:
+            raise ValueError(f"--class {wanted}: the run was not told classes; leave --class out.")
+        if wanted in names:
+            return names.index(wanted)
+        if wanted == "-1" or (re.fullmatch("[0-9]{1,9}", wanted) and int(wanted) < classes):
+            return int(wanted)
+        near = [] if wanted.isdecimal() else get_close_matches(wanted, names, 1)
+        raise ValueError(
+            f"--class {wanted}: the run knows classes {_listed(classes, names)}, or -1 for none."
+            + (f" Did you mean {near[0]}?" if near else "")
+        )
+
+    def labels(self, seeds: Tensor, config: RunConfig) -> Tensor | None:
+        """Classes of the images of seeds (B,), or None for a run without classes."""
+        if config.classes == 0:
+            return None
+        number = self.class_number(config)
+        return seeds % config.classes if number is None else torch.full_like(seeds, number)
+
+    def classes_told(self, config: RunConfig) -> str | None:
+        """Which classes the images are of, in words; None for a run without classes."""
+        if config.classes == 0:
+            return None
+        number = self.class_number(config)
+        return (
+            "class of seed k: k modulo classes"
+            if number is None
+            else "no class"
+            if number == -1
+            else f"class {class_text(number, config.class_names)}"
+        )
 
     def drawing(self, model: Model, device: torch.device, progress: Callable[[float], object] | None = None) -> Drawing:
         """What draws the images.
@@ -214,7 +258,7 @@ class DrawingFlags:
         denoiser, guide = model.own.denoiser, None if model.guide is None else model.guide.denoiser
 
         def denoiser_of(seeds: Tensor) -> Denoise:
-            labels = self.labels(seeds, model.own.config.classes)
+            labels = self.labels(seeds, model.own.config)
             if self.guidance != 1 and guide is not None:
                 return sampling.autoguidance(denoiser, guide, self.guidance, self.interval, class_labels=labels)
             if labels is None:
@@ -232,9 +276,9 @@ class DrawingFlags:
             progress=None if progress is None else lambda sigma: progress(_share_done(sigmas, sigma)),
         )
 
-    def describe(self, process: Process, classes: int) -> str:
-        """The sampler with all that decides what it draws from a run of so many classes, for the protocol."""
-        sigmas = self.sigmas(process)
+    def describe(self, config: RunConfig) -> str:
+        """The sampler with all that decides what it draws from a run, for the protocol."""
+        sigmas = self.sigmas(config.recipe.process)
         parts = [f"{self._grid_name} grid {float(sigmas[0]):.6g} to {float(sigmas[-2]):.6g}"]
         if self._grid_name == "edm" and self.sampler != "rk45":
             parts[0] += f", rho {self.rho:g}"
@@ -243,10 +287,9 @@ class DrawingFlags:
                 value = getattr(self, name)
                 text = " to ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
                 parts.append(f"{name.replace('_', ' ')} {text}")
-        if classes:
-            parts.append(
-                "class of seed k: k modulo classes" if self.class_label is None else f"class {self.class_label}"
-            )
+        told = self.classes_told(config)
+        if told is not None:
+            parts.append(told)
         if self.guidance != 1:
             kind = (
                 "classifier-free guidance"
@@ -295,6 +338,13 @@ class DrawingFlags:
             "rk45": lambda denoise, x, _: sampling.rk45(denoise, x, sigmas, rtol=self.rtol, atol=self.atol),
         }
         return solvers[self.sampler]
+
+
+def _listed(classes: int, names: Sequence[str]) -> str:
+    """The classes of a run: all where they have names and are few, else the first and the last."""
+    if classes <= _LISTED and any(name != str(number) for number, name in enumerate(names)):
+        return ", ".join(class_text(number, names) for number in range(classes))
+    return f"{class_text(0, names)} to {class_text(classes - 1, names)}"
 
 
 def _share_done(sigmas: Tensor, sigma: float) -> float:

@@ -59,5 +59,13 @@ class Evaluate:
             return
         beside = None if earlier is None else Earlier(name=str(flags.against), results=tuple(earlier))
         footer = f"Made by stablefield evaluate {flags.subject}."
-        page = evaluation_page(flags.subject, results, images=measured.images, earlier=beside, footer=footer)
+        page = evaluation_page(
+            flags.subject,
+            results,
+            images=measured.images,
+            labels=measured.labels,
+            class_names=measured.class_names,
+            earlier=beside,
+            footer=footer,
+        )
         console.print(f"report:  {relative(write_page(page, flags.report))}")

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from stablefield import sampling
 from stablefield.cli.console import console, relative
-from stablefield.data.png import tile, write_png
+from stablefield.data.png import class_grid, write_png
 from stablefield.interop.hub import push_folder
 from stablefield.interop.model_card import ModelCard, public_name, results_of_run
 from stablefield.interop.pipeline_folder import write_pipeline
@@ -60,7 +60,7 @@ class Export:
         # A network that is told classes shows them in turn.
         labels = torch.arange(self.samples) % config.classes if config.classes else None
         write = write_pipeline if self.format == "diffusers" else write_plain
-        write(self.out, denoiser, config.shape)
+        write(self.out, denoiser, config.shape, class_names=config.class_names)
         if self.samples:
             images = draw(
                 lambda x, _: sampling.heun(lambda x, sigma: denoiser(x, sigma, labels), x, sigmas),
@@ -69,7 +69,8 @@ class Export:
                 float(sigmas[0]),
                 torch.device("cpu"),
             )
-            write_png(self.out / _GRID, tile(images))
+            numbers = None if labels is None else labels.numpy()
+            write_png(self.out / _GRID, class_grid(images, numbers, config.class_names))
         card = ModelCard(
             name=self.name or public_name(str(self.run_folder.resolve())) or "model",
             data=config.data,

@@ -62,6 +62,10 @@ class Measured:
     """One per number."""
     images: NDArray[np.uint8]
     """Some of the samples that this process saw, shape (n, C, H, W)."""
+    labels: NDArray[np.int64] | None = None
+    """Their classes, shape (n,); None for a run without classes and for images that were found."""
+    class_names: tuple[str, ...] | None = None
+    """What the classes are called, if that is known."""
 
 
 def measure(flags: EvaluationFlags, processes: Processes) -> Measured:
@@ -77,15 +81,19 @@ def measure(flags: EvaluationFlags, processes: Processes) -> Measured:
         measurements = _Plan(flags, source, device, processes, work).measurements()
         lenses = [measurement.lens for measurement in measurements]
         repeats: list[list[list[Value]]] = []
-        shown: list[Tensor] = []
+        shown: list[tuple[Tensor, Tensor | None]] = []
         for repeat in range(flags.repeats):
-            batches = _remembered(source.batches(repeat, work), shown)
+            batches = _remembered(source, repeat, work, shown)
             features = extract(batches, lenses, "sample", at_once=flags.feature_batch)
             if processes.first:
                 work("metrics", repeat, flags.repeats)
                 repeats.append([m.values(f) for m, f in zip(measurements, features, strict=True)])
         making = source.making()
-    images = torch.cat(shown)[:_SHOWN].numpy() if shown else np.zeros((0, *source.shape), np.uint8)
+    images = (
+        torch.cat([batch for batch, _ in shown])[:_SHOWN].numpy() if shown else np.zeros((0, *source.shape), np.uint8)
+    )
+    told = [labels for _, labels in shown if labels is not None]
+    labels = torch.cat(told)[:_SHOWN].numpy() if told else None
     if not processes.first:
         return Measured(results=[], images=images)
     results = [
@@ -93,14 +101,21 @@ def measure(flags: EvaluationFlags, processes: Processes) -> Measured:
         for place, measurement in enumerate(measurements)
         for result in measurement.results([values[place] for values in repeats], source.count, source.seeds, making)
     ]
-    return Measured(results=results, images=images)
+    return Measured(
+        results=results,
+        images=images,
+        labels=labels,
+        class_names=source.class_names,
+    )
 
 
-def _remembered(batches: Iterator[Batch], shown: list[Tensor]) -> Iterator[Batch]:
-    """The same batches; the first images are kept to be looked at."""
-    for images, numbers in batches:
-        if sum(map(len, shown)) < _SHOWN:
-            shown.append(images)
+def _remembered(
+    source: RunSamples | FoundImages, repeat: int, work: Work, shown: list[tuple[Tensor, Tensor | None]]
+) -> Iterator[Batch]:
+    """The batches of a repeat; the first images are kept to be looked at, with their classes."""
+    for images, numbers in source.batches(repeat, work):
+        if sum(len(batch) for batch, _ in shown) < _SHOWN:
+            shown.append((images, source.labels(repeat, numbers)))
         yield images, numbers
 
 
@@ -120,10 +135,13 @@ class _Plan:
         self._split = flags.real.split
         self._data = self._real(source.data_name, self._split)
         if source.shape != self._data.shape:
+            _, height, width = source.shape
+            remedy = (
+                f"; --resolution {height} brings the real ones there, if the channels agree" if height == width else ""
+            )
             raise ValueError(
                 f"the samples are {_size(source.shape)} (C x H x W), the images of --data {source.data_name} "
-                f"{_size(self._data.shape)}: measure images of one size; --resolution {source.shape[1]} brings the real "
-                "ones there, if the channels agree."
+                f"{_size(self._data.shape)}: measure images of one size{remedy}."
             )
         self._wanted = ReferenceSet(images=self._data, split=self._split, count=flags.real.references)
         self._commit = running_commit()

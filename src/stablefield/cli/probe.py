@@ -13,7 +13,7 @@ from stablefield.cli.probing_data import probe_data, training_for
 from stablefield.cli.probing_run import probe_run
 from stablefield.cli.recipes import limit
 from stablefield.cli.settling import pick_device
-from stablefield.cli.sources import open_data
+from stablefield.cli.sources import open_data, print_reading
 from stablefield.cli.words import flags_of
 from stablefield.probe.population import MOST
 from stablefield.report.extra import require
@@ -81,6 +81,7 @@ class Probe:
         levels = read_levels(self.noise_levels)
         bound = None if self.resolution else limit("auto", accelerated=probing.device.type == "cuda")
         images = open_data(self.data, self.resolution, self.resize, "train", self.skip_broken, bound)
+        print_reading(images)
         if self.check_bias:
             process = training_for(self.plan, self.batch).process
             passed = probe_bias(images, probing, process=process, by_class=self.by_class, false_alarm=self.false_alarm)

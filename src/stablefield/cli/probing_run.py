@@ -51,6 +51,7 @@ def probe_run(folder: Path, probing: Probing, *, noise_levels: str) -> None:
     for complaint in model.complaints:
         console.print(f"[yellow]passed over:[/] {complaint}")
     images = open_data(config.data, **config.opening)
+    images = config.numbered(images)
     by_class = config.classes > 0
     population = probing.population(
         images,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import tyro
 from numpy.typing import NDArray
+from rich.markup import escape
 from torch import Tensor
 
 from stablefield.cli.console import console, relative
@@ -17,7 +18,7 @@ from stablefield.cli.drawing import DrawingFlags, Model
 from stablefield.cli.places import check_place
 from stablefield.cli.settling import pick_device
 from stablefield.cli.work import Work
-from stablefield.data.png import tile, write_png
+from stablefield.data.png import class_grid, write_png
 from stablefield.evaluation.processes import Processes
 from stablefield.sampling.samples import Drawing, chunks_of
 
@@ -93,7 +94,9 @@ class Sample:
             )
             if processes.first:
                 if kind == ".png":
-                    write_png(out, tile(images))
+                    labels = flags.labels(torch.tensor(seeds), model.own.config)
+                    names = model.own.config.class_names
+                    write_png(out, class_grid(images, None if labels is None else labels.numpy(), names))
                 else:
                     self._write_arrays(out, images, seeds, model)
         seconds = time.perf_counter() - began
@@ -102,14 +105,19 @@ class Sample:
             f"{len(seeds):,} images of step {model.own.step:,} (EMA {model.own.ema}), {flags.sampler}{steps}: {nfe:,.4g} "
             f"network evaluations each (NFE), {seconds:.1f} s{together}"
         )
+        told = flags.classes_told(model.own.config)
+        if told is not None:
+            console.print(escape(told))
         console.print(f"written: {relative(out)}")
 
     def _write_arrays(self, out: Path, images: NDArray[np.uint8], seeds: list[int], model: Model) -> None:
         # arr_0 and the channels last: what the usual evaluators of .npz files read.
         arrays = {"arr_0": images.transpose(0, 2, 3, 1), "seeds": np.array(seeds, np.int64)}
-        labels = self.drawing.labels(torch.tensor(seeds), model.own.config.classes)
+        labels, names = self.drawing.labels(torch.tensor(seeds), model.own.config), model.own.config.class_names
         if labels is not None:
             arrays["labels"] = labels.numpy()
+        if names is not None:
+            arrays["class_names"] = np.array(names)
         unfinished = out.with_name(f".{out.stem}.{os.getpid()}.part.npz")
         try:
             np.savez_compressed(unfinished, allow_pickle=False, **arrays)

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from stablefield.cli.recipes import BY_DATA, RecipeName, chosen, limit
-from stablefield.cli.sources import open_data
+from stablefield.cli.sources import open_data, print_reading
 from stablefield.data.image_set import ImageSet
 from stablefield.targets.ranks import Ranks
 from stablefield.training.recipe import Recipe
@@ -104,6 +104,8 @@ def settled(call: Call, parse: Callable[[Recipe], Call]) -> Call:
     bound = None if call.resolution else limit(call.recipe, accelerated=accelerated)
     with first_process_first(start_processes(accelerated=accelerated)):
         data = open_data(call.data, call.resolution, call.resize, "train", call.skip_broken, bound)
+    if PartialState().is_main_process:
+        print_reading(data)
     name: str = call.recipe
     if chooses(call):
         wanted = "digits" if call.data == "digits" and call.recipe == "auto" else call.recipe
@@ -114,8 +116,10 @@ def settled(call: Call, parse: Callable[[Recipe], Call]) -> Call:
 
 def opening_of(call: Trains, data: ImageSet) -> dict[str, Any]:
     """How `data` were opened, beside their name, for config.json."""
+    _, height, width = data.shape
+    side = height if height == width else [height, width]
     return {
-        "resolution": None if data.manifest["resized"] == "no" else data.shape[-1],
+        "resolution": None if data.manifest["resized"] == "no" else side,
         "resize": call.resize,
         "skip_broken": call.skip_broken,
     }

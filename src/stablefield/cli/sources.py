@@ -2,19 +2,20 @@
 
 from pathlib import Path
 
+from rich.markup import escape
 from rich.progress import Progress
 
 from stablefield.cli.console import console
 from stablefield.data.image_set import ImageSet
-from stablefield.data.resizing import Resize
+from stablefield.data.resizing import Resize, Resolution
 from stablefield.data.source import open_images
 
-__all__ = ["open_data"]
+__all__ = ["open_data", "print_reading"]
 
 
 def open_data(
     name: str,
-    resolution: int | None = None,
+    resolution: Resolution | None = None,
     resize: Resize = "crop",
     split: str = "train",
     skip_broken: bool = False,
@@ -40,3 +41,15 @@ def open_data(
             skip_broken=skip_broken,
             progress=lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total),
         )
+
+
+def print_reading(data: ImageSet) -> None:
+    """Print how the data were read: their size, if anything was done to it or they are not square, and notes."""
+    _, height, width = data.shape
+    resized = str(data.manifest["resized"])
+    if resized != "no":
+        console.print(f"images:     {escape(resized)}")
+    elif height != width:
+        console.print(f"images:     {width} x {height}, as they are; --resolution makes squares of them")
+    for note in data.notes:
+        console.print(f"[yellow]note:[/] {escape(note)}")

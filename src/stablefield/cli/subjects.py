@@ -38,6 +38,7 @@ class RunSamples:
         last = flags.first_seed + flags.repeats * self.count
         if last > 2**32:
             raise ValueError(f"--first-seed {flags.first_seed}: seeds up to {last} are needed, and end at 2^32 - 1.")
+        self.class_names = config.class_names
         self._evaluations = self._chunks = 0
         named = config.data == "digits" or config.data.startswith("hf:")
         if not flags.real.data and not named and not Path(config.data).exists():
@@ -75,12 +76,16 @@ class RunSamples:
         self._evaluations += drawing.evaluations
         self._chunks += drawing.chunks
 
+    def labels(self, repeat: int, numbers: torch.Tensor) -> torch.Tensor | None:
+        """Classes of samples of a repeat, by their numbers (B,); None for a run without classes."""
+        return self._flags.drawing.labels(self._starts()[repeat] + numbers, self._model.own.config)
+
     def making(self) -> Making:
         """How the samples were made."""
         flags = self._flags.drawing
         evaluations, chunks = self._processes.total(self._evaluations, self._chunks)
         return Making(
-            sampler=flags.describe(self._model.own.config.recipe.process, self._model.own.config.classes),
+            sampler=flags.describe(self._model.own.config),
             steps=flags.steps_taken,
             nfe=evaluations / chunks,
             ema=self._model.ema,
@@ -104,6 +109,7 @@ class FoundImages:
         self.shape = self._images.shape
         self.data_name = flags.real.data
         self.opening: Mapping[str, Any] = {}
+        self.class_names: tuple[str, ...] | None = None
         n = len(self._images)
         self.count = n // flags.repeats if flags.samples is None else flags.samples
         if self.count * flags.repeats > n or self.count < 1:
@@ -121,6 +127,10 @@ class FoundImages:
         batches = set_batches(self._images.images, self._rows[repeat], self._flags.feature_batch, self._processes)
         stage = self._images.name if self._flags.repeats == 1 else f"{self._images.name}, repeat {repeat + 1}"
         return told(batches, stage, self.count, work, self._processes.count)
+
+    def labels(self, repeat: int, numbers: torch.Tensor) -> None:  # noqa: ARG002
+        """Nothing is known."""
+        return
 
     def making(self) -> Making:
         """Nothing is known."""

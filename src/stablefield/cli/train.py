@@ -38,7 +38,8 @@ class Train:
     """Train a diffusion model with the stable target (or with the single-sample one)."""
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA", help_behavior_hint="")] = ""
-    """What to train on: digits (built in), a folder or .zip of images, .npy, .npz, idx or CIFAR-10 files, hf:OWNER/NAME.
+    """What to train on: digits (built in), a folder or .zip of images, .npy, .npz, idx, parquet or CIFAR-10 files,
+    hf:OWNER/NAME.
     With --resume: where the data are now, if they have moved."""
     out: Path | None = None
     """Folder of the run, new or empty; runs/DATA-TARGET with a number if not given."""
@@ -180,8 +181,6 @@ class Train:
         recipe = dataclasses.replace(recipe, noise_band=band)
         check_fit(recipe, data)
         console.print(f"recipe:     {self.recipe} (all of it: --print)")
-        if data.manifest["resized"] != "no":
-            console.print(f"images:     {data.manifest['resized']}")
         console.print(f"references: {rule}")
         if recipe.target == "stf":
             console.print(f"noise band: {finding}")

@@ -1,8 +1,9 @@
 """Arrays of images in .npy and .npz files.
 
-Pixels are uint8, (n, H, W) for greyscale, (n, C, H, W) or (n, H, W, C) with C = 1 or 3; which of the two it is must be
+Pixels are uint8, (n, H, W) for greyscale, (n, C, H, W) or (n, H, W, C) with C = 1 or 3; which of them it is must be
 plain from the shape. In an .npz the images are called `images`, `x` or `arr_0` (or, with a split, `train_images`,
-`x_train`), the labels `labels` or `y` (`train_labels`, `y_train`). A .npy file is mapped; the images of an .npz are read
+`x_train`), the labels `labels` or `y` (`train_labels`, `y_train`), or `arr_1` beside `arr_0` as in ADM's files, and the
+names of the classes, if they are there, `class_names`. A .npy file is mapped; the images of an .npz are read
 into memory up to a budget and into a packed file beyond it. Nothing that needs pickle is read.
 """
 
@@ -23,6 +24,9 @@ from stablefield.data.image_files import stamp
 from stablefield.data.image_set import ImageSet, Origin, labels_sha256, make_image_set
 
 __all__ = ["open_npy", "open_npz"]
+
+NAMES_LIMIT = 2**24
+"""Bytes that the names of the classes may take."""
 
 
 def open_npy(path: Path) -> ImageSet:
@@ -57,8 +61,10 @@ def open_npz(path: Path, split: str = "train", *, memory_budget: int, cache: Pat
             names = {name.removesuffix(".npy") for name in archive.namelist()}
             images_key, labels_key = _keys(path, names, split)
             labels = None if labels_key is None else _labels(path, archive, labels_key)
+            named = labels is not None and "class_names" in names
+            class_names = _class_names(path, archive) if named else None
             with archive.open(f"{images_key}.npy") as file:
-                return _images(path, file, images_key, labels, memory_budget, cache)
+                return _images(path, file, images_key, labels, class_names, memory_budget, cache)
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is cut short or damaged ({error}): save it again.") from error
 
@@ -71,10 +77,33 @@ def _keys(path: Path, names: set[str], split: str) -> tuple[str, str | None]:
             f"{path} holds the arrays {', '.join(sorted(names))}: exactly one of them should hold the images of split "
             f"{split!r} and be called images (or x, arr_0, {split}_images, x_{split})."
         )
-    labels = {"images": "labels", "x": "y", f"{split}_images": f"{split}_labels", f"x_{split}": f"y_{split}"}
+    labels = {
+        "images": "labels",
+        "x": "y",
+        "arr_0": "arr_1",
+        f"{split}_images": f"{split}_labels",
+        f"x_{split}": f"y_{split}",
+    }
     fallback = [key for key in ("labels", "y") if key in names and split == "train"]
     own = labels.get(images[0])
-    return images[0], own if own in names else next(iter(fallback), None)
+    # A name that says what it is comes before the place in a list.
+    found = [*fallback, own] if own == "arr_1" else [own, *fallback]
+    return images[0], next((key for key in found if key in names), None)
+
+
+def _class_names(path: Path, archive: zipfile.ZipFile) -> tuple[str, ...]:
+    with archive.open("class_names.npy") as file:
+        read_header = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        size = math.prod(shape) * dtype.itemsize
+        if len(shape) != 1 or dtype.kind != "U" or size > NAMES_LIMIT:
+            raise ValueError(
+                f"{path}: class_names has dtype {dtype} and shape {shape}: save one text per class, shape (classes,)."
+            )
+        content = file.read(size)
+        if len(content) != size:
+            raise EOFError("class_names is shorter than its header says")
+        return tuple(str(name) for name in np.frombuffer(content, dtype))
 
 
 def _labels(path: Path, archive: zipfile.ZipFile, key: str) -> NDArray[np.int64]:
@@ -89,7 +118,13 @@ def _labels(path: Path, archive: zipfile.ZipFile, key: str) -> NDArray[np.int64]
 
 
 def _images(
-    path: Path, file: IO[bytes], key: str, labels: NDArray[np.int64] | None, memory_budget: int, cache: Path
+    path: Path,
+    file: IO[bytes],
+    key: str,
+    labels: NDArray[np.int64] | None,
+    class_names: tuple[str, ...] | None,
+    memory_budget: int,
+    cache: Path,
 ) -> ImageSet:
     version = npy.read_magic(file)
     read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
@@ -100,13 +135,17 @@ def _images(
     if labels is not None and len(labels) != shape[0]:
         raise ValueError(f"{path} has {len(labels):,} labels for {shape[0]:,} images: save one label per image.")
     size, row = math.prod(shape), math.prod(shape[1:])
-    packed, found = cached(cache, json.dumps([str(path.resolve()), *stamp(path), key, labels_sha256(labels)]))
+    packed, found = cached(
+        cache, json.dumps([str(path.resolve()), *stamp(path), key, labels_sha256(labels), class_names])
+    )
     if size > memory_budget and found is not None:
         return found
-    origin = Origin(name=path.stem, source=f"array {key} of {path.name}, read as {layout}")
+    origin = Origin(name=path.stem, source=f"array {key} of {path.name}, read as {layout}", class_names=class_names)
     image_shape = view(np.empty((1, *shape[1:]), np.uint8)).shape[1:]
     rows = max(1, 2**24 // row)
-    with Collector(shape[0], image_shape, memory_budget=memory_budget, file=packed) as collector:
+    with Collector(
+        shape[0], image_shape, memory_budget=memory_budget, file=packed, class_names=class_names
+    ) as collector:
         for start in range(0, shape[0], rows):
             count = min(rows, shape[0] - start)
             content = file.read(count * row)
@@ -124,6 +163,12 @@ def _layout(
         raise ValueError(
             f"{what} has dtype {dtype}: images are uint8, 0 to 255. From values in [0, 1]: "
             "(x * 255).round().clip(0, 255).astype('uint8'); from values in [-1, 1]: ((x + 1) * 127.5) instead of x * 255."
+        )
+    if len(shape) == 3 and shape[2] in (1, 3, 4) and math.prod(shape):
+        raise ValueError(
+            f"{what} has shape {shape}, which may be one image (H, W, C) as well as {shape[0]:,} greyscale images "
+            f"(n, H, W) of {shape[2]} pixels' width: save one image as x[None], shape {(1, *shape)}"
+            f"{', without its alpha channel' if shape[2] == 4 else ''}, and several in one array (n, H, W, C)."
         )
     if len(shape) == 3 and math.prod(shape):
         return "NHW", lambda x: x[:, None]

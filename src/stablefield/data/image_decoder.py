@@ -2,7 +2,7 @@
 
 The rules, each counted in the manifest where it changed something:
 
-- Orientation: a picture is turned as its EXIF tag says.
+- Orientation: a picture is turned as its EXIF or XMP tag says, wherever Pillow finds it.
 - Colour: modes 1 and L (also with alpha) are greyscale; RGB, palette, CMYK and YCbCr images become RGB by Pillow's
   conversion; colour profiles are not applied. A set is greyscale only if all of its images are.
 - Transparency: composited over white.
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from stablefield.data.resizing import Resize, fit
+from stablefield.data.resizing import Resize, Resolution, fit, height_and_width
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -60,7 +60,8 @@ def read_header(file: BinaryIO) -> Header:
     from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
     with open_image(file) as image:
-        turned = _check(image) >= 5
+        late = image.format != "PNG" or _says_more_after_pixels(file)
+        turned = _check(image, late=late) >= 5
         # Pillow turns a TIFF by itself, and its size may say so already; the tags are those of the file.
         tiff = isinstance(image, TiffImageFile)
         size: tuple[int, int] = (image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]) if tiff else image.size
@@ -69,14 +70,14 @@ def read_header(file: BinaryIO) -> Header:
 
 
 def decode(
-    data: bytes, channels: int, resolution: int | None = None, resize: Resize = "crop"
+    data: bytes, channels: int, resolution: Resolution | None = None, resize: Resize = "crop"
 ) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
     """Decode an image file.
 
     Args:
         data: the bytes of the file.
         channels: 1 or 3; a colour image has no 1-channel form here.
-        resolution: bring it to this many pixels a side; None keeps its size.
+        resolution: bring it to this side or height and width; None keeps its size.
         resize: how.
 
     Returns:
@@ -91,7 +92,7 @@ def decode(
 
     with open_image(io.BytesIO(data)) as image:
         notes: list[str] = []
-        orientation = _check(image)
+        orientation = _check(image, late=True)
         if getattr(image, "n_frames", 1) > 1:
             notes.append("first frame of several taken")
         plain: Image = image
@@ -108,15 +109,23 @@ def decode(
             notes.append("greyscale repeated to RGB")
         plain = plain.convert("L" if channels == 1 else "RGB")
         if resolution is not None:
-            if min(plain.size) < resolution:
+            height, width = height_and_width(resolution)
+            if plain.height < height or plain.width < width:
                 notes.append("enlarged")
             plain = fit(plain, resolution, resize)
         pixels = np.asarray(plain).reshape(plain.height, plain.width, channels)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1)), tuple(notes)
 
 
-def _check(image: Image) -> int:
-    """Refuse what cannot be decoded faithfully; return the EXIF orientation, 1 to 8."""
+def _check(image: Image, *, late: bool) -> int:
+    """Refuse what cannot be decoded faithfully; return the EXIF orientation, 1 to 8.
+
+    Args:
+        image: an image file, open.
+        late: whether to look behind the pixels as well, for which Pillow decodes a PNG.
+    """
+    from PIL.Image import Image as Plain
+
     if image.width * image.height > PIXEL_LIMIT:
         raise ValueError(
             f"{image.width} x {image.height} pixels, above the limit of {PIXEL_LIMIT:,} against decompression bombs: "
@@ -124,11 +133,27 @@ def _check(image: Image) -> int:
         )
     if image.mode not in GREY_MODES + COLOUR_MODES:
         raise ValueError(f"mode {image.mode} is not 8 bits of greyscale or colour: convert it to 8 bits first")
-    # A PNG whose EXIF comes behind the pixels would have to be decoded to find it; header and decoder must agree.
-    if image.format == "PNG" and "exif" not in image.info:
-        return 1
-    orientation = image.getexif().get(0x0112, 1)
+    # Pillow's own class for PNG decodes one without EXIF in front of its pixels; the class below it looks at what is known.
+    orientation = (image.getexif() if late else Plain.getexif(image)).get(0x0112, 1)
     return orientation if orientation in range(1, 9) else 1
+
+
+def _says_more_after_pixels(file: BinaryIO) -> bool:
+    """Whether a PNG has EXIF or text behind its pixels, by the heads of its chunks; the file's position is kept."""
+    start, place, pixels = file.tell(), 8, False
+    try:
+        while True:
+            file.seek(place)
+            head = file.read(8)
+            kind = head[4:]
+            if len(head) < 8 or kind == b"IEND":
+                return False
+            if pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            pixels = pixels or kind == b"IDAT"
+            place += 12 + int.from_bytes(head[:4], "big")
+    finally:
+        file.seek(start)
 
 
 def _over_white(image: Image, mode: str) -> tuple[Image, bool]:

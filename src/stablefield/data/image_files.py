@@ -8,11 +8,13 @@ begin with a dot and `__MACOSX` are passed over. Names are relative to the deepe
 - labels come from `dataset.json`, `{"labels": [["a/b.png", 3], ...]}` with names relative to the folder it lies in, if
   there is one (its labels may be null: none);
 - otherwise, if every image lies in exactly one level of sub-folder, and there are at least two, the sub-folders are the
-  classes, numbered in the order of their names.
+  classes, numbered in the order of their names, in which numbers count as numbers (2 before 10), and in every split as
+  in that for training. With an image elsewhere there are no classes, and the manifest notes why.
 """
 
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -24,7 +26,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["SUFFIXES", "ImageFiles", "folder_files", "stamp", "zip_files"]
+__all__ = ["SPLITS", "SUFFIXES", "ImageFiles", "folder_files", "natural", "stamp", "zip_files"]
 
 SUFFIXES = frozenset(
     [
@@ -48,6 +50,8 @@ SUFFIXES = frozenset(
         ".avif",
     ]
 )
+NOTED = 200
+"""Letters of a name in a note: notes are kept in the header of a packed file."""
 SPLITS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev"),
@@ -73,17 +77,23 @@ class ImageFiles:
     """One line that says where the files are."""
     fingerprint: Callable[[], str]
     """A text that changes when a file does: names, sizes, times of change."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of how they were chosen, one sentence each."""
 
 
-def folder_files(folder: Path, split: str = "train") -> ImageFiles:
+def folder_files(
+    folder: Path, split: str = "train", tables: Callable[[list[Path], Path, str], ImageFiles] | None = None
+) -> ImageFiles:
     """The image files in a folder and its sub-folders; links are followed, once each.
 
     Args:
         folder: the folder.
         split: which of its splits, where it has some.
+        tables: reads the parquet files of a folder that holds no other images.
 
     Raises:
-        ValueError: if there is no image, no such split, or `dataset.json` does not fit the files.
+        ValueError: if there is no image, or there are parquet files beside them, no such split, or `dataset.json` does not
+            fit the files.
     """
     paths: dict[str, Path] = {}
     seen: set[tuple[int, int]] = set()
@@ -99,9 +109,19 @@ def folder_files(folder: Path, split: str = "train") -> ImageFiles:
         seen.add((status.st_dev, status.st_ino))
         below[:] = sorted(name for name in below if not _hidden(name))
         for file in files:
-            if not _hidden(file) and (Path(file).suffix.lower() in SUFFIXES or file == "dataset.json"):
+            suffix = Path(file).suffix.lower()
+            if not _hidden(file) and (suffix in SUFFIXES or suffix == ".parquet" or file == "dataset.json"):
                 path = Path(place) / file
                 paths[path.relative_to(folder).as_posix()] = path
+    parquet = [paths.pop(name) for name in list(paths) if name.lower().endswith(".parquet")]
+    if parquet and tables is not None:
+        single = next((path for name, path in paths.items() if PurePosixPath(name).name != "dataset.json"), None)
+        if single is None:
+            return tables(parquet, folder, split)
+        raise ValueError(
+            f"{folder} holds parquet files, such as {parquet[0]}, and image files, such as {single}: name a folder with one "
+            "of both."
+        )
     documents = {name: path.read_bytes() for name, path in paths.items() if PurePosixPath(name).name == "dataset.json"}
     chosen = _choose([name for name in paths if name not in documents], documents, folder, split)
 
@@ -113,6 +133,7 @@ def folder_files(folder: Path, split: str = "train") -> ImageFiles:
         open=lambda i: paths[chosen.names[i]].open("rb"),
         labels=chosen.labels,
         class_names=chosen.class_names,
+        notes=chosen.notes,
         name=folder.resolve().name or "images",
         source=f"folder {folder.resolve().name} with {len(chosen.names):,} image files{chosen.note}",
         fingerprint=fingerprint,
@@ -138,11 +159,12 @@ def zip_files(path: Path, split: str = "train") -> Generator[ImageFiles, None, N
     with archive:
         entries: dict[str, zipfile.ZipInfo] = {}
         for entry in archive.infolist():
-            name = entry.filename
+            # Some programs of Windows write its own separator.
+            name = entry.filename.replace("\\", "/")
             parts = PurePosixPath(name).parts
-            if name.startswith("/") or ".." in parts or "\\" in entry.orig_filename or ":" in name.split("/")[0]:
+            if name.startswith("/") or ".." in parts or ":" in name.split("/")[0]:
                 raise ValueError(f"{path}: the entry {entry.orig_filename!r} leads out of the archive: make it again.")
-            if entry.is_dir() or any(_hidden(part) for part in parts):
+            if name.endswith("/") or any(_hidden(part) for part in parts):
                 continue
             if PurePosixPath(name).suffix.lower() not in SUFFIXES and parts[-1] != "dataset.json":
                 continue
@@ -168,6 +190,7 @@ def zip_files(path: Path, split: str = "train") -> Generator[ImageFiles, None, N
             open=lambda i: cast("BinaryIO", archive.open(entries[chosen.names[i]])),
             labels=chosen.labels,
             class_names=chosen.class_names,
+            notes=chosen.notes,
             name=path.stem,
             source=f"archive {path.name} with {len(chosen.names):,} image files{chosen.note}",
             fingerprint=fingerprint,
@@ -189,6 +212,7 @@ class _Chosen:
     labels: NDArray[np.int64] | None = None
     class_names: tuple[str, ...] | None = None
     note: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def _hidden(name: str) -> bool:
@@ -206,10 +230,31 @@ def _choose(names: list[str], documents: dict[str, bytes], where: Path, split: s
     first = {name[len(root) :].split("/")[0] if "/" in name[len(root) :] else "" for name in names}
     words = {word: key for key, words in SPLITS.items() for word in words}
     note = ""
+    notes: list[str] = []
+    training: list[str] = []
+    named = sorted(word for word in first if word.lower() in words)
+    if len(named) >= 2 and len(first) > len(named):
+        other = next(name for name in names if not name.startswith(tuple(f"{root}{word}/" for word in named)))
+        if "" in first:
+            raise ValueError(
+                f"{where} holds the splits {', '.join(named)} and beside them {other}, which is in none: move it, or name "
+                f"the folder of the split that you mean, {root}{named[0]}."
+            )
+        notes.append(
+            f"The folders {', '.join(named)} count as classes, not as splits, because {other[:NOTED]} is in none of them: "
+            "to read one split, name its folder."
+        )
     if len(first) >= 2 and all(word.lower() in words for word in first):
         kept = [word for word in first if words[word.lower()] == words.get(split.lower(), split)]
         if len(kept) != 1:
             raise ValueError(f"split={split!r}: {where} holds the splits {', '.join(sorted(first))}; pass one of them.")
+        training = [
+            name
+            for word in first
+            if words[word.lower()] == "train"
+            for name in names
+            if name.startswith(f"{root}{word}/")
+        ]
         names = [name for name in names if name.startswith(f"{root}{kept[0]}/")]
         root, note = _common_folder(names), f", split {kept[0]}"
     elif split != "train":
@@ -220,18 +265,39 @@ def _choose(names: list[str], documents: dict[str, bytes], where: Path, split: s
         folder = name.removesuffix("dataset.json")
         if root.startswith(folder):
             labels = _document_labels([n[len(folder) :] for n in names], document, f"{where}/{name}")
-            return _Chosen(names=names, labels=labels, note=note)
+            return _Chosen(names=names, labels=labels, note=note, notes=tuple(notes))
     classes = [name[len(root) :].split("/") for name in names]
     if all(len(parts) == 2 for parts in classes):
-        class_names = sorted({parts[0] for parts in classes})
+        above = len(_common_folder(training))
+        trained = {name[above:].split("/")[0] for name in training if name[above:].count("/") == 1}
+        class_names = sorted(trained, key=natural)
+        class_names += sorted({parts[0] for parts in classes} - trained, key=natural)
         number = {name: i for i, name in enumerate(class_names)}
         labels = np.array([number[parts[0]] for parts in classes], np.int64)
-        return _Chosen(names=names, labels=labels, class_names=tuple(class_names), note=note)
-    return _Chosen(names=names, note=note)
+        return _Chosen(names=names, labels=labels, class_names=tuple(class_names), note=note, notes=tuple(notes))
+    folders = {parts[0] for parts in classes if len(parts) == 2}
+    if len(folders) >= 2:
+        stray = [name for name, parts in zip(names, classes, strict=True) if len(parts) != 2]
+        notes.append(
+            f"The {len(folders):,} folders count as no classes, because {len(stray):,} of {len(names):,} images "
+            f"{'lies' if len(stray) == 1 else 'lie'} elsewhere, the first {stray[0][:NOTED]}: for classes, move "
+            f"{'it' if len(stray) == 1 else 'them'} into one of the folders or away, or write a dataset.json."
+        )
+    return _Chosen(names=names, note=note, notes=tuple(notes))
+
+
+def natural(name: str) -> tuple[list[tuple[int, str]], str]:
+    """What puts names in natural order: the digits in them count as whole numbers."""
+    parts = re.split(r"([0-9]+)", name)
+    # A number without its leading zeros is the larger the longer it is.
+    whole = [part.lstrip("0") if place % 2 else part for place, part in enumerate(parts)]
+    return [(len(part) if place % 2 else 0, part) for place, part in enumerate(whole)], name
 
 
 def _common_folder(names: list[str]) -> str:
     """The deepest folder that holds all names, "" or with a slash at its end."""
+    if not names:
+        return ""
     folders = [name.split("/")[:-1] for name in (min(names), max(names))]
     # The first and the last name in order agree on a prefix of folders only if all between them do.
     agree = takewhile(lambda pair: pair[0] == pair[1], zip(*folders, strict=False))
@@ -246,11 +312,14 @@ def _document_labels(names: list[str], document: bytes, where: str) -> NDArray[n
         if pairs is None:
             return None
         table = {str(name): label for name, label in pairs}
+        twice = next((name for name, label in pairs if table[str(name)] != label), None)
     except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f'{where} is not understood ({error}): it should read {{"labels": [["name.png", 0], ...]}} or '
             '{"labels": null}.'
         ) from error
+    if twice is not None:
+        raise ValueError(f"{where} gives {twice} two labels: leave one.")
     missing = [name for name in names if name not in table]
     if missing:
         raise ValueError(

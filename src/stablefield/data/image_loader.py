@@ -24,7 +24,7 @@ from stablefield.data.image_decoder import Header, decode, read_header
 from stablefield.data.image_files import ImageFiles
 from stablefield.data.image_set import ImageSet, Origin, labels_sha256
 from stablefield.data.pillow import require_pillow
-from stablefield.data.resizing import Resize, natural_resolution, resize_text
+from stablefield.data.resizing import Resize, Resolution, height_and_width, natural_resolution, resize_text
 
 __all__ = ["Progress", "load_image_files"]
 
@@ -48,7 +48,7 @@ class _Broken:
 def load_image_files(
     files: ImageFiles,
     *,
-    resolution: int | None,
+    resolution: Resolution | None,
     limit: int | None,
     resize: Resize,
     skip_broken: bool,
@@ -60,7 +60,7 @@ def load_image_files(
 
     Args:
         files: which.
-        resolution: bring every image to this many pixels a side; None takes images that agree in size as they are.
+        resolution: bring every image to this side or height and width; None takes images that agree in size as they are.
         limit: where there is no resolution, choose the natural one up to this (see `natural_resolution`).
         resize: how.
         skip_broken: leave out files that cannot be read, and count them in the manifest.
@@ -90,7 +90,7 @@ def load_image_files(
         shape, resized = _settle(files.names, headers, resolution, resize)
         file = cache
         if len(headers) * math.prod(shape) > memory_budget:
-            parts = [files.fingerprint(), labels_sha256(files.labels), files.class_names, shape, resized]
+            parts = [files.fingerprint(), labels_sha256(files.labels), files.class_names, files.notes, shape, resized]
             file, found = cached(cache, json.dumps(parts))
             if found is not None and (skip_broken or found.manifest.get("skipped") == 0):
                 return found
@@ -124,12 +124,13 @@ def load_image_files(
                 conversions=dict(sorted(conversions.items())),
                 skipped=len(broken),
                 skipped_files=tuple(reasons[:LISTED]),
+                notes=files.notes,
             )
             return collector.finish(None if files.labels is None else files.labels[kept], origin)
 
 
 def _settle(
-    names: Sequence[str], headers: Sequence[Header | _Broken], resolution: int | None, resize: Resize
+    names: Sequence[str], headers: Sequence[Header | _Broken], resolution: Resolution | None, resize: Resize
 ) -> tuple[tuple[int, int, int], str]:
     """Shape of the set, and how its images are brought to it."""
     good = [(name, header) for name, header in zip(names, headers, strict=True) if isinstance(header, Header)]
@@ -139,8 +140,8 @@ def _settle(
     channels = 1 if all(header.grey for _, header in good) else 3
     sizes = Counter((header.height, header.width) for _, header in good)
     if resolution is not None:
-        same = set(sizes) == {(resolution, resolution)}
-        return (channels, resolution, resolution), "no" if same else resize_text(resolution, resize)
+        size = height_and_width(resolution)
+        return (channels, *size), "no" if set(sizes) == {size} else resize_text(resolution, resize, sizes)
     if len(sizes) > 1:
         name, first = good[0]
         other, second = next((n, h) for n, h in good if (h.height, h.width) != (first.height, first.width))
@@ -163,7 +164,7 @@ def _header(files: ImageFiles, i: int) -> Header | _Broken:
 
 
 def _pixels(
-    files: ImageFiles, i: int, shape: tuple[int, int, int], wanted: tuple[int, Resize] | None
+    files: ImageFiles, i: int, shape: tuple[int, int, int], wanted: tuple[Resolution, Resize] | None
 ) -> tuple[NDArray[np.uint8], tuple[str, ...]] | _Broken:
     def read() -> tuple[NDArray[np.uint8], tuple[str, ...]]:
         with files.open(i) as file:

@@ -9,8 +9,9 @@ and two checksums. `sha256` is taken over the pixels as n * C * H * W bytes in t
 as little-endian int64. Equal sets have equal checksums, whatever file they came from.
 """
 
+import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ImageSet", "Origin", "chunks", "labels_sha256", "make_image_set", "pixels_sha256", "size_text"]
+__all__ = [
+    "ImageSet",
+    "Origin",
+    "chunks",
+    "class_text",
+    "labels_sha256",
+    "make_image_set",
+    "pixels_sha256",
+    "renumbered",
+    "size_text",
+]
 
 CHUNK_BYTES = 16 * 2**20
 """How much is read from a set at a time where all of it must be seen."""
@@ -42,6 +53,8 @@ class Origin:
     """How many files were left out because they could not be read."""
     skipped_files: tuple[str, ...] = ()
     """The first few of them, with the reason."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of how the source was read, one sentence each."""
 
     def manifest(self, classes: int) -> dict[str, Any]:
         """The manifest of a set with so many classes, still without count, shape and checksums."""
@@ -54,6 +67,7 @@ class Origin:
             "conversions": dict(self.conversions),
             "skipped": self.skipped,
             "skipped_files": list(self.skipped_files),
+            "notes": list(self.notes),
         }
 
 
@@ -145,6 +159,11 @@ class ImageSet:
         labels = None if self.labels is None else self.labels[index]
         return np.ascontiguousarray(self.images[index]), labels
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of how the source was read, one sentence each."""
+        return tuple(map(str, self.manifest.get("notes", ())))
+
     def describe(self) -> str:
         """One line for a person: how many images of which kind, and where they lie."""
         channels, height, width = self.shape
@@ -200,6 +219,32 @@ def make_image_set(
         labels_sha256=labels_sha256(made.labels),
     )
     return made
+
+
+def class_text(number: int, names: Sequence[str] | None) -> str:
+    """A class for a person: "7 (horse)", or the number alone where there is no name, or the name says the same."""
+    if number < 0:
+        return "no class"
+    name = names[number] if names is not None and number < len(names) else str(number)
+    return str(number) if name == str(number) else f"{number} ({name})"
+
+
+def renumbered(images: ImageSet, class_names: Sequence[str]) -> ImageSet:
+    """The set with its classes numbered in the order of `class_names`; the set itself if they are.
+
+    Raises:
+        ValueError: if the names of the set's classes are others.
+    """
+    names, labels = tuple(class_names), images.labels
+    if labels is None or images.class_names == names:
+        return images
+    if images.class_names is None or sorted(images.class_names) != sorted(names) or len(set(names)) < len(names):
+        found = "no names" if images.class_names is None else ", ".join(images.class_names)
+        raise ValueError(f"{images.name} has the classes {found}, and not {', '.join(names)}: name the same data.")
+    order = np.array([names.index(name) for name in images.class_names], np.int64)
+    changed = order[labels]
+    manifest = images.manifest | {"class_names": list(names), "labels_sha256": labels_sha256(changed)}
+    return dataclasses.replace(images, labels=changed, class_names=names, manifest=manifest)
 
 
 def chunks(images: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:

@@ -6,7 +6,7 @@ Means and standard deviations are exact: they come from the counts of the 256 va
 import numpy as np
 from numpy.typing import NDArray
 
-from stablefield.data.image_set import ImageSet, chunks, size_text
+from stablefield.data.image_set import ImageSet, chunks, class_text, size_text
 from stablefield.data.png import tile
 
 __all__ = ["sample_grid", "summary", "value_counts"]
@@ -47,6 +47,7 @@ def summary(images: ImageSet) -> list[tuple[str, str]]:
         ("resized", str(manifest["resized"])),
         *((f"  {what}", f"{count:,} images") for what, count in manifest["conversions"].items()),
         ("skipped files", f"{manifest['skipped']:,}"),
+        *(("note", note) for note in images.notes),
         (
             "memory",
             f"{size_text(images.images.nbytes)}, {f'mapped from {images.file}' if images.file else 'in memory'}",
@@ -58,8 +59,7 @@ def summary(images: ImageSet) -> list[tuple[str, str]]:
     rows.append(("classes", str(images.classes)))
     per_class = np.bincount(images.labels, minlength=images.classes)
     for label, count in enumerate(per_class[:CLASSES_SHOWN]):
-        title = str(label) if images.class_names is None else images.class_names[label]
-        rows.append((f"  class {title}", f"{count:,}"))
+        rows.append((f"  class {class_text(label, images.class_names)}", f"{count:,}"))
     if images.classes > CLASSES_SHOWN:
         rest = per_class[CLASSES_SHOWN:]
         rows.append((f"  {len(rest):,} more classes", f"{rest.min():,} to {rest.max():,} each"))

@@ -1,22 +1,28 @@
 """Pictures for people: images tiled into one array, and PNG files.
 
 Tiling lays n images (C, H, W) out row by row on a white ground. Small images are enlarged by a whole factor, each
-pixel becoming a square, so that what is seen is what is there.
+pixel becoming a square, so that what is seen is what is there. Images with classes are laid out in the order of the
+classes, with a caption where a class begins.
 """
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stablefield.data.image_set import class_text
 from stablefield.data.pillow import require_pillow
 
-__all__ = ["tile", "write_png"]
+__all__ = ["class_grid", "tile", "write_png"]
 
 PICTURE_WIDTH = 1000
 CELL_WIDTH = 128
+CAPTION = 13
+"""Size of the letters of a caption, in pixels."""
 
 
 def tile(
@@ -49,8 +55,7 @@ def tile(
             f"columns={columns}, scale={scale}, padding={padding}: columns and scale must be at least 1, padding at least 0."
         )
     if scale is None:
-        room = (PICTURE_WIDTH - padding * (columns + 1)) // (columns * width)
-        scale = max(1, min(room, CELL_WIDTH // width))
+        scale = _scale(columns, width, padding)
     rows = math.ceil(n / columns)
     large = images.repeat(scale, axis=2).repeat(scale, axis=3).transpose(0, 2, 3, 1)
     high, wide = height * scale, width * scale
@@ -61,6 +66,87 @@ def tile(
         left = padding + (i % columns) * (wide + padding)
         picture[top : top + high, left : left + wide] = image
     return picture
+
+
+def class_grid(
+    images: NDArray[np.uint8], labels: NDArray[np.int64] | None, class_names: Sequence[str] | None = None
+) -> NDArray[np.uint8]:
+    """Lay images out by class, each class with a caption of its number and name.
+
+    Where the classes are few, each begins a row of its own; else they follow one another.
+
+    Args:
+        images: shape (n, C, H, W), uint8, C = 1 or 3; those of one class stay in their order.
+        labels: class numbers, -1 for none, shape (n,); None for images without classes, which `tile` lays out.
+        class_names: what the classes are called, if that is known.
+
+    Returns:
+        The picture, shape (height, width, C), uint8.
+
+    Raises:
+        ValueError: if `images` is not such an array, or `labels` does not fit.
+        ImportError: if Pillow is not installed.
+    """
+    if labels is None:
+        return tile(images)
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"labels has shape {labels.shape}: pass one class number per image, shape ({len(images)},).")
+    classes, counts = np.unique(labels, return_counts=True)
+    columns = math.ceil(math.sqrt(len(images)))
+    wide = min(int(counts.max(initial=1)), 2 * columns)
+    lines = int((-(-counts // wide)).sum())
+    if len(counts) > 1 and lines <= 2 * wide and lines * wide <= 2 * len(images):
+        columns = wide
+        rows = [group for c in classes for group in _split(np.flatnonzero(labels == c), columns)]
+    else:
+        rows = _split(np.argsort(labels, kind="stable"), columns)
+    padding = 2
+    scale = _scale(max(columns, len(rows)), images.shape[3], padding)
+    width = columns * (images.shape[3] * scale + padding) + padding
+    parts: list[NDArray[np.uint8]] = []
+    named: set[int] = set()
+    for row in rows:
+        begins = [place for place, i in enumerate(row) if int(labels[i]) not in named and not named.add(int(labels[i]))]
+        if begins:
+            texts = [class_text(int(labels[row[place]]), class_names) for place in begins]
+            lefts = [padding + place * (images.shape[3] * scale + padding) for place in begins]
+            parts.append(_captions(texts, [*lefts, width], images.shape[1]))
+        parts.append(_widened(tile(images[row], len(row), scale, padding), width))
+    return np.concatenate(parts)
+
+
+def _split(places: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+    return [places[start : start + size] for start in range(0, len(places), size)]
+
+
+def _widened(picture: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+    return np.pad(picture, ((0, 0), (0, width - picture.shape[1]), (0, 0)), constant_values=255)
+
+
+def _captions(texts: Sequence[str], edges: Sequence[int], channels: int) -> NDArray[np.uint8]:
+    """A strip of captions, each from its edge to no further than the next one."""
+    require_pillow("drawing captions")
+    from PIL import Image, ImageDraw, ImageFont
+
+    try:
+        font: Any = ImageFont.load_default(CAPTION)
+    except (ImportError, OSError):  # a Pillow without FreeType has one small font, of Latin letters
+        font = ImageFont.load_default()
+        texts = [text.encode("latin-1", "replace").decode("latin-1") for text in texts]
+    strip = Image.new("L", (edges[-1], CAPTION + 6), 255)
+    drawing = ImageDraw.Draw(strip)
+    for text, left, right in zip(texts, edges[:-1], edges[1:], strict=True):
+        shown = cut = "".join(letter if letter.isprintable() else "?" for letter in text)
+        while cut and drawing.textlength(shown, font) > right - left - 4:
+            cut = cut[:-1]
+            shown = f"{cut.rstrip()}..."
+        drawing.text((left + 1, 3), shown, fill=40, font=font)
+    return np.repeat(np.asarray(strip)[:, :, None], channels, axis=2)
+
+
+def _scale(columns: int, width: int, padding: int) -> int:
+    room = (PICTURE_WIDTH - padding * (columns + 1)) // (columns * width)
+    return max(1, min(room, CELL_WIDTH // width))
 
 
 def write_png(path: str | Path, array: NDArray[np.uint8]) -> Path:

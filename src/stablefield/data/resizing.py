@@ -1,14 +1,15 @@
-"""Bringing images to a resolution: cut to a square or squashed to one, then resampled.
+"""Bringing images to a resolution: cut to its shape or squashed to it, then resampled.
 
-"crop" takes the largest centred square (of an odd difference the extra row or column is cut at the far side), "squash" the
-whole image; what was taken is resampled by Pillow's Lanczos filter, sinc(x) sinc(x / 3) for |x| < 3, widened by the factor
-of reduction so that it does not alias. An image that has the size already is left as it is. The manifest says what was done.
+A resolution is a side of squares, or a height and a width. "crop" takes the largest centred part of its shape, for squares
+the largest square (of an odd difference the extra row or column is cut at the far side), "squash" the whole image; what was
+taken is resampled by Pillow's Lanczos filter, sinc(x) sinc(x / 3) for |x| < 3, widened by the factor of reduction so that it
+does not alias. An image that has the size already is left as it is. The manifest says what was done.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -21,105 +22,150 @@ from stablefield.data.pillow import require_pillow
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Resize", "check_resize", "fit", "natural_resolution", "resize_text", "resized_set"]
+__all__ = [
+    "Resize",
+    "Resolution",
+    "check_resize",
+    "fit",
+    "height_and_width",
+    "natural_resolution",
+    "resize_text",
+    "resized_set",
+]
 
 Resize: TypeAlias = Literal["crop", "squash"]
+Resolution: TypeAlias = int | Sequence[int]
+"""The side of squares, or height and width, in pixels."""
 
 
-def check_resize(resolution: int | None, resize: Resize) -> None:
+def height_and_width(resolution: Resolution) -> tuple[int, int]:
+    """The two sides of a resolution."""
+    if isinstance(resolution, int):
+        return resolution, resolution
+    height, width = resolution
+    return height, width
+
+
+def check_resize(resolution: Resolution | None, resize: Resize) -> None:
     """Refuse a resolution below 1 and an unknown way of resizing."""
-    if resolution is not None and not 1 <= resolution <= 8192:
+    if resolution is not None and not all(1 <= side <= 8192 for side in height_and_width(resolution)):
         raise ValueError(f"resolution={resolution}: pass the wanted side of the images in pixels, 1 to 8192.")
     if resize not in ("crop", "squash"):
         raise ValueError(f'resize={resize!r}: pass "crop" (largest centred square) or "squash" (the whole image).')
 
 
-def natural_resolution(sizes: Iterable[tuple[int, int]], limit: int) -> int | None:
-    """The resolution that suits images of some sizes, for a network of squares that are halved several times.
+def natural_resolution(sizes: Iterable[tuple[int, int]], limit: int) -> Resolution | None:
+    """The resolution that suits images of some sizes, for a network that halves them several times.
 
     Args:
         sizes: (height, width) of the images.
         limit: no resolution above this.
 
     Returns:
-        None if the images are equal squares of a multiple of 4 pixels (above 32, of 8), not above the limit: they stay as
-        they are. Else the largest power of two that is neither above the shortest side nor the limit, and at least 8.
+        None if the images are of one size whose sides are multiples of 4 pixels (above 32, of 8), not above the limit: they
+        stay as they are. For others of one size that are not square, the height and width that keep their shape best, the
+        longer side not above the limit. Else the largest power of two that is neither above the shortest side nor the limit,
+        and at least 8.
     """
     distinct = set(sizes)
     if len(distinct) == 1:
         height, width = next(iter(distinct))
         if height == width <= limit and height % (4 if height <= 32 else 8) == 0:
             return None
+        found = _alike(height, width, limit)
+        if height != width and min(found) >= 8:
+            return None if found == (height, width) else found
     shortest = min(limit, *(min(size) for size in distinct))
     return max(8, 1 << (shortest.bit_length() - 1))
 
 
-def fit(image: Image, resolution: int, resize: Resize) -> Image:
-    """Bring an image of mode L or RGB to (resolution, resolution) pixels, by the rule of the module."""
+def _alike(height: int, width: int, limit: int) -> tuple[int, int]:
+    """Sides that can be halved, in about the proportion of these, and none above the limit."""
+    longest = max(height, width)
+    # Where images are made smaller anyway, the next multiple is as good as the last.
+    sides = [side * limit / longest if longest > limit else side for side in (height, width)]
+    step = 4 if min(sides) <= 32 else 8
+    high, wide = (round(side / step) * step if longest > limit else side // step * step for side in sides)
+    return int(high), int(wide)
+
+
+def fit(image: Image, resolution: Resolution, resize: Resize) -> Image:
+    """Bring an image of mode L or RGB to a resolution, by the rule of the module."""
     from PIL.Image import Resampling
 
+    high, wide = height_and_width(resolution)
     width, height = image.size
-    if resize == "crop" and width != height:
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
-        # Cut first: resize(box=...) would let the filter look at what lies outside of the square.
-        image = image.crop((left, top, left + side, top + side))
-    return image.resize((resolution, resolution), Resampling.LANCZOS)
+    if resize == "crop" and width * high != height * wide:
+        kept = min(width, max(1, round(height * wide / high))), min(height, max(1, round(width * high / wide)))
+        left, top = (width - kept[0]) // 2, (height - kept[1]) // 2
+        # Cut first: resize(box=...) would let the filter look at what lies outside of the part.
+        image = image.crop((left, top, left + kept[0], top + kept[1]))
+    return image.resize((wide, high), Resampling.LANCZOS)
 
 
-def resize_text(resolution: int, resize: Resize) -> str:
-    """What `fit` does, for the manifest."""
+def resize_text(resolution: Resolution, resize: Resize, sizes: Iterable[tuple[int, int]]) -> str:
+    """What `fit` does to images of these heights and widths, for the manifest."""
     from PIL import __version__
 
-    how = "cut to the largest centred square" if resize == "crop" else "squashed to a square"
-    return f"{how}, then Lanczos to {resolution} x {resolution} (Pillow {__version__})"
+    height, width = height_and_width(resolution)
+    lanczos = f"Lanczos to {width} x {height} (Pillow {__version__})"
+    if all(w * height == h * width for h, w in sizes):
+        return lanczos
+    shape = f"shape of {width} x {height}"
+    crop, squash = ("square", "a square") if height == width else (f"part in the {shape}", f"the {shape}")
+    how = f"cut to the largest centred {crop}" if resize == "crop" else f"squashed to {squash}"
+    return f"{how}, then {lanczos}"
 
 
-def resized_set(images: ImageSet, resolution: int, resize: Resize, *, memory_budget: int, cache: Path) -> ImageSet:
+def resized_set(
+    images: ImageSet, resolution: Resolution, resize: Resize, *, memory_budget: int, cache: Path
+) -> ImageSet:
     """Bring a whole set to a resolution.
 
     Args:
         images: the set; returned as it is if it has the resolution.
-        resolution: the wanted side in pixels.
+        resolution: the wanted one.
         resize: how (see the module).
         memory_budget: bytes of pixels that may be kept in memory.
         cache: the folder for a packed file if they are more.
 
     Returns:
-        The set at (resolution, resolution).
+        The set at this resolution.
 
     Raises:
         ValueError: if the result is beyond the budget and cannot be written.
         ImportError: if Pillow is not installed.
     """
     channels, height, width = images.shape
-    if (height, width) == (resolution, resolution):
+    high, wide = height_and_width(resolution)
+    if (height, width) == (high, wide):
         return images
     require_pillow("resizing images")
     from PIL import Image
 
     before = images.manifest
-    text = resize_text(resolution, resize)
+    text = resize_text(resolution, resize, [(height, width)])
     key = json.dumps([before["sha256"], before["labels_sha256"], images.class_names, images.shape, text])
     file, found = cached(cache, key)
     if found is not None:
         return found
-    shape = (channels, resolution, resolution)
+    shape = (channels, high, wide)
     origin = Origin(
         name=images.name,
         source=str(before.get("source", "")),
         class_names=images.class_names,
         resized=text if before.get("resized", "no") == "no" else f"{before['resized']}; {text}",
         conversions=dict(before.get("conversions", {}))
-        | ({"enlarged": len(images)} if min(height, width) < resolution else {}),
+        | ({"enlarged": len(images)} if height < high or width < wide else {}),
         skipped=int(before.get("skipped", 0)),
         skipped_files=tuple(before.get("skipped_files", ())),
+        notes=images.notes,
     )
     with Collector(
         len(images), shape, memory_budget=memory_budget, file=file, class_names=images.class_names
     ) as collector:
         for pixels in images.images:
             plain = Image.fromarray(np.ascontiguousarray(pixels[0] if channels == 1 else pixels.transpose(1, 2, 0)))
-            small = np.asarray(fit(plain, resolution, resize)).reshape(resolution, resolution, channels)
+            small = np.asarray(fit(plain, resolution, resize)).reshape(high, wide, channels)
             collector.append(small.transpose(2, 0, 1)[None])
         return collector.finish(images.labels, origin)

@@ -10,28 +10,28 @@ from stablefield.data.arrays import open_npy, open_npz
 from stablefield.data.cifar10 import cifar10_folder, open_cifar10
 from stablefield.data.collector import MEMORY_BUDGET, cache_folder
 from stablefield.data.digits import open_digits
-from stablefield.data.hub import hub_files
+from stablefield.data.hub import hub_files, is_saved, parquet_files, saved_files
 from stablefield.data.idx import idx_images, is_idx, open_idx
 from stablefield.data.image_files import ImageFiles, folder_files, zip_files
 from stablefield.data.image_loader import Progress, load_image_files
 from stablefield.data.image_set import ImageSet
 from stablefield.data.packed import is_packed, open_packed
-from stablefield.data.resizing import Resize, check_resize, natural_resolution, resized_set
+from stablefield.data.resizing import Resize, Resolution, check_resize, natural_resolution, resized_set
 
 __all__ = ["UNDERSTOOD", "open_images"]
 
 UNDERSTOOD = (
-    "Understood are: the word digits (built in); a folder of images, with sub-folders or dataset.json for classes; a .zip "
-    "of the same; CIFAR-10's binary folder; idx files of the MNIST family or a folder of them, also gzipped; uint8 arrays "
-    "in .npy or .npz files; a file that `stablefield data pack` made; and hf:OWNER/NAME for a data set of the Hugging Face "
-    "hub."
+    "Supported sources: `digits` (built in); a folder of images, with sub-folders or dataset.json for classes; a .zip of "
+    "the same; a folder of parquet files, or one that `datasets` saved by save_to_disk; CIFAR-10's binary folder; idx files "
+    "of the MNIST family or a folder of them, also gzipped; uint8 arrays in .npy or .npz files; a file that `stablefield "
+    "data pack` made; and hf:OWNER/NAME for a data set of the Hugging Face hub."
 )
 
 
 def open_images(
     source: str | Path,
     *,
-    resolution: int | None = None,
+    resolution: Resolution | None = None,
     limit: int | None = None,
     resize: Resize = "crop",
     split: str = "train",
@@ -44,10 +44,11 @@ def open_images(
 
     Args:
         source: "digits", "hf:OWNER/NAME", or the path of a folder or file (`./digits` for a folder of that name).
-        resolution: bring every image to this many pixels a side; None keeps their size, in which all must agree.
-        limit: where no resolution is given, choose one that suits a U-Net, up to this many pixels; images that are equal
-            squares of a multiple of 4 pixels stay as they are.
-        resize: "crop" cuts to the largest centred square first, "squash" takes the whole image.
+        resolution: bring every image to this many pixels a side, or to this height and width; None keeps their size, in
+            which all must agree.
+        limit: where no resolution is given, choose one that suits a U-Net, up to this many pixels a side; images of one size
+            keep it, or their shape, where they can be halved (see `natural_resolution`).
+        resize: "crop" cuts to the largest centred square or other part of that shape first, "squash" takes the whole image.
         split: which part, for sources that have several.
         skip_broken: leave out files that cannot be read, and count them in the manifest.
         progress: called with stage, files done, and files in all.
@@ -81,7 +82,11 @@ def open_images(
         case "hub":
             return loaded(hub_files(str(source).removeprefix("hf:"), split))
         case "folder":
-            return loaded(folder_files(path, split))
+            return loaded(folder_files(path, split, parquet_files))
+        case "saved":
+            return loaded(saved_files(path, split))
+        case "parquet":
+            return loaded(parquet_files([path], path, split))
         case "zip":
             with zip_files(path, split) as files:
                 return loaded(files)
@@ -120,6 +125,8 @@ def _kind(source: str | Path) -> tuple[str, Path]:
 
 
 def _folder_kind(folder: Path) -> str:
+    if is_saved(folder):
+        return "saved"
     if cifar10_folder(folder) is not None:
         return "cifar10"
     if (folder / "data_batch_1").is_file() or (folder / "cifar-10-batches-py").is_dir():
@@ -137,6 +144,8 @@ def _file_kind(path: Path) -> str:
         return "npz" if _holds_arrays(path) else "zip"
     if head[:6] == b"\x93NUMPY":
         return "npy"
+    if head[:4] == b"PAR1":
+        return "parquet"
     if is_idx(path):
         return "idx"
     if is_packed(path):

@@ -32,7 +32,7 @@ _TENSORS_PER_BLOCK = 10
 class Architecture:
     """The options of a `SongUNet`; see there."""
 
-    resolution: int
+    resolution: int | tuple[int, int]
     channels: int
     fourier: bool
     residual_input: bool
@@ -52,9 +52,15 @@ class Architecture:
         return kinds.get((self.fourier, self.residual_input, len(self.taps)), "a mixture of DDPM++ and NCSN++")
 
     @property
-    def sides(self) -> tuple[int, ...]:
-        """The resolutions of its levels, from the full one down."""
-        return tuple(self.resolution >> level for level in range(len(self.multipliers)))
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return (self.resolution, self.resolution) if isinstance(self.resolution, int) else self.resolution
+
+    @property
+    def sides(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of its levels, from the full resolution down."""
+        height, width = self.size
+        return tuple((height >> level, width >> level) for level in range(len(self.multipliers)))
 
     def build(self) -> SongUNet:
         """A network of this architecture."""
@@ -75,10 +81,10 @@ class Architecture:
 
     def describe(self) -> list[tuple[str, str]]:
         """What it is, in pairs of a word and a text."""
-        times = ", ".join(f"{m} at {side}x{side}" for m, side in zip(self.multipliers, self.sides, strict=True))
+        times = ", ".join(f"{m} at {side[0]}x{side[1]}" for m, side in zip(self.multipliers, self.sides, strict=True))
         return [
             ("architecture", self.name),
-            ("images", f"{self.channels} x {self.resolution} x {self.resolution}"),
+            ("images", f"{self.channels} x {self.size[0]} x {self.size[1]}"),
             ("base width", f"{self.base_channels}, times {times}"),
             ("blocks", f"{self.blocks} per level, attention at {_listed(self.attention)}"),
             ("augmentation labels", f"{self.augment_dim} wide" if self.augment_dim else "none"),
@@ -113,31 +119,33 @@ def infer_architecture(state: Mapping[str, Tensor | TensorView]) -> Architecture
 
 
 def _read(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor | TensorView]) -> Architecture:
-    firsts = [name for name in shapes if re.fullmatch(r"enc\.([1-9][0-9]{0,4})x\1_conv\.weight", name)]
+    firsts = [name for name in shapes if re.fullmatch(r"enc\.[1-9][0-9]{0,4}x[1-9][0-9]{0,4}_conv\.weight", name)]
     if len(firsts) != 1 or len(shapes[firsts[0]]) != 4:
         raise RefusedError(
-            "its names are not those of a DDPM++ or NCSN++ network (one enc.RxR_conv.weight, R the resolution); "
+            "its names are not those of a DDPM++ or NCSN++ network (one enc.HxW_conv.weight, H and W the resolution); "
             f"it has {len(shapes):,} tensors, the first of them {_examples(shapes)}."
         )
-    resolution = int(re.findall(r"[0-9]+", firsts[0])[0])
-    # Nothing else in the file depends on it, and every image that is drawn has its square.
-    if resolution > _MAX_RESOLUTION:
+    height, width = map(int, re.findall(r"[0-9]+", firsts[0])[:2])
+    first = f"{height}x{width}"
+    # Nothing else in the file depends on it, and every image that is drawn has its area.
+    if max(height, width) > _MAX_RESOLUTION:
         raise RefusedError(
-            f"its images would be {resolution:,} pixels wide; a network is read up to {_MAX_RESOLUTION:,}."
+            f"its images would be {width:,} x {height:,} pixels; a network is read up to {_MAX_RESOLUTION:,} a side."
         )
     base, channels = shapes[firsts[0]][:2]
-    sides = [resolution]
-    while sides[-1] % 2 == 0 and f"enc.{sides[-1] // 2}x{sides[-1] // 2}_block0.norm0.weight" in shapes:
-        sides.append(sides[-1] // 2)
+    sides = [(height, width)]
+    while height % 2 == width % 2 == 0 and f"enc.{height // 2}x{width // 2}_block0.norm0.weight" in shapes:
+        height, width = height // 2, width // 2
+        sides.append((height, width))
     blocks = 0
-    while f"enc.{resolution}x{resolution}_block{blocks}.conv1.weight" in shapes:
+    while f"enc.{first}_block{blocks}.conv1.weight" in shapes:
         blocks += 1
     # Before a network of that many is made, even one without memory.
     if _TENSORS_PER_BLOCK * len(sides) * (2 * blocks + 1) > len(shapes):
         raise RefusedError(
             f"its names are of {len(sides)} levels of {blocks:,} blocks, and its {len(shapes):,} tensors are too few."
         )
-    widths = [_axis(shapes, f"enc.{side}x{side}_block0.conv1.weight", 0) for side in sides]
+    widths = [_axis(shapes, f"enc.{h}x{w}_block0.conv1.weight", 0) for h, w in sides]
     if max(base, *widths) > _MAX_WIDTH:
         raise RefusedError(f"its levels are {_listed(widths)} wide; a network is read up to {_MAX_WIDTH:,}.")
     if base < 1 or blocks < 1 or any(width % base for width in widths):
@@ -146,9 +154,9 @@ def _read(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor | Te
     fourier = "map_noise.freqs" in shapes
     # A network of one level has no lower one for the input to join: then nothing tells, and nothing depends on it.
     residual = fourier if len(sides) == 1 else any("_aux_residual." in name for name in shapes)
-    attends = [f"enc.{side}x{side}_block0.qkv.weight" in shapes for side in sides]
+    attends = [f"enc.{h}x{w}_block0.qkv.weight" in shapes for h, w in sides]
     return Architecture(
-        resolution=resolution,
+        resolution=sides[0][0] if sides[0][0] == sides[0][1] else sides[0],
         channels=channels,
         fourier=fourier,
         residual_input=residual,
@@ -156,7 +164,7 @@ def _read(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor | Te
         base_channels=base,
         multipliers=tuple(width // base for width in widths),
         blocks=blocks,
-        attention=tuple(side for side, attending in zip(sides, attends, strict=True) if attending),
+        attention=tuple(side[0] for side, attending in zip(sides, attends, strict=True) if attending),
         augment_dim=_axis(shapes, "map_augment.weight", -1),
         classes=_axis(shapes, "map_label.weight", -1),
     )

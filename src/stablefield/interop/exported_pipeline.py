@@ -23,21 +23,24 @@ class StablefieldPipeline(DiffusionPipeline):
     Args:
         unet: the raw network, called as unet(sample, timestep, class_labels=...).
         scheduler: an EDM scheduler: the grid of noise levels, and the preconditioning around the network.
+        id2label: what the classes are called, by their numbers; None if that is not known.
     """
 
     unet: Any
     scheduler: Any
 
-    def __init__(self, unet: Any, scheduler: Any) -> None:
+    def __init__(self, unet: Any, scheduler: Any, id2label: dict[str, str] | None = None) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(id2label=id2label)
+        self.labels = {name: int(number) for number, name in (id2label or {}).items()}
 
     @torch.no_grad()
     def __call__(
         self,
         batch_size: int = 1,
         num_inference_steps: int = 18,
-        class_labels: Tensor | list[int] | None = None,
+        class_labels: Tensor | list[int] | list[str] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         solver: str = "heun",
@@ -49,7 +52,7 @@ class StablefieldPipeline(DiffusionPipeline):
         Args:
             batch_size: how many, where `latents` do not say.
             num_inference_steps: steps N of the solver; Heun evaluates the network 2 N - 1 times.
-            class_labels: a class per image, -1 for none.
+            class_labels: a class per image, its number, its name in `labels`, or -1 for none.
             generator: where the latents are drawn from; a list has one per image.
             latents: standard normal noise, shape (B, C, H, W), in place of drawing it.
             solver: "heun", in float64 where the device has it, or "scheduler" for the scheduler's own steps.
@@ -57,7 +60,7 @@ class StablefieldPipeline(DiffusionPipeline):
             return_dict: return an object with `images`, or a tuple.
 
         Raises:
-            ValueError: for a solver or an output that there is not.
+            ValueError: for a solver, an output or a class name that there is not.
         """
         if solver not in ("heun", "scheduler") or output_type not in ("pil", "np", "pt"):
             raise ValueError(
@@ -73,7 +76,7 @@ class StablefieldPipeline(DiffusionPipeline):
             else:
                 place = device if generator is None else generator.device
                 latents = torch.randn((batch_size, *shape), generator=generator, device=place).to(device)
-        labels = None if class_labels is None else torch.as_tensor(class_labels, device=device)
+        labels = None if class_labels is None else torch.as_tensor(self._numbers(class_labels), device=device)
         embeddings = getattr(config, "num_class_embeds", None)
         if embeddings:  # diffusers' own model, trained with its last embedding for no class
             unknown = torch.full((len(latents),), -1, device=device)
@@ -89,6 +92,16 @@ class StablefieldPipeline(DiffusionPipeline):
             images = (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
             images = self.numpy_to_pil(images) if output_type == "pil" else images
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _numbers(self, classes: Any) -> Any:
+        if isinstance(classes, Tensor):
+            return classes
+        unknown = [name for name in classes if isinstance(name, str) and name not in self.labels]
+        if unknown:
+            raise ValueError(
+                f"class_labels holds {unknown[0]!r}: the classes are {', '.join(self.labels) or 'numbers'}."
+            )
+        return [self.labels[name] if isinstance(name, str) else name for name in classes]
 
     def _denoise(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
         """D(x; sigma) for one noise level, in the dtype of `x`."""

@@ -42,7 +42,7 @@ def write_imported_run(path: Path, network: PublishedNetwork, source: Path) -> R
     denoiser = network.denoiser()
     config = RunConfig(
         data=f"imported from {plain_text(source.name)}",
-        shape=(architecture.channels, architecture.resolution, architecture.resolution),
+        shape=(architecture.channels, *architecture.size),
         classes=architecture.classes,
         manifest={"imported": plain_text(source.name), "sha256": _sha256(source), "origin": network.origin},
         recipe=recipe,
@@ -56,7 +56,7 @@ def write_imported_run(path: Path, network: PublishedNetwork, source: Path) -> R
 def _recipe(architecture: Architecture, preconditioning: Preconditionings) -> Recipe:
     kinds = {"DDPM++": "ddpmpp", "NCSN++": "ncsnpp"}
     kind = kinds.get(architecture.name)
-    usual = [side for side in architecture.sides if side <= 16][:1]
+    usual = [height for height, width in architecture.sides if height * width <= 256][:1]
     if kind is None or architecture.augment_dim not in (0, 9) or list(architecture.attention) != usual:
         raise ValueError(
             f"the network is {architecture.name} with attention at {architecture.attention} and augmentation labels "

@@ -9,7 +9,7 @@ diffusers' own `EDMEulerScheduler`, and its relatives can take its place.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ def write_pipeline(
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     rho: float = 7.0,
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """Write the folder.
 
@@ -52,6 +53,7 @@ def write_pipeline(
         sigma_min: last noise level of the scheduler's grid before 0.
         sigma_max: its first noise level.
         rho: of its grid, as in `edm_sigmas`.
+        class_names: what the classes are called, for the pipeline's `id2label`; None if that is not known.
 
     Raises:
         ImportError: if diffusers is not installed.
@@ -90,12 +92,14 @@ def write_pipeline(
         unet.network.load_state_dict(denoiser.network.state_dict())
         code = bundle([*_MODULES, exported_network], "The network of this export.")
     scheduler = EDMEulerScheduler(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, rho=rho)
-    index = {
+    index: dict[str, Any] = {
         "_class_name": ["pipeline", "StablefieldPipeline"],
         "_diffusers_version": diffusers.__version__,
         "scheduler": ["diffusers", "EDMEulerScheduler"],
         "unet": [home, type(unet).__name__],
     }
+    if class_names is not None:
+        index["id2label"] = {str(number): name for number, name in enumerate(class_names)}
     assert exported_pipeline.__file__ is not None
     try:
         path.mkdir(parents=True, exist_ok=True)

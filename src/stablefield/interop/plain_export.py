@@ -4,6 +4,7 @@ model.safetensors  config.json
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from stablefield.diffusion.preconditioning import Denoiser
@@ -12,13 +13,16 @@ from stablefield.interop.pipeline_folder import network_options, preconditioning
 __all__ = ["write_plain"]
 
 
-def write_plain(path: Path, denoiser: Denoiser, shape: tuple[int, int, int]) -> None:
+def write_plain(
+    path: Path, denoiser: Denoiser, shape: tuple[int, int, int], *, class_names: Sequence[str] | None = None
+) -> None:
     """Write the files.
 
     Args:
         path: a new or empty folder.
         denoiser: of a `SongUNet` or an `MLP`.
         shape: of one image, (C, H, W).
+        class_names: what the classes are called; None if that is not known.
 
     Raises:
         ValueError: if the folder is not empty or cannot be written, or the network or its preconditioning is of
@@ -32,6 +36,7 @@ def write_plain(path: Path, denoiser: Denoiser, shape: tuple[int, int, int]) -> 
         "network": {"kind": kind, "options": options},
         "preconditioning": {"kind": name, "options": arguments},
         "shape": list(shape),
+        "class_names": None if class_names is None else list(class_names),
         "denoiser": "c_skip x + c_out F(c_in x; c_noise), x = x_t / alpha, sigma = noise level sigma / alpha",
     }
     try:

@@ -52,7 +52,7 @@ class DiffusersUNet(nn.Module):
     @classmethod
     def sized(
         cls,
-        resolution: int,
+        resolution: int | tuple[int, int],
         channels: int,
         widths: tuple[int, ...] = (64, 128, 128),
         blocks: int = 2,
@@ -65,7 +65,7 @@ class DiffusersUNet(nn.Module):
         """A model of the usual shape.
 
         Args:
-            resolution: side of the images.
+            resolution: side of square images, or height and width.
             channels: of the images.
             widths: channels of each level, multiples of `groups`.
             blocks: residual blocks per level.

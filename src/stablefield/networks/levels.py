@@ -32,10 +32,10 @@ class Encoder(nn.ModuleDict):
     Args:
         channels: of the image.
         base_channels: width of the first convolution.
-        resolutions: side of each level, from the full resolution down.
+        resolutions: height and width of each level, from the full resolution down.
         widths: channels of each level.
         blocks: residual blocks per level.
-        attention: resolutions whose blocks attend.
+        attention: heights of the levels whose blocks attend.
         residual_taps: of the filter on the residual input path; None for no such path.
         block: makes a residual block of (in_channels, out_channels).
         generator: where the weights of the convolutions are drawn from.
@@ -45,7 +45,7 @@ class Encoder(nn.ModuleDict):
         self,
         channels: int,
         base_channels: int,
-        resolutions: Sequence[int],
+        resolutions: Sequence[tuple[int, int]],
         widths: Sequence[int],
         blocks: int,
         attention: Sequence[int],
@@ -68,12 +68,12 @@ class Encoder(nn.ModuleDict):
                     self[_name(side, "aux_residual")] = path
                     residual_width = width
             for i in range(blocks):
-                self[_name(side, f"block{i}")] = block(width, widths[level], attention=side in attention)
+                self[_name(side, f"block{i}")] = block(width, widths[level], attention=side[0] in attention)
                 width = widths[level]
                 self.skip_widths.append(width)
 
     def forward(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Map images (N, C, R, R) to the features of the lowest level, and the skips in the order of pushing."""
+        """Map images (N, C, H, W) to the features of the lowest level, and the skips in the order of pushing."""
         residual = x
         x = self[_name(self.resolutions[0], "conv")](x)
         skips = [x]
@@ -94,10 +94,10 @@ class Decoder(nn.ModuleDict):
 
     Args:
         channels: of the image.
-        resolutions: side of each level, from the full resolution down.
+        resolutions: height and width of each level, from the full resolution down.
         widths: channels of each level.
         blocks: residual blocks per level of the encoder.
-        attention: resolutions whose last block attends; the first block of the lowest level does in any case.
+        attention: heights of the levels whose last block attends; the first block of the lowest level does in any case.
         skip_widths: channels of the skips, in the order of pushing.
         block: makes a residual block of (in_channels, out_channels).
         generator: where the weights of the convolution are drawn from.
@@ -106,7 +106,7 @@ class Decoder(nn.ModuleDict):
     def __init__(
         self,
         channels: int,
-        resolutions: Sequence[int],
+        resolutions: Sequence[tuple[int, int]],
         widths: Sequence[int],
         blocks: int,
         attention: Sequence[int],
@@ -125,14 +125,14 @@ class Decoder(nn.ModuleDict):
             else:
                 self[_name(side, "up")] = block(width, width, up=True)
             for i in range(blocks + 1):
-                attends = side in attention and i == blocks
+                attends = side[0] in attention and i == blocks
                 self[_name(side, f"block{i}")] = block(width + waiting.pop(), level_width, attention=attends)
                 width = level_width
         self[_name(resolutions[0], "aux_norm")] = group_norm(width)
         self[_name(resolutions[0], "aux_conv")] = Conv2d(width, channels, 3, gain=1e-5, generator=generator)
 
     def forward(self, x: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
-        """Map the features of the lowest level and the skips, which are consumed, to images (N, C, R, R)."""
+        """Map the features of the lowest level and the skips, which are consumed, to images (N, C, H, W)."""
         for side in reversed(self.resolutions):
             for part in ("in0", "in1") if side == self.resolutions[-1] else ("up",):
                 x = self[_name(side, part)](x, embedding)
@@ -142,5 +142,5 @@ class Decoder(nn.ModuleDict):
         return self[_name(self.resolutions[0], "aux_conv")](x)
 
 
-def _name(side: int, part: str) -> str:
-    return f"{side}x{side}_{part}"
+def _name(side: tuple[int, int], part: str) -> str:
+    return f"{side[0]}x{side[1]}_{part}"

@@ -41,7 +41,7 @@ class SongUNet(nn.Module):
     """The U-Net of DDPM++ and NCSN++; `SongUNet.ddpmpp` and `SongUNet.ncsnpp` set the first three options.
 
     Args:
-        resolution: side of the square images in pixels; a multiple of 2^(levels - 1).
+        resolution: height and width of the images in pixels, or the side of square ones; multiples of 2^(levels - 1).
         channels: of the images.
         fourier: random Fourier embedding of the noise level, instead of a positional one.
         residual_input: let the input join each lower level of the encoder.
@@ -49,8 +49,8 @@ class SongUNet(nn.Module):
         base_channels: unit of width B; the embedding is 4B wide.
         multipliers: width of each level in units of B, from the full resolution down.
         blocks: residual blocks per level of the encoder.
-        attention: resolutions whose blocks attend (in the decoder, the last block of the level). If not given: the
-            highest resolution of the network that is not above 16: 16 for images of 32 or 64 pixels, 14 for 28, 8 for 8.
+        attention: heights of the levels whose blocks attend (in the decoder, the last block of the level). If not given:
+            the highest level of no more than 16 x 16 pixels: 16 for images of 32 or 64 pixels, 14 for 28, 8 for 8.
             The lowest level attends once in any case.
         augment_dim: width of the augmentation labels; 0 for none.
         classes: how many classes there are; 0 for none.
@@ -65,7 +65,7 @@ class SongUNet(nn.Module):
 
     def __init__(
         self,
-        resolution: int,
+        resolution: int | Sequence[int],
         channels: int,
         *,
         fourier: bool,
@@ -81,13 +81,15 @@ class SongUNet(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(resolution, channels, base_channels, multipliers, blocks, augment_dim, classes, dropout)
-        resolutions = [resolution >> level for level in range(len(multipliers))]
+        size = _height_and_width(resolution)
+        _check_sizes(size, channels, base_channels, multipliers, blocks, augment_dim, classes, dropout)
+        resolutions = [(size[0] >> level, size[1] >> level) for level in range(len(multipliers))]
+        heights = [height for height, _ in resolutions]
         if attention is None:
-            attention = [side for side in resolutions if side <= 16][:1]
-        elif not set(attention) <= set(resolutions):
-            raise ValueError(f"attention is {tuple(attention)}: choose among the network's resolutions, {resolutions}.")
-        self.resolution, self.channels = resolution, channels
+            attention = [height for height, width in resolutions if height * width <= 256][:1]
+        elif not set(attention) <= set(heights):
+            raise ValueError(f"attention is {tuple(attention)}: choose among the network's resolutions, {heights}.")
+        self.size, self.channels = size, channels
         self.augment_dim, self.classes = augment_dim, classes
         widths = [base_channels * multiplier for multiplier in multipliers]
         noise_width, embedding_width = base_channels * (2 if fourier else 1), 4 * base_channels
@@ -110,7 +112,7 @@ class SongUNet(nn.Module):
     @classmethod
     def ddpmpp(
         cls,
-        resolution: int,
+        resolution: int | Sequence[int],
         channels: int,
         base_channels: int = 128,
         multipliers: Sequence[int] = (2, 2, 2),
@@ -142,7 +144,7 @@ class SongUNet(nn.Module):
     @classmethod
     def ncsnpp(
         cls,
-        resolution: int,
+        resolution: int | Sequence[int],
         channels: int,
         base_channels: int = 128,
         multipliers: Sequence[int] = (2, 2, 2),
@@ -181,22 +183,22 @@ class SongUNet(nn.Module):
         """Evaluate the network.
 
         Args:
-            x: images, shape (N, channels, resolution, resolution), in the dtype of the weights.
+            x: images, shape (N, channels, height, width), in the dtype of the weights.
             noise_label: what the preconditioning makes of the noise level; shape (N,), or one number.
             class_labels: integers (N,), -1 for no class, or one-hot vectors (N, classes); None: no class for any row.
             augment_labels: shape (N, augment_dim); None stands for zeros.
 
         Returns:
-            Shape (N, channels, resolution, resolution).
+            Shape (N, channels, height, width).
 
         Raises:
             ValueError: if shapes, dtypes or devices do not agree, labels are out of range, or labels are given to a
                 network that was made without them.
         """
-        if x.shape[1:] != (self.channels, self.resolution, self.resolution):
+        if x.shape[1:] != (self.channels, *self.size):
             raise ValueError(
                 f"x has shape {tuple(x.shape)}: this network takes images of shape "
-                f"(N, {self.channels}, {self.resolution}, {self.resolution})."
+                f"(N, {self.channels}, {self.size[0]}, {self.size[1]})."
             )
         embedding = self._embed(x, noise_label, class_labels, augment_labels)
         features, skips = self.enc(x, embedding)
@@ -229,8 +231,16 @@ class SongUNet(nn.Module):
         return silu(self.map_layer1(silu(self.map_layer0(embedding))))
 
 
+def _height_and_width(resolution: int | Sequence[int]) -> tuple[int, int]:
+    if isinstance(resolution, int):
+        return resolution, resolution
+    if len(resolution) != 2:
+        raise ValueError(f"resolution is {resolution}: pass the side of square images, or their height and width.")
+    return resolution[0], resolution[1]
+
+
 def _check_sizes(
-    resolution: int,
+    size: tuple[int, int],
     channels: int,
     base_channels: int,
     multipliers: Sequence[int],
@@ -239,10 +249,11 @@ def _check_sizes(
     classes: int,
     dropout: float,
 ) -> None:
-    sizes = {"resolution": resolution, "channels": channels, "base_channels": base_channels, "blocks": blocks}
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} is {size}: it must be at least 1.")
+    resolution = size[0] if size[0] == size[1] else size
+    sizes = {"resolution": min(size), "channels": channels, "base_channels": base_channels, "blocks": blocks}
+    for name, count in sizes.items():
+        if count < 1:
+            raise ValueError(f"{name} is {count}: it must be at least 1.")
     if min(augment_dim, classes) < 0:
         raise ValueError(f"augment_dim is {augment_dim}, classes is {classes}: pass 0 for none.")
     if len(multipliers) == 0 or min(multipliers) < 1:
@@ -250,7 +261,7 @@ def _check_sizes(
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}: it must be at least 0 and below 1.")
     factor = 2 ** (len(multipliers) - 1)
-    if resolution % factor:
+    if size[0] % factor or size[1] % factor:
         raise ValueError(
             f"resolution is {resolution}: {len(multipliers)} levels halve it {len(multipliers) - 1} times, so it must be "
             f"a multiple of {factor}; resize the images or pass fewer multipliers."

@@ -42,6 +42,8 @@ def evaluation_page(
     results: Sequence[Result],
     *,
     images: NDArray[np.uint8] | None = None,
+    labels: NDArray[np.int64] | None = None,
+    class_names: Sequence[str] | None = None,
     earlier: Earlier | None = None,
     footer: str = "",
 ) -> Page:
@@ -51,6 +53,8 @@ def evaluation_page(
         subject: what was measured.
         results: at least one.
         images: some of the samples, shape (n, C, H, W), uint8.
+        labels: their classes, shape (n,), -1 for none; None for samples without classes.
+        class_names: what the classes are called, if that is known.
         earlier: results to compare with; where their protocols differ the page says so.
         footer: the last line.
 
@@ -68,7 +72,11 @@ def evaluation_page(
     ]
     if images is not None and len(images):
         figure = image_figure(
-            images, alt=f"{len(images)} samples in a grid", caption=f"The first {len(images)} samples."
+            images,
+            alt=f"{len(images)} samples in a grid",
+            caption=f"The first {len(images)} samples.",
+            labels=labels,
+            class_names=class_names,
         )
         blocks.append(Section("Samples", (figure,)))
     if earlier is not None:

@@ -1,19 +1,27 @@
 """Images in a report: a batch as one PNG, transparent between the images, so that it lies well on any ground."""
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stablefield.data.pillow import require_pillow
-from stablefield.data.png import tile
+from stablefield.data.png import class_grid, tile
 from stablefield.report.page import Figure
 
 __all__ = ["image_figure"]
 
 
 def image_figure(
-    images: NDArray[np.uint8], *, alt: str, caption: str = "", title: str = "", columns: int | None = None
+    images: NDArray[np.uint8],
+    *,
+    alt: str,
+    caption: str = "",
+    title: str = "",
+    columns: int | None = None,
+    labels: NDArray[np.int64] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> Figure:
     """A figure of images laid out as a grid.
 
@@ -22,15 +30,23 @@ def image_figure(
         alt: what they show, in words.
         caption: the text below.
         title: set in bold in front of the caption.
-        columns: images per row; by default as many as make the grid about square.
+        columns: images per row, without labels; by default as many as make the grid about square.
+        labels: class numbers, shape (n,), for a grid in the order of the classes with their names; None for none.
+        class_names: what the classes are called, if that is known.
 
     Raises:
-        ValueError: if `images` is not such an array, or `alt` is empty.
+        ValueError: if `images` is not such an array, `labels` does not fit, or `alt` is empty.
         ImportError: if Pillow is not installed.
     """
-    picture = tile(images, columns)
+
+    def laid_out(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return tile(images, columns) if labels is None else class_grid(images, labels, class_names)
+
+    picture = laid_out(images)
     # Tiling black images shows where the white ground is: that becomes transparent.
-    ground = tile(np.zeros_like(images), columns)[:, :, :1]
+    ground = laid_out(np.zeros_like(images))[:, :, :1]
+    # Letters lie on the ground of the page, be it light or dark.
+    picture = np.where((ground > 0) & (ground < 255), np.uint8(128), picture)
     require_pillow("drawing images")
     from PIL import Image
 

@@ -225,6 +225,7 @@ def run_one(
     """
     config = folder.config()
     assert config.recipe.target in ("dsm", "stf")
+    data = config.numbered(data)
     scores = read_scores(folder.path)
     newest = folder.newest()
     if not scores or newest is None or min(scores[-1].step, newest[1].step) < config.recipe.steps:
@@ -249,6 +250,13 @@ def run_one(
 
 
 def samples_of(outcome: Outcome, seeds: Sequence[int], device: torch.device) -> NDArray[np.uint8]:
-    """Images of `seeds` that the run's averaged model draws, uint8, shape (len(seeds), C, H, W)."""
+    """Images of `seeds` that the run's averaged model draws, uint8, shape (len(seeds), C, H, W).
+
+    Of a run that is told classes, seed k is of class k modulo their number, and the images are in the order of the classes.
+    """
     opened = open_model(outcome.folder, device=device)
-    return samples(opened.denoiser, opened.config.shape, seeds, device).numpy()
+    classes = opened.config.classes
+    if classes:
+        seeds = sorted(seeds, key=lambda seed: seed % classes)
+    labels = torch.tensor(seeds) % classes if classes else None
+    return samples(opened.denoiser, opened.config.shape, seeds, device, labels).numpy()

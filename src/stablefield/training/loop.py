@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from stablefield.data.image_set import ImageSet
-from stablefield.data.png import tile, write_png
+from stablefield.data.png import class_grid, write_png
 from stablefield.diffusion.preconditioning import Denoiser
 from stablefield.targets.ranks import RankError, Ranks
 from stablefield.training.checkpoint import State, restore, save, sweep
@@ -74,7 +74,9 @@ def check_fit(recipe: Recipe, data: ImageSet) -> None:
                 f"references, so pass at least {recipe.batch}, or --target dsm for none."
             )
     if recipe.conditional and data.labels is None:
-        raise ValueError("--conditional needs classes, and the data have no labels: leave it out.")
+        raise ValueError(
+            " ".join(["--conditional needs classes, and the data have no labels: leave it out.", *data.notes])
+        )
 
 
 def make_accelerator(device: torch.device, tracker: Tracker = "none", folder: RunFolder | None = None) -> Accelerator:
@@ -137,6 +139,11 @@ def train(
     recipe = config.recipe
     if data.manifest["sha256"] != config.manifest.get("sha256"):
         raise ValueError(f"{config.data} is not what this run was started with (its pixels' sha256 differs).")
+    if config.classes:
+        # Classes may have been numbered in another order when the run was started.
+        data = config.numbered(data)
+        if data.manifest["labels_sha256"] != config.manifest.get("labels_sha256"):
+            raise ValueError(f"{config.data} is not what this run was started with (its labels' sha256 differs).")
     accelerator = accelerator or make_accelerator(device, tracker, folder)
     device = accelerator.device
     try:
@@ -338,8 +345,12 @@ class _Loop:
     def _picture(self, step: int) -> None:
         ema = self._stepper.trained.averages["ema"]
         assert isinstance(ema, Denoiser)
-        images = samples(ema, self._config.shape, SAMPLE_SEEDS, self._accelerator.device)
-        write_png(self._folder.picture(step), tile(images.numpy()))
+        config = self._config
+        # A network that is told classes shows them in turn.
+        labels = torch.tensor(SAMPLE_SEEDS) % config.classes if config.classes else None
+        images = samples(ema, config.shape, SAMPLE_SEEDS, self._accelerator.device, labels)
+        picture = class_grid(images.numpy(), None if labels is None else labels.numpy(), config.class_names)
+        write_png(self._folder.picture(step), picture)
 
 
 def _or_none(value: float) -> float | None:

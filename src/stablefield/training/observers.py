@@ -21,10 +21,19 @@ __all__ = ["FrechetObserver", "samples"]
 STEPS = 18
 
 
-def samples(denoiser: Denoiser, shape: Sequence[int], seeds: Sequence[int], device: torch.device) -> Tensor:
-    """Images of `seeds` by Heun's method in 18 steps, uint8, shape (len(seeds), C, H, W)."""
+def samples(
+    denoiser: Denoiser,
+    shape: Sequence[int],
+    seeds: Sequence[int],
+    device: torch.device,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """Images of `seeds`, of the classes `labels`, by Heun's method in 18 steps, uint8, shape (len(seeds), C, H, W)."""
     sigmas = edm_sigmas(STEPS)
-    images = draw(lambda x, _: heun(denoiser, x, sigmas), shape, seeds, float(sigmas[0]), device)
+    told = None if labels is None else labels.to(device)
+    images = draw(
+        lambda x, _: heun(lambda x, sigma: denoiser(x, sigma, told), x, sigmas), shape, seeds, float(sigmas[0]), device
+    )
     return torch.from_numpy(images)
 
 

@@ -75,14 +75,13 @@ class UNet:
         """The network for images of `shape` (C, H, W).
 
         Raises:
-            ValueError: if the images are not square, or cannot be halved as often as there are levels.
+            ValueError: if the images cannot be halved as often as there are levels.
         """
-        channels, height, _ = shape
-        _require_square(shape, len(self.multipliers))
+        _require_halves(shape, len(self.multipliers))
         make = SongUNet.ncsnpp if self.architecture == "ncsnpp" else SongUNet.ddpmpp
         network = make(
-            height,
-            channels,
+            shape[1:],
+            shape[0],
             self.base_channels,
             self.multipliers,
             self.blocks,
@@ -117,7 +116,7 @@ class UNet2D:
         """The network for images of `shape` (C, H, W).
 
         Raises:
-            ValueError: if the images are not square, or cannot be halved as often as there are levels; if augmentation
+            ValueError: if the images cannot be halved as often as there are levels; if augmentation
                 labels are asked for; or the widths do not fit attention or groups.
             ImportError: if diffusers is not installed.
         """
@@ -129,9 +128,9 @@ class UNet2D:
             )
         if self.groups < 1 or any(width < 1 or width % self.groups for width in self.widths):
             raise ValueError(f"--network.widths is {self.widths}: each must be a multiple of the {self.groups} groups.")
-        _require_square(shape, len(self.widths))
+        _require_halves(shape, len(self.widths))
         return DiffusersUNet.sized(
-            shape[1],
+            shape[1] if shape[1] == shape[2] else shape[1:],
             shape[0],
             self.widths,
             self.blocks,
@@ -250,13 +249,13 @@ def _require_at_most(name: str, count: int, most: int, of: str = "blocks") -> No
         raise ValueError(f"--network.{name} has {count} {of}: at most {most} are built.")
 
 
-def _require_square(shape: Shape, levels: int) -> None:
+def _require_halves(shape: Shape, levels: int) -> None:
     _, height, width = shape
     halvings = 2 ** (levels - 1)
-    if height != width or height % halvings:
+    if height % halvings or width % halvings:
         raise ValueError(
-            f"images of {width} x {height} pixels do not fit a U-Net of {levels} levels, which takes "
-            f"squares whose side is a multiple of {halvings}: pass --resolution {_near(min(height, width), halvings)}."
+            f"images of {width} x {height} pixels do not fit a U-Net of {levels} levels, which takes sides that are "
+            f"multiples of {halvings}: pass --resolution {_near(min(height, width), halvings)} for squares, or fewer levels."
         )
 
 

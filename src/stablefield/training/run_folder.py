@@ -6,13 +6,14 @@ and while it is being trained, .stablefield.lock
 
 import math
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
+from stablefield.data.image_set import ImageSet, renumbered
 from stablefield.training.checkpoint import CheckpointError, State, read_state, remove
 from stablefield.training.config import decode, encode, fits
 from stablefield.training.lock import Holder, Lock
@@ -52,6 +53,25 @@ class RunConfig:
     recipe: Recipe
     version: str
     opening: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """What the classes are called that the network is told, if that is known."""
+        names: Any = self.manifest.get("class_names")
+        if not self.classes or not isinstance(names, list | tuple):
+            return None
+        named = tuple(str(name) for name in cast("Sequence[Any]", names))
+        return named if len(named) == self.classes else None
+
+    def numbered(self, data: ImageSet) -> ImageSet:
+        """The run's data, opened again, with the classes numbered as the network was told them.
+
+        Raises:
+            ValueError: if the data have other classes.
+        """
+        if self.class_names is None:
+            return data
+        return renumbered(data, self.class_names)
 
 
 Value = TypeVar("Value")
