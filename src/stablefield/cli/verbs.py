@@ -1,7 +1,7 @@
 """The verbs and their flags, from the dataclasses that carry them out."""
 
 from collections.abc import Sequence
-from typing import Annotated, Protocol, TypeVar
+from typing import Annotated, Protocol, TypeVar, Union
 
 import tyro
 
@@ -21,15 +21,30 @@ from stablefield.cli.train import Train
 from stablefield.training.recipe import Recipe
 from stablefield.training.recipes import DIGITS, imagefolder
 
-__all__ = ["Verb", "parse"]
+__all__ = ["UNET", "VERBS", "Verb", "parse"]
 
 UNET = imagefolder((3, 32, 32), 10_000, accelerated=False)
 """What the help shows where the data are not known yet."""
 
+VERBS: dict[str, type] = {
+    "train": Train,
+    "compare": Compare,
+    "sample": Sample,
+    "ema": Ema,
+    "evaluate": Evaluate,
+    "probe": Probe,
+    "bench": Bench,
+    "data": Data,
+    "export": Export,
+    "import": Import,
+    "doctor": Doctor,
+}
+"""The verbs by name."""
+
 Kind = TypeVar("Kind")
 
 _DESCRIPTION = "Low-variance training targets for diffusion and flow models, and a trainer that uses them."
-_CONFIG = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
+_CONFIG = (tyro.conf.AvoidSubcommands,)
 
 
 class Verb(Protocol):
@@ -84,20 +99,14 @@ def _read(arguments: Sequence[str], recipe: Recipe) -> tuple[Verb, list[str]]:
 
 
 def _verbs(recipe: Recipe) -> object:
-    train, compare = Train(config=recipe), Compare(config=recipe)
-    return (
-        Annotated[Train, tyro.conf.subcommand("train", default=train)]
-        | Annotated[Compare, tyro.conf.subcommand("compare", default=compare)]
-        | Annotated[Sample, tyro.conf.subcommand("sample")]
-        | Annotated[Ema, tyro.conf.subcommand("ema")]
-        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-        | Annotated[Probe, tyro.conf.subcommand("probe")]
-        | Annotated[Bench, tyro.conf.subcommand("bench")]
-        | Annotated[Data, tyro.conf.subcommand("data")]
-        | Annotated[Export, tyro.conf.subcommand("export")]
-        | Annotated[Import, tyro.conf.subcommand("import")]
-        | Annotated[Doctor, tyro.conf.subcommand("doctor")]
-    )
+    defaults = {"train": Train(config=recipe), "compare": Compare(config=recipe)}
+    kinds = [
+        Annotated[kind, tyro.conf.subcommand(name, default=defaults[name])]
+        if name in defaults
+        else Annotated[kind, tyro.conf.subcommand(name)]
+        for name, kind in VERBS.items()
+    ]
+    return Union[tuple(kinds)]  # noqa: UP007
 
 
 def _recipe_name(arguments: Sequence[str]) -> str:
