@@ -6,11 +6,12 @@ stable = sf.StableTarget(sf.EDM(), references=sf.Pool(images))
 target = stable(x0, x_t, sigma, index=index)  # then regress on target.x0, .noise, .score, .v or .velocity
 """
 
+# ruff: noqa: F403, F405
 import importlib
 import typing
 
 if typing.TYPE_CHECKING:
-    from stablefield.public import *  # noqa: F403
+    from stablefield.public import *
 
 __version__ = "0.1.0"
 

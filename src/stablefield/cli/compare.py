@@ -74,6 +74,8 @@ class Compare:
     """What the runs do; the target is both."""
     opened: tyro.conf.Suppress[Any] = None
     """The data, once they are open."""
+    yields: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """What flags have changed in the recipe."""
 
     def run(self) -> int:
         """Train, score, print a table, and write numbers and a report."""
@@ -117,6 +119,8 @@ class Compare:
         recipe = dataclasses.replace(recipe, references=references)
         check_fit(recipe, data)
         band, finding = resolve_band(recipe, data, device)
+        for note in self.yields:
+            console.print(f"changed:    {note}", markup=False)
         console.print(f"references: {rule}")
         console.print(f"noise band: {finding}")
         every = max(1, recipe.steps // self.looks)
@@ -181,7 +185,7 @@ class Compare:
 
     def _command(self, data: ImageSet, *, accelerated: bool) -> str:
         """The command line, without where it writes to."""
-        told = flags_of(self, Compare(), besides=("data", "out", "device", "config", "opened"))
+        told = flags_of(self, Compare(), besides=("data", "out", "device", "config", "opened", "yields"))
         base = chosen(self.recipe, data, accelerated=accelerated)[1]
         return shlex.join(
             ["stablefield", "compare", self.data, *told, *flags_of(self.config, base, besides=("target",))]

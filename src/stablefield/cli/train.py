@@ -69,6 +69,8 @@ class Train:
     """What the run does."""
     opened: tyro.conf.Suppress[Any] = None
     """The data, once they are open."""
+    yields: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """What flags have changed in the recipe."""
 
     def settled(self, parse: "Callable[[Recipe], Train]", base: Recipe) -> "Train":
         """This call with the recipe that the data suggest, if none was named; flags are read anew on top of it.
@@ -101,6 +103,8 @@ class Train:
     def run(self) -> int:
         """Train, with a progress bar, and say what is where."""
         if self.print:
+            for note in self.yields:
+                console.out(f"# {note}")
             console.out(shown(self._existing()[1].recipe if self.resume else self.config))
             return 0
         state = start_processes(accelerated=pick_device(self.device).type == "cuda")
@@ -175,6 +179,8 @@ class Train:
         recipe = dataclasses.replace(recipe, noise_band=band)
         check_fit(recipe, data)
         console.print(f"recipe:     {self.recipe} (all of it: --print)")
+        for note in self.yields:
+            console.print(f"changed:    {note}", markup=False)
         if data.manifest["resized"] != "no":
             console.print(f"images:     {data.manifest['resized']}")
         console.print(f"references: {rule}")

@@ -116,7 +116,7 @@ def _metavar(flag: Flag) -> str:
 def expects(flag: Flag) -> str:
     """What a flag takes, in words."""
     kinds = {"int": "a whole number", "float": "a number", "text": "a word", "path": "a path"}
-    choices = [kinds[word] if word in kinds else word for word in flag.takes]
+    choices = [kinds.get(word, word) for word in flag.takes]
     one = choices[0] if len(choices) == 1 else f"{', '.join(choices[:-1])} or {choices[-1]}"
     if abs(flag.count) == 1 or flag.count == 0:
         return one
