@@ -65,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _tell("interrupted.")
         status = 1
     except Exception as error:
-        if debug:
-            traceback.print_exc()
+        if debug and sys.stderr is not None:
+            sys.stderr.write(clean(traceback.format_exc()))
         if _is_message(error):
             _tell(str(error))
         else:
@@ -135,8 +135,17 @@ def _ended_by_ctrl_c() -> Generator[None]:
 
 
 def _print(text: str) -> None:
-    if sys.stdout is not None:
+    """Print an answer; a reader who has left needs none."""
+    if sys.stdout is None:
+        return
+    try:
         sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except OSError as error:
+        if sys.stdout is sys.__stdout__:
+            silence(1)
+        if not isinstance(error, BrokenPipeError):
+            raise OSError(f"what was printed could not be written: {error}") from error
 
 
 def _after_printing(status: int) -> int:
