@@ -9,6 +9,7 @@ mkdocs calls the functions named `on_...`. On a page, a comment of its own line 
     <!-- cost -->                                   what results/target.json says of the target's cost, as a table
     <!-- step -->                                   results/step_cpu.json, as two tables
     <!-- samplers -->                               the table of results/samplers.json
+    <!-- verbs -->                                  the verbs of the command and their flags, from its flags.json
 """
 
 import difflib
@@ -33,6 +34,7 @@ __all__ = [
     "samplers",
     "script",
     "step",
+    "verbs",
 ]
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +46,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put what the project's files hold in the place of the comments."""
     markdown = re.sub(r"^<!-- changes: (\S+) -->$", lambda m: changes(ROOT / m[1]), markdown, flags=re.M)
     markdown = re.sub(r"^<!-- script: (\S+) -->$", lambda m: script(ROOT / m[1]), markdown, flags=re.M)
-    tables = {"own weight": own_weight, "band": band, "cost": cost, "step": step, "samplers": samplers}
+    tables = {"own weight": own_weight, "band": band, "cost": cost, "step": step, "samplers": samplers, "verbs": verbs}
     return re.sub(rf"^<!-- ({'|'.join(tables)}) -->$", lambda m: tables[m[1]](), markdown, flags=re.M)
 
 
@@ -173,6 +175,35 @@ def samplers() -> str:
         for row in record["samplers"]
     ]
     return _table(head, rows, record, "".join(f", {name} {version}" for name, version in record["libraries"].items()))
+
+
+def verbs() -> str:
+    """All verbs of the command with their flags, as tables."""
+    lines: list[str] = []
+    for verb in json.loads((ROOT / "src/stablefield/cli/flags.json").read_text("utf-8")):
+        lines += [f"## stablefield {verb['name']}", "", verb["summary"], ""]
+        for paragraph in verb["more"]:
+            lines += [paragraph, ""]
+        if verb["arguments"]:
+            lines += _flags("argument", verb["arguments"])
+        for group in verb["groups"]:
+            few = len(verb["groups"]) == 1
+            lines += ["" if few else f"### {group['title'] or 'The flags most used'}", ""]
+            lines += _flags("flag", group["flags"])
+    return "\n".join(lines)
+
+
+def _flags(head: str, flags: list[dict[str, Any]]) -> list[str]:
+    shown = {"int": "INT", "float": "FLOAT", "text": "TEXT", "path": "PATH"}
+    lines = [f"| {head} | takes | is for | default |", "| --- | --- | --- | --- |"]
+    for flag in flags:
+        one = " or ".join(f"`{shown.get(word, word)}`" for word in flag["takes"])
+        several = {-1: f"any number of {one}", 0: "", 1: one}.get(flag["count"], f"{flag['count']} times {one}")
+        takes = several if flag["name"].startswith("--") else ""
+        text = html.escape(flag["help"], quote=False).replace("|", "&#124;")
+        default = flag["default"] if flag["default"] in ("", "by the recipe") else f"`{flag['default']}`"
+        lines.append(f"| `{flag['name']}` | {takes} | {text} | {'needed' if flag['required'] else default} |")
+    return [*lines, ""]
 
 
 def _record(name: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import importlib
 import importlib.metadata
 import inspect
 import os
@@ -19,14 +20,15 @@ import stablefield
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "stablefield"
 
-# Rooms by floor: a room may import from lower floors only. "" is the package itself, `stablefield/__init__.py`, which
-# gathers the core's names and so stands on top of it.
+# Rooms by floor: a room may import from lower floors only. `public` gathers the core's names and so stands on top of it;
+# "" is the package itself, `stablefield/__init__.py`, which offers them.
 FLOORS = [
     {"shapes", "reading", "regular_file"},
     {"memory"},
     {"targets"},
     {"diffusion"},
     {"networks", "sampling"},
+    {"public"},
     {""},
     {"data"},
     {"evaluation"},
@@ -223,6 +225,7 @@ def imports():
 import sys, time, torch, numpy
 before, start = set(sys.modules), time.perf_counter()
 import stablefield
+stablefield.posterior  # the public names are imported when the first is asked for
 print(time.perf_counter() - start, *set(sys.modules) - before)
 """
     runs = [run_python(code).stdout.split() for _ in range(5)]
@@ -236,7 +239,7 @@ def test_the_import_takes_no_more_than_0_3_seconds_beyond_torch_and_numpy(import
 def test_the_import_brings_nothing_but_the_core(imports):
     assert "stablefield.targets.posterior" in imports[1]
     rooms = {room_of(name) for name in imports[1] if name.partition(".")[0] == "stablefield"}
-    assert rooms <= {"", "shapes", "reading", "memory", "targets", "diffusion", "networks", "sampling"}
+    assert rooms <= {"", "public", "shapes", "reading", "memory", "targets", "diffusion", "networks", "sampling"}
     others = {name.partition(".")[0] for name in imports[1]} - set(sys.stdlib_module_names)
     assert others <= {"stablefield", "torch", "numpy"}
 
@@ -246,6 +249,8 @@ def test_the_import_brings_nothing_but_the_core(imports):
 
 def test_the_public_names_are_listed_once():
     assert len(set(stablefield.__all__)) == len(stablefield.__all__)
+    assert importlib.import_module("stablefield.public").__all__ == stablefield.__all__
+    assert all(hasattr(stablefield, name) for name in stablefield.__all__)
     public = {
         name for name in vars(stablefield) if not name.startswith("_") and not inspect.ismodule(vars(stablefield)[name])
     }
@@ -281,6 +286,8 @@ def test_every_module_says_what_it_is_and_exports_names_that_it_has(path):
                     defined.add(target.id)
                     if target.id == "__all__":
                         exported = ast.literal_eval(node.value)
+    if path == SOURCE / "__init__.py":  # its names are imported when they are asked for
+        defined |= set(importlib.import_module("stablefield.public").__all__)
     assert set(exported) <= defined
 
 

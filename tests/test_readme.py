@@ -42,7 +42,7 @@ def test_readme_shows_three_loops() -> None:
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_drop_in_runs_and_with_one_reference_changes_no_bit(block: str) -> None:
-    single = SimpleNamespace(**vars(stablefield))
+    single = SimpleNamespace(**{name: getattr(stablefield, name) for name in stablefield.__all__})
     single.StableTarget = lambda process, references: stablefield.DenoisingTarget(process)
     before = loss_of(block, "-", None)
     assert torch.equal(loss_of(block, "+", single), before)

@@ -6,26 +6,12 @@ stable = sf.StableTarget(sf.EDM(), references=sf.Pool(images))
 target = stable(x0, x_t, sigma, index=index)  # then regress on target.x0, .noise, .score, .v or .velocity
 """
 
-from stablefield import sampling
-from stablefield.diffusion.noise_levels import LogNormal, LogUniform, Uniform
-from stablefield.diffusion.objective import Objective, ObjectiveValue
-from stablefield.diffusion.preconditioning import (
-    Denoiser,
-    EDMPreconditioning,
-    VEPreconditioning,
-    VPPreconditioning,
-)
-from stablefield.diffusion.process import EDM, VE, VP, Cosine, Discrete, Process, RectifiedFlow
-from stablefield.diffusion.scheduler import Regression, from_diffusers
-from stablefield.diffusion.weighting import EDMWeighting, FlowWeighting, SNRWeighting
-from stablefield.targets.band import NoiseBand, pick_noise_band
-from stablefield.targets.kernel import GaussianKernel, StudentTKernel
-from stablefield.targets.posterior import Posterior, posterior
-from stablefield.targets.ranks import RankError
-from stablefield.targets.references import InBatch, Pool
-from stablefield.targets.sharded import ShardedPool
-from stablefield.targets.stable_target import DenoisingTarget, StableTarget
-from stablefield.targets.target import Target
+# ruff: noqa: F403, F405
+import importlib
+import typing
+
+if typing.TYPE_CHECKING:
+    from stablefield.public import *
 
 __version__ = "0.1.0"
 
@@ -66,3 +52,22 @@ __all__ = [
     "posterior",
     "sampling",
 ]
+
+
+def __getattr__(name: str) -> typing.Any:
+    """Import the public names when one of them is first asked for.
+
+    So the command can say what there is, and what a mistyped flag may have meant, without waiting for torch.
+    """
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    public = importlib.import_module("stablefield.public")
+    globals().update({known: getattr(public, known) for known in __all__})
+    if name not in globals():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    """List the public names, imported or not."""
+    return sorted({*globals(), *__all__})

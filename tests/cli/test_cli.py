@@ -144,7 +144,7 @@ def test_doctor_finds_the_target_exact_here(capsys: pytest.CaptureFixture[str]) 
         (["train"], ["DATA is missing"]),
         (["train", "digits", "--steps", "0"], ["--steps is 0"]),
         (["train", "digits", "--references", "1798"], ["--references 1798", "1797"]),
-        (["train", "digits", "--references", "5"], ["--references 5", "--batch"]),
+        (["train", "digits", "--references", "5", "--batch", "9"], ["--references 5", "--batch 9"]),
         (["train", "digits", "--batch", "2000"], ["--batch 2000"]),
         (["train", "digits", "--device", "abacus"], ["--device abacus"]),
         (["train", "--resume"], ["--out"]),

@@ -54,7 +54,7 @@ for pair in range(pairs):
             keep.append(dist.group.WORLD)
             atexit.register(lambda: (folder / f"end-{pair}-{rank}").write_text(str(dist.is_initialized())))
             threading.Thread(target=write_late, args=(f"thread-{pair}-{rank}",)).start()
-            sys.argv = ["stablefield"]
+            sys.argv = ["stablefield", "doctor"]
             entry.program()
         children.append(child)
     codes |= {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children}
@@ -161,7 +161,7 @@ def test_a_message_is_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", error)
     monkeypatch.setattr(verbs, "parse", raised(OSError("the disk\nis gone")))
     with pytest.raises(SystemExit, match="1"):
-        entry.main([])
+        entry.main(["doctor"])
     assert error.writes == ["stablefield: the disk\nis gone\n"]
 
 

@@ -107,7 +107,7 @@ def test_a_process_that_dies_ends_the_other_with_a_message(references: str, tmp_
     assert first.returncode == 1
     assert "rank 0 of 2 waited for the others" in message
     assert "The checkpoints written before are whole." in message
-    assert "a defect of ours" not in message
+    assert "a bug in stablefield" not in message
 
 
 @pytest.mark.slow
@@ -127,7 +127,7 @@ def test_what_ends_the_first_process_before_the_run_ends_the_other(tmp_path: Pat
     messages = [process.communicate(timeout=100)[1] for process in started]
     assert [process.returncode for process in started] == [2, 1], messages
     assert "is not empty" in messages[0]
-    assert "rank 1 of 2 waited for the others to hear from the first how the run is to be" in messages[1]
+    assert "rank 1 of 2 waited for the others to have the data opened" in messages[1]
 
 
 @pytest.mark.slow

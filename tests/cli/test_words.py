@@ -12,7 +12,7 @@ from stablefield.cli.verbs import parse
 
 def same(left: object, right: object) -> bool:
     """Equal but for the data that have been opened."""
-    strip = {"opened": None} if isinstance(left, Compare) else {}
+    strip = {"opened": None, "yields": ()} if isinstance(left, Compare) else {}
     return dataclasses.replace(left, **strip) == dataclasses.replace(right, **strip)  # type: ignore[type-var]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import stablefield
 from stablefield.cli.console import console, relative
+from stablefield.cli.places import check_place
 from stablefield.cli.sources import open_data
 from stablefield.cli.train import pick_device
 from stablefield.evaluation.cost import Cost, StepShare, measure_cost, measure_step
@@ -56,8 +57,12 @@ class Bench:
         """Measure, print a table, and write the files if asked to."""
         if self.pairs < 1:
             raise ValueError(f"--pairs is {self.pairs}: at least one pair must be timed.")
+        for flag, sizes in (("--batch", self.batch), ("--references", self.references)):
+            if not sizes or min(sizes) < 1:
+                raise ValueError(f"{flag} is {' '.join(map(str, sizes)) or 'empty'}: name numbers of at least 1.")
         if self.out is not None:
             _require_matplotlib()
+            check_place("--out", self.out, folder=True)
         device = pick_device(self.device)
         images = self._images().to(device)
         sizes = sorted({min(n, len(images)) for n in self.references})
@@ -128,7 +133,7 @@ class Bench:
         }
         (out / "bench.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
         _plot(out / "bench.png", costs, growth)
-        console.print(f"written: {relative(out / 'bench.json')}, {relative(out / 'bench.png')}")
+        console.print(f"written: {relative(out / 'bench.json')}, {relative(out / 'bench.png')}", markup=False)
 
 
 def _machine(device: torch.device) -> str:

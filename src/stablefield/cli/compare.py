@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import torch
 import tyro
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 import stablefield
-from stablefield.cli.console import console, relative
+from stablefield.cli.bar import TimeLeft
+from stablefield.cli.console import console, quoted, relative
 from stablefield.cli.extractors import ExtractorFlags
 from stablefield.cli.interruption import Interruption
-from stablefield.cli.places import check_place
+from stablefield.cli.places import check_folder, check_place
 from stablefield.cli.recipes import RecipeName, chosen
 from stablefield.cli.settling import opening_of, pick_device
 from stablefield.cli.words import flags_of
@@ -74,15 +75,28 @@ class Compare:
     """What the runs do; the target is both."""
     opened: tyro.conf.Suppress[Any] = None
     """The data, once they are open."""
+    yields: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """What flags have changed in the recipe."""
 
-    def run(self) -> int:
-        """Train, score, print a table, and write numbers and a report."""
-        seeds = _numbers(self.seeds)
+    def check(self) -> None:
+        """Find out before the data are read whether it can be done.
+
+        Raises:
+            ValueError: naming the flag.
+            ImportError: if a package is missing.
+        """
+        _numbers(self.seeds)
         for package in ("jinja2", "matplotlib"):
             require(package, "a report of the comparison")
         self.measure.check()
         if self.looks < 1:
             raise ValueError(f"--looks is {self.looks}: each run is scored at least once, at its end.")
+        if self.out is not None:
+            check_folder("--out", self.out)
+
+    def run(self) -> int:
+        """Train, score, print a table, and write numbers and a report."""
+        seeds = _numbers(self.seeds)
         device = pick_device(self.device)
         data = self.opened
         assert isinstance(data, ImageSet)
@@ -100,7 +114,7 @@ class Compare:
         )
         outcomes = self._train(configs, data, check, every, device, out)
         if outcomes is None:
-            console.print(f"stopped; the same command goes on: --out {relative(out)}")
+            console.print(f"stopped; the same command goes on: --out {quoted(out)}")
             return 0
         name = frechet_name(extractor)
         _print(outcomes, seeds, name)
@@ -117,6 +131,8 @@ class Compare:
         recipe = dataclasses.replace(recipe, references=references)
         check_fit(recipe, data)
         band, finding = resolve_band(recipe, data, device)
+        for note in self.yields:
+            console.print(f"changed:    {note}", markup=False)
         console.print(f"references: {rule}")
         console.print(f"noise band: {finding}")
         every = max(1, recipe.steps // self.looks)
@@ -181,7 +197,7 @@ class Compare:
 
     def _command(self, data: ImageSet, *, accelerated: bool) -> str:
         """The command line, without where it writes to."""
-        told = flags_of(self, Compare(), besides=("data", "out", "device", "config", "opened"))
+        told = flags_of(self, Compare(), besides=("data", "out", "device", "config", "opened", "yields"))
         base = chosen(self.recipe, data, accelerated=accelerated)[1]
         return shlex.join(
             ["stablefield", "compare", self.data, *told, *flags_of(self.config, base, besides=("target",))]
@@ -251,7 +267,7 @@ class _Bars:
             BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(),
+            TimeLeft(),
             console=console,
             disable=not console.is_terminal,
         )

@@ -1,17 +1,91 @@
 """Where the command prints: one console for its results, plain where it is no terminal."""
 
+import shlex
+import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import IO, Any, cast
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.markup import escape
+from rich.segment import Segment
 
-__all__ = ["console", "relative"]
+from stablefield.cli.terminal import clean, silence
 
-console = Console(highlight=False, soft_wrap=True)
+__all__ = ["console", "quoted", "relative"]
+
+
+class _Output:
+    """A stream that ends in silence: a reader who leaves (`| head`) or a full disk must not end a run.
+
+    Attributes:
+        failure: what writing failed with, if it did.
+    """
+
+    failure: OSError | None = None
+
+    def __init__(self, stream: IO[str], owner: "_CleanConsole") -> None:
+        self._stream, self._owner = stream, owner
+
+    def write(self, text: str) -> int:
+        if self._owner.failure is None:
+            try:
+                return self._stream.write(text)
+            except OSError as error:
+                self._fail(error)
+        return len(text)
+
+    def flush(self) -> None:
+        if self._owner.failure is None:
+            try:
+                self._stream.flush()
+            except OSError as error:
+                self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        self._owner.failure = error
+        if self._stream is sys.__stdout__:
+            silence(1)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _CleanConsole(Console):
+    """A console that prints no control character but its own.
+
+    Attributes:
+        failure: what writing failed with; from then on nothing is printed.
+    """
+
+    failure: OSError | None = None
+
+    @property
+    def file(self) -> IO[str]:
+        """The stream, guarded."""
+        return cast("IO[str]", _Output(super().file, self))
+
+    @file.setter
+    def file(self, new_file: IO[str]) -> None:
+        self._file = new_file
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """The segments of something to print, their text cleaned."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(clean(segment.text), segment.style)
+
+
+console = _CleanConsole(highlight=False, soft_wrap=True)
 
 
 def relative(path: Path) -> str:
     """The path as one would type it from here."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
+    except (ValueError, OSError):
         return str(path)
+
+
+def quoted(*words: str | Path) -> str:
+    """Words of a command as they can be copied into a shell, safe from the console's markup."""
+    return escape(shlex.join(relative(word) if isinstance(word, Path) else word for word in words))

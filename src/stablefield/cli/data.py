@@ -9,10 +9,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from stablefield.cli.console import console, relative
+from stablefield.cli.places import PICTURES, check_place, check_suffix, looks_like_file
 from stablefield.cli.sources import open_data, print_reading
 from stablefield.data.inspect import sample_grid, summary
 from stablefield.data.packed import pack
-from stablefield.data.png import write_png
+from stablefield.data.png import write_picture
 
 __all__ = ["Data"]
 
@@ -49,7 +50,12 @@ class Pack:
 
     def run(self) -> int:
         """Pack, and say what was packed."""
-        s = self.source
+        s, dest = self.source, self.destination.dest
+        if looks_like_file(dest):
+            check_suffix("DEST", dest, (".safetensors",), "a packed file")
+        if dest.exists() and not dest.is_dir() and not self.destination.overwrite:
+            raise ValueError(f"DEST {dest} exists: pass another name, or --overwrite.")
+        check_place("DEST", dest)
         images = open_data(s.data, s.resolution, s.resize, s.split, s.skip_broken)
         path = pack(images, self.destination.dest, overwrite=self.destination.overwrite)
         print_reading(images)
@@ -73,6 +79,12 @@ class Inspect:
     def run(self) -> int:
         """Print a table and write the picture."""
         s = self.source
+        check_suffix("--out", self.out, PICTURES, "a picture")
+        check_place("--out", self.out)
+        if self.count < 1:
+            raise ValueError(f"--count is {self.count}: show at least 1 image.")
+        if self.seed < 0:
+            raise ValueError(f"--seed is {self.seed}: it must not be negative.")
         images = open_data(s.data, s.resolution, s.resize, s.split, s.skip_broken)
         table = Table("", "", show_header=False, box=None, pad_edge=False)
         table.columns[1].overflow = "fold"  # a checksum is of use only whole
@@ -80,7 +92,7 @@ class Inspect:
             table.add_row(escape(what), escape(figure))
         console.print(table)
         try:
-            write_png(self.out, sample_grid(images, self.count, self.seed))
+            write_picture(self.out, sample_grid(images, self.count, self.seed))
         except OSError as error:
             raise ValueError(f"--out {self.out} cannot be written ({error.strerror}): name another place.") from error
         console.print(f"written: {relative(self.out)}")

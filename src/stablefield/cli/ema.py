@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich.markup import escape
 
-from stablefield.cli.console import console, relative
+from stablefield.cli.console import console, quoted, relative
 from stablefield.training.ema import LENGTHS, power_exponent
 from stablefield.training.files import write_tensors, write_whole
 from stablefield.training.post_hoc import combine, snapshot_steps
@@ -30,6 +31,8 @@ class Ema:
         """Write one file of weights per length."""
         if self.step is not None and self.step < 1:
             raise ValueError(f"--step is {self.step}: steps of a run are counted from 1.")
+        for length in self.length:
+            power_exponent(length)
         folder = RunFolder.open(self.run_folder)
         steps = snapshot_steps(folder.snapshots)
         if not steps:
@@ -39,10 +42,8 @@ class Ema:
         shown = ", ".join(f"{step:,}" for step in steps[:8]) + (f" ... {steps[-1]:,}" if len(steps) > 8 else "")
         console.print(f"snapshots of lengths {' and '.join(map(str, LENGTHS))} at steps {shown}")
         for length in self.length:
-            power_exponent(length)
-        for length in self.length:
             self._write(folder, length)
-        shown = f"stablefield sample {relative(folder.path)} --ema {(self.length or (0.1,))[0]:g}"
+        shown = quoted("stablefield", "sample", folder.path, "--ema", f"{(self.length or (0.1,))[0]:g}")
         console.print(f"to sample with an average of the last step, made on the fly: {shown}")
         return 0
 
@@ -52,4 +53,4 @@ class Ema:
         path = folder.snapshots / f"{name}.safetensors"
         metadata = {"length": f"{length:g}"}
         write_whole(path, lambda temporary: write_tensors(temporary, parameters, metadata))
-        console.print(f"length {length:g}: {relative(path)} (profile within {error:.1%} of the exact one)")
+        console.print(f"length {length:g}: {escape(relative(path))} (profile within {error:.1%} of the exact one)")

@@ -7,12 +7,18 @@ traceback unless --debug is given.
 import atexit
 import importlib.util
 import os
+import signal
 import sys
 import threading
 import traceback
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import NoReturn
+
+from stablefield.cli.mistakes import checked
+from stablefield.cli.terminal import clean, open_closed_streams, silence, take_every_character
+from stablefield.cli.usage import answer
 
 __all__ = ["main", "program"]
 
@@ -30,6 +36,7 @@ def program() -> None:
     Raises:
         SystemExit: with the status, if this process is alone.
     """
+    open_closed_streams()
     try:
         with _watched():
             main()
@@ -52,31 +59,113 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        _tell(
-            f'the command needs {", ".join(missing)}, which the library alone does not: pip install "stablefield[train]".'
-        )
-        sys.exit(1)
+    take_every_character()
     try:
-        # Within, since an interruption may come that early.
-        from stablefield.cli.verbs import parse
-        from stablefield.training.allocator import keep_freed_memory
-
-        keep_freed_memory()
-        status = parse(arguments).run()
+        status = _run(arguments)
     except KeyboardInterrupt:
         _tell("interrupted.")
         status = 1
     except Exception as error:
-        if debug:
-            traceback.print_exc()
+        if debug and sys.stderr is not None:
+            sys.stderr.write(clean(traceback.format_exc()))
         if _is_message(error):
             _tell(str(error))
         else:
-            _tell(f"{type(error).__name__}: {error}. This is a defect of ours; --debug shows where it happened.")
+            _tell(f"{type(error).__name__}: {error}. This is a bug in stablefield; rerun with --debug for a traceback.")
         status = 2 if isinstance(error, ValueError) else 1
-    sys.exit(status)
+    sys.exit(_after_printing(status))
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Do what the arguments ask for; most of what is wrong with them is told before torch is imported."""
+    found = answer(arguments)
+    if found is not None and not _of_one_recipe(arguments):
+        _print(found)
+        return 0
+    arguments = list(arguments) if found is not None else checked(arguments)
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f'the command needs {", ".join(missing)}, which the library alone does not: pip install "stablefield[train]".'
+        )
+    with _ended_by_ctrl_c():
+        from stablefield.cli.verbs import parse
+        from stablefield.training.allocator import keep_freed_memory
+    if found is not None:
+        _print(_help_of_recipe(arguments))
+        return 0
+    keep_freed_memory()
+    return parse(arguments).run()
+
+
+def _of_one_recipe(arguments: Sequence[str]) -> bool:
+    """Whether help is asked for that depends on the recipe."""
+    named = any(argument == "--recipe" or argument.startswith("--recipe=") for argument in arguments)
+    return arguments[:1] in (["train"], ["compare"]) and (named or "digits" in arguments)
+
+
+def _help_of_recipe(arguments: Sequence[str]) -> str:
+    from stablefield.cli.inventory import inventory
+    from stablefield.cli.usage import usage
+    from stablefield.cli.verbs import base_of
+
+    return usage(inventory(base_of(arguments))[arguments[0]])
+
+
+@contextmanager
+def _ended_by_ctrl_c() -> Generator[None]:
+    """For a block in which Ctrl-C ends the process at once, where nothing is under way yet.
+
+    An exception in the midst of torch's import comes out as whatever the module makes of it.
+    """
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
+        _tell("interrupted.")
+        os._exit(1)
+
+    usual = threading.current_thread() is threading.main_thread() and (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if usual:
+        signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        if usual:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _print(text: str) -> None:
+    """Print an answer; a reader who has left needs none."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except OSError as error:
+        if sys.stdout is sys.__stdout__:
+            silence(1)
+        if not isinstance(error, BrokenPipeError):
+            raise OSError(f"what was printed could not be written: {error}") from error
+
+
+def _after_printing(status: int) -> int:
+    """The status once what was printed is written: 1 if it cannot be, though in silence if its reader has left."""
+    module = sys.modules.get("stablefield.cli.console")
+    failure = None if module is None else module.console.failure
+    if module is not None:
+        module.console.failure = None
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        failure = error
+        if sys.stdout is sys.__stdout__:
+            silence(1)
+    if failure is None or isinstance(failure, BrokenPipeError):
+        return status
+    _tell(f"what was printed could not be written: {failure}")
+    return status or 1
 
 
 @contextmanager
@@ -138,4 +227,6 @@ def _end(status: int) -> NoReturn:
 def _tell(message: str) -> None:
     # Not wrapped: a command in the message stays in one piece, and a terminal wraps by itself.
     if sys.stderr is not None:
-        sys.stderr.write(f"stablefield: {message}\n")  # one write, which no other process's message can divide
+        with suppress(OSError):
+            # One write, which no other process's message can divide.
+            sys.stderr.write(f"stablefield: {clean(message)}\n")

@@ -1,6 +1,7 @@
 """`stablefield export RUN --out DIR`: a trained model for other programs, and for other people."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,6 +11,7 @@ from rich.markup import escape
 
 from stablefield import sampling
 from stablefield.cli.console import console, relative
+from stablefield.cli.places import check_new_folder
 from stablefield.data.png import class_grid, write_png
 from stablefield.interop.hub import push_folder
 from stablefield.interop.model_card import ModelCard, public_name, results_of_run
@@ -51,6 +53,11 @@ class Export:
             raise ValueError(f"--samples is {self.samples}: it must not be negative.")
         if self.push and self.push.count("/") != 1:
             raise ValueError(f"--push {self.push} is no name of a repository: write OWNER/NAME.")
+        if self.push and find_spec("huggingface_hub") is None:
+            raise ImportError('--push needs huggingface_hub: pip install "stablefield[diffusers]".')
+        if self.format == "diffusers" and find_spec("diffusers") is None:
+            raise ImportError('--format diffusers needs diffusers: pip install "stablefield[diffusers]".')
+        check_new_folder("--out", self.out)
         sigmas = sampling.edm_sigmas(self.steps)
         model = open_model(self.run_folder, self.ema)
         config, denoiser = model.config, model.denoiser
@@ -90,8 +97,8 @@ class Export:
         if self.format == "diffusers":
             console.print("load it:", style="bold")
             console.print("  from diffusers import DiffusionPipeline")
-            path = escape(relative(self.out))
-            console.print(f'  pipe = DiffusionPipeline.from_pretrained("{path}", trust_remote_code=True)')
+            path = escape(repr(relative(self.out)) if '"' in relative(self.out) else f'"{relative(self.out)}"')
+            console.print(f"  pipe = DiffusionPipeline.from_pretrained({path}, trust_remote_code=True)")
         if self.push:
             console.print(f"pushed: {escape(push_folder(self.out, self.push, private=self.private))}")
         return 0

@@ -8,7 +8,8 @@ import tyro
 from rich.markup import escape
 from rich.table import Table
 
-from stablefield.cli.console import console, relative
+from stablefield.cli.console import console, quoted, relative
+from stablefield.cli.places import check_new_folder
 from stablefield.interop.imported_run import write_imported_run
 from stablefield.interop.published import read_published
 
@@ -28,6 +29,7 @@ class Import:
 
     def run(self) -> int:
         """Read, say what was found, and write the run."""
+        check_new_folder("--out", self.out)
         network = read_published(self.file, self.preconditioning)
         table = Table(show_header=False, box=None, pad_edge=False)
         for what, text in [*network.architecture.describe(), ("preconditioning", str(network.preconditioning))]:
@@ -37,5 +39,5 @@ class Import:
         console.print(table)
         folder = write_imported_run(self.out, network, self.file)
         console.print(f"run folder: {escape(relative(folder.path))}")
-        console.print(f"draw from it:  stablefield sample {escape(relative(folder.path))} --seeds 0-63")
+        console.print(f"draw from it:  {quoted('stablefield', 'sample', folder.path, '--seeds', '0-63')}")
         return 0

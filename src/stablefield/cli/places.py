@@ -1,9 +1,19 @@
 """Where results go: found out before the work, not after it, whether they can."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
-__all__ = ["check_place"]
+__all__ = ["PICTURES", "check_folder", "check_new_folder", "check_place", "check_suffix", "looks_like_file"]
+
+PICTURES = (".png", ".jpg", ".jpeg")
+"""The pictures that are written."""
+
+# What a folder is not called, but a file: who writes `--out grid.gif` does not want a folder of that name.
+_PICTURES = (*PICTURES, ".gif", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".svg", ".pdf", ".mp4")
+_ARRAYS = (".npy", ".npz", ".pt", ".pth", ".ckpt", ".pkl", ".safetensors", ".parquet")
+_TEXTS = (".json", ".jsonl", ".csv", ".txt", ".html", ".htm", ".md", ".py")
+_FILES = frozenset((*_PICTURES, *_ARRAYS, *_TEXTS, ".zip", ".tar", ".gz", ".tgz"))
 
 
 def check_place(flag: str, path: Path, *, folder: bool = False) -> None:
@@ -17,13 +27,84 @@ def check_place(flag: str, path: Path, *, folder: bool = False) -> None:
     Raises:
         ValueError: if it cannot.
     """
+    if folder:
+        _check_name(flag, path)
     home = path if folder else path.parent
     try:
         home.mkdir(parents=True, exist_ok=True)
-        probe = home / f".stablefield-probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        _try_writing(home)
+        is_folder = path.is_dir()
     except OSError as error:
         raise ValueError(f"{flag} {path} cannot be written ({error.strerror}): name another place.") from error
-    if not folder and path.is_dir():
+    if not folder and is_folder:
         raise ValueError(f"{flag} {path} is a folder: name a file, or a folder without {path.suffix} in its name.")
+
+
+def check_folder(flag: str, path: Path) -> None:
+    """Make sure that a folder can be made, or written if it is there; nothing is made.
+
+    Args:
+        flag: that named the place, for the error.
+        path: the folder.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    _check_name(flag, path)
+    try:
+        home = path
+        while not home.exists() and home != home.parent:
+            home = home.parent
+        _try_writing(home)
+    except OSError as error:
+        raise ValueError(f"{flag} {path} cannot be written ({error.strerror}): name another place.") from error
+
+
+def check_new_folder(flag: str, path: Path, advice: str = "name a new folder") -> None:
+    """Make sure that a folder is new or empty and can be written; nothing is made.
+
+    Hidden files may be what a run left that was killed at its very beginning: whoever makes the folder knows.
+
+    Args:
+        flag: that named the place, for the error.
+        path: the folder.
+        advice: what to do if it is not empty.
+
+    Raises:
+        ValueError: if it is not empty or cannot be written.
+    """
+    check_folder(flag, path)
+    if path.is_dir() and any(not found.name.startswith(".") for found in path.iterdir()):
+        raise ValueError(f"{flag} {path} is not empty: {advice}.")
+
+
+def check_suffix(flag: str, path: Path, suffixes: Collection[str], what: str) -> None:
+    """Make sure that a file is called as what it will be.
+
+    Args:
+        flag: that named the file, for the error.
+        path: the file.
+        suffixes: that it may have.
+        what: it will be, for the error.
+
+    Raises:
+        ValueError: if it has another.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"{flag} {path}: {what} is written as {' or '.join(suffixes)}; name such a file.")
+
+
+def looks_like_file(path: Path) -> bool:
+    """Whether a path is called as files are, and is no folder."""
+    return path.suffix.lower() in _FILES and not path.is_dir()
+
+
+def _check_name(flag: str, path: Path) -> None:
+    if looks_like_file(path):
+        raise ValueError(f"{flag} {path} is called like a file: name a folder.")
+
+
+def _try_writing(home: Path) -> None:
+    probe = home / f".stablefield-probe-{os.getpid()}"
+    probe.touch()
+    probe.unlink()

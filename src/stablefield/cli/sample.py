@@ -15,19 +15,23 @@ from torch import Tensor
 
 from stablefield.cli.console import console, relative
 from stablefield.cli.drawing import DrawingFlags, Model
-from stablefield.cli.places import check_place
+from stablefield.cli.places import PICTURES, check_place, check_suffix, looks_like_file
 from stablefield.cli.settling import pick_device
 from stablefield.cli.work import Work
-from stablefield.data.png import class_grid, write_png
+from stablefield.data.png import class_grid, write_picture, write_png
 from stablefield.evaluation.processes import Processes
 from stablefield.sampling.samples import Drawing, chunks_of
+from stablefield.training.run_folder import RunFolder
 
 __all__ = ["Sample", "own_device", "parse_seeds"]
+
+# Names of files that hold all images; of any other name is a folder of one file per image.
+_SINGLE = (*PICTURES, ".npz")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Draw images from a run: a grid as one PNG file, a folder of them, or an .npz file.
+    """Draw images from a run: a grid as one picture, a folder of PNG files, or an .npz file.
 
     Started by torchrun or `accelerate launch`, the processes share the seeds; the images are the same.
     """
@@ -37,7 +41,8 @@ class Sample:
     seeds: str = "0-63"
     """Which images: numbers and ranges, such as 0-63 or 1,5,8-12. Image k is the same in every call."""
     out: Path | None = None
-    """FILE.png for a grid, FILE.npz, or a folder for one file per image; RUN/samples/SAMPLER-STEPS.png if not given."""
+    """FILE.png or FILE.jpg for a grid, FILE.npz, or a folder for one file per image; RUN/samples/SAMPLER-STEPS.png if not
+    given."""
     device: str = ""
     """Where to compute; a GPU if there is one."""
     drawing: Annotated[DrawingFlags, tyro.conf.arg(name="")] = field(default_factory=DrawingFlags)
@@ -58,11 +63,15 @@ class Sample:
     def _draw(self, seeds: list[int], processes: Processes) -> None:
         flags = self.drawing
         device = pick_device(own_device(self.device))
-        model = flags.open(self.run_folder, device)
+        folder = RunFolder.open(self.run_folder)
         steps = "" if flags.steps_taken is None else f"-{flags.steps_taken}"
-        out = self.out or self.run_folder / "samples" / f"{flags.sampler}{steps}.png"
+        out = self.out or folder.path / "samples" / f"{flags.sampler}{steps}.png"
         kind = out.suffix.lower()
-        check_place("--out", out, folder=kind not in (".png", ".npz"))
+        single = kind in _SINGLE
+        if looks_like_file(out):
+            check_suffix("--out", out, _SINGLE, "one file of all images")
+        check_place("--out", out, folder=not single)
+        model = flags.open(folder.path, device)
         chunks = processes.share(chunks_of(seeds, flags.batch, coupled=flags.coupled))
         began = time.perf_counter()
         kept: list[Tensor] = []
@@ -80,23 +89,23 @@ class Sample:
                 size = len(chunk.places)
                 images = drawing(chunk)
                 drawn.extend(chunk.wanted)
-                if kind in (".png", ".npz"):
+                if single:
                     kept.append(images)
                     continue
                 for seed, image in zip(chunk.wanted, images.numpy(), strict=True):
                     write_png(out / f"{seed:06d}.png", image.transpose(1, 2, 0))
         nfe = _mean_nfe(drawing, processes)
-        if kind in (".png", ".npz"):
+        if single:
             shape = tuple(model.own.config.shape)
             own = torch.cat(kept) if kept else torch.zeros(0, *shape, dtype=torch.uint8)
             images = _in_order(
                 processes.gathered(own), processes.gathered(torch.tensor(drawn, dtype=torch.int64)), seeds
             )
             if processes.first:
-                if kind == ".png":
+                if kind in PICTURES:
                     labels = flags.labels(torch.tensor(seeds), model.own.config)
                     names = model.own.config.class_names
-                    write_png(out, class_grid(images, None if labels is None else labels.numpy(), names))
+                    write_picture(out, class_grid(images, None if labels is None else labels.numpy(), names))
                 else:
                     self._write_arrays(out, images, seeds, model)
         seconds = time.perf_counter() - began
@@ -108,7 +117,7 @@ class Sample:
         told = flags.classes_told(model.own.config)
         if told is not None:
             console.print(escape(told))
-        console.print(f"written: {relative(out)}")
+        console.print(f"written: {escape(relative(out))}")
 
     def _write_arrays(self, out: Path, images: NDArray[np.uint8], seeds: list[int], model: Model) -> None:
         # arr_0 and the channels last: what the usual evaluators of .npz files read.

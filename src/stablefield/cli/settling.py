@@ -49,6 +49,7 @@ class Trains(Protocol):
     def device(self) -> str: ...  # noqa: D102
     @property
     def opened(self) -> Any: ...  # noqa: D102
+    def check(self) -> None: ...  # noqa: D102
 
 
 Call = TypeVar("Call", bound=Trains)
@@ -102,7 +103,10 @@ def settled(call: Call, parse: Callable[[Recipe], Call]) -> Call:
         raise ValueError("DATA is missing: name what to train on, such as: stablefield train digits.")
     accelerated = pick_device(call.device).type == "cuda"
     bound = None if call.resolution else limit(call.recipe, accelerated=accelerated)
-    with first_process_first(start_processes(accelerated=accelerated)):
+    state = start_processes(accelerated=accelerated)
+    with first_process_first(state):
+        if state.is_main_process:
+            call.check()
         data = open_data(call.data, call.resolution, call.resize, "train", call.skip_broken, bound)
     if PartialState().is_main_process:
         print_reading(data)
@@ -136,6 +140,10 @@ def pick_device(name: str) -> torch.device:
         if name.startswith("cuda:"):
             torch.cuda.set_device(device)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever the device's own package raises
+        raise ValueError(
+            f"--device {name} cannot be used here: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from error
+    if device.type == "meta":
+        raise ValueError(f"--device {name} cannot be used here: it holds no numbers.")
     return device

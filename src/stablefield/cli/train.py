@@ -1,6 +1,7 @@
 """`stablefield train DATA`: train a model and leave a run folder."""
 
 import dataclasses
+import shlex
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,20 +12,22 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from accelerate import PartialState
+from rich.markup import escape
 from rich.table import Table
 
 import stablefield
-from stablefield.cli.console import console, relative
+from stablefield.cli.console import console, quoted, relative
 from stablefield.cli.extractors import ExtractorFlags
 from stablefield.cli.interruption import Interruption
-from stablefield.cli.progress import TrainingProgress
+from stablefield.cli.places import check_new_folder
+from stablefield.cli.progress import EVERY, TrainingProgress
 from stablefield.cli.recipes import BY_DATA, RecipeName, shown
 from stablefield.cli.settling import first_process_first, opening_of, pick_device, settled, start_processes, told
 from stablefield.cli.sources import open_data
 from stablefield.data.image_set import ImageSet, size_text
 from stablefield.training.estimate import estimate
 from stablefield.training.feed import Feed
-from stablefield.training.loop import Tracker, check_fit, make_accelerator, train
+from stablefield.training.loop import Tracker, check_fit, check_tracker, make_accelerator, train
 from stablefield.training.observers import FrechetObserver
 from stablefield.training.placement import placed, resolve_band, resolve_references
 from stablefield.training.recipe import Recipe
@@ -71,6 +74,8 @@ class Train:
     """What the run does."""
     opened: tyro.conf.Suppress[Any] = None
     """The data, once they are open."""
+    yields: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """What flags have changed in the recipe."""
 
     def settled(self, parse: "Callable[[Recipe], Train]", base: Recipe) -> "Train":
         """This call with the recipe that the data suggest, if none was named; flags are read anew on top of it.
@@ -100,6 +105,24 @@ class Train:
             raise ValueError("DATA is missing: name what to train on, such as: stablefield train digits.")
         return settled(self, parse)
 
+    def check(self) -> None:
+        """Find out before the data are read whether it can be done.
+
+        Raises:
+            ValueError: naming the flag.
+            ImportError: if a package is missing.
+        """
+        if self.evaluate_every < 0:
+            raise ValueError(f"--evaluate-every is {self.evaluate_every}: it must not be negative.")
+        if self.evaluate_every:
+            import stablefield.evaluation.self_check  # noqa: F401  # needs torchmetrics
+
+            self.measure.check()
+        check_tracker(self.tracker)
+        if not self.print and not self.dry_run:
+            advice = f"name a new folder, or continue the run in it with --resume --out {shlex.quote(str(self.out))}"
+            check_new_folder("--out", self.out or Path("runs", "new"), advice)
+
     def run(self) -> int:
         """Train, with a progress bar, and say what is where."""
         with ExitStack() as held:
@@ -107,12 +130,15 @@ class Train:
 
     def _run(self, held: ExitStack) -> int:
         if self.print:
+            for note in self.yields:
+                console.out(f"# {note}")
             console.out(shown(self._existing()[1].recipe if self.resume else self.config))
             return 0
         state = start_processes(accelerated=pick_device(self.device).type == "cuda")
         console.quiet = not state.is_main_process
         device = pick_device(str(state.device) if state.num_processes > 1 else self.device)
         if self.resume:
+            check_tracker(self.tracker)
             folder, config = self._existing(held if state.is_main_process and not self.dry_run else None)
             with first_process_first(state):
                 data = open_data(self.data or config.data, **config.opening)
@@ -144,19 +170,22 @@ class Train:
         recipe, processes = config.recipe, PartialState().num_processes
         many = f" x {processes} processes" if processes > 1 else ""
         console.print(
-            f"[bold]{recipe.target.upper()}[/] on {data.name}: {len(data):,} images of "
+            f"[bold]{recipe.target.upper()}[/] on {escape(data.name)}: {len(data):,} images of "
             f"{'x'.join(map(str, data.shape))}, {recipe.steps:,} steps of {recipe.batch}, on {device}{many}"
         )
-        console.print(f"run folder: {relative(folder.path)}")
+        console.print(f"run folder: {escape(relative(folder.path))}")
         accelerator = make_accelerator(device, self.tracker, folder)
         began = time.monotonic()
-        with TrainingProgress(recipe.steps) as progress:
+        newest = folder.newest()
+        begun = 0 if newest is None else newest[1].step
+        with TrainingProgress(recipe.steps, begun) as progress:
             done = train(
                 folder,
                 config,
                 data,
                 device=device,
                 report=progress.update,
+                every=EVERY,
                 stop=lambda: interruption.requested,
                 tracker=self.tracker,
                 observers=observers,
@@ -164,43 +193,43 @@ class Train:
             )
         if done < recipe.steps:
             console.print(
-                f"stopped at step {done:,}; to go on: stablefield train --resume --out {relative(folder.path)}"
+                f"stopped at step {done:,}; to go on: {quoted('stablefield', 'train', '--resume', '--out', folder.path)}"
             )
         else:
             console.print(f"done in {_duration(time.monotonic() - began)}")
-            console.print(f"samples:    {relative(folder.picture(done))}")
-        console.print(f"draw more:  stablefield sample {relative(folder.path)} --seeds 0-63")
+            console.print(f"samples:    {escape(relative(folder.picture(done)))}")
+        console.print(f"draw more:  {quoted('stablefield', 'sample', folder.path, '--seeds', '0-63')}")
         return 0
 
     def _new(self, data: ImageSet, device: torch.device) -> RunConfig:
         recipe = self.config
         check_fit(recipe, data)
+        classes = data.classes if recipe.conditional else 0
+        # Before anything is measured: a network that does not fit the images says so here.
+        with torch.device("meta"):
+            recipe.network.build(data.shape, classes, recipe.augment_dim, torch.Generator())
         references, rule = resolve_references(recipe, data, device, PartialState().num_processes)
         recipe = dataclasses.replace(recipe, references=references)
         band, finding = resolve_band(recipe, data, device)
         recipe = dataclasses.replace(recipe, noise_band=band)
         check_fit(recipe, data)
         console.print(f"recipe:     {self.recipe} (all of it: --print)")
+        for note in self.yields:
+            console.print(f"changed:    {note}", markup=False)
         console.print(f"references: {rule}")
         if recipe.target == "stf":
             console.print(f"noise band: {finding}")
-        config = RunConfig(
+        return RunConfig(
             data=self.data,
             shape=data.shape,
-            classes=data.classes if recipe.conditional else 0,
+            classes=classes,
             manifest=data.manifest,
             recipe=recipe,
             version=stablefield.__version__,
             opening=opening_of(self, data),
         )
-        # Before a folder is made: a network that does not fit the images says so here.
-        with torch.device("meta"):
-            recipe.network.build(config.shape, config.classes, recipe.augment_dim, torch.Generator())
-        return config
 
     def _observers(self, data: ImageSet, device: torch.device) -> list[FrechetObserver]:
-        if self.evaluate_every < 0:
-            raise ValueError(f"--evaluate-every is {self.evaluate_every}: it must not be negative.")
         if not self.evaluate_every or not PartialState().is_main_process:
             return []
         from stablefield.evaluation.self_check import Reading, SelfCheck  # needs torchmetrics
@@ -262,7 +291,7 @@ class Train:
             console.print("this run has no checkpoint yet: it starts from its first step.")
         else:
             for complaint in newest[2]:
-                console.print(f"[yellow]passed over:[/] {complaint}")
+                console.print(f"[yellow]passed over:[/] {escape(complaint)}")
             console.print(f"continuing from step {newest[1].step:,}")
         return folder, folder.config()
 

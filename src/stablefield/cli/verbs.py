@@ -1,7 +1,11 @@
 """The verbs and their flags, from the dataclasses that carry them out."""
 
-from collections.abc import Sequence
-from typing import Annotated, Protocol, TypeVar
+import contextlib
+import dataclasses
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Protocol, TypeVar, Union
 
 import tyro
 
@@ -14,22 +18,36 @@ from stablefield.cli.evaluate import Evaluate
 from stablefield.cli.export import Export
 from stablefield.cli.importing import Import
 from stablefield.cli.probe import Probe
-from stablefield.cli.recipes import RECIPES
+from stablefield.cli.recipes import RECIPES, with_fewer_levels, yielding
 from stablefield.cli.sample import Sample
 from stablefield.cli.settling import chooses, settled
 from stablefield.cli.train import Train
 from stablefield.training.recipe import Recipe
-from stablefield.training.recipes import DIGITS, imagefolder
+from stablefield.training.recipes import DIGITS, imagefolder, unet2d
 
-__all__ = ["Verb", "parse"]
+__all__ = ["UNET", "VERBS", "Verb", "base_of", "parse"]
 
 UNET = imagefolder((3, 32, 32), 10_000, accelerated=False)
 """What the help shows where the data are not known yet."""
 
-Kind = TypeVar("Kind")
+VERBS: dict[str, type] = {
+    "train": Train,
+    "compare": Compare,
+    "sample": Sample,
+    "ema": Ema,
+    "evaluate": Evaluate,
+    "probe": Probe,
+    "bench": Bench,
+    "data": Data,
+    "export": Export,
+    "import": Import,
+    "doctor": Doctor,
+}
+"""The verbs by name."""
 
-_DESCRIPTION = "Low-variance training targets for diffusion and flow models, and a trainer that uses them."
-_CONFIG = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
+Kind = TypeVar("Kind", Train, Compare)
+
+_CONFIG = (tyro.conf.AvoidSubcommands,)
 
 
 class Verb(Protocol):
@@ -41,63 +59,126 @@ class Verb(Protocol):
 
 
 def parse(arguments: Sequence[str]) -> Verb:
-    """Read the command line; wrong use exits with status 2 and says what is wrong."""
-    flat = any(argument.startswith(("--network.width", "--network.depth")) for argument in arguments)
-    base = RECIPES.get(_recipe_name(arguments), DIGITS if flat else UNET)
+    """Read the command line.
+
+    Raises:
+        ValueError: if it is wrong, with what is.
+    """
+    given = _given(arguments)
+    base, notes = yielding(base_of(arguments), given)
     verb, unknown = _read(arguments, base)
     # Which flags there are depends on the recipe, so what is unknown here may be known when it is chosen.
     if unknown and not (isinstance(verb, Train | Compare) and chooses(verb)):
-        verb = _parse(arguments, base)
+        raise ValueError(_foreign(unknown, base))
     if isinstance(verb, Train):
-        return verb.settled(lambda recipe: _again(Train, arguments, recipe), base)
+        verb = dataclasses.replace(verb, yields=notes)
+        return _fitted(verb.settled(lambda recipe: _again(Train, arguments, recipe), base), given)
     if isinstance(verb, Compare):
-        return settled(verb, lambda recipe: _again(Compare, arguments, recipe))
+        verb = dataclasses.replace(verb, yields=notes)
+        return _fitted(settled(verb, lambda recipe: _again(Compare, arguments, recipe)), given)
     return verb
+
+
+def base_of(arguments: Sequence[str]) -> Recipe:
+    """The recipe whose flags a command line is read with first."""
+    flat = not {"--network.width", "--network.depth"}.isdisjoint(_given(arguments))
+    name = _recipe_name(arguments)
+    if name == "unet2d":
+        return unet2d((3, 32, 32), 10_000, accelerated=False)
+    return RECIPES.get(name, DIGITS if flat else UNET)
 
 
 def _again(kind: type[Kind], arguments: Sequence[str], recipe: Recipe) -> Kind:
-    verb = _parse(arguments, recipe)
+    base, notes = yielding(recipe, _given(arguments))
+    verb, unknown = _read(arguments, base)
+    if unknown:
+        raise ValueError(_foreign(unknown, base))
     assert isinstance(verb, kind)
-    return verb
+    return dataclasses.replace(verb, yields=notes)
 
 
-def _parse(arguments: Sequence[str], recipe: Recipe) -> Verb:
-    return tyro.cli(  # pyright: ignore[reportCallIssue]
-        _verbs(recipe),  # pyright: ignore[reportArgumentType]
-        prog="stablefield",
-        description=_DESCRIPTION,
-        args=list(arguments),
-        config=_CONFIG,
+def _fitted(verb: Kind, given: Mapping[str, Sequence[str]]) -> Kind:
+    if verb.opened is None:
+        return verb
+    recipe, notes = with_fewer_levels(verb.config, verb.opened.shape, given)
+    return dataclasses.replace(verb, config=recipe, yields=(*verb.yields, *notes))
+
+
+def _given(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """The flags of a command line, each with what stands behind it up to the next."""
+    found: dict[str, list[str]] = {}
+    values: list[str] = []
+    for word in arguments:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            values = found[name.replace("_", "-")] = [value] if equals else []
+        else:
+            values.append(word)
+    return found
+
+
+def _foreign(unknown: Sequence[str], recipe: Recipe) -> str:
+    """What to say of flags that other recipes have."""
+    flags = [word.partition("=")[0] for word in unknown if word.startswith("--")] or list(unknown)
+    part = flags[0].removeprefix("--").partition(".")[0].replace("-", "_")
+    kind = getattr(recipe, part, None)
+    if kind is None:
+        return f"{' and '.join(flags)} cannot be used here: stablefield --help tells what there is."
+    names = [f"--{part.replace('_', '-')}.{field.name.replace('_', '-')}" for field in dataclasses.fields(kind)]
+    own = f"its flags are {', '.join(names)}" if names else "it has no flags"
+    return (
+        f"{' and '.join(flags)}: the recipe that was chosen has {type(kind).__name__} for its {part.replace('_', ' ')}, and "
+        f"{own}. Leave the flag out, or name another --recipe."
     )
 
 
 def _read(arguments: Sequence[str], recipe: Recipe) -> tuple[Verb, list[str]]:
-    """The verb and the flags that it does not know."""
-    return tyro.cli(  # pyright: ignore[reportCallIssue]
-        _verbs(recipe),  # pyright: ignore[reportArgumentType]
-        prog="stablefield",
-        description=_DESCRIPTION,
-        args=list(arguments),
-        config=_CONFIG,
-        return_unknown_args=True,
-    )
+    """The verb and the flags that it does not know.
+
+    Raises:
+        ValueError: if a value does not fit.
+    """
+    told = io.StringIO()
+    try:
+        # What the parser says is a box; a message of this command is a paragraph.
+        with contextlib.redirect_stderr(told):
+            return tyro.cli(  # pyright: ignore[reportCallIssue]
+                _verbs(arguments[0], recipe),  # pyright: ignore[reportArgumentType]
+                prog="stablefield",
+                args=list(arguments),
+                config=_CONFIG,
+                return_unknown_args=True,
+                add_help=False,
+            )
+    except SystemExit:
+        raise ValueError(_paragraph(told.getvalue())) from None
 
 
-def _verbs(recipe: Recipe) -> object:
-    train, compare = Train(config=recipe), Compare(config=recipe)
-    return (
-        Annotated[Train, tyro.conf.subcommand("train", default=train)]
-        | Annotated[Compare, tyro.conf.subcommand("compare", default=compare)]
-        | Annotated[Sample, tyro.conf.subcommand("sample")]
-        | Annotated[Ema, tyro.conf.subcommand("ema")]
-        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-        | Annotated[Probe, tyro.conf.subcommand("probe")]
-        | Annotated[Bench, tyro.conf.subcommand("bench")]
-        | Annotated[Data, tyro.conf.subcommand("data")]
-        | Annotated[Export, tyro.conf.subcommand("export")]
-        | Annotated[Import, tyro.conf.subcommand("import")]
-        | Annotated[Doctor, tyro.conf.subcommand("doctor")]
-    )
+def _paragraph(box: str) -> str:
+    """The words of a box, without its frame and title, up to its first rule."""
+    lines = [line.strip(" │|") for line in box.splitlines()]
+    said: list[str] = []
+    for line in lines[1:]:
+        if re.fullmatch(r"[-─╭╮╰╯ ]*", line):
+            if said:
+                break
+            continue
+        said.append(line)
+    text = " ".join(said) or " ".join(lines)
+    return re.sub(r"^Error parsing (?:__tyro-dummy-inner__\.)?(?:config\.)?(?:--)?([\w.-]+): ", r"--\1: ", text)
+
+
+def _verbs(name: str, recipe: Recipe) -> object:
+    """What the parser reads a verb with; it makes no more of the other verbs than it must, which takes it a while."""
+    other = "ema" if name == "doctor" else "doctor"
+    defaults = {"train": Train(config=recipe), "compare": Compare(config=recipe)}
+    kinds = [
+        Annotated[VERBS[verb], tyro.conf.subcommand(verb, default=defaults[verb])]
+        if verb in defaults
+        else Annotated[VERBS[verb], tyro.conf.subcommand(verb)]
+        for verb in (name, other)
+    ]
+    return Union[tuple(kinds)]  # noqa: UP007
 
 
 def _recipe_name(arguments: Sequence[str]) -> str:

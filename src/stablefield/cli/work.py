@@ -4,8 +4,9 @@ import time
 from types import TracebackType
 from typing import Self
 
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
+from stablefield.cli.bar import TimeLeft
 from stablefield.cli.console import console
 
 __all__ = ["Work"]
@@ -23,7 +24,7 @@ class Work:
             BarColumn(bar_width=20),
             TaskProgressColumn(),
             TextColumn("{task.fields[text]}", markup=False),
-            TimeRemainingColumn(),
+            TimeLeft(),
             console=console,
             transient=True,
             disable=not console.is_terminal or console.quiet,

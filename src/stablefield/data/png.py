@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from stablefield.data.image_set import class_text
 from stablefield.data.pillow import require_pillow
 
-__all__ = ["class_grid", "tile", "write_png"]
+__all__ = ["class_grid", "tile", "write_picture", "write_png"]
 
 PICTURE_WIDTH = 1000
 CELL_WIDTH = 128
@@ -150,7 +150,12 @@ def _scale(columns: int, width: int, padding: int) -> int:
 
 
 def write_png(path: str | Path, array: NDArray[np.uint8]) -> Path:
-    """Write a picture as a PNG file, whole or not at all.
+    """Write a picture as a PNG file, whole or not at all, as `write_picture` does."""
+    return _write(path, array, jpeg=False)
+
+
+def write_picture(path: str | Path, array: NDArray[np.uint8]) -> Path:
+    """Write a picture, whole or not at all: as JPEG if the file is called .jpg or .jpeg, as PNG otherwise.
 
     Args:
         path: the file; folders on the way are made, a file of that name is replaced.
@@ -163,20 +168,28 @@ def write_png(path: str | Path, array: NDArray[np.uint8]) -> Path:
         ValueError: if `array` is not a picture.
         ImportError: if Pillow is not installed.
     """
+    return _write(path, array, jpeg=Path(path).suffix.lower() in (".jpg", ".jpeg"))
+
+
+def _write(path: str | Path, array: NDArray[np.uint8], *, jpeg: bool) -> Path:
     picture = array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array
     if picture.dtype != np.uint8 or picture.size == 0 or (picture.ndim != 2 and picture.shape[2:] != (3,)):
         raise ValueError(
             f"array has dtype {array.dtype} and shape {array.shape}: a picture is uint8 of shape (height, width, 1 or 3); "
             "pass a batch of images through tile first."
         )
-    require_pillow("writing a PNG file")
+    require_pillow("writing a picture")
     from PIL import Image
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    image = Image.fromarray(np.ascontiguousarray(picture))
     try:
-        Image.fromarray(np.ascontiguousarray(picture)).save(temporary, format="PNG")
+        if jpeg:
+            image.save(temporary, format="JPEG", quality=95, subsampling=0)
+        else:
+            image.save(temporary, format="PNG")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

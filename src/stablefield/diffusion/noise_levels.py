@@ -58,6 +58,10 @@ class NoiseLevels(ABC):
 class LogNormal(NoiseLevels):
     """ln(sigma / alpha) ~ N(mean, std^2).
 
+    Args:
+        mean: of ln(sigma / alpha).
+        std: its standard deviation.
+
     References:
         Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022,
         table 1 and section 5. With std 1, mean 0 and a rectified flow it is the logit-normal distribution of Esser et al.,
@@ -79,6 +83,10 @@ class LogNormal(NoiseLevels):
 class LogUniform(NoiseLevels):
     """ln(sigma / alpha) uniform between ln(minimum) and ln(maximum): the VE schedule.
 
+    Args:
+        minimum: lowest noise level sigma / alpha.
+        maximum: highest noise level.
+
     References:
         Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations", ICLR 2021, appendix C.
     """
@@ -99,6 +107,10 @@ class LogUniform(NoiseLevels):
 @dataclass(frozen=True)
 class Uniform(NoiseLevels):
     """The time itself uniform between `start` and `end`: VP from 1e-5 to 1, flow matching from 0 to 1.
+
+    Args:
+        start: least time.
+        end: greatest time.
 
     References:
         Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations", ICLR 2021, appendix C

@@ -40,7 +40,11 @@ class Preconditioning(Protocol):
 
 @dataclass(frozen=True)
 class EDMPreconditioning:
-    """Unit variance for the input and the target of the network at every noise level (table 1, column "Ours")."""
+    """Unit variance for the input and the target of the network at every noise level (table 1, column "Ours").
+
+    Args:
+        sigma_data: standard deviation of the data.
+    """
 
     sigma_data: float = 0.5
 

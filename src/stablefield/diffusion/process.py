@@ -129,6 +129,10 @@ class EDM(Process):
 class VE(Process):
     """Variance exploding: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t for t in [0, 1].
 
+    Args:
+        sigma_min: noise at t = 0.
+        sigma_max: noise at t = 1.
+
     References:
         Song, Sohl-Dickstein, Kingma, Kumar, Ermon, Poole, "Score-Based Generative Modeling through Stochastic
         Differential Equations", ICLR 2021, equation 9 and appendix C.
@@ -173,6 +177,10 @@ class VP(Process):
     """Variance preserving with a linear beta(t) on t in [0, 1]: alpha^2 + sigma^2 = 1.
 
     With b(t) = (beta_max - beta_min) t^2 / 2 + beta_min t: alpha = exp(-b / 2), sigma = sqrt(1 - exp(-b)).
+
+    Args:
+        beta_min: rate of noise at t = 0.
+        beta_max: rate of noise at t = 1.
 
     References:
         Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations", ICLR 2021,

@@ -29,6 +29,9 @@ class EDMWeighting:
 
     With sigma_data = 1 it is 1 + 1/s^2, the error in v.
 
+    Args:
+        sigma_data: standard deviation of the data.
+
     References:
         Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022, table 1.
     """
@@ -49,6 +52,11 @@ class SNRWeighting:
 
     The plain 1/s^2 (power 1) is the error in the noise; `minimum=1` is the truncated SNR of progressive distillation;
     `maximum=5` is min-SNR-5; `power=0` weighs all alike.
+
+    Args:
+        power: exponent of the clamped ratio.
+        minimum: least signal-to-noise ratio.
+        maximum: greatest signal-to-noise ratio; inf for no bound.
 
     References:
         Salimans, Ho, "Progressive Distillation for Fast Sampling of Diffusion Models", ICLR 2022, section 4.

@@ -29,7 +29,7 @@ from stablefield.training.recipe import Recipe
 from stablefield.training.run_folder import RunConfig, RunFolder
 from stablefield.training.stepper import Stepper
 
-__all__ = ["Observer", "Report", "Tracker", "TrainingError", "check_fit", "make_accelerator", "train"]
+__all__ = ["Observer", "Report", "Tracker", "TrainingError", "check_fit", "check_tracker", "make_accelerator", "train"]
 
 SAMPLE_SEEDS = range(64)
 
@@ -79,6 +79,17 @@ def check_fit(recipe: Recipe, data: ImageSet) -> None:
         )
 
 
+def check_tracker(tracker: Tracker) -> None:
+    """Make sure that the package of a tracker is installed.
+
+    Raises:
+        ImportError: if it is not, with the command that installs it.
+    """
+    if tracker != "none" and find_spec(tracker) is None:
+        extra = 'pip install "stablefield[tensorboard]"' if tracker == "tensorboard" else "pip install wandb"
+        raise ImportError(f"--tracker {tracker} needs a package that is not installed: {extra}.")
+
+
 def make_accelerator(device: torch.device, tracker: Tracker = "none", folder: RunFolder | None = None) -> Accelerator:
     """The processes of this run with their devices and tracker.
 
@@ -89,9 +100,7 @@ def make_accelerator(device: torch.device, tracker: Tracker = "none", folder: Ru
         tracker: what metrics.jsonl is mirrored to.
         folder: where a tracker may write.
     """
-    if tracker != "none" and find_spec(tracker) is None:
-        extra = 'pip install "stablefield[tensorboard]"' if tracker == "tensorboard" else "pip install wandb"
-        raise ImportError(f"--tracker {tracker} needs a package that is not installed: {extra}.")
+    check_tracker(tracker)
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="no",

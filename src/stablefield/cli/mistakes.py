@@ -1,0 +1,251 @@
+"""Mistakes in a command line, found by the table of flags alone: before torch is imported, and before anything is read."""
+
+import difflib
+import re
+from collections.abc import Sequence
+
+from stablefield.cli.flags import Flag, VerbFlags, all_verbs
+from stablefield.cli.usage import expects
+
+__all__ = ["checked"]
+
+# Names that other programs have for the same thing.
+_SAME = {
+    "--learning-rate": "--lr",
+    "--batch": "--batch-size --batchsize --bs --train-batch-size",
+    "--steps": "--max-steps --num-steps --n-steps --train-steps --max-train-steps --total-steps --iterations --iters "
+    "--num-iterations --num-inference-steps",
+    "--out": "-o --output --output-dir --output-path --out-dir --outdir --save-dir",
+    "--resolution": "--image-size --img-size --imgsize --size --res",
+    "--clip": "--grad-clip --clip-grad --gradient-clip --gradient-clip-val --max-grad-norm",
+    "--accumulate": "--grad-accum --accumulation-steps --gradient-accumulation-steps --accumulate-grad-batches",
+    "--mirror": "--flip --hflip --xflip --random-flip --horizontal-flip",
+    "--conditional": "--cond --class-cond --class-conditional",
+    "--label-dropout": "--class-dropout --class-dropout-prob --cfg-dropout",
+    "--guidance": "--cfg --cfg-scale --guidance-scale",
+    "--class": "--class-label --class-idx --label",
+    "--sampler": "--solver",
+    "--checkpoint-every": "--save-every --save-interval --checkpoint-interval --checkpointing-steps",
+    "--log-every": "--log-interval --logging-steps",
+    "--sample-every": "--sample-interval",
+    "--tracker": "--logger --report-to",
+    "--metrics": "--metric",
+    "--data": "--dataset --data-dir --data-path --real",
+    "--samples": "--num-samples --n-samples",
+    "--references": "--refs --num-references",
+    "--overwrite": "--force",
+    "--dry-run": "--dryrun",
+    "--compile": "--torch-compile",
+    "--extractor": "--features",
+}
+# Names of things that are done in another way here: the flag that does it, and how.
+_OTHER = {
+    "--epochs --num-epochs --max-epochs --n-epochs --num-train-epochs": (
+        "--steps",
+        "give --steps, images x epochs / batch size; --dry-run tells how many epochs that is",
+    ),
+    "--data --dataset --data-dir --data-path --path --input -i": ("DATA", "name the data without a flag"),
+    "--run --model --checkpoint --ckpt --network-pkl": ("RUN", "name the run's folder without a flag"),
+    "--gpu --gpus --cuda --accelerator": ("--device", "give --device cuda; start several processes with torchrun"),
+    "--cpu --no-cuda": ("--device", "give --device cpu"),
+    "--fp16 --bf16 --amp --half --mixed-precision --dtype": ("--precision", "give --precision bf16"),
+    "--num-workers --workers --dataloader-num-workers": ("--accumulate", "leave it out: images are read ahead anyway"),
+    "--wandb --use-wandb": ("--tracker", "give --tracker wandb"),
+    "--tensorboard --logdir": ("--tracker", "give --tracker tensorboard"),
+    "--ema --ema-decay --ema-rate --use-ema": (
+        "--ema-half-life",
+        "give --ema-half-life, in images; weights are always averaged",
+    ),
+    "--warmup --warmup-steps --lr-warmup-steps --lr-warmup": (
+        "--ramp-images",
+        "give --ramp-images, steps x batch size",
+    ),
+    "--optimizer --optim --weight-decay --beta1 --betas": ("--learning-rate", "leave it out: the optimiser is Adam"),
+    "--num-samples --n-samples --num-images --samples -n": (
+        "--seeds",
+        "give --seeds, such as --seeds 0-63 for 64 images",
+    ),
+    "--seed": ("--seeds", "give --seeds"),
+    "--resume-from --resume-from-checkpoint --checkpoint --ckpt": ("--resume", "give --resume --out RUN"),
+    "--arch --architecture --model --network": ("--recipe", "give --recipe, or the flags that begin with --network"),
+    "--target": ("--looks", "leave it out: both targets are trained with"),
+    "--sample-every --checkpoint-every": ("--looks", "give --looks, how often each run is scored and saved"),
+}
+_VERBS = {
+    "fit": "train",
+    "training": "train",
+    "resume": "train",
+    "generate": "sample",
+    "samples": "sample",
+    "draw": "sample",
+    "eval": "evaluate",
+    "fid": "evaluate",
+    "benchmark": "bench",
+    "convert": "import",
+    "pack": "data pack",
+    "inspect": "data inspect",
+    "check": "doctor",
+}
+_NUMBER = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
+
+
+def checked(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the names that the verb knows; usual names of other programs are understood.
+
+    Raises:
+        ValueError: if there is no such verb, flag or value, or something is missing; with what was probably meant.
+    """
+    verb, rest = _verb(arguments)
+    flags = verb.flags()
+    found: list[str] = verb.name.split()
+    plain: list[str] = []
+    given: set[str] = set()
+    place = 0
+    while place < len(rest):
+        word = rest[place]
+        place += 1
+        if not _is_flag(word):
+            plain.append(word)
+            found.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        name = _known(name, verb, flags)
+        if not equals:
+            found.append(name)
+        given.add(name)
+        variants = flags.get(name) or flags[_opposite(name)]
+        values = [value] if equals else []
+        many = variants[0].count
+        if many == 0 and equals:
+            raise ValueError(f"{name}={value}: {name} takes no value; give {name} alone.")
+        while not equals and place < len(rest) and not _is_flag(rest[place]) and len(values) != many:
+            values.append(rest[place])
+            found.append(rest[place])
+            place += 1
+        if equals:
+            found.append(f"{name}={value}")
+        else:
+            _check_count(name, variants, values, rest[place:])
+        for value in values:
+            if not any(_takes(flag, value) for flag in variants):
+                raise ValueError(f"{name} is {value}: it takes {expects(variants[0])}.")
+    _check_rest(verb, plain, given)
+    return found
+
+
+def _verb(arguments: Sequence[str]) -> tuple[VerbFlags, list[str]]:
+    verbs = all_verbs()
+    for name, verb in verbs.items():
+        words = name.split()
+        if list(arguments[: len(words)]) == words:
+            return verb, list(arguments[len(words) :])
+    first = arguments[0]
+    heads = dict.fromkeys(name.split()[0] for name in verbs)
+    if first in heads:
+        below = [name.split()[1] for name in verbs if name.startswith(f"{first} ")]
+        other = arguments[1] if len(arguments) > 1 else "nothing"
+        nearest = _nearest(other, below)
+        hint = f" Did you mean {first} {nearest[0]}?" if nearest else ""
+        raise ValueError(f"{first} is followed by {' or '.join(below)}, not by {other}.{hint}")
+    if first.startswith("-"):
+        raise ValueError(
+            f"{first} stands before the verb: name the verb first, such as stablefield train. {_all(heads)}"
+        )
+    meant = [_VERBS[first.lower()]] if first.lower() in _VERBS else _nearest(first.lower(), list(heads))
+    hint = f"Did you mean {' or '.join(meant)}? " if meant else ""
+    raise ValueError(f"there is no verb {first}. {hint}{_all(heads)}")
+
+
+def _all(heads: "dict[str, None]") -> str:
+    return f"The verbs: {', '.join(heads)}. All of them with what they do: stablefield --help"
+
+
+def _is_flag(word: str) -> bool:
+    return len(word) > 1 and word.startswith("-") and not _NUMBER.match(word)
+
+
+def _opposite(name: str) -> str:
+    """The switch that undoes a switch, such as --no-mirror."""
+    prefix, dot, last = name.removeprefix("--").rpartition(".")
+    return f"--{prefix}{dot}{last.removeprefix('no-') if last.startswith('no-') else f'no-{last}'}"
+
+
+def _known(name: str, verb: VerbFlags, flags: "dict[str, list[Flag]]") -> str:
+    """The verb's own name of a flag.
+
+    Raises:
+        ValueError: if it has none, with the nearest.
+    """
+    own = name.replace("_", "-").lower() if name.startswith("--") else name
+    own = f"-{own}" if re.fullmatch(r"-[a-z][\w-]+", own) else own  # -steps, with one dash
+    opposite = flags.get(_opposite(own), [])
+    if own in flags or (opposite and opposite[0].count == 0):
+        return own
+    for there, names in _SAME.items():
+        if own in names.split() and there in flags:
+            return there
+    raise ValueError(f"{verb.name} has no flag {name}: {_meant(own, verb, flags)}")
+
+
+def _meant(name: str, verb: VerbFlags, flags: "dict[str, list[Flag]]") -> str:
+    everything = f"All of its flags: stablefield {verb.name} --help"
+    names = {*flags, *(argument.name for argument in verb.arguments)}
+    for others, (needed, way) in _OTHER.items():
+        if name in others.split() and needed in names:
+            return f"{way}. {everything}"
+    last = name.removeprefix("--")
+    same = [flag for flag in flags if flag.rpartition(".")[2] == last]
+    near = same or _nearest(name, list(flags))
+    if not near:
+        return f"there is none like it. {everything}"
+    told = " or ".join(f"{flag} ({flags[flag][0].help.partition('. ')[0].rstrip('.')})" for flag in near[:2])
+    return f"did you mean {told}? {everything}"
+
+
+def _nearest(word: str, known: Sequence[str]) -> list[str]:
+    bare = {name.lstrip("-"): name for name in known}
+    word = word.lstrip("-")
+    near = difflib.get_close_matches(word, list(bare), n=3, cutoff=0.65)
+    if not near and len(word) > 3:
+        near = [name for name in bare if word in name or (name in word and len(name) > 3)]
+    return [bare[name] for name in near]
+
+
+def _check_count(name: str, variants: Sequence[Flag], values: Sequence[str], after: Sequence[str]) -> None:
+    many = variants[0].count
+    if many >= 0 and len(values) < many:
+        followed = f", and {after[0]} is a flag; write {name}={after[0]} if it is meant" if after else ""
+        lacks = "its value" if many == 1 else "values"
+        raise ValueError(f"{name} lacks {lacks}: it takes {expects(variants[0])}{followed}.")
+
+
+def _takes(flag: Flag, value: str) -> bool:
+    for kind in flag.takes:
+        if kind in ("text", "path") or kind == value:
+            return True
+        if kind in ("int", "float"):
+            try:
+                int(value) if kind == "int" else float(value)
+            except ValueError:
+                continue
+            return True
+    return False
+
+
+def _check_rest(verb: VerbFlags, plain: Sequence[str], given: "set[str]") -> None:
+    """Check the arguments without a flag, and that what is needed is there."""
+    if len(plain) > len(verb.arguments):
+        extra = plain[len(verb.arguments)]
+        if not verb.arguments:
+            raise ValueError(f"{verb.name} takes no {extra}: leave it out.")
+        names = " and ".join(argument.name for argument in verb.arguments)
+        raise ValueError(
+            f"{verb.name} takes {names}, and {extra} is one too many: leave it out, or put quotes around a name with spaces."
+        )
+    for argument in verb.arguments[len(plain) :]:
+        if argument.required:
+            raise ValueError(f"{argument.name} is missing. {argument.help} More: stablefield {verb.name} --help")
+    for group in verb.groups:
+        for flag in group.flags:
+            if flag.required and flag.name not in given:
+                raise ValueError(f"{flag.name} is missing. {flag.help} More: stablefield {verb.name} --help")

@@ -1,0 +1,77 @@
+"""Mistakes in a command line: each is told in a sentence with what was probably meant."""
+
+import shlex
+
+import pytest
+
+from stablefield.cli.entry import main
+from stablefield.cli.mistakes import checked
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("trian digits", ["no verb trian", "Did you mean train?", "compare"]),
+        ("eval runs/a", ["Did you mean evaluate?"]),
+        ("generate runs/a", ["Did you mean sample?"]),
+        ("photos", ["no verb photos", "The verbs: train"]),
+        ("--device cpu train digits", ["--device stands before the verb"]),
+        ("data pakc a b", ["pack or inspect, not by pakc", "data pack"]),
+        ("train digits --stepz 3", ["no flag --stepz", "did you mean --steps (Optimiser steps)?", "train --help"]),
+        ("train digits --leraning-rate 3", ["--learning-rate"]),
+        ("sample run --step 3", ["--steps"]),
+        ("train digits --width 3", ["--network.width"]),
+        ("train digits --xyzzy", ["no flag --xyzzy", "none like it"]),
+        ("train digits --epochs 3", ["--steps", "images x epochs"]),
+        ("train --data digits", ["without a flag"]),
+        ("train digits --gpu 0", ["--device cuda"]),
+        ("train digits --fp16", ["--precision bf16"]),
+        ("train digits --warmup 3", ["--ramp-images"]),
+        ("train digits --wandb", ["--tracker wandb"]),
+        ("sample run --num-samples 64", ["--seeds 0-63"]),
+        ("compare digits --target dsm", ["no flag --target", "both targets"]),
+        ("compare digits --seed 3", ["--seeds"]),
+        ("train digits --steps", ["--steps lacks its value", "a whole number"]),
+        ("train digits --out --resume", ["--out lacks its value", "--out=--resume"]),
+        ("sample run --interval 1", ["--interval lacks values", "2 values"]),
+        ("train digits --steps many", ["--steps is many", "a whole number"]),
+        ("train digits --steps=1.5", ["--steps is 1.5", "a whole number"]),
+        ("train digits --learning-rate fast", ["--learning-rate is fast", "a number"]),
+        ("train digits --target ddpm", ["--target is ddpm", "stf or dsm"]),
+        ("train digits --references some", ["a whole number, auto, all or sharded"]),
+        ("train digits --mirror=yes", ["--mirror takes no value"]),
+        ("train my photos", ["photos is one too many", "quotes"]),
+        ("doctor now", ["doctor takes no now"]),
+        ("sample", ["RUN is missing", "The run's folder"]),
+        ("export run", ["--out is missing"]),
+        ("data pack digits", ["DEST is missing"]),
+    ],
+)
+def test_a_mistake_is_one_sentence_with_what_was_meant(
+    line: str, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(shlex.split(line))
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("stablefield: ")
+    assert told.err.count("\n") == 1
+    assert [word for word in words if word not in told.err] == [], told.err
+
+
+@pytest.mark.parametrize(
+    ("line", "same"),
+    [
+        ("train digits --lr 3 --batch-size 4", "train digits --learning-rate 3 --batch 4"),
+        ("train digits --image_size=8 -o x", "train digits --resolution=8 --out x"),
+        ("train digits --iters 3 --flip --class-cond", "train digits --steps 3 --mirror --conditional"),
+        ("train digits --learning_rate 3", "train digits --learning-rate 3"),
+        ("sample run --cfg-scale 2 --class -1", "sample run --guidance 2 --class -1"),
+        ("evaluate run --dataset d --num-samples 3", "evaluate run --data d --samples 3"),
+        ("train digits --noise-levels.mean -1.2", "train digits --noise-levels.mean -1.2"),
+        ("train digits --no-mirror --steps 3", "train digits --no-mirror --steps 3"),
+        ("ema run --length 0.05 0.1 --step 3", "ema run --length 0.05 0.1 --step 3"),
+    ],
+)
+def test_usual_names_are_understood(line: str, same: str) -> None:
+    assert checked(shlex.split(line)) == shlex.split(same)

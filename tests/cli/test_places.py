@@ -1,0 +1,102 @@
+"""What cannot be written is found out before anything is read, and an image file is what it is called."""
+
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stablefield.cli import data, settling
+from stablefield.cli.entry import main
+
+SMALL = "--steps 2 --batch 4 --network.width 8 --network.depth 1 --sample-every 0 --device cpu"
+
+
+def status(line: str) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main(shlex.split(line))
+    assert isinstance(exit_.value.code, int)
+    return exit_.value.code
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("places") / "my run"
+    assert status(f"train digits {SMALL} --out '{path}'") == 0
+    return path
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("train digits --out full", ["--out full is not empty", "--resume --out full"]),
+        ("train digits --out file/run", ["--out file/run cannot be written"]),
+        ("train digits --out run.png", ["called like a file"]),
+        ("train digits --out /proc/run", ["cannot be written"]),
+        ("train digits --tracker wandb", ["--tracker wandb needs a package"]),
+        ("train digits --evaluate-every 1 --measure.extractor dinov2", ["--extractor-file"]),
+        ("train digits --device abacus", ["--device abacus"]),
+        ("train digits --device meta", ["--device meta"]),
+        ("compare digits --out file/x", ["--out file/x cannot be written"]),
+        ("compare digits --out x.html", ["called like a file"]),
+        ("compare digits --seeds a", ["--seeds a"]),
+        ("compare digits --looks 0", ["--looks is 0"]),
+        ("data pack digits file", ["file exists", "--overwrite"]),
+        ("data pack digits full", ["full is a folder"]),
+        ("data pack digits x.npz", ["written as .safetensors"]),
+        ("data pack digits file/x", ["cannot be written"]),
+        ("data inspect digits --out x.gif", ["written as .png or .jpg"]),
+        ("data inspect digits --out file/x.png", ["cannot be written"]),
+        ("data inspect digits --count 0", ["--count is 0"]),
+        ("bench digits --out file/x", ["cannot be written"]),
+        ("bench digits --out bench.json", ["called like a file"]),
+        ("bench digits --batch 0", ["--batch is 0"]),
+        ("sample RUN --out x.gif", [".png or .jpg or .jpeg or .npz"]),
+        ("sample RUN --out file/x.png", ["cannot be written"]),
+        ("export RUN --out full", ["not empty"]),
+        ("export RUN --out x.safetensors", ["called like a file"]),
+        ("import file --out full", ["not empty"]),
+    ],
+)
+def test_checks_come_before_work(
+    line: str,
+    words: list[str],
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("it has begun to work")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    for module in (settling, data):
+        monkeypatch.setattr(module, "open_data", work)
+    for name in ("bench.open_data", "drawing.open_model", "export.open_model", "importing.read_published"):
+        monkeypatch.setattr(f"stablefield.cli.{name}", work)
+    assert status(line.replace("RUN", f"'{run}'")) in (1, 2)
+    told = capsys.readouterr().err
+    assert [word for word in words if word not in told] == [], told
+    assert "begun to work" not in told
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["grid.jpg", "grid.JPEG", "grid.png"])
+def test_a_grid_is_the_picture_that_its_name_says(name: str, run: Path, tmp_path: Path) -> None:
+    assert status(f"sample '{run}' --seeds 0-3 --steps 2 --device cpu --out '{tmp_path / name}'") == 0
+    assert status(f"sample '{run}' --seeds 0-3 --steps 2 --device cpu --out '{tmp_path / 'same.png'}'") == 0
+    with Image.open(tmp_path / name) as picture, Image.open(tmp_path / "same.png") as same:
+        assert picture.format == ("PNG" if name.endswith("png") else "JPEG")
+        assert np.abs(np.asarray(picture).astype(float) - np.asarray(same)).mean() < 3
+
+
+def test_printed_commands_can_be_copied(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a b;c"
+    assert status(f"train digits {SMALL} --out '{path}'") == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("draw more:"))
+    assert shlex.split(line.partition(":")[2]) == ["stablefield", "sample", str(path), "--seeds", "0-63"]

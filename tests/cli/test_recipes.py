@@ -1,0 +1,165 @@
+"""A flag wins over what a recipe sets, for every recipe and every flag, and what is changed is printed."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import torch
+
+from stablefield.cli import verbs
+from stablefield.cli.entry import main
+from stablefield.cli.flags import Flag
+from stablefield.cli.inventory import inventory
+from stablefield.cli.recipes import RECIPES, with_fewer_levels, yielding
+from stablefield.cli.train import Train
+from stablefield.data.image_set import ImageSet
+from stablefield.diffusion.process import VE
+from stablefield.training.loop import check_fit
+from stablefield.training.recipe import Perceptron, Recipe
+from stablefield.training.recipes import imagefolder, unet2d
+
+KINDS = {
+    **RECIPES,
+    "imagefolder": imagefolder((3, 32, 32), 100_000, accelerated=False),
+    "imagefolder-gpu": imagefolder((3, 64, 64), 100_000, accelerated=True),
+    "unet2d": unet2d((3, 32, 32), 100_000, accelerated=False),
+}
+
+
+def values_of(flag: Flag, default: Any) -> Iterator[list[str]]:
+    """Some values that are right in themselves, near the default."""
+    if flag.count == 0:
+        yield []
+        return
+    words = [word for word in flag.takes if word not in ("int", "float", "text", "path")]
+    if flag.count == 1:
+        yield from ([word] for word in words)
+    numbers = default if isinstance(default, tuple) else (default,)
+    if "float" in flag.takes or "int" in flag.takes:
+        usual = 0.25 if "float" in flag.takes else 1
+        numbers = [
+            number if isinstance(number, int | float) and number not in (0, float("inf")) else usual
+            for number in numbers
+        ]
+        for factor in (0.5, 2):
+            scaled = [number * factor for number in numbers]
+            if "float" not in flag.takes:
+                scaled = [max(1, round(number)) for number in scaled]
+            elif any(0.5 < number <= 1 for number in numbers):
+                scaled = [min(1.0, number) for number in scaled]  # a share
+            yield [str(number) for number in scaled]
+
+
+def value_at(recipe: Recipe, name: str) -> Any:
+    found: Any = recipe
+    for part in name.removeprefix("--").split("."):
+        found = getattr(found, part.replace("-", "_"))
+    return found
+
+
+def changed(recipe: Recipe, arguments: list[str]) -> Recipe:
+    """The recipe with a flag applied, as the parser applies it."""
+    name, *words = arguments
+    part, _, field = name.removeprefix("--").replace("-", "_").rpartition(".")
+    old = value_at(recipe, f"--{part}.{field}" if part else f"--{field.removeprefix('no_')}")
+    value: Any
+    if isinstance(old, bool):
+        field, value = field.removeprefix("no_"), not field.startswith("no_")
+    elif isinstance(old, tuple) or old is None:
+        value = tuple(float(word) if "." in word else int(word) for word in words)
+    elif isinstance(old, float) or "." in words[0]:
+        value = float(words[0])
+    else:
+        value = int(words[0]) if words[0].isdigit() else words[0]
+    if part:
+        value = dataclasses.replace(getattr(recipe, part), **{field: value})
+    return dataclasses.replace(recipe, **{part or field: value})
+
+
+def cases() -> Iterator[tuple[str, list[str]]]:
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    for name, recipe in KINDS.items():
+        for flag_name, (flag, *_) in inventory(recipe)["train"].flags().items():
+            bare = flag_name.removeprefix("--").replace("-", "_").removeprefix("no_")
+            if bare.partition(".")[0] in fields:
+                for values in values_of(flag, value_at(recipe, f"--{bare}")):
+                    yield name, [flag_name, *values]
+
+
+def test_every_flag_can_be_given_with_every_recipe() -> None:
+    """A flag alone never fails for what the recipe sets: where two things cannot be, the recipe's yields."""
+    impossible = {
+        # The network of these recipes cannot be told of an augmentation, and no flag names another network.
+        ("digits", "--augmentation"),
+        ("unet2d", "--augmentation"),
+        # A norm of so many groups takes widths that are multiples of it, and nobody said which.
+        ("unet2d", "--network.groups"),
+        # One value a level, and the recipe's levels are three.
+        ("unet2d", "--network.attention"),
+    }
+    seen = 0
+    for name, arguments in cases():
+        if (name, arguments[0]) in impossible:
+            continue
+        base, _ = yielding(KINDS[name], verbs._given(arguments))
+        recipe = changed(base, arguments)  # raises where it does not fit
+        shape = (1, 8, 8) if isinstance(recipe.network, Perceptron) else (3, 64, 64)
+        labels = torch.zeros(10**6, dtype=torch.int64).numpy()
+        images = torch.zeros(1, *shape, dtype=torch.uint8).expand(10**6, *shape).numpy()
+        check_fit(recipe, ImageSet(images=images, labels=labels, class_names=None, name="x", manifest={}))
+        if name in ("digits", "imagefolder", "unet2d") and arguments[0].startswith("--network"):
+            with torch.device("meta"):
+                recipe.network.build(shape, 0, recipe.augment_dim, torch.Generator())
+        seen += 1
+    assert seen > 400
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "changed"),
+    [
+        ("cifar10-edm", "--mirror", {"augmentation": 0.0, "mirror": True}),
+        ("imagefolder", "--mirror", {"augmentation": 0.0}),
+        ("digits", "--references 5", {"batch": 5, "references": 5}),
+        ("cifar10-ve", "--process.sigma-max 50", {"process.sigma-max": 50.0, "noise-levels.maximum": 50.0}),
+        ("cifar10-ve", "--process.sigma-min 0.5", {"process.sigma-min": 0.5, "noise-levels.minimum": 0.5}),
+        ("cifar10-ve", "--noise-levels.maximum 300", {"process.sigma-max": 300.0, "noise-levels.maximum": 300.0}),
+        ("unet2d", "--network.widths 48 80", {"network.groups": 16}),
+    ],
+)
+def test_the_recipe_yields_and_says_so(name: str, line: str, changed: dict[str, Any]) -> None:
+    base, notes = yielding(KINDS[name], verbs._given(line.split()))
+    verb, _ = verbs._read(["train", "x", *line.split()], base)
+    assert isinstance(verb, Train)
+    assert {field: value_at(verb.config, f"--{field}") for field in changed} == changed
+    assert len(notes) == 1
+    assert line.split()[0] in notes[0]
+    assert "wins over the recipe's --" in notes[0]
+
+
+def test_nothing_yields_to_flags_that_agree_or_that_were_both_given(capsys: pytest.CaptureFixture[str]) -> None:
+    for line in ("--steps 5 --noise-band 0.3", "--mirror --augmentation 0", "--no-mirror"):
+        assert yielding(KINDS["cifar10-edm"], verbs._given(line.split())) == (KINDS["cifar10-edm"], ())
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--recipe", "cifar10-edm", "--mirror", "--augmentation", "0.1", "--print"])
+    assert "--mirror and --augmentation are both set" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--recipe", "cifar10-edm", "--mirror", "--print"])
+    assert capsys.readouterr().out.startswith("# --mirror wins over the recipe's --augmentation 0.12, which is 0 now")
+
+
+def test_a_resolution_wins_over_the_levels_of_the_network() -> None:
+    recipe = KINDS["imagefolder"]
+    for side, levels in ((30, 2), (25, 1), (28, 3)):
+        found, notes = with_fewer_levels(recipe, (3, side, side), {"--resolution": [str(side)]})
+        assert found.network.multipliers == recipe.network.multipliers[:levels]  # type: ignore[union-attr]
+        assert len(notes) == (levels < 3)
+        with torch.device("meta"):
+            found.network.build((3, side, side), 0, found.augment_dim, torch.Generator())
+    assert with_fewer_levels(recipe, (3, 30, 30), {}) == (recipe, ())
+
+
+def test_processes_with_an_end_are_all_known_to_yield() -> None:
+    kinds = get_args(get_type_hints(Recipe)["process"])
+    ended = [kind for kind in kinds if any(f.name.startswith("sigma") for f in dataclasses.fields(kind))]
+    assert ended == [VE]
