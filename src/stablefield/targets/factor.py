@@ -141,13 +141,14 @@ def factor_size(bank: Bank, batch: int, dtype: torch.dtype) -> int:
 def factors(bank: Bank, size: int, batch: int, dtype: torch.dtype) -> Iterator[tuple[slice, Factor]]:
     """The references of `bank`, at most `size` at a time, for products with `batch` rows of `dtype`.
 
-    uint8 images stay bytes if rows are float32 on a CPU that has products for bytes, and there is enough to multiply.
+    The origin of their norms, if there is one, has been taken off. uint8 images stay bytes if rows are float32 on a CPU that
+    has products for bytes, and there is enough to multiply.
 
     Yields:
         Their place in the bank, and the factor, valid until the next one is asked for.
     """
     if not _stays_bytes(bank, batch, dtype):
-        for where, rows in bank.chunks(size, dtype):
+        for where, rows in bank.chunks(size, dtype, bank.norms(dtype).origin):
             yield where, DecodedFactor(rows)
         return
     # Weighted sums run over the references of a factor.

@@ -52,15 +52,15 @@ def finish(partial: Partial, query: Query, excess: Excess, kernel: Kernel) -> Po
             f"no reference may serve row {row}{of_group}: give references of its group, or group -1 to use all of them."
         )
     narrow = query.x_t.dtype
-    mean = partial.total / partial.mass.to(narrow)[:, None]
-    variance = (partial.energy / partial.mass - squared_norms(mean)).clamp(min=0)
+    gap = partial.total / partial.mass.to(narrow)[:, None]
+    variance = (partial.energy / partial.mass - squared_norms(gap)).clamp(min=0)
     own = None
     if query.source is not None:
         prior = torch.zeros_like(partial.peak) if query.log_prior is None else query.log_prior[query.source]
         own = (torch.exp(prior - partial.peak) / partial.mass).to(narrow)
     at_anchor = kernel.log_density(excess.anchor_square, query.sigma, query.x_t.shape[1])
     return Posterior(
-        mean=mean.reshape(query.like.shape).to(query.like.dtype),
+        mean=gap.add_(excess.anchor).reshape(query.like.shape).to(query.like.dtype),
         variance=variance.to(narrow),
         ess=(partial.mass**2 / partial.mass_squared).to(narrow),
         source_weight=own,

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from stablefield.targets.bank import Bank
+from stablefield.targets.bank import Bank, Norms
 from stablefield.targets.excess import Anchor, Excess
 from stablefield.targets.factor import factor_size, factors
 from stablefield.targets.kernel import Kernel
@@ -17,10 +17,10 @@ __all__ = ["accumulate", "accumulate_all"]
 
 
 def accumulate(query: Query, bank: Bank, excess: Excess, partial: Partial, chunk_size: int | None = None) -> Partial:
-    """Add the references of `bank` to the softmax sums `partial`, with logits relative to the anchors of `excess`.
+    """The references of `bank` with `partial`, which holds nothing but the anchors of `excess`, if that: see `Excess.own`.
 
     Returns:
-        `partial`, changed in place. The anchors themselves are not added, see `Excess.own`.
+        The sums of both.
 
     Raises:
         ValueError: if `chunk_size` is below 1.
@@ -31,16 +31,21 @@ def accumulate(query: Query, bank: Bank, excess: Excess, partial: Partial, chunk
     size = min(chunk_size or factor_size(bank, len(x), x.dtype), len(bank))
     norms = bank.norms(x.dtype)
     among = len(bank) if query.watched else None
+    others = Partial.empty(*x.shape, x.dtype, x.device, level=partial.peak)
     uniform = query.log_prior is None and query.group is None
     if uniform:
-        partial.add_prior(_prior_weight(query, slice(0, len(bank)), None))
+        others.add_prior(_prior_weight(query, slice(0, len(bank)), None))
     for where, factor in factors(bank, size, len(x), x.dtype):
         allowed, part = query.allowed(where), norms.at(where)
-        logits, largest = excess.logits(factor, part, where, allowed, partial.peak)
+        logits, largest, gaps = excess.logits(factor, part, where, allowed, others.peak)
         if not uniform:
-            partial.add_prior(_prior_weight(query, where, allowed))
-        partial.add(logits, largest, factor, part, among)
-    return partial
+            others.add_prior(_prior_weight(query, where, allowed))
+
+        def energy(weights: Tensor, mass: Tensor, rows: Tensor | None, part: Norms = part, gaps: Tensor = gaps) -> Tensor:
+            return excess.energy(weights, mass, part, gaps, rows)
+
+        others.add(logits, largest, factor, energy, among)
+    return excess.about_anchor(others).with_anchors(partial)
 
 
 def accumulate_all(
