@@ -220,7 +220,7 @@ class Bank:
         # Medians, since single samples may be anywhere; they are numbers of samples, so that most differences are exact.
         medians = rows
         while len(medians) >= 3:
-            medians = _median_of_three(*medians[: len(medians) // 3 * 3].view(3, -1, self.dim))
+            medians = _median_of_three(*medians[: len(medians) // 3 * 3].unflatten(0, (3, -1)))
         origin = medians[0]
         spread = squared_norms(rows - origin).sort().values[(count - 1) // 2]
         return origin, squared_norms(origin[None])[0] > _FAR * spread

@@ -33,7 +33,7 @@ from torch import Tensor
 from stablefield.targets.bank import Bank, Norms, squared_norms
 from stablefield.targets.factor import Factor, Operand, factor_size, factors
 from stablefield.targets.kernel import Kernel
-from stablefield.targets.partial import Partial
+from stablefield.targets.partial import Energy, Partial
 from stablefield.targets.product import ULPS
 from stablefield.targets.query import Query
 
@@ -97,7 +97,7 @@ class Excess:
         self.noise = torch.addcmul(x, near, alpha.to(x.dtype)[:, None], value=-1)
         self.anchor_square = squared_norms(self.noise)
         self._square = squared_norms(near)
-        along = _dot(x, near)
+        along = _product(x, near, alpha.dtype)
         offset = alpha * (alpha * self._square - 2 * along)
         # What all references have in common is taken off in float64, so that the rest keeps its digits.
         self._offset = (offset - alpha**2 * norms.centre).to(x.dtype)[:, None]
@@ -124,7 +124,7 @@ class Excess:
 
     def logits(
         self, factor: Factor, norms: Norms, where: slice, allowed: Tensor | None, reached: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Energy]:
         """Log weights of a chunk relative to the anchor, with the prior, and the largest of each row.
 
         Args:
@@ -135,8 +135,8 @@ class Excess:
             reached: a logit that the row is known to reach, shape (B,), -inf where none is.
 
         Returns:
-            Shapes (B, c), -inf for what is not allowed and for the anchor itself, and (B,); and the excess, shape (B, c), of
-            use to `energy`.
+            Shapes (B, c), -inf for what is not allowed and for the anchor itself, and (B,); and what `Partial.add` asks for
+            the energy of the chunk.
         """
         place, query = self._place, self._query
         repaired = len(self._rows) if not self._by_pairs else 0
@@ -163,20 +163,16 @@ class Excess:
         largest = logits.amax(1)
         if len(self._rows) and self._by_pairs:
             self._repair(logits, largest, excess, factor, where, reached)
-        return logits, largest, excess
+        # What is not needed is not kept.
+        gaps = excess if len(self._rows) else None
+        return logits, largest, lambda weights, mass, queries: self._energy(weights, mass, queries, norms, gaps)
 
-    def energy(self, weights: Tensor, mass: Tensor, norms: Norms, excess: Tensor, queries: Tensor | None) -> Tensor:
-        """Sums of a chunk from which `about_anchor` has the squared distances from the anchors, shape (B,), float64.
-
-        Args:
-            weights: the weights of the c references, shape (B, c).
-            mass: their sums, shape (B,), float64.
-            norms: the references' squared norms.
-            excess: what `logits` has given.
-            queries: which rows these are, if they are not all.
-        """
+    def _energy(
+        self, weights: Tensor, mass: Tensor, queries: Tensor | None, norms: Norms, excess: Tensor | None
+    ) -> Tensor:
+        """The weighted sum of |y|^2 or, of rows of small noise, of the excess, shape (b,): see `about_anchor`."""
         energy = mass * norms.centre + torch.mv(weights, norms.centred)
-        if not len(self._rows):
+        if excess is None:
             return energy
         if queries is not None:
             some = self._rough[queries].nonzero()[:, 0]
@@ -188,26 +184,22 @@ class Excess:
         return torch.where(self._rough, (weights * excess).sum(1).to(mass.dtype), energy)
 
     def about_anchor(self, partial: Partial) -> Partial:
-        """Sums over references other than the anchor, as they are added up, in place about the anchors.
-
-        `total` becomes the sum of e^(l - m) (y - a), `energy` that of e^(l - m) |y - a|^2.
-        """
-        total, alpha = partial.total, self._query.alpha
-        total.addcmul_(self._near, partial.mass.to(total.dtype)[:, None], value=-1)
-        rows, energy = self._rows, partial.energy
-        if len(rows) < len(total):
-            partial.energy = energy - 2 * _dot(total, self._near) - partial.mass * self._square
-        if len(rows):
-            whole = len(rows) == len(total)
-            part, noise, scale = (x if whole else x[rows] for x in (total, self.noise, alpha))
-            exact = ((energy if whole else energy[rows]) + 2 * scale * _dot(part, noise)) / scale**2
-            if not whole:
-                partial.energy = partial.energy.index_copy(0, rows, exact)
-            elif self._query.fixed:
-                plain = energy - 2 * _dot(total, self._near) - partial.mass * self._square
-                partial.energy = torch.where(self._rough, exact, plain)
-            else:
-                partial.energy = exact
+        """Take the sums over all references but the anchors, as they have been added up, about the anchors, in place."""
+        rows = slice(None)
+        if self._query.watched:
+            some = partial.mass.nonzero()[:, 0]
+            rows = some if len(some) < len(self.anchor) else rows
+        total, energy, mass = partial.total[rows], partial.energy[rows], partial.mass[rows]
+        near, alpha = self._near[rows], self._query.alpha[rows]
+        total.addcmul_(near, mass.to(total.dtype)[:, None], value=-1)
+        squares = (energy + 2 * alpha * _product(total, self.noise[rows])) / alpha**2 if len(self._rows) else energy
+        if len(self._rows) < len(self.anchor) or self._query.fixed:
+            plain = energy - 2 * _product(total, near) - mass * self._square[rows]
+            squares = torch.where(self._rough[rows], squares, plain) if len(self._rows) else plain
+        if isinstance(rows, Tensor):
+            partial.total.index_copy_(0, rows, total)
+            squares = partial.energy.index_copy(0, rows, squares)
+        partial.energy = squares
         return partial
 
     def _log_ratio(self, excess: Tensor, where: slice, at: Tensor | slice = slice(None)) -> Tensor:
@@ -325,10 +317,9 @@ def _moved(query: Query, origin: Tensor | None) -> Tensor:
     return moved
 
 
-def _dot(p: Tensor, q: Tensor) -> Tensor:
-    """Inner products of the rows of `p` with those of `q`, shape (B,), summed in float64."""
-    wide = torch.float32 if p.device.type == "mps" else torch.float64
-    return torch.cat([(a * b).sum(1, dtype=wide) for a, b in zip(_blocks(p), _blocks(q), strict=True)])
+def _product(p: Tensor, q: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Inner products of the rows of `p` with those of `q`, shape (B,), summed in `dtype` or, much faster, in their own."""
+    return torch.cat([(a * b).sum(1, dtype=dtype) for a, b in zip(_blocks(p), _blocks(q), strict=True)])
 
 
 def _scaled(x: Tensor, alpha: Tensor) -> Tensor:

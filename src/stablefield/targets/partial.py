@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from stablefield.targets.factor import Factor
 
-__all__ = ["Partial"]
+__all__ = ["Energy", "Partial"]
 
 # A logit may exceed the level m by this much before the sums are rescaled to it, a pass over all of them: e^16 squared,
 # summed over any number of references, is far from the end of float32.
@@ -31,7 +31,8 @@ _SLACK = 16.0
 # Share of the rows above which it is cheaper to multiply all than to pick those that a chunk has weight for.
 _MANY = 0.75
 
-_Energy = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Energy = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""What weights (b, c) of a chunk, their sums (b,) and the queries that they are of (None for all) add to the energy, (b,)."""
 
 
 @dataclass
@@ -90,7 +91,7 @@ class Partial:
         self.log_prior = torch.logaddexp(self.log_prior, log_prior.to(self.log_prior.dtype))
 
     def add(
-        self, logits: Tensor, largest: Tensor, factor: Factor, energy: _Energy, among: int | None = None
+        self, logits: Tensor, largest: Tensor, factor: Factor, energy: Energy, among: int | None = None
     ) -> None:
         """Add a chunk of c references, but for their prior weights.
 
@@ -98,7 +99,7 @@ class Partial:
             logits: shape (B, c), -inf where a reference may not be used; overwritten.
             largest: the largest logit of each query, shape (B,).
             factor: the references.
-            energy: what their weights (b, c), the sums of these, and the queries that they are of (all for None) add to E.
+            energy: what their weights add to E.
             among: how many references there are in all. What weighs so little that all of them, if they weighed no more,
                 could not be seen in the dtype, is left out. This looks at the values, for which a GPU would have to be
                 waited for: None adds all without a look.
@@ -153,7 +154,7 @@ class Partial:
         self.energy = self.energy * keep
         self.total.mul_(keep.to(self.total.dtype)[:, None])
 
-    def _add_all(self, logits: Tensor, factor: Factor, energy: _Energy) -> None:
+    def _add_all(self, logits: Tensor, factor: Factor, energy: Energy) -> None:
         weights = _exp(logits.sub_(_finite(self.peak).to(logits.dtype)[:, None]))
         mass = weights.sum(1).to(self.mass.dtype)
         self.mass = self.mass + mass
@@ -161,7 +162,7 @@ class Partial:
         factor.add_weighted(self.total, weights)
         self.mass_squared = self.mass_squared + weights.square_().sum(1)
 
-    def _add_some(self, queries: Tensor, logits: Tensor, factor: Factor, energy: _Energy, unseen: float) -> None:
+    def _add_some(self, queries: Tensor, logits: Tensor, factor: Factor, energy: Energy, unseen: float) -> None:
         """Add for `queries`, and make the product for those of them whose chunk weighs more than `unseen`."""
         if len(queries) < len(logits):
             logits = logits.index_select(0, queries)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from stablefield.targets.bank import Bank, Norms
+from stablefield.targets.bank import Bank
 from stablefield.targets.excess import Anchor, Excess
 from stablefield.targets.factor import factor_size, factors
 from stablefield.targets.kernel import Kernel
@@ -37,13 +37,9 @@ def accumulate(query: Query, bank: Bank, excess: Excess, partial: Partial, chunk
         others.add_prior(_prior_weight(query, slice(0, len(bank)), None))
     for where, factor in factors(bank, size, len(x), x.dtype):
         allowed, part = query.allowed(where), norms.at(where)
-        logits, largest, gaps = excess.logits(factor, part, where, allowed, others.peak)
+        logits, largest, energy = excess.logits(factor, part, where, allowed, others.peak)
         if not uniform:
             others.add_prior(_prior_weight(query, where, allowed))
-
-        def energy(weights: Tensor, mass: Tensor, rows: Tensor | None, part: Norms = part, gaps: Tensor = gaps) -> Tensor:
-            return excess.energy(weights, mass, part, gaps, rows)
-
         others.add(logits, largest, factor, energy, among)
     return excess.about_anchor(others).with_anchors(partial)
 
