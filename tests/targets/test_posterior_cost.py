@@ -55,7 +55,7 @@ def test_float_references_need_no_tensor_above_b_n_and_b_d(
 
 
 @pytest.mark.parametrize("chunk_size", [100, 1000])
-@pytest.mark.parametrize("kind", ["uint8", "strided", "groups"])
+@pytest.mark.parametrize("kind", ["uint8", "strided", "groups", "far from zero"])
 def test_decoded_references_exist_a_chunk_at_a_time(kind: str, chunk_size: int, rng: torch.Generator) -> None:
     arguments = {}
     if kind == "uint8":
@@ -64,6 +64,8 @@ def test_decoded_references_exist_a_chunk_at_a_time(kind: str, chunk_size: int, 
     else:
         y = torch.randn(D, N, generator=rng).T if kind == "strided" else torch.randn(N, D, generator=rng)
         x_t = y[:B] + torch.randn(B, D, generator=rng)
+    if kind == "far from zero":
+        x_t, y = x_t + 1e4, y + 1e4
     if kind == "groups":
         arguments = {"group": torch.arange(B) % 3, "reference_group": torch.arange(N) % 3}
     with Largest(x_t, y) as largest:

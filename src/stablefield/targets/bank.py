@@ -67,7 +67,7 @@ class Norms:
 
     Attributes:
         squares: |y|^2, shape (n,), float64; where there is an origin o, |y - o|^2.
-        centre: their mean, shape (), float64.
+        centre: their median, shape (), float64; not the mean, which a single large one may move far from all.
         centred: |y|^2 - centre in the dtype of the computation, where the difference keeps digits that |y|^2 would not,
             shape (n,).
         largest: an upper bound, shape (), float64.
@@ -88,7 +88,7 @@ class Norms:
     @classmethod
     def of(cls, squares: Tensor, dtype: torch.dtype, origin: Tensor | None = None, bound: float | None = None) -> "Norms":
         """What belongs to these squared norms; those without a bound are taken to be finite."""
-        centre = squares.mean()
+        centre = squares.median()
         finite = bound is None or math.isfinite(bound)
         return cls(squares, centre, (squares - centre).to(dtype), squares.max(), finite, bound, origin)
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from stablefield.targets.bank import Bank, Norms, squared_norms
-from stablefield.targets.factor import Factor, Operand, factor_size, factors
+from stablefield.targets.factor import DecodedFactor, Factor, Operand, factor_size, factors
 from stablefield.targets.kernel import Kernel
 from stablefield.targets.partial import Energy, Partial
 from stablefield.targets.product import ULPS
@@ -42,6 +42,8 @@ __all__ = ["Anchor", "Excess", "certain", "find_anchor"]
 # The bound on the rounding error of a logit, and so of a weight, above which its pair is computed again; measured errors
 # are about a quarter of it.
 _TOLERANCE = 1e-3
+# That above which the nearest reference may be so far from the one that is found that it is no anchor.
+_BLURRED = 1e4
 # A logit this far below the largest is a weight that float32 does not see.
 _NEGLIGIBLE = 18.0
 # Distances that the search for anchors keeps, so that they are computed once: 128 MB in float32.
@@ -86,15 +88,19 @@ class Excess:
 
     def __init__(self, query: Query, anchor: Anchor, bank: Bank, kernel: Kernel) -> None:
         norms = bank.norms(query.x_t.dtype)
-        x, alpha = _moved(query, norms.origin), query.alpha
-        near = anchor.rows if norms.origin is None else anchor.rows - norms.origin
+        x, alpha, near = query.x_t, query.alpha, anchor.rows
+        if norms.origin is None:
+            self.noise = torch.addcmul(x, near, alpha.to(x.dtype)[:, None], value=-1)
+        else:
+            self.noise = _less(x, alpha, near)
+            x, near = _less(x, alpha, norms.origin[None]), near - norms.origin
+        self._origin = None if norms.origin is None else norms.origin.to(alpha.dtype)
         self._query = query
         self._place = anchor.place
         self._distances = anchor.distances
         self._kernel = kernel
         self._x, self._near = x, near
         self.anchor = anchor.rows
-        self.noise = torch.addcmul(x, near, alpha.to(x.dtype)[:, None], value=-1)
         self.anchor_square = squared_norms(self.noise)
         self._square = squared_norms(near)
         along = _product(x, near, alpha.dtype)
@@ -141,13 +147,13 @@ class Excess:
         place, query = self._place, self._query
         repaired = len(self._rows) if not self._by_pairs else 0
         if repaired == len(query.x_t):
-            excess = self._wide(factor.rows, self._rows).to(query.x_t.dtype)
+            excess = self._wide(factor.wide, self._rows).to(query.x_t.dtype)
         elif self._distances is None:
             excess = factor.inner(self._scaled).addcmul_(self._alpha_square, norms.centred).sub_(self._offset)
         else:
             excess = self._distances[:, where] - self._offset
         if 0 < repaired < len(query.x_t):
-            excess.index_copy_(0, self._rows, self._wide(factor.rows, self._rows).to(excess.dtype))
+            excess.index_copy_(0, self._rows, self._wide(factor.wide, self._rows).to(excess.dtype))
         logits = self._log_ratio(excess, where)
         if allowed is not None:
             logits.masked_fill_(~allowed, -torch.inf)
@@ -222,7 +228,7 @@ class Excess:
         many = old.device.type == "cpu" and old.dtype == torch.float32 and count > _DENSE * near.numel()
         # Beyond the digits of float64, only pairs will do.
         if many and bool((self._error[some] * _WIDER <= _TOLERANCE).all()):
-            exact = self._wide(factor.rows, some).to(old.dtype)
+            exact = self._wide(factor.wide, some).to(old.dtype)
             excess[some] = exact
             new = self._log_ratio(exact, where, some).masked_fill_(old.isneginf(), -torch.inf)
         else:
@@ -242,16 +248,17 @@ class Excess:
         step = max(1, _PAIR_BUDGET // self._x.shape[1])
         return torch.cat(
             [
-                _uncancelled((self._near[part_i] - factor.at(part_k)).mul_(alpha[part_i]), self.noise[part_i])
+                _uncancelled((self.anchor[part_i] - factor.at(part_k)).mul_(alpha[part_i]), self.noise[part_i])
                 for part_i, part_k in zip(i.split(step), k.split(step), strict=True)
             ]
         )
 
-    def _wide(self, rows: Tensor, some: Tensor) -> Tensor:
+    def _wide(self, wide: Tensor, some: Tensor) -> Tensor:
         # In float64 the product form has digits to spare, so the order of the terms does not matter.
-        wide = rows.double()
         alpha = self._query.alpha[some, None]
-        x, anchor = self._x[some].double(), self._near[some].double()
+        x, anchor = self._query.x_t[some].double(), self.anchor[some].double()
+        if self._origin is not None:
+            x, anchor = x - alpha * self._origin, anchor - self._origin
         offset = alpha * (alpha * anchor.square().sum(1, keepdim=True) - 2 * (x * anchor).sum(1, keepdim=True))
         return torch.addmm(alpha**2 * wide.square().sum(1) - offset, x * (-2 * alpha), wide.T)
 
@@ -267,16 +274,18 @@ def find_anchor(query: Query, bank: Bank) -> Anchor:
         return Anchor(bank.rows(query.source, dtype), query.source)
     origin = bank.norms(dtype).origin
     anchor = torch.zeros_like(query.x_t) if origin is None else origin.repeat(len(query.x_t), 1)
-    if query.fixed:
-        rough = _all_or_none(query)
-    else:
-        rough = (_logit_error(query, bank.norms(dtype).largest) > _TOLERANCE).nonzero()[:, 0]
+    error = _logit_error(query, bank.norms(dtype).largest)
+    rough = _all_or_none(query) if query.fixed else (error > _TOLERANCE).nonzero()[:, 0]
     if not len(rough):
         return Anchor(anchor, None)
     keep = len(query.x_t) * len(bank) <= _KEPT
     rows = torch.arange(len(query.x_t), device=rough.device) if keep else rough
     nearest, distances = _nearest(query, rows, bank, keep)
     nearest = nearest[rough] if keep else nearest
+    if not query.fixed and dtype == torch.float32 and query.x_t.device.type != "mps":
+        blurred = (error[rough] > _BLURRED).nonzero()[:, 0]
+        if len(blurred):
+            nearest[blurred] = _nearest(query, rough[blurred], bank, keep=False, wide=True)[0]
     anchor[rough] = bank.rows(nearest.clamp(min=0), dtype)
     place = torch.full((len(anchor),), -1, device=rough.device)
     place[rough] = nearest
@@ -306,15 +315,15 @@ def _logit_error(query: Query, square: Tensor) -> Tensor:
     return ULPS * torch.finfo(query.x_t.dtype).eps * square * (query.alpha / query.sigma) ** 2
 
 
-def _moved(query: Query, origin: Tensor | None) -> Tensor:
-    """x_t - alpha o, rounded once."""
-    if origin is None:
-        return query.x_t
-    moved, wide = torch.empty_like(query.x_t), origin.to(query.alpha.dtype)
-    blocks = _blocks(query.x_t)
-    for part, rows, alpha in zip(_blocks(moved), blocks, query.alpha.split([len(b) for b in blocks]), strict=True):
-        part.copy_(rows - alpha[:, None] * wide)
-    return moved
+def _less(x: Tensor, alpha: Tensor, rows: Tensor) -> Tensor:
+    """x - alpha rows, for rows of shape (B, d) or (1, d), rounded once."""
+    parts, start = [], 0
+    for part in _blocks(x):
+        where = slice(start, start + len(part))
+        wide = part.to(alpha.dtype) - alpha[where, None] * (rows[where] if len(rows) > 1 else rows).to(alpha.dtype)
+        parts.append(wide.to(x.dtype))
+        start = where.stop
+    return torch.cat(parts)
 
 
 def _product(p: Tensor, q: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -326,20 +335,29 @@ def _scaled(x: Tensor, alpha: Tensor) -> Tensor:
     return x * (-2 * alpha).to(x.dtype)[:, None]
 
 
-def _nearest(query: Query, rows: Tensor, bank: Bank, keep: bool) -> tuple[Tensor, Tensor | None]:
+def _nearest(
+    query: Query, rows: Tensor, bank: Bank, keep: bool, wide: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """The reference of largest weight for each of `rows` (-1 if none is allowed), and, if kept, the distances of all pairs.
 
-    Near enough is good enough for an anchor, so the plain product form serves.
+    Near enough is good enough for an anchor, so the plain product form serves; in float64 if `wide`.
     """
-    dtype = query.x_t.dtype
-    norms = bank.norms(dtype)
-    scaled = Operand(_scaled(_moved(query, norms.origin), query.alpha)[rows])
+    narrow = query.x_t.dtype
+    norms, dtype = bank.norms(narrow), torch.float64 if wide else narrow
+    x = query.x_t[rows].to(dtype)
+    if norms.origin is not None:
+        x = _less(x, query.alpha[rows], norms.origin[None])
+    scaled = Operand(_scaled(x, query.alpha[rows]))
     alpha_square, centred = (query.alpha[rows, None] ** 2).to(dtype), norms.centred
     best = torch.full((len(rows),), torch.inf, dtype=dtype, device=rows.device)
     index = torch.full_like(rows, -1)
     kept = torch.empty(len(rows), len(bank), dtype=dtype, device=rows.device) if keep else None
-    for where, factor in factors(bank, factor_size(bank, len(rows), dtype), len(rows), dtype):
-        distance = factor.inner(scaled).addcmul_(alpha_square, centred[where])
+    for where, factor in factors(bank, factor_size(bank, len(rows), narrow), len(rows), narrow):
+        if wide:
+            rows_wide = factor.wide
+            distance = torch.addmm(alpha_square * rows_wide.square().sum(1), scaled.rows, rows_wide.T)
+        else:
+            distance = factor.inner(scaled).addcmul_(alpha_square, centred[where])
         if kept is not None:
             kept[:, where] = distance
         prior, allowed = query.prior(where), query.allowed(where, rows)

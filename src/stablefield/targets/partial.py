@@ -172,10 +172,13 @@ class Partial:
         count = int(heavy.sum())
         if count > _MANY * len(self.total) and len(queries) == len(self.total):
             factor.add_weighted(self.total, weights)
-        elif count == len(queries):
+        else:
+            if count < len(queries):
+                # From all sums alike, or they would not belong together.
+                queries, weights, narrow = queries[heavy], weights[heavy], narrow[heavy]
+            if not count:
+                return
             self.total.index_add_(0, queries, factor.weighted(weights))
-        elif count:
-            self.total.index_add_(0, queries[heavy], factor.weighted(weights[heavy]))
         mass = narrow.to(self.mass.dtype)
         self.mass = self.mass.index_add(0, queries, mass)
         self.energy = self.energy.index_add(0, queries, energy(weights, mass, queries))
