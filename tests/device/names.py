@@ -7,6 +7,7 @@
 TARGETS = {
     "pool": 6,
     "floats": 6,
+    "far from zero": 6,
     "in batch": 5,
     "DSM": 1,
     "groups": 7,

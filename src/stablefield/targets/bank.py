@@ -86,7 +86,9 @@ class Norms:
     origin: Tensor | None = None
 
     @classmethod
-    def of(cls, squares: Tensor, dtype: torch.dtype, origin: Tensor | None = None, bound: float | None = None) -> "Norms":
+    def of(
+        cls, squares: Tensor, dtype: torch.dtype, origin: Tensor | None = None, bound: float | None = None
+    ) -> "Norms":
         """What belongs to these squared norms; those without a bound are taken to be finite."""
         centre = squares.median()
         finite = bound is None or math.isfinite(bound)

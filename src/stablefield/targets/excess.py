@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from stablefield.targets.bank import Bank, Norms, squared_norms
-from stablefield.targets.factor import DecodedFactor, Factor, Operand, factor_size, factors
+from stablefield.targets.factor import Factor, Operand, factor_size, factors
 from stablefield.targets.kernel import Kernel
 from stablefield.targets.partial import Energy, Partial
 from stablefield.targets.product import ULPS
@@ -315,12 +315,12 @@ def _logit_error(query: Query, square: Tensor) -> Tensor:
     return ULPS * torch.finfo(query.x_t.dtype).eps * square * (query.alpha / query.sigma) ** 2
 
 
-def _less(x: Tensor, alpha: Tensor, rows: Tensor) -> Tensor:
-    """x - alpha rows, for rows of shape (B, d) or (1, d), rounded once."""
+def _less(x: Tensor, alpha: Tensor, y: Tensor) -> Tensor:
+    """The rows x - alpha y, rounded once, for rows y of shape (B, d) or (1, d)."""
     parts, start = [], 0
     for part in _blocks(x):
         where = slice(start, start + len(part))
-        wide = part.to(alpha.dtype) - alpha[where, None] * (rows[where] if len(rows) > 1 else rows).to(alpha.dtype)
+        wide = part.to(alpha.dtype) - alpha[where, None] * (y[where] if len(y) > 1 else y).to(alpha.dtype)
         parts.append(wide.to(x.dtype))
         start = where.stop
     return torch.cat(parts)
@@ -335,9 +335,7 @@ def _scaled(x: Tensor, alpha: Tensor) -> Tensor:
     return x * (-2 * alpha).to(x.dtype)[:, None]
 
 
-def _nearest(
-    query: Query, rows: Tensor, bank: Bank, keep: bool, wide: bool = False
-) -> tuple[Tensor, Tensor | None]:
+def _nearest(query: Query, rows: Tensor, bank: Bank, keep: bool, wide: bool = False) -> tuple[Tensor, Tensor | None]:
     """The reference of largest weight for each of `rows` (-1 if none is allowed), and, if kept, the distances of all pairs.
 
     Near enough is good enough for an anchor, so the plain product form serves; in float64 if `wide`.

@@ -5,9 +5,10 @@ For one query and references $k$ in a part, with logits $l_k$ relative to a fixe
 $$ m \approx \max_k l_k, \quad Z = \sum_k e^{l_k - m}, \quad Z_2 = \sum_k e^{2 (l_k - m)}, \quad
    E = \sum_k e^{l_k - m} |y_k - a|^2, \quad S = \sum_k e^{l_k - m} (y_k - a) . $$
 
-E and S are about the anchor $a$, so that both keep their digits where references are close to it; while chunks are added,
-they are about the origin of the references, see `Excess.about_anchor`. Two parts with the same anchor merge by rescaling both to the larger $m$; the operation is associative and
-commutative, over chunks, mirrored sets or processes. The scalars are kept in float64, S in the dtype of the data.
+E and S are about the anchor $a$, so that both keep their digits where references are close to it; while chunks are
+added, they are about the origin of the references, see `Excess.about_anchor`. Two parts with the same anchor merge by
+rescaling both to the larger $m$; the operation is associative and commutative, over chunks, mirrored sets or processes. The
+scalars are kept in float64, S in the dtype of the data.
 
 References:
     Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018, arXiv 1805.02867, section 3.
@@ -32,7 +33,7 @@ _SLACK = 16.0
 _MANY = 0.75
 
 Energy = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""What weights (b, c) of a chunk, their sums (b,) and the queries that they are of (None for all) add to the energy, (b,)."""
+"""What weights (b, c) of a chunk, their sums (b,) and the queries that they are of (None for all) add to E, shape (b,)."""
 
 
 @dataclass
@@ -90,9 +91,7 @@ class Partial:
         """Count prior weights, given as the log of their sum, shape (B,) or (): of what `add` adds, and of the anchors."""
         self.log_prior = torch.logaddexp(self.log_prior, log_prior.to(self.log_prior.dtype))
 
-    def add(
-        self, logits: Tensor, largest: Tensor, factor: Factor, energy: Energy, among: int | None = None
-    ) -> None:
+    def add(self, logits: Tensor, largest: Tensor, factor: Factor, energy: Energy, among: int | None = None) -> None:
         """Add a chunk of c references, but for their prior weights.
 
         Args:
