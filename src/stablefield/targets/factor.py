@@ -100,7 +100,7 @@ class DecodedFactor:
     def wide(self) -> Tensor:  # noqa: D102
         if self._stored is None or self._origin is None:
             return self._rows.double()
-        return self._stored.double() - self._origin
+        return self._stored.to(torch.float64, copy=True).sub_(self._origin)
 
     def at(self, index: Tensor) -> Tensor:  # noqa: D102
         return self._rows[index] if self._stored is None else self._stored[index].to(self._rows.dtype)

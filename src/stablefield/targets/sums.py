@@ -31,7 +31,7 @@ def accumulate(query: Query, bank: Bank, excess: Excess, partial: Partial, chunk
     size = min(chunk_size or factor_size(bank, len(x), x.dtype), len(bank))
     norms = bank.norms(x.dtype)
     among = len(bank) if query.watched else None
-    others = Partial.empty(*x.shape, x.dtype, x.device, level=partial.peak)
+    others = Partial.empty(x.shape[0], x.shape[1], x.dtype, x.device, level=partial.peak)
     uniform = query.log_prior is None and query.group is None
     if uniform:
         others.add_prior(_prior_weight(query, slice(0, len(bank)), None))
