@@ -7,6 +7,7 @@
 TARGETS = {
     "pool": 5,
     "floats": 5,
+    "far from zero": 5,
     "in batch": 5,
     "DSM": 1,
     "groups": 6,

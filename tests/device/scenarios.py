@@ -85,6 +85,9 @@ def case(kind: str, batch: int = 64) -> tuple[dict[str, Any], dict[str, Any]]:
     call = {"x0": x0, "x_t": process.perturb(x0, t, generator=rng), "t": t, "index": index}
     label = torch.arange(len(images)) % 5
     data = images.numpy() if kind == "array" else images / 127.5 - 1 if kind == "floats" else images
+    if kind == "far from zero":
+        data = 1000 + images / 127.5
+        call["x0"], call["x_t"] = data[index], process.perturb(data[index], t, generator=rng)
     options: dict[str, Any] = {"process": process, "noise_band": 0.1, "references": sf.InBatch()}
     group = {"group": label} if kind == "groups" else {}
     size = 200 if kind == "drawn" else None

@@ -284,12 +284,14 @@ def test_on_another_device_nothing_is_looked_at_or_copied(monkeypatch: pytest.Mo
     x_t, y, y8 = (torch.empty(n, *SHAPE, device="meta") for n in (8, 50, 50))
     one, place = torch.ones(8, device="meta"), torch.zeros(8, dtype=torch.long, device="meta")
     group, prior = torch.zeros(50, dtype=torch.long, device="meta"), torch.zeros(50, device="meta")
+    known = (torch.empty(50, device="meta", dtype=torch.float64), torch.empty(48, device="meta"))
     for references, wide, mirrored in product((y, y8.to(torch.uint8)), (False, True), (False, True)):
         for anchor, source in ((x_t, place), (None, None)):
             for conditions in ((place, group, prior), (None, None, None)):
                 options = (*conditions, 0.0, mirrored, 20, wide)
                 with NoCopies():
-                    found = compute(x_t, one, one, references, None, anchor, source, *options)
+                    found = compute(x_t, one, one, references, None, None, anchor, source, *options)
+                    compute(x_t, one, one, references, *known, anchor, source, *options)
             assert {value.device.type for value in found} == {"meta"}
             assert found[0].shape == x_t.shape
 

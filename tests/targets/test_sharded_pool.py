@@ -39,6 +39,8 @@ def result(kind, band=0.0, timeout=None):
     data, group, process = case["data"], case["group"], sf.EDM()
     if kind == "float64":
         data = data.double() / 127.5 - 1
+    if kind == "far from zero":
+        data = data / 127.5 + case["offset"]
     shard = data[mine].numpy() if kind == "array" else data[mine]
     pool = sf.ShardedPool(shard, group[mine] if kind == "groups" else None, mirrored=kind == "mirrored", timeout=timeout)
     assert (pool.start, pool.total) == (mine.start, len(data))
@@ -47,6 +49,8 @@ def result(kind, band=0.0, timeout=None):
     if kind == "float64":
         x0 = data[case["index"]]  # without the rounding of float32, as the shards are
         x_t = x0 + (case["x_t"] - case["x0"]).double()
+    if kind == "far from zero":
+        x0, x_t = data[case["index"]], case["x_t_far"]
     seen = case["seen"][rows] if kind == "groups" else None
     # A rank may have no row in the band, or no row at all in its batch but one below it.
     some = rows if len(rows) else torch.tensor([0])
@@ -70,7 +74,7 @@ try:
         target(case["x0"][rows], case["x_t"][rows], case["t"][rows], index=case["index"][rows])
     else:
         band = 1e-3 if what == "idle" else 0.0
-        kinds = ["uint8"] if what == "idle" else ["uint8", "float64", "array", "groups", "mirrored"]
+        kinds = ["uint8"] if what == "idle" else ["uint8", "float64", "array", "groups", "mirrored", "far from zero"]
         torch.save({kind: result(kind, band) for kind in kinds} | {"rows": rows}, folder / ("found-%d.pt" % rank))
         dist.barrier()
 finally:
@@ -102,6 +106,10 @@ def case(tmp_path: Path) -> dict[str, torch.Tensor]:
         "group": group,
         "seen": seen,
     }
+    # Shards that lie in different places, far from zero.
+    values["offset"] = 1000 + torch.arange(101)[:, None, None, None] // 40
+    far = (data / 127.5 + values["offset"])[index]
+    values["x_t_far"] = sf.EDM().perturb(far, t, generator=rng)
     torch.save({**values, "bounds": {1: [], 2: [40], 3: [1, 70]}}, tmp_path / "case.pt")
     return values
 
@@ -136,11 +144,15 @@ def run(size: int, folder: Path, what: str = "") -> list[subprocess.CompletedPro
 
 def whole(case: dict[str, torch.Tensor], kind: str) -> sf.Target:
     data = case["data"].double() / 127.5 - 1 if kind == "float64" else case["data"]
+    if kind == "far from zero":
+        data = data / 127.5 + case["offset"]
     pool = sf.Pool(data, group=case["group"] if kind == "groups" else None, mirrored=kind == "mirrored")
     x0, x_t = case["x0"], case["x_t"]
     if kind == "float64":
         x_t = data[case["index"]] + (x_t - x0).double()
         x0 = data[case["index"]]
+    if kind == "far from zero":
+        x0, x_t = data[case["index"]], case["x_t_far"]
     seen = case["seen"] if kind == "groups" else None
     return sf.StableTarget(sf.EDM(), references=pool)(x0, x_t, case["t"], seen, case["index"])
 
@@ -154,7 +166,7 @@ def test_ranks_together_give_the_target_of_one_process(
     found = [torch.load(tmp_path / f"found-{rank}.pt", weights_only=True) for rank in range(size)]
     rows = torch.cat([part["rows"] for part in found])
     assert sorted(rows.tolist()) == list(range(31))
-    for kind in ("uint8", "float64", "array", "groups", "mirrored"):
+    for kind in ("uint8", "float64", "array", "groups", "mirrored", "far from zero"):
         truth = whole(case, kind)
         tolerance = 1e-12 if kind == "float64" else 1e-5
         for name in ("x0", "source_weight", "ess", "variance"):

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stablefield.shapes import row_values
-from stablefield.targets.bank import Bank, squared_norms
+from stablefield.targets.bank import Bank
 from stablefield.targets.excess import Excess, find_anchor
 from stablefield.targets.kernel import GaussianKernel
 from stablefield.targets.outcome import Posterior, finish
@@ -82,18 +81,14 @@ class ExactPosterior:
         query = Query.checked(x_t, alpha, sigma, self._bank, source, group, self._group)
         kernel = GaussianKernel()
         with full_precision(x_t.device):
-            anchor = find_anchor(query, self._bank)
-            excess = Excess(query, anchor, self._bank, kernel)
+            excess = Excess(query, find_anchor(query, self._bank), self._bank, kernel)
             partial = accumulate(query, self._bank, excess, excess.own)
-            return Exact(finish(partial, query, excess, kernel), _divergence(partial, query, anchor.rows))
+            return Exact(finish(partial, query, excess, kernel), _divergence(partial, query, excess.noise))
 
 
-def _divergence(partial: Partial, query: Query, anchor: Tensor) -> Tensor:
-    mean = partial.total / partial.mass.to(partial.total.dtype)[:, None]
-    wide = partial.mass.dtype
-    # E_w |x_t - alpha y|^2 - |x_t - alpha a|^2, by moments; exactly 0 where the anchor has all the weight.
-    moved = (query.x_t * (mean - anchor)).sum(1, dtype=wide)
-    square = partial.energy / partial.mass - squared_norms(anchor)
-    excess = row_values("alpha", query.alpha, query.x_t) * (query.alpha * square - 2 * moved)
+def _divergence(partial: Partial, query: Query, noise: Tensor) -> Tensor:
+    # E_w |x_t - alpha y|^2 - |x_t - alpha a|^2, by moments about the anchor; exactly 0 where it has all the weight.
+    along = (partial.total * noise).sum(1, dtype=partial.mass.dtype)
+    excess = query.alpha * (query.alpha * partial.energy - 2 * along) / partial.mass
     mean_logit = -excess / (2 * query.sigma**2)
     return (mean_logit - partial.peak - partial.mass.log() + partial.log_prior).clamp(min=0)

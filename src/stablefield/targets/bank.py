@@ -3,11 +3,14 @@
 The references may be floating point or uint8 images, in any memory layout, a tensor or a numpy array (such as a memory map
 of a file larger than memory). Whatever they are, a bank hands them out as contiguous rows of the dtype of the computation,
 a chunk at a time into one reused buffer, so that no second copy of the set ever exists; or as they are stored, by pages.
+
+A posterior does not change if all is moved, and rounding errors are relative to the size of the numbers. So where the set
+lies far from zero (farther than its own spread), an origin in its middle is taken off each chunk as it is decoded.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,12 @@ __all__ = ["Bank", "Norms", "largest_magnitude", "squared_norms"]
 _BLOCK = 2**18
 # Numbers that are summed without float64.
 _PART = 128
+# References among which the middle of a set is looked for: a median of three medians of three costs ten passes over them,
+# and sorting them a hundred times as much.
+_SAMPLE = 9
+# A set is far from zero if its middle's squared norm exceeds this many squared distances from it. Below, a set in its own
+# middle would gain two digits in base 2 at most, which is not worth a pass over it.
+_FAR = 16.0
 
 
 def squared_norms(rows: Tensor) -> Tensor:
@@ -54,16 +63,18 @@ def largest_magnitude(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Norms:
-    """Squared norms of the references of a bank.
+    """Squared norms of the references of a bank, from an origin.
 
     Attributes:
-        squares: |y|^2, shape (n,), float64.
-        centre: their mean, shape (), float64.
+        squares: |y|^2, shape (n,), float64; where there is an origin o, |y - o|^2.
+        centre: their median, shape (), float64; not the mean, which a single large one may move far from all.
         centred: |y|^2 - centre in the dtype of the computation, where the difference keeps digits that |y|^2 would not,
             shape (n,).
         largest: an upper bound, shape (), float64.
         finite: whether all of them are.
         bound: the upper bound as a number, if it is known.
+        origin: what is to be taken off each reference before anything is computed, shape (d,), in the dtype of the
+            computation; None for nothing.
     """
 
     squares: Tensor
@@ -72,18 +83,20 @@ class Norms:
     largest: Tensor
     finite: bool
     bound: float | None
+    origin: Tensor | None = None
 
     @classmethod
-    def of(cls, squares: Tensor, dtype: torch.dtype, look: bool = True) -> "Norms":
-        """What belongs to these squared norms; those that are not looked at are taken to be finite."""
-        centre, largest = squares.mean(), squares.max()
-        bound = float(largest) if look else None
+    def of(
+        cls, squares: Tensor, dtype: torch.dtype, origin: Tensor | None = None, bound: float | None = None
+    ) -> "Norms":
+        """What belongs to these squared norms; those without a bound are taken to be finite."""
+        centre = squares.median()
         finite = bound is None or math.isfinite(bound)
-        return cls(squares, centre, (squares - centre).to(dtype), largest, finite, bound)
+        return cls(squares, centre, (squares - centre).to(dtype), squares.max(), finite, bound, origin)
 
     def at(self, index: Tensor | slice) -> "Norms":
         """Those of the references at `index`."""
-        return Norms(self.squares[index], self.centre, self.centred[index], self.largest, self.finite, self.bound)
+        return replace(self, squares=self.squares[index], centred=self.centred[index])
 
 
 class Bank:
@@ -173,13 +186,17 @@ class Bank:
         """References per chunk for `batch` rows, by the memory at hand; more if they stay the bytes that they are."""
         return chunk_rows(batch, self.dim, len(self), self.device, decoded)
 
-    def chunks(self, size: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (slice, rows), with rows of shape (at most `size`, d) in `dtype`, valid until the next one is asked for."""
+    def chunks(self, size: int, dtype: torch.dtype, origin: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (slice, rows), with rows of shape (at most `size`, d) in `dtype`, valid until the next one is asked for.
+
+        `origin` (d,), if there is one, is taken off each.
+        """
         plain = isinstance(self.data, Tensor) and self.data.dtype == dtype and self.data.is_contiguous()
         shape = (min(size, len(self)), *self.data.shape[1:])
-        buffer = None if plain else torch.empty(shape, dtype=dtype, device=self.device)
+        buffer = None if plain and origin is None else torch.empty(shape, dtype=dtype, device=self.device)
+        moved = None if origin is None else origin.view(shape[1:])
         for where, part in self.pages(size):
-            rows = part if buffer is None else _decode(part, buffer[: len(part)])
+            rows = part if buffer is None else _decode(part, buffer[: len(part)], moved)
             yield where, rows.view(len(part), self.dim)
 
     def pages(self, size: int) -> Iterator[tuple[slice, Tensor]]:
@@ -204,24 +221,65 @@ class Bank:
                 yield where, torch.from_numpy(page[:count])
 
     def norms(self, dtype: torch.dtype) -> Norms:
-        """Squared norms of all references as decoded to `dtype`, computed once."""
+        """Squared norms of all references as decoded to `dtype`, from an origin if they are far from zero; computed once."""
         self._forget_if_changed()
         if dtype not in self._norms:
-            self._norms[dtype] = Norms.of(self._squares(dtype), dtype)
+            self._norms[dtype] = self._measured(dtype)
         return self._norms[dtype]
+
+    def _measured(self, dtype: torch.dtype) -> Norms:
+        squares = self._squares(dtype)
+        largest = squares.max()
+        middle = self._middle(dtype)
+        if middle is None:
+            return Norms.of(squares, dtype, bound=float(largest))
+        # One look for both: whether they are finite, and whether they are far, by the sign.
+        origin, far = middle
+        seen = float(torch.where(far, -largest, largest))
+        if not (seen < 0 and math.isfinite(seen)):
+            return Norms.of(squares, dtype, bound=abs(seen))
+        squares = self._squares(dtype, origin)
+        return Norms.of(squares, dtype, origin, float(squares.max()))
+
+    def _middle(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """The median (d,) of some of the references in `dtype`, and whether they lie far from zero, bool ().
+
+        None for uint8 images: they lie within -1 to 1, in steps which float32 sees.
+        """
+        if self.holds_bytes:
+            return None
+        count = min(_SAMPLE, len(self))
+        some = self.data[:: len(self) // count][:count]
+        if not isinstance(some, Tensor):
+            some = torch.from_numpy(np.ascontiguousarray(some))
+        rows = some.to(self.device, dtype).reshape(len(some), self.dim)
+        # Medians, since single samples may be anywhere; they are numbers of samples, so that most differences are exact.
+        medians = rows
+        while len(medians) >= 3:
+            medians = _median_of_three(*medians[: len(medians) // 3 * 3].unflatten(0, (3, -1)))
+        origin = medians[0]
+        spread = squared_norms(rows - origin).sort().values[(count - 1) // 2]
+        return origin, squared_norms(origin[None])[0] > _FAR * spread
 
     def known_norms(self, dtype: torch.dtype) -> Norms | None:
         """The squared norms, if they have been computed."""
         self._forget_if_changed()
         return self._norms.get(dtype)
 
-    def set_norms(self, dtype: torch.dtype, squares: Tensor | None) -> None:
-        """Take `squares` (n,) for the squared norms, computed if None, and do not look at them."""
-        self._norms[dtype] = Norms.of(self._squares(dtype) if squares is None else squares, dtype, look=False)
+    def set_norms(self, dtype: torch.dtype, squares: Tensor | None, origin: Tensor | None = None) -> None:
+        """Take `squares` (n,) for the squared norms from `origin`, and do not look at them.
 
-    def _squares(self, dtype: torch.dtype) -> Tensor:
+        If they are None they are computed, from the middle of the references, since where that is may not be asked.
+        """
+        if squares is None:
+            middle = self._middle(dtype)
+            origin = None if middle is None else middle[0]
+            squares = self._squares(dtype, origin)
+        self._norms[dtype] = Norms.of(squares, dtype, origin)
+
+    def _squares(self, dtype: torch.dtype, origin: Tensor | None = None) -> Tensor:
         size = max(1, _BLOCK // max(1, self.dim)) if self.device.type == "cpu" else self.chunk_size(1)
-        return torch.cat([squared_norms(rows) for _, rows in self.chunks(size, dtype)])
+        return torch.cat([squared_norms(rows) for _, rows in self.chunks(size, dtype, origin)])
 
     def _gather(self, index: Tensor) -> Tensor:
         if isinstance(self.data, Tensor):
@@ -236,10 +294,17 @@ def _version(data: Tensor | NDArray[Any]) -> int:
     return data._version
 
 
-def _decode(data: Tensor, buffer: Tensor) -> Tensor:
-    """Write the values that `data` means into `buffer`, of the same shape; those of uint8 to 2^-23."""
+def _median_of_three(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    return torch.maximum(torch.minimum(a, b), torch.minimum(torch.maximum(a, b), c))
+
+
+def _decode(data: Tensor, buffer: Tensor, origin: Tensor | None = None) -> Tensor:
+    """Write the values that `data` means, less `origin`, into `buffer`, of the same shape; those of uint8 to 2^-23."""
     # To the device first: uint8 is a quarter of what it is decoded to.
-    buffer.copy_(data.to(buffer.device))
+    data = data.to(buffer.device)
+    if origin is not None:
+        return torch.sub(data, origin, out=buffer)
+    buffer.copy_(data)
     if data.dtype != torch.uint8:
         return buffer
     # One multiply-add in place of a division and a difference, which would cost as much again as the conversion.

@@ -52,8 +52,13 @@ class Factor(Protocol):
         """All of them, decoded, shape (c, d)."""
         ...
 
+    @property
+    def wide(self) -> Tensor:
+        """All of them in float64, shape (c, d), without another rounding than that of their decoder."""
+        ...
+
     def at(self, index: Tensor) -> Tensor:
-        """Those at `index` (m,), decoded, shape (m, d)."""
+        """Those at `index` (m,) with the origin still in them, decoded, shape (m, d)."""
         ...
 
     def inner(self, x: Operand) -> Tensor:
@@ -74,10 +79,15 @@ class DecodedFactor:
 
     Args:
         rows: shape (c, d).
+        stored: what they were before the origin was taken off, which may have rounded them, in any floating point dtype,
+            shape (c, d); None if there is no origin.
+        origin: the origin, shape (d,).
     """
 
-    def __init__(self, rows: Tensor) -> None:
+    def __init__(self, rows: Tensor, stored: Tensor | None = None, origin: Tensor | None = None) -> None:
         self._rows = rows
+        self._stored = stored
+        self._origin = origin
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -86,8 +96,14 @@ class DecodedFactor:
     def rows(self) -> Tensor:  # noqa: D102
         return self._rows
 
+    @property
+    def wide(self) -> Tensor:  # noqa: D102
+        if self._stored is None or self._origin is None:
+            return self._rows.double()
+        return self._stored.to(torch.float64, copy=True).sub_(self._origin)
+
     def at(self, index: Tensor) -> Tensor:  # noqa: D102
-        return self._rows[index]
+        return self._rows[index] if self._stored is None else self._stored[index].to(self._rows.dtype)
 
     def inner(self, x: Operand) -> Tensor:  # noqa: D102
         return product.inner(x.rows, self._rows)
@@ -116,6 +132,10 @@ class ByteFactor:
     def rows(self) -> Tensor:  # noqa: D102
         return _meaning(self._bytes)
 
+    @property
+    def wide(self) -> Tensor:  # noqa: D102
+        return self.rows.double()
+
     def at(self, index: Tensor) -> Tensor:  # noqa: D102
         return _meaning(self._bytes[index])
 
@@ -141,11 +161,19 @@ def factor_size(bank: Bank, batch: int, dtype: torch.dtype) -> int:
 def factors(bank: Bank, size: int, batch: int, dtype: torch.dtype) -> Iterator[tuple[slice, Factor]]:
     """The references of `bank`, at most `size` at a time, for products with `batch` rows of `dtype`.
 
-    uint8 images stay bytes if rows are float32 on a CPU that has products for bytes, and there is enough to multiply.
+    The origin of their norms, if there is one, has been taken off. uint8 images stay bytes if rows are float32 on a CPU that
+    has products for bytes, and there is enough to multiply.
 
     Yields:
         Their place in the bank, and the factor, valid until the next one is asked for.
     """
+    origin = bank.norms(dtype).origin
+    if origin is not None:
+        buffer = torch.empty(min(size, len(bank)), bank.dim, dtype=dtype, device=bank.device)
+        for where, part in bank.pages(size):
+            stored = part.to(bank.device).reshape(len(part), bank.dim)
+            yield where, DecodedFactor(torch.sub(stored, origin, out=buffer[: len(part)]), stored, origin)
+        return
     if not _stays_bytes(bank, batch, dtype):
         for where, rows in bank.chunks(size, dtype):
             yield where, DecodedFactor(rows)

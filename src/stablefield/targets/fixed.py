@@ -85,6 +85,7 @@ def fixed_posterior(
         row_values("sigma", sigma, x_t),
         bank.data,
         None if norms is None else norms.squares,
+        None if norms is None else norms.origin,
         anchor,
         source,
         group,
@@ -105,6 +106,7 @@ def compute(
     sigma: Tensor,
     references: Tensor,
     squares: Tensor | None,
+    origin: Tensor | None,
     anchor: Tensor | None,
     source: Tensor | None,
     group: Tensor | None,
@@ -118,7 +120,7 @@ def compute(
     """What `torch.ops.stablefield.posterior` does: mean, variance, ESS, source weight (empty if unknown), log evidence."""
     bank = Bank(references)
     dtype = bank.dtype_with(x_t)
-    bank.set_norms(dtype, squares)
+    bank.set_norms(dtype, squares, origin)
     kernel: Kernel = StudentTKernel(dof) if dof else GaussianKernel()
     query = Query.checked(x_t, alpha, sigma, bank, source, group, reference_group, log_prior, fixed=True, wide=wide)
     with full_precision(x_t.device):
@@ -146,6 +148,7 @@ def _(
     sigma: Tensor,  # noqa: ARG001
     references: Tensor,
     squares: Tensor | None,  # noqa: ARG001
+    origin: Tensor | None,  # noqa: ARG001
     anchor: Tensor | None,  # noqa: ARG001
     source: Tensor | None,
     *rest: object,  # noqa: ARG001

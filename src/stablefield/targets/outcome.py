@@ -21,8 +21,9 @@ class Posterior:
     Attributes:
         mean: posterior mean of x0; shape, dtype and device of x_t.
         variance: trace of the posterior covariance, sum_k w_k |y_k|^2 - |mean|^2, in squared units of the data, shape (B,).
-            In expectation, this is the variance that the mean removes from the single-sample target. A difference of two
-            squares, so its absolute error is about eps |y|^2 in the dtype of the computation; never below 0.
+            In expectation, this is the variance that the mean removes from the single-sample target. Never below 0; its
+            error is some ulps of itself, and of D min(D, 30 sigma / alpha) times the weight that is not the source's, for
+            references within D of their middle. 0 where the others weigh less than float32 sees beside the source.
         ess: effective sample size 1 / sum_k w_k^2, between 1 and n, shape (B,).
         source_weight: posterior weight of the row's own source, shape (B,); None if no source was given.
         log_evidence: log density of x_t under the mixture of the kernels around the allowed references, with the prior
@@ -52,8 +53,8 @@ def finish(partial: Partial, query: Query, excess: Excess, kernel: Kernel) -> Po
             f"no reference may serve row {row}{of_group}: give references of its group, or group -1 to use all of them."
         )
     narrow = query.x_t.dtype
-    mean = partial.total / partial.mass.to(narrow)[:, None]
-    variance = (partial.energy / partial.mass - squared_norms(mean)).clamp(min=0)
+    gap = partial.total / partial.mass.to(narrow)[:, None]
+    variance = (partial.energy / partial.mass - squared_norms(gap)).clamp(min=0)
     own = None
     if query.source is not None:
         prior = query.source_prior
@@ -62,7 +63,7 @@ def finish(partial: Partial, query: Query, excess: Excess, kernel: Kernel) -> Po
         own = (torch.exp(prior - partial.peak) / partial.mass).to(narrow)
     at_anchor = kernel.log_density(excess.anchor_square, query.sigma, query.x_t.shape[1])
     return Posterior(
-        mean=mean.reshape(query.like.shape).to(query.like.dtype),
+        mean=gap.add_(excess.anchor).reshape(query.like.shape).to(query.like.dtype),
         variance=variance.to(narrow),
         ess=(partial.mass**2 / partial.mass_squared).to(narrow),
         source_weight=own,

@@ -3,32 +3,37 @@ r"""Partial posteriors: softmax sums over some of the references, which merge in
 For one query and references $k$ in a part, with logits $l_k$ relative to a fixed anchor, a partial posterior holds
 
 $$ m \approx \max_k l_k, \quad Z = \sum_k e^{l_k - m}, \quad Z_2 = \sum_k e^{2 (l_k - m)}, \quad
-   E = \sum_k e^{l_k - m} |y_k|^2, \quad S = \sum_k e^{l_k - m} y_k . $$
+   E = \sum_k e^{l_k - m} |y_k - a|^2, \quad S = \sum_k e^{l_k - m} (y_k - a) . $$
 
-Two parts with the same anchor merge by rescaling both to the larger $m$; the operation is associative and
-commutative, over chunks, mirrored sets or processes. The scalars are kept in float64, S in the dtype of the data.
+E and S are about the anchor $a$, so that both keep their digits where references are close to it; while chunks are
+added, they are about the origin of the references, see `Excess.about_anchor`. Two parts with the same anchor merge by
+rescaling both to the larger $m$; the operation is associative and commutative, over chunks, mirrored sets or processes. The
+scalars are kept in float64, S in the dtype of the data.
 
 References:
     Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018, arXiv 1805.02867, section 3.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stablefield.targets.bank import Norms
 from stablefield.targets.factor import Factor
 
-__all__ = ["Partial"]
+__all__ = ["Energy", "Partial"]
 
 # A logit may exceed the level m by this much before the sums are rescaled to it, a pass over all of them: e^16 squared,
 # summed over any number of references, is far from the end of float32.
 _SLACK = 16.0
 # Share of the rows above which it is cheaper to multiply all than to pick those that a chunk has weight for.
 _MANY = 0.75
+
+Energy = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""What weights (b, c) of a chunk, their sums (b,) and the queries that they are of (None for all) add to E, shape (b,)."""
 
 
 @dataclass
@@ -69,31 +74,31 @@ class Partial:
         )
 
     @classmethod
-    def of_one(cls, logit: Tensor, squares: Tensor, rows: Tensor) -> "Partial":
-        """One reference for each query; its prior weight is left to `add_prior`.
+    def of_anchors(cls, logit: Tensor, rows: Tensor) -> "Partial":
+        """The anchor of each query as a reference; its prior weight is left to `add_prior`.
 
         Args:
-            logit: its logit, shape (B,), float64; -inf for a query that has none.
-            squares: its squared norm, shape (B,).
-            rows: the reference, shape (B, d).
+            logit: its logit, shape (B,), float64; -inf for a query whose anchor is none.
+            rows: the anchors, shape (B, d).
         """
-        none = torch.isneginf(logit)
-        mass = torch.ones_like(logit).masked_fill_(none, 0)
-        total = rows * mass.to(rows.dtype)[:, None]
-        return cls(logit, mass, mass.clone(), squares * mass, total, torch.full_like(logit, -torch.inf))
+        mass = torch.ones_like(logit).masked_fill_(torch.isneginf(logit), 0)
+        nothing = torch.full_like(logit, -torch.inf)
+        # Of zeros that take no memory.
+        total = rows.new_zeros(1, 1).expand(rows.shape)
+        return cls(logit, mass, mass.clone(), torch.zeros_like(mass), total, nothing)
 
     def add_prior(self, log_prior: Tensor) -> None:
         """Count prior weights, given as the log of their sum, shape (B,) or (): of what `add` adds, and of the anchors."""
         self.log_prior = torch.logaddexp(self.log_prior, log_prior.to(self.log_prior.dtype))
 
-    def add(self, logits: Tensor, largest: Tensor, factor: Factor, norms: Norms, among: int | None = None) -> None:
+    def add(self, logits: Tensor, largest: Tensor, factor: Factor, energy: Energy, among: int | None = None) -> None:
         """Add a chunk of c references, but for their prior weights.
 
         Args:
             logits: shape (B, c), -inf where a reference may not be used; overwritten.
             largest: the largest logit of each query, shape (B,).
             factor: the references.
-            norms: their squared norms.
+            energy: what their weights add to E.
             among: how many references there are in all. What weighs so little that all of them, if they weighed no more,
                 could not be seen in the dtype, is left out. This looks at the values, for which a GPU would have to be
                 waited for: None adds all without a look.
@@ -102,7 +107,7 @@ class Partial:
         above = largest > old + _SLACK
         if among is None:
             self._raise_to(torch.where(above, largest.to(old.dtype), old))
-            self._add_all(logits, factor, norms)
+            self._add_all(logits, factor, energy)
             return
         unseen = torch.finfo(logits.dtype).eps / (4 * among)
         seen = largest > old + math.log(unseen)
@@ -111,7 +116,7 @@ class Partial:
             return
         if bool(above.any()):
             self._raise_to(torch.where(above, largest.to(old.dtype), old))
-        self._add_some(seen.nonzero()[:, 0], logits, factor, norms, unseen * len(factor))
+        self._add_some(seen.nonzero()[:, 0], logits, factor, energy, unseen * len(factor))
 
     def merge(self, other: "Partial") -> "Partial":
         """The posterior sums over the references of both parts, which must be disjoint and share their anchor."""
@@ -127,6 +132,19 @@ class Partial:
             log_prior=torch.logaddexp(self.log_prior, other.log_prior),
         )
 
+    def with_anchors(self, anchors: "Partial") -> "Partial":
+        """As `merge` with the part of the anchors alone, whose sums about themselves are 0, at no cost.
+
+        `self` must have started from the level of `anchors`, so that it is not below it.
+        """
+        scale = torch.exp(anchors.peak - _finite(self.peak))
+        return replace(
+            self,
+            mass=scale * anchors.mass + self.mass,
+            mass_squared=scale**2 * anchors.mass_squared + self.mass_squared,
+            log_prior=torch.logaddexp(self.log_prior, anchors.log_prior),
+        )
+
     def _raise_to(self, peak: Tensor) -> None:
         keep = torch.exp(self.peak - _finite(peak))
         self.peak = peak
@@ -135,15 +153,15 @@ class Partial:
         self.energy = self.energy * keep
         self.total.mul_(keep.to(self.total.dtype)[:, None])
 
-    def _add_all(self, logits: Tensor, factor: Factor, norms: Norms) -> None:
+    def _add_all(self, logits: Tensor, factor: Factor, energy: Energy) -> None:
         weights = _exp(logits.sub_(_finite(self.peak).to(logits.dtype)[:, None]))
         mass = weights.sum(1).to(self.mass.dtype)
         self.mass = self.mass + mass
-        self.energy = self.energy + mass * norms.centre + torch.mv(weights, norms.centred)
+        self.energy = self.energy + energy(weights, mass, None)
         factor.add_weighted(self.total, weights)
         self.mass_squared = self.mass_squared + weights.square_().sum(1)
 
-    def _add_some(self, queries: Tensor, logits: Tensor, factor: Factor, norms: Norms, unseen: float) -> None:
+    def _add_some(self, queries: Tensor, logits: Tensor, factor: Factor, energy: Energy, unseen: float) -> None:
         """Add for `queries`, and make the product for those of them whose chunk weighs more than `unseen`."""
         if len(queries) < len(logits):
             logits = logits.index_select(0, queries)
@@ -153,14 +171,16 @@ class Partial:
         count = int(heavy.sum())
         if count > _MANY * len(self.total) and len(queries) == len(self.total):
             factor.add_weighted(self.total, weights)
-        elif count == len(queries):
+        else:
+            if count < len(queries):
+                # From all sums alike, or they would not belong together.
+                queries, weights, narrow = queries[heavy], weights[heavy], narrow[heavy]
+            if not count:
+                return
             self.total.index_add_(0, queries, factor.weighted(weights))
-        elif count:
-            self.total.index_add_(0, queries[heavy], factor.weighted(weights[heavy]))
         mass = narrow.to(self.mass.dtype)
-        energy = mass * norms.centre + torch.mv(weights, norms.centred)
         self.mass = self.mass.index_add(0, queries, mass)
-        self.energy = self.energy.index_add(0, queries, energy)
+        self.energy = self.energy.index_add(0, queries, energy(weights, mass, queries))
         self.mass_squared = self.mass_squared.index_add(0, queries, weights.square_().sum(1).to(mass.dtype))
 
 

@@ -17,10 +17,10 @@ __all__ = ["accumulate", "accumulate_all"]
 
 
 def accumulate(query: Query, bank: Bank, excess: Excess, partial: Partial, chunk_size: int | None = None) -> Partial:
-    """Add the references of `bank` to the softmax sums `partial`, with logits relative to the anchors of `excess`.
+    """The references of `bank` with `partial`, which holds nothing but the anchors of `excess`, if that: see `Excess.own`.
 
     Returns:
-        `partial`, changed in place. The anchors themselves are not added, see `Excess.own`.
+        The sums of both.
 
     Raises:
         ValueError: if `chunk_size` is below 1.
@@ -31,16 +31,17 @@ def accumulate(query: Query, bank: Bank, excess: Excess, partial: Partial, chunk
     size = min(chunk_size or factor_size(bank, len(x), x.dtype), len(bank))
     norms = bank.norms(x.dtype)
     among = len(bank) if query.watched else None
+    others = Partial.empty(x.shape[0], x.shape[1], x.dtype, x.device, level=partial.peak)
     uniform = query.log_prior is None and query.group is None
     if uniform:
-        partial.add_prior(_prior_weight(query, slice(0, len(bank)), None))
+        others.add_prior(_prior_weight(query, slice(0, len(bank)), None))
     for where, factor in factors(bank, size, len(x), x.dtype):
         allowed, part = query.allowed(where), norms.at(where)
-        logits, largest = excess.logits(factor, part, where, allowed, partial.peak)
+        logits, largest, energy = excess.logits(factor, part, where, allowed, others.peak)
         if not uniform:
-            partial.add_prior(_prior_weight(query, where, allowed))
-        partial.add(logits, largest, factor, part, among)
-    return partial
+            others.add_prior(_prior_weight(query, where, allowed))
+        others.add(logits, largest, factor, energy, among)
+    return excess.about_anchor(others).with_anchors(partial)
 
 
 def accumulate_all(
@@ -110,8 +111,11 @@ def _own_image(query: Query, anchor: Anchor, bank: Bank, excess: Excess, kernel:
     noise = torch.addcmul(query.x_t, alpha, anchor.rows, value=-1)
     further = (gap * (gap + 2 * noise)).sum(1, dtype=query.sigma.dtype)[:, None]
     logit = kernel.log_ratio(further, excess.anchor_square[:, None], query.sigma[:, None], rows.shape[1])[:, 0]
-    logit = (logit + query.source_prior).masked_fill(anchor.place >= 0, -torch.inf)
-    return Partial.of_one(logit.to(excess.anchor_square), squared_norms(rows), rows)
+    logit = (logit + query.source_prior).masked_fill(anchor.place >= 0, -torch.inf).to(query.sigma)
+    image = Partial.of_anchors(logit, rows)
+    # Sums are about the anchor, of which this is the image.
+    away = rows - anchor.rows
+    return replace(image, energy=image.mass * squared_norms(away), total=image.mass.to(away.dtype)[:, None] * away)
 
 
 def _mirror(rows: Tensor, bank: Bank) -> Tensor:
