@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from stablefield.reading import readable
-from stablefield.shapes import per_row, row_values
+from stablefield.shapes import array_of_numbers, per_row, row_values
 
 __all__ = ["EDM", "VE", "VP", "Cosine", "Discrete", "Process", "RectifiedFlow"]
 
@@ -249,32 +249,38 @@ class RectifiedFlow(Process):
 class Discrete(Process):
     """A variance-preserving process given by a table: t is an index into `alphas_cumprod`, as in DDPM code.
 
-    alpha = sqrt(alphas_cumprod[t]), sigma = sqrt(1 - alphas_cumprod[t]).
+    alpha = sqrt(alphas_cumprod[t]), sigma = sqrt(1 - alphas_cumprod[t]), computed in the dtype of the table (float32 if that
+    is of lower precision): for the table of a scheduler of diffusers, bit for bit what its `add_noise` computes.
 
     Args:
-        alphas_cumprod: shape (T,), decreasing, in (0, 1); diffusers' `scheduler.alphas_cumprod`.
+        alphas_cumprod: shape (T,), strictly decreasing, between 0 and 1; diffusers' `scheduler.alphas_cumprod`. The last
+            entry may be 0: no signal is left there (zero terminal SNR).
 
     Raises:
-        ValueError: if the table is not one-dimensional, decreasing and in (0, 1), or a time is out of the table.
+        TypeError: if the table is not a tensor, an array or a list of numbers.
+        ValueError: if the table is not one-dimensional, decreasing and between 0 and 1, or a time is out of the table.
 
     References:
-        Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020, equation 4.
+        Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020, equation 4; Lin, Liu, Li, Yang, "Common
+        Diffusion Noise Schedules and Sample Steps are Flawed", WACV 2024, section 3.1 (zero terminal SNR).
     """
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
-        table = torch.as_tensor(alphas_cumprod).detach().double().cpu()
+        table = array_of_numbers("alphas_cumprod", alphas_cumprod).detach().cpu()
+        table = table if table.dtype in (torch.float32, torch.float64) else table.double()
         if table.ndim != 1 or len(table) == 0:
             raise ValueError(f"alphas_cumprod has shape {tuple(table.shape)}: pass one number per step, shape (T,).")
-        if not ((table > 0) & (table < 1)).all() or not (table.diff() < 0).all():
-            raise ValueError(
-                f"alphas_cumprod must decrease strictly and lie between 0 and 1, got {table[0]:.4g} to {table[-1]:.4g}: "
-                "pass the cumulative products, not the betas."
-            )
+        if fault := _fault_of(table):
+            raise ValueError(f"alphas_cumprod must decrease strictly and lie between 0 and 1, but {fault}")
         self._table = table
         self._on_device: dict[torch.device, Tensor] = {table.device: table}
 
     def __repr__(self) -> str:
         return f"Discrete(<{len(self._table)} steps>)"
+
+    def __len__(self) -> int:
+        """Number of steps, T."""
+        return len(self._table)
 
     def _at(self, t: Tensor) -> Tensor:
         if t.device not in self._on_device:
@@ -311,6 +317,36 @@ class Discrete(Process):
 
     def time(self, noise_level: Tensor) -> Tensor:
         """The step whose sigma / alpha is nearest to `noise_level` on a logarithmic scale."""
-        levels = torch.log((1 - self._table) / self._table).to(noise_level.device) / 2
-        wanted = torch.log(noise_level.double())
-        return (wanted[..., None] - levels).abs().argmin(-1)
+        table = self._table.double()
+        levels = torch.log((1 - table) / table) / 2
+        # By the middles between neighbours, which also hold where a level is infinite (no signal at the last step).
+        middles = (levels[:-1] + levels[1:]) / 2
+        wide = torch.float32 if noise_level.device.type == "mps" else torch.float64
+        return torch.bucketize(torch.log(noise_level.to(wide)), middles.to(noise_level.device, wide), right=True)
+
+
+def _fault_of(table: Tensor) -> str | None:
+    """What keeps `table` (T,) from being cumulative products, with the remedy; None if nothing does."""
+    if not table.isfinite().all():
+        step = int((~table.isfinite()).nonzero()[0, 0])
+        return f"alphas_cumprod[{step}] is {table[step]:g}: compute it anew, in float64."
+    rises = (table.diff() >= 0).nonzero()[:, 0].tolist()
+    outside = ((table < 0) | (table >= 1)).nonzero()[:, 0].tolist()
+    if len(table) > 1 and len(rises) == len(table) - 1 and not outside:
+        return (
+            f"it runs from {table[0]:.4g} to {table[-1]:.4g}: pass the cumulative products, torch.cumprod(1 - betas, 0), "
+            "not the betas, and step 0 first."
+        )
+    if outside:
+        step = outside[0]
+        return (
+            f"alphas_cumprod[{step}] is {table[step]:.6g}: leave out steps without noise (1), and pass the cumulative "
+            "products themselves, neither their squares, roots nor logarithms."
+        )
+    if rises:
+        step = rises[0]
+        return (
+            f"alphas_cumprod[{step}] is {table[step]:.6g} and the next {table[step + 1]:.6g}: only the last step may be "
+            "without signal (0), so cut the table there, or compute it in float64."
+        )
+    return None
