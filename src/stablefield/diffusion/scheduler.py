@@ -182,8 +182,8 @@ def _table(scheduler: Any, kind: str) -> Regression:
         step = int(((data - alpha).abs() + (noise - sigma).abs()).argmax())
         raise ValueError(
             f"{kind} does not noise samples as its alphas_cumprod say (at step {step} it scales data by {data[step]:.4g} "
-            f"and noise by {noise[step]:.4g}, the table by {alpha[step]:.4g} and {sigma[step]:.4g}): it is made for sampling. "
-            f"{remedy}"
+            f"and noise by {noise[step]:.4g}, the table by {alpha[step]:.4g} and {sigma[step]:.4g}): "
+            f"it is made for sampling. {remedy}"
         )
     if prediction is None:
         raise ValueError(f"{kind} does not tell what the network predicts (no prediction_type). {remedy}")
