@@ -21,7 +21,9 @@ __all__ = [
     "check_floating_dtype",
     "check_generator",
     "check_labels",
+    "check_numbers",
     "check_tensor",
+    "flag",
     "number",
     "per_row",
     "row_values",
@@ -126,6 +128,16 @@ def number(name: str, value: Any) -> float:
         raise ValueError(f"{name} is an integer of {len(str(value))} digits: pass a number below 1e308.") from None
 
 
+def check_numbers(owner: object, *names: str) -> None:
+    """Check that the attributes `names` of `owner`, its arguments, are numbers.
+
+    Raises:
+        TypeError: if one is not.
+    """
+    for name in names:
+        number(name, getattr(owner, name))
+
+
 def whole(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
     """Return the argument `name` as an int: a whole number of Python or NumPy, from `least` to `most`.
 
@@ -143,6 +155,17 @@ def whole(name: str, value: Any, least: int | None = None, most: int | None = No
     if most is not None and size > most:
         raise ValueError(f"{name}={size:.4g}: pass a whole number of at most {most}.")
     return size
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return the argument `name`, True or False, as a bool.
+
+    Raises:
+        TypeError: if it is anything else.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} is {_a(value)}: pass True or False.")
+    return bool(value)
 
 
 def shape_of(name: str, value: Any) -> tuple[int, ...]:

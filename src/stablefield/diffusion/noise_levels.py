@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stablefield.diffusion.process import Process
+from stablefield.shapes import as_device, check_generator, check_numbers, check_tensor, flag, whole
 
 __all__ = ["LogNormal", "LogUniform", "NoiseLevels", "Uniform"]
 
@@ -39,7 +40,17 @@ class NoiseLevels(ABC):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Draw the times of a batch, shape (`batch`,), float32, on `device`."""
+        """Draw the times of a batch, shape (`batch`,), float32, on `device`.
+
+        Raises:
+            TypeError: if an argument is of another type.
+            ValueError: if `batch` is negative, or there is no such device.
+        """
+        flag("stratified", self.stratified)
+        _check_process(process)
+        batch = whole("batch", batch, 0)
+        check_generator("generator", generator)
+        device = None if device is None else as_device("device", device)
         source = torch.device("cpu") if generator is None else generator.device
         # float64: a float32 uniform is exactly 0 once in 17 million rows, which is a noise level of 0 or infinity.
         wide = torch.float32 if source.type == "mps" else torch.float64
@@ -68,10 +79,13 @@ class LogNormal(NoiseLevels):
     std: float = 1.2
 
     def __post_init__(self) -> None:
+        check_numbers(self, "mean", "std")
         if not (math.isfinite(self.mean) and 0 < self.std < math.inf):
             raise ValueError(f"LogNormal(mean={self.mean}, std={self.std}): mean must be finite and std positive.")
 
     def quantile(self, u: Tensor, process: Process) -> Tensor:  # noqa: D102
+        check_tensor("u", u)
+        _check_process(process)
         return process.time(torch.exp(self.mean + self.std * torch.special.ndtri(u)))
 
 
@@ -87,12 +101,15 @@ class LogUniform(NoiseLevels):
     maximum: float = 100.0
 
     def __post_init__(self) -> None:
+        check_numbers(self, "minimum", "maximum")
         if not 0 < self.minimum < self.maximum < math.inf:
             raise ValueError(
                 f"LogUniform(minimum={self.minimum}, maximum={self.maximum}): 0 < minimum < maximum must hold."
             )
 
     def quantile(self, u: Tensor, process: Process) -> Tensor:  # noqa: D102
+        check_tensor("u", u)
+        _check_process(process)
         return process.time(self.minimum * torch.exp(u * math.log(self.maximum / self.minimum)))
 
 
@@ -109,8 +126,15 @@ class Uniform(NoiseLevels):
     end: float = 1.0
 
     def __post_init__(self) -> None:
+        check_numbers(self, "start", "end")
         if not 0 <= self.start < self.end < math.inf:
             raise ValueError(f"Uniform(start={self.start}, end={self.end}): 0 <= start < end must hold.")
 
     def quantile(self, u: Tensor, process: Process) -> Tensor:  # noqa: ARG002, D102
+        check_tensor("u", u)
         return self.start + u * (self.end - self.start)
+
+
+def _check_process(process: Process) -> None:
+    if not isinstance(process, Process):
+        raise TypeError(f"process is a {type(process).__name__}: pass a Process, such as EDM().")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from stablefield.reading import readable
-from stablefield.shapes import array_of_numbers, per_row, row_values
+from stablefield.shapes import array_of_numbers, check_generator, check_numbers, check_tensor, per_row, row_values
 
 __all__ = ["EDM", "VE", "VP", "Cosine", "Discrete", "Process", "RectifiedFlow"]
 
@@ -49,6 +49,7 @@ class Process(ABC):
 
     def noise_level(self, t: Tensor) -> Tensor:
         """Noise-to-signal ratio sigma / alpha at time `t`."""
+        check_tensor("t", t)
         return self.sigma(t) / self.alpha(t)
 
     def perturb(
@@ -66,16 +67,24 @@ class Process(ABC):
             `x_t`, of the shape, dtype and device of `x0`.
 
         Raises:
+            TypeError: if an argument is of another type.
             ValueError: if `x0` is not floating point, or shapes do not agree.
         """
+        check_tensor("x0", x0, batch=True)
         if not x0.is_floating_point():
             raise ValueError(
                 f"x0 has dtype {x0.dtype}: perturb takes floating point data (uint8 images: x0 / 127.5 - 1)."
             )
+        check_generator("generator", generator)
         if noise is None:
             noise = torch.randn(x0.shape, dtype=x0.dtype, device=x0.device, generator=generator)
-        elif noise.shape != x0.shape:
-            raise ValueError(f"noise has shape {tuple(noise.shape)}, x0 has {tuple(x0.shape)}: they must be equal.")
+        else:
+            check_tensor("noise", noise)
+            if noise.shape != x0.shape or noise.device != x0.device or noise.is_complex():
+                raise ValueError(
+                    f"noise has shape {tuple(noise.shape)}, x0 has {tuple(x0.shape)}: they must be equal, real and on one "
+                    f"device (noise has dtype {noise.dtype} on {noise.device}, x0 is on {x0.device})."
+                )
         t = row_values("t", t, x0)
         return per_row(self.alpha(t), x0) * x0 + per_row(self.sigma(t), x0) * noise.to(x0.dtype)
 
@@ -90,18 +99,23 @@ class EDM(Process):
     """
 
     def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t)
         return torch.ones_like(t)
 
     def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t)
         return t
 
     def alpha_dot(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t)
         return torch.zeros_like(t)
 
     def sigma_dot(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t)
         return torch.ones_like(t)
 
     def time(self, noise_level: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("noise_level", noise_level)
         return noise_level
 
 
@@ -118,6 +132,7 @@ class VE(Process):
     sigma_max: float = 100.0
 
     def __post_init__(self) -> None:
+        check_numbers(self, "sigma_min", "sigma_max")
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
             raise ValueError(
                 f"VE(sigma_min={self.sigma_min}, sigma_max={self.sigma_max}): 0 < sigma_min < sigma_max must hold."
@@ -128,18 +143,23 @@ class VE(Process):
         return math.log(self.sigma_max / self.sigma_min)
 
     def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t)
         return torch.ones_like(t)
 
     def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t)
         return self.sigma_min * torch.exp(self._rate * t)
 
     def alpha_dot(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t)
         return torch.zeros_like(t)
 
     def sigma_dot(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t)
         return self._rate * self.sigma(t)
 
     def time(self, noise_level: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("noise_level", noise_level)
         return torch.log(noise_level / self.sigma_min) / self._rate
 
 
@@ -158,6 +178,7 @@ class VP(Process):
     beta_max: float = 20.0
 
     def __post_init__(self) -> None:
+        check_numbers(self, "beta_min", "beta_max")
         if not 0 < self.beta_min < self.beta_max < math.inf:
             raise ValueError(
                 f"VP(beta_min={self.beta_min}, beta_max={self.beta_max}): 0 < beta_min < beta_max must hold."
@@ -170,22 +191,28 @@ class VP(Process):
         return (0.5 * (self.beta_max - self.beta_min) * t + self.beta_min) * t
 
     def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t)
         return torch.exp(-0.5 * self._integral(t))
 
     def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t)
         # 1 - exp(-b) by expm1: b is 1e-6 and less near t = 0, where the plain difference keeps no digit in float32.
         return torch.sqrt(-torch.expm1(-self._integral(t)))
 
     def alpha_dot(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t)
         return -0.5 * self._beta(t) * self.alpha(t)
 
     def sigma_dot(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t)
         return 0.5 * self._beta(t) * self.alpha(t) ** 2 / self.sigma(t)
 
     def noise_level(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t)
         return torch.sqrt(torch.expm1(self._integral(t)))
 
     def time(self, noise_level: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("noise_level", noise_level)
         b = 2 * torch.log1p(noise_level**2)
         slope = self.beta_max - self.beta_min
         # The root of slope t^2 / 2 + beta_min t = b / 2 in the form that does not cancel at small b.
@@ -202,19 +229,24 @@ class Cosine(Process):
     """
 
     def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t)
         # cos(pi t / 2) as a sine: exactly 0, and never negative, at t = 1.
         return torch.sin(0.5 * math.pi * (1 - t))
 
     def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t)
         return torch.sin(0.5 * math.pi * t)
 
     def alpha_dot(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t)
         return -0.5 * math.pi * self.sigma(t)
 
     def sigma_dot(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t)
         return 0.5 * math.pi * self.alpha(t)
 
     def time(self, noise_level: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("noise_level", noise_level)
         return torch.atan(noise_level) * (2 / math.pi)
 
 
@@ -230,18 +262,23 @@ class RectifiedFlow(Process):
     """
 
     def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t)
         return 1 - t
 
     def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t)
         return t
 
     def alpha_dot(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t)
         return -torch.ones_like(t)
 
     def sigma_dot(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t)
         return torch.ones_like(t)
 
     def time(self, noise_level: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("noise_level", noise_level)
         # s / (1 + s), in the form that is 1, and not nan, at infinite noise.
         return 1 / (1 + 1 / noise_level)
 
@@ -283,6 +320,7 @@ class Discrete(Process):
         return len(self._table)
 
     def _at(self, t: Tensor) -> Tensor:
+        check_tensor("t", t)
         if t.device not in self._on_device:
             self._on_device[t.device] = self._table.to(t.device, torch.float32 if t.device.type == "mps" else None)
         index = t.long()
@@ -317,6 +355,7 @@ class Discrete(Process):
 
     def time(self, noise_level: Tensor) -> Tensor:
         """The step whose sigma / alpha is nearest to `noise_level` on a logarithmic scale."""
+        check_tensor("noise_level", noise_level)
         table = self._table.double()
         levels = torch.log((1 - table) / table) / 2
         # By the middles between neighbours, which also hold where a level is infinite (no signal at the last step).

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from stablefield.sampling.noise import Noise, normal_source
 from stablefield.sampling.walk import Callback, Denoise, start
-from stablefield.shapes import per_row
+from stablefield.shapes import flag, number, per_row, whole
 
 __all__ = ["predictor_corrector"]
 
@@ -87,6 +87,9 @@ def predictor_corrector(
     draw = normal_source(noise, generator)
     space = _space(process)
     predict = _predictor(space, predictor)
+    number("predictor_corrector: snr", snr)
+    whole("predictor_corrector: corrector_steps", corrector_steps)
+    flag("predictor_corrector: average_norms", average_norms)
     if corrector_steps < 0 or not 0 < snr < math.inf:
         raise ValueError(
             f"predictor_corrector: corrector_steps={corrector_steps}, snr={snr}: the steps may not be negative, "
