@@ -20,15 +20,17 @@ __all__ = [
     "check_callable",
     "check_floating_dtype",
     "check_generator",
+    "check_kind",
     "check_labels",
     "check_numbers",
     "check_tensor",
     "flag",
+    "is_integer",
     "number",
     "per_row",
     "row_values",
     "shape_of",
-    "whole",
+    "whole_number",
 ]
 
 
@@ -102,7 +104,7 @@ def check_labels(name: str, value: Any, rows: int | None = None) -> None:
         ValueError: if it has another dtype or shape.
     """
     check_tensor(name, value)
-    if value.ndim != 1 or not _is_integer(value.dtype) or (rows is not None and len(value) != rows):
+    if value.ndim != 1 or not is_integer(value.dtype) or (rows is not None and len(value) != rows):
         shape = "(B,)" if rows is None else f"({rows},)"
         raise ValueError(
             f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}: "
@@ -138,7 +140,7 @@ def check_numbers(owner: object, *names: str) -> None:
         number(name, getattr(owner, name))
 
 
-def whole(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+def whole_number(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
     """Return the argument `name` as an int: a whole number of Python or NumPy, from `least` to `most`.
 
     Raises:
@@ -178,7 +180,7 @@ def shape_of(name: str, value: Any) -> tuple[int, ...]:
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         raise TypeError(f"{name} is {_a(value)}: pass a sequence of whole numbers, such as (3, 32, 32).")
     sizes: Sequence[Any] = value
-    return tuple(whole(f"{name}[{k}]", size, 0) for k, size in enumerate(sizes))
+    return tuple(whole_number(f"{name}[{k}]", size, 0) for k, size in enumerate(sizes))
 
 
 def array_of_numbers(name: str, value: Any) -> Tensor:
@@ -197,6 +199,16 @@ def array_of_numbers(name: str, value: Any) -> Tensor:
     if value.is_complex() or value.dtype == torch.bool or value.is_quantized:
         raise TypeError(f"{name} has dtype {value.dtype}: pass real numbers.")
     return value
+
+
+def check_kind(name: str, value: Any, kind: type | tuple[type, ...], remedy: str) -> None:
+    """Check that the argument `name` is an instance of `kind`; `remedy` says what to pass.
+
+    Raises:
+        TypeError: if it is not.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {_a(value)}: pass {remedy}.")
 
 
 def check_callable(name: str, value: Any, call: str) -> None:
@@ -287,7 +299,8 @@ def _is_real(value: Any) -> bool:
     return value.dtype.kind in "iuf"
 
 
-def _is_integer(dtype: torch.dtype) -> bool:
+def is_integer(dtype: torch.dtype) -> bool:
+    """Whether a dtype is one of whole numbers."""
     return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stablefield.shapes import check_kind
+
 __all__ = ["ImageSet", "Origin", "chunks", "labels_sha256", "make_image_set", "pixels_sha256", "size_text"]
 
 CHUNK_BYTES = 16 * 2**20
@@ -78,6 +80,9 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
+        check_kind("images", images, np.ndarray, "a numpy array of uint8, shape (n, C, H, W)")
+        if labels is not None:
+            check_kind("labels", labels, np.ndarray, "a numpy array of class numbers, shape (n,), or None")
         if images.dtype != np.uint8 or images.ndim != 4:
             raise ValueError(
                 f"images has dtype {images.dtype} and shape {images.shape}: an image set takes uint8 of shape (n, C, H, W)."
@@ -140,6 +145,9 @@ class ImageSet:
             ValueError: if an index is out of range.
         """
         index = np.asarray(index)
+        if index.ndim != 1 or (index.size and index.dtype.kind not in "iu"):
+            raise ValueError(f"index has dtype {index.dtype} and shape {index.shape}: pass row numbers, integers (B,).")
+        index = index.astype(np.int64)
         if index.size and not 0 <= index.min() <= index.max() < len(self):
             raise ValueError(f"index runs from {index.min()} to {index.max()}, but the set has {len(self)} images.")
         labels = None if self.labels is None else self.labels[index]
@@ -186,8 +194,12 @@ def make_image_set(
     Raises:
         ValueError: if a shape or dtype does not fit (see `ImageSet`).
     """
+    check_kind("origin", origin, Origin, "an Origin, which says where the images came from")
     if labels is not None:
-        labels = np.asarray(labels)
+        try:
+            labels = np.asarray(labels)
+        except ValueError:
+            raise ValueError("labels are nested: pass one class number per image, shape (n,).") from None
         if labels.dtype.kind not in "iu":
             raise ValueError(f"labels has dtype {labels.dtype}: pass whole numbers, one class number per image.")
         labels = labels.astype(np.int64)

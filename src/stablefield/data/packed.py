@@ -22,6 +22,7 @@ import numpy as np
 
 from stablefield.data.image_set import ImageSet, chunks, labels_sha256
 from stablefield.data.packed_writer import METADATA_KEY, PackedWriter, room_for
+from stablefield.shapes import check_kind
 
 __all__ = ["is_packed", "open_packed", "pack"]
 
@@ -44,6 +45,7 @@ def pack(images: ImageSet, destination: str | Path, *, overwrite: bool = False) 
         ValueError: if the file exists and `overwrite` is not set, or the pixels are not those of the set's checksum.
         OSError: if the disk is full or may not be written to; nothing is left behind.
     """
+    check_kind("images", images, ImageSet, "an ImageSet, as open_images returns")
     with PackedWriter(destination, images.shape, overwrite=overwrite, room=room_for(images.manifest)) as writer:
         for chunk in chunks(images.images):
             writer.append(chunk)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stablefield.diffusion.process import Process
-from stablefield.shapes import as_device, check_generator, check_numbers, check_tensor, flag, whole
+from stablefield.shapes import as_device, check_generator, check_kind, check_numbers, check_tensor, flag, whole_number
 
 __all__ = ["LogNormal", "LogUniform", "NoiseLevels", "Uniform"]
 
@@ -48,7 +48,7 @@ class NoiseLevels(ABC):
         """
         flag("stratified", self.stratified)
         _check_process(process)
-        batch = whole("batch", batch, 0)
+        batch = whole_number("batch", batch, 0)
         check_generator("generator", generator)
         device = None if device is None else as_device("device", device)
         source = torch.device("cpu") if generator is None else generator.device
@@ -136,5 +136,4 @@ class Uniform(NoiseLevels):
 
 
 def _check_process(process: Process) -> None:
-    if not isinstance(process, Process):
-        raise TypeError(f"process is a {type(process).__name__}: pass a Process, such as EDM().")
+    check_kind("process", process, Process, "a Process, such as EDM()")

@@ -24,6 +24,7 @@ from stablefield.shapes import (
     check_callable,
     check_floating_dtype,
     check_generator,
+    check_kind,
     check_labels,
     check_tensor,
     number,
@@ -127,13 +128,13 @@ class Objective:
     label_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.process, Process):
-            raise TypeError(f"process is a {type(self.process).__name__}: pass a Process, such as EDM().")
-        if not isinstance(self.noise_levels, NoiseLevels):
-            raise TypeError(f"noise_levels is a {type(self.noise_levels).__name__}: pass one, such as LogNormal().")
+        check_kind("process", self.process, Process, "a Process, such as EDM()")
+        check_kind(
+            "noise_levels", self.noise_levels, NoiseLevels, "a distribution of noise levels, such as LogNormal()"
+        )
         check_callable("weighting", self.weighting, "weighting(noise_level), such as EDMWeighting()")
-        if not (self.target is None or isinstance(self.target, StableTarget)):
-            raise TypeError(f"target is a {type(self.target).__name__}: pass StableTarget(process), or None.")
+        if self.target is not None:
+            check_kind("target", self.target, StableTarget, "StableTarget(process), or None")
         number("label_dropout", self.label_dropout)
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"label_dropout is {self.label_dropout}: it is a probability, 0 to 1.")
@@ -245,8 +246,7 @@ class Objective:
         """
         assert self.target is not None
         _check_data(x0)
-        if not isinstance(draws, Draws):
-            raise TypeError(f"draws is a {type(draws).__name__}: pass what Objective.draw returns.")
+        check_kind("draws", draws, Draws, "what Objective.draw returns")
         seen = class_labels
         if class_labels is not None:
             class_labels = seen = _checked_labels(class_labels, x0)
@@ -278,8 +278,7 @@ class Objective:
             ValueError: if the denoiser returns another shape, or the weight is not finite.
         """
         check_callable("denoiser", denoiser, "denoiser(x, sigma)")
-        if not isinstance(example, Example):
-            raise TypeError(f"example is a {type(example).__name__}: pass what Objective.example returns.")
+        check_kind("example", example, Example, "what Objective.example returns")
         x, level, seen = example.x, example.noise_level, example.seen
         # Looked at before the network: afterwards a GPU would have to be through with it, and then run dry.
         weight = self.weighting(level)

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from stablefield.shapes import check_callable, check_numbers, check_tensor, per_row, row_values
+from stablefield.shapes import check_callable, check_kind, check_numbers, check_tensor, per_row, row_values
 
 __all__ = ["Denoiser", "EDMPreconditioning", "Preconditioning", "Scalings", "VEPreconditioning", "VPPreconditioning"]
 
@@ -108,8 +108,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, network: nn.Module, preconditioning: Preconditioning | None = None) -> None:
         super().__init__()
-        if not isinstance(network, nn.Module):
-            raise TypeError(f"network is a {type(network).__name__}: pass a torch.nn.Module.")
+        check_kind("network", network, nn.Module, "a torch.nn.Module")
         if preconditioning is not None:
             check_callable("preconditioning", preconditioning, "preconditioning(sigma), such as EDMPreconditioning()")
         self.network = network

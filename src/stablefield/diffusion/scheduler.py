@@ -28,7 +28,7 @@ from torch import Tensor
 
 from stablefield.diffusion.process import EDM, Discrete, Process, RectifiedFlow
 from stablefield.reading import readable
-from stablefield.shapes import check_tensor
+from stablefield.shapes import check_kind, check_tensor
 from stablefield.targets.target import Target
 
 __all__ = ["Regression", "from_diffusers"]
@@ -106,10 +106,7 @@ class Regression:
         Raises:
             TypeError: if `target` is not a `Target`.
         """
-        if not isinstance(target, Target):
-            raise TypeError(
-                f"target is a {type(target).__name__}: pass the Target that StableTarget returns, regression(stable(...))."
-            )
+        check_kind("target", target, Target, "the Target that StableTarget returns, regression(stable(...))")
         match self.view:
             case "noise":
                 return target.noise

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from stablefield.shapes import shape_of
+
 __all__ = ["Extractor", "RawPixels", "check_images", "full_precision", "three_channels"]
 
 
@@ -55,7 +57,8 @@ class RawPixels:
     """
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
-        if len(shape) != 3 or min(shape) < 1:
+        sizes = shape_of("shape", shape)
+        if len(sizes) != 3 or min(shape) < 1:
             raise ValueError(f"shape is {shape}: pass channels, height and width, such as (3, 32, 32).")
         self._shape = shape
 

@@ -32,7 +32,7 @@ from stablefield.networks.blocks import UNetBlock
 from stablefield.networks.embedding import FourierEmbedding, PositionalEmbedding, class_vectors
 from stablefield.networks.layers import Linear
 from stablefield.networks.levels import Decoder, Encoder
-from stablefield.shapes import row_values
+from stablefield.shapes import check_generator, check_tensor, number, row_values, shape_of, whole_number
 
 __all__ = ["SongUNet"]
 
@@ -81,6 +81,9 @@ class SongUNet(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        check_generator("generator", generator)
+        multipliers = shape_of("multipliers", multipliers)
+        attention = None if attention is None else shape_of("attention", attention)
         _check_sizes(resolution, channels, base_channels, multipliers, blocks, augment_dim, classes, dropout)
         resolutions = [resolution >> level for level in range(len(multipliers))]
         if attention is None:
@@ -193,6 +196,10 @@ class SongUNet(nn.Module):
             ValueError: if shapes, dtypes or devices do not agree, labels are out of range, or labels are given to a
                 network that was made without them.
         """
+        check_tensor("x", x, floating=True, batch=True)
+        for name, value in (("class_labels", class_labels), ("augment_labels", augment_labels)):
+            if value is not None:
+                check_tensor(name, value)
         if x.shape[1:] != (self.channels, self.resolution, self.resolution):
             raise ValueError(
                 f"x has shape {tuple(x.shape)}: this network takes images of shape "
@@ -240,6 +247,9 @@ def _check_sizes(
     dropout: float,
 ) -> None:
     sizes = {"resolution": resolution, "channels": channels, "base_channels": base_channels, "blocks": blocks}
+    for name, size in {**sizes, "augment_dim": augment_dim, "classes": classes}.items():
+        whole_number(name, size)
+    number("dropout", dropout)
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} is {size}: it must be at least 1.")

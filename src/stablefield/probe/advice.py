@@ -20,6 +20,7 @@ from stablefield.diffusion.weighting import EDMWeighting, Weighting
 from stablefield.probe.phases import Edge, find_band, share_above
 from stablefield.probe.series import interpolate
 from stablefield.probe.variance import VarianceCurve
+from stablefield.shapes import check_kind, whole_number
 
 __all__ = ["Advice", "SizeAdvice", "Training", "advise"]
 
@@ -42,6 +43,11 @@ class Training:
     """Rows per step."""
 
     def __post_init__(self) -> None:
+        check_kind("process", self.process, Process, "a Process, such as EDM()")
+        check_kind(
+            "noise_levels", self.noise_levels, NoiseLevels, "a distribution of noise levels, such as LogNormal()"
+        )
+        whole_number("batch", self.batch)
         if self.batch < 1:
             raise ValueError(f"batch is {self.batch}: it must be at least 1.")
 

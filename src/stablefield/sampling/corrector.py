@@ -31,7 +31,7 @@ from torch import Tensor
 
 from stablefield.sampling.noise import Noise, normal_source
 from stablefield.sampling.walk import Callback, Denoise, start
-from stablefield.shapes import flag, number, per_row, whole
+from stablefield.shapes import flag, number, per_row, whole_number
 
 __all__ = ["predictor_corrector"]
 
@@ -88,7 +88,7 @@ def predictor_corrector(
     space = _space(process)
     predict = _predictor(space, predictor)
     number("predictor_corrector: snr", snr)
-    whole("predictor_corrector: corrector_steps", corrector_steps)
+    whole_number("predictor_corrector: corrector_steps", corrector_steps)
     flag("predictor_corrector: average_norms", average_norms)
     if corrector_steps < 0 or not 0 < snr < math.inf:
         raise ValueError(

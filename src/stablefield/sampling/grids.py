@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stablefield.diffusion.process import VE, VP, Cosine
-from stablefield.shapes import as_device, check_floating_dtype, number, whole
+from stablefield.shapes import as_device, check_floating_dtype, number, whole_number
 
 __all__ = ["cosine_sigmas", "edm_sigmas", "ve_sigmas", "vp_sigmas"]
 
@@ -183,7 +183,7 @@ def _check_ends(sigma_min: float, sigma_max: float) -> None:
 
 
 def _uniform(steps: int, first: float, last: float) -> Tensor:
-    steps = whole("steps", steps)
+    steps = whole_number("steps", steps)
     if steps < 1:
         raise ValueError(f"steps={steps}: a grid has at least 1 step.")
     if steps > _MOST_STEPS:

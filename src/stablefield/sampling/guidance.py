@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stablefield.sampling.counting import Evaluations
-from stablefield.shapes import check_callable, check_labels, check_tensor, number, per_row
+from stablefield.shapes import check_callable, check_kind, check_labels, check_tensor, number, per_row
 
 __all__ = ["Guided", "autoguidance", "classifier_free"]
 
@@ -36,9 +36,9 @@ class Guided(Evaluations):
         if not math.isfinite(scale):
             raise ValueError(f"scale={scale}: pass a finite number, 1 for no guidance.")
         if interval is not None:
-            pair: object = interval
-            if not isinstance(pair, tuple | list) or len(interval) != 2:
-                raise TypeError(f"interval is {interval!r:.80}: pass two noise levels (lo, hi), or None.")
+            check_kind("interval", interval, (tuple, list), "two noise levels (lo, hi), or None")
+            if len(interval) != 2:
+                raise ValueError(f"interval holds {len(interval)} numbers: pass two noise levels (lo, hi), or None.")
             number("interval[0]", interval[0])
             number("interval[1]", interval[1])
         if interval is not None and not 0 <= interval[0] < interval[1]:

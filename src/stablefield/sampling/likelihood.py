@@ -25,7 +25,7 @@ from torch import Tensor
 from stablefield.sampling.adaptive import integrate, span
 from stablefield.sampling.noise import Noise, normal_source
 from stablefield.sampling.walk import Denoise, Walk, start
-from stablefield.shapes import flag, number, whole
+from stablefield.shapes import flag, number, whole_number
 
 __all__ = ["Likelihood", "log_likelihood"]
 
@@ -107,7 +107,7 @@ def log_likelihood(
     walk = start("log_likelihood", denoiser, x, sigmas)
     sigma_max, sigma_min = span(walk)
     flag("log_likelihood: exact", exact)
-    whole("log_likelihood: probes", probes)
+    whole_number("log_likelihood: probes", probes)
     if prior_std is not None:
         number("log_likelihood: prior_std", prior_std)
     std = sigma_max if prior_std is None else prior_std

@@ -5,8 +5,9 @@ is such a function with a stream per row: row k of a batch is made by seeds[k] a
 of 1 or 1,000, on one process or eight.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,9 +16,10 @@ from stablefield.shapes import (
     check_callable,
     check_floating_dtype,
     check_generator,
+    check_kind,
     check_tensor,
     shape_of,
-    whole,
+    whole_number,
 )
 
 __all__ = ["Noise", "SampleNoise", "normal_source"]
@@ -42,15 +44,13 @@ class SampleNoise:
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
-        given: object = seeds
-        if isinstance(given, str | bytes) or not isinstance(given, Iterable) or not hasattr(given, "__len__"):
-            raise TypeError(f"seeds is a {type(given).__name__}: pass one whole number per sample, such as range(8).")
-        if isinstance(given, Tensor):
-            check_tensor("seeds", given, batch=True, numbers=True)
-            seeds = given.tolist()
+        check_kind("seeds", seeds, (Sequence, Tensor, np.ndarray), "one whole number per sample, such as range(8)")
+        if isinstance(seeds, Tensor):
+            check_tensor("seeds", seeds, batch=True, numbers=True)
+            seeds = seeds.tolist()
         if len(seeds) == 0:
             raise ValueError("seeds is empty: pass one seed per sample.")
-        self.seeds = tuple(whole(f"seeds[{k}]", seed) for k, seed in enumerate(seeds))
+        self.seeds = tuple(whole_number(f"seeds[{k}]", seed) for k, seed in enumerate(seeds))
         for seed in self.seeds:
             # torch's CPU generator reads the low 32 bits only: larger seeds would repeat smaller ones unnoticed.
             if not 0 <= seed < 2**32:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stablefield.shapes import as_device, check_generator, number, whole
+from stablefield.shapes import as_device, check_generator, check_kind, number, whole_number
 from stablefield.targets.bank import Bank
 from stablefield.targets.precision import full_precision
 from stablefield.targets.references import Pool
@@ -99,13 +99,12 @@ def pick_noise_band(
         ValueError: if `tolerance` is not between 0 and 0.5, `rows` is below 1, `total` below the pool, or the data are not
             finite.
     """
-    if not isinstance(pool, Pool):
-        raise TypeError(f"pool is a {type(pool).__name__}: pass a Pool of the data, Pool(data).")
+    check_kind("pool", pool, Pool, "a Pool of the data, Pool(data)")
     number("tolerance", tolerance)
-    whole("rows", rows)
+    whole_number("rows", rows)
     check_generator("generator", generator)
     if total is not None:
-        whole("total", total)
+        whole_number("total", total)
     if not 0 < tolerance < 0.5:
         raise ValueError(f"tolerance is {tolerance}: it is how far below 1 the own weight may be, between 0 and 0.5.")
     if rows < 1:

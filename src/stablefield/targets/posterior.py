@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from stablefield.reading import readable
-from stablefield.shapes import check_tensor, whole
+from stablefield.shapes import check_tensor, whole_number
 from stablefield.targets.excess import Excess, find_anchor
 from stablefield.targets.fixed import fixed_posterior
 from stablefield.targets.kernel import GaussianKernel, Kernel
@@ -81,7 +81,7 @@ def posterior(
     if log_prior is not None and (log_prior.is_complex() or log_prior.dtype == torch.bool):
         raise ValueError(f"log_prior has dtype {log_prior.dtype}: pass logarithms of weights, real numbers.")
     if chunk_size is not None:
-        whole("chunk_size", chunk_size)
+        whole_number("chunk_size", chunk_size)
     if kernel is not None and (isinstance(kernel, type) or not hasattr(kernel, "log_ratio")):
         raise TypeError(f"kernel is {kernel!r:.80}: pass GaussianKernel() or StudentTKernel(dof).")
     bank = checked_bank(x_t, references)
