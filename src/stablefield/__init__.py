@@ -7,6 +7,7 @@ target = stable(x0, x_t, sigma, index=index)  # then regress on target.x0, .nois
 """
 
 from stablefield import sampling
+from stablefield.diffusion.discrete import Discrete
 from stablefield.diffusion.noise_levels import LogNormal, LogUniform, Uniform
 from stablefield.diffusion.objective import Objective, ObjectiveValue
 from stablefield.diffusion.preconditioning import (
@@ -15,7 +16,7 @@ from stablefield.diffusion.preconditioning import (
     VEPreconditioning,
     VPPreconditioning,
 )
-from stablefield.diffusion.process import EDM, VE, VP, Cosine, Discrete, Process, RectifiedFlow
+from stablefield.diffusion.process import EDM, VE, VP, Cosine, Process, RectifiedFlow
 from stablefield.diffusion.scheduler import Regression, from_diffusers
 from stablefield.diffusion.weighting import EDMWeighting, FlowWeighting, SNRWeighting
 from stablefield.targets.band import NoiseBand, pick_noise_band

@@ -26,7 +26,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from stablefield.diffusion.process import EDM, Discrete, Process, RectifiedFlow
+from stablefield.diffusion.discrete import Discrete
+from stablefield.diffusion.process import EDM, Process, RectifiedFlow
 from stablefield.reading import readable
 from stablefield.shapes import check_kind, check_tensor
 from stablefield.targets.target import Target
