@@ -70,13 +70,22 @@ def per_row(value: Tensor, x: Tensor) -> Tensor:
     return value.to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
 
 
-def check_tensor(name: str, value: Any, *, floating: bool = False, batch: bool = False, numbers: bool = False) -> None:
+def check_tensor(
+    name: str,
+    value: Any,
+    *,
+    floating: bool = False,
+    real: bool = False,
+    batch: bool = False,
+    numbers: bool = False,
+) -> None:
     """Check that the argument `name` is a dense tensor.
 
     Args:
         name: what to call it in an error.
         value: what was given.
         floating: whether it must hold floating point numbers.
+        real: whether it must hold real numbers, floating point or integers.
         batch: whether it must have rows, shape (B, ...).
         numbers: whether there must be numbers in it: not on the device "meta".
 
@@ -90,6 +99,8 @@ def check_tensor(name: str, value: Any, *, floating: bool = False, batch: bool =
         raise TypeError(f"{name} is a tensor of layout {value.layout}: pass a dense one ({name}.to_dense()).")
     if floating and not value.is_floating_point():
         raise ValueError(f"{name} has dtype {value.dtype}: pass floating point numbers ({name}.float()).")
+    if real and (value.is_complex() or value.dtype == torch.bool):
+        raise ValueError(f"{name} has dtype {value.dtype}: pass real numbers.")
     if batch and value.ndim == 0:
         raise ValueError(f"{name} has shape (): pass a batch, shape (B, ...); {name}[None] is a batch of one row.")
     if numbers and value.device.type == "meta":
@@ -140,7 +151,7 @@ def check_numbers(owner: object, *names: str) -> None:
         number(name, getattr(owner, name))
 
 
-def whole_number(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+def whole_number(name: str, value: Any, least: int | None = None, most: int = 2**63 - 1) -> int:
     """Return the argument `name` as an int: a whole number of Python or NumPy, from `least` to `most`.
 
     Raises:
@@ -153,9 +164,10 @@ def whole_number(name: str, value: Any, least: int | None = None, most: int | No
         raise ValueError(f"{name}={value}: pass a whole number, an int.")
     size = int(value)
     if least is not None and size < least:
-        raise ValueError(f"{name}={size}: pass a whole number of at least {least}.")
-    if most is not None and size > most:
-        raise ValueError(f"{name}={size:.4g}: pass a whole number of at most {most}.")
+        raise ValueError(f"{name}={max(size, -(10**20))}: pass a whole number of at least {least}.")
+    if size > most:
+        given = size if size < 10**20 else f"an integer of {len(str(size))} digits"
+        raise ValueError(f"{name} is {given}: pass a whole number of at most {most}.")
     return size
 
 
@@ -254,6 +266,8 @@ def as_device(name: str, value: Any) -> torch.device:
     """
     if value is None:
         return torch.device("cpu")
+    if str(value) == "meta":
+        raise ValueError(f"{name} is 'meta', a device that holds no numbers: pass 'cpu' or 'cuda'.")
     if not isinstance(value, str | torch.device):
         raise TypeError(f"{name} is {_a(value)}: pass a device or its name, such as 'cpu' or 'cuda'.")
     try:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stablefield.shapes import check_kind
+from stablefield.shapes import check_kind, whole_number
 
 __all__ = ["ImageSet", "Origin", "chunks", "labels_sha256", "make_image_set", "pixels_sha256", "size_text"]
 
@@ -44,6 +44,16 @@ class Origin:
     """How many files were left out because they could not be read."""
     skipped_files: tuple[str, ...] = ()
     """The first few of them, with the reason."""
+
+    def __post_init__(self) -> None:
+        check_kind("name", self.name, str, "a short name, a string")
+        check_kind("source", self.source, str, "a line that says where the images came from, a string")
+        check_kind("resized", self.resized, str, "a string, 'no' if they were not")
+        check_kind("conversions", self.conversions, dict, "a dictionary of counts")
+        check_kind("skipped_files", self.skipped_files, tuple, "a tuple of strings")
+        whole_number("skipped", self.skipped, 0)
+        if self.class_names is not None:
+            check_kind("class_names", self.class_names, tuple, "a tuple of strings, or None")
 
     def manifest(self, classes: int) -> dict[str, Any]:
         """The manifest of a set with so many classes, still without count, shape and checksums."""
@@ -81,6 +91,10 @@ class ImageSet:
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
         check_kind("images", images, np.ndarray, "a numpy array of uint8, shape (n, C, H, W)")
+        check_kind("name", self.name, str, "a short name, a string")
+        check_kind("manifest", self.manifest, dict, "a dictionary; make_image_set makes it")
+        if self.class_names is not None:
+            check_kind("class_names", self.class_names, tuple, "a tuple of strings, or None")
         if labels is not None:
             check_kind("labels", labels, np.ndarray, "a numpy array of class numbers, shape (n,), or None")
         if images.dtype != np.uint8 or images.ndim != 4:
@@ -144,7 +158,12 @@ class ImageSet:
         Raises:
             ValueError: if an index is out of range.
         """
-        index = np.asarray(index)
+        try:
+            index = np.asarray(index)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                f"index is a {type(index).__name__}: pass row numbers, an array of integers (B,)."
+            ) from None
         if index.ndim != 1 or (index.size and index.dtype.kind not in "iu"):
             raise ValueError(f"index has dtype {index.dtype} and shape {index.shape}: pass row numbers, integers (B,).")
         index = index.astype(np.int64)
@@ -194,6 +213,8 @@ def make_image_set(
     Raises:
         ValueError: if a shape or dtype does not fit (see `ImageSet`).
     """
+    if sha256 is not None:
+        check_kind("sha256", sha256, str, "64 hexadecimal digits, or None")
     check_kind("origin", origin, Origin, "an Origin, which says where the images came from")
     if labels is not None:
         try:

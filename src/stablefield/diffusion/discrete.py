@@ -47,7 +47,7 @@ class Discrete(Process):
         return len(self._table)
 
     def _at(self, t: Tensor) -> Tensor:
-        check_tensor("t", t)
+        check_tensor("t", t, real=True)
         if t.device not in self._on_device:
             self._on_device[t.device] = self._table.to(t.device, torch.float32 if t.device.type == "mps" else None)
         index = t.long()
@@ -82,7 +82,7 @@ class Discrete(Process):
 
     def time(self, noise_level: Tensor) -> Tensor:
         """The step whose sigma / alpha is nearest to `noise_level` on a logarithmic scale."""
-        check_tensor("noise_level", noise_level)
+        check_tensor("noise_level", noise_level, real=True)
         table = self._table.double()
         levels = torch.log((1 - table) / table) / 2
         # By the middles between neighbours, which also hold where a level is infinite (no signal at the last step).

@@ -29,6 +29,9 @@ class NoiseLevels(ABC):
     _: KW_ONLY
     stratified: bool = False
 
+    def __post_init__(self) -> None:
+        flag("stratified", self.stratified)
+
     @abstractmethod
     def quantile(self, u: Tensor, process: Process) -> Tensor:
         """Times of `process` at the probabilities `u` in (0, 1), of the shape of `u`."""
@@ -46,7 +49,6 @@ class NoiseLevels(ABC):
             TypeError: if an argument is of another type.
             ValueError: if `batch` is negative, or there is no such device.
         """
-        flag("stratified", self.stratified)
         _check_process(process)
         batch = whole_number("batch", batch, 0)
         check_generator("generator", generator)
@@ -79,12 +81,13 @@ class LogNormal(NoiseLevels):
     std: float = 1.2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_numbers(self, "mean", "std")
         if not (math.isfinite(self.mean) and 0 < self.std < math.inf):
             raise ValueError(f"LogNormal(mean={self.mean}, std={self.std}): mean must be finite and std positive.")
 
     def quantile(self, u: Tensor, process: Process) -> Tensor:  # noqa: D102
-        check_tensor("u", u)
+        check_tensor("u", u, real=True)
         _check_process(process)
         return process.time(torch.exp(self.mean + self.std * torch.special.ndtri(u)))
 
@@ -101,6 +104,7 @@ class LogUniform(NoiseLevels):
     maximum: float = 100.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_numbers(self, "minimum", "maximum")
         if not 0 < self.minimum < self.maximum < math.inf:
             raise ValueError(
@@ -108,7 +112,7 @@ class LogUniform(NoiseLevels):
             )
 
     def quantile(self, u: Tensor, process: Process) -> Tensor:  # noqa: D102
-        check_tensor("u", u)
+        check_tensor("u", u, real=True)
         _check_process(process)
         return process.time(self.minimum * torch.exp(u * math.log(self.maximum / self.minimum)))
 
@@ -126,12 +130,13 @@ class Uniform(NoiseLevels):
     end: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_numbers(self, "start", "end")
         if not 0 <= self.start < self.end < math.inf:
             raise ValueError(f"Uniform(start={self.start}, end={self.end}): 0 <= start < end must hold.")
 
     def quantile(self, u: Tensor, process: Process) -> Tensor:  # noqa: ARG002, D102
-        check_tensor("u", u)
+        check_tensor("u", u, real=True)
         return self.start + u * (self.end - self.start)
 
 

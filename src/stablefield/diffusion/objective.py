@@ -27,6 +27,7 @@ from stablefield.shapes import (
     check_kind,
     check_labels,
     check_tensor,
+    flag,
     number,
     per_row,
     shape_of,
@@ -211,6 +212,7 @@ class Objective:
             raise ValueError("shape is (): pass that of a batch, (B, ...).")
         check_generator("generator", generator)
         check_floating_dtype("dtype", dtype)
+        flag("labelled", labelled)
         device = None if device is None else as_device("device", device)
         if device is None:
             device = "cpu" if generator is None else generator.device
@@ -246,6 +248,10 @@ class Objective:
         """
         assert self.target is not None
         _check_data(x0)
+        for name, value in (("index", index), ("flip", flip), ("alone", alone)):
+            if value is not None:
+                check_tensor(name, value, numbers=True)
+        check_generator("generator", generator)
         check_kind("draws", draws, Draws, "what Objective.draw returns")
         seen = class_labels
         if class_labels is not None:
@@ -278,6 +284,8 @@ class Objective:
             ValueError: if the denoiser returns another shape, or the weight is not finite.
         """
         check_callable("denoiser", denoiser, "denoiser(x, sigma)")
+        if augment_labels is not None:
+            check_tensor("augment_labels", augment_labels)
         check_kind("example", example, Example, "what Objective.example returns")
         x, level, seen = example.x, example.noise_level, example.seen
         # Looked at before the network: afterwards a GPU would have to be through with it, and then run dry.

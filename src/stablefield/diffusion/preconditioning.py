@@ -50,7 +50,7 @@ class EDMPreconditioning:
             raise ValueError(f"EDMPreconditioning(sigma_data={self.sigma_data}): it must be positive.")
 
     def __call__(self, sigma: Tensor) -> Scalings:  # noqa: D102
-        check_tensor("sigma", sigma)
+        check_tensor("sigma", sigma, real=True)
         square = sigma**2 + self.sigma_data**2
         root = torch.sqrt(square)
         return Scalings(self.sigma_data**2 / square, sigma * self.sigma_data / root, 1 / root, torch.log(sigma) / 4)
@@ -79,7 +79,7 @@ class VPPreconditioning:
             )
 
     def __call__(self, sigma: Tensor) -> Scalings:  # noqa: D102
-        check_tensor("sigma", sigma)
+        check_tensor("sigma", sigma, real=True)
         one = torch.ones_like(sigma)
         # A plain log of (1 + s^2), not log1p: the published networks were trained with its float32 rounding.
         log = torch.log(1 + sigma**2)
@@ -92,7 +92,7 @@ class VEPreconditioning:
     """Noise prediction without input scaling, as in NCSN++ (table 1, column "VE")."""
 
     def __call__(self, sigma: Tensor) -> Scalings:  # noqa: D102
-        check_tensor("sigma", sigma)
+        check_tensor("sigma", sigma, real=True)
         one = torch.ones_like(sigma)
         return Scalings(one, sigma, one, torch.log(sigma / 2))
 

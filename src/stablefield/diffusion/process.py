@@ -48,7 +48,7 @@ class Process(ABC):
 
     def noise_level(self, t: Tensor) -> Tensor:
         """Noise-to-signal ratio sigma / alpha at time `t`."""
-        check_tensor("t", t)
+        check_tensor("t", t, real=True)
         return self.sigma(t) / self.alpha(t)
 
     def perturb(
@@ -98,23 +98,23 @@ class EDM(Process):
     """
 
     def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("t", t)
+        check_tensor("t", t, real=True)
         return torch.ones_like(t)
 
     def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("t", t)
+        check_tensor("t", t, real=True)
         return t
 
     def alpha_dot(self, t: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("t", t)
+        check_tensor("t", t, real=True)
         return torch.zeros_like(t)
 
     def sigma_dot(self, t: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("t", t)
+        check_tensor("t", t, real=True)
         return torch.ones_like(t)
 
     def time(self, noise_level: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("noise_level", noise_level)
+        check_tensor("noise_level", noise_level, real=True)
         return noise_level
 
 
@@ -142,23 +142,23 @@ class VE(Process):
         return math.log(self.sigma_max / self.sigma_min)
 
     def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("t", t)
+        check_tensor("t", t, real=True)
         return torch.ones_like(t)
 
     def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("t", t)
+        check_tensor("t", t, real=True)
         return self.sigma_min * torch.exp(self._rate * t)
 
     def alpha_dot(self, t: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("t", t)
+        check_tensor("t", t, real=True)
         return torch.zeros_like(t)
 
     def sigma_dot(self, t: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("t", t)
+        check_tensor("t", t, real=True)
         return self._rate * self.sigma(t)
 
     def time(self, noise_level: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("noise_level", noise_level)
+        check_tensor("noise_level", noise_level, real=True)
         return torch.log(noise_level / self.sigma_min) / self._rate
 
 
@@ -190,28 +190,28 @@ class VP(Process):
         return (0.5 * (self.beta_max - self.beta_min) * t + self.beta_min) * t
 
     def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("t", t)
+        check_tensor("t", t, real=True)
         return torch.exp(-0.5 * self._integral(t))
 
     def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("t", t)
+        check_tensor("t", t, real=True)
         # 1 - exp(-b) by expm1: b is 1e-6 and less near t = 0, where the plain difference keeps no digit in float32.
         return torch.sqrt(-torch.expm1(-self._integral(t)))
 
     def alpha_dot(self, t: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("t", t)
+        check_tensor("t", t, real=True)
         return -0.5 * self._beta(t) * self.alpha(t)
 
     def sigma_dot(self, t: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("t", t)
+        check_tensor("t", t, real=True)
         return 0.5 * self._beta(t) * self.alpha(t) ** 2 / self.sigma(t)
 
     def noise_level(self, t: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("t", t)
+        check_tensor("t", t, real=True)
         return torch.sqrt(torch.expm1(self._integral(t)))
 
     def time(self, noise_level: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("noise_level", noise_level)
+        check_tensor("noise_level", noise_level, real=True)
         b = 2 * torch.log1p(noise_level**2)
         slope = self.beta_max - self.beta_min
         # The root of slope t^2 / 2 + beta_min t = b / 2 in the form that does not cancel at small b.
@@ -228,24 +228,24 @@ class Cosine(Process):
     """
 
     def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("t", t)
+        check_tensor("t", t, real=True)
         # cos(pi t / 2) as a sine: exactly 0, and never negative, at t = 1.
         return torch.sin(0.5 * math.pi * (1 - t))
 
     def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("t", t)
+        check_tensor("t", t, real=True)
         return torch.sin(0.5 * math.pi * t)
 
     def alpha_dot(self, t: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("t", t)
+        check_tensor("t", t, real=True)
         return -0.5 * math.pi * self.sigma(t)
 
     def sigma_dot(self, t: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("t", t)
+        check_tensor("t", t, real=True)
         return 0.5 * math.pi * self.alpha(t)
 
     def time(self, noise_level: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("noise_level", noise_level)
+        check_tensor("noise_level", noise_level, real=True)
         return torch.atan(noise_level) * (2 / math.pi)
 
 
@@ -261,22 +261,22 @@ class RectifiedFlow(Process):
     """
 
     def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("t", t)
+        check_tensor("t", t, real=True)
         return 1 - t
 
     def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("t", t)
+        check_tensor("t", t, real=True)
         return t
 
     def alpha_dot(self, t: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("t", t)
+        check_tensor("t", t, real=True)
         return -torch.ones_like(t)
 
     def sigma_dot(self, t: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("t", t)
+        check_tensor("t", t, real=True)
         return torch.ones_like(t)
 
     def time(self, noise_level: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("noise_level", noise_level)
+        check_tensor("noise_level", noise_level, real=True)
         # s / (1 + s), in the form that is 1, and not nan, at infinite noise.
         return 1 / (1 + 1 / noise_level)

@@ -21,7 +21,7 @@ References:
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from torch import Tensor
 from stablefield.diffusion.discrete import Discrete
 from stablefield.diffusion.process import EDM, Process, RectifiedFlow
 from stablefield.reading import readable
-from stablefield.shapes import check_kind, check_tensor
+from stablefield.shapes import check_kind, check_tensor, whole_number
 from stablefield.targets.target import Target
 
 __all__ = ["Regression", "from_diffusers"]
@@ -64,6 +64,16 @@ class Regression:
     timesteps: Tensor | None = field(default=None, repr=False, compare=False)
     times: Tensor | None = field(default=None, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        check_kind("process", self.process, Process, "a Process, such as EDM()")
+        for name, value, words in (("view", self.view, get_args(View)), ("clock", self.clock, get_args(Clock))):
+            check_kind(name, value, str, f"one of {', '.join(words)}")
+            if value not in words:
+                raise ValueError(f"{name} is {value!r:.40}: pass one of {', '.join(words)}.")
+        whole_number("steps", self.steps, 1)
+        if (self.clock == "table") != (self.timesteps is not None and self.times is not None):
+            raise ValueError("timesteps and times are the table of the clock 'table': pass both with it, else neither.")
+
     def time(self, timesteps: Tensor) -> Tensor:
         """The process's times of the scheduler's timesteps (B,), for `StableTarget`.
 
@@ -72,7 +82,7 @@ class Regression:
             ValueError: if a timestep is none of the scheduler's table; on a GPU, where looking would mean waiting, its time
                 is NaN, which `StableTarget` refuses.
         """
-        check_tensor("timesteps", timesteps)
+        check_tensor("timesteps", timesteps, real=True)
         floating = torch.promote_types(timesteps.dtype, torch.float32)
         match self.clock:
             case "step":

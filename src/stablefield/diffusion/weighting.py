@@ -43,7 +43,7 @@ class EDMWeighting:
             raise ValueError(f"EDMWeighting(sigma_data={self.sigma_data}): it must be positive.")
 
     def __call__(self, noise_level: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("noise_level", noise_level)
+        check_tensor("noise_level", noise_level, real=True)
         return 1 / self.sigma_data**2 + 1 / noise_level**2
 
 
@@ -72,7 +72,7 @@ class SNRWeighting:
             )
 
     def __call__(self, noise_level: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("noise_level", noise_level)
+        check_tensor("noise_level", noise_level, real=True)
         return torch.clamp(1 / noise_level**2, self.minimum, self.maximum) ** self.power
 
 
@@ -86,5 +86,5 @@ class FlowWeighting:
     """
 
     def __call__(self, noise_level: Tensor) -> Tensor:  # noqa: D102
-        check_tensor("noise_level", noise_level)
+        check_tensor("noise_level", noise_level, real=True)
         return (1 + 1 / noise_level) ** 2

@@ -57,7 +57,7 @@ def edm_sigmas(
         Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022,
         equation 5.
     """
-    _check_ends(sigma_min, sigma_max)
+    sigma_min, sigma_max = _ends(sigma_min, sigma_max)
     rho = number("rho", rho)
     if not 0 < rho < math.inf:
         raise ValueError(f"rho={rho}: it must be positive (7 is the usual choice, 1 is a uniform grid).")
@@ -98,7 +98,7 @@ def ve_sigmas(
         Song, Sohl-Dickstein, Kingma, Kumar, Ermon, Poole, "Score-Based Generative Modeling through Stochastic
         Differential Equations", ICLR 2021, appendix C.
     """
-    _check_ends(sigma_min, sigma_max)
+    sigma_min, sigma_max = _ends(sigma_min, sigma_max)
     sigmas = VE(sigma_min=sigma_min, sigma_max=sigma_max).sigma(_uniform(steps, 1.0, 0.0))
     return _finish(_pin(sigmas, sigma_max, sigma_min), device, dtype, f"sigma_min={sigma_min}, sigma_max={sigma_max}")
 
@@ -170,16 +170,18 @@ def cosine_sigmas(
     References:
         Salimans, Ho, "Progressive Distillation for Fast Sampling of Diffusion Models", ICLR 2022, section 2.
     """
-    _check_ends(sigma_min, sigma_max)
+    sigma_min, sigma_max = _ends(sigma_min, sigma_max)
     process = Cosine()
     first, last = process.time(torch.tensor([sigma_max, sigma_min], dtype=torch.float64)).tolist()
     sigmas = _pin(process.noise_level(_uniform(steps, first, last)), sigma_max, sigma_min)
     return _finish(sigmas, device, dtype, f"sigma_min={sigma_min}, sigma_max={sigma_max}")
 
 
-def _check_ends(sigma_min: float, sigma_max: float) -> None:
-    if not 0 < number("sigma_min", sigma_min) < number("sigma_max", sigma_max) < math.inf:
+def _ends(sigma_min: float, sigma_max: float) -> tuple[float, float]:
+    low, high = number("sigma_min", sigma_min), number("sigma_max", sigma_max)
+    if not 0 < low < high < math.inf:
         raise ValueError(f"sigma_min={sigma_min}, sigma_max={sigma_max}: 0 < sigma_min < sigma_max must hold.")
+    return low, high
 
 
 def _uniform(steps: int, first: float, last: float) -> Tensor:
