@@ -39,7 +39,7 @@ def open_images(
     skip_broken: bool = False,
     progress: Progress | None = None,
     memory_budget: int = MEMORY_BUDGET,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
 ) -> ImageSet:
     """Open a source of images.
 
@@ -67,6 +67,9 @@ def open_images(
     for name, value in (("resolution", resolution), ("limit", limit)):
         if value is not None:
             whole_number(name, value, 1)
+    if cache is not None:
+        check_kind("cache", cache, (str, Path), "a folder")
+        cache = Path(cache)
     whole_number("memory_budget", memory_budget, 0)
     flag("skip_broken", skip_broken)
     if progress is not None:

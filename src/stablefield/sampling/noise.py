@@ -85,7 +85,7 @@ class SampleNoise:
         Raises:
             ValueError: if `x` has another number of rows than there are seeds.
         """
-        check_tensor("x", x, floating=True, batch=True)
+        check_tensor("x", x, floating=True, batch=True, numbers=True)
         if x.shape[0] != len(self.seeds):
             raise ValueError(f"x has {x.shape[0]} rows, but there are {len(self.seeds)} seeds: pass one seed per row.")
         return self.latents(x.shape[1:], device=x.device, dtype=x.dtype)
