@@ -308,7 +308,7 @@ CASES = {
     "Objective.__call__": Case(
         lambda s: s.objective.__call__,
         {
-            "denoiser": DENOISER,
+            "denoiser": constant(Denoise()),
             "x0": lambda s: s.x0,
             "class_labels": LABELS,
             "index": either(None),

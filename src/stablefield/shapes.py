@@ -203,6 +203,7 @@ def array_of_numbers(name: str, value: Any) -> Tensor:
         ValueError: if it is on the device "meta".
     """
     if not isinstance(value, Tensor):
+        check_kind(name, value, (np.ndarray, np.generic, list, tuple, range, int, float), "a tensor of numbers")
         try:
             value = torch.as_tensor(np.asarray(value))
         except (TypeError, ValueError, RuntimeError):

@@ -158,6 +158,8 @@ class ImageSet:
         Raises:
             ValueError: if an index is out of range.
         """
+        if not hasattr(index, "__array__"):
+            check_kind("index", index, (list, tuple, range), "row numbers, an array of integers (B,)")
         try:
             index = np.asarray(index)
         except (TypeError, ValueError, RuntimeError):
@@ -217,6 +219,7 @@ def make_image_set(
         check_kind("sha256", sha256, str, "64 hexadecimal digits, or None")
     check_kind("origin", origin, Origin, "an Origin, which says where the images came from")
     if labels is not None:
+        check_kind("labels", labels, (np.ndarray, list, tuple, range), "an array of class numbers, shape (n,), or None")
         try:
             labels = np.asarray(labels)
         except ValueError:

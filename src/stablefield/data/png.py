@@ -94,6 +94,8 @@ def write_png(path: str | Path, array: NDArray[np.uint8]) -> Path:
     from PIL import Image
 
     path = Path(path)
+    if not path.name or path.is_dir():
+        raise ValueError(f"path {str(path)!r} is a folder: name the file to write, such as samples.png.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

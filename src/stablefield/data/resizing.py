@@ -17,6 +17,7 @@ import numpy as np
 from stablefield.data.collector import Collector, cached
 from stablefield.data.image_set import ImageSet, Origin
 from stablefield.data.pillow import require_pillow
+from stablefield.shapes import check_kind
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,6 +31,7 @@ def check_resize(resolution: int | None, resize: Resize) -> None:
     """Refuse a resolution below 1 and an unknown way of resizing."""
     if resolution is not None and not 1 <= resolution <= 8192:
         raise ValueError(f"resolution={resolution}: pass the wanted side of the images in pixels, 1 to 8192.")
+    check_kind("resize", resize, str, "'crop' or 'squash'")
     if resize not in ("crop", "squash"):
         raise ValueError(f'resize={resize!r}: pass "crop" (largest centred square) or "squash" (the whole image).')
 

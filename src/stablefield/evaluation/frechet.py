@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from stablefield.evaluation.features import checked, checked_pair, in_float64
-from stablefield.shapes import array_of_numbers, check_kind
+from stablefield.shapes import array_of_numbers, check_kind, whole_number
 
 __all__ = [
     "FrechetDistance",
@@ -72,6 +72,7 @@ def fit_moments(mean: Tensor, cov: Tensor, number: int = 1) -> Gaussian:
         ValueError: if shapes do not agree, numbers are not finite, or the covariance is not symmetric or has an
             eigenvalue that is negative beyond rounding.
     """
+    whole_number("number", number)
     mean, cov = array_of_numbers(f"mean{number}", mean), array_of_numbers(f"cov{number}", cov)
     if mean.device != cov.device:
         raise ValueError(f"mean{number} is on {mean.device}, cov{number} on {cov.device}: move one of them.")

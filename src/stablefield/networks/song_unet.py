@@ -32,7 +32,16 @@ from stablefield.networks.blocks import UNetBlock
 from stablefield.networks.embedding import FourierEmbedding, PositionalEmbedding, class_vectors
 from stablefield.networks.layers import Linear
 from stablefield.networks.levels import Decoder, Encoder
-from stablefield.shapes import check_generator, check_tensor, number, row_values, shape_of, whole_number
+from stablefield.shapes import (
+    check_generator,
+    check_kind,
+    check_tensor,
+    flag,
+    number,
+    row_values,
+    shape_of,
+    whole_number,
+)
 
 __all__ = ["SongUNet"]
 
@@ -82,6 +91,11 @@ class SongUNet(nn.Module):
     ) -> None:
         super().__init__()
         check_generator("generator", generator)
+        flag("fourier", fourier)
+        flag("residual_input", residual_input)
+        check_kind("taps", taps, (tuple, list), "the taps of a filter, such as (1, 3, 3, 1)")
+        for k, tap in enumerate(taps):
+            number(f"taps[{k}]", tap)
         multipliers = shape_of("multipliers", multipliers)
         attention = None if attention is None else shape_of("attention", attention)
         _check_sizes(resolution, channels, base_channels, multipliers, blocks, augment_dim, classes, dropout)

@@ -20,7 +20,7 @@ from stablefield.diffusion.weighting import EDMWeighting, Weighting
 from stablefield.probe.phases import Edge, find_band, share_above
 from stablefield.probe.series import interpolate
 from stablefield.probe.variance import VarianceCurve
-from stablefield.shapes import check_kind, number, whole_number
+from stablefield.shapes import check_callable, check_kind, number, whole_number
 
 __all__ = ["Advice", "SizeAdvice", "Training", "advise"]
 
@@ -47,6 +47,7 @@ class Training:
         check_kind(
             "noise_levels", self.noise_levels, NoiseLevels, "a distribution of noise levels, such as LogNormal()"
         )
+        check_callable("weighting", self.weighting, "weighting(noise_level), such as EDMWeighting()")
         whole_number("batch", self.batch)
         if self.batch < 1:
             raise ValueError(f"batch is {self.batch}: it must be at least 1.")

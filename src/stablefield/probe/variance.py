@@ -361,6 +361,8 @@ def _plan(population: Population, levels: int, sources: int | None, draws: int |
 def _check(levels: Tensor, sizes: Sequence[int], sources: int | None, draws: int | None) -> None:
     if len(levels) == 0 or not bool(((levels > 0) & levels.isfinite()).all()):
         raise ValueError(f"noise_levels are {levels.tolist()}: pass at least one, all positive and finite.")
+    if float(levels.min()) < 1e-60:
+        raise ValueError(f"noise_levels hold {float(levels.min()):g}: variances of the score overflow below 1e-60.")
     if any(size < 1 for size in sizes):
         raise ValueError(f"sizes are {tuple(sizes)}: a reference set has at least 1 sample.")
     if sources is not None and sources < 2:

@@ -53,7 +53,11 @@ class Guided(Evaluations):
             ValueError: if labels are given here, or `x` has another number of rows than the labels it was made with.
         """
         check_tensor("x", x, batch=True)
-        check_tensor("sigma", sigma)
+        check_tensor("sigma", sigma, real=True)
+        if sigma.shape != x.shape[:1]:
+            raise ValueError(
+                f"sigma has shape {tuple(sigma.shape)}, x has {len(x)} rows: pass one noise level per row."
+            )
         if class_labels is not None:
             raise ValueError("class_labels: a guided denoiser has its labels already; call it with (x, sigma).")
         good = self._call(self.good, x, sigma)
