@@ -267,8 +267,6 @@ def as_device(name: str, value: Any) -> torch.device:
     """
     if value is None:
         return torch.device("cpu")
-    if str(value) == "meta":
-        raise ValueError(f"{name} is 'meta', a device that holds no numbers: pass 'cpu' or 'cuda'.")
     if not isinstance(value, str | torch.device):
         raise TypeError(f"{name} is {_a(value)}: pass a device or its name, such as 'cpu' or 'cuda'.")
     try:

@@ -214,6 +214,8 @@ class Objective:
         check_floating_dtype("dtype", dtype)
         flag("labelled", labelled)
         device = None if device is None else as_device("device", device)
+        if device is not None and device.type == "meta":
+            raise ValueError("device is 'meta', which holds no numbers: pass 'cpu' or 'cuda'.")
         if device is None:
             device = "cpu" if generator is None else generator.device
         source = device if generator is None else generator.device
