@@ -1,6 +1,7 @@
 """The names that `import stablefield as sf` offers, from the modules that define them."""
 
 from stablefield import sampling
+from stablefield.diffusion.discrete import Discrete
 from stablefield.diffusion.noise_levels import LogNormal, LogUniform, Uniform
 from stablefield.diffusion.objective import Objective, ObjectiveValue
 from stablefield.diffusion.preconditioning import (
@@ -9,7 +10,7 @@ from stablefield.diffusion.preconditioning import (
     VEPreconditioning,
     VPPreconditioning,
 )
-from stablefield.diffusion.process import EDM, VE, VP, Cosine, Discrete, Process, RectifiedFlow
+from stablefield.diffusion.process import EDM, VE, VP, Cosine, Process, RectifiedFlow
 from stablefield.diffusion.scheduler import Regression, from_diffusers
 from stablefield.diffusion.weighting import EDMWeighting, FlowWeighting, SNRWeighting
 from stablefield.targets.band import NoiseBand, pick_noise_band

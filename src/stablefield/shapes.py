@@ -1,13 +1,37 @@
-"""Rows and their scalars: how a number per row meets a batch of images.
+"""Rows and their scalars, and the plain checks of arguments that every layer shares.
 
 Throughout the library a batch has shape (B, ...) and whatever belongs to a row (time, noise level, weight) has shape
 (B,) or is one float for all rows.
+
+The checks look at types, dtypes and layouts, never at the numbers in a tensor, so that none waits for a device.
 """
 
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any, TypeGuard
+
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["per_row", "row_values"]
+__all__ = [
+    "array_of_numbers",
+    "as_device",
+    "check_callable",
+    "check_floating_dtype",
+    "check_generator",
+    "check_kind",
+    "check_labels",
+    "check_numbers",
+    "check_tensor",
+    "flag",
+    "is_integer",
+    "number",
+    "per_row",
+    "row_values",
+    "shape_of",
+    "whole_number",
+]
 
 
 def row_values(name: str, value: float | Tensor, x: Tensor) -> Tensor:
@@ -19,12 +43,16 @@ def row_values(name: str, value: float | Tensor, x: Tensor) -> Tensor:
         x: the batch it belongs to, shape (B, ...).
 
     Raises:
+        TypeError: if the value is neither a number nor a tensor of real numbers.
         ValueError: if the shape is neither () nor (B,), or a tensor lies on another device.
     """
     if not isinstance(value, Tensor):
         return torch.full(
-            (x.shape[0],), float(value), dtype=torch.float64 if _has_float64(x) else x.dtype, device=x.device
+            (x.shape[0],), number(name, value), dtype=torch.float64 if _has_float64(x) else x.dtype, device=x.device
         )
+    if value.layout != torch.strided or value.is_complex() or value.dtype == torch.bool:
+        check_tensor(name, value)
+        raise TypeError(f"{name} has dtype {value.dtype}: pass real numbers, one for all rows or one per row.")
     if value.ndim == 0:
         return value.to(x.device).expand(x.shape[0])
     if value.shape != x.shape[:1]:
@@ -40,6 +68,253 @@ def row_values(name: str, value: float | Tensor, x: Tensor) -> Tensor:
 def per_row(value: Tensor, x: Tensor) -> Tensor:
     """Shape `value` (B,) as (B, 1, ..., 1) in the dtype of `x` (B, ...), to broadcast against it."""
     return value.to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def check_tensor(
+    name: str,
+    value: Any,
+    *,
+    floating: bool = False,
+    real: bool = False,
+    batch: bool = False,
+    numbers: bool = False,
+) -> None:
+    """Check that the argument `name` is a dense tensor.
+
+    Args:
+        name: what to call it in an error.
+        value: what was given.
+        floating: whether it must hold floating point numbers.
+        real: whether it must hold real numbers, floating point or integers.
+        batch: whether it must have rows, shape (B, ...).
+        numbers: whether there must be numbers in it: not on the device "meta".
+
+    Raises:
+        TypeError: if it is not a tensor, or a sparse or nested one.
+        ValueError: if its dtype or shape does not fit, or it is on the device "meta".
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {_a(value)}: pass a tensor{_made_of(name, value)}.")
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(f"{name} is a tensor of layout {value.layout}: pass a dense one ({name}.to_dense()).")
+    if floating and not value.is_floating_point():
+        raise ValueError(f"{name} has dtype {value.dtype}: pass floating point numbers ({name}.float()).")
+    if real and (value.is_complex() or value.dtype == torch.bool):
+        raise ValueError(f"{name} has dtype {value.dtype}: pass real numbers.")
+    if batch and value.ndim == 0:
+        raise ValueError(f"{name} has shape (): pass a batch, shape (B, ...); {name}[None] is a batch of one row.")
+    if numbers and value.device.type == "meta":
+        raise ValueError(f"{name} is on the device meta, which holds no numbers: move the data to cpu or cuda.")
+
+
+def check_labels(name: str, value: Any, rows: int | None = None) -> None:
+    """Check that the argument `name` is a tensor with one integer per row, shape (`rows`,).
+
+    Raises:
+        TypeError: if it is not a tensor.
+        ValueError: if it has another dtype or shape.
+    """
+    check_tensor(name, value)
+    if value.ndim != 1 or not is_integer(value.dtype) or (rows is not None and len(value) != rows):
+        shape = "(B,)" if rows is None else f"({rows},)"
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}: "
+            f"pass one integer per row, shape {shape}, -1 for no class."
+        )
+
+
+def number(name: str, value: Any) -> float:
+    """Return the argument `name` as a float: a number of Python or NumPy, or a tensor of one real number.
+
+    Raises:
+        TypeError: if it is anything else.
+        ValueError: if it is an integer beyond the range of a float.
+    """
+    single = isinstance(value, Tensor | np.ndarray) and value.ndim == 0 and _is_real(value)
+    if not single and (isinstance(value, bool | np.bool_) or not isinstance(value, Real)):
+        raise TypeError(f"{name} is {_a(value)}: pass a number.")
+    if isinstance(value, Tensor) and value.device.type == "meta":
+        raise ValueError(f"{name} is a tensor on the device meta, which holds no numbers: pass a number.")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is an integer of {len(str(value))} digits: pass a number below 1e308.") from None
+
+
+def check_numbers(owner: object, *names: str) -> None:
+    """Check that the attributes `names` of `owner`, its arguments, are numbers.
+
+    Raises:
+        TypeError: if one is not.
+    """
+    for name in names:
+        number(name, getattr(owner, name))
+
+
+def whole_number(name: str, value: Any, least: int | None = None, most: int = 2**63 - 1) -> int:
+    """Return the argument `name` as an int: a whole number of Python or NumPy, from `least` to `most`.
+
+    Raises:
+        TypeError: if it is not a number.
+        ValueError: if it is not whole, or out of range.
+    """
+    if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
+        raise TypeError(f"{name} is {_a(value)}: pass a whole number.")
+    if not isinstance(value, Integral):
+        raise ValueError(f"{name}={value}: pass a whole number, an int.")
+    size = int(value)
+    if least is not None and size < least:
+        raise ValueError(f"{name}={max(size, -(10**20))}: pass a whole number of at least {least}.")
+    if size > most:
+        given = size if size < 10**20 else f"an integer of {len(str(size))} digits"
+        raise ValueError(f"{name} is {given}: pass a whole number of at most {most}.")
+    return size
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return the argument `name`, True or False, as a bool.
+
+    Raises:
+        TypeError: if it is anything else.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} is {_a(value)}: pass True or False.")
+    return bool(value)
+
+
+def shape_of(name: str, value: Any) -> tuple[int, ...]:
+    """Return the argument `name`, a sequence of whole numbers from 0, as a tuple.
+
+    Raises:
+        TypeError: if it is not a sequence of whole numbers.
+        ValueError: if one is negative.
+    """
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} is {_a(value)}: pass a sequence of whole numbers, such as (3, 32, 32).")
+    sizes: Sequence[Any] = value
+    return tuple(whole_number(f"{name}[{k}]", size, 0) for k, size in enumerate(sizes))
+
+
+def array_of_numbers(name: str, value: Any) -> Tensor:
+    """Return the argument `name`, a tensor, an array or a nested list of real numbers, as a dense tensor.
+
+    Raises:
+        TypeError: if it is anything else.
+        ValueError: if it is on the device "meta".
+    """
+    if not isinstance(value, Tensor):
+        check_kind(name, value, (np.ndarray, np.generic, list, tuple, range, int, float), "a tensor of numbers")
+        try:
+            value = torch.as_tensor(np.asarray(value))
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{name} is {_a(value)}: pass a tensor of numbers.") from None
+    check_tensor(name, value, numbers=True)
+    if value.is_complex() or value.dtype == torch.bool or value.is_quantized:
+        raise TypeError(f"{name} has dtype {value.dtype}: pass real numbers.")
+    return value
+
+
+def check_kind(name: str, value: Any, kind: type | tuple[type, ...], remedy: str) -> None:
+    """Check that the argument `name` is an instance of `kind`; `remedy` says what to pass.
+
+    Raises:
+        TypeError: if it is not.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {_a(value)}: pass {remedy}.")
+
+
+def check_callable(name: str, value: Any, call: str) -> None:
+    """Check that the argument `name` can be called, as `call` says.
+
+    Raises:
+        TypeError: if it cannot.
+    """
+    if not callable(value) or isinstance(value, type):
+        raise TypeError(f"{name} is {_a(value)}: pass a function or module that is called as {call}.")
+
+
+def check_generator(name: str, value: Any) -> None:
+    """Check that the argument `name` is a generator of torch or None.
+
+    Raises:
+        TypeError: if it is not.
+    """
+    if value is not None and not isinstance(value, torch.Generator):
+        raise TypeError(f"{name} is {_a(value)}: pass a torch.Generator, such as torch.Generator().manual_seed(0).")
+
+
+def check_floating_dtype(name: str, value: Any) -> TypeGuard[torch.dtype]:
+    """Check that the argument `name` is a floating point dtype; returns True.
+
+    Raises:
+        TypeError: if it is not a dtype.
+        ValueError: if it is one of integers, bool or complex numbers, in which noise levels would be cut or lost.
+    """
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"{name} is {_a(value)}: pass a dtype of torch, such as torch.float32.")
+    if not value.is_floating_point:
+        raise ValueError(f"{name}={value}: pass a floating point dtype, such as torch.float32.")
+    return True
+
+
+def as_device(name: str, value: Any) -> torch.device:
+    """Return the argument `name`, a device or its name, as a device of this machine; None is the CPU.
+
+    Raises:
+        TypeError: if it is neither.
+        ValueError: if there is no such device.
+    """
+    if value is None:
+        return torch.device("cpu")
+    if not isinstance(value, str | torch.device):
+        raise TypeError(f"{name} is {_a(value)}: pass a device or its name, such as 'cpu' or 'cuda'.")
+    try:
+        device = torch.device(value)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"{name}={str(value)!r}: this machine has no such device; pass 'cpu'.") from None
+    return device
+
+
+def _a(value: Any) -> str:
+    """What a value is, in a few words."""
+    if value is None:
+        return "None"
+    if isinstance(value, str):
+        return f"the string {value[:40]!r}"
+    if isinstance(value, bool | np.bool_):
+        return f"the bool {value}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, Tensor | np.ndarray):
+        return f"{_article(type(value).__name__)} of shape {tuple(value.shape)} and dtype {value.dtype}"
+    return _article(type(value).__name__)
+
+
+def _article(name: str) -> str:
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
+def _made_of(name: str, value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f" (torch.from_numpy({name}))"
+    if isinstance(value, list | tuple):
+        return f" (torch.tensor({name}), or torch.stack({name}) for a list of tensors)"
+    if hasattr(value, "__getitem__") and hasattr(value, "__len__") and not isinstance(value, str | bytes | dict):
+        return f" (torch.stack of the samples of {name})"
+    return ""
+
+
+def _is_real(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.layout == torch.strided and not value.is_complex() and value.dtype != torch.bool
+    return value.dtype.kind in "iuf"
+
+
+def is_integer(dtype: torch.dtype) -> bool:
+    """Whether a dtype is one of whole numbers."""
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def _has_float64(x: Tensor) -> bool:

@@ -277,13 +277,40 @@ def test_the_discrete_process_refuses_what_is_no_step(t: list[float]) -> None:
         (torch.tensor([]), r"alphas_cumprod has shape \(0,\)"),
         (torch.linspace(1e-4, 0.02, 10), "must decrease strictly.*not the betas"),
         (torch.tensor([1.0, 0.5]), "between 0 and 1"),
-        (torch.tensor([0.5, 0.0]), "between 0 and 1"),
+        (torch.tensor([0.5, 0.0, 0.0]), "only the last step may be without signal.*cut the table there"),
+        (torch.tensor([0.5, -0.1]), "between 0 and 1"),
         (torch.tensor([0.5, 0.5]), "decrease strictly"),
         (torch.tensor([0.5, float("nan")]), "between 0 and 1"),
+        (torch.tensor([0.9, 0.5, 1.2]), r"alphas_cumprod\[2\] is 1.2: .*the cumulative products themselves"),
+        (torch.tensor([0.9, 0.4, 0.5, 0.1]), r"alphas_cumprod\[1\] is 0.4 and the next 0.5"),
     ],
 )
 def test_the_discrete_process_refuses_what_is_no_table(table: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        sf.Discrete(table)
+
+
+def test_the_last_step_of_the_discrete_process_may_be_without_signal(rng: torch.Generator) -> None:
+    process = sf.Discrete(torch.tensor([0.9, 0.5, 0.0]))
+    t = torch.tensor([0, 1, 2])
+    assert process.alpha(t)[2] == 0
+    assert process.sigma(t)[2] == 1
+    assert process.noise_level(t)[2] == torch.inf
+    x0, noise = torch.randn(2, 3, 4, generator=rng)
+    assert torch.equal(process.perturb(x0, t, noise)[2], noise[2])
+    # The inverse, at both ends too: the last step is as far from every finite level as from any other.
+    levels = torch.tensor([0.0, 1 / 3, 1.0, 1e30, torch.inf])
+    assert process.time(levels).tolist() == [0, 0, 1, 1, 2]
+    assert sf.Discrete(torch.tensor([0.9, 0.5, 0.1])).time(levels).tolist() == [0, 0, 1, 2, 2]
+    # A target there is the mean over the references, and what the network is to say is a view of it.
+    target = sf.StableTarget(process)(x0, process.perturb(x0, t, noise), t, noise=noise)
+    torch.testing.assert_close(target.x0[2], x0.mean(0))
+    torch.testing.assert_close(target.v[2], -x0.mean(0))
+
+
+@pytest.mark.parametrize("table", ["abc", None, torch.zeros(3, dtype=torch.complex64), [[0.9], [0.8, 0.7]], {1: 0.5}])
+def test_a_table_of_another_type_is_named(table: object) -> None:
+    with pytest.raises(TypeError, match=r"alphas_cumprod (is|has) .*: pass .*\.$"):
         sf.Discrete(table)
 
 

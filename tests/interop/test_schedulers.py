@@ -15,7 +15,6 @@ from diffusers import (
 )
 
 import stablefield as sf
-from stablefield.diffusion.scheduler import ScheduleTable
 
 TABLES = {
     "ddpm": DDPMScheduler(),
@@ -137,7 +136,7 @@ def test_step_out_of_the_table_is_named():
     with pytest.raises(ValueError, match="no time derivative"):
         process.alpha_dot(torch.tensor([0]))
     with pytest.raises(ValueError, match="must decrease"):
-        ScheduleTable(torch.tensor([0.1, 0.2]))
+        sf.Discrete(torch.tensor([0.1, 0.2]))
 
 
 def test_nearest_step_of_a_noise_level_is_the_inverse_of_the_table():

@@ -76,3 +76,30 @@ def test_cosine_grid_is_uniform_in_angle():
 def test_nonsense_is_refused_by_name(call, name):
     with pytest.raises(ValueError, match=name):
         call()
+
+
+@pytest.mark.parametrize(
+    ("grid", "change", "message"),
+    [
+        (sampling.vp_sigmas, {"beta_max": 1e30}, r"beta_max=1e\+30.*noise levels reach inf.*take less noise"),
+        (sampling.edm_sigmas, {"rho": 1e30}, r"rho=1e\+30, steps=18: two neighbours are the noise level"),
+        (sampling.edm_sigmas, {"rho": 1e-3}, r"rho=0.001: sigma_max=80.0 to the power 1 / rho is too large"),
+        (sampling.edm_sigmas, {"dtype": torch.int64}, r"dtype=torch.int64: pass a floating point dtype"),
+        (sampling.ve_sigmas, {"sigma_max": 1e6, "dtype": torch.float16}, r"noise levels reach 1e\+06, too much for"),
+        (sampling.cosine_sigmas, {"steps": 1000, "dtype": torch.bfloat16}, r"does not decrease: take fewer steps"),
+        (sampling.ve_sigmas, {"steps": 10**12}, r"steps=1000000000000: a grid has at most 1,000,000 steps"),
+        (sampling.ve_sigmas, {"steps": 2.5}, r"steps=2.5: pass a whole number"),
+    ],
+)
+def test_a_grid_that_is_none_is_refused(grid, change, message):
+    with pytest.raises(ValueError, match=message):
+        grid(**{"steps": 18} | change)
+
+
+@pytest.mark.parametrize("grid", [sampling.edm_sigmas, sampling.ve_sigmas, sampling.vp_sigmas, sampling.cosine_sigmas])
+@pytest.mark.parametrize(
+    "change", [{"steps": "18"}, {"steps": True}, {"dtype": "float32"}, {"device": 3}, {"steps": None}]
+)
+def test_an_argument_of_a_grid_of_another_type_is_named(grid, change):
+    with pytest.raises(TypeError, match=rf"^{next(iter(change))} is .*: pass .*\.$"):
+        grid(**{"steps": 18} | change)

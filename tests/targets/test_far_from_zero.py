@@ -71,7 +71,9 @@ def found_by(path: str, y: Tensor, x_t: Tensor, sigma: float, tmp_path: Path) ->
             noisy, group = y.clone(), torch.arange(80) // 40
             noisy[:B] = x_t
             pool = sf.InBatch() if path == "batch" else sf.Pool(torch.cat([y, y + 1]), 60, group)
-            target = sf.StableTarget(sf.EDM(), references=pool)(y, noisy, sigma, group[:40], torch.arange(40))
+            target = sf.StableTarget(sf.EDM(), references=pool, validate_args=False)(
+                y, noisy, sigma, group[:40], torch.arange(40)
+            )
             return Posterior(
                 target.x0[:B], target.variance[:B], target.ess[:B], target.source_weight[:B], target.ess[:B]
             )
@@ -81,7 +83,9 @@ def found_by(path: str, y: Tensor, x_t: Tensor, sigma: float, tmp_path: Path) ->
         case _:
             # A mirror image of this data is nobody's near-duplicate.
             pool = sf.Pool(y, mirrored=path == "mirrored")
-    return sf.StableTarget(sf.EDM(), references=pool, chunk_size=17)(y[:B], x_t, sigma, index=index)
+    return sf.StableTarget(sf.EDM(), references=pool, chunk_size=17, validate_args=False)(
+        y[:B], x_t, sigma, index=index
+    )
 
 
 def check(found: Posterior | sf.Target, truth, y: Tensor, sigma: float, rows: slice = slice(None)) -> None:

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stablefield.shapes import check_kind, whole_number
+
 __all__ = [
     "ImageSet",
     "Origin",
@@ -56,6 +58,16 @@ class Origin:
     notes: tuple[str, ...] = ()
     """What a person should know of how the source was read, one sentence each."""
 
+    def __post_init__(self) -> None:
+        check_kind("name", self.name, str, "a short name, a string")
+        check_kind("source", self.source, str, "a line that says where the images came from, a string")
+        check_kind("resized", self.resized, str, "a string, 'no' if they were not")
+        check_kind("conversions", self.conversions, dict, "a dictionary of counts")
+        check_kind("skipped_files", self.skipped_files, tuple, "a tuple of strings")
+        whole_number("skipped", self.skipped, 0)
+        if self.class_names is not None:
+            check_kind("class_names", self.class_names, tuple, "a tuple of strings, or None")
+
     def manifest(self, classes: int) -> dict[str, Any]:
         """The manifest of a set with so many classes, still without count, shape and checksums."""
         return {
@@ -92,6 +104,13 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
+        check_kind("images", images, np.ndarray, "a numpy array of uint8, shape (n, C, H, W)")
+        check_kind("name", self.name, str, "a short name, a string")
+        check_kind("manifest", self.manifest, dict, "a dictionary; make_image_set makes it")
+        if self.class_names is not None:
+            check_kind("class_names", self.class_names, tuple, "a tuple of strings, or None")
+        if labels is not None:
+            check_kind("labels", labels, np.ndarray, "a numpy array of class numbers, shape (n,), or None")
         if images.dtype != np.uint8 or images.ndim != 4:
             raise ValueError(
                 f"images has dtype {images.dtype} and shape {images.shape}: an image set takes uint8 of shape (n, C, H, W)."
@@ -153,7 +172,17 @@ class ImageSet:
         Raises:
             ValueError: if an index is out of range.
         """
-        index = np.asarray(index)
+        if not hasattr(index, "__array__"):
+            check_kind("index", index, (list, tuple, range), "row numbers, an array of integers (B,)")
+        try:
+            index = np.asarray(index)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                f"index is a {type(index).__name__}: pass row numbers, an array of integers (B,)."
+            ) from None
+        if index.ndim != 1 or (index.size and index.dtype.kind not in "iu"):
+            raise ValueError(f"index has dtype {index.dtype} and shape {index.shape}: pass row numbers, integers (B,).")
+        index = index.astype(np.int64)
         if index.size and not 0 <= index.min() <= index.max() < len(self):
             raise ValueError(f"index runs from {index.min()} to {index.max()}, but the set has {len(self)} images.")
         labels = None if self.labels is None else self.labels[index]
@@ -205,8 +234,15 @@ def make_image_set(
     Raises:
         ValueError: if a shape or dtype does not fit (see `ImageSet`).
     """
+    if sha256 is not None:
+        check_kind("sha256", sha256, str, "64 hexadecimal digits, or None")
+    check_kind("origin", origin, Origin, "an Origin, which says where the images came from")
     if labels is not None:
-        labels = np.asarray(labels)
+        check_kind("labels", labels, (np.ndarray, list, tuple, range), "an array of class numbers, shape (n,), or None")
+        try:
+            labels = np.asarray(labels)
+        except ValueError:
+            raise ValueError("labels are nested: pass one class number per image, shape (n,).") from None
         if labels.dtype.kind not in "iu":
             raise ValueError(f"labels has dtype {labels.dtype}: pass whole numbers, one class number per image.")
         labels = labels.astype(np.int64)

@@ -12,10 +12,10 @@ The permutation sorts n raw 64-bit outputs of PCG64. NumPy promises that bit str
 `Generator.permutation`: a run may be resumed under another version of NumPy.
 """
 
-import operator
-
 import numpy as np
 from numpy.typing import NDArray
+
+from stablefield.shapes import whole_number
 
 __all__ = ["IndexStream"]
 
@@ -35,7 +35,7 @@ class IndexStream:
     """
 
     def __init__(self, size: int, batch: int, seed: int) -> None:
-        size, batch, seed = operator.index(size), operator.index(batch), operator.index(seed)
+        size, batch, seed = whole_number("size", size), whole_number("batch", batch), whole_number("seed", seed)
         if size < 1 or batch < 1:
             raise ValueError(f"size={size}, batch={batch}: both must be at least 1.")
         if batch > size:
@@ -66,7 +66,7 @@ class IndexStream:
         Raises:
             ValueError: if `step` is negative.
         """
-        step = operator.index(step)
+        step = whole_number("step", step)
         if step < 0:
             raise ValueError(f"step={step}: steps are counted from 0.")
         epoch, position = divmod(step, self.batches_per_epoch)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from stablefield.data.image_set import ImageSet, chunks, class_text, size_text
 from stablefield.data.png import tile
+from stablefield.shapes import check_kind, whole_number
 
 __all__ = ["sample_grid", "summary", "value_counts"]
 
@@ -28,6 +29,7 @@ def summary(images: ImageSet) -> list[tuple[str, str]]:
 
     Values are 0 to 255; means and standard deviations are given per channel, and for values v / 127.5 - 1 as well.
     """
+    check_kind("images", images, ImageSet, "an ImageSet, as open_images returns")
     counts = value_counts(images.images)
     values = np.arange(256)
     total = counts.sum(1)
@@ -80,6 +82,9 @@ def sample_grid(images: ImageSet, count: int = 64, seed: int = 0) -> NDArray[np.
     Raises:
         ValueError: if `count` is below 1.
     """
+    check_kind("images", images, ImageSet, "an ImageSet, as open_images returns")
+    whole_number("count", count)
+    whole_number("seed", seed, 0)
     if count < 1:
         raise ValueError(f"count={count}: a picture takes at least 1 image.")
     drawn = np.random.default_rng(seed).choice(len(images), min(count, len(images)), replace=False)

@@ -22,6 +22,7 @@ import numpy as np
 
 from stablefield.data.image_set import ImageSet, chunks, labels_sha256
 from stablefield.data.packed_writer import METADATA_KEY, PackedWriter, room_for
+from stablefield.shapes import check_kind, flag
 
 __all__ = ["is_packed", "open_packed", "pack"]
 
@@ -44,6 +45,8 @@ def pack(images: ImageSet, destination: str | Path, *, overwrite: bool = False) 
         ValueError: if the file exists and `overwrite` is not set, or the pixels are not those of the set's checksum.
         OSError: if the disk is full or may not be written to; nothing is left behind.
     """
+    check_kind("images", images, ImageSet, "an ImageSet, as open_images returns")
+    flag("overwrite", overwrite)
     with PackedWriter(destination, images.shape, overwrite=overwrite, room=room_for(images.manifest)) as writer:
         for chunk in chunks(images.images):
             writer.append(chunk)
@@ -68,6 +71,8 @@ def open_packed(path: str | Path, *, verify: bool = False) -> ImageSet:
     Raises:
         ValueError: if the file is not a packed image set, is cut short or inconsistent, or does not verify.
     """
+    check_kind("path", path, (str, Path), "the path of a file that pack made")
+    flag("verify", verify)
     path = Path(path)
     header, start = _read_header(path)
     manifest = _manifest(path, header)

@@ -12,12 +12,13 @@ import secrets
 import struct
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stablefield.data.image_set import labels_sha256
+from stablefield.shapes import check_kind, flag, shape_of, whole_number
 
 __all__ = ["METADATA_KEY", "PackedWriter", "room_for"]
 
@@ -52,6 +53,12 @@ class PackedWriter:
         overwrite: bool = False,
         room: int = ROOM,
     ) -> None:
+        check_kind("destination", destination, (str, Path), "the path of the file to make")
+        shape = cast(tuple[int, int, int], shape_of("shape", shape))
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"shape is {shape}: pass that of one image, (C, H, W).")
+        flag("overwrite", overwrite)
+        whole_number("room", room, 0)
         self.path = Path(destination)
         self.shape = shape
         self.count = 0
@@ -90,6 +97,7 @@ class PackedWriter:
         Raises:
             ValueError: if dtype or shape are not those of the file.
         """
+        check_kind("images", images, np.ndarray, "a numpy array of uint8, shape (k, C, H, W)")
         if images.dtype != np.uint8 or images.shape[1:] != self.shape:
             raise ValueError(
                 f"images has dtype {images.dtype} and shape {images.shape}: this file takes uint8, image by image of shape "
@@ -113,6 +121,9 @@ class PackedWriter:
         Raises:
             ValueError: if nothing was written, labels do not fit, or the manifest is larger than the room for it.
         """
+        check_kind("manifest", manifest, dict, "a dictionary of JSON values")
+        if labels is not None:
+            check_kind("labels", labels, np.ndarray, "a numpy array of class numbers, shape (n,), or None")
         if self.count == 0 or (labels is not None and labels.shape != (self.count,)):
             raise ValueError(
                 f"{self.count} images were written with labels of shape {None if labels is None else labels.shape}: "

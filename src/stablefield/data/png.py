@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from stablefield.data.image_set import class_text
 from stablefield.data.pillow import require_pillow
+from stablefield.shapes import check_kind, whole_number
 
 __all__ = ["class_grid", "tile", "write_picture", "write_png"]
 
@@ -43,6 +44,10 @@ def tile(
     Raises:
         ValueError: if `images` is not such an array, or a number is out of range.
     """
+    check_kind("images", images, np.ndarray, "a numpy array of uint8, shape (n, C, H, W)")
+    for name, value in (("columns", columns), ("scale", scale), ("padding", padding)):
+        if value is not None:
+            whole_number(name, value)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or images.size == 0:
         raise ValueError(
             f"images has dtype {images.dtype} and shape {images.shape}: tile takes uint8 of shape (n, C, H, W), C = 1 or 3."
@@ -168,10 +173,13 @@ def write_picture(path: str | Path, array: NDArray[np.uint8]) -> Path:
         ValueError: if `array` is not a picture.
         ImportError: if Pillow is not installed.
     """
+    check_kind("path", path, (str, Path), "the path of the file to write")
     return _write(path, array, jpeg=Path(path).suffix.lower() in (".jpg", ".jpeg"))
 
 
 def _write(path: str | Path, array: NDArray[np.uint8], *, jpeg: bool) -> Path:
+    check_kind("path", path, (str, Path), "the path of the file to write")
+    check_kind("array", array, np.ndarray, "a numpy array of uint8, shape (height, width, 1 or 3)")
     picture = array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array
     if picture.dtype != np.uint8 or picture.size == 0 or (picture.ndim != 2 and picture.shape[2:] != (3,)):
         raise ValueError(
@@ -182,6 +190,8 @@ def _write(path: str | Path, array: NDArray[np.uint8], *, jpeg: bool) -> Path:
     from PIL import Image
 
     path = Path(path)
+    if not path.name or path.is_dir():
+        raise ValueError(f"path {str(path)!r} is a folder: name the file to write, such as samples.png.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     image = Image.fromarray(np.ascontiguousarray(picture))

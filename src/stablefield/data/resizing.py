@@ -18,6 +18,7 @@ import numpy as np
 from stablefield.data.collector import Collector, cached
 from stablefield.data.image_set import ImageSet, Origin
 from stablefield.data.pillow import require_pillow
+from stablefield.shapes import check_kind
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,6 +51,7 @@ def check_resize(resolution: Resolution | None, resize: Resize) -> None:
     """Refuse a resolution below 1 and an unknown way of resizing."""
     if resolution is not None and not all(1 <= side <= 8192 for side in height_and_width(resolution)):
         raise ValueError(f"resolution={resolution}: pass the wanted side of the images in pixels, 1 to 8192.")
+    check_kind("resize", resize, str, "'crop' or 'squash'")
     if resize not in ("crop", "squash"):
         raise ValueError(f'resize={resize!r}: pass "crop" (largest centred square) or "squash" (the whole image).')
 

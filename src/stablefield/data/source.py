@@ -17,6 +17,7 @@ from stablefield.data.image_loader import Progress, load_image_files
 from stablefield.data.image_set import ImageSet
 from stablefield.data.packed import is_packed, open_packed
 from stablefield.data.resizing import Resize, Resolution, check_resize, natural_resolution, resized_set
+from stablefield.shapes import check_callable, check_kind, flag, whole_number
 
 __all__ = ["UNDERSTOOD", "open_images"]
 
@@ -38,7 +39,7 @@ def open_images(
     skip_broken: bool = False,
     progress: Progress | None = None,
     memory_budget: int = MEMORY_BUDGET,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
 ) -> ImageSet:
     """Open a source of images.
 
@@ -62,6 +63,18 @@ def open_images(
         ValueError: if the source is not understood, damaged, empty, lacks the split, or its images differ in size.
         ImportError: if a package is missing, with the command that installs it.
     """
+    check_kind("source", source, (str, Path), "the name or path of a source of images")
+    check_kind("split", split, str, "the name of a split, such as 'train'")
+    for name, value in (("resolution", resolution), ("limit", limit)):
+        if value is not None:
+            whole_number(name, value, 1)
+    if cache is not None:
+        check_kind("cache", cache, (str, Path), "a folder")
+        cache = Path(cache)
+    whole_number("memory_budget", memory_budget, 0)
+    flag("skip_broken", skip_broken)
+    if progress is not None:
+        check_callable("progress", progress, "progress(stage, done, total)")
     check_resize(resolution, resize)
     cache = cache_folder() if cache is None else cache
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stablefield.diffusion.process import Process
+from stablefield.shapes import as_device, check_generator, check_kind, check_numbers, check_tensor, flag, whole_number
 
 __all__ = ["LogNormal", "LogUniform", "NoiseLevels", "Uniform"]
 
@@ -28,6 +29,9 @@ class NoiseLevels(ABC):
     _: KW_ONLY
     stratified: bool = False
 
+    def __post_init__(self) -> None:
+        flag("stratified", self.stratified)
+
     @abstractmethod
     def quantile(self, u: Tensor, process: Process) -> Tensor:
         """Times of `process` at the probabilities `u` in (0, 1), of the shape of `u`."""
@@ -39,7 +43,16 @@ class NoiseLevels(ABC):
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Draw the times of a batch, shape (`batch`,), float32, on `device`."""
+        """Draw the times of a batch, shape (`batch`,), float32, on `device`.
+
+        Raises:
+            TypeError: if an argument is of another type.
+            ValueError: if `batch` is negative, or there is no such device.
+        """
+        _check_process(process)
+        batch = whole_number("batch", batch, 0)
+        check_generator("generator", generator)
+        device = None if device is None else as_device("device", device)
         source = torch.device("cpu") if generator is None else generator.device
         # float64: a float32 uniform is exactly 0 once in 17 million rows, which is a noise level of 0 or infinity.
         wide = torch.float32 if source.type == "mps" else torch.float64
@@ -72,10 +85,14 @@ class LogNormal(NoiseLevels):
     std: float = 1.2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, "mean", "std")
         if not (math.isfinite(self.mean) and 0 < self.std < math.inf):
             raise ValueError(f"LogNormal(mean={self.mean}, std={self.std}): mean must be finite and std positive.")
 
     def quantile(self, u: Tensor, process: Process) -> Tensor:  # noqa: D102
+        check_tensor("u", u, real=True)
+        _check_process(process)
         return process.time(torch.exp(self.mean + self.std * torch.special.ndtri(u)))
 
 
@@ -95,12 +112,16 @@ class LogUniform(NoiseLevels):
     maximum: float = 100.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, "minimum", "maximum")
         if not 0 < self.minimum < self.maximum < math.inf:
             raise ValueError(
                 f"LogUniform(minimum={self.minimum}, maximum={self.maximum}): 0 < minimum < maximum must hold."
             )
 
     def quantile(self, u: Tensor, process: Process) -> Tensor:  # noqa: D102
+        check_tensor("u", u, real=True)
+        _check_process(process)
         return process.time(self.minimum * torch.exp(u * math.log(self.maximum / self.minimum)))
 
 
@@ -121,8 +142,15 @@ class Uniform(NoiseLevels):
     end: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, "start", "end")
         if not 0 <= self.start < self.end < math.inf:
             raise ValueError(f"Uniform(start={self.start}, end={self.end}): 0 <= start < end must hold.")
 
     def quantile(self, u: Tensor, process: Process) -> Tensor:  # noqa: ARG002, D102
+        check_tensor("u", u, real=True)
         return self.start + u * (self.end - self.start)
+
+
+def _check_process(process: Process) -> None:
+    check_kind("process", process, Process, "a Process, such as EDM()")

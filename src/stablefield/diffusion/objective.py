@@ -19,7 +19,19 @@ from stablefield.diffusion.noise_levels import LogNormal, NoiseLevels
 from stablefield.diffusion.process import Process
 from stablefield.diffusion.weighting import EDMWeighting, Weighting
 from stablefield.reading import readable
-from stablefield.shapes import per_row
+from stablefield.shapes import (
+    as_device,
+    check_callable,
+    check_floating_dtype,
+    check_generator,
+    check_kind,
+    check_labels,
+    check_tensor,
+    flag,
+    number,
+    per_row,
+    shape_of,
+)
 from stablefield.targets.stable_target import StableTarget
 from stablefield.targets.target import Target
 
@@ -118,6 +130,14 @@ class Objective:
     label_dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        check_kind("process", self.process, Process, "a Process, such as EDM()")
+        check_kind(
+            "noise_levels", self.noise_levels, NoiseLevels, "a distribution of noise levels, such as LogNormal()"
+        )
+        check_callable("weighting", self.weighting, "weighting(noise_level), such as EDMWeighting()")
+        if self.target is not None:
+            check_kind("target", self.target, StableTarget, "StableTarget(process), or None")
+        number("label_dropout", self.label_dropout)
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"label_dropout is {self.label_dropout}: it is a probability, 0 to 1.")
         if self.target.process != self.process:
@@ -157,6 +177,8 @@ class Objective:
         Raises:
             ValueError: as `StableTarget`; or if a drawn noise level is 0 or infinite.
         """
+        check_callable("denoiser", denoiser, "denoiser(x, sigma)")
+        check_generator("generator", generator)
         _check_data(x0)
         if class_labels is not None:
             class_labels = _checked_labels(class_labels, x0)
@@ -185,6 +207,15 @@ class Objective:
         Raises:
             ValueError: if a drawn noise level is 0 or infinite.
         """
+        shape = shape_of("shape", shape)
+        if not shape:
+            raise ValueError("shape is (): pass that of a batch, (B, ...).")
+        check_generator("generator", generator)
+        check_floating_dtype("dtype", dtype)
+        flag("labelled", labelled)
+        device = None if device is None else as_device("device", device)
+        if device is not None and device.type == "meta":
+            raise ValueError("device is 'meta', which holds no numbers: pass 'cpu' or 'cuda'.")
         if device is None:
             device = "cpu" if generator is None else generator.device
         source = device if generator is None else generator.device
@@ -218,6 +249,11 @@ class Objective:
             ValueError: as `StableTarget`.
         """
         _check_data(x0)
+        for name, value in (("index", index), ("flip", flip), ("alone", alone)):
+            if value is not None:
+                check_tensor(name, value, numbers=True)
+        check_generator("generator", generator)
+        check_kind("draws", draws, Draws, "what Objective.draw returns")
         seen = class_labels
         if class_labels is not None:
             class_labels = seen = _checked_labels(class_labels, x0)
@@ -248,6 +284,10 @@ class Objective:
         Raises:
             ValueError: if the denoiser returns another shape, or the weight is not finite.
         """
+        check_callable("denoiser", denoiser, "denoiser(x, sigma)")
+        if augment_labels is not None:
+            check_tensor("augment_labels", augment_labels)
+        check_kind("example", example, Example, "what Objective.example returns")
         x, level, seen = example.x, example.noise_level, example.seen
         # Looked at before the network: afterwards a GPU would have to be through with it, and then run dry.
         weight = self.weighting(level)
@@ -262,6 +302,7 @@ class Objective:
             estimate = denoiser(x, level, seen)
         else:
             estimate = denoiser(x, level, seen, augment_labels)
+        check_tensor("the denoiser's output", estimate)
         if estimate.shape != x.shape:
             raise ValueError(
                 f"the denoiser returned shape {tuple(estimate.shape)} for x0 of shape {tuple(x.shape)}: they must be equal."
@@ -273,15 +314,11 @@ class Objective:
 
 
 def _check_data(x0: Tensor) -> None:
+    check_tensor("x0", x0, batch=True)
     if not x0.is_floating_point():
         raise ValueError(f"x0 has dtype {x0.dtype}: it must be floating point (uint8 images: x0 / 127.5 - 1).")
 
 
 def _checked_labels(labels: Tensor, x0: Tensor) -> Tensor:
-    kind = labels.dtype
-    if labels.shape != x0.shape[:1] or kind.is_floating_point or kind.is_complex or kind == torch.bool:
-        raise ValueError(
-            f"class_labels have shape {tuple(labels.shape)} and dtype {kind}: "
-            f"one integer per row is needed, shape ({len(x0)},), -1 for no class."
-        )
+    check_labels("class_labels", labels, len(x0))
     return labels.long()

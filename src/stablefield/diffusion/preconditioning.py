@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from stablefield.shapes import per_row, row_values
+from stablefield.shapes import check_callable, check_kind, check_numbers, check_tensor, per_row, row_values
 
 __all__ = ["Denoiser", "EDMPreconditioning", "Preconditioning", "Scalings", "VEPreconditioning", "VPPreconditioning"]
 
@@ -49,10 +49,12 @@ class EDMPreconditioning:
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
+        check_numbers(self, "sigma_data")
         if not 0 < self.sigma_data < math.inf:
             raise ValueError(f"EDMPreconditioning(sigma_data={self.sigma_data}): it must be positive.")
 
     def __call__(self, sigma: Tensor) -> Scalings:  # noqa: D102
+        check_tensor("sigma", sigma, real=True)
         square = sigma**2 + self.sigma_data**2
         root = torch.sqrt(square)
         return Scalings(self.sigma_data**2 / square, sigma * self.sigma_data / root, 1 / root, torch.log(sigma) / 4)
@@ -73,6 +75,7 @@ class VPPreconditioning:
     steps: int = 1000
 
     def __post_init__(self) -> None:
+        check_numbers(self, "beta_min", "beta_slope", "steps")
         if not (self.beta_min >= 0 and 0 < self.beta_slope < math.inf and self.steps >= 1):
             raise ValueError(
                 f"VPPreconditioning(beta_min={self.beta_min}, beta_slope={self.beta_slope}, steps={self.steps}): "
@@ -80,6 +83,7 @@ class VPPreconditioning:
             )
 
     def __call__(self, sigma: Tensor) -> Scalings:  # noqa: D102
+        check_tensor("sigma", sigma, real=True)
         one = torch.ones_like(sigma)
         # A plain log of (1 + s^2), not log1p: the published networks were trained with its float32 rounding.
         log = torch.log(1 + sigma**2)
@@ -92,6 +96,7 @@ class VEPreconditioning:
     """Noise prediction without input scaling, as in NCSN++ (table 1, column "VE")."""
 
     def __call__(self, sigma: Tensor) -> Scalings:  # noqa: D102
+        check_tensor("sigma", sigma, real=True)
         one = torch.ones_like(sigma)
         return Scalings(one, sigma, one, torch.log(sigma / 2))
 
@@ -107,6 +112,9 @@ class Denoiser(nn.Module):
 
     def __init__(self, network: nn.Module, preconditioning: Preconditioning | None = None) -> None:
         super().__init__()
+        check_kind("network", network, nn.Module, "a torch.nn.Module")
+        if preconditioning is not None:
+            check_callable("preconditioning", preconditioning, "preconditioning(sigma), such as EDMPreconditioning()")
         self.network = network
         self.preconditioning: Preconditioning = preconditioning or EDMPreconditioning()
 
@@ -130,6 +138,7 @@ class Denoiser(nn.Module):
         Returns:
             The estimate, of the shape and dtype of x (float32 if x is of lower precision).
         """
+        check_tensor("x", x, floating=True, batch=True)
         dtype = torch.promote_types(x.dtype, torch.float32)
         inner = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), dtype)
         with torch.autocast(x.device.type, enabled=False):

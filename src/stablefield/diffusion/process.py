@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from stablefield.reading import readable
-from stablefield.shapes import per_row, row_values
+from stablefield.shapes import check_generator, check_numbers, check_tensor, per_row, row_values
 
-__all__ = ["EDM", "TIME_MARGIN", "VE", "VP", "Cosine", "Discrete", "Process", "RectifiedFlow"]
+__all__ = ["EDM", "VE", "VP", "Cosine", "Process", "RectifiedFlow"]
 
-TIME_MARGIN = 1e-6
-"""How far rounding may take a time out of the range of its process."""
+# How far rounding may take a time out of the range of its process.
+_MARGIN = 1e-6
 
 
 class Process(ABC):
@@ -55,8 +55,14 @@ class Process(ABC):
         """The first and the last time that a batch may have; others are taken for a mistake, such as steps for times."""
         return -math.inf, math.inf
 
+    def has_time(self, t: Tensor) -> Tensor:
+        """Which of the times `t` lie in `time_range`, up to rounding: bool, of the shape of `t`."""
+        low, high = self.time_range
+        return (t >= low - _MARGIN) & (t <= high + _MARGIN)
+
     def noise_level(self, t: Tensor) -> Tensor:
         """Noise-to-signal ratio sigma / alpha at time `t`."""
+        check_tensor("t", t, real=True)
         return self.sigma(t) / self.alpha(t)
 
     def perturb(
@@ -74,21 +80,29 @@ class Process(ABC):
             `x_t`, of the shape, dtype and device of `x0`.
 
         Raises:
-            ValueError: if `x0` is not floating point, shapes do not agree, or a time is outside of `time_range` (times on a
+            TypeError: if an argument is of another type.
+            ValueError: if `x0` is not floating point, shapes do not agree, or a time is not one of the process's (times on a
                 GPU are not looked at).
         """
+        check_tensor("x0", x0, batch=True)
         if not x0.is_floating_point():
             raise ValueError(
                 f"x0 has dtype {x0.dtype}: perturb takes floating point data (uint8 images: x0 / 127.5 - 1)."
             )
+        check_generator("generator", generator)
         if noise is None:
             noise = torch.randn(x0.shape, dtype=x0.dtype, device=x0.device, generator=generator)
-        elif noise.shape != x0.shape:
-            raise ValueError(f"noise has shape {tuple(noise.shape)}, x0 has {tuple(x0.shape)}: they must be equal.")
+        else:
+            check_tensor("noise", noise)
+            if noise.shape != x0.shape or noise.device != x0.device or noise.is_complex():
+                raise ValueError(
+                    f"noise has shape {tuple(noise.shape)}, x0 has {tuple(x0.shape)}: they must be equal, real and on one "
+                    f"device (noise has dtype {noise.dtype} on {noise.device}, x0 is on {x0.device})."
+                )
         t = row_values("t", t, x0)
         if t.device.type == "cpu" and readable(t.device):
             low, high = self.time_range
-            if not bool(((t >= low - TIME_MARGIN) & (t <= high + TIME_MARGIN)).all()):
+            if not bool(self.has_time(t).all()):
                 raise ValueError(
                     f"t runs from {t.min().item():g} to {t.max().item():g}, but the times of {self} run from {low:g} to "
                     f"{high:g}: pass times of this process."
@@ -110,18 +124,23 @@ class EDM(Process):
         return 0.0, math.inf
 
     def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t, real=True)
         return torch.ones_like(t)
 
     def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t, real=True)
         return t
 
     def alpha_dot(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t, real=True)
         return torch.zeros_like(t)
 
     def sigma_dot(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t, real=True)
         return torch.ones_like(t)
 
     def time(self, noise_level: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("noise_level", noise_level, real=True)
         return noise_level
 
 
@@ -142,6 +161,7 @@ class VE(Process):
     sigma_max: float = 100.0
 
     def __post_init__(self) -> None:
+        check_numbers(self, "sigma_min", "sigma_max")
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
             raise ValueError(
                 f"VE(sigma_min={self.sigma_min}, sigma_max={self.sigma_max}): 0 < sigma_min < sigma_max must hold."
@@ -157,18 +177,23 @@ class VE(Process):
         return -1.0, 2.0
 
     def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t, real=True)
         return torch.ones_like(t)
 
     def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t, real=True)
         return self.sigma_min * torch.exp(self._rate * t)
 
     def alpha_dot(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t, real=True)
         return torch.zeros_like(t)
 
     def sigma_dot(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t, real=True)
         return self._rate * self.sigma(t)
 
     def time(self, noise_level: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("noise_level", noise_level, real=True)
         return torch.log(noise_level / self.sigma_min) / self._rate
 
 
@@ -191,6 +216,7 @@ class VP(Process):
     beta_max: float = 20.0
 
     def __post_init__(self) -> None:
+        check_numbers(self, "beta_min", "beta_max")
         if not 0 < self.beta_min < self.beta_max < math.inf:
             raise ValueError(
                 f"VP(beta_min={self.beta_min}, beta_max={self.beta_max}): 0 < beta_min < beta_max must hold."
@@ -208,22 +234,28 @@ class VP(Process):
         return 0.0, 2.0
 
     def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t, real=True)
         return torch.exp(-0.5 * self._integral(t))
 
     def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t, real=True)
         # 1 - exp(-b) by expm1: b is 1e-6 and less near t = 0, where the plain difference keeps no digit in float32.
         return torch.sqrt(-torch.expm1(-self._integral(t)))
 
     def alpha_dot(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t, real=True)
         return -0.5 * self._beta(t) * self.alpha(t)
 
     def sigma_dot(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t, real=True)
         return 0.5 * self._beta(t) * self.alpha(t) ** 2 / self.sigma(t)
 
     def noise_level(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t, real=True)
         return torch.sqrt(torch.expm1(self._integral(t)))
 
     def time(self, noise_level: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("noise_level", noise_level, real=True)
         b = 2 * torch.log1p(noise_level**2)
         slope = self.beta_max - self.beta_min
         # The root of slope t^2 / 2 + beta_min t = b / 2 in the form that does not cancel at small b.
@@ -244,19 +276,24 @@ class Cosine(Process):
         return 0.0, 1.0
 
     def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t, real=True)
         # cos(pi t / 2) as a sine: exactly 0, and never negative, at t = 1.
         return torch.sin(0.5 * math.pi * (1 - t))
 
     def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t, real=True)
         return torch.sin(0.5 * math.pi * t)
 
     def alpha_dot(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t, real=True)
         return -0.5 * math.pi * self.sigma(t)
 
     def sigma_dot(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t, real=True)
         return 0.5 * math.pi * self.alpha(t)
 
     def time(self, noise_level: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("noise_level", noise_level, real=True)
         return torch.atan(noise_level) * (2 / math.pi)
 
 
@@ -276,92 +313,22 @@ class RectifiedFlow(Process):
         return 0.0, 1.0
 
     def alpha(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t, real=True)
         return 1 - t
 
     def sigma(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t, real=True)
         return t
 
     def alpha_dot(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t, real=True)
         return -torch.ones_like(t)
 
     def sigma_dot(self, t: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("t", t, real=True)
         return torch.ones_like(t)
 
     def time(self, noise_level: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("noise_level", noise_level, real=True)
         # s / (1 + s), in the form that is 1, and not nan, at infinite noise.
         return 1 / (1 + 1 / noise_level)
-
-
-class Discrete(Process):
-    """A variance-preserving process given by a table: t is an index into `alphas_cumprod`, as in DDPM code.
-
-    alpha = sqrt(alphas_cumprod[t]), sigma = sqrt(1 - alphas_cumprod[t]).
-
-    Args:
-        alphas_cumprod: shape (T,), decreasing, in (0, 1); diffusers' `scheduler.alphas_cumprod`.
-
-    Raises:
-        ValueError: if the table is not one-dimensional, decreasing and in (0, 1), or a time is out of the table.
-
-    References:
-        Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020, equation 4.
-    """
-
-    def __init__(self, alphas_cumprod: Tensor) -> None:
-        table = torch.as_tensor(alphas_cumprod).detach().double().cpu()
-        if table.ndim != 1 or len(table) == 0:
-            raise ValueError(f"alphas_cumprod has shape {tuple(table.shape)}: pass one number per step, shape (T,).")
-        if not ((table > 0) & (table < 1)).all() or not (table.diff() < 0).all():
-            raise ValueError(
-                f"alphas_cumprod must decrease strictly and lie between 0 and 1, got {table[0]:.4g} to {table[-1]:.4g}: "
-                "pass the cumulative products, not the betas."
-            )
-        self._table = table
-        self._on_device: dict[torch.device, Tensor] = {table.device: table}
-
-    def __repr__(self) -> str:
-        return f"Discrete(<{len(self._table)} steps>)"
-
-    def _at(self, t: Tensor) -> Tensor:
-        if t.device not in self._on_device:
-            self._on_device[t.device] = self._table.to(t.device, torch.float32 if t.device.type == "mps" else None)
-        index = t.long()
-        looked_at = t.device.type == "cpu" and readable(t.device)
-        if looked_at and not ((index >= 0) & (index < len(self._table)) & (index == t)).all():
-            raise ValueError(
-                f"t must hold whole step numbers from 0 to {len(self._table) - 1}, got {t.min()} to {t.max()}: "
-                "this process is a table."
-            )
-        return self._on_device[t.device][index]
-
-    def _like(self, value: Tensor, t: Tensor) -> Tensor:
-        return value.to(t.dtype if t.is_floating_point() else torch.float32)
-
-    @property
-    def time_range(self) -> tuple[float, float]:
-        """Step 0 and the last step."""
-        return 0.0, len(self._table) - 1.0
-
-    def alpha(self, t: Tensor) -> Tensor:
-        """Scale of the data at step `t`, in the dtype of `t` if that is floating, else float32."""
-        return self._like(torch.sqrt(self._at(t)), t)
-
-    def sigma(self, t: Tensor) -> Tensor:
-        """Standard deviation of the noise at step `t`, in the dtype of `t` if that is floating, else float32."""
-        return self._like(torch.sqrt(1 - self._at(t)), t)
-
-    def alpha_dot(self, t: Tensor) -> Tensor:  # noqa: ARG002
-        """Not defined between the entries of a table: raises ValueError."""
-        raise ValueError(
-            "a Discrete process has no time derivative: regress on noise, v, score or x0, not on velocity."
-        )
-
-    def sigma_dot(self, t: Tensor) -> Tensor:
-        """Not defined between the entries of a table: raises ValueError."""
-        return self.alpha_dot(t)
-
-    def time(self, noise_level: Tensor) -> Tensor:
-        """The step whose sigma / alpha is nearest to `noise_level` on a logarithmic scale."""
-        levels = torch.log((1 - self._table) / self._table).to(noise_level.device) / 2
-        wanted = torch.log(noise_level.double())
-        return (wanted[..., None] - levels).abs().argmin(-1)

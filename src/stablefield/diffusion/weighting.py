@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from stablefield.shapes import check_numbers, check_tensor
+
 __all__ = ["EDMWeighting", "FlowWeighting", "SNRWeighting", "Weighting"]
 
 
@@ -39,10 +41,12 @@ class EDMWeighting:
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
+        check_numbers(self, "sigma_data")
         if not 0 < self.sigma_data < math.inf:
             raise ValueError(f"EDMWeighting(sigma_data={self.sigma_data}): it must be positive.")
 
     def __call__(self, noise_level: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("noise_level", noise_level, real=True)
         return 1 / self.sigma_data**2 + 1 / noise_level**2
 
 
@@ -68,6 +72,7 @@ class SNRWeighting:
     maximum: float = math.inf
 
     def __post_init__(self) -> None:
+        check_numbers(self, "power", "minimum", "maximum")
         if not (0 <= self.minimum < self.maximum and math.isfinite(self.power)):
             raise ValueError(
                 f"SNRWeighting(power={self.power}, minimum={self.minimum}, maximum={self.maximum}): "
@@ -75,6 +80,7 @@ class SNRWeighting:
             )
 
     def __call__(self, noise_level: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("noise_level", noise_level, real=True)
         return torch.clamp(1 / noise_level**2, self.minimum, self.maximum) ** self.power
 
 
@@ -88,4 +94,5 @@ class FlowWeighting:
     """
 
     def __call__(self, noise_level: Tensor) -> Tensor:  # noqa: D102
+        check_tensor("noise_level", noise_level, real=True)
         return (1 + 1 / noise_level) ** 2

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from stablefield.shapes import check_tensor, shape_of
+
 __all__ = ["Extractor", "RawPixels", "check_images", "full_precision", "three_channels"]
 
 
@@ -55,9 +57,10 @@ class RawPixels:
     """
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
-        if len(shape) != 3 or min(shape) < 1:
+        sizes = shape_of("shape", shape)
+        if len(sizes) != 3 or min(sizes) < 1:
             raise ValueError(f"shape is {shape}: pass channels, height and width, such as (3, 32, 32).")
-        self._shape = shape
+        self._shape = sizes
 
     @property
     def name(self) -> str:  # noqa: D102
@@ -92,6 +95,7 @@ def check_images(images: Tensor) -> None:
     Raises:
         ValueError: if they are not.
     """
+    check_tensor("images", images, numbers=True)
     if images.dtype != torch.uint8:
         raise ValueError(
             f"images have dtype {images.dtype}: pass uint8, 0 to 255 (of images x in [-1, 1]: "

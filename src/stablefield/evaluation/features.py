@@ -7,6 +7,8 @@ they are given, since differences of large sums are their business.
 import torch
 from torch import Tensor
 
+from stablefield.shapes import check_tensor
+
 __all__ = ["checked", "checked_pair", "in_float64"]
 
 
@@ -23,6 +25,7 @@ def checked(name: str, features: Tensor, least: int = 1, reason: str = "there is
         ValueError: if the array is not (n, d) with d >= 1, not floating point, has fewer than `least` rows, or holds
             NaN or infinite numbers (the first such row is named).
     """
+    check_tensor(name, features, numbers=True)
     if features.ndim != 2 or features.shape[1] == 0:
         raise ValueError(f"{name} has shape {tuple(features.shape)}: pass one row of features per image, shape (n, d).")
     if not features.is_floating_point():

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from stablefield.evaluation.features import checked, checked_pair, in_float64
+from stablefield.shapes import array_of_numbers, check_kind, whole_number
 
 __all__ = [
     "FrechetDistance",
@@ -71,8 +72,12 @@ def fit_moments(mean: Tensor, cov: Tensor, number: int = 1) -> Gaussian:
         ValueError: if shapes do not agree, numbers are not finite, or the covariance is not symmetric or has an
             eigenvalue that is negative beyond rounding.
     """
+    whole_number("number", number)
+    mean, cov = array_of_numbers(f"mean{number}", mean), array_of_numbers(f"cov{number}", cov)
+    if mean.device != cov.device:
+        raise ValueError(f"mean{number} is on {mean.device}, cov{number} on {cov.device}: move one of them.")
     mean, cov = in_float64(mean.detach()), in_float64(cov.detach())
-    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+    if mean.ndim != 1 or len(mean) == 0 or cov.shape != (len(mean), len(mean)):
         raise ValueError(
             f"mean{number} has shape {tuple(mean.shape)}, cov{number} {tuple(cov.shape)}: pass means (d,) and covariances "
             "(d, d), both of one d."
@@ -105,6 +110,8 @@ def distance_between(a: Gaussian, b: Gaussian) -> FrechetDistance:
     Raises:
         ValueError: if their dimensions differ.
     """
+    check_kind("a", a, Gaussian, "what fit_features or fit_moments returns")
+    check_kind("b", b, Gaussian, "what fit_features or fit_moments returns")
     if a.mean.shape != b.mean.shape:
         raise ValueError(
             f"mean1 has shape {tuple(a.mean.shape)}, mean2 {tuple(b.mean.shape)}: pass means (d,) and covariances (d, d), "

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from stablefield.evaluation.features import checked, in_float64
+from stablefield.shapes import whole_number
 
 __all__ = ["InceptionScore", "inception_score"]
 
@@ -45,6 +46,7 @@ def inception_score(probabilities: Tensor, splits: int = 10) -> InceptionScore:
     Raises:
         ValueError: if `probabilities` is no valid array of distributions, or has fewer rows than `splits`.
     """
+    whole_number("splits", splits)
     if splits < 1:
         raise ValueError(f"splits is {splits}: pass at least 1.")
     p = in_float64(checked("probabilities", probabilities, splits, f"each of {splits} splits must hold a sample"))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from stablefield.evaluation.features import checked_pair, in_float64
+from stablefield.shapes import check_kind, whole_number
 
 __all__ = ["KernelDistance", "kernel_distance"]
 
@@ -62,6 +63,10 @@ def kernel_distance(
         ValueError: if an array is no valid feature array or the dimensions disagree; if a side has fewer than 4 rows or
             fewer than twice `subset_size`; if `subsets` or `subset_size` is below 2.
     """
+    check_kind("generator", generator, torch.Generator, "a torch.Generator, such as torch.Generator().manual_seed(0)")
+    whole_number("subsets", subsets)
+    if subset_size is not None:
+        whole_number("subset_size", subset_size)
     a, b = checked_pair(("a", "b"), a, b, 4, "a spread between subsets takes two subsets of two rows")
     n = min(len(a), len(b))
     size = min(1000, n // 2) if subset_size is None else subset_size

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from stablefield.evaluation.features import checked_pair
 from stablefield.evaluation.neighbours import Ball
+from stablefield.shapes import whole_number
 
 __all__ = ["ManifoldScore", "coverage", "density", "precision", "recall"]
 
@@ -88,6 +89,7 @@ def _held(centres: Tensor, points: Tensor, k: int) -> float:
 
 
 def _checked(real: Tensor, generated: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    whole_number("k", k)
     if k < 1:
         raise ValueError(f"k is {k}: pass 1 or more.")
     return checked_pair(

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from stablefield.evaluation.features import checked_pair
 from stablefield.evaluation.neighbours import nearest
+from stablefield.shapes import number
 
 __all__ = ["NearestRatio", "nearest_ratio"]
 
@@ -66,6 +67,7 @@ def nearest_ratio(
         ValueError: if an array is no valid feature array, `training` has fewer than 2 rows, dimensions disagree, or the
             threshold is not in (0, 1).
     """
+    number("threshold", threshold)
     if not 0 < threshold < 1:
         raise ValueError(f"threshold is {threshold}: pass a number between 0 and 1; the literature's is 1/3.")
     samples, training = checked_pair(("samples", "training"), samples, training)

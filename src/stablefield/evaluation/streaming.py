@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stablefield.evaluation.features import checked, in_float64
 from stablefield.evaluation.statistics import Statistics, empty_moments, join_moments, moments_of, unpack
+from stablefield.shapes import check_tensor, whole_number
 
 try:
     from torchmetrics import Metric
@@ -49,6 +50,7 @@ class StreamingStatistics(Metric):
 
     def __init__(self, dim: int, *, gather: Gather | None = None, alone: bool = False) -> None:
         super().__init__(dist_sync_fn=gather, distributed_available_fn=_no if alone else _yes if gather else None)
+        whole_number("dim", dim)
         if dim < 1:
             raise ValueError(f"dim is {dim}: pass the extractor's number of features.")
         self.dim = dim
@@ -97,6 +99,7 @@ class StreamingFeatures(Metric):
 
     def __init__(self, dim: int, *, gather: Gather | None = None, alone: bool = False) -> None:
         super().__init__(dist_sync_fn=gather, distributed_available_fn=_no if alone else _yes if gather else None)
+        whole_number("dim", dim)
         if dim < 1:
             raise ValueError(f"dim is {dim}: pass the extractor's number of features.")
         self.dim = dim
@@ -110,6 +113,7 @@ class StreamingFeatures(Metric):
             ValueError: as `StreamingStatistics.update`, or if `numbers` is not one integer per row.
         """
         features = _checked_batch(features, self.dim)
+        check_tensor("numbers", numbers)
         if numbers.shape != features.shape[:1] or numbers.is_floating_point():
             raise ValueError(
                 f"numbers has shape {tuple(numbers.shape)} and dtype {numbers.dtype}: "

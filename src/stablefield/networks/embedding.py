@@ -18,6 +18,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from stablefield.shapes import check_tensor
+
 __all__ = ["FourierEmbedding", "PositionalEmbedding", "class_vectors"]
 
 
@@ -89,6 +91,7 @@ def class_vectors(labels: Tensor | None, classes: int, x: Tensor) -> Tensor:
         return x.new_zeros(x.shape[0], classes)
     if labels.device != x.device:
         raise ValueError(f"class_labels is on {labels.device}, but the images are on {x.device}: move one of them.")
+    check_tensor("class_labels", labels)
     if labels.is_floating_point():
         if labels.shape != (x.shape[0], classes):
             raise ValueError(
@@ -96,7 +99,7 @@ def class_vectors(labels: Tensor | None, classes: int, x: Tensor) -> Tensor:
                 f"shape {(x.shape[0], classes)}; pass class numbers as integers of shape ({x.shape[0]},)."
             )
         return labels
-    if labels.shape != x.shape[:1] or labels.dtype == torch.bool:
+    if labels.shape != x.shape[:1] or labels.dtype == torch.bool or labels.is_complex():
         raise ValueError(
             f"class_labels has shape {tuple(labels.shape)} and dtype {labels.dtype}: pass integers of shape "
             f"({x.shape[0]},), or one-hot vectors of shape {(x.shape[0], classes)} in floating point."

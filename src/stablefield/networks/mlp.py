@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from stablefield.networks.dropout import dropout
 from stablefield.networks.embedding import FourierEmbedding, class_vectors
+from stablefield.shapes import check_generator, check_tensor, number, shape_of, whole_number
 
 __all__ = ["MLP"]
 
@@ -40,6 +41,11 @@ class MLP(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        shape = shape_of("shape", shape)
+        for name, value in (("width", width), ("depth", depth), ("classes", classes)):
+            whole_number(name, value)
+        number("dropout", dropout)
+        check_generator("generator", generator)
         if min(shape, default=0) < 1 or width < 8 or width % 4 or depth < 1 or classes < 0 or not 0 <= dropout < 1:
             raise ValueError(
                 f"MLP(shape={shape}, width={width}, depth={depth}, dropout={dropout}, classes={classes}): the width must "
@@ -72,6 +78,15 @@ class MLP(nn.Module):
             noise_label: shape (B,).
             class_labels: integers (B,), -1 for no class; or one-hot (B, classes).
         """
+        check_tensor("x", x, floating=True, batch=True)
+        check_tensor("noise_label", noise_label)
+        if x[0].numel() != self.enter.in_features or noise_label.shape != x.shape[:1]:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)} and noise_label {tuple(noise_label.shape)}: this network takes rows of "
+                f"{self.enter.in_features} numbers, shape (B, ...), and one label per row, shape (B,)."
+            )
+        if class_labels is not None:
+            check_tensor("class_labels", class_labels)
         silu = nn.functional.silu
         e = self.embed_noise(self.embed(noise_label).to(x.dtype))
         if self.embed_class is not None:

@@ -32,7 +32,16 @@ from stablefield.networks.blocks import UNetBlock
 from stablefield.networks.embedding import FourierEmbedding, PositionalEmbedding, class_vectors
 from stablefield.networks.layers import Linear
 from stablefield.networks.levels import Decoder, Encoder
-from stablefield.shapes import row_values
+from stablefield.shapes import (
+    check_generator,
+    check_kind,
+    check_tensor,
+    flag,
+    number,
+    row_values,
+    shape_of,
+    whole_number,
+)
 
 __all__ = ["SongUNet"]
 
@@ -81,6 +90,14 @@ class SongUNet(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        check_generator("generator", generator)
+        flag("fourier", fourier)
+        flag("residual_input", residual_input)
+        check_kind("taps", taps, (tuple, list), "the taps of a filter, such as (1, 3, 3, 1)")
+        for k, tap in enumerate(taps):
+            number(f"taps[{k}]", tap)
+        multipliers = shape_of("multipliers", multipliers)
+        attention = None if attention is None else shape_of("attention", attention)
         size = _height_and_width(resolution)
         _check_sizes(size, channels, base_channels, multipliers, blocks, augment_dim, classes, dropout)
         resolutions = [(size[0] >> level, size[1] >> level) for level in range(len(multipliers))]
@@ -195,6 +212,10 @@ class SongUNet(nn.Module):
             ValueError: if shapes, dtypes or devices do not agree, labels are out of range, or labels are given to a
                 network that was made without them.
         """
+        check_tensor("x", x, floating=True, batch=True)
+        for name, value in (("class_labels", class_labels), ("augment_labels", augment_labels)):
+            if value is not None:
+                check_tensor(name, value)
         if x.shape[1:] != (self.channels, *self.size):
             raise ValueError(
                 f"x has shape {tuple(x.shape)}: this network takes images of shape "
@@ -251,6 +272,9 @@ def _check_sizes(
 ) -> None:
     resolution = size[0] if size[0] == size[1] else size
     sizes = {"resolution": min(size), "channels": channels, "base_channels": base_channels, "blocks": blocks}
+    for name, count in {**sizes, "augment_dim": augment_dim, "classes": classes}.items():
+        whole_number(name, count)
+    number("dropout", dropout)
     for name, count in sizes.items():
         if count < 1:
             raise ValueError(f"{name} is {count}: it must be at least 1.")

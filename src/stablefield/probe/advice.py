@@ -20,6 +20,7 @@ from stablefield.diffusion.weighting import EDMWeighting, Weighting
 from stablefield.probe.phases import Edge, find_band, share_above
 from stablefield.probe.series import interpolate
 from stablefield.probe.variance import VarianceCurve
+from stablefield.shapes import check_callable, check_kind, number, whole_number
 
 __all__ = ["Advice", "SizeAdvice", "Training", "advise"]
 
@@ -42,6 +43,12 @@ class Training:
     """Rows per step."""
 
     def __post_init__(self) -> None:
+        check_kind("process", self.process, Process, "a Process, such as EDM()")
+        check_kind(
+            "noise_levels", self.noise_levels, NoiseLevels, "a distribution of noise levels, such as LogNormal()"
+        )
+        check_callable("weighting", self.weighting, "weighting(noise_level), such as EDMWeighting()")
+        whole_number("batch", self.batch)
         if self.batch < 1:
             raise ValueError(f"batch is {self.batch}: it must be at least 1.")
 
@@ -105,6 +112,9 @@ def advise(curve: VarianceCurve, training: Training, *, aim: float = 0.1, tolera
     Raises:
         ValueError: if `aim` or `tolerance` is not between 0 and 1.
     """
+    check_kind("curve", curve, VarianceCurve, "what measure_variance returns")
+    check_kind("training", training, Training, "a Training, such as Training()")
+    number("aim", aim)
     if not 0 < aim < 1:
         raise ValueError(f"aim is {aim}: it is the share of the variance that may stay, between 0 and 1.")
     band = find_band(curve, tolerance)

@@ -42,7 +42,7 @@ from torch import Tensor
 from stablefield.diffusion.process import EDM, Process
 from stablefield.probe.population import Population
 from stablefield.probe.variance import find_noise_levels, measure_variance
-from stablefield.shapes import per_row
+from stablefield.shapes import array_of_numbers, check_callable, check_kind, number, per_row, whole_number
 from stablefield.targets.bank import Bank
 from stablefield.targets.posterior import posterior
 from stablefield.targets.target import Target
@@ -140,14 +140,22 @@ def check_bias(
     Raises:
         ValueError: if a number is out of its range, or the target returns another shape or something not finite.
     """
+    check_callable("target", target, "target(x0, x_t, t), such as StableTarget(process)")
+    check_kind("population", population, Population, "a Population of the data, Population(data)")
+    number("false_alarm", false_alarm)
+    number("label_dropout", label_dropout)
+    whole_number("batch", batch, 1)
+    whole_number("batches", batches)
+    whole_number("seed", seed, 0, 2**63)
     if not 0 < false_alarm < 1:
         raise ValueError(f"false_alarm is {false_alarm}: it is a probability, between 0 and 1.")
     if not 0 <= label_dropout <= 1:
         raise ValueError(f"label_dropout is {label_dropout}: it is a probability, 0 to 1.")
     if batches < 20:
         raise ValueError(f"batches is {batches}: fewer than 20 tell nothing; the default is 300.")
-    process = process or EDM()
-    levels = _middle(population, seed) if noise_levels is None else torch.as_tensor(noise_levels)
+    process = EDM() if process is None else process
+    check_kind("process", process, Process, "a Process, such as EDM()")
+    levels = _middle(population, seed) if noise_levels is None else array_of_numbers("noise_levels", noise_levels)
     levels = levels.to(torch.float64).flatten()
     batch = min(batch, len(population))
     if len(levels) == 0 or not bool(((levels > 0) & levels.isfinite()).all()):

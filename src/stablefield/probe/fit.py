@@ -18,6 +18,7 @@ from stablefield.diffusion.objective import DenoiserLike
 from stablefield.probe.exact import ExactPosterior
 from stablefield.probe.population import Population
 from stablefield.probe.series import Series
+from stablefield.shapes import array_of_numbers, check_callable, check_kind, check_tensor, flag, whole_number
 
 __all__ = ["Fit", "measure_fit"]
 
@@ -73,7 +74,13 @@ def measure_fit(
         ValueError: if a noise level is not positive, `rows` or `batch` is too small, labels are missing, or the network
             returns another shape.
     """
-    levels = torch.as_tensor(noise_levels, dtype=torch.float64).flatten().sort().values
+    check_callable("denoiser", denoiser, "denoiser(x, sigma)")
+    check_kind("population", population, Population, "a Population of the data, Population(data)")
+    flag("labelled", labelled)
+    whole_number("rows", rows)
+    whole_number("batch", batch)
+    whole_number("seed", seed, 0, 2**63)
+    levels = array_of_numbers("noise_levels", noise_levels).to(torch.float64).flatten().sort().values
     if len(levels) == 0 or not bool(((levels > 0) & levels.isfinite()).all()):
         raise ValueError(f"noise_levels are {levels.tolist()}: pass at least one, all positive and finite.")
     if rows < 2 or batch < 1:
@@ -97,6 +104,7 @@ def measure_fit(
             exact = whole(x, torch.ones_like(sigma), sigma, index).posterior
             narrow = sigma.to(x.dtype)
             estimate = denoiser(x, narrow) if labels is None else denoiser(x, narrow, labels)
+            check_tensor("the denoiser's output", estimate)
             if estimate.shape != x.shape:
                 raise ValueError(
                     f"the denoiser returned shape {tuple(estimate.shape)} for rows of shape {tuple(x.shape)}: "

@@ -21,6 +21,7 @@ from stablefield.diffusion.weighting import EDMWeighting, Weighting
 from stablefield.probe.advice import Training
 from stablefield.probe.series import interpolate
 from stablefield.probe.variance import VarianceCurve
+from stablefield.shapes import check_callable, check_kind, whole_number
 
 __all__ = ["LoggedExcess", "LossFloor", "logged_excess"]
 
@@ -51,6 +52,9 @@ class LossFloor:
         Raises:
             ValueError: if the size was not measured.
         """
+        check_kind("curve", curve, VarianceCurve, "what measure_variance returns")
+        check_callable("weighting", weighting, "weighting(noise_level), such as EDMWeighting()")
+        whole_number("size", size)
         if size == 1:
             variance = curve.dsm.mean
         elif size >= curve.samples:

@@ -23,6 +23,7 @@ from stablefield.diffusion.noise_levels import NoiseLevels
 from stablefield.diffusion.process import Process
 from stablefield.probe.series import Series
 from stablefield.probe.variance import VarianceCurve
+from stablefield.shapes import check_kind, number
 
 __all__ = ["Edge", "Phases", "find_band", "find_phases", "share_above"]
 
@@ -65,6 +66,7 @@ def find_phases(curve: VarianceCurve, tolerance: float = 0.01) -> Phases:
     Raises:
         ValueError: if `tolerance` is not between 0 and 1.
     """
+    check_kind("curve", curve, VarianceCurve, "what measure_variance returns")
     _check(tolerance)
     return Phases(
         single_below=_edge(curve.noise_level, curve.dsm, tolerance * curve.total, rising=True),
@@ -83,6 +85,7 @@ def find_band(curve: VarianceCurve, tolerance: float = 0.001) -> Edge | None:
     Raises:
         ValueError: if `tolerance` is not between 0 and 1.
     """
+    check_kind("curve", curve, VarianceCurve, "what measure_variance returns")
     _check(tolerance)
     return _edge(curve.noise_level, curve.dsm, tolerance * curve.total, rising=True)
 
@@ -93,6 +96,9 @@ def share_above(level: float, noise_levels: NoiseLevels, process: Process) -> fl
     Raises:
         ValueError: if `level` is negative or NaN.
     """
+    number("level", level)
+    check_kind("noise_levels", noise_levels, NoiseLevels, "a distribution of noise levels, such as LogNormal()")
+    check_kind("process", process, Process, "a Process, such as EDM()")
     if not level >= 0:
         raise ValueError(f"level is {level}: it is a noise level sigma / alpha, 0 or more.")
     # The noise level is an increasing function of the quantile, so bisection inverts it for any distribution.
@@ -135,5 +141,6 @@ def _crossing(level: Tensor, value: Tensor, threshold: float, rising: bool) -> f
 
 
 def _check(tolerance: float) -> None:
+    number("tolerance", tolerance)
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance is {tolerance}: it is a share of the data's variance, between 0 and 1.")

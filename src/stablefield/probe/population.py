@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stablefield.data.image_set import ImageSet
+from stablefield.shapes import check_kind, check_tensor, flag, whole_number
 from stablefield.targets.bank import Bank
 
 __all__ = ["MOST", "Population", "draw_population"]
@@ -39,6 +40,9 @@ class Population:
 
     def __post_init__(self) -> None:
         data, group = self.data, self.group
+        check_tensor("data", data, numbers=True)
+        if group is not None:
+            check_tensor("group", group, numbers=True)
         if data.ndim < 2 or data[:1].numel() == 0:
             raise ValueError(
                 f"data have shape {tuple(data.shape)}: pass samples of at least one number, shape (N, ...)."
@@ -50,7 +54,12 @@ class Population:
                 f"data hold {len(data)} sample: with one sample every target is that sample, and there is no variance to "
                 "measure. Probe at least 2."
             )
-        if group is not None and (group.shape != data.shape[:1] or group.is_floating_point()):
+        if group is not None and (
+            group.shape != data.shape[:1]
+            or group.is_floating_point()
+            or group.is_complex()
+            or group.dtype == torch.bool
+        ):
             raise ValueError(
                 f"group has shape {tuple(group.shape)} and dtype {group.dtype}: one integer per sample is needed, "
                 f"shape ({len(data)},)."
@@ -108,6 +117,10 @@ def draw_population(images: ImageSet, *, most: int = MOST, by_class: bool = Fals
     Raises:
         ValueError: if `most` is below 2, or classes are asked for and there are none; and as `Population`.
     """
+    check_kind("images", images, ImageSet, "an ImageSet, as open_images returns")
+    whole_number("most", most)
+    whole_number("seed", seed, 0)
+    flag("by_class", by_class)
     if most < 2:
         raise ValueError(f"most is {most}: at least 2 samples are needed.")
     if by_class and images.labels is None:

@@ -35,6 +35,7 @@ from stablefield.diffusion.process import EDM, Process
 from stablefield.probe.exact import ExactPosterior
 from stablefield.probe.population import Population
 from stablefield.probe.series import Series
+from stablefield.shapes import array_of_numbers, check_callable, check_kind, shape_of, whole_number
 from stablefield.targets.posterior import Posterior
 
 __all__ = ["SIZES", "VarianceCurve", "find_noise_levels", "measure_variance"]
@@ -147,8 +148,21 @@ def measure_variance(
     Raises:
         ValueError: if a noise level or a number is out of its range.
     """
-    process = process or EDM()
-    found = find_noise_levels(population, seed=seed) if noise_levels is None else torch.as_tensor(noise_levels)
+    check_kind("population", population, Population, "a Population of the data, Population(data)")
+    process = EDM() if process is None else process
+    check_kind("process", process, Process, "a Process, such as EDM()")
+    sizes = shape_of("sizes", sizes)
+    whole_number("seed", seed, 0, 2**63)
+    if progress is not None:
+        check_callable("progress", progress, "progress(share)")
+    for name, value in (("sources", sources), ("draws", draws)):
+        if value is not None:
+            whole_number(name, value)
+    found = (
+        find_noise_levels(population, seed=seed)
+        if noise_levels is None
+        else array_of_numbers("noise_levels", noise_levels)
+    )
     asked = found.to(torch.float64).flatten()
     _check(asked, sizes, sources, draws)
     t = process.time(asked)
@@ -233,6 +247,9 @@ def find_noise_levels(population: Population, count: int = 21, *, seed: int = 0)
     Raises:
         ValueError: if `count` is below 2.
     """
+    check_kind("population", population, Population, "a Population of the data, Population(data)")
+    whole_number("count", count)
+    whole_number("seed", seed, 0, 2**63)
     if count < 2:
         raise ValueError(f"count is {count}: at least 2 noise levels are needed.")
     total = population.variance()
@@ -344,6 +361,8 @@ def _plan(population: Population, levels: int, sources: int | None, draws: int |
 def _check(levels: Tensor, sizes: Sequence[int], sources: int | None, draws: int | None) -> None:
     if len(levels) == 0 or not bool(((levels > 0) & levels.isfinite()).all()):
         raise ValueError(f"noise_levels are {levels.tolist()}: pass at least one, all positive and finite.")
+    if float(levels.min()) < 1e-60:
+        raise ValueError(f"noise_levels hold {float(levels.min()):g}: variances of the score overflow below 1e-60.")
     if any(size < 1 for size in sizes):
         raise ValueError(f"sizes are {tuple(sizes)}: a reference set has at least 1 sample.")
     if sources is not None and sources < 2:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from stablefield.sampling.walk import Denoise, Walk, start
+from stablefield.shapes import number, whole_number
 
 __all__ = ["integrate", "rk45", "span"]
 
@@ -103,6 +104,9 @@ def integrate(
         ValueError: if a tolerance is not positive, or it cannot be met within `max_nfe` evaluations.
         ImportError: if SciPy is not installed.
     """
+    number(f"{name}: rtol", rtol)
+    number(f"{name}: atol", atol)
+    whole_number(f"{name}: max_nfe", max_nfe, 1)
     if not 0 < rtol < 1 or not 0 < atol < float("inf"):
         raise ValueError(f"{name}: rtol={rtol}, atol={atol}: both must be positive, rtol below 1; 1e-5 is usual.")
     try:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from stablefield.sampling.noise import Noise, normal_source
 from stablefield.sampling.walk import Callback, Denoise, start
-from stablefield.shapes import per_row
+from stablefield.shapes import check_kind, flag, number, per_row, whole_number
 
 __all__ = ["predictor_corrector"]
 
@@ -85,6 +85,11 @@ def predictor_corrector(
     """
     walk = start("predictor_corrector", denoiser, x, sigmas, callback)
     draw = normal_source(noise, generator)
+    check_kind("predictor_corrector: process", process, str, "'ve' or 'vp'")
+    check_kind("predictor_corrector: predictor", predictor, str, "'reverse_diffusion' or 'ancestral'")
+    number("predictor_corrector: snr", snr)
+    whole_number("predictor_corrector: corrector_steps", corrector_steps)
+    flag("predictor_corrector: average_norms", average_norms)
     space = _space(process)
     predict = _predictor(space, predictor)
     if corrector_steps < 0 or not 0 < snr < math.inf:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from stablefield.shapes import check_callable
+
 __all__ = ["Counted", "Evaluations", "counted"]
 
 
@@ -61,5 +63,9 @@ def counted(denoiser: Callable[..., Tensor]) -> Counted:
 
     Returns:
         The same denoiser with an attribute `nfe`, which starts at 0.
+
+    Raises:
+        TypeError: if `denoiser` cannot be called.
     """
+    check_callable("denoiser", denoiser, "denoiser(x, sigma)")
     return Counted(denoiser)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stablefield.sampling.noise import Noise, normal_source
 from stablefield.sampling.walk import Callback, Denoise, Walk, start
+from stablefield.shapes import number
 
 __all__ = ["dpmpp_2m", "dpmpp_2m_sde"]
 
@@ -81,6 +82,8 @@ def dpmpp_2m_sde(
         2022, section 3.4 and appendix B (SDE-DPM-Solver++(2M)).
     """
     walk = start("dpmpp_2m_sde", denoiser, x, sigmas, callback)
+    number("dpmpp_2m_sde: eta", eta)
+    number("dpmpp_2m_sde: s_noise", s_noise)
     if not 0 <= eta < math.inf or not 0 <= s_noise < math.inf:
         raise ValueError(f"dpmpp_2m_sde: eta={eta}, s_noise={s_noise}: neither may be negative or infinite.")
     return _multistep(walk, x, eta=eta, s_noise=s_noise, draw=normal_source(noise, generator))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stablefield.sampling.counting import Evaluations
-from stablefield.shapes import per_row
+from stablefield.shapes import check_callable, check_kind, check_labels, check_tensor, number, per_row
 
 __all__ = ["Guided", "autoguidance", "classifier_free"]
 
@@ -30,8 +30,17 @@ class Guided(Evaluations):
         interval: tuple[float, float] | None,
     ) -> None:
         super().__init__()
+        for name, (denoiser, _) in (("denoiser", good), ("guide", bad)):
+            check_callable(name, denoiser, "denoiser(x, sigma)")
+        number("scale", scale)
         if not math.isfinite(scale):
             raise ValueError(f"scale={scale}: pass a finite number, 1 for no guidance.")
+        if interval is not None:
+            check_kind("interval", interval, (tuple, list), "two noise levels (lo, hi), or None")
+            if len(interval) != 2:
+                raise ValueError(f"interval holds {len(interval)} numbers: pass two noise levels (lo, hi), or None.")
+            number("interval[0]", interval[0])
+            number("interval[1]", interval[1])
         if interval is not None and not 0 <= interval[0] < interval[1]:
             raise ValueError(f"interval={interval}: 0 <= lo < hi must hold, in noise levels; None guides everywhere.")
         self.good, self.bad = good, bad
@@ -43,6 +52,12 @@ class Guided(Evaluations):
         Raises:
             ValueError: if labels are given here, or `x` has another number of rows than the labels it was made with.
         """
+        check_tensor("x", x, batch=True)
+        check_tensor("sigma", sigma, real=True)
+        if sigma.shape != x.shape[:1]:
+            raise ValueError(
+                f"sigma has shape {tuple(sigma.shape)}, x has {len(x)} rows: pass one noise level per row."
+            )
         if class_labels is not None:
             raise ValueError("class_labels: a guided denoiser has its labels already; call it with (x, sigma).")
         good = self._call(self.good, x, sigma)
@@ -125,9 +140,5 @@ def autoguidance(
 
 
 def _checked_labels(class_labels: Tensor) -> Tensor:
-    if class_labels.ndim != 1 or class_labels.is_floating_point() or class_labels.dtype == torch.bool:
-        raise ValueError(
-            f"class_labels has shape {tuple(class_labels.shape)} and dtype {class_labels.dtype}: "
-            "pass one integer per row, shape (B,), -1 for no class."
-        )
+    check_labels("class_labels", class_labels)
     return class_labels

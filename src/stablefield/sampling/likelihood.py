@@ -25,6 +25,7 @@ from torch import Tensor
 from stablefield.sampling.adaptive import integrate, span
 from stablefield.sampling.noise import Noise, normal_source
 from stablefield.sampling.walk import Denoise, Walk, start
+from stablefield.shapes import flag, number, whole_number
 
 __all__ = ["Likelihood", "log_likelihood"]
 
@@ -48,6 +49,8 @@ class Likelihood:
             bin_width: width of one value's bin in the units of the data. The default is that of 8-bit images as
                 u / 127.5 - 1 and adds 6.994; images as 2 u / 256 - 1 have 1 / 128 and add 7; 1 leaves the density.
         """
+        if not 0 < number("bin_width", bin_width) < math.inf:
+            raise ValueError(f"bin_width={bin_width}: it must be positive; 1 / 127.5 is that of 8-bit images.")
         return -self.log_prob / (self.latents[0].numel() * math.log(2)) - math.log2(bin_width)
 
 
@@ -103,6 +106,10 @@ def log_likelihood(
     """
     walk = start("log_likelihood", denoiser, x, sigmas)
     sigma_max, sigma_min = span(walk)
+    flag("log_likelihood: exact", exact)
+    whole_number("log_likelihood: probes", probes)
+    if prior_std is not None:
+        number("log_likelihood: prior_std", prior_std)
     std = sigma_max if prior_std is None else prior_std
     if probes < 1 or not 0 < std < math.inf:
         raise ValueError(f"log_likelihood: probes={probes}, prior_std={prior_std}: both must be positive.")

@@ -7,8 +7,20 @@ of 1 or 1,000, on one process or eight.
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from stablefield.shapes import (
+    as_device,
+    check_callable,
+    check_floating_dtype,
+    check_generator,
+    check_kind,
+    check_tensor,
+    shape_of,
+    whole_number,
+)
 
 __all__ = ["Noise", "SampleNoise", "normal_source"]
 
@@ -32,9 +44,13 @@ class SampleNoise:
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
+        check_kind("seeds", seeds, (Sequence, Tensor, np.ndarray), "one whole number per sample, such as range(8)")
+        if isinstance(seeds, Tensor):
+            check_tensor("seeds", seeds, batch=True, numbers=True)
+            seeds = seeds.tolist()
         if len(seeds) == 0:
             raise ValueError("seeds is empty: pass one seed per sample.")
-        self.seeds = tuple(int(seed) for seed in seeds)
+        self.seeds = tuple(whole_number(f"seeds[{k}]", seed) for k, seed in enumerate(seeds))
         for seed in self.seeds:
             # torch's CPU generator reads the low 32 bits only: larger seeds would repeat smaller ones unnoticed.
             if not 0 <= seed < 2**32:
@@ -57,7 +73,10 @@ class SampleNoise:
         Returns:
             Shape (B, *shape), B the number of seeds.
         """
-        rows = [torch.randn(tuple(shape), generator=generator, dtype=dtype) for generator in self._generators]
+        shape = shape_of("shape", shape)
+        check_floating_dtype("dtype", dtype)
+        device = None if device is None else as_device("device", device)
+        rows = [torch.randn(shape, generator=generator, dtype=dtype) for generator in self._generators]
         return torch.stack(rows).to(device)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -66,6 +85,7 @@ class SampleNoise:
         Raises:
             ValueError: if `x` has another number of rows than there are seeds.
         """
+        check_tensor("x", x, floating=True, batch=True, numbers=True)
         if x.shape[0] != len(self.seeds):
             raise ValueError(f"x has {x.shape[0]} rows, but there are {len(self.seeds)} seeds: pass one seed per row.")
         return self.latents(x.shape[1:], device=x.device, dtype=x.dtype)
@@ -77,6 +97,9 @@ def normal_source(noise: Noise | None, generator: torch.Generator | None) -> Noi
     Raises:
         ValueError: if both are given, or, at a draw, `noise` returns another shape than it was asked for.
     """
+    check_generator("generator", generator)
+    if noise is not None:
+        check_callable("noise", noise, "noise(x), such as SampleNoise(seeds)")
     if noise is not None and generator is not None:
         raise ValueError("noise and generator are both given: pass one of them.")
 
@@ -86,6 +109,7 @@ def normal_source(noise: Noise | None, generator: torch.Generator | None) -> Noi
             device = x.device if generator is None else generator.device
             return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
         z = noise(x)
+        check_tensor("what noise returned", z)
         if z.shape != x.shape:
             raise ValueError(
                 f"noise returned shape {tuple(z.shape)} for x of shape {tuple(x.shape)}: they must be equal."

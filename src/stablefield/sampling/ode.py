@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stablefield.sampling.noise import Noise, normal_source
 from stablefield.sampling.walk import Callback, Denoise, derivative, start
+from stablefield.shapes import number
 
 __all__ = ["euler", "heun"]
 
@@ -87,6 +88,10 @@ def heun(
     """
     walk = start("heun", denoiser, x, sigmas, callback)
     draw = normal_source(noise, generator)
+    for name, value in (("s_churn", s_churn), ("s_min", s_min), ("s_max", s_max), ("s_noise", s_noise)):
+        number(f"heun: {name}", value)
+    if math.isnan(s_min) or math.isnan(s_max):
+        raise ValueError(f"heun: s_min={s_min}, s_max={s_max}: neither may be NaN.")
     if not 0 <= s_churn < math.inf or not 0 <= s_noise < math.inf:
         raise ValueError(f"heun: s_churn={s_churn}, s_noise={s_noise}: neither may be negative or infinite.")
     gamma = min(s_churn / (len(walk.levels) - 1), math.sqrt(2) - 1)

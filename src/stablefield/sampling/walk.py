@@ -13,6 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from stablefield.shapes import check_callable, check_tensor
+
 __all__ = ["Callback", "Denoise", "Walk", "derivative", "grid_levels", "start"]
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -43,6 +45,9 @@ class Walk:
             ValueError: if what comes back has another shape or is not finite, or the state is not.
         """
         denoised = self.denoiser(x, x.new_full((x.shape[0],), sigma))
+        check_tensor(f"{self.sampler}: what the denoiser returned", denoised)
+        if denoised.is_complex():
+            raise ValueError(f"{self.sampler}: the denoiser returned complex numbers: it must return data like x.")
         if denoised.shape != x.shape:
             raise ValueError(
                 f"{self.sampler}: the denoiser returned shape {tuple(denoised.shape)} for a state of shape "
@@ -84,6 +89,10 @@ def start(sampler: str, denoiser: Denoise, x: Tensor, sigmas: Tensor, callback: 
         ValueError: if `x` is not a batch of finite float32 or float64 values, or `sigmas` is no grid (see
             `grid_levels`).
     """
+    check_callable(f"{sampler}: denoiser", denoiser, "denoiser(x, sigma)")
+    if callback is not None:
+        check_callable(f"{sampler}: callback", callback, "callback(step, x, denoised)")
+    check_tensor(f"{sampler}: x", x, numbers=True)
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"{sampler}: x has dtype {x.dtype}: the state is float32 or float64, whatever the network uses."
@@ -103,6 +112,9 @@ def grid_levels(sampler: str, sigmas: Tensor) -> tuple[float, ...]:
     Raises:
         ValueError: if `sigmas` is not one-dimensional, shorter than 2, not finite, negative or not strictly decreasing.
     """
+    check_tensor(f"{sampler}: sigmas", sigmas, numbers=True)
+    if sigmas.is_complex() or sigmas.dtype == torch.bool:
+        raise ValueError(f"{sampler}: sigmas has dtype {sigmas.dtype}: pass noise levels, real numbers.")
     if sigmas.ndim != 1 or len(sigmas) < 2:
         raise ValueError(
             f"{sampler}: sigmas has shape {tuple(sigmas.shape)}: pass at least two noise levels, one per grid point."

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stablefield.shapes import as_device, check_generator, check_kind, number, whole_number
 from stablefield.targets.bank import Bank
 from stablefield.targets.precision import full_precision
 from stablefield.targets.references import Pool
@@ -98,12 +99,19 @@ def pick_noise_band(
         ValueError: if `tolerance` is not between 0 and 0.5, `rows` is below 1, `total` below the pool, or the data are not
             finite.
     """
+    check_kind("pool", pool, Pool, "a Pool of the data, Pool(data)")
+    number("tolerance", tolerance)
+    whole_number("rows", rows)
+    check_generator("generator", generator)
+    if total is not None:
+        whole_number("total", total)
     if not 0 < tolerance < 0.5:
         raise ValueError(f"tolerance is {tolerance}: it is how far below 1 the own weight may be, between 0 and 0.5.")
     if rows < 1:
         raise ValueError(f"rows is {rows}: the distances of at least one sample must be counted.")
     if device is None:
         device = pool.data.device if isinstance(pool.data, Tensor) else torch.device("cpu")
+    device = as_device("device", device)
     n = len(pool.data)
     if total is not None and total < n:
         raise ValueError(f"total is {total}, and the pool alone has {n} samples: pass the size of the whole set.")

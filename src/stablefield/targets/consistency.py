@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from stablefield.diffusion.process import TIME_MARGIN, Discrete, Process
+from stablefield.diffusion.process import Process
 from stablefield.targets.check import Check, finite_check, value_check
 from stablefield.targets.kernel import GaussianKernel, Kernel, StudentTKernel
 
@@ -61,9 +61,8 @@ def consistency_checks(
         alone: rows that use their source alone, bool (B,), or None: they need not be finite.
     """
     low, high = process.time_range
-    inside = (t >= low - TIME_MARGIN) & (t <= high + TIME_MARGIN)
     rule = f"the times of {process} run from {low:g} to {high:g}; pass times of this process"
-    checks = [value_check(inside, "t", t, rule)]
+    checks = [value_check(process.has_time(t), "t", t, rule)]
     dtype = torch.promote_types(torch.promote_types(x0.dtype, x_t.dtype), torch.float32)
     clean, noisy = x0.flatten(1).to(dtype), x_t.flatten(1).to(dtype)
     alpha, sigma = alpha.to(dtype), sigma.to(dtype)
@@ -148,9 +147,10 @@ def _residual_message(process: Process, x0: Tensor, x_t: Tensor, t: Tensor, nois
         f"x_t[{row}] is not alpha x0 + sigma noise of {process} at t[{row}] = {time.item():g}: they differ by "
         f"{left(time):.2g} of its size."
     )
-    end = process.time_range[1] if isinstance(process, Discrete) else 1.0
-    if math.isfinite(process.time_range[1]) and left(end - time) < 0.01:
-        return f"{message} They agree at {end:g} - t: pass that, since time grows with noise here."
+    ends = {1.0, sum(process.time_range)}
+    for end in sorted(end for end in ends if bool(process.has_time(end - time).all())):
+        if left(end - time) < 0.01:
+            return f"{message} They agree at {end:g} - t: pass that, since time grows with noise here."
     return f"{message} Pass the noise that made x_t, the rows of x0 in the same order, and times of this process."
 
 

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from stablefield.shapes import check_generator, check_tensor, number
+
 __all__ = ["GaussianKernel", "Kernel", "StudentTKernel"]
 
 
@@ -64,8 +66,9 @@ class StudentTKernel:
     dof: float
 
     def __post_init__(self) -> None:
-        if not self.dof > 0:
-            raise ValueError(f"StudentTKernel(dof={self.dof}): the degrees of freedom must be positive.")
+        number("dof", self.dof)
+        if not 0 < self.dof < math.inf:
+            raise ValueError(f"StudentTKernel(dof={self.dof}): the degrees of freedom must be positive and finite.")
 
     def log_ratio(self, excess: Tensor, anchor_square: Tensor, sigma: Tensor, dim: int) -> Tensor:  # noqa: D102
         scale = (1 / (anchor_square + self.dof * sigma**2)).to(excess.dtype)
@@ -83,6 +86,8 @@ class StudentTKernel:
 
         A normal vector over the root of an independent chi-square over its degrees of freedom, one per row.
         """
+        check_tensor("like", like, floating=True, batch=True)
+        check_generator("generator", generator)
         normal = torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
         shape = torch.full((like.shape[0],), 0.5 * self.dof, dtype=torch.float64, device=like.device)
         # torch's gamma sampler is the only chi-square that takes a generator.

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from stablefield.reading import readable
+from stablefield.shapes import check_tensor, whole_number
 from stablefield.targets.excess import Excess, find_anchor
 from stablefield.targets.fixed import fixed_posterior
 from stablefield.targets.kernel import GaussianKernel, Kernel
@@ -77,8 +78,22 @@ def posterior(
         ValueError: if shapes, devices or dtypes do not fit, sigma is not positive, alpha is not finite, data are not
             finite, a source is out of range or of another group than its row, or no reference may serve a row.
     """
+    check_tensor("x_t", x_t)
+    check_tensor("references", references)
+    given = {"source": source, "group": group, "reference_group": reference_group, "log_prior": log_prior}
+    for name, value in given.items():
+        if value is not None:
+            check_tensor(name, value)
+    if log_prior is not None and (log_prior.is_complex() or log_prior.dtype == torch.bool):
+        raise ValueError(f"log_prior has dtype {log_prior.dtype}: pass logarithms of weights, real numbers.")
+    if chunk_size is not None:
+        whole_number("chunk_size", chunk_size)
+    if kernel is not None and (isinstance(kernel, type) or not hasattr(kernel, "log_ratio")):
+        raise TypeError(f"kernel is {kernel!r:.80}: pass GaussianKernel() or StudentTKernel(dof).")
     bank = checked_bank(x_t, references)
     kernel = kernel or GaussianKernel()
+    if x_t.device.type == "meta":
+        raise ValueError("x_t is on the device meta, which holds no numbers: move the data to cpu or cuda.")
     if not readable(x_t.device):
         return fixed_posterior(
             x_t, alpha, sigma, bank, source, group, reference_group, log_prior, chunk_size=chunk_size, kernel=kernel

@@ -25,6 +25,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from stablefield.shapes import number
+
 __all__ = ["LENGTHS", "ema_decay", "follower", "power_decay", "power_exponent", "power_length", "update_ema"]
 
 LENGTHS = (0.05, 0.10)
@@ -45,6 +47,7 @@ def power_exponent(length: float) -> float:
     Raises:
         ValueError: if `length` is not above 0 and below 0.28 (gamma above 0).
     """
+    number("length", length)
     longest = power_length(0.0)
     if not 0 < length < longest:
         raise ValueError(

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stablefield.regular_file import open_regular
+from stablefield.shapes import check_kind
 from stablefield.training.ema import power_exponent
 from stablefield.training.files import write_tensors, write_whole
 from stablefield.training.records import is_count, parse, seal, unseal
@@ -55,6 +56,10 @@ def mixture(snapshots: Sequence[Profile], wanted: Profile) -> tuple[NDArray[np.f
     Raises:
         ValueError: if there is no snapshot, or the wanted step lies beyond the last one.
     """
+    check_kind("wanted", wanted, Profile, "a Profile(step, length)")
+    check_kind("snapshots", snapshots, (list, tuple), "a list of Profile(step, length)")
+    for k, snapshot in enumerate(snapshots):
+        check_kind(f"snapshots[{k}]", snapshot, Profile, "a Profile(step, length)")
     if not snapshots:
         raise ValueError("there are no snapshots to make an average of: train with --ema-snapshot-every STEPS.")
     if wanted.step > max(profile.step for profile in snapshots):

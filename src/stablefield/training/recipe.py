@@ -17,6 +17,7 @@ from stablefield.diffusion.weighting import EDMWeighting, FlowWeighting, SNRWeig
 from stablefield.networks.diffusers_unet import DiffusersUNet
 from stablefield.networks.mlp import MLP
 from stablefield.networks.song_unet import SongUNet
+from stablefield.shapes import flag, number, whole_number
 
 __all__ = ["Perceptron", "Recipe", "UNet", "UNet2D"]
 
@@ -215,6 +216,14 @@ class Recipe:
     """Scalings around the network."""
 
     def __post_init__(self) -> None:
+        numbers = ("learning_rate", "ramp_images", "decay_share", "clip", "ema_half_life", "ema_ramp", "augmentation")
+        for name in (*numbers, "label_dropout"):
+            number(_flag(name), getattr(self, name))
+        counts = ("steps", "batch", "accumulate", "seed", "ema_snapshot_every", "log_every", "sample_every")
+        for name in (*counts, "checkpoint_every", "keep_last", "keep_every"):
+            whole_number(_flag(name), getattr(self, name))
+        for name in ("mend_gradients", "mirror", "conditional", "compile"):
+            flag(_flag(name), getattr(self, name))
         positive = ("steps", "batch", "accumulate", "learning_rate", "clip", "ema_half_life", "log_every")
         for name in (*positive, "checkpoint_every", "keep_last"):
             if not getattr(self, name) > 0:
@@ -225,6 +234,10 @@ class Recipe:
         for name in ("decay_share", "ema_ramp", "label_dropout", "augmentation"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it is a share, 0 to 1.")
+        if not isinstance(self.noise_band, str):
+            number("--noise-band", self.noise_band)
+        elif self.noise_band != "auto":
+            raise ValueError(f"--noise-band is {self.noise_band!r}: pass a noise level, or auto.")
         if self.noise_band != "auto" and not self.noise_band >= 0:
             raise ValueError(f"--noise-band is {self.noise_band}: it must not be negative, or auto.")
         if isinstance(self.references, int) and self.references < 1:
@@ -242,6 +255,11 @@ class Recipe:
         ramp = min(1.0, (step + 1) * self.batch / self.ramp_images) if self.ramp_images else 1.0
         left = (self.steps - step) / (self.decay_share * self.steps) if self.decay_share else 1.0
         return self.learning_rate * min(ramp, left, 1.0)
+
+
+def _flag(name: str) -> str:
+    """The flag of an attribute."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _require_at_most(name: str, count: int, most: int, of: str = "blocks") -> None:
