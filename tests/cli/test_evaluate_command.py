@@ -86,7 +86,7 @@ def test_every_number_has_the_whole_protocol_beside_it(run: Path, tmp_path: Path
         assert record["resize"] == "none"
         assert len(record["extractor_sha256"]) == 64
         assert record["commit"]
-    assert got["precision"]["protocol"]["settings"] == {"k": 3}
+    assert got["precision"]["protocol"]["settings"] == {"k": 3, "balls": "open"}
     assert got["memorised share"]["protocol"]["extractor"] == "pixels"
 
 

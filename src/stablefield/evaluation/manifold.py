@@ -1,14 +1,17 @@
 r"""Precision, recall, density and coverage: fidelity and diversity apart.
 
-A set of features stands for the union of the closed balls about its rows, each of which reaches to the row's k-th
-nearest other row, $B_k(x) = \{ z : |z - x| \le \mathrm{NND}_k(x) \}$. With real rows $x_i$ (n), generated $y_j$ (m):
+A set of features stands for the union of the balls about its rows, each of which reaches to the row's k-th nearest other
+row, $B_k(x) = \{ z : |z - x| < \mathrm{NND}_k(x) \}$. With real rows $x_i$ (n), generated $y_j$ (m):
 
     precision    share of the y_j that lie in some B_k(x_i)
     recall       share of the x_i that lie in some B_k(y_j)
     density      mean over j of (number of B_k(x_i) that hold y_j) / k; may exceed 1
     coverage     share of the B_k(x_i) that hold some y_j
 
-Each depends on n, m and k, and coverage of a perfect model is 1 - 2^-k or so, not 1, at n = m.
+Each depends on n, m and k, and coverage of a perfect model is 1 - 2^-k or so, not 1, at n = m. The balls are open, as in
+`prdc`, the reference implementation of Naeem et al.: the density of a set beside itself is then 1, not (k + 1) / k. Closed
+balls, as Kynkaanniemi et al. write them, differ where distances are equal, as between copies. A row with k copies has a ball
+that holds nothing.
 
 References:
     Kynkaanniemi, Karras, Laine, Lehtinen, Aila, "Improved Precision and Recall Metric for Assessing Generative Models",

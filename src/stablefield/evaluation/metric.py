@@ -141,6 +141,11 @@ class _Manifold:
     def least(self) -> int:
         return self.k + 1
 
+    @property
+    def _settings(self) -> dict[str, str | int | float]:
+        # With closed balls, as earlier versions had them, numbers differ where distances are equal.
+        return {"k": self.k, "balls": "open"}
+
 
 @dataclass(frozen=True)
 class Precision(_Manifold):
@@ -150,7 +155,7 @@ class Precision(_Manifold):
 
     def __call__(self, sides: Sides, extractor: Extractor) -> tuple[Value, ...]:  # noqa: ARG002, D102
         samples, real = _rows(sides)
-        return (Value(name="precision", value=precision(real, samples, self.k).value, settings={"k": self.k}),)
+        return (Value(name="precision", value=precision(real, samples, self.k).value, settings=self._settings),)
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,7 @@ class Recall(_Manifold):
 
     def __call__(self, sides: Sides, extractor: Extractor) -> tuple[Value, ...]:  # noqa: ARG002, D102
         samples, real = _rows(sides)
-        return (Value(name="recall", value=recall(real, samples, self.k).value, settings={"k": self.k}),)
+        return (Value(name="recall", value=recall(real, samples, self.k).value, settings=self._settings),)
 
 
 @dataclass(frozen=True)
@@ -172,7 +177,7 @@ class Density(_Manifold):
 
     def __call__(self, sides: Sides, extractor: Extractor) -> tuple[Value, ...]:  # noqa: ARG002, D102
         samples, real = _rows(sides)
-        return (Value(name="density", value=density(real, samples, self.k).value, settings={"k": self.k}),)
+        return (Value(name="density", value=density(real, samples, self.k).value, settings=self._settings),)
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,7 @@ class Coverage(_Manifold):
 
     def __call__(self, sides: Sides, extractor: Extractor) -> tuple[Value, ...]:  # noqa: ARG002, D102
         samples, real = _rows(sides)
-        return (Value(name="coverage", value=coverage(real, samples, self.k).value, settings={"k": self.k}),)
+        return (Value(name="coverage", value=coverage(real, samples, self.k).value, settings=self._settings),)
 
 
 @dataclass(frozen=True)

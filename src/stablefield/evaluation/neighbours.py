@@ -18,12 +18,12 @@ __all__ = ["Ball", "blocks", "kth_neighbour", "nearest"]
 ROWS, COLUMNS = 2048, 8192
 
 # Two ways to the same distance differ by up to about this times |x|^2 + |y|^2, far below what float32 features resolve
-# (6e-8): within it a point counts as on the sphere.
+# (6e-8): within it a point counts as on the sphere, which is no part of the ball.
 ROUNDING = 1e-12
 
 
 class Ball:
-    """Closed balls about the rows of `centres`, each reaching to its k-th nearest other row.
+    """Open balls about the rows of `centres`, each reaching to its k-th nearest other row, which is not in it.
 
     Args:
         centres: features, shape (n, d), n > k.
@@ -39,7 +39,7 @@ class Ball:
     def holds(self, points: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yield (rows of the centres, rows of the points, whether each ball holds each point) for every block."""
         for rows, columns, squared, scale in blocks(self.centres, points, rows=self._rows, columns=self._columns):
-            yield rows, columns, squared <= self._squared_radii[rows, None] + ROUNDING * scale
+            yield rows, columns, squared < self._squared_radii[rows, None] - ROUNDING * scale
 
 
 def blocks(
