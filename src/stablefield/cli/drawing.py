@@ -278,6 +278,8 @@ class DrawingFlags:
                 predictor=self.predictor,
                 corrector_steps=self.corrector_steps,
                 snr=self.snr,
+                # A seed is one image, whatever the batch that it is drawn in.
+                average_norms=False,
                 noise=noise,
             )
 
