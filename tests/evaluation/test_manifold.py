@@ -69,7 +69,9 @@ def test_all_four_are_those_of_prdc_also_where_samples_are_copies_or_on_the_sphe
     copies = real[torch.randint(0, 150, (70,), generator=generator)]
     generated = torch.cat([copies, torch.randint(0, 7, (60, 3), generator=generator).double()])
     expected = as_published(real.numpy(), generated.numpy(), k)
-    assert {name: score(real, generated, k).value for name, score in SCORES.items()} == pytest.approx(expected, abs=1e-12)
+    assert {name: score(real, generated, k).value for name, score in SCORES.items()} == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", SCORES)

@@ -93,7 +93,9 @@ def test_the_corrector_with_each_rows_own_norms_is_right_in_many_dimensions(gene
 
     grid = torch.tensor([1.001, 1.0], dtype=torch.float64)
     start = torch.randn(200, 256, generator=generator, dtype=torch.float64)
-    x = sampling.predictor_corrector(denoiser, start, grid, corrector_steps=400, snr=0.07, average_norms=False, generator=generator)
+    x = sampling.predictor_corrector(
+        denoiser, start, grid, corrector_steps=400, snr=0.07, average_norms=False, generator=generator
+    )
     error = 2 * math.sqrt(2 / x.numel())
     # Unadjusted Langevin with epsilon = 2 r^2 variance has the stationary variance / (1 - r^2); a step size ~ 1 / |x|^2
     # multiplies the stationary density by |x|^2, which is (d + 2) / d in the second moment.
@@ -120,7 +122,7 @@ def test_the_default_corrector_samples_a_normal_of_the_right_variance_in_few_dim
     assert got == pytest.approx(expected, rel=4 * error)
     assert got / 2 == pytest.approx(1, abs=0.05 + 4 * error)
     own = sampling.predictor_corrector(denoiser, x, grid, snr=snr, average_norms=False, generator=generator)
-    # As the docstring says of each row's own norms: about 5 times the variance in 2 dimensions, with a heavy tail; 1.08 in 32.
+    # What the docstring says of each row's own norms; in 2 dimensions the tail is heavy.
     least, most = {2: (3.0, 10.0), 32: (1.05, 1.12)}[dim]
     assert least < own.square().mean().item() / 2 < most
 
@@ -173,7 +175,9 @@ def published_step(
 def test_predictor_and_corrector_are_the_published_ones(process, predictor, mixture, generator):
     x, tape = mixture.sample(6, 3.0, generator), Tape(generator)
     grid = torch.tensor([3.0, 1.2], dtype=torch.float64)
-    got = sampling.predictor_corrector(mixture, x, grid, process=process, predictor=predictor, average_norms=False, noise=tape)
+    got = sampling.predictor_corrector(
+        mixture, x, grid, process=process, predictor=predictor, average_norms=False, noise=tape
+    )
     expected = published_step(mixture, x, 3.0, 1.2, process, predictor, tape.drawn)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
