@@ -7,9 +7,13 @@ $$ \frac{E_s[w(s) V_{STF}(n, s)]}{E_s[w(s) V_{DSM}(s)]} $$
 
 over the distribution of the noise levels. Only rows in the noise band cost anything: two matrix products of
 2 (rows) n d flops each.
+
+That is of each row alone. Rows of a batch share their references, and what their sum varies by is measured apart, see
+`batch`: a set is recommended only if it lowers that, too.
 """
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,9 +21,12 @@ from torch import Tensor
 from stablefield.diffusion.noise_levels import LogNormal, NoiseLevels
 from stablefield.diffusion.process import EDM, Process
 from stablefield.diffusion.weighting import EDMWeighting, Weighting
-from stablefield.probe.phases import Edge, find_band, share_above
+from stablefield.probe.phases import share_above
 from stablefield.probe.series import interpolate
 from stablefield.probe.variance import VarianceCurve
+
+if TYPE_CHECKING:
+    from stablefield.probe.batch import BatchVariance
 
 __all__ = ["Advice", "SizeAdvice", "Training", "advise"]
 
@@ -61,8 +68,10 @@ class SizeAdvice:
 
     Attributes:
         size: n.
-        left: share of the targets' variance that stays, weighted as training weighs it.
+        left: share of each row's variance that stays, weighted as training weighs it.
         error: a bound on its standard error (that of each level, added up).
+        batch: variance of a batch's sum of targets, as a share of that with the single sample; None if it was not measured.
+        batch_error: its standard error.
         flops: of the target per training step.
         seconds: the same on this machine, at the speed that the probe ran at.
     """
@@ -70,6 +79,8 @@ class SizeAdvice:
     size: int
     left: float
     error: float
+    batch: float | None
+    batch_error: float | None
     flops: float
     seconds: float
 
@@ -79,36 +90,43 @@ class Advice:
     """What the measurement means for a training run.
 
     Attributes:
-        band: where the useful noise band begins; None if it begins below the lowest level measured.
-        share: share of a batch that falls in the band.
+        band: noise level where the band begins; 0 if it holds all levels, infinite if none.
+        share: share of a batch that falls in the band: the rows that can gain.
         sizes: every size measured, and the whole population, in order.
         recommended: the one to take.
         aim: share of the variance that may stay.
     """
 
-    band: Edge | None
+    band: float
     share: float
     sizes: tuple[SizeAdvice, ...]
     recommended: SizeAdvice
     aim: float
 
 
-def advise(curve: VarianceCurve, training: Training, *, aim: float = 0.1, tolerance: float = 0.001) -> Advice:
-    """The smallest reference set that leaves at most `aim` of the variance.
+def advise(
+    curve: VarianceCurve,
+    training: Training,
+    *,
+    band: float,
+    batch: "BatchVariance | None" = None,
+    aim: float = 0.1,
+) -> Advice:
+    """The smallest reference set that leaves at most `aim` of each row's variance and lowers that of the batch.
 
     Args:
         curve: the measurement.
         training: which noise levels count, and how much.
+        band: noise level from which rows use references, as `stablefield.pick_noise_band` finds it.
+        batch: what the sums of whole batches vary by; without it, each row alone decides.
         aim: share of the variance that may stay, between 0 and 1.
-        tolerance: of the noise band, see `find_band`.
 
     Raises:
-        ValueError: if `aim` or `tolerance` is not between 0 and 1.
+        ValueError: if `aim` is not between 0 and 1, or `band` is negative.
     """
     if not 0 < aim < 1:
         raise ValueError(f"aim is {aim}: it is the share of the variance that may stay, between 0 and 1.")
-    band = find_band(curve, tolerance)
-    share = 1.0 if band is None else share_above(band.noise_level, training.noise_levels, training.process)
+    share = share_above(band, training.noise_levels, training.process)
     level = training.levels(_POINTS)
     weight = training.weighting(level).double()
     whole = float((weight * interpolate(level, curve.noise_level, curve.dsm.mean)).sum())
@@ -121,6 +139,22 @@ def advise(curve: VarianceCurve, training: Training, *, aim: float = 0.1, tolera
             error = float((weight * interpolate(level, curve.noise_level, stf.error.nan_to_num(0))).sum()) / whole
         pairs = training.batch * share * size
         seconds = pairs * curve.seconds_per_pair
-        sizes.append(SizeAdvice(size=size, left=left, error=error, flops=4 * pairs * curve.dim, seconds=seconds))
-    recommended = next(entry for entry in sizes if entry.left <= aim)
+        together = None if batch is None else batch.of(size, curve.samples)
+        sizes.append(
+            SizeAdvice(
+                size=size,
+                left=left,
+                error=error,
+                batch=None if together is None else float(together.mean),
+                batch_error=None if together is None else float(together.error),
+                flops=4 * pairs * curve.dim,
+                seconds=seconds,
+            )
+        )
+    recommended = next(
+        entry
+        for entry in sizes
+        if entry.size >= curve.samples
+        or (entry.left <= aim and (batch is None or (entry.batch is not None and entry.batch < 1)))
+    )
     return Advice(band=band, share=share, sizes=tuple(sizes), recommended=recommended, aim=aim)

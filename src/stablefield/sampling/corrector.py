@@ -54,11 +54,12 @@ def predictor_corrector(
 ) -> Tensor:
     """Predictor-corrector sampling: 1 + `corrector_steps` evaluations a step, 1 for a step to 0.
 
-    By default the Langevin step follows from both norms' means over the batch, as the authors have it. That is right in every
-    number of dimensions, for a batch of some hundred rows (fewer in many dimensions), and a sample depends on its batch.
-    With `average_norms=False` the step follows from the norm of each row's own score and from sqrt(d), which the authors
-    advise for small batches. A sample then does not depend on its batch, but the step varies with the state: the variance
-    of normal data comes out (d + 2) / d times too large, or more (about 5 times in 2 dimensions, 1.08 in 32, 1.001 in 3,072).
+    By default the Langevin step follows from both norms' means over the batch, as the authors have it. That is right in
+    every number of dimensions, for a batch of some hundred rows (fewer in many dimensions), and a sample depends on its
+    batch. With `average_norms=False` the step follows from the norm of each row's own score and from sqrt(d), which the
+    authors advise for small batches. A sample then does not depend on its batch, but the step varies with the state: the
+    variance of normal data comes out (d + 2) / d times too large, or more (about 5 times in 2 dimensions, 1.08 in 32, 1.001
+    in 3,072).
 
     Args:
         denoiser: D(x, sigma), in noise-to-signal units for both processes.
