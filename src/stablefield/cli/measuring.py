@@ -38,7 +38,7 @@ from stablefield.evaluation.metric import (
 )
 from stablefield.evaluation.processes import Processes
 from stablefield.evaluation.protocol import ProtocolWarning
-from stablefield.evaluation.reference import Reference, ReferenceSet, measure_reference
+from stablefield.evaluation.reference import DamagedCacheWarning, Reference, ReferenceSet, measure_reference
 from stablefield.evaluation.result import Result
 
 __all__ = ["Measured", "measure"]
@@ -52,6 +52,7 @@ _METRICS: dict[MetricName, Metric] = {
     "coverage": Coverage(),
 }
 _SHOWN = 64
+_REMEDY = " To make it anew: --no-cache, or delete the file."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +141,7 @@ class _Plan:
         found: list[Measurement] = []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ProtocolWarning)
+            warnings.simplefilter("always", DamagedCacheWarning)
             if chosen:
                 extractor = flags.extractor.open(data.shape, self._device)
                 reference = self._measured(self._wanted, lens_for(extractor, chosen), self._cache)
@@ -157,8 +159,9 @@ class _Plan:
             if classifier is not None and scores:
                 reference = self._measured(self._wanted, lens_for(classifier, scores), self._cache)
                 found.append(Measurement(extractor=classifier, metrics=scores, reference=reference))
-        for message in dict.fromkeys(str(warning.message) for warning in caught):
-            console.print(f"[yellow]warning:[/] {escape(message)} To make it anew: --no-cache, or delete the file.")
+        remedies = {str(w.message): "" if w.category is DamagedCacheWarning else _REMEDY for w in caught}
+        for message, remedy in remedies.items():
+            console.print(f"[yellow]warning:[/] {escape(message)}{remedy}")
         return found
 
     def _real(self, name: str, split: str) -> ImageSet:

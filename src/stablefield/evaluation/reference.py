@@ -1,9 +1,10 @@
 """The reference set: real images, or as many of them as are wanted, as an extractor sees them, measured once and kept.
 
 What is kept lies in the cache folder under a name made from the protocol record of the set (extractor, its hash, resize
-rule, pixels' checksum, split, count), and is checked against that record when it is used again; the files may be deleted
-at any time. Rows of a subset are drawn without replacement from the whole set with a fixed seed, and kept in its order:
-sets are often sorted by class, so the first rows would not do.
+rule, pixels' checksum, split, count), and is checked against that record and its own checksum when it is used again; a file
+that does not pass is named in a warning and made anew. The files may be deleted at any time. Rows of a subset are drawn
+without replacement from the whole set with a fixed seed, and kept in its order: sets are often sorted by class, so the
+first rows would not do.
 """
 
 import hashlib
@@ -25,12 +26,16 @@ from stablefield.evaluation.processes import Processes
 from stablefield.evaluation.protocol import Protocol, ProtocolWarning
 from stablefield.evaluation.reference_cache import load_features, load_statistics, save_features, save_statistics
 
-__all__ = ["Progress", "Reference", "ReferenceSet", "measure_reference", "told"]
+__all__ = ["DamagedCacheWarning", "Progress", "Reference", "ReferenceSet", "measure_reference", "told"]
 
 Progress = Callable[[str, float, float], object]
 """Told what is being done, how much of it is done, and how much there is."""
 
 _SUBSET_SEED = 0
+
+
+class DamagedCacheWarning(UserWarning):
+    """A file of kept features cannot be used and is made anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +130,7 @@ def measure_reference(
         reference: the images.
         lens: the extractor, and what is needed of its features.
         batch: images at a time.
-        cache: folder of kept features; None neither reads nor writes any. Damaged files are made again.
+        cache: folder of kept features; None neither reads nor writes any.
         commit: of the code that runs, for the record of what is kept.
         processes: those that share the work; each calls this. Without them this process does it alone.
         progress: told of every batch.
@@ -135,6 +140,7 @@ def measure_reference(
 
     Warns:
         ProtocolWarning: if features were kept by the code of another commit.
+        DamagedCacheWarning: if kept features are damaged; the file is named, and made anew.
     """
     processes = processes or Processes()
     protocol = reference.protocol(lens.extractor, commit)
@@ -172,6 +178,8 @@ def _paths(cache: Path, protocol: Protocol) -> tuple[Path, Path]:
 
 def _read(cache: Path, protocol: Protocol, lens: Lens) -> Features | None:
     moments, rows = _paths(cache, protocol)
+    if not all(path.exists() for path, wanted in ((moments, lens.moments), (rows, lens.rows)) if wanted):
+        return None
     try:
         statistics = load_statistics(moments, protocol) if lens.moments else None
         with warnings.catch_warnings():
@@ -179,7 +187,8 @@ def _read(cache: Path, protocol: Protocol, lens: Lens) -> Features | None:
                 # Both files were written together: one warning is enough.
                 warnings.simplefilter("ignore", ProtocolWarning)
             features = load_features(rows, protocol) if lens.rows else None
-    except ValueError:
+    except ValueError as error:
+        warnings.warn(f"{error} It is made anew now.", DamagedCacheWarning, stacklevel=3)
         return None
     return Features(count=protocol.reference_count, rows=features, statistics=statistics)
 
