@@ -140,8 +140,8 @@ def test_a_damaged_cache_is_named_and_made_anew(tmp_path: Path) -> None:
             again = measure_reference(whole, lens, batch=50, cache=tmp_path).features
         assert torch.equal(again.rows, first.rows)
         assert torch.equal(again.statistics.covariance, first.statistics.covariance)
-        assert path.read_bytes() == content
-    measure_reference(whole, lens, batch=50, cache=tmp_path)
+        # Warnings are errors here: what was made anew is taken without one.
+        measure_reference(whole, lens, batch=50, cache=tmp_path)
 
 
 def test_statistics_of_a_part_of_the_reference_set_are_refused(tmp_path: Path) -> None:
