@@ -24,17 +24,33 @@ from stablefield.cli.interruption import Interruption
 from stablefield.cli.places import check_place
 from stablefield.cli.recipes import RecipeName, chosen
 from stablefield.cli.settling import opening_of, pick_device
-from stablefield.cli.words import flags_of
+from stablefield.cli.words import duration, flags_of
 from stablefield.data.image_set import ImageSet
 from stablefield.evaluation.names import frechet_name
+from stablefield.probe.fit import Optimum
 from stablefield.report import write_page
 from stablefield.report.comparison_page import comparison_page
 from stablefield.report.extra import require
-from stablefield.training.comparison import LEVELS, MIDDLE, Outcome, TargetName, improvement, run_one, samples_of
+from stablefield.training.comparison import (
+    LEVELS,
+    MIDDLE,
+    Looks,
+    Outcome,
+    TargetName,
+    improvement,
+    is_done,
+    optimum_of,
+    plan_looks,
+    run_one,
+    samples_of,
+    spread,
+)
 from stablefield.training.config import encode
+from stablefield.training.estimate import estimate
+from stablefield.training.feed import Feed
 from stablefield.training.files import write_whole
-from stablefield.training.loop import Report, check_fit
-from stablefield.training.placement import resolve_band, resolve_references
+from stablefield.training.loop import Report, check_fit, make_accelerator
+from stablefield.training.placement import placed, resolve_band, resolve_references
 from stablefield.training.recipe import Recipe
 from stablefield.training.run_folder import RunConfig, RunFolder
 
@@ -54,10 +70,10 @@ class Compare:
     """Folder of the comparison; compare/DATA if not given. One that was interrupted goes on where it stopped."""
     seeds: str = "0,1,2"
     """Seeds of weights, batches and noise; two runs each."""
-    looks: int = 8
-    """How often each run is scored over training."""
-    samples: int = 1000
-    """Samples of each Frechet distance."""
+    looks: int | None = None
+    """How often each run is scored over training; up to 8 by default, no more than take as long as the training."""
+    samples: int | None = None
+    """Samples of each Frechet distance; 200 to 1,000 by default, no more than take as long as the training."""
     measure: ExtractorFlags = field(default_factory=lambda: ExtractorFlags(extractor="pixels"))
     """What looks at the samples."""
     recipe: RecipeName = "auto"
@@ -81,24 +97,24 @@ class Compare:
         for package in ("jinja2", "matplotlib"):
             require(package, "a report of the comparison")
         self.measure.check()
-        if self.looks < 1:
+        if self.looks is not None and self.looks < 1:
             raise ValueError(f"--looks is {self.looks}: each run is scored at least once, at its end.")
         device = pick_device(self.device)
         data = self.opened
         assert isinstance(data, ImageSet)
         out = self.out or Path("compare") / data.name
         check_place("--out", out / "report.html")
-        configs = self._configs(seeds, data, device)
+        looks, configs = self._configs(seeds, data, device)
         from stablefield.evaluation.self_check import SelfCheck  # needs torchmetrics
 
         extractor = self.measure.open(data.shape, device)
-        check = SelfCheck.prepare(data, extractor, samples=min(self.samples, len(data)))
         first = configs[0][2].recipe
-        every = max(1, first.steps // self.looks)
         console.print(
             f"DSM and STF on {data.name}: {len(seeds)} seeds, {first.steps:,} steps of {first.batch}, on {device}"
         )
-        outcomes = self._train(configs, data, check, every, device, out)
+        console.print(_foretold(configs, looks, data, device, out))
+        check = SelfCheck.prepare(data, extractor, samples=min(looks.samples, len(data)))
+        outcomes = self._train(configs, data, check, looks, device, out)
         if outcomes is None:
             console.print(f"stopped; the same command goes on: --out {relative(out)}")
             return 0
@@ -111,7 +127,7 @@ class Compare:
 
     def _configs(
         self, seeds: Sequence[int], data: ImageSet, device: torch.device
-    ) -> list[tuple[TargetName, int, RunConfig]]:
+    ) -> tuple[Looks, list[tuple[TargetName, int, RunConfig]]]:
         recipe = dataclasses.replace(self.config, target="stf")
         references, rule = resolve_references(recipe, data, device)
         recipe = dataclasses.replace(recipe, references=references)
@@ -119,7 +135,8 @@ class Compare:
         band, finding = resolve_band(recipe, data, device)
         console.print(f"references: {rule}")
         console.print(f"noise band: {finding}")
-        every = max(1, recipe.steps // self.looks)
+        looks = plan_looks(recipe, len(data), looks=self.looks, samples=self.samples)
+        every = max(1, recipe.steps // looks.count)
         found: list[tuple[TargetName, int, RunConfig]] = []
         targets: tuple[TargetName, ...] = ("dsm", "stf")
         for seed in seeds:
@@ -143,18 +160,19 @@ class Compare:
                     opening=opening_of(self, data),
                 )
                 found.append((target, seed, config))
-        return found
+        return looks, found
 
     def _train(
         self,
         configs: Sequence[tuple[TargetName, int, RunConfig]],
         data: ImageSet,
         check: SelfCheck,
-        every: int,
+        looks: Looks,
         device: torch.device,
         out: Path,
     ) -> list[Outcome] | None:
         outcomes: list[Outcome] = []
+        optimum: Optimum | None = None
         with _Bars(configs) as bars, Interruption() as interruption:
             for target, seed, config in configs:
                 path = out / f"{target}-seed{seed}"
@@ -164,14 +182,17 @@ class Compare:
                     or folder.config().manifest["sha256"] != data.manifest["sha256"]
                 ):
                     raise ValueError(f"{path} holds a run with other settings: name another --out for this comparison.")
+                if optimum is None and not is_done(folder):
+                    optimum = optimum_of(data, device, labelled=config.classes > 0)
                 outcome = run_one(
                     folder,
                     data,
                     check,
-                    every,
+                    max(1, config.recipe.steps // looks.count),
                     device,
                     report=lambda report, key=(target, seed): bars.update(key, report),
                     stop=lambda: interruption.requested,
+                    optimum=optimum,
                 )
                 if outcome is None:
                     return None
@@ -299,17 +320,53 @@ def _print(outcomes: Sequence[Outcome], seeds: Sequence[int], name: str) -> None
     console.print(_summary(outcomes, seeds, name))
 
 
+def _foretold(
+    configs: Sequence[tuple[TargetName, int, RunConfig]], looks: Looks, data: ImageSet, device: torch.device, out: Path
+) -> str:
+    """How long the comparison will take, from a few steps taken here and thrown away."""
+    config = next(config for target, _, config in configs if target == "stf")
+    left = 0.0
+    for target, seed, one in configs:
+        folder = RunFolder(out / f"{target}-seed{seed}")
+        newest = folder.newest() if (folder.path / "config.json").is_file() else None
+        left += 1 - (0 if newest is None else min(1, newest[1].step / one.recipe.steps))
+    accelerator = make_accelerator(device)
+    feed = Feed(data, config.recipe, device, labelled=config.classes > 0, placement=placed(config.recipe, data, device))
+    found = estimate(config, feed, accelerator)
+    feed.close()
+    training = left * config.recipe.steps * found.seconds_per_step
+    # A training step is three evaluations of its rows, and its target.
+    per_row = (found.seconds_per_step - found.target_seconds) / (3 * config.recipe.batch)
+    looking = left * looks.count * looks.evaluations * max(0.0, per_row)
+    times = "1 look" if looks.count == 1 else f"{looks.count} looks"
+    return (
+        f"takes about {duration(training + looking)}: {duration(training)} of training, {duration(looking)} of scoring "
+        f"({times} at each run on {looks.samples:,} samples)"
+    )
+
+
+def _over_seeds(values: Sequence[float], unit: str = ".3g") -> str:
+    """A mean with its standard error over seeds, or alone where there is one seed."""
+    found = spread(values)
+    return f"{found.mean:{unit}}" if found.error is None else f"{found.mean:{unit}} ± {found.error:{unit}}"
+
+
 def _summary(outcomes: Sequence[Outcome], seeds: Sequence[int], name: str) -> str:
     gains = [improvement(outcomes, seed) for seed in seeds]
     better = sum(gain > 0 for gain in gains)
     frechet = {t: [o.scores[-1].frechet for o in outcomes if o.target == t] for t in ("dsm", "stf")}
     seconds = {t: float(np.mean([o.scores[-1].seconds for o in outcomes if o.target == t])) for t in ("dsm", "stf")}
     lower = sum(b < a for a, b in zip(frechet["dsm"], frechet["stf"], strict=True))
+    spreads = (
+        f"± is the standard error over {len(seeds)} seeds. "
+        if len(seeds) > 1
+        else "One seed tells no spread: pass more, such as --seeds 0,1,2. "
+    )
     return (
-        f"STF is nearer to the optimum at middle noise levels in {better} of {len(seeds)} seeds, by {np.mean(gains):.0%} on "
-        f"average; its {name} is lower in {lower} of {len(seeds)}: {np.mean(frechet['stf']):.3f} against "
-        f"{np.mean(frechet['dsm']):.3f} on average. Training took {seconds['stf']:.0f} s with STF, {seconds['dsm']:.0f} s "
-        "with DSM."
+        f"STF is nearer to the optimum at middle noise levels in {better} of {len(seeds)} seeds, by "
+        f"{_over_seeds(gains, '.0%')} on average ({min(gains):.0%} to {max(gains):.0%}); its {name} is lower in {lower} of "
+        f"{len(seeds)}: {_over_seeds(frechet['stf'])} against {_over_seeds(frechet['dsm'])}. {spreads}Training took "
+        f"{seconds['stf']:.0f} s with STF, {seconds['dsm']:.0f} s with DSM."
     )
 
 

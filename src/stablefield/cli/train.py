@@ -20,6 +20,7 @@ from stablefield.cli.progress import TrainingProgress
 from stablefield.cli.recipes import BY_DATA, RecipeName, shown
 from stablefield.cli.settling import first_process_first, opening_of, pick_device, settled, start_processes, told
 from stablefield.cli.sources import open_data
+from stablefield.cli.words import duration
 from stablefield.data.image_set import ImageSet, size_text
 from stablefield.training.estimate import estimate
 from stablefield.training.feed import Feed
@@ -161,7 +162,7 @@ class Train:
                 f"stopped at step {done:,}; to go on: stablefield train --resume --out {relative(folder.path)}"
             )
         else:
-            console.print(f"done in {_duration(time.monotonic() - began)}")
+            console.print(f"done in {duration(time.monotonic() - began)}")
             console.print(f"samples:    {relative(folder.picture(done))}")
         console.print(f"draw more:  stablefield sample {relative(folder.path)} --seeds 0-63")
         return 0
@@ -243,7 +244,7 @@ class Train:
             table.add_row("references", f"{many} per step")
         share = found.target_seconds / found.seconds_per_step
         table.add_row("a step here", f"{found.seconds_per_step:.3f} s, of which noise and target {share:.1%}")
-        table.add_row("all of it", f"about {_duration(found.seconds_per_step * recipe.steps)} on {device}")
+        table.add_row("all of it", f"about {duration(found.seconds_per_step * recipe.steps)} on {device}")
         console.print(table)
         return 0
 
@@ -259,17 +260,6 @@ class Train:
                 console.print(f"[yellow]passed over:[/] {complaint}")
             console.print(f"continuing from step {newest[1].step:,}")
         return folder, folder.config()
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _free_name(name: str) -> Path:

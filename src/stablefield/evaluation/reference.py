@@ -11,7 +11,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,11 +22,12 @@ from stablefield.data.image_set import ImageSet
 from stablefield.evaluation.extractor import Extractor
 from stablefield.evaluation.feature_pass import Batch, Features, Lens, extract, set_batches
 from stablefield.evaluation.frechet import Gaussian, fit_moments
+from stablefield.evaluation.neighbours import Neighbours
 from stablefield.evaluation.processes import Processes
 from stablefield.evaluation.protocol import Protocol, ProtocolWarning
 from stablefield.evaluation.reference_cache import load_features, load_statistics, save_features, save_statistics
 
-__all__ = ["DamagedCacheWarning", "Progress", "Reference", "ReferenceSet", "measure_reference", "told"]
+__all__ = ["DamagedCacheWarning", "Progress", "Reference", "ReferenceSet", "is_kept", "measure_reference", "told"]
 
 Progress = Callable[[str, float, float], object]
 """Told what is being done, how much of it is done, and how much there is."""
@@ -50,6 +51,8 @@ class Reference:
     """Which part of the data, and which subset of that."""
     features: Features
     """What was kept of its features."""
+    near: Neighbours = field(default_factory=Neighbours)
+    """Of its rows."""
 
     @cached_property
     def gaussian(self) -> Gaussian | None:
@@ -144,7 +147,7 @@ def measure_reference(
     """
     processes = processes or Processes()
     protocol = reference.protocol(lens.extractor, commit)
-    found = None if cache is None else _read(cache, protocol, lens)
+    found = _read(cache, protocol, lens) if cache is not None and is_kept(reference, lens, cache) else None
     if not processes.all(found is not None) or found is None:
         rows = reference.rows
         batches = set_batches(reference.images.images, rows, batch, processes)
@@ -154,6 +157,14 @@ def measure_reference(
         if cache is not None and processes.first:
             _write(cache, protocol, found)
     return Reference(name=protocol.reference, sha256=protocol.reference_sha256, split=protocol.split, features=found)
+
+
+def is_kept(reference: ReferenceSet, lens: Lens, cache: Path | None) -> bool:
+    """Whether the features of a reference set lie in the cache, sound or not; arguments as of `measure_reference`."""
+    if cache is None:
+        return False
+    moments, rows = _paths(cache, reference.protocol(lens.extractor))
+    return all(path.exists() for path, wanted in ((moments, lens.moments), (rows, lens.rows)) if wanted)
 
 
 def told(
@@ -178,8 +189,6 @@ def _paths(cache: Path, protocol: Protocol) -> tuple[Path, Path]:
 
 def _read(cache: Path, protocol: Protocol, lens: Lens) -> Features | None:
     moments, rows = _paths(cache, protocol)
-    if not all(path.exists() for path, wanted in ((moments, lens.moments), (rows, lens.rows)) if wanted):
-        return None
     try:
         statistics = load_statistics(moments, protocol) if lens.moments else None
         with warnings.catch_warnings():

@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from stablefield.evaluation.self_check import SelfCheck
 
 __all__ = [
-    "LEVELS", "MIDDLE", "Looks", "Outcome", "Score", "Scorer", "Spread", "TargetName", "improvement", "optimum_of",
-    "plan_looks", "run_one", "samples_of", "spread",
+    "LEVELS", "MIDDLE", "Looks", "Outcome", "Score", "Scorer", "Spread", "TargetName", "improvement", "is_done",
+    "optimum_of", "plan_looks", "run_one", "samples_of", "spread",
 ]  # fmt: skip
 
 LEVELS = (0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
@@ -192,15 +192,18 @@ def plan_looks(recipe: Recipe, images: int, *, looks: int | None = None, samples
     return Looks(min(looks, recipe.steps), samples, one, training)
 
 
-def optimum_of(data: ImageSet, *, labelled: bool) -> Optimum:
+def optimum_of(data: ImageSet, device: torch.device, *, labelled: bool) -> Optimum:
     """Noisy rows of `data` at `LEVELS` with their exact posterior mean, for all looks of all runs.
 
     Args:
         data: the images.
+        device: where the networks are.
         labelled: whether the posterior stays within classes.
     """
     labels = torch.from_numpy(data.labels) if labelled and data.labels is not None else None
-    population = Population(torch.from_numpy(data.images.copy()), labels)
+    population = Population(
+        torch.from_numpy(data.images.copy()).to(device), None if labels is None else labels.to(device)
+    )
     rows = min(ROWS, max(64, _KEPT // (4 * len(LEVELS) * population.dim)))
     return find_optimum(population, LEVELS, rows=rows)
 
@@ -302,6 +305,13 @@ def read_scores(folder: Path) -> list[Score]:
     return [found[step] for step in sorted(found)]
 
 
+def is_done(folder: RunFolder) -> bool:
+    """Whether the run in `folder` is trained and scored to its end."""
+    scores, newest = read_scores(folder.path), folder.newest()
+    steps = folder.config().recipe.steps
+    return bool(scores) and newest is not None and min(scores[-1].step, newest[1].step) >= steps
+
+
 def run_one(
     folder: RunFolder,
     data: ImageSet,
@@ -327,11 +337,9 @@ def run_one(
     """
     config = folder.config()
     assert config.recipe.target in ("dsm", "stf")
-    scores = read_scores(folder.path)
-    newest = folder.newest()
-    if not scores or newest is None or min(scores[-1].step, newest[1].step) < config.recipe.steps:
+    if not is_done(folder):
         accelerator = make_accelerator(device)
-        optimum = optimum or optimum_of(data, labelled=config.classes > 0)
+        optimum = optimum or optimum_of(data, accelerator.device, labelled=config.classes > 0)
         scorer = Scorer(folder, config, data, check, every, accelerator, optimum)
         done = train(
             folder,
