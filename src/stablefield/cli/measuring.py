@@ -182,7 +182,7 @@ class _Plan:
         drawing = repeats * source.seconds()
         looking = comparing = 0.0
         rows = min(self._flags.feature_batch, len(self._data))
-        images = torch.from_numpy(np.ascontiguousarray(self._data.images[:rows]))
+        images = torch.from_numpy(np.array(self._data.images[:rows]))
         for extractor, metrics in seen:
             lens = lens_for(extractor, metrics)
             count = repeats * source.count + (0 if is_kept(wanted, lens, self._cache) else len(wanted))
