@@ -11,20 +11,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
 import torch
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import stablefield
+from stablefield.cli.comparison_words import foretold, summary
 from stablefield.cli.console import console, relative
 from stablefield.cli.extractors import ExtractorFlags
 from stablefield.cli.interruption import Interruption
 from stablefield.cli.places import check_place
 from stablefield.cli.recipes import RecipeName, chosen
 from stablefield.cli.settling import opening_of, pick_device
-from stablefield.cli.words import duration, flags_of
+from stablefield.cli.words import flags_of
 from stablefield.data.image_set import ImageSet
 from stablefield.evaluation.names import frechet_name
 from stablefield.probe.fit import Optimum
@@ -43,14 +43,11 @@ from stablefield.training.comparison import (
     plan_looks,
     run_one,
     samples_of,
-    spread,
 )
 from stablefield.training.config import encode
-from stablefield.training.estimate import estimate
-from stablefield.training.feed import Feed
 from stablefield.training.files import write_whole
-from stablefield.training.loop import Report, check_fit, make_accelerator
-from stablefield.training.placement import placed, resolve_band, resolve_references
+from stablefield.training.loop import Report, check_fit
+from stablefield.training.placement import resolve_band, resolve_references
 from stablefield.training.recipe import Recipe
 from stablefield.training.run_folder import RunConfig, RunFolder
 
@@ -112,7 +109,7 @@ class Compare:
         console.print(
             f"DSM and STF on {data.name}: {len(seeds)} seeds, {first.steps:,} steps of {first.batch}, on {device}"
         )
-        console.print(_foretold(configs, looks, data, device, out))
+        console.print(foretold(configs, looks, data, device, out))
         check = SelfCheck.prepare(data, extractor, samples=min(looks.samples, len(data)))
         outcomes = self._train(configs, data, check, looks, device, out)
         if outcomes is None:
@@ -255,7 +252,7 @@ class Compare:
             if o.seed == seeds[0]
         ]
         page = comparison_page(
-            f"DSM and STF on {data.name}", _summary(outcomes, seeds, name), outcomes, grids, protocol, name, command
+            f"DSM and STF on {data.name}", summary(outcomes, seeds, name), outcomes, grids, protocol, name, command
         )
         write_page(page, out / "report.html")
 
@@ -317,57 +314,7 @@ def _print(outcomes: Sequence[Outcome], seeds: Sequence[int], name: str) -> None
     console.print(
         f"distance: mean squared distance to the exact posterior mean, noise levels {MIDDLE[0]:g} to {MIDDLE[1]:g}"
     )
-    console.print(_summary(outcomes, seeds, name))
-
-
-def _foretold(
-    configs: Sequence[tuple[TargetName, int, RunConfig]], looks: Looks, data: ImageSet, device: torch.device, out: Path
-) -> str:
-    """How long the comparison will take, from a few steps taken here and thrown away."""
-    config = next(config for target, _, config in configs if target == "stf")
-    left = 0.0
-    for target, seed, one in configs:
-        folder = RunFolder(out / f"{target}-seed{seed}")
-        newest = folder.newest() if (folder.path / "config.json").is_file() else None
-        left += 1 - (0 if newest is None else min(1, newest[1].step / one.recipe.steps))
-    accelerator = make_accelerator(device)
-    feed = Feed(data, config.recipe, device, labelled=config.classes > 0, placement=placed(config.recipe, data, device))
-    found = estimate(config, feed, accelerator)
-    feed.close()
-    training = left * config.recipe.steps * found.seconds_per_step
-    # A training step is three evaluations of its rows, and its target.
-    per_row = (found.seconds_per_step - found.target_seconds) / (3 * config.recipe.batch)
-    looking = left * looks.count * looks.evaluations * max(0.0, per_row)
-    times = "1 look" if looks.count == 1 else f"{looks.count} looks"
-    return (
-        f"takes about {duration(training + looking)}: {duration(training)} of training, {duration(looking)} of scoring "
-        f"({times} at each run on {looks.samples:,} samples)"
-    )
-
-
-def _over_seeds(values: Sequence[float], unit: str = ".3g") -> str:
-    """A mean with its standard error over seeds, or alone where there is one seed."""
-    found = spread(values)
-    return f"{found.mean:{unit}}" if found.error is None else f"{found.mean:{unit}} ± {found.error:{unit}}"
-
-
-def _summary(outcomes: Sequence[Outcome], seeds: Sequence[int], name: str) -> str:
-    gains = [improvement(outcomes, seed) for seed in seeds]
-    better = sum(gain > 0 for gain in gains)
-    frechet = {t: [o.scores[-1].frechet for o in outcomes if o.target == t] for t in ("dsm", "stf")}
-    seconds = {t: float(np.mean([o.scores[-1].seconds for o in outcomes if o.target == t])) for t in ("dsm", "stf")}
-    lower = sum(b < a for a, b in zip(frechet["dsm"], frechet["stf"], strict=True))
-    spreads = (
-        f"± is the standard error over {len(seeds)} seeds. "
-        if len(seeds) > 1
-        else "One seed tells no spread: pass more, such as --seeds 0,1,2. "
-    )
-    return (
-        f"STF is nearer to the optimum at middle noise levels in {better} of {len(seeds)} seeds, by "
-        f"{_over_seeds(gains, '.0%')} on average ({min(gains):.0%} to {max(gains):.0%}); its {name} is lower in {lower} of "
-        f"{len(seeds)}: {_over_seeds(frechet['stf'])} against {_over_seeds(frechet['dsm'])}. {spreads}Training took "
-        f"{seconds['stf']:.0f} s with STF, {seconds['dsm']:.0f} s with DSM."
-    )
+    console.print(summary(outcomes, seeds, name))
 
 
 def _write_csv(path: Path, outcomes: Sequence[Outcome]) -> None:
