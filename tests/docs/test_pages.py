@@ -125,7 +125,7 @@ def test_the_answer_of_the_probe_is_the_committed_one() -> None:
     assert record["command"] == "stablefield probe digits"
     advice, phases = record["advice"], record["phases"]
     size = next(s for s in advice["sizes"] if s["references"] == advice["recommended_references"])
-    text = (DOCS / "choosing.md").read_text("utf-8")
+    text = " ".join((DOCS / "choosing.md").read_text("utf-8").split())
     assert f"EDM training: {100 * advice['share_of_batch_in_band']:.0f} % of a batch can gain: worth it. VE" in text
     assert f"Take {size['references']:,} references: they leave {size['variance_left']:.1%} " in text
     assert f"{100 * advice['batch_variance_in_batch']:.0f} ± " in text

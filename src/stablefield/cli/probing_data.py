@@ -154,10 +154,10 @@ def _advice_lines(
     ]
     lines = [
         f"{_PLANS[plan][0]} training: {_percent(shares[plan])} of a batch can gain: {_expect(shares[plan])}. {others}.",
-        f"Take {size} references: they leave {left} of each row's variance in {_PLANS[plan][0]} training.",
-        f"Variance of the sum over a batch of {together.batch:,}, single sample 100 %: {', '.join(beside)}.",
+        f"Take {size} references: they leave {left} of a row's variance in {_PLANS[plan][0]} training.",
+        f"Variance of the sum over a batch of {together.batch:,}, single sample 100 %:\n{', '.join(beside)}.",
         f"Phases: one sample below noise level {_level(single)}, the prior above {_level(prior)}.",
-        f"Noise band, as train has it: {finding}.",
+        f"Noise band, as train has it:\n{finding}.",
         f"Cost per step here: {_seconds(best.seconds)} for {size}"
         + ("." if everything else f", {_seconds(whole.seconds)} for all {curve.samples:,}, which leave none."),
     ]
