@@ -12,54 +12,18 @@ That is of each row alone. Rows of a batch share their references, and what thei
 `batch`: a set is recommended only if it lowers that, too.
 """
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from stablefield.diffusion.noise_levels import LogNormal, NoiseLevels
-from stablefield.diffusion.process import EDM, Process
-from stablefield.diffusion.weighting import EDMWeighting, Weighting
+from stablefield.probe.batch import BatchVariance
 from stablefield.probe.phases import share_above
 from stablefield.probe.series import interpolate
+from stablefield.probe.training import Training
 from stablefield.probe.variance import VarianceCurve
-
-if TYPE_CHECKING:
-    from stablefield.probe.batch import BatchVariance
 
 __all__ = ["Advice", "SizeAdvice", "Training", "advise"]
 
 # Points of the quadrature over the distribution of noise levels.
 _POINTS = 4096
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """How somebody means to train: what decides which noise levels count.
-
-    Raises:
-        ValueError: if the batch is below 1.
-    """
-
-    process: Process = field(default_factory=EDM)
-    noise_levels: NoiseLevels = field(default_factory=LogNormal)
-    weighting: Weighting = field(default_factory=EDMWeighting)
-    batch: int = 512
-    """Rows per step."""
-
-    def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise ValueError(f"batch is {self.batch}: it must be at least 1.")
-
-    def levels(self, count: int) -> Tensor:
-        """Noise levels in the middle of `count` equally probable parts of their distribution, float64, increasing.
-
-        Those that are 0 or infinite, at the ends of a clock, are left out.
-        """
-        u = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-        level = self.process.noise_level(self.noise_levels.quantile(u, self.process))
-        return level[(level > 0) & level.isfinite()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +73,7 @@ def advise(
     training: Training,
     *,
     band: float,
-    batch: "BatchVariance | None" = None,
+    batch: BatchVariance | None = None,
     aim: float = 0.1,
 ) -> Advice:
     """The smallest reference set that leaves at most `aim` of each row's variance and lowers that of the batch.

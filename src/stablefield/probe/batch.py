@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stablefield.probe.advice import Training
 from stablefield.probe.population import Population
 from stablefield.probe.series import Series, interpolate
+from stablefield.probe.training import Training
 from stablefield.probe.variance import VarianceCurve
 from stablefield.targets.bank import Bank
 from stablefield.targets.references import InBatch, Pool, References
