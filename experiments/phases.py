@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
         training = Training()
     curve = measure_variance(population, levels, sizes=SIZES, sources=1024, draws=1)
     phases = find_phases(curve)
-    advice = advise(curve, training)
+    advice = advise(curve, training, band=sf.pick_noise_band(sf.Pool(population.data)).level)
     charts = {
         f"{name}_phases": phases_chart(curve, phases),
         f"{name}_variance": variance_chart(curve, phases, advice),

@@ -1,6 +1,7 @@
 """`stablefield evaluate`: numbers with their protocol, from runs and from images, and what it says when they cannot be."""
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -13,7 +14,9 @@ import torch
 from torch import nn
 
 from stablefield.cli.console import console
+from stablefield.cli.drawing import DrawingFlags
 from stablefield.cli.entry import main
+from stablefield.cli.subjects import RunSamples
 from stablefield.data.digits import open_digits
 from stablefield.evaluation.extractor import RawPixels
 from stablefield.evaluation.frechet import frechet_distance_from_features
@@ -86,8 +89,28 @@ def test_every_number_has_the_whole_protocol_beside_it(run: Path, tmp_path: Path
         assert record["resize"] == "none"
         assert len(record["extractor_sha256"]) == 64
         assert record["commit"]
-    assert got["precision"]["protocol"]["settings"] == {"k": 3}
+    assert got["precision"]["protocol"]["settings"] == {"k": 3, "balls": "open"}
     assert got["memorised share"]["protocol"]["extractor"] == "pixels"
+
+
+def test_evaluate_says_before_it_begins_how_long_it_will_take(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    batches = RunSamples.batches
+
+    def watched(self: RunSamples, *given: Any) -> Any:
+        drawn.append(capsys.readouterr().out)
+        return batches(self, *given)
+
+    monkeypatch.setattr(RunSamples, "batches", watched)
+    measured(tmp_path / "r.json", str(run), *QUICK, "--metrics", "frechet")
+    assert re.search(r"^takes about (\d+ s|\d+ min \d+ s)", drawn[0], re.M)
+    # 60 samples in one batch by 18 steps of Heun's method, whose evaluations are counted.
+    flags = DrawingFlags()
+    assert flags.evaluations == 35
+    assert DrawingFlags(sampler="euler", steps=5).evaluations == 5
+    assert DrawingFlags(sampler="pc-ve", steps=10, corrector_steps=2, guidance=2.0).evaluations == 60
 
 
 def test_adaptive_samplers_report_their_mean_evaluations(run: Path, tmp_path: Path) -> None:

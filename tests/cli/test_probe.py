@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -93,13 +94,51 @@ def test_the_advice_is_a_few_lines(few: Path, tmp_path: Path, capsys: pytest.Cap
     arguments = ("--references", "32", "--noise-levels", "0.01,0.3,1,30", "--plan", "ve", "--by-class")
     assert status("probe", str(few), *arguments, "--out", str(tmp_path / "out")) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("Take ")
-    assert lines[0].endswith("of the variance in VE training.")
-    assert len(lines) < 15
+    assert re.match(r"VE training: \d+ % of a batch can gain: worth it\. EDM \d+ %, VP \d+ %, flow \d+ %\.$", lines[0])
+    assert lines[1].startswith("Take ")
+    text = " ".join(lines)
+    assert "of a row's variance in VE training." in text
+    assert re.search(
+        r"sum over a batch of 512, single sample 100 %: \d+ ± \d+ % with the batch alone, \d+ ± \d+ %", text
+    )
+    assert len(lines) < 18
     assert all(len(line) <= 84 for line in lines[:-1])
     record = json.loads((tmp_path / "out" / "probe.json").read_text())
     assert record["command"].endswith("--plan ve --by-class")
     assert [level["noise_level"] for level in record["variance"]["levels"]] == pytest.approx([0.01, 0.3, 1, 30])
+
+
+def test_the_first_line_says_what_to_expect_of_each_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Samples far from each other: few compete at the noise levels of EDM's training, more at VE's."""
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "far.npy", rng.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8))
+    for plan, said in (("edm", "expect little"), ("ve", "worth it")):
+        flags = ("--references", "all", "--noise-levels", "1,8,30", "--plan", plan, "--batch", "8")
+        assert status("probe", str(tmp_path / "far.npy"), *flags, "--out", str(tmp_path / plan)) == 0
+        first = capsys.readouterr().out.splitlines()[0]
+        assert said in first
+        record = json.loads((tmp_path / plan / "probe.json").read_text())["advice"]
+        shown = re.match(r"\w+ training: ([\d.]+) % of a batch can gain", first)
+        assert shown is not None
+        assert float(shown[1]) == pytest.approx(100 * record["share_of_batch_in_band"], abs=0.5)
+
+
+@pytest.mark.parametrize("given", [(), ("--by-class",)])
+def test_probe_and_train_have_one_noise_band(
+    few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: tuple[str, ...]
+) -> None:
+    flags = ("--references", "all", "--noise-levels", "0.5,1", "--batch", "16")
+    assert status("probe", str(few), *flags, *given, "--out", str(tmp_path / "out")) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    tiny = ("--steps", "1", "--network.width", "16", "--network.depth", "1", "--sample-every", "0")
+    conditional = ("--conditional",) if given else ()
+    assert status("train", str(few), *tiny, *conditional, "--out", str(tmp_path / "run")) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    band = json.loads((tmp_path / "run" / "config.json").read_text())["recipe"]["noise_band"]
+    assert json.loads((tmp_path / "out" / "probe.json").read_text())["advice"]["band_from"] == band
+    words = re.search(r"as train has it: (from [\d.]+)", told)
+    assert words is not None
+    assert words[1] in printed
 
 
 def test_a_part_of_the_images_is_said_to_be_one(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,12 +102,16 @@ def test_a_flag_reaches_its_sampler(run: Path, tmp_path: Path) -> None:
         ),
         "pc-ve": (
             ["--snr", "0.1", "--corrector-steps", "2", "--sigma-min", "0.05"],
-            lambda x, z, g: sampling.predictor_corrector(denoiser, x, g, corrector_steps=2, snr=0.1, noise=z),
+            lambda x, z, g: sampling.predictor_corrector(
+                denoiser, x, g, corrector_steps=2, snr=0.1, average_norms=False, noise=z
+            ),
             sampling.ve_sigmas(12, sigma_min=0.05),
         ),
         "pc-vp": (
             ["--predictor", "ancestral"],
-            lambda x, z, g: sampling.predictor_corrector(denoiser, x, g, process="vp", predictor="ancestral", noise=z),
+            lambda x, z, g: sampling.predictor_corrector(
+                denoiser, x, g, process="vp", predictor="ancestral", average_norms=False, noise=z
+            ),
             sampling.vp_sigmas(12),
         ),
         "dpmpp-2m-sde": (

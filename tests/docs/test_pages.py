@@ -125,12 +125,14 @@ def test_the_answer_of_the_probe_is_the_committed_one() -> None:
     assert record["command"] == "stablefield probe digits"
     advice, phases = record["advice"], record["phases"]
     size = next(s for s in advice["sizes"] if s["references"] == advice["recommended_references"])
-    text = (DOCS / "choosing.md").read_text("utf-8")
+    text = " ".join((DOCS / "choosing.md").read_text("utf-8").split())
+    assert f"EDM training: {100 * advice['share_of_batch_in_band']:.0f} % of a batch can gain: worth it. VE" in text
     assert f"Take {size['references']:,} references: they leave {size['variance_left']:.1%} " in text
+    assert f"{100 * advice['batch_variance_in_batch']:.0f} ± " in text
+    assert f"{100 * size['batch_variance']:.0f} ± " in text
     below, above = phases["one_sample_below"]["noise_level"], phases["prior_above"]["noise_level"]
     assert f"below noise level {below:.2g}, the prior above {above:.2g}." in text
-    assert f"Noise band: from {advice['band_from']['noise_level']:.2g}." in text
-    assert f"in the band: EDM {advice['share_of_batch_in_band']:.0%}, VE" in text
+    assert f"as train has it: from {advice['band_from']:.3g}: below" in text
 
 
 def test_numbers_of_the_enumeration_in_prose_are_those_that_the_tests_hold() -> None:

@@ -14,13 +14,25 @@ def brute_force(real: np.ndarray, generated: np.ndarray, k: int) -> dict[str, fl
         return [sorted(distance(p, q) for j, q in enumerate(points) if j != i)[k - 1] for i, p in enumerate(points)]
 
     real_radii, generated_radii = radii(real), radii(generated)
-    inside_real = [[distance(x, y) <= r for x, r in zip(real, real_radii, strict=True)] for y in generated]
-    inside_generated = [[distance(y, x) <= r for y, r in zip(generated, generated_radii, strict=True)] for x in real]
+    inside_real = [[distance(x, y) < r for x, r in zip(real, real_radii, strict=True)] for y in generated]
+    inside_generated = [[distance(y, x) < r for y, r in zip(generated, generated_radii, strict=True)] for x in real]
     return {
         "precision": np.mean([any(row) for row in inside_real]),
         "recall": np.mean([any(row) for row in inside_generated]),
         "density": np.mean([sum(row) / k for row in inside_real]),
         "coverage": np.mean([any(row[i] for row in inside_real) for i in range(len(real))]),
+    }
+
+
+def as_published(real: np.ndarray, generated: np.ndarray, k: int) -> dict[str, float]:
+    """Naeem et al. 2020 as their package `prdc` computes it: radii to the k-th other row, and strictly less."""
+    across = np.sqrt(((real[:, None] - generated) ** 2).sum(2))
+    radius = [np.sort(np.sqrt(((x[:, None] - x) ** 2).sum(2)), axis=1)[:, k] for x in (real, generated)]
+    return {
+        "precision": (across < radius[0][:, None]).any(axis=0).mean(),
+        "recall": (across < radius[1][None]).any(axis=1).mean(),
+        "density": (across < radius[0][:, None]).sum(axis=0).mean() / k,
+        "coverage": (across.min(axis=1) < radius[0]).mean(),
     }
 
 
@@ -39,6 +51,27 @@ def test_all_four_agree_with_double_loops(k: int, lattice: bool) -> None:
     assert 0 < expected["precision"] < 1
     for name, score in SCORES.items():
         assert score(real, generated, k).value == pytest.approx(expected[name], abs=1e-12), name
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e3])
+def test_a_set_beside_itself_has_density_1_and_all_four_are_those_of_prdc(k: int, scale: float) -> None:
+    real = scale * torch.randn(200, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
+    found = {name: score(real, real.clone(), k).value for name, score in SCORES.items()}
+    assert found == {"precision": 1.0, "recall": 1.0, "density": 1.0, "coverage": 1.0}
+    assert found == pytest.approx(as_published(real.numpy(), real.numpy(), k), abs=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_all_four_are_those_of_prdc_also_where_samples_are_copies_or_on_the_sphere(k: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    real = torch.randint(0, 6, (150, 3), generator=generator).double()
+    copies = real[torch.randint(0, 150, (70,), generator=generator)]
+    generated = torch.cat([copies, torch.randint(0, 7, (60, 3), generator=generator).double()])
+    expected = as_published(real.numpy(), generated.numpy(), k)
+    assert {name: score(real, generated, k).value for name, score in SCORES.items()} == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", SCORES)

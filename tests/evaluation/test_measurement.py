@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stablefield.evaluation import commit
+from stablefield.evaluation import commit, neighbours
 from stablefield.evaluation.commit import running_commit
 from stablefield.evaluation.extractor import RawPixels
 from stablefield.evaluation.feature_pass import Features, Lens
@@ -71,6 +71,34 @@ def test_every_metric_is_its_function_on_the_features() -> None:
     )
     # Precision is not symmetric: swapped sides would show.
     assert precision(real, x, 3).value != recall(real, x, 3).value
+
+
+def test_distances_within_a_set_are_found_once_for_all_metrics_and_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    whole = neighbours.others
+
+    def counted(points: torch.Tensor, k: int, **blocks: int) -> torch.Tensor:
+        sizes.append(len(points))
+        return whole(points, k, **blocks)
+
+    monkeypatch.setattr(neighbours, "others", counted)
+    measured = measurement((Precision(), Recall(), Density(), Coverage(), Precision(k=7)))
+    for seed in (1, 2):
+        x = features(seed, 30) + 0.2
+        got = [value.value for value in measured.values(kept(x))]
+        real = features(0, 40)
+        functions = (
+            precision(real, x, 3),
+            recall(real, x, 3),
+            density(real, x),
+            coverage(real, x),
+            precision(real, x, 7),
+        )
+        assert got == [score.value for score in functions]
+    # The reference images for k up to 5 and once more for k = 7, the samples of each repeat; others by the functions.
+    by_metrics = [40, 30, 40, 30]
+    by_functions = [40, 30, 40, 40, 40] * 2
+    assert sorted(sizes) == sorted(by_metrics + by_functions)
 
 
 def test_only_what_is_needed_is_kept() -> None:

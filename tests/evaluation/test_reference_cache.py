@@ -5,7 +5,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from stablefield.data.digits import open_digits
+from stablefield.evaluation.extractor import RawPixels
+from stablefield.evaluation.feature_pass import Lens
 from stablefield.evaluation.protocol import Protocol, ProtocolWarning
+from stablefield.evaluation.reference import DamagedCacheWarning, ReferenceSet, measure_reference
 from stablefield.evaluation.reference_cache import load_statistics, save_statistics
 from stablefield.evaluation.statistics import Statistics, statistics_of
 
@@ -95,13 +99,49 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     save_file({"mean": torch.zeros(2)}, str(path))
     with pytest.raises(ValueError, match="holds no reference statistics"):
         load_statistics(path, PROTOCOL)
-    metadata = {"count": "40", "protocol": PROTOCOL.of_reference().to_json()}
-    save_file({"mean": torch.zeros(2), "covariance": torch.zeros(3, 3)}, str(path), metadata)
+    save_statistics(path, Statistics(count=40, mean=torch.zeros(2), covariance=torch.zeros(3, 3)), PROTOCOL)
     with pytest.raises(ValueError, match="contradicts its own record"):
         load_statistics(path, PROTOCOL)
-    save_file({"mean": torch.zeros(2), "covariance": torch.full((2, 2), torch.nan)}, str(path), metadata)
+    nothing = torch.full((2, 2), torch.nan)
+    save_statistics(path, Statistics(count=40, mean=torch.zeros(2), covariance=nothing), PROTOCOL)
     with pytest.raises(ValueError, match="holds NaN"):
         load_statistics(path, PROTOCOL)
+    metadata = {"count": "40", "protocol": PROTOCOL.of_reference().to_json()}
+    save_file({"mean": torch.zeros(2), "covariance": torch.zeros(2, 2)}, str(path), metadata)
+    with pytest.raises(ValueError, match="has no checksum"):
+        load_statistics(path, PROTOCOL)
+
+
+def test_a_flipped_bit_anywhere_in_kept_statistics_is_found(tmp_path: Path) -> None:
+    save_statistics(tmp_path / "r", statistics(), PROTOCOL)
+    whole = (tmp_path / "r").read_bytes()
+    for place in range(0, len(whole), 7):
+        content = bytearray(whole)
+        content[place] ^= 1 << place % 8
+        (tmp_path / "damaged").write_bytes(content)
+        with pytest.raises(ValueError, match=r"damaged "):
+            load_statistics(tmp_path / "damaged", PROTOCOL)
+    for size in (0, 7, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "damaged").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="damaged holds no reference statistics"):
+            load_statistics(tmp_path / "damaged", PROTOCOL)
+
+
+def test_a_damaged_cache_is_named_and_made_anew(tmp_path: Path) -> None:
+    whole = ReferenceSet(images=open_digits(), split="train", count=50)
+    lens = Lens(extractor=RawPixels((1, 8, 8)))
+    first = measure_reference(whole, lens, batch=50, cache=tmp_path).features
+    kept = sorted(tmp_path.iterdir())
+    assert len(kept) == 2
+    for path in kept:
+        content = path.read_bytes()
+        path.write_bytes(content[:-3] + bytes([content[-3] ^ 4]) + content[-2:])
+        with pytest.warns(DamagedCacheWarning, match=rf"{path.name} is damaged: .* made anew now"):
+            again = measure_reference(whole, lens, batch=50, cache=tmp_path).features
+        assert torch.equal(again.rows, first.rows)
+        assert torch.equal(again.statistics.covariance, first.statistics.covariance)
+        # Warnings are errors here: what was made anew is taken without one.
+        measure_reference(whole, lens, batch=50, cache=tmp_path)
 
 
 def test_statistics_of_a_part_of_the_reference_set_are_refused(tmp_path: Path) -> None:

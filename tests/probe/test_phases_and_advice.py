@@ -7,7 +7,7 @@ import torch
 import stablefield as sf
 from stablefield.probe.advice import Training, advise
 from stablefield.probe.floor import LossFloor, logged_excess
-from stablefield.probe.phases import find_band, find_phases, share_above
+from stablefield.probe.phases import find_phases, share_above
 from stablefield.probe.population import Population
 from stablefield.probe.series import Series
 from stablefield.probe.variance import VarianceCurve, measure_variance
@@ -44,11 +44,11 @@ def test_the_edges_of_a_power_law_are_where_it_meets_the_tolerances():
     phases = find_phases(curve, 0.03)
     assert phases.single_below.noise_level == pytest.approx(10 * 0.03**0.5, rel=1e-9)
     assert phases.prior_above.noise_level == pytest.approx(1 / 0.03, rel=1e-9)
-    assert find_band(curve, 0.001).noise_level == pytest.approx(10 * 0.001**0.5, rel=1e-9)
+    assert find_phases(curve, 0.001).single_below.noise_level == pytest.approx(10 * 0.001**0.5, rel=1e-9)
 
 
 def test_an_edge_has_the_interval_that_two_standard_errors_give():
-    edge = find_band(made_curve(LEVELS / 10, error=0.002), 0.02)
+    edge = find_phases(made_curve(LEVELS / 10, error=0.002), 0.02).single_below
     assert edge.low == pytest.approx(0.16, rel=0.02)
     assert edge.high == pytest.approx(0.24, rel=0.02)
     falling = made_curve(LEVELS, divergence=math.log(1000) / LEVELS, error=0.02)
@@ -67,7 +67,7 @@ def test_edges_beyond_the_levels_measured_are_none():
     phases = find_phases(made_curve(torch.ones_like(LEVELS)))
     assert phases.single_below is None
     assert phases.prior_above is None
-    assert find_band(made_curve(torch.zeros_like(LEVELS))) is None
+    assert find_phases(made_curve(torch.zeros_like(LEVELS))).single_below is None
     for tolerance in (0.0, 1.0, math.nan):
         with pytest.raises(ValueError, match="tolerance is"):
             find_phases(made_curve(LEVELS), tolerance)
@@ -103,7 +103,7 @@ def test_the_variance_left_is_weighted_as_training_weighs_it():
     dsm = LEVELS**4 / (1 + LEVELS**4)
     curve = made_curve(dsm, {8: dsm / (1 + LEVELS), 64: dsm / 50})
     training = Training(noise_levels=sf.LogUniform(0.1, 50), weighting=sf.SNRWeighting(), batch=100)
-    advice = advise(curve, training, aim=0.1)
+    advice = advise(curve, training, band=0.0, aim=0.1)
     drawn = sf.LogUniform(0.1, 50).sample(sf.EDM(), 400_000, torch.Generator().manual_seed(0)).double()
     v = drawn**4 / (1 + drawn**4) / drawn**2
     expected = float((v / (1 + drawn)).sum() / v.sum())
@@ -116,18 +116,20 @@ def test_the_variance_left_is_weighted_as_training_weighs_it():
 
 def test_the_cost_is_that_of_the_rows_in_the_band():
     curve = made_curve(LEVELS**4 / (1 + LEVELS**4), {8: torch.zeros_like(LEVELS)})
-    advice = advise(curve, Training(noise_levels=sf.LogUniform(0.1, 10), batch=100))
+    advice = advise(curve, Training(noise_levels=sf.LogUniform(0.1, 10), batch=100), band=0.5)
     # 41 seconds for 2,000 rows at 41 levels against 1,000 samples: half a microsecond per pair.
     assert advice.sizes[0].flops == pytest.approx(4 * 100 * advice.share * 8 * 10)
     assert advice.sizes[0].seconds == pytest.approx(100 * advice.share * 8 * 41 / (2000 * 41 * 1000))
-    assert 0 < advice.share < 1
+    assert advice.share == pytest.approx(math.log(10 / 0.5) / math.log(10 / 0.1), rel=1e-6)
+    for band, share in ((0.0, 1), (math.inf, 0)):
+        assert advise(curve, Training(), band=band).share == pytest.approx(share, abs=1e-12)
 
 
 def test_nothing_but_the_whole_set_may_be_what_it_takes():
     dsm = LEVELS**4 / (1 + LEVELS**4)
-    assert advise(made_curve(dsm, {8: dsm / 2}), Training()).recommended.size == 1000
+    assert advise(made_curve(dsm, {8: dsm / 2}), Training(), band=0.0).recommended.size == 1000
     with pytest.raises(ValueError, match="aim is 1"):
-        advise(made_curve(dsm), Training(), aim=1.0)
+        advise(made_curve(dsm), Training(), band=0.0, aim=1.0)
     with pytest.raises(ValueError, match="batch is 0"):
         Training(batch=0)
 

@@ -7,6 +7,7 @@ import torch
 
 import stablefield as sf
 from stablefield.probe.advice import Training, advise
+from stablefield.probe.batch import BatchVariance
 from stablefield.probe.fit import Fit
 from stablefield.probe.phases import find_phases
 from stablefield.probe.series import Series
@@ -53,8 +54,13 @@ def curve(levels, sizes, dsm):
 def test_a_measurement_of_any_kind_makes_a_page_and_pictures(tmp_path, sizes, levels, dsm):
     measured = curve(levels, sizes, dsm)
     phases = find_phases(measured)
-    advice = advise(measured, Training())
-    page = variance_page("x", "an example", measured, phases, advice, ["Take them.", "All."], "stablefield probe x")
+    shares = Series(torch.tensor([0.9]), torch.tensor([0.01]))
+    together = BatchVariance(
+        batch=10, in_batch=shares, pools=dict.fromkeys((n for n in sizes if n > 10), shares), whole=shares
+    )
+    advice = advise(measured, Training(), band=levels[0] * 2, batch=together)
+    said = ["Take them.", "All."]
+    page = variance_page("x", "an example", measured, phases, advice, together, said, "stablefield probe x")
     text = render_page(page)
     assert text.count("<svg") >= 2
     assert "500 samples drawn from 9,000" in text

@@ -13,7 +13,9 @@ SOLVERS = {
     "heun with churn": lambda d, x, noise: sampling.heun(d, x, SIGMAS, s_churn=2.0, noise=noise),
     "ancestral": lambda d, x, noise: sampling.ancestral(d, x, SIGMAS, noise=noise),
     "dpmpp_2m_sde": lambda d, x, noise: sampling.dpmpp_2m_sde(d, x, SIGMAS, noise=noise),
-    "predictor_corrector": lambda d, x, noise: sampling.predictor_corrector(d, x, SIGMAS, noise=noise),
+    "predictor_corrector": lambda d, x, noise: sampling.predictor_corrector(
+        d, x, SIGMAS, average_norms=False, noise=noise
+    ),
     "rk45": lambda d, x, _: sampling.rk45(d, x, SIGMAS, rtol=1e-2, atol=1e-2),
 }
 

@@ -38,7 +38,7 @@ def levels(steps: int) -> Tensor:
     return sampling.ve_sigmas(steps + 1, sigma_min=LAST, sigma_max=FIRST)[:-1]
 
 
-CORRECTED = {"corrector_steps": 1, "snr": 0.05, "average_norms": True}
+CORRECTED = {"corrector_steps": 1, "snr": 0.05}
 SAMPLERS = {
     "heun with churn": (partial(sampling.heun, s_churn=20.0), 60),
     "euler_maruyama": (sampling.euler_maruyama, 300),
@@ -80,7 +80,6 @@ def test_the_corrector_alone_brings_any_start_to_the_marginal(process, mixture, 
         process=process,
         corrector_steps=600,
         snr=0.07,
-        average_norms=True,
         generator=generator,
     )
     assert z_scores(mixture, x, 1.0).abs().max() < BOUND
@@ -94,12 +93,38 @@ def test_the_corrector_with_each_rows_own_norms_is_right_in_many_dimensions(gene
 
     grid = torch.tensor([1.001, 1.0], dtype=torch.float64)
     start = torch.randn(200, 256, generator=generator, dtype=torch.float64)
-    x = sampling.predictor_corrector(denoiser, start, grid, corrector_steps=400, snr=0.07, generator=generator)
+    x = sampling.predictor_corrector(
+        denoiser, start, grid, corrector_steps=400, snr=0.07, average_norms=False, generator=generator
+    )
     error = 2 * math.sqrt(2 / x.numel())
     # Unadjusted Langevin with epsilon = 2 r^2 variance has the stationary variance / (1 - r^2); a step size ~ 1 / |x|^2
     # multiplies the stationary density by |x|^2, which is (d + 2) / d in the second moment.
     expected = 2 / (1 - 0.07**2) * 258 / 256
     assert abs(x.square().mean().item() - expected) < 4 * error
+
+
+@pytest.mark.parametrize("dim", [2, 32])
+def test_the_default_corrector_samples_a_normal_of_the_right_variance_in_few_dimensions(dim, generator):
+    """Standard normal data. Score and noise have norms of one law up to scale, so the variance follows a recursion."""
+
+    def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
+        return x / (1 + sigma[:, None] ** 2)
+
+    grid, snr = torch.logspace(math.log10(20), 0, 100, dtype=torch.float64), 0.16
+    variance = expected = 1 + 20.0**2
+    for before, after in zip(grid[:-1].square().tolist(), grid[1:].square().tolist(), strict=True):
+        expected = (1 - (before - after) / (1 + before)) ** 2 * expected + before - after
+        step = 2 * snr**2 * (1 + after) ** 2 / expected
+        expected = (1 - step / (1 + after)) ** 2 * expected + 2 * step
+    x = math.sqrt(variance) * torch.randn(32_000 // dim, dim, generator=generator, dtype=torch.float64)
+    error = math.sqrt(2 / x.numel())
+    got = sampling.predictor_corrector(denoiser, x, grid, snr=snr, generator=generator).square().mean().item()
+    assert got == pytest.approx(expected, rel=4 * error)
+    assert got / 2 == pytest.approx(1, abs=0.05 + 4 * error)
+    own = sampling.predictor_corrector(denoiser, x, grid, snr=snr, average_norms=False, generator=generator)
+    # What the docstring says of each row's own norms; in 2 dimensions the tail is heavy.
+    least, most = {2: (3.0, 10.0), 32: (1.05, 1.12)}[dim]
+    assert least < own.square().mean().item() / 2 < most
 
 
 class Tape:
@@ -150,7 +175,9 @@ def published_step(
 def test_predictor_and_corrector_are_the_published_ones(process, predictor, mixture, generator):
     x, tape = mixture.sample(6, 3.0, generator), Tape(generator)
     grid = torch.tensor([3.0, 1.2], dtype=torch.float64)
-    got = sampling.predictor_corrector(mixture, x, grid, process=process, predictor=predictor, noise=tape)
+    got = sampling.predictor_corrector(
+        mixture, x, grid, process=process, predictor=predictor, average_norms=False, noise=tape
+    )
     expected = published_step(mixture, x, 3.0, 1.2, process, predictor, tape.drawn)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
@@ -162,7 +189,7 @@ def test_averaged_norms_give_every_row_the_same_langevin_step(mixture, generator
     predicted = alone + math.sqrt(9 - 1.44) * (first := torch.randn(6, 2, dtype=torch.float64, generator=generator))
     second = torch.randn(6, 2, dtype=torch.float64, generator=generator)
     draws = iter([first, second])
-    got = sampling.predictor_corrector(mixture, x, grid, average_norms=True, noise=lambda _: next(draws))
+    got = sampling.predictor_corrector(mixture, x, grid, noise=lambda _: next(draws))
     g = (mixture(predicted, torch.full((6,), 1.2, dtype=torch.float64)) - predicted) / 1.44
     step = 2 * (0.16 * second.norm(dim=1).mean() / g.norm(dim=1).mean()) ** 2
     torch.testing.assert_close(got, predicted + step * g + torch.sqrt(2 * step) * second, rtol=1e-12, atol=1e-12)
@@ -221,8 +248,8 @@ STOCHASTIC: dict[str, Callable[..., Tensor]] = {
     "euler_maruyama": sampling.euler_maruyama,
     "ancestral": sampling.ancestral,
     "dpmpp_2m_sde": sampling.dpmpp_2m_sde,
-    "pc ve": sampling.predictor_corrector,
-    "pc vp": partial(sampling.predictor_corrector, process="vp", predictor="ancestral"),
+    "pc ve": partial(sampling.predictor_corrector, average_norms=False),
+    "pc vp": partial(sampling.predictor_corrector, process="vp", predictor="ancestral", average_norms=False),
 }
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from stablefield.cli.entry import main
 from stablefield.data.digits import open_digits
 from stablefield.evaluation.extractor import RawPixels
 from stablefield.evaluation.self_check import SelfCheck
+from stablefield.probe import fit
+from stablefield.probe.exact import Exact, ExactPosterior
 from stablefield.probe.fit import measure_fit
 from stablefield.probe.population import Population
-from stablefield.training.comparison import LEVELS, Score, read_scores, run_one
+from stablefield.training.comparison import LEVELS, Score, plan_looks, read_scores, run_one, spread
 from stablefield.training.model import open_model
 from stablefield.training.recipe import Perceptron
 from stablefield.training.recipes import DIGITS
@@ -61,8 +64,8 @@ def test_scores_are_those_of_the_saved_model(tmp_path: Path, check: SelfCheck) -
     assert [score.step for score in scores] == [10, 20]
     denoiser = open_model(folder.path).denoiser
     population = Population(torch.from_numpy(open_digits().images))
-    fit = measure_fit(denoiser, population, LEVELS, rows=1024)
-    assert scores[-1].distance == pytest.approx((fit.distance.mean / 64).tolist(), rel=1e-4)
+    found = measure_fit(denoiser, population, LEVELS, rows=1024)
+    assert scores[-1].distance == pytest.approx((found.distance.mean / 64).tolist(), rel=1e-4)
     assert scores[1].seconds > scores[0].seconds > 0
 
 
@@ -112,6 +115,63 @@ def test_a_damaged_last_score_is_made_again_and_not_replaced_by_the_one_before(
         assert [score.step for score in again.scores] == [10, 20]
         assert again.scores[1].distance == pytest.approx(scores[1].distance, rel=1e-6)
         assert again.scores[1].frechet == pytest.approx(scores[1].frechet, rel=1e-4)
+
+
+@pytest.mark.parametrize(("steps", "batch"), [(60, 64), (600, 64), (2000, 128), (100_000, 256)])
+def test_looks_take_no_longer_than_training_as_far_as_can_be(steps: int, batch: int) -> None:
+    looks = plan_looks(dataclasses.replace(DIGITS, steps=steps, batch=batch), 50_000)
+    assert looks.training == 3 * steps * batch
+    # Samples by 18 steps of Heun's method, noisy rows at every level, and 16 gradients of two targets.
+    assert looks.evaluations == 35 * looks.samples + 1024 * len(LEVELS) + 2 * 16 * 3 * batch
+    least = plan_looks(dataclasses.replace(DIGITS, steps=1, batch=batch), 50_000)
+    assert (least.count, least.samples) == (1, 200)
+    assert looks.count * looks.evaluations <= max(looks.training, least.evaluations)
+    assert 1 <= looks.count <= 8
+    assert 200 <= looks.samples <= 1000
+    if steps == 100_000:
+        assert (looks.count, looks.samples) == (8, 1000)
+
+
+def test_looks_and_samples_that_are_asked_for_are_kept() -> None:
+    short = dataclasses.replace(DIGITS, steps=60)
+    assert plan_looks(short, 50_000, looks=3, samples=700).samples == 700
+    assert plan_looks(short, 50_000, looks=3).count == 3
+    assert plan_looks(short, 50_000, samples=700).count == 1
+    assert plan_looks(short, 150).samples == 150
+
+
+def test_a_spread_is_the_standard_error_over_seeds_and_one_seed_has_none() -> None:
+    found = spread([0.1, 0.2, 0.6])
+    assert (found.mean, found.least, found.most) == (pytest.approx(0.3), 0.1, 0.6)
+    assert found.error == pytest.approx((0.07 / 3) ** 0.5)
+    assert spread([0.4]).error is None
+    with pytest.raises(ValueError, match="values are empty"):
+        spread([])
+
+
+def test_all_runs_of_a_comparison_share_one_pass_for_the_posterior_mean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    passes: list[int] = []
+
+    class Counted(ExactPosterior):
+        def __call__(self, x_t: torch.Tensor, *others: torch.Tensor) -> Exact:
+            passes.append(len(x_t))
+            return super().__call__(x_t, *others)
+
+    monkeypatch.setattr(fit, "ExactPosterior", Counted)
+    flags = ("--steps", "4", "--looks", "1", "--samples", "60", *FLAGS[6:])
+    assert status("compare", "digits", "--seeds", "0,1", *flags, "--out", str(tmp_path / "c")) == 0
+    assert sum(passes) == 1024 * len(LEVELS)
+    text = " ".join(capsys.readouterr().out.split())
+    foretold = re.search(r"takes about (\d+ s|\d+ min \d+ s): .* of scoring \(1 look at each run on 60 samples\)", text)
+    assert foretold is not None
+    assert foretold.start() < text.index("distance DSM")
+    headline = re.search(r"in \d of 2 seeds, by (-?\d+)% ± (\d+)% on average \((-?\d+)% to (-?\d+)%\)", text)
+    assert headline is not None
+    mean, _, least, most = map(int, headline.groups())
+    assert least <= mean <= most
+    assert "± is the standard error over 2 seeds" in text
 
 
 def status(*arguments: str) -> int:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
 import torch
 import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -19,6 +18,7 @@ from rich.table import Table
 
 import stablefield
 from stablefield.cli.bar import TimeLeft
+from stablefield.cli.comparison_words import foretold, summary
 from stablefield.cli.console import console, quoted, relative
 from stablefield.cli.extractors import ExtractorFlags
 from stablefield.cli.interruption import Interruption
@@ -28,10 +28,23 @@ from stablefield.cli.settling import opening_of, pick_device
 from stablefield.cli.words import flags_of
 from stablefield.data.image_set import ImageSet, class_text
 from stablefield.evaluation.names import frechet_name
+from stablefield.probe.fit import Optimum
 from stablefield.report import write_page
 from stablefield.report.comparison_page import comparison_page
 from stablefield.report.extra import require
-from stablefield.training.comparison import LEVELS, MIDDLE, Outcome, TargetName, improvement, run_one, samples_of
+from stablefield.training.comparison import (
+    LEVELS,
+    MIDDLE,
+    Looks,
+    Outcome,
+    TargetName,
+    improvement,
+    is_done,
+    optimum_of,
+    plan_looks,
+    run_one,
+    samples_of,
+)
 from stablefield.training.config import encode
 from stablefield.training.files import write_whole
 from stablefield.training.loop import Report, check_fit
@@ -55,10 +68,10 @@ class Compare:
     """Folder of the comparison; compare/DATA if not given. One that was interrupted goes on where it stopped."""
     seeds: str = "0,1,2"
     """Seeds of weights, batches and noise; two runs each."""
-    looks: int = 8
-    """How often each run is scored over training."""
-    samples: int = 1000
-    """Samples of each Frechet distance."""
+    looks: int | None = None
+    """How often each run is scored over training; up to 8 by default, no more than take as long as the training."""
+    samples: int | None = None
+    """Samples of each Frechet distance; 200 to 1,000 by default, no more than take as long as the training."""
     measure: ExtractorFlags = field(default_factory=lambda: ExtractorFlags(extractor="pixels"))
     """What looks at the samples."""
     recipe: RecipeName = "auto"
@@ -89,7 +102,7 @@ class Compare:
         for package in ("jinja2", "matplotlib"):
             require(package, "a report of the comparison")
         self.measure.check()
-        if self.looks < 1:
+        if self.looks is not None and self.looks < 1:
             raise ValueError(f"--looks is {self.looks}: each run is scored at least once, at its end.")
         if self.out is not None:
             check_folder("--out", self.out)
@@ -102,17 +115,17 @@ class Compare:
         assert isinstance(data, ImageSet)
         out = self.out or Path("compare") / data.name
         check_place("--out", out / "report.html")
-        configs = self._configs(seeds, data, device)
+        looks, configs = self._configs(seeds, data, device)
         from stablefield.evaluation.self_check import SelfCheck  # needs torchmetrics
 
         extractor = self.measure.open(data.shape, device)
-        check = SelfCheck.prepare(data, extractor, samples=min(self.samples, len(data)))
         first = configs[0][2].recipe
-        every = max(1, first.steps // self.looks)
         console.print(
             f"DSM and STF on {data.name}: {len(seeds)} seeds, {first.steps:,} steps of {first.batch}, on {device}"
         )
-        outcomes = self._train(configs, data, check, every, device, out)
+        console.print(foretold(configs, looks, data, device, out))
+        check = SelfCheck.prepare(data, extractor, samples=min(looks.samples, len(data)))
+        outcomes = self._train(configs, data, check, looks, device, out)
         if outcomes is None:
             console.print(f"stopped; the same command goes on: --out {quoted(out)}")
             return 0
@@ -125,7 +138,7 @@ class Compare:
 
     def _configs(
         self, seeds: Sequence[int], data: ImageSet, device: torch.device
-    ) -> list[tuple[TargetName, int, RunConfig]]:
+    ) -> tuple[Looks, list[tuple[TargetName, int, RunConfig]]]:
         recipe = dataclasses.replace(self.config, target="stf")
         references, rule = resolve_references(recipe, data, device)
         recipe = dataclasses.replace(recipe, references=references)
@@ -135,7 +148,8 @@ class Compare:
             console.print(f"changed:    {note}", markup=False)
         console.print(f"references: {rule}")
         console.print(f"noise band: {finding}")
-        every = max(1, recipe.steps // self.looks)
+        looks = plan_looks(recipe, len(data), looks=self.looks, samples=self.samples)
+        every = max(1, recipe.steps // looks.count)
         found: list[tuple[TargetName, int, RunConfig]] = []
         targets: tuple[TargetName, ...] = ("dsm", "stf")
         for seed in seeds:
@@ -159,18 +173,19 @@ class Compare:
                     opening=opening_of(self, data),
                 )
                 found.append((target, seed, config))
-        return found
+        return looks, found
 
     def _train(
         self,
         configs: Sequence[tuple[TargetName, int, RunConfig]],
         data: ImageSet,
         check: SelfCheck,
-        every: int,
+        looks: Looks,
         device: torch.device,
         out: Path,
     ) -> list[Outcome] | None:
         outcomes: list[Outcome] = []
+        optimum: Optimum | None = None
         with _Bars(configs) as bars, Interruption() as interruption:
             for target, seed, config in configs:
                 path = out / f"{target}-seed{seed}"
@@ -180,14 +195,17 @@ class Compare:
                     or folder.config().manifest["sha256"] != data.manifest["sha256"]
                 ):
                     raise ValueError(f"{path} holds a run with other settings: name another --out for this comparison.")
+                if optimum is None and not is_done(folder):
+                    optimum = optimum_of(data, device, labelled=config.classes > 0)
                 outcome = run_one(
                     folder,
                     data,
                     check,
-                    every,
+                    max(1, config.recipe.steps // looks.count),
                     device,
                     report=lambda report, key=(target, seed): bars.update(key, report),
                     stop=lambda: interruption.requested,
+                    optimum=optimum,
                 )
                 if outcome is None:
                     return None
@@ -253,7 +271,7 @@ class Compare:
             if o.seed == seeds[0]
         ]
         page = comparison_page(
-            f"DSM and STF on {data.name}", _summary(outcomes, seeds, name), outcomes, grids, protocol, name, command
+            f"DSM and STF on {data.name}", summary(outcomes, seeds, name), outcomes, grids, protocol, name, command
         )
         write_page(page, out / "report.html")
 
@@ -315,21 +333,7 @@ def _print(outcomes: Sequence[Outcome], seeds: Sequence[int], name: str) -> None
     console.print(
         f"distance: mean squared distance to the exact posterior mean, noise levels {MIDDLE[0]:g} to {MIDDLE[1]:g}"
     )
-    console.print(_summary(outcomes, seeds, name))
-
-
-def _summary(outcomes: Sequence[Outcome], seeds: Sequence[int], name: str) -> str:
-    gains = [improvement(outcomes, seed) for seed in seeds]
-    better = sum(gain > 0 for gain in gains)
-    frechet = {t: [o.scores[-1].frechet for o in outcomes if o.target == t] for t in ("dsm", "stf")}
-    seconds = {t: float(np.mean([o.scores[-1].seconds for o in outcomes if o.target == t])) for t in ("dsm", "stf")}
-    lower = sum(b < a for a, b in zip(frechet["dsm"], frechet["stf"], strict=True))
-    return (
-        f"STF is nearer to the optimum at middle noise levels in {better} of {len(seeds)} seeds, by {np.mean(gains):.0%} on "
-        f"average; its {name} is lower in {lower} of {len(seeds)}: {np.mean(frechet['stf']):.3f} against "
-        f"{np.mean(frechet['dsm']):.3f} on average. Training took {seconds['stf']:.0f} s with STF, {seconds['dsm']:.0f} s "
-        "with DSM."
-    )
+    console.print(summary(outcomes, seeds, name))
 
 
 def _write_csv(path: Path, outcomes: Sequence[Outcome]) -> None:

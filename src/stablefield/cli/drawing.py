@@ -47,6 +47,8 @@ _OWNERS: dict[str, tuple[Sampler, ...]] = {
 _LISTED = 20
 _STEPS = 18
 _MANY_STEPS: dict[Sampler, int] = {"euler-maruyama": 1000, "pc-ve": 1000, "pc-vp": 1000}
+# Network evaluations that rk45 takes at its usual tolerances, about.
+_ADAPTIVE = 150
 _OWN_GRID: dict[Sampler, Grid] = {"pc-ve": "ve", "pc-vp": "vp"}
 
 
@@ -147,6 +149,18 @@ class DrawingFlags:
         if self.sampler == "rk45":
             return None
         return _MANY_STEPS.get(self.sampler, _STEPS) if self.steps is None else self.steps
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of a sample, about: rk45 chooses its own, guidance doubles them."""
+        steps = self.steps_taken
+        if steps is None:
+            one = _ADAPTIVE
+        elif self.sampler == "heun":
+            one = 2 * steps - 1
+        else:
+            one = steps * (1 + self.corrector_steps) if self.sampler in ("pc-ve", "pc-vp") else steps
+        return one * (1 if self.guidance == 1 else 2)
 
     def sigmas(self, process: Process | None) -> Tensor:
         """The grid of noise levels, on which a run's own process gives ve and vp their ends.
@@ -321,6 +335,8 @@ class DrawingFlags:
                 predictor=self.predictor,
                 corrector_steps=self.corrector_steps,
                 snr=self.snr,
+                # A seed is one image, whatever the batch that it is drawn in.
+                average_norms=False,
                 noise=noise,
             )
 

@@ -95,4 +95,5 @@ def _verb(record: Mapping[str, Any]) -> VerbFlags:
 
 
 def _flag(record: Mapping[str, Any]) -> Flag:
-    return Flag(**{**record, "takes": tuple(record["takes"])})
+    fields: dict[str, Any] = {**record, "takes": tuple(record["takes"])}
+    return Flag(**fields)

@@ -1,7 +1,8 @@
 """What `stablefield evaluate` does: samples of a run, or images from anywhere, through extractors, against real images."""
 
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +18,13 @@ from stablefield.cli.sample import own_device
 from stablefield.cli.settling import pick_device
 from stablefield.cli.sources import open_data
 from stablefield.cli.subjects import FoundImages, RunSamples
+from stablefield.cli.words import duration
 from stablefield.cli.work import Work
 from stablefield.data.collector import cache_folder
 from stablefield.data.image_set import ImageSet
 from stablefield.evaluation.commit import running_commit
-from stablefield.evaluation.extractor import RawPixels
+from stablefield.evaluation.cost import wait_for
+from stablefield.evaluation.extractor import Extractor, RawPixels
 from stablefield.evaluation.feature_pass import Batch, Lens, extract, set_batches
 from stablefield.evaluation.measurement import Measurement, check_counts, lens_for
 from stablefield.evaluation.metric import (
@@ -38,7 +41,13 @@ from stablefield.evaluation.metric import (
 )
 from stablefield.evaluation.processes import Processes
 from stablefield.evaluation.protocol import ProtocolWarning
-from stablefield.evaluation.reference import Reference, ReferenceSet, measure_reference
+from stablefield.evaluation.reference import (
+    DamagedCacheWarning,
+    Reference,
+    ReferenceSet,
+    is_kept,
+    measure_reference,
+)
 from stablefield.evaluation.result import Result
 
 __all__ = ["Measured", "measure"]
@@ -52,6 +61,9 @@ _METRICS: dict[MetricName, Metric] = {
     "coverage": Coverage(),
 }
 _SHOWN = 64
+# Rows of the product that is timed.
+_TIMED = 512
+_REMEDY = " To make it anew: --no-cache, or delete the file."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,8 +170,11 @@ class _Plan:
         found: list[Measurement] = []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ProtocolWarning)
-            if chosen:
-                extractor = flags.extractor.open(data.shape, self._device)
+            warnings.simplefilter("always", DamagedCacheWarning)
+            extractor = flags.extractor.open(data.shape, self._device) if chosen else None
+            classifier = flags.extractor.open_classifier(self._device)
+            self._foretell([(e, m) for e, m in ((extractor, chosen), (classifier, scores)) if e is not None and m])
+            if extractor is not None:
                 reference = self._measured(self._wanted, lens_for(extractor, chosen), self._cache)
                 found.append(Measurement(extractor=extractor, metrics=chosen, reference=reference))
             if near:
@@ -171,13 +186,37 @@ class _Plan:
                 reference = self._measured(whole, lens_for(pixels, near), None)
                 held_out = self._held_out(pixels)
                 found.append(Measurement(extractor=pixels, metrics=near, reference=reference, held_out=held_out))
-            classifier = flags.extractor.open_classifier(self._device)
             if classifier is not None and scores:
                 reference = self._measured(self._wanted, lens_for(classifier, scores), self._cache)
                 found.append(Measurement(extractor=classifier, metrics=scores, reference=reference))
-        for message in dict.fromkeys(str(warning.message) for warning in caught):
-            console.print(f"[yellow]warning:[/] {escape(message)} To make it anew: --no-cache, or delete the file.")
+        remedies = {str(w.message): "" if w.category is DamagedCacheWarning else _REMEDY for w in caught}
+        for message, remedy in remedies.items():
+            console.print(f"[yellow]warning:[/] {escape(message)}{remedy}")
         return found
+
+    def _foretell(self, seen: Sequence[tuple[Extractor, tuple[Metric, ...]]]) -> None:
+        """Say how long this will take, from a batch or two that are thrown away."""
+        source, wanted, repeats = self._source, self._wanted, self._flags.repeats
+        drawing = repeats * source.seconds()
+        looking = comparing = 0.0
+        rows = min(self._flags.feature_batch, len(self._data))
+        images = torch.from_numpy(np.array(self._data.images[:rows]))
+        for extractor, metrics in seen:
+            lens = lens_for(extractor, metrics)
+            count = repeats * source.count + (0 if is_kept(wanted, lens, self._cache) else len(wanted))
+            looking += count * _seconds(lambda extractor=extractor: extractor(images), self._device) / rows
+            comparing += _pair_seconds(extractor.dim) * _pairs(metrics, source.count, len(wanted), repeats)
+        if "nearest" in self._flags.metrics:
+            # To the training images, and to others of about as many that were not trained on.
+            comparing += _pair_seconds(int(np.prod(source.shape))) * 2 * repeats * source.count * len(self._data)
+        looking /= self._processes.count
+        parts = [
+            f"{duration(seconds)} of {what}"
+            for seconds, what in ((drawing, "drawing"), (looking, "features"), (comparing, "metrics"))
+            if seconds >= 1
+        ]
+        known = f": {', '.join(parts)}" if len(parts) > 1 else ""
+        console.print(f"takes about {duration(drawing + looking + comparing)}{known}")
 
     def _real(self, name: str, split: str) -> ImageSet:
         """Real images, brought to their size as the run's were in training unless the flags say otherwise."""
@@ -215,6 +254,31 @@ class _Plan:
         batches = set_batches(images.images, rows, self._flags.feature_batch, self._processes)
         (features,) = extract(batches, [Lens(extractor=extractor, moments=False)], "held-out image")
         return features.rows
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Time of a call, once it has been called."""
+    call()
+    wait_for(device)
+    began = time.perf_counter()
+    call()
+    wait_for(device)
+    return time.perf_counter() - began
+
+
+def _pair_seconds(dim: int) -> float:
+    """Time of one distance between rows of `dim` features, on the CPU and in float64 as metrics take it."""
+    rows = torch.ones(_TIMED, dim, dtype=torch.float64)
+    return _seconds(lambda: rows @ rows.T, torch.device("cpu")) / _TIMED**2
+
+
+def _pairs(metrics: Sequence[Metric], samples: int, real: int, repeats: int) -> float:
+    """Distances that metrics take over all repeats; those within the real images are taken once."""
+    manifold = [metric for metric in metrics if isinstance(metric, Precision | Recall | Density | Coverage)]
+    kernel = sum(metric.subsets * 3 * metric.subset_size**2 for metric in metrics if isinstance(metric, Kernel))
+    within = real**2 if any(not isinstance(metric, Recall) for metric in manifold) else 0
+    own = samples**2 if any(isinstance(metric, Recall) for metric in manifold) else 0
+    return within + repeats * (own + len(manifold) * samples * real + kernel)
 
 
 def _size(shape: Sequence[int]) -> str:

@@ -34,11 +34,9 @@ class Probe:
     plan: Literal["edm", "ve", "vp", "flow"] = "edm"
     """The training to advise on: its noise levels and loss weights."""
     batch: int = 512
-    """Rows per training step, for the cost."""
+    """Rows per training step: for the variance of the whole batch, and the cost."""
     aim: float = 0.1
-    """Share of the targets' variance that may stay."""
-    tolerance: float = 0.001
-    """Where the noise band begins: the variance there, as a share of the data's."""
+    """Share of each row's variance that may stay."""
     by_class: bool = False
     """Keep posteriors within classes, as for a network that is told the class."""
     images: int = MOST
@@ -94,7 +92,6 @@ class Probe:
             plan=self.plan,
             batch=self.batch,
             aim=self.aim,
-            tolerance=self.tolerance,
             by_class=self.by_class,
         )
         return 0

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
+from torch import Tensor
 
 import stablefield
 from stablefield.cli.bar import Bar
@@ -12,16 +13,19 @@ from stablefield.cli.console import console
 from stablefield.cli.probe_files import make_folder, print_written, write_csv, write_json
 from stablefield.cli.probe_tables import spaced, with_error
 from stablefield.cli.probing import Probing
+from stablefield.cli.recipes import chosen
 from stablefield.data.image_set import ImageSet
 from stablefield.diffusion.noise_levels import LogUniform, Uniform
 from stablefield.diffusion.process import VE, VP, RectifiedFlow
 from stablefield.diffusion.weighting import FlowWeighting, SNRWeighting
 from stablefield.probe.advice import Advice, Training, advise
+from stablefield.probe.batch import BatchVariance, measure_batch
 from stablefield.probe.phases import Edge, Phases, find_phases, share_above
 from stablefield.probe.record import advice_record, curve_record, curve_table, phases_record
 from stablefield.probe.variance import VarianceCurve, measure_variance
 from stablefield.report import write_chart, write_page
 from stablefield.report.variance_page import phases_chart, sizes_chart, variance_chart, variance_page
+from stablefield.training.placement import resolve_band, resolve_references
 
 __all__ = ["probe_data", "training_for"]
 
@@ -32,6 +36,8 @@ _PLANS = {
     "vp": ("VP", Training(process=VP(), noise_levels=Uniform(), weighting=SNRWeighting())),
     "flow": ("flow", Training(process=RectifiedFlow(), noise_levels=Uniform(0.0, 1.0), weighting=FlowWeighting())),
 }
+# Shares of a batch below which nothing, or little, is to be expected.
+_NOTHING, _LITTLE = 0.01, 0.1
 # Lines of the table that fit a terminal.
 _LINES = 8
 
@@ -54,10 +60,11 @@ def probe_data(
     plan: str,
     batch: int,
     aim: float,
-    tolerance: float,
     by_class: bool,
 ) -> None:
     """Measure the variance, print advice and a table, and write numbers, pictures and the report.
+
+    The noise band is the one that `train` would find on these data, by the same call.
 
     Args:
         images: the data.
@@ -66,8 +73,7 @@ def probe_data(
         levels: noise levels; chosen from the data if None.
         plan: the training to advise on.
         batch: its rows per step.
-        aim: share of the targets' variance that may stay.
-        tolerance: variance where the noise band begins, as a share of the data's.
+        aim: share of each row's variance that may stay.
         by_class: whether posteriors stay within classes.
 
     Raises:
@@ -76,6 +82,7 @@ def probe_data(
     out = make_folder(probing.out or Path("probes") / images.name)
     population = probing.population(images, by_class=by_class)
     training = training_for(plan, batch)
+    band, finding = _training_band(images, by_class, probing)
     with Bar("measuring") as bar:
         curve = measure_variance(
             population,
@@ -86,9 +93,11 @@ def probe_data(
             seed=probing.seed,
             progress=bar,
         )
+    with Bar("measuring batches") as bar:
+        together = measure_batch(population, curve, training, band=band, seed=probing.seed, progress=bar)
     phases = find_phases(curve)
-    advice = advise(curve, training, aim=aim, tolerance=tolerance)
-    said = _advice_lines(curve, phases, advice, plan, tolerance)
+    advice = advise(curve, training, band=band, batch=together, aim=aim)
+    said = _advice_lines(curve, phases, advice, together, plan, finding)
     for line in said:
         console.print(line)
     console.print(_curve_lines(curve))
@@ -101,7 +110,7 @@ def probe_data(
         "batch": batch,
         "device": str(probing.device),
         "phases": phases_record(phases),
-        "advice": advice_record(advice),
+        "advice": advice_record(advice, together),
         "variance": curve_record(curve),
     }
     written = [write_json(out / "probe.json", record), write_csv(out / "variance.csv", curve_table(curve))]
@@ -111,42 +120,66 @@ def probe_data(
         "references.png": (sizes_chart(curve), f"More references: {images.name}"),
     }
     written += [write_chart(chart, out / file, title=title) for file, (chart, title) in charts.items() if chart]
-    page = variance_page(images.name, images.describe(), curve, phases, advice, said, probing.command)
+    page = variance_page(images.name, images.describe(), curve, phases, advice, together, said, probing.command)
     written.append(write_page(page, out / "report.html"))
     print_written(out, written)
 
 
-def _advice_lines(curve: VarianceCurve, phases: Phases, advice: Advice, plan: str, tolerance: float) -> list[str]:
+def _training_band(images: ImageSet, by_class: bool, probing: Probing) -> tuple[float, str]:
+    """Where `train` would let the noise band begin on these data, and what it would say of that."""
+    recipe = chosen("auto", images, accelerated=probing.device.type == "cuda")[1]
+    recipe = dataclasses.replace(recipe, target="stf", noise_band="auto", conditional=by_class)
+    references, _ = resolve_references(recipe, images, probing.device)
+    return resolve_band(dataclasses.replace(recipe, references=references), images, probing.device)
+
+
+def _advice_lines(
+    curve: VarianceCurve, phases: Phases, advice: Advice, together: BatchVariance, plan: str, finding: str
+) -> list[str]:
     best = advice.recommended
     everything = best.size >= curve.samples
     size = f"all {curve.samples:,}" if everything else f"{best.size:,}"
     whole = advice.sizes[-1]
-    if advice.band is None:
-        band = "Noise band: not found, the levels measured lie all above or all below its edge."
-        shares = ""
-    else:
-        band = (
-            f"Noise band: from {_level(advice.band)}. Below, STF is the single sample to {100 * tolerance:.2g} % of the "
-            "variance."
-        )
-        parts = [
-            f"{title} {share_above(advice.band.noise_level, p.noise_levels, p.process):.0%}"
-            for title, p in _PLANS.values()
-        ]
-        shares = f"Share of a training batch in the band: {', '.join(parts)}."
+    shares = {
+        name: share_above(advice.band, training.noise_levels, training.process)
+        for name, (_, training) in _PLANS.items()
+    }
+    others = ", ".join(f"{_PLANS[name][0]} {_percent(share)}" for name, share in shares.items() if name != plan)
     single, prior = phases.single_below, phases.prior_above
     left = "none" if everything else f"{best.left:.1%} (± {best.error:.1%})"
+    beside = [f"{_ratio(together.in_batch.mean, together.in_batch.error)} with the batch alone"]
+    beside += [
+        f"{_ratio(entry.batch, entry.batch_error)} with {size}"
+        for entry, size in ((best, size), *(() if everything else ((whole, f"all {curve.samples:,}"),)))
+    ]
     lines = [
-        f"Take {size} references: they leave {left} of the variance in {_PLANS[plan][0]} training.",
+        f"{_PLANS[plan][0]} training: {_percent(shares[plan])} of a batch can gain: {_expect(shares[plan])}. {others}.",
+        f"Take {size} references: they leave {left} of a row's variance in {_PLANS[plan][0]} training.",
+        f"Variance of the sum over a batch of {together.batch:,}, single sample 100 %:\n{', '.join(beside)}.",
         f"Phases: one sample below noise level {_level(single)}, the prior above {_level(prior)}.",
-        band,
-        shares,
+        f"Noise band, as train has it:\n{finding}.",
         f"Cost per step here: {_seconds(best.seconds)} for {size}"
         + ("." if everything else f", {_seconds(whole.seconds)} for all {curve.samples:,}, which leave none."),
     ]
     if curve.drawn_from is not None:
-        lines.append(f"All of this is said of {curve.samples:,} images drawn from {curve.drawn_from:,}.")
-    return [line for line in lines if line]
+        lines.append(f"All but the band is said of {curve.samples:,} images drawn from {curve.drawn_from:,}.")
+    return lines
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.1f} %"
+
+
+def _expect(share: float) -> str:
+    if share < _NOTHING:
+        return "expect nothing"
+    return "expect little" if share < _LITTLE else "worth it"
+
+
+def _ratio(mean: float | Tensor | None, error: float | Tensor | None) -> str:
+    assert mean is not None
+    assert error is not None
+    return f"{100 * float(mean):.0f} ± {max(1, round(100 * float(error)))} %"
 
 
 def _curve_lines(curve: VarianceCurve) -> Table:

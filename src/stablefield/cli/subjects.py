@@ -1,5 +1,6 @@
 """What is measured: samples drawn from a run, or images that were found."""
 
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from stablefield.cli.evaluation_flags import EvaluationFlags
 from stablefield.cli.sources import open_data
 from stablefield.cli.work import Work
 from stablefield.evaluation.commit import running_commit
+from stablefield.evaluation.cost import wait_for
 from stablefield.evaluation.feature_pass import Batch, set_batches
 from stablefield.evaluation.measurement import Making
 from stablefield.evaluation.processes import Processes
@@ -80,6 +82,25 @@ class RunSamples:
         """Classes of samples of a repeat, by their numbers (B,); None for a run without classes."""
         return self._flags.drawing.labels(self._starts()[repeat] + numbers, self._model.own.config)
 
+    def seconds(self) -> float:
+        """About how long drawing the samples of a repeat takes, from one evaluation of the network on a batch."""
+        flags, model = self._flags.drawing, self._model.own
+        rows = min(flags.batch, self.count)
+        x = torch.zeros(rows, *self.shape, device=self._device)
+        sigma = torch.ones(rows, device=self._device)
+        labels = torch.zeros(rows, dtype=torch.long, device=self._device) if model.config.classes else None
+
+        def once() -> None:
+            with torch.no_grad():
+                _ = model.denoiser(x, sigma) if labels is None else model.denoiser(x, sigma, labels)
+            wait_for(self._device)
+
+        once()
+        began = time.perf_counter()
+        once()
+        one = time.perf_counter() - began
+        return one * flags.evaluations * -(-self.count // rows) / self._processes.count
+
     def making(self) -> Making:
         """How the samples were made."""
         flags = self._flags.drawing
@@ -131,6 +152,10 @@ class FoundImages:
     def labels(self, repeat: int, numbers: torch.Tensor) -> None:  # noqa: ARG002
         """Nothing is known."""
         return
+
+    def seconds(self) -> float:
+        """Nothing is drawn."""
+        return 0.0
 
     def making(self) -> Making:
         """Nothing is known."""

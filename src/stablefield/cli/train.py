@@ -1,6 +1,7 @@
 """`stablefield train DATA`: train a model and leave a run folder."""
 
 import dataclasses
+import importlib
 import shlex
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from stablefield.cli.progress import EVERY, TrainingProgress
 from stablefield.cli.recipes import BY_DATA, RecipeName, shown
 from stablefield.cli.settling import first_process_first, opening_of, pick_device, settled, start_processes, told
 from stablefield.cli.sources import open_data
+from stablefield.cli.words import duration
 from stablefield.data.image_set import ImageSet, size_text
 from stablefield.training.estimate import estimate
 from stablefield.training.feed import Feed
@@ -115,8 +117,7 @@ class Train:
         if self.evaluate_every < 0:
             raise ValueError(f"--evaluate-every is {self.evaluate_every}: it must not be negative.")
         if self.evaluate_every:
-            import stablefield.evaluation.self_check  # noqa: F401  # needs torchmetrics
-
+            importlib.import_module("stablefield.evaluation.self_check")  # needs torchmetrics
             self.measure.check()
         check_tracker(self.tracker)
         if not self.print and not self.dry_run:
@@ -196,7 +197,7 @@ class Train:
                 f"stopped at step {done:,}; to go on: {quoted('stablefield', 'train', '--resume', '--out', folder.path)}"
             )
         else:
-            console.print(f"done in {_duration(time.monotonic() - began)}")
+            console.print(f"done in {duration(time.monotonic() - began)}")
             console.print(f"samples:    {escape(relative(folder.picture(done)))}")
         console.print(f"draw more:  {quoted('stablefield', 'sample', folder.path, '--seeds', '0-63')}")
         return 0
@@ -276,7 +277,7 @@ class Train:
             table.add_row("references", f"{many} per step")
         share = found.target_seconds / found.seconds_per_step
         table.add_row("a step here", f"{found.seconds_per_step:.3f} s, of which noise and target {share:.1%}")
-        table.add_row("all of it", f"about {_duration(found.seconds_per_step * recipe.steps)} on {device}")
+        table.add_row("all of it", f"about {duration(found.seconds_per_step * recipe.steps)} on {device}")
         console.print(table)
         return 0
 
@@ -294,17 +295,6 @@ class Train:
                 console.print(f"[yellow]passed over:[/] {escape(complaint)}")
             console.print(f"continuing from step {newest[1].step:,}")
         return folder, folder.config()
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _free_name(name: str) -> Path:

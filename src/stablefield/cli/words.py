@@ -1,10 +1,10 @@
-"""A call as words of the command line, for the records of what it made."""
+"""A call as words of the command line, for the records of what it made; and a time in words."""
 
 from collections.abc import Collection
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-__all__ = ["flags_of"]
+__all__ = ["duration", "flags_of"]
 
 
 def flags_of(value: Any, base: Any, *, besides: Collection[str] = (), prefix: str = "") -> list[str]:
@@ -30,3 +30,15 @@ def flags_of(value: Any, base: Any, *, besides: Collection[str] = (), prefix: st
             items: tuple[Any, ...] = new if isinstance(new, tuple) else (new,)
             words += [f"--{name}", *map(str, items)]
     return words
+
+
+def duration(seconds: float) -> str:
+    """A time in its two largest units: 12 s, 3 min 20 s, 2 h 5 min, 4 d 3 h."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

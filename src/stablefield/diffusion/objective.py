@@ -135,8 +135,7 @@ class Objective:
             "noise_levels", self.noise_levels, NoiseLevels, "a distribution of noise levels, such as LogNormal()"
         )
         check_callable("weighting", self.weighting, "weighting(noise_level), such as EDMWeighting()")
-        if self.target is not None:
-            check_kind("target", self.target, StableTarget, "StableTarget(process), or None")
+        check_kind("target", self.target, StableTarget, "StableTarget(process, references=Pool(images))")
         number("label_dropout", self.label_dropout)
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"label_dropout is {self.label_dropout}: it is a probability, 0 to 1.")

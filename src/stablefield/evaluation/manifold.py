@@ -1,14 +1,17 @@
 r"""Precision, recall, density and coverage: fidelity and diversity apart.
 
-A set of features stands for the union of the closed balls about its rows, each of which reaches to the row's k-th
-nearest other row, $B_k(x) = \{ z : |z - x| \le \mathrm{NND}_k(x) \}$. With real rows $x_i$ (n), generated $y_j$ (m):
+A set of features stands for the union of the balls about its rows, each of which reaches to the row's k-th nearest other
+row, $B_k(x) = \{ z : |z - x| < \mathrm{NND}_k(x) \}$. With real rows $x_i$ (n), generated $y_j$ (m):
 
     precision    share of the y_j that lie in some B_k(x_i)
     recall       share of the x_i that lie in some B_k(y_j)
     density      mean over j of (number of B_k(x_i) that hold y_j) / k; may exceed 1
     coverage     share of the B_k(x_i) that hold some y_j
 
-Each depends on n, m and k, and coverage of a perfect model is 1 - 2^-k or so, not 1, at n = m.
+Each depends on n, m and k, and coverage of a perfect model is 1 - 2^-k or so, not 1, at n = m. The balls are open, as in
+`prdc`, the reference implementation of Naeem et al.: the density of a set beside itself is then 1, not (k + 1) / k. Closed
+balls, as Kynkaanniemi et al. write them, differ where distances are equal, as between copies. A row with k copies has a ball
+that holds nothing.
 
 References:
     Kynkaanniemi, Karras, Laine, Lehtinen, Aila, "Improved Precision and Recall Metric for Assessing Generative Models",
@@ -43,47 +46,49 @@ class ManifoldScore:
     """Number of generated rows."""
 
 
-def precision(real: Tensor, generated: Tensor, k: int = 3) -> ManifoldScore:
+def precision(real: Tensor, generated: Tensor, k: int = 3, *, radii: Tensor | None = None) -> ManifoldScore:
     """Share of generated rows inside the real manifold.
 
     Args:
         real: features of real images, shape (n, d), n > k.
         generated: features of generated images, shape (m, d), m > k.
         k: which neighbour the balls reach to.
+        radii: squared, of the balls about the real rows, shape (n,), where they are known (see `neighbours.others`; for
+            `recall`, of those about the generated rows).
 
     Raises:
         ValueError: if an array is no valid feature array or has no more than `k` rows, if the dimensions disagree, or k
             < 1.
     """
     real, generated = _checked(real, generated, k)
-    return ManifoldScore(value=_held(real, generated, k), k=k, real=len(real), generated=len(generated))
+    return ManifoldScore(value=_held(real, generated, k, radii), k=k, real=len(real), generated=len(generated))
 
 
-def recall(real: Tensor, generated: Tensor, k: int = 3) -> ManifoldScore:
+def recall(real: Tensor, generated: Tensor, k: int = 3, *, radii: Tensor | None = None) -> ManifoldScore:
     """Share of real rows inside the generated manifold; arguments and errors as for `precision`."""
     real, generated = _checked(real, generated, k)
-    return ManifoldScore(value=_held(generated, real, k), k=k, real=len(real), generated=len(generated))
+    return ManifoldScore(value=_held(generated, real, k, radii), k=k, real=len(real), generated=len(generated))
 
 
-def density(real: Tensor, generated: Tensor, k: int = 5) -> ManifoldScore:
+def density(real: Tensor, generated: Tensor, k: int = 5, *, radii: Tensor | None = None) -> ManifoldScore:
     """Mean number of real balls about a generated row, over k; arguments and errors as for `precision`."""
     real, generated = _checked(real, generated, k)
-    count = sum(int(held.sum()) for _, _, held in Ball(real, k).holds(generated))
+    count = sum(int(held.sum()) for _, _, held in Ball(real, k, radii).holds(generated))
     return ManifoldScore(value=count / (k * len(generated)), k=k, real=len(real), generated=len(generated))
 
 
-def coverage(real: Tensor, generated: Tensor, k: int = 5) -> ManifoldScore:
+def coverage(real: Tensor, generated: Tensor, k: int = 5, *, radii: Tensor | None = None) -> ManifoldScore:
     """Share of real balls with a generated row inside; arguments and errors as for `precision`."""
     real, generated = _checked(real, generated, k)
     covered = torch.zeros(len(real), dtype=torch.bool)
-    for rows, _, held in Ball(real, k).holds(generated):
+    for rows, _, held in Ball(real, k, radii).holds(generated):
         covered[rows] |= held.any(dim=1).cpu()
     return ManifoldScore(value=int(covered.sum()) / len(real), k=k, real=len(real), generated=len(generated))
 
 
-def _held(centres: Tensor, points: Tensor, k: int) -> float:
+def _held(centres: Tensor, points: Tensor, k: int, radii: Tensor | None) -> float:
     inside = torch.zeros(len(points), dtype=torch.bool)
-    for _, columns, held in Ball(centres, k).holds(points):
+    for _, columns, held in Ball(centres, k, radii).holds(points):
         inside[columns] |= held.any(dim=0).cpu()
     return int(inside.sum()) / len(points)
 

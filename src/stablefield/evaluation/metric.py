@@ -7,7 +7,7 @@ features, so that a measurement finds out before any image is drawn, and is then
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from stablefield.evaluation.kernel import kernel_distance
 from stablefield.evaluation.manifold import coverage, density, precision, recall
 from stablefield.evaluation.memorisation import nearest_ratio
 from stablefield.evaluation.names import frechet_name, kernel_name
+from stablefield.evaluation.neighbours import Neighbours
 from stablefield.evaluation.reference import Reference
 
 __all__ = [
@@ -52,6 +53,13 @@ class Sides:
     """Features of the reference images."""
     held_out: Tensor | None = None
     """Features of real images that were not trained on, shape (h, d)."""
+    near: Neighbours = field(default_factory=Neighbours)
+    """Of the samples."""
+
+    def radii(self, side: Literal["real", "generated"], k: int) -> Tensor | None:
+        """Squared distance of every row of a side to its k-th nearest other one, shape (n,); None if there is none."""
+        generated, real = _rows(self)
+        return self.reference.near(real, k) if side == "real" else self.near(generated, k)
 
 
 class Metric(Protocol):
@@ -141,6 +149,11 @@ class _Manifold:
     def least(self) -> int:
         return self.k + 1
 
+    @property
+    def _settings(self) -> dict[str, str | int | float]:
+        # With closed balls, as earlier versions had them, numbers differ where distances are equal.
+        return {"k": self.k, "balls": "open"}
+
 
 @dataclass(frozen=True)
 class Precision(_Manifold):
@@ -150,7 +163,8 @@ class Precision(_Manifold):
 
     def __call__(self, sides: Sides, extractor: Extractor) -> tuple[Value, ...]:  # noqa: ARG002, D102
         samples, real = _rows(sides)
-        return (Value(name="precision", value=precision(real, samples, self.k).value, settings={"k": self.k}),)
+        score = precision(real, samples, self.k, radii=sides.radii("real", self.k))
+        return (Value(name="precision", value=score.value, settings=self._settings),)
 
 
 @dataclass(frozen=True)
@@ -161,7 +175,8 @@ class Recall(_Manifold):
 
     def __call__(self, sides: Sides, extractor: Extractor) -> tuple[Value, ...]:  # noqa: ARG002, D102
         samples, real = _rows(sides)
-        return (Value(name="recall", value=recall(real, samples, self.k).value, settings={"k": self.k}),)
+        score = recall(real, samples, self.k, radii=sides.radii("generated", self.k))
+        return (Value(name="recall", value=score.value, settings=self._settings),)
 
 
 @dataclass(frozen=True)
@@ -172,7 +187,8 @@ class Density(_Manifold):
 
     def __call__(self, sides: Sides, extractor: Extractor) -> tuple[Value, ...]:  # noqa: ARG002, D102
         samples, real = _rows(sides)
-        return (Value(name="density", value=density(real, samples, self.k).value, settings={"k": self.k}),)
+        score = density(real, samples, self.k, radii=sides.radii("real", self.k))
+        return (Value(name="density", value=score.value, settings=self._settings),)
 
 
 @dataclass(frozen=True)
@@ -183,7 +199,8 @@ class Coverage(_Manifold):
 
     def __call__(self, sides: Sides, extractor: Extractor) -> tuple[Value, ...]:  # noqa: ARG002, D102
         samples, real = _rows(sides)
-        return (Value(name="coverage", value=coverage(real, samples, self.k).value, settings={"k": self.k}),)
+        score = coverage(real, samples, self.k, radii=sides.radii("real", self.k))
+        return (Value(name="coverage", value=score.value, settings=self._settings),)
 
 
 @dataclass(frozen=True)

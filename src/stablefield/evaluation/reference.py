@@ -1,16 +1,17 @@
 """The reference set: real images, or as many of them as are wanted, as an extractor sees them, measured once and kept.
 
 What is kept lies in the cache folder under a name made from the protocol record of the set (extractor, its hash, resize
-rule, pixels' checksum, split, count), and is checked against that record when it is used again; the files may be deleted
-at any time. Rows of a subset are drawn without replacement from the whole set with a fixed seed, and kept in its order:
-sets are often sorted by class, so the first rows would not do.
+rule, pixels' checksum, split, count), and is checked against that record and its own checksum when it is used again; a file
+that does not pass is named in a warning and made anew. The files may be deleted at any time. Rows of a subset are drawn
+without replacement from the whole set with a fixed seed, and kept in its order: sets are often sorted by class, so the
+first rows would not do.
 """
 
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -21,16 +22,21 @@ from stablefield.data.image_set import ImageSet
 from stablefield.evaluation.extractor import Extractor
 from stablefield.evaluation.feature_pass import Batch, Features, Lens, extract, set_batches
 from stablefield.evaluation.frechet import Gaussian, fit_moments
+from stablefield.evaluation.neighbours import Neighbours
 from stablefield.evaluation.processes import Processes
 from stablefield.evaluation.protocol import Protocol, ProtocolWarning
 from stablefield.evaluation.reference_cache import load_features, load_statistics, save_features, save_statistics
 
-__all__ = ["Progress", "Reference", "ReferenceSet", "measure_reference", "told"]
+__all__ = ["DamagedCacheWarning", "Progress", "Reference", "ReferenceSet", "is_kept", "measure_reference", "told"]
 
 Progress = Callable[[str, float, float], object]
 """Told what is being done, how much of it is done, and how much there is."""
 
 _SUBSET_SEED = 0
+
+
+class DamagedCacheWarning(UserWarning):
+    """A file of kept features cannot be used and is made anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +51,8 @@ class Reference:
     """Which part of the data, and which subset of that."""
     features: Features
     """What was kept of its features."""
+    near: Neighbours = field(default_factory=Neighbours)
+    """Of its rows."""
 
     @cached_property
     def gaussian(self) -> Gaussian | None:
@@ -125,7 +133,7 @@ def measure_reference(
         reference: the images.
         lens: the extractor, and what is needed of its features.
         batch: images at a time.
-        cache: folder of kept features; None neither reads nor writes any. Damaged files are made again.
+        cache: folder of kept features; None neither reads nor writes any.
         commit: of the code that runs, for the record of what is kept.
         processes: those that share the work; each calls this. Without them this process does it alone.
         progress: told of every batch.
@@ -135,10 +143,11 @@ def measure_reference(
 
     Warns:
         ProtocolWarning: if features were kept by the code of another commit.
+        DamagedCacheWarning: if kept features are damaged; the file is named, and made anew.
     """
     processes = processes or Processes()
     protocol = reference.protocol(lens.extractor, commit)
-    found = None if cache is None else _read(cache, protocol, lens)
+    found = _read(cache, protocol, lens) if cache is not None and is_kept(reference, lens, cache) else None
     if not processes.all(found is not None) or found is None:
         rows = reference.rows
         batches = set_batches(reference.images.images, rows, batch, processes)
@@ -148,6 +157,14 @@ def measure_reference(
         if cache is not None and processes.first:
             _write(cache, protocol, found)
     return Reference(name=protocol.reference, sha256=protocol.reference_sha256, split=protocol.split, features=found)
+
+
+def is_kept(reference: ReferenceSet, lens: Lens, cache: Path | None) -> bool:
+    """Whether the features of a reference set lie in the cache, sound or not; arguments as of `measure_reference`."""
+    if cache is None:
+        return False
+    moments, rows = _paths(cache, reference.protocol(lens.extractor))
+    return all(path.exists() for path, wanted in ((moments, lens.moments), (rows, lens.rows)) if wanted)
 
 
 def told(
@@ -179,7 +196,8 @@ def _read(cache: Path, protocol: Protocol, lens: Lens) -> Features | None:
                 # Both files were written together: one warning is enough.
                 warnings.simplefilter("ignore", ProtocolWarning)
             features = load_features(rows, protocol) if lens.rows else None
-    except ValueError:
+    except ValueError as error:
+        warnings.warn(f"{error} It is made anew now.", DamagedCacheWarning, stacklevel=3)
         return None
     return Features(count=protocol.reference_count, rows=features, statistics=statistics)
 

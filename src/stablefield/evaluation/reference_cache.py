@@ -1,11 +1,13 @@
 """Cached reference statistics: a safetensors file with the protocol record inside.
 
-The file holds `mean` (d,) and `covariance` (d, d), float64, and in its metadata the count and the record of what they
-are statistics of. It is read only for that record: other weights, another resize rule or another reference set is an
-error, since the number would be wrong without looking wrong. Another commit, or the same thing under another name, is a
-warning.
+The file holds `mean` (d,) and `covariance` (d, d), float64, and in its metadata the count, the record of what they
+are statistics of, and a checksum over all of it. It is read only for that record: other weights, another resize rule or
+another reference set is an error, since the number would be wrong without looking wrong, and so is a checksum that does not
+agree. Another commit, or the same thing under another name, is a warning.
 """
 
+import hashlib
+import json
 import os
 import warnings
 from pathlib import Path
@@ -53,10 +55,9 @@ def _save(path: Path, tensors: dict[str, Tensor], count: int, protocol: Protocol
             "they must be of the whole reference set, each image once."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = save(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        metadata={"count": str(count), "protocol": protocol.of_reference().to_json()},
-    )
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"count": str(count), "protocol": protocol.of_reference().to_json()}
+    content = save(tensors, metadata=metadata | {"sha256": _checksum(tensors, metadata)})
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with unfinished.open("wb") as file:
@@ -108,19 +109,32 @@ def _load(path: Path, names: tuple[str, ...], expected: Protocol) -> tuple[list[
         raise ValueError(f"there is no file {path}: compute the reference statistics first.")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = dict(file.metadata() or {})
             tensors = [file.get_tensor(name) for name in names]
+        found = metadata.pop("sha256", None)
         count, protocol = int(metadata["count"]), Protocol.from_json(metadata["protocol"])
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
         raise ValueError(
             f"{path} holds no reference statistics ({error}): delete it and compute them again."
         ) from error
+    if found != _checksum(dict(zip(names, tensors, strict=True)), metadata):
+        what = "has no checksum" if found is None else "is damaged: its checksum does not agree with what it holds"
+        raise ValueError(f"{path} {what}; delete it and compute the statistics again.")
     _compare(path, protocol, expected)
     if count != protocol.reference_count:
         raise ValueError(f"{path} contradicts its own record: delete it and compute the statistics again.")
     if not all(torch.isfinite(tensor).all() for tensor in tensors):
         raise ValueError(f"{path} holds NaN or infinite numbers: delete it and compute the statistics again.")
     return tensors, count
+
+
+def _checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """Of all that a file holds: names, types, shapes and bytes of the tensors, and the rest of the metadata."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _compare(path: Path, cached: Protocol, expected: Protocol) -> None:

@@ -1,6 +1,6 @@
 """The variance of training targets on one's own data, and what follows from it.
 
-`measure_variance` measures it against the noise level; `find_phases` and `advise` read it; `LossFloor` is what it makes of
-a training loss; `measure_fit` holds a network against the exact posterior mean; `check_bias` tests that a target is
-unbiased.
+`measure_variance` measures it against the noise level, `measure_batch` that of whole batches; `find_phases` and `advise`
+read them; `LossFloor` is what it makes of a training loss; `measure_fit` holds a network against the exact posterior mean;
+`check_bias` tests that a target is unbiased.
 """

@@ -1,4 +1,4 @@
-r"""The three phases, and the noise band that is worth a reference set.
+r"""The three phases, and which share of a training batch lies in a noise band.
 
 Small noise: the posterior sits on the one sample that made x_t, and its variance is nil. Middle: several samples compete,
 and the single-sample target varies. Large noise: the posterior is nearly the prior. The edges are put at a stated
@@ -7,9 +7,7 @@ tolerance $\tau$:
     one sample      V_DSM < tau Tr Cov(x_0)
     prior           D < tau log N           all but a share tau of what x_t could tell of x_0 is lost
 
-The noise band's lower end is where V_DSM reaches another, smaller tolerance. Since the mean square of (STF target - single
-sample) is the variance removed, at most V_DSM for any number of references, below the band the two targets are the same to
-within that share of the data's variance. A rule that looks at the noise level alone keeps the target unbiased.
+Where the noise band begins, is for `stablefield.pick_noise_band` to say, here as in training: one rule, one number.
 """
 
 import math
@@ -25,7 +23,7 @@ from stablefield.probe.series import Series
 from stablefield.probe.variance import VarianceCurve
 from stablefield.shapes import check_kind, number
 
-__all__ = ["Edge", "Phases", "find_band", "find_phases", "share_above"]
+__all__ = ["Edge", "Phases", "find_phases", "share_above"]
 
 
 @dataclass(frozen=True)
@@ -74,20 +72,6 @@ def find_phases(curve: VarianceCurve, tolerance: float = 0.01) -> Phases:
         peak=float(curve.noise_level[int((curve.dsm.mean * curve.score_factor).argmax())]),
         tolerance=tolerance,
     )
-
-
-def find_band(curve: VarianceCurve, tolerance: float = 0.001) -> Edge | None:
-    """Where the useful noise band begins: V_DSM reaches `tolerance` times the data's variance.
-
-    Returns:
-        The edge; None if V_DSM does not pass it within the levels measured.
-
-    Raises:
-        ValueError: if `tolerance` is not between 0 and 1.
-    """
-    check_kind("curve", curve, VarianceCurve, "what measure_variance returns")
-    _check(tolerance)
-    return _edge(curve.noise_level, curve.dsm, tolerance * curve.total, rising=True)
 
 
 def share_above(level: float, noise_levels: NoiseLevels, process: Process) -> float:
@@ -143,4 +127,4 @@ def _crossing(level: Tensor, value: Tensor, threshold: float, rising: bool) -> f
 def _check(tolerance: float) -> None:
     number("tolerance", tolerance)
     if not 0 < tolerance < 1:
-        raise ValueError(f"tolerance is {tolerance}: it is a share of the data's variance, between 0 and 1.")
+        raise ValueError(f"tolerance is {tolerance}: it is a share of what the data have, between 0 and 1.")

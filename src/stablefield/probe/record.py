@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from stablefield.probe.advice import Advice
+from stablefield.probe.batch import BatchVariance
 from stablefield.probe.bias import BiasCheck
 from stablefield.probe.fit import Fit
 from stablefield.probe.phases import Edge, Phases
@@ -53,18 +54,23 @@ def phases_record(phases: Phases) -> dict[str, Any]:
     }
 
 
-def advice_record(advice: Advice) -> dict[str, Any]:
+def advice_record(advice: Advice, batch: BatchVariance) -> dict[str, Any]:
     """What follows for a training run."""
     return {
-        "band_from": _edge(advice.band),
+        "band_from": _finite(advice.band),
         "share_of_batch_in_band": advice.share,
         "aim": advice.aim,
         "recommended_references": advice.recommended.size,
+        "batch": batch.batch,
+        "batch_variance_in_batch": float(batch.in_batch.mean),
+        "batch_variance_in_batch_se": float(batch.in_batch.error),
         "sizes": [
             {
                 "references": entry.size,
                 "variance_left": entry.left,
                 "standard_error_at_most": entry.error,
+                "batch_variance": entry.batch,
+                "batch_variance_se": entry.batch_error,
                 "flops_per_step": entry.flops,
                 "seconds_per_step_here": entry.seconds,
             }
@@ -116,13 +122,17 @@ def _edge(edge: Edge | None) -> dict[str, float | None] | None:
     }
 
 
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
 def _add(columns: dict[str, list[float | None]], name: str, series: Series) -> None:
     columns[name] = _numbers(series.mean)
     columns[f"{name}_se"] = _numbers(series.error)
 
 
 def _numbers(values: Any) -> list[float | None]:
-    return [value if math.isfinite(value) else None for value in values.double().tolist()]
+    return [_finite(value) for value in values.double().tolist()]
 
 
 def _records(table: tuple[tuple[str, ...], tuple[tuple[float | None, ...], ...]]) -> list[dict[str, float | None]]:

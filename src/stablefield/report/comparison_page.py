@@ -1,7 +1,6 @@
 """The page of a comparison of targets, and its charts."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from stablefield.report import (
     image_figure,
     json_details,
 )
-from stablefield.training.comparison import LEVELS, MIDDLE, Outcome, Score, improvement
+from stablefield.training.comparison import LEVELS, MIDDLE, Outcome, Score, improvement, spread
 
 __all__ = ["comparison_page", "distance_chart", "level_chart"]
 
@@ -94,6 +93,7 @@ def comparison_page(
     """
     seeds = sorted({outcome.seed for outcome in outcomes})
     gains = [improvement(outcomes, seed) for seed in seeds]
+    gain = spread(gains)
     by = {target: [o for o in outcomes if o.target == target] for target in NAMES}
     seconds = {target: float(np.mean([o.scores[-1].seconds for o in runs])) for target, runs in by.items()}
     ratio = float(np.mean([o.scores[-1].gradient_ratio for o in outcomes]))
@@ -104,9 +104,9 @@ def comparison_page(
             KeyFigures(
                 (
                     KeyFigure(
-                        value=f"{np.mean(gains):.0%}",
+                        value=f"{gain.mean:.0%}" if gain.error is None else f"{gain.mean:.0%} ± {gain.error:.0%}",
                         label="less distance to the posterior mean with STF",
-                        note=f"noise levels {MIDDLE[0]:g} to {MIDDLE[1]:g}; {min(gains):.0%} to {max(gains):.0%} over seeds",
+                        note=f"noise levels {MIDDLE[0]:g} to {MIDDLE[1]:g}; {gain.least:.0%} to {gain.most:.0%} over seeds",
                     ),
                     KeyFigure(
                         value=f"{ratio:.2f}",
@@ -132,7 +132,7 @@ def comparison_page(
                         level_chart(outcomes),
                         alt="Squared distance to the exact posterior mean at the end of training, against noise level.",
                         title="At the end of training.",
-                        caption="1,024 noisy rows per level (all, if the set is smaller).",
+                        caption="1,024 noisy rows per level (fewer of a small set, or of large images).",
                     ),
                     chart_figure(
                         distance_chart(outcomes),
@@ -197,9 +197,9 @@ def comparison_page(
                                 seed,
                                 _reading(outcomes, "dsm", seed),
                                 _reading(outcomes, "stf", seed),
-                                f"{-gain:+.1%}",
+                                f"{-less:+.1%}",
                             )
-                            for seed, gain in zip(seeds, gains, strict=True)
+                            for seed, less in zip(seeds, gains, strict=True)
                         ),
                         caption="At the end of training, with the jackknife's standard error.",
                     ),
@@ -234,9 +234,8 @@ def comparison_page(
 
 
 def _estimate(values: Sequence[float]) -> Estimate | float:
-    if len(values) < 2:
-        return values[0]
-    return Estimate(float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values)))
+    found = spread(values)
+    return found.mean if found.error is None else Estimate(found.mean, found.error)
 
 
 def _reading(outcomes: Sequence[Outcome], target: str, seed: int) -> Estimate:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from stablefield.probe.advice import Advice
-from stablefield.probe.phases import Edge, Phases
+from stablefield.probe.batch import BatchVariance
+from stablefield.probe.phases import Phases
 from stablefield.probe.record import advice_record, curve_record, phases_record
 from stablefield.probe.series import Series
 from stablefield.probe.variance import VarianceCurve
@@ -98,7 +99,14 @@ def sizes_chart(curve: VarianceCurve) -> LineChart | None:
 
 
 def variance_page(
-    name: str, description: str, curve: VarianceCurve, phases: Phases, advice: Advice, said: Sequence[str], command: str
+    name: str,
+    description: str,
+    curve: VarianceCurve,
+    phases: Phases,
+    advice: Advice,
+    together: BatchVariance,
+    said: Sequence[str],
+    command: str,
 ) -> Page:
     """The page.
 
@@ -108,6 +116,7 @@ def variance_page(
         curve: the measurement.
         phases: its phases.
         advice: what follows.
+        together: what whole batches vary by.
         said: the advice in words, line by line.
         command: that made it.
 
@@ -115,7 +124,7 @@ def variance_page(
         ImportError: if matplotlib is not installed.
     """
     best = advice.recommended
-    band = "the lowest level measured" if advice.band is None else f"{advice.band.noise_level:.2g}"
+    band = f"{advice.band:.3g}" if 0 < advice.band < math.inf else "everywhere" if advice.band == 0 else "nowhere"
     everything = best.size >= curve.samples
     shown = _some(tuple(curve.stf), 4)
     size = f"all {curve.samples:,}" if everything else f"{best.size:,}"
@@ -123,10 +132,10 @@ def variance_page(
     blocks: list[Block] = [
         KeyFigures(
             (
-                KeyFigure(value=band, label="noise band from", note="below, STF is DSM"),
-                KeyFigure(value=f"{advice.share:.1%}", label="of a training batch falls in the band"),
+                KeyFigure(value=band, label="noise band from", note="as train has it"),
+                KeyFigure(value=f"{advice.share:.1%}", label="of a training batch can gain", note="rows in the band"),
                 KeyFigure(value=size, label="references recommended"),
-                KeyFigure(value=left, label="of the targets' variance is left with them"),
+                KeyFigure(value=left, label="of each row's variance is left with them"),
             )
         ),
         Text("\n\n".join(said[1:])),
@@ -178,37 +187,15 @@ def variance_page(
             ),
         ),
     ]
-    chart = sizes_chart(curve)
-    if chart is not None:
-        figure = chart_figure(
-            chart,
-            alt="What is left of the variance against the number of references, falling towards one part in n.",
-            title="More references.",
-            caption="At high noise V_STF falls as 1 / n; where few samples compete, only sets that hold them help.",
-        )
-        rows = tuple(
-            (
-                "all" if entry.size >= curve.samples else f"{entry.size:,}",
-                Estimate(entry.left, entry.error) if entry.error else entry.left,
-                entry.flops / 1e9,
-                1000 * entry.seconds,
-            )
-            for entry in advice.sizes
-        )
-        table = Table(
-            columns=("references", "variance left", "Gflop per step", "ms per step here"),
-            rows=rows,
-            caption="What a training run sees, weighted by its noise levels and loss weights; the cost of the target for "
-            "the rows in the band.",
-            marked=advice.sizes.index(best),
-        )
-        blocks.append(Section("How many references", (figure, table)))
+    blocks.append(Section("How many references", _sizes(curve, advice, together)))
     blocks.append(
         Section(
             "Numbers",
             (
                 Code(command),
-                json_details("Phases and advice", {"phases": phases_record(phases), "advice": advice_record(advice)}),
+                json_details(
+                    "Phases and advice", {"phases": phases_record(phases), "advice": advice_record(advice, together)}
+                ),
                 json_details("Every figure", curve_record(curve)),
             ),
         )
@@ -216,6 +203,43 @@ def variance_page(
     return Page(
         title=f"Target variance of {name}", summary=said[0], blocks=tuple(blocks), footer=f"{description}. `{command}`"
     )
+
+
+def _sizes(curve: VarianceCurve, advice: Advice, together: BatchVariance) -> tuple[Block, ...]:
+    """What each size leaves of the variance, of a row and of a batch, and costs."""
+    rows: list[tuple[str | float | Estimate | None, ...]] = [
+        (f"the batch, {together.batch:,}", None, _estimate(together.in_batch, 0), None, None)
+    ]
+    for entry in advice.sizes:
+        batch = None if entry.batch is None else Estimate(entry.batch, entry.batch_error or 0.0)
+        rows.append(
+            (
+                "all" if entry.size >= curve.samples else f"{entry.size:,}",
+                Estimate(entry.left, entry.error) if entry.error else entry.left,
+                batch if batch is None or batch.error else batch.value,
+                entry.flops / 1e9,
+                1000 * entry.seconds,
+            )
+        )
+    table = Table(
+        columns=("references", "row variance left", "batch variance", "Gflop per step", "ms per step here"),
+        rows=tuple(rows),
+        caption="What a training run sees. Row variance: what is left of each row's, weighted by its noise levels and loss "
+        f"weights. Batch variance: that of the sum of targets over {together.batch:,} rows, over that with the single "
+        "sample. Rows share references, so it can be above 1, and it falls only with references well beyond the batch; a "
+        "pool smaller than the batch cannot be. Cost: of the target for the rows in the band.",
+        marked=1 + advice.sizes.index(advice.recommended),
+    )
+    chart = sizes_chart(curve)
+    if chart is None:
+        return (table,)
+    figure = chart_figure(
+        chart,
+        alt="What is left of the variance against the number of references, falling towards one part in n.",
+        title="More references.",
+        caption="At high noise V_STF falls as 1 / n; where few samples compete, only sets that hold them help.",
+    )
+    return (figure, table)
 
 
 def _line(label: str, x: Tensor, series: Series, unit: float, *, logarithmic: bool = False) -> Line:
@@ -233,7 +257,7 @@ def _line(label: str, x: Tensor, series: Series, unit: float, *, logarithmic: bo
     return Line(label=label, x=x.numpy(), y=y.numpy(), low=low.numpy(), high=high.numpy())
 
 
-def _regions(curve: VarianceCurve, phases: Phases, band: Edge | None) -> tuple[Region, ...]:
+def _regions(curve: VarianceCurve, phases: Phases, band: float | None) -> tuple[Region, ...]:
     first, last = float(curve.noise_level[0]), float(curve.noise_level[-1])
     start = None if phases.single_below is None else phases.single_below.noise_level
     stop = None if phases.prior_above is None else phases.prior_above.noise_level
@@ -244,8 +268,8 @@ def _regions(curve: VarianceCurve, phases: Phases, band: Edge | None) -> tuple[R
         found.append(Region(label="samples compete", start=start, stop=stop))
     if stop is not None and stop < last:
         found.append(Region(label="posterior = prior", start=stop))
-    if band is not None and band.noise_level < last:
-        found.append(Region(label="noise band", start=band.noise_level))
+    if band is not None and first < band < last:
+        found.append(Region(label="noise band", start=band))
     return tuple(found)
 
 

@@ -5,8 +5,9 @@ the state towards the marginal of that level:
 
 $$ y \leftarrow y + \epsilon\, s(y) + \sqrt{2 \epsilon}\, z, \qquad \epsilon = 2 a\, (r \|z\| / \|s\|)^2, $$
 
-with the signal-to-noise ratio r, and a = 1 (VE) or 1 - beta (VP). The authors average both norms over a large batch,
-and for a small one replace the norm of z by the root of the number of dimensions, sqrt(d).
+with the signal-to-noise ratio r, and a = 1 (VE) or 1 - beta (VP). Both norms are means over the batch, as in the paper. A
+norm of each row alone would tie the step to the state it starts from, and Langevin dynamics with such a step has another
+stationary law: of a normal state in d dimensions the second moment is (d + 2) / d times too large where steps are small.
 
 Entry and exit are in noise-to-signal units like everywhere. For VP the steps themselves act on the scaled state of the
 paper, $y = \alpha x$ with $\alpha = 1 / \sqrt{1 + \sigma^2}$, whose score is $s = (\alpha D - y) / (\alpha \sigma)^2$.
@@ -46,17 +47,19 @@ def predictor_corrector(
     predictor: Literal["reverse_diffusion", "ancestral"] = "reverse_diffusion",
     corrector_steps: int = 1,
     snr: float = 0.16,
-    average_norms: bool = False,
+    average_norms: bool = True,
     noise: Noise | None = None,
     generator: torch.Generator | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
     """Predictor-corrector sampling: 1 + `corrector_steps` evaluations a step, 1 for a step to 0.
 
-    By default every row's Langevin step follows from the norm of its own score and from sqrt(d), so that a sample does
-    not depend on its batch. The step then varies with the state, which widens the marginal's variance by a factor of
-    (d + 2) / d: nothing for images, too much below a few dozen dimensions. `average_norms` takes both norms' means over
-    the batch, as the authors do for large batches, and is right in every dimension.
+    By default the Langevin step follows from both norms' means over the batch, as the authors have it. That is right in
+    every number of dimensions, for a batch of some hundred rows (fewer in many dimensions), and a sample depends on its
+    batch. With `average_norms=False` the step follows from the norm of each row's own score and from sqrt(d), which the
+    authors advise for small batches. A sample then does not depend on its batch, but the step varies with the state: the
+    variance of normal data comes out (d + 2) / d times too large, or more (about 5 times in 2 dimensions, 1.08 in 32, 1.001
+    in 3,072).
 
     Args:
         denoiser: D(x, sigma), in noise-to-signal units for both processes.
@@ -67,7 +70,7 @@ def predictor_corrector(
         predictor: the rule from one noise level to the next.
         corrector_steps: Langevin steps at every new noise level; 0 is the predictor alone.
         snr: r, the signal-to-noise ratio of a Langevin step; 0.16 for 32x32 images.
-        average_norms: means of both norms over the batch, in place of each row's own score and sqrt(d).
+        average_norms: take both norms' means over the batch; if False, each row's own score and sqrt(d).
         noise: where noise is drawn from, such as `SampleNoise`.
         generator: a generator in its place.
         callback: called before every step with its number, the state and the denoiser's output.

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stablefield.shapes import check_tensor, is_integer
+
 __all__ = ["Check", "finite_check", "require", "row_numbers", "value_check"]
 
 
@@ -58,18 +60,15 @@ def require(*checks: Check) -> None:
             warnings.warn(message, UserWarning, stacklevel=2)
 
 
-def row_numbers(name: str, value: object, x: Tensor) -> Tensor:
+def row_numbers(name: str, value: Tensor, x: Tensor) -> Tensor:
     """Check that the argument `name` is one integer per row of the batch `x` (B, ...), and return it.
 
     Raises:
         TypeError: if it is no tensor.
         ValueError: if its shape, dtype or device do not fit.
     """
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{name} is a {type(value).__name__}: pass a tensor with one integer per row, shape ({len(x)},)."
-        )
-    if value.shape != x.shape[:1] or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+    check_tensor(name, value)
+    if value.shape != x.shape[:1] or not is_integer(value.dtype):
         raise ValueError(
             f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}: pass one integer per row, shape ({len(x)},)."
         )

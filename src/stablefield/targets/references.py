@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stablefield.reading import readable
+from stablefield.shapes import array_of_numbers, check_kind, check_tensor, flag, whole_number
 from stablefield.targets.bank import Bank
 from stablefield.targets.check import Check, row_numbers, value_check
 from stablefield.targets.excess import Anchor
@@ -176,7 +177,7 @@ class Pool:
             uniformly from all samples, and each row's own is added for that row alone.
 
     Raises:
-        TypeError: if `data` is neither a tensor nor an array, or `size` is no whole number.
+        TypeError: if an argument is of another type.
         ValueError: if `data` is empty or of another dtype, `size` is not between 1 and n, or `group` or `weights` do not
             fit.
     """
@@ -190,10 +191,13 @@ class Pool:
         mirrored: bool = False,
         weights: Tensor | NDArray[Any] | None = None,
     ) -> None:
-        if not isinstance(data, Tensor | np.ndarray):
-            raise TypeError(f"Pool data are a {type(data).__name__}: pass a tensor or a numpy array of shape (n, ...).")
-        if size is not None and (not isinstance(size, int) or isinstance(size, bool)):
-            raise TypeError(f"Pool size is {size!r}: pass a whole number of references, or None for all samples.")
+        check_kind("Pool data", data, (Tensor, np.ndarray), "a tensor or a numpy array of shape (n, ...)")
+        if isinstance(data, Tensor):
+            check_tensor("Pool data", data)
+        size = None if size is None else whole_number("Pool size", size)
+        flag("mirrored", mirrored)
+        if group is not None:
+            check_tensor("Pool group", group, real=True, numbers=True)
         if data.ndim < 2 or len(data) == 0:
             raise ValueError(f"Pool data have shape {tuple(data.shape)}: pass at least one sample, shape (n, ...).")
         if isinstance(data, Tensor):
@@ -371,8 +375,8 @@ class Pool:
 
 def _checked_weights(weights: Tensor | NDArray[Any], n: int) -> Tensor:
     """The weights of `n` samples in float64, the largest 1."""
-    values = torch.as_tensor(weights).detach()
-    if values.shape != (n,) or values.is_complex() or values.dtype == torch.bool:
+    values = array_of_numbers("Pool weights", weights).detach()
+    if values.shape != (n,):
         raise ValueError(
             f"Pool weights have shape {tuple(values.shape)} and dtype {values.dtype}: pass one number per sample, ({n},)."
         )

@@ -19,7 +19,17 @@ from torch import Tensor
 
 from stablefield.diffusion.process import Process
 from stablefield.reading import readable
-from stablefield.shapes import per_row, row_values
+from stablefield.shapes import (
+    check_callable,
+    check_generator,
+    check_kind,
+    check_tensor,
+    flag,
+    number,
+    per_row,
+    row_values,
+    whole_number,
+)
 from stablefield.targets.bank import Bank
 from stablefield.targets.check import Check, finite_check, require, row_numbers, value_check
 from stablefield.targets.consistency import consistency_checks
@@ -73,11 +83,19 @@ class StableTarget:
     validate_args: bool = True
 
     def __post_init__(self) -> None:
-        if not self.noise_band >= 0:
+        check_kind("process", self.process, Process, "a Process, such as EDM()")
+        for call in ("select", "checks"):
+            check_callable("references", getattr(self.references, call, None), "Pool(images), with select and checks")
+        for call in ("log_ratio", "log_density"):
+            check_callable(
+                "kernel", getattr(self.kernel, call, None), "GaussianKernel(), with log_ratio and log_density"
+            )
+        flag("validate_args", self.validate_args)
+        if not number("noise_band", self.noise_band) >= 0:
             raise ValueError(f"noise_band is {self.noise_band}: it is a noise level sigma / alpha, 0 or more.")
-        whole = isinstance(self.capacity, int) and not isinstance(self.capacity, bool)
-        if self.capacity is not None and not (whole and self.capacity >= 1):
-            raise ValueError(f"capacity is {self.capacity!r}: it is a number of rows, at least 1, or None for all.")
+        for name, value in (("capacity", self.capacity), ("chunk_size", self.chunk_size)):
+            if value is not None:
+                whole_number(name, value, 1)
 
     @torch.no_grad()
     def __call__(
@@ -127,6 +145,7 @@ class StableTarget:
         _check_pair(x0, x_t, noise)
         t = row_values("t", t, x0)
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        check_generator("generator", generator)
         look = readable(x0.device)
         for name, value in (("group", group), ("reference_group", reference_group), ("index", index)):
             if value is not None:
@@ -375,6 +394,7 @@ def _mirrored(x: Tensor, flip: Tensor | None) -> Tensor:
 
 
 def _flags(name: str, value: Tensor, x0: Tensor, columns: bool = False) -> Tensor:
+    check_tensor(name, value)
     if value.dtype != torch.bool or value.shape[:1] != x0.shape[:1] or value.ndim > 1 + columns:
         raise ValueError(
             f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}: it needs one bool per row, shape ({len(x0)},)"
@@ -392,8 +412,8 @@ def _flags(name: str, value: Tensor, x0: Tensor, columns: bool = False) -> Tenso
 
 def _check_pair(x0: Tensor, x_t: Tensor, noise: Tensor | None) -> None:
     for name, value in (("x0", x0), ("x_t", x_t), ("noise", noise)):
-        if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"{name} is a {type(value).__name__}: pass a tensor of shape (B, ...).")
+        if value is not None:
+            check_tensor(name, value)
     if not x0.is_floating_point():
         raise ValueError(f"x0 has dtype {x0.dtype}: it must be floating point (uint8 images: x0 / 127.5 - 1).")
     if x0.ndim < 2 or len(x0) == 0:

@@ -9,6 +9,11 @@ differs. At every look, the averaged model is scored by
   weights: what the stable target is there to lower.
 
 Scores are kept in the run's folder line by line, so a comparison that was interrupted goes on where it stopped.
+
+A look is dear: 1,000 samples by Heun's method in 18 steps are 35,000 rows through the network, as many as some hundred
+training steps. How often and on how many samples a run is looked at is therefore planned so that looking takes no longer
+than training, as far as that can be (`plan_looks`); and the exact posterior mean, which costs a pass over the data for every
+row, is found once for all looks of all runs.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ from numpy.typing import NDArray
 
 from stablefield.data.image_set import ImageSet
 from stablefield.diffusion.preconditioning import Denoiser
-from stablefield.probe.fit import measure_fit
+from stablefield.probe.fit import Optimum, find_optimum
 from stablefield.probe.population import Population
 from stablefield.training.config import fits
 from stablefield.training.feed import Feed
@@ -36,6 +41,7 @@ from stablefield.training.loop import Report, make_accelerator, train
 from stablefield.training.model import open_model
 from stablefield.training.observers import samples
 from stablefield.training.placement import placed
+from stablefield.training.recipe import Recipe
 from stablefield.training.records import append_line, read_lines
 from stablefield.training.run_folder import RunConfig, RunFolder
 from stablefield.training.stepper import Stepper
@@ -43,13 +49,29 @@ from stablefield.training.stepper import Stepper
 if TYPE_CHECKING:
     from stablefield.evaluation.self_check import SelfCheck
 
-__all__ = ["LEVELS", "MIDDLE", "Outcome", "Score", "Scorer", "TargetName", "improvement", "run_one", "samples_of"]
+__all__ = [
+    "LEVELS", "MIDDLE", "Looks", "Outcome", "Score", "Scorer", "Spread", "TargetName", "improvement", "is_done",
+    "optimum_of", "plan_looks", "run_one", "samples_of", "spread",
+]  # fmt: skip
 
 LEVELS = (0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
 """Noise levels at which the distance to the posterior mean is measured."""
 MIDDLE = (1.5, 5.0)
 """The noise levels, both ends included, over which a comparison is summed up."""
 GRADIENTS = 16
+"""Batches between which the variance of the gradient is measured."""
+ROWS = 1024
+"""Noisy rows at each noise level that a model is held against the posterior mean on."""
+NFE = 35
+"""Network evaluations of a sample."""
+# Fewest samples whose Frechet distance tells a target that is much better, and most that are drawn unless told.
+_FEWEST, _MOST = 200, 1000
+# Most looks unless told.
+_LOOKS = 8
+# A gradient costs three evaluations.
+_BACKWARD = 3
+# Bytes of the posterior means that are kept.
+_KEPT = 2**28
 
 TargetName = Literal["dsm", "stf"]
 
@@ -106,6 +128,88 @@ def improvement(outcomes: Sequence[Outcome], seed: int) -> float:
     return 1 - last["stf"] / last["dsm"]
 
 
+@dataclass(frozen=True)
+class Spread:
+    """A figure over seeds.
+
+    Attributes:
+        mean: over the seeds.
+        error: standard error of the mean; None with one seed.
+        least: of a seed.
+        most: of a seed.
+    """
+
+    mean: float
+    error: float | None
+    least: float
+    most: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """The mean of one value per seed, with what it varies by.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if not values:
+        raise ValueError("values are empty: pass one for each seed.")
+    error = float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else None
+    return Spread(float(np.mean(values)), error, min(values), max(values))
+
+
+@dataclass(frozen=True)
+class Looks:
+    """How a run is looked at.
+
+    Attributes:
+        count: looks over training, the last one at its end.
+        samples: drawn at each.
+        evaluations: rows through the network that a look takes, those of gradients counted three times.
+        training: the same of the whole training.
+    """
+
+    count: int
+    samples: int
+    evaluations: int
+    training: int
+
+
+def plan_looks(recipe: Recipe, images: int, *, looks: int | None = None, samples: int | None = None) -> Looks:
+    """Looks that take no longer than the training does, unless told otherwise; one at the end at least.
+
+    Args:
+        recipe: of the run.
+        images: in the data; no more samples are drawn.
+        looks: how many; 1 to 8 if None.
+        samples: at each look; 200 to 1,000 if None.
+    """
+    training = _BACKWARD * recipe.steps * recipe.batch
+    fixed = 2 * _BACKWARD * GRADIENTS * recipe.batch + len(LEVELS) * min(ROWS, images)
+    if samples is None:
+        affordable = (training // (_LOOKS if looks is None else looks) - fixed) // NFE
+        samples = min(max(_FEWEST, min(_MOST, affordable)), images)
+    one = fixed + NFE * samples
+    if looks is None:
+        looks = max(1, min(_LOOKS, training // one))
+    return Looks(min(looks, recipe.steps), samples, one, training)
+
+
+def optimum_of(data: ImageSet, device: torch.device, *, labelled: bool) -> Optimum:
+    """Noisy rows of `data` at `LEVELS` with their exact posterior mean, for all looks of all runs.
+
+    Args:
+        data: the images.
+        device: where the networks are.
+        labelled: whether the posterior stays within classes.
+    """
+    labels = torch.from_numpy(data.labels) if labelled and data.labels is not None else None
+    population = Population(
+        torch.from_numpy(data.images.copy()).to(device), None if labels is None else labels.to(device)
+    )
+    rows = min(ROWS, max(64, _KEPT // (4 * len(LEVELS) * population.dim)))
+    return find_optimum(population, LEVELS, rows=rows)
+
+
 class Scorer:
     """Looks at a run in training; an observer of the loop.
 
@@ -116,6 +220,7 @@ class Scorer:
         check: measures samples.
         every: steps between looks.
         accelerator: of the run.
+        optimum: what `optimum_of` makes of the images.
     """
 
     def __init__(
@@ -126,6 +231,7 @@ class Scorer:
         check: SelfCheck,
         every: int,
         accelerator: Accelerator,
+        optimum: Optimum,
     ) -> None:
         self._path, self._config, self._check, self._every = folder.path / "scores.jsonl", config, check, every
         self._device = accelerator.device
@@ -134,8 +240,7 @@ class Scorer:
         feed = Feed(
             data, stable, self._device, labelled=config.classes > 0, placement=placed(stable, data, self._device)
         )
-        labels = None if data.labels is None or not config.classes else torch.from_numpy(data.labels)
-        self._population = Population(torch.from_numpy(data.images.copy()), labels)
+        self._optimum = optimum
         self._steppers = {
             target: Stepper(
                 dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, target=target, accumulate=1)),
@@ -159,7 +264,7 @@ class Scorer:
         self._seconds += time.perf_counter() - self._began
         reading = self._check.read(lambda seeds: samples(denoiser, self._config.shape, seeds, self._device))
         variances = {target: self._gradient_variance(stepper, denoiser) for target, stepper in self._steppers.items()}
-        fit = measure_fit(denoiser, self._population, LEVELS, labelled=self._config.classes > 0, rows=1024)
+        fit = self._optimum.fit(denoiser, labelled=self._config.classes > 0)
         score = Score(
             step=step,
             seconds=self._seconds,
@@ -202,6 +307,13 @@ def read_scores(folder: Path) -> list[Score]:
     return [found[step] for step in sorted(found)]
 
 
+def is_done(folder: RunFolder) -> bool:
+    """Whether the run in `folder` is trained and scored to its end."""
+    scores, newest = read_scores(folder.path), folder.newest()
+    steps = folder.config().recipe.steps
+    return bool(scores) and newest is not None and min(scores[-1].step, newest[1].step) >= steps
+
+
 def run_one(
     folder: RunFolder,
     data: ImageSet,
@@ -211,6 +323,7 @@ def run_one(
     *,
     report: Callable[[Report], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
+    optimum: Optimum | None = None,
 ) -> Outcome | None:
     """Train and score the run in `folder`, or what is left of it; None if it was stopped.
 
@@ -222,15 +335,15 @@ def run_one(
         device: where to compute.
         report: told of progress.
         stop: asked after every step.
+        optimum: what `optimum_of` makes of the images, where several runs share it; made here if None.
     """
     config = folder.config()
     assert config.recipe.target in ("dsm", "stf")
     data = config.numbered(data)
-    scores = read_scores(folder.path)
-    newest = folder.newest()
-    if not scores or newest is None or min(scores[-1].step, newest[1].step) < config.recipe.steps:
+    if not is_done(folder):
         accelerator = make_accelerator(device)
-        scorer = Scorer(folder, config, data, check, every, accelerator)
+        optimum = optimum or optimum_of(data, accelerator.device, labelled=config.classes > 0)
+        scorer = Scorer(folder, config, data, check, every, accelerator, optimum)
         done = train(
             folder,
             config,

@@ -1,0 +1,83 @@
+"""What a comparison says in words: how long it will take, and what came out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stablefield.cli.words import duration
+from stablefield.data.image_set import ImageSet
+from stablefield.training.comparison import Looks, Outcome, TargetName, improvement, spread
+from stablefield.training.estimate import estimate
+from stablefield.training.feed import Feed
+from stablefield.training.loop import make_accelerator
+from stablefield.training.placement import placed
+from stablefield.training.run_folder import RunConfig, RunFolder
+
+__all__ = ["foretold", "summary"]
+
+
+def foretold(
+    configs: Sequence[tuple[TargetName, int, RunConfig]], looks: Looks, data: ImageSet, device: torch.device, out: Path
+) -> str:
+    """How long the comparison will take, from a few steps taken here and thrown away.
+
+    Args:
+        configs: target, seed and settings of each run.
+        looks: at each.
+        data: the images.
+        device: where they are trained.
+        out: folder of the comparison, which may hold some of them.
+    """
+    config = next(config for target, _, config in configs if target == "stf")
+    left = 0.0
+    for target, seed, one in configs:
+        folder = RunFolder(out / f"{target}-seed{seed}")
+        newest = folder.newest() if (folder.path / "config.json").is_file() else None
+        left += 1 - (0 if newest is None else min(1, newest[1].step / one.recipe.steps))
+    accelerator = make_accelerator(device)
+    feed = Feed(data, config.recipe, device, labelled=config.classes > 0, placement=placed(config.recipe, data, device))
+    found = estimate(config, feed, accelerator)
+    feed.close()
+    training = left * config.recipe.steps * found.seconds_per_step
+    # A training step is three evaluations of its rows, and its target.
+    per_row = (found.seconds_per_step - found.target_seconds) / (3 * config.recipe.batch)
+    looking = left * looks.count * looks.evaluations * max(0.0, per_row)
+    times = "1 look" if looks.count == 1 else f"{looks.count} looks"
+    return (
+        f"takes about {duration(training + looking)}: {duration(training)} of training, {duration(looking)} of scoring "
+        f"({times} at each run on {looks.samples:,} samples)"
+    )
+
+
+def _over_seeds(values: Sequence[float], unit: str = ".3g") -> str:
+    """A mean with its standard error over seeds, or alone where there is one seed."""
+    found = spread(values)
+    return f"{found.mean:{unit}}" if found.error is None else f"{found.mean:{unit}} ± {found.error:{unit}}"
+
+
+def summary(outcomes: Sequence[Outcome], seeds: Sequence[int], name: str) -> str:
+    """What came out, each figure with what it varies by over seeds.
+
+    Args:
+        outcomes: the runs, done.
+        seeds: of them.
+        name: of the distance of their samples.
+    """
+    gains = [improvement(outcomes, seed) for seed in seeds]
+    better = sum(gain > 0 for gain in gains)
+    frechet = {t: [o.scores[-1].frechet for o in outcomes if o.target == t] for t in ("dsm", "stf")}
+    seconds = {t: float(np.mean([o.scores[-1].seconds for o in outcomes if o.target == t])) for t in ("dsm", "stf")}
+    lower = sum(b < a for a, b in zip(frechet["dsm"], frechet["stf"], strict=True))
+    spreads = (
+        f"± is the standard error over {len(seeds)} seeds. "
+        if len(seeds) > 1
+        else "One seed tells no spread: pass more, such as --seeds 0,1,2. "
+    )
+    return (
+        f"STF is nearer to the optimum at middle noise levels in {better} of {len(seeds)} seeds, by "
+        f"{_over_seeds(gains, '.0%')} on average ({min(gains):.0%} to {max(gains):.0%}); its {name} is lower in {lower} of "
+        f"{len(seeds)}: {_over_seeds(frechet['stf'])} against {_over_seeds(frechet['dsm'])}. {spreads}Training took "
+        f"{seconds['stf']:.0f} s with STF, {seconds['dsm']:.0f} s with DSM."
+    )
