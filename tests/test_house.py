@@ -22,7 +22,7 @@ SOURCE = ROOT / "src" / "stablefield"
 # Rooms by floor: a room may import from lower floors only. "" is the package itself, `stablefield/__init__.py`, which
 # gathers the core's names and so stands on top of it.
 FLOORS = [
-    {"shapes", "reading"},
+    {"shapes", "reading", "regular_file"},
     {"memory"},
     {"targets"},
     {"diffusion"},

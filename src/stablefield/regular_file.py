@@ -1,0 +1,62 @@
+"""Opening files that others made: regular files and nothing else.
+
+A FIFO is waited for without an end, a device may never run out of bytes, and one look at a path proves nothing about what
+is opened there a moment later. So the file is opened without waiting, and what came of it is asked what it is.
+"""
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+__all__ = ["open_regular"]
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+# Neither wait for a writer, nor take a terminal as the process's own; the names that a system lacks mean nothing there.
+_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY", "O_CLOEXEC"))
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading its bytes, or a link that ends at one.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The open file, buffered, at its start.
+
+    Raises:
+        ValueError: if it is anything else (folder, FIFO, device, socket), at once and without opening a device.
+        OSError: if it does not exist or may not be read.
+    """
+    _refuse(path, os.stat(path).st_mode)
+    try:
+        descriptor = os.open(path, _FLAGS)
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ENODEV):  # became a socket, or a device without a driver, since the look
+            _not_regular(path, "a socket or a device")
+        raise
+    try:
+        # It may have been put there since the look; this cannot be deceived.
+        _refuse(path, os.fstat(descriptor).st_mode)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _refuse(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        _not_regular(path, _KINDS.get(stat.S_IFMT(mode), "no file"))
+
+
+def _not_regular(path: Path, kind: str) -> NoReturn:
+    link = "a link to " if path.is_symlink() else ""
+    raise ValueError(f"{path} is {link}{kind}: only regular files are read; take it away, or put a regular file there.")
