@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from stablefield.data.image_files import ImageFiles
+from stablefield.regular_file import open_regular
 
 __all__ = ["dataset_files", "hub_files"]
 
@@ -80,7 +81,7 @@ def dataset_files(dataset: Any, *, name: str, source: str) -> ImageFiles:
         entry = stored[i][image]
         if entry is None:
             raise ValueError("the row has no image")
-        return io.BytesIO(entry["bytes"]) if entry.get("bytes") is not None else Path(entry["path"]).open("rb")
+        return io.BytesIO(entry["bytes"]) if entry.get("bytes") is not None else open_regular(Path(entry["path"]))
 
     # Without a fingerprint of its own nothing says whether it is the same data set again.
     fingerprint = str(getattr(dataset, "_fingerprint", None) or secrets.token_hex(16))

@@ -13,16 +13,20 @@ begin with a dot and `__MACOSX` are passed over. Names are relative to the deepe
 
 import json
 import os
+import reprlib
 import zipfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+
+from stablefield.data.archive import Archive, EntryFile
+from stablefield.regular_file import open_regular
 
 __all__ = ["SUFFIXES", "ImageFiles", "folder_files", "stamp", "zip_files"]
 
@@ -54,6 +58,10 @@ SPLITS = {
     "test": ("test", "testing"),
 }
 
+DOCUMENT_LIMIT = 2**24
+DOCUMENT_SHARE = 512
+"""Bytes that a dataset.json may have, and as many more for each file beside it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFiles:
@@ -61,7 +69,7 @@ class ImageFiles:
 
     names: tuple[str, ...]
     """What each file is called in messages."""
-    open: Callable[[int], BinaryIO]
+    open: Callable[[int], BinaryIO | EntryFile]
     """Open file i for reading; may be called from several threads."""
     labels: NDArray[np.int64] | None
     """Class numbers, shape (n,), or None."""
@@ -102,7 +110,14 @@ def folder_files(folder: Path, split: str = "train") -> ImageFiles:
             if not _hidden(file) and (Path(file).suffix.lower() in SUFFIXES or file == "dataset.json"):
                 path = Path(place) / file
                 paths[path.relative_to(folder).as_posix()] = path
-    documents = {name: path.read_bytes() for name, path in paths.items() if PurePosixPath(name).name == "dataset.json"}
+    named = {name: path for name, path in paths.items() if PurePosixPath(name).name == "dataset.json"}
+    documents: dict[str, bytes] = {}
+    for name, path in named.items():
+        try:
+            with open_regular(path) as file:
+                documents[name] = _document(file, str(path), len(paths))
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
     chosen = _choose([name for name in paths if name not in documents], documents, folder, split)
 
     def fingerprint() -> str:
@@ -110,7 +125,7 @@ def folder_files(folder: Path, split: str = "train") -> ImageFiles:
 
     return ImageFiles(
         names=tuple(str(paths[name]) for name in chosen.names),
-        open=lambda i: paths[chosen.names[i]].open("rb"),
+        open=lambda i: open_regular(paths[chosen.names[i]]),
         labels=chosen.labels,
         class_names=chosen.class_names,
         name=folder.resolve().name or "images",
@@ -131,13 +146,9 @@ def zip_files(path: Path, split: str = "train") -> Generator[ImageFiles, None, N
         ValueError: if the archive is damaged or encrypted, an entry's name leads out of it or occurs twice, there is no
             image, no such split, or `dataset.json` does not fit the files.
     """
-    try:
-        archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
-        raise ValueError(f"{path} is not a whole .zip archive ({error}): copy or make it again.") from error
-    with archive:
+    with Archive(path) as archive:
         entries: dict[str, zipfile.ZipInfo] = {}
-        for entry in archive.infolist():
+        for entry in archive.entries:
             name = entry.filename
             parts = PurePosixPath(name).parts
             if name.startswith("/") or ".." in parts or "\\" in entry.orig_filename or ":" in name.split("/")[0]:
@@ -154,10 +165,8 @@ def zip_files(path: Path, split: str = "train") -> Generator[ImageFiles, None, N
         documents: dict[str, bytes] = {}
         for name, entry in entries.items():
             if PurePosixPath(name).name == "dataset.json":
-                try:
-                    documents[name] = archive.read(entry)
-                except Exception as error:
-                    raise ValueError(f"{path}: the entry {name!r} cannot be read ({error}): make it again.") from error
+                with archive.open(entry) as file:
+                    documents[name] = _document(file, f"{path}/{name}", len(entries))
         chosen = _choose([name for name in entries if name not in documents], documents, path, split)
 
         def fingerprint() -> str:
@@ -165,7 +174,7 @@ def zip_files(path: Path, split: str = "train") -> Generator[ImageFiles, None, N
 
         yield ImageFiles(
             names=tuple(f"{path}/{name}" for name in chosen.names),
-            open=lambda i: cast("BinaryIO", archive.open(entries[chosen.names[i]])),
+            open=lambda i: archive.open(entries[chosen.names[i]]),
             labels=chosen.labels,
             class_names=chosen.class_names,
             name=path.stem,
@@ -238,6 +247,21 @@ def _common_folder(names: list[str]) -> str:
     return "".join(f"{part}/" for part, _ in agree)
 
 
+def _document(file: BinaryIO | EntryFile, where: str, count: int) -> bytes:
+    """The bytes of a dataset.json beside `count` files; as Python's objects they take up to thirty times as much memory."""
+    limit = DOCUMENT_LIMIT + DOCUMENT_SHARE * count
+    pieces: list[bytes] = []
+    size = 0
+    while piece := file.read(2**20):
+        pieces.append(piece)
+        size += len(piece)
+        if size > limit:
+            raise ValueError(
+                f"{where} has more than {limit:,} bytes, too many for the labels of {count:,} files: leave out the rest."
+            )
+    return b"".join(pieces)
+
+
 def _document_labels(names: list[str], document: bytes, where: str) -> NDArray[np.int64] | None:
     """Labels of `names` from a dataset.json; entries without an image are ignored."""
     try:
@@ -246,7 +270,7 @@ def _document_labels(names: list[str], document: bytes, where: str) -> NDArray[n
         if pairs is None:
             return None
         table = {str(name): label for name, label in pairs}
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f'{where} is not understood ({error}): it should read {{"labels": [["name.png", 0], ...]}} or '
             '{"labels": null}.'
@@ -259,5 +283,5 @@ def _document_labels(names: list[str], document: bytes, where: str) -> NDArray[n
     labels = [table[name] for name in names]
     for name, label in zip(names, labels, strict=True):
         if type(label) is not int or not 0 <= label < 2**31:
-            raise ValueError(f"{where} gives {name} the label {label!r}: a label is a whole number from 0.")
+            raise ValueError(f"{where} gives {name} the label {reprlib.repr(label)}: a label is a whole number from 0.")
     return np.array(labels, np.int64)

@@ -8,20 +8,23 @@ of reduction so that it does not alias. An image that has the size already is le
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stablefield.data.collector import Collector, cached
-from stablefield.data.image_set import ImageSet, Origin
+from stablefield.data.image_set import ImageSet, Origin, chunks
 from stablefield.data.pillow import require_pillow
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Resize", "check_resize", "fit", "natural_resolution", "resize_text", "resized_set"]
+__all__ = ["Resize", "check_resize", "fit", "gathered_set", "natural_resolution", "resize_text", "resized_set"]
 
 Resize: TypeAlias = Literal["crop", "squash"]
 
@@ -58,13 +61,20 @@ def fit(image: Image, resolution: int, resize: Resize) -> Image:
     """Bring an image of mode L or RGB to (resolution, resolution) pixels, by the rule of the module."""
     from PIL.Image import Resampling
 
-    width, height = image.size
-    if resize == "crop" and width != height:
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
+    box = _box(*image.size, resize)
+    if box != (0, 0, *image.size):
         # Cut first: resize(box=...) would let the filter look at what lies outside of the square.
-        image = image.crop((left, top, left + side, top + side))
+        image = image.crop(box)
     return image.resize((resolution, resolution), Resampling.LANCZOS)
+
+
+def _box(width: int, height: int, resize: Resize) -> tuple[int, int, int, int]:
+    """What is taken of an image: left, top, right, bottom."""
+    if resize == "squash":
+        return 0, 0, width, height
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
 
 
 def resize_text(resolution: int, resize: Resize) -> str:
@@ -95,31 +105,101 @@ def resized_set(images: ImageSet, resolution: int, resize: Resize, *, memory_bud
     channels, height, width = images.shape
     if (height, width) == (resolution, resolution):
         return images
-    require_pillow("resizing images")
-    from PIL import Image
-
     before = images.manifest
-    text = resize_text(resolution, resize)
-    key = json.dumps([before["sha256"], before["labels_sha256"], images.class_names, images.shape, text])
-    file, found = cached(cache, key)
-    if found is not None:
-        return found
-    shape = (channels, resolution, resolution)
     origin = Origin(
         name=images.name,
         source=str(before.get("source", "")),
         class_names=images.class_names,
-        resized=text if before.get("resized", "no") == "no" else f"{before['resized']}; {text}",
-        conversions=dict(before.get("conversions", {}))
-        | ({"enlarged": len(images)} if min(height, width) < resolution else {}),
+        resized=str(before.get("resized", "no")),
+        conversions=dict(before.get("conversions", {})),
         skipped=int(before.get("skipped", 0)),
         skipped_files=tuple(before.get("skipped_files", ())),
     )
-    with Collector(
-        len(images), shape, memory_budget=memory_budget, file=file, class_names=images.class_names
-    ) as collector:
-        for pixels in images.images:
-            plain = Image.fromarray(np.ascontiguousarray(pixels[0] if channels == 1 else pixels.transpose(1, 2, 0)))
-            small = np.asarray(fit(plain, resolution, resize)).reshape(resolution, resolution, channels)
-            collector.append(small.transpose(2, 0, 1)[None])
-        return collector.finish(images.labels, origin)
+    return gathered_set(
+        chunks(images.images),
+        len(images),
+        images.shape,
+        lambda: images.labels,
+        origin,
+        key=[before["sha256"], before["labels_sha256"], images.class_names, images.shape],
+        resolution=resolution,
+        limit=None,
+        resize=resize,
+        memory_budget=memory_budget,
+        cache=cache,
+    )
+
+
+def gathered_set(
+    pieces: Iterable[NDArray[np.uint8]],
+    count: int,
+    shape: tuple[int, int, int],
+    labels: Callable[[], NDArray[np.int64] | None],
+    origin: Origin,
+    *,
+    key: list[Any],
+    resolution: int | None,
+    limit: int | None,
+    resize: Resize,
+    memory_budget: int,
+    cache: Path,
+) -> ImageSet:
+    """Make a set of images that come piece by piece, each brought to its resolution before the next is asked for.
+
+    Args:
+        pieces: images (k, C, H, W).
+        count: how many images they are together.
+        shape: of one, (C, H, W).
+        labels: gives their labels, shape (n,), or None; called when the images are there.
+        origin: where they come from, before resizing.
+        key: JSON values, all that the images and labels depend on, for the name of the packed file.
+        resolution: the wanted side in pixels; None keeps the size.
+        limit: where there is no resolution, choose the natural one up to this.
+        resize: how (see the module).
+        memory_budget: bytes of pixels that may be kept in memory.
+        cache: the folder for a packed file if they are more.
+
+    Raises:
+        ValueError: if the result is beyond the budget and cannot be written.
+        ImportError: if they are to be resized and Pillow is not installed.
+    """
+    channels, height, width = shape
+    if resolution is None and limit is not None:
+        resolution = natural_resolution([(height, width)], limit)
+    resized = resolution is not None and (height, width) != (resolution, resolution)
+    if resized and resolution is not None:
+        require_pillow("resizing images")
+        text = resize_text(resolution, resize)
+        key = [*key, text]
+        pieces = (_resized(piece, resolution, resize) for piece in pieces)
+        enlarged = {"enlarged": count} if min(height, width) < resolution else {}
+        origin = replace(
+            origin,
+            resized=text if origin.resized == "no" else f"{origin.resized}; {text}",
+            conversions=origin.conversions | enlarged,
+        )
+        shape = (channels, resolution, resolution)
+    file = cache
+    if count * math.prod(shape) > memory_budget:
+        file, found = cached(cache, json.dumps(key))
+        if found is not None:
+            return found
+    with Collector(count, shape, memory_budget=memory_budget, file=file, class_names=origin.class_names) as collector:
+        for piece in pieces:
+            collector.append(piece)
+        return collector.finish(labels(), origin)
+
+
+def _resized(piece: NDArray[np.uint8], resolution: int, resize: Resize) -> NDArray[np.uint8]:
+    """Bring images (k, C, H, W) to (k, C, resolution, resolution)."""
+    from PIL.Image import fromarray
+
+    count, channels, height, width = piece.shape
+    small = np.empty((count, channels, resolution, resolution), np.uint8)
+    left, top, right, bottom = _box(width, height, resize)
+    for pixels, result in zip(piece[:, :, top:bottom, left:right], small, strict=True):
+        plain = fromarray(np.ascontiguousarray(pixels[0] if channels == 1 else pixels.transpose(1, 2, 0)))
+        result[:] = (
+            np.asarray(fit(plain, resolution, resize)).reshape(resolution, resolution, channels).transpose(2, 0, 1)
+        )
+    return small

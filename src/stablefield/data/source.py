@@ -3,9 +3,9 @@
 A source is recognised by what is in it, not by its name: see `UNDERSTOOD` for the list.
 """
 
-import zipfile
 from pathlib import Path
 
+from stablefield.data.archive import Archive, is_archive
 from stablefield.data.arrays import open_npy, open_npz
 from stablefield.data.cifar10 import cifar10_folder, open_cifar10
 from stablefield.data.collector import MEMORY_BUDGET, cache_folder
@@ -17,6 +17,7 @@ from stablefield.data.image_loader import Progress, load_image_files
 from stablefield.data.image_set import ImageSet
 from stablefield.data.packed import is_packed, open_packed
 from stablefield.data.resizing import Resize, check_resize, natural_resolution, resized_set
+from stablefield.regular_file import open_regular
 
 __all__ = ["UNDERSTOOD", "open_images"]
 
@@ -88,9 +89,25 @@ def open_images(
         case "cifar10":
             images = open_cifar10(cifar10_folder(path) or path, split)
         case "idx":
-            images = open_idx(path, split)
+            images = open_idx(
+                path,
+                split,
+                resolution=resolution,
+                limit=limit,
+                resize=resize,
+                memory_budget=memory_budget,
+                cache=cache,
+            )
         case "npz":
-            images = open_npz(path, split, memory_budget=memory_budget, cache=cache)
+            images = open_npz(
+                path,
+                split,
+                resolution=resolution,
+                limit=limit,
+                resize=resize,
+                memory_budget=memory_budget,
+                cache=cache,
+            )
         case _:
             if split != "train":
                 raise ValueError(f"split={split!r}: {source} has no splits; leave split out.")
@@ -112,7 +129,7 @@ def _kind(source: str | Path) -> tuple[str, Path]:
     try:
         if path.is_dir():
             return _folder_kind(path), path
-        if path.is_file():
+        if path.exists():
             return _file_kind(path), path
     except OSError as error:
         raise ValueError(f"{source} cannot be read: {error.strerror or error}.") from error
@@ -131,9 +148,9 @@ def _folder_kind(folder: Path) -> str:
 
 
 def _file_kind(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         head = file.read(512)
-    if zipfile.is_zipfile(path) or head[:4] == b"PK\x03\x04":
+    if is_archive(path):
         return "npz" if _holds_arrays(path) else "zip"
     if head[:6] == b"\x93NUMPY":
         return "npy"
@@ -155,8 +172,8 @@ def _file_kind(path: Path) -> str:
 
 def _holds_arrays(path: Path) -> bool:
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, NotImplementedError):
+        with Archive(path) as archive:
+            names = [entry.filename for entry in archive.entries]
+    except ValueError:
         return path.suffix == ".npz"
     return bool(names) and all(name.endswith(".npy") for name in names)
