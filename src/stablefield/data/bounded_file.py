@@ -21,13 +21,13 @@ class BoundedFile(io.RawIOBase):
 
     Args:
         file: the file, at its start; it is not closed.
-        limit: how many bytes may be read in all.
+        limit: how many bytes may be read in all; it may be raised as more is known of the file.
     """
 
     def __init__(self, file: BinaryIO | EntryFile, limit: int) -> None:
         super().__init__()
         self._file = file
-        self._limit = limit
+        self.limit = limit
         self._read = 0
         self._place = 0
         self._kept = bytearray()
@@ -61,20 +61,20 @@ class BoundedFile(io.RawIOBase):
         Raises:
             ValueError: if more than the limit would have been read.
         """
-        left = self._limit - self._read
+        left = self.limit - self._read
         wanted = left + 1 if size is None or size < 0 else min(size, left + 1)
         if isinstance(self._file, EntryFile):
             end = self._place + wanted
-            self._kept += _pieces(self._file, min(end, self._limit + 1) - len(self._kept))
+            self._kept += _pieces(self._file, min(end, self.limit + 1) - len(self._kept))
             data = bytes(self._kept[self._place : end])
         else:
             self._file.seek(min(self._place, 2**62))
             data = _pieces(self._file, wanted)
         self._place += len(data)
         self._read += len(data)
-        if max(self._read, len(self._kept)) > self._limit:
+        if max(self._read, len(self._kept)) > self.limit:
             raise ValueError(
-                f"more than {self._limit:,} bytes would have to be read, too many for an image of its size: save it again"
+                f"more than {self.limit:,} bytes would have to be read, too many for an image of its size: save it again"
             )
         return data
 

@@ -102,7 +102,7 @@ def resized_set(images: ImageSet, resolution: int, resize: Resize, *, memory_bud
         ValueError: if the result is beyond the budget and cannot be written.
         ImportError: if Pillow is not installed.
     """
-    channels, height, width = images.shape
+    _, height, width = images.shape
     if (height, width) == (resolution, resolution):
         return images
     before = images.manifest
