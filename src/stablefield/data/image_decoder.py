@@ -45,7 +45,7 @@ PIXEL_BYTES = 8
 EXIF_BYTES = 2**20
 TIFF_VALUES = 2**17
 """How many numbers one tag of a TIFF file may hold, each of which becomes an object: offsets of strips, mostly."""
-STRIP_PIXELS = 2**22
+STRIP_PIXELS = 2**20
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "TGA", "AVIF")
 """What files are taken for, whatever their names: Pillow knows more, and hands some of them to other programs."""
@@ -232,7 +232,7 @@ def _turned(image: Image, orientation: int) -> Image:
 
 
 def _strips(image: Image) -> Iterator[tuple[int, int, int, int]]:
-    """Boxes of whole rows (left, top, right, bottom) that cover an image, a few million pixels each."""
+    """Boxes of whole rows (left, top, right, bottom) that cover an image, a million pixels each."""
     rows = max(1, STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
         yield 0, top, image.width, min(image.height, top + rows)

@@ -153,7 +153,7 @@ def zip_files(path: Path, split: str = "train") -> Generator[ImageFiles, None, N
             parts = PurePosixPath(name).parts
             if name.startswith("/") or ".." in parts or "\\" in entry.orig_filename or ":" in name.split("/")[0]:
                 raise ValueError(f"{path}: the entry {entry.orig_filename!r} leads out of the archive: make it again.")
-            if entry.is_dir() or any(_hidden(part) for part in parts):
+            if not parts or entry.is_dir() or any(_hidden(part) for part in parts):
                 continue
             if PurePosixPath(name).suffix.lower() not in SUFFIXES and parts[-1] != "dataset.json":
                 continue

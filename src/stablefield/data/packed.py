@@ -164,8 +164,8 @@ def _manifest(path: Path, header: dict[str, Any]) -> dict[str, Any]:
     # What an older or foreign writer left out means what it means in `Origin`.
     found = Origin(name=path.stem, source="").manifest(0) | cast("dict[str, Any]", manifest)
     for key, fits in _MANIFEST.items():
-        if not fits(found[key]):
-            raise _damaged(path, f"its manifest says {key} = {reprlib.repr(found[key])}")
+        if not fits(found.get(key)):
+            raise _damaged(path, f"its manifest says {key} = {reprlib.repr(found.get(key))}")
     return found
 
 

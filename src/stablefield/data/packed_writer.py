@@ -24,7 +24,7 @@ __all__ = ["HEADER_LIMIT", "METADATA_KEY", "PackedWriter", "room_for"]
 METADATA_KEY = "stablefield.images"
 ROOM = 2**16
 """Bytes for a header without class names."""
-HEADER_LIMIT = 2**25
+HEADER_LIMIT = 2**24
 """The longest header, in bytes: read as JSON it takes up to thirty times as much memory."""
 
 

@@ -78,45 +78,51 @@ def open_images(
         )
 
     kind, path = _kind(source)
-    match kind:
-        case "hub":
-            return loaded(hub_files(str(source).removeprefix("hf:"), split))
-        case "folder":
-            return loaded(folder_files(path, split))
-        case "zip":
-            with zip_files(path, split) as files:
-                return loaded(files)
-        case "cifar10":
-            images = open_cifar10(cifar10_folder(path) or path, split)
-        case "idx":
-            images = open_idx(
-                path,
-                split,
-                resolution=resolution,
-                limit=limit,
-                resize=resize,
-                memory_budget=memory_budget,
-                cache=cache,
-            )
-        case "npz":
-            images = open_npz(
-                path,
-                split,
-                resolution=resolution,
-                limit=limit,
-                resize=resize,
-                memory_budget=memory_budget,
-                cache=cache,
-            )
-        case _:
-            if split != "train":
-                raise ValueError(f"split={split!r}: {source} has no splits; leave split out.")
-            images = open_digits() if kind == "digits" else open_npy(path) if kind == "npy" else open_packed(path)
-    if resolution is None and limit is not None:
-        resolution = natural_resolution([images.shape[1:]], limit)
-    if resolution is None:
-        return images
-    return resized_set(images, resolution, resize, memory_budget=memory_budget, cache=cache)
+    try:
+        match kind:
+            case "hub":
+                return loaded(hub_files(str(source).removeprefix("hf:"), split))
+            case "folder":
+                return loaded(folder_files(path, split))
+            case "zip":
+                with zip_files(path, split) as files:
+                    return loaded(files)
+            case "cifar10":
+                images = open_cifar10(cifar10_folder(path) or path, split)
+            case "idx":
+                images = open_idx(
+                    path,
+                    split,
+                    resolution=resolution,
+                    limit=limit,
+                    resize=resize,
+                    memory_budget=memory_budget,
+                    cache=cache,
+                )
+            case "npz":
+                images = open_npz(
+                    path,
+                    split,
+                    resolution=resolution,
+                    limit=limit,
+                    resize=resize,
+                    memory_budget=memory_budget,
+                    cache=cache,
+                )
+            case _:
+                if split != "train":
+                    raise ValueError(f"split={split!r}: {source} has no splits; leave split out.")
+                images = open_digits() if kind == "digits" else open_npy(path) if kind == "npy" else open_packed(path)
+        if resolution is None and limit is not None:
+            resolution = natural_resolution([images.shape[1:]], limit)
+        if resolution is None:
+            return images
+        return resized_set(images, resolution, resize, memory_budget=memory_budget, cache=cache)
+    except ValueError as error:
+        # What is wrong with labels or sizes is found where no file is known any more.
+        if path.name in str(error) or kind in ("hub", "digits"):
+            raise
+        raise ValueError(f"{source}: {error}") from error
 
 
 def _kind(source: str | Path) -> tuple[str, Path]:
