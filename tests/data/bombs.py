@@ -1,5 +1,6 @@
 """Small files that stand for a lot, and the memory that opening them takes, measured in a process of its own."""
 
+import functools
 import io
 import json
 import os
@@ -62,6 +63,12 @@ def opened(sources, timeout=240):
     return {name: (said, peak) for name, said, peak in map(json.loads, done.stdout.splitlines())}
 
 
+@functools.cache
+def zeros_deflated():
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return packer.compress(bytes(PIECE)) + packer.flush(zlib.Z_FULL_FLUSH)
+
+
 def deflated(head, size):
     """`head` and `size` zeros (of whole pieces), deflated to a thousandth; also the checksum and the length of all.
 
@@ -70,7 +77,7 @@ def deflated(head, size):
     assert size % PIECE == 0
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     first = packer.compress(head) + packer.flush(zlib.Z_FULL_FLUSH)
-    block = packer.compress(bytes(min(size, PIECE))) + packer.flush(zlib.Z_FULL_FLUSH)
+    block = zeros_deflated() if size else b""
     checksum = zlib.crc32(head)
     for _ in range(size // PIECE if size <= 512 * MIB else 0):
         checksum = zlib.crc32(bytes(PIECE), checksum)

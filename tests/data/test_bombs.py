@@ -56,10 +56,10 @@ def unpacked(where):
         where / "t.zip", {"a.png": (bombs.image_bytes(), huge), "b.jpg": (bombs.image_bytes(kind="JPEG"), huge)}
     )
     yield "behind images", path, {}, "^2 images$", 64
-    chunks = {f"{i}.png": (bombs.png_with(b"prIv", b"", huge), huge) for i in range(4)}
-    yield "PNG chunks", bombs.zipped(where / "c.zip", chunks), {}, "none of 4 .*bytes would have to be read", 400
-    whole = {f"{i}.webp": (b"RIFF" + struct.pack("<I", huge) + b"WEBPVP8L", huge) for i in range(4)}
-    yield "WebP", bombs.zipped(where / "w.zip", whole), {}, "none of 4 .*bytes would have to be read", 600
+    chunks = {f"{i}.png": (bombs.png_with(b"prIv", b"", huge), huge) for i in range(3)}
+    yield "PNG chunks", bombs.zipped(where / "c.zip", chunks), {}, "none of 3 .*bytes would have to be read", 400
+    whole = {f"{i}.webp": (b"RIFF" + struct.pack("<I", huge) + b"WEBPVP8L", huge) for i in range(3)}
+    yield "WebP", bombs.zipped(where / "w.zip", whole), {}, "none of 3 .*bytes would have to be read", 600
 
 
 def claimed(where):

@@ -9,11 +9,11 @@ import stat
 import zipfile
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Protocol, Self
 
 from stablefield.regular_file import open_regular
 
-__all__ = ["Archive", "EntryFile", "is_archive"]
+__all__ = ["Archive", "EntryFile", "Readable", "is_archive"]
 
 READ = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 FOREIGN_SYSTEM = 3
@@ -28,6 +28,14 @@ def is_archive(path: Path) -> bool:
             return zipfile.is_zipfile(file) or head == b"PK\x03\x04"
         except Exception:
             return head == b"PK\x03\x04"
+
+
+class Readable(Protocol):
+    """Whatever gives bytes from its start to its end."""
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Read up to `size` bytes, or all that are left."""
+        ...
 
 
 class EntryFile(io.RawIOBase):
@@ -58,7 +66,9 @@ class EntryFile(io.RawIOBase):
         try:
             return self._file.read(-1 if size is None else size)
         except Exception as error:
-            raise ValueError(f"{self.name} is cut short or damaged ({error}): make the archive again.") from error
+            raise ValueError(
+                f"{self.name} is cut short or damaged ({_short(error)}): make the archive again."
+            ) from error
 
     def close(self) -> None:
         """Close the entry, not the archive."""
@@ -88,7 +98,7 @@ class Archive:
             # Damage raises a dozen kinds of error: struct.error, UnicodeDecodeError, NotImplementedError, ...
             self._file.close()
             raise ValueError(
-                f"{path} is not a whole .zip archive, cut short or damaged ({error}): copy or make it again."
+                f"{path} is not a whole .zip archive, cut short or damaged ({_short(error)}): copy or make it again."
             ) from error
 
     def __enter__(self) -> Self:
@@ -124,4 +134,10 @@ class Archive:
         try:
             return EntryFile(name, entry.file_size, self._archive.open(entry))
         except Exception as error:
-            raise ValueError(f"{name} is cut short or damaged ({error}): make the archive again.") from error
+            raise ValueError(f"{name} is cut short or damaged ({_short(error)}): make the archive again.") from error
+
+
+def _short(error: Exception) -> str:
+    """What is wrong, without the bytes that some of Python's errors quote at length."""
+    text = str(error) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}..."

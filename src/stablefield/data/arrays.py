@@ -12,13 +12,12 @@ import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from stablefield.data.archive import Archive
+from stablefield.data.archive import Archive, Readable
 from stablefield.data.image_files import stamp
 from stablefield.data.image_set import (
     PIXEL_LIMIT,
@@ -116,7 +115,7 @@ def open_npz(
             )
 
 
-def _header(what: str, file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
+def _header(what: str, file: Readable) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
     """Shape, order (whether Fortran's) and dtype of the array that begins in `file`, which is then at its first byte."""
     try:
         head = file.read(8)

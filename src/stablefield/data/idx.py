@@ -130,7 +130,7 @@ def _bytes_of(path: Path) -> Generator[tuple[IO[bytes], bool], None, None]:
         file.seek(0)
         if gzipped:
             with gzip.GzipFile(fileobj=file) as unpacked:
-                yield unpacked, True
+                yield cast("IO[bytes]", unpacked), True
         else:
             yield file, False
 

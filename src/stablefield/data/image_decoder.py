@@ -20,7 +20,7 @@ import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -168,7 +168,8 @@ def _opened(file: BoundedFile) -> ImageFile:
 
     init()
     _check_tiff(file)
-    return open_image(file, formats=[name for name in FORMATS if name in OPEN])
+    # It has what Pillow uses of a file.
+    return open_image(cast("BinaryIO", file), formats=[name for name in FORMATS if name in OPEN])
 
 
 def _check_tiff(file: BoundedFile) -> None:

@@ -14,10 +14,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from stablefield.data.archive import Readable
 
 __all__ = [
     "PIXEL_LIMIT",
@@ -233,7 +235,7 @@ def chunks(images: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
         yield np.ascontiguousarray(images[start : start + rows])
 
 
-def read_rows(file: IO[bytes], count: int, shape: tuple[int, ...], what: str) -> Iterator[NDArray[np.uint8]]:
+def read_rows(file: Readable, count: int, shape: tuple[int, ...], what: str) -> Iterator[NDArray[np.uint8]]:
     """Read `count` arrays of `shape`, bytes without a gap, in pieces (k, *shape) of about 16 MiB.
 
     Args:
@@ -267,7 +269,7 @@ def mapped(
     """Map bytes of an open file into memory, read-only; `path` is what the map says that it comes from."""
     # NumPy would open a path once more, and by then something else may be there.
     array = np.memmap(file, np.uint8, "r", start, shape, order)
-    array.filename = path
+    array.filename = str(path.resolve())
     return array
 
 
