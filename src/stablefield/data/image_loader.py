@@ -8,8 +8,10 @@ Beside the set itself, reading takes no more than 1 GiB of memory, whatever the 
 than are 128 MiB.
 """
 
+import ctypes
 import json
 import math
+import sys
 import threading
 import warnings
 from collections import Counter, deque
@@ -227,9 +229,18 @@ class _Room:
         try:
             yield
         finally:
+            if size > WINDOW_BYTES // 2:
+                _return_free_memory()
             with self._changed:
                 self._free += size
                 self._changed.notify_all()
+
+
+def _return_free_memory() -> None:
+    """Have the C library give freed memory back: glibc keeps it for the thread that freed it, and no other can use it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _reported(
