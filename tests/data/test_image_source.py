@@ -5,11 +5,13 @@ import json
 import sys
 import zipfile
 import zlib
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from stablefield.data import image_loader, open_images, pack, summary
 from stablefield.data.resizing import natural_resolution
@@ -631,6 +633,36 @@ def test_a_png_is_turned_wherever_its_orientation_is_written(tmp_path, kind, lat
     opened = open_images(source)
     np.testing.assert_array_equal(opened.images, [chw(upright)] * 2)
     assert opened.manifest["conversions"] == {"turned as EXIF says": 1}
+
+
+def test_a_png_that_says_more_behind_its_pixels_is_decoded_within_the_memory_for_decoding(tmp_path, monkeypatch):
+    taken, load = image_loader._Room.taken, PngImageFile.load
+    held, during = [], []
+
+    @contextmanager
+    def noted(self, size):
+        with taken(self, size):
+            held.append(size)
+            yield
+            held.pop()
+
+    def loaded(self):
+        # Pillow calls it once more for every look at the pixels.
+        during.append(sum(held))
+        return load(self)
+
+    monkeypatch.setattr(image_loader._Room, "taken", noted)
+    monkeypatch.setattr(PngImageFile, "load", loaded)
+    content = b"XML:com.adobe.xmp\0\0\0\0\0" + XMP
+    for late in (False, True):
+        data = with_chunk(png_bytes(pixels((60, 80, 3))), b"iTXt", content, late=late)
+        (tmp_path / "a.png").write_bytes(data)
+        during.clear()
+        opened = open_images(tmp_path, progress=lambda stage, *_: during.append(stage))
+        assert opened.shape == (3, 80, 60)
+        looked = during[: during.index("looking at files")]
+        assert looked == [8 * 60 * 80] * late
+        assert min(size for size in during if not isinstance(size, str)) == 8 * 60 * 80
 
 
 def test_the_first_frame_of_an_animation_is_taken(tmp_path):

@@ -52,7 +52,7 @@ def test_floods_are_small(readings) -> None:
     ("name", "told"),
     [
         ("resolution of 0", "names are not those of"),
-        ("resolution of 65,536 of a network", "images would be 65,536 pixels wide"),
+        ("resolution of 65,536 of a network", "images would be 65,536 x 65,536 pixels"),
         ("30,000 blocks", "it has 30,002 tensors; a network has no more than 10,000"),
         ("as many blocks as there are tensors", "1 levels of 9,000 blocks, and its 9,002 tensors are too few"),
         ("blocks times levels of a network", "11 levels of 900 blocks"),

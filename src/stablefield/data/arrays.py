@@ -7,24 +7,36 @@ names of the classes, if they are there, `class_names`. A .npy file is mapped; t
 into memory up to a budget and into a packed file beyond it. Nothing that needs pickle is read.
 """
 
-import json
+import io
 import math
+import os
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from stablefield.data.collector import Collector, cached
+from stablefield.data.archive import Archive, Readable
 from stablefield.data.image_files import stamp
-from stablefield.data.image_set import ImageSet, Origin, labels_sha256, make_image_set
+from stablefield.data.image_set import (
+    CLASS_LIMIT,
+    PIXEL_LIMIT,
+    ImageSet,
+    Origin,
+    check_label_count,
+    make_image_set,
+    mapped,
+    read_rows,
+)
+from stablefield.data.resizing import Resize, Resolution, gathered_set
+from stablefield.regular_file import open_regular
 
 __all__ = ["open_npy", "open_npz"]
 
+HEADER_LIMIT = 10_000
+"""Bytes of a header of .npy: NumPy itself takes no more."""
 NAMES_LIMIT = 2**24
 """Bytes that the names of the classes may take."""
 
@@ -36,19 +48,39 @@ def open_npy(path: Path) -> ImageSet:
         ValueError: if the file is damaged, or its dtype or shape is not that of images (see the module).
     """
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path} is cut short, damaged, or holds Python objects ({error}): save it again.") from error
-    layout, view = _layout(str(path), array.dtype, array.shape)
+        with open_regular(path) as file:
+            shape, fortran, dtype = _header(str(path), file)
+            layout, view = _layout(str(path), dtype, shape)
+            start, size = file.tell(), file.seek(0, os.SEEK_END)
+            if size < start + math.prod(shape):
+                raise ValueError(
+                    f"{path} is cut short or damaged: {size:,} bytes, where its header speaks of shape {shape}; save it "
+                    "again."
+                )
+            array = mapped(file, path, start, shape, "F" if fortran else "C")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
     return make_image_set(view(array), None, Origin(name=path.stem, source=f"array file {path.name}, read as {layout}"))
 
 
-def open_npz(path: Path, split: str = "train", *, memory_budget: int, cache: Path) -> ImageSet:
+def open_npz(
+    path: Path,
+    split: str = "train",
+    *,
+    resolution: Resolution | None = None,
+    limit: int | None = None,
+    resize: Resize = "crop",
+    memory_budget: int,
+    cache: Path,
+) -> ImageSet:
     """Read the images and labels of an .npz file.
 
     Args:
         path: the file.
         split: which of its splits, where its arrays are named after splits.
+        resolution: bring every image to this side or height and width as it is read.
+        limit: where there is no resolution, choose the natural one up to this (see `natural_resolution`).
+        resize: how.
         memory_budget: bytes of pixels that may be kept in memory.
         cache: the folder for a packed file if they are more.
 
@@ -56,17 +88,64 @@ def open_npz(path: Path, split: str = "train", *, memory_budget: int, cache: Pat
         ValueError: if the file is damaged, holds no array of images under a known name, or their dtype or shape is not that
             of images (see the module).
     """
+    with Archive(path) as archive:
+        arrays = {entry.filename.removesuffix(".npy"): entry for entry in archive.entries}
+        images_key, labels_key = _keys(path, set(arrays), split)
+        with archive.open(arrays[images_key]) as file:
+            what = f"{path}: {images_key}"
+            shape, fortran, dtype = _header(what, file)
+            layout, view = _layout(what, dtype, shape)
+            if fortran:
+                raise ValueError(f"{what} lies in Fortran order: save np.ascontiguousarray of it.")
+
+            def labels() -> NDArray[np.int64] | None:
+                # After the images: only then is it known that there are as many as both headers say.
+                return None if labels_key is None else _labels(path, archive, arrays[labels_key], shape[0])
+
+            class_names = None
+            if labels_key is not None:
+                _label_header(path, archive, arrays[labels_key], shape[0])
+                if "class_names" in arrays:
+                    class_names = _class_names(path, archive, arrays["class_names"], shape[0])
+            return gathered_set(
+                (view(rows) for rows in read_rows(file, shape[0], shape[1:], what)),
+                shape[0],
+                view(np.empty((1, *shape[1:]), np.uint8)).shape[1:],
+                labels,
+                Origin(
+                    name=path.stem,
+                    source=f"array {images_key} of {path.name}, read as {layout}",
+                    class_names=class_names,
+                ),
+                key=[str(path.resolve()), *stamp(path), images_key, labels_key, class_names],
+                resolution=resolution,
+                limit=limit,
+                resize=resize,
+                memory_budget=memory_budget,
+                cache=cache,
+            )
+
+
+def _header(what: str, file: Readable) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
+    """Shape, order (whether Fortran's) and dtype of the array that begins in `file`, which is then at its first byte."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = {name.removesuffix(".npy") for name in archive.namelist()}
-            images_key, labels_key = _keys(path, names, split)
-            labels = None if labels_key is None else _labels(path, archive, labels_key)
-            named = labels is not None and "class_names" in names
-            class_names = _class_names(path, archive) if named else None
-            with archive.open(f"{images_key}.npy") as file:
-                return _images(path, file, images_key, labels, class_names, memory_budget, cache)
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is cut short or damaged ({error}): save it again.") from error
+        head = file.read(8)
+        # The second version, and the third, have four bytes for the length of the header.
+        head += file.read(2 if head[6:7] == b"\1" else 4)
+        length = int.from_bytes(head[8:], "little")
+        if length > HEADER_LIMIT:
+            raise ValueError(f"a header of {length:,} bytes")
+        stream = io.BytesIO(head + file.read(length))
+        read = npy.read_array_header_1_0 if npy.read_magic(stream) == (1, 0) else npy.read_array_header_2_0
+        shape, fortran, dtype = read(stream)
+        if any(type(side) is not int or side < 0 for side in shape) or math.prod(shape) * dtype.itemsize >= 2**63:
+            raise ValueError(f"shape {shape}")
+    except Exception as error:
+        # NumPy parses the header as an expression of Python, over which anything at all may be raised.
+        raise ValueError(f"{what} is cut short or damaged ({error}): save it again.") from error
+    if dtype.hasobject:
+        raise ValueError(f"{what} holds Python objects, which are never read: save an array of numbers.")
+    return shape, fortran, dtype
 
 
 def _keys(path: Path, names: set[str], split: str) -> tuple[str, str | None]:
@@ -91,74 +170,62 @@ def _keys(path: Path, names: set[str], split: str) -> tuple[str, str | None]:
     return images[0], next((key for key in found if key in names), None)
 
 
-def _class_names(path: Path, archive: zipfile.ZipFile) -> tuple[str, ...]:
-    with archive.open("class_names.npy") as file:
-        read_header = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
-        shape, _, dtype = read_header(file)
+def _class_names(path: Path, archive: Archive, entry: zipfile.ZipInfo, count: int) -> tuple[str, ...]:
+    """What the classes of `count` images are called."""
+    with archive.open(entry) as file:
+        what = f"{path}: class_names"
+        shape, _, dtype = _header(what, file)
         size = math.prod(shape) * dtype.itemsize
-        if len(shape) != 1 or dtype.kind != "U" or size > NAMES_LIMIT:
+        if len(shape) != 1 or dtype.kind != "U" or not 0 < size <= NAMES_LIMIT or shape[0] > max(CLASS_LIMIT, count):
             raise ValueError(
-                f"{path}: class_names has dtype {dtype} and shape {shape}: save one text per class, shape (classes,)."
+                f"{what} has dtype {dtype} and shape {shape}: save one text per class, shape (classes,), for up to "
+                f"{max(CLASS_LIMIT, count):,} classes and of up to {NAMES_LIMIT:,} bytes."
             )
-        content = file.read(size)
-        if len(content) != size:
-            raise EOFError("class_names is shorter than its header says")
-        return tuple(str(name) for name in np.frombuffer(content, dtype))
+        content = b"".join(rows.tobytes() for rows in read_rows(file, shape[0], (dtype.itemsize,), what))
+    try:
+        names = tuple(str(name) for name in np.frombuffer(content, dtype))
+        "".join(names).encode()
+    except ValueError as error:
+        raise ValueError(f"{what} is damaged ({error}): save it again.") from error
+    return names
 
 
-def _labels(path: Path, archive: zipfile.ZipFile, key: str) -> NDArray[np.int64]:
-    with archive.open(f"{key}.npy") as file:
-        labels: NDArray[np.int64] = npy.read_array(file, allow_pickle=False)
-    if labels.dtype.kind not in "iu" or labels.size != max(labels.shape, default=0):
+def _label_header(path: Path, archive: Archive, entry: zipfile.ZipInfo, count: int) -> None:
+    """Refuse labels that do not fit `count` images, by their header alone."""
+    with archive.open(entry) as file:
+        key = entry.filename.removesuffix(".npy")
+        shape, _, dtype = _header(f"{path}: {key}", file)
+    if dtype.kind not in "iu" or math.prod(shape) != max(shape, default=0):
         raise ValueError(
-            f"{path}: {key} has dtype {labels.dtype} and shape {labels.shape}: labels are whole numbers, one per image, "
+            f"{path}: {key} has dtype {dtype} and shape {shape}: labels are whole numbers, one per image, "
             "shape (n,); from one-hot rows they are had by argmax(1)."
         )
-    return labels.reshape(-1).astype(np.int64)
+    if math.prod(shape) != count:
+        raise ValueError(f"{path} has {math.prod(shape):,} labels for {count:,} images: save one label per image.")
+    check_label_count(count, path)
 
 
-def _images(
-    path: Path,
-    file: IO[bytes],
-    key: str,
-    labels: NDArray[np.int64] | None,
-    class_names: tuple[str, ...] | None,
-    memory_budget: int,
-    cache: Path,
-) -> ImageSet:
-    version = npy.read_magic(file)
-    read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, fortran, dtype = read_header(file)
-    layout, view = _layout(f"{path}: {key}", dtype, shape)
-    if fortran:
-        raise ValueError(f"{path}: {key} lies in Fortran order: save np.ascontiguousarray of it.")
-    if labels is not None and len(labels) != shape[0]:
-        raise ValueError(f"{path} has {len(labels):,} labels for {shape[0]:,} images: save one label per image.")
-    size, row = math.prod(shape), math.prod(shape[1:])
-    packed, found = cached(
-        cache, json.dumps([str(path.resolve()), *stamp(path), key, labels_sha256(labels), class_names])
-    )
-    if size > memory_budget and found is not None:
-        return found
-    origin = Origin(name=path.stem, source=f"array {key} of {path.name}, read as {layout}", class_names=class_names)
-    image_shape = view(np.empty((1, *shape[1:]), np.uint8)).shape[1:]
-    rows = max(1, 2**24 // row)
-    with Collector(
-        shape[0], image_shape, memory_budget=memory_budget, file=packed, class_names=class_names
-    ) as collector:
-        for start in range(0, shape[0], rows):
-            count = min(rows, shape[0] - start)
-            content = file.read(count * row)
-            if len(content) != count * row:
-                raise EOFError(f"{key} is shorter than its header says")
-            collector.append(view(np.frombuffer(content, np.uint8).reshape(count, *shape[1:])))
-        return collector.finish(labels, origin)
+def _labels(path: Path, archive: Archive, entry: zipfile.ZipInfo, count: int) -> NDArray[np.int64]:
+    """The labels, whose header fits."""
+    with archive.open(entry) as file:
+        what = f"{path}: {entry.filename.removesuffix('.npy')}"
+        _, _, dtype = _header(what, file)
+        labels = np.empty(count, np.int64)
+        end = 0
+        for rows in read_rows(file, count, (dtype.itemsize,), what):
+            labels[end : end + len(rows)] = rows.view(dtype)[:, 0]
+            end += len(rows)
+    return labels
 
 
 def _layout(
     what: str, dtype: np.dtype[np.generic], shape: tuple[int, ...]
 ) -> tuple[str, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]]:
     """The layout of an array of images, and the function that makes (n, C, H, W) of it without a copy."""
+    if len(shape) in (3, 4) and math.prod(shape[1:]) // (3 if 3 in shape[1::2] else 1) > PIXEL_LIMIT:
+        raise ValueError(
+            f"{what} has shape {shape}: one image may have up to {PIXEL_LIMIT:,} pixels; make them smaller."
+        )
     if dtype != np.uint8:
         raise ValueError(
             f"{what} has dtype {dtype}: images are uint8, 0 to 255. From values in [0, 1]: "

@@ -7,17 +7,20 @@ References:
     Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", technical report, University of Toronto, 2009.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
 
 from stablefield.data.image_set import ImageSet, Origin, make_image_set
+from stablefield.regular_file import open_regular
 
 __all__ = ["cifar10_folder", "open_cifar10"]
 
 FILES = {"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test": ("test_batch.bin",)}
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 RECORD = 1 + 3 * 32 * 32
+RECORDS = 10_000
 
 
 def cifar10_folder(folder: Path) -> Path | None:
@@ -46,11 +49,15 @@ def open_cifar10(folder: Path, split: str = "train") -> ImageSet:
     parts: list[np.ndarray] = []
     for file in FILES[split]:
         path = folder / file
-        content = np.fromfile(path, np.uint8)
-        if content.size == 0 or content.size % RECORD:
-            raise ValueError(
-                f"{path} has {content.size:,} bytes, no multiple of {RECORD:,}: it is cut short; fetch it again."
-            )
+        with open_regular(path) as opened:
+            size = opened.seek(0, os.SEEK_END)
+            if not 0 < size <= RECORDS * RECORD or size % RECORD:
+                raise ValueError(
+                    f"{path} has {size:,} bytes, no multiple of {RECORD:,} up to {RECORDS:,} times that: it is cut short or "
+                    "damaged; fetch it again."
+                )
+            opened.seek(0)
+            content = np.frombuffer(opened.read(size), np.uint8)
         records = content.reshape(-1, RECORD)
         if records[:, 0].max() > 9:
             raise ValueError(

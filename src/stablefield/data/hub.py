@@ -6,6 +6,7 @@ there are candidates and no labels, the manifest notes why.
 """
 
 import io
+import json
 import re
 import secrets
 from collections.abc import Sequence
@@ -16,8 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablefield.data.image_files import SPLITS, ImageFiles, natural, stamp
+from stablefield.data.image_set import check_label_count
+from stablefield.regular_file import open_regular
 
 __all__ = ["dataset_files", "hub_files", "is_saved", "parquet_files", "saved_files"]
+
+LABEL_LIMIT = 2**31
+DOCUMENT_LIMIT = 2**24
+"""Bytes of a document of a saved data set; most are the names of its classes."""
 
 
 def hub_files(name: str, split: str = "train") -> ImageFiles:
@@ -59,10 +66,12 @@ def saved_files(folder: Path, split: str = "train") -> ImageFiles:
         split: which of its splits.
 
     Raises:
-        ValueError: if it cannot be loaded, has no such split, or has not exactly one column of images.
+        ValueError: if it cannot be loaded, names a file that is no regular one, has no such split, or has not exactly one
+            column of images.
         ImportError: if `datasets` is not installed.
     """
     datasets = _package(f"{folder}, a data set saved by datasets,")
+    _check_saved(folder)
     try:
         dataset: Any = datasets.load_from_disk(str(folder))
     except Exception as error:
@@ -101,6 +110,8 @@ def parquet_files(files: Sequence[Path], place: Path, split: str = "train") -> I
     # One split of its own: as with a folder of images, it is what is meant where none is named.
     word = next(iter(groups)) if len(groups) == 1 and split == "train" else _only(place, list(groups), split)
     chosen = groups[word]
+    for file in chosen:
+        _check_regular(file)
     try:
         dataset: Any = datasets.load_dataset("parquet", data_files=[str(file) for file in chosen], split="train")
     except Exception as error:
@@ -110,6 +121,46 @@ def parquet_files(files: Sequence[Path], place: Path, split: str = "train") -> I
     source = f"{many} in {name}{f', split {word}' if word else ''}"
     key = [[str(file.resolve()), *stamp(file)] for file in chosen]
     return dataset_files(dataset, name=name, source=source, fingerprint=str(key))
+
+
+def _check_saved(folder: Path) -> None:
+    """Refuse a saved data set of which `datasets` would open what is no regular file, or read a document without an end."""
+    try:
+        splits = [str(split) for split in _document(folder / "dataset_dict.json").get("splits", [])]
+        for place in (folder, *(folder / split for split in splits)):
+            _document(place / "dataset_info.json")
+            for entry in _document(place / "state.json").get("_data_files", []):
+                _check_regular(place / entry["filename"])
+    except (TypeError, KeyError) as error:
+        raise ValueError(
+            f"{folder} is no data set saved by datasets, or damaged: a file in it names no files of data; save it again."
+        ) from error
+
+
+def _document(path: Path) -> dict[str, Any]:
+    """What a file of JSON says; nothing if it is missing or not understood, which `datasets` will say then."""
+    if not path.exists():
+        return {}
+    try:
+        with open_regular(path) as file:
+            text = file.read(DOCUMENT_LIMIT + 1)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if len(text) > DOCUMENT_LIMIT:
+        raise ValueError(f"{path} has more than {DOCUMENT_LIMIT:,} bytes: save the data set again without its notes.")
+    try:
+        content: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _check_regular(path: Path) -> None:
+    """Refuse what is no regular file, before a package opens it by its name."""
+    try:
+        open_regular(path).close()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
 def _package(purpose: str) -> Any:
@@ -163,13 +214,14 @@ def dataset_files(dataset: Any, *, name: str, source: str, fingerprint: str = ""
             "called image, is needed."
         )
     stored = dataset.cast_column(image, Image(decode=False))
+    check_label_count(len(dataset), source)
     labels, names, notes = _labels(dataset, kinds)
 
     def opened(i: int) -> BinaryIO:
         entry = stored[i][image]
         if entry is None:
             raise ValueError("the row has no image")
-        return io.BytesIO(entry["bytes"]) if entry.get("bytes") is not None else Path(entry["path"]).open("rb")
+        return io.BytesIO(entry["bytes"]) if entry.get("bytes") is not None else open_regular(Path(entry["path"]))
 
     # Without a fingerprint of its own nothing says whether it is the same data set again.
     known = fingerprint or str(getattr(dataset, "_fingerprint", None) or secrets.token_hex(16))
@@ -225,5 +277,9 @@ def _labels(
         names = tuple(sorted(set(values), key=natural))
         number = {name: i for i, name in enumerate(names)}
         return np.array([number[value] for value in values], np.int64), names, ()
+    if max(values) >= LABEL_LIMIT:
+        raise ValueError(
+            f"the column {label} holds {max(values)}: a label is a whole number from 0 to {LABEL_LIMIT - 1:,}."
+        )
     described = tuple(map(str, dataset.features[label].names)) if kind == "ClassLabel" else None
     return np.array(values, np.int64), described, ()

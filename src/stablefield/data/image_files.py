@@ -15,16 +15,20 @@ begin with a dot and `__MACOSX` are passed over. Names are relative to the deepe
 import json
 import os
 import re
+import reprlib
 import zipfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+
+from stablefield.data.archive import Archive, EntryFile
+from stablefield.regular_file import open_regular
 
 __all__ = ["SPLITS", "SUFFIXES", "ImageFiles", "folder_files", "natural", "stamp", "zip_files"]
 
@@ -58,6 +62,10 @@ SPLITS = {
     "test": ("test", "testing"),
 }
 
+DOCUMENT_LIMIT = 2**24
+DOCUMENT_SHARE = 512
+"""Bytes that a dataset.json may have, and as many more for each file beside it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFiles:
@@ -65,7 +73,7 @@ class ImageFiles:
 
     names: tuple[str, ...]
     """What each file is called in messages."""
-    open: Callable[[int], BinaryIO]
+    open: Callable[[int], BinaryIO | EntryFile]
     """Open file i for reading; may be called from several threads."""
     labels: NDArray[np.int64] | None
     """Class numbers, shape (n,), or None."""
@@ -122,7 +130,14 @@ def folder_files(
             f"{folder} holds parquet files, such as {parquet[0]}, and image files, such as {single}: name a folder with one "
             "of both."
         )
-    documents = {name: path.read_bytes() for name, path in paths.items() if PurePosixPath(name).name == "dataset.json"}
+    named = {name: path for name, path in paths.items() if PurePosixPath(name).name == "dataset.json"}
+    documents: dict[str, bytes] = {}
+    for name, path in named.items():
+        try:
+            with open_regular(path) as file:
+                documents[name] = _document(file, str(path), len(paths))
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
     chosen = _choose([name for name in paths if name not in documents], documents, folder, split)
 
     def fingerprint() -> str:
@@ -130,7 +145,7 @@ def folder_files(
 
     return ImageFiles(
         names=tuple(str(paths[name]) for name in chosen.names),
-        open=lambda i: paths[chosen.names[i]].open("rb"),
+        open=lambda i: open_regular(paths[chosen.names[i]]),
         labels=chosen.labels,
         class_names=chosen.class_names,
         notes=chosen.notes,
@@ -152,19 +167,15 @@ def zip_files(path: Path, split: str = "train") -> Generator[ImageFiles, None, N
         ValueError: if the archive is damaged or encrypted, an entry's name leads out of it or occurs twice, there is no
             image, no such split, or `dataset.json` does not fit the files.
     """
-    try:
-        archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
-        raise ValueError(f"{path} is not a whole .zip archive ({error}): copy or make it again.") from error
-    with archive:
+    with Archive(path) as archive:
         entries: dict[str, zipfile.ZipInfo] = {}
-        for entry in archive.infolist():
+        for entry in archive.entries:
             # Some programs of Windows write its own separator.
             name = entry.filename.replace("\\", "/")
             parts = PurePosixPath(name).parts
             if name.startswith("/") or ".." in parts or ":" in name.split("/")[0]:
                 raise ValueError(f"{path}: the entry {entry.orig_filename!r} leads out of the archive: make it again.")
-            if name.endswith("/") or any(_hidden(part) for part in parts):
+            if not parts or name.endswith("/") or any(_hidden(part) for part in parts):
                 continue
             if PurePosixPath(name).suffix.lower() not in SUFFIXES and parts[-1] != "dataset.json":
                 continue
@@ -176,10 +187,8 @@ def zip_files(path: Path, split: str = "train") -> Generator[ImageFiles, None, N
         documents: dict[str, bytes] = {}
         for name, entry in entries.items():
             if PurePosixPath(name).name == "dataset.json":
-                try:
-                    documents[name] = archive.read(entry)
-                except Exception as error:
-                    raise ValueError(f"{path}: the entry {name!r} cannot be read ({error}): make it again.") from error
+                with archive.open(entry) as file:
+                    documents[name] = _document(file, f"{path}/{name}", len(entries))
         chosen = _choose([name for name in entries if name not in documents], documents, path, split)
 
         def fingerprint() -> str:
@@ -187,7 +196,7 @@ def zip_files(path: Path, split: str = "train") -> Generator[ImageFiles, None, N
 
         yield ImageFiles(
             names=tuple(f"{path}/{name}" for name in chosen.names),
-            open=lambda i: cast("BinaryIO", archive.open(entries[chosen.names[i]])),
+            open=lambda i: archive.open(entries[chosen.names[i]]),
             labels=chosen.labels,
             class_names=chosen.class_names,
             notes=chosen.notes,
@@ -304,6 +313,21 @@ def _common_folder(names: list[str]) -> str:
     return "".join(f"{part}/" for part, _ in agree)
 
 
+def _document(file: BinaryIO | EntryFile, where: str, count: int) -> bytes:
+    """The bytes of a dataset.json beside `count` files; as Python's objects they take up to thirty times as much memory."""
+    limit = DOCUMENT_LIMIT + DOCUMENT_SHARE * count
+    pieces: list[bytes] = []
+    size = 0
+    while piece := file.read(2**20):
+        pieces.append(piece)
+        size += len(piece)
+        if size > limit:
+            raise ValueError(
+                f"{where} has more than {limit:,} bytes, too many for the labels of {count:,} files: leave out the rest."
+            )
+    return b"".join(pieces)
+
+
 def _document_labels(names: list[str], document: bytes, where: str) -> NDArray[np.int64] | None:
     """Labels of `names` from a dataset.json; entries without an image are ignored."""
     try:
@@ -313,7 +337,7 @@ def _document_labels(names: list[str], document: bytes, where: str) -> NDArray[n
             return None
         table = {str(name): label for name, label in pairs}
         twice = next((name for name, label in pairs if table[str(name)] != label), None)
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f'{where} is not understood ({error}): it should read {{"labels": [["name.png", 0], ...]}} or '
             '{"labels": null}.'
@@ -328,5 +352,5 @@ def _document_labels(names: list[str], document: bytes, where: str) -> NDArray[n
     labels = [table[name] for name in names]
     for name, label in zip(names, labels, strict=True):
         if type(label) is not int or not 0 <= label < 2**31:
-            raise ValueError(f"{where} gives {name} the label {label!r}: a label is a whole number from 0.")
+            raise ValueError(f"{where} gives {name} the label {reprlib.repr(label)}: a label is a whole number from 0.")
     return np.array(labels, np.int64)

@@ -1,17 +1,23 @@
 """From image files to an image set: every file is looked at, then decoded, in order, by a few threads.
 
 The first pass reads headers alone and settles the shape: greyscale if all images are, one size or the wanted resolution. The
-second decodes into a `Collector`. No more than a few dozen decoded images are on their way at a time. All files that cannot
-be read are found and counted before anything is said about them.
+second decodes into a `Collector`. All files that cannot be read are found and counted before anything is said about them.
+
+Beside the set itself, reading takes no more than 1 GiB of memory, whatever the files hold: decoders share
+`DECODING_MEMORY`, of which each takes what its image needs before it begins, and no more decoded images are on their way
+than are 128 MiB.
 """
 
+import ctypes
 import json
 import math
+import sys
+import threading
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias, TypeVar
@@ -20,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablefield.data.collector import Collector, cached
-from stablefield.data.image_decoder import Header, decode, read_header
+from stablefield.data.image_decoder import DECODING_MEMORY, Header, decode, read_header
 from stablefield.data.image_files import ImageFiles
 from stablefield.data.image_set import ImageSet, Origin, labels_sha256
 from stablefield.data.pillow import require_pillow
@@ -33,7 +39,7 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 THREADS = 4
 WINDOW = 32
-FILE_LIMIT = 2**30
+WINDOW_BYTES = 2**27
 LISTED = 5
 REASON_LENGTH = 200
 
@@ -83,7 +89,8 @@ def load_image_files(
         # Pillow warns of what is harmless here (odd EXIF, palettes); of a decompression bomb it must not only warn.
         warnings.filterwarnings("ignore", module="PIL")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        headers = list(_reported("looking at files", progress, lambda i: _header(files, i), len(files.names)))
+        room = _Room(DECODING_MEMORY)
+        headers = list(_reported("looking at files", progress, lambda i: _header(files, i, room), len(files.names)))
         if resolution is None and limit is not None:
             sizes = [(header.height, header.width) for header in headers if isinstance(header, Header)]
             resolution = natural_resolution(sizes, limit) if sizes else None
@@ -103,9 +110,13 @@ def load_image_files(
 
             def decoded(i: int) -> tuple[NDArray[np.uint8], tuple[str, ...]] | _Broken:
                 header = headers[i]
-                return header if isinstance(header, _Broken) else _pixels(files, i, shape, wanted)
+                if isinstance(header, _Broken):
+                    return header
+                with room.taken(header.memory):
+                    return _pixels(files, i, shape, wanted)
 
-            with closing(_reported("decoding", progress, decoded, len(headers))) as results:
+            window = min(WINDOW, max(1, WINDOW_BYTES // math.prod(shape)))
+            with closing(_reported("decoding", progress, decoded, len(headers), window)) as results:
                 for i, result in enumerate(results):
                     if isinstance(result, _Broken):
                         broken[i] = result
@@ -155,10 +166,10 @@ def _settle(
     return (channels, height, width), "no"
 
 
-def _header(files: ImageFiles, i: int) -> Header | _Broken:
+def _header(files: ImageFiles, i: int, room: "_Room") -> Header | _Broken:
     def read() -> Header:
         with files.open(i) as file:
-            return read_header(file)
+            return read_header(file, room.taken)
 
     return _guarded(read)
 
@@ -168,10 +179,7 @@ def _pixels(
 ) -> tuple[NDArray[np.uint8], tuple[str, ...]] | _Broken:
     def read() -> tuple[NDArray[np.uint8], tuple[str, ...]]:
         with files.open(i) as file:
-            data = file.read(FILE_LIMIT + 1)
-        if len(data) > FILE_LIMIT:
-            raise ValueError(f"the file has more than {FILE_LIMIT:,} bytes")
-        pixels, notes = decode(data, shape[0], *wanted) if wanted else decode(data, shape[0])
+            pixels, notes = decode(file, shape[0], *wanted) if wanted else decode(file, shape[0])
         if pixels.shape != shape:
             raise ValueError(f"it decodes to shape {pixels.shape}, but its header promised {shape}")
         return pixels, notes
@@ -188,7 +196,7 @@ def _guarded(read: Callable[[], T]) -> T | _Broken:
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        return _Broken("not an image that Pillow knows, or an empty file")
+        return _Broken("not an image of a kind that is read, or an empty file")
     except OSError as error:
         return _Broken(error.strerror or str(error) or type(error).__name__)
     except Exception as error:
@@ -205,18 +213,48 @@ def _broken_text(reasons: Sequence[str], count: int) -> str:
     )
 
 
+class _Room:
+    """Memory that threads share: whoever wants some waits until it is free."""
+
+    def __init__(self, size: int) -> None:
+        self._free = size
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, size: int) -> Generator[None, None, None]:
+        """Have `size` bytes, no more than there are in all, for the length of the block."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= size)
+            self._free -= size
+        try:
+            yield
+        finally:
+            if size > WINDOW_BYTES // 2:
+                _return_free_memory()
+            with self._changed:
+                self._free += size
+                self._changed.notify_all()
+
+
+def _return_free_memory() -> None:
+    """Have the C library give freed memory back: glibc keeps it for the thread that freed it, and no other can use it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def _reported(
-    stage: str, progress: Progress | None, function: Callable[[int], T], count: int
+    stage: str, progress: Progress | None, function: Callable[[int], T], count: int, ahead: int = WINDOW
 ) -> Generator[T, None, None]:
     """`function` of 0 .. count - 1, in order, from a pool of threads that runs only a little ahead."""
     window: deque[Future[T]] = deque()
     pool = ThreadPoolExecutor(THREADS, thread_name_prefix="stablefield-images")
     try:
         done = 0
-        for i in range(count + WINDOW):
+        for i in range(count + ahead):
             if i < count:
                 window.append(pool.submit(function, i))
-            if i >= WINDOW and window:
+            if i >= ahead and window:
                 yield window.popleft().result()
                 done += 1
                 if progress is not None:

@@ -11,30 +11,43 @@ as little-endian int64. Equal sets have equal checksums, whatever file they came
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stablefield.data.archive import Readable
 from stablefield.shapes import check_kind, whole_number
 
 __all__ = [
+    "CLASS_LIMIT",
+    "PIXEL_LIMIT",
     "ImageSet",
     "Origin",
+    "check_label_count",
     "chunks",
     "class_text",
     "labels_sha256",
     "make_image_set",
+    "mapped",
     "pixels_sha256",
+    "read_rows",
     "renumbered",
     "size_text",
 ]
 
 CHUNK_BYTES = 16 * 2**20
 """How much is read from a set at a time where all of it must be seen."""
+PIXEL_LIMIT = 89_478_485
+"""Pixels of one image, above which it is taken for a decompression bomb; Pillow's own limit."""
+LABEL_LIMIT = 2**26
+"""How many images may have labels, which are kept in memory."""
+CLASS_LIMIT = 2**16
+"""How many classes there may be, or as many as images if these are more: what follows takes memory for each class."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +146,11 @@ class ImageSet:
             raise ValueError(f"labels holds {labels.min()}: classes are counted from 0.")
         if self.class_names is not None and labels.max() >= len(self.class_names):
             raise ValueError(f"labels holds {labels.max()}, but class_names has {len(self.class_names)} entries.")
+        if self.classes > max(CLASS_LIMIT, len(images)):
+            raise ValueError(
+                f"labels holds {labels.max()} and stands for {self.classes:,} classes: {len(images):,} images may have up "
+                f"to {max(CLASS_LIMIT, len(images)):,}; number the classes that occur 0, 1, 2, ..."
+            )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -288,6 +306,50 @@ def chunks(images: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
     rows = max(1, CHUNK_BYTES // max(1, images[0].nbytes)) if len(images) else 1
     for start in range(0, len(images), rows):
         yield np.ascontiguousarray(images[start : start + rows])
+
+
+def read_rows(file: Readable, count: int, shape: tuple[int, ...], what: str) -> Iterator[NDArray[np.uint8]]:
+    """Read `count` arrays of `shape`, bytes without a gap, in pieces (k, *shape) of about 16 MiB.
+
+    Args:
+        file: open where the first begins.
+        count: how many there should be.
+        shape: of one.
+        what: the file's name, for the error.
+
+    Raises:
+        ValueError: if they are not all there, or reading fails: what is damaged is found while it is unpacked.
+    """
+    size = math.prod(shape)
+    rows = max(1, CHUNK_BYTES // size)
+    for start in range(0, count, rows):
+        wanted = min(rows, count - start) * size
+        try:
+            content = file.read(wanted)
+            if len(content) != wanted:
+                raise EOFError("it ends early")
+        except Exception as error:
+            raise ValueError(
+                f"{what} is cut short or damaged: its length is not what its header says, or it cannot be unpacked "
+                f"({error}); fetch or save it again."
+            ) from error
+        yield np.frombuffer(content, np.uint8).reshape(-1, *shape)
+
+
+def mapped(
+    file: BinaryIO, path: Path, start: int, shape: tuple[int, ...], order: Literal["C", "F"] = "C"
+) -> NDArray[np.uint8]:
+    """Map bytes of an open file into memory, read-only; `path` is what the map says that it comes from."""
+    # NumPy would open a path once more, and by then something else may be there.
+    array = np.memmap(file, np.uint8, "r", start, shape, order)
+    array.filename = str(path.resolve())
+    return array
+
+
+def check_label_count(count: int, where: Path | str) -> None:
+    """Refuse more labels than may be kept in memory, before they are read."""
+    if count > LABEL_LIMIT:
+        raise ValueError(f"{where} has {count:,} labels: up to {LABEL_LIMIT:,} are read; leave the labels out.")
 
 
 def pixels_sha256(images: NDArray[np.uint8]) -> str:

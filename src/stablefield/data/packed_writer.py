@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 from stablefield.data.image_set import labels_sha256
 from stablefield.shapes import check_kind, flag, shape_of, whole_number
 
-__all__ = ["METADATA_KEY", "PackedWriter", "room_for"]
+__all__ = ["HEADER_LIMIT", "METADATA_KEY", "PackedWriter", "room_for"]
 
 METADATA_KEY = "stablefield.images"
 ROOM = 2**16
 """Bytes for a header without class names."""
+HEADER_LIMIT = 2**24
+"""The longest header, in bytes: read as JSON it takes up to thirty times as much memory."""
 
 
 def room_for(manifest: dict[str, Any]) -> int:
@@ -42,7 +44,7 @@ class PackedWriter:
         room: bytes to keep free for the header, whose manifest is known at the end only (see `room_for`).
 
     Raises:
-        ValueError: if `destination` is a folder, or exists and `overwrite` is not set.
+        ValueError: if `destination` is a folder, or exists and `overwrite` is not set, or `room` is above the limit.
     """
 
     def __init__(
@@ -68,6 +70,10 @@ class PackedWriter:
             )
         if self.path.exists() and not overwrite:
             raise ValueError(f"destination {self.path} exists: pass another name, or overwrite=True (--overwrite).")
+        if room > HEADER_LIMIT:
+            raise ValueError(
+                f"the manifest takes {room:,} bytes, above {HEADER_LIMIT:,}: shorten the names of the classes."
+            )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._digest = hashlib.sha256()
         self._header_size = -(-room // 4096) * 4096 - 8

@@ -9,14 +9,17 @@ does not alias. An image that has the size already is left as it is. The manifes
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stablefield.data.collector import Collector, cached
-from stablefield.data.image_set import ImageSet, Origin
+from stablefield.data.image_set import ImageSet, Origin, chunks
 from stablefield.data.pillow import require_pillow
 from stablefield.shapes import check_kind
 
@@ -28,6 +31,7 @@ __all__ = [
     "Resolution",
     "check_resize",
     "fit",
+    "gathered_set",
     "height_and_width",
     "natural_resolution",
     "resize_text",
@@ -96,13 +100,21 @@ def fit(image: Image, resolution: Resolution, resize: Resize) -> Image:
     from PIL.Image import Resampling
 
     high, wide = height_and_width(resolution)
-    width, height = image.size
-    if resize == "crop" and width * high != height * wide:
-        kept = min(width, max(1, round(height * wide / high))), min(height, max(1, round(width * high / wide)))
-        left, top = (width - kept[0]) // 2, (height - kept[1]) // 2
+    box = _box(*image.size, resolution, resize)
+    if box != (0, 0, *image.size):
         # Cut first: resize(box=...) would let the filter look at what lies outside of the part.
-        image = image.crop((left, top, left + kept[0], top + kept[1]))
+        image = image.crop(box)
     return image.resize((wide, high), Resampling.LANCZOS)
+
+
+def _box(width: int, height: int, resolution: Resolution, resize: Resize) -> tuple[int, int, int, int]:
+    """What is taken of an image: left, top, right, bottom."""
+    if resize == "squash":
+        return 0, 0, width, height
+    high, wide = height_and_width(resolution)
+    kept = min(width, max(1, round(height * wide / high))), min(height, max(1, round(width * high / wide)))
+    left, top = (width - kept[0]) // 2, (height - kept[1]) // 2
+    return left, top, left + kept[0], top + kept[1]
 
 
 def resize_text(resolution: Resolution, resize: Resize, sizes: Iterable[tuple[int, int]]) -> str:
@@ -138,36 +150,105 @@ def resized_set(
         ValueError: if the result is beyond the budget and cannot be written.
         ImportError: if Pillow is not installed.
     """
-    channels, height, width = images.shape
-    high, wide = height_and_width(resolution)
-    if (height, width) == (high, wide):
+    if images.shape[1:] == height_and_width(resolution):
         return images
-    require_pillow("resizing images")
-    from PIL import Image
-
     before = images.manifest
-    text = resize_text(resolution, resize, [(height, width)])
-    key = json.dumps([before["sha256"], before["labels_sha256"], images.class_names, images.shape, text])
-    file, found = cached(cache, key)
-    if found is not None:
-        return found
-    shape = (channels, high, wide)
     origin = Origin(
         name=images.name,
         source=str(before.get("source", "")),
         class_names=images.class_names,
-        resized=text if before.get("resized", "no") == "no" else f"{before['resized']}; {text}",
-        conversions=dict(before.get("conversions", {}))
-        | ({"enlarged": len(images)} if height < high or width < wide else {}),
+        resized=str(before.get("resized", "no")),
+        conversions=dict(before.get("conversions", {})),
         skipped=int(before.get("skipped", 0)),
         skipped_files=tuple(before.get("skipped_files", ())),
         notes=images.notes,
     )
-    with Collector(
-        len(images), shape, memory_budget=memory_budget, file=file, class_names=images.class_names
-    ) as collector:
-        for pixels in images.images:
-            plain = Image.fromarray(np.ascontiguousarray(pixels[0] if channels == 1 else pixels.transpose(1, 2, 0)))
-            small = np.asarray(fit(plain, resolution, resize)).reshape(high, wide, channels)
-            collector.append(small.transpose(2, 0, 1)[None])
-        return collector.finish(images.labels, origin)
+    return gathered_set(
+        chunks(images.images),
+        len(images),
+        images.shape,
+        lambda: images.labels,
+        origin,
+        key=[before["sha256"], before["labels_sha256"], images.class_names, images.notes, images.shape],
+        resolution=resolution,
+        limit=None,
+        resize=resize,
+        memory_budget=memory_budget,
+        cache=cache,
+    )
+
+
+def gathered_set(
+    pieces: Iterable[NDArray[np.uint8]],
+    count: int,
+    shape: tuple[int, int, int],
+    labels: Callable[[], NDArray[np.int64] | None],
+    origin: Origin,
+    *,
+    key: list[Any],
+    resolution: Resolution | None,
+    limit: int | None,
+    resize: Resize,
+    memory_budget: int,
+    cache: Path,
+) -> ImageSet:
+    """Make a set of images that come piece by piece, each brought to its resolution before the next is asked for.
+
+    Args:
+        pieces: images (k, C, H, W).
+        count: how many images they are together.
+        shape: of one, (C, H, W).
+        labels: gives their labels, shape (n,), or None; called when the images are there.
+        origin: where they come from, before resizing.
+        key: JSON values, all that the images and labels depend on, for the name of the packed file.
+        resolution: the wanted one; None keeps the size.
+        limit: where there is no resolution, choose the natural one up to this.
+        resize: how (see the module).
+        memory_budget: bytes of pixels that may be kept in memory.
+        cache: the folder for a packed file if they are more.
+
+    Raises:
+        ValueError: if the result is beyond the budget and cannot be written.
+        ImportError: if they are to be resized and Pillow is not installed.
+    """
+    channels, height, width = shape
+    if resolution is None and limit is not None:
+        resolution = natural_resolution([(height, width)], limit)
+    if resolution is not None and (height, width) != height_and_width(resolution):
+        require_pillow("resizing images")
+        high, wide = height_and_width(resolution)
+        text = resize_text(resolution, resize, [(height, width)])
+        key = [*key, text]
+        pieces = _resized(pieces, resolution, resize)
+        enlarged = {"enlarged": count} if height < high or width < wide else {}
+        origin = replace(
+            origin,
+            resized=text if origin.resized == "no" else f"{origin.resized}; {text}",
+            conversions=origin.conversions | enlarged,
+        )
+        shape = (channels, high, wide)
+    file = cache
+    if count * math.prod(shape) > memory_budget:
+        file, found = cached(cache, json.dumps(key))
+        if found is not None:
+            return found
+    with Collector(count, shape, memory_budget=memory_budget, file=file, class_names=origin.class_names) as collector:
+        for piece in pieces:
+            collector.append(piece)
+        return collector.finish(labels(), origin)
+
+
+def _resized(
+    pieces: Iterable[NDArray[np.uint8]], resolution: Resolution, resize: Resize
+) -> Iterator[NDArray[np.uint8]]:
+    """Bring images (k, C, H, W) to a resolution, one by one: enlarged, a piece may take any amount of memory."""
+    from PIL.Image import Resampling, fromarray
+
+    high, wide = height_and_width(resolution)
+    for piece in pieces:
+        _, channels, height, width = piece.shape
+        left, top, right, bottom = _box(width, height, resolution, resize)
+        for pixels in piece[:, :, top:bottom, left:right]:
+            plain = fromarray(np.ascontiguousarray(pixels[0] if channels == 1 else pixels.transpose(1, 2, 0)))
+            small = np.asarray(plain.resize((wide, high), Resampling.LANCZOS)).reshape(high, wide, channels)
+            yield small.transpose(2, 0, 1)[None]

@@ -3,9 +3,9 @@
 A source is recognised by what is in it, not by its name: see `UNDERSTOOD` for the list.
 """
 
-import zipfile
 from pathlib import Path
 
+from stablefield.data.archive import Archive, is_archive
 from stablefield.data.arrays import open_npy, open_npz
 from stablefield.data.cifar10 import cifar10_folder, open_cifar10
 from stablefield.data.collector import MEMORY_BUDGET, cache_folder
@@ -17,6 +17,7 @@ from stablefield.data.image_loader import Progress, load_image_files
 from stablefield.data.image_set import ImageSet
 from stablefield.data.packed import is_packed, open_packed
 from stablefield.data.resizing import Resize, Resolution, check_resize, natural_resolution, resized_set
+from stablefield.regular_file import open_regular
 from stablefield.shapes import check_callable, check_kind, flag, whole_number
 
 __all__ = ["UNDERSTOOD", "open_images"]
@@ -91,33 +92,55 @@ def open_images(
         )
 
     kind, path = _kind(source)
-    match kind:
-        case "hub":
-            return loaded(hub_files(str(source).removeprefix("hf:"), split))
-        case "folder":
-            return loaded(folder_files(path, split, parquet_files))
-        case "saved":
-            return loaded(saved_files(path, split))
-        case "parquet":
-            return loaded(parquet_files([path], path, split))
-        case "zip":
-            with zip_files(path, split) as files:
-                return loaded(files)
-        case "cifar10":
-            images = open_cifar10(cifar10_folder(path) or path, split)
-        case "idx":
-            images = open_idx(path, split)
-        case "npz":
-            images = open_npz(path, split, memory_budget=memory_budget, cache=cache)
-        case _:
-            if split != "train":
-                raise ValueError(f"split={split!r}: {source} has no splits; leave split out.")
-            images = open_digits() if kind == "digits" else open_npy(path) if kind == "npy" else open_packed(path)
-    if resolution is None and limit is not None:
-        resolution = natural_resolution([images.shape[1:]], limit)
-    if resolution is None:
-        return images
-    return resized_set(images, resolution, resize, memory_budget=memory_budget, cache=cache)
+    try:
+        match kind:
+            case "hub":
+                return loaded(hub_files(str(source).removeprefix("hf:"), split))
+            case "folder":
+                return loaded(folder_files(path, split, parquet_files))
+            case "saved":
+                return loaded(saved_files(path, split))
+            case "parquet":
+                return loaded(parquet_files([path], path, split))
+            case "zip":
+                with zip_files(path, split) as files:
+                    return loaded(files)
+            case "cifar10":
+                images = open_cifar10(cifar10_folder(path) or path, split)
+            case "idx":
+                images = open_idx(
+                    path,
+                    split,
+                    resolution=resolution,
+                    limit=limit,
+                    resize=resize,
+                    memory_budget=memory_budget,
+                    cache=cache,
+                )
+            case "npz":
+                images = open_npz(
+                    path,
+                    split,
+                    resolution=resolution,
+                    limit=limit,
+                    resize=resize,
+                    memory_budget=memory_budget,
+                    cache=cache,
+                )
+            case _:
+                if split != "train":
+                    raise ValueError(f"split={split!r}: {source} has no splits; leave split out.")
+                images = open_digits() if kind == "digits" else open_npy(path) if kind == "npy" else open_packed(path)
+        if resolution is None and limit is not None:
+            resolution = natural_resolution([images.shape[1:]], limit)
+        if resolution is None:
+            return images
+        return resized_set(images, resolution, resize, memory_budget=memory_budget, cache=cache)
+    except ValueError as error:
+        # What is wrong with labels or sizes is found where no file is known any more.
+        if path.name in str(error) or kind in ("hub", "digits"):
+            raise
+        raise ValueError(f"{source}: {error}") from error
 
 
 def _kind(source: str | Path) -> tuple[str, Path]:
@@ -130,7 +153,7 @@ def _kind(source: str | Path) -> tuple[str, Path]:
     try:
         if path.is_dir():
             return _folder_kind(path), path
-        if path.is_file():
+        if path.exists():
             return _file_kind(path), path
     except OSError as error:
         raise ValueError(f"{source} cannot be read: {error.strerror or error}.") from error
@@ -151,9 +174,9 @@ def _folder_kind(folder: Path) -> str:
 
 
 def _file_kind(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         head = file.read(512)
-    if zipfile.is_zipfile(path) or head[:4] == b"PK\x03\x04":
+    if is_archive(path):
         return "npz" if _holds_arrays(path) else "zip"
     if head[:6] == b"\x93NUMPY":
         return "npy"
@@ -177,8 +200,8 @@ def _file_kind(path: Path) -> str:
 
 def _holds_arrays(path: Path) -> bool:
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, NotImplementedError):
+        with Archive(path) as archive:
+            names = [entry.filename for entry in archive.entries]
+    except ValueError:
         return path.suffix == ".npz"
     return bool(names) and all(name.endswith(".npy") for name in names)
