@@ -205,7 +205,8 @@ import importlib, stablefield
 for name in {core!r}:
     importlib.import_module(name)
 target = stablefield.DenoisingTarget(stablefield.VP())
-value = stablefield.Objective(stablefield.VP(), target=target)(lambda x, s: x, stablefield.LogNormal().sample(stablefield.VP(), 8)[:, None])
+x0 = stablefield.LogNormal().sample(stablefield.VP(), 8)[:, None]
+value = stablefield.Objective(stablefield.VP(), target=target)(lambda x, s: x, x0)
 assert value.loss > 0
 foreign = {{name.partition(".")[0] for name in set(sys.modules) - before}} - allowed
 print("foreign:", sorted(name for name in foreign if getattr(sys.modules.get(name), "__spec__", None)))

@@ -303,7 +303,7 @@ def test_the_last_step_of_the_discrete_process_may_be_without_signal(rng: torch.
     assert process.time(levels).tolist() == [0, 0, 1, 1, 2]
     assert sf.Discrete(torch.tensor([0.9, 0.5, 0.1])).time(levels).tolist() == [0, 0, 1, 2, 2]
     # A target there is the mean over the references, and what the network is to say is a view of it.
-    target = sf.StableTarget(process)(x0, process.perturb(x0, t, noise), t, noise=noise)
+    target = sf.StableTarget(process, references=sf.InBatch())(x0, process.perturb(x0, t, noise), t, noise=noise)
     torch.testing.assert_close(target.x0[2], x0.mean(0))
     torch.testing.assert_close(target.v[2], -x0.mean(0))
 

@@ -23,7 +23,7 @@ def test_a_call_without_labels_over_a_pool_with_labels_is_refused(rng: torch.Gen
 
 def test_unknown_labels_are_refused_where_dropped_ones_are_meant(rng: torch.Generator) -> None:
     data = torch.randn(4, 3, generator=rng)
-    with pytest.raises(ValueError, match=r"Pool group is -1 at sample 2.*largest plus 1"):
+    with pytest.raises(ValueError, match=r"Pool group\[2\] is -1.*largest plus 1"):
         sf.Pool(data, group=torch.tensor([0, 1, -1, 0]))
     with pytest.raises(ValueError, match=r"reference_group\[1\] is -1.*largest plus 1"):
         sf.StableTarget(EDM, references=sf.InBatch())(

@@ -91,6 +91,9 @@ def advise(
     """
     check_kind("curve", curve, VarianceCurve, "what measure_variance returns")
     check_kind("training", training, Training, "a Training, such as Training()")
+    number("band", band)
+    if batch is not None:
+        check_kind("batch", batch, BatchVariance, "what measure_batch returns, or None")
     number("aim", aim)
     if not 0 < aim < 1:
         raise ValueError(f"aim is {aim}: it is the share of the variance that may stay, between 0 and 1.")

@@ -40,7 +40,7 @@ class Frequencies:
 
     def __init__(self, weights: Tensor, labels: Tensor | None) -> None:
         self._weights = weights
-        self._labels = None if labels is None else torch.unique(labels, return_inverse=True)[1]
+        self._labels = None if labels is None else _numbered(labels)
         kinds = 1 if labels is None else 2
         self._counts = torch.zeros(kinds, len(weights), dtype=torch.int32, device=weights.device)
         self._drawn = 0
@@ -102,3 +102,10 @@ class Frequencies:
             "sample, make the Pool of the samples that you train on, and drop labels independently of the sample. (Does "
             "each process draw from a part of the Pool, and all of them from all of it? Then all is well.)"
         )
+
+
+def _numbered(labels: Tensor) -> Tensor:
+    """The labels (n,) as numbers from 0 without gaps. `torch.unique` would make Python wait for a GPU."""
+    values, order = labels.sort()
+    numbers = torch.cat([values.new_zeros(1), (values.diff() != 0).cumsum(0)])
+    return torch.empty_like(numbers).scatter_(0, order, numbers)

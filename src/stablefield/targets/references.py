@@ -17,14 +17,14 @@ from torch import Tensor
 from stablefield.reading import readable
 from stablefield.shapes import array_of_numbers, check_kind, check_tensor, flag, whole_number
 from stablefield.targets.bank import Bank
-from stablefield.targets.check import Check, row_numbers, value_check
+from stablefield.targets.check import Check, require, row_numbers, value_check
 from stablefield.targets.excess import Anchor
 from stablefield.targets.frequency import Frequencies
 from stablefield.targets.kernel import Kernel
 from stablefield.targets.partial import Partial
 from stablefield.targets.query import Query
 
-__all__ = ["Exchange", "InBatch", "Pool", "References", "Selection", "check_is_own", "choose", "own_gap"]
+__all__ = ["Exchange", "InBatch", "Pool", "References", "Selection", "choose", "own_gap", "stored_samples"]
 
 _UNKNOWN_LABEL = (
     "-1 means a label that was dropped for guidance, and a label that is not known is no such thing; give samples "
@@ -213,8 +213,10 @@ class Pool:
                 f"Pool group has shape {tuple(group.shape)} and dtype {group.dtype}: "
                 f"it needs one integer per sample, shape ({len(data)},)."
             )
-        if group is not None and bool((group < 0).any()):
-            raise ValueError(f"Pool group is {int(group.min())} at sample {int(group.argmin())}: {_UNKNOWN_LABEL}.")
+        # Elsewhere they are looked at with the first batch, so that nothing waits for them.
+        self._unseen = group is not None
+        if group is not None and group.device.type == "cpu":
+            require(*self._label_checks(group))
         self.size = size
         self.group = group
         self.mirrored = mirrored
@@ -268,6 +270,8 @@ class Pool:
         there = (index >= 0) & (index < n)
         place = index.clamp(0, n - 1)
         checks = [value_check(there | exempt, "index", index, f"the Pool holds samples 0 to {n - 1}")]
+        if self._unseen and self.group is not None:
+            checks += self._label_checks(self.group.to(device))
         if group is not None:
             own = self._on("group", device)
             assert own is not None
@@ -348,6 +352,10 @@ class Pool:
             )
         return index, bank
 
+    def _label_checks(self, group: Tensor) -> list[Check]:
+        self._unseen = False
+        return [value_check(group >= 0, "Pool group", group, _UNKNOWN_LABEL)]
+
     @property
     def _draws(self) -> bool:
         """Whether each batch has references of its own."""
@@ -369,7 +377,7 @@ class Pool:
         part.group = None if self.group is None else self.group[index]
         part.weights = None if self.weights is None else self.weights[index]
         part._bank, part._elsewhere, part._moved = self._bank.take(index), {}, {}
-        part._frequencies = None
+        part._frequencies, part._unseen = None, self._unseen
         return part
 
 
@@ -392,43 +400,48 @@ def _checked_weights(weights: Tensor | NDArray[Any], n: int) -> Tensor:
     return values / values.max()
 
 
-def own_gap(x0: Tensor, index: Tensor, bank: Bank, rounded: bool = True) -> tuple[Tensor, Tensor]:
-    """Largest difference between each row of `x0` and the reference at its index, and whether it is another sample, (B,).
+def own_gap(x0: Tensor, rows: Tensor, bank: Bank, rounded: bool = True) -> tuple[Tensor, Tensor]:
+    """Largest difference between each row of `x0` and its sample, and whether it is another sample, shape (B,) each.
 
     Args:
         x0: the rows, shape (B, ...).
-        index: their places, shape (B,).
-        bank: the references.
-        rounded: whether the references may have been rounded to the dtype in which they are stored.
+        rows: the samples that they are said to be, as `bank` holds them, shape (B, d).
+        bank: where they are from.
+        rounded: whether the bank may have rounded them to the dtype in which it stores them.
     """
-    rows = bank.rows(index, x0.dtype if x0.dtype == torch.float64 else torch.float32)
     eps = max(torch.finfo(x0.dtype).eps, bank.eps if rounded else torch.finfo(torch.float32).eps)
     gap = (rows - x0.reshape(rows.shape)).abs_()
     # Rounding of each number, and a hundredth of the spread of the data for arithmetic that differs.
-    wrong = (gap - 4 * eps * rows.abs_()).amax(1) > 0.01 * bank.spread + torch.finfo(rows.dtype).tiny
+    wrong = (gap - 4 * eps * rows.abs()).amax(1) > 0.01 * bank.spread + torch.finfo(rows.dtype).tiny
     return gap.amax(1), wrong | ~(gap.amax(1) >= 0)
 
 
-def check_is_own(x0: Tensor, index: Tensor, bank: Bank, rows: Tensor) -> None:
-    """Look whether each row is the sample that it is said to be.
+def stored_samples(x0: Tensor, index: Tensor, bank: Bank, places: Tensor) -> Tensor:
+    """The samples that the rows are said to be, as they are stored, once each row has been found to be its sample.
 
     Args:
         x0: the rows that use references, shape (B, ...).
         index: the sample that each is said to be, shape (B,).
         bank: the samples.
-        rows: where the rows are in the user's batch, shape (B,).
+        places: where the rows are in the user's batch, shape (B,).
+
+    Returns:
+        The samples, shape (B, d), float32, or float64 if either is.
 
     Raises:
-        ValueError: if one is not. Its source would not be among the references, which biases the target silently.
+        ValueError: if a row is another sample. Its source would not be among the references, which biases the target
+            silently.
     """
-    gap, wrong = own_gap(x0, index, bank)
+    rows = bank.rows(index, bank.dtype_with(x0))
+    gap, wrong = own_gap(x0, rows, bank)
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0, 0])
         raise ValueError(
-            f"row {int(rows[row])} of x0 is not sample {int(index[row])} of the Pool (largest difference "
+            f"row {int(places[row])} of x0 is not sample {int(index[row])} of the Pool (largest difference "
             f"{gap[row].item():.3g}): pass flip= for mirrored rows, alone= for rows with another augmentation of their own, "
             "or the right index."
         )
+    return rows
 
 
 def choose(n: int, index: Tensor, size: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

@@ -264,7 +264,7 @@ class _Exchange:
         # left out here.
         partial = Partial.empty(*_shape(x), x.dtype, x.device, level=torch.zeros_like(alpha))
         partial = accumulate_all(asked, anchor, bank, excess, kernel, partial, mirrored, chunk_size)
-        gap, wrong = own_gap(rows, place.clamp(min=0), bank, rounded=False)
+        gap, wrong = own_gap(rows, bank.rows(place.clamp(min=0), bank.dtype_with(rows)), bank, rounded=False)
         return partial, torch.where(here, gap, 0), here & wrong
 
 

@@ -30,7 +30,6 @@ from stablefield.shapes import (
     row_values,
     whole_number,
 )
-from stablefield.targets.bank import Bank
 from stablefield.targets.check import Check, finite_check, require, row_numbers, value_check
 from stablefield.targets.consistency import consistency_checks
 from stablefield.targets.excess import Anchor, Excess
@@ -39,7 +38,7 @@ from stablefield.targets.kernel import GaussianKernel, Kernel
 from stablefield.targets.outcome import Posterior, finish
 from stablefield.targets.precision import full_precision
 from stablefield.targets.query import Query
-from stablefield.targets.references import InBatch, References, check_is_own
+from stablefield.targets.references import InBatch, References, stored_samples
 from stablefield.targets.sharded import ShardedPool
 from stablefield.targets.sums import accumulate_all
 from stablefield.targets.target import Target
@@ -228,17 +227,17 @@ class StableTarget:
             shared = batch.at(places)
         selection = self.references.select(shared.x0, shared.truth, shared.index, generator)
         bank, kernel, exchange, stored = selection.bank, self.kernel, selection.exchange, selection.stored
+        samples = None
         if stored is not None and selection.unsure == "all":
-            check_is_own(shared.x0, stored[1], stored[0], places)
+            samples = stored_samples(shared.x0, stored[1], stored[0], places)
         among = rows if alone is None else ((~alone).cumsum(0) - 1)[rows]
         source, source_prior = selection.source[among], selection.source_prior
         source_prior = None if source_prior is None else source_prior[among]
         if len(rows) < len(batch.x0):
             batch = batch.at(rows)
         if stored is not None:
-            if selection.unsure == "using":
-                check_is_own(batch.x0, stored[1][among], stored[0], rows)
-            batch = _as_stored(batch, stored[1][among], stored[0])
+            found = stored_samples(batch.x0, stored[1][among], stored[0], rows) if samples is None else samples[among]
+            batch = _as_stored(batch, found)
         reference_group = None if batch.group is None else selection.group
         query = Query.checked(
             batch.x_t,
@@ -341,13 +340,13 @@ class _Batch:
         )
 
 
-def _as_stored(batch: "_Batch", source: Tensor, bank: Bank) -> "_Batch":
-    """The batch with the references at `source` in place of its clean samples, and the same noise.
+def _as_stored(batch: "_Batch", samples: Tensor) -> "_Batch":
+    """The batch with its `samples` (B, d) as the pool holds them in place of the clean samples, and the same noise.
 
     A pool in half precision, or of bytes, holds samples that were rounded. Beside them a source that was not would be
     favoured: its distance to x_t alone would be free of rounding.
     """
-    stored = bank.rows(source, bank.dtype_with(batch.x_t)).view(batch.x0.shape)
+    stored = samples.view(batch.x0.shape)
     moved = torch.addcmul(batch.x_t.to(stored.dtype), per_row(batch.alpha, stored), stored - batch.x0)
     return replace(batch, x0=stored, x_t=moved)
 
