@@ -176,13 +176,14 @@ def test_features_of_real_images_are_kept_and_used_again(
     call = RandomConvolutions.__call__
     monkeypatch.setattr(RandomConvolutions, "__call__", lambda net, x: seen.append(len(x)) or call(net, x))
     first = measured(tmp_path / "r.json", *flags)
-    assert sum(seen) == 1797 + 60
+    # Two batches of 64 tell how long it will take.
+    assert sum(seen) == 128 + 1797 + 60
     assert {path.suffixes[0] for path in cache.iterdir()} == {".moments", ".features"}
     assert measured(tmp_path / "r.json", *flags) == first
-    assert sum(seen) == 1797 + 2 * 60
+    assert sum(seen) == 2 * 128 + 1797 + 2 * 60
     measured(tmp_path / "r.json", *flags, "--no-cache")
     measured(tmp_path / "r.json", *flags, "--cache", str(tmp_path / "mine"))
-    assert sum(seen) == 3 * 1797 + 4 * 60
+    assert sum(seen) == 4 * 128 + 3 * 1797 + 4 * 60
     assert len(list((tmp_path / "mine").iterdir())) == 2
 
 

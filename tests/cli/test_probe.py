@@ -201,7 +201,6 @@ def test_a_run_is_held_against_the_optimum(
         (("--noise-levels", "1,b"), "--noise-levels is 1,b"),
         (("--noise-levels", "-1"), "noise_levels are"),
         (("--aim", "2"), "aim is 2"),
-        (("--tolerance", "0"), "tolerance is 0"),
         (("--images", "1"), "most is 1"),
         (("--batch", "0"), "batch is 0"),
         (("--device", "abacus"), "--device abacus"),

@@ -11,7 +11,7 @@ from stablefield.data.digits import open_digits
 from stablefield.evaluation.feature_pass import Lens
 from stablefield.evaluation.protocol import ProtocolWarning
 from stablefield.evaluation.random_convolutions import RandomConvolutions
-from stablefield.evaluation.reference import ReferenceSet, measure_reference
+from stablefield.evaluation.reference import DamagedCacheWarning, ReferenceSet, measure_reference
 
 DIGITS = open_digits()
 
@@ -74,7 +74,8 @@ def test_damaged_files_are_made_again_and_a_missing_half_too(tmp_path: Path) -> 
     assert net.seen == 100
     for path in tmp_path.iterdir():
         path.write_bytes(path.read_bytes()[:-8])
-    measure_reference(wanted, Lens(extractor=net), batch=16, cache=tmp_path)
+    with pytest.warns(DamagedCacheWarning, match="delete it and compute them again"):
+        measure_reference(wanted, Lens(extractor=net), batch=16, cache=tmp_path)
     assert net.seen == 150
     with warnings.catch_warnings():
         warnings.simplefilter("error")

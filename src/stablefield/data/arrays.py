@@ -231,7 +231,8 @@ def _layout(
             f"{what} has dtype {dtype}: images are uint8, 0 to 255. From values in [0, 1]: "
             "(x * 255).round().clip(0, 255).astype('uint8'); from values in [-1, 1]: ((x + 1) * 127.5) instead of x * 255."
         )
-    if len(shape) == 3 and shape[2] in (1, 3, 4) and math.prod(shape):
+    # Squares are many: an image of 3 or 4 pixels' width would be a line.
+    if len(shape) == 3 and shape[2] in (1, 3, 4) and shape[1] != shape[2] and math.prod(shape):
         raise ValueError(
             f"{what} has shape {shape}, which may be one image (H, W, C) as well as {shape[0]:,} greyscale images "
             f"(n, H, W) of {shape[2]} pixels' width: save one image as x[None], shape {(1, *shape)}"

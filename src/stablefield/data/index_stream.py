@@ -35,7 +35,11 @@ class IndexStream:
     """
 
     def __init__(self, size: int, batch: int, seed: int) -> None:
-        size, batch, seed = whole_number("size", size), whole_number("batch", batch), whole_number("seed", seed)
+        size, batch, seed = (
+            whole_number("size", size),
+            whole_number("batch", batch),
+            whole_number("seed", seed, most=2**256),
+        )
         if size < 1 or batch < 1:
             raise ValueError(f"size={size}, batch={batch}: both must be at least 1.")
         if batch > size:

@@ -66,9 +66,15 @@ def open_images(
     """
     check_kind("source", source, (str, Path), "the name or path of a source of images")
     check_kind("split", split, str, "the name of a split, such as 'train'")
-    for name, value in (("resolution", resolution), ("limit", limit)):
-        if value is not None:
-            whole_number(name, value, 1)
+    if isinstance(resolution, list | tuple):
+        sides = tuple(whole_number(f"resolution[{k}]", side, 1) for k, side in enumerate(resolution))
+        if len(sides) != 2:
+            raise ValueError(f"resolution is {resolution}: pass one side of squares, or (height, width).")
+        resolution = sides
+    elif resolution is not None:
+        whole_number("resolution", resolution, 1)
+    if limit is not None:
+        whole_number("limit", limit, 1)
     if cache is not None:
         check_kind("cache", cache, (str, Path), "a folder")
         cache = Path(cache)

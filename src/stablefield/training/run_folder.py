@@ -29,7 +29,7 @@ _ATTEMPTS = 10
 _BEGINNINGS = {_LOCK, ".config.json.tmp"}
 _FORMER = frozenset({"format", "stablefield", "data", "shape", "classes", "opening", "manifest", "recipe"})
 _TYPES = {"stablefield": str, "data": str, "shape": tuple[int, int, int], "classes": int, "recipe": Recipe}
-_OPENING = {"resolution": int | None, "resize": Literal["crop", "squash"], "skip_broken": bool}
+_OPENING = {"resolution": int | tuple[int, int] | None, "resize": Literal["crop", "squash"], "skip_broken": bool}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,7 +305,8 @@ def _config(record: Mapping[str, Any]) -> RunConfig:
     if not isinstance(opening, dict) or not isinstance(manifest, dict):
         raise ValueError("its opening or its manifest is no JSON object")
     for name, value in cast("dict[str, Any]", opening).items():
-        if name not in _OPENING or not fits(value, _OPENING[name]):
+        plain = tuple(cast("list[Any]", value)) if isinstance(value, list) else value
+        if name not in _OPENING or not fits(plain, _OPENING[name]):
             raise ValueError(f"its opening has {name} = {str(value)[:80]}, which this version does not know")
     return RunConfig(
         data=found["data"],
