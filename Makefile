@@ -19,8 +19,10 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# What compares times runs by itself.
 tests: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m timed
+	$(BIN)/python -m pytest -m "not timed" --numprocesses logical --maxprocesses 4 --dist loadfile
 
 # Into build/site, to be read from the disk. The variable silences the theme's announcement of its successor.
 docs: $(VENV)/.docs

@@ -1,5 +1,6 @@
 """What all tests share: a bound on threads, seeded draws, and a posterior written in the plainest way."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -29,7 +30,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def at_most_two_threads() -> Iterator[None]:
     found = torch.get_num_threads()
-    torch.set_num_threads(min(found, 2))
+    # Several processes share the cores: see the Makefile.
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(found, 2))
     yield
     torch.set_num_threads(found)
 

@@ -60,6 +60,7 @@ print(min(peak_bytes(work, torch.device("cpu")) for _ in range(3)))
     assert 0.95 * 4 * 2**24 < found < 1.5 * 4 * 2**24
 
 
+@pytest.mark.timed
 @pytest.mark.usefixtures("one_thread")
 def test_the_target_is_within_its_bound_of_two_products_and_far_from_the_naive_form() -> None:
     # The regression guard: 1.15 is aimed at for B = 256, n = 4096; this is a smaller case on any machine in any mood.

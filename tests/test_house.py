@@ -234,6 +234,7 @@ print(time.perf_counter() - start, *set(sys.modules) - before)
     return [float(run[0]) for run in runs], set(runs[0][1:])
 
 
+@pytest.mark.timed
 def test_the_import_takes_no_more_than_0_3_seconds_beyond_torch_and_numpy(imports):
     assert 0 < statistics.median(imports[0]) < 0.3
 

@@ -98,6 +98,7 @@ def test_version_and_overview() -> None:
     assert "inspect" in told("data", "--help")
 
 
+@pytest.mark.timed
 def test_what_needs_no_torch_is_answered_within_half_a_second_and_without_it() -> None:
     calls = [
         [],

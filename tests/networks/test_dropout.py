@@ -99,6 +99,7 @@ def test_functions_of_functions_traces_and_graphs_have_the_dropout_of_torch() ->
     assert set(graph(x).unique().tolist()) == {0.0, 2.0}
 
 
+@pytest.mark.timed
 def test_masks_take_less_than_half_of_the_time_of_those_of_torch() -> None:
     x = torch.randn(16, 64, 32, 32)
 

@@ -125,6 +125,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(found)
 
 
+@pytest.mark.timed
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("with_source", [True, False])
@@ -154,6 +155,7 @@ def test_time_is_at_most_twice_that_of_the_two_matrix_products(
     assert ratio < 2, pairs
 
 
+@pytest.mark.timed
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("with_source", [True, False])

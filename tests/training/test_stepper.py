@@ -192,6 +192,7 @@ def test_bins_are_equally_probable_and_sum_to_the_whole() -> None:
     assert report.bin_loss[0] == pytest.approx(float(rows[inside].mean()), rel=1e-5)
 
 
+@pytest.mark.timed
 @pytest.mark.slow
 def test_the_loop_itself_costs_under_5_percent_of_a_step_of_5_million_parameters() -> None:
     keep_freed_memory()  # as the command does
