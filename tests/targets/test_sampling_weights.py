@@ -1,5 +1,6 @@
 """A pool with weights is the prior of samples that are not drawn uniformly: by enumeration; other draws are noticed."""
 
+import math
 import warnings
 from collections.abc import Iterator
 from itertools import combinations, product
@@ -182,3 +183,38 @@ def test_the_test_of_draws_cannot_fire_by_chance() -> None:
             assert check is not None
             worst = max(worst, float(counts._excess(0)))
         assert worst < 0.6
+
+
+def checks_of(n: int, batches: Iterator[Tensor], steps: int) -> int:
+    """After which draw for each sample the counts were found uneven, 0 for never."""
+    from stablefield.targets.frequency import Frequencies
+
+    counts, drawn = Frequencies(torch.ones(n, dtype=torch.float64), None), 0
+    for _ in range(steps):
+        index = next(batches)
+        drawn += len(index)
+        check = counts.add(index, None, None)
+        if check is not None and not check.holds.all():
+            return math.ceil(drawn / n)
+    return 0
+
+
+@pytest.mark.parametrize("repeats", [2, 4, 16])
+@pytest.mark.parametrize("n", [400, 2000])
+def test_several_rows_of_a_sample_in_one_batch_are_one_draw(n: int, repeats: int, rng: torch.Generator) -> None:
+    def draws() -> Iterator[Tensor]:
+        while True:
+            yield torch.randint(n, (64 // repeats,), generator=rng).repeat(repeats)
+
+    assert checks_of(n, draws(), 40 * n // 64) == 0
+
+
+@pytest.mark.parametrize(("share", "latest"), [(0.9, 5), (0.95, 9), (0.98, 17)])
+def test_training_on_a_part_shows_within_some_epochs(share: float, latest: int, rng: torch.Generator) -> None:
+    n = 2000
+
+    def epochs() -> Iterator[Tensor]:
+        while True:
+            yield from torch.randperm(int(share * n), generator=rng).split(100)
+
+    assert 0 < checks_of(n, epochs(), 20 * 40) <= latest

@@ -154,3 +154,34 @@ def test_what_is_no_tensor_is_named(name: str, rng: torch.Generator) -> None:
     stable(**arguments)
     with pytest.raises(TypeError, match=f"{name} is a list"):
         stable(**{**arguments, name: arguments[name].tolist()})
+
+
+def test_an_outlier_hides_no_wrong_index(rng: torch.Generator) -> None:
+    data = torch.randn(300, 8, generator=rng)
+    data[0] = 1e4
+    index = torch.arange(100, 132)
+    x_t = EDM.perturb(data[index], 1.0, generator=rng)
+    stable = sf.StableTarget(EDM, references=sf.Pool(data))
+    stable(data[index], x_t, 1.0, index=index)
+    with pytest.raises(ValueError, match="row 0 of x0 is not sample 101"):
+        stable(data[index], x_t, 1.0, index=index + 1)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_one_image_can_be_overfitted(count: int, rng: torch.Generator) -> None:
+    image = torch.randint(0, 256, (1, 3, 8, 8), generator=rng, dtype=torch.uint8).repeat(count, 1, 1, 1)
+    index = torch.zeros(32).long()
+    x0 = image[index] / 127.5 - 1
+    found = sf.StableTarget(EDM, references=sf.Pool(image))(x0, EDM.perturb(x0, 1.0, generator=rng), 1.0, index=index)
+    torch.testing.assert_close(found.x0, x0)
+
+
+def test_a_capacity_with_a_generator_compiles(rng: torch.Generator) -> None:
+    data = torch.randn(20, 6, generator=rng)
+    stable = sf.StableTarget(EDM, references=sf.Pool(data), capacity=3)
+    index, t = torch.arange(8), torch.linspace(0.5, 3, 8)
+    x_t = EDM.perturb(data[index], t, generator=rng)
+    call = torch.compile(
+        lambda g: stable(data[index], x_t, t, index=index, generator=g), fullgraph=True, backend="eager"
+    )
+    torch.testing.assert_close(call(rng).x0, stable(data[index], x_t, t, index=index).x0, rtol=1e-4, atol=1e-5)

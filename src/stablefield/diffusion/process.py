@@ -52,7 +52,7 @@ class Process(ABC):
 
     @property
     def time_range(self) -> tuple[float, float]:
-        """The first and the last time that a batch may have; others are taken for a mistake, such as steps for times."""
+        """The first and the last time that a batch may have; `StableTarget` refuses others, such as step numbers."""
         return -math.inf, math.inf
 
     def has_time(self, t: Tensor) -> Tensor:

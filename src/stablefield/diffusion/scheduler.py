@@ -135,9 +135,9 @@ def from_diffusers(scheduler: Any) -> Regression:
     Three lines change in such a loop:
 
         regression = sf.from_diffusers(noise_scheduler)
-        stable = sf.StableTarget(regression.process)
+        stable = sf.StableTarget(regression.process, references=sf.Pool(images))
         ...
-        target = regression(stable(clean, noisy, regression.time(timesteps), noise=noise))  # was: target = noise
+        target = regression(stable(clean, noisy, regression.time(timesteps), index=index, noise=noise))  # was: noise
 
     The scheduler is read as it is now, and not changed: read it again after `set_timesteps`.
 

@@ -125,7 +125,11 @@ def advise(
     recommended = next(
         entry
         for entry in sizes
-        if entry.size >= curve.samples
-        or (entry.left <= aim and (batch is None or (entry.batch is not None and entry.batch < 1)))
+        if entry.size >= curve.samples or (entry.left <= aim and (batch is None or _lowers(entry)))
     )
     return Advice(band=band, share=share, sizes=tuple(sizes), recommended=recommended, aim=aim)
+
+
+def _lowers(entry: SizeAdvice) -> bool:
+    """Whether references lower the variance of the batch by more than its error."""
+    return entry.batch is not None and entry.batch + 2 * (entry.batch_error or 0.0) < 1

@@ -140,7 +140,7 @@ def check_bias(
     Raises:
         ValueError: if a number is out of its range, or the target returns another shape or something not finite.
     """
-    check_callable("target", target, "target(x0, x_t, t), such as StableTarget(process)")
+    check_callable("target", target, "target(x0, x_t, t), such as StableTarget(process, references=Pool(data))")
     check_kind("population", population, Population, "a Population of the data, Population(data)")
     number("false_alarm", false_alarm)
     number("label_dropout", label_dropout)

@@ -156,16 +156,16 @@ class Bank:
 
     @property
     def spread(self) -> Tensor:
-        """Standard deviation of a number around its mean over the references, root mean square over the d numbers, ().
+        """How far a number of a reference typically is from the middle of the references, (); a few outliers do not matter.
 
-        Of up to 256 references, evenly spaced.
+        The median over up to 256 references, evenly spaced, of the root mean square over their d numbers.
         """
         self._forget_if_changed()
         if self._spread is None:
             n = len(self)
             some = torch.arange(0, n, max(1, n // 256), device=self.device)[:256]
             rows = self.rows(some, self.dtype)
-            self._spread = (rows - rows.mean(0)).square_().mean().sqrt()
+            self._spread = (rows - rows.median(0).values).square_().mean(1).sqrt_().median()
         return self._spread
 
     def _forget_if_changed(self) -> None:

@@ -57,7 +57,7 @@ def require(*checks: Check) -> None:
             message = check.tell(int(failing[0, 0]))
             if not check.warning:
                 raise ValueError(message)
-            warnings.warn(message, UserWarning, stacklevel=2)
+            warnings.warn(message, UserWarning, stacklevel=4)  # the call of a target
 
 
 def row_numbers(name: str, value: Tensor, x: Tensor) -> Tensor:

@@ -2,17 +2,21 @@ r"""Consistency: whether x_t is what the process makes of x0, t and the noise.
 
 A posterior is only as right as its model of the noise. A loop whose time runs the other way, which counts steps where the
 process wants times in [0, 1], or which hands over the noise of another draw, gets a target that is off by more than its own
-size, and no loss curve shows it. Three things can be known of a batch without knowing its data:
+size, and no loss curve shows it. Four things are known of a batch without knowing its data:
 
 - With the noise at hand, $x_t - \alpha x_0 - \sigma \varepsilon$ is zero up to rounding, in every row.
-- Without it, $|x_t - \alpha x_0|^2 / \sigma^2$ is chi-square with d degrees of freedom in every row (for Student's t with D
-  degrees of freedom, d times an F variable), so its sum over the batch has a known spread.
+- $|x_t - \alpha x_0|^2 / \sigma^2$ is chi-square with d degrees of freedom in every row (for Student's t with D degrees of
+  freedom, d times an F variable), so its sum over the batch has a known spread.
+- So is, for images, the square of the noise's mean over each channel, times the pixels. Offset noise shows there.
 - The direction of the noise is uniform and independent of the data, so $\sqrt{d}$ times the cosine between the noise and
   the row's own deviation from the batch's mean has mean 0 and variance 1. Noise that was assigned to the data, as by optimal
-  transport, is closer to them.
+  transport, is closer to them. This is summed over calls, since one small batch may not show it.
 
-The bounds are so wide that noise drawn as it should be does not meet them in any run: 12 standard deviations. (Batches with
-antithetic noise, in which up to four rows share a norm, have up to twice the spread, which leaves 6.)
+The bounds are eight standard deviations, so noise that is drawn as it should be never meets them. Rows that share their
+noise, up to its sign, count as one.
+
+References:
+    Wilson, Hilferty, "The Distribution of Chi-Square", PNAS 1931: the cube root of a chi-square variable is nearly normal.
 """
 
 import math
@@ -24,16 +28,45 @@ from stablefield.diffusion.process import Process
 from stablefield.targets.check import Check, finite_check, value_check
 from stablefield.targets.kernel import GaussianKernel, Kernel, StudentTKernel
 
-__all__ = ["consistency_checks"]
+__all__ = ["Correlation", "consistency_checks"]
 
 # Standard deviations beyond which the noise is not what the process makes.
-_SPREADS = 12.0
-# Departure of the mean square from 1 that is not complained of, however large the batch.
+_SPREADS = 8.0
+# Departure of a mean square from 1 that is accepted, however large the batch.
 _SLACK = 0.01
-# Relative residual of x_t that is rounding, in float32 and in ulps of shorter formats.
-_RESIDUAL, _RESIDUAL_ULPS = 1e-3, 4
+# Relative error of sigma noise and of alpha x0, in float32, that is rounding and another way to compute a schedule; and in
+# ulps of shorter formats.
+_NOISE_ERROR, _DATA_ERROR, _ULPS = 1e-3, 1e-5, 4
 # Rows whose noise is below this many ulps of x_t are made of rounding in part.
-_ULPS = 32
+_LOST = 32
+# Relative difference of the norms of two rows of noise that are taken for one.
+_SAME = 1e-5
+# Pixels from which the mean over a channel says something.
+_PIXELS = 16
+# Rows over which the correlation of noise and data is summed. What rounding correlates stays far below the bound.
+_WINDOW = 1024
+
+
+class Correlation:
+    """The correlation of the noise with the data over calls."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._rows = 0
+
+    def add(self, along: Tensor, variance: Tensor, rows: int) -> Tensor:
+        """Add a batch, and return the sum so far in standard deviations, shape (); after enough rows a new sum begins.
+
+        Args:
+            along: sum of the rows' standardised cosines, shape ().
+            variance: what its variance should be, shape ().
+            rows: of the batch.
+        """
+        now = torch.stack([along, variance.to(along.dtype)])
+        if self._sum is None or self._sum.device != now.device or self._rows >= _WINDOW:
+            self._sum, self._rows = torch.zeros_like(now), 0
+        self._sum, self._rows = self._sum + now, self._rows + rows
+        return self._sum[0] / self._sum[1].clamp(min=1).sqrt()
 
 
 def consistency_checks(
@@ -46,6 +79,7 @@ def consistency_checks(
     sigma: Tensor,
     noise: Tensor | None,
     alone: Tensor | None = None,
+    correlation: Correlation | None = None,
 ) -> list[Check]:
     """What x_t, t and the noise must meet, to be looked at together.
 
@@ -59,62 +93,85 @@ def consistency_checks(
         sigma: scale of the noise at these times, shape (B,).
         noise: the noise in x_t, shape (B, ...), or None.
         alone: rows that use their source alone, bool (B,), or None: they need not be finite.
+        correlation: of the calls before; of this one alone if None.
     """
     low, high = process.time_range
     rule = f"the times of {process} run from {low:g} to {high:g}; pass times of this process"
     checks = [value_check(process.has_time(t), "t", t, rule)]
     dtype = torch.promote_types(torch.promote_types(x0.dtype, x_t.dtype), torch.float32)
+    given = [value for value in (x0, x_t, noise) if value is not None]
+    eps = max(torch.finfo(value.dtype).eps for value in given)
     clean, noisy = x0.flatten(1).to(dtype), x_t.flatten(1).to(dtype)
     alpha, sigma = alpha.to(dtype), sigma.to(dtype)
-    residual = torch.addcmul(noisy, alpha[:, None], clean, value=-1)
-    square = torch.linalg.vector_norm(residual, dim=1).square()
-    clean_norm = torch.linalg.vector_norm(clean, dim=1)
-    finite = clean_norm.isfinite()
-    checks.append(finite_check(clean_norm if alone is None else clean_norm.masked_fill(alone, 0), "x0"))
-    checks.append(finite_check(torch.where(finite if alone is None else finite & ~alone, square, 0), "x_t"))
-    eps = max(torch.finfo(value.dtype).eps for value in (x0, x_t))
     d = clean.shape[1]
-    if noise is None:
-        # The noise of rows with hardly any is lost in the rounding of x_t.
-        size = torch.linalg.vector_norm(noisy, dim=1)
-        usable = sigma * math.sqrt(d) > _ULPS * eps * torch.maximum(size, alpha.abs() * clean_norm)
-        drawn, drawn_square = residual, square / sigma.square()
-    else:
+    residual = torch.addcmul(noisy, alpha[:, None], clean, value=-1)
+    residual_norm, clean_norm = (torch.linalg.vector_norm(rows, dim=1) for rows in (residual, clean))
+    finite = clean_norm.isfinite()
+    checks.append(finite_check(_but(clean_norm, alone), "x0"))
+    checks.append(finite_check(_but(torch.where(finite, residual_norm, 0), alone), "x_t"))
+    # A scheduler that rounds 1 - alpha^2 to a short format makes another sigma; where alpha is 1, sigma is given.
+    rounding = torch.where(alpha < 1, eps * alpha.square() / sigma.square(), 0)
+    drawn, drawn_norm = residual, residual_norm
+    if noise is not None:
         drawn = noise.flatten(1).to(dtype)
         drawn_norm = torch.linalg.vector_norm(drawn, dim=1)
-        drawn_square = drawn_norm.square()
-        usable = torch.ones_like(finite)
-        checks.append(finite_check(drawn_square if alone is None else drawn_square.masked_fill(alone, 0), "noise"))
-        eps = max(eps, torch.finfo(noise.dtype).eps) if noise.is_floating_point() else eps
+        checks.append(finite_check(_but(drawn_norm, alone), "noise"))
         left = torch.linalg.vector_norm(torch.addcmul(residual, sigma[:, None], drawn, value=-1), dim=1)
-        parts = torch.hypot(alpha * clean_norm, sigma * drawn_norm)
-        # Written such that nan passes: what is not finite is told above.
-        broken = left > max(_RESIDUAL, _RESIDUAL_ULPS * eps) * parts
-        checks.append(Check(~broken, lambda row: _residual_message(process, x0, x_t, t, noise, row)))
-    usable = usable & drawn_square.isfinite() & finite
-    if alone is not None:
-        clean = torch.where(finite[:, None], clean, 0)
-    law = _law(kernel, torch.where(usable, drawn_square, 0), usable, d)
+        allowed = max(_NOISE_ERROR, _ULPS * eps) + _ULPS * rounding
+        allowed = allowed * sigma * drawn_norm + max(_DATA_ERROR, _ULPS * eps) * alpha.abs() * clean_norm
+        # NaN passes here; the checks above report it.
+        checks.append(Check(~(left > allowed), lambda row: _residual_message(process, x0, x_t, t, noise, row)))
+    # Rounding makes a part of the noise of rows that have hardly any.
+    size = torch.maximum(torch.linalg.vector_norm(noisy, dim=1), alpha.abs() * clean_norm)
+    usable = (sigma * math.sqrt(d) > _LOST * eps * size) & (rounding < _SLACK / 2) & finite & residual_norm.isfinite()
+    scale = torch.where(usable, 1 / sigma, 0)
+    square = torch.where(usable, residual_norm * scale, 0).square()
+    repeats = _repeats(torch.where(usable, drawn_norm if noise is not None else residual_norm * scale, 0), usable)
+    law = _law(kernel, square, usable, d, repeats)
     if law is not None:
         excess, mean = law
         checks.append(Check(~(excess > 1).reshape(1), lambda _: _law_message(process, t, float(mean))))
+    if x0.ndim > 2 and x0[0, 0].numel() >= _PIXELS and isinstance(kernel, GaussianKernel):
+        channels = residual.view(len(x0), x0.shape[1], -1)
+        means = torch.where(usable, channels.mean(2).square().sum(1) * scale.square(), 0) * channels.shape[2]
+        found = _law(kernel, means, usable, x0.shape[1], repeats)
+        assert found is not None
+        excess, mean = found
+        checks.append(Check(~(excess > 1).reshape(1), lambda _: _offset_message(float(mean))))
+    if alone is not None:
+        clean = torch.where(finite[:, None], clean, 0)
     own = clean - clean.mean(0)
-    norms = torch.linalg.vector_norm(own, dim=1) * torch.linalg.vector_norm(drawn, dim=1)
-    told = usable & (norms > 0)
-    cosine = torch.where(told, torch.linalg.vecdot(own, drawn) / norms.clamp(min=torch.finfo(dtype).tiny), 0)
-    along = cosine.sum() * math.sqrt(d) / told.sum().clamp(min=1).sqrt()
-    checks.append(Check(~(along.abs() > _SPREADS).reshape(1), lambda _: _pairing_message(float(along))))
+    norms = torch.linalg.vector_norm(own, dim=1) * drawn_norm
+    told = usable & (norms > 0) & norms.isfinite()
+    cosine = torch.where(told, torch.linalg.vecdot(own, drawn) / norms, 0)
+    correlation = Correlation() if correlation is None else correlation
+    spreads = correlation.add(cosine.sum() * math.sqrt(d), told.sum() * repeats, len(x0))
+    checks.append(Check(~(spreads.abs() > _SPREADS).reshape(1), lambda _: _pairing_message(float(spreads))))
     return checks
 
 
-def _law(kernel: Kernel, square: Tensor, rows: Tensor, d: int) -> tuple[Tensor, Tensor] | None:
-    """How far the mean of |noise|^2 is from what it should be, in units of the bound, and that mean over the right one.
+def _but(norms: Tensor, alone: Tensor | None) -> Tensor:
+    return norms if alone is None else norms.masked_fill(alone, 0)
 
-    Sums of chi-square variables by the cube root of Wilson and Hilferty (1931), good far out in both tails; for Student's t
+
+def _repeats(norms: Tensor, rows: Tensor) -> Tensor:
+    """By which factor rows that share their noise, and so its norm (B,), raise the variance of a sum over `rows`."""
+    values = norms.sort().values
+    group = torch.cat([values.new_zeros(1, dtype=torch.long), (values.diff() > _SAME * values[1:]).cumsum(0)])
+    # Rows that do not count have norm 0 and make the first group.
+    members = (values > 0).to(norms.dtype)
+    counts = torch.zeros_like(norms).index_add_(0, group, members)
+    return counts.square().sum() / rows.sum().clamp(min=1)
+
+
+def _law(kernel: Kernel, square: Tensor, rows: Tensor, d: int, repeats: Tensor) -> tuple[Tensor, Tensor] | None:
+    """How far a mean of squares is from what it should be, in units of the bound, and that mean over the right one.
+
+    Sums of chi-square variables by the cube root of Wilson and Hilferty, good far out in both tails; for Student's t
     q / (q + D) with q = |noise|^2 is a beta variable, whose sum over the rows is matched to a chi-square in two moments.
     """
-    count = rows.sum().double() if square.device.type != "mps" else rows.sum().float()
-    count = count.clamp(min=1)
+    wide = torch.float32 if square.device.type == "mps" else torch.float64
+    count, repeats = rows.sum().clamp(min=1).to(wide), repeats.clamp(min=1).to(wide)
     if isinstance(kernel, StudentTKernel):
         a, b = d / 2, kernel.dof / 2
         share = square / (square + kernel.dof)
@@ -122,13 +179,13 @@ def _law(kernel: Kernel, square: Tensor, rows: Tensor, d: int) -> tuple[Tensor, 
         value, mean = (share, a / (a + b)) if a < b else (torch.where(rows, 1 - share, 0), b / (a + b))
         variance = a * b / ((a + b) ** 2 * (a + b + 1))
         freedom = count * (2 * mean**2 / variance)
-        ratio = value.sum(dtype=count.dtype) / (count * mean)
+        ratio = value.sum(dtype=wide) / (count * mean)
     elif isinstance(kernel, GaussianKernel):
         freedom = count * d
-        ratio = square.sum(dtype=count.dtype) / freedom
+        ratio = square.sum(dtype=wide) / freedom
     else:
         return None
-    width = 2 / (9 * freedom)
+    width = 2 / (9 * freedom / repeats)
     spreads = (ratio.clamp(min=0) ** (1 / 3) - (1 - width)) / width.sqrt()
     excess = torch.minimum(spreads.abs() / _SPREADS, (ratio - 1).abs() / _SLACK)
     return torch.where(rows.any(), excess, 0), ratio
@@ -151,21 +208,34 @@ def _residual_message(process: Process, x0: Tensor, x_t: Tensor, t: Tensor, nois
     for end in sorted(end for end in ends if bool(process.has_time(end - time).all())):
         if left(end - time) < 0.01:
             return f"{message} They agree at {end:g} - t: pass that, since time grows with noise here."
-    return f"{message} Pass the noise that made x_t, the rows of x0 in the same order, and times of this process."
+    return (
+        f"{message} Pass the noise that made x_t, the rows of x0 in the same order, and times of this process; compute the "
+        "schedule in float32."
+    )
+
+
+_CHOSEN = "For x_t that you choose yourself pass StableTarget(..., validate_args=False)."
 
 
 def _law_message(process: Process, t: Tensor, ratio: float) -> str:
     return (
         f"x_t is not what {process} makes of x0 at t from {t.min().item():g} to {t.max().item():g}: the noise in it has "
         f"{ratio:.3g} times the variance that it should have. Check that t grows with noise, has the units of this "
-        "process, and that nothing else was added (offset noise, input perturbation). For x_t that you choose yourself "
-        "pass StableTarget(..., validate_args=False)."
+        f"process, and that nothing else was added, such as offset noise or input perturbation. {_CHOSEN}"
     )
 
 
-def _pairing_message(along: float) -> str:
+def _offset_message(ratio: float) -> str:
     return (
-        f"the noise in x_t is not independent of x0 (correlation {along:.3g} standard errors from 0): it was assigned to "
-        "the data, as by optimal transport or immiscible diffusion, and the posterior is another one. Draw independent "
-        "noise, or keep your single-sample target."
+        f"the noise in x_t is not white: its means over the channels have {ratio:.3g} times the variance that they should "
+        "have, as offset noise makes them. Call the target with the x_t before the offset, and make the view that you "
+        f"regress on of its x0. {_CHOSEN}"
+    )
+
+
+def _pairing_message(spreads: float) -> str:
+    return (
+        f"the noise in x_t is not independent of x0: their correlation is {spreads:.3g} standard errors from 0. It was "
+        "assigned to the data, as by optimal transport or immiscible diffusion, so the posterior is another one. Draw "
+        f"independent noise, or keep your single-sample target. {_CHOSEN}"
     )

@@ -7,8 +7,9 @@ drawn: Pearson's statistic
 $$ X^2 = \sum_k \frac{(c_k - e_k)^2}{e_k} $$
 
 over the samples that were to be expected once at least is chi-square if the draws are as assumed, and smaller if they come
-in epochs. Rows with a label are compared with the other samples of that label, since the posterior sees no others; rows
-without one, with all.
+in epochs. It grows by the number of rows that a batch makes of one sample, which is counted. And there are few samples that
+have never come: $\sum_k e^{-e_k}$, or none of epochs. Rows with a label are compared with the other samples of that label,
+since the posterior sees no others; rows without one, with all.
 
 References:
     Pearson, "On the Criterion that a Given System of Deviations...", Philosophical Magazine 1900; Wilson, Hilferty, "The
@@ -43,6 +44,10 @@ class Frequencies:
         self._labels = None if labels is None else _numbered(labels)
         kinds = 1 if labels is None else 2
         self._counts = torch.zeros(kinds, len(weights), dtype=torch.int32, device=weights.device)
+        # Sum over batches of the squared numbers of rows of one sample, and what it is for independent draws.
+        self._squares = torch.zeros((), dtype=weights.dtype, device=weights.device)
+        self._pairs = 0
+        self._chance = (weights.square().sum() / weights.sum().square()).to(weights.dtype)
         self._drawn = 0
         self._next = _FIRST * len(weights)
 
@@ -62,7 +67,9 @@ class Frequencies:
             place = place + count * labelled.long()
         one = torch.ones_like(place, dtype=torch.int32) if counted is None else counted.int()
         self._counts.view(-1).index_add_(0, place, one)
+        self._squares += _repeats(place, one.to(self._weights.dtype))
         self._drawn += len(index)
+        self._pairs += len(index) * (len(index) - 1)
         if self._drawn < self._next:
             return None
         self._next = 2 * self._drawn
@@ -75,11 +82,16 @@ class Frequencies:
         expected = self._expected(counts, kind)
         often = expected >= 1
         cells = often.sum().clamp(min=1)
-        square = torch.where(often, (counts - expected).square() / expected.clamp(min=1), 0).sum()
+        # Rows of one sample in one batch, such as antithetic pairs, are one draw.
+        repeats = (self._squares / (self._drawn + self._chance * self._pairs)).clamp(min=1)
+        square = torch.where(often, (counts - expected).square() / expected.clamp(min=1), 0).sum() / repeats
         width = 2 / (9 * cells)
         spreads = ((square / cells) ** (1 / 3) - (1 - width)) / width.sqrt()
-        deviation = (square - cells) / counts.sum().clamp(min=1)
-        return torch.minimum(spreads / _SPREADS, deviation / _DEVIATION)
+        deviation = (square - cells) * repeats / counts.sum().clamp(min=1)
+        uneven = torch.minimum(spreads / _SPREADS, deviation / _DEVIATION)
+        likely = torch.exp(-expected / repeats) * often
+        missing = ((counts == 0) & often).sum() - likely.sum()
+        return torch.maximum(uneven, missing / (_SPREADS * (1 + likely.sum().sqrt())))
 
     def _expected(self, counts: Tensor, kind: int) -> Tensor:
         if kind == 0 or self._labels is None:
@@ -94,13 +106,15 @@ class Frequencies:
         counts = self._counts[kind].to(self._weights.dtype)
         expected = self._expected(counts, kind)
         worst = int(((counts - expected).abs() / expected.clamp(min=1).sqrt()).argmax())
+        never = int((counts == 0).sum())
         among = " with a label" if kind else " without a label" if self._labels is not None else ""
         return (
             f"the rows{among} were not drawn from the Pool as it assumes: sample {worst} came {int(counts[worst])} times "
-            f"among {int(counts.sum())} rows, where {float(expected[worst]):.3g} were to be expected. The targets are "
-            "biased towards the samples that come less often. Pass Pool(..., weights=...) with the probability of each "
-            "sample, make the Pool of the samples that you train on, and drop labels independently of the sample. (Does "
-            "each process draw from a part of the Pool, and all of them from all of it? Then all is well.)"
+            f"among {int(counts.sum())} rows, where {float(expected[worst]):.3g} were to be expected, and {never} samples "
+            "never came. The targets are biased towards samples that come less often. Pass Pool(..., weights=...) with the "
+            "probability of each sample, make the Pool of the samples that you train on, and drop labels independently of "
+            "the sample. Ignore this if each process draws from its own part of the Pool and all parts together make it up. "
+            "For calls that are no training pass StableTarget(..., validate_args=False)."
         )
 
 
@@ -109,3 +123,10 @@ def _numbered(labels: Tensor) -> Tensor:
     values, order = labels.sort()
     numbers = torch.cat([values.new_zeros(1), (values.diff() != 0).cumsum(0)])
     return torch.empty_like(numbers).scatter_(0, order, numbers)
+
+
+def _repeats(index: Tensor, counted: Tensor) -> Tensor:
+    """Sum over the samples at `index` (B,) of their squared numbers of rows, where each row counts 1 or 0 (B,)."""
+    values, order = index.sort()
+    group = torch.cat([values.new_zeros(1), (values.diff() != 0).cumsum(0)])
+    return torch.zeros_like(counted).index_add_(0, group, counted[order]).square().sum()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stablefield.reading import readable
 from stablefield.shapes import array_of_numbers, check_kind, check_tensor, flag, whole_number
-from stablefield.targets.bank import Bank
+from stablefield.targets.bank import Bank, largest_magnitude
 from stablefield.targets.check import Check, require, row_numbers, value_check
 from stablefield.targets.excess import Anchor
 from stablefield.targets.frequency import Frequencies
@@ -27,8 +27,8 @@ from stablefield.targets.query import Query
 __all__ = ["Exchange", "InBatch", "Pool", "References", "Selection", "choose", "own_gap", "stored_samples"]
 
 _UNKNOWN_LABEL = (
-    "-1 means a label that was dropped for guidance, and a label that is not known is no such thing; give samples "
-    "without a label one of their own, such as the largest plus 1"
+    "-1 stands for a label that was dropped by chance; give samples of unknown label a class of their own, such as the "
+    "largest plus 1"
 )
 
 
@@ -217,6 +217,7 @@ class Pool:
         self._unseen = group is not None
         if group is not None and group.device.type == "cpu":
             require(*self._label_checks(group))
+            self._unseen = False
         self.size = size
         self.group = group
         self.mirrored = mirrored
@@ -300,6 +301,8 @@ class Pool:
             ValueError: if `index` is missing, `size` is below the batch's distinct samples, or shapes or devices do not fit.
         """
         index, bank = self._fitting(x0, group, index)
+        if readable(x0.device):
+            self._unseen = False  # `checks` have been looked at
         if self._draws and not readable(x0.device):
             raise ValueError(
                 f"the Pool's size is {self.size}: which references are drawn depends on the batch's index, which a compiled "
@@ -353,7 +356,6 @@ class Pool:
         return index, bank
 
     def _label_checks(self, group: Tensor) -> list[Check]:
-        self._unseen = False
         return [value_check(group >= 0, "Pool group", group, _UNKNOWN_LABEL)]
 
     @property
@@ -410,13 +412,13 @@ def own_gap(x0: Tensor, rows: Tensor, bank: Bank, rounded: bool = True) -> tuple
         rounded: whether the bank may have rounded them to the dtype in which it stores them.
     """
     eps = max(torch.finfo(x0.dtype).eps, bank.eps if rounded else torch.finfo(torch.float32).eps)
-    gap = (rows - x0.reshape(rows.shape)).abs_()
-    # Rounding of each number, and a hundredth of the spread of the data for arithmetic that differs.
-    wrong = (gap - 4 * eps * rows.abs()).amax(1) > 0.01 * bank.spread + torch.finfo(rows.dtype).tiny
-    return gap.amax(1), wrong | ~(gap.amax(1) >= 0)
+    gap = largest_magnitude(rows - x0.reshape(rows.shape))
+    # Rounding, also that of decoding bytes, and a hundredth of the spread of the data for arithmetic that differs.
+    rounding = 4 * eps * (largest_magnitude(rows) + bank.holds_bytes) + torch.finfo(rows.dtype).tiny
+    return gap, ~(gap <= rounding + 0.01 * bank.spread)
 
 
-def stored_samples(x0: Tensor, index: Tensor, bank: Bank, places: Tensor) -> Tensor:
+def stored_samples(x0: Tensor, index: Tensor, bank: Bank, places: Tensor) -> Tensor | None:
     """The samples that the rows are said to be, as they are stored, once each row has been found to be its sample.
 
     Args:
@@ -426,7 +428,7 @@ def stored_samples(x0: Tensor, index: Tensor, bank: Bank, places: Tensor) -> Ten
         places: where the rows are in the user's batch, shape (B,).
 
     Returns:
-        The samples, shape (B, d), float32, or float64 if either is.
+        The samples, shape (B, d), float32, or float64 if either is; None if the rows are the same up to rounding in float32.
 
     Raises:
         ValueError: if a row is another sample. Its source would not be among the references, which biases the target
@@ -434,14 +436,17 @@ def stored_samples(x0: Tensor, index: Tensor, bank: Bank, places: Tensor) -> Ten
     """
     rows = bank.rows(index, bank.dtype_with(x0))
     gap, wrong = own_gap(x0, rows, bank)
-    if bool(wrong.any()):
+    rounding = 4 * torch.finfo(torch.float32).eps * (largest_magnitude(rows) + bank.holds_bytes)
+    # One look for both.
+    unlike, rounded = torch.stack([wrong.any(), (gap > rounding).any()]).tolist()
+    if unlike:
         row = int(wrong.nonzero()[0, 0])
         raise ValueError(
             f"row {int(places[row])} of x0 is not sample {int(index[row])} of the Pool (largest difference "
             f"{gap[row].item():.3g}): pass flip= for mirrored rows, alone= for rows with another augmentation of their own, "
             "or the right index."
         )
-    return rows
+    return rows if rounded else None
 
 
 def choose(n: int, index: Tensor, size: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

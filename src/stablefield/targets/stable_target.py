@@ -31,7 +31,7 @@ from stablefield.shapes import (
     whole_number,
 )
 from stablefield.targets.check import Check, finite_check, require, row_numbers, value_check
-from stablefield.targets.consistency import consistency_checks
+from stablefield.targets.consistency import Correlation, consistency_checks
 from stablefield.targets.excess import Anchor, Excess
 from stablefield.targets.fixed import fixed_posterior
 from stablefield.targets.kernel import GaussianKernel, Kernel
@@ -80,6 +80,7 @@ class StableTarget:
     chunk_size: int | None = None
     capacity: int | None = None
     validate_args: bool = True
+    _correlation: Correlation = field(default_factory=Correlation, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_kind("process", self.process, Process, "a Process, such as EDM()")
@@ -128,7 +129,8 @@ class StableTarget:
             flip: which rows of x0 are mirror images, bool, (B,) for the last axis, or (B, m) with column j for axis -1-j.
                 The references are flipped likewise for these rows (if `Pool.mirrored`: the set holds both anyway).
             alone: rows that use their source alone, bool (B,): those with an augmentation of their own.
-            generator: where the references are drawn from, and which rows of equal noise the `capacity` takes.
+            generator: where the references are drawn from, and which rows of equal noise the `capacity` takes (by torch's
+                global generator in a compiled or captured function).
 
         Returns:
             The target of each row.
@@ -143,6 +145,8 @@ class StableTarget:
         """
         _check_pair(x0, x_t, noise)
         t = row_values("t", t, x0)
+        if t.is_floating_point() and t.dtype.itemsize < 4:
+            t = t.float()  # alpha and sigma would be rounded as well
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         check_generator("generator", generator)
         look = readable(x0.device)
@@ -151,7 +155,7 @@ class StableTarget:
                 row_numbers(name, value, x0)
         # A band without an upper end is DSM, also where alpha is 0 and the noise level infinite.
         single = self.noise_band == math.inf
-        if group is None and not single and self.references.group is not None:
+        if group is None and not single and getattr(self.references, "group", None) is not None:
             raise ValueError(
                 f"group is missing: {self.references} has a label for each sample. Pass the label of each row, or "
                 "torch.full((len(x0),), -1) for a network that sees none, or references without labels."
@@ -170,7 +174,7 @@ class StableTarget:
         elif look:
             rows = _noisiest(level, use, self.capacity, generator)
         else:
-            rows = _noisiest_of_a_fixed_number(level, use, self.capacity, generator)
+            rows = _noisiest_of_a_fixed_number(level, use, self.capacity)
         # What a row has that uses its source alone.
         zero = torch.zeros(len(x0), dtype=torch.promote_types(x0.dtype, torch.float32), device=x0.device)
         values = [x0, zero, zero + 1, zero + 1]
@@ -206,7 +210,9 @@ class StableTarget:
             value_check(alpha.isfinite(), "alpha", alpha, "it must be finite: check t"),
         ]
         if self.validate_args:
-            checks += consistency_checks(self.process, self.kernel, x0, x_t, t, alpha, sigma, noise, alone)
+            checks += consistency_checks(
+                self.process, self.kernel, x0, x_t, t, alpha, sigma, noise, alone, self._correlation
+            )
         else:
             rest = torch.ones_like(sigma, dtype=torch.bool) if alone is None else ~alone
             sizes = [torch.where(rest, x.flatten(1).to(sigma.dtype).norm(dim=1), 0) for x in (x0, x_t)]
@@ -235,9 +241,12 @@ class StableTarget:
         source_prior = None if source_prior is None else source_prior[among]
         if len(rows) < len(batch.x0):
             batch = batch.at(rows)
-        if stored is not None:
-            found = stored_samples(batch.x0, stored[1][among], stored[0], rows) if samples is None else samples[among]
-            batch = _as_stored(batch, found)
+        if stored is not None and selection.unsure == "using":
+            samples = stored_samples(batch.x0, stored[1][among], stored[0], rows)
+        elif samples is not None:
+            samples = samples[among]
+        if samples is not None:
+            batch = _as_stored(batch, samples)
         reference_group = None if batch.group is None else selection.group
         query = Query.checked(
             batch.x_t,
@@ -359,13 +368,12 @@ def _noisiest(level: Tensor, use: Tensor, capacity: int | None, generator: torch
     return rows[_descending(level[rows], generator)[:capacity].sort().values]
 
 
-def _noisiest_of_a_fixed_number(
-    level: Tensor, use: Tensor, capacity: int | None, generator: torch.Generator | None
-) -> Tensor:
+def _noisiest_of_a_fixed_number(level: Tensor, use: Tensor, capacity: int | None) -> Tensor:
     """`capacity` rows, if there are as many, and among them the noisiest for which `use` is set."""
     if capacity is None or len(level) <= capacity:
         return torch.arange(len(level), device=level.device)
-    return _descending(torch.where(use, level, -1), generator)[:capacity]
+    # No compiler takes a generator, and none is needed: ties must be broken independently of the data, in any way.
+    return _descending(torch.where(use, level, -1), None)[:capacity]
 
 
 def _descending(level: Tensor, generator: torch.Generator | None) -> Tensor:

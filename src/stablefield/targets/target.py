@@ -78,7 +78,7 @@ class Target:
 
     @property
     def score(self) -> Tensor:
-        """The target for the score, grad log p(x_t) = -noise / sigma; not finite where sigma is 0.
+        """The target for the score, grad log p(x_t) = -noise / sigma. Not finite where sigma is 0: draw t above 0.
 
         Raises:
             ValueError: for another kernel than the Gaussian, whose score is not affine in x0.
