@@ -1,6 +1,7 @@
 """Dropout with shared random numbers is dropout: independent values, its probability, mean and gradient; and cheaper."""
 
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -99,7 +100,16 @@ def test_functions_of_functions_traces_and_graphs_have_the_dropout_of_torch() ->
     assert set(graph(x).unique().tolist()) == {0.0, 2.0}
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    found = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(found)
+
+
 @pytest.mark.timed
+@pytest.mark.usefixtures("one_thread")
 def test_masks_take_less_than_half_of_the_time_of_those_of_torch() -> None:
     x = torch.randn(16, 64, 32, 32)
 
@@ -108,5 +118,6 @@ def test_masks_take_less_than_half_of_the_time_of_those_of_torch() -> None:
         function(x, 0.13, True)
         return time.process_time() - began
 
-    ratios = [seconds(dropout) / seconds(functional.dropout) for _ in range(9)]
-    assert sorted(ratios)[4] < 0.5
+    times = [(seconds(dropout), seconds(functional.dropout)) for _ in range(15)]
+    # Other work on the machine only ever adds time, so the least of each is the one to compare.
+    assert min(ours for ours, _ in times) < 0.5 * min(theirs for _, theirs in times)
