@@ -65,7 +65,9 @@ def batch(rows=3, dtype=torch.float32, seed=0):
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("preconditioning", "table"), PRECONDITIONINGS, ids=lambda value: repr(value)[:40])
+@pytest.mark.parametrize(
+    ("preconditioning", "table"), PRECONDITIONINGS, ids=lambda value: getattr(value, "__name__", repr(value))[:40]
+)
 def test_scalings_are_the_published_table(preconditioning, table):
     scalings = preconditioning(torch.from_numpy(SIGMAS))
     for name, value, expected in zip(scalings._fields, scalings, table(SIGMAS), strict=True):
@@ -74,7 +76,9 @@ def test_scalings_are_the_published_table(preconditioning, table):
         assert value.dtype == torch.float64
 
 
-@pytest.mark.parametrize(("preconditioning", "table"), PRECONDITIONINGS, ids=lambda value: repr(value)[:40])
+@pytest.mark.parametrize(
+    ("preconditioning", "table"), PRECONDITIONINGS, ids=lambda value: getattr(value, "__name__", repr(value))[:40]
+)
 def test_a_denoiser_is_skip_x_plus_out_times_the_network_at_the_scaled_input(preconditioning, table):
     x = batch(len(SIGMAS), torch.float64)
     network = Recorder(torch.cos, torch.float64)
@@ -145,7 +149,7 @@ def test_edm_gives_the_network_inputs_and_targets_of_unit_variance_at_every_nois
 # --- dtypes -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preconditioning", EVERY, ids=lambda value: getattr(value, "__name__", repr(value)))
+@pytest.mark.parametrize("preconditioning", EVERY, ids=repr)
 @pytest.mark.parametrize("sigma", [2e-3, 0.5, 80.0])
 def test_a_float64_state_stays_float64_around_a_float32_network(preconditioning, sigma):
     x = batch(dtype=torch.float64)
@@ -161,7 +165,7 @@ def test_a_float64_state_stays_float64_around_a_float32_network(preconditioning,
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("preconditioning", EVERY, ids=lambda value: getattr(value, "__name__", repr(value)))
+@pytest.mark.parametrize("preconditioning", EVERY, ids=repr)
 def test_a_low_precision_network_sees_its_own_dtype_and_the_sums_are_float32(preconditioning, low):
     x = batch()
     network = Recorder(torch.sin, low)
@@ -174,7 +178,7 @@ def test_a_low_precision_network_sees_its_own_dtype_and_the_sums_are_float32(pre
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("preconditioning", EVERY, ids=lambda value: getattr(value, "__name__", repr(value)))
+@pytest.mark.parametrize("preconditioning", EVERY, ids=repr)
 @pytest.mark.parametrize("sigma", [2e-3, 0.02, 0.05, 1.0, 80.0, 1000.0])
 def test_a_low_precision_network_gets_the_float32_label_rounded_once(preconditioning, sigma, low):
     network = Recorder(torch.sin, low)
@@ -210,7 +214,7 @@ def test_a_network_without_parameters_sees_the_dtype_of_the_state():
         assert network.seen == (dtype, dtype)
 
 
-@pytest.mark.parametrize("preconditioning", EVERY, ids=lambda value: getattr(value, "__name__", repr(value)))
+@pytest.mark.parametrize("preconditioning", EVERY, ids=repr)
 def test_autocast_reaches_the_network_and_not_the_scalings(preconditioning):
     class Linear(nn.Module):
         def __init__(self):
@@ -251,7 +255,7 @@ def test_gradients_reach_the_network_and_the_state():
 # --- noise levels and labels ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preconditioning", EVERY, ids=lambda value: getattr(value, "__name__", repr(value)))
+@pytest.mark.parametrize("preconditioning", EVERY, ids=repr)
 def test_one_noise_level_for_all_rows_is_that_level_in_each(preconditioning):
     x, denoiser = batch(), sf.Denoiser(Recorder(torch.sin), preconditioning)
     rows = denoiser(x, torch.full((3,), 0.7))
