@@ -108,6 +108,66 @@ def test_fewer_references_per_step_have_a_higher_band(rng: torch.Generator) -> N
     assert levels[1] == pytest.approx(sum(parts) / 10, rel=0.15)
 
 
+def test_weights_on_five_samples_give_the_band_of_a_pool_of_those_five(rng: torch.Generator) -> None:
+    data = gaussian(500, 10, rng)
+    some = torch.tensor([3, 77, 140, 201, 499])
+    alone = sf.pick_noise_band(sf.Pool(data[some]))
+    for scale in (1.0, 0.01):
+        weights = torch.zeros(500).index_fill(0, some, scale)
+        band = sf.pick_noise_band(sf.Pool(data, weights=weights))
+        assert band.level == pytest.approx(alone.level, rel=0.012)
+        assert band.nearest == pytest.approx(alone.nearest, rel=0.012)
+    # Far from the band of all.
+    assert alone.level > 1.5 * sf.pick_noise_band(sf.Pool(data)).level
+
+
+def test_equal_weights_change_no_band(rng: torch.Generator) -> None:
+    data = gaussian(400, 10, rng)
+    for size in (None, 40):
+        level = sf.pick_noise_band(sf.Pool(data, size), rows=400).level
+        weighted = sf.pick_noise_band(sf.Pool(data, size, weights=torch.full((400,), 3.0)), rows=400).level
+        # With a size, the row's own comes in addition: 39.9 others in place of 39.
+        assert weighted == pytest.approx(level, rel=0.02)
+        assert sf.pick_noise_band(sf.Pool(data, size, weights=torch.ones(400)), rows=200).level == pytest.approx(
+            level, rel=0.1
+        )
+
+
+@pytest.mark.parametrize("rows", [60, 1000])
+def test_the_band_of_a_weighted_pool_bounds_the_loss_of_the_rows_that_its_sampler_draws(
+    rows: int, rng: torch.Generator
+) -> None:
+    """A heavy part that is dense beside a light one that is not: rows come from the heavy part, mostly."""
+    data = torch.cat([0.1 * gaussian(100, 4, rng), 3 + gaussian(300, 4, rng)])
+    for heavy in (0.02, 1.0, 50.0):
+        weights = torch.where(torch.arange(400) < 100, heavy, 1.0)
+        pool = sf.Pool(data, weights=weights)
+        for tolerance in (0.02, 0.1):
+            band = sf.pick_noise_band(pool, tolerance=tolerance, rows=rows)
+            index = torch.multinomial(weights, 4000, replacement=True, generator=rng)
+            stable = sf.StableTarget(sf.EDM(), references=pool, validate_args=False)
+
+            def own(level: float, index: Tensor = index, stable: sf.StableTarget = stable) -> float:
+                x_t = sf.EDM().perturb(data[index], level, generator=rng)
+                return float(stable(data[index], x_t, level, index=index).source_weight.double().mean())
+
+            assert own(band.level) > 1 - 1.3 * tolerance
+            # Not idle: at most three times too low.
+            assert own(3 * band.level) < 1 - tolerance
+
+
+def test_large_weighted_pools_are_probed_on_some_that_can_be_drawn(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = gaussian(4000, 6, rng)
+    weights = (torch.arange(4000) % 2).float() * (1 + torch.arange(4000) % 3)
+    whole = sf.pick_noise_band(sf.Pool(data, weights=weights))
+    monkeypatch.setattr("stablefield.targets.band._REFERENCES", 1000)
+    part = sf.pick_noise_band(sf.Pool(data, weights=weights))
+    assert (whole.references, part.references) == (2000, 1000)
+    assert part.level == pytest.approx(whole.level, rel=0.2)
+
+
 def test_large_pools_are_probed_on_some(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     data = gaussian(4000, 6, rng)
     whole = sf.pick_noise_band(sf.Pool(data, group=torch.arange(4000) % 2))

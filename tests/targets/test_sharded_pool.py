@@ -1,6 +1,10 @@
-"""Ranks with a shard each give the target of one process with all references, and end with a message when one dies."""
+"""Ranks with a shard each give the target of one process with all references, and end with a message when one dies.
+
+What one process would refuse or warn of, the rank does that holds the sample, or the one that asked for it.
+"""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +19,7 @@ import stablefield as sf
 PROGRAM = """
 import os
 import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
 import numpy as np
@@ -37,31 +42,87 @@ else:
 
 def result(kind, band=0.0, timeout=None):
     data, group, process = case["data"], case["group"], sf.EDM()
-    if kind == "float64":
+    if "float64" in kind:
         data = data.double() / 127.5 - 1
     if kind == "far from zero":
         data = data / 127.5 + case["offset"]
     shard = data[mine].numpy() if kind == "array" else data[mine]
-    pool = sf.ShardedPool(shard, group[mine] if kind == "groups" else None, mirrored=kind == "mirrored", timeout=timeout)
+    pool = sf.ShardedPool(
+        shard,
+        group[mine] if "groups" in kind else None,
+        mirrored="mirrored" in kind,
+        weights=case["weights"][mine] if "weights" in kind else None,
+        timeout=timeout,
+    )
+    if what == "unknown" and rank:
+        # As on a GPU, whose labels nothing has waited for.
+        pool.pool.group = pool.pool.group.index_fill(0, torch.tensor([2]), -1)
+        pool.pool._unseen = True
     assert (pool.start, pool.total) == (mine.start, len(data))
     target = sf.StableTarget(process, references=pool, noise_band=band, chunk_size=17)
     x0, x_t, t = case["x0"], case["x_t"], case["t"]
-    if kind == "float64":
+    if "float64" in kind:
         x0 = data[case["index"]]  # without the rounding of float32, as the shards are
         x_t = x0 + (case["x_t"] - case["x0"]).double()
     if kind == "far from zero":
         x0, x_t = data[case["index"]], case["x_t_far"]
-    seen = case["seen"][rows] if kind == "groups" else None
+    seen = case["seen"][rows] if "groups" in kind else None
     # A rank may have no row in the band, or no row at all in its batch but one below it.
     some = rows if len(rows) else torch.tensor([0])
     level = t[some] if len(rows) else torch.tensor([1e-6])
     found = target(x0[some], x_t[some], level, seen, case["index"][some])
     return {name: getattr(found, name)[: len(rows)] for name in ("x0", "variance", "ess", "source_weight")}
 
+def warned(kind):
+    # What is said of rows that are drawn in one way or another.
+    rng = torch.Generator().manual_seed(rank)
+    n, group = len(case["data"]), torch.arange(len(case["data"])) % 3
+    weights = 1.0 + 9 * (torch.arange(n) % 2 == 0) if "weights" in kind else None
+    pool = sf.ShardedPool(
+        case["data"][mine],
+        group[mine] if "labels" in kind else None,
+        weights=None if weights is None else weights[mine],
+    )
+    target = sf.StableTarget(sf.EDM(), references=pool, noise_band=0.5, validate_args="not asked" not in kind)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(30):
+            index = torch.randint(n, (64,), generator=rng)
+            if "part" in kind:
+                index = index % bounds[1]
+            if "half of a shard" in kind:
+                index = torch.where(index < bounds[1], index % (bounds[1] // 2), index)
+            if "as weighed" in kind:
+                index = torch.multinomial(weights, 64, replacement=True, generator=rng)
+            if "balanced" in kind:
+                index = torch.multinomial(1.0 + 9 * (group == 1), 64, replacement=True, generator=rng)
+            seen = group[index] if "labels" in kind else None
+            if "dropped" in kind:
+                seen = torch.where(index % 2 == 0 if "by sample" in kind else torch.arange(64) % 2 == 0, -1, seen)
+            x0 = case["data"][index] / 127.5 - 1
+            t = torch.rand(64, generator=rng) + 0.2  # some of them below the band
+            target(x0, sf.EDM().perturb(x0, t, generator=rng), t, seen, index)
+    return [str(warning.message) for warning in caught]
+
 try:
     if what == "wrong":
         case["index"][1] += 1
         result("uint8")
+    elif what == "mislabelled":
+        case["seen"][3] = 1 - case["seen"][3] % 2
+        result("groups")
+    elif what == "weightless":
+        case["weights"][case["index"][3]] = 0
+        result("weights")
+    elif what == "all weightless":
+        case["weights"][:] = 0
+        result("weights")
+    elif what == "weights of one":
+        sf.ShardedPool(case["data"][mine], weights=case["weights"][mine] if rank else None)
+    elif what == "unknown":
+        result("groups")
+    elif what.startswith("draws"):
+        torch.save({kind: warned(kind) for kind in what.split(": ")[1].split("; ")}, folder / ("warned-%d.pt" % rank))
     elif what in ("dies", "silent"):
         pool = sf.ShardedPool(case["data"][mine], timeout=timedelta(seconds=2 if what == "silent" else 50))
         target = sf.StableTarget(sf.EDM(), references=pool)
@@ -74,7 +135,7 @@ try:
         target(case["x0"][rows], case["x_t"][rows], case["t"][rows], index=case["index"][rows])
     else:
         band = 1e-3 if what == "idle" else 0.0
-        kinds = ["uint8"] if what == "idle" else ["uint8", "float64", "array", "groups", "mirrored", "far from zero"]
+        kinds = ["uint8"] if what == "idle" else what.split("; ")
         torch.save({kind: result(kind, band) for kind in kinds} | {"rows": rows}, folder / ("found-%d.pt" % rank))
         dist.barrier()
 finally:
@@ -83,6 +144,10 @@ finally:
 """
 
 TIMEOUT = 60
+KINDS = (
+    *("uint8", "float64", "array", "groups", "mirrored", "far from zero"),
+    *("weights", "weights float64", "weights groups float64", "weights mirrored groups float64"),
+)
 
 
 @pytest.fixture
@@ -106,6 +171,12 @@ def case(tmp_path: Path) -> dict[str, torch.Tensor]:
         "group": group,
         "seen": seen,
     }
+    # Most of the weight on few samples, so that a row's own may be far below it. Some are never drawn, all of a shard too.
+    weights = torch.exp(4 * torch.randn(101, generator=rng, dtype=torch.float64))
+    idle = torch.ones(101, dtype=torch.bool).index_fill(0, index, False)
+    assert idle[0]
+    weights[idle & (torch.arange(101) % 3 == 0)] = 0
+    values["weights"] = weights
     # Shards that lie in different places, far from zero.
     values["offset"] = 1000 + torch.arange(101)[:, None, None, None] // 40
     far = (data / 127.5 + values["offset"])[index]
@@ -143,17 +214,22 @@ def run(size: int, folder: Path, what: str = "") -> list[subprocess.CompletedPro
 
 
 def whole(case: dict[str, torch.Tensor], kind: str) -> sf.Target:
-    data = case["data"].double() / 127.5 - 1 if kind == "float64" else case["data"]
+    data = case["data"].double() / 127.5 - 1 if "float64" in kind else case["data"]
     if kind == "far from zero":
         data = data / 127.5 + case["offset"]
-    pool = sf.Pool(data, group=case["group"] if kind == "groups" else None, mirrored=kind == "mirrored")
+    pool = sf.Pool(
+        data,
+        group=case["group"] if "groups" in kind else None,
+        mirrored="mirrored" in kind,
+        weights=case["weights"] if "weights" in kind else None,
+    )
     x0, x_t = case["x0"], case["x_t"]
-    if kind == "float64":
+    if "float64" in kind:
         x_t = data[case["index"]] + (x_t - x0).double()
         x0 = data[case["index"]]
     if kind == "far from zero":
         x0, x_t = data[case["index"]], case["x_t_far"]
-    seen = case["seen"] if kind == "groups" else None
+    seen = case["seen"] if "groups" in kind else None
     return sf.StableTarget(sf.EDM(), references=pool)(x0, x_t, case["t"], seen, case["index"])
 
 
@@ -161,14 +237,14 @@ def whole(case: dict[str, torch.Tensor], kind: str) -> sf.Target:
 def test_ranks_together_give_the_target_of_one_process(
     size: int, case: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    done = run(size, tmp_path)
+    done = run(size, tmp_path, "; ".join(KINDS))
     assert [rank.returncode for rank in done] == [0] * size, done[-1].stderr
     found = [torch.load(tmp_path / f"found-{rank}.pt", weights_only=True) for rank in range(size)]
     rows = torch.cat([part["rows"] for part in found])
     assert sorted(rows.tolist()) == list(range(31))
-    for kind in ("uint8", "float64", "array", "groups", "mirrored", "far from zero"):
+    for kind in KINDS:
         truth = whole(case, kind)
-        tolerance = 1e-12 if kind == "float64" else 1e-5
+        tolerance = 1e-12 if "float64" in kind else 1e-5
         for name in ("x0", "source_weight", "ess", "variance"):
             together = torch.cat([part[kind][name] for part in found])
             torch.testing.assert_close(
@@ -209,9 +285,69 @@ def test_a_row_that_is_not_its_sample_is_told_by_the_rank_that_asked(
     done = run(2, tmp_path, "wrong")
     # Row 1 of the batch is the first of rank 1; its sample lies in the shard of either rank.
     assert [rank.returncode for rank in done] == [0, 1]
-    assert "row 0 of the rows in the noise band is not sample" in done[1].stderr
+    assert "row 0 of x0 is not sample" in done[1].stderr
 
 
-def test_without_ranks_a_sharded_pool_is_refused() -> None:
-    with pytest.raises(ValueError, match="no process group: call torch"):
-        sf.ShardedPool(torch.randn(4, 2))
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("mislabelled", "group[1] is {seen}: the Pool has another label for the row's own sample"),
+        ("weightless", "index[1] is {index}: its weight in the Pool is 0, so it cannot have been drawn"),
+        ("unknown", "Pool group[2] is -1: -1 stands for a label that was dropped by chance"),
+    ],
+)
+def test_what_a_pool_refuses_is_refused_by_the_rank_that_asked(
+    what: str, message: str, case: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """Row 3 of the batch is row 1 of rank 1; a label of -1 is among the samples of rank 1."""
+    done = run(2, tmp_path, what)
+    wrong, index = 1 - int(case["seen"][3]) % 2, int(case["index"][3])
+    assert wrong != case["seen"][3]
+    assert done[1].returncode == 1
+    assert message.format(seen=wrong, index=index) in done[1].stderr
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("all weightless", "the weights are all 0 on all ranks"),
+        ("weights of one", "group, mirrored or weights on one of them only"),
+    ],
+)
+def test_weights_that_do_not_fit_together_are_refused_by_all_ranks(
+    what: str, message: str, case: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    for rank in run(2, tmp_path, what):
+        assert rank.returncode == 1
+        assert message in rank.stderr
+
+
+def test_draws_that_the_shards_do_not_expect_are_warned_of_by_a_rank_that_holds_them(
+    case: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    # How many warnings rank 0, which holds samples 0 to 39, and rank 1 give.
+    expected = {
+        "uniform": (0, 0),
+        "labels": (0, 0),
+        "labels dropped by chance": (0, 0),
+        "labels, balanced": (0, 0),
+        "weights, as weighed": (0, 0),
+        "weights, labels, as weighed, dropped by chance": (0, 0),
+        "part, not asked": (0, 0),
+        "part": (1, 1),
+        "part, labels": (1, 1),
+        "half of a shard": (1, 0),
+        "half of a shard, labels": (1, 0),
+        "balanced": (1, 1),
+        "weights": (1, 1),
+        "labels dropped by sample": (1, 1),
+    }
+    done = run(2, tmp_path, "draws: " + "; ".join(expected))
+    assert [rank.returncode for rank in done] == [0, 0], done[-1].stderr
+    found = [torch.load(tmp_path / f"warned-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert {kind: tuple(len(part[kind]) for part in found) for kind in expected} == expected
+    told = [text for part in found for texts in part.values() for text in texts]
+    assert all("were not drawn from the Pool as it assumes" in text for text in told)
+    assert re.search("one of the samples (elsewhere came 0|0 to 39 came [0-9]+) times", found[0]["part"][0])
+    assert re.search("assumes: sample ([0-9]|[123][0-9]) came", found[0]["half of a shard"][0])
+    assert re.search("one with label [012] (elsewhere|among the samples 40 to 100) came", found[1]["part, labels"][0])

@@ -11,9 +11,13 @@ and more references only lessen it, so that the weight which the source loses to
 
 $$ L(s) = E_{\mathrm{source}} \min\Bigl(1, \sum_k S(|y_k - y_{\mathrm{source}}| / s)\Bigr), $$
 
-which grows with $s$. A probe of the pool counts the distances from some of its samples to all others and finds the level
-at which this bound meets a tolerance. What the probe sees only decides a number, before training. The rule that uses it
-looks at the noise level alone, so the target stays exactly unbiased, whatever the number.
+which grows with $s$. Where samples have prior weights $\pi$, sources are drawn with them, and a reference counts
+$\max(1, \pi_k / \pi_{\mathrm{source}})$ times, or not at all if its weight is 0: the bound stays one, since
+$\rho a / (1 + \rho a) \le \max(1, \rho)\, a / (1 + a)$.
+
+A probe of the pool counts the distances from some of its samples to all others and finds the level at which this bound meets
+a tolerance. What the probe sees only decides a number, before training. The rule that uses it looks at the noise level
+alone, so the target stays exactly unbiased, whatever the number.
 """
 
 import math
@@ -78,8 +82,8 @@ def pick_noise_band(
 
     The noise level sigma / alpha is all that a Gaussian posterior depends on, so the result serves every process. For the
     heavier tails of `StudentTKernel` it is too high. If the pool has groups, references of the row's own group compete; rows
-    whose label is dropped would gain from a lower level. Pools of more than 65,536 samples are probed on that many of them,
-    and the weight of the others is taken in proportion.
+    whose label is dropped would gain from a lower level. If it has weights, rows are drawn with them. Pools of more than
+    65,536 samples are probed on that many of them, and the weight of the others is taken in proportion.
 
     Args:
         pool: the references.
@@ -96,8 +100,8 @@ def pick_noise_band(
         The band's level with what was measured.
 
     Raises:
-        ValueError: if `tolerance` is not between 0 and 0.5, `rows` is below 1, `total` below the pool, or the data are not
-            finite.
+        ValueError: if `tolerance` is not between 0 and 0.5, `rows` is below 1, `total` below the pool, the data are not
+            finite, or all weights of the shard of a `ShardedPool` are 0.
     """
     check_kind("pool", pool, Pool, "a Pool of the data, Pool(data)")
     number("tolerance", tolerance)
@@ -117,32 +121,70 @@ def pick_noise_band(
         raise ValueError(f"total is {total}, and the pool alone has {n} samples: pass the size of the whole set.")
     bank, group = pool.bank(device), None if pool.group is None else pool.group.to(device)
     generator = generator or torch.Generator().manual_seed(0)
-    order = torch.randperm(n, generator=generator, device=generator.device).to(device)
-    if n > _REFERENCES:
-        some = order[:_REFERENCES].sort()[0]
-        bank, group = bank.take(some), None if group is None else group[some]
-        order = torch.randperm(_REFERENCES, generator=generator, device=generator.device).to(device)
+    weights = None if pool.weights is None else pool.weights.cpu().double()
+    # Samples of weight 0 are no references.
+    possible = torch.arange(n) if weights is None else weights.nonzero()[:, 0]
+    count = len(possible)
+    if count == 0:
+        raise ValueError("the Pool's weights are all 0: probe the shard of a rank whose samples can be drawn.")
+    some = possible
+    if count > _REFERENCES:
+        order = torch.randperm(count, generator=generator, device=generator.device).cpu()
+        some = possible[order[:_REFERENCES].sort()[0]]
+    if len(some) < n:
+        bank, group = bank.take(some.to(device)), None if group is None else group[some.to(device)]
+    weights = None if weights is None else weights[some]
+    index, shares = _drawn(len(some), weights, rows, generator)
     if not bank.norms(torch.float32).finite:
         raise ValueError("the Pool's data hold NaN or inf (or overflow when squared): clean the data first.")
-    index = order[:rows]
     with full_precision(device):
-        counts, distances = _count(bank, index, group, pool.mirrored)
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        prior = None if weights is None else weights.to(device, wide).clamp(min=torch.finfo(wide).tiny)
+        counts, distances = _count(bank, index.to(device), group, prior, pool.mirrored)
     # How many references of a training step each counted one stands for.
-    share = ((pool.size or total or n) - 1) / max(1, len(bank) - 1)
-    level = _level(counts * share, distances, tolerance)
-    others = counts.sum(1) > 0
-    first = torch.where(others, distances[(counts > 0).double().argmax(1)], torch.inf)
+    if weights is None or pool.size is None:
+        others = (pool.size or (total or n) * count / n) - 1
+    else:  # drawn from all, beside the row's own
+        others = (count - 1) * pool.size / n
+    counts = counts * (others / max(1, len(bank) - 1))
+    level = _level(counts, distances, shares, tolerance)
+    first = torch.where(counts.sum(1) > 0, distances[(counts > 0).double().argmax(1)], torch.inf)
     return NoiseBand(
         level=level,
         tolerance=tolerance,
-        lost=_lost(counts * share, distances, level),
+        lost=_lost(counts, distances, shares, level),
         rows=len(index),
         references=len(bank),
-        nearest=float(first.median()),
+        nearest=_median(first, shares),
     )
 
 
-def _count(bank: Bank, index: Tensor, group: Tensor | None, mirrored: bool) -> tuple[Tensor, Tensor]:
+def _drawn(n: int, weights: Tensor | None, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Sources among n samples, and the share of the draws that each has, (m,) each, m at most `rows`, on the CPU.
+
+    All of them if they are few; else distinct ones drawn uniformly, or with their weights (n,), as evenly as these allow.
+    """
+    device = generator.device
+    if weights is None:
+        index = torch.randperm(n, generator=generator, device=device)[:rows].cpu()
+        return index, torch.full((len(index),), 1 / len(index), dtype=torch.float64)
+    if n <= rows:
+        return torch.arange(n), weights / weights.sum()
+    reached = weights.cumsum(0)
+    start = torch.rand(1, generator=generator, device=device, dtype=torch.float64).cpu()
+    drawn = torch.searchsorted(reached, (torch.arange(rows) + start) / rows * reached[-1], right=True).clamp(max=n - 1)
+    index, times = drawn.unique(return_counts=True)
+    return index, times / times.sum().double()
+
+
+def _median(values: Tensor, shares: Tensor) -> float:
+    ordered, order = values.sort()
+    return float(ordered[shares[order].cumsum(0) >= 0.5 - 1e-9][0])
+
+
+def _count(
+    bank: Bank, index: Tensor, group: Tensor | None, weights: Tensor | None, mirrored: bool
+) -> tuple[Tensor, Tensor]:
     """How many references lie at which distance of each sample.
 
     Returns:
@@ -171,6 +213,9 @@ def _count(bank: Bank, index: Tensor, group: Tensor | None, mirrored: bool) -> t
             one = torch.ones((), device=bank.device).expand(place.shape)
             if group is not None:
                 one = (group[index][:, None] == group[where]).float()
+            if weights is not None:
+                # Beyond any number of references, more is no more.
+                one = one * (weights[where] / weights[index][:, None]).clamp(min=1, max=1e20).float()
             if which == 0:
                 one = torch.where(torch.arange(where.start, where.stop, device=bank.device) == index[:, None], 0, one)
             counts.scatter_add_(1, place, one)
@@ -180,22 +225,22 @@ def _count(bank: Bank, index: Tensor, group: Tensor | None, mirrored: bool) -> t
     return counts.cpu().double(), distances
 
 
-def _level(counts: Tensor, distances: Tensor, tolerance: float) -> float:
-    if _lost(counts, distances, math.inf) <= tolerance:
+def _level(counts: Tensor, distances: Tensor, shares: Tensor, tolerance: float) -> float:
+    if _lost(counts, distances, shares, math.inf) <= tolerance:
         return math.inf
     low, high = float(distances[1]) / 100, float(distances[-1]) * 100
-    if _lost(counts, distances, low) > tolerance:
+    if _lost(counts, distances, shares, low) > tolerance:
         return 0.0
     while high > low * _WITHIN:
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if _lost(counts, distances, middle) <= tolerance else (low, middle)
+        low, high = (middle, high) if _lost(counts, distances, shares, middle) <= tolerance else (low, middle)
     return low
 
 
-def _lost(counts: Tensor, distances: Tensor, level: float) -> float:
+def _lost(counts: Tensor, distances: Tensor, shares: Tensor, level: float) -> float:
     """The bound L of the mean weight lost at a noise level."""
     ratio = torch.zeros_like(distances) if math.isinf(level) else distances / max(level, 1e-300)
-    return float((counts @ _beside(ratio)).clamp(max=1).mean())
+    return float((counts @ _beside(ratio)).clamp(max=1) @ shares)
 
 
 def _beside(ratio: Tensor) -> Tensor:

@@ -16,19 +16,21 @@ References:
     Distribution of Chi-Square", PNAS 1931.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from stablefield.targets.check import Check
 
-__all__ = ["Frequencies"]
+__all__ = ["FIRST", "Frequencies"]
 
 # Standard deviations beyond which draws are not as assumed: never by chance.
 _SPREADS = 12.0
 # Mean squared relative deviation of the probabilities that is worth a warning: 10 % each.
 _DEVIATION = 0.01
 # Draws for each sample before the first look; then whenever they have doubled.
-_FIRST = 4
+FIRST = 4
 
 
 class Frequencies:
@@ -37,9 +39,17 @@ class Frequencies:
     Args:
         weights: probability of each sample, any scale, shape (n,), float64.
         labels: label of each sample, integers (n,), or None.
+        first: draws before the first look; four for each sample if None.
+        name: what to call a sample, by its place.
     """
 
-    def __init__(self, weights: Tensor, labels: Tensor | None) -> None:
+    def __init__(
+        self,
+        weights: Tensor,
+        labels: Tensor | None,
+        first: int | None = None,
+        name: Callable[[int], str] = "sample {}".format,
+    ) -> None:
         self._weights = weights
         self._labels = None if labels is None else _numbered(labels)
         kinds = 1 if labels is None else 2
@@ -49,7 +59,8 @@ class Frequencies:
         self._pairs = 0
         self._chance = (weights.square().sum() / weights.sum().square()).to(weights.dtype)
         self._drawn = 0
-        self._next = _FIRST * len(weights)
+        self._next = first or FIRST * len(weights)
+        self._name = name
 
     def add(self, index: Tensor, labelled: Tensor | None, counted: Tensor | None) -> Check | None:
         """Count a batch, and ask whether all draws so far are as assumed; None while it is too early to tell, or told.
@@ -109,12 +120,12 @@ class Frequencies:
         never = int((counts == 0).sum())
         among = " with a label" if kind else " without a label" if self._labels is not None else ""
         return (
-            f"the rows{among} were not drawn from the Pool as it assumes: sample {worst} came {int(counts[worst])} times "
-            f"among {int(counts.sum())} rows, where {float(expected[worst]):.3g} were to be expected, and {never} samples "
-            "never came. The targets are biased towards samples that come less often. Pass Pool(..., weights=...) with the "
-            "probability of each sample, make the Pool of the samples that you train on, and drop labels independently of "
-            "the sample. Ignore this if each process draws from its own part of the Pool and all parts together make it up. "
-            "For calls that are no training pass StableTarget(..., validate_args=False)."
+            f"the rows{among} were not drawn from the Pool as it assumes: {self._name(worst)} came {int(counts[worst])} "
+            f"times among {int(counts.sum())} rows, where {float(expected[worst]):.3g} were to be expected, and {never} "
+            "samples never came. The targets are biased towards samples that come less often. Pass weights=... to the Pool "
+            "with the probability of each sample, make it of the samples that you train on, and drop labels independently "
+            "of the sample. Ignore this if each process draws from its own part of the Pool and all parts together make it "
+            "up. For calls that are no training pass StableTarget(..., validate_args=False)."
         )
 
 

@@ -24,7 +24,22 @@ from stablefield.targets.kernel import Kernel
 from stablefield.targets.partial import Partial
 from stablefield.targets.query import Query
 
-__all__ = ["Exchange", "InBatch", "Pool", "References", "Selection", "choose", "own_gap", "stored_samples"]
+__all__ = [
+    "OTHER_LABEL",
+    "WITHOUT_WEIGHT",
+    "Exchange",
+    "InBatch",
+    "Pool",
+    "References",
+    "Selection",
+    "choose",
+    "own_gap",
+    "sample_weights",
+    "stored_samples",
+]
+
+OTHER_LABEL = "the Pool has another label for the row's own sample; pass the label of each row, or -1 for none"
+WITHOUT_WEIGHT = "its weight in the Pool is 0, so it cannot have been drawn; give the weights that your sampler uses"
 
 _UNKNOWN_LABEL = (
     "-1 stands for a label that was dropped by chance; give samples of unknown label a class of their own, such as the "
@@ -66,9 +81,19 @@ class Exchange(Protocol):
     """How the sums of a batch over references that lie elsewhere are obtained."""
 
     def sums(
-        self, query: Query, anchor: Anchor, bank: Bank, kernel: Kernel, mirrored: bool, chunk_size: int | None
+        self,
+        query: Query,
+        anchor: Anchor,
+        bank: Bank,
+        kernel: Kernel,
+        mirrored: bool,
+        chunk_size: int | None,
+        places: Tensor,
     ) -> Partial:
-        """Softmax sums over the references of all ranks, without the rows' own sources; see `sharded`."""
+        """Softmax sums over the references of all ranks, without the rows' own sources; see `sharded`.
+
+        Priors are the exchange's: a row's own source has logit 0 beside the sums.
+        """
         ...
 
 
@@ -271,18 +296,15 @@ class Pool:
         there = (index >= 0) & (index < n)
         place = index.clamp(0, n - 1)
         checks = [value_check(there | exempt, "index", index, f"the Pool holds samples 0 to {n - 1}")]
-        if self._unseen and self.group is not None:
-            checks += self._label_checks(self.group.to(device))
+        checks += self.unseen_labels(device)
         if group is not None:
             own = self._on("group", device)
             assert own is not None
             fits = (group == -1) | (group == own[place]) | exempt
-            rule = "the Pool has another label for the row's own sample; pass the label of each row, or -1 for none"
-            checks.append(value_check(fits, "group", group, rule))
+            checks.append(value_check(fits, "group", group, OTHER_LABEL))
         weights = self._on("weights", device)
         if weights is not None:
-            rule = "its weight in the Pool is 0, so it cannot have been drawn; give the weights that your sampler uses"
-            checks.append(value_check((weights[place] > 0) | exempt, "index", index, rule))
+            checks.append(value_check((weights[place] > 0) | exempt, "index", index, WITHOUT_WEIGHT))
         if not count:
             return checks
         if self._frequencies is None:
@@ -355,6 +377,10 @@ class Pool:
             )
         return index, bank
 
+    def unseen_labels(self, device: torch.device) -> list[Check]:
+        """The check of the samples' labels, if nothing has looked at them yet: those on a GPU, with the first batch."""
+        return self._label_checks(self.group.to(device)) if self._unseen and self.group is not None else []
+
     def _label_checks(self, group: Tensor) -> list[Check]:
         return [value_check(group >= 0, "Pool group", group, _UNKNOWN_LABEL)]
 
@@ -385,6 +411,18 @@ class Pool:
 
 def _checked_weights(weights: Tensor | NDArray[Any], n: int) -> Tensor:
     """The weights of `n` samples in float64, the largest 1."""
+    values = sample_weights(weights, n)
+    if not bool((values > 0).any()):
+        raise ValueError("Pool weights are all 0: give each sample that can be drawn a positive weight.")
+    return values / values.max()
+
+
+def sample_weights(weights: Tensor | NDArray[Any], n: int) -> Tensor:
+    """The weights of `n` samples in float64, on the scale on which they are given.
+
+    Raises:
+        ValueError: if they are not `n` finite numbers, 0 or more.
+    """
     values = array_of_numbers("Pool weights", weights).detach()
     if values.shape != (n,):
         raise ValueError(
@@ -397,9 +435,7 @@ def _checked_weights(weights: Tensor | NDArray[Any], n: int) -> Tensor:
         raise ValueError(
             f"Pool weights are {values[place].item():g} at sample {place}: pass finite numbers, 0 or more."
         )
-    if not bool((values > 0).any()):
-        raise ValueError("Pool weights are all 0: give each sample that can be drawn a positive weight.")
-    return values / values.max()
+    return values
 
 
 def own_gap(x0: Tensor, rows: Tensor, bank: Bank, rounded: bool = True) -> tuple[Tensor, Tensor]:

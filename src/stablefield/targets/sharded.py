@@ -10,8 +10,14 @@ ranks, and sends each row's sums home:
 
 Anchors travel with their rows, so logits of different shards are relative to the same number and keep their accuracy at
 small noise. Per row, 2 d numbers go out to every rank and d come back from each.
+
+What is known of a sample, its pixels, its label and its weight, is known where it lies. There a row is compared with it, and
+there its draws are counted, those of all ranks; the rank that asked is told with the sums. The prior of a row's own sample
+comes home in this way, too, and is then taken off the logits of its sums, since a rank does not know it when it makes them:
+only the least that it can be.
 """
 
+import math
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, cast
@@ -23,13 +29,14 @@ from torch import Tensor
 
 from stablefield.reading import readable
 from stablefield.targets.bank import Bank
-from stablefield.targets.check import Check, row_numbers, value_check
+from stablefield.targets.check import Check, require, row_numbers, value_check
+from stablefield.targets.draws import Draws, Shares
 from stablefield.targets.excess import Anchor, Excess
 from stablefield.targets.kernel import Kernel
 from stablefield.targets.partial import Partial
 from stablefield.targets.query import Query
 from stablefield.targets.ranks import Ranks
-from stablefield.targets.references import Pool, Selection, own_gap
+from stablefield.targets.references import OTHER_LABEL, WITHOUT_WEIGHT, Pool, Selection, own_gap, sample_weights
 from stablefield.targets.sums import accumulate_all
 
 __all__ = ["ShardedPool"]
@@ -49,6 +56,8 @@ class ShardedPool:
             (also memory-mapped). At least one.
         group: condition of each of them, integers of shape (n_r,), or None; on all ranks or on none.
         mirrored: use the mirror image of each reference, too, as `Pool` does.
+        weights: how likely each of them is to be drawn, shape (n_r,), as for `Pool`, on a scale that all ranks share; on all
+            ranks or on none. They may all be 0 on some ranks.
         process_group: the ranks; the default group if None.
         timeout: how long to wait for the others before giving up. A new group with the same ranks is made for it, so all
             ranks must construct the pool. None: the waits of `process_group` itself.
@@ -65,6 +74,7 @@ class ShardedPool:
         group: Tensor | None = None,
         *,
         mirrored: bool = False,
+        weights: Tensor | NDArray[Any] | None = None,
         process_group: dist.ProcessGroup | None = None,
         timeout: timedelta | None = None,
         device: torch.device | None = None,
@@ -75,29 +85,52 @@ class ShardedPool:
                 "or use a Pool in a single process."
             )
         self.pool = Pool(data, group=group, mirrored=mirrored)
+        given = None if weights is None else sample_weights(weights, len(data))
         device = device or (data.device if isinstance(data, Tensor) else torch.device("cpu"))
         if timeout is not None:
             made = dist.new_group(dist.get_process_group_ranks(process_group), timeout=timeout)
             process_group = cast("dist.ProcessGroup", made)  # an int for those outside, and all are inside
         self._ranks = Ranks(process_group)
         shape = [len(data), *data.shape[1:]]
-        mine = torch.tensor([len(shape), group is not None, mirrored, *shape, *[0] * (12 - len(shape))], device=device)
+        kind = [group is not None, mirrored, given is not None]
+        mine = torch.tensor([len(shape), *kind, *shape, *[0] * (12 - len(shape))], device=device)
         parts = self._ranks.gather_equal(mine, "to compare their shards")
         first = parts[0]
         for rank, part in enumerate(parts):
-            same = [0, 1, 2, *range(4, 15)]
+            same = [0, 1, 2, 3, *range(5, 16)]
             if not torch.equal(part[same], first[same]):
                 raise ValueError(
                     f"the shards of rank 0 and rank {rank} do not fit: samples of shape "
-                    f"{tuple(first[4 : 3 + int(first[0])].tolist())} and {tuple(part[4 : 3 + int(part[0])].tolist())}, "
-                    "or group or mirrored on one of them only. Pass parts of one data set to all ranks."
+                    f"{tuple(first[5 : 4 + int(first[0])].tolist())} and {tuple(part[5 : 4 + int(part[0])].tolist())}, "
+                    "or group, mirrored or weights on one of them only. Pass parts of one data set to all ranks."
                 )
-        counts = [int(part[3]) for part in parts]
+        counts = [int(part[4]) for part in parts]
         self.total = sum(counts)
         self.start = sum(counts[: self._ranks.rank])
+        self._level = 0.0
+        if given is not None:
+            self.pool.weights, self._level = self._on_one_scale(given, device)
+        known = torch.ones(len(data)) if self.pool.weights is None else self.pool.weights
+        self._shares = Shares.gathered(self._ranks, group, known, device)
+        self._exchanges: dict[torch.device, _Exchange] = {}
+        self._counts = False
 
     def __repr__(self) -> str:
         return f"ShardedPool(<{len(self.pool.data)} of {self.total} samples, from {self.start}>)"
+
+    def _on_one_scale(self, weights: Tensor, device: torch.device) -> tuple[Tensor, float]:
+        """The weights with 1 for the largest of all ranks, and the log of the smallest of all ranks that is not 0."""
+        positive = torch.where(weights > 0, weights, torch.inf)
+        ends = torch.stack([weights.max(), positive.min()]).to(device)
+        parts = torch.stack(self._ranks.gather_equal(ends, "to compare their weights"))
+        largest, smallest = float(parts[:, 0].max()), float(parts[:, 1].min())
+        if not largest > 0:
+            raise ValueError(
+                "the weights are all 0 on all ranks: give each sample that can be drawn a positive weight."
+            )
+        # As one process would: divided first, so that equal weights are equal.
+        weights = weights / largest
+        return weights, math.log(smallest) - math.log(largest)
 
     @property
     def group(self) -> Tensor | None:
@@ -111,9 +144,11 @@ class ShardedPool:
         reference_group: Tensor | None,  # noqa: ARG002
         index: Tensor | None,
         alone: Tensor | None,
-        count: bool,  # noqa: ARG002
+        count: bool,
     ) -> list[Check]:
         """What the values of a call must meet, as described at `References`.
+
+        What has to be compared with the samples is so where they lie, when their ranks see the rows.
 
         Raises:
             ValueError: if `index` is missing, or shapes or groups do not fit.
@@ -122,7 +157,9 @@ class ShardedPool:
         there = (index >= 0) & (index < self.total)
         if alone is not None:
             there = there | alone
-        return [value_check(there, "index", index, f"the ranks hold samples 0 to {self.total - 1} together")]
+        self._counts = count
+        within = value_check(there, "index", index, f"the ranks hold samples 0 to {self.total - 1} together")
+        return [within, *self.pool.unseen_labels(x0.device)]
 
     def select(
         self,
@@ -139,10 +176,23 @@ class ShardedPool:
         index = self._fitting(x0, group, index)
         if not readable(x0.device):
             raise ValueError(f"{self} cannot be compiled or captured: its ranks wait for each other's rows.")
-        own_group = None if self.pool.group is None else self.pool.group.to(x0.device)
+        exchange = self._exchange(x0.device)
+        exchange = exchange if self._counts else replace(exchange, draws=None)
         # Rows are compared with their samples where these are.
-        exchange = _Exchange(self._ranks, self.start, own_group)
-        return Selection(self.pool.bank(x0.device), index, own_group, self.pool.mirrored, exchange)
+        return Selection(self.pool.bank(x0.device), index, exchange.reference_group, self.pool.mirrored, exchange)
+
+    def _exchange(self, device: torch.device) -> "_Exchange":
+        """How to ask the others with batches on `device`; made once, so that nothing is moved in a step."""
+        if device not in self._exchanges:
+            group, weights = self.pool.group, self.pool.weights
+            group = None if group is None else group.to(device)
+            weights = None if weights is None else weights.to(device)
+            log_prior = None if weights is None else weights.log()
+            draws = None
+            if self._shares.own > 0:
+                draws = Draws(self._shares, weights, group, self.start, len(self.pool.data), self.total, device)
+            self._exchanges[device] = _Exchange(self._ranks, self.start, group, log_prior, self._level, draws)
+        return self._exchanges[device]
 
     def _fitting(self, x0: Tensor, group: Tensor | None, index: Tensor | None) -> Tensor:
         if index is None:
@@ -167,14 +217,27 @@ class _Exchange:
         ranks: the ranks.
         start: where this rank's shard begins in the whole set.
         reference_group: condition of each sample of the shard, or None.
+        log_prior: log prior weight of each sample of the shard on a scale that all ranks share, float64, or None.
+        level: the least log prior weight of a sample of any rank that can be drawn.
+        draws: where the rows are counted, or None.
     """
 
     ranks: Ranks
     start: int
     reference_group: Tensor | None
+    log_prior: Tensor | None
+    level: float
+    draws: Draws | None
 
     def sums(
-        self, query: Query, anchor: Anchor, bank: Bank, kernel: Kernel, mirrored: bool, chunk_size: int | None
+        self,
+        query: Query,
+        anchor: Anchor,
+        bank: Bank,
+        kernel: Kernel,
+        mirrored: bool,
+        chunk_size: int | None,
+        places: Tensor,
     ) -> Partial:
         """Softmax sums of the rows of this rank over the references of all ranks, without the rows' own sources.
 
@@ -185,9 +248,13 @@ class _Exchange:
             kernel: the noise kernel.
             mirrored: whether mirror images are references, too.
             chunk_size: references per matrix product.
+            places: where the rows are in the user's batch, shape (B,).
+
+        Returns:
+            The sums, with logits relative to that of the row's own source, so that this has logit 0.
 
         Raises:
-            ValueError: if a row's source is not the sample that its index says.
+            ValueError: if a row's source is not the sample that its index says, or has another label, or weight 0.
             RankError: if a rank has died or does not answer in time.
         """
         assert query.source is not None
@@ -196,25 +263,36 @@ class _Exchange:
         group = torch.full_like(query.source, -1) if query.group is None else query.group
         scalars = torch.stack([query.alpha, query.sigma, query.source.to(wide), group.to(wide)], 1)
         counts, scalars, vectors = self._gathered(scalars, torch.cat([x, anchor.rows], 1), query.group is not None)
-        partial, gap, wrong = self._over_shard(scalars, vectors, query, bank, kernel, mirrored, chunk_size)
-        status = torch.stack([gap.to(wide), wrong.to(wide)], 1)
+        partial, status, frequent = self._over_shard(scalars, vectors, query, bank, kernel, mirrored, chunk_size)
         parts = torch.stack([partial.peak, partial.mass, partial.mass_squared, partial.energy, partial.log_prior], 1)
-        home = self.ranks.send_home(torch.cat([parts.to(wide), status], 1), counts)
+        home = self.ranks.send_home(torch.cat([parts, status], 1).to(wide), counts)
         totals = self.ranks.send_home(partial.total, counts)
-        for part in home:
-            if bool((part[:, 6] > 0).any()):
-                row = int(part[:, 6].nonzero()[0, 0])
-                raise ValueError(
-                    f"row {row} of the rows in the noise band is not sample {int(query.source[row])} of the pool (largest "
-                    f"difference {part[row, 5].item():.3g}): pass flip= for mirrored rows, alone= for rows with another "
-                    "augmentation of their own, or the right index. Shards in half precision need rows that were rounded "
-                    "alike: take x0 from them."
-                )
+        # Of the rank that has the row's sample; the others send zeros.
+        gap, wrong, mislabelled, source_prior = torch.stack([part[:, 5:] for part in home]).sum(0).unbind(1)
+        sources = query.source
+
+        def other(row: int) -> str:
+            return (
+                f"row {int(places[row])} of x0 is not sample {int(sources[row])} of the pool (largest difference "
+                f"{gap[row].item():.3g}): pass flip= for mirrored rows, alone= for rows with another augmentation of their "
+                "own, or the right index. Shards in half precision need rows that were rounded alike: take x0 from them."
+            )
+
+        # One look for all.
+        require(
+            Check(wrong == 0, other),
+            Check(mislabelled == 0, lambda row: f"group[{int(places[row])}] is {int(group[row])}: {OTHER_LABEL}."),
+            Check(
+                ~source_prior.isneginf(),
+                lambda row: f"index[{int(places[row])}] is {int(sources[row])}: {WITHOUT_WEIGHT}.",
+            ),
+            *frequent,
+        )
         merged = Partial.empty(*_shape(x), x.dtype, x.device)
         for part, total in zip(home, totals, strict=True):
             peak, mass, mass_squared, energy, log_prior = part[:, :5].unbind(1)
             merged = merged.merge(Partial(peak, mass, mass_squared, energy, total, log_prior))
-        return merged
+        return replace(merged, peak=merged.peak - source_prior, log_prior=merged.log_prior - source_prior)
 
     def _gathered(self, scalars: Tensor, vectors: Tensor, grouped: bool) -> tuple[list[int], Tensor, Tensor]:
         head = torch.tensor(
@@ -241,31 +319,46 @@ class _Exchange:
         kernel: Kernel,
         mirrored: bool,
         chunk_size: int | None,
-    ) -> tuple[Partial, Tensor, Tensor]:
-        """Sums of the rows of all ranks over this shard, and for each row how far its source is off, and whether too far."""
+    ) -> tuple[Partial, Tensor, list[Check]]:
+        """Sums of the rows of all ranks over this shard, what is known of each row's source here, and of all draws.
+
+        What is known, (B, 4), is 0 for sources elsewhere: how far the source is off, whether too far, whether its label is
+        another than the row's, and its log prior weight.
+        """
         x, rows = (part.contiguous() for part in vectors.chunk(2, 1))
         alpha, sigma, source, group = scalars.unbind(1)
         place = source.long() - self.start
         here = (place >= 0) & (place < len(bank))
         place = torch.where(here, place, -1)
+        seen = None if query.group is None else group.long()
+        # To the dtype of the logits for the row's own as for all.
+        log_prior = None if self.log_prior is None else self.log_prior.to(x.dtype).to(alpha.dtype)
         asked = replace(
             query,
             x_t=x,
             alpha=alpha,
             sigma=sigma,
             source=place,
-            group=None if query.group is None else group.long(),
-            reference_group=None if query.group is None else self.reference_group,
+            group=seen,
+            reference_group=None if seen is None else self.reference_group,
+            log_prior=log_prior,
             like=x,
         )
         anchor = Anchor(rows, place)
         excess = Excess(asked, anchor, bank, kernel)
         # Every row's own source is a reference of some rank, so no row is without one: what weighs nothing beside it is
         # left out here.
-        partial = Partial.empty(*_shape(x), x.dtype, x.device, level=torch.zeros_like(alpha))
+        partial = Partial.empty(*_shape(x), x.dtype, x.device, level=torch.full_like(alpha, self.level))
         partial = accumulate_all(asked, anchor, bank, excess, kernel, partial, mirrored, chunk_size)
-        gap, wrong = own_gap(rows, bank.rows(place.clamp(min=0), bank.dtype_with(rows)), bank, rounded=False)
-        return partial, torch.where(here, gap, 0), here & wrong
+        own = place.clamp(min=0)
+        gap, wrong = own_gap(rows, bank.rows(own, bank.dtype_with(rows)), bank, rounded=False)
+        mislabelled = torch.zeros_like(wrong)
+        if seen is not None and self.reference_group is not None:
+            mislabelled = (seen != -1) & (seen != self.reference_group[own])
+        prior = torch.zeros_like(alpha) if log_prior is None else log_prior[own]
+        status = torch.stack([gap.to(alpha.dtype), wrong.to(alpha.dtype), mislabelled.to(alpha.dtype), prior], 1)
+        frequent = [] if self.draws is None else self.draws.add(own, here, seen)
+        return partial, torch.where(here[:, None], status, 0), frequent
 
 
 def _shape(x: Tensor) -> tuple[int, int]:

@@ -266,7 +266,7 @@ class StableTarget:
             excess = Excess(query, anchor, bank, kernel)
             partial = excess.own
             if exchange is not None:
-                others = exchange.sums(query, anchor, bank, kernel, selection.mirrored, self.chunk_size)
+                others = exchange.sums(query, anchor, bank, kernel, selection.mirrored, self.chunk_size, rows)
                 partial = partial.merge(others)
             else:
                 mirrored, size = selection.mirrored, self.chunk_size
