@@ -15,9 +15,10 @@ from stablefield.diffusion.scheduler import Regression, from_diffusers
 from stablefield.diffusion.weighting import EDMWeighting, FlowWeighting, SNRWeighting
 from stablefield.targets.band import NoiseBand, pick_noise_band
 from stablefield.targets.kernel import GaussianKernel, StudentTKernel
+from stablefield.targets.pool import Pool
 from stablefield.targets.posterior import Posterior, posterior
 from stablefield.targets.ranks import RankError
-from stablefield.targets.references import InBatch, Pool
+from stablefield.targets.references import InBatch
 from stablefield.targets.sharded import ShardedPool
 from stablefield.targets.stable_target import DenoisingTarget, StableTarget
 from stablefield.targets.target import Target

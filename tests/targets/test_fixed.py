@@ -24,7 +24,7 @@ PROCESSES = [sf.EDM(), sf.VE(), sf.VP(), sf.Cosine(), sf.RectifiedFlow(), sf.Dis
 @pytest.fixture
 def unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
     """As while a CUDA graph is captured."""
-    for module in ("posterior", "stable_target", "references", "sharded"):
+    for module in ("posterior", "stable_target", "pool", "sharded"):
         monkeypatch.setattr(f"stablefield.targets.{module}.readable", lambda device: False)
 
 
@@ -255,11 +255,11 @@ def test_a_band_spares_the_float64_of_a_compiled_target(
 
     with monkeypatch.context() as patch:
         patch.setattr("stablefield.targets.stable_target.readable", lambda device: False)
-        patch.setattr("stablefield.targets.references.readable", lambda device: False)
+        patch.setattr("stablefield.targets.pool.readable", lambda device: False)
         assert wide_products(2.3) > 0  # nobody knows how large the references are
     sf.StableTarget(sf.EDM(), references=pool)(**arguments)
     monkeypatch.setattr("stablefield.targets.stable_target.readable", lambda device: False)
-    monkeypatch.setattr("stablefield.targets.references.readable", lambda device: False)
+    monkeypatch.setattr("stablefield.targets.pool.readable", lambda device: False)
     assert wide_products(0.01) > 0
     # Nor are the pool's norms computed anew.
     monkeypatch.setattr(Bank, "_squares", None)

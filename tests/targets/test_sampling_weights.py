@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import stablefield as sf
-from stablefield.targets import references
+from stablefield.targets import pool as pools
 
 DATA = torch.tensor([[-1.0, 0.2], [0.1, 0.4], [0.8, -0.5], [1.5, 1.0]], dtype=torch.float64)
 WEIGHTS = torch.tensor([1.0, 5.0, 2.0, 0.5], dtype=torch.float64)
@@ -41,7 +41,7 @@ def test_the_target_has_the_expectation_of_the_weighted_prior(
     stable = sf.StableTarget(sf.EDM(), references=pool, validate_args=False)
     label = None if seen == "none" else -1 if seen == "dropped" else 1
     drawn: list[int] = []
-    monkeypatch.setattr(references, "_others", lambda *_: torch.tensor(drawn))
+    monkeypatch.setattr(pools, "_others", lambda *_: torch.tensor(drawn))
     sets = [()] if size is None else list(combinations(range(4), size))
     flips = (False, True) if mirrored else (False,)
     total, mass = torch.zeros(3, 2, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64)
@@ -218,3 +218,15 @@ def test_training_on_a_part_shows_within_some_epochs(share: float, latest: int, 
             yield from torch.randperm(int(share * n), generator=rng).split(100)
 
     assert 0 < checks_of(n, epochs(), 20 * 40) <= latest
+
+
+def test_rows_that_are_not_counted_are_no_repeats(rng: torch.Generator) -> None:
+    """Half of the rows alone, the others antithetic pairs."""
+    from stablefield.targets.frequency import Frequencies
+
+    n = 1000
+    counts = Frequencies(torch.ones(n, dtype=torch.float64), None)
+    for _ in range(500):
+        index = torch.randint(n, (16,), generator=rng).repeat(2)
+        check = counts.add(torch.cat([index, index]), None, torch.arange(64) < 32)
+        assert check is None or check.holds.all()

@@ -22,7 +22,7 @@ from stablefield.cli.sources import open_data
 from stablefield.cli.train import pick_device
 from stablefield.evaluation.cost import Cost, StepShare, measure_cost, measure_step
 from stablefield.targets.band import NoiseBand, pick_noise_band
-from stablefield.targets.references import Pool
+from stablefield.targets.pool import Pool
 
 __all__ = ["Bench"]
 

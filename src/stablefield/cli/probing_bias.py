@@ -14,7 +14,8 @@ from stablefield.probe.bias import BiasCheck, TargetLike, check_bias
 from stablefield.probe.faults import ClassesMixed, SourceLeftOut, SourceTwice
 from stablefield.probe.population import Population
 from stablefield.probe.record import bias_record
-from stablefield.targets.references import InBatch, Pool
+from stablefield.targets.pool import Pool
+from stablefield.targets.references import InBatch
 from stablefield.targets.stable_target import StableTarget
 
 __all__ = ["probe_bias"]

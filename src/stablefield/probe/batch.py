@@ -24,7 +24,8 @@ from stablefield.probe.series import Series, interpolate
 from stablefield.probe.training import Training
 from stablefield.probe.variance import VarianceCurve
 from stablefield.targets.bank import Bank
-from stablefield.targets.references import InBatch, Pool, References
+from stablefield.targets.pool import Pool
+from stablefield.targets.references import InBatch, References
 from stablefield.targets.stable_target import StableTarget
 
 __all__ = ["BatchVariance", "measure_batch"]

@@ -11,8 +11,8 @@ from torch import Tensor
 from stablefield.diffusion.process import EDM, Process
 from stablefield.probe.population import Population
 from stablefield.shapes import per_row
+from stablefield.targets.pool import Pool
 from stablefield.targets.posterior import posterior
-from stablefield.targets.references import Pool
 from stablefield.targets.stable_target import StableTarget
 
 __all__ = ["ClassesMixed", "SourceLeftOut", "SourceTwice"]

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from stablefield.shapes import as_device, check_generator, check_kind, number, whole_number
 from stablefield.targets.bank import Bank
+from stablefield.targets.pool import Pool
 from stablefield.targets.precision import full_precision
-from stablefield.targets.references import Pool
 
 __all__ = ["NoiseBand", "pick_noise_band"]
 

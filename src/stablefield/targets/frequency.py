@@ -56,7 +56,7 @@ class Frequencies:
         self._counts = torch.zeros(kinds, len(weights), dtype=torch.int32, device=weights.device)
         # Sum over batches of the squared numbers of rows of one sample, and what it is for independent draws.
         self._squares = torch.zeros((), dtype=weights.dtype, device=weights.device)
-        self._pairs = 0
+        self._rows, self._pairs = torch.zeros_like(self._squares), torch.zeros_like(self._squares)
         self._chance = (weights.square().sum() / weights.sum().square()).to(weights.dtype)
         self._drawn = 0
         self._next = first or FIRST * len(weights)
@@ -78,9 +78,11 @@ class Frequencies:
             place = place + count * labelled.long()
         one = torch.ones_like(place, dtype=torch.int32) if counted is None else counted.int()
         self._counts.view(-1).index_add_(0, place, one)
+        rows = one.sum().to(self._squares)
         self._squares += _repeats(place, one.to(self._weights.dtype))
+        self._rows += rows
+        self._pairs += rows * (rows - 1)
         self._drawn += len(index)
-        self._pairs += len(index) * (len(index) - 1)
         if self._drawn < self._next:
             return None
         self._next = 2 * self._drawn
@@ -94,7 +96,7 @@ class Frequencies:
         often = expected >= 1
         cells = often.sum().clamp(min=1)
         # Rows of one sample in one batch, such as antithetic pairs, are one draw.
-        repeats = (self._squares / (self._drawn + self._chance * self._pairs)).clamp(min=1)
+        repeats = (self._squares / (self._rows + self._chance * self._pairs).clamp(min=1)).clamp(min=1)
         square = torch.where(often, (counts - expected).square() / expected.clamp(min=1), 0).sum() / repeats
         width = 2 / (9 * cells)
         spreads = ((square / cells) ** (1 / 3) - (1 - width)) / width.sqrt()

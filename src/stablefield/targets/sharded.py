@@ -34,9 +34,10 @@ from stablefield.targets.draws import Draws, Shares
 from stablefield.targets.excess import Anchor, Excess
 from stablefield.targets.kernel import Kernel
 from stablefield.targets.partial import Partial
+from stablefield.targets.pool import OTHER_LABEL, WITHOUT_WEIGHT, Pool, own_gap, sample_weights
 from stablefield.targets.query import Query
 from stablefield.targets.ranks import Ranks
-from stablefield.targets.references import OTHER_LABEL, WITHOUT_WEIGHT, Pool, Selection, own_gap, sample_weights
+from stablefield.targets.references import Selection
 from stablefield.targets.sums import accumulate_all
 
 __all__ = ["ShardedPool"]

@@ -36,9 +36,10 @@ from stablefield.targets.excess import Anchor, Excess
 from stablefield.targets.fixed import fixed_posterior
 from stablefield.targets.kernel import GaussianKernel, Kernel
 from stablefield.targets.outcome import Posterior, finish
+from stablefield.targets.pool import stored_samples
 from stablefield.targets.precision import full_precision
 from stablefield.targets.query import Query
-from stablefield.targets.references import InBatch, References, stored_samples
+from stablefield.targets.references import InBatch, References
 from stablefield.targets.sharded import ShardedPool
 from stablefield.targets.sums import accumulate_all
 from stablefield.targets.target import Target

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stablefield.data.image_set import ImageSet
 from stablefield.data.index_stream import IndexStream
-from stablefield.targets.references import Pool, choose
+from stablefield.targets.pool import Pool, choose
 from stablefield.targets.sharded import ShardedPool
 from stablefield.training.placement import Placement
 from stablefield.training.recipe import Recipe

@@ -12,7 +12,7 @@ import torch
 from stablefield.data.image_set import ImageSet, size_text
 from stablefield.memory import free_bytes
 from stablefield.targets.band import pick_noise_band
-from stablefield.targets.references import Pool
+from stablefield.targets.pool import Pool
 from stablefield.training.recipe import Recipe
 
 __all__ = ["LOADED_REFERENCES", "Placement", "fits", "placed", "resolve_band", "resolve_references"]

@@ -1,0 +1,370 @@
+"""A pool of references: an array of clean samples, of which each batch takes all or some.
+
+The pool knows the prior: how likely each sample is to be drawn, and which label it has. It compares the rows of a batch with
+its samples, since a row that is another sample would be missing among its references, which biases the target silently.
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stablefield.reading import readable
+from stablefield.shapes import array_of_numbers, check_kind, check_tensor, flag, whole_number
+from stablefield.targets.bank import Bank, largest_magnitude
+from stablefield.targets.check import Check, require, row_numbers, value_check
+from stablefield.targets.frequency import Frequencies
+from stablefield.targets.references import UNKNOWN_LABEL, Selection
+
+__all__ = ["OTHER_LABEL", "WITHOUT_WEIGHT", "Pool", "choose", "own_gap", "sample_weights", "stored_samples"]
+
+OTHER_LABEL = "the Pool has another label for the row's own sample; pass the label of each row, or -1 for none"
+WITHOUT_WEIGHT = "its weight in the Pool is 0, so it cannot have been drawn; give the weights that your sampler uses"
+
+
+class Pool:
+    """References from an array: the batch's own rows and others drawn without replacement, or the whole array.
+
+    No sample is ever in the set twice, and every row's own sample is always in it.
+
+    Args:
+        data: the clean samples, shape (n, ...), floating point, or uint8 images that mean data / 127.5 - 1. A tensor on the
+            device of the training batches; or a numpy array, such as a memory map of a file larger than memory, which is
+            brought to the device of the batch chunk by chunk. Norms are computed once and kept: do not change an array in
+            place afterwards (a tensor that was changed is noticed).
+        size: number of references per batch; None for the whole array.
+        group: condition of each sample, integers from 0, shape (n,), or None. A sample whose label is not known needs one
+            of its own (such as the largest plus 1, for "unknown"): that it is missing is information.
+        mirrored: use the mirror image (last axis) of each reference, too. For data sets doubled by random flips that the
+            network is not told of; the set then has 2 `size` members.
+        weights: how likely each sample is to be drawn for a batch, shape (n,), on any scale, not negative; equally likely if
+            None. It is the prior of the posterior: give what your sampler uses. With `size`, the references are then drawn
+            uniformly from all samples, and each row's own is added for that row alone.
+
+    Raises:
+        TypeError: if an argument is of another type.
+        ValueError: if `data` is empty or of another dtype, `size` is not between 1 and n, or `group` or `weights` do not
+            fit.
+    """
+
+    def __init__(
+        self,
+        data: Tensor | NDArray[Any],
+        size: int | None = None,
+        group: Tensor | None = None,
+        *,
+        mirrored: bool = False,
+        weights: Tensor | NDArray[Any] | None = None,
+    ) -> None:
+        check_kind("Pool data", data, (Tensor, np.ndarray), "a tensor or a numpy array of shape (n, ...)")
+        if isinstance(data, Tensor):
+            check_tensor("Pool data", data)
+        size = None if size is None else whole_number("Pool size", size)
+        flag("mirrored", mirrored)
+        if group is not None:
+            check_tensor("Pool group", group, real=True, numbers=True)
+        if data.ndim < 2 or len(data) == 0:
+            raise ValueError(f"Pool data have shape {tuple(data.shape)}: pass at least one sample, shape (n, ...).")
+        if isinstance(data, Tensor):
+            fits = data.is_floating_point() or data.dtype == torch.uint8
+        else:
+            fits = data.dtype.name in ("uint8", "float16", "float32", "float64")
+        if not fits:
+            raise ValueError(f"Pool data have dtype {data.dtype}: pass floating point data, or uint8 images.")
+        if size is not None and not 1 <= size <= len(data):
+            raise ValueError(f"Pool size is {size}: it must be from 1 to the {len(data)} samples, or None for all.")
+        if group is not None and (group.shape != (len(data),) or group.is_floating_point()):
+            raise ValueError(
+                f"Pool group has shape {tuple(group.shape)} and dtype {group.dtype}: "
+                f"it needs one integer per sample, shape ({len(data)},)."
+            )
+        # Elsewhere they are looked at with the first batch, so that nothing waits for them.
+        self._unseen = group is not None
+        if group is not None and group.device.type == "cpu":
+            require(*self._label_checks(group))
+            self._unseen = False
+        self.size = size
+        self.group = group
+        self.mirrored = mirrored
+        self.weights = None if weights is None else _checked_weights(weights, len(data))
+        self._bank = Bank(data)
+        self._elsewhere: dict[torch.device, Bank] = {}
+        self._moved: dict[tuple[str, torch.device], Tensor] = {}
+        self._frequencies: Frequencies | None = None
+
+    def __repr__(self) -> str:
+        return f"Pool(<{len(self._bank)} samples>, size={self.size}, mirrored={self.mirrored})"
+
+    @property
+    def data(self) -> Tensor | NDArray[Any]:
+        """The clean samples, shape (n, ...)."""
+        return self._bank.data
+
+    def bank(self, device: torch.device) -> Bank:
+        """The samples as a bank for batches on `device`.
+
+        Raises:
+            ValueError: if they are a tensor on another one.
+        """
+        if self._bank.device == device:
+            return self._bank
+        if isinstance(self.data, Tensor):
+            raise ValueError(
+                f"the Pool's data are on {self.data.device}, the batch on {device}: move them to one device."
+            )
+        if device not in self._elsewhere:
+            self._elsewhere[device] = Bank(self.data, device)
+        return self._elsewhere[device]
+
+    def checks(
+        self,
+        x0: Tensor,
+        group: Tensor | None,
+        reference_group: Tensor | None,  # noqa: ARG002
+        index: Tensor | None,
+        alone: Tensor | None,
+        count: bool,
+    ) -> list[Check]:
+        """What the values of a call must meet, as described at `References`.
+
+        Raises:
+            ValueError: if `index` is missing, or shapes or devices do not fit.
+        """
+        index, _ = self._fitting(x0, group, index)
+        n, device = len(self._bank), x0.device
+        exempt = torch.zeros_like(index, dtype=torch.bool) if alone is None else alone
+        there = (index >= 0) & (index < n)
+        place = index.clamp(0, n - 1)
+        checks = [value_check(there | exempt, "index", index, f"the Pool holds samples 0 to {n - 1}")]
+        checks += self.unseen_labels(device)
+        if group is not None:
+            own = self._on("group", device)
+            assert own is not None
+            fits = (group == -1) | (group == own[place]) | exempt
+            checks.append(value_check(fits, "group", group, OTHER_LABEL))
+        weights = self._on("weights", device)
+        if weights is not None:
+            checks.append(value_check((weights[place] > 0) | exempt, "index", index, WITHOUT_WEIGHT))
+        if not count:
+            return checks
+        if self._frequencies is None:
+            uniform = torch.ones(n, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+            self._frequencies = Frequencies(uniform if weights is None else weights, self._on("group", device))
+        counted = None if alone is None else ~alone
+        frequent = self._frequencies.add(index, None if group is None else group >= 0, counted)
+        return checks if frequent is None else [*checks, frequent]
+
+    def select(
+        self, x0: Tensor, group: Tensor | None, index: Tensor | None, generator: torch.Generator | None
+    ) -> Selection:
+        """Choose the references of a batch, as described at `References`.
+
+        Raises:
+            ValueError: if `index` is missing, `size` is below the batch's distinct samples, or shapes or devices do not fit.
+        """
+        index, bank = self._fitting(x0, group, index)
+        if readable(x0.device):
+            self._unseen = False  # `checks` have been looked at
+        if self._draws and not readable(x0.device):
+            raise ValueError(
+                f"the Pool's size is {self.size}: which references are drawn depends on the batch's index, which a compiled "
+                "or captured function cannot look at. Use the whole pool (size=None) with a noise_band and a capacity, or "
+                "keep the target out of what is compiled: torch.compiler.disable(target.__call__)."
+            )
+        groups, weights = self._on("group", x0.device), self._on("weights", x0.device)
+        stored = (bank, index)
+        if weights is None and not self._draws:
+            return Selection(bank, index, groups, self.mirrored, stored=stored)
+        if weights is None:
+            assert self.size is not None
+            chosen, source = choose(len(bank), index, self.size, generator)
+            groups = None if groups is None else groups[chosen]
+            return Selection(bank.take(chosen), source, groups, self.mirrored, stored=stored, unsure="all")
+        log_prior = weights.log()
+        source_prior = log_prior[index]
+        if not self._draws:
+            return Selection(
+                bank, index, groups, self.mirrored, stored=stored, log_prior=log_prior, source_prior=source_prior
+            )
+        assert self.size is not None
+        chosen = _others(len(bank), index.new_empty(0), self.size, generator)
+        place = torch.full((len(bank),), -1, device=x0.device)
+        place[chosen] = torch.arange(len(chosen), device=x0.device)
+        groups = None if groups is None else groups[chosen]
+        return Selection(
+            bank.take(chosen),
+            place[index],
+            groups,
+            self.mirrored,
+            stored=stored,
+            log_prior=log_prior[chosen],
+            source_prior=source_prior,
+        )
+
+    def _fitting(self, x0: Tensor, group: Tensor | None, index: Tensor | None) -> tuple[Tensor, Bank]:
+        """The index and the samples as a bank on the device of the batch, if the arguments of a call fit."""
+        if index is None:
+            raise ValueError("index is missing: a Pool needs the place of each row of the batch in its data.")
+        index = row_numbers("index", index, x0).long()
+        bank = self.bank(x0.device)
+        if x0.shape[1:] != self.data.shape[1:]:
+            raise ValueError(
+                f"rows of x0 have shape {tuple(x0.shape[1:])}, the Pool's {tuple(self.data.shape[1:])}: they must agree."
+            )
+        if group is not None and self.group is None:
+            raise ValueError(
+                "group is given, but the Pool has none: pass Pool(..., group=...), one integer per sample."
+            )
+        return index, bank
+
+    def unseen_labels(self, device: torch.device) -> list[Check]:
+        """The check of the samples' labels, if nothing has looked at them yet: those on a GPU, with the first batch."""
+        return self._label_checks(self.group.to(device)) if self._unseen and self.group is not None else []
+
+    def _label_checks(self, group: Tensor) -> list[Check]:
+        return [value_check(group >= 0, "Pool group", group, UNKNOWN_LABEL)]
+
+    @property
+    def _draws(self) -> bool:
+        """Whether each batch has references of its own."""
+        return self.size is not None and self.size < len(self._bank)
+
+    def _on(self, name: Literal["group", "weights"], device: torch.device) -> Tensor | None:
+        """The conditions or the weights on `device`."""
+        value = self.group if name == "group" else self.weights
+        if value is None or value.device == device:
+            return value
+        if (name, device) not in self._moved:
+            self._moved[name, device] = value.to(device, torch.float32 if device.type == "mps" else None)
+        return self._moved[name, device]
+
+    def subset(self, index: Tensor) -> "Pool":
+        """The whole pool of the samples at `index`, integers (m,), with what is known of their norms."""
+        part = Pool.__new__(Pool)
+        part.size, part.mirrored = None, self.mirrored
+        part.group = None if self.group is None else self.group[index]
+        part.weights = None if self.weights is None else self.weights[index]
+        part._bank, part._elsewhere, part._moved = self._bank.take(index), {}, {}
+        part._frequencies, part._unseen = None, self._unseen
+        return part
+
+
+def _checked_weights(weights: Tensor | NDArray[Any], n: int) -> Tensor:
+    """The weights of `n` samples in float64, the largest 1."""
+    values = sample_weights(weights, n)
+    if not bool((values > 0).any()):
+        raise ValueError("Pool weights are all 0: give each sample that can be drawn a positive weight.")
+    return values / values.max()
+
+
+def sample_weights(weights: Tensor | NDArray[Any], n: int) -> Tensor:
+    """The weights of `n` samples in float64, on the scale on which they are given.
+
+    Raises:
+        ValueError: if they are not `n` finite numbers, 0 or more.
+    """
+    values = array_of_numbers("Pool weights", weights).detach()
+    if values.shape != (n,):
+        raise ValueError(
+            f"Pool weights have shape {tuple(values.shape)} and dtype {values.dtype}: pass one number per sample, ({n},)."
+        )
+    values = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+    bad = ~((values >= 0) & values.isfinite())
+    if bool(bad.any()):
+        place = int(bad.nonzero()[0, 0])
+        raise ValueError(
+            f"Pool weights are {values[place].item():g} at sample {place}: pass finite numbers, 0 or more."
+        )
+    return values
+
+
+def own_gap(x0: Tensor, rows: Tensor, bank: Bank, rounded: bool = True) -> tuple[Tensor, Tensor]:
+    """Largest difference between each row of `x0` and its sample, and whether it is another sample, shape (B,) each.
+
+    Args:
+        x0: the rows, shape (B, ...).
+        rows: the samples that they are said to be, as `bank` holds them, shape (B, d).
+        bank: where they are from.
+        rounded: whether the bank may have rounded them to the dtype in which it stores them.
+    """
+    eps = max(torch.finfo(x0.dtype).eps, bank.eps if rounded else torch.finfo(torch.float32).eps)
+    gap = largest_magnitude(rows - x0.reshape(rows.shape))
+    # Rounding, also that of decoding bytes, and a hundredth of the spread of the data for arithmetic that differs.
+    rounding = 4 * eps * (largest_magnitude(rows) + bank.holds_bytes) + torch.finfo(rows.dtype).tiny
+    return gap, ~(gap <= rounding + 0.01 * bank.spread)
+
+
+def stored_samples(x0: Tensor, index: Tensor, bank: Bank, places: Tensor) -> Tensor | None:
+    """The samples that the rows are said to be, as they are stored, once each row has been found to be its sample.
+
+    Args:
+        x0: the rows that use references, shape (B, ...).
+        index: the sample that each is said to be, shape (B,).
+        bank: the samples.
+        places: where the rows are in the user's batch, shape (B,).
+
+    Returns:
+        The samples, shape (B, d), float32, or float64 if either is; None if the rows are the same up to rounding in float32.
+
+    Raises:
+        ValueError: if a row is another sample. Its source would not be among the references, which biases the target
+            silently.
+    """
+    rows = bank.rows(index, bank.dtype_with(x0))
+    gap, wrong = own_gap(x0, rows, bank)
+    rounding = 4 * torch.finfo(torch.float32).eps * (largest_magnitude(rows) + bank.holds_bytes)
+    # One look for both.
+    unlike, rounded = torch.stack([wrong.any(), (gap > rounding).any()]).tolist()
+    if unlike:
+        row = int(wrong.nonzero()[0, 0])
+        raise ValueError(
+            f"row {int(places[row])} of x0 is not sample {int(index[row])} of the Pool (largest difference "
+            f"{gap[row].item():.3g}): pass flip= for mirrored rows, alone= for rows with another augmentation of their own, "
+            "or the right index."
+        )
+    return rows if rounded else None
+
+
+def choose(n: int, index: Tensor, size: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Choose `size` of n samples: those at `index`, each once, and others drawn without replacement.
+
+    Args:
+        n: how many samples there are.
+        index: places of the batch's rows, integers (B,).
+        size: how many to choose.
+        generator: where the others are drawn from.
+
+    Returns:
+        The places of the chosen, shape (size,), and each row's place among them, shape (B,).
+
+    Raises:
+        ValueError: if `size` is below the number of distinct rows.
+    """
+    own: Tensor
+    source: Tensor
+    own, source = torch.unique(index, return_inverse=True)
+    if size < len(own):
+        raise ValueError(
+            f"Pool size is {size}, but the batch has {len(own)} samples of its own: "
+            f"a size of at least the batch is needed, so that every source is among the references."
+        )
+    return torch.cat([own, _others(n, own, size - len(own), generator)]), source
+
+
+def _others(n: int, own: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """Draw `count` of the numbers 0 to n - 1 that are not in `own`, without replacement, on the device of `own`."""
+    device = own.device if generator is None else generator.device
+    if 4 * (count + len(own)) > n:
+        taken = torch.zeros(n, dtype=torch.bool, device=own.device)
+        taken[own] = True
+        free = (~taken).nonzero()[:, 0]
+        return free[torch.randperm(len(free), generator=generator, device=device)[:count].to(own.device)]
+    # Few out of many: draw with replacement, strike out repeats, keep a random subset; no pass over all n.
+    found = own.new_empty(0)
+    while len(found) < count:
+        drawn = torch.randint(n, (2 * count + 16,), generator=generator, device=device).to(own.device)
+        drawn = drawn[~torch.isin(drawn, own)]
+        found: Tensor = torch.unique(torch.cat([found, drawn]))
+    return found[torch.randperm(len(found), generator=generator, device=device)[:count].to(own.device)]
