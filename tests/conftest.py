@@ -5,6 +5,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
+
+# Processes that tests start are to compute with as many threads as the tests, or their bytes differ.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 from torch import Tensor
 

@@ -87,6 +87,7 @@ def test_a_training_step_sees_the_same_rows_with_both_targets() -> None:
     assert share.stable > 0 < share.single
 
 
+@pytest.mark.timed
 def test_bench_prints_a_table_that_fits_and_writes_its_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

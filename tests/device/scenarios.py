@@ -198,7 +198,7 @@ def of_fixed_shapes(kind: str) -> dict[str, Any]:
     truth = target(kind, options, lambda value: value, 60)(**call)
     stable = target(kind, options, far, 60)
     stable(**there)
-    modules = [sys.modules[f"stablefield.targets.{name}"] for name in ("stable_target", "references", "sharded")]
+    modules = [sys.modules[f"stablefield.targets.{name}"] for name in ("stable_target", "pool", "sharded")]
     kept = [module.readable for module in modules]
     for module in modules:
         module.readable = lambda device: False

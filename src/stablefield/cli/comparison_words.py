@@ -1,5 +1,6 @@
 """What a comparison says in words: how long it will take, and what came out."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,10 +52,24 @@ def foretold(
     )
 
 
-def _over_seeds(values: Sequence[float], unit: str = ".3g") -> str:
+def _over_seeds(values: Sequence[float]) -> str:
     """A mean with its standard error over seeds, or alone where there is one seed."""
     found = spread(values)
-    return f"{found.mean:{unit}}" if found.error is None else f"{found.mean:{unit}} ± {found.error:{unit}}"
+    if found.error is None:
+        return f"{found.mean:.3g}"
+    # As many decimals as tell the error to two digits.
+    places = max(0, 1 - math.floor(math.log10(found.error))) if found.error > 0 else 3
+    return f"{found.mean:.{places}f} ± {found.error:.{places}f}"
+
+
+def _percent(share: float) -> str:
+    """A share in whole per cent, without the sign of a zero."""
+    return f"{round(100 * share) + 0:d}%"
+
+
+def _of_shares(values: Sequence[float]) -> str:
+    found = spread(values)
+    return _percent(found.mean) if found.error is None else f"{_percent(found.mean)} ± {_percent(found.error)}"
 
 
 def summary(outcomes: Sequence[Outcome], seeds: Sequence[int], name: str) -> str:
@@ -77,7 +92,7 @@ def summary(outcomes: Sequence[Outcome], seeds: Sequence[int], name: str) -> str
     )
     return (
         f"STF is nearer to the optimum at middle noise levels in {better} of {len(seeds)} seeds, by "
-        f"{_over_seeds(gains, '.0%')} on average ({min(gains):.0%} to {max(gains):.0%}); its {name} is lower in {lower} of "
-        f"{len(seeds)}: {_over_seeds(frechet['stf'])} against {_over_seeds(frechet['dsm'])}. {spreads}Training took "
-        f"{seconds['stf']:.0f} s with STF, {seconds['dsm']:.0f} s with DSM."
+        f"{_of_shares(gains)} on average ({_percent(min(gains))} to {_percent(max(gains))}); its {name} is lower in "
+        f"{lower} of {len(seeds)}: {_over_seeds(frechet['stf'])} against {_over_seeds(frechet['dsm'])}. {spreads}"
+        f"Training took {seconds['stf']:.0f} s with STF, {seconds['dsm']:.0f} s with DSM."
     )

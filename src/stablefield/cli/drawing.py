@@ -253,7 +253,7 @@ class DrawingFlags:
             return None
         number = self.class_number(config)
         return (
-            "class of seed k: k modulo classes"
+            f"classes 0 to {config.classes - 1} in turn: seed k is of class k modulo {config.classes}"
             if number is None
             else "no class"
             if number == -1

@@ -244,7 +244,7 @@ def _check_rest(verb: VerbFlags, plain: Sequence[str], given: "set[str]") -> Non
         )
     for argument in verb.arguments[len(plain) :]:
         if argument.required:
-            raise ValueError(f"{argument.name} is missing. {argument.help} More: stablefield {verb.name} --help")
+            raise ValueError(f"{argument.name} is missing: {argument.help} Help: stablefield {verb.name} --help")
     for group in verb.groups:
         for flag in group.flags:
             if flag.required and flag.name not in given:

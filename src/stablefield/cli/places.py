@@ -37,7 +37,8 @@ def check_place(flag: str, path: Path, *, folder: bool = False) -> None:
     except OSError as error:
         raise ValueError(f"{flag} {path} cannot be written ({error.strerror}): name another place.") from error
     if not folder and is_folder:
-        raise ValueError(f"{flag} {path} is a folder: name a file, or a folder without {path.suffix} in its name.")
+        without = f", or a folder without {path.suffix} in its name" if path.suffix else ""
+        raise ValueError(f"{flag} {path} is a folder: name a file{without}.")
 
 
 def check_folder(flag: str, path: Path) -> None:

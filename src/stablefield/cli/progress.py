@@ -64,7 +64,8 @@ class TrainingProgress:
         self._share += blend * (report.share_removed - self._share)
         self._target += blend * (report.target_share - self._target)
         speed = report.images_per_second
-        text = f"{speed:{',.0f' if speed >= 10 else '.1f'}} img/s loss {self._loss:.3f} variance {self._share:.0%} less"
+        rate, removed = f"{speed:{',.0f' if speed >= 10 else '.1f'}}", round(100 * self._share)
+        text = f"{rate} img/s loss {self._loss:.3f} variance {removed}% less"
         cost = f" target {self._target:.0%}"
         roomy = console.width >= _ROOMY
         self._bar.update(self._task, completed=report.step, text=text + cost if roomy else text)

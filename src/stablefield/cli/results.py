@@ -1,5 +1,6 @@
 """Results on a terminal: a table, and beneath it what was measured how."""
 
+import hashlib
 import re
 from collections.abc import Sequence
 
@@ -61,12 +62,18 @@ def print_against(results: Sequence[Result], earlier: Sequence[Result], name: st
         console.print(f"[yellow]warning:[/] {escape(message)}")
 
 
+def _weights(protocol: Protocol) -> str:
+    """The checksum of the extractor's weights; nothing for one without."""
+    without = protocol.extractor_sha256 == hashlib.sha256(b"").hexdigest()
+    return "" if without else f" (sha256 {protocol.extractor_sha256[:_HASH_SHOWN]})"
+
+
 def _protocol_lines(protocol: Protocol, repeats: int) -> list[str]:
     samples = f"{protocol.sample_count:,} samples"
     if repeats > 1:
         samples = f"{repeats} x {samples}"
     lines = [
-        f"{protocol.extractor} (sha256 {protocol.extractor_sha256[:_HASH_SHOWN]}), resize {protocol.resize}: {samples} "
+        f"{protocol.extractor}{_weights(protocol)}, resize {protocol.resize}: {samples} "
         f"against {protocol.reference_count:,} of {protocol.reference} ({protocol.split}; sha256 "
         f"{protocol.reference_sha256[:_HASH_SHOWN]})"
     ]

@@ -316,15 +316,15 @@ def stored_samples(x0: Tensor, index: Tensor, bank: Bank, places: Tensor) -> Ten
     gap, wrong = own_gap(x0, rows, bank)
     rounding = 4 * torch.finfo(torch.float32).eps * (largest_magnitude(rows) + bank.holds_bytes)
     # One look for both.
-    unlike, rounded = torch.stack([wrong.any(), (gap > rounding).any()]).tolist()
-    if unlike:
+    seen = int(2 * wrong.any().int() + (gap > rounding).any().int())
+    if seen >= 2:
         row = int(wrong.nonzero()[0, 0])
         raise ValueError(
             f"row {int(places[row])} of x0 is not sample {int(index[row])} of the Pool (largest difference "
             f"{gap[row].item():.3g}): pass flip= for mirrored rows, alone= for rows with another augmentation of their own, "
             "or the right index."
         )
-    return rows if rounded else None
+    return rows if seen else None
 
 
 def choose(n: int, index: Tensor, size: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
