@@ -167,3 +167,11 @@ def test_a_sample_grid_shows_distinct_images_of_the_set_and_depends_on_the_seed(
     assert set(range(36)) <= set(sample_grid(few, 36, seed=3).ravel().tolist())
     with pytest.raises(ValueError, match="count=0"):
         sample_grid(digits, 0)
+
+
+def test_a_sample_grid_is_in_the_order_of_the_classes() -> None:
+    pixels = np.arange(40, dtype=np.uint8)[:, None, None, None] * np.ones((1, 1, 1, 1), np.uint8)
+    images = make_image_set(pixels, np.arange(40) % 10, Origin(name="toy", source="made up"))
+    grid = sample_grid(images, 16, seed=0)
+    shown = [int(value) for value in dict.fromkeys(grid[grid < 40].tolist())]
+    assert [value % 10 for value in shown] == sorted(value % 10 for value in shown)

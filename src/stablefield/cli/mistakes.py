@@ -61,11 +61,12 @@ _OTHER = {
         "give --ramp-images, steps x batch size",
     ),
     "--optimizer --optim --weight-decay --beta1 --betas": ("--learning-rate", "leave it out: the optimiser is Adam"),
-    "--num-samples --n-samples --num-images --samples -n": (
+    "--num-samples --n-samples --num-images --samples --count --num --n -n": (
         "--seeds",
         "give --seeds, such as --seeds 0-63 for 64 images",
     ),
     "--seed": ("--seeds", "give --seeds"),
+    "--out --output -o --dest --destination": ("DEST", "name it after DATA, without a flag"),
     "--resume-from --resume-from-checkpoint --checkpoint --ckpt": ("--resume", "give --resume --out RUN"),
     "--arch --architecture --model --network": ("--recipe", "give --recipe, or the flags that begin with --network"),
     "--target": ("--looks", "leave it out: both targets are trained with"),
@@ -232,6 +233,12 @@ def _takes(flag: Flag, value: str) -> bool:
     return False
 
 
+def _flag_for(verb: VerbFlags, extra: str) -> str:
+    """What a further argument was probably meant for."""
+    meant = {"evaluate": "--data", "export": "--out", "sample": "--out"}.get(verb.name)
+    return f"give {meant} {extra}, " if meant is not None else ""
+
+
 def _check_rest(verb: VerbFlags, plain: Sequence[str], given: "set[str]") -> None:
     """Check the arguments without a flag, and that what is needed is there."""
     if len(plain) > len(verb.arguments):
@@ -240,7 +247,8 @@ def _check_rest(verb: VerbFlags, plain: Sequence[str], given: "set[str]") -> Non
             raise ValueError(f"{verb.name} takes no {extra}: leave it out.")
         names = " and ".join(argument.name for argument in verb.arguments)
         raise ValueError(
-            f"{verb.name} takes {names}, and {extra} is one too many: leave it out, or put quotes around a name with spaces."
+            f"{verb.name} takes {names}, and {extra} is one too many: {_flag_for(verb, extra)}leave it out, or put quotes "
+            "around a name with spaces."
         )
     for argument in verb.arguments[len(plain) :]:
         if argument.required:

@@ -88,7 +88,10 @@ def sample_grid(images: ImageSet, count: int = 64, seed: int = 0) -> NDArray[np.
     if count < 1:
         raise ValueError(f"count={count}: a picture takes at least 1 image.")
     drawn = np.random.default_rng(seed).choice(len(images), min(count, len(images)), replace=False)
-    return tile(images.batch(np.sort(drawn))[0])
+    drawn = np.sort(drawn)
+    if images.labels is not None:
+        drawn = drawn[np.argsort(images.labels[drawn], kind="stable")]
+    return tile(images.batch(drawn)[0])
 
 
 def _figures(raw: NDArray[np.float64], scaled: NDArray[np.float64]) -> str:
