@@ -277,7 +277,7 @@ def test_print_and_dry_run_of_a_run_to_resume_are_about_that_run(
     assert status("train", "--resume", "--out", str(out), "--print") == 0
     assert "steps=3" in capsys.readouterr().out
     assert status("train", "--resume", "--out", str(out), "--dry-run") == 0
-    assert "3 of 4: 12 images" in capsys.readouterr().out
+    assert "0 of 3 left, of 4: 0 images" in capsys.readouterr().out
     assert sorted(path.name for path in out.rglob("*")) == before
 
 

@@ -151,7 +151,8 @@ class Train:
             config = told(self._new(data, device) if state.is_main_process else None)
             assert config is not None
         if self.dry_run:
-            return self._rehearse(config, data, device)
+            newest = None if folder is None else folder.newest()
+            return self._rehearse(config, data, device, 0 if newest is None else newest[1].step)
         observers = self._observers(data, device)
         # From here on Ctrl-C is a wish to stop in order: whoever sees that a run has begun can rely on it.
         with Interruption() as interruption:
@@ -252,8 +253,8 @@ class Train:
             place = str(RunFolder.create(path, config).path)
         return RunFolder(Path(told(place)))
 
-    def _rehearse(self, config: RunConfig, data: ImageSet, device: torch.device) -> int:
-        recipe = config.recipe
+    def _rehearse(self, config: RunConfig, data: ImageSet, device: torch.device, done: int) -> int:
+        recipe, left = config.recipe, config.recipe.steps - done
         accelerator = make_accelerator(device)
         placement = placed(recipe, data, device, accelerator.num_processes)
         feed = Feed(data, recipe, device, labelled=config.classes > 0, placement=placement)
@@ -267,17 +268,17 @@ class Train:
             f"{size_text(found.state_bytes)} of weights, averages, gradients and moments; "
             f"{size_text(found.peak_bytes)} at the peak on {device}",
         )
-        images = recipe.steps * recipe.batch
-        table.add_row(
-            "steps", f"{recipe.steps:,} of {recipe.batch}: {images:,} images, {images / len(data):,.0f} epochs"
-        )
+        images, steps = left * recipe.batch, f"{left:,} of {recipe.steps:,} left," if done else f"{left:,}"
+        epochs = images / len(data)
+        times = f"{epochs:,.0f}" if epochs >= 10 else f"{epochs:.2g}"
+        table.add_row("steps", f"{steps} of {recipe.batch}: {images:,} images, {times} epochs")
         if recipe.target == "stf":
             sharded = f"all, in {accelerator.num_processes} parts"
             many = sharded if placement == "sharded" else recipe.references
             table.add_row("references", f"{many} per step")
         share = found.target_seconds / found.seconds_per_step
         table.add_row("a step here", f"{found.seconds_per_step:.3f} s, of which noise and target {share:.1%}")
-        table.add_row("all of it", f"about {duration(found.seconds_per_step * recipe.steps)} on {device}")
+        table.add_row("all of it", f"about {duration(found.seconds_per_step * left)} on {device}")
         console.print(table)
         return 0
 
