@@ -11,6 +11,7 @@ rk45 wants SciPy. Writes benchmarks/results/NAME.json (gpu.json) after every par
 import argparse
 import dataclasses
 import itertools
+import shlex
 import statistics
 import sys
 import time
@@ -96,7 +97,7 @@ def throughput(
                     "images_per_second": rate,
                 }
             )
-            print(found[-1], flush=True)
+            print(found[-1], file=sys.stderr)
     return found
 
 
@@ -162,7 +163,7 @@ def main() -> None:
     found: dict[str, list[dict[str, object]]] = {}
     began = time.perf_counter()
     command = "python benchmarks/gpu.py DATA " + " ".join(
-        f"--{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, list | tuple) else value}"
+        f"--{name.replace('_', '-')} {shlex.join(map(str, value)) if isinstance(value, list | tuple) else value}"
         for name, value in vars(options).items()
         if name not in ("data", "inception", "out", "commit") and value not in (False, None)
     )

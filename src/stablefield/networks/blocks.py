@@ -112,5 +112,6 @@ def self_attention(qkv: Tensor) -> Tensor:
 
 
 def _no_autocast(device_type: str) -> torch.autocast:
-    # A device without autocast (such as meta) has none to switch off, and the context refuses its name.
-    return torch.autocast(device_type if torch.amp.is_autocast_available(device_type) else "cpu", enabled=False)
+    # The meta device has no autocast to switch off, and the context refuses its name. It is told apart by name: asking torch
+    # whether a device has autocast breaks the graph of a compiled network (torch 2.11).
+    return torch.autocast("cpu" if device_type == "meta" else device_type, enabled=False)
