@@ -45,6 +45,7 @@ _OF_NUMBERS = ("tensor", "as_tensor")
 _OF_A_RULE = ("arange", "linspace", "logspace", "eye")
 
 counts: Counter[str] = Counter()
+launches: Counter[str] = Counter()
 _NearGenerator = torch.Generator
 _generators: list[_NearGenerator] = []
 
@@ -110,6 +111,13 @@ def far_device() -> Generator[torch.device]:
             setattr(torch, name, value)
 
 
+def launched(function: Callable[[], Any]) -> int:
+    """How many operations the device has to do while `function` runs; what makes no numbers is none."""
+    launches.clear()
+    function()
+    return launches.total()
+
+
 def _made_near(function: Callable[..., Tensor], copied: bool) -> Callable[..., Tensor]:
     def made(*args: Any, device: Any = None, **options: Any) -> Tensor:
         found = function(*args, **options)
@@ -153,6 +161,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     for leaf in leaves:
         if isinstance(leaf, _NearGenerator) and any(leaf._cdata == one._cdata for one in _generators) != result_is_far:
             raise RuntimeError(f"{name}: a generator of another device")
+    if result_is_far and not (name.startswith("empty") or name == "detach" or _is_view(func)):
+        launches[name] += 1
     result = func(*tree_map(_inner, tuple(args)), **tree_map(_inner, kwargs))
     if any(leaf.shape != leaf.near.shape for leaf in far_ones):
         raise NotImplementedError(f"{name} has given a tensor of the device another shape, which is not followed")
@@ -173,6 +183,11 @@ def _inner(value: Any) -> Any:
     if isinstance(value, FarTensor):
         return value.near
     return CPU if isinstance(value, torch.device) and value.type == "far" else value
+
+
+def _is_view(func: Any) -> bool:
+    aliases = [value.alias_info for value in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
 
 
 def _has_mask(name: str, args: Any) -> bool:

@@ -12,7 +12,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from far import FAR, counts, far_device, near, waits
+from far import FAR, counts, far_device, launched, near, waits
 from names import SAMPLERS, STEPS, TARGETS
 from steps import RECIPES, stepper
 from torch import Tensor
@@ -85,7 +85,7 @@ def case(kind: str, batch: int = 64) -> tuple[dict[str, Any], dict[str, Any]]:
     call = {"x0": x0, "x_t": process.perturb(x0, t, generator=rng), "t": t, "index": index}
     label = torch.arange(len(images)) % 5
     data = images.numpy() if kind == "array" else images / 127.5 - 1 if kind == "floats" else images
-    if kind == "far from zero":
+    if kind.endswith("far from zero"):
         data = 1000 + images / 127.5
         call["x0"], call["x_t"] = data[index], process.perturb(data[index], t, generator=rng)
     options: dict[str, Any] = {"process": process, "noise_band": 0.1, "references": sf.InBatch()}
@@ -93,7 +93,7 @@ def case(kind: str, batch: int = 64) -> tuple[dict[str, Any], dict[str, Any]]:
     size = 200 if kind == "drawn" else None
     options["pool"] = {"data": data, "size": size, "mirrored": kind == "mirrored", **group}
     match kind:
-        case "in batch" | "DSM":
+        case "in batch" | "in batch, far from zero" | "DSM":
             options.pop("pool")
             call["index"] = None
         case "groups":
@@ -142,6 +142,7 @@ def of_targets(kind: str) -> dict[str, Any]:
         results: list[sf.Target] = []
         found["waits"][chunk_size] = waits(lambda s=stable, r=results, a=again: r.append(s(**there, **a)))
         found["gap"] = max(found["gap"], gap(results[0], truth))
+        found.setdefault("launches", launched(lambda s=stable, a=again: s(**there, **a)))
         found["waits of views"] = waits(lambda r=results: [getattr(r[0], name) for name in VIEWS])
     return found
 

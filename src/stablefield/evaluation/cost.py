@@ -11,6 +11,7 @@ import ctypes
 import gc
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +189,10 @@ def measure_cost(
     rows, references = x_t.flatten(1), floating.flatten(1)
 
     def stable() -> object:
-        return target(x0, x_t, t, index=index)
+        with warnings.catch_warnings():
+            # One batch is drawn again and again here.
+            warnings.filterwarnings("ignore", "the rows were not drawn", UserWarning)
+            return target(x0, x_t, t, index=index)
 
     def products() -> object:
         with full_precision(device):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stablefield.shapes import check_tensor, is_integer
 
-__all__ = ["Check", "finite_check", "require", "row_numbers", "value_check"]
+__all__ = ["Check", "finite_check", "require", "row_numbers", "to_host", "value_check"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,23 @@ def require(*checks: Check) -> None:
             if not check.warning:
                 raise ValueError(message)
             warnings.warn(message, UserWarning, stacklevel=4)  # the call of a target
+
+
+def to_host(*values: Tensor | None) -> list[Tensor | None]:
+    """Bring rows of numbers (B,) to the host in one transfer, for which a GPU is waited for once."""
+    given = [value for value in values if value is not None]
+    device = given[0].device
+    if device.type == "cpu":
+        return list(values)
+    if device.type == "mps":  # which has no format that holds all of them
+        return [None if value is None else value.cpu() for value in values]
+    # One conversion for each dtype, and not for each value.
+    dtypes = list(dict.fromkeys(value.dtype for value in given))
+    parts = [torch.stack([value for value in given if value.dtype == dtype]).double() for dtype in dtypes]
+    rows = dict(
+        zip(dtypes, (iter(part) for part in torch.cat(parts).cpu().split([len(part) for part in parts])), strict=True)
+    )
+    return [None if value is None else next(rows[value.dtype]).to(value.dtype) for value in values]
 
 
 def row_numbers(name: str, value: Tensor, x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ which does not cancel where near-duplicates lie far from the origin.
 import torch
 from torch import Tensor
 
-from stablefield.targets.bank import Bank, Norms, squared_norms
+from stablefield.targets.bank import Bank, Norms, inner_products, row_blocks, squared_norms
 from stablefield.targets.factor import Factor, Operand, factor_size, factors
 from stablefield.targets.kernel import Kernel
 from stablefield.targets.partial import Energy, Partial
@@ -103,16 +103,15 @@ class Excess:
         self.anchor = anchor.rows
         self.anchor_square = squared_norms(self.noise)
         self._square = squared_norms(near)
-        along = _product(x, near, alpha.dtype)
+        along = inner_products(x, near)
         offset = alpha * (alpha * self._square - 2 * along)
         # What all references have in common is taken off in float64, so that the rest keeps its digits.
         self._offset = (offset - alpha**2 * norms.centre).to(x.dtype)[:, None]
         self._alpha_square = (alpha**2).to(x.dtype)[:, None]
         self._scaled = Operand(_scaled(x, alpha))
         self._error = _logit_error(query, norms.largest)
-        self._rough = self._error > _TOLERANCE
         # Asked once for all chunks.
-        self._rows = _all_or_none(query) if query.fixed else self._rough.nonzero()[:, 0]
+        self._rough, self._rows = _rough_rows(query, norms, self._error)
         self._by_pairs = query.watched or (x.dtype == torch.float64 and not query.fixed)
 
     @property
@@ -200,9 +199,11 @@ class Excess:
         total, energy, mass = partial.total[rows], partial.energy[rows], partial.mass[rows]
         near, alpha = self._near[rows], self._query.alpha[rows]
         total.addcmul_(near, mass.to(total.dtype)[:, None], value=-1)
-        squares = (energy + 2 * alpha * _product(total, self.noise[rows])) / alpha**2 if len(self._rows) else energy
+        squares = (
+            (energy + 2 * alpha * inner_products(total, self.noise[rows])) / alpha**2 if len(self._rows) else energy
+        )
         if len(self._rows) < len(self.anchor) or self._query.fixed:
-            plain = energy - 2 * _product(total, near) - mass * self._square[rows]
+            plain = energy - 2 * inner_products(total, near) - mass * self._square[rows]
             squares = torch.where(self._rough[rows], squares, plain) if len(self._rows) else plain
         if isinstance(rows, Tensor):
             partial.total.index_copy_(0, rows, total)
@@ -305,8 +306,17 @@ def _all_or_none(query: Query) -> Tensor:
     return torch.arange(len(query.x_t) if wide else 0, device=query.x_t.device)
 
 
-def _blocks(rows: Tensor) -> tuple[Tensor, ...]:
-    return rows.split(max(1, 2**18 // max(1, rows.shape[1])))
+def _rough_rows(query: Query, norms: Norms, error: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows have so small a noise that rounding would show, bool (B,), and their places (all or none if fixed)."""
+    if query.fixed:
+        return error > _TOLERANCE, _all_or_none(query)
+    if query.levels is None or norms.bound is None:
+        rough = error > _TOLERANCE
+        return rough, rough.nonzero()[:, 0]
+    # Without a look at the device.
+    factor = ULPS * torch.finfo(query.x_t.dtype).eps * norms.bound
+    rough = factor * query.levels.square() > _TOLERANCE
+    return rough.to(error.device, non_blocking=True), rough.nonzero()[:, 0].to(error.device, non_blocking=True)
 
 
 def _uncancelled(gap: Tensor, noise: Tensor) -> Tensor:
@@ -319,18 +329,10 @@ def _logit_error(query: Query, square: Tensor) -> Tensor:
 
 def _less(x: Tensor, alpha: Tensor, y: Tensor) -> Tensor:
     """The rows x - alpha y, rounded once, for rows y of shape (B, d) or (1, d)."""
-    parts, start = [], 0
-    for part in _blocks(x):
-        where = slice(start, start + len(part))
-        wide = part.to(alpha.dtype) - alpha[where, None] * (y[where] if len(y) > 1 else y).to(alpha.dtype)
-        parts.append(wide.to(x.dtype))
-        start = where.stop
-    return torch.cat(parts)
-
-
-def _product(p: Tensor, q: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Inner products of the rows of `p` with those of `q`, shape (B,), summed in `dtype` or, much faster, in their own."""
-    return torch.cat([(a * b).sum(1, dtype=dtype) for a, b in zip(_blocks(p), _blocks(q), strict=True)])
+    found = torch.empty_like(x)
+    for some in row_blocks(x):
+        found[some] = x[some].to(alpha.dtype) - alpha[some, None] * (y[some] if len(y) > 1 else y).to(alpha.dtype)
+    return found
 
 
 def _scaled(x: Tensor, alpha: Tensor) -> Tensor:

@@ -127,7 +127,8 @@ class Frequencies:
             "samples never came. The targets are biased towards samples that come less often. Pass weights=... to the Pool "
             "with the probability of each sample, make it of the samples that you train on, and drop labels independently "
             "of the sample. Ignore this if each process draws from its own part of the Pool and all parts together make it "
-            "up. For calls that are no training pass StableTarget(..., validate_args=False)."
+            "up, or if you made the same draws twice, as by a second run from the same seed with this Pool. For calls that "
+            "are no training pass StableTarget(..., validate_args=False)."
         )
 
 

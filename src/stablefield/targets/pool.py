@@ -13,8 +13,8 @@ from torch import Tensor
 
 from stablefield.reading import readable
 from stablefield.shapes import array_of_numbers, check_kind, check_tensor, flag, whole_number
-from stablefield.targets.bank import Bank, largest_magnitude
-from stablefield.targets.check import Check, require, row_numbers, value_check
+from stablefield.targets.bank import Bank, largest_magnitude, row_blocks
+from stablefield.targets.check import Check, require, value_check
 from stablefield.targets.frequency import Frequencies
 from stablefield.targets.references import UNKNOWN_LABEL, Selection
 
@@ -132,8 +132,8 @@ class Pool:
         Raises:
             ValueError: if `index` is missing, or shapes or devices do not fit.
         """
-        index, _ = self._fitting(x0, group, index)
-        n, device = len(self._bank), x0.device
+        index = self._fitting(x0, group, index)
+        n, device = len(self._bank), index.device
         exempt = torch.zeros_like(index, dtype=torch.bool) if alone is None else alone
         there = (index >= 0) & (index < n)
         place = index.clamp(0, n - 1)
@@ -164,7 +164,7 @@ class Pool:
         Raises:
             ValueError: if `index` is missing, `size` is below the batch's distinct samples, or shapes or devices do not fit.
         """
-        index, bank = self._fitting(x0, group, index)
+        index, bank = self._fitting(x0, group, index), self.bank(x0.device)
         if readable(x0.device):
             self._unseen = False  # `checks` have been looked at
         if self._draws and not readable(x0.device):
@@ -203,12 +203,11 @@ class Pool:
             source_prior=source_prior,
         )
 
-    def _fitting(self, x0: Tensor, group: Tensor | None, index: Tensor | None) -> tuple[Tensor, Bank]:
-        """The index and the samples as a bank on the device of the batch, if the arguments of a call fit."""
+    def _fitting(self, x0: Tensor, group: Tensor | None, index: Tensor | None) -> Tensor:
+        """The index, if the arguments of a call fit."""
         if index is None:
             raise ValueError("index is missing: a Pool needs the place of each row of the batch in its data.")
-        index = row_numbers("index", index, x0).long()
-        bank = self.bank(x0.device)
+        self.bank(x0.device)
         if x0.shape[1:] != self.data.shape[1:]:
             raise ValueError(
                 f"rows of x0 have shape {tuple(x0.shape[1:])}, the Pool's {tuple(self.data.shape[1:])}: they must agree."
@@ -217,7 +216,7 @@ class Pool:
             raise ValueError(
                 "group is given, but the Pool has none: pass Pool(..., group=...), one integer per sample."
             )
-        return index, bank
+        return index.long()
 
     def unseen_labels(self, device: torch.device) -> list[Check]:
         """The check of the samples' labels, if nothing has looked at them yet: those on a GPU, with the first batch."""
@@ -280,20 +279,30 @@ def sample_weights(weights: Tensor | NDArray[Any], n: int) -> Tensor:
     return values
 
 
-def own_gap(x0: Tensor, rows: Tensor, bank: Bank, rounded: bool = True) -> tuple[Tensor, Tensor]:
-    """Largest difference between each row of `x0` and its sample, and whether it is another sample, shape (B,) each.
+def own_gap(x0: Tensor, rows: Tensor, bank: Bank, rounded: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """How far each row of `x0` is from its sample.
 
     Args:
         x0: the rows, shape (B, ...).
         rows: the samples that they are said to be, as `bank` holds them, shape (B, d).
         bank: where they are from.
         rounded: whether the bank may have rounded them to the dtype in which it stores them.
+
+    Returns:
+        The largest difference, whether it is another sample, and whether they differ by more than rounding in float32, shape
+        (B,) each.
     """
-    eps = max(torch.finfo(x0.dtype).eps, bank.eps if rounded else torch.finfo(torch.float32).eps)
-    gap = largest_magnitude(rows - x0.reshape(rows.shape))
+    given, narrow = x0.reshape(rows.shape), torch.finfo(torch.float32).eps
+    eps = max(torch.finfo(x0.dtype).eps, bank.eps if rounded else narrow)
+    parts = [
+        torch.stack([largest_magnitude(rows[some] - given[some]), largest_magnitude(rows[some])])
+        for some in row_blocks(rows)
+    ]
+    gap, size = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).unbind(0)
+    size = size + bank.holds_bytes
     # Rounding, also that of decoding bytes, and a hundredth of the spread of the data for arithmetic that differs.
-    rounding = 4 * eps * (largest_magnitude(rows) + bank.holds_bytes) + torch.finfo(rows.dtype).tiny
-    return gap, ~(gap <= rounding + 0.01 * bank.spread)
+    allowed = 4 * eps * size + torch.finfo(rows.dtype).tiny + 0.01 * bank.spread
+    return gap, ~(gap <= allowed), gap > 4 * narrow * size
 
 
 def stored_samples(x0: Tensor, index: Tensor, bank: Bank, places: Tensor) -> Tensor | None:
@@ -313,10 +322,9 @@ def stored_samples(x0: Tensor, index: Tensor, bank: Bank, places: Tensor) -> Ten
             silently.
     """
     rows = bank.rows(index, bank.dtype_with(x0))
-    gap, wrong = own_gap(x0, rows, bank)
-    rounding = 4 * torch.finfo(torch.float32).eps * (largest_magnitude(rows) + bank.holds_bytes)
+    gap, wrong, moved = own_gap(x0, rows, bank)
     # One look for both.
-    seen = int(2 * wrong.any().int() + (gap > rounding).any().int())
+    seen = int((2 * wrong.int() + moved.int()).max())
     if seen >= 2:
         row = int(wrong.nonzero()[0, 0])
         raise ValueError(

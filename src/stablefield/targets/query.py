@@ -30,6 +30,8 @@ class Query:
         log_prior: log prior weight of each reference, shape (n,), float64, or None.
         source_prior: log prior weight of each row's own source on the scale of `log_prior`, shape (B,), float64; None where
             it is that of its place. A source that is no reference (-1) is then one for its own row.
+        levels: alpha / sigma of each row on the host, shape (B,), float64: which rows have small noise is then known there;
+            None if the device has to be asked.
         like: x_t as it was given, whose shape and dtype the mean takes.
         fixed: whether what is computed must not depend on values, see `reading`.
         wide: whether logits of all rows are made in float64: of use where `fixed` forbids to ask which rows need it.
@@ -46,6 +48,7 @@ class Query:
     fixed: bool = False
     wide: bool = False
     source_prior: Tensor | None = None
+    levels: Tensor | None = None
 
     @property
     def watched(self) -> bool:
@@ -67,10 +70,12 @@ class Query:
         *,
         fixed: bool = False,
         wide: bool = False,
+        levels: Tensor | None = None,
     ) -> "Query":
         """Check the arguments of `posterior`, described there, against each other and against `bank`.
 
-        If `fixed`, only what can be told without looking at values is checked.
+        If `fixed`, only what can be told without looking at values is checked. Who has the `levels` on the host has checked
+        the rows already.
 
         Raises:
             ValueError: naming the argument, its first bad value and the remedy.
@@ -84,7 +89,7 @@ class Query:
         if source is not None:
             _check_integers("source", source, batch, x_t, "the index of each row's own reference")
             source = source.long()
-        if not fixed:
+        if not fixed and levels is None:
             checks = [
                 value_check((sigma > 0) & sigma.isfinite(), "sigma", sigma, "it must be positive and finite"),
                 value_check(alpha.isfinite(), "alpha", alpha, "it must be finite"),
@@ -94,6 +99,7 @@ class Query:
                 there, rule = (source >= 0) & (source < n), f"it must index the {n} references, 0 to {n - 1}"
                 checks.append(value_check(there, "source", source, rule))
             require(*checks)
+        if not fixed:
             norms = bank.norms(dtype)
             if not norms.finite:
                 require(finite_check(norms.squares, "references"))
@@ -104,7 +110,7 @@ class Query:
             _check_integers("group", group, batch, x_t, "the condition of each row")
             _check_integers("reference_group", reference_group, n, x_t, "the condition of each reference")
             group, reference_group = group.long(), reference_group.long()
-            if source is not None and not fixed:
+            if source is not None and not fixed and levels is None:
                 fits = (group == -1) | (group == reference_group[source])
                 rule = "the row's own source is a reference of another group; it must fit its row"
                 require(value_check(fits, "group", group, rule))
@@ -114,7 +120,7 @@ class Query:
                     f"log_prior has shape {tuple(log_prior.shape)} on {log_prior.device}: "
                     f"it needs one number per reference, shape ({n},), on {x_t.device}."
                 )
-            if not fixed:
+            if not fixed and levels is None:
                 below = log_prior < torch.inf
                 require(
                     value_check(below, "log_prior", log_prior, "it must be a number below +inf (-inf excludes one)")
@@ -125,7 +131,9 @@ class Query:
             log_prior = (log_prior.to(scalar) - common).to(dtype).to(scalar)
             if source_prior is not None:
                 source_prior = (source_prior.to(scalar) - common).to(dtype).to(scalar)
-        return cls(rows, alpha, sigma, source, group, reference_group, log_prior, x_t, fixed, wide, source_prior)
+        return cls(
+            rows, alpha, sigma, source, group, reference_group, log_prior, x_t, fixed, wide, source_prior, levels
+        )
 
     def prior(self, where: slice) -> Tensor | None:
         """Log prior weights of the references of the slice, shape (c,), in the dtype of the logits; None if uniform."""

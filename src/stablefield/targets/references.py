@@ -97,7 +97,7 @@ class References(Protocol):
         """What the values of a call must meet, to be looked at together with others.
 
         Args:
-            x0: the sources as they were given, shape (B, ...).
+            x0: the sources as they were given, shape (B, ...); what follows is on the host.
             group: condition that the network sees for each row, shape (B,), or None.
             reference_group: true condition of each row, shape (B,), or None.
             index: place of each row in the data set, shape (B,), or None.
@@ -139,7 +139,7 @@ class InBatch:
     def checks(  # noqa: D102
         self,
         x0: Tensor,  # noqa: ARG002
-        group: Tensor | None,  # noqa: ARG002
+        group: Tensor | None,
         reference_group: Tensor | None,
         index: Tensor | None,  # noqa: ARG002
         alone: Tensor | None,
@@ -150,7 +150,13 @@ class InBatch:
         # No label in the whole batch is no condition at all.
         known = (reference_group >= 0) | (reference_group < 0).all()
         known = known if alone is None else known | alone
-        return [value_check(known, "reference_group", reference_group, UNKNOWN_LABEL)]
+        checks = [value_check(known, "reference_group", reference_group, UNKNOWN_LABEL)]
+        if group is not None:
+            fits = (group == -1) | (group == reference_group)
+            fits = fits if alone is None else fits | alone
+            rule = "the row's own source is a reference of another group; it must fit its row"
+            checks.append(value_check(fits, "group", group, rule))
+        return checks
 
     def select(  # noqa: D102
         self,

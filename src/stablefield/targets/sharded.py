@@ -29,7 +29,7 @@ from torch import Tensor
 
 from stablefield.reading import readable
 from stablefield.targets.bank import Bank
-from stablefield.targets.check import Check, require, row_numbers, value_check
+from stablefield.targets.check import Check, require, value_check
 from stablefield.targets.draws import Draws, Shares
 from stablefield.targets.excess import Anchor, Excess
 from stablefield.targets.kernel import Kernel
@@ -160,7 +160,7 @@ class ShardedPool:
             there = there | alone
         self._counts = count
         within = value_check(there, "index", index, f"the ranks hold samples 0 to {self.total - 1} together")
-        return [within, *self.pool.unseen_labels(x0.device)]
+        return [within, *self.pool.unseen_labels(index.device)]
 
     def select(
         self,
@@ -207,7 +207,7 @@ class ShardedPool:
             raise ValueError(
                 "group is given, but the ShardedPool has none: pass ShardedPool(..., group=...), one integer per sample."
             )
-        return row_numbers("index", index, x0).long()
+        return index.long()
 
 
 @dataclass(frozen=True)
@@ -343,6 +343,7 @@ class _Exchange:
             group=seen,
             reference_group=None if seen is None else self.reference_group,
             log_prior=log_prior,
+            levels=None,
             like=x,
         )
         anchor = Anchor(rows, place)
@@ -352,7 +353,7 @@ class _Exchange:
         partial = Partial.empty(*_shape(x), x.dtype, x.device, level=torch.full_like(alpha, self.level))
         partial = accumulate_all(asked, anchor, bank, excess, kernel, partial, mirrored, chunk_size)
         own = place.clamp(min=0)
-        gap, wrong = own_gap(rows, bank.rows(own, bank.dtype_with(rows)), bank, rounded=False)
+        gap, wrong, _ = own_gap(rows, bank.rows(own, bank.dtype_with(rows)), bank, rounded=False)
         mislabelled = torch.zeros_like(wrong)
         if seen is not None and self.reference_group is not None:
             mislabelled = (seen != -1) & (seen != self.reference_group[own])

@@ -23,15 +23,13 @@ from stablefield.shapes import (
     check_callable,
     check_generator,
     check_kind,
-    check_tensor,
     flag,
     number,
-    per_row,
     row_values,
     whole_number,
 )
-from stablefield.targets.check import Check, finite_check, require, row_numbers, value_check
-from stablefield.targets.consistency import Correlation, consistency_checks
+from stablefield.targets.check import finite_check, require, row_numbers, to_host, value_check
+from stablefield.targets.consistency import Correlation, Measured, consistency_checks
 from stablefield.targets.excess import Anchor, Excess
 from stablefield.targets.fixed import fixed_posterior
 from stablefield.targets.kernel import GaussianKernel, Kernel
@@ -40,6 +38,18 @@ from stablefield.targets.pool import stored_samples
 from stablefield.targets.precision import full_precision
 from stablefield.targets.query import Query
 from stablefield.targets.references import InBatch, References
+from stablefield.targets.rows import (
+    Batch,
+    Known,
+    as_stored,
+    check_pair,
+    flipped,
+    noisiest,
+    noisiest_of_a_fixed_number,
+    put,
+    row_flags,
+    sent,
+)
 from stablefield.targets.sharded import ShardedPool
 from stablefield.targets.sums import accumulate_all
 from stablefield.targets.target import Target
@@ -144,7 +154,7 @@ class StableTarget:
         Warns:
             UserWarning: once, if the rows seen so far were not drawn from a `Pool` as it assumes.
         """
-        _check_pair(x0, x_t, noise)
+        check_pair(x0, x_t, noise)
         t = row_values("t", t, x0)
         if t.is_floating_point() and t.dtype.itemsize < 4:
             t = t.float()  # alpha and sigma would be rounded as well
@@ -161,38 +171,46 @@ class StableTarget:
                 f"group is missing: {self.references} has a label for each sample. Pass the label of each row, or "
                 "torch.full((len(x0),), -1) for a network that sees none, or references without labels."
             )
-        alone = None if alone is None else _flags("alone", alone, x0)
-        mirror = None if flip is None else _flags("flip", flip, x0, columns=True)
+        alone = None if alone is None else row_flags("alone", alone, x0)
+        mirror = None if flip is None else row_flags("flip", flip, x0, columns=True)
+        known = Known(alpha, sigma, alone)
         if look:
-            require(*self._checks(x0, x_t, t, alpha, sigma, group, reference_group, index, noise, alone))
-        level = sigma / alpha
-        # Without noise a row can only be its source.
-        use = torch.zeros_like(level, dtype=torch.bool) if single else (level >= self.noise_band) & (sigma > 0)
-        if alone is not None:
-            use = use & ~alone
+            known = self._checked(x0, x_t, t, alpha, sigma, group, reference_group, index, noise, alone)
+        use = self._uses(known)
         if single:
-            rows = torch.zeros(0, dtype=torch.long, device=x0.device)
+            rows = torch.zeros(0, dtype=torch.long)
         elif look:
-            rows = _noisiest(level, use, self.capacity, generator)
+            rows = noisiest(known.level, use, self.capacity, generator)
         else:
-            rows = _noisiest_of_a_fixed_number(level, use, self.capacity)
+            rows = noisiest_of_a_fixed_number(known.level, use, self.capacity)
         # What a row has that uses its source alone.
         zero = torch.zeros(len(x0), dtype=torch.promote_types(x0.dtype, torch.float32), device=x0.device)
         values = [x0, zero, zero + 1, zero + 1]
         # A rank without rows of its own still answers the others.
         if len(rows) or isinstance(self.references, ShardedPool):
-            batch = _Batch(_mirrored(x0, mirror), _mirrored(x_t, mirror), alpha, sigma, group, reference_group, index)
-            found = (self._posterior if look else self._fixed_posterior)(batch, rows, alone, generator)
+            batch = Batch(flipped(x0, mirror), flipped(x_t, mirror), alpha, sigma, group, reference_group, index)
+            if look:
+                found = self._posterior(batch, rows, known, generator)
+                rows = sent(rows, x0.device)
+            else:
+                found = self._fixed_posterior(batch, rows, alone, generator)
             assert found.source_weight is not None
             # Where the source has all the weight, it is returned as it is, without the rounding of a decoder or a flip.
-            keep = found.source_weight == 1 if look else (found.source_weight == 1) | ~use[rows]
-            update = _mirrored(found.mean, None if mirror is None else mirror[rows])
+            keep = found.source_weight == 1
+            keep = keep if look else keep | ~use[rows]
+            update = flipped(found.mean, None if mirror is None else mirror[rows])
             news = (update, found.variance, found.ess, found.source_weight)
-            values = [_put(old, rows, keep, new) for old, new in zip(values, news, strict=True)]
+            values = [put(old, rows, keep, new) for old, new in zip(values, news, strict=True)]
         mean, variance, ess, source_weight = values
         return Target(mean, variance, ess, source_weight, x0, x_t, self.process, t, self.kernel, noise)
 
-    def _checks(
+    def _uses(self, known: Known) -> Tensor:
+        """Which rows may use references, bool (B,)."""
+        # Without noise a row can only be its source.
+        use = (known.level >= self.noise_band) & (known.sigma > 0)
+        return use if known.alone is None else use & ~known.alone
+
+    def _checked(
         self,
         x0: Tensor,
         x_t: Tensor,
@@ -204,40 +222,56 @@ class StableTarget:
         index: Tensor | None,
         noise: Tensor | None,
         alone: Tensor | None,
-    ) -> list[Check]:
-        """What the values of the arguments must meet, looked at together."""
+    ) -> Known:
+        """What the host has to know of each row, once it has found that all values are as they must be.
+
+        Everything is brought to the host together, so that a GPU is waited for once, and has few small operations to do.
+        """
+        if self.validate_args:
+            measured = Measured.of(x0, x_t, alpha, sigma, noise, alone).rows
+        else:
+            dtype = torch.promote_types(x0.dtype, torch.float32)
+            measured = tuple(torch.linalg.vector_norm(x.flatten(1).to(dtype), dim=1) for x in (x0, x_t))
+        host = to_host(t, alpha, sigma, group, reference_group, index, alone, *measured)
+        times, alphas, sigmas, group, reference_group, index, alone, *measured = host
+        assert times is not None
+        assert alphas is not None
+        assert sigmas is not None
+        t, alpha, sigma = times, alphas, sigmas
         checks = [
             value_check((sigma >= 0) & sigma.isfinite(), "sigma", sigma, "it must not be negative: check t"),
             value_check(alpha.isfinite(), "alpha", alpha, "it must be finite: check t"),
         ]
+        norms = [norm for norm in measured if norm is not None]
         if self.validate_args:
             checks += consistency_checks(
-                self.process, self.kernel, x0, x_t, t, alpha, sigma, noise, alone, self._correlation
+                self.process, self.kernel, x0, x_t, t, alpha, sigma, noise, alone, self._correlation, Measured(*norms)
             )
         else:
-            rest = torch.ones_like(sigma, dtype=torch.bool) if alone is None else ~alone
-            sizes = [torch.where(rest, x.flatten(1).to(sigma.dtype).norm(dim=1), 0) for x in (x0, x_t)]
+            sizes = norms if alone is None else [norm.masked_fill(alone, 0) for norm in norms]
             checks += [finite_check(size, name) for size, name in zip(sizes, ("x0", "x_t"), strict=True)]
-        if self.noise_band == math.inf:  # no reference is asked for
-            return checks
-        return checks + self.references.checks(x0, group, reference_group, index, alone, self.validate_args)
+        if self.noise_band != math.inf:  # references are asked for
+            checks += self.references.checks(x0, group, reference_group, index, alone, self.validate_args)
+        require(*checks)
+        return Known(alpha, sigma, alone)
 
-    def _posterior(
-        self, batch: "_Batch", rows: Tensor, alone: Tensor | None, generator: torch.Generator | None
-    ) -> Posterior:
-        """The posterior of `rows` of the batch over the references of all of its rows that are not alone."""
+    def _posterior(self, batch: Batch, rows: Tensor, known: Known, generator: torch.Generator | None) -> Posterior:
+        """The posterior of `rows` (on the host) of the batch over the references of all of its rows that are not alone."""
+        device = batch.x0.device
+        levels = known.levels_at(rows)
         # Rows that are alone are of another kind than the rest, so they are no references for it either; rows below the
         # noise band are.
-        shared, places = batch, torch.arange(len(batch.x0), device=rows.device)
-        if alone is not None:
-            places = (~alone).nonzero()[:, 0]
-            shared = batch.at(places)
+        shared, places, among = batch, torch.arange(len(batch.x0)), rows
+        if known.alone is not None:
+            places = (~known.alone).nonzero()[:, 0]
+            shared = batch.at(sent(places, device))
+            among = ((~known.alone).cumsum(0) - 1)[rows]
+        rows, among, places = (sent(some, device) for some in (rows, among, places))
         selection = self.references.select(shared.x0, shared.truth, shared.index, generator)
         bank, kernel, exchange, stored = selection.bank, self.kernel, selection.exchange, selection.stored
         samples = None
         if stored is not None and selection.unsure == "all":
             samples = stored_samples(shared.x0, stored[1], stored[0], places)
-        among = rows if alone is None else ((~alone).cumsum(0) - 1)[rows]
         source, source_prior = selection.source[among], selection.source_prior
         source_prior = None if source_prior is None else source_prior[among]
         if len(rows) < len(batch.x0):
@@ -247,7 +281,7 @@ class StableTarget:
         elif samples is not None:
             samples = samples[among]
         if samples is not None:
-            batch = _as_stored(batch, samples)
+            batch = as_stored(batch, samples)
         reference_group = None if batch.group is None else selection.group
         query = Query.checked(
             batch.x_t,
@@ -260,6 +294,7 @@ class StableTarget:
             reference_group,
             selection.log_prior,
             source_prior,
+            levels=levels,
         )
         query = replace(query, source=source)
         with full_precision(batch.x_t.device):
@@ -275,7 +310,7 @@ class StableTarget:
             return finish(partial, query, excess, kernel)
 
     def _fixed_posterior(
-        self, batch: "_Batch", rows: Tensor, alone: Tensor | None, generator: torch.Generator | None
+        self, batch: Batch, rows: Tensor, alone: Tensor | None, generator: torch.Generator | None
     ) -> Posterior:
         """The same by operations that do not depend on values."""
         x0, log_prior = batch.x0, None
@@ -319,121 +354,3 @@ class DenoisingTarget(StableTarget):
     kernel: Kernel = field(default_factory=GaussianKernel, init=False)
     chunk_size: int | None = field(default=None, init=False)
     capacity: int | None = field(default=None, init=False)
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """The rows of a call with flips undone."""
-
-    x0: Tensor
-    x_t: Tensor
-    alpha: Tensor
-    sigma: Tensor
-    group: Tensor | None
-    reference_group: Tensor | None
-    index: Tensor | None
-
-    @property
-    def truth(self) -> Tensor | None:
-        """The condition of each source, where that of the row may have been dropped."""
-        return self.group if self.reference_group is None else self.reference_group
-
-    def at(self, rows: Tensor) -> "_Batch":
-        return _Batch(
-            self.x0[rows],
-            self.x_t[rows],
-            self.alpha[rows],
-            self.sigma[rows],
-            None if self.group is None else self.group[rows],
-            None if self.reference_group is None else self.reference_group[rows],
-            None if self.index is None else self.index[rows],
-        )
-
-
-def _as_stored(batch: "_Batch", samples: Tensor) -> "_Batch":
-    """The batch with its `samples` (B, d) as the pool holds them in place of the clean samples, and the same noise.
-
-    A pool in half precision, or of bytes, holds samples that were rounded. Beside them a source that was not would be
-    favoured: its distance to x_t alone would be free of rounding.
-    """
-    stored = samples.view(batch.x0.shape)
-    moved = torch.addcmul(batch.x_t.to(stored.dtype), per_row(batch.alpha, stored), stored - batch.x0)
-    return replace(batch, x0=stored, x_t=moved)
-
-
-def _noisiest(level: Tensor, use: Tensor, capacity: int | None, generator: torch.Generator | None) -> Tensor:
-    """The rows for which `use` is set, or the `capacity` noisiest of them, in their order."""
-    rows = use.nonzero()[:, 0]
-    if capacity is None or len(rows) <= capacity:
-        return rows
-    return rows[_descending(level[rows], generator)[:capacity].sort().values]
-
-
-def _noisiest_of_a_fixed_number(level: Tensor, use: Tensor, capacity: int | None) -> Tensor:
-    """`capacity` rows, if there are as many, and among them the noisiest for which `use` is set."""
-    if capacity is None or len(level) <= capacity:
-        return torch.arange(len(level), device=level.device)
-    # No compiler takes a generator, and none is needed: ties must be broken independently of the data, in any way.
-    return _descending(torch.where(use, level, -1), None)[:capacity]
-
-
-def _descending(level: Tensor, generator: torch.Generator | None) -> Tensor:
-    """The order of descending levels, equal ones in random order: their places may depend on the data."""
-    device = level.device if generator is None else generator.device
-    order = torch.randperm(len(level), generator=generator, device=device).to(level.device)
-    return order[level[order].sort(descending=True, stable=True).indices]
-
-
-def _put(old: Tensor, rows: Tensor, keep: Tensor, new: Tensor) -> Tensor:
-    """Put `new` into `old` at `rows`, but for those to `keep`."""
-    whole = len(rows) == len(old)
-    keep = keep.reshape(-1, *(1,) * (old.ndim - 1))
-    value = torch.where(keep, old if whole else old[rows], new).to(old.dtype)
-    return value if whole else old.index_copy(0, rows, value)
-
-
-def _mirrored(x: Tensor, flip: Tensor | None) -> Tensor:
-    """Mirror the rows of `x` (B, ...) for which column j of `flip` (B, m) is set along axis -1-j: its own inverse."""
-    if flip is None:
-        return x
-    for column in range(flip.shape[1]):
-        x = torch.where(flip[:, column].reshape(-1, *(1,) * (x.ndim - 1)), x.flip(-1 - column), x)
-    return x
-
-
-def _flags(name: str, value: Tensor, x0: Tensor, columns: bool = False) -> Tensor:
-    check_tensor(name, value)
-    if value.dtype != torch.bool or value.shape[:1] != x0.shape[:1] or value.ndim > 1 + columns:
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}: it needs one bool per row, shape ({len(x0)},)"
-            + (f" or ({len(x0)}, m)." if columns else ".")
-        )
-    if not columns:
-        return value
-    flags = value.reshape(len(x0), -1)
-    if flags.shape[1] >= x0.ndim:
-        raise ValueError(
-            f"{name} has {flags.shape[1]} columns, but rows of shape {tuple(x0.shape[1:])} have fewer axes."
-        )
-    return flags
-
-
-def _check_pair(x0: Tensor, x_t: Tensor, noise: Tensor | None) -> None:
-    for name, value in (("x0", x0), ("x_t", x_t), ("noise", noise)):
-        if value is not None:
-            check_tensor(name, value)
-    if not x0.is_floating_point():
-        raise ValueError(f"x0 has dtype {x0.dtype}: it must be floating point (uint8 images: x0 / 127.5 - 1).")
-    if x0.ndim < 2 or len(x0) == 0:
-        raise ValueError(f"x0 has shape {tuple(x0.shape)}: it needs at least one row and one data dimension, (B, ...).")
-    if not x_t.is_floating_point():
-        raise ValueError(f"x_t has dtype {x_t.dtype}: noisy samples are floating point.")
-    for name, value in (("x_t", x_t), ("noise", noise)):
-        if value is None:
-            continue
-        if value.shape != x0.shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, x0 has {tuple(x0.shape)}: they must be equal.")
-        if value.device != x0.device:
-            raise ValueError(f"{name} is on {value.device}, x0 is on {x0.device}: move one of them.")
-        if not value.is_floating_point():
-            raise ValueError(f"{name} has dtype {value.dtype}: noise is floating point.")
