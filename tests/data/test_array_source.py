@@ -484,6 +484,8 @@ def test_a_data_set_saved_to_disk_is_read_by_its_split(hub, tmp_path):
 
 
 def test_parquet_files_are_read_by_the_split_that_their_names_begin_with(hub, tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
     def load_dataset(kind, data_files, split):
         assert (kind, split) == ("parquet", "train")
         hub.asked.append([Path(file).relative_to(tmp_path).as_posix() for file in data_files])
@@ -499,7 +501,7 @@ def test_parquet_files_are_read_by_the_split_that_their_names_begin_with(hub, tm
     def put(*names):
         for name in names:
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_bytes(b"PAR1")
+            parquet.write_table(pyarrow.table({"image": pyarrow.array([b""], pyarrow.binary())}), tmp_path / name)
 
     put("one/b.parquet", "one/a.parquet")
     assert asked(tmp_path / "one") == (["one/a.parquet", "one/b.parquet"], "2 parquet files in one")
@@ -571,6 +573,22 @@ def test_the_real_package_reads_what_it_saved_and_plain_parquet_files(monkeypatc
         assert opened.class_names == ("cat", "dog")
     for name in ("two", "files"):
         np.testing.assert_array_equal(open_images(tmp_path / name, split="test").labels, [1])
+
+
+@pytest.mark.parametrize("images", [64, 0], ids=["a bomb", "damaged"])
+def test_a_parquet_file_that_memory_would_not_hold_is_refused_by_its_contents(monkeypatch, tmp_path, images):
+    datasets, parquet = pytest.importorskip("datasets"), pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the file was read"))
+    path = tmp_path / "x.parquet"
+    path.write_bytes(b"PAR1" * 8)
+    if images:
+        # 256 MB of zeros in some kB.
+        column = pyarrow.array([bytes(2**22)] * images, pyarrow.binary())
+        parquet.write_table(pyarrow.table({"image": column}), path, compression="zstd", use_dictionary=False)
+        assert path.stat().st_size < 2**17
+    with pytest.raises(ValueError, match=r"would take 26\d,...,... in memory" if images else "cannot be read"):
+        open_images(path)
 
 
 # What is no source

@@ -25,6 +25,8 @@ __all__ = ["dataset_files", "hub_files", "is_saved", "parquet_files", "saved_fil
 LABEL_LIMIT = 2**31
 DOCUMENT_LIMIT = 2**24
 """Bytes of a document of a saved data set; most are the names of its classes."""
+EXPANSION_LIMIT, EXPANSION_FREE = 16, 2**26
+"""How many times its size a parquet file may take in memory, beyond 64 MiB: its images are compressed files already."""
 
 
 def hub_files(name: str, split: str = "train") -> ImageFiles:
@@ -112,6 +114,7 @@ def parquet_files(files: Sequence[Path], place: Path, split: str = "train") -> I
     chosen = groups[word]
     for file in chosen:
         _check_regular(file)
+        _check_expansion(file)
     try:
         dataset: Any = datasets.load_dataset("parquet", data_files=[str(file) for file in chosen], split="train")
     except Exception as error:
@@ -161,6 +164,26 @@ def _check_regular(path: Path) -> None:
         open_regular(path).close()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _check_expansion(path: Path) -> None:
+    """Refuse a parquet file that its own table of contents says to be far larger in memory than on disk."""
+    from pyarrow import ArrowException  # pyright: ignore[reportMissingImports, reportUnknownVariableType]
+    from pyarrow.parquet import read_metadata  # pyright: ignore[reportMissingImports, reportUnknownVariableType]
+
+    try:
+        contents: Any = read_metadata(path)
+        groups = range(contents.num_row_groups)
+        size = sum(max(0, int(contents.row_group(k).total_byte_size)) for k in groups)
+    except (ArrowException, OSError, MemoryError) as error:
+        raise ValueError(f"the parquet file {path} cannot be read: {error}") from error
+    limit = EXPANSION_LIMIT * path.stat().st_size + EXPANSION_FREE
+    if size > limit:
+        raise ValueError(
+            f"the parquet file {path} has {path.stat().st_size:,} bytes and would take {size:,} in memory, more than "
+            f"{EXPANSION_LIMIT} times as many: its column of images does not hold compressed images. Write it again with "
+            "images as PNG or JPEG files."
+        )
 
 
 def _package(purpose: str) -> Any:
