@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stablefield.evaluation.result import Result
-from stablefield.regular_file import open_regular
+from stablefield.regular_file import JSON_LIMIT, open_regular
 
 __all__ = ["read_results", "write_results"]
 
@@ -48,7 +48,10 @@ def read_results(path: str | Path) -> tuple[str, list[Result]]:
     path = Path(path)
     try:
         with open_regular(path) as file:
-            record = json.loads(file.read())
+            text = file.read(JSON_LIMIT + 1)
+        if len(text) > JSON_LIMIT:
+            raise ValueError(f"it has more than {JSON_LIMIT:,} bytes")
+        record = json.loads(text)
         if record["format"] != _FORMAT:
             raise ValueError(f"its format is {record['format']}, this version reads {_FORMAT}")
         return str(record["subject"]), [Result.from_dict(result) for result in record["results"]]
