@@ -5,7 +5,6 @@ Root may write everywhere, so where the tests run as root the command runs as th
 
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -15,10 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from stablefield.cli.entry import main
+
 NOBODY = 65534
 PROGRAM = """
 import json, os, shlex, sys
-from stablefield.cli import bench, data, drawing, ema, export, importing, measuring, probe, probing_run, settling, subjects, train
+from stablefield.cli import bench, data, drawing, ema, export, importing, measuring, probe, probing_run, settling, subjects
+from stablefield.cli import train
 from stablefield.cli.entry import main
 
 def work(*_, **__):
@@ -70,9 +72,9 @@ def places() -> Iterator[Path]:
     """A folder in which nobody may write, with a run that has a snapshot of averages; pytest's own are closed to others."""
     place = Path(tempfile.mkdtemp())
     try:
-        flags = "--steps 2 --batch 4 --network.width 8 --network.depth 1 --sample-every 0 --device cpu"
-        command = [sys.executable, "-m", "stablefield", "train", "digits", *flags.split(), "--ema-snapshot-every", "1"]
-        subprocess.run([*command, "--out", str(place / "run")], check=True, capture_output=True)
+        options = "--steps 2 --batch 4 --network.width 8 --sample-every 0 --ema-snapshot-every 1 --device cpu"
+        with pytest.raises(SystemExit, match="0"):
+            main(["train", "digits", "--out", str(place / "run"), *options.split()])
         (place / "model.pkl").touch()
         (place / "empty").mkdir()
         for folder in (place, *(found for found in place.rglob("*") if found.is_dir())):
