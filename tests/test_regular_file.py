@@ -1,12 +1,52 @@
-"""Claims on the opening of files: a regular file or a link to one is opened, anything else is refused at once, by name."""
+"""Claims on the opening of files: a regular file or a link to one is opened, anything else is refused at once, by name.
 
+And on the parsing of JSON that others made: how many bytes of it are ever parsed.
+"""
+
+import json
 import os
 import socket
 import stat
+import struct
+import sys
+from types import SimpleNamespace
 
 import pytest
+import safetensors
+import safetensors.torch
+from PIL import Image
 
+from stablefield.data.digits import open_digits
+from stablefield.data.image_set import ImageSet
+from stablefield.data.packed import open_packed, pack
+from stablefield.data.source import open_images
+from stablefield.evaluation.protocol import Protocol
+from stablefield.evaluation.reference_cache import load_features
+from stablefield.evaluation.result_file import read_results
+from stablefield.interop.weight_files import read_weight_file
 from stablefield.regular_file import open_regular
+from stablefield.training.files import read_tensors, tensor_shapes
+from stablefield.training.post_hoc import snapshot_steps
+from stablefield.training.records import read_record, write_record
+
+# Python parses 4 MiB of lists within lists in about a second, and 16 MiB in 5 s or more; spaces are as many bytes.
+MOST = 2**22
+DOCUMENT = b'{"labels": [[]]}'
+FEATURES = Protocol(
+    metric="FID",
+    extractor="net",
+    extractor_sha256="7f" * 32,
+    resize="none",
+    sample_count=2,
+    reference="digits",
+    reference_sha256="ab" * 32,
+    reference_count=2,
+    split="train",
+    seeds=("0-1",),
+    sampler="heun",
+    steps=2,
+    commit="0123abc",
+)
 
 
 @pytest.mark.parametrize("linked", [False, True])
@@ -61,3 +101,74 @@ def test_what_is_missing_or_in_a_circle_is_an_error_of_the_system(tmp_path):
     (tmp_path / "circle").symlink_to("circle")
     with pytest.raises(OSError, match="circle"):
         open_regular(tmp_path / "circle")
+
+
+def safetensors_of(text):
+    return struct.pack("<Q", len(text)) + text + bytes(64)
+
+
+# What is read, under which name it lies, and what is around the text.
+READERS = {
+    "packed images": (open_packed, "a.stablefield", safetensors_of),
+    "images": (open_images, "a.safetensors", safetensors_of),
+    "weights": (read_weight_file, "a.safetensors", safetensors_of),
+    "tensors of a run": (read_tensors, "a.safetensors", safetensors_of),
+    "shapes of a run": (tensor_shapes, "a.safetensors", safetensors_of),
+    "snapshots": (lambda path: snapshot_steps(path.parent), "step-00000001.safetensors", safetensors_of),
+    "cached features": (lambda path: load_features(path, FEATURES), "a.safetensors", safetensors_of),
+    "record": (lambda path: read_record(path, frozenset()), "config.json", bytes),
+    "results": (read_results, "results.json", bytes),
+    "labels": (lambda path: open_images(path.parent), "dataset.json", bytes),
+    "saved data set": (lambda path: open_images(path.parent), "state.json", bytes),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_no_more_than_4_mib_of_json_are_parsed(name, tmp_path, monkeypatch):
+    read, file, around = READERS[name]
+    image = open_digits().images[0, 0]
+    Image.fromarray(image).save(tmp_path / "a.png")
+    if name == "saved data set":
+        (tmp_path / "dataset_info.json").write_text("{}")
+        monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_from_disk=None))  # which fails in its own way
+    parsed = []
+    loads = json.loads
+    monkeypatch.setattr(json, "loads", lambda text, **options: parsed.append(len(text)) or loads(text, **options))
+
+    def counted(function):
+        def opened(path, *args, **options):
+            with open(path, "rb") as content:
+                parsed.append(struct.unpack("<Q", content.read(8))[0])
+            return function(path, *args, **options)
+
+        return opened
+
+    monkeypatch.setattr(safetensors, "safe_open", counted(safetensors.safe_open))
+    monkeypatch.setattr(safetensors.torch, "load_file", counted(safetensors.torch.load_file))
+    allowed = MOST + 2 * 512 if name == "labels" else MOST  # so much for each file in the folder
+    (tmp_path / file).write_bytes(around(DOCUMENT.ljust(allowed + 1)))
+    with pytest.raises(ValueError, match=f"{allowed + 1:,} bytes|{allowed:,} bytes"):
+        read(tmp_path / file)
+    assert [length for length in parsed if length > 100] == []
+    # The longest is parsed, and refused for what it says.
+    (tmp_path / file).write_bytes(around(DOCUMENT.ljust(allowed)))
+    with pytest.raises(ValueError, match=r"^((?!bytes).)*$"):
+        read(tmp_path / file)
+    assert max(parsed) == allowed
+
+
+def test_what_would_not_be_read_back_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json would take [0-9,]+ bytes, and at most 4,194,304 are read"):
+        write_record(tmp_path / "config.json", {"names": ["a" * 1000] * 4200})
+    digits = open_digits()
+    many = tuple(f"{k:01000d}" for k in range(4200))
+    named = ImageSet(
+        images=digits.images,
+        labels=digits.labels,
+        class_names=many,
+        name=digits.name,
+        manifest=digits.manifest | {"class_names": list(many), "classes": len(many)},
+    )
+    with pytest.raises(ValueError, match=r"the manifest takes [0-9,]+ bytes, above 4,194,304: shorten the names"):
+        pack(named, tmp_path / "a.safetensors")
+    assert list(tmp_path.iterdir()) == []

@@ -7,10 +7,15 @@ is opened there a moment later. So the file is opened without waiting, and what 
 import errno
 import os
 import stat
+import struct
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-__all__ = ["open_regular"]
+__all__ = ["JSON_LIMIT", "check_safetensors", "open_regular"]
+
+JSON_LIMIT = 2**22
+"""The longest text of JSON that is read, in bytes: its lists and names take a second, and up to thirty times as much memory.
+"""
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -50,6 +55,23 @@ def open_regular(path: Path) -> BinaryIO:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def check_safetensors(path: Path) -> None:
+    """Make sure that a file may be given to safetensors, which parses headers of up to 100 MB: in 20 s and 4.5 GB.
+
+    Args:
+        path: the file; whether it is a whole safetensors file, the library finds out.
+
+    Raises:
+        ValueError: if it is no regular file, or says that its header is longer than `JSON_LIMIT`.
+        OSError: if it cannot be read.
+    """
+    with open_regular(path) as file:
+        head = file.read(8)
+    length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+    if length > JSON_LIMIT:
+        raise ValueError(f"{path} says that its header has {length:,} bytes; at most {JSON_LIMIT:,} are read.")
 
 
 def _refuse(path: Path, mode: int) -> None:

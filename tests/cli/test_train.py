@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -62,6 +63,52 @@ def test_folder_of_mixed_pictures_trains_without_flags_and_can_be_sampled_after_
     assert "Lanczos to 32 x 32" in config.manifest["resized"]
     assert status("sample", str(run), "--seeds", "0-3", "--steps", "2", "--out", str(tmp_path / "grid.png")) == 0
     assert (tmp_path / "grid.png").is_file()
+
+
+AT_ONCE = """
+import sys, time
+from pathlib import Path
+from stablefield.cli.entry import main
+
+here, other = Path(sys.argv[1]), Path(sys.argv[2])
+
+def wait(event, arguments):
+    # Both have chosen a name when either is about to make its folder.
+    if event == "os.mkdir" and Path(str(arguments[0])).name.startswith("digits-") and not here.exists():
+        here.touch()
+        until = time.monotonic() + 60
+        while not other.exists():
+            if time.monotonic() > until:
+                raise TimeoutError("the other has not come here")
+            time.sleep(0.001)
+
+sys.addaudithook(wait)
+main(sys.argv[3:])
+"""
+
+
+def test_two_runs_that_begin_at_once_without_out_get_two_folders(tmp_path: Path) -> None:
+    here = [tmp_path / name for name in ("first", "second")]
+    options = ["--steps", "2", "--batch", "4", "--network.width", "8", "--sample-every", "0", "--device", "cpu"]
+    begun = [
+        subprocess.Popen(
+            [sys.executable, "-c", AT_ONCE, str(own), str(other), "train", "digits", *options],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for own, other in (here, here[::-1])
+    ]
+    told = [process.communicate(timeout=120) for process in begun]
+    assert [process.returncode for process in begun] == [0, 0], told
+    folders = [re.search("^run folder: (.*)$", out, re.MULTILINE)[1] for out, _ in told]
+    assert sorted(folders) == ["runs/digits-stf", "runs/digits-stf-2"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["digits-stf", "digits-stf-2"]
+    for folder in folders:
+        newest = RunFolder.open(tmp_path / folder).newest()
+        assert newest is not None
+        assert newest[1].step == 2
 
 
 def begin_two(cwd: Path, *arguments: str) -> list["subprocess.Popen[str]"]:

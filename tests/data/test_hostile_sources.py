@@ -117,7 +117,7 @@ def test_documents_of_a_saved_data_set_are_bounded_and_understood(tmp_path, monk
             open_images(tmp_path)
     with (tmp_path / "dataset_info.json").open("wb") as file:
         file.truncate(2**40)
-    with pytest.raises(ValueError, match=r"dataset_info\.json has more than 16,777,216 bytes"):
+    with pytest.raises(ValueError, match=r"dataset_info\.json has more than 4,194,304 bytes"):
         open_images(tmp_path)
 
 

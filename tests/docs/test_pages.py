@@ -142,6 +142,45 @@ def test_numbers_of_the_enumeration_in_prose_are_those_that_the_tests_hold() -> 
     assert "[(1, 0.550), (2, 0.248), (3, 0.182)]" in held
 
 
+def test_the_theory_names_what_breaks_a_target_and_what_to_do_instead() -> None:
+    text = (DOCS / "theory.md").read_text("utf-8")
+    section = text[text.index("## What breaks it") :].split("\n## ")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("| ")
+    ]
+    told = {row[0]: row[1:] for row in rows}
+    for habit in (
+        "offset noise",
+        "input perturbation",
+        "immiscible",
+        "optimal-transport",
+        "extra `sigma`",
+        "step numbers",
+    ):
+        (found,) = [name for name in told if habit in name]
+        assert all(told[found]), habit
+        assert len(told[found]) == 2, habit
+    plain = " ".join(section.split())
+    assert re.search(r"class-balanced sampler, or training on a part .*`Pool\(data, weights=\.\.\.\)`", plain)
+    conditions = " ".join(text[text.index("**4. Conditions.**") :].split("\n\n")[0].split())
+    assert "provided that labels are dropped independently of the sample" in conditions
+    assert "`sf.Pool(images, weights=...)`" in (DOCS / "choosing.md").read_text("utf-8")
+
+
+def test_what_references_do_to_a_batch_is_said_with_the_numbers_that_the_tests_hold() -> None:
+    theory, readme = (DOCS / "theory.md").read_text("utf-8"), (ROOT / "README.md").read_text("utf-8")
+    held = (ROOT / "tests/probe/test_batch.py").read_text("utf-8")
+    section = theory[theory.index("## One row and a batch") :].split("\n## ")[0]
+    told = [float(number) for number in re.findall(r"\d\.\d{3}", section)]
+    for exact in re.findall(r"\d\.\d{4}", held[held.index("exact = {") :].split("\n")[0]):
+        assert min(abs(float(exact) - number) for number in told) < 6e-4, exact
+    assert "assert enumerated(2, 2) == pytest.approx(1.1237" in held
+    assert "| 1.124 |" in section
+    assert "to lose in trying" not in readme
+    for page in (readme, theory, (DOCS / "choosing.md").read_text("utf-8")):
+        assert "only with references well beyond the batch" in " ".join(page.split())
+
+
 def test_the_home_page_and_the_readme_say_the_same_of_themselves() -> None:
     line = "Low-variance training targets for any Gaussian diffusion or flow model"
     assert line in (DOCS / "index.md").read_text("utf-8")

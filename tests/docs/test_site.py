@@ -13,6 +13,8 @@ import pytest
 
 import stablefield as sf
 from stablefield import sampling
+from stablefield.cli.inventory import inventory
+from stablefield.cli.verbs import VERBS
 
 for _needed in ("mkdocs", "material", "mkdocstrings", "latex2mathml"):
     pytest.importorskip(_needed, reason="needs the dependency group docs")
@@ -80,6 +82,20 @@ def test_every_public_name_is_in_the_reference(site: Path) -> None:
             thing = getattr(package, name)
             if name != "sampling":
                 assert f"{thing.__module__}.{name}" in ids, name
+
+
+def test_a_page_lists_every_verb_and_flag(site: Path) -> None:
+    page = (site / "api/command.html").read_text("utf-8")
+    sections = {
+        re.sub("<[^>]*>|&para;", "", part.split("</h2>")[0]).split(">")[-1].strip(): part for part in page.split("<h2")
+    }
+    verbs = inventory()
+    assert {name.split()[0] for name in verbs} == set(VERBS)
+    for name, verb in verbs.items():
+        section = sections[f"stablefield {name}"]
+        missing = [flag for flag in verb.flags() if f"<td><code>{flag}</code></td>" not in section]
+        assert missing == [], name
+    assert len(verbs["train"].flags()) > 50
 
 
 def test_formulas_are_drawn_by_the_browser_itself(site: Path) -> None:

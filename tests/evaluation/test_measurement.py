@@ -149,6 +149,28 @@ def test_results_hold_every_repeat_and_the_whole_protocol(tmp_path: Path) -> Non
     assert [file.name for file in path.parent.iterdir()] == ["r.json"]
 
 
+def test_no_flipped_bit_of_results_makes_other_results(tmp_path: Path) -> None:
+    it = measurement((Frechet(),))
+    results = it.results([it.values(kept(features(1, 30)))], 30, ("0-29",), Making(commit="c"))
+    path = write_results(tmp_path / "r.json", "runs/a", results)
+    content = path.read_bytes()
+    told: list[str] = []
+    for bit in range(0, 8 * len(content), 3):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        try:
+            assert read_results(path) == ("runs/a", results)  # white space became other white space
+        except ValueError as error:
+            told.append(str(error))
+    assert len(told) > 2 * len(content)
+    assert all(text.startswith(f"{path} holds no results") for text in told)
+    record = json.loads(content)
+    del record["checksum"]  # as before results carried one
+    path.write_text(json.dumps(record))
+    assert read_results(path) == ("runs/a", results)
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 2}', '{"format": 1, "subject": "x", "results": [{}]}'])
 def test_a_file_that_holds_no_results_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "r.json"

@@ -104,8 +104,7 @@ class Compare:
         self.measure.check()
         if self.looks is not None and self.looks < 1:
             raise ValueError(f"--looks is {self.looks}: each run is scored at least once, at its end.")
-        if self.out is not None:
-            check_folder("--out", self.out)
+        check_folder("--out", self.out or Path("compare", "new"))
 
     def run(self) -> int:
         """Train, score, print a table, and write numbers and a report."""

@@ -8,6 +8,7 @@ import tyro
 from rich.markup import escape
 
 from stablefield.cli.console import console, quoted, relative
+from stablefield.cli.places import check_folder
 from stablefield.training.ema import LENGTHS, power_exponent
 from stablefield.training.files import write_tensors, write_whole
 from stablefield.training.post_hoc import combine, snapshot_steps
@@ -41,6 +42,8 @@ class Ema:
             )
         shown = ", ".join(f"{step:,}" for step in steps[:8]) + (f" ... {steps[-1]:,}" if len(steps) > 8 else "")
         console.print(f"snapshots of lengths {' and '.join(map(str, LENGTHS))} at steps {shown}")
+        if self.length:
+            check_folder("RUN", folder.snapshots)
         for length in self.length:
             self._write(folder, length)
         shown = quoted("stablefield", "sample", folder.path, "--ema", f"{(self.length or (0.1,))[0]:g}")

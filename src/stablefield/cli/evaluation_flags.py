@@ -8,7 +8,7 @@ import tyro
 
 from stablefield.cli.drawing import DrawingFlags
 from stablefield.cli.extractors import ExtractorFlags
-from stablefield.cli.places import check_place
+from stablefield.cli.places import check_folder, check_place
 from stablefield.data.resizing import Resize
 from stablefield.report.extra import require
 
@@ -104,6 +104,8 @@ class EvaluationFlags:
             check_place("--report", self.report)
         if self.out is not None:
             check_place("--out", self.out)
+        else:
+            check_folder("--out", self.place().parent)
         if self.first_seed < 0:
             raise ValueError(f"--first-seed is {self.first_seed}: it must not be negative.")
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from stablefield.cli.places import check_folder
 from stablefield.cli.probing import Probing, read_levels
 from stablefield.cli.probing_bias import probe_bias
 from stablefield.cli.probing_data import probe_data, training_for
@@ -70,7 +71,9 @@ class Probe:
             device=pick_device(self.device),
             command=self._command,
         )
-        if (Path(self.data) / "config.json").is_file():
+        is_run = (Path(self.data) / "config.json").is_file()
+        check_folder("--out", self.out or (Path(self.data, "probe") if is_run else Path("probes", "new")))
+        if is_run:
             probe_run(Path(self.data), probing, noise_levels=self.noise_levels)
             return 0
         require("matplotlib", "drawing the variance")

@@ -287,7 +287,13 @@ class Train:
             raise ValueError("--resume needs --out: name the folder of the run to continue.")
         folder = RunFolder.open(self.out)
         if held is not None:
-            held.enter_context(folder.locked(tell=console.print))
+            try:
+                held.enter_context(folder.locked(tell=console.print))
+            except OSError as error:
+                raise ValueError(
+                    f"--out {self.out} cannot be written ({error.strerror}): a run is continued in its folder; let yourself "
+                    f"write there, or continue a copy of it."
+                ) from error
         newest = folder.newest()
         if newest is None:
             console.print("this run has no checkpoint yet: it starts from its first step.")

@@ -18,13 +18,11 @@ from numpy.typing import NDArray
 
 from stablefield.data.image_files import SPLITS, ImageFiles, natural, stamp
 from stablefield.data.image_set import check_label_count
-from stablefield.regular_file import open_regular
+from stablefield.regular_file import JSON_LIMIT, open_regular
 
 __all__ = ["dataset_files", "hub_files", "is_saved", "parquet_files", "saved_files"]
 
 LABEL_LIMIT = 2**31
-DOCUMENT_LIMIT = 2**24
-"""Bytes of a document of a saved data set; most are the names of its classes."""
 EXPANSION_LIMIT, EXPANSION_FREE = 16, 2**26
 """How many times its size a parquet file may take in memory, beyond 64 MiB: its images are compressed files already."""
 
@@ -146,11 +144,11 @@ def _document(path: Path) -> dict[str, Any]:
         return {}
     try:
         with open_regular(path) as file:
-            text = file.read(DOCUMENT_LIMIT + 1)
+            text = file.read(JSON_LIMIT + 1)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
-    if len(text) > DOCUMENT_LIMIT:
-        raise ValueError(f"{path} has more than {DOCUMENT_LIMIT:,} bytes: save the data set again without its notes.")
+    if len(text) > JSON_LIMIT:
+        raise ValueError(f"{path} has more than {JSON_LIMIT:,} bytes: save the data set again without its notes.")
     try:
         content: Any = json.loads(text)
     except (ValueError, RecursionError):

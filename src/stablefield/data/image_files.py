@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablefield.data.archive import Archive, EntryFile
-from stablefield.regular_file import open_regular
+from stablefield.regular_file import JSON_LIMIT, open_regular
 
 __all__ = ["SPLITS", "SUFFIXES", "ImageFiles", "folder_files", "natural", "stamp", "zip_files"]
 
@@ -62,9 +62,8 @@ SPLITS = {
     "test": ("test", "testing"),
 }
 
-DOCUMENT_LIMIT = 2**24
 DOCUMENT_SHARE = 512
-"""Bytes that a dataset.json may have, and as many more for each file beside it."""
+"""Bytes that a dataset.json may have for each file beside it, beyond those that any JSON may have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,7 +314,7 @@ def _common_folder(names: list[str]) -> str:
 
 def _document(file: BinaryIO | EntryFile, where: str, count: int) -> bytes:
     """The bytes of a dataset.json beside `count` files; as Python's objects they take up to thirty times as much memory."""
-    limit = DOCUMENT_LIMIT + DOCUMENT_SHARE * count
+    limit = JSON_LIMIT + DOCUMENT_SHARE * count
     pieces: list[bytes] = []
     size = 0
     while piece := file.read(2**20):

@@ -24,8 +24,8 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from stablefield.data.image_set import ImageSet, Origin, check_label_count, chunks, labels_sha256, mapped
-from stablefield.data.packed_writer import HEADER_LIMIT, METADATA_KEY, PackedWriter, room_for
-from stablefield.regular_file import open_regular
+from stablefield.data.packed_writer import METADATA_KEY, PackedWriter, room_for
+from stablefield.regular_file import JSON_LIMIT, open_regular
 from stablefield.shapes import check_kind, flag
 
 __all__ = ["is_packed", "open_packed", "pack"]
@@ -140,8 +140,8 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
     length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
     if not 2 <= length <= SAFETENSORS_LIMIT:
         raise ValueError(f"{path} is not a packed image set: make one with `stablefield data pack SRC DEST`.")
-    if length > HEADER_LIMIT:
-        raise ValueError(f"{path} is not a packed image set: its header has {length:,} bytes, above {HEADER_LIMIT:,}.")
+    if length > JSON_LIMIT:
+        raise ValueError(f"{path} is not a packed image set: its header has {length:,} bytes, above {JSON_LIMIT:,}.")
     text = file.read(length)
     if len(text) < length:
         raise _damaged(path, f"its header should have {length:,} bytes, {len(text):,} are there")

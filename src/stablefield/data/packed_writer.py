@@ -18,15 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablefield.data.image_set import labels_sha256
+from stablefield.regular_file import JSON_LIMIT
 from stablefield.shapes import check_kind, flag, shape_of, whole_number
 
-__all__ = ["HEADER_LIMIT", "METADATA_KEY", "PackedWriter", "room_for"]
+__all__ = ["METADATA_KEY", "PackedWriter", "room_for"]
 
 METADATA_KEY = "stablefield.images"
 ROOM = 2**16
 """Bytes for a header without class names."""
-HEADER_LIMIT = 2**24
-"""The longest header, in bytes: read as JSON it takes up to thirty times as much memory."""
 
 
 def room_for(manifest: dict[str, Any]) -> int:
@@ -70,9 +69,9 @@ class PackedWriter:
             )
         if self.path.exists() and not overwrite:
             raise ValueError(f"destination {self.path} exists: pass another name, or overwrite=True (--overwrite).")
-        if room > HEADER_LIMIT:
+        if room > JSON_LIMIT:
             raise ValueError(
-                f"the manifest takes {room:,} bytes, above {HEADER_LIMIT:,}: shorten the names of the classes."
+                f"the manifest takes {room:,} bytes, above {JSON_LIMIT:,}: shorten the names of the classes."
             )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._digest = hashlib.sha256()

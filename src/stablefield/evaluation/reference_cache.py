@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stablefield.evaluation.protocol import REFERENCE_FIELDS, Protocol, ProtocolWarning, differences
 from stablefield.evaluation.statistics import Statistics
+from stablefield.regular_file import check_safetensors
 
 __all__ = ["load_features", "load_statistics", "save_features", "save_statistics"]
 
@@ -108,6 +109,7 @@ def _load(path: Path, names: tuple[str, ...], expected: Protocol) -> tuple[list[
     if not path.is_file():
         raise ValueError(f"there is no file {path}: compute the reference statistics first.")
     try:
+        check_safetensors(path)
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             tensors = [file.get_tensor(name) for name in names]

@@ -1,15 +1,19 @@
 """A file of results: JSON, every number with its protocol.
 
-{"format": 1, "subject": "runs/digits-stf", "results": [{"values": [...], "protocol": {...}, ...}, ...]}
+{"format": 1, "subject": "runs/digits-stf", "results": [{"values": [...], "protocol": {...}, ...}, ...], "checksum": "..."}
+
+The checksum covers the other entries, not their layout.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from stablefield.evaluation.result import Result
-from stablefield.regular_file import open_regular
+from stablefield.regular_file import JSON_LIMIT, open_regular
 
 __all__ = ["read_results", "write_results"]
 
@@ -29,7 +33,8 @@ def write_results(path: str | Path, subject: str, results: Sequence[Result]) -> 
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"format": _FORMAT, "subject": subject, "results": [result.to_dict() for result in results]}
+    record: dict[str, Any] = {"format": _FORMAT, "subject": subject, "results": [one.to_dict() for one in results]}
+    record["checksum"] = _checksum(record)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         unfinished.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
@@ -43,16 +48,27 @@ def read_results(path: str | Path) -> tuple[str, list[Result]]:
     """Read the subject and the results of a file.
 
     Raises:
-        ValueError: if there is no such file, it is of another format, or a record is not valid.
+        ValueError: if there is no such file, it is damaged or of another format, or a record is not valid.
     """
     path = Path(path)
     try:
         with open_regular(path) as file:
-            record = json.loads(file.read())
+            text = file.read(JSON_LIMIT + 1)
+        if len(text) > JSON_LIMIT:
+            raise ValueError(f"it has more than {JSON_LIMIT:,} bytes")
+        record = json.loads(text)
         if record["format"] != _FORMAT:
             raise ValueError(f"its format is {record['format']}, this version reads {_FORMAT}")
+        found = record.pop("checksum", None)
+        # Files from before they carried one have these entries and no other.
+        if found != _checksum(record) and (found is not None or set(record) != {"format", "subject", "results"}):
+            raise ValueError("it is damaged: its checksum is not that of its content")
         return str(record["subject"]), [Result.from_dict(result) for result in record["results"]]
     # Besides what is missing or of another type: numbers beyond float64, and lists within lists a thousand deep.
     except (OSError, KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         told = (error.strerror or error) if isinstance(error, OSError) else error
         raise ValueError(f"{path} holds no results ({told}): name a file that `stablefield evaluate` wrote.") from error
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

@@ -34,12 +34,12 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
         return functional.dropout(x, probability)
     dropped = min(round(probability * _STEPS), _STEPS - 1)
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    kept = words.view(torch.int16)[: x.numel()] >= dropped - _STEPS // 2
+    kept = words.view(torch.int16)[: x.numel()].ge_(dropped - _STEPS // 2)
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
         mask = kept.as_strided(x.shape, x.stride())  # in the order in which x lies
     else:
         mask = kept.view(x.shape)
-    return x * mask * (_STEPS / (_STEPS - dropped))
+    return (x * mask).mul_(_STEPS / (_STEPS - dropped))
 
 
 def _transformed() -> bool:

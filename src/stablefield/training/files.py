@@ -9,7 +9,7 @@ from typing import cast
 
 from torch import Tensor
 
-from stablefield.regular_file import open_regular
+from stablefield.regular_file import check_safetensors, open_regular
 
 __all__ = ["read_tensors", "sha256", "sync", "tensor_shapes", "write_tensors", "write_whole"]
 
@@ -44,7 +44,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    open_regular(path).close()
+    check_safetensors(path)
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -60,7 +60,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    open_regular(path).close()
+    check_safetensors(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from stablefield.regular_file import open_regular
+from stablefield.regular_file import check_safetensors
 from stablefield.shapes import check_kind
 from stablefield.training.ema import power_exponent
 from stablefield.training.files import write_tensors, write_whole
@@ -173,7 +173,7 @@ def _snapshots(folder: Path) -> list[_Snapshot]:
     found: list[_Snapshot] = []
     for path in sorted(folder.glob("step-*.safetensors")):
         try:
-            open_regular(path).close()
+            check_safetensors(path)
             with safe_open(path, framework="pt") as file:
                 record = unseal(parse((file.metadata() or {}).get("averages", "")), frozenset({"step", "lengths"}))
             found.append(_snapshot(path, record))

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard, cast
 
-from stablefield.regular_file import open_regular
+from stablefield.regular_file import JSON_LIMIT, open_regular
 from stablefield.training.files import write_whole
 
 __all__ = [
@@ -28,8 +28,6 @@ __all__ = [
     "write_record",
 ]
 
-# Ours take kilobytes, and JSON can take twenty times its size in memory.
-_LARGEST = 2**23
 _LONGEST_LINE = 2**20
 _DEEPEST = 32
 _CHECKSUM = "checksum"
@@ -91,8 +89,8 @@ def read_record(path: Path, former: frozenset[str]) -> dict[str, Any]:
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        if size > _LARGEST:
-            raise ValueError(f"it takes {size:,} bytes, and at most {_LARGEST:,} are read")
+        if size > JSON_LIMIT:
+            raise ValueError(f"it takes {size:,} bytes, and at most {JSON_LIMIT:,} are read")
         return unseal(parse(file.read(size)), former)
 
 
@@ -100,9 +98,14 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write a file that holds one record, whole or not at all.
 
     Raises:
+        ValueError: if it is longer than what is read.
         OSError: if it cannot be written.
     """
     text = json.dumps(seal(record), indent=2, allow_nan=False) + "\n"
+    if len(text) > JSON_LIMIT:
+        raise ValueError(
+            f"{path} would take {len(text):,} bytes, and at most {JSON_LIMIT:,} are read: shorten the names of the classes."
+        )
     write_whole(path, lambda temporary: temporary.write_text(text))
 
 
