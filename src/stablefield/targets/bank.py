@@ -21,7 +21,7 @@ from torch import Tensor
 from stablefield.targets.chunk import chunk_rows
 from stablefield.targets.staging import PAGE, sent_ahead, stages
 
-__all__ = ["Bank", "Norms", "inner_products", "largest_magnitude", "row_blocks", "squared_norms"]
+__all__ = ["Bank", "Norms", "in_blocks", "inner_products", "largest_magnitude", "row_blocks", "squared_norms"]
 
 
 # Numbers that a pass over a set takes at a time, 1 MB in float32, so that what it makes of them stays in the cache.
@@ -54,7 +54,7 @@ def squared_norms(rows: Tensor) -> Tensor:
     if rows.shape[1] % _PART == 0 and rows.numel() and rows.is_contiguous():
         parts = torch.linalg.vector_norm(rows.view(len(rows), -1, _PART), dim=2)
         return parts.to(wide).square_().sum(1)
-    return _in_blocks(lambda some: rows[some].square().sum(1, dtype=wide), rows)
+    return in_blocks(lambda some: rows[some].square().sum(1, dtype=wide), rows)
 
 
 def inner_products(p: Tensor, q: Tensor) -> Tensor:
@@ -67,12 +67,13 @@ def inner_products(p: Tensor, q: Tensor) -> Tensor:
             return products.sum(1, dtype=wide)
         return products.view(len(products), -1, _PART).sum(2).to(wide).sum(1)
 
-    return _in_blocks(of, p)
+    return in_blocks(of, p)
 
 
-def _in_blocks(of: Callable[[slice], Tensor], rows: Tensor) -> Tensor:
+def in_blocks(of: Callable[[slice], Tensor], rows: Tensor) -> Tensor:
+    """What `of` makes of the slices of `rows` (B, d) that `row_blocks` gives, one after the other in the last axis."""
     parts = [of(some) for some in row_blocks(rows)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def largest_magnitude(rows: Tensor) -> Tensor:

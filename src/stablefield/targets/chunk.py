@@ -5,6 +5,8 @@ find it there. On a GPU larger chunks are faster, up to where launching a kernel
 share of the memory that is free. The size of the chunks changes a result by rounding alone.
 """
 
+import math
+
 import torch
 
 from stablefield.memory import free_bytes
@@ -19,6 +21,8 @@ _CACHED_BYTES = 3 * 2**22
 _RESIDENT = 2**28
 # References per chunk below which the pass over the sums, B d numbers per chunk, costs as much as the products.
 _FEWEST = 128
+# By what share of its size a chunk may be larger than the cache asks for.
+_SLACK = 0.1
 # Share of the free memory for one of the temporaries, of which there are about four.
 _SHARE = 16
 
@@ -34,4 +38,6 @@ def chunk_rows(batch: int, dim: int, n: int, device: torch.device, decoded: bool
     wanted = max(_FEWEST, (cached if device.type == "cpu" else _RESIDENT) // widest)
     if wanted >= n and n * widest <= cached:
         return max(1, n)
-    return max(1, min(n, wanted, free_bytes(device) // (4 * _SHARE) // widest))
+    # Equal parts, up to a tenth larger rather than one more: a last chunk of few references costs as many passes as others.
+    parts = max(1, math.ceil(n / wanted - _SLACK))
+    return max(1, min(-(-n // parts), free_bytes(device) // (4 * _SHARE) // widest))

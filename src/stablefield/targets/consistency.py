@@ -122,10 +122,13 @@ class Measured:
             means = zero
             if pixels >= _PIXELS:
                 means = residual.view(len(residual), -1, pixels).mean(2).square_().sum(1)
-            norms = [torch.linalg.vector_norm(rows, dim=1) for rows in (a, x, residual, part, own)]
-            left = zero if drawn is None else torch.addcmul(residual, sigma[some], part, value=-1).norm(dim=1)
+            norms = [torch.linalg.vector_norm(rows, dim=1) for rows in (a, x, residual, own)]
+            size, left = norms[2], zero
+            if drawn is not None:
+                size = torch.linalg.vector_norm(part, dim=1)
+                left = torch.addcmul(residual, sigma[some], part, value=-1).norm(dim=1)
             along = own.mul_(part).sum(1)  # torch's vecdot takes ten times as long
-            found.append(torch.stack([*norms[:4], left, means, norms[4], along]))
+            found.append(torch.stack([*norms[:3], size, left, means, norms[3], along]))
         return cls(*(found[0] if len(found) == 1 else torch.cat(found, 1)).unbind(0))
 
 

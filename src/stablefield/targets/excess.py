@@ -27,10 +27,12 @@ $$ |y_k - a|^2 = (\Delta_k + 2 \alpha \langle y_k - a, n \rangle) / \alpha^2 , $
 which does not cancel where near-duplicates lie far from the origin.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
-from stablefield.targets.bank import Bank, Norms, inner_products, row_blocks, squared_norms
+from stablefield.targets.bank import Bank, Norms, in_blocks, inner_products, row_blocks, squared_norms
 from stablefield.targets.factor import Factor, Operand, factor_size, factors
 from stablefield.targets.kernel import Kernel
 from stablefield.targets.partial import Energy, Partial
@@ -82,37 +84,47 @@ class Excess:
 
     Attributes:
         anchor: the anchors' rows, shape (B, d).
-        noise: x_t - alpha a, shape (B, d).
         anchor_square: |x_t - alpha a|^2, shape (B,), float64.
     """
 
     def __init__(self, query: Query, anchor: Anchor, bank: Bank, kernel: Kernel) -> None:
         norms = bank.norms(query.x_t.dtype)
         x, alpha, near = query.x_t, query.alpha, anchor.rows
-        if norms.origin is None:
-            self.noise = torch.addcmul(x, near, alpha.to(x.dtype)[:, None], value=-1)
-        else:
-            self.noise = _less(x, alpha, near)
-            x, near = _less(x, alpha, norms.origin[None]), near - norms.origin
         self._origin = None if norms.origin is None else norms.origin.to(alpha.dtype)
         self._query = query
+        self._given = x
+        self.anchor = near
+        # The noise itself is kept only if it is asked for: a large new tensor takes a CPU longer than what is done with it.
+        self.anchor_square = in_blocks(lambda some: squared_norms(self._noise_of(some)), x)
+        if norms.origin is not None:
+            x, near = _less(x, alpha, norms.origin[None]), near - norms.origin
         self._place = anchor.place
         self._distances = anchor.distances
         self._kernel = kernel
         self._x, self._near = x, near
-        self.anchor = anchor.rows
-        self.anchor_square = squared_norms(self.noise)
         self._square = squared_norms(near)
         along = inner_products(x, near)
         offset = alpha * (alpha * self._square - 2 * along)
         # What all references have in common is taken off in float64, so that the rest keeps its digits.
         self._offset = (offset - alpha**2 * norms.centre).to(x.dtype)[:, None]
         self._alpha_square = (alpha**2).to(x.dtype)[:, None]
-        self._scaled = Operand(_scaled(x, alpha))
+        self._factor = (-2 * alpha).to(x.dtype)[:, None]
+        self._operand = Operand(x)
         self._error = _logit_error(query, norms.largest)
         # Asked once for all chunks.
         self._rough, self._rows = _rough_rows(query, norms, self._error)
         self._by_pairs = query.watched or (x.dtype == torch.float64 and not query.fixed)
+
+    @cached_property
+    def noise(self) -> Tensor:
+        """x_t - alpha a, shape (B, d)."""
+        return self._noise_of(slice(None))
+
+    def _noise_of(self, some: slice) -> Tensor:
+        x, alpha, anchor = self._given[some], self._query.alpha[some], self.anchor[some]
+        if self._origin is None:
+            return torch.addcmul(x, anchor, alpha.to(x.dtype)[:, None], value=-1)
+        return _less(x, alpha, anchor)
 
     @property
     def own(self) -> Partial:
@@ -150,7 +162,8 @@ class Excess:
         if repaired == len(query.x_t):
             excess = self._wide(factor.wide, self._rows).to(query.x_t.dtype)
         elif self._distances is None:
-            excess = factor.inner(self._scaled).addcmul_(self._alpha_square, norms.centred).sub_(self._offset)
+            excess = factor.inner(self._operand).mul_(self._factor)
+            excess.addcmul_(self._alpha_square, norms.centred).sub_(self._offset)
         else:
             excess = self._distances[:, where] - self._offset
         if 0 < repaired < len(query.x_t):

@@ -53,7 +53,7 @@ def finish(partial: Partial, query: Query, excess: Excess, kernel: Kernel) -> Po
             f"no reference may serve row {row}{of_group}: give references of its group, or group -1 to use all of them."
         )
     narrow = query.x_t.dtype
-    gap = partial.total / partial.mass.to(narrow)[:, None]
+    gap = partial.total.div_(partial.mass.to(narrow)[:, None])
     variance = (partial.energy / partial.mass - squared_norms(gap)).clamp(min=0)
     own = None
     if query.source is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stablefield.reading import readable
 from stablefield.shapes import array_of_numbers, check_kind, check_tensor, flag, whole_number
-from stablefield.targets.bank import Bank, largest_magnitude, row_blocks
+from stablefield.targets.bank import Bank, in_blocks, largest_magnitude
 from stablefield.targets.check import Check, require, value_check
 from stablefield.targets.frequency import Frequencies
 from stablefield.targets.references import UNKNOWN_LABEL, Selection
@@ -279,29 +279,30 @@ def sample_weights(weights: Tensor | NDArray[Any], n: int) -> Tensor:
     return values
 
 
-def own_gap(x0: Tensor, rows: Tensor, bank: Bank, rounded: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def own_gap(x0: Tensor, index: Tensor, bank: Bank, rounded: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """How far each row of `x0` is from its sample.
 
     Args:
         x0: the rows, shape (B, ...).
-        rows: the samples that they are said to be, as `bank` holds them, shape (B, d).
-        bank: where they are from.
+        index: the sample that each is said to be, shape (B,).
+        bank: the samples.
         rounded: whether the bank may have rounded them to the dtype in which it stores them.
 
     Returns:
         The largest difference, whether it is another sample, and whether they differ by more than rounding in float32, shape
         (B,) each.
     """
-    given, narrow = x0.reshape(rows.shape), torch.finfo(torch.float32).eps
+    dtype, given, narrow = bank.dtype_with(x0), x0.flatten(1), torch.finfo(torch.float32).eps
     eps = max(torch.finfo(x0.dtype).eps, bank.eps if rounded else narrow)
-    parts = [
-        torch.stack([largest_magnitude(rows[some] - given[some]), largest_magnitude(rows[some])])
-        for some in row_blocks(rows)
-    ]
-    gap, size = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).unbind(0)
+
+    def gap_and_size(some: slice) -> Tensor:
+        rows = bank.rows(index[some], dtype)
+        return torch.stack([largest_magnitude(rows - given[some]), largest_magnitude(rows)])
+
+    gap, size = in_blocks(gap_and_size, given).unbind(0)
     size = size + bank.holds_bytes
     # Rounding, also that of decoding bytes, and a hundredth of the spread of the data for arithmetic that differs.
-    allowed = 4 * eps * size + torch.finfo(rows.dtype).tiny + 0.01 * bank.spread
+    allowed = 4 * eps * size + torch.finfo(dtype).tiny + 0.01 * bank.spread
     return gap, ~(gap <= allowed), gap > 4 * narrow * size
 
 
@@ -321,10 +322,9 @@ def stored_samples(x0: Tensor, index: Tensor, bank: Bank, places: Tensor) -> Ten
         ValueError: if a row is another sample. Its source would not be among the references, which biases the target
             silently.
     """
-    rows = bank.rows(index, bank.dtype_with(x0))
-    gap, wrong, moved = own_gap(x0, rows, bank)
+    gap, wrong, moved = own_gap(x0, index, bank)
     # One look for both.
-    seen = int((2 * wrong.int() + moved.int()).max())
+    seen = int((2 * wrong.int() + moved.int()).max()) if len(x0) else 0
     if seen >= 2:
         row = int(wrong.nonzero()[0, 0])
         raise ValueError(
@@ -332,7 +332,7 @@ def stored_samples(x0: Tensor, index: Tensor, bank: Bank, places: Tensor) -> Ten
             f"{gap[row].item():.3g}): pass flip= for mirrored rows, alone= for rows with another augmentation of their own, "
             "or the right index."
         )
-    return rows if seen else None
+    return bank.rows(index, bank.dtype_with(x0)) if seen else None
 
 
 def choose(n: int, index: Tensor, size: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from stablefield.reading import readable, watched
 from stablefield.shapes import check_tensor, per_row
 
 __all__ = [
@@ -111,6 +112,8 @@ def sent(rows: Tensor, device: torch.device) -> Tensor:
 def put(old: Tensor, rows: Tensor, keep: Tensor, new: Tensor) -> Tensor:
     """Put `new` into `old` at `rows`, but for those to `keep`."""
     whole = len(rows) == len(old)
+    if whole and readable(old.device) and watched(old.device) and not bool(keep.any()):
+        return new.to(old.dtype)
     keep = keep.reshape(-1, *(1,) * (old.ndim - 1))
     value = torch.where(keep, old if whole else old[rows], new).to(old.dtype)
     return value if whole else old.index_copy(0, rows, value)

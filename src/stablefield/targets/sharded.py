@@ -353,7 +353,7 @@ class _Exchange:
         partial = Partial.empty(*_shape(x), x.dtype, x.device, level=torch.full_like(alpha, self.level))
         partial = accumulate_all(asked, anchor, bank, excess, kernel, partial, mirrored, chunk_size)
         own = place.clamp(min=0)
-        gap, wrong, _ = own_gap(rows, bank.rows(own, bank.dtype_with(rows)), bank, rounded=False)
+        gap, wrong, _ = own_gap(rows, own, bank, rounded=False)
         mislabelled = torch.zeros_like(wrong)
         if seen is not None and self.reference_group is not None:
             mislabelled = (seen != -1) & (seen != self.reference_group[own])
