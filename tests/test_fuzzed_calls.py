@@ -42,7 +42,7 @@ NOT_CALLED = {
     "Counted": "made by counted",
     "RankError": "an error",
     "ShardedPool": "needs processes",
-    "sampling": "a package",
+    "DiffusersUNet": "needs diffusers",
 }
 
 
@@ -994,6 +994,7 @@ def test_every_call_gives_a_result_or_one_sentence(name, tmp_path):
 
 def test_every_public_name_is_called_or_has_a_reason():
     public = {*sf.__all__, *sampling.__all__, *networks.__all__, *data.__all__}
+    public -= {name for name in sf.__all__ if inspect.ismodule(getattr(sf, name))}
     called = {name.partition(".")[0].partition(" ")[0] for name in CASES}
     assert called & set(NOT_CALLED) <= {"Process", "Likelihood"}
     assert public - called == set(NOT_CALLED) - {"Process", "Likelihood"}

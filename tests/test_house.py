@@ -20,15 +20,15 @@ import stablefield
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "stablefield"
 
-# Rooms by floor: a room may import from lower floors only. `public` gathers the core's names and so stands on top of it;
-# "" is the package itself, `stablefield/__init__.py`, which offers them.
+# Rooms by floor: a room may import from lower floors only. "" is the package itself, `stablefield/__init__.py`, which offers
+# the core's names.
 FLOORS = [
+    {"_lazy"},
     {"shapes", "reading", "regular_file"},
     {"memory"},
     {"targets"},
     {"diffusion"},
     {"networks", "sampling"},
-    {"public"},
     {""},
     {"data"},
     {"evaluation"},
@@ -242,7 +242,7 @@ def test_the_import_takes_no_more_than_0_3_seconds_beyond_torch_and_numpy(import
 def test_the_import_brings_nothing_but_the_core(imports):
     assert "stablefield.targets.posterior" in imports[1]
     rooms = {room_of(name) for name in imports[1] if name.partition(".")[0] == "stablefield"}
-    assert rooms <= {"", "public", "shapes", "reading", "memory", "targets", "diffusion", "networks", "sampling"}
+    assert rooms <= {"", "_lazy", "shapes", "reading", "memory", "targets", "diffusion", "networks", "sampling"}
     others = {name.partition(".")[0] for name in imports[1]} - set(sys.stdlib_module_names)
     assert others <= {"stablefield", "torch", "numpy"}
 
@@ -250,14 +250,37 @@ def test_the_import_brings_nothing_but_the_core(imports):
 # --- what is public ---------------------------------------------------------------------------------------------------
 
 
-def test_the_public_names_are_listed_once():
-    assert len(set(stablefield.__all__)) == len(stablefield.__all__)
-    assert importlib.import_module("stablefield.public").__all__ == stablefield.__all__
-    assert all(hasattr(stablefield, name) for name in stablefield.__all__)
-    public = {
-        name for name in vars(stablefield) if not name.startswith("_") and not inspect.ismodule(vars(stablefield)[name])
-    }
-    assert public == set(stablefield.__all__) - {"sampling"}
+PACKAGES = ("data", "evaluation", "interop", "networks", "probe", "sampling", "training")
+
+
+def test_the_public_names_are_those_of_the_stubs():
+    assert set(PACKAGES) <= set(stablefield.__all__)
+    for package in (stablefield, *(getattr(stablefield, name) for name in PACKAGES)):
+        assert len(set(package.__all__)) == len(package.__all__) > 2
+        assert set(package.__all__) <= set(dir(package))
+        assert all(hasattr(package, name) for name in package.__all__)
+        with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'nothing'"):
+            _ = package.nothing
+
+
+def test_sub_packages_load_on_first_touch():
+    code = """
+import sys
+import stablefield as sf
+assert not any(name.startswith("stablefield.") and name != "stablefield._lazy" for name in sys.modules)
+assert "torch" not in sys.modules
+for name in sys.argv[1:]:
+    assert f"stablefield.{name}" not in sys.modules or name in ("sampling", "networks"), name
+    assert getattr(sf, name).__name__ == f"stablefield.{name}"
+sf.networks.SongUNet, sf.data.open_images, sf.training.Recipe
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, "data", "networks", "sampling", "evaluation", "training", "probe", "interop"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", stablefield.__all__)
@@ -289,8 +312,6 @@ def test_every_module_says_what_it_is_and_exports_names_that_it_has(path):
                     defined.add(target.id)
                     if target.id == "__all__":
                         exported = ast.literal_eval(node.value)
-    if path == SOURCE / "__init__.py":  # its names are imported when they are asked for
-        defined |= set(importlib.import_module("stablefield.public").__all__)
     assert set(exported) <= defined
 
 

@@ -3,7 +3,6 @@
 `diffusers_unet` has a fourth, the UNet2DModel of diffusers, which is imported where one is made.
 """
 
-from stablefield.networks.mlp import MLP
-from stablefield.networks.song_unet import SongUNet
+from stablefield._lazy import attach
 
-__all__ = ["MLP", "SongUNet"]
+__getattr__, __dir__ = attach(__name__, __file__)

@@ -4,3 +4,7 @@
 read them; `LossFloor` is what it makes of a training loss; `measure_fit` holds a network against the exact posterior mean;
 `check_bias` tests that a target is unbiased.
 """
+
+from stablefield._lazy import attach
+
+__getattr__, __dir__ = attach(__name__, __file__)

@@ -1,0 +1,12 @@
+from stablefield.data.image_set import ImageSet as ImageSet
+from stablefield.data.image_set import Origin as Origin
+from stablefield.data.image_set import make_image_set as make_image_set
+from stablefield.data.index_stream import IndexStream as IndexStream
+from stablefield.data.inspect import sample_grid as sample_grid
+from stablefield.data.inspect import summary as summary
+from stablefield.data.packed import open_packed as open_packed
+from stablefield.data.packed import pack as pack
+from stablefield.data.packed_writer import PackedWriter as PackedWriter
+from stablefield.data.png import tile as tile
+from stablefield.data.png import write_png as write_png
+from stablefield.data.source import open_images as open_images

@@ -1,0 +1,9 @@
+from stablefield.interop.exported_pipeline import StablefieldPipeline as StablefieldPipeline
+from stablefield.interop.hub import push_folder as push_folder
+from stablefield.interop.imported_run import write_imported_run as write_imported_run
+from stablefield.interop.model_card import ModelCard as ModelCard
+from stablefield.interop.pipeline_folder import write_pipeline as write_pipeline
+from stablefield.interop.plain_export import write_plain as write_plain
+from stablefield.interop.published import PublishedNetwork as PublishedNetwork
+from stablefield.interop.published import read_published as read_published
+from stablefield.interop.weight_files import read_weight_file as read_weight_file
