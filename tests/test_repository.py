@@ -36,7 +36,7 @@ def test_the_workflow_runs_the_tests_and_builds_the_docs_as_contributors_do(step
     lines = [line for step in steps for line in step.get("run", "").splitlines()]
     assert lines.index("make .venv/.base") < lines.index("make test") < lines.index("make docs")
     assert {line.removeprefix("make ") for line in lines if line.startswith("make ")} <= targets()
-    assert "make test" in (ROOT / ".ci/run").read_text("utf-8").splitlines()
+    assert "    make test " in (ROOT / "README.md").read_text("utf-8")
     assert not any(step.get("continue-on-error") for step in steps)
 
 
