@@ -171,3 +171,14 @@ def test_the_picture_of_the_idea_is_on_top_for_light_and_dark_ground_and_describ
             assert picture.mode == "RGB"  # opaque, so that a page of the other brightness leaves its text legible
             assert picture.width > 1400
             assert picture.getpixel((0, 0))[0] == bright
+
+
+def test_the_page_on_speed_says_how_often_a_target_waits_as_the_counts_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tests/device"))
+    waits = importlib.import_module("names").TARGETS
+    text = " ".join((DOCS / "speed.md").read_text("utf-8").split())
+    counts = {1: "once", 2: "twice", 4: "four times"}
+    assert f"A call of the target asks {counts[waits['pool']]}, however many chunks its references take;" in text
+    assert f"{counts[waits['drawn']]} if it draws some of the references, {counts[waits['DSM']]} for the single" in text
+    assert "A batch far from zero that is its own reference set waits once more." in text
+    assert waits["in batch, far from zero"] == waits["in batch"] + 1 == waits["pool"] + 1
