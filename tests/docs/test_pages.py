@@ -185,3 +185,39 @@ def test_the_home_page_and_the_readme_say_the_same_of_themselves() -> None:
     line = "Low-variance training targets for any Gaussian diffusion or flow model"
     assert line in (DOCS / "index.md").read_text("utf-8")
     assert line in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_picture_of_the_idea_is_on_top_for_light_and_dark_ground_and_described_as_it_was_measured() -> None:
+    record = json.loads((ROOT / "experiments/results/idea.json").read_text())
+    fitting = dict(zip(record["noise_levels"], record["ess"], strict=True))
+    assert list(fitting) == [1, 5, 20]
+    assert max(fitting[1]) < 1.05
+    assert 1 < min(fitting[5]) < max(fitting[5]) < 10
+    assert min(fitting[20]) > 2000
+    says = (
+        "at noise levels 1, 5 and 20. The single-sample target is the clean image each time. The stable target is that"
+    )
+    for page in (ROOT / "README.md", DOCS / "index.md"):
+        text = page.read_text("utf-8")
+        assert text.index("assets/idea.png") < text.index("assets/digits.png")
+        assert text.count(says) == text.count("assets/idea.png") + text.count("idea-dark.png#only-dark") > 0
+        assert "assets/idea-dark.png" in text
+        assert f"the mean of all {record['references']:,} images" in " ".join(text.split())
+    for name, bright in (("idea.png", 255), ("idea-dark.png", 22)):
+        path = DOCS / "assets" / name
+        assert path.stat().st_size < 300_000
+        with Image.open(path) as picture:
+            assert picture.mode == "RGB"  # opaque, so that a page of the other brightness leaves its text legible
+            assert picture.width > 1400
+            assert picture.getpixel((0, 0))[0] == bright
+
+
+def test_the_page_on_speed_says_how_often_a_target_waits_as_the_counts_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tests/device"))
+    waits = importlib.import_module("names").TARGETS
+    text = " ".join((DOCS / "speed.md").read_text("utf-8").split())
+    counts = {1: "once", 2: "twice", 4: "four times"}
+    assert f"A call of the target asks {counts[waits['pool']]}, however many chunks its references take;" in text
+    assert f"{counts[waits['drawn']]} if it draws some of the references, {counts[waits['DSM']]} for the single" in text
+    assert "A batch far from zero that is its own reference set waits once more." in text
+    assert waits["in batch, far from zero"] == waits["in batch"] + 1 == waits["pool"] + 1

@@ -1,5 +1,7 @@
 """The built site: strict, whole, and readable without a network."""
 
+import dataclasses
+import importlib
 import importlib.util
 import inspect
 import json
@@ -11,11 +13,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 import stablefield as sf
 from stablefield import sampling
 from stablefield.cli.inventory import inventory
 from stablefield.cli.verbs import VERBS
+from stablefield.networks.song_unet import SongUNet
 
 for _needed in ("mkdocs", "material", "mkdocstrings", "latex2mathml"):
     pytest.importorskip(_needed, reason="needs the dependency group docs")
@@ -138,6 +142,63 @@ def test_the_tables_of_the_page_on_speed_are_the_committed_measurements(site: Pa
     for row in record["throughput"]:
         assert f'>{row["setting"]}</td>\n<td style="text-align: right;">{row["images_per_second"]:.1f}</td>' in page
     assert abs(sum(record["shares_of_a_float32_step"].values()) - 1) < 1e-9
+
+
+def cells(page: str) -> list[list[str]]:
+    """The rows of a page's tables, as text."""
+    rows = re.findall(r"<tr>(.*?)</tr>", page, re.S)
+    return [[re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)] for row in rows]
+
+
+def test_the_tables_of_the_gpu_are_the_committed_measurements(site: Path) -> None:
+    page = (site / "speed.html").read_text("utf-8")
+    shown = cells(page)
+    record = json.loads((ROOT / "benchmarks/results/gpu.json").read_text())
+    rates = {(row["precision"], row["target"]): row["images_per_second"] for row in record["throughput"]}
+    assert len(rates) == 9
+    for precision in ("float32", "bf16", "bf16 compiled"):
+        single, *stable = (rates[precision, target] for target in ("DSM", "STF, n = 4096", "STF, n = 50,000"))
+        changed = [f"{rate:,.0f} ({rate / single - 1:+.1%})" for rate in stable]
+        assert [precision, f"{single:,.0f}", *changed] in shown
+    assert len(record["cost"]) == 6
+    for row in record["cost"]:
+        (line,) = [line for line in shown if line[:2] == [str(row["batch"]), f"{row['references']:,}"]]
+        assert line[2:5] == [f"{row['seconds'] * 1e3:.1f} ms", f"{row['products'] * 1e3:.2f} ms", f"{row['ratio']:.1f}"]
+        assert (line[6] == "too large") == (row["naive"] is None)
+    for row in record["accuracy"]:
+        assert [f"{row['level']:g}", f"{row['relative_error']:.1e}"] in shown
+    assert page.count(f"{record['machine']}, torch {record['torch']}, {record['date']}") == 2  # and the proof's
+
+
+def test_the_page_says_what_the_first_proof_on_a_gpu_came_to(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    page = (site / "speed.html").read_text("utf-8")
+    record = json.loads((ROOT / "benchmarks/results/gpu_proof.json").read_text())
+    text = " ".join(re.sub(r"<[^>]+>", "", page).split())
+    (sanity,) = record["sanity"]
+    assert f"{sanity['images'][0]:,} training images against its {sanity['images'][1]:,} test images have FID" in text
+    assert f"have FID {sanity['distance']:.3f};" in text
+    quality = importlib.import_module("quality")
+    budget = quality.Budget()
+    layout = dataclasses.replace(quality.RECIPES["ve"][0].network, base_channels=budget.width, blocks=budget.blocks)
+    small = layout.build((3, 32, 32), 0, 0, torch.Generator().manual_seed(0))
+    with torch.device("meta"):
+        large = SongUNet.ddpmpp(32, 3, 128)
+    for words, network in (("9.0 million", small), ("55.7 million", large)):
+        assert words == f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} million"
+        assert f"{words} parameters" in text
+    assert f"at batch {budget.batch} with VE noise" in text
+    names = {"dsm": "single sample", "stf": "stable"}
+    assert len(record["proof"]) == 4
+    for row in record["proof"]:
+        line = [names[row["target"]], f"{row['seconds']:.0f} s", f"{row['steps']:,}", f"{row['images']:,}"]
+        assert [*line, f"{row['heun']:.1f}"] in cells(page)
+        assert f"Heun's method, {row['heun_nfe']:.0f} network evaluations each" in text
+    single, stable = (next(r for r in reversed(record["proof"]) if r["target"] == name) for name in ("dsm", "stf"))
+    assert stable["heun"] > single["heun"]
+    assert "In this first run it brought nothing." in text
+    assert f"the difference of {stable['heun'] - single['heun']:.1f} between the two FIDs" in text
+    assert f"made {1 - stable['steps'] / single['steps']:.0%} fewer steps".replace("%", " %") in text
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
