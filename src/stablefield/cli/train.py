@@ -121,6 +121,8 @@ class Train:
             self.measure.check()
         check_tracker(self.tracker)
         if not self.print and not self.dry_run:
+            if self.out is not None:
+                RunFolder(self.out).require_unlocked()
             advice = f"name a new folder, or continue the run in it with --resume --out {shlex.quote(str(self.out))}"
             check_new_folder("--out", self.out or Path("runs", "new"), advice)
 

@@ -104,8 +104,18 @@ class RunFolder:
             ) from error
         return folder
 
+    def require_unlocked(self) -> None:
+        """Find out whether another process trains in the folder, without taking the lock.
+
+        Raises:
+            ValueError: saying who does: which process, on which machine, since when.
+        """
+        if self._lock is None:
+            Lock(self.path / _LOCK).require_free()
+
     def _require_empty(self) -> None:
         if any(found.name not in _BEGINNINGS for found in self.path.iterdir()):
+            self.require_unlocked()
             raise ValueError(
                 f"--out {self.path} is not empty: name a new folder, or continue the run in it with --resume "
                 f"--out {self.path}."
