@@ -125,10 +125,11 @@ class Compare:
         )
         console.print(foretold(configs, looks, data, device, out))
         check = SelfCheck.prepare(data, extractor, samples=min(looks.samples, len(data)))
-        outcomes = self._train(configs, data, check, looks, device, out)
+        with Interruption() as interruption:
+            outcomes = self._train(configs, data, check, looks, device, out, interruption)
         if outcomes is None:
             console.print(f"stopped; the same command goes on: --out {quoted(out)}")
-            return 0
+            return interruption.status
         name = frechet_name(extractor)
         _print(outcomes, seeds, name)
         self._write(outcomes, seeds, data, out, name, check, device)
@@ -183,10 +184,11 @@ class Compare:
         looks: Looks,
         device: torch.device,
         out: Path,
+        interruption: Interruption,
     ) -> list[Outcome] | None:
         outcomes: list[Outcome] = []
         optimum: Optimum | None = None
-        with _Bars(configs) as bars, Interruption() as interruption:
+        with _Bars(configs) as bars:
             for target, seed, config in configs:
                 path = out / f"{target}-seed{seed}"
                 folder = RunFolder(path) if (path / "config.json").is_file() else RunFolder.create(path, config)
