@@ -43,6 +43,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("compare digits --seeds a", ["--seeds a"]),
         ("compare digits --looks 0", ["--looks is 0"]),
         ("data pack digits file", ["file exists", "--overwrite"]),
+        ("data inspect digits --out grid.png", ["--out grid.png exists", "name another file", "--overwrite"]),
+        ("data inspect digits --out full", ["written as .png or .jpg"]),
+        ("sample RUN --out grid.png", ["--out grid.png exists", "name another file", "--overwrite"]),
+        ("sample RUN --out full", ["--out full holds 1 file, such as thesis.txt", "name a new folder", "--overwrite"]),
         ("data pack digits full", ["full is a folder"]),
         ("data pack digits x.npz", ["written as .safetensors"]),
         ("data pack digits file/x", ["cannot be written"]),
@@ -74,6 +78,7 @@ def test_checks_come_before_work(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("")
+    (tmp_path / "grid.png").write_text("months of work")
     before = sorted(tmp_path.rglob("*"))
     for module in (settling, data):
         monkeypatch.setattr(module, "open_data", work)
@@ -93,6 +98,34 @@ def test_a_grid_is_the_picture_that_its_name_says(name: str, run: Path, tmp_path
     with Image.open(tmp_path / name) as picture, Image.open(tmp_path / "same.png") as same:
         assert picture.format == ("PNG" if name.endswith("png") else "JPEG")
         assert np.abs(np.asarray(picture).astype(float) - np.asarray(same)).mean() < 3
+
+
+def test_files_are_replaced_only_where_that_is_asked_for(run: Path, tmp_path: Path) -> None:
+    draw = f"sample '{run}' --seeds 0-1 --steps 2 --device cpu"
+    inspect = f"data inspect digits --count 4 --out '{tmp_path}/some.png'"
+    commands = [f"{draw} --out '{tmp_path}/{name}'" for name in ("grid.png", "grid.npz", "images")]
+    for command in (*commands, inspect):
+        assert status(command) == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(before) == 5
+    for command in (*commands, inspect):
+        assert status(command) == 2
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+    for command in (*commands, inspect):
+        assert status(f"{command} --overwrite") == 0
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert after.keys() == before.keys()
+    assert all(after[path] > before[path] for path in before)
+    (tmp_path / "empty").mkdir()
+    assert status(f"{draw} --out '{tmp_path}/empty'") == 0
+
+
+def test_grids_without_a_name_never_replace_each_other(run: Path) -> None:
+    folder = run / "samples"
+    before = {path.name for path in folder.iterdir()}
+    for _ in range(2):
+        assert status(f"sample '{run}' --seeds 0-1 --sampler euler --steps 2 --device cpu") == 0
+    assert {path.name for path in folder.iterdir()} - before == {"euler-2.png", "euler-2-2.png"}
 
 
 def test_printed_commands_can_be_copied(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
