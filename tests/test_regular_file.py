@@ -3,9 +3,13 @@
 import os
 import socket
 import stat
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from stablefield.cli.entry import main
 from stablefield.regular_file import open_regular
 
 
@@ -61,3 +65,55 @@ def test_what_is_missing_or_in_a_circle_is_an_error_of_the_system(tmp_path):
     (tmp_path / "circle").symlink_to("circle")
     with pytest.raises(OSError, match="circle"):
         open_regular(tmp_path / "circle")
+
+
+RUN = ("config.json", "checkpoints/step-00000002/model.safetensors", "checkpoints/step-00000002/state.json")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fifos") / "run"
+    tiny = ("--steps", "2", "--network.width", "8", "--network.depth", "1", "--sample-every", "0")
+    with pytest.raises(SystemExit) as end:
+        main(["train", "digits", *tiny, "--ema-snapshot-every", "1", "--out", str(path)])
+    assert end.value.code == 0
+    return path
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("data inspect {x}", "x.npy"),
+        ("data inspect {x}", "x.zip"),
+        ("data inspect {folder}", "folder/a.png"),
+        ("data inspect {folder}", "folder/dataset.json"),
+        ("import {x} --out made", "x.safetensors"),
+        ("evaluate {run} --against {x}", "x.json"),
+        ("evaluate {run} --extractor torchscript --extractor-file {x}", "x.pt"),
+        *((f"{verb} {{run}}", f"run/{name}") for name in RUN for verb in ("sample", "train --resume --out")),
+        ("probe {run}", "run/metrics.jsonl"),
+        ("export {run} --out made", "run/evaluations/x.json"),
+        ("sample {run} --ema 0.05", "run/ema/step-00000001.safetensors"),
+    ],
+)
+def test_what_is_no_regular_file_is_named_once(line, name, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save("folder/picture.png")
+    path = run.parent / name if name.startswith("run/") else tmp_path / name
+    kept = path.read_bytes() if path.exists() else None
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    try:
+        with pytest.raises(SystemExit) as end:
+            main([word.format(x=path, folder="folder", run=run) for word in line.split()])
+    finally:
+        path.unlink()
+        if kept is not None:
+            path.write_bytes(kept)
+    told = capsys.readouterr().err
+    assert end.value.code == 2
+    assert told.count(str(path) if path.is_absolute() and not name.startswith("folder") else name) == 1, told
+    assert told.count("a FIFO: only regular files are read") == 1, told
+    assert ".." not in told

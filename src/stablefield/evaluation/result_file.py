@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stablefield.evaluation.result import Result
-from stablefield.regular_file import open_regular
+from stablefield.regular_file import open_regular, reason
 
 __all__ = ["read_results", "write_results"]
 
@@ -54,5 +54,5 @@ def read_results(path: str | Path) -> tuple[str, list[Result]]:
         return str(record["subject"]), [Result.from_dict(result) for result in record["results"]]
     # Besides what is missing or of another type: numbers beyond float64, and lists within lists a thousand deep.
     except (OSError, KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
-        told = (error.strerror or error) if isinstance(error, OSError) else error
+        told = (error.strerror or error) if isinstance(error, OSError) else reason(error)
         raise ValueError(f"{path} holds no results ({told}): name a file that `stablefield evaluate` wrote.") from error

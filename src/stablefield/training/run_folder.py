@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from stablefield.data.image_set import ImageSet, renumbered
+from stablefield.regular_file import reason
 from stablefield.training.checkpoint import CheckpointError, State, read_state, remove
 from stablefield.training.config import decode, encode, fits
 from stablefield.training.lock import Holder, Lock
@@ -145,7 +146,7 @@ class RunFolder:
             raise ValueError(
                 f"{path} holds nothing yet: there is nothing to go on with. Begin the run with --out {path}."
             )
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").exists():
             raise ValueError(f"{path} is not a run: it has no config.json. Train one: stablefield train digits.")
         return cls(path)
 
@@ -190,7 +191,7 @@ class RunFolder:
             advice = ""
             if "checksum" in str(error):
                 advice = ' If somebody has changed it on purpose, take its entry "checksum" out.'
-            raise ValueError(f"{path} cannot be used: {str(error).rstrip('.')}.{advice}") from error
+            raise ValueError(f"{path} cannot be used: {reason(error)}.{advice}") from error
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl, without the numbers that are not finite."""
