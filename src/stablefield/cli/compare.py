@@ -325,7 +325,7 @@ def _print(outcomes: Sequence[Outcome], seeds: Sequence[int], name: str) -> None
             str(seed),
             f"{a.middle:.4f}",
             f"{b.middle:.4f}",
-            f"{improvement(outcomes, seed):.0%}",
+            f"{round(100 * improvement(outcomes, seed), 1) + 0.0:.1f}%",
             f"{a.frechet:.3f} ± {a.frechet_error:.3f}",
             f"{b.frechet:.3f} ± {b.frechet_error:.3f}",
             f"{a.seconds:.0f}",

@@ -52,24 +52,35 @@ def foretold(
     )
 
 
+def _places(error: float) -> int:
+    """As many decimals as tell an error to two digits; those of a usual figure where it is 0."""
+    return min(6, max(0, 1 - math.floor(math.log10(error)))) if error > 0 else 3
+
+
+def _rounded(value: float, places: int) -> str:
+    """A number without the sign of a zero."""
+    return f"{round(value, places) + 0.0:.{places}f}"
+
+
 def _over_seeds(values: Sequence[float]) -> str:
     """A mean with its standard error over seeds, or alone where there is one seed."""
     found = spread(values)
     if found.error is None:
         return f"{found.mean:.3g}"
-    # As many decimals as tell the error to two digits.
-    places = max(0, 1 - math.floor(math.log10(found.error))) if found.error > 0 else 3
-    return f"{found.mean:.{places}f} ± {found.error:.{places}f}"
+    places = _places(found.error)
+    return f"{_rounded(found.mean, places)} ± {_rounded(found.error, places)}"
 
 
-def _percent(share: float) -> str:
-    """A share in whole per cent, without the sign of a zero."""
-    return f"{round(100 * share) + 0:d}%"
-
-
-def _of_shares(values: Sequence[float]) -> str:
-    found = spread(values)
-    return _percent(found.mean) if found.error is None else f"{_percent(found.mean)} ± {_percent(found.error)}"
+def _gain(values: Sequence[float]) -> str:
+    """Shares over seeds in per cent, with what they vary by, or alone where there is one seed."""
+    found = spread([100 * value for value in values])
+    if found.error is None:
+        return f"by {_rounded(found.mean, 1)}%"
+    # Beyond a hundredth of a per cent, digits tell nothing.
+    places = min(2, _places(found.error))
+    mean, error, least, most = (_rounded(v, places) for v in (found.mean, found.error, found.least, found.most))
+    error = error if float(error) else f"less than {10**-places:g}"
+    return f"by {mean}% ± {error}% on average ({least}% to {most}%)"
 
 
 def summary(outcomes: Sequence[Outcome], seeds: Sequence[int], name: str) -> str:
@@ -85,14 +96,15 @@ def summary(outcomes: Sequence[Outcome], seeds: Sequence[int], name: str) -> str
     frechet = {t: [o.scores[-1].frechet for o in outcomes if o.target == t] for t in ("dsm", "stf")}
     seconds = {t: float(np.mean([o.scores[-1].seconds for o in outcomes if o.target == t])) for t in ("dsm", "stf")}
     lower = sum(b < a for a, b in zip(frechet["dsm"], frechet["stf"], strict=True))
+    alone = len(seeds) == 1
     spreads = (
-        f"± is the standard error over {len(seeds)} seeds. "
-        if len(seeds) > 1
-        else "One seed tells no spread: pass more, such as --seeds 0,1,2. "
+        "One seed tells no spread: pass more, such as --seeds 0,1,2. "
+        if alone
+        else f"± is the standard error over {len(seeds)} seeds. "
     )
+    many = "1 seed" if alone else f"{len(seeds)} seeds"
     return (
-        f"STF is nearer to the optimum at middle noise levels in {better} of {len(seeds)} seeds, by "
-        f"{_of_shares(gains)} on average ({_percent(min(gains))} to {_percent(max(gains))}); its {name} is lower in "
+        f"STF is nearer to the optimum at middle noise levels in {better} of {many}, {_gain(gains)}; its {name} is lower in "
         f"{lower} of {len(seeds)}: {_over_seeds(frechet['stf'])} against {_over_seeds(frechet['dsm'])}. {spreads}"
         f"Training took {seconds['stf']:.0f} s with STF, {seconds['dsm']:.0f} s with DSM."
     )
