@@ -38,6 +38,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("train digits --evaluate-every 1 --measure.extractor dinov2", ["--extractor-file"]),
         ("train digits --device abacus", ["--device abacus"]),
         ("train digits --device meta", ["--device meta"]),
+        ("train digits --evaluate-every 1 --evaluate-samples 39", ["--evaluate-samples 39", "in 20 groups 40 samples"]),
+        ("compare digits --samples 39", ["--samples 39", "in 20 groups 40 samples"]),
+        ("evaluate RUN --samples 5 --extractor random", ["there are 5 samples, but Density takes at least 6"]),
+        ("evaluate RUN --samples 3 --metrics kernel --extractor random", ["3 samples, but Kernel takes at least 4"]),
+        ("evaluate RUN --references 4 --extractor random", ["4 reference images, but Density takes at least 6"]),
+        ("evaluate RUN --samples 1 --metrics nearest", ["there are 1 samples, but Nearest takes at least 2"]),
         ("compare digits --out file/x", ["--out file/x cannot be written"]),
         ("compare digits --out x.html", ["called like a file"]),
         ("compare digits --seeds a", ["--seeds a"]),
@@ -89,6 +95,26 @@ def test_checks_come_before_work(
     assert [word for word in words if word not in told] == [], told
     assert "begun to work" not in told
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("verb", ["compare", "train"])
+def test_too_few_images_for_the_samples_are_found_before_anything_is_computed(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("it has begun to work")
+
+    for module in ("train", "compare"):
+        monkeypatch.setattr(f"stablefield.cli.{module}.resolve_band", work)
+    number = {"compare": "--samples {}", "train": "--evaluate-every 1 --evaluate-samples {}"}[verb]
+    for count, wanted, words in (
+        (39, "40", "the data have 39 images"),
+        (50, "51", "is above the 50 images of the data"),
+    ):
+        np.save(tmp_path / "few.npy", np.random.default_rng(0).integers(0, 256, (count, 8, 8), dtype=np.uint8))
+        assert status(f"{verb} '{tmp_path}/few.npy' {number.format(wanted)} --out '{tmp_path}/out' --device cpu") == 2
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("name", ["grid.jpg", "grid.JPEG", "grid.png"])

@@ -104,6 +104,10 @@ class Compare:
         self.measure.check()
         if self.looks is not None and self.looks < 1:
             raise ValueError(f"--looks is {self.looks}: each run is scored at least once, at its end.")
+        if self.samples is not None:
+            from stablefield.evaluation.self_check import check_samples  # needs torchmetrics
+
+            check_samples(f"--samples {self.samples}", self.samples)
         if self.out is not None:
             check_folder("--out", self.out)
 
@@ -115,9 +119,11 @@ class Compare:
         assert isinstance(data, ImageSet)
         out = self.out or Path("compare") / data.name
         check_place("--out", out / "report.html")
-        looks, configs = self._configs(seeds, data, device)
-        from stablefield.evaluation.self_check import SelfCheck  # needs torchmetrics
+        from stablefield.evaluation.self_check import SelfCheck, check_samples  # needs torchmetrics
 
+        wanted = len(data) if self.samples is None else self.samples
+        check_samples(f"--samples {wanted}", wanted, len(data))
+        looks, configs = self._configs(seeds, data, device)
         extractor = self.measure.open(data.shape, device)
         first = configs[0][2].recipe
         console.print(

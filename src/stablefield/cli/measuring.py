@@ -17,7 +17,7 @@ from stablefield.cli.evaluation_flags import EvaluationFlags, MetricName
 from stablefield.cli.sample import own_device
 from stablefield.cli.settling import pick_device
 from stablefield.cli.sources import open_data
-from stablefield.cli.subjects import FoundImages, RunSamples
+from stablefield.cli.subjects import DEFAULT_SAMPLES, FoundImages, RunSamples
 from stablefield.cli.words import duration
 from stablefield.cli.work import Work
 from stablefield.data.collector import cache_folder
@@ -87,8 +87,12 @@ def measure(flags: EvaluationFlags, processes: Processes) -> Measured:
         ValueError: if the flags do not fit the run, the images or the data.
         ImportError: if the extractor's package is missing.
     """
+    # As far as the flags tell it, before anything is opened.
+    samples = DEFAULT_SAMPLES if flags.is_run and flags.samples is None else flags.samples
+    check_counts(_everything(flags), samples, flags.real.references)
     device = pick_device(own_device(flags.device))
     source = RunSamples(flags, device, processes) if flags.is_run else FoundImages(flags, processes)
+    check_counts(_everything(flags), source.count, flags.real.references)
     with Work() as work:
         measurements = _Plan(flags, source, device, processes, work).measurements()
         lenses = [measurement.lens for measurement in measurements]
@@ -119,6 +123,12 @@ def measure(flags: EvaluationFlags, processes: Processes) -> Measured:
         labels=labels,
         class_names=source.class_names,
     )
+
+
+def _everything(flags: EvaluationFlags) -> tuple[Metric, ...]:
+    """The metrics that are asked for, of whatever extractor."""
+    others: dict[str, Metric] = {"nearest": Nearest(), "classifier-score": ClassifierScore()}
+    return tuple({**_METRICS, **others}[name] for name in flags.metrics)
 
 
 def _remembered(

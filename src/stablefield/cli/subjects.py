@@ -20,9 +20,10 @@ from stablefield.evaluation.processes import Processes
 from stablefield.evaluation.reference import told
 from stablefield.sampling.samples import chunks_of
 
-__all__ = ["FoundImages", "RunSamples"]
+__all__ = ["DEFAULT_SAMPLES", "FoundImages", "RunSamples"]
 
 DEFAULT_SAMPLES = 5000
+"""Of a run, unless told otherwise."""
 
 
 class RunSamples:

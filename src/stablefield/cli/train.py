@@ -1,7 +1,6 @@
 """`stablefield train DATA`: train a model and leave a run folder."""
 
 import dataclasses
-import importlib
 import shlex
 import time
 from collections.abc import Callable
@@ -117,8 +116,10 @@ class Train:
         if self.evaluate_every < 0:
             raise ValueError(f"--evaluate-every is {self.evaluate_every}: it must not be negative.")
         if self.evaluate_every:
-            importlib.import_module("stablefield.evaluation.self_check")  # needs torchmetrics
+            from stablefield.evaluation.self_check import check_samples  # needs torchmetrics
+
             self.measure.check()
+            check_samples(f"--evaluate-samples {self.evaluate_samples}", self.evaluate_samples)
         check_tracker(self.tracker)
         if not self.print and not self.dry_run:
             if self.out is not None:
@@ -151,10 +152,12 @@ class Train:
                 return 0
             with first_process_first(state):
                 data = open_data(self.data or config.data, **config.opening)
+            self._check_samples(data)
         else:
             folder = None
             data = self.opened
             assert isinstance(data, ImageSet)
+            self._check_samples(data)
             # Decided once: others may have other memory.
             config = told(self._new(data, device) if state.is_main_process else None)
             assert config is not None
@@ -236,6 +239,12 @@ class Train:
             version=stablefield.__version__,
             opening=opening_of(self, data),
         )
+
+    def _check_samples(self, data: ImageSet) -> None:
+        if self.evaluate_every:
+            from stablefield.evaluation.self_check import check_samples  # needs torchmetrics
+
+            check_samples(f"--evaluate-samples {self.evaluate_samples}", self.evaluate_samples, len(data))
 
     def _observers(self, data: ImageSet, device: torch.device) -> list[FrechetObserver]:
         if not self.evaluate_every or not PartialState().is_main_process:
