@@ -1,12 +1,10 @@
 """`stablefield evaluate`: numbers with their protocol, from runs and from images, and what it says when they cannot be."""
 
 import json
-import pkgutil
 import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +47,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "plain"
     assert status("train", "digits", *TINY, "--out", str(path)) == 0
-    return path
-
-
-@pytest.fixture(scope="module")
-def conditional(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("runs") / "conditional"
-    assert status("train", "digits", "--conditional", *TINY, "--out", str(path)) == 0
     return path
 
 
@@ -119,84 +110,6 @@ def test_evaluate_says_before_it_begins_how_long_it_will_take(
     assert DrawingFlags().calls == 35
     assert DrawingFlags(sampler="euler", steps=5).calls == 5
     assert DrawingFlags(sampler="pc-ve", steps=10, corrector_steps=2, guidance=2.0).calls == 30
-
-
-class Clock:
-    """A clock that only the work that is watched moves on."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now, self._patch = 0.0, monkeypatch
-        self.told: list[tuple[float, str]] = []
-        monkeypatch.setattr("time.perf_counter", lambda: self.now)
-        printed = console.print
-
-        def listen(*given: Any, **options: Any) -> None:
-            self.told.append((self.now, str(given[0]) if given else ""))
-            printed(*given, **options)
-
-        monkeypatch.setattr(console, "print", listen)
-
-    def charge(self, place: str, price: Callable[..., float], first: float = 0.0) -> None:
-        """Let a function take so many seconds by its arguments, and more when it is called for the first time."""
-        owner, _, name = place.rpartition(".")
-        function = getattr(pkgutil.resolve_name(owner), name)
-        extra = [first]
-
-        def charged(*given: Any, **options: Any) -> Any:
-            self.now += price(*given) + (extra.pop() if extra else 0.0)
-            return function(*given, **options)
-
-        self._patch.setattr(place, charged)
-
-    def foretold(self) -> tuple[float, float]:
-        """What was foretold, and what it then took."""
-        at, line = next(entry for entry in self.told if entry[1].startswith("takes about"))
-        hours, minutes, seconds = (
-            float(found[1]) if (found := re.search(rf"about (?:.* )?(\d+) {unit}\b.* from here", line)) else 0.0
-            for unit in ("h", "min", "s")
-        )
-        return 3600 * hours + 60 * minutes + seconds, self.now - at
-
-
-@pytest.mark.parametrize(
-    ("flags", "slowest"),
-    [
-        (("--samples", "900", "--batch", "100"), "drawing"),
-        (("--samples", "260", "--batch", "100", "--class", "1", "--guidance", "2"), "drawing"),
-        (("--samples", "90", "--sampler", "pc-ve", "--steps", "9"), "drawing"),
-        (("--samples", "400", "--repeats", "2"), "metrics"),
-        (("--samples", "400"), "features"),
-        (("--samples", "400", "--metrics", "frechet", "kernel"), "metrics"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
-)
-def test_what_evaluate_foretells_is_what_it_takes(
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    flags: tuple[str, ...],
-    slowest: str,
-) -> None:
-    run: Path = request.getfixturevalue("conditional" if "--guidance" in flags else "run")
-    dear = {name: 20.0 if name == slowest else 1.0 for name in ("drawing", "features", "metrics")}
-    np.save(tmp_path / "others.npy", open_digits().images[:300])
-    clock = Clock(monkeypatch)
-    # Each with a slow first call, as a network's, that the forecast must neither count for the others nor leave to them.
-    clock.charge("stablefield.networks.mlp.MLP.forward", lambda _, x, *__: dear["drawing"] * 2e-3 * len(x), 30.0)
-    clock.charge(
-        "stablefield.evaluation.random_convolutions.RandomConvolutions.__call__",
-        lambda _, x: dear["features"] * 1e-2 * len(x),
-        30.0,
-    )
-    clock.charge("stablefield.evaluation.extractor.RawPixels.__call__", lambda _, x: dear["features"] * 1e-3 * len(x))
-    clock.charge("stablefield.evaluation.neighbours.blocks", lambda a, b: dear["metrics"] * 1e-6 * len(a) * len(b))
-    clock.charge("stablefield.evaluation.kernel._unbiased", lambda x, _: dear["metrics"] * 1e-6 * len(x) ** 2)
-    clock.charge("stablefield.evaluation.metric.distance_between", lambda *_: dear["metrics"] * 0.5)
-    given = ("--extractor", "random", "--device", "cpu", "--held-out", str(tmp_path / "others.npy"), *flags)
-    assert status("evaluate", str(run), *given, "--out", str(tmp_path / "r.json")) == 0
-    foretold, took = clock.foretold()
-    assert took > 10
-    assert foretold == pytest.approx(took, rel=0.3)
 
 
 def test_adaptive_samplers_report_their_mean_evaluations(run: Path, tmp_path: Path) -> None:

@@ -129,8 +129,8 @@ class Compare:
         console.print(
             f"DSM and STF on {data.name}: {len(seeds)} seeds, {first.steps:,} steps of {first.batch}, on {device}"
         )
-        console.print(foretold(configs, looks, data, device, out))
         check = SelfCheck.prepare(data, extractor, samples=min(looks.samples, len(data)))
+        console.print(foretold(configs, looks, data, check, device, out))
         with Interruption() as interruption:
             outcomes = self._train(configs, data, check, looks, device, out, interruption)
         if outcomes is None:
