@@ -67,7 +67,7 @@ def test_what_is_missing_or_in_a_circle_is_an_error_of_the_system(tmp_path):
         open_regular(tmp_path / "circle")
 
 
-RUN = ("config.json", "checkpoints/step-00000002/model.safetensors", "checkpoints/step-00000002/state.json")
+RUN = ("checkpoints/step-00000002/model.safetensors", "checkpoints/step-00000002/state.json")
 
 
 @pytest.fixture(scope="module")
