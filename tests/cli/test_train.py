@@ -204,7 +204,7 @@ def test_averages_of_any_length_are_made_and_sampled_after_training(
     grid = str(tmp_path / "grid.png")
     assert status("sample", out, "--seeds", "0-3", "--steps", "2", "--ema", "0.07", "--out", grid) == 0
     capsys.readouterr()
-    assert status("sample", out, "--ema", "best", "--out", grid) == 2
+    assert status("sample", out, "--ema", "best", "--out", grid, "--overwrite") == 2
     assert "half-life, none, or a length" in capsys.readouterr().err
 
 
