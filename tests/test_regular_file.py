@@ -9,13 +9,16 @@ import socket
 import stat
 import struct
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import safetensors
 import safetensors.torch
 from PIL import Image
 
+from stablefield.cli.entry import main
 from stablefield.data.digits import open_digits
 from stablefield.data.image_set import ImageSet
 from stablefield.data.packed import open_packed, pack
@@ -172,3 +175,55 @@ def test_what_would_not_be_read_back_is_not_written(tmp_path):
     with pytest.raises(ValueError, match=r"the manifest takes [0-9,]+ bytes, above 4,194,304: shorten the names"):
         pack(named, tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+RUN = ("checkpoints/step-00000002/model.safetensors", "checkpoints/step-00000002/state.json")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fifos") / "run"
+    tiny = ("--steps", "2", "--network.width", "8", "--network.depth", "1", "--sample-every", "0")
+    with pytest.raises(SystemExit) as end:
+        main(["train", "digits", *tiny, "--ema-snapshot-every", "1", "--out", str(path)])
+    assert end.value.code == 0
+    return path
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("data inspect {x}", "x.npy"),
+        ("data inspect {x}", "x.zip"),
+        ("data inspect {folder}", "folder/a.png"),
+        ("data inspect {folder}", "folder/dataset.json"),
+        ("import {x} --out made", "x.safetensors"),
+        ("evaluate {run} --against {x}", "x.json"),
+        ("evaluate {run} --extractor torchscript --extractor-file {x}", "x.pt"),
+        *((f"{verb} {{run}}", f"run/{name}") for name in RUN for verb in ("sample", "train --resume --out")),
+        ("probe {run}", "run/metrics.jsonl"),
+        ("export {run} --out made", "run/evaluations/x.json"),
+        ("sample {run} --ema 0.05", "run/ema/step-00000001.safetensors"),
+    ],
+)
+def test_what_is_no_regular_file_is_named_once(line, name, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save("folder/picture.png")
+    path = run.parent / name if name.startswith("run/") else tmp_path / name
+    kept = path.read_bytes() if path.exists() else None
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    try:
+        with pytest.raises(SystemExit) as end:
+            main([word.format(x=path, folder="folder", run=run) for word in line.split()])
+    finally:
+        path.unlink()
+        if kept is not None:
+            path.write_bytes(kept)
+    told = capsys.readouterr().err
+    assert end.value.code == 2
+    assert told.count(str(path) if path.is_absolute() and not name.startswith("folder") else name) == 1, told
+    assert told.count("a FIFO: only regular files are read") == 1, told
+    assert ".." not in told

@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-__all__ = ["JSON_LIMIT", "check_safetensors", "open_regular"]
+__all__ = ["JSON_LIMIT", "NotRegularError", "check_safetensors", "open_regular", "reason"]
 
 JSON_LIMIT = 2**22
 """The longest text of JSON that is read, in bytes: its lists and names take a second, and up to thirty times as much memory.
@@ -28,6 +28,24 @@ _KINDS = {
 _FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY", "O_CLOEXEC"))
 
 
+class NotRegularError(ValueError):
+    """A path at which there is no regular file.
+
+    Attributes:
+        reason: what is there, without the path, for a message that has named it.
+    """
+
+    def __init__(self, path: Path, kind: str) -> None:
+        said = f"is {kind}: only regular files are read; take it away, or put a regular file there"
+        super().__init__(f"{path} {said}.")
+        self.reason = f"it {said}"
+
+
+def reason(error: Exception) -> str:
+    """What an error says, for a message that has named the file: without the path, and without a full stop at its end."""
+    return error.reason if isinstance(error, NotRegularError) else str(error).removesuffix(".")
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading its bytes, or a link that ends at one.
 
@@ -38,7 +56,7 @@ def open_regular(path: Path) -> BinaryIO:
         The open file, buffered, at its start.
 
     Raises:
-        ValueError: if it is anything else (folder, FIFO, device, socket), at once and without opening a device.
+        NotRegularError: if it is anything else (folder, FIFO, device, socket), at once and without opening a device.
         OSError: if it does not exist or may not be read.
     """
     _refuse(path, os.stat(path).st_mode)
@@ -81,4 +99,4 @@ def _refuse(path: Path, mode: int) -> None:
 
 def _not_regular(path: Path, kind: str) -> NoReturn:
     link = "a link to " if path.is_symlink() else ""
-    raise ValueError(f"{path} is {link}{kind}: only regular files are read; take it away, or put a regular file there.")
+    raise NotRegularError(path, f"{link}{kind}")

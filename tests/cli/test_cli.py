@@ -80,10 +80,25 @@ def test_every_sampler_says_its_evaluations(
 def test_resume_of_a_finished_run_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run"
     assert status("train", "digits", *TINY, "--out", str(path)) == 0
-    before = (path / "checkpoints/step-00000004/model.safetensors").read_bytes()
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    capsys.readouterr()
     assert status("train", "--resume", "--out", str(path)) == 0
-    assert "continuing from step 4" in capsys.readouterr().out
-    assert (path / "checkpoints/step-00000004/model.safetensors").read_bytes() == before
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "nothing left to do: 4 of 4 steps are done."
+    assert "cannot be extended yet" in lines[1]
+    assert "--steps" in lines[1]
+    assert lines[2].startswith("draw more:  stablefield sample ")
+    assert len(lines) == 3
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+
+
+def test_resume_of_a_finished_run_needs_no_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = tmp_path / "images.npy"
+    np.save(images, np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8))
+    assert status("train", str(images), *TINY, "--out", str(tmp_path / "run")) == 0
+    images.unlink()
+    assert status("train", "--resume", "--out", str(tmp_path / "run")) == 0
+    assert "nothing left to do" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -100,7 +115,7 @@ def test_interrupted_run_is_saved_and_resumed_to_the_bytes_of_the_whole(tmp_path
             time.sleep(0.01)
         process.send_signal(number)
         told, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
+    assert process.returncode == 128 + number  # as a shell has it: 130 and 143
     assert "to go on: stablefield train --resume" in told
     assert status("sample", str(cut), "--seeds", "0", "--out", str(tmp_path / "one.png")) == 0
     assert status("train", "--resume", "--out", str(cut)) == 0

@@ -106,11 +106,10 @@ def test_evaluate_says_before_it_begins_how_long_it_will_take(
     monkeypatch.setattr(RunSamples, "batches", watched)
     measured(tmp_path / "r.json", str(run), *QUICK, "--metrics", "frechet")
     assert re.search(r"^takes about (\d+ s|\d+ min \d+ s)", drawn[0], re.M)
-    # 60 samples in one batch by 18 steps of Heun's method, whose evaluations are counted.
-    flags = DrawingFlags()
-    assert flags.evaluations == 35
-    assert DrawingFlags(sampler="euler", steps=5).evaluations == 5
-    assert DrawingFlags(sampler="pc-ve", steps=10, corrector_steps=2, guidance=2.0).evaluations == 60
+    # 60 samples in one batch by 18 steps of Heun's method, whose calls are counted.
+    assert DrawingFlags().calls == 35
+    assert DrawingFlags(sampler="euler", steps=5).calls == 5
+    assert DrawingFlags(sampler="pc-ve", steps=10, corrector_steps=2, guidance=2.0).calls == 30
 
 
 def test_adaptive_samplers_report_their_mean_evaluations(run: Path, tmp_path: Path) -> None:

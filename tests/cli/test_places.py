@@ -38,11 +38,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("train digits --evaluate-every 1 --measure.extractor dinov2", ["--extractor-file"]),
         ("train digits --device abacus", ["--device abacus"]),
         ("train digits --device meta", ["--device meta"]),
+        ("train digits --evaluate-every 1 --evaluate-samples 39", ["--evaluate-samples 39", "in 20 groups 40 samples"]),
+        ("compare digits --samples 39", ["--samples 39", "in 20 groups 40 samples"]),
+        ("evaluate RUN --samples 5 --extractor random", ["there are 5 samples, but Density takes at least 6"]),
+        ("evaluate RUN --samples 3 --metrics kernel --extractor random", ["3 samples, but Kernel takes at least 4"]),
+        ("evaluate RUN --references 4 --extractor random", ["4 reference images, but Density takes at least 6"]),
+        ("evaluate RUN --samples 1 --metrics nearest", ["there are 1 samples, but Nearest takes at least 2"]),
         ("compare digits --out file/x", ["--out file/x cannot be written"]),
         ("compare digits --out x.html", ["called like a file"]),
         ("compare digits --seeds a", ["--seeds a"]),
         ("compare digits --looks 0", ["--looks is 0"]),
         ("data pack digits file", ["file exists", "--overwrite"]),
+        ("data inspect digits --out grid.png", ["--out grid.png exists", "name another file", "--overwrite"]),
+        ("data inspect digits --out full", ["written as .png or .jpg"]),
+        ("sample RUN --out grid.png", ["--out grid.png exists", "name another file", "--overwrite"]),
+        ("sample RUN --out full", ["--out full holds 1 file, such as thesis.txt", "name a new folder", "--overwrite"]),
         ("data pack digits full", ["full is a folder"]),
         ("data pack digits x.npz", ["written as .safetensors"]),
         ("data pack digits file/x", ["cannot be written"]),
@@ -74,6 +84,7 @@ def test_checks_come_before_work(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").write_text("")
+    (tmp_path / "grid.png").write_text("months of work")
     before = sorted(tmp_path.rglob("*"))
     for module in (settling, data):
         monkeypatch.setattr(module, "open_data", work)
@@ -86,6 +97,26 @@ def test_checks_come_before_work(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("verb", ["compare", "train"])
+def test_too_few_images_for_the_samples_are_found_before_anything_is_computed(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("it has begun to work")
+
+    for module in ("train", "compare"):
+        monkeypatch.setattr(f"stablefield.cli.{module}.resolve_band", work)
+    number = {"compare": "--samples {}", "train": "--evaluate-every 1 --evaluate-samples {}"}[verb]
+    for count, wanted, words in (
+        (39, "40", "the data have 39 images"),
+        (50, "51", "is above the 50 images of the data"),
+    ):
+        np.save(tmp_path / "few.npy", np.random.default_rng(0).integers(0, 256, (count, 8, 8), dtype=np.uint8))
+        assert status(f"{verb} '{tmp_path}/few.npy' {number.format(wanted)} --out '{tmp_path}/out' --device cpu") == 2
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize("name", ["grid.jpg", "grid.JPEG", "grid.png"])
 def test_a_grid_is_the_picture_that_its_name_says(name: str, run: Path, tmp_path: Path) -> None:
     assert status(f"sample '{run}' --seeds 0-3 --steps 2 --device cpu --out '{tmp_path / name}'") == 0
@@ -93,6 +124,34 @@ def test_a_grid_is_the_picture_that_its_name_says(name: str, run: Path, tmp_path
     with Image.open(tmp_path / name) as picture, Image.open(tmp_path / "same.png") as same:
         assert picture.format == ("PNG" if name.endswith("png") else "JPEG")
         assert np.abs(np.asarray(picture).astype(float) - np.asarray(same)).mean() < 3
+
+
+def test_files_are_replaced_only_where_that_is_asked_for(run: Path, tmp_path: Path) -> None:
+    draw = f"sample '{run}' --seeds 0-1 --steps 2 --device cpu"
+    inspect = f"data inspect digits --count 4 --out '{tmp_path}/some.png'"
+    commands = [f"{draw} --out '{tmp_path}/{name}'" for name in ("grid.png", "grid.npz", "images")]
+    for command in (*commands, inspect):
+        assert status(command) == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(before) == 5
+    for command in (*commands, inspect):
+        assert status(command) == 2
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+    for command in (*commands, inspect):
+        assert status(f"{command} --overwrite") == 0
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert after.keys() == before.keys()
+    assert all(after[path] > before[path] for path in before)
+    (tmp_path / "empty").mkdir()
+    assert status(f"{draw} --out '{tmp_path}/empty'") == 0
+
+
+def test_grids_without_a_name_never_replace_each_other(run: Path) -> None:
+    folder = run / "samples"
+    before = {path.name for path in folder.iterdir()}
+    for _ in range(2):
+        assert status(f"sample '{run}' --seeds 0-1 --sampler euler --steps 2 --device cpu") == 0
+    assert {path.name for path in folder.iterdir()} - before == {"euler-2.png", "euler-2-2.png"}
 
 
 def test_printed_commands_can_be_copied(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

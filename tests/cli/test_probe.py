@@ -94,14 +94,16 @@ def test_the_advice_is_a_few_lines(few: Path, tmp_path: Path, capsys: pytest.Cap
     arguments = ("--references", "32", "--noise-levels", "0.01,0.3,1,30", "--plan", "ve", "--by-class")
     assert status("probe", str(few), *arguments, "--out", str(tmp_path / "out")) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert re.match(r"VE training: \d+ % of a batch can gain: worth it\. EDM \d+ %, VP \d+ %, flow \d+ %\.$", lines[0])
-    assert lines[1].startswith("Take ")
+    assert lines[0] == "VE training, batches of 90, all 90 as references: worth it."
+    assert re.match(r"Variance of the sum over a batch: \d+ ± \d+ % of the single sample's\.$", lines[1])
+    assert re.match(r"Rows that can gain: \d+ %; EDM \d+ %, VP \d+ %, flow \d+ %\.$", lines[2])
+    assert lines[3].startswith("Take ")
     text = " ".join(lines)
     assert "of a row's variance in VE training." in text
     assert re.search(
-        r"sum over a batch of 512, single sample 100 %: \d+ ± \d+ % with the batch alone, \d+ ± \d+ %", text
+        r"sum over a batch of 90, single sample 100 %: \d+ ± \d+ % with the batch alone, \d+ ± \d+ %", text
     )
-    assert len(lines) < 18
+    assert len(lines) < 20
     assert all(len(line) <= 84 for line in lines[:-1])
     record = json.loads((tmp_path / "out" / "probe.json").read_text())
     assert record["command"].endswith("--plan ve --by-class")
@@ -112,15 +114,72 @@ def test_the_first_line_says_what_to_expect_of_each_plan(tmp_path: Path, capsys:
     """Samples far from each other: few compete at the noise levels of EDM's training, more at VE's."""
     rng = np.random.default_rng(0)
     np.save(tmp_path / "far.npy", rng.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8))
-    for plan, said in (("edm", "expect little"), ("ve", "worth it")):
+    for plan, said in (("edm", "expect nothing"), ("ve", "worth it")):
         flags = ("--references", "all", "--noise-levels", "1,8,30", "--plan", plan, "--batch", "8")
         assert status("probe", str(tmp_path / "far.npy"), *flags, "--out", str(tmp_path / plan)) == 0
-        first = capsys.readouterr().out.splitlines()[0]
-        assert said in first
+        first, figure, rows = capsys.readouterr().out.splitlines()[:3]
+        assert first.startswith(f"{plan.upper()} training, batches of 8, all 40 as references: {said}")
         record = json.loads((tmp_path / plan / "probe.json").read_text())["advice"]
-        shown = re.match(r"\w+ training: ([\d.]+) % of a batch can gain", first)
+        shown = re.match(r"Rows that can gain: ([\d.]+) %", rows)
         assert shown is not None
         assert float(shown[1]) == pytest.approx(100 * record["share_of_batch_in_band"], abs=0.5)
+        shown = re.match(r"Variance of the sum over a batch: (\d+) ± ", figure)
+        assert shown is not None
+        assert float(shown[1]) == pytest.approx(100 * record["sizes"][-1]["batch_variance"], abs=0.5)
+
+
+def test_the_verdict_is_of_the_batch_and_not_of_the_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pictures nearly black or nearly white: those of one kind compete in nearly every row, and differ by next to nothing.
+
+    The variance within a kind is 64 d (2 / 255)^2 / 3 in all, that between them near d: under 1 % can be gained.
+    """
+    rng = np.random.default_rng(0)
+    kinds = np.where(np.arange(40) % 2, 16, 239)[:, None, None]
+    np.save(tmp_path / "two.npy", (kinds + rng.integers(-8, 9, (40, 16, 16))).astype(np.uint8))
+    flags = ("--references", "16,all", "--noise-levels", "0.02,0.1,0.5,2,8,30")
+    assert status("probe", str(tmp_path / "two.npy"), *flags, "--out", str(tmp_path / "out")) == 0
+    first, figure, rows = capsys.readouterr().out.splitlines()[:3]
+    record = json.loads((tmp_path / "out" / "probe.json").read_text())["advice"]
+    assert record["share_of_batch_in_band"] > 0.5
+    assert record["sizes"][-1]["batch_variance"] > 0.98
+    assert first.endswith("all 40 as references: expect nothing.")
+    assert re.match(r"Variance of the sum over a batch: (99|100) ± 1 %", figure)
+    assert float(rows.split()[4]) > 50
+
+
+@pytest.mark.parametrize(("given", "batch"), [((), 64), (("--batch", "24"), 24)])
+def test_the_batch_is_that_of_the_recipe_unless_it_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: tuple[str, ...], batch: int
+) -> None:
+    np.save(tmp_path / "grey.npy", np.random.default_rng(0).integers(0, 256, (80, 28, 28), dtype=np.uint8))
+    flags = ("--references", "all", "--noise-levels", "1,8", "--sources", "8", *given)
+    assert status("probe", str(tmp_path / "grey.npy"), *flags, "--out", str(tmp_path / "out")) == 0
+    assert capsys.readouterr().out.startswith(f"EDM training, batches of {batch}, all 80 as references: ")
+    record = json.loads((tmp_path / "out" / "probe.json").read_text())
+    assert record["batch"] == record["advice"]["batch"] == batch
+    assert record["command"].endswith("--sources 8" if not given else "--batch 24 --sources 8")
+
+
+def test_references_that_train_reads_with_each_batch_decide_the_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stablefield.training import placement
+
+    monkeypatch.setattr(placement, "fits", lambda *_: False)
+    monkeypatch.setattr(placement, "LOADED_REFERENCES", 70)
+    np.save(tmp_path / "grey.npy", np.random.default_rng(0).integers(0, 256, (90, 28, 28), dtype=np.uint8))
+    flags = ("--references", "all", "--noise-levels", "1,8,30", "--sources", "8")
+    for batch in (64, 80):
+        assert (
+            status("probe", str(tmp_path / "grey.npy"), *flags, "--batch", str(batch), "--out", str(tmp_path / "o"))
+            == 0
+        )
+        first, figure = capsys.readouterr().out.splitlines()[:2]
+        advice = json.loads((tmp_path / "o" / "probe.json").read_text())["advice"]
+        of_pool = next(entry["batch_variance"] for entry in advice["sizes"] if entry["references"] == 70)
+        assert f"batches of {batch}, {max(70, batch)} as references: " in first
+        expected = of_pool if batch < 70 else advice["batch_variance_in_batch"]
+        assert f": {100 * expected:.0f} ± " in figure
 
 
 @pytest.mark.parametrize("given", [(), ("--by-class",)])

@@ -151,7 +151,7 @@ def test_a_run_whose_terminal_is_closed_is_saved(tmp_path: Path) -> None:
         if alive(pid):
             os.kill(pid, signal.SIGKILL)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert status == 0
+    assert status == 129
     newest = RunFolder(run).newest()
     assert newest is not None
     assert newest[1].step >= 4

@@ -34,7 +34,7 @@ def status(*arguments: str) -> int:
 
 
 def drawn(run: Path, out: Path, *flags: str) -> dict[str, np.ndarray]:
-    assert status("sample", str(run), "--out", str(out), *flags) == 0
+    assert status("sample", str(run), "--out", str(out), "--overwrite", *flags) == 0
     with np.load(out) as arrays:
         return dict(arrays)
 

@@ -136,7 +136,7 @@ def test_ctrl_c_while_torch_is_imported_is_told_in_a_line(tmp_path: Path) -> Non
         assert child.stdout.readline() == "importing\n"
         child.send_signal(signal.SIGINT)
         _, told = child.communicate(timeout=20)
-    assert (child.returncode, told) == (1, "stablefield: interrupted.\n")
+    assert (child.returncode, told) == (130, "stablefield: interrupted.\n")
 
 
 def test_commands_for_copying_are_quoted_for_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,11 @@
 """Pictures: tiles lie where they should, files hold what was written, tables say what is in a set."""
 
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from stablefield.data import Origin, make_image_set, open_images, sample_grid, summary, tile, write_png
 from stablefield.data.image_set import class_text
@@ -88,12 +89,49 @@ def test_images_with_classes_lie_in_the_order_of_the_classes_with_a_caption_wher
     assert len(captioned) == (1 if classes == 1 else len(tops))
 
 
+def captioned(*names: str) -> np.ndarray:
+    """A grid of one image of a class per name, 128 pixels wide each."""
+    return class_grid(np.zeros((len(names), 1, 64, 64), np.uint8), np.arange(len(names)), names)
+
+
+@pytest.mark.parametrize(
+    "names", [("Füchse", "Föchse"), ("Ωμέγα", "Ωμόγα"), ("Жук", "Жёк"), ("żółw", "žółw"), ("€5", "¥5")]
+)
+def test_captions_have_latin_greek_and_cyrillic_letters(names: tuple[str, str]) -> None:
+    first, second, number = captioned(names[0]), captioned(names[1]), captioned("0")
+    assert (first != number).any()
+    # Boxes in the place of letters would all look alike.
+    assert (first != second).any()
+    # Decomposed, as names of folders on a Mac are, it looks the same.
+    np.testing.assert_array_equal(captioned(unicodedata.normalize("NFD", names[0])), first)
+
+
+@pytest.mark.parametrize("name", ["猫", "cat 猫", "قطة", "חתול"])
+def test_a_name_of_letters_that_the_font_lacks_is_replaced_by_the_number(name: str) -> None:
+    np.testing.assert_array_equal(captioned("ant", name), captioned("ant", "1"))
+
+
+def test_without_matplotlib_captions_have_the_letters_of_pillows_own_font(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stablefield.data.png.find_spec", lambda _: None)
+    assert (captioned("ant") != captioned("0")).any()
+    np.testing.assert_array_equal(captioned("Жук"), captioned("0"))
+    monkeypatch.setattr("PIL.ImageFont.load_default", lambda size=None: _small(size))
+    assert (captioned("ant") != captioned("0")).any()
+    np.testing.assert_array_equal(captioned("Жук"), captioned("0"))
+
+
+def _small(size: float | None) -> ImageFont.ImageFont:
+    if size is not None:
+        raise ImportError("no FreeType")
+    return ImageFont.load_default_imagefont()
+
+
 def test_a_caption_is_the_number_with_the_name_and_fits_its_image():
     images = np.zeros((9, 3, 8, 8), np.uint8)
     np.testing.assert_array_equal(class_grid(images, None), tile(images))
     labels = np.arange(9, dtype=np.int64)
     plain = class_grid(images, labels)
-    for names in (["a"] * 9, ["x" * 500] * 9, ["line\nbreak \x1b[31m"] * 9, ["\u732b"] * 9):
+    for names in (["a"] * 9, ["x" * 500] * 9, ["line\nbreak \x1b[31m"] * 9):
         named = class_grid(images, labels, names)
         assert named.shape == plain.shape
         assert (named != plain).any()

@@ -790,12 +790,35 @@ def test_labels_that_are_not_one_integer_per_row_are_refused(labels, target, dro
         objective(identity, normal(4, 2), labels, generator=generator())
 
 
+@pytest.mark.parametrize("dropout", [0.0, 1.0])
+def test_what_the_target_refuses_of_labels_is_told_of_class_labels(dropout):
+    x0, index = normal(4, 2), torch.arange(4)
+    labels = torch.tensor([0, 1, 1, 0])
+
+    def refused(references, told, index=None):
+        target = sf.StableTarget(sf.EDM(), references=references)
+        objective = sf.Objective(sf.EDM(), target=target, label_dropout=dropout)
+        with pytest.raises(ValueError, match="class_labels") as error:
+            objective(identity, x0, told, index, generator=generator())
+        return str(error.value)
+
+    some = refused(sf.InBatch(), torch.tensor([0, -1, 1, 0]))
+    missing = refused(sf.Pool(x0, group=labels), None, index)
+    unasked = refused(sf.Pool(x0), labels, index)
+    assert some.startswith("class_labels[1] is -1: -1 stands for a label that was dropped")
+    assert missing.startswith("class_labels is missing: ")
+    assert unasked.startswith("class_labels is given")
+    if not dropout:  # a label that nobody sees cannot be wrong
+        other = refused(sf.Pool(x0, group=labels), 1 - labels, index)
+        assert other.startswith("class_labels[0] is 1: the Pool has another label")
+
+
 def test_what_the_target_refuses_is_refused():
     x0 = normal(4, 2)
     pool = sf.Objective(sf.EDM(), target=sf.StableTarget(sf.EDM(), references=sf.Pool(x0)))
     with pytest.raises(ValueError, match="index is missing"):
         pool(identity, x0)
-    with pytest.raises(ValueError, match="group is given"):
+    with pytest.raises(ValueError, match="class_labels is given"):
         pool(identity, x0, torch.zeros(4, dtype=torch.long), torch.arange(4))
     with pytest.raises(ValueError, match="NaN"):
         sf.Objective(sf.EDM(), target=sf.StableTarget(sf.EDM(), references=sf.InBatch()))(identity, x0 * math.nan)

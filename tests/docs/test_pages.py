@@ -16,6 +16,7 @@ from PIL import Image
 import stablefield as sf
 from stablefield.cli.entry import main
 from stablefield.cli.verbs import parse
+from stablefield.training.recipes import DIGITS
 
 VERBS = ["train", "compare", "sample", "ema", "evaluate", "probe", "bench", "export", "import", "doctor"]
 IDS = [str(page.relative_to(DOCS)) for page in PAGES]
@@ -126,13 +127,22 @@ def test_the_answer_of_the_probe_is_the_committed_one() -> None:
     advice, phases = record["advice"], record["phases"]
     size = next(s for s in advice["sizes"] if s["references"] == advice["recommended_references"])
     text = " ".join((DOCS / "choosing.md").read_text("utf-8").split())
-    assert f"EDM training: {100 * advice['share_of_batch_in_band']:.0f} % of a batch can gain: worth it. VE" in text
+    whole = advice["sizes"][-1]
+    assert f"EDM training, batches of {advice['batch']}, all {whole['references']:,} as references: worth it." in text
+    assert f"Variance of the sum over a batch: {100 * whole['batch_variance']:.0f} ± " in text
+    assert f"Rows that can gain: {100 * advice['share_of_batch_in_band']:.0f} %; VE" in text
+    assert f"Variance of the sum over a batch of {advice['batch']}, single sample 100 %:" in text
     assert f"Take {size['references']:,} references: they leave {size['variance_left']:.1%} " in text
     assert f"{100 * advice['batch_variance_in_batch']:.0f} ± " in text
     assert f"{100 * size['batch_variance']:.0f} ± " in text
     below, above = phases["one_sample_below"]["noise_level"], phases["prior_above"]["noise_level"]
     assert f"below noise level {below:.2g}, the prior above {above:.2g}." in text
     assert f"as train has it: from {advice['band_from']:.3g}: below" in text
+
+
+def test_the_probe_of_the_digits_is_of_the_batch_that_train_takes() -> None:
+    record = json.loads((DOCS / "assets/digits-probe.json").read_text())
+    assert record["batch"] == record["advice"]["batch"] == DIGITS.batch
 
 
 def test_numbers_of_the_enumeration_in_prose_are_those_that_the_tests_hold() -> None:

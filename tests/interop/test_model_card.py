@@ -81,6 +81,36 @@ def test_a_name_is_shown_as_it_is_and_nothing_of_it_is_markup(name: str) -> None
     assert not re.search(r"(?<!\\)[$@]|(?<!\\):|www(?<!\\)\.e", written)
 
 
+@pytest.mark.parametrize("name", HOSTILE)
+def test_the_card_of_a_conditional_run_lists_its_classes_by_number_and_name(name: str) -> None:
+    def conditional(*names: str) -> str:
+        told = ModelCard(
+            name="m", data="digits", shape=(1, 8, 8), classes=len(names), parameters=3, recipe=Recipe(), step=9, ema="none",
+            version="1", class_names=names,
+        )  # fmt: skip
+        return told.text()
+
+    plain, kinds = shown(conditional("ant", "bee"))
+    place = plain.index("number")
+    assert plain[place - 2 : place + 6] == [
+        "Classes", "The network is told a class by its number, 0 to 1, or -1 for none.", "number", "name",
+        "0", "ant", "1", "bee",
+    ]  # fmt: skip
+    texts, found = shown(conditional("ant", name))
+    assert found <= kinds | {"text_special"}
+    assert texts == [one_line(name) if text == "bee" else text for text in plain]
+
+
+def test_the_card_says_where_classes_have_no_names_and_nothing_where_there_are_none() -> None:
+    sizes = {"shape": (1, 8, 8), "parameters": 3}
+    told = {"name": "m", "data": "x", "recipe": Recipe(), "step": 9, "ema": "none", "version": "1"}
+    assert (
+        "0 to 6, or -1 for none. What the classes are called is not known."
+        in ModelCard(classes=7, **sizes, **told).text()
+    )
+    assert "Classes" not in ModelCard(classes=0, **sizes, **told).text()
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -182,7 +212,7 @@ def test_results_that_are_no_json_are_told_of_by_their_file(content: str, tmp_pa
 def test_fifo_among_the_results_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "evaluations").mkdir()
     os.mkfifo(tmp_path / "evaluations" / "pixels.json")
-    with pytest.raises(ValueError, match=r"pixels\.json is a FIFO"):
+    with pytest.raises(ValueError, match=r"pixels\.json holds no results \(it is a FIFO"):
         results_of_run(tmp_path)
 
 

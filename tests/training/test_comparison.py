@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 import stablefield as sf
+from stablefield.cli.comparison_words import summary
 from stablefield.cli.entry import main
 from stablefield.data.digits import open_digits
 from stablefield.evaluation.extractor import RawPixels
@@ -17,7 +19,7 @@ from stablefield.probe import fit
 from stablefield.probe.exact import Exact, ExactPosterior
 from stablefield.probe.fit import measure_fit
 from stablefield.probe.population import Population
-from stablefield.training.comparison import LEVELS, Score, plan_looks, read_scores, run_one, spread
+from stablefield.training.comparison import LEVELS, Outcome, Score, plan_looks, read_scores, run_one, spread
 from stablefield.training.model import open_model
 from stablefield.training.recipe import Perceptron
 from stablefield.training.recipes import DIGITS
@@ -149,6 +151,40 @@ def test_a_spread_is_the_standard_error_over_seeds_and_one_seed_has_none() -> No
         spread([])
 
 
+def outcomes_of(gains: Sequence[float], frechet: Sequence[float]) -> list[Outcome]:
+    """Runs of both targets whose distances at middle noise levels differ by these shares."""
+    found: list[Outcome] = []
+    for seed, (gain, value) in enumerate(zip(gains, frechet, strict=True)):
+        for target, distance in (("dsm", 1.0), ("stf", 1.0 - gain)):
+            score = Score(9, 5.0, (distance,) * len(LEVELS), value, 0.1, 1.0, 1.0)
+            found.append(Outcome(target, seed, (score,), Path("run")))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("gains", "said"),
+    [
+        # Standard errors over seeds, by hand: half the difference of two.
+        ([0.0312, 0.0330], "in 2 of 2 seeds, by 3.21% ± 0.09% on average (3.12% to 3.30%);"),
+        ([0.20, 0.30], "in 2 of 2 seeds, by 25.0% ± 5.0% on average (20.0% to 30.0%);"),
+        ([0.05, 0.45], "in 2 of 2 seeds, by 25% ± 20% on average (5% to 45%);"),
+        ([-0.0004, 0.0002], "in 1 of 2 seeds, by -0.01% ± 0.03% on average (-0.04% to 0.02%);"),
+        ([0.03, 0.03], "in 2 of 2 seeds, by 3.00% ± less than 0.01% on average (3.00% to 3.00%);"),
+        ([0.031], "in 1 of 1 seed, by 3.1%;"),
+        ([-0.0001], "in 0 of 1 seed, by 0.0%;"),
+    ],
+)
+def test_the_headline_gives_the_spread_the_digits_that_it_has(gains: list[float], said: str) -> None:
+    told = summary(outcomes_of(gains, [2.0] * len(gains)), range(len(gains)), "FD")
+    assert said in told
+    assert "± 0%" not in told
+    assert "-0%" not in told
+    one = len(gains) == 1
+    assert ("±" in told) != one
+    assert ("One seed tells no spread: pass more, such as --seeds 0,1,2." in told) == one
+    assert ("± is the standard error over" in told) != one
+
+
 def test_all_runs_of_a_comparison_share_one_pass_for_the_posterior_mean(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,14 +198,19 @@ def test_all_runs_of_a_comparison_share_one_pass_for_the_posterior_mean(
     monkeypatch.setattr(fit, "ExactPosterior", Counted)
     flags = ("--steps", "4", "--looks", "1", "--samples", "60", *FLAGS[6:])
     assert status("compare", "digits", "--seeds", "0,1", *flags, "--out", str(tmp_path / "c")) == 0
-    assert sum(passes) == 1024 * len(LEVELS)
+    # Once for all runs; a few rows told before how long it takes.
+    assert sum(passes) == (16 + 16 + 128 + 1024) * len(LEVELS)
     text = " ".join(capsys.readouterr().out.split())
-    foretold = re.search(r"takes about (\d+ s|\d+ min \d+ s): .* of scoring \(1 look at each run on 60 samples\)", text)
+    foretold = re.search(
+        r"takes about (\d+ s|\d+ min \d+ s) from here: .* of scoring \(1 look at each run on 60 samples\)", text
+    )
     assert foretold is not None
     assert foretold.start() < text.index("distance DSM")
-    headline = re.search(r"in \d of 2 seeds, by (-?\d+)% ± (\d+)% on average \((-?\d+)% to (-?\d+)%\)", text)
+    headline = re.search(
+        r"in \d of 2 seeds, by (-?[\d.]+)% ± (?:less than )?([\d.]+)% on average \((-?[\d.]+)% to (-?[\d.]+)%\)", text
+    )
     assert headline is not None
-    mean, _, least, most = map(int, headline.groups())
+    mean, _, least, most = map(float, headline.groups())
     assert least <= mean <= most
     assert "± is the standard error over 2 seeds" in text
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -74,6 +75,56 @@ def test_the_command_refuses_to_resume_beside_a_running_run(tmp_path: Path, caps
         with pytest.raises(SystemExit) as end:  # which writes nothing
             main(["train", "--resume", "--dry-run", "--out", str(run.path), "--device", "cpu"])
         assert end.value.code == 0
+
+
+def test_a_second_fresh_run_in_a_folder_is_told_who_trains_in_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from stablefield.cli.entry import main
+
+    run = start(tmp_path / "run", dataclasses.replace(SMALL, steps=4))
+    command = ["train", "digits", "--out", str(run.path), "--device", "cpu"]
+    holder = hold(run.path / ".stablefield.lock")
+    try:
+        words = rf"run is being trained by process {holder.pid} on {os.uname().nodename} since 20\d\d-.* UTC: wait"
+        with pytest.raises(SystemExit) as end:
+            main(command)
+        assert end.value.code == 2
+        assert re.search(words, capsys.readouterr().err)
+        with pytest.raises(ValueError, match=words):
+            start(run.path)
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert (run.path / ".stablefield.lock").exists()  # as a kill leaves it
+    with pytest.raises(SystemExit):
+        main(command)
+    told = capsys.readouterr().err
+    assert "is not empty" in told
+    assert "--resume" in told
+
+
+def test_whether_a_lock_is_free_is_asked_without_taking_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from stablefield.training import lock
+
+    path = tmp_path / "lock"
+    Lock(path).require_free()
+    assert not path.exists()
+    first = Lock(path, beat=0.05)
+    first.acquire()
+    with pytest.raises(ValueError, match=f"by process {os.getpid()}"):
+        Lock(path).require_free()
+    first.release()
+    write_holder(path, elsewhere())  # which shows by its signs of life alone
+    with pytest.raises(ValueError, match="by process 7 on elsewhere since 2026"):
+        Lock(path).require_free()
+    os.utime(path, (time.time() - 100, time.time() - 100))
+    Lock(path).require_free()
+    write_holder(path, Holder.here())
+    Lock(path).require_free()
+    monkeypatch.setattr(lock, "_flock", lambda *_: None)
+    with pytest.raises(ValueError, match=f"by process {os.getpid()}"):
+        Lock(path).require_free()
 
 
 def test_a_stopped_holder_on_another_machine_is_outlived_and_a_living_one_is_not(tmp_path: Path) -> None:

@@ -104,6 +104,10 @@ class Compare:
         self.measure.check()
         if self.looks is not None and self.looks < 1:
             raise ValueError(f"--looks is {self.looks}: each run is scored at least once, at its end.")
+        if self.samples is not None:
+            from stablefield.evaluation.self_check import check_samples  # needs torchmetrics
+
+            check_samples(f"--samples {self.samples}", self.samples)
         check_folder("--out", self.out or Path("compare", "new"))
 
     def run(self) -> int:
@@ -114,20 +118,23 @@ class Compare:
         assert isinstance(data, ImageSet)
         out = self.out or Path("compare") / data.name
         check_place("--out", out / "report.html")
-        looks, configs = self._configs(seeds, data, device)
-        from stablefield.evaluation.self_check import SelfCheck  # needs torchmetrics
+        from stablefield.evaluation.self_check import SelfCheck, check_samples  # needs torchmetrics
 
+        wanted = len(data) if self.samples is None else self.samples
+        check_samples(f"--samples {wanted}", wanted, len(data))
+        looks, configs = self._configs(seeds, data, device)
         extractor = self.measure.open(data.shape, device)
         first = configs[0][2].recipe
         console.print(
             f"DSM and STF on {data.name}: {len(seeds)} seeds, {first.steps:,} steps of {first.batch}, on {device}"
         )
-        console.print(foretold(configs, looks, data, device, out))
         check = SelfCheck.prepare(data, extractor, samples=min(looks.samples, len(data)))
-        outcomes = self._train(configs, data, check, looks, device, out)
+        console.print(foretold(configs, looks, data, check, device, out))
+        with Interruption() as interruption:
+            outcomes = self._train(configs, data, check, looks, device, out, interruption)
         if outcomes is None:
             console.print(f"stopped; the same command goes on: --out {quoted(out)}")
-            return 0
+            return interruption.status
         name = frechet_name(extractor)
         _print(outcomes, seeds, name)
         self._write(outcomes, seeds, data, out, name, check, device)
@@ -182,10 +189,11 @@ class Compare:
         looks: Looks,
         device: torch.device,
         out: Path,
+        interruption: Interruption,
     ) -> list[Outcome] | None:
         outcomes: list[Outcome] = []
         optimum: Optimum | None = None
-        with _Bars(configs) as bars, Interruption() as interruption:
+        with _Bars(configs) as bars:
             for target, seed, config in configs:
                 path = out / f"{target}-seed{seed}"
                 folder = RunFolder(path) if (path / "config.json").is_file() else RunFolder.create(path, config)
@@ -322,7 +330,7 @@ def _print(outcomes: Sequence[Outcome], seeds: Sequence[int], name: str) -> None
             str(seed),
             f"{a.middle:.4f}",
             f"{b.middle:.4f}",
-            f"{improvement(outcomes, seed):.0%}",
+            f"{round(100 * improvement(outcomes, seed), 1) + 0.0:.1f}%",
             f"{a.frechet:.3f} ± {a.frechet_error:.3f}",
             f"{b.frechet:.3f} ± {b.frechet_error:.3f}",
             f"{a.seconds:.0f}",

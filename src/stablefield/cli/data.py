@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from stablefield.cli.console import console, relative
-from stablefield.cli.places import PICTURES, check_place, check_suffix, looks_like_file
+from stablefield.cli.places import PICTURES, check_free, check_place, check_suffix, looks_like_file
 from stablefield.cli.sources import open_data, print_reading
 from stablefield.data.inspect import sample_grid, summary
 from stablefield.data.packed import pack
@@ -53,8 +53,8 @@ class Pack:
         s, dest = self.source, self.destination.dest
         if looks_like_file(dest):
             check_suffix("DEST", dest, (".safetensors",), "a packed file")
-        if dest.exists() and not dest.is_dir() and not self.destination.overwrite:
-            raise ValueError(f"DEST {dest} exists: pass another name, or --overwrite.")
+        if not dest.is_dir():
+            check_free("DEST", dest, overwrite=self.destination.overwrite)
         check_place("DEST", dest)
         images = open_data(s.data, s.resolution, s.resize, s.split, s.skip_broken)
         path = pack(images, self.destination.dest, overwrite=self.destination.overwrite)
@@ -71,6 +71,8 @@ class Inspect:
     source: Annotated[_Reading, tyro.conf.arg(name="")]
     out: Path = Path("samples.png")
     """The picture."""
+    overwrite: bool = False
+    """Replace it if it exists."""
     count: int = 64
     """Images in the picture."""
     seed: int = 0
@@ -80,6 +82,8 @@ class Inspect:
         """Print a table and write the picture."""
         s = self.source
         check_suffix("--out", self.out, PICTURES, "a picture")
+        if not self.out.is_dir():
+            check_free("--out", self.out, overwrite=self.overwrite)
         check_place("--out", self.out)
         if self.count < 1:
             raise ValueError(f"--count is {self.count}: show at least 1 image.")

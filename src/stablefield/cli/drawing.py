@@ -152,16 +152,14 @@ class DrawingFlags:
         return _MANY_STEPS.get(self.sampler, _STEPS) if self.steps is None else self.steps
 
     @property
-    def evaluations(self) -> int:
-        """Network evaluations of a sample, about: rk45 chooses its own, guidance doubles them."""
+    def calls(self) -> int:
+        """Calls of what is guided, or of the network, for a sample, about: rk45 chooses its own."""
         steps = self.steps_taken
         if steps is None:
-            one = _ADAPTIVE
-        elif self.sampler == "heun":
-            one = 2 * steps - 1
-        else:
-            one = steps * (1 + self.corrector_steps) if self.sampler in ("pc-ve", "pc-vp") else steps
-        return one * (1 if self.guidance == 1 else 2)
+            return _ADAPTIVE
+        if self.sampler == "heun":
+            return 2 * steps - 1
+        return steps * (1 + self.corrector_steps) if self.sampler in ("pc-ve", "pc-vp") else steps
 
     def sigmas(self, process: Process | None) -> Tensor:
         """The grid of noise levels, on which a run's own process gives ve and vp their ends.

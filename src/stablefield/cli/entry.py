@@ -1,7 +1,7 @@
 """The entry point: which verb, and how a failure is told.
 
-Exit status 0 for success, 1 for a run that failed, 2 for wrong use. A failure is one paragraph on standard error, without a
-traceback unless --debug is given.
+Exit status 0 for success, 1 for a run that failed, 2 for wrong use; after a signal 128 and its number, as shells have it. A
+failure is one paragraph on standard error, without a traceback unless --debug is given.
 """
 
 import atexit
@@ -22,6 +22,7 @@ from stablefield.cli.usage import answer
 
 __all__ = ["main", "program"]
 
+_INTERRUPTED = 128 + signal.SIGINT
 _NEEDED = ("tyro", "rich", "PIL", "safetensors", "accelerate")
 
 
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         status = _run(arguments)
     except KeyboardInterrupt:
         _tell("interrupted.")
-        status = 1
+        status = _INTERRUPTED
     except Exception as error:
         if debug and sys.stderr is not None:
             sys.stderr.write(clean(traceback.format_exc()))
@@ -121,7 +122,7 @@ def _ended_by_ctrl_c() -> Generator[None]:
 
     def end(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
         _tell("interrupted.")
-        os._exit(1)
+        os._exit(_INTERRUPTED)
 
     usual = threading.current_thread() is threading.main_thread() and (
         signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -210,7 +211,7 @@ def _end(status: int) -> NoReturn:
         atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]
     except KeyboardInterrupt:
         _tell("interrupted.")
-        status = 1
+        status = _INTERRUPTED
     except Exception as error:
         _tell(f"at its end: {type(error).__name__}: {error}")
         status = status or 1

@@ -8,7 +8,7 @@ import tyro
 
 from stablefield.cli.drawing import DrawingFlags
 from stablefield.cli.extractors import ExtractorFlags
-from stablefield.cli.places import check_folder, check_place
+from stablefield.cli.places import check_folder, check_place, unused
 from stablefield.data.resizing import Resize
 from stablefield.report.extra import require
 
@@ -120,7 +120,4 @@ class EvaluationFlags:
             return self.out
         folder = Path(self.subject) / "evaluations" if self.is_run else Path()
         name = f"{self.extractor.extractor}-{self.drawing.sampler}" if self.is_run else "evaluation"
-        number = 1
-        while (path := folder / f"{name if number == 1 else f'{name}-{number}'}.json").exists():
-            number += 1
-        return path
+        return unused(folder / f"{name}.json")

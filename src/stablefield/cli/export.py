@@ -83,6 +83,7 @@ class Export:
             data=config.data,
             shape=config.shape,
             classes=config.classes,
+            class_names=config.class_names,
             parameters=sum(parameter.numel() for parameter in denoiser.parameters()),
             recipe=config.recipe,
             step=model.step,

@@ -27,10 +27,12 @@ class Interruption:
 
     Attributes:
         requested: whether somebody wants to stop.
+        status: the exit status of who stops for it, 128 and the signal's number as a shell has it; 0 if nobody wants it.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self.status = 0
         self._found = {number: signal.getsignal(number) for number in _SIGNALS}
         if self._found[signal.SIGHUP] == signal.SIG_IGN:
             del self._found[signal.SIGHUP]
@@ -47,6 +49,7 @@ class Interruption:
 
     def _request(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self.requested = True
+        self.status = self.status or 128 + number
         if number == signal.SIGHUP:
             _fall_silent()
         if number == signal.SIGINT:

@@ -30,7 +30,7 @@ __all__ = ["inventory"]
 _COMMON = {
     "train": "out recipe steps batch learning-rate resolution conditional target device resume",
     "compare": "out seeds recipe steps batch learning-rate resolution looks samples device",
-    "sample": "out seeds sampler steps class guidance ema batch device",
+    "sample": "out overwrite seeds sampler steps class guidance ema batch device",
     "evaluate": "data metrics samples repeats extractor out report against sampler steps device",
     "probe": "references noise-levels plan batch aim tolerance by-class seed out device",
 }

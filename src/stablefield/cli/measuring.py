@@ -1,8 +1,7 @@
 """What `stablefield evaluate` does: samples of a run, or images from anywhere, through extractors, against real images."""
 
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,16 +13,16 @@ from torch import Tensor
 
 from stablefield.cli.console import console
 from stablefield.cli.evaluation_flags import EvaluationFlags, MetricName
+from stablefield.cli.forecast import feature_seconds, metric_seconds
 from stablefield.cli.sample import own_device
 from stablefield.cli.settling import pick_device
 from stablefield.cli.sources import open_data
-from stablefield.cli.subjects import FoundImages, RunSamples
+from stablefield.cli.subjects import DEFAULT_SAMPLES, FoundImages, RunSamples
 from stablefield.cli.words import duration
 from stablefield.cli.work import Work
 from stablefield.data.collector import cache_folder
 from stablefield.data.image_set import ImageSet
 from stablefield.evaluation.commit import running_commit
-from stablefield.evaluation.cost import wait_for
 from stablefield.evaluation.extractor import Extractor, RawPixels
 from stablefield.evaluation.feature_pass import Batch, Lens, extract, set_batches
 from stablefield.evaluation.measurement import Measurement, check_counts, lens_for
@@ -61,8 +60,6 @@ _METRICS: dict[MetricName, Metric] = {
     "coverage": Coverage(),
 }
 _SHOWN = 64
-# Rows of the product that is timed.
-_TIMED = 512
 _REMEDY = " To make it anew: --no-cache, or delete the file."
 
 
@@ -87,8 +84,12 @@ def measure(flags: EvaluationFlags, processes: Processes) -> Measured:
         ValueError: if the flags do not fit the run, the images or the data.
         ImportError: if the extractor's package is missing.
     """
+    # As far as the flags tell it, before anything is opened.
+    samples = DEFAULT_SAMPLES if flags.is_run and flags.samples is None else flags.samples
+    check_counts(_everything(flags), samples, flags.real.references)
     device = pick_device(own_device(flags.device))
     source = RunSamples(flags, device, processes) if flags.is_run else FoundImages(flags, processes)
+    check_counts(_everything(flags), source.count, flags.real.references)
     with Work() as work:
         measurements = _Plan(flags, source, device, processes, work).measurements()
         lenses = [measurement.lens for measurement in measurements]
@@ -119,6 +120,12 @@ def measure(flags: EvaluationFlags, processes: Processes) -> Measured:
         labels=labels,
         class_names=source.class_names,
     )
+
+
+def _everything(flags: EvaluationFlags) -> tuple[Metric, ...]:
+    """The metrics that are asked for, of whatever extractor."""
+    others: dict[str, Metric] = {"nearest": Nearest(), "classifier-score": ClassifierScore()}
+    return tuple({**_METRICS, **others}[name] for name in flags.metrics)
 
 
 def _remembered(
@@ -167,48 +174,56 @@ class _Plan:
         scores: tuple[Metric, ...] = (ClassifierScore(),) if "classifier-score" in flags.metrics else ()
         near: tuple[Metric, ...] = (Nearest(),) if "nearest" in flags.metrics else ()
         check_counts(chosen + scores, self._source.count, len(self._wanted))
+        training, held_out = data, None
+        if near:
+            training = data if self._split == "train" else self._real(self._source.data_name, "train")
+            check_counts(near, self._source.count, len(training))
+            held_out = self._held_out()
         found: list[Measurement] = []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ProtocolWarning)
             warnings.simplefilter("always", DamagedCacheWarning)
             extractor = flags.extractor.open(data.shape, self._device) if chosen else None
             classifier = flags.extractor.open_classifier(self._device)
-            self._foretell([(e, m) for e, m in ((extractor, chosen), (classifier, scores)) if e is not None and m])
-            if extractor is not None:
-                reference = self._measured(self._wanted, lens_for(extractor, chosen), self._cache)
-                found.append(Measurement(extractor=extractor, metrics=chosen, reference=reference))
-            if near:
-                training = data if self._split == "train" else self._real(self._source.data_name, "train")
-                check_counts(near, self._source.count, len(training))
-                pixels = RawPixels(data.shape)
-                # Pixels are at hand anyway: nothing to keep.
-                whole = ReferenceSet(images=training, split="train")
-                reference = self._measured(whole, lens_for(pixels, near), None)
-                held_out = self._held_out(pixels)
-                found.append(Measurement(extractor=pixels, metrics=near, reference=reference, held_out=held_out))
-            if classifier is not None and scores:
-                reference = self._measured(self._wanted, lens_for(classifier, scores), self._cache)
-                found.append(Measurement(extractor=classifier, metrics=scores, reference=reference))
+            pixels = RawPixels(data.shape)
+            # Pixels are at hand anyway: nothing to keep.
+            whole = ReferenceSet(images=training, split="train")
+            seen = [
+                (looking, metrics, reference, cache)
+                for looking, metrics, reference, cache in (
+                    (extractor, chosen, self._wanted, self._cache),
+                    (pixels, near, whole, None),
+                    (classifier, scores, self._wanted, self._cache),
+                )
+                if looking is not None and metrics
+            ]
+            if self._processes.first:
+                self._foretell(seen, held_out)
+            for looking, metrics, reference, cache in seen:
+                measured = self._measured(reference, lens_for(looking, metrics), cache)
+                control = self._pixels_of(held_out, pixels) if looking is pixels else None
+                found.append(Measurement(extractor=looking, metrics=metrics, reference=measured, held_out=control))
         remedies = {str(w.message): "" if w.category is DamagedCacheWarning else _REMEDY for w in caught}
         for message, remedy in remedies.items():
             console.print(f"[yellow]warning:[/] {escape(message)}{remedy}")
         return found
 
-    def _foretell(self, seen: Sequence[tuple[Extractor, tuple[Metric, ...]]]) -> None:
-        """Say how long this will take, from a batch or two that are thrown away."""
-        source, wanted, repeats = self._source, self._wanted, self._flags.repeats
+    def _foretell(
+        self,
+        seen: Sequence[tuple[Extractor, tuple[Metric, ...], ReferenceSet, Path | None]],
+        held_out: ImageSet | None,
+    ) -> None:
+        """Say how long this will take from here, from a batch or two that are thrown away."""
+        source, repeats = self._source, self._flags.repeats
         drawing = repeats * source.seconds()
         looking = comparing = 0.0
-        rows = min(self._flags.feature_batch, len(self._data))
-        images = torch.from_numpy(np.array(self._data.images[:rows]))
-        for extractor, metrics in seen:
+        images = torch.from_numpy(np.array(self._data.images[: self._flags.feature_batch]))
+        for extractor, metrics, reference, cache in seen:
             lens = lens_for(extractor, metrics)
-            count = repeats * source.count + (0 if is_kept(wanted, lens, self._cache) else len(wanted))
-            looking += count * _seconds(lambda extractor=extractor: extractor(images), self._device) / rows
-            comparing += _pair_seconds(extractor.dim) * _pairs(metrics, source.count, len(wanted), repeats)
-        if "nearest" in self._flags.metrics:
-            # To the training images, and to others of about as many that were not trained on.
-            comparing += _pair_seconds(int(np.prod(source.shape))) * 2 * repeats * source.count * len(self._data)
+            control = len(held_out) if held_out is not None and isinstance(metrics[0], Nearest) else 0
+            once = (0 if is_kept(reference, lens, cache) else len(reference)) + control
+            looking += (repeats * source.count + once) * feature_seconds(lens, images, self._device)
+            comparing += metric_seconds(extractor, metrics, source.count, len(reference), control, repeats)
         looking /= self._processes.count
         parts = [
             f"{duration(seconds)} of {what}"
@@ -216,7 +231,7 @@ class _Plan:
             if seconds >= 1
         ]
         known = f": {', '.join(parts)}" if len(parts) > 1 else ""
-        console.print(f"takes about {duration(drawing + looking + comparing)}{known}")
+        console.print(f"takes about {duration(drawing + looking + comparing)} from here{known}")
 
     def _real(self, name: str, split: str) -> ImageSet:
         """Real images, brought to their size as the run's were in training unless the flags say otherwise."""
@@ -236,8 +251,8 @@ class _Plan:
             progress=self._work,
         )
 
-    def _held_out(self, extractor: RawPixels) -> Tensor | None:
-        """Pixels of real images that were not trained on, (h, d); None where there are none."""
+    def _held_out(self) -> ImageSet | None:
+        """Real images that were not trained on; None where there are none."""
         name = self._flags.real.held_out
         try:
             images = self._real(name or self._source.data_name, "train" if name else "test")
@@ -250,35 +265,16 @@ class _Plan:
                 f"--held-out {name or self._source.data_name} has images of {_size(images.shape)}, --data of "
                 f"{_size(self._data.shape)}: pass images of one size, or --resolution."
             )
+        return images
+
+    def _pixels_of(self, images: ImageSet | None, extractor: RawPixels) -> Tensor | None:
+        """The pixels of all images, (h, d)."""
+        if images is None:
+            return None
         rows = np.arange(len(images))
         batches = set_batches(images.images, rows, self._flags.feature_batch, self._processes)
         (features,) = extract(batches, [Lens(extractor=extractor, moments=False)], "held-out image")
         return features.rows
-
-
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Time of a call, once it has been called."""
-    call()
-    wait_for(device)
-    began = time.perf_counter()
-    call()
-    wait_for(device)
-    return time.perf_counter() - began
-
-
-def _pair_seconds(dim: int) -> float:
-    """Time of one distance between rows of `dim` features, on the CPU and in float64 as metrics take it."""
-    rows = torch.ones(_TIMED, dim, dtype=torch.float64)
-    return _seconds(lambda: rows @ rows.T, torch.device("cpu")) / _TIMED**2
-
-
-def _pairs(metrics: Sequence[Metric], samples: int, real: int, repeats: int) -> float:
-    """Distances that metrics take over all repeats; those within the real images are taken once."""
-    manifold = [metric for metric in metrics if isinstance(metric, Precision | Recall | Density | Coverage)]
-    kernel = sum(metric.subsets * 3 * metric.subset_size**2 for metric in metrics if isinstance(metric, Kernel))
-    within = real**2 if any(not isinstance(metric, Recall) for metric in manifold) else 0
-    own = samples**2 if any(isinstance(metric, Recall) for metric in manifold) else 0
-    return within + repeats * (own + len(manifold) * samples * real + kernel)
 
 
 def _size(shape: Sequence[int]) -> str:

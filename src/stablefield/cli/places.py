@@ -4,7 +4,16 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-__all__ = ["PICTURES", "check_folder", "check_new_folder", "check_place", "check_suffix", "looks_like_file"]
+__all__ = [
+    "PICTURES",
+    "check_folder",
+    "check_free",
+    "check_new_folder",
+    "check_place",
+    "check_suffix",
+    "looks_like_file",
+    "unused",
+]
 
 PICTURES = (".png", ".jpg", ".jpeg")
 """The pictures that are written."""
@@ -77,6 +86,44 @@ def check_new_folder(flag: str, path: Path, advice: str = "name a new folder") -
     check_folder(flag, path)
     if path.is_dir() and any(not found.name.startswith(".") for found in path.iterdir()):
         raise ValueError(f"{flag} {path} is not empty: {advice}.")
+
+
+def check_free(flag: str, path: Path, *, overwrite: bool) -> None:
+    """Make sure that nothing is written over or among files that are there, unless it is asked for.
+
+    Args:
+        flag: that named the place, for the error.
+        path: the file, or the folder, which may be there if it is empty.
+        overwrite: whether files may be replaced.
+
+    Raises:
+        ValueError: saying what is there.
+    """
+    if overwrite:
+        return
+    try:
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{flag} {path} exists: name another file, or replace it with --overwrite.")
+        found = (
+            sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(".")) if path.is_dir() else []
+        )
+    except OSError:
+        return  # whoever tries to write there says why that cannot be
+    if found:
+        many = "1 file" if len(found) == 1 else f"{len(found):,} files"
+        raise ValueError(
+            f"{flag} {path} holds {many}, such as {found[0]}: name a new folder, or write among them with --overwrite, "
+            "which replaces those of the same names."
+        )
+
+
+def unused(path: Path) -> Path:
+    """The file of that name, or with the first number from 2 at which there is none."""
+    number, found = 1, path
+    while found.exists():
+        number += 1
+        found = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return found
 
 
 def check_suffix(flag: str, path: Path, suffixes: Collection[str], what: str) -> None:

@@ -10,7 +10,7 @@ import tyro
 from stablefield.cli.places import check_folder
 from stablefield.cli.probing import Probing, read_levels
 from stablefield.cli.probing_bias import probe_bias
-from stablefield.cli.probing_data import probe_data, training_for
+from stablefield.cli.probing_data import Plan, probe_data, recipe_for, training_for
 from stablefield.cli.probing_run import probe_run
 from stablefield.cli.recipes import limit
 from stablefield.cli.settling import pick_device
@@ -32,10 +32,10 @@ class Probe:
     """Sizes of reference sets to measure; the whole set leaves no variance and is not sampled."""
     noise_levels: str = ""
     """Where to measure, such as 0.5,1,2,5; chosen from the data if not given."""
-    plan: Literal["edm", "ve", "vp", "flow"] = "edm"
-    """The training to advise on: its noise levels and loss weights."""
-    batch: int = 512
-    """Rows per training step: for the variance of the whole batch, and the cost."""
+    plan: Plan = "auto"
+    """The training to advise on: its noise levels and loss weights; auto is what train does with these data."""
+    batch: int | None = None
+    """Rows per training step: for the variance of the whole batch, and the cost; as train has them if not given."""
     aim: float = 0.1
     """Share of each row's variance that may stay."""
     by_class: bool = False
@@ -84,7 +84,8 @@ class Probe:
         images = open_data(self.data, self.resolution, self.resize, "train", self.skip_broken, bound)
         print_reading(images)
         if self.check_bias:
-            process = training_for(self.plan, self.batch).process
+            recipe = recipe_for(images, probing, by_class=self.by_class)
+            process = training_for(self.plan, self.batch, recipe).process
             passed = probe_bias(images, probing, process=process, by_class=self.by_class, false_alarm=self.false_alarm)
             return 0 if passed else 1
         probe_data(

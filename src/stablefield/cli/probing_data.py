@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich.table import Table
 from torch import Tensor
@@ -26,29 +27,46 @@ from stablefield.probe.variance import VarianceCurve, measure_variance
 from stablefield.report import write_chart, write_page
 from stablefield.report.variance_page import phases_chart, sizes_chart, variance_chart, variance_page
 from stablefield.training.placement import resolve_band, resolve_references
+from stablefield.training.recipe import Recipe
 
-__all__ = ["probe_data", "training_for"]
+__all__ = ["Plan", "probe_data", "recipe_for", "training_for"]
 
-# Trainings to advise on, by --plan: what a sentence calls them, and what they are.
+Plan = Literal["auto", "edm", "ve", "vp", "flow"]
+"""Trainings to advise on: what `train` would do with the data, or one by name."""
+
+# Those with a name: what a sentence calls them, and what they are.
 _PLANS = {
     "edm": ("EDM", Training()),
     "ve": ("VE", Training(process=VE(), noise_levels=LogUniform(), weighting=SNRWeighting())),
     "vp": ("VP", Training(process=VP(), noise_levels=Uniform(), weighting=SNRWeighting())),
     "flow": ("flow", Training(process=RectifiedFlow(), noise_levels=Uniform(0.0, 1.0), weighting=FlowWeighting())),
 }
-# Shares of a batch below which nothing, or little, is to be expected.
+# Shares of the variance of a batch below which nothing, or little, is to be expected.
 _NOTHING, _LITTLE = 0.01, 0.1
 # Lines of the table that fit a terminal.
 _LINES = 8
 
 
-def training_for(plan: str, batch: int) -> Training:
-    """The training that --plan means, with so many rows per step.
+def recipe_for(images: ImageSet, probing: Probing, *, by_class: bool) -> Recipe:
+    """What `train` would do with these data if it were told no more than their name, with its references resolved."""
+    recipe = chosen("auto", images, accelerated=probing.device.type == "cuda")[1]
+    recipe = dataclasses.replace(recipe, target="stf", noise_band="auto", conditional=by_class)
+    references, _ = resolve_references(recipe, images, probing.device)
+    return dataclasses.replace(recipe, references=references)
+
+
+def training_for(plan: Plan, batch: int | None, recipe: Recipe) -> Training:
+    """The training that --plan and --batch mean; what they leave open is as in `recipe`.
 
     Raises:
         ValueError: if the batch is below 1.
     """
-    return dataclasses.replace(_PLANS[plan][1], batch=batch)
+    planned = (
+        Training(process=recipe.process, noise_levels=recipe.noise_levels, weighting=recipe.weighting)
+        if plan == "auto"
+        else _PLANS[plan][1]
+    )
+    return dataclasses.replace(planned, batch=recipe.batch if batch is None else batch)
 
 
 def probe_data(
@@ -57,14 +75,15 @@ def probe_data(
     *,
     sizes: Sequence[int],
     levels: Sequence[float] | None,
-    plan: str,
-    batch: int,
+    plan: Plan,
+    batch: int | None,
     aim: float,
     by_class: bool,
 ) -> None:
     """Measure the variance, print advice and a table, and write numbers, pictures and the report.
 
-    The noise band is the one that `train` would find on these data, by the same call.
+    The references, the batch and the noise band are those that `train` would take for these data, by the same calls. What
+    is said first is said of them.
 
     Args:
         images: the data.
@@ -72,7 +91,7 @@ def probe_data(
         sizes: of reference sets.
         levels: noise levels; chosen from the data if None.
         plan: the training to advise on.
-        batch: its rows per step.
+        batch: its rows per step; as `train` has them if None.
         aim: share of each row's variance that may stay.
         by_class: whether posteriors stay within classes.
 
@@ -81,8 +100,11 @@ def probe_data(
     """
     out = make_folder(probing.out or Path("probes") / images.name)
     population = probing.population(images, by_class=by_class)
-    training = training_for(plan, batch)
-    band, finding = _training_band(images, by_class, probing)
+    recipe = recipe_for(images, probing, by_class=by_class)
+    training = training_for(plan, batch, recipe)
+    band, finding = resolve_band(recipe, images, probing.device)
+    if isinstance(recipe.references, int):  # so that there is a figure for them
+        sizes = sorted({*sizes, recipe.references})
     with Bar("measuring") as bar:
         curve = measure_variance(
             population,
@@ -97,7 +119,11 @@ def probe_data(
         together = measure_batch(population, curve, training, band=band, seed=probing.seed, progress=bar)
     phases = find_phases(curve)
     advice = advise(curve, training, band=band, batch=together, aim=aim)
-    said = _advice_lines(curve, phases, advice, together, plan, finding)
+    name = _PLANS[plan][0] if plan in _PLANS else type(training.process).__name__
+    said = [
+        _verdict(curve, advice, together, training, recipe, name),
+        *_advice_lines(curve, phases, advice, together, name, finding),
+    ]
     for line in said:
         console.print(line)
     console.print(_curve_lines(curve))
@@ -106,8 +132,8 @@ def probe_data(
         "command": probing.command,
         "data": images.manifest,
         "seed": probing.seed,
-        "plan": plan,
-        "batch": batch,
+        "plan": name.lower(),
+        "batch": training.batch,
         "device": str(probing.device),
         "phases": phases_record(phases),
         "advice": advice_record(advice, together),
@@ -125,26 +151,36 @@ def probe_data(
     print_written(out, written)
 
 
-def _training_band(images: ImageSet, by_class: bool, probing: Probing) -> tuple[float, str]:
-    """Where `train` would let the noise band begin on these data, and what it would say of that."""
-    recipe = chosen("auto", images, accelerated=probing.device.type == "cuda")[1]
-    recipe = dataclasses.replace(recipe, target="stf", noise_band="auto", conditional=by_class)
-    references, _ = resolve_references(recipe, images, probing.device)
-    return resolve_band(dataclasses.replace(recipe, references=references), images, probing.device)
+def _verdict(
+    curve: VarianceCurve, advice: Advice, together: BatchVariance, training: Training, recipe: Recipe, name: str
+) -> str:
+    """Whether to expect anything of the training at hand, and by which figures."""
+    taken = max(recipe.references, together.batch) if isinstance(recipe.references, int) else curve.samples
+    references = f"all {curve.samples:,}" if taken >= curve.samples else f"{taken:,}"
+    # A set that is no larger than the batch is the batch.
+    found = together.in_batch if taken == together.batch < curve.samples else together.of(taken, curve.samples)
+    assert found is not None
+    left, error = float(found.mean), float(found.error)
+    others = [
+        f"{other} {_percent(share_above(advice.band, plan.noise_levels, plan.process))}"
+        for other, plan in _PLANS.values()
+        if other != name
+    ]
+    return (
+        f"{name} training, batches of {together.batch:,}, {references} as references: {_expect(1 - left, error)}.\n"
+        f"Variance of the sum over a batch: {_ratio(left, error)} of the single sample's.\n"
+        f"Rows that can gain: {_percent(share_above(advice.band, training.noise_levels, training.process))}; "
+        f"{', '.join(others)}."
+    )
 
 
 def _advice_lines(
-    curve: VarianceCurve, phases: Phases, advice: Advice, together: BatchVariance, plan: str, finding: str
+    curve: VarianceCurve, phases: Phases, advice: Advice, together: BatchVariance, name: str, finding: str
 ) -> list[str]:
     best = advice.recommended
     everything = best.size >= curve.samples
     size = f"all {curve.samples:,}" if everything else f"{best.size:,}"
     whole = advice.sizes[-1]
-    shares = {
-        name: share_above(advice.band, training.noise_levels, training.process)
-        for name, (_, training) in _PLANS.items()
-    }
-    others = ", ".join(f"{_PLANS[name][0]} {_percent(share)}" for name, share in shares.items() if name != plan)
     single, prior = phases.single_below, phases.prior_above
     left = "none" if everything else f"{best.left:.1%} (± {best.error:.1%})"
     beside = [f"{_ratio(together.in_batch.mean, together.in_batch.error)} with the batch alone"]
@@ -153,8 +189,7 @@ def _advice_lines(
         for entry, size in ((best, size), *(() if everything else ((whole, f"all {curve.samples:,}"),)))
     ]
     lines = [
-        f"{_PLANS[plan][0]} training: {_percent(shares[plan])} of a batch can gain: {_expect(shares[plan])}. {others}.",
-        f"Take {size} references: they leave {left} of a row's variance in {_PLANS[plan][0]} training.",
+        f"Take {size} references: they leave {left} of a row's variance in {name} training.",
         f"Variance of the sum over a batch of {together.batch:,}, single sample 100 %:\n{', '.join(beside)}.",
         f"Phases: one sample below noise level {_level(single)}, the prior above {_level(prior)}.",
         f"Noise band, as train has it:\n{finding}.",
@@ -170,10 +205,11 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.1f} %"
 
 
-def _expect(share: float) -> str:
-    if share < _NOTHING:
+def _expect(gain: float, error: float) -> str:
+    """What a lower variance is worth, as a share of that of the single sample."""
+    if gain < max(_NOTHING, 2 * error):
         return "expect nothing"
-    return "expect little" if share < _LITTLE else "worth it"
+    return "expect little" if gain < _LITTLE else "worth it"
 
 
 def _ratio(mean: float | Tensor | None, error: float | Tensor | None) -> str:

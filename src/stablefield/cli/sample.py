@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stablefield.cli.console import console, relative
 from stablefield.cli.drawing import DrawingFlags, Model
-from stablefield.cli.places import PICTURES, check_place, check_suffix, looks_like_file
+from stablefield.cli.places import PICTURES, check_free, check_place, check_suffix, looks_like_file, unused
 from stablefield.cli.settling import pick_device
 from stablefield.cli.work import Work
 from stablefield.data.png import class_grid, write_picture, write_png
@@ -41,8 +41,10 @@ class Sample:
     seeds: str = "0-63"
     """Which images: numbers and ranges, such as 0-63 or 1,5,8-12. Image k is the same in every call."""
     out: Path | None = None
-    """FILE.png or FILE.jpg for a grid, FILE.npz, or a folder for one file per image; RUN/samples/SAMPLER-STEPS.png if not
-    given."""
+    """FILE.png or FILE.jpg for a grid, FILE.npz, or a folder for one file per image; RUN/samples/SAMPLER-STEPS.png with a
+    number, if that is taken, if not given."""
+    overwrite: bool = False
+    """Replace a file that exists; write among the files of a folder that is not empty."""
     device: str = ""
     """Where to compute; a GPU if there is one."""
     drawing: Annotated[DrawingFlags, tyro.conf.arg(name="")] = field(default_factory=DrawingFlags)
@@ -65,11 +67,13 @@ class Sample:
         device = pick_device(own_device(self.device))
         folder = RunFolder.open(self.run_folder)
         steps = "" if flags.steps_taken is None else f"-{flags.steps_taken}"
-        out = self.out or folder.path / "samples" / f"{flags.sampler}{steps}.png"
+        out = self.out or unused(folder.path / "samples" / f"{flags.sampler}{steps}.png")
         kind = out.suffix.lower()
         single = kind in _SINGLE
         if looks_like_file(out):
             check_suffix("--out", out, _SINGLE, "one file of all images")
+        if not single or not out.is_dir():
+            self._check_free(out, processes)
         check_place("--out", out, folder=not single)
         model = flags.open(folder.path, device)
         chunks = processes.share(chunks_of(seeds, flags.batch, coupled=flags.coupled))
@@ -118,6 +122,16 @@ class Sample:
         if told is not None:
             console.print(escape(told))
         console.print(f"written: {escape(relative(out))}")
+
+    def _check_free(self, out: Path, processes: Processes) -> None:
+        refusal: ValueError | None = None
+        try:
+            check_free("--out", out, overwrite=self.overwrite)
+        except ValueError as error:
+            refusal = error
+        # All have looked before the first of them writes.
+        if not processes.all(refusal is None):
+            raise refusal or ValueError(f"--out {out} is taken, as another process sees it: name another place.")
 
     def _write_arrays(self, out: Path, images: NDArray[np.uint8], seeds: list[int], model: Model) -> None:
         # arr_0 and the channels last: what the usual evaluators of .npz files read.

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,18 @@ from stablefield.evaluation.processes import Processes
 from stablefield.evaluation.reference import told
 from stablefield.sampling.samples import chunks_of
 
-__all__ = ["FoundImages", "RunSamples"]
+__all__ = ["DEFAULT_SAMPLES", "FoundImages", "RunSamples"]
 
 DEFAULT_SAMPLES = 5000
+"""Of a run, unless told otherwise."""
+
+
+# Evaluations of the network that are timed, the first of which does not count.
+_TIMED = 4
+
+
+class _EnoughError(Exception):
+    """Ends a drawing of which enough has been seen."""
 
 
 class RunSamples:
@@ -83,23 +93,27 @@ class RunSamples:
         return self._flags.drawing.labels(self._starts()[repeat] + numbers, self._model.own.config)
 
     def seconds(self) -> float:
-        """About how long drawing the samples of a repeat takes, from one evaluation of the network on a batch."""
-        flags, model = self._flags.drawing, self._model.own
-        rows = min(flags.batch, self.count)
-        x = torch.zeros(rows, *self.shape, device=self._device)
-        sigma = torch.ones(rows, device=self._device)
-        labels = torch.zeros(rows, dtype=torch.long, device=self._device) if model.config.classes else None
+        """About how long drawing the samples of a repeat takes, from the first evaluations of a chunk, thrown away."""
+        flags = self._flags.drawing
+        chunks = chunks_of(range(self.count), flags.batch, coupled=flags.coupled)
+        marks: list[float] = []
 
-        def once() -> None:
-            with torch.no_grad():
-                _ = model.denoiser(x, sigma) if labels is None else model.denoiser(x, sigma, labels)
+        def mark(_: float) -> None:
             wait_for(self._device)
+            marks.append(time.perf_counter())
+            if len(marks) > _TIMED:
+                raise _EnoughError
 
-        once()
         began = time.perf_counter()
-        once()
-        one = time.perf_counter() - began
-        return one * flags.evaluations * -(-self.count // rows) / self._processes.count
+        with suppress(_EnoughError):
+            flags.drawing(self._model, self._device, mark)(chunks[0])
+            marks.append(time.perf_counter())
+        # The first evaluation of all is slower than those that follow; the solver's own work is between them.
+        steady = marks[1:] if len(marks) > 2 else marks
+        each = (steady[-1] - steady[0]) / max(1, len(steady) - 1)
+        one = marks[0] - began + each * flags.calls
+        rows = sum(len(chunk.seeds) for chunk in chunks) / len(chunks[0].seeds)
+        return one * rows / self._processes.count
 
     def making(self) -> Making:
         """How the samples were made."""

@@ -1,7 +1,6 @@
 """`stablefield train DATA`: train a model and leave a run folder."""
 
 import dataclasses
-import importlib
 import shlex
 import time
 from collections.abc import Callable
@@ -117,10 +116,14 @@ class Train:
         if self.evaluate_every < 0:
             raise ValueError(f"--evaluate-every is {self.evaluate_every}: it must not be negative.")
         if self.evaluate_every:
-            importlib.import_module("stablefield.evaluation.self_check")  # needs torchmetrics
+            from stablefield.evaluation.self_check import check_samples  # needs torchmetrics
+
             self.measure.check()
+            check_samples(f"--evaluate-samples {self.evaluate_samples}", self.evaluate_samples)
         check_tracker(self.tracker)
         if not self.print and not self.dry_run:
+            if self.out is not None:
+                RunFolder(self.out).require_unlocked()
             advice = f"name a new folder, or continue the run in it with --resume --out {shlex.quote(str(self.out))}"
             check_new_folder("--out", self.out or Path("runs", "new"), advice)
 
@@ -141,18 +144,25 @@ class Train:
         if self.resume:
             check_tracker(self.tracker)
             folder, config = self._existing(held if state.is_main_process and not self.dry_run else None)
+            done = _steps_done(folder)
+            if done >= config.recipe.steps and not self.dry_run:
+                console.print(f"nothing left to do: {done:,} of {config.recipe.steps:,} steps are done.")
+                console.print("A run cannot be extended yet: to train for longer, begin a new one with more --steps.")
+                _print_sampling(folder)
+                return 0
             with first_process_first(state):
                 data = open_data(self.data or config.data, **config.opening)
+            self._check_samples(data)
         else:
             folder = None
             data = self.opened
             assert isinstance(data, ImageSet)
+            self._check_samples(data)
             # Decided once: others may have other memory.
             config = told(self._new(data, device) if state.is_main_process else None)
             assert config is not None
         if self.dry_run:
-            newest = None if folder is None else folder.newest()
-            return self._rehearse(config, data, device, 0 if newest is None else newest[1].step)
+            return self._rehearse(config, data, device, 0 if folder is None else _steps_done(folder))
         observers = self._observers(data, device)
         # From here on Ctrl-C is a wish to stop in order: whoever sees that a run has begun can rely on it.
         with Interruption() as interruption:
@@ -178,9 +188,7 @@ class Train:
         console.print(f"run folder: {escape(relative(folder.path))}")
         accelerator = make_accelerator(device, self.tracker, folder)
         began = time.monotonic()
-        newest = folder.newest()
-        begun = 0 if newest is None else newest[1].step
-        with TrainingProgress(recipe.steps, begun) as progress:
+        with TrainingProgress(recipe.steps, _steps_done(folder)) as progress:
             done = train(
                 folder,
                 config,
@@ -200,8 +208,9 @@ class Train:
         else:
             console.print(f"done in {duration(time.monotonic() - began)}")
             console.print(f"samples:    {escape(relative(folder.picture(done)))}")
-        console.print(f"draw more:  {quoted('stablefield', 'sample', folder.path, '--seeds', '0-63')}")
-        return 0
+        _print_sampling(folder)
+        # A run that was not finished is no success to whoever started it, such as a shell or a scheduler.
+        return interruption.status if done < recipe.steps else 0
 
     def _new(self, data: ImageSet, device: torch.device) -> RunConfig:
         recipe = self.config
@@ -230,6 +239,12 @@ class Train:
             version=stablefield.__version__,
             opening=opening_of(self, data),
         )
+
+    def _check_samples(self, data: ImageSet) -> None:
+        if self.evaluate_every:
+            from stablefield.evaluation.self_check import check_samples  # needs torchmetrics
+
+            check_samples(f"--evaluate-samples {self.evaluate_samples}", self.evaluate_samples, len(data))
 
     def _observers(self, data: ImageSet, device: torch.device) -> list[FrechetObserver]:
         if not self.evaluate_every or not PartialState().is_main_process:
@@ -300,8 +315,18 @@ class Train:
         else:
             for complaint in newest[2]:
                 console.print(f"[yellow]passed over:[/] {escape(complaint)}")
-            console.print(f"continuing from step {newest[1].step:,}")
+            if newest[1].step < folder.config().recipe.steps:
+                console.print(f"continuing from step {newest[1].step:,}")
         return folder, folder.config()
+
+
+def _steps_done(folder: RunFolder) -> int:
+    newest = folder.newest()
+    return 0 if newest is None else newest[1].step
+
+
+def _print_sampling(folder: RunFolder) -> None:
+    console.print(f"draw more:  {quoted('stablefield', 'sample', folder.path, '--seeds', '0-63')}")
 
 
 def _free_name(name: str) -> Path:

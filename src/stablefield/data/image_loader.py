@@ -31,6 +31,7 @@ from stablefield.data.image_files import ImageFiles
 from stablefield.data.image_set import ImageSet, Origin, labels_sha256
 from stablefield.data.pillow import require_pillow
 from stablefield.data.resizing import Resize, Resolution, height_and_width, natural_resolution, resize_text
+from stablefield.regular_file import reason
 
 __all__ = ["Progress", "load_image_files"]
 
@@ -200,7 +201,7 @@ def _guarded(read: Callable[[], T]) -> T | _Broken:
     except OSError as error:
         return _Broken(error.strerror or str(error) or type(error).__name__)
     except Exception as error:
-        return _Broken(str(error).strip() or type(error).__name__)
+        return _Broken(reason(error).strip() or type(error).__name__)
 
 
 def _broken_text(reasons: Sequence[str], count: int) -> str:

@@ -7,7 +7,11 @@ classes, with a caption where a class begins.
 
 import math
 import os
+import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,8 @@ PICTURE_WIDTH = 1000
 CELL_WIDTH = 128
 CAPTION = 13
 """Size of the letters of a caption, in pixels."""
+# No character by definition: what a font draws for it, it draws for all that it lacks.
+_NO_LETTER = "\uffff"
 
 
 def tile(
@@ -113,7 +119,8 @@ def class_grid(
     for row in rows:
         begins = [place for place, i in enumerate(row) if int(labels[i]) not in named and not named.add(int(labels[i]))]
         if begins:
-            texts = [class_text(int(labels[row[place]]), class_names) for place in begins]
+            numbers = [int(labels[row[place]]) for place in begins]
+            texts = [(class_text(number, class_names), class_text(number, None)) for number in numbers]
             lefts = [padding + place * (images.shape[3] * scale + padding) for place in begins]
             parts.append(_captions(texts, [*lefts, width], images.shape[1]))
         parts.append(_widened(tile(images[row], len(row), scale, padding), width))
@@ -128,25 +135,60 @@ def _widened(picture: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
     return np.pad(picture, ((0, 0), (0, width - picture.shape[1]), (0, 0)), constant_values=255)
 
 
-def _captions(texts: Sequence[str], edges: Sequence[int], channels: int) -> NDArray[np.uint8]:
-    """A strip of captions, each from its edge to no further than the next one."""
-    require_pillow("drawing captions")
-    from PIL import Image, ImageDraw, ImageFont
+def _captions(texts: Sequence[tuple[str, str]], edges: Sequence[int], channels: int) -> NDArray[np.uint8]:
+    """A strip of captions, each from its edge to no further than the next one.
 
-    try:
-        font: Any = ImageFont.load_default(CAPTION)
-    except (ImportError, OSError):  # a Pillow without FreeType has one small font, of Latin letters
-        font = ImageFont.load_default()
-        texts = [text.encode("latin-1", "replace").decode("latin-1") for text in texts]
+    Args:
+        texts: what each says, and what it says where the font lacks a letter of that.
+        edges: where each begins, and where the strip ends.
+        channels: of the strip.
+    """
+    require_pillow("drawing captions")
+    from PIL import Image, ImageDraw
+
+    font = _font()
     strip = Image.new("L", (edges[-1], CAPTION + 6), 255)
     drawing = ImageDraw.Draw(strip)
-    for text, left, right in zip(texts, edges[:-1], edges[1:], strict=True):
-        shown = cut = "".join(letter if letter.isprintable() else "?" for letter in text)
+    for (text, plain), left, right in zip(texts, edges[:-1], edges[1:], strict=True):
+        # A letter and its accent may be two characters, as in names from a Mac, and would be drawn one beside the other.
+        composed = unicodedata.normalize("NFC", text)
+        printed = "".join(letter if letter.isprintable() else "?" for letter in composed)
+        shown = cut = printed if all(map(partial(_has, font), printed)) else plain
         while cut and drawing.textlength(shown, font) > right - left - 4:
             cut = cut[:-1]
             shown = f"{cut.rstrip()}..."
         drawing.text((left + 1, 3), shown, fill=40, font=font)
     return np.repeat(np.asarray(strip)[:, :, None], channels, axis=2)
+
+
+def _font() -> Any:
+    """The font of captions: that of matplotlib, with Latin, Greek and Cyrillic letters; else Pillow's, which has few."""
+    from PIL import ImageFont
+
+    try:
+        found = find_spec("matplotlib")  # where it is, without importing it
+        home = None if found is None or found.origin is None else Path(found.origin).parent
+        if home is not None:
+            with suppress(OSError):
+                return ImageFont.truetype(str(home / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"), CAPTION - 1)
+        return ImageFont.load_default(CAPTION)
+    except (ImportError, OSError):  # a Pillow without FreeType has one small font, of Latin letters
+        return ImageFont.load_default()
+
+
+def _has(font: Any, letter: str) -> bool:
+    """Whether a font draws a letter, and not a box in its place."""
+    if unicodedata.bidirectional(letter) in ("R", "AL"):  # it has the letters, but neither joins nor turns them
+        return False
+    try:
+        drawn = font.getmask(letter)
+    except UnicodeEncodeError:  # the small font has nothing beyond Latin-1
+        return False
+    try:
+        missing = font.getmask(_NO_LETTER)
+    except UnicodeEncodeError:
+        return True
+    return letter.isspace() or drawn.size != missing.size or bytes(drawn) != bytes(missing)
 
 
 def _scale(columns: int, width: int, padding: int) -> int:

@@ -8,6 +8,7 @@ gradients agree in expectation. The objective reports that term for every row.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Protocol
@@ -260,18 +261,24 @@ class Objective:
                 seen = class_labels.masked_fill(draws.hidden, -1)
         t = draws.t
         x_t = self.process.perturb(x0, t, draws.noise)
-        target = self.target(
-            x0,
-            x_t,
-            t,
-            seen,
-            index,
-            noise=draws.noise,
-            reference_group=class_labels,
-            flip=flip,
-            alone=alone,
-            generator=generator,
-        )
+        try:
+            target = self.target(
+                x0,
+                x_t,
+                t,
+                seen,
+                index,
+                noise=draws.noise,
+                reference_group=class_labels,
+                flip=flip,
+                alone=alone,
+                generator=generator,
+            )
+        except ValueError as error:
+            told = _LABELS.sub("class_labels", str(error))
+            if told == str(error):
+                raise
+            raise ValueError(told) from error
         x = x_t / per_row(self.process.alpha(t), x0)
         return Example(x, self.process.noise_level(t), seen, target)
 
@@ -310,6 +317,10 @@ class Objective:
         row_loss = weight.to(error.dtype) * error.square().mean(1)
         removed = weight * example.target.variance / math.prod(x.shape[1:])
         return ObjectiveValue(row_loss.mean(), row_loss, level, removed)
+
+
+# What a target calls the labels that an objective was given, where its message names the argument.
+_LABELS = re.compile(r"^(reference_)?group\b")
 
 
 def _check_data(x0: Tensor) -> None:

@@ -41,15 +41,20 @@ def lens_for(extractor: Extractor, metrics: Sequence[Metric]) -> Lens:
     )
 
 
-def check_counts(metrics: Sequence[Metric], samples: int, references: int) -> None:
-    """Find out before any image is drawn whether there are enough.
+def check_counts(metrics: Sequence[Metric], samples: int | None, references: int | None) -> None:
+    """Find out before any image is read or drawn whether there will be enough.
+
+    Args:
+        metrics: what is to be measured.
+        samples: of each repeat; None while that is not known.
+        references: real images to measure against; None likewise.
 
     Raises:
         ValueError: naming the metric that takes more.
     """
     for metric in metrics:
         for side, count in (("samples", samples), ("reference images", references)):
-            if count < metric.least:
+            if count is not None and count < metric.least:
                 name = type(metric).__name__
                 raise ValueError(
                     f"there are {count} {side}, but {name} takes at least {metric.least}: use more of them (thousands, for "

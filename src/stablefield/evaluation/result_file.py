@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stablefield.evaluation.result import Result
-from stablefield.regular_file import JSON_LIMIT, open_regular
+from stablefield.regular_file import JSON_LIMIT, open_regular, reason
 
 __all__ = ["read_results", "write_results"]
 
@@ -66,7 +66,7 @@ def read_results(path: str | Path) -> tuple[str, list[Result]]:
         return str(record["subject"]), [Result.from_dict(result) for result in record["results"]]
     # Besides what is missing or of another type: numbers beyond float64, and lists within lists a thousand deep.
     except (OSError, KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
-        told = (error.strerror or error) if isinstance(error, OSError) else error
+        told = (error.strerror or error) if isinstance(error, OSError) else reason(error)
         raise ValueError(f"{path} holds no results ({told}): name a file that `stablefield evaluate` wrote.") from error
 
 

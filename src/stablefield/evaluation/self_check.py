@@ -31,7 +31,7 @@ from stablefield.evaluation.frechet import Gaussian, distance_between, fit_featu
 from stablefield.evaluation.names import frechet_name
 from stablefield.evaluation.reference import Progress, ReferenceSet, measure_reference
 
-__all__ = ["Reading", "SelfCheck", "jackknife_error"]
+__all__ = ["Reading", "SelfCheck", "check_samples", "jackknife_error"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,16 +105,7 @@ class SelfCheck:
         Raises:
             ValueError: if there are fewer samples than two a group, or fewer real images than samples.
         """
-        if groups < 2 or samples < 2 * groups:
-            raise ValueError(
-                f"samples={samples}, groups={groups}: a self-check takes at least 2 groups of 2 samples; 500 samples or "
-                "more are of use."
-            )
-        if samples > len(images):
-            raise ValueError(
-                f"samples={samples} is above the {len(images)} images of the data: as many real images are measured "
-                f"beside them; pass at most {len(images)}."
-            )
+        check_samples(f"samples={samples}", samples, len(images), groups)
         lens = Lens(extractor=extractor)
         whole = ReferenceSet(images=images, split="train")
         real = measure_reference(whole, lens, batch=batch, cache=cache, commit=commit, progress=progress)
@@ -154,6 +145,36 @@ class SelfCheck:
             standard_error=jackknife_error(features, self.reference, self.groups),
             floor=self.floor,
             count=len(features),
+        )
+
+
+def check_samples(said: str, samples: int, images: int | None = None, groups: int = 20) -> None:
+    """Find out before any work whether a self-check can be made of so many samples.
+
+    Args:
+        said: how the number was given, for the error, such as "--samples 10".
+        samples: how many.
+        images: in the data; None while that is not known.
+        groups: parts of the jackknife.
+
+    Raises:
+        ValueError: if there are fewer samples than two a group, or fewer real images than samples.
+    """
+    least = 2 * groups
+    if images is not None and images < least:
+        raise ValueError(
+            f"the data have {images} images: a self-check takes at least {least} samples, and as many real images beside "
+            "them. Take more images."
+        )
+    if groups < 2 or samples < least:
+        raise ValueError(
+            f"{said}: a self-check takes at least 2 groups of 2 samples, and in {groups} groups {least} samples; 500 or "
+            "more are of use."
+        )
+    if images is not None and samples > images:
+        raise ValueError(
+            f"{said} is above the {images} images of the data: as many real images are measured beside them; pass at most "
+            f"{images}."
         )
 
 

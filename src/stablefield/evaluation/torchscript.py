@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stablefield.evaluation.extractor import check_images, full_precision, three_channels
 from stablefield.evaluation.resize import AntialiasedBicubic, Resize
+from stablefield.regular_file import open_regular
 
 __all__ = ["Channels", "TorchScriptExtractor", "dinov2", "file_sha256"]
 
@@ -49,8 +50,9 @@ class TorchScriptExtractor:
         device: str | torch.device = "cpu",
     ) -> None:
         path = Path(path)
-        if not path.is_file():
+        if not path.exists():
             raise ValueError(f"{name}: there is no file {path}: pass the path of a TorchScript file.")
+        open_regular(path).close()
         self._name, self._resize, self._device = name, resize, torch.device(device)
         self._sha256 = file_sha256(path)
         self._network = _load(path, self._device)

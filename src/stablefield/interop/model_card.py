@@ -30,6 +30,7 @@ class ModelCard:
         data: what it was trained on; for an imported one, where it comes from.
         shape: of one image, (C, H, W).
         classes: how many it is told; 0 for none.
+        class_names: what they are called, by number; None where that is not known.
         parameters: how many the network has.
         recipe: how it was trained.
         step: steps done; 0 for an imported one, of whose training nothing is known.
@@ -52,10 +53,14 @@ class ModelCard:
     results: Sequence[Result] = ()
     grid: str | None = None
     pipeline: bool = True
+    class_names: Sequence[str] | None = None
 
     def text(self) -> str:
         """The card as Markdown with a YAML head."""
-        return "\n\n".join(filter(None, [self._head(), self._training(), self._metrics(), self._use()])) + "\n"
+        return (
+            "\n\n".join(filter(None, [self._head(), self._classes(), self._training(), self._metrics(), self._use()]))
+            + "\n"
+        )
 
     def _head(self) -> str:
         library = "diffusers" if self.pipeline else "stablefield"
@@ -82,6 +87,16 @@ class ModelCard:
         if self.grid:
             lines += ["", f"![Samples]({self.grid})"]
         return "\n".join(lines)
+
+    def _classes(self) -> str:
+        """The classes by number: what a user passes, and what it stands for."""
+        if not self.classes:
+            return ""
+        head = f"## Classes\n\nThe network is told a class by its number, 0 to {self.classes - 1}, or -1 for none."
+        if self.class_names is None:
+            return f"{head} What the classes are called is not known."
+        rows = [(str(number), name) for number, name in enumerate(self.class_names)]
+        return f"{head}\n\n{_table(('number', 'name'), rows)}"
 
     def _training(self) -> str:
         recipe = self.recipe

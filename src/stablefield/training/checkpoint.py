@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stablefield.regular_file import reason
 from stablefield.training.files import read_tensors, sha256, sync, write_tensors
 from stablefield.training.records import is_count, read_record, write_record
 
@@ -124,7 +125,7 @@ def read_state(folder: Path) -> State:
             if Path(name).name != name or sha256(path) != expected:
                 raise ValueError("it is not what was written there (its sha256 differs)")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be used: {error}.") from error
+        raise CheckpointError(f"{path} cannot be used: {reason(error)}.") from error
     return State(step, images)
 
 

@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from stablefield.evaluation.self_check import SelfCheck
 
 __all__ = [
-    "LEVELS", "MIDDLE", "Looks", "Outcome", "Score", "Scorer", "Spread", "TargetName", "improvement", "is_done",
-    "optimum_of", "plan_looks", "run_one", "samples_of", "spread",
+    "LEVELS", "MIDDLE", "NFE", "Looks", "Outcome", "Score", "Scorer", "Spread", "TargetName", "improvement", "is_done",
+    "optimum_of", "plan_looks", "rows_of", "run_one", "samples_of", "spread",
 ]  # fmt: skip
 
 LEVELS = (0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
@@ -194,20 +194,25 @@ def plan_looks(recipe: Recipe, images: int, *, looks: int | None = None, samples
     return Looks(min(looks, recipe.steps), samples, one, training)
 
 
-def optimum_of(data: ImageSet, device: torch.device, *, labelled: bool) -> Optimum:
+def rows_of(data: ImageSet) -> int:
+    """Noisy rows at each noise level that a model of these data is held against: as many as memory is given to."""
+    return min(len(data), ROWS, max(64, _KEPT // (4 * len(LEVELS) * math.prod(data.shape))))
+
+
+def optimum_of(data: ImageSet, device: torch.device, *, labelled: bool, rows: int | None = None) -> Optimum:
     """Noisy rows of `data` at `LEVELS` with their exact posterior mean, for all looks of all runs.
 
     Args:
         data: the images.
         device: where the networks are.
         labelled: whether the posterior stays within classes.
+        rows: how many at each level; those of `rows_of` if None.
     """
     labels = torch.from_numpy(data.labels) if labelled and data.labels is not None else None
     population = Population(
         torch.from_numpy(data.images.copy()).to(device), None if labels is None else labels.to(device)
     )
-    rows = min(ROWS, max(64, _KEPT // (4 * len(LEVELS) * population.dim)))
-    return find_optimum(population, LEVELS, rows=rows)
+    return find_optimum(population, LEVELS, rows=rows_of(data) if rows is None else rows)
 
 
 class Scorer:

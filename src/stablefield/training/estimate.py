@@ -14,7 +14,8 @@ from stablefield.training.stepper import Stepper
 
 __all__ = ["Estimate", "estimate"]
 
-STEPS = 3
+# Steps at least and at most, and the seconds after which there are enough: a single step tells little on a busy machine.
+STEPS, MOST, ENOUGH = 3, 30, 1.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ def estimate(config: RunConfig, feed: Feed, accelerator: Accelerator) -> Estimat
     parameters = sum(p.numel() for p in stepper.trained.model.parameters())
     copies = len(stepper.trained.averages) + 4
     times: list[tuple[float, float]] = []
-    for step in range(STEPS):
+    for step in range(MOST):
+        if step >= STEPS and sum(taken for taken, _ in times) > ENOUGH:
+            break
         began, target_began = time.perf_counter(), stepper.target_watch.seconds()
         stepper.take(step)
         if device.type == "cuda":

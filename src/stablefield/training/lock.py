@@ -94,6 +94,29 @@ class Lock:
             pass
         self._thread.start()
 
+    def require_free(self) -> None:
+        """Find out whether somebody holds the lock, without taking it, and without waiting.
+
+        Raises:
+            ValueError: saying who holds it.
+        """
+        try:
+            descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return  # no such file, or none that may be read: whoever takes the lock finds out
+        try:
+            found = os.fstat(descriptor)
+            holder = _holder(os.pread(descriptor, _LONGEST, 0)) if stat.S_ISREG(found.st_mode) else None
+            if holder is None:
+                return
+            free = _flock(descriptor, fcntl.LOCK_SH)
+            if free and holder.near(self._me):
+                return
+            if free is False or time.time() - found.st_mtime < self._patience:
+                raise self._refusal(holder)
+        finally:
+            os.close(descriptor)
+
     def release(self) -> None:
         """Give the lock back."""
         descriptor, self._descriptor = self._descriptor, None
@@ -208,10 +231,10 @@ def _open(path: Path) -> int:
     return descriptor
 
 
-def _flock(descriptor: int) -> bool | None:
+def _flock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool | None:
     """Whether the kernel gave its lock; None where the file system has none."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:

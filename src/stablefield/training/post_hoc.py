@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from stablefield.regular_file import check_safetensors
+from stablefield.regular_file import check_safetensors, reason
 from stablefield.shapes import check_kind
 from stablefield.training.ema import power_exponent
 from stablefield.training.files import write_tensors, write_whole
@@ -178,7 +178,7 @@ def _snapshots(folder: Path) -> list[_Snapshot]:
                 record = unseal(parse((file.metadata() or {}).get("averages", "")), frozenset({"step", "lengths"}))
             found.append(_snapshot(path, record))
         except (OSError, ValueError, SafetensorError) as error:
-            raise _unusable(path, str(error)) from error
+            raise _unusable(path, reason(error)) from error
     return found
 
 

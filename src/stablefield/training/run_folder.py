@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from stablefield.data.image_set import ImageSet, renumbered
+from stablefield.regular_file import reason
 from stablefield.training.checkpoint import CheckpointError, State, read_state, remove
 from stablefield.training.config import decode, encode, fits
 from stablefield.training.lock import Holder, Lock
@@ -104,8 +105,18 @@ class RunFolder:
             ) from error
         return folder
 
+    def require_unlocked(self) -> None:
+        """Find out whether another process trains in the folder, without taking the lock.
+
+        Raises:
+            ValueError: saying who does: which process, on which machine, since when.
+        """
+        if self._lock is None:
+            Lock(self.path / _LOCK).require_free()
+
     def _require_empty(self) -> None:
         if any(found.name not in _BEGINNINGS for found in self.path.iterdir()):
+            self.require_unlocked()
             raise ValueError(
                 f"--out {self.path} is not empty: name a new folder, or continue the run in it with --resume "
                 f"--out {self.path}."
@@ -180,7 +191,7 @@ class RunFolder:
             advice = ""
             if "checksum" in str(error):
                 advice = ' If somebody has changed it on purpose, take its entry "checksum" out.'
-            raise ValueError(f"{path} cannot be used: {str(error).rstrip('.')}.{advice}") from error
+            raise ValueError(f"{path} cannot be used: {reason(error)}.{advice}") from error
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl, without the numbers that are not finite."""
