@@ -1,7 +1,7 @@
 """Stable targets for class-conditional flow matching on latents, with label dropout for guidance.
 
 A row that is told its class may use the references of that class only; a row whose label was dropped may use all. Both
-follow from two lines: the pool knows the class of each latent (`group=`), the call knows the label that the network sees,
+follow from two lines: the pool knows the class of each latent (`labels=`), the call knows the label that the network sees,
 -1 where it sees none. Without them the target would be biased: it would average over images that the network's condition
 rules out.
 
@@ -49,7 +49,7 @@ def main(steps: int = 600) -> list[float]:
     data = open_digits()
     labels = torch.from_numpy(data.labels.copy()).long()
     latents, mean, directions = encode(torch.from_numpy(data.images.copy()).float() / 127.5 - 1)
-    stable = sf.StableTarget(sf.RectifiedFlow(), references=sf.Pool(latents, group=labels))  # +
+    stable = sf.StableTarget(sf.RectifiedFlow(), references=sf.Pool(latents, labels=labels))  # +
     model = Velocity(latents.shape[1])
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     losses: list[float] = []
@@ -61,7 +61,7 @@ def main(steps: int = 600) -> list[float]:
         noise = torch.randn_like(x0)
         x_t = (1 - t[:, None]) * x0 + t[:, None] * noise
         # - velocity = noise - x0
-        velocity = stable(x0, x_t, t, group=seen, index=index, noise=noise).velocity  # +
+        velocity = stable(x0, x_t, t, labels=seen, index=index, noise=noise).velocity  # +
         loss = (model(x_t, t, seen) - velocity).square().mean()
         optimizer.zero_grad()
         loss.backward()

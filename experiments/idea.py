@@ -76,8 +76,8 @@ def picture(groups: list[list[NDArray[np.uint8]]], fitting: list[list[float]], p
 
     cell = groups[0][0].shape[1] * SCALE
     columns, rows = len(groups[0][0]), len(groups[0])
-    group = columns * cell + (columns - 1) * GAP
-    width = LEFT + len(groups) * (group + GROUP_GAP)
+    labels = columns * cell + (columns - 1) * GAP
+    width = LEFT + len(groups) * (labels + GROUP_GAP)
     sheet = Image.new("RGB", (width, TOP + rows * (cell + GAP) + BOTTOM), palette.ground)
     drawing = ImageDraw.Draw(sheet)
     font = ImageFont.truetype(findfont("DejaVu Sans"), 25)
@@ -85,8 +85,8 @@ def picture(groups: list[list[NDArray[np.uint8]]], fitting: list[list[float]], p
     for label, y in zip(LABELS, [*middles, sheet.height - BOTTOM // 2 - 1], strict=True):
         drawing.text((LEFT - 18, y), label, palette.ink, font, anchor="rm", align="right")
     for place, (level, shown, counts) in enumerate(zip(LEVELS, groups, fitting, strict=True)):
-        left = LEFT + place * (group + GROUP_GAP)
-        drawing.text((left + group // 2, TOP // 2), f"noise level {level:g}", palette.ink, font, anchor="mm")
+        left = LEFT + place * (labels + GROUP_GAP)
+        drawing.text((left + labels // 2, TOP // 2), f"noise level {level:g}", palette.ink, font, anchor="mm")
         for column, count in enumerate(counts):
             x = left + column * (cell + GAP)
             for row, kind in enumerate(shown):

@@ -95,8 +95,8 @@ class State:
         self.x_t = self.process.perturb(self.x0, self.t, self.noise)
         self.data = torch.cat([self.x0, self.normal(7, *self.shape)])
         self.index = torch.arange(self.rows)
-        self.group = torch.arange(self.rows) % 2
-        self.pool_group = torch.cat([self.group, torch.arange(7) % 2])
+        self.labels = torch.arange(self.rows) % 2
+        self.pool_group = torch.cat([self.labels, torch.arange(7) % 2])
         self.images = torch.randint(256, (6, 1, 4, 4), generator=g).byte().numpy()
         self.labels = np.arange(6) % 3
         self.grid = torch.tensor([5.0, 2.0, 0.5, 0.0]) if r.random() < 0.5 else torch.tensor([5.0, 1.0, 0.1])
@@ -169,7 +169,7 @@ SIDES = {"real": lambda s: s.normal(9, 4), "generated": lambda s: s.normal(8, 4)
 SIGMAS = {"sigma_min": either(0.002, 0.02), "sigma_max": either(80, 100.0)}
 MADE = {"device": DEVICE, "dtype": DTYPE}
 STEPS = {"steps": either(1, 2, 18, np.int64(5)), **MADE}
-LABELS = either(None, lambda s: s.group)
+LABELS = either(None, lambda s: s.labels)
 TIMES = either(lambda s: s.t, 0.5, lambda s: s.t[0])
 
 
@@ -216,9 +216,9 @@ TARGET_GOOD = {
     "validate_args": FLAG,
 }  # fmt: skip
 CALL_GOOD = {
-    "x0": lambda s: s.x0, "x_t": lambda s: s.x_t, "t": lambda s: s.t, "group": LABELS, "index": lambda s: s.index,
-    "noise": either(None, lambda s: s.noise), "reference_group": either(None), "flip": either(None),
-    "alone": either(None, lambda s: torch.zeros(s.rows, dtype=torch.bool)), "generator": GENERATOR,
+    "x0": lambda s: s.x0, "x_t": lambda s: s.x_t, "t": lambda s: s.t, "labels": LABELS, "index": lambda s: s.index,
+    "noise": either(None, lambda s: s.noise), "reference_labels": either(None), "flip": either(None),
+    "source_only": either(None, lambda s: torch.zeros(s.rows, dtype=torch.bool)), "generator": GENERATOR,
 }  # fmt: skip
 IMAGES = {"images": lambda s: s.image_set()}
 SEED = {"seed": either(0, 5)}
@@ -308,7 +308,7 @@ CASES = {
             "index": either(None),
             "augment_labels": either(None),
             "flip": either(None),
-            "alone": either(None),
+            "source_only": either(None),
             "generator": GENERATOR,
         },
     ),
@@ -324,7 +324,7 @@ CASES = {
             "class_labels": LABELS,
             "index": either(None),
             "flip": either(None),
-            "alone": either(None),
+            "source_only": either(None),
             "generator": GENERATOR,
         },
     ),
@@ -340,7 +340,7 @@ CASES = {
     "pick_noise_band": Case(
         lambda s: sf.pick_noise_band,
         {
-            "pool": either(lambda s: sf.Pool(s.data), lambda s: sf.Pool(s.data, group=s.pool_group)),
+            "pool": either(lambda s: sf.Pool(s.data), lambda s: sf.Pool(s.data, labels=s.pool_group)),
             "tolerance": either(0.1, 0.01),
             "rows": either(4, 256),
             "generator": GENERATOR,
@@ -357,13 +357,13 @@ CASES = {
             "sigma": either(0.5, lambda s: s.process.sigma(s.t)),
             "references": lambda s: s.data,
             "source": either(None, lambda s: s.index),
-            "group": lambda s: s.group,
-            "reference_group": lambda s: s.pool_group,
+            "labels": lambda s: s.labels,
+            "reference_labels": lambda s: s.pool_group,
             "log_prior": either(None, lambda s: torch.zeros(len(s.data))),
             "chunk_size": either(None, 3),
             "kernel": either(None, sf.StudentTKernel(64.0)),
         },
-        needed=("group", "reference_group"),
+        needed=("labels", "reference_labels"),
     ),
     "InBatch": Case(lambda s: sf.InBatch, {}),
     "Pool": Case(
@@ -371,7 +371,7 @@ CASES = {
         {
             "data": either(lambda s: s.data, lambda s: s.data.numpy(), lambda s: s.images),
             "size": either(None, 3),
-            "group": either(None),
+            "labels": either(None),
             "mirrored": FLAG,
             "weights": either(None, lambda s: torch.rand(len(s.data)) + 0.1 if len(s.data) == 7 + s.rows else None),
         },
@@ -382,9 +382,9 @@ CASES = {
     ),
     "StableTarget.__call__": Case(lambda s: sf.StableTarget(s.process, references=sf.InBatch()).__call__, CALL_GOOD),
     "StableTarget.__call__ of a Pool": Case(
-        lambda s: sf.StableTarget(s.process, references=sf.Pool(s.data, group=s.pool_group)).__call__,
-        {**CALL_GOOD, "group": lambda s: s.group},
-        needed=("index", "group"),
+        lambda s: sf.StableTarget(s.process, references=sf.Pool(s.data, labels=s.pool_group)).__call__,
+        {**CALL_GOOD, "labels": lambda s: s.labels},
+        needed=("index", "labels"),
     ),
     "DenoisingTarget.__call__": Case(lambda s: sf.DenoisingTarget(s.process).__call__, CALL_GOOD),
     "from_diffusers": Case(lambda s: sf.from_diffusers, {"scheduler": lambda s: FakeScheduler()}),
@@ -496,7 +496,7 @@ CASES = {
         lambda s: sampling.classifier_free,
         {
             "denoiser": DENOISER,
-            "class_labels": lambda s: s.group,
+            "class_labels": lambda s: s.labels,
             "scale": either(1.5, 1),
             "interval": either(None, (0.1, 5.0)),
         },
@@ -512,7 +512,7 @@ CASES = {
         },
     ),
     "Guided.__call__": Case(
-        lambda s: sampling.classifier_free(Denoise(), s.group, 1.5),
+        lambda s: sampling.classifier_free(Denoise(), s.labels, 1.5),
         {"x": X, "sigma": lambda s: s.t, "class_labels": either(None)},
         local=True,
     ),
@@ -665,7 +665,7 @@ CASES = {
     # Probe.
     "Population": Case(
         lambda s: population.Population,
-        {"data": lambda s: s.data, "group": either(None, lambda s: s.pool_group), "drawn_from": either(None, 100)},
+        {"data": lambda s: s.data, "labels": either(None, lambda s: s.pool_group), "drawn_from": either(None, 100)},
     ),
     "draw_population": Case(
         lambda s: population.draw_population, {**IMAGES, "most": either(4, 100), "by_class": FLAG, **SEED}

@@ -390,6 +390,6 @@ def test_two_processes_draw_and_measure_what_one_does(run: Path, tmp_path: Path)
     assert len(files[0]) == 14
     results = [json.loads((tmp_path / str(count) / "r.json").read_text())["results"] for count in (1, 2)]
     assert len(results[0]) == 7
-    for alone, together in zip(*results, strict=True):
-        assert together["values"] == pytest.approx(alone["values"], rel=1e-9, abs=1e-12)
-        assert together["protocol"] == alone["protocol"]
+    for source_only, together in zip(*results, strict=True):
+        assert together["values"] == pytest.approx(source_only["values"], rel=1e-9, abs=1e-12)
+        assert together["protocol"] == source_only["protocol"]

@@ -303,8 +303,8 @@ def test_arrays_are_resized_too_and_say_so(tmp_path):
     np.save(tmp_path / "g.npy", grey)
     opened = open_images(tmp_path / "c.npz", resolution=6)
     for row, image in zip(opened.images, colour, strict=True):
-        alone = Image.fromarray(image.transpose(1, 2, 0)).resize((6, 6), Image.Resampling.LANCZOS)
-        np.testing.assert_array_equal(row, np.asarray(alone).transpose(2, 0, 1))
+        source_only = Image.fromarray(image.transpose(1, 2, 0)).resize((6, 6), Image.Resampling.LANCZOS)
+        np.testing.assert_array_equal(row, np.asarray(source_only).transpose(2, 0, 1))
     np.testing.assert_array_equal(opened.labels, [2, 0, 1])
     assert "Lanczos to 6 x 6" in opened.manifest["resized"]
     opened.verify()

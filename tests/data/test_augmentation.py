@@ -92,8 +92,8 @@ def test_rows_of_a_batch_do_not_touch_each_other():
     assert torch.equal(images, before)
     assert 10 < parameters.own.sum() < 54
     for i in range(64):
-        alone = FULL.apply(images[i : i + 1], parameters[i : i + 1])
-        torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=2e-5)
+        source_only = FULL.apply(images[i : i + 1], parameters[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], source_only, rtol=0, atol=2e-5)
         if not parameters.own[i]:
             assert torch.equal(together[i : i + 1], flip(images[i : i + 1], parameters.flips[i : i + 1]))
 

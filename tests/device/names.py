@@ -13,7 +13,7 @@ TARGETS = {
     "groups": 2,
     "mirrored": 2,
     "flips": 2,
-    "alone": 2,
+    "source_only": 2,
     "drawn": 4,
     "capacity": 2,
     "heavy tails": 2,

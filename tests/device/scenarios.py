@@ -89,19 +89,19 @@ def case(kind: str, batch: int = 64) -> tuple[dict[str, Any], dict[str, Any]]:
         data = 1000 + images / 127.5
         call["x0"], call["x_t"] = data[index], process.perturb(data[index], t, generator=rng)
     options: dict[str, Any] = {"process": process, "noise_band": 0.1, "references": sf.InBatch()}
-    group = {"group": label} if kind == "groups" else {}
+    labels = {"labels": label} if kind == "groups" else {}
     size = 200 if kind == "drawn" else None
-    options["pool"] = {"data": data, "size": size, "mirrored": kind == "mirrored", **group}
+    options["pool"] = {"data": data, "size": size, "mirrored": kind == "mirrored", **labels}
     match kind:
         case "in batch" | "in batch, far from zero" | "DSM":
             options.pop("pool")
             call["index"] = None
         case "groups":
-            call["group"] = torch.where(flag, -1, label[index])
+            call["labels"] = torch.where(flag, -1, label[index])
         case "flips":
             call["flip"] = flag
-        case "alone":
-            call["alone"] = flag
+        case "source_only":
+            call["source_only"] = flag
         case "capacity":
             options["capacity"] = 20
         case "heavy tails":

@@ -20,10 +20,10 @@ def stepper(recipe: Recipe, device: torch.device) -> Stepper:
         data="digits", shape=data.shape, classes=classes, manifest=data.manifest, recipe=recipe, version="test"
     )
     feed = Feed(data, recipe, device, labelled=classes > 0, placement="resident")
-    alone = SimpleNamespace(
+    source_only = SimpleNamespace(
         device=device, num_processes=1, process_index=0, backward=lambda loss: loss.backward(), is_main_process=True
     )
-    return Stepper(config, feed, alone)
+    return Stepper(config, feed, source_only)
 
 
 UNET = UNet(base_channels=8, multipliers=(1, 2), blocks=1, dropout=0.0)

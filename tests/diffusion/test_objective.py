@@ -478,7 +478,7 @@ def test_one_seed_shows_the_network_the_same_rows_whatever_the_target_and_the_la
         for target in (
             sf.DenoisingTarget(process),
             sf.StableTarget(process, references=sf.InBatch()),
-            sf.StableTarget(process, references=sf.Pool(data, size=20, group=labels)),
+            sf.StableTarget(process, references=sf.Pool(data, size=20, labels=labels)),
         ):
             spy = Spy()
             sf.Objective(process, target=target, label_dropout=dropout)(
@@ -488,8 +488,8 @@ def test_one_seed_shows_the_network_the_same_rows_whatever_the_target_and_the_la
     for _, x, level, _ in seen:
         assert torch.equal(x, seen[0][1])
         assert torch.equal(level, seen[0][2])
-    for dropout, group in itertools.groupby(seen, key=lambda row: row[0]):
-        shown = [row[3] for row in group]
+    for dropout, labels in itertools.groupby(seen, key=lambda row: row[0]):
+        shown = [row[3] for row in labels]
         assert torch.equal(shown[0], shown[1])
         assert torch.equal(shown[0], shown[2])
         assert (shown[0] == -1).any() == (dropout > 0)
@@ -527,7 +527,7 @@ def test_rows_with_a_hidden_label_average_over_all_references_and_the_others_ove
     data, labels = normal(rows, 1, seed=4), torch.randint(0, 3, (rows,), generator=generator(5))
     labels[:4] = 3  # those without a label have one of their own
     index = torch.arange(rows)
-    policy = sf.InBatch() if references == "batch" else sf.Pool(data, group=labels)
+    policy = sf.InBatch() if references == "batch" else sf.Pool(data, labels=labels)
     objective = sf.Objective(
         sf.EDM(),
         noise_levels=At(level=level),
@@ -564,7 +564,7 @@ def test_without_dropout_labels_reach_target_and_denoiser_unchanged():
     args, kwargs, _ = target.seen
     assert torch.equal(spy.args[2], labels)
     assert torch.equal(args[3], labels)
-    assert torch.equal(kwargs["reference_group"], labels)
+    assert torch.equal(kwargs["reference_labels"], labels)
 
 
 # --- what is handed on ------------------------------------------------------------------------------------------------
@@ -616,16 +616,20 @@ def test_a_denoiser_with_a_network_of_its_own_can_be_trained_by_it():
 
 def test_flip_alone_index_and_the_noise_reach_the_target_as_they_are():
     target, x0 = SpyTarget(sf.VP(), references=sf.InBatch()), normal(5, 1, 2, 3)
-    flip, alone, index = torch.tensor([1, 0, 1, 0, 0]).bool(), torch.tensor([0, 0, 1, 1, 0]).bool(), torch.arange(5)
+    flip, source_only, index = (
+        torch.tensor([1, 0, 1, 0, 0]).bool(),
+        torch.tensor([0, 0, 1, 1, 0]).bool(),
+        torch.arange(5),
+    )
     source, spy = generator(3), Spy()
-    sf.Objective(sf.VP(), target=target)(spy, x0, None, index, flip=flip, alone=alone, generator=source)
-    (given_x0, x_t, t, group, given_index), kwargs, _ = target.seen
+    sf.Objective(sf.VP(), target=target)(spy, x0, None, index, flip=flip, source_only=source_only, generator=source)
+    (given_x0, x_t, t, labels, given_index), kwargs, _ = target.seen
     assert given_x0 is x0
-    assert group is None
-    assert kwargs["reference_group"] is None
+    assert labels is None
+    assert kwargs["reference_labels"] is None
     assert given_index is index
     assert kwargs["flip"] is flip
-    assert kwargs["alone"] is alone
+    assert kwargs["source_only"] is source_only
     assert kwargs["generator"] is source
     torch.testing.assert_close(x_t, sf.VP().perturb(x0, t, kwargs["noise"]))
 
@@ -633,14 +637,16 @@ def test_flip_alone_index_and_the_noise_reach_the_target_as_they_are():
 def test_rows_that_are_alone_are_regressed_on_their_own_sample():
     process = sf.EDM()
     options = {"noise_levels": At(level=4.0)}
-    x0, alone = normal(6, 3), torch.tensor([0, 1, 0, 0, 1, 0]).bool()
+    x0, source_only = normal(6, 3), torch.tensor([0, 1, 0, 0, 1, 0]).bool()
     references = sf.StableTarget(process, references=sf.InBatch())
-    stable = sf.Objective(process, **options, target=references)(fit, x0, alone=alone, generator=generator())
+    stable = sf.Objective(process, **options, target=references)(
+        fit, x0, source_only=source_only, generator=generator()
+    )
     single = sf.Objective(process, **options, target=sf.DenoisingTarget(process))(fit, x0, generator=generator())
-    assert torch.equal(stable.row_loss[alone], single.row_loss[alone])
-    assert (stable.variance_removed[alone] == 0).all()
-    assert (stable.row_loss[~alone] != single.row_loss[~alone]).all()
-    assert (stable.variance_removed[~alone] > 0).all()
+    assert torch.equal(stable.row_loss[source_only], single.row_loss[source_only])
+    assert (stable.variance_removed[source_only] == 0).all()
+    assert (stable.row_loss[~source_only] != single.row_loss[~source_only]).all()
+    assert (stable.variance_removed[~source_only] > 0).all()
 
 
 def test_mirrored_rows_have_the_loss_of_the_mirror_image_of_the_unmirrored_batch():
@@ -786,7 +792,7 @@ def test_an_answer_of_another_shape_than_the_data_is_refused_and_not_broadcast()
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_labels_that_are_not_one_integer_per_row_are_refused(labels, target, dropout):
     objective = sf.Objective(sf.EDM(), target=target(sf.EDM()), label_dropout=dropout)
-    with pytest.raises(ValueError, match=r"class_labels|group"):
+    with pytest.raises(ValueError, match=r"class_labels|labels"):
         objective(identity, normal(4, 2), labels, generator=generator())
 
 
@@ -803,13 +809,13 @@ def test_what_the_target_refuses_of_labels_is_told_of_class_labels(dropout):
         return str(error.value)
 
     some = refused(sf.InBatch(), torch.tensor([0, -1, 1, 0]))
-    missing = refused(sf.Pool(x0, group=labels), None, index)
+    missing = refused(sf.Pool(x0, labels=labels), None, index)
     unasked = refused(sf.Pool(x0), labels, index)
     assert some.startswith("class_labels[1] is -1: -1 stands for a label that was dropped")
     assert missing.startswith("class_labels is missing: ")
     assert unasked.startswith("class_labels is given")
     if not dropout:  # a label that nobody sees cannot be wrong
-        other = refused(sf.Pool(x0, group=labels), 1 - labels, index)
+        other = refused(sf.Pool(x0, labels=labels), 1 - labels, index)
         assert other.startswith("class_labels[0] is 1: the Pool has another label")
 
 

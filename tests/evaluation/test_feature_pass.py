@@ -101,8 +101,13 @@ def features_of(count: int, out: Path) -> dict[str, np.ndarray]:
         port = free.getsockname()[1]
     started = []
     for rank in range(count):
-        alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(count)}
-        environment = {**os.environ, **alone, "OMP_NUM_THREADS": "1"}
+        source_only = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "RANK": str(rank),
+            "WORLD_SIZE": str(count),
+        }
+        environment = {**os.environ, **source_only, "OMP_NUM_THREADS": "1"}
         started.append(subprocess.Popen([sys.executable, "-c", PASS, str(out)], env=environment))
     assert [process.wait(timeout=120) for process in started] == [0] * count
     return dict(np.load(out))
@@ -110,10 +115,12 @@ def features_of(count: int, out: Path) -> dict[str, np.ndarray]:
 
 def test_features_and_moments_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     # 4 batches of 16, 16, 16 and 2.
-    (alone,) = extract(set_batches(open_digits().images, np.arange(50), 16), [Lens(extractor=RandomConvolutions())])
+    (source_only,) = extract(
+        set_batches(open_digits().images, np.arange(50), 16), [Lens(extractor=RandomConvolutions())]
+    )
     together = features_of(2, tmp_path / "two.npz")
     assert together["rows"].shape == (50, 112)
-    assert alone.rows is not None
-    assert alone.statistics is not None
-    np.testing.assert_allclose(together["rows"], alone.rows, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(together["covariance"], alone.statistics.covariance, rtol=1e-4, atol=1e-9)
+    assert source_only.rows is not None
+    assert source_only.statistics is not None
+    np.testing.assert_allclose(together["rows"], source_only.rows, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(together["covariance"], source_only.statistics.covariance, rtol=1e-4, atol=1e-9)

@@ -55,9 +55,9 @@ def test_with_one_reference_the_losses_are_those_of_the_script_before_to_the_las
     plain = load(before(source), script)(steps=STEPS)
     stable = load(source, script)(steps=STEPS)
     monkeypatch.setattr(sf, "StableTarget", lambda process, **_: sf.DenoisingTarget(process))
-    alone = load(source, script)(steps=STEPS)
+    source_only = load(source, script)(steps=STEPS)
     assert len(plain) == STEPS
-    assert alone == plain
+    assert source_only == plain
     assert stable != plain
     assert all(0 < loss < 1e4 for loss in stable)
 

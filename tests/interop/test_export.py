@@ -155,11 +155,11 @@ def both(folder: Path, name: str) -> tuple[dict, dict]:
 @NAMES
 @pytest.mark.parametrize("solver", ["heun", "euler"])
 def test_process_with_diffusers_alone_draws_our_samples_to_1e_4(exported: Path, name: str, solver: str) -> None:
-    ours, alone = both(exported, name)
+    ours, source_only = both(exported, name)
     assert ours[solver].std() > 0.1
     assert name in ("vp", "ve") or ours[solver].abs().max() < 4
-    assert not alone["training"]
-    error = (alone[solver].double() - ours[solver]).abs().max()
+    assert not source_only["training"]
+    error = (source_only[solver].double() - ours[solver]).abs().max()
     # Those two predict noise, which a moment of training does not make precise enough for images in [-1, 1]: theirs is a
     # share of numbers that reach 160.
     assert error < (1e-5 * ours[solver].abs().max() if name in ("vp", "ve") else 1e-4)
@@ -167,9 +167,9 @@ def test_process_with_diffusers_alone_draws_our_samples_to_1e_4(exported: Path, 
 
 @pytest.mark.parametrize("name", ["edm", "ddpmpp"])
 def test_pictures_of_the_pipeline_are_those_of_its_numbers(exported: Path, name: str) -> None:
-    ours, alone = both(exported, name)
+    ours, source_only = both(exported, name)
     expected = ((ours["heun"].float() + 1) * 127.5).round().clamp(0, 255).numpy().transpose(0, 2, 3, 1)
-    np.testing.assert_allclose(alone["np"] * 255, expected, atol=0.51)
+    np.testing.assert_allclose(source_only["np"] * 255, expected, atol=0.51)
     for place in range(4):
         with Image.open(exported / f"{name}-{place}.png") as picture:
             pixels = np.asarray(picture).astype(int).reshape(expected.shape[1:])
@@ -178,19 +178,19 @@ def test_pictures_of_the_pipeline_are_those_of_its_numbers(exported: Path, name:
 
 @pytest.mark.parametrize("name", ["edm", "ddpmpp"])
 def test_image_of_a_generator_does_not_depend_on_its_batch(exported: Path, name: str) -> None:
-    _, alone = both(exported, name)
-    torch.testing.assert_close(alone["seeded"][1:], alone["again"], rtol=0, atol=1e-4)
+    _, source_only = both(exported, name)
+    torch.testing.assert_close(source_only["seeded"][1:], source_only["again"], rtol=0, atol=1e-4)
 
 
 def test_another_edm_scheduler_of_diffusers_takes_the_place_of_the_first(exported: Path) -> None:
-    ours, alone = both(exported, "edm")
+    ours, source_only = both(exported, "edm")
     # Another solver of the same equation, at 40 steps: between them lies what is left of both errors.
-    assert (alone["dpm"].double() - ours["heun"]).abs().mean() < 0.05
+    assert (source_only["dpm"].double() - ours["heun"]).abs().mean() < 0.05
 
 
 def test_pipeline_is_not_loaded_before_its_code_is_trusted(exported: Path) -> None:
-    _, alone = both(exported, "edm")
-    assert "trust_remote_code=True" in alone["distrusting"]
+    _, source_only = both(exported, "edm")
+    assert "trust_remote_code=True" in source_only["distrusting"]
 
 
 def test_code_of_an_export_is_ours_without_its_imports_of_itself(exported: Path) -> None:

@@ -50,8 +50,8 @@ def test_target_with_one_reference_is_that_of_the_loop_to_the_last_bit(name, pre
     before = {"epsilon": noise, "sample": x0, "v_prediction": scheduler.get_velocity(x0, noise, t)}[prediction_type]
     regression = sf.from_diffusers(scheduler)
     noisy = scheduler.add_noise(x0, noise, t)
-    alone = sf.DenoisingTarget(regression.process)(x0, noisy, regression.time(t), noise=noise)
-    assert torch.equal(regression(alone), before)
+    source_only = sf.DenoisingTarget(regression.process)(x0, noisy, regression.time(t), noise=noise)
+    assert torch.equal(regression(source_only), before)
     # And a stable target is another one, but for its mean over draws.
     assert not torch.equal(
         regression(sf.StableTarget(regression.process, references=sf.InBatch())(x0, noisy, t, noise=noise)), before
@@ -110,8 +110,8 @@ def test_flow_scheduler_is_a_rectified_flow_whatever_its_shift(kind, shift, batc
     rows = [kind(shift=shift).scale_noise(x0[k : k + 1], t[k : k + 1], noise[k : k + 1]) for k in range(64)]
     noisy = torch.cat(rows)
     torch.testing.assert_close(regression.process.perturb(x0, regression.time(t), noise), noisy, rtol=1e-5, atol=1e-6)
-    alone = sf.DenoisingTarget(regression.process)(x0, noisy, regression.time(t), noise=noise)
-    assert torch.equal(regression(alone), noise - x0)
+    source_only = sf.DenoisingTarget(regression.process)(x0, noisy, regression.time(t), noise=noise)
+    assert torch.equal(regression(source_only), noise - x0)
 
 
 @pytest.mark.parametrize(

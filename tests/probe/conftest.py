@@ -21,7 +21,7 @@ def two_gaussians():
 
 @pytest.fixture(scope="session")
 def brute_force():
-    def compute(data, level, sizes, rows, seed, group=None):
+    def compute(data, level, sizes, rows, seed, labels=None):
         """Mean and standard error of V_DSM, D, own weight, ESS and V_STF(n), in float64 and row by row.
 
         Rows are drawn independently with replacement, and every row has reference sets of its own.
@@ -33,7 +33,7 @@ def brute_force():
         for _ in range(rows):
             k = int(torch.randint(len(y), (1,), generator=generator))
             x = y[k] + level * torch.randn(y.shape[1], generator=generator, dtype=torch.float64)
-            members = torch.arange(len(y)) if group is None else (group == group[k]).nonzero()[:, 0]
+            members = torch.arange(len(y)) if labels is None else (labels == labels[k]).nonzero()[:, 0]
             logits = -(x - y[members]).square().sum(1) / (2 * level**2)
             w = logits.softmax(0)
             mean = w @ y[members]
@@ -44,8 +44,8 @@ def brute_force():
             for n in sizes:
                 others = torch.randperm(len(y) - 1, generator=generator)[: n - 1]
                 chosen = torch.cat([torch.tensor([k]), others + (others >= k)])
-                if group is not None:
-                    chosen = chosen[group[chosen] == group[k]]
+                if labels is not None:
+                    chosen = chosen[labels[chosen] == labels[k]]
                 v = (-(x - y[chosen]).square().sum(1) / (2 * level**2)).softmax(0)
                 found[n].append((v @ y[chosen] - mean).square().sum())
         stacked = {name: torch.stack(values) for name, values in found.items()}

@@ -86,8 +86,8 @@ def test_rows_below_the_band_count_with_their_single_sample() -> None:
 def test_rows_of_a_class_share_the_references_of_their_class() -> None:
     """Two classes of atoms -1 and +1 about means that are far apart: the variance between classes stays."""
     data = torch.cat([ATOMS.data[:1000] + 10, ATOMS.data[:1000] - 10])
-    group = torch.arange(2).repeat_interleave(1000)
-    population = Population(data, group)
+    labels = torch.arange(2).repeat_interleave(1000)
+    population = Population(data, labels)
     curve = measure_variance(population, [1.0], sizes=(), sources=200, draws=1)
     found = measure_batch(population, curve, at_noise_level(1.0, 16), band=0.0, batches=60)
     between = (100 + 0.5504) / 101

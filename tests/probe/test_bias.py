@@ -20,11 +20,11 @@ def plain(by_class):
 
 
 def sound(population):
-    data, group = population.data, population.group
+    data, labels = population.data, population.labels
     return {
         "batch": sf.StableTarget(sf.EDM(), references=sf.InBatch()),
-        "pool": sf.StableTarget(sf.EDM(), references=sf.Pool(data, 128, group)),
-        "whole": sf.StableTarget(sf.EDM(), references=sf.Pool(data, None, group)),
+        "pool": sf.StableTarget(sf.EDM(), references=sf.Pool(data, 128, labels)),
+        "whole": sf.StableTarget(sf.EDM(), references=sf.Pool(data, None, labels)),
     }
 
 
@@ -74,7 +74,7 @@ def test_single_samples_have_no_residual_and_pass(plain):
 
 
 def test_a_plain_function_can_be_checked(plain):
-    def shrunk(x0, x_t, t, group=None, index=None, *, reference_group=None, generator=None):
+    def shrunk(x0, x_t, t, labels=None, index=None, *, reference_labels=None, generator=None):
         return 0.9 * sf.posterior(x_t, 1.0, t, plain.data).mean
 
     assert not check_bias(shrunk, plain, batches=40, noise_levels=[1.0]).passed

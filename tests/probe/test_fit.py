@@ -31,7 +31,7 @@ def test_within_classes_a_labelled_network_is_told_the_class(digits):
     population = draw_population(digits, by_class=True)
 
     def optimum(x, s, labels):
-        return sf.posterior(x, 1.0, s, population.data, group=labels, reference_group=population.group).mean
+        return sf.posterior(x, 1.0, s, population.data, labels=labels, reference_labels=population.labels).mean
 
     fit = measure_fit(optimum, population, [1.0], labelled=True, rows=64)
     assert float(fit.distance.mean[0]) < 1e-6

@@ -56,7 +56,7 @@ def test_within_classes_the_curves_agree_with_brute_force(digits, brute_force):
     assert population.drawn_from == len(digits)
     curve = measure_variance(population, [1.2], sizes=(64,), draws=3, seed=3)
     data = population.data.double() / 127.5 - 1
-    truth = brute_force(data, 1.2, (64,), rows=400, seed=4, group=population.group)
+    truth = brute_force(data, 1.2, (64,), rows=400, seed=4, labels=population.labels)
     for name in ("dsm", "divergence", "own_weight", "ess"):
         assert deviation(getattr(curve, name), 0, truth[name]) < 4, name
     assert deviation(curve.stf[64], 0, truth[64]) < 4
@@ -115,8 +115,8 @@ def test_v_dsm_tends_to_the_variance_of_the_data_and_v_stf_to_a_part_in_n(two_ga
 
 def test_the_variance_within_classes_is_the_mean_of_the_classes_variances(digits):
     population = draw_population(digits, by_class=True)
-    data, group = population.data.flatten(1).double() / 127.5 - 1, population.group
-    parts = [(data[group == k] - data[group == k].mean(0)).square().sum() for k in range(10)]
+    data, labels = population.data.flatten(1).double() / 127.5 - 1, population.labels
+    parts = [(data[labels == k] - data[labels == k].mean(0)).square().sum() for k in range(10)]
     assert population.variance() == pytest.approx(float(sum(parts)) / len(data), rel=1e-6)
 
 
@@ -171,7 +171,7 @@ def test_numbers_out_of_range_are_named(two_gaussians, arguments, words):
 
 
 @pytest.mark.parametrize(
-    ("data", "group", "words"),
+    ("data", "labels", "words"),
     [
         (torch.zeros(1, 4), None, "data hold 1 sample"),
         (torch.full((9, 4), 0.3), None, "all 9 samples are equal"),
@@ -180,12 +180,12 @@ def test_numbers_out_of_range_are_named(two_gaussians, arguments, words):
         (torch.tensor([[0.0], [math.inf]]), None, r"data\[1\] holds NaN or inf"),
         (torch.zeros(3, 4, dtype=torch.long), None, "dtype torch.int64"),
         (torch.zeros(3), None, "shape"),
-        (torch.rand(3, 2), torch.zeros(2, dtype=torch.long), "group has shape"),
+        (torch.rand(3, 2), torch.zeros(2, dtype=torch.long), "labels has shape"),
     ],
 )
-def test_data_without_variance_or_with_nan_are_told_of(data, group, words):
+def test_data_without_variance_or_with_nan_are_told_of(data, labels, words):
     with pytest.raises(ValueError, match=words):
-        Population(data, group)
+        Population(data, labels)
 
 
 def test_many_images_are_sampled_and_only_the_drawn_are_read(tmp_path):

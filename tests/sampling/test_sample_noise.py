@@ -8,13 +8,13 @@ import stablefield.sampling as sampling
 
 def test_a_row_depends_on_its_seed_only_in_the_latents_and_in_every_later_draw():
     together = sampling.SampleNoise([5, 0, 123456789])
-    alone = sampling.SampleNoise([123456789])
+    source_only = sampling.SampleNoise([123456789])
     latents = together.latents((3, 4, 4))
     assert latents.shape == (3, 3, 4, 4)
-    assert torch.equal(latents[2:], alone.latents((3, 4, 4)))
+    assert torch.equal(latents[2:], source_only.latents((3, 4, 4)))
     for _ in range(3):
         draws = together(latents)
-        assert torch.equal(draws[2:], alone(latents[2:]))
+        assert torch.equal(draws[2:], source_only(latents[2:]))
         assert not torch.equal(draws, latents)
         latents = draws
 

@@ -46,8 +46,8 @@ def test_one_step_size_for_a_batch_would_tie_rows_to_their_neighbours():
     noise = sampling.SampleNoise(range(8))
     x = 20 * noise.latents(SHAPE, dtype=torch.float64)
     together = SOLVERS["rk45"](denoiser, x, noise)
-    alone = torch.cat([SOLVERS["rk45"](denoiser, row[None], noise) for row in x])
-    assert 1e-6 < (together - alone).abs().max() < 0.1
+    source_only = torch.cat([SOLVERS["rk45"](denoiser, row[None], noise) for row in x])
+    assert 1e-6 < (together - source_only).abs().max() < 0.1
 
 
 def test_a_seed_of_a_coupled_solver_always_has_the_same_neighbours():

@@ -185,8 +185,10 @@ def test_predictor_and_corrector_are_the_published_ones(process, predictor, mixt
 def test_averaged_norms_give_every_row_the_same_langevin_step(mixture, generator):
     x, tape = mixture.sample(6, 3.0, generator), Tape(generator)
     grid = torch.tensor([3.0, 1.2], dtype=torch.float64)
-    alone = sampling.predictor_corrector(mixture, x, grid, corrector_steps=0, noise=lambda _: torch.zeros_like(x))
-    predicted = alone + math.sqrt(9 - 1.44) * (first := torch.randn(6, 2, dtype=torch.float64, generator=generator))
+    source_only = sampling.predictor_corrector(mixture, x, grid, corrector_steps=0, noise=lambda _: torch.zeros_like(x))
+    predicted = source_only + math.sqrt(9 - 1.44) * (
+        first := torch.randn(6, 2, dtype=torch.float64, generator=generator)
+    )
     second = torch.randn(6, 2, dtype=torch.float64, generator=generator)
     draws = iter([first, second])
     got = sampling.predictor_corrector(mixture, x, grid, noise=lambda _: next(draws))

@@ -75,14 +75,14 @@ def test_what_is_skipped_does_not_show(
 ) -> None:
     x_t, y, index = case(sigma, rng)
     prior = 3 * torch.randn(len(y), generator=rng)
-    group, groups = torch.arange(32) % 3 - 1, torch.full((len(y),), 2)
-    groups[index[group >= 0]] = group[group >= 0]
+    labels, groups = torch.arange(32) % 3 - 1, torch.full((len(y),), 2)
+    groups[index[labels >= 0]] = labels[labels >= 0]
     groups[::5] = torch.arange(len(groups[::5])) % 2
-    groups[index[group >= 0]] = group[group >= 0]
+    groups[index[labels >= 0]] = labels[labels >= 0]
     source = index if with_source else None
-    arguments = (x_t, 1.0, sigma, y, source, group, groups, prior, 50)
+    arguments = (x_t, 1.0, sigma, y, source, labels, groups, prior, 50)
     found = sf.posterior(*arguments)
-    allowed = (group[:, None] == groups) | (group == -1)[:, None]
+    allowed = (labels[:, None] == groups) | (labels == -1)[:, None]
     truth = exact(x_t, 1.0, sigma, y, allowed, prior)
     torch.testing.assert_close(found.mean.double(), truth.mean, rtol=0, atol=2e-4)
     torch.testing.assert_close(found.ess.double(), truth.ess, rtol=2e-3, atol=0)
@@ -101,8 +101,8 @@ def test_a_device_is_not_waited_for_once_per_chunk(sigma: float, kind: str, rng:
     x_t, y, index = case(sigma, rng, d=48)
     shape = (-1, 3, 4, 4)
     x_t, y = x_t.reshape(shape), y.reshape(shape)
-    pool = sf.Pool(y, mirrored=kind == "mirrored", group=torch.arange(len(y)) % 2 if kind == "groups" else None)
-    group = index % 2 if kind == "groups" else None
+    pool = sf.Pool(y, mirrored=kind == "mirrored", labels=torch.arange(len(y)) % 2 if kind == "groups" else None)
+    labels = index % 2 if kind == "groups" else None
 
     def looks(chunk_size: int) -> int:
         target = sf.StableTarget(sf.EDM(), references=pool, chunk_size=chunk_size)
@@ -110,7 +110,7 @@ def test_a_device_is_not_waited_for_once_per_chunk(sigma: float, kind: str, rng:
             if kind == "posterior":
                 sf.posterior(x_t, 1.0, sigma, y, chunk_size=chunk_size)
             else:
-                target(y[index], x_t, sigma, group, index)
+                target(y[index], x_t, sigma, labels, index)
         return seen.looks
 
     looks(900)  # the pool's norms
@@ -185,11 +185,11 @@ def test_an_array_is_a_pool_like_the_tensor(rng: torch.Generator, tmp_path: Path
     index = torch.randperm(90, generator=rng)[:20]
     x0 = data[index] / 127.5 - 1
     x_t = x0 + 2 * torch.randn(x0.shape, generator=rng)
-    group = torch.arange(90) % 3
+    labels = torch.arange(90) % 3
     for size, mirrored, chunk_size in ((None, False, None), (None, True, 7), (40, False, None)):
         found = [
-            sf.StableTarget(sf.EDM(), references=sf.Pool(held, size, group, mirrored=mirrored), chunk_size=chunk_size)(
-                x0, x_t, 2.0, group[index], index, generator=torch.Generator().manual_seed(1)
+            sf.StableTarget(sf.EDM(), references=sf.Pool(held, size, labels, mirrored=mirrored), chunk_size=chunk_size)(
+                x0, x_t, 2.0, labels[index], index, generator=torch.Generator().manual_seed(1)
             )
             for held in (data, mapped)
         ]

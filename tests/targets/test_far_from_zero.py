@@ -67,12 +67,12 @@ def found_by(path: str, y: Tensor, x_t: Tensor, sigma: float, tmp_path: Path) ->
         case "fixed":
             return fixed_posterior(x_t, 1.0, sigma, Bank(y), index, kernel=GaussianKernel(), chunk_size=17)
         case "batch" | "drawn":
-            # A batch of all samples, so that all are references; others that are drawn are of another group.
-            noisy, group = y.clone(), torch.arange(80) // 40
+            # A batch of all samples, so that all are references; others that are drawn are of another labels.
+            noisy, labels = y.clone(), torch.arange(80) // 40
             noisy[:B] = x_t
-            pool = sf.InBatch() if path == "batch" else sf.Pool(torch.cat([y, y + 1]), 60, group)
+            pool = sf.InBatch() if path == "batch" else sf.Pool(torch.cat([y, y + 1]), 60, labels)
             target = sf.StableTarget(sf.EDM(), references=pool, validate_args=False)(
-                y, noisy, sigma, group[:40], torch.arange(40)
+                y, noisy, sigma, labels[:40], torch.arange(40)
             )
             return Posterior(
                 target.x0[:B], target.variance[:B], target.ess[:B], target.source_weight[:B], target.ess[:B]

@@ -61,13 +61,24 @@ def test_a_compiled_target_is_that_of_the_call(process: sf.Process, images: Tens
     assert_equal(compiled(stable)(**arguments), stable(**arguments), views)
 
 
-KINDS = ("in batch", "band", "capacity", "groups", "mirrored", "flips", "alone", "alone in batch", "heavy tails", "DSM")
+KINDS = (
+    "in batch",
+    "band",
+    "capacity",
+    "groups",
+    "mirrored",
+    "flips",
+    "source_only",
+    "alone in batch",
+    "heavy tails",
+    "DSM",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_with_every_option(kind: str, images: Tensor, rng: torch.Generator) -> None:
     label = torch.arange(len(images)) % 3
-    pool = sf.Pool(images, group=label if kind == "groups" else None, mirrored=kind == "mirrored")
+    pool = sf.Pool(images, labels=label if kind == "groups" else None, mirrored=kind == "mirrored")
     arguments: dict[str, object] = dict(case(sf.EDM(), images, rng))
     index, x0 = arguments["index"], arguments["x0"]
     flag = torch.arange(len(x0)) % 2 == 0
@@ -80,15 +91,15 @@ def test_compiled_with_every_option(kind: str, images: Tensor, rng: torch.Genera
         case "capacity":
             options |= {"noise_band": 0.8, "capacity": 5}
         case "groups":
-            arguments["group"] = torch.where(flag, label[index], -1)
+            arguments["labels"] = torch.where(flag, label[index], -1)
         case "flips":
             for name in ("x0", "x_t"):
                 arguments[name] = torch.where(flag[:, None, None, None], arguments[name].flip(-1), arguments[name])
             arguments["flip"] = flag
-        case "alone":
-            arguments["alone"] = flag
+        case "source_only":
+            arguments["source_only"] = flag
         case "alone in batch":
-            options, arguments["index"], arguments["alone"] = {"references": sf.InBatch()}, None, flag
+            options, arguments["index"], arguments["source_only"] = {"references": sf.InBatch()}, None, flag
         case "heavy tails":
             options["kernel"] = sf.StudentTKernel(64.0)
         case _:
@@ -105,16 +116,16 @@ def test_compiled_with_every_option(kind: str, images: Tensor, rng: torch.Genera
 def test_what_is_not_finite_in_rows_that_are_alone_stays_there(images: Tensor, rng: torch.Generator) -> None:
     arguments = case(sf.EDM(), images, rng)
     arguments["index"] = None
-    alone = torch.arange(24) % 3 == 0
-    truth = sf.StableTarget(sf.EDM(), references=sf.InBatch())(**arguments, alone=alone)
-    arguments["x0"] = arguments["x0"].masked_fill(alone[:, None, None, None], torch.nan)
+    source_only = torch.arange(24) % 3 == 0
+    truth = sf.StableTarget(sf.EDM(), references=sf.InBatch())(**arguments, source_only=source_only)
+    arguments["x0"] = arguments["x0"].masked_fill(source_only[:, None, None, None], torch.nan)
     for stable in (
         sf.StableTarget(sf.EDM(), references=sf.InBatch()),
         compiled(sf.StableTarget(sf.EDM(), references=sf.InBatch())),
     ):
-        found = stable(**arguments, alone=alone)
-        assert found.x0[alone].isnan().all()
-        torch.testing.assert_close(found.x0[~alone], truth.x0[~alone], rtol=0, atol=2e-5)
+        found = stable(**arguments, source_only=source_only)
+        assert found.x0[source_only].isnan().all()
+        torch.testing.assert_close(found.x0[~source_only], truth.x0[~source_only], rtol=0, atol=2e-5)
 
 
 def test_rows_without_noise_keep_their_sample(images: Tensor, rng: torch.Generator) -> None:
@@ -231,7 +242,7 @@ def test_nothing_is_looked_at(mirrored: bool, images: Tensor, rng: torch.Generat
     stable = sf.StableTarget(sf.EDM(), references=sf.Pool(images, mirrored=mirrored), capacity=9, chunk_size=30)
     arguments = case(sf.EDM(), images, rng)
     with Looks() as seen:
-        stable(**arguments, flip=arguments["index"] % 2 == 0, alone=arguments["index"] % 3 == 0)
+        stable(**arguments, flip=arguments["index"] % 2 == 0, source_only=arguments["index"] % 3 == 0)
         sf.posterior(arguments["x_t"], 1.0, arguments["t"], images, chunk_size=30)
     assert seen.looks == []
 
@@ -284,11 +295,11 @@ def test_on_another_device_nothing_is_looked_at_or_copied(monkeypatch: pytest.Mo
     monkeypatch.setattr("stablefield.targets.fixed.full_precision", lambda device: nullcontext())
     x_t, y, y8 = (torch.empty(n, *SHAPE, device="meta") for n in (8, 50, 50))
     one, place = torch.ones(8, device="meta"), torch.zeros(8, dtype=torch.long, device="meta")
-    group, prior = torch.zeros(50, dtype=torch.long, device="meta"), torch.zeros(50, device="meta")
+    labels, prior = torch.zeros(50, dtype=torch.long, device="meta"), torch.zeros(50, device="meta")
     known = (torch.empty(50, device="meta", dtype=torch.float64), torch.empty(48, device="meta"))
     for references, wide, mirrored in product((y, y8.to(torch.uint8)), (False, True), (False, True)):
         for anchor, source in ((x_t, place), (None, None)):
-            for conditions in ((place, group, prior), (None, None, None)):
+            for conditions in ((place, labels, prior), (None, None, None)):
                 options = (*conditions, 0.0, mirrored, 20, wide)
                 with NoCopies():
                     found = compute(x_t, one, one, references, None, None, anchor, source, *options)
@@ -303,15 +314,15 @@ def test_around_the_operator_nothing_is_looked_at_or_copied_either(process: sf.P
     x0, images = torch.empty(8, *SHAPE, device="meta"), torch.empty(50, *SHAPE, device="meta", dtype=torch.uint8)
     index, flag = torch.empty(8, device="meta", dtype=torch.long), torch.empty(8, device="meta", dtype=torch.bool)
     label = torch.empty(50, device="meta", dtype=torch.long)
-    pools = [sf.Pool(images), sf.Pool(images, mirrored=True), sf.Pool(images, group=torch.zeros(50).long())]
+    pools = [sf.Pool(images), sf.Pool(images, mirrored=True), sf.Pool(images, labels=torch.zeros(50).long())]
     targets = [sf.StableTarget(process, references=pool, noise_band=0.5, capacity=5) for pool in pools]
     process.alpha(index)  # a table goes to the device once
     for target in (*targets, sf.StableTarget(process, references=sf.InBatch()), sf.DenoisingTarget(process)):
-        group = None if target is not targets[2] else label[:8]
-        if group is not None:
-            pools[2]._on("group", x0.device)  # once, too
+        labels = None if target is not targets[2] else label[:8]
+        if labels is not None:
+            pools[2]._on("labels", x0.device)  # once, too
         with NoCopies():
-            found = target(x0, x0, index, group, index, flip=flag, alone=flag)
+            found = target(x0, x0, index, labels, index, flip=flag, source_only=flag)
             views = [found.x0, found.noise, found.v, found.score, found.variance, found.ess]
         assert all(view.is_meta for view in views)
 

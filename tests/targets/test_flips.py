@@ -97,11 +97,11 @@ def test_a_mirrored_pool_keeps_its_groups(rng: torch.Generator) -> None:
     labels = torch.arange(12) % 2
     x0 = pool[INDEX]
     x_t = x0 + SIGMA * torch.randn(x0.shape, generator=rng, dtype=torch.float64)
-    group = torch.where(torch.arange(6) < 4, labels[INDEX], -1)
-    found = sf.StableTarget(sf.EDM(), references=sf.Pool(pool, group=labels, mirrored=True))(
-        x0, x_t, SIGMA, group, INDEX
+    labels = torch.where(torch.arange(6) < 4, labels[INDEX], -1)
+    found = sf.StableTarget(sf.EDM(), references=sf.Pool(pool, labels=labels, mirrored=True))(
+        x0, x_t, SIGMA, labels, INDEX
     )
-    truth = sf.posterior(x_t, 1.0, SIGMA, torch.cat([pool, pool.flip(-1)]), INDEX, group, labels.repeat(2))
+    truth = sf.posterior(x_t, 1.0, SIGMA, torch.cat([pool, pool.flip(-1)]), INDEX, labels, labels.repeat(2))
     torch.testing.assert_close(found.x0, truth.mean, rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(found.ess, truth.ess, rtol=1e-10, atol=0)
 

@@ -11,91 +11,91 @@ import stablefield as sf
 
 
 def case(rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x_t, references, group, reference_group): nine rows, fourteen references, three groups and dropped labels."""
+    """(x_t, references, labels, reference_labels): nine rows, fourteen references, three groups and dropped labels."""
     y = torch.randn(14, 5, generator=rng, dtype=torch.float64)
-    reference_group = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0])
-    group = torch.tensor([0, 1, 2, -1, 0, 1, 2, -1, 0])
+    reference_labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0])
+    labels = torch.tensor([0, 1, 2, -1, 0, 1, 2, -1, 0])
     x_t = y[:9] + 0.9 * torch.randn(9, 5, generator=rng, dtype=torch.float64)
-    return x_t, y, group, reference_group
+    return x_t, y, labels, reference_labels
 
 
 def test_groups_are_separate_posteriors_and_dropped_labels_use_all(rng: torch.Generator) -> None:
-    x_t, y, group, reference_group = case(rng)
-    found = sf.posterior(x_t, 1.0, 0.9, y, group=group, reference_group=reference_group)
-    for row, g in enumerate(group.tolist()):
-        members = torch.ones(14, dtype=torch.bool) if g == -1 else reference_group == g
-        alone = sf.posterior(x_t[row : row + 1], 1.0, 0.9, y[members])
+    x_t, y, labels, reference_labels = case(rng)
+    found = sf.posterior(x_t, 1.0, 0.9, y, labels=labels, reference_labels=reference_labels)
+    for row, g in enumerate(labels.tolist()):
+        members = torch.ones(14, dtype=torch.bool) if g == -1 else reference_labels == g
+        source_only = sf.posterior(x_t[row : row + 1], 1.0, 0.9, y[members])
         for name in ("mean", "variance", "ess", "log_evidence"):
-            torch.testing.assert_close(getattr(found, name)[row], getattr(alone, name)[0], rtol=1e-11, atol=1e-12)
+            torch.testing.assert_close(getattr(found, name)[row], getattr(source_only, name)[0], rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8])
 def test_groups_may_be_integers_of_any_width(rng: torch.Generator, dtype: torch.dtype) -> None:
-    x_t, y, _, reference_group = case(rng)
-    group = torch.tensor([0, 1, 2, 0, 0, 1, 2, 2, 0])
-    wide = sf.posterior(x_t, 1.0, 0.9, y, group=group, reference_group=reference_group)
-    narrow = sf.posterior(x_t, 1.0, 0.9, y, group=group.to(dtype), reference_group=reference_group.to(dtype))
+    x_t, y, _, reference_labels = case(rng)
+    labels = torch.tensor([0, 1, 2, 0, 0, 1, 2, 2, 0])
+    wide = sf.posterior(x_t, 1.0, 0.9, y, labels=labels, reference_labels=reference_labels)
+    narrow = sf.posterior(x_t, 1.0, 0.9, y, labels=labels.to(dtype), reference_labels=reference_labels.to(dtype))
     assert torch.equal(wide.mean, narrow.mean)
 
 
 def test_the_unsigned_class_255_is_a_class_and_not_a_dropped_label(rng: torch.Generator) -> None:
-    x_t, y, _, reference_group = case(rng)
-    wide = torch.where(reference_group == 2, 255, reference_group)
-    group = torch.full((9,), 255)
-    found = sf.posterior(x_t, 1.0, 0.9, y, group=group.byte(), reference_group=wide.byte())
-    truth = sf.posterior(x_t, 1.0, 0.9, y, group=group, reference_group=wide)
+    x_t, y, _, reference_labels = case(rng)
+    wide = torch.where(reference_labels == 2, 255, reference_labels)
+    labels = torch.full((9,), 255)
+    found = sf.posterior(x_t, 1.0, 0.9, y, labels=labels.byte(), reference_labels=wide.byte())
+    truth = sf.posterior(x_t, 1.0, 0.9, y, labels=labels, reference_labels=wide)
     assert torch.equal(found.mean, truth.mean)
 
 
 def test_in_batch_groups_use_rows_of_the_true_class_whose_label_was_dropped(rng: torch.Generator) -> None:
-    x_t, y, group, reference_group = case(rng)
-    x0, truth_group = y[:9], reference_group[:9]
-    group = torch.where(group == -1, -1, truth_group)
+    x_t, y, labels, reference_labels = case(rng)
+    x0, truth_group = y[:9], reference_labels[:9]
+    labels = torch.where(labels == -1, -1, truth_group)
     target = sf.StableTarget(sf.EDM(), references=sf.InBatch())
-    with_truth = target(x0, x_t, 0.9, group, reference_group=truth_group)
-    without = target(x0, x_t, 0.9, group)
-    for row, g in enumerate(group.tolist()):
+    with_truth = target(x0, x_t, 0.9, labels, reference_labels=truth_group)
+    without = target(x0, x_t, 0.9, labels)
+    for row, g in enumerate(labels.tolist()):
         everyone = torch.ones(9, dtype=torch.bool)
-        for found, members in ((with_truth, truth_group == g), (without, group == g)):
+        for found, members in ((with_truth, truth_group == g), (without, labels == g)):
             allowed = everyone if g == -1 else members
-            alone = sf.posterior(x_t[row : row + 1], 1.0, 0.9, x0[allowed])
-            torch.testing.assert_close(found.x0[row], alone.mean[0], rtol=1e-11, atol=1e-12)
+            source_only = sf.posterior(x_t[row : row + 1], 1.0, 0.9, x0[allowed])
+            torch.testing.assert_close(found.x0[row], source_only.mean[0], rtol=1e-11, atol=1e-12)
 
 
 def test_pool_groups_hold_for_the_drawn_subset(rng: torch.Generator) -> None:
-    _, y, _, reference_group = case(rng)
+    _, y, _, reference_labels = case(rng)
     index = torch.tensor([13, 2, 4])
     x_t = y[index] + torch.randn(3, 5, generator=rng, dtype=torch.float64)
-    for group in (torch.tensor([0, 2, -1]), torch.full((3,), -1)):
-        target = sf.StableTarget(sf.EDM(), references=sf.Pool(y, group=reference_group))
-        found = target(y[index], x_t, 1.0, group, index)
+    for labels in (torch.tensor([0, 2, -1]), torch.full((3,), -1)):
+        target = sf.StableTarget(sf.EDM(), references=sf.Pool(y, labels=reference_labels))
+        found = target(y[index], x_t, 1.0, labels, index)
         for row in range(3):
-            g = int(group[row])
-            members = reference_group == g if g >= 0 else torch.ones(14, dtype=torch.bool)
-            alone = sf.posterior(x_t[row : row + 1], 1.0, 1.0, y[members])
-            torch.testing.assert_close(found.x0[row], alone.mean[0], rtol=1e-11, atol=1e-12)
-    drawn = sf.StableTarget(sf.EDM(), references=sf.Pool(y, 8, reference_group))
+            g = int(labels[row])
+            members = reference_labels == g if g >= 0 else torch.ones(14, dtype=torch.bool)
+            source_only = sf.posterior(x_t[row : row + 1], 1.0, 1.0, y[members])
+            torch.testing.assert_close(found.x0[row], source_only.mean[0], rtol=1e-11, atol=1e-12)
+    drawn = sf.StableTarget(sf.EDM(), references=sf.Pool(y, 8, reference_labels))
     found = drawn(y[index], x_t, 1.0, torch.tensor([0, 2, 1]), index, generator=rng)
     assert (found.source_weight > 0).all()
 
 
 def test_log_prior_is_repetition_of_references(rng: torch.Generator) -> None:
-    x_t, y, group, reference_group = case(rng)
+    x_t, y, labels, reference_labels = case(rng)
     count = torch.randint(1, 6, (14,), generator=rng)
     weighted = sf.posterior(
-        x_t, 1.0, 0.9, y, group=group, reference_group=reference_group, log_prior=count.double().log() + 3.0
+        x_t, 1.0, 0.9, y, labels=labels, reference_labels=reference_labels, log_prior=count.double().log() + 3.0
     )
     repeated = sf.posterior(
         x_t,
         1.0,
         0.9,
         y.repeat_interleave(count, 0),
-        group=group,
-        reference_group=reference_group.repeat_interleave(count),
+        labels=labels,
+        reference_labels=reference_labels.repeat_interleave(count),
     )
     for name in ("mean", "variance", "log_evidence"):
         torch.testing.assert_close(getattr(weighted, name), getattr(repeated, name), rtol=1e-11, atol=1e-12)
-    plain = sf.posterior(x_t, 1.0, 0.9, y, group=group, reference_group=reference_group)
+    plain = sf.posterior(x_t, 1.0, 0.9, y, labels=labels, reference_labels=reference_labels)
     assert (plain.mean - weighted.mean).abs().max() > 0.05
 
 
@@ -166,16 +166,16 @@ def test_the_only_reference_has_weight_one_whatever_its_prior(constant: float) -
 
 @pytest.mark.parametrize("with_source", [True, False])
 def test_log_evidence_is_the_density_of_the_mixture(rng: torch.Generator, with_source: bool) -> None:
-    x_t, y, group, reference_group = case(rng)
+    x_t, y, labels, reference_labels = case(rng)
     log_prior = torch.randn(14, generator=rng, dtype=torch.float64)
     source = None
     if with_source:
         source = torch.arange(9)
-        group = torch.where(group == -1, -1, reference_group[:9])
+        labels = torch.where(labels == -1, -1, reference_labels[:9])
     for alpha, sigma in ((1.0, 0.9), (0.6, 0.1), (0.1, 4.0)):
-        found = sf.posterior(x_t, alpha, sigma, y, source, group, reference_group, log_prior)
+        found = sf.posterior(x_t, alpha, sigma, y, source, labels, reference_labels, log_prior)
         for row in range(9):
-            members = (reference_group == group[row]) if group[row] >= 0 else torch.ones(14, dtype=torch.bool)
+            members = (reference_labels == labels[row]) if labels[row] >= 0 else torch.ones(14, dtype=torch.bool)
             prior = special.log_softmax(log_prior[members].numpy())
             density = [
                 stats.multivariate_normal.logpdf(x_t[row].numpy(), alpha * mean, sigma**2)

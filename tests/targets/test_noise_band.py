@@ -26,7 +26,7 @@ def own_weight(pool: sf.Pool, level: float, rng: torch.Generator, repeats: int =
     for _ in range(repeats):
         x_t = sf.EDM().perturb(x0, level, generator=rng)
         target = sf.StableTarget(sf.EDM(), references=pool)
-        found.append(target(x0, x_t, level, pool.group, torch.arange(len(x0)), generator=rng).source_weight)
+        found.append(target(x0, x_t, level, pool.labels, torch.arange(len(x0)), generator=rng).source_weight)
     return float(torch.stack(found).double().mean())
 
 
@@ -35,7 +35,7 @@ def pools(rng: torch.Generator, smooth_images: Callable) -> dict[str, sf.Pool]:
     return {
         "uint8 images": sf.Pool(images),
         "mirrored images": sf.Pool(images, mirrored=True),
-        "groups": sf.Pool(images, group=torch.arange(400) % 7),
+        "groups": sf.Pool(images, labels=torch.arange(400) % 7),
         "points of the plane": sf.Pool(gaussian(500, 2, rng)),
         "float64": sf.Pool(gaussian(300, 50, rng).double()),
         "tiny": sf.Pool(gaussian(3, 4, rng)),
@@ -83,7 +83,7 @@ def test_what_leaves_no_choice_is_told_as_zero_or_infinity() -> None:
     one, equal = torch.randn(1, 3), torch.full((50, 3), 0.3)
     assert sf.pick_noise_band(sf.Pool(one)).level == math.inf
     assert sf.pick_noise_band(sf.Pool(torch.randn(9, 3), size=1)).level == math.inf
-    assert sf.pick_noise_band(sf.Pool(torch.randn(9, 3), group=torch.arange(9))).level == math.inf
+    assert sf.pick_noise_band(sf.Pool(torch.randn(9, 3), labels=torch.arange(9))).level == math.inf
     assert sf.pick_noise_band(sf.Pool(equal)).level == 0
     assert sf.pick_noise_band(sf.Pool(torch.zeros(50, 3, dtype=torch.uint8))).level == 0
     pairs = torch.randn(20, 3).repeat(2, 1)  # every sample twice: the source never has more than half
@@ -111,14 +111,14 @@ def test_fewer_references_per_step_have_a_higher_band(rng: torch.Generator) -> N
 def test_weights_on_five_samples_give_the_band_of_a_pool_of_those_five(rng: torch.Generator) -> None:
     data = gaussian(500, 10, rng)
     some = torch.tensor([3, 77, 140, 201, 499])
-    alone = sf.pick_noise_band(sf.Pool(data[some]))
+    source_only = sf.pick_noise_band(sf.Pool(data[some]))
     for scale in (1.0, 0.01):
         weights = torch.zeros(500).index_fill(0, some, scale)
         band = sf.pick_noise_band(sf.Pool(data, weights=weights))
-        assert band.level == pytest.approx(alone.level, rel=0.012)
-        assert band.nearest == pytest.approx(alone.nearest, rel=0.012)
+        assert band.level == pytest.approx(source_only.level, rel=0.012)
+        assert band.nearest == pytest.approx(source_only.nearest, rel=0.012)
     # Far from the band of all.
-    assert alone.level > 1.5 * sf.pick_noise_band(sf.Pool(data)).level
+    assert source_only.level > 1.5 * sf.pick_noise_band(sf.Pool(data)).level
 
 
 def test_equal_weights_change_no_band(rng: torch.Generator) -> None:
@@ -170,9 +170,9 @@ def test_large_weighted_pools_are_probed_on_some_that_can_be_drawn(
 
 def test_large_pools_are_probed_on_some(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     data = gaussian(4000, 6, rng)
-    whole = sf.pick_noise_band(sf.Pool(data, group=torch.arange(4000) % 2))
+    whole = sf.pick_noise_band(sf.Pool(data, labels=torch.arange(4000) % 2))
     monkeypatch.setattr("stablefield.targets.band._REFERENCES", 1000)
-    part = sf.pick_noise_band(sf.Pool(data, group=torch.arange(4000) % 2))
+    part = sf.pick_noise_band(sf.Pool(data, labels=torch.arange(4000) % 2))
     assert (whole.references, part.references) == (4000, 1000)
     assert part.level == pytest.approx(whole.level, rel=0.2)
 
@@ -196,7 +196,7 @@ def test_wrong_use_is_told() -> None:
             sf.pick_noise_band(pool, tolerance=tolerance)
     with pytest.raises(ValueError, match="rows is 0"):
         sf.pick_noise_band(pool, rows=0)
-    with pytest.raises(ValueError, match="total is 3, and the pool alone has 4"):
+    with pytest.raises(ValueError, match="total is 3, and the pool source_only has 4"):
         sf.pick_noise_band(pool, total=3)
     with pytest.raises(ValueError, match="NaN or inf"):
         sf.pick_noise_band(sf.Pool(torch.tensor([[1.0], [math.nan]])))

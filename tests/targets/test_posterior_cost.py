@@ -67,7 +67,7 @@ def test_decoded_references_exist_a_chunk_at_a_time(kind: str, chunk_size: int, 
     if kind == "far from zero":
         x_t, y = x_t + 1e4, y + 1e4
     if kind == "groups":
-        arguments = {"group": torch.arange(B) % 3, "reference_group": torch.arange(N) % 3}
+        arguments = {"labels": torch.arange(B) % 3, "reference_labels": torch.arange(N) % 3}
     with Largest(x_t, y) as largest:
         sf.posterior(x_t, 1.0, 1.0, y, torch.arange(B), chunk_size=chunk_size, **arguments)
     # The chunk in float32, B chunk numbers in float64, or the norms' walk over n d numbers, itself in chunks of 32 MB.

@@ -46,35 +46,38 @@ POSTERIOR = {
     "source too large": ({"source": torch.tensor([0, 5, 0, 0])}, r"source\[1\] is 5: it must index the 5 references"),
     "source negative": ({"source": torch.tensor([0, 0, 0, -1])}, r"source\[3\] is -1.*0 to 4"),
     "source elsewhere": ({"source": torch.zeros(4, dtype=torch.long, device=ELSEWHERE)}, r"source is on meta.*move"),
-    "group alone": ({"group": torch.zeros(4, dtype=torch.long)}, r"reference_group is missing.*with group"),
-    "reference_group alone": ({"reference_group": torch.zeros(5, dtype=torch.long)}, r"^group is missing"),
+    "labels alone": ({"labels": torch.zeros(4, dtype=torch.long)}, r"reference_labels is missing.*with labels"),
+    "reference_labels alone": ({"reference_labels": torch.zeros(5, dtype=torch.long)}, r"^labels is missing"),
     "group of floats": (
-        {"group": torch.zeros(4), "reference_group": torch.zeros(5, dtype=torch.long)},
-        r"^group has dtype torch\.float32.*integers",
+        {"labels": torch.zeros(4), "reference_labels": torch.zeros(5, dtype=torch.long)},
+        r"^labels has dtype torch\.float32.*integers",
     ),
     "group of another length": (
-        {"group": torch.zeros(5, dtype=torch.long), "reference_group": torch.zeros(5, dtype=torch.long)},
-        r"^group has shape \(5,\).*\(4,\)",
+        {"labels": torch.zeros(5, dtype=torch.long), "reference_labels": torch.zeros(5, dtype=torch.long)},
+        r"^labels has shape \(5,\).*\(4,\)",
     ),
-    "reference_group of another length": (
-        {"group": torch.zeros(4, dtype=torch.long), "reference_group": torch.zeros(4, dtype=torch.long)},
-        r"^reference_group has shape \(4,\).*\(5,\)",
+    "reference_labels of another length": (
+        {"labels": torch.zeros(4, dtype=torch.long), "reference_labels": torch.zeros(4, dtype=torch.long)},
+        r"^reference_labels has shape \(4,\).*\(5,\)",
     ),
-    "reference_group elsewhere": (
-        {"group": torch.zeros(4, dtype=torch.long), "reference_group": torch.zeros(5, dtype=torch.long).to(ELSEWHERE)},
-        r"^reference_group is on meta.*move",
+    "reference_labels elsewhere": (
+        {
+            "labels": torch.zeros(4, dtype=torch.long),
+            "reference_labels": torch.zeros(5, dtype=torch.long).to(ELSEWHERE),
+        },
+        r"^reference_labels is on meta.*move",
     ),
     "a group of nobody": (
-        {"group": torch.tensor([0, 0, 7, 0]), "reference_group": torch.zeros(5, dtype=torch.long)},
-        r"no reference may serve row 2 \(group 7\).*group -1",
+        {"labels": torch.tensor([0, 0, 7, 0]), "reference_labels": torch.zeros(5, dtype=torch.long)},
+        r"no reference may serve row 2 \(label 7\).*labels -1",
     ),
-    "a source of another group": (
+    "a source of another labels": (
         {
-            "group": torch.zeros(4, dtype=torch.long),
-            "reference_group": torch.tensor([0, 0, 0, 0, 1]),
+            "labels": torch.zeros(4, dtype=torch.long),
+            "reference_labels": torch.tensor([0, 0, 0, 0, 1]),
             "source": torch.tensor([0, 4, 0, 0]),
         },
-        r"group\[1\] is 0: the row's own source is a reference of another group",
+        r"labels\[1\] is 0: the row's own source is a reference of another label",
     ),
     "log_prior of another length": ({"log_prior": torch.zeros(4)}, r"log_prior has shape \(4,\).*\(5,\)"),
     "log_prior elsewhere": ({"log_prior": torch.zeros(5, device=ELSEWHERE)}, r"log_prior has shape.*on meta"),
@@ -113,16 +116,22 @@ TARGET = {
     "flip of another length": ({"flip": torch.zeros(3, dtype=torch.bool)}, r"flip has shape \(3,\).*\(4, m\)"),
     "flip of too many columns": ({"flip": torch.zeros(4, 2, dtype=torch.bool)}, r"flip has 2 columns.*fewer axes"),
     "flip of three dimensions": ({"flip": torch.zeros(4, 1, 1, dtype=torch.bool)}, r"flip has shape \(4, 1, 1\)"),
-    "alone of integers": ({"alone": ZERO}, r"alone has shape \(4,\) and dtype torch\.int64.*bool"),
-    "alone of another length": ({"alone": torch.zeros(5, dtype=torch.bool)}, r"alone has shape \(5,\).*\(4,\)"),
-    "alone of two dimensions": ({"alone": torch.zeros(4, 1, dtype=torch.bool)}, r"alone has shape \(4, 1\)"),
+    "alone of integers": ({"source_only": ZERO}, r"source_only has shape \(4,\) and dtype torch\.int64.*bool"),
+    "alone of another length": (
+        {"source_only": torch.zeros(5, dtype=torch.bool)},
+        r"source_only has shape \(5,\).*\(4,\)",
+    ),
+    "alone of two dimensions": (
+        {"source_only": torch.zeros(4, 1, dtype=torch.bool)},
+        r"source_only has shape \(4, 1\)",
+    ),
     "group of floats": ({"group": X[:, 0]}, r"group has shape \(4,\) and dtype torch\.float32"),
-    "group too short": ({"group": ZERO[:3]}, r"group has shape \(3,\)"),
-    "group too long": ({"group": torch.zeros(6, dtype=torch.long)}, r"group has shape \(6,\)"),
-    "reference_group too short": ({"group": ZERO, "reference_group": ZERO[:3]}, r"group has shape \(3,\)"),
-    "reference_group of another class": (
-        {"group": ZERO, "reference_group": ZERO + 1},
-        r"group\[0\] is 0: the row's own source",
+    "labels too short": ({"labels": ZERO[:3]}, r"labels has shape \(3,\)"),
+    "labels too long": ({"labels": torch.zeros(6, dtype=torch.long)}, r"labels has shape \(6,\)"),
+    "reference_labels too short": ({"labels": ZERO, "reference_labels": ZERO[:3]}, r"labels has shape \(3,\)"),
+    "reference_labels of another class": (
+        {"labels": ZERO, "reference_labels": ZERO + 1},
+        r"labels\[0\] is 0: the row's own source",
     ),
     "index too short": ({"index": torch.arange(3)}, r"index has shape \(3,\).*one integer per row"),
     "index too long": ({"index": torch.arange(5)}, r"index has shape \(5,\).*one integer per row"),
@@ -130,15 +139,15 @@ TARGET = {
 
 
 # With rows alone, or rows below the band, the batch is cut into parts before it is used: errors must not change by that.
-@pytest.mark.parametrize("parts", ["whole", "alone", "band"])
+@pytest.mark.parametrize("parts", ["whole", "source_only", "band"])
 @pytest.mark.parametrize("name", TARGET)
 def test_stable_target_refuses(name: str, parts: str) -> None:
     change, message = TARGET[name]
     x0 = Y[:4].clone()
     arguments = {"x0": x0, "x_t": x0 + 0.5, "t": torch.tensor([1.0, 1.0, 1.0, 1.0])} | change
     band = 0.0
-    if parts == "alone":
-        arguments = {"alone": torch.tensor([False, False, False, True])} | arguments
+    if parts == "source_only":
+        arguments = {"source_only": torch.tensor([False, False, False, True])} | arguments
     elif parts == "band" and "t" not in change:
         arguments["t"] = torch.tensor([1.0, 1.0, 1.0, 0.1])
         band = 0.5
@@ -189,11 +198,11 @@ CALL = {
     "data of another shape": (sf.Pool(Y[:, :2]), {}, r"rows of x0 have shape \(3,\), the Pool's \(2,\)"),
     "another sample": (sf.Pool(Y), {"index": torch.tensor([0, 1, 3, 3])}, r"row 2 of x0 is not sample 3.*flip="),
     "a size below the batch": (sf.Pool(Y, 3), {}, r"Pool size is 3, but the batch has 4 samples of its own"),
-    "a group that the pool lacks": (sf.Pool(Y), {"group": ZERO}, r"group is given, but the Pool has none"),
+    "a labels that the pool lacks": (sf.Pool(Y), {"labels": ZERO}, r"labels is given, but the Pool has none"),
     "a group of another class": (
-        sf.Pool(Y, group=torch.tensor([0, 0, 0, 1, 1])),
-        {"group": ZERO},
-        r"group\[3\] is 0: the Pool has another label",
+        sf.Pool(Y, labels=torch.tensor([0, 0, 0, 1, 1])),
+        {"labels": ZERO},
+        r"labels\[3\] is 0: the Pool has another label",
     ),
 }
 
@@ -223,9 +232,9 @@ def test_where_references_are_drawn_every_row_is_looked_at() -> None:
     with pytest.raises(ValueError, match=r"row 2 of x0 is not sample 4 of the Pool"):
         target(Y[:4], Y[:4] + 0.5, levels, index=torch.tensor([0, 1, 4, 3]))
     # Rows that are alone have no part in it, and the others keep their number.
-    alone = torch.tensor([True, False, False, False])
+    source_only = torch.tensor([True, False, False, False])
     with pytest.raises(ValueError, match=r"row 3 of x0 is not sample 4 of the Pool"):
-        target(Y[:4], Y[:4] + 0.5, levels, index=torch.tensor([1, 1, 2, 4]), alone=alone)
+        target(Y[:4], Y[:4] + 0.5, levels, index=torch.tensor([1, 1, 2, 4]), source_only=source_only)
 
 
 def test_a_pool_may_be_as_small_as_the_distinct_samples_of_the_batch() -> None:

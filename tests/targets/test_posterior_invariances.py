@@ -43,10 +43,10 @@ def assert_same(a: sf.Posterior, b: sf.Posterior, rtol: float) -> None:
 def test_chunks_do_not_matter(rng: torch.Generator, size: int, kernel: sf.StudentTKernel | None) -> None:
     x_t, alpha, sigma, y, source = case(rng)
     log_prior = torch.randn(23, generator=rng, dtype=torch.float64)
-    group, reference_group = torch.tensor([0, 1, -1, 0, 1, -1]), torch.tensor([0, 1] * 11 + [1])
-    reference_group[source[:2]] = torch.tensor([0, 1])
-    reference_group[source[3:5]] = torch.tensor([0, 1])
-    arguments = (x_t, alpha, sigma, y, source, group, reference_group, log_prior)
+    labels, reference_labels = torch.tensor([0, 1, -1, 0, 1, -1]), torch.tensor([0, 1] * 11 + [1])
+    reference_labels[source[:2]] = torch.tensor([0, 1])
+    reference_labels[source[3:5]] = torch.tensor([0, 1])
+    arguments = (x_t, alpha, sigma, y, source, labels, reference_labels, log_prior)
     assert_same(sf.posterior(*arguments, size, kernel), sf.posterior(*arguments, None, kernel), 1e-12)
 
 
@@ -73,9 +73,9 @@ def test_rows_do_not_see_each_other(rng: torch.Generator) -> None:
     whole = sf.posterior(x_t, alpha, sigma, y, source)
     for row in range(6):
         one = slice(row, row + 1)
-        alone = sf.posterior(x_t[one], alpha[row].item(), sigma[row].item(), y, source[one])
-        torch.testing.assert_close(alone.mean, whole.mean[one], rtol=1e-12, atol=1e-13)
-        torch.testing.assert_close(alone.log_evidence, whole.log_evidence[one], rtol=1e-12, atol=0)
+        source_only = sf.posterior(x_t[one], alpha[row].item(), sigma[row].item(), y, source[one])
+        torch.testing.assert_close(source_only.mean, whole.mean[one], rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(source_only.log_evidence, whole.log_evidence[one], rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -33,9 +33,9 @@ def cases(draw: st.DrawFn) -> dict:
     if draw(st.booleans()):
         case["source"] = source
     if draw(st.booleans()):
-        case["reference_group"] = torch.tensor(draw(st.lists(st.integers(-1, 2), min_size=n, max_size=n)))
+        case["reference_labels"] = torch.tensor(draw(st.lists(st.integers(-1, 2), min_size=n, max_size=n)))
         dropped = torch.tensor(draw(st.lists(st.booleans(), min_size=batch, max_size=batch)))
-        case["group"] = torch.where(dropped, -1, case["reference_group"][source])
+        case["labels"] = torch.where(dropped, -1, case["reference_labels"][source])
     if draw(st.booleans()):
         case["log_prior"] = torch.tensor(draw(st.lists(floats(-20, 20), min_size=n, max_size=n)))
     case["chunk_size"] = draw(st.sampled_from([None, 1, 2]))
@@ -85,8 +85,8 @@ def test_the_mean_is_that_of_the_definition_in_float64(case: dict) -> None:
     kernel = case["kernel"] or sf.GaussianKernel()
     logits = kernel.log_density(square, torch.tensor(case["sigma"], dtype=torch.float64), x.shape[1])
     logits = logits + case.get("log_prior", torch.zeros(len(y), dtype=torch.float64))
-    if "group" in case:
-        allowed = (case["group"][:, None] == case["reference_group"]) | (case["group"][:, None] == -1)
+    if "labels" in case:
+        allowed = (case["labels"][:, None] == case["reference_labels"]) | (case["labels"][:, None] == -1)
         logits = logits.masked_fill(~allowed, -torch.inf)
     # The definition itself rounds: a logit is a sum of squares over sigma^2, each known to an ulp.
     noise_level = case["alpha"] * y.abs().max() + x.abs().max()

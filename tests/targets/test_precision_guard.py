@@ -133,7 +133,7 @@ def test_the_switches_are_found_as_they_were_left_after_an_error(case, setting: 
     x_t, y, _ = case
     torch.set_float32_matmul_precision(setting)
     before = switches()
-    nobody = {"group": torch.ones(64, dtype=torch.long), "reference_group": torch.zeros(300, dtype=torch.long)}
+    nobody = {"labels": torch.ones(64, dtype=torch.long), "reference_labels": torch.zeros(300, dtype=torch.long)}
     with torch.autocast("cpu", torch.bfloat16):
         with pytest.raises(ValueError, match="no reference may serve"):
             sf.posterior(x_t, 1.0, 4.0, y, **nobody)

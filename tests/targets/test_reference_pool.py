@@ -29,14 +29,14 @@ def selections(draw: st.DrawFn) -> tuple[int, list[int], int, int]:
 def test_every_source_is_held_and_nothing_twice(case: tuple[int, list[int], int, int]) -> None:
     n, places, size, seed = case
     data, index = numbered(n), torch.tensor(places)
-    pool = sf.Pool(data, size, group=torch.arange(n) % 3)
+    pool = sf.Pool(data, size, labels=torch.arange(n) % 3)
     chosen = pool.select(data[index], None, index, torch.Generator().manual_seed(seed))
     held = chosen.bank.data[:, 0].long()
     assert len(held) == size
     assert len(held.unique()) == size
     assert torch.equal(held[chosen.source], index)
-    assert chosen.group is not None
-    assert torch.equal(chosen.group, held % 3)
+    assert chosen.labels is not None
+    assert torch.equal(chosen.labels, held % 3)
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)

@@ -67,7 +67,7 @@ def test_the_band_serves_a_pool_and_groups(rng: torch.Generator) -> None:
     x0, x_t, t = case(rng)
     index, labels = torch.arange(8).flip(0), torch.arange(8) % 2
     data = x0[index]  # so that row i is sample index[i]
-    pool = sf.Pool(data, group=labels)
+    pool = sf.Pool(data, labels=labels)
     found = sf.StableTarget(sf.EDM(), references=pool, noise_band=1.0)(x0, x_t, t, labels[index], index)
     truth = sf.posterior(x_t, 1.0, t, data, index, labels[index], labels)
     above = t > 1
@@ -77,32 +77,34 @@ def test_the_band_serves_a_pool_and_groups(rng: torch.Generator) -> None:
 
 def test_lone_rows_keep_their_source_and_serve_no_other_row(rng: torch.Generator) -> None:
     x0, x_t, _ = case(rng)
-    alone = torch.tensor([False, True, False, False, True, False, False, True])
-    group = torch.tensor([0, 0, 1, 0, 1, 1, -1, 0])
+    source_only = torch.tensor([False, True, False, False, True, False, False, True])
+    labels = torch.tensor([0, 0, 1, 0, 1, 1, -1, 0])
     target = sf.StableTarget(sf.EDM(), references=sf.InBatch())
-    for g in (None, group):
-        found = target(x0, x_t, 2.0, g, alone=alone)
-        rest = target(x0[~alone], x_t[~alone], 2.0, None if g is None else g[~alone])
-        assert torch.equal(found.x0[alone], x0[alone])
-        assert torch.equal(found.ess[alone], torch.ones(3, dtype=torch.float64))
-        torch.testing.assert_close(found.x0[~alone], rest.x0, rtol=1e-12, atol=1e-13)
-        torch.testing.assert_close(found.ess[~alone], rest.ess, rtol=1e-12, atol=0)
+    for g in (None, labels):
+        found = target(x0, x_t, 2.0, g, source_only=source_only)
+        rest = target(x0[~source_only], x_t[~source_only], 2.0, None if g is None else g[~source_only])
+        assert torch.equal(found.x0[source_only], x0[source_only])
+        assert torch.equal(found.ess[source_only], torch.ones(3, dtype=torch.float64))
+        torch.testing.assert_close(found.x0[~source_only], rest.x0, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(found.ess[~source_only], rest.ess, rtol=1e-12, atol=0)
 
 
 def test_lone_rows_need_not_be_samples_of_the_pool(rng: torch.Generator) -> None:
     x0, x_t, t = case(rng)
     data, index = x0.clone(), torch.arange(8)
-    alone = torch.zeros(8, dtype=torch.bool)
-    alone[2], alone[5] = True, True
-    x0[alone] *= -3  # an augmentation of their own
+    source_only = torch.zeros(8, dtype=torch.bool)
+    source_only[2], source_only[5] = True, True
+    x0[source_only] *= -3  # an augmentation of their own
     x_t = sf.EDM().perturb(x0, t, generator=rng)
     flip = torch.zeros(8, dtype=torch.bool)
     pool = sf.Pool(data)
-    found = sf.StableTarget(sf.EDM(), references=pool, noise_band=1.0)(x0, x_t, t, index=index, alone=alone, flip=flip)
+    found = sf.StableTarget(sf.EDM(), references=pool, noise_band=1.0)(
+        x0, x_t, t, index=index, source_only=source_only, flip=flip
+    )
     truth = sf.posterior(x_t, 1.0, t, data, index)
-    computed = ~alone & (t > 1)
+    computed = ~source_only & (t > 1)
     assert computed.sum() == 3
     torch.testing.assert_close(found.x0[computed], truth.mean[computed], rtol=1e-11, atol=1e-12)
     assert torch.equal(found.x0[~computed], x0[~computed])
-    everyone = sf.StableTarget(sf.EDM(), references=Refusing())(x0, x_t, t, alone=torch.ones(8, dtype=torch.bool))
+    everyone = sf.StableTarget(sf.EDM(), references=Refusing())(x0, x_t, t, source_only=torch.ones(8, dtype=torch.bool))
     assert torch.equal(everyone.x0, x0)

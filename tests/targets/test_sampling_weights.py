@@ -52,10 +52,10 @@ def test_the_target_has_the_expectation_of_the_weighted_prior(
         index = torch.tensor([source] * 3 + [mate])
         x0 = DATA[index]
         x0[:3] = x0[:3].flip(-1) if flip else x0[:3]
-        group = None if label is None else torch.tensor([label] * 3 + [int(LABELS[mate])])
+        labels = None if label is None else torch.tensor([label] * 3 + [int(LABELS[mate])])
         flags = torch.tensor([flip] * 3 + [False])
         x_t = torch.cat([X_T, DATA[mate : mate + 1] + 0.3])
-        found = stable(x0, x_t, SIGMA, group, index, flip=flags if mirrored else None).x0[:3]
+        found = stable(x0, x_t, SIGMA, labels, index, flip=flags if mirrored else None).x0[:3]
         weight = PRIOR[source] * PRIOR[mate] * density(x0[:1])
         total, mass = total + weight * found, mass + weight
     members = LABELS == 1 if label == 1 else torch.ones(4, dtype=torch.bool)
@@ -108,9 +108,9 @@ def run(pool: sf.Pool, batches: Iterator[tuple[Tensor, Tensor | None]], rng: tor
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(steps):
-            index, group = next(batches)
+            index, labels = next(batches)
             x0 = IMAGES[index]
-            stable(x0, sf.EDM().perturb(x0, 1.0, generator=rng), 1.0, group, index)
+            stable(x0, sf.EDM().perturb(x0, 1.0, generator=rng), 1.0, labels, index)
     return [str(warning.message) for warning in caught]
 
 
@@ -131,7 +131,7 @@ def test_draws_that_the_pool_does_not_expect_are_warned_of_once(rng: torch.Gener
             lambda: (uniform(rng), None),
         ),
         "labels dropped by sample": (
-            sf.Pool(IMAGES, group=CLASSES),
+            sf.Pool(IMAGES, labels=CLASSES),
             lambda: (index := uniform(rng), torch.where(index % 2 == 0, -1, CLASSES[index])),
         ),
     }
@@ -163,8 +163,8 @@ def test_draws_that_it_expects_are_not_warned_of(rng: torch.Generator) -> None:
             sf.Pool(IMAGES, weights=torch.where(CLASSES == 0, 1 / 45, 1 / 15)),
             iter(lambda: (balanced(rng), None), None),
         ),
-        "balanced, but every row sees its label": (sf.Pool(IMAGES, group=CLASSES), iter(labelled, None)),
-        "labels dropped by chance": (sf.Pool(IMAGES, group=CLASSES), iter(dropped, None)),
+        "balanced, but every row sees its label": (sf.Pool(IMAGES, labels=CLASSES), iter(labelled, None)),
+        "labels dropped by chance": (sf.Pool(IMAGES, labels=CLASSES), iter(dropped, None)),
     }
     for name, (pool, batches) in cases.items():
         assert run(pool, batches, rng, 130) == [], name

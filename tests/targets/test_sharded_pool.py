@@ -41,7 +41,7 @@ else:
     rows = rows[rank::size]
 
 def result(kind, band=0.0, timeout=None):
-    data, group, process = case["data"], case["group"], sf.EDM()
+    data, labels, process = case["data"], case["labels"], sf.EDM()
     if "float64" in kind:
         data = data.double() / 127.5 - 1
     if kind == "far from zero":
@@ -49,14 +49,14 @@ def result(kind, band=0.0, timeout=None):
     shard = data[mine].numpy() if kind == "array" else data[mine]
     pool = sf.ShardedPool(
         shard,
-        group[mine] if "groups" in kind else None,
+        labels[mine] if "groups" in kind else None,
         mirrored="mirrored" in kind,
         weights=case["weights"][mine] if "weights" in kind else None,
         timeout=timeout,
     )
     if what == "unknown" and rank:
         # As on a GPU, whose labels nothing has waited for.
-        pool.pool.group = pool.pool.group.index_fill(0, torch.tensor([2]), -1)
+        pool.pool.labels = pool.pool.labels.index_fill(0, torch.tensor([2]), -1)
         pool.pool._unseen = True
     assert (pool.start, pool.total) == (mine.start, len(data))
     target = sf.StableTarget(process, references=pool, noise_band=band, chunk_size=17)
@@ -76,11 +76,11 @@ def result(kind, band=0.0, timeout=None):
 def warned(kind):
     # What is said of rows that are drawn in one way or another.
     rng = torch.Generator().manual_seed(rank)
-    n, group = len(case["data"]), torch.arange(len(case["data"])) % 3
+    n, labels = len(case["data"]), torch.arange(len(case["data"])) % 3
     weights = 1.0 + 9 * (torch.arange(n) % 2 == 0) if "weights" in kind else None
     pool = sf.ShardedPool(
         case["data"][mine],
-        group[mine] if "labels" in kind else None,
+        labels[mine] if "labels" in kind else None,
         weights=None if weights is None else weights[mine],
     )
     target = sf.StableTarget(sf.EDM(), references=pool, noise_band=0.5, validate_args="not asked" not in kind)
@@ -95,8 +95,8 @@ def warned(kind):
             if "as weighed" in kind:
                 index = torch.multinomial(weights, 64, replacement=True, generator=rng)
             if "balanced" in kind:
-                index = torch.multinomial(1.0 + 9 * (group == 1), 64, replacement=True, generator=rng)
-            seen = group[index] if "labels" in kind else None
+                index = torch.multinomial(1.0 + 9 * (labels == 1), 64, replacement=True, generator=rng)
+            seen = labels[index] if "labels" in kind else None
             if "dropped" in kind:
                 seen = torch.where(index % 2 == 0 if "by sample" in kind else torch.arange(64) % 2 == 0, -1, seen)
             x0 = case["data"][index] / 127.5 - 1
@@ -159,8 +159,8 @@ def case(tmp_path: Path) -> dict[str, torch.Tensor]:
     index = torch.randperm(101, generator=rng)[:31]
     x0 = data[index] / 127.5 - 1
     t = torch.exp(1.5 * torch.randn(31, generator=rng))
-    group = torch.arange(101) % 3
-    seen = group[index].clone()
+    labels = torch.arange(101) % 3
+    seen = labels[index].clone()
     seen[::4] = -1
     values = {
         "data": data,
@@ -168,7 +168,7 @@ def case(tmp_path: Path) -> dict[str, torch.Tensor]:
         "x0": x0,
         "t": t,
         "x_t": sf.EDM().perturb(x0, t, generator=rng),
-        "group": group,
+        "labels": labels,
         "seen": seen,
     }
     # Most of the weight on few samples, so that a row's own may be far below it. Some are never drawn, all of a shard too.
@@ -219,7 +219,7 @@ def whole(case: dict[str, torch.Tensor], kind: str) -> sf.Target:
         data = data / 127.5 + case["offset"]
     pool = sf.Pool(
         data,
-        group=case["group"] if "groups" in kind else None,
+        labels=case["labels"] if "groups" in kind else None,
         mirrored="mirrored" in kind,
         weights=case["weights"] if "weights" in kind else None,
     )
@@ -263,7 +263,7 @@ def test_a_rank_without_rows_serves_the_others(case: dict[str, torch.Tensor], tm
 def test_a_rank_that_dies_ends_the_others_with_a_message(case: dict[str, torch.Tensor], tmp_path: Path) -> None:
     start = time.monotonic()
     done = run(3, tmp_path, "dies")
-    assert time.monotonic() - start < 45  # far below the timeout of the group: a closed connection is noticed
+    assert time.monotonic() - start < 45  # far below the timeout of the labels: a closed connection is noticed
     assert "rank 2: the first error" in done[2].stderr
     for rank in (0, 1):
         assert done[rank].returncode == 1
@@ -291,9 +291,9 @@ def test_a_row_that_is_not_its_sample_is_told_by_the_rank_that_asked(
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("mislabelled", "group[1] is {seen}: the Pool has another label for the row's own sample"),
+        ("mislabelled", "labels[1] is {seen}: the Pool has another label for the row's own sample"),
         ("weightless", "index[1] is {index}: its weight in the Pool is 0, so it cannot have been drawn"),
-        ("unknown", "Pool group[2] is -1: -1 stands for a label that was dropped by chance"),
+        ("unknown", "Pool labels[2] is -1: -1 stands for a label that was dropped by chance"),
     ],
 )
 def test_what_a_pool_refuses_is_refused_by_the_rank_that_asked(
@@ -311,7 +311,7 @@ def test_what_a_pool_refuses_is_refused_by_the_rank_that_asked(
     ("what", "message"),
     [
         ("all weightless", "the weights are all 0 on all ranks"),
-        ("weights of one", "group, mirrored or weights on one of them only"),
+        ("weights of one", "labels, mirrored or weights on one of them only"),
     ],
 )
 def test_weights_that_do_not_fit_together_are_refused_by_all_ranks(

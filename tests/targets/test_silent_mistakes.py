@@ -12,9 +12,9 @@ EDM = sf.EDM()
 
 def test_a_call_without_labels_over_a_pool_with_labels_is_refused(rng: torch.Generator) -> None:
     data, labels = torch.randn(8, 3, generator=rng), torch.arange(8) % 2
-    stable = sf.StableTarget(EDM, references=sf.Pool(data, group=labels))
+    stable = sf.StableTarget(EDM, references=sf.Pool(data, labels=labels))
     x_t, index = EDM.perturb(data, 1.0, generator=rng), torch.arange(8)
-    with pytest.raises(ValueError, match=r"group is missing.*torch\.full\(\(len\(x0\),\), -1\)"):
+    with pytest.raises(ValueError, match=r"labels is missing.*torch\.full\(\(len\(x0\),\), -1\)"):
         stable(data, x_t, 1.0, index=index)
     everything = stable(data, x_t, 1.0, torch.full((8,), -1), index)
     plain = sf.StableTarget(EDM, references=sf.Pool(data))(data, x_t, 1.0, index=index)
@@ -23,15 +23,15 @@ def test_a_call_without_labels_over_a_pool_with_labels_is_refused(rng: torch.Gen
 
 def test_unknown_labels_are_refused_where_dropped_ones_are_meant(rng: torch.Generator) -> None:
     data = torch.randn(4, 3, generator=rng)
-    with pytest.raises(ValueError, match=r"Pool group\[2\] is -1.*largest plus 1"):
-        sf.Pool(data, group=torch.tensor([0, 1, -1, 0]))
-    with pytest.raises(ValueError, match=r"reference_group\[1\] is -1.*largest plus 1"):
+    with pytest.raises(ValueError, match=r"Pool labels\[2\] is -1.*largest plus 1"):
+        sf.Pool(data, labels=torch.tensor([0, 1, -1, 0]))
+    with pytest.raises(ValueError, match=r"reference_labels\[1\] is -1.*largest plus 1"):
         sf.StableTarget(EDM, references=sf.InBatch())(
             data,
             EDM.perturb(data, 1.0, generator=rng),
             1.0,
             torch.tensor([0, -1, -1, 0]),
-            reference_group=torch.tensor([0, -1, 1, 0]),
+            reference_labels=torch.tensor([0, -1, 1, 0]),
         )
 
 
@@ -138,7 +138,7 @@ def test_a_size_is_a_whole_number(size: object) -> None:
         sf.Pool(torch.zeros(5, 2), size=size)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("name", ["x0", "x_t", "noise", "index", "group"])
+@pytest.mark.parametrize("name", ["x0", "x_t", "noise", "index", "labels"])
 def test_what_is_no_tensor_is_named(name: str, rng: torch.Generator) -> None:
     x0 = torch.randn(4, 3, generator=rng)
     noise = torch.randn(4, 3, generator=rng)
@@ -148,9 +148,9 @@ def test_what_is_no_tensor_is_named(name: str, rng: torch.Generator) -> None:
         "t": 1.0,
         "noise": noise,
         "index": torch.arange(4),
-        "group": torch.zeros(4).long(),
+        "labels": torch.zeros(4).long(),
     }
-    stable = sf.StableTarget(EDM, references=sf.Pool(x0, group=torch.zeros(4).long()))
+    stable = sf.StableTarget(EDM, references=sf.Pool(x0, labels=torch.zeros(4).long()))
     stable(**arguments)
     with pytest.raises(TypeError, match=f"{name} is a list"):
         stable(**{**arguments, name: arguments[name].tolist()})

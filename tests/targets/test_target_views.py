@@ -66,24 +66,24 @@ def test_the_network_target_of_edm_preconditioning_is_affine_in_the_mean(rng: to
 
 @pytest.mark.parametrize("process", PROCESSES, ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", ["denoising", "one reference", "alone", "below the band"])
+@pytest.mark.parametrize("kind", ["denoising", "one reference", "source_only", "below the band"])
 def test_with_the_source_alone_the_views_are_those_of_the_usual_loop_bit_for_bit(
     process: sf.Process, dtype: torch.dtype, kind: str, rng: torch.Generator
 ) -> None:
     x0, noise, x_t, t = batch(process, rng, dtype)
-    rows, alone = [slice(None)], None
+    rows, source_only = [slice(None)], None
     if kind == "denoising":
         make = sf.DenoisingTarget(process)
     elif kind == "below the band":
         make = sf.StableTarget(process, references=sf.InBatch(), noise_band=1e6)
     else:
         make = sf.StableTarget(process, references=sf.InBatch())
-        if kind == "alone":
-            alone = torch.ones(8, dtype=torch.bool)
+        if kind == "source_only":
+            source_only = torch.ones(8, dtype=torch.bool)
         else:
             rows = [slice(i, i + 1) for i in range(8)]
     for r in rows:
-        target = make(x0[r], x_t[r], t[r], noise=noise[r], alone=alone)
+        target = make(x0[r], x_t[r], t[r], noise=noise[r], source_only=source_only)
         alpha, sigma = process.alpha(t[r]).reshape(-1, 1, 1, 1), process.sigma(t[r]).reshape(-1, 1, 1, 1)
         assert torch.equal(target.x0, x0[r])
         assert torch.equal(target.noise, noise[r])

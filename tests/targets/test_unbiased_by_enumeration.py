@@ -142,14 +142,14 @@ LABEL = torch.tensor([0, 0, 1, 1])
 SHARE = torch.tensor([0.2, 0.3, 0.1, 0.4], dtype=torch.float64)
 
 
-def labelled_draws(group: int, restricted: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """All draws of three labelled references and a source that a row of `group` can have come from (-1: any)."""
+def labelled_draws(labels: int, restricted: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """All draws of three labelled references and a source that a row of `labels` can have come from (-1: any)."""
     near = likelihood(VALUE)
     for members in product(range(4), repeat=3):
         k = torch.tensor(members)
-        groups = (torch.full((5,), group), LABEL[k]) if restricted else (None, None)
+        groups = (torch.full((5,), labels), LABEL[k]) if restricted else (None, None)
         for place in range(3):
-            if group in (-1, int(LABEL[k[place]])):
+            if labels in (-1, int(LABEL[k[place]])):
                 found = sf.posterior(X_T[:, None], ALPHA, SIGMA, VALUE[k][:, None], torch.full((5,), place), *groups)
                 yield SHARE[k].prod() * near[:, k[place]], found.mean[:, 0]
 

@@ -52,8 +52,8 @@ def test_rows_are_those_of_the_index_stream_and_lie_where_the_index_says(mapped:
         assert rows.labels is not None
         assert np.array_equal(rows.labels.numpy(), labels)
         assert torch.equal(rows.pool.data[rows.index], rows.pixels)
-        assert rows.pool.group is not None
-        assert torch.equal(rows.pool.group[rows.index], rows.labels)
+        assert rows.pool.labels is not None
+        assert torch.equal(rows.pool.labels[rows.index], rows.labels)
         assert len(rows.pool.data) == 100
     feed.close()
 

@@ -153,13 +153,13 @@ def summary(outcomes: Sequence[Outcome], seeds: Sequence[int], name: str) -> str
     frechet = {t: [o.scores[-1].frechet for o in outcomes if o.target == t] for t in ("dsm", "stf")}
     seconds = {t: float(np.mean([o.scores[-1].seconds for o in outcomes if o.target == t])) for t in ("dsm", "stf")}
     lower = sum(b < a for a, b in zip(frechet["dsm"], frechet["stf"], strict=True))
-    alone = len(seeds) == 1
+    source_only = len(seeds) == 1
     spreads = (
         "One seed tells no spread: pass more, such as --seeds 0,1,2. "
-        if alone
+        if source_only
         else f"± is the standard error over {len(seeds)} seeds. "
     )
-    many = "1 seed" if alone else f"{len(seeds)} seeds"
+    many = "1 seed" if source_only else f"{len(seeds)} seeds"
     return (
         f"STF is nearer to the optimum at middle noise levels in {better} of {many}, {_gain(gains)}; its {name} is lower in "
         f"{lower} of {len(seeds)}: {_over_seeds(frechet['stf'])} against {_over_seeds(frechet['dsm'])}. {spreads}"

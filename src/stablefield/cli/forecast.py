@@ -46,7 +46,7 @@ def feature_seconds(lens: Lens, images: Tensor, device: torch.device) -> float:
         device: where the extractor is.
     """
     batch = (images, torch.arange(len(images)))
-    return seconds_of(lambda: extract([batch], [lens], alone=True), device) / len(images)
+    return seconds_of(lambda: extract([batch], [lens], source_only=True), device) / len(images)
 
 
 def metric_seconds(
@@ -104,7 +104,7 @@ def metric_seconds(
 
 def _features(count: int, dim: int) -> Features:
     rows = torch.rand(count, dim, generator=torch.Generator().manual_seed(0))
-    moments = StreamingStatistics(dim, alone=True)
+    moments = StreamingStatistics(dim, source_only=True)
     moments.update(rows)
     return Features(count=count, rows=rows, statistics=moments.statistics())
 

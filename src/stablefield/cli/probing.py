@@ -50,8 +50,8 @@ class Probing:
         if population.drawn_from is not None:
             part = f"{len(population):,} of {len(images):,} images"
             console.print(f"[yellow]sampled:[/] {said.format(part=part)}")
-        group = None if population.group is None else population.group.to(self.device)
-        return Population(population.data.to(self.device), group, population.drawn_from)
+        labels = None if population.labels is None else population.labels.to(self.device)
+        return Population(population.data.to(self.device), labels, population.drawn_from)
 
 
 def read_levels(text: str) -> list[float] | None:

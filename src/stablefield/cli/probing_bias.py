@@ -78,11 +78,11 @@ def probe_bias(images: ImageSet, probing: Probing, *, process: Process, by_class
 
 
 def _policies(population: Population, size: int, process: Process) -> dict[str, TargetLike]:
-    data, group = population.data, population.group
+    data, labels = population.data, population.labels
     return {
         "the batch": StableTarget(process, references=InBatch()),
-        f"a pool of {size:,}": StableTarget(process, references=Pool(data, size, group)),
-        f"all {len(population):,}": StableTarget(process, references=Pool(data, None, group)),
+        f"a pool of {size:,}": StableTarget(process, references=Pool(data, size, labels)),
+        f"all {len(population):,}": StableTarget(process, references=Pool(data, None, labels)),
     }
 
 
@@ -91,6 +91,6 @@ def _faults(population: Population, size: int, process: Process) -> dict[str, Ta
         "source left out": SourceLeftOut(population, size, process=process),
         "source held twice": SourceTwice(population, size, process=process),
     }
-    if population.group is not None:
+    if population.labels is not None:
         faulty["classes mixed"] = ClassesMixed(population, size, process=process)
     return faulty

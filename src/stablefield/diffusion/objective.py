@@ -152,7 +152,7 @@ class Objective:
         *,
         augment_labels: Tensor | None = None,
         flip: Tensor | None = None,
-        alone: Tensor | None = None,
+        source_only: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> ObjectiveValue:
         """Draw noise for a batch and evaluate the loss.
@@ -168,7 +168,7 @@ class Objective:
             index: place of each row in the data of a `Pool`, integers (B,).
             augment_labels: what the network is told of each row's augmentation, shape (B, augment_dim).
             flip: mirrored rows, as in `StableTarget`.
-            alone: rows with an augmentation of their own, as in `StableTarget`.
+            source_only: rows with an augmentation of their own, as in `StableTarget`.
             generator: torch's global one if None.
 
         Returns:
@@ -183,7 +183,7 @@ class Objective:
         if class_labels is not None:
             class_labels = _checked_labels(class_labels, x0)
         draws = self.draw(x0.shape, generator, device=x0.device, dtype=x0.dtype, labelled=class_labels is not None)
-        example = self.example(x0, draws, class_labels, index, flip=flip, alone=alone, generator=generator)
+        example = self.example(x0, draws, class_labels, index, flip=flip, source_only=source_only, generator=generator)
         return self.evaluate(denoiser, example, augment_labels)
 
     def draw(
@@ -240,7 +240,7 @@ class Objective:
         index: Tensor | None = None,
         *,
         flip: Tensor | None = None,
-        alone: Tensor | None = None,
+        source_only: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Example:
         """Add the drawn noise and compute the target; arguments as in `__call__`, with the `draws` of these rows.
@@ -249,7 +249,7 @@ class Objective:
             ValueError: as `StableTarget`.
         """
         _check_data(x0)
-        for name, value in (("index", index), ("flip", flip), ("alone", alone)):
+        for name, value in (("index", index), ("flip", flip), ("source_only", source_only)):
             if value is not None:
                 check_tensor(name, value, numbers=True)
         check_generator("generator", generator)
@@ -269,9 +269,9 @@ class Objective:
                 seen,
                 index,
                 noise=draws.noise,
-                reference_group=class_labels,
+                reference_labels=class_labels,
                 flip=flip,
-                alone=alone,
+                source_only=source_only,
                 generator=generator,
             )
         except ValueError as error:
@@ -320,7 +320,7 @@ class Objective:
 
 
 # What a target calls the labels that an objective was given, where its message names the argument.
-_LABELS = re.compile(r"^(reference_)?group\b")
+_LABELS = re.compile(r"^(reference_)?labels\b")
 
 
 def _check_data(x0: Tensor) -> None:

@@ -66,19 +66,19 @@ def extract(
     what: str = "image",
     *,
     at_once: int | None = None,
-    alone: bool = False,
+    source_only: bool = False,
 ) -> list[Features]:
     """Send all batches through all extractors.
 
     Where torch.distributed is running, every process calls this with its own batches, and gets the features of all, unless
-    one measures `alone`.
+    one measures `source_only`.
 
     Args:
         batches: images with their numbers.
         lenses: extractors, and what to keep of each.
         what: what to call an image in an error, such as "sample".
         at_once: images that an extractor sees at a time; a network at 299 x 299 takes some 10 MB for each.
-        alone: whether the features are those of this process's batches, which the others may know nothing of.
+        source_only: whether the features are those of this process's batches, which the others may know nothing of.
 
     Returns:
         One `Features` per lens.
@@ -86,8 +86,10 @@ def extract(
     Raises:
         ValueError: if an extractor refuses images, or returns NaN or infinite numbers; the image's number is named.
     """
-    rows = [StreamingFeatures(lens.extractor.dim, alone=alone) if lens.rows else None for lens in lenses]
-    moments = [StreamingStatistics(lens.extractor.dim, alone=alone) if lens.moments else None for lens in lenses]
+    rows = [StreamingFeatures(lens.extractor.dim, source_only=source_only) if lens.rows else None for lens in lenses]
+    moments = [
+        StreamingStatistics(lens.extractor.dim, source_only=source_only) if lens.moments else None for lens in lenses
+    ]
     for images, numbers in batches:
         for lens, row, moment in zip(lenses, rows, moments, strict=True):
             parts = images.split(at_once or max(1, len(images)))

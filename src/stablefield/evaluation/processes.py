@@ -1,7 +1,7 @@
 """The processes of one measurement, as torchrun or `accelerate launch` starts them: each does its share of the batches.
 
 They exchange images and features on the host, through gloo, whatever device computes; so the same command works on CPUs,
-and on GPUs of any maker. A program that was started alone is one process, and nothing is set up.
+and on GPUs of any maker. A program that was started source_only is one process, and nothing is set up.
 """
 
 import datetime as dt

@@ -153,7 +153,7 @@ def measure_reference(
         batches = set_batches(reference.images.images, rows, batch, processes)
         what = f"{lens.extractor.name}: {reference.images.name}"
         watched = told(batches, what, len(rows), progress, processes.count)
-        (found,) = extract(watched, [lens], "reference image", alone=processes.count == 1)
+        (found,) = extract(watched, [lens], "reference image", source_only=processes.count == 1)
         if cache is not None and processes.first:
             _write(cache, protocol, found)
     return Reference(name=protocol.reference, sha256=protocol.reference_sha256, split=protocol.split, features=found)

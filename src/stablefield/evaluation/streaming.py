@@ -42,14 +42,14 @@ class StreamingStatistics(Metric):
         dim: number of features d.
         gather: how the state of every process is collected, as torchmetrics' `dist_sync_fn`; torch.distributed's
             all_gather if not given. Giving it means that there are several processes.
-        alone: this process measures for itself, also where torch.distributed is running; the others need not.
+        source_only: this process measures for itself, also where torch.distributed is running; the others need not.
     """
 
     full_state_update = False
     moments: Tensor
 
-    def __init__(self, dim: int, *, gather: Gather | None = None, alone: bool = False) -> None:
-        super().__init__(dist_sync_fn=gather, distributed_available_fn=_no if alone else _yes if gather else None)
+    def __init__(self, dim: int, *, gather: Gather | None = None, source_only: bool = False) -> None:
+        super().__init__(dist_sync_fn=gather, distributed_available_fn=_no if source_only else _yes if gather else None)
         whole_number("dim", dim)
         if dim < 1:
             raise ValueError(f"dim is {dim}: pass the extractor's number of features.")
@@ -90,15 +90,15 @@ class StreamingFeatures(Metric):
     Args:
         dim: number of features d.
         gather: as for `StreamingStatistics`.
-        alone: as for `StreamingStatistics`.
+        source_only: as for `StreamingStatistics`.
     """
 
     full_state_update = False
     rows: list[Tensor]
     numbers: list[Tensor]
 
-    def __init__(self, dim: int, *, gather: Gather | None = None, alone: bool = False) -> None:
-        super().__init__(dist_sync_fn=gather, distributed_available_fn=_no if alone else _yes if gather else None)
+    def __init__(self, dim: int, *, gather: Gather | None = None, source_only: bool = False) -> None:
+        super().__init__(dist_sync_fn=gather, distributed_available_fn=_no if source_only else _yes if gather else None)
         whole_number("dim", dim)
         if dim < 1:
             raise ValueError(f"dim is {dim}: pass the extractor's number of features.")

@@ -92,7 +92,7 @@ def measure_batch(
     sizes = [size for size in curve.stf if rows < size < n]
     found: list[Series] = []
     for place, size in enumerate((rows, *sizes)):
-        references = InBatch() if place == 0 else Pool(population.data, size, population.group)
+        references = InBatch() if place == 0 else Pool(population.data, size, population.labels)
         pairs = max(1.0, job.share * rows) * size
         count = batches or int(min(_MOST, max(_FEWEST, _WORK / (pairs * (4 * population.dim + _PER_PAIR)))))
         found.append(job.measure(references, count, seed))
@@ -110,7 +110,7 @@ class _Job:
         self._level = training.levels(_POINTS)
         self.share = float((self._level >= band).double().mean())
         # Rows are drawn from all groups, so the denominator holds the variance between them.
-        self._total = Population(population.data).variance() if population.group is not None else population.variance()
+        self._total = Population(population.data).variance() if population.labels is not None else population.variance()
         self._mean = _mean(self._bank)
 
     def measure(self, references: References, batches: int, seed: int) -> Series:
@@ -128,8 +128,8 @@ class _Job:
             flat = self._bank.rows(index, self._bank.dtype)
             x0 = flat.reshape(rows, *population.data.shape[1:])
             x_t = process.perturb(x0, t, torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(device))
-            group = None if population.group is None else population.group[index]
-            mean = target(x0, x_t, t, group, index, generator=generator).x0
+            labels = None if population.labels is None else population.labels[index]
+            mean = target(x0, x_t, t, labels, index, generator=generator).x0
             sums.append(torch.stack([(part.flatten(1) - self._mean).double().sum(0) for part in (mean, flat)]))
         squares = torch.stack(sums).square().sum(2).cpu() / (rows * self._total)
         stable, single = squares[:, :1], squares[:, 1:]

@@ -61,10 +61,10 @@ class TargetLike(Protocol):
         x0: Tensor,
         x_t: Tensor,
         t: Tensor,
-        group: Tensor | None = None,
+        labels: Tensor | None = None,
         index: Tensor | None = None,
         *,
-        reference_group: Tensor | None = None,
+        reference_labels: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Target | Tensor:
         """The target of a batch: a `Target`, or the target for x0 itself, shape (B, ...).
@@ -73,9 +73,9 @@ class TargetLike(Protocol):
             x0: clean samples, shape (B, ...).
             x_t: noisy samples, shape (B, ...).
             t: times, shape (B,).
-            group: class that the network sees, integers (B,), -1 for none; None without classes.
+            labels: class that the network sees, integers (B,), -1 for none; None without classes.
             index: place of each row in the data, integers (B,).
-            reference_group: true class of each row, integers (B,); None without classes.
+            reference_labels: true class of each row, integers (B,); None without classes.
             generator: for random choices.
         """
         ...
@@ -133,7 +133,7 @@ def check_bias(
             has rows at all of them.
         batch: rows per batch, at most the population.
         batches: how many; the unit of the statistics.
-        label_dropout: share of rows whose class is hidden (group -1), if there are groups.
+        label_dropout: share of rows whose class is hidden (labels -1), if there are labels.
         false_alarm: rate at which unbiased targets fail.
         seed: of rows, noise, references and sign flips.
 
@@ -164,7 +164,7 @@ def check_bias(
         levels = levels[torch.linspace(0, len(levels) - 1, batch).round().long()]
     generator = torch.Generator().manual_seed(seed)
     device = population.data.device
-    bank, group = Bank(population.data), population.group
+    bank, labels = Bank(population.data), population.labels
     directions = _Directions(population)
     place = torch.arange(batch) % len(levels)
     count = torch.bincount(place, minlength=len(levels))
@@ -176,12 +176,12 @@ def check_bias(
         flat = bank.rows(index, bank.dtype)
         x0 = flat.reshape(batch, *population.data.shape[1:])
         x_t = process.perturb(x0, t, torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(device))
-        truth = None if group is None else group[index].long()
+        truth = None if labels is None else labels[index].long()
         seen = truth
         if truth is not None and label_dropout > 0:
             hidden = (torch.rand(batch, generator=generator) < label_dropout).to(device)
             seen = truth.masked_fill(hidden, -1)
-        found = target(x0, x_t, t, seen, index, reference_group=truth, generator=generator)
+        found = target(x0, x_t, t, seen, index, reference_labels=truth, generator=generator)
         estimate = found.x0 if isinstance(found, Target) else found
         if estimate.shape != x0.shape or not bool(estimate.isfinite().all()):
             raise ValueError(
@@ -246,12 +246,12 @@ class _Directions:
 
     def __init__(self, population: Population) -> None:
         self._data, self._bank = population.data, Bank(population.data)
-        self._group = population.group
+        self._labels = population.labels
         self._mean, self._class_means = _means(population)
         self._axes, self._spread = _axes(self._bank, self._mean)
         axes = [f"component {k + 1}" for k in range(len(self._axes))]
         names = ["noisy row", "sharper mean", *axes, *(f"{name} x place" for name in axes)]
-        self.names = (*names, *([] if self._group is None else ["class mean"]))
+        self.names = (*names, *([] if self._labels is None else ["class mean"]))
 
     def products(self, residual: Tensor, row: Tensor, level: Tensor, seen: Tensor | None) -> Tensor:
         """Products of the residual with each direction, shape (B, directions).
@@ -284,8 +284,8 @@ class _Directions:
     def _weighed(self, row: Tensor, level: Tensor, seen: Tensor | None) -> Tensor:
         data = self._data
         shaped = row.reshape(len(row), *data.shape[1:])
-        group = None if seen is None else self._group
-        return posterior(shaped, 1.0, level, data, group=seen, reference_group=group).mean.flatten(1)
+        labels = None if seen is None else self._labels
+        return posterior(shaped, 1.0, level, data, labels=seen, reference_labels=labels).mean.flatten(1)
 
 
 def _middle(population: Population, seed: int) -> Tensor:
@@ -303,18 +303,18 @@ def _middle(population: Population, seed: int) -> Tensor:
 def _means(population: Population) -> tuple[Tensor, Tensor]:
     """Mean of the data, shape (d,), and for each class k its mean in row k + 1, with that of all in row 0 (no class)."""
     bank = Bank(population.data)
-    group = population.group
-    kinds = 0 if group is None else int(group.max()) + 1
+    labels = population.labels
+    kinds = 0 if labels is None else int(labels.max()) + 1
     total = torch.zeros(kinds + 1, bank.dim, dtype=torch.float64)
     for where, rows in bank.chunks(bank.chunk_size(1), bank.dtype):
         wide = rows.double().cpu()
         total[0] += wide.sum(0)
-        if group is not None:
-            total.index_add_(0, group[where].long().cpu() + 1, wide)
+        if labels is not None:
+            total.index_add_(0, labels[where].long().cpu() + 1, wide)
     count = torch.ones(kinds + 1, dtype=torch.float64)
     count[0] = len(bank)
-    if group is not None:
-        count[1:] = torch.bincount(group.long().cpu(), minlength=kinds).clamp(min=1)
+    if labels is not None:
+        count[1:] = torch.bincount(labels.long().cpu(), minlength=kinds).clamp(min=1)
     means = (total / count[:, None]).to(population.data.device, bank.dtype)
     return means[0], means
 

@@ -45,12 +45,12 @@ class ExactPosterior:
 
     Args:
         data: the samples, shape (N, ...), floating point, or uint8 images that mean data / 127.5 - 1.
-        group: class of each, integers of shape (N,): rows then use their own class alone.
+        labels: class of each, integers of shape (N,): rows then use their own class alone.
     """
 
-    def __init__(self, data: Tensor, group: Tensor | None = None) -> None:
+    def __init__(self, data: Tensor, labels: Tensor | None = None) -> None:
         self._bank = Bank(data)
-        self._group = group
+        self._labels = labels
 
     @property
     def bank(self) -> Bank:
@@ -61,7 +61,7 @@ class ExactPosterior:
         """The posterior over the samples at `index` (n,) alone."""
         part = ExactPosterior.__new__(ExactPosterior)
         part._bank = self._bank.take(index)
-        part._group = None if self._group is None else self._group[index]
+        part._labels = None if self._labels is None else self._labels[index]
         return part
 
     @torch.no_grad()
@@ -77,8 +77,8 @@ class ExactPosterior:
         Raises:
             ValueError: as `stablefield.posterior`.
         """
-        group = None if self._group is None else self._group[source]
-        query = Query.checked(x_t, alpha, sigma, self._bank, source, group, self._group)
+        labels = None if self._labels is None else self._labels[source]
+        query = Query.checked(x_t, alpha, sigma, self._bank, source, labels, self._labels)
         kernel = GaussianKernel()
         with full_precision(x_t.device):
             excess = Excess(query, find_anchor(query, self._bank), self._bank, kernel)

@@ -39,10 +39,10 @@ class SourceLeftOut(_Faulty):
         x0: Tensor,
         x_t: Tensor,
         t: Tensor,
-        group: Tensor | None = None,
+        labels: Tensor | None = None,
         index: Tensor | None = None,
         *,
-        reference_group: Tensor | None = None,  # noqa: ARG002
+        reference_labels: Tensor | None = None,  # noqa: ARG002
         generator: torch.Generator | None = None,
     ) -> Tensor:
         data = self.population.data
@@ -51,12 +51,12 @@ class SourceLeftOut(_Faulty):
         places = free.nonzero()[:, 0]
         chosen = places[torch.randperm(len(places), generator=generator).to(places.device)[: self.size]]
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
-        if group is None or self.population.group is None:
+        if labels is None or self.population.labels is None:
             return posterior(x_t, alpha, sigma, data[chosen]).mean
-        groups = self.population.group[chosen]
-        served = ((group[:, None] == groups).any(1) | (group == -1)).nonzero()[:, 0]
+        groups = self.population.labels[chosen]
+        served = ((labels[:, None] == groups).any(1) | (labels == -1)).nonzero()[:, 0]
         found = posterior(
-            x_t[served], alpha[served], sigma[served], data[chosen], group=group[served], reference_group=groups
+            x_t[served], alpha[served], sigma[served], data[chosen], labels=labels[served], reference_labels=groups
         )
         return x0.index_copy(0, served, found.mean)
 
@@ -69,10 +69,10 @@ class ClassesMixed(_Faulty):
         x0: Tensor,
         x_t: Tensor,
         t: Tensor,
-        group: Tensor | None = None,  # noqa: ARG002
+        labels: Tensor | None = None,  # noqa: ARG002
         index: Tensor | None = None,
         *,
-        reference_group: Tensor | None = None,  # noqa: ARG002
+        reference_labels: Tensor | None = None,  # noqa: ARG002
         generator: torch.Generator | None = None,
     ) -> Tensor:
         stable = StableTarget(self.process, references=Pool(self.population.data, self.size))
@@ -87,15 +87,15 @@ class SourceTwice(_Faulty):
         x0: Tensor,
         x_t: Tensor,
         t: Tensor,
-        group: Tensor | None = None,
+        labels: Tensor | None = None,
         index: Tensor | None = None,
         *,
-        reference_group: Tensor | None = None,
+        reference_labels: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        pool = Pool(self.population.data, self.size, self.population.group)
+        pool = Pool(self.population.data, self.size, self.population.labels)
         stable = StableTarget(self.process, references=pool)
-        once = stable(x0, x_t, t, group, index, reference_group=reference_group, generator=generator)
+        once = stable(x0, x_t, t, labels, index, reference_labels=reference_labels, generator=generator)
         # With a second copy the weights w become w / (1 + w_own), and the source's 2 w_own / (1 + w_own).
         own = per_row(once.source_weight, x0)
         return once.x0 + own / (1 + own) * (x0 - once.x0)

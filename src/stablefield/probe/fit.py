@@ -89,9 +89,7 @@ class Optimum:
         found: list[Tensor] = []
         for part in self.parts:
             if labelled and part.labels is None:
-                raise ValueError(
-                    "labelled is set, but the population has no groups: pass them, they are the class labels."
-                )
+                raise ValueError("labelled is set, but the population has no labels: pass them.")
             levels = [self._at(k, part, denoiser, labelled) for k in range(len(self.noise_level))]
             found.append(torch.stack(levels, 2).double().cpu())
         distance, loss, floor = (Series.of_sources(column[None], complete=False) for column in torch.cat(found, 1))
@@ -153,7 +151,7 @@ def find_optimum(
     if rows < 2 or batch < 1:
         raise ValueError(f"rows is {rows}, batch is {batch}: at least 2 rows and a batch of 1 are needed.")
     device, shape = population.data.device, tuple(population.data.shape[1:])
-    whole = ExactPosterior(population.data, population.group)
+    whole = ExactPosterior(population.data, population.labels)
     generator = torch.Generator().manual_seed(seed)
     parts: list[_Part] = []
     for index in torch.randperm(len(population), generator=generator)[:rows].split(batch):
@@ -168,7 +166,7 @@ def find_optimum(
             exact = whole(x, torch.ones_like(sigma), sigma, index).posterior
             means.append(exact.mean.flatten(1))
             variances.append(exact.variance)
-        labels = None if population.group is None else population.group[index]
+        labels = None if population.labels is None else population.labels[index]
         parts.append(_Part(x0, noise, labels, torch.stack(means), torch.stack(variances)))
     return Optimum(noise_level=levels, shape=shape, samples=len(population), parts=tuple(parts))
 
@@ -191,7 +189,7 @@ def measure_fit(
     check_callable("denoiser", denoiser, "denoiser(x, sigma)")
     flag("labelled", labelled)
     check_kind("population", population, Population, "a Population of the data, Population(data)")
-    if labelled and population.group is None:
-        raise ValueError("labelled is set, but the population has no groups: pass them, they are the class labels.")
+    if labelled and population.labels is None:
+        raise ValueError("labelled is set, but the population has no labels: pass them.")
     found = find_optimum(population, noise_levels, rows=rows, batch=batch, seed=seed)
     return found.fit(denoiser, labelled=labelled)

@@ -26,23 +26,23 @@ class Population:
 
     Args:
         data: shape (N, ...), floating point, or uint8 images that mean data / 127.5 - 1.
-        group: class of each sample, integers of shape (N,), if posteriors are to stay within classes; else None.
+        labels: class of each sample, integers of shape (N,), if posteriors are to stay within classes; else None.
         drawn_from: size of the set that the samples were drawn from; None if they are all of it.
 
     Raises:
-        ValueError: if there are fewer than two different samples (in every group, if there are groups), a value is not
-            finite, or `group` does not fit.
+        ValueError: if there are fewer than two different samples (in every labels, if there are labels), a value is not
+            finite, or `labels` does not fit.
     """
 
     data: Tensor
-    group: Tensor | None = None
+    labels: Tensor | None = None
     drawn_from: int | None = None
 
     def __post_init__(self) -> None:
-        data, group = self.data, self.group
+        data, labels = self.data, self.labels
         check_tensor("data", data, numbers=True)
-        if group is not None:
-            check_tensor("group", group, numbers=True)
+        if labels is not None:
+            check_tensor("labels", labels, numbers=True)
         if data.ndim < 2 or data[:1].numel() == 0:
             raise ValueError(
                 f"data have shape {tuple(data.shape)}: pass samples of at least one number, shape (N, ...)."
@@ -54,14 +54,14 @@ class Population:
                 f"data hold {len(data)} sample: with one sample every target is that sample, and there is no variance to "
                 "measure. Probe at least 2."
             )
-        if group is not None and (
-            group.shape != data.shape[:1]
-            or group.is_floating_point()
-            or group.is_complex()
-            or group.dtype == torch.bool
+        if labels is not None and (
+            labels.shape != data.shape[:1]
+            or labels.is_floating_point()
+            or labels.is_complex()
+            or labels.dtype == torch.bool
         ):
             raise ValueError(
-                f"group has shape {tuple(group.shape)} and dtype {group.dtype}: one integer per sample is needed, "
+                f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}: one integer per sample is needed, "
                 f"shape ({len(data)},)."
             )
         if data.is_floating_point():
@@ -70,8 +70,8 @@ class Population:
                 if not bool(finite.all()):
                     row = start + int((~finite).nonzero()[0, 0])
                     raise ValueError(f"data[{row}] holds NaN or inf: clean the data first.")
-        if _all_equal(data, group):
-            within = "" if group is None else " of each class"
+        if _all_equal(data, labels):
+            within = "" if labels is None else " of each class"
             raise ValueError(
                 f"all {len(data):,} samples{within} are equal: every target is that sample at every noise level, so there "
                 "is no variance to measure or to remove."
@@ -88,8 +88,8 @@ class Population:
     def variance(self) -> float:
         """Trace of the covariance of the samples, within groups if there are any: V_DSM where all is noise."""
         bank = Bank(self.data)
-        group = torch.zeros(len(self), dtype=torch.long) if self.group is None else self.group.cpu()
-        _, place = torch.unique(group, return_inverse=True)
+        labels = torch.zeros(len(self), dtype=torch.long) if self.labels is None else self.labels.cpu()
+        _, place = torch.unique(labels, return_inverse=True)
         place = place.to(self.data.device)
         kinds = int(place.max()) + 1
         wide = torch.float32 if self.data.device.type == "mps" else torch.float64
@@ -138,12 +138,12 @@ def draw_population(images: ImageSet, *, most: int = MOST, by_class: bool = Fals
     )
 
 
-def _all_equal(data: Tensor, group: Tensor | None) -> bool:
-    if group is None:
+def _all_equal(data: Tensor, labels: Tensor | None) -> bool:
+    if labels is None:
         first = data[:1]
         return all(bool((part == first).all()) for part in data.split(4096))
-    _, place = torch.unique(group, return_inverse=True)
-    # The first member of each group: written last to first, the first one stays.
+    _, place = torch.unique(labels, return_inverse=True)
+    # The first member of each class: written last to first, the first one stays.
     first = torch.empty(int(place.max()) + 1, dtype=torch.long, device=place.device)
     first.scatter_reduce_(0, place, torch.arange(len(place), device=place.device), "amin", include_self=False)
     return all(

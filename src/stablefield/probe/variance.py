@@ -174,7 +174,7 @@ def measure_variance(
         )
     n = len(population)
     sources, draws = _plan(population, len(level), sources, draws)
-    whole = ExactPosterior(population.data, population.group)
+    whole = ExactPosterior(population.data, population.labels)
     job = _Job(process, t.to(population.data.device), whole, n, torch.Generator().manual_seed(seed))
     wanted = sorted({size for size in sizes if 1 < size < n})
     sharing = max(1, min(_SHARING, sources * draws // _SETS))
@@ -253,7 +253,7 @@ def find_noise_levels(population: Population, count: int = 21, *, seed: int = 0)
     if count < 2:
         raise ValueError(f"count is {count}: at least 2 noise levels are needed.")
     total = population.variance()
-    whole = ExactPosterior(population.data, population.group)
+    whole = ExactPosterior(population.data, population.labels)
     generator = torch.Generator().manual_seed(seed)
     job = _Job(EDM(), torch.zeros(1), whole, len(population), generator)
     low = math.sqrt(total) / 2

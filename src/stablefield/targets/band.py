@@ -81,7 +81,7 @@ def pick_noise_band(
     """Probe a pool for the noise level below which the stable target is the single-sample one, to a tolerance.
 
     The noise level sigma / alpha is all that a Gaussian posterior depends on, so the result serves every process. For the
-    heavier tails of `StudentTKernel` it is too high. If the pool has groups, references of the row's own group compete; rows
+    heavier tails of `StudentTKernel` it is too high. If the pool has labels, references of the row's own label compete; rows
     whose label is dropped would gain from a lower level. If it has weights, rows are drawn with them. Pools of more than
     65,536 samples are probed on that many of them, and the weight of the others is taken in proportion.
 
@@ -118,8 +118,8 @@ def pick_noise_band(
     device = as_device("device", device)
     n = len(pool.data)
     if total is not None and total < n:
-        raise ValueError(f"total is {total}, and the pool alone has {n} samples: pass the size of the whole set.")
-    bank, group = pool.bank(device), None if pool.group is None else pool.group.to(device)
+        raise ValueError(f"total is {total}, and the pool source_only has {n} samples: pass the size of the whole set.")
+    bank, labels = pool.bank(device), None if pool.labels is None else pool.labels.to(device)
     generator = generator or torch.Generator().manual_seed(0)
     weights = None if pool.weights is None else pool.weights.cpu().double()
     # Samples of weight 0 are no references.
@@ -132,7 +132,7 @@ def pick_noise_band(
         order = torch.randperm(count, generator=generator, device=generator.device).cpu()
         some = possible[order[:_REFERENCES].sort()[0]]
     if len(some) < n:
-        bank, group = bank.take(some.to(device)), None if group is None else group[some.to(device)]
+        bank, labels = bank.take(some.to(device)), None if labels is None else labels[some.to(device)]
     weights = None if weights is None else weights[some]
     index, shares = _drawn(len(some), weights, rows, generator)
     if not bank.norms(torch.float32).finite:
@@ -140,7 +140,7 @@ def pick_noise_band(
     with full_precision(device):
         wide = torch.float32 if device.type == "mps" else torch.float64
         prior = None if weights is None else weights.to(device, wide).clamp(min=torch.finfo(wide).tiny)
-        counts, distances = _count(bank, index.to(device), group, prior, pool.mirrored)
+        counts, distances = _count(bank, index.to(device), labels, prior, pool.mirrored)
     # How many references of a training step each counted one stands for.
     if weights is None or pool.size is None:
         others = (pool.size or (total or n) * count / n) - 1
@@ -183,7 +183,7 @@ def _median(values: Tensor, shares: Tensor) -> float:
 
 
 def _count(
-    bank: Bank, index: Tensor, group: Tensor | None, weights: Tensor | None, mirrored: bool
+    bank: Bank, index: Tensor, labels: Tensor | None, weights: Tensor | None, mirrored: bool
 ) -> tuple[Tensor, Tensor]:
     """How many references lie at which distance of each sample.
 
@@ -211,8 +211,8 @@ def _count(
             place = (gap.div_(size).clamp_(min=2.0**-_BELOW).log2_() + _BELOW).mul_(_BINS_PER_OCTAVE)
             place = place.round_().clamp_(max=bins - 1).long()
             one = torch.ones((), device=bank.device).expand(place.shape)
-            if group is not None:
-                one = (group[index][:, None] == group[where]).float()
+            if labels is not None:
+                one = (labels[index][:, None] == labels[where]).float()
             if weights is not None:
                 # Beyond any number of references, more is no more.
                 one = one * (weights[where] / weights[index][:, None]).clamp(min=1, max=1e20).float()

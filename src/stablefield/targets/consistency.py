@@ -101,14 +101,20 @@ class Measured:
 
     @classmethod
     def of(
-        cls, x0: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, noise: Tensor | None, alone: Tensor | None = None
+        cls,
+        x0: Tensor,
+        x_t: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        noise: Tensor | None,
+        source_only: Tensor | None = None,
     ) -> "Measured":
         """Measure a batch; see `consistency_checks` for the arguments."""
         dtype = torch.promote_types(torch.promote_types(x0.dtype, x_t.dtype), torch.float32)
         clean, noisy = x0.flatten(1).to(dtype), x_t.flatten(1).to(dtype)
         alpha, sigma = alpha.to(dtype)[:, None], sigma.to(dtype)[:, None]
         drawn = None if noise is None else noise.flatten(1).to(dtype)
-        whole = clean if alone is None else torch.where(alone[:, None], 0, clean)
+        whole = clean if source_only is None else torch.where(source_only[:, None], 0, clean)
         middle = whole.mean(0)
         pixels = x0[0, 0].numel() if x0.ndim > 2 else 0
         found = []
@@ -141,7 +147,7 @@ def consistency_checks(
     alpha: Tensor,
     sigma: Tensor,
     noise: Tensor | None,
-    alone: Tensor | None = None,
+    source_only: Tensor | None = None,
     correlation: Correlation | None = None,
     measured: Measured | None = None,
 ) -> list[Check]:
@@ -156,7 +162,7 @@ def consistency_checks(
         alpha: scale of the data at these times, shape (B,).
         sigma: scale of the noise at these times, shape (B,).
         noise: the noise in x_t, shape (B, ...), or None.
-        alone: rows that use their source alone, bool (B,), or None: they need not be finite.
+        source_only: rows that use their source alone, bool (B,), or None: they need not be finite.
         correlation: of the calls before; of this one alone if None.
         measured: of these rows; measured if None.
     """
@@ -166,16 +172,16 @@ def consistency_checks(
     given = [value for value in (x0, x_t, noise) if value is not None]
     eps = max(torch.finfo(value.dtype).eps for value in given)
     d = x0[0].numel()
-    found = Measured.of(x0, x_t, alpha, sigma, noise, alone) if measured is None else measured
+    found = Measured.of(x0, x_t, alpha, sigma, noise, source_only) if measured is None else measured
     dtype = found.clean.dtype
     alpha, sigma = alpha.to(dtype), sigma.to(dtype)
     finite = found.clean.isfinite()
-    checks.append(finite_check(_but(found.clean, alone), "x0"))
-    checks.append(finite_check(_but(torch.where(finite, found.residual, 0), alone), "x_t"))
+    checks.append(finite_check(_but(found.clean, source_only), "x0"))
+    checks.append(finite_check(_but(torch.where(finite, found.residual, 0), source_only), "x_t"))
     # A scheduler that rounds 1 - alpha^2 to a short format makes another sigma; where alpha is 1, sigma is given.
     rounding = torch.where(alpha < 1, eps * alpha.square() / sigma.square(), 0)
     if noise is not None:
-        checks.append(finite_check(_but(found.drawn, alone), "noise"))
+        checks.append(finite_check(_but(found.drawn, source_only), "noise"))
         allowed = max(_NOISE_ERROR, _ULPS * eps) + _ULPS * rounding
         allowed = allowed * sigma * found.drawn + max(_DATA_ERROR, _ULPS * eps) * alpha.abs() * found.clean
         # NaN passes here; the checks above report it.
@@ -199,7 +205,7 @@ def consistency_checks(
         checks.append(Check(~(excess > 1).reshape(1), lambda _: _offset_message(float(mean_square))))
     norms = found.own * found.drawn
     told = usable & (norms > 0) & norms.isfinite()
-    told = told if alone is None else told & ~alone
+    told = told if source_only is None else told & ~source_only
     cosine = torch.where(told, found.along / norms, 0)
     correlation = Correlation() if correlation is None else correlation
     spreads = correlation.add(float(cosine.sum()) * math.sqrt(d), float(told.sum() * repeats), len(x0))
@@ -207,17 +213,17 @@ def consistency_checks(
     return checks
 
 
-def _but(norms: Tensor, alone: Tensor | None) -> Tensor:
-    return norms if alone is None else norms.masked_fill(alone, 0)
+def _but(norms: Tensor, source_only: Tensor | None) -> Tensor:
+    return norms if source_only is None else norms.masked_fill(source_only, 0)
 
 
 def _repeats(norms: Tensor, rows: Tensor) -> Tensor:
     """By which factor rows that share their noise, and so its norm (B,), raise the variance of a sum over `rows`."""
     values = norms.sort().values
-    group = torch.cat([values.new_zeros(1, dtype=torch.long), (values.diff() > _SAME * values[1:]).cumsum(0)])
-    # Rows that do not count have norm 0 and make the first group.
+    run = torch.cat([values.new_zeros(1, dtype=torch.long), (values.diff() > _SAME * values[1:]).cumsum(0)])
+    # Rows that do not count have norm 0 and make the first run.
     members = (values > 0).to(norms.dtype)
-    counts = torch.zeros_like(norms).index_add_(0, group, members)
+    counts = torch.zeros_like(norms).index_add_(0, run, members)
     return counts.square().sum() / rows.sum().clamp(min=1)
 
 

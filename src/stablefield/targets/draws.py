@@ -22,37 +22,37 @@ class Shares:
     """What weight lies where.
 
     Attributes:
-        labels: the labels in a shard, sorted, (k,).
+        distinct: the distinct in a shard, sorted, (k,).
         here: the weight of each that lies there, (k,).
         elsewhere: the weight of each that lies elsewhere, (k,).
         own: all weight there.
         rest: all weight elsewhere.
     """
 
-    labels: Tensor
+    distinct: Tensor
     here: Tensor
     elsewhere: Tensor
     own: float
     rest: float
 
     @classmethod
-    def gathered(cls, ranks: Ranks, group: Tensor | None, weights: Tensor, device: torch.device) -> "Shares":
+    def gathered(cls, ranks: Ranks, labels: Tensor | None, weights: Tensor, device: torch.device) -> "Shares":
         """Ask all ranks, each with the labels (n_r,) of its shard, or None, and their weights (n_r,)."""
-        group = torch.zeros(len(weights), dtype=torch.long) if group is None else group.long()
+        labels = torch.zeros(len(weights), dtype=torch.long) if labels is None else labels.long()
         weights = weights.to(device, torch.float32 if device.type == "mps" else torch.float64)
-        labels: Tensor
+        distinct: Tensor
         kind: Tensor
-        labels, kind = torch.unique(group.to(device), return_inverse=True)
-        here = weights.new_zeros(len(labels)).index_add(0, kind, weights)
-        heads = ranks.gather_equal(torch.tensor([len(labels)], device=device), "to compare their labels")
+        distinct, kind = torch.unique(labels.to(device), return_inverse=True)
+        here = weights.new_zeros(len(distinct)).index_add(0, kind, weights)
+        heads = ranks.gather_equal(torch.tensor([len(distinct)], device=device), "to compare their distinct")
         counts = [int(head) for head in heads]
-        others = ranks.gather(labels[:, None], counts)[:, 0]
+        others = ranks.gather(distinct[:, None], counts)[:, 0]
         weight = ranks.gather(here[:, None], counts)[:, 0]
         start = sum(counts[: ranks.rank])
-        weight[start : start + len(labels)] = 0
-        place, known = _among(labels, others)
+        weight[start : start + len(distinct)] = 0
+        place, known = _among(distinct, others)
         elsewhere = torch.zeros_like(here).index_add(0, place, weight * known)
-        return cls(labels, here, elsewhere, float(here.sum()), float(weight.sum()))
+        return cls(distinct, here, elsewhere, float(here.sum()), float(weight.sum()))
 
 
 class Draws:
@@ -61,7 +61,7 @@ class Draws:
     Args:
         shares: what weight lies where.
         weights: of the samples of the shard, (n_r,), or None.
-        group: their labels, (n_r,), or None.
+        labels: their distinct, (n_r,), or None.
         start: the number of the first.
         count: how many there are.
         total: how many all ranks have.
@@ -72,7 +72,7 @@ class Draws:
         self,
         shares: Shares,
         weights: Tensor | None,
-        group: Tensor | None,
+        labels: Tensor | None,
         start: int,
         count: int,
         total: int,
@@ -83,33 +83,33 @@ class Draws:
         weights = torch.ones(count, dtype=here.dtype, device=device) if weights is None else weights
         # Before all samples have come some times, a sampler that reads the data part by part has not come round.
         first = FIRST * total
-        self._labels = None if group is None else shares.labels.to(device)
-        self._within = Frequencies(weights, group, first, lambda place: f"sample {start + place}")
+        self._labels = None if labels is None else shares.distinct.to(device)
+        self._within = Frequencies(weights, labels, first, lambda place: f"sample {start + place}")
         whole = torch.tensor([shares.own, shares.rest], dtype=here.dtype, device=device)
         self._between = Frequencies(
             whole, None, first, lambda place: "one of the samples elsewhere" if place else f"one of {own}"
         )
         self._of_label: Frequencies | None = None
-        if group is not None:
-            kinds, labels = torch.arange(len(here), device=device).repeat(2), shares.labels
+        if labels is not None:
+            kinds, distinct = torch.arange(len(here), device=device).repeat(2), shares.distinct
 
             def name(place: int) -> str:
-                where = f"among {own}" if place < len(labels) else "elsewhere"
-                return f"one with label {int(labels[place % len(labels)])} {where}"
+                where = f"among {own}" if place < len(distinct) else "elsewhere"
+                return f"one with label {int(distinct[place % len(distinct)])} {where}"
 
             self._of_label = Frequencies(torch.cat([here, elsewhere]), kinds, first, name)
 
-    def add(self, place: Tensor, here: Tensor, group: Tensor | None) -> list[Check]:
+    def add(self, place: Tensor, here: Tensor, labels: Tensor | None) -> list[Check]:
         """Count the rows of all ranks: their places in the shard, (B,), whether they are there, and their labels, or -1."""
         if not len(place):
             return []
-        labelled = None if group is None else group >= 0
+        labelled = None if labels is None else labels >= 0
         found = [self._within.add(place, None if self._labels is None else labelled, here)]
         where = (~here).long()
         found.append(self._between.add(where, None, None if labelled is None else ~labelled))
-        if self._of_label is not None and self._labels is not None and group is not None:
-            kind, known = _among(self._labels, group)
-            found.append(self._of_label.add(kind + len(self._labels) * where, group >= 0, known))
+        if self._of_label is not None and self._labels is not None and labels is not None:
+            kind, known = _among(self._labels, labels)
+            found.append(self._of_label.add(kind + len(self._labels) * where, labels >= 0, known))
         return [_of_all_ranks(check) for check in found if check is not None]
 
 
@@ -122,7 +122,7 @@ def _of_all_ranks(check: Check) -> Check:
     return replace(check, tell=told)
 
 
-def _among(labels: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """The place of each of `group` (B,) in the sorted `labels` (k,), and whether it is one of them."""
-    place = torch.searchsorted(labels, group).clamp(max=len(labels) - 1)
-    return place, labels[place] == group
+def _among(distinct: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The place of each of `labels` (B,) in the sorted `distinct` (k,), and whether it is one of them."""
+    place = torch.searchsorted(distinct, labels).clamp(max=len(distinct) - 1)
+    return place, distinct[place] == labels

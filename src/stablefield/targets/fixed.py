@@ -31,8 +31,8 @@ def fixed_posterior(
     sigma: float | Tensor,
     bank: Bank,
     source: Tensor | None = None,
-    group: Tensor | None = None,
-    reference_group: Tensor | None = None,
+    labels: Tensor | None = None,
+    reference_labels: Tensor | None = None,
     log_prior: Tensor | None = None,
     *,
     kernel: Kernel,
@@ -49,8 +49,8 @@ def fixed_posterior(
         sigma: scale of the noise, a float or shape (B,).
         bank: the references, a tensor.
         source: index of each row's own reference, shape (B,), or None.
-        group: condition of each row, shape (B,), or None.
-        reference_group: condition of each reference, shape (n,), or None.
+        labels: condition of each row, shape (B,), or None.
+        reference_labels: condition of each reference, shape (n,), or None.
         log_prior: log prior weight of each reference, shape (n,), or None.
         kernel: the noise kernel.
         anchor: the sources themselves, shape (B, ...), if they are known.
@@ -88,8 +88,8 @@ def fixed_posterior(
         None if norms is None else norms.origin,
         anchor,
         source,
-        group,
-        reference_group,
+        labels,
+        reference_labels,
         log_prior,
         dof,
         mirrored,
@@ -109,8 +109,8 @@ def compute(
     origin: Tensor | None,
     anchor: Tensor | None,
     source: Tensor | None,
-    group: Tensor | None,
-    reference_group: Tensor | None,
+    labels: Tensor | None,
+    reference_labels: Tensor | None,
     log_prior: Tensor | None,
     dof: float,
     mirrored: bool,
@@ -122,7 +122,7 @@ def compute(
     dtype = bank.dtype_with(x_t)
     bank.set_norms(dtype, squares, origin)
     kernel: Kernel = StudentTKernel(dof) if dof else GaussianKernel()
-    query = Query.checked(x_t, alpha, sigma, bank, source, group, reference_group, log_prior, fixed=True, wide=wide)
+    query = Query.checked(x_t, alpha, sigma, bank, source, labels, reference_labels, log_prior, fixed=True, wide=wide)
     with full_precision(x_t.device):
         rows = None if anchor is None else anchor.reshape(query.x_t.shape).to(dtype)
         if rows is not None and source is not None:

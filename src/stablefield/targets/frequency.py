@@ -142,5 +142,5 @@ def _numbered(labels: Tensor) -> Tensor:
 def _repeats(index: Tensor, counted: Tensor) -> Tensor:
     """Sum over the samples at `index` (B,) of their squared numbers of rows, where each row counts 1 or 0 (B,)."""
     values, order = index.sort()
-    group = torch.cat([values.new_zeros(1), (values.diff() != 0).cumsum(0)])
-    return torch.zeros_like(counted).index_add_(0, group, counted[order]).square().sum()
+    run = torch.cat([values.new_zeros(1), (values.diff() != 0).cumsum(0)])
+    return torch.zeros_like(counted).index_add_(0, run, counted[order]).square().sum()

@@ -44,13 +44,13 @@ def finish(partial: Partial, query: Query, excess: Excess, kernel: Kernel) -> Po
         ValueError: if no reference may serve a row.
     """
     served = ~torch.isneginf(partial.peak)
-    # A source serves its row (its group has been found to fit), unless its prior excludes it: no look is needed to know it.
+    # A source serves its row (its label has been found to fit), unless its prior excludes it: no look is needed to know it.
     unsure = query.source is None or (query.log_prior is not None and query.source_prior is None)
     if unsure and not query.fixed and not bool(served.all()):
         row = int((~served).nonzero()[0, 0])
-        of_group = "" if query.group is None else f" (group {int(query.group[row])})"
+        of_group = "" if query.labels is None else f" (label {int(query.labels[row])})"
         raise ValueError(
-            f"no reference may serve row {row}{of_group}: give references of its group, or group -1 to use all of them."
+            f"no reference may serve row {row}{of_group}: give references of its label, or label -1 to use all of them."
         )
     narrow = query.x_t.dtype
     gap = partial.total.div_(partial.mass.to(narrow)[:, None])

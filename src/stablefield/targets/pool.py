@@ -35,7 +35,7 @@ class Pool:
             brought to the device of the batch chunk by chunk. Norms are computed once and kept: do not change an array in
             place afterwards (a tensor that was changed is noticed).
         size: number of references per batch; None for the whole array.
-        group: condition of each sample, integers from 0, shape (n,), or None. A sample whose label is not known needs one
+        labels: condition of each sample, integers from 0, shape (n,), or None. A sample whose label is not known needs one
             of its own (such as the largest plus 1, for "unknown"): that it is missing is information.
         mirrored: use the mirror image (last axis) of each reference, too. For data sets doubled by random flips that the
             network is not told of; the set then has 2 `size` members.
@@ -45,7 +45,7 @@ class Pool:
 
     Raises:
         TypeError: if an argument is of another type.
-        ValueError: if `data` is empty or of another dtype, `size` is not between 1 and n, or `group` or `weights` do not
+        ValueError: if `data` is empty or of another dtype, `size` is not between 1 and n, or `labels` or `weights` do not
             fit.
     """
 
@@ -53,7 +53,7 @@ class Pool:
         self,
         data: Tensor | NDArray[Any],
         size: int | None = None,
-        group: Tensor | None = None,
+        labels: Tensor | None = None,
         *,
         mirrored: bool = False,
         weights: Tensor | NDArray[Any] | None = None,
@@ -63,8 +63,8 @@ class Pool:
             check_tensor("Pool data", data)
         size = None if size is None else whole_number("Pool size", size)
         flag("mirrored", mirrored)
-        if group is not None:
-            check_tensor("Pool group", group, real=True, numbers=True)
+        if labels is not None:
+            check_tensor("Pool labels", labels, real=True, numbers=True)
         if data.ndim < 2 or len(data) == 0:
             raise ValueError(f"Pool data have shape {tuple(data.shape)}: pass at least one sample, shape (n, ...).")
         if isinstance(data, Tensor):
@@ -75,18 +75,18 @@ class Pool:
             raise ValueError(f"Pool data have dtype {data.dtype}: pass floating point data, or uint8 images.")
         if size is not None and not 1 <= size <= len(data):
             raise ValueError(f"Pool size is {size}: it must be from 1 to the {len(data)} samples, or None for all.")
-        if group is not None and (group.shape != (len(data),) or group.is_floating_point()):
+        if labels is not None and (labels.shape != (len(data),) or labels.is_floating_point()):
             raise ValueError(
-                f"Pool group has shape {tuple(group.shape)} and dtype {group.dtype}: "
+                f"Pool labels has shape {tuple(labels.shape)} and dtype {labels.dtype}: "
                 f"it needs one integer per sample, shape ({len(data)},)."
             )
         # Elsewhere they are looked at with the first batch, so that nothing waits for them.
-        self._unseen = group is not None
-        if group is not None and group.device.type == "cpu":
-            require(*self._label_checks(group))
+        self._unseen = labels is not None
+        if labels is not None and labels.device.type == "cpu":
+            require(*self._label_checks(labels))
             self._unseen = False
         self.size = size
-        self.group = group
+        self.labels = labels
         self.mirrored = mirrored
         self.weights = None if weights is None else _checked_weights(weights, len(data))
         self._bank = Bank(data)
@@ -121,10 +121,10 @@ class Pool:
     def checks(
         self,
         x0: Tensor,
-        group: Tensor | None,
-        reference_group: Tensor | None,  # noqa: ARG002
+        labels: Tensor | None,
+        reference_labels: Tensor | None,  # noqa: ARG002
         index: Tensor | None,
-        alone: Tensor | None,
+        source_only: Tensor | None,
         count: bool,
     ) -> list[Check]:
         """What the values of a call must meet, as described at `References`.
@@ -132,18 +132,18 @@ class Pool:
         Raises:
             ValueError: if `index` is missing, or shapes or devices do not fit.
         """
-        index = self._fitting(x0, group, index)
+        index = self._fitting(x0, labels, index)
         n, device = len(self._bank), index.device
-        exempt = torch.zeros_like(index, dtype=torch.bool) if alone is None else alone
+        exempt = torch.zeros_like(index, dtype=torch.bool) if source_only is None else source_only
         there = (index >= 0) & (index < n)
         place = index.clamp(0, n - 1)
         checks = [value_check(there | exempt, "index", index, f"the Pool holds samples 0 to {n - 1}")]
         checks += self.unseen_labels(device)
-        if group is not None:
-            own = self._on("group", device)
+        if labels is not None:
+            own = self._on("labels", device)
             assert own is not None
-            fits = (group == -1) | (group == own[place]) | exempt
-            checks.append(value_check(fits, "group", group, OTHER_LABEL))
+            fits = (labels == -1) | (labels == own[place]) | exempt
+            checks.append(value_check(fits, "labels", labels, OTHER_LABEL))
         weights = self._on("weights", device)
         if weights is not None:
             checks.append(value_check((weights[place] > 0) | exempt, "index", index, WITHOUT_WEIGHT))
@@ -151,20 +151,20 @@ class Pool:
             return checks
         if self._frequencies is None:
             uniform = torch.ones(n, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-            self._frequencies = Frequencies(uniform if weights is None else weights, self._on("group", device))
-        counted = None if alone is None else ~alone
-        frequent = self._frequencies.add(index, None if group is None else group >= 0, counted)
+            self._frequencies = Frequencies(uniform if weights is None else weights, self._on("labels", device))
+        counted = None if source_only is None else ~source_only
+        frequent = self._frequencies.add(index, None if labels is None else labels >= 0, counted)
         return checks if frequent is None else [*checks, frequent]
 
     def select(
-        self, x0: Tensor, group: Tensor | None, index: Tensor | None, generator: torch.Generator | None
+        self, x0: Tensor, labels: Tensor | None, index: Tensor | None, generator: torch.Generator | None
     ) -> Selection:
         """Choose the references of a batch, as described at `References`.
 
         Raises:
             ValueError: if `index` is missing, `size` is below the batch's distinct samples, or shapes or devices do not fit.
         """
-        index, bank = self._fitting(x0, group, index), self.bank(x0.device)
+        index, bank = self._fitting(x0, labels, index), self.bank(x0.device)
         if readable(x0.device):
             self._unseen = False  # `checks` have been looked at
         if self._draws and not readable(x0.device):
@@ -173,7 +173,7 @@ class Pool:
                 "or captured function cannot look at. Use the whole pool (size=None) with a noise_band and a capacity, or "
                 "keep the target out of what is compiled: torch.compiler.disable(target.__call__)."
             )
-        groups, weights = self._on("group", x0.device), self._on("weights", x0.device)
+        groups, weights = self._on("labels", x0.device), self._on("weights", x0.device)
         stored = (bank, index)
         if weights is None and not self._draws:
             return Selection(bank, index, groups, self.mirrored, stored=stored)
@@ -203,7 +203,7 @@ class Pool:
             source_prior=source_prior,
         )
 
-    def _fitting(self, x0: Tensor, group: Tensor | None, index: Tensor | None) -> Tensor:
+    def _fitting(self, x0: Tensor, labels: Tensor | None, index: Tensor | None) -> Tensor:
         """The index, if the arguments of a call fit."""
         if index is None:
             raise ValueError("index is missing: a Pool needs the place of each row of the batch in its data.")
@@ -212,27 +212,27 @@ class Pool:
             raise ValueError(
                 f"rows of x0 have shape {tuple(x0.shape[1:])}, the Pool's {tuple(self.data.shape[1:])}: they must agree."
             )
-        if group is not None and self.group is None:
+        if labels is not None and self.labels is None:
             raise ValueError(
-                "group is given, but the Pool has none: pass Pool(..., group=...), one integer per sample."
+                "labels is given, but the Pool has none: pass Pool(..., labels=...), one integer per sample."
             )
         return index.long()
 
     def unseen_labels(self, device: torch.device) -> list[Check]:
         """The check of the samples' labels, if nothing has looked at them yet: those on a GPU, with the first batch."""
-        return self._label_checks(self.group.to(device)) if self._unseen and self.group is not None else []
+        return self._label_checks(self.labels.to(device)) if self._unseen and self.labels is not None else []
 
-    def _label_checks(self, group: Tensor) -> list[Check]:
-        return [value_check(group >= 0, "Pool group", group, UNKNOWN_LABEL)]
+    def _label_checks(self, labels: Tensor) -> list[Check]:
+        return [value_check(labels >= 0, "Pool labels", labels, UNKNOWN_LABEL)]
 
     @property
     def _draws(self) -> bool:
         """Whether each batch has references of its own."""
         return self.size is not None and self.size < len(self._bank)
 
-    def _on(self, name: Literal["group", "weights"], device: torch.device) -> Tensor | None:
+    def _on(self, name: Literal["labels", "weights"], device: torch.device) -> Tensor | None:
         """The conditions or the weights on `device`."""
-        value = self.group if name == "group" else self.weights
+        value = self.labels if name == "labels" else self.weights
         if value is None or value.device == device:
             return value
         if (name, device) not in self._moved:
@@ -243,7 +243,7 @@ class Pool:
         """The whole pool of the samples at `index`, integers (m,), with what is known of their norms."""
         part = Pool.__new__(Pool)
         part.size, part.mirrored = None, self.mirrored
-        part.group = None if self.group is None else self.group[index]
+        part.labels = None if self.labels is None else self.labels[index]
         part.weights = None if self.weights is None else self.weights[index]
         part._bank, part._elsewhere, part._moved = self._bank.take(index), {}, {}
         part._frequencies, part._unseen = None, self._unseen
@@ -329,8 +329,8 @@ def stored_samples(x0: Tensor, index: Tensor, bank: Bank, places: Tensor) -> Ten
         row = int(wrong.nonzero()[0, 0])
         raise ValueError(
             f"row {int(places[row])} of x0 is not sample {int(index[row])} of the Pool (largest difference "
-            f"{gap[row].item():.3g}): pass flip= for mirrored rows, alone= for rows with another augmentation of their own, "
-            "or the right index."
+            f"{gap[row].item():.3g}): pass flip= for mirrored rows, source_only= for rows with another augmentation of "
+            "their own, or the right index."
         )
     return bank.rows(index, bank.dtype_with(x0)) if seen else None
 

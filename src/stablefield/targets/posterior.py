@@ -40,8 +40,8 @@ def posterior(
     sigma: float | Tensor,
     references: Tensor,
     source: Tensor | None = None,
-    group: Tensor | None = None,
-    reference_group: Tensor | None = None,
+    labels: Tensor | None = None,
+    reference_labels: Tensor | None = None,
     log_prior: Tensor | None = None,
     chunk_size: int | None = None,
     kernel: Kernel | None = None,
@@ -64,9 +64,9 @@ def posterior(
         references: clean samples, shape (n, ...), floating point, or uint8 images that mean references / 127.5 - 1.
         source: index of the reference that made each row, integers of shape (B,). Gives `source_weight`, and saves the
             search for an anchor where the noise is small.
-        group: condition of each row, integers of shape (B,): row i uses reference k only if their groups are equal; a row
-            with group -1 (label dropped for guidance) uses all references.
-        reference_group: condition of each reference, integers of shape (n,); needed with `group`.
+        labels: condition of each row, integers of shape (B,): row i uses reference k only if their labels are equal; a row
+            with label -1 (dropped for guidance) uses all references.
+        reference_labels: condition of each reference, integers of shape (n,); needed with `labels`.
         log_prior: log prior weight of each reference, shape (n,), not necessarily normalised; uniform if not given.
         chunk_size: references per matrix product; chosen by memory if not given. It changes the result by rounding alone.
         kernel: the noise kernel; Gaussian if not given.
@@ -76,11 +76,11 @@ def posterior(
 
     Raises:
         ValueError: if shapes, devices or dtypes do not fit, sigma is not positive, alpha is not finite, data are not
-            finite, a source is out of range or of another group than its row, or no reference may serve a row.
+            finite, a source is out of range or of another label than its row, or no reference may serve a row.
     """
     check_tensor("x_t", x_t)
     check_tensor("references", references)
-    given = {"source": source, "group": group, "reference_group": reference_group, "log_prior": log_prior}
+    given = {"source": source, "labels": labels, "reference_labels": reference_labels, "log_prior": log_prior}
     for name, value in given.items():
         if value is not None:
             check_tensor(name, value)
@@ -96,9 +96,9 @@ def posterior(
         raise ValueError("x_t is on the device meta, which holds no numbers: move the data to cpu or cuda.")
     if not readable(x_t.device):
         return fixed_posterior(
-            x_t, alpha, sigma, bank, source, group, reference_group, log_prior, chunk_size=chunk_size, kernel=kernel
+            x_t, alpha, sigma, bank, source, labels, reference_labels, log_prior, chunk_size=chunk_size, kernel=kernel
         )
-    query = Query.checked(x_t, alpha, sigma, bank, source, group, reference_group, log_prior)
+    query = Query.checked(x_t, alpha, sigma, bank, source, labels, reference_labels, log_prior)
     with full_precision(x_t.device):
         excess = Excess(query, find_anchor(query, bank), bank, kernel)
         return finish(accumulate(query, bank, excess, excess.own, chunk_size), query, excess, kernel)

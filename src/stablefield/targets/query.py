@@ -25,8 +25,8 @@ class Query:
         alpha: scale of the data, shape (B,), float64.
         sigma: scale of the noise, shape (B,), float64.
         source: index of each row's own reference, shape (B,), or None.
-        group: condition of each row, shape (B,), or None.
-        reference_group: condition of each reference, shape (n,), or None.
+        labels: condition of each row, shape (B,), or None.
+        reference_labels: condition of each reference, shape (n,), or None.
         log_prior: log prior weight of each reference, shape (n,), float64, or None.
         source_prior: log prior weight of each row's own source on the scale of `log_prior`, shape (B,), float64; None where
             it is that of its place. A source that is no reference (-1) is then one for its own row.
@@ -41,8 +41,8 @@ class Query:
     alpha: Tensor
     sigma: Tensor
     source: Tensor | None
-    group: Tensor | None
-    reference_group: Tensor | None
+    labels: Tensor | None
+    reference_labels: Tensor | None
     log_prior: Tensor | None
     like: Tensor
     fixed: bool = False
@@ -63,8 +63,8 @@ class Query:
         sigma: float | Tensor,
         bank: Bank,
         source: Tensor | None = None,
-        group: Tensor | None = None,
-        reference_group: Tensor | None = None,
+        labels: Tensor | None = None,
+        reference_labels: Tensor | None = None,
         log_prior: Tensor | None = None,
         source_prior: Tensor | None = None,
         *,
@@ -103,17 +103,17 @@ class Query:
             norms = bank.norms(dtype)
             if not norms.finite:
                 require(finite_check(norms.squares, "references"))
-        if (group is None) != (reference_group is None):
-            missing, given = ("group", "reference_group") if group is None else ("reference_group", "group")
+        if (labels is None) != (reference_labels is None):
+            missing, given = ("labels", "reference_labels") if labels is None else ("reference_labels", "labels")
             raise ValueError(f"{missing} is missing: it is needed with {given}, one integer per row and per reference.")
-        if group is not None and reference_group is not None:
-            _check_integers("group", group, batch, x_t, "the condition of each row")
-            _check_integers("reference_group", reference_group, n, x_t, "the condition of each reference")
-            group, reference_group = group.long(), reference_group.long()
+        if labels is not None and reference_labels is not None:
+            _check_integers("labels", labels, batch, x_t, "the condition of each row")
+            _check_integers("reference_labels", reference_labels, n, x_t, "the condition of each reference")
+            labels, reference_labels = labels.long(), reference_labels.long()
             if source is not None and not fixed and levels is None:
-                fits = (group == -1) | (group == reference_group[source])
-                rule = "the row's own source is a reference of another group; it must fit its row"
-                require(value_check(fits, "group", group, rule))
+                fits = (labels == -1) | (labels == reference_labels[source])
+                rule = "the row's own source is a reference of another label; it must fit its row"
+                require(value_check(fits, "labels", labels, rule))
         if log_prior is not None:
             if log_prior.shape != (n,) or log_prior.device != x_t.device:
                 raise ValueError(
@@ -132,7 +132,7 @@ class Query:
             if source_prior is not None:
                 source_prior = (source_prior.to(scalar) - common).to(dtype).to(scalar)
         return cls(
-            rows, alpha, sigma, source, group, reference_group, log_prior, x_t, fixed, wide, source_prior, levels
+            rows, alpha, sigma, source, labels, reference_labels, log_prior, x_t, fixed, wide, source_prior, levels
         )
 
     def prior(self, where: slice) -> Tensor | None:
@@ -141,10 +141,10 @@ class Query:
 
     def allowed(self, where: slice, rows: Tensor | None = None) -> Tensor | None:
         """Which references of the slice each row (or each of `rows`) may use, shape (B, c); None if all may use all."""
-        if self.group is None or self.reference_group is None:
+        if self.labels is None or self.reference_labels is None:
             return None
-        group = (self.group if rows is None else self.group[rows])[:, None]
-        return (group == self.reference_group[where]) | (group == -1)
+        labels = (self.labels if rows is None else self.labels[rows])[:, None]
+        return (labels == self.reference_labels[where]) | (labels == -1)
 
 
 def checked_bank(x_t: Tensor, references: Tensor) -> Bank:

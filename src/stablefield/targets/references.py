@@ -34,7 +34,7 @@ class Selection:
     Attributes:
         bank: the references.
         source: index into the bank of the reference that each row was made from, shape (B,).
-        group: condition of each reference, shape (n,), or None.
+        labels: condition of each reference, shape (n,), or None.
         mirrored: whether the mirror image (last axis) of each reference is a reference, too.
         exchange: how to ask the ranks that hold other references, or None; `source` then counts in the whole set.
         stored: the bank that holds each row's own sample, and where, shape (B,); None if the references are the rows
@@ -48,7 +48,7 @@ class Selection:
 
     bank: Bank
     source: Tensor
-    group: Tensor | None
+    labels: Tensor | None
     mirrored: bool = False
     exchange: "Exchange | None" = None
     stored: tuple[Bank, Tensor] | None = None
@@ -81,27 +81,27 @@ class References(Protocol):
     """What a stable target asks of a reference policy."""
 
     @property
-    def group(self) -> Tensor | None:
+    def labels(self) -> Tensor | None:
         """Condition of each sample, where the policy knows it; `StableTarget` then asks for those of the rows."""
         ...
 
     def checks(
         self,
         x0: Tensor,
-        group: Tensor | None,
-        reference_group: Tensor | None,
+        labels: Tensor | None,
+        reference_labels: Tensor | None,
         index: Tensor | None,
-        alone: Tensor | None,
+        source_only: Tensor | None,
         count: bool,
     ) -> list[Check]:
         """What the values of a call must meet, to be looked at together with others.
 
         Args:
             x0: the sources as they were given, shape (B, ...); what follows is on the host.
-            group: condition that the network sees for each row, shape (B,), or None.
-            reference_group: true condition of each row, shape (B,), or None.
+            labels: condition that the network sees for each row, shape (B,), or None.
+            reference_labels: true condition of each row, shape (B,), or None.
             index: place of each row in the data set, shape (B,), or None.
-            alone: rows that use their source alone, bool (B,), or None.
+            source_only: rows that use their source alone, bool (B,), or None.
             count: whether to count the rows, to compare how often each was drawn with what is assumed.
 
         Raises:
@@ -110,13 +110,13 @@ class References(Protocol):
         ...
 
     def select(
-        self, x0: Tensor, group: Tensor | None, index: Tensor | None, generator: torch.Generator | None
+        self, x0: Tensor, labels: Tensor | None, index: Tensor | None, generator: torch.Generator | None
     ) -> Selection:
         """Choose the references of a batch.
 
         Args:
             x0: the sources as the data set holds them (flips undone), shape (B, ...).
-            group: true condition of each source, shape (B,), or None.
+            labels: true condition of each source, shape (B,), or None.
             index: place of each source in the data set, shape (B,), or None.
             generator: where random choices are drawn from.
         """
@@ -132,37 +132,37 @@ class InBatch:
     """
 
     @property
-    def group(self) -> None:
+    def labels(self) -> None:
         """None: the batch's own conditions serve."""
         return
 
     def checks(  # noqa: D102
         self,
         x0: Tensor,  # noqa: ARG002
-        group: Tensor | None,
-        reference_group: Tensor | None,
+        labels: Tensor | None,
+        reference_labels: Tensor | None,
         index: Tensor | None,  # noqa: ARG002
-        alone: Tensor | None,
+        source_only: Tensor | None,
         count: bool,  # noqa: ARG002
     ) -> list[Check]:
-        if reference_group is None:
+        if reference_labels is None:
             return []
         # No label in the whole batch is no condition at all.
-        known = (reference_group >= 0) | (reference_group < 0).all()
-        known = known if alone is None else known | alone
-        checks = [value_check(known, "reference_group", reference_group, UNKNOWN_LABEL)]
-        if group is not None:
-            fits = (group == -1) | (group == reference_group)
-            fits = fits if alone is None else fits | alone
-            rule = "the row's own source is a reference of another group; it must fit its row"
-            checks.append(value_check(fits, "group", group, rule))
+        known = (reference_labels >= 0) | (reference_labels < 0).all()
+        known = known if source_only is None else known | source_only
+        checks = [value_check(known, "reference_labels", reference_labels, UNKNOWN_LABEL)]
+        if labels is not None:
+            fits = (labels == -1) | (labels == reference_labels)
+            fits = fits if source_only is None else fits | source_only
+            rule = "the row's own source is a reference of another label; it must fit its row"
+            checks.append(value_check(fits, "labels", labels, rule))
         return checks
 
     def select(  # noqa: D102
         self,
         x0: Tensor,
-        group: Tensor | None,
+        labels: Tensor | None,
         index: Tensor | None,  # noqa: ARG002
         generator: torch.Generator | None,  # noqa: ARG002
     ) -> Selection:
-        return Selection(Bank(x0), torch.arange(len(x0), device=x0.device), group)
+        return Selection(Bank(x0), torch.arange(len(x0), device=x0.device), labels)

@@ -28,7 +28,7 @@ class Known:
 
     alpha: Tensor
     sigma: Tensor
-    alone: Tensor | None
+    source_only: Tensor | None
 
     @property
     def level(self) -> Tensor:
@@ -48,14 +48,14 @@ class Batch:
     x_t: Tensor
     alpha: Tensor
     sigma: Tensor
-    group: Tensor | None
-    reference_group: Tensor | None
+    labels: Tensor | None
+    reference_labels: Tensor | None
     index: Tensor | None
 
     @property
     def truth(self) -> Tensor | None:
         """The condition of each source, where that of the row may have been dropped."""
-        return self.group if self.reference_group is None else self.reference_group
+        return self.labels if self.reference_labels is None else self.reference_labels
 
     def at(self, rows: Tensor) -> "Batch":
         """Some of the rows."""
@@ -64,8 +64,8 @@ class Batch:
             self.x_t[rows],
             self.alpha[rows],
             self.sigma[rows],
-            None if self.group is None else self.group[rows],
-            None if self.reference_group is None else self.reference_group[rows],
+            None if self.labels is None else self.labels[rows],
+            None if self.reference_labels is None else self.reference_labels[rows],
             None if self.index is None else self.index[rows],
         )
 

@@ -55,7 +55,7 @@ class ShardedPool:
     Args:
         data: this rank's samples, shape (n_r, ...), as for `Pool`: a tensor on the device of the batches, or a numpy array
             (also memory-mapped). At least one.
-        group: condition of each of them, integers of shape (n_r,), or None; on all ranks or on none.
+        labels: condition of each of them, integers of shape (n_r,), or None; on all ranks or on none.
         mirrored: use the mirror image of each reference, too, as `Pool` does.
         weights: how likely each of them is to be drawn, shape (n_r,), as for `Pool`, on a scale that all ranks share; on all
             ranks or on none. They may all be 0 on some ranks.
@@ -72,7 +72,7 @@ class ShardedPool:
     def __init__(
         self,
         data: Tensor | NDArray[Any],
-        group: Tensor | None = None,
+        labels: Tensor | None = None,
         *,
         mirrored: bool = False,
         weights: Tensor | NDArray[Any] | None = None,
@@ -85,7 +85,7 @@ class ShardedPool:
                 "torch.distributed has no process group: call torch.distributed.init_process_group first, "
                 "or use a Pool in a single process."
             )
-        self.pool = Pool(data, group=group, mirrored=mirrored)
+        self.pool = Pool(data, labels=labels, mirrored=mirrored)
         given = None if weights is None else sample_weights(weights, len(data))
         device = device or (data.device if isinstance(data, Tensor) else torch.device("cpu"))
         if timeout is not None:
@@ -93,7 +93,7 @@ class ShardedPool:
             process_group = cast("dist.ProcessGroup", made)  # an int for those outside, and all are inside
         self._ranks = Ranks(process_group)
         shape = [len(data), *data.shape[1:]]
-        kind = [group is not None, mirrored, given is not None]
+        kind = [labels is not None, mirrored, given is not None]
         mine = torch.tensor([len(shape), *kind, *shape, *[0] * (12 - len(shape))], device=device)
         parts = self._ranks.gather_equal(mine, "to compare their shards")
         first = parts[0]
@@ -103,7 +103,7 @@ class ShardedPool:
                 raise ValueError(
                     f"the shards of rank 0 and rank {rank} do not fit: samples of shape "
                     f"{tuple(first[5 : 4 + int(first[0])].tolist())} and {tuple(part[5 : 4 + int(part[0])].tolist())}, "
-                    "or group, mirrored or weights on one of them only. Pass parts of one data set to all ranks."
+                    "or labels, mirrored or weights on one of them only. Pass parts of one data set to all ranks."
                 )
         counts = [int(part[4]) for part in parts]
         self.total = sum(counts)
@@ -112,7 +112,7 @@ class ShardedPool:
         if given is not None:
             self.pool.weights, self._level = self._on_one_scale(given, device)
         known = torch.ones(len(data)) if self.pool.weights is None else self.pool.weights
-        self._shares = Shares.gathered(self._ranks, group, known, device)
+        self._shares = Shares.gathered(self._ranks, labels, known, device)
         self._exchanges: dict[torch.device, _Exchange] = {}
         self._counts = False
 
@@ -134,17 +134,17 @@ class ShardedPool:
         return weights, math.log(smallest) - math.log(largest)
 
     @property
-    def group(self) -> Tensor | None:
+    def labels(self) -> Tensor | None:
         """Condition of each of this rank's samples."""
-        return self.pool.group
+        return self.pool.labels
 
     def checks(
         self,
         x0: Tensor,
-        group: Tensor | None,
-        reference_group: Tensor | None,  # noqa: ARG002
+        labels: Tensor | None,
+        reference_labels: Tensor | None,  # noqa: ARG002
         index: Tensor | None,
-        alone: Tensor | None,
+        source_only: Tensor | None,
         count: bool,
     ) -> list[Check]:
         """What the values of a call must meet, as described at `References`.
@@ -154,10 +154,10 @@ class ShardedPool:
         Raises:
             ValueError: if `index` is missing, or shapes or groups do not fit.
         """
-        index = self._fitting(x0, group, index)
+        index = self._fitting(x0, labels, index)
         there = (index >= 0) & (index < self.total)
-        if alone is not None:
-            there = there | alone
+        if source_only is not None:
+            there = there | source_only
         self._counts = count
         within = value_check(there, "index", index, f"the ranks hold samples 0 to {self.total - 1} together")
         return [within, *self.pool.unseen_labels(index.device)]
@@ -165,7 +165,7 @@ class ShardedPool:
     def select(
         self,
         x0: Tensor,
-        group: Tensor | None,
+        labels: Tensor | None,
         index: Tensor | None,
         generator: torch.Generator | None,  # noqa: ARG002
     ) -> Selection:
@@ -174,28 +174,28 @@ class ShardedPool:
         Raises:
             ValueError: if `index` is missing, or devices, shapes or groups do not fit.
         """
-        index = self._fitting(x0, group, index)
+        index = self._fitting(x0, labels, index)
         if not readable(x0.device):
             raise ValueError(f"{self} cannot be compiled or captured: its ranks wait for each other's rows.")
         exchange = self._exchange(x0.device)
         exchange = exchange if self._counts else replace(exchange, draws=None)
         # Rows are compared with their samples where these are.
-        return Selection(self.pool.bank(x0.device), index, exchange.reference_group, self.pool.mirrored, exchange)
+        return Selection(self.pool.bank(x0.device), index, exchange.reference_labels, self.pool.mirrored, exchange)
 
     def _exchange(self, device: torch.device) -> "_Exchange":
         """How to ask the others with batches on `device`; made once, so that nothing is moved in a step."""
         if device not in self._exchanges:
-            group, weights = self.pool.group, self.pool.weights
-            group = None if group is None else group.to(device)
+            labels, weights = self.pool.labels, self.pool.weights
+            labels = None if labels is None else labels.to(device)
             weights = None if weights is None else weights.to(device)
             log_prior = None if weights is None else weights.log()
             draws = None
             if self._shares.own > 0:
-                draws = Draws(self._shares, weights, group, self.start, len(self.pool.data), self.total, device)
-            self._exchanges[device] = _Exchange(self._ranks, self.start, group, log_prior, self._level, draws)
+                draws = Draws(self._shares, weights, labels, self.start, len(self.pool.data), self.total, device)
+            self._exchanges[device] = _Exchange(self._ranks, self.start, labels, log_prior, self._level, draws)
         return self._exchanges[device]
 
-    def _fitting(self, x0: Tensor, group: Tensor | None, index: Tensor | None) -> Tensor:
+    def _fitting(self, x0: Tensor, labels: Tensor | None, index: Tensor | None) -> Tensor:
         if index is None:
             raise ValueError("index is missing: a ShardedPool needs the place of each row in the data of all ranks.")
         if x0.shape[1:] != self.pool.data.shape[1:]:
@@ -203,9 +203,9 @@ class ShardedPool:
                 f"rows of x0 have shape {tuple(x0.shape[1:])}, the pool's {tuple(self.pool.data.shape[1:])}: "
                 "they must agree."
             )
-        if group is not None and self.pool.group is None:
+        if labels is not None and self.pool.labels is None:
             raise ValueError(
-                "group is given, but the ShardedPool has none: pass ShardedPool(..., group=...), one integer per sample."
+                "labels is given, but the ShardedPool has none: pass ShardedPool(..., labels=...), one integer per sample."
             )
         return index.long()
 
@@ -217,7 +217,7 @@ class _Exchange:
     Attributes:
         ranks: the ranks.
         start: where this rank's shard begins in the whole set.
-        reference_group: condition of each sample of the shard, or None.
+        reference_labels: condition of each sample of the shard, or None.
         log_prior: log prior weight of each sample of the shard on a scale that all ranks share, float64, or None.
         level: the least log prior weight of a sample of any rank that can be drawn.
         draws: where the rows are counted, or None.
@@ -225,7 +225,7 @@ class _Exchange:
 
     ranks: Ranks
     start: int
-    reference_group: Tensor | None
+    reference_labels: Tensor | None
     log_prior: Tensor | None
     level: float
     draws: Draws | None
@@ -261,9 +261,9 @@ class _Exchange:
         assert query.source is not None
         x = query.x_t
         wide = query.alpha.dtype
-        group = torch.full_like(query.source, -1) if query.group is None else query.group
-        scalars = torch.stack([query.alpha, query.sigma, query.source.to(wide), group.to(wide)], 1)
-        counts, scalars, vectors = self._gathered(scalars, torch.cat([x, anchor.rows], 1), query.group is not None)
+        labels = torch.full_like(query.source, -1) if query.labels is None else query.labels
+        scalars = torch.stack([query.alpha, query.sigma, query.source.to(wide), labels.to(wide)], 1)
+        counts, scalars, vectors = self._gathered(scalars, torch.cat([x, anchor.rows], 1), query.labels is not None)
         partial, status, frequent = self._over_shard(scalars, vectors, query, bank, kernel, mirrored, chunk_size)
         parts = torch.stack([partial.peak, partial.mass, partial.mass_squared, partial.energy, partial.log_prior], 1)
         home = self.ranks.send_home(torch.cat([parts, status], 1).to(wide), counts)
@@ -275,14 +275,15 @@ class _Exchange:
         def other(row: int) -> str:
             return (
                 f"row {int(places[row])} of x0 is not sample {int(sources[row])} of the pool (largest difference "
-                f"{gap[row].item():.3g}): pass flip= for mirrored rows, alone= for rows with another augmentation of their "
-                "own, or the right index. Shards in half precision need rows that were rounded alike: take x0 from them."
+                f"{gap[row].item():.3g}): pass flip= for mirrored rows, source_only= for rows with another augmentation "
+                "of their own, or the right index. Shards in half precision need rows that were rounded alike: take x0 from "
+                "them."
             )
 
         # One look for all.
         require(
             Check(wrong == 0, other),
-            Check(mislabelled == 0, lambda row: f"group[{int(places[row])}] is {int(group[row])}: {OTHER_LABEL}."),
+            Check(mislabelled == 0, lambda row: f"labels[{int(places[row])}] is {int(labels[row])}: {OTHER_LABEL}."),
             Check(
                 ~source_prior.isneginf(),
                 lambda row: f"index[{int(places[row])}] is {int(sources[row])}: {WITHOUT_WEIGHT}.",
@@ -303,7 +304,7 @@ class _Exchange:
         for rank, other in enumerate(heads):
             if not torch.equal(other[1:], heads[0][1:]):
                 raise ValueError(
-                    f"the batches of rank 0 and rank {rank} do not fit: pass x0 and x_t of one dtype, and group on all "
+                    f"the batches of rank 0 and rank {rank} do not fit: pass x0 and x_t of one dtype, and labels on all "
                     "ranks or on none."
                 )
         counts = [int(other[0]) for other in heads]
@@ -327,11 +328,11 @@ class _Exchange:
         another than the row's, and its log prior weight.
         """
         x, rows = (part.contiguous() for part in vectors.chunk(2, 1))
-        alpha, sigma, source, group = scalars.unbind(1)
+        alpha, sigma, source, labels = scalars.unbind(1)
         place = source.long() - self.start
         here = (place >= 0) & (place < len(bank))
         place = torch.where(here, place, -1)
-        seen = None if query.group is None else group.long()
+        seen = None if query.labels is None else labels.long()
         # To the dtype of the logits for the row's own as for all.
         log_prior = None if self.log_prior is None else self.log_prior.to(x.dtype).to(alpha.dtype)
         asked = replace(
@@ -340,8 +341,8 @@ class _Exchange:
             alpha=alpha,
             sigma=sigma,
             source=place,
-            group=seen,
-            reference_group=None if seen is None else self.reference_group,
+            labels=seen,
+            reference_labels=None if seen is None else self.reference_labels,
             log_prior=log_prior,
             levels=None,
             like=x,
@@ -355,8 +356,8 @@ class _Exchange:
         own = place.clamp(min=0)
         gap, wrong, _ = own_gap(rows, own, bank, rounded=False)
         mislabelled = torch.zeros_like(wrong)
-        if seen is not None and self.reference_group is not None:
-            mislabelled = (seen != -1) & (seen != self.reference_group[own])
+        if seen is not None and self.reference_labels is not None:
+            mislabelled = (seen != -1) & (seen != self.reference_labels[own])
         prior = torch.zeros_like(alpha) if log_prior is None else log_prior[own]
         status = torch.stack([gap.to(alpha.dtype), wrong.to(alpha.dtype), mislabelled.to(alpha.dtype), prior], 1)
         frequent = [] if self.draws is None else self.draws.add(own, here, seen)

@@ -114,13 +114,13 @@ class StableTarget:
         x0: Tensor,
         x_t: Tensor,
         t: float | Tensor,
-        group: Tensor | None = None,
+        labels: Tensor | None = None,
         index: Tensor | None = None,
         *,
         noise: Tensor | None = None,
-        reference_group: Tensor | None = None,
+        reference_labels: Tensor | None = None,
         flip: Tensor | None = None,
-        alone: Tensor | None = None,
+        source_only: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Target:
         """Compute the target of a batch.
@@ -129,17 +129,17 @@ class StableTarget:
             x0: the clean samples that made x_t, shape (B, ...), floating point.
             x_t: noisy samples, process.perturb(x0, t), shape (B, ...).
             t: times, a float or shape (B,).
-            group: condition that the network sees for each row, integers (B,); -1 where it sees none (label dropped for
+            labels: condition that the network sees for each row, integers (B,); -1 where it sees none (label dropped for
                 guidance, independently of the sample), which lets the row use all references. Needed if the references have
                 conditions; otherwise all rows use all references.
             index: place of each row in the data of the `Pool`, integers (B,).
             noise: the noise in x_t, shape (B, ...), if it is at hand: the noise, v and velocity of a row that has its own
                 source alone are then bit for bit those of the usual loop.
-            reference_group: true condition of each row, integers (B,), where `group` has labels dropped: lets a row whose
+            reference_labels: true condition of each row, integers (B,), where `labels` has labels dropped: lets a row whose
                 label is dropped still serve as a reference for its class. For references from the batch.
             flip: which rows of x0 are mirror images, bool, (B,) for the last axis, or (B, m) with column j for axis -1-j.
                 The references are flipped likewise for these rows (if `Pool.mirrored`: the set holds both anyway).
-            alone: rows that use their source alone, bool (B,): those with an augmentation of their own.
+            source_only: rows that use their source alone, bool (B,): those with an augmentation of their own.
             generator: where the references are drawn from, and which rows of equal noise the `capacity` takes (by torch's
                 global generator in a compiled or captured function).
 
@@ -161,21 +161,21 @@ class StableTarget:
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         check_generator("generator", generator)
         look = readable(x0.device)
-        for name, value in (("group", group), ("reference_group", reference_group), ("index", index)):
+        for name, value in (("labels", labels), ("reference_labels", reference_labels), ("index", index)):
             if value is not None:
                 row_numbers(name, value, x0)
         # A band without an upper end is DSM, also where alpha is 0 and the noise level infinite.
         single = self.noise_band == math.inf
-        if group is None and not single and getattr(self.references, "group", None) is not None:
+        if labels is None and not single and getattr(self.references, "labels", None) is not None:
             raise ValueError(
-                f"group is missing: {self.references} has a label for each sample. Pass the label of each row, or "
+                f"labels is missing: {self.references} has a label for each sample. Pass the label of each row, or "
                 "torch.full((len(x0),), -1) for a network that sees none, or references without labels."
             )
-        alone = None if alone is None else row_flags("alone", alone, x0)
+        source_only = None if source_only is None else row_flags("source_only", source_only, x0)
         mirror = None if flip is None else row_flags("flip", flip, x0, columns=True)
-        known = Known(alpha, sigma, alone)
+        known = Known(alpha, sigma, source_only)
         if look:
-            known = self._checked(x0, x_t, t, alpha, sigma, group, reference_group, index, noise, alone)
+            known = self._checked(x0, x_t, t, alpha, sigma, labels, reference_labels, index, noise, source_only)
         use = self._uses(known)
         if single:
             rows = torch.zeros(0, dtype=torch.long)
@@ -188,12 +188,12 @@ class StableTarget:
         values = [x0, zero, zero + 1, zero + 1]
         # A rank without rows of its own still answers the others.
         if len(rows) or isinstance(self.references, ShardedPool):
-            batch = Batch(flipped(x0, mirror), flipped(x_t, mirror), alpha, sigma, group, reference_group, index)
+            batch = Batch(flipped(x0, mirror), flipped(x_t, mirror), alpha, sigma, labels, reference_labels, index)
             if look:
                 found = self._posterior(batch, rows, known, generator)
                 rows = sent(rows, x0.device)
             else:
-                found = self._fixed_posterior(batch, rows, alone, generator)
+                found = self._fixed_posterior(batch, rows, source_only, generator)
             assert found.source_weight is not None
             # Where the source has all the weight, it is returned as it is, without the rounding of a decoder or a flip.
             keep = found.source_weight == 1
@@ -208,7 +208,7 @@ class StableTarget:
         """Which rows may use references, bool (B,)."""
         # Without noise a row can only be its source.
         use = (known.level >= self.noise_band) & (known.sigma > 0)
-        return use if known.alone is None else use & ~known.alone
+        return use if known.source_only is None else use & ~known.source_only
 
     def _checked(
         self,
@@ -217,23 +217,23 @@ class StableTarget:
         t: Tensor,
         alpha: Tensor,
         sigma: Tensor,
-        group: Tensor | None,
-        reference_group: Tensor | None,
+        labels: Tensor | None,
+        reference_labels: Tensor | None,
         index: Tensor | None,
         noise: Tensor | None,
-        alone: Tensor | None,
+        source_only: Tensor | None,
     ) -> Known:
         """What the host has to know of each row, once it has found that all values are as they must be.
 
         Everything is brought to the host together, so that a GPU is waited for once, and has few small operations to do.
         """
         if self.validate_args:
-            measured = Measured.of(x0, x_t, alpha, sigma, noise, alone).rows
+            measured = Measured.of(x0, x_t, alpha, sigma, noise, source_only).rows
         else:
             dtype = torch.promote_types(x0.dtype, torch.float32)
             measured = tuple(torch.linalg.vector_norm(x.flatten(1).to(dtype), dim=1) for x in (x0, x_t))
-        host = to_host(t, alpha, sigma, group, reference_group, index, alone, *measured)
-        times, alphas, sigmas, group, reference_group, index, alone, *measured = host
+        host = to_host(t, alpha, sigma, labels, reference_labels, index, source_only, *measured)
+        times, alphas, sigmas, labels, reference_labels, index, source_only, *measured = host
         assert times is not None
         assert alphas is not None
         assert sigmas is not None
@@ -245,15 +245,25 @@ class StableTarget:
         norms = [norm for norm in measured if norm is not None]
         if self.validate_args:
             checks += consistency_checks(
-                self.process, self.kernel, x0, x_t, t, alpha, sigma, noise, alone, self._correlation, Measured(*norms)
+                self.process,
+                self.kernel,
+                x0,
+                x_t,
+                t,
+                alpha,
+                sigma,
+                noise,
+                source_only,
+                self._correlation,
+                Measured(*norms),
             )
         else:
-            sizes = norms if alone is None else [norm.masked_fill(alone, 0) for norm in norms]
+            sizes = norms if source_only is None else [norm.masked_fill(source_only, 0) for norm in norms]
             checks += [finite_check(size, name) for size, name in zip(sizes, ("x0", "x_t"), strict=True)]
         if self.noise_band != math.inf:  # references are asked for
-            checks += self.references.checks(x0, group, reference_group, index, alone, self.validate_args)
+            checks += self.references.checks(x0, labels, reference_labels, index, source_only, self.validate_args)
         require(*checks)
-        return Known(alpha, sigma, alone)
+        return Known(alpha, sigma, source_only)
 
     def _posterior(self, batch: Batch, rows: Tensor, known: Known, generator: torch.Generator | None) -> Posterior:
         """The posterior of `rows` (on the host) of the batch over the references of all of its rows that are not alone."""
@@ -262,10 +272,10 @@ class StableTarget:
         # Rows that are alone are of another kind than the rest, so they are no references for it either; rows below the
         # noise band are.
         shared, places, among = batch, torch.arange(len(batch.x0)), rows
-        if known.alone is not None:
-            places = (~known.alone).nonzero()[:, 0]
+        if known.source_only is not None:
+            places = (~known.source_only).nonzero()[:, 0]
             shared = batch.at(sent(places, device))
-            among = ((~known.alone).cumsum(0) - 1)[rows]
+            among = ((~known.source_only).cumsum(0) - 1)[rows]
         rows, among, places = (sent(some, device) for some in (rows, among, places))
         selection = self.references.select(shared.x0, shared.truth, shared.index, generator)
         bank, kernel, exchange, stored = selection.bank, self.kernel, selection.exchange, selection.stored
@@ -282,7 +292,7 @@ class StableTarget:
             samples = samples[among]
         if samples is not None:
             batch = as_stored(batch, samples)
-        reference_group = None if batch.group is None else selection.group
+        reference_labels = None if batch.labels is None else selection.labels
         query = Query.checked(
             batch.x_t,
             batch.alpha,
@@ -290,8 +300,8 @@ class StableTarget:
             bank,
             # Sources of other ranks, and those that are in the set of their own row alone, are no references of this bank.
             source if exchange is None and source_prior is None else None,
-            batch.group,
-            reference_group,
+            batch.labels,
+            reference_labels,
             selection.log_prior,
             source_prior,
             levels=levels,
@@ -310,14 +320,14 @@ class StableTarget:
             return finish(partial, query, excess, kernel)
 
     def _fixed_posterior(
-        self, batch: Batch, rows: Tensor, alone: Tensor | None, generator: torch.Generator | None
+        self, batch: Batch, rows: Tensor, source_only: Tensor | None, generator: torch.Generator | None
     ) -> Posterior:
         """The same by operations that do not depend on values."""
         x0, log_prior = batch.x0, None
-        if alone is not None and isinstance(self.references, InBatch):
-            log_prior = torch.zeros(len(alone), device=alone.device).masked_fill(alone, -torch.inf)
+        if source_only is not None and isinstance(self.references, InBatch):
+            log_prior = torch.zeros(len(source_only), device=source_only.device).masked_fill(source_only, -torch.inf)
             # A weight of 0 does not take away what is not finite.
-            x0 = torch.where(alone.reshape(-1, *(1,) * (x0.ndim - 1)), 0, x0)
+            x0 = torch.where(source_only.reshape(-1, *(1,) * (x0.ndim - 1)), 0, x0)
         selection = self.references.select(x0, batch.truth, batch.index, generator)
         some = batch.at(rows)
         log_prior = selection.log_prior if log_prior is None else log_prior
@@ -327,8 +337,8 @@ class StableTarget:
             some.sigma,
             selection.bank,
             selection.source[rows],
-            some.group,
-            None if some.group is None else selection.group,
+            some.labels,
+            None if some.labels is None else selection.labels,
             log_prior,
             kernel=self.kernel,
             anchor=some.x0,

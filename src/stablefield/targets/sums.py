@@ -32,7 +32,7 @@ def accumulate(query: Query, bank: Bank, excess: Excess, partial: Partial, chunk
     norms = bank.norms(x.dtype)
     among = len(bank) if query.watched else None
     others = Partial.empty(x.shape[0], x.shape[1], x.dtype, x.device, level=partial.peak)
-    uniform = query.log_prior is None and query.group is None
+    uniform = query.log_prior is None and query.labels is None
     if uniform:
         others.add_prior(_prior_weight(query, slice(0, len(bank)), None))
     for where, factor in factors(bank, size, len(x), x.dtype):

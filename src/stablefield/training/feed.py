@@ -128,7 +128,7 @@ class Feed:
         return torch.from_numpy(images).to(self._device)
 
     def _wrap(self, pixels: Tensor, labels: Tensor | None) -> Pool:
-        return Pool(pixels, group=labels, mirrored=self._recipe.mirror)
+        return Pool(pixels, labels=labels, mirrored=self._recipe.mirror)
 
     def _choice(self, step: int) -> tuple[Tensor, Tensor]:
         """Places in the data of the references of `step`, and those of the batch among them; on the CPU."""

@@ -102,17 +102,17 @@ class Stepper:
             rows = self._feed.rows(step, part)
             self.target_watch.start()
             x0 = rows.pixels.float().div_(127.5).sub_(1)
-            flips, alone, augment_labels = None, None, None
+            flips, source_only, augment_labels = None, None, None
             if augmentation is not None:
                 parameters = augmentation[part]
                 flips = parameters.flips.to(device)
                 if self._augmentation is not None:
                     x0 = self._augmentation.apply(x0, parameters)
-                    alone, augment_labels = parameters.own.to(device), parameters.labels.to(device)
+                    source_only, augment_labels = parameters.own.to(device), parameters.labels.to(device)
                 else:
                     x0 = flip(x0, flips)
             objective = self._objective(rows.pool)
-            example = objective.example(x0, draws[part], rows.labels, rows.index, flip=flips, alone=alone)
+            example = objective.example(x0, draws[part], rows.labels, rows.index, flip=flips, source_only=source_only)
             self.target_watch.stop()
             yield example, augment_labels
 
