@@ -153,7 +153,7 @@ def test_a_process_ends_also_where_it_cannot_end_in_order(end) -> None:
     error = Stream()
     assert end(0, at_exit=raised(RuntimeError("a tracker is gone")), error=error) == 1
     assert error.writes == ["stablefield: at its end: RuntimeError: a tracker is gone\n"]
-    assert end(0, at_exit=raised(KeyboardInterrupt())) == 1
+    assert end(0, at_exit=raised(KeyboardInterrupt())) == 130
 
 
 def test_a_message_is_one_write(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def measured(out: Path, *arguments: str) -> dict[str, Any]:
     """Results by the metric's name."""
-    assert status("evaluate", *arguments, "--out", str(out)) == 0
+    assert status("evaluate", *arguments, "--out", str(out), "--overwrite") == 0
     return {result["protocol"]["metric"]: result for result in json.loads(out.read_text())["results"]}
 
 

@@ -40,6 +40,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("train digits --device meta", ["--device meta"]),
         ("train digits --evaluate-every 1 --evaluate-samples 39", ["--evaluate-samples 39", "in 20 groups 40 samples"]),
         ("compare digits --samples 39", ["--samples 39", "in 20 groups 40 samples"]),
+        ("evaluate RUN --extractor random --out grid.png", ["--out grid.png exists", "--overwrite"]),
+        ("evaluate RUN --extractor random --report grid.png", ["--report grid.png exists", "--overwrite"]),
         ("evaluate RUN --samples 5 --extractor random", ["there are 5 samples, but Density takes at least 6"]),
         ("evaluate RUN --samples 3 --metrics kernel --extractor random", ["3 samples, but Kernel takes at least 4"]),
         ("evaluate RUN --references 4 --extractor random", ["4 reference images, but Density takes at least 6"]),

@@ -8,7 +8,7 @@ import tyro
 
 from stablefield.cli.drawing import DrawingFlags
 from stablefield.cli.extractors import ExtractorFlags
-from stablefield.cli.places import check_folder, check_place, unused
+from stablefield.cli.places import check_folder, check_free, check_place, unused
 from stablefield.data.resizing import Resize
 from stablefield.report.extra import require
 
@@ -65,6 +65,8 @@ class EvaluationFlags:
     """The result file, JSON; RUN/evaluations/NAME.json, or evaluation.json here."""
     report: Path | None = None
     """An HTML page with the numbers, some images and every protocol, such as report.html."""
+    overwrite: bool = False
+    """Replace --out and --report if they exist."""
     feature_batch: int = 64
     """Images at a time in the extractor."""
     device: str = ""
@@ -101,10 +103,13 @@ class EvaluationFlags:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least 1.")
         if self.report is not None:
             require("jinja2", "--report")
-            check_place("--report", self.report)
-        if self.out is not None:
-            check_place("--out", self.out)
-        else:
+        for flag, place in (("--report", self.report), ("--out", self.out)):
+            if place is None:
+                continue
+            if not place.is_dir():
+                check_free(flag, place, overwrite=self.overwrite)
+            check_place(flag, place)
+        if self.out is None:
             check_folder("--out", self.place().parent)
         if self.first_seed < 0:
             raise ValueError(f"--first-seed is {self.first_seed}: it must not be negative.")

@@ -83,7 +83,8 @@ class ExactPosterior:
         with full_precision(x_t.device):
             excess = Excess(query, find_anchor(query, self._bank), self._bank, kernel)
             partial = accumulate(query, self._bank, excess, excess.own)
-            return Exact(finish(partial, query, excess, kernel), _divergence(partial, query, excess.noise))
+            divergence = _divergence(partial, query, excess.noise)
+            return Exact(finish(partial, query, excess, kernel), divergence)
 
 
 def _divergence(partial: Partial, query: Query, noise: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class Posterior:
 
 
 def finish(partial: Partial, query: Query, excess: Excess, kernel: Kernel) -> Posterior:
-    """Turn the sums over all references into the posterior.
+    """Turn the sums over all references into the posterior; their `total` becomes the mean in place.
 
     Raises:
         ValueError: if no reference may serve a row.
