@@ -44,7 +44,7 @@ def test_wrong_arguments_are_named(two_gaussians):
     for arguments, words in (
         ({"noise_levels": [0.0]}, "noise_levels are"),
         ({"noise_levels": [1.0], "rows": 1}, "rows is 1"),
-        ({"noise_levels": [1.0], "labelled": True}, "no groups"),
+        ({"noise_levels": [1.0], "labelled": True}, "no labels"),
     ):
         with pytest.raises(ValueError, match=words):
             measure_fit(lambda x, s: x, population, **arguments)

@@ -92,16 +92,16 @@ def test_a_mirrored_pool_is_the_doubled_pool(rng: torch.Generator, kernel, chunk
     assert (plain.mean - found.x0).abs().max() > 0.05
 
 
-def test_a_mirrored_pool_keeps_its_groups(rng: torch.Generator) -> None:
+def test_a_mirrored_pool_keeps_its_labels(rng: torch.Generator) -> None:
     pool, _, _ = case(rng)
     labels = torch.arange(12) % 2
     x0 = pool[INDEX]
     x_t = x0 + SIGMA * torch.randn(x0.shape, generator=rng, dtype=torch.float64)
-    labels = torch.where(torch.arange(6) < 4, labels[INDEX], -1)
+    seen = torch.where(torch.arange(6) < 4, labels[INDEX], -1)
     found = sf.StableTarget(sf.EDM(), references=sf.Pool(pool, labels=labels, mirrored=True))(
-        x0, x_t, SIGMA, labels, INDEX
+        x0, x_t, SIGMA, seen, INDEX
     )
-    truth = sf.posterior(x_t, 1.0, SIGMA, torch.cat([pool, pool.flip(-1)]), INDEX, labels, labels.repeat(2))
+    truth = sf.posterior(x_t, 1.0, SIGMA, torch.cat([pool, pool.flip(-1)]), INDEX, seen, labels.repeat(2))
     torch.testing.assert_close(found.x0, truth.mean, rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(found.ess, truth.ess, rtol=1e-10, atol=0)
 

@@ -48,11 +48,11 @@ POSTERIOR = {
     "source elsewhere": ({"source": torch.zeros(4, dtype=torch.long, device=ELSEWHERE)}, r"source is on meta.*move"),
     "labels alone": ({"labels": torch.zeros(4, dtype=torch.long)}, r"reference_labels is missing.*with labels"),
     "reference_labels alone": ({"reference_labels": torch.zeros(5, dtype=torch.long)}, r"^labels is missing"),
-    "group of floats": (
+    "labels of floats": (
         {"labels": torch.zeros(4), "reference_labels": torch.zeros(5, dtype=torch.long)},
         r"^labels has dtype torch\.float32.*integers",
     ),
-    "group of another length": (
+    "labels of another length": (
         {"labels": torch.zeros(5, dtype=torch.long), "reference_labels": torch.zeros(5, dtype=torch.long)},
         r"^labels has shape \(5,\).*\(4,\)",
     ),
@@ -67,9 +67,9 @@ POSTERIOR = {
         },
         r"^reference_labels is on meta.*move",
     ),
-    "a group of nobody": (
+    "a labels of nobody": (
         {"labels": torch.tensor([0, 0, 7, 0]), "reference_labels": torch.zeros(5, dtype=torch.long)},
-        r"no reference may serve row 2 \(label 7\).*labels -1",
+        r"no reference may serve row 2 \(label 7\).*label -1",
     ),
     "a source of another labels": (
         {
@@ -125,7 +125,7 @@ TARGET = {
         {"source_only": torch.zeros(4, 1, dtype=torch.bool)},
         r"source_only has shape \(4, 1\)",
     ),
-    "group of floats": ({"group": X[:, 0]}, r"group has shape \(4,\) and dtype torch\.float32"),
+    "labels of floats": ({"labels": X[:, 0]}, r"labels has shape \(4,\) and dtype torch\.float32"),
     "labels too short": ({"labels": ZERO[:3]}, r"labels has shape \(3,\)"),
     "labels too long": ({"labels": torch.zeros(6, dtype=torch.long)}, r"labels has shape \(6,\)"),
     "reference_labels too short": ({"labels": ZERO, "reference_labels": ZERO[:3]}, r"labels has shape \(3,\)"),
@@ -175,8 +175,8 @@ POOL: dict[str, tuple[Callable[[], object], str]] = {
     "data of integers": (lambda: sf.Pool(Y.long()), r"Pool data have dtype torch\.int64.*uint8"),
     "size zero": (lambda: sf.Pool(Y, 0), r"Pool size is 0.*from 1 to the 5"),
     "size above the data": (lambda: sf.Pool(Y, 6), r"Pool size is 6.*None for all"),
-    "group of another length": (lambda: sf.Pool(Y, group=ZERO), r"Pool group has shape \(4,\).*\(5,\)"),
-    "group of floats": (lambda: sf.Pool(Y, group=Y[:, 0]), r"Pool group has shape \(5,\) and dtype torch\.float32"),
+    "labels of another length": (lambda: sf.Pool(Y, labels=ZERO), r"Pool labels has shape \(4,\).*\(5,\)"),
+    "labels of floats": (lambda: sf.Pool(Y, labels=Y[:, 0]), r"Pool labels has shape \(5,\) and dtype torch\.float32"),
 }
 
 
@@ -199,7 +199,7 @@ CALL = {
     "another sample": (sf.Pool(Y), {"index": torch.tensor([0, 1, 3, 3])}, r"row 2 of x0 is not sample 3.*flip="),
     "a size below the batch": (sf.Pool(Y, 3), {}, r"Pool size is 3, but the batch has 4 samples of its own"),
     "a labels that the pool lacks": (sf.Pool(Y), {"labels": ZERO}, r"labels is given, but the Pool has none"),
-    "a group of another class": (
+    "a labels of another class": (
         sf.Pool(Y, labels=torch.tensor([0, 0, 0, 1, 1])),
         {"labels": ZERO},
         r"labels\[3\] is 0: the Pool has another label",

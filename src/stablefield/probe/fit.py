@@ -81,7 +81,7 @@ class Optimum:
 
         Args:
             denoiser: D(x, sigma, class_labels=None) in noise-to-signal units, on the device of the population.
-            labelled: tell the network the groups as class labels.
+            labelled: tell the network the labels.
 
         Raises:
             ValueError: if labels are missing, or the network returns another shape.
@@ -132,7 +132,7 @@ def find_optimum(
     """The exact posterior mean over `population` at noisy rows.
 
     Args:
-        population: the training data; with groups, posteriors stay within classes.
+        population: the training data; with labels, posteriors stay within classes.
         noise_levels: where to measure, positive, shape (L,).
         rows: sources drawn, the same with the same noise at every level; at most the population.
         batch: rows at a time.

@@ -22,7 +22,7 @@ class Shares:
     """What weight lies where.
 
     Attributes:
-        distinct: the distinct in a shard, sorted, (k,).
+        distinct: the labels in a shard, each once, sorted, (k,).
         here: the weight of each that lies there, (k,).
         elsewhere: the weight of each that lies elsewhere, (k,).
         own: all weight there.
@@ -44,7 +44,7 @@ class Shares:
         kind: Tensor
         distinct, kind = torch.unique(labels.to(device), return_inverse=True)
         here = weights.new_zeros(len(distinct)).index_add(0, kind, weights)
-        heads = ranks.gather_equal(torch.tensor([len(distinct)], device=device), "to compare their distinct")
+        heads = ranks.gather_equal(torch.tensor([len(distinct)], device=device), "to compare their labels")
         counts = [int(head) for head in heads]
         others = ranks.gather(distinct[:, None], counts)[:, 0]
         weight = ranks.gather(here[:, None], counts)[:, 0]
@@ -61,7 +61,7 @@ class Draws:
     Args:
         shares: what weight lies where.
         weights: of the samples of the shard, (n_r,), or None.
-        labels: their distinct, (n_r,), or None.
+        labels: their labels, (n_r,), or None.
         start: the number of the first.
         count: how many there are.
         total: how many all ranks have.
@@ -83,7 +83,7 @@ class Draws:
         weights = torch.ones(count, dtype=here.dtype, device=device) if weights is None else weights
         # Before all samples have come some times, a sampler that reads the data part by part has not come round.
         first = FIRST * total
-        self._labels = None if labels is None else shares.distinct.to(device)
+        self._distinct = None if labels is None else shares.distinct.to(device)
         self._within = Frequencies(weights, labels, first, lambda place: f"sample {start + place}")
         whole = torch.tensor([shares.own, shares.rest], dtype=here.dtype, device=device)
         self._between = Frequencies(
@@ -104,12 +104,12 @@ class Draws:
         if not len(place):
             return []
         labelled = None if labels is None else labels >= 0
-        found = [self._within.add(place, None if self._labels is None else labelled, here)]
+        found = [self._within.add(place, None if self._distinct is None else labelled, here)]
         where = (~here).long()
         found.append(self._between.add(where, None, None if labelled is None else ~labelled))
-        if self._of_label is not None and self._labels is not None and labels is not None:
-            kind, known = _among(self._labels, labels)
-            found.append(self._of_label.add(kind + len(self._labels) * where, labels >= 0, known))
+        if self._of_label is not None and self._distinct is not None and labels is not None:
+            kind, known = _among(self._distinct, labels)
+            found.append(self._of_label.add(kind + len(self._distinct) * where, labels >= 0, known))
         return [_of_all_ranks(check) for check in found if check is not None]
 
 
