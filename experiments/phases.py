@@ -17,11 +17,11 @@ from common import two_gaussians, write
 
 import stablefield as sf
 from stablefield.data import open_images
-from stablefield.probe.advice import Training, advise
-from stablefield.probe.phases import find_phases
-from stablefield.probe.population import Population, draw_population
-from stablefield.probe.record import curve_record, phases_record
-from stablefield.probe.variance import measure_variance
+from stablefield.probing.advice import Training, advise
+from stablefield.probing.phases import find_phases
+from stablefield.probing.population import Population, draw_population
+from stablefield.probing.record import curve_record, phases_record
+from stablefield.probing.variance import measure_variance
 from stablefield.report.variance_page import phases_chart, sizes_chart, variance_chart
 
 SIZES = (4, 16, 64, 256, 1024)

@@ -24,7 +24,7 @@ from stablefield import data, networks, sampling
 from stablefield.diffusion.objective import Draws
 from stablefield.evaluation import frechet, inception_score, kernel, manifold, memorisation
 from stablefield.evaluation.extractor import RawPixels
-from stablefield.probe import advice, bias, fit, floor, phases, population, variance
+from stablefield.probing import advice, bias, fit, floor, phases, population, variance
 from stablefield.training import ema, post_hoc
 from stablefield.training.recipe import Perceptron, Recipe
 
@@ -95,8 +95,8 @@ class State:
         self.x_t = self.process.perturb(self.x0, self.t, self.noise)
         self.data = torch.cat([self.x0, self.normal(7, *self.shape)])
         self.index = torch.arange(self.rows)
-        self.labels = torch.arange(self.rows) % 2
-        self.pool_group = torch.cat([self.labels, torch.arange(7) % 2])
+        self.row_labels = torch.arange(self.rows) % 2
+        self.pool_labels = torch.cat([self.row_labels, torch.arange(7) % 2])
         self.images = torch.randint(256, (6, 1, 4, 4), generator=g).byte().numpy()
         self.labels = np.arange(6) % 3
         self.grid = torch.tensor([5.0, 2.0, 0.5, 0.0]) if r.random() < 0.5 else torch.tensor([5.0, 1.0, 0.1])
@@ -169,7 +169,7 @@ SIDES = {"real": lambda s: s.normal(9, 4), "generated": lambda s: s.normal(8, 4)
 SIGMAS = {"sigma_min": either(0.002, 0.02), "sigma_max": either(80, 100.0)}
 MADE = {"device": DEVICE, "dtype": DTYPE}
 STEPS = {"steps": either(1, 2, 18, np.int64(5)), **MADE}
-LABELS = either(None, lambda s: s.labels)
+LABELS = either(None, lambda s: s.row_labels)
 TIMES = either(lambda s: s.t, 0.5, lambda s: s.t[0])
 
 
@@ -340,7 +340,7 @@ CASES = {
     "pick_noise_band": Case(
         lambda s: sf.pick_noise_band,
         {
-            "pool": either(lambda s: sf.Pool(s.data), lambda s: sf.Pool(s.data, labels=s.pool_group)),
+            "pool": either(lambda s: sf.Pool(s.data), lambda s: sf.Pool(s.data, labels=s.pool_labels)),
             "tolerance": either(0.1, 0.01),
             "rows": either(4, 256),
             "generator": GENERATOR,
@@ -357,8 +357,8 @@ CASES = {
             "sigma": either(0.5, lambda s: s.process.sigma(s.t)),
             "references": lambda s: s.data,
             "source": either(None, lambda s: s.index),
-            "labels": lambda s: s.labels,
-            "reference_labels": lambda s: s.pool_group,
+            "labels": lambda s: s.row_labels,
+            "reference_labels": lambda s: s.pool_labels,
             "log_prior": either(None, lambda s: torch.zeros(len(s.data))),
             "chunk_size": either(None, 3),
             "kernel": either(None, sf.StudentTKernel(64.0)),
@@ -382,8 +382,8 @@ CASES = {
     ),
     "StableTarget.__call__": Case(lambda s: sf.StableTarget(s.process, references=sf.InBatch()).__call__, CALL_GOOD),
     "StableTarget.__call__ of a Pool": Case(
-        lambda s: sf.StableTarget(s.process, references=sf.Pool(s.data, labels=s.pool_group)).__call__,
-        {**CALL_GOOD, "labels": lambda s: s.labels},
+        lambda s: sf.StableTarget(s.process, references=sf.Pool(s.data, labels=s.pool_labels)).__call__,
+        {**CALL_GOOD, "labels": lambda s: s.row_labels},
         needed=("index", "labels"),
     ),
     "DenoisingTarget.__call__": Case(lambda s: sf.DenoisingTarget(s.process).__call__, CALL_GOOD),
@@ -496,7 +496,7 @@ CASES = {
         lambda s: sampling.classifier_free,
         {
             "denoiser": DENOISER,
-            "class_labels": lambda s: s.labels,
+            "class_labels": lambda s: s.row_labels,
             "scale": either(1.5, 1),
             "interval": either(None, (0.1, 5.0)),
         },
@@ -512,7 +512,7 @@ CASES = {
         },
     ),
     "Guided.__call__": Case(
-        lambda s: sampling.classifier_free(Denoise(), s.labels, 1.5),
+        lambda s: sampling.classifier_free(Denoise(), s.row_labels, 1.5),
         {"x": X, "sigma": lambda s: s.t, "class_labels": either(None)},
         local=True,
     ),
@@ -665,7 +665,7 @@ CASES = {
     # Probe.
     "Population": Case(
         lambda s: population.Population,
-        {"data": lambda s: s.data, "labels": either(None, lambda s: s.pool_group), "drawn_from": either(None, 100)},
+        {"data": lambda s: s.data, "labels": either(None, lambda s: s.pool_labels), "drawn_from": either(None, 100)},
     ),
     "draw_population": Case(
         lambda s: population.draw_population, {**IMAGES, "most": either(4, 100), "by_class": FLAG, **SEED}

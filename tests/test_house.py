@@ -32,7 +32,7 @@ FLOORS = [
     {""},
     {"data"},
     {"evaluation"},
-    {"probe"},
+    {"probing"},
     {"training"},
     {"report", "interop"},
     {"cli"},
@@ -116,10 +116,10 @@ def test_no_module_imports_itself_through_others():
         ("networks", "from stablefield import __version__", True),
         ("data", "from stablefield.shapes import per_row", False),
         ("data", "from stablefield.evaluation import frechet", True),
-        ("evaluation", "from stablefield.probe import variance", True),
-        ("training", "from stablefield.probe import variance", False),
+        ("evaluation", "from stablefield.probing import variance", True),
+        ("training", "from stablefield.probing import variance", False),
         ("training", "if True:\n    from stablefield.cli.entry import main", True),
-        ("probe", "from stablefield.training.loop import train", True),
+        ("probing", "from stablefield.training.loop import train", True),
         ("report", "from stablefield.interop import diffusers", True),
         ("cli", "import stablefield.report.page, stablefield", False),
         ("shapes", "import stablefield.targets", True),
@@ -250,7 +250,7 @@ def test_the_import_brings_nothing_but_the_core(imports):
 # --- what is public ---------------------------------------------------------------------------------------------------
 
 
-PACKAGES = ("data", "evaluation", "interop", "networks", "probe", "sampling", "training")
+PACKAGES = ("data", "evaluation", "interop", "networks", "probing", "sampling", "training")
 
 
 def test_the_public_names_are_those_of_the_stubs():
@@ -275,7 +275,7 @@ for name in sys.argv[1:]:
 sf.networks.SongUNet, sf.data.open_images, sf.training.Recipe
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, "data", "networks", "sampling", "evaluation", "training", "probe", "interop"],
+        [sys.executable, "-c", code, "data", "networks", "sampling", "evaluation", "training", "probing", "interop"],
         capture_output=True,
         text=True,
         check=False,

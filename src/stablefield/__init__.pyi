@@ -72,7 +72,7 @@ from . import (
     networks as networks,
 )
 from . import (
-    probe as probe,
+    probing as probing,
 )
 from . import (
     sampling as sampling,

@@ -147,7 +147,9 @@ def test_what_compare_foretells_is_what_it_takes(
     )
     clock.charge("stablefield.evaluation.extractor.RawPixels.__call__", lambda _, x: dear["features"] * 1e-2 * len(x))
     clock.charge("stablefield.evaluation.self_check.jackknife_error", lambda *_: dear["distance"])
-    clock.charge("stablefield.probe.exact.ExactPosterior.__call__", lambda _, x, *__: dear["posterior"] * 1e-3 * len(x))
+    clock.charge(
+        "stablefield.probing.exact.ExactPosterior.__call__", lambda _, x, *__: dear["posterior"] * 1e-3 * len(x)
+    )
     clock.charge("stablefield.training.stepper.Stepper.__init__", lambda *_: dear["setup"])
     clock.charge("stablefield.cli.compare.comparison_page", lambda *_: 2.0)
     small = ("--network.width", "16", "--network.depth", "1", "--batch", "32", "--seeds", "0", "--device", "cpu")

@@ -161,7 +161,7 @@ def test_a_process_that_dies_ends_the_other_with_a_message(references: str, tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [["--dry-run"], []], ids=["dry run", "run"])
 def test_a_batch_of_fewer_rows_than_parts_is_refused_by_all_processes(more: list[str], tmp_path: Path) -> None:
-    flags = ("--references", "sharded", "--batch", "3", "--accumulate", "2", *more)
+    flags = ("--references", "sharded", "--batch", "3", "--gradient-accumulation-steps", "2", *more)
     started = begin_two(tmp_path, *flags)
     messages = [process.communicate(timeout=100)[1] for process in started]
     assert [process.returncode for process in started] == [2, 2], messages

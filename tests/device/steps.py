@@ -36,6 +36,8 @@ RECIPES = {
     "conditional": dataclasses.replace(
         DIGITS, references="all", noise_band=0.3, batch=64, conditional=True, label_dropout=0.2
     ),
-    "accumulated": dataclasses.replace(DIGITS, references="all", noise_band=0.3, batch=64, accumulate=2),
+    "accumulated": dataclasses.replace(
+        DIGITS, references="all", noise_band=0.3, batch=64, gradient_accumulation_steps=2
+    ),
     "DSM": dataclasses.replace(DIGITS, target="dsm", batch=64),
 }

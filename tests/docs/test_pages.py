@@ -179,7 +179,7 @@ def test_the_theory_names_what_breaks_a_target_and_what_to_do_instead() -> None:
 
 def test_what_references_do_to_a_batch_is_said_with_the_numbers_that_the_tests_hold() -> None:
     theory, readme = (DOCS / "theory.md").read_text("utf-8"), (ROOT / "README.md").read_text("utf-8")
-    held = (ROOT / "tests/probe/test_batch.py").read_text("utf-8")
+    held = (ROOT / "tests/probing/test_batch.py").read_text("utf-8")
     section = theory[theory.index("## One row and a batch") :].split("\n## ")[0]
     told = [float(number) for number in re.findall(r"\d\.\d{3}", section)]
     for exact in re.findall(r"\d\.\d{4}", held[held.index("exact = {") :].split("\n")[0]):

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import stablefield as sf
-from stablefield.probe.advice import Training, advise
-from stablefield.probe.batch import BatchVariance
-from stablefield.probe.fit import Fit
-from stablefield.probe.phases import find_phases
-from stablefield.probe.series import Series
-from stablefield.probe.variance import VarianceCurve
+from stablefield.probing.advice import Training, advise
+from stablefield.probing.batch import BatchVariance
+from stablefield.probing.fit import Fit
+from stablefield.probing.phases import find_phases
+from stablefield.probing.series import Series
+from stablefield.probing.variance import VarianceCurve
 from stablefield.report import render_page, write_chart
 from stablefield.report.fit_page import fit_page
 from stablefield.report.variance_page import phases_chart, sizes_chart, variance_chart, variance_page

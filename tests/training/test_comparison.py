@@ -15,10 +15,10 @@ from stablefield.cli.entry import main
 from stablefield.data.digits import open_digits
 from stablefield.evaluation.extractor import RawPixels
 from stablefield.evaluation.self_check import SelfCheck
-from stablefield.probe import fit
-from stablefield.probe.exact import Exact, ExactPosterior
-from stablefield.probe.fit import measure_fit
-from stablefield.probe.population import Population
+from stablefield.probing import fit
+from stablefield.probing.exact import Exact, ExactPosterior
+from stablefield.probing.fit import measure_fit
+from stablefield.probing.population import Population
 from stablefield.training.comparison import LEVELS, Outcome, Score, plan_looks, read_scores, run_one, spread
 from stablefield.training.model import open_model
 from stablefield.training.recipe import Perceptron

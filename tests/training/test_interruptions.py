@@ -173,7 +173,7 @@ def test_gradients_that_are_not_finite_are_mended_where_the_recipe_says_so(tmp_p
                 y.register_hook(lambda g: torch.full_like(g, float("nan")))
             return y
 
-    run = start(tmp_path / "run", dataclasses.replace(SMALL, steps=4, mend_gradients=True, clip=float("inf")))
+    run = start(tmp_path / "run", dataclasses.replace(SMALL, steps=4, nan_to_num=True, max_grad_norm=float("inf")))
     found = stepper.build_denoiser
 
     def broken(config):

@@ -65,3 +65,8 @@ def test_seeds_of_purposes_and_steps_are_all_different() -> None:
     assert len(seeds) == 3 * len(Purpose) * 300
     a, b = generator_for(1, Purpose.OBJECTIVE, 7), generator_for(1, Purpose.OBJECTIVE, 7)
     assert torch.equal(torch.randn(5, generator=a), torch.randn(5, generator=b))
+
+
+def test_recipes_written_with_names_from_before_still_open():
+    old = {"kind": "Recipe", "clip": 2.0, "accumulate": 3, "mend_gradients": True}
+    assert decode(old) == Recipe(max_grad_norm=2.0, gradient_accumulation_steps=3, nan_to_num=True)

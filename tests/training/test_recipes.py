@@ -45,7 +45,7 @@ def test_cifar10_recipes_follow_the_published_schedule(recipe: Recipe) -> None:
     assert isinstance(recipe.network, UNet)
     assert recipe.network.dropout == 0.13
     assert not recipe.mirror
-    assert recipe.mend_gradients
+    assert recipe.nan_to_num
 
 
 def test_ve_and_vp_weigh_the_error_in_the_noise_and_draw_the_published_levels() -> None:

@@ -67,14 +67,16 @@ def digits() -> ImageSet:
 def test_losses_do_not_depend_on_the_parts_of_a_step(digits: ImageSet, change: dict[str, object]) -> None:
     recipe = dataclasses.replace(SMALL, **change)
     whole = losses(recipe, digits, 4)
-    for accumulate in (2, 5):
-        assert losses(dataclasses.replace(recipe, accumulate=accumulate), digits, 4) == pytest.approx(whole, rel=1e-4)
+    for parts in (2, 5):
+        assert losses(dataclasses.replace(recipe, gradient_accumulation_steps=parts), digits, 4) == pytest.approx(
+            whole, rel=1e-4
+        )
 
 
 def test_more_parts_than_rows_leave_none_out(digits: ImageSet) -> None:
-    recipe = dataclasses.replace(SMALL, batch=3, accumulate=5)
+    recipe = dataclasses.replace(SMALL, batch=3, gradient_accumulation_steps=5)
     assert losses(recipe, digits, 3) == pytest.approx(
-        losses(dataclasses.replace(recipe, accumulate=1), digits, 3), rel=1e-4
+        losses(dataclasses.replace(recipe, gradient_accumulation_steps=1), digits, 3), rel=1e-4
     )
 
 
@@ -83,8 +85,8 @@ def test_more_parts_than_rows_leave_none_out(digits: ImageSet) -> None:
     "change",
     [
         {},
-        {"references": 64, "accumulate": 2},
-        {"references": "sharded", "accumulate": 2},
+        {"references": 64, "gradient_accumulation_steps": 2},
+        {"references": "sharded", "gradient_accumulation_steps": 2},
         {"references": "sharded", "conditional": True, "label_dropout": 0.3, "noise_band": 0.5},
         {"references": "sharded", "network": TINY_UNET, "augmentation": 0.3},
         {"references": "sharded", "network": TINY_UNET, "mirror": True},

@@ -42,7 +42,8 @@ _GROUPS = {
     "Model": "conditional label-dropout ema",
     "Target": "references noise-band",
     "Optimisation": (
-        "learning-rate ramp-images decay-share clip mend-gradients no-mend-gradients accumulate seed precision compile"
+        "learning-rate ramp-images decay-share max-grad-norm nan-to-num no-nan-to-num "
+        "gradient-accumulation-steps seed precision compile"
     ),
     "Averages of the weights": "ema-half-life ema-ramp ema-snapshot-every",
     "What is written, and how often": "log-every sample-every checkpoint-every keep-last keep-every tracker",

@@ -17,8 +17,8 @@ _SAME = {
     "--num-iterations --num-inference-steps",
     "--out": "-o --output --output-dir --output-path --out-dir --outdir --save-dir",
     "--resolution": "--image-size --img-size --imgsize --size --res",
-    "--clip": "--grad-clip --clip-grad --gradient-clip --gradient-clip-val --max-grad-norm",
-    "--accumulate": "--grad-accum --accumulation-steps --gradient-accumulation-steps --accumulate-grad-batches",
+    "--max-grad-norm": "--clip --grad-clip --clip-grad --gradient-clip --gradient-clip-val",
+    "--gradient-accumulation-steps": "--accumulate --grad-accum --accumulation-steps --accumulate-grad-batches",
     "--mirror": "--flip --hflip --xflip --random-flip --horizontal-flip",
     "--conditional": "--cond --class-cond --class-conditional",
     "--label-dropout": "--class-dropout --class-dropout-prob --cfg-dropout",
@@ -49,7 +49,10 @@ _OTHER = {
     "--gpu --gpus --cuda --accelerator": ("--device", "give --device cuda; start several processes with torchrun"),
     "--cpu --no-cuda": ("--device", "give --device cpu"),
     "--fp16 --bf16 --amp --half --mixed-precision --dtype": ("--precision", "give --precision bf16"),
-    "--num-workers --workers --dataloader-num-workers": ("--accumulate", "leave it out: images are read ahead anyway"),
+    "--num-workers --workers --dataloader-num-workers": (
+        "--gradient-accumulation-steps",
+        "leave it out: images are read ahead anyway",
+    ),
     "--wandb --use-wandb": ("--tracker", "give --tracker wandb"),
     "--tensorboard --logdir": ("--tracker", "give --tracker tensorboard"),
     "--ema --ema-decay --ema-rate --use-ema": (

@@ -16,7 +16,7 @@ from stablefield.cli.recipes import limit
 from stablefield.cli.settling import pick_device
 from stablefield.cli.sources import open_data, print_reading
 from stablefield.cli.words import flags_of
-from stablefield.probe.population import MOST
+from stablefield.probing.population import MOST
 from stablefield.report.extra import require
 
 __all__ = ["Probe"]

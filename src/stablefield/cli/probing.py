@@ -7,7 +7,7 @@ import torch
 
 from stablefield.cli.console import console
 from stablefield.data.image_set import ImageSet
-from stablefield.probe.population import Population, draw_population
+from stablefield.probing.population import Population, draw_population
 
 __all__ = ["Probing", "read_levels"]
 

@@ -10,10 +10,10 @@ from stablefield.cli.probe_files import make_folder, write_json
 from stablefield.cli.probing import Probing
 from stablefield.data.image_set import ImageSet
 from stablefield.diffusion.process import Process
-from stablefield.probe.bias import BiasCheck, TargetLike, check_bias
-from stablefield.probe.faults import ClassesMixed, SourceLeftOut, SourceTwice
-from stablefield.probe.population import Population
-from stablefield.probe.record import bias_record
+from stablefield.probing.bias import BiasCheck, TargetLike, check_bias
+from stablefield.probing.faults import ClassesMixed, SourceLeftOut, SourceTwice
+from stablefield.probing.population import Population
+from stablefield.probing.record import bias_record
 from stablefield.targets.pool import Pool
 from stablefield.targets.references import InBatch
 from stablefield.targets.stable_target import StableTarget

@@ -19,11 +19,11 @@ from stablefield.data.image_set import ImageSet
 from stablefield.diffusion.noise_levels import LogUniform, Uniform
 from stablefield.diffusion.process import VE, VP, RectifiedFlow
 from stablefield.diffusion.weighting import FlowWeighting, SNRWeighting
-from stablefield.probe.advice import Advice, Training, advise
-from stablefield.probe.batch import BatchVariance, measure_batch
-from stablefield.probe.phases import Edge, Phases, find_phases, share_above
-from stablefield.probe.record import advice_record, curve_record, curve_table, phases_record
-from stablefield.probe.variance import VarianceCurve, measure_variance
+from stablefield.probing.advice import Advice, Training, advise
+from stablefield.probing.batch import BatchVariance, measure_batch
+from stablefield.probing.phases import Edge, Phases, find_phases, share_above
+from stablefield.probing.record import advice_record, curve_record, curve_table, phases_record
+from stablefield.probing.variance import VarianceCurve, measure_variance
 from stablefield.report import write_chart, write_page
 from stablefield.report.variance_page import phases_chart, sizes_chart, variance_chart, variance_page
 from stablefield.training.placement import resolve_band, resolve_references

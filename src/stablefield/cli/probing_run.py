@@ -13,11 +13,11 @@ from stablefield.cli.probe_files import make_folder, print_written, write_csv, w
 from stablefield.cli.probe_tables import spaced, with_error
 from stablefield.cli.probing import Probing, read_levels
 from stablefield.cli.sources import open_data
-from stablefield.probe.advice import Training
-from stablefield.probe.fit import Fit, measure_fit
-from stablefield.probe.floor import LossFloor, logged_excess
-from stablefield.probe.record import fit_record, fit_table
-from stablefield.probe.variance import find_noise_levels
+from stablefield.probing.advice import Training
+from stablefield.probing.fit import Fit, measure_fit
+from stablefield.probing.floor import LossFloor, logged_excess
+from stablefield.probing.record import fit_record, fit_table
+from stablefield.probing.variance import find_noise_levels
 from stablefield.report import write_chart, write_page
 from stablefield.report.extra import require
 from stablefield.report.fit_page import distance_chart, excess_chart, fit_page, logged_chart

@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 
 from stablefield.diffusion.weighting import Weighting
-from stablefield.probe.fit import Fit
-from stablefield.probe.floor import LoggedExcess
-from stablefield.probe.record import fit_record
+from stablefield.probing.fit import Fit
+from stablefield.probing.floor import LoggedExcess
+from stablefield.probing.record import fit_record
 from stablefield.report import (
     Code,
     Estimate,

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stablefield.probe.advice import Advice
-from stablefield.probe.batch import BatchVariance
-from stablefield.probe.phases import Phases
-from stablefield.probe.record import advice_record, curve_record, phases_record
-from stablefield.probe.series import Series
-from stablefield.probe.variance import VarianceCurve
+from stablefield.probing.advice import Advice
+from stablefield.probing.batch import BatchVariance
+from stablefield.probing.phases import Phases
+from stablefield.probing.record import advice_record, curve_record, phases_record
+from stablefield.probing.series import Series
+from stablefield.probing.variance import VarianceCurve
 from stablefield.report import (
     Block,
     Code,

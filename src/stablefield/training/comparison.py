@@ -33,8 +33,8 @@ from numpy.typing import NDArray
 
 from stablefield.data.image_set import ImageSet
 from stablefield.diffusion.preconditioning import Denoiser
-from stablefield.probe.fit import Optimum, find_optimum
-from stablefield.probe.population import Population
+from stablefield.probing.fit import Optimum, find_optimum
+from stablefield.probing.population import Population
 from stablefield.training.config import fits
 from stablefield.training.feed import Feed
 from stablefield.training.loop import Report, make_accelerator, train
@@ -248,7 +248,9 @@ class Scorer:
         self._optimum = optimum
         self._steppers = {
             target: Stepper(
-                dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, target=target, accumulate=1)),
+                dataclasses.replace(
+                    config, recipe=dataclasses.replace(config.recipe, target=target, gradient_accumulation_steps=1)
+                ),
                 feed,
                 accelerator,
             )

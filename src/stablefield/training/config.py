@@ -27,6 +27,14 @@ _KINDS = {
 }
 
 
+# Names that runs from before were written with.
+_RENAMED = {
+    "clip": "max_grad_norm",
+    "accumulate": "gradient_accumulation_steps",
+    "mend_gradients": "nan_to_num",
+}
+
+
 def encode(value: Any) -> Any:
     """A dataclass of the list, or a JSON value, as JSON values; infinity becomes "inf", a tuple a list."""
     if is_dataclass(value):
@@ -46,7 +54,7 @@ def decode(data: Any) -> Any:
         return tuple(decode(item) for item in cast("list[Any]", data))
     if not isinstance(data, dict):
         return float("inf") if data == "inf" else data
-    entries = {str(key): decode(value) for key, value in cast("dict[str, Any]", data).items()}
+    entries = {_RENAMED.get(str(key), str(key)): decode(value) for key, value in cast("dict[str, Any]", data).items()}
     kind = str(entries.pop("kind", None))
     if kind not in _KINDS:
         raise ValueError(f'config.json has the kind "{kind}", which this version does not know: {", ".join(_KINDS)}.')

@@ -85,12 +85,12 @@ class Feed:
             self._pool = self._wrap(self._pixels(slice(None)), self._labels)
         elif sharded:
             rank, processes = dist.get_rank(), dist.get_world_size()
-            parts = processes * recipe.accumulate
+            parts = processes * recipe.gradient_accumulation_steps
             if recipe.batch < parts:
                 # A process without rows would not ask, and all must ask equally often.
                 raise ValueError(
                     f"--batch {recipe.batch} is below the {parts} parts that the processes make of it: with sharded "
-                    f"references, pass --batch {parts} or more, or a smaller --accumulate."
+                    f"references, pass --batch {parts} or more, or a smaller --gradient-accumulation-steps."
                 )
             part = slice(len(data) * rank // processes, len(data) * (rank + 1) // processes)
             labels = None if self._labels is None else self._labels[part]

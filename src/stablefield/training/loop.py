@@ -164,16 +164,16 @@ def train(
                     return loop.run(report, every, stop)
     except ArithmeticError as error:
         raise TrainingError(
-            f"{error}: lower --learning-rate or --clip. The checkpoints written before are whole."
+            f"{error}: lower --learning-rate or --max-grad-norm. Earlier checkpoints are intact."
         ) from error
     except RankError as error:
-        raise TrainingError(f"{error} The checkpoints written before are whole.") from error
+        raise TrainingError(f"{error} Earlier checkpoints are intact.") from error
     except OSError as error:
         full = error.errno is None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = "free some space" if full else "see to its folder"
         raise TrainingError(
             f"the run cannot be written ({error.strerror or error}): {remedy}, then go on with --resume. "
-            "The checkpoints written before are whole."
+            "Earlier checkpoints are intact."
         ) from error
 
 

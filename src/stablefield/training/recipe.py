@@ -160,7 +160,7 @@ class Recipe:
     """Optimiser steps."""
     batch: int = 128
     """Images per step, over all processes together."""
-    accumulate: int = 1
+    gradient_accumulation_steps: int = 1
     """Parts in which a process works through its share of the batch, to save memory."""
     seed: int = 0
     """Decides weights, batches, noise and references."""
@@ -170,9 +170,9 @@ class Recipe:
     """Images over which the learning rate rises linearly from 0."""
     decay_share: float = 0.3
     """Last share of the steps over which the learning rate falls linearly to 0."""
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     """Norm to which gradients are clipped; inf for no clipping."""
-    mend_gradients: bool = False
+    nan_to_num: bool = False
     """Set gradients that are NaN to 0 and infinite ones to 1e5; losses must be finite all the same."""
     ema_half_life: float = 50_000
     """Half-life of the averaged weights, in images."""
@@ -216,15 +216,39 @@ class Recipe:
     """Scalings around the network."""
 
     def __post_init__(self) -> None:
-        numbers = ("learning_rate", "ramp_images", "decay_share", "clip", "ema_half_life", "ema_ramp", "augmentation")
+        numbers = (
+            "learning_rate",
+            "ramp_images",
+            "decay_share",
+            "max_grad_norm",
+            "ema_half_life",
+            "ema_ramp",
+            "augmentation",
+        )
         for name in (*numbers, "label_dropout"):
             number(_flag(name), getattr(self, name))
-        counts = ("steps", "batch", "accumulate", "seed", "ema_snapshot_every", "log_every", "sample_every")
+        counts = (
+            "steps",
+            "batch",
+            "gradient_accumulation_steps",
+            "seed",
+            "ema_snapshot_every",
+            "log_every",
+            "sample_every",
+        )
         for name in (*counts, "checkpoint_every", "keep_last", "keep_every"):
             whole_number(_flag(name), getattr(self, name))
-        for name in ("mend_gradients", "mirror", "conditional", "compile"):
+        for name in ("nan_to_num", "mirror", "conditional", "compile"):
             flag(_flag(name), getattr(self, name))
-        positive = ("steps", "batch", "accumulate", "learning_rate", "clip", "ema_half_life", "log_every")
+        positive = (
+            "steps",
+            "batch",
+            "gradient_accumulation_steps",
+            "learning_rate",
+            "max_grad_norm",
+            "ema_half_life",
+            "log_every",
+        )
         for name in (*positive, "checkpoint_every", "keep_last"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be positive.")

@@ -73,11 +73,11 @@ class Stepper:
         self.trained.model.train()
         parts = self._backward(step)
         self._sum_gradients()
-        if recipe.mend_gradients:
+        if recipe.nan_to_num:
             for gradient in self._gradients():
                 torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5, out=gradient)
-        if recipe.clip < float("inf"):
-            torch.nn.utils.clip_grad_norm_(self._parameters, recipe.clip)
+        if recipe.max_grad_norm < float("inf"):
+            torch.nn.utils.clip_grad_norm_(self._parameters, recipe.max_grad_norm)
         optimizer.step()
         self._average(step)
         return parts
@@ -143,7 +143,7 @@ class Stepper:
         return values
 
     def _dropout_seed(self, step: int, number: int) -> int:
-        part = self._accelerator.process_index * self._recipe.accumulate + number
+        part = self._accelerator.process_index * self._recipe.gradient_accumulation_steps + number
         return seed_for(self._recipe.seed, Purpose.DROPOUT, step, part)
 
     def _drawn_augmentation(self, step: int) -> AugmentationParameters | None:
@@ -155,10 +155,10 @@ class Stepper:
 
     def _parts(self) -> list[slice]:
         """The rows of this process, in parts: consecutive, and as equal as can be."""
-        processes, accumulate = self._accelerator.num_processes, self._recipe.accumulate
-        first = self._accelerator.process_index * accumulate
-        count, batch = processes * accumulate, self._recipe.batch
-        edges = [batch * k // count for k in range(first, first + accumulate + 1)]
+        processes, parts = self._accelerator.num_processes, self._recipe.gradient_accumulation_steps
+        first = self._accelerator.process_index * parts
+        count, batch = processes * parts, self._recipe.batch
+        edges = [batch * k // count for k in range(first, first + parts + 1)]
         return [slice(a, b) for a, b in pairwise(edges) if a < b]
 
     def _objective(self, references: References | None) -> Objective:

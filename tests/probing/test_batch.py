@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import stablefield as sf
-from stablefield.probe.advice import Training, advise
-from stablefield.probe.batch import measure_batch
-from stablefield.probe.population import Population
-from stablefield.probe.variance import measure_variance
+from stablefield.probing.advice import Training, advise
+from stablefield.probing.batch import measure_batch
+from stablefield.probing.population import Population
+from stablefield.probing.variance import measure_variance
 
 ATOMS = Population(torch.tensor([-1.0, 1.0]).repeat(2000)[:, None])
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 import stablefield as sf
-from stablefield.probe.advice import Training, advise
-from stablefield.probe.floor import LossFloor, logged_excess
-from stablefield.probe.phases import find_phases, share_above
-from stablefield.probe.population import Population
-from stablefield.probe.series import Series
-from stablefield.probe.variance import VarianceCurve, measure_variance
+from stablefield.probing.advice import Training, advise
+from stablefield.probing.floor import LossFloor, logged_excess
+from stablefield.probing.phases import find_phases, share_above
+from stablefield.probing.population import Population
+from stablefield.probing.series import Series
+from stablefield.probing.variance import VarianceCurve, measure_variance
 
 LEVELS = torch.logspace(-2, 2, 41, dtype=torch.float64)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stablefield.diffusion.process import EDM, Process
-from stablefield.probe.population import Population
+from stablefield.probing.population import Population
 from stablefield.shapes import per_row
 from stablefield.targets.pool import Pool
 from stablefield.targets.posterior import posterior

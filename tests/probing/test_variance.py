@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import stablefield as sf
-from stablefield.probe.population import Population, draw_population
-from stablefield.probe.series import Series, interpolate
-from stablefield.probe.variance import find_noise_levels, measure_variance
+from stablefield.probing.population import Population, draw_population
+from stablefield.probing.series import Series, interpolate
+from stablefield.probing.variance import find_noise_levels, measure_variance
 
 
 def deviation(series, place, truth):

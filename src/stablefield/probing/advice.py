@@ -14,11 +14,11 @@ That is of each row alone. Rows of a batch share their references, and what thei
 
 from dataclasses import dataclass
 
-from stablefield.probe.batch import BatchVariance
-from stablefield.probe.phases import share_above
-from stablefield.probe.series import interpolate
-from stablefield.probe.training import Training
-from stablefield.probe.variance import VarianceCurve
+from stablefield.probing.batch import BatchVariance
+from stablefield.probing.phases import share_above
+from stablefield.probing.series import interpolate
+from stablefield.probing.training import Training
+from stablefield.probing.variance import VarianceCurve
 from stablefield.shapes import check_kind, number
 
 __all__ = ["Advice", "SizeAdvice", "Training", "advise"]

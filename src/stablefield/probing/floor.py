@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from stablefield.diffusion.weighting import EDMWeighting, Weighting
-from stablefield.probe.advice import Training
-from stablefield.probe.series import interpolate
-from stablefield.probe.variance import VarianceCurve
+from stablefield.probing.advice import Training
+from stablefield.probing.series import interpolate
+from stablefield.probing.variance import VarianceCurve
 from stablefield.shapes import check_callable, check_kind, whole_number
 
 __all__ = ["LoggedExcess", "LossFloor", "logged_excess"]

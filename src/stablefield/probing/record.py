@@ -3,13 +3,13 @@
 import math
 from typing import Any
 
-from stablefield.probe.advice import Advice
-from stablefield.probe.batch import BatchVariance
-from stablefield.probe.bias import BiasCheck
-from stablefield.probe.fit import Fit
-from stablefield.probe.phases import Edge, Phases
-from stablefield.probe.series import Series
-from stablefield.probe.variance import VarianceCurve
+from stablefield.probing.advice import Advice
+from stablefield.probing.batch import BatchVariance
+from stablefield.probing.bias import BiasCheck
+from stablefield.probing.fit import Fit
+from stablefield.probing.phases import Edge, Phases
+from stablefield.probing.series import Series
+from stablefield.probing.variance import VarianceCurve
 
 __all__ = ["advice_record", "bias_record", "curve_record", "curve_table", "fit_record", "fit_table", "phases_record"]
 

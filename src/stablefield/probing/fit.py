@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from stablefield.diffusion.objective import DenoiserLike
-from stablefield.probe.exact import ExactPosterior
-from stablefield.probe.population import Population
-from stablefield.probe.series import Series
+from stablefield.probing.exact import ExactPosterior
+from stablefield.probing.population import Population
+from stablefield.probing.series import Series
 from stablefield.shapes import array_of_numbers, check_callable, check_kind, check_tensor, flag, whole_number
 
 __all__ = ["Fit", "Optimum", "find_optimum", "measure_fit"]

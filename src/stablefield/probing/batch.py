@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stablefield.probe.population import Population
-from stablefield.probe.series import Series, interpolate
-from stablefield.probe.training import Training
-from stablefield.probe.variance import VarianceCurve
+from stablefield.probing.population import Population
+from stablefield.probing.series import Series, interpolate
+from stablefield.probing.training import Training
+from stablefield.probing.variance import VarianceCurve
 from stablefield.targets.bank import Bank
 from stablefield.targets.pool import Pool
 from stablefield.targets.references import InBatch, References

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 import stablefield as sf
-from stablefield.probe.bias import check_bias, largest_t
-from stablefield.probe.faults import ClassesMixed, SourceLeftOut, SourceTwice
-from stablefield.probe.population import Population, draw_population
+from stablefield.probing.bias import check_bias, largest_t
+from stablefield.probing.faults import ClassesMixed, SourceLeftOut, SourceTwice
+from stablefield.probing.population import Population, draw_population
 
 SETTINGS = {"batch": 64, "batches": 120, "noise_levels": [0.6, 0.9, 1.4]}
 

@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 
 from stablefield.diffusion.process import EDM, Process
-from stablefield.probe.exact import ExactPosterior
-from stablefield.probe.population import Population
-from stablefield.probe.series import Series
+from stablefield.probing.exact import ExactPosterior
+from stablefield.probing.population import Population
+from stablefield.probing.series import Series
 from stablefield.shapes import array_of_numbers, check_callable, check_kind, shape_of, whole_number
 from stablefield.targets.posterior import Posterior
 

@@ -40,8 +40,8 @@ import torch
 from torch import Tensor
 
 from stablefield.diffusion.process import EDM, Process
-from stablefield.probe.population import Population
-from stablefield.probe.variance import find_noise_levels, measure_variance
+from stablefield.probing.population import Population
+from stablefield.probing.variance import find_noise_levels, measure_variance
 from stablefield.shapes import array_of_numbers, check_callable, check_kind, number, per_row, whole_number
 from stablefield.targets.bank import Bank
 from stablefield.targets.posterior import posterior

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from stablefield.diffusion.noise_levels import NoiseLevels
 from stablefield.diffusion.process import Process
-from stablefield.probe.series import Series
-from stablefield.probe.variance import VarianceCurve
+from stablefield.probing.series import Series
+from stablefield.probing.variance import VarianceCurve
 from stablefield.shapes import check_kind, number
 
 __all__ = ["Edge", "Phases", "find_phases", "share_above"]
