@@ -41,7 +41,7 @@ def main(folder: Path) -> None:
             row[f"own_weight_{size}_standard_error"] = float(weight.std() / ROWS**0.5)
             row[f"variance_removed_{size}"] = float(target.variance.mean())
         rows.append(row)
-        print(f"noise level {level:g}: own weight {row['own_weight_50000']:.4f} among all images")
+        print(f"noise level {level:g}: source weight {row['own_weight_50000']:.4f} among all images")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     record = {
         "command": "python benchmarks/own_weight.py CIFAR_FOLDER",

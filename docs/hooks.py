@@ -4,7 +4,7 @@ mkdocs calls the functions named `on_...`. On a page, a comment of its own line 
 
     <!-- changes: examples/accelerate_loop.py -->   the lines of a script that stable targets change, as a diff
     <!-- script: examples/accelerate_loop.py -->    the whole script
-    <!-- own weight -->                             the table of benchmarks/results/own_weight.json
+    <!-- source weight -->                          the table of benchmarks/results/own_weight.json
     <!-- band -->                                   results/band.json, what the tolerance of the noise band costs and keeps
     <!-- cost -->                                   what results/target.json says of the target's cost, as a table
     <!-- step -->                                   results/step_cpu.json, as two tables
@@ -55,7 +55,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     markdown = re.sub(r"^<!-- changes: (\S+) -->$", lambda m: changes(ROOT / m[1]), markdown, flags=re.M)
     markdown = re.sub(r"^<!-- script: (\S+) -->$", lambda m: script(ROOT / m[1]), markdown, flags=re.M)
     tables = {
-        "own weight": own_weight,
+        "source weight": own_weight,
         "band": band,
         "cost": cost,
         "step": step,
@@ -101,7 +101,7 @@ def changes(script: Path) -> str:
 
 
 def own_weight() -> str:
-    """The committed measurement of the source's own weight on CIFAR-10, as a table."""
+    """The committed measurement of the source weight on CIFAR-10, as a table."""
     record = _record("own_weight")
     head = ("noise level", "n = 1,024", "n = 4,096", "n = 50,000", "variance removed, n = 50,000")
     rows = [

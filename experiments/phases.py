@@ -1,4 +1,4 @@
-"""The three phases: variance of the target, divergence and own weight against the noise level.
+"""The three phases: variance of the target, divergence and source weight against the noise level.
 
     python experiments/phases.py                 # two Gaussians in R^64
     python experiments/phases.py CIFAR_FOLDER    # 4,096 images of CIFAR-10

@@ -116,7 +116,7 @@ def test_the_table_of_the_theory_is_the_committed_measurement(site: Path) -> Non
     assert len(record["levels"]) > 5
     for level in record["levels"]:
         assert f">{level['own_weight_4096']:.4f}</td>" in page
-    assert "<!-- own weight" not in page
+    assert "<!-- source weight" not in page
 
 
 def test_the_tables_of_the_comparison_are_the_committed_measurements(site: Path) -> None:

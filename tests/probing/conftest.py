@@ -22,7 +22,7 @@ def two_gaussians():
 @pytest.fixture(scope="session")
 def brute_force():
     def compute(data, level, sizes, rows, seed, labels=None):
-        """Mean and standard error of V_DSM, D, own weight, ESS and V_STF(n), in float64 and row by row.
+        """Mean and standard error of V_DSM, D, source weight, ESS and V_STF(n), in float64 and row by row.
 
         Rows are drawn independently with replacement, and every row has reference sets of its own.
         """

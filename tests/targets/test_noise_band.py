@@ -18,7 +18,7 @@ def gaussian(n: int, d: int, rng: torch.Generator) -> Tensor:
 
 
 def own_weight(pool: sf.Pool, level: float, rng: torch.Generator, repeats: int = 4) -> float:
-    """Mean own weight of every sample of a pool at a noise level."""
+    """Mean source weight of every sample of a pool at a noise level."""
     data = pool.data
     assert isinstance(data, Tensor)
     x0 = data / 127.5 - 1 if data.dtype == torch.uint8 else data

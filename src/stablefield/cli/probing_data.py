@@ -223,7 +223,7 @@ def _curve_lines(curve: VarianceCurve) -> Table:
     table = Table(
         box=None, pad_edge=False, title_justify="left", title="V_DSM, and what is left of it with n references"
     )
-    for name in ("noise", "V_DSM", *(f"n={size}" for size in sizes), "own weight", "ESS"):
+    for name in ("noise", "V_DSM", *(f"n={size}" for size in sizes), "source weight", "ESS"):
         table.add_column(name, justify="right", no_wrap=True)
     # From the last level at which there is nothing to remove.
     some = (curve.dsm.mean > 1e-4 * curve.total).nonzero()[:, 0]

@@ -32,7 +32,7 @@ class Exact:
     """The posterior for a batch of B rows.
 
     Attributes:
-        posterior: mean, variance, ESS and own weight.
+        posterior: mean, variance, ESS and source weight.
         divergence: D_f of the weights from the prior, f(u) = u log u, in nats, shape (B,), float64.
     """
 

@@ -66,7 +66,7 @@ class VarianceCurve:
         dsm: V_DSM.
         stf: V_STF(n) for each size n of a reference set below that of the population; for the whole of it, V_STF is 0.
         divergence: D in nats.
-        own_weight: own weight in the whole population.
+        own_weight: source weight in the whole population.
         ess: effective sample size in the whole population.
         score_factor: alpha^2 / sigma^4, which turns variances of the x0 target into those of the score, shape (L,).
         total: V_DSM where all is noise: trace of the data's covariance (within classes if there are any).

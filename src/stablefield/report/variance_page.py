@@ -54,7 +54,7 @@ def variance_chart(curve: VarianceCurve, phases: Phases, advice: Advice) -> Line
 
 
 def phases_chart(curve: VarianceCurve, phases: Phases) -> LineChart:
-    """What makes the three phases: V_DSM, the divergence, the own weight, and the variance of the score's target."""
+    """What makes the three phases: V_DSM, the divergence, the source weight, and the variance of the score's target."""
     level = curve.noise_level
     score = curve.dsm.mean * curve.score_factor
     peak = score.max() if float(score.max()) > 0 else 1.0
@@ -62,7 +62,7 @@ def phases_chart(curve: VarianceCurve, phases: Phases) -> LineChart:
         lines=(
             _line("V_DSM / variance of the data", level, curve.dsm, curve.total),
             _line("divergence D / log N", level, curve.divergence, math.log(curve.samples)),
-            _line("own weight", level, curve.own_weight, 1.0),
+            _line("source weight", level, curve.own_weight, 1.0),
             Line(label="V_DSM of the score / its peak", x=level.numpy(), y=(score / peak).numpy()),
         ),
         x_label="noise level sigma / alpha",
@@ -154,7 +154,7 @@ def variance_page(
                         "noise level",
                         "V_DSM",
                         *(f"left, n = {n:,}" for n in shown),
-                        "own weight",
+                        "source weight",
                         "ESS",
                         "D",
                     ),
@@ -170,7 +170,7 @@ def variance_page(
                         for i in range(len(curve.noise_level))
                     ),
                     caption="V_DSM in squared units of the data, summed over its numbers; what is left of it with n "
-                    "references; own weight and effective sample size with all; D in nats. With one standard error.",
+                    "references; source weight and effective sample size with all; D in nats. With one standard error.",
                 ),
             ),
         ),
@@ -179,8 +179,8 @@ def variance_page(
             (
                 chart_figure(
                     phases_chart(curve, phases),
-                    alt="Four curves between 0 and 1 against the noise level: own weight and divergence fall from 1 to 0, "
-                    "the variance rises from 0 to 1, and the variance of the score's target has a peak between.",
+                    alt="Four curves between 0 and 1 against the noise level: source weight and divergence fall from 1 to "
+                    "0, the variance rises from 0 to 1, and the variance of the score's target has a peak between.",
                     title="What makes the phases.",
                     caption="D is the mean Kullback-Leibler divergence (f(u) = u log u) of posterior from prior.",
                 ),

@@ -50,7 +50,7 @@ class NoiseBand:
     Attributes:
         level: the noise level sigma / alpha for `StableTarget(noise_band=...)`; 0 if no level is low enough (too many equal
             samples), infinite if the source has all the weight at every level (a single reference, or groups of one).
-        tolerance: how far below 1 the bound of the mean own weight may be at the level.
+        tolerance: how far below 1 the bound of the mean source weight may be at the level.
         lost: bound of the mean weight lost at the level; at most the tolerance.
         rows: samples whose distances were counted.
         references: references to which they were.
@@ -87,9 +87,9 @@ def pick_noise_band(
 
     Args:
         pool: the references.
-        tolerance: how far below 1 the bound of the mean own weight may be, between 0 and 0.5; the weight itself loses less
-            (on images a third to two thirds of it at 0.1). What is given up is little: on CIFAR-10 0.4 % of what references
-            take from the loss between 0.05 and 0.1, for a seventh of the rows (benchmarks/results/band.json).
+        tolerance: how far below 1 the bound of the mean source weight may be, between 0 and 0.5; the weight itself loses
+            less (on images a third to two thirds of it at 0.1). What is given up is little: on CIFAR-10 0.4 % of what
+            references take from the loss between 0.05 and 0.1, for a seventh of the rows (benchmarks/results/band.json).
         rows: samples whose distances to the references are counted, at a cost of one matrix product.
         generator: what the samples are drawn from; one seeded with 0 if not given, so that a pool has one band.
         total: samples of the whole set, if the pool is a random part of it: `pick_noise_band(sharded.pool,
@@ -110,7 +110,9 @@ def pick_noise_band(
     if total is not None:
         whole_number("total", total)
     if not 0 < tolerance < 0.5:
-        raise ValueError(f"tolerance is {tolerance}: it is how far below 1 the own weight may be, between 0 and 0.5.")
+        raise ValueError(
+            f"tolerance is {tolerance}: it is how far below 1 the source weight may be, between 0 and 0.5."
+        )
     if rows < 1:
         raise ValueError(f"rows is {rows}: the distances of at least one sample must be counted.")
     if device is None:
