@@ -1,7 +1,7 @@
 """Reading values: when the numbers in a tensor may be looked at, and when they may decide what is computed.
 
 While torch compiles or exports a function there are no numbers yet; while it captures a CUDA graph, asking for one is an
-error. What runs then must be *fixed*: the same operations on the same shapes, whatever the numbers. At other times looking
+error. What runs then must be *static*: the same operations on the same shapes, whatever the numbers. At other times looking
 is allowed, but on a GPU Python waits for the device to come up with the number.
 """
 

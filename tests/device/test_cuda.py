@@ -29,7 +29,9 @@ def test_once_its_network_runs_a_step_waits_for_nothing(name: str) -> None:
 
 @pytest.mark.gpu
 def test_a_pool_in_a_file_is_that_on_the_device(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stablefield.targets.bank.PAGE", 2**20)  # 200 pages, each of which could come too early
+    monkeypatch.setattr(
+        "stablefield.targets.reference_matrix.PAGE", 2**20
+    )  # 200 pages, each of which could come too early
     images = torch.randint(0, 256, (60_000, 3, 34, 34), generator=rng, dtype=torch.uint8)
     index = torch.randint(len(images), (256,), generator=rng)
     x0 = images[index] / 127.5 - 1
@@ -41,6 +43,6 @@ def test_a_pool_in_a_file_is_that_on_the_device(rng: torch.Generator, monkeypatc
         if data.dtype == np.uint8:
             found = sf.StableTarget(sf.EDM(), references=pool)(x0, x_t, t, index=index)
             torch.testing.assert_close(found.x0, truth.x0, rtol=0, atol=1e-5)
-        norms = pool.bank(torch.device("cuda")).norms(torch.float32).squares.cpu()
+        norms = pool.matrix(torch.device("cuda")).norms(torch.float32).squares.cpu()
         wide = data.astype(np.float64) / 127.5 - 1 if data.dtype == np.uint8 else data.astype(np.float64)
         np.testing.assert_allclose(norms.numpy(), np.square(wide).sum((1, 2, 3)), rtol=1e-5)

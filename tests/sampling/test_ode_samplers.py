@@ -112,7 +112,7 @@ def test_a_grid_is_used_as_given_without_a_last_0(sampler, mixture, generator):
     got = sampler(denoiser, x, torch.tensor(grid, dtype=torch.float64))
     visited = [5.0, 2.0, 2.0, 0.7] if sampler is sampling.heun else [5.0, 2.0]
     assert seen == visited
-    # With a 0 behind it the same walk goes on: its state at 0.7 is what came back.
+    # With a 0 behind it the same loop goes on: its state at 0.7 is what came back.
     calls: list[tuple[int, Tensor, Tensor]] = []
     with_zero = torch.tensor([*grid, 0.0], dtype=torch.float64)
     end = sampler(mixture, x, with_zero, callback=lambda *call: calls.append(call))

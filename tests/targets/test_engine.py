@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stablefield as sf
-from stablefield.targets.bank import Bank, squared_norms
 from stablefield.targets.chunk import chunk_rows
+from stablefield.targets.reference_matrix import ReferenceMatrix, squared_norms
 
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
 LOOKS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
@@ -144,7 +144,7 @@ def test_chunks_are_decoded_into_one_buffer(kind: str, rng: torch.Generator) -> 
     else:
         held = data.numpy() if kind == "array" else data
     where, rows, places = [], [], set()
-    for part, chunk in Bank(held).chunks(16, torch.float32):
+    for part, chunk in ReferenceMatrix(held).chunks(16, torch.float32):
         where.append(part)
         rows.append(chunk.clone())
         places.add(chunk.data_ptr())

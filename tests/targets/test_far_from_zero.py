@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 import stablefield as sf
-from stablefield.targets.bank import Bank
 from stablefield.targets.excess import Anchor, Excess
-from stablefield.targets.fixed import fixed_posterior
 from stablefield.targets.kernel import GaussianKernel
+from stablefield.targets.online_softmax import OnlineSoftmax
 from stablefield.targets.outcome import Posterior, finish
-from stablefield.targets.partial import Partial
 from stablefield.targets.query import Query
+from stablefield.targets.reference_matrix import ReferenceMatrix
+from stablefield.targets.static import static_posterior
 from stablefield.targets.sums import accumulate
 
 SHAPE = (3, 32, 32)
@@ -65,7 +65,7 @@ def found_by(path: str, y: Tensor, x_t: Tensor, sigma: float, tmp_path: Path) ->
         case "search":
             return sf.posterior(x_t, 1.0, sigma, y)
         case "fixed":
-            return fixed_posterior(x_t, 1.0, sigma, Bank(y), index, kernel=GaussianKernel(), chunk_size=17)
+            return static_posterior(x_t, 1.0, sigma, ReferenceMatrix(y), index, kernel=GaussianKernel(), chunk_size=17)
         case "batch" | "drawn":
             # A batch of all samples, so that all are references; others that are drawn are of another labels.
             noisy, labels = y.clone(), torch.arange(80) // 40
@@ -186,7 +186,7 @@ def test_a_few_samples_near_zero_keep_their_digits_beside_many_far_from_it(
     truth = exact(x_t, 1.0, sigma, y)
     with mock.patch("stablefield.targets.query.watched", return_value=watched):
         found = sf.posterior(x_t, 1.0, sigma, y, torch.tensor([4, 5]))
-    assert Bank(y).norms(torch.float32).origin is not None
+    assert ReferenceMatrix(y).norms(torch.float32).origin is not None
     assert truth.ess.max() > 1.2
     torch.testing.assert_close(found.ess.double(), truth.ess, rtol=1e-3, atol=0)
 
@@ -237,15 +237,15 @@ def test_shards_with_origins_of_their_own_merge(rng: torch.Generator, exact: Cal
     y[26:] += 7
     parts = [y[:6], y[6:26], y[26:]]
     x_t = (y[:B].double() + 0.01 * torch.randn(B, *SHAPE, generator=rng, dtype=torch.float64)).float()
-    kernel, merged = GaussianKernel(), Partial.empty(B, DIM, torch.float32, x_t.device)
+    kernel, merged = GaussianKernel(), OnlineSoftmax.empty(B, DIM, torch.float32, x_t.device)
     origins, first = [], 0
     for part in parts:
-        bank = Bank(part)
-        query = Query.checked(x_t, 1.0, 0.01, bank)
+        matrix = ReferenceMatrix(part)
+        query = Query.checked(x_t, 1.0, 0.01, matrix)
         place = torch.arange(B) if first == 0 else torch.full((B,), -1)
-        excess = Excess(query, Anchor(y[:B].flatten(1), place), bank, kernel)
-        merged = merged.merge(accumulate(query, bank, excess, excess.own, 5))
-        origins.append(bank.norms(torch.float32).origin)
+        excess = Excess(query, Anchor(y[:B].flatten(1), place), matrix, kernel)
+        merged = merged.merge(accumulate(query, matrix, excess, excess.own, 5))
+        origins.append(matrix.norms(torch.float32).origin)
         first += len(part)
     assert not torch.equal(origins[0], origins[1])
     check(finish(merged, query, excess, kernel), exact(x_t, 1.0, 0.01, y), y, 0.01)
@@ -259,7 +259,7 @@ def test_far_images_of_bytes_need_no_origin(rng: torch.Generator, exact: Callabl
     x_t = (y[:B] + 0.02 * torch.randn(B, *SHAPE, generator=rng, dtype=torch.float64)).float()
     truth = exact(x_t, 1.0, 0.02, y)
     found = sf.posterior(x_t, 1.0, 0.02, images, torch.arange(B))
-    assert Bank(images).norms(torch.float32).origin is None
+    assert ReferenceMatrix(images).norms(torch.float32).origin is None
     assert truth.ess.max() > 1.2
     torch.testing.assert_close(found.ess.double(), truth.ess, rtol=1e-3, atol=0)
     torch.testing.assert_close(found.variance.double(), truth.variance, rtol=1e-3, atol=0)
@@ -268,12 +268,12 @@ def test_far_images_of_bytes_need_no_origin(rng: torch.Generator, exact: Callabl
 def test_only_what_is_far_from_zero_is_moved(rng: torch.Generator, smooth_images: Callable) -> None:
     images = smooth_images(40, rng)
     for near in (images, images + 1, (images + 1) * 127.5, torch.randn(40, 5), torch.zeros(4, 2), torch.zeros(3, 0)):
-        assert Bank(near).norms(torch.float32).origin is None
+        assert ReferenceMatrix(near).norms(torch.float32).origin is None
     outlier = torch.randn(40, 8, generator=rng)
     outlier[0] = 1e6
-    assert Bank(outlier).norms(torch.float32).origin is None
+    assert ReferenceMatrix(outlier).norms(torch.float32).origin is None
     for kind in FAR[:-1]:
         y = data(kind, rng, 0.01)
-        origin = Bank(y).norms(torch.float32).origin
+        origin = ReferenceMatrix(y).norms(torch.float32).origin
         assert origin is not None
         assert (y.flatten(1) - origin).norm(dim=1).median() < 0.3 * y.flatten(1).norm(dim=1).median()

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import stablefield as sf
-from stablefield.targets.bank import Bank, largest_magnitude
 from stablefield.targets.factor import ByteFactor, DecodedFactor, Operand, factors
 from stablefield.targets.integers import LONGEST, Digits, available
 from stablefield.targets.product import ULPS
+from stablefield.targets.reference_matrix import ReferenceMatrix, largest_magnitude
 
 EPS = torch.finfo(torch.float32).eps
 # The digits need no special instructions, so they are tested everywhere.
@@ -91,11 +91,11 @@ def test_a_posterior_over_bytes_is_that_over_the_decoded_images(
         return sf.StableTarget(sf.EDM(), references=pool, chunk_size=130)(x0, x_t, level, index=index)
 
     monkeypatch.setattr("stablefield.targets.factor.available", lambda: True)
-    kinds = {type(factor) for _, factor in factors(Bank(held), 130, 64, torch.float32)}
+    kinds = {type(factor) for _, factor in factors(ReferenceMatrix(held), 130, 64, torch.float32)}
     assert kinds == {ByteFactor}
     by_bytes = target()
     monkeypatch.setattr("stablefield.targets.factor.available", lambda: False)
-    kinds = {type(factor) for _, factor in factors(Bank(held), 130, 64, torch.float32)}
+    kinds = {type(factor) for _, factor in factors(ReferenceMatrix(held), 130, 64, torch.float32)}
     assert kinds == {DecodedFactor}
     decoded = target()
     torch.testing.assert_close(by_bytes.x0, decoded.x0, rtol=0, atol=1e-5)
@@ -108,7 +108,7 @@ def test_what_is_not_made_for_it_is_decoded(rng: torch.Generator, monkeypatch: p
     images = torch.randint(0, 256, (200, 3072), generator=rng, dtype=torch.uint8)
 
     def kind(data: torch.Tensor, batch: int = 64, dtype: torch.dtype = torch.float32) -> type:
-        return type(next(factors(Bank(data), 50, batch, dtype))[1])
+        return type(next(factors(ReferenceMatrix(data), 50, batch, dtype))[1])
 
     assert kind(images) is ByteFactor
     assert kind(images.float()) is DecodedFactor

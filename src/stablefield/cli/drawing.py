@@ -20,7 +20,7 @@ from stablefield.data.image_set import class_text
 from stablefield.diffusion.process import VE, VP, Process
 from stablefield.sampling.noise import SampleNoise
 from stablefield.sampling.samples import Drawing, Solve
-from stablefield.sampling.walk import Denoise
+from stablefield.sampling.solver_loop import Denoise
 from stablefield.training.model import OpenModel, open_model
 from stablefield.training.run_folder import RunConfig
 

@@ -23,8 +23,8 @@ from stablefield.probing.population import Population
 from stablefield.probing.series import Series, interpolate
 from stablefield.probing.training import Training
 from stablefield.probing.variance import VarianceCurve
-from stablefield.targets.bank import Bank
 from stablefield.targets.pool import Pool
+from stablefield.targets.reference_matrix import ReferenceMatrix
 from stablefield.targets.references import InBatch, References
 from stablefield.targets.stable_target import StableTarget
 
@@ -106,12 +106,12 @@ def measure_batch(
 class _Job:
     def __init__(self, population: Population, training: Training, band: float) -> None:
         self._population, self._training, self._band = population, training, band
-        self._bank = Bank(population.data)
+        self._matrix = ReferenceMatrix(population.data)
         self._level = training.levels(_POINTS)
         self.share = float((self._level >= band).double().mean())
         # Rows are drawn from all groups, so the denominator holds the variance between them.
         self._total = Population(population.data).variance() if population.labels is not None else population.variance()
-        self._mean = _mean(self._bank)
+        self._mean = _mean(self._matrix)
 
     def measure(self, references: References, batches: int, seed: int) -> Series:
         """R with these references, from so many batches."""
@@ -125,7 +125,7 @@ class _Job:
             level = self._level[torch.randint(len(self._level), (rows,), generator=generator)]
             t = process.time(level).to(device)
             index = index.to(device)
-            flat = self._bank.rows(index, self._bank.dtype)
+            flat = self._matrix.rows(index, self._matrix.dtype)
             x0 = flat.reshape(rows, *population.data.shape[1:])
             x_t = process.perturb(x0, t, torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(device))
             labels = None if population.labels is None else population.labels[index]
@@ -146,8 +146,8 @@ class _Job:
         return Series(torch.tensor([1 - removed]).double(), torch.tensor([error]).double())
 
 
-def _mean(bank: Bank) -> Tensor:
-    total = torch.zeros(bank.dim, dtype=torch.float64)
-    for _, part in bank.chunks(bank.chunk_size(1), bank.dtype):
+def _mean(matrix: ReferenceMatrix) -> Tensor:
+    total = torch.zeros(matrix.dim, dtype=torch.float64)
+    for _, part in matrix.chunks(matrix.chunk_size(1), matrix.dtype):
         total += part.double().sum(0).cpu()
-    return (total / len(bank)).to(bank.device, bank.dtype)
+    return (total / len(matrix)).to(matrix.device, matrix.dtype)

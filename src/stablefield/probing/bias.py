@@ -43,8 +43,8 @@ from stablefield.diffusion.process import EDM, Process
 from stablefield.probing.population import Population
 from stablefield.probing.variance import find_noise_levels, measure_variance
 from stablefield.shapes import array_of_numbers, check_callable, check_kind, number, per_row, whole_number
-from stablefield.targets.bank import Bank
 from stablefield.targets.posterior import posterior
+from stablefield.targets.reference_matrix import ReferenceMatrix
 from stablefield.targets.target import Target
 
 __all__ = ["BiasCheck", "TargetLike", "check_bias", "largest_t"]
@@ -164,7 +164,7 @@ def check_bias(
         levels = levels[torch.linspace(0, len(levels) - 1, batch).round().long()]
     generator = torch.Generator().manual_seed(seed)
     device = population.data.device
-    bank, labels = Bank(population.data), population.labels
+    matrix, labels = ReferenceMatrix(population.data), population.labels
     directions = _Directions(population)
     place = torch.arange(batch) % len(levels)
     count = torch.bincount(place, minlength=len(levels))
@@ -173,7 +173,7 @@ def check_bias(
     sums: list[Tensor] = []
     for _ in range(batches):
         index = _distinct(len(population), batch, generator).to(device)
-        flat = bank.rows(index, bank.dtype)
+        flat = matrix.rows(index, matrix.dtype)
         x0 = flat.reshape(batch, *population.data.shape[1:])
         x_t = process.perturb(x0, t, torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(device))
         truth = None if labels is None else labels[index].long()
@@ -245,10 +245,10 @@ class _Directions:
     """The directions of a population and what is needed to point along them."""
 
     def __init__(self, population: Population) -> None:
-        self._data, self._bank = population.data, Bank(population.data)
+        self._data, self._matrix = population.data, ReferenceMatrix(population.data)
         self._labels = population.labels
         self._mean, self._class_means = _means(population)
-        self._axes, self._spread = _axes(self._bank, self._mean)
+        self._axes, self._spread = _axes(self._matrix, self._mean)
         axes = [f"component {k + 1}" for k in range(len(self._axes))]
         names = ["noisy row", "sharper mean", *axes, *(f"{name} x place" for name in axes)]
         self.names = (*names, *([] if self._labels is None else ["class mean"]))
@@ -302,28 +302,28 @@ def _middle(population: Population, seed: int) -> Tensor:
 
 def _means(population: Population) -> tuple[Tensor, Tensor]:
     """Mean of the data, shape (d,), and for each class k its mean in row k + 1, with that of all in row 0 (no class)."""
-    bank = Bank(population.data)
+    matrix = ReferenceMatrix(population.data)
     labels = population.labels
     kinds = 0 if labels is None else int(labels.max()) + 1
-    total = torch.zeros(kinds + 1, bank.dim, dtype=torch.float64)
-    for where, rows in bank.chunks(bank.chunk_size(1), bank.dtype):
+    total = torch.zeros(kinds + 1, matrix.dim, dtype=torch.float64)
+    for where, rows in matrix.chunks(matrix.chunk_size(1), matrix.dtype):
         wide = rows.double().cpu()
         total[0] += wide.sum(0)
         if labels is not None:
             total.index_add_(0, labels[where].long().cpu() + 1, wide)
     count = torch.ones(kinds + 1, dtype=torch.float64)
-    count[0] = len(bank)
+    count[0] = len(matrix)
     if labels is not None:
         count[1:] = torch.bincount(labels.long().cpu(), minlength=kinds).clamp(min=1)
-    means = (total / count[:, None]).to(population.data.device, bank.dtype)
+    means = (total / count[:, None]).to(population.data.device, matrix.dtype)
     return means[0], means
 
 
-def _axes(bank: Bank, mean: Tensor) -> tuple[Tensor, Tensor]:
+def _axes(matrix: ReferenceMatrix, mean: Tensor) -> tuple[Tensor, Tensor]:
     """The first principal axes of the data, unit vectors, shape (axes, d), and the variances along them, (axes,)."""
-    step = max(1, len(bank) // _FOR_AXES)
-    index = torch.arange(0, len(bank), step, device=mean.device)[:_FOR_AXES]
-    rows = bank.rows(index, bank.dtype) - mean
+    step = max(1, len(matrix) // _FOR_AXES)
+    index = torch.arange(0, len(matrix), step, device=mean.device)[:_FOR_AXES]
+    rows = matrix.rows(index, matrix.dtype) - mean
     wide = rows.double()
     values, vectors = torch.linalg.eigh(wide @ wide.T)
     kept = values > 1e-9 * values[-1]

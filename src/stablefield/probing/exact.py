@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stablefield.targets.bank import Bank
 from stablefield.targets.excess import Excess, find_anchor
 from stablefield.targets.kernel import GaussianKernel
+from stablefield.targets.online_softmax import OnlineSoftmax
 from stablefield.targets.outcome import Posterior, finish
-from stablefield.targets.partial import Partial
 from stablefield.targets.precision import full_precision
 from stablefield.targets.query import Query
+from stablefield.targets.reference_matrix import ReferenceMatrix
 from stablefield.targets.sums import accumulate
 
 __all__ = ["Exact", "ExactPosterior"]
@@ -49,18 +49,18 @@ class ExactPosterior:
     """
 
     def __init__(self, data: Tensor, labels: Tensor | None = None) -> None:
-        self._bank = Bank(data)
+        self._matrix = ReferenceMatrix(data)
         self._labels = labels
 
     @property
-    def bank(self) -> Bank:
+    def matrix(self) -> ReferenceMatrix:
         """The samples."""
-        return self._bank
+        return self._matrix
 
     def among(self, index: Tensor) -> "ExactPosterior":
         """The posterior over the samples at `index` (n,) alone."""
         part = ExactPosterior.__new__(ExactPosterior)
-        part._bank = self._bank.take(index)
+        part._matrix = self._matrix.take(index)
         part._labels = None if self._labels is None else self._labels[index]
         return part
 
@@ -78,16 +78,16 @@ class ExactPosterior:
             ValueError: as `stablefield.posterior`.
         """
         labels = None if self._labels is None else self._labels[source]
-        query = Query.checked(x_t, alpha, sigma, self._bank, source, labels, self._labels)
+        query = Query.checked(x_t, alpha, sigma, self._matrix, source, labels, self._labels)
         kernel = GaussianKernel()
         with full_precision(x_t.device):
-            excess = Excess(query, find_anchor(query, self._bank), self._bank, kernel)
-            partial = accumulate(query, self._bank, excess, excess.own)
+            excess = Excess(query, find_anchor(query, self._matrix), self._matrix, kernel)
+            partial = accumulate(query, self._matrix, excess, excess.own)
             divergence = _divergence(partial, query, excess.noise)
             return Exact(finish(partial, query, excess, kernel), divergence)
 
 
-def _divergence(partial: Partial, query: Query, noise: Tensor) -> Tensor:
+def _divergence(partial: OnlineSoftmax, query: Query, noise: Tensor) -> Tensor:
     # E_w |x_t - alpha y|^2 - |x_t - alpha a|^2, by moments about the anchor; exactly 0 where it has all the weight.
     along = (partial.total * noise).sum(1, dtype=partial.mass.dtype)
     excess = query.alpha * (query.alpha * partial.energy - 2 * along) / partial.mass

@@ -156,7 +156,7 @@ def find_optimum(
     parts: list[_Part] = []
     for index in torch.randperm(len(population), generator=generator)[:rows].split(batch):
         index = index.to(device)
-        x0 = whole.bank.rows(index, whole.bank.dtype)
+        x0 = whole.matrix.rows(index, whole.matrix.dtype)
         noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(device)
         means: list[Tensor] = []
         variances: list[Tensor] = []

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stablefield.data.image_set import ImageSet
 from stablefield.shapes import check_kind, check_tensor, flag, whole_number
-from stablefield.targets.bank import Bank
+from stablefield.targets.reference_matrix import ReferenceMatrix
 
 __all__ = ["MOST", "Population", "draw_population"]
 
@@ -87,17 +87,17 @@ class Population:
 
     def variance(self) -> float:
         """Trace of the covariance of the samples, within groups if there are any: V_DSM where all is noise."""
-        bank = Bank(self.data)
+        matrix = ReferenceMatrix(self.data)
         labels = torch.zeros(len(self), dtype=torch.long) if self.labels is None else self.labels.cpu()
         _, place = torch.unique(labels, return_inverse=True)
         place = place.to(self.data.device)
         kinds = int(place.max()) + 1
         wide = torch.float32 if self.data.device.type == "mps" else torch.float64
         # About the first sample, so that data far from zero lose no digits.
-        centre = bank.rows(torch.zeros(1, dtype=torch.long, device=self.data.device), bank.dtype)
+        centre = matrix.rows(torch.zeros(1, dtype=torch.long, device=self.data.device), matrix.dtype)
         total = torch.zeros(kinds, self.dim, dtype=wide, device=self.data.device)
         square = 0.0
-        for where, rows in bank.chunks(bank.chunk_size(1), bank.dtype):
+        for where, rows in matrix.chunks(matrix.chunk_size(1), matrix.dtype):
             wider = (rows - centre).to(wide)
             total.index_add_(0, place[where], wider)
             square += float(wider.square().sum())

@@ -293,14 +293,14 @@ class _Job:
     generator: torch.Generator
 
     def rows(self, index: Tensor) -> _Rows:
-        bank, levels = self.whole.bank, len(self.t)
-        device = bank.data.device
+        matrix, levels = self.whole.matrix, len(self.t)
+        device = matrix.data.device
         index = index.to(device)
-        x0 = bank.rows(index, bank.dtype)
+        x0 = matrix.rows(index, matrix.dtype)
         noise = torch.randn(x0.shape, generator=self.generator, dtype=x0.dtype).to(device).repeat(levels, 1)
         t = self.t.repeat_interleave(len(index))
         x_t = self.process.perturb(x0.repeat(levels, 1), t, noise)
-        shaped = x_t.reshape(len(x_t), *bank.data.shape[1:])
+        shaped = x_t.reshape(len(x_t), *matrix.data.shape[1:])
         return _Rows(shaped, self.process.alpha(t), self.process.sigma(t), index.repeat(levels))
 
     def by_level(self, column: Tensor) -> Tensor:

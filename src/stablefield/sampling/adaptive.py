@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stablefield.sampling.walk import Denoise, Walk, start
+from stablefield.sampling.solver_loop import Denoise, SolverLoop, start
 from stablefield.shapes import number, whole_number
 
 __all__ = ["integrate", "rk45", "span"]
@@ -60,27 +60,27 @@ def rk45(
         Song, Sohl-Dickstein, Kingma, Kumar, Ermon, Poole, "Score-Based Generative Modeling through Stochastic
         Differential Equations", ICLR 2021, appendix D.4.
     """
-    walk = start("rk45", denoiser, x, sigmas)
-    sigma_max, sigma_min = span(walk)
+    loop = start("rk45", denoiser, x, sigmas)
+    sigma_max, sigma_min = span(loop)
 
     def slope(sigma: float, state: Tensor) -> Tensor:
         point = state.reshape(x.shape).to(x)
-        return (point - walk.denoise(point, sigma)).flatten()
+        return (point - loop.denoise(point, sigma)).flatten()
 
     x = integrate("rk45", slope, x.flatten(), sigma_max, sigma_min, rtol, atol, max_nfe).reshape(x.shape).to(x)
-    return walk.denoise(x, sigma_min) if walk.levels[-1] == 0 else x
+    return loop.denoise(x, sigma_min) if loop.levels[-1] == 0 else x
 
 
-def span(walk: Walk) -> tuple[float, float]:
+def span(loop: SolverLoop) -> tuple[float, float]:
     """Largest and smallest positive noise level of a grid.
 
     Raises:
         ValueError: if there are not two.
     """
-    positive = [level for level in walk.levels if level > 0]
+    positive = [level for level in loop.levels if level > 0]
     if len(positive) < 2:
         raise ValueError(
-            f"{walk.sampler}: sigmas={list(walk.levels)} has one positive noise level: the ODE is singular at 0, "
+            f"{loop.sampler}: sigmas={list(loop.levels)} has one positive noise level: the ODE is singular at 0, "
             "put a smallest positive one (0.002) before it."
         )
     return positive[0], positive[-1]

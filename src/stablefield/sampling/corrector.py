@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from stablefield.sampling.noise import Noise, normal_source
-from stablefield.sampling.walk import Callback, Denoise, start
+from stablefield.sampling.solver_loop import Callback, Denoise, start
 from stablefield.shapes import check_kind, flag, number, per_row, whole_number
 
 __all__ = ["predictor_corrector"]
@@ -86,7 +86,7 @@ def predictor_corrector(
         Differential Equations", ICLR 2021, algorithms 2 to 5 and appendices E to G. 1 - beta is taken of the step just
         made; the paper takes that of the step to come, its neighbour.
     """
-    walk = start("predictor_corrector", denoiser, x, sigmas, callback)
+    loop = start("predictor_corrector", denoiser, x, sigmas, callback)
     draw = normal_source(noise, generator)
     check_kind("predictor_corrector: process", process, str, "'ve' or 'vp'")
     check_kind("predictor_corrector: predictor", predictor, str, "'reverse_diffusion' or 'ancestral'")
@@ -100,19 +100,19 @@ def predictor_corrector(
             f"predictor_corrector: corrector_steps={corrector_steps}, snr={snr}: the steps may not be negative, "
             "the ratio must be positive."
         )
-    y = space.alpha(walk.levels[0]) * x
-    for step, sigma, sigma_next in walk.steps():
+    y = space.alpha(loop.levels[0]) * x
+    for step, sigma, sigma_next in loop.steps():
         x = y / space.alpha(sigma)
-        denoised = walk.denoise(x, sigma)
-        walk.report(step, x, denoised)
+        denoised = loop.denoise(x, sigma)
+        loop.report(step, x, denoised)
         if sigma_next == 0:
             return denoised
         y = predict(_Step(y, space.score(y, denoised, sigma), draw(y), sigma, sigma_next))
         alpha = space.alpha(sigma_next)
         for _ in range(corrector_steps):
-            score = space.score(y, walk.denoise(y / alpha, sigma_next), sigma_next)
+            score = space.score(y, loop.denoise(y / alpha, sigma_next), sigma_next)
             y = _langevin(y, score, draw(y), snr, space.damping(sigma, sigma_next), average_norms)
-    return walk.arrive(y / space.alpha(walk.levels[-1]))
+    return loop.arrive(y / space.alpha(loop.levels[-1]))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stablefield.sampling.noise import Noise, normal_source
-from stablefield.sampling.walk import Callback, Denoise, Walk, start
+from stablefield.sampling.solver_loop import Callback, Denoise, SolverLoop, start
 from stablefield.shapes import number
 
 __all__ = ["dpmpp_2m", "dpmpp_2m_sde"]
@@ -81,19 +81,19 @@ def dpmpp_2m_sde(
         Lu, Zhou, Bao, Chen, Li, Zhu, "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models",
         2022, section 3.4 and appendix B (SDE-DPM-Solver++(2M)).
     """
-    walk = start("dpmpp_2m_sde", denoiser, x, sigmas, callback)
+    loop = start("dpmpp_2m_sde", denoiser, x, sigmas, callback)
     number("dpmpp_2m_sde: eta", eta)
     number("dpmpp_2m_sde: s_noise", s_noise)
     if not 0 <= eta < math.inf or not 0 <= s_noise < math.inf:
         raise ValueError(f"dpmpp_2m_sde: eta={eta}, s_noise={s_noise}: neither may be negative or infinite.")
-    return _multistep(walk, x, eta=eta, s_noise=s_noise, draw=normal_source(noise, generator))
+    return _multistep(loop, x, eta=eta, s_noise=s_noise, draw=normal_source(noise, generator))
 
 
-def _multistep(walk: Walk, x: Tensor, *, eta: float, s_noise: float = 1.0, draw: Noise | None = None) -> Tensor:
+def _multistep(loop: SolverLoop, x: Tensor, *, eta: float, s_noise: float = 1.0, draw: Noise | None = None) -> Tensor:
     last: tuple[Tensor, float] | None = None
-    for step, sigma, sigma_next in walk.steps():
-        denoised = walk.denoise(x, sigma)
-        walk.report(step, x, denoised)
+    for step, sigma, sigma_next in loop.steps():
+        denoised = loop.denoise(x, sigma)
+        loop.report(step, x, denoised)
         if sigma_next == 0:
             return denoised
         h = math.log(sigma / sigma_next)
@@ -105,4 +105,4 @@ def _multistep(walk: Walk, x: Tensor, *, eta: float, s_noise: float = 1.0, draw:
         if draw is not None and eta > 0:
             x = x + sigma_next * math.sqrt(-math.expm1(-2 * eta * h)) * s_noise * draw(x)
         last = denoised, h
-    return walk.arrive(x)
+    return loop.arrive(x)

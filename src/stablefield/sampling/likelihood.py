@@ -24,7 +24,7 @@ from torch import Tensor
 
 from stablefield.sampling.adaptive import integrate, span
 from stablefield.sampling.noise import Noise, normal_source
-from stablefield.sampling.walk import Denoise, Walk, start
+from stablefield.sampling.solver_loop import Denoise, SolverLoop, start
 from stablefield.shapes import flag, number, whole_number
 
 __all__ = ["Likelihood", "log_likelihood"]
@@ -104,8 +104,8 @@ def log_likelihood(
         Hutchinson, "A stochastic estimator of the trace of the influence matrix for Laplacian smoothing splines", 1990.
         Grathwohl, Chen, Bettencourt, Sutskever, Duvenaud, "FFJORD", ICLR 2019, section 3.1.
     """
-    walk = start("log_likelihood", denoiser, x, sigmas)
-    sigma_max, sigma_min = span(walk)
+    loop = start("log_likelihood", denoiser, x, sigmas)
+    sigma_max, sigma_min = span(loop)
     flag("log_likelihood: exact", exact)
     whole_number("log_likelihood: probes", probes)
     if prior_std is not None:
@@ -119,7 +119,7 @@ def log_likelihood(
 
     def slope(sigma: float, state: Tensor) -> Tensor:
         point = state[: rows * size].reshape(x.shape).to(x)
-        denoised, products = _quadratic_forms(walk, point, sigma, vectors)
+        denoised, products = _quadratic_forms(loop, point, sigma, vectors)
         trace = products.sum(0) if exact else products.mean(0)
         flow = (point - denoised).flatten().double().cpu()
         return torch.cat([flow, (size - trace).cpu()])
@@ -131,11 +131,11 @@ def log_likelihood(
     return Likelihood(log_prob=(prior + divergence).to(x.device), latents=latents.reshape(x.shape).to(x))
 
 
-def _quadratic_forms(walk: Walk, x: Tensor, sigma: float, vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _quadratic_forms(loop: SolverLoop, x: Tensor, sigma: float, vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
     """D(x, sigma), and e^T (dD/dx) e for every vector e and row, shape (vectors, B), float64."""
     with torch.inference_mode(False), torch.enable_grad():
         point = x.detach().clone().requires_grad_()
-        denoised = walk.denoise(point, sigma)
+        denoised = loop.denoise(point, sigma)
         if not denoised.requires_grad:
             raise ValueError(
                 "log_likelihood: the denoiser's output carries no gradient: its divergence needs one, "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stablefield.sampling.noise import Noise, normal_source
-from stablefield.sampling.walk import Callback, Denoise, derivative, start
+from stablefield.sampling.solver_loop import Callback, Denoise, derivative, start
 from stablefield.shapes import number
 
 __all__ = ["euler", "heun"]
@@ -37,12 +37,12 @@ def euler(denoiser: Denoise, x: Tensor, sigmas: Tensor, *, callback: Callback | 
     References:
         Song, Meng, Ermon, "Denoising Diffusion Implicit Models", ICLR 2021, equation 13.
     """
-    walk = start("euler", denoiser, x, sigmas, callback)
-    for step, sigma, sigma_next in walk.steps():
-        denoised = walk.denoise(x, sigma)
-        walk.report(step, x, denoised)
+    loop = start("euler", denoiser, x, sigmas, callback)
+    for step, sigma, sigma_next in loop.steps():
+        denoised = loop.denoise(x, sigma)
+        loop.report(step, x, denoised)
         x = x + (sigma_next - sigma) * derivative(x, denoised, sigma)
-    return walk.arrive(x)
+    return loop.arrive(x)
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def heun(
         Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022,
         algorithms 1 and 2.
     """
-    walk = start("heun", denoiser, x, sigmas, callback)
+    loop = start("heun", denoiser, x, sigmas, callback)
     draw = normal_source(noise, generator)
     for name, value in (("s_churn", s_churn), ("s_min", s_min), ("s_max", s_max), ("s_noise", s_noise)):
         number(f"heun: {name}", value)
@@ -94,19 +94,19 @@ def heun(
         raise ValueError(f"heun: s_min={s_min}, s_max={s_max}: neither may be NaN.")
     if not 0 <= s_churn < math.inf or not 0 <= s_noise < math.inf:
         raise ValueError(f"heun: s_churn={s_churn}, s_noise={s_noise}: neither may be negative or infinite.")
-    gamma = min(s_churn / (len(walk.levels) - 1), math.sqrt(2) - 1)
-    for step, sigma, sigma_next in walk.steps():
+    gamma = min(s_churn / (len(loop.levels) - 1), math.sqrt(2) - 1)
+    for step, sigma, sigma_next in loop.steps():
         if gamma > 0 and s_min <= sigma <= s_max:
             raised = sigma * (1 + gamma)
             x = x + math.sqrt(raised**2 - sigma**2) * s_noise * draw(x)
         else:
             raised = sigma
-        denoised = walk.denoise(x, raised)
-        walk.report(step, x, denoised)
+        denoised = loop.denoise(x, raised)
+        loop.report(step, x, denoised)
         slope = derivative(x, denoised, raised)
         end = x + (sigma_next - raised) * slope
         if sigma_next > 0:
-            slope_end = derivative(end, walk.denoise(end, sigma_next), sigma_next)
+            slope_end = derivative(end, loop.denoise(end, sigma_next), sigma_next)
             end = x + (sigma_next - raised) * (slope + slope_end) / 2
         x = end
-    return walk.arrive(x)
+    return loop.arrive(x)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stablefield.sampling.counting import counted
 from stablefield.sampling.noise import SampleNoise
-from stablefield.sampling.walk import Denoise
+from stablefield.sampling.solver_loop import Denoise
 
 __all__ = ["BLOCK", "Chunk", "Drawing", "Solve", "chunks_of", "to_uint8"]
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stablefield.sampling.noise import Noise, normal_source
-from stablefield.sampling.walk import Callback, Denoise, Walk, start
+from stablefield.sampling.solver_loop import Callback, Denoise, SolverLoop, start
 
 __all__ = ["ancestral", "euler_maruyama"]
 
@@ -55,8 +55,8 @@ def euler_maruyama(
         Song, Sohl-Dickstein, Kingma, Kumar, Ermon, Poole, "Score-Based Generative Modeling through Stochastic
         Differential Equations", ICLR 2021, equation 6 and appendix E.
     """
-    walk = start("euler_maruyama", denoiser, x, sigmas, callback)
-    return _reverse(walk, x, lambda v, v_next: v - v_next, normal_source(noise, generator))
+    loop = start("euler_maruyama", denoiser, x, sigmas, callback)
+    return _reverse(loop, x, lambda v, v_next: v - v_next, normal_source(noise, generator))
 
 
 @torch.no_grad()
@@ -89,17 +89,17 @@ def ancestral(
         Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020, equations 6 and 7, in
         noise-to-signal units.
     """
-    walk = start("ancestral", denoiser, x, sigmas, callback)
-    return _reverse(walk, x, lambda v, v_next: v_next * (v - v_next) / v, normal_source(noise, generator))
+    loop = start("ancestral", denoiser, x, sigmas, callback)
+    return _reverse(loop, x, lambda v, v_next: v_next * (v - v_next) / v, normal_source(noise, generator))
 
 
-def _reverse(walk: Walk, x: Tensor, variance: Callable[[float, float], float], draw: Noise) -> Tensor:
+def _reverse(loop: SolverLoop, x: Tensor, variance: Callable[[float, float], float], draw: Noise) -> Tensor:
     """Both samplers: `variance` of the noise added from sigma^2 to the next sigma^2."""
-    for step, sigma, sigma_next in walk.steps():
-        denoised = walk.denoise(x, sigma)
-        walk.report(step, x, denoised)
+    for step, sigma, sigma_next in loop.steps():
+        denoised = loop.denoise(x, sigma)
+        loop.report(step, x, denoised)
         if sigma_next == 0:
             return denoised
         mean = denoised + (sigma_next / sigma) ** 2 * (x - denoised)
         x = mean + math.sqrt(variance(sigma**2, sigma_next**2)) * draw(x)
-    return walk.arrive(x)
+    return loop.arrive(x)

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from stablefield.shapes import as_device, check_generator, check_kind, number, whole_number
-from stablefield.targets.bank import Bank
 from stablefield.targets.pool import Pool
 from stablefield.targets.precision import full_precision
+from stablefield.targets.reference_matrix import ReferenceMatrix
 
 __all__ = ["NoiseBand", "pick_noise_band"]
 
@@ -121,7 +121,7 @@ def pick_noise_band(
     n = len(pool.data)
     if total is not None and total < n:
         raise ValueError(f"total is {total}, and the pool source_only has {n} samples: pass the size of the whole set.")
-    bank, labels = pool.bank(device), None if pool.labels is None else pool.labels.to(device)
+    matrix, labels = pool.matrix(device), None if pool.labels is None else pool.labels.to(device)
     generator = generator or torch.Generator().manual_seed(0)
     weights = None if pool.weights is None else pool.weights.cpu().double()
     # Samples of weight 0 are no references.
@@ -134,21 +134,21 @@ def pick_noise_band(
         order = torch.randperm(count, generator=generator, device=generator.device).cpu()
         some = possible[order[:_REFERENCES].sort()[0]]
     if len(some) < n:
-        bank, labels = bank.take(some.to(device)), None if labels is None else labels[some.to(device)]
+        matrix, labels = matrix.take(some.to(device)), None if labels is None else labels[some.to(device)]
     weights = None if weights is None else weights[some]
     index, shares = _drawn(len(some), weights, rows, generator)
-    if not bank.norms(torch.float32).finite:
+    if not matrix.norms(torch.float32).finite:
         raise ValueError("the Pool's data hold NaN or inf (or overflow when squared): clean the data first.")
     with full_precision(device):
         wide = torch.float32 if device.type == "mps" else torch.float64
         prior = None if weights is None else weights.to(device, wide).clamp(min=torch.finfo(wide).tiny)
-        counts, distances = _count(bank, index.to(device), labels, prior, pool.mirrored)
+        counts, distances = _count(matrix, index.to(device), labels, prior, pool.mirrored)
     # How many references of a training step each counted one stands for.
     if weights is None or pool.size is None:
         others = (pool.size or (total or n) * count / n) - 1
     else:  # drawn from all, beside the row's own
         others = (count - 1) * pool.size / n
-    counts = counts * (others / max(1, len(bank) - 1))
+    counts = counts * (others / max(1, len(matrix) - 1))
     level = _level(counts, distances, shares, tolerance)
     first = torch.where(counts.sum(1) > 0, distances[(counts > 0).double().argmax(1)], torch.inf)
     return NoiseBand(
@@ -156,7 +156,7 @@ def pick_noise_band(
         tolerance=tolerance,
         lost=_lost(counts, distances, shares, level),
         rows=len(index),
-        references=len(bank),
+        references=len(matrix),
         nearest=_median(first, shares),
     )
 
@@ -185,7 +185,7 @@ def _median(values: Tensor, shares: Tensor) -> float:
 
 
 def _count(
-    bank: Bank, index: Tensor, labels: Tensor | None, weights: Tensor | None, mirrored: bool
+    matrix: ReferenceMatrix, index: Tensor, labels: Tensor | None, weights: Tensor | None, mirrored: bool
 ) -> tuple[Tensor, Tensor]:
     """How many references lie at which distance of each sample.
 
@@ -193,17 +193,17 @@ def _count(
         Counts (m, bins) without the sample itself, and the distances that the bins stand for (bins,), both float64 on the
         CPU. The first bin is distance 0.
     """
-    own = bank.rows(index, torch.float32)
+    own = matrix.rows(index, torch.float32)
     # Distances do not change if all is moved, and keep their digits where the data are about zero.
     origin = own.mean(0)
     own = own - origin
-    size = float(bank.rows(index, torch.float32).sub_(origin).square().sum(1).max()) or 1.0
+    size = float(matrix.rows(index, torch.float32).sub_(origin).square().sum(1).max()) or 1.0
     bins = (_BELOW + _ABOVE) * _BINS_PER_OCTAVE
-    shape = (-1, *bank.data.shape[1:])
+    shape = (-1, *matrix.data.shape[1:])
     images = [own, (own + origin).reshape(shape).flip(-1).reshape(own.shape) - origin] if mirrored else [own]
-    counts = torch.zeros(len(own), bins, device=bank.device)
-    buffer = torch.empty(0, device=bank.device)
-    for where, rows in bank.chunks(bank.chunk_size(len(index)), torch.float32):
+    counts = torch.zeros(len(own), bins, device=matrix.device)
+    buffer = torch.empty(0, device=matrix.device)
+    for where, rows in matrix.chunks(matrix.chunk_size(len(index)), torch.float32):
         if len(buffer) < len(rows):
             buffer = torch.empty_like(rows)
         moved = torch.sub(rows, origin, out=buffer[: len(rows)])
@@ -212,14 +212,14 @@ def _count(
             gap = (squares + image.square().sum(1)[:, None]).addmm_(image, moved.T, alpha=-2)
             place = (gap.div_(size).clamp_(min=2.0**-_BELOW).log2_() + _BELOW).mul_(_BINS_PER_OCTAVE)
             place = place.round_().clamp_(max=bins - 1).long()
-            one = torch.ones((), device=bank.device).expand(place.shape)
+            one = torch.ones((), device=matrix.device).expand(place.shape)
             if labels is not None:
                 one = (labels[index][:, None] == labels[where]).float()
             if weights is not None:
                 # Beyond any number of references, more is no more.
                 one = one * (weights[where] / weights[index][:, None]).clamp(min=1, max=1e20).float()
             if which == 0:
-                one = torch.where(torch.arange(where.start, where.stop, device=bank.device) == index[:, None], 0, one)
+                one = torch.where(torch.arange(where.start, where.stop, device=matrix.device) == index[:, None], 0, one)
             counts.scatter_add_(1, place, one)
     octaves = torch.arange(bins, dtype=torch.float64) / _BINS_PER_OCTAVE - _BELOW
     distances = (size * 2.0**octaves).sqrt()

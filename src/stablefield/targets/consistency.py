@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from stablefield.diffusion.process import Process
-from stablefield.targets.bank import row_blocks
 from stablefield.targets.check import Check, finite_check, value_check
 from stablefield.targets.kernel import GaussianKernel, Kernel, StudentTKernel
+from stablefield.targets.reference_matrix import row_blocks
 
 __all__ = ["Correlation", "Measured", "consistency_checks"]
 

@@ -32,12 +32,19 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from stablefield.targets.bank import Bank, Norms, in_blocks, inner_products, row_blocks, squared_norms
 from stablefield.targets.factor import Factor, Operand, factor_size, factors
 from stablefield.targets.kernel import Kernel
-from stablefield.targets.partial import Energy, Partial
+from stablefield.targets.online_softmax import Energy, OnlineSoftmax
 from stablefield.targets.product import ULPS
 from stablefield.targets.query import Query
+from stablefield.targets.reference_matrix import (
+    Norms,
+    ReferenceMatrix,
+    in_blocks,
+    inner_products,
+    row_blocks,
+    squared_norms,
+)
 
 __all__ = ["Anchor", "Excess", "certain", "find_anchor"]
 
@@ -79,7 +86,7 @@ class Excess:
     Args:
         query: the rows.
         anchor: their anchors.
-        bank: the references.
+        matrix: the references.
         kernel: what makes weights of the excess.
 
     Attributes:
@@ -87,8 +94,8 @@ class Excess:
         anchor_square: |x_t - alpha a|^2, shape (B,), float64.
     """
 
-    def __init__(self, query: Query, anchor: Anchor, bank: Bank, kernel: Kernel) -> None:
-        norms = bank.norms(query.x_t.dtype)
+    def __init__(self, query: Query, anchor: Anchor, matrix: ReferenceMatrix, kernel: Kernel) -> None:
+        norms = matrix.norms(query.x_t.dtype)
         x, alpha, near = query.x_t, query.alpha, anchor.rows
         self._origin = None if norms.origin is None else norms.origin.to(alpha.dtype)
         self._query = query
@@ -113,7 +120,7 @@ class Excess:
         self._error = _logit_error(query, norms.largest)
         # Asked once for all chunks.
         self._rough, self._rows = _rough_rows(query, norms, self._error)
-        self._by_pairs = query.watched or (x.dtype == torch.float64 and not query.fixed)
+        self._by_pairs = query.watched or (x.dtype == torch.float64 and not query.static)
 
     @cached_property
     def noise(self) -> Tensor:
@@ -127,7 +134,7 @@ class Excess:
         return _less(x, alpha, anchor)
 
     @property
-    def own(self) -> Partial:
+    def own(self) -> OnlineSoftmax:
         """The share of the anchors that are references, about themselves."""
         place, query = self._place, self._query
         logit = torch.zeros_like(self.anchor_square)
@@ -139,7 +146,7 @@ class Excess:
             if query.log_prior is not None:
                 logit = query.log_prior[place.clamp(min=0)]
             logit = logit.masked_fill(place < 0, -torch.inf)
-        return Partial.of_anchors(logit, self.anchor)
+        return OnlineSoftmax.of_anchors(logit, self.anchor)
 
     def logits(
         self, factor: Factor, norms: Norms, where: slice, allowed: Tensor | None, reached: Tensor
@@ -149,13 +156,13 @@ class Excess:
         Args:
             factor: the c references.
             norms: their squared norms.
-            where: their place in the bank.
+            where: their place in the matrix.
             allowed: which pairs count at all, shape (B, c), or None for all.
             reached: a logit that the row is known to reach, shape (B,), -inf where none is.
 
         Returns:
-            Shapes (B, c), -inf for what is not allowed and for the anchor itself, and (B,); and what `Partial.add` asks for
-            the energy of the chunk.
+            Shapes (B, c), -inf for what is not allowed and for the anchor itself, and (B,); and what `OnlineSoftmax.add`
+            asks for the energy of the chunk.
         """
         place, query = self._place, self._query
         repaired = len(self._rows) if not self._by_pairs else 0
@@ -203,7 +210,7 @@ class Excess:
             return energy.index_copy(0, self._rows, exact.to(mass.dtype))
         return torch.where(self._rough, (weights * excess).sum(1).to(mass.dtype), energy)
 
-    def about_anchor(self, partial: Partial) -> Partial:
+    def about_anchor(self, partial: OnlineSoftmax) -> OnlineSoftmax:
         """Take the sums over all references but the anchors, as they have been added up, about the anchors, in place."""
         rows = slice(None)
         if self._query.watched:
@@ -215,7 +222,7 @@ class Excess:
         squares = (
             (energy + 2 * alpha * inner_products(total, self.noise[rows])) / alpha**2 if len(self._rows) else energy
         )
-        if len(self._rows) < len(self.anchor) or self._query.fixed:
+        if len(self._rows) < len(self.anchor) or self._query.static:
             plain = energy - 2 * inner_products(total, near) - mass * self._square[rows]
             squares = torch.where(self._rough[rows], squares, plain) if len(self._rows) else plain
         if isinstance(rows, Tensor):
@@ -279,7 +286,7 @@ class Excess:
         return torch.addmm(alpha**2 * wide.square().sum(1) - offset, x * (-2 * alpha), wide.T)
 
 
-def find_anchor(query: Query, bank: Bank) -> Anchor:
+def find_anchor(query: Query, matrix: ReferenceMatrix) -> Anchor:
     """A clean sample for each row: its source; else the nearest reference where noise is small, else the origin.
 
     Its distances, if the search has computed them all and they are few enough to keep, are
@@ -287,22 +294,22 @@ def find_anchor(query: Query, bank: Bank) -> Anchor:
     """
     dtype = query.x_t.dtype
     if query.source is not None:
-        return Anchor(bank.rows(query.source, dtype), query.source)
-    origin = bank.norms(dtype).origin
+        return Anchor(matrix.rows(query.source, dtype), query.source)
+    origin = matrix.norms(dtype).origin
     anchor = torch.zeros_like(query.x_t) if origin is None else origin.repeat(len(query.x_t), 1)
-    error = _logit_error(query, bank.norms(dtype).largest)
-    rough = _all_or_none(query) if query.fixed else (error > _TOLERANCE).nonzero()[:, 0]
+    error = _logit_error(query, matrix.norms(dtype).largest)
+    rough = _all_or_none(query) if query.static else (error > _TOLERANCE).nonzero()[:, 0]
     if not len(rough):
         return Anchor(anchor, None)
-    keep = len(query.x_t) * len(bank) <= _KEPT
+    keep = len(query.x_t) * len(matrix) <= _KEPT
     rows = torch.arange(len(query.x_t), device=rough.device) if keep else rough
-    nearest, distances = _nearest(query, rows, bank, keep)
+    nearest, distances = _nearest(query, rows, matrix, keep)
     nearest = nearest[rough] if keep else nearest
-    if not query.fixed and dtype == torch.float32 and query.x_t.device.type != "mps":
+    if not query.static and dtype == torch.float32 and query.x_t.device.type != "mps":
         blurred = (error[rough] > _BLURRED).nonzero()[:, 0]
         if len(blurred):
-            nearest[blurred] = _nearest(query, rough[blurred], bank, keep=False, wide=True)[0]
-    anchor[rough] = bank.rows(nearest.clamp(min=0), dtype)
+            nearest[blurred] = _nearest(query, rough[blurred], matrix, keep=False, wide=True)[0]
+    anchor[rough] = matrix.rows(nearest.clamp(min=0), dtype)
     place = torch.full((len(anchor),), -1, device=rough.device)
     place[rough] = nearest
     return Anchor(anchor, place, distances)
@@ -320,8 +327,8 @@ def _all_or_none(query: Query) -> Tensor:
 
 
 def _rough_rows(query: Query, norms: Norms, error: Tensor) -> tuple[Tensor, Tensor]:
-    """Which rows have so small a noise that rounding would show, bool (B,), and their places (all or none if fixed)."""
-    if query.fixed:
+    """Which rows have so small a noise that rounding would show, bool (B,), and their places (all or none if static)."""
+    if query.static:
         return error > _TOLERANCE, _all_or_none(query)
     if query.levels is None or norms.bound is None:
         rough = error > _TOLERANCE
@@ -352,13 +359,15 @@ def _scaled(x: Tensor, alpha: Tensor) -> Tensor:
     return x * (-2 * alpha).to(x.dtype)[:, None]
 
 
-def _nearest(query: Query, rows: Tensor, bank: Bank, keep: bool, wide: bool = False) -> tuple[Tensor, Tensor | None]:
+def _nearest(
+    query: Query, rows: Tensor, matrix: ReferenceMatrix, keep: bool, wide: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """The reference of largest weight for each of `rows` (-1 if none is allowed), and, if kept, the distances of all pairs.
 
     Near enough is good enough for an anchor, so the plain product form serves; in float64 if `wide`.
     """
     narrow = query.x_t.dtype
-    norms, dtype = bank.norms(narrow), torch.float64 if wide else narrow
+    norms, dtype = matrix.norms(narrow), torch.float64 if wide else narrow
     x = query.x_t[rows].to(dtype)
     if norms.origin is not None:
         x = _less(x, query.alpha[rows], norms.origin[None])
@@ -366,8 +375,8 @@ def _nearest(query: Query, rows: Tensor, bank: Bank, keep: bool, wide: bool = Fa
     alpha_square, centred = (query.alpha[rows, None] ** 2).to(dtype), norms.centred
     best = torch.full((len(rows),), torch.inf, dtype=dtype, device=rows.device)
     index = torch.full_like(rows, -1)
-    kept = torch.empty(len(rows), len(bank), dtype=dtype, device=rows.device) if keep else None
-    for where, factor in factors(bank, factor_size(bank, len(rows), narrow), len(rows), narrow):
+    kept = torch.empty(len(rows), len(matrix), dtype=dtype, device=rows.device) if keep else None
+    for where, factor in factors(matrix, factor_size(matrix, len(rows), narrow), len(rows), narrow):
         if wide:
             rows_wide = factor.wide
             distance = torch.addmm(alpha_square * rows_wide.square().sum(1), scaled.rows, rows_wide.T)

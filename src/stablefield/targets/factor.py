@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from stablefield.targets import product
-from stablefield.targets.bank import Bank, largest_magnitude
 from stablefield.targets.integers import LONGEST, Digits, available
+from stablefield.targets.reference_matrix import ReferenceMatrix, largest_magnitude
 
 __all__ = ["ByteFactor", "DecodedFactor", "Factor", "Operand", "factor_size", "factors"]
 
@@ -153,46 +153,46 @@ class ByteFactor:
         return digits.times(matrix).mul_(scale[:, None]).add_(halves[:, None])
 
 
-def factor_size(bank: Bank, batch: int, dtype: torch.dtype) -> int:
-    """How many references of `bank` a factor for `batch` rows should have, by the memory at hand."""
-    return bank.chunk_size(batch, decoded=not _stays_bytes(bank, batch, dtype))
+def factor_size(matrix: ReferenceMatrix, batch: int, dtype: torch.dtype) -> int:
+    """How many references of `matrix` a factor for `batch` rows should have, by the memory at hand."""
+    return matrix.chunk_size(batch, decoded=not _stays_bytes(matrix, batch, dtype))
 
 
-def factors(bank: Bank, size: int, batch: int, dtype: torch.dtype) -> Iterator[tuple[slice, Factor]]:
-    """The references of `bank`, at most `size` at a time, for products with `batch` rows of `dtype`.
+def factors(matrix: ReferenceMatrix, size: int, batch: int, dtype: torch.dtype) -> Iterator[tuple[slice, Factor]]:
+    """The references of `matrix`, at most `size` at a time, for products with `batch` rows of `dtype`.
 
     The origin of their norms, if there is one, has been taken off. uint8 images stay bytes if rows are float32 on a CPU that
     has products for bytes, and there is enough to multiply.
 
     Yields:
-        Their place in the bank, and the factor, valid until the next one is asked for.
+        Their place in the matrix, and the factor, valid until the next one is asked for.
     """
-    origin = bank.norms(dtype).origin
+    origin = matrix.norms(dtype).origin
     if origin is not None:
-        buffer = torch.empty(min(size, len(bank)), bank.dim, dtype=dtype, device=bank.device)
-        for where, part in bank.pages(size):
-            stored = part.to(bank.device).reshape(len(part), bank.dim)
+        buffer = torch.empty(min(size, len(matrix)), matrix.dim, dtype=dtype, device=matrix.device)
+        for where, part in matrix.pages(size):
+            stored = part.to(matrix.device).reshape(len(part), matrix.dim)
             yield where, DecodedFactor(torch.sub(stored, origin, out=buffer[: len(part)]), stored, origin)
         return
-    if not _stays_bytes(bank, batch, dtype):
-        for where, rows in bank.chunks(size, dtype):
+    if not _stays_bytes(matrix, batch, dtype):
+        for where, rows in matrix.chunks(size, dtype):
             yield where, DecodedFactor(rows)
         return
     # Weighted sums run over the references of a factor.
     size = min(size, LONGEST)
-    buffer = torch.empty(min(size, len(bank)), *bank.data.shape[1:], dtype=torch.uint8)
-    for where, part in bank.pages(size):
+    buffer = torch.empty(min(size, len(matrix)), *matrix.data.shape[1:], dtype=torch.uint8)
+    for where, part in matrix.pages(size):
         values = torch.bitwise_xor(part, 128, out=buffer[: len(part)])
-        yield where, ByteFactor(values.view(torch.int8).view(len(part), bank.dim))
+        yield where, ByteFactor(values.view(torch.int8).view(len(part), matrix.dim))
 
 
-def _stays_bytes(bank: Bank, batch: int, dtype: torch.dtype) -> bool:
+def _stays_bytes(matrix: ReferenceMatrix, batch: int, dtype: torch.dtype) -> bool:
     return (
         dtype == torch.float32
-        and bank.device.type == "cpu"
-        and bank.holds_bytes
-        and _SHORT <= bank.dim <= LONGEST
-        and batch * len(bank) * bank.dim >= _LARGE
+        and matrix.device.type == "cpu"
+        and matrix.holds_bytes
+        and _SHORT <= matrix.dim <= LONGEST
+        and batch * len(matrix) * matrix.dim >= _LARGE
         and available()
     )
 

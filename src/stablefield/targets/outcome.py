@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stablefield.targets.bank import squared_norms
 from stablefield.targets.excess import Excess
 from stablefield.targets.kernel import Kernel
-from stablefield.targets.partial import Partial
+from stablefield.targets.online_softmax import OnlineSoftmax
 from stablefield.targets.query import Query
+from stablefield.targets.reference_matrix import squared_norms
 
 __all__ = ["Posterior", "finish"]
 
@@ -37,7 +37,7 @@ class Posterior:
     log_evidence: Tensor
 
 
-def finish(partial: Partial, query: Query, excess: Excess, kernel: Kernel) -> Posterior:
+def finish(partial: OnlineSoftmax, query: Query, excess: Excess, kernel: Kernel) -> Posterior:
     """Turn the sums over all references into the posterior; their `total` becomes the mean in place.
 
     Raises:
@@ -46,7 +46,7 @@ def finish(partial: Partial, query: Query, excess: Excess, kernel: Kernel) -> Po
     served = ~torch.isneginf(partial.peak)
     # A source serves its row (its label has been found to fit), unless its prior excludes it: no look is needed to know it.
     unsure = query.source is None or (query.log_prior is not None and query.source_prior is None)
-    if unsure and not query.fixed and not bool(served.all()):
+    if unsure and not query.static and not bool(served.all()):
         row = int((~served).nonzero()[0, 0])
         of_group = "" if query.labels is None else f" (label {int(query.labels[row])})"
         raise ValueError(

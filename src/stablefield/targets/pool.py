@@ -13,9 +13,9 @@ from torch import Tensor
 
 from stablefield.reading import readable
 from stablefield.shapes import array_of_numbers, check_kind, check_tensor, flag, whole_number
-from stablefield.targets.bank import Bank, in_blocks, largest_magnitude
 from stablefield.targets.check import Check, require, value_check
 from stablefield.targets.frequency import Frequencies
+from stablefield.targets.reference_matrix import ReferenceMatrix, in_blocks, largest_magnitude
 from stablefield.targets.references import UNKNOWN_LABEL, Selection
 
 __all__ = ["OTHER_LABEL", "WITHOUT_WEIGHT", "Pool", "choose", "own_gap", "sample_weights", "stored_samples"]
@@ -89,33 +89,33 @@ class Pool:
         self.labels = labels
         self.mirrored = mirrored
         self.weights = None if weights is None else _checked_weights(weights, len(data))
-        self._bank = Bank(data)
-        self._elsewhere: dict[torch.device, Bank] = {}
+        self._matrix = ReferenceMatrix(data)
+        self._elsewhere: dict[torch.device, ReferenceMatrix] = {}
         self._moved: dict[tuple[str, torch.device], Tensor] = {}
         self._frequencies: Frequencies | None = None
 
     def __repr__(self) -> str:
-        return f"Pool(<{len(self._bank)} samples>, size={self.size}, mirrored={self.mirrored})"
+        return f"Pool(<{len(self._matrix)} samples>, size={self.size}, mirrored={self.mirrored})"
 
     @property
     def data(self) -> Tensor | NDArray[Any]:
         """The clean samples, shape (n, ...)."""
-        return self._bank.data
+        return self._matrix.data
 
-    def bank(self, device: torch.device) -> Bank:
-        """The samples as a bank for batches on `device`.
+    def matrix(self, device: torch.device) -> ReferenceMatrix:
+        """The samples as a matrix for batches on `device`.
 
         Raises:
             ValueError: if they are a tensor on another one.
         """
-        if self._bank.device == device:
-            return self._bank
+        if self._matrix.device == device:
+            return self._matrix
         if isinstance(self.data, Tensor):
             raise ValueError(
                 f"the Pool's data are on {self.data.device}, the batch on {device}: move them to one device."
             )
         if device not in self._elsewhere:
-            self._elsewhere[device] = Bank(self.data, device)
+            self._elsewhere[device] = ReferenceMatrix(self.data, device)
         return self._elsewhere[device]
 
     def checks(
@@ -133,7 +133,7 @@ class Pool:
             ValueError: if `index` is missing, or shapes or devices do not fit.
         """
         index = self._fitting(x0, labels, index)
-        n, device = len(self._bank), index.device
+        n, device = len(self._matrix), index.device
         exempt = torch.zeros_like(index, dtype=torch.bool) if source_only is None else source_only
         there = (index >= 0) & (index < n)
         place = index.clamp(0, n - 1)
@@ -164,7 +164,7 @@ class Pool:
         Raises:
             ValueError: if `index` is missing, `size` is below the batch's distinct samples, or shapes or devices do not fit.
         """
-        index, bank = self._fitting(x0, labels, index), self.bank(x0.device)
+        index, matrix = self._fitting(x0, labels, index), self.matrix(x0.device)
         if readable(x0.device):
             self._unseen = False  # `checks` have been looked at
         if self._draws and not readable(x0.device):
@@ -174,27 +174,27 @@ class Pool:
                 "keep the target out of what is compiled: torch.compiler.disable(target.__call__)."
             )
         groups, weights = self._on("labels", x0.device), self._on("weights", x0.device)
-        stored = (bank, index)
+        stored = (matrix, index)
         if weights is None and not self._draws:
-            return Selection(bank, index, groups, self.mirrored, stored=stored)
+            return Selection(matrix, index, groups, self.mirrored, stored=stored)
         if weights is None:
             assert self.size is not None
-            chosen, source = choose(len(bank), index, self.size, generator)
+            chosen, source = choose(len(matrix), index, self.size, generator)
             groups = None if groups is None else groups[chosen]
-            return Selection(bank.take(chosen), source, groups, self.mirrored, stored=stored, unsure="all")
+            return Selection(matrix.take(chosen), source, groups, self.mirrored, stored=stored, unsure="all")
         log_prior = weights.log()
         source_prior = log_prior[index]
         if not self._draws:
             return Selection(
-                bank, index, groups, self.mirrored, stored=stored, log_prior=log_prior, source_prior=source_prior
+                matrix, index, groups, self.mirrored, stored=stored, log_prior=log_prior, source_prior=source_prior
             )
         assert self.size is not None
-        chosen = _others(len(bank), index.new_empty(0), self.size, generator)
-        place = torch.full((len(bank),), -1, device=x0.device)
+        chosen = _others(len(matrix), index.new_empty(0), self.size, generator)
+        place = torch.full((len(matrix),), -1, device=x0.device)
         place[chosen] = torch.arange(len(chosen), device=x0.device)
         groups = None if groups is None else groups[chosen]
         return Selection(
-            bank.take(chosen),
+            matrix.take(chosen),
             place[index],
             groups,
             self.mirrored,
@@ -207,7 +207,7 @@ class Pool:
         """The index, if the arguments of a call fit."""
         if index is None:
             raise ValueError("index is missing: a Pool needs the place of each row of the batch in its data.")
-        self.bank(x0.device)
+        self.matrix(x0.device)
         if x0.shape[1:] != self.data.shape[1:]:
             raise ValueError(
                 f"rows of x0 have shape {tuple(x0.shape[1:])}, the Pool's {tuple(self.data.shape[1:])}: they must agree."
@@ -228,7 +228,7 @@ class Pool:
     @property
     def _draws(self) -> bool:
         """Whether each batch has references of its own."""
-        return self.size is not None and self.size < len(self._bank)
+        return self.size is not None and self.size < len(self._matrix)
 
     def _on(self, name: Literal["labels", "weights"], device: torch.device) -> Tensor | None:
         """The conditions or the weights on `device`."""
@@ -245,7 +245,7 @@ class Pool:
         part.size, part.mirrored = None, self.mirrored
         part.labels = None if self.labels is None else self.labels[index]
         part.weights = None if self.weights is None else self.weights[index]
-        part._bank, part._elsewhere, part._moved = self._bank.take(index), {}, {}
+        part._matrix, part._elsewhere, part._moved = self._matrix.take(index), {}, {}
         part._frequencies, part._unseen = None, self._unseen
         return part
 
@@ -279,40 +279,40 @@ def sample_weights(weights: Tensor | NDArray[Any], n: int) -> Tensor:
     return values
 
 
-def own_gap(x0: Tensor, index: Tensor, bank: Bank, rounded: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def own_gap(x0: Tensor, index: Tensor, matrix: ReferenceMatrix, rounded: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """How far each row of `x0` is from its sample.
 
     Args:
         x0: the rows, shape (B, ...).
         index: the sample that each is said to be, shape (B,).
-        bank: the samples.
-        rounded: whether the bank may have rounded them to the dtype in which it stores them.
+        matrix: the samples.
+        rounded: whether the matrix may have rounded them to the dtype in which it stores them.
 
     Returns:
         The largest difference, whether it is another sample, and whether they differ by more than rounding in float32, shape
         (B,) each.
     """
-    dtype, given, narrow = bank.dtype_with(x0), x0.flatten(1), torch.finfo(torch.float32).eps
-    eps = max(torch.finfo(x0.dtype).eps, bank.eps if rounded else narrow)
+    dtype, given, narrow = matrix.dtype_with(x0), x0.flatten(1), torch.finfo(torch.float32).eps
+    eps = max(torch.finfo(x0.dtype).eps, matrix.eps if rounded else narrow)
 
     def gap_and_size(some: slice) -> Tensor:
-        rows = bank.rows(index[some], dtype)
+        rows = matrix.rows(index[some], dtype)
         return torch.stack([largest_magnitude(rows - given[some]), largest_magnitude(rows)])
 
     gap, size = in_blocks(gap_and_size, given).unbind(0)
-    size = size + bank.holds_bytes
+    size = size + matrix.holds_bytes
     # Rounding, also that of decoding bytes, and a hundredth of the spread of the data for arithmetic that differs.
-    allowed = 4 * eps * size + torch.finfo(dtype).tiny + 0.01 * bank.spread
+    allowed = 4 * eps * size + torch.finfo(dtype).tiny + 0.01 * matrix.spread
     return gap, ~(gap <= allowed), gap > 4 * narrow * size
 
 
-def stored_samples(x0: Tensor, index: Tensor, bank: Bank, places: Tensor) -> Tensor | None:
+def stored_samples(x0: Tensor, index: Tensor, matrix: ReferenceMatrix, places: Tensor) -> Tensor | None:
     """The samples that the rows are said to be, as they are stored, once each row has been found to be its sample.
 
     Args:
         x0: the rows that use references, shape (B, ...).
         index: the sample that each is said to be, shape (B,).
-        bank: the samples.
+        matrix: the samples.
         places: where the rows are in the user's batch, shape (B,).
 
     Returns:
@@ -322,7 +322,7 @@ def stored_samples(x0: Tensor, index: Tensor, bank: Bank, places: Tensor) -> Ten
         ValueError: if a row is another sample. Its source would not be among the references, which biases the target
             silently.
     """
-    gap, wrong, moved = own_gap(x0, index, bank)
+    gap, wrong, moved = own_gap(x0, index, matrix)
     # One look for both.
     seen = int((2 * wrong.int() + moved.int()).max()) if len(x0) else 0
     if seen >= 2:
@@ -332,7 +332,7 @@ def stored_samples(x0: Tensor, index: Tensor, bank: Bank, places: Tensor) -> Ten
             f"{gap[row].item():.3g}): pass flip= for mirrored rows, source_only= for rows with another augmentation of "
             "their own, or the right index."
         )
-    return bank.rows(index, bank.dtype_with(x0)) if seen else None
+    return matrix.rows(index, matrix.dtype_with(x0)) if seen else None
 
 
 def choose(n: int, index: Tensor, size: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

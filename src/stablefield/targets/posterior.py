@@ -23,11 +23,11 @@ from torch import Tensor
 from stablefield.reading import readable
 from stablefield.shapes import check_tensor, whole_number
 from stablefield.targets.excess import Excess, find_anchor
-from stablefield.targets.fixed import fixed_posterior
 from stablefield.targets.kernel import GaussianKernel, Kernel
 from stablefield.targets.outcome import Posterior, finish
 from stablefield.targets.precision import full_precision
-from stablefield.targets.query import Query, checked_bank
+from stablefield.targets.query import Query, checked_matrix
+from stablefield.targets.static import static_posterior
 from stablefield.targets.sums import accumulate
 
 __all__ = ["Posterior", "posterior"]
@@ -90,15 +90,15 @@ def posterior(
         whole_number("chunk_size", chunk_size)
     if kernel is not None and (isinstance(kernel, type) or not hasattr(kernel, "log_ratio")):
         raise TypeError(f"kernel is {kernel!r:.80}: pass GaussianKernel() or StudentTKernel(dof).")
-    bank = checked_bank(x_t, references)
+    matrix = checked_matrix(x_t, references)
     kernel = kernel or GaussianKernel()
     if x_t.device.type == "meta":
         raise ValueError("x_t is on the device meta, which holds no numbers: move the data to cpu or cuda.")
     if not readable(x_t.device):
-        return fixed_posterior(
-            x_t, alpha, sigma, bank, source, labels, reference_labels, log_prior, chunk_size=chunk_size, kernel=kernel
+        return static_posterior(
+            x_t, alpha, sigma, matrix, source, labels, reference_labels, log_prior, chunk_size=chunk_size, kernel=kernel
         )
-    query = Query.checked(x_t, alpha, sigma, bank, source, labels, reference_labels, log_prior)
+    query = Query.checked(x_t, alpha, sigma, matrix, source, labels, reference_labels, log_prior)
     with full_precision(x_t.device):
-        excess = Excess(query, find_anchor(query, bank), bank, kernel)
-        return finish(accumulate(query, bank, excess, excess.own, chunk_size), query, excess, kernel)
+        excess = Excess(query, find_anchor(query, matrix), matrix, kernel)
+        return finish(accumulate(query, matrix, excess, excess.own, chunk_size), query, excess, kernel)

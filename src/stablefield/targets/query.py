@@ -1,6 +1,6 @@
 """A query: the noisy rows that ask for a posterior, checked and brought to the dtype of the computation.
 
-Arguments are checked here and in `checked_bank`, in one place, before anything is computed.
+Arguments are checked here and in `checked_matrix`, in one place, before anything is computed.
 """
 
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from stablefield.reading import watched
 from stablefield.shapes import row_values
-from stablefield.targets.bank import Bank, largest_magnitude
 from stablefield.targets.check import finite_check, require, value_check
+from stablefield.targets.reference_matrix import ReferenceMatrix, largest_magnitude
 
-__all__ = ["Query", "checked_bank"]
+__all__ = ["Query", "checked_matrix"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Query:
         levels: alpha / sigma of each row on the host, shape (B,), float64: which rows have small noise is then known there;
             None if the device has to be asked.
         like: x_t as it was given, whose shape and dtype the mean takes.
-        fixed: whether what is computed must not depend on values, see `reading`.
-        wide: whether logits of all rows are made in float64: of use where `fixed` forbids to ask which rows need it.
+        static: whether what is computed must not depend on values, see `reading`.
+        wide: whether logits of all rows are made in float64: of use where `static` forbids to ask which rows need it.
     """
 
     x_t: Tensor
@@ -45,7 +45,7 @@ class Query:
     reference_labels: Tensor | None
     log_prior: Tensor | None
     like: Tensor
-    fixed: bool = False
+    static: bool = False
     wide: bool = False
     source_prior: Tensor | None = None
     levels: Tensor | None = None
@@ -53,7 +53,7 @@ class Query:
     @property
     def watched(self) -> bool:
         """Whether values may decide what is computed."""
-        return not self.fixed and watched(self.x_t.device)
+        return not self.static and watched(self.x_t.device)
 
     @classmethod
     def checked(
@@ -61,35 +61,35 @@ class Query:
         x_t: Tensor,
         alpha: float | Tensor,
         sigma: float | Tensor,
-        bank: Bank,
+        matrix: ReferenceMatrix,
         source: Tensor | None = None,
         labels: Tensor | None = None,
         reference_labels: Tensor | None = None,
         log_prior: Tensor | None = None,
         source_prior: Tensor | None = None,
         *,
-        fixed: bool = False,
+        static: bool = False,
         wide: bool = False,
         levels: Tensor | None = None,
     ) -> "Query":
-        """Check the arguments of `posterior`, described there, against each other and against `bank`.
+        """Check the arguments of `posterior`, described there, against each other and against `matrix`.
 
-        If `fixed`, only what can be told without looking at values is checked. Who has the `levels` on the host has checked
+        If `static`, only what can be told without looking at values is checked. Who has the `levels` on the host has checked
         the rows already.
 
         Raises:
             ValueError: naming the argument, its first bad value and the remedy.
         """
-        batch, n = x_t.shape[0], len(bank)
-        dtype = bank.dtype_with(x_t)
+        batch, n = x_t.shape[0], len(matrix)
+        dtype = matrix.dtype_with(x_t)
         scalar = torch.float32 if x_t.device.type == "mps" else torch.float64
         alpha = row_values("alpha", alpha, x_t).to(scalar)
         sigma = row_values("sigma", sigma, x_t).to(scalar)
-        rows = x_t.reshape(batch, bank.dim).to(dtype)
+        rows = x_t.reshape(batch, matrix.dim).to(dtype)
         if source is not None:
             _check_integers("source", source, batch, x_t, "the index of each row's own reference")
             source = source.long()
-        if not fixed and levels is None:
+        if not static and levels is None:
             checks = [
                 value_check((sigma > 0) & sigma.isfinite(), "sigma", sigma, "it must be positive and finite"),
                 value_check(alpha.isfinite(), "alpha", alpha, "it must be finite"),
@@ -99,8 +99,8 @@ class Query:
                 there, rule = (source >= 0) & (source < n), f"it must index the {n} references, 0 to {n - 1}"
                 checks.append(value_check(there, "source", source, rule))
             require(*checks)
-        if not fixed:
-            norms = bank.norms(dtype)
+        if not static:
+            norms = matrix.norms(dtype)
             if not norms.finite:
                 require(finite_check(norms.squares, "references"))
         if (labels is None) != (reference_labels is None):
@@ -110,7 +110,7 @@ class Query:
             _check_integers("labels", labels, batch, x_t, "the condition of each row")
             _check_integers("reference_labels", reference_labels, n, x_t, "the condition of each reference")
             labels, reference_labels = labels.long(), reference_labels.long()
-            if source is not None and not fixed and levels is None:
+            if source is not None and not static and levels is None:
                 fits = (labels == -1) | (labels == reference_labels[source])
                 rule = "the row's own source is a reference of another label; it must fit its row"
                 require(value_check(fits, "labels", labels, rule))
@@ -120,7 +120,7 @@ class Query:
                     f"log_prior has shape {tuple(log_prior.shape)} on {log_prior.device}: "
                     f"it needs one number per reference, shape ({n},), on {x_t.device}."
                 )
-            if not fixed and levels is None:
+            if not static and levels is None:
                 below = log_prior < torch.inf
                 require(
                     value_check(below, "log_prior", log_prior, "it must be a number below +inf (-inf excludes one)")
@@ -132,7 +132,7 @@ class Query:
             if source_prior is not None:
                 source_prior = (source_prior.to(scalar) - common).to(dtype).to(scalar)
         return cls(
-            rows, alpha, sigma, source, labels, reference_labels, log_prior, x_t, fixed, wide, source_prior, levels
+            rows, alpha, sigma, source, labels, reference_labels, log_prior, x_t, static, wide, source_prior, levels
         )
 
     def prior(self, where: slice) -> Tensor | None:
@@ -147,7 +147,7 @@ class Query:
         return (labels == self.reference_labels[where]) | (labels == -1)
 
 
-def checked_bank(x_t: Tensor, references: Tensor) -> Bank:
+def checked_matrix(x_t: Tensor, references: Tensor) -> ReferenceMatrix:
     """Check that `references` fit the batch `x_t` (B, ...) in shape, dtype and device, and wrap them.
 
     Raises:
@@ -168,7 +168,7 @@ def checked_bank(x_t: Tensor, references: Tensor) -> Bank:
         )
     if references.device != x_t.device:
         raise ValueError(f"references are on {references.device}, x_t is on {x_t.device}: move one of them.")
-    return Bank(references)
+    return ReferenceMatrix(references)
 
 
 def _check_integers(name: str, value: Tensor, length: int, x: Tensor, meaning: str) -> None:

@@ -12,12 +12,12 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from stablefield.targets.bank import Bank
 from stablefield.targets.check import Check, value_check
 from stablefield.targets.excess import Anchor
 from stablefield.targets.kernel import Kernel
-from stablefield.targets.partial import Partial
+from stablefield.targets.online_softmax import OnlineSoftmax
 from stablefield.targets.query import Query
+from stablefield.targets.reference_matrix import ReferenceMatrix
 
 __all__ = ["UNKNOWN_LABEL", "Exchange", "InBatch", "References", "Selection"]
 
@@ -32,12 +32,12 @@ class Selection:
     """The references of one batch.
 
     Attributes:
-        bank: the references.
-        source: index into the bank of the reference that each row was made from, shape (B,).
+        matrix: the references.
+        source: index into the matrix of the reference that each row was made from, shape (B,).
         labels: condition of each reference, shape (n,), or None.
         mirrored: whether the mirror image (last axis) of each reference is a reference, too.
         exchange: how to ask the ranks that hold other references, or None; `source` then counts in the whole set.
-        stored: the bank that holds each row's own sample, and where, shape (B,); None if the references are the rows
+        stored: the matrix that holds each row's own sample, and where, shape (B,); None if the references are the rows
             themselves, or lie with other ranks. Rows are compared with it.
         unsure: of which rows: those that use references, or all of them (where their index has decided which references
             there are).
@@ -46,12 +46,12 @@ class Selection:
             `log_prior`. `source` may then be -1, for one that is in the set of its own row alone.
     """
 
-    bank: Bank
+    matrix: ReferenceMatrix
     source: Tensor
     labels: Tensor | None
     mirrored: bool = False
     exchange: "Exchange | None" = None
-    stored: tuple[Bank, Tensor] | None = None
+    stored: tuple[ReferenceMatrix, Tensor] | None = None
     unsure: Literal["using", "all"] = "using"
     log_prior: Tensor | None = None
     source_prior: Tensor | None = None
@@ -64,12 +64,12 @@ class Exchange(Protocol):
         self,
         query: Query,
         anchor: Anchor,
-        bank: Bank,
+        matrix: ReferenceMatrix,
         kernel: Kernel,
         mirrored: bool,
         chunk_size: int | None,
         places: Tensor,
-    ) -> Partial:
+    ) -> OnlineSoftmax:
         """Softmax sums over the references of all ranks, without the rows' own sources; see `sharded`.
 
         Priors are the exchange's: a row's own source has logit 0 beside the sums.
@@ -165,4 +165,4 @@ class InBatch:
         index: Tensor | None,  # noqa: ARG002
         generator: torch.Generator | None,  # noqa: ARG002
     ) -> Selection:
-        return Selection(Bank(x0), torch.arange(len(x0), device=x0.device), labels)
+        return Selection(ReferenceMatrix(x0), torch.arange(len(x0), device=x0.device), labels)

@@ -28,15 +28,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stablefield.reading import readable
-from stablefield.targets.bank import Bank
 from stablefield.targets.check import Check, require, value_check
 from stablefield.targets.draws import Draws, Shares
 from stablefield.targets.excess import Anchor, Excess
 from stablefield.targets.kernel import Kernel
-from stablefield.targets.partial import Partial
+from stablefield.targets.online_softmax import OnlineSoftmax
 from stablefield.targets.pool import OTHER_LABEL, WITHOUT_WEIGHT, Pool, own_gap, sample_weights
 from stablefield.targets.query import Query
 from stablefield.targets.ranks import Ranks
+from stablefield.targets.reference_matrix import ReferenceMatrix
 from stablefield.targets.references import Selection
 from stablefield.targets.sums import accumulate_all
 
@@ -180,7 +180,7 @@ class ShardedPool:
         exchange = self._exchange(x0.device)
         exchange = exchange if self._counts else replace(exchange, draws=None)
         # Rows are compared with their samples where these are.
-        return Selection(self.pool.bank(x0.device), index, exchange.reference_labels, self.pool.mirrored, exchange)
+        return Selection(self.pool.matrix(x0.device), index, exchange.reference_labels, self.pool.mirrored, exchange)
 
     def _exchange(self, device: torch.device) -> "_Exchange":
         """How to ask the others with batches on `device`; made once, so that nothing is moved in a step."""
@@ -234,18 +234,18 @@ class _Exchange:
         self,
         query: Query,
         anchor: Anchor,
-        bank: Bank,
+        matrix: ReferenceMatrix,
         kernel: Kernel,
         mirrored: bool,
         chunk_size: int | None,
         places: Tensor,
-    ) -> Partial:
+    ) -> OnlineSoftmax:
         """Softmax sums of the rows of this rank over the references of all ranks, without the rows' own sources.
 
         Args:
             query: the rows of this rank; `source` counts in the whole set.
             anchor: their sources, with the same places.
-            bank: the shard.
+            matrix: the shard.
             kernel: the noise kernel.
             mirrored: whether mirror images are references, too.
             chunk_size: references per matrix product.
@@ -264,7 +264,7 @@ class _Exchange:
         labels = torch.full_like(query.source, -1) if query.labels is None else query.labels
         scalars = torch.stack([query.alpha, query.sigma, query.source.to(wide), labels.to(wide)], 1)
         counts, scalars, vectors = self._gathered(scalars, torch.cat([x, anchor.rows], 1), query.labels is not None)
-        partial, status, frequent = self._over_shard(scalars, vectors, query, bank, kernel, mirrored, chunk_size)
+        partial, status, frequent = self._over_shard(scalars, vectors, query, matrix, kernel, mirrored, chunk_size)
         parts = torch.stack([partial.peak, partial.mass, partial.mass_squared, partial.energy, partial.log_prior], 1)
         home = self.ranks.send_home(torch.cat([parts, status], 1).to(wide), counts)
         totals = self.ranks.send_home(partial.total, counts)
@@ -290,10 +290,10 @@ class _Exchange:
             ),
             *frequent,
         )
-        merged = Partial.empty(*_shape(x), x.dtype, x.device)
+        merged = OnlineSoftmax.empty(*_shape(x), x.dtype, x.device)
         for part, total in zip(home, totals, strict=True):
             peak, mass, mass_squared, energy, log_prior = part[:, :5].unbind(1)
-            merged = merged.merge(Partial(peak, mass, mass_squared, energy, total, log_prior))
+            merged = merged.merge(OnlineSoftmax(peak, mass, mass_squared, energy, total, log_prior))
         return replace(merged, peak=merged.peak - source_prior, log_prior=merged.log_prior - source_prior)
 
     def _gathered(self, scalars: Tensor, vectors: Tensor, grouped: bool) -> tuple[list[int], Tensor, Tensor]:
@@ -317,11 +317,11 @@ class _Exchange:
         scalars: Tensor,
         vectors: Tensor,
         query: Query,
-        bank: Bank,
+        matrix: ReferenceMatrix,
         kernel: Kernel,
         mirrored: bool,
         chunk_size: int | None,
-    ) -> tuple[Partial, Tensor, list[Check]]:
+    ) -> tuple[OnlineSoftmax, Tensor, list[Check]]:
         """Sums of the rows of all ranks over this shard, what is known of each row's source here, and of all draws.
 
         What is known, (B, 4), is 0 for sources elsewhere: how far the source is off, whether too far, whether its label is
@@ -330,7 +330,7 @@ class _Exchange:
         x, rows = (part.contiguous() for part in vectors.chunk(2, 1))
         alpha, sigma, source, labels = scalars.unbind(1)
         place = source.long() - self.start
-        here = (place >= 0) & (place < len(bank))
+        here = (place >= 0) & (place < len(matrix))
         place = torch.where(here, place, -1)
         seen = None if query.labels is None else labels.long()
         # To the dtype of the logits for the row's own as for all.
@@ -348,13 +348,13 @@ class _Exchange:
             like=x,
         )
         anchor = Anchor(rows, place)
-        excess = Excess(asked, anchor, bank, kernel)
+        excess = Excess(asked, anchor, matrix, kernel)
         # Every row's own source is a reference of some rank, so no row is without one: what weighs nothing beside it is
         # left out here.
-        partial = Partial.empty(*_shape(x), x.dtype, x.device, level=torch.full_like(alpha, self.level))
-        partial = accumulate_all(asked, anchor, bank, excess, kernel, partial, mirrored, chunk_size)
+        partial = OnlineSoftmax.empty(*_shape(x), x.dtype, x.device, level=torch.full_like(alpha, self.level))
+        partial = accumulate_all(asked, anchor, matrix, excess, kernel, partial, mirrored, chunk_size)
         own = place.clamp(min=0)
-        gap, wrong, _ = own_gap(rows, own, bank, rounded=False)
+        gap, wrong, _ = own_gap(rows, own, matrix, rounded=False)
         mislabelled = torch.zeros_like(wrong)
         if seen is not None and self.reference_labels is not None:
             mislabelled = (seen != -1) & (seen != self.reference_labels[own])

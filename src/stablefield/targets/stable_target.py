@@ -31,7 +31,6 @@ from stablefield.shapes import (
 from stablefield.targets.check import finite_check, require, row_numbers, to_host, value_check
 from stablefield.targets.consistency import Correlation, Measured, consistency_checks
 from stablefield.targets.excess import Anchor, Excess
-from stablefield.targets.fixed import fixed_posterior
 from stablefield.targets.kernel import GaussianKernel, Kernel
 from stablefield.targets.outcome import Posterior, finish
 from stablefield.targets.pool import stored_samples
@@ -51,6 +50,7 @@ from stablefield.targets.rows import (
     sent,
 )
 from stablefield.targets.sharded import ShardedPool
+from stablefield.targets.static import static_posterior
 from stablefield.targets.sums import accumulate_all
 from stablefield.targets.target import Target
 
@@ -278,7 +278,7 @@ class StableTarget:
             among = ((~known.source_only).cumsum(0) - 1)[rows]
         rows, among, places = (sent(some, device) for some in (rows, among, places))
         selection = self.references.select(shared.x0, shared.truth, shared.index, generator)
-        bank, kernel, exchange, stored = selection.bank, self.kernel, selection.exchange, selection.stored
+        matrix, kernel, exchange, stored = selection.matrix, self.kernel, selection.exchange, selection.stored
         samples = None
         if stored is not None and selection.unsure == "all":
             samples = stored_samples(shared.x0, stored[1], stored[0], places)
@@ -297,8 +297,8 @@ class StableTarget:
             batch.x_t,
             batch.alpha,
             batch.sigma,
-            bank,
-            # Sources of other ranks, and those that are in the set of their own row alone, are no references of this bank.
+            matrix,
+            # Sources of other ranks, and those that are in the set of their own row alone, are no references of this matrix.
             source if exchange is None and source_prior is None else None,
             batch.labels,
             reference_labels,
@@ -309,14 +309,14 @@ class StableTarget:
         query = replace(query, source=source)
         with full_precision(batch.x_t.device):
             anchor = Anchor(batch.x0.reshape(query.x_t.shape).to(query.x_t.dtype), source)
-            excess = Excess(query, anchor, bank, kernel)
+            excess = Excess(query, anchor, matrix, kernel)
             partial = excess.own
             if exchange is not None:
-                others = exchange.sums(query, anchor, bank, kernel, selection.mirrored, self.chunk_size, rows)
+                others = exchange.sums(query, anchor, matrix, kernel, selection.mirrored, self.chunk_size, rows)
                 partial = partial.merge(others)
             else:
                 mirrored, size = selection.mirrored, self.chunk_size
-                partial = accumulate_all(query, anchor, bank, excess, kernel, partial, mirrored, size)
+                partial = accumulate_all(query, anchor, matrix, excess, kernel, partial, mirrored, size)
             return finish(partial, query, excess, kernel)
 
     def _fixed_posterior(
@@ -331,11 +331,11 @@ class StableTarget:
         selection = self.references.select(x0, batch.truth, batch.index, generator)
         some = batch.at(rows)
         log_prior = selection.log_prior if log_prior is None else log_prior
-        return fixed_posterior(
+        return static_posterior(
             some.x_t,
             some.alpha,
             some.sigma,
-            selection.bank,
+            selection.matrix,
             selection.source[rows],
             some.labels,
             None if some.labels is None else selection.labels,

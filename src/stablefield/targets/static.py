@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 
 from stablefield.shapes import row_values
-from stablefield.targets.bank import Bank
 from stablefield.targets.excess import Anchor, Excess, certain, find_anchor
 from stablefield.targets.kernel import GaussianKernel, Kernel, StudentTKernel
 from stablefield.targets.outcome import Posterior, finish
 from stablefield.targets.precision import full_precision
 from stablefield.targets.query import Query
+from stablefield.targets.reference_matrix import ReferenceMatrix
 from stablefield.targets.sums import accumulate_all
 
-__all__ = ["compute", "fixed_posterior"]
+__all__ = ["compute", "static_posterior"]
 
 
-def fixed_posterior(
+def static_posterior(
     x_t: Tensor,
     alpha: float | Tensor,
     sigma: float | Tensor,
-    bank: Bank,
+    matrix: ReferenceMatrix,
     source: Tensor | None = None,
     labels: Tensor | None = None,
     reference_labels: Tensor | None = None,
@@ -47,7 +47,7 @@ def fixed_posterior(
         x_t: noisy samples, shape (B, ...).
         alpha: scale of the data, a float or shape (B,).
         sigma: scale of the noise, a float or shape (B,).
-        bank: the references, a tensor.
+        matrix: the references, a tensor.
         source: index of each row's own reference, shape (B,), or None.
         labels: condition of each row, shape (B,), or None.
         reference_labels: condition of each reference, shape (n,), or None.
@@ -62,9 +62,9 @@ def fixed_posterior(
         ValueError: if shapes, dtypes or devices do not fit, references lie in a numpy array, or the kernel is not one of
             this library's.
     """
-    if not isinstance(bank.data, Tensor):
+    if not isinstance(matrix.data, Tensor):
         raise ValueError(
-            f"the references are a numpy array of shape {tuple(bank.data.shape)}: a compiled or captured function needs "
+            f"the references are a numpy array of shape {tuple(matrix.data.shape)}: a compiled or captured function needs "
             "them in a tensor on the device of the batch."
         )
     # By type: what a subclass changes would not reach the operator.
@@ -76,14 +76,14 @@ def fixed_posterior(
         raise ValueError(
             f"kernel is {kernel}: GaussianKernel and StudentTKernel can be compiled or captured, others not."
         )
-    dtype = bank.dtype_with(x_t)
-    norms = bank.known_norms(dtype)
+    dtype = matrix.dtype_with(x_t)
+    norms = matrix.known_norms(dtype)
     wide = norms is None or norms.bound is None or not certain(least_level, norms.bound, dtype)
     found = torch.ops.stablefield.posterior(
         x_t,
         row_values("alpha", alpha, x_t),
         row_values("sigma", sigma, x_t),
-        bank.data,
+        matrix.data,
         None if norms is None else norms.squares,
         None if norms is None else norms.origin,
         anchor,
@@ -118,21 +118,23 @@ def compute(
     wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `torch.ops.stablefield.posterior` does: mean, variance, ESS, source weight (empty if unknown), log evidence."""
-    bank = Bank(references)
-    dtype = bank.dtype_with(x_t)
-    bank.set_norms(dtype, squares, origin)
+    matrix = ReferenceMatrix(references)
+    dtype = matrix.dtype_with(x_t)
+    matrix.set_norms(dtype, squares, origin)
     kernel: Kernel = StudentTKernel(dof) if dof else GaussianKernel()
-    query = Query.checked(x_t, alpha, sigma, bank, source, labels, reference_labels, log_prior, fixed=True, wide=wide)
+    query = Query.checked(
+        x_t, alpha, sigma, matrix, source, labels, reference_labels, log_prior, static=True, wide=wide
+    )
     with full_precision(x_t.device):
         rows = None if anchor is None else anchor.reshape(query.x_t.shape).to(dtype)
         if rows is not None and source is not None:
             # As `StableTarget` does elsewhere: the sample as it is stored, and the same noise.
-            stored = bank.rows(source, dtype)
+            stored = matrix.rows(source, dtype)
             moved = torch.addcmul(query.x_t, query.alpha.to(dtype)[:, None], stored - rows)
             query, rows = replace(query, x_t=moved), stored
-        found = find_anchor(query, bank) if rows is None else Anchor(rows, source)
-        excess = Excess(query, found, bank, kernel)
-        partial = accumulate_all(query, found, bank, excess, kernel, excess.own, mirrored, chunk_size)
+        found = find_anchor(query, matrix) if rows is None else Anchor(rows, source)
+        excess = Excess(query, found, matrix, kernel)
+        partial = accumulate_all(query, found, matrix, excess, kernel, excess.own, mirrored, chunk_size)
         result = finish(partial, query, excess, kernel)
     own = result.ess.new_zeros(0) if result.source_weight is None else result.source_weight
     return result.mean, result.variance, result.ess, own, result.log_evidence
@@ -153,7 +155,7 @@ def _(
     source: Tensor | None,
     *rest: object,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = Bank(references).dtype_with(x_t)
+    dtype = ReferenceMatrix(references).dtype_with(x_t)
     batch = x_t.shape[0]  # not len(): it may be a symbol
     row = x_t.new_empty(batch, dtype=dtype)
     own = row.new_empty(0 if source is None else batch)

@@ -1,4 +1,4 @@
-r"""Partial posteriors: softmax sums over some of the references, which merge into those over all of them.
+r"""OnlineSoftmax posteriors: softmax sums over some of the references, which merge into those over all of them.
 
 For one query and references $k$ in a part, with logits $l_k$ relative to a fixed anchor, a partial posterior holds
 
@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from stablefield.targets.factor import Factor
 
-__all__ = ["Energy", "Partial"]
+__all__ = ["Energy", "OnlineSoftmax"]
 
 # A logit may exceed the level m by this much before the sums are rescaled to it, a pass over all of them: e^16 squared,
 # summed over any number of references, is far from the end of float32.
@@ -37,7 +37,7 @@ Energy = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass
-class Partial:
+class OnlineSoftmax:
     """Sums over a part of the references for B queries.
 
     Attributes:
@@ -60,7 +60,7 @@ class Partial:
     @classmethod
     def empty(
         cls, batch: int, dim: int, dtype: torch.dtype, device: torch.device, level: Tensor | None = None
-    ) -> "Partial":
+    ) -> "OnlineSoftmax":
         """The neutral element: no reference seen.
 
         `level` (B,) is a logit that another part is known to have: what has no weight beside it need not be added here.
@@ -74,7 +74,7 @@ class Partial:
         )
 
     @classmethod
-    def of_anchors(cls, logit: Tensor, rows: Tensor) -> "Partial":
+    def of_anchors(cls, logit: Tensor, rows: Tensor) -> "OnlineSoftmax":
         """The anchor of each query as a reference; its prior weight is left to `add_prior`.
 
         Args:
@@ -118,12 +118,12 @@ class Partial:
             self._raise_to(torch.where(above, largest.to(old.dtype), old))
         self._add_some(seen.nonzero()[:, 0], logits, factor, energy, unseen * len(factor))
 
-    def merge(self, other: "Partial") -> "Partial":
+    def merge(self, other: "OnlineSoftmax") -> "OnlineSoftmax":
         """The posterior sums over the references of both parts, which must be disjoint and share their anchor."""
         peak = torch.maximum(self.peak, other.peak)
         a, b = torch.exp(self.peak - _finite(peak)), torch.exp(other.peak - _finite(peak))
         narrow = self.total.dtype
-        return Partial(
+        return OnlineSoftmax(
             peak=peak,
             mass=a * self.mass + b * other.mass,
             mass_squared=a**2 * self.mass_squared + b**2 * other.mass_squared,
@@ -132,7 +132,7 @@ class Partial:
             log_prior=torch.logaddexp(self.log_prior, other.log_prior),
         )
 
-    def with_anchors(self, anchors: "Partial") -> "Partial":
+    def with_anchors(self, anchors: "OnlineSoftmax") -> "OnlineSoftmax":
         """As `merge` with the part of the anchors alone, whose sums about themselves are 0, at no cost.
 
         `self` must have started from the level of `anchors`, so that it is not below it.

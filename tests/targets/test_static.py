@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import stablefield as sf
-from stablefield.targets.bank import Bank
-from stablefield.targets.fixed import compute
+from stablefield.targets.reference_matrix import ReferenceMatrix
+from stablefield.targets.static import compute
 
 SHAPE = (3, 4, 4)
 TABLE = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
@@ -273,7 +273,7 @@ def test_a_band_spares_the_float64_of_a_compiled_target(
     monkeypatch.setattr("stablefield.targets.pool.readable", lambda device: False)
     assert wide_products(0.01) > 0
     # Nor are the pool's norms computed anew.
-    monkeypatch.setattr(Bank, "_squares", None)
+    monkeypatch.setattr(ReferenceMatrix, "_squares", None)
     assert wide_products(2.3) == 0
 
 
@@ -292,7 +292,7 @@ class NoCopies(TorchDispatchMode):
 def test_on_another_device_nothing_is_looked_at_or_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     # Meta tensors have a device and a shape, and no values: what asks for one, or mixes devices, fails. Copies do not,
     # and a copy of memory that is not pinned is what a capture refuses.
-    monkeypatch.setattr("stablefield.targets.fixed.full_precision", lambda device: nullcontext())
+    monkeypatch.setattr("stablefield.targets.static.full_precision", lambda device: nullcontext())
     x_t, y, y8 = (torch.empty(n, *SHAPE, device="meta") for n in (8, 50, 50))
     one, place = torch.ones(8, device="meta"), torch.zeros(8, dtype=torch.long, device="meta")
     labels, prior = torch.zeros(50, dtype=torch.long, device="meta"), torch.zeros(50, device="meta")
@@ -330,7 +330,7 @@ def test_around_the_operator_nothing_is_looked_at_or_copied_either(process: sf.P
 def test_norms_made_while_compiling_are_not_kept(images: Tensor, rng: torch.Generator) -> None:
     pool = sf.Pool(images)
     compiled(sf.StableTarget(sf.EDM(), references=pool))(**case(sf.EDM(), images, rng))
-    assert pool.bank(torch.device("cpu")).known_norms(torch.float32) is None
+    assert pool.matrix(torch.device("cpu")).known_norms(torch.float32) is None
 
 
 def test_rows_beyond_the_capacity_have_their_own_sample(images: Tensor, rng: torch.Generator) -> None:

@@ -1,4 +1,4 @@
-r"""A walk: one sampler's way down a grid of noise levels, and what all samplers share on it.
+r"""A loop: one sampler's way down a grid of noise levels, and what all samplers share on it.
 
 It checks the state and the grid before the first evaluation, calls the denoiser with noise levels of shape (B,), and
 checks state and output after every evaluation, and the state at the end. A check is a reduction and one wait for the
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stablefield.shapes import check_callable, check_tensor
 
-__all__ = ["Callback", "Denoise", "Walk", "derivative", "grid_levels", "start"]
+__all__ = ["Callback", "Denoise", "SolverLoop", "derivative", "grid_levels", "start"]
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """D(x, sigma): x (B, ...) and sigma (B,) to E[x_0 | x], shape (B, ...)."""
@@ -25,7 +25,7 @@ Callback = Callable[[int, Tensor, Tensor], object]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Walk:
+class SolverLoop:
     """A sampler, its denoiser and the noise levels it visits, in order."""
 
     sampler: str
@@ -82,7 +82,7 @@ class Walk:
             self.callback(step, x, denoised)
 
 
-def start(sampler: str, denoiser: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Walk:
+def start(sampler: str, denoiser: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> SolverLoop:
     """Check a sampler's arguments and set out.
 
     Raises:
@@ -103,7 +103,7 @@ def start(sampler: str, denoiser: Denoise, x: Tensor, sigmas: Tensor, callback: 
         )
     if not torch.isfinite(x).all():
         raise ValueError(f"{sampler}: x holds NaN or infinite values: it is sigmas[0] times standard normal noise.")
-    return Walk(sampler=sampler, denoiser=denoiser, levels=grid_levels(sampler, sigmas), callback=callback)
+    return SolverLoop(sampler=sampler, denoiser=denoiser, levels=grid_levels(sampler, sigmas), callback=callback)
 
 
 def grid_levels(sampler: str, sigmas: Tensor) -> tuple[float, ...]:

@@ -1,7 +1,7 @@
-"""A bank: a set of references as the rows of a matrix, decoded chunk by chunk.
+"""A reference matrix: a set of references as rows of numbers, decoded chunk by chunk.
 
 The references may be floating point or uint8 images, in any memory layout, a tensor or a numpy array (such as a memory map
-of a file larger than memory). Whatever they are, a bank hands them out as contiguous rows of the dtype of the computation,
+of a file larger than memory). Whatever they are, a matrix hands them out as contiguous rows of the dtype of the computation,
 a chunk at a time into one reused buffer, so that no second copy of the set ever exists; or as they are stored, by pages.
 
 A posterior does not change if all is moved, and rounding errors are relative to the size of the numbers. So where the set
@@ -21,7 +21,15 @@ from torch import Tensor
 from stablefield.targets.chunk import chunk_rows
 from stablefield.targets.staging import PAGE, sent_ahead, stages
 
-__all__ = ["Bank", "Norms", "in_blocks", "inner_products", "largest_magnitude", "row_blocks", "squared_norms"]
+__all__ = [
+    "Norms",
+    "ReferenceMatrix",
+    "in_blocks",
+    "inner_products",
+    "largest_magnitude",
+    "row_blocks",
+    "squared_norms",
+]
 
 
 # Numbers that a pass over a set takes at a time, 1 MB in float32, so that what it makes of them stays in the cache.
@@ -88,7 +96,7 @@ def largest_magnitude(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Norms:
-    """Squared norms of the references of a bank, from an origin.
+    """Squared norms of the references of a matrix, from an origin.
 
     Attributes:
         squares: |y|^2, shape (n,), float64; where there is an origin o, |y - o|^2.
@@ -124,7 +132,7 @@ class Norms:
         return replace(self, squares=self.squares[index], centred=self.centred[index])
 
 
-class Bank:
+class ReferenceMatrix:
     """The references `data`, shape (n, ...), as n rows of d numbers.
 
     Args:
@@ -167,9 +175,9 @@ class Bank:
             return data.reshape(len(data), self.dim)
         return _decode(data, torch.empty(data.shape, dtype=dtype, device=self.device)).view(len(data), self.dim)
 
-    def take(self, index: Tensor) -> "Bank":
-        """A bank of the references at `index` (m,), with what is known of their norms."""
-        part = Bank(self._gather(index))
+    def take(self, index: Tensor) -> "ReferenceMatrix":
+        """A matrix of the references at `index` (m,), with what is known of their norms."""
+        part = ReferenceMatrix(self._gather(index))
         part._norms = {dtype: self.norms(dtype).at(index) for dtype in (self._norms or {self.dtype: None})}
         return part
 
