@@ -134,7 +134,7 @@ def test_a_dead_process_is_told_as_such_and_not_as_a_full_disk(tmp_path: Path, m
         raise RankError("rank 1 has died.")
 
     monkeypatch.setattr(Stepper, "take", fail)
-    with pytest.raises(TrainingError, match=r"^rank 1 has died\. The checkpoints written before are whole\.$"):
+    with pytest.raises(TrainingError, match=r"^rank 1 has died\. Earlier checkpoints are intact\.$"):
         go(start(tmp_path / "run", SMALL))
 
 

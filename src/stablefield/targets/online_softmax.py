@@ -1,4 +1,4 @@
-r"""OnlineSoftmax posteriors: softmax sums over some of the references, which merge into those over all of them.
+r"""Online softmax: sums over some of the references, which merge into those over all of them.
 
 For one query and references $k$ in a part, with logits $l_k$ relative to a fixed anchor, a partial posterior holds
 

@@ -141,7 +141,7 @@ def train(
 
     Raises:
         TrainingError: if a loss or a weight is not finite, the disk is full, or the folder has been taken over while this
-            process was stopped; the checkpoints written before are whole.
+            process was stopped; earlier checkpoints are intact.
         ValueError: if another process trains in the folder, no checkpoint of a run to continue is whole, or the data are not
             those of the run.
     """
