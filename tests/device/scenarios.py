@@ -20,7 +20,7 @@ from torch import Tensor
 import stablefield as sf
 from stablefield import sampling
 from stablefield.evaluation.random_convolutions import RandomConvolutions
-from stablefield.targets import matrix
+from stablefield.targets import reference_matrix
 from stablefield.targets.staging import sent_ahead
 from stablefield.training.meter import Meter
 
@@ -171,12 +171,12 @@ def of_a_staged_array() -> dict[str, Any]:
     with ExitStack() as patches:
         for patch in (
             mock.patch.multiple(torch.cuda, Event=Event, current_stream=lambda device: None),
-            mock.patch.object(matrix, "stages", lambda device: device.type == "far"),
+            mock.patch.object(reference_matrix, "stages", lambda device: device.type == "far"),
             mock.patch.object(torch, "empty", allocated),
         ):
             patches.enter_context(patch)
         found = of_targets("array")
-        patches.enter_context(mock.patch.object(matrix, "PAGE", 7 * 3 * 8 * 8))
+        patches.enter_context(mock.patch.object(reference_matrix, "PAGE", 7 * 3 * 8 * 8))
         small = of_targets("array")
         Event.recorded = Event.waited = Event.most = 0
         rows = np.arange(40.0).reshape(20, 2)
