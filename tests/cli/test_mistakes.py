@@ -18,6 +18,8 @@ from stablefield.cli.mistakes import checked
         ("--device cpu train digits", ["--device stands before the verb"]),
         ("data pakc a b", ["pack or inspect, not by pakc", "data pack"]),
         ("train digits --stepz 3", ["no flag --stepz", "did you mean --steps (Optimiser steps)?", "train --help"]),
+        ("train digits --accumlate 2", ["no flag --accumlate", "did you mean --gradient-accumulation-steps (Parts in"]),
+        ("train digits --mend-gradient", ["did you mean --nan-to-num"]),
         ("train digits --leraning-rate 3", ["--learning-rate"]),
         ("sample run --step 3", ["--steps"]),
         ("train digits --width 3", ["--network.width"]),

@@ -19,6 +19,7 @@ _SAME = {
     "--resolution": "--image-size --img-size --imgsize --size --res",
     "--max-grad-norm": "--clip --grad-clip --clip-grad --gradient-clip --gradient-clip-val",
     "--gradient-accumulation-steps": "--accumulate --grad-accum --accumulation-steps --accumulate-grad-batches",
+    "--nan-to-num": "--mend-gradients",
     "--mirror": "--flip --hflip --xflip --random-flip --horizontal-flip",
     "--conditional": "--cond --class-cond --class-conditional",
     "--label-dropout": "--class-dropout --class-dropout-prob --cfg-dropout",
@@ -199,7 +200,9 @@ def _meant(name: str, verb: VerbFlags, flags: "dict[str, list[Flag]]") -> str:
             return f"{way}. {everything}"
     last = name.removeprefix("--")
     same = [flag for flag in flags if flag.rpartition(".")[2] == last]
-    near = same or _nearest(name, list(flags))
+    # Other programs' names may be mistyped, too.
+    others = {other: flag for flag, text in _SAME.items() if flag in flags for other in text.split()}
+    near = same or list(dict.fromkeys(others.get(one, one) for one in _nearest(name, [*flags, *others])))
     if not near:
         return f"there is none like it. {everything}"
     told = " or ".join(f"{flag} ({flags[flag][0].help.partition('. ')[0].rstrip('.')})" for flag in near[:2])

@@ -109,7 +109,7 @@ class _Job:
         self._matrix = ReferenceMatrix(population.data)
         self._level = training.levels(_POINTS)
         self.share = float((self._level >= band).double().mean())
-        # Rows are drawn from all groups, so the denominator holds the variance between them.
+        # Rows are drawn from all classes, so the denominator holds the variance between them.
         self._total = Population(population.data).variance() if population.labels is not None else population.variance()
         self._mean = _mean(self._matrix)
 

@@ -123,7 +123,7 @@ def check_bias(
     false_alarm: float = 0.001,
     seed: int = 0,
 ) -> BiasCheck:
-    """Test that `target` is unbiased on `population`, as a class-conditional target if that has groups.
+    """Test that `target` is unbiased on `population`, as a class-conditional target if that has labels.
 
     Args:
         target: what to test.

@@ -86,7 +86,7 @@ class Population:
         return self.data[0].numel()
 
     def variance(self) -> float:
-        """Trace of the covariance of the samples, within groups if there are any: V_DSM where all is noise."""
+        """Trace of the covariance of the samples, within classes if there are labels: V_DSM where all is noise."""
         matrix = ReferenceMatrix(self.data)
         labels = torch.zeros(len(self), dtype=torch.long) if self.labels is None else self.labels.cpu()
         _, place = torch.unique(labels, return_inverse=True)

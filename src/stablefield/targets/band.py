@@ -49,7 +49,7 @@ class NoiseBand:
 
     Attributes:
         level: the noise level sigma / alpha for `StableTarget(noise_band=...)`; 0 if no level is low enough (too many equal
-            samples), infinite if the source has all the weight at every level (a single reference, or groups of one).
+            samples), infinite if the source has all the weight at every level (a single reference, or classes of one).
         tolerance: how far below 1 the bound of the mean source weight may be at the level.
         lost: bound of the mean weight lost at the level; at most the tolerance.
         rows: samples whose distances were counted.

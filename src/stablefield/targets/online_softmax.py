@@ -1,6 +1,6 @@
 r"""Online softmax: sums over some of the references, which merge into those over all of them.
 
-For one query and references $k$ in a part, with logits $l_k$ relative to a fixed anchor, a partial posterior holds
+For one query and references $k$ in a part, with logits $l_k$ relative to a fixed anchor, the sums are
 
 $$ m \approx \max_k l_k, \quad Z = \sum_k e^{l_k - m}, \quad Z_2 = \sum_k e^{2 (l_k - m)}, \quad
    E = \sum_k e^{l_k - m} |y_k - a|^2, \quad S = \sum_k e^{l_k - m} (y_k - a) . $$

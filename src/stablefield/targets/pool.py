@@ -173,30 +173,36 @@ class Pool:
                 "or captured function cannot look at. Use the whole pool (size=None) with a noise_band and a capacity, or "
                 "keep the target out of what is compiled: torch.compiler.disable(target.__call__)."
             )
-        groups, weights = self._on("labels", x0.device), self._on("weights", x0.device)
+        reference_labels, weights = self._on("labels", x0.device), self._on("weights", x0.device)
         stored = (matrix, index)
         if weights is None and not self._draws:
-            return Selection(matrix, index, groups, self.mirrored, stored=stored)
+            return Selection(matrix, index, reference_labels, self.mirrored, stored=stored)
         if weights is None:
             assert self.size is not None
             chosen, source = choose(len(matrix), index, self.size, generator)
-            groups = None if groups is None else groups[chosen]
-            return Selection(matrix.take(chosen), source, groups, self.mirrored, stored=stored, unsure="all")
+            reference_labels = None if reference_labels is None else reference_labels[chosen]
+            return Selection(matrix.take(chosen), source, reference_labels, self.mirrored, stored=stored, unsure="all")
         log_prior = weights.log()
         source_prior = log_prior[index]
         if not self._draws:
             return Selection(
-                matrix, index, groups, self.mirrored, stored=stored, log_prior=log_prior, source_prior=source_prior
+                matrix,
+                index,
+                reference_labels,
+                self.mirrored,
+                stored=stored,
+                log_prior=log_prior,
+                source_prior=source_prior,
             )
         assert self.size is not None
         chosen = _others(len(matrix), index.new_empty(0), self.size, generator)
         place = torch.full((len(matrix),), -1, device=x0.device)
         place[chosen] = torch.arange(len(chosen), device=x0.device)
-        groups = None if groups is None else groups[chosen]
+        reference_labels = None if reference_labels is None else reference_labels[chosen]
         return Selection(
             matrix.take(chosen),
             place[index],
-            groups,
+            reference_labels,
             self.mirrored,
             stored=stored,
             log_prior=log_prior[chosen],

@@ -1,7 +1,7 @@
 r"""References sharded over processes: every row sees the samples of all ranks, and no rank holds more than its own.
 
-The posterior's sums merge associatively (see `partial`), so each rank computes them over its shard for the rows of all
-ranks, and sends each row's sums home:
+The posterior's sums merge associatively (see `online_softmax`), so each rank computes them over its shard for the rows of
+all ranks, and sends each row's sums home:
 
 1. all-gather: rows with their noise scales, anchors and places of their sources;
 2. every rank: partial sums of all rows over its own shard, at the cost of (rows of all ranks) x (its shard);
@@ -152,7 +152,7 @@ class ShardedPool:
         What has to be compared with the samples is so where they lie, when their ranks see the rows.
 
         Raises:
-            ValueError: if `index` is missing, or shapes or groups do not fit.
+            ValueError: if `index` is missing, or shapes or labels do not fit.
         """
         index = self._fitting(x0, labels, index)
         there = (index >= 0) & (index < self.total)
@@ -172,7 +172,7 @@ class ShardedPool:
         """The shard and how to ask the others, as described at `References`; nothing is drawn.
 
         Raises:
-            ValueError: if `index` is missing, or devices, shapes or groups do not fit.
+            ValueError: if `index` is missing, or devices, shapes or labels do not fit.
         """
         index = self._fitting(x0, labels, index)
         if not readable(x0.device):

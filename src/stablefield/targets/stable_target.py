@@ -266,11 +266,11 @@ class StableTarget:
         return Known(alpha, sigma, source_only)
 
     def _posterior(self, batch: Batch, rows: Tensor, known: Known, generator: torch.Generator | None) -> Posterior:
-        """The posterior of `rows` (on the host) of the batch over the references of all of its rows that are not alone."""
+        """The posterior of `rows` (on the host) of the batch over the references of all of its rows that may serve."""
         device = batch.x0.device
         levels = known.levels_at(rows)
-        # Rows that are alone are of another kind than the rest, so they are no references for it either; rows below the
-        # noise band are.
+        # Rows that use their source only are of another kind than the rest, so they serve no other row; rows below the
+        # noise band do.
         shared, places, among = batch, torch.arange(len(batch.x0)), rows
         if known.source_only is not None:
             places = (~known.source_only).nonzero()[:, 0]
