@@ -22,7 +22,7 @@ from stablefield.probing.phases import find_phases
 from stablefield.probing.population import Population, draw_population
 from stablefield.probing.record import curve_record, phases_record
 from stablefield.probing.variance import measure_variance
-from stablefield.report.variance_page import phases_chart, sizes_chart, variance_chart
+from stablefield.probing.variance_page import phases_chart, sizes_chart, variance_chart
 
 SIZES = (4, 16, 64, 256, 1024)
 

@@ -24,17 +24,18 @@ SOURCE = ROOT / "src" / "stablefield"
 # the core's names.
 FLOORS = [
     {"_lazy"},
-    {"shapes", "reading", "regular_file"},
+    {"shapes", "reading", "regular_file", "atomic_file", "progress"},
     {"memory"},
     {"targets"},
     {"diffusion"},
     {"networks", "sampling"},
     {""},
     {"data"},
+    {"report"},
     {"evaluation"},
     {"probing"},
     {"training"},
-    {"report", "interop"},
+    {"interop"},
     {"cli"},
     {"__main__"},
 ]

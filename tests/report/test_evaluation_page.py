@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from stablefield.evaluation.page import Earlier, evaluation_page
 from stablefield.evaluation.protocol import Protocol
 from stablefield.evaluation.result import Result
-from stablefield.report.evaluation import Earlier, evaluation_page
 from stablefield.report.page import Bullets, Details, Figure, KeyFigures, Section, Table
 from stablefield.report.render import render_page
 

@@ -9,12 +9,12 @@ import stablefield as sf
 from stablefield.probing.advice import Training, advise
 from stablefield.probing.batch import BatchVariance
 from stablefield.probing.fit import Fit
+from stablefield.probing.fit_page import fit_page
 from stablefield.probing.phases import find_phases
 from stablefield.probing.series import Series
 from stablefield.probing.variance import VarianceCurve
+from stablefield.probing.variance_page import phases_chart, sizes_chart, variance_chart, variance_page
 from stablefield.report import render_page, write_chart
-from stablefield.report.fit_page import fit_page
-from stablefield.report.variance_page import phases_chart, sizes_chart, variance_chart, variance_page
 
 
 def series(values):

@@ -272,7 +272,7 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("the disk is full")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "replace", fail)
+        patched.setattr("os.replace", fail)
         with pytest.raises(OSError, match="disk is full"):
             write_page(page(Text("second")), path)
     assert path.read_bytes() == first

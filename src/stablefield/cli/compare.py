@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 import stablefield
+from stablefield.atomic_file import write_atomically
 from stablefield.cli.bar import TimeLeft
 from stablefield.cli.comparison_words import foretold, summary
 from stablefield.cli.console import console, quoted, relative
@@ -30,7 +31,6 @@ from stablefield.data.image_set import ImageSet, class_text
 from stablefield.evaluation.names import frechet_name
 from stablefield.probing.fit import Optimum
 from stablefield.report import write_page
-from stablefield.report.comparison_page import comparison_page
 from stablefield.report.extra import require
 from stablefield.training.comparison import (
     LEVELS,
@@ -45,8 +45,8 @@ from stablefield.training.comparison import (
     run_one,
     samples_of,
 )
+from stablefield.training.comparison_page import comparison_page
 from stablefield.training.config import encode
-from stablefield.training.files import write_whole
 from stablefield.training.loop import Report, check_fit
 from stablefield.training.placement import resolve_band, resolve_references
 from stablefield.training.recipe import Recipe
@@ -267,8 +267,8 @@ class Compare:
                 for o in outcomes
             ],
         }
-        write_whole(out / "comparison.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
-        write_whole(out / "comparison.csv", lambda path: _write_csv(path, outcomes))
+        write_atomically(out / "comparison.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+        write_atomically(out / "comparison.csv", lambda path: _write_csv(path, outcomes))
         config = RunFolder(outcomes[0].folder).config()
         told = [class_text(number, config.class_names) for number in range(min(config.classes, 36))]
         in_order = f", in the order of the classes {', '.join(told)}" if told else ""

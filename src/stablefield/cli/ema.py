@@ -7,10 +7,11 @@ from typing import Annotated
 import tyro
 from rich.markup import escape
 
+from stablefield.atomic_file import write_atomically
 from stablefield.cli.console import console, quoted, relative
 from stablefield.cli.places import check_folder
 from stablefield.training.ema import LENGTHS, power_exponent
-from stablefield.training.files import write_tensors, write_whole
+from stablefield.training.files import write_tensors
 from stablefield.training.post_hoc import combine, snapshot_steps
 from stablefield.training.run_folder import RunFolder
 
@@ -55,5 +56,5 @@ class Ema:
         name = f"length-{length:g}" + ("" if self.step is None else f"-step-{self.step:08d}")
         path = folder.snapshots / f"{name}.safetensors"
         metadata = {"length": f"{length:g}"}
-        write_whole(path, lambda temporary: write_tensors(temporary, parameters, metadata))
+        write_atomically(path, lambda temporary: write_tensors(temporary, parameters, metadata))
         console.print(f"length {length:g}: {escape(relative(path))} (profile within {error:.1%} of the exact one)")

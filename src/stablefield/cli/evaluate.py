@@ -8,10 +8,10 @@ import tyro
 from stablefield.cli.console import console, relative
 from stablefield.cli.evaluation_flags import EvaluationFlags
 from stablefield.cli.results import print_against, print_results
+from stablefield.evaluation.page import Earlier, evaluation_page
 from stablefield.evaluation.processes import Processes
 from stablefield.evaluation.result import Result
 from stablefield.evaluation.result_file import read_results, write_results
-from stablefield.report.evaluation import Earlier, evaluation_page
 from stablefield.report.render import write_page
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ from stablefield.probing.batch import BatchVariance, measure_batch
 from stablefield.probing.phases import Edge, Phases, find_phases, share_above
 from stablefield.probing.record import advice_record, curve_record, curve_table, phases_record
 from stablefield.probing.variance import VarianceCurve, measure_variance
+from stablefield.probing.variance_page import phases_chart, sizes_chart, variance_chart, variance_page
 from stablefield.report import write_chart, write_page
-from stablefield.report.variance_page import phases_chart, sizes_chart, variance_chart, variance_page
 from stablefield.training.placement import resolve_band, resolve_references
 from stablefield.training.recipe import Recipe
 

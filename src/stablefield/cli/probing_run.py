@@ -15,12 +15,12 @@ from stablefield.cli.probing import Probing, read_levels
 from stablefield.cli.sources import open_data
 from stablefield.probing.advice import Training
 from stablefield.probing.fit import Fit, measure_fit
+from stablefield.probing.fit_page import distance_chart, excess_chart, fit_page, logged_chart
 from stablefield.probing.floor import LossFloor, logged_excess
 from stablefield.probing.record import fit_record, fit_table
 from stablefield.probing.variance import find_noise_levels
 from stablefield.report import write_chart, write_page
 from stablefield.report.extra import require
-from stablefield.report.fit_page import distance_chart, excess_chart, fit_page, logged_chart
 from stablefield.training.model import open_model
 from stablefield.training.run_folder import RunFolder
 

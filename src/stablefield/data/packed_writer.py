@@ -17,6 +17,7 @@ from typing import Any, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from stablefield.atomic_file import sync
 from stablefield.data.image_set import labels_sha256
 from stablefield.regular_file import JSON_LIMIT
 from stablefield.shapes import check_kind, flag, shape_of, whole_number
@@ -157,16 +158,5 @@ class PackedWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         self._temporary.replace(self.path)
-        _sync_folder(self.path.parent)
+        sync(self.path.parent)
         return self.path
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` outlast a power cut, where the system can sync a folder."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

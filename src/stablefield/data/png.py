@@ -6,7 +6,6 @@ classes, with a caption where a class begins.
 """
 
 import math
-import os
 import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stablefield.atomic_file import write_atomically
 from stablefield.data.image_set import class_text
 from stablefield.data.pillow import require_pillow
 from stablefield.shapes import check_kind, whole_number
@@ -234,15 +234,7 @@ def _write(path: str | Path, array: NDArray[np.uint8], *, jpeg: bool) -> Path:
     path = Path(path)
     if not path.name or path.is_dir():
         raise ValueError(f"path {str(path)!r} is a folder: name the file to write, such as samples.png.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     image = Image.fromarray(np.ascontiguousarray(picture))
-    try:
-        if jpeg:
-            image.save(temporary, format="JPEG", quality=95, subsampling=0)
-        else:
-            image.save(temporary, format="PNG")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    look: dict[str, Any] = {"format": "JPEG", "quality": 95, "subsampling": 0} if jpeg else {"format": "PNG"}
+    write_atomically(path, lambda temporary: image.save(temporary, **look))
     return path

@@ -8,13 +8,13 @@ agree. Another commit, or the same thing under another name, is a warning.
 
 import hashlib
 import json
-import os
 import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from stablefield.atomic_file import write_atomically
 from stablefield.evaluation.protocol import REFERENCE_FIELDS, Protocol, ProtocolWarning, differences
 from stablefield.evaluation.statistics import Statistics
 from stablefield.regular_file import check_safetensors
@@ -55,19 +55,10 @@ def _save(path: Path, tensors: dict[str, Tensor], count: int, protocol: Protocol
             f"statistics are of {count} rows, protocol.reference_count is {protocol.reference_count}: "
             "they must be of the whole reference set, each image once."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"count": str(count), "protocol": protocol.of_reference().to_json()}
     content = save(tensors, metadata=metadata | {"sha256": _checksum(tensors, metadata)})
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def load_statistics(path: str | Path, expected: Protocol) -> Statistics:

@@ -7,11 +7,11 @@ The checksum covers the other entries, not their layout.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stablefield.atomic_file import write_atomically
 from stablefield.evaluation.result import Result
 from stablefield.regular_file import JSON_LIMIT, open_regular, reason
 
@@ -32,15 +32,10 @@ def write_results(path: str | Path, subject: str, results: Sequence[Result]) -> 
         The path.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"format": _FORMAT, "subject": subject, "results": [one.to_dict() for one in results]}
     record["checksum"] = _checksum(record)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        unfinished.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
     return path
 
 

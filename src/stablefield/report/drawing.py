@@ -6,7 +6,6 @@ Its room is measured in DejaVu Sans, which is wider than what browsers choose.
 """
 
 import io
-import os
 import re
 import warnings
 from collections.abc import Generator
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stablefield.atomic_file import write_atomically
 from stablefield.report.chart import Chart, LineChart
 from stablefield.report.colours import LIGHT
 from stablefield.report.extra import require
@@ -65,17 +65,10 @@ def write_chart(chart: Chart, path: str | Path, *, title: str = "", scale: float
     if not scale > 0:
         raise ValueError(f"scale={scale}: pass how many pixels a unit has, such as 2.")
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with _settings(WIDE):
-            canvas = _draw(chart, WIDE, title)
-            canvas.savefig(
-                temporary, format="png", dpi=DPI * scale, facecolor=LIGHT.ground, metadata={"Software": None}
-            )
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    look: dict[str, Any] = {"facecolor": LIGHT.ground, "metadata": {"Software": None}}
+    with _settings(WIDE):
+        canvas = _draw(chart, WIDE, title)
+        write_atomically(path, lambda temporary: canvas.savefig(temporary, format="png", dpi=DPI * scale, **look))
     return path
 
 

@@ -5,15 +5,14 @@ so that a browser would rather leave a picture out than look for it elsewhere.
 """
 
 import base64
-import os
 import re
-import secrets
 from collections.abc import Iterator
 from importlib.resources import files
 from itertools import count
 from pathlib import Path
 
 import stablefield
+from stablefield.atomic_file import write_atomically
 from stablefield.report.cells import Cell, show
 from stablefield.report.colours import DARK, LIGHT, Palette
 from stablefield.report.extra import require
@@ -84,13 +83,7 @@ def write_page(page: Page, path: str | Path) -> Path:
     """
     text = render_page(page)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
     return path
 
 

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stablefield.atomic_file import sync
 from stablefield.regular_file import reason
-from stablefield.training.files import read_tensors, sha256, sync, write_tensors
+from stablefield.training.files import read_tensors, sha256, write_tensors
 from stablefield.training.records import is_count, read_record, write_record
 
 __all__ = ["CheckpointError", "State", "Trained", "load_weights", "read_state", "remove", "restore", "save", "sweep"]
@@ -100,9 +101,12 @@ def remove(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what a kill left half-written or half-deleted in a folder of checkpoints."""
-    for leftover in folder.glob(".*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Delete what a kill left half-written or half-deleted in a folder, or in its folder of checkpoints."""
+    for leftover in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def read_state(folder: Path) -> State:

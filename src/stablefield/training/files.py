@@ -1,8 +1,7 @@
-"""Files that are there whole or not at all: written under a temporary name, synced, and renamed."""
+"""Safetensors files and checksums."""
 
 import hashlib
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import cast
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from stablefield.regular_file import check_safetensors, open_regular
 
-__all__ = ["read_tensors", "sha256", "sync", "tensor_shapes", "write_tensors", "write_whole"]
+__all__ = ["read_tensors", "sha256", "tensor_shapes", "write_tensors"]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -77,30 +76,3 @@ def sha256(path: Path) -> str:
     """
     with open_regular(path) as file:
         return hashlib.file_digest(cast("BufferedReader", file), "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file under a temporary name beside `path`, and give it its name when it is on the disk.
-
-    Raises:
-        OSError: if it cannot be written; nothing is left behind, and a file of that name stays as it was.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)  # of a kill, or no file at all, which must not be written to
-    try:
-        write(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)

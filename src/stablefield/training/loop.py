@@ -216,7 +216,7 @@ class _Loop:
         if self._main:
             # Newer ones are damaged, or they would have been used: they must not count among those to keep.
             folder.remove_after(self._state.step)
-            sweep(folder.path / "checkpoints")
+            sweep(folder.path)
             folder.rewind_log(self._state.step)
         self._reported, self._logged = self._meter(), self._meter()
 

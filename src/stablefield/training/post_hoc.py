@@ -29,10 +29,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from stablefield.atomic_file import write_atomically
 from stablefield.regular_file import check_safetensors, reason
 from stablefield.shapes import check_kind
 from stablefield.training.ema import power_exponent
-from stablefield.training.files import write_tensors, write_whole
+from stablefield.training.files import write_tensors
 from stablefield.training.records import is_count, parse, seal, unseal
 
 __all__ = ["Profile", "combine", "mixture", "snapshot_steps", "take_snapshot"]
@@ -87,7 +88,7 @@ def take_snapshot(folder: Path, step: int, averages: Sequence[tuple[float, nn.Mo
     # One entry: safetensors writes several in no fixed order, and equal snapshots are to be equal files.
     metadata = {"averages": json.dumps(seal(record))}
     path = folder / f"step-{step:08d}.safetensors"
-    write_whole(path, lambda temporary: write_tensors(temporary, tensors, metadata))
+    write_atomically(path, lambda temporary: write_tensors(temporary, tensors, metadata))
     return path
 
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard, cast
 
+from stablefield.atomic_file import write_atomically
 from stablefield.regular_file import JSON_LIMIT, open_regular
-from stablefield.training.files import write_whole
 
 __all__ = [
     "append_line",
@@ -106,7 +106,7 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{path} would take {len(text):,} bytes, and at most {JSON_LIMIT:,} are read: shorten the names of the classes."
         )
-    write_whole(path, lambda temporary: temporary.write_text(text))
+    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -167,7 +167,7 @@ def write_lines(path: Path, records: Iterator[Mapping[str, Any]]) -> None:
         with temporary.open("wb") as file:
             file.writelines(_line(record) for record in records)
 
-    write_whole(path, write)
+    write_atomically(path, write)
 
 
 def is_count(value: object) -> TypeGuard[int]:

@@ -27,7 +27,7 @@ _FORMAT = 1
 _LOCK = ".stablefield.lock"
 _ATTEMPTS = 10
 # What a kill may leave of a folder that was being made: it can be made again.
-_BEGINNINGS = {_LOCK, ".config.json.tmp"}
+_BEGINNINGS = re.compile(rf"{re.escape(_LOCK)}|\.config\.json\.(\d+\.)?tmp")
 _FORMER = frozenset({"format", "stablefield", "data", "shape", "classes", "opening", "manifest", "recipe"})
 _TYPES = {"stablefield": str, "data": str, "shape": tuple[int, int, int], "classes": int, "recipe": Recipe}
 _OPENING = {"resolution": int | tuple[int, int] | None, "resize": Literal["crop", "squash"], "skip_broken": bool}
@@ -115,7 +115,7 @@ class RunFolder:
             Lock(self.path / _LOCK).require_free()
 
     def _require_empty(self) -> None:
-        if any(found.name not in _BEGINNINGS for found in self.path.iterdir()):
+        if any(_BEGINNINGS.fullmatch(found.name) is None for found in self.path.iterdir()):
             self.require_unlocked()
             raise ValueError(
                 f"--out {self.path} is not empty: name a new folder, or continue the run in it with --resume "
@@ -142,7 +142,7 @@ class RunFolder:
         Raises:
             ValueError: if there is none.
         """
-        if path.is_dir() and all(found.name in _BEGINNINGS for found in path.iterdir()):
+        if path.is_dir() and all(_BEGINNINGS.fullmatch(found.name) for found in path.iterdir()):
             raise ValueError(
                 f"{path} holds nothing yet: there is nothing to go on with. Begin the run with --out {path}."
             )

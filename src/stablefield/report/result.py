@@ -1,0 +1,72 @@
+"""What an experiment found: numbers that save themselves as JSON, as a report and as pictures.
+
+`Probe`, `Evaluation` and `Comparison` are results. Each says what its numbers, its charts and its page are; saving them and
+showing them in a notebook works alike for all.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stablefield.atomic_file import write_atomically
+from stablefield.report.chart import Chart
+from stablefield.report.drawing import write_chart
+from stablefield.report.page import Page
+from stablefield.report.render import render_page, write_page
+
+__all__ = ["Result"]
+
+
+class Result(ABC):
+    """Numbers that were measured, with what they were measured of.
+
+    `print(result)` shows a table of at most 80 columns; a notebook shows the report.
+    """
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers and their protocol, as JSON values."""
+
+    @abstractmethod
+    def charts(self) -> Mapping[str, Chart]:
+        """The charts by name, the most telling one first; none where there is nothing to draw."""
+
+    @abstractmethod
+    def page(self) -> Page:
+        """The report."""
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result: the numbers to a .json file, the report to .html, the first chart to .png.
+
+        Args:
+            path: the file; its suffix says what to write. Folders on the way are made, a file of that name is replaced.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: if the suffix is another one, or there is no chart.
+            ImportError: if matplotlib (for .png and .html) or Jinja2 (for .html) is not installed.
+        """
+        path = Path(path)
+        match path.suffix.lower():
+            case ".json":
+                text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+                write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            case ".html":
+                write_page(self.page(), path)
+            case ".png":
+                charts = self.charts()
+                if not charts:
+                    raise ValueError(f"path={str(path)!r}: this result has no chart; save it as .json or .html.")
+                write_chart(next(iter(charts.values())), path)
+            case _:
+                raise ValueError(f"path={str(path)!r}: name a .json file for the numbers, .html for a report or .png.")
+        return path
+
+    def _repr_html_(self) -> str:
+        # A frame keeps the page's style away from the notebook's.
+        text = render_page(self.page()).replace("&", "&amp;").replace('"', "&quot;")
+        return f'<iframe srcdoc="{text}" style="width: 100%; height: 40em; border: 0"></iframe>'
