@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import stablefield as sf
 from stablefield.evaluation.cost import wait_for
 from stablefield.evaluation.extractor import Extractor
-from stablefield.evaluation.frechet import Gaussian, distance_between, fit_moments
-from stablefield.evaluation.statistics import empty_moments, join_moments, moments_of, unpack
+from stablefield.evaluation.features import Gaussian, empty_moments, fit_moments, join_moments, moments_of, unpack
+from stablefield.evaluation.fid import distance_between
 from stablefield.sampling.samples import to_uint8
 from stablefield.training.ema import ema_decay, follower, update_ema
 from stablefield.training.recipe import Recipe, UNet

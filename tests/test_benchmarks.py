@@ -14,8 +14,8 @@ import torch
 from stablefield.cli.bench import Bench
 from stablefield.cli.verbs import parse
 from stablefield.evaluation.cost import measure_cost, measure_step, paired
-from stablefield.evaluation.frechet import frechet_distance_from_features
-from stablefield.evaluation.random_convolutions import RandomConvolutions
+from stablefield.evaluation.extractor import RandomConvolutions
+from stablefield.evaluation.fid import frechet_distance_from_features
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,7 +22,7 @@ from torch import Tensor
 import stablefield as sf
 from stablefield import data, networks, sampling
 from stablefield.diffusion.objective import Draws
-from stablefield.evaluation import frechet, inception_score, kernel, manifold, memorisation
+from stablefield.evaluation import features, fid, inception_score, kid, memorisation, precision_recall
 from stablefield.evaluation.extractor import RawPixels
 from stablefield.probing import advice, bias, fit, floor, phases, population, variance
 from stablefield.training import ema, post_hoc
@@ -116,7 +116,7 @@ class State:
         return variance.measure_variance(population.Population(self.data), [0.3, 1.0, 3.0], sizes=(2, 4), draws=2)
 
     def gaussian(self):
-        return frechet.fit_features(self.normal(9, 4))
+        return features.fit_features(self.normal(9, 4))
 
     def covariance(self):
         return torch.cov(self.normal(9, 4).T)
@@ -623,14 +623,14 @@ CASES = {
         lambda s: s.writer().append, {"images": lambda s: s.images}
     ),
     # Metrics.
-    "fit_features": Case(lambda s: frechet.fit_features, {"features": lambda s: s.normal(9, 4)}),
+    "fit_features": Case(lambda s: features.fit_features, {"features": lambda s: s.normal(9, 4)}),
     "fit_moments": Case(
-        lambda s: frechet.fit_moments,
+        lambda s: features.fit_moments,
         {"mean": lambda s: s.normal(4), "cov": State.covariance, "number": either(1)},
     ),
-    "distance_between": Case(lambda s: frechet.distance_between, {"a": State.gaussian, "b": State.gaussian}),
+    "distance_between": Case(lambda s: fid.distance_between, {"a": State.gaussian, "b": State.gaussian}),
     "frechet_distance": Case(
-        lambda s: frechet.frechet_distance,
+        lambda s: fid.frechet_distance,
         {
             "mean1": lambda s: s.normal(4),
             "cov1": State.covariance,
@@ -638,15 +638,15 @@ CASES = {
             "cov2": State.covariance,
         },
     ),
-    "frechet_distance_from_features": Case(lambda s: frechet.frechet_distance_from_features, FEATURES),
+    "frechet_distance_from_features": Case(lambda s: fid.frechet_distance_from_features, FEATURES),
     "kernel_distance": Case(
-        lambda s: kernel.kernel_distance,
+        lambda s: kid.kernel_distance,
         {**FEATURES, "generator": lambda s: s.generator, "subsets": either(2, 5), "subset_size": either(None, 3)},
     ),
-    "precision": Case(lambda s: manifold.precision, {**SIDES, "radii": either(None)}),
-    "recall": Case(lambda s: manifold.recall, {**SIDES, "radii": either(None)}),
-    "density": Case(lambda s: manifold.density, {**SIDES, "radii": either(None)}),
-    "coverage": Case(lambda s: manifold.coverage, {**SIDES, "radii": either(None)}),
+    "precision": Case(lambda s: precision_recall.precision, {**SIDES, "radii": either(None)}),
+    "recall": Case(lambda s: precision_recall.recall, {**SIDES, "radii": either(None)}),
+    "density": Case(lambda s: precision_recall.density, {**SIDES, "radii": either(None)}),
+    "coverage": Case(lambda s: precision_recall.coverage, {**SIDES, "radii": either(None)}),
     "nearest_ratio": Case(
         lambda s: memorisation.nearest_ratio,
         {

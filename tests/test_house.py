@@ -116,7 +116,7 @@ def test_no_module_imports_itself_through_others():
         ("sampling", "from stablefield.networks import MLP", True),
         ("networks", "from stablefield import __version__", True),
         ("data", "from stablefield.shapes import per_row", False),
-        ("data", "from stablefield.evaluation import frechet", True),
+        ("data", "from stablefield.evaluation import fid", True),
         ("evaluation", "from stablefield.probing import variance", True),
         ("training", "from stablefield.probing import variance", False),
         ("training", "if True:\n    from stablefield.cli.entry import main", True),

@@ -24,8 +24,8 @@ from stablefield.data.image_set import ImageSet
 from stablefield.data.packed import open_packed, pack
 from stablefield.data.source import open_images
 from stablefield.evaluation.protocol import Protocol
-from stablefield.evaluation.reference_cache import load_features
-from stablefield.evaluation.result_file import read_results
+from stablefield.evaluation.reference import load_tensors
+from stablefield.evaluation.result import Evaluation
 from stablefield.interop.weight_files import read_weight_file
 from stablefield.regular_file import open_regular
 from stablefield.training.files import read_tensors, tensor_shapes
@@ -118,9 +118,9 @@ READERS = {
     "tensors of a run": (read_tensors, "a.safetensors", safetensors_of),
     "shapes of a run": (tensor_shapes, "a.safetensors", safetensors_of),
     "snapshots": (lambda path: snapshot_steps(path.parent), "step-00000001.safetensors", safetensors_of),
-    "cached features": (lambda path: load_features(path, FEATURES), "a.safetensors", safetensors_of),
+    "cached features": (lambda path: load_tensors(path, ["features"], FEATURES), "a.safetensors", safetensors_of),
     "record": (lambda path: read_record(path, frozenset()), "config.json", bytes),
-    "results": (read_results, "results.json", bytes),
+    "results": (Evaluation.load, "results.json", bytes),
     "labels": (lambda path: open_images(path.parent), "dataset.json", bytes),
     "saved data set": (lambda path: open_images(path.parent), "state.json", bytes),
 }

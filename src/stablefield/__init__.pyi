@@ -45,6 +45,7 @@ from stablefield.diffusion.weighting import (
 from stablefield.diffusion.weighting import (
     SNRWeighting as SNRWeighting,
 )
+from stablefield.evaluation.evaluate import evaluate as evaluate
 from stablefield.targets.band import NoiseBand as NoiseBand
 from stablefield.targets.band import pick_noise_band as pick_noise_band
 from stablefield.targets.kernel import GaussianKernel as GaussianKernel

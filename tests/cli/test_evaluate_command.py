@@ -16,14 +16,13 @@ from torch import nn
 from stablefield.cli.console import console
 from stablefield.cli.drawing import DrawingFlags
 from stablefield.cli.entry import main
-from stablefield.cli.subjects import RunSamples
 from stablefield.data.digits import open_digits
-from stablefield.evaluation.extractor import RawPixels
-from stablefield.evaluation.frechet import frechet_distance_from_features
+from stablefield.evaluation.extractor import RandomConvolutions, RawPixels
+from stablefield.evaluation.fid import frechet_distance_from_features
 from stablefield.evaluation.inception_score import inception_score
-from stablefield.evaluation.manifold import recall
 from stablefield.evaluation.memorisation import nearest_ratio
-from stablefield.evaluation.random_convolutions import RandomConvolutions
+from stablefield.evaluation.precision_recall import recall
+from stablefield.training.run_samples import RunSamples
 
 TINY = ["--steps", "30", "--network.width", "16", "--network.depth", "1", "--sample-every", "0"]
 QUICK = ["--samples", "60", "--extractor", "random"]
@@ -69,7 +68,7 @@ def test_a_runs_numbers_are_the_metrics_of_the_images_that_sample_draws(run: Pat
     ratio = nearest_ratio(pixels(x), pixels(real))
     expected = {
         f"Frechet distance ({net.name})": frechet_distance_from_features(net(x), net(real)).value,
-        "recall": recall(net(real), net(x), 3).value,
+        "recall": recall(net(real), net(x), 3),
         "memorised share": ratio.memorised,
     }
     assert {name: got[name]["mean"] for name in expected} == pytest.approx(expected, rel=1e-4)
@@ -292,24 +291,27 @@ def test_a_users_network_is_an_extractor_or_a_classifier_under_its_own_name(
     [
         (["{run}", "--samples", "1"], ["there are 1 samples, but Frechet takes at least 2", "use more"]),
         (["{run}", "--samples", "5"], ["5 samples, but Density takes at least 6"]),
-        (["{run}", "--samples", "0"], ["--samples is 0"]),
-        (["{run}", "--references", "1798"], ["1798 reference images are wanted, and digits has 1797"]),
+        (["{run}", "--samples", "0"], ["there are 0 samples"]),
+        (["{run}", "--references", "1798"], ["--references 1798: digits has 1797 images"]),
         (["{run}", "--ema", "0.5"], ["--ema 0.5", "half-life"]),
         (["{run}", "--data", "{wide}"], ["1 x 8 x 8", "1 x 16 x 16", "--resolution 8"]),
         (["{run}", "--held-out", "{wide}"], ["--held-out", "1 x 16 x 16"]),
         (["{run}", "--extractor", "dinov2"], ["--extractor dinov2 needs --extractor-file"]),
         (["{run}", "--extractor", "inception", "--extractor-file", "none.pt"], ["there is no file none.pt"]),
         (["{run}", "--extractor-file", "x.pt"], ["--extractor-file x.pt: --extractor random reads none"]),
-        (["{run}", "--metrics", "classifier-score"], ["--classifier FILE go together"]),
+        (["{run}", "--metrics", "classifier-score"], ["--metrics classifier-score goes with --classifier"]),
         (["{run}", "--metrics", "recall", "recall"], ["each once"]),
         (["{run}", "--against", "none.json"], ["none.json holds no results"]),
-        (["{run}", "--first-seed", "4294967290"], ["--first-seed 4294967290"]),
+        (["{run}", "--first-seed", "4294967290"], ["--first-seed 4294967290: seeds up to"]),
         (["{run}", "--out", "{file}/r.json"], ["cannot be written"]),
         (["{run}", "--split", "test"], ["split"]),
         (["{run}", "--data", "nowhere"], ["DATA is nowhere"]),
         (["nowhere"], ["RUN_OR_IMAGES is nowhere"]),
         (["{wide}"], ["--data is missing"]),
-        (["{wide}", "--data", "{wide}", "--repeats", "7", "--samples", "9"], ["take 63 images", "has 40"]),
+        (
+            ["{wide}", "--data", "{wide}", "--repeats", "7", "--samples", "9"],
+            ["--samples 9 in 7 repeats take 63 images", "has 40"],
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -107,14 +107,14 @@ def test_what_evaluate_foretells_is_what_it_takes(
     # Each with a slow first call, as a network's, that the forecast must neither count for the others nor leave to them.
     clock.charge("stablefield.networks.mlp.MLP.forward", lambda _, x, *__: dear["drawing"] * 2e-3 * len(x), 30.0)
     clock.charge(
-        "stablefield.evaluation.random_convolutions.RandomConvolutions.__call__",
+        "stablefield.evaluation.extractor.RandomConvolutions.__call__",
         lambda _, x: dear["features"] * 1e-2 * len(x),
         30.0,
     )
     clock.charge("stablefield.evaluation.extractor.RawPixels.__call__", lambda _, x: dear["features"] * 1e-3 * len(x))
     clock.charge("stablefield.evaluation.neighbours.blocks", lambda a, b: dear["metrics"] * 1e-6 * len(a) * len(b))
-    clock.charge("stablefield.evaluation.kernel._unbiased", lambda x, _: dear["metrics"] * 1e-6 * len(x) ** 2)
-    clock.charge("stablefield.evaluation.metric.distance_between", lambda *_: dear["metrics"] * 0.5)
+    clock.charge("stablefield.evaluation.kid._unbiased", lambda x, _: dear["metrics"] * 1e-6 * len(x) ** 2)
+    clock.charge("stablefield.evaluation.fid.distance_between", lambda *_: dear["metrics"] * 0.5)
     given = ("--extractor", "random", "--device", "cpu", "--held-out", str(tmp_path / "others.npy"), *flags)
     assert status("evaluate", str(run), *given, "--out", str(tmp_path / "r.json")) == 0
     foretold, took = clock.foretold()

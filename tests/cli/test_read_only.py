@@ -19,14 +19,14 @@ from stablefield.cli.entry import main
 NOBODY = 65534
 PROGRAM = """
 import json, os, shlex, sys
-from stablefield.cli import bench, data, drawing, ema, export, importing, measuring, probe, probing_run, settling, subjects
+from stablefield.cli import bench, data, drawing, ema, evaluate, export, importing, probe, probing_run, settling
 from stablefield.cli import train
 from stablefield.cli.entry import main
 
 def work(*_, **__):
     raise AssertionError("it has begun to work")
 
-for module in (bench, data, measuring, probe, probing_run, settling, subjects, train):
+for module in (bench, data, evaluate, probe, probing_run, settling, train):
     module.open_data = work
 for module in (drawing, export, probing_run):
     module.open_model = work

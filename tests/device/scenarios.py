@@ -19,7 +19,7 @@ from torch import Tensor
 
 import stablefield as sf
 from stablefield import sampling
-from stablefield.evaluation.random_convolutions import RandomConvolutions
+from stablefield.evaluation.extractor import RandomConvolutions
 from stablefield.targets import reference_matrix
 from stablefield.targets.staging import sent_ahead
 from stablefield.training.meter import Meter

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from stablefield.evaluation.protocol import Protocol
-from stablefield.evaluation.reference_cache import load_statistics, save_statistics
-from stablefield.evaluation.statistics import statistics_of
+from stablefield.evaluation.reference import load_tensors, save_tensors
 
-METRICS = ("frechet", "kernel", "manifold", "inception_score", "memorisation", "statistics", "names", "result")
+METRICS = ("fid", "kid", "precision_recall", "inception_score", "memorisation", "features", "result", "evaluate")
 
 
 def without(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,9 +28,9 @@ def test_metrics_are_imported_without_the_extra(monkeypatch: pytest.MonkeyPatch)
 
 def test_streaming_without_torchmetrics_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     without("torchmetrics", monkeypatch)
-    monkeypatch.delitem(sys.modules, "stablefield.evaluation.streaming", raising=False)
-    with pytest.raises(ImportError, match=r"need torchmetrics: pip install 'stablefield\[evaluate\]'"):
-        importlib.import_module("stablefield.evaluation.streaming")
+    monkeypatch.delitem(sys.modules, "stablefield.evaluation.extraction", raising=False)
+    with pytest.raises(ImportError, match=r"kept by torchmetrics: pip install 'stablefield\[evaluate\]'"):
+        importlib.import_module("stablefield.evaluation.extraction")
 
 
 def test_cached_statistics_without_safetensors_name_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -48,6 +47,6 @@ def test_cached_statistics_without_safetensors_name_the_extra(monkeypatch: pytes
         split="train",
     )
     with pytest.raises(ImportError, match=r"need safetensors: pip install 'stablefield\[evaluate\]'"):
-        save_statistics(tmp_path / "r", statistics_of(torch.eye(3)), protocol)
+        save_tensors(tmp_path / "r", {"features": torch.eye(3)}, 3, protocol)
     with pytest.raises(ImportError, match="need safetensors"):
-        load_statistics(tmp_path / "r", protocol)
+        load_tensors(tmp_path / "r", ["features"], protocol)

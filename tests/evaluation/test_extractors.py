@@ -8,10 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stablefield.evaluation.extractor import Extractor, RawPixels, full_precision
-from stablefield.evaluation.random_convolutions import RandomConvolutions
-from stablefield.evaluation.resize import AntialiasedBicubic, KeepSize, TensorFlowBilinear
-from stablefield.evaluation.torchscript import TorchScriptExtractor, dinov2, file_sha256
+from stablefield.evaluation.extractor import Extractor, RandomConvolutions, RawPixels, full_precision
+from stablefield.evaluation.torchscript import (
+    AntialiasedBicubic,
+    KeepSize,
+    TensorFlowBilinear,
+    TorchScriptExtractor,
+    dinov2,
+    file_sha256,
+)
 
 
 def images(n: int = 4, channels: int = 3, size: int = 16) -> Tensor:

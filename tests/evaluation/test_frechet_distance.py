@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stablefield.data.digits import open_digits
-from stablefield.evaluation.frechet import frechet_distance, frechet_distance_from_features
-from stablefield.evaluation.random_convolutions import RandomConvolutions
+from stablefield.evaluation.extractor import RandomConvolutions
+from stablefield.evaluation.fid import frechet_distance, frechet_distance_from_features
 
 
 def random_orthogonal(d: int, generator: torch.Generator) -> torch.Tensor:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from stablefield.evaluation import inception
+from stablefield.evaluation.extractor import RandomConvolutions
+from stablefield.evaluation.fid import frechet_name
 from stablefield.evaluation.inception import PACKAGED_SHA256, Inception, packaged_inception
-from stablefield.evaluation.names import frechet_name, kernel_name
-from stablefield.evaluation.random_convolutions import RandomConvolutions
-from stablefield.evaluation.resize import AntialiasedBicubic, TensorFlowBilinear
+from stablefield.evaluation.kid import kernel_name
+from stablefield.evaluation.torchscript import AntialiasedBicubic, TensorFlowBilinear
 
 
 @pytest.fixture(scope="module")

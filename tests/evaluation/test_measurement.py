@@ -1,34 +1,30 @@
-import json
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-from stablefield.evaluation import commit, neighbours
-from stablefield.evaluation.commit import running_commit
+from stablefield.evaluation import neighbours, protocol
+from stablefield.evaluation.evaluate import check_counts
+from stablefield.evaluation.extraction import ExtractorPass, pass_for
 from stablefield.evaluation.extractor import RawPixels
-from stablefield.evaluation.feature_pass import Features, Lens
-from stablefield.evaluation.frechet import frechet_distance_from_features
-from stablefield.evaluation.inception_score import inception_score
-from stablefield.evaluation.kernel import kernel_distance
-from stablefield.evaluation.manifold import coverage, density, precision, recall
-from stablefield.evaluation.measurement import Making, Measurement, check_counts, lens_for
-from stablefield.evaluation.memorisation import nearest_ratio
-from stablefield.evaluation.metric import (
-    ClassifierScore,
+from stablefield.evaluation.features import statistics_of
+from stablefield.evaluation.fid import Frechet, frechet_distance_from_features
+from stablefield.evaluation.inception_score import ClassifierScore, inception_score
+from stablefield.evaluation.kid import Kernel, kernel_distance
+from stablefield.evaluation.memorisation import Nearest, nearest_ratio
+from stablefield.evaluation.metric import Features, Metric, MetricInput, Value
+from stablefield.evaluation.precision_recall import (
     Coverage,
     Density,
-    Frechet,
-    Kernel,
-    Metric,
-    Nearest,
     Precision,
     Recall,
+    coverage,
+    density,
+    precision,
+    recall,
 )
-from stablefield.evaluation.reference import Reference
-from stablefield.evaluation.result_file import read_results, write_results
-from stablefield.evaluation.statistics import statistics_of
+from stablefield.evaluation.protocol import running_commit
 
 ALL: tuple[Metric, ...] = (
     *(Frechet(), Kernel(subsets=5), Precision(), Recall(), Density(), Coverage(), Nearest(), ClassifierScore(splits=2)),
@@ -44,24 +40,26 @@ def kept(rows: torch.Tensor) -> Features:
     return Features(count=len(rows), rows=rows, statistics=statistics_of(rows))
 
 
-def measurement(metrics: tuple[Metric, ...] = ALL, held_out: torch.Tensor | None = None) -> Measurement:
-    reference = Reference(name="cubes", sha256="ab" * 32, split="train", features=kept(features(0, 40)))
-    return Measurement(extractor=PIXELS, metrics=metrics, reference=reference, held_out=held_out)
+def values(
+    x: Features, real: Features, metrics: tuple[Metric, ...] = ALL, held_out: torch.Tensor | None = None
+) -> list[Value]:
+    given = MetricInput(samples=x, references=real, extractor=PIXELS, held_out=held_out)
+    return [value for metric in metrics for value in metric(given)]
 
 
 def test_every_metric_is_its_function_on_the_features() -> None:
     x, real, held_out = features(1, 30) + 0.2, features(0, 40), features(2, 20)
-    got = {value.name: value.value for value in measurement(held_out=held_out).values(kept(x))}
+    got = {value.name: value.value for value in values(kept(x), kept(real), held_out=held_out)}
     ratio = nearest_ratio(x, real, held_out)
     kernel = kernel_distance(x, real, generator=torch.Generator().manual_seed(0), subsets=5, subset_size=15)
     assert got == pytest.approx(
         {
             "Frechet distance (pixels)": frechet_distance_from_features(x, real).value,
             "kernel distance (pixels)": kernel.mean,
-            "precision": precision(real, x, 3).value,
-            "recall": recall(real, x, 3).value,
-            "density": density(real, x, 5).value,
-            "coverage": coverage(real, x, 5).value,
+            "precision": precision(real, x, 3),
+            "recall": recall(real, x, 3),
+            "density": density(real, x, 5),
+            "coverage": coverage(real, x, 5),
             "memorised share": ratio.memorised,
             "memorised share of held-out images": ratio.held_out_memorised,
             "nearer than held-out images": ratio.closer,
@@ -70,7 +68,23 @@ def test_every_metric_is_its_function_on_the_features() -> None:
         rel=1e-6,
     )
     # Precision is not symmetric: swapped sides would show.
-    assert precision(real, x, 3).value != recall(real, x, 3).value
+    assert precision(real, x, 3) != recall(real, x, 3)
+
+
+def test_every_metric_says_which_direction_is_better() -> None:
+    found = {value.name: value.better for value in values(kept(features(1, 30)), kept(features(0, 40)))}
+    assert {name for name, better in found.items() if better == "lower is better"} == {
+        "Frechet distance (pixels)",
+        "kernel distance (pixels)",
+        "memorised share",
+    }
+    assert {name for name, better in found.items() if better == "higher is better"} == {
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+        "classifier score (pixels)",
+    }
 
 
 def test_distances_within_a_set_are_found_once_for_all_metrics_and_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,19 +96,19 @@ def test_distances_within_a_set_are_found_once_for_all_metrics_and_repeats(monke
         return whole(points, k, **blocks)
 
     monkeypatch.setattr(neighbours, "others", counted)
-    measured = measurement((Precision(), Recall(), Density(), Coverage(), Precision(k=7)))
+    metrics = (Precision(), Recall(), Density(), Coverage(), Precision(k=7))
+    references = kept(features(0, 40))
     for seed in (1, 2):
         x = features(seed, 30) + 0.2
-        got = [value.value for value in measured.values(kept(x))]
+        got = [value.value for value in values(kept(x), references, metrics)]
         real = features(0, 40)
-        functions = (
+        assert got == [
             precision(real, x, 3),
             recall(real, x, 3),
             density(real, x),
             coverage(real, x),
             precision(real, x, 7),
-        )
-        assert got == [score.value for score in functions]
+        ]
     # The reference images for k up to 5 and once more for k = 7, the samples of each repeat; others by the functions.
     by_metrics = [40, 30, 40, 30]
     by_functions = [40, 30, 40, 40, 40] * 2
@@ -102,18 +116,16 @@ def test_distances_within_a_set_are_found_once_for_all_metrics_and_repeats(monke
 
 
 def test_only_what_is_needed_is_kept() -> None:
-    assert lens_for(PIXELS, [Frechet()]) == Lens(extractor=PIXELS, rows=False, moments=True)
-    assert lens_for(PIXELS, [Precision(), Kernel()]) == Lens(extractor=PIXELS, rows=True, moments=False)
-    assert lens_for(PIXELS, ALL) == Lens(extractor=PIXELS, rows=True, moments=True)
+    assert pass_for(PIXELS, [Frechet()]) == ExtractorPass(extractor=PIXELS, rows=False, moments=True)
+    assert pass_for(PIXELS, [Precision(), Kernel()]) == ExtractorPass(extractor=PIXELS, rows=True, moments=False)
+    assert pass_for(PIXELS, ALL) == ExtractorPass(extractor=PIXELS, rows=True, moments=True)
 
 
 @pytest.mark.parametrize("metric", ALL, ids=lambda metric: type(metric).__name__)
 def test_a_metric_with_just_enough_images_works_and_with_one_less_says_what_to_do(metric: Metric) -> None:
     n = metric.least
     check_counts([metric], n, n)
-    reference = Reference(name="r", sha256="", split="train", features=kept(features(0, max(2, n))))
-    enough = Measurement(extractor=PIXELS, metrics=(metric,), reference=reference)
-    assert enough.values(kept(features(1, max(2, n))))
+    assert values(kept(features(1, max(2, n))), kept(features(0, max(2, n))), (metric,))
     name = type(metric).__name__
     with pytest.raises(ValueError, match=f"there are {n - 1} samples, but {name} takes at least {n}: use more"):
         check_counts([metric], n - 1, n)
@@ -121,78 +133,17 @@ def test_a_metric_with_just_enough_images_works_and_with_one_less_says_what_to_d
         check_counts([metric], n, n - 1)
 
 
-def test_results_hold_every_repeat_and_the_whole_protocol(tmp_path: Path) -> None:
-    it = measurement((Frechet(), Kernel(subsets=5)))
-    repeats = [it.values(kept(features(seed, 30))) for seed in (1, 2, 3)]
-    making = Making(sampler="heun", steps=18, nfe=35, ema="half-life", commit="c")
-    results = it.results(repeats, 30, ("0-29", "30-59", "60-89"), making)
-    frechet, kernel = results
-    assert frechet.values == tuple(repeat[0].value for repeat in repeats)
-    assert frechet.standard_error is None
-    errors = [repeat[1].standard_error or 0 for repeat in repeats]
-    assert kernel.standard_error == pytest.approx((sum(error**2 for error in errors) / 3) ** 0.5)
-    record = kernel.to_dict()["protocol"]
-    assert record["settings"] == {"seed": 0, "subset_size": 15, "subsets": 5}
-    assert {key: record[key] for key in ("sampler", "steps", "nfe", "ema", "commit", "seeds", "sample_count")} == {
-        "sampler": "heun",
-        "steps": 18,
-        "nfe": 35,
-        "ema": "half-life",
-        "commit": "c",
-        "seeds": ["0-29", "30-59", "60-89"],
-        "sample_count": 30,
-    }
-    assert (record["reference"], record["reference_count"], record["split"]) == ("cubes", 40, "train")
-    path = write_results(tmp_path / "deep" / "r.json", "runs/a", results)
-    assert read_results(path) == ("runs/a", results)
-    assert json.loads(path.read_text())["results"][0]["minimum"] == min(frechet.values)
-    assert [file.name for file in path.parent.iterdir()] == ["r.json"]
-
-
-def test_no_flipped_bit_of_results_makes_other_results(tmp_path: Path) -> None:
-    it = measurement((Frechet(),))
-    results = it.results([it.values(kept(features(1, 30)))], 30, ("0-29",), Making(commit="c"))
-    path = write_results(tmp_path / "r.json", "runs/a", results)
-    content = path.read_bytes()
-    told: list[str] = []
-    for bit in range(0, 8 * len(content), 3):
-        changed = bytearray(content)
-        changed[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(changed)
-        try:
-            assert read_results(path) == ("runs/a", results)  # white space became other white space
-        except ValueError as error:
-            told.append(str(error))
-    assert len(told) > 2 * len(content)
-    assert all(text.startswith(f"{path} holds no results") for text in told)
-    record = json.loads(content)
-    del record["checksum"]  # as before results carried one
-    path.write_text(json.dumps(record))
-    assert read_results(path) == ("runs/a", results)
-
-
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 2}', '{"format": 1, "subject": "x", "results": [{}]}'])
-def test_a_file_that_holds_no_results_is_refused(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "r.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"r\.json holds no results .*name a file that `stablefield evaluate` wrote"):
-        read_results(path)
-    with pytest.raises(ValueError, match=r"none\.json holds no results"):
-        read_results(tmp_path / "none.json")
-
-
 def test_metrics_that_lack_their_features_say_what_to_keep() -> None:
     rows, moments = Features(count=9, rows=features(1, 9)), Features(count=9, statistics=statistics_of(features(1, 9)))
-    with pytest.raises(ValueError, match="needs the moments of both sides"):
-        measurement((Frechet(),)).values(rows)
-    with pytest.raises(ValueError, match="needs the features of both sides"):
-        measurement((Recall(),)).values(moments)
-    with pytest.raises(ValueError, match="keep the rows"):
-        measurement((ClassifierScore(),)).values(moments)
+    with pytest.raises(ValueError, match="needs mean and covariance, and they were not kept: set its moments to True"):
+        values(rows, rows, (Frechet(),))
+    for metric in (Recall(), ClassifierScore()):
+        with pytest.raises(ValueError, match="needs the features themselves, and they were not kept: set its rows"):
+            values(moments, moments, (metric,))
 
 
 def test_a_share_of_none_claims_no_certainty() -> None:
-    (share,) = measurement((Nearest(),)).values(kept(features(5, 30)))
+    (share,) = values(kept(features(5, 30)), kept(features(0, 40)), (Nearest(),))
     assert share.value == 0
     assert share.standard_error is None
 
@@ -211,7 +162,7 @@ def test_the_commit_is_gits_and_says_whether_files_were_changed(
     git("init", "-q")
     monkeypatch.setattr("stablefield.__file__", str(package / "__init__.py"))
     # Inside a repository, but not of it.
-    monkeypatch.setattr(commit, "_installed_commit", lambda: None)
+    monkeypatch.setattr(protocol, "_installed_commit", lambda: None)
     assert running_commit().startswith("version ")
     git("add", "-A")
     git("commit", "-qm", "x")

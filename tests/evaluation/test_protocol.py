@@ -4,8 +4,7 @@ import warnings
 
 import pytest
 
-from stablefield.evaluation.protocol import Protocol, ProtocolWarning, differences
-from stablefield.evaluation.result import Result, compare
+from stablefield.evaluation.protocol import Protocol, ProtocolWarning, Score, compare_scores, differences
 
 PROTOCOL = Protocol(
     metric="KID",
@@ -46,9 +45,9 @@ CHANGES = {
 MADE = {"seeds", "sampler", "steps", "nfe", "ema", "commit"}
 
 
-def result(*values: float, **changes: object) -> Result:
+def result(*values: float, **changes: object) -> Score:
     protocol = dataclasses.replace(PROTOCOL, **changes)
-    return Result(values=values, protocol=dataclasses.replace(protocol, seeds=protocol.seeds[: len(values)]))
+    return Score(values=values, protocol=dataclasses.replace(protocol, seeds=protocol.seeds[: len(values)]))
 
 
 def test_the_record_survives_json() -> None:
@@ -72,7 +71,9 @@ def test_a_change_in_any_field_is_a_difference_and_a_warning(field: str) -> None
     assert found.field == ("settings.subsets" if field == "settings" else field)
     assert found.comparable == (field in MADE)
     with pytest.warns(ProtocolWarning, match=found.field) as caught:
-        comparison = compare(Result(values=(1.0,) * 3, protocol=PROTOCOL), Result(values=(2.0,) * 3, protocol=other))
+        comparison = compare_scores(
+            Score(values=(1.0,) * 3, protocol=PROTOCOL), Score(values=(2.0,) * 3, protocol=other)
+        )
     assert comparison.comparable == (field in MADE)
     assert ("means nothing" in str(caught[0].message)) == (field not in MADE)
     assert comparison.difference == -1
@@ -101,7 +102,7 @@ def test_a_setting_that_one_side_lacks_is_a_difference() -> None:
 def test_equal_protocols_are_compared_in_silence() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        comparison = compare(result(3.0), result(1.0))
+        comparison = compare_scores(result(3.0), result(1.0))
     assert comparison.difference == 2.0
     assert comparison.comparable
     assert comparison.differences == ()
@@ -115,8 +116,8 @@ def test_repeats_give_minimum_mean_and_spread() -> None:
 
 def test_a_result_survives_json_with_its_summary() -> None:
     three = dataclasses.replace(result(2.5, 2.0, 2.4), standard_error=0.1)
-    assert Result.from_json(three.to_json()) == three
-    record = json.loads(three.to_json())
+    assert Score.from_dict(json.loads(json.dumps(three.to_dict()))) == three
+    record = three.to_dict()
     assert (record["minimum"], record["spread"]) == (2.0, 0.5)
 
 
@@ -145,7 +146,7 @@ def test_records_of_other_versions_are_refused() -> None:
     with pytest.raises(ValueError, match=r"incomplete: .*resize"):
         Protocol.from_dict(record)
     with pytest.raises(ValueError, match="must hold values and a protocol"):
-        Result.from_json("{}")
+        Score.from_dict({})
     with pytest.raises(ValueError, match="not a JSON object"):
         Protocol.from_json("[]")
 
@@ -154,6 +155,6 @@ def test_results_without_a_number_or_with_stray_seeds_are_refused() -> None:
     with pytest.raises(ValueError, match="values holds nan"):
         result(float("nan"))
     with pytest.raises(ValueError, match="values is empty"):
-        Result(values=(), protocol=PROTOCOL)
+        Score(values=(), protocol=PROTOCOL)
     with pytest.raises(ValueError, match="2 values, but 3 ranges of seeds"):
-        Result(values=(1.0, 2.0), protocol=PROTOCOL)
+        Score(values=(1.0, 2.0), protocol=PROTOCOL)

@@ -6,12 +6,11 @@ import torch
 from safetensors.torch import save_file
 
 from stablefield.data.digits import open_digits
+from stablefield.evaluation.extraction import ExtractorPass
 from stablefield.evaluation.extractor import RawPixels
-from stablefield.evaluation.feature_pass import Lens
-from stablefield.evaluation.protocol import Protocol, ProtocolWarning
-from stablefield.evaluation.reference import DamagedCacheWarning, ReferenceSet, measure_reference
-from stablefield.evaluation.reference_cache import load_statistics, save_statistics
-from stablefield.evaluation.statistics import Statistics, statistics_of
+from stablefield.evaluation.features import Statistics, statistics_of
+from stablefield.evaluation.protocol import DamagedCacheWarning, Protocol, ProtocolWarning
+from stablefield.evaluation.reference import ReferenceSet, load_tensors, measure_reference, save_tensors
 
 PROTOCOL = Protocol(
     metric="FID",
@@ -32,6 +31,15 @@ PROTOCOL = Protocol(
 
 def statistics() -> Statistics:
     return statistics_of(torch.randn(40, 6, generator=torch.Generator().manual_seed(0)))
+
+
+def save_statistics(path: Path, found: Statistics, protocol: Protocol) -> None:
+    save_tensors(path, {"mean": found.mean, "covariance": found.covariance}, found.count, protocol)
+
+
+def load_statistics(path: Path, expected: Protocol) -> Statistics:
+    mean, covariance = load_tensors(path, ("mean", "covariance"), expected)
+    return Statistics(count=expected.reference_count, mean=mean, covariance=covariance)
 
 
 def test_statistics_come_back_to_the_bit(tmp_path: Path) -> None:
@@ -129,19 +137,19 @@ def test_a_flipped_bit_anywhere_in_kept_statistics_is_found(tmp_path: Path) -> N
 
 def test_a_damaged_cache_is_named_and_made_anew(tmp_path: Path) -> None:
     whole = ReferenceSet(images=open_digits(), split="train", count=50)
-    lens = Lens(extractor=RawPixels((1, 8, 8)))
-    first = measure_reference(whole, lens, batch=50, cache=tmp_path).features
+    wanted = ExtractorPass(extractor=RawPixels((1, 8, 8)))
+    first = measure_reference(whole, wanted, batch=50, cache=tmp_path)
     kept = sorted(tmp_path.iterdir())
     assert len(kept) == 2
     for path in kept:
         content = path.read_bytes()
         path.write_bytes(content[:-3] + bytes([content[-3] ^ 4]) + content[-2:])
         with pytest.warns(DamagedCacheWarning, match=rf"{path.name} is damaged: .* made anew now"):
-            again = measure_reference(whole, lens, batch=50, cache=tmp_path).features
+            again = measure_reference(whole, wanted, batch=50, cache=tmp_path)
         assert torch.equal(again.rows, first.rows)
         assert torch.equal(again.statistics.covariance, first.statistics.covariance)
         # Warnings are errors here: what was made anew is taken without one.
-        measure_reference(whole, lens, batch=50, cache=tmp_path)
+        measure_reference(whole, wanted, batch=50, cache=tmp_path)
 
 
 def test_statistics_of_a_part_of_the_reference_set_are_refused(tmp_path: Path) -> None:

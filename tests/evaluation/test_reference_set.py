@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from stablefield.data.digits import open_digits
-from stablefield.evaluation.feature_pass import Lens
-from stablefield.evaluation.protocol import ProtocolWarning
-from stablefield.evaluation.random_convolutions import RandomConvolutions
-from stablefield.evaluation.reference import DamagedCacheWarning, ReferenceSet, measure_reference
+from stablefield.evaluation.extraction import ExtractorPass
+from stablefield.evaluation.extractor import RandomConvolutions
+from stablefield.evaluation.protocol import DamagedCacheWarning, ProtocolWarning
+from stablefield.evaluation.reference import ReferenceSet, measure_reference
 
 DIGITS = open_digits()
 
@@ -25,17 +25,18 @@ class Counting(RandomConvolutions):
 
 
 def test_features_are_computed_once_and_kept_with_their_record(tmp_path: Path) -> None:
-    wanted = ReferenceSet(images=DIGITS, split="train", count=50)
+    chosen = ReferenceSet(images=DIGITS, split="train", count=50)
     net = Counting()
-    first = measure_reference(wanted, Lens(extractor=net), batch=16, cache=tmp_path, commit="a")
-    again = measure_reference(wanted, Lens(extractor=net), batch=16, cache=tmp_path, commit="a")
+    first = measure_reference(chosen, ExtractorPass(extractor=net), batch=16, cache=tmp_path, commit="a")
+    again = measure_reference(chosen, ExtractorPass(extractor=net), batch=16, cache=tmp_path, commit="a")
     assert net.seen == 50
-    assert first.features.rows is not None
-    assert again.features.statistics is not None
-    assert torch.equal(again.features.rows, first.features.rows)
-    assert torch.equal(again.features.statistics.covariance, first.features.statistics.covariance)
-    assert (again.name, again.split) == ("digits", "train, 50 of 1797 (seed 0)")
-    assert again.sha256 == DIGITS.manifest["sha256"]
+    assert first.rows is not None
+    assert again.statistics is not None
+    assert torch.equal(again.rows, first.rows)
+    assert torch.equal(again.statistics.covariance, first.statistics.covariance)
+    record = chosen.protocol(net)
+    assert (record.reference, record.split) == ("digits", "train, 50 of 1797 (seed 0)")
+    assert record.reference_sha256 == DIGITS.manifest["sha256"]
 
 
 @pytest.mark.parametrize(
@@ -50,58 +51,58 @@ def test_features_are_computed_once_and_kept_with_their_record(tmp_path: Path) -
 def test_what_was_kept_of_something_else_is_not_used(
     tmp_path: Path, other: tuple[ReferenceSet, RandomConvolutions]
 ) -> None:
-    wanted = ReferenceSet(images=DIGITS, split="train", count=50)
-    measure_reference(wanted, Lens(extractor=RandomConvolutions(0)), batch=16, cache=tmp_path)
-    got = measure_reference(other[0], Lens(extractor=other[1]), batch=16, cache=tmp_path).features
-    expected = measure_reference(other[0], Lens(extractor=other[1]), batch=16).features
+    chosen = ReferenceSet(images=DIGITS, split="train", count=50)
+    measure_reference(chosen, ExtractorPass(extractor=RandomConvolutions(0)), batch=16, cache=tmp_path)
+    got = measure_reference(other[0], ExtractorPass(extractor=other[1]), batch=16, cache=tmp_path)
+    expected = measure_reference(other[0], ExtractorPass(extractor=other[1]), batch=16)
     assert got.rows is not None
     assert torch.equal(got.rows, expected.rows)
     assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_features_of_another_commit_are_used_with_a_warning(tmp_path: Path) -> None:
-    wanted, net = ReferenceSet(images=DIGITS, split="train", count=50), Counting()
-    measure_reference(wanted, Lens(extractor=net), batch=16, cache=tmp_path, commit="a")
+    chosen, net = ReferenceSet(images=DIGITS, split="train", count=50), Counting()
+    measure_reference(chosen, ExtractorPass(extractor=net), batch=16, cache=tmp_path, commit="a")
     with pytest.warns(ProtocolWarning, match="commit: 'a' against 'b'"):
-        measure_reference(wanted, Lens(extractor=net), batch=16, cache=tmp_path, commit="b")
+        measure_reference(chosen, ExtractorPass(extractor=net), batch=16, cache=tmp_path, commit="b")
     assert net.seen == 50
 
 
 def test_damaged_files_are_made_again_and_a_missing_half_too(tmp_path: Path) -> None:
-    wanted, net = ReferenceSet(images=DIGITS, split="train", count=50), Counting()
-    measure_reference(wanted, Lens(extractor=net, rows=False), batch=16, cache=tmp_path)
-    measure_reference(wanted, Lens(extractor=net), batch=16, cache=tmp_path)
+    chosen, net = ReferenceSet(images=DIGITS, split="train", count=50), Counting()
+    measure_reference(chosen, ExtractorPass(extractor=net, rows=False), batch=16, cache=tmp_path)
+    measure_reference(chosen, ExtractorPass(extractor=net), batch=16, cache=tmp_path)
     assert net.seen == 100
     for path in tmp_path.iterdir():
         path.write_bytes(path.read_bytes()[:-8])
     with pytest.warns(DamagedCacheWarning, match="delete it and compute them again"):
-        measure_reference(wanted, Lens(extractor=net), batch=16, cache=tmp_path)
+        measure_reference(chosen, ExtractorPass(extractor=net), batch=16, cache=tmp_path)
     assert net.seen == 150
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        measure_reference(wanted, Lens(extractor=net), batch=16, cache=tmp_path)
+        measure_reference(chosen, ExtractorPass(extractor=net), batch=16, cache=tmp_path)
     assert net.seen == 150
 
 
 def test_a_cache_that_cannot_be_written_costs_no_result(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    wanted = ReferenceSet(images=DIGITS, split="train", count=50)
-    lens = Lens(extractor=RandomConvolutions())
-    assert measure_reference(wanted, lens, batch=16, cache=tmp_path / "file" / "x").features.count == 50
+    chosen = ReferenceSet(images=DIGITS, split="train", count=50)
+    wanted = ExtractorPass(extractor=RandomConvolutions())
+    assert measure_reference(chosen, wanted, batch=16, cache=tmp_path / "file" / "x").count == 50
 
 
 def test_a_subset_is_drawn_without_replacement_over_the_whole_set() -> None:
-    wanted = ReferenceSet(images=DIGITS, split="train", count=600)
-    rows = wanted.rows
+    chosen = ReferenceSet(images=DIGITS, split="train", count=600)
+    rows = chosen.rows
     assert len(set(rows.tolist())) == 600
     assert (np.diff(rows) > 0).all()
     # Uniform over a set in order: the mean of 600 of 1,797 places, within 4 of its standard errors.
     assert abs(rows.mean() - 898) < 4 * 1797 / np.sqrt(12 * 600)
-    assert np.array_equal(replace(wanted).rows, rows)
+    assert np.array_equal(replace(chosen).rows, rows)
     assert np.array_equal(ReferenceSet(images=DIGITS, split="train").rows, np.arange(1797))
 
 
 @pytest.mark.parametrize("count", [0, 1, 1798])
 def test_more_images_than_there_are_is_refused(count: int) -> None:
-    with pytest.raises(ValueError, match=f"{count} reference images are wanted, and digits has 1797"):
+    with pytest.raises(ValueError, match=f"references={count}: digits has 1797 images"):
         ReferenceSet(images=DIGITS, split="train", count=count)

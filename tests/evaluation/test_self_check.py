@@ -6,13 +6,8 @@ from torch import Tensor
 from stablefield.data.digits import open_digits
 from stablefield.data.image_set import Origin, make_image_set
 from stablefield.evaluation.extractor import RawPixels
-from stablefield.evaluation.frechet import (
-    distance_between,
-    fit_features,
-    fit_moments,
-    frechet_distance,
-    frechet_distance_from_features,
-)
+from stablefield.evaluation.features import fit_features, fit_moments
+from stablefield.evaluation.fid import distance_between, frechet_distance, frechet_distance_from_features
 from stablefield.evaluation.self_check import SelfCheck, jackknife_error
 
 DIGITS = open_digits()

@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 import stablefield as sf
 from stablefield.cli.entry import main
 from stablefield.data.digits import open_digits
-from stablefield.evaluation.protocol import Protocol
-from stablefield.evaluation.result import Result
+from stablefield.evaluation.protocol import Protocol, Score
 from stablefield.interop import source_bundle
 from stablefield.interop.model_card import ModelCard
 from stablefield.interop.pipeline_folder import write_pipeline
@@ -257,7 +256,7 @@ def test_export_writes_a_pipeline_with_samples_and_a_card(run: Path, tmp_path: P
         ema="half-life",
     )
     (run / "evaluations").mkdir(exist_ok=True)
-    record = {"format": 1, "subject": "x", "results": [Result(values=(1.25, 1.5), protocol=protocol).to_dict()]}
+    record = {"format": 1, "subject": "x", "results": [Score(values=(1.25, 1.5), protocol=protocol).to_dict()]}
     (run / "evaluations" / "pixels.json").write_text(json.dumps(record))
     out = tmp_path / "pipe"
     assert status("export", run, "--out", out, "--samples", 20, "--steps", 2) == 0

@@ -10,8 +10,7 @@ import torch
 from markdown_it import MarkdownIt
 
 from stablefield.cli.entry import main
-from stablefield.evaluation.protocol import Protocol
-from stablefield.evaluation.result import Result
+from stablefield.evaluation.protocol import Protocol, Score
 from stablefield.interop.model_card import ModelCard, public_name, results_of_run
 from stablefield.training.recipe import Recipe
 
@@ -43,7 +42,7 @@ def protocol(**changes) -> Protocol:
 
 
 def card(name: str = "m", data: str = "digits", **changes) -> str:
-    results = (Result(values=(1.0,), protocol=protocol(**changes)),)
+    results = (Score(values=(1.0,), protocol=protocol(**changes)),)
     sizes = {"shape": (1, 8, 8), "classes": 0, "parameters": 3}
     return ModelCard(
         name=name, data=data, recipe=Recipe(), step=9, ema="none", version="1", results=results, **sizes
@@ -179,7 +178,7 @@ ODD = [
 def test_results_of_wrong_types_are_told_of_by_their_file_or_shown(tmp_path: Path) -> None:
     path = tmp_path / "evaluations" / "pixels.json"
     path.parent.mkdir()
-    made = Result(
+    made = Score(
         values=(1.0, 2.0), protocol=protocol(seeds=("0-1", "2-3"), settings={"k": 3}, steps=3, nfe=5.0, ema="x")
     )
     record = {"format": 1, "subject": "x", "results": [made.to_dict()]}

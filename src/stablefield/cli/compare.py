@@ -28,7 +28,7 @@ from stablefield.cli.recipes import RecipeName, chosen
 from stablefield.cli.settling import opening_of, pick_device
 from stablefield.cli.words import flags_of
 from stablefield.data.image_set import ImageSet, class_text
-from stablefield.evaluation.names import frechet_name
+from stablefield.evaluation.fid import frechet_name
 from stablefield.probing.fit import Optimum
 from stablefield.report import write_page
 from stablefield.report.extra import require

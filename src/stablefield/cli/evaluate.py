@@ -1,23 +1,46 @@
 """`stablefield evaluate RUN_OR_IMAGES --data DATA`: numbers of samples, each with its protocol."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import torch
 import tyro
+from rich.markup import escape
+from torch import Tensor
 
 from stablefield.cli.console import console, relative
-from stablefield.cli.evaluation_flags import EvaluationFlags
-from stablefield.cli.results import print_against, print_results
-from stablefield.evaluation.page import Earlier, evaluation_page
+from stablefield.cli.drawing import DrawingFlags, Model
+from stablefield.cli.extractors import ExtractorFlags
+from stablefield.cli.places import check_folder, check_free, check_place, unused
+from stablefield.cli.sample import own_device
+from stablefield.cli.settling import pick_device
+from stablefield.cli.sources import open_data
+from stablefield.cli.usage import as_flags
+from stablefield.cli.words import duration
+from stablefield.cli.work import Work
+from stablefield.data.image_set import ImageSet
+from stablefield.data.resizing import Resize
+from stablefield.evaluation.evaluate import DEFAULT_METRICS, METRICS, check_counts, evaluate
 from stablefield.evaluation.processes import Processes
-from stablefield.evaluation.result import Result
-from stablefield.evaluation.result_file import read_results, write_results
-from stablefield.report.render import write_page
+from stablefield.evaluation.protocol import DamagedCacheWarning, ProtocolWarning
+from stablefield.evaluation.result import Evaluation
+from stablefield.report.extra import require
+from stablefield.sampling.samples import Drawing
+from stablefield.training.run_folder import RunConfig
+from stablefield.training.run_samples import RunSamples, data_of
 
 if TYPE_CHECKING:
-    from stablefield.cli.measuring import Measured
+    MetricName = str
+    from stablefield.evaluation.time_estimate import TimeEstimate
+else:
+    MetricName = tyro.extras.literal_type_from_choices(METRICS)
 
 __all__ = ["Evaluate"]
+
+_FLAGS = {"count": "--samples", "seed": "--first-seed", "batch": "--feature-batch"}
 
 
 @dataclass(frozen=True)
@@ -27,45 +50,211 @@ class Evaluate:
     Started by torchrun or `accelerate launch`, the processes share the images; the numbers are the same.
     """
 
-    flags: Annotated[EvaluationFlags, tyro.conf.arg(name="")]
-    """What is measured, and how."""
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_IMAGES")]
+    """A run's folder, or images: whatever DATA may be, such as a folder, a .zip or an .npz file."""
+    metrics: tuple[MetricName, ...] = DEFAULT_METRICS
+    """Which numbers. frechet is FID, kernel KID with inception; nearest is memorisation, in pixels."""
+    samples: int | None = None
+    """How many samples for each number: 5,000 of a run by default, all of given images. Published FIDs take 50,000."""
+    repeats: int = 1
+    """Measure so often, each time on other samples; 3 gives minimum, mean and spread as the literature does."""
+    first_seed: int = 0
+    """Seed of the first sample; the others follow it."""
+    images_split: Literal["train", "test"] = "train"
+    """Which part of RUN_OR_IMAGES, where images have several."""
+    against: Path | None = None
+    """An earlier result file to compare with."""
+    out: Path | None = None
+    """The result file, JSON; RUN/evaluations/NAME.json, or evaluation.json here."""
+    report: Path | None = None
+    """An HTML page with the numbers, some images and every protocol, such as report.html."""
+    overwrite: bool = False
+    """Replace --out and --report if they exist."""
+    feature_batch: int = 64
+    """Images at a time in the extractor."""
+    device: str = ""
+    """Where to compute; a GPU if there is one."""
+    data: str = ""
+    """Real images to measure against: as for train. By default those that the run was trained on."""
+    split: Literal["train", "test"] = "train"
+    """Which part of them, where there are several."""
+    references: int | None = None
+    """How many of them, drawn at random; all by default."""
+    held_out: str = ""
+    """Real images that were not trained on, to compare nearest with; by default the test part of --data, if any."""
+    resolution: int | None = None
+    """Bring real images to this many pixels a side; as in the run's training by default."""
+    resize: Resize = "crop"
+    """Cut them to the largest centred square first, or take the whole image."""
+    cache: Path | None = None
+    """Where features of real images are kept; the user's cache folder by default."""
+    no_cache: bool = False
+    """Neither use nor keep them."""
+    extractor: Annotated[ExtractorFlags, tyro.conf.arg(name="")] = field(default_factory=ExtractorFlags)
+    """What looks at the images."""
+    drawing: Annotated[DrawingFlags, tyro.conf.arg(name="")] = field(default_factory=DrawingFlags)
+    """How a run's samples are drawn."""
 
     def run(self) -> int:
         """Measure, print a table and write the results."""
-        flags = self.flags
-        flags.check()
-        earlier = None if flags.against is None else read_results(flags.against)[1]
+        self._check()
+        earlier = None if self.against is None else replace(Evaluation.load(self.against), name=relative(self.against))
         with Processes() as processes:
             console.quiet = not processes.first
             try:
-                # Imported here: it needs torchmetrics, which the other verbs do not.
-                from stablefield.cli.measuring import measure
-
-                measured = measure(flags, processes)
+                found = self._evaluate()
                 if processes.first:
-                    self._tell(measured, earlier)
+                    self._finish(found if earlier is None else found.compare(earlier))
+            except ValueError as error:
+                raise ValueError(as_flags(str(error), _FLAGS)) from error
             finally:
                 console.quiet = False
         return 0
 
-    def _tell(self, measured: "Measured", earlier: list[Result] | None) -> None:
-        flags, results = self.flags, measured.results
-        print_results(results)
-        if earlier is not None and flags.against is not None:
-            print_against(results, earlier, relative(flags.against))
-        out = write_results(flags.place(), flags.subject, results)
-        console.print(f"written: {relative(out)}")
-        if flags.report is None:
-            return
-        beside = None if earlier is None else Earlier(name=str(flags.against), results=tuple(earlier))
-        footer = f"Made by stablefield evaluate {flags.subject}."
-        page = evaluation_page(
-            flags.subject,
-            results,
-            images=measured.images,
-            labels=measured.labels,
-            class_names=measured.class_names,
-            earlier=beside,
-            footer=footer,
-        )
-        console.print(f"report:  {relative(write_page(page, flags.report))}")
+    def _check(self) -> None:
+        """Find out before anything is computed whether the flags fit together, and the results can be written."""
+        self.drawing.check()
+        self.extractor.check()
+        if self.report is not None:
+            require("jinja2", "--report")
+        for flag, place in (("--report", self.report), ("--out", self.out)):
+            if place is None:
+                continue
+            if not place.is_dir():
+                check_free(flag, place, overwrite=self.overwrite)
+            check_place(flag, place)
+        if self.out is None:
+            check_folder("--out", self._place().parent)
+        check_counts([METRICS[name] for name in self.metrics], self.samples, self.references)
+
+    def _evaluate(self) -> Evaluation:
+        device = pick_device(own_device(self.device))
+        with Work() as work, warnings.catch_warnings():
+            warnings.simplefilter("always", ProtocolWarning)
+            warnings.simplefilter("always", DamagedCacheWarning)
+            warnings.showwarning = _print_warning
+            samples, data = self._run_samples(device) if self._is_run else self._images()
+            shape = samples.shape
+            return evaluate(
+                samples,
+                data=data,
+                metrics=self.metrics,
+                extractor=self.extractor.open(shape, device) if self._uses("extractor") else None,
+                classifier=self.extractor.open_classifier(device),
+                count=None if self._is_run else self.samples,
+                references=self.references,
+                split=self.split,
+                held_out=open_data(self.held_out, self.resolution, self.resize) if self.held_out else None,
+                repeats=self.repeats,
+                seed=self.first_seed,
+                device=device,
+                batch=self.feature_batch,
+                cache=False if self.no_cache else self.cache or True,
+                progress=lambda report: work(report.stage, report.done, report.total),
+                on_estimate=_print_estimate,
+            )
+
+    def _uses(self, what: str) -> bool:
+        return any(METRICS[name].reads == what for name in self.metrics if name in METRICS)
+
+    def _run_samples(self, device: torch.device) -> tuple[RunSamples, Callable[[str], ImageSet]]:
+        """The run's samples, and real images brought to their size as in its training unless the flags say otherwise."""
+        model = self.drawing.open(Path(self.source), device)
+        config = model.own.config
+        count = 5000 if self.samples is None else self.samples
+        samples = RunSamples(_Sampler(self.drawing, model, device), self.source, count, self.first_seed)
+        name = self.data or data_of(config)
+        as_trained = config.opening if self.resolution is None else {}
+        chosen = as_trained or {"resolution": self.resolution, "resize": self.resize}
+        return samples, lambda split: open_data(name, split=split, **chosen)
+
+    def _images(self) -> tuple[ImageSet, Callable[[str], ImageSet]]:
+        source = self.source
+        if not (Path(source).exists() or source == "digits" or source.startswith("hf:")):
+            raise ValueError(
+                f"RUN_OR_IMAGES is {source}, and there is no such file or folder: name a run (a folder with config.json) or "
+                "images."
+            )
+        if not self.data:
+            raise ValueError("--data is missing: name the real images to measure against, such as --data digits.")
+        images = open_data(source, split=self.images_split)
+        return images, lambda split: open_data(self.data, self.resolution, self.resize, split)
+
+    def _finish(self, found: Evaluation) -> None:
+        console.print(found.table(), markup=False)
+        for line in found.protocol_lines():
+            console.print(line, style="dim", markup=False)
+        for note in found.notes():
+            console.print(f"[yellow]note:[/] {escape(note)}")
+        if found.earlier is not None:
+            console.print(found.comparison_table(), markup=False)
+        console.print(f"written: {relative(found.save(self._place()))}")
+        if self.report is not None:
+            console.print(f"report:  {relative(found.save(self.report))}")
+
+    @property
+    def _is_run(self) -> bool:
+        return (Path(self.source) / "config.json").is_file()
+
+    def _place(self) -> Path:
+        """Where the results go: --out, or a name that is not taken."""
+        if self.out is not None:
+            return self.out
+        folder = Path(self.source) / "evaluations" if self._is_run else Path()
+        name = f"{self.extractor.extractor}-{self.drawing.sampler}" if self._is_run else "evaluation"
+        return unused(folder / f"{name}.json")
+
+
+@dataclass(frozen=True)
+class _Sampler:
+    """What the flags say of a run's samples, as `RunSamples` asks for it."""
+
+    flags: DrawingFlags
+    model: Model
+    device: torch.device
+
+    @property
+    def config(self) -> RunConfig:
+        return self.model.own.config
+
+    @property
+    def ema(self) -> str:
+        return self.model.ema
+
+    @property
+    def batch(self) -> int:
+        return self.flags.batch
+
+    @property
+    def coupled(self) -> bool:
+        return self.flags.coupled
+
+    @property
+    def steps_taken(self) -> int | None:
+        return self.flags.steps_taken
+
+    @property
+    def calls(self) -> int:
+        return self.flags.calls
+
+    def describe(self) -> str:
+        return self.flags.describe(self.config)
+
+    def labels(self, seeds: Tensor) -> Tensor | None:
+        return self.flags.labels(seeds, self.config)
+
+    def drawing(self, progress: Callable[[float], object] | None) -> Drawing:
+        return self.flags.drawing(self.model, self.device, progress)
+
+
+def _print_estimate(estimate: "TimeEstimate") -> None:
+    """Say how long it takes from here."""
+    named = ((estimate.sampling, "drawing"), (estimate.features, "features"), (estimate.metrics, "metrics"))
+    parts = [f"{duration(seconds)} of {what}" for seconds, what in named if seconds >= 1]
+    known = f": {', '.join(parts)}" if len(parts) > 1 else ""
+    console.print(f"takes about {duration(estimate.total)} from here{known}")
+
+
+def _print_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    remedy = " To make it anew: --no-cache, or delete the file." if issubclass(category, ProtocolWarning) else ""
+    console.print(f"[yellow]warning:[/] {escape(str(message))}{remedy}")

@@ -6,11 +6,17 @@ from typing import Literal
 
 import torch
 
-from stablefield.evaluation.extractor import Extractor, RawPixels
+from stablefield.evaluation.extractor import Extractor, RandomConvolutions, RawPixels
 from stablefield.evaluation.inception import Inception
-from stablefield.evaluation.random_convolutions import RandomConvolutions
-from stablefield.evaluation.resize import AntialiasedBicubic, KeepSize, Resize, TensorFlowBilinear
-from stablefield.evaluation.torchscript import Channels, TorchScriptExtractor, dinov2
+from stablefield.evaluation.torchscript import (
+    AntialiasedBicubic,
+    Channels,
+    KeepSize,
+    Resize,
+    TensorFlowBilinear,
+    TorchScriptExtractor,
+    dinov2,
+)
 
 __all__ = ["ExtractorFlags"]
 

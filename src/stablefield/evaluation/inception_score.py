@@ -12,6 +12,7 @@ References:
     section 4.
 """
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor
 
 from stablefield.evaluation.features import checked, in_float64
+from stablefield.evaluation.metric import HIGHER, Metric, MetricInput, Value
 from stablefield.shapes import whole_number
 
-__all__ = ["InceptionScore", "inception_score"]
+__all__ = ["ClassifierScore", "InceptionScore", "inception_score"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,3 +68,31 @@ def inception_score(probabilities: Tensor, splits: int = 10) -> InceptionScore:
 def _score(p: Tensor) -> Tensor:
     marginal = p.mean(dim=0)
     return torch.exp((torch.xlogy(p, p) - torch.xlogy(p, marginal)).sum(dim=1).mean())
+
+
+@dataclass(frozen=True)
+class ClassifierScore(Metric):
+    """The formula of the Inception Score, on features that are a classifier's logits.
+
+    It is named after the classifier: the Inception Score proper is that of the classifier of 2015, which no file of
+    ours holds.
+    """
+
+    splits: int = 10
+    """Parts that are scored apart."""
+
+    reads = "classifier"
+
+    @property
+    def least(self) -> int:  # noqa: D102
+        return self.splits
+
+    def __call__(self, given: MetricInput) -> tuple[Value, ...]:  # noqa: D102
+        score = inception_score(torch.softmax(given.samples.matrix().double(), dim=1), self.splits)
+        error = score.standard_deviation / math.sqrt(self.splits - 1) if self.splits > 1 else None
+        name = f"classifier score ({given.extractor.name})"
+        settings = {"splits": self.splits}
+        return (Value(name=name, value=score.mean, better=HIGHER, standard_error=error, settings=settings),)
+
+    def cost(self, samples: int, references: int, held_out: int, dim: int) -> tuple[float, float]:  # noqa: ARG002, D102
+        return 0.0, samples

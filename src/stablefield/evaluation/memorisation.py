@@ -20,16 +20,18 @@ References:
     control: a Mann-Whitney comparison of distances to the training set).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stablefield.evaluation.features import checked_pair
+from stablefield.evaluation.metric import LOWER, Metric, MetricInput, Value
 from stablefield.evaluation.neighbours import nearest
 from stablefield.shapes import number
 
-__all__ = ["NearestRatio", "nearest_ratio"]
+__all__ = ["Nearest", "NearestRatio", "nearest_ratio"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,3 +114,36 @@ def _probability_less(a: Tensor, b: Tensor) -> float:
     not_above = torch.searchsorted(ordered, a, side="right").double()
     below = torch.searchsorted(ordered, a, side="left").double()
     return float(1 - (not_above + below).mean() / (2 * len(b)))
+
+
+@dataclass(frozen=True)
+class Nearest(Metric):
+    """Share of samples much nearer to one training image than to any other, with held-out images as the control.
+
+    The references are the whole training set.
+    """
+
+    threshold: float = 1 / 3
+    """Ratio of the two smallest distances below which a sample counts as memorised."""
+
+    reads = "pixels"
+
+    def __call__(self, given: MetricInput) -> tuple[Value, ...]:  # noqa: D102
+        samples, training = given.samples.matrix(), given.references.matrix()
+        found = nearest_ratio(samples, training, given.held_out, threshold=self.threshold)
+        share = found.memorised
+        # Of a share of 0 or 1 the binomial formula would say 0, which is not known.
+        error = math.sqrt(share * (1 - share) / len(samples)) if 0 < share < 1 else None
+        settings = {"threshold": self.threshold}
+        own = Value(name="memorised share", value=share, better=LOWER, standard_error=error, settings=settings)
+        if given.held_out is None or found.held_out_memorised is None or found.closer is None:
+            return (own,)
+        control = {"held_out": len(given.held_out)}
+        chance = Value(
+            name="memorised share of held-out images", value=found.held_out_memorised, settings=settings | control
+        )
+        closer = Value(name="nearer than held-out images", value=found.closer, better="0.5 is ideal", settings=control)
+        return own, chance, closer
+
+    def cost(self, samples: int, references: int, held_out: int, dim: int) -> tuple[float, float]:  # noqa: ARG002, D102
+        return 0.0, (samples + held_out) * references

@@ -1,7 +1,7 @@
 """The processes of one measurement, as torchrun or `accelerate launch` starts them: each does its share of the batches.
 
 They exchange images and features on the host, through gloo, whatever device computes; so the same command works on CPUs,
-and on GPUs of any maker. A program that was started source_only is one process, and nothing is set up.
+and on GPUs of any maker. A program that nobody launched so is one process, and nothing is set up.
 """
 
 import datetime as dt
@@ -54,7 +54,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that tells and writes."""
+        """Whether this is the process that prints and writes."""
         return self.rank == 0
 
     def share(self, items: Sequence[Item]) -> list[Item]:
@@ -86,3 +86,8 @@ class Processes:
     def all(self, each: bool) -> bool:
         """Whether it is true in every process."""
         return self.total(float(each))[0] == self.count
+
+    def from_first(self, text: str) -> str:
+        """What the first process has for `text`."""
+        own = torch.tensor(list(text.encode() if self.first else b""), dtype=torch.uint8)
+        return bytes(self.gathered(own).tolist()).decode()

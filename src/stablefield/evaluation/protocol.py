@@ -1,19 +1,34 @@
-"""The protocol record: what must be known about a number before it is compared with another.
+"""Scores with their protocol: a number never without what must be known before it is compared with another.
 
 Two numbers are comparable if they were measured alike: same metric, extractor, resize rule, sample count, reference
 set. How the samples were made (sampler, steps, NFE, EMA, commit, seeds) may well be what a comparison is about, but it
 must be seen. `differences` therefore lists both kinds, and tells them apart.
+
+The literature often measures three times with fresh seeds and reports the least value; that is lower than the expected
+one, by an amount that grows with the spread. A `Score` holds every repeat, so that minimum, mean and spread can all be
+printed.
 """
 
 import dataclasses
+import importlib.metadata
 import json
+import math
 import re
+import subprocess
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
 from typing import Any, Self
 
-__all__ = ["REFERENCE_FIELDS", "Difference", "Protocol", "ProtocolWarning", "differences"]
+import stablefield
+
+__all__ = [
+    "REFERENCE_FIELDS", "DamagedCacheWarning", "Difference", "Protocol", "ProtocolWarning", "Score", "ScoreComparison",
+    "compare_scores", "differences", "running_commit",
+]  # fmt: skip
 
 Setting = str | int | float
 
@@ -25,6 +40,10 @@ REFERENCE_FIELDS = (
 
 class ProtocolWarning(UserWarning):
     """Two numbers, or a number and cached statistics, come from different protocols."""
+
+
+class DamagedCacheWarning(UserWarning):
+    """A file of kept features cannot be used and is made anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,3 +197,140 @@ def _check_type(name: str, value: object) -> None:
         good = isinstance(value, str) or (value is None and name in ("sampler", "ema", "commit"))
     if not good:
         raise ValueError(f"protocol field {name} is {value!r}: it has the wrong type (seeds: a tuple of strings).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One metric's values, one per repeat, and their protocol.
+
+    Raises:
+        ValueError: if there are no values, one is not finite, or there is not one range of seeds per value.
+    """
+
+    values: tuple[float, ...]
+    """One value per repeat, each on `protocol.sample_count` samples."""
+    protocol: Protocol
+    """How they were measured."""
+    standard_error: float | None = None
+    """Standard error of one value, where the metric gives one."""
+    better: str = ""
+    """Which direction is better, in words; empty where neither is, or where it is not known."""
+
+    def __post_init__(self) -> None:
+        if not self.values:
+            raise ValueError("values is empty: a score has at least one.")
+        for value in self.values:
+            if not math.isfinite(value):
+                raise ValueError(f"values holds {value}: a score is finite; look for what made it otherwise.")
+        seeds = self.protocol.seeds
+        if seeds and len(seeds) != len(self.values):
+            raise ValueError(f"{len(self.values)} values, but {len(seeds)} ranges of seeds: pass one range per repeat.")
+
+    @property
+    def minimum(self) -> float:
+        """The least value: what is often reported of three."""
+        return min(self.values)
+
+    @property
+    def mean(self) -> float:
+        """The mean of the values."""
+        return fmean(self.values)
+
+    @property
+    def spread(self) -> float:
+        """Greatest minus least value; 0 for one repeat."""
+        return max(self.values) - min(self.values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The score as plain objects, with its summary, for JSON."""
+        return {
+            "values": list(self.values),
+            "minimum": self.minimum,
+            "mean": self.mean,
+            "spread": self.spread,
+            "standard_error": self.standard_error,
+            "better": self.better,
+            "protocol": self.protocol.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`; the summary is computed anew.
+
+        Raises:
+            ValueError: if values or protocol are missing or not valid.
+        """
+        values, protocol, error = record.get("values"), record.get("protocol"), record.get("standard_error")
+        if not isinstance(values, list) or not isinstance(protocol, dict):
+            raise ValueError(f"score record with fields {sorted(record)}: it must hold values and a protocol.")
+        return cls(
+            values=tuple(float(value) for value in values),
+            protocol=Protocol.from_dict(protocol),
+            standard_error=None if error is None else float(error),
+            better=str(record.get("better", "")),  # older files do not say it
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreComparison:
+    """Two scores side by side."""
+
+    difference: float
+    """Mean of the first minus mean of the second."""
+    differences: tuple[Difference, ...]
+    """Fields in which their protocols differ."""
+
+    @property
+    def comparable(self) -> bool:
+        """Whether both were measured alike."""
+        return all(difference.comparable for difference in self.differences)
+
+
+def compare_scores(a: Score, b: Score) -> ScoreComparison:
+    """Compare two scores.
+
+    Warns:
+        ProtocolWarning: if their protocols differ in anything, with the list of differences.
+    """
+    found = differences(a.protocol, b.protocol)
+    forbidding = [str(difference) for difference in found if not difference.comparable]
+    telling = [str(difference) for difference in found if difference.comparable]
+    if found:
+        parts = ["two results with different protocols are compared."]
+        if forbidding:
+            parts.append(f"They were measured differently, so their difference means nothing: {'; '.join(forbidding)}.")
+        if telling:
+            parts.append(f"Their samples were made differently: {'; '.join(telling)}.")
+        warnings.warn(" ".join(parts), ProtocolWarning, stacklevel=2)
+    return ScoreComparison(difference=a.mean - b.mean, differences=found)
+
+
+def running_commit() -> str:
+    """The commit, with "-dirty" if files under the package were changed since; else "version NUMBER"."""
+    package = Path(stablefield.__file__).resolve().parent
+    # Only a checkout whose tracked files these are: the package may lie inside somebody else's repository.
+    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is not None:
+        head = _git(package, "rev-parse", "HEAD")
+        if head:
+            return head + ("-dirty" if _git(package, "status", "--porcelain", "--", ".") else "")
+    return _installed_commit() or f"version {stablefield.__version__}"
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git says, or None if it fails or is not there."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _installed_commit() -> str | None:
+    """The commit that pip notes for a package installed from a repository."""
+    try:
+        text = importlib.metadata.distribution("stablefield").read_text("direct_url.json")
+        return str(json.loads(text)["vcs_info"]["commit_id"]) if text else None
+    except (importlib.metadata.PackageNotFoundError, ValueError, KeyError, TypeError):
+        return None

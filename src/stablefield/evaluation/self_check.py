@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from stablefield.data.image_set import ImageSet
+from stablefield.evaluation.extraction import ExtractorPass
 from stablefield.evaluation.extractor import Extractor
-from stablefield.evaluation.feature_pass import Lens
-from stablefield.evaluation.features import checked, in_float64
-from stablefield.evaluation.frechet import Gaussian, distance_between, fit_features
-from stablefield.evaluation.names import frechet_name
-from stablefield.evaluation.reference import Progress, ReferenceSet, measure_reference
+from stablefield.evaluation.features import Gaussian, checked, fit_features, in_float64
+from stablefield.evaluation.fid import distance_between, frechet_name
+from stablefield.evaluation.reference import ReferenceSet, measure_reference
+from stablefield.progress import Progress
 
 __all__ = ["Reading", "SelfCheck", "check_samples", "jackknife_error"]
 
@@ -88,7 +88,7 @@ class SelfCheck:
         groups: int = 20,
         cache: Path | None = None,
         commit: str | None = None,
-        progress: Progress | None = None,
+        progress: Callable[[Progress], object] | None = None,
     ) -> "SelfCheck":
         """Look at the real images once.
 
@@ -100,20 +100,18 @@ class SelfCheck:
             groups: parts of the jackknife, at least 2.
             cache: folder where features of the real images are kept, as of `measure_reference`.
             commit: of the code that runs, for the record of what is kept there.
-            progress: told of every batch.
+            progress: called after every batch.
 
         Raises:
             ValueError: if there are fewer samples than two a group, or fewer real images than samples.
         """
         check_samples(f"samples={samples}", samples, len(images), groups)
-        lens = Lens(extractor=extractor)
+        wanted = ExtractorPass(extractor=extractor)
         whole = ReferenceSet(images=images, split="train")
-        real = measure_reference(whole, lens, batch=batch, cache=cache, commit=commit, progress=progress)
-        rows, gaussian = real.features.rows, real.gaussian
-        assert rows is not None
-        assert gaussian is not None
+        real = measure_reference(whole, wanted, batch=batch, cache=cache, commit=commit, progress=progress)
+        gaussian = real.gaussian
         part = ReferenceSet(images=images, split="train", count=samples).rows
-        floor = distance_between(fit_features(rows[torch.from_numpy(part)]), gaussian).value
+        floor = distance_between(fit_features(real.matrix()[torch.from_numpy(part)]), gaussian).value
         return cls(
             extractor=extractor,
             reference=gaussian,
@@ -152,7 +150,7 @@ def check_samples(said: str, samples: int, images: int | None = None, groups: in
     """Find out before any work whether a self-check can be made of so many samples.
 
     Args:
-        said: how the number was given, for the error, such as "--samples 10".
+        said: how the number was given, for the error, such as "samples=10".
         samples: how many.
         images: in the data; None while that is not known.
         groups: parts of the jackknife.

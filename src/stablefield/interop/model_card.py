@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stablefield.evaluation.result import Result
-from stablefield.evaluation.result_file import read_results
+from stablefield.evaluation.protocol import Score
+from stablefield.evaluation.result import Evaluation
 from stablefield.interop.inert import plain_text
 from stablefield.training.recipe import Recipe
 
@@ -50,7 +50,7 @@ class ModelCard:
     step: int
     ema: str
     version: str
-    results: Sequence[Result] = ()
+    results: Sequence[Score] = ()
     grid: str | None = None
     pipeline: bool = True
     class_names: Sequence[str] | None = None
@@ -171,13 +171,13 @@ def public_name(name: str) -> str:
     return parts[-1]
 
 
-def results_of_run(path: Path) -> list[Result]:
+def results_of_run(path: Path) -> list[Score]:
     """The results that `stablefield evaluate` left in a run's folder, in the order of their files' names.
 
     Raises:
         ValueError: naming a file that holds no results.
     """
-    return [result for file in sorted((path / "evaluations").glob("*.json")) for result in read_results(file)[1]]
+    return [result for file in sorted((path / "evaluations").glob("*.json")) for result in Evaluation.load(file).scores]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,4 +1,4 @@
-r"""The kernel distance: squared maximum mean discrepancy with a polynomial kernel.
+r"""The kernel distance, squared maximum mean discrepancy with a polynomial kernel: KID, on FID's own Inception.
 
 With $k(x, y) = (x \cdot y / d + 1)^3$ and m rows from each side,
 
@@ -6,7 +6,7 @@ $$ \widehat{\mathrm{MMD}}^2 = \frac{\sum_{i \ne j} k(x_i, x_j)}{m (m - 1)} + \fr
    - \frac{2}{m^2} \sum_{i, j} k(x_i, y_j) , $$
 
 which is unbiased, unlike the Frechet distance, and hence may fall below 0. As in the literature it is averaged over
-random subsets of m rows. On the features of FID's Inception it is called KID; tables often give it times 1,000.
+random subsets of m rows. Tables often give KID times 1,000.
 
 References:
     Binkowski, Sutherland, Arbel, Gretton, "Demystifying MMD GANs", ICLR 2018, section 4.
@@ -14,15 +14,19 @@ References:
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from stablefield.evaluation.extractor import Extractor
 from stablefield.evaluation.features import checked_pair, in_float64
+from stablefield.evaluation.inception import metric_name
+from stablefield.evaluation.metric import LOWER, Metric, MetricInput, Value
 from stablefield.shapes import check_kind, whole_number
 
-__all__ = ["KernelDistance", "kernel_distance"]
+__all__ = ["Kernel", "KernelDistance", "kernel_distance", "kernel_name"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,3 +110,53 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 
 def _kernel_of_itself(x: Tensor) -> Tensor:
     return ((x.square().mean(dim=1) + 1) ** 3).sum()
+
+
+def kernel_name(extractor: Extractor) -> str:
+    """The name of a kernel distance on the features of `extractor`: "KID" on FID's own, see `metric_name`."""
+    return metric_name("KID", "kernel distance", extractor)
+
+
+@dataclass(frozen=True)
+class Kernel(Metric):
+    """Kernel distance with its spread; KID on FID's own Inception."""
+
+    subsets: int = 100
+    """Random subsets."""
+    subset_size: int = 1000
+    """Rows of each side in a subset; half the smaller side if that is less."""
+    seed: int = 0
+    """Of the subsets."""
+
+    @property
+    def least(self) -> int:  # noqa: D102
+        return 4
+
+    def __call__(self, given: MetricInput) -> tuple[Value, ...]:  # noqa: D102
+        a, b = given.samples.matrix(), given.references.matrix()
+        found = kernel_distance(
+            a,
+            b,
+            generator=torch.Generator().manual_seed(self.seed),
+            subsets=self.subsets,
+            subset_size=self._size(len(a), len(b)),
+        )
+        settings = {"subsets": found.subsets, "subset_size": found.subset_size, "seed": self.seed}
+        return (
+            Value(
+                name=kernel_name(given.extractor),
+                value=found.mean,
+                better=LOWER,
+                standard_error=found.standard_error,
+                settings=settings,
+            ),
+        )
+
+    def cost(self, samples: int, references: int, held_out: int, dim: int) -> tuple[float, float]:  # noqa: ARG002, D102
+        return 0.0, self.subsets * self._size(samples, references) ** 2
+
+    def shortened(self) -> Self:  # noqa: D102
+        return replace(self, subsets=2)
+
+    def _size(self, samples: int, references: int) -> int:
+        return min(self.subset_size, samples // 2, references // 2)

@@ -26,27 +26,14 @@ import torch
 from torch import Tensor
 
 from stablefield.evaluation.features import checked_pair
+from stablefield.evaluation.metric import HIGHER, Metric, MetricInput, Value
 from stablefield.evaluation.neighbours import Ball
 from stablefield.shapes import whole_number
 
-__all__ = ["ManifoldScore", "coverage", "density", "precision", "recall"]
+__all__ = ["Coverage", "Density", "Precision", "Recall", "coverage", "density", "precision", "recall"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ManifoldScore:
-    """A precision, recall, density or coverage."""
-
-    value: float
-    """The score."""
-    k: int
-    """Which neighbour the balls reach to."""
-    real: int
-    """Number of real rows."""
-    generated: int
-    """Number of generated rows."""
-
-
-def precision(real: Tensor, generated: Tensor, k: int = 3, *, radii: Tensor | None = None) -> ManifoldScore:
+def precision(real: Tensor, generated: Tensor, k: int = 3, *, radii: Tensor | None = None) -> float:
     """Share of generated rows inside the real manifold.
 
     Args:
@@ -61,29 +48,29 @@ def precision(real: Tensor, generated: Tensor, k: int = 3, *, radii: Tensor | No
             < 1.
     """
     real, generated = _checked(real, generated, k)
-    return ManifoldScore(value=_held(real, generated, k, radii), k=k, real=len(real), generated=len(generated))
+    return _held(real, generated, k, radii)
 
 
-def recall(real: Tensor, generated: Tensor, k: int = 3, *, radii: Tensor | None = None) -> ManifoldScore:
+def recall(real: Tensor, generated: Tensor, k: int = 3, *, radii: Tensor | None = None) -> float:
     """Share of real rows inside the generated manifold; arguments and errors as for `precision`."""
     real, generated = _checked(real, generated, k)
-    return ManifoldScore(value=_held(generated, real, k, radii), k=k, real=len(real), generated=len(generated))
+    return _held(generated, real, k, radii)
 
 
-def density(real: Tensor, generated: Tensor, k: int = 5, *, radii: Tensor | None = None) -> ManifoldScore:
+def density(real: Tensor, generated: Tensor, k: int = 5, *, radii: Tensor | None = None) -> float:
     """Mean number of real balls about a generated row, over k; arguments and errors as for `precision`."""
     real, generated = _checked(real, generated, k)
     count = sum(int(held.sum()) for _, _, held in Ball(real, k, radii).holds(generated))
-    return ManifoldScore(value=count / (k * len(generated)), k=k, real=len(real), generated=len(generated))
+    return count / (k * len(generated))
 
 
-def coverage(real: Tensor, generated: Tensor, k: int = 5, *, radii: Tensor | None = None) -> ManifoldScore:
+def coverage(real: Tensor, generated: Tensor, k: int = 5, *, radii: Tensor | None = None) -> float:
     """Share of real balls with a generated row inside; arguments and errors as for `precision`."""
     real, generated = _checked(real, generated, k)
     covered = torch.zeros(len(real), dtype=torch.bool)
     for rows, _, held in Ball(real, k, radii).holds(generated):
         covered[rows] |= held.any(dim=1).cpu()
-    return ManifoldScore(value=int(covered.sum()) / len(real), k=k, real=len(real), generated=len(generated))
+    return int(covered.sum()) / len(real)
 
 
 def _held(centres: Tensor, points: Tensor, k: int, radii: Tensor | None) -> float:
@@ -100,3 +87,64 @@ def _checked(real: Tensor, generated: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return checked_pair(
         ("real", "generated"), real, generated, k + 1, f"every row must have {k} neighbours of its own set"
     )
+
+
+@dataclass(frozen=True)
+class _OfNeighbours(Metric):
+    k: int
+    """Which neighbour the balls reach to."""
+
+    @property
+    def least(self) -> int:
+        return self.k + 1
+
+    def _value(self, name: str, value: float) -> tuple[Value, ...]:
+        # With closed balls, as earlier versions had them, numbers differ where distances are equal.
+        return (Value(name=name, value=value, better=HIGHER, settings={"k": self.k, "balls": "open"}),)
+
+
+@dataclass(frozen=True)
+class Precision(_OfNeighbours):
+    """Share of samples inside the real manifold."""
+
+    k: int = 3
+
+    def __call__(self, given: MetricInput) -> tuple[Value, ...]:  # noqa: D102
+        samples, real = given.samples, given.references
+        return self._value("precision", precision(real.matrix(), samples.matrix(), self.k, radii=real.radii(self.k)))
+
+
+@dataclass(frozen=True)
+class Recall(_OfNeighbours):
+    """Share of real images inside the samples' manifold."""
+
+    k: int = 3
+
+    def __call__(self, given: MetricInput) -> tuple[Value, ...]:  # noqa: D102
+        samples, real = given.samples, given.references
+        return self._value("recall", recall(real.matrix(), samples.matrix(), self.k, radii=samples.radii(self.k)))
+
+    def cost(self, samples: int, references: int, held_out: int, dim: int) -> tuple[float, float]:  # noqa: ARG002, D102
+        return 0.0, samples * (samples + references)
+
+
+@dataclass(frozen=True)
+class Density(_OfNeighbours):
+    """Real balls about a sample."""
+
+    k: int = 5
+
+    def __call__(self, given: MetricInput) -> tuple[Value, ...]:  # noqa: D102
+        samples, real = given.samples, given.references
+        return self._value("density", density(real.matrix(), samples.matrix(), self.k, radii=real.radii(self.k)))
+
+
+@dataclass(frozen=True)
+class Coverage(_OfNeighbours):
+    """Share of real balls with a sample inside."""
+
+    k: int = 5
+
+    def __call__(self, given: MetricInput) -> tuple[Value, ...]:  # noqa: D102
+        samples, real = given.samples, given.references
+        return self._value("coverage", coverage(real.matrix(), samples.matrix(), self.k, radii=real.radii(self.k)))

@@ -11,19 +11,22 @@ import torch
 from torch import Tensor
 
 from stablefield.data.digits import open_digits
-from stablefield.evaluation.extractor import RawPixels
-from stablefield.evaluation.feature_pass import Batch, Lens, extract, set_batches
-from stablefield.evaluation.random_convolutions import RandomConvolutions
-from stablefield.evaluation.statistics import statistics_of
+from stablefield.evaluation.extraction import Batch, ExtractorPass, extract, image_batches
+from stablefield.evaluation.extractor import RandomConvolutions, RawPixels
+from stablefield.evaluation.features import statistics_of
 
 DIGITS = open_digits().images[:100]
 
 
 def test_a_pass_is_the_extractor_on_all_images_at_once() -> None:
     net, pixels = RandomConvolutions(), RawPixels((1, 8, 8))
-    lenses = [Lens(extractor=net, moments=False), Lens(extractor=pixels), Lens(extractor=net, rows=False)]
+    passes = [
+        ExtractorPass(extractor=net, moments=False),
+        ExtractorPass(extractor=pixels),
+        ExtractorPass(extractor=net, rows=False),
+    ]
     rows = np.arange(3, 100)
-    first, second, third = extract(set_batches(DIGITS, rows, 16), lenses)
+    first, second, third = extract(image_batches(DIGITS, rows, 16), passes)
     whole = torch.from_numpy(DIGITS[3:])
     assert first.count == second.count == third.count == 97
     assert first.statistics is None
@@ -51,22 +54,22 @@ def test_nan_features_name_the_image() -> None:
     with pytest.raises(
         ValueError, match="NaN or infinite features for 1 of a batch of 10, the first for sample 42: look"
     ):
-        extract(set_batches(images, np.arange(100), 10), [Lens(extractor=Broken())], "sample")
+        extract(image_batches(images, np.arange(100), 10), [ExtractorPass(extractor=Broken())], "sample")
 
 
 def test_images_of_another_size_are_refused() -> None:
     with pytest.raises(ValueError, match=r"images have shape .*compare images of one size"):
-        extract(set_batches(DIGITS, np.arange(4), 4), [Lens(extractor=RawPixels((1, 16, 16)))])
+        extract(image_batches(DIGITS, np.arange(4), 4), [ExtractorPass(extractor=RawPixels((1, 16, 16)))])
 
 
 def test_too_few_images_for_moments_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 2 are needed"):
-        extract(set_batches(DIGITS, np.arange(1), 4), [Lens(extractor=RandomConvolutions())])
+        extract(image_batches(DIGITS, np.arange(1), 4), [ExtractorPass(extractor=RandomConvolutions())])
 
 
 def test_an_empty_pass_keeps_no_rows() -> None:
     nothing: Iterator[Batch] = iter(())
-    (features,) = extract(nothing, [Lens(extractor=RandomConvolutions(), moments=False)])
+    (features,) = extract(nothing, [ExtractorPass(extractor=RandomConvolutions(), moments=False)])
     assert features.count == 0
 
 
@@ -74,14 +77,14 @@ PASS = """
 import sys
 import numpy as np, torch
 from stablefield.data.digits import open_digits
-from stablefield.evaluation.feature_pass import Lens, extract, set_batches
+from stablefield.evaluation.extraction import ExtractorPass, extract, image_batches
 from stablefield.evaluation.processes import Processes
-from stablefield.evaluation.random_convolutions import RandomConvolutions
+from stablefield.evaluation.extractor import RandomConvolutions
 
 torch.set_num_threads(1)
 with Processes() as processes:
-    batches = set_batches(open_digits().images, np.arange(50), 16, processes)
-    (features,) = extract(batches, [Lens(extractor=RandomConvolutions())])
+    batches = image_batches(open_digits().images, np.arange(50), 16, processes)
+    (features,) = extract(batches, [ExtractorPass(extractor=RandomConvolutions())])
     told = processes.gathered(torch.full((1 + processes.rank, 2), float(processes.rank)))
     assert told.tolist() == [[r, r] for r in range(processes.count) for _ in range(r + 1)], told
     assert processes.total(1.0, processes.rank) == [processes.count, sum(range(processes.count))]
@@ -101,13 +104,13 @@ def features_of(count: int, out: Path) -> dict[str, np.ndarray]:
         port = free.getsockname()[1]
     started = []
     for rank in range(count):
-        source_only = {
+        place = {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "RANK": str(rank),
             "WORLD_SIZE": str(count),
         }
-        environment = {**os.environ, **source_only, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **place, "OMP_NUM_THREADS": "1"}
         started.append(subprocess.Popen([sys.executable, "-c", PASS, str(out)], env=environment))
     assert [process.wait(timeout=120) for process in started] == [0] * count
     return dict(np.load(out))
@@ -115,12 +118,12 @@ def features_of(count: int, out: Path) -> dict[str, np.ndarray]:
 
 def test_features_and_moments_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     # 4 batches of 16, 16, 16 and 2.
-    (source_only,) = extract(
-        set_batches(open_digits().images, np.arange(50), 16), [Lens(extractor=RandomConvolutions())]
+    (alone,) = extract(
+        image_batches(open_digits().images, np.arange(50), 16), [ExtractorPass(extractor=RandomConvolutions())]
     )
     together = features_of(2, tmp_path / "two.npz")
     assert together["rows"].shape == (50, 112)
-    assert source_only.rows is not None
-    assert source_only.statistics is not None
-    np.testing.assert_allclose(together["rows"], source_only.rows, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(together["covariance"], source_only.statistics.covariance, rtol=1e-4, atol=1e-9)
+    assert alone.rows is not None
+    assert alone.statistics is not None
+    np.testing.assert_allclose(together["rows"], alone.rows, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(together["covariance"], alone.statistics.covariance, rtol=1e-4, atol=1e-9)

@@ -1,4 +1,4 @@
-r"""The Frechet distance between Gaussians fitted to features.
+r"""The Frechet distance between Gaussians fitted to features: FID, on the features of FID's own Inception.
 
 $$ d^2 = |\mu_1 - \mu_2|^2 + \mathrm{Tr}\, C_1 + \mathrm{Tr}\, C_2 - 2\, \mathrm{Tr} (C_1 C_2)^{1/2}. $$
 
@@ -22,17 +22,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stablefield.evaluation.features import checked, checked_pair, in_float64
-from stablefield.shapes import array_of_numbers, check_kind, whole_number
+from stablefield.evaluation.extractor import Extractor
+from stablefield.evaluation.features import Gaussian, checked_pair, fit_features, fit_moments
+from stablefield.evaluation.inception import metric_name
+from stablefield.evaluation.metric import LOWER, Metric, MetricInput, Value
+from stablefield.shapes import check_kind
 
 __all__ = [
+    "Frechet",
     "FrechetDistance",
-    "Gaussian",
     "distance_between",
-    "fit_features",
-    "fit_moments",
     "frechet_distance",
     "frechet_distance_from_features",
+    "frechet_name",
 ]
 
 
@@ -46,62 +48,6 @@ class FrechetDistance:
     """Squared distance of the means."""
     covariance_term: float
     """Tr C1 + Tr C2 - 2 Tr (C1 C2)^(1/2)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gaussian:
-    """A Gaussian in the form that distances are taken in, float64; made once where it is measured against often."""
-
-    mean: Tensor
-    """Shape (d,)."""
-    factor: Tensor
-    """A with A^T A the covariance, shape (r, d), any r."""
-    trace: Tensor
-    """Trace of the covariance, a scalar."""
-
-
-def fit_moments(mean: Tensor, cov: Tensor, number: int = 1) -> Gaussian:
-    """The Gaussian of a mean and a covariance.
-
-    Args:
-        mean: shape (d,).
-        cov: symmetric and positive semidefinite, singular or not, shape (d, d).
-        number: which of two it is, for the errors.
-
-    Raises:
-        ValueError: if shapes do not agree, numbers are not finite, or the covariance is not symmetric or has an
-            eigenvalue that is negative beyond rounding.
-    """
-    whole_number("number", number)
-    mean, cov = array_of_numbers(f"mean{number}", mean), array_of_numbers(f"cov{number}", cov)
-    if mean.device != cov.device:
-        raise ValueError(f"mean{number} is on {mean.device}, cov{number} on {cov.device}: move one of them.")
-    mean, cov = in_float64(mean.detach()), in_float64(cov.detach())
-    if mean.ndim != 1 or len(mean) == 0 or cov.shape != (len(mean), len(mean)):
-        raise ValueError(
-            f"mean{number} has shape {tuple(mean.shape)}, cov{number} {tuple(cov.shape)}: pass means (d,) and covariances "
-            "(d, d), both of one d."
-        )
-    if not (torch.isfinite(mean).all() and torch.isfinite(cov).all()):
-        raise ValueError(
-            f"mean{number} or cov{number} holds NaN or infinite numbers: look for the features they are of."
-        )
-    return Gaussian(mean=mean, factor=_factor(f"cov{number}", cov), trace=cov.trace())
-
-
-def fit_features(features: Tensor) -> Gaussian:
-    """The Gaussian of a feature array, shape (n, d), n >= 2 and perhaps below d (covariance divided by n - 1).
-
-    Raises:
-        ValueError: if the array is no valid feature array or has fewer than 2 rows.
-    """
-    x = in_float64(checked("features", features, 2, "one row has no covariance"))
-    mean = x.mean(dim=0)
-    factor = (x - mean) / (len(x) - 1) ** 0.5
-    trace = factor.square().sum()
-    # R of QR has the same Gram matrix with d rows instead of n.
-    factor = torch.linalg.qr(factor, mode="r").R if len(x) > x.shape[1] else factor
-    return Gaussian(mean=mean, factor=factor, trace=trace)
 
 
 def distance_between(a: Gaussian, b: Gaussian) -> FrechetDistance:
@@ -154,12 +100,21 @@ def frechet_distance_from_features(a: Tensor, b: Tensor) -> FrechetDistance:
     return distance_between(fit_features(a), fit_features(b))
 
 
-def _factor(name: str, cov: Tensor) -> Tensor:
-    """A with A^T A = cov, shape (d, d)."""
-    scale = cov.abs().max()
-    if (cov - cov.T).abs().max() > 1e-6 * scale:
-        raise ValueError(f"{name} is not symmetric (off by {(cov - cov.T).abs().max():.3g}): pass a covariance matrix.")
-    values, vectors = torch.linalg.eigh((cov + cov.T) / 2)
-    if values[0] < -1e-4 * scale:
-        raise ValueError(f"{name} has the eigenvalue {values[0]:.3g}: a covariance matrix has none below 0.")
-    return values.clamp(min=0).sqrt()[:, None] * vectors.T
+def frechet_name(extractor: Extractor) -> str:
+    """The name of a Frechet distance on the features of `extractor`: "FID" on FID's own, see `metric_name`."""
+    return metric_name("FID", "Frechet distance", extractor)
+
+
+@dataclass(frozen=True)
+class Frechet(Metric):
+    """Frechet distance; FID on FID's own Inception."""
+
+    rows = False
+    moments = True
+
+    def __call__(self, given: MetricInput) -> tuple[Value, ...]:  # noqa: D102
+        distance = distance_between(given.samples.gaussian, given.references.gaussian)
+        return (Value(name=frechet_name(given.extractor), value=distance.value, better=LOWER),)
+
+    def cost(self, samples: int, references: int, held_out: int, dim: int) -> tuple[float, float]:  # noqa: ARG002, D102
+        return dim**3, dim**3

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from stablefield.evaluation import neighbours
-from stablefield.evaluation.manifold import coverage, density, precision, recall
+from stablefield.evaluation.precision_recall import coverage, density, precision, recall
 
 
 def brute_force(real: np.ndarray, generated: np.ndarray, k: int) -> dict[str, float]:
@@ -50,14 +50,14 @@ def test_all_four_agree_with_double_loops(k: int, lattice: bool) -> None:
     expected = brute_force(real.numpy(), generated.numpy(), k)
     assert 0 < expected["precision"] < 1
     for name, score in SCORES.items():
-        assert score(real, generated, k).value == pytest.approx(expected[name], abs=1e-12), name
+        assert score(real, generated, k) == pytest.approx(expected[name], abs=1e-12), name
 
 
 @pytest.mark.parametrize("k", [1, 3, 5])
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 1e3])
 def test_a_set_beside_itself_has_density_1_and_all_four_are_those_of_prdc(k: int, scale: float) -> None:
     real = scale * torch.randn(200, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
-    found = {name: score(real, real.clone(), k).value for name, score in SCORES.items()}
+    found = {name: score(real, real.clone(), k) for name, score in SCORES.items()}
     assert found == {"precision": 1.0, "recall": 1.0, "density": 1.0, "coverage": 1.0}
     assert found == pytest.approx(as_published(real.numpy(), real.numpy(), k), abs=1e-12)
 
@@ -69,9 +69,7 @@ def test_all_four_are_those_of_prdc_also_where_samples_are_copies_or_on_the_sphe
     copies = real[torch.randint(0, 150, (70,), generator=generator)]
     generated = torch.cat([copies, torch.randint(0, 7, (60, 3), generator=generator).double()])
     expected = as_published(real.numpy(), generated.numpy(), k)
-    assert {name: score(real, generated, k).value for name, score in SCORES.items()} == pytest.approx(
-        expected, abs=1e-12
-    )
+    assert {name: score(real, generated, k) for name, score in SCORES.items()} == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", SCORES)
@@ -118,7 +116,7 @@ def test_far_from_the_origin_nothing_is_lost() -> None:
 
 def test_coverage_of_a_perfect_model_is_one_less_half_to_the_k() -> None:
     generator = torch.Generator().manual_seed(4)
-    values = [coverage(*torch.randn(2, 300, 2, generator=generator), k=3).value for _ in range(30)]
+    values = [coverage(*torch.randn(2, 300, 2, generator=generator), k=3) for _ in range(30)]
     assert np.mean(values) == pytest.approx(1 - 2**-3, abs=0.01)
 
 
@@ -127,9 +125,9 @@ def test_dropped_modes_cost_recall_and_invented_ones_precision() -> None:
     left, right = torch.randn(200, 2, generator=generator) - 20, torch.randn(200, 2, generator=generator) + 20
     half = torch.randn(200, 2, generator=generator) - 20
     both = torch.cat([left, right])
-    assert recall(both, half).value <= 0.5 < 0.9 < precision(both, half).value
-    assert precision(half, both).value <= 0.5 < 0.9 < recall(half, both).value
-    assert coverage(both, half).value <= 0.5
+    assert recall(both, half) <= 0.5 < 0.9 < precision(both, half)
+    assert precision(half, both) <= 0.5 < 0.9 < recall(half, both)
+    assert coverage(both, half) <= 0.5
 
 
 def test_as_many_rows_as_neighbours_are_too_few() -> None:

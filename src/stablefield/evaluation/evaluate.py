@@ -1,0 +1,387 @@
+"""`evaluate`: samples, drawn from a run or found anywhere, through extractors, against real images.
+
+A metric is listed in `METRICS`; an evaluation takes such a name, or any `Metric`.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import fsum, sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stablefield.data.collector import cache_folder
+from stablefield.data.image_set import ImageSet
+from stablefield.evaluation.extractor import Extractor, RawPixels
+from stablefield.evaluation.fid import Frechet
+from stablefield.evaluation.inception import Inception
+from stablefield.evaluation.inception_score import ClassifierScore
+from stablefield.evaluation.kid import Kernel
+from stablefield.evaluation.memorisation import Nearest
+from stablefield.evaluation.metric import Features, Metric, MetricInput, Value
+from stablefield.evaluation.precision_recall import Coverage, Density, Precision, Recall
+from stablefield.evaluation.processes import Processes
+from stablefield.evaluation.protocol import Score, running_commit
+from stablefield.evaluation.result import Evaluation, Pictures
+from stablefield.evaluation.samples import Images, ImageSource, RealImages, Report, SampleSource, SamplingRecord
+from stablefield.progress import Progress
+from stablefield.shapes import as_device, whole_number
+
+if TYPE_CHECKING:  # these need torchmetrics
+    from stablefield.evaluation.extraction import Batch
+    from stablefield.evaluation.reference import ReferenceSet
+    from stablefield.evaluation.time_estimate import TimeEstimate
+
+__all__ = ["DEFAULT_METRICS", "METRICS", "check_counts", "evaluate", "own_device"]
+
+METRICS: Mapping[str, Metric] = {
+    "frechet": Frechet(),
+    "kernel": Kernel(),
+    "precision": Precision(),
+    "recall": Recall(),
+    "density": Density(),
+    "coverage": Coverage(),
+    "nearest": Nearest(),
+    "classifier-score": ClassifierScore(),
+}
+"""The metrics by name. A new one is listed here, and has its own module."""
+
+DEFAULT_METRICS = tuple(name for name, metric in METRICS.items() if metric.reads != "classifier")
+"""Those that need no classifier."""
+
+_SHOWN = 64
+
+
+def evaluate(
+    samples: Images | SampleSource,
+    *,
+    data: Images | Callable[[str], ImageSet],
+    metrics: Sequence[str | Metric] = DEFAULT_METRICS,
+    extractor: Extractor | None = None,
+    classifier: Extractor | None = None,
+    count: int | None = None,
+    references: int | None = None,
+    split: str = "train",
+    held_out: Images | None = None,
+    repeats: int = 1,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    batch: int = 64,
+    cache: bool | str | Path = True,
+    progress: Report | None = None,
+    on_estimate: "Callable[[TimeEstimate], object] | None" = None,
+) -> Evaluation:
+    """Measure samples against real images.
+
+    Started by torchrun or `accelerate launch`, the processes share the images; the numbers are the same, and each process
+    gets them.
+
+    Args:
+        samples: images, or what draws them, such as the `RunSamples` of a run.
+        data: real images to measure against; or a function from the name of a split to an image set, which is also asked
+            for "train" (memorisation is of the whole training set) and "test" (held-out images, if there are any).
+        metrics: names in `METRICS`, or metrics. "frechet" is FID and "kernel" KID on FID's own Inception; "nearest" is
+            memorisation, in pixels.
+        extractor: from images to features; FID's own Inception by default.
+        classifier: from images to logits, for "classifier-score".
+        count: samples of each repeat; all images, shared out among the repeats, by default. A source has its own.
+        references: how many real images to use, drawn at random; all by default.
+        split: which part of `data`, if it is a name.
+        held_out: real images that were not trained on, for "nearest"; by default the "test" split of `data`, if it is a
+            name and has one.
+        repeats: measure so often, each time on other samples; 3 gives minimum, mean and spread as the literature does.
+        seed: which images each repeat takes, where `samples` are images.
+        device: where FID's Inception runs; a GPU if there is one.
+        batch: images at a time in the extractor.
+        cache: folder where features of real images are kept; the user's cache folder if True, none if False.
+        progress: called with the stage and how much of it is done.
+        on_estimate: called with how long it will take, before anything is drawn; finding that out takes a few batches.
+
+    Raises:
+        ValueError: if there are too few images for a metric, images differ in size, or features are not finite.
+        TypeError: if an argument is of another kind.
+        ImportError: if torchmetrics, or the extractor's package, is not installed.
+
+    Warns:
+        ProtocolWarning: if the features of the real images were kept by the code of another commit.
+        DamagedCacheWarning: if kept features are damaged; they are made anew.
+    """
+    chosen = _chosen(metrics, classifier)
+    for name, value, least in (("count", count, 1), ("repeats", repeats, 1), ("batch", batch, 1), ("seed", seed, 0)):
+        if value is not None:
+            whole_number(name, value, least)
+    device = own_device() if device is None else as_device("device", device)
+    if isinstance(samples, str | Path | ImageSet | np.ndarray | Tensor):
+        # As far as it is known, before anything is opened.
+        check_counts(chosen, count, references)
+        source: SampleSource = ImageSource(samples, count, repeats, seed, batch, progress)
+    elif count is not None:
+        raise ValueError(f"count={count}: the source draws {samples.count} samples a repeat; leave count out.")
+    else:
+        source = samples
+    check_counts(chosen, source.count, references)
+    seeds = tuple(found for repeat in range(repeats) if (found := source.seeds(repeat)) is not None)
+    with Processes() as processes:
+        groups = _groups(
+            chosen,
+            source,
+            RealImages(data, split, held_out, source.shape, progress),
+            references=references,
+            extractor=extractor,
+            classifier=classifier,
+            device=device,
+            cache=cache_folder() / "references" if cache is True else Path(cache) if cache else None,
+        )
+        if on_estimate is not None and processes.first:
+            on_estimate(_estimate(groups, source, repeats, batch, device, processes))
+        return _measured(groups, source, seeds, repeats, batch, processes, progress)
+
+
+def check_counts(metrics: Sequence[Metric], samples: int | None, references: int | None) -> None:
+    """Find out before any image is read or drawn whether there will be enough.
+
+    Args:
+        metrics: what is to be measured.
+        samples: of each repeat; None while that is not known.
+        references: real images to measure against; None likewise.
+
+    Raises:
+        ValueError: naming the metric that takes more.
+    """
+    for metric in metrics:
+        for what, count in (("samples", samples), ("reference images", references)):
+            if count is not None and count < metric.least:
+                raise ValueError(
+                    f"there are {count} {what}, but {type(metric).__name__} takes at least {metric.least}: use more of them "
+                    "(thousands, for a number that means something), or leave this metric out."
+                )
+
+
+def own_device() -> torch.device:
+    """A GPU if there is one, this process's own where there are several of both; else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device(f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}")
+
+
+def _chosen(metrics: Sequence[str | Metric], classifier: Extractor | None) -> tuple[Metric, ...]:
+    for one in metrics:
+        if isinstance(one, str) and one not in METRICS:
+            raise ValueError(f"metrics holds {one!r}: there are {', '.join(METRICS)}.")
+    if not metrics or len(set(metrics)) < len(metrics):
+        raise ValueError(f"metrics={' '.join(map(str, metrics))}: name at least one, and each once.")
+    chosen = tuple(METRICS[one] if isinstance(one, str) else one for one in metrics)
+    if any(metric.reads == "classifier" for metric in chosen) != (classifier is not None):
+        raise ValueError(
+            "metrics=classifier-score goes with classifier=NETWORK: the score is of the probabilities of a classifier, "
+            "which neither FID's Inception as packaged nor the other extractors have."
+        )
+    return chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Metrics on the features of one extractor against one reference set."""
+
+    extractor: Extractor
+    metrics: tuple[Metric, ...]
+    references: "ReferenceSet"
+    cache: Path | None
+    held_out: ImageSet | None
+
+
+def _groups(
+    metrics: Sequence[Metric],
+    source: SampleSource,
+    real: RealImages,
+    *,
+    references: int | None,
+    extractor: Extractor | None,
+    classifier: Extractor | None,
+    device: torch.device,
+    cache: Path | None,
+) -> list[_Group]:
+    from stablefield.evaluation.reference import ReferenceSet
+
+    some = ReferenceSet(images=real.images, split=real.split, count=references)
+    near = tuple(metric for metric in metrics if metric.reads == "pixels")
+    others = tuple(metric for metric in metrics if metric.reads == "extractor")
+    scores = tuple(metric for metric in metrics if metric.reads == "classifier")
+    check_counts(others + scores, source.count, len(some))
+    groups: list[_Group] = []
+    if near:
+        whole = ReferenceSet(images=real.training(), split="train")
+        check_counts(near, source.count, len(whole))
+        # Pixels are at hand anyway: nothing to keep.
+        pixels = RawPixels(real.images.shape)
+        groups.append(_Group(extractor=pixels, metrics=near, references=whole, cache=None, held_out=real.held_out()))
+    if others:
+        chosen = extractor or Inception(device=device)
+        groups.insert(0, _Group(extractor=chosen, metrics=others, references=some, cache=cache, held_out=None))
+    if scores and classifier is not None:
+        groups.append(_Group(extractor=classifier, metrics=scores, references=some, cache=cache, held_out=None))
+    return groups
+
+
+def _estimate(
+    groups: Sequence[_Group],
+    source: SampleSource,
+    repeats: int,
+    batch: int,
+    device: torch.device,
+    processes: Processes,
+) -> "TimeEstimate":
+    """How long it will take from here, from a batch or two that are thrown away."""
+    from stablefield.evaluation.extraction import pass_for
+    from stablefield.evaluation.reference import is_kept
+    from stablefield.evaluation.time_estimate import TimeEstimate, feature_seconds, metric_seconds
+
+    features = metrics = 0.0
+    for group in groups:
+        wanted = pass_for(group.extractor, group.metrics)
+        control = 0 if group.held_out is None else len(group.held_out)
+        once = (0 if is_kept(group.references, wanted, group.cache) else len(group.references)) + control
+        images = torch.from_numpy(np.array(group.references.images.images[:batch]))
+        features += (repeats * source.count + once) * feature_seconds(wanted, images, device)
+        metrics += metric_seconds(group.extractor, group.metrics, source.count, len(group.references), control, repeats)
+    sampling = repeats * source.seconds()
+    return TimeEstimate(sampling=sampling / processes.count, features=features / processes.count, metrics=metrics)
+
+
+def _measured(
+    groups: Sequence[_Group],
+    source: SampleSource,
+    seeds: tuple[str, ...],
+    repeats: int,
+    batch: int,
+    processes: Processes,
+    progress: Report | None,
+) -> Evaluation:
+    from stablefield.evaluation.extraction import ExtractorPass, extract, image_batches, pass_for
+    from stablefield.evaluation.reference import measure_reference
+
+    commit = running_commit()
+    passes = [pass_for(group.extractor, group.metrics) for group in groups]
+    real: list[tuple[Features, Tensor | None]] = []
+    for group, wanted in zip(groups, passes, strict=True):
+        found = measure_reference(
+            group.references,
+            wanted,
+            batch=batch,
+            cache=group.cache,
+            commit=commit,
+            processes=processes,
+            progress=progress,
+        )
+        control = None
+        if group.held_out is not None:
+            rows = np.arange(len(group.held_out))
+            batches = image_batches(group.held_out.images, rows, batch, processes)
+            only_rows = ExtractorPass(extractor=group.extractor, moments=False)
+            control = extract(batches, [only_rows], "held-out image")[0].matrix()
+        real.append((found, control))
+    values: list[list[list[Value]]] = [[] for _ in groups]
+    shown: list[tuple[Tensor, Tensor | None]] = []
+    for repeat in range(repeats):
+        batches = _remembering(source, repeat, processes, progress, shown)
+        features = extract(batches, passes, "sample", at_once=batch)
+        if processes.first:
+            if progress is not None:
+                progress(Progress(stage="metrics", done=repeat, total=repeats))
+            for group, (references, control), of_samples, of_repeats in zip(
+                groups, real, features, values, strict=True
+            ):
+                given = MetricInput(
+                    samples=of_samples, references=references, extractor=group.extractor, held_out=control
+                )
+                of_repeats.append([value for metric in group.metrics for value in metric(given)])
+    record = source.record(processes)
+    scores = [
+        score
+        for group, of_repeats in zip(groups, values, strict=True)
+        for score in _scores(group, of_repeats, source.count, seeds, record)
+    ]
+    if processes.count > 1:
+        text = processes.from_first(json.dumps([score.to_dict() for score in scores]))
+        scores = [Score.from_dict(one) for one in json.loads(text)]
+    samples = _pictures_of(shown, source)
+    return Evaluation(
+        name=source.name,
+        scores=tuple(scores),
+        samples=samples,
+        references=_some_of(groups[0].references, labelled=samples is not None and samples.labels is not None),
+    )
+
+
+def _remembering(
+    source: SampleSource,
+    repeat: int,
+    processes: Processes,
+    progress: Report | None,
+    shown: list[tuple[Tensor, Tensor | None]],
+) -> "Iterator[Batch]":
+    """The batches of a repeat; the first images are kept to be looked at, with their classes."""
+    for images, numbers in source.batches(repeat, processes, progress):
+        if sum(len(batch) for batch, _ in shown) < _SHOWN:
+            shown.append((images, source.labels(repeat, numbers)))
+        yield images, numbers
+
+
+def _scores(
+    group: _Group, repeats: Sequence[Sequence[Value]], samples: int, seeds: tuple[str, ...], record: SamplingRecord
+) -> list[Score]:
+    """One score per number, from the values of every repeat."""
+    protocol = group.references.protocol(group.extractor)
+    return [
+        Score(
+            values=tuple(value.value for value in same),
+            standard_error=_mean_error(same),
+            better=same[0].better,
+            protocol=replace(
+                protocol,
+                metric=same[0].name,
+                settings=same[0].settings,
+                sample_count=samples,
+                seeds=seeds,
+                sampler=record.sampler,
+                steps=record.steps,
+                nfe=record.nfe,
+                ema=record.ema,
+                commit=record.commit,
+            ),
+        )
+        for same in zip(*repeats, strict=True)
+    ]
+
+
+def _mean_error(values: Sequence[Value]) -> float | None:
+    """Root mean square of the repeats' standard errors, where all have one."""
+    errors = [value.standard_error for value in values if value.standard_error is not None]
+    return sqrt(fsum(error**2 for error in errors) / len(errors)) if len(errors) == len(values) else None
+
+
+def _pictures_of(shown: Sequence[tuple[Tensor, Tensor | None]], source: SampleSource) -> Pictures | None:
+    if not shown:
+        return None
+    labels = [classes for _, classes in shown if classes is not None]
+    return Pictures(
+        images=torch.cat([images for images, _ in shown])[:_SHOWN].numpy(),
+        labels=torch.cat(labels)[:_SHOWN].numpy() if labels else None,
+        class_names=source.class_names,
+    )
+
+
+def _some_of(references: "ReferenceSet", *, labelled: bool) -> Pictures:
+    """Some of the real images, drawn at random."""
+    rows = np.random.default_rng(0).permutation(references.rows)[:_SHOWN]
+    images = references.images
+    return Pictures(
+        images=np.array(images.images[rows]),
+        labels=images.labels[rows] if labelled and images.labels is not None else None,
+        class_names=images.class_names,
+    )
