@@ -1,6 +1,5 @@
 """Parquet and Arrow files of a few MB at most that stand for GBs: read in bounded memory, or refused with the reason."""
 
-import json
 import re
 import struct
 from pathlib import Path
@@ -8,8 +7,6 @@ from pathlib import Path
 import bombs
 import numpy as np
 import pytest
-
-from stablefield.data import open_images
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -33,7 +30,9 @@ def repeated(value, times, pieces=1):
 
 def cells(column):
     """The column as `datasets.Image` keeps it."""
-    parts = [pyarrow.StructArray.from_arrays([c, pyarrow.nulls(len(c), "string")], ["bytes", "path"]) for c in column.chunks]
+    parts = [
+        pyarrow.StructArray.from_arrays([c, pyarrow.nulls(len(c), "string")], ["bytes", "path"]) for c in column.chunks
+    ]
     return pyarrow.chunked_array(parts)
 
 
@@ -57,7 +56,9 @@ def dictionaries(where):
     png = shared(bombs.image_bytes(), 1500)
     path = write(where / "f.parquet", {"image": png, "label": shared("x" * MIB, 1500, "string")})
     yield "long texts as labels", path, "^1500 images$"
-    path = write(where / "g.parquet", {"image": png, "label": shared("x" * 8 * MIB, 1500, "string")}, store_schema=False)
+    path = write(
+        where / "g.parquet", {"image": png, "label": shared("x" * 8 * MIB, 1500, "string")}, store_schema=False
+    )
     yield "longer texts as labels", path, "a page of label has .* would take 8,"
     texts = [f"{k:1000000}" for k in range(60)]
     path = write(where / "h.parquet", {"image": shared(bombs.image_bytes(), 60), "label": texts}, use_dictionary=False)
@@ -67,14 +68,18 @@ def dictionaries(where):
 def pages(where):
     for codec in ("zstd", "gzip", "snappy", "brotli", "lz4"):
         column = repeated(PADDED, 60, 5)
-        path = write(where / f"{codec}.parquet", {"image": column}, compression=codec, use_dictionary=False, write_batch_size=60)
+        path = write(
+            where / f"{codec}.parquet", {"image": column}, compression=codec, use_dictionary=False, write_batch_size=60
+        )
         yield f"pages of {codec}", path, "^300 images$"
     for version in ("1.0", "2.0"):
         column = cells(repeated(PADDED, 60, 5))
         options = {"use_dictionary": False, "write_batch_size": 60, "data_page_version": version}
         path = write(where / f"cells{version}.parquet", {"image": column}, **options)
         yield f"pages of cells, version {version}", path, "^300 images$"
-        path = write(where / f"long{version}.parquet", {"image": column}, use_dictionary=False, data_page_version=version)
+        path = write(
+            where / f"long{version}.parquet", {"image": column}, use_dictionary=False, data_page_version=version
+        )
         yield f"a page of 300 MiB, version {version}", path, "a page of image.bytes has .* would take 314,"
     for encoding in ("DELTA_LENGTH_BYTE_ARRAY", "DELTA_BYTE_ARRAY"):
         column = repeated(PADDED, 60, 5)
@@ -119,12 +124,21 @@ def saved(where):
     yield "Arrow's dictionary", folder("a", shared(PADDED, 1500)), "^1500 images$"
     for codec in ("zstd", "lz4"):
         yield f"Arrow with {codec}", folder(codec, repeated(PADDED, 60, 40), compression=codec), "is compressed"
-        yield f"a dictionary with {codec}", folder(f"d{codec}", shared(PADDED, 1500), compression=codec), "is compressed"
+        yield (
+            f"a dictionary with {codec}",
+            folder(f"d{codec}", shared(PADDED, 1500), compression=codec),
+            "is compressed",
+        )
     yield "Arrow's rows of nothing", folder("n", pyarrow.nulls(2**24).cast("binary").slice(0, 2**22)), "4,194,304 rows"
 
 
 def unsigned(value):
-    return bytes([*(value >> 7 * k & 127 | 128 for k in range(max(0, value.bit_length() - 1) // 7)), value >> (max(0, value.bit_length() - 1) // 7 * 7)])
+    return bytes(
+        [
+            *(value >> 7 * k & 127 | 128 for k in range(max(0, value.bit_length() - 1) // 7)),
+            value >> (max(0, value.bit_length() - 1) // 7 * 7),
+        ]
+    )
 
 
 def varint(value):

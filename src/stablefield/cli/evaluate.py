@@ -1,21 +1,17 @@
 """`stablefield evaluate RUN_OR_IMAGES --data DATA`: numbers of samples, each with its protocol."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import tyro
 from rich.markup import escape
-from torch import Tensor
 
-from stablefield.cli.console import console, relative
-from stablefield.cli.drawing import DrawingFlags, Model
+from stablefield.cli.console import console, relative, shown_warnings
 from stablefield.cli.extractors import ExtractorFlags
 from stablefield.cli.places import check_folder, check_free, check_place, unused
-from stablefield.cli.sample import own_device
 from stablefield.cli.settling import pick_device
 from stablefield.cli.sources import open_data
 from stablefield.cli.usage import as_flags
@@ -28,9 +24,9 @@ from stablefield.evaluation.processes import Processes
 from stablefield.evaluation.protocol import DamagedCacheWarning, ProtocolWarning
 from stablefield.evaluation.result import Evaluation
 from stablefield.report.extra import require
-from stablefield.sampling.samples import Drawing
-from stablefield.training.run_folder import RunConfig
+from stablefield.training.run import Run
 from stablefield.training.run_samples import RunSamples, data_of
+from stablefield.training.sampler import SamplerOptions
 
 if TYPE_CHECKING:
     MetricName = str
@@ -92,7 +88,7 @@ class Evaluate:
     """Neither use nor keep them."""
     extractor: Annotated[ExtractorFlags, tyro.conf.arg(name="")] = field(default_factory=ExtractorFlags)
     """What looks at the images."""
-    drawing: Annotated[DrawingFlags, tyro.conf.arg(name="")] = field(default_factory=DrawingFlags)
+    drawing: Annotated[SamplerOptions, tyro.conf.arg(name="")] = field(default_factory=SamplerOptions)
     """How a run's samples are drawn."""
 
     def run(self) -> int:
@@ -128,11 +124,9 @@ class Evaluate:
         check_counts([METRICS[name] for name in self.metrics], self.samples, self.references)
 
     def _evaluate(self) -> Evaluation:
-        device = pick_device(own_device(self.device))
-        with Work() as work, warnings.catch_warnings():
-            warnings.simplefilter("always", ProtocolWarning)
-            warnings.simplefilter("always", DamagedCacheWarning)
-            warnings.showwarning = _print_warning
+        device = pick_device(self.device)
+        remedy = " To make it anew: --no-cache, or delete the file."
+        with Work() as work, shown_warnings({DamagedCacheWarning: "", ProtocolWarning: remedy}):
             samples, data = self._run_samples(device) if self._is_run else self._images()
             shape = samples.shape
             return evaluate(
@@ -150,7 +144,7 @@ class Evaluate:
                 device=device,
                 batch=self.feature_batch,
                 cache=False if self.no_cache else self.cache or True,
-                progress=lambda report: work(report.stage, report.done, report.total),
+                progress=work.show,
                 on_estimate=_print_estimate,
             )
 
@@ -159,10 +153,10 @@ class Evaluate:
 
     def _run_samples(self, device: torch.device) -> tuple[RunSamples, Callable[[str], ImageSet]]:
         """The run's samples, and real images brought to their size as in its training unless the flags say otherwise."""
-        model = self.drawing.open(Path(self.source), device)
-        config = model.own.config
+        sampler = Run(self.source).sampler(self.drawing, device=device)
+        config = sampler.config
         count = 5000 if self.samples is None else self.samples
-        samples = RunSamples(_Sampler(self.drawing, model, device), self.source, count, self.first_seed)
+        samples = RunSamples(sampler, self.source, count, self.first_seed)
         name = self.data or data_of(config)
         as_trained = config.opening if self.resolution is None else {}
         chosen = as_trained or {"resolution": self.resolution, "resize": self.resize}
@@ -205,56 +199,9 @@ class Evaluate:
         return unused(folder / f"{name}.json")
 
 
-@dataclass(frozen=True)
-class _Sampler:
-    """What the flags say of a run's samples, as `RunSamples` asks for it."""
-
-    flags: DrawingFlags
-    model: Model
-    device: torch.device
-
-    @property
-    def config(self) -> RunConfig:
-        return self.model.own.config
-
-    @property
-    def ema(self) -> str:
-        return self.model.ema
-
-    @property
-    def batch(self) -> int:
-        return self.flags.batch
-
-    @property
-    def coupled(self) -> bool:
-        return self.flags.coupled
-
-    @property
-    def steps_taken(self) -> int | None:
-        return self.flags.steps_taken
-
-    @property
-    def calls(self) -> int:
-        return self.flags.calls
-
-    def describe(self) -> str:
-        return self.flags.describe(self.config)
-
-    def labels(self, seeds: Tensor) -> Tensor | None:
-        return self.flags.labels(seeds, self.config)
-
-    def drawing(self, progress: Callable[[float], object] | None) -> Drawing:
-        return self.flags.drawing(self.model, self.device, progress)
-
-
 def _print_estimate(estimate: "TimeEstimate") -> None:
     """Say how long it takes from here."""
     named = ((estimate.sampling, "drawing"), (estimate.features, "features"), (estimate.metrics, "metrics"))
     parts = [f"{duration(seconds)} of {what}" for seconds, what in named if seconds >= 1]
     known = f": {', '.join(parts)}" if len(parts) > 1 else ""
     console.print(f"takes about {duration(estimate.total)} from here{known}")
-
-
-def _print_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    remedy = " To make it anew: --no-cache, or delete the file." if issubclass(category, ProtocolWarning) else ""
-    console.print(f"[yellow]warning:[/] {escape(str(message))}{remedy}")
