@@ -182,19 +182,25 @@ class _Rows:
     def _at(self, i: int) -> Any:
         if not self._next <= i < self._next + KEPT:
             self._coming.close()
-            self._kept.clear()
+            while self._kept:
+                self._drop(min(self._kept))
             self._coming, self._next = self._from(i), i
         for row, content in self._coming:
             if row < self._next:
                 continue
             self._next = row + 1
-            held = content if content is None or isinstance(content, str | Exception) else _held(content)
+            held = _held(content)
             if row == i:
                 return held
             self._kept[row] = held
             if len(self._kept) > KEPT:
-                del self._kept[min(self._kept)]
+                self._drop(min(self._kept))
         raise ValueError("the file ends before this row")
+
+    def _drop(self, i: int) -> None:
+        file = self._kept.pop(i)
+        if isinstance(file, io.IOBase):
+            file.close()
 
     def _from(self, start: int) -> Generator[tuple[int, Any], None, None]:
         for place in range(bisect_right(self._starts, start) - 1, len(self._tables)):
@@ -203,20 +209,21 @@ class _Rows:
                 yield first + row, content
 
 
-def _held(content: Any) -> BinaryIO:
-    """A file of these bytes: decoders hold several, and a few threads ask for them at a time."""
+def _held(content: Any) -> Any:
+    """A file of these bytes, which is free of the batch that they came with; a path, an error or None as they are."""
+    if content is None or isinstance(content, str | Exception):
+        return content
     if len(content) <= HELD:
         return io.BytesIO(content)
-    file = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115, closed by who opened the row
+    file = tempfile.TemporaryFile()  # noqa: SIM115, closed by who opened the row
     file.write(content)
     file.seek(0)
+    _return_free_memory()
     return file
 
 
 def _parquet_table(path: Path) -> _Table:
-    with _reading(path), open_regular(path) as file:
-        check_contents(file, path)
-        parquet = _parquet(file)
+    with _parquet(path) as parquet:
         schema, contents = parquet.schema_arrow, parquet.metadata
         kinds, names = _described(schema, path)
         leaves = [contents.schema.column(j).path for j in range(contents.num_columns)]
@@ -233,15 +240,14 @@ def _parquet_table(path: Path) -> _Table:
             check_pages(file, path, contents, {j: limits[leaf] for j, leaf in enumerate(leaves) if leaf in limits})
 
     def values(column: str) -> Iterator[Any]:
-        with _reading(path), open_regular(path) as file:
-            size = TEXTS if kinds[column] == "text" else BUFFER
-            for batch in _parquet(file).iter_batches(size, columns=[column], use_threads=False):
+        size = TEXTS if kinds[column] == "text" else BUFFER
+        with _parquet(path, contents) as parquet:
+            for batch in parquet.iter_batches(size, columns=[column], use_threads=False):
                 for value in batch.column(0):
                     yield value.as_py()
 
     def images(column: str, start: int) -> Generator[tuple[int, Any], None, None]:
-        with open_regular(path) as file:
-            parquet = _parquet(file, contents)
+        with _parquet(path, contents) as parquet:
             end = 0
             for group in range(contents.num_row_groups):
                 row, end = end, end + contents.row_group(group).num_rows
@@ -264,12 +270,26 @@ def _parquet_table(path: Path) -> _Table:
     )
 
 
-def _parquet(file: BinaryIO, contents: Any = None) -> Any:
+@contextmanager
+def _parquet(path: Path, contents: Any = None) -> Generator[Any, None, None]:
     """Pyarrow's reader of a file, which reads no more of it at a time than a page."""
     import pyarrow as pa  # pyright: ignore[reportMissingImports]
     from pyarrow.parquet import ParquetFile  # pyright: ignore[reportMissingImports, reportUnknownVariableType]
 
-    return ParquetFile(pa.PythonFile(file, mode="r"), metadata=contents, buffer_size=BUFFER, pre_buffer=False)
+    with _reading(path), open_regular(path) as file:
+        if contents is None:
+            check_contents(file, path)
+        try:
+            yield ParquetFile(pa.PythonFile(file, mode="r"), metadata=contents, buffer_size=BUFFER, pre_buffer=False)
+        finally:
+            _return_free_memory()
+
+
+def _return_free_memory() -> None:
+    """Have pyarrow give freed memory back: it keeps it for what comes next, several times as much as it uses."""
+    import pyarrow as pa  # pyright: ignore[reportMissingImports]
+
+    pa.default_memory_pool().release_unused()
 
 
 def _arrow_table(path: Path, features: object) -> _Table:
@@ -412,7 +432,7 @@ def _reading(path: Path) -> Generator[None, None, None]:
 
 def _require(purpose: str) -> None:
     try:
-        import pyarrow.parquet  # pyright: ignore[reportMissingImports]  # noqa: F401
+        import pyarrow.parquet  # pyright: ignore[reportMissingImports, reportUnusedImport]  # noqa: F401
     except ImportError as error:
         raise ImportError(f'{purpose} needs the package pyarrow: pip install "stablefield[hub]"') from error
 
