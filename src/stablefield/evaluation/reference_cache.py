@@ -17,7 +17,7 @@ from torch import Tensor
 from stablefield.atomic_file import write_atomically
 from stablefield.evaluation.protocol import REFERENCE_FIELDS, Protocol, ProtocolWarning, differences
 from stablefield.evaluation.statistics import Statistics
-from stablefield.regular_file import check_safetensors
+from stablefield.regular_file import check_safetensors, reason
 
 __all__ = ["load_features", "load_statistics", "save_features", "save_statistics"]
 
@@ -108,7 +108,7 @@ def _load(path: Path, names: tuple[str, ...], expected: Protocol) -> tuple[list[
         count, protocol = int(metadata["count"]), Protocol.from_json(metadata["protocol"])
     except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
         raise ValueError(
-            f"{path} holds no reference statistics ({error}): delete it and compute them again."
+            f"{path} holds no reference statistics ({reason(error)}): delete it and compute them again."
         ) from error
     if found != _checksum(dict(zip(names, tensors, strict=True)), metadata):
         what = "has no checksum" if found is None else "is damaged: its checksum does not agree with what it holds"
