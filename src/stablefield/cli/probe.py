@@ -57,7 +57,8 @@ class Probe:
     skip_broken: bool = False
     """Leave out files that cannot be read, and count them."""
     out: Path | None = None
-    """Folder for numbers, pictures and the report; probes/NAME if not given."""
+    """Folder for numbers, pictures and the report; probes/NAME if not given.
+    Files of an earlier probe there are replaced."""
     device: str = ""
     """Where to compute; a GPU if there is one."""
 
