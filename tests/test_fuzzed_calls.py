@@ -668,7 +668,7 @@ CASES = {
         {"data": lambda s: s.data, "labels": either(None, lambda s: s.pool_labels), "drawn_from": either(None, 100)},
     ),
     "draw_population": Case(
-        lambda s: population.draw_population, {**IMAGES, "most": either(4, 100), "by_class": FLAG, **SEED}
+        lambda s: population.draw_population, {**IMAGES, "max_images": either(4, 100), "by_class": FLAG, **SEED}
     ),
     "measure_variance": Case(
         lambda s: variance.measure_variance,

@@ -58,6 +58,7 @@ from stablefield.targets.sharded import ShardedPool as ShardedPool
 from stablefield.targets.stable_target import DenoisingTarget as DenoisingTarget
 from stablefield.targets.stable_target import StableTarget as StableTarget
 from stablefield.targets.target import Target as Target
+from stablefield.training.run_probe import probe as probe
 
 from . import (
     data as data,

@@ -19,16 +19,17 @@ from stablefield.cli.entry import main
 NOBODY = 65534
 PROGRAM = """
 import json, os, shlex, sys
-from stablefield.cli import bench, data, drawing, ema, export, importing, measuring, probe, probing_run, settling, subjects
+from stablefield.cli import bench, data, drawing, ema, export, importing, measuring, probe, settling, subjects
 from stablefield.cli import train
+from stablefield.training import run_probe
 from stablefield.cli.entry import main
 
 def work(*_, **__):
     raise AssertionError("it has begun to work")
 
-for module in (bench, data, measuring, probe, probing_run, settling, subjects, train):
+for module in (bench, data, measuring, probe, settling, subjects, train):
     module.open_data = work
-for module in (drawing, export, probing_run):
+for module in (drawing, export, run_probe):
     module.open_model = work
 importing.read_published = ema.combine = work
 for line in map(json.loads, sys.stdin):

@@ -11,7 +11,7 @@ SETTINGS = {"batch": 64, "batches": 120, "noise_levels": [0.6, 0.9, 1.4]}
 
 @pytest.fixture(scope="module")
 def by_class(digits):
-    return draw_population(digits, most=500, by_class=True)
+    return draw_population(digits, max_images=500, by_class=True)
 
 
 @pytest.fixture(scope="module")

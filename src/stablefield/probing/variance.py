@@ -35,6 +35,7 @@ from stablefield.diffusion.process import EDM, Process
 from stablefield.probing.exact import ExactPosterior
 from stablefield.probing.population import Population
 from stablefield.probing.series import Series
+from stablefield.progress import Progress
 from stablefield.shapes import array_of_numbers, check_callable, check_kind, shape_of, whole_number
 from stablefield.targets.posterior import Posterior
 
@@ -130,7 +131,7 @@ def measure_variance(
     sources: int | None = None,
     draws: int | None = None,
     seed: int = 0,
-    progress: Callable[[float], None] | None = None,
+    progress: Callable[[Progress], object] | None = None,
 ) -> VarianceCurve:
     """Measure the variance of targets.
 
@@ -143,7 +144,7 @@ def measure_variance(
         draws: noise draws for each source; chosen if None, at least 2 where every sample is a source, so that the error can
             be told from them.
         seed: of everything that is drawn.
-        progress: called with the share done, 0 to 1.
+        progress: called as sources are done.
 
     Raises:
         ValueError: if a noise level or a number is out of its range.
@@ -154,7 +155,7 @@ def measure_variance(
     sizes = shape_of("sizes", sizes)
     whole_number("seed", seed, 0, 2**63)
     if progress is not None:
-        check_callable("progress", progress, "progress(share)")
+        check_callable("progress", progress, "progress(report), with a Progress")
     for name, value in (("sources", sources), ("draws", draws)):
         if value is not None:
             whole_number(name, value)
@@ -206,7 +207,7 @@ def measure_variance(
                     weights[size].append(own.stop - own.start)
             done += len(index)
             if progress is not None:
-                progress(done / (sources * draws))
+                progress(Progress(stage="measuring the variance", done=done, total=sources * draws))
         # Back in the order of the sources, so that draws of the same source meet.
         joined = torch.cat(parts, 1)
         moments.append([column[shuffled.argsort()] for column in joined])
