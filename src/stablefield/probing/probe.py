@@ -1,5 +1,6 @@
 """The probe of data: the variance of training targets on them, its phases, and how many references to take."""
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,7 +74,8 @@ class Probe(Result):
     command: str = ""
 
     def __str__(self) -> str:
-        return "\n".join([self.summary, *self.findings, _table(self.curve)])
+        lines = [line for text in (self.summary, *self.findings) for line in text.splitlines()]
+        return "\n".join([*(textwrap.fill(line, 80) for line in lines), _table(self.curve)])
 
     @property
     def summary(self) -> str:

@@ -118,7 +118,7 @@ def variance_page(
         advice: what follows.
         together: what whole batches vary by.
         said: the advice in words, line by line.
-        command: that made it.
+        command: that made it; empty if there is none.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -192,7 +192,7 @@ def variance_page(
         Section(
             "Numbers",
             (
-                Code(command),
+                *((Code(command),) if command else ()),
                 json_details(
                     "Phases and advice", {"phases": phases_record(phases), "advice": advice_record(advice, together)}
                 ),
@@ -201,7 +201,10 @@ def variance_page(
         )
     )
     return Page(
-        title=f"Target variance of {name}", summary=said[0], blocks=tuple(blocks), footer=f"{description}. `{command}`"
+        title=f"Target variance of {name}",
+        summary=said[0],
+        blocks=tuple(blocks),
+        footer=f"{description}. `{command}`" if command else description,
     )
 
 
