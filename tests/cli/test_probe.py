@@ -83,7 +83,7 @@ def test_the_json_and_the_table_hold_the_same_numbers(probed: Path) -> None:
     assert len(levels) == len(rows) == 21
     for level, row in zip(levels, rows, strict=True):
         assert level == {name: float(cell) if cell else None for name, cell in row.items()}
-    assert {"v_dsm", "v_dsm_se", "v_stf_4", "share_left_32", "divergence", "own_weight", "ess"} <= set(levels[0])
+    assert {"v_dsm", "v_dsm_se", "v_stf_4", "share_left_32", "divergence", "source_weight", "ess"} <= set(levels[0])
     assert [entry["references"] for entry in record["advice"]["sizes"]] == [4, 32, 90]
     assert record["variance"]["every_sample_a_source"]
     assert record["data"]["count"] == 90

@@ -45,7 +45,7 @@ def test_all_curves_of_the_digits_agree_with_brute_force_in_float64(digits, brut
     curve = measure_variance(population, [level], sizes=(16, 256), draws=2, seed=3)
     data = population.data.double() / 127.5 - 1
     truth = brute_force(data, level, (16, 256), rows=400, seed=4)
-    for name in ("dsm", "divergence", "own_weight", "ess"):
+    for name in ("dsm", "divergence", "source_weight", "ess"):
         assert deviation(getattr(curve, name), 0, truth[name]) < 4, name
     for n in (16, 256):
         assert deviation(curve.stf[n], 0, truth[n]) < 4
@@ -57,7 +57,7 @@ def test_within_classes_the_curves_agree_with_brute_force(digits, brute_force):
     curve = measure_variance(population, [1.2], sizes=(64,), draws=3, seed=3)
     data = population.data.double() / 127.5 - 1
     truth = brute_force(data, 1.2, (64,), rows=400, seed=4, labels=population.labels)
-    for name in ("dsm", "divergence", "own_weight", "ess"):
+    for name in ("dsm", "divergence", "source_weight", "ess"):
         assert deviation(getattr(curve, name), 0, truth[name]) < 4, name
     assert deviation(curve.stf[64], 0, truth[64]) < 4
 
@@ -65,7 +65,7 @@ def test_within_classes_the_curves_agree_with_brute_force(digits, brute_force):
 def test_standard_errors_are_those_of_repetition(two_gaussians):
     population = Population(two_gaussians[:60])
     runs = [measure_variance(population, [0.3, 1.0], sizes=(8,), draws=2, seed=seed) for seed in range(24)]
-    for pick in (lambda c: c.dsm, lambda c: c.own_weight, lambda c: c.stf[8]):
+    for pick in (lambda c: c.dsm, lambda c: c.source_weight, lambda c: c.stf[8]):
         means = torch.stack([pick(run).mean for run in runs])
         stated = torch.stack([pick(run).error for run in runs]).square().mean(0).sqrt()
         assert ((stated / means.std(0) > 0.55) & (stated / means.std(0) < 1.9)).all()

@@ -141,6 +141,8 @@ def draw_population(
     if max_images < 2:
         raise ValueError(f"max_images is {max_images}: at least 2 samples are needed.")
     check_kind("images", images, (ImageSet, Tensor, np.ndarray), "an ImageSet, as open_images returns, or a tensor")
+    if labels is not None:
+        check_kind("labels", labels, (Tensor, np.ndarray), "a tensor or an array of classes, one per sample")
     if isinstance(images, ImageSet):
         values, found = images.images, images.labels if labels is None else labels
     else:

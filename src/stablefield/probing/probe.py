@@ -25,7 +25,7 @@ from stablefield.report.cells import text_table
 from stablefield.report.chart import LineChart
 from stablefield.report.page import Page
 from stablefield.report.result import Result
-from stablefield.shapes import check_kind, shape_of
+from stablefield.shapes import check_kind, number, shape_of
 from stablefield.targets.band import NoiseBand, pick_noise_band
 from stablefield.targets.pool import Pool
 
@@ -215,6 +215,7 @@ def probe_data(
     sizes = set(shape_of("references", references))
     if any(size < 1 for size in sizes):
         raise ValueError(f"references is {tuple(references)}: a set has at least 1 reference.")
+    number("aim", aim)
     if not 0 < aim < 1:
         raise ValueError(f"aim is {aim}: it is the share of the variance that may stay, between 0 and 1.")
     device = found_device(device)
@@ -286,7 +287,7 @@ def _table(curve: VarianceCurve) -> str:
                 f"{float(curve.noise_level[i]):.3g}",
                 with_error(float(curve.dsm.mean[i]), float(curve.dsm.error[i])),
                 *(f"{float(curve.left(size).mean[i]):.1%}" if shown else "-" for size in sizes),
-                f"{float(curve.own_weight.mean[i]):.4f}",
+                f"{float(curve.source_weight.mean[i]):.4f}",
                 f"{float(curve.ess.mean[i]):,.1f}",
             ]
         )

@@ -5,7 +5,7 @@ With the exact posterior over the whole data set, weights $w$ and mean $\mu(x_t)
     V_DSM     E Tr Cov(x_0 | x_t)                   variance of the single-sample target
     V_STF(n)  E |STF target over n references - mu(x_t)|^2      what is left of it with n references; V_DSM for n = 1
     D         E D_f(p(x_0 | x_t) || p(x_0))         f(u) = u log u, in nats (see `exact`)
-    own       E w_source                            weight of the sample that made x_t
+    source    E w_source                            weight of the sample that made x_t
     ESS       E 1 / sum_k w_k^2
 
 Variances are in squared units of the data, for the target of x0; times $\alpha^2 / \sigma^4$ they are those of the score.
@@ -67,7 +67,7 @@ class VarianceCurve:
         dsm: V_DSM.
         stf: V_STF(n) for each size n of a reference set below that of the population; for the whole of it, V_STF is 0.
         divergence: D in nats.
-        own_weight: source weight in the whole population.
+        source_weight: source weight in the whole population.
         ess: effective sample size in the whole population.
         score_factor: alpha^2 / sigma^4, which turns variances of the x0 target into those of the score, shape (L,).
         total: V_DSM where all is noise: trace of the data's covariance (within classes if there are any).
@@ -83,7 +83,7 @@ class VarianceCurve:
     dsm: Series
     stf: dict[int, Series]
     divergence: Series
-    own_weight: Series
+    source_weight: Series
     ess: Series
     score_factor: Tensor
     total: float
@@ -211,7 +211,7 @@ def measure_variance(
         # Back in the order of the sources, so that draws of the same source meet.
         joined = torch.cat(parts, 1)
         moments.append([column[shuffled.argsort()] for column in joined])
-    dsm, divergence, own_weight, ess = (
+    dsm, divergence, source_weight, ess = (
         Series.of_sources(torch.stack(column), complete=sources == n) for column in zip(*moments, strict=True)
     )
     alpha, sigma = process.alpha(t).double(), process.sigma(t).double()
@@ -225,7 +225,7 @@ def measure_variance(
             for size in wanted
         },
         divergence=divergence,
-        own_weight=own_weight,
+        source_weight=source_weight,
         ess=ess,
         score_factor=alpha**2 / sigma**4,
         total=population.variance(),

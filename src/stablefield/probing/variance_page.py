@@ -62,7 +62,7 @@ def phases_chart(curve: VarianceCurve, phases: Phases) -> LineChart:
         lines=(
             _line("V_DSM / variance of the data", level, curve.dsm, curve.total),
             _line("divergence D / log N", level, curve.divergence, math.log(curve.samples)),
-            _line("source weight", level, curve.own_weight, 1.0),
+            _line("source weight", level, curve.source_weight, 1.0),
             Line(label="V_DSM of the score / its peak", x=level.numpy(), y=(score / peak).numpy()),
         ),
         x_label="noise level sigma / alpha",
@@ -163,7 +163,7 @@ def variance_page(
                             float(curve.noise_level[i]),
                             _estimate(curve.dsm, i),
                             *(_left(curve, n, i) for n in shown),
-                            float(curve.own_weight.mean[i]),
+                            float(curve.source_weight.mean[i]),
                             float(curve.ess.mean[i]),
                             float(curve.divergence.mean[i]),
                         )

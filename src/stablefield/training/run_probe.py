@@ -120,6 +120,7 @@ def probe(
         pool, _ = resolve_references(_recipe(data, device), data, device)
     if training is None:
         training = usual_training(data, device)
+    check_kind("training", training, Training, "a Training, such as stablefield.probing.Training(), or None")
     if batch is not None:
         training = dataclasses.replace(training, batch=batch)
     return probe_data(
