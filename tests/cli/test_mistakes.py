@@ -5,7 +5,7 @@ import shlex
 import pytest
 
 from stablefield.cli.entry import main
-from stablefield.cli.mistakes import as_flags, checked
+from stablefield.cli.mistakes import checked
 
 
 @pytest.mark.parametrize(
@@ -81,19 +81,3 @@ def test_a_mistake_is_one_sentence_with_what_was_meant(
 )
 def test_usual_names_are_understood(line: str, same: str) -> None:
     assert checked(shlex.split(line)) == shlex.split(same)
-
-
-@pytest.mark.parametrize(
-    ("message", "told"),
-    [
-        ("aim is 2: it is a share.", "--aim is 2: it is a share."),
-        ("max_images=1: too few.", "--max-images 1: too few."),
-        ("noise_levels are [-1.0]: pass others.", "--noise-levels are [-1.0]: pass others."),
-        ("aims is 2: no flag.", "aims is 2: no flag."),
-        ("aim high.", "aim high."),
-        ("The aim is 2.", "The aim is 2."),
-    ],
-)
-def test_an_argument_that_a_message_begins_with_is_told_as_its_flag(message: str, told: str) -> None:
-    assert as_flags(message, ["probe", "digits", "--aim", "2"]) == told
-    assert as_flags(message, ["nothing"]) == message

@@ -258,7 +258,7 @@ def test_a_run_is_held_against_the_optimum(
         (("--references", "4,x"), "--references is 4,x"),
         (("--references", "0"), "--references is (0,): a set has at least 1 reference"),
         (("--noise-levels", "1,b"), "--noise-levels is 1,b"),
-        (("--noise-levels", "-1"), "--noise-levels are"),
+        (("--noise-levels", "-1"), "--noise-levels [-1.0]"),
         (("--aim", "2"), "--aim is 2"),
         (("--max-images", "1"), "--max-images is 1"),
         (("--batch", "0"), "--batch is 0"),

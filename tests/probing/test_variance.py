@@ -157,9 +157,9 @@ def test_progress_runs_to_one(two_gaussians):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"noise_levels": [0.0]}, "noise_levels are"),
-        ({"noise_levels": [math.nan]}, "noise_levels are"),
-        ({"noise_levels": []}, "noise_levels are"),
+        ({"noise_levels": [0.0]}, "noise_levels=\\["),
+        ({"noise_levels": [math.nan]}, "noise_levels=\\["),
+        ({"noise_levels": []}, "noise_levels=\\["),
         ({"noise_levels": [1.0], "sizes": (0,)}, "sizes are"),
         ({"noise_levels": [1.0], "sources": 1}, "sources is 1"),
         ({"noise_levels": [1.0], "draws": 0}, "draws is 0"),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from stablefield.cli.flags import Flag, VerbFlags, all_verbs
 from stablefield.cli.usage import expects
 
-__all__ = ["as_flags", "checked"]
+__all__ = ["checked"]
 
 # Names that other programs have for the same thing.
 _SAME = {
@@ -38,6 +38,7 @@ _SAME = {
     "--dry-run": "--dryrun",
     "--compile": "--torch-compile",
     "--extractor": "--features",
+    "--max-images": "--images --num-images --max-samples",
 }
 # Names of things that are done in another way here: the flag that does it, and how.
 _OTHER = {
@@ -136,16 +137,6 @@ def checked(arguments: Sequence[str]) -> list[str]:
                 raise ValueError(f"{name} is {value}: it takes {expects(variants[0])}.")
     _check_rest(verb, plain, given)
     return found
-
-
-def as_flags(message: str, arguments: Sequence[str]) -> str:
-    """A message of the library with the flag for the argument that it begins with: `aim is 2` is `--aim is 2`."""
-    found = re.match(r"([a-z]\w*)(?:=| (?=is |are ))", message)
-    name = "" if found is None else f"--{found[1].replace('_', '-')}"
-    verb = next((verb for key, verb in all_verbs().items() if list(arguments[: len(key.split())]) == key.split()), None)
-    if found is None or verb is None or name not in verb.flags():
-        return message
-    return f"{name} {message[found.end() :]}"
 
 
 def _verb(arguments: Sequence[str]) -> tuple[VerbFlags, list[str]]:

@@ -14,9 +14,12 @@ from stablefield.cli.places import check_folder
 from stablefield.cli.recipes import limit
 from stablefield.cli.settling import pick_device
 from stablefield.cli.sources import open_data, print_reading
+from stablefield.cli.usage import as_flags
 from stablefield.cli.words import flags_of
 from stablefield.probing.bias_probe import BiasProbe, probe_bias
+from stablefield.probing.network_probe import NetworkProbe
 from stablefield.probing.population import MOST
+from stablefield.probing.probe import Probe as Probed
 from stablefield.probing.training import TRAININGS
 from stablefield.progress import Progress
 from stablefield.report.extra import require
@@ -68,11 +71,26 @@ class Probe:
 
     def run(self) -> int:
         """Measure, print what follows, and write the files."""
-        device = pick_device(self.device)
         of_run = is_run(self.data)
         check_folder("--out", self.out or (Path(self.data, "probe") if of_run else Path("probes", "new")))
         for package in ("matplotlib", "jinja2"):
             require(package, "the report of a probe")
+        try:
+            result = self._measured(of_run)
+        except ValueError as error:
+            raise ValueError(as_flags(str(error))) from error
+        result = dataclasses.replace(result, command=self._command)
+        console.print(str(result), markup=False)
+        out = self.out or (Path(self.data, "probe") if of_run else Path("probes") / result.name)
+        if isinstance(result, BiasProbe):
+            console.print(f"written: {relative(result.save(out / 'bias.json'))}", markup=False)
+            return 0 if result.passed else 1
+        names = [path.name for path in result.save_all(out, "probe")]
+        console.print(f"written to {relative(out)}: {', '.join(names)}", markup=False)
+        return 0
+
+    def _measured(self, of_run: bool) -> Probed | NetworkProbe | BiasProbe:
+        device = pick_device(self.device)
         references = [int(size) for size in _numbers("--references", self.references, "16,256,all")]
         levels = _numbers("--noise-levels", self.noise_levels, "0.5,1,2") or None
         images, training = self.data, _TRAININGS.get(self.plan)
@@ -88,40 +106,30 @@ class Probe:
                 bar(progress.done / progress.total)
 
             if self.check_bias and not isinstance(images, str):
-                result = probe_bias(
+                return probe_bias(
                     images,
                     by_class=self.by_class,
-                    process=None if self.plan == "auto" else _TRAININGS[self.plan].process,
+                    process=None if training is None else training.process,
                     false_alarm=self.false_alarm,
                     max_images=self.max_images,
                     seed=self.seed,
                     device=device,
                     progress=show,
                 )
-            else:
-                result = probe(
-                    images,
-                    by_class=self.by_class,
-                    training=training,
-                    batch=self.batch,
-                    references=references,
-                    noise_levels=levels,
-                    aim=self.aim,
-                    max_images=self.max_images,
-                    sources=self.sources,
-                    seed=self.seed,
-                    device=device,
-                    progress=show,
-                )
-        result = dataclasses.replace(result, command=self._command)
-        console.print(str(result), markup=False)
-        out = self.out or (Path(self.data, "probe") if of_run else Path("probes") / result.name)
-        if isinstance(result, BiasProbe):
-            console.print(f"written: {relative(result.save(out / 'bias.json'))}", markup=False)
-            return 0 if result.passed else 1
-        names = [path.name for path in result.save_all(out, "probe")]
-        console.print(f"written to {relative(out)}: {', '.join(names)}", markup=False)
-        return 0
+            return probe(
+                images,
+                by_class=self.by_class,
+                training=training,
+                batch=self.batch,
+                references=references,
+                noise_levels=levels,
+                aim=self.aim,
+                max_images=self.max_images,
+                sources=self.sources,
+                seed=self.seed,
+                device=device,
+                progress=show,
+            )
 
     @property
     def _command(self) -> str:

@@ -1,12 +1,13 @@
 """Help texts, from the table of verbs and flags."""
 
+import re
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
 
 from stablefield.cli.flags import Flag, VerbFlags, all_verbs
 
-__all__ = ["DESCRIPTION", "answer", "expects", "overview", "usage"]
+__all__ = ["DESCRIPTION", "answer", "as_flags", "expects", "overview", "usage"]
 
 DESCRIPTION = "Low-variance training targets for diffusion and flow models, and a trainer that uses them."
 
@@ -87,6 +88,29 @@ def usage(verb: VerbFlags) -> str:
     if any("(" in group.title for group in verb.groups):
         lines += textwrap.wrap(_PARTS.format(verb=verb.name), width, break_on_hyphens=False)
     return "\n".join(lines).rstrip()
+
+
+def as_flags(message: str, renamed: Mapping[str, str] | None = None) -> str:
+    """An error of the library as one of the command: "samples=5: ..." as "--samples 5: ...".
+
+    Args:
+        message: names an argument with its value, as in name=value; at its start also as in "name is missing".
+        renamed: flags, or words such as DATA, of arguments that are called otherwise. Every other argument is left alone
+            unless there is a flag of its name.
+    """
+    known = {name for verb in all_verbs().values() for name in verb.flags()}
+
+    def flag_of(argument: str) -> str | None:
+        name = (renamed or {}).get(argument) or f"--{argument.replace('_', '-')}"
+        return name if name in known or argument in (renamed or {}) else None
+
+    message = re.sub(r"^([a-z]\w*)(?= is )", lambda found: flag_of(found[0]) or found[0], message)
+    # A value follows at once: `a = b` is a formula.
+    return re.sub(
+        r"(?<![\w.-])([a-z]\w*)=(?=[^\s=])",
+        lambda found: found[0] if (flag := flag_of(found[1])) is None else f"{flag} ",
+        message,
+    )
 
 
 def text_of(flag: Flag) -> str:

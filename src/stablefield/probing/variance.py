@@ -170,9 +170,7 @@ def measure_variance(
     level, order = process.noise_level(t).double().sort()
     t = t[order]
     if not bool(((level > 0) & level.isfinite()).all()):
-        raise ValueError(
-            f"noise_levels reach {float(level.max()):g} under {process}: they must be positive and finite."
-        )
+        raise ValueError(f"noise_levels={asked.tolist()}: under {process} they must be positive and finite.")
     n = len(population)
     sources, draws = _plan(population, len(level), sources, draws)
     whole = ExactPosterior(population.data, population.labels)
@@ -361,9 +359,9 @@ def _plan(population: Population, levels: int, sources: int | None, draws: int |
 
 def _check(levels: Tensor, sizes: Sequence[int], sources: int | None, draws: int | None) -> None:
     if len(levels) == 0 or not bool(((levels > 0) & levels.isfinite()).all()):
-        raise ValueError(f"noise_levels are {levels.tolist()}: pass at least one, all positive and finite.")
+        raise ValueError(f"noise_levels={levels.tolist()}: pass at least one, all positive and finite.")
     if float(levels.min()) < 1e-60:
-        raise ValueError(f"noise_levels hold {float(levels.min()):g}: variances of the score overflow below 1e-60.")
+        raise ValueError(f"noise_levels={levels.tolist()}: variances of the score overflow below 1e-60.")
     if any(size < 1 for size in sizes):
         raise ValueError(f"sizes are {tuple(sizes)}: a reference set has at least 1 sample.")
     if sources is not None and sources < 2:

@@ -141,7 +141,7 @@ def test_progress_is_told_stage_by_stage_to_the_end(digits):
         ({"aim": 2.0}, "^aim is 2"),
         ({"max_images": 1}, "^max_images is 1"),
         ({"batch": 0}, "^batch is 0"),
-        ({"noise_levels": [-1.0]}, "^noise_levels are"),
+        ({"noise_levels": [-1.0]}, "^noise_levels="),
         ({"sources": 1}, "^sources is 1"),
         ({"device": "abacus"}, "^device='abacus'"),
         ({"by_class": True}, "^by_class is set, but samples has no classes"),
