@@ -62,6 +62,7 @@ from stablefield.targets.target import Target as Target
 from stablefield.training.compare import compare as compare
 from stablefield.training.run import Run as Run
 from stablefield.training.run import train as train
+from stablefield.training.run_probe import probe as probe
 
 from . import (
     data as data,

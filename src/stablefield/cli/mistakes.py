@@ -40,6 +40,7 @@ _SAME = {
     "--dry-run": "--dryrun",
     "--compile": "--torch-compile",
     "--extractor": "--features",
+    "--max-images": "--images --num-images --max-samples",
 }
 # Names of things that are done in another way here: the flag that does it, and how.
 _OTHER = {
