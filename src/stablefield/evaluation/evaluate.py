@@ -30,7 +30,7 @@ from stablefield.evaluation.protocol import Score, running_commit
 from stablefield.evaluation.result import Evaluation, Pictures
 from stablefield.evaluation.samples import Images, ImageSource, RealImages, Report, SampleSource, SamplingRecord
 from stablefield.progress import Progress
-from stablefield.shapes import as_device, whole_number
+from stablefield.shapes import as_device, check_callable, check_kind, whole_number
 
 if TYPE_CHECKING:  # these need torchmetrics
     from stablefield.evaluation.extraction import Batch
@@ -112,14 +112,30 @@ def evaluate(
         DamagedCacheWarning: if kept features are damaged; they are made anew.
     """
     chosen = _chosen(metrics, classifier)
-    for name, value, least in (("count", count, 1), ("repeats", repeats, 1), ("batch", batch, 1), ("seed", seed, 0)):
-        if value is not None:
+    for name, value, least in (
+        ("count", count, 1),
+        ("references", references, 2),
+        ("repeats", repeats, 1),
+        ("batch", batch, 1),
+        ("seed", seed, 0),
+    ):
+        if value is not None or name not in ("count", "references"):
             whole_number(name, value, least)
+    for name, network in (("extractor", extractor), ("classifier", classifier)):
+        if network is not None and not (callable(network) and hasattr(network, "sha256")):
+            raise TypeError(f"{name} is a {type(network).__name__}: pass an Extractor, such as RandomConvolutions().")
+    check_kind("split", split, str, "the name of a split, such as 'train'")
+    check_kind("cache", cache, (bool, str, Path), "a folder, True or False")
+    for name, hook in (("progress", progress), ("on_estimate", on_estimate)):
+        if hook is not None:
+            check_callable(name, hook, f"{name}(report)")
     device = own_device() if device is None else as_device("device", device)
     if isinstance(samples, str | Path | ImageSet | np.ndarray | Tensor):
         # As far as it is known, before anything is opened.
         check_counts(chosen, count, references)
         source: SampleSource = ImageSource(samples, count, repeats, seed, batch, progress)
+    elif not isinstance(samples, SampleSource):
+        raise TypeError(f"samples is a {type(samples).__name__}: pass images, their path, or a SampleSource.")
     elif count is not None:
         raise ValueError(f"count={count}: the source draws {samples.count} samples a repeat; leave count out.")
     else:
@@ -170,7 +186,10 @@ def own_device() -> torch.device:
 
 
 def _chosen(metrics: Sequence[str | Metric], classifier: Extractor | None) -> tuple[Metric, ...]:
+    check_kind("metrics", metrics, (list, tuple), "a list of names and metrics")
     for one in metrics:
+        if not isinstance(one, str | Metric):
+            raise TypeError(f"metrics holds a {type(one).__name__}: pass names and metrics, such as 'frechet'.")
         if isinstance(one, str) and one not in METRICS:
             raise ValueError(f"metrics holds {one!r}: there are {', '.join(METRICS)}.")
     if not metrics or len(set(metrics)) < len(metrics):

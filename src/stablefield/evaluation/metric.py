@@ -18,7 +18,8 @@ from stablefield.evaluation.neighbours import Neighbours
 
 __all__ = ["HIGHER", "LOWER", "Features", "Metric", "MetricInput", "Value"]
 
-LOWER, HIGHER = "lower is better", "higher is better"
+LOWER = "lower is better"
+HIGHER = "higher is better"
 
 
 @dataclass(frozen=True, kw_only=True)
