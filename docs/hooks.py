@@ -11,7 +11,8 @@ mkdocs calls the functions named `on_...`. On a page, a comment of its own line 
     <!-- gpu throughput -->                         results/gpu.json, images per second by precision and target
     <!-- gpu cost -->                               the same file, the target beside two bare products
     <!-- gpu accuracy -->                           the same file, the error against float64
-    <!-- gpu proof -->                              results/gpu_proof.json, FID against training time
+    <!-- gpu proof -->                              results/gpu_proof.json (VE), FID against training time
+    <!-- gpu proof flow -->                         results/gpu_proof_flow.json (flow matching), the same
     <!-- samplers -->                               the table of results/samplers.json
     <!-- verbs -->                                  the verbs of the command and their flags, from its flags.json
 """
@@ -33,6 +34,7 @@ __all__ = [
     "gpu_accuracy",
     "gpu_cost",
     "gpu_proof",
+    "gpu_proof_flow",
     "gpu_throughput",
     "on_page_content",
     "on_page_markdown",
@@ -63,6 +65,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         "gpu cost": gpu_cost,
         "gpu accuracy": gpu_accuracy,
         "gpu proof": gpu_proof,
+        "gpu proof flow": gpu_proof_flow,
         "samplers": samplers,
         "verbs": verbs,
     }
@@ -221,8 +224,16 @@ def gpu_accuracy() -> str:
 
 
 def gpu_proof() -> str:
-    """The committed measurement of FID against training time for both targets, as a table."""
-    record = _record("gpu_proof")
+    """The committed measurement of FID against training time for both targets with VE noise, as a table."""
+    return _proof(_record("gpu_proof"))
+
+
+def gpu_proof_flow() -> str:
+    """The same for flow matching."""
+    return _proof(_record("gpu_proof_flow"))
+
+
+def _proof(record: dict[str, Any]) -> str:
     names = {"dsm": "single sample", "stf": "stable"}
     rows = [
         (

@@ -110,7 +110,7 @@ def test_bench_prints_a_table_that_fits_and_writes_its_numbers(
 
 
 def test_a_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'needs matplotlib: pip install "stablefield\[report\]"'):
         Bench(out=tmp_path).run()
 

@@ -2,10 +2,10 @@
 
 import gzip
 import io
+import json
 import struct
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -458,61 +458,74 @@ def test_labels_of_the_hub_are_read_or_their_absence_is_said(hub, features, labe
     assert "".join(opened.notes).startswith(note)
 
 
-def test_a_data_set_saved_to_disk_is_read_by_its_split(hub, tmp_path):
+def table_of(labels, seeds=None):
+    """Images of noise with these labels, as `datasets` describes them."""
+    pyarrow = pytest.importorskip("pyarrow")
+    images = [{"bytes": png(noise((5, 6, 3), seed)), "path": "a.png"} for seed in seeds or range(len(labels))]
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["cat", "dog"]}}
+    described = {"huggingface": json.dumps({"info": {"features": features}})}
+    return pyarrow.table({"image": images, "label": labels}).replace_schema_metadata(described)
+
+
+def save(folder, *tables, split=None):
+    """What `save_to_disk` writes of these tables, one to a file."""
+    pyarrow = pytest.importorskip("pyarrow")
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"data-{k}.arrow" for k in range(len(tables))]
+    for name, table in zip(names, tables, strict=True):
+        with pyarrow.ipc.new_stream(folder / name, table.schema) as stream:
+            stream.write_table(table, max_chunksize=2)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": n} for n in names], "_split": split}))
+    (folder / "dataset_info.json").write_text("{}")
+
+
+def test_a_data_set_saved_to_disk_is_read_by_its_split(tmp_path):
     folder = tmp_path / "pets"
-    folder.mkdir()
-    (folder / "state.json").touch()
-    (folder / "dataset_info.json").touch()
-    one = hub.dataset
-    one.split = None
-    hub.load_from_disk = {str(folder): one}.__getitem__
+    save(folder, table_of([1, 0, 1]), table_of([0], [3]))
     opened = open_images(folder)
-    np.testing.assert_array_equal(opened.labels, [1, 0])
+    np.testing.assert_array_equal(opened.images, [noise((5, 6, 3), seed).transpose(2, 0, 1) for seed in range(4)])
+    np.testing.assert_array_equal(opened.labels, [1, 0, 1, 0])
     assert (opened.name, opened.class_names) == ("pets", ("cat", "dog"))
     with pytest.raises(ValueError, match="has no splits; leave split out"):
         open_images(folder, split="test")
-    (folder / "dataset_dict.json").touch()
-    other = FakeDataset({"image": one.columns["image"][1:]}, {"image": image_feature()})
-    hub.load_from_disk = {str(folder): {"training": one, "test": other}}.__getitem__
-    assert len(open_images(folder)) == 2
-    assert len(open_images(folder, split="test")) == 1
+    several = tmp_path / "several"
+    save(several / "training", table_of([1, 0]))
+    save(several / "test", table_of([1]))
+    (several / "dataset_dict.json").write_text('{"splits": ["training", "test"]}')
+    assert len(open_images(several)) == 2
+    assert len(open_images(several, split="test")) == 1
     with pytest.raises(ValueError, match="has the splits training, test; pass one"):
-        open_images(folder, split="val")
-    hub.load_from_disk = {}.__getitem__
-    with pytest.raises(ValueError, match="cannot be loaded as a data set saved by datasets"):
+        open_images(several, split="val")
+    (folder / "data-1.arrow").write_bytes(b"no table")
+    with pytest.raises(ValueError, match=r"data-1\.arrow cannot be read"):
         open_images(folder)
 
 
-def test_parquet_files_are_read_by_the_split_that_their_names_begin_with(hub, tmp_path):
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+def test_parquet_files_are_read_by_the_split_that_their_names_begin_with(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    order = []
 
-    def load_dataset(kind, data_files, split):
-        assert (kind, split) == ("parquet", "train")
-        hub.asked.append([Path(file).relative_to(tmp_path).as_posix() for file in data_files])
-        return hub.dataset
-
-    hub.load_dataset = load_dataset
-
-    def asked(*arguments, **options):
+    def read(*arguments, **options):
         opened = open_images(*arguments, **options)
-        np.testing.assert_array_equal(opened.labels, [1, 0])
-        return hub.asked.pop(), opened.manifest["source"]
+        return [order[seed] for seed in opened.labels], opened.manifest["source"]
 
     def put(*names):
         for name in names:
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            parquet.write_table(pyarrow.table({"image": pyarrow.array([b""], pyarrow.binary())}), tmp_path / name)
+            # Each file is known by its label.
+            order.append(name)
+            parquet.write_table(table_of([len(order) - 1]).replace_schema_metadata(), tmp_path / name)
 
     put("one/b.parquet", "one/a.parquet")
-    assert asked(tmp_path / "one") == (["one/a.parquet", "one/b.parquet"], "2 parquet files in one")
-    assert asked(tmp_path / "one/b.parquet") == (["one/b.parquet"], "1 parquet file in b")
+    assert read(tmp_path / "one") == (["one/a.parquet", "one/b.parquet"], "2 parquet files in one")
+    assert read(tmp_path / "one/b.parquet") == (["one/b.parquet"], "1 parquet file in b")
     with pytest.raises(ValueError, match="has no splits"):
         open_images(tmp_path / "one", split="test")
     names = ["two/data/train-00000-of-00002.parquet", "two/data/train-00001-of-00002.parquet"]
     put(*names, "two/data/validation-00000-of-00001.parquet", "two/test/0000.parquet")
-    assert asked(tmp_path / "two") == (names, "2 parquet files in two, split train")
-    assert asked(tmp_path / "two", split="val")[0] == ["two/data/validation-00000-of-00001.parquet"]
-    assert asked(tmp_path / "two", split="test")[0] == ["two/test/0000.parquet"]
+    assert read(tmp_path / "two") == (names, "2 parquet files in two, split train")
+    assert read(tmp_path / "two", split="val")[0] == ["two/data/validation-00000-of-00001.parquet"]
+    assert read(tmp_path / "two", split="test")[0] == ["two/test/0000.parquet"]
     put("two/x.parquet")
     with pytest.raises(ValueError, match=r"beside them .*x\.parquet, which is of none"):
         open_images(tmp_path / "two")
@@ -522,12 +535,15 @@ def test_parquet_files_are_read_by_the_split_that_their_names_begin_with(hub, tm
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "datasets", None)
+    for package in ("datasets", "pyarrow"):
+        monkeypatch.setitem(sys.modules, package, None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "dataset_dict.json").touch()
     for source in ("hf:x", tmp_path / "a.parquet", tmp_path, tmp_path / "saved"):
-        with pytest.raises(ImportError, match=r'needs the package datasets: pip install "stablefield\[hub\]"'):
+        with pytest.raises(
+            ImportError, match=r'needs the package (datasets|pyarrow): pip install "stablefield\[hub\]"'
+        ):
             open_images(source)
 
 
@@ -544,9 +560,8 @@ def test_the_real_package_behaves_like_the_stand_in(monkeypatch):
     assert opened.class_names == ("cat", "dog")
 
 
-def test_the_real_package_reads_what_it_saved_and_plain_parquet_files(monkeypatch, tmp_path):
+def test_what_the_real_package_saved_and_plain_parquet_files_are_read(tmp_path):
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     arrays = [noise((5, 6, 3), seed) for seed in range(3)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
     rows = {"image": [Image.fromarray(array) for array in arrays], "label": [1, 0, 1]}
@@ -573,22 +588,6 @@ def test_the_real_package_reads_what_it_saved_and_plain_parquet_files(monkeypatc
         assert opened.class_names == ("cat", "dog")
     for name in ("two", "files"):
         np.testing.assert_array_equal(open_images(tmp_path / name, split="test").labels, [1])
-
-
-@pytest.mark.parametrize("images", [64, 0], ids=["a bomb", "damaged"])
-def test_a_parquet_file_that_memory_would_not_hold_is_refused_by_its_contents(monkeypatch, tmp_path, images):
-    datasets, parquet = pytest.importorskip("datasets"), pytest.importorskip("pyarrow.parquet")
-    pyarrow = pytest.importorskip("pyarrow")
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the file was read"))
-    path = tmp_path / "x.parquet"
-    path.write_bytes(b"PAR1" * 8)
-    if images:
-        # 256 MB of zeros in some kB.
-        column = pyarrow.array([bytes(2**22)] * images, pyarrow.binary())
-        parquet.write_table(pyarrow.table({"image": column}), path, compression="zstd", use_dictionary=False)
-        assert path.stat().st_size < 2**17
-    with pytest.raises(ValueError, match=r"would take 26\d,...,... in memory" if images else "cannot be read"):
-        open_images(path)
 
 
 # What is no source

@@ -6,11 +6,9 @@ import os
 import random
 import socket
 import struct
-import sys
 import time
 import warnings
 import zipfile
-from types import SimpleNamespace
 
 import bombs
 import numpy as np
@@ -75,10 +73,7 @@ def test_documents_and_parts_that_are_no_regular_files_are_refused_or_passed_ove
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_of_parquet_folders_and_saved_data_sets_are_regular_files(tmp_path, monkeypatch, kind):
-    def never(*_, **__):
-        raise AssertionError("the package was asked to open it")
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=never, load_from_disk=never))
+    pytest.importorskip("pyarrow")
     put(tmp_path / "tables" / "a.parquet", kind, monkeypatch)
     with pytest.raises(ValueError, match=r"a\.parquet is a .*: only regular files are read"):
         open_images(tmp_path / "tables")
@@ -96,24 +91,22 @@ def test_parts_of_parquet_folders_and_saved_data_sets_are_regular_files(tmp_path
         open_images(tmp_path)
 
 
-def test_documents_of_a_saved_data_set_are_bounded_and_understood(tmp_path, monkeypatch):
-    def refused(_):
-        raise ValueError("no data set")
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_from_disk=refused))
+def test_documents_of_a_saved_data_set_are_bounded_and_understood(tmp_path):
+    pytest.importorskip("pyarrow")
     (tmp_path / "dataset_info.json").touch()
     for text in (
         '{"_data_files": 3}',
         '{"_data_files": [3]}',
         '{"_data_files": [{}]}',
         '{"_data_files": [{"filename": 3}]}',
+        '{"_data_files": []}',
+        "",
+        "[" * 100_000,
+        "[]",
+        "{}",
     ):
         (tmp_path / "state.json").write_text(text)
         with pytest.raises(ValueError, match=f"{tmp_path} is no data set saved by datasets, or damaged"):
-            open_images(tmp_path)
-    for text in ("", "[" * 100_000, "[]", "{}"):
-        (tmp_path / "state.json").write_text(text)
-        with pytest.raises(ValueError, match="cannot be loaded as a data set saved by datasets: no data set"):
             open_images(tmp_path)
     with (tmp_path / "dataset_info.json").open("wb") as file:
         file.truncate(2**40)

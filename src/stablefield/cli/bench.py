@@ -1,7 +1,6 @@
 """`stablefield bench`: what the target costs on this machine, beside the least that it could."""
 
 import dataclasses
-import importlib.util
 import json
 import platform
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from stablefield.cli.places import check_place
 from stablefield.cli.sources import open_data
 from stablefield.cli.train import pick_device
 from stablefield.evaluation.cost import Cost, StepShare, measure_cost, measure_step
+from stablefield.report import Line, LineChart, write_chart
+from stablefield.report.extra import require
 from stablefield.targets.band import NoiseBand, pick_noise_band
 from stablefield.targets.pool import Pool
 
@@ -61,7 +62,7 @@ class Bench:
             if not sizes or min(sizes) < 1:
                 raise ValueError(f"{flag} is {' '.join(map(str, sizes)) or 'empty'}: name numbers of at least 1.")
         if self.out is not None:
-            _require_matplotlib()
+            require("matplotlib", "--out, which draws a plot,")
             check_place("--out", self.out, folder=True)
         device = pick_device(self.device)
         images = self._images().to(device)
@@ -196,28 +197,25 @@ def _bytes(value: int | None) -> str:
     return "-" if value is None else f"{value / 1e6:,.0f} MB"
 
 
-def _require_matplotlib() -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError('--out draws a plot, which needs matplotlib: pip install "stablefield[report]".')
-
-
 def _plot(path: Path, costs: list[Cost], growth: dict[str, list[Cost]]) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
     labels = {"references": "references n", "batch": "batch B", "dim": "numbers per sample d"}
+    fixed = {"references": "batch", "batch": "references", "dim": "references"}
     shown: dict[str, list[Cost]] = growth or {"references": [c for c in costs if c.batch == costs[0].batch]}
-    axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-    for axis, (name, found) in zip(axes, shown.items(), strict=True):
-        at = [getattr(cost, name) for cost in found]
-        axis.loglog(at, [cost.seconds * 1e3 for cost in found], "o-", label="target")
-        axis.loglog(at, [cost.products * 1e3 for cost in found], "s--", label="two bare matrix products")
-        fixed = {"references": "batch", "batch": "references", "dim": "references"}[name]
-        axis.set_title(f"{labels[fixed]} = {getattr(found[0], fixed):,}", fontsize=10)
-        axis.set_xlabel(labels[name])
-        axis.grid(alpha=0.3, which="both")
-    axes[0].set_ylabel("milliseconds per call")
-    axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    times = [1e3 * value for found in shown.values() for cost in found for value in (cost.seconds, cost.products)]
+    charts = [
+        LineChart(
+            title=f"{labels[fixed[name]]} = {getattr(found[0], fixed[name]):,}",
+            lines=tuple(
+                Line(label=label, x=[getattr(c, name) for c in found], y=[1e3 * getattr(c, time) for c in found])
+                for label, time in (("target", "seconds"), ("two bare matrix products", "products"))
+            ),
+            x_label=labels[name],
+            y_label="milliseconds per call",
+            log_x=True,
+            log_y=True,
+            y_min=0.8 * min(times),
+            y_max=1.25 * max(times),
+        )
+        for name, found in shown.items()
+    ]
+    write_chart(charts, path)

@@ -10,13 +10,14 @@ from stablefield.data.arrays import open_npy, open_npz
 from stablefield.data.cifar10 import cifar10_folder, open_cifar10
 from stablefield.data.collector import MEMORY_BUDGET, cache_folder
 from stablefield.data.digits import open_digits
-from stablefield.data.hub import hub_files, is_saved, parquet_files, saved_files
+from stablefield.data.hub import hub_files
 from stablefield.data.idx import idx_images, is_idx, open_idx
 from stablefield.data.image_files import ImageFiles, folder_files, zip_files
 from stablefield.data.image_loader import Progress, load_image_files
 from stablefield.data.image_set import ImageSet
 from stablefield.data.packed import is_packed, open_packed
 from stablefield.data.resizing import Resize, Resolution, check_resize, natural_resolution, resized_set
+from stablefield.data.tables import is_saved, parquet_files, saved_files
 from stablefield.regular_file import open_regular
 from stablefield.shapes import check_callable, check_kind, flag, whole_number
 

@@ -10,6 +10,7 @@ from stablefield.probing.record import fit_record
 from stablefield.report import (
     Code,
     Estimate,
+    Figure,
     KeyFigure,
     KeyFigures,
     Line,
@@ -17,7 +18,6 @@ from stablefield.report import (
     Page,
     Section,
     Table,
-    chart_figure,
     json_details,
 )
 
@@ -145,7 +145,7 @@ def fit_page(
             Section(
                 "Distance to the posterior mean",
                 (
-                    chart_figure(
+                    Figure(
                         distance_chart(fit),
                         alt="Squared distance of the network to the exact posterior mean, per number, against noise level.",
                         title="Squared distance to the optimum.",
@@ -157,7 +157,7 @@ def fit_page(
             Section(
                 "Loss minus floor",
                 (
-                    chart_figure(
+                    Figure(
                         excess_chart(fit, weighting),
                         alt="The training loss against noise level, its irreducible floor, and the difference of both.",
                         title="What training can still gain.",
@@ -189,7 +189,7 @@ def fit_page(
 def _training_section(chart: LineChart | None) -> tuple[Section, ...]:
     if chart is None:
         return ()
-    figure = chart_figure(
+    figure = Figure(
         chart,
         alt="Loss minus floor against training steps, a line for each bin of noise levels.",
         title="Over training.",

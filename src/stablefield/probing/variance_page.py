@@ -16,6 +16,7 @@ from stablefield.report import (
     Block,
     Code,
     Estimate,
+    Figure,
     KeyFigure,
     KeyFigures,
     Line,
@@ -25,7 +26,6 @@ from stablefield.report import (
     Section,
     Table,
     Text,
-    chart_figure,
     json_details,
 )
 
@@ -142,7 +142,7 @@ def variance_page(
         Section(
             "Variance against noise level",
             (
-                chart_figure(
+                Figure(
                     variance_chart(curve, phases, advice),
                     alt="Variance of the target against the noise level, for the single sample and for sets of references. "
                     "All rise from nothing; the more references, the later and the lower.",
@@ -177,7 +177,7 @@ def variance_page(
         Section(
             "The three phases",
             (
-                chart_figure(
+                Figure(
                     phases_chart(curve, phases),
                     alt="Four curves between 0 and 1 against the noise level: source weight and divergence fall from 1 to "
                     "0, the variance rises from 0 to 1, and the variance of the score's target has a peak between.",
@@ -233,7 +233,7 @@ def _sizes(curve: VarianceCurve, advice: Advice, together: BatchVariance) -> tup
     chart = sizes_chart(curve)
     if chart is None:
         return (table,)
-    figure = chart_figure(
+    figure = Figure(
         chart,
         alt="What is left of the variance against the number of references, falling towards one part in n.",
         title="More references.",

@@ -1,15 +1,15 @@
 """Pictures and the report: one HTML file that needs nothing else, and the charts in it.
 
-A `Page` is built of blocks and written by `write_page`. A chart is data (`LineChart`, `BarChart`) until `chart_figure`
-draws it for a page, or `write_chart` as a PNG file. `image_figure` shows images.
+A `Page` is built of blocks and written by `write_page`. A chart is data (`LineChart`) until a page with a `Figure` of it
+is rendered, or `write_chart` makes a PNG file of it. `image_figure` shows images.
 
 Drawing needs matplotlib, writing a page needs Jinja2: the extra `stablefield[report]`. Both are imported where they are
 used.
 """
 
 from stablefield.report.cells import Estimate
-from stablefield.report.chart import BarChart, Bars, Line, LineChart, Region
-from stablefield.report.drawing import chart_figure, write_chart
+from stablefield.report.chart import Line, LineChart, Region
+from stablefield.report.drawing import write_chart
 from stablefield.report.images import image_figure
 from stablefield.report.page import (
     Block,
@@ -29,8 +29,6 @@ from stablefield.report.page import (
 from stablefield.report.render import render_page, write_page
 
 __all__ = [
-    "BarChart",
-    "Bars",
     "Block",
     "Bullets",
     "Code",
@@ -47,7 +45,6 @@ __all__ = [
     "SideBySide",
     "Table",
     "Text",
-    "chart_figure",
     "image_figure",
     "json_details",
     "render_page",

@@ -1,14 +1,17 @@
 """Numbers as people read them: significant digits, thousands apart, a true minus, an error beside its value."""
 
 import math
+import re
 from dataclasses import dataclass
 from numbers import Integral, Real
 
-__all__ = ["Cell", "Estimate", "check_cell", "grouped", "power_of_ten", "show"]
+__all__ = ["Cell", "Estimate", "check_cell", "printable", "show"]
 
 MINUS = "\u2212"
 THIN_SPACE = "\u202f"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""What XML and UTF-8 have no place for: controls, and halves of characters as in file names that are no UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -60,20 +63,20 @@ def show(cell: Cell, digits: int = 3) -> str:
         return _estimate(cell, digits)
     if isinstance(cell, bool):
         return "yes" if cell else "no"
-    return grouped(str(int(cell))) if isinstance(cell, Integral) else _float(float(cell), digits)
+    return _grouped(str(int(cell))) if isinstance(cell, Integral) else _float(float(cell), digits)
 
 
-def grouped(text: str) -> str:
+def printable(text: str) -> str:
+    """The text with the sign for an unknown character in place of each that cannot be written."""
+    return UNPRINTABLE.sub("\ufffd", text)
+
+
+def _grouped(text: str) -> str:
     """A number's text with thousands apart from five digits on, and a true minus."""
     whole, point, rest = text.partition(".")
     if len(whole.lstrip("-")) > 4:
         whole = f"{int(whole):,}".replace(",", THIN_SPACE)
     return (whole + point + rest).replace("-", MINUS)
-
-
-def power_of_ten(exponent: int) -> str:
-    """10 to an integer power: 10⁻⁵."""
-    return f"10{str(exponent).translate(SUPERSCRIPTS)}"
 
 
 def _plain(power: int) -> bool:
@@ -91,8 +94,8 @@ def _float(value: float, digits: int) -> str:
     mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
     power = int(exponent)
     if not _plain(power):
-        return f"{grouped(mantissa)}·{power_of_ten(power)}"
-    return grouped(f"{value:.{max(0, digits - 1 - power)}f}")
+        return f"{_grouped(mantissa)}·10{str(power).translate(SUPERSCRIPTS)}"
+    return _grouped(f"{value:.{max(0, digits - 1 - power)}f}")
 
 
 def _estimate(estimate: Estimate, digits: int) -> str:
@@ -102,5 +105,5 @@ def _estimate(estimate: Estimate, digits: int) -> str:
     power = int(f"{error:.1e}".partition("e")[2])
     decimals = max(0, 1 - power)
     if _plain(power) and abs(value) < 1e7:
-        return f"{grouped(f'{value:.{decimals}f}')} ± {grouped(f'{error:.{decimals}f}')}"
+        return f"{_grouped(f'{value:.{decimals}f}')} ± {_grouped(f'{error:.{decimals}f}')}"
     return f"{_float(value, digits)} ± {_float(error, 2)}"

@@ -52,4 +52,4 @@ def image_figure(
 
     data = io.BytesIO()
     Image.fromarray(np.concatenate([picture, 255 - ground], axis=2)).save(data, format="PNG", optimize=True)
-    return Figure(alt=alt, caption=caption, title=title, png=data.getvalue())
+    return Figure(data.getvalue(), alt=alt, caption=caption, title=title)

@@ -2,18 +2,20 @@
 
     Page(title, summary, blocks)      a block is Text, Bullets, a Table, a Figure, Details, a Section, ...
 
-Every value is checked where it is made, so that a mistake shows in the line that made it and not in a browser. Text is
-plain; between `backticks` it is set as code, and a blank line begins a paragraph.
+Every value is checked where it is made, so that a mistake shows in the line that made it and not in a browser: all raise
+ValueError where something is empty or does not fit. Text is plain; between `backticks` it is set as code, and a blank line
+begins a paragraph.
 """
 
 import json
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from stablefield.report.cells import Cell, check_cell
-from stablefield.report.svg import check_svg
+from stablefield.report.chart import Chart
+from stablefield.shapes import check_kind
 
 __all__ = [
     "Block",
@@ -43,11 +45,7 @@ def _filled(owner: str, name: str, value: str, remedy: str) -> None:
 
 @dataclass(frozen=True)
 class Text:
-    """One or more paragraphs.
-
-    Raises:
-        ValueError: if the text is empty.
-    """
+    """One or more paragraphs."""
 
     text: str
 
@@ -57,11 +55,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Bullets:
-    """A list of points.
-
-    Raises:
-        ValueError: if there are none, or one is empty.
-    """
+    """A list of points."""
 
     items: tuple[str, ...]
 
@@ -71,11 +65,7 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Code:
-    """Text of fixed width, shown as it is: a command, JSON.
-
-    Raises:
-        ValueError: if it is empty.
-    """
+    """Text of fixed width, shown as it is: a command, JSON."""
 
     text: str
 
@@ -85,11 +75,7 @@ class Code:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyFigure:
-    """One number to see first.
-
-    Raises:
-        ValueError: if value or label are empty.
-    """
+    """One number to see first."""
 
     value: Cell
     label: str
@@ -108,11 +94,7 @@ class KeyFigure:
 
 @dataclass(frozen=True)
 class KeyFigures:
-    """The few numbers that answer the question, in large type.
-
-    Raises:
-        ValueError: if there are none.
-    """
+    """The few numbers that answer the question, in large type."""
 
     figures: tuple[KeyFigure, ...]
 
@@ -124,11 +106,7 @@ class KeyFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows under column titles. The first column names its row; columns of numbers are set on their decimal points.
-
-    Raises:
-        ValueError: if there are no columns or rows, a row has another length, a title is empty, or `marked` is no row.
-    """
+    """Rows under column titles. The first column names its row; columns of numbers are set on their decimal points."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
@@ -162,57 +140,41 @@ class Table:
         return bool(cells) and not any(isinstance(cell, str) for cell in cells)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Figure:
-    """A picture: SVG text, or the bytes of a PNG file.
+    """A picture: a chart, or the bytes of a PNG file."""
 
-    Raises:
-        ValueError: if there is not exactly one picture, it is not what it should be, or `alt` is empty.
-    """
-
+    picture: Chart | bytes
+    """A chart is drawn when the page is rendered, which needs matplotlib."""
+    _: KW_ONLY
     alt: str
     """What the picture shows, in words, for those who do not see it."""
     caption: str = ""
     title: str = ""
     """Set in bold in front of the caption."""
-    svg: str | None = None
-    """An <svg> element with a viewBox, without scripts and without links out of itself."""
-    narrow_svg: str | None = None
-    """The same picture for narrow screens, where `svg` would be scaled until it cannot be read."""
-    png: bytes | None = None
 
     def __post_init__(self) -> None:
         _filled("Figure", "alt", self.alt, "say in a sentence what the picture shows")
-        if (self.svg is None) == (self.png is None):
-            raise ValueError("a Figure takes either svg or png: pass one of them.")
-        if self.narrow_svg is not None and self.svg is None:
-            raise ValueError("narrow_svg of a Figure goes with svg: pass both, or png alone.")
-        if self.svg is not None:
-            check_svg("svg", self.svg)
-        if self.narrow_svg is not None:
-            check_svg("narrow_svg", self.narrow_svg)
-        if self.png is not None and not self.png.startswith(PNG_SIGNATURE):
-            raise ValueError(f"png of a Figure begins with {self.png[:8]!r}: pass the bytes of a PNG file.")
-        if self.png is not None and (len(self.png) < 24 or 0 in self.size):
-            raise ValueError("png of a Figure has no pixels: pass the bytes of a whole PNG file.")
+        check_kind("picture of a Figure", self.picture, (Chart, bytes), "a chart, or the bytes of a PNG file")
+        if isinstance(self.picture, bytes):
+            if not self.picture.startswith(PNG_SIGNATURE):
+                raise ValueError(f"picture of a Figure begins with {self.picture[:8]!r}: pass the bytes of a PNG file.")
+            if len(self.picture) < 24 or 0 in self.size:
+                raise ValueError("picture of a Figure has no pixels: pass the bytes of a whole PNG file.")
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of the PNG in pixels; (0, 0) for an SVG, which has no pixels."""
-        if self.png is None:
+        """Width and height of a PNG in pixels; (0, 0) of a chart, which has no pixels."""
+        if not isinstance(self.picture, bytes):
             return (0, 0)
         # After the signature and the length and name of the first chunk.
-        width, height = struct.unpack(">II", self.png[16:24])
+        width, height = struct.unpack(">II", self.picture[16:24])
         return (width, height)
 
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Figures to compare, beside each other where the screen is wide enough. Charts are drawn in their narrow layout.
-
-    Raises:
-        ValueError: if there are fewer than two.
-    """
+    """Figures to compare, such as real images and samples, beside each other where the screen is wide enough."""
 
     figures: tuple[Figure, ...]
 
@@ -224,11 +186,7 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class Details:
-    """Blocks behind a line that opens and closes them. On paper they are open.
-
-    Raises:
-        ValueError: if the line is empty or there are no blocks.
-    """
+    """Blocks behind a line that opens and closes them. On paper they are open."""
 
     summary: str
     blocks: "tuple[Block, ...]"
@@ -242,11 +200,7 @@ class Details:
 
 @dataclass(frozen=True)
 class Section:
-    """Blocks under a heading. A section in a section has a smaller heading.
-
-    Raises:
-        ValueError: if the title is empty or there are no blocks.
-    """
+    """Blocks under a heading. A section in a section has a smaller heading."""
 
     title: str
     blocks: "tuple[Block, ...]"
@@ -264,11 +218,7 @@ Block = Text | Bullets | Code | KeyFigures | Table | Figure | SideBySide | Detai
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """A whole report.
-
-    Raises:
-        ValueError: if title or summary are empty, there are no blocks, or sections lie too deep.
-    """
+    """A whole report."""
 
     title: str
     summary: str
@@ -295,10 +245,6 @@ def json_details(summary: str, value: Any) -> Details:
     Args:
         summary: the line that opens it.
         value: mappings, sequences, strings, finite numbers, booleans and None.
-
-    Raises:
-        ValueError: if a number is not finite, which JSON has no word for.
-        TypeError: if something is not of JSON.
     """
     return Details(summary, (Code(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)),))
 

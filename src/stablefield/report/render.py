@@ -13,11 +13,11 @@ from pathlib import Path
 
 import stablefield
 from stablefield.atomic_file import write_atomically
-from stablefield.report.cells import Cell, show
+from stablefield.report.cells import Cell, printable, show
 from stablefield.report.colours import DARK, LIGHT, Palette
+from stablefield.report.drawing import chart_svg
 from stablefield.report.extra import require
 from stablefield.report.page import Block, Figure, Page, Section, Table
-from stablefield.report.svg import printable, with_prefix
 
 __all__ = ["render_page", "write_page"]
 
@@ -42,12 +42,13 @@ def render_page(page: Page) -> str:
     def number() -> int:
         return next(numbers)
 
-    def svg(figure: Figure, text: str) -> Markup:
-        # Checked when the figure was made; the label is escaped as an attribute of the element.
-        return Markup(with_prefix(text, f"p{number()}-", figure.alt))
-
-    def source(figure: Figure) -> str:
-        return "data:image/png;base64," + base64.b64encode(figure.png or b"").decode()
+    def picture(figure: Figure) -> Markup:
+        if isinstance(figure.picture, bytes):
+            data, (width, height) = base64.b64encode(figure.picture).decode(), figure.size
+            image = '<img src="data:image/png;base64,{}" alt="{}" width="{}" height="{}">'
+            return Markup(image).format(data, figure.alt, width, height)
+        # Drawn here, by matplotlib, which escapes the texts in it.
+        return Markup(chart_svg(figure.picture, alt=figure.alt, prefix=f"p{number()}-"))
 
     sections = [block for block in page.blocks if isinstance(block, Section)]
     template = environment.from_string((folder / "page.html.jinja").read_text("utf-8"))
@@ -56,8 +57,7 @@ def render_page(page: Page) -> str:
         contents=sections if len(sections) >= CONTENTS_FROM else [],
         style=Markup(_colours() + (folder / "page.css").read_text("utf-8")),
         version=stablefield.__version__,
-        svg=svg,
-        source=source,
+        picture=picture,
         number=number,
         table=_cells,
         kind=_kind,

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from stablefield.report import (
     Code,
     Estimate,
+    Figure,
     KeyFigure,
     KeyFigures,
     Line,
@@ -19,7 +20,6 @@ from stablefield.report import (
     SideBySide,
     Table,
     Text,
-    chart_figure,
     image_figure,
     json_details,
 )
@@ -128,19 +128,19 @@ def comparison_page(
                         "far a network is from it is measured at every noise level; lower is better. Bands reach from the "
                         "least to the largest seed."
                     ),
-                    chart_figure(
+                    Figure(
                         level_chart(outcomes),
                         alt="Squared distance to the exact posterior mean at the end of training, against noise level.",
                         title="At the end of training.",
                         caption="1,024 noisy rows per level (fewer of a small set, or of large images).",
                     ),
-                    chart_figure(
+                    Figure(
                         distance_chart(outcomes),
                         alt="Squared distance at middle noise levels against training steps, for both targets.",
                         title="Over training, by steps.",
                         caption="Averaged weights, noise levels in the middle.",
                     ),
-                    chart_figure(
+                    Figure(
                         dataclasses.replace(
                             distance_chart(outcomes),
                             lines=_lines(outcomes, lambda score: score.seconds, lambda score: score.middle),
@@ -171,7 +171,7 @@ def comparison_page(
             Section(
                 "Samples",
                 (
-                    chart_figure(
+                    Figure(
                         LineChart(
                             lines=_lines(outcomes, lambda score: score.step, lambda score: score.frechet),
                             x_label="step",
@@ -181,7 +181,7 @@ def comparison_page(
                         title=f"{frechet_name}.",
                         caption="Of few samples, so biased upwards, by the same amount for both.",
                     ),
-                    chart_figure(
+                    Figure(
                         LineChart(
                             lines=_lines(outcomes, lambda score: score.seconds, lambda score: score.frechet),
                             x_label="seconds of training",
@@ -214,7 +214,7 @@ def comparison_page(
             Section(
                 "Gradient",
                 (
-                    chart_figure(
+                    Figure(
                         LineChart(
                             lines=_lines(outcomes, lambda score: score.step, lambda score: score.gradient_variance),
                             x_label="step",
