@@ -51,7 +51,7 @@ def test_numbers_samples_beside_real_images_and_protocols_are_on_the_page():
     (beside,) = section(page, "Samples beside real images").blocks
     assert isinstance(beside, SideBySide)
     assert [figure.caption for figure in beside.figures] == ["9 samples.", "9 real images."]
-    assert beside.figures[0].png != beside.figures[1].png
+    assert beside.figures[0].picture != beside.figures[1].picture
     protocols = [block for block in section(page, "How it was measured").blocks if isinstance(block, Details)]
     assert len(protocols) == 2
     text = render_page(page)

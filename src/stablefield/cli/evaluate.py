@@ -1,7 +1,7 @@
 """`stablefield evaluate RUN_OR_IMAGES --data DATA`: numbers of samples, each with its protocol."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 import tyro
 from rich.markup import escape
-from torch import Tensor
 
 from stablefield.cli.console import console, relative
-from stablefield.cli.drawing import DrawingFlags, Model
+from stablefield.cli.drawing import DrawingFlags
 from stablefield.cli.extractors import ExtractorFlags
 from stablefield.cli.places import check_folder, check_free, check_place, unused
 from stablefield.cli.sample import own_device
@@ -28,9 +27,7 @@ from stablefield.evaluation.processes import Processes
 from stablefield.evaluation.protocol import DamagedCacheWarning, ProtocolWarning
 from stablefield.evaluation.result import Evaluation
 from stablefield.report.extra import require
-from stablefield.sampling.samples import Drawing
-from stablefield.training.run_folder import RunConfig
-from stablefield.training.run_samples import RunSamples, data_of
+from stablefield.training.run_samples import RunSampler, RunSamples, data_of
 
 if TYPE_CHECKING:
     MetricName = str
@@ -133,18 +130,25 @@ class Evaluate:
             warnings.simplefilter("always", ProtocolWarning)
             warnings.simplefilter("always", DamagedCacheWarning)
             warnings.showwarning = _print_warning
-            samples, data = self._run_samples(device) if self._is_run else self._images()
-            shape = samples.shape
-            return evaluate(
+            samples, name, opening = self._samples_of_run(device) if self._is_run else (self._images(), self.data, {})
+            # Real images are brought to their size as the run's were in training unless the flags say otherwise.
+            if self.resolution is not None or not opening:
+                opening = {"resolution": self.resolution, "resize": self.resize}
+
+            def real(split: str, name: str = name) -> ImageSet:
+                return open_data(name, split=split, **opening)
+
+            uses_extractor = any(METRICS[name].reads == "extractor" for name in self.metrics)
+            found = evaluate(
                 samples,
-                data=data,
+                data=real,
                 metrics=self.metrics,
-                extractor=self.extractor.open(shape, device) if self._uses("extractor") else None,
+                extractor=self.extractor.open(samples.shape, device) if uses_extractor else None,
                 classifier=self.extractor.open_classifier(device),
                 count=None if self._is_run else self.samples,
                 references=self.references,
                 split=self.split,
-                held_out=open_data(self.held_out, self.resolution, self.resize) if self.held_out else None,
+                held_out=real("train", self.held_out) if self.held_out else None,
                 repeats=self.repeats,
                 seed=self.first_seed,
                 device=device,
@@ -153,32 +157,35 @@ class Evaluate:
                 progress=lambda report: work(report.stage, report.done, report.total),
                 on_estimate=_print_estimate,
             )
+        return replace(found, name=self.source)
 
-    def _uses(self, what: str) -> bool:
-        return any(METRICS[name].reads == what for name in self.metrics if name in METRICS)
-
-    def _run_samples(self, device: torch.device) -> tuple[RunSamples, Callable[[str], ImageSet]]:
-        """The run's samples, and real images brought to their size as in its training unless the flags say otherwise."""
-        model = self.drawing.open(Path(self.source), device)
+    def _samples_of_run(self, device: torch.device) -> tuple[RunSamples, str, Mapping[str, Any]]:
+        """The run's samples, what it was trained on, and how that was opened."""
+        flags = self.drawing
+        model = flags.open(Path(self.source), device)
         config = model.own.config
-        count = 5000 if self.samples is None else self.samples
-        samples = RunSamples(_Sampler(self.drawing, model, device), self.source, count, self.first_seed)
-        name = self.data or data_of(config)
-        as_trained = config.opening if self.resolution is None else {}
-        chosen = as_trained or {"resolution": self.resolution, "resize": self.resize}
-        return samples, lambda split: open_data(name, split=split, **chosen)
+        sampler = RunSampler(
+            config=config,
+            device=device,
+            drawing=lambda progress: flags.drawing(model, device, progress),
+            labels=lambda seeds: flags.labels(seeds, config),
+            description=flags.describe(config),
+            steps=flags.steps_taken,
+            calls=flags.calls,
+            ema=model.ema,
+            batch=flags.batch,
+            coupled=flags.coupled,
+        )
+        samples = RunSamples(sampler, self.source, self.samples or 5000, self.first_seed)
+        return samples, self.data or data_of(config), config.opening
 
-    def _images(self) -> tuple[ImageSet, Callable[[str], ImageSet]]:
+    def _images(self) -> ImageSet:
         source = self.source
         if not (Path(source).exists() or source == "digits" or source.startswith("hf:")):
-            raise ValueError(
-                f"RUN_OR_IMAGES is {source}, and there is no such file or folder: name a run (a folder with config.json) or "
-                "images."
-            )
+            raise ValueError(f"RUN_OR_IMAGES is {source}, and there is no such file or folder: name a run or images.")
         if not self.data:
             raise ValueError("--data is missing: name the real images to measure against, such as --data digits.")
-        images = open_data(source, split=self.images_split)
-        return images, lambda split: open_data(self.data, self.resolution, self.resize, split)
+        return open_data(source, split=self.images_split)
 
     def _finish(self, found: Evaluation) -> None:
         console.print(found.table(), markup=False)
@@ -205,52 +212,10 @@ class Evaluate:
         return unused(folder / f"{name}.json")
 
 
-@dataclass(frozen=True)
-class _Sampler:
-    """What the flags say of a run's samples, as `RunSamples` asks for it."""
-
-    flags: DrawingFlags
-    model: Model
-    device: torch.device
-
-    @property
-    def config(self) -> RunConfig:
-        return self.model.own.config
-
-    @property
-    def ema(self) -> str:
-        return self.model.ema
-
-    @property
-    def batch(self) -> int:
-        return self.flags.batch
-
-    @property
-    def coupled(self) -> bool:
-        return self.flags.coupled
-
-    @property
-    def steps_taken(self) -> int | None:
-        return self.flags.steps_taken
-
-    @property
-    def calls(self) -> int:
-        return self.flags.calls
-
-    def describe(self) -> str:
-        return self.flags.describe(self.config)
-
-    def labels(self, seeds: Tensor) -> Tensor | None:
-        return self.flags.labels(seeds, self.config)
-
-    def drawing(self, progress: Callable[[float], object] | None) -> Drawing:
-        return self.flags.drawing(self.model, self.device, progress)
-
-
 def _print_estimate(estimate: "TimeEstimate") -> None:
     """Say how long it takes from here."""
-    named = ((estimate.sampling, "drawing"), (estimate.features, "features"), (estimate.metrics, "metrics"))
-    parts = [f"{duration(seconds)} of {what}" for seconds, what in named if seconds >= 1]
+    named = {"drawing": estimate.sampling, "features": estimate.features, "metrics": estimate.metrics}
+    parts = [f"{duration(seconds)} of {what}" for what, seconds in named.items() if seconds >= 1]
     known = f": {', '.join(parts)}" if len(parts) > 1 else ""
     console.print(f"takes about {duration(estimate.total)} from here{known}")
 

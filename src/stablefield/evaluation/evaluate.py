@@ -134,12 +134,11 @@ def evaluate(
         # As far as it is known, before anything is opened.
         check_counts(chosen, count, references)
         source: SampleSource = ImageSource(samples, count, repeats, seed, batch, progress)
-    elif not isinstance(samples, SampleSource):
-        raise TypeError(f"samples is a {type(samples).__name__}: pass images, their path, or a SampleSource.")
-    elif count is not None:
-        raise ValueError(f"count={count}: the source draws {samples.count} samples a repeat; leave count out.")
     else:
+        check_kind("samples", samples, SampleSource, "images, their path, or a SampleSource")
         source = samples
+        if count is not None:
+            raise ValueError(f"count={count}: the source draws {samples.count} samples a repeat; leave count out.")
     check_counts(chosen, source.count, references)
     seeds = tuple(found for repeat in range(repeats) if (found := source.seeds(repeat)) is not None)
     with Processes() as processes:
@@ -188,8 +187,7 @@ def own_device() -> torch.device:
 def _chosen(metrics: Sequence[str | Metric], classifier: Extractor | None) -> tuple[Metric, ...]:
     check_kind("metrics", metrics, (list, tuple), "a list of names and metrics")
     for one in metrics:
-        if not isinstance(one, str | Metric):
-            raise TypeError(f"metrics holds a {type(one).__name__}: pass names and metrics, such as 'frechet'.")
+        check_kind("metrics", one, (str, Metric), "names of metrics, such as 'frechet', and metrics")
         if isinstance(one, str) and one not in METRICS:
             raise ValueError(f"metrics holds {one!r}: there are {', '.join(METRICS)}.")
     if not metrics or len(set(metrics)) < len(metrics):

@@ -20,13 +20,14 @@ References:
     and 3 and lemma 1 (k = 5).
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stablefield.evaluation.features import checked_pair
-from stablefield.evaluation.metric import HIGHER, Metric, MetricInput, Value
+from stablefield.evaluation.metric import HIGHER, Features, Metric, MetricInput, Value
 from stablefield.evaluation.neighbours import Ball
 from stablefield.shapes import whole_number
 
@@ -90,7 +91,7 @@ def _checked(real: Tensor, generated: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class _OfNeighbours(Metric):
+class _OfBalls(Metric):
     k: int
     """Which neighbour the balls reach to."""
 
@@ -98,53 +99,54 @@ class _OfNeighbours(Metric):
     def least(self) -> int:
         return self.k + 1
 
-    def _value(self, name: str, value: float) -> tuple[Value, ...]:
+    @abstractmethod
+    def _share(self, real: Features, samples: Features) -> float: ...
+
+    def __call__(self, given: MetricInput) -> tuple[Value, ...]:
+        share = self._share(given.references, given.samples)
         # With closed balls, as earlier versions had them, numbers differ where distances are equal.
-        return (Value(name=name, value=value, better=HIGHER, settings={"k": self.k, "balls": "open"}),)
+        settings = {"k": self.k, "balls": "open"}
+        return (Value(name=type(self).__name__.lower(), value=share, better=HIGHER, settings=settings),)
 
 
 @dataclass(frozen=True)
-class Precision(_OfNeighbours):
+class Precision(_OfBalls):
     """Share of samples inside the real manifold."""
 
     k: int = 3
 
-    def __call__(self, given: MetricInput) -> tuple[Value, ...]:  # noqa: D102
-        samples, real = given.samples, given.references
-        return self._value("precision", precision(real.matrix(), samples.matrix(), self.k, radii=real.radii(self.k)))
+    def _share(self, real: Features, samples: Features) -> float:
+        return precision(real.matrix(), samples.matrix(), self.k, radii=real.radii(self.k))
 
 
 @dataclass(frozen=True)
-class Recall(_OfNeighbours):
+class Recall(_OfBalls):
     """Share of real images inside the samples' manifold."""
 
     k: int = 3
 
-    def __call__(self, given: MetricInput) -> tuple[Value, ...]:  # noqa: D102
-        samples, real = given.samples, given.references
-        return self._value("recall", recall(real.matrix(), samples.matrix(), self.k, radii=samples.radii(self.k)))
+    def _share(self, real: Features, samples: Features) -> float:
+        return recall(real.matrix(), samples.matrix(), self.k, radii=samples.radii(self.k))
 
     def cost(self, samples: int, references: int, held_out: int, dim: int) -> tuple[float, float]:  # noqa: ARG002, D102
         return 0.0, samples * (samples + references)
 
 
 @dataclass(frozen=True)
-class Density(_OfNeighbours):
+class Density(_OfBalls):
     """Real balls about a sample."""
 
     k: int = 5
 
-    def __call__(self, given: MetricInput) -> tuple[Value, ...]:  # noqa: D102
-        samples, real = given.samples, given.references
-        return self._value("density", density(real.matrix(), samples.matrix(), self.k, radii=real.radii(self.k)))
+    def _share(self, real: Features, samples: Features) -> float:
+        return density(real.matrix(), samples.matrix(), self.k, radii=real.radii(self.k))
 
 
 @dataclass(frozen=True)
-class Coverage(_OfNeighbours):
+class Coverage(_OfBalls):
     """Share of real balls with a sample inside."""
 
     k: int = 5
 
-    def __call__(self, given: MetricInput) -> tuple[Value, ...]:  # noqa: D102
-        samples, real = given.samples, given.references
-        return self._value("coverage", coverage(real.matrix(), samples.matrix(), self.k, radii=real.radii(self.k)))
+    def _share(self, real: Features, samples: Features) -> float:
+        return coverage(real.matrix(), samples.matrix(), self.k, radii=real.radii(self.k))

@@ -15,6 +15,7 @@ from stablefield.data.source import open_images
 from stablefield.evaluation.extractor import check_images
 from stablefield.evaluation.processes import Processes
 from stablefield.progress import Progress
+from stablefield.shapes import check_kind
 
 if TYPE_CHECKING:  # needs torchmetrics
     from stablefield.evaluation.extraction import Batch
@@ -92,8 +93,7 @@ def _opened(name: str, images: Images, split: str, progress: Report | None) -> I
                 progress(Progress(stage=stage, done=done, total=total))
 
         return open_images(images, split=split, progress=report)
-    if not isinstance(images, np.ndarray | Tensor):
-        raise TypeError(f"{name} is a {type(images).__name__}: pass images, an ImageSet or the path of images.")
+    check_kind(name, images, (np.ndarray, Tensor), "images, an ImageSet or the path of images")
     try:
         if isinstance(images, Tensor):
             check_images(images)

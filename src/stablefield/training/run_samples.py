@@ -3,8 +3,8 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,55 +24,30 @@ __all__ = ["RunSampler", "RunSamples", "data_of"]
 _TIMED = 4
 
 
-class RunSampler(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class RunSampler:
     """A run's model with a solver and its options."""
 
-    @property
-    def config(self) -> RunConfig:
-        """Of the run."""
-        ...
-
-    @property
-    def ema(self) -> str:
-        """Which average of the weights, of which step, for the protocol."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        ...
-
-    @property
-    def batch(self) -> int:
-        """Images at a time."""
-        ...
-
-    @property
-    def coupled(self) -> bool:
-        """Whether rows of a batch influence each other."""
-        ...
-
-    @property
-    def steps_taken(self) -> int | None:
-        """Steps of the solver; None where it chooses them itself."""
-        ...
-
-    @property
-    def calls(self) -> int:
-        """Calls of the network for a batch, about."""
-        ...
-
-    def describe(self) -> str:
-        """The solver with all that decides what it draws, for the protocol."""
-        ...
-
-    def labels(self, seeds: Tensor) -> Tensor | None:
-        """Classes of the images of seeds (B,), or None for a run without classes."""
-        ...
-
-    def drawing(self, progress: Callable[[float], object] | None) -> Drawing:
-        """What draws the images; `progress` is called with the share of the chunk that is done."""
-        ...
+    config: RunConfig
+    """Of the run."""
+    device: torch.device
+    """Where the model is."""
+    drawing: Callable[[Callable[[float], object]], Drawing]
+    """Makes what draws the images; that calls its argument with the share of a batch that is done."""
+    labels: Callable[[Tensor], Tensor | None]
+    """Classes of the images of seeds (B,); None for a run without classes."""
+    description: str
+    """The solver with all that decides what it draws, for the protocol."""
+    steps: int | None
+    """Steps of the solver; None where it chooses them itself."""
+    calls: int
+    """Calls of the network for a batch, about."""
+    ema: str
+    """Which average of the weights, of which step, for the protocol."""
+    batch: int = 256
+    """Images at a time."""
+    coupled: bool = False
+    """Whether rows of a batch influence each other."""
 
 
 class RunSamples(SampleSource):
@@ -157,8 +132,8 @@ class RunSamples(SampleSource):
         """How the samples were made."""
         evaluations, chunks = processes.total(self._evaluations, self._chunks)
         return SamplingRecord(
-            sampler=self._sampler.describe(),
-            steps=self._sampler.steps_taken,
+            sampler=self._sampler.description,
+            steps=self._sampler.steps,
             nfe=evaluations / chunks,
             ema=self._sampler.ema,
             commit=running_commit(),
