@@ -257,7 +257,7 @@ class Evaluation(Result):
             numbers = (score.minimum, _cell(score), score.spread) if repeated else (_cell(score),)
             protocol = score.protocol
             counts = (protocol.sample_count, protocol.reference_count)
-            rows.append((protocol.metric, *numbers, score.better or None, *counts))
+            rows.append((protocol.metric, *numbers, score.better.removesuffix(" is better") or None, *counts))
         return Table(
             columns=("Metric", *names, "Better", "Samples", "Real images"),
             rows=tuple(rows),
