@@ -6,6 +6,7 @@ import pytest
 
 from stablefield.cli.entry import main
 from stablefield.cli.mistakes import checked
+from stablefield.cli.usage import as_flags
 
 
 @pytest.mark.parametrize(
@@ -81,3 +82,18 @@ def test_a_mistake_is_one_sentence_with_what_was_meant(
 )
 def test_usual_names_are_understood(line: str, same: str) -> None:
     assert checked(shlex.split(line)) == shlex.split(same)
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ("samples=5: use more.", "--samples 5: use more."),
+        ("held_out=a has images; open it with resolution=8.", "--held-out a has images; open it with --resolution 8."),
+        ("seed=-1: pass a whole number.", "--first-seed -1: pass a whole number."),
+        ("data is missing: name them.", "DATA is missing: name them."),
+        ("the data is damaged: k=3, subset_size=4, a = b.", "the data is damaged: k=3, subset_size=4, a = b."),
+        ("subset_size is 7: too many.", "subset_size is 7: too many."),
+    ],
+)
+def test_an_argument_in_an_error_of_the_library_becomes_the_flag(message: str, words: str) -> None:
+    assert as_flags(message, {"seed": "--first-seed", "data": "DATA"}) == words

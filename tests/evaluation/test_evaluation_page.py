@@ -47,11 +47,11 @@ def test_numbers_samples_beside_real_images_and_protocols_are_on_the_page():
     assert isinstance(key, KeyFigures)
     assert isinstance(table, Table)
     assert [figure.label for figure in key.figures] == ["FID", "KID"]
-    assert table.rows[0] == ("FID", 3.25, 3.375, 0.25, "lower is better", 500, 1797)
+    assert table.rows[0] == ("FID", 3.25, 3.375, 0.25, "lower", 500, 1797)
     (beside,) = section(page, "Samples beside real images").blocks
     assert isinstance(beside, SideBySide)
     assert [figure.caption for figure in beside.figures] == ["9 samples.", "9 real images."]
-    assert beside.figures[0].png != beside.figures[1].png
+    assert beside.figures[0].picture != beside.figures[1].picture
     protocols = [block for block in section(page, "How it was measured").blocks if isinstance(block, Details)]
     assert len(protocols) == 2
     text = render_page(page)

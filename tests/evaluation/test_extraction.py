@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from stablefield.data.digits import open_digits
+from stablefield.evaluation.evaluate import evaluate
 from stablefield.evaluation.extraction import Batch, ExtractorPass, extract, image_batches
 from stablefield.evaluation.extractor import RandomConvolutions, RawPixels
 from stablefield.evaluation.features import statistics_of
+from stablefield.evaluation.result import Evaluation
 
 DIGITS = open_digits().images[:100]
 
@@ -78,10 +80,12 @@ import sys
 import numpy as np, torch
 from stablefield.data.digits import open_digits
 from stablefield.evaluation.extraction import ExtractorPass, extract, image_batches
+from stablefield.evaluation.evaluate import evaluate
 from stablefield.evaluation.processes import Processes
 from stablefield.evaluation.extractor import RandomConvolutions
 
 torch.set_num_threads(1)
+MEASURED = {MEASURED}
 with Processes() as processes:
     batches = image_batches(open_digits().images, np.arange(50), 16, processes)
     (features,) = extract(batches, [ExtractorPass(extractor=RandomConvolutions())])
@@ -94,7 +98,10 @@ with Processes() as processes:
     )
     if processes.first:
         np.savez(sys.argv[1], rows=features.rows, covariance=features.statistics.covariance)
+    found = evaluate(open_digits().images[:90], **MEASURED, extractor=RandomConvolutions())
+    found.save(f"{sys.argv[1]}.{processes.rank}.json")
 """
+MEASURED = {"data": "digits", "metrics": ["frechet", "recall", "nearest"], "repeats": 2, "batch": 16, "cache": False}
 
 
 def features_of(count: int, out: Path) -> dict[str, np.ndarray]:
@@ -111,7 +118,11 @@ def features_of(count: int, out: Path) -> dict[str, np.ndarray]:
             "WORLD_SIZE": str(count),
         }
         environment = {**os.environ, **place, "OMP_NUM_THREADS": "1"}
-        started.append(subprocess.Popen([sys.executable, "-c", PASS, str(out)], env=environment))
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", PASS.replace("{MEASURED}", repr(MEASURED)), str(out)], env=environment
+            )
+        )
     assert [process.wait(timeout=120) for process in started] == [0] * count
     return dict(np.load(out))
 
@@ -127,3 +138,10 @@ def test_features_and_moments_do_not_depend_on_the_number_of_processes(tmp_path:
     assert alone.statistics is not None
     np.testing.assert_allclose(together["rows"], alone.rows, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(together["covariance"], alone.statistics.covariance, rtol=1e-4, atol=1e-9)
+    # So is a whole evaluation, and each process gets it.
+    expected = evaluate(open_digits().images[:90], **MEASURED, extractor=RandomConvolutions()).scores
+    for rank in range(2):
+        scores = Evaluation.load(tmp_path / f"two.npz.{rank}.json").scores
+        assert [score.protocol for score in scores] == [score.protocol for score in expected]
+        for mine, own in zip(scores, expected, strict=True):
+            assert mine.values == pytest.approx(own.values, rel=1e-4)

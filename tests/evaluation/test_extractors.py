@@ -14,8 +14,8 @@ from stablefield.evaluation.torchscript import (
     KeepSize,
     TensorFlowBilinear,
     TorchScriptExtractor,
+    _file_sha256,
     dinov2,
-    file_sha256,
 )
 
 
@@ -126,7 +126,7 @@ def test_a_torchscript_file_gets_resized_and_normalised_images(scripted: Callabl
     )[:, None, None]
     assert torch.equal(extract(x), Pool()(normalised))
     assert (extract.dim, extract.name, extract.resize) == (108, "pool", "tensorflow1-bilinear-24x24")
-    assert extract.sha256 == file_sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert extract.sha256 == _file_sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_dinov2_prepares_images_as_imagenet_networks_want_them(scripted: Callable[[nn.Module], Path]) -> None:

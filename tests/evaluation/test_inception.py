@@ -67,9 +67,10 @@ def test_only_inception_with_its_own_rule_gives_an_fid(network: Inception) -> No
 
 def test_nothing_gets_the_name_by_calling_itself_so() -> None:
     class Pretender(RandomConvolutions):
-        name = "Inception-v3 (2015-12-05)"
-        sha256 = PACKAGED_SHA256
-        resize = TensorFlowBilinear(299).rule
+        def __init__(self) -> None:
+            super().__init__()
+            self.name, self.sha256 = "Inception-v3 (2015-12-05)", PACKAGED_SHA256
+            self.resize = TensorFlowBilinear(299).rule
 
     assert frechet_name(Pretender()) == "Frechet distance (Inception-v3 (2015-12-05))"
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stablefield.evaluation import neighbours, protocol
+from stablefield.evaluation import neighbours, precision_recall, protocol
 from stablefield.evaluation.evaluate import check_counts
 from stablefield.evaluation.extraction import ExtractorPass, pass_for
 from stablefield.evaluation.extractor import RawPixels
@@ -96,6 +96,7 @@ def test_distances_within_a_set_are_found_once_for_all_metrics_and_repeats(monke
         return whole(points, k, **blocks)
 
     monkeypatch.setattr(neighbours, "others", counted)
+    monkeypatch.setattr(precision_recall, "others", counted)
     metrics = (Precision(), Recall(), Density(), Coverage(), Precision(k=7))
     references = kept(features(0, 40))
     for seed in (1, 2):

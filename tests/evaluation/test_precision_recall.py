@@ -77,7 +77,7 @@ def test_blocks_of_any_size_give_one_number(name: str, monkeypatch: pytest.Monke
     generator = torch.Generator().manual_seed(0)
     real, generated = torch.randn(2, 60, 2, generator=generator)
     whole = SCORES[name](real, 0.7 * generated)
-    for block in (neighbours.Ball.__init__, neighbours.blocks, neighbours.kth_neighbour):
+    for block in (neighbours.blocks, neighbours.others):
         monkeypatch.setattr(block, "__kwdefaults__", {"rows": 7, "columns": 11})
     assert SCORES[name](real, 0.7 * generated) == whole
 
@@ -103,7 +103,7 @@ def test_neighbours_of_any_block_size_are_those_of_all_distances() -> None:
         torch.testing.assert_close(distances, every.values[:, :3], rtol=0, atol=1e-12)
         assert torch.equal(index, every.indices[:, :3])
         own = torch.cdist(a, a, compute_mode="donot_use_mm_for_euclid_dist").sort(dim=1).values
-        torch.testing.assert_close(neighbours.kth_neighbour(a, 4, rows=rows, columns=columns), own[:, 4] ** 2)
+        torch.testing.assert_close(neighbours.others(a, 4, rows=rows, columns=columns)[:, 3], own[:, 4] ** 2)
 
 
 def test_far_from_the_origin_nothing_is_lost() -> None:

@@ -1,9 +1,9 @@
 """`stablefield evaluate RUN_OR_IMAGES --data DATA`: numbers of samples, each with its protocol."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import tyro
@@ -127,18 +127,25 @@ class Evaluate:
         device = pick_device(self.device)
         remedy = " To make it anew: --no-cache, or delete the file."
         with Work() as work, shown_warnings({DamagedCacheWarning: "", ProtocolWarning: remedy}):
-            samples, data = self._run_samples(device) if self._is_run else self._images()
-            shape = samples.shape
-            return evaluate(
+            samples, name, opening = self._samples_of_run(device) if self._is_run else (self._images(), self.data, {})
+            # Real images are brought to their size as the run's were in training unless the flags say otherwise.
+            if self.resolution is not None or not opening:
+                opening = {"resolution": self.resolution, "resize": self.resize}
+
+            def real(split: str, name: str = name) -> ImageSet:
+                return open_data(name, split=split, **opening)
+
+            uses_extractor = any(METRICS[name].reads == "extractor" for name in self.metrics)
+            found = evaluate(
                 samples,
-                data=data,
+                data=real,
                 metrics=self.metrics,
-                extractor=self.extractor.open(shape, device) if self._uses("extractor") else None,
+                extractor=self.extractor.open(samples.shape, device) if uses_extractor else None,
                 classifier=self.extractor.open_classifier(device),
                 count=None if self._is_run else self.samples,
                 references=self.references,
                 split=self.split,
-                held_out=open_data(self.held_out, self.resolution, self.resize) if self.held_out else None,
+                held_out=real("train", self.held_out) if self.held_out else None,
                 repeats=self.repeats,
                 seed=self.first_seed,
                 device=device,
@@ -147,32 +154,22 @@ class Evaluate:
                 progress=work.show,
                 on_estimate=_print_estimate,
             )
+        return replace(found, name=self.source)
 
-    def _uses(self, what: str) -> bool:
-        return any(METRICS[name].reads == what for name in self.metrics if name in METRICS)
-
-    def _run_samples(self, device: torch.device) -> tuple[RunSamples, Callable[[str], ImageSet]]:
-        """The run's samples, and real images brought to their size as in its training unless the flags say otherwise."""
+    def _samples_of_run(self, device: torch.device) -> tuple[RunSamples, str, Mapping[str, Any]]:
+        """The run's samples, what it was trained on, and how that was opened."""
         sampler = Run(self.source).sampler(self.drawing, device=device)
         config = sampler.config
-        count = 5000 if self.samples is None else self.samples
-        samples = RunSamples(sampler, self.source, count, self.first_seed)
-        name = self.data or data_of(config)
-        as_trained = config.opening if self.resolution is None else {}
-        chosen = as_trained or {"resolution": self.resolution, "resize": self.resize}
-        return samples, lambda split: open_data(name, split=split, **chosen)
+        samples = RunSamples(sampler, self.source, self.samples or 5000, self.first_seed)
+        return samples, self.data or data_of(config), config.opening
 
-    def _images(self) -> tuple[ImageSet, Callable[[str], ImageSet]]:
+    def _images(self) -> ImageSet:
         source = self.source
         if not (Path(source).exists() or source == "digits" or source.startswith("hf:")):
-            raise ValueError(
-                f"RUN_OR_IMAGES is {source}, and there is no such file or folder: name a run (a folder with config.json) or "
-                "images."
-            )
+            raise ValueError(f"RUN_OR_IMAGES is {source}, and there is no such file or folder: name a run or images.")
         if not self.data:
             raise ValueError("--data is missing: name the real images to measure against, such as --data digits.")
-        images = open_data(source, split=self.images_split)
-        return images, lambda split: open_data(self.data, self.resolution, self.resize, split)
+        return open_data(source, split=self.images_split)
 
     def _finish(self, found: Evaluation) -> None:
         console.print(found.table(), markup=False)
@@ -201,7 +198,7 @@ class Evaluate:
 
 def _print_estimate(estimate: "TimeEstimate") -> None:
     """Say how long it takes from here."""
-    named = ((estimate.sampling, "drawing"), (estimate.features, "features"), (estimate.metrics, "metrics"))
-    parts = [f"{duration(seconds)} of {what}" for seconds, what in named if seconds >= 1]
+    named = {"drawing": estimate.sampling, "features": estimate.features, "metrics": estimate.metrics}
+    parts = [f"{duration(seconds)} of {what}" for what, seconds in named.items() if seconds >= 1]
     known = f": {', '.join(parts)}" if len(parts) > 1 else ""
     console.print(f"takes about {duration(estimate.total)} from here{known}")

@@ -6,7 +6,7 @@ A metric is listed in `METRICS`; an evaluation takes such a name, or any `Metric
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import fsum, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +30,7 @@ from stablefield.evaluation.protocol import Score, running_commit
 from stablefield.evaluation.result import Evaluation, Pictures
 from stablefield.evaluation.samples import Images, ImageSource, RealImages, Report, SampleSource, SamplingRecord
 from stablefield.progress import Progress
-from stablefield.shapes import as_device, whole_number
+from stablefield.shapes import as_device, check_callable, check_kind, whole_number
 
 if TYPE_CHECKING:  # these need torchmetrics
     from stablefield.evaluation.extraction import Batch
@@ -112,34 +112,43 @@ def evaluate(
         DamagedCacheWarning: if kept features are damaged; they are made anew.
     """
     chosen = _chosen(metrics, classifier)
-    for name, value, least in (("count", count, 1), ("repeats", repeats, 1), ("batch", batch, 1), ("seed", seed, 0)):
-        if value is not None:
+    for name, value, least in (
+        ("count", count, 1),
+        ("references", references, 2),
+        ("repeats", repeats, 1),
+        ("batch", batch, 1),
+        ("seed", seed, 0),
+    ):
+        if value is not None or name not in ("count", "references"):
             whole_number(name, value, least)
+    for name, network in (("extractor", extractor), ("classifier", classifier)):
+        if network is not None and not (callable(network) and hasattr(network, "sha256")):
+            raise TypeError(f"{name} is a {type(network).__name__}: pass an Extractor, such as RandomConvolutions().")
+    check_kind("split", split, str, "the name of a split, such as 'train'")
+    check_kind("cache", cache, (bool, str, Path), "a folder, True or False")
+    for name, hook in (("progress", progress), ("on_estimate", on_estimate)):
+        if hook is not None:
+            check_callable(name, hook, f"{name}(report)")
     device = own_device() if device is None else as_device("device", device)
     if isinstance(samples, str | Path | ImageSet | np.ndarray | Tensor):
         # As far as it is known, before anything is opened.
         check_counts(chosen, count, references)
         source: SampleSource = ImageSource(samples, count, repeats, seed, batch, progress)
-    elif count is not None:
-        raise ValueError(f"count={count}: the source draws {samples.count} samples a repeat; leave count out.")
     else:
+        check_kind("samples", samples, SampleSource, "images, their path, or a SampleSource")
         source = samples
+        if count is not None:
+            raise ValueError(f"count={count}: the source draws {samples.count} samples a repeat; leave count out.")
     check_counts(chosen, source.count, references)
     seeds = tuple(found for repeat in range(repeats) if (found := source.seeds(repeat)) is not None)
+    folder = cache_folder() / "references" if cache is True else Path(cache) if cache else None
     with Processes() as processes:
-        groups = _groups(
-            chosen,
-            source,
-            RealImages(data, split, held_out, source.shape, progress),
-            references=references,
-            extractor=extractor,
-            classifier=classifier,
-            device=device,
-            cache=cache_folder() / "references" if cache is True else Path(cache) if cache else None,
-        )
+        real = RealImages(data, split, held_out, source.shape, progress)
+        run = _Measurement(source, seeds, repeats, batch, processes, progress)
+        groups = _groups(chosen, source, real, references, extractor, classifier, device, folder)
         if on_estimate is not None and processes.first:
-            on_estimate(_estimate(groups, source, repeats, batch, device, processes))
-        return _measured(groups, source, seeds, repeats, batch, processes, progress)
+            on_estimate(run.estimate(groups, device))
+        return run.evaluation(groups)
 
 
 def check_counts(metrics: Sequence[Metric], samples: int | None, references: int | None) -> None:
@@ -170,7 +179,9 @@ def own_device() -> torch.device:
 
 
 def _chosen(metrics: Sequence[str | Metric], classifier: Extractor | None) -> tuple[Metric, ...]:
+    check_kind("metrics", metrics, (list, tuple), "a list of names and metrics")
     for one in metrics:
+        check_kind("metrics", one, (str, Metric), "names of metrics, such as 'frechet', and metrics")
         if isinstance(one, str) and one not in METRICS:
             raise ValueError(f"metrics holds {one!r}: there are {', '.join(METRICS)}.")
     if not metrics or len(set(metrics)) < len(metrics):
@@ -191,15 +202,14 @@ class _Group:
     extractor: Extractor
     metrics: tuple[Metric, ...]
     references: "ReferenceSet"
-    cache: Path | None
-    held_out: ImageSet | None
+    cache: Path | None = None
+    held_out: ImageSet | None = None
 
 
 def _groups(
     metrics: Sequence[Metric],
     source: SampleSource,
     real: RealImages,
-    *,
     references: int | None,
     extractor: Extractor | None,
     classifier: Extractor | None,
@@ -219,169 +229,131 @@ def _groups(
         check_counts(near, source.count, len(whole))
         # Pixels are at hand anyway: nothing to keep.
         pixels = RawPixels(real.images.shape)
-        groups.append(_Group(extractor=pixels, metrics=near, references=whole, cache=None, held_out=real.held_out()))
+        groups.append(_Group(extractor=pixels, metrics=near, references=whole, held_out=real.held_out()))
     if others:
         chosen = extractor or Inception(device=device)
-        groups.insert(0, _Group(extractor=chosen, metrics=others, references=some, cache=cache, held_out=None))
+        groups.insert(0, _Group(extractor=chosen, metrics=others, references=some, cache=cache))
     if scores and classifier is not None:
-        groups.append(_Group(extractor=classifier, metrics=scores, references=some, cache=cache, held_out=None))
+        groups.append(_Group(extractor=classifier, metrics=scores, references=some, cache=cache))
     return groups
 
 
-def _estimate(
-    groups: Sequence[_Group],
-    source: SampleSource,
-    repeats: int,
-    batch: int,
-    device: torch.device,
-    processes: Processes,
-) -> "TimeEstimate":
-    """How long it will take from here, from a batch or two that are thrown away."""
-    from stablefield.evaluation.extraction import pass_for
-    from stablefield.evaluation.reference import is_kept
-    from stablefield.evaluation.time_estimate import TimeEstimate, feature_seconds, metric_seconds
+@dataclass(frozen=True)
+class _Measurement:
+    """Samples of several repeats, and how the processes go through them."""
 
-    features = metrics = 0.0
-    for group in groups:
-        wanted = pass_for(group.extractor, group.metrics)
-        control = 0 if group.held_out is None else len(group.held_out)
-        once = (0 if is_kept(group.references, wanted, group.cache) else len(group.references)) + control
-        images = torch.from_numpy(np.array(group.references.images.images[:batch]))
-        features += (repeats * source.count + once) * feature_seconds(wanted, images, device)
-        metrics += metric_seconds(group.extractor, group.metrics, source.count, len(group.references), control, repeats)
-    sampling = repeats * source.seconds()
-    return TimeEstimate(sampling=sampling / processes.count, features=features / processes.count, metrics=metrics)
+    source: SampleSource
+    seeds: tuple[str, ...]
+    repeats: int
+    batch: int
+    processes: Processes
+    progress: Report | None
+    shown: list[tuple[Tensor, Tensor | None]] = field(default_factory=list[tuple[Tensor, Tensor | None]])
 
+    def estimate(self, groups: Sequence[_Group], device: torch.device) -> "TimeEstimate":
+        """How long it will take from here, from a batch or two that are thrown away."""
+        from stablefield.evaluation.extraction import pass_for
+        from stablefield.evaluation.reference import is_kept
+        from stablefield.evaluation.time_estimate import TimeEstimate, feature_seconds, metric_seconds
 
-def _measured(
-    groups: Sequence[_Group],
-    source: SampleSource,
-    seeds: tuple[str, ...],
-    repeats: int,
-    batch: int,
-    processes: Processes,
-    progress: Report | None,
-) -> Evaluation:
-    from stablefield.evaluation.extraction import ExtractorPass, extract, image_batches, pass_for
-    from stablefield.evaluation.reference import measure_reference
+        features = metrics = 0.0
+        n, repeats, count = self.source.count, self.repeats, self.processes.count
+        for group in groups:
+            wanted, real = pass_for(group.extractor, group.metrics), group.references
+            control = 0 if group.held_out is None else len(group.held_out)
+            once = (0 if is_kept(real, wanted, group.cache) else len(real)) + control
+            images = torch.from_numpy(np.array(real.images.images[: self.batch]))
+            features += (repeats * n + once) * feature_seconds(wanted, images, device)
+            metrics += metric_seconds(group.extractor, group.metrics, n, len(real), control, repeats)
+        sampling = repeats * self.source.seconds()
+        return TimeEstimate(sampling=sampling / count, features=features / count, metrics=metrics)
 
-    commit = running_commit()
-    passes = [pass_for(group.extractor, group.metrics) for group in groups]
-    real: list[tuple[Features, Tensor | None]] = []
-    for group, wanted in zip(groups, passes, strict=True):
+    def evaluation(self, groups: Sequence[_Group]) -> Evaluation:
+        """Every metric on every repeat, in the first process; each process gets the scores."""
+        from stablefield.evaluation.extraction import extract, pass_for
+
+        real = [self._real(group) for group in groups]
+        passes = [pass_for(group.extractor, group.metrics) for group in groups]
+        values: list[list[list[Value]]] = [[] for _ in groups]
+        for repeat in range(self.repeats):
+            features = extract(self._batches(repeat), passes, "sample", at_once=self.batch)
+            if not self.processes.first:
+                continue
+            if self.progress is not None:
+                self.progress(Progress(stage="metrics", done=repeat, total=self.repeats))
+            for group, (references, control), samples, found in zip(groups, real, features, values, strict=True):
+                given = MetricInput(samples=samples, references=references, extractor=group.extractor, held_out=control)
+                found.append([value for metric in group.metrics for value in metric(given)])
+        record = self.source.record(self.processes)
+        scores = [
+            score for group, found in zip(groups, values, strict=True) for score in self._scores(group, found, record)
+        ]
+        if self.processes.count > 1:
+            text = self.processes.from_first(json.dumps([score.to_dict() for score in scores]))
+            scores = [Score.from_dict(one) for one in json.loads(text)]
+        samples, references = self._pictures(groups[0].references)
+        return Evaluation(name=self.source.name, scores=tuple(scores), samples=samples, references=references)
+
+    def _real(self, group: _Group) -> tuple[Features, Tensor | None]:
+        """Features of the real images, and of those that were not trained on."""
+        from stablefield.evaluation.extraction import ExtractorPass, extract, image_batches, pass_for
+        from stablefield.evaluation.reference import measure_reference
+
         found = measure_reference(
             group.references,
-            wanted,
-            batch=batch,
+            pass_for(group.extractor, group.metrics),
+            batch=self.batch,
             cache=group.cache,
-            commit=commit,
-            processes=processes,
-            progress=progress,
+            commit=running_commit(),
+            processes=self.processes,
+            progress=self.progress,
         )
-        control = None
-        if group.held_out is not None:
-            rows = np.arange(len(group.held_out))
-            batches = image_batches(group.held_out.images, rows, batch, processes)
-            only_rows = ExtractorPass(extractor=group.extractor, moments=False)
-            control = extract(batches, [only_rows], "held-out image")[0].matrix()
-        real.append((found, control))
-    values: list[list[list[Value]]] = [[] for _ in groups]
-    shown: list[tuple[Tensor, Tensor | None]] = []
-    for repeat in range(repeats):
-        batches = _remembering(source, repeat, processes, progress, shown)
-        features = extract(batches, passes, "sample", at_once=batch)
-        if processes.first:
-            if progress is not None:
-                progress(Progress(stage="metrics", done=repeat, total=repeats))
-            for group, (references, control), of_samples, of_repeats in zip(
-                groups, real, features, values, strict=True
-            ):
-                given = MetricInput(
-                    samples=of_samples, references=references, extractor=group.extractor, held_out=control
-                )
-                of_repeats.append([value for metric in group.metrics for value in metric(given)])
-    record = source.record(processes)
-    scores = [
-        score
-        for group, of_repeats in zip(groups, values, strict=True)
-        for score in _scores(group, of_repeats, source.count, seeds, record)
-    ]
-    if processes.count > 1:
-        text = processes.from_first(json.dumps([score.to_dict() for score in scores]))
-        scores = [Score.from_dict(one) for one in json.loads(text)]
-    samples = _pictures_of(shown, source)
-    return Evaluation(
-        name=source.name,
-        scores=tuple(scores),
-        samples=samples,
-        references=_some_of(groups[0].references, labelled=samples is not None and samples.labels is not None),
-    )
+        if group.held_out is None:
+            return found, None
+        rows = np.arange(len(group.held_out))
+        batches = image_batches(group.held_out.images, rows, self.batch, self.processes)
+        only_rows = ExtractorPass(extractor=group.extractor, moments=False)
+        return found, extract(batches, [only_rows], "held-out image")[0].matrix()
 
+    def _batches(self, repeat: int) -> "Iterator[Batch]":
+        """The batches of a repeat; the first images are kept to be looked at, with their classes."""
+        for images, numbers in self.source.batches(repeat, self.processes, self.progress):
+            if sum(len(batch) for batch, _ in self.shown) < _SHOWN:
+                self.shown.append((images, self.source.labels(repeat, numbers)))
+            yield images, numbers
 
-def _remembering(
-    source: SampleSource,
-    repeat: int,
-    processes: Processes,
-    progress: Report | None,
-    shown: list[tuple[Tensor, Tensor | None]],
-) -> "Iterator[Batch]":
-    """The batches of a repeat; the first images are kept to be looked at, with their classes."""
-    for images, numbers in source.batches(repeat, processes, progress):
-        if sum(len(batch) for batch, _ in shown) < _SHOWN:
-            shown.append((images, source.labels(repeat, numbers)))
-        yield images, numbers
-
-
-def _scores(
-    group: _Group, repeats: Sequence[Sequence[Value]], samples: int, seeds: tuple[str, ...], record: SamplingRecord
-) -> list[Score]:
-    """One score per number, from the values of every repeat."""
-    protocol = group.references.protocol(group.extractor)
-    return [
-        Score(
-            values=tuple(value.value for value in same),
-            standard_error=_mean_error(same),
-            better=same[0].better,
-            protocol=replace(
+    def _scores(self, group: _Group, repeats: Sequence[Sequence[Value]], record: SamplingRecord) -> Iterator[Score]:
+        """One score per number, from the values of every repeat."""
+        protocol = group.references.protocol(group.extractor)
+        for same in zip(*repeats, strict=True):
+            errors = [value.standard_error for value in same if value.standard_error is not None]
+            # Root mean square of the repeats' standard errors, where all have one.
+            error = sqrt(fsum(one**2 for one in errors) / len(errors)) if len(errors) == len(same) else None
+            of_number = replace(
                 protocol,
                 metric=same[0].name,
                 settings=same[0].settings,
-                sample_count=samples,
-                seeds=seeds,
-                sampler=record.sampler,
-                steps=record.steps,
-                nfe=record.nfe,
-                ema=record.ema,
-                commit=record.commit,
-            ),
+                sample_count=self.source.count,
+                seeds=self.seeds,
+                **asdict(record),
+            )
+            values = tuple(value.value for value in same)
+            yield Score(values=values, standard_error=error, better=same[0].better, protocol=of_number)
+
+    def _pictures(self, references: "ReferenceSet") -> tuple[Pictures | None, Pictures]:
+        """Some of the samples that this process saw, and some of the real images, drawn at random."""
+        rows = np.random.default_rng(0).permutation(references.rows)[:_SHOWN]
+        of, labels = references.images, [classes for _, classes in self.shown if classes is not None]
+        real = Pictures(
+            images=np.array(of.images[rows]),
+            labels=of.labels[rows] if labels and of.labels is not None else None,
+            class_names=of.class_names,
         )
-        for same in zip(*repeats, strict=True)
-    ]
-
-
-def _mean_error(values: Sequence[Value]) -> float | None:
-    """Root mean square of the repeats' standard errors, where all have one."""
-    errors = [value.standard_error for value in values if value.standard_error is not None]
-    return sqrt(fsum(error**2 for error in errors) / len(errors)) if len(errors) == len(values) else None
-
-
-def _pictures_of(shown: Sequence[tuple[Tensor, Tensor | None]], source: SampleSource) -> Pictures | None:
-    if not shown:
-        return None
-    labels = [classes for _, classes in shown if classes is not None]
-    return Pictures(
-        images=torch.cat([images for images, _ in shown])[:_SHOWN].numpy(),
-        labels=torch.cat(labels)[:_SHOWN].numpy() if labels else None,
-        class_names=source.class_names,
-    )
-
-
-def _some_of(references: "ReferenceSet", *, labelled: bool) -> Pictures:
-    """Some of the real images, drawn at random."""
-    rows = np.random.default_rng(0).permutation(references.rows)[:_SHOWN]
-    images = references.images
-    return Pictures(
-        images=np.array(images.images[rows]),
-        labels=images.labels[rows] if labelled and images.labels is not None else None,
-        class_names=images.class_names,
-    )
+        if not self.shown:
+            return None, real
+        samples = Pictures(
+            images=torch.cat([images for images, _ in self.shown])[:_SHOWN].numpy(),
+            labels=torch.cat(labels)[:_SHOWN].numpy() if labels else None,
+            class_names=self.source.class_names,
+        )
+        return samples, real

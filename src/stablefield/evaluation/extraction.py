@@ -10,7 +10,6 @@ ask for the result, those that saw no batch included. Needs torchmetrics: `pip i
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -39,7 +38,7 @@ except ImportError as error:
     ) from error
 
 __all__ = [
-    "Batch", "ExtractorPass", "Gather", "StreamingFeatures", "StreamingStatistics", "extract", "image_batches", "pass_for",
+    "Batch", "ExtractorPass", "StreamingFeatures", "StreamingStatistics", "extract", "image_batches", "pass_for",
 ]  # fmt: skip
 
 Batch = tuple[Tensor, Tensor]
@@ -133,28 +132,18 @@ def _check_finite(features: Tensor, numbers: Tensor, extractor: Extractor, what:
         )
 
 
-class Gather(Protocol):
-    """Collects one state tensor from every process."""
-
-    def __call__(self, state: Tensor, *, group: object) -> list[Tensor]:
-        """The states of all processes of `group`, in the order of their ranks."""
-        ...
-
-
 class _Streaming(torchmetrics.Metric):
     """State over batches and processes.
 
     Args:
         dim: number of features d.
-        gather: how the state of every process is collected, as torchmetrics' `dist_sync_fn`; torch.distributed's
-            all_gather if not given. Giving it means that there are several processes.
         local: this process measures for itself, also where torch.distributed is running; the others need not.
     """
 
     full_state_update = False
 
-    def __init__(self, dim: int, *, gather: Gather | None = None, local: bool = False) -> None:
-        super().__init__(dist_sync_fn=gather, distributed_available_fn=_no if local else _yes if gather else None)
+    def __init__(self, dim: int, *, local: bool = False) -> None:
+        super().__init__(distributed_available_fn=_no if local else None)
         whole_number("dim", dim, 1)
         self.dim = dim
 
@@ -174,8 +163,8 @@ class StreamingStatistics(_Streaming):
 
     moments: Tensor
 
-    def __init__(self, dim: int, *, gather: Gather | None = None, local: bool = False) -> None:
-        super().__init__(dim, gather=gather, local=local)
+    def __init__(self, dim: int, *, local: bool = False) -> None:
+        super().__init__(dim, local=local)
         self.add_state("moments", default=empty_moments(dim), dist_reduce_fx=_join_all)
 
     def update(self, features: Tensor) -> None:
@@ -213,8 +202,8 @@ class StreamingFeatures(_Streaming):
     rows: list[Tensor]
     numbers: list[Tensor]
 
-    def __init__(self, dim: int, *, gather: Gather | None = None, local: bool = False) -> None:
-        super().__init__(dim, gather=gather, local=local)
+    def __init__(self, dim: int, *, local: bool = False) -> None:
+        super().__init__(dim, local=local)
         self.add_state("rows", default=[], dist_reduce_fx="cat")
         self.add_state("numbers", default=[], dist_reduce_fx="cat")
 
@@ -264,10 +253,6 @@ def _join_all(stacked: Tensor) -> Tensor:
 def _whole(state: list[Tensor] | Tensor) -> Tensor:
     """A list state is a list before it is synchronised, and one tensor after."""
     return state if isinstance(state, Tensor) else torch.cat(state)
-
-
-def _yes() -> bool:
-    return True
 
 
 def _no() -> bool:

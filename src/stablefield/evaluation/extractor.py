@@ -6,6 +6,7 @@ means nothing without them.
 """
 
 import hashlib
+import math
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Protocol
@@ -23,27 +24,19 @@ _WIDTHS = (16, 32, 64)
 
 
 class Extractor(Protocol):
-    """What a metric needs of a feature network."""
+    """What a metric needs of a feature network.
 
-    @property
-    def name(self) -> str:
-        """What to call it in a table."""
-        ...
+    Attributes:
+        name: what to call it in a table.
+        dim: number of features d per image.
+        sha256: hash of the weights, 64 hexadecimal digits (the hash of no bytes where there are none).
+        resize: name of the resize rule, for the protocol record.
+    """
 
-    @property
-    def dim(self) -> int:
-        """Number of features d per image."""
-        ...
-
-    @property
-    def sha256(self) -> str:
-        """Hash of the weights, 64 hexadecimal digits (the hash of no bytes where there are none)."""
-        ...
-
-    @property
-    def resize(self) -> str:
-        """Name of the resize rule, for the protocol record."""
-        ...
+    name: str
+    dim: int
+    sha256: str
+    resize: str
 
     def __call__(self, images: Tensor) -> Tensor:
         """Features (B, dim) of uint8 images (B, C, H, W), C 1 or 3."""
@@ -65,23 +58,8 @@ class RawPixels:
         if len(sizes) != 3 or min(sizes) < 1:
             raise ValueError(f"shape is {shape}: pass channels, height and width, such as (3, 32, 32).")
         self._shape = sizes
-
-    @property
-    def name(self) -> str:  # noqa: D102
-        return "pixels"
-
-    @property
-    def dim(self) -> int:  # noqa: D102
-        channels, height, width = self._shape
-        return channels * height * width
-
-    @property
-    def sha256(self) -> str:  # noqa: D102
-        return hashlib.sha256(b"").hexdigest()
-
-    @property
-    def resize(self) -> str:  # noqa: D102
-        return "none"
+        self.name, self.resize = "pixels", "none"
+        self.dim, self.sha256 = math.prod(sizes), hashlib.sha256(b"").hexdigest()
 
     def __call__(self, images: Tensor) -> Tensor:  # noqa: D102
         check_images(images)
@@ -112,7 +90,7 @@ class RandomConvolutions:
     """
 
     def __init__(self, seed: int = 0, *, device: str | torch.device = "cpu") -> None:
-        self._seed, self._device = seed, torch.device(device)
+        self._device = torch.device(device)
         bits = np.random.PCG64(seed)
         weights: list[np.ndarray] = []
         for inputs, outputs in zip((3, *_WIDTHS), _WIDTHS, strict=False):
@@ -120,24 +98,9 @@ class RandomConvolutions:
             # 24 bits over 2^23: every number is a float32 exactly; uniform on [-1, 1) has variance 1/3.
             uniform = raw.astype(np.float32) / np.float32(2**23) - np.float32(1)
             weights.append((uniform * np.float32((6 / (inputs * 9)) ** 0.5)).reshape(outputs, inputs, 3, 3))
-        self._sha256 = hashlib.sha256(b"".join(weight.astype("<f4").tobytes() for weight in weights)).hexdigest()
+        self.name, self.resize, self.dim = f"random convolutions (seed {seed})", "none", sum(_WIDTHS)
+        self.sha256 = hashlib.sha256(b"".join(weight.astype("<f4").tobytes() for weight in weights)).hexdigest()
         self._weights = [torch.from_numpy(weight).to(self._device) for weight in weights]
-
-    @property
-    def name(self) -> str:  # noqa: D102
-        return f"random convolutions (seed {self._seed})"
-
-    @property
-    def dim(self) -> int:  # noqa: D102
-        return sum(_WIDTHS)
-
-    @property
-    def sha256(self) -> str:  # noqa: D102
-        return self._sha256
-
-    @property
-    def resize(self) -> str:  # noqa: D102
-        return "none"
 
     def __call__(self, images: Tensor) -> Tensor:  # noqa: D102
         check_images(images)

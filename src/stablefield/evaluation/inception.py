@@ -64,7 +64,7 @@ class Inception(TorchScriptExtractor):
     @property
     def standard(self) -> bool:
         """Whether the resize rule is FID's own."""
-        return self.resize == TensorFlowBilinear(299).rule
+        return self._resize == TensorFlowBilinear(299)
 
     def _recognise(self, path: str | Path | None) -> None:
         resize, self._resize = self._resize, TensorFlowBilinear(299)

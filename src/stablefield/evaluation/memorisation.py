@@ -78,25 +78,20 @@ def nearest_ratio(
             f"training has {len(training)} rows: at least 2 are needed, because a ratio takes two neighbours."
         )
     ratio, distance, index = _ratio(samples, training)
-    result = NearestRatio(
+    chance = closer = None
+    if held_out is not None:
+        held_out, _ = checked_pair(("held_out", "training"), held_out, training)
+        control, control_distance, _ = _ratio(held_out, training)
+        chance = float((control < threshold).double().mean())
+        closer = _probability_less(distance, control_distance)
+    return NearestRatio(
         ratio=ratio,
         distance=distance,
         index=index,
         memorised=float((ratio < threshold).double().mean()),
         threshold=threshold,
-    )
-    if held_out is None:
-        return result
-    held_out, _ = checked_pair(("held_out", "training"), held_out, training)
-    control, control_distance, _ = _ratio(held_out, training)
-    return NearestRatio(
-        ratio=ratio,
-        distance=distance,
-        index=index,
-        memorised=result.memorised,
-        threshold=threshold,
-        held_out_memorised=float((control < threshold).double().mean()),
-        closer=_probability_less(distance, control_distance),
+        held_out_memorised=chance,
+        closer=closer,
     )
 
 

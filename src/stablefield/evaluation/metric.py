@@ -12,13 +12,17 @@ from typing import ClassVar, Literal, Self
 
 from torch import Tensor
 
+from stablefield.evaluation import neighbours
 from stablefield.evaluation.extractor import Extractor
 from stablefield.evaluation.features import Gaussian, Statistics, fit_moments
-from stablefield.evaluation.neighbours import Neighbours
 
 __all__ = ["HIGHER", "LOWER", "Features", "Metric", "MetricInput", "Value"]
 
-LOWER, HIGHER = "lower is better", "higher is better"
+LOWER = "lower is better"
+HIGHER = "higher is better"
+
+# As many nearest rows as any listed metric asks for.
+_NEIGHBOURS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +51,7 @@ class Features:
     """Features in the order of the images' numbers, shape (n, d), float32; None if no metric needs them."""
     statistics: Statistics | None = None
     """Mean and covariance; None if no metric needs them."""
-    neighbours: Neighbours = field(default_factory=Neighbours, repr=False)
-    """Distances within the rows, which several metrics share."""
+    _nearest: list[Tensor] = field(default_factory=list[Tensor], init=False, repr=False)
 
     def matrix(self) -> Tensor:
         """The rows.
@@ -72,8 +75,16 @@ class Features:
         return fit_moments(self.statistics.mean, self.statistics.covariance)
 
     def radii(self, k: int) -> Tensor | None:
-        """Squared distance of every row to its k-th nearest other one, shape (n,); None if there is none."""
-        return self.neighbours(self.matrix(), k)
+        """Squared distance of every row to its k-th nearest other one, shape (n,); None if there is none.
+
+        They are kept for the next metric: they cost all pairs of rows, far more than the metrics that use them.
+        """
+        rows, kept = self.matrix(), self._nearest
+        if len(rows) <= k:
+            return None
+        if not kept or kept[-1].shape[1] < k:
+            kept.append(neighbours.others(rows, min(max(k, _NEIGHBOURS), len(rows) - 1)))
+        return kept[-1][:, k - 1]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,17 +20,23 @@ References:
     and 3 and lemma 1 (k = 5).
 """
 
+from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stablefield.evaluation.features import checked_pair
-from stablefield.evaluation.metric import HIGHER, Metric, MetricInput, Value
-from stablefield.evaluation.neighbours import Ball
-from stablefield.shapes import whole_number
+from stablefield.evaluation.metric import HIGHER, Features, Metric, MetricInput, Value
+from stablefield.evaluation.neighbours import blocks, others
+from stablefield.shapes import check_tensor, whole_number
 
 __all__ = ["Coverage", "Density", "Precision", "Recall", "coverage", "density", "precision", "recall"]
+
+# Two ways to the same distance differ by up to about this times |x|^2 + |y|^2, far below what float32 features resolve
+# (6e-8): within it a point counts as on the sphere, which is no part of the ball.
+_ROUNDING = 1e-12
 
 
 def precision(real: Tensor, generated: Tensor, k: int = 3, *, radii: Tensor | None = None) -> float:
@@ -48,19 +54,19 @@ def precision(real: Tensor, generated: Tensor, k: int = 3, *, radii: Tensor | No
             < 1.
     """
     real, generated = _checked(real, generated, k)
-    return _held(real, generated, k, radii)
+    return _share_inside(real, generated, k, radii)
 
 
 def recall(real: Tensor, generated: Tensor, k: int = 3, *, radii: Tensor | None = None) -> float:
     """Share of real rows inside the generated manifold; arguments and errors as for `precision`."""
     real, generated = _checked(real, generated, k)
-    return _held(generated, real, k, radii)
+    return _share_inside(generated, real, k, radii)
 
 
 def density(real: Tensor, generated: Tensor, k: int = 5, *, radii: Tensor | None = None) -> float:
     """Mean number of real balls about a generated row, over k; arguments and errors as for `precision`."""
     real, generated = _checked(real, generated, k)
-    count = sum(int(held.sum()) for _, _, held in Ball(real, k, radii).holds(generated))
+    count = sum(int(held.sum()) for _, _, held in _held(real, generated, k, radii))
     return count / (k * len(generated))
 
 
@@ -68,16 +74,31 @@ def coverage(real: Tensor, generated: Tensor, k: int = 5, *, radii: Tensor | Non
     """Share of real balls with a generated row inside; arguments and errors as for `precision`."""
     real, generated = _checked(real, generated, k)
     covered = torch.zeros(len(real), dtype=torch.bool)
-    for rows, _, held in Ball(real, k, radii).holds(generated):
+    for rows, _, held in _held(real, generated, k, radii):
         covered[rows] |= held.any(dim=1).cpu()
     return int(covered.sum()) / len(real)
 
 
-def _held(centres: Tensor, points: Tensor, k: int, radii: Tensor | None) -> float:
+def _share_inside(centres: Tensor, points: Tensor, k: int, radii: Tensor | None) -> float:
+    """Share of the points that lie in a ball about some centre."""
     inside = torch.zeros(len(points), dtype=torch.bool)
-    for _, columns, held in Ball(centres, k, radii).holds(points):
+    for _, columns, held in _held(centres, points, k, radii):
         inside[columns] |= held.any(dim=0).cpu()
     return int(inside.sum()) / len(points)
+
+
+def _held(centres: Tensor, points: Tensor, k: int, radii: Tensor | None) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield (rows of the centres, rows of the points, whether each ball holds each point) for every block."""
+    if radii is None:
+        radii = others(centres, k)[:, k - 1]
+    check_tensor("radii", radii, floating=True, numbers=True)
+    if radii.shape != centres.shape[:1] or radii.device != centres.device:
+        raise ValueError(
+            f"radii have shape {tuple(radii.shape)} on {radii.device}: pass one for each of the {len(centres)} centres on "
+            f"{centres.device}."
+        )
+    for rows, columns, squared, scale in blocks(centres, points):
+        yield rows, columns, squared < radii[rows, None] - _ROUNDING * scale
 
 
 def _checked(real: Tensor, generated: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -90,7 +111,7 @@ def _checked(real: Tensor, generated: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class _OfNeighbours(Metric):
+class _OfBalls(Metric):
     k: int
     """Which neighbour the balls reach to."""
 
@@ -98,53 +119,54 @@ class _OfNeighbours(Metric):
     def least(self) -> int:
         return self.k + 1
 
-    def _value(self, name: str, value: float) -> tuple[Value, ...]:
+    @abstractmethod
+    def _share(self, real: Features, samples: Features) -> float: ...
+
+    def __call__(self, given: MetricInput) -> tuple[Value, ...]:
+        share = self._share(given.references, given.samples)
         # With closed balls, as earlier versions had them, numbers differ where distances are equal.
-        return (Value(name=name, value=value, better=HIGHER, settings={"k": self.k, "balls": "open"}),)
+        settings = {"k": self.k, "balls": "open"}
+        return (Value(name=type(self).__name__.lower(), value=share, better=HIGHER, settings=settings),)
 
 
 @dataclass(frozen=True)
-class Precision(_OfNeighbours):
+class Precision(_OfBalls):
     """Share of samples inside the real manifold."""
 
     k: int = 3
 
-    def __call__(self, given: MetricInput) -> tuple[Value, ...]:  # noqa: D102
-        samples, real = given.samples, given.references
-        return self._value("precision", precision(real.matrix(), samples.matrix(), self.k, radii=real.radii(self.k)))
+    def _share(self, real: Features, samples: Features) -> float:
+        return precision(real.matrix(), samples.matrix(), self.k, radii=real.radii(self.k))
 
 
 @dataclass(frozen=True)
-class Recall(_OfNeighbours):
+class Recall(_OfBalls):
     """Share of real images inside the samples' manifold."""
 
     k: int = 3
 
-    def __call__(self, given: MetricInput) -> tuple[Value, ...]:  # noqa: D102
-        samples, real = given.samples, given.references
-        return self._value("recall", recall(real.matrix(), samples.matrix(), self.k, radii=samples.radii(self.k)))
+    def _share(self, real: Features, samples: Features) -> float:
+        return recall(real.matrix(), samples.matrix(), self.k, radii=samples.radii(self.k))
 
     def cost(self, samples: int, references: int, held_out: int, dim: int) -> tuple[float, float]:  # noqa: ARG002, D102
         return 0.0, samples * (samples + references)
 
 
 @dataclass(frozen=True)
-class Density(_OfNeighbours):
+class Density(_OfBalls):
     """Real balls about a sample."""
 
     k: int = 5
 
-    def __call__(self, given: MetricInput) -> tuple[Value, ...]:  # noqa: D102
-        samples, real = given.samples, given.references
-        return self._value("density", density(real.matrix(), samples.matrix(), self.k, radii=real.radii(self.k)))
+    def _share(self, real: Features, samples: Features) -> float:
+        return density(real.matrix(), samples.matrix(), self.k, radii=real.radii(self.k))
 
 
 @dataclass(frozen=True)
-class Coverage(_OfNeighbours):
+class Coverage(_OfBalls):
     """Share of real balls with a sample inside."""
 
     k: int = 5
 
-    def __call__(self, given: MetricInput) -> tuple[Value, ...]:  # noqa: D102
-        samples, real = given.samples, given.references
-        return self._value("coverage", coverage(real.matrix(), samples.matrix(), self.k, radii=real.radii(self.k)))
+    def _share(self, real: Features, samples: Features) -> float:
+        return coverage(real.matrix(), samples.matrix(), self.k, radii=real.radii(self.k))

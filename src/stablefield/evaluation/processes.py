@@ -65,16 +65,11 @@ class Processes:
         """The rows of all processes, (n, ...), in the order of their ranks; `rows` are on the CPU and may be none."""
         if self.count == 1:
             return rows
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
-        with Ranks().waiting(_PURPOSE):
-            dist.all_gather(lengths, torch.tensor([len(rows)]))
-        longest = max(int(length) for length in lengths)
-        padded = torch.zeros(longest, *rows.shape[1:], dtype=rows.dtype)
+        lengths = [int(length) for length in Ranks().gather_equal(torch.tensor([len(rows)]), _PURPOSE)]
+        padded = torch.zeros(max(lengths), *rows.shape[1:], dtype=rows.dtype)
         padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in range(self.count)]
-        with Ranks().waiting(_PURPOSE):
-            dist.all_gather(parts, padded)
-        return torch.cat([part[: int(length)] for part, length in zip(parts, lengths, strict=True)])
+        parts = Ranks().gather_equal(padded, _PURPOSE)
+        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
     def total(self, *numbers: float) -> list[float]:
         """The sums of `numbers` over all processes."""

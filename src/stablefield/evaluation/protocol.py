@@ -16,7 +16,6 @@ import math
 import re
 import subprocess
 import sys
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ import stablefield
 
 __all__ = [
     "REFERENCE_FIELDS", "DamagedCacheWarning", "Difference", "Protocol", "ProtocolWarning", "Score", "ScoreComparison",
-    "compare_scores", "differences", "running_commit",
+    "differences", "running_commit",
 ]  # fmt: skip
 
 Setting = str | int | float
@@ -39,7 +38,7 @@ REFERENCE_FIELDS = (
 
 
 class ProtocolWarning(UserWarning):
-    """Two numbers, or a number and cached statistics, come from different protocols."""
+    """Kept features of real images come from a slightly different protocol."""
 
 
 class DamagedCacheWarning(UserWarning):
@@ -275,34 +274,38 @@ class Score:
 class ScoreComparison:
     """Two scores side by side."""
 
-    difference: float
-    """Mean of the first minus mean of the second."""
-    differences: tuple[Difference, ...]
-    """Fields in which their protocols differ."""
+    first: Score
+    """The one."""
+    second: Score
+    """The other."""
+
+    @property
+    def difference(self) -> float:
+        """Mean of the first minus mean of the second."""
+        return self.first.mean - self.second.mean
+
+    @property
+    def differences(self) -> tuple[Difference, ...]:
+        """Fields in which their protocols differ."""
+        return differences(self.first.protocol, self.second.protocol)
 
     @property
     def comparable(self) -> bool:
         """Whether both were measured alike."""
         return all(difference.comparable for difference in self.differences)
 
-
-def compare_scores(a: Score, b: Score) -> ScoreComparison:
-    """Compare two scores.
-
-    Warns:
-        ProtocolWarning: if their protocols differ in anything, with the list of differences.
-    """
-    found = differences(a.protocol, b.protocol)
-    forbidding = [str(difference) for difference in found if not difference.comparable]
-    telling = [str(difference) for difference in found if difference.comparable]
-    if found:
+    @property
+    def warning(self) -> str:
+        """In what their protocols differ; empty where they do not."""
+        found = self.differences
+        if not found:
+            return ""
         parts = ["two results with different protocols are compared."]
-        if forbidding:
-            parts.append(f"They were measured differently, so their difference means nothing: {'; '.join(forbidding)}.")
-        if telling:
-            parts.append(f"Their samples were made differently: {'; '.join(telling)}.")
-        warnings.warn(" ".join(parts), ProtocolWarning, stacklevel=2)
-    return ScoreComparison(difference=a.mean - b.mean, differences=found)
+        if measured := "; ".join(str(one) for one in found if not one.comparable):
+            parts.append(f"They were measured differently, so their difference means nothing: {measured}.")
+        if made := "; ".join(str(one) for one in found if one.comparable):
+            parts.append(f"Their samples were made differently: {made}.")
+        return " ".join(parts)
 
 
 def running_commit() -> str:

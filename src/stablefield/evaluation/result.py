@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 import textwrap
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablefield.evaluation.metric import HIGHER, LOWER
-from stablefield.evaluation.protocol import Protocol, ProtocolWarning, Score, ScoreComparison, compare_scores
+from stablefield.evaluation.protocol import Protocol, Score, ScoreComparison
 from stablefield.regular_file import JSON_LIMIT, open_regular, reason
 from stablefield.report.cells import Cell, Estimate
 from stablefield.report.chart import Chart
@@ -144,14 +143,11 @@ class Evaluation(Result):
         other = earlier if isinstance(earlier, Evaluation) else replace(Evaluation.load(earlier), name=str(earlier))
         return replace(self, earlier=other)
 
-    def comparisons(self) -> tuple[list[tuple[Score, Score, ScoreComparison]], list[str]]:
-        """Each score that the earlier evaluation has too, with that and their comparison; and the warnings, each once."""
+    def comparisons(self) -> list[ScoreComparison]:
+        """Each score that the earlier evaluation has too, beside that."""
         others = {} if self.earlier is None else {score.protocol.metric: score for score in self.earlier.scores}
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", ProtocolWarning)
-            pairs = [(score, others.get(score.protocol.metric)) for score in self.scores]
-            found = [(a, b, compare_scores(a, b)) for a, b in pairs if b is not None]
-        return found, list(dict.fromkeys(str(warning.message) for warning in caught))
+        pairs = ((score, others.get(score.protocol.metric)) for score in self.scores)
+        return [ScoreComparison(first=a, second=b) for a, b in pairs if b is not None]
 
     def to_dict(self) -> dict[str, Any]:
         """Scores with their protocol and a checksum; neither images nor the earlier evaluation."""
@@ -188,15 +184,16 @@ class Evaluation(Result):
         """The scores that the earlier evaluation has too, with a warning where they were measured differently."""
         if self.earlier is None:
             return ""
-        found, messages = self.comparisons()
+        found = self.comparisons()
         if not found:
             return f"warning: {self.earlier.name} has none of these numbers: nothing to compare with."
         rows = [[f"against {self.earlier.name}", "here", "there", "difference"]]
-        for a, b, comparison in found:
-            mark = "" if comparison.comparable else " (!)"
-            name = _short(a.protocol.metric) + _ARROWS.get(a.better, "")
-            rows.append([name, _number(a.mean), _number(b.mean), f"{comparison.difference:+.4g}{mark}"])
-        return "\n".join([_aligned(rows), *(f"warning: {message}" for message in messages)])
+        for one in found:
+            mark = "" if one.comparable else " (!)"
+            name = _short(one.first.protocol.metric) + _ARROWS.get(one.first.better, "")
+            means = (_number(score.mean) for score in (one.first, one.second))
+            rows.append([name, *means, f"{one.difference:+.4g}{mark}"])
+        return "\n".join([_aligned(rows), *(f"warning: {warning}" for warning in _warnings(found))])
 
     def protocol_lines(self) -> list[str]:
         """What was measured how: what the scores share, once per extractor and reference set."""
@@ -260,7 +257,7 @@ class Evaluation(Result):
             numbers = (score.minimum, _cell(score), score.spread) if repeated else (_cell(score),)
             protocol = score.protocol
             counts = (protocol.sample_count, protocol.reference_count)
-            rows.append((protocol.metric, *numbers, score.better or None, *counts))
+            rows.append((protocol.metric, *numbers, score.better.removesuffix(" is better") or None, *counts))
         return Table(
             columns=("Metric", *names, "Better", "Samples", "Real images"),
             rows=tuple(rows),
@@ -269,20 +266,30 @@ class Evaluation(Result):
         )
 
     def _beside(self, earlier: "Evaluation") -> tuple[Block, ...]:
-        found, messages = self.comparisons()
+        found = self.comparisons()
         rows = tuple(
-            (a.protocol.metric, a.mean, b.mean, comparison.difference, "yes" if comparison.comparable else "no")
-            for a, b, comparison in found
+            (
+                one.first.protocol.metric,
+                one.first.mean,
+                one.second.mean,
+                one.difference,
+                "yes" if one.comparable else "no",
+            )
+            for one in found
         )
         if not rows:
             return (Text(f"{earlier.name} has none of these numbers."),)
         columns = ("Metric", "Here", "There", "Difference", "Measured alike")
         table = Table(columns=columns, rows=rows, caption=f"There: {earlier.name}.", digits=4)
-        return (table, Bullets(tuple(messages))) if messages else (table,)
+        return (table, Bullets(tuple(warnings))) if (warnings := _warnings(found)) else (table,)
 
 
 def _checksum(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _warnings(comparisons: Sequence[ScoreComparison]) -> list[str]:
+    return list(dict.fromkeys(one.warning for one in comparisons if one.warning))
 
 
 def _key_figure(score: Score) -> KeyFigure:

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from stablefield.data.image_set import ImageSet, Origin, make_image_set
 from stablefield.data.source import open_images
+from stablefield.evaluation.extractor import check_images
 from stablefield.evaluation.processes import Processes
 from stablefield.progress import Progress
+from stablefield.shapes import check_kind
 
 if TYPE_CHECKING:  # needs torchmetrics
     from stablefield.evaluation.extraction import Batch
@@ -91,8 +93,14 @@ def _opened(name: str, images: Images, split: str, progress: Report | None) -> I
                 progress(Progress(stage=stage, done=done, total=total))
 
         return open_images(images, split=split, progress=report)
-    array = images.cpu().numpy() if isinstance(images, Tensor) else images
-    return make_image_set(array, None, Origin(name=name, source="an array"))
+    check_kind(name, images, (np.ndarray, Tensor), "images, an ImageSet or the path of images")
+    try:
+        if isinstance(images, Tensor):
+            check_images(images)
+            images = images.cpu().numpy()
+        return make_image_set(images, None, Origin(name=name, source="an array"))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 class RealImages:
@@ -132,7 +140,7 @@ class RealImages:
 
     def _part(self, split: str) -> ImageSet:
         data = self._data
-        return data(split) if callable(data) else _opened("data", data, split, self._progress)
+        return _opened("data", data(split) if callable(data) else data, split, self._progress)
 
     def _check(self, name: str, images: ImageSet) -> None:
         if tuple(images.shape) == tuple(self._shape):

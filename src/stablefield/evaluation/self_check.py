@@ -18,18 +18,17 @@ References:
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stablefield.data.image_set import ImageSet
-from stablefield.evaluation.extraction import ExtractorPass
+from stablefield.evaluation.extraction import ExtractorPass, extract, image_batches
 from stablefield.evaluation.extractor import Extractor
 from stablefield.evaluation.features import Gaussian, checked, fit_features, in_float64
 from stablefield.evaluation.fid import distance_between, frechet_name
-from stablefield.evaluation.reference import ReferenceSet, measure_reference
-from stablefield.progress import Progress
+from stablefield.evaluation.reference import ReferenceSet
 
 __all__ = ["Reading", "SelfCheck", "check_samples", "jackknife_error"]
 
@@ -86,9 +85,6 @@ class SelfCheck:
         samples: int = 500,
         batch: int = 250,
         groups: int = 20,
-        cache: Path | None = None,
-        commit: str | None = None,
-        progress: Callable[[Progress], object] | None = None,
     ) -> "SelfCheck":
         """Look at the real images once.
 
@@ -98,17 +94,13 @@ class SelfCheck:
             samples: drawn at every check; seeds 0 to samples - 1.
             batch: images at a time.
             groups: parts of the jackknife, at least 2.
-            cache: folder where features of the real images are kept, as of `measure_reference`.
-            commit: of the code that runs, for the record of what is kept there.
-            progress: called after every batch.
 
         Raises:
             ValueError: if there are fewer samples than two a group, or fewer real images than samples.
         """
         check_samples(f"samples={samples}", samples, len(images), groups)
-        wanted = ExtractorPass(extractor=extractor)
-        whole = ReferenceSet(images=images, split="train")
-        real = measure_reference(whole, wanted, batch=batch, cache=cache, commit=commit, progress=progress)
+        batches = image_batches(images.images, np.arange(len(images)), batch)
+        (real,) = extract(batches, [ExtractorPass(extractor=extractor)], "real image", local=True)
         gaussian = real.gaussian
         part = ReferenceSet(images=images, split="train", count=samples).rows
         floor = distance_between(fit_features(real.matrix()[torch.from_numpy(part)]), gaussian).value

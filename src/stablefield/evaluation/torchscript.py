@@ -137,28 +137,12 @@ class TorchScriptExtractor:
         if not path.exists():
             raise ValueError(f"{name}: there is no file {path}: pass the path of a TorchScript file.")
         open_regular(path).close()
-        self._name, self._resize, self._device = name, resize, torch.device(device)
-        self._sha256 = file_sha256(path)
+        self.name, self.resize, self.sha256 = name, resize.rule, _file_sha256(path)
+        self._resize, self._device = resize, torch.device(device)
         self._network = _load(path, self._device)
         self._offset = torch.tensor(offset, device=self._device).reshape(1, 3, 1, 1)
         self._scale = torch.tensor(scale, device=self._device).reshape(1, 3, 1, 1)
-        self._dim = self._measured_dim(path)
-
-    @property
-    def name(self) -> str:  # noqa: D102
-        return self._name
-
-    @property
-    def dim(self) -> int:  # noqa: D102
-        return self._dim
-
-    @property
-    def sha256(self) -> str:  # noqa: D102
-        return self._sha256
-
-    @property
-    def resize(self) -> str:  # noqa: D102
-        return self._resize.rule
+        self.dim = self._measured_dim(path)
 
     def __call__(self, images: Tensor) -> Tensor:  # noqa: D102
         check_images(images)
@@ -204,7 +188,7 @@ def dinov2(
     )
 
 
-def file_sha256(path: Path) -> str:
+def _file_sha256(path: Path) -> str:
     """The sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

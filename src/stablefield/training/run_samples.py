@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,65 +13,15 @@ from stablefield.evaluation.processes import Processes
 from stablefield.evaluation.protocol import running_commit
 from stablefield.evaluation.samples import SampleSource, SamplingRecord
 from stablefield.progress import Progress
-from stablefield.sampling.samples import Drawing, chunks_of
+from stablefield.sampling.samples import chunks_of
 from stablefield.shapes import whole_number
 from stablefield.training.run_folder import RunConfig
+from stablefield.training.sampler import RunSampler
 
-__all__ = ["RunSampler", "RunSamples", "data_of"]
+__all__ = ["RunSamples", "data_of"]
 
 # Evaluations of the network that are timed, the first of which does not count.
 _TIMED = 4
-
-
-class RunSampler(Protocol):
-    """A run's model with a solver and its options."""
-
-    @property
-    def config(self) -> RunConfig:
-        """Of the run."""
-        ...
-
-    @property
-    def ema(self) -> str:
-        """Which average of the weights, of which step, for the protocol."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        ...
-
-    @property
-    def batch(self) -> int:
-        """Images at a time."""
-        ...
-
-    @property
-    def coupled(self) -> bool:
-        """Whether rows of a batch influence each other."""
-        ...
-
-    @property
-    def steps_taken(self) -> int | None:
-        """Steps of the solver; None where it chooses them itself."""
-        ...
-
-    @property
-    def calls(self) -> int:
-        """Calls of the network for a batch, about."""
-        ...
-
-    def describe(self) -> str:
-        """The solver with all that decides what it draws, for the protocol."""
-        ...
-
-    def labels(self, seeds: Tensor) -> Tensor | None:
-        """Classes of the images of seeds (B,), or None for a run without classes."""
-        ...
-
-    def drawing(self, progress: Callable[[float], object] | None) -> Drawing:
-        """What draws the images; `progress` is called with the share of the chunk that is done."""
-        ...
 
 
 class RunSamples(SampleSource):
@@ -157,8 +106,8 @@ class RunSamples(SampleSource):
         """How the samples were made."""
         evaluations, chunks = processes.total(self._evaluations, self._chunks)
         return SamplingRecord(
-            sampler=self._sampler.describe(),
-            steps=self._sampler.steps_taken,
+            sampler=self._sampler.description,
+            steps=self._sampler.steps,
             nfe=evaluations / chunks,
             ema=self._sampler.ema,
             commit=running_commit(),

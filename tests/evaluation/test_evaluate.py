@@ -1,0 +1,246 @@
+"""`evaluate` in one call: what the metrics' own functions say of the same images, with the whole protocol."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import stablefield as sf
+from stablefield.data.digits import open_digits
+from stablefield.evaluation.evaluate import METRICS, evaluate
+from stablefield.evaluation.extractor import RandomConvolutions, RawPixels
+from stablefield.evaluation.fid import Frechet, frechet_distance_from_features
+from stablefield.evaluation.kid import Kernel
+from stablefield.evaluation.metric import LOWER, Metric, MetricInput, Value
+from stablefield.evaluation.processes import Processes
+from stablefield.evaluation.result import Evaluation
+from stablefield.evaluation.samples import SampleSource, SamplingRecord
+from stablefield.evaluation.time_estimate import TimeEstimate
+from stablefield.progress import Progress
+
+DIGITS = open_digits()
+NET = RandomConvolutions()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "stablefield" / "references"
+
+
+class Draws(SampleSource):
+    """Digits in place of a model's samples."""
+
+    name, shape, count, class_names = "draws", (1, 8, 8), 30, ("a", "b")
+
+    def batches(
+        self,
+        repeat: int,
+        processes: Processes,
+        progress: Callable[[Progress], object] | None,  # noqa: ARG002
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        images = torch.from_numpy(DIGITS.images[30 * repeat : 30 * (repeat + 1)])
+        numbers = torch.arange(30)
+        yield from processes.share(list(zip(images.split(7), numbers.split(7), strict=True)))
+
+    def seeds(self, repeat: int) -> str:
+        return f"{30 * repeat}-{30 * repeat + 29}"
+
+    def labels(self, repeat: int, numbers: Tensor) -> Tensor:  # noqa: ARG002
+        return numbers % 2
+
+    def record(self, processes: Processes) -> SamplingRecord:  # noqa: ARG002
+        return SamplingRecord(sampler="heun", steps=18, nfe=35, ema="half-life", commit="c")
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    return frechet_distance_from_features(NET(torch.from_numpy(a)), NET(torch.from_numpy(b))).value
+
+
+def test_it_is_a_name_of_the_library_and_takes_images_of_any_kind(tmp_path: Path) -> None:
+    images = DIGITS.images[:200]
+    (tmp_path / "folder").mkdir()
+    for k, image in enumerate(images):
+        Image.fromarray(image[0]).save(tmp_path / "folder" / f"{k:04d}.png")
+    np.savez(tmp_path / "images.npz", images=images)
+    kinds = (
+        images,
+        torch.from_numpy(images),
+        tmp_path / "folder",
+        str(tmp_path / "images.npz"),
+        sf.data.open_images(tmp_path / "folder"),
+    )
+    found = [sf.evaluate(kind, data="digits", metrics=["frechet"], extractor=NET).scores[0] for kind in kinds]
+    expected = frechet(images, DIGITS.images)
+    assert [score.mean for score in found] == pytest.approx([expected] * 5, rel=1e-5)
+    assert len({score.protocol.to_json() for score in found}) == 1
+
+
+def test_scores_hold_every_repeat_and_the_whole_protocol(tmp_path: Path) -> None:
+    it = evaluate(Draws(), data=DIGITS, metrics=[Frechet(), Kernel(subsets=5)], extractor=NET, repeats=3)
+    of_frechet, of_kernel = it.scores
+    expected = [frechet(DIGITS.images[30 * r : 30 * r + 30], DIGITS.images) for r in range(3)]
+    assert of_frechet.values == pytest.approx(expected, rel=1e-4)
+    assert of_frechet.standard_error is None
+    alone = [
+        evaluate(DIGITS.images[30 * r : 30 * r + 30], data=DIGITS, metrics=[Kernel(subsets=5)], extractor=NET)
+        for r in range(3)
+    ]
+    errors = [one.scores[0].standard_error or 0.0 for one in alone]
+    assert of_kernel.standard_error == pytest.approx((sum(error**2 for error in errors) / 3) ** 0.5, rel=1e-6)
+    record = of_kernel.to_dict()["protocol"]
+    assert record["settings"] == {"seed": 0, "subset_size": 15, "subsets": 5}
+    assert {key: record[key] for key in ("sampler", "steps", "nfe", "ema", "commit", "seeds", "sample_count")} == {
+        "sampler": "heun",
+        "steps": 18,
+        "nfe": 35,
+        "ema": "half-life",
+        "commit": "c",
+        "seeds": ["0-29", "30-59", "60-89"],
+        "sample_count": 30,
+    }
+    assert (record["reference"], record["reference_count"], record["split"]) == ("digits", 1797, "train")
+    path = it.save(tmp_path / "deep" / "r.json")
+    loaded = Evaluation.load(path)
+    assert (loaded.name, loaded.scores) == ("draws", it.scores)
+    assert [file.name for file in path.parent.iterdir()] == ["r.json"]
+
+
+def test_samples_are_kept_with_their_classes_beside_as_many_real_images() -> None:
+    it = evaluate(Draws(), data=DIGITS, metrics=["frechet"], extractor=NET, repeats=3)
+    assert it.samples is not None
+    assert it.references is not None
+    assert np.array_equal(it.samples.images, DIGITS.images[:64])
+    assert it.samples.labels is not None
+    assert it.samples.labels[:4].tolist() == [0, 1, 0, 1]
+    assert it.samples.class_names == ("a", "b")
+    assert it.references.images.shape == (64, 1, 8, 8)
+    real = {image.tobytes() for image in DIGITS.images}
+    assert all(image.tobytes() in real for image in it.references.images)
+    assert it.references.labels is not None
+
+
+def test_memorisation_is_of_the_whole_training_set_and_held_out_images_are_the_test_split() -> None:
+    asked: list[str] = []
+
+    def data(split: str) -> sf.data.ImageSet:
+        asked.append(split)
+        return replace_images(DIGITS.images[:900] if split == "train" else DIGITS.images[900:], split)
+
+    it = evaluate(DIGITS.images[:50], data=data, metrics=["nearest", "frechet"], extractor=NET, split="test")
+    assert set(asked) == {"train", "test"}
+    assert it["memorised share"].protocol.reference_count == 900
+    assert it["memorised share"].mean == 1  # these samples are training images
+    assert it["nearer than held-out images"].mean > 0.9
+    assert it.scores[0].protocol.reference_count == 897
+
+
+def replace_images(images: np.ndarray, name: str) -> sf.data.ImageSet:
+    return sf.data.make_image_set(images, None, sf.data.Origin(name=name, source="digits"))
+
+
+def test_progress_and_an_estimate_are_reported_where_they_are_asked_for() -> None:
+    reports: list[Progress] = []
+    estimates: list[TimeEstimate] = []
+    evaluate(
+        DIGITS.images[:90],
+        data=DIGITS,
+        metrics=["frechet"],
+        extractor=NET,
+        cache=False,
+        batch=30,
+        progress=reports.append,
+        on_estimate=estimates.append,
+    )
+    assert [report.stage for report in reports][-2:] == ["samples", "metrics"]
+    of_samples = [report.done for report in reports if report.stage == "samples"]
+    assert of_samples == [30, 60, 90]
+    assert all(0 <= report.done <= report.total for report in reports)
+    (estimate,) = estimates
+    assert estimate.sampling == 0
+    assert estimate.total == estimate.features + estimate.metrics > 0
+
+
+@dataclass(frozen=True)
+class Brightness(Metric):
+    """Distance of the means of all features."""
+
+    def __call__(self, given: MetricInput) -> tuple[Value, ...]:
+        shift = given.samples.matrix().mean() - given.references.matrix().mean()
+        return (Value(name="brightness", value=abs(float(shift)), better=LOWER),)
+
+
+def test_a_metric_of_ones_own_needs_no_list() -> None:
+    it = evaluate(DIGITS.images[:90], data=DIGITS, metrics=[Brightness(), "recall"], extractor=RawPixels((1, 8, 8)))
+    pixels = DIGITS.images / 127.5 - 1
+    assert it["brightness"].mean == pytest.approx(abs(pixels[:90].mean() - pixels.mean()), rel=1e-3)
+    assert it["brightness"].protocol.extractor == "pixels"
+
+
+def test_features_of_real_images_are_kept_unless_told_otherwise(cache: Path, tmp_path: Path) -> None:
+    one = evaluate(DIGITS.images[:90], data=DIGITS, metrics=["frechet", "recall"], extractor=NET, cache=False)
+    assert not cache.exists()
+    kept = evaluate(DIGITS.images[:90], data=DIGITS, metrics=["frechet", "recall"], extractor=NET)
+    assert len(list(cache.iterdir())) == 2
+    mine = evaluate(
+        DIGITS.images[:90], data=DIGITS, metrics=["frechet", "recall"], extractor=NET, cache=tmp_path / "mine"
+    )
+    assert len(list((tmp_path / "mine").iterdir())) == 2
+    assert one.scores == kept.scores == mine.scores
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"metrics": ["fid"]}, "metrics holds 'fid': there are frechet, kernel"),
+        ({"metrics": []}, "metrics=: name at least one"),
+        ({"metrics": ["recall", "recall"]}, "metrics=recall recall: .*each once"),
+        ({"metrics": ["classifier-score"]}, "metrics=classifier-score goes with classifier="),
+        ({"count": 5}, "there are 5 samples, but Density takes at least 6"),
+        ({"count": 60, "repeats": 2}, "count=60 in 2 repeats take 120 images, and samples has 90"),
+        ({"references": 1798}, "references=1798: digits has 1797 images"),
+        ({"held_out": np.zeros((9, 1, 16, 16), np.uint8)}, "held_out=held_out has images of 1 x 16 x 16"),
+        ({"data": np.zeros((9, 1, 16, 16), np.uint8)}, "data=data has images of 1 x 16 x 16.*resolution=8"),
+        ({"data": DIGITS.images / 255}, "data: images "),
+        ({"repeats": 0}, "repeats=0"),
+        ({"device": "gpu"}, "device='gpu'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_measured_names_the_argument(change: dict[str, object], words: str) -> None:
+    usual = {"data": DIGITS, "extractor": NET}
+    with pytest.raises((ValueError, TypeError), match=words):
+        evaluate(DIGITS.images[:90], **(usual | change))
+
+
+def test_a_run_and_a_source_with_a_count_are_told_what_to_do_instead(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is a run: evaluate it by Run\("):
+        evaluate(tmp_path, data=DIGITS, extractor=NET)
+    with pytest.raises(ValueError, match="count=5: the source draws 30 samples a repeat"):
+        evaluate(Draws(), data=DIGITS, extractor=NET, count=5)
+
+
+def test_no_message_of_the_package_names_a_flag() -> None:
+    folder = Path(sf.evaluation.__file__).parent
+    found = [
+        f"{path.name}: {line.strip()}"
+        for path in sorted(folder.glob("*.py"))
+        for line in path.read_text("utf-8").splitlines()
+        if re.search(r"(?<![\w-])--[a-z]", line) and "pip install" not in line and "_git(" not in line
+    ]
+    assert found == []
+
+
+def test_every_listed_metric_says_how_its_time_grows() -> None:
+    for metric in METRICS.values():
+        small, large = metric.cost(500, 500, 0, 64), metric.cost(1000, 1000, 0, 128)
+        assert 0 <= small[0] <= large[0]
+        assert 0 < small[1] < large[1]
+        assert replace(metric) == metric
