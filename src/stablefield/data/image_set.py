@@ -157,6 +157,9 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    def __repr__(self) -> str:
+        return f"<ImageSet {self.describe()}>"
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """Shape of one image, (C, H, W)."""

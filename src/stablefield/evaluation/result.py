@@ -71,7 +71,7 @@ class Pictures:
         return image_figure(self.images, alt=alt, caption=caption, labels=self.labels, class_names=self.class_names)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Evaluation(Result):
     """Scores of samples against real images; `print` shows a table with the protocol beneath.
 

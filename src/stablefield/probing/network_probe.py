@@ -34,7 +34,7 @@ __all__ = ["NetworkProbe", "probe_network"]
 _LINES = 12
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class NetworkProbe(Result):
     """A network held against the exact posterior mean over its data.
 

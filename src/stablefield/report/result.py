@@ -7,6 +7,7 @@ showing them in a notebook works alike for all.
 import csv
 import io
 import json
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -85,6 +86,17 @@ class Result(ABC):
             case _:
                 raise ValueError(f"path={str(path)!r}: name a .json file for the numbers, .html for a report or .png.")
         return path
+
+    def __repr__(self) -> str:
+        # Of a dataclass with repr=False: its tensors would fill the screen.
+        return str(self)
+
+    def _repr_png_(self) -> bytes | None:
+        charts = self.charts()
+        if not charts:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            return write_chart(next(iter(charts.values())), Path(folder) / "chart.png").read_bytes()
 
     def _repr_html_(self) -> str:
         # A frame keeps the page's style away from the notebook's.

@@ -107,7 +107,7 @@ class ComparisonPlan:
     other_seconds: float
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Comparison(Result):
     """Both targets side by side; a notebook shows the report, and `save` also writes every score to a .csv file.
 

@@ -504,11 +504,15 @@ class Run:
             f"<p><b>{html.escape(str(self.path))}</b>: {recipe.target.upper()} on {html.escape(config.data)}, step "
             f"{step:,} of {recipe.steps:,}</p>"
         )
-        picture = self.folder.picture(step)
-        if picture.is_file():
-            data = base64.b64encode(picture.read_bytes()).decode()
+        picture = self._repr_png_()
+        if picture is not None:
+            data = base64.b64encode(picture).decode()
             text += f'<img alt="samples of step {step}" src="data:image/png;base64,{data}">'
         return text
+
+    def _repr_png_(self) -> bytes | None:
+        picture = self.folder.picture(self.step)
+        return picture.read_bytes() if picture.is_file() else None
 
 
 def _fit(

@@ -43,6 +43,10 @@ class Samples:
     def __len__(self) -> int:
         return len(self.images)
 
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.images.shape[1:]))
+        return f"<Samples: {len(self)} images of {shape}, {self.sampler}, NFE {self.nfe:g}, EMA {self.ema}>"
+
     def grid(self) -> NDArray[np.uint8]:
         """All images as one picture, shape (height, width, C); those of a run with classes in rows with their names."""
         return class_grid(self.images, self.labels, self.class_names)
@@ -80,13 +84,16 @@ class Samples:
             write_png(path / f"{seed:06d}.png", image.transpose(1, 2, 0))
         return path
 
-    def _repr_html_(self) -> str:
+    def _repr_png_(self) -> bytes:
         from PIL import Image
 
         picture = self.grid()
         content = io.BytesIO()
         Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture).save(content, format="PNG")
-        data = base64.b64encode(content.getvalue()).decode()
+        return content.getvalue()
+
+    def _repr_html_(self) -> str:
+        data = base64.b64encode(self._repr_png_()).decode()
         return f'<img alt="{len(self)} samples" src="data:image/png;base64,{data}">'
 
 
