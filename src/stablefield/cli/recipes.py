@@ -4,7 +4,7 @@ import dataclasses
 import math
 import pprint
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from stablefield.data.image_set import ImageSet
 from stablefield.diffusion.noise_levels import LogUniform
@@ -23,10 +23,6 @@ from stablefield.training.recipes import (
 
 __all__ = ["BY_DATA", "RECIPES", "RecipeName", "chosen", "limit", "shown", "with_fewer_levels", "yielding"]
 
-RecipeName = Literal[
-    "auto", "digits", "mnist28", "cifar10-edm", "cifar10-ve", "cifar10-vp", "celeba64-ve", "imagefolder", "unet2d"
-]
-
 RECIPES = {
     "digits": DIGITS,
     "mnist28": MNIST28,
@@ -35,10 +31,14 @@ RECIPES = {
     "cifar10-vp": CIFAR10_VP,
     "celeba64-ve": CELEBA64_VE,
 }
-
+"""The recipes by name. A new one is listed here."""
 
 BY_DATA = ("auto", "imagefolder", "unet2d")
 """Those that wait for the data."""
+
+RecipeName = str
+if not TYPE_CHECKING:  # what the command offers
+    RecipeName = Literal[("auto", *RECIPES, *BY_DATA[1:])]
 
 
 def limit(name: RecipeName, *, accelerated: bool) -> int | None:

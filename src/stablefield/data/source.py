@@ -1,6 +1,7 @@
 """Anything that holds images, opened as an image set.
 
-A source is recognised by what is in it, not by its name: see `UNDERSTOOD` for the list.
+A source is recognised by what is in it, not by its name. `SOURCES` is the table of kinds; a new one is a line there, and
+has its own module.
 """
 
 import dataclasses
@@ -29,12 +30,175 @@ from stablefield.shapes import check_callable, check_kind, flag, whole_number
 
 __all__ = ["UNDERSTOOD", "as_image_set", "open_images"]
 
-UNDERSTOOD = (
-    "Supported sources: `digits` (built in); a folder of images, with sub-folders or dataset.json for classes; a .zip of "
-    "the same; a folder of parquet files, or one that `datasets` saved by save_to_disk; CIFAR-10's binary folder; idx files "
-    "of the MNIST family or a folder of them, also gzipped; uint8 arrays in .npy or .npz files; a file that `stablefield "
-    "data pack` made; and hf:OWNER/NAME for a data set of the Hugging Face hub."
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What `open_images` was asked for, under the names of its arguments."""
+
+    source: str | Path
+    path: Path
+    resolution: Resolution | None
+    limit: int | None
+    resize: Resize
+    split: str
+    skip_broken: bool
+    progress: Progress | None
+    memory_budget: int
+    cache: Path
+
+    def decoded(self, files: ImageFiles) -> ImageSet:
+        """Image files, decoded and brought to one size."""
+        return load_image_files(
+            files,
+            resolution=self.resolution,
+            limit=self.limit,
+            resize=self.resize,
+            skip_broken=self.skip_broken,
+            progress=self.progress,
+            memory_budget=self.memory_budget,
+            cache=self.cache,
+        )
+
+    def sized(self, images: ImageSet) -> ImageSet:
+        """Images of one size, brought to the resolution that was asked for, or that suits a U-Net."""
+        resolution = self.resolution
+        if resolution is None and self.limit is not None:
+            resolution = natural_resolution([images.shape[1:]], self.limit)
+        if resolution is None:
+            return images
+        return resized_set(images, resolution, self.resize, memory_budget=self.memory_budget, cache=self.cache)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a source is: its name as given, the path of that name, and the first bytes there; none for a folder."""
+
+    source: str | Path
+    path: Path
+    head: bytes = b""
+    folder: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """A kind of source."""
+
+    recognise: Callable[[Place], bool]
+    """Whether a place holds one; what is listed before does not recognise it."""
+    open: Callable[[Request], ImageSet]
+    """Open it."""
+    text: str = ""
+    """What it is, for errors; empty if another kind says it."""
+
+
+def whole(open_file: Callable[[Path], ImageSet]) -> Callable[[Request], ImageSet]:
+    """How a source without splits is opened, from what opens its file."""
+
+    def opened(request: Request) -> ImageSet:
+        if request.split != "train":
+            raise ValueError(f"split={request.split!r}: {request.source} has no splits; leave split out.")
+        return request.sized(open_file(request.path))
+
+    return opened
+
+
+def _scaled(open_arrays: Callable[..., ImageSet]) -> Callable[[Request], ImageSet]:
+    """The same of arrays that are brought to their size while they are read."""
+    return lambda request: request.sized(
+        open_arrays(
+            request.path,
+            request.split,
+            resolution=request.resolution,
+            limit=request.limit,
+            resize=request.resize,
+            memory_budget=request.memory_budget,
+            cache=request.cache,
+        )
+    )
+
+
+def _open_zip(request: Request) -> ImageSet:
+    with zip_files(request.path, request.split) as files:
+        return request.decoded(files)
+
+
+def _is_cifar10(place: Place) -> bool:
+    folder = place.path
+    if not place.folder:
+        return False
+    if cifar10_folder(folder) is not None:
+        return True
+    if (folder / "data_batch_1").is_file() or (folder / "cifar-10-batches-py").is_dir():
+        raise ValueError(
+            f"{folder} holds CIFAR-10 as pickles, which are never read, because they may run code: take the binary version "
+            "(cifar-10-binary.tar.gz) instead."
+        )
+    return False
+
+
+def _is_npz(place: Place) -> bool:
+    if not is_archive(place.path):
+        return False
+    try:
+        with Archive(place.path) as archive:
+            names = [entry.filename for entry in archive.entries]
+    except ValueError:
+        return place.path.suffix == ".npz"
+    return bool(names) and all(name.endswith(".npy") for name in names)
+
+
+_DIGITS = Source(
+    recognise=lambda place: place.source == "digits",
+    open=whole(lambda _: open_digits()),
+    text="`digits` (built in)",
 )
+_HUB = Source(
+    recognise=lambda place: str(place.source).startswith("hf:"),
+    open=lambda request: request.decoded(hub_files(str(request.source).removeprefix("hf:"), request.split)),
+    text="hf:OWNER/NAME for a data set of the Hugging Face hub",
+)
+SOURCES: tuple[Source, ...] = (
+    Source(
+        recognise=lambda place: place.folder and is_saved(place.path),
+        open=lambda request: request.decoded(saved_files(request.path, request.split)),
+        text="a folder of parquet files, or one that `datasets` saved by save_to_disk",
+    ),
+    Source(
+        recognise=_is_cifar10,
+        open=lambda request: request.sized(open_cifar10(cifar10_folder(request.path) or request.path, request.split)),
+        text="CIFAR-10's binary folder",
+    ),
+    Source(
+        recognise=lambda place: place.folder and bool(idx_images(place.path)),
+        open=_scaled(open_idx),
+        text="idx files of the MNIST family or a folder of them, also gzipped",
+    ),
+    Source(
+        recognise=lambda place: place.folder,
+        open=lambda request: request.decoded(folder_files(request.path, request.split, parquet_files)),
+        text="a folder of images, with sub-folders or dataset.json for classes",
+    ),
+    Source(recognise=_is_npz, open=_scaled(open_npz)),
+    Source(recognise=lambda place: is_archive(place.path), open=_open_zip, text="a .zip of the same"),
+    Source(
+        recognise=lambda place: place.head[:6] == b"\x93NUMPY",
+        open=whole(open_npy),
+        text="uint8 arrays in .npy or .npz files",
+    ),
+    Source(
+        recognise=lambda place: place.head[:4] == b"PAR1",
+        open=lambda request: request.decoded(parquet_files([request.path], request.path, request.split)),
+    ),
+    Source(recognise=lambda place: is_idx(place.path), open=_scaled(open_idx)),
+    Source(
+        recognise=lambda place: is_packed(place.path),
+        open=whole(open_packed),
+        text="a file that `stablefield data pack` made",
+    ),
+)
+"""The kinds of folders, then of files, in the order in which they are tried. A new one is listed here."""
+
+UNDERSTOOD = f"Supported sources: {'; '.join(kind.text for kind in (_DIGITS, *SOURCES, _HUB) if kind.text)}."
 
 
 def open_images(
@@ -90,21 +254,26 @@ def open_images(
     if progress is not None:
         check_callable("progress", progress, "progress(stage, done, total)")
     check_resize(resolution, resize)
-    cache = cache_folder() if cache is None else cache
-
-    def loaded(files: ImageFiles) -> ImageSet:
-        return load_image_files(
-            files,
-            resolution=resolution,
-            limit=limit,
-            resize=resize,
-            skip_broken=skip_broken,
-            progress=progress,
-            memory_budget=memory_budget,
-            cache=cache,
-        )
-
-    images = _opened(source, resolution, limit, resize, split, memory_budget, cache, loaded)
+    request = Request(
+        source=source,
+        path=Path(source).expanduser(),
+        resolution=resolution,
+        limit=limit,
+        resize=resize,
+        split=split,
+        skip_broken=skip_broken,
+        progress=progress,
+        memory_budget=memory_budget,
+        cache=cache_folder() if cache is None else cache,
+    )
+    kind = _kind(source, request.path)
+    try:
+        images = kind.open(request)
+    except ValueError as error:
+        # What is wrong with labels or sizes is found where no file is known any more.
+        if request.path.name in str(error) or kind in (_DIGITS, _HUB):
+            raise
+        raise ValueError(f"{source}: {error}") from error
     if split != "train":
         return images
     _, height, width = images.shape
@@ -135,112 +304,19 @@ def as_image_set(name: str, images: "ImageSet | str | Path | NDArray[np.uint8] |
     return make_image_set(array, None, Origin(name=name, source="an array"))
 
 
-def _opened(
-    source: str | Path,
-    resolution: Resolution | None,
-    limit: int | None,
-    resize: Resize,
-    split: str,
-    memory_budget: int,
-    cache: Path,
-    loaded: Callable[[ImageFiles], ImageSet],
-) -> ImageSet:
-    kind, path = _kind(source)
+def _kind(source: str | Path, path: Path) -> Source:
+    """What a source is."""
+    for kind in (_DIGITS, _HUB):
+        if kind.recognise(Place(source=source, path=path)):
+            return kind
     try:
-        match kind:
-            case "hub":
-                return loaded(hub_files(str(source).removeprefix("hf:"), split))
-            case "folder":
-                return loaded(folder_files(path, split, parquet_files))
-            case "saved":
-                return loaded(saved_files(path, split))
-            case "parquet":
-                return loaded(parquet_files([path], path, split))
-            case "zip":
-                with zip_files(path, split) as files:
-                    return loaded(files)
-            case "cifar10":
-                images = open_cifar10(cifar10_folder(path) or path, split)
-            case "idx":
-                images = open_idx(
-                    path,
-                    split,
-                    resolution=resolution,
-                    limit=limit,
-                    resize=resize,
-                    memory_budget=memory_budget,
-                    cache=cache,
-                )
-            case "npz":
-                images = open_npz(
-                    path,
-                    split,
-                    resolution=resolution,
-                    limit=limit,
-                    resize=resize,
-                    memory_budget=memory_budget,
-                    cache=cache,
-                )
-            case _:
-                if split != "train":
-                    raise ValueError(f"split={split!r}: {source} has no splits; leave split out.")
-                images = open_digits() if kind == "digits" else open_npy(path) if kind == "npy" else open_packed(path)
-        if resolution is None and limit is not None:
-            resolution = natural_resolution([images.shape[1:]], limit)
-        if resolution is None:
-            return images
-        return resized_set(images, resolution, resize, memory_budget=memory_budget, cache=cache)
-    except ValueError as error:
-        # What is wrong with labels or sizes is found where no file is known any more.
-        if path.name in str(error) or kind in ("hub", "digits"):
-            raise
-        raise ValueError(f"{source}: {error}") from error
-
-
-def _kind(source: str | Path) -> tuple[str, Path]:
-    """What a source is, and its path."""
-    path = Path(source).expanduser()
-    if source == "digits":
-        return "digits", path
-    if str(source).startswith("hf:"):
-        return "hub", path
-    try:
-        if path.is_dir():
-            return _folder_kind(path), path
-        if path.exists():
-            return _file_kind(path), path
+        place = _place(source, path)
+        for kind in SOURCES:
+            if kind.recognise(place):
+                return kind
     except OSError as error:
         raise ValueError(f"{source} cannot be read: {error.strerror or error}.") from error
-    raise ValueError(f"{source} does not exist. {UNDERSTOOD}")
-
-
-def _folder_kind(folder: Path) -> str:
-    if is_saved(folder):
-        return "saved"
-    if cifar10_folder(folder) is not None:
-        return "cifar10"
-    if (folder / "data_batch_1").is_file() or (folder / "cifar-10-batches-py").is_dir():
-        raise ValueError(
-            f"{folder} holds CIFAR-10 as pickles, which are never read, because they may run code: take the binary version "
-            "(cifar-10-binary.tar.gz) instead."
-        )
-    return "idx" if idx_images(folder) else "folder"
-
-
-def _file_kind(path: Path) -> str:
-    with open_regular(path) as file:
-        head = file.read(512)
-    if is_archive(path):
-        return "npz" if _holds_arrays(path) else "zip"
-    if head[:6] == b"\x93NUMPY":
-        return "npy"
-    if head[:4] == b"PAR1":
-        return "parquet"
-    if is_idx(path):
-        return "idx"
-    if is_packed(path):
-        return "packed"
-    hint = ""
+    head, hint = place.head, ""
     if (
         head[257:262] == b"ustar"
         or head[:2] == b"\x1f\x8b"
@@ -252,10 +328,10 @@ def _file_kind(path: Path) -> str:
     raise ValueError(f"{path} is not understood.{hint} {UNDERSTOOD}")
 
 
-def _holds_arrays(path: Path) -> bool:
-    try:
-        with Archive(path) as archive:
-            names = [entry.filename for entry in archive.entries]
-    except ValueError:
-        return path.suffix == ".npz"
-    return bool(names) and all(name.endswith(".npy") for name in names)
+def _place(source: str | Path, path: Path) -> Place:
+    if path.is_dir():
+        return Place(source=source, path=path, folder=True)
+    if not path.exists():
+        raise ValueError(f"{source} does not exist. {UNDERSTOOD}")
+    with open_regular(path) as file:
+        return Place(source=source, path=path, head=file.read(512))

@@ -1,31 +1,22 @@
 """A recipe as JSON: dataclasses become objects with their class's name under "kind", and back.
 
-Only the classes listed here are ever made from a file, of values of the types that their fields say.
+Only the classes that the fields of a recipe name are ever made from a file, of values of the types that their fields say.
 """
 
 from dataclasses import fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from stablefield.diffusion.noise_levels import LogNormal, LogUniform, Uniform
-from stablefield.diffusion.preconditioning import EDMPreconditioning, VEPreconditioning, VPPreconditioning
-from stablefield.diffusion.process import EDM, VE, VP, Cosine, RectifiedFlow
-from stablefield.diffusion.weighting import EDMWeighting, FlowWeighting, SNRWeighting
-from stablefield.training.recipe import Perceptron, Recipe, UNet, UNet2D
+from stablefield.training.recipe import Recipe
 
 __all__ = ["decode", "encode", "fits"]
 
-_KINDS = {
+_KINDS: dict[str, type] = {
     kind.__name__: kind
-    for kind in (
-        *(EDM, VE, VP, Cosine, RectifiedFlow),
-        *(LogNormal, LogUniform, Uniform),
-        *(EDMWeighting, SNRWeighting, FlowWeighting),
-        *(EDMPreconditioning, VPPreconditioning, VEPreconditioning),
-        *(Perceptron, UNet, UNet2D, Recipe),
-    )
+    for hint in (*get_type_hints(Recipe).values(), Recipe)
+    for kind in get_args(hint) or (hint,)
+    if is_dataclass(kind)
 }
-
 
 # Names that runs from before were written with.
 _RENAMED = {

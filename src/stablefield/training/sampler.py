@@ -1,15 +1,17 @@
 """How images are drawn from a run: the solver, its grid of noise levels, guidance and classes.
 
+`SOLVERS` is the table of solvers; a new one is a line there, and has its own module in `stablefield.sampling`.
 `SamplerOptions` says how; `SamplerOptions.open` loads a run's model and returns the `RunSampler` that draws images of seeds.
 """
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -24,32 +26,103 @@ from stablefield.sampling.solver_loop import Denoise
 from stablefield.training.model import OpenModel, open_model
 from stablefield.training.run_folder import RunConfig
 
-__all__ = ["RunSampler", "SamplerName", "SamplerOptions"]
+__all__ = ["SOLVERS", "RunSampler", "SamplerName", "SamplerOptions", "Solver"]
 
-SamplerName = Literal[
-    "heun", "euler", "dpmpp-2m", "dpmpp-2m-sde", "euler-maruyama", "ancestral", "pc-ve", "pc-vp", "rk45"
-]  # fmt: skip
 Grid = Literal["edm", "ve", "vp", "cosine"]
 
-# Which samplers an option is for; given to another one it would go unnoticed.
-_OWNERS: dict[str, tuple[SamplerName, ...]] = {
-    "churn": ("heun",),
-    "churn_range": ("heun",),
-    "churn_noise": ("heun",),
-    "eta": ("dpmpp-2m-sde",),
-    "predictor": ("pc-ve", "pc-vp"),
-    "corrector_steps": ("pc-ve", "pc-vp"),
-    "snr": ("pc-ve", "pc-vp"),
-    "rtol": ("rk45",),
-    "atol": ("rk45",),
-}
 # Classes that an error lists.
 _LISTED = 20
-_STEPS = 18
-_MANY_STEPS: dict[SamplerName, int] = {"euler-maruyama": 1000, "pc-ve": 1000, "pc-vp": 1000}
 # Network evaluations that rk45 takes at its usual tolerances, about.
 _ADAPTIVE = 150
-_OWN_GRID: dict[SamplerName, Grid] = {"pc-ve": "ve", "pc-vp": "vp"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solver:
+    """A solver, and what of `SamplerOptions` goes with it."""
+
+    solve: Callable[["SamplerOptions", Tensor, Denoise, Tensor, SampleNoise], Tensor]
+    """From the options, the grid of noise levels (steps + 1,), the denoiser, x at the first level (B, ...) and the noise of
+    each step to the samples (B, ...)."""
+    options: tuple[str, ...] = ()
+    """Fields of `SamplerOptions` that are for this solver; given to another one they would go unnoticed."""
+    steps: int | None = 18
+    """Steps by default; None where the solver chooses them."""
+    calls: Callable[["SamplerOptions", int], int] = lambda _, steps: steps
+    """Evaluations of the denoiser in so many steps."""
+    grid: Grid = "edm"
+    """Its grid by default."""
+    coupled: bool = False
+    """Whether rows of a batch influence each other."""
+
+
+def _heun(options: "SamplerOptions", sigmas: Tensor, denoise: Denoise, x: Tensor, noise: SampleNoise) -> Tensor:
+    low, high = options.churn_range
+    churn, scale = options.churn, options.churn_noise
+    return sampling.heun(denoise, x, sigmas, s_churn=churn, s_min=low, s_max=high, s_noise=scale, noise=noise)
+
+
+def _corrected(
+    process: Literal["ve", "vp"],
+    options: "SamplerOptions",
+    sigmas: Tensor,
+    denoise: Denoise,
+    x: Tensor,
+    noise: SampleNoise,
+) -> Tensor:
+    return sampling.predictor_corrector(
+        denoise,
+        x,
+        sigmas,
+        process=process,
+        predictor=options.predictor,
+        corrector_steps=options.corrector_steps,
+        snr=options.snr,
+        # A seed is one image, whatever the batch that it is drawn in.
+        average_norms=False,
+        noise=noise,
+    )
+
+
+def _corrector(process: Literal["ve", "vp"]) -> Solver:
+    return Solver(
+        solve=partial(_corrected, process),
+        options=("predictor", "corrector_steps", "snr"),
+        steps=1000,
+        calls=lambda options, steps: steps * (1 + options.corrector_steps),
+        grid=process,
+    )
+
+
+SOLVERS: Mapping[str, Solver] = {
+    "heun": Solver(solve=_heun, options=("churn", "churn_range", "churn_noise"), calls=lambda _, steps: 2 * steps - 1),
+    "euler": Solver(solve=lambda _, sigmas, denoise, x, __: sampling.euler(denoise, x, sigmas)),
+    "dpmpp-2m": Solver(solve=lambda _, sigmas, denoise, x, __: sampling.dpmpp_2m(denoise, x, sigmas)),
+    "dpmpp-2m-sde": Solver(
+        solve=lambda options, sigmas, denoise, x, noise: sampling.dpmpp_2m_sde(
+            denoise, x, sigmas, eta=options.eta, noise=noise
+        ),
+        options=("eta",),
+    ),
+    "euler-maruyama": Solver(
+        solve=lambda _, sigmas, denoise, x, noise: sampling.euler_maruyama(denoise, x, sigmas, noise=noise), steps=1000
+    ),
+    "ancestral": Solver(solve=lambda _, sigmas, denoise, x, noise: sampling.ancestral(denoise, x, sigmas, noise=noise)),
+    "pc-ve": _corrector("ve"),
+    "pc-vp": _corrector("vp"),
+    "rk45": Solver(
+        solve=lambda options, sigmas, denoise, x, _: sampling.rk45(
+            denoise, x, sigmas, rtol=options.rtol, atol=options.atol
+        ),
+        options=("rtol", "atol"),
+        steps=None,
+        coupled=True,
+    ),
+}
+"""The solvers by name. A new one is listed here."""
+
+SamplerName = str
+if not TYPE_CHECKING:  # what the command offers
+    SamplerName = Literal[tuple(SOLVERS)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,15 +183,23 @@ class SamplerOptions:
             ValueError: naming the option.
         """
         defaults = {item.name: item.default for item in fields(self)}
-        for name, owners in _OWNERS.items():
+        if self.sampler not in SOLVERS:
+            near = get_close_matches(str(self.sampler), SOLVERS, 1)
+            raise ValueError(
+                f"sampler={self.sampler!r} is none of {', '.join(SOLVERS)}: pass one of these."
+                + (f" Did you mean {near[0]}?" if near else "")
+            )
+        for name in dict.fromkeys(name for solver in SOLVERS.values() for name in solver.options):
             value = getattr(self, name)
-            if self.sampler not in owners and value != defaults[name]:
+            if name not in self._solver.options and value != defaults[name]:
+                owners = " and ".join(owner for owner, solver in SOLVERS.items() if name in solver.options)
                 raise ValueError(
-                    f"{name}={_text(value)} is an option of {' and '.join(owners)}, not of {self.sampler}: leave it out, or "
-                    "choose that sampler."
+                    f"{name}={_text(value)} is an option of {owners}, not of {self.sampler}: leave it out, or choose that "
+                    "sampler."
                 )
-        if self.sampler == "rk45" and self.steps is not None:
-            raise ValueError(f"steps={self.steps}: rk45 chooses its own; set rtol=... and atol=... instead.")
+        if self._solver.steps is None and self.steps is not None:
+            instead = " and ".join(f"{name}=..." for name in self._solver.options)
+            raise ValueError(f"steps={self.steps}: {self.sampler} chooses its own; set {instead} instead.")
         if self.batch < 1:
             raise ValueError(f"batch={self.batch}: it must be at least 1.")
         for name in ("guide", "guidance_interval"):
@@ -132,24 +213,19 @@ class SamplerOptions:
     @property
     def coupled(self) -> bool:
         """Whether rows of a batch influence each other."""
-        return self.sampler == "rk45"
+        return self._solver.coupled
 
     @property
     def steps_taken(self) -> int | None:
         """Steps of the grid; None where the solver chooses."""
-        if self.sampler == "rk45":
-            return None
-        return _MANY_STEPS.get(self.sampler, _STEPS) if self.steps is None else self.steps
+        usual = self._solver.steps
+        return usual if self.steps is None or usual is None else self.steps
 
     @property
     def calls(self) -> int:
         """Calls of what is guided, or of the network, for a sample, about: rk45 chooses its own."""
         steps = self.steps_taken
-        if steps is None:
-            return _ADAPTIVE
-        if self.sampler == "heun":
-            return 2 * steps - 1
-        return steps * (1 + self.corrector_steps) if self.sampler in ("pc-ve", "pc-vp") else steps
+        return _ADAPTIVE if steps is None else self._solver.calls(self, steps)
 
     def sigmas(self, process: Process | None) -> Tensor:
         """The grid of noise levels, on which a run's own process gives ve and vp their ends.
@@ -257,10 +333,10 @@ class SamplerOptions:
         """The sampler with all that decides what it draws from a run, for the protocol."""
         sigmas = self.sigmas(config.recipe.process)
         parts = [f"{self._grid_name} grid {float(sigmas[0]):.6g} to {float(sigmas[-2]):.6g}"]
-        if self._grid_name == "edm" and self.sampler != "rk45":
+        if self._grid_name == "edm" and self.steps_taken is not None:
             parts[0] += f", rho {self.rho:g}"
-        for name, owners in _OWNERS.items():
-            if self.sampler in owners and not (name.startswith("churn") and self.churn == 0):
+        for name in self._solver.options:
+            if not (name.startswith("churn") and self.churn == 0):
                 value = getattr(self, name)
                 text = " to ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
                 parts.append(f"{name.replace('_', ' ')} {text}")
@@ -283,45 +359,15 @@ class SamplerOptions:
 
     @property
     def _grid_name(self) -> Grid:
-        return self.grid or _OWN_GRID.get(self.sampler, "edm")
+        return self.grid or self._solver.grid
+
+    @property
+    def _solver(self) -> Solver:
+        return SOLVERS[self.sampler]
 
     def solver(self, sigmas: Tensor) -> Solve:
         """The sampler on a grid, with its options."""
-        low, high = self.churn_range
-
-        def heun(denoise: Denoise, x: Tensor, noise: SampleNoise) -> Tensor:
-            return sampling.heun(
-                denoise, x, sigmas, s_churn=self.churn, s_min=low, s_max=high, s_noise=self.churn_noise, noise=noise
-            )
-
-        def corrected(denoise: Denoise, x: Tensor, noise: SampleNoise) -> Tensor:
-            return sampling.predictor_corrector(
-                denoise,
-                x,
-                sigmas,
-                process="vp" if self.sampler == "pc-vp" else "ve",
-                predictor=self.predictor,
-                corrector_steps=self.corrector_steps,
-                snr=self.snr,
-                # A seed is one image, whatever the batch that it is drawn in.
-                average_norms=False,
-                noise=noise,
-            )
-
-        solvers: dict[SamplerName, Solve] = {
-            "heun": heun,
-            "euler": lambda denoise, x, _: sampling.euler(denoise, x, sigmas),
-            "dpmpp-2m": lambda denoise, x, _: sampling.dpmpp_2m(denoise, x, sigmas),
-            "dpmpp-2m-sde": lambda denoise, x, noise: sampling.dpmpp_2m_sde(
-                denoise, x, sigmas, eta=self.eta, noise=noise
-            ),
-            "euler-maruyama": lambda denoise, x, noise: sampling.euler_maruyama(denoise, x, sigmas, noise=noise),
-            "ancestral": lambda denoise, x, noise: sampling.ancestral(denoise, x, sigmas, noise=noise),
-            "pc-ve": corrected,
-            "pc-vp": corrected,
-            "rk45": lambda denoise, x, _: sampling.rk45(denoise, x, sigmas, rtol=self.rtol, atol=self.atol),
-        }
-        return solvers[self.sampler]
+        return partial(self._solver.solve, self, sigmas)
 
 
 @dataclass(frozen=True, kw_only=True)
