@@ -115,6 +115,7 @@ def probe(
 
     Raises:
         ValueError: if the data or the run cannot be opened, have nothing to measure, or an argument does not fit.
+        TypeError: if an argument is of another kind.
     """
     device = found_device(device)
     folder = data if isinstance(data, str | Path) else getattr(data, "path", None)
@@ -122,9 +123,8 @@ def probe(
         return _probe_run(Path(folder), noise_levels, max_images, sources, seed, device, progress)
     if isinstance(data, str | Path):
         data = open_images(data, limit=64 if device.type == "cuda" else 32, progress=_reading(progress))
-    check_kind(
-        "data", data, (ImageSet, Tensor, np.ndarray), "images, a tensor, the name of data or the folder of a run"
-    )
+    if not isinstance(data, ImageSet | Tensor | np.ndarray):
+        raise TypeError(f"data is a {type(data).__name__}: pass images, a tensor, the name of data, or a run.")
     pool: int | str = "all"
     if isinstance(data, ImageSet):
         pool, _ = resolve_references(_recipe(data, device), data, device)
