@@ -792,6 +792,7 @@ CASES = {
             "rows": either(4),
             "batch": either(2),
             **SEED,
+            "progress": either(None),
         },
     ),
     # Training.

@@ -31,7 +31,7 @@ _CHECKED = 4096
 _COLUMNS = ("references", "verdict", "p", "max |t|", "direction, noise level")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class BiasProbe(Result):
     """What the test for bias says of each reference policy, and of targets with a planted fault.
 

@@ -34,7 +34,7 @@ __all__ = ["NetworkProbe", "probe_network"]
 _LINES = 12
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class NetworkProbe(Result):
     """A network held against the exact posterior mean over its data.
 
@@ -193,14 +193,16 @@ def probe_network(
         if noise_levels is None
         else array_of_numbers("noise_levels", noise_levels)
     )
-    if progress is not None:
-        progress(Progress(stage="measuring the network", done=0, total=1))
     fit = measure_fit(
-        network, population, levels, labelled=by_class, rows=512 if sources is None else sources, seed=seed
+        network,
+        population,
+        levels,
+        labelled=by_class,
+        rows=512 if sources is None else sources,
+        seed=seed,
+        progress=progress,
     )
     floor = LossFloor(noise_level=fit.noise_level, variance=fit.floor.mean, dim=fit.dim, weighting=training.weighting)
-    if progress is not None:
-        progress(Progress(stage="measuring the network", done=1, total=1))
     return NetworkProbe(
         name=name,
         description=described(images)[1],

@@ -37,7 +37,7 @@ _NOTHING, _LITTLE = 0.01, 0.1
 _LINES = 8
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Probe(Result):
     """The variance of training targets on data, and what follows for a training run.
 

@@ -28,6 +28,14 @@ class Result(ABC):
     """
 
     @abstractmethod
+    def __str__(self) -> str:
+        """The table."""
+
+    def __repr__(self) -> str:
+        # What a prompt shows; for that a dataclass is declared with repr=False.
+        return str(self)
+
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """All numbers and their protocol, as JSON values."""
 
