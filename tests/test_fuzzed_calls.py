@@ -25,6 +25,7 @@ from stablefield.diffusion.objective import Draws
 from stablefield.evaluation import features, fid, inception_score, kid, memorisation, precision_recall
 from stablefield.evaluation.extractor import RawPixels
 from stablefield.probing import advice, bias, fit, floor, phases, population, variance
+from stablefield.probing import training as probe_training
 from stablefield.training import ema, post_hoc
 from stablefield.training.recipe import Perceptron, Recipe
 
@@ -690,7 +691,33 @@ CASES = {
         {"data": lambda s: s.data, "labels": either(None, lambda s: s.pool_labels), "drawn_from": either(None, 100)},
     ),
     "draw_population": Case(
-        lambda s: population.draw_population, {**IMAGES, "most": either(4, 100), "by_class": FLAG, **SEED}
+        lambda s: population.draw_population,
+        {
+            **IMAGES,
+            "labels": either(None, lambda s: s.labels),
+            "max_images": either(4, 100),
+            "by_class": either(False),
+            **SEED,
+        },
+    ),
+    "probe": Case(
+        lambda s: sf.probe,
+        {
+            "data": either(lambda s: s.image_set(), lambda s: torch.from_numpy(s.images), lambda s: s.images / 127.5 - 1),
+            "labels": either(None),
+            "by_class": either(False),
+            "training": either(None, lambda s: probe_training.Training(process=sf.VE(), batch=4)),
+            "batch": either(None, 4),
+            "references": either((2, 4), [3]),
+            "noise_levels": LEVELS,
+            "aim": either(0.2),
+            "max_images": either(5, 100),
+            "sources": either(4),
+            **SEED,
+            "device": either("cpu"),
+            "progress": either(None),
+        },
+        needed=("noise_levels", "sources", "batch"),
     ),
     "measure_variance": Case(
         lambda s: variance.measure_variance,

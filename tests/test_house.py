@@ -41,7 +41,8 @@ FLOORS = [
 ]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 # A target is made for a process, which imports nothing of targets.
-EXCEPTIONS = {("targets", "stablefield.diffusion.process")}
+# A run is exported by a method of its own, which imports the exporter when it is called.
+EXCEPTIONS = {("targets", "stablefield.diffusion.process"), ("training", "stablefield.interop.export")}
 
 
 def module_name(path, source):

@@ -59,6 +59,10 @@ from stablefield.targets.sharded import ShardedPool as ShardedPool
 from stablefield.targets.stable_target import DenoisingTarget as DenoisingTarget
 from stablefield.targets.stable_target import StableTarget as StableTarget
 from stablefield.targets.target import Target as Target
+from stablefield.training.compare import compare as compare
+from stablefield.training.run import Run as Run
+from stablefield.training.run import train as train
+from stablefield.training.run_probe import probe as probe
 
 from . import (
     data as data,

@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-__all__ = ["JSON_LIMIT", "NotRegularError", "check_safetensors", "open_regular", "reason"]
+__all__ = ["JSON_LIMIT", "NotRegularError", "UnreadFileError", "check_safetensors", "open_regular", "reason"]
 
 JSON_LIMIT = 2**22
 """The longest text of JSON that is read, in bytes: its lists and names take a second, and up to thirty times as much memory.
@@ -28,22 +28,28 @@ _KINDS = {
 _FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY", "O_CLOEXEC"))
 
 
-class NotRegularError(ValueError):
-    """A path at which there is no regular file.
+class UnreadFileError(ValueError):
+    """A file that is not read, for what it is.
 
     Attributes:
-        reason: what is there, without the path, for a message that has named it.
+        reason: why, without the path, for a message that has named it.
     """
 
-    def __init__(self, path: Path, kind: str) -> None:
-        said = f"is {kind}: only regular files are read; take it away, or put a regular file there"
+    def __init__(self, path: Path, said: str) -> None:
         super().__init__(f"{path} {said}.")
         self.reason = f"it {said}"
 
 
+class NotRegularError(UnreadFileError):
+    """A path at which there is no regular file."""
+
+    def __init__(self, path: Path, kind: str) -> None:
+        super().__init__(path, f"is {kind}: only regular files are read; take it away, or put a regular file there")
+
+
 def reason(error: Exception) -> str:
     """What an error says, for a message that has named the file: without the path, and without a full stop at its end."""
-    return error.reason if isinstance(error, NotRegularError) else str(error).removesuffix(".")
+    return error.reason if isinstance(error, UnreadFileError) else str(error).removesuffix(".")
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -82,14 +88,14 @@ def check_safetensors(path: Path) -> None:
         path: the file; whether it is a whole safetensors file, the library finds out.
 
     Raises:
-        ValueError: if it is no regular file, or says that its header is longer than `JSON_LIMIT`.
+        UnreadFileError: if it is no regular file, or says that its header is longer than `JSON_LIMIT`.
         OSError: if it cannot be read.
     """
     with open_regular(path) as file:
         head = file.read(8)
     length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
     if length > JSON_LIMIT:
-        raise ValueError(f"{path} says that its header has {length:,} bytes; at most {JSON_LIMIT:,} are read.")
+        raise UnreadFileError(path, f"says that its header has {length:,} bytes; at most {JSON_LIMIT:,} are read")
 
 
 def _refuse(path: Path, mode: int) -> None:

@@ -31,7 +31,7 @@ SMALL = {
     "compare": "--steps 2 --batch 4 --network.width 8 --network.depth 1 --looks 1 --samples 40 --seeds 0 --device cpu",
     "sample": "--seeds 0-2 --steps 2 --batch 4 --device cpu",
     "evaluate": "--samples 40 --references 40 --steps 2 --extractor pixels --device cpu --metrics frechet nearest",
-    "probe": "--images 40 --sources 8 --references 4 --device cpu",
+    "probe": "--max-images 40 --sources 8 --references 4 --device cpu",
     "bench": "--batch 2 --references 8 --pairs 1 --no-growth --no-step --device cpu",
     "export": "--samples 2 --steps 2 --format plain",
 }

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from stablefield.cli.console import console
-from stablefield.cli.drawing import DrawingFlags
 from stablefield.cli.entry import main
 from stablefield.data.digits import open_digits
 from stablefield.evaluation.extractor import RandomConvolutions, RawPixels
@@ -23,6 +22,7 @@ from stablefield.evaluation.inception_score import inception_score
 from stablefield.evaluation.memorisation import nearest_ratio
 from stablefield.evaluation.precision_recall import recall
 from stablefield.training.run_samples import RunSamples
+from stablefield.training.sampler import SamplerOptions
 
 TINY = ["--steps", "30", "--network.width", "16", "--network.depth", "1", "--sample-every", "0"]
 QUICK = ["--samples", "60", "--extractor", "random"]
@@ -106,9 +106,9 @@ def test_evaluate_says_before_it_begins_how_long_it_will_take(
     measured(tmp_path / "r.json", str(run), *QUICK, "--metrics", "frechet")
     assert re.search(r"^takes about (\d+ s|\d+ min \d+ s)", drawn[0], re.M)
     # 60 samples in one batch by 18 steps of Heun's method, whose calls are counted.
-    assert DrawingFlags().calls == 35
-    assert DrawingFlags(sampler="euler", steps=5).calls == 5
-    assert DrawingFlags(sampler="pc-ve", steps=10, corrector_steps=2, guidance=2.0).calls == 30
+    assert SamplerOptions().calls == 35
+    assert SamplerOptions(sampler="euler", steps=5).calls == 5
+    assert SamplerOptions(sampler="pc-ve", steps=10, corrector_steps=2, guidance_scale=2.0).calls == 30
 
 
 def test_adaptive_samplers_report_their_mean_evaluations(run: Path, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ class Clock:
     ("flags", "slowest"),
     [
         (("--samples", "900", "--batch", "100"), "drawing"),
-        (("--samples", "260", "--batch", "100", "--class", "1", "--guidance", "2"), "drawing"),
+        (("--samples", "260", "--batch", "100", "--class-label", "1", "--guidance-scale", "2"), "drawing"),
         (("--samples", "90", "--sampler", "pc-ve", "--steps", "9"), "drawing"),
         (("--samples", "400", "--repeats", "2"), "metrics"),
         (("--samples", "400"), "features"),
@@ -100,7 +100,7 @@ def test_what_evaluate_foretells_is_what_it_takes(
     flags: tuple[str, ...],
     slowest: str,
 ) -> None:
-    run: Path = request.getfixturevalue("conditional" if "--guidance" in flags else "run")
+    run: Path = request.getfixturevalue("conditional" if "--guidance-scale" in flags else "run")
     dear = {name: 20.0 if name == slowest else 1.0 for name in ("drawing", "features", "metrics")}
     np.save(tmp_path / "others.npy", open_digits().images[:300])
     clock = Clock(monkeypatch)
@@ -125,11 +125,11 @@ def test_what_evaluate_foretells_is_what_it_takes(
 @pytest.mark.parametrize(
     ("flags", "slowest"),
     [
-        (("--steps", "40", "--samples", "60", "--looks", "1"), "network"),
-        (("--steps", "8", "--samples", "60", "--looks", "2"), "distance"),
-        (("--steps", "8", "--samples", "60", "--looks", "1"), "posterior"),
-        (("--steps", "8", "--samples", "60", "--looks", "1"), "setup"),
-        (("--steps", "8", "--samples", "60", "--looks", "1"), "features"),
+        (("--steps", "40", "--samples", "60", "--evaluations", "1"), "network"),
+        (("--steps", "8", "--samples", "60", "--evaluations", "2"), "distance"),
+        (("--steps", "8", "--samples", "60", "--evaluations", "1"), "posterior"),
+        (("--steps", "8", "--samples", "60", "--evaluations", "1"), "setup"),
+        (("--steps", "8", "--samples", "60", "--evaluations", "1"), "features"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
 )
@@ -151,7 +151,7 @@ def test_what_compare_foretells_is_what_it_takes(
         "stablefield.probing.exact.ExactPosterior.__call__", lambda _, x, *__: dear["posterior"] * 1e-3 * len(x)
     )
     clock.charge("stablefield.training.stepper.Stepper.__init__", lambda *_: dear["setup"])
-    clock.charge("stablefield.cli.compare.comparison_page", lambda *_: 2.0)
+    clock.charge("stablefield.training.compare.comparison_page", lambda *_: 2.0)
     small = ("--network.width", "16", "--network.depth", "1", "--batch", "32", "--seeds", "0", "--device", "cpu")
     assert status("compare", "digits", *small, *flags, "--out", str(tmp_path / "c")) == 0
     foretold, took = clock.foretold()

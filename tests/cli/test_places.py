@@ -49,7 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("compare digits --out file/x", ["--out file/x cannot be written"]),
         ("compare digits --out x.html", ["called like a file"]),
         ("compare digits --seeds a", ["--seeds a"]),
-        ("compare digits --looks 0", ["--looks is 0"]),
+        ("compare digits --evaluations 0", ["--evaluations is 0"]),
         ("data pack digits file", ["file exists", "--overwrite"]),
         ("data inspect digits --out grid.png", ["--out grid.png exists", "name another file", "--overwrite"]),
         ("data inspect digits --out full", ["written as .png or .jpg"]),
@@ -90,8 +90,13 @@ def test_checks_come_before_work(
     before = sorted(tmp_path.rglob("*"))
     for module in (settling, data):
         monkeypatch.setattr(module, "open_data", work)
-    for name in ("bench.open_data", "drawing.open_model", "export.open_model", "importing.read_published"):
-        monkeypatch.setattr(f"stablefield.cli.{name}", work)
+    for name in (
+        "cli.bench.open_data",
+        "training.sampler.open_model",
+        "training.run.open_model",
+        "cli.importing.read_published",
+    ):
+        monkeypatch.setattr(f"stablefield.{name}", work)
     assert status(line.replace("RUN", f"'{run}'")) in (1, 2)
     told = capsys.readouterr().err
     assert [word for word in words if word not in told] == [], told
@@ -106,8 +111,7 @@ def test_too_few_images_for_the_samples_are_found_before_anything_is_computed(
     def work(*_: object, **__: object) -> None:
         raise AssertionError("it has begun to work")
 
-    for module in ("train", "compare"):
-        monkeypatch.setattr(f"stablefield.cli.{module}.resolve_band", work)
+    monkeypatch.setattr("stablefield.training.run.resolve_band", work)
     number = {"compare": "--samples {}", "train": "--evaluate-every 1 --evaluate-samples {}"}[verb]
     for count, wanted, words in (
         (39, "40", "the data have 39 images"),

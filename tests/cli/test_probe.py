@@ -83,7 +83,7 @@ def test_the_json_and_the_table_hold_the_same_numbers(probed: Path) -> None:
     assert len(levels) == len(rows) == 21
     for level, row in zip(levels, rows, strict=True):
         assert level == {name: float(cell) if cell else None for name, cell in row.items()}
-    assert {"v_dsm", "v_dsm_se", "v_stf_4", "share_left_32", "divergence", "own_weight", "ess"} <= set(levels[0])
+    assert {"v_dsm", "v_dsm_se", "v_stf_4", "share_left_32", "divergence", "source_weight", "ess"} <= set(levels[0])
     assert [entry["references"] for entry in record["advice"]["sizes"]] == [4, 32, 90]
     assert record["variance"]["every_sample_a_source"]
     assert record["data"]["count"] == 90
@@ -201,7 +201,7 @@ def test_probe_and_train_have_one_noise_band(
 
 
 def test_a_part_of_the_images_is_said_to_be_one(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("--images", "40", "--references", "8", "--noise-levels", "0.5,1")
+    arguments = ("--max-images", "40", "--references", "8", "--noise-levels", "0.5,1")
     assert status("probe", str(few), *arguments, "--out", str(tmp_path / "out")) == 0
     assert "sampled: 40 of 90 images stand for the data set" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "probe.json").read_text())["variance"]["drawn_from"] == 90
@@ -255,13 +255,13 @@ def test_a_run_is_held_against_the_optimum(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--references", "4,x"), "x is no number"),
-        (("--references", "0"), "at least 1 reference"),
+        (("--references", "4,x"), "--references is 4,x"),
+        (("--references", "0"), "--references is (0,): a set has at least 1 reference"),
         (("--noise-levels", "1,b"), "--noise-levels is 1,b"),
-        (("--noise-levels", "-1"), "noise_levels are"),
-        (("--aim", "2"), "aim is 2"),
-        (("--images", "1"), "most is 1"),
-        (("--batch", "0"), "batch is 0"),
+        (("--noise-levels", "-1"), "--noise-levels [-1.0]"),
+        (("--aim", "2"), "--aim is 2"),
+        (("--max-images", "1"), "--max-images is 1"),
+        (("--batch", "0"), "--batch is 0"),
         (("--device", "abacus"), "--device abacus"),
     ],
 )

@@ -19,18 +19,19 @@ from stablefield.cli.entry import main
 NOBODY = 65534
 PROGRAM = """
 import json, os, shlex, sys
-from stablefield.cli import bench, data, drawing, ema, evaluate, export, importing, probe, probing_run, settling
+from stablefield.cli import bench, data, evaluate, importing, probe, settling
 from stablefield.cli import train
+from stablefield.training import run, run_probe, sampler
 from stablefield.cli.entry import main
 
 def work(*_, **__):
     raise AssertionError("it has begun to work")
 
-for module in (bench, data, evaluate, probe, probing_run, settling, train):
+for module in (bench, data, evaluate, probe, settling, train):
     module.open_data = work
-for module in (drawing, export, probing_run):
+for module in (run, run_probe, sampler):
     module.open_model = work
-importing.read_published = ema.combine = work
+importing.read_published = run.combine = work
 for line in map(json.loads, sys.stdin):
     sys.stderr.write(f"\\0{line}\\0")
     try:

@@ -142,7 +142,7 @@ def test_nothing_yields_to_flags_that_agree_or_that_were_both_given(capsys: pyte
         assert yielding(KINDS["cifar10-edm"], verbs._given(line.split())) == (KINDS["cifar10-edm"], ())
     with pytest.raises(SystemExit, match="2"):
         main(["train", "--recipe", "cifar10-edm", "--mirror", "--augmentation", "0.1", "--print"])
-    assert "--mirror and --augmentation are both set" in capsys.readouterr().err
+    assert "--mirror and --augmentation 0.1: the augmentation mirrors images itself" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="0"):
         main(["train", "--recipe", "cifar10-edm", "--mirror", "--print"])
     assert capsys.readouterr().out.startswith("# --mirror wins over the recipe's --augmentation 0.12, which is 0 now")

@@ -194,7 +194,7 @@ def test_averages_of_other_lengths_are_made_of_a_runs_snapshots(
 def test_a_conditional_run_draws_the_class_of_the_seed_or_the_one_asked_for(conditional: Path, tmp_path: Path) -> None:
     arrays = drawn(conditional, tmp_path / "a.npz", "--seeds", "0-29")
     assert arrays["labels"].tolist() == [seed % 10 for seed in range(30)]
-    sevens = drawn(conditional, tmp_path / "b.npz", "--seeds", "0-29", "--class", "7")
+    sevens = drawn(conditional, tmp_path / "b.npz", "--seeds", "0-29", "--class-label", "7")
     assert set(sevens["labels"].tolist()) == {7}
     same = (arrays["arr_0"] == sevens["arr_0"]).all((1, 2, 3))
     assert same[[7, 17, 27]].all()
@@ -205,16 +205,18 @@ def test_classifier_free_guidance_acts_in_its_interval_and_counts_both_evaluatio
     conditional: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = drawn(conditional, tmp_path / "a.npz")["arr_0"]
-    guided = drawn(conditional, tmp_path / "b.npz", "--guidance", "3")["arr_0"]
+    guided = drawn(conditional, tmp_path / "b.npz", "--guidance-scale", "3")["arr_0"]
     assert ": 70 network evaluations" in capsys.readouterr().out
     assert (plain != guided).any()
-    outside = drawn(conditional, tmp_path / "c.npz", "--guidance", "3", "--interval", "100", "200")["arr_0"]
+    outside = drawn(conditional, tmp_path / "c.npz", "--guidance-scale", "3", "--guidance-interval", "100", "200")[
+        "arr_0"
+    ]
     assert ": 35 network evaluations" in capsys.readouterr().out
     assert np.array_equal(outside, plain)
 
 
 def test_autoguidance_extrapolates_from_the_guides_run(run: Path, worse: Path, tmp_path: Path) -> None:
-    arrays = drawn(run, tmp_path / "a.npz", "--seeds", "5", "--guidance", "2", "--guide", str(worse))
+    arrays = drawn(run, tmp_path / "a.npz", "--seeds", "5", "--guidance-scale", "2", "--guide", str(worse))
     good, bad = open_model(run).denoiser, open_model(worse).denoiser
     grid, noise = sampling.edm_sigmas(18), SampleNoise([5])
     start = noise.latents((1, 8, 8), dtype=torch.float64) * 80
@@ -227,19 +229,19 @@ def test_autoguidance_extrapolates_from_the_guides_run(run: Path, worse: Path, t
     ("flags", "words"),
     [
         (["--ema", "0.25"], ["--ema 0.25", "half-life", "none"]),
-        (["--sampler", "euler", "--churn", "3"], ["--churn is an option of heun, not of euler"]),
-        (["--snr", "0.1"], ["--snr is an option of pc-ve and pc-vp, not of heun"]),
+        (["--sampler", "euler", "--churn", "3"], ["--churn 3.0 is an option of heun, not of euler"]),
+        (["--snr", "0.1"], ["--snr 0.1 is an option of pc-ve and pc-vp, not of heun"]),
         (["--sampler", "rk45", "--steps", "9"], ["--steps 9", "--rtol"]),
-        (["--grid", "vp", "--sigma-min", "0.1"], ["--sigma-min", "vp grid"]),
-        (["--sigma-min", "90"], ["sigma_min=90"]),
-        (["--class", "3"], ["--class 3", "leave --class out"]),
-        (["--guidance", "2"], ["--guidance 2", "--guide RUN"]),
-        (["--interval", "1", "2"], ["--interval does nothing at --guidance 1"]),
-        (["--guide", "{run}"], ["--guide", "does nothing at --guidance 1"]),
-        (["--guidance", "2", "--guide", "nowhere"], ["nowhere is not a run"]),
-        (["--guidance", "2", "--guide", "{conditional}"], ["10 classes", "a run of the same data"]),
+        (["--grid", "vp", "--sigma-min", "0.1"], ["--sigma-min 0.1", "--grid vp"]),
+        (["--sigma-min", "90"], ["--sigma-min 90.0", "--sigma-max 80.0"]),
+        (["--class-label", "3"], ["--class-label 3", "leave it out"]),
+        (["--guidance-scale", "2"], ["--guidance-scale 2", "--guide RUN"]),
+        (["--guidance-interval", "1", "2"], ["--guidance-interval 1.0 2.0 does nothing at --guidance-scale 1"]),
+        (["--guide", "{run}"], ["--guide", "does nothing at --guidance-scale 1"]),
+        (["--guidance-scale", "2", "--guide", "nowhere"], ["nowhere is not a run"]),
+        (["--guidance-scale", "2", "--guide", "{conditional}"], ["10 classes", "a run of the same data"]),
         (["--seeds", "4294967296"], ["2^32 - 1"]),
-        (["--batch", "0"], ["--batch is 0"]),
+        (["--batch", "0"], ["--batch 0"]),
         (["--out", "{folder}.npz"], ["is a folder"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -256,8 +258,8 @@ def test_wrong_use_is_one_paragraph_that_says_what_to_do(
 
 
 def test_a_class_that_the_run_does_not_know_is_refused(conditional: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert status("sample", str(conditional), "--class", "10") == 2
-    assert "--class 10: the run knows classes 0 to 9, or -1 for none" in capsys.readouterr().err
+    assert status("sample", str(conditional), "--class-label", "10") == 2
+    assert "--class-label 10: the run knows classes 0 to 9, or -1 for none" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -285,15 +287,15 @@ def test_a_class_is_named_by_its_name_or_else_its_number_and_told_by_both(
         ("0", 0, "class 0 (1)"),
         ("-1", -1, "no class"),
     ):
-        arrays = drawn(run, tmp_path / "a.npz", "--seeds", "0-3", "--steps", "2", "--class", name)
+        arrays = drawn(run, tmp_path / "a.npz", "--seeds", "0-3", "--steps", "2", "--class-label", name)
         assert arrays["labels"].tolist() == [number] * 4
         assert arrays["class_names"].tolist() == [*map(str, range(1, 11)), "[red]cat"]
         assert told in capsys.readouterr().out.splitlines()
-    assert status("sample", str(run), "--class", "redcat") == 2
+    assert status("sample", str(run), "--class-label", "redcat") == 2
     message = capsys.readouterr().err
-    assert "--class redcat: the run knows classes 0 (1), 1 (2), " in message
+    assert "--class-label redcat: the run knows classes 0 (1), 1 (2), " in message
     assert "10 ([red]cat), or -1 for none. Did you mean [red]cat?" in message
-    assert status("sample", str(run), "--class", "11") == 2
+    assert status("sample", str(run), "--class-label", "11") == 2
 
 
 def test_grids_of_a_conditional_run_are_in_the_order_of_the_classes_with_the_names(pets: Path, tmp_path: Path) -> None:
@@ -324,8 +326,8 @@ def test_a_run_whose_classes_were_numbered_by_their_letters_goes_on_with_these_n
     record["recipe"]["steps"] = 31
     del record["checksum"]
     (run / "config.json").write_text(json.dumps(record))
-    assert drawn(run, tmp_path / "a.npz", "--class", "10", "--seeds", "0-1")["labels"].tolist() == [1, 1]
-    assert status("sample", str(run), "--guidance", "2", "--guide", str(pets / "run")) == 2
+    assert drawn(run, tmp_path / "a.npz", "--class-label", "10", "--seeds", "0-1")["labels"].tolist() == [1, 1]
+    assert status("sample", str(run), "--guidance-scale", "2", "--guide", str(pets / "run")) == 2
     assert "numbers its classes otherwise, 0 (1), 1 (2), 2 (3)" in capsys.readouterr().err
     assert status("train", "--resume", "--out", str(run)) == 0
     # Other labels for the same pixels are not the data of the run.

@@ -16,7 +16,7 @@ MIB = 2**20
 PIECE = 16 * MIB
 
 PROGRAM = """
-import json, sys
+import json, os, sys
 import numpy, PIL.Image
 from stablefield.data import open_images, summary
 
@@ -27,6 +27,9 @@ def status(key):
         return next(int(line.split()[1]) for line in file if line.startswith(key)) / 1024
 
 for line in sys.stdin:
+    if "apart" in sys.argv and (child := os.fork()):
+        assert os.waitpid(child, 0)[1] == 0
+        continue
     name, source, options = json.loads(line)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
@@ -39,11 +42,13 @@ for line in sys.stdin:
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
     print(json.dumps([name, said, status("VmHWM") - before]), flush=True)
+    if "apart" in sys.argv:
+        os._exit(0)
 """
 
 
-def opened(sources, timeout=240):
-    """Open sources, {name: (path, options)}, one after the other in one process.
+def opened(sources, timeout=240, *, apart=False):
+    """Open sources, {name: (path, options)}, one after the other in one process, or each in a process `apart`.
 
     Returns:
         For each name what came of it ("5 images" or the error's type and text), and by how many MiB the memory of the
@@ -51,7 +56,7 @@ def opened(sources, timeout=240):
     """
     lines = [json.dumps([name, str(path), options]) for name, (path, options) in sources.items()]
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", PROGRAM, *(["apart"] if apart else [])],
         input="\n".join(lines),
         capture_output=True,
         text=True,
@@ -118,6 +123,13 @@ def idx_header(*shape):
 def image_bytes(mode="RGB", size=(8, 8), kind="PNG", value=90, **options):
     buffer = io.BytesIO()
     Image.new(mode, size, value if len(mode) == 1 else (value,) * len(mode)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png_of(pixels):
+    """The PNG file of pixels (3, H, W)."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(buffer, "PNG")
     return buffer.getvalue()
 
 

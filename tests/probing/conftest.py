@@ -28,7 +28,7 @@ def brute_force():
         """
         y = data.flatten(1).double()
         generator = torch.Generator().manual_seed(seed)
-        names = ("dsm", "divergence", "own_weight", "ess", *sizes)
+        names = ("dsm", "divergence", "source_weight", "ess", *sizes)
         found = {name: [] for name in names}
         for _ in range(rows):
             k = int(torch.randint(len(y), (1,), generator=generator))
@@ -39,7 +39,7 @@ def brute_force():
             mean = w @ y[members]
             found["dsm"].append((w * (y[members] - mean).square().sum(1)).sum())
             found["divergence"].append((w * (w * len(w)).log()).nan_to_num(0).sum())
-            found["own_weight"].append(w[members == k].sum())
+            found["source_weight"].append(w[members == k].sum())
             found["ess"].append(1 / w.square().sum())
             for n in sizes:
                 others = torch.randperm(len(y) - 1, generator=generator)[: n - 1]

@@ -3,7 +3,7 @@ import torch
 
 import stablefield as sf
 from stablefield.probing.bias import check_bias, largest_t
-from stablefield.probing.faults import ClassesMixed, SourceLeftOut, SourceTwice
+from stablefield.probing.bias_probe import ClassesMixed, SourceLeftOut, SourceTwice
 from stablefield.probing.population import Population, draw_population
 
 SETTINGS = {"batch": 64, "batches": 120, "noise_levels": [0.6, 0.9, 1.4]}
@@ -11,7 +11,7 @@ SETTINGS = {"batch": 64, "batches": 120, "noise_levels": [0.6, 0.9, 1.4]}
 
 @pytest.fixture(scope="module")
 def by_class(digits):
-    return draw_population(digits, most=500, by_class=True)
+    return draw_population(digits, max_images=500, by_class=True)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_wrong_arguments_are_named(plain):
         ({"false_alarm": 0.0}, "false_alarm is 0"),
         ({"label_dropout": 2.0}, "label_dropout is 2"),
         ({"batches": 3}, "batches is 3"),
-        ({"noise_levels": [-1.0]}, "noise_levels are"),
+        ({"noise_levels": [-1.0]}, "noise_levels=\\["),
     ):
         with pytest.raises(ValueError, match=words):
             check_bias(target, plain, **arguments)

@@ -42,7 +42,7 @@ def test_within_classes_a_labelled_network_is_told_the_class(digits):
 def test_wrong_arguments_are_named(two_gaussians):
     population = Population(two_gaussians)
     for arguments, words in (
-        ({"noise_levels": [0.0]}, "noise_levels are"),
+        ({"noise_levels": [0.0]}, "noise_levels=\\["),
         ({"noise_levels": [1.0], "rows": 1}, "rows is 1"),
         ({"noise_levels": [1.0], "labelled": True}, "no labels"),
     ):

@@ -26,7 +26,7 @@ def made_curve(dsm, stf=None, divergence=None, error=0.0):
         dsm=series(dsm),
         stf={n: series(values) for n, values in (stf or {}).items()},
         divergence=series(torch.ones_like(LEVELS) if divergence is None else divergence),
-        own_weight=series(torch.ones_like(LEVELS)),
+        source_weight=series(torch.ones_like(LEVELS)),
         ess=series(torch.ones_like(LEVELS)),
         score_factor=LEVELS**-4,
         total=1.0,

@@ -29,7 +29,7 @@ def curve(levels, sizes, dsm):
         dsm=series(value),
         stf={n: series(value / n) for n in sizes},
         divergence=series(math.log(500) / (1 + level**2)),
-        own_weight=series(1 / (1 + level**2)),
+        source_weight=series(1 / (1 + level**2)),
         ess=series(1 + level),
         score_factor=level**-4,
         total=1.0,

@@ -54,6 +54,10 @@ class Browser:
     def ask(self, script):
         return self.driver.execute_script(f"return {script}")
 
+    def wait(self, script, answer):
+        """Wait until the page gives this answer: what depends on scrolling is known after the first frames."""
+        WebDriverWait(self.driver, 30).until(lambda _: self.ask(script) == answer)
+
     def picture(self, of="html"):
         """What is seen of the first visible element of a name, at most a screen high; shape (height, width, 3)."""
         box = self.ask(
@@ -248,13 +252,13 @@ def test_tables_use_the_width_of_the_screen_and_say_when_they_scroll(browser, tm
     column = browser.ask('document.querySelector("h1").getBoundingClientRect().width')
     # A narrow one is in line with the text, a wide one is wider than it, and only one that is cut off scrolls.
     assert widths[0] == column < widths[1] < widths[2] <= 1280
-    assert browser.ask(HINTS) == [False, False, True]
+    browser.wait(HINTS, [False, False, True])
     assert browser.overflow() == 0
     browser.open(path, 360)
-    assert browser.ask(HINTS) == [False, True, True]
+    browser.wait(HINTS, [False, True, True])
     assert browser.overflow() == 0
     browser.open(path, 360, media="print")
-    assert browser.ask(HINTS) == [False, False, False]
+    browser.wait(HINTS, [False, False, False])
 
 
 def test_decimal_points_stand_below_each_other(browser, tmp_path):

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from stablefield.data.digits import open_digits
-from stablefield.training.loop import train
+from stablefield.training.loop import fit
 from stablefield.training.recipe import UNet
 from stablefield.training.recipes import DIGITS
 from stablefield.training.run_folder import RunConfig, RunFolder
@@ -50,7 +50,7 @@ def child(folder: RunFolder) -> int:
     if pid == 0:
         try:
             torch.set_num_threads(1)
-            train(folder, folder.config(), open_digits(), device=torch.device("cpu"))
+            fit(folder, folder.config(), open_digits(), device=torch.device("cpu"))
             os._exit(0)
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)

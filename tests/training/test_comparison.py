@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import stablefield as sf
-from stablefield.cli.comparison_words import summary
 from stablefield.cli.entry import main
 from stablefield.data.digits import open_digits
 from stablefield.evaluation.extractor import RawPixels
@@ -19,7 +18,8 @@ from stablefield.probing import fit
 from stablefield.probing.exact import Exact, ExactPosterior
 from stablefield.probing.fit import measure_fit
 from stablefield.probing.population import Population
-from stablefield.training.comparison import LEVELS, Outcome, Score, plan_looks, read_scores, run_one, spread
+from stablefield.training.compare import summary
+from stablefield.training.comparison import LEVELS, Outcome, Score, plan_scoring, read_scores, run_one, spread
 from stablefield.training.model import open_model
 from stablefield.training.recipe import Perceptron
 from stablefield.training.recipes import DIGITS
@@ -37,7 +37,7 @@ RECIPE = dataclasses.replace(
     checkpoint_every=10,
     network=Perceptron(width=32, depth=1),
 )
-FLAGS = ("--steps", "20", "--looks", "2", "--samples", "100", "--network.width", "32", "--network.depth", "1")
+FLAGS = ("--steps", "20", "--evaluations", "2", "--samples", "100", "--network.width", "32", "--network.depth", "1")
 
 
 @pytest.fixture(scope="module")
@@ -120,26 +120,26 @@ def test_a_damaged_last_score_is_made_again_and_not_replaced_by_the_one_before(
 
 
 @pytest.mark.parametrize(("steps", "batch"), [(60, 64), (600, 64), (2000, 128), (100_000, 256)])
-def test_looks_take_no_longer_than_training_as_far_as_can_be(steps: int, batch: int) -> None:
-    looks = plan_looks(dataclasses.replace(DIGITS, steps=steps, batch=batch), 50_000)
-    assert looks.training == 3 * steps * batch
+def test_scoring_takes_no_longer_than_training_as_far_as_can_be(steps: int, batch: int) -> None:
+    scoring = plan_scoring(dataclasses.replace(DIGITS, steps=steps, batch=batch), 50_000)
+    assert scoring.training == 3 * steps * batch
     # Samples by 18 steps of Heun's method, noisy rows at every level, and 16 gradients of two targets.
-    assert looks.evaluations == 35 * looks.samples + 1024 * len(LEVELS) + 2 * 16 * 3 * batch
-    least = plan_looks(dataclasses.replace(DIGITS, steps=1, batch=batch), 50_000)
+    assert scoring.rows == 35 * scoring.samples + 1024 * len(LEVELS) + 2 * 16 * 3 * batch
+    least = plan_scoring(dataclasses.replace(DIGITS, steps=1, batch=batch), 50_000)
     assert (least.count, least.samples) == (1, 200)
-    assert looks.count * looks.evaluations <= max(looks.training, least.evaluations)
-    assert 1 <= looks.count <= 8
-    assert 200 <= looks.samples <= 1000
+    assert scoring.count * scoring.rows <= max(scoring.training, least.rows)
+    assert 1 <= scoring.count <= 8
+    assert 200 <= scoring.samples <= 1000
     if steps == 100_000:
-        assert (looks.count, looks.samples) == (8, 1000)
+        assert (scoring.count, scoring.samples) == (8, 1000)
 
 
-def test_looks_and_samples_that_are_asked_for_are_kept() -> None:
+def test_evaluations_and_samples_that_are_asked_for_are_kept() -> None:
     short = dataclasses.replace(DIGITS, steps=60)
-    assert plan_looks(short, 50_000, looks=3, samples=700).samples == 700
-    assert plan_looks(short, 50_000, looks=3).count == 3
-    assert plan_looks(short, 50_000, samples=700).count == 1
-    assert plan_looks(short, 150).samples == 150
+    assert plan_scoring(short, 50_000, evaluations=3, samples=700).samples == 700
+    assert plan_scoring(short, 50_000, evaluations=3).count == 3
+    assert plan_scoring(short, 50_000, samples=700).count == 1
+    assert plan_scoring(short, 150).samples == 150
 
 
 def test_a_spread_is_the_standard_error_over_seeds_and_one_seed_has_none() -> None:
@@ -196,13 +196,13 @@ def test_all_runs_of_a_comparison_share_one_pass_for_the_posterior_mean(
             return super().__call__(x_t, *others)
 
     monkeypatch.setattr(fit, "ExactPosterior", Counted)
-    flags = ("--steps", "4", "--looks", "1", "--samples", "60", *FLAGS[6:])
+    flags = ("--steps", "4", "--evaluations", "1", "--samples", "60", *FLAGS[6:])
     assert status("compare", "digits", "--seeds", "0,1", *flags, "--out", str(tmp_path / "c")) == 0
     # Once for all runs; a few rows told before how long it takes.
     assert sum(passes) == (16 + 16 + 128 + 1024) * len(LEVELS)
     text = " ".join(capsys.readouterr().out.split())
     foretold = re.search(
-        r"takes about (\d+ s|\d+ min \d+ s) from here: .* of scoring \(1 look at each run on 60 samples\)", text
+        r"takes about (\d+ s|\d+ min \d+ s) from here: .* of scoring \(once in each run, on 60 samples\)", text
     )
     assert foretold is not None
     assert foretold.start() < text.index("distance DSM")
@@ -250,7 +250,7 @@ def test_compare_trains_reports_and_goes_on_without_doing_anything_twice(
 
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [(("--seeds", "0,0"), "every seed once"), (("--seeds", "a"), "0,1,2"), (("--looks", "0"), "--looks")],
+    [(("--seeds", "0,0"), "every seed once"), (("--seeds", "a"), "0,1,2"), (("--evaluations", "0"), "--evaluations")],
 )
 def test_wrong_use_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], words: str

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from stablefield.data.digits import open_digits
 from stablefield.training.checkpoint import CheckpointError, State, Trained, read_state, restore, save, sweep
-from stablefield.training.loop import TrainingError, train
+from stablefield.training.loop import TrainingError, fit
 from stablefield.training.recipe import Perceptron
 from stablefield.training.recipes import DIGITS
 from stablefield.training.run_folder import RunConfig, RunFolder
@@ -42,7 +42,7 @@ def start(path: Path, recipe=SMALL) -> RunFolder:
 
 
 def go(folder: RunFolder) -> None:
-    train(folder, folder.config(), open_digits(), device=torch.device("cpu"))
+    fit(folder, folder.config(), open_digits(), device=torch.device("cpu"))
 
 
 def test_a_run_killed_at_random_moments_ends_in_the_bytes_of_a_quiet_one(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def train_until_the_disk_is_full(run: RunFolder, step: int) -> None:
 
     try:
         with pytest.raises(TrainingError, match=r"cannot be written.*free some space.*--resume"):
-            train(run, run.config(), open_digits(), device=torch.device("cpu"), report=fill, every=1)
+            fit(run, run.config(), open_digits(), device=torch.device("cpu"), report=fill, every=1)
     finally:
         full_disk(resource.RLIM_INFINITY)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import stablefield
 from stablefield.data.digits import open_digits
 from stablefield.targets.ranks import RankError
-from stablefield.training.loop import TrainingError, check_fit, train
+from stablefield.training.loop import TrainingError, check_fit, fit
 from stablefield.training.recipe import Perceptron, Recipe, UNet
 from stablefield.training.recipes import DIGITS
 from stablefield.training.run_folder import RunConfig, RunFolder
@@ -41,7 +41,7 @@ def start(path: Path, recipe: Recipe) -> RunFolder:
 
 
 def go(folder: RunFolder) -> None:
-    train(folder, folder.config(), open_digits(), device=torch.device("cpu"))
+    fit(folder, folder.config(), open_digits(), device=torch.device("cpu"))
 
 
 def weights(folder: RunFolder, step: int = 24) -> dict[str, bytes]:
@@ -81,7 +81,7 @@ def test_run_resumed_from_a_checkpoint_equals_the_uninterrupted_run(tmp_path: Pa
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(cut, cut.config(), open_digits(), device=torch.device("cpu"), report=interrupt, every=1)
+        fit(cut, cut.config(), open_digits(), device=torch.device("cpu"), report=interrupt, every=1)
     with (cut.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 16, "lo')  # a line cut off by a kill
     go(cut)
@@ -105,7 +105,7 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(tmp_path: Pa
     assert (folder, state.step) == (run.checkpoint(16), 16)
     assert "ema.safetensors" in complaints[0]
     # A damaged one must not take the place of a whole one among those to keep.
-    stopped = train(run, run.config(), open_digits(), device=torch.device("cpu"), stop=lambda: True)
+    stopped = fit(run, run.config(), open_digits(), device=torch.device("cpu"), stop=lambda: True)
     assert stopped == 17
     assert sorted(path.name for path in run.checkpoint(17).parent.iterdir()) == ["step-00000016", "step-00000017"]
     go(run)
@@ -156,7 +156,7 @@ def test_data_other_than_the_run_was_started_with_are_refused(tmp_path: Path) ->
     digits = open_digits()
     manifest = {**digits.manifest, "sha256": "0"}
     with pytest.raises(ValueError, match="sha256"):
-        train(run, run.config(), dataclasses.replace(digits, manifest=manifest), device=torch.device("cpu"))
+        fit(run, run.config(), dataclasses.replace(digits, manifest=manifest), device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_recipe_that_does_not_fit_the_data_is_refused(change: dict[str, int], wo
 
 def test_conditional_run_without_labels_is_refused() -> None:
     data = dataclasses.replace(open_digits(), labels=None, class_names=None)
-    with pytest.raises(ValueError, match="--conditional"):
+    with pytest.raises(ValueError, match="conditional=True"):
         check_fit(dataclasses.replace(SMALL, conditional=True), data)
 
 
@@ -182,15 +182,16 @@ def test_numbers_of_the_picture_are_the_samples_of_the_run(tmp_path: Path) -> No
     from PIL import Image
 
     from stablefield.data.png import tile
-    from stablefield.training.model import draw, open_model
+    from stablefield.sampling.noise import SampleNoise
+    from stablefield.training.model import open_model
 
     run = start(tmp_path / "run", dataclasses.replace(SMALL, steps=8))
     go(run)
     denoiser = open_model(run.path).denoiser
     sigmas = stablefield.sampling.edm_sigmas(18)
-    images = draw(
-        lambda x, _: stablefield.sampling.heun(denoiser, x, sigmas), (1, 8, 8), range(64), 80.0, torch.device("cpu")
-    )
+    latents = SampleNoise(list(range(64))).latents((1, 8, 8), dtype=torch.float64)
+    clean = stablefield.sampling.heun(denoiser, latents * 80.0, sigmas)
+    images = ((clean.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
     with Image.open(run.picture(8)) as picture:
         shown = np.asarray(picture)
     np.testing.assert_array_equal(shown, tile(images)[:, :, 0])

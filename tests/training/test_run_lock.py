@@ -17,7 +17,7 @@ from test_interruptions import SMALL, go, start
 
 from stablefield.data.digits import open_digits
 from stablefield.training.lock import Holder, Lock
-from stablefield.training.loop import TrainingError, train
+from stablefield.training.loop import TrainingError, fit
 from stablefield.training.run_folder import RunFolder
 
 HOLD = """
@@ -191,7 +191,7 @@ def test_a_run_that_was_taken_over_while_it_stood_still_ends(tmp_path: Path, mon
             time.sleep(0.3)
 
     with pytest.raises(TrainingError, match="taken over by process 7 on elsewhere"):
-        train(run, run.config(), open_digits(), device=torch.device("cpu"), report=take_over, every=1)
+        fit(run, run.config(), open_digits(), device=torch.device("cpu"), report=take_over, every=1)
     assert json.loads((run.path / ".stablefield.lock").read_text())["pid"] == 7, "the lock of another was taken away"
 
 

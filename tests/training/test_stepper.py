@@ -19,7 +19,7 @@ from stablefield.data.digits import open_digits
 from stablefield.data.image_set import ImageSet, Origin, make_image_set
 from stablefield.training.allocator import keep_freed_memory
 from stablefield.training.feed import Feed
-from stablefield.training.loop import train
+from stablefield.training.loop import fit
 from stablefield.training.meter import BINS, Meter, Stopwatch, bin_edges
 from stablefield.training.recipe import Perceptron, Recipe, UNet
 from stablefield.training.recipes import DIGITS
@@ -97,7 +97,7 @@ def test_two_processes_follow_the_losses_of_one(tmp_path: Path, digits: ImageSet
     recipe = dataclasses.replace(SMALL, log_every=1, sample_every=0, **change)
     one = RunFolder.create(tmp_path / "one", configured(recipe, digits))
     two = RunFolder.create(tmp_path / "two", configured(recipe, digits))
-    train(one, one.config(), digits, device=CPU)
+    fit(one, one.config(), digits, device=CPU)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),

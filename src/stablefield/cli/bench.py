@@ -52,7 +52,7 @@ class Bench:
     growth: bool = True
     """Also measure how the cost grows with the references, the batch and the size of a sample."""
     out: Path | None = None
-    """Folder for bench.json and the plot bench.png; nothing is written if not given."""
+    """Folder for bench.json and the plot bench.png, which replace earlier ones there; nothing is written if not given."""
 
     def run(self) -> int:
         """Measure, print a table, and write the files if asked to."""

@@ -2,7 +2,9 @@
 
 import shlex
 import sys
-from collections.abc import Iterable
+import warnings
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -12,7 +14,7 @@ from rich.segment import Segment
 
 from stablefield.cli.terminal import clean, silence
 
-__all__ = ["console", "quoted", "relative"]
+__all__ = ["console", "quoted", "relative", "shown_warnings"]
 
 
 class _Output:
@@ -89,3 +91,21 @@ def relative(path: Path) -> str:
 def quoted(*words: str | Path) -> str:
     """Words of a command as they can be copied into a shell, safe from the console's markup."""
     return escape(shlex.join(relative(word) if isinstance(word, Path) else word for word in words))
+
+
+@contextmanager
+def shown_warnings(remedies: Mapping[type[Warning], str] | None = None) -> Generator[None]:
+    """For a block whose warnings are printed as lines of the command, each with its remedy.
+
+    Args:
+        remedies: what to add to a warning of a category.
+    """
+
+    def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
+        added = next((text for kind, text in (remedies or {}).items() if issubclass(category, kind)), "")
+        console.print(f"[yellow]warning:[/] {escape(str(message))}{added}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show
+        yield

@@ -7,13 +7,10 @@ from typing import Annotated
 import tyro
 from rich.markup import escape
 
-from stablefield.atomic_file import write_atomically
 from stablefield.cli.console import console, quoted, relative
 from stablefield.cli.places import check_folder
 from stablefield.training.ema import LENGTHS, power_exponent
-from stablefield.training.files import write_tensors
-from stablefield.training.post_hoc import combine, snapshot_steps
-from stablefield.training.run_folder import RunFolder
+from stablefield.training.run import Run
 
 __all__ = ["Ema"]
 
@@ -32,29 +29,20 @@ class Ema:
     def run(self) -> int:
         """Write one file of weights per length."""
         if self.step is not None and self.step < 1:
-            raise ValueError(f"--step is {self.step}: steps of a run are counted from 1.")
+            raise ValueError(f"step is {self.step}: steps of a run are counted from 1.")
         for length in self.length:
             power_exponent(length)
-        folder = RunFolder.open(self.run_folder)
-        steps = snapshot_steps(folder.snapshots)
+        run = Run(self.run_folder)
+        steps = run.snapshot_steps()
         if not steps:
-            raise ValueError(
-                f"{self.run_folder} has no snapshots: they are taken with --ema-snapshot-every in training."
-            )
+            raise ValueError(f"{self.run_folder} has no snapshots: train with ema_snapshot_every=STEPS.")
         shown = ", ".join(f"{step:,}" for step in steps[:8]) + (f" ... {steps[-1]:,}" if len(steps) > 8 else "")
         console.print(f"snapshots of lengths {' and '.join(map(str, LENGTHS))} at steps {shown}")
         if self.length:
-            check_folder("RUN", folder.snapshots)
+            check_folder("RUN", run.folder.snapshots)
         for length in self.length:
-            self._write(folder, length)
-        shown = quoted("stablefield", "sample", folder.path, "--ema", f"{(self.length or (0.1,))[0]:g}")
+            path, error = run.average(length, self.step)
+            console.print(f"length {length:g}: {escape(relative(path))} (profile within {error:.1%} of the exact one)")
+        shown = quoted("stablefield", "sample", run.path, "--ema", f"{(self.length or (0.1,))[0]:g}")
         console.print(f"to sample with an average of the last step, made on the fly: {shown}")
         return 0
-
-    def _write(self, folder: RunFolder, length: float) -> None:
-        parameters, error = combine(folder.snapshots, length, self.step)
-        name = f"length-{length:g}" + ("" if self.step is None else f"-step-{self.step:08d}")
-        path = folder.snapshots / f"{name}.safetensors"
-        metadata = {"length": f"{length:g}"}
-        write_atomically(path, lambda temporary: write_tensors(temporary, parameters, metadata))
-        console.print(f"length {length:g}: {escape(relative(path))} (profile within {error:.1%} of the exact one)")

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from stablefield.cli.mistakes import checked
 from stablefield.cli.terminal import clean, open_closed_streams, silence, take_every_character
-from stablefield.cli.usage import answer
+from stablefield.cli.usage import answer, as_flags
 
 __all__ = ["main", "program"]
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if debug and sys.stderr is not None:
             sys.stderr.write(clean(traceback.format_exc()))
         if _is_message(error):
-            _tell(str(error))
+            _tell(as_flags(str(error), verb=arguments[0] if arguments else ""))
         else:
             _tell(f"{type(error).__name__}: {error}. This is a bug in stablefield; rerun with --debug for a traceback.")
         status = 2 if isinstance(error, ValueError) else 1

@@ -1,6 +1,5 @@
 """`stablefield evaluate RUN_OR_IMAGES --data DATA`: numbers of samples, each with its protocol."""
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,11 +9,9 @@ import torch
 import tyro
 from rich.markup import escape
 
-from stablefield.cli.console import console, relative
-from stablefield.cli.drawing import DrawingFlags
+from stablefield.cli.console import console, relative, shown_warnings
 from stablefield.cli.extractors import ExtractorFlags
 from stablefield.cli.places import check_folder, check_free, check_place, unused
-from stablefield.cli.sample import own_device
 from stablefield.cli.settling import pick_device
 from stablefield.cli.sources import open_data
 from stablefield.cli.usage import as_flags
@@ -24,10 +21,12 @@ from stablefield.data.image_set import ImageSet
 from stablefield.data.resizing import Resize
 from stablefield.evaluation.evaluate import DEFAULT_METRICS, METRICS, check_counts, evaluate
 from stablefield.evaluation.processes import Processes
-from stablefield.evaluation.protocol import DamagedCacheWarning, ProtocolWarning
+from stablefield.evaluation.protocol import ProtocolWarning
 from stablefield.evaluation.result import Evaluation
 from stablefield.report.extra import require
-from stablefield.training.run_samples import RunSampler, RunSamples, data_of
+from stablefield.training.run import Run
+from stablefield.training.run_samples import RunSamples, data_of
+from stablefield.training.sampler import SamplerOptions
 
 if TYPE_CHECKING:
     MetricName = str
@@ -89,7 +88,7 @@ class Evaluate:
     """Neither use nor keep them."""
     extractor: Annotated[ExtractorFlags, tyro.conf.arg(name="")] = field(default_factory=ExtractorFlags)
     """What looks at the images."""
-    drawing: Annotated[DrawingFlags, tyro.conf.arg(name="")] = field(default_factory=DrawingFlags)
+    drawing: Annotated[SamplerOptions, tyro.conf.arg(name="")] = field(default_factory=SamplerOptions)
     """How a run's samples are drawn."""
 
     def run(self) -> int:
@@ -115,21 +114,17 @@ class Evaluate:
         if self.report is not None:
             require("jinja2", "--report")
         for flag, place in (("--report", self.report), ("--out", self.out)):
-            if place is None:
-                continue
-            if not place.is_dir():
-                check_free(flag, place, overwrite=self.overwrite)
-            check_place(flag, place)
+            if place is not None:
+                if not place.is_dir():
+                    check_free(flag, place, overwrite=self.overwrite)
+                check_place(flag, place)
         if self.out is None:
             check_folder("--out", self._place().parent)
         check_counts([METRICS[name] for name in self.metrics], self.samples, self.references)
 
     def _evaluate(self) -> Evaluation:
-        device = pick_device(own_device(self.device))
-        with Work() as work, warnings.catch_warnings():
-            warnings.simplefilter("always", ProtocolWarning)
-            warnings.simplefilter("always", DamagedCacheWarning)
-            warnings.showwarning = _print_warning
+        device = pick_device(self.device)
+        with Work() as work, shown_warnings({ProtocolWarning: " To make it anew: --no-cache, or delete the file."}):
             samples, name, opening = self._samples_of_run(device) if self._is_run else (self._images(), self.data, {})
             # Real images are brought to their size as the run's were in training unless the flags say otherwise.
             if self.resolution is not None or not opening:
@@ -154,38 +149,25 @@ class Evaluate:
                 device=device,
                 batch=self.feature_batch,
                 cache=False if self.no_cache else self.cache or True,
-                progress=lambda report: work(report.stage, report.done, report.total),
+                progress=work.show,
                 on_estimate=_print_estimate,
             )
         return replace(found, name=self.source)
 
     def _samples_of_run(self, device: torch.device) -> tuple[RunSamples, str, Mapping[str, Any]]:
         """The run's samples, what it was trained on, and how that was opened."""
-        flags = self.drawing
-        model = flags.open(Path(self.source), device)
-        config = model.own.config
-        sampler = RunSampler(
-            config=config,
-            device=device,
-            drawing=lambda progress: flags.drawing(model, device, progress),
-            labels=lambda seeds: flags.labels(seeds, config),
-            description=flags.describe(config),
-            steps=flags.steps_taken,
-            calls=flags.calls,
-            ema=model.ema,
-            batch=flags.batch,
-            coupled=flags.coupled,
-        )
+        sampler = Run(self.source).sampler(self.drawing, device=device)
         samples = RunSamples(sampler, self.source, self.samples or 5000, self.first_seed)
-        return samples, self.data or data_of(config), config.opening
+        return samples, self.data or data_of(sampler.config), sampler.config.opening
 
     def _images(self) -> ImageSet:
-        source = self.source
-        if not (Path(source).exists() or source == "digits" or source.startswith("hf:")):
-            raise ValueError(f"RUN_OR_IMAGES is {source}, and there is no such file or folder: name a run or images.")
+        if not (Path(self.source).exists() or self.source == "digits" or self.source.startswith("hf:")):
+            raise ValueError(
+                f"RUN_OR_IMAGES is {self.source}, and there is no such file or folder: name a run or images."
+            )
         if not self.data:
             raise ValueError("--data is missing: name the real images to measure against, such as --data digits.")
-        return open_data(source, split=self.images_split)
+        return open_data(self.source, split=self.images_split)
 
     def _finish(self, found: Evaluation) -> None:
         console.print(found.table(), markup=False)
@@ -218,8 +200,3 @@ def _print_estimate(estimate: "TimeEstimate") -> None:
     parts = [f"{duration(seconds)} of {what}" for what, seconds in named.items() if seconds >= 1]
     known = f": {', '.join(parts)}" if len(parts) > 1 else ""
     console.print(f"takes about {duration(estimate.total)} from here{known}")
-
-
-def _print_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    remedy = " To make it anew: --no-cache, or delete the file." if issubclass(category, ProtocolWarning) else ""
-    console.print(f"[yellow]warning:[/] {escape(str(message))}{remedy}")

@@ -3,25 +3,18 @@
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-import torch
 import tyro
 from rich.markup import escape
 
-from stablefield import sampling
-from stablefield.cli.console import console, relative
+from stablefield.cli.console import console, relative, shown_warnings
 from stablefield.cli.places import check_new_folder
-from stablefield.data.png import class_grid, write_png
+from stablefield.interop.export import Format
 from stablefield.interop.hub import push_folder
-from stablefield.interop.model_card import ModelCard, public_name, results_of_run
-from stablefield.interop.pipeline_folder import write_pipeline
-from stablefield.interop.plain_export import write_plain
-from stablefield.training.model import draw, open_model
+from stablefield.training.run import Run
 
 __all__ = ["Export"]
-
-_GRID = "samples.png"
 
 
 @dataclass(frozen=True)
@@ -32,7 +25,7 @@ class Export:
     """The run's folder."""
     out: Path
     """Folder to write, new or empty."""
-    format: Literal["diffusers", "plain"] = "diffusers"
+    format: Format = "diffusers"
     """A pipeline folder with its code, or safetensors and JSON alone."""
     ema: str = "half-life"
     """Which average of the weights: half-life, none, or a length such as 0.1 of the run's snapshots."""
@@ -58,42 +51,11 @@ class Export:
         if self.format == "diffusers" and find_spec("diffusers") is None:
             raise ImportError('--format diffusers needs diffusers: pip install "stablefield[diffusers]".')
         check_new_folder("--out", self.out)
-        sigmas = sampling.edm_sigmas(self.steps)
-        model = open_model(self.run_folder, self.ema)
-        config, denoiser = model.config, model.denoiser
-        for complaint in model.complaints:
-            console.print(f"[yellow]passed over:[/] {escape(complaint)}")
-        results = results_of_run(self.run_folder)
-        # A network that is told classes shows them in turn.
-        labels = torch.arange(self.samples) % config.classes if config.classes else None
-        write = write_pipeline if self.format == "diffusers" else write_plain
-        write(self.out, denoiser, config.shape, class_names=config.class_names)
-        if self.samples:
-            images = draw(
-                lambda x, _: sampling.heun(lambda x, sigma: denoiser(x, sigma, labels), x, sigmas),
-                config.shape,
-                range(self.samples),
-                float(sigmas[0]),
-                torch.device("cpu"),
+        run = Run(self.run_folder)
+        with shown_warnings():
+            run.export(
+                self.out, format=self.format, ema=self.ema, name=self.name, samples=self.samples, steps=self.steps
             )
-            numbers = None if labels is None else labels.numpy()
-            write_png(self.out / _GRID, class_grid(images, numbers, config.class_names))
-        card = ModelCard(
-            name=self.name or public_name(str(self.run_folder.resolve())) or "model",
-            data=config.data,
-            shape=config.shape,
-            classes=config.classes,
-            class_names=config.class_names,
-            parameters=sum(parameter.numel() for parameter in denoiser.parameters()),
-            recipe=config.recipe,
-            step=model.step,
-            ema=model.ema,
-            version=config.version,
-            results=results,
-            grid=_GRID if self.samples else None,
-            pipeline=self.format == "diffusers",
-        )
-        (self.out / "README.md").write_text(card.text(), "utf-8")
         console.print(f"written: {escape(relative(self.out))}")
         if self.format == "diffusers":
             console.print("load it:", style="bold")

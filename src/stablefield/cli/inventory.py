@@ -38,7 +38,7 @@ _COMMON = {
 _GROUPS = {
     "Before a run": "dry-run print",
     "Real images": "split references held-out resolution resize cache no-cache images-split",
-    "Data": "resolution resize skip-broken images sources augmentation mirror",
+    "Data": "resolution resize skip-broken max-images sources augmentation mirror",
     "Model": "conditional label-dropout ema",
     "Target": "references noise-band",
     "Optimisation": (

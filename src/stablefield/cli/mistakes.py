@@ -23,8 +23,10 @@ _SAME = {
     "--mirror": "--flip --hflip --xflip --random-flip --horizontal-flip",
     "--conditional": "--cond --class-cond --class-conditional",
     "--label-dropout": "--class-dropout --class-dropout-prob --cfg-dropout",
-    "--guidance": "--cfg --cfg-scale --guidance-scale",
-    "--class": "--class-label --class-idx --label",
+    "--guidance-scale": "--guidance --cfg --cfg-scale",
+    "--guidance-interval": "--interval",
+    "--class-label": "--class --class-idx --label",
+    "--evaluations": "--looks --num-evaluations",
     "--sampler": "--solver",
     "--checkpoint-every": "--save-every --save-interval --checkpoint-interval --checkpointing-steps",
     "--log-every": "--log-interval --logging-steps",
@@ -38,6 +40,7 @@ _SAME = {
     "--dry-run": "--dryrun",
     "--compile": "--torch-compile",
     "--extractor": "--features",
+    "--max-images": "--images --num-images --max-samples",
 }
 # Names of things that are done in another way here: the flag that does it, and how.
 _OTHER = {
@@ -73,7 +76,7 @@ _OTHER = {
     "--out --output -o --dest --destination": ("DEST", "name it after DATA, without a flag"),
     "--resume-from --resume-from-checkpoint --checkpoint --ckpt": ("--resume", "give --resume --out RUN"),
     "--arch --architecture --model --network": ("--recipe", "give --recipe, or the flags that begin with --network"),
-    "--target": ("--looks", "leave it out: both targets are trained with"),
+    "--target": ("--evaluations", "leave it out: both targets are trained with"),
     "--sample-every --checkpoint-every": ("--looks", "give --looks, how often each run is scored and saved"),
 }
 _VERBS = {

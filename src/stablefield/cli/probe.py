@@ -1,5 +1,6 @@
 """`stablefield probe DATA|RUN`: see the variance of targets on data, or a run's network against the optimum."""
 
+import dataclasses
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,19 +8,26 @@ from typing import Annotated, Literal
 
 import tyro
 
+from stablefield.cli.bar import Bar
+from stablefield.cli.console import console, relative
 from stablefield.cli.places import check_folder
-from stablefield.cli.probing import Probing, read_levels
-from stablefield.cli.probing_bias import probe_bias
-from stablefield.cli.probing_data import Plan, probe_data, recipe_for, training_for
-from stablefield.cli.probing_run import probe_run
 from stablefield.cli.recipes import limit
 from stablefield.cli.settling import pick_device
 from stablefield.cli.sources import open_data, print_reading
+from stablefield.cli.usage import as_flags
 from stablefield.cli.words import flags_of
+from stablefield.probing.bias_probe import BiasProbe, probe_bias
+from stablefield.probing.network_probe import NetworkProbe
 from stablefield.probing.population import MOST
+from stablefield.probing.probe import Probe as Probed
+from stablefield.probing.training import TRAININGS
+from stablefield.progress import Progress
 from stablefield.report.extra import require
+from stablefield.training.run_probe import is_run, probe, usual_training
 
 __all__ = ["Probe"]
+
+_TRAININGS = {training.name.lower(): training for training in TRAININGS}
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class Probe:
     """Sizes of reference sets to measure; the whole set leaves no variance and is not sampled."""
     noise_levels: str = ""
     """Where to measure, such as 0.5,1,2,5; chosen from the data if not given."""
-    plan: Plan = "auto"
+    plan: Literal["auto", "edm", "ve", "vp", "flow"] = "auto"
     """The training to advise on: its noise levels and loss weights; auto is what train does with these data."""
     batch: int | None = None
     """Rows per training step: for the variance of the whole batch, and the cost; as train has them if not given."""
@@ -40,7 +48,7 @@ class Probe:
     """Share of each row's variance that may stay."""
     by_class: bool = False
     """Keep posteriors within classes, as for a network that is told the class."""
-    images: int = MOST
+    max_images: int = MOST
     """Take at most so many images for the data set, drawn at random."""
     sources: int | None = None
     """Images that noisy rows are made from; all of a small set, else as many as two minutes allow."""
@@ -57,65 +65,83 @@ class Probe:
     skip_broken: bool = False
     """Leave out files that cannot be read, and count them."""
     out: Path | None = None
-    """Folder for numbers, pictures and the report; probes/NAME if not given."""
+    """Folder for numbers, pictures and the report; probes/NAME if not given.
+    Files of an earlier probe there are replaced."""
     device: str = ""
     """Where to compute; a GPU if there is one."""
 
     def run(self) -> int:
-        """Measure, write and say what follows."""
-        probing = Probing(
-            most=self.images,
-            sources=self.sources,
-            seed=self.seed,
-            out=self.out,
-            device=pick_device(self.device),
-            command=self._command,
-        )
-        is_run = (Path(self.data) / "config.json").is_file()
-        check_folder("--out", self.out or (Path(self.data, "probe") if is_run else Path("probes", "new")))
-        if is_run:
-            probe_run(Path(self.data), probing, noise_levels=self.noise_levels)
-            return 0
-        require("matplotlib", "drawing the variance")
-        require("jinja2", "writing the report")
-        sizes = _sizes(self.references)
-        levels = read_levels(self.noise_levels)
-        bound = None if self.resolution else limit("auto", accelerated=probing.device.type == "cuda")
-        images = open_data(self.data, self.resolution, self.resize, "train", self.skip_broken, bound)
-        print_reading(images)
-        if self.check_bias:
-            recipe = recipe_for(images, probing, by_class=self.by_class)
-            process = training_for(self.plan, self.batch, recipe).process
-            passed = probe_bias(images, probing, process=process, by_class=self.by_class, false_alarm=self.false_alarm)
-            return 0 if passed else 1
-        probe_data(
-            images,
-            probing,
-            sizes=sizes,
-            levels=levels,
-            plan=self.plan,
-            batch=self.batch,
-            aim=self.aim,
-            by_class=self.by_class,
-        )
+        """Measure, print what follows, and write the files."""
+        of_run = is_run(self.data)
+        check_folder("--out", self.out or (Path(self.data, "probe") if of_run else Path("probes", "new")))
+        for package in ("matplotlib", "jinja2"):
+            require(package, "the report of a probe")
+        try:
+            result = self._measured(of_run)
+        except ValueError as error:
+            raise ValueError(as_flags(str(error))) from error
+        result = dataclasses.replace(result, command=self._command)
+        console.print(str(result), markup=False)
+        out = self.out or (Path(self.data, "probe") if of_run else Path("probes") / result.name)
+        if isinstance(result, BiasProbe):
+            console.print(f"written: {relative(result.save(out / 'bias.json'))}", markup=False)
+            return 0 if result.passed else 1
+        names = [path.name for path in result.save_all(out, "probe")]
+        console.print(f"written to {relative(out)}: {', '.join(names)}", markup=False)
         return 0
+
+    def _measured(self, of_run: bool) -> Probed | NetworkProbe | BiasProbe:
+        device = pick_device(self.device)
+        references = [int(size) for size in _numbers("--references", self.references, "16,256,all")]
+        levels = _numbers("--noise-levels", self.noise_levels, "0.5,1,2") or None
+        images, training = self.data, _TRAININGS.get(self.plan)
+        if not of_run:
+            bound = None if self.resolution else limit("auto", accelerated=device.type == "cuda")
+            images = open_data(self.data, self.resolution, self.resize, "train", self.skip_broken, bound)
+            print_reading(images)
+            if training is not None:
+                training = dataclasses.replace(training, batch=usual_training(images, device).batch)
+        with Bar("measuring") as bar:
+
+            def show(progress: Progress) -> None:
+                bar(progress.done / progress.total)
+
+            if self.check_bias and not isinstance(images, str):
+                return probe_bias(
+                    images,
+                    by_class=self.by_class,
+                    process=None if training is None else training.process,
+                    false_alarm=self.false_alarm,
+                    max_images=self.max_images,
+                    seed=self.seed,
+                    device=device,
+                    progress=show,
+                )
+            return probe(
+                images,
+                by_class=self.by_class,
+                training=training,
+                batch=self.batch,
+                references=references,
+                noise_levels=levels,
+                aim=self.aim,
+                max_images=self.max_images,
+                sources=self.sources,
+                seed=self.seed,
+                device=device,
+                progress=show,
+            )
 
     @property
     def _command(self) -> str:
-        return shlex.join(
-            ["stablefield", "probe", self.data, *flags_of(self, Probe(""), besides=("data", "out", "device"))]
-        )
+        flags = flags_of(self, Probe(""), besides=("data", "out", "device"))
+        return shlex.join(["stablefield", "probe", self.data, *flags])
 
 
-def _sizes(text: str) -> tuple[int, ...]:
-    sizes: list[int] = []
-    for word in text.split(","):
-        if word.strip().lower() in ("", "all"):
-            continue
-        try:
-            sizes.append(int(word))
-        except ValueError:
-            raise ValueError(f"--references is {text}: {word} is no number; pass sizes such as 16,256,all.") from None
-    if any(size < 1 for size in sizes):
-        raise ValueError(f"--references is {text}: a set has at least 1 reference.")
-    return tuple(sizes)
+def _numbers(flag: str, text: str, example: str) -> list[float]:
+    """The numbers in a list, without the word all."""
+    words = [word for word in text.split(",") if word.strip().lower() not in ("", "all")]
+    try:
+        return [float(word) for word in words]
+    except ValueError:
+        raise ValueError(f"{flag} is {text}: pass numbers such as {example}.") from None

@@ -1,35 +1,24 @@
 """What a call that trains must know before its flags can be read to the end: the data, and the recipe they suggest."""
 
 import dataclasses
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
 from stablefield.cli.recipes import BY_DATA, RecipeName, chosen, limit
 from stablefield.cli.sources import open_data, print_reading
-from stablefield.data.image_set import ImageSet
-from stablefield.targets.ranks import Ranks
+from stablefield.evaluation.evaluate import own_device
+from stablefield.training.processes import first_process_first, start_processes
 from stablefield.training.recipe import Recipe
 
 __all__ = [
     "Trains",
     "chooses",
-    "first_process_first",
-    "opening_of",
     "pick_device",
     "settled",
-    "start_processes",
-    "told",
 ]
-
-
-PATIENCE = timedelta(hours=12)
-"""How long processes wait for the first one, which may be decoding a large folder, or drawing samples."""
 
 
 class Trains(Protocol):
@@ -53,40 +42,11 @@ class Trains(Protocol):
 
 
 Call = TypeVar("Call", bound=Trains)
-Value = TypeVar("Value")
 
 
 def chooses(call: Trains) -> bool:
     """Whether the recipe waits for the data."""
     return bool(call.data) and call.recipe in BY_DATA and not getattr(call, "resume", False)
-
-
-def start_processes(*, accelerated: bool) -> PartialState:
-    """The processes of this program, set up at the first call."""
-    return PartialState(cpu=not accelerated, timeout=PATIENCE)
-
-
-@contextmanager
-def first_process_first(state: PartialState) -> Generator[None]:
-    """For a block that the first process goes through before the others."""
-    wait = "to have the data opened"
-    if state.num_processes > 1 and not state.is_main_process:
-        with Ranks().waiting(wait):
-            state.wait_for_everyone()
-    yield
-    if state.num_processes > 1 and state.is_main_process:
-        with Ranks().waiting(wait):
-            state.wait_for_everyone()
-
-
-def told(value: Value) -> Value:
-    """What the first process has for `value`, on all of them."""
-    if PartialState().num_processes == 1:
-        return value
-    values = [value]
-    with Ranks().waiting("to hear from the first how the run is to be"):
-        broadcast_object_list(values)
-    return values[0]
 
 
 def settled(call: Call, parse: Callable[[Recipe], Call]) -> Call:
@@ -118,25 +78,14 @@ def settled(call: Call, parse: Callable[[Recipe], Call]) -> Call:
     return dataclasses.replace(call, recipe=name, opened=data)  # pyright: ignore[reportArgumentType]
 
 
-def opening_of(call: Trains, data: ImageSet) -> dict[str, Any]:
-    """How `data` were opened, beside their name, for config.json."""
-    _, height, width = data.shape
-    side = height if height == width else [height, width]
-    return {
-        "resolution": None if data.manifest["resized"] == "no" else side,
-        "resize": call.resize,
-        "skip_broken": call.skip_broken,
-    }
-
-
 def pick_device(name: str) -> torch.device:
-    """The device called `name`, or a GPU if there is one, else the CPU.
+    """The device called `name`, or a GPU if there is one (this process's own, where there are several), else the CPU.
 
     Raises:
         ValueError: if it cannot be used.
     """
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name) if name else own_device()
         if name.startswith("cuda:"):
             torch.cuda.set_device(device)
         torch.empty(0, device=device)

@@ -3,8 +3,8 @@
 import dataclasses
 import shlex
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,23 +15,24 @@ from accelerate import PartialState
 from rich.markup import escape
 from rich.table import Table
 
-import stablefield
 from stablefield.cli.console import console, quoted, relative
 from stablefield.cli.extractors import ExtractorFlags
 from stablefield.cli.interruption import Interruption
 from stablefield.cli.places import check_new_folder
 from stablefield.cli.progress import EVERY, TrainingProgress
 from stablefield.cli.recipes import BY_DATA, RecipeName, shown
-from stablefield.cli.settling import first_process_first, opening_of, pick_device, settled, start_processes, told
+from stablefield.cli.settling import pick_device, settled
 from stablefield.cli.sources import open_data
 from stablefield.cli.words import duration
 from stablefield.data.image_set import ImageSet, size_text
 from stablefield.training.estimate import estimate
 from stablefield.training.feed import Feed
-from stablefield.training.loop import Tracker, check_fit, check_tracker, make_accelerator, train
+from stablefield.training.loop import Report, Tracker, check_tracker, make_accelerator
 from stablefield.training.observers import FrechetObserver
-from stablefield.training.placement import placed, resolve_band, resolve_references
+from stablefield.training.placement import placed
+from stablefield.training.processes import first_process_first, from_first, start_processes
 from stablefield.training.recipe import Recipe
+from stablefield.training.run import Plan, Run, make_plan, train
 from stablefield.training.run_folder import RunConfig, RunFolder
 
 __all__ = ["Train"]
@@ -129,116 +130,81 @@ class Train:
 
     def run(self) -> int:
         """Train, with a progress bar, and say what is where."""
-        with ExitStack() as held:
-            return self._run(held)
-
-    def _run(self, held: ExitStack) -> int:
         if self.print:
             for note in self.yields:
                 console.out(f"# {note}")
-            console.out(shown(self._existing()[1].recipe if self.resume else self.config))
+            console.out(shown(self._existing().config.recipe if self.resume else self.config))
             return 0
-        state = start_processes(accelerated=pick_device(self.device).type == "cuda")
+        device = pick_device(self.device)
+        state = start_processes(accelerated=device.type == "cuda")
         console.quiet = not state.is_main_process
-        device = pick_device(str(state.device) if state.num_processes > 1 else self.device)
-        if self.resume:
-            check_tracker(self.tracker)
-            folder, config = self._existing(held if state.is_main_process and not self.dry_run else None)
-            done = _steps_done(folder)
+        device = torch.device(state.device or device) if state.num_processes > 1 else device
+        return self._resume(device, state) if self.resume else self._begin(device, state)
+
+    def _begin(self, device: torch.device, state: PartialState) -> int:
+        data = self.opened
+        assert isinstance(data, ImageSet)
+        self._check_samples(data)
+        # Decided once: others may have other memory.
+        plan = from_first(self._plan(data, device, state.num_processes) if state.is_main_process else None)
+        assert plan is not None
+        if self.dry_run:
+            return self._rehearse(plan.config, data, device, 0)
+        observers = self._observers(data, device)
+        # From here on Ctrl-C is a wish to stop in order: whoever sees that a run has begun can rely on it.
+        with Interruption() as interruption, _Bar() as bar:
+            run = train(
+                plan,
+                out=self.out,
+                device=device,
+                tracker=self.tracker,
+                observers=observers,
+                on_start=bar.begin,
+                progress=bar.update,
+                every=EVERY,
+                stop=lambda: interruption.requested,
+            )
+        return bar.end(run, interruption)
+
+    def _resume(self, device: torch.device, state: PartialState) -> int:
+        check_tracker(self.tracker)
+        run = self._existing()
+        with _held(run, state.is_main_process and not self.dry_run):
+            self._tell_where_it_stands(run)
+            config, done = run.config, run.step
             if done >= config.recipe.steps and not self.dry_run:
                 console.print(f"nothing left to do: {done:,} of {config.recipe.steps:,} steps are done.")
                 console.print("A run cannot be extended yet: to train for longer, begin a new one with more --steps.")
-                _print_sampling(folder)
+                _print_sampling(run)
                 return 0
             with first_process_first(state):
                 data = open_data(self.data or config.data, **config.opening)
             self._check_samples(data)
-        else:
-            folder = None
-            data = self.opened
-            assert isinstance(data, ImageSet)
-            self._check_samples(data)
-            # Decided once: others may have other memory.
-            config = told(self._new(data, device) if state.is_main_process else None)
-            assert config is not None
-        if self.dry_run:
-            return self._rehearse(config, data, device, 0 if folder is None else _steps_done(folder))
-        observers = self._observers(data, device)
-        # From here on Ctrl-C is a wish to stop in order: whoever sees that a run has begun can rely on it.
-        with Interruption() as interruption:
-            if folder is None:
-                folder = self._create(data, config)
-            return self._follow(folder, config, data, device, observers, interruption)
+            if self.dry_run:
+                return self._rehearse(config, data, device, done)
+            observers = self._observers(data, device)
+            with Interruption() as interruption, _Bar() as bar:
+                run.resume(
+                    data=data,
+                    device=device,
+                    tracker=self.tracker,
+                    observers=observers,
+                    on_start=bar.begin,
+                    progress=bar.update,
+                    every=EVERY,
+                    stop=lambda: interruption.requested,
+                )
+            return bar.end(run, interruption)
 
-    def _follow(
-        self,
-        folder: RunFolder,
-        config: RunConfig,
-        data: ImageSet,
-        device: torch.device,
-        observers: list[FrechetObserver],
-        interruption: Interruption,
-    ) -> int:
-        recipe, processes = config.recipe, PartialState().num_processes
-        many = f" x {processes} processes" if processes > 1 else ""
-        console.print(
-            f"[bold]{recipe.target.upper()}[/] on {escape(data.name)}: {len(data):,} images of "
-            f"{'x'.join(map(str, data.shape))}, {recipe.steps:,} steps of {recipe.batch}, on {device}{many}"
-        )
-        console.print(f"run folder: {escape(relative(folder.path))}")
-        accelerator = make_accelerator(device, self.tracker, folder)
-        began = time.monotonic()
-        with TrainingProgress(recipe.steps, _steps_done(folder)) as progress:
-            done = train(
-                folder,
-                config,
-                data,
-                device=device,
-                report=progress.update,
-                every=EVERY,
-                stop=lambda: interruption.requested,
-                tracker=self.tracker,
-                observers=observers,
-                accelerator=accelerator,
-            )
-        if done < recipe.steps:
-            console.print(
-                f"stopped at step {done:,}; to go on: {quoted('stablefield', 'train', '--resume', '--out', folder.path)}"
-            )
-        else:
-            console.print(f"done in {duration(time.monotonic() - began)}")
-            console.print(f"samples:    {escape(relative(folder.picture(done)))}")
-        _print_sampling(folder)
-        # A run that was not finished is no success to whoever started it, such as a shell or a scheduler.
-        return interruption.status if done < recipe.steps else 0
-
-    def _new(self, data: ImageSet, device: torch.device) -> RunConfig:
-        recipe = self.config
-        check_fit(recipe, data)
-        classes = data.classes if recipe.conditional else 0
-        # Before anything is measured: a network that does not fit the images says so here.
-        with torch.device("meta"):
-            recipe.network.build(data.shape, classes, recipe.augment_dim, torch.Generator())
-        references, rule = resolve_references(recipe, data, device, PartialState().num_processes)
-        recipe = dataclasses.replace(recipe, references=references)
-        band, finding = resolve_band(recipe, data, device)
-        recipe = dataclasses.replace(recipe, noise_band=band)
-        check_fit(recipe, data)
+    def _plan(self, data: ImageSet, device: torch.device, processes: int) -> Plan:
+        plan = make_plan(data, self.config, device=device, processes=processes)
         console.print(f"recipe:     {self.recipe} (all of it: --print)")
         for note in self.yields:
             console.print(f"changed:    {note}", markup=False)
-        console.print(f"references: {rule}")
-        if recipe.target == "stf":
-            console.print(f"noise band: {finding}")
-        return RunConfig(
-            data=self.data,
-            shape=data.shape,
-            classes=classes,
-            manifest=data.manifest,
-            recipe=recipe,
-            version=stablefield.__version__,
-            opening=opening_of(self, data),
-        )
+        console.print(f"references: {plan.references}")
+        if plan.config.recipe.target == "stf":
+            console.print(f"noise band: {plan.noise_band}")
+        return plan
 
     def _check_samples(self, data: ImageSet) -> None:
         if self.evaluate_every:
@@ -259,14 +225,6 @@ class Train:
             console.print(f"step {step:,}: {reading}")
 
         return [FrechetObserver(check, self.evaluate_every, data.shape, device, tell)]
-
-    def _create(self, data: ImageSet, config: RunConfig) -> RunFolder:
-        """Make the folder on the first process, and tell the others where it is."""
-        place = ""
-        if PartialState().is_main_process:
-            path = self.out or _free_name(f"{data.name}-{config.recipe.target}")
-            place = str(RunFolder.create(path, config).path)
-        return RunFolder(Path(told(place)))
 
     def _rehearse(self, config: RunConfig, data: ImageSet, device: torch.device, done: int) -> int:
         recipe, left = config.recipe, config.recipe.steps - done
@@ -297,48 +255,84 @@ class Train:
         console.print(table)
         return 0
 
-    def _existing(self, held: ExitStack | None = None) -> tuple[RunFolder, RunConfig]:
+    def _existing(self) -> Run:
         if self.out is None:
             raise ValueError("--resume needs --out: name the folder of the run to continue.")
-        folder = RunFolder.open(self.out)
-        if held is not None:
-            try:
-                held.enter_context(folder.locked(tell=console.print))
-            except OSError as error:
-                raise ValueError(
-                    f"--out {self.out} cannot be written ({error.strerror}): a run is continued in its folder; let yourself "
-                    f"write there, or continue a copy of it."
-                ) from error
-        newest = folder.newest()
+        return Run(self.out)
+
+    def _tell_where_it_stands(self, run: Run) -> None:
+        newest = run.folder.newest()
         if newest is None:
             console.print("this run has no checkpoint yet: it starts from its first step.")
+            return
+        for complaint in newest[2]:
+            console.print(f"[yellow]passed over:[/] {escape(complaint)}")
+        if newest[1].step < run.config.recipe.steps:
+            console.print(f"continuing from step {newest[1].step:,}")
+
+
+class _Bar:
+    """The lines around a training, and its progress bar."""
+
+    def __init__(self) -> None:
+        self._held, self._began = ExitStack(), 0.0
+        self._progress: TrainingProgress | None = None
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def begin(self, run: Run, data: ImageSet) -> None:
+        """Say what begins."""
+        recipe, processes = run.config.recipe, PartialState().num_processes
+        many = f" x {processes} processes" if processes > 1 else ""
+        device = PartialState().device if processes > 1 else run.device
+        console.print(
+            f"[bold]{recipe.target.upper()}[/] on {escape(data.name)}: {len(data):,} images of "
+            f"{'x'.join(map(str, data.shape))}, {recipe.steps:,} steps of {recipe.batch}, on {device}{many}"
+        )
+        console.print(f"run folder: {escape(relative(run.path))}")
+        self._began = time.monotonic()
+        self._progress = self._held.enter_context(TrainingProgress(recipe.steps, run.step))
+
+    def update(self, report: Report) -> None:
+        """Show a report."""
+        if self._progress is not None:
+            self._progress.update(report)
+
+    def end(self, run: Run, interruption: Interruption) -> int:
+        """Say where the run ended, and return the exit status."""
+        done, steps = run.step, run.config.recipe.steps
+        if done < steps:
+            console.print(
+                f"stopped at step {done:,}; to go on: {quoted('stablefield', 'train', '--resume', '--out', run.path)}"
+            )
         else:
-            for complaint in newest[2]:
-                console.print(f"[yellow]passed over:[/] {escape(complaint)}")
-            if newest[1].step < folder.config().recipe.steps:
-                console.print(f"continuing from step {newest[1].step:,}")
-        return folder, folder.config()
+            console.print(f"done in {duration(time.monotonic() - self._began)}")
+            console.print(f"samples:    {escape(relative(run.folder.picture(done)))}")
+        _print_sampling(run)
+        # A run that was not finished is no success to whoever started it, such as a shell or a scheduler.
+        return interruption.status if done < steps else 0
 
 
-def _steps_done(folder: RunFolder) -> int:
-    newest = folder.newest()
-    return 0 if newest is None else newest[1].step
-
-
-def _print_sampling(folder: RunFolder) -> None:
-    console.print(f"draw more:  {quoted('stablefield', 'sample', folder.path, '--seeds', '0-63')}")
-
-
-def _free_name(name: str) -> Path:
-    # A run never overwrites another: the second is called -2. Made at once, for another may begin at the same time.
-    number = 1
-    while True:
-        path = Path("runs") / (name if number == 1 else f"{name}-{number}")
+@contextmanager
+def _held(run: Run, wanted: bool) -> Generator[None]:
+    """For a block in which no other process trains in the run's folder."""
+    if not wanted:
+        yield
+        return
+    with ExitStack() as held:
         try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            number += 1
-        except OSError:
-            return path  # whoever writes there says why that cannot be
-        else:
-            return path
+            held.enter_context(run.folder.locked(tell=console.print))
+        except OSError as error:
+            raise ValueError(
+                f"--out {run.path} cannot be written ({error.strerror}): a run is continued in its folder; let yourself "
+                f"write there, or continue a copy of it."
+            ) from error
+        yield
+
+
+def _print_sampling(run: Run) -> None:
+    console.print(f"draw more:  {quoted('stablefield', 'sample', run.path, '--seeds', '0-63')}")

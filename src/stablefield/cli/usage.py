@@ -90,27 +90,33 @@ def usage(verb: VerbFlags) -> str:
     return "\n".join(lines).rstrip()
 
 
-def as_flags(message: str, renamed: Mapping[str, str] | None = None) -> str:
+def as_flags(message: str, renamed: Mapping[str, str] | None = None, verb: str = "") -> str:
     """An error of the library as one of the command: "samples=5: ..." as "--samples 5: ...".
 
     Args:
         message: names an argument with its value, as in name=value; at its start also as in "name is missing".
         renamed: flags, or words such as DATA, of arguments that are called otherwise. Every other argument is left alone
             unless there is a flag of its name.
+        verb: whose flags those are; all if not given.
     """
-    known = {name for verb in all_verbs().values() for name in verb.flags()}
+    verbs = all_verbs()
+    known = {name for one in ([verbs[verb]] if verb in verbs else verbs.values()) for name in one.flags()}
 
     def flag_of(argument: str) -> str | None:
         name = (renamed or {}).get(argument) or f"--{argument.replace('_', '-')}"
         return name if name in known or argument in (renamed or {}) else None
 
-    message = re.sub(r"^([a-z]\w*)(?= is )", lambda found: flag_of(found[0]) or found[0], message)
+    message = re.sub(r"^([a-z][\w.]*)(?= (is|has|and|needs) )", lambda found: flag_of(found[0]) or found[0], message)
+    # A switch has no value.
+    message = re.sub(r"(?<![\w.-])([a-z][\w.]*)=True\b", lambda found: flag_of(found[1]) or found[0], message)
     # A value follows at once: `a = b` is a formula.
-    return re.sub(
-        r"(?<![\w.-])([a-z]\w*)=(?=[^\s=])",
+    message = re.sub(
+        r"(?<![\w.-])([a-z][\w.]*)=(?=[^\s=])",
         lambda found: found[0] if (flag := flag_of(found[1])) is None else f"{flag} ",
         message,
     )
+    # Words of several parts are names in any case.
+    return re.sub(r"(?<![\w./-])[a-z]+(?:_[a-z]+)+(?![\w./(-])", lambda found: flag_of(found[0]) or found[0], message)
 
 
 def text_of(flag: Flag) -> str:

@@ -8,6 +8,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from stablefield.cli.bar import TimeLeft
 from stablefield.cli.console import console
+from stablefield.progress import Progress as Report
 
 __all__ = ["Work"]
 
@@ -41,6 +42,10 @@ class Work:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+    def show(self, report: Report) -> None:
+        """Show a report of the library."""
+        self(report.stage, report.done, report.total)
 
     def __call__(self, stage: str, done: float, total: float) -> None:
         """Show that `done` of `total` images of a stage are done."""

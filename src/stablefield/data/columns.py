@@ -5,6 +5,7 @@ class labels; where there are candidates and no labels, a note says why.
 """
 
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,7 +83,7 @@ def read_labels(column: str, kind: str, values: Iterable[object], names: tuple[s
                     )
             found.append(texts[value])
         else:
-            found.append(value if isinstance(value, int) and kind != "text" else -1)
+            found.append(int(value) if isinstance(value, Integral) and kind != "text" else -1)
     unlabelled = sum(value < 0 for value in found)
     if unlabelled:
         note = (

@@ -161,7 +161,7 @@ def _settle(
         raise ValueError(
             f"images differ in size ({len(sizes):,} sizes in {len(good):,} images): {name} has {first.width} x "
             f"{first.height} pixels, {other} has {second.width} x {second.height}. Pass a resolution to bring all of "
-            f"them to one square size (--resolution N; the shortest side among them is {smallest})."
+            f"them to one square size (resolution=N; the shortest side among them is {smallest})."
         )
     height, width = next(iter(sizes))
     return (channels, height, width), "no"
@@ -208,7 +208,7 @@ def _broken_text(reasons: Sequence[str], count: int) -> str:
     more = f" and {len(reasons) - LISTED:,} more" if len(reasons) > LISTED else ""
     return (
         f"{len(reasons):,} of {count:,} image files cannot be read: {'; '.join(reasons[:LISTED])}{more}. "
-        "Mend or remove them, or leave them out with skip_broken=True (--skip-broken)."
+        "Mend or remove them, or leave them out with skip_broken=True."
         if len(reasons) < count
         else f"none of {count:,} image files can be read: {'; '.join(reasons[:LISTED])}{more}. Mend or convert them."
     )

@@ -114,6 +114,8 @@ class ImageSet:
     """A short name, for headings and file names."""
     manifest: dict[str, Any]
     """What is in the set and where it came from (see the module)."""
+    opening: dict[str, Any] | None = None
+    """The arguments with which `open_images` opens this set again; None for one that was made of arrays."""
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels

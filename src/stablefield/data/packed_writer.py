@@ -69,7 +69,7 @@ class PackedWriter:
                 f"destination {self.path} is a folder: name the file to make, {self.path / 'images.stablefield'}."
             )
         if self.path.exists() and not overwrite:
-            raise ValueError(f"destination {self.path} exists: pass another name, or overwrite=True (--overwrite).")
+            raise ValueError(f"destination {self.path} exists: pass another name, or overwrite=True.")
         if room > JSON_LIMIT:
             raise ValueError(
                 f"the manifest takes {room:,} bytes, above {JSON_LIMIT:,}: shorten the names of the classes."

@@ -16,11 +16,11 @@ from typing import Any, BinaryIO, TypeAlias
 
 __all__ = ["TEXT_PAGE", "check_contents", "check_pages", "row_limit"]
 
-PAGE_FREE, PAGE_LIMIT, PAGE_EXPANSION = 2**26, 2**28, 4
+PAGE_FREE, PAGE_LIMIT, PAGE_EXPANSION = 2**24, 2**28, 4
 """Bytes that any page may have in memory; those that one may have which is no more than 4 times larger than on disk."""
 TEXT_PAGE = 2**22
 """Bytes that a page of texts may have; pyarrow writes pages and dictionaries of 1 MiB."""
-CONTENTS_FREE, CONTENTS_SHARE = 2**21, 512
+CONTENTS_FREE, CONTENTS_SHARE = 2**20, 512
 """Bytes of the table of contents: of any file, and one more for each so many bytes of the file."""
 ROWS_FREE, ROWS_SHARE = 2**20, 64
 """Rows of one file: of any, and one more for each so many bytes: no image file is shorter, but rows may share one."""
@@ -117,7 +117,8 @@ def _check_page(head: Fields, stored: int, limit: int, rows: int) -> None:
             continue
         if not isinstance(said, dict):
             raise IndexError
-        if _whole(said, 1) > rows:
+        # A dictionary may be that of the whole file, with values that no row of this part has.
+        if _whole(said, 1) > (max(rows, ROWS_FREE) if kind == 7 else rows):
             raise ValueError(f"says that it has {_whole(said, 1):,} values for {rows:,} rows")
         if _whole(said, encoding) in UNBOUNDED:
             raise ValueError(

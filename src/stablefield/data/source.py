@@ -3,7 +3,13 @@
 A source is recognised by what is in it, not by its name: see `UNDERSTOOD` for the list.
 """
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
 from stablefield.data.archive import Archive, is_archive
 from stablefield.data.arrays import open_npy, open_npz
@@ -14,14 +20,14 @@ from stablefield.data.hub import hub_files
 from stablefield.data.idx import idx_images, is_idx, open_idx
 from stablefield.data.image_files import ImageFiles, folder_files, zip_files
 from stablefield.data.image_loader import Progress, load_image_files
-from stablefield.data.image_set import ImageSet
+from stablefield.data.image_set import ImageSet, Origin, make_image_set
 from stablefield.data.packed import is_packed, open_packed
 from stablefield.data.resizing import Resize, Resolution, check_resize, natural_resolution, resized_set
 from stablefield.data.tables import is_saved, parquet_files, saved_files
 from stablefield.regular_file import open_regular
 from stablefield.shapes import check_callable, check_kind, flag, whole_number
 
-__all__ = ["UNDERSTOOD", "open_images"]
+__all__ = ["UNDERSTOOD", "as_image_set", "open_images"]
 
 UNDERSTOOD = (
     "Supported sources: `digits` (built in); a folder of images, with sub-folders or dataset.json for classes; a .zip of "
@@ -98,6 +104,47 @@ def open_images(
             cache=cache,
         )
 
+    images = _opened(source, resolution, limit, resize, split, memory_budget, cache, loaded)
+    if split != "train":
+        return images
+    _, height, width = images.shape
+    side: Resolution | None = height if height == width else (height, width)
+    if images.manifest["resized"] == "no":
+        side = None
+    opening = {"source": str(source), "resolution": side, "resize": resize, "skip_broken": skip_broken}
+    return dataclasses.replace(images, opening=opening)
+
+
+def as_image_set(name: str, images: "ImageSet | str | Path | NDArray[np.uint8] | Tensor") -> ImageSet:
+    """An argument that holds images, as an image set.
+
+    Args:
+        name: of the argument, for errors.
+        images: an image set, what `open_images` opens, or uint8 of shape (n, C, H, W).
+
+    Raises:
+        ValueError: if it holds no images.
+        TypeError: if it is of another kind.
+    """
+    if isinstance(images, ImageSet):
+        return images
+    if isinstance(images, str | Path):
+        return open_images(images)
+    array = images.cpu().numpy() if isinstance(images, Tensor) else images
+    check_kind(name, array, np.ndarray, "an image set, the path of images, or uint8 of shape (n, C, H, W)")
+    return make_image_set(array, None, Origin(name=name, source="an array"))
+
+
+def _opened(
+    source: str | Path,
+    resolution: Resolution | None,
+    limit: int | None,
+    resize: Resize,
+    split: str,
+    memory_budget: int,
+    cache: Path,
+    loaded: Callable[[ImageFiles], ImageSet],
+) -> ImageSet:
     kind, path = _kind(source)
     try:
         match kind:

@@ -39,7 +39,7 @@ from stablefield.evaluation.protocol import (
     differences,
 )
 from stablefield.progress import Progress
-from stablefield.regular_file import check_safetensors
+from stablefield.regular_file import check_safetensors, reason
 
 __all__ = [
     "ReferenceSet", "is_kept", "load_tensors", "measure_reference", "reporting", "save_tensors",
@@ -228,7 +228,7 @@ def load_tensors(path: Path, names: Sequence[str], expected: Protocol) -> list[T
         count, protocol = int(metadata["count"]), Protocol.from_json(metadata["protocol"])
     except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
         raise ValueError(
-            f"{path} holds no reference statistics ({error}): delete it and compute them again."
+            f"{path} holds no reference statistics ({reason(error)}): delete it and compute them again."
         ) from error
     again = "delete it and compute the statistics again."
     if found != _checksum(dict(zip(names, tensors, strict=True)), metadata):

@@ -28,14 +28,14 @@ def push_folder(path: Path, name: str, *, private: bool = False) -> str:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HFValidationError
     except ImportError as error:
-        raise ImportError('--push needs huggingface_hub: pip install "stablefield[diffusers]".') from error
+        raise ImportError('pushing needs huggingface_hub: pip install "stablefield[diffusers]".') from error
     api = HfApi()
     try:
         api.create_repo(name, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=name, folder_path=path, commit_message="Export from stablefield")
     except HFValidationError as error:
-        raise ValueError(f"--push {name} is no name of a repository: {error}") from error
+        raise ValueError(f"push={name} is no name of a repository: {error}") from error
     except Exception as error:  # the client passes on whatever its transport raises
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise OSError(f"--push {name} failed, and the export stays where it is: {reason}") from error
+        raise OSError(f"push={name} failed, and the export stays where it is: {reason}") from error
     return str(commit.commit_url)

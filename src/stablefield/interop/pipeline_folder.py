@@ -67,7 +67,7 @@ def write_pipeline(
         from stablefield.interop import exported_network, exported_pipeline
         from stablefield.interop.exported_network import StablefieldUNet
     except ImportError as error:
-        raise ImportError('--format diffusers needs diffusers: pip install "stablefield[diffusers]".') from error
+        raise ImportError('format=diffusers needs diffusers: pip install "stablefield[diffusers]".') from error
 
     name, arguments = preconditioning_options(denoiser)
     sigma_data = arguments["sigma_data"] if name == "edm" else 0.5
@@ -104,7 +104,7 @@ def write_pipeline(
     try:
         path.mkdir(parents=True, exist_ok=True)
         if any(path.iterdir()):
-            raise ValueError(f"--out {path} is not empty: name a new folder.")
+            raise ValueError(f"out={path} is not empty: name a new folder.")
         unet.save_pretrained(path / "unet", safe_serialization=True)
         _forget_origin(path / "unet" / "config.json")
         scheduler.save_pretrained(path / "scheduler")
@@ -113,7 +113,7 @@ def write_pipeline(
         (path / "pipeline.py").write_text(Path(exported_pipeline.__file__).read_text("utf-8"), "utf-8")
         (path / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     except OSError as error:
-        raise ValueError(f"--out {path} cannot be written ({error.strerror}): name another place.") from error
+        raise ValueError(f"out={path} cannot be written ({error.strerror}): name another place.") from error
 
 
 def _forget_origin(path: Path) -> None:

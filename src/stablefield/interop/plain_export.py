@@ -42,9 +42,9 @@ def write_plain(
     try:
         path.mkdir(parents=True, exist_ok=True)
         if any(path.iterdir()):
-            raise ValueError(f"--out {path} is not empty: name a new folder.")
+            raise ValueError(f"out={path} is not empty: name a new folder.")
         state = denoiser.network.state_dict()
         save_file({key: value.contiguous().cpu() for key, value in state.items()}, path / "model.safetensors")
         (path / "config.json").write_text(json.dumps(record, indent=2) + "\n")
     except OSError as error:
-        raise ValueError(f"--out {path} cannot be written ({error.strerror}): name another place.") from error
+        raise ValueError(f"out={path} cannot be written ({error.strerror}): name another place.") from error

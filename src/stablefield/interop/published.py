@@ -93,12 +93,11 @@ def read_published(path: Path, scaling: Scaling | None = None) -> PublishedNetwo
         raise RefusedError(f"{name} is refused: {error}") from error
     if known is None and scaling is None:
         raise ValueError(
-            f"{name} holds weights only and does not say for which preconditioning: "
-            "pass --preconditioning edm, vp or ve."
+            f"{name} holds weights only and does not say for which preconditioning: pass preconditioning=edm, vp or ve."
         )
     if known is not None and scaling not in (None, known):
         raise ValueError(
-            f"--preconditioning {scaling} contradicts {name}, whose network is in a {found.class_name}: leave it out."
+            f"preconditioning={scaling} contradicts {name}, whose network is in a {found.class_name}: leave it out."
         )
     how = f"preconditioning of its {found.class_name}" if known else "preconditioning as given"
     return PublishedNetwork(

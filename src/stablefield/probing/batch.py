@@ -23,6 +23,7 @@ from stablefield.probing.population import Population
 from stablefield.probing.series import Series, interpolate
 from stablefield.probing.training import Training
 from stablefield.probing.variance import VarianceCurve
+from stablefield.progress import Progress
 from stablefield.targets.pool import Pool
 from stablefield.targets.reference_matrix import ReferenceMatrix
 from stablefield.targets.references import InBatch, References
@@ -69,7 +70,7 @@ def measure_batch(
     band: float,
     batches: int | None = None,
     seed: int = 0,
-    progress: Callable[[float], None] | None = None,
+    progress: Callable[[Progress], object] | None = None,
 ) -> BatchVariance:
     """Measure how much the targets of a whole batch vary together.
 
@@ -80,7 +81,7 @@ def measure_batch(
         band: noise level below which rows use their source alone.
         batches: drawn for each size; by default as many as a few seconds allow.
         seed: of all that is drawn.
-        progress: called with the share done, 0 to 1.
+        progress: called as sizes are done.
 
     Raises:
         ValueError: if `batches` is below 3.
@@ -97,7 +98,7 @@ def measure_batch(
         count = batches or int(min(_MOST, max(_FEWEST, _WORK / (pairs * (4 * population.dim + _PER_PAIR)))))
         found.append(job.measure(references, count, seed))
         if progress is not None:
-            progress((place + 1) / (1 + len(sizes)))
+            progress(Progress(stage="measuring batches", done=place + 1, total=1 + len(sizes)))
     return BatchVariance(
         batch=rows, in_batch=found[0], pools=dict(zip(sizes, found[1:], strict=True)), whole=job.whole(curve)
     )

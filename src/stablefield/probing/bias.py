@@ -159,7 +159,7 @@ def check_bias(
     levels = levels.to(torch.float64).flatten()
     batch = min(batch, len(population))
     if len(levels) == 0 or not bool(((levels > 0) & levels.isfinite()).all()):
-        raise ValueError(f"noise_levels are {levels.tolist()}: pass at least one, all positive and finite.")
+        raise ValueError(f"noise_levels={levels.tolist()}: pass at least one, all positive and finite.")
     if batch < len(levels):
         levels = levels[torch.linspace(0, len(levels) - 1, batch).round().long()]
     generator = torch.Generator().manual_seed(seed)

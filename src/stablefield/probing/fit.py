@@ -147,7 +147,7 @@ def find_optimum(
     whole_number("seed", seed, 0, 2**63)
     levels = array_of_numbers("noise_levels", noise_levels).to(torch.float64).flatten().sort().values
     if len(levels) == 0 or not bool(((levels > 0) & levels.isfinite()).all()):
-        raise ValueError(f"noise_levels are {levels.tolist()}: pass at least one, all positive and finite.")
+        raise ValueError(f"noise_levels={levels.tolist()}: pass at least one, all positive and finite.")
     if rows < 2 or batch < 1:
         raise ValueError(f"rows is {rows}, batch is {batch}: at least 2 rows and a batch of 1 are needed.")
     device, shape = population.data.device, tuple(population.data.shape[1:])

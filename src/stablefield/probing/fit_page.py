@@ -116,7 +116,7 @@ def fit_page(
         fit: the measurement.
         weighting: of the run's loss.
         summary: what came out.
-        command: that made it.
+        command: that made it; empty if there is none.
         over_training: `logged_chart` of the run's log, if there is one.
 
     Raises:
@@ -180,9 +180,9 @@ def fit_page(
                 ),
             ),
             *_training_section(over_training),
-            Section("Numbers", (Code(command), json_details("Every figure", fit_record(fit)))),
+            Section("Numbers", (*((Code(command),) if command else ()), json_details("Every figure", fit_record(fit)))),
         ),
-        footer=f"{description}. `{command}`",
+        footer=f"{description}. `{command}`" if command else description,
     )
 
 

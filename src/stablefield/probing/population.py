@@ -5,19 +5,24 @@ measured then is true of a data set of that size, and the population says of how
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stablefield.data.image_set import ImageSet
-from stablefield.shapes import check_kind, check_tensor, flag, whole_number
+from stablefield.shapes import as_device, check_kind, check_tensor, flag, whole_number
 from stablefield.targets.reference_matrix import ReferenceMatrix
 
-__all__ = ["MOST", "Population", "draw_population"]
+__all__ = ["MOST", "Population", "Samples", "described", "draw_population", "found_device"]
 
 MOST = 65_536
 """Samples that a population holds unless more are asked for."""
+
+Samples = ImageSet | Tensor | NDArray[Any]
+"""Images or other samples: a set, or a tensor or array of shape (n, ...), floating point or uint8."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,11 @@ class Population:
     def __len__(self) -> int:
         return len(self.data)
 
+    def to(self, device: torch.device | str) -> "Population":
+        """The same on a device."""
+        labels = None if self.labels is None else self.labels.to(device)
+        return Population(self.data.to(device), labels, self.drawn_from)
+
     @property
     def dim(self) -> int:
         """Numbers per sample, d."""
@@ -105,37 +115,72 @@ class Population:
         return max(0.0, (square - float((total.square().sum(1) / count).sum())) / len(self))
 
 
-def draw_population(images: ImageSet, *, most: int = MOST, by_class: bool = False, seed: int = 0) -> Population:
-    """All of `images`, or `most` of them drawn at random without replacement.
+def draw_population(
+    images: Samples,
+    labels: Tensor | NDArray[np.int64] | None = None,
+    *,
+    max_images: int = MOST,
+    by_class: bool = False,
+    seed: int = 0,
+) -> Population:
+    """All of `images`, or `max_images` of them drawn at random without replacement.
 
     Args:
-        images: the set; only the rows that are drawn are read.
-        most: samples to hold at most, 2 or more.
+        images: the set, of which only the rows that are drawn are read; or a tensor or array, as for a `Population`.
+        labels: class of each sample, integers of shape (n,), if `images` has none of its own.
+        max_images: samples to hold at most, 2 or more.
         by_class: keep the labels, so that posteriors stay within classes.
         seed: of the draw.
 
     Raises:
-        ValueError: if `most` is below 2, or classes are asked for and there are none; and as `Population`.
+        ValueError: if `max_images` is below 2, or classes are asked for and there are none; and as `Population`.
     """
-    check_kind("images", images, ImageSet, "an ImageSet, as open_images returns")
-    whole_number("most", most)
+    whole_number("max_images", max_images)
     whole_number("seed", seed, 0)
     flag("by_class", by_class)
-    if most < 2:
-        raise ValueError(f"most is {most}: at least 2 samples are needed.")
-    if by_class and images.labels is None:
-        raise ValueError(f"{images.name} has no classes: probe it without them.")
-    if len(images) <= most:
-        # A copy, as the set may be mapped read-only, and every row of it is read many times.
-        pixels, labels = np.array(images.images, order="C"), images.labels
+    if max_images < 2:
+        raise ValueError(f"max_images is {max_images}: at least 2 samples are needed.")
+    check_kind("images", images, (ImageSet, Tensor, np.ndarray), "an ImageSet, as open_images returns, or a tensor")
+    if labels is not None:
+        check_kind("labels", labels, (Tensor, np.ndarray), "a tensor or an array of classes, one per sample")
+    if isinstance(images, ImageSet):
+        values, found = images.images, images.labels if labels is None else labels
     else:
-        drawn = np.random.default_rng(seed).choice(len(images), most, replace=False, shuffle=False)
-        pixels, labels = images.batch(np.sort(drawn))
+        values, found = images, labels
+    if by_class and found is None:
+        raise ValueError(f"by_class is set, but {described(images)[0]} has no classes: leave it out, or pass labels.")
+    classes = torch.as_tensor(found) if by_class and found is not None else None
+    count = len(values)
+    if count <= max_images:
+        # A copy, as the set may be mapped read-only, and every row of it is read many times.
+        return Population(
+            values if isinstance(values, Tensor) else torch.from_numpy(np.array(values, order="C")), classes
+        )
+    drawn = np.sort(np.random.default_rng(seed).choice(count, max_images, replace=False, shuffle=False))
+    rows = torch.from_numpy(drawn)
     return Population(
-        torch.from_numpy(pixels),
-        torch.from_numpy(np.array(labels)) if by_class and labels is not None else None,
-        len(images) if len(images) > most else None,
+        values[rows] if isinstance(values, Tensor) else torch.from_numpy(values[drawn]),
+        None if classes is None else classes[rows],
+        count,
     )
+
+
+def described(images: Samples) -> tuple[str, str, dict[str, Any]]:
+    """A name, a line for people, and a manifest."""
+    if isinstance(images, ImageSet):
+        return images.name, images.describe(), images.manifest
+    shape = tuple(images.shape)
+    manifest = {"count": shape[0], "shape": list(shape[1:]), "dtype": str(images.dtype).removeprefix("torch.")}
+    return "samples", f"{shape[0]:,} samples of shape {shape[1:]}", manifest
+
+
+def found_device(device: torch.device | str | None) -> torch.device:
+    """The device, or a GPU if there is one, else the CPU, for None.
+
+    Raises:
+        ValueError: if this machine has no such device.
+    """
+    return as_device("device", ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
 
 
 def _all_equal(data: Tensor, labels: Tensor | None) -> bool:

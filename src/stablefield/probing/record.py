@@ -38,7 +38,7 @@ def curve_table(curve: VarianceCurve) -> tuple[tuple[str, ...], tuple[tuple[floa
     for size, series in curve.stf.items():
         _add(columns, f"v_stf_{size}", series)
         _add(columns, f"share_left_{size}", curve.left(size))
-    for name, series in (("divergence", curve.divergence), ("own_weight", curve.own_weight), ("ess", curve.ess)):
+    for name, series in (("divergence", curve.divergence), ("source_weight", curve.source_weight), ("ess", curve.ess)):
         _add(columns, name, series)
     columns["score_factor"] = _numbers(curve.score_factor)
     return tuple(columns), tuple(zip(*columns.values(), strict=True))

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from stablefield.diffusion.noise_levels import LogNormal, NoiseLevels
-from stablefield.diffusion.process import EDM, Process
-from stablefield.diffusion.weighting import EDMWeighting, Weighting
+from stablefield.diffusion.noise_levels import LogNormal, LogUniform, NoiseLevels, Uniform
+from stablefield.diffusion.process import EDM, VE, VP, Process, RectifiedFlow
+from stablefield.diffusion.weighting import EDMWeighting, FlowWeighting, SNRWeighting, Weighting
 from stablefield.shapes import check_callable, check_kind, whole_number
 
-__all__ = ["Training"]
+__all__ = ["TRAININGS", "Training"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,11 @@ class Training:
         if self.batch < 1:
             raise ValueError(f"batch is {self.batch}: it must be at least 1.")
 
+    @property
+    def name(self) -> str:
+        """What sentences call it: EDM, VE, VP, flow."""
+        return "flow" if isinstance(self.process, RectifiedFlow) else type(self.process).__name__
+
     def levels(self, count: int) -> Tensor:
         """Noise levels in the middle of `count` equally probable parts of their distribution, float64, increasing.
 
@@ -45,3 +50,12 @@ class Training:
         u = (torch.arange(count, dtype=torch.float64) + 0.5) / count
         level = self.process.noise_level(self.noise_levels.quantile(u, self.process))
         return level[(level > 0) & level.isfinite()]
+
+
+TRAININGS = (
+    Training(),
+    Training(process=VE(), noise_levels=LogUniform(), weighting=SNRWeighting()),
+    Training(process=VP(), noise_levels=Uniform(), weighting=SNRWeighting()),
+    Training(process=RectifiedFlow(), noise_levels=Uniform(0.0, 1.0), weighting=FlowWeighting()),
+)
+"""The usual ones: EDM, VE, VP and rectified flow."""

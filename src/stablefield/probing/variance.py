@@ -5,7 +5,7 @@ With the exact posterior over the whole data set, weights $w$ and mean $\mu(x_t)
     V_DSM     E Tr Cov(x_0 | x_t)                   variance of the single-sample target
     V_STF(n)  E |STF target over n references - mu(x_t)|^2      what is left of it with n references; V_DSM for n = 1
     D         E D_f(p(x_0 | x_t) || p(x_0))         f(u) = u log u, in nats (see `exact`)
-    own       E w_source                            weight of the sample that made x_t
+    source    E w_source                            weight of the sample that made x_t
     ESS       E 1 / sum_k w_k^2
 
 Variances are in squared units of the data, for the target of x0; times $\alpha^2 / \sigma^4$ they are those of the score.
@@ -35,6 +35,7 @@ from stablefield.diffusion.process import EDM, Process
 from stablefield.probing.exact import ExactPosterior
 from stablefield.probing.population import Population
 from stablefield.probing.series import Series
+from stablefield.progress import Progress
 from stablefield.shapes import array_of_numbers, check_callable, check_kind, shape_of, whole_number
 from stablefield.targets.posterior import Posterior
 
@@ -66,7 +67,7 @@ class VarianceCurve:
         dsm: V_DSM.
         stf: V_STF(n) for each size n of a reference set below that of the population; for the whole of it, V_STF is 0.
         divergence: D in nats.
-        own_weight: source weight in the whole population.
+        source_weight: source weight in the whole population.
         ess: effective sample size in the whole population.
         score_factor: alpha^2 / sigma^4, which turns variances of the x0 target into those of the score, shape (L,).
         total: V_DSM where all is noise: trace of the data's covariance (within classes if there are any).
@@ -82,7 +83,7 @@ class VarianceCurve:
     dsm: Series
     stf: dict[int, Series]
     divergence: Series
-    own_weight: Series
+    source_weight: Series
     ess: Series
     score_factor: Tensor
     total: float
@@ -130,7 +131,7 @@ def measure_variance(
     sources: int | None = None,
     draws: int | None = None,
     seed: int = 0,
-    progress: Callable[[float], None] | None = None,
+    progress: Callable[[Progress], object] | None = None,
 ) -> VarianceCurve:
     """Measure the variance of targets.
 
@@ -143,7 +144,7 @@ def measure_variance(
         draws: noise draws for each source; chosen if None, at least 2 where every sample is a source, so that the error can
             be told from them.
         seed: of everything that is drawn.
-        progress: called with the share done, 0 to 1.
+        progress: called as sources are done.
 
     Raises:
         ValueError: if a noise level or a number is out of its range.
@@ -154,7 +155,7 @@ def measure_variance(
     sizes = shape_of("sizes", sizes)
     whole_number("seed", seed, 0, 2**63)
     if progress is not None:
-        check_callable("progress", progress, "progress(share)")
+        check_callable("progress", progress, "progress(report), with a Progress")
     for name, value in (("sources", sources), ("draws", draws)):
         if value is not None:
             whole_number(name, value)
@@ -169,9 +170,7 @@ def measure_variance(
     level, order = process.noise_level(t).double().sort()
     t = t[order]
     if not bool(((level > 0) & level.isfinite()).all()):
-        raise ValueError(
-            f"noise_levels reach {float(level.max()):g} under {process}: they must be positive and finite."
-        )
+        raise ValueError(f"noise_levels={asked.tolist()}: under {process} they must be positive and finite.")
     n = len(population)
     sources, draws = _plan(population, len(level), sources, draws)
     whole = ExactPosterior(population.data, population.labels)
@@ -206,11 +205,11 @@ def measure_variance(
                     weights[size].append(own.stop - own.start)
             done += len(index)
             if progress is not None:
-                progress(done / (sources * draws))
+                progress(Progress(stage="measuring the variance", done=done, total=sources * draws))
         # Back in the order of the sources, so that draws of the same source meet.
         joined = torch.cat(parts, 1)
         moments.append([column[shuffled.argsort()] for column in joined])
-    dsm, divergence, own_weight, ess = (
+    dsm, divergence, source_weight, ess = (
         Series.of_sources(torch.stack(column), complete=sources == n) for column in zip(*moments, strict=True)
     )
     alpha, sigma = process.alpha(t).double(), process.sigma(t).double()
@@ -224,7 +223,7 @@ def measure_variance(
             for size in wanted
         },
         divergence=divergence,
-        own_weight=own_weight,
+        source_weight=source_weight,
         ess=ess,
         score_factor=alpha**2 / sigma**4,
         total=population.variance(),
@@ -360,9 +359,9 @@ def _plan(population: Population, levels: int, sources: int | None, draws: int |
 
 def _check(levels: Tensor, sizes: Sequence[int], sources: int | None, draws: int | None) -> None:
     if len(levels) == 0 or not bool(((levels > 0) & levels.isfinite()).all()):
-        raise ValueError(f"noise_levels are {levels.tolist()}: pass at least one, all positive and finite.")
+        raise ValueError(f"noise_levels={levels.tolist()}: pass at least one, all positive and finite.")
     if float(levels.min()) < 1e-60:
-        raise ValueError(f"noise_levels hold {float(levels.min()):g}: variances of the score overflow below 1e-60.")
+        raise ValueError(f"noise_levels={levels.tolist()}: variances of the score overflow below 1e-60.")
     if any(size < 1 for size in sizes):
         raise ValueError(f"sizes are {tuple(sizes)}: a reference set has at least 1 sample.")
     if sources is not None and sources < 2:

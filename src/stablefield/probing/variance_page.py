@@ -62,7 +62,7 @@ def phases_chart(curve: VarianceCurve, phases: Phases) -> LineChart:
         lines=(
             _line("V_DSM / variance of the data", level, curve.dsm, curve.total),
             _line("divergence D / log N", level, curve.divergence, math.log(curve.samples)),
-            _line("source weight", level, curve.own_weight, 1.0),
+            _line("source weight", level, curve.source_weight, 1.0),
             Line(label="V_DSM of the score / its peak", x=level.numpy(), y=(score / peak).numpy()),
         ),
         x_label="noise level sigma / alpha",
@@ -118,7 +118,7 @@ def variance_page(
         advice: what follows.
         together: what whole batches vary by.
         said: the advice in words, line by line.
-        command: that made it.
+        command: that made it; empty if there is none.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -163,7 +163,7 @@ def variance_page(
                             float(curve.noise_level[i]),
                             _estimate(curve.dsm, i),
                             *(_left(curve, n, i) for n in shown),
-                            float(curve.own_weight.mean[i]),
+                            float(curve.source_weight.mean[i]),
                             float(curve.ess.mean[i]),
                             float(curve.divergence.mean[i]),
                         )
@@ -192,7 +192,7 @@ def variance_page(
         Section(
             "Numbers",
             (
-                Code(command),
+                *((Code(command),) if command else ()),
                 json_details(
                     "Phases and advice", {"phases": phases_record(phases), "advice": advice_record(advice, together)}
                 ),
@@ -201,7 +201,10 @@ def variance_page(
         )
     )
     return Page(
-        title=f"Target variance of {name}", summary=said[0], blocks=tuple(blocks), footer=f"{description}. `{command}`"
+        title=f"Target variance of {name}",
+        summary=said[0],
+        blocks=tuple(blocks),
+        footer=f"{description}. `{command}`" if command else description,
     )
 
 

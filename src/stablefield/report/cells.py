@@ -2,10 +2,11 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
-__all__ = ["Cell", "Estimate", "check_cell", "printable", "show"]
+__all__ = ["Cell", "Estimate", "check_cell", "printable", "show", "text_table"]
 
 MINUS = "\u2212"
 THIN_SPACE = "\u202f"
@@ -64,6 +65,15 @@ def show(cell: Cell, digits: int = 3) -> str:
     if isinstance(cell, bool):
         return "yes" if cell else "no"
     return _grouped(str(int(cell))) if isinstance(cell, Integral) else _float(float(cell), digits)
+
+
+def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of texts under their columns, the first column set left and the others right, for a terminal."""
+    lines = [columns, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
+    )
 
 
 def printable(text: str) -> str:

@@ -169,8 +169,9 @@ def _height(chart: LineChart) -> float:
 
 
 def _columns(chart: LineChart) -> int:
-    """Columns of the legend that are sure to fit, at most three."""
-    return max(1, min(3, int(WIDTH / FONT / (4.4 + 0.6 * max(len(line.label) for line in chart.lines)))))
+    """Columns of the legend that fit, at most three: letters are about 0.57 of the font's size wide."""
+    longest = max(len(line.label) for line in chart.lines)
+    return max(1, min(3, int((WIDTH / FONT + 0.6) / (4.2 + 0.57 * longest))))
 
 
 def _wrap(text: str, length: int) -> str:

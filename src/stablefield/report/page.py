@@ -10,8 +10,8 @@ begins a paragraph.
 import json
 import struct
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from dataclasses import KW_ONLY, MISSING, dataclass, fields
+from typing import Any, cast
 
 from stablefield.report.cells import Cell, check_cell
 from stablefield.report.chart import Chart
@@ -38,43 +38,48 @@ DEEPEST = 5
 """Sections within sections: the page has the heading h1, and HTML ends at h6."""
 
 
-def _filled(owner: str, name: str, value: str, remedy: str) -> None:
-    if not value.strip():
-        raise ValueError(f"{name}={value!r} of a {owner} is empty: {remedy}.")
+@dataclass(frozen=True)
+class _Filled:
+    """What must not be empty: every text and every tuple without a default. Lists become tuples."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, owner = getattr(self, field.name), type(self).__name__
+            if isinstance(value, list):
+                value = tuple(cast("list[Any]", value))
+                object.__setattr__(self, field.name, value)
+            if str(field.type).startswith("tuple") and not isinstance(value, tuple):
+                raise ValueError(f"{field.name}={value!r} of a {owner}: pass a tuple or a list.")
+            if field.default is not MISSING:
+                continue
+            texts = (value, *value) if isinstance(value, tuple) else (value,)
+            if any(text in (None, ()) or (isinstance(text, str) and not text.strip()) for text in texts):
+                raise ValueError(f"{field.name}={value!r} of a {owner} is empty: fill it, or leave the {owner} out.")
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(_Filled):
     """One or more paragraphs."""
 
     text: str
 
-    def __post_init__(self) -> None:
-        _filled("Text", "text", self.text, "leave the block out")
-
 
 @dataclass(frozen=True)
-class Bullets:
+class Bullets(_Filled):
     """A list of points."""
 
     items: tuple[str, ...]
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "items", _strings("Bullets", "items", self.items))
-
 
 @dataclass(frozen=True)
-class Code:
+class Code(_Filled):
     """Text of fixed width, shown as it is: a command, JSON."""
 
     text: str
 
-    def __post_init__(self) -> None:
-        _filled("Code", "text", self.text, "leave the block out")
-
 
 @dataclass(frozen=True, kw_only=True)
-class KeyFigure:
+class KeyFigure(_Filled):
     """One number to see first."""
 
     value: Cell
@@ -85,27 +90,18 @@ class KeyFigure:
 
     def __post_init__(self) -> None:
         check_cell("value of a KeyFigure", self.value)
-        if self.value is None:
-            raise ValueError("value=None of a KeyFigure: leave the figure out, or pass a text such as 'not measured'.")
-        if isinstance(self.value, str):
-            _filled("KeyFigure", "value", self.value, "leave the figure out")
-        _filled("KeyFigure", "label", self.label, "say what the number is")
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
-class KeyFigures:
+class KeyFigures(_Filled):
     """The few numbers that answer the question, in large type."""
 
     figures: tuple[KeyFigure, ...]
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "figures", tuple(self.figures))
-        if not self.figures:
-            raise ValueError("figures of KeyFigures is empty: pass at least one KeyFigure.")
-
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class Table(_Filled):
     """Rows under column titles. The first column names its row; columns of numbers are set on their decimal points."""
 
     columns: tuple[str, ...]
@@ -117,10 +113,8 @@ class Table:
     """Index of a row to set off from the others: a recommendation, the best."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", _strings("Table", "columns", self.columns))
+        super().__post_init__()
         object.__setattr__(self, "rows", tuple(tuple(row) for row in self.rows))
-        if not self.rows:
-            raise ValueError("rows of a Table is empty: pass at least one row, or leave the table out.")
         for i, row in enumerate(self.rows):
             if len(row) != len(self.columns):
                 raise ValueError(
@@ -141,7 +135,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Figure(_Filled):
     """A picture: a chart, or the bytes of a PNG file."""
 
     picture: Chart | bytes
@@ -154,7 +148,7 @@ class Figure:
     """Set in bold in front of the caption."""
 
     def __post_init__(self) -> None:
-        _filled("Figure", "alt", self.alt, "say in a sentence what the picture shows")
+        super().__post_init__()
         check_kind("picture of a Figure", self.picture, (Chart, bytes), "a chart, or the bytes of a PNG file")
         if isinstance(self.picture, bytes):
             if not self.picture.startswith(PNG_SIGNATURE):
@@ -173,43 +167,31 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class SideBySide:
+class SideBySide(_Filled):
     """Figures to compare, such as real images and samples, beside each other where the screen is wide enough."""
 
     figures: tuple[Figure, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "figures", tuple(self.figures))
+        super().__post_init__()
         if len(self.figures) < 2:
             raise ValueError(f"figures of SideBySide are {len(self.figures)}: pass at least two, or a Figure alone.")
 
 
 @dataclass(frozen=True)
-class Details:
+class Details(_Filled):
     """Blocks behind a line that opens and closes them. On paper they are open."""
 
     summary: str
     blocks: "tuple[Block, ...]"
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "blocks", tuple(self.blocks))
-        _filled("Details", "summary", self.summary, "say what opens")
-        if not self.blocks:
-            raise ValueError(f"blocks of Details {self.summary!r} is empty: pass at least one block.")
-
 
 @dataclass(frozen=True)
-class Section:
+class Section(_Filled):
     """Blocks under a heading. A section in a section has a smaller heading."""
 
     title: str
     blocks: "tuple[Block, ...]"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "blocks", tuple(self.blocks))
-        _filled("Section", "title", self.title, "give it a heading")
-        if not self.blocks:
-            raise ValueError(f"blocks of Section {self.title!r} is empty: pass at least one block.")
 
 
 Block = Text | Bullets | Code | KeyFigures | Table | Figure | SideBySide | Details | Section
@@ -217,7 +199,7 @@ Block = Text | Bullets | Code | KeyFigures | Table | Figure | SideBySide | Detai
 
 
 @dataclass(frozen=True, kw_only=True)
-class Page:
+class Page(_Filled):
     """A whole report."""
 
     title: str
@@ -228,11 +210,7 @@ class Page:
     """The last line: the command, when it ran. The library's version stands there anyway."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "blocks", tuple(self.blocks))
-        _filled("Page", "title", self.title, "give it a heading")
-        _filled("Page", "summary", self.summary, "say in a sentence what came out")
-        if not self.blocks:
-            raise ValueError(f"blocks of Page {self.title!r} is empty: pass at least one block.")
+        super().__post_init__()
         if _depth(self.blocks) > DEEPEST:
             raise ValueError(
                 f"sections of Page {self.title!r} lie more than {DEEPEST} deep: HTML has no more headings."
@@ -247,14 +225,6 @@ def json_details(summary: str, value: Any) -> Details:
         value: mappings, sequences, strings, finite numbers, booleans and None.
     """
     return Details(summary, (Code(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)),))
-
-
-def _strings(owner: str, name: str, values: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(values, str) or not values:
-        raise ValueError(f"{name}={values!r} of {owner}: pass at least one string, in a tuple or a list.")
-    for value in values:
-        _filled(owner, f"{name} element", value, "leave it out, or write what it is")
-    return tuple(values)
 
 
 def _depth(blocks: "Sequence[Block]") -> int:

@@ -4,9 +4,11 @@
 showing them in a notebook works alike for all.
 """
 
+import csv
+import io
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ __all__ = ["Result"]
 class Result(ABC):
     """Numbers that were measured, with what they were measured of.
 
-    `print(result)` shows a table of at most 80 columns; a notebook shows the report.
+    `print(result)` shows a table of at most 80 columns (`text_table` makes one); a notebook shows the report.
     """
 
     @abstractmethod
@@ -36,6 +38,25 @@ class Result(ABC):
     @abstractmethod
     def page(self) -> Page:
         """The report."""
+
+    def tables(self) -> Mapping[str, tuple[Sequence[str], Sequence[Sequence[float | None]]]]:
+        """Tables of numbers by name, each as its column names and its rows; none by default."""
+        return {}
+
+    def save_all(self, folder: str | Path, name: str) -> list[Path]:
+        """Write all of the result into a folder: `name`.json, a .csv file per table, a .png file per chart, report.html.
+
+        Raises:
+            ImportError: if matplotlib or Jinja2 is not installed.
+        """
+        folder = Path(folder)
+        written = [self.save(folder / f"{name}.json")]
+        for table, (columns, rows) in self.tables().items():
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows([columns, *rows])  # None is an empty cell
+            written.append(_write(folder / f"{table}.csv", text.getvalue()))
+        written += [write_chart(chart, folder / f"{title}.png") for title, chart in self.charts().items()]
+        return [*written, self.save(folder / "report.html")]
 
     def save(self, path: str | Path) -> Path:
         """Write the result: the numbers to a .json file, the report to .html, the first chart to .png.
@@ -53,8 +74,7 @@ class Result(ABC):
         path = Path(path)
         match path.suffix.lower():
             case ".json":
-                text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-                write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+                _write(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
             case ".html":
                 write_page(self.page(), path)
             case ".png":
@@ -70,3 +90,8 @@ class Result(ABC):
         # A frame keeps the page's style away from the notebook's.
         text = render_page(self.page()).replace("&", "&amp;").replace('"', "&quot;")
         return f'<iframe srcdoc="{text}" style="width: 100%; height: 40em; border: 0"></iframe>'
+
+
+def _write(path: Path, text: str) -> Path:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
+    return path

@@ -1,5 +1,6 @@
+from stablefield.training.compare import Comparison as Comparison
+from stablefield.training.compare import compare as compare
 from stablefield.training.loop import TrainingError as TrainingError
-from stablefield.training.loop import train as train
 from stablefield.training.model import OpenModel as OpenModel
 from stablefield.training.model import open_model as open_model
 from stablefield.training.post_hoc import combine as combine
@@ -28,8 +29,13 @@ from stablefield.training.recipes import (
 from stablefield.training.recipes import (
     imagefolder as imagefolder,
 )
+from stablefield.training.recipes import recipe_for as recipe_for
 from stablefield.training.recipes import (
     unet2d as unet2d,
 )
+from stablefield.training.run import Run as Run
+from stablefield.training.run import train as train
 from stablefield.training.run_folder import RunConfig as RunConfig
 from stablefield.training.run_folder import RunFolder as RunFolder
+from stablefield.training.sampler import SamplerOptions as SamplerOptions
+from stablefield.training.samples import Samples as Samples

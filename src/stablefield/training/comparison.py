@@ -1,7 +1,7 @@
 r"""A comparison: the single-sample target and the stable one, trained from the same seeds on the same batches and noise.
 
 Both runs of a seed begin with the same weights and see the same rows, noise levels and noise; only what they regress on
-differs. At every look, the averaged model is scored by
+differs. Every so often the averaged model is scored by
 
 - its mean squared distance to the exact posterior mean over the whole training set, at several noise levels;
 - the Frechet distance of samples of fixed seeds, with its jackknife error;
@@ -10,10 +10,10 @@ differs. At every look, the averaged model is scored by
 
 Scores are kept in the run's folder line by line, so a comparison that was interrupted goes on where it stopped.
 
-A look is dear: 1,000 samples by Heun's method in 18 steps are 35,000 rows through the network, as many as some hundred
-training steps. How often and on how many samples a run is looked at is therefore planned so that looking takes no longer
-than training, as far as that can be (`plan_looks`); and the exact posterior mean, which costs a pass over the data for every
-row, is found once for all looks of all runs.
+A score is expensive: 1,000 samples by Heun's method in 18 steps are 35,000 rows through the network, as many as in some
+hundred training steps. `plan_scoring` therefore chooses how often and on how many samples, so that scoring takes no longer
+than training where possible. The exact posterior mean, which costs a pass over the data for every row, is computed once for
+all scores of all runs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from stablefield.probing.fit import Optimum, find_optimum
 from stablefield.probing.population import Population
 from stablefield.training.config import fits
 from stablefield.training.feed import Feed
-from stablefield.training.loop import Report, make_accelerator, train
+from stablefield.training.loop import Report, fit, make_accelerator
 from stablefield.training.model import open_model
 from stablefield.training.observers import samples
 from stablefield.training.placement import placed
@@ -50,8 +50,23 @@ if TYPE_CHECKING:
     from stablefield.evaluation.self_check import SelfCheck
 
 __all__ = [
-    "LEVELS", "MIDDLE", "NFE", "Looks", "Outcome", "Score", "Scorer", "Spread", "TargetName", "improvement", "is_done",
-    "optimum_of", "plan_looks", "rows_of", "run_one", "samples_of", "spread",
+    "LEVELS",
+    "MIDDLE",
+    "NFE",
+    "Outcome",
+    "Score",
+    "Scorer",
+    "Scoring",
+    "Spread",
+    "TargetName",
+    "improvement",
+    "is_done",
+    "optimum_of",
+    "plan_scoring",
+    "rows_of",
+    "run_one",
+    "samples_of",
+    "spread",
 ]  # fmt: skip
 
 LEVELS = (0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
@@ -64,10 +79,10 @@ ROWS = 1024
 """Noisy rows at each noise level that a model is held against the posterior mean on."""
 NFE = 35
 """Network evaluations of a sample."""
-# Fewest samples whose Frechet distance tells a target that is much better, and most that are drawn unless told.
+# Fewest samples whose Frechet distance shows a target that is much better, and most, unless more are asked for.
 _FEWEST, _MOST = 200, 1000
-# Most looks unless told.
-_LOOKS = 8
+# Most scores, unless more are asked for.
+_MOST_SCORES = 8
 # A gradient costs three evaluations.
 _BACKWARD = 3
 # Bytes of the posterior means that are kept.
@@ -78,11 +93,11 @@ TargetName = Literal["dsm", "stf"]
 
 @dataclass(frozen=True)
 class Score:
-    """A model at one look.
+    """A model at one point of its training.
 
     Attributes:
         step: steps done.
-        seconds: spent on training until then, without the looks themselves.
+        seconds: spent on training until then, without the scoring.
         distance: mean squared distance to the exact posterior mean at each of `LEVELS`, per number of a sample.
         frechet: Frechet distance of the samples.
         frechet_error: its standard error over fresh samples.
@@ -158,40 +173,40 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 @dataclass(frozen=True)
-class Looks:
-    """How a run is looked at.
+class Scoring:
+    """How often a run is scored, and on what.
 
     Attributes:
-        count: looks over training, the last one at its end.
-        samples: drawn at each.
-        evaluations: rows through the network that a look takes, those of gradients counted three times.
+        count: scores over training, the last one at its end.
+        samples: drawn for each.
+        rows: rows through the network that a score takes, those of gradients counted three times.
         training: the same of the whole training.
     """
 
     count: int
     samples: int
-    evaluations: int
+    rows: int
     training: int
 
 
-def plan_looks(recipe: Recipe, images: int, *, looks: int | None = None, samples: int | None = None) -> Looks:
-    """Looks that take no longer than the training does, unless told otherwise; one at the end at least.
+def plan_scoring(recipe: Recipe, images: int, *, evaluations: int | None = None, samples: int | None = None) -> Scoring:
+    """Scores that take no longer than the training does, unless asked otherwise; one at the end at least.
 
     Args:
         recipe: of the run.
         images: in the data; no more samples are drawn.
-        looks: how many; 1 to 8 if None.
-        samples: at each look; 200 to 1,000 if None.
+        evaluations: how many scores; 1 to 8 if None.
+        samples: for each; 200 to 1,000 if None.
     """
     training = _BACKWARD * recipe.steps * recipe.batch
     fixed = 2 * _BACKWARD * GRADIENTS * recipe.batch + len(LEVELS) * min(ROWS, images)
     if samples is None:
-        affordable = (training // (_LOOKS if looks is None else looks) - fixed) // NFE
+        affordable = (training // (_MOST_SCORES if evaluations is None else evaluations) - fixed) // NFE
         samples = min(max(_FEWEST, min(_MOST, affordable)), images)
     one = fixed + NFE * samples
-    if looks is None:
-        looks = max(1, min(_LOOKS, training // one))
-    return Looks(min(looks, recipe.steps), samples, one, training)
+    if evaluations is None:
+        evaluations = max(1, min(_MOST_SCORES, training // one))
+    return Scoring(min(evaluations, recipe.steps), samples, one, training)
 
 
 def rows_of(data: ImageSet) -> int:
@@ -200,7 +215,7 @@ def rows_of(data: ImageSet) -> int:
 
 
 def optimum_of(data: ImageSet, device: torch.device, *, labelled: bool, rows: int | None = None) -> Optimum:
-    """Noisy rows of `data` at `LEVELS` with their exact posterior mean, for all looks of all runs.
+    """Noisy rows of `data` at `LEVELS` with their exact posterior mean, for all scores of all runs.
 
     Args:
         data: the images.
@@ -216,14 +231,14 @@ def optimum_of(data: ImageSet, device: torch.device, *, labelled: bool, rows: in
 
 
 class Scorer:
-    """Looks at a run in training; an observer of the loop.
+    """Scores a run in training; an observer of the loop.
 
     Args:
         folder: of the run; scores.jsonl in it is continued.
         config: of the run.
         data: the images.
         check: measures samples.
-        every: steps between looks.
+        every: steps between scores.
         accelerator: of the run.
         optimum: what `optimum_of` makes of the images.
     """
@@ -263,7 +278,7 @@ class Scorer:
 
     @property
     def every(self) -> int:
-        """Steps between looks."""
+        """Steps between scores."""
         return self._every
 
     def __call__(self, step: int, denoiser: Denoiser) -> dict[str, float]:
@@ -338,7 +353,7 @@ def run_one(
         folder: of the run.
         data: the images.
         check: measures samples.
-        every: steps between looks.
+        every: steps between scores.
         device: where to compute.
         report: told of progress.
         stop: asked after every step.
@@ -351,7 +366,7 @@ def run_one(
         accelerator = make_accelerator(device)
         optimum = optimum or optimum_of(data, accelerator.device, labelled=config.classes > 0)
         scorer = Scorer(folder, config, data, check, every, accelerator, optimum)
-        done = train(
+        done = fit(
             folder,
             config,
             data,

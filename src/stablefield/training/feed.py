@@ -76,7 +76,7 @@ class Feed:
         self._number = recipe.batch if recipe.target == "dsm" or sharded else recipe.references
         if not self._whole and not isinstance(self._number, int):
             raise ValueError(
-                f"--references {self._number} needs all data on {device}, and they do not fit there: train on a device with "
+                f"references={self._number} needs all data on {device}, and they do not fit there: train on a device with "
                 "more memory, or start a run with a number of references."
             )
         self._pool: Pool | None = None
@@ -89,8 +89,8 @@ class Feed:
             if recipe.batch < parts:
                 # A process without rows would not ask, and all must ask equally often.
                 raise ValueError(
-                    f"--batch {recipe.batch} is below the {parts} parts that the processes make of it: with sharded "
-                    f"references, pass --batch {parts} or more, or a smaller --gradient-accumulation-steps."
+                    f"batch={recipe.batch} is below the {parts} parts that the processes make of it: with sharded "
+                    f"references, pass batch={parts} or more, or a smaller gradient_accumulation_steps."
                 )
             part = slice(len(data) * rank // processes, len(data) * (rank + 1) // processes)
             labels = None if self._labels is None else self._labels[part]

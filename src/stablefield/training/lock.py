@@ -188,8 +188,8 @@ class Lock:
         who = "another process" if holder is None else str(holder)
         stop = "" if holder is None or not holder.near(self._me) else f" (kill {holder.pid})"
         return ValueError(
-            f"{self._path.parent} is being trained by {who}: wait until that has ended, or stop it{stop}, then go on with "
-            f"--resume."
+            f"{self._path.parent} is being trained by {who}: wait until that has ended, or stop it{stop}, then resume "
+            "the run."
         )
 
     def _take(self, descriptor: int) -> None:

@@ -29,7 +29,7 @@ from stablefield.training.recipe import Recipe
 from stablefield.training.run_folder import RunConfig, RunFolder
 from stablefield.training.stepper import Stepper
 
-__all__ = ["Observer", "Report", "Tracker", "TrainingError", "check_fit", "check_tracker", "make_accelerator", "train"]
+__all__ = ["Observer", "Report", "Tracker", "TrainingError", "check_fit", "check_tracker", "fit", "make_accelerator"]
 
 SAMPLE_SEEDS = range(64)
 
@@ -62,20 +62,20 @@ def check_fit(recipe: Recipe, data: ImageSet) -> None:
     """
     n = len(data)
     if recipe.batch > n:
-        raise ValueError(f"--batch {recipe.batch} is above the {n} images of the data: pass --batch {n} or less.")
+        raise ValueError(f"batch={recipe.batch} is above the {n} images of the data: pass batch={n} or less.")
     if isinstance(recipe.references, int) and recipe.target == "stf":
         if recipe.references > n:
             raise ValueError(
-                f"--references {recipe.references} is above the {n} images of the data: pass at most {n}, or all."
+                f"references={recipe.references} is above the {n} images of the data: pass at most {n}, or all."
             )
         if recipe.references < recipe.batch:
             raise ValueError(
-                f"--references {recipe.references} is below --batch {recipe.batch}: every image of a batch is among its "
-                f"references, so pass at least {recipe.batch}, or --target dsm for none."
+                f"references={recipe.references} is below batch={recipe.batch}: every image of a batch is among its "
+                f"references, so pass at least {recipe.batch}, or target=dsm for none."
             )
     if recipe.conditional and data.labels is None:
         raise ValueError(
-            " ".join(["--conditional needs classes, and the data have no labels: leave it out.", *data.notes])
+            " ".join(["conditional=True needs classes, and the data have no labels: leave it out.", *data.notes])
         )
 
 
@@ -87,7 +87,7 @@ def check_tracker(tracker: Tracker) -> None:
     """
     if tracker != "none" and find_spec(tracker) is None:
         extra = 'pip install "stablefield[tensorboard]"' if tracker == "tensorboard" else "pip install wandb"
-        raise ImportError(f"--tracker {tracker} needs a package that is not installed: {extra}.")
+        raise ImportError(f"tracker={tracker} needs a package that is not installed: {extra}.")
 
 
 def make_accelerator(device: torch.device, tracker: Tracker = "none", folder: RunFolder | None = None) -> Accelerator:
@@ -109,13 +109,13 @@ def make_accelerator(device: torch.device, tracker: Tracker = "none", folder: Ru
     )
 
 
-def train(
+def fit(
     folder: RunFolder,
     config: RunConfig,
     data: ImageSet,
     *,
     device: torch.device,
-    report: Callable[[Report], None] | None = None,
+    report: Callable[[Report], object] | None = None,
     every: int = 10,
     stop: Callable[[], bool] = lambda: False,
     observers: Sequence[Observer] = (),
@@ -164,7 +164,7 @@ def train(
                     return loop.run(report, every, stop)
     except ArithmeticError as error:
         raise TrainingError(
-            f"{error}: lower --learning-rate or --max-grad-norm. Earlier checkpoints are intact."
+            f"{error}: lower learning_rate or max_grad_norm. Earlier checkpoints are intact."
         ) from error
     except RankError as error:
         raise TrainingError(f"{error} Earlier checkpoints are intact.") from error
@@ -172,7 +172,7 @@ def train(
         full = error.errno is None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         remedy = "free some space" if full else "see to its folder"
         raise TrainingError(
-            f"the run cannot be written ({error.strerror or error}): {remedy}, then go on with --resume. "
+            f"the run cannot be written ({error.strerror or error}): {remedy}, then resume it. "
             "Earlier checkpoints are intact."
         ) from error
 
@@ -220,7 +220,7 @@ class _Loop:
             folder.rewind_log(self._state.step)
         self._reported, self._logged = self._meter(), self._meter()
 
-    def run(self, report: Callable[[Report], None] | None, every: int, stop: Callable[[], bool]) -> int:
+    def run(self, report: Callable[[Report], object] | None, every: int, stop: Callable[[], bool]) -> int:
         recipe = self._recipe
         for step in range(self._state.step, recipe.steps):
             parts = self._stepper.take(step)

@@ -1,23 +1,18 @@
-"""The model of a run: from its configuration to a denoiser, and from a denoiser to pictures."""
+"""The model of a run: from its configuration and a checkpoint to a denoiser."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from stablefield.diffusion.preconditioning import Denoiser
-from stablefield.sampling.noise import SampleNoise
 from stablefield.training.checkpoint import CheckpointError, load_weights
 from stablefield.training.files import tensor_shapes
 from stablefield.training.post_hoc import combine, snapshot_steps
 from stablefield.training.run_folder import RunConfig, RunFolder
 from stablefield.training.seeding import Purpose, generator_for
 
-__all__ = ["OpenModel", "build_denoiser", "draw", "open_model", "require_fit", "to_uint8"]
+__all__ = ["OpenModel", "build_denoiser", "open_model", "require_fit"]
 
 
 @dataclass(frozen=True)
@@ -112,10 +107,10 @@ def _load_power_average(folder: RunFolder, ema: str, denoiser: Denoiser) -> int:
     try:
         length = float(ema)
     except ValueError:
-        raise ValueError(f"--ema {ema} is unknown: this run has {there}.") from None
+        raise ValueError(f"ema={ema} is unknown: this run has {there}.") from None
     if not steps:
         raise ValueError(
-            f"--ema {ema}: this run has {there}; averages of other lengths need --ema-snapshot-every in training."
+            f"ema={ema}: this run has {there}; averages of other lengths need ema_snapshot_every=STEPS in training."
         )
     parameters, _ = combine(folder.snapshots, length)
     # Buffers are constants of the architecture and the seed, and are not averaged.
@@ -124,29 +119,3 @@ def _load_power_average(folder: RunFolder, ema: str, denoiser: Denoiser) -> int:
     except RuntimeError as error:
         raise ValueError(f"the snapshots in {folder.snapshots} do not fit the run's config.json: {error}") from error
     return steps[-1]
-
-
-def draw(
-    sampler: Callable[[Tensor, SampleNoise], Tensor],
-    shape: Sequence[int],
-    seeds: Sequence[int],
-    sigma_max: float,
-    device: torch.device,
-) -> NDArray[np.uint8]:
-    """Images of `seeds`, shape (len(seeds), C, H, W).
-
-    Args:
-        sampler: takes the state at sigma_max and the noise of its rows to the clean images.
-        shape: of one image, (C, H, W).
-        seeds: image k is a function of seeds[k].
-        sigma_max: first noise level.
-        device: where to compute.
-    """
-    noise = SampleNoise(list(seeds))
-    latents = noise.latents(shape, device=device, dtype=torch.float64)
-    return to_uint8(sampler(latents * sigma_max, noise))
-
-
-def to_uint8(images: Tensor) -> NDArray[np.uint8]:
-    """Images in [-1, 1] to 0..255, clipped and rounded."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().numpy()

@@ -11,7 +11,7 @@ from torch import Tensor
 from stablefield.diffusion.preconditioning import Denoiser
 from stablefield.sampling.grids import edm_sigmas
 from stablefield.sampling.ode import heun
-from stablefield.training.model import draw
+from stablefield.sampling.samples import Drawing
 
 if TYPE_CHECKING:  # it imports torchmetrics, which a run that does not measure itself can do without
     from stablefield.evaluation.self_check import Reading, SelfCheck
@@ -27,14 +27,28 @@ def samples(
     seeds: Sequence[int],
     device: torch.device,
     labels: Tensor | None = None,
+    sigmas: Tensor | None = None,
 ) -> Tensor:
-    """Images of `seeds`, of the classes `labels`, by Heun's method in 18 steps, uint8, shape (len(seeds), C, H, W)."""
-    sigmas = edm_sigmas(STEPS)
-    told = None if labels is None else labels.to(device)
-    images = draw(
-        lambda x, _: heun(lambda x, sigma: denoiser(x, sigma, told), x, sigmas), shape, seeds, float(sigmas[0]), device
+    """Images of `seeds` by Heun's method, uint8, shape (len(seeds), C, H, W).
+
+    Args:
+        denoiser: D(x, sigma, class_labels=None).
+        shape: of one image, (C, H, W).
+        seeds: image k is a function of seeds[k].
+        device: where to compute.
+        labels: classes of the images, shape (len(seeds),); None for a network without classes.
+        sigmas: the grid; EDM's of 18 steps by default.
+    """
+    grid = edm_sigmas(STEPS) if sigmas is None else sigmas
+    classes = None if labels is None else labels.to(device)
+    drawing = Drawing(
+        lambda _: denoiser if classes is None else lambda x, sigma: denoiser(x, sigma, classes),
+        lambda denoise, x, _: heun(denoise, x, grid),
+        shape=shape,
+        sigma_max=float(grid[0]),
+        device=device,
     )
-    return torch.from_numpy(images)
+    return drawing.images(seeds, len(seeds))
 
 
 class FrechetObserver:

@@ -71,7 +71,7 @@ def resolve_references(
         return recipe.references, f"{recipe.references:,} drawn for each step"
     if recipe.references == "sharded" and processes == 1:
         raise ValueError(
-            "--references sharded needs several processes, which each hold a part of the data: start them with torchrun "
+            "references=sharded needs several processes, which each hold a part of the data: start them with torchrun "
             "or accelerate launch, or leave it out."
         )
     if recipe.references != "sharded" and fits(data, device):
@@ -82,7 +82,7 @@ def resolve_references(
     if recipe.references in ("all", "sharded"):
         parts = f", also in {processes} parts" if processes > 1 else ""
         raise ValueError(
-            f"--references {recipe.references}: the data take {size}, more than half of the {free} that are free on "
+            f"references={recipe.references}: the data take {size}, more than half of the {free} that are free on "
             f"{device}{parts}: pass a number, such as {number}, which is read with each batch, or train in more processes."
         )
     return number, f"{number:,} read with each batch ({size} are more than half of the {free} free on {device})"

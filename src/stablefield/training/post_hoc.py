@@ -62,7 +62,7 @@ def mixture(snapshots: Sequence[Profile], wanted: Profile) -> tuple[NDArray[np.f
     for k, snapshot in enumerate(snapshots):
         check_kind(f"snapshots[{k}]", snapshot, Profile, "a Profile(step, length)")
     if not snapshots:
-        raise ValueError("there are no snapshots to make an average of: train with --ema-snapshot-every STEPS.")
+        raise ValueError("there are no snapshots to make an average of: train with ema_snapshot_every=STEPS.")
     if wanted.step > max(profile.step for profile in snapshots):
         raise ValueError(f"the average is wanted at step {wanted.step}, and the last snapshot is of an earlier one.")
     products = _products(snapshots, snapshots)
@@ -118,7 +118,7 @@ def combine(folder: Path, length: float, step: int | None = None) -> tuple[dict[
     power_exponent(length)
     found = _snapshots(folder)
     if not found:
-        raise ValueError(f"{folder.parent} has no snapshots of averages: train with --ema-snapshot-every STEPS.")
+        raise ValueError(f"{folder.parent} has no snapshots of averages: train with ema_snapshot_every=STEPS.")
     profiles = [Profile(snapshot.step, each) for snapshot in found for each in snapshot.lengths]
     wanted = Profile(step or max(profile.step for profile in profiles), length)
     coefficients, error = mixture(profiles, wanted)

@@ -49,7 +49,7 @@ class Perceptron:
             ValueError: if augmentation labels are asked for.
         """
         if augment_dim:
-            raise ValueError("--augmentation needs a U-Net, which can be told of it: use 0 with a perceptron.")
+            raise ValueError("augmentation needs a U-Net, which it is a condition of: use 0 with a perceptron.")
         return MLP(shape, self.width, self.depth, self.dropout, classes, generator)
 
 
@@ -122,13 +122,13 @@ class UNet2D:
             ImportError: if diffusers is not installed.
         """
         if augment_dim:
-            raise ValueError("--augmentation needs a U-Net that can be told of it: use 0 with a UNet2DModel.")
+            raise ValueError("augmentation needs a U-Net that has it as a condition: use 0 with a UNet2DModel.")
         if self.attention is not None and len(self.attention) != len(self.widths):
             raise ValueError(
-                f"--network.attention has {len(self.attention)} values, --network.widths {len(self.widths)}: one a level."
+                f"network.attention has {len(self.attention)} values, network.widths {len(self.widths)}: pass one a level."
             )
         if self.groups < 1 or any(width < 1 or width % self.groups for width in self.widths):
-            raise ValueError(f"--network.widths is {self.widths}: each must be a multiple of the {self.groups} groups.")
+            raise ValueError(f"network.widths is {self.widths}: each must be a multiple of the {self.groups} groups.")
         _require_halves(shape, len(self.widths))
         return DiffusersUNet.sized(
             shape[1] if shape[1] == shape[2] else shape[1:],
@@ -226,7 +226,7 @@ class Recipe:
             "augmentation",
         )
         for name in (*numbers, "label_dropout"):
-            number(_flag(name), getattr(self, name))
+            number(name, getattr(self, name))
         counts = (
             "steps",
             "batch",
@@ -237,9 +237,9 @@ class Recipe:
             "sample_every",
         )
         for name in (*counts, "checkpoint_every", "keep_last", "keep_every"):
-            whole_number(_flag(name), getattr(self, name))
+            whole_number(name, getattr(self, name))
         for name in ("nan_to_num", "mirror", "conditional", "compile"):
-            flag(_flag(name), getattr(self, name))
+            flag(name, getattr(self, name))
         positive = (
             "steps",
             "batch",
@@ -251,23 +251,25 @@ class Recipe:
         )
         for name in (*positive, "checkpoint_every", "keep_last"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be positive.")
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be positive.")
         for name in ("seed", "ramp_images", "sample_every", "ema_snapshot_every", "keep_every"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must not be negative.")
+                raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative.")
         for name in ("decay_share", "ema_ramp", "label_dropout", "augmentation"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it is a share, 0 to 1.")
+                raise ValueError(f"{name} is {getattr(self, name)}: it is a share, 0 to 1.")
         if not isinstance(self.noise_band, str):
-            number("--noise-band", self.noise_band)
+            number("noise_band", self.noise_band)
         elif self.noise_band != "auto":
-            raise ValueError(f"--noise-band is {self.noise_band!r}: pass a noise level, or auto.")
+            raise ValueError(f"noise_band is {self.noise_band!r}: pass a noise level, or auto.")
         if self.noise_band != "auto" and not self.noise_band >= 0:
-            raise ValueError(f"--noise-band is {self.noise_band}: it must not be negative, or auto.")
+            raise ValueError(f"noise_band is {self.noise_band}: it must not be negative, or auto.")
         if isinstance(self.references, int) and self.references < 1:
-            raise ValueError(f"--references is {self.references}: it must be at least 1, or all, or auto.")
+            raise ValueError(f"references is {self.references}: it must be at least 1, or all, or auto.")
         if self.mirror and self.augmentation:
-            raise ValueError("--mirror and --augmentation are both set: the augmentation mirrors images itself.")
+            raise ValueError(
+                f"mirror=True and augmentation={self.augmentation:g}: the augmentation mirrors images itself."
+            )
 
     @property
     def augment_dim(self) -> int:
@@ -281,14 +283,9 @@ class Recipe:
         return self.learning_rate * min(ramp, left, 1.0)
 
 
-def _flag(name: str) -> str:
-    """The flag of an attribute."""
-    return f"--{name.replace('_', '-')}"
-
-
 def _require_at_most(name: str, count: int, most: int, of: str = "blocks") -> None:
     if count > most:
-        raise ValueError(f"--network.{name} has {count} {of}: at most {most} are built.")
+        raise ValueError(f"network.{name} has {count} {of}: at most {most} are built.")
 
 
 def _require_halves(shape: Shape, levels: int) -> None:
@@ -297,7 +294,7 @@ def _require_halves(shape: Shape, levels: int) -> None:
     if height % halvings or width % halvings:
         raise ValueError(
             f"images of {width} x {height} pixels do not fit a U-Net of {levels} levels, which takes sides that are "
-            f"multiples of {halvings}: pass --resolution {_near(min(height, width), halvings)} for squares, or fewer levels."
+            f"multiples of {halvings}: pass resolution={_near(min(height, width), halvings)} for squares, or fewer levels."
         )
 
 

@@ -12,13 +12,25 @@ References:
 
 import dataclasses
 
+from stablefield.data.image_set import ImageSet
 from stablefield.diffusion.noise_levels import LogUniform, Uniform
 from stablefield.diffusion.preconditioning import VEPreconditioning, VPPreconditioning
 from stablefield.diffusion.process import VE, VP
 from stablefield.diffusion.weighting import SNRWeighting
 from stablefield.training.recipe import Perceptron, Recipe, Shape, UNet, UNet2D
 
-__all__ = ["CELEBA64_VE", "CIFAR10_EDM", "CIFAR10_VE", "CIFAR10_VP", "DIGITS", "MNIST28", "imagefolder", "unet2d"]
+__all__ = [
+    "CELEBA64_VE",
+    "CIFAR10_EDM",
+    "CIFAR10_VE",
+    "CIFAR10_VP",
+    "DIGITS",
+    "MNIST28",
+    "imagefolder",
+    "largest_resolution",
+    "recipe_for",
+    "unet2d",
+]
 
 DIGITS = Recipe(network=Perceptron())
 """The built-in digits: a few minutes on two CPU cores."""
@@ -81,6 +93,25 @@ CELEBA64_VE = dataclasses.replace(
     network=UNet(architecture="ncsnpp", multipliers=(1, 2, 2, 2), dropout=0.05),
 )
 """Variance-exploding diffusion on faces of 64 x 64 pixels, with NCSN++ of four levels."""
+
+
+def recipe_for(images: ImageSet, *, accelerated: bool) -> Recipe:
+    """The recipe that suits images best: that of the digits, of the MNIST family, or `imagefolder`.
+
+    Args:
+        images: to train on.
+        accelerated: whether there is a GPU.
+    """
+    if images.name == "digits" and images.shape == (1, 8, 8):
+        return DIGITS
+    if images.shape == (1, 28, 28):
+        return MNIST28
+    return imagefolder(images.shape, len(images), accelerated=accelerated)
+
+
+def largest_resolution(*, accelerated: bool) -> int:
+    """Pixels a side that images of several sizes are brought to at most, where none are asked for."""
+    return 64 if accelerated else 32
 
 
 def unet2d(shape: Shape, count: int, *, accelerated: bool) -> Recipe:

@@ -101,7 +101,7 @@ class RunFolder:
                 folder._write_config(config)
         except OSError as error:
             raise ValueError(
-                f"--out {path} cannot be written ({error.strerror}): name a folder in a place that you may write to."
+                f"out={path} cannot be written ({error.strerror}): name a folder in a place that you may write to."
             ) from error
         return folder
 
@@ -117,10 +117,7 @@ class RunFolder:
     def _require_empty(self) -> None:
         if any(_BEGINNINGS.fullmatch(found.name) is None for found in self.path.iterdir()):
             self.require_unlocked()
-            raise ValueError(
-                f"--out {self.path} is not empty: name a new folder, or continue the run in it with --resume "
-                f"--out {self.path}."
-            )
+            raise ValueError(f"out={self.path} is not empty: name a new folder, or resume the run in it.")
 
     def _write_config(self, config: RunConfig) -> None:
         record = {
@@ -144,7 +141,7 @@ class RunFolder:
         """
         if path.is_dir() and all(_BEGINNINGS.fullmatch(found.name) for found in path.iterdir()):
             raise ValueError(
-                f"{path} holds nothing yet: there is nothing to go on with. Begin the run with --out {path}."
+                f"{path} holds nothing yet: there is nothing to go on with. Begin the run with out={path}."
             )
         if not (path / "config.json").is_file():
             raise ValueError(f"{path} is not a run: it has no config.json. Train one: stablefield train digits.")
@@ -278,8 +275,8 @@ class RunFolder:
                 raise ValueError("no checkpoint of this run is whole. " + " ".join(complaints))
             return None
         raise ValueError(
-            f"{self.path}: its checkpoints are pruned faster than they can be read: train with a larger --keep-last or "
-            "--checkpoint-every, or wait until the run has ended."
+            f"{self.path}: its checkpoints are pruned faster than they can be read: train with a larger keep_last or "
+            "checkpoint_every, or wait until the run has ended."
         )
 
     def _checkpoints(self) -> list[Path]:

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,40 +13,15 @@ from stablefield.evaluation.processes import Processes
 from stablefield.evaluation.protocol import running_commit
 from stablefield.evaluation.samples import SampleSource, SamplingRecord
 from stablefield.progress import Progress
-from stablefield.sampling.samples import Drawing, chunks_of
+from stablefield.sampling.samples import chunks_of
 from stablefield.shapes import whole_number
 from stablefield.training.run_folder import RunConfig
+from stablefield.training.sampler import RunSampler
 
-__all__ = ["RunSampler", "RunSamples", "data_of"]
+__all__ = ["RunSamples", "data_of"]
 
 # Evaluations of the network that are timed, the first of which does not count.
 _TIMED = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSampler:
-    """A run's model with a solver and its options."""
-
-    config: RunConfig
-    """Of the run."""
-    device: torch.device
-    """Where the model is."""
-    drawing: Callable[[Callable[[float], object]], Drawing]
-    """Makes what draws the images; that calls its argument with the share of a batch that is done."""
-    labels: Callable[[Tensor], Tensor | None]
-    """Classes of the images of seeds (B,); None for a run without classes."""
-    description: str
-    """The solver with all that decides what it draws, for the protocol."""
-    steps: int | None
-    """Steps of the solver; None where it chooses them itself."""
-    calls: int
-    """Calls of the network for a batch, about."""
-    ema: str
-    """Which average of the weights, of which step, for the protocol."""
-    batch: int = 256
-    """Images at a time."""
-    coupled: bool = False
-    """Whether rows of a batch influence each other."""
 
 
 class RunSamples(SampleSource):
@@ -132,8 +106,8 @@ class RunSamples(SampleSource):
         """How the samples were made."""
         evaluations, chunks = processes.total(self._evaluations, self._chunks)
         return SamplingRecord(
-            sampler=self._sampler.description,
-            steps=self._sampler.steps,
+            sampler=self._sampler.describe(),
+            steps=self._sampler.steps_taken,
             nfe=evaluations / chunks,
             ema=self._sampler.ema,
             commit=running_commit(),

@@ -1,21 +1,21 @@
-"""How images are drawn: the flags that `sample` and `evaluate` share, and the sampler they mean."""
+"""How images are drawn from a run: the solver, its grid of noise levels, guidance and classes.
+
+`SamplerOptions` says how; `SamplerOptions.open` loads a run's model and returns the `RunSampler` that draws images of seeds.
+"""
 
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-import tyro
-from rich.markup import escape
 from torch import Tensor
 
 from stablefield import sampling
-from stablefield.cli.console import console
 from stablefield.data.image_set import class_text
 from stablefield.diffusion.process import VE, VP, Process
 from stablefield.sampling.noise import SampleNoise
@@ -24,15 +24,15 @@ from stablefield.sampling.solver_loop import Denoise
 from stablefield.training.model import OpenModel, open_model
 from stablefield.training.run_folder import RunConfig
 
-__all__ = ["DrawingFlags", "Model"]
+__all__ = ["RunSampler", "SamplerName", "SamplerOptions"]
 
-Sampler = Literal[
+SamplerName = Literal[
     "heun", "euler", "dpmpp-2m", "dpmpp-2m-sde", "euler-maruyama", "ancestral", "pc-ve", "pc-vp", "rk45"
 ]  # fmt: skip
 Grid = Literal["edm", "ve", "vp", "cosine"]
 
 # Which samplers an option is for; given to another one it would go unnoticed.
-_OWNERS: dict[str, tuple[Sampler, ...]] = {
+_OWNERS: dict[str, tuple[SamplerName, ...]] = {
     "churn": ("heun",),
     "churn_range": ("heun",),
     "churn_noise": ("heun",),
@@ -46,31 +46,18 @@ _OWNERS: dict[str, tuple[Sampler, ...]] = {
 # Classes that an error lists.
 _LISTED = 20
 _STEPS = 18
-_MANY_STEPS: dict[Sampler, int] = {"euler-maruyama": 1000, "pc-ve": 1000, "pc-vp": 1000}
+_MANY_STEPS: dict[SamplerName, int] = {"euler-maruyama": 1000, "pc-ve": 1000, "pc-vp": 1000}
 # Network evaluations that rk45 takes at its usual tolerances, about.
 _ADAPTIVE = 150
-_OWN_GRID: dict[Sampler, Grid] = {"pc-ve": "ve", "pc-vp": "vp"}
+_OWN_GRID: dict[SamplerName, Grid] = {"pc-ve": "ve", "pc-vp": "vp"}
 
 
-@dataclass(frozen=True)
-class Model:
-    """A run's model, and the worse one that guides it if there is one."""
+@dataclass(frozen=True, kw_only=True)
+class SamplerOptions:
+    """How to draw images from a run."""
 
-    own: OpenModel
-    guide: OpenModel | None
-
-    @property
-    def ema(self) -> str:
-        """Which weights, for the protocol."""
-        return f"{self.own.ema}, step {self.own.step}"
-
-
-@dataclass(frozen=True)
-class DrawingFlags:
-    """How to draw."""
-
-    sampler: Sampler = "heun"
-    """The solver: heun (EDM's, with --churn stochastic), euler, dpmpp-2m and rk45 of the ODE; the others of the SDE."""
+    sampler: SamplerName = "heun"
+    """The solver: heun (EDM's, with churn stochastic), euler, dpmpp-2m and rk45 of the ODE; the others of the SDE."""
     steps: int | None = None
     """Steps of the solver; 18 by default, 1,000 for euler-maruyama, pc-ve and pc-vp. rk45 chooses its own."""
     grid: Grid | None = None
@@ -100,43 +87,46 @@ class DrawingFlags:
     """Relative tolerance of rk45."""
     atol: float = 1e-5
     """Absolute tolerance of rk45."""
-    class_label: Annotated[str, tyro.conf.arg(name="class", metavar="NAME")] = ""
+    class_label: str = ""
     """Class of all images of a conditional run: its name, or its number if no class is called that; -1 for none. By
     default seed k is of class k modulo their number."""
-    guidance: float = 1.0
-    """Guidance scale: classifier-free, or by --guide; 1 for none."""
-    interval: tuple[float, float] | None = None
+    guidance_scale: float = 1.0
+    """Scale of classifier-free guidance, or of guidance by a worse run (guide); 1 for none."""
+    guidance_interval: tuple[float, float] | None = None
     """Noise levels to guide in, such as 0.19 1.61; all by default."""
     guide: Path | None = None
     """A worse run of the same data, smaller or less trained, to guide by (autoguidance)."""
     ema: str = "half-life"
     """Which average of the weights: half-life, none for those of the last step, or another that the run has."""
     guide_ema: str = "half-life"
-    """The same of --guide."""
-    batch: int = field(default=256)
+    """The same of the guide."""
+    batch: int = 256
     """Images at a time. It changes no image but for the network's rounding."""
 
     def check(self) -> None:
-        """Find out before anything is loaded whether the flags fit together.
+        """Check before anything is loaded that the options fit together.
 
         Raises:
-            ValueError: naming the flag.
+            ValueError: naming the option.
         """
         defaults = {item.name: item.default for item in fields(self)}
         for name, owners in _OWNERS.items():
-            if self.sampler not in owners and getattr(self, name) != defaults[name]:
+            value = getattr(self, name)
+            if self.sampler not in owners and value != defaults[name]:
                 raise ValueError(
-                    f"--{name.replace('_', '-')} is an option of {' and '.join(owners)}, not of {self.sampler}: leave it "
-                    "out, or choose that sampler."
+                    f"{name}={_text(value)} is an option of {' and '.join(owners)}, not of {self.sampler}: leave it out, or "
+                    "choose that sampler."
                 )
         if self.sampler == "rk45" and self.steps is not None:
-            raise ValueError(f"--steps {self.steps}: rk45 chooses its own; set --rtol and --atol instead.")
+            raise ValueError(f"steps={self.steps}: rk45 chooses its own; set rtol=... and atol=... instead.")
         if self.batch < 1:
-            raise ValueError(f"--batch is {self.batch}: it must be at least 1.")
-        if self.guide is not None and self.guidance == 1:
-            raise ValueError(f"--guide {self.guide} does nothing at --guidance 1: pass a scale, such as --guidance 2.")
-        if self.interval is not None and self.guidance == 1:
-            raise ValueError("--interval does nothing at --guidance 1: pass a scale, such as --guidance 2.")
+            raise ValueError(f"batch={self.batch}: it must be at least 1.")
+        for name in ("guide", "guidance_interval"):
+            value = getattr(self, name)
+            if value is not None and self.guidance_scale == 1:
+                raise ValueError(
+                    f"{name}={_text(value)} does nothing at guidance_scale=1: pass a scale, such as guidance_scale=2."
+                )
         self.sigmas(None)
 
     @property
@@ -173,9 +163,9 @@ class DrawingFlags:
         given = {end: value for end, value in ends if value is not None}
         if name == "vp":
             if given:
+                name, value = next(iter(given.items()))
                 raise ValueError(
-                    f"--{'/--'.join(end.replace('_', '-') for end in given)}: the vp grid's ends are those of its process; "
-                    "leave them out, or take another --grid."
+                    f"{name}={value:g}: the ends of grid=vp are those of its process; leave it out, or take another grid."
                 )
             vp = process if isinstance(process, VP) else VP()
             return sampling.vp_sigmas(steps, beta_min=vp.beta_min, beta_max=vp.beta_max)
@@ -188,54 +178,58 @@ class DrawingFlags:
             return sampling.cosine_sigmas(steps, sigma_min=low, sigma_max=high)
         return sampling.edm_sigmas(steps, sigma_min=low, sigma_max=high, rho=self.rho)
 
-    def open(self, run: Path, device: torch.device) -> Model:
-        """Open the run's model, and the guide's.
+    def open(self, run: str | Path, device: torch.device | str = "cpu") -> "RunSampler":
+        """Open a run's model, and the guide's.
+
+        Args:
+            run: the run's folder.
+            device: where to compute.
 
         Raises:
-            ValueError: if there is no such run or EMA, or the flags do not fit the run.
+            ValueError: if there is no such run or EMA, or the options do not fit the run.
         """
-        own = open_model(run, self.ema, device)
-        for complaint in own.complaints:
-            console.print(f"[yellow]passed over:[/] {escape(complaint)}")
+        self.check()
+        device = torch.device(device)
+        own = open_model(Path(run), self.ema, device)
         guide = None if self.guide is None else open_model(self.guide, self.guide_ema, device)
         classes = own.config.classes
         number = self.class_number(own.config)
-        if self.guidance != 1 and guide is None and (classes == 0 or number == -1):
+        if self.guidance_scale != 1 and guide is None and (classes == 0 or number == -1):
             raise ValueError(
-                f"--guidance {self.guidance:g}: classifier-free guidance takes a run with classes, and images of one; "
-                "guide by a worse run with --guide RUN."
+                f"guidance_scale={self.guidance_scale:g}: classifier-free guidance takes a run with classes, and images of "
+                "one; guide by a worse run with guide=RUN."
             )
         if guide is not None and (guide.config.shape != own.config.shape or guide.config.classes != classes):
             raise ValueError(
-                f"--guide {self.guide} draws {'x'.join(map(str, guide.config.shape))} images of {guide.config.classes} "
+                f"guide={self.guide} draws {'x'.join(map(str, guide.config.shape))} images of {guide.config.classes} "
                 f"classes, the run {'x'.join(map(str, own.config.shape))} of {classes}: take a run of the same data."
             )
         other = None if guide is None else guide.config.class_names
         if other is not None and own.config.class_names is not None and other != own.config.class_names:
             raise ValueError(
-                f"--guide {self.guide} numbers its classes otherwise, {_listed(classes, other)}, than the run, "
+                f"guide={self.guide} numbers its classes otherwise, {_listed(classes, other)}, than the run, "
                 f"{_listed(classes, own.config.class_names)}: take a run of the same data and version."
             )
-        return Model(own, guide)
+        return RunSampler(options=self, model=own, guide=guide, device=device)
 
     def class_number(self, config: RunConfig) -> int | None:
         """The number of the class of all images, -1 for none; None if seeds are of classes in turn.
 
         Raises:
-            ValueError: if the run was not told such a class, with those that it was told.
+            ValueError: if the run has no such class, with those that it has.
         """
         wanted, classes, names = self.class_label, config.classes, config.class_names or ()
         if not wanted:
             return None
         if classes == 0:
-            raise ValueError(f"--class {wanted}: the run was not told classes; leave --class out.")
+            raise ValueError(f"class_label={wanted}: the run has no classes; leave it out.")
         if wanted in names:
             return names.index(wanted)
         if wanted == "-1" or (re.fullmatch("[0-9]{1,9}", wanted) and int(wanted) < classes):
             return int(wanted)
         near = [] if wanted.isdecimal() else get_close_matches(wanted, names, 1)
         raise ValueError(
-            f"--class {wanted}: the run knows classes {_listed(classes, names)}, or -1 for none."
+            f"class_label={wanted}: the run knows classes {_listed(classes, names)}, or -1 for none."
             + (f" Did you mean {near[0]}?" if near else "")
         )
 
@@ -246,7 +240,7 @@ class DrawingFlags:
         number = self.class_number(config)
         return seeds % config.classes if number is None else torch.full_like(seeds, number)
 
-    def classes_told(self, config: RunConfig) -> str | None:
+    def describe_classes(self, config: RunConfig) -> str | None:
         """Which classes the images are of, in words; None for a run without classes."""
         if config.classes == 0:
             return None
@@ -257,36 +251,6 @@ class DrawingFlags:
             else "no class"
             if number == -1
             else f"class {class_text(number, config.class_names)}"
-        )
-
-    def drawing(self, model: Model, device: torch.device, progress: Callable[[float], object] | None = None) -> Drawing:
-        """What draws the images.
-
-        Args:
-            model: the opened model.
-            device: where it is.
-            progress: told before every evaluation which share of its chunk is done.
-        """
-        sigmas = self.sigmas(model.own.config.recipe.process)
-        denoiser, guide = model.own.denoiser, None if model.guide is None else model.guide.denoiser
-
-        def denoiser_of(seeds: Tensor) -> Denoise:
-            labels = self.labels(seeds, model.own.config)
-            if self.guidance != 1 and guide is not None:
-                return sampling.autoguidance(denoiser, guide, self.guidance, self.interval, class_labels=labels)
-            if labels is None:
-                return denoiser
-            if self.guidance != 1:
-                return sampling.classifier_free(denoiser, labels, self.guidance, self.interval)
-            return lambda x, sigma: denoiser(x, sigma, labels)
-
-        return Drawing(
-            denoiser_of,
-            self._solve(sigmas),
-            shape=model.own.config.shape,
-            sigma_max=float(sigmas[0]),
-            device=device,
-            progress=None if progress is None else lambda sigma: progress(_share_done(sigmas, sigma)),
         )
 
     def describe(self, config: RunConfig) -> str:
@@ -300,24 +264,29 @@ class DrawingFlags:
                 value = getattr(self, name)
                 text = " to ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
                 parts.append(f"{name.replace('_', ' ')} {text}")
-        told = self.classes_told(config)
-        if told is not None:
-            parts.append(told)
-        if self.guidance != 1:
+        classes = self.describe_classes(config)
+        if classes is not None:
+            parts.append(classes)
+        if self.guidance_scale != 1:
             kind = (
                 "classifier-free guidance"
                 if self.guide is None
                 else f"autoguidance by {self.guide.name} (EMA {self.guide_ema})"
             )
-            inside = "" if self.interval is None else f" in {self.interval[0]:g} to {self.interval[1]:g}"
-            parts.append(f"{kind} {self.guidance:g}{inside}")
+            inside = (
+                ""
+                if self.guidance_interval is None
+                else f" in {self.guidance_interval[0]:g} to {self.guidance_interval[1]:g}"
+            )
+            parts.append(f"{kind} {self.guidance_scale:g}{inside}")
         return f"{self.sampler} ({'; '.join(parts)})"
 
     @property
     def _grid_name(self) -> Grid:
         return self.grid or _OWN_GRID.get(self.sampler, "edm")
 
-    def _solve(self, sigmas: Tensor) -> Solve:
+    def solver(self, sigmas: Tensor) -> Solve:
+        """The sampler on a grid, with its options."""
         low, high = self.churn_range
 
         def heun(denoise: Denoise, x: Tensor, noise: SampleNoise) -> Tensor:
@@ -339,7 +308,7 @@ class DrawingFlags:
                 noise=noise,
             )
 
-        solvers: dict[Sampler, Solve] = {
+        solvers: dict[SamplerName, Solve] = {
             "heun": heun,
             "euler": lambda denoise, x, _: sampling.euler(denoise, x, sigmas),
             "dpmpp-2m": lambda denoise, x, _: sampling.dpmpp_2m(denoise, x, sigmas),
@@ -353,6 +322,96 @@ class DrawingFlags:
             "rk45": lambda denoise, x, _: sampling.rk45(denoise, x, sigmas, rtol=self.rtol, atol=self.atol),
         }
         return solvers[self.sampler]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSampler:
+    """A run's model with a solver: draws images of seeds, as `RunSamples` and `Run.sample` ask for them.
+
+    Attributes:
+        options: how to draw.
+        model: the run's model.
+        guide: the worse model that guides it, if there is one.
+        device: where both are.
+    """
+
+    options: SamplerOptions
+    model: OpenModel
+    guide: OpenModel | None
+    device: torch.device
+
+    @property
+    def config(self) -> RunConfig:
+        """Of the run."""
+        return self.model.config
+
+    @property
+    def ema(self) -> str:
+        """Which average of the weights, of which step, for the protocol."""
+        return f"{self.model.ema}, step {self.model.step}"
+
+    @property
+    def batch(self) -> int:
+        """Images at a time."""
+        return self.options.batch
+
+    @property
+    def coupled(self) -> bool:
+        """Whether rows of a batch influence each other."""
+        return self.options.coupled
+
+    @property
+    def steps_taken(self) -> int | None:
+        """Steps of the solver; None where it chooses them itself."""
+        return self.options.steps_taken
+
+    @property
+    def calls(self) -> int:
+        """Calls of the network for a batch, about."""
+        return self.options.calls
+
+    def describe(self) -> str:
+        """The solver with all that decides what it draws, for the protocol."""
+        return self.options.describe(self.config)
+
+    def labels(self, seeds: Tensor) -> Tensor | None:
+        """Classes of the images of seeds (B,), or None for a run without classes."""
+        return self.options.labels(seeds, self.config)
+
+    def drawing(self, progress: Callable[[float], object] | None = None) -> Drawing:
+        """What draws the images.
+
+        Args:
+            progress: called before every evaluation with the share of the chunk that is done.
+        """
+        options = self.options
+        sigmas = options.sigmas(self.config.recipe.process)
+        denoiser, guide = self.model.denoiser, None if self.guide is None else self.guide.denoiser
+        scale, interval = options.guidance_scale, options.guidance_interval
+
+        def denoiser_of(seeds: Tensor) -> Denoise:
+            labels = self.labels(seeds)
+            if scale != 1 and guide is not None:
+                return sampling.autoguidance(denoiser, guide, scale, interval, class_labels=labels)
+            if labels is None:
+                return denoiser
+            if scale != 1:
+                return sampling.classifier_free(denoiser, labels, scale, interval)
+            return lambda x, sigma: denoiser(x, sigma, labels)
+
+        return Drawing(
+            denoiser_of,
+            options.solver(sigmas),
+            shape=self.config.shape,
+            sigma_max=float(sigmas[0]),
+            device=self.device,
+            progress=None if progress is None else lambda sigma: progress(_share_done(sigmas, sigma)),
+        )
+
+
+def _text(value: object) -> str:
+    """A value as it stands on a command line and in Python alike."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _listed(classes: int, names: Sequence[str]) -> str:

@@ -1,0 +1,190 @@
+"""The probe as one call: of images, tensors and runs, with results that print, save and show themselves."""
+
+import csv
+import functools
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+
+import stablefield as sf
+from stablefield.data.image_set import Origin, make_image_set
+from stablefield.probing import bias_probe
+from stablefield.progress import Progress
+from stablefield.report import render_page
+from stablefield.training.run_probe import usual_training
+
+FEW = {"references": (4, 16), "noise_levels": [0.5, 2.0, 30.0], "sources": 16, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def found(digits):
+    return sf.probe(digits, **FEW)
+
+
+def test_the_function_probes_and_the_package_stays_a_package(found, digits):
+    assert isinstance(found, sf.probing.Probe)
+    assert sf.probing.__name__ == "stablefield.probing"
+    assert found.training.batch == 128  # as train has it
+    assert found.references is None
+    assert sorted(found.curve.stf) == [4, 16]
+    assert found.advice.band == found.noise_band.level == sf.pick_noise_band(sf.Pool(torch.tensor(digits.images))).level
+
+
+def test_a_name_is_opened_and_says_the_same_as_its_images(found):
+    named = sf.probe("digits", **FEW)
+    assert (named.summary, named.name) == (found.summary, "digits")
+    torch.testing.assert_close(named.curve.dsm.mean, found.curve.dsm.mean)
+
+
+def test_tensors_and_arrays_of_any_shape_are_probed():
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(200, 4, 3, 3, generator=generator)
+    one = sf.probe(latents, **FEW)
+    two = sf.probe(latents.numpy(), **FEW)
+    assert one.to_dict()["data"] == {"count": 200, "shape": [4, 3, 3], "dtype": "float32"}
+    torch.testing.assert_close(one.curve.dsm.mean, two.curve.dsm.mean)
+    rows = sf.probe(latents.flatten(1), **FEW)
+    torch.testing.assert_close(one.curve.dsm.mean, rows.curve.dsm.mean)
+    part = sf.probe(latents, **FEW, max_images=50)
+    assert (part.curve.samples, part.curve.drawn_from) == (50, 200)
+    assert "sampled: 50 of 200 images stand for the data set" in str(part)
+
+
+def test_labels_keep_posteriors_within_classes():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(120) % 2
+    data = torch.randn(120, 6, generator=generator) + 8.0 * labels[:, None]
+    apart, together = sf.probe(data, labels=labels, **FEW), sf.probe(data, **FEW)
+    # With all noise, what is left is the variance within classes, or that of all.
+    assert float(apart.curve.dsm.mean[-1]) < 0.2 * float(together.curve.dsm.mean[-1])
+    images = make_image_set(
+        np.random.default_rng(0).integers(0, 256, (60, 1, 4, 4), np.uint8),
+        labels[:60].numpy(),
+        Origin(name="x", source="x"),
+    )
+    assert sf.probe(images, by_class=True, **FEW).curve.total < sf.probe(images, **FEW).curve.total
+
+
+def test_a_training_of_ones_own_is_advised_on(found, digits):
+    training = sf.probing.Training(process=sf.VE(), noise_levels=sf.LogUniform(), weighting=sf.SNRWeighting(), batch=32)
+    other = sf.probe(digits, training=training, **FEW)
+    assert other.summary.startswith("VE training, batches of 32, all 1,797 as references")
+    assert other.advice.share > found.advice.share
+    assert sf.probe(digits, training=training, batch=16, **FEW).batch.batch == 16
+    assert usual_training(digits, torch.device("cpu")).batch == 128
+
+
+def test_what_is_printed_fits_a_terminal(found):
+    lines = str(found).splitlines()
+    assert lines[0].startswith("EDM training, batches of 128, all 1,797 as references: ")
+    assert len(lines) > 10
+    assert all(len(line) <= 80 for line in lines)
+
+
+def test_a_probe_saves_itself_and_shows_itself_in_a_notebook(found, tmp_path):
+    record = json.loads(found.save(tmp_path / "probe.json").read_text())
+    assert record == json.loads(json.dumps(found.to_dict()))
+    assert record["advice"]["recommended_references"] == found.advice.recommended.size
+    assert found.save(tmp_path / "probe.html").read_text().count("<svg") == 3
+    assert found.save(tmp_path / "probe.png").read_bytes().startswith(b"\x89PNG")
+    names = [path.name for path in found.save_all(tmp_path / "new", "probe")]
+    assert names == ["probe.json", "variance.csv", "variance.png", "phases.png", "references.png", "report.html"]
+    with (tmp_path / "new" / "variance.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["noise_level"]) for row in rows] == pytest.approx(FEW["noise_levels"])
+    assert found._repr_html_().startswith("<iframe srcdoc=")
+    with pytest.raises(ValueError, match=r"probe\.txt.*name a \.json file"):
+        found.save(tmp_path / "probe.txt")
+
+
+class Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.text = [], ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        assert not [name for name, _ in attrs if name.startswith("on")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_a_name_of_data_that_is_markup_stays_text_in_the_report():
+    name = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 1, 4, 4), np.uint8)
+    images = make_image_set(pixels, None, Origin(name=name, source="a test"))
+    found = sf.probe(images, **FEW)
+    reader = Tags()
+    reader.feed(render_page(found.page()))
+    assert not {"script", "img"} & set(reader.tags)
+    assert name in reader.text
+
+
+def test_progress_is_told_stage_by_stage_to_the_end(digits):
+    seen: list[Progress] = []
+    sf.probe(digits, **FEW, progress=seen.append)
+    stages = list(dict.fromkeys(report.stage for report in seen))
+    assert stages == ["measuring the variance", "measuring batches"]
+    for stage in stages:
+        last = [report for report in seen if report.stage == stage][-1]
+        assert last.done == last.total > 0
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ({"references": (0,)}, r"^references is \(0,\): a set has at least 1 reference"),
+        ({"aim": 2.0}, "^aim is 2"),
+        ({"max_images": 1}, "^max_images is 1"),
+        ({"batch": 0}, "^batch is 0"),
+        ({"noise_levels": [-1.0]}, "^noise_levels="),
+        ({"sources": 1}, "^sources is 1"),
+        ({"device": "abacus"}, "^device='abacus'"),
+        ({"by_class": True}, "^by_class is set, but samples has no classes"),
+    ],
+)
+def test_errors_name_the_argument(named, message):
+    with pytest.raises(ValueError, match=message):
+        sf.probe(torch.randn(20, 3, generator=torch.Generator().manual_seed(0)), **{**FEW, **named})
+    with pytest.raises(TypeError, match="data is "):
+        sf.probe(7)
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        sf.probe("nowhere")
+
+
+def test_a_network_of_ones_own_is_held_against_the_optimum(digits, tmp_path):
+    class Mean:
+        """D(x, sigma) = 0: far from the optimum where noise is small, at it where only the mean is left."""
+
+        def __call__(self, x, sigma, class_labels=None):  # noqa: ARG002
+            return torch.zeros_like(x)
+
+    data = torch.tensor(digits.images[:100]).float() / 127.5 - 1
+    data -= data.mean(0)
+    found = sf.probing.probe_network(Mean(), data, noise_levels=[0.1, 200.0], sources=50, name="zero", device="cpu")
+    near, far = (found.fit.distance.mean / found.fit.loss.mean).tolist()
+    assert near > 0.9
+    assert far < 0.01
+    assert found.summary.startswith("The network is farthest from the optimum at noise level 0.1")
+    assert all(len(line) <= 80 for line in str(found).splitlines())
+    names = [path.name for path in found.save_all(tmp_path, "probe")]
+    assert names == ["probe.json", "fit.csv", "distance.png", "excess.png", "report.html"]
+
+
+def test_the_bias_check_is_one_call(tmp_path, monkeypatch):
+    """With a tenth of its rows; with all of them every fault is seen, as the test of the command holds."""
+    monkeypatch.setattr(bias_probe, "check_bias", functools.partial(bias_probe.check_bias, batches=30))
+    labels = np.arange(90) % 3
+    noise = np.random.default_rng(0).normal(60, 40, (90, 4, 4))
+    data = np.clip(70 * labels[:, None, None] + noise, 0, 255).astype(np.uint8)
+    found = sf.probing.probe_bias(data, labels=labels, device="cpu")
+    assert found.passed
+    assert found.planted == ("source left out", "source held twice", "classes mixed")
+    assert not found.checks["source left out"].passed
+    assert "fault: source left out" in str(found)
+    assert "BIASED" in found.save(tmp_path / "bias.html").read_text()
+    assert json.loads(found.save(tmp_path / "bias.json").read_text())["checks"]["the batch"]["passed"]
