@@ -162,9 +162,7 @@ class Evaluate:
 
     def _images(self) -> ImageSet:
         if not (Path(self.source).exists() or self.source == "digits" or self.source.startswith("hf:")):
-            raise ValueError(
-                f"RUN_OR_IMAGES is {self.source}, and there is no such file or folder: name a run or images."
-            )
+            raise ValueError(f"RUN_OR_IMAGES is {self.source}, which is no file or folder: name a run or images.")
         if not self.data:
             raise ValueError("--data is missing: name the real images to measure against, such as --data digits.")
         return open_data(self.source, split=self.images_split)
@@ -189,9 +187,8 @@ class Evaluate:
         """Where the results go: --out, or a name that is not taken."""
         if self.out is not None:
             return self.out
-        folder = Path(self.source) / "evaluations" if self._is_run else Path()
-        name = f"{self.extractor.extractor}-{self.drawing.sampler}" if self._is_run else "evaluation"
-        return unused(folder / f"{name}.json")
+        name = f"{self.extractor.extractor}-{self.drawing.sampler}.json"
+        return unused(Path(self.source, "evaluations", name) if self._is_run else Path("evaluation.json"))
 
 
 def _print_estimate(estimate: "TimeEstimate") -> None:

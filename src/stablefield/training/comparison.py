@@ -343,7 +343,7 @@ def run_one(
     every: int,
     device: torch.device,
     *,
-    report: Callable[[Report], None] | None = None,
+    report: Callable[[Report], object] | None = None,
     stop: Callable[[], bool] = lambda: False,
     optimum: Optimum | None = None,
 ) -> Outcome | None:

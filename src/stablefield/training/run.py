@@ -576,7 +576,7 @@ def _none(sampler: RunSampler) -> Samples:
         images=np.zeros((0, *sampler.config.shape), np.uint8),
         seeds=(),
         class_names=sampler.config.class_names,
-        sampler=sampler.describe(),
+        sampler=sampler.description,
         ema=sampler.ema,
     )
 

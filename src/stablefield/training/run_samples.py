@@ -106,8 +106,8 @@ class RunSamples(SampleSource):
         """How the samples were made."""
         evaluations, chunks = processes.total(self._evaluations, self._chunks)
         return SamplingRecord(
-            sampler=self._sampler.describe(),
-            steps=self._sampler.steps_taken,
+            sampler=self._sampler.description,
+            steps=self._sampler.steps,
             nfe=evaluations / chunks,
             ema=self._sampler.ema,
             commit=running_commit(),

@@ -361,7 +361,7 @@ class RunSampler:
         return self.options.coupled
 
     @property
-    def steps_taken(self) -> int | None:
+    def steps(self) -> int | None:
         """Steps of the solver; None where it chooses them itself."""
         return self.options.steps_taken
 
@@ -370,7 +370,8 @@ class RunSampler:
         """Calls of the network for a batch, about."""
         return self.options.calls
 
-    def describe(self) -> str:
+    @property
+    def description(self) -> str:
         """The solver with all that decides what it draws, for the protocol."""
         return self.options.describe(self.config)
 
