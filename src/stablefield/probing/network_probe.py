@@ -16,7 +16,7 @@ from stablefield.diffusion.weighting import Weighting
 from stablefield.probing.fit import Fit, measure_fit
 from stablefield.probing.fit_page import distance_chart, excess_chart, fit_page, logged_chart
 from stablefield.probing.floor import LoggedExcess, LossFloor, logged_excess
-from stablefield.probing.population import MOST, Samples, described, draw_population, found_device
+from stablefield.probing.population import MOST, Samples, described, draw_population
 from stablefield.probing.probe import sampled, spaced, with_error
 from stablefield.probing.record import fit_record, fit_table
 from stablefield.probing.training import Training
@@ -26,7 +26,7 @@ from stablefield.report.cells import text_table
 from stablefield.report.chart import LineChart
 from stablefield.report.page import Page
 from stablefield.report.result import Result
-from stablefield.shapes import array_of_numbers, check_callable
+from stablefield.shapes import array_of_numbers, check_callable, found_device
 
 __all__ = ["NetworkProbe", "probe_network"]
 

@@ -13,16 +13,16 @@ from torch import Tensor
 from stablefield.data.image_set import ImageSet
 from stablefield.data.source import open_images
 from stablefield.probing.network_probe import NetworkProbe, probe_network
-from stablefield.probing.population import MOST, Samples, found_device
+from stablefield.probing.population import MOST, Samples
 from stablefield.probing.probe import Probe, probe_data
 from stablefield.probing.training import Training
 from stablefield.probing.variance import SIZES
 from stablefield.progress import Progress
-from stablefield.shapes import check_kind
+from stablefield.shapes import check_kind, found_device
 from stablefield.training.model import open_model
 from stablefield.training.placement import resolve_references
 from stablefield.training.recipe import Recipe
-from stablefield.training.recipes import MNIST28, imagefolder
+from stablefield.training.recipes import imagefolder, largest_resolution, recipe_for
 from stablefield.training.run_folder import RunFolder
 
 __all__ = ["is_run", "probe", "usual_training"]
@@ -122,7 +122,9 @@ def probe(
     if isinstance(folder, str | Path) and is_run(folder):
         return _probe_run(Path(folder), noise_levels, max_images, sources, seed, device, progress)
     if isinstance(data, str | Path):
-        data = open_images(data, limit=64 if device.type == "cuda" else 32, progress=_reading(progress))
+        data = open_images(
+            data, limit=largest_resolution(accelerated=device.type == "cuda"), progress=_reading(progress)
+        )
     if not isinstance(data, ImageSet | Tensor | np.ndarray):
         raise TypeError(f"data is a {type(data).__name__}: pass images, a tensor, the name of data, or a run.")
     pool: int | str = "all"
@@ -168,12 +170,13 @@ def _training_of(recipe: Recipe) -> Training:
 
 
 def _recipe(data: Samples, device: torch.device) -> Recipe:
-    """What `train` would do with the data if it were told no more than their name."""
-    shape = data.shape if isinstance(data, ImageSet) else tuple(data.shape[1:])
-    if tuple(shape) == (1, 28, 28):
-        return MNIST28
+    """What `train` would do with the data if it were given no recipe."""
+    accelerated = device.type == "cuda"
+    if isinstance(data, ImageSet):
+        return recipe_for(data, accelerated=accelerated)
+    shape = tuple(data.shape[1:])
     height, width = shape[-2:] if len(shape) > 1 else (1, 1)
-    return imagefolder((shape[0] if len(shape) > 2 else 1, height, width), len(data), accelerated=device.type == "cuda")
+    return imagefolder((shape[0] if len(shape) > 2 else 1, height, width), len(data), accelerated=accelerated)
 
 
 def _probe_run(
