@@ -235,7 +235,8 @@ def test_a_card_that_is_not_understood_is_refused_in_one_sentence(hub, configs, 
 def test_what_the_hub_converted_is_read_where_the_files_are_of_another_kind(hub):
     hub.put({"data/train.tar": b"", ".gitattributes": b"", "README.md": b"# Pets"})
     with pytest.raises(
-        ValueError, match=r"hf:owner/pets holds no images that are understood.*\.md, \.tar\. Fetch it by"
+        ValueError,
+        match=r"hf:owner/pets holds no images that are understood, but files of the kinds \.md, \.tar: .*Fetch it by",
     ):
         open_images("hf:owner/pets")
     hub.put({"default/train/0000.parquet": rows(0), "default/train/0001.parquet": rows(1)}, CONVERTED)
@@ -249,6 +250,23 @@ def test_what_the_hub_converted_is_read_where_the_files_are_of_another_kind(hub)
     opened = open_images("hf:owner/pets:other")
     np.testing.assert_array_equal(opened.images, pixels(3))
     assert opened.notes[0].startswith("These are the first images of the split train")
+
+
+def test_a_configuration_of_image_files_is_one_that_the_hub_converted(hub):
+    card = "---\nconfigs:\n- config_name: a\n  data_dir: a\n- config_name: b\n  default: true\n  data_dir: b\n---\n"
+    hub.put({"a/1.png": png(0), "b/1.png": png(1), "README.md": card.encode()})
+    with pytest.raises(ValueError, match="holds no images that are understood by configurations"):
+        open_images("hf:owner/pets:a")
+    hub.put({"a/train/0000.parquet": rows(0), "b/train/0000.parquet": rows(1)}, CONVERTED)
+    np.testing.assert_array_equal(open_images("hf:owner/pets:a").images, pixels(0))
+    np.testing.assert_array_equal(open_images("hf:owner/pets").images, pixels(1))
+
+
+def test_parquet_files_of_no_split_are_left_out_with_a_note(hub):
+    hub.put({"data/train-0.parquet": rows(0), "data/extra.parquet": rows(1)})
+    opened = open_images("hf:owner/pets")
+    np.testing.assert_array_equal(opened.images, pixels(0))
+    assert opened.notes == ("1 parquet files are of no split and left out, the first data/extra.parquet.",)
 
 
 def test_folders_of_images_are_read_with_the_classes_of_the_training_split(hub):

@@ -91,7 +91,7 @@ def hub_files(name: str, split: str = "train") -> Generator[ImageFiles, None, No
     # The hub converts the first 5 GB of a split; whole images are better than that.
     whole = images and not archives and not configuration
     if converted and not (whole and any(word.startswith("partial-") for each in converted.values() for word in each)):
-        yield hub.rows(converted, CONVERTED)
+        yield hub.rows(converted, CONVERTED, default)
     elif whole:
         notes = [f"{each} is not read, so labels in it are left out." for each in metadata]
         notes += ["The configs in the data set's card are not followed for image files."] if declared else []
@@ -102,8 +102,9 @@ def hub_files(name: str, split: str = "train") -> Generator[ImageFiles, None, No
     else:
         kinds = ", ".join(sorted({suffix for suffix in suffixes.values() if suffix})[:20]) or "none"
         raise ValueError(
-            f"hf:{name} holds no images that are understood: parquet files, image files, or one .zip archive of them for "
-            f"each split are, and what the hub converts to parquet; its files are of the kinds {kinds}. {hub.by_hand}"
+            f"hf:{name} holds no images that are understood{' by configurations' if configuration else ''}, but files of "
+            f"the kinds {kinds}: parquet files, image files, or one .zip archive of them for each split are, and what the "
+            f"hub converts to parquet. {hub.by_hand}"
         )
 
 
@@ -198,10 +199,13 @@ class _Repository:
         return split_of(f"hf:{self.name}", list(splits), self.split)
 
     def rows(
-        self, configurations: Mapping[str, Mapping[str, Sequence[str]]], revision: str | None = None
+        self,
+        configurations: Mapping[str, Mapping[str, Sequence[str]]],
+        revision: str | None = None,
+        default: str = "default",
     ) -> ImageFiles:
         """The images in parquet files, given by configuration and split."""
-        splits = configurations[self._configured(list(configurations))]
+        splits = configurations[self._configured(list(configurations), default)]
         require_pyarrow(f"hf:{self.name}, which holds parquet files,")
         partial = [word for word in splits if word.startswith("partial-")]
         splits = {word.removeprefix("partial-"): files for word, files in splits.items()}
