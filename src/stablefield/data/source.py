@@ -149,7 +149,8 @@ def _opened(
     try:
         match kind:
             case "hub":
-                return loaded(hub_files(str(source).removeprefix("hf:"), split))
+                with hub_files(str(source).removeprefix("hf:"), split) as files:
+                    return loaded(files)
             case "folder":
                 return loaded(folder_files(path, split, parquet_files))
             case "saved":
