@@ -42,6 +42,9 @@ NOT_CALLED = {
     "Likelihood": "a result",
     "Counted": "made by counted",
     "RankError": "an error",
+    "Run": "tests/training/test_run.py",
+    "compare": "trains: tests/training/test_comparison.py",
+    "train": "trains: tests/training/test_run.py",
     "ShardedPool": "needs processes",
     "DiffusersUNet": "needs diffusers",
 }
@@ -576,6 +579,7 @@ CASES = {
             "class_names": either(None, ("a", "b", "c")),
             "name": either("a"),
             "manifest": lambda s: {},
+            "opening": either(None, {}),
         },
     ),
     "ImageSet.batch": Case(lambda s: s.image_set().batch, {"index": either([0, 2], np.array([1]))}),
@@ -792,6 +796,7 @@ CASES = {
             "rows": either(4),
             "batch": either(2),
             **SEED,
+            "progress": either(None),
         },
     ),
     # Training.

@@ -6,6 +6,7 @@ Throughout the library a batch has shape (B, ...) and whatever belongs to a row 
 The checks look at types, dtypes and layouts, never at the numbers in a tensor, so that none waits for a device.
 """
 
+import os
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, TypeGuard
@@ -25,6 +26,7 @@ __all__ = [
     "check_numbers",
     "check_tensor",
     "flag",
+    "found_device",
     "is_integer",
     "number",
     "per_row",
@@ -275,6 +277,20 @@ def as_device(name: str, value: Any) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"{name}={str(value)!r}: this machine has no such device; pass 'cpu'.") from None
     return device
+
+
+def found_device(device: torch.device | str | None) -> torch.device:
+    """The argument `device`; for None a GPU if there is one (this process's own, where there are several), else the CPU.
+
+    Raises:
+        TypeError: if it is neither a device nor its name.
+        ValueError: if this machine has no such device.
+    """
+    if device is not None:
+        return as_device("device", device)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device(f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}")
 
 
 def _a(value: Any) -> str:

@@ -112,7 +112,8 @@ def test_what_evaluate_foretells_is_what_it_takes(
         30.0,
     )
     clock.charge("stablefield.evaluation.extractor.RawPixels.__call__", lambda _, x: dear["features"] * 1e-3 * len(x))
-    clock.charge("stablefield.evaluation.neighbours.blocks", lambda a, b: dear["metrics"] * 1e-6 * len(a) * len(b))
+    for place in ("neighbours.blocks", "precision_recall.blocks"):
+        clock.charge(f"stablefield.evaluation.{place}", lambda a, b: dear["metrics"] * 1e-6 * len(a) * len(b))
     clock.charge("stablefield.evaluation.kid._unbiased", lambda x, _: dear["metrics"] * 1e-6 * len(x) ** 2)
     clock.charge("stablefield.evaluation.fid.distance_between", lambda *_: dear["metrics"] * 0.5)
     given = ("--extractor", "random", "--device", "cpu", "--held-out", str(tmp_path / "others.npy"), *flags)

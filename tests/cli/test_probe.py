@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import stablefield as sf
 from stablefield.cli.entry import main
+from stablefield.training.run_folder import RunFolder
 
 
 def status(*arguments: str) -> int:
@@ -250,6 +252,9 @@ def test_a_run_is_held_against_the_optimum(
         spread = 5 * level["loss_se"] + 1e-6
         assert abs(level["loss"] - level["distance_to_mean"] - level["floor"]) < spread
     assert max(level["distance_to_mean"] for level in levels) > 0.1
+    found = sf.probe(RunFolder(run), noise_levels=[0.5], sources=16, device="cpu")
+    assert isinstance(found, sf.probing.NetworkProbe)
+    assert (found.name, found.step, len(found.logged)) == ("run", 30, 3)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,10 @@
-"""CIFAR-10, idx files, NumPy arrays, the hub, and what is no source at all."""
+"""CIFAR-10, idx files, NumPy arrays, tables, and what is no source at all."""
 
 import gzip
 import io
 import json
 import struct
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -317,145 +316,13 @@ def test_arrays_are_resized_too_and_say_so(tmp_path):
     )
 
 
-# The hub
-
-
-class FakeImage:
-    def __init__(self, decode=True):
-        self.decode = decode
-
-
-class FakeDataset:
-    """What `datasets.Dataset` offers of what is used here."""
-
-    _fingerprint = "abc"
-
-    def __init__(self, columns, features):
-        self.columns, self.features = columns, features
-
-    def __len__(self):
-        return len(next(iter(self.columns.values())))
-
-    def __getitem__(self, key):
-        if isinstance(key, str):
-            return self.columns[key]
-        return {name: values[key] for name, values in self.columns.items()}
-
-    def cast_column(self, name, feature):
-        assert type(self.features[name]).__name__ == "Image"
-        assert not feature.decode
-        return self
-
-
-def image_feature():
-    return type("Image", (), {})()
-
-
-def class_label(names):
-    feature = type("ClassLabel", (), {})()
-    feature.names = names
-    return feature
+# Tables
 
 
 def png(array):
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A stand-in for the package `datasets`; `hub.dataset` is what it loads, `hub.asked` what it was asked for."""
-    (tmp_path / "b.png").write_bytes(png(noise((5, 6, 3), 1)))
-    cells = [{"bytes": png(noise((5, 6, 3))), "path": "a.png"}, {"bytes": None, "path": str(tmp_path / "b.png")}]
-    module = types.ModuleType("datasets")
-    module.Image = FakeImage
-    module.asked = []
-    module.dataset = FakeDataset(
-        {"image": cells, "label": [1, 0], "note": ["x", "y"]},
-        {"image": image_feature(), "label": class_label(["cat", "dog"]), "note": None},
-    )
-
-    def load_dataset(name, configuration, split):
-        module.asked.append((name, configuration, split))
-        return module.dataset
-
-    module.load_dataset = load_dataset
-    monkeypatch.setitem(sys.modules, "datasets", module)
-    return module
-
-
-def test_a_data_set_of_the_hub_is_read_from_its_stored_files(hub):
-    opened = open_images("hf:owner/pets:small", split="validation")
-    assert hub.asked == [("owner/pets", "small", "validation")]
-    np.testing.assert_array_equal(opened.images, [noise((5, 6, 3), seed).transpose(2, 0, 1) for seed in (0, 1)])
-    np.testing.assert_array_equal(opened.labels, [1, 0])
-    assert (opened.name, opened.class_names) == ("pets", ("cat", "dog"))
-    assert opened.manifest["source"] == "Hugging Face owner/pets:small, split validation"
-
-
-def test_broken_and_missing_images_of_the_hub_are_named_by_row(hub):
-    hub.dataset.columns["image"] = [None, {"bytes": b"?", "path": None}, *hub.dataset.columns["image"]]
-    hub.dataset.columns["label"] = [0, 1, 1, 0]
-    hub.dataset.columns["note"] = [""] * 4
-    with pytest.raises(ValueError, match=r"2 of 4 .*pets row 0 \(the row has no image\); pets row 1 \(not an image"):
-        open_images("hf:owner/pets")
-    opened = open_images("hf:owner/pets", skip_broken=True)
-    np.testing.assert_array_equal(opened.labels, [1, 0])
-
-
-def test_the_label_is_the_one_called_label_or_the_only_one(hub):
-    cells = hub.dataset.columns["image"]
-    fine, coarse = class_label(["a", "b"]), class_label(["c"])
-    hub.dataset = FakeDataset({"image": cells, "fine": [0, 1]}, {"image": image_feature(), "fine": fine})
-    assert open_images("hf:x").class_names == ("a", "b")
-    columns = {"image": cells, "fine": [0, 1], "coarse": [0, 0]}
-    hub.dataset = FakeDataset(columns, {"image": image_feature(), "fine": fine, "coarse": coarse})
-    assert open_images("hf:x").labels is None
-    hub.dataset = FakeDataset({"image": cells, "label": [-1, -1]}, {"image": image_feature(), "label": fine})
-    assert open_images("hf:x").labels is None
-
-
-def test_a_data_set_of_the_hub_without_one_column_of_images_is_refused(hub):
-    hub.dataset = FakeDataset({"text": ["a"]}, {"text": None})
-    with pytest.raises(ValueError, match="exactly one column of images"):
-        open_images("hf:x")
-
-    def fail(name, configuration, split):
-        raise FileNotFoundError("no such data set")
-
-    hub.load_dataset = fail
-    with pytest.raises(ValueError, match=r"'x'.*cannot be loaded: no such data set"):
-        open_images("hf:x")
-    with pytest.raises(ValueError, match="hf:OWNER/NAME"):
-        open_images("hf:")
-
-
-def value(dtype):
-    feature = type("Value", (), {})()
-    feature.dtype = dtype
-    return feature
-
-
-@pytest.mark.parametrize(
-    ("features", "labels", "expected", "names", "note"),
-    [
-        ({"label": value("string")}, {"label": ["10", "9"]}, [1, 0], ("9", "10"), ""),
-        ({"labels": value("int64")}, {"labels": [3, 0]}, [3, 0], None, ""),
-        ({"note": value("int64")}, {"note": [3, 0]}, None, None, ""),
-        ({"label": value("int8")}, {"label": [3, -1]}, None, None, "1 of 2 rows have no label in the column label"),
-        ({"label": value("string")}, {"label": ["a", None]}, None, None, "1 of 2 rows have no label"),
-        ({"a": class_label("x"), "b": class_label("x")}, {"a": [0, 0], "b": [0, 0]}, None, None, "The columns a, b"),
-    ],
-)
-def test_labels_of_the_hub_are_read_or_their_absence_is_said(hub, features, labels, expected, names, note):
-    cells = hub.dataset.columns["image"]
-    hub.dataset = FakeDataset({"image": cells, **labels}, {"image": image_feature(), **features})
-    opened = open_images("hf:x")
-    assert (None if opened.labels is None else opened.labels.tolist()) == expected
-    assert opened.class_names == names
-    assert len(opened.notes) == bool(note)
-    assert "".join(opened.notes).startswith(note)
 
 
 def table_of(labels, seeds=None):
@@ -535,29 +402,16 @@ def test_parquet_files_are_read_by_the_split_that_their_names_begin_with(tmp_pat
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch, tmp_path):
-    for package in ("datasets", "pyarrow"):
+    for package in ("huggingface_hub", "pyarrow"):
         monkeypatch.setitem(sys.modules, package, None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved" / "dataset_dict.json").touch()
     for source in ("hf:x", tmp_path / "a.parquet", tmp_path, tmp_path / "saved"):
         with pytest.raises(
-            ImportError, match=r'needs the package (datasets|pyarrow): pip install "stablefield\[hub\]"'
+            ImportError, match=r'needs the package (huggingface_hub|pyarrow): pip install "stablefield\[hub\]"'
         ):
             open_images(source)
-
-
-def test_the_real_package_behaves_like_the_stand_in(monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    arrays = [noise((5, 6, 3), seed) for seed in range(3)]
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
-    rows = {"image": [Image.fromarray(array) for array in arrays], "label": [1, 0, 1]}
-    dataset = datasets.Dataset.from_dict(rows, features=features)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: dataset)
-    opened = open_images("hf:owner/pets")
-    np.testing.assert_array_equal(opened.images, [array.transpose(2, 0, 1) for array in arrays])
-    np.testing.assert_array_equal(opened.labels, [1, 0, 1])
-    assert opened.class_names == ("cat", "dog")
 
 
 def test_what_the_real_package_saved_and_plain_parquet_files_are_read(tmp_path):

@@ -96,6 +96,7 @@ def test_a_probe_saves_itself_and_shows_itself_in_a_notebook(found, tmp_path):
         rows = list(csv.DictReader(file))
     assert [float(row["noise_level"]) for row in rows] == pytest.approx(FEW["noise_levels"])
     assert found._repr_html_().startswith("<iframe srcdoc=")
+    assert repr(found) == str(found)
     with pytest.raises(ValueError, match=r"probe\.txt.*name a \.json file"):
         found.save(tmp_path / "probe.txt")
 
@@ -165,7 +166,14 @@ def test_a_network_of_ones_own_is_held_against_the_optimum(digits, tmp_path):
 
     data = torch.tensor(digits.images[:100]).float() / 127.5 - 1
     data -= data.mean(0)
-    found = sf.probing.probe_network(Mean(), data, noise_levels=[0.1, 200.0], sources=50, name="zero", device="cpu")
+    seen: list[Progress] = []
+    found = sf.probing.probe_network(
+        Mean(), data, noise_levels=[0.1, 200.0], sources=50, name="zero", device="cpu", progress=seen.append
+    )
+    assert [(report.stage, report.done, report.total) for report in seen] == [
+        ("measuring the optimum", 50, 50),
+        ("measuring the network", 1, 1),
+    ]
     near, far = (found.fit.distance.mean / found.fit.loss.mean).tolist()
     assert near > 0.9
     assert far < 0.01

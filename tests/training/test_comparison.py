@@ -181,7 +181,7 @@ def test_the_headline_gives_the_spread_the_digits_that_it_has(gains: list[float]
     assert "-0%" not in told
     one = len(gains) == 1
     assert ("±" in told) != one
-    assert ("One seed tells no spread: pass more, such as --seeds 0,1,2." in told) == one
+    assert ("One seed shows no spread: pass more, such as 0, 1, 2." in told) == one
     assert ("± is the standard error over" in told) != one
 
 

@@ -143,7 +143,7 @@ def test_snapshots_on_disk_combine_to_the_coefficients_sum(tmp_path: Path) -> No
 
 
 def test_no_snapshots_and_steps_beyond_them_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--ema-snapshot-every"):
+    with pytest.raises(ValueError, match="ema_snapshot_every=STEPS"):
         combine(tmp_path / "ema", 0.1)
     take_snapshot(tmp_path / "ema", 10, [(length, torch.nn.Linear(2, 2)) for length in LENGTHS])
     with pytest.raises(ValueError, match="step 11"):

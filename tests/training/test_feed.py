@@ -104,7 +104,7 @@ def test_all_references_where_they_do_not_fit_is_an_error_with_the_remedy(
     with pytest.raises(ValueError, match="number of references"):
         make(mapped, False, references="all")
     monkeypatch.setattr(placement_module, "free_bytes", lambda device: 200_000)
-    with pytest.raises(ValueError, match=r"--references all.*such as 1797,"):
+    with pytest.raises(ValueError, match=r"references=all.*such as 1797,"):
         resolve_references(dataclasses.replace(DIGITS, references="all"), mapped, CPU)
 
 
@@ -137,7 +137,7 @@ def test_processes_on_one_cpu_share_its_memory(mapped: ImageSet, monkeypatch: py
 
 def test_sharded_references_of_one_process_are_refused_and_go_on_as_all(mapped: ImageSet) -> None:
     recipe = dataclasses.replace(DIGITS, references="sharded")
-    with pytest.raises(ValueError, match=r"--references sharded needs several processes.*torchrun"):
+    with pytest.raises(ValueError, match=r"references=sharded needs several processes.*torchrun"):
         resolve_references(recipe, mapped, CPU)
     # A run that several processes began, and one goes on with.
     assert placement_module.placed(recipe, mapped, CPU) == "resident"
@@ -147,7 +147,7 @@ def test_sharded_references_of_one_process_are_refused_and_go_on_as_all(mapped: 
 def test_sharded_references_that_do_not_fit_are_refused(mapped: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = dataclasses.replace(DIGITS, references="sharded")
     monkeypatch.setattr(placement_module, "free_bytes", lambda device: 50_000)
-    with pytest.raises(ValueError, match=r"--references sharded: the data take 112.3 KiB.*also in 2 parts"):
+    with pytest.raises(ValueError, match=r"references=sharded: the data take 112.3 KiB.*also in 2 parts"):
         resolve_references(recipe, mapped, CPU, processes=2)
     with pytest.raises(ValueError, match=r"sharded over several processes.*go on with several"):
         placement_module.placed(recipe, mapped, CPU)

@@ -97,7 +97,7 @@ def train_until_the_disk_is_full(run: RunFolder, step: int) -> None:
             full_disk(4096)
 
     try:
-        with pytest.raises(TrainingError, match=r"cannot be written.*free some space.*--resume"):
+        with pytest.raises(TrainingError, match=r"cannot be written.*free some space, then resume it"):
             fit(run, run.config(), open_digits(), device=torch.device("cpu"), report=fill, every=1)
     finally:
         full_disk(resource.RLIM_INFINITY)

@@ -122,7 +122,7 @@ def test_every_checkpoint_damaged_is_an_error_and_not_a_new_start(tmp_path: Path
 
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_earlier_checkpoints(tmp_path: Path) -> None:
     run = start(tmp_path / "run", dataclasses.replace(SMALL, learning_rate=1e30, ramp_images=0, checkpoint_every=1))
-    with pytest.raises(TrainingError, match=r"the (loss is|weight .* is not finite).*--learning-rate"):
+    with pytest.raises(TrainingError, match=r"the (loss is|weight .* is not finite).*lower learning_rate"):
         go(run)
     newest = run.newest()
     assert newest is not None
@@ -162,9 +162,9 @@ def test_data_other_than_the_run_was_started_with_are_refused(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"batch": 2000}, "--batch 2000"),
-        ({"references": 1798}, "--references 1798"),
-        ({"references": 31}, "--references 31"),
+        ({"batch": 2000}, "batch=2000"),
+        ({"references": 1798}, "references=1798"),
+        ({"references": 31}, "references=31"),
     ],
 )
 def test_recipe_that_does_not_fit_the_data_is_refused(change: dict[str, int], words: str) -> None:

@@ -101,14 +101,14 @@ def test_limits_of_resolution_follow_recipe_and_device() -> None:
 
 
 def test_unet_names_the_resolution_for_images_that_it_does_not_fit() -> None:
-    for shape, words in (((3, 30, 30), "--resolution 28"), ((3, 42, 64), "--resolution 40")):
+    for shape, words in (((3, 30, 30), "resolution=28"), ((3, 42, 64), "resolution=40")):
         with pytest.raises(ValueError, match=words):
             UNet().build(shape, 0, 0, torch.Generator())
 
 
 def test_augmentation_needs_a_network_that_can_be_told() -> None:
     recipe = dataclasses.replace(RECIPES["digits"], augmentation=0.1)
-    with pytest.raises(ValueError, match="--augmentation"):
+    with pytest.raises(ValueError, match="augmentation needs"):
         recipe.network.build(open_digits().shape, 0, recipe.augment_dim, torch.Generator())
-    with pytest.raises(ValueError, match="--mirror"):
+    with pytest.raises(ValueError, match="mirror=True and augmentation"):
         dataclasses.replace(recipe, mirror=True)

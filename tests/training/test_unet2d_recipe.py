@@ -83,9 +83,9 @@ def test_weights_are_those_of_the_generator_and_leave_the_global_one_alone() -> 
 @pytest.mark.parametrize(
     ("change", "shape", "message"),
     [
-        ({"widths": (32, 48)}, (1, 8, 8), "--network.widths"),
-        ({"attention": (True,)}, (1, 8, 8), "--network.attention"),
-        ({}, (1, 30, 30), "--resolution 28"),
+        ({"widths": (32, 48)}, (1, 8, 8), "network.widths"),
+        ({"attention": (True,)}, (1, 8, 8), "network.attention"),
+        ({}, (1, 30, 30), "resolution=28"),
     ],
 )
 def test_network_that_does_not_fit_is_refused(change: dict, shape: tuple[int, int, int], message: str) -> None:
@@ -94,5 +94,5 @@ def test_network_that_does_not_fit_is_refused(change: dict, shape: tuple[int, in
 
 
 def test_augmentation_is_refused() -> None:
-    with pytest.raises(ValueError, match="--augmentation"):
+    with pytest.raises(ValueError, match="augmentation needs"):
         UNet2D().build((1, 8, 8), 0, 9, torch.Generator())

@@ -21,7 +21,7 @@ from stablefield.data.image_set import ImageSet
 from stablefield.data.resizing import Resize
 from stablefield.evaluation.evaluate import DEFAULT_METRICS, METRICS, check_counts, evaluate
 from stablefield.evaluation.processes import Processes
-from stablefield.evaluation.protocol import DamagedCacheWarning, ProtocolWarning
+from stablefield.evaluation.protocol import ProtocolWarning
 from stablefield.evaluation.result import Evaluation
 from stablefield.report.extra import require
 from stablefield.training.run import Run
@@ -114,19 +114,17 @@ class Evaluate:
         if self.report is not None:
             require("jinja2", "--report")
         for flag, place in (("--report", self.report), ("--out", self.out)):
-            if place is None:
-                continue
-            if not place.is_dir():
-                check_free(flag, place, overwrite=self.overwrite)
-            check_place(flag, place)
+            if place is not None:
+                if not place.is_dir():
+                    check_free(flag, place, overwrite=self.overwrite)
+                check_place(flag, place)
         if self.out is None:
             check_folder("--out", self._place().parent)
         check_counts([METRICS[name] for name in self.metrics], self.samples, self.references)
 
     def _evaluate(self) -> Evaluation:
         device = pick_device(self.device)
-        remedy = " To make it anew: --no-cache, or delete the file."
-        with Work() as work, shown_warnings({DamagedCacheWarning: "", ProtocolWarning: remedy}):
+        with Work() as work, shown_warnings({ProtocolWarning: " To make it anew: --no-cache, or delete the file."}):
             samples, name, opening = self._samples_of_run(device) if self._is_run else (self._images(), self.data, {})
             # Real images are brought to their size as the run's were in training unless the flags say otherwise.
             if self.resolution is not None or not opening:
@@ -159,17 +157,15 @@ class Evaluate:
     def _samples_of_run(self, device: torch.device) -> tuple[RunSamples, str, Mapping[str, Any]]:
         """The run's samples, what it was trained on, and how that was opened."""
         sampler = Run(self.source).sampler(self.drawing, device=device)
-        config = sampler.config
         samples = RunSamples(sampler, self.source, self.samples or 5000, self.first_seed)
-        return samples, self.data or data_of(config), config.opening
+        return samples, self.data or data_of(sampler.config), sampler.config.opening
 
     def _images(self) -> ImageSet:
-        source = self.source
-        if not (Path(source).exists() or source == "digits" or source.startswith("hf:")):
-            raise ValueError(f"RUN_OR_IMAGES is {source}, and there is no such file or folder: name a run or images.")
+        if not (Path(self.source).exists() or self.source == "digits" or self.source.startswith("hf:")):
+            raise ValueError(f"RUN_OR_IMAGES is {self.source}, which is no file or folder: name a run or images.")
         if not self.data:
             raise ValueError("--data is missing: name the real images to measure against, such as --data digits.")
-        return open_data(source, split=self.images_split)
+        return open_data(self.source, split=self.images_split)
 
     def _finish(self, found: Evaluation) -> None:
         console.print(found.table(), markup=False)
@@ -191,9 +187,8 @@ class Evaluate:
         """Where the results go: --out, or a name that is not taken."""
         if self.out is not None:
             return self.out
-        folder = Path(self.source) / "evaluations" if self._is_run else Path()
-        name = f"{self.extractor.extractor}-{self.drawing.sampler}" if self._is_run else "evaluation"
-        return unused(folder / f"{name}.json")
+        name = f"{self.extractor.extractor}-{self.drawing.sampler}.json"
+        return unused(Path(self.source, "evaluations", name) if self._is_run else Path("evaluation.json"))
 
 
 def _print_estimate(estimate: "TimeEstimate") -> None:

@@ -29,8 +29,8 @@ __all__ = ["inventory"]
 # What people use most, by verb; a verb that is not here has few flags, and shows them all at once.
 _COMMON = {
     "train": "out recipe steps batch learning-rate resolution conditional target device resume",
-    "compare": "out seeds recipe steps batch learning-rate resolution looks samples device",
-    "sample": "out overwrite seeds sampler steps class guidance ema batch device",
+    "compare": "out seeds recipe steps batch learning-rate resolution evaluations samples device",
+    "sample": "out overwrite seeds sampler steps class-label guidance-scale ema batch device",
     "evaluate": "data metrics samples repeats extractor out overwrite report against sampler steps device",
     "probe": "references noise-levels plan batch aim tolerance by-class seed out device",
 }
@@ -51,7 +51,7 @@ _GROUPS = {
     "extractor-scale classifier feature-batch first-seed batch",
     "Noise levels of sampling": "grid sigma-min sigma-max rho",
     "Options of some samplers": "churn churn-range churn-noise eta predictor corrector-steps snr rtol atol",
-    "Guidance": "class guidance interval guide guide-ema",
+    "Guidance": "class-label guidance-scale guidance-interval guide guide-ema",
     "Bias check": "check-bias false-alarm",
 }
 # Flags of parts of a recipe, of which there are several kinds.

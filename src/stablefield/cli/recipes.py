@@ -18,6 +18,7 @@ from stablefield.training.recipes import (
     DIGITS,
     MNIST28,
     imagefolder,
+    largest_resolution,
     unet2d,
 )
 
@@ -44,7 +45,7 @@ if not TYPE_CHECKING:  # what the command offers
 def limit(name: RecipeName, *, accelerated: bool) -> int | None:
     """The largest resolution that a recipe chooses by itself."""
     if name in (*BY_DATA, "celeba64-ve"):
-        return 64 if accelerated or name == "celeba64-ve" else 32
+        return largest_resolution(accelerated=accelerated or name == "celeba64-ve")
     return 32 if name.startswith("cifar10") else None
 
 

@@ -9,7 +9,7 @@ from accelerate import PartialState
 
 from stablefield.cli.recipes import BY_DATA, RecipeName, chosen, limit
 from stablefield.cli.sources import open_data, print_reading
-from stablefield.evaluation.evaluate import own_device
+from stablefield.shapes import found_device
 from stablefield.training.processes import first_process_first, start_processes
 from stablefield.training.recipe import Recipe
 
@@ -85,7 +85,7 @@ def pick_device(name: str) -> torch.device:
         ValueError: if it cannot be used.
     """
     try:
-        device = torch.device(name) if name else own_device()
+        device = torch.device(name) if name else found_device(None)
         if name.startswith("cuda:"):
             torch.cuda.set_device(device)
         torch.empty(0, device=device)

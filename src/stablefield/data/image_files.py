@@ -30,7 +30,21 @@ from numpy.typing import NDArray
 from stablefield.data.archive import Archive, EntryFile
 from stablefield.regular_file import JSON_LIMIT, open_regular
 
-__all__ = ["SPLITS", "SUFFIXES", "ImageFiles", "folder_files", "natural", "stamp", "zip_files"]
+__all__ = [
+    "NOTED",
+    "SPLITS",
+    "SUFFIXES",
+    "ChosenFiles",
+    "ImageFiles",
+    "choose_files",
+    "common_folder",
+    "folder_files",
+    "hidden",
+    "natural",
+    "read_documents",
+    "stamp",
+    "zip_files",
+]
 
 SUFFIXES = frozenset(
     [
@@ -114,10 +128,10 @@ def folder_files(
             below.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        below[:] = sorted(name for name in below if not _hidden(name))
+        below[:] = sorted(name for name in below if not hidden(name))
         for file in files:
             suffix = Path(file).suffix.lower()
-            if not _hidden(file) and (suffix in SUFFIXES or suffix == ".parquet" or file == "dataset.json"):
+            if not hidden(file) and (suffix in SUFFIXES or suffix == ".parquet" or file == "dataset.json"):
                 path = Path(place) / file
                 paths[path.relative_to(folder).as_posix()] = path
     parquet = [paths.pop(name) for name in list(paths) if name.lower().endswith(".parquet")]
@@ -130,14 +144,8 @@ def folder_files(
             "of both."
         )
     named = {name: path for name, path in paths.items() if PurePosixPath(name).name == "dataset.json"}
-    documents: dict[str, bytes] = {}
-    for name, path in named.items():
-        try:
-            with open_regular(path) as file:
-                documents[name] = _document(file, str(path), len(paths))
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
-    chosen = _choose([name for name in paths if name not in documents], documents, folder, split)
+    documents = read_documents(named, len(paths))
+    chosen = choose_files([name for name in paths if name not in documents], documents, folder, split)
 
     def fingerprint() -> str:
         return json.dumps([str(folder.resolve()), [[name, *stamp(paths[name])] for name in chosen.names]])
@@ -174,7 +182,7 @@ def zip_files(path: Path, split: str = "train") -> Generator[ImageFiles, None, N
             parts = PurePosixPath(name).parts
             if name.startswith("/") or ".." in parts or ":" in name.split("/")[0]:
                 raise ValueError(f"{path}: the entry {entry.orig_filename!r} leads out of the archive: make it again.")
-            if not parts or name.endswith("/") or any(_hidden(part) for part in parts):
+            if not parts or name.endswith("/") or any(hidden(part) for part in parts):
                 continue
             if PurePosixPath(name).suffix.lower() not in SUFFIXES and parts[-1] != "dataset.json":
                 continue
@@ -188,7 +196,7 @@ def zip_files(path: Path, split: str = "train") -> Generator[ImageFiles, None, N
             if PurePosixPath(name).name == "dataset.json":
                 with archive.open(entry) as file:
                     documents[name] = _document(file, f"{path}/{name}", len(entries))
-        chosen = _choose([name for name in entries if name not in documents], documents, path, split)
+        chosen = choose_files([name for name in entries if name not in documents], documents, path, split)
 
         def fingerprint() -> str:
             return json.dumps([str(path.resolve()), *stamp(path), chosen.names])
@@ -215,7 +223,9 @@ def stamp(path: Path) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Chosen:
+class ChosenFiles:
+    """Which of some files are meant, in order, with their labels."""
+
     names: list[str]
     labels: NDArray[np.int64] | None = None
     class_names: tuple[str, ...] | None = None
@@ -223,18 +233,19 @@ class _Chosen:
     notes: tuple[str, ...] = ()
 
 
-def _hidden(name: str) -> bool:
+def hidden(name: str) -> bool:
+    """Whether a file or folder of this name is passed over."""
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _choose(names: list[str], documents: dict[str, bytes], where: Path, split: str) -> _Chosen:
+def choose_files(names: list[str], documents: dict[str, bytes], where: Path | str, split: str) -> ChosenFiles:
     """Split, order and labels of the image files `names`, by the rules of the module."""
     if not names:
         raise ValueError(
             f"{where} holds no image file: {', '.join(sorted(SUFFIXES))} are looked for, in sub-folders too."
         )
     names = sorted(names)
-    root = _common_folder(names)
+    root = common_folder(names)
     first = {name[len(root) :].split("/")[0] if "/" in name[len(root) :] else "" for name in names}
     words = {word: key for key, words in SPLITS.items() for word in words}
     note = ""
@@ -264,7 +275,7 @@ def _choose(names: list[str], documents: dict[str, bytes], where: Path, split: s
             if name.startswith(f"{root}{word}/")
         ]
         names = [name for name in names if name.startswith(f"{root}{kept[0]}/")]
-        root, note = _common_folder(names), f", split {kept[0]}"
+        root, note = common_folder(names), f", split {kept[0]}"
     elif split != "train":
         raise ValueError(
             f"split={split!r}: {where} has no splits; leave split out, or name the folder with the images."
@@ -273,16 +284,16 @@ def _choose(names: list[str], documents: dict[str, bytes], where: Path, split: s
         folder = name.removesuffix("dataset.json")
         if root.startswith(folder):
             labels = _document_labels([n[len(folder) :] for n in names], document, f"{where}/{name}")
-            return _Chosen(names=names, labels=labels, note=note, notes=tuple(notes))
+            return ChosenFiles(names=names, labels=labels, note=note, notes=tuple(notes))
     classes = [name[len(root) :].split("/") for name in names]
     if all(len(parts) == 2 for parts in classes):
-        above = len(_common_folder(training))
+        above = len(common_folder(training))
         trained = {name[above:].split("/")[0] for name in training if name[above:].count("/") == 1}
         class_names = sorted(trained, key=natural)
         class_names += sorted({parts[0] for parts in classes} - trained, key=natural)
         number = {name: i for i, name in enumerate(class_names)}
         labels = np.array([number[parts[0]] for parts in classes], np.int64)
-        return _Chosen(names=names, labels=labels, class_names=tuple(class_names), note=note, notes=tuple(notes))
+        return ChosenFiles(names=names, labels=labels, class_names=tuple(class_names), note=note, notes=tuple(notes))
     folders = {parts[0] for parts in classes if len(parts) == 2}
     if len(folders) >= 2:
         stray = [name for name, parts in zip(names, classes, strict=True) if len(parts) != 2]
@@ -291,7 +302,7 @@ def _choose(names: list[str], documents: dict[str, bytes], where: Path, split: s
             f"{'lies' if len(stray) == 1 else 'lie'} elsewhere, the first {stray[0][:NOTED]}: for classes, move "
             f"{'it' if len(stray) == 1 else 'them'} into one of the folders or away, or write a dataset.json."
         )
-    return _Chosen(names=names, note=note, notes=tuple(notes))
+    return ChosenFiles(names=names, note=note, notes=tuple(notes))
 
 
 def natural(name: str) -> tuple[list[tuple[int, str]], str]:
@@ -302,7 +313,7 @@ def natural(name: str) -> tuple[list[tuple[int, str]], str]:
     return [(len(part) if place % 2 else 0, part) for place, part in enumerate(whole)], name
 
 
-def _common_folder(names: list[str]) -> str:
+def common_folder(names: list[str]) -> str:
     """The deepest folder that holds all names, "" or with a slash at its end."""
     if not names:
         return ""
@@ -310,6 +321,22 @@ def _common_folder(names: list[str]) -> str:
     # The first and the last name in order agree on a prefix of folders only if all between them do.
     agree = takewhile(lambda pair: pair[0] == pair[1], zip(*folders, strict=False))
     return "".join(f"{part}/" for part, _ in agree)
+
+
+def read_documents(paths: dict[str, Path], count: int) -> dict[str, bytes]:
+    """The bytes of each dataset.json, by its name, in a folder of `count` files.
+
+    Raises:
+        ValueError: if one cannot be read, or is too long.
+    """
+    documents: dict[str, bytes] = {}
+    for name, path in paths.items():
+        try:
+            with open_regular(path) as file:
+                documents[name] = _document(file, str(path), count)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
+    return documents
 
 
 def _document(file: BinaryIO | EntryFile, where: str, count: int) -> bytes:

@@ -122,6 +122,11 @@ def _open_zip(request: Request) -> ImageSet:
         return request.decoded(files)
 
 
+def _open_hub(request: Request) -> ImageSet:
+    with hub_files(str(request.source).removeprefix("hf:"), request.split) as files:
+        return request.decoded(files)
+
+
 def _is_cifar10(place: Place) -> bool:
     folder = place.path
     if not place.folder:
@@ -154,7 +159,7 @@ _DIGITS = Source(
 )
 _HUB = Source(
     recognise=lambda place: str(place.source).startswith("hf:"),
-    open=lambda request: request.decoded(hub_files(str(request.source).removeprefix("hf:"), request.split)),
+    open=_open_hub,
     text="hf:OWNER/NAME for a data set of the Hugging Face hub",
 )
 SOURCES: tuple[Source, ...] = (

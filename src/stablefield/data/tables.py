@@ -17,7 +17,7 @@ from stablefield.data.image_set import check_label_count
 from stablefield.data.table_file import Table, arrow_table, parquet_table, return_free_memory
 from stablefield.regular_file import JSON_LIMIT, open_regular
 
-__all__ = ["is_saved", "parquet_files", "saved_files"]
+__all__ = ["is_saved", "parquet_files", "parquet_rows", "require_pyarrow", "saved_files", "split_of", "split_word"]
 
 KEPT = 16
 """How many rows that were passed over are kept, for a thread that asks a little late."""
@@ -43,7 +43,7 @@ def saved_files(folder: Path, split: str = "train") -> ImageFiles:
             not exactly one column of images.
         ImportError: if pyarrow is not installed.
     """
-    _require(f"{folder}, a data set saved by datasets,")
+    require_pyarrow(f"{folder}, a data set saved by datasets,")
     damaged = f"{folder} is no data set saved by datasets, or damaged: {{}}; save it again."
     place = folder
     try:
@@ -78,26 +78,39 @@ def parquet_files(files: Sequence[Path], place: Path, split: str = "train") -> I
             of images.
         ImportError: if pyarrow is not installed.
     """
-    _require(f"{place}, which holds parquet files,")
+    require_pyarrow(f"{place}, which holds parquet files,")
     groups: dict[str, list[Path]] = {}
     for file in sorted(files):
         parts = file.relative_to(place).parts if file != place else (file.name,)
-        groups.setdefault(next(filter(None, map(_split_word, reversed(parts))), ""), []).append(file)
+        groups.setdefault(next(filter(None, map(split_word, reversed(parts))), ""), []).append(file)
     if "" in groups and len(groups) > 1:
         raise ValueError(
             f"{place} holds parquet files of the splits {', '.join(filter(None, groups))} and beside them "
             f"{groups[''][0]}, which is of none: move it, or begin its name with the word for a split."
         )
-    # One split of its own: as with a folder of images, it is what is meant where none is named.
-    word = next(iter(groups)) if len(groups) == 1 and split == "train" else _only(place, list(groups), split)
+    word = split_of(place, list(groups), split)
     chosen = groups[word]
-    tables = [parquet_table(file) for file in chosen]
     name = place.resolve().stem if place.is_file() else place.resolve().name
     many = f"{len(chosen):,} parquet files" if len(chosen) != 1 else "1 parquet file"
-    return _table_files(tables, name=name, source=f"{many} in {name}{f', split {word}' if word else ''}")
+    return parquet_rows(chosen, name=name, source=f"{many} in {name}{f', split {word}' if word else ''}")
 
 
-def _table_files(tables: Sequence[Table], *, name: str, source: str) -> ImageFiles:
+def parquet_rows(files: Sequence[Path], *, name: str, source: str, paths: bool = True) -> ImageFiles:
+    """The image files in the rows of parquet files, all of them.
+
+    Args:
+        files: the files, in the order of their rows.
+        name: a short name for the set.
+        source: one line that says where it came from.
+        paths: whether a row may name an image file of this machine in place of its bytes.
+
+    Raises:
+        ValueError: if they cannot be read, would take too much memory, or have not exactly one column of images.
+    """
+    return _table_files([parquet_table(file) for file in files], name=name, source=source, paths=paths)
+
+
+def _table_files(tables: Sequence[Table], *, name: str, source: str, paths: bool = True) -> ImageFiles:
     """The image files of tables, one behind the other, that must agree in what is read of them."""
     first = tables[0]
     count = sum(table.rows for table in tables)
@@ -119,7 +132,7 @@ def _table_files(tables: Sequence[Table], *, name: str, source: str) -> ImageFil
     key = [[str(table.path.resolve()), *stamp(table.path)] for table in tables]
     return ImageFiles(
         names=tuple(f"{name} row {i}" for i in range(count)),
-        open=_Rows(tables, image).open,
+        open=_Rows(tables, image, paths).open,
         labels=labels,
         class_names=names,
         name=name,
@@ -132,8 +145,8 @@ def _table_files(tables: Sequence[Table], *, name: str, source: str) -> ImageFil
 class _Rows:
     """The images of tables, for threads that ask for one row after the other, more or less in order."""
 
-    def __init__(self, tables: Sequence[Table], image: str) -> None:
-        self._tables, self._image = tables, image
+    def __init__(self, tables: Sequence[Table], image: str, paths: bool) -> None:
+        self._tables, self._image, self._paths = tables, image, paths
         self._starts = [0, *itertools.accumulate(table.rows for table in tables)]
         self._lock = threading.Lock()
         self._coming = self._from(0)
@@ -148,7 +161,11 @@ class _Rows:
             raise ValueError("the row has no image")
         if isinstance(found, Exception):
             raise found
-        return open_regular(Path(found)) if isinstance(found, str) else found
+        if not isinstance(found, str):
+            return found
+        if not self._paths:
+            raise ValueError("the row has no image, but the path of one")
+        return open_regular(Path(found))
 
     def _at(self, i: int) -> Any:
         if not self._next <= i < self._next + KEPT:
@@ -193,7 +210,8 @@ def _held(content: Any) -> Any:
     return file
 
 
-def _require(purpose: str) -> None:
+def require_pyarrow(purpose: str) -> None:
+    """Refuse where pyarrow, which `purpose` needs, is not installed."""
     try:
         import pyarrow.parquet  # pyright: ignore[reportMissingImports, reportUnusedImport]  # noqa: F401
     except ImportError as error:
@@ -218,13 +236,23 @@ def _document(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _split_word(name: str) -> str:
+def split_word(name: str) -> str:
     """The word for a split that a name begins with, or nothing."""
     word = re.split(r"[-_.]", name)[0].lower()
     return word if any(word in words for words in SPLITS.values()) else ""
 
 
-def _only(place: Path, there: Sequence[str], split: str) -> str:
+def split_of(place: Path | str, there: Sequence[str], split: str) -> str:
+    """The one of the splits `there` that `split` means.
+
+    Raises:
+        ValueError: if there is not exactly one.
+    """
+    # One split of its own: as with a folder of images, it is what is meant where none is named.
+    return there[0] if len(there) == 1 and split == "train" else _only(place, there, split)
+
+
+def _only(place: Path | str, there: Sequence[str], split: str) -> str:
     """The one of the splits `there` that `split` means."""
     alike = next((words for words in SPLITS.values() if split.lower() in words), (split,))
     found = [name for name in there if name.lower() in alike]

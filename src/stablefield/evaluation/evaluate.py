@@ -4,7 +4,6 @@ A metric is listed in `METRICS`; an evaluation takes such a name, or any `Metric
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import fsum, sqrt
@@ -30,14 +29,14 @@ from stablefield.evaluation.protocol import Score, running_commit
 from stablefield.evaluation.result import Evaluation, Pictures
 from stablefield.evaluation.samples import Images, ImageSource, RealImages, Report, SampleSource, SamplingRecord
 from stablefield.progress import Progress
-from stablefield.shapes import as_device, check_callable, check_kind, whole_number
+from stablefield.shapes import check_callable, check_kind, found_device, whole_number
 
 if TYPE_CHECKING:  # these need torchmetrics
     from stablefield.evaluation.extraction import Batch
     from stablefield.evaluation.reference import ReferenceSet
     from stablefield.evaluation.time_estimate import TimeEstimate
 
-__all__ = ["DEFAULT_METRICS", "METRICS", "check_counts", "evaluate", "own_device"]
+__all__ = ["DEFAULT_METRICS", "METRICS", "check_counts", "evaluate"]
 
 METRICS: Mapping[str, Metric] = {
     "frechet": Frechet(),
@@ -129,7 +128,7 @@ def evaluate(
     for name, hook in (("progress", progress), ("on_estimate", on_estimate)):
         if hook is not None:
             check_callable(name, hook, f"{name}(report)")
-    device = own_device() if device is None else as_device("device", device)
+    device = found_device(device)
     if isinstance(samples, str | Path | ImageSet | np.ndarray | Tensor):
         # As far as it is known, before anything is opened.
         check_counts(chosen, count, references)
@@ -169,13 +168,6 @@ def check_counts(metrics: Sequence[Metric], samples: int | None, references: int
                     f"there are {count} {what}, but {type(metric).__name__} takes at least {metric.least}: use more of them "
                     "(thousands, for a number that means something), or leave this metric out."
                 )
-
-
-def own_device() -> torch.device:
-    """A GPU if there is one, this process's own where there are several of both; else the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device(f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}")
 
 
 def _chosen(metrics: Sequence[str | Metric], classifier: Extractor | None) -> tuple[Metric, ...]:

@@ -10,12 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stablefield.data.image_set import ImageSet, Origin, make_image_set
-from stablefield.data.source import open_images
+from stablefield.data.image_set import ImageSet
+from stablefield.data.source import as_image_set, open_images
 from stablefield.evaluation.extractor import check_images
 from stablefield.evaluation.processes import Processes
 from stablefield.progress import Progress
-from stablefield.shapes import check_kind
 
 if TYPE_CHECKING:  # needs torchmetrics
     from stablefield.evaluation.extraction import Batch
@@ -93,14 +92,12 @@ def _opened(name: str, images: Images, split: str, progress: Report | None) -> I
                 progress(Progress(stage=stage, done=done, total=total))
 
         return open_images(images, split=split, progress=report)
-    check_kind(name, images, (np.ndarray, Tensor), "images, an ImageSet or the path of images")
     try:
         if isinstance(images, Tensor):
             check_images(images)
-            images = images.cpu().numpy()
-        return make_image_set(images, None, Origin(name=name, source="an array"))
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from error
+        return as_image_set(name, images)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 class RealImages:

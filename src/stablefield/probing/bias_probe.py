@@ -11,14 +11,14 @@ from torch import Tensor
 
 from stablefield.diffusion.process import EDM, Process
 from stablefield.probing.bias import BiasCheck, TargetLike, check_bias
-from stablefield.probing.population import MOST, Population, Samples, described, draw_population, found_device
+from stablefield.probing.population import MOST, Population, Samples, described, draw_population
 from stablefield.probing.record import bias_record
 from stablefield.progress import Progress
 from stablefield.report.cells import text_table
 from stablefield.report.chart import LineChart
 from stablefield.report.page import Page, Table, Text
 from stablefield.report.result import Result
-from stablefield.shapes import per_row
+from stablefield.shapes import found_device, per_row
 from stablefield.targets.pool import Pool
 from stablefield.targets.posterior import posterior
 from stablefield.targets.references import InBatch
@@ -31,7 +31,7 @@ _CHECKED = 4096
 _COLUMNS = ("references", "verdict", "p", "max |t|", "direction, noise level")
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class BiasProbe(Result):
     """What the test for bias says of each reference policy, and of targets with a planted fault.
 

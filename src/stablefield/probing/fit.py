@@ -8,7 +8,7 @@ The distance is measured itself, not as the difference of the other two, so it i
 loss. All are in squared units of the data; `LossFloor` and its weighting turn them into those of a loss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from stablefield.diffusion.objective import DenoiserLike
 from stablefield.probing.exact import ExactPosterior
 from stablefield.probing.population import Population
 from stablefield.probing.series import Series
+from stablefield.progress import Progress
 from stablefield.shapes import array_of_numbers, check_callable, check_kind, check_tensor, flag, whole_number
 
 __all__ = ["Fit", "Optimum", "find_optimum", "measure_fit"]
@@ -76,22 +77,31 @@ class Optimum:
     parts: tuple[_Part, ...]
 
     @torch.no_grad()
-    def fit(self, denoiser: DenoiserLike, *, labelled: bool = False) -> Fit:
+    def fit(
+        self,
+        denoiser: DenoiserLike,
+        *,
+        labelled: bool = False,
+        progress: Callable[[Progress], object] | None = None,
+    ) -> Fit:
         """Hold `denoiser` against the posterior mean.
 
         Args:
             denoiser: D(x, sigma, class_labels=None) in noise-to-signal units, on the device of the population.
             labelled: tell the network the labels.
+            progress: called as rows are done.
 
         Raises:
             ValueError: if labels are missing, or the network returns another shape.
         """
         found: list[Tensor] = []
-        for part in self.parts:
+        for done, part in enumerate(self.parts):
             if labelled and part.labels is None:
                 raise ValueError("labelled is set, but the population has no labels: pass them.")
             levels = [self._at(k, part, denoiser, labelled) for k in range(len(self.noise_level))]
             found.append(torch.stack(levels, 2).double().cpu())
+            if progress is not None:
+                progress(Progress(stage="measuring the network", done=done + 1, total=len(self.parts)))
         distance, loss, floor = (Series.of_sources(column[None], complete=False) for column in torch.cat(found, 1))
         return Fit(
             noise_level=self.noise_level,
@@ -128,6 +138,7 @@ def find_optimum(
     rows: int = 512,
     batch: int = 256,
     seed: int = 0,
+    progress: Callable[[Progress], object] | None = None,
 ) -> Optimum:
     """The exact posterior mean over `population` at noisy rows.
 
@@ -137,6 +148,7 @@ def find_optimum(
         rows: sources drawn, the same with the same noise at every level; at most the population.
         batch: rows at a time.
         seed: of sources and noise.
+        progress: called as rows are done.
 
     Raises:
         ValueError: if a noise level is not positive, or `rows` or `batch` is too small.
@@ -148,6 +160,8 @@ def find_optimum(
     levels = array_of_numbers("noise_levels", noise_levels).to(torch.float64).flatten().sort().values
     if len(levels) == 0 or not bool(((levels > 0) & levels.isfinite()).all()):
         raise ValueError(f"noise_levels={levels.tolist()}: pass at least one, all positive and finite.")
+    if progress is not None:
+        check_callable("progress", progress, "progress(report), with a Progress")
     if rows < 2 or batch < 1:
         raise ValueError(f"rows is {rows}, batch is {batch}: at least 2 rows and a batch of 1 are needed.")
     device, shape = population.data.device, tuple(population.data.shape[1:])
@@ -168,6 +182,9 @@ def find_optimum(
             variances.append(exact.variance)
         labels = None if population.labels is None else population.labels[index]
         parts.append(_Part(x0, noise, labels, torch.stack(means), torch.stack(variances)))
+        if progress is not None:
+            done = sum(len(part.x0) for part in parts)
+            progress(Progress(stage="measuring the optimum", done=done, total=min(rows, len(population))))
     return Optimum(noise_level=levels, shape=shape, samples=len(population), parts=tuple(parts))
 
 
@@ -180,6 +197,7 @@ def measure_fit(
     rows: int = 512,
     batch: int = 256,
     seed: int = 0,
+    progress: Callable[[Progress], object] | None = None,
 ) -> Fit:
     """Hold `denoiser` against the posterior mean over `population`.
 
@@ -191,5 +209,5 @@ def measure_fit(
     check_kind("population", population, Population, "a Population of the data, Population(data)")
     if labelled and population.labels is None:
         raise ValueError("labelled is set, but the population has no labels: pass them.")
-    found = find_optimum(population, noise_levels, rows=rows, batch=batch, seed=seed)
-    return found.fit(denoiser, labelled=labelled)
+    found = find_optimum(population, noise_levels, rows=rows, batch=batch, seed=seed, progress=progress)
+    return found.fit(denoiser, labelled=labelled, progress=progress)

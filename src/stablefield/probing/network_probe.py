@@ -16,7 +16,7 @@ from stablefield.diffusion.weighting import Weighting
 from stablefield.probing.fit import Fit, measure_fit
 from stablefield.probing.fit_page import distance_chart, excess_chart, fit_page, logged_chart
 from stablefield.probing.floor import LoggedExcess, LossFloor, logged_excess
-from stablefield.probing.population import MOST, Samples, described, draw_population, found_device
+from stablefield.probing.population import MOST, Samples, described, draw_population
 from stablefield.probing.probe import sampled, spaced, with_error
 from stablefield.probing.record import fit_record, fit_table
 from stablefield.probing.training import Training
@@ -26,7 +26,7 @@ from stablefield.report.cells import text_table
 from stablefield.report.chart import LineChart
 from stablefield.report.page import Page
 from stablefield.report.result import Result
-from stablefield.shapes import array_of_numbers, check_callable
+from stablefield.shapes import array_of_numbers, check_callable, found_device
 
 __all__ = ["NetworkProbe", "probe_network"]
 
@@ -34,7 +34,7 @@ __all__ = ["NetworkProbe", "probe_network"]
 _LINES = 12
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class NetworkProbe(Result):
     """A network held against the exact posterior mean over its data.
 
@@ -193,14 +193,16 @@ def probe_network(
         if noise_levels is None
         else array_of_numbers("noise_levels", noise_levels)
     )
-    if progress is not None:
-        progress(Progress(stage="measuring the network", done=0, total=1))
     fit = measure_fit(
-        network, population, levels, labelled=by_class, rows=512 if sources is None else sources, seed=seed
+        network,
+        population,
+        levels,
+        labelled=by_class,
+        rows=512 if sources is None else sources,
+        seed=seed,
+        progress=progress,
     )
     floor = LossFloor(noise_level=fit.noise_level, variance=fit.floor.mean, dim=fit.dim, weighting=training.weighting)
-    if progress is not None:
-        progress(Progress(stage="measuring the network", done=1, total=1))
     return NetworkProbe(
         name=name,
         description=described(images)[1],

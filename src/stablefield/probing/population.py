@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stablefield.data.image_set import ImageSet
-from stablefield.shapes import as_device, check_kind, check_tensor, flag, whole_number
+from stablefield.shapes import check_kind, check_tensor, flag, whole_number
 from stablefield.targets.reference_matrix import ReferenceMatrix
 
-__all__ = ["MOST", "Population", "Samples", "described", "draw_population", "found_device"]
+__all__ = ["MOST", "Population", "Samples", "described", "draw_population"]
 
 MOST = 65_536
 """Samples that a population holds unless more are asked for."""
@@ -172,15 +172,6 @@ def described(images: Samples) -> tuple[str, str, dict[str, Any]]:
     shape = tuple(images.shape)
     manifest = {"count": shape[0], "shape": list(shape[1:]), "dtype": str(images.dtype).removeprefix("torch.")}
     return "samples", f"{shape[0]:,} samples of shape {shape[1:]}", manifest
-
-
-def found_device(device: torch.device | str | None) -> torch.device:
-    """The device, or a GPU if there is one, else the CPU, for None.
-
-    Raises:
-        ValueError: if this machine has no such device.
-    """
-    return as_device("device", ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
 
 
 def _all_equal(data: Tensor, labels: Tensor | None) -> bool:

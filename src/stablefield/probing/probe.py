@@ -15,7 +15,7 @@ from stablefield.data.image_set import ImageSet
 from stablefield.probing.advice import Advice, advise
 from stablefield.probing.batch import BatchVariance, measure_batch
 from stablefield.probing.phases import Edge, Phases, find_phases, share_above
-from stablefield.probing.population import MOST, Samples, described, draw_population, found_device
+from stablefield.probing.population import MOST, Samples, described, draw_population
 from stablefield.probing.record import advice_record, curve_record, curve_table, phases_record
 from stablefield.probing.training import TRAININGS, Training
 from stablefield.probing.variance import SIZES, VarianceCurve, measure_variance
@@ -25,7 +25,7 @@ from stablefield.report.cells import text_table
 from stablefield.report.chart import LineChart
 from stablefield.report.page import Page
 from stablefield.report.result import Result
-from stablefield.shapes import check_kind, number, shape_of
+from stablefield.shapes import check_kind, found_device, number, shape_of
 from stablefield.targets.band import NoiseBand, pick_noise_band
 from stablefield.targets.pool import Pool
 
@@ -37,7 +37,7 @@ _NOTHING, _LITTLE = 0.01, 0.1
 _LINES = 8
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Probe(Result):
     """The variance of training targets on data, and what follows for a training run.
 

@@ -29,6 +29,14 @@ class Result(ABC):
     """
 
     @abstractmethod
+    def __str__(self) -> str:
+        """The table."""
+
+    def __repr__(self) -> str:
+        # What a prompt shows; for that a dataclass is declared with repr=False.
+        return str(self)
+
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """All numbers and their protocol, as JSON values."""
 
@@ -86,10 +94,6 @@ class Result(ABC):
             case _:
                 raise ValueError(f"path={str(path)!r}: name a .json file for the numbers, .html for a report or .png.")
         return path
-
-    def __repr__(self) -> str:
-        # Of a dataclass with repr=False: its tensors would fill the screen.
-        return str(self)
 
     def _repr_png_(self) -> bytes | None:
         charts = self.charts()

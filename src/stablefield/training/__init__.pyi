@@ -34,6 +34,7 @@ from stablefield.training.recipes import (
     unet2d as unet2d,
 )
 from stablefield.training.run import Run as Run
+from stablefield.training.run import make_plan as make_plan
 from stablefield.training.run import train as train
 from stablefield.training.run_folder import RunConfig as RunConfig
 from stablefield.training.run_folder import RunFolder as RunFolder

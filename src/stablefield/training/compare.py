@@ -23,13 +23,13 @@ import stablefield
 from stablefield.atomic_file import write_atomically
 from stablefield.data.image_set import ImageSet, class_text
 from stablefield.data.source import as_image_set, open_images
-from stablefield.evaluation.evaluate import own_device
 from stablefield.evaluation.extractor import Extractor, RawPixels
 from stablefield.evaluation.fid import frechet_name
 from stablefield.report import Page
+from stablefield.report.cells import text_table
 from stablefield.report.chart import Chart
 from stablefield.report.result import Result
-from stablefield.shapes import as_device, whole_number
+from stablefield.shapes import found_device, whole_number
 from stablefield.training.comparison import (
     LEVELS,
     MIDDLE,
@@ -162,9 +162,7 @@ class Comparison(Result):
 
     def __str__(self) -> str:
         head, rows = self.rows()
-        widths = [max(len(row[k]) for row in (head, *rows)) for k in range(len(head))]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
-        return "\n".join([*lines, DISTANCE, self.summary])
+        return "\n".join([text_table(head, rows), DISTANCE, self.summary])
 
     def to_dict(self) -> dict[str, Any]:
         """The protocol, the gains and every score, as JSON values."""
@@ -272,7 +270,7 @@ def compare(
         raise ValueError(f"seeds={','.join(map(str, wanted))}: pass at least one seed, and every seed once.")
     if evaluations is not None:
         whole_number("evaluations", evaluations, 1)
-    where = own_device() if device is None else as_device("device", device)
+    where = found_device(device)
     data = _data(images, recipe, where)
     count = len(data) if samples is None else whole_number("samples", samples, 1)
     check_samples(f"samples={count}", count, len(data))

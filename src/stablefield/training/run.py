@@ -29,13 +29,13 @@ import stablefield
 from stablefield.atomic_file import write_atomically
 from stablefield.data.image_set import ImageSet
 from stablefield.data.source import as_image_set, open_images
-from stablefield.evaluation.evaluate import DEFAULT_METRICS, evaluate, own_device
+from stablefield.evaluation.evaluate import DEFAULT_METRICS, evaluate
 from stablefield.evaluation.metric import Metric
 from stablefield.evaluation.processes import Processes
 from stablefield.evaluation.result import Evaluation
 from stablefield.progress import Progress
 from stablefield.sampling.samples import chunks_of
-from stablefield.shapes import as_device, whole_number
+from stablefield.shapes import found_device, whole_number
 from stablefield.training.ema import power_exponent
 from stablefield.training.files import write_tensors
 from stablefield.training.loop import Observer, Report, Tracker, check_fit, fit, make_accelerator
@@ -152,7 +152,7 @@ def train(
         TrainingError: if the loss is not finite or the disk is full; earlier checkpoints are intact.
         ImportError: if a package is missing.
     """
-    where = own_device() if device is None else as_device("device", device)
+    where = found_device(device)
     state = start_processes(accelerated=where.type == "cuda")
     if state.num_processes > 1:
         where = torch.device(state.device or where)
@@ -313,7 +313,7 @@ class Run:
                 ema=ema,
                 batch=batch,
             )
-        opened = options.open(self.path, own_device() if device is None else as_device("device", device))
+        opened = options.open(self.path, found_device(device))
         _warn(opened.model)
         return opened
 
@@ -483,7 +483,7 @@ class Run:
             ValueError: if the images are not those of the run, or another process trains in its folder.
             TrainingError: as for `train`.
         """
-        where = own_device() if device is None else as_device("device", device)
+        where = found_device(device)
         state = start_processes(accelerated=where.type == "cuda")
         if state.num_processes > 1:
             where = torch.device(state.device or where)

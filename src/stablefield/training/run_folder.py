@@ -98,6 +98,8 @@ class RunFolder:
             folder._require_empty()
             with folder.locked():
                 folder._require_empty()  # others may have been faster
+                for leftover in path.glob(".config.json.*tmp"):  # of a kill
+                    leftover.unlink()
                 folder._write_config(config)
         except OSError as error:
             raise ValueError(

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Protocol, overload
 
 import numpy as np
 import torch
@@ -13,19 +13,28 @@ from torch import Tensor
 from stablefield.data.image_set import ImageSet
 from stablefield.data.source import open_images
 from stablefield.probing.network_probe import NetworkProbe, probe_network
-from stablefield.probing.population import MOST, Samples, found_device
+from stablefield.probing.population import MOST, Samples
 from stablefield.probing.probe import Probe, probe_data
 from stablefield.probing.training import Training
 from stablefield.probing.variance import SIZES
 from stablefield.progress import Progress
-from stablefield.shapes import check_kind
+from stablefield.shapes import check_kind, found_device
 from stablefield.training.model import open_model
 from stablefield.training.placement import resolve_references
 from stablefield.training.recipe import Recipe
-from stablefield.training.recipes import MNIST28, imagefolder
+from stablefield.training.recipes import imagefolder, largest_resolution, recipe_for
 from stablefield.training.run_folder import RunFolder
 
 __all__ = ["is_run", "probe", "usual_training"]
+
+
+class HasFolder(Protocol):
+    """A run that was opened: whatever knows its folder."""
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        ...
 
 
 @overload
@@ -47,7 +56,7 @@ def probe(
 ) -> Probe: ...
 @overload
 def probe(
-    data: str | Path | RunFolder,
+    data: str | Path | HasFolder,
     *,
     labels: Tensor | NDArray[np.int64] | None = ...,
     by_class: bool = ...,
@@ -63,7 +72,7 @@ def probe(
     progress: Callable[[Progress], object] | None = ...,
 ) -> Probe | NetworkProbe: ...
 def probe(
-    data: Samples | str | Path | RunFolder,
+    data: Samples | str | Path | HasFolder,
     *,
     labels: Tensor | NDArray[np.int64] | None = None,
     by_class: bool = False,
@@ -85,7 +94,8 @@ def probe(
 
     Args:
         data: images as `stablefield.data.open_images` returns them, or whatever it opens by name; a tensor or array of shape
-            (n, ...), floating point, or uint8 that means x / 127.5 - 1; or the folder of a run.
+            (n, ...), floating point, or uint8 that means x / 127.5 - 1; or the folder of a run,
+            or the run that was opened from it.
         labels: class of each sample, integers of shape (n,), to keep posteriors within classes. Data only.
         by_class: the same with the classes of an image set. Data only.
         training: to advise on; what `train` would do with these data if None. Data only.
@@ -105,16 +115,18 @@ def probe(
 
     Raises:
         ValueError: if the data or the run cannot be opened, have nothing to measure, or an argument does not fit.
+        TypeError: if an argument is of another kind.
     """
     device = found_device(device)
-    if isinstance(data, RunFolder) or (isinstance(data, str | Path) and is_run(data)):
-        folder = data.path if isinstance(data, RunFolder) else Path(data)
-        return _probe_run(folder, noise_levels, max_images, sources, seed, device, progress)
+    folder = data if isinstance(data, str | Path) else getattr(data, "path", None)
+    if isinstance(folder, str | Path) and is_run(folder):
+        return _probe_run(Path(folder), noise_levels, max_images, sources, seed, device, progress)
     if isinstance(data, str | Path):
-        data = open_images(data, limit=64 if device.type == "cuda" else 32, progress=_reading(progress))
-    check_kind(
-        "data", data, (ImageSet, Tensor, np.ndarray), "images, a tensor, the name of data or the folder of a run"
-    )
+        data = open_images(
+            data, limit=largest_resolution(accelerated=device.type == "cuda"), progress=_reading(progress)
+        )
+    if not isinstance(data, ImageSet | Tensor | np.ndarray):
+        raise TypeError(f"data is a {type(data).__name__}: pass images, a tensor, the name of data, or a run.")
     pool: int | str = "all"
     if isinstance(data, ImageSet):
         pool, _ = resolve_references(_recipe(data, device), data, device)
@@ -158,12 +170,13 @@ def _training_of(recipe: Recipe) -> Training:
 
 
 def _recipe(data: Samples, device: torch.device) -> Recipe:
-    """What `train` would do with the data if it were told no more than their name."""
-    shape = data.shape if isinstance(data, ImageSet) else tuple(data.shape[1:])
-    if tuple(shape) == (1, 28, 28):
-        return MNIST28
+    """What `train` would do with the data if it were given no recipe."""
+    accelerated = device.type == "cuda"
+    if isinstance(data, ImageSet):
+        return recipe_for(data, accelerated=accelerated)
+    shape = tuple(data.shape[1:])
     height, width = shape[-2:] if len(shape) > 1 else (1, 1)
-    return imagefolder((shape[0] if len(shape) > 2 else 1, height, width), len(data), accelerated=device.type == "cuda")
+    return imagefolder((shape[0] if len(shape) > 2 else 1, height, width), len(data), accelerated=accelerated)
 
 
 def _probe_run(

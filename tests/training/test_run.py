@@ -1,0 +1,173 @@
+"""Claims on runs from Python: what `train` leaves, what `Run` does with it, and that a notebook can do it in one call."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import stablefield as sf
+from stablefield.data.digits import open_digits
+from stablefield.evaluation.extractor import RawPixels
+from stablefield.training.loop import Report
+from stablefield.training.recipe import Perceptron, Recipe
+from stablefield.training.sampler import SamplerOptions
+
+TINY = Recipe(
+    steps=12,
+    batch=16,
+    checkpoint_every=4,
+    sample_every=0,
+    log_every=4,
+    ema_snapshot_every=4,
+    network=Perceptron(width=16, depth=1),
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> sf.Run:
+    return sf.train("digits", out=tmp_path_factory.mktemp("runs") / "digits", recipe=TINY, device="cpu")
+
+
+def test_one_call_trains_and_reports_its_progress(tmp_path: Path) -> None:
+    reports: list[Report] = []
+    run = sf.train(
+        open_digits(), out=tmp_path / "a", recipe=TINY, steps=6, device="cpu", progress=reports.append, every=2
+    )
+    assert run.path == tmp_path / "a"
+    assert [report.step for report in reports] == [2, 4, 6]
+    assert run.step == run.config.recipe.steps == 6
+    assert [entry["step"] for entry in run.metrics()] == [4, 6]
+    assert run.config.data == "digits"
+
+
+def test_an_array_is_trained_on_as_an_image_set_is(tmp_path: Path) -> None:
+    digits = open_digits()
+    two = [
+        sf.train(images, out=tmp_path / name, recipe=TINY, steps=3, device="cpu")
+        for name, images in (
+            ("set", digits),
+            ("array", digits.images),
+            ("tensor", torch.from_numpy(digits.images.copy())),
+        )
+    ]
+    weights = [run.model("none").denoiser.state_dict() for run in two]
+    assert all(torch.equal(value, other[name]) for other in weights[1:] for name, value in weights[0].items())
+
+
+def test_without_a_recipe_the_data_choose_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = sf.train("digits", steps=2, device="cpu")
+    assert run.path == Path("runs/digits-stf")
+    assert run.config.recipe.network == sf.training.DIGITS.network
+    assert sf.train("digits", steps=2, device="cpu").path == Path("runs/digits-stf-2")
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_weights(run: sf.Run, tmp_path: Path) -> None:
+    seen: list[int] = []
+    stopped = sf.train(
+        "digits", out=tmp_path / "a", recipe=TINY, device="cpu", progress=lambda r: seen.append(r.step), every=1,
+        stop=lambda: len(seen) >= 5,
+    )  # fmt: skip
+    assert stopped.step < 12
+    assert sf.Run(tmp_path / "a").resume(device="cpu").step == 12
+    one, two = run.model("none").denoiser.state_dict(), stopped.model("none").denoiser.state_dict()
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
+def test_images_that_were_no_file_are_handed_to_resume(tmp_path: Path) -> None:
+    digits = open_digits().images
+    stopped = sf.train(digits, out=tmp_path / "a", recipe=TINY, steps=4, device="cpu", stop=lambda: True)
+    with pytest.raises(ValueError, match="data is missing"):
+        stopped.resume(device="cpu")
+    assert stopped.resume(data=digits, device="cpu").step == 4
+
+
+def test_a_seed_is_one_image_however_it_is_drawn(run: sf.Run) -> None:
+    whole = run.sample(6, steps=3, device="cpu")
+    some = run.sample([4, 1], steps=3, batch=1, device="cpu")
+    assert whole.images.shape == (6, 1, 8, 8)
+    assert whole.nfe == some.nfe == 5
+    np.testing.assert_array_equal(some.images, whole.images[[4, 1]])
+    # By hand: the same latents through the same solver.
+    latents = sf.sampling.SampleNoise([4, 1]).latents((1, 8, 8), dtype=torch.float64)
+    clean = sf.sampling.heun(run.model().denoiser, latents * 80, sf.sampling.edm_sigmas(3))
+    np.testing.assert_array_equal(((clean + 1) * 127.5).round().clamp(0, 255).byte().numpy(), some.images)
+
+
+def test_samples_are_saved_as_their_suffix_says(run: sf.Run, tmp_path: Path) -> None:
+    samples = run.sample([3, 0, 2], steps=2, device="cpu")
+    with np.load(samples.save(tmp_path / "a.npz")) as arrays:
+        np.testing.assert_array_equal(arrays["arr_0"], samples.images.transpose(0, 2, 3, 1))
+        assert arrays["seeds"].tolist() == [3, 0, 2]
+    samples.save(tmp_path / "folder")
+    with Image.open(tmp_path / "folder" / "000002.png") as picture:
+        np.testing.assert_array_equal(np.asarray(picture), samples.images[2, 0])
+    with Image.open(samples.save(tmp_path / "grid.png")) as picture:
+        np.testing.assert_array_equal(np.asarray(picture), samples.grid()[:, :, 0])
+    assert 'alt="3 samples" src="data:image/png;base64,' in samples._repr_html_()
+
+
+def test_options_stand_in_one_place(run: sf.Run) -> None:
+    options = SamplerOptions(sampler="euler", steps=2)
+    np.testing.assert_array_equal(
+        run.sample(2, sampler=options, device="cpu").images,
+        run.sample(2, sampler="euler", steps=2, device="cpu").images,
+    )
+    with pytest.raises(ValueError, match="sampler holds all options"):
+        run.sample(2, sampler=options, steps=3)
+    with pytest.raises(ValueError, match=r"^churn=3 is an option of heun, not of euler"):
+        run.sample(2, sampler=SamplerOptions(sampler="euler", churn=3), device="cpu")
+    with pytest.raises(ValueError, match=r"guidance_scale=2: classifier-free guidance takes a run with classes"):
+        run.sample(2, guidance_scale=2.0, device="cpu")
+    with pytest.raises(ValueError, match="seeds holds 2 seeds, 1 of them different"):
+        run.sample([1, 1])
+
+
+def test_an_evaluation_is_of_the_runs_samples_and_data(run: sf.Run, tmp_path: Path) -> None:
+    samples = run.sample(60, steps=2, device="cpu")
+    options = SamplerOptions(steps=2)
+    arguments = {"metrics": ("frechet",), "extractor": RawPixels((1, 8, 8)), "device": "cpu", "cache": False}
+    found = run.evaluate(samples=60, sampler=options, **arguments)
+    by_hand = sf.evaluate(samples.images, data="digits", **arguments)
+    assert found.scores[0].mean == pytest.approx(by_hand.scores[0].mean, rel=1e-9)
+    protocol = found.scores[0].protocol
+    assert (protocol.nfe, protocol.steps, protocol.sample_count) == (3.0, 2, 60)
+    assert json.loads(found.save(tmp_path / "e.json").read_text())["results"]
+
+
+def test_an_average_is_written_beside_the_snapshots(run: sf.Run) -> None:
+    assert run.snapshot_steps() == [4, 8, 12]
+    path, error = run.average(0.1)
+    assert path.name == "length-0.1.safetensors"
+    assert 0 <= error < 0.2
+    with pytest.raises(ValueError, match="length"):
+        run.average(0.5)
+
+
+def test_an_export_is_a_folder_with_a_card(run: sf.Run, tmp_path: Path) -> None:
+    folder = run.export(tmp_path / "plain", format="plain", samples=4, steps=2, name="tiny")
+    assert {"README.md", "samples.png"} <= {path.name for path in folder.iterdir()}
+    assert "tiny" in (folder / "README.md").read_text()
+    with pytest.raises(ValueError, match="is not empty"):
+        run.export(folder, format="plain")
+
+
+def test_a_run_shows_itself_in_a_notebook(run: sf.Run) -> None:
+    text = run._repr_html_()
+    assert "step 12 of 12" in text
+    assert re.search(r'<img alt="samples of step 12" src="data:image/png;base64,', text)
+    assert repr(run) == f"Run({str(run.path)!r})"
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a run"):
+        sf.Run(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="recipe and steps"):
+        sf.train(sf.training.make_plan(open_digits(), TINY), steps=3)
+    with pytest.raises(ValueError, match=r"batch=2000 is above the 1797 images"):
+        sf.train("digits", out=tmp_path / "x", recipe=Recipe(batch=2000), device="cpu")
+    assert not (tmp_path / "x").exists()
