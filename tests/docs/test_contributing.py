@@ -1,6 +1,9 @@
 """CONTRIBUTING's examples of extensions run as they stand there."""
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +36,84 @@ def test_a_new_metric_is_one_file_and_one_line(
     digits = sf.data.open_images("digits")
     net = sf.evaluation.RandomConvolutions()
     assert sf.evaluate(digits, data=digits, metrics=["mean-distance"], extractor=net)["mean distance"].mean < 1e-6
+
+
+# Section, what its file is imported for, and where its line goes: behind this text, or in place of the line that begins so.
+ADDED = {
+    "sampler": ("midpoint", "SOLVERS: Mapping[str, Solver] = {\n"),
+    "recipe": ("QUICK", "RECIPES = {\n"),
+    "network": ("Linear", "    network: "),
+    "data source": ("open_csv", "SOURCES: tuple[Source, ...] = (\n"),
+}
+
+SCRIPT = """
+import runpy
+
+runpy.run_module("stablefield.cli.inventory", run_name="__main__")
+
+import numpy as np
+import stablefield as sf
+from stablefield.cli.entry import main
+from stablefield.networks.linear import Linear
+from stablefield.training import Recipe
+
+values = np.random.default_rng(0).integers(0, 256, (40, 64))
+np.savetxt("grey.csv", values, "%d", delimiter=",")
+images = sf.data.open_images("grey.csv")
+assert (images.images.reshape(40, 64) == values).all()
+run = sf.train(images, out="linear", recipe=Recipe(network=Linear(), batch=8, steps=2), device="cpu")
+assert sf.Run("linear").config.recipe.network == Linear()
+samples = run.sample(2, sampler="midpoint", steps=3)
+assert samples.nfe == 6 and samples.images.shape == (2, 1, 8, 8)
+one, same = (run.sample([1], sampler=name, steps=300).images[0].astype(int) for name in ("midpoint", "heun"))
+assert abs(one - same).max() <= 2
+for arguments in (
+    "train grey.csv --recipe quick --steps 1 --batch 8 --out quick --device cpu",
+    "sample quick --sampler midpoint --steps 2 --seeds 0-1 --out two.png --device cpu",
+):
+    try:
+        main(arguments.split())
+    except SystemExit as ended:
+        assert ended.code == 0, arguments
+try:
+    sf.data.open_images("nowhere")
+except ValueError as error:
+    assert "a .csv file" in str(error)
+"""
+
+
+def test_a_new_sampler_recipe_network_and_data_source_is_one_file_and_one_line(tmp_path: Path) -> None:
+    """Each is added to a copy of the sources as its section says, and used from Python and by the command."""
+    source = tmp_path / "src"
+    shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    for title, (name, place) in ADDED.items():
+        (section,) = re.findall(rf"^## Add a {title}\n(.*?)(?=^## )", text, re.M | re.S)
+        (content,) = re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S)
+        ((folder, file),) = re.findall(r"`(src/[\w/]+)`,\s+such\s+as `(\w+)\.py`", section)
+        ((listed,),) = [
+            re.findall(r"^and one (?:line|more)[^`]*(?:`[^`./]+`[^`]*)+`(src/[\w/]+\.py)`", section, re.M | re.S)
+        ]
+        (line,) = re.findall(r"^    (\S.*)$", section.replace(content, ""), re.M)
+        (tmp_path / folder / f"{file}.py").write_text(content, "utf-8")
+        module = tmp_path / listed
+        before = module.read_text("utf-8")
+        assert before.count(place) == 1
+        if place.endswith("\n"):
+            after = before.replace(place, f"{place}    {line}\n")
+        else:
+            after = re.sub(rf"^{place}.*$", lambda _, line=line: f"    {line}", before, flags=re.M)
+        package = folder.removeprefix("src/").replace("/", ".")
+        after = after.replace("\n__all__", f"\nfrom {package}.{file} import {name}\n\n__all__", 1)
+        assert len(after.splitlines()) - len(before.splitlines()) <= 3  # the line, its import and a blank one
+        module.write_text(after, "utf-8")
+    script = tmp_path / "use.py"
+    script.write_text(SCRIPT, "utf-8")
+    done = subprocess.run(
+        [sys.executable, script],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(source), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr

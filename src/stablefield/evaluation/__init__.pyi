@@ -1,3 +1,7 @@
+from stablefield.evaluation.bench import Benchmark as Benchmark
+from stablefield.evaluation.bench import benchmark as benchmark
+from stablefield.evaluation.doctor import CheckUp as CheckUp
+from stablefield.evaluation.doctor import check_machine as check_machine
 from stablefield.evaluation.evaluate import METRICS as METRICS
 from stablefield.evaluation.evaluate import evaluate as evaluate
 from stablefield.evaluation.extractor import Extractor as Extractor

@@ -1,5 +1,6 @@
 from stablefield.interop.exported_pipeline import StablefieldPipeline as StablefieldPipeline
 from stablefield.interop.hub import push_folder as push_folder
+from stablefield.interop.imported_run import import_run as import_run
 from stablefield.interop.imported_run import write_imported_run as write_imported_run
 from stablefield.interop.model_card import ModelCard as ModelCard
 from stablefield.interop.pipeline_folder import write_pipeline as write_pipeline

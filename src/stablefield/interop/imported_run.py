@@ -3,7 +3,7 @@
 import hashlib
 from io import BufferedReader
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import stablefield
 from stablefield.diffusion.noise_levels import LogNormal, LogUniform, Uniform
@@ -12,15 +12,31 @@ from stablefield.diffusion.process import EDM, VE, VP
 from stablefield.diffusion.weighting import EDMWeighting, SNRWeighting
 from stablefield.interop.architecture import Architecture
 from stablefield.interop.inert import plain_text
-from stablefield.interop.published import Preconditionings, PublishedNetwork
+from stablefield.interop.published import Preconditionings, PublishedNetwork, read_published
 from stablefield.regular_file import open_regular
 from stablefield.training.checkpoint import State, Trained, save
 from stablefield.training.recipe import Recipe, UNet
+from stablefield.training.run import Run
 from stablefield.training.run_folder import RunConfig, RunFolder
 
-__all__ = ["write_imported_run"]
+__all__ = ["import_run", "write_imported_run"]
 
 _PUBLISHED_AUGMENTATION = 0.12
+
+
+def import_run(file: str | Path, out: str | Path, *, preconditioning: Literal["edm", "vp", "ve"] | None = None) -> Run:
+    """Make a run of a published network. Nothing in the file is executed, whatever it holds.
+
+    Args:
+        file: a pickle of the EDM family (.pkl), a torch file (.pt, .pth) or safetensors.
+        out: folder of the run, new or empty.
+        preconditioning: scalings that the network was trained in; needed where the file does not say.
+
+    Raises:
+        ValueError: if the file holds no such network, or the folder is not empty or cannot be written.
+    """
+    file = Path(file)
+    return Run(write_imported_run(Path(out), read_published(file, preconditioning), file).path)
 
 
 def write_imported_run(path: Path, network: PublishedNetwork, source: Path) -> RunFolder:
