@@ -16,8 +16,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
+# The tests beside the sources: each takes one core.
 types: $(VENV)/.test
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright --pythonpath $(BIN)/python --project tests & $(BIN)/pyright --pythonpath $(BIN)/python && wait $$!
 
 # What compares times runs by itself.
 tests: $(VENV)/.test

@@ -1,5 +1,7 @@
 """Claims on the house itself: which way imports point, what an import costs, and what the sources may hold."""
 
+# pyright: reportAttributeAccessIssue=false
+
 import ast
 import graphlib
 import importlib

@@ -1,5 +1,7 @@
 """The README's code runs as it stands, and with one reference its loss is bit for bit the one without stablefield."""
 
+# pyright: reportAttributeAccessIssue=false
+
 import re
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,5 +1,7 @@
 """Data sets of the hub: which files are fetched, and that they are read as files on disk are."""
 
+# pyright: reportAttributeAccessIssue=false
+
 import io
 import json
 import re

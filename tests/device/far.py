@@ -10,6 +10,8 @@ what in torch waits inside a kernel and is not named in `LOOKS`. `tolist`, `new_
 fail on it. torch allows one device written in Python per process, and its name stays: use it in a process of its own.
 """
 
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+
 from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager

@@ -1,5 +1,7 @@
 """Claims on the objective: exact expectations by enumeration, a second implementation, and what reaches whom."""
 
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
+
 import itertools
 import math
 from dataclasses import dataclass

@@ -1,3 +1,5 @@
+# pyright: reportAttributeAccessIssue=false
+
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator

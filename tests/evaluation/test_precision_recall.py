@@ -1,3 +1,5 @@
+# pyright: reportReturnType=false
+
 import numpy as np
 import pytest
 import torch

@@ -1,3 +1,5 @@
+# pyright: reportInvalidTypeForm=false
+
 import os
 from pathlib import Path
 

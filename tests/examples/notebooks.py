@@ -49,7 +49,9 @@ def execute(sources: list[str]) -> list[list[dict[str, Any]]]:
     found: list[list[dict[str, Any]]] = []
     for count, source in enumerate(sources, 1):
         body = ast.parse(source).body
-        last = ast.Expression(body.pop().value) if isinstance(body[-1], ast.Expr) else None
+        end = body[-1]
+        last = ast.Expression(end.value) if isinstance(end, ast.Expr) else None
+        body = body if last is None else body[:-1]
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile(ast.Module(body, []), f"<cell {count}>", "exec"), space)

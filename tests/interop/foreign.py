@@ -1,5 +1,7 @@
 """Files as other programs write them: pickled modules that carry their source, and every trick a hostile pickle has."""
 
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+
 import io
 import pickle
 import struct

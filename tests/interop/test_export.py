@@ -1,5 +1,7 @@
 """Exports: loaded where this library is not, they give its samples."""
 
+# pyright: reportCallIssue=false
+
 import json
 import os
 import subprocess

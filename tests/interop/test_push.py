@@ -1,5 +1,7 @@
 """Pushing to a model hub: against one that listens on this machine only."""
 
+# pyright: reportAttributeAccessIssue=false
+
 import base64
 import json
 import os

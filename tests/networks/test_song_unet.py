@@ -1,3 +1,5 @@
+# pyright: reportAttributeAccessIssue=false
+
 import re
 from collections.abc import Iterator
 

@@ -1,5 +1,7 @@
 """The file: well-formed, told in words too, closed to the outside, the same each time, whole or not at all."""
 
+# pyright: reportAttributeAccessIssue=false
+
 import base64
 import importlib
 import io

@@ -1,5 +1,7 @@
 """The posterior is computed in full precision, and the user's switches are found again as they were left."""
 
+# pyright: reportAttributeAccessIssue=false, reportReturnType=false
+
 from collections.abc import Iterator
 
 import pytest
