@@ -103,6 +103,8 @@ def test_samples_are_saved_as_their_suffix_says(run: sf.Run, tmp_path: Path) -> 
     with np.load(samples.save(tmp_path / "a.npz")) as arrays:
         np.testing.assert_array_equal(arrays["arr_0"], samples.images.transpose(0, 2, 3, 1))
         assert arrays["seeds"].tolist() == [3, 0, 2]
+    with pytest.raises(ValueError, match=r"^path='.*x\.gif': name a \.png or \.jpg file for a grid"):
+        samples.save(tmp_path / "x.gif")
     samples.save(tmp_path / "folder")
     with Image.open(tmp_path / "folder" / "000002.png") as picture:
         np.testing.assert_array_equal(np.asarray(picture), samples.images[2, 0])
@@ -171,3 +173,19 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"batch=2000 is above the 1797 images"):
         sf.train("digits", out=tmp_path / "x", recipe=Recipe(batch=2000), device="cpu")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_mistyped_sampler_or_recipe_says_what_it_takes(run: sf.Run, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^sampler='huen' is none of heun, .* Did you mean heun\?$"):
+        run.sample(2, sampler="huen")
+    for call in (sf.train, sf.compare):
+        with pytest.raises(TypeError, match=r"^recipe is .*: pass a Recipe, such as"):
+            call("digits", recipe="digits", out=tmp_path / "no", device="cpu")  # pyright: ignore
+
+
+def test_seeds_of_a_comparison_may_be_how_many(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^seeds=\[\]: pass at least one seed"):
+        sf.compare("digits", seeds=[], device="cpu")
+    found = sf.compare("digits", seeds=1, out=tmp_path, recipe=TINY, steps=2, evaluations=1, samples=40, device="cpu")
+    assert found is not None
+    assert found.seeds == [0]

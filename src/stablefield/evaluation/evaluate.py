@@ -134,7 +134,12 @@ def evaluate(
         check_counts(chosen, count, references)
         source: SampleSource = ImageSource(samples, count, repeats, seed, batch, progress)
     else:
-        check_kind("samples", samples, SampleSource, "images, their path, or a SampleSource")
+        check_kind(
+            "samples",
+            samples,
+            SampleSource,
+            "images, their path, or a SampleSource; a run has evaluate(), what it has drawn has images",
+        )
         source = samples
         if count is not None:
             raise ValueError(f"count={count}: the source draws {samples.count} samples a repeat; leave count out.")

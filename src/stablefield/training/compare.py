@@ -29,7 +29,7 @@ from stablefield.report import Page
 from stablefield.report.cells import text_table
 from stablefield.report.chart import Chart
 from stablefield.report.result import Result
-from stablefield.shapes import found_device, whole_number
+from stablefield.shapes import check_kind, found_device, whole_number
 from stablefield.training.comparison import (
     LEVELS,
     MIDDLE,
@@ -54,7 +54,7 @@ from stablefield.training.loop import Report, make_accelerator
 from stablefield.training.placement import placed
 from stablefield.training.recipe import Recipe
 from stablefield.training.recipes import largest_resolution, recipe_for
-from stablefield.training.run import Images, make_plan
+from stablefield.training.run import RECIPE, Images, make_plan
 from stablefield.training.run_folder import RunConfig, RunFolder
 from stablefield.training.stepper import Stepper
 
@@ -223,7 +223,7 @@ DISTANCE = f"distance: mean squared distance to the exact posterior mean, noise 
 def compare(
     images: Images,
     *,
-    seeds: Sequence[int] = (0, 1, 2),
+    seeds: int | Sequence[int] = (0, 1, 2),
     out: str | Path | None = None,
     recipe: Recipe | None = None,
     steps: int | None = None,
@@ -241,7 +241,7 @@ def compare(
 
     Args:
         images: what to train on, as for `train`.
-        seeds: of weights, batches and noise; two runs each.
+        seeds: of weights, batches and noise, or how many: 3 means seeds 0 to 2; two runs each.
         out: folder of the comparison, compare/DATA by default. One that was interrupted goes on where it stopped.
         recipe: how to train; by default one that suits the data and the device. Its target and seed are not used.
         steps: training steps of each run, in place of the recipe's.
@@ -265,9 +265,13 @@ def compare(
     """
     from stablefield.evaluation.self_check import SelfCheck, check_samples  # needs torchmetrics
 
+    if recipe is not None:
+        check_kind("recipe", recipe, Recipe, RECIPE)
+    if isinstance(seeds, int):
+        seeds = range(whole_number("seeds", seeds, 1))
     wanted = [whole_number(f"seeds[{k}]", seed, 0) for k, seed in enumerate(seeds)]
     if not wanted or len(set(wanted)) < len(wanted):
-        raise ValueError(f"seeds={','.join(map(str, wanted))}: pass at least one seed, and every seed once.")
+        raise ValueError(f"seeds={wanted}: pass at least one seed, and every seed once.")
     if evaluations is not None:
         whole_number("evaluations", evaluations, 1)
     where = found_device(device)

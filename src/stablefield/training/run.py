@@ -35,7 +35,7 @@ from stablefield.evaluation.processes import Processes
 from stablefield.evaluation.result import Evaluation
 from stablefield.progress import Progress
 from stablefield.sampling.samples import chunks_of
-from stablefield.shapes import found_device, whole_number
+from stablefield.shapes import check_kind, found_device, whole_number
 from stablefield.training.ema import power_exponent
 from stablefield.training.files import write_tensors
 from stablefield.training.loop import Observer, Report, Tracker, check_fit, fit, make_accelerator
@@ -57,6 +57,9 @@ __all__ = ["Plan", "Run", "batches", "make_plan", "train"]
 
 Images = str | Path | ImageSet | NDArray[np.uint8] | Tensor
 """What `stablefield.data.open_images` opens, an image set, or uint8 of shape (n, C, H, W)."""
+
+RECIPE = "a Recipe, such as stablefield.training.DIGITS, or None for one that suits the data"
+"""What the argument `recipe` must be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +160,8 @@ def train(
     if state.num_processes > 1:
         where = torch.device(state.device or where)
     if not isinstance(images, Plan):
+        if recipe is not None:
+            check_kind("recipe", recipe, Recipe, RECIPE)
         data = _images(images, recipe, where, state)
         chosen = recipe_for(data, accelerated=where.type == "cuda") if recipe is None else recipe
         if steps is not None:

@@ -16,6 +16,8 @@ __all__ = ["PICTURES", "Samples"]
 
 PICTURES = (".png", ".jpg", ".jpeg")
 """Suffixes of a grid of all images."""
+# Whoever writes `save("grid.gif")` does not want a folder of that name.
+_OTHERS = (".gif", ".webp", ".bmp", ".tif", ".tiff", ".svg", ".pdf", ".npy", ".pt", ".zip", ".html", ".json")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,10 +66,13 @@ class Samples:
             The path.
 
         Raises:
+            ValueError: if the suffix is that of another kind of file.
             OSError: if it cannot be written.
         """
         path = Path(path)
         suffix = path.suffix.lower()
+        if suffix in _OTHERS and not path.is_dir():
+            raise ValueError(f"path={str(path)!r}: name a .png or .jpg file for a grid, .npz for arrays, or a folder.")
         if suffix in PICTURES:
             return write_picture(path, self.grid())
         if suffix == ".npz":
