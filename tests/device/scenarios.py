@@ -20,8 +20,8 @@ from torch import Tensor
 import stablefield as sf
 from stablefield import sampling
 from stablefield.evaluation.random_convolutions import RandomConvolutions
-from stablefield.targets import reference_matrix
-from stablefield.targets.staging import sent_ahead
+from stablefield.targets._engine import query, reference_matrix
+from stablefield.targets._engine.reference_matrix import sent_ahead
 from stablefield.training.meter import Meter
 
 TABLE = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
@@ -199,16 +199,9 @@ def of_fixed_shapes(kind: str) -> dict[str, Any]:
     truth = target(kind, options, lambda value: value, 60)(**call)
     stable = target(kind, options, far, 60)
     stable(**there)
-    modules = [sys.modules[f"stablefield.targets.{name}"] for name in ("stable_target", "pool", "sharded")]
-    kept = [module.readable for module in modules]
-    for module in modules:
-        module.readable = lambda device: False
     results: list[sf.Target] = []
-    try:
+    with mock.patch.object(query, "readable", return_value=False):
         waited = waits(lambda: results.append(stable(**there)))
-    finally:
-        for module, function in zip(modules, kept, strict=True):
-            module.readable = function
     return {"waits": waited, "gap": gap(results[0], truth)}
 
 

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from stablefield.shapes import as_device, check_generator, check_kind, number, whole_number
+from stablefield.targets._engine.matmul import full_precision
+from stablefield.targets._engine.reference_matrix import ReferenceMatrix
+from stablefield.targets._engine.rows import wide_dtype
 from stablefield.targets.pool import Pool
-from stablefield.targets.precision import full_precision
-from stablefield.targets.reference_matrix import ReferenceMatrix
 
 __all__ = ["NoiseBand", "pick_noise_band"]
 
@@ -140,7 +141,7 @@ def pick_noise_band(
     if not matrix.norms(torch.float32).finite:
         raise ValueError("the Pool's data hold NaN or inf (or overflow when squared): clean the data first.")
     with full_precision(device):
-        wide = torch.float32 if device.type == "mps" else torch.float64
+        wide = wide_dtype(device)
         prior = None if weights is None else weights.to(device, wide).clamp(min=torch.finfo(wide).tiny)
         counts, distances = _count(matrix, index.to(device), labels, prior, pool.mirrored)
     # How many references of a training step each counted one stands for.

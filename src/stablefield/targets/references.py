@@ -7,19 +7,16 @@ source is left out or held twice, or if references differ from the row in a cond
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from stablefield.targets.check import Check, value_check
-from stablefield.targets.excess import Anchor
-from stablefield.targets.kernel import Kernel
-from stablefield.targets.online_softmax import OnlineSoftmax
-from stablefield.targets.query import Query
-from stablefield.targets.reference_matrix import ReferenceMatrix
+from stablefield.targets._engine.query import Host, OtherRanks
+from stablefield.targets._engine.reference_matrix import ReferenceMatrix
+from stablefield.targets.checks import Check, value_check
 
-__all__ = ["UNKNOWN_LABEL", "Exchange", "InBatch", "References", "Selection"]
+__all__ = ["UNKNOWN_LABEL", "InBatch", "References", "Selection"]
 
 UNKNOWN_LABEL = (
     "-1 stands for a label that was dropped by chance; give samples of unknown label a class of their own, such as the "
@@ -27,20 +24,21 @@ UNKNOWN_LABEL = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Selection:
     """The references of one batch.
 
     Attributes:
         matrix: the references.
-        source: index into the matrix of the reference that each row was made from, shape (B,).
+        source: index into the matrix of the reference that each row was made from, shape (B,); with `ranks`, into the whole
+            set.
         labels: condition of each reference, shape (n,), or None.
         mirrored: whether the mirror image (last axis) of each reference is a reference, too.
-        exchange: how to ask the ranks that hold other references, or None; `source` then counts in the whole set.
-        stored: the matrix that holds each row's own sample, and where, shape (B,); None if the references are the rows
-            themselves, or lie with other ranks. Rows are compared with it.
-        unsure: of which rows: those that use references, or all of them (where their index has decided which references
-            there are).
+        ranks: the ranks that hold other references, or None.
+        stored: the matrix that holds each row's own sample, and its index there, shape (B,), for the rows to be compared
+            with; None if the references are the rows themselves, or lie with other ranks.
+        verify_all: whether to compare all rows, since their index has decided which references there are; else those that
+            use references.
         log_prior: log prior weight of each reference, shape (n,), float64; None if uniform.
         source_prior: log prior weight of each row's own sample on the same scale, shape (B,), float64; needed with
             `log_prior`. `source` may then be -1, for one that is in the set of its own row alone.
@@ -50,31 +48,11 @@ class Selection:
     source: Tensor
     labels: Tensor | None
     mirrored: bool = False
-    exchange: "Exchange | None" = None
+    ranks: OtherRanks | None = None
     stored: tuple[ReferenceMatrix, Tensor] | None = None
-    unsure: Literal["using", "all"] = "using"
+    verify_all: bool = False
     log_prior: Tensor | None = None
     source_prior: Tensor | None = None
-
-
-class Exchange(Protocol):
-    """How the sums of a batch over references that lie elsewhere are obtained."""
-
-    def sums(
-        self,
-        query: Query,
-        anchor: Anchor,
-        matrix: ReferenceMatrix,
-        kernel: Kernel,
-        mirrored: bool,
-        chunk_size: int | None,
-        places: Tensor,
-    ) -> OnlineSoftmax:
-        """Softmax sums over the references of all ranks, without the rows' own sources; see `sharded`.
-
-        Priors are the exchange's: a row's own source has logit 0 beside the sums.
-        """
-        ...
 
 
 class References(Protocol):
@@ -94,7 +72,7 @@ class References(Protocol):
         source_only: Tensor | None,
         count: bool,
     ) -> list[Check]:
-        """What the values of a call must meet, to be looked at together with others.
+        """What the values of a call must meet, to be read together with others.
 
         Args:
             x0: the sources as they were given, shape (B, ...); what follows is on the host.
@@ -110,7 +88,7 @@ class References(Protocol):
         ...
 
     def select(
-        self, x0: Tensor, labels: Tensor | None, index: Tensor | None, generator: torch.Generator | None
+        self, x0: Tensor, labels: Tensor | None, index: Tensor | None, generator: torch.Generator | None, host: Host
     ) -> Selection:
         """Choose the references of a batch.
 
@@ -119,6 +97,7 @@ class References(Protocol):
             labels: true condition of each source, shape (B,), or None.
             index: place of each source in the data set, shape (B,), or None.
             generator: where random choices are drawn from.
+            host: whether the host may read values; if so, it has found that `checks` hold.
         """
         ...
 
@@ -164,5 +143,7 @@ class InBatch:
         labels: Tensor | None,
         index: Tensor | None,  # noqa: ARG002
         generator: torch.Generator | None,  # noqa: ARG002
+        host: Host,  # noqa: ARG002
     ) -> Selection:
-        return Selection(ReferenceMatrix(x0), torch.arange(len(x0), device=x0.device), labels)
+        source = torch.arange(len(x0), device=x0.device)
+        return Selection(matrix=ReferenceMatrix(x0), source=source, labels=labels)

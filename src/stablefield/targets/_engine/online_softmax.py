@@ -5,10 +5,10 @@ For one query and references $k$ in a part, with logits $l_k$ relative to a fixe
 $$ m \approx \max_k l_k, \quad Z = \sum_k e^{l_k - m}, \quad Z_2 = \sum_k e^{2 (l_k - m)}, \quad
    E = \sum_k e^{l_k - m} |y_k - a|^2, \quad S = \sum_k e^{l_k - m} (y_k - a) . $$
 
-E and S are about the anchor $a$, so that both keep their digits where references are close to it; while chunks are
-added, they are about the origin of the references, see `Excess.about_anchor`. Two parts with the same anchor merge by
-rescaling both to the larger $m$; the operation is associative and commutative, over chunks, mirrored sets or processes. The
-scalars are kept in float64, S in the dtype of the data.
+E and S are relative to the anchor $a$, so that both keep their digits where references are close to it; while chunks are
+added, they are relative to the origin of the references, see `Logits.relative_to_anchor`. Two parts with the same anchor
+merge by rescaling both to the larger $m$; the operation is associative and commutative, over chunks, mirrored sets or
+processes. The scalars are kept in float64, S in the dtype of the data.
 
 References:
     Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018, arXiv 1805.02867, section 3.
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stablefield.targets.factor import Factor
+from stablefield.targets._engine.matmul import Chunk
+from stablefield.targets._engine.rows import wide_dtype
 
 __all__ = ["Energy", "OnlineSoftmax"]
 
@@ -58,20 +59,15 @@ class OnlineSoftmax:
     log_prior: Tensor
 
     @classmethod
-    def empty(
-        cls, batch: int, dim: int, dtype: torch.dtype, device: torch.device, level: Tensor | None = None
-    ) -> "OnlineSoftmax":
-        """The neutral element: no reference seen.
+    def empty(cls, like: Tensor, level: Tensor | None = None) -> "OnlineSoftmax":
+        """The neutral element, no reference seen, for rows `like` (B, d).
 
         `level` (B,) is a logit that another part is known to have: what has no weight beside it need not be added here.
         """
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        nothing = torch.full((batch,), -torch.inf, dtype=wide, device=device)
-        zero = torch.zeros(batch, dtype=wide, device=device)
-        total = torch.zeros(batch, dim, dtype=dtype, device=device)
-        return cls(
-            nothing if level is None else level.clone(), zero, zero.clone(), zero.clone(), total, nothing.clone()
-        )
+        nothing = like.new_full((len(like),), -torch.inf, dtype=wide_dtype(like.device))
+        zero = torch.zeros_like(nothing)
+        peak = nothing if level is None else level.clone()
+        return cls(peak, zero, zero.clone(), zero.clone(), torch.zeros_like(like), nothing.clone())
 
     @classmethod
     def of_anchors(cls, logit: Tensor, rows: Tensor) -> "OnlineSoftmax":
@@ -91,23 +87,23 @@ class OnlineSoftmax:
         """Count prior weights, given as the log of their sum, shape (B,) or (): of what `add` adds, and of the anchors."""
         self.log_prior = torch.logaddexp(self.log_prior, log_prior.to(self.log_prior.dtype))
 
-    def add(self, logits: Tensor, largest: Tensor, factor: Factor, energy: Energy, among: int | None = None) -> None:
+    def add(self, logits: Tensor, largest: Tensor, chunk: Chunk, energy: Energy, among: int | None = None) -> None:
         """Add a chunk of c references, but for their prior weights.
 
         Args:
             logits: shape (B, c), -inf where a reference may not be used; overwritten.
             largest: the largest logit of each query, shape (B,).
-            factor: the references.
+            chunk: the references.
             energy: what their weights add to E.
             among: how many references there are in all. What weighs so little that all of them, if they weighed no more,
-                could not be seen in the dtype, is left out. This looks at the values, for which a GPU would have to be
-                waited for: None adds all without a look.
+                could not be seen in the dtype, is left out. This reads values, for which the host would wait for a
+                GPU: None adds all without reading any.
         """
         old = self.peak
         above = largest > old + _SLACK
         if among is None:
             self._raise_to(torch.where(above, largest.to(old.dtype), old))
-            self._add_all(logits, factor, energy)
+            self._add_all(logits, chunk, energy)
             return
         unseen = torch.finfo(logits.dtype).eps / (4 * among)
         seen = largest > old + math.log(unseen)
@@ -116,7 +112,7 @@ class OnlineSoftmax:
             return
         if bool(above.any()):
             self._raise_to(torch.where(above, largest.to(old.dtype), old))
-        self._add_some(seen.nonzero()[:, 0], logits, factor, energy, unseen * len(factor))
+        self._add_some(seen.nonzero()[:, 0], logits, chunk, energy, unseen * len(chunk))
 
     def merge(self, other: "OnlineSoftmax") -> "OnlineSoftmax":
         """The posterior sums over the references of both parts, which must be disjoint and share their anchor."""
@@ -153,15 +149,15 @@ class OnlineSoftmax:
         self.energy = self.energy * keep
         self.total.mul_(keep.to(self.total.dtype)[:, None])
 
-    def _add_all(self, logits: Tensor, factor: Factor, energy: Energy) -> None:
+    def _add_all(self, logits: Tensor, chunk: Chunk, energy: Energy) -> None:
         weights = _exp(logits.sub_(_finite(self.peak).to(logits.dtype)[:, None]))
         mass = weights.sum(1).to(self.mass.dtype)
         self.mass = self.mass + mass
         self.energy = self.energy + energy(weights, mass, None)
-        factor.add_weighted(self.total, weights)
+        chunk.add_weighted(self.total, weights)
         self.mass_squared = self.mass_squared + weights.square_().sum(1)
 
-    def _add_some(self, queries: Tensor, logits: Tensor, factor: Factor, energy: Energy, unseen: float) -> None:
+    def _add_some(self, queries: Tensor, logits: Tensor, chunk: Chunk, energy: Energy, unseen: float) -> None:
         """Add for `queries`, and make the product for those of them whose chunk weighs more than `unseen`."""
         if len(queries) < len(logits):
             logits = logits.index_select(0, queries)
@@ -170,14 +166,14 @@ class OnlineSoftmax:
         heavy = narrow > unseen
         count = int(heavy.sum())
         if count > _MANY * len(self.total) and len(queries) == len(self.total):
-            factor.add_weighted(self.total, weights)
+            chunk.add_weighted(self.total, weights)
         else:
             if count < len(queries):
                 # From all sums alike, or they would not belong together.
                 queries, weights, narrow = queries[heavy], weights[heavy], narrow[heavy]
             if not count:
                 return
-            self.total.index_add_(0, queries, factor.weighted(weights))
+            self.total.index_add_(0, queries, chunk.weighted(weights))
         mass = narrow.to(self.mass.dtype)
         self.mass = self.mass.index_add(0, queries, mass)
         self.energy = self.energy.index_add(0, queries, energy(weights, mass, queries))
