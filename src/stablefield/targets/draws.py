@@ -251,8 +251,10 @@ class Draws:
 
 
 def _of_all_ranks(check: Check) -> Check:
-    message = check.message
-    return replace(check, message=lambda row: f"{message(row)} (Here the rows of all processes have been counted.)")
+    def message(row: int) -> str:
+        return f"{check.message(row)} (Here the rows of all processes have been counted.)"
+
+    return replace(check, message=message)
 
 
 def _among(distinct: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

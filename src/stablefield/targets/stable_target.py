@@ -191,7 +191,8 @@ class StableTarget:
             mean = flipped(found.mean, None if mirror is None else mirror[rows])
             news = (mean, found.variance, found.ess, found.source_weight)
             values = [put(old, rows, keep, new, host) for old, new in zip(values, news, strict=True)]
-        return Target(*values, x0, x_t, self.process, t, self.kernel, noise)
+        mean, variance, ess, source_weight = values
+        return Target(mean, variance, ess, source_weight, x0, x_t, self.process, t, self.kernel, noise)
 
     def _checked(self, batch: Batch, t: Tensor, noise: Tensor | None, source_only: Tensor | None) -> Scales:
         """What the host has to know of each row, once it has found that all values are as they must be.
