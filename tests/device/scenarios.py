@@ -192,7 +192,7 @@ def of_a_staged_array() -> dict[str, Any]:
     }
 
 
-def of_fixed_shapes(kind: str) -> dict[str, Any]:
+def of_static_shapes(kind: str) -> dict[str, Any]:
     """As while a graph is captured: `readable` says no."""
     options, call = case(kind)
     there = {name: far(value) for name, value in call.items()}
@@ -273,7 +273,7 @@ if __name__ == "__main__":
             "gpu benchmark": of_the_gpu_benchmark(),
             "targets": {kind: of_targets(kind) for kind in (*TARGETS, "array")},
             "staged": of_a_staged_array(),
-            "fixed": {kind: of_fixed_shapes(kind) for kind in TARGETS if kind != "drawn"},
+            "static": {kind: of_static_shapes(kind) for kind in TARGETS if kind != "drawn"},
             "samplers": {name: of_samplers(name) for name in SAMPLERS},
             "steps": {name: of_steps(name) for name in STEPS},
         }

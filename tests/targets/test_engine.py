@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stablefield as sf
-from stablefield.targets._engine.reference_matrix import ReferenceMatrix
-from stablefield.targets._engine.rows import squared_norms
+from stablefield.targets._engine.reference_matrix import ReferenceMatrix, squared_norms
 
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
 LOOKS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
@@ -42,9 +41,9 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.fixture
-def unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of a device that must not be waited for, on this one."""
-    monkeypatch.setattr("stablefield.targets._engine.query.watched", lambda device: False)
+    monkeypatch.setattr("stablefield.targets._engine.query._shares_memory", lambda device: False)
 
 
 def case(sigma: float, rng: torch.Generator, n: int = 900, d: int = 256, b: int = 32) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,13 +87,13 @@ def test_what_is_skipped_does_not_show(
     torch.testing.assert_close(found.ess.double(), truth.ess, rtol=2e-3, atol=0)
     torch.testing.assert_close(found.log_evidence.double(), truth.log_evidence, rtol=2e-6, atol=1e-3)
     # And without a look at values, as on a GPU.
-    monkeypatch.setattr("stablefield.targets._engine.query.watched", lambda device: False)
+    monkeypatch.setattr("stablefield.targets._engine.query._shares_memory", lambda device: False)
     dense = sf.posterior(*arguments)
     torch.testing.assert_close(dense.mean.double(), truth.mean, rtol=0, atol=2e-4)
     torch.testing.assert_close(dense.ess.double(), truth.ess, rtol=2e-3, atol=0)
 
 
-@pytest.mark.usefixtures("unwatched")
+@pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize("sigma", [0.02, 2.0])
 @pytest.mark.parametrize("kind", ["pool", "mirrored", "posterior", "groups"])
 def test_a_device_is_not_waited_for_once_per_chunk(sigma: float, kind: str, rng: torch.Generator) -> None:

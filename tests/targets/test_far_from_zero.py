@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 import stablefield as sf
-from stablefield.targets._engine.assembly import Posterior, summed
+from stablefield.targets._engine.assembly import posterior_of, summed
 from stablefield.targets._engine.query import Host, Plan, Query
 from stablefield.targets._engine.reference_matrix import ReferenceMatrix
-from stablefield.targets._engine.static import posterior_of
 from stablefield.targets.kernel import GaussianKernel
+from stablefield.targets.target import Posterior
 
 SHAPE = (3, 32, 32)
 DIM = 3072
 B = 4
 # Name, and what is added to samples of standard deviation 1.
 FAR = ["offset 1e4", "offset 1e3", "alike at 1e4", "per channel", "one constant channel", "outliers", "0 to 255"]
-PATHS = ["source", "search", "pool", "mirrored", "drawn", "batch", "array", "fixed", "unwatched", "unwatched search"]
+PATHS = ["source", "search", "pool", "mirrored", "drawn", "batch", "array", "static", "unread", "unread search"]
 
 
 def data(kind: str, rng: torch.Generator, sigma: float) -> Tensor:
@@ -54,15 +54,15 @@ def data(kind: str, rng: torch.Generator, sigma: float) -> Tensor:
 
 def found_by(path: str, y: Tensor, x_t: Tensor, sigma: float, tmp_path: Path) -> Posterior | sf.Target:
     index = torch.arange(B)
-    if path.startswith("unwatched"):
-        with mock.patch("stablefield.targets._engine.query.watched", return_value=False):
+    if path.startswith("unread"):
+        with mock.patch("stablefield.targets._engine.query._shares_memory", return_value=False):
             return sf.posterior(x_t, 1.0, sigma, y, None if path.endswith("search") else index)
     match path:
         case "source":
             return sf.posterior(x_t, 1.0, sigma, y, index, chunk_size=17)
         case "search":
             return sf.posterior(x_t, 1.0, sigma, y)
-        case "fixed":
+        case "static":
             plan = Plan(matrix=ReferenceMatrix(y), host=Host.NEVER, kernel=GaussianKernel(), chunk_size=17)
             one = torch.ones(B)
             return posterior_of(Query(x_t=x_t, alpha=one, sigma=sigma * one, source=index), plan)
@@ -175,16 +175,16 @@ def test_clusters_far_from_each_other_get_their_weights(
 
 
 # Without a look the repair is one product in float64, whose digits end where data are 1e6 sigma apart.
-@pytest.mark.parametrize(("watched", "offset", "sigma"), [(True, 1e4, 1e-3), (False, 1e2, 1e-2)])
+@pytest.mark.parametrize(("reads", "offset", "sigma"), [(True, 1e4, 1e-3), (False, 1e2, 1e-2)])
 def test_a_few_samples_near_zero_keep_their_digits_beside_many_far_from_it(
-    watched: bool, offset: float, sigma: float, rng: torch.Generator, exact: Callable
+    reads: bool, offset: float, sigma: float, rng: torch.Generator, exact: Callable
 ) -> None:
     y = offset + torch.randn(40, *SHAPE, generator=rng)
     y[4:8] = sigma * torch.randn(4, *SHAPE, generator=rng)
     y[6:8] = y[4:6] + sigma / DIM**0.5 * torch.randn(2, *SHAPE, generator=rng)
     x_t = y[4:6] + sigma * torch.randn(2, *SHAPE, generator=rng)
     truth = exact(x_t, 1.0, sigma, y)
-    with mock.patch("stablefield.targets._engine.query.watched", return_value=watched):
+    with mock.patch("stablefield.targets._engine.query._shares_memory", return_value=reads):
         found = sf.posterior(x_t, 1.0, sigma, y, torch.tensor([4, 5]))
     assert ReferenceMatrix(y).norms(torch.float32).origin is not None
     assert truth.ess.max() > 1.2

@@ -6,8 +6,7 @@ import torch
 import stablefield as sf
 from stablefield.targets._engine.matmul import _LONGEST as LONGEST
 from stablefield.targets._engine.matmul import ULPS, ByteChunk, Chunk, Digits, Operand, available, chunks
-from stablefield.targets._engine.reference_matrix import ReferenceMatrix
-from stablefield.targets._engine.rows import largest_magnitude
+from stablefield.targets._engine.reference_matrix import ReferenceMatrix, largest_magnitude
 
 EPS = torch.finfo(torch.float32).eps
 # The digits need no special instructions, so they are tested everywhere.

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import stablefield as sf
+from stablefield.targets._engine.assembly import compute
 from stablefield.targets._engine.reference_matrix import ReferenceMatrix
-from stablefield.targets._engine.static import compute
 
 SHAPE = (3, 4, 4)
 TABLE = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stablefield.targets._engine.assembly import Posterior, Summed, summed
+from stablefield.targets._engine.assembly import Summed, summed
 from stablefield.targets._engine.query import Plan, Query, host_access
 from stablefield.targets._engine.reference_matrix import ReferenceMatrix
 from stablefield.targets.kernel import GaussianKernel
+from stablefield.targets.target import Posterior
 
 __all__ = ["Exact", "ExactPosterior"]
 

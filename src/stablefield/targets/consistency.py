@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from stablefield.diffusion.process import Process
-from stablefield.targets._engine.rows import row_blocks, wide_dtype
+from stablefield.targets._engine.reference_matrix import row_blocks, wide_dtype
 from stablefield.targets.checks import Check, finite_check, value_check
 from stablefield.targets.kernel import GaussianKernel, Kernel, StudentTKernel
 
@@ -194,15 +194,15 @@ def consistency_checks(
     repeats = _repeats(torch.where(usable, found.drawn if noise is not None else found.residual * scale, 0), usable)
     law = _law(kernel, square, usable, d, repeats)
     if law is not None:
-        excess, mean = law
-        checks.append(Check(~(excess > 1).reshape(1), lambda _: _law_message(process, t, float(mean))))
+        deviation, mean = law
+        checks.append(Check(~(deviation > 1).reshape(1), lambda _: _law_message(process, t, float(mean))))
     pixels = x0[0, 0].numel() if x0.ndim > 2 else 0
     if pixels >= _PIXELS and isinstance(kernel, GaussianKernel):
         means = torch.where(usable, found.channels * scale.square(), 0) * pixels
         of_channels = _law(kernel, means, usable, x0.shape[1], repeats)
         assert of_channels is not None
-        excess, mean_square = of_channels
-        checks.append(Check(~(excess > 1).reshape(1), lambda _: _offset_message(float(mean_square))))
+        deviation, mean_square = of_channels
+        checks.append(Check(~(deviation > 1).reshape(1), lambda _: _offset_message(float(mean_square))))
     norms = found.own * found.drawn
     comparable = usable & (norms > 0) & norms.isfinite()
     comparable = comparable if source_only is None else comparable & ~source_only
@@ -250,8 +250,8 @@ def _law(kernel: Kernel, square: Tensor, rows: Tensor, d: int, repeats: Tensor) 
         return None
     width = 2 / (9 * freedom / repeats)
     spreads = (ratio.clamp(min=0) ** (1 / 3) - (1 - width)) / width.sqrt()
-    excess = torch.minimum(spreads.abs() / _SPREADS, (ratio - 1).abs() / _SLACK)
-    return torch.where(rows.any(), excess, 0), ratio
+    deviation = torch.minimum(spreads.abs() / _SPREADS, (ratio - 1).abs() / _SLACK)
+    return torch.where(rows.any(), deviation, 0), ratio
 
 
 def _residual_message(process: Process, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor, row: int) -> str:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from stablefield.targets._engine.rows import wide_dtype
+from stablefield.targets._engine.reference_matrix import wide_dtype
 from stablefield.targets.checks import Check
 from stablefield.targets.ranks import Ranks
 

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from stablefield.shapes import array_of_numbers, check_kind, check_tensor, flag, whole_number
 from stablefield.targets._engine.query import Host
-from stablefield.targets._engine.reference_matrix import ReferenceMatrix
-from stablefield.targets._engine.rows import in_blocks, largest_magnitude, wide_dtype
+from stablefield.targets._engine.reference_matrix import ReferenceMatrix, in_blocks, largest_magnitude, wide_dtype
 from stablefield.targets.checks import Check, require, value_check
 from stablefield.targets.draws import Frequencies
-from stablefield.targets.references import UNKNOWN_LABEL, Selection
+from stablefield.targets.references import UNKNOWN_LABEL, Batch, Selection
 
 __all__ = ["OTHER_LABEL", "WITHOUT_WEIGHT", "Pool", "choose", "compared", "sample_weights", "verified_samples"]
 
@@ -39,7 +38,7 @@ class Pool:
         labels: condition of each sample, integers from 0, shape (n,), or None. A sample whose label is not known needs one
             of its own (such as the largest plus 1, for "unknown"): that it is missing is information.
         mirrored: use the mirror image (last axis) of each reference, too. For data sets doubled by random flips that the
-            network is not told of; the set then has 2 `size` members.
+            network does not see; the set then has 2 `size` members.
         weights: how likely each sample is to be drawn for a batch, shape (n,), on any scale, not negative; equally likely if
             None. It is the prior of the posterior: give what your sampler uses. With `size`, the references are then drawn
             uniformly from all samples, and each row's own is added for that row alone.
@@ -119,21 +118,14 @@ class Pool:
             self._elsewhere[device] = ReferenceMatrix(self.data, device)
         return self._elsewhere[device]
 
-    def checks(
-        self,
-        x0: Tensor,
-        labels: Tensor | None,
-        reference_labels: Tensor | None,  # noqa: ARG002
-        index: Tensor | None,
-        source_only: Tensor | None,
-        count: bool,
-    ) -> list[Check]:
+    def checks(self, batch: Batch, count: bool) -> list[Check]:
         """What the values of a call must meet, as described at `References`.
 
         Raises:
             ValueError: if `index` is missing, or shapes or devices do not fit.
         """
-        index = self.checked_index(x0, labels, index)
+        labels, source_only = batch.labels, batch.source_only
+        index = self.checked_index(batch)
         n, device = len(self._matrix), index.device
         checks = self.index_checks(index, source_only, n, f"the Pool holds samples 0 to {n - 1}")
         exempt = torch.zeros_like(index, dtype=torch.bool) if source_only is None else source_only
@@ -155,15 +147,14 @@ class Pool:
         frequent = self._frequencies.add(index, None if labels is None else labels >= 0, counted)
         return checks if frequent is None else [*checks, frequent]
 
-    def select(
-        self, x0: Tensor, labels: Tensor | None, index: Tensor | None, generator: torch.Generator | None, host: Host
-    ) -> Selection:
+    def select(self, batch: Batch, generator: torch.Generator | None, host: Host) -> Selection:
         """Choose the references of a batch, as described at `References`.
 
         Raises:
             ValueError: if `index` is missing, `size` is below the batch's distinct samples, or shapes or devices do not fit.
         """
-        index, matrix = self.checked_index(x0, labels, index), self.matrix(x0.device)
+        device = batch.x0.device
+        index, matrix = self.checked_index(batch), self.matrix(device)
         if host is not Host.NEVER:
             self._unchecked_labels = False
         size = None if self.size == len(matrix) else self.size
@@ -173,7 +164,7 @@ class Pool:
                 "or captured function cannot look at. Use the whole pool (size=None) with a noise_band and a capacity, or "
                 "keep the target out of what is compiled: torch.compiler.disable(target.__call__)."
             )
-        reference_labels, weights = self._on("labels", x0.device), self._on("weights", x0.device)
+        reference_labels, weights = self._on("labels", device), self._on("weights", device)
         log_prior = source_prior = chosen = None
         source = index
         if weights is not None:
@@ -184,8 +175,8 @@ class Pool:
         elif size is not None:
             # Drawn from all samples; a row's own, if it is not among them, is a reference for that row alone.
             chosen = _others(len(matrix), index.new_empty(0), size, generator)
-            place = torch.full((len(matrix),), -1, device=x0.device)
-            place[chosen] = torch.arange(len(chosen), device=x0.device)
+            place = torch.full((len(matrix),), -1, device=device)
+            place[chosen] = torch.arange(len(chosen), device=device)
             source = place[index]
         return Selection(
             matrix=matrix if chosen is None else matrix.take(chosen),
@@ -198,31 +189,25 @@ class Pool:
             source_prior=source_prior,
         )
 
-    def checked_index(
-        self,
-        x0: Tensor,
-        labels: Tensor | None,
-        index: Tensor | None,
-        holder: str = "Pool",
-        where: str = "of the batch in its data",
-    ) -> Tensor:
-        """The index, if the arguments of a call fit; `holder` has it, and it counts the place of each row `where`.
+    def checked_index(self, batch: Batch, holder: str = "Pool", where: str = "of the batch in its data") -> Tensor:
+        """The index, if the batch fits; `holder` has it, and it counts the place of each row `where`.
 
         Raises:
             ValueError: if it is missing, or shapes, devices or labels do not fit.
         """
-        if index is None:
+        x0 = batch.x0
+        if batch.index is None:
             raise ValueError(f"index is missing: a {holder} needs the place of each row {where}.")
         self.matrix(x0.device)
         if x0.shape[1:] != self.data.shape[1:]:
             raise ValueError(
                 f"rows of x0 have shape {tuple(x0.shape[1:])}, the Pool's {tuple(self.data.shape[1:])}: they must agree."
             )
-        if labels is not None and self.labels is None:
+        if batch.truth is not None and self.labels is None:
             raise ValueError(
                 f"labels is given, but the {holder} has none: pass {holder}(..., labels=...), one integer per sample."
             )
-        return index.long()
+        return batch.index.long()
 
     def index_checks(self, index: Tensor, source_only: Tensor | None, n: int, rule: str) -> list[Check]:
         """The checks by a `rule` that an index is below `n`, and of the samples' labels, if that is still to be done."""

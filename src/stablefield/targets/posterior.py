@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from stablefield.shapes import check_tensor, row_values, whole_number
-from stablefield.targets._engine.assembly import Posterior
+from stablefield.targets._engine.assembly import posterior_of
 from stablefield.targets._engine.query import Plan, Query, checked_matrix, host_access
-from stablefield.targets._engine.static import posterior_of
 from stablefield.targets.kernel import GaussianKernel, Kernel
+from stablefield.targets.target import Posterior
 
 __all__ = ["Posterior", "posterior"]
 
@@ -51,7 +51,7 @@ def posterior(
     move the data, or make them float64, before the noise is added. Where values are not read (on a GPU, compiled), data may
     reach as far as 1e6 sigma / alpha.
 
-    Under `torch.compile` and in the capture of a CUDA graph it is one operator of fixed shapes, and values are not checked.
+    Under `torch.compile` and in the capture of a CUDA graph it is one operator of static shapes, and values are not checked.
 
     Args:
         x_t: noisy samples, shape (B, ...), floating point.

@@ -3,7 +3,7 @@
 A policy chooses, for a batch of sources, a set of references with every row's source in it. The target is unbiased if,
 given the set, the source is equally likely to be any of its members (see `posterior`). That holds for a batch drawn at
 random, for a whole data set, and for a random subset joined with the batch's own rows; it fails, measurably, if the
-source is left out or held twice, or if references differ from the row in a condition that the network is told.
+source is left out or held twice, or if references differ from the row in a condition that the network sees.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,54 @@ from stablefield.targets._engine.query import Host, OtherRanks
 from stablefield.targets._engine.reference_matrix import ReferenceMatrix
 from stablefield.targets.checks import Check, value_check
 
-__all__ = ["UNKNOWN_LABEL", "InBatch", "References", "Selection"]
+__all__ = ["UNKNOWN_LABEL", "Batch", "InBatch", "References", "Selection"]
 
 UNKNOWN_LABEL = (
     "-1 stands for a label that was dropped by chance; give samples of unknown label a class of their own, such as the "
     "largest plus 1"
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The rows of a call.
+
+    Attributes:
+        x0: the sources, shape (B, ...).
+        x_t: the noisy samples, shape (B, ...).
+        alpha: scale of the data, shape (B,).
+        sigma: scale of the noise, shape (B,).
+        labels: condition that the network sees for each row, shape (B,), or None.
+        reference_labels: true condition of each row, shape (B,), where that of `labels` may have been dropped, or None.
+        index: place of each row in the data set, shape (B,), or None.
+        source_only: rows that use their source alone and serve no other row, bool (B,), or None.
+    """
+
+    x0: Tensor
+    x_t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    labels: Tensor | None
+    reference_labels: Tensor | None
+    index: Tensor | None
+    source_only: Tensor | None = None
+
+    @property
+    def truth(self) -> Tensor | None:
+        """The condition of each source, shape (B,), or None."""
+        return self.labels if self.reference_labels is None else self.reference_labels
+
+    def at(self, rows: Tensor) -> "Batch":
+        """Some of the rows, which are to use references."""
+        return Batch(
+            x0=self.x0[rows],
+            x_t=self.x_t[rows],
+            alpha=self.alpha[rows],
+            sigma=self.sigma[rows],
+            labels=None if self.labels is None else self.labels[rows],
+            reference_labels=None if self.reference_labels is None else self.reference_labels[rows],
+            index=None if self.index is None else self.index[rows],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,23 +105,11 @@ class References(Protocol):
         """Condition of each sample, where the policy knows it; `StableTarget` then asks for those of the rows."""
         ...
 
-    def checks(
-        self,
-        x0: Tensor,
-        labels: Tensor | None,
-        reference_labels: Tensor | None,
-        index: Tensor | None,
-        source_only: Tensor | None,
-        count: bool,
-    ) -> list[Check]:
+    def checks(self, batch: Batch, count: bool) -> list[Check]:
         """What the values of a call must meet, to be read together with others.
 
         Args:
-            x0: the sources as they were given, shape (B, ...); what follows is on the host.
-            labels: condition that the network sees for each row, shape (B,), or None.
-            reference_labels: true condition of each row, shape (B,), or None.
-            index: place of each row in the data set, shape (B,), or None.
-            source_only: rows that use their source alone, bool (B,), or None.
+            batch: the rows as they were given, with labels, index and flags on the host.
             count: whether to count the rows, to compare how often each was drawn with what is assumed.
 
         Raises:
@@ -87,15 +117,11 @@ class References(Protocol):
         """
         ...
 
-    def select(
-        self, x0: Tensor, labels: Tensor | None, index: Tensor | None, generator: torch.Generator | None, host: Host
-    ) -> Selection:
+    def select(self, batch: Batch, generator: torch.Generator | None, host: Host) -> Selection:
         """Choose the references of a batch.
 
         Args:
-            x0: the sources as the data set holds them (flips undone), shape (B, ...).
-            labels: true condition of each source, shape (B,), or None.
-            index: place of each source in the data set, shape (B,), or None.
+            batch: the rows as the data set holds them (flips undone).
             generator: where random choices are drawn from.
             host: whether the host may read values; if so, it has found that `checks` hold.
         """
@@ -115,35 +141,25 @@ class InBatch:
         """None: the batch's own conditions serve."""
         return
 
-    def checks(  # noqa: D102
-        self,
-        x0: Tensor,  # noqa: ARG002
-        labels: Tensor | None,
-        reference_labels: Tensor | None,
-        index: Tensor | None,  # noqa: ARG002
-        source_only: Tensor | None,
-        count: bool,  # noqa: ARG002
-    ) -> list[Check]:
-        if reference_labels is None:
+    def checks(self, batch: Batch, count: bool) -> list[Check]:  # noqa: ARG002, D102
+        truth, labels, exempt = batch.reference_labels, batch.labels, batch.source_only
+        if truth is None:
             return []
         # No label in the whole batch is no condition at all.
-        known = (reference_labels >= 0) | (reference_labels < 0).all()
-        known = known if source_only is None else known | source_only
-        checks = [value_check(known, "reference_labels", reference_labels, UNKNOWN_LABEL)]
+        known = (truth >= 0) | (truth < 0).all()
+        checks = [value_check(known if exempt is None else known | exempt, "reference_labels", truth, UNKNOWN_LABEL)]
         if labels is not None:
-            fits = (labels == -1) | (labels == reference_labels)
-            fits = fits if source_only is None else fits | source_only
+            fits = (labels == -1) | (labels == truth)
             rule = "the row's own source is a reference of another label; it must fit its row"
-            checks.append(value_check(fits, "labels", labels, rule))
+            checks.append(value_check(fits if exempt is None else fits | exempt, "labels", labels, rule))
         return checks
 
-    def select(  # noqa: D102
-        self,
-        x0: Tensor,
-        labels: Tensor | None,
-        index: Tensor | None,  # noqa: ARG002
-        generator: torch.Generator | None,  # noqa: ARG002
-        host: Host,  # noqa: ARG002
-    ) -> Selection:
+    def select(self, batch: Batch, generator: torch.Generator | None, host: Host) -> Selection:  # noqa: ARG002, D102
+        x0, excluded, log_prior = batch.x0, batch.source_only, None
         source = torch.arange(len(x0), device=x0.device)
-        return Selection(matrix=ReferenceMatrix(x0), source=source, labels=labels)
+        if excluded is not None:
+            # Rows are left out of the batch before, but for compiled functions, whose shapes do not depend on values. A
+            # weight of 0 does not take away what is not finite.
+            log_prior = torch.zeros(len(x0), device=x0.device).masked_fill(excluded, -torch.inf)
+            x0 = torch.where(excluded.reshape(-1, *(1,) * (x0.ndim - 1)), 0, x0)
+        return Selection(matrix=ReferenceMatrix(x0), source=source, labels=batch.truth, log_prior=log_prior)

@@ -11,10 +11,9 @@ all ranks, and sends each row's sums home:
 Anchors travel with their rows, so logits of different shards are relative to the same number and keep their accuracy at
 small noise. Per row, 2 d numbers go out to every rank and d come back from each.
 
-What is known of a sample, its pixels, its label and its weight, is known where it lies. There a row is compared with it, and
-there its draws are counted, those of all ranks; the rank that asked is told with the sums. The prior of a row's own sample
-comes home in this way, too, and is then taken off the logits of its sums, since a rank does not know it when it makes them:
-only the least that it can be.
+A rank knows its own samples only: their pixels, labels and weights. So it is there that a row is compared with its sample
+and that the draws of all ranks are counted; what was found goes to the rank that asked, with the sums. So does the prior of
+a row's own sample, which that rank then takes off the logits; while sums are made, only its least value is known.
 """
 
 import math
@@ -34,7 +33,7 @@ from stablefield.targets.checks import Check, require
 from stablefield.targets.draws import Draws, Shares
 from stablefield.targets.pool import OTHER_LABEL, WITHOUT_WEIGHT, Pool, compared, sample_weights
 from stablefield.targets.ranks import Ranks
-from stablefield.targets.references import Selection
+from stablefield.targets.references import Batch, Selection
 
 __all__ = ["ShardedPool"]
 
@@ -134,15 +133,7 @@ class ShardedPool:
         """Condition of each of this rank's samples."""
         return self.pool.labels
 
-    def checks(
-        self,
-        x0: Tensor,
-        labels: Tensor | None,
-        reference_labels: Tensor | None,  # noqa: ARG002
-        index: Tensor | None,
-        source_only: Tensor | None,
-        count: bool,
-    ) -> list[Check]:
+    def checks(self, batch: Batch, count: bool) -> list[Check]:
         """What the values of a call must meet, as described at `References`.
 
         What has to be compared with the samples is so where they lie, when their ranks see the rows.
@@ -151,32 +142,23 @@ class ShardedPool:
             ValueError: if `index` is missing, or shapes or labels do not fit.
         """
         self._counts = count
-        index = self._index(x0, labels, index)
-        return self.pool.index_checks(
-            index, source_only, self.total, f"the ranks hold samples 0 to {self.total - 1} together"
-        )
+        rule = f"the ranks hold samples 0 to {self.total - 1} together"
+        return self.pool.index_checks(self._index(batch), batch.source_only, self.total, rule)
 
-    def select(
-        self,
-        x0: Tensor,
-        labels: Tensor | None,
-        index: Tensor | None,
-        generator: torch.Generator | None,  # noqa: ARG002
-        host: Host,
-    ) -> Selection:
+    def select(self, batch: Batch, generator: torch.Generator | None, host: Host) -> Selection:  # noqa: ARG002
         """The shard and how to ask the others, as described at `References`; nothing is drawn.
 
         Raises:
             ValueError: if `index` is missing, or devices, shapes or labels do not fit.
         """
-        index = self._index(x0, labels, index)
+        index, device = self._index(batch), batch.x0.device
         if host is Host.NEVER:
             raise ValueError(f"{self} cannot be compiled or captured: its ranks wait for each other's rows.")
-        exchange = self._exchange(x0.device)
+        exchange = self._exchange(device)
         exchange = exchange if self._counts else replace(exchange, draws=None)
         # Rows are compared with their samples where these are.
         return Selection(
-            matrix=self.pool.matrix(x0.device),
+            matrix=self.pool.matrix(device),
             source=index,
             labels=exchange.reference_labels,
             mirrored=self.pool.mirrored,
@@ -196,8 +178,8 @@ class ShardedPool:
             self._exchanges[device] = _Exchange(self._ranks, self.start, labels, log_prior, self._least_prior, draws)
         return self._exchanges[device]
 
-    def _index(self, x0: Tensor, labels: Tensor | None, index: Tensor | None) -> Tensor:
-        return self.pool.checked_index(x0, labels, index, "ShardedPool", "in the data of all ranks")
+    def _index(self, batch: Batch) -> Tensor:
+        return self.pool.checked_index(batch, "ShardedPool", "in the data of all ranks")
 
 
 @dataclass(frozen=True)

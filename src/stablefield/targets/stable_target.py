@@ -27,10 +27,8 @@ from stablefield.shapes import (
     row_values,
     whole_number,
 )
-from stablefield.targets._engine.assembly import Posterior
+from stablefield.targets._engine.assembly import posterior_of
 from stablefield.targets._engine.query import Host, Plan, Query, host_access
-from stablefield.targets._engine.static import posterior_of
-from stablefield.targets.batch import Batch, Scales, flipped, noisiest, put, sent
 from stablefield.targets.checks import (
     check_pair,
     finite_check,
@@ -43,9 +41,9 @@ from stablefield.targets.checks import (
 from stablefield.targets.consistency import Correlation, Measured, consistency_checks
 from stablefield.targets.kernel import GaussianKernel, Kernel
 from stablefield.targets.pool import verified_samples
-from stablefield.targets.references import InBatch, References
+from stablefield.targets.references import Batch, InBatch, References
 from stablefield.targets.sharded import ShardedPool
-from stablefield.targets.target import Target
+from stablefield.targets.target import Posterior, Target
 
 __all__ = ["DenoisingTarget", "StableTarget"]
 
@@ -166,47 +164,57 @@ class StableTarget:
             )
         source_only = None if source_only is None else row_flags("source_only", source_only, x0)
         mirror = None if flip is None else row_flags("flip", flip, x0, columns=True)
-        batch = Batch(x0, x_t, alpha, sigma, labels, reference_labels, index)
-        scales = Scales(alpha, sigma, source_only)
-        if host is not Host.NEVER:
-            scales = self._checked(batch, t, noise, source_only)
+        batch = Batch(
+            x0=x0,
+            x_t=x_t,
+            alpha=alpha,
+            sigma=sigma,
+            labels=labels,
+            reference_labels=reference_labels,
+            index=index,
+            source_only=source_only,
+        )
+        # What decides which rows use references, where the host may read it.
+        known = batch if host is Host.NEVER else self._checked(batch, t, noise)
+        noise_level = known.sigma / known.alpha
         # Without noise a row can only be its source.
-        use = (scales.noise_level >= self.noise_band) & (scales.sigma > 0)
-        use = use if scales.source_only is None else use & ~scales.source_only
-        if single:
-            rows = torch.zeros(0, dtype=torch.long)
-        else:
-            rows = noisiest(scales.noise_level, use, self.capacity, generator, host)
+        use = (noise_level >= self.noise_band) & (known.sigma > 0)
+        use = use if known.source_only is None else use & ~known.source_only
+        rows = (
+            torch.zeros(0, dtype=torch.long) if single else _noisiest(noise_level, use, self.capacity, generator, host)
+        )
         # What a row has that uses its source alone.
         zero = torch.zeros(len(x0), dtype=torch.promote_types(x0.dtype, torch.float32), device=x0.device)
         values = [x0, zero, zero + 1, zero + 1]
         # A rank without rows of its own still answers the others.
         if len(rows) or isinstance(self.references, ShardedPool):
-            found = self._posterior(batch.flipped(mirror), rows, scales, host, generator)
-            rows = sent(rows, x0.device)
+            unflipped = replace(batch, x0=_flipped(x0, mirror), x_t=_flipped(x_t, mirror))
+            found = self._posterior(unflipped, rows, known, host, generator)
+            rows = _sent(rows, x0.device)
             assert found.source_weight is not None
             # Where the source has all the weight, it is returned as it is, without the rounding of a decoder or a flip.
             keep = found.source_weight == 1
             keep = keep | ~use[rows] if host is Host.NEVER else keep
-            mean = flipped(found.mean, None if mirror is None else mirror[rows])
+            mean = _flipped(found.mean, None if mirror is None else mirror[rows])
             news = (mean, found.variance, found.ess, found.source_weight)
-            values = [put(old, rows, keep, new, host) for old, new in zip(values, news, strict=True)]
+            values = [_put(old, rows, keep, new, host) for old, new in zip(values, news, strict=True)]
         mean, variance, ess, source_weight = values
         return Target(mean, variance, ess, source_weight, x0, x_t, self.process, t, self.kernel, noise)
 
-    def _checked(self, batch: Batch, t: Tensor, noise: Tensor | None, source_only: Tensor | None) -> Scales:
-        """What the host has to know of each row, once it has found that all values are as they must be.
+    def _checked(self, batch: Batch, t: Tensor, noise: Tensor | None) -> Batch:
+        """The batch with its scalars, labels, index and flags on the host, once all values are found to be as they must be.
 
         Everything is brought to the host together, so that it waits for a GPU once, which has few small operations to do.
         """
         x0, x_t = batch.x0, batch.x_t
         if self.validate_args:
-            measured = Measured.of(x0, x_t, batch.alpha, batch.sigma, noise, source_only).rows
+            measured = Measured.of(x0, x_t, batch.alpha, batch.sigma, noise, batch.source_only).rows
         else:
             dtype = torch.promote_types(x0.dtype, torch.float32)
             measured = tuple(torch.linalg.vector_norm(x.flatten(1).to(dtype), dim=1) for x in (x0, x_t))
         given, optional = to_host(
-            (t, batch.alpha, batch.sigma, *measured), (batch.labels, batch.reference_labels, batch.index, source_only)
+            (t, batch.alpha, batch.sigma, *measured),
+            (batch.labels, batch.reference_labels, batch.index, batch.source_only),
         )
         t, alpha, sigma, *measured = given
         labels, reference_labels, index, source_only = optional
@@ -222,30 +230,33 @@ class StableTarget:
         else:
             sizes = measured if source_only is None else [norm.masked_fill(source_only, 0) for norm in measured]
             checks += [finite_check(size, name) for size, name in zip(sizes, ("x0", "x_t"), strict=True)]
+        known = replace(
+            batch,
+            alpha=alpha,
+            sigma=sigma,
+            labels=labels,
+            reference_labels=reference_labels,
+            index=index,
+            source_only=source_only,
+        )
         if self.noise_band != math.inf:  # references are asked for
-            checks += self.references.checks(x0, labels, reference_labels, index, source_only, self.validate_args)
+            checks += self.references.checks(known, self.validate_args)
         require(*checks)
-        return Scales(alpha, sigma, source_only)
+        return known
 
     def _posterior(
-        self, batch: Batch, rows: Tensor, scales: Scales, host: Host, generator: torch.Generator | None
+        self, batch: Batch, rows: Tensor, known: Batch, host: Host, generator: torch.Generator | None
     ) -> Posterior:
         """The posterior of `rows` of the batch over the references that all of its rows make up or choose."""
-        device, log_prior = batch.x0.device, None
-        # Rows that use their source only are of another kind than the rest, so they serve no other row; rows below the
-        # noise band do.
-        shared, places, among = batch, torch.arange(len(batch.x0)), rows
-        if scales.source_only is not None and host is not Host.NEVER:
-            places = (~scales.source_only).nonzero()[:, 0]
-            shared = batch.at(sent(places, device))
-            among = ((~scales.source_only).cumsum(0) - 1)[rows]
-        elif scales.source_only is not None and isinstance(self.references, InBatch):
-            log_prior = torch.zeros(len(batch.x0), device=device).masked_fill(scales.source_only, -torch.inf)
-            # A weight of 0 does not take away what is not finite.
-            excluded = scales.source_only.reshape(-1, *(1,) * (batch.x0.ndim - 1))
-            shared = replace(batch, x0=torch.where(excluded, 0, batch.x0))
-        rows_there, among = sent(rows, device), sent(among, device)
-        selection = self.references.select(shared.x0, shared.truth, shared.index, generator, host)
+        device, shared, places, among = batch.x0.device, batch, torch.arange(len(batch.x0)), rows
+        if known.source_only is not None and host is not Host.NEVER:
+            # Rows that use their source only are of another kind than the rest, so they serve no other row; rows below the
+            # noise band do.
+            serves = ~known.source_only
+            places, among = serves.nonzero()[:, 0], (serves.cumsum(0) - 1)[rows]
+            shared = batch.at(_sent(places, device))
+        rows_there, among = _sent(rows, device), _sent(among, device)
+        selection = self.references.select(shared, generator, host)
         if host is Host.NEVER or len(rows) < len(batch.x0):
             batch = batch.at(rows_there)
         samples = None
@@ -265,9 +276,9 @@ class StableTarget:
             stored=samples,
             labels=batch.labels,
             reference_labels=None if batch.labels is None else selection.labels,
-            log_prior=selection.log_prior if log_prior is None else log_prior,
+            log_prior=selection.log_prior,
             source_prior=None if selection.source_prior is None else selection.source_prior[among],
-            levels=None if host is Host.NEVER else scales.alpha[rows].double() / scales.sigma[rows].double(),
+            levels=None if host is Host.NEVER else known.alpha[rows].double() / known.sigma[rows].double(),
             places=rows,
         )
         plan = Plan(
@@ -277,9 +288,8 @@ class StableTarget:
             mirrored=selection.mirrored,
             chunk_size=self.chunk_size,
             ranks=selection.ranks,
-            least_level=self.noise_band,
         )
-        return posterior_of(query, plan)
+        return posterior_of(query, plan, self.noise_band)
 
 
 @dataclass(frozen=True)
@@ -298,3 +308,55 @@ class DenoisingTarget(StableTarget):
     kernel: Kernel = field(default_factory=GaussianKernel, init=False)
     chunk_size: int | None = field(default=None, init=False)
     capacity: int | None = field(default=None, init=False)
+
+
+def _noisiest(
+    level: Tensor, use: Tensor, capacity: int | None, generator: torch.Generator | None, host: Host
+) -> Tensor:
+    """The places of the rows for which `use` is set, or of the `capacity` noisiest of them.
+
+    Where the host may read no value, there are as many places whatever the values are, and others may be among them.
+    """
+    if host is not Host.NEVER:
+        rows = use.nonzero()[:, 0]
+        if capacity is None or len(rows) <= capacity:
+            return rows
+        return rows[_descending(level[rows], generator)[:capacity].sort().values]
+    if capacity is None or len(level) <= capacity:
+        return torch.arange(len(level), device=level.device)
+    # No compiler takes a generator, and none is needed: ties must be broken independently of the data, in any way.
+    return _descending(torch.where(use, level, -1), None)[:capacity]
+
+
+def _descending(level: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The order of descending levels, equal ones in random order: their places may depend on the data."""
+    device = level.device if generator is None else generator.device
+    order = torch.randperm(len(level), generator=generator, device=device).to(level.device)
+    return order[level[order].sort(descending=True, stable=True).indices]
+
+
+def _sent(rows: Tensor, device: torch.device) -> Tensor:
+    """Bring places of rows, integers (b,), from the host to `device`.
+
+    The host does not wait: CUDA takes up to 64 kB from ordinary memory with the command, which are 8,192 rows.
+    """
+    return rows.to(device, non_blocking=True)
+
+
+def _put(old: Tensor, rows: Tensor, keep: Tensor, new: Tensor, host: Host) -> Tensor:
+    """Put `new` into `old` at `rows`, but for those to `keep`."""
+    whole = len(rows) == len(old)
+    if whole and host is Host.READS and not bool(keep.any()):
+        return new.to(old.dtype)
+    keep = keep.reshape(-1, *(1,) * (old.ndim - 1))
+    value = torch.where(keep, old if whole else old[rows], new).to(old.dtype)
+    return value if whole else old.index_copy(0, rows, value)
+
+
+def _flipped(x: Tensor, flip: Tensor | None) -> Tensor:
+    """Mirror the rows of `x` (B, ...) for which column j of `flip` (B, m) is set along axis -1-j: its own inverse."""
+    if flip is None:
+        return x
+    for column in range(flip.shape[1]):
+        x = torch.where(flip[:, column].reshape(-1, *(1,) * (x.ndim - 1)), x.flip(-1 - column), x)
+    return x

@@ -17,7 +17,7 @@ product repairs them all. On a GPU that product serves every row of small noise,
 
 Data far from zero are moved first: with the origin $o$ of `Norms` in place of 0, by $x_t - \alpha o$ and $y - o$.
 
-The anchor itself, if it is a reference, has logit 0 exactly and is no part of the chunks: see `Logits.own_share`. Sums over
+The anchor itself, if it is a reference, has logit 0 exactly and is no part of the chunks: see `Logits.own`. Sums over
 the others are made relative to the anchor in the end (`Logits.relative_to_anchor`), so that small differences keep their
 digits and sums over matrices with different origins merge. For rows of small noise the squared distances from the anchor
 come from
@@ -28,16 +28,15 @@ which does not cancel where near-duplicates lie far from the origin.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from stablefield.targets._engine.matmul import ULPS, Chunk, Operand, chunk_size, chunks
-from stablefield.targets._engine.online_softmax import Energy, OnlineSoftmax
+from stablefield.targets._engine.matmul import ULPS, Chunk, Operand, chunks
+from stablefield.targets._engine.online_softmax import ChunkLogits, OnlineSoftmax
 from stablefield.targets._engine.query import Host, Plan, Query
-from stablefield.targets._engine.reference_matrix import Norms
-from stablefield.targets._engine.rows import in_blocks, inner_products, row_blocks, squared_norms
+from stablefield.targets._engine.reference_matrix import in_blocks, inner_products, row_blocks, squared_norms
 
 __all__ = ["Anchor", "Logits", "SmallNoise", "find_anchor", "noise_is_large"]
 
@@ -130,7 +129,7 @@ class Logits:
         norms = plan.matrix.norms(query.x_t.dtype)
         x, alpha, near = query.x_t, query.alpha, anchor.rows
         self.anchor = anchor
-        self._query, self._plan, self._small = query, plan, small
+        self._query, self._plan, self._small, self._norms = query, plan, small, norms
         self._origin = None if norms.origin is None else norms.origin.to(alpha.dtype)
         # The noise itself is kept only if it is asked for: a large new tensor takes a CPU longer than what is done with it.
         self.anchor_square = in_blocks(lambda some: squared_norms(self._noise_of(some)), x)
@@ -142,9 +141,13 @@ class Logits:
         self._offset = (offset - alpha**2 * norms.centre).to(x.dtype)[:, None]
         self._alpha_square = (alpha**2).to(x.dtype)[:, None]
         self._factor = (-2 * alpha).to(x.dtype)[:, None]
-        self._operand = Operand(x)
+        self._x = x
         # Whether pairs are repaired one by one, or rows of small noise by a float64 product from the start.
         self._by_pairs = plan.host is Host.READS or (x.dtype == torch.float64 and plan.host is Host.WAITS)
+
+    @cached_property
+    def _operand(self) -> Operand:
+        return Operand(self._x)
 
     @cached_property
     def noise(self) -> Tensor:
@@ -157,35 +160,26 @@ class Logits:
             return torch.addcmul(x, anchor, alpha.to(x.dtype)[:, None], value=-1)
         return _less(x, alpha, anchor)
 
-    def own_share(self) -> OnlineSoftmax:
-        """The sums over the anchors that are references, relative to themselves."""
+    @cached_property
+    def own(self) -> Tensor:
+        """The logit of the anchor as a reference, shape (B,), float64; -inf where it is none."""
         place, query = self.anchor.place, self._query
-        logit = torch.zeros_like(self.anchor_square)
         if query.source_prior is not None:
-            logit = query.source_prior
-        elif place is None:
-            logit.fill_(-torch.inf)
-        else:
-            if query.log_prior is not None:
-                logit = query.log_prior[place.clamp(min=0)]
-            logit = logit.masked_fill(place < 0, -torch.inf)
-        return OnlineSoftmax.of_anchors(logit, self.anchor.rows)
+            return query.source_prior
+        logit = torch.zeros_like(self.anchor_square)
+        if place is None:
+            return logit.fill_(-torch.inf)
+        if query.log_prior is not None:
+            logit = query.log_prior[place.clamp(min=0)]
+        return logit.masked_fill(place < 0, -torch.inf)
 
-    def of_chunk(
-        self, chunk: Chunk, norms: Norms, where: slice, allowed: Tensor | None, reached: Tensor
-    ) -> tuple[Tensor, Tensor, Energy]:
-        """The logits of a chunk, and the largest of each row.
+    def of_chunk(self, chunk: Chunk, where: slice, reached: Tensor) -> ChunkLogits:
+        """The logits of a chunk, -inf for what a row may not use and for its anchor.
 
         Args:
             chunk: the c references.
-            norms: their squared norms.
             where: their place in the matrix.
-            allowed: which pairs count at all, shape (B, c), or None for all.
             reached: a logit that the row is known to reach, shape (B,), -inf where none is.
-
-        Returns:
-            Shapes (B, c), -inf for what is not allowed and for the anchor itself, and (B,); and what `OnlineSoftmax.add`
-            asks for the energy of the chunk.
         """
         x, small, place = self._query.x_t, self._small.rows, self.anchor.place
         wide = 0 if self._by_pairs else len(small)
@@ -193,12 +187,12 @@ class Logits:
             distances = self._wide(chunk.wide, small).to(x.dtype)
         elif self.anchor.distances is None:
             distances = chunk.inner(self._operand).mul_(self._factor)
-            distances.addcmul_(self._alpha_square, norms.centred).sub_(self._offset)
+            distances.addcmul_(self._alpha_square, self._norms.centred[where]).sub_(self._offset)
         else:
             distances = self.anchor.distances[:, where] - self._offset
         if 0 < wide < len(x):
             distances.index_copy_(0, small, self._wide(chunk.wide, small).to(x.dtype))
-        logits = self._with_prior(distances, where)
+        logits, allowed = self._with_prior(distances, where), self._query.allowed(where)
         if allowed is not None:
             logits.masked_fill_(~allowed, -torch.inf)
         if place is not None:
@@ -215,18 +209,19 @@ class Logits:
             self._repair(logits, largest, distances, chunk, where, reached)
         # What is not needed is not kept.
         kept = distances if len(small) else None
-        return logits, largest, lambda weights, mass, queries: self._energy(weights, mass, queries, norms, kept)
+        log_prior = self._query.prior_weight(where, allowed)
+        return ChunkLogits(chunk, logits, largest, log_prior, partial(self._energy, where, kept))
 
     def _energy(
-        self, weights: Tensor, mass: Tensor, queries: Tensor | None, norms: Norms, distances: Tensor | None
+        self, where: slice, distances: Tensor | None, weights: Tensor, mass: Tensor, rows: Tensor | None
     ) -> Tensor:
         """The weighted sum of |y|^2 or, for rows of small noise, of the relative distances, shape (b,)."""
-        energy = mass * norms.centre + torch.mv(weights, norms.centred)
+        energy = mass * self._norms.centre + torch.mv(weights, self._norms.centred[where])
         if distances is None:
             return energy
-        if queries is not None:
-            some = self._small.mask[queries].nonzero()[:, 0]
-            exact = (weights[some] * distances[queries[some]]).sum(1)
+        if rows is not None:
+            some = self._small.mask[rows].nonzero()[:, 0]
+            exact = (weights[some] * distances[rows[some]]).sum(1)
             return energy.index_copy(0, some, exact.to(mass.dtype))
         some = self._small.rows
         if len(some) < len(weights):
@@ -349,7 +344,7 @@ def _nearest(query: Query, rows: Tensor, plan: Plan, keep: bool, wide: bool = Fa
     best = torch.full((len(rows),), torch.inf, dtype=dtype, device=rows.device)
     index = torch.full_like(rows, -1)
     kept = torch.empty(len(rows), len(matrix), dtype=dtype, device=rows.device) if keep else None
-    for where, chunk in chunks(matrix, chunk_size(matrix, len(rows), narrow), len(rows), narrow):
+    for where, chunk in chunks(matrix, None, len(rows), narrow):
         if wide:
             references = chunk.wide
             distance = torch.addmm(alpha_square * references.square().sum(1), scaled.rows, references.T)

@@ -21,10 +21,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from stablefield.targets._engine.reference_matrix import ReferenceMatrix
-from stablefield.targets._engine.rows import largest_magnitude
+from stablefield.targets._engine.reference_matrix import ReferenceMatrix, largest_magnitude
 
-__all__ = ["ULPS", "Chunk", "Operand", "chunk_size", "chunks", "full_precision"]
+__all__ = ["ULPS", "Chunk", "Operand", "chunks", "full_precision"]
 
 ULPS = 10
 """Bound on the rounding error of an inner product, in ulps of the product of the two norms.
@@ -82,92 +81,90 @@ class Operand:
         return self.rows.sum(1)
 
 
+@dataclass(frozen=True)
 class Chunk:
     """Some references as rows of floats, less their origin if they have one.
 
-    Args:
+    Attributes:
         rows: shape (c, d).
         stored: what they were before the origin was taken off, which may have rounded them, in any floating point dtype,
             shape (c, d); None if there is no origin.
         origin: the origin, shape (d,).
     """
 
-    def __init__(self, rows: Tensor, stored: Tensor | None = None, origin: Tensor | None = None) -> None:
-        self._rows, self._stored, self._origin = rows, stored, origin
+    rows: Tensor
+    stored: Tensor | None = None
+    origin: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     @property
     def wide(self) -> Tensor:
         """All of them in float64, shape (c, d), without another rounding than that of their decoder."""
-        if self._stored is None or self._origin is None:
-            return self._rows.double()
-        return self._stored.to(torch.float64, copy=True).sub_(self._origin)
+        if self.stored is None or self.origin is None:
+            return self.rows.double()
+        return self.stored.to(torch.float64, copy=True).sub_(self.origin)
 
     def at(self, index: Tensor) -> Tensor:
         """Those at `index` (m,) with the origin still in them, shape (m, d)."""
-        return self._rows[index] if self._stored is None else self._stored[index].to(self._rows.dtype)
+        return self.rows[index] if self.stored is None else self.stored[index].to(self.rows.dtype)
 
     def inner(self, x: Operand) -> Tensor:
         """Inner products with the rows of `x`, shape (B, c), in a tensor of its own."""
-        return x.rows @ self._rows.T
+        return x.rows @ self.rows.T
 
     def weighted(self, weights: Tensor) -> Tensor:
         """Their sums with `weights` (B, c), none negative, shape (B, d), in a tensor of its own."""
-        return weights @ self._rows
+        return weights @ self.rows
 
     def add_weighted(self, total: Tensor, weights: Tensor) -> None:
         """Add their sums with `weights` (B, c), none negative, to `total` (B, d), in place."""
-        total.addmm_(weights, self._rows)  # in one pass
+        total.addmm_(weights, self.rows)  # in one pass
 
 
+@dataclass(frozen=True)
 class ByteChunk(Chunk):
-    """References as bytes b that mean (b + 1/2) / 127.5: uint8 images u, by b = u - 128; shape (c, d), int8."""
-
-    def __init__(self, values: Tensor) -> None:
-        super().__init__(values)
+    """References as bytes b, int8, that mean (b + 1/2) / 127.5: uint8 images u, by b = u - 128."""
 
     @property
     def wide(self) -> Tensor:
-        return _meaning(self._rows).double()
+        return _meaning(self.rows).double()
 
     def at(self, index: Tensor) -> Tensor:
-        return _meaning(self._rows[index])
+        return _meaning(self.rows[index])
 
     def inner(self, x: Operand) -> Tensor:
-        return _decoded(x.digits, x.sums, self._rows.T)
+        return _decoded(x.digits, x.sums, self.rows.T)
 
     def weighted(self, weights: Tensor) -> Tensor:
-        return _decoded(Digits.of(weights, weights.amax(1)), weights.sum(1), self._rows)
+        return _decoded(Digits.of(weights, weights.amax(1)), weights.sum(1), self.rows)
 
     def add_weighted(self, total: Tensor, weights: Tensor) -> None:
         total.add_(self.weighted(weights))
 
 
-def chunk_size(matrix: ReferenceMatrix, batch: int, dtype: torch.dtype) -> int:
-    """How many references of `matrix` a chunk for `batch` rows of `dtype` should have, by the memory at hand."""
-    return matrix.chunk_size(batch, decoded=not _stay_bytes(matrix, batch, dtype))
+def chunks(matrix: ReferenceMatrix, size: int | None, batch: int, dtype: torch.dtype) -> Iterator[tuple[slice, Chunk]]:
+    """The references of `matrix`, chunk by chunk, for products with `batch` rows of `dtype`.
 
-
-def chunks(matrix: ReferenceMatrix, size: int, batch: int, dtype: torch.dtype) -> Iterator[tuple[slice, Chunk]]:
-    """The references of `matrix`, at most `size` at a time, for products with `batch` rows of `dtype`.
-
-    The origin of their norms, if there is one, has been taken off.
+    The origin of their norms, if there is one, has been taken off. A chunk has `size` references at most; as many as suit
+    the memory at hand if that is None.
 
     Yields:
         Their place in the matrix, and the chunk, valid until the next one is asked for.
     """
+    stay_bytes = _stay_bytes(matrix, batch, dtype)
+    size = min(size or matrix.chunk_size(batch, decoded=not stay_bytes), len(matrix))
     origin = matrix.norms(dtype).origin
     if origin is not None:
-        buffer = torch.empty(min(size, len(matrix)), matrix.dim, dtype=dtype, device=matrix.device)
+        buffer = torch.empty(size, matrix.dim, dtype=dtype, device=matrix.device)
         for where, part in matrix.pages(size):
             stored = part.to(matrix.device).reshape(len(part), matrix.dim)
             yield where, Chunk(torch.sub(stored, origin, out=buffer[: len(part)]), stored, origin)
-    elif _stay_bytes(matrix, batch, dtype):
+    elif stay_bytes:
         # Weighted sums run over the references of a chunk.
         size = min(size, _LONGEST)
-        buffer = torch.empty(min(size, len(matrix)), *matrix.data.shape[1:], dtype=torch.uint8)
+        buffer = torch.empty(size, *matrix.data.shape[1:], dtype=torch.uint8)
         for where, part in matrix.pages(size):
             values = torch.bitwise_xor(part, 128, out=buffer[: len(part)])
             yield where, ByteChunk(values.view(torch.int8).view(len(part), matrix.dim))

@@ -1,6 +1,6 @@
 r"""Online softmax: sums over some of the references, which merge into those over all of them.
 
-For one query and references $k$ in a part, with logits $l_k$ relative to a fixed anchor, the sums are
+For one query and references $k$ in a part, with logits $l_k$ relative to one anchor, the sums are
 
 $$ m \approx \max_k l_k, \quad Z = \sum_k e^{l_k - m}, \quad Z_2 = \sum_k e^{2 (l_k - m)}, \quad
    E = \sum_k e^{l_k - m} |y_k - a|^2, \quad S = \sum_k e^{l_k - m} (y_k - a) . $$
@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from stablefield.targets._engine.matmul import Chunk
-from stablefield.targets._engine.rows import wide_dtype
+from stablefield.targets._engine.reference_matrix import wide_dtype
 
-__all__ = ["Energy", "OnlineSoftmax"]
+__all__ = ["ChunkLogits", "OnlineSoftmax"]
 
 # A logit may exceed the level m by this much before the sums are rescaled to it, a pass over all of them: e^16 squared,
 # summed over any number of references, is far from the end of float32.
@@ -33,8 +33,24 @@ _SLACK = 16.0
 # Share of the rows above which it is cheaper to multiply all than to pick those that a chunk has weight for.
 _MANY = 0.75
 
-Energy = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""What weights (b, c) of a chunk, their sums (b,) and the queries that they are of (None for all) add to E, shape (b,)."""
+
+@dataclass(frozen=True)
+class ChunkLogits:
+    """The logits of a chunk of c references.
+
+    Attributes:
+        chunk: the references.
+        values: the logits, shape (B, c), -inf where a reference may not be used.
+        largest: the largest logit of each row, shape (B,).
+        log_prior: log of the summed prior weights of the references that the row may use, shape (B,) or ().
+        energy: what weights (b, c), their sums (b,) and the rows that they are of (None for all) add to E, shape (b,).
+    """
+
+    chunk: Chunk
+    values: Tensor
+    largest: Tensor
+    log_prior: Tensor
+    energy: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass
@@ -69,50 +85,29 @@ class OnlineSoftmax:
         peak = nothing if level is None else level.clone()
         return cls(peak, zero, zero.clone(), zero.clone(), torch.zeros_like(like), nothing.clone())
 
-    @classmethod
-    def of_anchors(cls, logit: Tensor, rows: Tensor) -> "OnlineSoftmax":
-        """The anchor of each query as a reference; its prior weight is left to `add_prior`.
+    def add(self, part: ChunkLogits, among: int | None = None) -> None:
+        """Add a chunk of references; the values of its logits are overwritten.
 
         Args:
-            logit: its logit, shape (B,), float64; -inf for a query whose anchor is none.
-            rows: the anchors, shape (B, d).
-        """
-        mass = torch.ones_like(logit).masked_fill_(torch.isneginf(logit), 0)
-        nothing = torch.full_like(logit, -torch.inf)
-        # Of zeros that take no memory.
-        total = rows.new_zeros(1, 1).expand(rows.shape)
-        return cls(logit, mass, mass.clone(), torch.zeros_like(mass), total, nothing)
-
-    def add_prior(self, log_prior: Tensor) -> None:
-        """Count prior weights, given as the log of their sum, shape (B,) or (): of what `add` adds, and of the anchors."""
-        self.log_prior = torch.logaddexp(self.log_prior, log_prior.to(self.log_prior.dtype))
-
-    def add(self, logits: Tensor, largest: Tensor, chunk: Chunk, energy: Energy, among: int | None = None) -> None:
-        """Add a chunk of c references, but for their prior weights.
-
-        Args:
-            logits: shape (B, c), -inf where a reference may not be used; overwritten.
-            largest: the largest logit of each query, shape (B,).
-            chunk: the references.
-            energy: what their weights add to E.
+            part: the logits.
             among: how many references there are in all. What weighs so little that all of them, if they weighed no more,
-                could not be seen in the dtype, is left out. This reads values, for which the host would wait for a
-                GPU: None adds all without reading any.
+                could not be seen in the dtype, is left out. This reads values, for which the host would wait for a GPU: None
+                adds all without reading any.
         """
-        old = self.peak
+        self.log_prior = torch.logaddexp(self.log_prior, part.log_prior.to(self.log_prior.dtype))
+        old, largest = self.peak, part.largest
         above = largest > old + _SLACK
         if among is None:
             self._raise_to(torch.where(above, largest.to(old.dtype), old))
-            self._add_all(logits, chunk, energy)
+            self._add_all(part)
             return
-        unseen = torch.finfo(logits.dtype).eps / (4 * among)
-        seen = largest > old + math.log(unseen)
-        count = int(seen.sum())
-        if count == 0:
+        unseen = torch.finfo(part.values.dtype).eps / (4 * among)
+        seen = (largest > old + math.log(unseen)).nonzero()[:, 0]
+        if not len(seen):
             return
         if bool(above.any()):
             self._raise_to(torch.where(above, largest.to(old.dtype), old))
-        self._add_some(seen.nonzero()[:, 0], logits, chunk, energy, unseen * len(chunk))
+        self._add_some(seen, part, unseen * len(part.chunk))
 
     def merge(self, other: "OnlineSoftmax") -> "OnlineSoftmax":
         """The posterior sums over the references of both parts, which must be disjoint and share their anchor."""
@@ -128,18 +123,14 @@ class OnlineSoftmax:
             log_prior=torch.logaddexp(self.log_prior, other.log_prior),
         )
 
-    def with_anchors(self, anchors: "OnlineSoftmax") -> "OnlineSoftmax":
-        """As `merge` with the part of the anchors alone, whose sums about themselves are 0, at no cost.
+    def with_anchors(self, logit: Tensor) -> "OnlineSoftmax":
+        """As `merge` with the sums over the anchors alone, which are 0 relative to themselves, at no cost.
 
-        `self` must have started from the level of `anchors`, so that it is not below it.
+        Their prior weights have been counted with the chunks, of which they are no part. `self` must have started from the
+        level `logit` (B,), -inf where an anchor is no reference, so that it is not below it.
         """
-        scale = torch.exp(anchors.peak - _finite(self.peak))
-        return replace(
-            self,
-            mass=scale * anchors.mass + self.mass,
-            mass_squared=scale**2 * anchors.mass_squared + self.mass_squared,
-            log_prior=torch.logaddexp(self.log_prior, anchors.log_prior),
-        )
+        scale = torch.exp(logit - _finite(self.peak))
+        return replace(self, mass=scale + self.mass, mass_squared=scale**2 + self.mass_squared)
 
     def _raise_to(self, peak: Tensor) -> None:
         keep = torch.exp(self.peak - _finite(peak))
@@ -149,35 +140,34 @@ class OnlineSoftmax:
         self.energy = self.energy * keep
         self.total.mul_(keep.to(self.total.dtype)[:, None])
 
-    def _add_all(self, logits: Tensor, chunk: Chunk, energy: Energy) -> None:
-        weights = _exp(logits.sub_(_finite(self.peak).to(logits.dtype)[:, None]))
+    def _add_all(self, part: ChunkLogits) -> None:
+        weights = _exp(part.values.sub_(_finite(self.peak).to(part.values.dtype)[:, None]))
         mass = weights.sum(1).to(self.mass.dtype)
         self.mass = self.mass + mass
-        self.energy = self.energy + energy(weights, mass, None)
-        chunk.add_weighted(self.total, weights)
+        self.energy = self.energy + part.energy(weights, mass, None)
+        part.chunk.add_weighted(self.total, weights)
         self.mass_squared = self.mass_squared + weights.square_().sum(1)
 
-    def _add_some(self, queries: Tensor, logits: Tensor, chunk: Chunk, energy: Energy, unseen: float) -> None:
-        """Add for `queries`, and make the product for those of them whose chunk weighs more than `unseen`."""
-        if len(queries) < len(logits):
-            logits = logits.index_select(0, queries)
-        weights = _exp(logits.sub_(_finite(self.peak[queries]).to(logits.dtype)[:, None]))
+    def _add_some(self, rows: Tensor, part: ChunkLogits, unseen: float) -> None:
+        """Add for `rows`, and make the product for those of them whose chunk weighs more than `unseen`."""
+        logits = part.values if len(rows) == len(part.values) else part.values.index_select(0, rows)
+        weights = _exp(logits.sub_(_finite(self.peak[rows]).to(logits.dtype)[:, None]))
         narrow = weights.sum(1)
         heavy = narrow > unseen
         count = int(heavy.sum())
-        if count > _MANY * len(self.total) and len(queries) == len(self.total):
-            chunk.add_weighted(self.total, weights)
-        else:
-            if count < len(queries):
+        if count > _MANY * len(self.total) and len(rows) == len(self.total):
+            part.chunk.add_weighted(self.total, weights)
+        elif count:
+            if count < len(rows):
                 # From all sums alike, or they would not belong together.
-                queries, weights, narrow = queries[heavy], weights[heavy], narrow[heavy]
-            if not count:
-                return
-            self.total.index_add_(0, queries, chunk.weighted(weights))
+                rows, weights, narrow = rows[heavy], weights[heavy], narrow[heavy]
+            self.total.index_add_(0, rows, part.chunk.weighted(weights))
+        else:
+            return
         mass = narrow.to(self.mass.dtype)
-        self.mass = self.mass.index_add(0, queries, mass)
-        self.energy = self.energy.index_add(0, queries, energy(weights, mass, queries))
-        self.mass_squared = self.mass_squared.index_add(0, queries, weights.square_().sum(1).to(mass.dtype))
+        self.mass = self.mass.index_add(0, rows, mass)
+        self.energy = self.energy.index_add(0, rows, part.energy(weights, mass, rows))
+        self.mass_squared = self.mass_squared.index_add(0, rows, weights.square_().sum(1).to(mass.dtype))
 
 
 def _exp(logits: Tensor) -> Tensor:

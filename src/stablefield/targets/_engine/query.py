@@ -4,6 +4,7 @@ Arguments are checked here, in one place, before anything is computed. What diff
 a compiled one and a shard's is decided here, too, once: in the `Plan`, which is handed down unchanged.
 """
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -11,10 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stablefield.reading import readable, watched
+from stablefield.reading import readable
 from stablefield.targets._engine.online_softmax import OnlineSoftmax
-from stablefield.targets._engine.reference_matrix import ReferenceMatrix
-from stablefield.targets._engine.rows import largest_magnitude, wide_dtype
+from stablefield.targets._engine.reference_matrix import ReferenceMatrix, largest_magnitude, wide_dtype
 from stablefield.targets.checks import finite_check, require, value_check
 from stablefield.targets.kernel import Kernel
 
@@ -33,7 +33,11 @@ def host_access(device: torch.device) -> Host:
     """Whether the host may read values on `device` now. All of the package asks here, once for each call."""
     if not readable(device):
         return Host.NEVER
-    return Host.READS if watched(device) else Host.WAITS
+    return Host.READS if _shares_memory(device) else Host.WAITS
+
+
+def _shares_memory(device: torch.device) -> bool:
+    return device.type in ("cpu", "mps")
 
 
 class OtherRanks(Protocol):
@@ -57,7 +61,6 @@ class Plan:
         ranks: where the other references lie; None if `matrix` holds all.
         least_prior: for rows whose sources are left to another rank: the least log prior weight that a source can have. What
             weighs nothing beside it is left out. None where each row's own source is part of its sums.
-        least_level: a noise level below which no row's result is used.
         float64: whether the logits of all rows are made in float64, where the host may not ask which rows need it.
     """
 
@@ -68,7 +71,6 @@ class Plan:
     chunk_size: int | None = None
     ranks: OtherRanks | None = None
     least_prior: float | None = None
-    least_level: float = 0.0
     float64: bool = False
 
 
@@ -199,6 +201,15 @@ class Query:
             return None
         labels = (self.labels if rows is None else self.labels[rows])[:, None]
         return (labels == self.reference_labels[where]) | (labels == -1)
+
+    def prior_weight(self, where: slice, allowed: Tensor | None) -> Tensor:
+        """Log of the summed prior weights of the references of the slice that are allowed, shape (B,) or ()."""
+        if self.log_prior is None:
+            if allowed is None:
+                return self.sigma.new_full((), math.log(where.stop - where.start))
+            return allowed.sum(1).to(self.sigma).log()
+        log_prior = self.log_prior[where]
+        return (log_prior if allowed is None else torch.where(allowed, log_prior, -torch.inf)).logsumexp(-1)
 
 
 def checked_matrix(x_t: Tensor, references: Tensor) -> ReferenceMatrix:
