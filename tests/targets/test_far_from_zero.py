@@ -237,20 +237,23 @@ def test_shards_with_origins_of_their_own_merge(rng: torch.Generator, exact: Cal
     y[26:] += 7
     parts = [y[:6], y[6:26], y[26:]]
     x_t = (y[:B].double() + 0.01 * torch.randn(B, *SHAPE, generator=rng, dtype=torch.float64)).float()
-    one, merged = torch.ones(B, dtype=torch.float64), None
-    origins, first = [], 0
+    one = torch.ones(B, dtype=torch.float64)
+    parts_summed, origins, first = [], [], 0
     for part in parts:
         matrix = ReferenceMatrix(part)
         plan = Plan(matrix=matrix, host=Host.READS, kernel=GaussianKernel(), chunk_size=5)
         place = torch.arange(B) if first == 0 else torch.full((B,), -1)
         # With a level at hand, the values of the query count as checked.
         query = Query(x_t=x_t, alpha=one, sigma=0.01 * one, source=place, anchor=y[:B], levels=100 * one)
-        sums = summed(query.checked(plan), plan)
-        merged = sums.softmax if merged is None else merged.merge(sums.softmax)
+        parts_summed.append(summed(query.checked(plan), plan))
         origins.append(matrix.norms(torch.float32).origin)
         first += len(part)
+    own, *others = parts_summed  # the first part holds the sources
+    merged = own.softmax
+    for other in others:
+        merged = merged.merge(other.softmax)
     assert not torch.equal(origins[0], origins[1])
-    check(replace(sums, softmax=merged).posterior(), exact(x_t, 1.0, 0.01, y), y, 0.01)
+    check(replace(own, softmax=merged).posterior(), exact(x_t, 1.0, 0.01, y), y, 0.01)
 
 
 def test_far_images_of_bytes_need_no_origin(rng: torch.Generator, exact: Callable) -> None:
