@@ -305,7 +305,7 @@ def test_broken_files_are_all_found_and_named_with_their_reason(tmp_path):
     (tmp_path / "05.png").write_bytes(b"GIF89a, no more")
     whole = (tmp_path / "17.png").read_bytes()
     (tmp_path / "17.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="--skip-broken") as caught:
+    with pytest.raises(ValueError, match="skip_broken=True") as caught:
         open_images(tmp_path)
     message = str(caught.value)
     assert message.startswith("3 of 20 image files cannot be read: ")
@@ -373,7 +373,7 @@ def test_images_of_different_size_are_named_with_the_remedy(tmp_path):
     save(tmp_path / "b.png", pixels((6, 8, 3)))
     save(tmp_path / "c.png", pixels((5, 9, 3)))
     with pytest.raises(
-        ValueError, match=r"a\.png has 8 x 6 pixels, .*c\.png has 9 x 5.*--resolution N.*shortest side .* 5"
+        ValueError, match=r"a\.png has 8 x 6 pixels, .*c\.png has 9 x 5.*resolution=N.*shortest side .* 5"
     ):
         open_images(tmp_path)
 

@@ -141,7 +141,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = func._schema.name.removeprefix("aten::").rstrip("_")
     if name == "stablefield::posterior":
         # Looked into, since on a device it runs as it stands.
-        from stablefield.targets.static import compute
+        from stablefield.targets._engine.assembly import compute
 
         return compute(*args, **kwargs)
     leaves = tree_leaves((args, kwargs))

@@ -22,8 +22,8 @@ from torch import Tensor
 import stablefield as sf
 from stablefield import sampling
 from stablefield.evaluation.extractor import RandomConvolutions
-from stablefield.targets import reference_matrix
-from stablefield.targets.staging import sent_ahead
+from stablefield.targets._engine import query, reference_matrix
+from stablefield.targets._engine.reference_matrix import sent_ahead
 from stablefield.training.meter import Meter
 
 TABLE = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
@@ -194,23 +194,16 @@ def of_a_staged_array() -> dict[str, Any]:
     }
 
 
-def of_fixed_shapes(kind: str) -> dict[str, Any]:
+def of_static_shapes(kind: str) -> dict[str, Any]:
     """As while a graph is captured: `readable` says no."""
     options, call = case(kind)
     there = {name: far(value) for name, value in call.items()}
     truth = target(kind, options, lambda value: value, 60)(**call)
     stable = target(kind, options, far, 60)
     stable(**there)
-    modules = [sys.modules[f"stablefield.targets.{name}"] for name in ("stable_target", "pool", "sharded")]
-    kept = [module.readable for module in modules]
-    for module in modules:
-        module.readable = lambda device: False
     results: list[sf.Target] = []
-    try:
+    with mock.patch.object(query, "readable", return_value=False):
         waited = waits(lambda: results.append(stable(**there)))
-    finally:
-        for module, function in zip(modules, kept, strict=True):
-            module.readable = function
     return {"waits": waited, "gap": gap(results[0], truth)}
 
 
@@ -282,7 +275,7 @@ if __name__ == "__main__":
             "gpu benchmark": of_the_gpu_benchmark(),
             "targets": {kind: of_targets(kind) for kind in (*TARGETS, "array")},
             "staged": of_a_staged_array(),
-            "fixed": {kind: of_fixed_shapes(kind) for kind in TARGETS if kind != "drawn"},
+            "static": {kind: of_static_shapes(kind) for kind in TARGETS if kind != "drawn"},
             "samplers": {name: of_samplers(name) for name in SAMPLERS},
             "steps": {name: of_steps(name) for name in STEPS},
         }

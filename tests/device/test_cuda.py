@@ -30,7 +30,7 @@ def test_once_its_network_runs_a_step_waits_for_nothing(name: str) -> None:
 @pytest.mark.gpu
 def test_a_pool_in_a_file_is_that_on_the_device(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "stablefield.targets.reference_matrix.PAGE", 2**20
+        "stablefield.targets._engine.reference_matrix.PAGE", 2**20
     )  # 200 pages, each of which could come too early
     images = torch.randint(0, 256, (60_000, 3, 34, 34), generator=rng, dtype=torch.uint8)
     index = torch.randint(len(images), (256,), generator=rng)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch has no devices written in Python",
 )
-FIXED = [kind for kind in TARGETS if kind != "drawn"]
+STATIC = [kind for kind in TARGETS if kind != "drawn"]
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +110,10 @@ def test_a_pool_in_a_file_is_sent_ahead_to_a_gpu(seen: dict[str, dict[str, Any]]
     assert found["most"] == 2  # copies of a pass that are under way at a time
 
 
-@pytest.mark.parametrize("kind", FIXED)
+@pytest.mark.parametrize("kind", STATIC)
 def test_what_is_compiled_or_captured_waits_for_nothing(seen: dict[str, dict[str, Any]], kind: str) -> None:
-    assert seen["fixed"][kind]["waits"] == {}
-    assert seen["fixed"][kind]["gap"] < 5e-5
+    assert seen["static"][kind]["waits"] == {}
+    assert seen["static"][kind]["gap"] < 5e-5
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stablefield as sf
-from stablefield.targets.chunk import chunk_rows
-from stablefield.targets.reference_matrix import ReferenceMatrix, squared_norms
+from stablefield.targets._engine.reference_matrix import ReferenceMatrix, squared_norms
 
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
 LOOKS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
@@ -42,9 +41,9 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.fixture
-def unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of a device that must not be waited for, on this one."""
-    monkeypatch.setattr("stablefield.targets.query.watched", lambda device: False)
+    monkeypatch.setattr("stablefield.targets._engine.query._shares_memory", lambda device: False)
 
 
 def case(sigma: float, rng: torch.Generator, n: int = 900, d: int = 256, b: int = 32) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,13 +87,13 @@ def test_what_is_skipped_does_not_show(
     torch.testing.assert_close(found.ess.double(), truth.ess, rtol=2e-3, atol=0)
     torch.testing.assert_close(found.log_evidence.double(), truth.log_evidence, rtol=2e-6, atol=1e-3)
     # And without a look at values, as on a GPU.
-    monkeypatch.setattr("stablefield.targets.query.watched", lambda device: False)
+    monkeypatch.setattr("stablefield.targets._engine.query._shares_memory", lambda device: False)
     dense = sf.posterior(*arguments)
     torch.testing.assert_close(dense.mean.double(), truth.mean, rtol=0, atol=2e-4)
     torch.testing.assert_close(dense.ess.double(), truth.ess, rtol=2e-3, atol=0)
 
 
-@pytest.mark.usefixtures("unwatched")
+@pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize("sigma", [0.02, 2.0])
 @pytest.mark.parametrize("kind", ["pool", "mirrored", "posterior", "groups"])
 def test_a_device_is_not_waited_for_once_per_chunk(sigma: float, kind: str, rng: torch.Generator) -> None:
@@ -163,17 +162,19 @@ def test_squared_norms_are_good_to_an_ulp_or_two(dim: int, dtype: torch.dtype, r
 
 
 def test_chunks_keep_to_the_memory_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
+    def chunk_size(batch: int, dim: int, n: int) -> int:
+        return ReferenceMatrix(torch.zeros(1, 1).expand(n, dim)).chunk_size(batch)
+
     # In the cache if there is plenty; all of it if that is little.
-    assert 2**19 < chunk_rows(64, 3072, 50_000, cpu) * 3072 <= 2**21
-    assert chunk_rows(128, 64, 1797, cpu) == 1797
-    assert chunk_rows(0, 64, 10, cpu) == 10
+    assert 2**19 < chunk_size(64, 3072, 50_000) * 3072 <= 2**21
+    assert chunk_size(128, 64, 1797) == 1797
+    assert chunk_size(0, 64, 10) == 10
     # Long rows are not taken singly, for each chunk costs a pass over the sums.
-    assert chunk_rows(8, 3 * 512 * 512, 50_000, cpu) == 128
+    assert chunk_size(8, 3 * 512 * 512, 50_000) == 128
     for free in (2**30, 2**26, 2**20, 0):
-        monkeypatch.setattr("stablefield.targets.chunk.free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr("stablefield.targets._engine.reference_matrix.free_bytes", lambda device, free=free: free)
         for batch, dim in ((64, 786_432), (100_000, 3072), (512, 3072)):
-            rows = chunk_rows(batch, dim, 50_000, cpu)
+            rows = chunk_size(batch, dim, 50_000)
             assert rows >= 1
             assert rows == 1 or 4 * rows * max(batch, dim) <= free / 16
 

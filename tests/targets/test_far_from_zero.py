@@ -4,6 +4,7 @@ Rounding errors are relative to the size of the numbers, here 10,000, and not to
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -13,21 +14,18 @@ import torch
 from torch import Tensor
 
 import stablefield as sf
-from stablefield.targets.excess import Anchor, Excess
+from stablefield.targets._engine.assembly import posterior_of, summed
+from stablefield.targets._engine.query import Host, Plan, Query
+from stablefield.targets._engine.reference_matrix import ReferenceMatrix
 from stablefield.targets.kernel import GaussianKernel
-from stablefield.targets.online_softmax import OnlineSoftmax
-from stablefield.targets.outcome import Posterior, finish
-from stablefield.targets.query import Query
-from stablefield.targets.reference_matrix import ReferenceMatrix
-from stablefield.targets.static import static_posterior
-from stablefield.targets.sums import accumulate
+from stablefield.targets.target import Posterior
 
 SHAPE = (3, 32, 32)
 DIM = 3072
 B = 4
 # Name, and what is added to samples of standard deviation 1.
 FAR = ["offset 1e4", "offset 1e3", "alike at 1e4", "per channel", "one constant channel", "outliers", "0 to 255"]
-PATHS = ["source", "search", "pool", "mirrored", "drawn", "batch", "array", "fixed", "unwatched", "unwatched search"]
+PATHS = ["source", "search", "pool", "mirrored", "drawn", "batch", "array", "static", "unread", "unread search"]
 
 
 def data(kind: str, rng: torch.Generator, sigma: float) -> Tensor:
@@ -56,16 +54,18 @@ def data(kind: str, rng: torch.Generator, sigma: float) -> Tensor:
 
 def found_by(path: str, y: Tensor, x_t: Tensor, sigma: float, tmp_path: Path) -> Posterior | sf.Target:
     index = torch.arange(B)
-    if path.startswith("unwatched"):
-        with mock.patch("stablefield.targets.query.watched", return_value=False):
+    if path.startswith("unread"):
+        with mock.patch("stablefield.targets._engine.query._shares_memory", return_value=False):
             return sf.posterior(x_t, 1.0, sigma, y, None if path.endswith("search") else index)
     match path:
         case "source":
             return sf.posterior(x_t, 1.0, sigma, y, index, chunk_size=17)
         case "search":
             return sf.posterior(x_t, 1.0, sigma, y)
-        case "fixed":
-            return static_posterior(x_t, 1.0, sigma, ReferenceMatrix(y), index, kernel=GaussianKernel(), chunk_size=17)
+        case "static":
+            plan = Plan(matrix=ReferenceMatrix(y), host=Host.NEVER, kernel=GaussianKernel(), chunk_size=17)
+            one = torch.ones(B)
+            return posterior_of(Query(x_t=x_t, alpha=one, sigma=sigma * one, source=index), plan)
         case "batch" | "drawn":
             # A batch of all samples, so that all are references; others that are drawn are of another labels.
             noisy, labels = y.clone(), torch.arange(80) // 40
@@ -175,16 +175,16 @@ def test_clusters_far_from_each_other_get_their_weights(
 
 
 # Without a look the repair is one product in float64, whose digits end where data are 1e6 sigma apart.
-@pytest.mark.parametrize(("watched", "offset", "sigma"), [(True, 1e4, 1e-3), (False, 1e2, 1e-2)])
+@pytest.mark.parametrize(("reads", "offset", "sigma"), [(True, 1e4, 1e-3), (False, 1e2, 1e-2)])
 def test_a_few_samples_near_zero_keep_their_digits_beside_many_far_from_it(
-    watched: bool, offset: float, sigma: float, rng: torch.Generator, exact: Callable
+    reads: bool, offset: float, sigma: float, rng: torch.Generator, exact: Callable
 ) -> None:
     y = offset + torch.randn(40, *SHAPE, generator=rng)
     y[4:8] = sigma * torch.randn(4, *SHAPE, generator=rng)
     y[6:8] = y[4:6] + sigma / DIM**0.5 * torch.randn(2, *SHAPE, generator=rng)
     x_t = y[4:6] + sigma * torch.randn(2, *SHAPE, generator=rng)
     truth = exact(x_t, 1.0, sigma, y)
-    with mock.patch("stablefield.targets.query.watched", return_value=watched):
+    with mock.patch("stablefield.targets._engine.query._shares_memory", return_value=reads):
         found = sf.posterior(x_t, 1.0, sigma, y, torch.tensor([4, 5]))
     assert ReferenceMatrix(y).norms(torch.float32).origin is not None
     assert truth.ess.max() > 1.2
@@ -237,18 +237,23 @@ def test_shards_with_origins_of_their_own_merge(rng: torch.Generator, exact: Cal
     y[26:] += 7
     parts = [y[:6], y[6:26], y[26:]]
     x_t = (y[:B].double() + 0.01 * torch.randn(B, *SHAPE, generator=rng, dtype=torch.float64)).float()
-    kernel, merged = GaussianKernel(), OnlineSoftmax.empty(B, DIM, torch.float32, x_t.device)
-    origins, first = [], 0
+    one = torch.ones(B, dtype=torch.float64)
+    parts_summed, origins, first = [], [], 0
     for part in parts:
         matrix = ReferenceMatrix(part)
-        query = Query.checked(x_t, 1.0, 0.01, matrix)
+        plan = Plan(matrix=matrix, host=Host.READS, kernel=GaussianKernel(), chunk_size=5)
         place = torch.arange(B) if first == 0 else torch.full((B,), -1)
-        excess = Excess(query, Anchor(y[:B].flatten(1), place), matrix, kernel)
-        merged = merged.merge(accumulate(query, matrix, excess, excess.own, 5))
+        # With a level at hand, the values of the query count as checked.
+        query = Query(x_t=x_t, alpha=one, sigma=0.01 * one, source=place, anchor=y[:B], levels=100 * one)
+        parts_summed.append(summed(query.checked(plan), plan))
         origins.append(matrix.norms(torch.float32).origin)
         first += len(part)
+    own, *others = parts_summed  # the first part holds the sources
+    merged = own.softmax
+    for other in others:
+        merged = merged.merge(other.softmax)
     assert not torch.equal(origins[0], origins[1])
-    check(finish(merged, query, excess, kernel), exact(x_t, 1.0, 0.01, y), y, 0.01)
+    check(replace(own, softmax=merged).posterior(), exact(x_t, 1.0, 0.01, y), y, 0.01)
 
 
 def test_far_images_of_bytes_need_no_origin(rng: torch.Generator, exact: Callable) -> None:

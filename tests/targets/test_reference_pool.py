@@ -10,11 +10,19 @@ from scipy import stats
 from torch import Tensor
 
 import stablefield as sf
+from stablefield.targets._engine.query import Host
+from stablefield.targets.references import Batch, Selection
 
 
 def numbered(n: int) -> Tensor:
     """Samples of which each is its own number."""
     return torch.arange(n, dtype=torch.float32)[:, None].expand(n, 2).contiguous()
+
+
+def select(pool: sf.Pool, data: Tensor, index: Tensor, generator: torch.Generator | None) -> Selection:
+    x0, one = data[index], torch.ones(len(index))
+    batch = Batch(x0=x0, x_t=x0, alpha=one, sigma=one, labels=None, reference_labels=None, index=index)
+    return pool.select(batch, generator, Host.READS)
 
 
 @st.composite
@@ -32,7 +40,7 @@ def test_every_source_is_held_and_nothing_twice(case: tuple[int, list[int], int,
     n, places, size, seed = case
     data, index = numbered(n), torch.tensor(places)
     pool = sf.Pool(data, size, labels=torch.arange(n) % 3)
-    chosen = pool.select(data[index], None, index, torch.Generator().manual_seed(seed))
+    chosen = select(pool, data, index, torch.Generator().manual_seed(seed))
     held = chosen.matrix.data[:, 0].long()
     assert len(held) == size
     assert len(held.unique()) == size
@@ -46,7 +54,7 @@ def test_every_source_is_held_and_nothing_twice(case: tuple[int, list[int], int,
 def test_a_pool_without_size_is_the_data_themselves(case: tuple[int, list[int], int, int]) -> None:
     n, places, _, _ = case
     data, index = numbered(n), torch.tensor(places)
-    chosen = sf.Pool(data).select(data[index], None, index, None)
+    chosen = select(sf.Pool(data), data, index, None)
     assert chosen.matrix.data is data
     assert torch.equal(chosen.source, index)
 
@@ -58,7 +66,7 @@ def test_the_others_are_drawn_uniformly(n: int, size: int, rng: torch.Generator)
     pool = sf.Pool(data, size)
     count = torch.zeros(n, dtype=torch.float64)
     for _ in range(draws):
-        held = pool.select(data[index], None, index, rng).matrix.data[:, 0].long()
+        held = select(pool, data, index, rng).matrix.data[:, 0].long()
         count[held] += 1
     assert count[4] == count[7] == draws
     others = torch.cat([count[:4], count[5:7], count[8:]])
@@ -74,7 +82,7 @@ def test_pairs_of_others_are_drawn_uniformly(rng: torch.Generator) -> None:
     pool = sf.Pool(data, c + 1)
     held = torch.zeros(draws, 40)
     for i in range(draws):
-        held[i, pool.select(data[index], None, index, rng).matrix.data[:, 0].long()] = 1
+        held[i, select(pool, data, index, rng).matrix.data[:, 0].long()] = 1
     pairs = (held.T @ held)[1:, 1:]
     expected = draws * c * (c - 1) / (m * (m - 1))
     z = (pairs[~torch.eye(m, dtype=torch.bool)] - expected) / expected**0.5
@@ -87,9 +95,7 @@ def test_the_drawn_set_is_a_function_of_the_generator() -> None:
         pool = sf.Pool(data, size)
 
         def drawn(seed: int, pool: sf.Pool = pool, data: Tensor = data, index: Tensor = index) -> Tensor:
-            return (
-                pool.select(data[index], None, index, torch.Generator().manual_seed(seed)).matrix.data[:, 0].sort()[0]
-            )
+            return select(pool, data, index, torch.Generator().manual_seed(seed)).matrix.data[:, 0].sort()[0]
 
         assert torch.equal(drawn(1), drawn(1))
         assert not torch.equal(drawn(1), drawn(2))
@@ -114,7 +120,7 @@ def test_norms_of_a_drawn_bank_are_those_of_its_rows(rng: torch.Generator) -> No
     target = sf.StableTarget(sf.EDM(), references=sf.Pool(data, 10))
     for _ in range(3):  # the second draw uses the norms that the first has kept
         state = rng.get_state()
-        members = sf.Pool(data, 10).select(data[index], None, index, rng).matrix.data
+        members = select(sf.Pool(data, 10), data, index, rng).matrix.data
         rng.set_state(state)
         found = target(data[index], x_t, 0.7, index=index, generator=rng)
         truth = sf.posterior(x_t, 1.0, 0.7, members)

@@ -172,7 +172,7 @@ def test_draws_that_it_expects_are_not_warned_of(rng: torch.Generator) -> None:
 
 def test_the_test_of_draws_cannot_fire_by_chance() -> None:
     """Of 3,000 runs of uniform draws none comes near the bound, in few and in many samples."""
-    from stablefield.targets.frequency import Frequencies
+    from stablefield.targets.draws import Frequencies
 
     rng = torch.Generator().manual_seed(0)
     for n in (2, 10, 300):
@@ -181,13 +181,13 @@ def test_the_test_of_draws_cannot_fire_by_chance() -> None:
             counts = Frequencies(torch.ones(n, dtype=torch.float64), None)
             check = counts.add(torch.randint(n, (4 * n,), generator=rng), None, None)
             assert check is not None
-            worst = max(worst, float(counts._excess(0)))
+            worst = max(worst, float(counts._deviation(0)))
         assert worst < 0.6
 
 
 def checks_of(n: int, batches: Iterator[Tensor], steps: int) -> int:
     """After which draw for each sample the counts were found uneven, 0 for never."""
-    from stablefield.targets.frequency import Frequencies
+    from stablefield.targets.draws import Frequencies
 
     counts, drawn = Frequencies(torch.ones(n, dtype=torch.float64), None), 0
     for _ in range(steps):
@@ -222,7 +222,7 @@ def test_training_on_a_part_shows_within_some_epochs(share: float, latest: int, 
 
 def test_rows_that_are_not_counted_are_no_repeats(rng: torch.Generator) -> None:
     """Half of the rows alone, the others antithetic pairs."""
-    from stablefield.targets.frequency import Frequencies
+    from stablefield.targets.draws import Frequencies
 
     n = 1000
     counts = Frequencies(torch.ones(n, dtype=torch.float64), None)

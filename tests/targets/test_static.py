@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import stablefield as sf
-from stablefield.targets.reference_matrix import ReferenceMatrix
-from stablefield.targets.static import compute
+from stablefield.targets._engine.assembly import compute
+from stablefield.targets._engine.reference_matrix import ReferenceMatrix
 
 SHAPE = (3, 4, 4)
 TABLE = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
@@ -26,8 +26,7 @@ PROCESSES = [sf.EDM(), sf.VE(), sf.VP(), sf.Cosine(), sf.RectifiedFlow(), sf.Dis
 @pytest.fixture
 def unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
     """As while a CUDA graph is captured."""
-    for module in ("posterior", "stable_target", "pool", "sharded"):
-        monkeypatch.setattr(f"stablefield.targets.{module}.readable", lambda device: False)
+    monkeypatch.setattr("stablefield.targets._engine.query.readable", lambda device: False)
 
 
 @pytest.fixture
@@ -267,12 +266,10 @@ def test_a_band_spares_the_float64_of_a_compiled_target(
         return seen.wide_products
 
     with monkeypatch.context() as patch:
-        patch.setattr("stablefield.targets.stable_target.readable", lambda device: False)
-        patch.setattr("stablefield.targets.pool.readable", lambda device: False)
+        patch.setattr("stablefield.targets._engine.query.readable", lambda device: False)
         assert wide_products(2.3) > 0  # nobody knows how large the references are
     sf.StableTarget(sf.EDM(), references=pool)(**arguments)
-    monkeypatch.setattr("stablefield.targets.stable_target.readable", lambda device: False)
-    monkeypatch.setattr("stablefield.targets.pool.readable", lambda device: False)
+    monkeypatch.setattr("stablefield.targets._engine.query.readable", lambda device: False)
     assert wide_products(0.01) > 0
     # Nor are the pool's norms computed anew.
     monkeypatch.setattr(ReferenceMatrix, "_squares", None)
@@ -294,7 +291,7 @@ class NoCopies(TorchDispatchMode):
 def test_on_another_device_nothing_is_looked_at_or_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     # Meta tensors have a device and a shape, and no values: what asks for one, or mixes devices, fails. Copies do not,
     # and a copy of memory that is not pinned is what a capture refuses.
-    monkeypatch.setattr("stablefield.targets.static.full_precision", lambda device: nullcontext())
+    monkeypatch.setattr("stablefield.targets._engine.assembly.full_precision", lambda device: nullcontext())
     x_t, y, y8 = (torch.empty(n, *SHAPE, device="meta") for n in (8, 50, 50))
     one, place = torch.ones(8, device="meta"), torch.zeros(8, dtype=torch.long, device="meta")
     labels, prior = torch.zeros(50, dtype=torch.long, device="meta"), torch.zeros(50, device="meta")

@@ -23,8 +23,8 @@ from stablefield.diffusion.objective import Objective
 from stablefield.diffusion.preconditioning import Denoiser, EDMPreconditioning
 from stablefield.diffusion.process import EDM
 from stablefield.networks.song_unet import SongUNet
+from stablefield.targets._engine.matmul import full_precision
 from stablefield.targets.pool import Pool
-from stablefield.targets.precision import full_precision
 from stablefield.targets.stable_target import DenoisingTarget, StableTarget
 
 __all__ = ["Cost", "Pairs", "StepShare", "measure_cost", "measure_step", "paired", "peak_bytes", "wait_for"]

@@ -24,8 +24,8 @@ from stablefield.probing.series import Series, interpolate
 from stablefield.probing.training import Training
 from stablefield.probing.variance import VarianceCurve
 from stablefield.progress import Progress
+from stablefield.targets._engine.reference_matrix import ReferenceMatrix
 from stablefield.targets.pool import Pool
-from stablefield.targets.reference_matrix import ReferenceMatrix
 from stablefield.targets.references import InBatch, References
 from stablefield.targets.stable_target import StableTarget
 

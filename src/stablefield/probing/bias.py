@@ -43,8 +43,8 @@ from stablefield.diffusion.process import EDM, Process
 from stablefield.probing.population import Population
 from stablefield.probing.variance import find_noise_levels, measure_variance
 from stablefield.shapes import array_of_numbers, check_callable, check_kind, number, per_row, whole_number
+from stablefield.targets._engine.reference_matrix import ReferenceMatrix
 from stablefield.targets.posterior import posterior
-from stablefield.targets.reference_matrix import ReferenceMatrix
 from stablefield.targets.target import Target
 
 __all__ = ["BiasCheck", "TargetLike", "check_bias", "largest_t"]

@@ -15,14 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stablefield.targets.excess import Excess, find_anchor
+from stablefield.targets._engine.assembly import Summed, summed
+from stablefield.targets._engine.query import Plan, Query, host_access
+from stablefield.targets._engine.reference_matrix import ReferenceMatrix
 from stablefield.targets.kernel import GaussianKernel
-from stablefield.targets.online_softmax import OnlineSoftmax
-from stablefield.targets.outcome import Posterior, finish
-from stablefield.targets.precision import full_precision
-from stablefield.targets.query import Query
-from stablefield.targets.reference_matrix import ReferenceMatrix
-from stablefield.targets.sums import accumulate
+from stablefield.targets.target import Posterior
 
 __all__ = ["Exact", "ExactPosterior"]
 
@@ -77,19 +74,24 @@ class ExactPosterior:
         Raises:
             ValueError: as `stablefield.posterior`.
         """
-        labels = None if self._labels is None else self._labels[source]
-        query = Query.checked(x_t, alpha, sigma, self._matrix, source, labels, self._labels)
-        kernel = GaussianKernel()
-        with full_precision(x_t.device):
-            excess = Excess(query, find_anchor(query, self._matrix), self._matrix, kernel)
-            partial = accumulate(query, self._matrix, excess, excess.own)
-            divergence = _divergence(partial, query, excess.noise)
-            return Exact(finish(partial, query, excess, kernel), divergence)
+        plan = Plan(matrix=self._matrix, host=host_access(x_t.device), kernel=GaussianKernel())
+        query = Query(
+            x_t=x_t,
+            alpha=alpha,
+            sigma=sigma,
+            source=source,
+            labels=None if self._labels is None else self._labels[source],
+            reference_labels=self._labels,
+        )
+        sums = summed(query.checked(plan), plan)
+        divergence = _divergence(sums)
+        return Exact(sums.posterior(), divergence)
 
 
-def _divergence(partial: OnlineSoftmax, query: Query, noise: Tensor) -> Tensor:
-    # E_w |x_t - alpha y|^2 - |x_t - alpha a|^2, by moments about the anchor; exactly 0 where it has all the weight.
-    along = (partial.total * noise).sum(1, dtype=partial.mass.dtype)
-    excess = query.alpha * (query.alpha * partial.energy - 2 * along) / partial.mass
-    mean_logit = -excess / (2 * query.sigma**2)
-    return (mean_logit - partial.peak - partial.mass.log() + partial.log_prior).clamp(min=0)
+def _divergence(sums: Summed) -> Tensor:
+    # E_w |x_t - alpha y|^2 - |x_t - alpha a|^2, by moments relative to the anchor; exactly 0 where it has all the weight.
+    query, softmax = sums.query, sums.softmax
+    along = (softmax.total * sums.logits.noise).sum(1, dtype=softmax.mass.dtype)
+    distance = query.alpha * (query.alpha * softmax.energy - 2 * along) / softmax.mass
+    mean_logit = -distance / (2 * query.sigma**2)
+    return (mean_logit - softmax.peak - softmax.mass.log() + softmax.log_prior).clamp(min=0)

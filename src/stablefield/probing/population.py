@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stablefield.data.image_set import ImageSet
 from stablefield.shapes import check_kind, check_tensor, flag, whole_number
-from stablefield.targets.reference_matrix import ReferenceMatrix
+from stablefield.targets._engine.reference_matrix import ReferenceMatrix
 
 __all__ = ["MOST", "Population", "Samples", "described", "draw_population"]
 

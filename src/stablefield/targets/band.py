@@ -16,7 +16,7 @@ $\max(1, \pi_k / \pi_{\mathrm{source}})$ times, or not at all if its weight is 0
 $\rho a / (1 + \rho a) \le \max(1, \rho)\, a / (1 + a)$.
 
 A probe of the pool counts the distances from some of its samples to all others and finds the level at which this bound meets
-a tolerance. What the probe sees only decides a number, before training. The rule that uses it looks at the noise level
+a tolerance. What the probe sees only decides a number, before training. The rule that uses it depends on the noise level
 alone, so the target stays exactly unbiased, whatever the number.
 """
 
@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 
 from stablefield.shapes import as_device, check_generator, check_kind, number, whole_number
+from stablefield.targets._engine.matmul import full_precision
+from stablefield.targets._engine.reference_matrix import ReferenceMatrix, wide_dtype
 from stablefield.targets.pool import Pool
-from stablefield.targets.precision import full_precision
-from stablefield.targets.reference_matrix import ReferenceMatrix
 
 __all__ = ["NoiseBand", "pick_noise_band"]
 
-# References that the probe looks at; the rest are allowed for by their number.
+# References that the probe measures; the others count by their number.
 _REFERENCES = 65_536
 # Squared distances are counted in bins of a 64th of an octave, 0.5 % in distance.
 _BINS_PER_OCTAVE = 64
@@ -140,7 +140,7 @@ def pick_noise_band(
     if not matrix.norms(torch.float32).finite:
         raise ValueError("the Pool's data hold NaN or inf (or overflow when squared): clean the data first.")
     with full_precision(device):
-        wide = torch.float32 if device.type == "mps" else torch.float64
+        wide = wide_dtype(device)
         prior = None if weights is None else weights.to(device, wide).clamp(min=torch.finfo(wide).tiny)
         counts, distances = _count(matrix, index.to(device), labels, prior, pool.mirrored)
     # How many references of a training step each counted one stands for.
@@ -197,16 +197,12 @@ def _count(
     # Distances do not change if all is moved, and keep their digits where the data are about zero.
     origin = own.mean(0)
     own = own - origin
-    size = float(matrix.rows(index, torch.float32).sub_(origin).square().sum(1).max()) or 1.0
+    size = float(own.square().sum(1).max()) or 1.0
     bins = (_BELOW + _ABOVE) * _BINS_PER_OCTAVE
     shape = (-1, *matrix.data.shape[1:])
     images = [own, (own + origin).reshape(shape).flip(-1).reshape(own.shape) - origin] if mirrored else [own]
     counts = torch.zeros(len(own), bins, device=matrix.device)
-    buffer = torch.empty(0, device=matrix.device)
-    for where, rows in matrix.chunks(matrix.chunk_size(len(index)), torch.float32):
-        if len(buffer) < len(rows):
-            buffer = torch.empty_like(rows)
-        moved = torch.sub(rows, origin, out=buffer[: len(rows)])
+    for where, moved in matrix.chunks(matrix.chunk_size(len(index)), torch.float32, origin):
         squares = moved.square().sum(1)
         for which, image in enumerate(images):
             gap = (squares + image.square().sum(1)[:, None]).addmm_(image, moved.T, alpha=-2)

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from stablefield.diffusion.process import Process
-from stablefield.targets.check import Check, finite_check, value_check
+from stablefield.targets._engine.reference_matrix import row_blocks, wide_dtype
+from stablefield.targets.checks import Check, finite_check, value_check
 from stablefield.targets.kernel import GaussianKernel, Kernel, StudentTKernel
-from stablefield.targets.reference_matrix import row_blocks
 
 __all__ = ["Correlation", "Measured", "consistency_checks"]
 
@@ -151,7 +151,7 @@ def consistency_checks(
     correlation: Correlation | None = None,
     measured: Measured | None = None,
 ) -> list[Check]:
-    """What x_t, t and the noise must meet, to be looked at together.
+    """What x_t, t and the noise must meet, to be read together.
 
     Args:
         process: what is said to have made x_t.
@@ -194,21 +194,21 @@ def consistency_checks(
     repeats = _repeats(torch.where(usable, found.drawn if noise is not None else found.residual * scale, 0), usable)
     law = _law(kernel, square, usable, d, repeats)
     if law is not None:
-        excess, mean = law
-        checks.append(Check(~(excess > 1).reshape(1), lambda _: _law_message(process, t, float(mean))))
+        deviation, mean = law
+        checks.append(Check(~(deviation > 1).reshape(1), lambda _: _law_message(process, t, float(mean))))
     pixels = x0[0, 0].numel() if x0.ndim > 2 else 0
     if pixels >= _PIXELS and isinstance(kernel, GaussianKernel):
         means = torch.where(usable, found.channels * scale.square(), 0) * pixels
         of_channels = _law(kernel, means, usable, x0.shape[1], repeats)
         assert of_channels is not None
-        excess, mean_square = of_channels
-        checks.append(Check(~(excess > 1).reshape(1), lambda _: _offset_message(float(mean_square))))
+        deviation, mean_square = of_channels
+        checks.append(Check(~(deviation > 1).reshape(1), lambda _: _offset_message(float(mean_square))))
     norms = found.own * found.drawn
-    told = usable & (norms > 0) & norms.isfinite()
-    told = told if source_only is None else told & ~source_only
-    cosine = torch.where(told, found.along / norms, 0)
+    comparable = usable & (norms > 0) & norms.isfinite()
+    comparable = comparable if source_only is None else comparable & ~source_only
+    cosine = torch.where(comparable, found.along / norms, 0)
     correlation = Correlation() if correlation is None else correlation
-    spreads = correlation.add(float(cosine.sum()) * math.sqrt(d), float(told.sum() * repeats), len(x0))
+    spreads = correlation.add(float(cosine.sum()) * math.sqrt(d), float(comparable.sum() * repeats), len(x0))
     checks.append(Check(torch.tensor([not abs(spreads) > _SPREADS]), lambda _: _pairing_message(spreads)))
     return checks
 
@@ -233,7 +233,7 @@ def _law(kernel: Kernel, square: Tensor, rows: Tensor, d: int, repeats: Tensor) 
     Sums of chi-square variables by the cube root of Wilson and Hilferty, good far out in both tails; for Student's t
     q / (q + D) with q = |noise|^2 is a beta variable, whose sum over the rows is matched to a chi-square in two moments.
     """
-    wide = torch.float32 if square.device.type == "mps" else torch.float64
+    wide = wide_dtype(square.device)
     count, repeats = rows.sum().clamp(min=1).to(wide), repeats.clamp(min=1).to(wide)
     if isinstance(kernel, StudentTKernel):
         a, b = d / 2, kernel.dof / 2
@@ -250,8 +250,8 @@ def _law(kernel: Kernel, square: Tensor, rows: Tensor, d: int, repeats: Tensor) 
         return None
     width = 2 / (9 * freedom / repeats)
     spreads = (ratio.clamp(min=0) ** (1 / 3) - (1 - width)) / width.sqrt()
-    excess = torch.minimum(spreads.abs() / _SPREADS, (ratio - 1).abs() / _SLACK)
-    return torch.where(rows.any(), excess, 0), ratio
+    deviation = torch.minimum(spreads.abs() / _SPREADS, (ratio - 1).abs() / _SLACK)
+    return torch.where(rows.any(), deviation, 0), ratio
 
 
 def _residual_message(process: Process, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor, row: int) -> str:

@@ -1,8 +1,8 @@
 r"""Noise kernels: the density of x_t around a reference, as far as a posterior needs it.
 
 A kernel with location $\alpha y$ and scale $\sigma$ depends on $q = |x_t - \alpha y|^2$ alone. Comparing a reference with
-an anchor $a$ takes only the excess $\Delta = q(y) - q(a)$, which can be computed without cancellation where both are
-close (see `posterior`), so kernels are written in terms of it.
+an anchor $a$ takes only the relative distance $\Delta = q(y) - q(a)$, which can be computed without cancellation where both
+are close (see `posterior`), so kernels are written in terms of it.
 """
 
 import math
@@ -20,11 +20,11 @@ __all__ = ["GaussianKernel", "Kernel", "StudentTKernel"]
 class Kernel(Protocol):
     """What `posterior` asks of a noise kernel in `dim` dimensions."""
 
-    def log_ratio(self, excess: Tensor, anchor_square: Tensor, sigma: Tensor, dim: int) -> Tensor:
+    def log_ratio(self, distance: Tensor, anchor_square: Tensor, sigma: Tensor, dim: int) -> Tensor:
         """Log of the kernel at a reference over the kernel at the anchor.
 
         Args:
-            excess: q(reference) - q(anchor), shape (B, n).
+            distance: q(reference) - q(anchor), shape (B, n).
             anchor_square: q(anchor), shape (B, 1).
             sigma: noise scale, shape (B, 1).
             dim: number of dimensions of the data.
@@ -40,9 +40,9 @@ class Kernel(Protocol):
 class GaussianKernel:
     """The normal density N(x_t; alpha y, sigma^2 I)."""
 
-    def log_ratio(self, excess: Tensor, anchor_square: Tensor, sigma: Tensor, dim: int) -> Tensor:  # noqa: ARG002, D102
+    def log_ratio(self, distance: Tensor, anchor_square: Tensor, sigma: Tensor, dim: int) -> Tensor:  # noqa: ARG002, D102
         # Below 1e-19, 1 / sigma^2 leaves float32; a large number in its place has the same softmax, and infinity has none.
-        return excess * (-0.5 / sigma**2).clamp(min=torch.finfo(excess.dtype).min).to(excess.dtype)
+        return distance * (-0.5 / sigma**2).clamp(min=torch.finfo(distance.dtype).min).to(distance.dtype)
 
     def log_density(self, square: Tensor, sigma: Tensor, dim: int) -> Tensor:  # noqa: D102
         return -0.5 * (square / sigma**2 + dim * torch.log(2 * math.pi * sigma**2))
@@ -70,10 +70,10 @@ class StudentTKernel:
         if not 0 < self.dof < math.inf:
             raise ValueError(f"StudentTKernel(dof={self.dof}): the degrees of freedom must be positive and finite.")
 
-    def log_ratio(self, excess: Tensor, anchor_square: Tensor, sigma: Tensor, dim: int) -> Tensor:  # noqa: D102
-        scale = (1 / (anchor_square + self.dof * sigma**2)).to(excess.dtype)
+    def log_ratio(self, distance: Tensor, anchor_square: Tensor, sigma: Tensor, dim: int) -> Tensor:  # noqa: D102
+        scale = (1 / (anchor_square + self.dof * sigma**2)).to(distance.dtype)
         # The ratio is above -1 but for rounding, which must not make a nan of it.
-        ratio = (excess * scale).clamp(min=-1 + torch.finfo(excess.dtype).eps)
+        ratio = (distance * scale).clamp(min=-1 + torch.finfo(distance.dtype).eps)
         return -0.5 * (dim + self.dof) * torch.log1p(ratio)
 
     def log_density(self, square: Tensor, sigma: Tensor, dim: int) -> Tensor:  # noqa: D102

@@ -11,14 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stablefield.reading import readable
 from stablefield.shapes import array_of_numbers, check_kind, check_tensor, flag, whole_number
-from stablefield.targets.check import Check, require, value_check
-from stablefield.targets.frequency import Frequencies
-from stablefield.targets.reference_matrix import ReferenceMatrix, in_blocks, largest_magnitude
-from stablefield.targets.references import UNKNOWN_LABEL, Selection
+from stablefield.targets._engine.query import Host
+from stablefield.targets._engine.reference_matrix import ReferenceMatrix, in_blocks, largest_magnitude, wide_dtype
+from stablefield.targets.checks import Check, require, value_check
+from stablefield.targets.draws import Frequencies
+from stablefield.targets.references import UNKNOWN_LABEL, Batch, Selection
 
-__all__ = ["OTHER_LABEL", "WITHOUT_WEIGHT", "Pool", "choose", "own_gap", "sample_weights", "stored_samples"]
+__all__ = ["OTHER_LABEL", "WITHOUT_WEIGHT", "Pool", "choose", "compared", "sample_weights", "verified_samples"]
 
 OTHER_LABEL = "the Pool has another label for the row's own sample; pass the label of each row, or -1 for none"
 WITHOUT_WEIGHT = "its weight in the Pool is 0, so it cannot have been drawn; give the weights that your sampler uses"
@@ -38,7 +38,7 @@ class Pool:
         labels: condition of each sample, integers from 0, shape (n,), or None. A sample whose label is not known needs one
             of its own (such as the largest plus 1, for "unknown"): that it is missing is information.
         mirrored: use the mirror image (last axis) of each reference, too. For data sets doubled by random flips that the
-            network is not told of; the set then has 2 `size` members.
+            network does not see; the set then has 2 `size` members.
         weights: how likely each sample is to be drawn for a batch, shape (n,), on any scale, not negative; equally likely if
             None. It is the prior of the posterior: give what your sampler uses. With `size`, the references are then drawn
             uniformly from all samples, and each row's own is added for that row alone.
@@ -80,11 +80,11 @@ class Pool:
                 f"Pool labels has shape {tuple(labels.shape)} and dtype {labels.dtype}: "
                 f"it needs one integer per sample, shape ({len(data)},)."
             )
-        # Elsewhere they are looked at with the first batch, so that nothing waits for them.
-        self._unseen = labels is not None
+        # Those on a GPU are checked with the first batch, so that nothing waits for them here.
+        self._unchecked_labels = labels is not None
         if labels is not None and labels.device.type == "cpu":
-            require(*self._label_checks(labels))
-            self._unseen = False
+            require(value_check(labels >= 0, "Pool labels", labels, UNKNOWN_LABEL))
+            self._unchecked_labels = False
         self.size = size
         self.labels = labels
         self.mirrored = mirrored
@@ -118,27 +118,18 @@ class Pool:
             self._elsewhere[device] = ReferenceMatrix(self.data, device)
         return self._elsewhere[device]
 
-    def checks(
-        self,
-        x0: Tensor,
-        labels: Tensor | None,
-        reference_labels: Tensor | None,  # noqa: ARG002
-        index: Tensor | None,
-        source_only: Tensor | None,
-        count: bool,
-    ) -> list[Check]:
+    def checks(self, batch: Batch, count: bool) -> list[Check]:
         """What the values of a call must meet, as described at `References`.
 
         Raises:
             ValueError: if `index` is missing, or shapes or devices do not fit.
         """
-        index = self._fitting(x0, labels, index)
+        labels, source_only = batch.labels, batch.source_only
+        index = self.checked_index(batch)
         n, device = len(self._matrix), index.device
+        checks = self.index_checks(index, source_only, n, f"the Pool holds samples 0 to {n - 1}")
         exempt = torch.zeros_like(index, dtype=torch.bool) if source_only is None else source_only
-        there = (index >= 0) & (index < n)
         place = index.clamp(0, n - 1)
-        checks = [value_check(there | exempt, "index", index, f"the Pool holds samples 0 to {n - 1}")]
-        checks += self.unseen_labels(device)
         if labels is not None:
             own = self._on("labels", device)
             assert own is not None
@@ -150,91 +141,83 @@ class Pool:
         if not count:
             return checks
         if self._frequencies is None:
-            uniform = torch.ones(n, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+            uniform = torch.ones(n, dtype=wide_dtype(device), device=device)
             self._frequencies = Frequencies(uniform if weights is None else weights, self._on("labels", device))
         counted = None if source_only is None else ~source_only
         frequent = self._frequencies.add(index, None if labels is None else labels >= 0, counted)
         return checks if frequent is None else [*checks, frequent]
 
-    def select(
-        self, x0: Tensor, labels: Tensor | None, index: Tensor | None, generator: torch.Generator | None
-    ) -> Selection:
+    def select(self, batch: Batch, generator: torch.Generator | None, host: Host) -> Selection:
         """Choose the references of a batch, as described at `References`.
 
         Raises:
             ValueError: if `index` is missing, `size` is below the batch's distinct samples, or shapes or devices do not fit.
         """
-        index, matrix = self._fitting(x0, labels, index), self.matrix(x0.device)
-        if readable(x0.device):
-            self._unseen = False  # `checks` have been looked at
-        if self._draws and not readable(x0.device):
+        device = batch.x0.device
+        index, matrix = self.checked_index(batch), self.matrix(device)
+        if host is not Host.NEVER:
+            self._unchecked_labels = False
+        size = None if self.size == len(matrix) else self.size
+        if size is not None and host is Host.NEVER:
             raise ValueError(
-                f"the Pool's size is {self.size}: which references are drawn depends on the batch's index, which a compiled "
+                f"the Pool's size is {size}: which references are drawn depends on the batch's index, which a compiled "
                 "or captured function cannot look at. Use the whole pool (size=None) with a noise_band and a capacity, or "
                 "keep the target out of what is compiled: torch.compiler.disable(target.__call__)."
             )
-        reference_labels, weights = self._on("labels", x0.device), self._on("weights", x0.device)
-        stored = (matrix, index)
-        if weights is None and not self._draws:
-            return Selection(matrix, index, reference_labels, self.mirrored, stored=stored)
-        if weights is None:
-            assert self.size is not None
-            chosen, source = choose(len(matrix), index, self.size, generator)
-            reference_labels = None if reference_labels is None else reference_labels[chosen]
-            return Selection(matrix.take(chosen), source, reference_labels, self.mirrored, stored=stored, unsure="all")
-        log_prior = weights.log()
-        source_prior = log_prior[index]
-        if not self._draws:
-            return Selection(
-                matrix,
-                index,
-                reference_labels,
-                self.mirrored,
-                stored=stored,
-                log_prior=log_prior,
-                source_prior=source_prior,
-            )
-        assert self.size is not None
-        chosen = _others(len(matrix), index.new_empty(0), self.size, generator)
-        place = torch.full((len(matrix),), -1, device=x0.device)
-        place[chosen] = torch.arange(len(chosen), device=x0.device)
-        reference_labels = None if reference_labels is None else reference_labels[chosen]
+        reference_labels, weights = self._on("labels", device), self._on("weights", device)
+        log_prior = source_prior = chosen = None
+        source = index
+        if weights is not None:
+            log_prior = weights.log()
+            source_prior = log_prior[index]
+        if size is not None and weights is None:
+            chosen, source = choose(len(matrix), index, size, generator)
+        elif size is not None:
+            # Drawn from all samples; a row's own, if it is not among them, is a reference for that row alone.
+            chosen = _others(len(matrix), index.new_empty(0), size, generator)
+            place = torch.full((len(matrix),), -1, device=device)
+            place[chosen] = torch.arange(len(chosen), device=device)
+            source = place[index]
         return Selection(
-            matrix.take(chosen),
-            place[index],
-            reference_labels,
-            self.mirrored,
-            stored=stored,
-            log_prior=log_prior[chosen],
+            matrix=matrix if chosen is None else matrix.take(chosen),
+            source=source,
+            labels=reference_labels if reference_labels is None or chosen is None else reference_labels[chosen],
+            mirrored=self.mirrored,
+            stored=(matrix, index),
+            verify_all=size is not None and weights is None,
+            log_prior=log_prior if log_prior is None or chosen is None else log_prior[chosen],
             source_prior=source_prior,
         )
 
-    def _fitting(self, x0: Tensor, labels: Tensor | None, index: Tensor | None) -> Tensor:
-        """The index, if the arguments of a call fit."""
-        if index is None:
-            raise ValueError("index is missing: a Pool needs the place of each row of the batch in its data.")
+    def checked_index(self, batch: Batch, holder: str = "Pool", where: str = "of the batch in its data") -> Tensor:
+        """The index, if the batch fits; `holder` has it, and it counts the place of each row `where`.
+
+        Raises:
+            ValueError: if it is missing, or shapes, devices or labels do not fit.
+        """
+        x0 = batch.x0
+        if batch.index is None:
+            raise ValueError(f"index is missing: a {holder} needs the place of each row {where}.")
         self.matrix(x0.device)
         if x0.shape[1:] != self.data.shape[1:]:
             raise ValueError(
                 f"rows of x0 have shape {tuple(x0.shape[1:])}, the Pool's {tuple(self.data.shape[1:])}: they must agree."
             )
-        if labels is not None and self.labels is None:
+        if batch.truth is not None and self.labels is None:
             raise ValueError(
-                "labels is given, but the Pool has none: pass Pool(..., labels=...), one integer per sample."
+                f"labels is given, but the {holder} has none: pass {holder}(..., labels=...), one integer per sample."
             )
-        return index.long()
+        return batch.index.long()
 
-    def unseen_labels(self, device: torch.device) -> list[Check]:
-        """The check of the samples' labels, if nothing has looked at them yet: those on a GPU, with the first batch."""
-        return self._label_checks(self.labels.to(device)) if self._unseen and self.labels is not None else []
-
-    def _label_checks(self, labels: Tensor) -> list[Check]:
-        return [value_check(labels >= 0, "Pool labels", labels, UNKNOWN_LABEL)]
-
-    @property
-    def _draws(self) -> bool:
-        """Whether each batch has references of its own."""
-        return self.size is not None and self.size < len(self._matrix)
+    def index_checks(self, index: Tensor, source_only: Tensor | None, n: int, rule: str) -> list[Check]:
+        """The checks by a `rule` that an index is below `n`, and of the samples' labels, if that is still to be done."""
+        there = (index >= 0) & (index < n)
+        there = there if source_only is None else there | source_only
+        checks = [value_check(there, "index", index, rule)]
+        if self._unchecked_labels and self.labels is not None:
+            labels = self.labels.to(index.device)
+            checks.append(value_check(labels >= 0, "Pool labels", labels, UNKNOWN_LABEL))
+        return checks
 
     def _on(self, name: Literal["labels", "weights"], device: torch.device) -> Tensor | None:
         """The conditions or the weights on `device`."""
@@ -252,7 +235,7 @@ class Pool:
         part.labels = None if self.labels is None else self.labels[index]
         part.weights = None if self.weights is None else self.weights[index]
         part._matrix, part._elsewhere, part._moved = self._matrix.take(index), {}, {}
-        part._frequencies, part._unseen = None, self._unseen
+        part._frequencies, part._unchecked_labels = None, self._unchecked_labels
         return part
 
 
@@ -275,7 +258,7 @@ def sample_weights(weights: Tensor | NDArray[Any], n: int) -> Tensor:
         raise ValueError(
             f"Pool weights have shape {tuple(values.shape)} and dtype {values.dtype}: pass one number per sample, ({n},)."
         )
-    values = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+    values = values.to(wide_dtype(values.device))
     bad = ~((values >= 0) & values.isfinite())
     if bool(bad.any()):
         place = int(bad.nonzero()[0, 0])
@@ -285,8 +268,10 @@ def sample_weights(weights: Tensor | NDArray[Any], n: int) -> Tensor:
     return values
 
 
-def own_gap(x0: Tensor, index: Tensor, matrix: ReferenceMatrix, rounded: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """How far each row of `x0` is from its sample.
+def compared(
+    x0: Tensor, index: Tensor, matrix: ReferenceMatrix, rounded: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compare each row of `x0` with its sample.
 
     Args:
         x0: the rows, shape (B, ...).
@@ -296,23 +281,23 @@ def own_gap(x0: Tensor, index: Tensor, matrix: ReferenceMatrix, rounded: bool = 
 
     Returns:
         The largest difference, whether it is another sample, and whether they differ by more than rounding in float32, shape
-        (B,) each.
+        (B,) each; and the samples, shape (B, d).
     """
     dtype, given, narrow = matrix.dtype_with(x0), x0.flatten(1), torch.finfo(torch.float32).eps
     eps = max(torch.finfo(x0.dtype).eps, matrix.eps if rounded else narrow)
+    samples = matrix.rows(index, dtype)
 
     def gap_and_size(some: slice) -> Tensor:
-        rows = matrix.rows(index[some], dtype)
-        return torch.stack([largest_magnitude(rows - given[some]), largest_magnitude(rows)])
+        return torch.stack([largest_magnitude(samples[some] - given[some]), largest_magnitude(samples[some])])
 
     gap, size = in_blocks(gap_and_size, given).unbind(0)
     size = size + matrix.holds_bytes
     # Rounding, also that of decoding bytes, and a hundredth of the spread of the data for arithmetic that differs.
     allowed = 4 * eps * size + torch.finfo(dtype).tiny + 0.01 * matrix.spread
-    return gap, ~(gap <= allowed), gap > 4 * narrow * size
+    return gap, ~(gap <= allowed), gap > 4 * narrow * size, samples
 
 
-def stored_samples(x0: Tensor, index: Tensor, matrix: ReferenceMatrix, places: Tensor) -> Tensor | None:
+def verified_samples(x0: Tensor, index: Tensor, matrix: ReferenceMatrix, places: Tensor) -> Tensor | None:
     """The samples that the rows are said to be, as they are stored, once each row has been found to be its sample.
 
     Args:
@@ -328,8 +313,8 @@ def stored_samples(x0: Tensor, index: Tensor, matrix: ReferenceMatrix, places: T
         ValueError: if a row is another sample. Its source would not be among the references, which biases the target
             silently.
     """
-    gap, wrong, moved = own_gap(x0, index, matrix)
-    # One look for both.
+    gap, wrong, moved, samples = compared(x0, index, matrix)
+    # One value for both.
     seen = int((2 * wrong.int() + moved.int()).max()) if len(x0) else 0
     if seen >= 2:
         row = int(wrong.nonzero()[0, 0])
@@ -338,7 +323,7 @@ def stored_samples(x0: Tensor, index: Tensor, matrix: ReferenceMatrix, places: T
             f"{gap[row].item():.3g}): pass flip= for mirrored rows, source_only= for rows with another augmentation of "
             "their own, or the right index."
         )
-    return matrix.rows(index, matrix.dtype_with(x0)) if seen else None
+    return samples if seen else None
 
 
 def choose(n: int, index: Tensor, size: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,8 @@ If the references are exchangeable and $x_t$ was made from one of them, the mean
 $x_t$ and the set: an unbiased regression target with less variance than the source itself (Rao-Blackwell).
 
 It is one softmax cross-attention with queries $x_t$ and keys = values = references, at the cost of two matrix products
-of 2 B n d flops and memory O((B + chunk) d + B chunk); `excess` says how its logits keep their accuracy. On a CPU, rows
-for which a chunk has no weight that the dtype sees are left out of the second product: all rows of small noise.
+of 2 B n d flops and memory O((B + chunk) d + B chunk); `_engine/logits.py` says how its logits keep their accuracy. On a
+CPU, rows for which a chunk has no weight that the dtype sees are left out of the second product: all rows of small noise.
 
 References:
     Xu, Tong, Jaakkola, "Stable Target Field for Reduced Variance Score Estimation in Diffusion Models", ICLR 2023,
@@ -20,15 +20,11 @@ References:
 import torch
 from torch import Tensor
 
-from stablefield.reading import readable
-from stablefield.shapes import check_tensor, whole_number
-from stablefield.targets.excess import Excess, find_anchor
+from stablefield.shapes import check_tensor, row_values, whole_number
+from stablefield.targets._engine.assembly import posterior_of
+from stablefield.targets._engine.query import Plan, Query, checked_matrix, host_access
 from stablefield.targets.kernel import GaussianKernel, Kernel
-from stablefield.targets.outcome import Posterior, finish
-from stablefield.targets.precision import full_precision
-from stablefield.targets.query import Query, checked_matrix
-from stablefield.targets.static import static_posterior
-from stablefield.targets.sums import accumulate
+from stablefield.targets.target import Posterior
 
 __all__ = ["Posterior", "posterior"]
 
@@ -52,10 +48,10 @@ def posterior(
     Weights are right to 1e-3 for the numbers that are given, wherever the data lie: a common origin is taken off those that
     are far from zero. What rounding did to the numbers before cannot be undone: at an offset of 10,000 a float32 in x_t is
     off by up to 5e-4, noise that `sigma` does not know of. It does not show while it is small beside sigma; if it is not,
-    move the data, or make them float64, before the noise is added. Where values may not be asked for (on a GPU, compiled),
-    data may reach as far as 1e6 sigma / alpha.
+    move the data, or make them float64, before the noise is added. Where values are not read (on a GPU, compiled), data may
+    reach as far as 1e6 sigma / alpha.
 
-    Under `torch.compile` and in the capture of a CUDA graph it is one operator of fixed shapes, and values are not checked.
+    Under `torch.compile` and in the capture of a CUDA graph it is one operator of static shapes, and values are not checked.
 
     Args:
         x_t: noisy samples, shape (B, ...), floating point.
@@ -91,14 +87,18 @@ def posterior(
     if kernel is not None and (isinstance(kernel, type) or not hasattr(kernel, "log_ratio")):
         raise TypeError(f"kernel is {kernel!r:.80}: pass GaussianKernel() or StudentTKernel(dof).")
     matrix = checked_matrix(x_t, references)
-    kernel = kernel or GaussianKernel()
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}: it must be at least 1, or None to have it chosen.")
     if x_t.device.type == "meta":
         raise ValueError("x_t is on the device meta, which holds no numbers: move the data to cpu or cuda.")
-    if not readable(x_t.device):
-        return static_posterior(
-            x_t, alpha, sigma, matrix, source, labels, reference_labels, log_prior, chunk_size=chunk_size, kernel=kernel
-        )
-    query = Query.checked(x_t, alpha, sigma, matrix, source, labels, reference_labels, log_prior)
-    with full_precision(x_t.device):
-        excess = Excess(query, find_anchor(query, matrix), matrix, kernel)
-        return finish(accumulate(query, matrix, excess, excess.own, chunk_size), query, excess, kernel)
+    plan = Plan(matrix=matrix, host=host_access(x_t.device), kernel=kernel or GaussianKernel(), chunk_size=chunk_size)
+    query = Query(
+        x_t=x_t,
+        alpha=row_values("alpha", alpha, x_t),
+        sigma=row_values("sigma", sigma, x_t),
+        source=source,
+        labels=labels,
+        reference_labels=reference_labels,
+        log_prior=log_prior,
+    )
+    return posterior_of(query, plan)

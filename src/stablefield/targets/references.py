@@ -3,23 +3,20 @@
 A policy chooses, for a batch of sources, a set of references with every row's source in it. The target is unbiased if,
 given the set, the source is equally likely to be any of its members (see `posterior`). That holds for a batch drawn at
 random, for a whole data set, and for a random subset joined with the batch's own rows; it fails, measurably, if the
-source is left out or held twice, or if references differ from the row in a condition that the network is told.
+source is left out or held twice, or if references differ from the row in a condition that the network sees.
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from stablefield.targets.check import Check, value_check
-from stablefield.targets.excess import Anchor
-from stablefield.targets.kernel import Kernel
-from stablefield.targets.online_softmax import OnlineSoftmax
-from stablefield.targets.query import Query
-from stablefield.targets.reference_matrix import ReferenceMatrix
+from stablefield.targets._engine.query import Host, OtherRanks
+from stablefield.targets._engine.reference_matrix import ReferenceMatrix
+from stablefield.targets.checks import Check, value_check
 
-__all__ = ["UNKNOWN_LABEL", "Exchange", "InBatch", "References", "Selection"]
+__all__ = ["UNKNOWN_LABEL", "Batch", "InBatch", "References", "Selection"]
 
 UNKNOWN_LABEL = (
     "-1 stands for a label that was dropped by chance; give samples of unknown label a class of their own, such as the "
@@ -27,20 +24,63 @@ UNKNOWN_LABEL = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The rows of a call.
+
+    Attributes:
+        x0: the sources, shape (B, ...).
+        x_t: the noisy samples, shape (B, ...).
+        alpha: scale of the data, shape (B,).
+        sigma: scale of the noise, shape (B,).
+        labels: condition that the network sees for each row, shape (B,), or None.
+        reference_labels: true condition of each row, shape (B,), where that of `labels` may have been dropped, or None.
+        index: place of each row in the data set, shape (B,), or None.
+        source_only: rows that use their source alone and serve no other row, bool (B,), or None.
+    """
+
+    x0: Tensor
+    x_t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    labels: Tensor | None
+    reference_labels: Tensor | None
+    index: Tensor | None
+    source_only: Tensor | None = None
+
+    @property
+    def truth(self) -> Tensor | None:
+        """The condition of each source, shape (B,), or None."""
+        return self.labels if self.reference_labels is None else self.reference_labels
+
+    def at(self, rows: Tensor) -> "Batch":
+        """Some of the rows, which are to use references."""
+        return Batch(
+            x0=self.x0[rows],
+            x_t=self.x_t[rows],
+            alpha=self.alpha[rows],
+            sigma=self.sigma[rows],
+            labels=None if self.labels is None else self.labels[rows],
+            reference_labels=None if self.reference_labels is None else self.reference_labels[rows],
+            index=None if self.index is None else self.index[rows],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Selection:
     """The references of one batch.
 
     Attributes:
         matrix: the references.
-        source: index into the matrix of the reference that each row was made from, shape (B,).
+        source: index into the matrix of the reference that each row was made from, shape (B,); with `ranks`, into the whole
+            set.
         labels: condition of each reference, shape (n,), or None.
         mirrored: whether the mirror image (last axis) of each reference is a reference, too.
-        exchange: how to ask the ranks that hold other references, or None; `source` then counts in the whole set.
-        stored: the matrix that holds each row's own sample, and where, shape (B,); None if the references are the rows
-            themselves, or lie with other ranks. Rows are compared with it.
-        unsure: of which rows: those that use references, or all of them (where their index has decided which references
-            there are).
+        ranks: the ranks that hold other references, or None.
+        stored: the matrix that holds each row's own sample, and its index there, shape (B,), for the rows to be compared
+            with; None if the references are the rows themselves, or lie with other ranks.
+        verify_all: whether to compare all rows, since their index has decided which references there are; else those that
+            use references.
         log_prior: log prior weight of each reference, shape (n,), float64; None if uniform.
         source_prior: log prior weight of each row's own sample on the same scale, shape (B,), float64; needed with
             `log_prior`. `source` may then be -1, for one that is in the set of its own row alone.
@@ -50,31 +90,11 @@ class Selection:
     source: Tensor
     labels: Tensor | None
     mirrored: bool = False
-    exchange: "Exchange | None" = None
+    ranks: OtherRanks | None = None
     stored: tuple[ReferenceMatrix, Tensor] | None = None
-    unsure: Literal["using", "all"] = "using"
+    verify_all: bool = False
     log_prior: Tensor | None = None
     source_prior: Tensor | None = None
-
-
-class Exchange(Protocol):
-    """How the sums of a batch over references that lie elsewhere are obtained."""
-
-    def sums(
-        self,
-        query: Query,
-        anchor: Anchor,
-        matrix: ReferenceMatrix,
-        kernel: Kernel,
-        mirrored: bool,
-        chunk_size: int | None,
-        places: Tensor,
-    ) -> OnlineSoftmax:
-        """Softmax sums over the references of all ranks, without the rows' own sources; see `sharded`.
-
-        Priors are the exchange's: a row's own source has logit 0 beside the sums.
-        """
-        ...
 
 
 class References(Protocol):
@@ -85,23 +105,11 @@ class References(Protocol):
         """Condition of each sample, where the policy knows it; `StableTarget` then asks for those of the rows."""
         ...
 
-    def checks(
-        self,
-        x0: Tensor,
-        labels: Tensor | None,
-        reference_labels: Tensor | None,
-        index: Tensor | None,
-        source_only: Tensor | None,
-        count: bool,
-    ) -> list[Check]:
-        """What the values of a call must meet, to be looked at together with others.
+    def checks(self, batch: Batch, count: bool) -> list[Check]:
+        """What the values of a call must meet, to be read together with others.
 
         Args:
-            x0: the sources as they were given, shape (B, ...); what follows is on the host.
-            labels: condition that the network sees for each row, shape (B,), or None.
-            reference_labels: true condition of each row, shape (B,), or None.
-            index: place of each row in the data set, shape (B,), or None.
-            source_only: rows that use their source alone, bool (B,), or None.
+            batch: the rows as they were given, with labels, index and flags on the host.
             count: whether to count the rows, to compare how often each was drawn with what is assumed.
 
         Raises:
@@ -109,16 +117,13 @@ class References(Protocol):
         """
         ...
 
-    def select(
-        self, x0: Tensor, labels: Tensor | None, index: Tensor | None, generator: torch.Generator | None
-    ) -> Selection:
+    def select(self, batch: Batch, generator: torch.Generator | None, host: Host) -> Selection:
         """Choose the references of a batch.
 
         Args:
-            x0: the sources as the data set holds them (flips undone), shape (B, ...).
-            labels: true condition of each source, shape (B,), or None.
-            index: place of each source in the data set, shape (B,), or None.
+            batch: the rows as the data set holds them (flips undone).
             generator: where random choices are drawn from.
+            host: whether the host may read values; if so, it has found that `checks` hold.
         """
         ...
 
@@ -136,33 +141,25 @@ class InBatch:
         """None: the batch's own conditions serve."""
         return
 
-    def checks(  # noqa: D102
-        self,
-        x0: Tensor,  # noqa: ARG002
-        labels: Tensor | None,
-        reference_labels: Tensor | None,
-        index: Tensor | None,  # noqa: ARG002
-        source_only: Tensor | None,
-        count: bool,  # noqa: ARG002
-    ) -> list[Check]:
-        if reference_labels is None:
+    def checks(self, batch: Batch, count: bool) -> list[Check]:  # noqa: ARG002, D102
+        truth, labels, exempt = batch.reference_labels, batch.labels, batch.source_only
+        if truth is None:
             return []
         # No label in the whole batch is no condition at all.
-        known = (reference_labels >= 0) | (reference_labels < 0).all()
-        known = known if source_only is None else known | source_only
-        checks = [value_check(known, "reference_labels", reference_labels, UNKNOWN_LABEL)]
+        known = (truth >= 0) | (truth < 0).all()
+        checks = [value_check(known if exempt is None else known | exempt, "reference_labels", truth, UNKNOWN_LABEL)]
         if labels is not None:
-            fits = (labels == -1) | (labels == reference_labels)
-            fits = fits if source_only is None else fits | source_only
+            fits = (labels == -1) | (labels == truth)
             rule = "the row's own source is a reference of another label; it must fit its row"
-            checks.append(value_check(fits, "labels", labels, rule))
+            checks.append(value_check(fits if exempt is None else fits | exempt, "labels", labels, rule))
         return checks
 
-    def select(  # noqa: D102
-        self,
-        x0: Tensor,
-        labels: Tensor | None,
-        index: Tensor | None,  # noqa: ARG002
-        generator: torch.Generator | None,  # noqa: ARG002
-    ) -> Selection:
-        return Selection(ReferenceMatrix(x0), torch.arange(len(x0), device=x0.device), labels)
+    def select(self, batch: Batch, generator: torch.Generator | None, host: Host) -> Selection:  # noqa: ARG002, D102
+        x0, excluded, log_prior = batch.x0, batch.source_only, None
+        source = torch.arange(len(x0), device=x0.device)
+        if excluded is not None:
+            # Rows are left out of the batch before, but for compiled functions, whose shapes do not depend on values. A
+            # weight of 0 does not take away what is not finite.
+            log_prior = torch.zeros(len(x0), device=x0.device).masked_fill(excluded, -torch.inf)
+            x0 = torch.where(excluded.reshape(-1, *(1,) * (x0.ndim - 1)), 0, x0)
+        return Selection(matrix=ReferenceMatrix(x0), source=source, labels=batch.truth, log_prior=log_prior)

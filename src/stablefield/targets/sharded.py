@@ -11,10 +11,9 @@ all ranks, and sends each row's sums home:
 Anchors travel with their rows, so logits of different shards are relative to the same number and keep their accuracy at
 small noise. Per row, 2 d numbers go out to every rank and d come back from each.
 
-What is known of a sample, its pixels, its label and its weight, is known where it lies. There a row is compared with it, and
-there its draws are counted, those of all ranks; the rank that asked is told with the sums. The prior of a row's own sample
-comes home in this way, too, and is then taken off the logits of its sums, since a rank does not know it when it makes them:
-only the least that it can be.
+A rank knows its own samples only: their pixels, labels and weights. So it is there that a row is compared with its sample
+and that the draws of all ranks are counted; what was found goes to the rank that asked, with the sums. So does the prior of
+a row's own sample, which that rank then takes off the logits; while sums are made, only its least value is known.
 """
 
 import math
@@ -27,18 +26,14 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stablefield.reading import readable
-from stablefield.targets.check import Check, require, value_check
+from stablefield.targets._engine.assembly import summed
+from stablefield.targets._engine.online_softmax import OnlineSoftmax
+from stablefield.targets._engine.query import Host, Plan, Query
+from stablefield.targets.checks import Check, require
 from stablefield.targets.draws import Draws, Shares
-from stablefield.targets.excess import Anchor, Excess
-from stablefield.targets.kernel import Kernel
-from stablefield.targets.online_softmax import OnlineSoftmax
-from stablefield.targets.pool import OTHER_LABEL, WITHOUT_WEIGHT, Pool, own_gap, sample_weights
-from stablefield.targets.query import Query
+from stablefield.targets.pool import OTHER_LABEL, WITHOUT_WEIGHT, Pool, compared, sample_weights
 from stablefield.targets.ranks import Ranks
-from stablefield.targets.reference_matrix import ReferenceMatrix
-from stablefield.targets.references import Selection
-from stablefield.targets.sums import accumulate_all
+from stablefield.targets.references import Batch, Selection
 
 __all__ = ["ShardedPool"]
 
@@ -108,9 +103,9 @@ class ShardedPool:
         counts = [int(part[4]) for part in parts]
         self.total = sum(counts)
         self.start = sum(counts[: self._ranks.rank])
-        self._level = 0.0
+        self._least_prior = 0.0
         if given is not None:
-            self.pool.weights, self._level = self._on_one_scale(given, device)
+            self.pool.weights, self._least_prior = self._on_one_scale(given, device)
         known = torch.ones(len(data)) if self.pool.weights is None else self.pool.weights
         self._shares = Shares.gathered(self._ranks, labels, known, device)
         self._exchanges: dict[torch.device, _Exchange] = {}
@@ -138,15 +133,7 @@ class ShardedPool:
         """Condition of each of this rank's samples."""
         return self.pool.labels
 
-    def checks(
-        self,
-        x0: Tensor,
-        labels: Tensor | None,
-        reference_labels: Tensor | None,  # noqa: ARG002
-        index: Tensor | None,
-        source_only: Tensor | None,
-        count: bool,
-    ) -> list[Check]:
+    def checks(self, batch: Batch, count: bool) -> list[Check]:
         """What the values of a call must meet, as described at `References`.
 
         What has to be compared with the samples is so where they lie, when their ranks see the rows.
@@ -154,33 +141,29 @@ class ShardedPool:
         Raises:
             ValueError: if `index` is missing, or shapes or labels do not fit.
         """
-        index = self._fitting(x0, labels, index)
-        there = (index >= 0) & (index < self.total)
-        if source_only is not None:
-            there = there | source_only
         self._counts = count
-        within = value_check(there, "index", index, f"the ranks hold samples 0 to {self.total - 1} together")
-        return [within, *self.pool.unseen_labels(index.device)]
+        rule = f"the ranks hold samples 0 to {self.total - 1} together"
+        return self.pool.index_checks(self._index(batch), batch.source_only, self.total, rule)
 
-    def select(
-        self,
-        x0: Tensor,
-        labels: Tensor | None,
-        index: Tensor | None,
-        generator: torch.Generator | None,  # noqa: ARG002
-    ) -> Selection:
+    def select(self, batch: Batch, generator: torch.Generator | None, host: Host) -> Selection:  # noqa: ARG002
         """The shard and how to ask the others, as described at `References`; nothing is drawn.
 
         Raises:
             ValueError: if `index` is missing, or devices, shapes or labels do not fit.
         """
-        index = self._fitting(x0, labels, index)
-        if not readable(x0.device):
+        index, device = self._index(batch), batch.x0.device
+        if host is Host.NEVER:
             raise ValueError(f"{self} cannot be compiled or captured: its ranks wait for each other's rows.")
-        exchange = self._exchange(x0.device)
+        exchange = self._exchange(device)
         exchange = exchange if self._counts else replace(exchange, draws=None)
         # Rows are compared with their samples where these are.
-        return Selection(self.pool.matrix(x0.device), index, exchange.reference_labels, self.pool.mirrored, exchange)
+        return Selection(
+            matrix=self.pool.matrix(device),
+            source=index,
+            labels=exchange.reference_labels,
+            mirrored=self.pool.mirrored,
+            ranks=exchange,
+        )
 
     def _exchange(self, device: torch.device) -> "_Exchange":
         """How to ask the others with batches on `device`; made once, so that nothing is moved in a step."""
@@ -192,22 +175,11 @@ class ShardedPool:
             draws = None
             if self._shares.own > 0:
                 draws = Draws(self._shares, weights, labels, self.start, len(self.pool.data), self.total, device)
-            self._exchanges[device] = _Exchange(self._ranks, self.start, labels, log_prior, self._level, draws)
+            self._exchanges[device] = _Exchange(self._ranks, self.start, labels, log_prior, self._least_prior, draws)
         return self._exchanges[device]
 
-    def _fitting(self, x0: Tensor, labels: Tensor | None, index: Tensor | None) -> Tensor:
-        if index is None:
-            raise ValueError("index is missing: a ShardedPool needs the place of each row in the data of all ranks.")
-        if x0.shape[1:] != self.pool.data.shape[1:]:
-            raise ValueError(
-                f"rows of x0 have shape {tuple(x0.shape[1:])}, the pool's {tuple(self.pool.data.shape[1:])}: "
-                "they must agree."
-            )
-        if labels is not None and self.pool.labels is None:
-            raise ValueError(
-                "labels is given, but the ShardedPool has none: pass ShardedPool(..., labels=...), one integer per sample."
-            )
-        return index.long()
+    def _index(self, batch: Batch) -> Tensor:
+        return self.pool.checked_index(batch, "ShardedPool", "in the data of all ranks")
 
 
 @dataclass(frozen=True)
@@ -219,7 +191,7 @@ class _Exchange:
         start: where this rank's shard begins in the whole set.
         reference_labels: condition of each sample of the shard, or None.
         log_prior: log prior weight of each sample of the shard on a scale that all ranks share, float64, or None.
-        level: the least log prior weight of a sample of any rank that can be drawn.
+        least_prior: the least log prior weight of a sample of any rank that can be drawn.
         draws: where the rows are counted, or None.
     """
 
@@ -227,29 +199,15 @@ class _Exchange:
     start: int
     reference_labels: Tensor | None
     log_prior: Tensor | None
-    level: float
+    least_prior: float
     draws: Draws | None
 
-    def sums(
-        self,
-        query: Query,
-        anchor: Anchor,
-        matrix: ReferenceMatrix,
-        kernel: Kernel,
-        mirrored: bool,
-        chunk_size: int | None,
-        places: Tensor,
-    ) -> OnlineSoftmax:
+    def sums(self, query: Query, plan: Plan) -> OnlineSoftmax:
         """Softmax sums of the rows of this rank over the references of all ranks, without the rows' own sources.
 
         Args:
-            query: the rows of this rank; `source` counts in the whole set.
-            anchor: their sources, with the same places.
-            matrix: the shard.
-            kernel: the noise kernel.
-            mirrored: whether mirror images are references, too.
-            chunk_size: references per matrix product.
-            places: where the rows are in the user's batch, shape (B,).
+            query: the rows of this rank; `source` counts in the whole set, and `anchor` holds the sources.
+            plan: the plan of the call, whose matrix is the shard.
 
         Returns:
             The sums, with logits relative to that of the row's own source, so that this has logit 0.
@@ -259,18 +217,18 @@ class _Exchange:
             RankError: if a rank has died or does not answer in time.
         """
         assert query.source is not None
-        x = query.x_t
-        wide = query.alpha.dtype
-        labels = torch.full_like(query.source, -1) if query.labels is None else query.labels
-        scalars = torch.stack([query.alpha, query.sigma, query.source.to(wide), labels.to(wide)], 1)
-        counts, scalars, vectors = self._gathered(scalars, torch.cat([x, anchor.rows], 1), query.labels is not None)
-        partial, status, frequent = self._over_shard(scalars, vectors, query, matrix, kernel, mirrored, chunk_size)
-        parts = torch.stack([partial.peak, partial.mass, partial.mass_squared, partial.energy, partial.log_prior], 1)
+        assert query.anchor is not None
+        assert query.places is not None
+        x, sources, places, wide = query.x_t, query.source, query.places, query.alpha.dtype
+        labels = torch.full_like(sources, -1) if query.labels is None else query.labels
+        scalars = torch.stack([query.alpha, query.sigma, sources.to(wide), labels.to(wide)], 1)
+        counts, scalars, vectors = self._gathered(scalars, torch.cat([x, query.anchor], 1), query.labels is not None)
+        part, status, frequent = self._over_shard(scalars, vectors, query, plan)
+        parts = torch.stack([part.peak, part.mass, part.mass_squared, part.energy, part.log_prior], 1)
         home = self.ranks.send_home(torch.cat([parts, status], 1).to(wide), counts)
-        totals = self.ranks.send_home(partial.total, counts)
+        totals = self.ranks.send_home(part.total, counts)
         # Of the rank that has the row's sample; the others send zeros.
-        gap, wrong, mislabelled, source_prior = torch.stack([part[:, 5:] for part in home]).sum(0).unbind(1)
-        sources = query.source
+        gap, wrong, mislabelled, source_prior = torch.stack([one[:, 5:] for one in home]).sum(0).unbind(1)
 
         def other(row: int) -> str:
             return (
@@ -280,7 +238,7 @@ class _Exchange:
                 "them."
             )
 
-        # One look for all.
+        # One wait for all.
         require(
             Check(wrong == 0, other),
             Check(mislabelled == 0, lambda row: f"labels[{int(places[row])}] is {int(labels[row])}: {OTHER_LABEL}."),
@@ -290,9 +248,9 @@ class _Exchange:
             ),
             *frequent,
         )
-        merged = OnlineSoftmax.empty(*_shape(x), x.dtype, x.device)
-        for part, total in zip(home, totals, strict=True):
-            peak, mass, mass_squared, energy, log_prior = part[:, :5].unbind(1)
+        merged = OnlineSoftmax.empty(x)
+        for one, total in zip(home, totals, strict=True):
+            peak, mass, mass_squared, energy, log_prior = one[:, :5].unbind(1)
             merged = merged.merge(OnlineSoftmax(peak, mass, mass_squared, energy, total, log_prior))
         return replace(merged, peak=merged.peak - source_prior, log_prior=merged.log_prior - source_prior)
 
@@ -313,14 +271,7 @@ class _Exchange:
         return counts, self.ranks.gather(scalars, counts), self.ranks.gather(vectors, counts)
 
     def _over_shard(
-        self,
-        scalars: Tensor,
-        vectors: Tensor,
-        query: Query,
-        matrix: ReferenceMatrix,
-        kernel: Kernel,
-        mirrored: bool,
-        chunk_size: int | None,
+        self, scalars: Tensor, vectors: Tensor, query: Query, plan: Plan
     ) -> tuple[OnlineSoftmax, Tensor, list[Check]]:
         """Sums of the rows of all ranks over this shard, what is known of each row's source here, and of all draws.
 
@@ -330,39 +281,30 @@ class _Exchange:
         x, rows = (part.contiguous() for part in vectors.chunk(2, 1))
         alpha, sigma, source, labels = scalars.unbind(1)
         place = source.long() - self.start
-        here = (place >= 0) & (place < len(matrix))
+        here = (place >= 0) & (place < len(plan.matrix))
         place = torch.where(here, place, -1)
         seen = None if query.labels is None else labels.long()
         # To the dtype of the logits for the row's own as for all.
         log_prior = None if self.log_prior is None else self.log_prior.to(x.dtype).to(alpha.dtype)
-        asked = replace(
-            query,
+        asked = Query(
             x_t=x,
             alpha=alpha,
             sigma=sigma,
             source=place,
+            anchor=rows,
             labels=seen,
             reference_labels=None if seen is None else self.reference_labels,
             log_prior=log_prior,
-            levels=None,
-            like=x,
         )
-        anchor = Anchor(rows, place)
-        excess = Excess(asked, anchor, matrix, kernel)
-        # Every row's own source is a reference of some rank, so no row is without one: what weighs nothing beside it is
-        # left out here.
-        partial = OnlineSoftmax.empty(*_shape(x), x.dtype, x.device, level=torch.full_like(alpha, self.level))
-        partial = accumulate_all(asked, anchor, matrix, excess, kernel, partial, mirrored, chunk_size)
+        # Every row's own source is a reference of some rank, which the rank that asked adds: what weighs nothing beside it
+        # is left out here.
+        softmax = summed(asked, replace(plan, ranks=None, least_prior=self.least_prior)).softmax
         own = place.clamp(min=0)
-        gap, wrong, _ = own_gap(rows, own, matrix, rounded=False)
+        gap, wrong, _, _ = compared(rows, own, plan.matrix, rounded=False)
         mislabelled = torch.zeros_like(wrong)
         if seen is not None and self.reference_labels is not None:
             mislabelled = (seen != -1) & (seen != self.reference_labels[own])
         prior = torch.zeros_like(alpha) if log_prior is None else log_prior[own]
         status = torch.stack([gap.to(alpha.dtype), wrong.to(alpha.dtype), mislabelled.to(alpha.dtype), prior], 1)
         frequent = [] if self.draws is None else self.draws.add(own, here, seen)
-        return partial, torch.where(here[:, None], status, 0), frequent
-
-
-def _shape(x: Tensor) -> tuple[int, int]:
-    return x.shape[0], x.shape[1]
+        return softmax, torch.where(here[:, None], status, 0), frequent

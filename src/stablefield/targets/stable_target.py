@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from stablefield.diffusion.process import Process
-from stablefield.reading import readable
 from stablefield.shapes import (
     check_callable,
     check_generator,
@@ -28,31 +27,23 @@ from stablefield.shapes import (
     row_values,
     whole_number,
 )
-from stablefield.targets.check import finite_check, require, row_numbers, to_host, value_check
-from stablefield.targets.consistency import Correlation, Measured, consistency_checks
-from stablefield.targets.excess import Anchor, Excess
-from stablefield.targets.kernel import GaussianKernel, Kernel
-from stablefield.targets.outcome import Posterior, finish
-from stablefield.targets.pool import stored_samples
-from stablefield.targets.precision import full_precision
-from stablefield.targets.query import Query
-from stablefield.targets.references import InBatch, References
-from stablefield.targets.rows import (
-    Batch,
-    Known,
-    as_stored,
+from stablefield.targets._engine.assembly import posterior_of
+from stablefield.targets._engine.query import Host, Plan, Query, host_access
+from stablefield.targets.checks import (
     check_pair,
-    flipped,
-    noisiest,
-    noisiest_of_a_fixed_number,
-    put,
+    finite_check,
+    require,
     row_flags,
-    sent,
+    row_numbers,
+    to_host,
+    value_check,
 )
+from stablefield.targets.consistency import Correlation, Measured, consistency_checks
+from stablefield.targets.kernel import GaussianKernel, Kernel
+from stablefield.targets.pool import verified_samples
+from stablefield.targets.references import Batch, InBatch, References
 from stablefield.targets.sharded import ShardedPool
-from stablefield.targets.static import static_posterior
-from stablefield.targets.sums import accumulate_all
-from stablefield.targets.target import Target
+from stablefield.targets.target import Posterior, Target
 
 __all__ = ["DenoisingTarget", "StableTarget"]
 
@@ -160,7 +151,7 @@ class StableTarget:
             t = t.float()  # alpha and sigma would be rounded as well
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         check_generator("generator", generator)
-        look = readable(x0.device)
+        host = host_access(x0.device)
         for name, value in (("labels", labels), ("reference_labels", reference_labels), ("index", index)):
             if value is not None:
                 row_numbers(name, value, x0)
@@ -173,179 +164,132 @@ class StableTarget:
             )
         source_only = None if source_only is None else row_flags("source_only", source_only, x0)
         mirror = None if flip is None else row_flags("flip", flip, x0, columns=True)
-        known = Known(alpha, sigma, source_only)
-        if look:
-            known = self._checked(x0, x_t, t, alpha, sigma, labels, reference_labels, index, noise, source_only)
-        use = self._uses(known)
-        if single:
-            rows = torch.zeros(0, dtype=torch.long)
-        elif look:
-            rows = noisiest(known.level, use, self.capacity, generator)
-        else:
-            rows = noisiest_of_a_fixed_number(known.level, use, self.capacity)
+        batch = Batch(
+            x0=x0,
+            x_t=x_t,
+            alpha=alpha,
+            sigma=sigma,
+            labels=labels,
+            reference_labels=reference_labels,
+            index=index,
+            source_only=source_only,
+        )
+        # What decides which rows use references, where the host may read it.
+        known = batch if host is Host.NEVER else self._checked(batch, t, noise)
+        noise_level = known.sigma / known.alpha
+        # Without noise a row can only be its source.
+        use = (noise_level >= self.noise_band) & (known.sigma > 0)
+        use = use if known.source_only is None else use & ~known.source_only
+        rows = (
+            torch.zeros(0, dtype=torch.long) if single else _noisiest(noise_level, use, self.capacity, generator, host)
+        )
         # What a row has that uses its source alone.
         zero = torch.zeros(len(x0), dtype=torch.promote_types(x0.dtype, torch.float32), device=x0.device)
         values = [x0, zero, zero + 1, zero + 1]
         # A rank without rows of its own still answers the others.
         if len(rows) or isinstance(self.references, ShardedPool):
-            batch = Batch(flipped(x0, mirror), flipped(x_t, mirror), alpha, sigma, labels, reference_labels, index)
-            if look:
-                found = self._posterior(batch, rows, known, generator)
-                rows = sent(rows, x0.device)
-            else:
-                found = self._fixed_posterior(batch, rows, source_only, generator)
+            unflipped = replace(batch, x0=_flipped(x0, mirror), x_t=_flipped(x_t, mirror))
+            found = self._posterior(unflipped, rows, known, host, generator)
+            rows = _sent(rows, x0.device)
             assert found.source_weight is not None
             # Where the source has all the weight, it is returned as it is, without the rounding of a decoder or a flip.
             keep = found.source_weight == 1
-            keep = keep if look else keep | ~use[rows]
-            update = flipped(found.mean, None if mirror is None else mirror[rows])
-            news = (update, found.variance, found.ess, found.source_weight)
-            values = [put(old, rows, keep, new) for old, new in zip(values, news, strict=True)]
+            keep = keep | ~use[rows] if host is Host.NEVER else keep
+            mean = _flipped(found.mean, None if mirror is None else mirror[rows])
+            news = (mean, found.variance, found.ess, found.source_weight)
+            values = [_put(old, rows, keep, new, host) for old, new in zip(values, news, strict=True)]
         mean, variance, ess, source_weight = values
         return Target(mean, variance, ess, source_weight, x0, x_t, self.process, t, self.kernel, noise)
 
-    def _uses(self, known: Known) -> Tensor:
-        """Which rows may use references, bool (B,)."""
-        # Without noise a row can only be its source.
-        use = (known.level >= self.noise_band) & (known.sigma > 0)
-        return use if known.source_only is None else use & ~known.source_only
+    def _checked(self, batch: Batch, t: Tensor, noise: Tensor | None) -> Batch:
+        """The batch with its scalars, labels, index and flags on the host, once all values are found to be as they must be.
 
-    def _checked(
-        self,
-        x0: Tensor,
-        x_t: Tensor,
-        t: Tensor,
-        alpha: Tensor,
-        sigma: Tensor,
-        labels: Tensor | None,
-        reference_labels: Tensor | None,
-        index: Tensor | None,
-        noise: Tensor | None,
-        source_only: Tensor | None,
-    ) -> Known:
-        """What the host has to know of each row, once it has found that all values are as they must be.
-
-        Everything is brought to the host together, so that a GPU is waited for once, and has few small operations to do.
+        Everything is brought to the host together, so that it waits for a GPU once, which has few small operations to do.
         """
+        x0, x_t = batch.x0, batch.x_t
         if self.validate_args:
-            measured = Measured.of(x0, x_t, alpha, sigma, noise, source_only).rows
+            measured = Measured.of(x0, x_t, batch.alpha, batch.sigma, noise, batch.source_only).rows
         else:
             dtype = torch.promote_types(x0.dtype, torch.float32)
             measured = tuple(torch.linalg.vector_norm(x.flatten(1).to(dtype), dim=1) for x in (x0, x_t))
-        host = to_host(t, alpha, sigma, labels, reference_labels, index, source_only, *measured)
-        times, alphas, sigmas, labels, reference_labels, index, source_only, *measured = host
-        assert times is not None
-        assert alphas is not None
-        assert sigmas is not None
-        t, alpha, sigma = times, alphas, sigmas
+        given, optional = to_host(
+            (t, batch.alpha, batch.sigma, *measured),
+            (batch.labels, batch.reference_labels, batch.index, batch.source_only),
+        )
+        t, alpha, sigma, *measured = given
+        labels, reference_labels, index, source_only = optional
         checks = [
             value_check((sigma >= 0) & sigma.isfinite(), "sigma", sigma, "it must not be negative: check t"),
             value_check(alpha.isfinite(), "alpha", alpha, "it must be finite: check t"),
         ]
-        norms = [norm for norm in measured if norm is not None]
         if self.validate_args:
+            found, memory = Measured(*measured), self._correlation
             checks += consistency_checks(
-                self.process,
-                self.kernel,
-                x0,
-                x_t,
-                t,
-                alpha,
-                sigma,
-                noise,
-                source_only,
-                self._correlation,
-                Measured(*norms),
+                self.process, self.kernel, x0, x_t, t, alpha, sigma, noise, source_only, memory, found
             )
         else:
-            sizes = norms if source_only is None else [norm.masked_fill(source_only, 0) for norm in norms]
+            sizes = measured if source_only is None else [norm.masked_fill(source_only, 0) for norm in measured]
             checks += [finite_check(size, name) for size, name in zip(sizes, ("x0", "x_t"), strict=True)]
-        if self.noise_band != math.inf:  # references are asked for
-            checks += self.references.checks(x0, labels, reference_labels, index, source_only, self.validate_args)
-        require(*checks)
-        return Known(alpha, sigma, source_only)
-
-    def _posterior(self, batch: Batch, rows: Tensor, known: Known, generator: torch.Generator | None) -> Posterior:
-        """The posterior of `rows` (on the host) of the batch over the references of all of its rows that may serve."""
-        device = batch.x0.device
-        levels = known.levels_at(rows)
-        # Rows that use their source only are of another kind than the rest, so they serve no other row; rows below the
-        # noise band do.
-        shared, places, among = batch, torch.arange(len(batch.x0)), rows
-        if known.source_only is not None:
-            places = (~known.source_only).nonzero()[:, 0]
-            shared = batch.at(sent(places, device))
-            among = ((~known.source_only).cumsum(0) - 1)[rows]
-        rows, among, places = (sent(some, device) for some in (rows, among, places))
-        selection = self.references.select(shared.x0, shared.truth, shared.index, generator)
-        matrix, kernel, exchange, stored = selection.matrix, self.kernel, selection.exchange, selection.stored
-        samples = None
-        if stored is not None and selection.unsure == "all":
-            samples = stored_samples(shared.x0, stored[1], stored[0], places)
-        source, source_prior = selection.source[among], selection.source_prior
-        source_prior = None if source_prior is None else source_prior[among]
-        if len(rows) < len(batch.x0):
-            batch = batch.at(rows)
-        if stored is not None and selection.unsure == "using":
-            samples = stored_samples(batch.x0, stored[1][among], stored[0], rows)
-        elif samples is not None:
-            samples = samples[among]
-        if samples is not None:
-            batch = as_stored(batch, samples)
-        reference_labels = None if batch.labels is None else selection.labels
-        query = Query.checked(
-            batch.x_t,
-            batch.alpha,
-            batch.sigma,
-            matrix,
-            # Sources of other ranks, and those that are in the set of their own row alone, are no references of this matrix.
-            source if exchange is None and source_prior is None else None,
-            batch.labels,
-            reference_labels,
-            selection.log_prior,
-            source_prior,
-            levels=levels,
+        known = replace(
+            batch,
+            alpha=alpha,
+            sigma=sigma,
+            labels=labels,
+            reference_labels=reference_labels,
+            index=index,
+            source_only=source_only,
         )
-        query = replace(query, source=source)
-        with full_precision(batch.x_t.device):
-            anchor = Anchor(batch.x0.reshape(query.x_t.shape).to(query.x_t.dtype), source)
-            excess = Excess(query, anchor, matrix, kernel)
-            partial = excess.own
-            if exchange is not None:
-                others = exchange.sums(query, anchor, matrix, kernel, selection.mirrored, self.chunk_size, rows)
-                partial = partial.merge(others)
-            else:
-                mirrored, size = selection.mirrored, self.chunk_size
-                partial = accumulate_all(query, anchor, matrix, excess, kernel, partial, mirrored, size)
-            return finish(partial, query, excess, kernel)
+        if self.noise_band != math.inf:  # references are asked for
+            checks += self.references.checks(known, self.validate_args)
+        require(*checks)
+        return known
 
-    def _fixed_posterior(
-        self, batch: Batch, rows: Tensor, source_only: Tensor | None, generator: torch.Generator | None
+    def _posterior(
+        self, batch: Batch, rows: Tensor, known: Batch, host: Host, generator: torch.Generator | None
     ) -> Posterior:
-        """The same by operations that do not depend on values."""
-        x0, log_prior = batch.x0, None
-        if source_only is not None and isinstance(self.references, InBatch):
-            log_prior = torch.zeros(len(source_only), device=source_only.device).masked_fill(source_only, -torch.inf)
-            # A weight of 0 does not take away what is not finite.
-            x0 = torch.where(source_only.reshape(-1, *(1,) * (x0.ndim - 1)), 0, x0)
-        selection = self.references.select(x0, batch.truth, batch.index, generator)
-        some = batch.at(rows)
-        log_prior = selection.log_prior if log_prior is None else log_prior
-        return static_posterior(
-            some.x_t,
-            some.alpha,
-            some.sigma,
-            selection.matrix,
-            selection.source[rows],
-            some.labels,
-            None if some.labels is None else selection.labels,
-            log_prior,
+        """The posterior of `rows` of the batch over the references that all of its rows make up or choose."""
+        device, shared, places, among = batch.x0.device, batch, torch.arange(len(batch.x0)), rows
+        if known.source_only is not None and host is not Host.NEVER:
+            # Rows that use their source only are of another kind than the rest, so they serve no other row; rows below the
+            # noise band do.
+            serves = ~known.source_only
+            places, among = serves.nonzero()[:, 0], (serves.cumsum(0) - 1)[rows]
+            shared = batch.at(_sent(places, device))
+        rows_there, among = _sent(rows, device), _sent(among, device)
+        selection = self.references.select(shared, generator, host)
+        if host is Host.NEVER or len(rows) < len(batch.x0):
+            batch = batch.at(rows_there)
+        samples = None
+        if selection.stored is not None and host is not Host.NEVER:
+            matrix, index = selection.stored
+            if selection.verify_all:
+                samples = verified_samples(shared.x0, index, matrix, places)
+                samples = None if samples is None else samples[among]
+            else:
+                samples = verified_samples(batch.x0, index[among], matrix, rows)
+        query = Query(
+            x_t=batch.x_t,
+            alpha=batch.alpha,
+            sigma=batch.sigma,
+            source=selection.source[among],
+            anchor=batch.x0,
+            stored=samples,
+            labels=batch.labels,
+            reference_labels=None if batch.labels is None else selection.labels,
+            log_prior=selection.log_prior,
+            source_prior=None if selection.source_prior is None else selection.source_prior[among],
+            levels=None if host is Host.NEVER else known.alpha[rows].double() / known.sigma[rows].double(),
+            places=rows,
+        )
+        plan = Plan(
+            matrix=selection.matrix,
+            host=host,
             kernel=self.kernel,
-            anchor=some.x0,
             mirrored=selection.mirrored,
             chunk_size=self.chunk_size,
-            least_level=self.noise_band,
+            ranks=selection.ranks,
         )
+        return posterior_of(query, plan, self.noise_band)
 
 
 @dataclass(frozen=True)
@@ -364,3 +308,55 @@ class DenoisingTarget(StableTarget):
     kernel: Kernel = field(default_factory=GaussianKernel, init=False)
     chunk_size: int | None = field(default=None, init=False)
     capacity: int | None = field(default=None, init=False)
+
+
+def _noisiest(
+    level: Tensor, use: Tensor, capacity: int | None, generator: torch.Generator | None, host: Host
+) -> Tensor:
+    """The places of the rows for which `use` is set, or of the `capacity` noisiest of them.
+
+    Where the host may read no value, there are as many places whatever the values are, and others may be among them.
+    """
+    if host is not Host.NEVER:
+        rows = use.nonzero()[:, 0]
+        if capacity is None or len(rows) <= capacity:
+            return rows
+        return rows[_descending(level[rows], generator)[:capacity].sort().values]
+    if capacity is None or len(level) <= capacity:
+        return torch.arange(len(level), device=level.device)
+    # No compiler takes a generator, and none is needed: ties must be broken independently of the data, in any way.
+    return _descending(torch.where(use, level, -1), None)[:capacity]
+
+
+def _descending(level: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The order of descending levels, equal ones in random order: their places may depend on the data."""
+    device = level.device if generator is None else generator.device
+    order = torch.randperm(len(level), generator=generator, device=device).to(level.device)
+    return order[level[order].sort(descending=True, stable=True).indices]
+
+
+def _sent(rows: Tensor, device: torch.device) -> Tensor:
+    """Bring places of rows, integers (b,), from the host to `device`.
+
+    The host does not wait: CUDA takes up to 64 kB from ordinary memory with the command, which are 8,192 rows.
+    """
+    return rows.to(device, non_blocking=True)
+
+
+def _put(old: Tensor, rows: Tensor, keep: Tensor, new: Tensor, host: Host) -> Tensor:
+    """Put `new` into `old` at `rows`, but for those to `keep`."""
+    whole = len(rows) == len(old)
+    if whole and host is Host.READS and not bool(keep.any()):
+        return new.to(old.dtype)
+    keep = keep.reshape(-1, *(1,) * (old.ndim - 1))
+    value = torch.where(keep, old if whole else old[rows], new).to(old.dtype)
+    return value if whole else old.index_copy(0, rows, value)
+
+
+def _flipped(x: Tensor, flip: Tensor | None) -> Tensor:
+    """Mirror the rows of `x` (B, ...) for which column j of `flip` (B, m) is set along axis -1-j: its own inverse."""
+    if flip is None:
+        return x
+    for column in range(flip.shape[1]):
+        x = torch.where(flip[:, column].reshape(-1, *(1,) * (x.ndim - 1)), x.flip(-1 - column), x)
+    return x

@@ -1,4 +1,4 @@
-r"""A target: what a network is trained to predict, in every parameterisation.
+r"""What comes out: a target in every parameterisation, and the posterior that it is made of.
 
 Everything that people regress on is affine in the target for x0, so one of them serves all:
 
@@ -19,7 +19,30 @@ from stablefield.diffusion.process import Process
 from stablefield.shapes import per_row
 from stablefield.targets.kernel import GaussianKernel, Kernel
 
-__all__ = ["Target"]
+__all__ = ["Posterior", "Target"]
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """The posterior of x0 over a reference set, for a batch of B rows.
+
+    Attributes:
+        mean: posterior mean of x0; shape, dtype and device of x_t.
+        variance: trace of the posterior covariance, sum_k w_k |y_k|^2 - |mean|^2, in squared units of the data, shape (B,).
+            In expectation, this is the variance that the mean removes from the single-sample target. Never below 0; its
+            error is some ulps of itself, and of D min(D, 30 sigma / alpha) times the weight that is not the source's, for
+            references within D of their middle. 0 where the others weigh less than float32 sees beside the source.
+        ess: effective sample size 1 / sum_k w_k^2, between 1 and n, shape (B,).
+        source_weight: posterior weight of the row's own source, shape (B,); None if no source was given.
+        log_evidence: log density of x_t under the mixture of the kernels around the allowed references, with the prior
+            weights normalised over them, in nats, shape (B,).
+    """
+
+    mean: Tensor
+    variance: Tensor
+    ess: Tensor
+    source_weight: Tensor | None
+    log_evidence: Tensor
 
 
 @dataclass(frozen=True)

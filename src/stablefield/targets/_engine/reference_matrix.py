@@ -1,15 +1,16 @@
 """A reference matrix: a set of references as rows of numbers, decoded chunk by chunk.
 
 The references may be floating point or uint8 images, in any memory layout, a tensor or a numpy array (such as a memory map
-of a file larger than memory). Whatever they are, a matrix hands them out as contiguous rows of the dtype of the computation,
-a chunk at a time into one reused buffer, so that no second copy of the set ever exists; or as they are stored, by pages.
+of a file larger than memory). A matrix hands them out as contiguous rows of the dtype of the computation, a chunk at a time
+into one reused buffer, so that no second copy of the set ever exists.
 
 A posterior does not change if all is moved, and rounding errors are relative to the size of the numbers. So where the set
 lies far from zero (farther than its own spread), an origin in its middle is taken off each chunk as it is decoded.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stablefield.targets.chunk import chunk_rows
-from stablefield.targets.staging import PAGE, sent_ahead, stages
+from stablefield.memory import free_bytes
 
 __all__ = [
     "Norms",
@@ -29,12 +29,12 @@ __all__ = [
     "largest_magnitude",
     "row_blocks",
     "squared_norms",
+    "wide_dtype",
 ]
 
-
-# Numbers that a pass over a set takes at a time, 1 MB in float32, so that what it makes of them stays in the cache.
+# Numbers that a pass for the norms takes at a time on a CPU, 1 MB in float32, so that they stay in the cache.
 _BLOCK = 2**18
-# The same for some rows of a batch, of which several things are made at once: 512 kB in float32, for the cache of one core.
+# Numbers of a batch that a pass takes at a time, of which several things are made: 512 kB in float32, for a core's cache.
 _ROW_BLOCK = 2**17
 # Numbers that are summed without float64.
 _PART = 128
@@ -44,54 +44,23 @@ _SAMPLE = 9
 # A set is far from zero if its middle's squared norm exceeds this many squared distances from it. Below, a set in its own
 # middle would gain two digits in base 2 at most, which is not worth a pass over it.
 _FAR = 16.0
-
-
-def row_blocks(rows: Tensor) -> Iterator[slice]:
-    """Slices of `rows` (B, d) that fit a CPU's cache; one of all rows elsewhere, where each operation is a launch."""
-    count, dim = rows.shape
-    step = max(1, _ROW_BLOCK // max(1, dim)) if rows.device.type == "cpu" else max(1, count)
-    return (slice(start, min(start + step, count)) for start in range(0, max(1, count), step))
-
-
-def squared_norms(rows: Tensor) -> Tensor:
-    """Squared norms of `rows` (n, d) in float64 (float32 where a device has none), shape (n,).
-
-    Parts of 128 numbers are summed in the dtype of the rows, the parts in float64: an ulp or two in all.
-    """
-    wide = torch.float32 if rows.device.type == "mps" else torch.float64
-    if rows.shape[1] % _PART == 0 and rows.numel() and rows.is_contiguous():
-        parts = torch.linalg.vector_norm(rows.view(len(rows), -1, _PART), dim=2)
-        return parts.to(wide).square_().sum(1)
-    return in_blocks(lambda some: rows[some].square().sum(1, dtype=wide), rows)
-
-
-def inner_products(p: Tensor, q: Tensor) -> Tensor:
-    """Inner products of the rows of `p` with those of `q`, (n, d) each, shape (n,): as accurate as `squared_norms`."""
-    wide = torch.float32 if p.device.type == "mps" else torch.float64
-
-    def of(some: slice) -> Tensor:
-        products = p[some] * q[some]
-        if p.shape[1] % _PART or not p.numel():
-            return products.sum(1, dtype=wide)
-        return products.view(len(products), -1, _PART).sum(2).to(wide).sum(1)
-
-    return in_blocks(of, p)
-
-
-def in_blocks(of: Callable[[slice], Tensor], rows: Tensor) -> Tensor:
-    """What `of` makes of the slices of `rows` (B, d) that `row_blocks` gives, one after the other in the last axis."""
-    parts = [of(some) for some in row_blocks(rows)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-
-def largest_magnitude(rows: Tensor) -> Tensor:
-    """The largest magnitude of a number in each of `rows` (n, d), shape (n,); NaN where there is one, 0 for d = 0.
-
-    As fast as memory; torch's own infinity norm takes 25 times as long on a CPU.
-    """
-    if rows.shape[1] == 0:
-        return rows.new_zeros(len(rows))
-    return torch.maximum(rows.amax(1), -rows.amin(1))
+# Numbers in a chunk on a CPU: 8 MB in float32, a share of the cache of one socket, so that decoding, the two products and
+# the softmax between them find it there. Fewer starve the products.
+_CACHED = 2**21
+# Numbers in a chunk that stays bytes: 12 MB. Smaller ones cost more calls, and larger ones leave the cache.
+_CACHED_BYTES = 3 * 2**22
+# Numbers in a chunk on a GPU: 1 GB in float32, beyond which launching a kernel no longer shows.
+_RESIDENT = 2**28
+# References per chunk below which the pass over the sums, B d numbers per chunk, costs as much as the products.
+_FEWEST = 128
+# By what share of its size a chunk may be larger than the cache asks for.
+_SLACK = 0.1
+# Share of the free memory for one of the temporaries, of which there are about four.
+_SHARE = 16
+# Bytes of a page of an array on its way to a GPU: 128 MB, of which at most three are pinned.
+PAGE = 2**27
+# Pages under way: one is copied while the host reads the next. More would only take memory.
+_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -104,8 +73,7 @@ class Norms:
         centred: |y|^2 - centre in the dtype of the computation, where the difference keeps digits that |y|^2 would not,
             shape (n,).
         largest: an upper bound, shape (), float64.
-        finite: whether all of them are.
-        bound: the upper bound as a number, if it is known.
+        bound: the upper bound as a number, if it is known; not finite if a reference is not.
         origin: what is to be taken off each reference before anything is computed, shape (d,), in the dtype of the
             computation; None for nothing.
     """
@@ -114,7 +82,6 @@ class Norms:
     centre: Tensor
     centred: Tensor
     largest: Tensor
-    finite: bool
     bound: float | None
     origin: Tensor | None = None
 
@@ -122,10 +89,14 @@ class Norms:
     def of(
         cls, squares: Tensor, dtype: torch.dtype, origin: Tensor | None = None, bound: float | None = None
     ) -> "Norms":
-        """What belongs to these squared norms; those without a bound are taken to be finite."""
+        """What belongs to these squared norms."""
         centre = squares.median()
-        finite = bound is None or math.isfinite(bound)
-        return cls(squares, centre, (squares - centre).to(dtype), squares.max(), finite, bound, origin)
+        return cls(squares, centre, (squares - centre).to(dtype), squares.max(), bound, origin)
+
+    @property
+    def finite(self) -> bool:
+        """Whether all references are; those without a bound are taken to be."""
+        return self.bound is None or math.isfinite(self.bound)
 
     def at(self, index: Tensor | slice) -> "Norms":
         """Those of the references at `index`."""
@@ -153,10 +124,7 @@ class ReferenceMatrix:
     @property
     def dim(self) -> int:
         """Numbers per reference, d."""
-        dim = 1
-        for size in self.data.shape[1:]:
-            dim *= size
-        return dim
+        return math.prod(self.data.shape[1:])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -167,6 +135,19 @@ class ReferenceMatrix:
     def dtype_with(self, x_t: Tensor) -> torch.dtype:
         """The dtype of computations with noisy rows `x_t`: float32, or float64 if either is."""
         return torch.promote_types(self.dtype, torch.promote_types(x_t.dtype, torch.float32))
+
+    @property
+    def eps(self) -> float:
+        """The relative rounding error of the references as they are stored."""
+        dtype = self.data.dtype
+        if isinstance(dtype, torch.dtype):
+            return torch.finfo(dtype).eps if dtype.is_floating_point else torch.finfo(torch.float32).eps
+        return float(np.finfo(dtype).eps) if dtype.kind == "f" else torch.finfo(torch.float32).eps
+
+    @property
+    def holds_bytes(self) -> bool:
+        """Whether the references are uint8 images."""
+        return self.data.dtype in (torch.uint8, np.dtype(np.uint8))
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """The references at `index` (m,), decoded, shape (m, d)."""
@@ -181,45 +162,20 @@ class ReferenceMatrix:
         part._norms = {dtype: self.norms(dtype).at(index) for dtype in (self._norms or {self.dtype: None})}
         return part
 
-    @property
-    def eps(self) -> float:
-        """The relative rounding error of the references as they are stored."""
-        dtype = self.data.dtype
-        if isinstance(dtype, torch.dtype):
-            return torch.finfo(dtype).eps if dtype.is_floating_point else torch.finfo(torch.float32).eps
-        return float(np.finfo(dtype).eps) if dtype.kind == "f" else torch.finfo(torch.float32).eps
-
-    @property
-    def spread(self) -> Tensor:
-        """How far a number of a reference typically is from the middle of the references, (); a few outliers do not matter.
-
-        The median over up to 256 references, evenly spaced, of the root mean square over their d numbers.
-        """
-        self._forget_if_changed()
-        if self._spread is None:
-            n = len(self)
-            some = torch.arange(0, n, max(1, n // 256), device=self.device)[:256]
-            rows = self.rows(some, self.dtype)
-            self._spread = (rows - rows.median(0).values).square_().mean(1).sqrt_().median()
-        return self._spread
-
-    def _forget_if_changed(self) -> None:
-        """Forget what was computed of a tensor that has been changed in place since."""
-        if torch.compiler.is_compiling():
-            return
-        version = _version(self.data)
-        if version != self._version:
-            self._version, self._spread = version, None
-            self._norms.clear()
-
-    @property
-    def holds_bytes(self) -> bool:
-        """Whether the references are uint8 images."""
-        return self.data.dtype in (torch.uint8, np.dtype(np.uint8))
-
     def chunk_size(self, batch: int, decoded: bool = True) -> int:
-        """References per chunk for `batch` rows, by the memory at hand; more if they stay the bytes that they are."""
-        return chunk_rows(batch, self.dim, len(self), self.device, decoded)
+        """References per chunk for `batch` rows, by the memory at hand; more if they stay the bytes that they are.
+
+        Neither (batch, chunk) nor (chunk, d) float32 numbers exceed a sixteenth of the free memory, if more than one
+        reference fits at all. The size changes a result by rounding alone.
+        """
+        n, widest = len(self), max(batch, self.dim, 1)
+        cached = _CACHED if decoded else _CACHED_BYTES
+        wanted = max(_FEWEST, (cached if self.device.type == "cpu" else _RESIDENT) // widest)
+        if wanted >= n and n * widest <= cached:
+            return max(1, n)
+        # Equal parts, up to a tenth larger rather than one more: a last chunk of few references costs as many passes.
+        parts = max(1, math.ceil(n / wanted - _SLACK))
+        return max(1, min(-(-n // parts), free_bytes(self.device) // (4 * _SHARE) // widest))
 
     def chunks(self, size: int, dtype: torch.dtype, origin: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Yield (slice, rows), with rows of shape (at most `size`, d) in `dtype`, valid until the next one is asked for.
@@ -255,6 +211,20 @@ class ReferenceMatrix:
                 np.copyto(page[:count], self.data[where])
                 yield where, torch.from_numpy(page[:count])
 
+    @property
+    def spread(self) -> Tensor:
+        """How far a number of a reference typically is from the middle of the references, (); a few outliers do not matter.
+
+        The median over up to 256 references, evenly spaced, of the root mean square over their d numbers.
+        """
+        self._forget_if_changed()
+        if self._spread is None:
+            n = len(self)
+            some = torch.arange(0, n, max(1, n // 256), device=self.device)[:256]
+            rows = self.rows(some, self.dtype)
+            self._spread = (rows - rows.median(0).values).square_().mean(1).sqrt_().median()
+        return self._spread
+
     def norms(self, dtype: torch.dtype) -> Norms:
         """Squared norms of all references as decoded to `dtype`, from an origin if they are far from zero; computed once."""
         self._forget_if_changed()
@@ -262,13 +232,29 @@ class ReferenceMatrix:
             self._norms[dtype] = self._measured(dtype)
         return self._norms[dtype]
 
+    def known_norms(self, dtype: torch.dtype) -> Norms | None:
+        """The squared norms, if they have been computed."""
+        self._forget_if_changed()
+        return self._norms.get(dtype)
+
+    def set_norms(self, dtype: torch.dtype, squares: Tensor | None, origin: Tensor | None = None) -> None:
+        """Take `squares` (n,) for the squared norms from `origin`, and read no value of them.
+
+        If they are None they are computed, from the middle of the references, since how far it is off may not be read.
+        """
+        if squares is None:
+            middle = self._middle(dtype)
+            origin = None if middle is None else middle[0]
+            squares = self._squares(dtype, origin)
+        self._norms[dtype] = Norms.of(squares, dtype, origin)
+
     def _measured(self, dtype: torch.dtype) -> Norms:
         squares = self._squares(dtype)
         largest = squares.max()
         middle = self._middle(dtype)
         if middle is None:
             return Norms.of(squares, dtype, bound=float(largest))
-        # One look for both: whether they are finite, and whether they are far, by the sign.
+        # One value for both: whether they are finite, and whether they are far, by the sign.
         origin, far = middle
         seen = float(torch.where(far, -largest, largest))
         if not (seen < 0 and math.isfinite(seen)):
@@ -291,26 +277,11 @@ class ReferenceMatrix:
         # Medians, since single samples may be anywhere; they are numbers of samples, so that most differences are exact.
         medians = rows
         while len(medians) >= 3:
-            medians = _median_of_three(*medians[: len(medians) // 3 * 3].unflatten(0, (3, -1)))
+            a, b, c = medians[: len(medians) // 3 * 3].unflatten(0, (3, -1))
+            medians = torch.maximum(torch.minimum(a, b), torch.minimum(torch.maximum(a, b), c))
         origin = medians[0]
         spread = squared_norms(rows - origin).sort().values[(count - 1) // 2]
         return origin, squared_norms(origin[None])[0] > _FAR * spread
-
-    def known_norms(self, dtype: torch.dtype) -> Norms | None:
-        """The squared norms, if they have been computed."""
-        self._forget_if_changed()
-        return self._norms.get(dtype)
-
-    def set_norms(self, dtype: torch.dtype, squares: Tensor | None, origin: Tensor | None = None) -> None:
-        """Take `squares` (n,) for the squared norms from `origin`, and do not look at them.
-
-        If they are None they are computed, from the middle of the references, since where that is may not be asked.
-        """
-        if squares is None:
-            middle = self._middle(dtype)
-            origin = None if middle is None else middle[0]
-            squares = self._squares(dtype, origin)
-        self._norms[dtype] = Norms.of(squares, dtype, origin)
 
     def _squares(self, dtype: torch.dtype, origin: Tensor | None = None) -> Tensor:
         size = max(1, _BLOCK // max(1, self.dim)) if self.device.type == "cpu" else self.chunk_size(1)
@@ -321,6 +292,37 @@ class ReferenceMatrix:
             return self.data.index_select(0, index)  # half the time of an index in brackets
         return torch.from_numpy(np.ascontiguousarray(self.data[index.cpu().numpy()])).to(self.device)
 
+    def _forget_if_changed(self) -> None:
+        """Forget what was computed of a tensor that has been changed in place since."""
+        if not torch.compiler.is_compiling() and _version(self.data) != self._version:
+            self._version, self._spread = _version(self.data), None
+            self._norms.clear()
+
+
+def stages(device: torch.device) -> bool:
+    """Whether pages are to be sent ahead to `device`: where Python runs ahead of it."""
+    return device.type == "cuda"
+
+
+def sent_ahead(data: NDArray[Any], places: Iterable[slice], device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (slice, data[slice] on the CUDA `device`).
+
+    The host does not wait for a copy, which runs from pinned memory in the order of the device's work; only once it is two
+    pages ahead does it wait for the older one. torch's allocator of pinned memory reuses a page when its copy is over.
+    """
+    copied: deque[torch.cuda.Event] = deque()
+    for where in places:
+        if len(copied) == _AHEAD:
+            copied.popleft().synchronize()
+        part = data[where]
+        page = torch.empty(part.shape, dtype=torch.from_numpy(part[:0].copy()).dtype, pin_memory=True)
+        np.copyto(page.numpy(), part)
+        sent = page.to(device, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(device))
+        copied.append(event)
+        yield where, sent
+
 
 def _version(data: Tensor | NDArray[Any]) -> int:
     """How often a tensor has been changed in place; 0 for what does not count it."""
@@ -329,18 +331,66 @@ def _version(data: Tensor | NDArray[Any]) -> int:
     return data._version
 
 
-def _median_of_three(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    return torch.maximum(torch.minimum(a, b), torch.minimum(torch.maximum(a, b), c))
-
-
 def _decode(data: Tensor, buffer: Tensor, origin: Tensor | None = None) -> Tensor:
     """Write the values that `data` means, less `origin`, into `buffer`, of the same shape; those of uint8 to 2^-23."""
     # To the device first: uint8 is a quarter of what it is decoded to.
     data = data.to(buffer.device)
-    if origin is not None:
-        return torch.sub(data, origin, out=buffer)
-    buffer.copy_(data)
-    if data.dtype != torch.uint8:
-        return buffer
-    # One multiply-add in place of a division and a difference, which would cost as much again as the conversion.
-    return torch.add(buffer.new_full((), -1.0), buffer, alpha=1 / 127.5, out=buffer)
+    if data.dtype == torch.uint8:
+        buffer.copy_(data)
+        # One multiply-add in place of a division and a difference, which would cost as much again as the conversion.
+        torch.add(buffer.new_full((), -1.0), buffer, alpha=1 / 127.5, out=buffer)
+        return buffer if origin is None else buffer.sub_(origin)
+    return buffer.copy_(data) if origin is None else torch.sub(data, origin, out=buffer)
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of scalars and sums: float64, float32 where a device has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def row_blocks(rows: Tensor) -> Iterator[slice]:
+    """Slices of `rows` (B, d) that fit a CPU's cache; one of all rows elsewhere, where each operation is a launch."""
+    count, dim = rows.shape
+    step = max(1, _ROW_BLOCK // max(1, dim)) if rows.device.type == "cpu" else max(1, count)
+    return (slice(start, min(start + step, count)) for start in range(0, max(1, count), step))
+
+
+def in_blocks(of: Callable[[slice], Tensor], rows: Tensor) -> Tensor:
+    """What `of` makes of the slices of `rows` (B, d) that `row_blocks` gives, one after the other in the last axis."""
+    parts = [of(some) for some in row_blocks(rows)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def squared_norms(rows: Tensor) -> Tensor:
+    """Squared norms of `rows` (n, d) in the wide dtype, shape (n,).
+
+    Parts of 128 numbers are summed in the dtype of the rows, the parts in float64: an ulp or two in all.
+    """
+    wide = wide_dtype(rows.device)
+    if rows.shape[1] % _PART == 0 and rows.numel() and rows.is_contiguous():
+        parts = torch.linalg.vector_norm(rows.view(len(rows), -1, _PART), dim=2)
+        return parts.to(wide).square_().sum(1)
+    return in_blocks(lambda some: rows[some].square().sum(1, dtype=wide), rows)
+
+
+def inner_products(p: Tensor, q: Tensor) -> Tensor:
+    """Inner products of the rows of `p` with those of `q`, (n, d) each, shape (n,): as accurate as `squared_norms`."""
+    wide = wide_dtype(p.device)
+
+    def of(some: slice) -> Tensor:
+        products = p[some] * q[some]
+        if p.shape[1] % _PART or not p.numel():
+            return products.sum(1, dtype=wide)
+        return products.view(len(products), -1, _PART).sum(2).to(wide).sum(1)
+
+    return in_blocks(of, p)
+
+
+def largest_magnitude(rows: Tensor) -> Tensor:
+    """The largest magnitude of a number in each of `rows` (n, d), shape (n,); NaN where there is one, 0 for d = 0.
+
+    As fast as memory; torch's own infinity norm takes 25 times as long on a CPU.
+    """
+    if rows.shape[1] == 0:
+        return rows.new_zeros(len(rows))
+    return torch.maximum(rows.amax(1), -rows.amin(1))

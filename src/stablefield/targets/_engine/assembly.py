@@ -1,0 +1,251 @@
+"""The assembly: a posterior from a query and its plan, in one place for all who ask.
+
+`posterior`, `StableTarget`, the operator for torch.compile and the shards of a `ShardedPool` all call `summed`.
+
+While torch compiles or captures, the operations may not depend on values: nothing is skipped and no value is checked (call
+the same thing once outside to have its arguments checked). Rows of small noise, whose logits float32 would lose to
+cancellation, cannot be picked out; unless noise is known to be large enough for all, float64 makes all logits. To a
+compiler it is one operator, `torch.ops.stablefield.posterior`: what it does inside, such as the switches for full
+precision, is neither traced nor taken apart.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from stablefield.targets._engine.logits import Anchor, Logits, SmallNoise, find_anchor, noise_is_large
+from stablefield.targets._engine.matmul import chunks, full_precision
+from stablefield.targets._engine.online_softmax import OnlineSoftmax
+from stablefield.targets._engine.query import Host, Plan, Query
+from stablefield.targets._engine.reference_matrix import ReferenceMatrix, squared_norms
+from stablefield.targets.kernel import GaussianKernel, StudentTKernel
+from stablefield.targets.target import Posterior
+
+__all__ = ["Summed", "compute", "posterior_of", "summed"]
+
+
+@dataclass(frozen=True)
+class Summed:
+    """The softmax sums of a query over all references of its plan, relative to the query's anchors."""
+
+    query: Query
+    plan: Plan
+    logits: Logits
+    softmax: OnlineSoftmax
+
+    def posterior(self) -> Posterior:
+        """What the sums come to; their `total` becomes the mean in place.
+
+        Raises:
+            ValueError: if no reference may serve a row.
+        """
+        query, softmax = self.query, self.softmax
+        # A source serves its row (its label was checked), unless its prior excludes it; only else are the sums checked.
+        certain = query.source is not None and (query.log_prior is None or query.source_prior is not None)
+        if not certain and self.plan.host is not Host.NEVER and bool(torch.isneginf(softmax.peak).any()):
+            row = int(torch.isneginf(softmax.peak).nonzero()[0, 0])
+            label = "" if query.labels is None else f" (label {int(query.labels[row])})"
+            raise ValueError(
+                f"no reference may serve row {row}{label}: give references of its label, or label -1 to use all of them."
+            )
+        assert query.like is not None
+        narrow, own = query.x_t.dtype, None
+        gap = softmax.total.div_(softmax.mass.to(narrow)[:, None])
+        variance = (softmax.energy / softmax.mass - squared_norms(gap)).clamp(min=0)
+        if query.source is not None:  # it is the anchor
+            own = (torch.exp(self.logits.own - softmax.peak) / softmax.mass).to(narrow)
+        at_anchor = self.plan.kernel.log_density(self.logits.anchor_square, query.sigma, query.x_t.shape[1])
+        return Posterior(
+            mean=gap.add_(self.logits.anchor.rows).reshape(query.like.shape).to(query.like.dtype),
+            variance=variance.to(narrow),
+            ess=(softmax.mass**2 / softmax.mass_squared).to(narrow),
+            source_weight=own,
+            log_evidence=(at_anchor + softmax.peak + torch.log(softmax.mass) - softmax.log_prior).to(narrow),
+        )
+
+
+def posterior_of(query: Query, plan: Plan, least_level: float = 0.0) -> Posterior:
+    """The posterior of a query as it is given: summed here or, where the host may read no value, by the operator.
+
+    No result is used of rows below the noise level `least_level`.
+
+    Raises:
+        ValueError: if the query does not fit the plan; and where no value may be read, if references lie in a numpy array,
+            or the kernel is not one of this library's.
+    """
+    if plan.host is not Host.NEVER:
+        return summed(query.checked(plan), plan).posterior()
+    matrix, kernel = plan.matrix, plan.kernel
+    if not isinstance(matrix.data, Tensor):
+        raise ValueError(
+            f"the references are a numpy array of shape {tuple(matrix.data.shape)}: a compiled or captured function needs "
+            "them in a tensor on the device of the batch."
+        )
+    # By type: what a subclass changes would not reach the operator.
+    if type(kernel) is StudentTKernel:
+        dof = kernel.dof
+    elif type(kernel) is GaussianKernel:
+        dof = 0.0
+    else:
+        raise ValueError(
+            f"kernel is {kernel}: GaussianKernel and StudentTKernel can be compiled or captured, others not."
+        )
+    dtype = matrix.dtype_with(query.x_t)
+    norms = matrix.known_norms(dtype)
+    float64 = norms is None or norms.bound is None or not noise_is_large(least_level, norms.bound, dtype)
+    found = torch.ops.stablefield.posterior(
+        query.x_t,
+        query.alpha,
+        query.sigma,
+        matrix.data,
+        None if norms is None else norms.squares,
+        None if norms is None else norms.origin,
+        query.anchor,
+        query.source,
+        query.labels,
+        query.reference_labels,
+        query.log_prior,
+        dof,
+        plan.mirrored,
+        plan.chunk_size,
+        float64,
+    )
+    mean, variance, ess, source_weight, log_evidence = found
+    return Posterior(mean, variance, ess, None if query.source is None else source_weight, log_evidence)
+
+
+def summed(query: Query, plan: Plan) -> Summed:
+    """Sum over the references of `plan`, here or with the other ranks, and their mirror images if the set has them."""
+    with full_precision(query.x_t.device):
+        small = SmallNoise.of(query, plan)
+        anchor = find_anchor(query, plan, small)
+        logits = Logits(query, plan, anchor, small)
+        if plan.ranks is not None:
+            softmax = OnlineSoftmax.empty(query.x_t, logits.own).merge(plan.ranks.sums(query, plan))
+            return Summed(query, plan, logits, softmax.with_anchors(logits.own))
+        if plan.least_prior is None:
+            softmax = _over_matrix(query, plan, logits, logits.own).with_anchors(logits.own)
+        else:
+            softmax = _over_matrix(query, plan, logits, torch.full_like(query.alpha, plan.least_prior))
+        if plan.mirrored:
+            if query.source_prior is not None and anchor.place is not None:
+                softmax = softmax.merge(_own_image(query, plan, logits))
+            softmax = softmax.merge(_over_images(query, plan, anchor, small, softmax.peak))
+        return Summed(query, plan, logits, softmax)
+
+
+def _over_matrix(query: Query, plan: Plan, logits: Logits, level: Tensor) -> OnlineSoftmax:
+    """The sums over the plan's matrix but the anchors, chunk by chunk, for rows that are known to reach `level` (B,)."""
+    x, matrix = query.x_t, plan.matrix
+    softmax = OnlineSoftmax.empty(x, level)
+    among = len(matrix) if plan.host is Host.READS else None
+    for where, chunk in chunks(matrix, plan.chunk_size, len(x), x.dtype):
+        softmax.add(logits.of_chunk(chunk, where, softmax.peak), among)
+    return logits.relative_to_anchor(softmax)
+
+
+def _over_images(query: Query, plan: Plan, anchor: Anchor, small: SmallNoise, level: Tensor) -> OnlineSoftmax:
+    """The sums over mirror images: those of the mirrored row over the references as they are, mirrored back."""
+    image = replace(query, x_t=_mirror(query.x_t, plan.matrix), source=None)
+    logits = Logits(image, plan, Anchor(_mirror(anchor.rows, plan.matrix), None), small)
+    softmax = _over_matrix(image, plan, logits, level)
+    softmax.total = _mirror(softmax.total, plan.matrix)
+    return softmax
+
+
+def _own_image(query: Query, plan: Plan, logits: Logits) -> OnlineSoftmax:
+    """The share of the mirror images of the sources that are references for their own rows alone."""
+    anchor = logits.anchor
+    assert query.source_prior is not None
+    assert anchor.place is not None
+    rows = _mirror(anchor.rows, plan.matrix)
+    # |x - alpha m|^2 - |x - alpha a|^2 for the image m of the anchor a, in a form that does not cancel.
+    gap = query.alpha.to(rows.dtype)[:, None] * (anchor.rows - rows)
+    distance = (gap * (gap + 2 * logits.noise)).sum(1, dtype=query.sigma.dtype)[:, None]
+    square, sigma = logits.anchor_square[:, None], query.sigma[:, None]
+    logit = plan.kernel.log_ratio(distance, square, sigma, rows.shape[1])[:, 0]
+    logit = (logit + query.source_prior).masked_fill(anchor.place >= 0, -torch.inf).to(query.sigma)
+    # Sums are relative to the anchor, of which this is the image. Its prior weight is counted with the chunks.
+    away, mass = rows - anchor.rows, (~torch.isneginf(logit)).to(logit.dtype)
+    return OnlineSoftmax(
+        peak=logit,
+        mass=mass,
+        mass_squared=mass,
+        energy=mass * squared_norms(away),
+        total=mass.to(away.dtype)[:, None] * away,
+        log_prior=torch.full_like(logit, -torch.inf),
+    )
+
+
+def _mirror(rows: Tensor, matrix: ReferenceMatrix) -> Tensor:
+    return rows.reshape(len(rows), *matrix.data.shape[1:]).flip(-1).reshape(rows.shape)
+
+
+def compute(
+    x_t: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    references: Tensor,
+    squares: Tensor | None,
+    origin: Tensor | None,
+    anchor: Tensor | None,
+    source: Tensor | None,
+    labels: Tensor | None,
+    reference_labels: Tensor | None,
+    log_prior: Tensor | None,
+    dof: float,
+    mirrored: bool,
+    chunk_size: int | None,
+    float64: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `torch.ops.stablefield.posterior` does: mean, variance, ESS, source weight (empty if unknown), log evidence."""
+    matrix = ReferenceMatrix(references)
+    dtype = matrix.dtype_with(x_t)
+    matrix.set_norms(dtype, squares, origin)
+    plan = Plan(
+        matrix=matrix,
+        host=Host.NEVER,
+        kernel=StudentTKernel(dof) if dof else GaussianKernel(),
+        mirrored=mirrored,
+        chunk_size=chunk_size,
+        float64=float64,
+    )
+    query = Query(
+        x_t=x_t,
+        alpha=alpha,
+        sigma=sigma,
+        source=source,
+        anchor=anchor,
+        # As a `Pool` stores it: an eager call first checks whether that differs.
+        stored=None if source is None or anchor is None else matrix.rows(source, dtype),
+        labels=labels,
+        reference_labels=reference_labels,
+        log_prior=log_prior,
+    )
+    result = summed(query.checked(plan), plan).posterior()
+    own = result.ess.new_zeros(0) if result.source_weight is None else result.source_weight
+    return result.mean, result.variance, result.ess, own, result.log_evidence
+
+
+_posterior = torch.library.custom_op("stablefield::posterior", compute, mutates_args=())
+
+
+@_posterior.register_fake
+def _(
+    x_t: Tensor,
+    alpha: Tensor,  # noqa: ARG001
+    sigma: Tensor,  # noqa: ARG001
+    references: Tensor,
+    squares: Tensor | None,  # noqa: ARG001
+    origin: Tensor | None,  # noqa: ARG001
+    anchor: Tensor | None,  # noqa: ARG001
+    source: Tensor | None,
+    *rest: object,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = ReferenceMatrix(references).dtype_with(x_t)
+    batch = x_t.shape[0]  # not len(): it may be a symbol
+    row = x_t.new_empty(batch, dtype=dtype)
+    own = row.new_empty(0 if source is None else batch)
+    mean = torch.empty(x_t.shape, dtype=x_t.dtype, device=x_t.device)
+    return mean, row, torch.empty_like(row), own, torch.empty_like(row)

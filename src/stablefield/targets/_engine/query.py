@@ -1,0 +1,245 @@
+"""A query and its plan: the noisy rows that ask for a posterior, and the decisions that hold for the whole call.
+
+Arguments are checked here, in one place, before anything is computed. What differs between an eager call, a call on a GPU,
+a compiled one and a shard's is decided here, too, once: in the `Plan`, which is handed down unchanged.
+"""
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from stablefield.reading import readable
+from stablefield.targets._engine.online_softmax import OnlineSoftmax
+from stablefield.targets._engine.reference_matrix import ReferenceMatrix, largest_magnitude, wide_dtype
+from stablefield.targets.checks import finite_check, require, value_check
+from stablefield.targets.kernel import Kernel
+
+__all__ = ["Host", "OtherRanks", "Plan", "Query", "checked_matrix", "host_access"]
+
+
+class Host(Enum):
+    """Whether the host may read values of a call's tensors, and so let them decide what is computed."""
+
+    READS = "they lie in its own memory"
+    WAITS = "it may check them, but waits for the device each time, so they decide nothing else"
+    NEVER = "torch compiles or captures: the same operations run whatever the values"
+
+
+def host_access(device: torch.device) -> Host:
+    """Whether the host may read values on `device` now. All of the package asks here, once for each call."""
+    if not readable(device):
+        return Host.NEVER
+    return Host.READS if _shares_memory(device) else Host.WAITS
+
+
+def _shares_memory(device: torch.device) -> bool:
+    return device.type in ("cpu", "mps")
+
+
+class OtherRanks(Protocol):
+    """References that lie with other ranks."""
+
+    def sums(self, query: "Query", plan: "Plan") -> OnlineSoftmax:
+        """Softmax sums over the references of all ranks, without the rows' own sources, which have logit 0 beside them."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How the posterior of one call is summed.
+
+    Attributes:
+        matrix: the references that are held here.
+        host: whether the host may read values.
+        kernel: the noise kernel.
+        mirrored: whether the mirror image (last axis) of each reference is a reference, too.
+        chunk_size: references per matrix product; chosen by memory if None.
+        ranks: where the other references lie; None if `matrix` holds all.
+        least_prior: for rows whose sources are left to another rank: the least log prior weight that a source can have. What
+            weighs nothing beside it is left out. None where each row's own source is part of its sums.
+        float64: whether the logits of all rows are made in float64, where the host may not ask which rows need it.
+    """
+
+    matrix: ReferenceMatrix
+    host: Host
+    kernel: Kernel
+    mirrored: bool = False
+    chunk_size: int | None = None
+    ranks: OtherRanks | None = None
+    least_prior: float | None = None
+    float64: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """B noisy rows and what is known of each, as they are given or, once `checked`, as they are computed with.
+
+    Attributes:
+        x_t: the noisy samples, shape (B, ...); checked: as rows in the dtype of the computation, shape (B, d).
+        alpha: scale of the data, shape (B,); checked: float64, as all scalars.
+        sigma: scale of the noise, shape (B,).
+        source: index of each row's own reference, shape (B,), or None; -1 for one that is not in the matrix.
+        anchor: the sources themselves, shape (B, ...), where the caller has them; checked: (B, d).
+        stored: the sources as a pool stores them, shape (B, d), where that may have rounded them.
+        labels: condition of each row, shape (B,), or None.
+        reference_labels: condition of each reference, shape (n,), or None.
+        log_prior: log prior weight of each reference, shape (n,), or None.
+        source_prior: log prior weight of each row's own source on the scale of `log_prior`, shape (B,); None where it is
+            that of its place. A source that is no reference (-1) is then one for its own row.
+        levels: alpha / sigma of each row on the host, shape (B,), float64: which rows have small noise is then known there;
+            None if the device has to be asked.
+        places: where the rows are in the caller's batch, shape (B,), on the host: for errors of other ranks.
+        like: checked: x_t as it was given, whose shape and dtype the mean takes.
+    """
+
+    x_t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    source: Tensor | None = None
+    anchor: Tensor | None = None
+    stored: Tensor | None = None
+    labels: Tensor | None = None
+    reference_labels: Tensor | None = None
+    log_prior: Tensor | None = None
+    source_prior: Tensor | None = None
+    levels: Tensor | None = None
+    places: Tensor | None = None
+    like: Tensor | None = None
+
+    def checked(self, plan: Plan) -> "Query":
+        """The query in the dtype of the computation, once it fits itself and the references of `plan`.
+
+        No value is checked if the host may read none. Who has the `levels` on the host has checked the rows already.
+
+        Raises:
+            ValueError: naming the argument, its first bad value and the remedy.
+        """
+        x_t, source, labels, reference_labels = self.x_t, self.source, self.labels, self.reference_labels
+        log_prior, source_prior = self.log_prior, self.source_prior
+        matrix, batch, n = plan.matrix, x_t.shape[0], len(plan.matrix)
+        dtype, wide = matrix.dtype_with(x_t), wide_dtype(x_t.device)
+        check_values = plan.host is not Host.NEVER and self.levels is None
+        alpha, sigma = self.alpha.to(wide), self.sigma.to(wide)
+        rows = x_t.reshape(batch, matrix.dim).to(dtype)
+        if source is not None:
+            _check_integers("source", source, batch, x_t, "the index of each row's own reference")
+            source = source.long()
+        if check_values:
+            checks = [
+                value_check((sigma > 0) & sigma.isfinite(), "sigma", sigma, "it must be positive and finite"),
+                value_check(alpha.isfinite(), "alpha", alpha, "it must be finite"),
+                # Not finite where a number is not, in one pass without a copy.
+                finite_check(largest_magnitude(rows).square() * rows.shape[1], "x_t"),
+            ]
+            if source is not None:
+                there, rule = (source >= 0) & (source < n), f"it must index the {n} references, 0 to {n - 1}"
+                checks.append(value_check(there, "source", source, rule))
+            require(*checks)
+        if plan.host is not Host.NEVER and not matrix.norms(dtype).finite:
+            require(finite_check(matrix.norms(dtype).squares, "references"))
+        if (labels is None) != (reference_labels is None):
+            missing, given = ("labels", "reference_labels") if labels is None else ("reference_labels", "labels")
+            raise ValueError(f"{missing} is missing: it is needed with {given}, one integer per row and per reference.")
+        if labels is not None and reference_labels is not None:
+            _check_integers("labels", labels, batch, x_t, "the condition of each row")
+            _check_integers("reference_labels", reference_labels, n, x_t, "the condition of each reference")
+            labels, reference_labels = labels.long(), reference_labels.long()
+            if source is not None and check_values:
+                fits = (labels == -1) | (labels == reference_labels[source])
+                rule = "the row's own source is a reference of another label; it must fit its row"
+                require(value_check(fits, "labels", labels, rule))
+        if log_prior is not None:
+            if log_prior.shape != (n,) or log_prior.device != x_t.device:
+                raise ValueError(
+                    f"log_prior has shape {tuple(log_prior.shape)} on {log_prior.device}: "
+                    f"it needs one number per reference, shape ({n},), on {x_t.device}."
+                )
+            if check_values:
+                below = log_prior < torch.inf
+                require(
+                    value_check(below, "log_prior", log_prior, "it must be a number below +inf (-inf excludes one)")
+                )
+            # Only differences count; without the common part, they keep their digits in the dtype of the logits.
+            largest = log_prior.to(wide).max()
+            common = torch.where(largest.isneginf(), 0, largest)
+            log_prior = (log_prior.to(wide) - common).to(dtype).to(wide)
+            if source_prior is not None:
+                source_prior = (source_prior.to(wide) - common).to(dtype).to(wide)
+        anchor, stored = (
+            None if one is None else one.reshape(rows.shape).to(dtype) for one in (self.anchor, self.stored)
+        )
+        if anchor is not None and stored is not None:
+            # Beside references that were rounded a source that was not would be favoured: its distance to x_t alone would
+            # be free of rounding. So the row is made of the stored one, with the same noise.
+            rows, anchor = torch.addcmul(rows, alpha.to(dtype)[:, None], stored - anchor), stored
+        return Query(
+            x_t=rows,
+            alpha=alpha,
+            sigma=sigma,
+            like=x_t,
+            source=source,
+            anchor=anchor,
+            labels=labels,
+            reference_labels=reference_labels,
+            log_prior=log_prior,
+            source_prior=source_prior,
+            levels=self.levels,
+            places=self.places,
+        )
+
+    def prior(self, where: slice) -> Tensor | None:
+        """Log prior weights of the references of the slice, shape (c,), in the dtype of the logits; None if uniform."""
+        return None if self.log_prior is None else self.log_prior[where].to(self.x_t.dtype)
+
+    def allowed(self, where: slice, rows: Tensor | None = None) -> Tensor | None:
+        """Which references of the slice each row (or each of `rows`) may use, shape (B, c); None if all may use all."""
+        if self.labels is None or self.reference_labels is None:
+            return None
+        labels = (self.labels if rows is None else self.labels[rows])[:, None]
+        return (labels == self.reference_labels[where]) | (labels == -1)
+
+    def prior_weight(self, where: slice, allowed: Tensor | None) -> Tensor:
+        """Log of the summed prior weights of the references of the slice that are allowed, shape (B,) or ()."""
+        if self.log_prior is None:
+            if allowed is None:
+                return self.sigma.new_full((), math.log(where.stop - where.start))
+            return allowed.sum(1).to(self.sigma).log()
+        log_prior = self.log_prior[where]
+        return (log_prior if allowed is None else torch.where(allowed, log_prior, -torch.inf)).logsumexp(-1)
+
+
+def checked_matrix(x_t: Tensor, references: Tensor) -> ReferenceMatrix:
+    """Check that `references` fit the batch `x_t` (B, ...) in shape, dtype and device, and wrap them.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    if not x_t.is_floating_point():
+        raise ValueError(f"x_t has dtype {x_t.dtype}: noisy samples are floating point.")
+    if x_t.ndim < 2 or x_t.shape[0] == 0:
+        raise ValueError(
+            f"x_t has shape {tuple(x_t.shape)}: it needs at least one row and one data dimension, shape (B, ...)."
+        )
+    if not (references.is_floating_point() or references.dtype == torch.uint8):
+        raise ValueError(f"references have dtype {references.dtype}: pass floating point data, or uint8 images.")
+    if references.ndim < 1 or references.shape[0] == 0 or references.shape[1:] != x_t.shape[1:]:
+        raise ValueError(
+            f"references have shape {tuple(references.shape)}: they must be at least one sample "
+            f"of the shape of the rows of x_t, (n, {', '.join(map(str, x_t.shape[1:]))})."
+        )
+    if references.device != x_t.device:
+        raise ValueError(f"references are on {references.device}, x_t is on {x_t.device}: move one of them.")
+    return ReferenceMatrix(references)
+
+
+def _check_integers(name: str, value: Tensor, length: int, x: Tensor, meaning: str) -> None:
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise ValueError(f"{name} has dtype {value.dtype}: it holds {meaning}, as integers.")
+    if value.shape != (length,):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: it holds {meaning}, shape ({length},).")
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device}, the batch is on {x.device}: move one of them.")
