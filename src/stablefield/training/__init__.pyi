@@ -1,5 +1,8 @@
+from stablefield.training.allocator import keep_freed_memory as keep_freed_memory
 from stablefield.training.compare import Comparison as Comparison
 from stablefield.training.compare import compare as compare
+from stablefield.training.loop import Observer as Observer
+from stablefield.training.loop import Report as Report
 from stablefield.training.loop import TrainingError as TrainingError
 from stablefield.training.model import OpenModel as OpenModel
 from stablefield.training.model import open_model as open_model
@@ -33,6 +36,7 @@ from stablefield.training.recipes import recipe_for as recipe_for
 from stablefield.training.recipes import (
     unet2d as unet2d,
 )
+from stablefield.training.run import Plan as Plan
 from stablefield.training.run import Run as Run
 from stablefield.training.run import make_plan as make_plan
 from stablefield.training.run import train as train
