@@ -14,7 +14,7 @@ import torch
 from record import write
 
 import stablefield as sf
-from stablefield.data.source import open_images
+from stablefield.data._source import open_images
 
 TOLERANCES = (0.05, 0.1, 0.2)
 ROWS = 512

@@ -23,11 +23,11 @@ from quality import RECIPES, Budget, proof, sanity
 from record import write
 
 import stablefield as sf
-from stablefield.data.png import tile, write_png
-from stablefield.data.source import open_images
-from stablefield.evaluation.cost import measure_cost, wait_for
-from stablefield.evaluation.inception import Inception
-from stablefield.networks.song_unet import SongUNet
+from stablefield.data._png import tile, write_png
+from stablefield.data._source import open_images
+from stablefield.evaluation._cost import measure_cost, wait_for
+from stablefield.evaluation._inception import Inception
+from stablefield.networks._song_unet import SongUNet
 
 TASKS = ("accuracy", "cost", "throughput", "sanity", "proof")
 PRECISIONS = ("float32", "bf16", "bf16 compiled")

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 import stablefield as sf
-from stablefield.evaluation.cost import wait_for
-from stablefield.evaluation.extractor import Extractor
-from stablefield.evaluation.features import Gaussian, empty_moments, fit_moments, join_moments, moments_of, unpack
-from stablefield.evaluation.fid import distance_between
-from stablefield.sampling.samples import to_uint8
-from stablefield.training.ema import ema_decay, follower, update_ema
-from stablefield.training.recipe import Recipe, UNet
-from stablefield.training.recipes import CIFAR10_EDM, CIFAR10_VE
+from stablefield.evaluation._cost import wait_for
+from stablefield.evaluation._extractor import Extractor
+from stablefield.evaluation._features import Gaussian, empty_moments, fit_moments, join_moments, moments_of, unpack
+from stablefield.evaluation._fid import distance_between
+from stablefield.sampling._samples import to_uint8
+from stablefield.training._ema import ema_decay, follower, update_ema
+from stablefield.training._recipe import Recipe, UNet
+from stablefield.training._recipes import CIFAR10_EDM, CIFAR10_VE
 
 __all__ = ["RECIPES", "Budget", "proof", "sanity"]
 

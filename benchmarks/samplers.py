@@ -24,7 +24,7 @@ from record import write
 from torch import Tensor
 
 import stablefield as sf
-from stablefield.data.digits import open_digits
+from stablefield.data._digits import open_digits
 from stablefield.sampling import counted, dpmpp_2m, edm_sigmas, euler, heun, rk45
 
 Denoise = Callable[[Tensor, Tensor], Tensor]

@@ -19,15 +19,15 @@ from accelerate import Accelerator
 from record import write
 from torch.profiler import ProfilerActivity, profile
 
-from stablefield.data.image_set import ImageSet
-from stablefield.data.source import open_images
-from stablefield.training.allocator import keep_freed_memory
-from stablefield.training.feed import Feed
-from stablefield.training.placement import resolve_band
-from stablefield.training.recipe import Recipe, UNet
-from stablefield.training.recipes import CIFAR10_EDM
-from stablefield.training.run_folder import RunConfig
-from stablefield.training.stepper import Stepper
+from stablefield.data._image_set import ImageSet
+from stablefield.data._source import open_images
+from stablefield.training._allocator import keep_freed_memory
+from stablefield.training._feed import Feed
+from stablefield.training._placement import resolve_band
+from stablefield.training._recipe import Recipe, UNet
+from stablefield.training._recipes import CIFAR10_EDM
+from stablefield.training._run_folder import RunConfig
+from stablefield.training._stepper import Stepper
 
 # Names of operators, in part, and what they are for; the first that fits counts.
 KINDS = {

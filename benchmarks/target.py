@@ -17,9 +17,9 @@ import torch
 from record import write
 
 import stablefield as sf
-from stablefield.data.source import open_images
-from stablefield.evaluation.cost import measure_cost, measure_step, paired, peak_bytes
-from stablefield.training.allocator import keep_freed_memory
+from stablefield.data._source import open_images
+from stablefield.evaluation._cost import measure_cost, measure_step, paired, peak_bytes
+from stablefield.training._allocator import keep_freed_memory
 
 CPU = torch.device("cpu")
 

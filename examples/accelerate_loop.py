@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import stablefield as sf  # +
+from stablefield.data import open_images
 
 SIGMA_DATA = 0.5
 
@@ -36,7 +37,7 @@ class Network(nn.Module):
 
 def main(steps: int = 400) -> list[float]:
     set_seed(0)
-    images = torch.from_numpy(sf.data.open_images("digits").images.copy()).float() / 127.5 - 1
+    images = torch.from_numpy(open_images("digits").images.copy()).float() / 127.5 - 1
     network = Network()
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
     accelerator = Accelerator()

@@ -16,11 +16,12 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader, TensorDataset
 
 import stablefield as sf  # +
+from stablefield.data import open_images
 
 
 def main(steps: int = 400, prediction_type: str = "epsilon", draw: int = 4) -> list[float]:
     set_seed(0)
-    images = torch.from_numpy(sf.data.open_images("digits").images.copy()).float() / 127.5 - 1
+    images = torch.from_numpy(open_images("digits").images.copy()).float() / 127.5 - 1
     model = UNet2DModel(
         sample_size=8,
         in_channels=1,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import stablefield as sf  # +
 from stablefield import sampling
+from stablefield.data import open_images
 
 
 class Denoiser(nn.Module):
@@ -64,7 +65,7 @@ class Inner(nn.Module):
 
 def main(steps: int = 400) -> list[float]:
     torch.manual_seed(0)
-    images = torch.from_numpy(sf.data.open_images("digits").images.copy()).float() / 127.5 - 1
+    images = torch.from_numpy(open_images("digits").images.copy()).float() / 127.5 - 1
     stable = sf.StableTarget(sf.EDM(), references=sf.Pool(images))  # +
     # - model = Denoiser(Inner(), sigma_data=0.5)
     model = Denoiser(Inner(), sigma_data=0.5, stable=stable)  # +

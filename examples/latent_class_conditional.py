@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import stablefield as sf  # +
+from stablefield.data import open_images
 
 CLASSES = 10
 DROPOUT = 0.1
@@ -45,7 +46,7 @@ def encode(images: Tensor, dim: int = 16) -> tuple[Tensor, Tensor, Tensor]:
 
 def main(steps: int = 600) -> list[float]:
     torch.manual_seed(0)
-    data = sf.data.open_images("digits")
+    data = open_images("digits")
     labels = torch.from_numpy(data.labels.copy()).long()
     latents, mean, directions = encode(torch.from_numpy(data.images.copy()).float() / 127.5 - 1)
     stable = sf.StableTarget(sf.RectifiedFlow(), references=sf.Pool(latents, labels=labels))  # +

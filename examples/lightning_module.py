@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import stablefield as sf  # +
+from stablefield.data import open_images
 
 
 class Diffusion(lightning.LightningModule):
@@ -47,7 +48,7 @@ class Diffusion(lightning.LightningModule):
 
 def main(steps: int = 400) -> list[float]:
     lightning.seed_everything(0, verbose=False)
-    images = torch.from_numpy(sf.data.open_images("digits").images.copy()).float().flatten(1) / 127.5 - 1
+    images = torch.from_numpy(open_images("digits").images.copy()).float().flatten(1) / 127.5 - 1
     loader = DataLoader(TensorDataset(images), 256, shuffle=True, drop_last=True)
     module = Diffusion()
     trainer = lightning.Trainer(

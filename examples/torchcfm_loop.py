@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
 
 import stablefield as sf  # +
+from stablefield.data import open_images
 
 
 class Velocity(nn.Module):
@@ -35,7 +36,7 @@ class Velocity(nn.Module):
 
 def main(steps: int = 400) -> list[float]:
     torch.manual_seed(0)
-    images = torch.from_numpy(sf.data.open_images("digits").images.copy()).float().flatten(1) / 127.5 - 1
+    images = torch.from_numpy(open_images("digits").images.copy()).float().flatten(1) / 127.5 - 1
     # - loader = DataLoader(TensorDataset(images), 256, shuffle=True, drop_last=True)
     loader = DataLoader(TensorDataset(images, torch.arange(len(images))), 256, shuffle=True, drop_last=True)  # +
     stable = sf.StableTarget(sf.RectifiedFlow(), references=sf.Pool(images))  # +

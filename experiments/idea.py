@@ -16,8 +16,8 @@ from torch import Tensor
 
 import stablefield as sf
 from stablefield.data import open_images
-from stablefield.data.png import write_png
-from stablefield.report.colours import DARK, LIGHT, Palette
+from stablefield.data._png import write_png
+from stablefield.report._colours import DARK, LIGHT, Palette
 
 ASSETS = Path(__file__).parents[1] / "docs/assets"
 SHOWN = (102, 92, 43)

@@ -17,12 +17,12 @@ from common import two_gaussians, write
 
 import stablefield as sf
 from stablefield.data import open_images
-from stablefield.probing.advice import Training, advise
-from stablefield.probing.phases import find_phases
-from stablefield.probing.population import Population, draw_population
-from stablefield.probing.record import curve_record, phases_record
-from stablefield.probing.variance import measure_variance
-from stablefield.probing.variance_page import phases_chart, sizes_chart, variance_chart
+from stablefield.probing._advice import Training, advise
+from stablefield.probing._phases import find_phases
+from stablefield.probing._population import Population, draw_population
+from stablefield.probing._record import curve_record, phases_record
+from stablefield.probing._variance import measure_variance
+from stablefield.probing._variance_page import phases_chart, sizes_chart, variance_chart
 
 SIZES = (4, 16, 64, 256, 1024)
 

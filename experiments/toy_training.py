@@ -19,9 +19,9 @@ from common import two_gaussians, write
 from torch import Tensor
 
 import stablefield as sf
-from stablefield.networks.mlp import MLP
+from stablefield.networks._mlp import MLP
 from stablefield.report import Line, LineChart
-from stablefield.training.ema import ema_decay, follower, update_ema
+from stablefield.training._ema import ema_decay, follower, update_ema
 
 LEVELS = (0.3, 0.5, 1.0, 2.0)
 STEPS, EVERY, BATCH = 1000, 100, 64

@@ -13,9 +13,9 @@ import torch
 
 from stablefield.cli.bench import Bench
 from stablefield.cli.verbs import parse
-from stablefield.evaluation.cost import measure_cost, measure_step, paired
-from stablefield.evaluation.extractor import RandomConvolutions
-from stablefield.evaluation.fid import frechet_distance_from_features
+from stablefield.evaluation._cost import measure_cost, measure_step, paired
+from stablefield.evaluation._extractor import RandomConvolutions
+from stablefield.evaluation._fid import frechet_distance_from_features
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +48,7 @@ def test_peak_memory_is_what_the_work_holds_at_a_time() -> None:
     # The kernel's count is of the whole process, so it errs upwards: the smallest of three is the work's.
     program = """
 import torch
-from stablefield.evaluation.cost import peak_bytes
+from stablefield.evaluation._cost import peak_bytes
 
 def work():
     for _ in range(3):

@@ -23,13 +23,25 @@ from torch import Tensor
 
 import stablefield as sf
 from stablefield import data, networks, sampling
-from stablefield.diffusion.objective import Draws
-from stablefield.evaluation import features, fid, inception_score, kid, memorisation, precision_recall
-from stablefield.evaluation.extractor import RawPixels
-from stablefield.probing import advice, bias, fit, floor, phases, population, variance
-from stablefield.probing import training as probe_training
-from stablefield.training import ema, post_hoc
-from stablefield.training.recipe import Perceptron, Recipe
+from stablefield.diffusion._objective import Draws
+from stablefield.evaluation import _features as features
+from stablefield.evaluation import _fid as fid
+from stablefield.evaluation import _kid as kid
+from stablefield.evaluation import _memorisation as memorisation
+from stablefield.evaluation import _precision_recall as precision_recall
+from stablefield.evaluation import inception_score
+from stablefield.evaluation._extractor import RawPixels
+from stablefield.probing import _advice as advice
+from stablefield.probing import _bias as bias
+from stablefield.probing import _fit as fit
+from stablefield.probing import _floor as floor
+from stablefield.probing import _phases as phases
+from stablefield.probing import _population as population
+from stablefield.probing import _training as probe_training
+from stablefield.probing import _variance as variance
+from stablefield.training import _ema as ema
+from stablefield.training import _post_hoc as post_hoc
+from stablefield.training._recipe import Perceptron, Recipe
 
 CALLS = 2000
 SECONDS = 20
@@ -664,7 +676,7 @@ CASES = {
         },
     ),
     "inception_score": Case(
-        lambda s: inception_score.inception_score,
+        lambda s: inception_score,
         {"probabilities": lambda s: torch.softmax(s.normal(12, 4), 1), "splits": either(1, 4)},
     ),
     "evaluate": Case(

@@ -26,8 +26,8 @@ SOURCE = ROOT / "src" / "stablefield"
 # the core's names.
 FLOORS = [
     {"_lazy"},
-    {"shapes", "reading", "regular_file", "atomic_file", "progress"},
-    {"memory"},
+    {"_shapes", "_reading", "_regular_file", "_atomic_file", "_progress"},
+    {"_memory"},
     {"targets"},
     {"diffusion"},
     {"networks", "sampling"},
@@ -44,7 +44,7 @@ FLOORS = [
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 # A target is made for a process, which imports nothing of targets.
 # A run is exported by a method of its own, which imports the exporter when it is called.
-EXCEPTIONS = {("targets", "stablefield.diffusion.process"), ("training", "stablefield.interop.export")}
+EXCEPTIONS = {("targets", "stablefield.diffusion._process"), ("training", "stablefield.interop._export")}
 
 
 def module_name(path, source):
@@ -108,31 +108,31 @@ def test_no_module_imports_itself_through_others():
 @pytest.mark.parametrize(
     ("room", "line", "wrong"),
     [
-        ("targets", "from stablefield.diffusion.process import Process", False),
-        ("targets", "from stablefield.diffusion import process", False),
-        ("targets", "from stablefield.diffusion.weighting import EDMWeighting", True),
+        ("targets", "from stablefield.diffusion._process import Process", False),
+        ("targets", "from stablefield.diffusion import _process", False),
+        ("targets", "from stablefield.diffusion._weighting import EDMWeighting", True),
         ("targets", "import stablefield", True),
-        ("diffusion", "from stablefield.targets.target import Target", False),
+        ("diffusion", "from stablefield.targets._target import Target", False),
         ("diffusion", "def f():\n    import stablefield.sampling", True),
         ("diffusion", "from ..sampling import heun", True),
-        ("diffusion", "from . import process", False),
+        ("diffusion", "from . import _process", False),
         ("sampling", "from stablefield.networks import MLP", True),
         ("networks", "from stablefield import __version__", True),
-        ("data", "from stablefield.shapes import per_row", False),
+        ("data", "from stablefield._shapes import per_row", False),
         ("data", "from stablefield.evaluation import fid", True),
         ("evaluation", "from stablefield.probing import variance", True),
         ("training", "from stablefield.probing import variance", False),
         ("training", "if True:\n    from stablefield.cli.entry import main", True),
-        ("probing", "from stablefield.training.loop import train", True),
+        ("probing", "from stablefield.training._loop import train", True),
         ("report", "from stablefield.interop import diffusers", True),
-        ("cli", "import stablefield.report.page, stablefield", False),
-        ("shapes", "import stablefield.targets", True),
+        ("cli", "import stablefield.report._page, stablefield", False),
+        ("_shapes", "import stablefield.targets", True),
         ("attic", "import torch", True),
     ],
 )
 def test_an_import_that_points_up_would_be_noticed(tmp_path, room, line, wrong):
     source = tmp_path / "stablefield"
-    for place in ("diffusion/process", "targets/target"):
+    for place in ("diffusion/_process", "targets/_target"):
         (source / place).parent.mkdir(parents=True)
         (source / place).with_suffix(".py").touch()
     (source / "__init__.py").touch()
@@ -244,9 +244,9 @@ def test_the_import_takes_no_more_than_0_3_seconds_beyond_torch_and_numpy(import
 
 
 def test_the_import_brings_nothing_but_the_core(imports):
-    assert "stablefield.targets.posterior" in imports[1]
+    assert "stablefield.targets._posterior" in imports[1]
     rooms = {room_of(name) for name in imports[1] if name.partition(".")[0] == "stablefield"}
-    assert rooms <= {"", "_lazy", "shapes", "reading", "memory", "targets", "diffusion", "networks", "sampling"}
+    assert rooms <= {"", "_lazy", "_shapes", "_reading", "_memory", "targets", "diffusion", "networks", "sampling"}
     others = {name.partition(".")[0] for name in imports[1]} - set(sys.stdlib_module_names)
     assert others <= {"stablefield", "torch", "numpy"}
 

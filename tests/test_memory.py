@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stablefield.memory import free_bytes
+from stablefield._memory import free_bytes
 
 CPU = torch.device("cpu")
 MIB = 2**20

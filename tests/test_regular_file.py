@@ -16,19 +16,19 @@ import safetensors
 import safetensors.torch
 from PIL import Image
 
+from stablefield._regular_file import open_regular
 from stablefield.cli.entry import main
-from stablefield.data.digits import open_digits
-from stablefield.data.image_set import ImageSet
-from stablefield.data.packed import open_packed, pack
-from stablefield.data.source import open_images
-from stablefield.evaluation.protocol import Protocol
-from stablefield.evaluation.reference import load_tensors
-from stablefield.evaluation.result import Evaluation
-from stablefield.interop.weight_files import read_weight_file
-from stablefield.regular_file import open_regular
-from stablefield.training.files import read_tensors, tensor_shapes
-from stablefield.training.post_hoc import snapshot_steps
-from stablefield.training.records import read_record, write_record
+from stablefield.data._digits import open_digits
+from stablefield.data._image_set import ImageSet
+from stablefield.data._packed import open_packed, pack
+from stablefield.data._source import open_images
+from stablefield.evaluation._protocol import Protocol
+from stablefield.evaluation._reference import load_tensors
+from stablefield.evaluation._result import Evaluation
+from stablefield.interop._weight_files import read_weight_file
+from stablefield.training._files import read_tensors, tensor_shapes
+from stablefield.training._post_hoc import snapshot_steps
+from stablefield.training._records import read_record, write_record
 
 # Python parses 4 MiB of lists within lists in about a second, and 16 MiB in 5 s or more; spaces are as many bytes.
 MOST = 2**22

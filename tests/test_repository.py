@@ -10,8 +10,8 @@ import yaml
 
 import stablefield
 from stablefield.cli.verbs import parse
-from stablefield.data import image_loader
-from stablefield.interop import weight_files
+from stablefield.data import _image_loader as image_loader
+from stablefield.interop import _weight_files as weight_files
 
 ROOT = Path(__file__).resolve().parents[1]
 GITHUB = ROOT / ".github"

@@ -1,68 +1,68 @@
-from stablefield.diffusion.discrete import Discrete as Discrete
-from stablefield.diffusion.noise_levels import LogNormal as LogNormal
-from stablefield.diffusion.noise_levels import LogUniform as LogUniform
-from stablefield.diffusion.noise_levels import Uniform as Uniform
-from stablefield.diffusion.objective import Objective as Objective
-from stablefield.diffusion.objective import ObjectiveValue as ObjectiveValue
-from stablefield.diffusion.preconditioning import (
+from stablefield.diffusion._discrete import Discrete as Discrete
+from stablefield.diffusion._noise_levels import LogNormal as LogNormal
+from stablefield.diffusion._noise_levels import LogUniform as LogUniform
+from stablefield.diffusion._noise_levels import Uniform as Uniform
+from stablefield.diffusion._objective import Objective as Objective
+from stablefield.diffusion._objective import ObjectiveValue as ObjectiveValue
+from stablefield.diffusion._preconditioning import (
     Denoiser as Denoiser,
 )
-from stablefield.diffusion.preconditioning import (
+from stablefield.diffusion._preconditioning import (
     EDMPreconditioning as EDMPreconditioning,
 )
-from stablefield.diffusion.preconditioning import (
+from stablefield.diffusion._preconditioning import (
     VEPreconditioning as VEPreconditioning,
 )
-from stablefield.diffusion.preconditioning import (
+from stablefield.diffusion._preconditioning import (
     VPPreconditioning as VPPreconditioning,
 )
-from stablefield.diffusion.process import (
+from stablefield.diffusion._process import (
     EDM as EDM,
 )
-from stablefield.diffusion.process import (
+from stablefield.diffusion._process import (
     VE as VE,
 )
-from stablefield.diffusion.process import (
+from stablefield.diffusion._process import (
     VP as VP,
 )
-from stablefield.diffusion.process import (
+from stablefield.diffusion._process import (
     Cosine as Cosine,
 )
-from stablefield.diffusion.process import (
+from stablefield.diffusion._process import (
     Process as Process,
 )
-from stablefield.diffusion.process import (
+from stablefield.diffusion._process import (
     RectifiedFlow as RectifiedFlow,
 )
-from stablefield.diffusion.scheduler import Regression as Regression
-from stablefield.diffusion.scheduler import from_diffusers as from_diffusers
-from stablefield.diffusion.weighting import (
+from stablefield.diffusion._scheduler import Regression as Regression
+from stablefield.diffusion._scheduler import from_diffusers as from_diffusers
+from stablefield.diffusion._weighting import (
     EDMWeighting as EDMWeighting,
 )
-from stablefield.diffusion.weighting import (
+from stablefield.diffusion._weighting import (
     FlowWeighting as FlowWeighting,
 )
-from stablefield.diffusion.weighting import (
+from stablefield.diffusion._weighting import (
     SNRWeighting as SNRWeighting,
 )
-from stablefield.evaluation.evaluate import evaluate as evaluate
-from stablefield.targets.band import NoiseBand as NoiseBand
-from stablefield.targets.band import pick_noise_band as pick_noise_band
-from stablefield.targets.kernel import GaussianKernel as GaussianKernel
-from stablefield.targets.kernel import StudentTKernel as StudentTKernel
-from stablefield.targets.pool import Pool as Pool
-from stablefield.targets.posterior import Posterior as Posterior
-from stablefield.targets.posterior import posterior as posterior
-from stablefield.targets.ranks import RankError as RankError
-from stablefield.targets.references import InBatch as InBatch
-from stablefield.targets.sharded import ShardedPool as ShardedPool
-from stablefield.targets.stable_target import DenoisingTarget as DenoisingTarget
-from stablefield.targets.stable_target import StableTarget as StableTarget
-from stablefield.targets.target import Target as Target
-from stablefield.training.compare import compare as compare
-from stablefield.training.run import Run as Run
-from stablefield.training.run import train as train
-from stablefield.training.run_probe import probe as probe
+from stablefield.evaluation._evaluate import evaluate as evaluate
+from stablefield.targets._band import NoiseBand as NoiseBand
+from stablefield.targets._band import pick_noise_band as pick_noise_band
+from stablefield.targets._kernel import GaussianKernel as GaussianKernel
+from stablefield.targets._kernel import StudentTKernel as StudentTKernel
+from stablefield.targets._pool import Pool as Pool
+from stablefield.targets._posterior import Posterior as Posterior
+from stablefield.targets._posterior import posterior as posterior
+from stablefield.targets._ranks import RankError as RankError
+from stablefield.targets._references import InBatch as InBatch
+from stablefield.targets._sharded import ShardedPool as ShardedPool
+from stablefield.targets._stable_target import DenoisingTarget as DenoisingTarget
+from stablefield.targets._stable_target import StableTarget as StableTarget
+from stablefield.targets._target import Target as Target
+from stablefield.training._compare import compare as compare
+from stablefield.training._run import Run as Run
+from stablefield.training._run import train as train
+from stablefield.training._run_probe import probe as probe
 
 from . import (
     data as data,

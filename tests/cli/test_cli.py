@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from stablefield.cli.entry import main
-from stablefield.data.digits import open_digits
+from stablefield.data._digits import open_digits
 
 TINY = ["--steps", "4", "--network.width", "16", "--network.depth", "1", "--sample-every", "0"]
 

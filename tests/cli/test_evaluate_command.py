@@ -15,14 +15,14 @@ from torch import nn
 
 from stablefield.cli.console import console
 from stablefield.cli.entry import main
-from stablefield.data.digits import open_digits
-from stablefield.evaluation.extractor import RandomConvolutions, RawPixels
-from stablefield.evaluation.fid import frechet_distance_from_features
-from stablefield.evaluation.inception_score import inception_score
-from stablefield.evaluation.memorisation import nearest_ratio
-from stablefield.evaluation.precision_recall import recall
-from stablefield.training.run_samples import RunSamples
-from stablefield.training.sampler import SamplerOptions
+from stablefield.data._digits import open_digits
+from stablefield.evaluation._extractor import RandomConvolutions, RawPixels
+from stablefield.evaluation._fid import frechet_distance_from_features
+from stablefield.evaluation._inception_score import inception_score
+from stablefield.evaluation._memorisation import nearest_ratio
+from stablefield.evaluation._precision_recall import recall
+from stablefield.training._run_samples import RunSamples
+from stablefield.training._sampler import SamplerOptions
 
 TINY = ["--steps", "30", "--network.width", "16", "--network.depth", "1", "--sample-every", "0"]
 QUICK = ["--samples", "60", "--extractor", "random"]
@@ -357,7 +357,7 @@ def test_nan_features_name_the_image_and_the_network(tmp_path: Path, capsys: pyt
 def test_a_missing_extractor_names_the_extra_and_what_needs_none(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stablefield.evaluation.inception.find_spec", lambda _: None)
+    monkeypatch.setattr("stablefield.evaluation._inception.find_spec", lambda _: None)
     assert status("evaluate", str(run), "--samples", "30") == 1
     told = capsys.readouterr().err
     assert "pip install 'stablefield[fid]'" in told

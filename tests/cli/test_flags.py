@@ -15,7 +15,7 @@ from stablefield.cli.entry import main
 from stablefield.cli.flags import FILE, all_verbs, record_of
 from stablefield.cli.inventory import inventory
 from stablefield.cli.recipes import RECIPES
-from stablefield.training.recipes import DIGITS
+from stablefield.training._recipes import DIGITS
 
 TEN = "--out --recipe --steps --batch --learning-rate --resolution --conditional --target --device --resume"
 

@@ -12,7 +12,7 @@ import torch
 
 from stablefield.cli.console import console
 from stablefield.cli.entry import main
-from stablefield.data.digits import open_digits
+from stablefield.data._digits import open_digits
 
 TINY = ["--steps", "30", "--network.width", "16", "--network.depth", "1", "--sample-every", "0"]
 
@@ -105,17 +105,17 @@ def test_what_evaluate_foretells_is_what_it_takes(
     np.save(tmp_path / "others.npy", open_digits().images[:300])
     clock = Clock(monkeypatch)
     # Each with a slow first call, as a network's, that the forecast must neither count for the others nor leave to them.
-    clock.charge("stablefield.networks.mlp.MLP.forward", lambda _, x, *__: dear["drawing"] * 2e-3 * len(x), 30.0)
+    clock.charge("stablefield.networks._mlp.MLP.forward", lambda _, x, *__: dear["drawing"] * 2e-3 * len(x), 30.0)
     clock.charge(
-        "stablefield.evaluation.extractor.RandomConvolutions.__call__",
+        "stablefield.evaluation._extractor.RandomConvolutions.__call__",
         lambda _, x: dear["features"] * 1e-2 * len(x),
         30.0,
     )
-    clock.charge("stablefield.evaluation.extractor.RawPixels.__call__", lambda _, x: dear["features"] * 1e-3 * len(x))
+    clock.charge("stablefield.evaluation._extractor.RawPixels.__call__", lambda _, x: dear["features"] * 1e-3 * len(x))
     for place in ("neighbours.blocks", "precision_recall.blocks"):
         clock.charge(f"stablefield.evaluation.{place}", lambda a, b: dear["metrics"] * 1e-6 * len(a) * len(b))
-    clock.charge("stablefield.evaluation.kid._unbiased", lambda x, _: dear["metrics"] * 1e-6 * len(x) ** 2)
-    clock.charge("stablefield.evaluation.fid.distance_between", lambda *_: dear["metrics"] * 0.5)
+    clock.charge("stablefield.evaluation._kid._unbiased", lambda x, _: dear["metrics"] * 1e-6 * len(x) ** 2)
+    clock.charge("stablefield.evaluation._fid.distance_between", lambda *_: dear["metrics"] * 0.5)
     given = ("--extractor", "random", "--device", "cpu", "--held-out", str(tmp_path / "others.npy"), *flags)
     assert status("evaluate", str(run), *given, "--out", str(tmp_path / "r.json")) == 0
     foretold, took = clock.foretold()
@@ -142,17 +142,17 @@ def test_what_compare_foretells_is_what_it_takes(
     }
     clock = Clock(monkeypatch)
     clock.charge(
-        "stablefield.networks.mlp.MLP.forward",
+        "stablefield.networks._mlp.MLP.forward",
         lambda _, x, *__: dear["network"] * 1e-4 * len(x) * (3 if torch.is_grad_enabled() else 1),
         5.0,
     )
-    clock.charge("stablefield.evaluation.extractor.RawPixels.__call__", lambda _, x: dear["features"] * 1e-2 * len(x))
-    clock.charge("stablefield.evaluation.self_check.jackknife_error", lambda *_: dear["distance"])
+    clock.charge("stablefield.evaluation._extractor.RawPixels.__call__", lambda _, x: dear["features"] * 1e-2 * len(x))
+    clock.charge("stablefield.evaluation._self_check.jackknife_error", lambda *_: dear["distance"])
     clock.charge(
-        "stablefield.probing.exact.ExactPosterior.__call__", lambda _, x, *__: dear["posterior"] * 1e-3 * len(x)
+        "stablefield.probing._exact.ExactPosterior.__call__", lambda _, x, *__: dear["posterior"] * 1e-3 * len(x)
     )
-    clock.charge("stablefield.training.stepper.Stepper.__init__", lambda *_: dear["setup"])
-    clock.charge("stablefield.training.compare.comparison_page", lambda *_: 2.0)
+    clock.charge("stablefield.training._stepper.Stepper.__init__", lambda *_: dear["setup"])
+    clock.charge("stablefield.training._compare.comparison_page", lambda *_: 2.0)
     small = ("--network.width", "16", "--network.depth", "1", "--batch", "32", "--seeds", "0", "--device", "cpu")
     assert status("compare", "digits", *small, *flags, "--out", str(tmp_path / "c")) == 0
     foretold, took = clock.foretold()

@@ -92,8 +92,8 @@ def test_checks_come_before_work(
         monkeypatch.setattr(module, "open_data", work)
     for name in (
         "cli.bench.open_data",
-        "training.sampler.open_model",
-        "training.run.open_model",
+        "training._sampler.open_model",
+        "training._run.open_model",
         "cli.importing.read_published",
     ):
         monkeypatch.setattr(f"stablefield.{name}", work)
@@ -111,7 +111,7 @@ def test_too_few_images_for_the_samples_are_found_before_anything_is_computed(
     def work(*_: object, **__: object) -> None:
         raise AssertionError("it has begun to work")
 
-    monkeypatch.setattr("stablefield.training.run.resolve_band", work)
+    monkeypatch.setattr("stablefield.training._run.resolve_band", work)
     number = {"compare": "--samples {}", "train": "--evaluate-every 1 --evaluate-samples {}"}[verb]
     for count, wanted, words in (
         (39, "40", "the data have 39 images"),

@@ -11,7 +11,7 @@ from PIL import Image
 
 import stablefield as sf
 from stablefield.cli.entry import main
-from stablefield.training.run_folder import RunFolder
+from stablefield.training._run_folder import RunFolder
 
 
 def status(*arguments: str) -> int:
@@ -165,7 +165,7 @@ def test_the_batch_is_that_of_the_recipe_unless_it_is_given(
 def test_references_that_train_reads_with_each_batch_decide_the_verdict(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stablefield.training import placement
+    from stablefield.training import _placement as placement
 
     monkeypatch.setattr(placement, "fits", lambda *_: False)
     monkeypatch.setattr(placement, "LOADED_REFERENCES", 70)

@@ -9,7 +9,7 @@ from rich.progress import Progress
 
 from stablefield.cli import progress
 from stablefield.cli.bar import TimeLeft
-from stablefield.training.meter import Report
+from stablefield.training._meter import Report
 
 
 class Clock:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stablefield.training.run_folder import RunFolder
+from stablefield.training._run_folder import RunFolder
 
 FLAGS = ["train", "digits", "--device", "cpu", "--steps", "1000000", "--log-every", "1", "--sample-every", "0"]
 FLAGS += ["--network.width", "32", "--network.depth", "1", "--batch", "32", "--references", "64", "--noise-band", "0"]

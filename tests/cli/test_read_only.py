@@ -21,7 +21,7 @@ PROGRAM = """
 import json, os, shlex, sys
 from stablefield.cli import bench, data, evaluate, importing, probe, settling
 from stablefield.cli import train
-from stablefield.training import run, run_probe, sampler
+from stablefield.training import _run as run, _run_probe as run_probe, _sampler as sampler
 from stablefield.cli.entry import main
 
 def work(*_, **__):

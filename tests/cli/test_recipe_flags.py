@@ -13,11 +13,11 @@ from stablefield.cli.flags import Flag
 from stablefield.cli.inventory import inventory
 from stablefield.cli.recipes import RECIPES, with_fewer_levels, yielding
 from stablefield.cli.train import Train
-from stablefield.data.image_set import ImageSet
-from stablefield.diffusion.process import VE
-from stablefield.training.loop import check_fit
-from stablefield.training.recipe import Perceptron, Recipe
-from stablefield.training.recipes import imagefolder, unet2d
+from stablefield.data._image_set import ImageSet
+from stablefield.diffusion._process import VE
+from stablefield.training._loop import check_fit
+from stablefield.training._recipe import Perceptron, Recipe
+from stablefield.training._recipes import imagefolder, unet2d
 
 KINDS = {
     **RECIPES,

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from stablefield.cli.entry import main
-from stablefield.training.run_folder import RunFolder
+from stablefield.training._run_folder import RunFolder
 
 QUICK = ["--steps", "2", "--batch", "4", "--network.base-channels", "8", "--sample-every", "0"]
 

@@ -7,8 +7,8 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from stablefield.data.affine import warp
-from stablefield.data.augmentation import LABEL_WIDTH, Augmentation, AugmentationParameters, flip
+from stablefield.data._affine import warp
+from stablefield.data._augmentation import LABEL_WIDTH, Augmentation, AugmentationParameters, flip
 
 FULL = Augmentation()
 SIDE = 64  # large enough that the mirror images of `blobs` stay out of sight

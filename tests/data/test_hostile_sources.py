@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from stablefield.data import Origin, make_image_set, open_images, pack
-from stablefield.data.bounded_file import BoundedFile
+from stablefield.data._bounded_file import BoundedFile
 
 KINDS = ["FIFO", "device", "socket", "link"]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stablefield.data import ImageSet, Origin, make_image_set
-from stablefield.data.image_set import renumbered
+from stablefield.data._image_set import renumbered
 
 ORIGIN = Origin(name="toy", source="made up")
 
@@ -32,7 +32,7 @@ def test_the_manifest_is_what_it_says():
 def test_the_checksum_is_of_the_values_and_not_of_the_memory_layout(monkeypatch):
     made = toy(40)
     channels_last = np.ascontiguousarray(made.images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
-    monkeypatch.setattr("stablefield.data.image_set.CHUNK_BYTES", 300)
+    monkeypatch.setattr("stablefield.data._image_set.CHUNK_BYTES", 300)
     assert make_image_set(channels_last, made.labels, ORIGIN).manifest == made.manifest
 
 

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from stablefield.data import image_loader, open_images, pack, summary
-from stablefield.data.resizing import natural_resolution
+from stablefield.data import _image_loader as image_loader
+from stablefield.data import open_images, pack, summary
+from stablefield.data._resizing import natural_resolution
 
 
 def pixels(shape=(6, 8, 3), seed=0):
@@ -695,7 +696,7 @@ def test_images_beyond_the_memory_budget_are_mapped_and_kept_for_the_next_time(t
     assert mapped.manifest == held.manifest
     written = mapped.file.stat().st_mtime_ns
     with monkeypatch.context() as patch:
-        patch.setattr("stablefield.data.image_loader.decode", None)
+        patch.setattr("stablefield.data._image_loader.decode", None)
         again = open_images(tmp_path / "in", skip_broken=True, **small)
     assert again.file == mapped.file
     assert again.file.stat().st_mtime_ns == written

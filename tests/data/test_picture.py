@@ -8,8 +8,8 @@ import pytest
 from PIL import Image, ImageFont
 
 from stablefield.data import Origin, make_image_set, open_images, sample_grid, summary, tile, write_png
-from stablefield.data.image_set import class_text
-from stablefield.data.png import class_grid
+from stablefield.data._image_set import class_text
+from stablefield.data._png import class_grid
 
 
 def noise(n, shape, seed=0):
@@ -112,7 +112,7 @@ def test_a_name_of_letters_that_the_font_lacks_is_replaced_by_the_number(name: s
 
 
 def test_without_matplotlib_captions_have_the_letters_of_pillows_own_font(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stablefield.data.png.find_spec", lambda _: None)
+    monkeypatch.setattr("stablefield.data._png.find_spec", lambda _: None)
     assert (captioned("ant") != captioned("0")).any()
     np.testing.assert_array_equal(captioned("Жук"), captioned("0"))
     monkeypatch.setattr("PIL.ImageFont.load_default", lambda size=None: _small(size))

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from stablefield.data import open_images
-from stablefield.data.parquet_pages import check_pages
-from stablefield.data.tables import parquet_files
+from stablefield.data._parquet_pages import check_pages
+from stablefield.data._tables import parquet_files
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

@@ -21,10 +21,10 @@ from torch import Tensor
 
 import stablefield as sf
 from stablefield import sampling
-from stablefield.evaluation.extractor import RandomConvolutions
+from stablefield.evaluation._extractor import RandomConvolutions
 from stablefield.targets._engine import query, reference_matrix
 from stablefield.targets._engine.reference_matrix import sent_ahead
-from stablefield.training.meter import Meter
+from stablefield.training._meter import Meter
 
 TABLE = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
 VIEWS = ("x0", "noise", "v", "variance", "ess", "source_weight")

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import torch
 
-from stablefield.data.digits import open_digits
-from stablefield.training.feed import Feed
-from stablefield.training.recipe import Recipe, UNet
-from stablefield.training.recipes import DIGITS
-from stablefield.training.run_folder import RunConfig
-from stablefield.training.stepper import Stepper
+from stablefield.data._digits import open_digits
+from stablefield.training._feed import Feed
+from stablefield.training._recipe import Recipe, UNet
+from stablefield.training._recipes import DIGITS
+from stablefield.training._run_folder import RunConfig
+from stablefield.training._stepper import Stepper
 
 
 def stepper(recipe: Recipe, device: torch.device) -> Stepper:

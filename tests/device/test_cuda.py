@@ -7,7 +7,7 @@ from names import STEPS
 from steps import RECIPES, stepper
 
 import stablefield as sf
-from stablefield.training.meter import Meter
+from stablefield.training._meter import Meter
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ import scipy.special
 import torch
 
 import stablefield as sf
-from stablefield.diffusion.noise_levels import NoiseLevels
+from stablefield.diffusion._noise_levels import NoiseLevels
 
 PROCESSES = [sf.EDM(), sf.VE(), sf.VP(), sf.Cosine(), sf.RectifiedFlow()]
 WEIGHTINGS = [sf.EDMWeighting(), sf.SNRWeighting(), sf.FlowWeighting()]

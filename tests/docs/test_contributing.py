@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import stablefield as sf
-from stablefield.evaluation.evaluate import METRICS
+from stablefield.evaluation._evaluate import METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
 

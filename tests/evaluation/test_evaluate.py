@@ -12,17 +12,17 @@ from PIL import Image
 from torch import Tensor
 
 import stablefield as sf
-from stablefield.data.digits import open_digits
-from stablefield.evaluation.evaluate import METRICS, evaluate
-from stablefield.evaluation.extractor import RandomConvolutions, RawPixels
-from stablefield.evaluation.fid import Frechet, frechet_distance_from_features
-from stablefield.evaluation.kid import Kernel
-from stablefield.evaluation.metric import LOWER, Metric, MetricInput, Value
-from stablefield.evaluation.processes import Processes
-from stablefield.evaluation.result import Evaluation
-from stablefield.evaluation.samples import SampleSource, SamplingRecord
-from stablefield.evaluation.time_estimate import TimeEstimate
-from stablefield.progress import Progress
+from stablefield._progress import Progress
+from stablefield.data._digits import open_digits
+from stablefield.evaluation._evaluate import METRICS, evaluate
+from stablefield.evaluation._extractor import RandomConvolutions, RawPixels
+from stablefield.evaluation._fid import Frechet, frechet_distance_from_features
+from stablefield.evaluation._kid import Kernel
+from stablefield.evaluation._metric import LOWER, Metric, MetricInput, Value
+from stablefield.evaluation._processes import Processes
+from stablefield.evaluation._result import Evaluation
+from stablefield.evaluation._samples import SampleSource, SamplingRecord
+from stablefield.evaluation._time_estimate import TimeEstimate
 
 DIGITS = open_digits()
 NET = RandomConvolutions()

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stablefield.evaluation.protocol import Protocol
-from stablefield.evaluation.reference import load_tensors, save_tensors
+from stablefield.evaluation._protocol import Protocol
+from stablefield.evaluation._reference import load_tensors, save_tensors
 
 METRICS = ("fid", "kid", "precision_recall", "inception_score", "memorisation", "features", "result", "evaluate")
 
@@ -28,9 +28,9 @@ def test_metrics_are_imported_without_the_extra(monkeypatch: pytest.MonkeyPatch)
 
 def test_streaming_without_torchmetrics_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     without("torchmetrics", monkeypatch)
-    monkeypatch.delitem(sys.modules, "stablefield.evaluation.extraction", raising=False)
+    monkeypatch.delitem(sys.modules, "stablefield.evaluation._extraction", raising=False)
     with pytest.raises(ImportError, match=r"kept by torchmetrics: pip install 'stablefield\[evaluate\]'"):
-        importlib.import_module("stablefield.evaluation.extraction")
+        importlib.import_module("stablefield.evaluation._extraction")
 
 
 def test_cached_statistics_without_safetensors_name_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from stablefield.evaluation.protocol import Protocol, Score
-from stablefield.evaluation.result import Evaluation, Pictures
-from stablefield.report.page import Bullets, Details, Figure, KeyFigures, Section, SideBySide, Table
-from stablefield.report.render import render_page
+from stablefield.evaluation._protocol import Protocol, Score
+from stablefield.evaluation._result import Evaluation, Pictures
+from stablefield.report._page import Bullets, Details, Figure, KeyFigures, Section, SideBySide, Table
+from stablefield.report._render import render_page
 
 PROTOCOL = Protocol(
     metric="FID",

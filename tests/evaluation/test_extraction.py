@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from stablefield.data.digits import open_digits
-from stablefield.evaluation.evaluate import evaluate
-from stablefield.evaluation.extraction import Batch, ExtractorPass, extract, image_batches
-from stablefield.evaluation.extractor import RandomConvolutions, RawPixels
-from stablefield.evaluation.features import statistics_of
-from stablefield.evaluation.result import Evaluation
+from stablefield.data._digits import open_digits
+from stablefield.evaluation._evaluate import evaluate
+from stablefield.evaluation._extraction import Batch, ExtractorPass, extract, image_batches
+from stablefield.evaluation._extractor import RandomConvolutions, RawPixels
+from stablefield.evaluation._features import statistics_of
+from stablefield.evaluation._result import Evaluation
 
 DIGITS = open_digits().images[:100]
 
@@ -78,11 +78,11 @@ def test_an_empty_pass_keeps_no_rows() -> None:
 PASS = """
 import sys
 import numpy as np, torch
-from stablefield.data.digits import open_digits
-from stablefield.evaluation.extraction import ExtractorPass, extract, image_batches
-from stablefield.evaluation.evaluate import evaluate
-from stablefield.evaluation.processes import Processes
-from stablefield.evaluation.extractor import RandomConvolutions
+from stablefield.data._digits import open_digits
+from stablefield.evaluation._extraction import ExtractorPass, extract, image_batches
+from stablefield.evaluation._evaluate import evaluate
+from stablefield.evaluation._processes import Processes
+from stablefield.evaluation._extractor import RandomConvolutions
 
 torch.set_num_threads(1)
 MEASURED = {MEASURED}

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stablefield.evaluation.extractor import Extractor, RandomConvolutions, RawPixels, full_precision
-from stablefield.evaluation.torchscript import (
+from stablefield.evaluation._extractor import Extractor, RandomConvolutions, RawPixels, full_precision
+from stablefield.evaluation._torchscript import (
     AntialiasedBicubic,
     KeepSize,
     TensorFlowBilinear,

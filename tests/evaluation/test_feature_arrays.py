@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from stablefield.evaluation.features import checked, checked_pair
-from stablefield.evaluation.fid import frechet_distance_from_features
+from stablefield.evaluation._features import checked, checked_pair
+from stablefield.evaluation._fid import frechet_distance_from_features
 
 
 def test_the_first_row_with_nan_is_named() -> None:

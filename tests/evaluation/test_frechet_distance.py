@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stablefield.data.digits import open_digits
-from stablefield.evaluation.extractor import RandomConvolutions
-from stablefield.evaluation.fid import frechet_distance, frechet_distance_from_features
+from stablefield.data._digits import open_digits
+from stablefield.evaluation._extractor import RandomConvolutions
+from stablefield.evaluation._fid import frechet_distance, frechet_distance_from_features
 
 
 def random_orthogonal(d: int, generator: torch.Generator) -> torch.Tensor:

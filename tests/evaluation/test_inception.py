@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stablefield.evaluation import inception
-from stablefield.evaluation.extractor import RandomConvolutions
-from stablefield.evaluation.fid import frechet_name
-from stablefield.evaluation.inception import PACKAGED_SHA256, Inception, packaged_inception
-from stablefield.evaluation.kid import kernel_name
-from stablefield.evaluation.torchscript import AntialiasedBicubic, TensorFlowBilinear
+from stablefield.evaluation import _inception as inception
+from stablefield.evaluation._extractor import RandomConvolutions
+from stablefield.evaluation._fid import frechet_name
+from stablefield.evaluation._inception import PACKAGED_SHA256, Inception, packaged_inception
+from stablefield.evaluation._kid import kernel_name
+from stablefield.evaluation._torchscript import AntialiasedBicubic, TensorFlowBilinear
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from stablefield.evaluation.inception_score import inception_score
+from stablefield.evaluation._inception_score import inception_score
 
 
 def test_sure_and_varied_samples_score_the_number_of_classes() -> None:

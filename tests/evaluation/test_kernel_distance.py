@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from stablefield.evaluation.kid import kernel_distance
+from stablefield.evaluation._kid import kernel_distance
 
 
 def rng(seed: int = 0) -> torch.Generator:

@@ -4,17 +4,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from stablefield.evaluation import neighbours, precision_recall, protocol
-from stablefield.evaluation.evaluate import check_counts
-from stablefield.evaluation.extraction import ExtractorPass, pass_for
-from stablefield.evaluation.extractor import RawPixels
-from stablefield.evaluation.features import statistics_of
-from stablefield.evaluation.fid import Frechet, frechet_distance_from_features
-from stablefield.evaluation.inception_score import ClassifierScore, inception_score
-from stablefield.evaluation.kid import Kernel, kernel_distance
-from stablefield.evaluation.memorisation import Nearest, nearest_ratio
-from stablefield.evaluation.metric import Features, Metric, MetricInput, Value
-from stablefield.evaluation.precision_recall import (
+from stablefield.evaluation import _neighbours as neighbours
+from stablefield.evaluation import _precision_recall as precision_recall
+from stablefield.evaluation import _protocol as protocol
+from stablefield.evaluation._evaluate import check_counts
+from stablefield.evaluation._extraction import ExtractorPass, pass_for
+from stablefield.evaluation._extractor import RawPixels
+from stablefield.evaluation._features import statistics_of
+from stablefield.evaluation._fid import Frechet, frechet_distance_from_features
+from stablefield.evaluation._inception_score import ClassifierScore, inception_score
+from stablefield.evaluation._kid import Kernel, kernel_distance
+from stablefield.evaluation._memorisation import Nearest, nearest_ratio
+from stablefield.evaluation._metric import Features, Metric, MetricInput, Value
+from stablefield.evaluation._precision_recall import (
     Coverage,
     Density,
     Precision,
@@ -24,7 +26,7 @@ from stablefield.evaluation.precision_recall import (
     precision,
     recall,
 )
-from stablefield.evaluation.protocol import running_commit
+from stablefield.evaluation._protocol import running_commit
 
 ALL: tuple[Metric, ...] = (
     *(Frechet(), Kernel(subsets=5), Precision(), Recall(), Density(), Coverage(), Nearest(), ClassifierScore(splits=2)),

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from stablefield.evaluation.memorisation import nearest_ratio
+from stablefield.evaluation._memorisation import nearest_ratio
 
 
 def rng(seed: int = 0) -> torch.Generator:

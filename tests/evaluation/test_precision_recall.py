@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from stablefield.evaluation import neighbours
-from stablefield.evaluation.precision_recall import coverage, density, precision, recall
+from stablefield.evaluation import _neighbours as neighbours
+from stablefield.evaluation._precision_recall import coverage, density, precision, recall
 
 
 def brute_force(real: np.ndarray, generated: np.ndarray, k: int) -> dict[str, float]:

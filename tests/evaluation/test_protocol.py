@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from stablefield.evaluation.protocol import Protocol, Score, ScoreComparison, differences
+from stablefield.evaluation._protocol import Protocol, Score, ScoreComparison, differences
 
 PROTOCOL = Protocol(
     metric="KID",

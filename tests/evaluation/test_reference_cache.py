@@ -5,12 +5,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from stablefield.data.digits import open_digits
-from stablefield.evaluation.extraction import ExtractorPass
-from stablefield.evaluation.extractor import RawPixels
-from stablefield.evaluation.features import Statistics, statistics_of
-from stablefield.evaluation.protocol import DamagedCacheWarning, Protocol, ProtocolWarning
-from stablefield.evaluation.reference import ReferenceSet, load_tensors, measure_reference, save_tensors
+from stablefield.data._digits import open_digits
+from stablefield.evaluation._extraction import ExtractorPass
+from stablefield.evaluation._extractor import RawPixels
+from stablefield.evaluation._features import Statistics, statistics_of
+from stablefield.evaluation._protocol import DamagedCacheWarning, Protocol, ProtocolWarning
+from stablefield.evaluation._reference import ReferenceSet, load_tensors, measure_reference, save_tensors
 
 PROTOCOL = Protocol(
     metric="FID",

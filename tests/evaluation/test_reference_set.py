@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from stablefield.data.digits import open_digits
-from stablefield.evaluation.extraction import ExtractorPass
-from stablefield.evaluation.extractor import RandomConvolutions
-from stablefield.evaluation.protocol import DamagedCacheWarning, ProtocolWarning
-from stablefield.evaluation.reference import ReferenceSet, measure_reference
+from stablefield.data._digits import open_digits
+from stablefield.evaluation._extraction import ExtractorPass
+from stablefield.evaluation._extractor import RandomConvolutions
+from stablefield.evaluation._protocol import DamagedCacheWarning, ProtocolWarning
+from stablefield.evaluation._reference import ReferenceSet, measure_reference
 
 DIGITS = open_digits()
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stablefield.evaluation.torchscript import AntialiasedBicubic, KeepSize, TensorFlowBilinear
+from stablefield.evaluation._torchscript import AntialiasedBicubic, KeepSize, TensorFlowBilinear
 
 
 def image(h: int, w: int) -> torch.Tensor:

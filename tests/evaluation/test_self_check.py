@@ -3,12 +3,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from stablefield.data.digits import open_digits
-from stablefield.data.image_set import Origin, make_image_set
-from stablefield.evaluation.extractor import RawPixels
-from stablefield.evaluation.features import fit_features, fit_moments
-from stablefield.evaluation.fid import distance_between, frechet_distance, frechet_distance_from_features
-from stablefield.evaluation.self_check import SelfCheck, jackknife_error
+from stablefield.data._digits import open_digits
+from stablefield.data._image_set import Origin, make_image_set
+from stablefield.evaluation._extractor import RawPixels
+from stablefield.evaluation._features import fit_features, fit_moments
+from stablefield.evaluation._fid import distance_between, frechet_distance, frechet_distance_from_features
+from stablefield.evaluation._self_check import SelfCheck, jackknife_error
 
 DIGITS = open_digits()
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing import spawn
 
-from stablefield.evaluation.features import Statistics, statistics_of
+from stablefield.evaluation._features import Statistics, statistics_of
 
-streaming = pytest.importorskip("stablefield.evaluation.extraction", reason="torchmetrics", exc_type=ImportError)
+streaming = pytest.importorskip("stablefield.evaluation._extraction", reason="torchmetrics", exc_type=ImportError)
 
 DIM = 7
 

@@ -25,7 +25,7 @@ import foreign
 import torch
 from safetensors.torch import save
 
-from stablefield.interop.published import read_published
+from stablefield.interop._published import read_published
 from stablefield.networks import SongUNet
 
 SECONDS = 10

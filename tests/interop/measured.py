@@ -49,7 +49,7 @@ def measure(paths: Sequence[Path], limit: int = 20) -> dict[Path, Reading]:
 
 
 def _read(path: Path) -> str:
-    from stablefield.interop.published import read_published
+    from stablefield.interop._published import read_published
 
     try:
         read_published(path, "edm").denoiser()
@@ -87,7 +87,7 @@ def _main() -> None:
     import safetensors.torch  # noqa: F401
     import torch
 
-    import stablefield.interop.published  # noqa: F401
+    import stablefield.interop._published  # noqa: F401
 
     torch.randn(8, 8) @ torch.randn(8, 8)
     for path in paths:

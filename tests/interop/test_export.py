@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 
 import stablefield as sf
 from stablefield.cli.entry import main
-from stablefield.data.digits import open_digits
-from stablefield.evaluation.protocol import Protocol, Score
-from stablefield.interop import source_bundle
-from stablefield.interop.model_card import ModelCard
-from stablefield.interop.pipeline_folder import write_pipeline
-from stablefield.interop.published import read_published
+from stablefield.data._digits import open_digits
+from stablefield.evaluation._protocol import Protocol, Score
+from stablefield.interop import _source_bundle as source_bundle
+from stablefield.interop._model_card import ModelCard
+from stablefield.interop._pipeline_folder import write_pipeline
+from stablefield.interop._published import read_published
 from stablefield.networks import MLP, SongUNet
-from stablefield.networks.diffusers_unet import DiffusersUNet
-from stablefield.training.recipe import Recipe
+from stablefield.networks._diffusers_unet import DiffusersUNet
+from stablefield.training._recipe import Recipe
 
 LABELS = torch.tensor([0, 7, -1, 3])
 # A process in which this library cannot be imported.
@@ -203,7 +203,8 @@ def test_code_of_an_export_is_ours_without_its_imports_of_itself(exported: Path)
 
 
 def test_bundle_refuses_what_would_not_stand_alone() -> None:
-    from stablefield.networks import levels, resample
+    from stablefield.networks import _levels as levels
+    from stablefield.networks import _resample as resample
 
     with pytest.raises(ValueError, match=r"imports stablefield\.networks\.blocks, which is not among"):
         source_bundle.bundle([levels], "A part.")
@@ -280,7 +281,7 @@ def test_export_writes_a_pipeline_with_samples_and_a_card(run: Path, tmp_path: P
 def test_exports_carry_the_names_of_the_classes(tmp_path: Path) -> None:
     from diffusers import DiffusionPipeline
 
-    from stablefield.interop.plain_export import write_plain
+    from stablefield.interop._plain_export import write_plain
 
     torch.manual_seed(0)
     denoiser = sf.Denoiser(DiffusersUNet.sized(8, 1, (8, 8), 1, classes=3, groups=4)).eval()
@@ -308,7 +309,7 @@ def test_exports_carry_the_names_of_the_classes(tmp_path: Path) -> None:
 
 
 def test_plain_export_is_safetensors_and_json_that_import_reads_back(tmp_path: Path) -> None:
-    from stablefield.interop.plain_export import write_plain
+    from stablefield.interop._plain_export import write_plain
 
     denoiser = unet(SongUNet.ncsnpp, classes=3)
     write_plain(tmp_path / "plain", denoiser, (3, 16, 16))

@@ -14,9 +14,9 @@ import torch
 from floods import FLOODS, plain, state, unet
 
 from stablefield.cli.entry import main
-from stablefield.interop.inert import RefusedError
-from stablefield.interop.published import read_published
-from stablefield.interop.weight_files import read_weight_file
+from stablefield.interop._inert import RefusedError
+from stablefield.interop._published import read_published
+from stablefield.interop._weight_files import read_weight_file
 
 # What `weight_files` promises.
 CONSTANT, TIMES, SECONDS = 256 * 2**20, 8, 20

@@ -12,10 +12,10 @@ import foreign
 import pytest
 import torch
 
-from stablefield.interop.inert import RefusedError, TensorView, plain_text
-from stablefield.interop.pickles import interpret
-from stablefield.interop.published import read_published
-from stablefield.interop.weight_files import read_weight_file
+from stablefield.interop._inert import RefusedError, TensorView, plain_text
+from stablefield.interop._pickles import interpret
+from stablefield.interop._published import read_published
+from stablefield.interop._weight_files import read_weight_file
 from stablefield.networks import SongUNet
 
 # Files are hostile whatever they would touch; the name is part of them.

@@ -11,7 +11,7 @@ from PIL import Image
 import stablefield as sf
 from stablefield.cli.entry import main
 from stablefield.networks import SongUNet
-from stablefield.training.model import open_model
+from stablefield.training._model import open_model
 
 
 def status(*arguments: object) -> int:

@@ -10,9 +10,9 @@ import torch
 from markdown_it import MarkdownIt
 
 from stablefield.cli.entry import main
-from stablefield.evaluation.protocol import Protocol, Score
-from stablefield.interop.model_card import ModelCard, public_name, results_of_run
-from stablefield.training.recipe import Recipe
+from stablefield.evaluation._protocol import Protocol, Score
+from stablefield.interop._model_card import ModelCard, public_name, results_of_run
+from stablefield.training._recipe import Recipe
 
 HOSTILE = [
     "[free](https://evil.example)",
@@ -253,8 +253,8 @@ def test_where_a_model_of_diffusers_was_loaded_from_is_not_exported(tmp_path: Pa
     from diffusers import UNet2DModel
 
     import stablefield as sf
-    from stablefield.interop.pipeline_folder import write_pipeline
-    from stablefield.networks.diffusers_unet import DiffusersUNet
+    from stablefield.interop._pipeline_folder import write_pipeline
+    from stablefield.networks._diffusers_unet import DiffusersUNet
 
     home = tmp_path / "ada-lovelace"
     DiffusersUNet.sized(8, 1, (8, 8), 1, groups=4).unet.save_pretrained(home)

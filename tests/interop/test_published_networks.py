@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 import stablefield as sf
-from stablefield.interop.architecture import infer_architecture
-from stablefield.interop.inert import RefusedError
-from stablefield.interop.published import read_published
-from stablefield.interop.weight_files import read_weight_file
+from stablefield.interop._architecture import infer_architecture
+from stablefield.interop._inert import RefusedError
+from stablefield.interop._published import read_published
+from stablefield.interop._weight_files import read_weight_file
 from stablefield.networks import SongUNet
 
 MAKERS = {"DDPM++": SongUNet.ddpmpp, "NCSN++": SongUNet.ncsnpp}

@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DModel
 
 import stablefield as sf
-from stablefield.networks.diffusers_unet import DiffusersUNet
+from stablefield.networks._diffusers_unet import DiffusersUNet
 
 
 def unet(**options):

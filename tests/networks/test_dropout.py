@@ -8,7 +8,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
-from stablefield.networks.dropout import dropout
+from stablefield.networks._dropout import dropout
 
 
 @pytest.mark.parametrize("probability", [0.05, 0.13, 0.5, 0.9])

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from stablefield.networks.blocks import self_attention
-from stablefield.networks.embedding import FourierEmbedding, PositionalEmbedding
-from stablefield.networks.layers import group_norm
-from stablefield.networks.resample import ConvDown2d, downsample, resampling_filter, upsample
+from stablefield.networks._blocks import self_attention
+from stablefield.networks._embedding import FourierEmbedding, PositionalEmbedding
+from stablefield.networks._layers import group_norm
+from stablefield.networks._resample import ConvDown2d, downsample, resampling_filter, upsample
 
 TAPS = pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import stablefield as sf
-from stablefield.probing.advice import Training, advise
-from stablefield.probing.batch import measure_batch
-from stablefield.probing.population import Population
-from stablefield.probing.variance import measure_variance
+from stablefield.probing._advice import Training, advise
+from stablefield.probing._batch import measure_batch
+from stablefield.probing._population import Population
+from stablefield.probing._variance import measure_variance
 
 ATOMS = Population(torch.tensor([-1.0, 1.0]).repeat(2000)[:, None])
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import stablefield as sf
-from stablefield.probing.bias import check_bias, largest_t
-from stablefield.probing.bias_probe import ClassesMixed, SourceLeftOut, SourceTwice
-from stablefield.probing.population import Population, draw_population
+from stablefield.probing._bias import check_bias, largest_t
+from stablefield.probing._bias_probe import ClassesMixed, SourceLeftOut, SourceTwice
+from stablefield.probing._population import Population, draw_population
 
 SETTINGS = {"batch": 64, "batches": 120, "noise_levels": [0.6, 0.9, 1.4]}
 

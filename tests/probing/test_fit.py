@@ -2,8 +2,8 @@ import pytest
 import torch
 
 import stablefield as sf
-from stablefield.probing.fit import measure_fit
-from stablefield.probing.population import Population, draw_population
+from stablefield.probing._fit import measure_fit
+from stablefield.probing._population import Population, draw_population
 
 
 def test_the_exact_posterior_mean_has_distance_0_and_the_floor_as_its_loss(two_gaussians):

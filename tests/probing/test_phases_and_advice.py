@@ -5,12 +5,12 @@ import pytest
 import torch
 
 import stablefield as sf
-from stablefield.probing.advice import Training, advise
-from stablefield.probing.floor import LossFloor, logged_excess
-from stablefield.probing.phases import find_phases, share_above
-from stablefield.probing.population import Population
-from stablefield.probing.series import Series
-from stablefield.probing.variance import VarianceCurve, measure_variance
+from stablefield.probing._advice import Training, advise
+from stablefield.probing._floor import LossFloor, logged_excess
+from stablefield.probing._phases import find_phases, share_above
+from stablefield.probing._population import Population
+from stablefield.probing._series import Series
+from stablefield.probing._variance import VarianceCurve, measure_variance
 
 LEVELS = torch.logspace(-2, 2, 41, dtype=torch.float64)
 

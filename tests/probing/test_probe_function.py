@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import stablefield as sf
-from stablefield.data.image_set import Origin, make_image_set
-from stablefield.probing import bias_probe
-from stablefield.progress import Progress
+from stablefield._progress import Progress
+from stablefield.data._image_set import Origin, make_image_set
+from stablefield.probing import _bias_probe as bias_probe
 from stablefield.report import render_page
-from stablefield.training.run_probe import usual_training
+from stablefield.training._run_probe import usual_training
 
 FEW = {"references": (4, 16), "noise_levels": [0.5, 2.0, 30.0], "sources": 16, "device": "cpu"}
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import stablefield as sf
-from stablefield.probing.population import Population, draw_population
-from stablefield.probing.series import Series, interpolate
-from stablefield.probing.variance import find_noise_levels, measure_variance
+from stablefield.probing._population import Population, draw_population
+from stablefield.probing._series import Series, interpolate
+from stablefield.probing._variance import find_noise_levels, measure_variance
 
 
 def deviation(series, place, truth):
@@ -193,7 +193,7 @@ def test_many_images_are_sampled_and_only_the_drawn_are_read(tmp_path):
     import numpy as np
 
     from stablefield.data import make_image_set
-    from stablefield.data.image_set import Origin
+    from stablefield.data._image_set import Origin
 
     mapped = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.uint8, (300_000, 1, 2, 2))
     mapped[:] = np.random.default_rng(0).integers(0, 256, (300_000, 1, 2, 2), np.uint8)

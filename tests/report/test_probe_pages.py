@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import stablefield as sf
-from stablefield.probing.advice import Training, advise
-from stablefield.probing.batch import BatchVariance
-from stablefield.probing.fit import Fit
-from stablefield.probing.fit_page import fit_page
-from stablefield.probing.phases import find_phases
-from stablefield.probing.series import Series
-from stablefield.probing.variance import VarianceCurve
-from stablefield.probing.variance_page import phases_chart, sizes_chart, variance_chart, variance_page
+from stablefield.probing._advice import Training, advise
+from stablefield.probing._batch import BatchVariance
+from stablefield.probing._fit import Fit
+from stablefield.probing._fit_page import fit_page
+from stablefield.probing._phases import find_phases
+from stablefield.probing._series import Series
+from stablefield.probing._variance import VarianceCurve
+from stablefield.probing._variance_page import phases_chart, sizes_chart, variance_chart, variance_page
 from stablefield.report import render_page, write_chart
 
 

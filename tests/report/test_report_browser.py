@@ -19,7 +19,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.support.wait import WebDriverWait
 
 from stablefield.report import Code, Figure, Line, LineChart, Page, Table, Text, write_page
-from stablefield.report.colours import DARK, LIGHT
+from stablefield.report._colours import DARK, LIGHT
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = os.environ.get("CHROMEDRIVER") or shutil.which("chromedriver")

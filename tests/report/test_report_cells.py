@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from stablefield.report import Estimate
-from stablefield.report.cells import show
+from stablefield.report._cells import show
 
 
 @pytest.mark.parametrize(

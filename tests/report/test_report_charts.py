@@ -16,8 +16,8 @@ from report_example import score_chart, variance_chart
 from report_structure import Reader
 
 from stablefield.report import Line, LineChart, Region, write_chart
-from stablefield.report.colours import LIGHT
-from stablefield.report.drawing import chart_svg
+from stablefield.report._colours import LIGHT
+from stablefield.report._drawing import chart_svg
 
 RNG = np.random.default_rng(0)
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from stablefield.report.colours import DARK, LIGHT
+from stablefield.report._colours import DARK, LIGHT
 
 # Machado, Oliveira and Fernandes, A Physiologically-based Model for Simulation of Color Vision Deficiency, 2009:
 # severity 1, on linear RGB.

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import stablefield.sampling as sampling
-from stablefield.sampling.samples import BLOCK, Chunk, Drawing, chunks_of, to_uint8
+from stablefield.sampling._samples import BLOCK, Chunk, Drawing, chunks_of, to_uint8
 
 SHAPE = (1, 2, 2)
 SIGMAS = torch.tensor([20.0, 5.0, 1.0, 0.2, 0.0], dtype=torch.float64)

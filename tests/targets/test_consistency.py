@@ -9,7 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 import stablefield as sf
-from stablefield.targets.consistency import consistency_checks
+from stablefield.targets._consistency import consistency_checks
 
 TABLE = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
 PROCESSES = [sf.EDM(), sf.VE(), sf.VP(), sf.Cosine(), sf.RectifiedFlow(), sf.Discrete(TABLE)]

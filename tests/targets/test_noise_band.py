@@ -162,7 +162,7 @@ def test_large_weighted_pools_are_probed_on_some_that_can_be_drawn(
     data = gaussian(4000, 6, rng)
     weights = (torch.arange(4000) % 2).float() * (1 + torch.arange(4000) % 3)
     whole = sf.pick_noise_band(sf.Pool(data, weights=weights))
-    monkeypatch.setattr("stablefield.targets.band._REFERENCES", 1000)
+    monkeypatch.setattr("stablefield.targets._band._REFERENCES", 1000)
     part = sf.pick_noise_band(sf.Pool(data, weights=weights))
     assert (whole.references, part.references) == (2000, 1000)
     assert part.level == pytest.approx(whole.level, rel=0.2)
@@ -171,7 +171,7 @@ def test_large_weighted_pools_are_probed_on_some_that_can_be_drawn(
 def test_large_pools_are_probed_on_some(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     data = gaussian(4000, 6, rng)
     whole = sf.pick_noise_band(sf.Pool(data, labels=torch.arange(4000) % 2))
-    monkeypatch.setattr("stablefield.targets.band._REFERENCES", 1000)
+    monkeypatch.setattr("stablefield.targets._band._REFERENCES", 1000)
     part = sf.pick_noise_band(sf.Pool(data, labels=torch.arange(4000) % 2))
     assert (whole.references, part.references) == (4000, 1000)
     assert part.level == pytest.approx(whole.level, rel=0.2)

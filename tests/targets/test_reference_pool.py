@@ -11,7 +11,7 @@ from torch import Tensor
 
 import stablefield as sf
 from stablefield.targets._engine.query import Host
-from stablefield.targets.references import Batch, Selection
+from stablefield.targets._references import Batch, Selection
 
 
 def numbered(n: int) -> Tensor:

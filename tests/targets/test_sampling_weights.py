@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import stablefield as sf
-from stablefield.targets import pool as pools
+from stablefield.targets import _pool as pools
 
 DATA = torch.tensor([[-1.0, 0.2], [0.1, 0.4], [0.8, -0.5], [1.5, 1.0]], dtype=torch.float64)
 WEIGHTS = torch.tensor([1.0, 5.0, 2.0, 0.5], dtype=torch.float64)
@@ -172,7 +172,7 @@ def test_draws_that_it_expects_are_not_warned_of(rng: torch.Generator) -> None:
 
 def test_the_test_of_draws_cannot_fire_by_chance() -> None:
     """Of 3,000 runs of uniform draws none comes near the bound, in few and in many samples."""
-    from stablefield.targets.draws import Frequencies
+    from stablefield.targets._draws import Frequencies
 
     rng = torch.Generator().manual_seed(0)
     for n in (2, 10, 300):
@@ -187,7 +187,7 @@ def test_the_test_of_draws_cannot_fire_by_chance() -> None:
 
 def checks_of(n: int, batches: Iterator[Tensor], steps: int) -> int:
     """After which draw for each sample the counts were found uneven, 0 for never."""
-    from stablefield.targets.draws import Frequencies
+    from stablefield.targets._draws import Frequencies
 
     counts, drawn = Frequencies(torch.ones(n, dtype=torch.float64), None), 0
     for _ in range(steps):
@@ -222,7 +222,7 @@ def test_training_on_a_part_shows_within_some_epochs(share: float, latest: int, 
 
 def test_rows_that_are_not_counted_are_no_repeats(rng: torch.Generator) -> None:
     """Half of the rows alone, the others antithetic pairs."""
-    from stablefield.targets.draws import Frequencies
+    from stablefield.targets._draws import Frequencies
 
     n = 1000
     counts = Frequencies(torch.ones(n, dtype=torch.float64), None)

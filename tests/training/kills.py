@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from stablefield.data.digits import open_digits
-from stablefield.training.loop import fit
-from stablefield.training.recipe import UNet
-from stablefield.training.recipes import DIGITS
-from stablefield.training.run_folder import RunConfig, RunFolder
+from stablefield.data._digits import open_digits
+from stablefield.training._loop import fit
+from stablefield.training._recipe import UNet
+from stablefield.training._recipes import DIGITS
+from stablefield.training._run_folder import RunConfig, RunFolder
 
 STEPS = 60
 RECIPE = dataclasses.replace(

@@ -9,7 +9,7 @@ PROGRAM = """
 import resource
 import sys
 import torch
-from stablefield.training.allocator import keep_freed_memory
+from stablefield.training._allocator import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -11,19 +11,19 @@ import torch
 
 import stablefield as sf
 from stablefield.cli.entry import main
-from stablefield.data.digits import open_digits
-from stablefield.evaluation.extractor import RawPixels
-from stablefield.evaluation.self_check import SelfCheck
-from stablefield.probing import fit
-from stablefield.probing.exact import Exact, ExactPosterior
-from stablefield.probing.fit import measure_fit
-from stablefield.probing.population import Population
-from stablefield.training.compare import summary
-from stablefield.training.comparison import LEVELS, Outcome, Score, plan_scoring, read_scores, run_one, spread
-from stablefield.training.model import open_model
-from stablefield.training.recipe import Perceptron
-from stablefield.training.recipes import DIGITS
-from stablefield.training.run_folder import RunConfig, RunFolder
+from stablefield.data._digits import open_digits
+from stablefield.evaluation._extractor import RawPixels
+from stablefield.evaluation._self_check import SelfCheck
+from stablefield.probing import _fit as fit
+from stablefield.probing._exact import Exact, ExactPosterior
+from stablefield.probing._fit import measure_fit
+from stablefield.probing._population import Population
+from stablefield.training._compare import summary
+from stablefield.training._comparison import LEVELS, Outcome, Score, plan_scoring, read_scores, run_one, spread
+from stablefield.training._model import open_model
+from stablefield.training._recipe import Perceptron
+from stablefield.training._recipes import DIGITS
+from stablefield.training._run_folder import RunConfig, RunFolder
 
 CPU = torch.device("cpu")
 RECIPE = dataclasses.replace(
@@ -76,8 +76,8 @@ def test_gradient_variance_is_that_of_the_gradients_themselves(tmp_path: Path, c
     data, recipe = open_digits(), RECIPE
     model = open_model(folder.path).denoiser.requires_grad_(True)
     x = torch.from_numpy(data.images).float() / 127.5 - 1
-    from stablefield.data.index_stream import IndexStream
-    from stablefield.training.seeding import Purpose, generator_for
+    from stablefield.data._index_stream import IndexStream
+    from stablefield.training._seeding import Purpose, generator_for
 
     stream = IndexStream(len(data), recipe.batch, recipe.seed)
     variance = {}

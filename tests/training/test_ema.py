@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from stablefield.training.ema import (
+from stablefield.training._ema import (
     LENGTHS,
     ema_decay,
     follower,
@@ -18,7 +18,7 @@ from stablefield.training.ema import (
     power_length,
     update_ema,
 )
-from stablefield.training.post_hoc import Profile, combine, mixture, snapshot_steps, take_snapshot
+from stablefield.training._post_hoc import Profile, combine, mixture, snapshot_steps, take_snapshot
 
 
 def test_weight_of_the_past_halves_over_the_half_life() -> None:
@@ -93,7 +93,7 @@ def test_recursion_follows_the_power_function() -> None:
 
 
 def test_products_of_profiles_are_those_of_numerical_integration() -> None:
-    from stablefield.training.post_hoc import _products
+    from stablefield.training._post_hoc import _products
 
     a, b = Profile(700, 0.05), Profile(1000, 0.15)
     tau = (np.arange(1_000_000) + 0.5) / 1000

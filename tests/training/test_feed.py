@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import stablefield as sf
-from stablefield.data.digits import open_digits
-from stablefield.data.image_set import ImageSet
-from stablefield.data.index_stream import IndexStream
-from stablefield.data.packed import open_packed, pack
-from stablefield.training import placement as placement_module
-from stablefield.training.feed import Feed, Rows
-from stablefield.training.placement import resolve_band, resolve_references
-from stablefield.training.recipes import DIGITS
+from stablefield.data._digits import open_digits
+from stablefield.data._image_set import ImageSet
+from stablefield.data._index_stream import IndexStream
+from stablefield.data._packed import open_packed, pack
+from stablefield.training import _placement as placement_module
+from stablefield.training._feed import Feed, Rows
+from stablefield.training._placement import resolve_band, resolve_references
+from stablefield.training._recipes import DIGITS
 
 CPU = torch.device("cpu")
 ALL = slice(0, 32)

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stablefield.data.digits import open_digits
-from stablefield.training.checkpoint import CheckpointError, State, Trained, read_state, restore, save, sweep
-from stablefield.training.loop import TrainingError, fit
-from stablefield.training.recipe import Perceptron
-from stablefield.training.recipes import DIGITS
-from stablefield.training.run_folder import RunConfig, RunFolder
+from stablefield.data._digits import open_digits
+from stablefield.training._checkpoint import CheckpointError, State, Trained, read_state, restore, save, sweep
+from stablefield.training._loop import TrainingError, fit
+from stablefield.training._recipe import Perceptron
+from stablefield.training._recipes import DIGITS
+from stablefield.training._run_folder import RunConfig, RunFolder
 
 SMALL = dataclasses.replace(
     DIGITS,
@@ -164,7 +164,7 @@ def test_any_damage_to_a_checkpoint_is_seen(tmp_path: Path, name: str, damage: s
 
 
 def test_gradients_that_are_not_finite_are_mended_where_the_recipe_says_so(tmp_path: Path) -> None:
-    from stablefield.training import stepper
+    from stablefield.training import _stepper as stepper
 
     class Broken(torch.nn.Linear):
         def forward(self, x):

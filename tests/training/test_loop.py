@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 import stablefield
-from stablefield.data.digits import open_digits
-from stablefield.targets.ranks import RankError
-from stablefield.training.loop import TrainingError, check_fit, fit
-from stablefield.training.recipe import Perceptron, Recipe, UNet
-from stablefield.training.recipes import DIGITS
-from stablefield.training.run_folder import RunConfig, RunFolder
-from stablefield.training.stepper import Stepper
+from stablefield.data._digits import open_digits
+from stablefield.targets._ranks import RankError
+from stablefield.training._loop import TrainingError, check_fit, fit
+from stablefield.training._recipe import Perceptron, Recipe, UNet
+from stablefield.training._recipes import DIGITS
+from stablefield.training._run_folder import RunConfig, RunFolder
+from stablefield.training._stepper import Stepper
 
 SMALL = dataclasses.replace(
     DIGITS,
@@ -181,9 +181,9 @@ def test_conditional_run_without_labels_is_refused() -> None:
 def test_numbers_of_the_picture_are_the_samples_of_the_run(tmp_path: Path) -> None:
     from PIL import Image
 
-    from stablefield.data.png import tile
-    from stablefield.sampling.noise import SampleNoise
-    from stablefield.training.model import open_model
+    from stablefield.data._png import tile
+    from stablefield.sampling._noise import SampleNoise
+    from stablefield.training._model import open_model
 
     run = start(tmp_path / "run", dataclasses.replace(SMALL, steps=8))
     go(run)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import stablefield as sf
-from stablefield.training.config import decode, encode
-from stablefield.training.recipe import Perceptron, Recipe
-from stablefield.training.recipes import DIGITS
-from stablefield.training.seeding import Purpose, generator_for, seed_for
+from stablefield.training._config import decode, encode
+from stablefield.training._recipe import Perceptron, Recipe
+from stablefield.training._recipes import DIGITS
+from stablefield.training._seeding import Purpose, generator_for, seed_for
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ import torch
 
 import stablefield as sf
 from stablefield.cli.recipes import RECIPES, chosen, limit, shown
-from stablefield.data.digits import open_digits
-from stablefield.data.image_set import Origin, make_image_set
-from stablefield.data.resizing import natural_resolution
-from stablefield.training import recipe as recipe_module
-from stablefield.training.recipe import Recipe, UNet, UNet2D
-from stablefield.training.recipes import CIFAR10_EDM, CIFAR10_VE, CIFAR10_VP, imagefolder, unet2d
+from stablefield.data._digits import open_digits
+from stablefield.data._image_set import Origin, make_image_set
+from stablefield.data._resizing import natural_resolution
+from stablefield.training import _recipe as recipe_module
+from stablefield.training._recipe import Recipe, UNet, UNet2D
+from stablefield.training._recipes import CIFAR10_EDM, CIFAR10_VE, CIFAR10_VP, imagefolder, unet2d
 
 
 def names() -> dict[str, object]:

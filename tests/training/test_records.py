@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import save_file
 from test_interruptions import SMALL, go, start, trained
 
-from stablefield.training import run_folder
-from stablefield.training.checkpoint import CheckpointError, State, read_state, save
-from stablefield.training.ema import LENGTHS
-from stablefield.training.model import open_model
-from stablefield.training.post_hoc import combine, snapshot_steps, take_snapshot
-from stablefield.training.records import append_line, read_lines, seal
-from stablefield.training.run_folder import RunFolder
+from stablefield.training import _run_folder as run_folder
+from stablefield.training._checkpoint import CheckpointError, State, read_state, save
+from stablefield.training._ema import LENGTHS
+from stablefield.training._model import open_model
+from stablefield.training._post_hoc import combine, snapshot_steps, take_snapshot
+from stablefield.training._records import append_line, read_lines, seal
+from stablefield.training._run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +360,7 @@ def test_files_of_a_run_may_be_read_by_whom_the_umask_allows(finished: Path) -> 
 def test_a_reader_whose_checkpoint_is_pruned_takes_the_newest_again(
     run: RunFolder, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stablefield.training import model
+    from stablefield.training import _model as model
 
     module = run_folder if moment == "read_state" else model
     function, pruned = getattr(module, moment), []
@@ -382,8 +382,8 @@ def test_a_reader_whose_checkpoint_is_pruned_takes_the_newest_again(
 
 
 def restored(run: RunFolder):
-    from stablefield.training.checkpoint import Trained
-    from stablefield.training.model import build_denoiser
+    from stablefield.training._checkpoint import Trained
+    from stablefield.training._model import build_denoiser
 
     model = build_denoiser(run.config())
     return Trained(model, {"ema": copy.deepcopy(model)})

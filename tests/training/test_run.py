@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 import stablefield as sf
-from stablefield.data.digits import open_digits
-from stablefield.evaluation.extractor import RawPixels
-from stablefield.training.loop import Report
-from stablefield.training.recipe import Perceptron, Recipe
-from stablefield.training.sampler import SamplerOptions
+from stablefield.data._digits import open_digits
+from stablefield.evaluation._extractor import RawPixels
+from stablefield.training._loop import Report
+from stablefield.training._recipe import Perceptron, Recipe
+from stablefield.training._sampler import SamplerOptions
 
 TINY = Recipe(
     steps=12,

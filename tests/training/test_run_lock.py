@@ -15,15 +15,15 @@ import pytest
 import torch
 from test_interruptions import SMALL, go, start
 
-from stablefield.data.digits import open_digits
-from stablefield.training.lock import Holder, Lock
-from stablefield.training.loop import TrainingError, fit
-from stablefield.training.run_folder import RunFolder
+from stablefield.data._digits import open_digits
+from stablefield.training._lock import Holder, Lock
+from stablefield.training._loop import TrainingError, fit
+from stablefield.training._run_folder import RunFolder
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from stablefield.training.lock import Lock
+from stablefield.training._lock import Lock
 lock = Lock(Path(sys.argv[1]))
 lock.acquire()
 print("held", flush=True)
@@ -105,7 +105,7 @@ def test_a_second_fresh_run_in_a_folder_is_told_who_trains_in_it(
 
 
 def test_whether_a_lock_is_free_is_asked_without_taking_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stablefield.training import lock
+    from stablefield.training import _lock as lock
 
     path = tmp_path / "lock"
     Lock(path).require_free()
@@ -178,7 +178,7 @@ def test_of_a_machine_that_was_restarted_the_lock_is_taken_over_at_once(tmp_path
 
 
 def test_a_run_that_was_taken_over_while_it_stood_still_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stablefield.training import lock
+    from stablefield.training import _lock as lock
 
     run = start(tmp_path / "run", dataclasses.replace(SMALL, steps=10_000, log_every=1))
     monkeypatch.setattr(lock, "BEAT", 0.02)
@@ -196,7 +196,7 @@ def test_a_run_that_was_taken_over_while_it_stood_still_ends(tmp_path: Path, mon
 
 
 def test_a_file_system_without_locks_goes_by_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from stablefield.training import lock
+    from stablefield.training import _lock as lock
 
     monkeypatch.setattr(lock, "_flock", lambda descriptor: None)
     path = tmp_path / "lock"

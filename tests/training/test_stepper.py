@@ -15,16 +15,16 @@ import torch
 from accelerate import Accelerator
 
 import stablefield as sf
-from stablefield.data.digits import open_digits
-from stablefield.data.image_set import ImageSet, Origin, make_image_set
-from stablefield.training.allocator import keep_freed_memory
-from stablefield.training.feed import Feed
-from stablefield.training.loop import fit
-from stablefield.training.meter import BINS, Meter, Stopwatch, bin_edges
-from stablefield.training.recipe import Perceptron, Recipe, UNet
-from stablefield.training.recipes import DIGITS
-from stablefield.training.run_folder import RunConfig, RunFolder
-from stablefield.training.stepper import Stepper
+from stablefield.data._digits import open_digits
+from stablefield.data._image_set import ImageSet, Origin, make_image_set
+from stablefield.training._allocator import keep_freed_memory
+from stablefield.training._feed import Feed
+from stablefield.training._loop import fit
+from stablefield.training._meter import BINS, Meter, Stopwatch, bin_edges
+from stablefield.training._recipe import Perceptron, Recipe, UNet
+from stablefield.training._recipes import DIGITS
+from stablefield.training._run_folder import RunConfig, RunFolder
+from stablefield.training._stepper import Stepper
 
 CPU = torch.device("cpu")
 SMALL = dataclasses.replace(

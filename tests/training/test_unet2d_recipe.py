@@ -10,10 +10,10 @@ import torch
 
 from stablefield.cli.entry import main
 from stablefield.cli.recipes import chosen
-from stablefield.data.digits import open_digits
-from stablefield.training.config import decode, encode
-from stablefield.training.recipe import UNet2D
-from stablefield.training.recipes import unet2d
+from stablefield.data._digits import open_digits
+from stablefield.training._config import decode, encode
+from stablefield.training._recipe import UNet2D
+from stablefield.training._recipes import unet2d
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -13,9 +13,9 @@ from stablefield.cli.places import check_place
 from stablefield.cli.sources import open_data
 from stablefield.cli.train import pick_device
 from stablefield.cli.work import Work
-from stablefield.evaluation.bench import benchmark
+from stablefield.evaluation._bench import benchmark
 from stablefield.report import write_chart
-from stablefield.report.extra import require
+from stablefield.report._extra import require
 
 __all__ = ["Bench"]
 

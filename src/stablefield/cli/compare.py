@@ -18,12 +18,12 @@ from stablefield.cli.places import check_folder, check_place
 from stablefield.cli.recipes import RecipeName, chosen
 from stablefield.cli.settling import pick_device
 from stablefield.cli.words import duration, flags_of
-from stablefield.data.image_set import ImageSet
-from stablefield.report.extra import require
-from stablefield.training.compare import DISTANCE, Comparison, ComparisonPlan, PlannedRun, compare
-from stablefield.training.comparison import Outcome
-from stablefield.training.loop import Report
-from stablefield.training.recipe import Recipe
+from stablefield.data._image_set import ImageSet
+from stablefield.report._extra import require
+from stablefield.training._compare import DISTANCE, Comparison, ComparisonPlan, PlannedRun, compare
+from stablefield.training._comparison import Outcome
+from stablefield.training._loop import Report
+from stablefield.training._recipe import Recipe
 
 __all__ = ["Compare"]
 
@@ -75,7 +75,7 @@ class Compare:
         if self.evaluations is not None and self.evaluations < 1:
             raise ValueError(f"--evaluations is {self.evaluations}: each run is scored at least once, at its end.")
         if self.samples is not None:
-            from stablefield.evaluation.self_check import check_samples  # needs torchmetrics
+            from stablefield.evaluation._self_check import check_samples  # needs torchmetrics
 
             check_samples(f"--samples {self.samples}", self.samples)
         check_folder("--out", self.out or Path("compare", "new"))

@@ -11,9 +11,9 @@ from rich.table import Table
 from stablefield.cli.console import console, relative
 from stablefield.cli.places import PICTURES, check_free, check_place, check_suffix, looks_like_file
 from stablefield.cli.sources import open_data, print_reading
-from stablefield.data.inspect import sample_grid, summary
-from stablefield.data.packed import pack
-from stablefield.data.png import write_picture
+from stablefield.data._inspect import sample_grid, summary
+from stablefield.data._packed import pack
+from stablefield.data._png import write_picture
 
 __all__ = ["Data"]
 

@@ -6,7 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from stablefield.cli.console import console
-from stablefield.evaluation.doctor import check_machine
+from stablefield.evaluation._doctor import check_machine
 
 __all__ = ["Doctor"]
 

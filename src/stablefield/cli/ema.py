@@ -9,8 +9,8 @@ from rich.markup import escape
 
 from stablefield.cli.console import console, quoted, relative
 from stablefield.cli.places import check_folder
-from stablefield.training.ema import LENGTHS, power_exponent
-from stablefield.training.run import Run
+from stablefield.training._ema import LENGTHS, power_exponent
+from stablefield.training._run import Run
 
 __all__ = ["Ema"]
 

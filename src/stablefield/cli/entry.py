@@ -91,7 +91,7 @@ def _run(arguments: Sequence[str]) -> int:
         )
     with _ended_by_ctrl_c():
         from stablefield.cli.verbs import parse
-        from stablefield.training.allocator import keep_freed_memory
+        from stablefield.training._allocator import keep_freed_memory
     if found is not None:
         _print(_help_of_recipe(arguments))
         return 0
@@ -176,7 +176,7 @@ def _watched() -> Generator[None]:
         yield
         return
     from stablefield.cli.interruption import end_with_launcher
-    from stablefield.targets.watch import Watch
+    from stablefield.targets._watch import Watch
 
     end_with_launcher()
     with Watch(_tell):
@@ -187,7 +187,7 @@ def _is_message(error: Exception) -> bool:
     """Whether an error was made to be read."""
     if isinstance(error, ValueError | OSError | ImportError):
         return True
-    loop = sys.modules.get("stablefield.training.loop")  # looked up, since loading it may be what failed
+    loop = sys.modules.get("stablefield.training._loop")  # looked up, since loading it may be what failed
     return loop is not None and isinstance(error, loop.TrainingError)
 
 

@@ -17,20 +17,20 @@ from stablefield.cli.sources import open_data
 from stablefield.cli.usage import as_flags
 from stablefield.cli.words import duration
 from stablefield.cli.work import Work
-from stablefield.data.image_set import ImageSet
-from stablefield.data.resizing import Resize
-from stablefield.evaluation.evaluate import DEFAULT_METRICS, METRICS, check_counts, evaluate
-from stablefield.evaluation.processes import Processes
-from stablefield.evaluation.protocol import ProtocolWarning
-from stablefield.evaluation.result import Evaluation
-from stablefield.report.extra import require
-from stablefield.training.run import Run
-from stablefield.training.run_samples import RunSamples, data_of
-from stablefield.training.sampler import SamplerOptions
+from stablefield.data._image_set import ImageSet
+from stablefield.data._resizing import Resize
+from stablefield.evaluation._evaluate import DEFAULT_METRICS, METRICS, check_counts, evaluate
+from stablefield.evaluation._processes import Processes
+from stablefield.evaluation._protocol import ProtocolWarning
+from stablefield.evaluation._result import Evaluation
+from stablefield.report._extra import require
+from stablefield.training._run import Run
+from stablefield.training._run_samples import RunSamples, data_of
+from stablefield.training._sampler import SamplerOptions
 
 if TYPE_CHECKING:
     MetricName = str
-    from stablefield.evaluation.time_estimate import TimeEstimate
+    from stablefield.evaluation._time_estimate import TimeEstimate
 else:
     MetricName = tyro.extras.literal_type_from_choices(METRICS)
 

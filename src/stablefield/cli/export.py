@@ -10,9 +10,9 @@ from rich.markup import escape
 
 from stablefield.cli.console import console, relative, shown_warnings
 from stablefield.cli.places import check_new_folder
-from stablefield.interop.export import Format
-from stablefield.interop.hub import push_folder
-from stablefield.training.run import Run
+from stablefield.interop._export import Format
+from stablefield.interop._hub import push_folder
+from stablefield.training._run import Run
 
 __all__ = ["Export"]
 

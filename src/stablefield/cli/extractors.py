@@ -6,9 +6,9 @@ from typing import Literal
 
 import torch
 
-from stablefield.evaluation.extractor import Extractor, RandomConvolutions, RawPixels
-from stablefield.evaluation.inception import Inception
-from stablefield.evaluation.torchscript import (
+from stablefield.evaluation._extractor import Extractor, RandomConvolutions, RawPixels
+from stablefield.evaluation._inception import Inception
+from stablefield.evaluation._torchscript import (
     AntialiasedBicubic,
     Channels,
     KeepSize,

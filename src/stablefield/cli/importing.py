@@ -10,8 +10,8 @@ from rich.table import Table
 
 from stablefield.cli.console import console, quoted, relative
 from stablefield.cli.places import check_new_folder
-from stablefield.interop.imported_run import write_imported_run
-from stablefield.interop.published import read_published
+from stablefield.interop._imported_run import write_imported_run
+from stablefield.interop._published import read_published
 
 __all__ = ["Import"]
 

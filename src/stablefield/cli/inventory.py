@@ -21,8 +21,8 @@ from stablefield.cli.data import Data
 from stablefield.cli.flags import FILE, Flag, Group, VerbFlags, record_of
 from stablefield.cli.recipes import RECIPES
 from stablefield.cli.verbs import UNET, VERBS
-from stablefield.training.recipe import Recipe
-from stablefield.training.recipes import unet2d
+from stablefield.training._recipe import Recipe
+from stablefield.training._recipes import unet2d
 
 __all__ = ["inventory"]
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from stablefield._progress import Progress
 from stablefield.cli.bar import Bar
 from stablefield.cli.console import console, relative
 from stablefield.cli.places import check_folder
@@ -16,14 +17,13 @@ from stablefield.cli.settling import pick_device
 from stablefield.cli.sources import open_data, print_reading
 from stablefield.cli.usage import as_flags
 from stablefield.cli.words import flags_of
-from stablefield.probing.bias_probe import BiasProbe, probe_bias
-from stablefield.probing.network_probe import NetworkProbe
-from stablefield.probing.population import MOST
-from stablefield.probing.probe import Probe as Probed
-from stablefield.probing.training import TRAININGS
-from stablefield.progress import Progress
-from stablefield.report.extra import require
-from stablefield.training.run_probe import is_run, probe, usual_training
+from stablefield.probing._bias_probe import BiasProbe, probe_bias
+from stablefield.probing._network_probe import NetworkProbe
+from stablefield.probing._population import MOST
+from stablefield.probing._probe import Probe as Probed
+from stablefield.probing._training import TRAININGS
+from stablefield.report._extra import require
+from stablefield.training._run_probe import is_run, probe, usual_training
 
 __all__ = ["Probe"]
 

@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from stablefield.cli.bar import TimeLeft
 from stablefield.cli.console import console
-from stablefield.training.loop import Report
+from stablefield.training._loop import Report
 
 __all__ = ["EVERY", "TrainingProgress"]
 

@@ -6,11 +6,11 @@ import pprint
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from stablefield.data.image_set import ImageSet
-from stablefield.diffusion.noise_levels import LogUniform
-from stablefield.diffusion.process import VE
-from stablefield.training.recipe import Recipe, UNet, UNet2D
-from stablefield.training.recipes import (
+from stablefield.data._image_set import ImageSet
+from stablefield.diffusion._noise_levels import LogUniform
+from stablefield.diffusion._process import VE
+from stablefield.training._recipe import Recipe, UNet, UNet2D
+from stablefield.training._recipes import (
     CELEBA64_VE,
     CIFAR10_EDM,
     CIFAR10_VE,

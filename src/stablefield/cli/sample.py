@@ -12,10 +12,10 @@ from stablefield.cli.console import console, relative, shown_warnings
 from stablefield.cli.places import check_free, check_place, check_suffix, looks_like_file, unused
 from stablefield.cli.settling import pick_device
 from stablefield.cli.work import Work
-from stablefield.evaluation.processes import Processes
-from stablefield.training.run import Run, batches
-from stablefield.training.sampler import SamplerOptions
-from stablefield.training.samples import PICTURES
+from stablefield.evaluation._processes import Processes
+from stablefield.training._run import Run, batches
+from stablefield.training._sampler import SamplerOptions
+from stablefield.training._samples import PICTURES
 
 __all__ = ["Sample", "parse_seeds"]
 

@@ -7,11 +7,11 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from accelerate import PartialState
 
+from stablefield._shapes import found_device
 from stablefield.cli.recipes import BY_DATA, RecipeName, chosen, limit
 from stablefield.cli.sources import open_data, print_reading
-from stablefield.shapes import found_device
-from stablefield.training.processes import first_process_first, start_processes
-from stablefield.training.recipe import Recipe
+from stablefield.training._processes import first_process_first, start_processes
+from stablefield.training._recipe import Recipe
 
 __all__ = [
     "Trains",

@@ -6,9 +6,9 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from stablefield.cli.console import console
-from stablefield.data.image_set import ImageSet
-from stablefield.data.resizing import Resize, Resolution
-from stablefield.data.source import open_images
+from stablefield.data._image_set import ImageSet
+from stablefield.data._resizing import Resize, Resolution
+from stablefield.data._source import open_images
 
 __all__ = ["open_data", "print_reading"]
 
@@ -21,7 +21,7 @@ def open_data(
     skip_broken: bool = False,
     limit: int | None = None,
 ) -> ImageSet:
-    """Open the data that `name` means, as `stablefield.data.source.open_images` does.
+    """Open the data that `name` means, as `stablefield.data._source.open_images` does.
 
     Raises:
         ValueError: if it means nothing, or is damaged; with what would be understood.

@@ -24,16 +24,16 @@ from stablefield.cli.recipes import BY_DATA, RecipeName, shown
 from stablefield.cli.settling import pick_device, settled
 from stablefield.cli.sources import open_data
 from stablefield.cli.words import duration
-from stablefield.data.image_set import ImageSet, size_text
-from stablefield.training.estimate import estimate
-from stablefield.training.feed import Feed
-from stablefield.training.loop import Report, Tracker, check_tracker, make_accelerator
-from stablefield.training.observers import FrechetObserver
-from stablefield.training.placement import placed
-from stablefield.training.processes import first_process_first, from_first, start_processes
-from stablefield.training.recipe import Recipe
-from stablefield.training.run import Plan, Run, make_plan, train
-from stablefield.training.run_folder import RunConfig, RunFolder
+from stablefield.data._image_set import ImageSet, size_text
+from stablefield.training._estimate import estimate
+from stablefield.training._feed import Feed
+from stablefield.training._loop import Report, Tracker, check_tracker, make_accelerator
+from stablefield.training._observers import FrechetObserver
+from stablefield.training._placement import placed
+from stablefield.training._processes import first_process_first, from_first, start_processes
+from stablefield.training._recipe import Recipe
+from stablefield.training._run import Plan, Run, make_plan, train
+from stablefield.training._run_folder import RunConfig, RunFolder
 
 __all__ = ["Train"]
 
@@ -117,7 +117,7 @@ class Train:
         if self.evaluate_every < 0:
             raise ValueError(f"--evaluate-every is {self.evaluate_every}: it must not be negative.")
         if self.evaluate_every:
-            from stablefield.evaluation.self_check import check_samples  # needs torchmetrics
+            from stablefield.evaluation._self_check import check_samples  # needs torchmetrics
 
             self.measure.check()
             check_samples(f"--evaluate-samples {self.evaluate_samples}", self.evaluate_samples)
@@ -208,14 +208,14 @@ class Train:
 
     def _check_samples(self, data: ImageSet) -> None:
         if self.evaluate_every:
-            from stablefield.evaluation.self_check import check_samples  # needs torchmetrics
+            from stablefield.evaluation._self_check import check_samples  # needs torchmetrics
 
             check_samples(f"--evaluate-samples {self.evaluate_samples}", self.evaluate_samples, len(data))
 
     def _observers(self, data: ImageSet, device: torch.device) -> list[FrechetObserver]:
         if not self.evaluate_every or not PartialState().is_main_process:
             return []
-        from stablefield.evaluation.self_check import Reading, SelfCheck  # needs torchmetrics
+        from stablefield.evaluation._self_check import Reading, SelfCheck  # needs torchmetrics
 
         self.measure.check()
         extractor = self.measure.open(data.shape, device)

@@ -22,8 +22,8 @@ from stablefield.cli.recipes import RECIPES, with_fewer_levels, yielding
 from stablefield.cli.sample import Sample
 from stablefield.cli.settling import chooses, settled
 from stablefield.cli.train import Train
-from stablefield.training.recipe import Recipe
-from stablefield.training.recipes import DIGITS, imagefolder, unet2d
+from stablefield.training._recipe import Recipe
+from stablefield.training._recipes import DIGITS, imagefolder, unet2d
 
 __all__ = ["UNET", "VERBS", "Verb", "base_of", "parse"]
 

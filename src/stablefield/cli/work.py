@@ -6,9 +6,9 @@ from typing import Self
 
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
+from stablefield._progress import Progress as Report
 from stablefield.cli.bar import TimeLeft
 from stablefield.cli.console import console
-from stablefield.progress import Progress as Report
 
 __all__ = ["Work"]
 

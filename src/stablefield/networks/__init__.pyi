@@ -1,3 +1,3 @@
-from stablefield.networks.diffusers_unet import DiffusersUNet as DiffusersUNet
-from stablefield.networks.mlp import MLP as MLP
-from stablefield.networks.song_unet import SongUNet as SongUNet
+from stablefield.networks._diffusers_unet import DiffusersUNet as DiffusersUNet
+from stablefield.networks._mlp import MLP as MLP
+from stablefield.networks._song_unet import SongUNet as SongUNet

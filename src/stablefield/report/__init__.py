@@ -7,11 +7,11 @@ Drawing needs matplotlib, writing a page needs Jinja2: the extra `stablefield[re
 used.
 """
 
-from stablefield.report.cells import Estimate
-from stablefield.report.chart import Line, LineChart, Region
-from stablefield.report.drawing import write_chart
-from stablefield.report.images import image_figure
-from stablefield.report.page import (
+from stablefield.report._cells import Estimate
+from stablefield.report._chart import Line, LineChart, Region
+from stablefield.report._drawing import write_chart
+from stablefield.report._images import image_figure
+from stablefield.report._page import (
     Block,
     Bullets,
     Code,
@@ -26,7 +26,7 @@ from stablefield.report.page import (
     Text,
     json_details,
 )
-from stablefield.report.render import render_page, write_page
+from stablefield.report._render import render_page, write_page
 
 __all__ = [
     "Block",

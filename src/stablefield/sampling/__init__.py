@@ -15,16 +15,16 @@ Units are noise-to-signal throughout: a state is x_t / alpha, a sigma is sigma /
 (VE, VP, cosine, flow matching) are one and the same denoiser in these units.
 """
 
-from stablefield.sampling.adaptive import rk45
-from stablefield.sampling.corrector import predictor_corrector
-from stablefield.sampling.counting import Counted, counted
-from stablefield.sampling.dpm_solver import dpmpp_2m, dpmpp_2m_sde
-from stablefield.sampling.grids import cosine_sigmas, edm_sigmas, ve_sigmas, vp_sigmas
-from stablefield.sampling.guidance import autoguidance, classifier_free
-from stablefield.sampling.likelihood import Likelihood, log_likelihood
-from stablefield.sampling.noise import SampleNoise
-from stablefield.sampling.ode import euler, heun
-from stablefield.sampling.sde import ancestral, euler_maruyama
+from stablefield.sampling._adaptive import rk45
+from stablefield.sampling._corrector import predictor_corrector
+from stablefield.sampling._counting import Counted, counted
+from stablefield.sampling._dpm_solver import dpmpp_2m, dpmpp_2m_sde
+from stablefield.sampling._grids import cosine_sigmas, edm_sigmas, ve_sigmas, vp_sigmas
+from stablefield.sampling._guidance import autoguidance, classifier_free
+from stablefield.sampling._likelihood import Likelihood, log_likelihood
+from stablefield.sampling._noise import SampleNoise
+from stablefield.sampling._ode import euler, heun
+from stablefield.sampling._sde import ancestral, euler_maruyama
 
 __all__ = [
     "Counted",

@@ -12,11 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stablefield.reading import readable
+from stablefield._reading import readable
+from stablefield.targets._checks import finite_check, require, value_check
 from stablefield.targets._engine.online_softmax import OnlineSoftmax
 from stablefield.targets._engine.reference_matrix import ReferenceMatrix, largest_magnitude, wide_dtype
-from stablefield.targets.checks import finite_check, require, value_check
-from stablefield.targets.kernel import Kernel
+from stablefield.targets._kernel import Kernel
 
 __all__ = ["Host", "OtherRanks", "Plan", "Query", "checked_matrix", "host_access"]
 

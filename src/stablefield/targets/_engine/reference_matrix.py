@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stablefield.memory import free_bytes
+from stablefield._memory import free_bytes
 
 __all__ = [
     "Norms",

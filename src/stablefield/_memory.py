@@ -1,0 +1,118 @@
+"""Memory: how much of it new tensors could take, on a device or within the limits of a container."""
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from stablefield._reading import readable
+
+__all__ = ["free_bytes"]
+
+# Taken for free where the system does not tell: 4 GB.
+_UNKNOWN = 2**32
+# What groups of the first version have for a limit where there is none is above this.
+_NONE = 2**60
+
+
+def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
+    """Memory that new tensors on `device` could take, in bytes; 4 GB where the system does not tell.
+
+    On a GPU it is what the driver has and what torch keeps unused; while a CUDA graph is captured, where the driver must
+    not be asked, all but what torch uses. On MPS it is what is left of the recommended size. On a CPU it is what the system
+    calls available, or what the control groups of this process leave if that is less (the limits of containers and of batch
+    systems, which the system's own figure does not know).
+
+    Args:
+        device: where the tensors would be.
+        root: where the system's files are.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if readable(device):
+            return torch.cuda.mem_get_info(device)[0] + unused
+        return torch.cuda.get_device_properties(device).total_memory - torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    available = _available(root)
+    return min([_UNKNOWN if available is None else available, *(group.left() for group in _limited(root))])
+
+
+def _available(root: Path) -> int | None:
+    told = _entry(root / "proc/meminfo", "MemAvailable:")
+    if told is not None:
+        return told * 1024
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (ValueError, AttributeError):
+        return None
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A control group with a limit of memory.
+
+    Args:
+        folder: where its files are.
+        limit: bytes.
+        usage: the file that says how many are in use.
+        cache: the entry of memory.stat that says how many of these hold files, and give way to whoever needs them.
+    """
+
+    folder: Path
+    limit: int
+    usage: str
+    cache: str
+
+    def left(self) -> int:
+        used = _number(self.folder / self.usage) or 0
+        cached = _entry(self.folder / "memory.stat", self.cache) or 0
+        return max(0, min(self.limit, self.limit - used + cached))
+
+
+@cache
+def _limited(root: Path) -> list[_Group]:
+    """The control groups of this process, and those around them, that have a limit (looked up once)."""
+    groups = root / "sys/fs/cgroup"
+    # Of the second version, also where it stands beside the first; of the first.
+    found = _along(groups, "", False) + _along(groups / "unified", "", False) + _along(groups / "memory", "", True)
+    for line in _lines(root / "proc/self/cgroup"):
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0":
+            found += _along(groups, path, False) + _along(groups / "unified", path, False)
+        elif "memory" in controllers.split(","):
+            found += _along(groups / "memory", path, True)
+    return list(dict.fromkeys(found))
+
+
+def _along(mount: Path, path: str, first: bool) -> list[_Group]:
+    # In a container the path may be that of its host, while the mount begins at the container's group.
+    group = mount / path.lstrip("/")
+    inside = [folder for folder in (group, *group.parents) if folder.is_relative_to(mount)]
+    limits = ("memory.limit_in_bytes",) if first else ("memory.max", "memory.high")
+    others = ("memory.usage_in_bytes", "total_inactive_file") if first else ("memory.current", "inactive_file")
+    read = [(folder, _number(folder / name)) for folder in inside for name in limits]
+    return [_Group(folder, limit, *others) for folder, limit in read if limit is not None and limit < _NONE]
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text("utf-8", "surrogateescape").split("\n")
+    except OSError:
+        return []
+
+
+def _number(file: Path) -> int | None:
+    text = "".join(_lines(file)).strip()
+    return int(text) if text.isdecimal() else None
+
+
+def _entry(file: Path, name: str) -> int | None:
+    for line in _lines(file):
+        words = line.split()
+        if words[:1] == [name] and len(words) > 1 and words[1].isdecimal():
+            return int(words[1])
+    return None

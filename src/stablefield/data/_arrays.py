@@ -1,0 +1,254 @@
+"""Arrays of images in .npy and .npz files.
+
+Pixels are uint8, (n, H, W) for greyscale, (n, C, H, W) or (n, H, W, C) with C = 1 or 3; which of them it is must be
+plain from the shape. In an .npz the images are called `images`, `x` or `arr_0` (or, with a split, `train_images`,
+`x_train`), the labels `labels` or `y` (`train_labels`, `y_train`), or `arr_1` beside `arr_0` as in ADM's files, and the
+names of the classes, if they are there, `class_names`. A .npy file is mapped; the images of an .npz are read
+into memory up to a budget and into a packed file beyond it. Nothing that needs pickle is read.
+"""
+
+import io
+import math
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from stablefield._regular_file import open_regular
+from stablefield.data._archive import Archive, Readable
+from stablefield.data._image_files import stamp
+from stablefield.data._image_set import (
+    CLASS_LIMIT,
+    PIXEL_LIMIT,
+    ImageSet,
+    Origin,
+    check_label_count,
+    make_image_set,
+    mapped,
+    read_rows,
+)
+from stablefield.data._resizing import Resize, Resolution, gathered_set
+
+__all__ = ["open_npy", "open_npz"]
+
+HEADER_LIMIT = 10_000
+"""Bytes of a header of .npy: NumPy itself takes no more."""
+NAMES_LIMIT = 2**24
+"""Bytes that the names of the classes may take."""
+
+
+def open_npy(path: Path) -> ImageSet:
+    """Map the images of a .npy file into memory.
+
+    Raises:
+        ValueError: if the file is damaged, or its dtype or shape is not that of images (see the module).
+    """
+    try:
+        with open_regular(path) as file:
+            shape, fortran, dtype = _header(str(path), file)
+            layout, view = _layout(str(path), dtype, shape)
+            start, size = file.tell(), file.seek(0, os.SEEK_END)
+            if size < start + math.prod(shape):
+                raise ValueError(
+                    f"{path} is cut short or damaged: {size:,} bytes, where its header speaks of shape {shape}; save it "
+                    "again."
+                )
+            array = mapped(file, path, start, shape, "F" if fortran else "C")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
+    return make_image_set(view(array), None, Origin(name=path.stem, source=f"array file {path.name}, read as {layout}"))
+
+
+def open_npz(
+    path: Path,
+    split: str = "train",
+    *,
+    resolution: Resolution | None = None,
+    limit: int | None = None,
+    resize: Resize = "crop",
+    memory_budget: int,
+    cache: Path,
+) -> ImageSet:
+    """Read the images and labels of an .npz file.
+
+    Args:
+        path: the file.
+        split: which of its splits, where its arrays are named after splits.
+        resolution: bring every image to this side or height and width as it is read.
+        limit: where there is no resolution, choose the natural one up to this (see `natural_resolution`).
+        resize: how.
+        memory_budget: bytes of pixels that may be kept in memory.
+        cache: the folder for a packed file if they are more.
+
+    Raises:
+        ValueError: if the file is damaged, holds no array of images under a known name, or their dtype or shape is not that
+            of images (see the module).
+    """
+    with Archive(path) as archive:
+        arrays = {entry.filename.removesuffix(".npy"): entry for entry in archive.entries}
+        images_key, labels_key = _keys(path, set(arrays), split)
+        with archive.open(arrays[images_key]) as file:
+            what = f"{path}: {images_key}"
+            shape, fortran, dtype = _header(what, file)
+            layout, view = _layout(what, dtype, shape)
+            if fortran:
+                raise ValueError(f"{what} lies in Fortran order: save np.ascontiguousarray of it.")
+
+            def labels() -> NDArray[np.int64] | None:
+                # After the images: only then is it known that there are as many as both headers say.
+                return None if labels_key is None else _labels(path, archive, arrays[labels_key], shape[0])
+
+            class_names = None
+            if labels_key is not None:
+                _label_header(path, archive, arrays[labels_key], shape[0])
+                if "class_names" in arrays:
+                    class_names = _class_names(path, archive, arrays["class_names"], shape[0])
+            return gathered_set(
+                (view(rows) for rows in read_rows(file, shape[0], shape[1:], what)),
+                shape[0],
+                view(np.empty((1, *shape[1:]), np.uint8)).shape[1:],
+                labels,
+                Origin(
+                    name=path.stem,
+                    source=f"array {images_key} of {path.name}, read as {layout}",
+                    class_names=class_names,
+                ),
+                key=[str(path.resolve()), *stamp(path), images_key, labels_key, class_names],
+                resolution=resolution,
+                limit=limit,
+                resize=resize,
+                memory_budget=memory_budget,
+                cache=cache,
+            )
+
+
+def _header(what: str, file: Readable) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
+    """Shape, order (whether Fortran's) and dtype of the array that begins in `file`, which is then at its first byte."""
+    try:
+        head = file.read(8)
+        # The second version, and the third, have four bytes for the length of the header.
+        head += file.read(2 if head[6:7] == b"\1" else 4)
+        length = int.from_bytes(head[8:], "little")
+        if length > HEADER_LIMIT:
+            raise ValueError(f"a header of {length:,} bytes")
+        stream = io.BytesIO(head + file.read(length))
+        read = npy.read_array_header_1_0 if npy.read_magic(stream) == (1, 0) else npy.read_array_header_2_0
+        shape, fortran, dtype = read(stream)
+        if any(type(side) is not int or side < 0 for side in shape) or math.prod(shape) * dtype.itemsize >= 2**63:
+            raise ValueError(f"shape {shape}")
+    except Exception as error:
+        # NumPy parses the header as an expression of Python, over which anything at all may be raised.
+        raise ValueError(f"{what} is cut short or damaged ({error}): save it again.") from error
+    if dtype.hasobject:
+        raise ValueError(f"{what} holds Python objects, which are never read: save an array of numbers.")
+    return shape, fortran, dtype
+
+
+def _keys(path: Path, names: set[str], split: str) -> tuple[str, str | None]:
+    plain = ("images", "x", "arr_0") if split == "train" else ()
+    images = [key for key in (*plain, f"{split}_images", f"x_{split}") if key in names]
+    if len(images) != 1:
+        raise ValueError(
+            f"{path} holds the arrays {', '.join(sorted(names))}: exactly one of them should hold the images of split "
+            f"{split!r} and be called images (or x, arr_0, {split}_images, x_{split})."
+        )
+    labels = {
+        "images": "labels",
+        "x": "y",
+        "arr_0": "arr_1",
+        f"{split}_images": f"{split}_labels",
+        f"x_{split}": f"y_{split}",
+    }
+    fallback = [key for key in ("labels", "y") if key in names and split == "train"]
+    own = labels.get(images[0])
+    # A name that says what it is comes before the place in a list.
+    found = [*fallback, own] if own == "arr_1" else [own, *fallback]
+    return images[0], next((key for key in found if key in names), None)
+
+
+def _class_names(path: Path, archive: Archive, entry: zipfile.ZipInfo, count: int) -> tuple[str, ...]:
+    """What the classes of `count` images are called."""
+    with archive.open(entry) as file:
+        what = f"{path}: class_names"
+        shape, _, dtype = _header(what, file)
+        size = math.prod(shape) * dtype.itemsize
+        if len(shape) != 1 or dtype.kind != "U" or not 0 < size <= NAMES_LIMIT or shape[0] > max(CLASS_LIMIT, count):
+            raise ValueError(
+                f"{what} has dtype {dtype} and shape {shape}: save one text per class, shape (classes,), for up to "
+                f"{max(CLASS_LIMIT, count):,} classes and of up to {NAMES_LIMIT:,} bytes."
+            )
+        content = b"".join(rows.tobytes() for rows in read_rows(file, shape[0], (dtype.itemsize,), what))
+    try:
+        names = tuple(str(name) for name in np.frombuffer(content, dtype))
+        "".join(names).encode()
+    except ValueError as error:
+        raise ValueError(f"{what} is damaged ({error}): save it again.") from error
+    return names
+
+
+def _label_header(path: Path, archive: Archive, entry: zipfile.ZipInfo, count: int) -> None:
+    """Refuse labels that do not fit `count` images, by their header alone."""
+    with archive.open(entry) as file:
+        key = entry.filename.removesuffix(".npy")
+        shape, _, dtype = _header(f"{path}: {key}", file)
+    if dtype.kind not in "iu" or math.prod(shape) != max(shape, default=0):
+        raise ValueError(
+            f"{path}: {key} has dtype {dtype} and shape {shape}: labels are whole numbers, one per image, "
+            "shape (n,); from one-hot rows they are had by argmax(1)."
+        )
+    if math.prod(shape) != count:
+        raise ValueError(f"{path} has {math.prod(shape):,} labels for {count:,} images: save one label per image.")
+    check_label_count(count, path)
+
+
+def _labels(path: Path, archive: Archive, entry: zipfile.ZipInfo, count: int) -> NDArray[np.int64]:
+    """The labels, whose header fits."""
+    with archive.open(entry) as file:
+        what = f"{path}: {entry.filename.removesuffix('.npy')}"
+        _, _, dtype = _header(what, file)
+        labels = np.empty(count, np.int64)
+        end = 0
+        for rows in read_rows(file, count, (dtype.itemsize,), what):
+            labels[end : end + len(rows)] = rows.view(dtype)[:, 0]
+            end += len(rows)
+    return labels
+
+
+def _layout(
+    what: str, dtype: np.dtype[np.generic], shape: tuple[int, ...]
+) -> tuple[str, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]]:
+    """The layout of an array of images, and the function that makes (n, C, H, W) of it without a copy."""
+    if len(shape) in (3, 4) and math.prod(shape[1:]) // (3 if 3 in shape[1::2] else 1) > PIXEL_LIMIT:
+        raise ValueError(
+            f"{what} has shape {shape}: one image may have up to {PIXEL_LIMIT:,} pixels; make them smaller."
+        )
+    if dtype != np.uint8:
+        raise ValueError(
+            f"{what} has dtype {dtype}: images are uint8, 0 to 255. From values in [0, 1]: "
+            "(x * 255).round().clip(0, 255).astype('uint8'); from values in [-1, 1]: ((x + 1) * 127.5) instead of x * 255."
+        )
+    # Squares are many: an image of 3 or 4 pixels' width would be a line.
+    if len(shape) == 3 and shape[2] in (1, 3, 4) and shape[1] != shape[2] and math.prod(shape):
+        raise ValueError(
+            f"{what} has shape {shape}, which may be one image (H, W, C) as well as {shape[0]:,} greyscale images "
+            f"(n, H, W) of {shape[2]} pixels' width: save one image as x[None], shape {(1, *shape)}"
+            f"{', without its alpha channel' if shape[2] == 4 else ''}, and several in one array (n, H, W, C)."
+        )
+    if len(shape) == 3 and math.prod(shape):
+        return "NHW", lambda x: x[:, None]
+    first, last = (shape[1] in (1, 3), shape[3] in (1, 3)) if len(shape) == 4 else (False, False)
+    if math.prod(shape) == 0 or not (first or last):
+        raise ValueError(
+            f"{what} has shape {shape}: images are (n, H, W), (n, C, H, W) or (n, H, W, C), with n above 0 and C = 1 or 3; "
+            "drop an alpha channel."
+        )
+    if first and last:
+        raise ValueError(
+            f"{what} has shape {shape}, which may be (n, C, H, W) as well as (n, H, W, C): save it such that one of the two "
+            "axes is neither 1 nor 3; greyscale images as (n, H, W)."
+        )
+    return ("NCHW", lambda x: x) if first else ("NHWC", lambda x: x.transpose(0, 3, 1, 2))

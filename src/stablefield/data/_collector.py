@@ -1,0 +1,119 @@
+"""Where decoded images gather: in memory up to a budget, in a packed file beyond it.
+
+The file is written in constant memory and mapped, so a set may be larger than memory. It lies in the cache folder under
+a name made from what went into it, is used again by whoever opens the same source in the same way, and may be deleted at
+any time. Processes that decode the same source side by side write the same bytes, and the last to finish gives the file
+its name.
+"""
+
+import hashlib
+import math
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stablefield.data._image_set import ImageSet, Origin, make_image_set, size_text
+from stablefield.data._packed import open_packed
+from stablefield.data._packed_writer import PackedWriter, room_for
+
+__all__ = ["MEMORY_BUDGET", "Collector", "cache_folder", "cached"]
+
+MEMORY_BUDGET = 2 * 2**30
+"""Decoded images of up to this many bytes are kept in memory unless the caller says otherwise."""
+
+
+def cache_folder() -> Path:
+    """`stablefield` in $XDG_CACHE_HOME, or in ~/.cache."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "stablefield"
+
+
+def cached(folder: Path, key: str) -> tuple[Path, ImageSet | None]:
+    """The cache file for `key`, which says all that its content depends on, and its content if it is there and whole."""
+    path = folder / f"images-{hashlib.sha256(key.encode()).hexdigest()[:20]}.stablefield"
+    try:
+        return path, open_packed(path)
+    except ValueError:
+        return path, None
+
+
+class Collector:
+    """Takes images one by one and gives back an `ImageSet`; a context manager, so that nothing half-written stays.
+
+    Args:
+        count: how many images may come.
+        shape: shape of one, (C, H, W).
+        memory_budget: bytes of pixels that may be kept in memory.
+        file: where to write if they are more.
+        class_names: what the classes are called.
+
+    Raises:
+        ValueError: if the images are beyond the budget and the file cannot be written or does not fit on its disk.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        shape: tuple[int, int, int],
+        *,
+        memory_budget: int,
+        file: Path,
+        class_names: tuple[str, ...] | None = None,
+    ) -> None:
+        self._kept = 0
+        self._images: NDArray[np.uint8] | None = None
+        self._writer: PackedWriter | None = None
+        size = count * math.prod(shape)
+        if size <= memory_budget:
+            self._images = np.empty((count, *shape), np.uint8)
+            return
+        remedy = "set XDG_CACHE_HOME to a folder on a larger disk, choose a lower resolution, or raise memory_budget"
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(file.parent).free
+            if free < size + 2**24:
+                raise ValueError(
+                    f"{count:,} images decode to {size_text(size)}, above the memory budget of "
+                    f"{size_text(memory_budget)}, and {file.parent} has {size_text(free)} left for them: {remedy}."
+                )
+            self._writer = PackedWriter(file, shape, overwrite=True, room=room_for({"class_names": class_names}))
+        except OSError as error:
+            raise ValueError(f"{file} cannot be written ({error.strerror or error}): {remedy}.") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writer is not None:
+            self._writer.__exit__(kind, error, trace)
+
+    def append(self, images: NDArray[np.uint8]) -> None:
+        """Take images of shape (k, C, H, W)."""
+        if self._writer is not None:
+            self._writer.append(images)
+        elif self._images is not None:
+            self._images[self._kept : self._kept + len(images)] = images
+        self._kept += len(images)
+
+    def finish(self, labels: NDArray[np.int64] | None, origin: Origin) -> ImageSet:
+        """The set of the images taken.
+
+        Args:
+            labels: one per image taken, or None.
+            origin: where they came from; its class names are those given at the start.
+
+        Raises:
+            ValueError: if no image was taken, or labels do not fit.
+        """
+        if self._writer is None:
+            images = self._images[: self._kept] if self._images is not None else np.empty((0, 1, 1, 1), np.uint8)
+            return make_image_set(images, labels, origin)
+        classes = 0 if labels is None else len(origin.class_names or ()) or int(labels.max()) + 1
+        return open_packed(self._writer.finish(labels, origin.manifest(classes)))

@@ -1,0 +1,382 @@
+"""A collection of image files: the names in a folder or a .zip archive, how to open each, and their labels.
+
+Files are recognised by their suffix, taken in the order of their names, and looked for in sub-folders too. Names that
+begin with a dot and `__MACOSX` are passed over. Names are relative to the deepest folder that holds all images. Then,
+
+- if every name begins with a word for a split (train, val, test, ...), and at least two of them occur, only the files of
+  the wanted split are taken;
+- labels come from `dataset.json`, `{"labels": [["a/b.png", 3], ...]}` with names relative to the folder it lies in, if
+  there is one (its labels may be null: none);
+- otherwise, if every image lies in exactly one level of sub-folder, and there are at least two, the sub-folders are the
+  classes, numbered in the order of their names, in which numbers count as numbers (2 before 10), and in every split as
+  in that for training. With an image elsewhere there are no classes, and the manifest notes why.
+"""
+
+import json
+import os
+import re
+import reprlib
+import zipfile
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stablefield._regular_file import JSON_LIMIT, open_regular
+from stablefield.data._archive import Archive, EntryFile
+
+__all__ = [
+    "NOTED",
+    "SPLITS",
+    "SUFFIXES",
+    "ChosenFiles",
+    "ImageFiles",
+    "choose_files",
+    "common_folder",
+    "folder_files",
+    "hidden",
+    "natural",
+    "read_documents",
+    "stamp",
+    "zip_files",
+]
+
+SUFFIXES = frozenset(
+    [
+        ".png",
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".webp",
+        ".bmp",
+        ".dib",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".jp2",
+        ".tga",
+        ".avif",
+    ]
+)
+NOTED = 200
+"""Letters of a name in a note: notes are kept in the header of a packed file."""
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+
+DOCUMENT_SHARE = 512
+"""Bytes that a dataset.json may have for each file beside it, beyond those that any JSON may have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFiles:
+    """Image files with their labels; nothing is decoded yet."""
+
+    names: tuple[str, ...]
+    """What each file is called in messages."""
+    open: Callable[[int], BinaryIO | EntryFile]
+    """Open file i for reading; may be called from several threads."""
+    labels: NDArray[np.int64] | None
+    """Class numbers, shape (n,), or None."""
+    class_names: tuple[str, ...] | None
+    """What the classes are called, if that is known."""
+    name: str
+    """A short name."""
+    source: str
+    """One line that says where the files are."""
+    fingerprint: Callable[[], str]
+    """A text that changes when a file does: names, sizes, times of change."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of how they were chosen, one sentence each."""
+
+
+def folder_files(
+    folder: Path, split: str = "train", tables: Callable[[list[Path], Path, str], ImageFiles] | None = None
+) -> ImageFiles:
+    """The image files in a folder and its sub-folders; links are followed, once each.
+
+    Args:
+        folder: the folder.
+        split: which of its splits, where it has some.
+        tables: reads the parquet files of a folder that holds no other images.
+
+    Raises:
+        ValueError: if there is no image, or there are parquet files beside them, no such split, or `dataset.json` does not
+            fit the files.
+    """
+    paths: dict[str, Path] = {}
+    seen: set[tuple[int, int]] = set()
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}.") from error
+
+    for place, below, files in os.walk(folder, onerror=refuse, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            below.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        below[:] = sorted(name for name in below if not hidden(name))
+        for file in files:
+            suffix = Path(file).suffix.lower()
+            if not hidden(file) and (suffix in SUFFIXES or suffix == ".parquet" or file == "dataset.json"):
+                path = Path(place) / file
+                paths[path.relative_to(folder).as_posix()] = path
+    parquet = [paths.pop(name) for name in list(paths) if name.lower().endswith(".parquet")]
+    if parquet and tables is not None:
+        single = next((path for name, path in paths.items() if PurePosixPath(name).name != "dataset.json"), None)
+        if single is None:
+            return tables(parquet, folder, split)
+        raise ValueError(
+            f"{folder} holds parquet files, such as {parquet[0]}, and image files, such as {single}: name a folder with one "
+            "of both."
+        )
+    named = {name: path for name, path in paths.items() if PurePosixPath(name).name == "dataset.json"}
+    documents = read_documents(named, len(paths))
+    chosen = choose_files([name for name in paths if name not in documents], documents, folder, split)
+
+    def fingerprint() -> str:
+        return json.dumps([str(folder.resolve()), [[name, *stamp(paths[name])] for name in chosen.names]])
+
+    return ImageFiles(
+        names=tuple(str(paths[name]) for name in chosen.names),
+        open=lambda i: open_regular(paths[chosen.names[i]]),
+        labels=chosen.labels,
+        class_names=chosen.class_names,
+        notes=chosen.notes,
+        name=folder.resolve().name or "images",
+        source=f"folder {folder.resolve().name} with {len(chosen.names):,} image files{chosen.note}",
+        fingerprint=fingerprint,
+    )
+
+
+@contextmanager
+def zip_files(path: Path, split: str = "train") -> Generator[ImageFiles, None, None]:
+    """The image files in a .zip archive, which stays open for the length of the block; nothing is unpacked to disk.
+
+    Args:
+        path: the archive.
+        split: which of its splits, where it has some.
+
+    Raises:
+        ValueError: if the archive is damaged or encrypted, an entry's name leads out of it or occurs twice, there is no
+            image, no such split, or `dataset.json` does not fit the files.
+    """
+    with Archive(path) as archive:
+        entries: dict[str, zipfile.ZipInfo] = {}
+        for entry in archive.entries:
+            # Some programs of Windows write its own separator.
+            name = entry.filename.replace("\\", "/")
+            parts = PurePosixPath(name).parts
+            if name.startswith("/") or ".." in parts or ":" in name.split("/")[0]:
+                raise ValueError(f"{path}: the entry {entry.orig_filename!r} leads out of the archive: make it again.")
+            if not parts or name.endswith("/") or any(hidden(part) for part in parts):
+                continue
+            if PurePosixPath(name).suffix.lower() not in SUFFIXES and parts[-1] != "dataset.json":
+                continue
+            if name in entries:
+                raise ValueError(f"{path}: the entry {name!r} occurs twice: make the archive again.")
+            if entry.flag_bits & 1:
+                raise ValueError(f"{path}: the entry {name!r} is encrypted: unpack the archive and use the folder.")
+            entries[name] = entry
+        documents: dict[str, bytes] = {}
+        for name, entry in entries.items():
+            if PurePosixPath(name).name == "dataset.json":
+                with archive.open(entry) as file:
+                    documents[name] = _document(file, f"{path}/{name}", len(entries))
+        chosen = choose_files([name for name in entries if name not in documents], documents, path, split)
+
+        def fingerprint() -> str:
+            return json.dumps([str(path.resolve()), *stamp(path), chosen.names])
+
+        yield ImageFiles(
+            names=tuple(f"{path}/{name}" for name in chosen.names),
+            open=lambda i: archive.open(entries[chosen.names[i]]),
+            labels=chosen.labels,
+            class_names=chosen.class_names,
+            notes=chosen.notes,
+            name=path.stem,
+            source=f"archive {path.name} with {len(chosen.names):,} image files{chosen.note}",
+            fingerprint=fingerprint,
+        )
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Size and time of change of a file; zeros if it cannot be looked at."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenFiles:
+    """Which of some files are meant, in order, with their labels."""
+
+    names: list[str]
+    labels: NDArray[np.int64] | None = None
+    class_names: tuple[str, ...] | None = None
+    note: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder of this name is passed over."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def choose_files(names: list[str], documents: dict[str, bytes], where: Path | str, split: str) -> ChosenFiles:
+    """Split, order and labels of the image files `names`, by the rules of the module."""
+    if not names:
+        raise ValueError(
+            f"{where} holds no image file: {', '.join(sorted(SUFFIXES))} are looked for, in sub-folders too."
+        )
+    names = sorted(names)
+    root = common_folder(names)
+    first = {name[len(root) :].split("/")[0] if "/" in name[len(root) :] else "" for name in names}
+    words = {word: key for key, words in SPLITS.items() for word in words}
+    note = ""
+    notes: list[str] = []
+    training: list[str] = []
+    named = sorted(word for word in first if word.lower() in words)
+    if len(named) >= 2 and len(first) > len(named):
+        other = next(name for name in names if not name.startswith(tuple(f"{root}{word}/" for word in named)))
+        if "" in first:
+            raise ValueError(
+                f"{where} holds the splits {', '.join(named)} and beside them {other}, which is in none: move it, or name "
+                f"the folder of the split that you mean, {root}{named[0]}."
+            )
+        notes.append(
+            f"The folders {', '.join(named)} count as classes, not as splits, because {other[:NOTED]} is in none of them: "
+            "to read one split, name its folder."
+        )
+    if len(first) >= 2 and all(word.lower() in words for word in first):
+        kept = [word for word in first if words[word.lower()] == words.get(split.lower(), split)]
+        if len(kept) != 1:
+            raise ValueError(f"split={split!r}: {where} holds the splits {', '.join(sorted(first))}; pass one of them.")
+        training = [
+            name
+            for word in first
+            if words[word.lower()] == "train"
+            for name in names
+            if name.startswith(f"{root}{word}/")
+        ]
+        names = [name for name in names if name.startswith(f"{root}{kept[0]}/")]
+        root, note = common_folder(names), f", split {kept[0]}"
+    elif split != "train":
+        raise ValueError(
+            f"split={split!r}: {where} has no splits; leave split out, or name the folder with the images."
+        )
+    for name, document in sorted(documents.items(), key=lambda item: len(item[0])):
+        folder = name.removesuffix("dataset.json")
+        if root.startswith(folder):
+            labels = _document_labels([n[len(folder) :] for n in names], document, f"{where}/{name}")
+            return ChosenFiles(names=names, labels=labels, note=note, notes=tuple(notes))
+    classes = [name[len(root) :].split("/") for name in names]
+    if all(len(parts) == 2 for parts in classes):
+        above = len(common_folder(training))
+        trained = {name[above:].split("/")[0] for name in training if name[above:].count("/") == 1}
+        class_names = sorted(trained, key=natural)
+        class_names += sorted({parts[0] for parts in classes} - trained, key=natural)
+        number = {name: i for i, name in enumerate(class_names)}
+        labels = np.array([number[parts[0]] for parts in classes], np.int64)
+        return ChosenFiles(names=names, labels=labels, class_names=tuple(class_names), note=note, notes=tuple(notes))
+    folders = {parts[0] for parts in classes if len(parts) == 2}
+    if len(folders) >= 2:
+        stray = [name for name, parts in zip(names, classes, strict=True) if len(parts) != 2]
+        notes.append(
+            f"The {len(folders):,} folders count as no classes, because {len(stray):,} of {len(names):,} images "
+            f"{'lies' if len(stray) == 1 else 'lie'} elsewhere, the first {stray[0][:NOTED]}: for classes, move "
+            f"{'it' if len(stray) == 1 else 'them'} into one of the folders or away, or write a dataset.json."
+        )
+    return ChosenFiles(names=names, note=note, notes=tuple(notes))
+
+
+def natural(name: str) -> tuple[list[tuple[int, str]], str]:
+    """What puts names in natural order: the digits in them count as whole numbers."""
+    parts = re.split(r"([0-9]+)", name)
+    # A number without its leading zeros is the larger the longer it is.
+    whole = [part.lstrip("0") if place % 2 else part for place, part in enumerate(parts)]
+    return [(len(part) if place % 2 else 0, part) for place, part in enumerate(whole)], name
+
+
+def common_folder(names: list[str]) -> str:
+    """The deepest folder that holds all names, "" or with a slash at its end."""
+    if not names:
+        return ""
+    folders = [name.split("/")[:-1] for name in (min(names), max(names))]
+    # The first and the last name in order agree on a prefix of folders only if all between them do.
+    agree = takewhile(lambda pair: pair[0] == pair[1], zip(*folders, strict=False))
+    return "".join(f"{part}/" for part, _ in agree)
+
+
+def read_documents(paths: dict[str, Path], count: int) -> dict[str, bytes]:
+    """The bytes of each dataset.json, by its name, in a folder of `count` files.
+
+    Raises:
+        ValueError: if one cannot be read, or is too long.
+    """
+    documents: dict[str, bytes] = {}
+    for name, path in paths.items():
+        try:
+            with open_regular(path) as file:
+                documents[name] = _document(file, str(path), count)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
+    return documents
+
+
+def _document(file: BinaryIO | EntryFile, where: str, count: int) -> bytes:
+    """The bytes of a dataset.json beside `count` files; as Python's objects they take up to thirty times as much memory."""
+    limit = JSON_LIMIT + DOCUMENT_SHARE * count
+    pieces: list[bytes] = []
+    size = 0
+    while piece := file.read(2**20):
+        pieces.append(piece)
+        size += len(piece)
+        if size > limit:
+            raise ValueError(
+                f"{where} has more than {limit:,} bytes, too many for the labels of {count:,} files: leave out the rest."
+            )
+    return b"".join(pieces)
+
+
+def _document_labels(names: list[str], document: bytes, where: str) -> NDArray[np.int64] | None:
+    """Labels of `names` from a dataset.json; entries without an image are ignored."""
+    try:
+        content: Any = json.loads(document)
+        pairs: Any = content.get("labels")
+        if pairs is None:
+            return None
+        table = {str(name): label for name, label in pairs}
+        twice = next((name for name, label in pairs if table[str(name)] != label), None)
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f'{where} is not understood ({error}): it should read {{"labels": [["name.png", 0], ...]}} or '
+            '{"labels": null}.'
+        ) from error
+    if twice is not None:
+        raise ValueError(f"{where} gives {twice} two labels: leave one.")
+    missing = [name for name in names if name not in table]
+    if missing:
+        raise ValueError(
+            f"{where} has no label for {len(missing):,} of {len(names):,} images, the first {missing[0]}: add them."
+        )
+    labels = [table[name] for name in names]
+    for name, label in zip(names, labels, strict=True):
+        if type(label) is not int or not 0 <= label < 2**31:
+            raise ValueError(f"{where} gives {name} the label {reprlib.repr(label)}: a label is a whole number from 0.")
+    return np.array(labels, np.int64)

@@ -1,0 +1,264 @@
+"""From image files to an image set: every file is looked at, then decoded, in order, by a few threads.
+
+The first pass reads headers alone and settles the shape: greyscale if all images are, one size or the wanted resolution. The
+second decodes into a `Collector`. All files that cannot be read are found and counted before anything is said about them.
+
+Beside the set itself, reading takes no more than 1 GiB of memory, whatever the files hold: decoders share
+`DECODING_MEMORY`, of which each takes what its image needs before it begins, and no more decoded images are on their way
+than are 128 MiB.
+"""
+
+import ctypes
+import json
+import math
+import sys
+import threading
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stablefield._regular_file import reason
+from stablefield.data._collector import Collector, cached
+from stablefield.data._image_decoder import DECODING_MEMORY, Header, decode, read_header
+from stablefield.data._image_files import ImageFiles
+from stablefield.data._image_set import ImageSet, Origin, labels_sha256
+from stablefield.data._pillow import require_pillow
+from stablefield.data._resizing import Resize, Resolution, height_and_width, natural_resolution, resize_text
+
+__all__ = ["Progress", "load_image_files"]
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Called with the stage ("looking at files", "decoding"), how many files are done, and of how many."""
+
+THREADS = 4
+WINDOW = 32
+WINDOW_BYTES = 2**27
+LISTED = 5
+REASON_LENGTH = 200
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Broken:
+    reason: str
+
+
+def load_image_files(
+    files: ImageFiles,
+    *,
+    resolution: Resolution | None,
+    limit: int | None,
+    resize: Resize,
+    skip_broken: bool,
+    progress: Progress | None,
+    memory_budget: int,
+    cache: Path,
+) -> ImageSet:
+    """Decode image files.
+
+    Args:
+        files: which.
+        resolution: bring every image to this side or height and width; None takes images that agree in size as they are.
+        limit: where there is no resolution, choose the natural one up to this (see `natural_resolution`).
+        resize: how.
+        skip_broken: leave out files that cannot be read, and count them in the manifest.
+        progress: called as files are done, from the caller's thread.
+        memory_budget: bytes of pixels that may be kept in memory.
+        cache: the folder for a packed file if they are more.
+
+    Returns:
+        The set, in the order of `files`.
+
+    Raises:
+        ValueError: if images differ in size and `resolution` is None, files cannot be read (unless skipped), or no image
+            is left.
+        ImportError: if Pillow is not installed.
+    """
+    require_pillow("reading image files")
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        # Pillow warns of what is harmless here (odd EXIF, palettes); of a decompression bomb it must not only warn.
+        warnings.filterwarnings("ignore", module="PIL")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        room = _Room(DECODING_MEMORY)
+        headers = list(_reported("looking at files", progress, lambda i: _header(files, i, room), len(files.names)))
+        if resolution is None and limit is not None:
+            sizes = [(header.height, header.width) for header in headers if isinstance(header, Header)]
+            resolution = natural_resolution(sizes, limit) if sizes else None
+        shape, resized = _settle(files.names, headers, resolution, resize)
+        file = cache
+        if len(headers) * math.prod(shape) > memory_budget:
+            parts = [files.fingerprint(), labels_sha256(files.labels), files.class_names, files.notes, shape, resized]
+            file, found = cached(cache, json.dumps(parts))
+            if found is not None and (skip_broken or found.manifest.get("skipped") == 0):
+                return found
+        broken: dict[int, _Broken] = {}
+        conversions: Counter[str] = Counter()
+        with Collector(
+            len(headers), shape, memory_budget=memory_budget, file=file, class_names=files.class_names
+        ) as collector:
+            wanted = None if resolution is None else (resolution, resize)
+
+            def decoded(i: int) -> tuple[NDArray[np.uint8], tuple[str, ...]] | _Broken:
+                header = headers[i]
+                if isinstance(header, _Broken):
+                    return header
+                with room.taken(header.memory):
+                    return _pixels(files, i, shape, wanted)
+
+            window = min(WINDOW, max(1, WINDOW_BYTES // math.prod(shape)))
+            with closing(_reported("decoding", progress, decoded, len(headers), window)) as results:
+                for i, result in enumerate(results):
+                    if isinstance(result, _Broken):
+                        broken[i] = result
+                    elif skip_broken or not broken:
+                        collector.append(result[0][None])
+                        conversions.update(result[1])
+            reasons = [f"{files.names[i]} ({fault.reason[:REASON_LENGTH]})" for i, fault in broken.items()]
+            if broken and (not skip_broken or len(broken) == len(headers)):
+                raise ValueError(_broken_text(reasons, len(headers)))
+            kept = np.array([i for i in range(len(headers)) if i not in broken])
+            origin = Origin(
+                name=files.name,
+                source=files.source,
+                class_names=files.class_names,
+                resized=resized,
+                conversions=dict(sorted(conversions.items())),
+                skipped=len(broken),
+                skipped_files=tuple(reasons[:LISTED]),
+                notes=files.notes,
+            )
+            return collector.finish(None if files.labels is None else files.labels[kept], origin)
+
+
+def _settle(
+    names: Sequence[str], headers: Sequence[Header | _Broken], resolution: Resolution | None, resize: Resize
+) -> tuple[tuple[int, int, int], str]:
+    """Shape of the set, and how its images are brought to it."""
+    good = [(name, header) for name, header in zip(names, headers, strict=True) if isinstance(header, Header)]
+    if not good:
+        reasons = [f"{n} ({h.reason})" for n, h in zip(names, headers, strict=True) if isinstance(h, _Broken)]
+        raise ValueError(_broken_text(reasons, len(names)))
+    channels = 1 if all(header.grey for _, header in good) else 3
+    sizes = Counter((header.height, header.width) for _, header in good)
+    if resolution is not None:
+        size = height_and_width(resolution)
+        return (channels, *size), "no" if set(sizes) == {size} else resize_text(resolution, resize, sizes)
+    if len(sizes) > 1:
+        name, first = good[0]
+        other, second = next((n, h) for n, h in good if (h.height, h.width) != (first.height, first.width))
+        smallest = min(min(size) for size in sizes)
+        raise ValueError(
+            f"images differ in size ({len(sizes):,} sizes in {len(good):,} images): {name} has {first.width} x "
+            f"{first.height} pixels, {other} has {second.width} x {second.height}. Pass a resolution to bring all of "
+            f"them to one square size (resolution=N; the shortest side among them is {smallest})."
+        )
+    height, width = next(iter(sizes))
+    return (channels, height, width), "no"
+
+
+def _header(files: ImageFiles, i: int, room: "_Room") -> Header | _Broken:
+    def read() -> Header:
+        with files.open(i) as file:
+            return read_header(file, room.taken)
+
+    return _guarded(read)
+
+
+def _pixels(
+    files: ImageFiles, i: int, shape: tuple[int, int, int], wanted: tuple[Resolution, Resize] | None
+) -> tuple[NDArray[np.uint8], tuple[str, ...]] | _Broken:
+    def read() -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+        with files.open(i) as file:
+            pixels, notes = decode(file, shape[0], *wanted) if wanted else decode(file, shape[0])
+        if pixels.shape != shape:
+            raise ValueError(f"it decodes to shape {pixels.shape}, but its header promised {shape}")
+        return pixels, notes
+
+    return _guarded(read)
+
+
+def _guarded(read: Callable[[], T]) -> T | _Broken:
+    """The result, or why there is none: decoders raise anything at all over a damaged file."""
+    from PIL import UnidentifiedImageError
+
+    try:
+        return read()
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        return _Broken("not an image of a kind that is read, or an empty file")
+    except OSError as error:
+        return _Broken(error.strerror or str(error) or type(error).__name__)
+    except Exception as error:
+        return _Broken(reason(error).strip() or type(error).__name__)
+
+
+def _broken_text(reasons: Sequence[str], count: int) -> str:
+    more = f" and {len(reasons) - LISTED:,} more" if len(reasons) > LISTED else ""
+    return (
+        f"{len(reasons):,} of {count:,} image files cannot be read: {'; '.join(reasons[:LISTED])}{more}. "
+        "Mend or remove them, or leave them out with skip_broken=True."
+        if len(reasons) < count
+        else f"none of {count:,} image files can be read: {'; '.join(reasons[:LISTED])}{more}. Mend or convert them."
+    )
+
+
+class _Room:
+    """Memory that threads share: whoever wants some waits until it is free."""
+
+    def __init__(self, size: int) -> None:
+        self._free = size
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, size: int) -> Generator[None, None, None]:
+        """Have `size` bytes, no more than there are in all, for the length of the block."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= size)
+            self._free -= size
+        try:
+            yield
+        finally:
+            if size > WINDOW_BYTES // 2:
+                _return_free_memory()
+            with self._changed:
+                self._free += size
+                self._changed.notify_all()
+
+
+def _return_free_memory() -> None:
+    """Have the C library give freed memory back: glibc keeps it for the thread that freed it, and no other can use it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def _reported(
+    stage: str, progress: Progress | None, function: Callable[[int], T], count: int, ahead: int = WINDOW
+) -> Generator[T, None, None]:
+    """`function` of 0 .. count - 1, in order, from a pool of threads that runs only a little ahead."""
+    window: deque[Future[T]] = deque()
+    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="stablefield-images")
+    try:
+        done = 0
+        for i in range(count + ahead):
+            if i < count:
+                window.append(pool.submit(function, i))
+            if i >= ahead and window:
+                yield window.popleft().result()
+                done += 1
+                if progress is not None:
+                    progress(stage, done, count)
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,379 @@
+"""A set of images: uint8 pixels, labels if there are any, and a manifest that says what they are.
+
+Pixels have shape (n, C, H, W) with C = 1 (greyscale) or 3 (RGB) and values 0 to 255; elsewhere in the library the value
+v means v / 127.5 - 1. Labels are class numbers counted from 0. The pixels may be a memory map, larger than memory and
+read-only, so whoever takes rows copies them with `ImageSet.batch`.
+
+The manifest is a dictionary of JSON values: `count`, `shape` (C, H, W), `classes`, `source`, `resized`, `conversions`
+and two checksums. `sha256` is taken over the pixels as n * C * H * W bytes in that order, `labels_sha256` over the labels
+as little-endian int64. Equal sets have equal checksums, whatever file they came from.
+"""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stablefield._shapes import check_kind, whole_number
+from stablefield.data._archive import Readable
+
+__all__ = [
+    "CLASS_LIMIT",
+    "PIXEL_LIMIT",
+    "ImageSet",
+    "Origin",
+    "check_label_count",
+    "chunks",
+    "class_text",
+    "labels_sha256",
+    "make_image_set",
+    "mapped",
+    "pixels_sha256",
+    "read_rows",
+    "renumbered",
+    "size_text",
+]
+
+CHUNK_BYTES = 16 * 2**20
+"""How much is read from a set at a time where all of it must be seen."""
+PIXEL_LIMIT = 89_478_485
+"""Pixels of one image, above which it is taken for a decompression bomb; Pillow's own limit."""
+LABEL_LIMIT = 2**26
+"""How many images may have labels, which are kept in memory."""
+CLASS_LIMIT = 2**16
+"""How many classes there may be, or as many as images if these are more: what follows takes memory for each class."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where images came from and what was done to them: the part of a manifest that the pixels do not tell."""
+
+    name: str
+    """A short name, for headings and file names."""
+    source: str
+    """One line that says where the images came from."""
+    class_names: tuple[str, ...] | None = None
+    """What the classes are called, if that is known."""
+    resized: str = "no"
+    """How the images were brought to their size, or "no"."""
+    conversions: dict[str, int] = field(default_factory=dict[str, int])
+    """How many images each conversion touched: {"greyscale repeated to RGB": 3}."""
+    skipped: int = 0
+    """How many files were left out because they could not be read."""
+    skipped_files: tuple[str, ...] = ()
+    """The first few of them, with the reason."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of how the source was read, one sentence each."""
+
+    def __post_init__(self) -> None:
+        check_kind("name", self.name, str, "a short name, a string")
+        check_kind("source", self.source, str, "a line that says where the images came from, a string")
+        check_kind("resized", self.resized, str, "a string, 'no' if they were not")
+        check_kind("conversions", self.conversions, dict, "a dictionary of counts")
+        check_kind("skipped_files", self.skipped_files, tuple, "a tuple of strings")
+        whole_number("skipped", self.skipped, 0)
+        if self.class_names is not None:
+            check_kind("class_names", self.class_names, tuple, "a tuple of strings, or None")
+
+    def manifest(self, classes: int) -> dict[str, Any]:
+        """The manifest of a set with so many classes, still without count, shape and checksums."""
+        return {
+            "name": self.name,
+            "source": self.source,
+            "classes": classes,
+            "class_names": None if self.class_names is None else list(self.class_names),
+            "resized": self.resized,
+            "conversions": dict(self.conversions),
+            "skipped": self.skipped,
+            "skipped_files": list(self.skipped_files),
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageSet:
+    """Images with their labels and manifest; made by `make_image_set` or `open_images`.
+
+    Raises:
+        ValueError: if a shape or dtype is not as stated, the set is empty, or a label has no class.
+    """
+
+    images: NDArray[np.uint8]
+    """Shape (n, C, H, W); an array or a memory map, perhaps read-only."""
+    labels: NDArray[np.int64] | None
+    """Class numbers from 0, shape (n,), or None."""
+    class_names: tuple[str, ...] | None
+    """What the classes are called, if that is known."""
+    name: str
+    """A short name, for headings and file names."""
+    manifest: dict[str, Any]
+    """What is in the set and where it came from (see the module)."""
+    opening: dict[str, Any] | None = None
+    """The arguments with which `open_images` opens this set again; None for one that was made of arrays."""
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        check_kind("images", images, np.ndarray, "a numpy array of uint8, shape (n, C, H, W)")
+        check_kind("name", self.name, str, "a short name, a string")
+        check_kind("manifest", self.manifest, dict, "a dictionary; make_image_set makes it")
+        if self.class_names is not None:
+            check_kind("class_names", self.class_names, tuple, "a tuple of strings, or None")
+        if labels is not None:
+            check_kind("labels", labels, np.ndarray, "a numpy array of class numbers, shape (n,), or None")
+        if images.dtype != np.uint8 or images.ndim != 4:
+            raise ValueError(
+                f"images has dtype {images.dtype} and shape {images.shape}: an image set takes uint8 of shape (n, C, H, W)."
+            )
+        if images.size == 0:
+            raise ValueError(f"images has shape {images.shape}: there is no image in it.")
+        if images.shape[1] not in (1, 3):
+            raise ValueError(
+                f"images has {images.shape[1]} channels (shape {images.shape}): 1 (greyscale) and 3 (RGB) are understood; "
+                "drop an alpha channel, and move channels that come last to axis 1."
+            )
+        if labels is None:
+            return
+        if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"labels has dtype {labels.dtype} and shape {labels.shape}: "
+                f"pass one int64 class number per image, shape ({len(images)},)."
+            )
+        if labels.min() < 0:
+            raise ValueError(f"labels holds {labels.min()}: classes are counted from 0.")
+        if self.class_names is not None and labels.max() >= len(self.class_names):
+            raise ValueError(f"labels holds {labels.max()}, but class_names has {len(self.class_names)} entries.")
+        if self.classes > max(CLASS_LIMIT, len(images)):
+            raise ValueError(
+                f"labels holds {labels.max()} and stands for {self.classes:,} classes: {len(images):,} images may have up "
+                f"to {max(CLASS_LIMIT, len(images)):,}; number the classes that occur 0, 1, 2, ..."
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __repr__(self) -> str:
+        return f"<ImageSet {self.describe()}>"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of one image, (C, H, W)."""
+        _, channels, height, width = self.images.shape
+        return channels, height, width
+
+    @property
+    def classes(self) -> int:
+        """Number of classes; 0 without labels."""
+        if self.labels is None:
+            return 0
+        return len(self.class_names) if self.class_names is not None else int(self.labels.max()) + 1
+
+    @property
+    def file(self) -> Path | None:
+        """The file that the pixels are mapped from, or None if they are in memory."""
+        base: Any = self.images
+        while base is not None:
+            if isinstance(base, np.memmap):
+                return Path(base.filename) if base.filename is not None else None
+            base = getattr(base, "base", None)
+        return None
+
+    def batch(self, index: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
+        """Copy rows into fresh, writable, contiguous memory.
+
+        Args:
+            index: which rows, shape (B,), each from 0 to n - 1.
+
+        Returns:
+            The images, shape (B, C, H, W), and their labels, shape (B,), or None.
+
+        Raises:
+            ValueError: if an index is out of range.
+        """
+        if not hasattr(index, "__array__"):
+            check_kind("index", index, (list, tuple, range), "row numbers, an array of integers (B,)")
+        try:
+            index = np.asarray(index)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                f"index is a {type(index).__name__}: pass row numbers, an array of integers (B,)."
+            ) from None
+        if index.ndim != 1 or (index.size and index.dtype.kind not in "iu"):
+            raise ValueError(f"index has dtype {index.dtype} and shape {index.shape}: pass row numbers, integers (B,).")
+        index = index.astype(np.int64)
+        if index.size and not 0 <= index.min() <= index.max() < len(self):
+            raise ValueError(f"index runs from {index.min()} to {index.max()}, but the set has {len(self)} images.")
+        labels = None if self.labels is None else self.labels[index]
+        return np.ascontiguousarray(self.images[index]), labels
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of how the source was read, one sentence each."""
+        return tuple(map(str, self.manifest.get("notes", ())))
+
+    def describe(self) -> str:
+        """One line for a person: how many images of which kind, and where they lie."""
+        channels, height, width = self.shape
+        kind = "greyscale" if channels == 1 else "RGB"
+        classes = f", {self.classes} classes" if self.labels is not None else ""
+        where = f"mapped from {self.file}" if self.file is not None else "in memory"
+        size = size_text(self.images.nbytes)
+        return f"{self.name}: {len(self):,} {kind} images of {width} x {height}{classes}, {size} {where}"
+
+    def verify(self) -> None:
+        """Read everything again and compare with the manifest.
+
+        Raises:
+            ValueError: if pixels or labels are not those that the checksums were taken of.
+        """
+        found = {"sha256": pixels_sha256(self.images), "labels_sha256": labels_sha256(self.labels)}
+        for key, value in found.items():
+            if value != self.manifest.get(key):
+                raise ValueError(
+                    f"{self.name}: {key} is {value}, but the manifest says {self.manifest.get(key)}: "
+                    "the data have changed or are damaged; make the file again from its source."
+                )
+
+
+def make_image_set(
+    images: NDArray[np.uint8], labels: NDArray[Any] | None, origin: Origin, *, sha256: str | None = None
+) -> ImageSet:
+    """Make an `ImageSet` and write its manifest.
+
+    Args:
+        images: shape (n, C, H, W), uint8.
+        labels: whole numbers, shape (n,), or None.
+        origin: where the images came from.
+        sha256: checksum of the pixels if it is known already; otherwise all pixels are read once.
+
+    Returns:
+        The set.
+
+    Raises:
+        ValueError: if a shape or dtype does not fit (see `ImageSet`).
+    """
+    if sha256 is not None:
+        check_kind("sha256", sha256, str, "64 hexadecimal digits, or None")
+    check_kind("origin", origin, Origin, "an Origin, which says where the images came from")
+    if labels is not None:
+        check_kind("labels", labels, (np.ndarray, list, tuple, range), "an array of class numbers, shape (n,), or None")
+        try:
+            labels = np.asarray(labels)
+        except ValueError:
+            raise ValueError("labels are nested: pass one class number per image, shape (n,).") from None
+        if labels.dtype.kind not in "iu":
+            raise ValueError(f"labels has dtype {labels.dtype}: pass whole numbers, one class number per image.")
+        labels = labels.astype(np.int64)
+    made = ImageSet(images=images, labels=labels, class_names=origin.class_names, name=origin.name, manifest={})
+    made.manifest.update(origin.manifest(made.classes))
+    made.manifest.update(
+        count=len(images),
+        shape=list(made.shape),
+        sha256=sha256 or pixels_sha256(images),
+        labels_sha256=labels_sha256(made.labels),
+    )
+    return made
+
+
+def class_text(number: int, names: Sequence[str] | None) -> str:
+    """A class for a person: "7 (horse)", or the number alone where there is no name, or the name says the same."""
+    if number < 0:
+        return "no class"
+    name = names[number] if names is not None and number < len(names) else str(number)
+    return str(number) if name == str(number) else f"{number} ({name})"
+
+
+def renumbered(images: ImageSet, class_names: Sequence[str]) -> ImageSet:
+    """The set with its classes numbered in the order of `class_names`; the set itself if they are.
+
+    Raises:
+        ValueError: if the names of the set's classes are others.
+    """
+    names, labels = tuple(class_names), images.labels
+    if labels is None or images.class_names == names:
+        return images
+    if images.class_names is None or sorted(images.class_names) != sorted(names) or len(set(names)) < len(names):
+        found = "no names" if images.class_names is None else ", ".join(images.class_names)
+        raise ValueError(f"{images.name} has the classes {found}, and not {', '.join(names)}: name the same data.")
+    order = np.array([names.index(name) for name in images.class_names], np.int64)
+    changed = order[labels]
+    manifest = images.manifest | {"class_names": list(names), "labels_sha256": labels_sha256(changed)}
+    return dataclasses.replace(images, labels=changed, class_names=names, manifest=manifest)
+
+
+def chunks(images: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+    """Go through `images` (n, C, H, W) in contiguous pieces of about 16 MiB."""
+    rows = max(1, CHUNK_BYTES // max(1, images[0].nbytes)) if len(images) else 1
+    for start in range(0, len(images), rows):
+        yield np.ascontiguousarray(images[start : start + rows])
+
+
+def read_rows(file: Readable, count: int, shape: tuple[int, ...], what: str) -> Iterator[NDArray[np.uint8]]:
+    """Read `count` arrays of `shape`, bytes without a gap, in pieces (k, *shape) of about 16 MiB.
+
+    Args:
+        file: open where the first begins.
+        count: how many there should be.
+        shape: of one.
+        what: the file's name, for the error.
+
+    Raises:
+        ValueError: if they are not all there, or reading fails: what is damaged is found while it is unpacked.
+    """
+    size = math.prod(shape)
+    rows = max(1, CHUNK_BYTES // size)
+    for start in range(0, count, rows):
+        wanted = min(rows, count - start) * size
+        try:
+            content = file.read(wanted)
+            if len(content) != wanted:
+                raise EOFError("it ends early")
+        except Exception as error:
+            raise ValueError(
+                f"{what} is cut short or damaged: its length is not what its header says, or it cannot be unpacked "
+                f"({error}); fetch or save it again."
+            ) from error
+        yield np.frombuffer(content, np.uint8).reshape(-1, *shape)
+
+
+def mapped(
+    file: BinaryIO, path: Path, start: int, shape: tuple[int, ...], order: Literal["C", "F"] = "C"
+) -> NDArray[np.uint8]:
+    """Map bytes of an open file into memory, read-only; `path` is what the map says that it comes from."""
+    # NumPy would open a path once more, and by then something else may be there.
+    array = np.memmap(file, np.uint8, "r", start, shape, order)
+    array.filename = str(path.resolve())
+    return array
+
+
+def check_label_count(count: int, where: Path | str) -> None:
+    """Refuse more labels than may be kept in memory, before they are read."""
+    if count > LABEL_LIMIT:
+        raise ValueError(f"{where} has {count:,} labels: up to {LABEL_LIMIT:,} are read; leave the labels out.")
+
+
+def pixels_sha256(images: NDArray[np.uint8]) -> str:
+    """Checksum of the pixels in (n, C, H, W) order, read piece by piece."""
+    digest = hashlib.sha256()
+    for chunk in chunks(images):
+        digest.update(chunk.data)
+    return digest.hexdigest()
+
+
+def labels_sha256(labels: NDArray[np.int64] | None) -> str | None:
+    """Checksum of the labels as little-endian int64; None without labels."""
+    return None if labels is None else hashlib.sha256(np.ascontiguousarray(labels, "<i8").data).hexdigest()
+
+
+def size_text(size: float) -> str:
+    """A number of bytes for a person: 1536 is "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -1,0 +1,98 @@
+"""What is in an image set: a table of figures, and a picture of some of its images.
+
+Means and standard deviations are exact: they come from the counts of the 256 values per channel, taken in one pass.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stablefield._shapes import check_kind, whole_number
+from stablefield.data._image_set import ImageSet, chunks, class_text, size_text
+from stablefield.data._png import tile
+
+__all__ = ["sample_grid", "summary", "value_counts"]
+
+CLASSES_SHOWN = 20
+
+
+def value_counts(images: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """How often each value occurs in each channel of `images` (n, C, H, W): shape (C, 256)."""
+    counts = np.zeros((images.shape[1], 256), np.int64)
+    for chunk in chunks(images):
+        for channel in range(images.shape[1]):
+            counts[channel] += np.bincount(chunk[:, channel].reshape(-1), minlength=256)
+    return counts
+
+
+def summary(images: ImageSet) -> list[tuple[str, str]]:
+    """Rows (what, figure) for a table; all pixels are read once.
+
+    Values are 0 to 255; means and standard deviations are given per channel, and for values v / 127.5 - 1 as well.
+    """
+    check_kind("images", images, ImageSet, "an ImageSet, as open_images returns")
+    counts = value_counts(images.images)
+    values = np.arange(256)
+    total = counts.sum(1)
+    mean = counts @ values / total
+    std = np.sqrt(np.maximum(counts @ values**2 / total - mean**2, 0))
+    present = np.flatnonzero(counts.sum(0))
+    manifest = images.manifest
+    channels, height, width = images.shape
+    rows = [
+        ("name", images.name),
+        ("source", str(manifest["source"])),
+        ("images", f"{len(images):,}"),
+        ("shape", f"{channels} x {height} x {width} ({'greyscale' if channels == 1 else 'RGB'})"),
+        ("values", f"{images.images.dtype}, {present[0]} to {present[-1]}"),
+        ("mean", _figures(mean, mean / 127.5 - 1)),
+        ("standard deviation", _figures(std, std / 127.5)),
+        ("resized", str(manifest["resized"])),
+        *((f"  {what}", f"{count:,} images") for what, count in manifest["conversions"].items()),
+        ("skipped files", f"{manifest['skipped']:,}"),
+        *(("note", note) for note in images.notes),
+        (
+            "memory",
+            f"{size_text(images.images.nbytes)}, {f'mapped from {images.file}' if images.file else 'in memory'}",
+        ),
+        ("sha256", str(manifest["sha256"])),
+    ]
+    if images.labels is None:
+        return [*rows, ("classes", "none")]
+    rows.append(("classes", str(images.classes)))
+    per_class = np.bincount(images.labels, minlength=images.classes)
+    for label, count in enumerate(per_class[:CLASSES_SHOWN]):
+        rows.append((f"  class {class_text(label, images.class_names)}", f"{count:,}"))
+    if images.classes > CLASSES_SHOWN:
+        rest = per_class[CLASSES_SHOWN:]
+        rows.append((f"  {len(rest):,} more classes", f"{rest.min():,} to {rest.max():,} each"))
+    return rows
+
+
+def sample_grid(images: ImageSet, count: int = 64, seed: int = 0) -> NDArray[np.uint8]:
+    """A picture of `count` images drawn without replacement (all, if there are fewer), in the order of the set.
+
+    Args:
+        images: the set.
+        count: how many.
+        seed: of the draw.
+
+    Returns:
+        The picture, shape (height, width, C), uint8 (see `tile`).
+
+    Raises:
+        ValueError: if `count` is below 1.
+    """
+    check_kind("images", images, ImageSet, "an ImageSet, as open_images returns")
+    whole_number("count", count)
+    whole_number("seed", seed, 0)
+    if count < 1:
+        raise ValueError(f"count={count}: a picture takes at least 1 image.")
+    drawn = np.random.default_rng(seed).choice(len(images), min(count, len(images)), replace=False)
+    drawn = np.sort(drawn)
+    if images.labels is not None:
+        drawn = drawn[np.argsort(images.labels[drawn], kind="stable")]
+    return tile(images.batch(drawn)[0])
+
+
+def _figures(raw: NDArray[np.float64], scaled: NDArray[np.float64]) -> str:
+    return f"{', '.join(f'{v:.2f}' for v in raw)} ({', '.join(f'{v:.4f}' for v in scaled)} in [-1, 1])"

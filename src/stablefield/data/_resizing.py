@@ -1,0 +1,254 @@
+"""Bringing images to a resolution: cut to its shape or squashed to it, then resampled.
+
+A resolution is a side of squares, or a height and a width. "crop" takes the largest centred part of its shape, for squares
+the largest square (of an odd difference the extra row or column is cut at the far side), "squash" the whole image; what was
+taken is resampled by Pillow's Lanczos filter, sinc(x) sinc(x / 3) for |x| < 3, widened by the factor of reduction so that it
+does not alias. An image that has the size already is left as it is. The manifest says what was done.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stablefield._shapes import check_kind
+from stablefield.data._collector import Collector, cached
+from stablefield.data._image_set import ImageSet, Origin, chunks
+from stablefield.data._pillow import require_pillow
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = [
+    "Resize",
+    "Resolution",
+    "check_resize",
+    "fit",
+    "gathered_set",
+    "height_and_width",
+    "natural_resolution",
+    "resize_text",
+    "resized_set",
+]
+
+Resize: TypeAlias = Literal["crop", "squash"]
+Resolution: TypeAlias = int | Sequence[int]
+"""The side of squares, or height and width, in pixels."""
+
+
+def height_and_width(resolution: Resolution) -> tuple[int, int]:
+    """The two sides of a resolution."""
+    if isinstance(resolution, int):
+        return resolution, resolution
+    height, width = resolution
+    return height, width
+
+
+def check_resize(resolution: Resolution | None, resize: Resize) -> None:
+    """Refuse a resolution below 1 and an unknown way of resizing."""
+    if resolution is not None and not all(1 <= side <= 8192 for side in height_and_width(resolution)):
+        raise ValueError(f"resolution={resolution}: pass the wanted side of the images in pixels, 1 to 8192.")
+    check_kind("resize", resize, str, "'crop' or 'squash'")
+    if resize not in ("crop", "squash"):
+        raise ValueError(f'resize={resize!r}: pass "crop" (largest centred square) or "squash" (the whole image).')
+
+
+def natural_resolution(sizes: Iterable[tuple[int, int]], limit: int) -> Resolution | None:
+    """The resolution that suits images of some sizes, for a network that halves them several times.
+
+    Args:
+        sizes: (height, width) of the images.
+        limit: no resolution above this.
+
+    Returns:
+        None if the images are of one size whose sides are multiples of 4 pixels (above 32, of 8), not above the limit: they
+        stay as they are. For others of one size that are not square, the height and width that keep their shape best, the
+        longer side not above the limit. Else the largest power of two that is neither above the shortest side nor the limit,
+        and at least 8.
+    """
+    distinct = set(sizes)
+    if len(distinct) == 1:
+        height, width = next(iter(distinct))
+        if height == width <= limit and height % (4 if height <= 32 else 8) == 0:
+            return None
+        found = _alike(height, width, limit)
+        if height != width and min(found) >= 8:
+            return None if found == (height, width) else found
+    shortest = min(limit, *(min(size) for size in distinct))
+    return max(8, 1 << (shortest.bit_length() - 1))
+
+
+def _alike(height: int, width: int, limit: int) -> tuple[int, int]:
+    """Sides that can be halved, in about the proportion of these, and none above the limit."""
+    longest = max(height, width)
+    # Where images are made smaller anyway, the next multiple is as good as the last.
+    sides = [side * limit / longest if longest > limit else side for side in (height, width)]
+    step = 4 if min(sides) <= 32 else 8
+    high, wide = (round(side / step) * step if longest > limit else side // step * step for side in sides)
+    return int(high), int(wide)
+
+
+def fit(image: Image, resolution: Resolution, resize: Resize) -> Image:
+    """Bring an image of mode L or RGB to a resolution, by the rule of the module."""
+    from PIL.Image import Resampling
+
+    high, wide = height_and_width(resolution)
+    box = _box(*image.size, resolution, resize)
+    if box != (0, 0, *image.size):
+        # Cut first: resize(box=...) would let the filter look at what lies outside of the part.
+        image = image.crop(box)
+    return image.resize((wide, high), Resampling.LANCZOS)
+
+
+def _box(width: int, height: int, resolution: Resolution, resize: Resize) -> tuple[int, int, int, int]:
+    """What is taken of an image: left, top, right, bottom."""
+    if resize == "squash":
+        return 0, 0, width, height
+    high, wide = height_and_width(resolution)
+    kept = min(width, max(1, round(height * wide / high))), min(height, max(1, round(width * high / wide)))
+    left, top = (width - kept[0]) // 2, (height - kept[1]) // 2
+    return left, top, left + kept[0], top + kept[1]
+
+
+def resize_text(resolution: Resolution, resize: Resize, sizes: Iterable[tuple[int, int]]) -> str:
+    """What `fit` does to images of these heights and widths, for the manifest."""
+    from PIL import __version__
+
+    height, width = height_and_width(resolution)
+    lanczos = f"Lanczos to {width} x {height} (Pillow {__version__})"
+    if all(w * height == h * width for h, w in sizes):
+        return lanczos
+    shape = f"shape of {width} x {height}"
+    crop, squash = ("square", "a square") if height == width else (f"part in the {shape}", f"the {shape}")
+    how = f"cut to the largest centred {crop}" if resize == "crop" else f"squashed to {squash}"
+    return f"{how}, then {lanczos}"
+
+
+def resized_set(
+    images: ImageSet, resolution: Resolution, resize: Resize, *, memory_budget: int, cache: Path
+) -> ImageSet:
+    """Bring a whole set to a resolution.
+
+    Args:
+        images: the set; returned as it is if it has the resolution.
+        resolution: the wanted one.
+        resize: how (see the module).
+        memory_budget: bytes of pixels that may be kept in memory.
+        cache: the folder for a packed file if they are more.
+
+    Returns:
+        The set at this resolution.
+
+    Raises:
+        ValueError: if the result is beyond the budget and cannot be written.
+        ImportError: if Pillow is not installed.
+    """
+    if images.shape[1:] == height_and_width(resolution):
+        return images
+    before = images.manifest
+    origin = Origin(
+        name=images.name,
+        source=str(before.get("source", "")),
+        class_names=images.class_names,
+        resized=str(before.get("resized", "no")),
+        conversions=dict(before.get("conversions", {})),
+        skipped=int(before.get("skipped", 0)),
+        skipped_files=tuple(before.get("skipped_files", ())),
+        notes=images.notes,
+    )
+    return gathered_set(
+        chunks(images.images),
+        len(images),
+        images.shape,
+        lambda: images.labels,
+        origin,
+        key=[before["sha256"], before["labels_sha256"], images.class_names, images.notes, images.shape],
+        resolution=resolution,
+        limit=None,
+        resize=resize,
+        memory_budget=memory_budget,
+        cache=cache,
+    )
+
+
+def gathered_set(
+    pieces: Iterable[NDArray[np.uint8]],
+    count: int,
+    shape: tuple[int, int, int],
+    labels: Callable[[], NDArray[np.int64] | None],
+    origin: Origin,
+    *,
+    key: list[Any],
+    resolution: Resolution | None,
+    limit: int | None,
+    resize: Resize,
+    memory_budget: int,
+    cache: Path,
+) -> ImageSet:
+    """Make a set of images that come piece by piece, each brought to its resolution before the next is asked for.
+
+    Args:
+        pieces: images (k, C, H, W).
+        count: how many images they are together.
+        shape: of one, (C, H, W).
+        labels: gives their labels, shape (n,), or None; called when the images are there.
+        origin: where they come from, before resizing.
+        key: JSON values, all that the images and labels depend on, for the name of the packed file.
+        resolution: the wanted one; None keeps the size.
+        limit: where there is no resolution, choose the natural one up to this.
+        resize: how (see the module).
+        memory_budget: bytes of pixels that may be kept in memory.
+        cache: the folder for a packed file if they are more.
+
+    Raises:
+        ValueError: if the result is beyond the budget and cannot be written.
+        ImportError: if they are to be resized and Pillow is not installed.
+    """
+    channels, height, width = shape
+    if resolution is None and limit is not None:
+        resolution = natural_resolution([(height, width)], limit)
+    if resolution is not None and (height, width) != height_and_width(resolution):
+        require_pillow("resizing images")
+        high, wide = height_and_width(resolution)
+        text = resize_text(resolution, resize, [(height, width)])
+        key = [*key, text]
+        pieces = _resized(pieces, resolution, resize)
+        enlarged = {"enlarged": count} if height < high or width < wide else {}
+        origin = replace(
+            origin,
+            resized=text if origin.resized == "no" else f"{origin.resized}; {text}",
+            conversions=origin.conversions | enlarged,
+        )
+        shape = (channels, high, wide)
+    file = cache
+    if count * math.prod(shape) > memory_budget:
+        file, found = cached(cache, json.dumps(key))
+        if found is not None:
+            return found
+    with Collector(count, shape, memory_budget=memory_budget, file=file, class_names=origin.class_names) as collector:
+        for piece in pieces:
+            collector.append(piece)
+        return collector.finish(labels(), origin)
+
+
+def _resized(
+    pieces: Iterable[NDArray[np.uint8]], resolution: Resolution, resize: Resize
+) -> Iterator[NDArray[np.uint8]]:
+    """Bring images (k, C, H, W) to a resolution, one by one: enlarged, a piece may take any amount of memory."""
+    from PIL.Image import Resampling, fromarray
+
+    high, wide = height_and_width(resolution)
+    for piece in pieces:
+        _, channels, height, width = piece.shape
+        left, top, right, bottom = _box(width, height, resolution, resize)
+        for pixels in piece[:, :, top:bottom, left:right]:
+            plain = fromarray(np.ascontiguousarray(pixels[0] if channels == 1 else pixels.transpose(1, 2, 0)))
+            small = np.asarray(plain.resize((wide, high), Resampling.LANCZOS)).reshape(high, wide, channels)
+            yield small.transpose(2, 0, 1)[None]

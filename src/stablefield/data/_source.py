@@ -1,0 +1,342 @@
+"""Anything that holds images, opened as an image set.
+
+A source is recognised by what is in it, not by its name. `SOURCES` is the table of kinds; a new one is a line there, and
+has its own module.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stablefield._regular_file import open_regular
+from stablefield._shapes import check_callable, check_kind, flag, whole_number
+from stablefield.data._archive import Archive, is_archive
+from stablefield.data._arrays import open_npy, open_npz
+from stablefield.data._cifar10 import cifar10_folder, open_cifar10
+from stablefield.data._collector import MEMORY_BUDGET, cache_folder
+from stablefield.data._digits import open_digits
+from stablefield.data._hub import hub_files
+from stablefield.data._idx import idx_images, is_idx, open_idx
+from stablefield.data._image_files import ImageFiles, folder_files, zip_files
+from stablefield.data._image_loader import Progress, load_image_files
+from stablefield.data._image_set import ImageSet, Origin, make_image_set
+from stablefield.data._packed import is_packed, open_packed
+from stablefield.data._resizing import Resize, Resolution, check_resize, natural_resolution, resized_set
+from stablefield.data._tables import is_saved, parquet_files, saved_files
+
+__all__ = ["UNDERSTOOD", "as_image_set", "open_images"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What `open_images` was asked for, under the names of its arguments."""
+
+    source: str | Path
+    path: Path
+    resolution: Resolution | None
+    limit: int | None
+    resize: Resize
+    split: str
+    skip_broken: bool
+    progress: Progress | None
+    memory_budget: int
+    cache: Path
+
+    def decoded(self, files: ImageFiles) -> ImageSet:
+        """Image files, decoded and brought to one size."""
+        return load_image_files(
+            files,
+            resolution=self.resolution,
+            limit=self.limit,
+            resize=self.resize,
+            skip_broken=self.skip_broken,
+            progress=self.progress,
+            memory_budget=self.memory_budget,
+            cache=self.cache,
+        )
+
+    def sized(self, images: ImageSet) -> ImageSet:
+        """Images of one size, brought to the resolution that was asked for, or that suits a U-Net."""
+        resolution = self.resolution
+        if resolution is None and self.limit is not None:
+            resolution = natural_resolution([images.shape[1:]], self.limit)
+        if resolution is None:
+            return images
+        return resized_set(images, resolution, self.resize, memory_budget=self.memory_budget, cache=self.cache)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a source is: its name as given, the path of that name, and the first bytes there; none for a folder."""
+
+    source: str | Path
+    path: Path
+    head: bytes = b""
+    folder: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """A kind of source."""
+
+    recognise: Callable[[Place], bool]
+    """Whether a place holds one; what is listed before does not recognise it."""
+    open: Callable[[Request], ImageSet]
+    """Open it."""
+    text: str = ""
+    """What it is, for errors; empty if another kind says it."""
+
+
+def whole(open_file: Callable[[Path], ImageSet]) -> Callable[[Request], ImageSet]:
+    """How a source without splits is opened, from what opens its file."""
+
+    def opened(request: Request) -> ImageSet:
+        if request.split != "train":
+            raise ValueError(f"split={request.split!r}: {request.source} has no splits; leave split out.")
+        return request.sized(open_file(request.path))
+
+    return opened
+
+
+def _scaled(open_arrays: Callable[..., ImageSet]) -> Callable[[Request], ImageSet]:
+    """The same of arrays that are brought to their size while they are read."""
+    return lambda request: request.sized(
+        open_arrays(
+            request.path,
+            request.split,
+            resolution=request.resolution,
+            limit=request.limit,
+            resize=request.resize,
+            memory_budget=request.memory_budget,
+            cache=request.cache,
+        )
+    )
+
+
+def _open_zip(request: Request) -> ImageSet:
+    with zip_files(request.path, request.split) as files:
+        return request.decoded(files)
+
+
+def _open_hub(request: Request) -> ImageSet:
+    with hub_files(str(request.source).removeprefix("hf:"), request.split) as files:
+        return request.decoded(files)
+
+
+def _is_cifar10(place: Place) -> bool:
+    folder = place.path
+    if not place.folder:
+        return False
+    if cifar10_folder(folder) is not None:
+        return True
+    if (folder / "data_batch_1").is_file() or (folder / "cifar-10-batches-py").is_dir():
+        raise ValueError(
+            f"{folder} holds CIFAR-10 as pickles, which are never read, because they may run code: take the binary version "
+            "(cifar-10-binary.tar.gz) instead."
+        )
+    return False
+
+
+def _is_npz(place: Place) -> bool:
+    if not is_archive(place.path):
+        return False
+    try:
+        with Archive(place.path) as archive:
+            names = [entry.filename for entry in archive.entries]
+    except ValueError:
+        return place.path.suffix == ".npz"
+    return bool(names) and all(name.endswith(".npy") for name in names)
+
+
+_DIGITS = Source(
+    recognise=lambda place: place.source == "digits",
+    open=whole(lambda _: open_digits()),
+    text="`digits` (built in)",
+)
+_HUB = Source(
+    recognise=lambda place: str(place.source).startswith("hf:"),
+    open=_open_hub,
+    text="hf:OWNER/NAME for a data set of the Hugging Face hub",
+)
+SOURCES: tuple[Source, ...] = (
+    Source(
+        recognise=lambda place: place.folder and is_saved(place.path),
+        open=lambda request: request.decoded(saved_files(request.path, request.split)),
+        text="a folder of parquet files, or one that `datasets` saved by save_to_disk",
+    ),
+    Source(
+        recognise=_is_cifar10,
+        open=lambda request: request.sized(open_cifar10(cifar10_folder(request.path) or request.path, request.split)),
+        text="CIFAR-10's binary folder",
+    ),
+    Source(
+        recognise=lambda place: place.folder and bool(idx_images(place.path)),
+        open=_scaled(open_idx),
+        text="idx files of the MNIST family or a folder of them, also gzipped",
+    ),
+    Source(
+        recognise=lambda place: place.folder,
+        open=lambda request: request.decoded(folder_files(request.path, request.split, parquet_files)),
+        text="a folder of images, with sub-folders or dataset.json for classes",
+    ),
+    Source(recognise=_is_npz, open=_scaled(open_npz)),
+    Source(recognise=lambda place: is_archive(place.path), open=_open_zip, text="a .zip of the same"),
+    Source(
+        recognise=lambda place: place.head[:6] == b"\x93NUMPY",
+        open=whole(open_npy),
+        text="uint8 arrays in .npy or .npz files",
+    ),
+    Source(
+        recognise=lambda place: place.head[:4] == b"PAR1",
+        open=lambda request: request.decoded(parquet_files([request.path], request.path, request.split)),
+    ),
+    Source(recognise=lambda place: is_idx(place.path), open=_scaled(open_idx)),
+    Source(
+        recognise=lambda place: is_packed(place.path),
+        open=whole(open_packed),
+        text="a file that `stablefield data pack` made",
+    ),
+)
+"""The kinds of folders, then of files, in the order in which they are tried. A new one is listed here."""
+
+UNDERSTOOD = f"Supported sources: {'; '.join(kind.text for kind in (_DIGITS, *SOURCES, _HUB) if kind.text)}."
+
+
+def open_images(
+    source: str | Path,
+    *,
+    resolution: Resolution | None = None,
+    limit: int | None = None,
+    resize: Resize = "crop",
+    split: str = "train",
+    skip_broken: bool = False,
+    progress: Progress | None = None,
+    memory_budget: int = MEMORY_BUDGET,
+    cache: str | Path | None = None,
+) -> ImageSet:
+    """Open a source of images.
+
+    Args:
+        source: "digits", "hf:OWNER/NAME", or the path of a folder or file (`./digits` for a folder of that name).
+        resolution: bring every image to this many pixels a side, or to this height and width; None keeps their size, in
+            which all must agree.
+        limit: where no resolution is given, choose one that suits a U-Net, up to this many pixels a side; images of one size
+            keep it, or their shape, where they can be halved (see `natural_resolution`).
+        resize: "crop" cuts to the largest centred square or other part of that shape first, "squash" takes the whole image.
+        split: which part, for sources that have several.
+        skip_broken: leave out files that cannot be read, and count them in the manifest.
+        progress: called with stage, files done, and files in all.
+        memory_budget: decoded images of more bytes than this are written to a packed file and mapped, not held.
+        cache: the folder for that file; by default `stablefield` in $XDG_CACHE_HOME or ~/.cache.
+
+    Returns:
+        The set, in an order that depends on nothing but the source.
+
+    Raises:
+        ValueError: if the source is not understood, damaged, empty, lacks the split, or its images differ in size.
+        ImportError: if a package is missing, with the command that installs it.
+    """
+    check_kind("source", source, (str, Path), "the name or path of a source of images")
+    check_kind("split", split, str, "the name of a split, such as 'train'")
+    if isinstance(resolution, list | tuple):
+        sides = tuple(whole_number(f"resolution[{k}]", side, 1) for k, side in enumerate(resolution))
+        if len(sides) != 2:
+            raise ValueError(f"resolution is {resolution}: pass one side of squares, or (height, width).")
+        resolution = sides
+    elif resolution is not None:
+        whole_number("resolution", resolution, 1)
+    if limit is not None:
+        whole_number("limit", limit, 1)
+    if cache is not None:
+        check_kind("cache", cache, (str, Path), "a folder")
+        cache = Path(cache)
+    whole_number("memory_budget", memory_budget, 0)
+    flag("skip_broken", skip_broken)
+    if progress is not None:
+        check_callable("progress", progress, "progress(stage, done, total)")
+    check_resize(resolution, resize)
+    request = Request(
+        source=source,
+        path=Path(source).expanduser(),
+        resolution=resolution,
+        limit=limit,
+        resize=resize,
+        split=split,
+        skip_broken=skip_broken,
+        progress=progress,
+        memory_budget=memory_budget,
+        cache=cache_folder() if cache is None else cache,
+    )
+    kind = _kind(source, request.path)
+    try:
+        images = kind.open(request)
+    except ValueError as error:
+        # What is wrong with labels or sizes is found where no file is known any more.
+        if request.path.name in str(error) or kind in (_DIGITS, _HUB):
+            raise
+        raise ValueError(f"{source}: {error}") from error
+    if split != "train":
+        return images
+    _, height, width = images.shape
+    side: Resolution | None = height if height == width else (height, width)
+    if images.manifest["resized"] == "no":
+        side = None
+    opening = {"source": str(source), "resolution": side, "resize": resize, "skip_broken": skip_broken}
+    return dataclasses.replace(images, opening=opening)
+
+
+def as_image_set(name: str, images: "ImageSet | str | Path | NDArray[np.uint8] | Tensor") -> ImageSet:
+    """An argument that holds images, as an image set.
+
+    Args:
+        name: of the argument, for errors.
+        images: an image set, what `open_images` opens, or uint8 of shape (n, C, H, W).
+
+    Raises:
+        ValueError: if it holds no images.
+        TypeError: if it is of another kind.
+    """
+    if isinstance(images, ImageSet):
+        return images
+    if isinstance(images, str | Path):
+        return open_images(images)
+    array = images.cpu().numpy() if isinstance(images, Tensor) else images
+    check_kind(name, array, np.ndarray, "an image set, the path of images, or uint8 of shape (n, C, H, W)")
+    return make_image_set(array, None, Origin(name=name, source="an array"))
+
+
+def _kind(source: str | Path, path: Path) -> Source:
+    """What a source is."""
+    for kind in (_DIGITS, _HUB):
+        if kind.recognise(Place(source=source, path=path)):
+            return kind
+    try:
+        place = _place(source, path)
+        for kind in SOURCES:
+            if kind.recognise(place):
+                return kind
+    except OSError as error:
+        raise ValueError(f"{source} cannot be read: {error.strerror or error}.") from error
+    head, hint = place.head, ""
+    if (
+        head[257:262] == b"ustar"
+        or head[:2] == b"\x1f\x8b"
+        or path.suffix in (".tar", ".7z", ".rar", ".xz", ".bz2", ".zst")
+    ):
+        hint = " It looks like an archive: unpack it, and name the folder."
+    elif head[:8] == b"\x89PNG\r\n\x1a\n" or head[:3] == b"\xff\xd8\xff":
+        hint = " It is one image: name the folder that it lies in."
+    raise ValueError(f"{path} is not understood.{hint} {UNDERSTOOD}")
+
+
+def _place(source: str | Path, path: Path) -> Place:
+    if path.is_dir():
+        return Place(source=source, path=path, folder=True)
+    if not path.exists():
+        raise ValueError(f"{source} does not exist. {UNDERSTOOD}")
+    with open_regular(path) as file:
+        return Place(source=source, path=path, head=file.read(512))

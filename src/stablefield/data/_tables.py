@@ -1,0 +1,263 @@
+"""Image files in the rows of tables on disk: folders of parquet files, and folders that `datasets` saved."""
+
+import io
+import itertools
+import json
+import re
+import tempfile
+import threading
+from bisect import bisect_right
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from stablefield._regular_file import JSON_LIMIT, open_regular
+from stablefield.data._columns import image_column, label_column, read_labels
+from stablefield.data._image_files import SPLITS, ImageFiles, stamp
+from stablefield.data._image_set import check_label_count
+from stablefield.data._table_file import Table, arrow_table, parquet_table, return_free_memory
+
+__all__ = ["is_saved", "parquet_files", "parquet_rows", "require_pyarrow", "saved_files", "split_of", "split_word"]
+
+KEPT = 16
+"""How many rows that were passed over are kept, for a thread that asks a little late."""
+HELD = 2**22
+"""Bytes of an image's file that are held in memory; longer ones wait in a temporary file until they are decoded."""
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `datasets` wrote the folder, by `save_to_disk`."""
+    one = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    return one or (folder / "dataset_dict.json").is_file()
+
+
+def saved_files(folder: Path, split: str = "train") -> ImageFiles:
+    """The image files of a data set that `datasets` saved by `save_to_disk`.
+
+    Args:
+        folder: the data set, or several splits of it.
+        split: which of its splits.
+
+    Raises:
+        ValueError: if it cannot be read, names a file that is no regular one or is compressed, has no such split, or has
+            not exactly one column of images.
+        ImportError: if pyarrow is not installed.
+    """
+    require_pyarrow(f"{folder}, a data set saved by datasets,")
+    damaged = f"{folder} is no data set saved by datasets, or damaged: {{}}; save it again."
+    place = folder
+    try:
+        if (folder / "dataset_dict.json").exists():
+            splits = [str(name) for name in _document(folder / "dataset_dict.json")["splits"]]
+            place = folder / _only(folder, splits, split)
+        state, info = _document(place / "state.json"), _document(place / "dataset_info.json")
+        if place == folder and split != "train":
+            # One split of its own: as with a folder of images, it is what is meant where none is named.
+            _only(folder, [str(state.get("_split") or "")], split)
+        files = [place / entry["filename"] for entry in state["_data_files"]]
+    except (TypeError, KeyError) as error:
+        raise ValueError(damaged.format("a file in it names no files of data")) from error
+    if not files:
+        raise ValueError(damaged.format("it names no files of data"))
+    features: Any = info.get("features")
+    tables = [arrow_table(file, features) for file in files]
+    name = folder.resolve().name
+    return _table_files(tables, name=name, source=f"folder {name} saved by datasets, split {split}")
+
+
+def parquet_files(files: Sequence[Path], place: Path, split: str = "train") -> ImageFiles:
+    """The image files in the rows of parquet files.
+
+    Args:
+        files: the files; those of which the name or the folder begins with a word for a split are of that split.
+        place: the folder in which they lie, or the only file.
+        split: which of their splits.
+
+    Raises:
+        ValueError: if they cannot be read, would take too much memory, have no such split, or have not exactly one column
+            of images.
+        ImportError: if pyarrow is not installed.
+    """
+    require_pyarrow(f"{place}, which holds parquet files,")
+    groups: dict[str, list[Path]] = {}
+    for file in sorted(files):
+        parts = file.relative_to(place).parts if file != place else (file.name,)
+        groups.setdefault(next(filter(None, map(split_word, reversed(parts))), ""), []).append(file)
+    if "" in groups and len(groups) > 1:
+        raise ValueError(
+            f"{place} holds parquet files of the splits {', '.join(filter(None, groups))} and beside them "
+            f"{groups[''][0]}, which is of none: move it, or begin its name with the word for a split."
+        )
+    word = split_of(place, list(groups), split)
+    chosen = groups[word]
+    name = place.resolve().stem if place.is_file() else place.resolve().name
+    many = f"{len(chosen):,} parquet files" if len(chosen) != 1 else "1 parquet file"
+    return parquet_rows(chosen, name=name, source=f"{many} in {name}{f', split {word}' if word else ''}")
+
+
+def parquet_rows(files: Sequence[Path], *, name: str, source: str, paths: bool = True) -> ImageFiles:
+    """The image files in the rows of parquet files, all of them.
+
+    Args:
+        files: the files, in the order of their rows.
+        name: a short name for the set.
+        source: one line that says where it came from.
+        paths: whether a row may name an image file of this machine in place of its bytes.
+
+    Raises:
+        ValueError: if they cannot be read, would take too much memory, or have not exactly one column of images.
+    """
+    return _table_files([parquet_table(file) for file in files], name=name, source=source, paths=paths)
+
+
+def _table_files(tables: Sequence[Table], *, name: str, source: str, paths: bool = True) -> ImageFiles:
+    """The image files of tables, one behind the other, that must agree in what is read of them."""
+    first = tables[0]
+    count = sum(table.rows for table in tables)
+    image = image_column(first.kinds, count, source)
+    label, notes = label_column(first.kinds)
+    for table in tables:
+        for column in filter(None, (image, label)):
+            if (table.kinds.get(column), table.names.get(column)) != (first.kinds[column], first.names.get(column)):
+                raise ValueError(
+                    f"the column {column} differs between {first.path} and {table.path} in what it holds or in the names of "
+                    "its classes: write the files again alike, or name one of them."
+                )
+        table.check(image, label)
+    check_label_count(count, source)
+    labels = names = None
+    if label is not None:
+        values = itertools.chain.from_iterable(table.values(label) for table in tables)
+        labels, names, notes = read_labels(label, first.kinds[label], values, first.names.get(label))
+    key = [[str(table.path.resolve()), *stamp(table.path)] for table in tables]
+    return ImageFiles(
+        names=tuple(f"{name} row {i}" for i in range(count)),
+        open=_Rows(tables, image, paths).open,
+        labels=labels,
+        class_names=names,
+        name=name,
+        source=source,
+        fingerprint=lambda: f"{key} {image}",
+        notes=notes,
+    )
+
+
+class _Rows:
+    """The images of tables, for threads that ask for one row after the other, more or less in order."""
+
+    def __init__(self, tables: Sequence[Table], image: str, paths: bool) -> None:
+        self._tables, self._image, self._paths = tables, image, paths
+        self._starts = [0, *itertools.accumulate(table.rows for table in tables)]
+        self._lock = threading.Lock()
+        self._coming = self._from(0)
+        self._next = 0
+        self._kept: dict[int, Any] = {}
+
+    def open(self, i: int) -> BinaryIO:
+        """Open the image of row i."""
+        with self._lock:
+            found = self._kept.pop(i) if i in self._kept else self._at(i)
+        if found is None:
+            raise ValueError("the row has no image")
+        if isinstance(found, Exception):
+            raise found
+        if not isinstance(found, str):
+            return found
+        if not self._paths:
+            raise ValueError("the row has no image, but the path of one")
+        return open_regular(Path(found))
+
+    def _at(self, i: int) -> Any:
+        if not self._next <= i < self._next + KEPT:
+            self._coming.close()
+            while self._kept:
+                self._drop(min(self._kept))
+            self._coming, self._next = self._from(i), i
+        for row, content in self._coming:
+            if row < self._next:
+                continue
+            self._next = row + 1
+            held = _held(content)
+            if row == i:
+                return held
+            self._kept[row] = held
+            if len(self._kept) > KEPT:
+                self._drop(min(self._kept))
+        raise ValueError("the file ends before this row")
+
+    def _drop(self, i: int) -> None:
+        file = self._kept.pop(i)
+        if isinstance(file, io.IOBase):
+            file.close()
+
+    def _from(self, start: int) -> Generator[tuple[int, Any], None, None]:
+        for place in range(bisect_right(self._starts, start) - 1, len(self._tables)):
+            first = self._starts[place]
+            for row, content in self._tables[place].images(self._image, max(0, start - first)):
+                yield first + row, content
+
+
+def _held(content: Any) -> Any:
+    """A file of these bytes, which is free of the batch that they came with; a path, an error or None as they are."""
+    if content is None or isinstance(content, str | Exception):
+        return content
+    if len(content) <= HELD:
+        return io.BytesIO(content)
+    file = tempfile.TemporaryFile()  # noqa: SIM115, closed by who opened the row
+    file.write(content)
+    file.seek(0)
+    return_free_memory()
+    return file
+
+
+def require_pyarrow(purpose: str) -> None:
+    """Refuse where pyarrow, which `purpose` needs, is not installed."""
+    try:
+        import pyarrow.parquet  # pyright: ignore[reportMissingImports, reportUnusedImport]  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f'{purpose} needs the package pyarrow: pip install "stablefield[hub]"') from error
+
+
+def _document(path: Path) -> dict[str, Any]:
+    """What a file of JSON says; nothing if it is missing or not understood."""
+    if not path.exists():
+        return {}
+    try:
+        with open_regular(path) as file:
+            text = file.read(JSON_LIMIT + 1)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if len(text) > JSON_LIMIT:
+        raise ValueError(f"{path} has more than {JSON_LIMIT:,} bytes: save the data set again without its notes.")
+    try:
+        content: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def split_word(name: str) -> str:
+    """The word for a split that a name begins with, or nothing."""
+    word = re.split(r"[-_.]", name)[0].lower()
+    return word if any(word in words for words in SPLITS.values()) else ""
+
+
+def split_of(place: Path | str, there: Sequence[str], split: str) -> str:
+    """The one of the splits `there` that `split` means.
+
+    Raises:
+        ValueError: if there is not exactly one.
+    """
+    # One split of its own: as with a folder of images, it is what is meant where none is named.
+    return there[0] if len(there) == 1 and split == "train" else _only(place, there, split)
+
+
+def _only(place: Path | str, there: Sequence[str], split: str) -> str:
+    """The one of the splits `there` that `split` means."""
+    alike = next((words for words in SPLITS.values() if split.lower() in words), (split,))
+    found = [name for name in there if name.lower() in alike]
+    if len(found) != 1:
+        known = ", ".join(filter(None, there))
+        remedy = f"has the splits {known}; pass one of them." if known else "has no splits; leave split out."
+        raise ValueError(f"split={split!r}: {place} {remedy}")
+    return found[0]

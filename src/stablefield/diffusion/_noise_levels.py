@@ -1,0 +1,156 @@
+"""Distributions of training noise: which noise levels a network sees, and how often.
+
+A distribution is its quantile function: it maps uniform numbers to times of a process. Drawing is therefore the same for
+all of them, stratified or not, and a batch's times are a function of the generator alone.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor
+
+from stablefield._shapes import as_device, check_generator, check_kind, check_numbers, check_tensor, flag, whole_number
+from stablefield.diffusion._process import Process
+
+__all__ = ["LogNormal", "LogUniform", "NoiseLevels", "Uniform"]
+
+
+@dataclass(frozen=True)
+class NoiseLevels(ABC):
+    """A distribution of noise over training rows.
+
+    Args:
+        stratified: put one row in each of B equally probable parts of the distribution, in random order. Each row's own
+            distribution stays the same; the batch covers it evenly, which lowers the variance of the loss.
+    """
+
+    _: KW_ONLY
+    stratified: bool = False
+
+    def __post_init__(self) -> None:
+        flag("stratified", self.stratified)
+
+    @abstractmethod
+    def quantile(self, u: Tensor, process: Process) -> Tensor:
+        """Times of `process` at the probabilities `u` in (0, 1), of the shape of `u`."""
+
+    def sample(
+        self,
+        process: Process,
+        batch: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Draw the times of a batch, shape (`batch`,), float32, on `device`.
+
+        Raises:
+            TypeError: if an argument is of another type.
+            ValueError: if `batch` is negative, or there is no such device.
+        """
+        _check_process(process)
+        batch = whole_number("batch", batch, 0)
+        check_generator("generator", generator)
+        device = None if device is None else as_device("device", device)
+        source = torch.device("cpu") if generator is None else generator.device
+        # float64: a float32 uniform is exactly 0 once in 17 million rows, which is a noise level of 0 or infinity.
+        wide = torch.float32 if source.type == "mps" else torch.float64
+        u = torch.rand(batch, generator=generator, dtype=wide, device=source)
+        if self.stratified:
+            u = (torch.randperm(batch, generator=generator, device=source) + u) / batch
+        tiny = torch.finfo(wide).eps
+        wide_t = self.quantile(u.clamp(tiny, 1 - tiny), process)
+        t = wide_t.to(torch.float32)
+        # float32 rounds the last 3e-8 of [0, 1] to 1, where flows have no signal left and an infinite noise level.
+        rounded_up = process.noise_level(wide_t).isfinite() & process.noise_level(t).isinf()
+        return torch.where(rounded_up, torch.nextafter(t, torch.zeros_like(t)), t).to(device or source)
+
+
+@dataclass(frozen=True)
+class LogNormal(NoiseLevels):
+    """ln(sigma / alpha) ~ N(mean, std^2).
+
+    Args:
+        mean: of ln(sigma / alpha).
+        std: its standard deviation.
+
+    References:
+        Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022,
+        table 1 and section 5. With std 1, mean 0 and a rectified flow it is the logit-normal distribution of Esser et al.,
+        "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", ICML 2024, equation 19.
+    """
+
+    mean: float = -1.2
+    std: float = 1.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, "mean", "std")
+        if not (math.isfinite(self.mean) and 0 < self.std < math.inf):
+            raise ValueError(f"LogNormal(mean={self.mean}, std={self.std}): mean must be finite and std positive.")
+
+    def quantile(self, u: Tensor, process: Process) -> Tensor:
+        check_tensor("u", u, real=True)
+        _check_process(process)
+        return process.time(torch.exp(self.mean + self.std * torch.special.ndtri(u)))
+
+
+@dataclass(frozen=True)
+class LogUniform(NoiseLevels):
+    """ln(sigma / alpha) uniform between ln(minimum) and ln(maximum): the VE schedule.
+
+    Args:
+        minimum: lowest noise level sigma / alpha.
+        maximum: highest noise level.
+
+    References:
+        Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations", ICLR 2021, appendix C.
+    """
+
+    minimum: float = 0.02
+    maximum: float = 100.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, "minimum", "maximum")
+        if not 0 < self.minimum < self.maximum < math.inf:
+            raise ValueError(
+                f"LogUniform(minimum={self.minimum}, maximum={self.maximum}): 0 < minimum < maximum must hold."
+            )
+
+    def quantile(self, u: Tensor, process: Process) -> Tensor:
+        check_tensor("u", u, real=True)
+        _check_process(process)
+        return process.time(self.minimum * torch.exp(u * math.log(self.maximum / self.minimum)))
+
+
+@dataclass(frozen=True)
+class Uniform(NoiseLevels):
+    """The time itself uniform between `start` and `end`: VP from 1e-5 to 1, flow matching from 0 to 1.
+
+    Args:
+        start: least time.
+        end: greatest time.
+
+    References:
+        Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations", ICLR 2021, appendix C
+        (the start 1e-5); Lipman et al., "Flow Matching for Generative Modeling", ICLR 2023, equation 6.
+    """
+
+    start: float = 1e-5
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, "start", "end")
+        if not 0 <= self.start < self.end < math.inf:
+            raise ValueError(f"Uniform(start={self.start}, end={self.end}): 0 <= start < end must hold.")
+
+    def quantile(self, u: Tensor, process: Process) -> Tensor:  # noqa: ARG002
+        check_tensor("u", u, real=True)
+        return self.start + u * (self.end - self.start)
+
+
+def _check_process(process: Process) -> None:
+    check_kind("process", process, Process, "a Process, such as EDM()")

@@ -1,0 +1,334 @@
+r"""The training objective: a weighted squared error to a target.
+
+$$ L = E\left[ w(s)\, \tfrac{1}{d} |D(x_t / \alpha; s) - \hat x_0|^2 \right], \qquad s = \sigma / \alpha . $$
+
+With a stable target the loss of any network is lower than with the single sample by exactly the expectation of
+$w(s) V / d$, where V is the posterior variance over the references: the two losses differ by a constant, so their
+gradients agree in expectation. The objective reports that term for every row.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from stablefield._reading import readable
+from stablefield._shapes import (
+    as_device,
+    check_callable,
+    check_floating_dtype,
+    check_generator,
+    check_kind,
+    check_labels,
+    check_tensor,
+    flag,
+    number,
+    per_row,
+    shape_of,
+)
+from stablefield.diffusion._noise_levels import LogNormal, NoiseLevels
+from stablefield.diffusion._process import Process
+from stablefield.diffusion._weighting import EDMWeighting, Weighting
+from stablefield.targets._stable_target import StableTarget
+from stablefield.targets._target import Target
+
+__all__ = ["DenoiserLike", "Draws", "Example", "Objective", "ObjectiveValue"]
+
+
+class DenoiserLike(Protocol):
+    """Anybody's D(x, sigma) in noise-to-signal units; `Denoiser` is one."""
+
+    def __call__(
+        self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> Tensor:
+        """Estimate x0 of the shape of x (B, ...) at noise levels sigma (B,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class ObjectiveValue:
+    """The loss of a batch and what it is made of.
+
+    Attributes:
+        loss: mean of row_loss, a scalar with gradients.
+        row_loss: weighted squared error per dimension of each row, shape (B,), with gradients.
+        noise_level: sigma / alpha of each row, shape (B,).
+        variance_removed: what the references took from the row's target variance, w V / d in the units of the loss,
+            shape (B,); 0 for the single-sample target. In expectation loss + variance_removed is the loss with the
+            single-sample target.
+    """
+
+    loss: Tensor
+    row_loss: Tensor
+    noise_level: Tensor
+    variance_removed: Tensor
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is random in a batch, apart from its references.
+
+    Attributes:
+        t: times, shape (B,).
+        noise: standard normal, shape (B, ...).
+        hidden: rows whose label the network does not see, bool (B,); None if no label is ever hidden.
+    """
+
+    t: Tensor
+    noise: Tensor
+    hidden: Tensor | None = None
+
+    def __getitem__(self, rows: slice) -> "Draws":
+        """The draws of a part of the batch."""
+        return Draws(self.t[rows], self.noise[rows], None if self.hidden is None else self.hidden[rows])
+
+
+@dataclass(frozen=True)
+class Example:
+    """A batch made ready: what the network is shown, and what it is to say.
+
+    Attributes:
+        x: x_t / alpha, shape (B, ...).
+        noise_level: sigma / alpha, shape (B,).
+        seen: class that the network sees, integers (B,), -1 for none; or None.
+        target: what to regress on.
+    """
+
+    x: Tensor
+    noise_level: Tensor
+    seen: Tensor | None
+    target: Target
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a denoiser is trained on.
+
+    Calling it does three things that can also be done one by one: `draw` what is random, make it an `example`, `evaluate`
+    the denoiser. Draws for a whole batch may be cut into parts: over processes, or to fit into memory.
+
+    Args:
+        process: how data become noise.
+        noise_levels: distribution of the noise levels.
+        weighting: loss weight as a function of the noise level.
+        target: what to regress on, such as `StableTarget(process, references=Pool(images))`; `DenoisingTarget(process)` is
+            the usual single-sample loss.
+        label_dropout: share of rows whose class label is hidden from the network (-1), for classifier-free guidance.
+
+    Raises:
+        ValueError: if `label_dropout` is not a probability, or the target was made for another process.
+    """
+
+    process: Process
+    _: KW_ONLY
+    target: StableTarget
+    noise_levels: NoiseLevels = field(default_factory=LogNormal)
+    weighting: Weighting = field(default_factory=EDMWeighting)
+    label_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_kind("process", self.process, Process, "a Process, such as EDM()")
+        check_kind(
+            "noise_levels", self.noise_levels, NoiseLevels, "a distribution of noise levels, such as LogNormal()"
+        )
+        check_callable("weighting", self.weighting, "weighting(noise_level), such as EDMWeighting()")
+        check_kind("target", self.target, StableTarget, "StableTarget(process, references=Pool(images))")
+        number("label_dropout", self.label_dropout)
+        if not 0 <= self.label_dropout <= 1:
+            raise ValueError(f"label_dropout is {self.label_dropout}: it is a probability, 0 to 1.")
+        if self.target.process != self.process:
+            raise ValueError(f"target is for {self.target.process}, the objective for {self.process}: use one process.")
+
+    def __call__(
+        self,
+        denoiser: DenoiserLike,
+        x0: Tensor,
+        class_labels: Tensor | None = None,
+        index: Tensor | None = None,
+        *,
+        augment_labels: Tensor | None = None,
+        flip: Tensor | None = None,
+        source_only: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> ObjectiveValue:
+        """Draw noise for a batch and evaluate the loss.
+
+        Everything random is drawn from `generator`, in a fixed order: noise levels, noise, dropped labels, references.
+
+        Args:
+            denoiser: D(x, sigma, class_labels) in noise-to-signal units; called with class_labels and augment_labels only
+                if they are given.
+            x0: clean data, shape (B, ...), float32 or float64.
+            class_labels: integers (B,), which are also the groups of the references; -1 in every row for no classes at all.
+                Samples without a label need one of their own.
+            index: place of each row in the data of a `Pool`, integers (B,).
+            augment_labels: what the network is told of each row's augmentation, shape (B, augment_dim).
+            flip: mirrored rows, as in `StableTarget`.
+            source_only: rows with an augmentation of their own, as in `StableTarget`.
+            generator: torch's global one if None.
+
+        Returns:
+            The loss with its parts.
+
+        Raises:
+            ValueError: as `StableTarget`; or if a drawn noise level is 0 or infinite.
+        """
+        check_callable("denoiser", denoiser, "denoiser(x, sigma)")
+        check_generator("generator", generator)
+        _check_data(x0)
+        if class_labels is not None:
+            class_labels = _checked_labels(class_labels, x0)
+        draws = self.draw(x0.shape, generator, device=x0.device, dtype=x0.dtype, labelled=class_labels is not None)
+        example = self.example(x0, draws, class_labels, index, flip=flip, source_only=source_only, generator=generator)
+        return self.evaluate(denoiser, example, augment_labels)
+
+    def draw(
+        self,
+        shape: Sequence[int],
+        generator: torch.Generator | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        labelled: bool = False,
+    ) -> Draws:
+        """Draw noise levels, noise and, if the rows are `labelled`, which labels are hidden.
+
+        Args:
+            shape: of the batch, (B, ...).
+            generator: torch's global one if None.
+            device: where the draws are wanted; the generator's device if not given.
+            dtype: of the noise.
+            labelled: whether the rows have class labels.
+
+        Raises:
+            ValueError: if a drawn noise level is 0 or infinite.
+        """
+        shape = shape_of("shape", shape)
+        if not shape:
+            raise ValueError("shape is (): pass that of a batch, (B, ...).")
+        check_generator("generator", generator)
+        check_floating_dtype("dtype", dtype)
+        flag("labelled", labelled)
+        device = None if device is None else as_device("device", device)
+        if device is not None and device.type == "meta":
+            raise ValueError("device is 'meta', which holds no numbers: pass 'cpu' or 'cuda'.")
+        if device is None:
+            device = "cpu" if generator is None else generator.device
+        source = device if generator is None else generator.device
+        t = self.noise_levels.sample(self.process, shape[0], generator, device)
+        level = self.process.noise_level(t)
+        if readable(level.device) and not bool(((level > 0) & level.isfinite()).all()):
+            raise ValueError(
+                f"the noise levels drawn run from {level.min():g} to {level.max():g}: they must be positive and finite; "
+                f"change the range of {self.noise_levels}."
+            )
+        noise = torch.randn(tuple(shape), dtype=dtype, generator=generator, device=source).to(device)
+        if not labelled or self.label_dropout == 0:
+            return Draws(t, noise)
+        uniform = torch.rand(shape[0], generator=generator, device=source).to(device)
+        return Draws(t, noise, uniform < self.label_dropout)
+
+    def example(
+        self,
+        x0: Tensor,
+        draws: Draws,
+        class_labels: Tensor | None = None,
+        index: Tensor | None = None,
+        *,
+        flip: Tensor | None = None,
+        source_only: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Example:
+        """Add the drawn noise and compute the target; arguments as in `__call__`, with the `draws` of these rows.
+
+        Raises:
+            ValueError: as `StableTarget`.
+        """
+        _check_data(x0)
+        for name, value in (("index", index), ("flip", flip), ("source_only", source_only)):
+            if value is not None:
+                check_tensor(name, value, numbers=True)
+        check_generator("generator", generator)
+        check_kind("draws", draws, Draws, "what Objective.draw returns")
+        seen = class_labels
+        if class_labels is not None:
+            class_labels = seen = _checked_labels(class_labels, x0)
+            if draws.hidden is not None:
+                seen = class_labels.masked_fill(draws.hidden, -1)
+        t = draws.t
+        x_t = self.process.perturb(x0, t, draws.noise)
+        try:
+            target = self.target(
+                x0,
+                x_t,
+                t,
+                seen,
+                index,
+                noise=draws.noise,
+                reference_labels=class_labels,
+                flip=flip,
+                source_only=source_only,
+                generator=generator,
+            )
+        except ValueError as error:
+            told = _LABELS.sub("class_labels", str(error))
+            if told == str(error):
+                raise
+            raise ValueError(told) from error
+        x = x_t / per_row(self.process.alpha(t), x0)
+        return Example(x, self.process.noise_level(t), seen, target)
+
+    def evaluate(
+        self, denoiser: DenoiserLike, example: Example, augment_labels: Tensor | None = None
+    ) -> ObjectiveValue:
+        """The loss of a denoiser on an example; arguments as in `__call__`.
+
+        Raises:
+            ValueError: if the denoiser returns another shape, or the weight is not finite.
+        """
+        check_callable("denoiser", denoiser, "denoiser(x, sigma)")
+        if augment_labels is not None:
+            check_tensor("augment_labels", augment_labels)
+        check_kind("example", example, Example, "what Objective.example returns")
+        x, level, seen = example.x, example.noise_level, example.seen
+        # Looked at before the network: afterwards a GPU would have to be through with it, and then run dry.
+        weight = self.weighting(level)
+        if readable(weight.device) and not bool(weight.isfinite().all()):
+            raise ValueError(
+                f"{self.weighting} is not finite at noise levels from {level.min():g}: raise the lower end of "
+                f"{self.noise_levels}."
+            )
+        if seen is None and augment_labels is None:
+            estimate = denoiser(x, level)
+        elif augment_labels is None:
+            estimate = denoiser(x, level, seen)
+        else:
+            estimate = denoiser(x, level, seen, augment_labels)
+        check_tensor("the denoiser's output", estimate)
+        if estimate.shape != x.shape:
+            raise ValueError(
+                f"the denoiser returned shape {tuple(estimate.shape)} for x0 of shape {tuple(x.shape)}: they must be equal."
+            )
+        error = (estimate.to(torch.promote_types(estimate.dtype, torch.float32)) - example.target.x0).flatten(1)
+        row_loss = weight.to(error.dtype) * error.square().mean(1)
+        removed = weight * example.target.variance / math.prod(x.shape[1:])
+        return ObjectiveValue(row_loss.mean(), row_loss, level, removed)
+
+
+# What a target calls the labels that an objective was given, where its message names the argument.
+_LABELS = re.compile(r"^(reference_)?labels\b")
+
+
+def _check_data(x0: Tensor) -> None:
+    check_tensor("x0", x0, batch=True)
+    if not x0.is_floating_point():
+        raise ValueError(f"x0 has dtype {x0.dtype}: it must be floating point (uint8 images: x0 / 127.5 - 1).")
+
+
+def _checked_labels(labels: Tensor, x0: Tensor) -> Tensor:
+    check_labels("class_labels", labels, len(x0))
+    return labels.long()

@@ -1,0 +1,161 @@
+r"""Preconditioning: a denoiser made of a raw network.
+
+$$ D(x; s) = c_{skip}(s)\, x + c_{out}(s)\, F(c_{in}(s)\, x;\; c_{noise}(s)), $$
+
+where $x = x_t / \alpha$ and $s = \sigma / \alpha$: all processes in noise-to-signal units, the units of the samplers.
+
+References:
+    Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022,
+    equation 7 and table 1.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stablefield._shapes import check_callable, check_kind, check_numbers, check_tensor, per_row, row_values
+
+__all__ = ["Denoiser", "EDMPreconditioning", "Preconditioning", "Scalings", "VEPreconditioning", "VPPreconditioning"]
+
+
+class Scalings(NamedTuple):
+    """The four functions of the noise level, each of its shape."""
+
+    skip: Tensor
+    out: Tensor
+    into: Tensor
+    noise: Tensor
+
+
+class Preconditioning(Protocol):
+    """The scalings of a denoiser."""
+
+    def __call__(self, sigma: Tensor) -> Scalings:
+        """Scalings at noise levels `sigma` (sigma / alpha), shape (B,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class EDMPreconditioning:
+    """Unit variance for the input and the target of the network at every noise level (table 1, column "Ours").
+
+    Args:
+        sigma_data: standard deviation of the data.
+    """
+
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "sigma_data")
+        if not 0 < self.sigma_data < math.inf:
+            raise ValueError(f"EDMPreconditioning(sigma_data={self.sigma_data}): it must be positive.")
+
+    def __call__(self, sigma: Tensor) -> Scalings:
+        check_tensor("sigma", sigma, real=True)
+        square = sigma**2 + self.sigma_data**2
+        root = torch.sqrt(square)
+        return Scalings(self.sigma_data**2 / square, sigma * self.sigma_data / root, 1 / root, torch.log(sigma) / 4)
+
+
+@dataclass(frozen=True)
+class VPPreconditioning:
+    """Noise prediction with the discrete time labels of DDPM++ (table 1, column "VP").
+
+    Args:
+        beta_min: lower end of the linear schedule.
+        beta_slope: its rise, beta_max - beta_min.
+        steps: number of time labels, 1,000 in the published networks.
+    """
+
+    beta_min: float = 0.1
+    beta_slope: float = 19.9
+    steps: int = 1000
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "beta_min", "beta_slope", "steps")
+        if not (self.beta_min >= 0 and 0 < self.beta_slope < math.inf and self.steps >= 1):
+            raise ValueError(
+                f"VPPreconditioning(beta_min={self.beta_min}, beta_slope={self.beta_slope}, steps={self.steps}): "
+                "beta_min must not be negative, beta_slope positive, steps at least 1."
+            )
+
+    def __call__(self, sigma: Tensor) -> Scalings:
+        check_tensor("sigma", sigma, real=True)
+        one = torch.ones_like(sigma)
+        # A plain log of (1 + s^2), not log1p: the published networks were trained with its float32 rounding.
+        log = torch.log(1 + sigma**2)
+        t = (torch.sqrt(self.beta_min**2 + 2 * self.beta_slope * log) - self.beta_min) / self.beta_slope
+        return Scalings(one, -sigma, 1 / torch.sqrt(sigma**2 + 1), (self.steps - 1) * t)
+
+
+@dataclass(frozen=True)
+class VEPreconditioning:
+    """Noise prediction without input scaling, as in NCSN++ (table 1, column "VE")."""
+
+    def __call__(self, sigma: Tensor) -> Scalings:
+        check_tensor("sigma", sigma, real=True)
+        one = torch.ones_like(sigma)
+        return Scalings(one, sigma, one, torch.log(sigma / 2))
+
+
+class Denoiser(nn.Module):
+    """D(x; sigma): the network's estimate of x0, in noise-to-signal units.
+
+    Args:
+        network: called as network(x, noise_label), with class_labels and augment_labels as further keywords only if they
+            are given; x of shape (B, ...), noise_label of shape (B,).
+        preconditioning: the scalings around it.
+    """
+
+    def __init__(self, network: nn.Module, preconditioning: Preconditioning | None = None) -> None:
+        super().__init__()
+        check_kind("network", network, nn.Module, "a torch.nn.Module")
+        if preconditioning is not None:
+            check_callable("preconditioning", preconditioning, "preconditioning(sigma), such as EDMPreconditioning()")
+        self.network = network
+        self.preconditioning: Preconditioning = preconditioning or EDMPreconditioning()
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: float | Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Estimate x0.
+
+        The scalings are computed and applied in float32 or better, also under autocast; the network sees its own dtype.
+
+        Args:
+            x: x_t / alpha, shape (B, ...), floating point.
+            sigma: noise level sigma / alpha, a float or shape (B,).
+            class_labels: integers (B,), -1 for no class; handed to the network if given.
+            augment_labels: shape (B, augment_dim); handed to the network if given.
+
+        Returns:
+            The estimate, of the shape and dtype of x (float32 if x is of lower precision).
+        """
+        check_tensor("x", x, floating=True, batch=True)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        inner = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(dtype)
+            # The label is computed in float32, as published, and rounded once for a network of lower precision.
+            level = row_values("sigma", sigma, x)
+            scale = self.preconditioning(level.to(dtype))
+            exact = torch.float64 if inner == torch.float64 else torch.float32
+            label = self.preconditioning(level.to(exact)).noise.to(inner)
+            scaled = (per_row(scale.into, x) * x).to(inner)
+        if class_labels is None and augment_labels is None:
+            raw = self.network(scaled, label)
+        elif augment_labels is None:
+            raw = self.network(scaled, label, class_labels=class_labels)
+        elif class_labels is None:
+            raw = self.network(scaled, label, augment_labels=augment_labels)
+        else:
+            raw = self.network(scaled, label, class_labels=class_labels, augment_labels=augment_labels)
+        with torch.autocast(x.device.type, enabled=False):
+            return per_row(scale.skip, x) * x + per_row(scale.out, x) * raw.to(dtype)

@@ -1,0 +1,356 @@
+"""`evaluate`: samples, drawn from a run or found anywhere, through extractors, against real images.
+
+A metric is listed in `METRICS`; an evaluation takes such a name, or any `Metric`.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from math import fsum, sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stablefield._progress import Progress
+from stablefield._shapes import check_callable, check_kind, found_device, whole_number
+from stablefield.data._collector import cache_folder
+from stablefield.data._image_set import ImageSet
+from stablefield.evaluation._extractor import Extractor, RawPixels
+from stablefield.evaluation._fid import Frechet
+from stablefield.evaluation._inception import Inception
+from stablefield.evaluation._inception_score import ClassifierScore
+from stablefield.evaluation._kid import Kernel
+from stablefield.evaluation._memorisation import Nearest
+from stablefield.evaluation._metric import Features, Metric, MetricInput, Value
+from stablefield.evaluation._precision_recall import Coverage, Density, Precision, Recall
+from stablefield.evaluation._processes import Processes
+from stablefield.evaluation._protocol import Score, running_commit
+from stablefield.evaluation._result import Evaluation, Pictures
+from stablefield.evaluation._samples import Images, ImageSource, RealImages, Report, SampleSource, SamplingRecord
+
+if TYPE_CHECKING:  # these need torchmetrics
+    from stablefield.evaluation._extraction import Batch
+    from stablefield.evaluation._reference import ReferenceSet
+    from stablefield.evaluation._time_estimate import TimeEstimate
+
+__all__ = ["DEFAULT_METRICS", "METRICS", "check_counts", "evaluate"]
+
+METRICS: Mapping[str, Metric] = {
+    "frechet": Frechet(),
+    "kernel": Kernel(),
+    "precision": Precision(),
+    "recall": Recall(),
+    "density": Density(),
+    "coverage": Coverage(),
+    "nearest": Nearest(),
+    "classifier-score": ClassifierScore(),
+}
+"""The metrics by name. A new one is listed here, and has its own module."""
+
+DEFAULT_METRICS = tuple(name for name, metric in METRICS.items() if metric.reads != "classifier")
+"""Those that need no classifier."""
+
+_SHOWN = 64
+
+
+def evaluate(
+    samples: Images | SampleSource,
+    *,
+    data: Images | Callable[[str], ImageSet],
+    metrics: Sequence[str | Metric] = DEFAULT_METRICS,
+    extractor: Extractor | None = None,
+    classifier: Extractor | None = None,
+    count: int | None = None,
+    references: int | None = None,
+    split: str = "train",
+    held_out: Images | None = None,
+    repeats: int = 1,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    batch: int = 64,
+    cache: bool | str | Path = True,
+    progress: Report | None = None,
+    on_estimate: "Callable[[TimeEstimate], object] | None" = None,
+) -> Evaluation:
+    """Measure samples against real images.
+
+    Started by torchrun or `accelerate launch`, the processes share the images; the numbers are the same, and each process
+    gets them.
+
+    Args:
+        samples: images, or what draws them, such as the `RunSamples` of a run.
+        data: real images to measure against; or a function from the name of a split to an image set, which is also asked
+            for "train" (memorisation is of the whole training set) and "test" (held-out images, if there are any).
+        metrics: names in `METRICS`, or metrics. "frechet" is FID and "kernel" KID on FID's own Inception; "nearest" is
+            memorisation, in pixels.
+        extractor: from images to features; FID's own Inception by default.
+        classifier: from images to logits, for "classifier-score".
+        count: samples of each repeat; all images, shared out among the repeats, by default. A source has its own.
+        references: how many real images to use, drawn at random; all by default.
+        split: which part of `data`, if it is a name.
+        held_out: real images that were not trained on, for "nearest"; by default the "test" split of `data`, if it is a
+            name and has one.
+        repeats: measure so often, each time on other samples; 3 gives minimum, mean and spread as the literature does.
+        seed: which images each repeat takes, where `samples` are images.
+        device: where FID's Inception runs; a GPU if there is one.
+        batch: images at a time in the extractor.
+        cache: folder where features of real images are kept; the user's cache folder if True, none if False.
+        progress: called with the stage and how much of it is done.
+        on_estimate: called with how long it will take, before anything is drawn; finding that out takes a few batches.
+
+    Raises:
+        ValueError: if there are too few images for a metric, images differ in size, or features are not finite.
+        TypeError: if an argument is of another kind.
+        ImportError: if torchmetrics, or the extractor's package, is not installed.
+
+    Warns:
+        ProtocolWarning: if the features of the real images were kept by the code of another commit.
+        DamagedCacheWarning: if kept features are damaged; they are made anew.
+    """
+    chosen = _chosen(metrics, classifier)
+    for name, value, least in (
+        ("count", count, 1),
+        ("references", references, 2),
+        ("repeats", repeats, 1),
+        ("batch", batch, 1),
+        ("seed", seed, 0),
+    ):
+        if value is not None or name not in ("count", "references"):
+            whole_number(name, value, least)
+    for name, network in (("extractor", extractor), ("classifier", classifier)):
+        if network is not None and not (callable(network) and hasattr(network, "sha256")):
+            raise TypeError(f"{name} is a {type(network).__name__}: pass an Extractor, such as RandomConvolutions().")
+    check_kind("split", split, str, "the name of a split, such as 'train'")
+    check_kind("cache", cache, (bool, str, Path), "a folder, True or False")
+    for name, hook in (("progress", progress), ("on_estimate", on_estimate)):
+        if hook is not None:
+            check_callable(name, hook, f"{name}(report)")
+    device = found_device(device)
+    if isinstance(samples, str | Path | ImageSet | np.ndarray | Tensor):
+        # As far as it is known, before anything is opened.
+        check_counts(chosen, count, references)
+        source: SampleSource = ImageSource(samples, count, repeats, seed, batch, progress)
+    else:
+        check_kind(
+            "samples",
+            samples,
+            SampleSource,
+            "images, their path, or a SampleSource; a run has evaluate(), what it has drawn has images",
+        )
+        source = samples
+        if count is not None:
+            raise ValueError(f"count={count}: the source draws {samples.count} samples a repeat; leave count out.")
+    check_counts(chosen, source.count, references)
+    seeds = tuple(found for repeat in range(repeats) if (found := source.seeds(repeat)) is not None)
+    folder = cache_folder() / "references" if cache is True else Path(cache) if cache else None
+    with Processes() as processes:
+        real = RealImages(data, split, held_out, source.shape, progress)
+        run = _Measurement(source, seeds, repeats, batch, processes, progress)
+        groups = _groups(chosen, source, real, references, extractor, classifier, device, folder)
+        if on_estimate is not None and processes.first:
+            on_estimate(run.estimate(groups, device))
+        return run.evaluation(groups)
+
+
+def check_counts(metrics: Sequence[Metric], samples: int | None, references: int | None) -> None:
+    """Find out before any image is read or drawn whether there will be enough.
+
+    Args:
+        metrics: what is to be measured.
+        samples: of each repeat; None while that is not known.
+        references: real images to measure against; None likewise.
+
+    Raises:
+        ValueError: naming the metric that takes more.
+    """
+    for metric in metrics:
+        for what, count in (("samples", samples), ("reference images", references)):
+            if count is not None and count < metric.least:
+                raise ValueError(
+                    f"there are {count} {what}, but {type(metric).__name__} takes at least {metric.least}: use more of them "
+                    "(thousands, for a number that means something), or leave this metric out."
+                )
+
+
+def _chosen(metrics: Sequence[str | Metric], classifier: Extractor | None) -> tuple[Metric, ...]:
+    check_kind("metrics", metrics, (list, tuple), "a list of names and metrics")
+    for one in metrics:
+        check_kind("metrics", one, (str, Metric), "names of metrics, such as 'frechet', and metrics")
+        if isinstance(one, str) and one not in METRICS:
+            raise ValueError(f"metrics holds {one!r}: there are {', '.join(METRICS)}.")
+    if not metrics or len(set(metrics)) < len(metrics):
+        raise ValueError(f"metrics={' '.join(map(str, metrics))}: name at least one, and each once.")
+    chosen = tuple(METRICS[one] if isinstance(one, str) else one for one in metrics)
+    if any(metric.reads == "classifier" for metric in chosen) != (classifier is not None):
+        raise ValueError(
+            "metrics=classifier-score goes with classifier=NETWORK: the score is of the probabilities of a classifier, "
+            "which neither FID's Inception as packaged nor the other extractors have."
+        )
+    return chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Metrics on the features of one extractor against one reference set."""
+
+    extractor: Extractor
+    metrics: tuple[Metric, ...]
+    references: "ReferenceSet"
+    cache: Path | None = None
+    held_out: ImageSet | None = None
+
+
+def _groups(
+    metrics: Sequence[Metric],
+    source: SampleSource,
+    real: RealImages,
+    references: int | None,
+    extractor: Extractor | None,
+    classifier: Extractor | None,
+    device: torch.device,
+    cache: Path | None,
+) -> list[_Group]:
+    from stablefield.evaluation._reference import ReferenceSet
+
+    some = ReferenceSet(images=real.images, split=real.split, count=references)
+    near = tuple(metric for metric in metrics if metric.reads == "pixels")
+    others = tuple(metric for metric in metrics if metric.reads == "extractor")
+    scores = tuple(metric for metric in metrics if metric.reads == "classifier")
+    check_counts(others + scores, source.count, len(some))
+    groups: list[_Group] = []
+    if near:
+        whole = ReferenceSet(images=real.training(), split="train")
+        check_counts(near, source.count, len(whole))
+        # Pixels are at hand anyway: nothing to keep.
+        pixels = RawPixels(real.images.shape)
+        groups.append(_Group(extractor=pixels, metrics=near, references=whole, held_out=real.held_out()))
+    if others:
+        chosen = extractor or Inception(device=device)
+        groups.insert(0, _Group(extractor=chosen, metrics=others, references=some, cache=cache))
+    if scores and classifier is not None:
+        groups.append(_Group(extractor=classifier, metrics=scores, references=some, cache=cache))
+    return groups
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """Samples of several repeats, and how the processes go through them."""
+
+    source: SampleSource
+    seeds: tuple[str, ...]
+    repeats: int
+    batch: int
+    processes: Processes
+    progress: Report | None
+    shown: list[tuple[Tensor, Tensor | None]] = field(default_factory=list[tuple[Tensor, Tensor | None]])
+
+    def estimate(self, groups: Sequence[_Group], device: torch.device) -> "TimeEstimate":
+        """How long it will take from here, from a batch or two that are thrown away."""
+        from stablefield.evaluation._extraction import pass_for
+        from stablefield.evaluation._reference import is_kept
+        from stablefield.evaluation._time_estimate import TimeEstimate, feature_seconds, metric_seconds
+
+        features = metrics = 0.0
+        n, repeats, count = self.source.count, self.repeats, self.processes.count
+        for group in groups:
+            wanted, real = pass_for(group.extractor, group.metrics), group.references
+            control = 0 if group.held_out is None else len(group.held_out)
+            once = (0 if is_kept(real, wanted, group.cache) else len(real)) + control
+            images = torch.from_numpy(np.array(real.images.images[: self.batch]))
+            features += (repeats * n + once) * feature_seconds(wanted, images, device)
+            metrics += metric_seconds(group.extractor, group.metrics, n, len(real), control, repeats)
+        sampling = repeats * self.source.seconds()
+        return TimeEstimate(sampling=sampling / count, features=features / count, metrics=metrics)
+
+    def evaluation(self, groups: Sequence[_Group]) -> Evaluation:
+        """Every metric on every repeat, in the first process; each process gets the scores."""
+        from stablefield.evaluation._extraction import extract, pass_for
+
+        real = [self._real(group) for group in groups]
+        passes = [pass_for(group.extractor, group.metrics) for group in groups]
+        values: list[list[list[Value]]] = [[] for _ in groups]
+        for repeat in range(self.repeats):
+            features = extract(self._batches(repeat), passes, "sample", at_once=self.batch)
+            if not self.processes.first:
+                continue
+            if self.progress is not None:
+                self.progress(Progress(stage="metrics", done=repeat, total=self.repeats))
+            for group, (references, control), samples, found in zip(groups, real, features, values, strict=True):
+                given = MetricInput(samples=samples, references=references, extractor=group.extractor, held_out=control)
+                found.append([value for metric in group.metrics for value in metric(given)])
+        record = self.source.record(self.processes)
+        scores = [
+            score for group, found in zip(groups, values, strict=True) for score in self._scores(group, found, record)
+        ]
+        if self.processes.count > 1:
+            text = self.processes.from_first(json.dumps([score.to_dict() for score in scores]))
+            scores = [Score.from_dict(one) for one in json.loads(text)]
+        samples, references = self._pictures(groups[0].references)
+        return Evaluation(name=self.source.name, scores=tuple(scores), samples=samples, references=references)
+
+    def _real(self, group: _Group) -> tuple[Features, Tensor | None]:
+        """Features of the real images, and of those that were not trained on."""
+        from stablefield.evaluation._extraction import ExtractorPass, extract, image_batches, pass_for
+        from stablefield.evaluation._reference import measure_reference
+
+        found = measure_reference(
+            group.references,
+            pass_for(group.extractor, group.metrics),
+            batch=self.batch,
+            cache=group.cache,
+            commit=running_commit(),
+            processes=self.processes,
+            progress=self.progress,
+        )
+        if group.held_out is None:
+            return found, None
+        rows = np.arange(len(group.held_out))
+        batches = image_batches(group.held_out.images, rows, self.batch, self.processes)
+        only_rows = ExtractorPass(extractor=group.extractor, moments=False)
+        return found, extract(batches, [only_rows], "held-out image")[0].matrix()
+
+    def _batches(self, repeat: int) -> "Iterator[Batch]":
+        """The batches of a repeat; the first images are kept to be looked at, with their classes."""
+        for images, numbers in self.source.batches(repeat, self.processes, self.progress):
+            if sum(len(batch) for batch, _ in self.shown) < _SHOWN:
+                self.shown.append((images, self.source.labels(repeat, numbers)))
+            yield images, numbers
+
+    def _scores(self, group: _Group, repeats: Sequence[Sequence[Value]], record: SamplingRecord) -> Iterator[Score]:
+        """One score per number, from the values of every repeat."""
+        protocol = group.references.protocol(group.extractor)
+        for same in zip(*repeats, strict=True):
+            errors = [value.standard_error for value in same if value.standard_error is not None]
+            # Root mean square of the repeats' standard errors, where all have one.
+            error = sqrt(fsum(one**2 for one in errors) / len(errors)) if len(errors) == len(same) else None
+            of_number = replace(
+                protocol,
+                metric=same[0].name,
+                settings=same[0].settings,
+                sample_count=self.source.count,
+                seeds=self.seeds,
+                **asdict(record),
+            )
+            values = tuple(value.value for value in same)
+            yield Score(values=values, standard_error=error, better=same[0].better, protocol=of_number)
+
+    def _pictures(self, references: "ReferenceSet") -> tuple[Pictures | None, Pictures]:
+        """Some of the samples that this process saw, and some of the real images, drawn at random."""
+        rows = np.random.default_rng(0).permutation(references.rows)[:_SHOWN]
+        of, labels = references.images, [classes for _, classes in self.shown if classes is not None]
+        real = Pictures(
+            images=np.array(of.images[rows]),
+            labels=of.labels[rows] if labels and of.labels is not None else None,
+            class_names=of.class_names,
+        )
+        if not self.shown:
+            return None, real
+        samples = Pictures(
+            images=torch.cat([images for images, _ in self.shown])[:_SHOWN].numpy(),
+            labels=torch.cat(labels)[:_SHOWN].numpy() if labels else None,
+            class_names=self.source.class_names,
+        )
+        return samples, real

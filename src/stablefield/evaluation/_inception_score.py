@@ -1,0 +1,98 @@
+r"""The Inception Score: how sure and how varied a classifier finds the samples.
+
+$$ \mathrm{IS} = \exp \Big( \frac{1}{n} \sum_i \mathrm{KL}\big( p(y \mid x_i) \,\|\, \bar p(y) \big) \Big), \qquad
+   \bar p(y) = \frac{1}{n} \sum_i p(y \mid x_i), $$
+
+between 1 and the number of classes, over each of several equal splits of the samples in their order. It looks at no
+reference images. The name belongs to the probabilities of the 2015 Inception-v3: those of another classifier, though
+the formula is the same, compare with no published number.
+
+References:
+    Salimans, Goodfellow, Zaremba, Cheung, Radford, Chen, "Improved Techniques for Training GANs", NeurIPS 2016,
+    section 4.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from stablefield._shapes import whole_number
+from stablefield.evaluation._features import checked, in_float64
+from stablefield.evaluation._metric import HIGHER, Metric, MetricInput, Value
+
+__all__ = ["ClassifierScore", "InceptionScore", "inception_score"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InceptionScore:
+    """A score over splits of the samples."""
+
+    mean: float
+    """Mean over splits: the score."""
+    standard_deviation: float
+    """Population standard deviation over splits, as in the original code; 0 for one split."""
+    splits: int
+    """How many splits."""
+
+
+def inception_score(probabilities: Tensor, splits: int = 10) -> InceptionScore:
+    """Score of class probabilities.
+
+    Args:
+        probabilities: one distribution over classes per sample, shape (n, classes), in a random order; rows sum to 1.
+        splits: number of parts, each of n // splits rows or one more.
+
+    Raises:
+        ValueError: if `probabilities` is no valid array of distributions, or has fewer rows than `splits`.
+    """
+    whole_number("splits", splits)
+    if splits < 1:
+        raise ValueError(f"splits is {splits}: pass at least 1.")
+    p = in_float64(checked("probabilities", probabilities, splits, f"each of {splits} splits must hold a sample"))
+    off = (p.sum(dim=1) - 1).abs() > 1e-3
+    wrong = off | (p < 0).any(dim=1)
+    if wrong.any():
+        row = int(torch.nonzero(wrong)[0])
+        raise ValueError(
+            f"probabilities: row {row} sums to {float(p[row].sum()):.6g} with least entry {float(p[row].min()):.3g}: "
+            "pass probabilities (softmax of the logits), not logits."
+        )
+    bounds = [len(p) * i // splits for i in range(splits + 1)]
+    scores = torch.stack([_score(p[start:end]) for start, end in pairwise(bounds)])
+    return InceptionScore(mean=float(scores.mean()), standard_deviation=float(scores.std(correction=0)), splits=splits)
+
+
+def _score(p: Tensor) -> Tensor:
+    marginal = p.mean(dim=0)
+    return torch.exp((torch.xlogy(p, p) - torch.xlogy(p, marginal)).sum(dim=1).mean())
+
+
+@dataclass(frozen=True)
+class ClassifierScore(Metric):
+    """The formula of the Inception Score, on features that are a classifier's logits.
+
+    It is named after the classifier: the Inception Score proper is that of the classifier of 2015, which no file of
+    ours holds.
+    """
+
+    splits: int = 10
+    """Parts that are scored apart."""
+
+    reads = "classifier"
+
+    @property
+    def least(self) -> int:
+        return self.splits
+
+    def __call__(self, given: MetricInput) -> tuple[Value, ...]:
+        score = inception_score(torch.softmax(given.samples.matrix().double(), dim=1), self.splits)
+        error = score.standard_deviation / math.sqrt(self.splits - 1) if self.splits > 1 else None
+        name = f"classifier score ({given.extractor.name})"
+        settings = {"splits": self.splits}
+        return (Value(name=name, value=score.mean, better=HIGHER, standard_error=error, settings=settings),)
+
+    def cost(self, samples: int, references: int, held_out: int, dim: int) -> tuple[float, float]:  # noqa: ARG002
+        return 0.0, samples

@@ -1,0 +1,133 @@
+"""What a metric is: a frozen dataclass of its settings that is called with features and returns numbers.
+
+It says how many images it takes at least and what must be kept of the features, so an evaluation finds out before it draws
+an image. Each metric has its own module; `stablefield.evaluation._evaluate.METRICS` lists them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import ClassVar, Literal, Self
+
+from torch import Tensor
+
+from stablefield.evaluation import _neighbours as neighbours
+from stablefield.evaluation._extractor import Extractor
+from stablefield.evaluation._features import Gaussian, Statistics, fit_moments
+
+__all__ = ["HIGHER", "LOWER", "Features", "Metric", "MetricInput", "Value"]
+
+LOWER = "lower is better"
+HIGHER = "higher is better"
+
+# As many nearest rows as any listed metric asks for.
+_NEIGHBOURS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """One number of a metric."""
+
+    name: str
+    """What to call it."""
+    value: float
+    """The number."""
+    better: str = ""
+    """Which direction is better: `LOWER`, `HIGHER`, or a few words; empty where neither is."""
+    settings: Mapping[str, str | int | float] = field(default_factory=dict[str, str | int | float])
+    """Arguments of the metric, for the protocol record."""
+    standard_error: float | None = None
+    """Of the number over fresh samples, where the metric knows it."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Features:
+    """What was kept of the features of samples, or of real images."""
+
+    count: int
+    """Number of images, over all processes."""
+    rows: Tensor | None = None
+    """Features in the order of the images' numbers, shape (n, d), float32; None if no metric needs them."""
+    statistics: Statistics | None = None
+    """Mean and covariance; None if no metric needs them."""
+    _nearest: list[Tensor] = field(default_factory=list[Tensor], init=False, repr=False)
+
+    def matrix(self) -> Tensor:
+        """The rows.
+
+        Raises:
+            ValueError: if they were not kept.
+        """
+        if self.rows is None:
+            raise ValueError("the metric needs the features themselves, and they were not kept: set its rows to True.")
+        return self.rows
+
+    @cached_property
+    def gaussian(self) -> Gaussian:
+        """The Gaussian of mean and covariance.
+
+        Raises:
+            ValueError: if these were not kept.
+        """
+        if self.statistics is None:
+            raise ValueError("the metric needs mean and covariance, and they were not kept: set its moments to True.")
+        return fit_moments(self.statistics.mean, self.statistics.covariance)
+
+    def radii(self, k: int) -> Tensor | None:
+        """Squared distance of every row to its k-th nearest other one, shape (n,); None if there is none.
+
+        They are kept for the next metric: they cost all pairs of rows, far more than the metrics that use them.
+        """
+        rows, kept = self.matrix(), self._nearest
+        if len(rows) <= k:
+            return None
+        if not kept or kept[-1].shape[1] < k:
+            kept.append(neighbours.others(rows, min(max(k, _NEIGHBOURS), len(rows) - 1)))
+        return kept[-1][:, k - 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricInput:
+    """What a metric is a function of."""
+
+    samples: Features
+    """Of the samples."""
+    references: Features
+    """Of the real images."""
+    extractor: Extractor
+    """What made both."""
+    held_out: Tensor | None = None
+    """Features of real images that were not trained on, shape (h, d)."""
+
+
+class Metric(ABC):
+    """A metric with its settings; subclasses are frozen dataclasses."""
+
+    rows: ClassVar[bool] = True
+    """Whether it needs the features themselves: 4 d bytes an image."""
+    moments: ClassVar[bool] = False
+    """Whether it needs mean and covariance: 8 d^2 bytes in all."""
+    reads: ClassVar[Literal["extractor", "pixels", "classifier"]] = "extractor"
+    """Whose features: the extractor's; pixels, against the whole training set; or a classifier's logits."""
+
+    @property
+    def least(self) -> int:
+        """The smallest number of images on either side."""
+        return 2
+
+    @abstractmethod
+    def __call__(self, given: MetricInput) -> tuple[Value, ...]:
+        """The numbers.
+
+        Raises:
+            ValueError: if there are too few images.
+        """
+
+    def cost(self, samples: int, references: int, held_out: int, dim: int) -> tuple[float, float]:  # noqa: ARG002
+        """How the time grows, in any unit: of what it finds once of the references, and of each repeat."""
+        return references**2, samples * references
+
+    def shortened(self) -> Self:
+        """A metric whose time tells that of this one by `cost`, where a single call of this one takes long."""
+        return self

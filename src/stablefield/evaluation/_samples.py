@@ -1,0 +1,185 @@
+"""What an evaluation is of: samples, drawn by a source or found as images, and real images to measure them against."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stablefield._progress import Progress
+from stablefield.data._image_set import ImageSet
+from stablefield.data._source import as_image_set, open_images
+from stablefield.evaluation._extractor import check_images
+from stablefield.evaluation._processes import Processes
+
+if TYPE_CHECKING:  # needs torchmetrics
+    from stablefield.evaluation._extraction import Batch
+
+__all__ = ["ImageSource", "Images", "RealImages", "Report", "SampleSource", "SamplingRecord"]
+
+Images = str | Path | ImageSet | NDArray[np.uint8] | Tensor
+"""Images: whatever `open_images` opens, an image set, or uint8 of shape (n, C, H, W)."""
+Report = Callable[[Progress], object]
+"""Called with the stage and how much of it is done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingRecord:
+    """How samples were made, for the protocol; all None for images that were found."""
+
+    sampler: str | None = None
+    """The sampler with its options."""
+    steps: int | None = None
+    """Its steps; None also for an adaptive one."""
+    nfe: float | None = None
+    """Network evaluations per sample."""
+    ema: str | None = None
+    """Which average of the weights, of which step."""
+    commit: str | None = None
+    """Of the code that drew them."""
+
+
+class SampleSource(ABC):
+    """Whatever draws samples, such as a run: the same samples for a repeat whenever it is asked.
+
+    Attributes:
+        name: what to call it in a report.
+        shape: (C, H, W) of the samples.
+        count: samples of each repeat.
+        class_names: what the classes are called, if that is known.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    count: int
+    class_names: tuple[str, ...] | None = None
+
+    @abstractmethod
+    def batches(self, repeat: int, processes: Processes, progress: Report | None) -> "Iterator[Batch]":
+        """This process's samples of a repeat: images, uint8 (B, C, H, W), and their numbers (B,) from 0 to count - 1."""
+
+    def seeds(self, repeat: int) -> str | None:  # noqa: ARG002
+        """The seeds of a repeat, such as "0-4999"; None if there are none."""
+        return None
+
+    def labels(self, repeat: int, numbers: Tensor) -> Tensor | None:  # noqa: ARG002
+        """Classes (B,) of samples of a repeat, by their numbers; None where there are no classes."""
+        return None
+
+    def seconds(self) -> float:
+        """About how long one process would draw the samples of a repeat; 0 where they are there."""
+        return 0.0
+
+    def record(self, processes: Processes) -> SamplingRecord:  # noqa: ARG002
+        """How the samples were made, once they are; every process asks."""
+        return SamplingRecord()
+
+
+def _opened(name: str, images: Images, split: str, progress: Report | None) -> ImageSet:
+    """The argument `name` as an image set."""
+    if isinstance(images, ImageSet):
+        return images
+    if isinstance(images, str | Path):
+        if (Path(images) / "config.json").is_file():
+            raise ValueError(f"{name}={str(images)!r} is a run: evaluate it by Run({str(images)!r}).evaluate(...).")
+
+        def report(stage: str, done: int, total: int) -> None:
+            if progress is not None:
+                progress(Progress(stage=stage, done=done, total=total))
+
+        return open_images(images, split=split, progress=report)
+    try:
+        if isinstance(images, Tensor):
+            check_images(images)
+        return as_image_set(name, images)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+class RealImages:
+    """Real images, opened when they are asked for, and checked to be of the samples' shape."""
+
+    def __init__(
+        self,
+        data: Images | Callable[[str], ImageSet],
+        split: str,
+        held_out: Images | None,
+        shape: Sequence[int],
+        progress: Report | None,
+    ) -> None:
+        self.split, self._data, self._held_out, self._shape, self._progress = split, data, held_out, shape, progress
+        # Of an array or an image set nobody knows other parts.
+        self._has_parts = isinstance(data, str | Path) or callable(data)
+        self.images = self._part(split)
+        self._check("data", self.images)
+
+    def training(self) -> ImageSet:
+        """The whole training set."""
+        return self._part("train") if self._has_parts and self.split != "train" else self.images
+
+    def held_out(self) -> ImageSet | None:
+        """Images that were not trained on; None where there are none."""
+        if self._held_out is not None:
+            images = _opened("held_out", self._held_out, "train", self._progress)
+        elif self._has_parts:
+            try:
+                images = self._part("test")
+            except ValueError:
+                return None
+        else:
+            return None
+        self._check("held_out", images)
+        return images
+
+    def _part(self, split: str) -> ImageSet:
+        data = self._data
+        return _opened("data", data(split) if callable(data) else data, split, self._progress)
+
+    def _check(self, name: str, images: ImageSet) -> None:
+        if tuple(images.shape) == tuple(self._shape):
+            return
+        _, height, width = self._shape
+        remedy = f"; opened with resolution={height} they are, if the channels agree" if height == width else ""
+        raise ValueError(
+            f"{name}={images.name} has images of {' x '.join(map(str, images.shape))} (C x H x W), and the samples are "
+            f"{' x '.join(map(str, self._shape))}: measure images of one size{remedy}."
+        )
+
+
+class ImageSource(SampleSource):
+    """Images that were found; each repeat takes its own.
+
+    Raises:
+        ValueError: if there are not as many.
+    """
+
+    def __init__(
+        self, samples: Images, count: int | None, repeats: int, seed: int, batch: int, progress: Report | None
+    ) -> None:
+        self._images = _opened("samples", samples, "train", progress)
+        self._batch = batch
+        self.name = str(samples) if isinstance(samples, str | Path) else self._images.name
+        self.shape = self._images.shape
+        n = len(self._images)
+        self.count = n // repeats if count is None else count
+        if self.count * repeats > n or self.count < 1:
+            raise ValueError(
+                f"count={self.count} in {repeats} repeats take {self.count * repeats} images, and {self.name} has {n}: "
+                "every repeat takes images of its own."
+            )
+        # Sets are often sorted by class: repeats, and parts, are drawn at random.
+        order = np.random.default_rng(seed).permutation(n)
+        self._rows = [np.sort(order[r * self.count : (r + 1) * self.count]) for r in range(repeats)]
+
+    def batches(self, repeat: int, processes: Processes, progress: Report | None) -> "Iterator[Batch]":
+        """This process's images of a repeat."""
+        from stablefield.evaluation._extraction import image_batches
+        from stablefield.evaluation._reference import reporting
+
+        batches = image_batches(self._images.images, self._rows[repeat], self._batch, processes)
+        stage = self._images.name if len(self._rows) == 1 else f"{self._images.name}, repeat {repeat + 1}"
+        return reporting(batches, stage, self.count, progress, processes.count)

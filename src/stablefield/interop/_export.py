@@ -1,0 +1,78 @@
+"""Export of a run's model: a diffusers pipeline or plain files, with a model card and a picture of samples."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from stablefield import sampling
+from stablefield._shapes import whole_number
+from stablefield.data._png import class_grid, write_png
+from stablefield.interop._model_card import ModelCard, public_name, results_of_run
+from stablefield.interop._pipeline_folder import write_pipeline
+from stablefield.interop._plain_export import write_plain
+from stablefield.training._model import OpenModel
+from stablefield.training._observers import samples as draw
+
+__all__ = ["Format", "export_run"]
+
+Format = Literal["diffusers", "plain"]
+_GRID = "samples.png"
+
+
+def export_run(
+    run: Path,
+    model: OpenModel,
+    folder: Path,
+    *,
+    format: Format = "diffusers",  # noqa: A002
+    name: str = "",
+    samples: int = 64,
+    steps: int = 18,
+) -> Path:
+    """Write a run's model for other programs; arguments and errors as for `Run.export`.
+
+    Args:
+        run: the run's folder, whose evaluations go onto the card.
+        model: its model.
+        folder: to write, new or empty.
+        format: "diffusers" or "plain".
+        name: of the model on its card; that of the run's folder if empty.
+        samples: images in the card's picture; 0 for none.
+        steps: of Heun's method for them.
+
+    Returns:
+        The folder.
+    """
+    whole_number("samples", samples, 0)
+    if format == "diffusers" and find_spec("diffusers") is None:
+        raise ImportError('format=diffusers needs diffusers: pip install "stablefield[diffusers]".')
+    sigmas = sampling.edm_sigmas(steps)
+    config, denoiser = model.config, model.denoiser
+    results = results_of_run(run)
+    write = write_pipeline if format == "diffusers" else write_plain
+    write(folder, denoiser, config.shape, class_names=config.class_names)
+    if samples:
+        # A network with classes shows them in turn.
+        labels = torch.arange(samples) % config.classes if config.classes else None
+        images = draw(denoiser, config.shape, range(samples), torch.device("cpu"), labels, sigmas=sigmas).numpy()
+        numbers = None if labels is None else labels.numpy()
+        write_png(folder / _GRID, class_grid(images, numbers, config.class_names))
+    card = ModelCard(
+        name=name or public_name(str(run.resolve())) or "model",
+        data=config.data,
+        shape=config.shape,
+        classes=config.classes,
+        class_names=config.class_names,
+        parameters=sum(parameter.numel() for parameter in denoiser.parameters()),
+        recipe=config.recipe,
+        step=model.step,
+        ema=model.ema,
+        version=config.version,
+        results=results,
+        grid=_GRID if samples else None,
+        pipeline=format == "diffusers",
+    )
+    (folder / "README.md").write_text(card.text(), "utf-8")
+    return folder

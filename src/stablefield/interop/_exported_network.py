@@ -1,0 +1,97 @@
+"""The network of an export as a diffusers model: the part of `network.py` that is about diffusers.
+
+An exported `network.py` is this file with the modules of ours that it imports in front of it. The model is always one
+in EDM's preconditioning, so that diffusers' EDM schedulers apply: a network that was trained in another one is turned
+into it, which is exact, since both are the same affine functions of x0 around it:
+
+    F_edm = (D - c_skip x) / c_out = ((skip - c_skip) x + out F) / c_out.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.outputs import BaseOutput
+from torch import Tensor
+
+from stablefield._shapes import per_row
+from stablefield.diffusion._preconditioning import EDMPreconditioning, VEPreconditioning, VPPreconditioning
+from stablefield.networks._mlp import MLP
+from stablefield.networks._song_unet import SongUNet
+
+__all__ = ["StablefieldOutput", "StablefieldUNet"]
+
+
+@dataclass
+class StablefieldOutput(BaseOutput):
+    """What the model returns: `sample`, shape (B, C, H, W)."""
+
+    sample: Tensor
+
+
+class StablefieldUNet(ModelMixin, ConfigMixin):
+    """A DDPM++ or NCSN++ U-Net, or a perceptron, in EDM's preconditioning.
+
+    Args:
+        kind: "unet" or "perceptron".
+        options: arguments of the network.
+        in_channels: of the images.
+        sample_size: height and width of the images.
+        num_classes: how many classes the network is told; 0 for none.
+        sigma_data: of EDM's preconditioning, as in the scheduler.
+        preconditioning: the one that the network was trained in: "edm", "vp" or "ve".
+        preconditioning_options: its arguments.
+    """
+
+    network: torch.nn.Module
+
+    @register_to_config
+    def __init__(
+        self,
+        kind: str,
+        options: dict[str, Any],
+        in_channels: int,
+        sample_size: list[int],
+        num_classes: int = 0,
+        sigma_data: float = 0.5,
+        preconditioning: str = "edm",
+        preconditioning_options: dict[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = SongUNet(**options) if kind == "unet" else MLP((in_channels, *sample_size), **options)
+        arguments: dict[str, Any] = preconditioning_options or {}
+        self._edm = EDMPreconditioning(sigma_data)
+        self._trained: VPPreconditioning | VEPreconditioning | None = None
+        if preconditioning != "edm":
+            self._trained = VPPreconditioning(**arguments) if preconditioning == "vp" else VEPreconditioning()
+        self.num_classes, self.in_channels = num_classes, in_channels
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> StablefieldOutput | tuple[Tensor]:
+        """Map images scaled by c_in to EDM's F.
+
+        Args:
+            sample: c_in x, shape (B, C, H, W).
+            timestep: ln(sigma) / 4, a number or shape (B,).
+            class_labels: integers (B,), -1 for no class.
+            return_dict: return an object with `sample`, or a tuple.
+        """
+        label = torch.as_tensor(timestep, device=sample.device).to(sample.dtype).reshape(-1).expand(len(sample))
+        arguments = {} if class_labels is None or not self.num_classes else {"class_labels": class_labels}
+        if self._trained is None:
+            raw = self.network(sample, label, **arguments)
+        else:
+            sigma = torch.exp(4 * label.to(torch.promote_types(label.dtype, torch.float32)))
+            edm, trained = self._edm(sigma), self._trained(sigma)
+            x = sample / per_row(edm.into, sample)
+            raw = self.network(per_row(trained.into, x) * x, trained.noise.to(sample.dtype), **arguments)
+            skip, out = (trained.skip - edm.skip) / edm.out, trained.out / edm.out
+            raw = per_row(skip, x) * x + per_row(out, x) * raw
+        return StablefieldOutput(sample=raw) if return_dict else (raw,)

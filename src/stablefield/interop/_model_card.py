@@ -1,0 +1,185 @@
+"""A model card: what an exported model is, how it was trained, what was measured, and how to draw from it.
+
+A card is made to be published, and names come from folders and files: every text on it is shown as it is, whatever it would
+mean in Markdown or HTML, and data on this machine are told by their name, without the folders that they lie in.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stablefield.evaluation._protocol import Score
+from stablefield.evaluation._result import Evaluation
+from stablefield.interop._inert import plain_text
+from stablefield.training._recipe import Recipe
+
+__all__ = ["ModelCard", "literal", "public_name", "results_of_run"]
+
+# What Markdown, its tables, HTML, formulas between dollars, mentions and links without brackets begin or end with.
+_MARKS = re.compile(r"[\\`*_{}\[\]<>#+!|~&@$^:]|(?<=www)\.", re.IGNORECASE)
+_LONGEST = 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What a card says.
+
+    Attributes:
+        name: of the model.
+        data: what it was trained on; for an imported one, where it comes from.
+        shape: of one image, (C, H, W).
+        classes: how many it is told; 0 for none.
+        class_names: what they are called, by number; None where that is not known.
+        parameters: how many the network has.
+        recipe: how it was trained.
+        step: steps done; 0 for an imported one, of whose training nothing is known.
+        ema: which average of the weights this is.
+        version: of the library.
+        results: what was measured.
+        grid: file of sample images beside the card, or none.
+        pipeline: whether diffusers loads the folder; else it holds plain safetensors.
+    """
+
+    name: str
+    data: str
+    shape: tuple[int, int, int]
+    classes: int
+    parameters: int
+    recipe: Recipe
+    step: int
+    ema: str
+    version: str
+    results: Sequence[Score] = ()
+    grid: str | None = None
+    pipeline: bool = True
+    class_names: Sequence[str] | None = None
+
+    def text(self) -> str:
+        """The card as Markdown with a YAML head."""
+        return (
+            "\n\n".join(filter(None, [self._head(), self._classes(), self._training(), self._metrics(), self._use()]))
+            + "\n"
+        )
+
+    def _head(self) -> str:
+        library = "diffusers" if self.pipeline else "stablefield"
+        kind = "class-conditional-image-generation" if self.classes else "unconditional-image-generation"
+        tags = ["diffusion", kind, "stable-target-field", "edm"]
+        lines = [
+            "---",
+            f"library_name: {library}",
+            "tags:",
+            *(f"- {tag}" for tag in tags),
+            "---",
+            "",
+            f"# {literal(self.name)}",
+            "",
+        ]
+        size = " x ".join(map(str, self.shape))
+        told = f", told one of {self.classes} classes" if self.classes else ""
+        data = literal(public_name(self.data) or "private data")
+        origin = f"trained on {data}" if self.step else data
+        lines.append(
+            f"A diffusion model of images of {size} (channels, height, width){told}; {self.parameters:,} parameters; "
+            f"{origin} with stablefield {literal(self.version)}."
+        )
+        if self.grid:
+            lines += ["", f"![Samples]({self.grid})"]
+        return "\n".join(lines)
+
+    def _classes(self) -> str:
+        """The classes by number: what a user passes, and what it stands for."""
+        if not self.classes:
+            return ""
+        head = f"## Classes\n\nThe network is told a class by its number, 0 to {self.classes - 1}, or -1 for none."
+        if self.class_names is None:
+            return f"{head} What the classes are called is not known."
+        rows = [(str(number), name) for number, name in enumerate(self.class_names)]
+        return f"{head}\n\n{_table(('number', 'name'), rows)}"
+
+    def _training(self) -> str:
+        recipe = self.recipe
+        target = "the single sample (denoising score matching)"
+        if recipe.target == "stf":
+            references = "all" if recipe.references == "sharded" else recipe.references
+            target = f"the stable target, references: {references}, noise band: {recipe.noise_band}"
+        rows = [
+            ("regressed on", target),
+            ("steps", f"{self.step:,} of {recipe.batch:,} images"),
+            ("weights", f"average: {self.ema}"),
+            ("network", str(recipe.network)),
+            ("process", str(recipe.process)),
+            ("noise levels", str(recipe.noise_levels)),
+            ("weighting", str(recipe.weighting)),
+            ("preconditioning", str(recipe.preconditioning)),
+            ("seed", str(recipe.seed)),
+        ]
+        if not self.step:
+            rows = [row for row in rows if row[0] in ("network", "preconditioning")]
+        return "## Training\n\n" + _table(("what", "how"), rows)
+
+    def _metrics(self) -> str:
+        if not self.results:
+            return "## Metrics\n\nNone were measured: `stablefield evaluate` was not run before the export."
+        head = ("metric", "minimum", "mean", "spread", "repeats", "samples", "against", "extractor", "sampler", "NFE")
+        rows: list[tuple[str, ...]] = []
+        for result in self.results:
+            p = result.protocol
+            figures = tuple(f"{value:.4g}" for value in (result.minimum, result.mean, result.spread))
+            against = f"{public_name(p.reference) or 'private data'} ({p.split}, {p.reference_count:,})"
+            sampler = f"{p.sampler or '-'}, {p.steps or '-'} steps, {p.ema or '-'}"
+            extractor = f"{public_name(p.extractor)}, {p.resize}"
+            how = (str(len(result.values)), f"{p.sample_count:,}", against, extractor, sampler)
+            rows.append((p.metric, *figures, *how, f"{p.nfe:g}" if p.nfe else "-"))
+        return "## Metrics\n\n" + _table(head, rows)
+
+    def _use(self) -> str:
+        if not self.pipeline:
+            return (
+                "## Use\n\n`model.safetensors` holds the network's state, `config.json` its options and preconditioning. "
+                "`stablefield import model.safetensors` reads a U-Net back."
+            )
+        labels = ", class_labels=[0] * 16" if self.classes else ""
+        return (
+            "## Use\n\nThe folder carries `pipeline.py` and `unet/network.py`, which diffusers runs: read them, then\n\n"
+            "```python\nfrom diffusers import DiffusionPipeline\n\n"
+            'pipe = DiffusionPipeline.from_pretrained("PATH OR NAME", trust_remote_code=True)\n'
+            f"images = pipe(batch_size=16, num_inference_steps=18{labels}).images\n```\n\n"
+            '18 steps of Heun\'s method are 35 network evaluations. `solver="scheduler"` takes the steps of '
+            "`pipe.scheduler` instead, diffusers' `EDMEulerScheduler` or another EDM scheduler in its place."
+        )
+
+
+def literal(text: str) -> str:
+    """A text as Markdown that shows it as it is, on one line and without control characters."""
+    return _MARKS.sub(r"\\\g<0>", plain_text(" ".join(text.split()), _LONGEST))
+
+
+def public_name(name: str) -> str:
+    """What data or a model are called, without where they lie: the last part of a path; hf:OWNER/NAME as it is.
+
+    A path may name its owner, and the folder of a user does so by itself: then there is no name, "".
+    """
+    if name.startswith("hf:") or not re.search(r"[/\\]|^(~|\.{1,2}|[A-Za-z]:)$", name):
+        return name
+    parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..", "~")]
+    above = parts[-2].lower() if len(parts) > 1 else ""
+    # Straight below the folder of all users, or a drive: the name is that of a user, or none.
+    if not parts or above in ("home", "users") or re.fullmatch("~.*|[A-Za-z]:", parts[-1]):
+        return ""
+    return parts[-1]
+
+
+def results_of_run(path: Path) -> list[Score]:
+    """The results that `stablefield evaluate` left in a run's folder, in the order of their files' names.
+
+    Raises:
+        ValueError: naming a file that holds no results.
+    """
+    return [result for file in sorted((path / "evaluations").glob("*.json")) for result in Evaluation.load(file).scores]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(literal, line)) + " |" for line in lines)

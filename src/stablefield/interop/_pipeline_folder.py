@@ -1,0 +1,182 @@
+"""A denoiser as a pipeline folder of diffusers, which loads and samples where this library is not installed.
+
+    model_index.json  pipeline.py
+    unet/       config.json  diffusion_pytorch_model.safetensors  network.py
+    scheduler/  scheduler_config.json
+
+`pipeline.py` and `network.py` are code, so diffusers loads the folder only with `trust_remote_code=True`. The scheduler is
+diffusers' own `EDMEulerScheduler`, and its relatives can take its place.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from stablefield import _shapes as shapes
+from stablefield.diffusion import _preconditioning as preconditioning
+from stablefield.diffusion._preconditioning import Denoiser, EDMPreconditioning, VEPreconditioning, VPPreconditioning
+from stablefield.interop._architecture import infer_architecture
+from stablefield.interop._source_bundle import bundle
+from stablefield.networks import _blocks as blocks
+from stablefield.networks import _dropout as dropout
+from stablefield.networks import _embedding as embedding
+from stablefield.networks import _layers as layers
+from stablefield.networks import _levels as levels
+from stablefield.networks import _mlp as mlp
+from stablefield.networks import _resample as resample
+from stablefield.networks import _song_unet as song_unet
+from stablefield.networks._diffusers_unet import DiffusersUNet
+from stablefield.networks._mlp import MLP
+from stablefield.networks._song_unet import SongUNet
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d import UNet2DModel
+
+__all__ = ["network_options", "preconditioning_options", "write_pipeline"]
+
+_MODULES = (shapes, preconditioning, layers, resample, embedding, dropout, blocks, levels, song_unet, mlp)
+
+
+def write_pipeline(
+    path: Path,
+    denoiser: Denoiser,
+    shape: tuple[int, int, int],
+    *,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+    class_names: Sequence[str] | None = None,
+) -> None:
+    """Write the folder.
+
+    Args:
+        path: a new or empty folder.
+        denoiser: of a `SongUNet`, an `MLP` or a `DiffusersUNet`; the last needs no `network.py`.
+        shape: of one image, (C, H, W).
+        sigma_min: last noise level of the scheduler's grid before 0.
+        sigma_max: its first noise level.
+        rho: of its grid, as in `edm_sigmas`.
+        class_names: what the classes are called, for the pipeline's `id2label`; None if that is not known.
+
+    Raises:
+        ImportError: if diffusers is not installed.
+        ValueError: if the folder is not empty or cannot be written, or the network or its preconditioning is of
+            another kind.
+    """
+    try:
+        import diffusers
+        from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
+
+        from stablefield.interop import _exported_network as exported_network
+        from stablefield.interop import _exported_pipeline as exported_pipeline
+        from stablefield.interop._exported_network import StablefieldUNet
+    except ImportError as error:
+        raise ImportError('format=diffusers needs diffusers: pip install "stablefield[diffusers]".') from error
+
+    name, arguments = preconditioning_options(denoiser)
+    sigma_data = arguments["sigma_data"] if name == "edm" else 0.5
+    code = None
+    if isinstance(denoiser.network, DiffusersUNet):
+        unet, home = _plain_unet(denoiser.network, name), "diffusers"
+    else:
+        kind, options = network_options(denoiser.network)
+        unet, home = (
+            StablefieldUNet(
+                kind=kind,
+                options=options,
+                in_channels=shape[0],
+                sample_size=list(shape[1:]),
+                num_classes=int(getattr(denoiser.network, "classes", 0)),
+                sigma_data=sigma_data,
+                preconditioning=name,
+                preconditioning_options={} if name == "edm" else arguments,
+            ),
+            "network",
+        )
+        unet.network.load_state_dict(denoiser.network.state_dict())
+        code = bundle([*_MODULES, exported_network], "The network of this export.")
+    scheduler = EDMEulerScheduler(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, rho=rho)
+    index: dict[str, Any] = {
+        "_class_name": ["pipeline", "StablefieldPipeline"],
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", "EDMEulerScheduler"],
+        "unet": [home, type(unet).__name__],
+    }
+    if class_names is not None:
+        index["id2label"] = {str(number): name for number, name in enumerate(class_names)}
+    assert exported_pipeline.__file__ is not None
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise ValueError(f"out={path} is not empty: name a new folder.")
+        unet.save_pretrained(path / "unet", safe_serialization=True)
+        _forget_origin(path / "unet" / "config.json")
+        scheduler.save_pretrained(path / "scheduler")
+        if code is not None:
+            (path / "unet" / "network.py").write_text(code, "utf-8")
+        (path / "pipeline.py").write_text(Path(exported_pipeline.__file__).read_text("utf-8"), "utf-8")
+        (path / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    except OSError as error:
+        raise ValueError(f"out={path} cannot be written ({error.strerror}): name another place.") from error
+
+
+def _forget_origin(path: Path) -> None:
+    """Take out of a model's configuration where it was loaded from, which may be a folder of this machine."""
+    record = json.loads(path.read_text("utf-8"))
+    record.pop("_name_or_path", None)
+    path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _plain_unet(network: DiffusersUNet, preconditioning: str) -> "UNet2DModel":
+    """The model itself, where the pipeline's calls of it are ours."""
+    unet: Any = network.unet
+    if preconditioning != "edm" or unet.config.time_embedding_type != "positional":
+        raise ValueError(
+            f"a UNet2DModel with a {unet.config.time_embedding_type} time embedding in the preconditioning "
+            f"{preconditioning} cannot be exported: EDM's scheduler gives ln(sigma) / 4, for a positional embedding."
+        )
+    return unet
+
+
+def network_options(network: nn.Module) -> tuple[str, dict[str, Any]]:
+    """The kind of a network, "unet" or "perceptron", and the arguments that make it again, as JSON values.
+
+    Raises:
+        ValueError: if it is of another kind.
+    """
+    match network:
+        case SongUNet():
+            state: Mapping[str, Tensor] = network.state_dict()
+            found = asdict(infer_architecture({name: value.cpu() for name, value in state.items()}))
+            return "unet", {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
+        case MLP():
+            return "perceptron", {
+                "width": network.enter.out_features,
+                "depth": len(network.blocks),
+                "classes": network.classes,
+            }
+        case _:
+            raise ValueError(
+                f"the network is a {type(network).__name__}, and an export carries the code of a SongUNet or an MLP."
+            )
+
+
+def preconditioning_options(denoiser: Denoiser) -> tuple[str, dict[str, float]]:
+    """The kind of a denoiser's preconditioning, "edm", "vp" or "ve", and its arguments.
+
+    Raises:
+        ValueError: if it is of another kind.
+    """
+    match denoiser.preconditioning:
+        case EDMPreconditioning() as scaling:
+            return "edm", asdict(scaling)
+        case VPPreconditioning() as scaling:
+            return "vp", asdict(scaling)
+        case VEPreconditioning():
+            return "ve", {}
+        case other:
+            raise ValueError(f"the preconditioning is {other}: an export knows EDM's, VP's and VE's.")

@@ -1,0 +1,50 @@
+"""A denoiser as plain files: its network's state in safetensors and its options in JSON, no code.
+
+model.safetensors  config.json
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from stablefield.diffusion._preconditioning import Denoiser
+from stablefield.interop._pipeline_folder import network_options, preconditioning_options
+
+__all__ = ["write_plain"]
+
+
+def write_plain(
+    path: Path, denoiser: Denoiser, shape: tuple[int, int, int], *, class_names: Sequence[str] | None = None
+) -> None:
+    """Write the files.
+
+    Args:
+        path: a new or empty folder.
+        denoiser: of a `SongUNet` or an `MLP`.
+        shape: of one image, (C, H, W).
+        class_names: what the classes are called; None if that is not known.
+
+    Raises:
+        ValueError: if the folder is not empty or cannot be written, or the network or its preconditioning is of
+            another kind.
+    """
+    from safetensors.torch import save_file
+
+    kind, options = network_options(denoiser.network)
+    name, arguments = preconditioning_options(denoiser)
+    record = {
+        "network": {"kind": kind, "options": options},
+        "preconditioning": {"kind": name, "options": arguments},
+        "shape": list(shape),
+        "class_names": None if class_names is None else list(class_names),
+        "denoiser": "c_skip x + c_out F(c_in x; c_noise), x = x_t / alpha, sigma = noise level sigma / alpha",
+    }
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise ValueError(f"out={path} is not empty: name a new folder.")
+        state = denoiser.network.state_dict()
+        save_file({key: value.contiguous().cpu() for key, value in state.items()}, path / "model.safetensors")
+        (path / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise ValueError(f"out={path} cannot be written ({error.strerror}): name another place.") from error

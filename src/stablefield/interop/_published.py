@@ -1,0 +1,252 @@
+r"""Published networks: from a file of the EDM family, or a plain state dict, to a denoiser of ours.
+
+A file of the EDM family is a pickled dict whose `ema` is an object of a preconditioning class that travels with its
+source text: `EDMPrecond`, `VPPrecond` or `VEPrecond`, with the U-Net as its submodule `model`. Only the class's name, its
+plain attributes and the tensors are taken; the source text is not read.
+
+References:
+    Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022,
+    table 1: the three preconditionings.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from stablefield.diffusion._preconditioning import Denoiser, EDMPreconditioning, VEPreconditioning, VPPreconditioning
+from stablefield.interop._architecture import Architecture, infer_architecture
+from stablefield.interop._inert import MAX_AXES, Array, Node, RefusedError, TensorView, plain_text
+from stablefield.interop._weight_files import MAX_TENSORS, read_weight_file
+
+__all__ = ["Preconditionings", "PublishedNetwork", "Scaling", "read_published"]
+
+Scaling = Literal["edm", "vp", "ve"]
+"""Which preconditioning; for files that do not say."""
+
+Preconditionings = EDMPreconditioning | VPPreconditioning | VEPreconditioning
+
+_CLASSES: Mapping[str, Scaling] = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve"}
+# What a wrapper may have put before the names of the network's own state, outermost first.
+_PREFIXES = ("module.", "denoiser.", "network.", "model.")
+_MAX_DEPTH = 16
+# Modules, parameters and buffers of a network together, those that are None among them.
+_MAX_ENTRIES = 50_000
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedNetwork:
+    """What a file was found to hold.
+
+    Attributes:
+        architecture: of the network.
+        preconditioning: the scalings around it.
+        state: the network's tensors, float32, under the names of `SongUNet`.
+        origin: where in the file they were, and how the preconditioning is known.
+    """
+
+    architecture: Architecture
+    preconditioning: Preconditionings
+    state: Mapping[str, Tensor]
+    origin: str
+
+    def denoiser(self) -> Denoiser:
+        """The denoiser with these weights, in evaluation mode."""
+        network = self.architecture.build()
+        network.load_state_dict(dict(self.state))
+        return Denoiser(network, self.preconditioning).eval().requires_grad_(False)
+
+
+def read_published(path: Path, scaling: Scaling | None = None) -> PublishedNetwork:
+    """Read a DDPM++ or NCSN++ network from a file, executing nothing of it.
+
+    Args:
+        path: a pickle of the EDM family, a `torch.save` file with such an object or a state dict, or a safetensors file.
+        scaling: the preconditioning that the network was trained in; the file's own if not given.
+
+    Returns:
+        The network, with its averaged weights where the file has them.
+
+    Raises:
+        RefusedError: naming what is in the file that is not read, or what does not fit.
+        ValueError: if there is no such file, or the preconditioning is neither in the file nor given, or they differ.
+    """
+    value, name = read_weight_file(path), plain_text(path.name)
+    try:
+        found, where = _network(value)
+        _check_sizes(found.tensors, path.stat().st_size)
+        state = _plain_names(found.tensors)
+        architecture = infer_architecture(state)
+        known = _CLASSES.get(found.class_name)
+        if found.class_name and known is None:
+            raise RefusedError(
+                f"its network is in a {plain_text(found.class_name)}, and only {', '.join(_CLASSES)} are known."
+            )
+        tensors = {key: _float32(key, tensor) for key, tensor in state.items()}
+        preconditioning = _preconditioning(known or scaling or "edm", found.attributes)
+    except RefusedError as error:
+        raise RefusedError(f"{name} is refused: {error}") from error
+    if known is None and scaling is None:
+        raise ValueError(
+            f"{name} holds weights only and does not say for which preconditioning: pass preconditioning=edm, vp or ve."
+        )
+    if known is not None and scaling not in (None, known):
+        raise ValueError(
+            f"preconditioning={scaling} contradicts {name}, whose network is in a {found.class_name}: leave it out."
+        )
+    how = f"preconditioning of its {found.class_name}" if known else "preconditioning as given"
+    return PublishedNetwork(
+        architecture=architecture,
+        preconditioning=preconditioning,
+        state=tensors,
+        origin=f"{where}; {how}",
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    class_name: str
+    attributes: Mapping[str, object]
+    tensors: Mapping[str, Tensor | TensorView]
+
+
+def _network(value: object) -> tuple[_Found, str]:
+    """The network in what a file holds, and where it was."""
+    if isinstance(value, Node):
+        return _of_node(value), "the pickled network"
+    if isinstance(value, dict):
+        entries = cast("dict[object, object]", value)
+        for key, what in (("ema", "averaged weights"), ("net", "raw weights"), ("state_dict", "weights")):
+            inner = entries.get(key)
+            if isinstance(inner, Node):
+                return _of_node(inner), f"{what}, from {key}"
+            if isinstance(inner, dict) and inner:
+                return _of_dict(cast("dict[object, object]", inner)), f"{what}, from {key}"
+        return _of_dict(entries), "a plain state dict"
+    raise RefusedError("it holds neither a network nor a dict of tensors.")
+
+
+def _of_node(node: Node) -> _Found:
+    tensors: dict[str, Tensor | TensorView] = {}
+    left = [_MAX_ENTRIES]
+    _collect(node, "", tensors, left, 0)
+    return _Found(node.class_name, node.attributes, tensors)
+
+
+def _collect(node: Node, prefix: str, into: dict[str, Tensor | TensorView], left: list[int], depth: int) -> None:
+    # The same submodule may sit in many places, and itself in itself: count and depth are bounded.
+    left[0] -= 1 + sum(len(_entries(node, kind)) for kind in ("_parameters", "_buffers", "_modules"))
+    if left[0] < 0 or depth > _MAX_DEPTH:
+        raise RefusedError("its modules are nested without end: it is made to mislead.")
+    transient = node.attributes.get("_non_persistent_buffers_set")
+    for kind in ("_parameters", "_buffers"):
+        for name, value in _named(node, kind):
+            if kind == "_buffers" and isinstance(transient, set) and name in cast("set[object]", transient):
+                continue
+            if isinstance(value, Array) and value.view is not None:
+                value = value.view
+            if isinstance(value, TensorView):
+                into[prefix + name] = value
+            elif value is not None:
+                raise RefusedError(f"{plain_text(prefix + name)} is no tensor.")
+    for name, value in _named(node, "_modules"):
+        if isinstance(value, Node):
+            _collect(value, f"{prefix}{name}.", into, left, depth + 1)
+        elif value is not None:
+            raise RefusedError(f"{plain_text(prefix + name)} is no module.")
+
+
+def _entries(node: Node, kind: str) -> dict[object, object]:
+    entries = node.attributes.get(kind, {})
+    if not isinstance(entries, dict):
+        raise RefusedError(f"the {kind} of its {plain_text(node.class_name)} are no dict.")
+    return cast("dict[object, object]", entries)
+
+
+def _named(node: Node, kind: str) -> list[tuple[str, object]]:
+    found: list[tuple[str, object]] = []
+    for name, value in _entries(node, kind).items():
+        if not isinstance(name, str) or len(name) > 100:
+            raise RefusedError(f"the {kind} of its {plain_text(node.class_name)} have a key that is no name.")
+        found.append((name, value))
+    return found
+
+
+def _of_dict(entries: dict[object, object]) -> _Found:
+    tensors: dict[str, Tensor | TensorView] = {}
+    for name, value in entries.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor | TensorView):
+            raise RefusedError(
+                f"it is a dict whose entry {plain_text(name)} is no tensor: neither a network nor a state dict."
+            )
+        tensors[name] = value
+    return _Found("", {}, tensors)
+
+
+def _check_sizes(tensors: Mapping[str, Tensor | TensorView], size: int) -> None:
+    """Make sure that the tensors together are no more than the file.
+
+    Every one may be a view of one and the same storage, and all axes of one without elements but one may have any length.
+    """
+    if len(tensors) > MAX_TENSORS:
+        raise RefusedError(f"it has {len(tensors):,} tensors; a network has no more than {MAX_TENSORS:,}.")
+    total = 0
+    for name, value in tensors.items():
+        if isinstance(value, TensorView):
+            value.check()
+        if 0 in value.shape or len(value.shape) > MAX_AXES:
+            raise RefusedError(
+                f"{plain_text(name)} has no elements, or more than {MAX_AXES} axes: weights have neither."
+            )
+        total += math.prod(value.shape) * value.dtype.itemsize
+    if total > size:
+        raise RefusedError(
+            f"its tensors take {total:,} bytes, and the file has {size:,}: they are views of the same memory. "
+            "Save the state dict with a copy of each tensor."
+        )
+
+
+def _plain_names(tensors: Mapping[str, Tensor | TensorView]) -> Mapping[str, Tensor | TensorView]:
+    for prefix in _PREFIXES:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return tensors
+
+
+def _float32(name: str, value: Tensor | TensorView) -> Tensor:
+    tensor = value.tensor() if isinstance(value, TensorView) else value
+    if tensor.dtype not in _FLOATS:
+        raise RefusedError(
+            f"{plain_text(name)} has dtype {tensor.dtype}, and weights are floating point of 16 to 64 bits."
+        )
+    # Looked at in float32, where large numbers of float64 are infinite.
+    tensor = tensor.float().contiguous()
+    if not bool(tensor.isfinite().all()):
+        raise RefusedError(f"{plain_text(name)} holds NaN or infinite values, or such as float32 cannot hold.")
+    return tensor
+
+
+def _preconditioning(scaling: Scaling, attributes: Mapping[str, object]) -> Preconditionings:
+    def number(name: str, default: float) -> float:
+        value = attributes.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
+            raise RefusedError(f"its {name} is no number of a usual size.")
+        return float(value)
+
+    try:
+        match scaling:
+            case "edm":
+                return EDMPreconditioning(number("sigma_data", 0.5))
+            case "vp":
+                return VPPreconditioning(number("beta_min", 0.1), number("beta_d", 19.9), int(number("M", 1000)))
+            case "ve":
+                return VEPreconditioning()
+    except RefusedError:
+        raise
+    except ValueError as error:
+        raise RefusedError(f"the numbers of its preconditioning cannot be used: {error}") from error

@@ -1,0 +1,135 @@
+r"""How many references: what each size leaves of the variance in training, and what it costs.
+
+A training row at noise level s counts with the loss weight w(s). So what a size n leaves of the targets' variance, as
+training sees it, is
+
+$$ \frac{E_s[w(s) V_{STF}(n, s)]}{E_s[w(s) V_{DSM}(s)]} $$
+
+over the distribution of the noise levels. Only rows in the noise band cost anything: two matrix products of
+2 (rows) n d flops each.
+
+That is of each row alone. Rows of a batch share their references, and what their sum varies by is measured apart, see
+`batch`: a set is recommended only if it lowers that, too.
+"""
+
+from dataclasses import dataclass
+
+from stablefield._shapes import check_kind, number
+from stablefield.probing._batch import BatchVariance
+from stablefield.probing._phases import share_above
+from stablefield.probing._series import interpolate
+from stablefield.probing._training import Training
+from stablefield.probing._variance import VarianceCurve
+
+__all__ = ["Advice", "SizeAdvice", "Training", "advise"]
+
+# Points of the quadrature over the distribution of noise levels.
+_POINTS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeAdvice:
+    """What a reference set of one size does.
+
+    Attributes:
+        size: n.
+        left: share of each row's variance that stays, weighted as training weighs it.
+        error: a bound on its standard error (that of each level, added up).
+        batch: variance of a batch's sum of targets, as a share of that with the single sample; None if it was not measured.
+        batch_error: its standard error.
+        flops: of the target per training step.
+        seconds: the same on this machine, at the speed that the probe ran at.
+    """
+
+    size: int
+    left: float
+    error: float
+    batch: float | None
+    batch_error: float | None
+    flops: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """What the measurement means for a training run.
+
+    Attributes:
+        band: noise level where the band begins; 0 if it holds all levels, infinite if none.
+        share: share of a batch that falls in the band: the rows that can gain.
+        sizes: every size measured, and the whole population, in order.
+        recommended: the one to take.
+        aim: share of the variance that may stay.
+    """
+
+    band: float
+    share: float
+    sizes: tuple[SizeAdvice, ...]
+    recommended: SizeAdvice
+    aim: float
+
+
+def advise(
+    curve: VarianceCurve,
+    training: Training,
+    *,
+    band: float,
+    batch: BatchVariance | None = None,
+    aim: float = 0.1,
+) -> Advice:
+    """The smallest reference set that leaves at most `aim` of each row's variance and lowers that of the batch.
+
+    Args:
+        curve: the measurement.
+        training: which noise levels count, and how much.
+        band: noise level from which rows use references, as `stablefield.pick_noise_band` finds it.
+        batch: what the sums of whole batches vary by; without it, each row alone decides.
+        aim: share of the variance that may stay, between 0 and 1.
+
+    Raises:
+        ValueError: if `aim` is not between 0 and 1, or `band` is negative.
+    """
+    check_kind("curve", curve, VarianceCurve, "what measure_variance returns")
+    check_kind("training", training, Training, "a Training, such as Training()")
+    number("band", band)
+    if batch is not None:
+        check_kind("batch", batch, BatchVariance, "what measure_batch returns, or None")
+    number("aim", aim)
+    if not 0 < aim < 1:
+        raise ValueError(f"aim is {aim}: it is the share of the variance that may stay, between 0 and 1.")
+    share = share_above(band, training.noise_levels, training.process)
+    level = training.levels(_POINTS)
+    weight = training.weighting(level).double()
+    whole = float((weight * interpolate(level, curve.noise_level, curve.dsm.mean)).sum())
+    sizes: list[SizeAdvice] = []
+    for size in (*curve.stf, curve.samples):
+        left = error = 0.0
+        if size in curve.stf and whole > 0:
+            stf = curve.stf[size]
+            left = float((weight * interpolate(level, curve.noise_level, stf.mean)).sum()) / whole
+            error = float((weight * interpolate(level, curve.noise_level, stf.error.nan_to_num(0))).sum()) / whole
+        pairs = training.batch * share * size
+        seconds = pairs * curve.seconds_per_pair
+        together = None if batch is None else batch.of(size, curve.samples)
+        sizes.append(
+            SizeAdvice(
+                size=size,
+                left=left,
+                error=error,
+                batch=None if together is None else float(together.mean),
+                batch_error=None if together is None else float(together.error),
+                flops=4 * pairs * curve.dim,
+                seconds=seconds,
+            )
+        )
+    recommended = next(
+        entry
+        for entry in sizes
+        if entry.size >= curve.samples or (entry.left <= aim and (batch is None or _lowers(entry)))
+    )
+    return Advice(band=band, share=share, sizes=tuple(sizes), recommended=recommended, aim=aim)
+
+
+def _lowers(entry: SizeAdvice) -> bool:
+    """Whether references lower the variance of the batch by more than its error."""
+    return entry.batch is not None and entry.batch + 2 * (entry.batch_error or 0.0) < 1

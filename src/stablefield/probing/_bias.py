@@ -1,0 +1,341 @@
+r"""Is a target unbiased? A test that knows nothing of how the target is made.
+
+A target is unbiased if its expectation given what the network sees, $(x_t, t, c)$, is that of the source $x_0$. Then the
+residual $r = \text{target} - x_0$ is orthogonal to every function of what the network sees:
+
+$$ E\langle r,\, a(x_t, t, c) \rangle = 0 . $$
+
+The test takes a list of directions a and a ladder of noise levels, and looks at the mean of each product over many
+training batches. Directions are chosen for the faults that occur:
+
+    noisy row        x_t / alpha - m, m the data's mean: a source left out pulls targets away from x_t, a source held
+                     twice pulls them towards it
+    sharper mean     mean of the data (of the row's class) weighed as if the noise were 1 / sqrt(2) of what it is, less the
+                     mean weighed as it is: where a target moves that holds the source twice
+    class mean       mean of the class that the network sees, less m: references of other classes pull away from it
+    component k      principal axes of the data, as they are and times tanh of the row's own place along them
+
+Any function of $(x_t, t, c)$ keeps the test valid: a direction that is computed wrongly costs power, not truth.
+
+Rows of a batch share references and are not independent, so the unit is the batch: for each direction and level the batch
+gives one number of mean 0, and the statistic is the largest |t| over all of them. Its null distribution comes from
+flipping the signs of whole batches at random, which keeps the dependence between directions and levels; one p-value
+results, corrected for their number. It is exact where a batch's numbers are symmetric about 0, and tends to be exact with
+many batches where they are not.
+
+A target that passes is unbiased as far as so many rows can tell; it may still have a bias too small to see.
+
+References:
+    Xu, Tong, Jaakkola, "Stable Target Field for Reduced Variance Score Estimation in Diffusion Models", ICLR 2023,
+    section 4. Romano, Wolf, "Exact and Approximate Stepdown Methods for Multiple Hypothesis Testing", Journal of the
+    American Statistical Association 2005 (the largest studentised statistic).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from stablefield._shapes import array_of_numbers, check_callable, check_kind, number, per_row, whole_number
+from stablefield.diffusion._process import EDM, Process
+from stablefield.probing._population import Population
+from stablefield.probing._variance import find_noise_levels, measure_variance
+from stablefield.targets._engine.reference_matrix import ReferenceMatrix
+from stablefield.targets._posterior import posterior
+from stablefield.targets._target import Target
+
+__all__ = ["BiasCheck", "TargetLike", "check_bias", "largest_t"]
+
+# Principal axes among the directions, and samples that they are found from.
+_AXES, _FOR_AXES = 4, 1024
+
+
+class TargetLike(Protocol):
+    """Anything that makes a training target; a `StableTarget` is one."""
+
+    def __call__(
+        self,
+        x0: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        index: Tensor | None = None,
+        *,
+        reference_labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Target | Tensor:
+        """The target of a batch: a `Target`, or the target for x0 itself, shape (B, ...).
+
+        Args:
+            x0: clean samples, shape (B, ...).
+            x_t: noisy samples, shape (B, ...).
+            t: times, shape (B,).
+            labels: class that the network sees, integers (B,), -1 for none; None without classes.
+            index: place of each row in the data, integers (B,).
+            reference_labels: true class of each row, integers (B,); None without classes.
+            generator: for random choices.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasCheck:
+    """The outcome of a test for bias.
+
+    Attributes:
+        passed: whether the p-value is above `false_alarm`.
+        p_value: probability that an unbiased target shows as large a |t| anywhere.
+        false_alarm: the rate at which unbiased targets fail.
+        statistic: the largest |t|.
+        direction: where it was.
+        noise_level: where it was.
+        t: t statistic of every direction and noise level, shape (directions, L); 0 where the target is the source.
+        directions: names of the directions.
+        noise_levels: shape (L,).
+        rows: training rows that were looked at.
+    """
+
+    passed: bool
+    p_value: float
+    false_alarm: float
+    statistic: float
+    direction: str
+    noise_level: float
+    t: Tensor
+    directions: tuple[str, ...]
+    noise_levels: Tensor
+    rows: int
+
+
+@torch.no_grad()
+def check_bias(
+    target: TargetLike,
+    population: Population,
+    *,
+    process: Process | None = None,
+    noise_levels: Sequence[float] | Tensor | None = None,
+    batch: int = 128,
+    batches: int = 300,
+    label_dropout: float = 0.0,
+    false_alarm: float = 0.001,
+    seed: int = 0,
+) -> BiasCheck:
+    """Test that `target` is unbiased on `population`, as a class-conditional target if that has labels.
+
+    Args:
+        target: what to test.
+        population: the data that rows are drawn from, without replacement within a batch.
+        process: the process that the target was made for; EDM if None.
+        noise_levels: where to look; five in the middle phase if None, where references compete and faults show. Each batch
+            has rows at all of them.
+        batch: rows per batch, at most the population.
+        batches: how many; the unit of the statistics.
+        label_dropout: share of rows whose class is hidden (labels -1), if there are labels.
+        false_alarm: rate at which unbiased targets fail.
+        seed: of rows, noise, references and sign flips.
+
+    Raises:
+        ValueError: if a number is out of its range, or the target returns another shape or something not finite.
+    """
+    check_callable("target", target, "target(x0, x_t, t), such as StableTarget(process, references=Pool(data))")
+    check_kind("population", population, Population, "a Population of the data, Population(data)")
+    number("false_alarm", false_alarm)
+    number("label_dropout", label_dropout)
+    whole_number("batch", batch, 1)
+    whole_number("batches", batches)
+    whole_number("seed", seed, 0, 2**63)
+    if not 0 < false_alarm < 1:
+        raise ValueError(f"false_alarm is {false_alarm}: it is a probability, between 0 and 1.")
+    if not 0 <= label_dropout <= 1:
+        raise ValueError(f"label_dropout is {label_dropout}: it is a probability, 0 to 1.")
+    if batches < 20:
+        raise ValueError(f"batches is {batches}: fewer than 20 tell nothing; the default is 300.")
+    process = EDM() if process is None else process
+    check_kind("process", process, Process, "a Process, such as EDM()")
+    levels = _middle(population, seed) if noise_levels is None else array_of_numbers("noise_levels", noise_levels)
+    levels = levels.to(torch.float64).flatten()
+    batch = min(batch, len(population))
+    if len(levels) == 0 or not bool(((levels > 0) & levels.isfinite()).all()):
+        raise ValueError(f"noise_levels={levels.tolist()}: pass at least one, all positive and finite.")
+    if batch < len(levels):
+        levels = levels[torch.linspace(0, len(levels) - 1, batch).round().long()]
+    generator = torch.Generator().manual_seed(seed)
+    device = population.data.device
+    matrix, labels = ReferenceMatrix(population.data), population.labels
+    directions = _Directions(population)
+    place = torch.arange(batch) % len(levels)
+    count = torch.bincount(place, minlength=len(levels))
+    t = process.time(levels)[place].to(device)
+    level = process.noise_level(t)
+    sums: list[Tensor] = []
+    for _ in range(batches):
+        index = _distinct(len(population), batch, generator).to(device)
+        flat = matrix.rows(index, matrix.dtype)
+        x0 = flat.reshape(batch, *population.data.shape[1:])
+        x_t = process.perturb(x0, t, torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(device))
+        truth = None if labels is None else labels[index].long()
+        seen = truth
+        if truth is not None and label_dropout > 0:
+            hidden = (torch.rand(batch, generator=generator) < label_dropout).to(device)
+            seen = truth.masked_fill(hidden, -1)
+        found = target(x0, x_t, t, seen, index, reference_labels=truth, generator=generator)
+        estimate = found.x0 if isinstance(found, Target) else found
+        if estimate.shape != x0.shape or not bool(estimate.isfinite().all()):
+            raise ValueError(
+                f"the target has shape {tuple(estimate.shape)} for rows of shape {tuple(x0.shape)}, or is not finite: it "
+                "must be one finite estimate of x0 for each row."
+            )
+        residual = (estimate - x0).flatten(1)
+        row = (x_t / per_row(process.alpha(t), x0)).flatten(1)
+        products = directions.products(residual, row, level, seen).double().cpu()
+        total = torch.zeros(len(levels), products.shape[1], dtype=torch.float64).index_add_(0, place, products)
+        sums.append(total / count[:, None])
+    means = torch.stack(sums)
+    flat_t, p_value = largest_t(means.flatten(1), false_alarm, generator)
+    table = flat_t.reshape(len(levels), -1).T
+    top = int(table.abs().argmax())
+    return BiasCheck(
+        passed=p_value > false_alarm,
+        p_value=p_value,
+        false_alarm=false_alarm,
+        statistic=float(table.abs().max()),
+        direction=directions.names[top // len(levels)],
+        noise_level=float(levels[top % len(levels)]),
+        t=table,
+        directions=directions.names,
+        noise_levels=levels,
+        rows=batch * batches,
+    )
+
+
+def largest_t(values: Tensor, false_alarm: float, generator: torch.Generator | None = None) -> tuple[Tensor, float]:
+    """Test that all columns of `values` have mean 0, by the largest |t| and random signs of the rows.
+
+    Args:
+        values: independent rows, shape (T, M), float64.
+        false_alarm: the rate that the p-value is to be compared with; decides how many sign flips are drawn.
+        generator: of the signs.
+
+    Returns:
+        The t statistics, shape (M,), 0 for a column of zeros; and the p-value, never below 1 / (1 + flips).
+    """
+    units = len(values)
+    flips = max(1999, math.ceil(20 / false_alarm))
+    # Scaled to squares that sum to 1, which sign flips leave as they are; what is 0 to rounding counts as 0.
+    norm = values.square().sum(0).sqrt()
+    scaled = torch.where(norm > 0, values / norm.clamp(min=torch.finfo(values.dtype).tiny), 0)
+    observed = _studentised(scaled.sum(0), units)
+    peak = float(observed.abs().max())
+    beaten = 0
+    for start in range(0, flips, 1000):
+        signs = torch.randint(0, 2, (min(1000, flips - start), units), generator=generator).to(values) * 2 - 1
+        beaten += int((_studentised(signs @ scaled, units).abs().amax(1) >= peak * (1 - 1e-9)).sum())
+    return observed, (1 + beaten) / (1 + flips)
+
+
+def _studentised(total: Tensor, units: int) -> Tensor:
+    """T statistics from sums of `units` values whose squares sum to 1."""
+    return total * ((units - 1) / (units - total**2).clamp(min=1e-12)).sqrt()
+
+
+class _Directions:
+    """The directions of a population and what is needed to point along them."""
+
+    def __init__(self, population: Population) -> None:
+        self._data, self._matrix = population.data, ReferenceMatrix(population.data)
+        self._labels = population.labels
+        self._mean, self._class_means = _means(population)
+        self._axes, self._spread = _axes(self._matrix, self._mean)
+        axes = [f"component {k + 1}" for k in range(len(self._axes))]
+        names = ["noisy row", "sharper mean", *axes, *(f"{name} x place" for name in axes)]
+        self.names = (*names, *([] if self._labels is None else ["class mean"]))
+
+    def products(self, residual: Tensor, row: Tensor, level: Tensor, seen: Tensor | None) -> Tensor:
+        """Products of the residual with each direction, shape (B, directions).
+
+        Every direction is a function of the row's own arguments alone. What depends on other rows of the batch would not
+        do: they are references, and their noisy versions tell of them.
+
+        Args:
+            residual: shape (B, d).
+            row: x_t / alpha, shape (B, d).
+            level: sigma / alpha, shape (B,).
+            seen: class that the network sees, shape (B,), or None.
+        """
+        centred = row - self._mean
+        along = residual @ self._axes.T
+        own = centred @ self._axes.T
+        width = (self._spread + level[:, None] ** 2).sqrt().to(own.dtype)
+        sharp, plain = (self._weighed(row, factor * level, seen) for factor in (0.5**0.5, 1.0))
+        columns = [
+            (residual * centred).sum(1, keepdim=True),
+            (residual * (sharp - plain)).sum(1, keepdim=True),
+            along,
+            along * torch.tanh(own / width),
+        ]
+        if seen is not None:
+            towards = self._class_means[seen + 1] - self._mean
+            columns.append((residual * towards).sum(1, keepdim=True))
+        return torch.cat(columns, 1)
+
+    def _weighed(self, row: Tensor, level: Tensor, seen: Tensor | None) -> Tensor:
+        data = self._data
+        shaped = row.reshape(len(row), *data.shape[1:])
+        labels = None if seen is None else self._labels
+        return posterior(shaped, 1.0, level, data, labels=seen, reference_labels=labels).mean.flatten(1)
+
+
+def _middle(population: Population, seed: int) -> Tensor:
+    """Five noise levels at which the posterior's variance is from 3 % to 75 % of the data's, by a few rows."""
+    grid = find_noise_levels(population, seed=seed)
+    curve = measure_variance(population, grid, sizes=(), sources=min(64, len(population)), draws=2, seed=seed)
+    share = curve.dsm.mean / curve.total
+    inside = ((share > 0.03) & (share < 0.75)).nonzero()[:, 0]
+    if not len(inside):
+        inside = (share - 0.3).abs().argmin().reshape(1)
+    low, high = grid[inside[0]].log(), grid[inside[-1]].log()
+    return torch.linspace(float(low), float(high), 5, dtype=torch.float64).exp()
+
+
+def _means(population: Population) -> tuple[Tensor, Tensor]:
+    """Mean of the data, shape (d,), and for each class k its mean in row k + 1, with that of all in row 0 (no class)."""
+    matrix = ReferenceMatrix(population.data)
+    labels = population.labels
+    kinds = 0 if labels is None else int(labels.max()) + 1
+    total = torch.zeros(kinds + 1, matrix.dim, dtype=torch.float64)
+    for where, rows in matrix.chunks(matrix.chunk_size(1), matrix.dtype):
+        wide = rows.double().cpu()
+        total[0] += wide.sum(0)
+        if labels is not None:
+            total.index_add_(0, labels[where].long().cpu() + 1, wide)
+    count = torch.ones(kinds + 1, dtype=torch.float64)
+    count[0] = len(matrix)
+    if labels is not None:
+        count[1:] = torch.bincount(labels.long().cpu(), minlength=kinds).clamp(min=1)
+    means = (total / count[:, None]).to(population.data.device, matrix.dtype)
+    return means[0], means
+
+
+def _axes(matrix: ReferenceMatrix, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """The first principal axes of the data, unit vectors, shape (axes, d), and the variances along them, (axes,)."""
+    step = max(1, len(matrix) // _FOR_AXES)
+    index = torch.arange(0, len(matrix), step, device=mean.device)[:_FOR_AXES]
+    rows = matrix.rows(index, matrix.dtype) - mean
+    wide = rows.double()
+    values, vectors = torch.linalg.eigh(wide @ wide.T)
+    kept = values > 1e-9 * values[-1]
+    most = vectors[:, kept][:, -_AXES:].T @ wide
+    return (most / most.norm(dim=1, keepdim=True)).to(rows.dtype), values[kept][-_AXES:] / len(rows)
+
+
+def _distinct(n: int, count: int, generator: torch.Generator) -> Tensor:
+    if 4 * count > n:
+        return torch.randperm(n, generator=generator)[:count]
+    while True:
+        # Few out of many: repeats are rare, and a draw that has one is drawn again.
+        drawn = torch.randint(n, (count,), generator=generator)
+        if len(torch.unique(drawn)) == count:
+            return drawn

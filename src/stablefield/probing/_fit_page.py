@@ -1,0 +1,199 @@
+"""The page of a network that was held against the exact posterior mean, and its charts."""
+
+import math
+from collections.abc import Sequence
+
+from stablefield.diffusion._weighting import Weighting
+from stablefield.probing._fit import Fit
+from stablefield.probing._floor import LoggedExcess
+from stablefield.probing._record import fit_record
+from stablefield.report import (
+    Code,
+    Estimate,
+    Figure,
+    KeyFigure,
+    KeyFigures,
+    Line,
+    LineChart,
+    Page,
+    Section,
+    Table,
+    json_details,
+)
+
+__all__ = ["distance_chart", "excess_chart", "fit_page", "logged_chart"]
+
+# What a distance of 0 is drawn as on a logarithmic axis: below what float32 resolves.
+_LEAST = 1e-14
+
+
+def distance_chart(fit: Fit) -> LineChart:
+    """Squared distance of the network to the posterior mean per number, with the floor to compare."""
+    x, d = fit.noise_level.numpy(), fit.dim
+    mean, error = fit.distance.mean / d, fit.distance.error / d
+    floor = (fit.floor.mean / d).where(fit.floor.mean > 1e-4 * fit.floor.mean.max(), math.nan)
+    lines = [
+        Line(
+            label="network to posterior mean",
+            x=x,
+            y=mean.clamp(min=_LEAST).numpy(),
+            low=(mean - 2 * error).numpy(),
+            high=(mean + 2 * error).numpy(),
+        )
+    ]
+    if not bool(floor.isnan().all()):
+        lines.append(Line(label="V_DSM: noise of the single-sample target", x=x, y=floor.numpy(), reference=True))
+    return LineChart(
+        lines=tuple(lines),
+        x_label="noise level sigma / alpha",
+        y_label="squared error per number",
+        log_x=True,
+        log_y=True,
+    )
+
+
+def excess_chart(fit: Fit, weighting: Weighting) -> LineChart:
+    """The loss against the noise level, its floor, and the difference, in the units of training."""
+    x = fit.noise_level.numpy()
+    weight = weighting(fit.noise_level) / fit.dim
+    excess, error = weight * fit.distance.mean, weight * fit.distance.error
+    return LineChart(
+        lines=(
+            Line(label="loss", x=x, y=(weight * fit.loss.mean).numpy()),
+            Line(
+                label="loss minus floor",
+                x=x,
+                y=excess.numpy(),
+                low=(excess - 2 * error).numpy(),
+                high=(excess + 2 * error).numpy(),
+            ),
+            Line(label="floor", x=x, y=(weight * fit.floor.mean).numpy(), reference=True),
+        ),
+        x_label="noise level sigma / alpha",
+        y_label="weighted loss",
+        log_x=True,
+        y_min=0.0,
+    )
+
+
+def logged_chart(logged: Sequence[LoggedExcess]) -> LineChart | None:
+    """Loss minus floor of bins of noise levels over training, as it was logged; None with fewer than two lines of it."""
+    if len(logged) < 2:
+        return None
+    x = [entry.step for entry in logged]
+    bins = len(logged[0].excess)
+    lines: list[Line] = []
+    # The lowest bins have no floor to speak of; six lines are as many as can be told apart.
+    for place in range(max(0, bins - 6), bins):
+        y = [math.nan if (value := entry.excess[place]) is None else value for entry in logged]
+        if not all(math.isnan(value) for value in y):
+            lines.append(Line(label=_bin_name(logged[0].edges, place), x=x, y=y))
+    return LineChart(lines=tuple(lines), x_label="step", y_label="loss minus floor, weighted") if lines else None
+
+
+def _bin_name(edges: tuple[float, ...], place: int) -> str:
+    if place == 0:
+        return f"noise level to {edges[0]:.2g}"
+    if place == len(edges):
+        return f"noise level from {edges[-1]:.2g}"
+    return f"{edges[place - 1]:.2g} to {edges[place]:.2g}"
+
+
+def fit_page(
+    name: str,
+    description: str,
+    fit: Fit,
+    weighting: Weighting,
+    summary: str,
+    command: str,
+    over_training: LineChart | None = None,
+) -> Page:
+    """The page.
+
+    Args:
+        name: of the run.
+        description: a line that says what it is.
+        fit: the measurement.
+        weighting: of the run's loss.
+        summary: what came out.
+        command: that made it; empty if there is none.
+        over_training: `logged_chart` of the run's log, if there is one.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    weight = weighting(fit.noise_level) / fit.dim
+    excess, loss = weight * fit.distance.mean, weight * fit.loss.mean
+    worst = int(excess.argmax())
+    return Page(
+        title=f"{name} against the optimum",
+        summary=summary,
+        blocks=(
+            KeyFigures(
+                (
+                    KeyFigure(
+                        value=Estimate(float(excess[worst]), float(weight[worst] * fit.distance.error[worst])),
+                        label="largest excess loss",
+                        note=f"at noise level {float(fit.noise_level[worst]):.2g}",
+                    ),
+                    KeyFigure(
+                        value=f"{float(fit.floor.mean[-1] / fit.loss.mean[-1]):.1%}",
+                        label="of the loss is floor where noise is largest",
+                    ),
+                )
+            ),
+            Section(
+                "Distance to the posterior mean",
+                (
+                    Figure(
+                        distance_chart(fit),
+                        alt="Squared distance of the network to the exact posterior mean, per number, against noise level.",
+                        title="Squared distance to the optimum.",
+                        caption=f"{fit.rows:,} noisy rows per level, the posterior over {fit.samples:,} samples. Band: two "
+                        "standard errors.",
+                    ),
+                ),
+            ),
+            Section(
+                "Loss minus floor",
+                (
+                    Figure(
+                        excess_chart(fit, weighting),
+                        alt="The training loss against noise level, its irreducible floor, and the difference of both.",
+                        title="What training can still gain.",
+                        caption="In the units of the single-sample loss. The floor is w V_DSM / d; no network goes below.",
+                    ),
+                    Table(
+                        columns=("noise level", "distance per number", "loss", "floor", "loss minus floor"),
+                        rows=tuple(
+                            (
+                                float(fit.noise_level[i]),
+                                Estimate(float(fit.distance.mean[i]) / fit.dim, float(fit.distance.error[i]) / fit.dim),
+                                float(loss[i]),
+                                float(weight[i] * fit.floor.mean[i]),
+                                float(excess[i]),
+                            )
+                            for i in range(len(fit.noise_level))
+                        ),
+                        caption="Loss minus floor is the weighted distance, measured itself: it has no noise of the floor.",
+                    ),
+                ),
+            ),
+            *_training_section(over_training),
+            Section("Numbers", (*((Code(command),) if command else ()), json_details("Every figure", fit_record(fit)))),
+        ),
+        footer=f"{description}. `{command}`" if command else description,
+    )
+
+
+def _training_section(chart: LineChart | None) -> tuple[Section, ...]:
+    if chart is None:
+        return ()
+    figure = Figure(
+        chart,
+        alt="Loss minus floor against training steps, a line for each bin of noise levels.",
+        title="Over training.",
+        caption="Logged loss and variance removed, less the floor of the single-sample loss. What stays above 0 can be "
+        "gained; the lines are as noisy as the log.",
+    )
+    return (Section("Loss minus floor over training", (figure,)),)

@@ -1,0 +1,217 @@
+"""The probe of a network: how far it is from the exact posterior mean, and its loss above the floor."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import stablefield
+from stablefield._progress import Progress
+from stablefield._shapes import array_of_numbers, check_callable, found_device
+from stablefield.diffusion._objective import DenoiserLike
+from stablefield.diffusion._weighting import Weighting
+from stablefield.probing._fit import Fit, measure_fit
+from stablefield.probing._fit_page import distance_chart, excess_chart, fit_page, logged_chart
+from stablefield.probing._floor import LoggedExcess, LossFloor, logged_excess
+from stablefield.probing._population import MOST, Samples, described, draw_population
+from stablefield.probing._probe import sampled, spaced, with_error
+from stablefield.probing._record import fit_record, fit_table
+from stablefield.probing._training import Training
+from stablefield.probing._variance import find_noise_levels
+from stablefield.report._cells import text_table
+from stablefield.report._chart import LineChart
+from stablefield.report._page import Page
+from stablefield.report._result import Result
+
+__all__ = ["NetworkProbe", "probe_network"]
+
+# Lines of the table.
+_LINES = 12
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class NetworkProbe(Result):
+    """A network held against the exact posterior mean over its data.
+
+    Attributes:
+        name: of the network, such as that of its run.
+        description: a line that says what its data are.
+        step: of training that it was taken at; None if that is not known.
+        fit: distance, loss and floor against the noise level.
+        weighting: of the training loss.
+        logged: loss minus floor over training, from a run's log.
+        drawn_from: size of the data set, if the posterior is that over a part of it.
+        notes: what was odd about the network's run.
+        seed: that decided all that was drawn.
+        seconds: that the measurement took.
+        command: the command line that made it, for the report; empty for a call from Python.
+    """
+
+    name: str
+    description: str
+    step: int | None
+    fit: Fit
+    weighting: Weighting
+    logged: tuple[LoggedExcess, ...]
+    drawn_from: int | None
+    notes: tuple[str, ...] = ()
+    seed: int
+    seconds: float
+    command: str = ""
+
+    def __str__(self) -> str:
+        notes = [f"note: {note}" for note in self.notes]
+        if self.drawn_from is not None:
+            notes.append(
+                f"{sampled(self.fit.samples, self.drawn_from)}:\nthe posterior mean over them is not quite what the network "
+                "was trained for"
+            )
+        return "\n".join([*notes, self.summary, self._table()])
+
+    @property
+    def summary(self) -> str:
+        """Where most can still be gained, in a sentence."""
+        fit, weight = self.fit, self._weight()
+        excess = weight * fit.distance.mean
+        worst = int(excess.argmax())
+        step = "The" if self.step is None else f"Step {self.step:,}: the"
+        return (
+            f"{step} network is farthest from the optimum at noise level {float(fit.noise_level[worst]):.2g},\nwhere "
+            f"{float(excess[worst]):.3g} of the loss of {float((weight * fit.loss.mean)[worst]):.3g} can still be gained."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers and what they are of, as JSON values."""
+        return {
+            "stablefield": stablefield.__version__,
+            "command": self.command,
+            "run": self.name,
+            "step": self.step,
+            "seed": self.seed,
+            "seconds": self.seconds,
+            "drawn_from": self.drawn_from,
+            "notes": list(self.notes),
+            "fit": fit_record(self.fit),
+            "logged": [entry.record() for entry in self.logged],
+        }
+
+    def tables(self) -> Mapping[str, tuple[Sequence[str], Sequence[Sequence[float | None]]]]:
+        """Distance, loss and floor, a row per noise level."""
+        return {"fit": fit_table(self.fit)}
+
+    def charts(self) -> Mapping[str, LineChart]:
+        """The distance, the loss above its floor, and the same over training if there is a log."""
+        charts = {
+            "distance": replace(distance_chart(self.fit), title="Squared distance to the optimum"),
+            "excess": replace(excess_chart(self.fit, self.weighting), title="Loss minus floor"),
+        }
+        over_training = logged_chart(self.logged)
+        if over_training is not None:
+            charts["training"] = replace(over_training, title="Loss minus floor over training")
+        return charts
+
+    def page(self) -> Page:
+        """The report."""
+        name = self.name if self.step is None else f"{self.name}, step {self.step:,}"
+        over_training = logged_chart(self.logged)
+        return fit_page(name, self.description, self.fit, self.weighting, self.summary, self.command, over_training)
+
+    def _weight(self) -> Tensor:
+        return self.weighting(self.fit.noise_level) / self.fit.dim
+
+    def _table(self) -> str:
+        fit, weight = self.fit, self._weight()
+        rows: list[list[str]] = []
+        for i in spaced(0, len(fit.noise_level), _LINES):
+            distance, error = float(fit.distance.mean[i]) / fit.dim, float(fit.distance.error[i]) / fit.dim
+            figures = (weight[i] * fit.loss.mean[i], weight[i] * fit.floor.mean[i], weight[i] * fit.distance.mean[i])
+            rows.append(
+                [
+                    f"{float(fit.noise_level[i]):.3g}",
+                    with_error(distance, error),
+                    *(f"{float(figure):.3g}" for figure in figures),
+                ]
+            )
+        return text_table(("noise level", "distance to mean / d", "loss", "floor", "loss - floor"), rows)
+
+
+def probe_network(
+    network: DenoiserLike,
+    images: Samples,
+    *,
+    labels: Tensor | NDArray[np.int64] | None = None,
+    by_class: bool = False,
+    training: Training | None = None,
+    noise_levels: Sequence[float] | Tensor | None = None,
+    max_images: int = MOST,
+    sources: int | None = None,
+    log: Sequence[Mapping[str, Any]] = (),
+    name: str = "network",
+    step: int | None = None,
+    notes: Sequence[str] = (),
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: Callable[[Progress], object] | None = None,
+) -> NetworkProbe:
+    """Measure how far a network is from the exact posterior mean over the data that it was trained on.
+
+    `stablefield.probe` calls this for a run.
+
+    Args:
+        network: D(x, sigma, class_labels=None) in noise-to-signal units, such as a `Denoiser`, on `device`.
+        images: what it was trained on: a set, or a tensor or array of shape (n, ...), as for `probe_data`.
+        labels: class of each sample, integers of shape (n,), if the network is told the classes.
+        by_class: the same with the classes of an image set.
+        training: whose loss weights and noise levels count; EDM's if None.
+        noise_levels: where to measure, sigma / alpha, shape (L,); chosen from the data if None.
+        max_images: samples that stand for the data set, drawn at random if there are more.
+        sources: samples that noisy rows are made from at each noise level; 512 if None.
+        log: lines of a run's metrics.jsonl, for the loss above the floor over training.
+        name: of the network, for the report.
+        step: of training, for the report.
+        notes: what there is to say of the network, for the report.
+        seed: decides all that is drawn.
+        device: where to compute; a GPU if there is one, if None.
+        progress: called as the measurement goes on.
+
+    Raises:
+        ValueError: if the data have nothing to measure, an argument does not fit, or the network returns another shape.
+    """
+    check_callable("network", network, "network(x, sigma), such as a Denoiser")
+    began = time.monotonic()
+    by_class = by_class or labels is not None
+    population = draw_population(images, labels, max_images=max_images, by_class=by_class, seed=seed)
+    population = population.to(found_device(device))
+    training = Training() if training is None else training
+    levels = (
+        find_noise_levels(population, seed=seed)
+        if noise_levels is None
+        else array_of_numbers("noise_levels", noise_levels)
+    )
+    fit = measure_fit(
+        network,
+        population,
+        levels,
+        labelled=by_class,
+        rows=512 if sources is None else sources,
+        seed=seed,
+        progress=progress,
+    )
+    floor = LossFloor(noise_level=fit.noise_level, variance=fit.floor.mean, dim=fit.dim, weighting=training.weighting)
+    return NetworkProbe(
+        name=name,
+        description=described(images)[1],
+        step=step,
+        fit=fit,
+        weighting=training.weighting,
+        logged=tuple(logged_excess(log, floor, training)),
+        drawn_from=population.drawn_from,
+        notes=tuple(notes),
+        seed=seed,
+        seconds=time.monotonic() - began,
+    )

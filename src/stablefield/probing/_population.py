@@ -1,0 +1,188 @@
+"""The population: the samples that a probe takes for the whole data set, all of it or a stated part.
+
+The posterior over a set costs a pass over it for every row, so of a set that is too large a random part is drawn. What is
+measured then is true of a data set of that size, and the population says of how many it was drawn.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stablefield._shapes import check_kind, check_tensor, flag, whole_number
+from stablefield.data._image_set import ImageSet
+from stablefield.targets._engine.reference_matrix import ReferenceMatrix
+
+__all__ = ["MOST", "Population", "Samples", "described", "draw_population"]
+
+MOST = 65_536
+"""Samples that a population holds unless more are asked for."""
+
+Samples = ImageSet | Tensor | NDArray[Any]
+"""Images or other samples: a set, or a tensor or array of shape (n, ...), floating point or uint8."""
+
+
+@dataclass(frozen=True)
+class Population:
+    """Samples and what is known of them.
+
+    Args:
+        data: shape (N, ...), floating point, or uint8 images that mean data / 127.5 - 1.
+        labels: class of each sample, integers of shape (N,), if posteriors are to stay within classes; else None.
+        drawn_from: size of the set that the samples were drawn from; None if they are all of it.
+
+    Raises:
+        ValueError: if there are fewer than two different samples (in every labels, if there are labels), a value is not
+            finite, or `labels` does not fit.
+    """
+
+    data: Tensor
+    labels: Tensor | None = None
+    drawn_from: int | None = None
+
+    def __post_init__(self) -> None:
+        data, labels = self.data, self.labels
+        check_tensor("data", data, numbers=True)
+        if labels is not None:
+            check_tensor("labels", labels, numbers=True)
+        if data.ndim < 2 or data[:1].numel() == 0:
+            raise ValueError(
+                f"data have shape {tuple(data.shape)}: pass samples of at least one number, shape (N, ...)."
+            )
+        if not (data.is_floating_point() or data.dtype == torch.uint8):
+            raise ValueError(f"data have dtype {data.dtype}: pass floating point data, or uint8 images.")
+        if len(data) < 2:
+            raise ValueError(
+                f"data hold {len(data)} sample: with one sample every target is that sample, and there is no variance to "
+                "measure. Probe at least 2."
+            )
+        if labels is not None and (
+            labels.shape != data.shape[:1]
+            or labels.is_floating_point()
+            or labels.is_complex()
+            or labels.dtype == torch.bool
+        ):
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}: one integer per sample is needed, "
+                f"shape ({len(data)},)."
+            )
+        if data.is_floating_point():
+            for start in range(0, len(data), 4096):
+                finite = data[start : start + 4096].flatten(1).isfinite().all(1)
+                if not bool(finite.all()):
+                    row = start + int((~finite).nonzero()[0, 0])
+                    raise ValueError(f"data[{row}] holds NaN or inf: clean the data first.")
+        if _all_equal(data, labels):
+            within = "" if labels is None else " of each class"
+            raise ValueError(
+                f"all {len(data):,} samples{within} are equal: every target is that sample at every noise level, so there "
+                "is no variance to measure or to remove."
+            )
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def to(self, device: torch.device | str) -> "Population":
+        """The same on a device."""
+        labels = None if self.labels is None else self.labels.to(device)
+        return Population(self.data.to(device), labels, self.drawn_from)
+
+    @property
+    def dim(self) -> int:
+        """Numbers per sample, d."""
+        return self.data[0].numel()
+
+    def variance(self) -> float:
+        """Trace of the covariance of the samples, within classes if there are labels: V_DSM where all is noise."""
+        matrix = ReferenceMatrix(self.data)
+        labels = torch.zeros(len(self), dtype=torch.long) if self.labels is None else self.labels.cpu()
+        _, place = torch.unique(labels, return_inverse=True)
+        place = place.to(self.data.device)
+        kinds = int(place.max()) + 1
+        wide = torch.float32 if self.data.device.type == "mps" else torch.float64
+        # About the first sample, so that data far from zero lose no digits.
+        centre = matrix.rows(torch.zeros(1, dtype=torch.long, device=self.data.device), matrix.dtype)
+        total = torch.zeros(kinds, self.dim, dtype=wide, device=self.data.device)
+        square = 0.0
+        for where, rows in matrix.chunks(matrix.chunk_size(1), matrix.dtype):
+            wider = (rows - centre).to(wide)
+            total.index_add_(0, place[where], wider)
+            square += float(wider.square().sum())
+        count = torch.bincount(place, minlength=kinds).to(wide)
+        return max(0.0, (square - float((total.square().sum(1) / count).sum())) / len(self))
+
+
+def draw_population(
+    images: Samples,
+    labels: Tensor | NDArray[np.int64] | None = None,
+    *,
+    max_images: int = MOST,
+    by_class: bool = False,
+    seed: int = 0,
+) -> Population:
+    """All of `images`, or `max_images` of them drawn at random without replacement.
+
+    Args:
+        images: the set, of which only the rows that are drawn are read; or a tensor or array, as for a `Population`.
+        labels: class of each sample, integers of shape (n,), if `images` has none of its own.
+        max_images: samples to hold at most, 2 or more.
+        by_class: keep the labels, so that posteriors stay within classes.
+        seed: of the draw.
+
+    Raises:
+        ValueError: if `max_images` is below 2, or classes are asked for and there are none; and as `Population`.
+    """
+    whole_number("max_images", max_images)
+    whole_number("seed", seed, 0)
+    flag("by_class", by_class)
+    if max_images < 2:
+        raise ValueError(f"max_images is {max_images}: at least 2 samples are needed.")
+    check_kind("images", images, (ImageSet, Tensor, np.ndarray), "an ImageSet, as open_images returns, or a tensor")
+    if labels is not None:
+        check_kind("labels", labels, (Tensor, np.ndarray), "a tensor or an array of classes, one per sample")
+    if isinstance(images, ImageSet):
+        values, found = images.images, images.labels if labels is None else labels
+    else:
+        values, found = images, labels
+    if by_class and found is None:
+        raise ValueError(f"by_class is set, but {described(images)[0]} has no classes: leave it out, or pass labels.")
+    classes = torch.as_tensor(found) if by_class and found is not None else None
+    count = len(values)
+    if count <= max_images:
+        # A copy, as the set may be mapped read-only, and every row of it is read many times.
+        return Population(
+            values if isinstance(values, Tensor) else torch.from_numpy(np.array(values, order="C")), classes
+        )
+    drawn = np.sort(np.random.default_rng(seed).choice(count, max_images, replace=False, shuffle=False))
+    rows = torch.from_numpy(drawn)
+    return Population(
+        values[rows] if isinstance(values, Tensor) else torch.from_numpy(values[drawn]),
+        None if classes is None else classes[rows],
+        count,
+    )
+
+
+def described(images: Samples) -> tuple[str, str, dict[str, Any]]:
+    """A name, a line for people, and a manifest."""
+    if isinstance(images, ImageSet):
+        return images.name, images.describe(), images.manifest
+    shape = tuple(images.shape)
+    manifest = {"count": shape[0], "shape": list(shape[1:]), "dtype": str(images.dtype).removeprefix("torch.")}
+    return "samples", f"{shape[0]:,} samples of shape {shape[1:]}", manifest
+
+
+def _all_equal(data: Tensor, labels: Tensor | None) -> bool:
+    if labels is None:
+        first = data[:1]
+        return all(bool((part == first).all()) for part in data.split(4096))
+    _, place = torch.unique(labels, return_inverse=True)
+    # The first member of each class: written last to first, the first one stays.
+    first = torch.empty(int(place.max()) + 1, dtype=torch.long, device=place.device)
+    first.scatter_reduce_(0, place, torch.arange(len(place), device=place.device), "amin", include_self=False)
+    return all(
+        bool((data[start : start + 4096] == data[first[place[start : start + 4096]]]).all())
+        for start in range(0, len(data), 4096)
+    )

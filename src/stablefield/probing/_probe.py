@@ -1,0 +1,321 @@
+"""The probe of data: the variance of training targets on them, its phases, and how many references to take."""
+
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import stablefield
+from stablefield._progress import Progress
+from stablefield._shapes import check_kind, found_device, number, shape_of
+from stablefield.data._image_set import ImageSet
+from stablefield.probing._advice import Advice, advise
+from stablefield.probing._batch import BatchVariance, measure_batch
+from stablefield.probing._phases import Edge, Phases, find_phases, share_above
+from stablefield.probing._population import MOST, Samples, described, draw_population
+from stablefield.probing._record import advice_record, curve_record, curve_table, phases_record
+from stablefield.probing._training import TRAININGS, Training
+from stablefield.probing._variance import SIZES, VarianceCurve, measure_variance
+from stablefield.probing._variance_page import phases_chart, sizes_chart, variance_chart, variance_page
+from stablefield.report._cells import text_table
+from stablefield.report._chart import LineChart
+from stablefield.report._page import Page
+from stablefield.report._result import Result
+from stablefield.targets._band import NoiseBand, pick_noise_band
+from stablefield.targets._pool import Pool
+
+__all__ = ["Probe", "probe_data", "sampled", "spaced", "with_error"]
+
+# Shares of the variance of a batch below which nothing, or little, is to be expected.
+_NOTHING, _LITTLE = 0.01, 0.1
+# Lines of the table that fit a terminal.
+_LINES = 8
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class Probe(Result):
+    """The variance of training targets on data, and what follows for a training run.
+
+    `print(probe)` gives the advice and a table, `probe.page()` the report with charts, `probe.to_dict()` every number.
+
+    Attributes:
+        name: of the data.
+        description: a line that says what they are.
+        manifest: what they are, as JSON values.
+        training: that the advice is for.
+        references: that the training takes per step; None for all samples.
+        noise_band: where references begin to matter, and how that was found.
+        curve: the variance against the noise level.
+        batch: the variance of a batch's sum of targets.
+        phases: where one sample decides, and where the posterior is the prior.
+        advice: how many references to take.
+        seed: that decided all that was drawn.
+        device: where it was measured.
+        command: the command line that made it, for the report; empty for a call from Python.
+    """
+
+    name: str
+    description: str
+    manifest: Mapping[str, Any]
+    training: Training
+    references: int | None
+    noise_band: NoiseBand
+    curve: VarianceCurve
+    batch: BatchVariance
+    phases: Phases
+    advice: Advice
+    seed: int
+    device: str
+    command: str = ""
+
+    def __str__(self) -> str:
+        lines = [line for text in (self.summary, *self.findings) for line in text.splitlines()]
+        return "\n".join([*(textwrap.fill(line, 80) for line in lines), _table(self.curve)])
+
+    @property
+    def summary(self) -> str:
+        """Whether to expect anything of stable targets in this training, and by which figures; three lines."""
+        curve, batch, training = self.curve, self.batch, self.training
+        taken = curve.samples if self.references is None else max(self.references, batch.batch)
+        references = f"all {curve.samples:,}" if taken >= curve.samples else f"{taken:,}"
+        # A set that is no larger than the batch is the batch.
+        found = batch.in_batch if taken == batch.batch < curve.samples else batch.of(taken, curve.samples)
+        assert found is not None
+        left, error = float(found.mean), float(found.error)
+        shares = [
+            f"{other.name} {_percent(share_above(self.advice.band, other.noise_levels, other.process))}"
+            for other in TRAININGS
+            if other.name != training.name
+        ]
+        own = _percent(share_above(self.advice.band, training.noise_levels, training.process))
+        return (
+            f"{training.name} training, batches of {batch.batch:,}, {references} as references: "
+            f"{_expect(1 - left, error)}.\n"
+            f"Variance of the sum over a batch: {_ratio(left, error)} of the single sample's.\n"
+            f"Rows that can gain: {own}; {', '.join(shares)}."
+        )
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """What else follows, a sentence or two each."""
+        curve, batch, best, whole = self.curve, self.batch, self.advice.recommended, self.advice.sizes[-1]
+        everything = best.size >= curve.samples
+        size = f"all {curve.samples:,}" if everything else f"{best.size:,}"
+        left = "none" if everything else f"{best.left:.1%} (± {best.error:.1%})"
+        beside = [f"{_ratio(batch.in_batch.mean, batch.in_batch.error)} with the batch alone"]
+        beside.append(f"{_ratio(best.batch, best.batch_error)} with {size}")
+        if not everything:
+            beside.append(f"{_ratio(whole.batch, whole.batch_error)} with all {curve.samples:,}")
+        single, prior, band = self.phases.single_below, self.phases.prior_above, self.noise_band
+        lines = [
+            f"Take {size} references: they leave {left} of a row's variance in {self.training.name} training.",
+            f"Variance of the sum over a batch of {batch.batch:,}, single sample 100 %:\n{', '.join(beside)}.",
+            f"Phases: one sample below noise level {_level(single)}, the prior above {_level(prior)}.",
+            "Noise band, as train has it:\n"
+            + (
+                "none: every sample is its own only reference."
+                if band.level == float("inf")
+                else f"from {band.level:.3g}: below it references take less than {band.tolerance:.0%} of the weight, by "
+                f"{band.rows:,} probed."
+            ),
+            f"Cost per step here: {_seconds(best.seconds)} for {size}"
+            + ("." if everything else f", {_seconds(whole.seconds)} for all {curve.samples:,}, which leave none."),
+        ]
+        if curve.drawn_from is not None:
+            lines.append(f"{sampled(curve.samples, curve.drawn_from)}; only the noise band is that of all.")
+        return tuple(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers and what they are of, as JSON values."""
+        return {
+            "stablefield": stablefield.__version__,
+            "command": self.command,
+            "data": dict(self.manifest),
+            "seed": self.seed,
+            "plan": self.training.name.lower(),
+            "batch": self.training.batch,
+            "device": self.device,
+            "phases": phases_record(self.phases),
+            "advice": advice_record(self.advice, self.batch),
+            "variance": curve_record(self.curve),
+        }
+
+    def tables(self) -> Mapping[str, tuple[Sequence[str], Sequence[Sequence[float | None]]]]:
+        """The curves, a row per noise level."""
+        return {"variance": curve_table(self.curve)}
+
+    def charts(self) -> Mapping[str, LineChart]:
+        """The variance, the phases, and what more references bring."""
+        charts = {
+            "variance": variance_chart(self.curve, self.phases, self.advice),
+            "phases": phases_chart(self.curve, self.phases),
+            "references": sizes_chart(self.curve),
+        }
+        titles = {"variance": "Variance of the target", "phases": "The three phases", "references": "More references"}
+        return {name: replace(chart, title=f"{titles[name]}: {self.name}") for name, chart in charts.items() if chart}
+
+    def page(self) -> Page:
+        """The report."""
+        return variance_page(
+            self.name,
+            self.description,
+            self.curve,
+            self.phases,
+            self.advice,
+            self.batch,
+            (self.summary, *self.findings),
+            self.command,
+        )
+
+
+def probe_data(
+    images: Samples,
+    *,
+    labels: Tensor | NDArray[np.int64] | None = None,
+    by_class: bool = False,
+    training: Training | None = None,
+    references: Sequence[int] = SIZES,
+    references_in_training: int | None = None,
+    noise_levels: Sequence[float] | Tensor | None = None,
+    aim: float = 0.1,
+    max_images: int = MOST,
+    sources: int | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: Callable[[Progress], object] | None = None,
+) -> Probe:
+    """Measure the variance of training targets on data, and say what follows for a training run.
+
+    `stablefield.probe` calls this with the training that `stablefield.train` would choose for the data.
+
+    Args:
+        images: an image set, or a tensor or array of shape (n, ...), floating point, or uint8 that means x / 127.5 - 1.
+        labels: class of each sample, integers of shape (n,), to keep posteriors within classes.
+        by_class: the same with the classes of an image set.
+        training: that the advice is for; EDM in batches of 512, or of all samples if they are fewer, if None.
+        references: sizes of reference sets to measure; the whole set leaves no variance and is not sampled.
+        references_in_training: that the training takes per step; None for all.
+        noise_levels: where to measure, sigma / alpha, shape (L,); chosen from the data if None.
+        aim: share of each row's variance that may stay, between 0 and 1.
+        max_images: samples that stand for the data set, drawn at random if there are more.
+        sources: samples that noisy rows are made from; all of a small set, else as many as two minutes allow, if None.
+        seed: decides all that is drawn.
+        device: where to compute; a GPU if there is one, if None.
+        progress: called as the measurement goes on.
+
+    Raises:
+        ValueError: if the data have nothing to measure, or an argument does not fit.
+    """
+    check_kind("images", images, (ImageSet, Tensor, np.ndarray), "an ImageSet, as open_images returns, or a tensor")
+    sizes = set(shape_of("references", references))
+    if any(size < 1 for size in sizes):
+        raise ValueError(f"references is {tuple(references)}: a set has at least 1 reference.")
+    number("aim", aim)
+    if not 0 < aim < 1:
+        raise ValueError(f"aim is {aim}: it is the share of the variance that may stay, between 0 and 1.")
+    device = found_device(device)
+    by_class = by_class or labels is not None
+    population = draw_population(images, labels, max_images=max_images, by_class=by_class, seed=seed).to(device)
+    training = Training(batch=min(512, len(images))) if training is None else training
+    if isinstance(images, ImageSet):
+        values, labels = images.images, images.labels if labels is None else labels
+    else:
+        values = images
+    classes = torch.as_tensor(labels) if by_class and labels is not None else None
+    band = pick_noise_band(Pool(values, references_in_training, classes), device=device)
+    if references_in_training is not None:  # so that there is a figure for them
+        sizes.add(references_in_training)
+    curve = measure_variance(
+        population,
+        noise_levels,
+        process=training.process,
+        sizes=sorted(sizes),
+        sources=sources,
+        seed=seed,
+        progress=progress,
+    )
+    batch = measure_batch(population, curve, training, band=band.level, seed=seed, progress=progress)
+    name, description, manifest = described(images)
+    return Probe(
+        name=name,
+        description=description,
+        manifest=manifest,
+        training=training,
+        references=references_in_training,
+        noise_band=band,
+        curve=curve,
+        batch=batch,
+        phases=find_phases(curve),
+        advice=advise(curve, training, band=band.level, batch=batch, aim=aim),
+        seed=seed,
+        device=str(device),
+    )
+
+
+def sampled(samples: int, drawn_from: int) -> str:
+    """That a part of the data stood for all of them."""
+    return f"sampled: {samples:,} of {drawn_from:,} images stand for the data set"
+
+
+def spaced(first: int, end: int, most: int) -> list[int]:
+    """At most `most` of the places from `first` to before `end`, evenly spaced, both ends among them."""
+    return sorted(set(torch.linspace(first, end - 1, min(end - first, most)).round().long().tolist()))
+
+
+def with_error(mean: float, error: float) -> str:
+    """A mean with its standard error, or alone where there is none."""
+    return f"{mean:.3g} ± {error:.1g}" if error > 0 else f"{mean:.3g}"
+
+
+def _table(curve: VarianceCurve) -> str:
+    sizes = list(curve.stf)[-4:]
+    columns = ("noise", "V_DSM", *(f"n={size}" for size in sizes), "source weight", "ESS")
+    # From the last level at which there is nothing to remove.
+    some = (curve.dsm.mean > 1e-4 * curve.total).nonzero()[:, 0]
+    first = max(0, int(some[0]) - 1) if len(some) else 0
+    rows: list[list[str]] = []
+    for i in spaced(first, len(curve.noise_level), _LINES):
+        # A ratio of two nothings tells nothing.
+        shown = float(curve.dsm.mean[i]) > 1e-4 * curve.total
+        rows.append(
+            [
+                f"{float(curve.noise_level[i]):.3g}",
+                with_error(float(curve.dsm.mean[i]), float(curve.dsm.error[i])),
+                *(f"{float(curve.left(size).mean[i]):.1%}" if shown else "-" for size in sizes),
+                f"{float(curve.source_weight.mean[i]):.4f}",
+                f"{float(curve.ess.mean[i]):,.1f}",
+            ]
+        )
+    return f"V_DSM, and what is left of it with n references:\n{text_table(columns, rows)}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.1f} %"
+
+
+def _expect(gain: float, error: float) -> str:
+    """What a lower variance is worth, as a share of that of the single sample."""
+    if gain < max(_NOTHING, 2 * error):
+        return "expect nothing"
+    return "expect little" if gain < _LITTLE else "worth it"
+
+
+def _ratio(mean: float | Tensor | None, error: float | Tensor | None) -> str:
+    assert mean is not None
+    assert error is not None
+    return f"{100 * float(mean):.0f} ± {max(1, round(100 * float(error)))} %"
+
+
+def _level(edge: Edge | None) -> str:
+    return "(not among those measured)" if edge is None else f"{edge.noise_level:.2g}"
+
+
+def _seconds(value: float) -> str:
+    if value >= 1:
+        return f"{value:,.1f} s"
+    return f"{1000 * value:.0f} ms" if value >= 0.01 else f"{1000 * value:.2g} ms"

@@ -1,0 +1,61 @@
+"""How somebody means to train: what decides which noise levels count."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from stablefield._shapes import check_callable, check_kind, whole_number
+from stablefield.diffusion._noise_levels import LogNormal, LogUniform, NoiseLevels, Uniform
+from stablefield.diffusion._process import EDM, VE, VP, Process, RectifiedFlow
+from stablefield.diffusion._weighting import EDMWeighting, FlowWeighting, SNRWeighting, Weighting
+
+__all__ = ["TRAININGS", "Training"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How somebody means to train: what decides which noise levels count.
+
+    Raises:
+        ValueError: if the batch is below 1.
+    """
+
+    process: Process = field(default_factory=EDM)
+    noise_levels: NoiseLevels = field(default_factory=LogNormal)
+    weighting: Weighting = field(default_factory=EDMWeighting)
+    batch: int = 512
+    """Rows per step."""
+
+    def __post_init__(self) -> None:
+        check_kind("process", self.process, Process, "a Process, such as EDM()")
+        check_kind(
+            "noise_levels", self.noise_levels, NoiseLevels, "a distribution of noise levels, such as LogNormal()"
+        )
+        check_callable("weighting", self.weighting, "weighting(noise_level), such as EDMWeighting()")
+        whole_number("batch", self.batch)
+        if self.batch < 1:
+            raise ValueError(f"batch is {self.batch}: it must be at least 1.")
+
+    @property
+    def name(self) -> str:
+        """What sentences call it: EDM, VE, VP, flow."""
+        return "flow" if isinstance(self.process, RectifiedFlow) else type(self.process).__name__
+
+    def levels(self, count: int) -> Tensor:
+        """Noise levels in the middle of `count` equally probable parts of their distribution, float64, increasing.
+
+        Those that are 0 or infinite, at the ends of a clock, are left out.
+        """
+        u = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+        level = self.process.noise_level(self.noise_levels.quantile(u, self.process))
+        return level[(level > 0) & level.isfinite()]
+
+
+TRAININGS = (
+    Training(),
+    Training(process=VE(), noise_levels=LogUniform(), weighting=SNRWeighting()),
+    Training(process=VP(), noise_levels=Uniform(), weighting=SNRWeighting()),
+    Training(process=RectifiedFlow(), noise_levels=Uniform(0.0, 1.0), weighting=FlowWeighting()),
+)
+"""The usual ones: EDM, VE, VP and rectified flow."""

@@ -1,0 +1,370 @@
+r"""The variance of training targets against the noise level, for one process and one data set.
+
+With the exact posterior over the whole data set, weights $w$ and mean $\mu(x_t)$:
+
+    V_DSM     E Tr Cov(x_0 | x_t)                   variance of the single-sample target
+    V_STF(n)  E |STF target over n references - mu(x_t)|^2      what is left of it with n references; V_DSM for n = 1
+    D         E D_f(p(x_0 | x_t) || p(x_0))         f(u) = u log u, in nats (see `exact`)
+    source    E w_source                            weight of the sample that made x_t
+    ESS       E 1 / sum_k w_k^2
+
+Variances are in squared units of the data, for the target of x0; times $\alpha^2 / \sigma^4$ they are those of the score.
+
+Expectations are over sources, noise and references. Every sample is a source where the set is small, a random part of
+them elsewhere; all noise levels share sources, noise and references, so that curves are smooth and differences between
+levels are not blurred. References of a set of n are the rows of a small batch and others drawn without replacement, as a
+training step draws them: for each row a uniformly random set of n that has its source in it. Rows of one set depend on
+each other, so errors are those between sets. V_STF is measured in two ways, as the mean squared distance to $\mu$ and, by
+the law of total variance, as V_DSM less the mean posterior variance V over the set. The first is good where little is left,
+the second where little is removed; they are combined with the factor that leaves the least variance.
+
+References:
+    Xu, Tong, Jaakkola, "Stable Target Field for Reduced Variance Score Estimation in Diffusion Models", ICLR 2023,
+    section 3 (V_DSM and D) and section 4 (V_STF). The paper leaves f open.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stablefield._progress import Progress
+from stablefield._shapes import array_of_numbers, check_callable, check_kind, shape_of, whole_number
+from stablefield.diffusion._process import EDM, Process
+from stablefield.probing._exact import ExactPosterior
+from stablefield.probing._population import Population
+from stablefield.probing._series import Series
+from stablefield.targets._posterior import Posterior
+
+__all__ = ["SIZES", "VarianceCurve", "find_noise_levels", "measure_variance"]
+
+SIZES = (16, 64, 256, 1024, 4096)
+"""Sizes of reference sets that are measured unless others are asked for."""
+
+# Work of the default measurement: one to two minutes on two CPU cores.
+_WORK = 4e12
+# Work for one pair of a row and a sample beside the 4 d flops of its products, in flops that take as long: exp and sums.
+_PER_PAIR = 1500
+# Rows at each noise level, at least and at most, unless every sample is a source.
+_FEWEST, _MOST = 64, 1024
+# With every sample as a source, rows per noise level to come near to by several draws of the noise.
+_ROWS = 4096
+# Queries of one pass over the population.
+_QUERIES = 2048
+# Sets of references to draw at least for each size, and rows that share one at most.
+_SETS, _SHARING = 32, 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class VarianceCurve:
+    """What was measured.
+
+    Attributes:
+        noise_level: sigma / alpha, increasing, shape (L,), float64.
+        dsm: V_DSM.
+        stf: V_STF(n) for each size n of a reference set below that of the population; for the whole of it, V_STF is 0.
+        divergence: D in nats.
+        source_weight: source weight in the whole population.
+        ess: effective sample size in the whole population.
+        score_factor: alpha^2 / sigma^4, which turns variances of the x0 target into those of the score, shape (L,).
+        total: V_DSM where all is noise: trace of the data's covariance (within classes if there are any).
+        samples: size of the population.
+        drawn_from: size of the set that it was drawn from; None if it is all of it.
+        dim: numbers per sample, d.
+        sources: distinct sources of rows.
+        draws: noise draws for each source.
+        seconds: time that the whole-population posteriors took.
+    """
+
+    noise_level: Tensor
+    dsm: Series
+    stf: dict[int, Series]
+    divergence: Series
+    source_weight: Series
+    ess: Series
+    score_factor: Tensor
+    total: float
+    samples: int
+    drawn_from: int | None
+    dim: int
+    sources: int
+    draws: int
+    seconds: float
+
+    @property
+    def complete(self) -> bool:
+        """Whether every sample of the population was a source."""
+        return self.sources == self.samples
+
+    @property
+    def seconds_per_pair(self) -> float:
+        """Time of a posterior on this machine for each pair of a row and a reference, as measured."""
+        return self.seconds / (self.sources * self.draws * len(self.noise_level) * self.samples)
+
+    def left(self, size: int) -> Series:
+        """V_STF(size) / V_DSM at each noise level; nan where V_DSM is 0, and 0 for the whole population.
+
+        Raises:
+            ValueError: if the size was not measured.
+        """
+        if size >= self.samples:
+            return Series(torch.zeros_like(self.noise_level), torch.zeros_like(self.noise_level))
+        if size == 1:
+            return Series(torch.ones_like(self.noise_level), torch.zeros_like(self.noise_level))
+        if size not in self.stf:
+            raise ValueError(f"size is {size}: {', '.join(map(str, self.stf))} and {self.samples} were measured.")
+        stf, dsm = self.stf[size], self.dsm
+        ratio = stf.mean / dsm.mean
+        return Series(ratio, torch.hypot(stf.error / dsm.mean, ratio * dsm.error / dsm.mean))
+
+
+@torch.no_grad()
+def measure_variance(
+    population: Population,
+    noise_levels: Sequence[float] | Tensor | None = None,
+    *,
+    process: Process | None = None,
+    sizes: Sequence[int] = SIZES,
+    sources: int | None = None,
+    draws: int | None = None,
+    seed: int = 0,
+    progress: Callable[[Progress], object] | None = None,
+) -> VarianceCurve:
+    """Measure the variance of targets.
+
+    Args:
+        population: the data.
+        noise_levels: sigma / alpha, positive; `find_noise_levels` if None. A process that is a table takes the nearest.
+        process: how data become noise; EDM if None. The variance of the x0 target does not depend on it.
+        sizes: sizes of reference sets; those from 2 to below the population are measured.
+        sources: samples that rows are made from; by default all of a small population, else as many as two minutes allow.
+        draws: noise draws for each source; chosen if None, at least 2 where every sample is a source, so that the error can
+            be told from them.
+        seed: of everything that is drawn.
+        progress: called as sources are done.
+
+    Raises:
+        ValueError: if a noise level or a number is out of its range.
+    """
+    check_kind("population", population, Population, "a Population of the data, Population(data)")
+    process = EDM() if process is None else process
+    check_kind("process", process, Process, "a Process, such as EDM()")
+    sizes = shape_of("sizes", sizes)
+    whole_number("seed", seed, 0, 2**63)
+    if progress is not None:
+        check_callable("progress", progress, "progress(report), with a Progress")
+    for name, value in (("sources", sources), ("draws", draws)):
+        if value is not None:
+            whole_number(name, value)
+    found = (
+        find_noise_levels(population, seed=seed)
+        if noise_levels is None
+        else array_of_numbers("noise_levels", noise_levels)
+    )
+    asked = found.to(torch.float64).flatten()
+    _check(asked, sizes, sources, draws)
+    t = process.time(asked)
+    level, order = process.noise_level(t).double().sort()
+    t = t[order]
+    if not bool(((level > 0) & level.isfinite()).all()):
+        raise ValueError(f"noise_levels={asked.tolist()}: under {process} they must be positive and finite.")
+    n = len(population)
+    sources, draws = _plan(population, len(level), sources, draws)
+    whole = ExactPosterior(population.data, population.labels)
+    job = _Job(process, t.to(population.data.device), whole, n, torch.Generator().manual_seed(seed))
+    wanted = sorted({size for size in sizes if 1 < size < n})
+    sharing = max(1, min(_SHARING, sources * draws // _SETS))
+    block = max(sharing, _QUERIES // len(level) // sharing * sharing)
+    moments: list[list[Tensor]] = []
+    gaps: dict[int, list[Tensor]] = {size: [] for size in wanted}
+    rests: dict[int, list[Tensor]] = {size: [] for size in wanted}
+    weights: dict[int, list[int]] = {size: [] for size in wanted}
+    seconds, done = 0.0, 0
+    chosen = torch.randperm(n, generator=job.generator)[:sources]
+    for _ in range(draws):
+        shuffled = torch.randperm(sources, generator=job.generator)
+        parts: list[Tensor] = []
+        for index in chosen[shuffled].split(block):
+            rows = job.rows(index)
+            begun = time.perf_counter()
+            exact = whole(rows.x_t, rows.alpha, rows.sigma, rows.source)
+            seconds += time.perf_counter() - begun
+            p = exact.posterior
+            assert p.source_weight is not None
+            columns = (p.variance, exact.divergence, p.source_weight, p.ess)
+            parts.append(torch.stack([job.by_level(column) for column in columns]))
+            for size in wanted:
+                for start in range(0, len(index), min(sharing, size)):
+                    own = slice(start, min(start + min(sharing, size), len(index)))
+                    gap, rest = job.over_set(rows.of(own, len(index)), p, index[own], own, len(index), size)
+                    gaps[size].append(gap)
+                    rests[size].append(rest)
+                    weights[size].append(own.stop - own.start)
+            done += len(index)
+            if progress is not None:
+                progress(Progress(stage="measuring the variance", done=done, total=sources * draws))
+        # Back in the order of the sources, so that draws of the same source meet.
+        joined = torch.cat(parts, 1)
+        moments.append([column[shuffled.argsort()] for column in joined])
+    dsm, divergence, source_weight, ess = (
+        Series.of_sources(torch.stack(column), complete=sources == n) for column in zip(*moments, strict=True)
+    )
+    alpha, sigma = process.alpha(t).double(), process.sigma(t).double()
+    return VarianceCurve(
+        noise_level=level,
+        dsm=dsm,
+        stf={
+            size: Series.of_sets(
+                torch.stack(gaps[size]), torch.stack(rests[size]), torch.tensor(weights[size]).double()
+            )
+            for size in wanted
+        },
+        divergence=divergence,
+        source_weight=source_weight,
+        ess=ess,
+        score_factor=alpha**2 / sigma**4,
+        total=population.variance(),
+        samples=n,
+        drawn_from=population.drawn_from,
+        dim=population.dim,
+        sources=sources,
+        draws=draws,
+        seconds=seconds,
+    )
+
+
+@torch.no_grad()
+def find_noise_levels(population: Population, count: int = 21, *, seed: int = 0) -> Tensor:
+    """Noise levels that span the three phases, evenly on a logarithmic axis, shape (`count`,), float64.
+
+    From half of where a few rows show the first trace of variance to where the posterior is the prior to about a percent:
+    at high noise D is S^2 / 2 sigma^2 for data of spread S, and four times S is enough but for very few samples.
+
+    Raises:
+        ValueError: if `count` is below 2.
+    """
+    check_kind("population", population, Population, "a Population of the data, Population(data)")
+    whole_number("count", count)
+    whole_number("seed", seed, 0, 2**63)
+    if count < 2:
+        raise ValueError(f"count is {count}: at least 2 noise levels are needed.")
+    total = population.variance()
+    whole = ExactPosterior(population.data, population.labels)
+    generator = torch.Generator().manual_seed(seed)
+    job = _Job(EDM(), torch.zeros(1), whole, len(population), generator)
+    low = math.sqrt(total) / 2
+    top = math.sqrt(total) * max(4.0, 1.4 * math.sqrt(1 / (2 * 0.01 * math.log(len(population)))))
+    index = torch.randperm(len(population), generator=generator)[:32]
+    # Duplicates keep a variance at all levels above their distance; 2^-12 of the spread is below what images resolve.
+    for _ in range(12):
+        job.t = torch.tensor([low], dtype=torch.float64, device=population.data.device)
+        rows = job.rows(index)
+        if float(whole(rows.x_t, rows.alpha, rows.sigma, rows.source).posterior.variance.mean()) < 1e-4 * total:
+            break
+        low /= 2
+    return torch.logspace(math.log10(low / 2), math.log10(top), count, dtype=torch.float64)
+
+
+@dataclass
+class _Rows:
+    """Noisy rows of b sources at L levels, level by level: row l b + i is source i at level l."""
+
+    x_t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    source: Tensor
+
+    def of(self, own: slice, block: int) -> "_Rows":
+        """The rows of some of the sources at all levels."""
+        parts = [value.reshape(-1, block, *value.shape[1:])[:, own].flatten(0, 1) for value in vars(self).values()]
+        return _Rows(*parts)
+
+
+@dataclass
+class _Job:
+    process: Process
+    t: Tensor
+    whole: ExactPosterior
+    population: int
+    generator: torch.Generator
+
+    def rows(self, index: Tensor) -> _Rows:
+        matrix, levels = self.whole.matrix, len(self.t)
+        device = matrix.data.device
+        index = index.to(device)
+        x0 = matrix.rows(index, matrix.dtype)
+        noise = torch.randn(x0.shape, generator=self.generator, dtype=x0.dtype).to(device).repeat(levels, 1)
+        t = self.t.repeat_interleave(len(index))
+        x_t = self.process.perturb(x0.repeat(levels, 1), t, noise)
+        shaped = x_t.reshape(len(x_t), *matrix.data.shape[1:])
+        return _Rows(shaped, self.process.alpha(t), self.process.sigma(t), index.repeat(levels))
+
+    def by_level(self, column: Tensor) -> Tensor:
+        """Shape (L b,) to (b, L), in float64 on the CPU."""
+        return column.double().cpu().reshape(len(self.t), -1).T
+
+    def over_set(
+        self, rows: _Rows, exact: Posterior, index: Tensor, own: slice, block: int, size: int
+    ) -> tuple[Tensor, Tensor]:
+        """V_STF at each level by the rows of one set, as squared distance to the exact mean and as V_DSM - V, (L,) each."""
+        device = exact.mean.device
+        chosen = torch.cat([index, self.others(index, size - len(index))]).to(device)
+        place = torch.arange(len(index), device=device).repeat(len(self.t))
+        found = self.whole.among(chosen)(rows.x_t, rows.alpha, rows.sigma, place).posterior
+        mean = exact.mean.reshape(len(self.t), block, -1)[:, own].flatten(0, 1)
+        variance = exact.variance.reshape(len(self.t), block)[:, own].flatten()
+        gap = (found.mean.flatten(1) - mean).square().sum(1)
+        return self.by_level(gap).mean(0), self.by_level(variance - found.variance).mean(0)
+
+    def others(self, own: Tensor, count: int) -> Tensor:
+        """`count` of the population that are not in `own`, at random without replacement."""
+        if 4 * (count + len(own)) > self.population:
+            free = torch.ones(self.population, dtype=torch.bool)
+            free[own] = False
+            left = free.nonzero()[:, 0]
+            return left[torch.randperm(len(left), generator=self.generator)[:count]]
+        # Draw with replacement and drop repeats until there are enough; no pass over the population.
+        found = own
+        while len(found) < count + len(own):
+            drawn = torch.randint(self.population, (count,), generator=self.generator)
+            fresh = drawn[~torch.isin(drawn, found)]
+            found = torch.cat([found, fresh[_first_of_each(fresh)]])
+        return found[len(own) : len(own) + count]
+
+
+def _first_of_each(values: Tensor) -> Tensor:
+    """Places of the first occurrence of each value, in order: which repeats are dropped does not depend on the values."""
+    kinds, place = torch.unique(values, return_inverse=True)
+    first = torch.full((len(kinds),), len(values)).scatter_reduce(0, place, torch.arange(len(values)), "amin")
+    return first.sort().values
+
+
+def _plan(population: Population, levels: int, sources: int | None, draws: int | None) -> tuple[int, int]:
+    n = len(population)
+    affordable = int(_WORK / (levels * n * (4 * population.dim + _PER_PAIR)))
+    if sources is None:
+        rows = max(_FEWEST, min(_MOST, affordable))
+        sources = n if 2 * n <= min(max(affordable, _FEWEST), 2 * _ROWS) else min(n, rows)
+    sources = min(sources, n)
+    if draws is None:
+        # Two draws at least where every sample is a source: then the noise alone is random, and its spread must be seen.
+        draws = max(2, -(-min(affordable, _ROWS) // n)) if sources == n else 1
+    if sources == n and draws == 1:
+        raise ValueError("draws is 1, with every sample as a source: at least 2 are needed to tell the error.")
+    return sources, draws
+
+
+def _check(levels: Tensor, sizes: Sequence[int], sources: int | None, draws: int | None) -> None:
+    if len(levels) == 0 or not bool(((levels > 0) & levels.isfinite()).all()):
+        raise ValueError(f"noise_levels={levels.tolist()}: pass at least one, all positive and finite.")
+    if float(levels.min()) < 1e-60:
+        raise ValueError(f"noise_levels={levels.tolist()}: variances of the score overflow below 1e-60.")
+    if any(size < 1 for size in sizes):
+        raise ValueError(f"sizes are {tuple(sizes)}: a reference set has at least 1 sample.")
+    if sources is not None and sources < 2:
+        raise ValueError(f"sources is {sources}: at least 2 are needed to tell the error.")
+    if draws is not None and draws < 1:
+        raise ValueError(f"draws is {draws}: at least 1 is needed.")

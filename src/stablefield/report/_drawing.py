@@ -1,0 +1,280 @@
+"""Drawing charts with matplotlib: PNG files, and SVG that lies in a page.
+
+Only matplotlib's objects are used (no pyplot), under its default settings and our style whatever the user's are, so that
+the same chart gives the same bytes. Text in SVG stays text, in the page's own font: it can be searched and scales with the
+rest. Its room is measured in DejaVu Sans, which is wider than what browsers choose.
+"""
+
+import html
+import io
+import math
+import re
+import textwrap
+import warnings
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stablefield._atomic_file import write_atomically
+from stablefield.report._cells import printable
+from stablefield.report._chart import LineChart, Region
+from stablefield.report._colours import LIGHT
+from stablefield.report._extra import require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure, FigureBase
+
+__all__ = ["chart_svg", "write_chart"]
+
+WIDTH = 400
+"""Of a chart in points: 30 letters' heights, so that text can still be read where it is 290 pixels wide, on a phone."""
+HEIGHT = 220
+"""Of its axes, about; names and regions come on top."""
+FONT = 13.5
+DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)), (0, (10, 3)), (0, (4, 1.5, 1, 1.5, 1, 1.5)))
+REFERENCE: dict[str, Any] = {"color": LIGHT.muted, "linewidth": 1.3, "linestyle": (0, (1, 2)), "marker": ""}
+MOST_MARKERS = 12
+
+
+def write_chart(charts: LineChart | Sequence[LineChart], path: str | Path) -> Path:
+    """Write a chart, or several beside each other, as a PNG file on white ground, each 1,200 pixels wide.
+
+    Args:
+        charts: what to draw, each with its title above it.
+        path: the file; folders on the way are made, a file of that name is replaced.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: if there is no chart.
+        ImportError: if matplotlib is not installed.
+    """
+    charts = (charts,) if isinstance(charts, LineChart) else tuple(charts)
+    if not charts:
+        raise ValueError(f"charts={charts}: pass at least one.")
+    path = Path(path)
+    with _style():
+        canvas = _canvas(max(_height(chart) + 2 * FONT * bool(chart.title) for chart in charts), len(charts))
+        for panel, chart in zip(canvas.subfigures(1, len(charts), squeeze=False)[0], charts, strict=True):
+            _draw(panel, chart, chart.title)
+        look: dict[str, Any] = {"format": "png", "dpi": 216, "metadata": {"Software": None}}
+        write_atomically(path, lambda temporary: canvas.savefig(temporary, **look))
+    return path
+
+
+def chart_svg(chart: LineChart, *, alt: str, prefix: str) -> str:
+    """A chart as an <svg> element whose colours are the page's variables.
+
+    Args:
+        chart: what to draw.
+        alt: what it shows, in words.
+        prefix: letters, digits and hyphens before each of its ids, unlike those of other charts of the page.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    height = _height(chart)
+    stream = io.StringIO()
+    with _style(), warnings.catch_warnings():
+        # A character that matplotlib's own font lacks is the browser's to draw.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        canvas = _canvas(height, 1)
+        _draw(canvas, chart, "")
+        canvas.savefig(
+            stream, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
+    named = {colour: f"var(--{name}, {colour})" for name, colour in LIGHT.variables().items()}
+
+    def tag(found: re.Match[str]) -> str:
+        text = " ".join(found[0].split()).replace("xlink:href=", "href=")
+        text = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{prefix}", text)
+        text = re.sub(
+            r"font: ([\d.]+px)[^;]*|font-family: [^;]*; ", lambda font: f"font-size: {font[1]}" * bool(font[1]), text
+        )
+        return re.sub(r"(?<=: )#[0-9a-f]{6}\b", lambda colour: named.get(colour[0], colour[0]), text)
+
+    # Matplotlib escapes what it is given, so that whatever stands between < and > is a tag of its own.
+    drawn = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|(?<=>)\s+(?=<)", "", stream.getvalue(), flags=re.DOTALL)
+    inner = re.sub(r"<[^>]*>", tag, drawn[drawn.index("<svg") :]).partition(">")[2]
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{html.escape(alt)}" '
+        f'style="stroke-linejoin: round">{inner}'
+    )
+
+
+@contextmanager
+def _style() -> Generator[None]:
+    """Matplotlib's defaults, and ours over them, while a chart is drawn; the user's come back after."""
+    require("matplotlib", "drawing a chart")
+    from cycler import cycler
+    from matplotlib import style
+
+    ours: dict[str, Any] = {
+        "axes.axisbelow": True,
+        "axes.edgecolor": LIGHT.ink,
+        "axes.labelcolor": LIGHT.ink,
+        "axes.linewidth": 1.0,
+        "axes.prop_cycle": cycler(color=LIGHT.series, linestyle=DASHES, marker=("o", "s", "^", "D", "v", "P")),
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.titlelocation": "left",
+        "axes.titlesize": FONT,
+        "axes.xmargin": 0.015,
+        "figure.dpi": 72,
+        "font.family": "DejaVu Sans",
+        "font.size": FONT,
+        "grid.color": LIGHT.grid,
+        "grid.linewidth": 1.0,
+        "legend.borderaxespad": 0.2,
+        "legend.borderpad": 0.1,
+        "legend.columnspacing": 1.2,
+        "legend.fontsize": FONT,
+        "legend.frameon": False,
+        "legend.labelspacing": 0.35,
+        "legend.title_fontsize": FONT * 1.15,
+        "lines.linewidth": 2.0,
+        "lines.markeredgecolor": LIGHT.ground,
+        "lines.markersize": 6.5,
+        "savefig.facecolor": LIGHT.ground,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "stablefield",
+        "text.color": LIGHT.ink,
+        "text.parse_math": False,
+        "xtick.color": LIGHT.ink,
+        "ytick.color": LIGHT.ink,
+        "ytick.major.size": 0,
+        "ytick.minor.size": 0,
+    }
+    with style.context(["default", ours]):
+        yield
+
+
+def _canvas(height: float, panels: int) -> "Figure":
+    from matplotlib.figure import Figure
+
+    canvas = Figure(figsize=(panels * WIDTH / 72, height / 72))
+    canvas.set_layout_engine("constrained", w_pad=4 / 72, h_pad=4 / 72, hspace=0, wspace=0.02)
+    return canvas
+
+
+def _height(chart: LineChart) -> float:
+    return HEIGHT + FONT * (4 + 1.4 * len(chart.regions) + 1.4 * math.ceil(len(chart.lines) / _columns(chart)))
+
+
+def _columns(chart: LineChart) -> int:
+    """Columns of the legend that fit, at most three: letters are about 0.57 of the font's size wide."""
+    longest = max(len(line.label) for line in chart.lines)
+    return max(1, min(3, int((WIDTH / FONT + 0.6) / (4.2 + 0.57 * longest))))
+
+
+def _wrap(text: str, length: int) -> str:
+    return "\n".join(textwrap.wrap(printable(text), length, break_long_words=False))
+
+
+def _draw(canvas: "FigureBase", chart: LineChart, title: str) -> None:
+    ratios = [HEIGHT, 1.4 * FONT * len(chart.regions)] if chart.regions else [1]
+    axes, *tracks = canvas.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
+    axes.set_xscale("log" if chart.log_x else "linear")
+    axes.set_yscale("log" if chart.log_y else "linear")
+    drawn = []
+    for line in chart.lines:
+        every = max(1, math.ceil(len(_array(line.x)) / MOST_MARKERS))
+        look = {**REFERENCE, "zorder": 2} if line.reference else {"zorder": 3}
+        drawn += axes.plot(_array(line.x), _array(line.y), markevery=(every // 2, every), **look)
+    _set_limits(axes, chart)
+    for line, artist in zip(chart.lines, drawn, strict=True):
+        if line.low is not None and line.high is not None:
+            # To the axis, where an edge has no logarithm.
+            low, high = (np.maximum(_array(edge), axes.get_ylim()[0]) for edge in (line.low, line.high))
+            axes.fill_between(_array(line.x), low, high, color=artist.get_color(), alpha=0.2, linewidth=0, zorder=2)
+    for axis, log, most in ((axes.xaxis, chart.log_x, 6), (axes.yaxis, chart.log_y, 7)):
+        _set_ticks(axis, log, most)
+    axes.grid(axis="y")
+    # Above its axis, and level: read at once, and no width lost on a phone.
+    axes.set_title(_wrap(chart.y_label, 52))
+    (tracks or [axes])[-1].set_xlabel(_wrap(chart.x_label, 48))
+    if tracks:
+        _draw_regions(axes, tracks[0], chart.regions)
+    columns = _columns(chart)
+    names = [_wrap(line.label, 44 // columns) for line in chart.lines]
+    canvas.legend(
+        drawn,
+        names,
+        loc="outside upper left",
+        ncols=columns,
+        handlelength=2.2,
+        alignment="left",
+        title=_wrap(title, 42) or None,
+        title_fontproperties={"weight": "bold"},
+    )
+
+
+def _set_limits(axes: "Axes", chart: LineChart) -> None:
+    """Room for the lines and their bands, and for what the chart asks for."""
+    least = np.nanmin(np.concatenate([_array(line.y) for line in chart.lines]))
+    edges = [_array(edge) for line in chart.lines for edge in (line.low, line.high) if edge is not None]
+    seen = np.concatenate([*edges, [least]])
+    # A band may come as near to zero as it likes; on a logarithmic axis the lines say how far down to look.
+    seen = seen[np.isfinite(seen) & ((seen >= least / 3) | (not chart.log_y))]
+    axes.update_datalim(np.column_stack([np.full(len(seen), _array(chart.lines[0].x)[0]), seen]))
+    axes.autoscale_view()
+    low, high = axes.get_ylim()
+    if not chart.log_y and 0 <= seen.min() < 0.3 * high:
+        low = 0.0  # near enough that leaving zero out would mislead
+    low = low if chart.y_min is None else chart.y_min
+    high = high if chart.y_max is None else chart.y_max
+    if not low < high:  # one end was given, and all values lie beyond it
+        high = 10 * low if chart.log_y else low + 1
+    axes.set_ylim(low, high)
+    axes.set_xlim(axes.get_xlim())
+
+
+def _set_ticks(axis: "Axis", log: bool, most: int) -> None:
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    if not log:
+        axis.set_major_locator(MaxNLocator(nbins=most, steps=[1, 2, 2.5, 5, 10]))
+        return
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
+    # Few decades would leave two or three ticks: then the numbers between are named as well.
+    subs = (1.0,) if decades > 2 else (1.0, 2.0, 5.0) if decades > 0.7 else tuple(range(1, 10))
+    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=most))
+    axis.set_major_formatter("{x:,g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _draw_regions(axes: "Axes", track: "Axes", regions: Sequence[Region]) -> None:
+    """Mark where regions begin and end, and name each in a row of its own below the lines."""
+    left, right = axes.get_xlim()
+    axes.tick_params(axis="x", which="both", length=0)
+    track.set_ylim(len(regions), 0)
+    track.set_yticks([])
+    track.spines["left"].set_visible(False)
+    for row, region in enumerate(regions):
+        start, stop = max(left, region.start or left), min(right, region.stop or right)
+        if start >= stop:
+            continue
+        track.barh(row + 0.5, stop - start, left=start, height=0.8, color=LIGHT.shade, zorder=0)
+        for edge in {start, stop} - {left, right}:
+            axes.axvline(edge, color=LIGHT.muted, linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
+        from_left = axes.transAxes.inverted().transform(axes.transData.transform((start, 1)))[0] < 0.5
+        track.annotate(
+            _wrap(region.label, 60),
+            (start if from_left else stop, row + 0.5),
+            xytext=(4 if from_left else -4, 0),
+            textcoords="offset points",
+            ha="left" if from_left else "right",
+            va="center_baseline",
+        )
+
+
+def _array(values: Any) -> NDArray[np.float64]:
+    return np.asarray(values, dtype=np.float64)

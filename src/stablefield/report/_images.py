@@ -1,0 +1,55 @@
+"""Images in a report: a batch as one PNG, transparent between the images, so that it lies well on any ground."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stablefield.data._pillow import require_pillow
+from stablefield.data._png import class_grid, tile
+from stablefield.report._page import Figure
+
+__all__ = ["image_figure"]
+
+
+def image_figure(
+    images: NDArray[np.uint8],
+    *,
+    alt: str,
+    caption: str = "",
+    title: str = "",
+    columns: int | None = None,
+    labels: NDArray[np.int64] | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Figure:
+    """A figure of images laid out as a grid.
+
+    Args:
+        images: shape (n, C, H, W), uint8, C = 1 or 3. Small images are enlarged by a whole factor.
+        alt: what they show, in words.
+        caption: the text below.
+        title: set in bold in front of the caption.
+        columns: images per row, without labels; by default as many as make the grid about square.
+        labels: class numbers, shape (n,), for a grid in the order of the classes with their names; None for none.
+        class_names: what the classes are called, if that is known.
+
+    Raises:
+        ValueError: if `images` is not such an array, `labels` does not fit, or `alt` is empty.
+        ImportError: if Pillow is not installed.
+    """
+
+    def laid_out(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return tile(images, columns) if labels is None else class_grid(images, labels, class_names)
+
+    picture = laid_out(images)
+    # Tiling black images shows where the white ground is: that becomes transparent.
+    ground = laid_out(np.zeros_like(images))[:, :, :1]
+    # Letters lie on the ground of the page, be it light or dark.
+    picture = np.where((ground > 0) & (ground < 255), np.uint8(128), picture)
+    require_pillow("drawing images")
+    from PIL import Image
+
+    data = io.BytesIO()
+    Image.fromarray(np.concatenate([picture, 255 - ground], axis=2)).save(data, format="PNG", optimize=True)
+    return Figure(data.getvalue(), alt=alt, caption=caption, title=title)

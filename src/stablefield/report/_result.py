@@ -1,0 +1,113 @@
+"""What an experiment found: numbers that save themselves as JSON, as a report and as pictures.
+
+`Probe`, `Evaluation` and `Comparison` are results. Each says what its numbers, its charts and its page are; saving them and
+showing them in a notebook works alike for all.
+"""
+
+import csv
+import io
+import json
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stablefield._atomic_file import write_atomically
+from stablefield.report._chart import Chart
+from stablefield.report._drawing import write_chart
+from stablefield.report._page import Page
+from stablefield.report._render import render_page, write_page
+
+__all__ = ["Result"]
+
+
+class Result(ABC):
+    """Numbers that were measured, with what they were measured of.
+
+    `print(result)` shows a table of at most 80 columns (`text_table` makes one); a notebook shows the report.
+    """
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """The table."""
+
+    def __repr__(self) -> str:
+        # What a prompt shows; for that a dataclass is declared with repr=False.
+        return str(self)
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers and their protocol, as JSON values."""
+
+    @abstractmethod
+    def charts(self) -> Mapping[str, Chart]:
+        """The charts by name, the most telling one first; none where there is nothing to draw."""
+
+    @abstractmethod
+    def page(self) -> Page:
+        """The report."""
+
+    def tables(self) -> Mapping[str, tuple[Sequence[str], Sequence[Sequence[float | None]]]]:
+        """Tables of numbers by name, each as its column names and its rows; none by default."""
+        return {}
+
+    def save_all(self, folder: str | Path, name: str) -> list[Path]:
+        """Write all of the result into a folder: `name`.json, a .csv file per table, a .png file per chart, report.html.
+
+        Raises:
+            ImportError: if matplotlib or Jinja2 is not installed.
+        """
+        folder = Path(folder)
+        written = [self.save(folder / f"{name}.json")]
+        for table, (columns, rows) in self.tables().items():
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows([columns, *rows])  # None is an empty cell
+            written.append(_write(folder / f"{table}.csv", text.getvalue()))
+        written += [write_chart(chart, folder / f"{title}.png") for title, chart in self.charts().items()]
+        return [*written, self.save(folder / "report.html")]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result: the numbers to a .json file, the report to .html, the first chart to .png.
+
+        Args:
+            path: the file; its suffix says what to write. Folders on the way are made, a file of that name is replaced.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: if the suffix is another one, or there is no chart.
+            ImportError: if matplotlib (for .png and .html) or Jinja2 (for .html) is not installed.
+        """
+        path = Path(path)
+        match path.suffix.lower():
+            case ".json":
+                _write(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+            case ".html":
+                write_page(self.page(), path)
+            case ".png":
+                charts = self.charts()
+                if not charts:
+                    raise ValueError(f"path={str(path)!r}: this result has no chart; save it as .json or .html.")
+                write_chart(next(iter(charts.values())), path)
+            case _:
+                raise ValueError(f"path={str(path)!r}: name a .json file for the numbers, .html for a report or .png.")
+        return path
+
+    def _repr_png_(self) -> bytes | None:
+        charts = self.charts()
+        if not charts:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            return write_chart(next(iter(charts.values())), Path(folder) / "chart.png").read_bytes()
+
+    def _repr_html_(self) -> str:
+        # A frame keeps the page's style away from the notebook's.
+        text = render_page(self.page()).replace("&", "&amp;").replace('"', "&quot;")
+        return f'<iframe srcdoc="{text}" style="width: 100%; height: 40em; border: 0"></iframe>'
+
+
+def _write(path: Path, text: str) -> Path:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
+    return path

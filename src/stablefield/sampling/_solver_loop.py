@@ -1,0 +1,147 @@
+r"""A loop: one sampler's way down a grid of noise levels, and what all samplers share on it.
+
+It checks the state and the grid before the first evaluation, calls the denoiser with noise levels of shape (B,), and
+checks state and output after every evaluation, and the state at the end. A check is a reduction and one wait for the
+device, nothing beside a network, and it stops a run of thousands of evaluations at the first bad one, with the noise
+level in the message.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from stablefield._shapes import check_callable, check_tensor
+
+__all__ = ["Callback", "Denoise", "SolverLoop", "derivative", "grid_levels", "start"]
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+"""D(x, sigma): x (B, ...) and sigma (B,) to E[x_0 | x], shape (B, ...)."""
+
+Callback = Callable[[int, Tensor, Tensor], object]
+"""Called once a step, before the state moves: the step's number from 0, the state, the denoiser's output there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverLoop:
+    """A sampler, its denoiser and the noise levels it visits, in order."""
+
+    sampler: str
+    denoiser: Denoise
+    levels: tuple[float, ...]
+    callback: Callback | None = None
+
+    def steps(self) -> Iterator[tuple[int, float, float]]:
+        """Number, noise level and next noise level of every step."""
+        for step, (sigma, sigma_next) in enumerate(pairwise(self.levels)):
+            yield step, sigma, sigma_next
+
+    def denoise(self, x: Tensor, sigma: float) -> Tensor:
+        """Call the denoiser at one noise level for all rows; the result has the shape and dtype of `x`.
+
+        Raises:
+            ValueError: if what comes back has another shape or is not finite, or the state is not.
+        """
+        denoised = self.denoiser(x, x.new_full((x.shape[0],), sigma))
+        check_tensor(f"{self.sampler}: what the denoiser returned", denoised)
+        if denoised.is_complex():
+            raise ValueError(f"{self.sampler}: the denoiser returned complex numbers: it must return data like x.")
+        if denoised.shape != x.shape:
+            raise ValueError(
+                f"{self.sampler}: the denoiser returned shape {tuple(denoised.shape)} for a state of shape "
+                f"{tuple(x.shape)}: it must return the clean data it expects, shaped like x."
+            )
+        denoised = denoised.to(x.dtype)
+        if not _finite(denoised, x):
+            self.arrive(x, sigma)
+            raise ValueError(
+                f"{self.sampler}: the denoiser returned NaN or infinite values at sigma={sigma:.6g} "
+                "for a finite state: check its weights and its precision at this noise level."
+            )
+        return denoised
+
+    def arrive(self, x: Tensor, sigma: float | None = None) -> Tensor:
+        """Return the state, at the end of the grid if `sigma` is not given, if it is finite.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        if not _finite(x):
+            level = self.levels[-1] if sigma is None else sigma
+            raise ValueError(
+                f"{self.sampler}: the state is NaN or infinite at sigma={level:.6g}: "
+                "the solver diverged; use more steps."
+            )
+        return x
+
+    def report(self, step: int, x: Tensor, denoised: Tensor) -> None:
+        """Tell the callback, if there is one."""
+        if self.callback is not None:
+            self.callback(step, x, denoised)
+
+
+def start(sampler: str, denoiser: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> SolverLoop:
+    """Check a sampler's arguments and set out.
+
+    Raises:
+        ValueError: if `x` is not a batch of finite float32 or float64 values, or `sigmas` is no grid (see
+            `grid_levels`).
+    """
+    check_callable(f"{sampler}: denoiser", denoiser, "denoiser(x, sigma)")
+    if callback is not None:
+        check_callable(f"{sampler}: callback", callback, "callback(step, x, denoised)")
+    check_tensor(f"{sampler}: x", x, numbers=True)
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{sampler}: x has dtype {x.dtype}: the state is float32 or float64, whatever the network uses."
+        )
+    if x.ndim < 2 or x.numel() == 0:
+        raise ValueError(
+            f"{sampler}: x has shape {tuple(x.shape)}: pass a batch with at least one row, shape (B, ...)."
+        )
+    if not torch.isfinite(x).all():
+        raise ValueError(f"{sampler}: x holds NaN or infinite values: it is sigmas[0] times standard normal noise.")
+    return SolverLoop(sampler=sampler, denoiser=denoiser, levels=grid_levels(sampler, sigmas), callback=callback)
+
+
+def grid_levels(sampler: str, sigmas: Tensor) -> tuple[float, ...]:
+    """The noise levels of a grid as Python floats, so that step sizes are float64 on every device.
+
+    Raises:
+        ValueError: if `sigmas` is not one-dimensional, shorter than 2, not finite, negative or not strictly decreasing.
+    """
+    check_tensor(f"{sampler}: sigmas", sigmas, numbers=True)
+    if sigmas.is_complex() or sigmas.dtype == torch.bool:
+        raise ValueError(f"{sampler}: sigmas has dtype {sigmas.dtype}: pass noise levels, real numbers.")
+    if sigmas.ndim != 1 or len(sigmas) < 2:
+        raise ValueError(
+            f"{sampler}: sigmas has shape {tuple(sigmas.shape)}: pass at least two noise levels, one per grid point."
+        )
+    grid = sigmas.detach().cpu().double()
+    if not torch.isfinite(grid).all():
+        raise ValueError(f"{sampler}: sigmas holds NaN or infinite values: {grid.tolist()}.")
+    if grid.min() < 0:
+        raise ValueError(
+            f"{sampler}: sigmas holds {grid.min():.6g}: noise levels are positive, only the last may be 0."
+        )
+    rise = (grid.diff() >= 0).nonzero().flatten().tolist()
+    if rise:
+        k = rise[0]
+        raise ValueError(
+            f"{sampler}: sigmas must decrease strictly, but sigmas[{k}]={grid[k]:.6g} is followed by "
+            f"{grid[k + 1]:.6g}: sort the grid from noise to data and drop repeated values."
+        )
+    return tuple(grid.tolist())
+
+
+def _finite(*states: Tensor) -> bool:
+    # A sum is finite if all numbers are, but where finite ones overflow: then, and only then, each is looked at.
+    total = sum((state.sum() for state in states), start=states[0].new_zeros(()))
+    return bool(torch.isfinite(total)) or all(bool(torch.isfinite(state).all()) for state in states)
+
+
+def derivative(x: Tensor, denoised: Tensor, sigma: float) -> Tensor:
+    r"""Slope of the probability-flow ODE, $(x - D(x, \sigma)) / \sigma$ (Karras et al. 2022, equation 3)."""
+    return (x - denoised) / sigma

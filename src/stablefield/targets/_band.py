@@ -1,0 +1,250 @@
+r"""The noise band: below which noise level a row's own source has all the weight anyway.
+
+With little noise only one reference could have made $x_t$, and the stable target is the single-sample one. Rows of such
+noise levels need no references at all. How far down that is follows from the distances between samples alone. Beside the
+source, a reference at distance $r s$ has at noise level $s$ the expected weight
+
+$$ S(r) = E\left[ \frac{1}{1 + e^{r^2/2 - r z}} \right]
+        = e^{-r^2/8}\, E\left[ \frac{1}{2 \cosh(r z / 2)} \right], \qquad z \sim N(0, 1), $$
+
+and more references only lessen it, so that the weight which the source loses to all of them is on average at most
+
+$$ L(s) = E_{\mathrm{source}} \min\Bigl(1, \sum_k S(|y_k - y_{\mathrm{source}}| / s)\Bigr), $$
+
+which grows with $s$. Where samples have prior weights $\pi$, sources are drawn with them, and a reference counts
+$\max(1, \pi_k / \pi_{\mathrm{source}})$ times, or not at all if its weight is 0: the bound stays one, since
+$\rho a / (1 + \rho a) \le \max(1, \rho)\, a / (1 + a)$.
+
+A probe of the pool counts the distances from some of its samples to all others and finds the level at which this bound meets
+a tolerance. What the probe sees only decides a number, before training. The rule that uses it depends on the noise level
+alone, so the target stays exactly unbiased, whatever the number.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stablefield._shapes import as_device, check_generator, check_kind, number, whole_number
+from stablefield.targets._engine.matmul import full_precision
+from stablefield.targets._engine.reference_matrix import ReferenceMatrix, wide_dtype
+from stablefield.targets._pool import Pool
+
+__all__ = ["NoiseBand", "pick_noise_band"]
+
+# References that the probe measures; the others count by their number.
+_REFERENCES = 65_536
+# Squared distances are counted in bins of a 64th of an octave, 0.5 % in distance.
+_BINS_PER_OCTAVE = 64
+# Octaves below the squared size of the data in which float32 tells a distance from none, and above it.
+_BELOW, _ABOVE = 18, 6
+# The level is found to this factor.
+_WITHIN = 1.005
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseBand:
+    """Where the noise band lies, and what was measured to find it.
+
+    Attributes:
+        level: the noise level sigma / alpha for `StableTarget(noise_band=...)`; 0 if no level is low enough (too many equal
+            samples), infinite if the source has all the weight at every level (a single reference, or classes of one).
+        tolerance: how far below 1 the bound of the mean source weight may be at the level.
+        lost: bound of the mean weight lost at the level; at most the tolerance.
+        rows: samples whose distances were counted.
+        references: references to which they were.
+        nearest: median distance of a row from its nearest reference, in units of the data; infinite without another one.
+    """
+
+    level: float
+    tolerance: float
+    lost: float
+    rows: int
+    references: int
+    nearest: float
+
+    def __float__(self) -> float:
+        return self.level
+
+
+@torch.no_grad()
+def pick_noise_band(
+    pool: Pool,
+    *,
+    tolerance: float = 0.1,
+    rows: int = 256,
+    generator: torch.Generator | None = None,
+    total: int | None = None,
+    device: torch.device | None = None,
+) -> NoiseBand:
+    """Probe a pool for the noise level below which the stable target is the single-sample one, to a tolerance.
+
+    The noise level sigma / alpha is all that a Gaussian posterior depends on, so the result serves every process. For the
+    heavier tails of `StudentTKernel` it is too high. If the pool has labels, references of the row's own label compete; rows
+    whose label is dropped would gain from a lower level. If it has weights, rows are drawn with them. Pools of more than
+    65,536 samples are probed on that many of them, and the weight of the others is taken in proportion.
+
+    Args:
+        pool: the references.
+        tolerance: how far below 1 the bound of the mean source weight may be, between 0 and 0.5; the weight itself loses
+            less (on images a third to two thirds of it at 0.1). What is given up is little: on CIFAR-10 0.4 % of what
+            references take from the loss between 0.05 and 0.1, for a seventh of the rows (benchmarks/results/band.json).
+        rows: samples whose distances to the references are counted, at a cost of one matrix product.
+        generator: what the samples are drawn from; one seeded with 0 if not given, so that a pool has one band.
+        total: samples of the whole set, if the pool is a random part of it: `pick_noise_band(sharded.pool,
+            total=sharded.total)` for a `ShardedPool`. Ranks may have bands of their own.
+        device: where to compute, for a pool of a numpy array; a tensor is probed where it is.
+
+    Returns:
+        The band's level with what was measured.
+
+    Raises:
+        ValueError: if `tolerance` is not between 0 and 0.5, `rows` is below 1, `total` below the pool, the data are not
+            finite, or all weights of the shard of a `ShardedPool` are 0.
+    """
+    check_kind("pool", pool, Pool, "a Pool of the data, Pool(data)")
+    number("tolerance", tolerance)
+    whole_number("rows", rows)
+    check_generator("generator", generator)
+    if total is not None:
+        whole_number("total", total)
+    if not 0 < tolerance < 0.5:
+        raise ValueError(
+            f"tolerance is {tolerance}: it is how far below 1 the source weight may be, between 0 and 0.5."
+        )
+    if rows < 1:
+        raise ValueError(f"rows is {rows}: the distances of at least one sample must be counted.")
+    if device is None:
+        device = pool.data.device if isinstance(pool.data, Tensor) else torch.device("cpu")
+    device = as_device("device", device)
+    n = len(pool.data)
+    if total is not None and total < n:
+        raise ValueError(f"total is {total}, and the pool source_only has {n} samples: pass the size of the whole set.")
+    matrix, labels = pool.matrix(device), None if pool.labels is None else pool.labels.to(device)
+    generator = generator or torch.Generator().manual_seed(0)
+    weights = None if pool.weights is None else pool.weights.cpu().double()
+    # Samples of weight 0 are no references.
+    possible = torch.arange(n) if weights is None else weights.nonzero()[:, 0]
+    count = len(possible)
+    if count == 0:
+        raise ValueError("the Pool's weights are all 0: probe the shard of a rank whose samples can be drawn.")
+    some = possible
+    if count > _REFERENCES:
+        order = torch.randperm(count, generator=generator, device=generator.device).cpu()
+        some = possible[order[:_REFERENCES].sort()[0]]
+    if len(some) < n:
+        matrix, labels = matrix.take(some.to(device)), None if labels is None else labels[some.to(device)]
+    weights = None if weights is None else weights[some]
+    index, shares = _drawn(len(some), weights, rows, generator)
+    if not matrix.norms(torch.float32).finite:
+        raise ValueError("the Pool's data hold NaN or inf (or overflow when squared): clean the data first.")
+    with full_precision(device):
+        wide = wide_dtype(device)
+        prior = None if weights is None else weights.to(device, wide).clamp(min=torch.finfo(wide).tiny)
+        counts, distances = _count(matrix, index.to(device), labels, prior, pool.mirrored)
+    # How many references of a training step each counted one stands for.
+    if weights is None or pool.size is None:
+        others = (pool.size or (total or n) * count / n) - 1
+    else:  # drawn from all, beside the row's own
+        others = (count - 1) * pool.size / n
+    counts = counts * (others / max(1, len(matrix) - 1))
+    level = _level(counts, distances, shares, tolerance)
+    first = torch.where(counts.sum(1) > 0, distances[(counts > 0).double().argmax(1)], torch.inf)
+    return NoiseBand(
+        level=level,
+        tolerance=tolerance,
+        lost=_lost(counts, distances, shares, level),
+        rows=len(index),
+        references=len(matrix),
+        nearest=_median(first, shares),
+    )
+
+
+def _drawn(n: int, weights: Tensor | None, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Sources among n samples, and the share of the draws that each has, (m,) each, m at most `rows`, on the CPU.
+
+    All of them if they are few; else distinct ones drawn uniformly, or with their weights (n,), as evenly as these allow.
+    """
+    device = generator.device
+    if weights is None:
+        index = torch.randperm(n, generator=generator, device=device)[:rows].cpu()
+        return index, torch.full((len(index),), 1 / len(index), dtype=torch.float64)
+    if n <= rows:
+        return torch.arange(n), weights / weights.sum()
+    reached = weights.cumsum(0)
+    start = torch.rand(1, generator=generator, device=device, dtype=torch.float64).cpu()
+    drawn = torch.searchsorted(reached, (torch.arange(rows) + start) / rows * reached[-1], right=True).clamp(max=n - 1)
+    index, times = drawn.unique(return_counts=True)
+    return index, times / times.sum().double()
+
+
+def _median(values: Tensor, shares: Tensor) -> float:
+    ordered, order = values.sort()
+    return float(ordered[shares[order].cumsum(0) >= 0.5 - 1e-9][0])
+
+
+def _count(
+    matrix: ReferenceMatrix, index: Tensor, labels: Tensor | None, weights: Tensor | None, mirrored: bool
+) -> tuple[Tensor, Tensor]:
+    """How many references lie at which distance of each sample.
+
+    Returns:
+        Counts (m, bins) without the sample itself, and the distances that the bins stand for (bins,), both float64 on the
+        CPU. The first bin is distance 0.
+    """
+    own = matrix.rows(index, torch.float32)
+    # Distances do not change if all is moved, and keep their digits where the data are about zero.
+    origin = own.mean(0)
+    own = own - origin
+    size = float(own.square().sum(1).max()) or 1.0
+    bins = (_BELOW + _ABOVE) * _BINS_PER_OCTAVE
+    shape = (-1, *matrix.data.shape[1:])
+    images = [own, (own + origin).reshape(shape).flip(-1).reshape(own.shape) - origin] if mirrored else [own]
+    counts = torch.zeros(len(own), bins, device=matrix.device)
+    for where, moved in matrix.chunks(matrix.chunk_size(len(index)), torch.float32, origin):
+        squares = moved.square().sum(1)
+        for which, image in enumerate(images):
+            gap = (squares + image.square().sum(1)[:, None]).addmm_(image, moved.T, alpha=-2)
+            place = (gap.div_(size).clamp_(min=2.0**-_BELOW).log2_() + _BELOW).mul_(_BINS_PER_OCTAVE)
+            place = place.round_().clamp_(max=bins - 1).long()
+            one = torch.ones((), device=matrix.device).expand(place.shape)
+            if labels is not None:
+                one = (labels[index][:, None] == labels[where]).float()
+            if weights is not None:
+                # Beyond any number of references, more is no more.
+                one = one * (weights[where] / weights[index][:, None]).clamp(min=1, max=1e20).float()
+            if which == 0:
+                one = torch.where(torch.arange(where.start, where.stop, device=matrix.device) == index[:, None], 0, one)
+            counts.scatter_add_(1, place, one)
+    octaves = torch.arange(bins, dtype=torch.float64) / _BINS_PER_OCTAVE - _BELOW
+    distances = (size * 2.0**octaves).sqrt()
+    distances[0] = 0
+    return counts.cpu().double(), distances
+
+
+def _level(counts: Tensor, distances: Tensor, shares: Tensor, tolerance: float) -> float:
+    if _lost(counts, distances, shares, math.inf) <= tolerance:
+        return math.inf
+    low, high = float(distances[1]) / 100, float(distances[-1]) * 100
+    if _lost(counts, distances, shares, low) > tolerance:
+        return 0.0
+    while high > low * _WITHIN:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if _lost(counts, distances, shares, middle) <= tolerance else (low, middle)
+    return low
+
+
+def _lost(counts: Tensor, distances: Tensor, shares: Tensor, level: float) -> float:
+    """The bound L of the mean weight lost at a noise level."""
+    ratio = torch.zeros_like(distances) if math.isinf(level) else distances / max(level, 1e-300)
+    return float((counts @ _beside(ratio)).clamp(max=1) @ shares)
+
+
+def _beside(ratio: Tensor) -> Tensor:
+    """S of the ratios (bins,), by the trapezoidal rule, which is exact to rounding for functions so smooth."""
+    z = torch.linspace(-8, 8, 257, dtype=torch.float64)
+    density = torch.exp(-z.square() / 2) * ((z[1] - z[0]) / math.sqrt(2 * math.pi))
+    # Beyond 30 the weight is below 1e-49, and the grid too coarse for it.
+    ratio = ratio.clamp(max=30)
+    return torch.exp(-ratio.square() / 8) * ((0.5 / torch.cosh(ratio[:, None] * z / 2)) @ density)

@@ -1,0 +1,304 @@
+r"""Consistency: whether x_t is what the process makes of x0, t and the noise.
+
+A posterior is only as right as its model of the noise. A loop whose time runs the other way, which counts steps where the
+process wants times in [0, 1], or which hands over the noise of another draw, gets a target that is off by more than its own
+size, and no loss curve shows it. Four things are known of a batch without knowing its data:
+
+- With the noise at hand, $x_t - \alpha x_0 - \sigma \varepsilon$ is zero up to rounding, in every row.
+- $|x_t - \alpha x_0|^2 / \sigma^2$ is chi-square with d degrees of freedom in every row (for Student's t with D degrees of
+  freedom, d times an F variable), so its sum over the batch has a known spread.
+- So is, for images, the square of the noise's mean over each channel, times the pixels. Offset noise shows there.
+- The direction of the noise is uniform and independent of the data, so $\sqrt{d}$ times the cosine between the noise and
+  the row's own deviation from the batch's mean has mean 0 and variance 1. Noise that was assigned to the data, as by optimal
+  transport, is closer to them. This is summed over calls, since one small batch may not show it.
+
+The bounds are eight standard deviations, so noise that is drawn as it should be never meets them. Rows that share their
+noise, up to its sign, count as one.
+
+References:
+    Wilson, Hilferty, "The Distribution of Chi-Square", PNAS 1931: the cube root of a chi-square variable is nearly normal.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from stablefield.diffusion._process import Process
+from stablefield.targets._checks import Check, finite_check, value_check
+from stablefield.targets._engine.reference_matrix import row_blocks, wide_dtype
+from stablefield.targets._kernel import GaussianKernel, Kernel, StudentTKernel
+
+__all__ = ["Correlation", "Measured", "consistency_checks"]
+
+# Standard deviations beyond which the noise is not what the process makes.
+_SPREADS = 8.0
+# Departure of a mean square from 1 that is accepted, however large the batch.
+_SLACK = 0.01
+# Relative error of sigma noise and of alpha x0, in float32, that is rounding and another way to compute a schedule; and in
+# ulps of shorter formats.
+_NOISE_ERROR, _DATA_ERROR, _ULPS = 1e-3, 1e-5, 4
+# Rows whose noise is below this many ulps of x_t are made of rounding in part.
+_LOST = 32
+# Relative difference of the norms of two rows of noise that are taken for one.
+_SAME = 1e-5
+# Pixels from which the mean over a channel says something.
+_PIXELS = 16
+# Rows over which the correlation of noise and data is summed. What rounding correlates stays far below the bound.
+_WINDOW = 1024
+
+
+class Correlation:
+    """The correlation of the noise with the data over calls."""
+
+    def __init__(self) -> None:
+        self._along = self._variance = 0.0
+        self._rows = 0
+
+    def add(self, along: float, variance: float, rows: int) -> float:
+        """Add a batch, and return the sum so far in standard deviations; after enough rows a new sum begins.
+
+        Args:
+            along: sum of the rows' standardised cosines.
+            variance: what its variance should be.
+            rows: of the batch.
+        """
+        if self._rows >= _WINDOW:
+            self._along, self._variance, self._rows = 0.0, 0.0, 0
+        self._along, self._variance, self._rows = self._along + along, self._variance + variance, self._rows + rows
+        return self._along / math.sqrt(max(self._variance, 1.0))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is measured of each row of a batch, where the batch lies; every attribute has shape (B,).
+
+    Attributes:
+        clean: norm of x0.
+        noisy: norm of x_t.
+        residual: norm of x_t - alpha x0.
+        drawn: norm of the noise that was given; the residual's if none was.
+        left: norm of x_t - alpha x0 - sigma noise; 0 if none was given.
+        channels: sum of the squared means of the residual over each channel; 0 where that says nothing.
+        own: norm of the row's deviation from the batch's mean.
+        along: inner product of that with the noise.
+    """
+
+    clean: Tensor
+    noisy: Tensor
+    residual: Tensor
+    drawn: Tensor
+    left: Tensor
+    channels: Tensor
+    own: Tensor
+    along: Tensor
+
+    @property
+    def rows(self) -> tuple[Tensor, ...]:
+        """All of them."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    @classmethod
+    def of(
+        cls,
+        x0: Tensor,
+        x_t: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        noise: Tensor | None,
+        source_only: Tensor | None = None,
+    ) -> "Measured":
+        """Measure a batch; see `consistency_checks` for the arguments."""
+        dtype = torch.promote_types(torch.promote_types(x0.dtype, x_t.dtype), torch.float32)
+        clean, noisy = x0.flatten(1).to(dtype), x_t.flatten(1).to(dtype)
+        alpha, sigma = alpha.to(dtype)[:, None], sigma.to(dtype)[:, None]
+        drawn = None if noise is None else noise.flatten(1).to(dtype)
+        whole = clean if source_only is None else torch.where(source_only[:, None], 0, clean)
+        middle = whole.mean(0)
+        pixels = x0[0, 0].numel() if x0.ndim > 2 else 0
+        found = []
+        # Few rows at a time, so that what is made of them stays in the cache of a CPU.
+        for some in row_blocks(clean):
+            a, x = clean[some], noisy[some]
+            residual = torch.addcmul(x, alpha[some], a, value=-1)
+            own = whole[some] - middle
+            part = residual if drawn is None else drawn[some]
+            zero = torch.zeros_like(alpha[some, 0])
+            means = zero
+            if pixels >= _PIXELS:
+                means = residual.view(len(residual), -1, pixels).mean(2).square_().sum(1)
+            norms = [torch.linalg.vector_norm(rows, dim=1) for rows in (a, x, residual, own)]
+            size, left = norms[2], zero
+            if drawn is not None:
+                size = torch.linalg.vector_norm(part, dim=1)
+                left = torch.addcmul(residual, sigma[some], part, value=-1).norm(dim=1)
+            along = own.mul_(part).sum(1)  # torch's vecdot takes ten times as long
+            found.append(torch.stack([*norms[:3], size, left, means, norms[3], along]))
+        return cls(*(found[0] if len(found) == 1 else torch.cat(found, 1)).unbind(0))
+
+
+def consistency_checks(
+    process: Process,
+    kernel: Kernel,
+    x0: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    noise: Tensor | None,
+    source_only: Tensor | None = None,
+    correlation: Correlation | None = None,
+    measured: Measured | None = None,
+) -> list[Check]:
+    """What x_t, t and the noise must meet, to be read together.
+
+    Args:
+        process: what is said to have made x_t.
+        kernel: the noise kernel; the law of kernels other than this library's is not checked.
+        x0: clean samples, shape (B, ...).
+        x_t: noisy samples, shape (B, ...).
+        t: times, shape (B,), on the host, as all that follows but the noise.
+        alpha: scale of the data at these times, shape (B,).
+        sigma: scale of the noise at these times, shape (B,).
+        noise: the noise in x_t, shape (B, ...), or None.
+        source_only: rows that use their source alone, bool (B,), or None: they need not be finite.
+        correlation: of the calls before; of this one alone if None.
+        measured: of these rows; measured if None.
+    """
+    low, high = process.time_range
+    rule = f"the times of {process} run from {low:g} to {high:g}; pass times of this process"
+    checks = [value_check(process.has_time(t), "t", t, rule)]
+    given = [value for value in (x0, x_t, noise) if value is not None]
+    eps = max(torch.finfo(value.dtype).eps for value in given)
+    d = x0[0].numel()
+    found = Measured.of(x0, x_t, alpha, sigma, noise, source_only) if measured is None else measured
+    dtype = found.clean.dtype
+    alpha, sigma = alpha.to(dtype), sigma.to(dtype)
+    finite = found.clean.isfinite()
+    checks.append(finite_check(_but(found.clean, source_only), "x0"))
+    checks.append(finite_check(_but(torch.where(finite, found.residual, 0), source_only), "x_t"))
+    # A scheduler that rounds 1 - alpha^2 to a short format makes another sigma; where alpha is 1, sigma is given.
+    rounding = torch.where(alpha < 1, eps * alpha.square() / sigma.square(), 0)
+    if noise is not None:
+        checks.append(finite_check(_but(found.drawn, source_only), "noise"))
+        allowed = max(_NOISE_ERROR, _ULPS * eps) + _ULPS * rounding
+        allowed = allowed * sigma * found.drawn + max(_DATA_ERROR, _ULPS * eps) * alpha.abs() * found.clean
+        # NaN passes here; the checks above report it.
+        checks.append(Check(~(found.left > allowed), lambda row: _residual_message(process, x0, x_t, t, noise, row)))
+    # Rounding makes a part of the noise of rows that have hardly any.
+    size = torch.maximum(found.noisy, alpha.abs() * found.clean)
+    usable = (sigma * math.sqrt(d) > _LOST * eps * size) & (rounding < _SLACK / 2) & finite & found.residual.isfinite()
+    scale = torch.where(usable, 1 / sigma, 0)
+    square = torch.where(usable, found.residual * scale, 0).square()
+    repeats = _repeats(torch.where(usable, found.drawn if noise is not None else found.residual * scale, 0), usable)
+    law = _law(kernel, square, usable, d, repeats)
+    if law is not None:
+        deviation, mean = law
+        checks.append(Check(~(deviation > 1).reshape(1), lambda _: _law_message(process, t, float(mean))))
+    pixels = x0[0, 0].numel() if x0.ndim > 2 else 0
+    if pixels >= _PIXELS and isinstance(kernel, GaussianKernel):
+        means = torch.where(usable, found.channels * scale.square(), 0) * pixels
+        of_channels = _law(kernel, means, usable, x0.shape[1], repeats)
+        assert of_channels is not None
+        deviation, mean_square = of_channels
+        checks.append(Check(~(deviation > 1).reshape(1), lambda _: _offset_message(float(mean_square))))
+    norms = found.own * found.drawn
+    comparable = usable & (norms > 0) & norms.isfinite()
+    comparable = comparable if source_only is None else comparable & ~source_only
+    cosine = torch.where(comparable, found.along / norms, 0)
+    correlation = Correlation() if correlation is None else correlation
+    spreads = correlation.add(float(cosine.sum()) * math.sqrt(d), float(comparable.sum() * repeats), len(x0))
+    checks.append(Check(torch.tensor([not abs(spreads) > _SPREADS]), lambda _: _pairing_message(spreads)))
+    return checks
+
+
+def _but(norms: Tensor, source_only: Tensor | None) -> Tensor:
+    return norms if source_only is None else norms.masked_fill(source_only, 0)
+
+
+def _repeats(norms: Tensor, rows: Tensor) -> Tensor:
+    """By which factor rows that share their noise, and so its norm (B,), raise the variance of a sum over `rows`."""
+    values = norms.sort().values
+    run = torch.cat([values.new_zeros(1, dtype=torch.long), (values.diff() > _SAME * values[1:]).cumsum(0)])
+    # Rows that do not count have norm 0 and make the first run.
+    members = (values > 0).to(norms.dtype)
+    counts = torch.zeros_like(norms).index_add_(0, run, members)
+    return counts.square().sum() / rows.sum().clamp(min=1)
+
+
+def _law(kernel: Kernel, square: Tensor, rows: Tensor, d: int, repeats: Tensor) -> tuple[Tensor, Tensor] | None:
+    """How far a mean of squares is from what it should be, in units of the bound, and that mean over the right one.
+
+    Sums of chi-square variables by the cube root of Wilson and Hilferty, good far out in both tails; for Student's t
+    q / (q + D) with q = |noise|^2 is a beta variable, whose sum over the rows is matched to a chi-square in two moments.
+    """
+    wide = wide_dtype(square.device)
+    count, repeats = rows.sum().clamp(min=1).to(wide), repeats.clamp(min=1).to(wide)
+    if isinstance(kernel, StudentTKernel):
+        a, b = d / 2, kernel.dof / 2
+        share = square / (square + kernel.dof)
+        # The part with the smaller mean is the one that resembles a chi-square variable.
+        value, mean = (share, a / (a + b)) if a < b else (torch.where(rows, 1 - share, 0), b / (a + b))
+        variance = a * b / ((a + b) ** 2 * (a + b + 1))
+        freedom = count * (2 * mean**2 / variance)
+        ratio = value.sum(dtype=wide) / (count * mean)
+    elif isinstance(kernel, GaussianKernel):
+        freedom = count * d
+        ratio = square.sum(dtype=wide) / freedom
+    else:
+        return None
+    width = 2 / (9 * freedom / repeats)
+    spreads = (ratio.clamp(min=0) ** (1 / 3) - (1 - width)) / width.sqrt()
+    deviation = torch.minimum(spreads.abs() / _SPREADS, (ratio - 1).abs() / _SLACK)
+    return torch.where(rows.any(), deviation, 0), ratio
+
+
+def _residual_message(process: Process, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor, row: int) -> str:
+    clean, noisy, drawn = (value[row].double() for value in (x0, x_t, noise))
+
+    def left(time: Tensor) -> float:
+        alpha, sigma = process.alpha(time).double(), process.sigma(time).double()
+        size = torch.hypot((alpha * clean).norm(), (sigma * drawn).norm())
+        return float((noisy - alpha * clean - sigma * drawn).norm() / size)
+
+    time = t[row : row + 1]
+    message = (
+        f"x_t[{row}] is not alpha x0 + sigma noise of {process} at t[{row}] = {time.item():g}: they differ by "
+        f"{left(time):.2g} of its size."
+    )
+    ends = {1.0, sum(process.time_range)}
+    for end in sorted(end for end in ends if bool(process.has_time(end - time).all())):
+        if left(end - time) < 0.01:
+            return f"{message} They agree at {end:g} - t: pass that, since time grows with noise here."
+    return (
+        f"{message} Pass the noise that made x_t, the rows of x0 in the same order, and times of this process; compute the "
+        "schedule in float32."
+    )
+
+
+_CHOSEN = "For x_t that you choose yourself pass StableTarget(..., validate_args=False)."
+
+
+def _law_message(process: Process, t: Tensor, ratio: float) -> str:
+    return (
+        f"x_t is not what {process} makes of x0 at t from {t.min().item():g} to {t.max().item():g}: the noise in it has "
+        f"{ratio:.3g} times the variance that it should have. Check that t grows with noise, has the units of this "
+        f"process, and that nothing else was added, such as offset noise or input perturbation. {_CHOSEN}"
+    )
+
+
+def _offset_message(ratio: float) -> str:
+    return (
+        f"the noise in x_t is not white: its means over the channels have {ratio:.3g} times the variance that they should "
+        "have, as offset noise makes them. Call the target with the x_t before the offset, and make the view that you "
+        f"regress on of its x0. {_CHOSEN}"
+    )
+
+
+def _pairing_message(spreads: float) -> str:
+    return (
+        f"the noise in x_t is not independent of x0: their correlation is {spreads:.3g} standard errors from 0. It was "
+        "assigned to the data, as by optimal transport or immiscible diffusion, so the posterior is another one. Draw "
+        f"independent noise, or keep your single-sample target. {_CHOSEN}"
+    )

@@ -1,0 +1,263 @@
+r"""Draws: whether the rows of a run were drawn from a pool with the probabilities that it assumes.
+
+The posterior over a pool has the probability of drawing a sample for its prior. A sampler that prefers some samples, or a
+run on a part of the pool's data, makes another prior, which biases every target. It shows in how often each sample has been
+drawn: Pearson's statistic
+
+$$ X^2 = \sum_k \frac{(c_k - e_k)^2}{e_k} $$
+
+over the samples that were to be expected once at least is chi-square if the draws are as assumed, and smaller if they come
+in epochs. It grows by the number of rows that a batch makes of one sample, which is counted. And there are few samples that
+have never come: $\sum_k e^{-e_k}$, or none of epochs. Rows with a label are compared with the other samples of that label,
+since the posterior sees no others; rows without one, with all.
+
+The rows of all ranks come to a shard of a `ShardedPool`, so it sees how often all of them have drawn its samples. Those are
+compared with each other, and the shard as a whole with the rest: shards may hold a class each. So every pair of samples is
+compared, and no rank counts more than its own.
+
+References:
+    Pearson, "On the Criterion that a Given System of Deviations...", Philosophical Magazine 1900; Wilson, Hilferty, "The
+    Distribution of Chi-Square", PNAS 1931.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from stablefield.targets._checks import Check
+from stablefield.targets._engine.reference_matrix import wide_dtype
+from stablefield.targets._ranks import Ranks
+
+__all__ = ["Draws", "Frequencies", "Shares"]
+
+# Standard deviations beyond which draws are not as assumed: never by chance.
+_SPREADS = 12.0
+# Mean squared relative deviation of the probabilities that is worth a warning: 10 % each.
+_DEVIATION = 0.01
+# Draws for each sample before the first comparison; then whenever they have doubled.
+_FIRST = 4
+
+
+class Frequencies:
+    """Counts of the samples that were drawn.
+
+    Args:
+        weights: probability of each sample, any scale, shape (n,), float64.
+        labels: label of each sample, integers (n,), or None.
+        first: draws before the first comparison; four for each sample if None.
+        name: what to call a sample, by its place.
+    """
+
+    def __init__(
+        self,
+        weights: Tensor,
+        labels: Tensor | None,
+        first: int | None = None,
+        name: Callable[[int], str] = "sample {}".format,
+    ) -> None:
+        self._weights = weights
+        self._labels = None
+        if labels is not None:
+            numbers, order = _numbered(labels)
+            self._labels = torch.empty_like(numbers).scatter_(0, order, numbers)
+        kinds = 1 if labels is None else 2
+        self._counts = torch.zeros(kinds, len(weights), dtype=torch.int32, device=weights.device)
+        # Sum over batches of the squared numbers of rows of one sample, and what it is for independent draws.
+        self._squares = torch.zeros((), dtype=weights.dtype, device=weights.device)
+        self._rows, self._pairs = torch.zeros_like(self._squares), torch.zeros_like(self._squares)
+        self._chance = (weights.square().sum() / weights.sum().square()).to(weights.dtype)
+        self._drawn = 0
+        self._next = first or _FIRST * len(weights)
+        self._name = name
+
+    def add(self, index: Tensor, labelled: Tensor | None, counted: Tensor | None) -> Check | None:
+        """Count a batch, and ask whether all draws so far are as assumed; None while it is too early, or after a warning.
+
+        Args:
+            index: the samples that were drawn, integers (B,).
+            labelled: which rows have a label, bool (B,); None if no sample has one.
+            counted: which rows to count, bool (B,); None for all.
+        """
+        if self._next == 0:
+            return None
+        count = len(self._weights)
+        place = index.clamp(0, count - 1)
+        if labelled is not None:
+            place = place + count * labelled.long()
+        one = torch.ones_like(place, dtype=torch.int32) if counted is None else counted.int()
+        self._counts.view(-1).index_add_(0, place, one)
+        rows = one.sum().to(self._squares)
+        self._squares += _repeats(place, one.to(self._weights.dtype))
+        self._rows += rows
+        self._pairs += rows * (rows - 1)
+        self._drawn += len(index)
+        if self._drawn < self._next:
+            return None
+        self._next = 2 * self._drawn
+        deviations = torch.stack([self._deviation(kind) for kind in range(len(self._counts))])
+        return Check(deviations <= 1, self._message, warning=True)
+
+    def _deviation(self, kind: int) -> Tensor:
+        """How far the draws with a label (kind 1) or without one (kind 0) are from what is assumed, over the bound."""
+        counts = self._counts[kind].to(self._weights.dtype)
+        expected = self._expected(counts, kind)
+        often = expected >= 1
+        cells = often.sum().clamp(min=1)
+        # Rows of one sample in one batch, such as antithetic pairs, are one draw.
+        repeats = (self._squares / (self._rows + self._chance * self._pairs).clamp(min=1)).clamp(min=1)
+        square = torch.where(often, (counts - expected).square() / expected.clamp(min=1), 0).sum() / repeats
+        width = 2 / (9 * cells)
+        spreads = ((square / cells) ** (1 / 3) - (1 - width)) / width.sqrt()
+        deviation = (square - cells) * repeats / counts.sum().clamp(min=1)
+        uneven = torch.minimum(spreads / _SPREADS, deviation / _DEVIATION)
+        likely = torch.exp(-expected / repeats) * often
+        missing = ((counts == 0) & often).sum() - likely.sum()
+        return torch.maximum(uneven, missing / (_SPREADS * (1 + likely.sum().sqrt())))
+
+    def _expected(self, counts: Tensor, kind: int) -> Tensor:
+        if kind == 0 or self._labels is None:
+            return counts.sum() * self._weights / self._weights.sum()
+        classes = torch.zeros(len(counts), dtype=counts.dtype, device=counts.device)
+        drawn = classes.index_add(0, self._labels, counts)
+        weight = classes.index_add(0, self._labels, self._weights)
+        return (drawn / weight.clamp(min=torch.finfo(counts.dtype).tiny))[self._labels] * self._weights
+
+    def _message(self, kind: int) -> str:
+        self._next = 0  # one warning is enough
+        counts = self._counts[kind].to(self._weights.dtype)
+        expected = self._expected(counts, kind)
+        worst = int(((counts - expected).abs() / expected.clamp(min=1).sqrt()).argmax())
+        never = int((counts == 0).sum())
+        among = " with a label" if kind else " without a label" if self._labels is not None else ""
+        return (
+            f"the rows{among} were not drawn from the Pool as it assumes: {self._name(worst)} came {int(counts[worst])} "
+            f"times among {int(counts.sum())} rows, where {float(expected[worst]):.3g} were to be expected, and {never} "
+            "samples never came. The targets are biased towards samples that come less often. Pass weights=... to the Pool "
+            "with the probability of each sample, make it of the samples that you train on, and drop labels independently "
+            "of the sample. Ignore this if each process draws from its own part of the Pool and all parts together make it "
+            "up, or if you made the same draws twice, as by a second run from the same seed with this Pool. For calls that "
+            "are no training pass StableTarget(..., validate_args=False)."
+        )
+
+
+def _numbered(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The values (n,) in order as numbers from 0 without gaps, and that order: `torch.unique` would wait for a GPU."""
+    ordered, order = values.sort()
+    return torch.cat([ordered.new_zeros(1), (ordered.diff() != 0).cumsum(0)]), order
+
+
+def _repeats(index: Tensor, counted: Tensor) -> Tensor:
+    """Sum over the samples at `index` (B,) of their squared numbers of rows, where each row counts 1 or 0 (B,)."""
+    numbers, order = _numbered(index)
+    return torch.zeros_like(counted).index_add_(0, numbers, counted[order]).square().sum()
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What weight lies where.
+
+    Attributes:
+        distinct: the labels in a shard, each once, sorted, (k,).
+        here: the weight of each that lies there, (k,).
+        elsewhere: the weight of each that lies elsewhere, (k,).
+        own: all weight there.
+        rest: all weight elsewhere.
+    """
+
+    distinct: Tensor
+    here: Tensor
+    elsewhere: Tensor
+    own: float
+    rest: float
+
+    @classmethod
+    def gathered(cls, ranks: Ranks, labels: Tensor | None, weights: Tensor, device: torch.device) -> "Shares":
+        """Ask all ranks, each with the labels (n_r,) of its shard, or None, and their weights (n_r,)."""
+        labels = torch.zeros(len(weights), dtype=torch.long) if labels is None else labels.long()
+        weights = weights.to(device, wide_dtype(device))
+        distinct: Tensor
+        kind: Tensor
+        distinct, kind = torch.unique(labels.to(device), return_inverse=True)
+        here = weights.new_zeros(len(distinct)).index_add(0, kind, weights)
+        heads = ranks.gather_equal(torch.tensor([len(distinct)], device=device), "to compare their labels")
+        counts = [int(head) for head in heads]
+        others = ranks.gather(distinct[:, None], counts)[:, 0]
+        weight = ranks.gather(here[:, None], counts)[:, 0]
+        start = sum(counts[: ranks.rank])
+        weight[start : start + len(distinct)] = 0
+        place, known = _among(distinct, others)
+        elsewhere = torch.zeros_like(here).index_add(0, place, weight * known)
+        return cls(distinct, here, elsewhere, float(here.sum()), float(weight.sum()))
+
+
+class Draws:
+    """Counts of the draws of all ranks, as far as they concern the samples of this shard.
+
+    Args:
+        shares: what weight lies where.
+        weights: of the samples of the shard, (n_r,), or None.
+        labels: their labels, (n_r,), or None.
+        start: the number of the first.
+        count: how many there are.
+        total: how many all ranks have.
+        device: where the batches are.
+    """
+
+    def __init__(
+        self,
+        shares: Shares,
+        weights: Tensor | None,
+        labels: Tensor | None,
+        start: int,
+        count: int,
+        total: int,
+        device: torch.device,
+    ) -> None:
+        own = f"the samples {start} to {start + count - 1}"
+        here, elsewhere = shares.here.to(device), shares.elsewhere.to(device)
+        weights = torch.ones(count, dtype=here.dtype, device=device) if weights is None else weights
+        # Before all samples have come some times, a sampler that reads the data part by part has not come round.
+        first = _FIRST * total
+        self._distinct = None if labels is None else shares.distinct.to(device)
+        self._within = Frequencies(weights, labels, first, lambda place: f"sample {start + place}")
+        whole = torch.tensor([shares.own, shares.rest], dtype=here.dtype, device=device)
+        self._between = Frequencies(
+            whole, None, first, lambda place: "one of the samples elsewhere" if place else f"one of {own}"
+        )
+        self._of_label: Frequencies | None = None
+        if labels is not None:
+            kinds, distinct = torch.arange(len(here), device=device).repeat(2), shares.distinct
+
+            def name(place: int) -> str:
+                where = f"among {own}" if place < len(distinct) else "elsewhere"
+                return f"one with label {int(distinct[place % len(distinct)])} {where}"
+
+            self._of_label = Frequencies(torch.cat([here, elsewhere]), kinds, first, name)
+
+    def add(self, place: Tensor, here: Tensor, labels: Tensor | None) -> list[Check]:
+        """Count the rows of all ranks: their places in the shard, (B,), whether they are there, and their labels, or -1."""
+        if not len(place):
+            return []
+        labelled = None if labels is None else labels >= 0
+        found = [self._within.add(place, None if self._distinct is None else labelled, here)]
+        where = (~here).long()
+        found.append(self._between.add(where, None, None if labelled is None else ~labelled))
+        if self._of_label is not None and self._distinct is not None and labels is not None:
+            kind, known = _among(self._distinct, labels)
+            found.append(self._of_label.add(kind + len(self._distinct) * where, labels >= 0, known))
+        return [_of_all_ranks(check) for check in found if check is not None]
+
+
+def _of_all_ranks(check: Check) -> Check:
+    def message(row: int) -> str:
+        return f"{check.message(row)} (Here the rows of all processes have been counted.)"
+
+    return replace(check, message=message)
+
+
+def _among(distinct: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The place of each of `labels` (B,) in the sorted `distinct` (k,), and whether it is one of them."""
+    place = torch.searchsorted(distinct, labels).clamp(max=len(distinct) - 1)
+    return place, distinct[place] == labels

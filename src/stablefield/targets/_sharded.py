@@ -1,0 +1,310 @@
+r"""References sharded over processes: every row sees the samples of all ranks, and no rank holds more than its own.
+
+The posterior's sums merge associatively (see `online_softmax`), so each rank computes them over its shard for the rows of
+all ranks, and sends each row's sums home:
+
+1. all-gather: rows with their noise scales, anchors and places of their sources;
+2. every rank: partial sums of all rows over its own shard, at the cost of (rows of all ranks) x (its shard);
+3. all-to-all: the partial sums of a row return to the rank that asked, which merges those of all ranks with the share of
+   the row's own source.
+
+Anchors travel with their rows, so logits of different shards are relative to the same number and keep their accuracy at
+small noise. Per row, 2 d numbers go out to every rank and d come back from each.
+
+A rank knows its own samples only: their pixels, labels and weights. So it is there that a row is compared with its sample
+and that the draws of all ranks are counted; what was found goes to the rank that asked, with the sums. So does the prior of
+a row's own sample, which that rank then takes off the logits; while sums are made, only its least value is known.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stablefield.targets._checks import Check, require
+from stablefield.targets._draws import Draws, Shares
+from stablefield.targets._engine.assembly import summed
+from stablefield.targets._engine.online_softmax import OnlineSoftmax
+from stablefield.targets._engine.query import Host, Plan, Query
+from stablefield.targets._pool import OTHER_LABEL, WITHOUT_WEIGHT, Pool, compared, sample_weights
+from stablefield.targets._ranks import Ranks
+from stablefield.targets._references import Batch, Selection
+
+__all__ = ["ShardedPool"]
+
+_DTYPES = (torch.float32, torch.float64)
+
+
+class ShardedPool:
+    """References sharded over the ranks of a process group: rank r holds one part, every row sees all parts.
+
+    Sample i of the whole set is sample i - start of the rank's shard, in the order of the ranks; `index` counts in the whole
+    set. All ranks must call the target equally often, also with batches of different sizes; a rank without rows in the noise
+    band still serves the others.
+
+    Args:
+        data: this rank's samples, shape (n_r, ...), as for `Pool`: a tensor on the device of the batches, or a numpy array
+            (also memory-mapped). At least one.
+        labels: condition of each of them, integers of shape (n_r,), or None; on all ranks or on none.
+        mirrored: use the mirror image of each reference, too, as `Pool` does.
+        weights: how likely each of them is to be drawn, shape (n_r,), as for `Pool`, on a scale that all ranks share; on all
+            ranks or on none. They may all be 0 on some ranks.
+        process_group: the ranks; the default group if None.
+        timeout: how long to wait for the others before giving up. A new group with the same ranks is made for it, so all
+            ranks must construct the pool. None: the waits of `process_group` itself.
+        device: where batches are, if `data` are a numpy array; the CPU if not given.
+
+    Raises:
+        ValueError: if torch.distributed has no process group, or the ranks' samples do not fit together.
+        RankError: if a rank does not answer.
+    """
+
+    def __init__(
+        self,
+        data: Tensor | NDArray[Any],
+        labels: Tensor | None = None,
+        *,
+        mirrored: bool = False,
+        weights: Tensor | NDArray[Any] | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        timeout: timedelta | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ValueError(
+                "torch.distributed has no process group: call torch.distributed.init_process_group first, "
+                "or use a Pool in a single process."
+            )
+        self.pool = Pool(data, labels=labels, mirrored=mirrored)
+        given = None if weights is None else sample_weights(weights, len(data))
+        device = device or (data.device if isinstance(data, Tensor) else torch.device("cpu"))
+        if timeout is not None:
+            made = dist.new_group(dist.get_process_group_ranks(process_group), timeout=timeout)
+            process_group = cast("dist.ProcessGroup", made)  # an int for those outside, and all are inside
+        self._ranks = Ranks(process_group)
+        shape = [len(data), *data.shape[1:]]
+        kind = [labels is not None, mirrored, given is not None]
+        mine = torch.tensor([len(shape), *kind, *shape, *[0] * (12 - len(shape))], device=device)
+        parts = self._ranks.gather_equal(mine, "to compare their shards")
+        first = parts[0]
+        for rank, part in enumerate(parts):
+            same = [0, 1, 2, 3, *range(5, 16)]
+            if not torch.equal(part[same], first[same]):
+                raise ValueError(
+                    f"the shards of rank 0 and rank {rank} do not fit: samples of shape "
+                    f"{tuple(first[5 : 4 + int(first[0])].tolist())} and {tuple(part[5 : 4 + int(part[0])].tolist())}, "
+                    "or labels, mirrored or weights on one of them only. Pass parts of one data set to all ranks."
+                )
+        counts = [int(part[4]) for part in parts]
+        self.total = sum(counts)
+        self.start = sum(counts[: self._ranks.rank])
+        self._least_prior = 0.0
+        if given is not None:
+            self.pool.weights, self._least_prior = self._on_one_scale(given, device)
+        known = torch.ones(len(data)) if self.pool.weights is None else self.pool.weights
+        self._shares = Shares.gathered(self._ranks, labels, known, device)
+        self._exchanges: dict[torch.device, _Exchange] = {}
+        self._counts = False
+
+    def __repr__(self) -> str:
+        return f"ShardedPool(<{len(self.pool.data)} of {self.total} samples, from {self.start}>)"
+
+    def _on_one_scale(self, weights: Tensor, device: torch.device) -> tuple[Tensor, float]:
+        """The weights with 1 for the largest of all ranks, and the log of the smallest of all ranks that is not 0."""
+        positive = torch.where(weights > 0, weights, torch.inf)
+        ends = torch.stack([weights.max(), positive.min()]).to(device)
+        parts = torch.stack(self._ranks.gather_equal(ends, "to compare their weights"))
+        largest, smallest = float(parts[:, 0].max()), float(parts[:, 1].min())
+        if not largest > 0:
+            raise ValueError(
+                "the weights are all 0 on all ranks: give each sample that can be drawn a positive weight."
+            )
+        # As one process would: divided first, so that equal weights are equal.
+        weights = weights / largest
+        return weights, math.log(smallest) - math.log(largest)
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Condition of each of this rank's samples."""
+        return self.pool.labels
+
+    def checks(self, batch: Batch, count: bool) -> list[Check]:
+        """What the values of a call must meet, as described at `References`.
+
+        What has to be compared with the samples is so where they lie, when their ranks see the rows.
+
+        Raises:
+            ValueError: if `index` is missing, or shapes or labels do not fit.
+        """
+        self._counts = count
+        rule = f"the ranks hold samples 0 to {self.total - 1} together"
+        return self.pool.index_checks(self._index(batch), batch.source_only, self.total, rule)
+
+    def select(self, batch: Batch, generator: torch.Generator | None, host: Host) -> Selection:  # noqa: ARG002
+        """The shard and how to ask the others, as described at `References`; nothing is drawn.
+
+        Raises:
+            ValueError: if `index` is missing, or devices, shapes or labels do not fit.
+        """
+        index, device = self._index(batch), batch.x0.device
+        if host is Host.NEVER:
+            raise ValueError(f"{self} cannot be compiled or captured: its ranks wait for each other's rows.")
+        exchange = self._exchange(device)
+        exchange = exchange if self._counts else replace(exchange, draws=None)
+        # Rows are compared with their samples where these are.
+        return Selection(
+            matrix=self.pool.matrix(device),
+            source=index,
+            labels=exchange.reference_labels,
+            mirrored=self.pool.mirrored,
+            ranks=exchange,
+        )
+
+    def _exchange(self, device: torch.device) -> "_Exchange":
+        """How to ask the others with batches on `device`; made once, so that nothing is moved in a step."""
+        if device not in self._exchanges:
+            labels, weights = self.pool.labels, self.pool.weights
+            labels = None if labels is None else labels.to(device)
+            weights = None if weights is None else weights.to(device)
+            log_prior = None if weights is None else weights.log()
+            draws = None
+            if self._shares.own > 0:
+                draws = Draws(self._shares, weights, labels, self.start, len(self.pool.data), self.total, device)
+            self._exchanges[device] = _Exchange(self._ranks, self.start, labels, log_prior, self._least_prior, draws)
+        return self._exchanges[device]
+
+    def _index(self, batch: Batch) -> Tensor:
+        return self.pool.checked_index(batch, "ShardedPool", "in the data of all ranks")
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """How a rank asks the others.
+
+    Attributes:
+        ranks: the ranks.
+        start: where this rank's shard begins in the whole set.
+        reference_labels: condition of each sample of the shard, or None.
+        log_prior: log prior weight of each sample of the shard on a scale that all ranks share, float64, or None.
+        least_prior: the least log prior weight of a sample of any rank that can be drawn.
+        draws: where the rows are counted, or None.
+    """
+
+    ranks: Ranks
+    start: int
+    reference_labels: Tensor | None
+    log_prior: Tensor | None
+    least_prior: float
+    draws: Draws | None
+
+    def sums(self, query: Query, plan: Plan) -> OnlineSoftmax:
+        """Softmax sums of the rows of this rank over the references of all ranks, without the rows' own sources.
+
+        Args:
+            query: the rows of this rank; `source` counts in the whole set, and `anchor` holds the sources.
+            plan: the plan of the call, whose matrix is the shard.
+
+        Returns:
+            The sums, with logits relative to that of the row's own source, so that this has logit 0.
+
+        Raises:
+            ValueError: if a row's source is not the sample that its index says, or has another label, or weight 0.
+            RankError: if a rank has died or does not answer in time.
+        """
+        assert query.source is not None
+        assert query.anchor is not None
+        assert query.places is not None
+        x, sources, places, wide = query.x_t, query.source, query.places, query.alpha.dtype
+        labels = torch.full_like(sources, -1) if query.labels is None else query.labels
+        scalars = torch.stack([query.alpha, query.sigma, sources.to(wide), labels.to(wide)], 1)
+        counts, scalars, vectors = self._gathered(scalars, torch.cat([x, query.anchor], 1), query.labels is not None)
+        part, status, frequent = self._over_shard(scalars, vectors, query, plan)
+        parts = torch.stack([part.peak, part.mass, part.mass_squared, part.energy, part.log_prior], 1)
+        home = self.ranks.send_home(torch.cat([parts, status], 1).to(wide), counts)
+        totals = self.ranks.send_home(part.total, counts)
+        # Of the rank that has the row's sample; the others send zeros.
+        gap, wrong, mislabelled, source_prior = torch.stack([one[:, 5:] for one in home]).sum(0).unbind(1)
+
+        def other(row: int) -> str:
+            return (
+                f"row {int(places[row])} of x0 is not sample {int(sources[row])} of the pool (largest difference "
+                f"{gap[row].item():.3g}): pass flip= for mirrored rows, source_only= for rows with another augmentation "
+                "of their own, or the right index. Shards in half precision need rows that were rounded alike: take x0 from "
+                "them."
+            )
+
+        # One wait for all.
+        require(
+            Check(wrong == 0, other),
+            Check(mislabelled == 0, lambda row: f"labels[{int(places[row])}] is {int(labels[row])}: {OTHER_LABEL}."),
+            Check(
+                ~source_prior.isneginf(),
+                lambda row: f"index[{int(places[row])}] is {int(sources[row])}: {WITHOUT_WEIGHT}.",
+            ),
+            *frequent,
+        )
+        merged = OnlineSoftmax.empty(x)
+        for one, total in zip(home, totals, strict=True):
+            peak, mass, mass_squared, energy, log_prior = one[:, :5].unbind(1)
+            merged = merged.merge(OnlineSoftmax(peak, mass, mass_squared, energy, total, log_prior))
+        return replace(merged, peak=merged.peak - source_prior, log_prior=merged.log_prior - source_prior)
+
+    def _gathered(self, scalars: Tensor, vectors: Tensor, grouped: bool) -> tuple[list[int], Tensor, Tensor]:
+        head = torch.tensor(
+            [len(vectors), vectors.shape[1], _DTYPES.index(vectors.dtype), grouped], device=vectors.device
+        )
+        heads = self.ranks.gather_equal(head, "to compare their batches")
+        for rank, other in enumerate(heads):
+            if not torch.equal(other[1:], heads[0][1:]):
+                raise ValueError(
+                    f"the batches of rank 0 and rank {rank} do not fit: pass x0 and x_t of one dtype, and labels on all "
+                    "ranks or on none."
+                )
+        counts = [int(other[0]) for other in heads]
+        if sum(counts) == 0:
+            return counts, scalars, vectors
+        return counts, self.ranks.gather(scalars, counts), self.ranks.gather(vectors, counts)
+
+    def _over_shard(
+        self, scalars: Tensor, vectors: Tensor, query: Query, plan: Plan
+    ) -> tuple[OnlineSoftmax, Tensor, list[Check]]:
+        """Sums of the rows of all ranks over this shard, what is known of each row's source here, and of all draws.
+
+        What is known, (B, 4), is 0 for sources elsewhere: how far the source is off, whether too far, whether its label is
+        another than the row's, and its log prior weight.
+        """
+        x, rows = (part.contiguous() for part in vectors.chunk(2, 1))
+        alpha, sigma, source, labels = scalars.unbind(1)
+        place = source.long() - self.start
+        here = (place >= 0) & (place < len(plan.matrix))
+        place = torch.where(here, place, -1)
+        seen = None if query.labels is None else labels.long()
+        # To the dtype of the logits for the row's own as for all.
+        log_prior = None if self.log_prior is None else self.log_prior.to(x.dtype).to(alpha.dtype)
+        asked = Query(
+            x_t=x,
+            alpha=alpha,
+            sigma=sigma,
+            source=place,
+            anchor=rows,
+            labels=seen,
+            reference_labels=None if seen is None else self.reference_labels,
+            log_prior=log_prior,
+        )
+        # Every row's own source is a reference of some rank, which the rank that asked adds: what weighs nothing beside it
+        # is left out here.
+        softmax = summed(asked, replace(plan, ranks=None, least_prior=self.least_prior)).softmax
+        own = place.clamp(min=0)
+        gap, wrong, _, _ = compared(rows, own, plan.matrix, rounded=False)
+        mislabelled = torch.zeros_like(wrong)
+        if seen is not None and self.reference_labels is not None:
+            mislabelled = (seen != -1) & (seen != self.reference_labels[own])
+        prior = torch.zeros_like(alpha) if log_prior is None else log_prior[own]
+        status = torch.stack([gap.to(alpha.dtype), wrong.to(alpha.dtype), mislabelled.to(alpha.dtype), prior], 1)
+        frequent = [] if self.draws is None else self.draws.add(own, here, seen)
+        return softmax, torch.where(here[:, None], status, 0), frequent

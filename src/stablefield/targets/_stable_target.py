@@ -1,0 +1,362 @@
+r"""Stable targets: what a network is trained to predict, with less variance and the same optimum.
+
+Denoising score matching (DSM) regresses on the one sample $x_0$ that made $x_t$. The stable target is the posterior mean
+$\hat x_0 = E[x_0 \mid x_t, \text{references}]$: the conditional expectation of the DSM target, hence unbiased, and never
+of larger variance. Everything that people regress on is affine in it (see `target`), so one mean serves all.
+
+DSM is the stable target with one reference, and the same code.
+
+References:
+    Xu, Tong, Jaakkola, "Stable Target Field for Reduced Variance Score Estimation in Diffusion Models", ICLR 2023.
+    Bertrand, Gagneux, Massias, Emonet, "On the Closed-Form of Flow Matching", 2025: the mean as a conditional expectation.
+"""
+
+import math
+from dataclasses import KW_ONLY, dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from stablefield._shapes import (
+    check_callable,
+    check_generator,
+    check_kind,
+    flag,
+    number,
+    row_values,
+    whole_number,
+)
+from stablefield.diffusion._process import Process
+from stablefield.targets._checks import (
+    check_pair,
+    finite_check,
+    require,
+    row_flags,
+    row_numbers,
+    to_host,
+    value_check,
+)
+from stablefield.targets._consistency import Correlation, Measured, consistency_checks
+from stablefield.targets._engine.assembly import posterior_of
+from stablefield.targets._engine.query import Host, Plan, Query, host_access
+from stablefield.targets._kernel import GaussianKernel, Kernel
+from stablefield.targets._pool import verified_samples
+from stablefield.targets._references import Batch, InBatch, References
+from stablefield.targets._sharded import ShardedPool
+from stablefield.targets._target import Posterior, Target
+
+__all__ = ["DenoisingTarget", "StableTarget"]
+
+
+@dataclass(frozen=True)
+class StableTarget:
+    """The posterior mean over references as a training target.
+
+    Args:
+        process: the process that makes x_t.
+        references: the reference policy: a `Pool`, a `ShardedPool` over many processes, or `InBatch()`. Every set lowers the
+            variance of each row's target; that of the batch's gradient falls only with references well beyond the batch,
+            since rows share theirs: best the whole data set, last the batch itself.
+        noise_band: rows whose noise level sigma / alpha is below this use their source alone. Exactly unbiased for every
+            value, since the rule does not look at the data; worth it where the source has all the weight anyway, because
+            those rows then cost nothing. `pick_noise_band` finds such a level.
+        kernel: the noise kernel; `StudentTKernel(D)` for PFGM++.
+        chunk_size: references per matrix product; chosen by memory if None.
+        capacity: how many rows of a batch, the noisiest, may use references; None for all. As exactly unbiased as the band,
+            and it makes the work of a call the same for all batches. In a compiled or captured function, where work cannot
+            depend on how many rows are in the band, it is what makes a band save work. Rows of equal noise are chosen at
+            random.
+        validate_args: compare x_t with x0, t and noise, as `consistency` describes, and how often samples are drawn with
+            what the `Pool` assumes. False for rows that you choose yourself, such as a grid of noisy samples, or that the
+            process did not make in every dimension, such as masked data. All other checks stay.
+
+    Raises:
+        ValueError: if `noise_band` is negative or NaN, or `capacity` is not a whole number from 1.
+    """
+
+    process: Process
+    _: KW_ONLY
+    references: References
+    noise_band: float = 0.0
+    kernel: Kernel = field(default_factory=GaussianKernel)
+    chunk_size: int | None = None
+    capacity: int | None = None
+    validate_args: bool = True
+    _correlation: Correlation = field(default_factory=Correlation, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_kind("process", self.process, Process, "a Process, such as EDM()")
+        for call in ("select", "checks"):
+            check_callable("references", getattr(self.references, call, None), "Pool(images), with select and checks")
+        for call in ("log_ratio", "log_density"):
+            check_callable(
+                "kernel", getattr(self.kernel, call, None), "GaussianKernel(), with log_ratio and log_density"
+            )
+        flag("validate_args", self.validate_args)
+        if not number("noise_band", self.noise_band) >= 0:
+            raise ValueError(f"noise_band is {self.noise_band}: it is a noise level sigma / alpha, 0 or more.")
+        for name, value in (("capacity", self.capacity), ("chunk_size", self.chunk_size)):
+            if value is not None:
+                whole_number(name, value, 1)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        x0: Tensor,
+        x_t: Tensor,
+        t: float | Tensor,
+        labels: Tensor | None = None,
+        index: Tensor | None = None,
+        *,
+        noise: Tensor | None = None,
+        reference_labels: Tensor | None = None,
+        flip: Tensor | None = None,
+        source_only: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Target:
+        """Compute the target of a batch.
+
+        Args:
+            x0: the clean samples that made x_t, shape (B, ...), floating point.
+            x_t: noisy samples, process.perturb(x0, t), shape (B, ...).
+            t: times, a float or shape (B,).
+            labels: condition that the network sees for each row, integers (B,); -1 where it sees none (label dropped for
+                guidance, independently of the sample), which lets the row use all references. Needed if the references have
+                conditions; otherwise all rows use all references.
+            index: place of each row in the data of the `Pool`, integers (B,).
+            noise: the noise in x_t, shape (B, ...), if it is at hand: the noise, v and velocity of a row that has its own
+                source alone are then bit for bit those of the usual loop.
+            reference_labels: true condition of each row, integers (B,), where `labels` has labels dropped: lets a row whose
+                label is dropped still serve as a reference for its class. For references from the batch.
+            flip: which rows of x0 are mirror images, bool, (B,) for the last axis, or (B, m) with column j for axis -1-j.
+                The references are flipped likewise for these rows (if `Pool.mirrored`: the set holds both anyway).
+            source_only: rows that use their source alone, bool (B,): those with an augmentation of their own.
+            generator: where the references are drawn from, and which rows of equal noise the `capacity` takes (by torch's
+                global generator in a compiled or captured function).
+
+        Returns:
+            The target of each row.
+
+        Raises:
+            TypeError: if an argument is no tensor.
+            ValueError: if shapes, dtypes or devices do not fit, data are not finite, t is outside of the process's range,
+                x_t is not what the process makes of x0 at t, or the references cannot be chosen.
+
+        Warns:
+            UserWarning: once, if the rows seen so far were not drawn from a `Pool` as it assumes.
+        """
+        check_pair(x0, x_t, noise)
+        t = row_values("t", t, x0)
+        if t.is_floating_point() and t.dtype.itemsize < 4:
+            t = t.float()  # alpha and sigma would be rounded as well
+        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        check_generator("generator", generator)
+        host = host_access(x0.device)
+        for name, value in (("labels", labels), ("reference_labels", reference_labels), ("index", index)):
+            if value is not None:
+                row_numbers(name, value, x0)
+        # A band without an upper end is DSM, also where alpha is 0 and the noise level infinite.
+        single = self.noise_band == math.inf
+        if labels is None and not single and getattr(self.references, "labels", None) is not None:
+            raise ValueError(
+                f"labels is missing: {self.references} has a label for each sample. Pass the label of each row, or "
+                "torch.full((len(x0),), -1) for a network that sees none, or references without labels."
+            )
+        source_only = None if source_only is None else row_flags("source_only", source_only, x0)
+        mirror = None if flip is None else row_flags("flip", flip, x0, columns=True)
+        batch = Batch(
+            x0=x0,
+            x_t=x_t,
+            alpha=alpha,
+            sigma=sigma,
+            labels=labels,
+            reference_labels=reference_labels,
+            index=index,
+            source_only=source_only,
+        )
+        # What decides which rows use references, where the host may read it.
+        known = batch if host is Host.NEVER else self._checked(batch, t, noise)
+        noise_level = known.sigma / known.alpha
+        # Without noise a row can only be its source.
+        use = (noise_level >= self.noise_band) & (known.sigma > 0)
+        use = use if known.source_only is None else use & ~known.source_only
+        rows = (
+            torch.zeros(0, dtype=torch.long) if single else _noisiest(noise_level, use, self.capacity, generator, host)
+        )
+        # What a row has that uses its source alone.
+        zero = torch.zeros(len(x0), dtype=torch.promote_types(x0.dtype, torch.float32), device=x0.device)
+        values = [x0, zero, zero + 1, zero + 1]
+        # A rank without rows of its own still answers the others.
+        if len(rows) or isinstance(self.references, ShardedPool):
+            unflipped = replace(batch, x0=_flipped(x0, mirror), x_t=_flipped(x_t, mirror))
+            found = self._posterior(unflipped, rows, known, host, generator)
+            rows = _sent(rows, x0.device)
+            assert found.source_weight is not None
+            # Where the source has all the weight, it is returned as it is, without the rounding of a decoder or a flip.
+            keep = found.source_weight == 1
+            keep = keep | ~use[rows] if host is Host.NEVER else keep
+            mean = _flipped(found.mean, None if mirror is None else mirror[rows])
+            news = (mean, found.variance, found.ess, found.source_weight)
+            values = [_put(old, rows, keep, new, host) for old, new in zip(values, news, strict=True)]
+        mean, variance, ess, source_weight = values
+        return Target(mean, variance, ess, source_weight, x0, x_t, self.process, t, self.kernel, noise)
+
+    def _checked(self, batch: Batch, t: Tensor, noise: Tensor | None) -> Batch:
+        """The batch with its scalars, labels, index and flags on the host, once all values are found to be as they must be.
+
+        Everything is brought to the host together, so that it waits for a GPU once, which has few small operations to do.
+        """
+        x0, x_t = batch.x0, batch.x_t
+        if self.validate_args:
+            measured = Measured.of(x0, x_t, batch.alpha, batch.sigma, noise, batch.source_only).rows
+        else:
+            dtype = torch.promote_types(x0.dtype, torch.float32)
+            measured = tuple(torch.linalg.vector_norm(x.flatten(1).to(dtype), dim=1) for x in (x0, x_t))
+        given, optional = to_host(
+            (t, batch.alpha, batch.sigma, *measured),
+            (batch.labels, batch.reference_labels, batch.index, batch.source_only),
+        )
+        t, alpha, sigma, *measured = given
+        labels, reference_labels, index, source_only = optional
+        checks = [
+            value_check((sigma >= 0) & sigma.isfinite(), "sigma", sigma, "it must not be negative: check t"),
+            value_check(alpha.isfinite(), "alpha", alpha, "it must be finite: check t"),
+        ]
+        if self.validate_args:
+            found, memory = Measured(*measured), self._correlation
+            checks += consistency_checks(
+                self.process, self.kernel, x0, x_t, t, alpha, sigma, noise, source_only, memory, found
+            )
+        else:
+            sizes = measured if source_only is None else [norm.masked_fill(source_only, 0) for norm in measured]
+            checks += [finite_check(size, name) for size, name in zip(sizes, ("x0", "x_t"), strict=True)]
+        known = replace(
+            batch,
+            alpha=alpha,
+            sigma=sigma,
+            labels=labels,
+            reference_labels=reference_labels,
+            index=index,
+            source_only=source_only,
+        )
+        if self.noise_band != math.inf:  # references are asked for
+            checks += self.references.checks(known, self.validate_args)
+        require(*checks)
+        return known
+
+    def _posterior(
+        self, batch: Batch, rows: Tensor, known: Batch, host: Host, generator: torch.Generator | None
+    ) -> Posterior:
+        """The posterior of `rows` of the batch over the references that all of its rows make up or choose."""
+        device, shared, places, among = batch.x0.device, batch, torch.arange(len(batch.x0)), rows
+        if known.source_only is not None and host is not Host.NEVER:
+            # Rows that use their source only are of another kind than the rest, so they serve no other row; rows below the
+            # noise band do.
+            serves = ~known.source_only
+            places, among = serves.nonzero()[:, 0], (serves.cumsum(0) - 1)[rows]
+            shared = batch.at(_sent(places, device))
+        rows_there, among = _sent(rows, device), _sent(among, device)
+        selection = self.references.select(shared, generator, host)
+        if host is Host.NEVER or len(rows) < len(batch.x0):
+            batch = batch.at(rows_there)
+        samples = None
+        if selection.stored is not None and host is not Host.NEVER:
+            matrix, index = selection.stored
+            if selection.verify_all:
+                samples = verified_samples(shared.x0, index, matrix, places)
+                samples = None if samples is None else samples[among]
+            else:
+                samples = verified_samples(batch.x0, index[among], matrix, rows)
+        query = Query(
+            x_t=batch.x_t,
+            alpha=batch.alpha,
+            sigma=batch.sigma,
+            source=selection.source[among],
+            anchor=batch.x0,
+            stored=samples,
+            labels=batch.labels,
+            reference_labels=None if batch.labels is None else selection.labels,
+            log_prior=selection.log_prior,
+            source_prior=None if selection.source_prior is None else selection.source_prior[among],
+            levels=None if host is Host.NEVER else known.alpha[rows].double() / known.sigma[rows].double(),
+            places=rows,
+        )
+        plan = Plan(
+            matrix=selection.matrix,
+            host=host,
+            kernel=self.kernel,
+            mirrored=selection.mirrored,
+            chunk_size=self.chunk_size,
+            ranks=selection.ranks,
+        )
+        return posterior_of(query, plan, self.noise_band)
+
+
+@dataclass(frozen=True)
+class DenoisingTarget(StableTarget):
+    """Denoising score matching: every row uses its source alone. A stable target whose noise band has no upper end.
+
+    Args:
+        process: the process that makes x_t.
+
+    References:
+        Vincent, "A Connection Between Score Matching and Denoising Autoencoders", Neural Computation 2011, equation 17.
+    """
+
+    references: References = field(default_factory=InBatch, init=False)  # none is asked for
+    noise_band: float = field(default=math.inf, init=False)
+    kernel: Kernel = field(default_factory=GaussianKernel, init=False)
+    chunk_size: int | None = field(default=None, init=False)
+    capacity: int | None = field(default=None, init=False)
+
+
+def _noisiest(
+    level: Tensor, use: Tensor, capacity: int | None, generator: torch.Generator | None, host: Host
+) -> Tensor:
+    """The places of the rows for which `use` is set, or of the `capacity` noisiest of them.
+
+    Where the host may read no value, there are as many places whatever the values are, and others may be among them.
+    """
+    if host is not Host.NEVER:
+        rows = use.nonzero()[:, 0]
+        if capacity is None or len(rows) <= capacity:
+            return rows
+        return rows[_descending(level[rows], generator)[:capacity].sort().values]
+    if capacity is None or len(level) <= capacity:
+        return torch.arange(len(level), device=level.device)
+    # No compiler takes a generator, and none is needed: ties must be broken independently of the data, in any way.
+    return _descending(torch.where(use, level, -1), None)[:capacity]
+
+
+def _descending(level: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The order of descending levels, equal ones in random order: their places may depend on the data."""
+    device = level.device if generator is None else generator.device
+    order = torch.randperm(len(level), generator=generator, device=device).to(level.device)
+    return order[level[order].sort(descending=True, stable=True).indices]
+
+
+def _sent(rows: Tensor, device: torch.device) -> Tensor:
+    """Bring places of rows, integers (b,), from the host to `device`.
+
+    The host does not wait: CUDA takes up to 64 kB from ordinary memory with the command, which are 8,192 rows.
+    """
+    return rows.to(device, non_blocking=True)
+
+
+def _put(old: Tensor, rows: Tensor, keep: Tensor, new: Tensor, host: Host) -> Tensor:
+    """Put `new` into `old` at `rows`, but for those to `keep`."""
+    whole = len(rows) == len(old)
+    if whole and host is Host.READS and not bool(keep.any()):
+        return new.to(old.dtype)
+    keep = keep.reshape(-1, *(1,) * (old.ndim - 1))
+    value = torch.where(keep, old if whole else old[rows], new).to(old.dtype)
+    return value if whole else old.index_copy(0, rows, value)
+
+
+def _flipped(x: Tensor, flip: Tensor | None) -> Tensor:
+    """Mirror the rows of `x` (B, ...) for which column j of `flip` (B, m) is set along axis -1-j: its own inverse."""
+    if flip is None:
+        return x
+    for column in range(flip.shape[1]):
+        x = torch.where(flip[:, column].reshape(-1, *(1,) * (x.ndim - 1)), x.flip(-1 - column), x)
+    return x

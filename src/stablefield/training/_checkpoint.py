@@ -1,0 +1,193 @@
+"""A checkpoint: a folder with the weights, their averages and the optimiser in safetensors, and the rest in JSON.
+
+    step-00002000/  model.safetensors  ema.safetensors  optimizer.safetensors  [power-0.05.safetensors ...]  state.json
+
+It is written under a temporary name, synced and renamed, so a folder of this name is whole; state.json carries the
+sha256 of the other files and a checksum of itself, so later damage is seen.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stablefield._atomic_file import sync
+from stablefield._regular_file import reason
+from stablefield.training._files import read_tensors, sha256, write_tensors
+from stablefield.training._records import is_count, read_record, write_record
+
+__all__ = ["CheckpointError", "State", "Trained", "load_weights", "read_state", "remove", "restore", "save", "sweep"]
+
+
+_FORMER = frozenset({"step", "images", "sha256"})
+
+
+class CheckpointError(ValueError):
+    """A checkpoint whose files are missing, are not those that were written, or do not fit the run."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stood.
+
+    Attributes:
+        step: optimiser steps done.
+        images: images seen.
+    """
+
+    step: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training changes.
+
+    Attributes:
+        model: the weights.
+        averages: modules that hold averages of them, by name: "ema", and "power-0.05" where snapshots are taken.
+        optimizer: with its moments.
+    """
+
+    model: nn.Module
+    averages: Mapping[str, nn.Module] = field(default_factory=dict[str, nn.Module])
+    optimizer: torch.optim.Optimizer | None = None
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The model and its averages, by the names of their files."""
+        return {"model": self.model, **self.averages}
+
+
+def save(folder: Path, state: State, trained: Trained) -> None:
+    """Write a checkpoint to `folder`, whole or not at all.
+
+    Raises:
+        OSError: if it cannot be written, as on a full disk; nothing is left behind.
+    """
+    contents = {name: module.state_dict() for name, module in trained.modules().items()}
+    if trained.optimizer is not None:
+        contents["optimizer"] = _flat(trained.optimizer)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        sums: dict[str, str] = {}
+        for name, content in contents.items():
+            path = temporary / f"{name}.safetensors"
+            write_tensors(path, content)
+            sync(path)
+            sums[path.name] = sha256(path)
+        write_record(temporary / "state.json", {"step": state.step, "images": state.images, "sha256": sums})
+        remove(folder)
+        os.replace(temporary, folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; at no time is there a part of one under its name."""
+    if folder.exists():
+        doomed = folder.with_name(f".{folder.name}.old.tmp")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a kill left half-written or half-deleted in a folder, or in its folder of checkpoints."""
+    for leftover in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def read_state(folder: Path) -> State:
+    """Check a checkpoint's files against their checksums and say where the run stood.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    path = folder / "state.json"
+    try:
+        record = read_record(path, _FORMER)
+        step, images, sums = record.get("step"), record.get("images"), record.get("sha256")
+        if not (is_count(step) and is_count(images) and isinstance(sums, dict) and "model.safetensors" in sums):
+            raise ValueError("its entries are not those of a checkpoint")
+        named = re.fullmatch(r"step-(\d{8,})", folder.name)
+        if named is not None and int(named[1]) != step:
+            raise ValueError(f"it is damaged: its step is {step}")
+        for name, expected in sums.items():
+            path = folder / name
+            if Path(name).name != name or sha256(path) != expected:
+                raise ValueError("it is not what was written there (its sha256 differs)")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be used: {reason(error)}.") from error
+    return State(step, images)
+
+
+def load_weights(folder: Path, module: nn.Module, name: str = "model") -> None:
+    """Load the weights, or the average called `name`, into `module`.
+
+    Raises:
+        CheckpointError: if they do not fit it.
+        FileNotFoundError: if they are not there.
+    """
+    path = folder / f"{name}.safetensors"
+    tensors = read_tensors(path)
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the network of the run's config.json: {error}") from error
+
+
+def restore(folder: Path, trained: Trained) -> State:
+    """Load everything from a checkpoint.
+
+    Raises:
+        CheckpointError: if a file is not what was written, or does not fit.
+    """
+    state = read_state(folder)
+    for name, module in trained.modules().items():
+        load_weights(folder, module, name)
+    if trained.optimizer is not None:
+        _restore_moments(folder / "optimizer.safetensors", trained.optimizer)
+    return state
+
+
+def _restore_moments(path: Path, optimizer: torch.optim.Optimizer) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    entries: dict[int, dict[str, Tensor]] = {}
+    for key, value in read_tensors(path).items():
+        number, _, name = key.partition(".")
+        fits = number.isdecimal() and int(number) < len(parameters)
+        if not fits or value.numel() not in (1, parameters[int(number)].numel()):
+            raise CheckpointError(f"{path} does not fit the network of the run's config.json: {key}.")
+        entries.setdefault(int(number), {})[name] = value
+    record: dict[str, Any] = optimizer.state_dict()
+    optimizer.load_state_dict({"state": entries, "param_groups": record["param_groups"]})
+    _lay_out(optimizer)
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Give the moments the memory layout of their weights, which a file does not keep.
+
+    Fused optimisers go through weights and moments in the order of memory: of a channels-last weight and a contiguous
+    moment they would pair other elements.
+    """
+    for parameter, entry in optimizer.state.items():
+        for name, value in entry.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                entry[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _flat(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
+    return {f"{number}.{name}": value for number, entry in state.items() for name, value in entry.items()}

@@ -1,0 +1,102 @@
+"""A recipe as JSON: dataclasses become objects with their class's name under "kind", and back.
+
+Only the classes that the fields of a recipe name are ever made from a file, of values of the types that their fields say.
+"""
+
+from dataclasses import fields, is_dataclass
+from types import UnionType
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+from stablefield.training._recipe import Recipe
+
+__all__ = ["decode", "encode", "fits"]
+
+_KINDS: dict[str, type] = {
+    kind.__name__: kind
+    for hint in (*get_type_hints(Recipe).values(), Recipe)
+    for kind in get_args(hint) or (hint,)
+    if is_dataclass(kind)
+}
+
+# Names that runs from before were written with.
+_RENAMED = {
+    "clip": "max_grad_norm",
+    "accumulate": "gradient_accumulation_steps",
+    "mend_gradients": "nan_to_num",
+}
+
+
+def encode(value: Any) -> Any:
+    """A dataclass of the list, or a JSON value, as JSON values; infinity becomes "inf", a tuple a list."""
+    if is_dataclass(value):
+        return {"kind": type(value).__name__, **{f.name: encode(getattr(value, f.name)) for f in fields(value)}}
+    if isinstance(value, tuple):
+        return [encode(item) for item in cast("tuple[Any, ...]", value)]
+    return "inf" if value == float("inf") else value
+
+
+def decode(data: Any) -> Any:
+    """The value that `encode` made `data` from.
+
+    Raises:
+        ValueError: if a kind is not of the list, or its fields do not fit.
+    """
+    if isinstance(data, list):
+        return tuple(decode(item) for item in cast("list[Any]", data))
+    if not isinstance(data, dict):
+        return float("inf") if data == "inf" else data
+    entries = {_RENAMED.get(str(key), str(key)): decode(value) for key, value in cast("dict[str, Any]", data).items()}
+    kind = str(entries.pop("kind", None))
+    if kind not in _KINDS:
+        raise ValueError(f'config.json has the kind "{kind}", which this version does not know: {", ".join(_KINDS)}.')
+    hints = get_type_hints(_KINDS[kind])
+    for name, value in entries.items():
+        if name not in hints:
+            raise ValueError(f"config.json does not fit this version: {kind} has no {name}.")
+        if not fits(value, hints[name]):
+            raise ValueError(
+                f"config.json has {_short(value)} for the {name} of {kind}, which must be {_named(hints[name])}."
+            )
+    try:
+        return _KINDS[kind](**entries)
+    except TypeError as error:
+        raise ValueError(f"config.json does not fit this version: {kind}: {error}.") from error
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value, with tuples for lists, is of a type: a class, a literal, a tuple, or a union of these.
+
+    Whole numbers are numbers; truth values are not; beyond 64 bits there are none.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return any(value == one and type(value) is type(one) for one in inner)
+    if origin in (Union, UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is tuple:
+        items = cast("tuple[Any, ...]", value)
+        if not isinstance(value, tuple):
+            return False
+        if inner[-1] is ...:
+            return all(fits(item, inner[0]) for item in items)
+        return len(items) == len(inner) and all(fits(item, one) for item, one in zip(items, inner, strict=True))
+    if isinstance(value, int) and kind in (int, float):
+        return not isinstance(value, bool) and abs(value) < 2**63
+    return isinstance(value, kind)
+
+
+def _named(kind: Any) -> str:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return " or ".join(f'"{one}"' for one in inner)
+    if origin in (Union, UnionType):
+        return " or ".join(_named(one) for one in inner)
+    if origin is tuple:
+        return f"a list of {_named(inner[0])}"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    return names.get(kind, f"a {getattr(kind, '__name__', kind)}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,166 @@
+"""The feed: for each step the rows of the batch and the references, as a function of (seed, step).
+
+References are decoupled from the batch. Where the data are *resident* (see `placement`), all pixels lie on the device as
+uint8, and the references are the whole set or a number of it drawn anew for each step. Where they are *sharded*, a part of
+them does, and the batch is read from the file that the data are mapped from, a step ahead of its use. Where they are
+*loaded*, the references are read with the batch.
+
+The set of references is chosen for the whole batch, so all processes and all parts of a step share it.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stablefield.data._image_set import ImageSet
+from stablefield.data._index_stream import IndexStream
+from stablefield.targets._pool import Pool, choose
+from stablefield.targets._sharded import ShardedPool
+from stablefield.training._placement import Placement
+from stablefield.training._recipe import Recipe
+from stablefield.training._seeding import Purpose, generator_for
+
+__all__ = ["Feed", "Rows"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A step's rows and references.
+
+    Attributes:
+        pixels: uint8, shape (b, C, H, W): the part of the batch that was asked for.
+        labels: classes of these rows, shape (b,), or None.
+        index: their places in `pool`, shape (b,); in the whole set, for a sharded one.
+        pool: the references.
+    """
+
+    pixels: Tensor
+    labels: Tensor | None
+    index: Tensor
+    pool: Pool | ShardedPool
+
+
+class Feed:
+    """Rows and references of any step.
+
+    Args:
+        data: the images.
+        recipe: its batch, seed, target and references (resolved: a number, "all" or "sharded") count.
+        device: where they are wanted.
+        labelled: whether the network is told classes, which are then the groups of the references.
+        placement: where the pixels lie. Sharded, all processes of the default group must make their feeds together.
+
+    Attributes:
+        labelled: whether rows come with labels.
+
+    Raises:
+        ValueError: if all data are to be references and are not resident, or if they are sharded and the batch has fewer
+            rows than parts.
+    """
+
+    def __init__(
+        self, data: ImageSet, recipe: Recipe, device: torch.device, *, labelled: bool, placement: Placement
+    ) -> None:
+        self._data, self._recipe, self._device = data, recipe, device
+        self._stream = IndexStream(len(data), recipe.batch, recipe.seed)
+        self._labels = torch.from_numpy(data.labels).to(device) if labelled and data.labels is not None else None
+        self.labelled = self._labels is not None
+        # DSM asks for no references: what is at hand serves, and not resident it is the batch alone.
+        resident, sharded = placement == "resident", placement == "sharded"
+        self._whole = resident and (recipe.target == "dsm" or recipe.references in ("all", "sharded"))
+        self._number = recipe.batch if recipe.target == "dsm" or sharded else recipe.references
+        if not self._whole and not isinstance(self._number, int):
+            raise ValueError(
+                f"references={self._number} needs all data on {device}, and they do not fit there: train on a device with "
+                "more memory, or start a run with a number of references."
+            )
+        self._pool: Pool | None = None
+        self._shard: ShardedPool | None = None
+        if resident:
+            self._pool = self._wrap(self._pixels(slice(None)), self._labels)
+        elif sharded:
+            rank, processes = dist.get_rank(), dist.get_world_size()
+            parts = processes * recipe.gradient_accumulation_steps
+            if recipe.batch < parts:
+                # A process without rows would not ask, and all must ask equally often.
+                raise ValueError(
+                    f"batch={recipe.batch} is below the {parts} parts that the processes make of it: with sharded "
+                    f"references, pass batch={parts} or more, or a smaller gradient_accumulation_steps."
+                )
+            part = slice(len(data) * rank // processes, len(data) * (rank + 1) // processes)
+            labels = None if self._labels is None else self._labels[part]
+            self._shard = ShardedPool(self._pixels(part), labels, mirrored=recipe.mirror)
+        self._worker = None if resident else ThreadPoolExecutor(1, thread_name_prefix="stablefield-feed")
+        self._ahead: tuple[int, Future[Pool]] | None = None
+        self._chosen: tuple[int, Tensor, Tensor] | None = None
+        self._subset: tuple[int, Pool] | None = None
+
+    def rows(self, step: int, part: slice) -> Rows:
+        """The rows `part` of the batch of `step`, with the references of that step."""
+        index = torch.from_numpy(self._stream.batch_at(step)).to(self._device)
+        if self._whole and self._pool is not None:
+            pool, places = self._pool, index
+        else:
+            places = self._choice(step)[1].to(self._device)
+            pool = self._pool_of(step)
+        places = places[part]
+        labels = None if self._labels is None else self._labels[index[part]]
+        pixels = pool.data[places]
+        assert isinstance(pixels, Tensor)
+        if self._shard is not None:
+            return Rows(pixels, labels, index[part], self._shard)
+        return Rows(pixels, labels, places, pool)
+
+    def close(self) -> None:
+        """End the thread that reads ahead, if there is one."""
+        if self._worker is not None:
+            self._worker.shutdown(cancel_futures=True)
+
+    def _pixels(self, part: slice) -> Tensor:
+        images = self._data.images[part]
+        # Copied where the file is mapped: it is read-only, and every row is wanted at every step.
+        images = images if self._data.file is None and images.flags.writeable else np.array(images)
+        return torch.from_numpy(images).to(self._device)
+
+    def _wrap(self, pixels: Tensor, labels: Tensor | None) -> Pool:
+        return Pool(pixels, labels=labels, mirrored=self._recipe.mirror)
+
+    def _choice(self, step: int) -> tuple[Tensor, Tensor]:
+        """Places in the data of the references of `step`, and those of the batch among them; on the CPU."""
+        if self._chosen is None or self._chosen[0] != step:
+            self._chosen = (step, *self._choose(step))
+        return self._chosen[1:]
+
+    def _choose(self, step: int) -> tuple[Tensor, Tensor]:
+        index = torch.from_numpy(self._stream.batch_at(step))
+        generator = generator_for(self._recipe.seed, Purpose.REFERENCES, step)
+        assert isinstance(self._number, int)
+        return choose(len(self._data), index, self._number, generator)
+
+    def _pool_of(self, step: int) -> Pool:
+        if self._subset is not None and self._subset[0] == step:
+            return self._subset[1]
+        if self._pool is not None:
+            pool = self._pool.subset(self._choice(step)[0].to(self._device))
+        else:
+            assert self._worker is not None
+            ahead, self._ahead = self._ahead, None
+            now = ahead[1] if ahead is not None and ahead[0] == step else self._worker.submit(self._read, step)
+            pool = now.result()
+            self._ahead = (step + 1, self._worker.submit(self._read, step + 1))
+        self._subset = (step, pool)
+        return pool
+
+    def _read(self, step: int) -> Pool:
+        chosen = self._choose(step)[0]
+        # In the order of the file, which is the order in which a disk is quick.
+        order = np.argsort(chosen.numpy(), kind="stable")
+        pixels: NDArray[np.uint8] = np.empty((len(chosen), *self._data.shape), np.uint8)
+        pixels[order] = self._data.batch(chosen.numpy()[order])[0]
+        labels = None if self._labels is None else self._labels[chosen.to(self._device)]
+        return self._wrap(torch.from_numpy(pixels).to(self._device), labels)

@@ -1,0 +1,366 @@
+"""The training loop: steps, and between them what people look at and what is kept.
+
+A step is a function of (seed, step), see `stepper`; the loop adds reports, lines of metrics.jsonl, pictures, checkpoints and
+observers, none of which changes what the steps do. One process or many run it alike; the first of them writes.
+"""
+
+import errno
+import math
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from importlib.util import find_spec
+from typing import Any, Literal, Protocol
+
+import torch
+from accelerate import Accelerator
+
+from stablefield.data._image_set import ImageSet
+from stablefield.data._png import class_grid, write_png
+from stablefield.diffusion._preconditioning import Denoiser
+from stablefield.targets._ranks import RankError, Ranks
+from stablefield.training._checkpoint import State, restore, save, sweep
+from stablefield.training._feed import Feed
+from stablefield.training._meter import Meter, Report, bin_edges
+from stablefield.training._model import require_fit
+from stablefield.training._observers import samples
+from stablefield.training._placement import placed
+from stablefield.training._post_hoc import take_snapshot
+from stablefield.training._recipe import Recipe
+from stablefield.training._run_folder import RunConfig, RunFolder
+from stablefield.training._stepper import Stepper
+
+__all__ = ["Observer", "Report", "Tracker", "TrainingError", "check_fit", "check_tracker", "fit", "make_accelerator"]
+
+SAMPLE_SEEDS = range(64)
+
+Tracker = Literal["none", "tensorboard", "wandb"]
+
+
+class TrainingError(Exception):
+    """The run cannot go on; the message says why and what is left."""
+
+
+class Observer(Protocol):
+    """Somebody who looks at the model every so often, as an evaluation does."""
+
+    @property
+    def every(self) -> int:
+        """Steps between looks; the last step is always one."""
+        ...
+
+    def __call__(self, step: int, denoiser: Denoiser) -> dict[str, float]:
+        """Look at the averaged model after `step` steps, and return what goes into metrics.jsonl."""
+        ...
+
+
+def check_fit(recipe: Recipe, data: ImageSet) -> None:
+    """Check a recipe against the data before anything is made.
+
+    Raises:
+        ValueError: if the batch or the references are larger than the data, references fewer than the batch, or classes
+            are asked for and not there.
+    """
+    n = len(data)
+    if recipe.batch > n:
+        raise ValueError(f"batch={recipe.batch} is above the {n} images of the data: pass batch={n} or less.")
+    if isinstance(recipe.references, int) and recipe.target == "stf":
+        if recipe.references > n:
+            raise ValueError(
+                f"references={recipe.references} is above the {n} images of the data: pass at most {n}, or all."
+            )
+        if recipe.references < recipe.batch:
+            raise ValueError(
+                f"references={recipe.references} is below batch={recipe.batch}: every image of a batch is among its "
+                f"references, so pass at least {recipe.batch}, or target=dsm for none."
+            )
+    if recipe.conditional and data.labels is None:
+        raise ValueError(
+            " ".join(["conditional=True needs classes, and the data have no labels: leave it out.", *data.notes])
+        )
+
+
+def check_tracker(tracker: Tracker) -> None:
+    """Make sure that the package of a tracker is installed.
+
+    Raises:
+        ImportError: if it is not, with the command that installs it.
+    """
+    if tracker != "none" and find_spec(tracker) is None:
+        extra = 'pip install "stablefield[tensorboard]"' if tracker == "tensorboard" else "pip install wandb"
+        raise ImportError(f"tracker={tracker} needs a package that is not installed: {extra}.")
+
+
+def make_accelerator(device: torch.device, tracker: Tracker = "none", folder: RunFolder | None = None) -> Accelerator:
+    """The processes of this run with their devices and tracker.
+
+    Precision is the stepper's: Accelerate settles it once for a whole program, which may hold several runs.
+
+    Args:
+        device: of a run of one process; with several, each takes its own GPU, or the CPU if this is one.
+        tracker: what metrics.jsonl is mirrored to.
+        folder: where a tracker may write.
+    """
+    check_tracker(tracker)
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="no",
+        log_with=None if tracker == "none" else tracker,
+        project_dir=None if folder is None else str(folder.path),
+    )
+
+
+def fit(
+    folder: RunFolder,
+    config: RunConfig,
+    data: ImageSet,
+    *,
+    device: torch.device,
+    report: Callable[[Report], object] | None = None,
+    every: int = 10,
+    stop: Callable[[], bool] = lambda: False,
+    observers: Sequence[Observer] = (),
+    tracker: Tracker = "none",
+    accelerator: Accelerator | None = None,
+) -> int:
+    """Train the run in `folder` to its last step, from its newest checkpoint if it has one.
+
+    Args:
+        folder: the run's folder.
+        config: what config.json says.
+        data: the images.
+        device: where to compute.
+        report: called after every `every` steps, on the first process.
+        every: steps between reports.
+        stop: asked after every step; if true on any process, the run is saved with a checkpoint, and left.
+        observers: asked for further metrics.
+        tracker: where metrics.jsonl is mirrored to.
+        accelerator: the processes; made if not given.
+
+    Returns:
+        The steps done.
+
+    Raises:
+        TrainingError: if a loss or a weight is not finite, the disk is full, or the folder has been taken over while this
+            process was stopped; earlier checkpoints are intact.
+        ValueError: if another process trains in the folder, no checkpoint of a run to continue is whole, or the data are not
+            those of the run.
+    """
+    recipe = config.recipe
+    if data.manifest["sha256"] != config.manifest.get("sha256"):
+        raise ValueError(f"{config.data} is not what this run was started with (its pixels' sha256 differs).")
+    if config.classes:
+        # Classes may have been numbered in another order when the run was started.
+        data = config.numbered(data)
+        if data.manifest["labels_sha256"] != config.manifest.get("labels_sha256"):
+            raise ValueError(f"{config.data} is not what this run was started with (its labels' sha256 differs).")
+    accelerator = accelerator or make_accelerator(device, tracker, folder)
+    device = accelerator.device
+    try:
+        with folder.locked() if accelerator.is_main_process else nullcontext():
+            placement = placed(recipe, data, device, accelerator.num_processes)
+            with closing(Feed(data, recipe, device, labelled=config.classes > 0, placement=placement)) as feed:
+                loop = _Loop(folder, config, feed, accelerator, observers)
+                with _tracking(accelerator, tracker, {"run": folder.path.name, "data": config.data}):
+                    return loop.run(report, every, stop)
+    except ArithmeticError as error:
+        raise TrainingError(
+            f"{error}: lower learning_rate or max_grad_norm. Earlier checkpoints are intact."
+        ) from error
+    except RankError as error:
+        raise TrainingError(f"{error} Earlier checkpoints are intact.") from error
+    except OSError as error:
+        full = error.errno is None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free some space" if full else "see to its folder"
+        raise TrainingError(
+            f"the run cannot be written ({error.strerror or error}): {remedy}, then resume it. "
+            "Earlier checkpoints are intact."
+        ) from error
+
+
+@contextmanager
+def _tracking(accelerator: Accelerator, tracker: Tracker, run: dict[str, str]) -> Generator[None]:
+    if tracker == "none":
+        yield
+        return
+    accelerator.init_trackers("stablefield", run)
+    try:
+        yield
+    finally:
+        accelerator.end_training()
+
+
+class _Loop:
+    """A run under way on one process."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: RunConfig,
+        feed: Feed,
+        accelerator: Accelerator,
+        observers: Sequence[Observer],
+    ) -> None:
+        self._folder, self._config, self._recipe = folder, config, config.recipe
+        self._accelerator, self._observers = accelerator, observers
+        self._main = accelerator.is_main_process
+        newest = folder.newest()
+        if newest is not None:
+            require_fit(config, newest[0])
+        self._stepper = Stepper(config, feed, accelerator)
+        self._edges = bin_edges(config.recipe.noise_levels, config.recipe.process)
+        self._state = State(0, 0)
+        if newest is not None:
+            self._state = restore(newest[0], self._stepper.trained)
+        self._ranks = Ranks() if accelerator.num_processes > 1 else None
+        self._meet("to begin")
+        if self._main:
+            # Newer ones are damaged, or they would have been used: they must not count among those to keep.
+            folder.remove_after(self._state.step)
+            sweep(folder.path)
+            folder.rewind_log(self._state.step)
+        self._reported, self._logged = self._meter(), self._meter()
+
+    def run(self, report: Callable[[Report], object] | None, every: int, stop: Callable[[], bool]) -> int:
+        recipe = self._recipe
+        for step in range(self._state.step, recipe.steps):
+            parts = self._stepper.take(step)
+            done = step + 1
+            # Whoever stops a run may have no time for pictures; a checkpoint is all that it needs.
+            stopped = done < recipe.steps and self._stops(stop)
+            last = done == recipe.steps or stopped
+            for meter in (self._reported, self._logged):
+                meter.step(parts, recipe.batch)
+            extra = self._observe(done, last and not stopped)
+            if done % recipe.log_every == 0 or last:
+                self._log(done, extra)
+            elif extra and self._main:
+                self._write({"step": done, **extra})
+            if done % every == 0 or last:
+                found = self._report(self._reported, done)
+                self._reported = self._meter()
+                if report is not None and self._main:
+                    report(found)
+            self._keep(done, last, stopped)
+            if last:
+                return done
+        return self._state.step
+
+    def _stops(self, stop: Callable[[], bool]) -> bool:
+        if self._ranks is None:
+            return stop()
+        # All or none: a process that left alone would leave the others waiting.
+        wish = torch.tensor([float(stop())], device=self._accelerator.device)
+        purpose = "to hear whether one of them is to stop"
+        self._ranks.add_up(wish, purpose)
+        with self._ranks.waiting(purpose):  # on a GPU, it is here that it waits
+            return bool(wish.item() > 0)
+
+    def _meet(self, purpose: str) -> None:
+        if self._ranks is not None:
+            with self._ranks.waiting(purpose):
+                self._accelerator.wait_for_everyone()
+
+    def _meter(self) -> Meter:
+        return Meter(self._edges, self._accelerator.device, self._stepper.target_watch)
+
+    def _report(self, meter: Meter, done: int) -> Report:
+        sums = meter.sums
+        if self._ranks is not None:
+            sums = sums.clone()
+            self._ranks.add_up(sums, "to add up what they report")
+        return meter.report(done, sums)
+
+    def _log(self, done: int, extra: dict[str, float]) -> None:
+        entry = self._report(self._logged, done)
+        self._logged = self._meter()
+        if not math.isfinite(entry.loss):
+            raise ArithmeticError(f"the loss is {entry.loss} at step {done}")
+        if not self._main:
+            return
+        self._write(
+            {
+                "step": done,
+                "images": done * self._recipe.batch,
+                "loss": entry.loss,
+                "variance_removed": entry.variance_removed,
+                "images_per_second": entry.images_per_second,
+                "target_share": entry.target_share,
+                "learning_rate": self._recipe.learning_rate_at(done - 1),
+                "bin_edges": list(self._edges),
+                "bin_loss": [_or_none(value) for value in entry.bin_loss],
+                "bin_variance_removed": [_or_none(value) for value in entry.bin_removed],
+                **extra,
+            }
+        )
+
+    def _require_folder(self) -> None:
+        successor = self._folder.successor
+        if successor is not None:
+            raise TrainingError(
+                f"{self._folder.path} was taken over by {successor} while this process stood still: it ends here."
+            )
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self._require_folder()
+        self._folder.log(entry)
+        if self._accelerator.trackers:
+            flat = {key: value for key, value in entry.items() if isinstance(value, int | float)}
+            for name in ("bin_loss", "bin_variance_removed"):
+                flat |= {f"{name}/{k}": v for k, v in enumerate(entry.get(name, ())) if v is not None}
+            step = flat.pop("step")
+            self._accelerator.log(flat, step=int(step))
+
+    def _observe(self, done: int, last: bool) -> dict[str, float]:
+        """What the observers see, on the first process; the others wait at their next step."""
+        found: dict[str, float] = {}
+        ema = self._stepper.trained.averages["ema"]
+        assert isinstance(ema, Denoiser)
+        if self._main:
+            for observer in self._observers:
+                if last or done % observer.every == 0:
+                    found |= observer(done, ema)
+        if found:
+            self._pause()
+        return found
+
+    def _keep(self, done: int, last: bool, stopped: bool) -> None:
+        recipe, folder = self._recipe, self._folder
+        final = last and not stopped
+        snapshot = recipe.ema_snapshot_every and (final or done % recipe.ema_snapshot_every == 0)
+        picture = final or (recipe.sample_every and not stopped and done % recipe.sample_every == 0)
+        checkpoint = last or done % recipe.checkpoint_every == 0
+        if not (snapshot or picture or checkpoint):
+            return
+        if checkpoint or snapshot:
+            self._stepper.require_finite(done)
+        if self._main:
+            self._require_folder()
+            trained = self._stepper.trained
+            if snapshot:
+                powers = [(n, m) for n, m in trained.averages.items() if n.startswith("power-")]
+                take_snapshot(folder.snapshots, done, [(float(n.removeprefix("power-")), m) for n, m in powers])
+            if picture:
+                self._picture(done)
+            if checkpoint:
+                save(folder.checkpoint(done), State(done, done * recipe.batch), trained)
+                folder.prune(recipe.keep_last, recipe.keep_every)
+        self._meet("to have the run written")
+        self._pause()
+
+    def _pause(self) -> None:
+        for meter in (self._reported, self._logged):
+            meter.pause()
+
+    def _picture(self, step: int) -> None:
+        ema = self._stepper.trained.averages["ema"]
+        assert isinstance(ema, Denoiser)
+        config = self._config
+        # A network that is told classes shows them in turn.
+        labels = torch.tensor(SAMPLE_SEEDS) % config.classes if config.classes else None
+        images = samples(ema, config.shape, SAMPLE_SEEDS, self._accelerator.device, labels)
+        picture = class_grid(images.numpy(), None if labels is None else labels.numpy(), config.class_names)
+        write_png(self._folder.picture(step), picture)
+
+
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,121 @@
+"""The model of a run: from its configuration and a checkpoint to a denoiser."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from stablefield.diffusion._preconditioning import Denoiser
+from stablefield.training._checkpoint import CheckpointError, load_weights
+from stablefield.training._files import tensor_shapes
+from stablefield.training._post_hoc import combine, snapshot_steps
+from stablefield.training._run_folder import RunConfig, RunFolder
+from stablefield.training._seeding import Purpose, generator_for
+
+__all__ = ["OpenModel", "build_denoiser", "open_model", "require_fit"]
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A trained model, ready to be asked.
+
+    Attributes:
+        denoiser: D(x, sigma, class_labels=None) in noise-to-signal units, in evaluation mode.
+        config: of its run.
+        step: steps it was trained for.
+        ema: which average of the weights it is, for a protocol: "half-life", "none", or the length "0.1".
+        complaints: what was wrong with newer checkpoints, which were passed over.
+    """
+
+    denoiser: Denoiser
+    config: RunConfig
+    step: int
+    ema: str
+    complaints: tuple[str, ...] = ()
+
+
+def build_denoiser(config: RunConfig) -> Denoiser:
+    """The denoiser of a run with its initial weights, a function of the seed."""
+    recipe = config.recipe
+    generator = generator_for(recipe.seed, Purpose.WEIGHTS)
+    network = recipe.network.build(config.shape, config.classes, recipe.augment_dim, generator)
+    return Denoiser(network, recipe.preconditioning)
+
+
+def open_model(path: Path, ema: str = "half-life", device: torch.device | str = "cpu") -> OpenModel:
+    """Open the newest model of a run.
+
+    Args:
+        path: the run's folder.
+        ema: "half-life" for the average by EDM's rule, "none" for the weights of the last step, or a length such as "0.1"
+            for a power-function average made of the run's snapshots.
+        device: where it is wanted.
+
+    Raises:
+        ValueError: if there is no run or no whole checkpoint, or the average is unknown, with what there is.
+    """
+    folder = RunFolder.open(path)
+    config = folder.config()
+
+    def read(checkpoint: Path) -> Denoiser:
+        require_fit(config, checkpoint)
+        denoiser = build_denoiser(config)
+        if ema in ("half-life", "none"):
+            load_weights(checkpoint, denoiser, "ema" if ema == "half-life" else "model")
+        return denoiser
+
+    newest = folder.read_newest(read)
+    if newest is None:
+        raise ValueError(f"{path} has no checkpoint yet: let it train for longer.")
+    denoiser, state, complaints = newest
+    step = state.step if ema in ("half-life", "none") else _load_power_average(folder, ema, denoiser)
+    return OpenModel(denoiser.eval().requires_grad_(False).to(device), config, step, ema, tuple(complaints))
+
+
+def require_fit(config: RunConfig, checkpoint: Path) -> None:
+    """Compare the weights in a checkpoint with the network of a run, before memory is taken for either.
+
+    Raises:
+        CheckpointError: if their names or shapes differ, or the run can have no such network.
+        FileNotFoundError: if the checkpoint is gone.
+    """
+    path = checkpoint / "model.safetensors"
+    found = tensor_shapes(path)
+    wanted: dict[str, tuple[int, ...]] = {}
+    why = ""
+    try:
+        with torch.device("meta"):
+            recipe = config.recipe
+            network = recipe.network.build(config.shape, config.classes, recipe.augment_dim, torch.Generator())
+            denoiser = Denoiser(network, recipe.preconditioning)
+        wanted = {name: tuple(value.shape) for name, value in denoiser.state_dict().items()}
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        why = f" ({str(error).splitlines()[0]})"
+    if found != wanted:
+        odd = next(iter(sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))), "")
+        raise CheckpointError(
+            f"{path} does not fit the network that the run's config.json names{why}: one of the two is of another run. "
+            f"Its {odd} is {found.get(odd, 'missing')}, and the network's {wanted.get(odd, 'missing')}."
+        )
+
+
+def _load_power_average(folder: RunFolder, ema: str, denoiser: Denoiser) -> int:
+    steps = snapshot_steps(folder.snapshots)
+    there = "half-life, none"
+    if steps:
+        there += f", or a length from 0.01 to 0.25, made of {len(steps)} snapshots up to step {steps[-1]:,}"
+    try:
+        length = float(ema)
+    except ValueError:
+        raise ValueError(f"ema={ema} is unknown: this run has {there}.") from None
+    if not steps:
+        raise ValueError(
+            f"ema={ema}: this run has {there}; averages of other lengths need ema_snapshot_every=STEPS in training."
+        )
+    parameters, _ = combine(folder.snapshots, length)
+    # Buffers are constants of the architecture and the seed, and are not averaged.
+    try:
+        denoiser.load_state_dict({**denoiser.state_dict(), **parameters})
+    except RuntimeError as error:
+        raise ValueError(f"the snapshots in {folder.snapshots} do not fit the run's config.json: {error}") from error
+    return steps[-1]

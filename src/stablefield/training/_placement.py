@@ -1,0 +1,105 @@
+"""Placement: where the pixels of a run lie, and which references that allows.
+
+Resident pixels lie whole on the device. Where they do not fit, several processes each hold a part, and every row still sees
+all of them (`ShardedPool`); what does not fit even then is read from its file, step by step.
+"""
+
+import os
+from typing import Literal
+
+import torch
+
+from stablefield._memory import free_bytes
+from stablefield.data._image_set import ImageSet, size_text
+from stablefield.targets._band import pick_noise_band
+from stablefield.targets._pool import Pool
+from stablefield.training._recipe import Recipe
+
+__all__ = ["LOADED_REFERENCES", "Placement", "fits", "placed", "resolve_band", "resolve_references"]
+
+Placement = Literal["resident", "sharded", "loaded"]
+
+LOADED_REFERENCES = 4096
+"""References per step where the data do not fit on the device."""
+RESIDENT_SHARE = 0.5
+"""Share of the device's free memory that resident pixels may take."""
+
+
+def fits(data: ImageSet, device: torch.device, processes: int = 1) -> bool:
+    """Whether the pixels, in `processes` equal parts, may be resident: a part in half of the memory free on each device.
+
+    Processes on the CPU of one machine share its memory.
+    """
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+    return data.images.nbytes * sharing <= RESIDENT_SHARE * free_bytes(device) * processes
+
+
+def placed(recipe: Recipe, data: ImageSet, device: torch.device, processes: int = 1) -> Placement:
+    """Where the pixels of a run lie whose references have been resolved.
+
+    All data as references were found to fit when the run began, on a machine that may have been less busy: they stay so.
+
+    Raises:
+        ValueError: if a run of several processes, with a part of the data on each, goes on with one that cannot hold all.
+    """
+    if recipe.target == "stf" and recipe.references == "all":
+        return "resident"
+    if recipe.target == "stf" and recipe.references == "sharded":
+        if processes > 1:
+            return "sharded"
+        if not fits(data, device):
+            raise ValueError(
+                f"the references of this run are sharded over several processes, and the {size_text(data.images.nbytes)} "
+                f"of its data are more than half of what is free on {device}: go on with several processes."
+            )
+        return "resident"
+    return "resident" if fits(data, device) else "loaded"
+
+
+def resolve_references(
+    recipe: Recipe, data: ImageSet, device: torch.device, processes: int = 1
+) -> tuple[int | str, str]:
+    """What `auto` comes to, and the rule in words.
+
+    Raises:
+        ValueError: if all are asked for and do not fit on the device, or on those of all processes.
+    """
+    size, free = size_text(data.images.nbytes), size_text(free_bytes(device))
+    if recipe.target == "dsm":
+        return 1, "one, the sample itself"
+    if isinstance(recipe.references, int):
+        return recipe.references, f"{recipe.references:,} drawn for each step"
+    if recipe.references == "sharded" and processes == 1:
+        raise ValueError(
+            "references=sharded needs several processes, which each hold a part of the data: start them with torchrun "
+            "or accelerate launch, or leave it out."
+        )
+    if recipe.references != "sharded" and fits(data, device):
+        return "all", f"all {len(data):,} (resident: {size}, at most half of the {free} free on {device})"
+    if processes > 1 and fits(data, device, processes):
+        return "sharded", f"all {len(data):,}, a part of the {size} on each of {processes} processes"
+    number = min(len(data), max(LOADED_REFERENCES, recipe.batch))
+    if recipe.references in ("all", "sharded"):
+        parts = f", also in {processes} parts" if processes > 1 else ""
+        raise ValueError(
+            f"references={recipe.references}: the data take {size}, more than half of the {free} that are free on "
+            f"{device}{parts}: pass a number, such as {number}, which is read with each batch, or train in more processes."
+        )
+    return number, f"{number:,} read with each batch ({size} are more than half of the {free} free on {device})"
+
+
+def resolve_band(recipe: Recipe, data: ImageSet, device: torch.device) -> tuple[float, str]:
+    """What the noise band `auto` comes to on these data, and what was found, in words."""
+    if recipe.target == "dsm":
+        return 0.0, "none, the single sample is used everywhere"
+    if recipe.noise_band != "auto":
+        return recipe.noise_band, f"from {recipe.noise_band:g}, as told"
+    labels = torch.from_numpy(data.labels) if recipe.conditional and data.labels is not None else None
+    size = recipe.references if isinstance(recipe.references, int) else None
+    found = pick_noise_band(Pool(data.images, size, labels, mirrored=recipe.mirror), device=device)
+    if found.level == float("inf"):
+        return found.level, "none: every sample is its own only reference"
+    return found.level, (
+        f"from {found.level:.3g}: below it references take less than {found.tolerance:.0%} of the weight, by "
+        f"{found.rows:,} probed"
+    )

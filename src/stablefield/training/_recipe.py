@@ -1,0 +1,302 @@
+"""A recipe: everything that decides what a run does, as one frozen value.
+
+Its attribute docstrings are the help of the command's flags. `recipes` holds the named ones.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from stablefield._shapes import flag, number, whole_number
+from stablefield.data._augmentation import LABEL_WIDTH
+from stablefield.diffusion._noise_levels import LogNormal, LogUniform, Uniform
+from stablefield.diffusion._preconditioning import EDMPreconditioning, VEPreconditioning, VPPreconditioning
+from stablefield.diffusion._process import EDM, VE, VP, Cosine, RectifiedFlow
+from stablefield.diffusion._weighting import EDMWeighting, FlowWeighting, SNRWeighting
+from stablefield.networks._diffusers_unet import DiffusersUNet
+from stablefield.networks._mlp import MLP
+from stablefield.networks._song_unet import SongUNet
+
+__all__ = ["Perceptron", "Recipe", "UNet", "UNet2D"]
+
+Shape: TypeAlias = tuple[int, int, int]
+
+# Beyond what anybody trains, and little enough for a file that says so to be found wrong in seconds.
+_MOST_BLOCKS = 1000
+_MOST_LEVELS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perceptron:
+    """A residual perceptron, for images of about 8 x 8 pixels."""
+
+    width: int = 512
+    """Width of the hidden layers."""
+    depth: int = 4
+    """Number of residual blocks."""
+    dropout: float = 0.0
+    """Share of hidden values dropped in training."""
+
+    def __post_init__(self) -> None:
+        _require_at_most("depth", self.depth, _MOST_BLOCKS)
+
+    def build(self, shape: Shape, classes: int, augment_dim: int, generator: torch.Generator) -> nn.Module:
+        """The network for samples of `shape` (C, H, W).
+
+        Raises:
+            ValueError: if augmentation labels are asked for.
+        """
+        if augment_dim:
+            raise ValueError("augmentation needs a U-Net, which it is a condition of: use 0 with a perceptron.")
+        return MLP(shape, self.width, self.depth, self.dropout, classes, generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNet:
+    """DDPM++ or NCSN++."""
+
+    architecture: Literal["ddpmpp", "ncsnpp"] = "ddpmpp"
+    """DDPM++ (positional noise embedding) or NCSN++ (Fourier embedding, wide resampling, residual input)."""
+    base_channels: int = 128
+    """Unit of width."""
+    multipliers: tuple[int, ...] = (2, 2, 2)
+    """Width of each level in that unit, from the full resolution down."""
+    blocks: int = 4
+    """Residual blocks per level."""
+    dropout: float = 0.13
+    """Share of values dropped within a block in training."""
+
+    def __post_init__(self) -> None:
+        _require_at_most("blocks", self.blocks, _MOST_BLOCKS)
+        _require_at_most("multipliers", len(self.multipliers), _MOST_LEVELS, "levels")
+
+    def build(self, shape: Shape, classes: int, augment_dim: int, generator: torch.Generator) -> nn.Module:
+        """The network for images of `shape` (C, H, W).
+
+        Raises:
+            ValueError: if the images cannot be halved as often as there are levels.
+        """
+        _require_halves(shape, len(self.multipliers))
+        make = SongUNet.ncsnpp if self.architecture == "ncsnpp" else SongUNet.ddpmpp
+        network = make(
+            shape[1:],
+            shape[0],
+            self.base_channels,
+            self.multipliers,
+            self.blocks,
+            augment_dim,
+            classes,
+            self.dropout,
+            generator=generator,
+        )
+        return network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNet2D:
+    """The UNet2DModel of diffusers, to be exported as a pipeline that opens without code of ours."""
+
+    widths: tuple[int, ...] = (64, 128, 128)
+    """Channels of each level, from the full resolution down; multiples of the groups."""
+    blocks: int = 2
+    """Residual blocks per level."""
+    attention: tuple[bool, ...] | None = None
+    """Which levels attend; the lowest alone if not given."""
+    groups: int = 32
+    """Groups of the normalisations."""
+    dropout: float = 0.0
+    """Share of values dropped within a block in training."""
+
+    def __post_init__(self) -> None:
+        _require_at_most("blocks", self.blocks, _MOST_BLOCKS)
+        _require_at_most("widths", len(self.widths), _MOST_LEVELS, "levels")
+
+    def build(self, shape: Shape, classes: int, augment_dim: int, generator: torch.Generator) -> nn.Module:
+        """The network for images of `shape` (C, H, W).
+
+        Raises:
+            ValueError: if the images cannot be halved as often as there are levels; if augmentation
+                labels are asked for; or the widths do not fit attention or groups.
+            ImportError: if diffusers is not installed.
+        """
+        if augment_dim:
+            raise ValueError("augmentation needs a U-Net that has it as a condition: use 0 with a UNet2DModel.")
+        if self.attention is not None and len(self.attention) != len(self.widths):
+            raise ValueError(
+                f"network.attention has {len(self.attention)} values, network.widths {len(self.widths)}: pass one a level."
+            )
+        if self.groups < 1 or any(width < 1 or width % self.groups for width in self.widths):
+            raise ValueError(f"network.widths is {self.widths}: each must be a multiple of the {self.groups} groups.")
+        _require_halves(shape, len(self.widths))
+        return DiffusersUNet.sized(
+            shape[1] if shape[1] == shape[2] else shape[1:],
+            shape[0],
+            self.widths,
+            self.blocks,
+            classes,
+            self.attention,
+            self.groups,
+            self.dropout,
+            generator,
+        ).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a training run does."""
+
+    target: Literal["stf", "dsm"] = "stf"
+    """What to regress on: the stable target, or the single sample of denoising score matching."""
+    references: int | Literal["auto", "all", "sharded"] = "auto"
+    """References of the stable target per step: a number from the batch size to the size of the data; all of it; sharded,
+    which is all of it with a part on each of several processes; or auto: all where the data fit on the device, sharded
+    where they fit on those of all processes, else 4096 read with each batch."""
+    noise_band: float | Literal["auto"] = "auto"
+    """Noise level (sigma / alpha) below which the single sample is used; auto finds by a short probe of the data where the
+    references have no weight yet. Unbiased whatever it is."""
+    steps: int = 4000
+    """Optimiser steps."""
+    batch: int = 128
+    """Images per step, over all processes together."""
+    gradient_accumulation_steps: int = 1
+    """Parts in which a process works through its share of the batch, to save memory."""
+    seed: int = 0
+    """Decides weights, batches, noise and references."""
+    learning_rate: float = 1e-3
+    """Of Adam, after the ramp."""
+    ramp_images: int = 20_000
+    """Images over which the learning rate rises linearly from 0."""
+    decay_share: float = 0.3
+    """Last share of the steps over which the learning rate falls linearly to 0."""
+    max_grad_norm: float = 1.0
+    """Norm to which gradients are clipped; inf for no clipping."""
+    nan_to_num: bool = False
+    """Set gradients that are NaN to 0 and infinite ones to 1e5; losses must be finite all the same."""
+    ema_half_life: float = 50_000
+    """Half-life of the averaged weights, in images."""
+    ema_ramp: float = 0.05
+    """Upper bound of the half-life as a share of the images seen."""
+    ema_snapshot_every: int = 0
+    """Steps between snapshots of two power-function averages, from which `stablefield ema` makes others; 0 for none."""
+    augmentation: float = 0.0
+    """Probability of the non-leaking augmentation, of which the network is told; 0 for none."""
+    mirror: bool = False
+    """Double the data by their mirror images, left and right exchanged."""
+    conditional: bool = False
+    """Tell the network the class."""
+    label_dropout: float = 0.1
+    """Share of labels hidden from a conditional network, for guidance."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """Arithmetic of the network; targets, losses, weights and averages are float32 in any case."""
+    compile: bool = False
+    """Compile the network: slow at the start, faster afterwards on a GPU."""
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl."""
+    sample_every: int = 1000
+    """Steps between sample grids; 0 for none but the last."""
+    checkpoint_every: int = 2000
+    """Steps between checkpoints; the last step always leaves one."""
+    keep_last: int = 2
+    """Newest checkpoints to keep."""
+    keep_every: int = 0
+    """Keep also the checkpoints at multiples of this many steps; 0 for none."""
+    network: Perceptron | UNet | UNet2D = field(default_factory=Perceptron)
+    """The network."""
+    process: EDM | VE | VP | Cosine | RectifiedFlow = field(default_factory=EDM)
+    """How data become noise."""
+    noise_levels: LogNormal | LogUniform | Uniform = field(default_factory=LogNormal)
+    """Which noise levels are trained."""
+    weighting: EDMWeighting | SNRWeighting | FlowWeighting = field(default_factory=EDMWeighting)
+    """How much each noise level counts."""
+    preconditioning: EDMPreconditioning | VPPreconditioning | VEPreconditioning = field(
+        default_factory=EDMPreconditioning
+    )
+    """Scalings around the network."""
+
+    def __post_init__(self) -> None:
+        numbers = (
+            "learning_rate",
+            "ramp_images",
+            "decay_share",
+            "max_grad_norm",
+            "ema_half_life",
+            "ema_ramp",
+            "augmentation",
+        )
+        for name in (*numbers, "label_dropout"):
+            number(name, getattr(self, name))
+        counts = (
+            "steps",
+            "batch",
+            "gradient_accumulation_steps",
+            "seed",
+            "ema_snapshot_every",
+            "log_every",
+            "sample_every",
+        )
+        for name in (*counts, "checkpoint_every", "keep_last", "keep_every"):
+            whole_number(name, getattr(self, name))
+        for name in ("nan_to_num", "mirror", "conditional", "compile"):
+            flag(name, getattr(self, name))
+        positive = (
+            "steps",
+            "batch",
+            "gradient_accumulation_steps",
+            "learning_rate",
+            "max_grad_norm",
+            "ema_half_life",
+            "log_every",
+        )
+        for name in (*positive, "checkpoint_every", "keep_last"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be positive.")
+        for name in ("seed", "ramp_images", "sample_every", "ema_snapshot_every", "keep_every"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative.")
+        for name in ("decay_share", "ema_ramp", "label_dropout", "augmentation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it is a share, 0 to 1.")
+        if not isinstance(self.noise_band, str):
+            number("noise_band", self.noise_band)
+        elif self.noise_band != "auto":
+            raise ValueError(f"noise_band is {self.noise_band!r}: pass a noise level, or auto.")
+        if self.noise_band != "auto" and not self.noise_band >= 0:
+            raise ValueError(f"noise_band is {self.noise_band}: it must not be negative, or auto.")
+        if isinstance(self.references, int) and self.references < 1:
+            raise ValueError(f"references is {self.references}: it must be at least 1, or all, or auto.")
+        if self.mirror and self.augmentation:
+            raise ValueError(
+                f"mirror=True and augmentation={self.augmentation:g}: the augmentation mirrors images itself."
+            )
+
+    @property
+    def augment_dim(self) -> int:
+        """Width of the augmentation labels; 0 for none."""
+        return LABEL_WIDTH if self.augmentation else 0
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of step `step`, counted from 0."""
+        ramp = min(1.0, (step + 1) * self.batch / self.ramp_images) if self.ramp_images else 1.0
+        left = (self.steps - step) / (self.decay_share * self.steps) if self.decay_share else 1.0
+        return self.learning_rate * min(ramp, left, 1.0)
+
+
+def _require_at_most(name: str, count: int, most: int, of: str = "blocks") -> None:
+    if count > most:
+        raise ValueError(f"network.{name} has {count} {of}: at most {most} are built.")
+
+
+def _require_halves(shape: Shape, levels: int) -> None:
+    _, height, width = shape
+    halvings = 2 ** (levels - 1)
+    if height % halvings or width % halvings:
+        raise ValueError(
+            f"images of {width} x {height} pixels do not fit a U-Net of {levels} levels, which takes sides that are "
+            f"multiples of {halvings}: pass resolution={_near(min(height, width), halvings)} for squares, or fewer levels."
+        )
+
+
+def _near(side: int, halvings: int) -> int:
+    return max(halvings, side // halvings * halvings)

@@ -1,0 +1,160 @@
+"""The named recipes, from a few minutes on two CPU cores to the published runs.
+
+The `cifar10` ones hold the settings of the paper and of EDM's published networks: batch 512 in all, 200 million images,
+Adam at 1e-3 with a ramp over 10 million images, an average of half-life 500,000 images, augmentation with probability 0.12.
+They are meant for GPUs and scaled down by flags.
+
+References:
+    Xu, Tong, Jaakkola, "Stable Target Field for Reduced Variance Score Estimation in Diffusion Models", ICLR 2023,
+    section 5; Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based Generative Models",
+    NeurIPS 2022, appendix F.
+"""
+
+import dataclasses
+
+from stablefield.data._image_set import ImageSet
+from stablefield.diffusion._noise_levels import LogUniform, Uniform
+from stablefield.diffusion._preconditioning import VEPreconditioning, VPPreconditioning
+from stablefield.diffusion._process import VE, VP
+from stablefield.diffusion._weighting import SNRWeighting
+from stablefield.training._recipe import Perceptron, Recipe, Shape, UNet, UNet2D
+
+__all__ = [
+    "CELEBA64_VE",
+    "CIFAR10_EDM",
+    "CIFAR10_VE",
+    "CIFAR10_VP",
+    "DIGITS",
+    "MNIST28",
+    "imagefolder",
+    "largest_resolution",
+    "recipe_for",
+    "unet2d",
+]
+
+DIGITS = Recipe(network=Perceptron())
+"""The built-in digits: a few minutes on two CPU cores."""
+
+MNIST28 = Recipe(
+    steps=600,
+    batch=64,
+    learning_rate=2e-3,
+    ramp_images=6_400,
+    ema_half_life=20_000,
+    ema_ramp=0.1,
+    checkpoint_every=200,
+    sample_every=300,
+    network=UNet(base_channels=32, multipliers=(1, 2, 2), blocks=1, dropout=0.0),
+)
+"""The MNIST family, 28 x 28 grey: about ten minutes on two CPU cores."""
+
+CIFAR10_EDM = Recipe(
+    steps=200_000_000 // 512,
+    batch=512,
+    ramp_images=10_000_000,
+    decay_share=0.0,
+    max_grad_norm=float("inf"),
+    nan_to_num=True,
+    ema_half_life=500_000,
+    augmentation=0.12,
+    checkpoint_every=2000,
+    sample_every=2000,
+    keep_every=20_000,
+    ema_snapshot_every=20_000,
+    network=UNet(architecture="ncsnpp"),
+)
+"""EDM on CIFAR-10 with NCSN++, the paper's best network; `--network.architecture ddpmpp` for the other."""
+
+CIFAR10_VE = dataclasses.replace(
+    CIFAR10_EDM,
+    process=VE(0.02, 100.0),
+    noise_levels=LogUniform(0.02, 100.0),
+    weighting=SNRWeighting(),
+    preconditioning=VEPreconditioning(),
+)
+"""Variance-exploding diffusion on CIFAR-10 with NCSN++."""
+
+CIFAR10_VP = dataclasses.replace(
+    CIFAR10_EDM,
+    network=UNet(architecture="ddpmpp"),
+    process=VP(0.1, 20.0),
+    noise_levels=Uniform(1e-5, 1.0),
+    weighting=SNRWeighting(),
+    preconditioning=VPPreconditioning(),
+)
+"""Variance-preserving diffusion on CIFAR-10 with DDPM++."""
+
+CELEBA64_VE = dataclasses.replace(
+    CIFAR10_VE,
+    batch=256,
+    steps=200_000_000 // 256,
+    learning_rate=2e-4,
+    augmentation=0.15,
+    network=UNet(architecture="ncsnpp", multipliers=(1, 2, 2, 2), dropout=0.05),
+)
+"""Variance-exploding diffusion on faces of 64 x 64 pixels, with NCSN++ of four levels."""
+
+
+def recipe_for(images: ImageSet, *, accelerated: bool) -> Recipe:
+    """The recipe that suits images best: that of the digits, of the MNIST family, or `imagefolder`.
+
+    Args:
+        images: to train on.
+        accelerated: whether there is a GPU.
+    """
+    if images.name == "digits" and images.shape == (1, 8, 8):
+        return DIGITS
+    if images.shape == (1, 28, 28):
+        return MNIST28
+    return imagefolder(images.shape, len(images), accelerated=accelerated)
+
+
+def largest_resolution(*, accelerated: bool) -> int:
+    """Pixels a side that images of several sizes are brought to at most, where none are asked for."""
+    return 64 if accelerated else 32
+
+
+def unet2d(shape: Shape, count: int, *, accelerated: bool) -> Recipe:
+    """The recipe for images of one's own, with a UNet2DModel of diffusers, which cannot be told of an augmentation.
+
+    Args:
+        shape: of one image, (C, H, W).
+        count: how many there are.
+        accelerated: whether there is a GPU.
+    """
+    recipe = imagefolder((shape[0], max(16, shape[1]), max(16, shape[2])), count, accelerated=accelerated)
+    assert isinstance(recipe.network, UNet)
+    widths = tuple(recipe.network.base_channels * multiplier for multiplier in recipe.network.multipliers)
+    network = UNet2D(widths=widths, blocks=recipe.network.blocks, dropout=recipe.network.dropout)
+    return dataclasses.replace(recipe, network=network, augmentation=0.0)
+
+
+def imagefolder(shape: Shape, count: int, *, accelerated: bool) -> Recipe:
+    """A recipe for images of one's own.
+
+    Args:
+        shape: of one image, (C, H, W).
+        count: how many there are.
+        accelerated: whether there is a GPU; without, the network is small enough for a CPU.
+    """
+    side = min(shape[1:])
+    batch = min(256 if accelerated else 64, count)
+    if side < 16:
+        return dataclasses.replace(DIGITS, batch=min(DIGITS.batch, count))
+    levels = 2 if side <= 16 else 3 if side <= 32 else 4
+    width = 128 if accelerated else 32
+    return Recipe(
+        steps=200_000 if accelerated else 20_000,
+        batch=batch,
+        learning_rate=4e-4 if accelerated else 1e-3,
+        ramp_images=100 * batch,
+        decay_share=0.2,
+        ema_half_life=min(500_000, 1000 * batch),
+        augmentation=0.12,
+        checkpoint_every=1000 if accelerated else 250,
+        sample_every=1000 if accelerated else 250,
+        precision="bf16" if accelerated else "float32",
+        network=UNet(
+            base_channels=width, multipliers=(1, 2, 2, 2)[:levels], blocks=3 if accelerated else 1, dropout=0.1
+        ),
+    )

@@ -1,0 +1,201 @@
+"""Records: what a run keeps as JSON, each with a checksum of itself, and read with care.
+
+A record is a JSON object. Its entry "checksum" covers the other entries, not their layout: a record that was indented anew
+is the same one, a record with a flipped bit is not.
+"""
+
+import hashlib
+import json
+import math
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn, TypeGuard, cast
+
+from stablefield._atomic_file import write_atomically
+from stablefield._regular_file import JSON_LIMIT, open_regular
+
+__all__ = [
+    "append_line",
+    "is_count",
+    "parse",
+    "read_lines",
+    "read_record",
+    "seal",
+    "unseal",
+    "write_lines",
+    "write_record",
+]
+
+_LONGEST_LINE = 2**20
+_DEEPEST = 32
+_CHECKSUM = "checksum"
+
+
+def seal(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with its checksum as the last entry."""
+    return {**record, _CHECKSUM: _sum(record)}
+
+
+def unseal(record: Mapping[str, Any], former: frozenset[str] | None = None) -> dict[str, Any]:
+    """The record without its checksum.
+
+    Args:
+        record: as it was read.
+        former: the entries that it had before records carried checksums: with exactly these it may lack one.
+
+    Raises:
+        ValueError: if it is not what was written.
+    """
+    content = {key: value for key, value in record.items() if key != _CHECKSUM}
+    if _CHECKSUM not in record and (former is None or set(former) == set(content)):
+        return content
+    if record.get(_CHECKSUM) != _sum(content):
+        raise ValueError("it is damaged: its checksum is not that of its content")
+    return content
+
+
+def parse(text: str | bytes) -> dict[str, Any]:
+    """A JSON object of finite numbers.
+
+    Raises:
+        ValueError: if it is none, or is nested too deep.
+    """
+    try:
+        record: Any = json.loads(text, parse_float=_finite, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(record, dict):
+        raise ValueError("it is no JSON object")
+    level: list[Any] = [record]
+    for _ in range(_DEEPEST):
+        level = [inner for outer in level for inner in _inside(outer)]
+    if level:
+        raise ValueError("it is nested too deep")
+    return cast("dict[str, Any]", record)
+
+
+def read_record(path: Path, former: frozenset[str]) -> dict[str, Any]:
+    """Read a file that holds one record, which `write_record` wrote.
+
+    Args:
+        path: the file.
+        former: see `unseal`.
+
+    Raises:
+        ValueError: if it is no regular file, or not what was written.
+        OSError: if it cannot be read.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > JSON_LIMIT:
+            raise ValueError(f"it takes {size:,} bytes, and at most {JSON_LIMIT:,} are read")
+        return unseal(parse(file.read(size)), former)
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a file that holds one record, whole or not at all.
+
+    Raises:
+        ValueError: if it is longer than what is read.
+        OSError: if it cannot be written.
+    """
+    text = json.dumps(seal(record), indent=2, allow_nan=False) + "\n"
+    if len(text) > JSON_LIMIT:
+        raise ValueError(
+            f"{path} would take {len(text):,} bytes, and at most {JSON_LIMIT:,} are read: shorten the names of the classes."
+        )
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records in a file of one a line, without those that are damaged or cut off; none if there is no file.
+
+    Raises:
+        ValueError: if it is no regular file.
+        OSError: if it cannot be read.
+    """
+    try:
+        file = open_regular(path)
+    except FileNotFoundError:
+        return
+    with file:
+        fresh = True
+        while piece := file.readline(_LONGEST_LINE):
+            if fresh and len(piece) < _LONGEST_LINE:
+                try:
+                    record = unseal(parse(piece))
+                except ValueError:
+                    pass
+                else:
+                    yield record
+            fresh = piece.endswith(b"\n")
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append a record to a file of one a line.
+
+    Raises:
+        ValueError: if it is no regular file.
+        OSError: if it cannot be written.
+    """
+    # Without O_NONBLOCK, opening a FIFO would wait for somebody to read it.
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path} is no regular file: take it away.")
+        line = _line(record)
+        if status.st_size and os.pread(descriptor, 1, status.st_size - 1) != b"\n":
+            line = b"\n" + line  # a kill has cut the last one off
+        while line:
+            line = line[os.write(descriptor, line) :]
+    finally:
+        os.close(descriptor)
+
+
+def write_lines(path: Path, records: Iterator[Mapping[str, Any]]) -> None:
+    """Write a file of one record a line, whole or not at all.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.writelines(_line(record) for record in records)
+
+    write_atomically(path, write)
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether a value that was read is a whole number from 0, small enough to be counted to."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(seal(record), allow_nan=False).encode() + b"\n"
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return cast("dict[str, Any]", value).values()
+    return cast("list[Any]", value) if isinstance(value, list) else ()
+
+
+def _sum(record: Mapping[str, Any]) -> str:
+    text = json.dumps(dict(record), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        _no_number(text)
+    return value
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"it holds {text[:40]}, which is no finite number")

@@ -1,0 +1,351 @@
+"""A run folder: where a run lives, from its configuration to its pictures.
+
+config.json  metrics.jsonl  checkpoints/step-00002000/  samples/step-00002000.png  ema/step-00002000.safetensors
+and while it is being trained, .stablefield.lock
+"""
+
+import math
+import re
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+from stablefield._regular_file import reason
+from stablefield.data._image_set import ImageSet, renumbered
+from stablefield.training._checkpoint import CheckpointError, State, read_state, remove
+from stablefield.training._config import decode, encode, fits
+from stablefield.training._lock import Holder, Lock
+from stablefield.training._recipe import Recipe
+from stablefield.training._records import append_line, is_count, read_lines, read_record, write_lines, write_record
+
+__all__ = ["RunConfig", "RunFolder"]
+
+_FORMAT = 1
+_LOCK = ".stablefield.lock"
+_ATTEMPTS = 10
+# What a kill may leave of a folder that was being made: it can be made again.
+_BEGINNINGS = re.compile(rf"{re.escape(_LOCK)}|\.config\.json\.(\d+\.)?tmp")
+_FORMER = frozenset({"format", "stablefield", "data", "shape", "classes", "opening", "manifest", "recipe"})
+_TYPES = {"stablefield": str, "data": str, "shape": tuple[int, int, int], "classes": int, "recipe": Recipe}
+_OPENING = {"resolution": int | tuple[int, int] | None, "resize": Literal["crop", "squash"], "skip_broken": bool}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What config.json says.
+
+    Attributes:
+        data: the data as it was named to the command.
+        shape: of one image, (C, H, W).
+        classes: number of classes the network is told; 0 for none.
+        manifest: what the data are.
+        recipe: what the run does.
+        version: of the library that wrote it.
+        opening: how the data were opened, beside their name: resolution, resize, skip_broken.
+    """
+
+    data: str
+    shape: tuple[int, int, int]
+    classes: int
+    manifest: Mapping[str, Any]
+    recipe: Recipe
+    version: str
+    opening: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """What the classes are called that the network is told, if that is known."""
+        names: Any = self.manifest.get("class_names")
+        if not self.classes or not isinstance(names, list | tuple):
+            return None
+        named = tuple(str(name) for name in cast("Sequence[Any]", names))
+        return named if len(named) == self.classes else None
+
+    def numbered(self, data: ImageSet) -> ImageSet:
+        """The run's data, opened again, with the classes numbered as the network was told them.
+
+        Raises:
+            ValueError: if the data have other classes.
+        """
+        if self.class_names is None:
+            return data
+        return renumbered(data, self.class_names)
+
+
+Value = TypeVar("Value")
+
+
+class RunFolder:
+    """The folder `path` of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: Lock | None = None
+
+    @classmethod
+    def create(cls, path: Path, config: RunConfig) -> "RunFolder":
+        """Make the folder and write config.json.
+
+        Raises:
+            ValueError: if the folder is not empty or cannot be written.
+        """
+        folder = cls(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            folder._require_empty()
+            with folder.locked():
+                folder._require_empty()  # others may have been faster
+                for leftover in path.glob(".config.json.*tmp"):  # of a kill
+                    leftover.unlink()
+                folder._write_config(config)
+        except OSError as error:
+            raise ValueError(
+                f"out={path} cannot be written ({error.strerror}): name a folder in a place that you may write to."
+            ) from error
+        return folder
+
+    def require_unlocked(self) -> None:
+        """Find out whether another process trains in the folder, without taking the lock.
+
+        Raises:
+            ValueError: saying who does: which process, on which machine, since when.
+        """
+        if self._lock is None:
+            Lock(self.path / _LOCK).require_free()
+
+    def _require_empty(self) -> None:
+        if any(_BEGINNINGS.fullmatch(found.name) is None for found in self.path.iterdir()):
+            self.require_unlocked()
+            raise ValueError(f"out={self.path} is not empty: name a new folder, or resume the run in it.")
+
+    def _write_config(self, config: RunConfig) -> None:
+        record = {
+            "format": _FORMAT,
+            "stablefield": config.version,
+            "data": config.data,
+            "shape": list(config.shape),
+            "classes": config.classes,
+            "opening": dict(config.opening),
+            "manifest": dict(config.manifest),
+            "recipe": encode(config.recipe),
+        }
+        write_record(self.path / "config.json", record)
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """Open an existing run.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if path.is_dir() and all(_BEGINNINGS.fullmatch(found.name) for found in path.iterdir()):
+            raise ValueError(
+                f"{path} holds nothing yet: there is nothing to go on with. Begin the run with out={path}."
+            )
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{path} is not a run: it has no config.json. Train one: stablefield train digits.")
+        return cls(path)
+
+    @contextmanager
+    def locked(self, tell: Callable[[str], None] | None = None) -> Generator[None]:
+        """Within its block no other process trains in the folder; blocks of one object may be nested.
+
+        Args:
+            tell: told why it takes a while to begin, as it may where the last holder was on another machine.
+
+        Raises:
+            ValueError: saying who trains in it: which process, on which machine, since when.
+            OSError: if the folder cannot be written.
+        """
+        if self._lock is not None:
+            yield
+            return
+        lock = Lock(self.path / _LOCK)
+        lock.acquire(tell)
+        self._lock = lock
+        try:
+            yield
+        finally:
+            self._lock = None
+            lock.release()
+
+    @property
+    def successor(self) -> Holder | None:
+        """Who has taken the folder over from this process within a `locked` block; None if nobody has."""
+        return None if self._lock is None else self._lock.successor
+
+    def config(self) -> RunConfig:
+        """Read config.json.
+
+        Raises:
+            ValueError: if it cannot be read, is damaged, is of another format, or holds what no run can have.
+        """
+        path = self.path / "config.json"
+        try:
+            return _config(read_record(path, _FORMER))
+        except (OSError, ValueError) as error:
+            advice = ""
+            if "checksum" in str(error):
+                advice = ' If somebody has changed it on purpose, take its entry "checksum" out.'
+            raise ValueError(f"{path} cannot be used: {reason(error)}.{advice}") from error
+
+    def log(self, entry: Mapping[str, Any]) -> None:
+        """Append a line to metrics.jsonl, without the numbers that are not finite."""
+        append_line(self.path / "metrics.jsonl", {key: value for key, value in entry.items() if not _is_nan(value)})
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """The lines of metrics.jsonl, without those that are damaged or cut off.
+
+        Each has its "step"; its other entries are finite numbers, and where their names begin with "bin_", lists of them and
+        None: the edges between n bins rise, and what the bins hold has n values.
+        """
+        return (entry for entry in read_lines(self.path / "metrics.jsonl") if _is_metrics(entry))
+
+    def rewind_log(self, step: int) -> None:
+        """Drop the lines of metrics.jsonl after `step`, which a resumed run writes again."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            write_lines(path, (entry for entry in self.metrics() if entry["step"] <= step))
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint of `step`."""
+        return self.path / "checkpoints" / f"step-{step:08d}"
+
+    @property
+    def snapshots(self) -> Path:
+        """The folder of snapshots of power-function averages."""
+        return self.path / "ema"
+
+    def prune(self, keep_last: int, keep_every: int) -> None:
+        """Delete the checkpoints that are neither among the newest `keep_last` nor at multiples of `keep_every` steps."""
+        for folder in self._checkpoints()[:-keep_last]:
+            step = int(folder.name.removeprefix("step-"))
+            if not keep_every or step % keep_every:
+                remove(folder)
+
+    def remove_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps."""
+        for folder in self._checkpoints():
+            if int(folder.name.removeprefix("step-")) > step:
+                remove(folder)
+
+    def picture(self, step: int) -> Path:
+        """The file of the sample grid of `step`."""
+        return self.path / "samples" / f"step-{step:08d}.png"
+
+    def newest(self) -> tuple[Path, State, list[str]] | None:
+        """The newest whole checkpoint, where it stood, and what was wrong with newer ones; None if there is none."""
+        return self.read_newest(lambda folder: folder)
+
+    def read_newest(self, read: Callable[[Path], Value]) -> tuple[Value, State, list[str]] | None:
+        """What `read` finds in the newest whole checkpoint, where that stood, and what was wrong with newer ones.
+
+        One that is pruned while it is read, by a run that goes on, is no fault: the newest is taken again.
+
+        Returns:
+            None if there is no checkpoint.
+
+        Raises:
+            ValueError: if none is whole, or checkpoints are pruned faster than they are read.
+        """
+        for _ in range(_ATTEMPTS):
+            complaints: list[str] = []
+            replaced = False
+            for folder in reversed(self._checkpoints()):
+                there = _identity(folder)
+                try:
+                    state = read_state(folder)
+                except CheckpointError as error:
+                    replaced = _identity(folder) != there
+                    if replaced:
+                        break
+                    complaints.append(str(error))
+                    continue
+                try:
+                    return read(folder), state, complaints
+                except (CheckpointError, FileNotFoundError):
+                    replaced = _identity(folder) != there
+                    if not replaced:
+                        raise
+                    break
+            if replaced:
+                continue
+            if complaints:
+                raise ValueError("no checkpoint of this run is whole. " + " ".join(complaints))
+            return None
+        raise ValueError(
+            f"{self.path}: its checkpoints are pruned faster than they can be read: train with a larger keep_last or "
+            "checkpoint_every, or wait until the run has ended."
+        )
+
+    def _checkpoints(self) -> list[Path]:
+        folders = (self.path / "checkpoints").glob("step-*")
+        return sorted(folder for folder in folders if re.fullmatch(r"step-\d{8,}", folder.name))
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _config(record: Mapping[str, Any]) -> RunConfig:
+    """The configuration in a record.
+
+    Raises:
+        ValueError: if an entry is missing or of the wrong type.
+    """
+    missing = ", ".join(sorted(_FORMER - set(record)))
+    if missing:
+        raise ValueError(f"it has no {missing}")
+    if record["format"] != _FORMAT:
+        raise ValueError(f"its format is {record['format']}, this version reads {_FORMAT}")
+    found = {name: decode(record[name]) if name in ("shape", "recipe") else record[name] for name in _TYPES}
+    for name, kind in _TYPES.items():
+        if not fits(found[name], kind):
+            raise ValueError(f"its {name} is of the wrong type")
+    if min(found["shape"]) < 1 or found["classes"] < 0:
+        raise ValueError(f"its shape is {found['shape']} and its classes are {found['classes']}")
+    opening, manifest = record["opening"], record["manifest"]
+    if not isinstance(opening, dict) or not isinstance(manifest, dict):
+        raise ValueError("its opening or its manifest is no JSON object")
+    for name, value in cast("dict[str, Any]", opening).items():
+        plain = tuple(cast("list[Any]", value)) if isinstance(value, list) else value
+        if name not in _OPENING or not fits(plain, _OPENING[name]):
+            raise ValueError(f"its opening has {name} = {str(value)[:80]}, which this version does not know")
+    return RunConfig(
+        data=found["data"],
+        shape=found["shape"],
+        classes=found["classes"],
+        manifest=cast("dict[str, Any]", manifest),
+        recipe=found["recipe"],
+        version=found["stablefield"],
+        opening=cast("dict[str, Any]", opening),
+    )
+
+
+def _is_metrics(entry: Mapping[str, Any]) -> bool:
+    if not is_count(entry.get("step")):
+        return False
+    edges = entry.get("bin_edges", [])
+    for name, value in entry.items():
+        if not name.startswith("bin_"):
+            if not fits(value, float):
+                return False
+            continue
+        row = tuple(cast("list[Any]", value)) if isinstance(value, list) else None
+        if name == "bin_edges":
+            if not fits(row, tuple[float, ...]) or any(a >= b for a, b in pairwise(row or ())):
+                return False
+        elif not fits(row, tuple[float | None, ...]) or len(row or ()) != len(edges) + 1:
+            return False
+    return True
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

@@ -1,0 +1,220 @@
+"""The probe of data or of a run, as `stablefield.probe`: what `probing` measures, for the training that would be or was."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stablefield._progress import Progress
+from stablefield._shapes import check_kind, found_device
+from stablefield.data._image_set import ImageSet
+from stablefield.data._source import open_images
+from stablefield.probing._network_probe import NetworkProbe, probe_network
+from stablefield.probing._population import MOST, Samples
+from stablefield.probing._probe import Probe, probe_data
+from stablefield.probing._training import Training
+from stablefield.probing._variance import SIZES
+from stablefield.training._model import open_model
+from stablefield.training._placement import resolve_references
+from stablefield.training._recipe import Recipe
+from stablefield.training._recipes import imagefolder, largest_resolution, recipe_for
+from stablefield.training._run_folder import RunFolder
+
+__all__ = ["is_run", "probe", "usual_training"]
+
+
+class HasFolder(Protocol):
+    """A run that was opened: whatever knows its folder."""
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        ...
+
+
+@overload
+def probe(
+    data: Samples,
+    *,
+    labels: Tensor | NDArray[np.int64] | None = ...,
+    by_class: bool = ...,
+    training: Training | None = ...,
+    batch: int | None = ...,
+    references: Sequence[int] = ...,
+    noise_levels: Sequence[float] | Tensor | None = ...,
+    aim: float = ...,
+    max_images: int = ...,
+    sources: int | None = ...,
+    seed: int = ...,
+    device: torch.device | str | None = ...,
+    progress: Callable[[Progress], object] | None = ...,
+) -> Probe: ...
+@overload
+def probe(
+    data: str | Path | HasFolder,
+    *,
+    labels: Tensor | NDArray[np.int64] | None = ...,
+    by_class: bool = ...,
+    training: Training | None = ...,
+    batch: int | None = ...,
+    references: Sequence[int] = ...,
+    noise_levels: Sequence[float] | Tensor | None = ...,
+    aim: float = ...,
+    max_images: int = ...,
+    sources: int | None = ...,
+    seed: int = ...,
+    device: torch.device | str | None = ...,
+    progress: Callable[[Progress], object] | None = ...,
+) -> Probe | NetworkProbe: ...
+def probe(
+    data: Samples | str | Path | HasFolder,
+    *,
+    labels: Tensor | NDArray[np.int64] | None = None,
+    by_class: bool = False,
+    training: Training | None = None,
+    batch: int | None = None,
+    references: Sequence[int] = SIZES,
+    noise_levels: Sequence[float] | Tensor | None = None,
+    aim: float = 0.1,
+    max_images: int = MOST,
+    sources: int | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: Callable[[Progress], object] | None = None,
+) -> Probe | NetworkProbe:
+    """See the variance of training targets on data, or how far a run's network is from the optimum.
+
+    Without a training, the advice is for the one that `train` would choose for the data: its batch, its references and its
+    noise band.
+
+    Args:
+        data: images as `stablefield.data.open_images` returns them, or whatever it opens by name; a tensor or array of shape
+            (n, ...), floating point, or uint8 that means x / 127.5 - 1; or the folder of a run,
+            or the run that was opened from it.
+        labels: class of each sample, integers of shape (n,), to keep posteriors within classes. Data only.
+        by_class: the same with the classes of an image set. Data only.
+        training: to advise on; what `train` would do with these data if None. Data only.
+        batch: rows per training step; those of the training if None. Data only.
+        references: sizes of reference sets to measure; the whole set leaves no variance and is not sampled. Data only.
+        noise_levels: where to measure, sigma / alpha, shape (L,); chosen from the data if None.
+        aim: share of each row's variance that may stay, between 0 and 1. Data only.
+        max_images: samples that stand for the data set, drawn at random if there are more.
+        sources: samples that noisy rows are made from; if None, all of a small set, else as many as two minutes allow, and
+            512 for a run.
+        seed: decides all that is drawn.
+        device: where to compute; a GPU if there is one, if None.
+        progress: called as the measurement goes on.
+
+    Returns:
+        A `Probe` of data, a `NetworkProbe` of a run: each prints its table, and has `page`, `charts`, `to_dict` and `save`.
+
+    Raises:
+        ValueError: if the data or the run cannot be opened, have nothing to measure, or an argument does not fit.
+        TypeError: if an argument is of another kind.
+    """
+    device = found_device(device)
+    folder = data if isinstance(data, str | Path) else getattr(data, "path", None)
+    if isinstance(folder, str | Path) and is_run(folder):
+        return _probe_run(Path(folder), noise_levels, max_images, sources, seed, device, progress)
+    if isinstance(data, str | Path):
+        data = open_images(
+            data, limit=largest_resolution(accelerated=device.type == "cuda"), progress=_reading(progress)
+        )
+    if not isinstance(data, ImageSet | Tensor | np.ndarray):
+        raise TypeError(f"data is a {type(data).__name__}: pass images, a tensor, the name of data, or a run.")
+    pool: int | str = "all"
+    if isinstance(data, ImageSet):
+        pool, _ = resolve_references(_recipe(data, device), data, device)
+    if training is None:
+        training = usual_training(data, device)
+    check_kind("training", training, Training, "a Training, such as stablefield.probing.Training(), or None")
+    if batch is not None:
+        training = dataclasses.replace(training, batch=batch)
+    return probe_data(
+        data,
+        labels=labels,
+        by_class=by_class,
+        training=training,
+        references=references,
+        references_in_training=pool if isinstance(pool, int) else None,
+        noise_levels=noise_levels,
+        aim=aim,
+        max_images=max_images,
+        sources=sources,
+        seed=seed,
+        device=device,
+        progress=progress,
+    )
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether this is the folder of a run."""
+    return (Path(path) / "config.json").is_file()
+
+
+def usual_training(data: Samples, device: torch.device) -> Training:
+    """The training that `train` would choose for the data."""
+    training = _training_of(_recipe(data, device))
+    return dataclasses.replace(training, batch=min(training.batch, len(data)))
+
+
+def _training_of(recipe: Recipe) -> Training:
+    return Training(
+        process=recipe.process, noise_levels=recipe.noise_levels, weighting=recipe.weighting, batch=recipe.batch
+    )
+
+
+def _recipe(data: Samples, device: torch.device) -> Recipe:
+    """What `train` would do with the data if it were given no recipe."""
+    accelerated = device.type == "cuda"
+    if isinstance(data, ImageSet):
+        return recipe_for(data, accelerated=accelerated)
+    shape = tuple(data.shape[1:])
+    height, width = shape[-2:] if len(shape) > 1 else (1, 1)
+    return imagefolder((shape[0] if len(shape) > 2 else 1, height, width), len(data), accelerated=accelerated)
+
+
+def _probe_run(
+    folder: Path,
+    noise_levels: Sequence[float] | Tensor | None,
+    max_images: int,
+    sources: int | None,
+    seed: int,
+    device: torch.device,
+    progress: Callable[[Progress], object] | None,
+) -> NetworkProbe:
+    model = open_model(folder, device=device)
+    config = model.config
+    images = config.numbered(open_images(config.data, **config.opening, progress=_reading(progress)))
+    return probe_network(
+        model.denoiser,
+        images,
+        by_class=config.classes > 0,
+        training=_training_of(config.recipe),
+        noise_levels=noise_levels,
+        max_images=max_images,
+        sources=sources,
+        log=list(RunFolder(folder).metrics()),
+        name=folder.name,
+        step=model.step,
+        notes=[f"passed over: {complaint}" for complaint in model.complaints],
+        seed=seed,
+        device=device,
+        progress=progress,
+    )
+
+
+def _reading(progress: Callable[[Progress], object] | None) -> Callable[[str, int, int], None] | None:
+    """Progress of reading images, as `open_images` tells it."""
+    if progress is None:
+        return None
+
+    def report(stage: str, done: int, total: int) -> None:
+        progress(Progress(stage=stage, done=done, total=total))
+
+    return report

@@ -1,0 +1,137 @@
+"""Samples of a run as a source for `evaluate`: the same image for a seed, whatever the batch and the number of processes."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stablefield._progress import Progress
+from stablefield._shapes import whole_number
+from stablefield.evaluation._cost import wait_for
+from stablefield.evaluation._processes import Processes
+from stablefield.evaluation._protocol import running_commit
+from stablefield.evaluation._samples import SampleSource, SamplingRecord
+from stablefield.sampling._samples import chunks_of
+from stablefield.training._run_folder import RunConfig
+from stablefield.training._sampler import RunSampler
+
+__all__ = ["RunSamples", "data_of"]
+
+# Evaluations of the network that are timed, the first of which does not count.
+_TIMED = 4
+
+
+class RunSamples(SampleSource):
+    """Samples drawn from a run.
+
+    Args:
+        sampler: the run's model with a solver.
+        name: what to call the run in a report, such as its folder.
+        samples: of each repeat.
+        seed: of the first sample of the first repeat; the others follow it.
+
+    Raises:
+        ValueError: if there are no samples, or seeds below 2^32 do not suffice for a repeat.
+    """
+
+    def __init__(self, sampler: RunSampler, name: str, samples: int = 5000, seed: int = 0) -> None:
+        whole_number("samples", samples, 1)
+        whole_number("seed", seed, 0)
+        self._sampler, self._seed = sampler, seed
+        config = sampler.config
+        self.name, self.count, self.class_names = name, samples, config.class_names
+        self.shape = (config.shape[0], config.shape[1], config.shape[2])
+        self._evaluations = self._chunks = 0
+        self._start(0)
+
+    def seeds(self, repeat: int) -> str:
+        """The seeds of a repeat, such as "0-4999"."""
+        start = self._start(repeat)
+        return f"{start}-{start + self.count - 1}"
+
+    def batches(
+        self, repeat: int, processes: Processes, progress: Callable[[Progress], object] | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's samples of a repeat: images, uint8 (B, C, H, W), and their numbers (B,)."""
+        start, sampler = self._start(repeat), self._sampler
+        seeds = range(start, start + self.count)
+        chunks = processes.share(chunks_of(seeds, sampler.batch, coupled=sampler.coupled))
+        stage = "samples" if repeat == 0 else f"samples, repeat {repeat + 1}"
+        done = size = 0
+
+        def report(share: float) -> None:
+            if progress is not None:
+                # The other processes are about as far.
+                drawn = min(self.count, int(processes.count * (done + share * size)))
+                progress(Progress(stage=stage, done=drawn, total=self.count))
+
+        drawing = sampler.drawing(report)
+        for chunk in chunks:
+            size = len(chunk.places)
+            yield drawing(chunk), torch.tensor(chunk.wanted) - start
+            done += size
+        self._evaluations += drawing.evaluations
+        self._chunks += drawing.chunks
+
+    def labels(self, repeat: int, numbers: Tensor) -> Tensor | None:
+        """Classes of samples of a repeat, by their numbers (B,); None for a run without classes."""
+        return self._sampler.labels(self._start(repeat) + numbers)
+
+    def seconds(self) -> float:
+        """About how long one process draws the samples of a repeat, from the first calls for a chunk, thrown away."""
+        sampler = self._sampler
+        chunks = chunks_of(range(self.count), sampler.batch, coupled=sampler.coupled)
+        marks: list[float] = []
+
+        def mark(_: float) -> None:
+            wait_for(sampler.device)
+            marks.append(time.perf_counter())
+            if len(marks) > _TIMED:
+                raise _EnoughError
+
+        began = time.perf_counter()
+        with suppress(_EnoughError):
+            sampler.drawing(mark)(chunks[0])
+            marks.append(time.perf_counter())
+        # The first evaluation of all is slower than those that follow; the solver's own work is between them.
+        steady = marks[1:] if len(marks) > 2 else marks
+        each = (steady[-1] - steady[0]) / max(1, len(steady) - 1)
+        one = marks[0] - began + each * sampler.calls
+        return one * sum(len(chunk.seeds) for chunk in chunks) / len(chunks[0].seeds)
+
+    def record(self, processes: Processes) -> SamplingRecord:
+        """How the samples were made."""
+        evaluations, chunks = processes.total(self._evaluations, self._chunks)
+        return SamplingRecord(
+            sampler=self._sampler.description,
+            steps=self._sampler.steps,
+            nfe=evaluations / chunks,
+            ema=self._sampler.ema,
+            commit=running_commit(),
+        )
+
+    def _start(self, repeat: int) -> int:
+        """The first seed of a repeat."""
+        start = self._seed + repeat * self.count
+        if start + self.count > 2**32:
+            raise ValueError(f"seed={self._seed}: seeds up to {start + self.count} are needed, and end at 2^32 - 1.")
+        return start
+
+
+def data_of(config: RunConfig) -> str:
+    """What a run was trained on, as `open_images` takes it.
+
+    Raises:
+        ValueError: if that is not there any more.
+    """
+    named = config.data == "digits" or config.data.startswith("hf:")
+    if not named and not Path(config.data).exists():
+        raise ValueError(f"data is missing: the run's own data, {config.data}, are not there; name where they are now.")
+    return config.data
+
+
+class _EnoughError(Exception):
+    """Ends a drawing of which enough has been seen."""
