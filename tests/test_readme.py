@@ -3,6 +3,7 @@
 # pyright: reportAttributeAccessIssue=false
 
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,3 +62,20 @@ def test_table_of_the_readme_is_the_committed_measurement() -> None:
         cells = [f"{level[f'own_weight_{n}']:.4f}" for n in (1024, 4096, 50_000)]
         removed = f"{level['variance_removed_50000']:.3g}"
         assert f"| {level['noise_level']:g} | {' | '.join(cells)} | {removed} |" in README.read_text()
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(import stablefield as sf.*?)```", README.read_text(), flags=re.DOTALL)
+    # The same calls on less: fewer images, steps and seeds.
+    small = SimpleNamespace(**{name: getattr(stablefield, name) for name in stablefield.__all__})
+    small.probe = partial(stablefield.probe, max_images=200, sources=32, noise_levels=[1.0, 5.0])
+    small.train = partial(stablefield.train, steps=8, device="cpu")
+    small.compare = partial(stablefield.compare, seeds=1, evaluations=1, samples=60)
+    code = block.replace("import stablefield as sf\n", "").replace("steps=500", "steps=4")
+    names = {"sf": small}
+    exec(code, names)
+    assert (tmp_path / "grid.png").is_file()
+    assert "Frechet" in (tmp_path / "report.html").read_text()
+    assert isinstance(names["run"], stablefield.Run)
+    assert (tmp_path / "runs" / "digits" / "config.json").is_file()
