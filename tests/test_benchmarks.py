@@ -92,9 +92,9 @@ def test_bench_prints_a_table_that_fits_and_writes_its_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("stablefield.cli.bench._ROWS", (4, 8))
-    monkeypatch.setattr("stablefield.cli.bench._SIZES", (16, 32))
-    monkeypatch.setattr("stablefield.cli.bench._SIDES", (4, 8))
+    monkeypatch.setattr("stablefield.evaluation._bench._ROWS", (4, 8))
+    monkeypatch.setattr("stablefield.evaluation._bench._SIZES", (16, 32))
+    monkeypatch.setattr("stablefield.evaluation._bench._SIDES", (4, 8))
     flags = ("--device", "cpu", "--batch", "4", "--references", "64", "--pairs", "1", "--no-step")
     verb = parse(["bench", "digits", *flags, "--out", str(tmp_path / "found")])
     assert isinstance(verb, Bench)

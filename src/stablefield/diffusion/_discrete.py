@@ -1,4 +1,4 @@
-"""The process that is a table of steps, as DDPM code and the schedulers of diffusers have it."""
+"""DDPM's process: a table of alphas_cumprod over discrete steps, as DDPM code and the schedulers of diffusers have it."""
 
 import torch
 from torch import Tensor

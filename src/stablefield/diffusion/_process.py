@@ -301,7 +301,8 @@ class Cosine(Process):
 class RectifiedFlow(Process):
     """Straight lines between data and noise: alpha = 1 - t, sigma = t for t in [0, 1]; t = 1 is noise.
 
-    Libraries that let time run from noise to data use 1 - t for this t, and the negative of this velocity.
+    Libraries that let time run from noise to data use 1 - t for this t, and the negative of this velocity. The velocity to
+    regress on is `Target.velocity`.
 
     References:
         Liu, Gong, Liu, "Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow", ICLR 2023.

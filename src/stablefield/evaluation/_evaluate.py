@@ -48,7 +48,7 @@ METRICS: Mapping[str, Metric] = {
     "nearest": Nearest(),
     "classifier-score": ClassifierScore(),
 }
-"""The metrics by name. A new one is listed here, and has its own module."""
+"""The metrics by name. A new one has its own module, and one line here; CONTRIBUTING shows it."""
 
 DEFAULT_METRICS = tuple(name for name, metric in METRICS.items() if metric.reads != "classifier")
 """Those that need no classifier."""
@@ -180,7 +180,9 @@ def _chosen(metrics: Sequence[str | Metric], classifier: Extractor | None) -> tu
     for one in metrics:
         check_kind("metrics", one, (str, Metric), "names of metrics, such as 'frechet', and metrics")
         if isinstance(one, str) and one not in METRICS:
-            raise ValueError(f"metrics holds {one!r}: there are {', '.join(METRICS)}.")
+            known = {"fid": "frechet", "kid": "kernel", "is": "classifier-score"}.get(one.lower(), "")
+            meant = f" Did you mean {known!r}?" if known else ""
+            raise ValueError(f"metrics holds {one!r}: there are {', '.join(METRICS)}.{meant}")
     if not metrics or len(set(metrics)) < len(metrics):
         raise ValueError(f"metrics={' '.join(map(str, metrics))}: name at least one, and each once.")
     chosen = tuple(METRICS[one] if isinstance(one, str) else one for one in metrics)

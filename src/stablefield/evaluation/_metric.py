@@ -125,9 +125,9 @@ class Metric(ABC):
         """
 
     def cost(self, samples: int, references: int, held_out: int, dim: int) -> tuple[float, float]:  # noqa: ARG002
-        """How the time grows, in any unit: of what it finds once of the references, and of each repeat."""
+        """Relative time, in any unit: once for the reference set, and for each repeat."""
         return references**2, samples * references
 
     def shortened(self) -> Self:
-        """A metric whose time tells that of this one by `cost`, where a single call of this one takes long."""
+        """A cheaper variant to time where one call of this metric is slow; the ratio of `cost` scales its time up."""
         return self

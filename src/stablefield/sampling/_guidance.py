@@ -1,4 +1,4 @@
-r"""Guidance: extrapolate from a worse denoiser through a better one.
+r"""Guidance (CFG and autoguidance): extrapolate from a worse denoiser through a better one.
 
 $$ D = D_{bad} + w\, (D_{good} - D_{bad}) $$
 

@@ -6,10 +6,10 @@ drawn: Pearson's statistic
 
 $$ X^2 = \sum_k \frac{(c_k - e_k)^2}{e_k} $$
 
-over the samples that were to be expected once at least is chi-square if the draws are as assumed, and smaller if they come
-in epochs. It grows by the number of rows that a batch makes of one sample, which is counted. And there are few samples that
-have never come: $\sum_k e^{-e_k}$, or none of epochs. Rows with a label are compared with the other samples of that label,
-since the posterior sees no others; rows without one, with all.
+summed over the samples with an expected count of at least 1, is chi-square if the draws are as assumed; sampling in epochs
+makes it smaller. If a batch makes r rows of each sample, it grows by r, so r is counted. The number of samples that were
+never drawn should be about $\sum_k e^{-e_k}$, and 0 after an epoch. Rows with a label are compared with the other samples
+of that label, since the posterior sees no others; rows without one, with all.
 
 The rows of all ranks come to a shard of a `ShardedPool`, so it sees how often all of them have drawn its samples. Those are
 compared with each other, and the shard as a whole with the rest: shards may hold a class each. So every pair of samples is

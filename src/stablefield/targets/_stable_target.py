@@ -2,7 +2,9 @@ r"""Stable targets: what a network is trained to predict, with less variance and
 
 Denoising score matching (DSM) regresses on the one sample $x_0$ that made $x_t$. The stable target is the posterior mean
 $\hat x_0 = E[x_0 \mid x_t, \text{references}]$: the conditional expectation of the DSM target, hence unbiased, and never
-of larger variance. Everything that people regress on is affine in it (see `target`), so one mean serves all.
+of larger variance. Everything that people regress on is affine in it (see `_target`), so one mean serves all. Its weights
+are the softmax over the references y of $-|x_t - \alpha y|^2 / 2 \sigma^2$: `_posterior` has the formula, and
+`_engine/assembly` the sums.
 
 DSM is the stable target with one reference, and the same code.
 

@@ -55,7 +55,7 @@ class Perceptron:
 
 @dataclass(frozen=True, kw_only=True)
 class UNet:
-    """DDPM++ or NCSN++."""
+    """Settings of a DDPM++ or NCSN++; the module that they build is `stablefield.networks.SongUNet`."""
 
     architecture: Literal["ddpmpp", "ncsnpp"] = "ddpmpp"
     """DDPM++ (positional noise embedding) or NCSN++ (Fourier embedding, wide resampling, residual input)."""

@@ -279,7 +279,7 @@ class Run:
         with Processes() as processes:
             parts = list(batches(drawn, wanted, processes, progress))
             nfe, chunks = processes.total(sum(part.nfe for part in parts), len(parts))
-            every = parts[0] if parts else _none(drawn)
+            every = parts[0] if parts else _no_samples(drawn)
             images = torch.from_numpy(np.concatenate([every.images[:0], *(part.images for part in parts)]))
             own = torch.tensor([seed for part in parts for seed in part.seeds], dtype=torch.int64)
             all_images, all_seeds = processes.gathered(images), processes.gathered(own)
@@ -571,7 +571,7 @@ def batches(
         labels = sampler.labels(torch.tensor(chunk.wanted))
         done += size
         yield dataclasses.replace(
-            _none(sampler),
+            _no_samples(sampler),
             images=images.numpy(),
             seeds=chunk.wanted,
             labels=None if labels is None else labels.numpy(),
@@ -579,7 +579,7 @@ def batches(
         )
 
 
-def _none(sampler: RunSampler) -> Samples:
+def _no_samples(sampler: RunSampler) -> Samples:
     """No samples of a run."""
     return Samples(
         images=np.zeros((0, *sampler.config.shape), np.uint8),

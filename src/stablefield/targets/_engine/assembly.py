@@ -41,7 +41,7 @@ class Summed:
             ValueError: if no reference may serve a row.
         """
         query, softmax = self.query, self.softmax
-        # A source serves its row (its label was checked), unless its prior excludes it; only else are the sums checked.
+        # A row with a known source has at least one reference, unless its log prior is -inf: check only the other cases.
         certain = query.source is not None and (query.log_prior is None or query.source_prior is not None)
         if not certain and self.plan.host is not Host.NEVER and bool(torch.isneginf(softmax.peak).any()):
             row = int(torch.isneginf(softmax.peak).nonzero()[0, 0])

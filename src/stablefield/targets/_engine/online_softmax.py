@@ -90,9 +90,8 @@ class OnlineSoftmax:
 
         Args:
             part: the logits.
-            among: how many references there are in all. What weighs so little that all of them, if they weighed no more,
-                could not be seen in the dtype, is left out. This reads values, for which the host would wait for a GPU: None
-                adds all without reading any.
+            among: how many references there are in all. Weights so small that even as many of them would not change the
+                sum are skipped. Finding them out makes the host wait for a GPU: None skips nothing, and does not wait.
         """
         self.log_prior = torch.logaddexp(self.log_prior, part.log_prior.to(self.log_prior.dtype))
         old, largest = self.peak, part.largest

@@ -59,8 +59,8 @@ class Plan:
         mirrored: whether the mirror image (last axis) of each reference is a reference, too.
         chunk_size: references per matrix product; chosen by memory if None.
         ranks: where the other references lie; None if `matrix` holds all.
-        least_prior: for rows whose sources are left to another rank: the least log prior weight that a source can have. What
-            weighs nothing beside it is left out. None where each row's own source is part of its sums.
+        least_prior: lower bound on the log prior weight of a row's own source, where another rank adds that source.
+            References whose weight is negligible beside it are skipped. None where each row's own source is in its sums.
         float64: whether the logits of all rows are made in float64, where the host may not ask which rows need it.
     """
 
