@@ -408,3 +408,32 @@ def test_the_version_is_written_in_one_place():
     )
     assert [line.partition(":")[0] for line in found] == ["src/stablefield/__init__.py"]
     assert found[0].endswith(f'__version__ = "{stablefield.__version__}"')
+
+
+def strings_of(path):
+    """The string constants of a module that are no docstrings, with their lines."""
+    tree = ast.parse(path.read_text("utf-8"))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    described = {
+        id(statement.value)
+        for node in ast.walk(tree)
+        if isinstance(node, documented)
+        for statement in node.body
+        if isinstance(statement, ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in described:
+            yield node.lineno, node.value
+
+
+def test_no_message_of_the_library_names_a_flag():
+    # Commands of other programs have flags of their own.
+    others = re.compile(r"pip install|hf download|--error-unmatch|--porcelain|^--$|var\(--|--repo-type")
+    named = [
+        f"{path.relative_to(SOURCE)}:{line}: {text}"
+        for path in modules_of(SOURCE).values()
+        if "cli" not in path.relative_to(SOURCE).parts
+        for line, text in strings_of(path)
+        if re.search(r"(?<![\w-])--[a-z]", text) and not others.search(text)
+    ]
+    assert named == []

@@ -146,7 +146,7 @@ class RunFolder:
                 f"{path} holds nothing yet: there is nothing to go on with. Begin the run with out={path}."
             )
         if not (path / "config.json").is_file():
-            raise ValueError(f"{path} is not a run: it has no config.json. Train one: stablefield train digits.")
+            raise ValueError(f"{path} is not a run: it has no config.json. Name the folder that a training made.")
         return cls(path)
 
     @contextmanager
