@@ -66,6 +66,7 @@ def test_table_of_the_readme_is_the_committed_measurement() -> None:
 
 def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (block,) = re.findall(r"```python\n(import stablefield as sf.*?)```", README.read_text(), flags=re.DOTALL)
     # The same calls on less: fewer images, steps and seeds.
     small = SimpleNamespace(**{name: getattr(stablefield, name) for name in stablefield.__all__})

@@ -112,7 +112,7 @@ def test_what_evaluate_foretells_is_what_it_takes(
         30.0,
     )
     clock.charge("stablefield.evaluation._extractor.RawPixels.__call__", lambda _, x: dear["features"] * 1e-3 * len(x))
-    for place in ("neighbours.blocks", "precision_recall.blocks"):
+    for place in ("_neighbours.blocks", "_precision_recall.blocks"):
         clock.charge(f"stablefield.evaluation.{place}", lambda a, b: dear["metrics"] * 1e-6 * len(a) * len(b))
     clock.charge("stablefield.evaluation._kid._unbiased", lambda x, _: dear["metrics"] * 1e-6 * len(x) ** 2)
     clock.charge("stablefield.evaluation._fid.distance_between", lambda *_: dear["metrics"] * 0.5)

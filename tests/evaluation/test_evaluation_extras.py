@@ -23,7 +23,7 @@ def test_metrics_are_imported_without_the_extra(monkeypatch: pytest.MonkeyPatch)
     for name in [name for name in sys.modules if name.startswith("stablefield.evaluation.")]:
         monkeypatch.delitem(sys.modules, name)
     for name in METRICS:
-        importlib.import_module(f"stablefield.evaluation.{name}")
+        importlib.import_module(f"stablefield.evaluation._{name}")
 
 
 def test_streaming_without_torchmetrics_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

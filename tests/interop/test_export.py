@@ -206,7 +206,7 @@ def test_bundle_refuses_what_would_not_stand_alone() -> None:
     from stablefield.networks import _levels as levels
     from stablefield.networks import _resample as resample
 
-    with pytest.raises(ValueError, match=r"imports stablefield\.networks\.blocks, which is not among"):
+    with pytest.raises(ValueError, match=r"imports stablefield\.networks\._blocks, which is not among"):
         source_bundle.bundle([levels], "A part.")
     with pytest.raises(ValueError, match=r"is defined in stablefield\.networks\.resample and in"):
         source_bundle.bundle([resample, resample], "Twice.", package="elsewhere")

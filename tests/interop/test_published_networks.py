@@ -129,7 +129,7 @@ def test_plain_state_dict_is_read_from_safetensors_and_torch_files(name, prefix,
 
 def test_plain_state_dict_needs_to_be_told_its_preconditioning(tmp_path: Path) -> None:
     save_file(network("DDPM++", 8, 1, 8, (1, 2), 1).state_dict(), tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match="pass --preconditioning edm, vp or ve"):
+    with pytest.raises(ValueError, match="pass preconditioning=edm, vp or ve"):
         read_published(tmp_path / "w.safetensors")
 
 

@@ -1,5 +1,6 @@
 """Claims on runs from Python: what `train` leaves, what `Run` does with it, and that a notebook can do it in one call."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -189,3 +190,21 @@ def test_seeds_of_a_comparison_may_be_how_many(tmp_path: Path) -> None:
     found = sf.compare("digits", seeds=1, out=tmp_path, recipe=TINY, steps=2, evaluations=1, samples=40, device="cpu")
     assert found is not None
     assert found.seeds == [0]
+
+
+def test_labels_of_an_array_are_those_of_the_run(tmp_path: Path) -> None:
+    digits = open_digits()
+    assert digits.labels is not None
+    recipe = dataclasses.replace(TINY, conditional=True, steps=3)
+    options = {"recipe": recipe, "device": "cpu"}
+    by_array = sf.train(
+        torch.from_numpy(digits.images.copy()), labels=torch.from_numpy(digits.labels), out=tmp_path / "a", **options
+    )
+    by_set = sf.train(digits, out=tmp_path / "b", **options)
+    assert by_array.config.classes == 10
+    one, two = (run.model("none").denoiser.state_dict() for run in (by_array, by_set))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    with pytest.raises(ValueError, match="labels goes with images that is an array"):
+        sf.train(digits, labels=digits.labels, **options)
+    with pytest.raises(ValueError, match=r"images has dtype float32: pass uint8; of values x in \[-1, 1\]"):
+        sf.train(digits.images.astype(np.float32) / 127.5 - 1, **options)

@@ -289,24 +289,37 @@ def open_images(
     return dataclasses.replace(images, opening=opening)
 
 
-def as_image_set(name: str, images: "ImageSet | str | Path | NDArray[np.uint8] | Tensor") -> ImageSet:
+def as_image_set(
+    name: str,
+    images: "ImageSet | str | Path | NDArray[np.uint8] | Tensor",
+    labels: NDArray[np.int64] | Tensor | None = None,
+) -> ImageSet:
     """An argument that holds images, as an image set.
 
     Args:
         name: of the argument, for errors.
         images: an image set, what `open_images` opens, or uint8 of shape (n, C, H, W).
+        labels: class numbers from 0 of an array of images, shape (n,); image sets and files have their own.
 
     Raises:
-        ValueError: if it holds no images.
+        ValueError: if it holds no images, or the labels do not fit.
         TypeError: if it is of another kind.
     """
+    if labels is not None and isinstance(images, ImageSet | str | Path):
+        raise ValueError(f"labels goes with {name} that is an array: an image set or a file has its own labels.")
     if isinstance(images, ImageSet):
         return images
     if isinstance(images, str | Path):
         return open_images(images)
     array = images.cpu().numpy() if isinstance(images, Tensor) else images
     check_kind(name, array, np.ndarray, "an image set, the path of images, or uint8 of shape (n, C, H, W)")
-    return make_image_set(array, None, Origin(name=name, source="an array"))
+    if array.dtype.kind == "f":
+        raise ValueError(
+            f"{name} has dtype {array.dtype}: pass uint8; of values x in [-1, 1] that is "
+            "((x + 1) * 127.5).round().clip(0, 255).astype('uint8')."
+        )
+    numbers = labels.cpu().numpy() if isinstance(labels, Tensor) else labels
+    return make_image_set(array, numbers, Origin(name=name, source="an array"))
 
 
 def _kind(source: str | Path, path: Path) -> Source:

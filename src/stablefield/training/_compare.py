@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 import stablefield
 from stablefield._atomic_file import write_atomically
@@ -223,6 +225,7 @@ DISTANCE = f"distance: mean squared distance to the exact posterior mean, noise 
 def compare(
     images: Images,
     *,
+    labels: NDArray[np.int64] | Tensor | None = None,
     seeds: int | Sequence[int] = (0, 1, 2),
     out: str | Path | None = None,
     recipe: Recipe | None = None,
@@ -241,6 +244,7 @@ def compare(
 
     Args:
         images: what to train on, as for `train`.
+        labels: as for `train`.
         seeds: of weights, batches and noise, or how many: 3 means seeds 0 to 2; two runs each.
         out: folder of the comparison, compare/DATA by default. One that was interrupted goes on where it stopped.
         recipe: how to train; by default one that suits the data and the device. Its target and seed are not used.
@@ -275,7 +279,7 @@ def compare(
     if evaluations is not None:
         whole_number("evaluations", evaluations, 1)
     where = found_device(device)
-    data = _data(images, recipe, where)
+    data = _data(images, labels, recipe, where)
     count = len(data) if samples is None else whole_number("samples", samples, 1)
     check_samples(f"samples={count}", count, len(data))
     folder = Path("compare") / data.name if out is None else Path(out)
@@ -351,9 +355,11 @@ def compare(
     )
 
 
-def _data(images: Images, recipe: Recipe | None, device: torch.device) -> ImageSet:
-    if not isinstance(images, str | Path):
-        return as_image_set("images", images)
+def _data(
+    images: Images, labels: NDArray[np.int64] | Tensor | None, recipe: Recipe | None, device: torch.device
+) -> ImageSet:
+    if labels is not None or not isinstance(images, str | Path):
+        return as_image_set("images", images, labels)
     limit = largest_resolution(accelerated=device.type == "cuda") if recipe is None else None
     return open_images(images, limit=limit)
 

@@ -118,6 +118,7 @@ def make_plan(data: ImageSet, recipe: Recipe, *, device: torch.device | str = "c
 def train(
     images: Images | Plan,
     *,
+    labels: NDArray[np.int64] | Tensor | None = None,
     out: str | Path | None = None,
     recipe: Recipe | None = None,
     steps: int | None = None,
@@ -136,6 +137,7 @@ def train(
     Args:
         images: what to train on: a path or name that `open_images` opens, an image set, uint8 of shape (n, C, H, W), or the
             `Plan` of a run.
+        labels: class numbers from 0 of an array of images, shape (n,); a recipe with `conditional=True` trains with them.
         out: folder of the run, new or empty; runs/DATA-TARGET, with a number where that is taken, by default.
         recipe: how to train; by default one that suits the data and the device.
         steps: training steps, in place of the recipe's.
@@ -162,7 +164,7 @@ def train(
     if not isinstance(images, Plan):
         if recipe is not None:
             check_kind("recipe", recipe, Recipe, RECIPE)
-        data = _images(images, recipe, where, state)
+        data = _images(images, labels, recipe, where, state)
         chosen = recipe_for(data, accelerated=where.type == "cuda") if recipe is None else recipe
         if steps is not None:
             chosen = dataclasses.replace(chosen, steps=whole_number("steps", steps, 1))
@@ -172,8 +174,8 @@ def train(
         )
         assert plan is not None
     else:
-        if recipe is not None or steps is not None:
-            raise ValueError("images is a Plan, which holds its recipe: leave recipe and steps out.")
+        if recipe is not None or steps is not None or labels is not None:
+            raise ValueError("images is a Plan, which holds its recipe: leave recipe and steps out, and labels, too.")
         plan = images
     path = ""
     if state.is_main_process:
@@ -599,10 +601,16 @@ def _seeds(seeds: int | Sequence[int]) -> list[int]:
     return wanted
 
 
-def _images(images: Images, recipe: Recipe | None, device: torch.device, state: PartialState) -> ImageSet:
+def _images(
+    images: Images,
+    labels: NDArray[np.int64] | Tensor | None,
+    recipe: Recipe | None,
+    device: torch.device,
+    state: PartialState,
+) -> ImageSet:
     """The argument `images`; without a recipe, images of several sizes are brought to one that suits the device."""
-    if not isinstance(images, str | Path):
-        return as_image_set("images", images)
+    if labels is not None or not isinstance(images, str | Path):
+        return as_image_set("images", images, labels)
     limit = largest_resolution(accelerated=device.type == "cuda") if recipe is None else None
     with first_process_first(state):
         return open_images(images, limit=limit)
