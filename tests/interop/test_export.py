@@ -208,7 +208,7 @@ def test_bundle_refuses_what_would_not_stand_alone() -> None:
 
     with pytest.raises(ValueError, match=r"imports stablefield\.networks\._blocks, which is not among"):
         source_bundle.bundle([levels], "A part.")
-    with pytest.raises(ValueError, match=r"is defined in stablefield\.networks\.resample and in"):
+    with pytest.raises(ValueError, match=r"is defined in stablefield\.networks\._resample and in"):
         source_bundle.bundle([resample, resample], "Twice.", package="elsewhere")
 
 
