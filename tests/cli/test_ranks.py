@@ -17,7 +17,13 @@ FLAGS = ["train", "digits", "--device", "cpu", "--steps", "1000000", "--log-ever
 FLAGS += ["--network.width", "32", "--network.depth", "1", "--batch", "32", "--references", "64", "--noise-band", "0"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 # The command, with a minute of patience made three seconds.
-PATIENT = "from stablefield.targets import _watch as watch; watch.PATIENCE = 3.0; from stablefield.cli.entry import program; program()"
+PATIENT = """
+from stablefield.cli.entry import program
+from stablefield.targets import _watch
+
+_watch.PATIENCE = 3.0
+program()
+"""
 
 
 def environment(**more: str) -> dict[str, str]:
