@@ -129,7 +129,9 @@ def test_masks_take_less_than_half_of_the_time_of_those_of_torch() -> None:
     found = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        ratios = [seconds(dropout) / seconds(functional.dropout) for _ in range(9)]
+        # In turn, and the shortest of each: what else the machine does only ever adds time.
+        pairs = [(seconds(dropout), seconds(functional.dropout)) for _ in range(15)]
     finally:
         torch.set_num_threads(found)
-    assert sorted(ratios)[4] < 0.5
+    ours, theirs = (min(times) for times in zip(*pairs, strict=True))
+    assert ours < 0.5 * theirs
