@@ -207,7 +207,7 @@ def test_features_of_real_images_are_kept_unless_told_otherwise(cache: Path, tmp
         ({"references": 1798}, "references=1798: digits has 1797 images"),
         ({"held_out": np.zeros((9, 1, 16, 16), np.uint8)}, "held_out=held_out has images of 1 x 16 x 16"),
         ({"data": np.zeros((9, 1, 16, 16), np.uint8)}, "data=data has images of 1 x 16 x 16.*resolution=8"),
-        ({"data": DIGITS.images / 255}, "data: images "),
+        ({"data": DIGITS.images / 255}, "^data has dtype float64: pass uint8"),
         ({"repeats": 0}, "repeats=0"),
         ({"device": "gpu"}, "device='gpu'"),
     ],

@@ -97,6 +97,8 @@ def _opened(name: str, images: Images, split: str, progress: Report | None) -> I
             check_images(images)
         return as_image_set(name, images)
     except ValueError as error:
+        if str(error).startswith(name):
+            raise
         raise ValueError(f"{name}: {error}") from error
 
 
