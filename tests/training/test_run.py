@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from stablefield.data._digits import open_digits
 from stablefield.evaluation._extractor import RawPixels
 from stablefield.training._loop import Report
 from stablefield.training._recipe import Perceptron, Recipe
+from stablefield.training._run import share_plan
 from stablefield.training._sampler import SamplerOptions
 
 TINY = Recipe(
@@ -208,3 +210,19 @@ def test_labels_of_an_array_are_those_of_the_run(tmp_path: Path) -> None:
         sf.train(digits, labels=digits.labels, **options)
     with pytest.raises(ValueError, match=r"images has dtype float32: pass uint8; of values x in \[-1, 1\]"):
         sf.train(digits.images.astype(np.float32) / 127.5 - 1, **options)
+
+
+def test_processes_agree_on_a_plan_without_sending_each_other_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    digits = open_digits()
+    plan = sf.training.make_plan(digits, TINY)
+    sent: list[bytes] = []
+
+    def from_first(value: object) -> object:
+        sent.append(pickle.dumps(value))
+        return pickle.loads(sent[-1])
+
+    monkeypatch.setattr("stablefield.training._run.from_first", from_first)
+    shared = share_plan(plan, digits)
+    assert shared.data is digits
+    assert (shared.config, shared.references, shared.noise_band) == (plan.config, plan.references, plan.noise_band)
+    assert len(sent[0]) < 20_000 < digits.images.nbytes

@@ -30,9 +30,9 @@ from stablefield.training._feed import Feed
 from stablefield.training._loop import Report, Tracker, check_tracker, make_accelerator
 from stablefield.training._observers import FrechetObserver
 from stablefield.training._placement import placed
-from stablefield.training._processes import first_process_first, from_first, start_processes
+from stablefield.training._processes import first_process_first, start_processes
 from stablefield.training._recipe import Recipe
-from stablefield.training._run import Plan, Run, make_plan, train
+from stablefield.training._run import Plan, Run, make_plan, share_plan, train
 from stablefield.training._run_folder import RunConfig, RunFolder
 
 __all__ = ["Train"]
@@ -145,9 +145,7 @@ class Train:
         data = self.opened
         assert isinstance(data, ImageSet)
         self._check_samples(data)
-        # Decided once: others may have other memory.
-        plan = from_first(self._plan(data, device, state.num_processes) if state.is_main_process else None)
-        assert plan is not None
+        plan = share_plan(self._plan(data, device, state.num_processes) if state.is_main_process else None, data)
         if self.dry_run:
             return self._rehearse(plan.config, data, device, 0)
         observers = self._observers(data, device)

@@ -53,7 +53,7 @@ from stablefield.training._samples import Samples, in_order
 if TYPE_CHECKING:
     from stablefield.evaluation._extractor import Extractor
 
-__all__ = ["Plan", "Run", "batches", "make_plan", "train"]
+__all__ = ["Plan", "Run", "batches", "make_plan", "share_plan", "train"]
 
 Images = str | Path | ImageSet | NDArray[np.uint8] | Tensor
 """What `stablefield.data.open_images` opens, an image set, or uint8 of shape (n, C, H, W)."""
@@ -115,6 +115,19 @@ def make_plan(data: ImageSet, recipe: Recipe, *, device: torch.device | str = "c
     return Plan(data=data, config=config, references=rule, noise_band=finding)
 
 
+def share_plan(plan: Plan | None, data: ImageSet) -> Plan:
+    """The first process's plan on every process, decided once, since others may have other memory.
+
+    Args:
+        plan: that of the first process; None on the others.
+        data: this process's images. They are not sent: each process has opened them itself.
+    """
+    decided = from_first(None if plan is None else (plan.config, plan.references, plan.noise_band))
+    assert decided is not None
+    config, references, noise_band = decided
+    return Plan(data=data, config=config, references=references, noise_band=noise_band)
+
+
 def train(
     images: Images | Plan,
     *,
@@ -168,11 +181,10 @@ def train(
         chosen = recipe_for(data, accelerated=where.type == "cuda") if recipe is None else recipe
         if steps is not None:
             chosen = dataclasses.replace(chosen, steps=whole_number("steps", steps, 1))
-        # Decided once: others may have other memory.
-        plan = from_first(
-            make_plan(data, chosen, device=where, processes=state.num_processes) if state.is_main_process else None
+        plan = share_plan(
+            make_plan(data, chosen, device=where, processes=state.num_processes) if state.is_main_process else None,
+            data,
         )
-        assert plan is not None
     else:
         if recipe is not None or steps is not None or labels is not None:
             raise ValueError("images is a Plan, which holds its recipe: leave recipe and steps out, and labels, too.")
