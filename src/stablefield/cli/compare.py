@@ -202,5 +202,5 @@ def _numbers(text: str) -> list[int]:
     except ValueError:
         raise ValueError(f"--seeds {text}: write numbers with commas, such as 0,1,2.") from None
     if len(set(found)) < len(found) or min(found) < 0:
-        raise ValueError(f"--seeds {text}: every seed once, and none below 0.")
+        raise ValueError(f"--seeds {text}: name every seed once, and none below 0.")
     return found

@@ -35,7 +35,6 @@ from stablefield.evaluation._evaluate import DEFAULT_METRICS, evaluate
 from stablefield.evaluation._metric import Metric
 from stablefield.evaluation._processes import Processes
 from stablefield.evaluation._result import Evaluation
-from stablefield.sampling._samples import chunks_of
 from stablefield.training._ema import power_exponent
 from stablefield.training._files import write_tensors
 from stablefield.training._loop import Observer, Report, Tracker, check_fit, fit, make_accelerator
@@ -569,27 +568,20 @@ def batches(
     progress: Callable[[Progress], object] | None = None,
 ) -> Iterator[Samples]:
     """This process's part of the images of seeds, batch by batch; the `nfe` of each is its own."""
-    chunks = processes.share(chunks_of(seeds, sampler.batch, coupled=sampler.coupled))
-    total = sum(len(chunk.places) for chunk in chunks)
     stage = "drawing" if processes.count == 1 else f"drawing (process 1 of {processes.count})"
-    done = size = 0
 
-    def report(share: float) -> None:
+    def report(done: float, total: int) -> None:
         if progress is not None:
-            progress(Progress(stage=stage, done=int(done + share * size), total=total))
+            progress(Progress(stage=stage, done=int(done), total=total))
 
-    drawing = sampler.drawing(report)
-    for chunk in chunks:
-        size, before = len(chunk.places), drawing.evaluations
-        images = drawing(chunk)
+    for chunk, images, evaluations in sampler.draw(seeds, processes, report):
         labels = sampler.labels(torch.tensor(chunk.wanted))
-        done += size
         yield dataclasses.replace(
             _no_samples(sampler),
             images=images.numpy(),
             seeds=chunk.wanted,
             labels=None if labels is None else labels.numpy(),
-            nfe=float(drawing.evaluations - before),
+            nfe=float(evaluations),
         )
 
 

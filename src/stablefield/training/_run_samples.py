@@ -58,23 +58,17 @@ class RunSamples(SampleSource):
         """This process's samples of a repeat: images, uint8 (B, C, H, W), and their numbers (B,)."""
         start, sampler = self._start(repeat), self._sampler
         seeds = range(start, start + self.count)
-        chunks = processes.share(chunks_of(seeds, sampler.batch, coupled=sampler.coupled))
         stage = "samples" if repeat == 0 else f"samples, repeat {repeat + 1}"
-        done = size = 0
 
-        def report(share: float) -> None:
+        def report(done: float, _: int) -> None:
             if progress is not None:
                 # The other processes are about as far.
-                drawn = min(self.count, int(processes.count * (done + share * size)))
-                progress(Progress(stage=stage, done=drawn, total=self.count))
+                progress(Progress(stage=stage, done=min(self.count, int(processes.count * done)), total=self.count))
 
-        drawing = sampler.drawing(report)
-        for chunk in chunks:
-            size = len(chunk.places)
-            yield drawing(chunk), torch.tensor(chunk.wanted) - start
-            done += size
-        self._evaluations += drawing.evaluations
-        self._chunks += drawing.chunks
+        for chunk, images, evaluations in sampler.draw(seeds, processes, report):
+            yield images, torch.tensor(chunk.wanted) - start
+            self._evaluations += evaluations
+            self._chunks += 1
 
     def labels(self, repeat: int, numbers: Tensor) -> Tensor | None:
         """Classes of samples of a repeat, by their numbers (B,); None for a run without classes."""

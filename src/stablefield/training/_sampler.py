@@ -6,7 +6,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import partial
@@ -20,8 +20,9 @@ from torch import Tensor
 from stablefield import sampling
 from stablefield.data._image_set import class_text
 from stablefield.diffusion._process import VE, VP, Process
+from stablefield.evaluation._processes import Processes
 from stablefield.sampling._noise import SampleNoise
-from stablefield.sampling._samples import Drawing, Solve
+from stablefield.sampling._samples import Chunk, Drawing, Solve, chunks_of
 from stablefield.sampling._solver_loop import Denoise
 from stablefield.training._model import OpenModel, open_model
 from stablefield.training._run_folder import RunConfig
@@ -454,6 +455,34 @@ class RunSampler:
             device=self.device,
             progress=None if progress is None else lambda sigma: progress(_share_done(sigmas, sigma)),
         )
+
+    def draw(
+        self, seeds: Sequence[int], processes: Processes, progress: Callable[[float, int], object] | None = None
+    ) -> Iterator[tuple[Chunk, Tensor, int]]:
+        """This process's part of the images of seeds, batch by batch.
+
+        Args:
+            seeds: of all processes.
+            processes: that share them.
+            progress: called before every evaluation with how many images this process has drawn, and how many it will.
+
+        Yields:
+            The batch, the images of its wanted seeds, uint8 (B, C, H, W) on the CPU, and the network evaluations it took.
+        """
+        chunks = processes.share(chunks_of(seeds, self.batch, coupled=self.coupled))
+        total = sum(len(chunk.places) for chunk in chunks)
+        done = size = 0
+
+        def report(share: float) -> None:
+            if progress is not None:
+                progress(done + share * size, total)
+
+        drawing = self.drawing(report)
+        for chunk in chunks:
+            size, before = len(chunk.places), drawing.evaluations
+            images = drawing(chunk)
+            done += size
+            yield chunk, images, drawing.evaluations - before
 
 
 def _text(value: object) -> str:
