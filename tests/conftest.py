@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import torch
 from torch import Tensor
+
+from forks import Fork, Server
 
 
 @dataclass(frozen=True)
@@ -88,3 +91,24 @@ def smooth_images() -> Callable[..., Tensor]:
         return sum(octaves[1:], octaves[0]).clamp(-1, 1)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def _fork_server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def fork(_fork_server: Server) -> Iterator[Callable[..., Fork]]:
+    """Start `code` in a process of its own, see `forks`; what still runs at the test's end is killed."""
+    begun: list[Fork] = []
+
+    def start(code: str, *arguments: object, cwd: Path | None = None, **environment: str) -> Fork:
+        begun.append(_fork_server.start(code, [str(argument) for argument in arguments], cwd, environment))
+        return begun[-1]
+
+    yield start
+    for process in begun:
+        process.kill()
