@@ -130,7 +130,7 @@ def test_regions_are_shaded_between_their_edges_and_named():
         )
     )
     to_x = scale(svg, "x", True)
-    shaded = paths(svg, "fill: var(--shade")
+    shaded = paths(svg, "fill: var(--grid")
     spans = [(float(to_x(points[:, 0].min())), float(to_x(points[:, 0].max()))) for points in shaded]
     assert spans == [
         (pytest.approx(0.09, rel=0.02), pytest.approx(1, rel=1e-3)),
