@@ -192,8 +192,12 @@ def _height(chart: LineChart) -> float:
 
 def _columns(chart: LineChart) -> int:
     """Columns of the legend that fit, at most three."""
-    longest = max(len(line.label) for line in chart.lines)
-    return max(1, min(3, int((WIDTH + 0.6 * FONT) / (4.2 * FONT + LETTER * longest))))
+    widths = [4.2 * FONT + LETTER * len(line.label) for line in chart.lines]
+    for columns in (3, 2):
+        # Matplotlib fills them from the left, each as wide as the longest of its labels.
+        if sum(part.max() for part in np.array_split(widths, columns) if part.size) < WIDTH + 0.6 * FONT:
+            return columns
+    return 1
 
 
 def _wrap(text: str, length: int) -> str:
@@ -224,13 +228,11 @@ def _draw(canvas: "FigureBase", chart: LineChart, title: str) -> None:
     (tracks or [axes])[-1].set_xlabel(_wrap(chart.x_label, 48))
     if tracks:
         _draw_regions(axes, tracks[0], chart.regions)
-    columns = _columns(chart)
-    names = [_wrap(line.label, 44 // columns) for line in chart.lines]
     canvas.legend(
         drawn,
-        names,
+        [_wrap(line.label, 44) for line in chart.lines],
         loc="outside upper left",
-        ncols=columns,
+        ncols=_columns(chart),
         handlelength=2.2,
         alignment="left",
         title=_wrap(title, 42) or None,
@@ -267,7 +269,7 @@ def _set_ticks(axis: "Axis", log: bool, most: int) -> None:
     low, high = axis.get_view_interval()
     decades = math.log10(high / low)
     # Few decades would leave two or three ticks: then the numbers between are named as well.
-    subs = (1.0,) if decades > 2 else (1.0, 2.0, 5.0) if decades > 0.7 else tuple(range(1, 10))
+    subs = (1.0,) if decades > 2.2 else (1.0, 2.0, 5.0) if decades > 0.7 else tuple(range(1, 10))
     axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=most))
     axis.set_major_formatter("{x:,g}")
     axis.set_minor_formatter(NullFormatter())
