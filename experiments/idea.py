@@ -86,7 +86,8 @@ def picture(groups: list[list[NDArray[np.uint8]]], fitting: list[list[float]], p
     sheet = Image.new("RGB", size, palette.ground)
     drawing = ImageDraw.Draw(sheet)
     plain, bold = (
-        ImageFont.truetype(findfont(FontProperties(family="DejaVu Sans", weight=weight)), FONT) for weight in ("normal", "bold")
+        ImageFont.truetype(findfont(FontProperties(family="DejaVu Sans", weight=weight)), FONT)
+        for weight in ("normal", "bold")
     )
     tops = [LINE + row * (LINE + cell + GAP) for row in range(rows + 1)]
     for label, top in zip(LABELS, tops, strict=True):
