@@ -70,7 +70,7 @@ def test_results_measured_otherwise_are_marked_and_warned_of():
     both = evaluation(FID, KID).compare(Evaluation(name="b.json", scores=(other,)))
     table, warning = section(both.page(), "Against an earlier result").blocks
     assert isinstance(table, Table)
-    assert table.rows == (("FID", 3.375, 9.0, -5.625, "no"),)
+    assert table.rows == (("FID", 3.375, 9.0, -5.625, "lower", "no"),)
     assert isinstance(warning, Bullets)
     assert "their difference means nothing: sample_count: 500 against 5000" in warning.items[0]
     assert "their difference means nothing" in str(both)

@@ -273,13 +273,14 @@ class Evaluation(Result):
                 one.first.mean,
                 one.second.mean,
                 one.difference,
+                one.first.better.removesuffix(" is better") or None,
                 "yes" if one.comparable else "no",
             )
             for one in found
         )
         if not rows:
             return (Text(f"{earlier.name} has none of these numbers."),)
-        columns = ("Metric", "Here", "There", "Difference", "Measured alike")
+        columns = ("Metric", "Here", "There", "Difference", "Better", "Measured alike")
         table = Table(columns=columns, rows=rows, caption=f"There: {earlier.name}.", digits=4)
         return (table, Bullets(tuple(warnings))) if (warnings := _warnings(found)) else (table,)
 
