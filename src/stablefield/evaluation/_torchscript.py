@@ -31,10 +31,13 @@ from stablefield._regular_file import open_regular
 from stablefield.evaluation._extractor import check_images, full_precision, three_channels
 
 __all__ = [
-    "AntialiasedBicubic", "Channels", "KeepSize", "Resize", "TensorFlowBilinear", "TorchScriptExtractor", "dinov2",
+    "IMAGENET", "AntialiasedBicubic", "Channels", "Resize", "TensorFlowBilinear", "TorchScriptExtractor", "dinov2",
 ]  # fmt: skip
 
 Channels = tuple[float, float, float]
+
+IMAGENET: tuple[Channels, Channels] = (255 * 0.485, 255 * 0.456, 255 * 0.406), (255 * 0.229, 255 * 0.224, 255 * 0.225)
+"""Mean and standard deviation of ImageNet's channels, on 0..255: `offset` and `scale` of networks trained on it."""
 
 
 class Resize(Protocol):
@@ -48,18 +51,6 @@ class Resize(Protocol):
     def __call__(self, images: Tensor) -> Tensor:
         """Resize floating point images of shape (B, C, H, W)."""
         ...
-
-
-@dataclass(frozen=True)
-class KeepSize:
-    """No resizing."""
-
-    @property
-    def rule(self) -> str:
-        return "none"
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return images
 
 
 @dataclass(frozen=True)
@@ -113,7 +104,7 @@ class TorchScriptExtractor:
     Args:
         path: the TorchScript file.
         name: what to call the network in tables and records.
-        resize: the rule that brings images to the size that the network wants.
+        resize: the rule that brings images to the size that the network wants; None keeps theirs.
         offset: subtracted from each channel's 0..255 values.
         scale: divides each channel after that.
         device: where the network runs.
@@ -128,7 +119,7 @@ class TorchScriptExtractor:
         path: str | Path,
         *,
         name: str,
-        resize: Resize,
+        resize: Resize | None,
         offset: Channels,
         scale: Channels,
         device: str | torch.device = "cpu",
@@ -137,7 +128,7 @@ class TorchScriptExtractor:
         if not path.exists():
             raise ValueError(f"{name}: there is no file {path}: pass the path of a TorchScript file.")
         open_regular(path).close()
-        self.name, self.resize, self.sha256 = name, resize.rule, _file_sha256(path)
+        self.name, self.resize, self.sha256 = name, resize.rule if resize else "none", _file_sha256(path)
         self._resize, self._device = resize, torch.device(device)
         self._network = _load(path, self._device)
         self._offset = torch.tensor(offset, device=self._device).reshape(1, 3, 1, 1)
@@ -148,7 +139,8 @@ class TorchScriptExtractor:
         check_images(images)
         # The executor's specialised plans are left out: with them a first call may differ from later ones.
         with full_precision(self._device), torch.jit.optimized_execution(False):  # pyright: ignore[reportPrivateImportUsage]
-            x = self._resize(three_channels(images.to(self._device)).float())
+            x = three_channels(images.to(self._device)).float()
+            x = self._resize(x) if self._resize else x
             features: Tensor = self._network((x - self._offset) / self._scale)
         # Pooled maps (B, d, 1, 1) are rows of features too.
         return features.flatten(1) if features.ndim == 4 and features.shape[2:] == (1, 1) else features
@@ -182,8 +174,8 @@ def dinov2(
         path,
         name="DINOv2",
         resize=AntialiasedBicubic(224) if resize is None else resize,
-        offset=(255 * 0.485, 255 * 0.456, 255 * 0.406),
-        scale=(255 * 0.229, 255 * 0.224, 255 * 0.225),
+        offset=IMAGENET[0],
+        scale=IMAGENET[1],
         device=device,
     )
 
