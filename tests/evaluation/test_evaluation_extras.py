@@ -3,9 +3,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from stablefield.evaluation._reference import load_tensor, save_tensor
+from stablefield._progress import Progress
+from stablefield.data._digits import open_digits
+from stablefield.evaluation._evaluate import evaluate
+from stablefield.evaluation._extractor import RandomConvolutions
 
 METRICS = (
     "fid",
@@ -36,9 +38,14 @@ def test_metrics_are_imported_without_the_extra(monkeypatch: pytest.MonkeyPatch)
         importlib.import_module(f"stablefield.evaluation._{name}")
 
 
-def test_cached_statistics_without_safetensors_name_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_safetensors_nothing_is_measured_before_the_error_that_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     without("safetensors", monkeypatch)
-    with pytest.raises(ImportError, match=r"need safetensors: pip install 'stablefield\[evaluate\]'"):
-        save_tensor(tmp_path / "r", "rows", torch.eye(3), {"reference_count": 3})
-    with pytest.raises(ImportError, match="need safetensors"):
-        load_tensor(tmp_path / "r", "rows", {"reference_count": 3})
+    seen: list[Progress] = []
+    given = {"data": "digits", "metrics": ["frechet"], "extractor": RandomConvolutions(), "progress": seen.append}
+    images = open_digits().images[:90]
+    with pytest.raises(ImportError, match=r"need safetensors: pip install 'stablefield\[evaluate\]', or .*cache=False"):
+        evaluate(images, **given, cache=tmp_path)
+    assert seen == []
+    assert evaluate(images, **given, cache=False)["Frechet distance (random convolutions (seed 0))"].mean > 0

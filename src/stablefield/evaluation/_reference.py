@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -169,14 +170,9 @@ def save_tensor(path: Path, kind: Kind, tensor: Tensor, record: Mapping[str, Any
         tensor: the packed moments, or the rows, of the whole set.
         record: what they depend on, see `ReferenceSet.record`.
         commit: of the code that made them.
-
-    Raises:
-        ImportError: if safetensors is not installed.
     """
-    try:
-        from safetensors.torch import save
-    except ImportError as error:
-        raise _missing() from error
+    from safetensors.torch import save
+
     kept = tensor.contiguous()
     metadata = {"record": json.dumps(record), "commit": commit}
     content = save({kind: kept}, metadata=metadata | {"sha256": _checksum(kept, metadata)})
@@ -188,12 +184,9 @@ def load_tensor(path: Path, kind: Kind, record: Mapping[str, Any]) -> tuple[Tens
 
     Raises:
         ValueError: if there is no such file, it is damaged, or it has another record.
-        ImportError: if safetensors is not installed.
     """
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise _missing() from error
+    from safetensors import SafetensorError, safe_open
+
     try:
         check_safetensors(path)
         with safe_open(path, framework="pt") as file:
@@ -217,9 +210,18 @@ def load_tensor(path: Path, kind: Kind, record: Mapping[str, Any]) -> tuple[Tens
 
 
 def _paths(cache: Path | None, record: Mapping[str, Any], wanted: ExtractorPass) -> dict[Kind, Path]:
-    """Where what is wanted is kept; empty without a cache."""
+    """Where what is wanted is kept; empty without a cache.
+
+    Raises:
+        ImportError: if there is a cache, and safetensors is not installed.
+    """
     if cache is None:
         return {}
+    if find_spec("safetensors") is None:
+        raise ImportError(
+            "kept features of images need safetensors: pip install 'stablefield[evaluate]', or keep none (cache=False).",
+            name="safetensors",
+        )
     # Without the commit: features of an earlier one are used, with a warning.
     key = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:20]
     kinds: dict[Kind, bool] = {"moments": wanted.moments, "rows": wanted.rows}
@@ -232,9 +234,3 @@ def _checksum(tensor: Tensor, metadata: Mapping[str, str]) -> str:
     digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
     digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _missing() -> ImportError:
-    return ImportError(
-        "cached reference statistics need safetensors: pip install 'stablefield[evaluate]'.", name="safetensors"
-    )

@@ -17,7 +17,6 @@ The resize rule is part of the metric: the same samples get another Frechet dist
 images (B, C, H, W) on any scale and returns them as (B, C, size, size), not rounded.
 """
 
-import hashlib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stablefield._regular_file import open_regular
+from stablefield._regular_file import sha256
 from stablefield.evaluation._extractor import check_images, full_precision, three_channels
 
 __all__ = [
@@ -127,8 +126,7 @@ class TorchScriptExtractor:
         path = Path(path)
         if not path.exists():
             raise ValueError(f"{name}: there is no file {path}: pass the path of a TorchScript file.")
-        open_regular(path).close()
-        self.name, self.resize, self.sha256 = name, resize.rule if resize else "none", _file_sha256(path)
+        self.name, self.resize, self.sha256 = name, resize.rule if resize else "none", sha256(path)
         self._resize, self._device = resize, torch.device(device)
         self._network = _load(path, self._device)
         self._offset = torch.tensor(offset, device=self._device).reshape(1, 3, 1, 1)
@@ -178,12 +176,6 @@ def dinov2(
         scale=IMAGENET[1],
         device=device,
     )
-
-
-def _file_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _load(path: Path, device: torch.device) -> torch.jit.ScriptModule:
