@@ -151,7 +151,7 @@ def evaluate(
             raise ValueError(f"count={count}: the source draws {samples.count} samples a repeat; leave count out.")
     check_counts(chosen, source.count, references)
     for repeat in range(repeats):
-        source.seeds(repeat)  # which may not suffice
+        source.seeds(repeat)  # raises here, before anything is measured, if they run out
     kept = cache_folder() / "references" if cache is True else Path(cache) if cache else None
 
     def part(name: str) -> ImageSet:
