@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import stablefield
+from stablefield._cost import Cost, StepShare, measure_cost, measure_step
 from stablefield._progress import Progress
 from stablefield._shapes import found_device, whole_number
 from stablefield.data._image_set import ImageSet
-from stablefield.evaluation._cost import Cost, StepShare, measure_cost, measure_step
 from stablefield.report._cells import text_table
 from stablefield.report._chart import Line, LineChart
 from stablefield.report._page import Figure, Page, Table
