@@ -1,6 +1,7 @@
 """What all tests share: a bound on threads, seeded draws, and a posterior written in the plainest way."""
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,3 +113,18 @@ def fork(_fork_server: Server) -> Iterator[Callable[..., Fork]]:
     yield start
     for process in begun:
         process.kill()
+
+
+@pytest.fixture
+def fork_ranks(fork: Callable[..., Fork]) -> Callable[..., list[Fork]]:
+    """Start `code` in a number of processes of one group, with the environment that torchrun gives them."""
+
+    def start(count: int, code: str, *arguments: object, cwd: Path | None = None, **environment: str) -> list[Fork]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
+        ranks = map(str, range(count))
+        return [fork(code, *arguments, cwd=cwd, RANK=rank, LOCAL_RANK=rank, **group) for rank in ranks]
+
+    return start

@@ -87,6 +87,8 @@ class Server:
         self._number += 1
         folder = Path(self._place.name, str(self._number))
         folder.mkdir()
+        for name in ("stdout", "stderr"):
+            (folder / name).touch()
         job = {
             "code": code,
             "arguments": [str(argument) for argument in arguments],
@@ -171,7 +173,7 @@ def prepare(job: dict[str, Any]) -> None:
     os.environ.update(job["environment"])
     os.chdir(job["cwd"])
     for number, name in ((1, "stdout"), (2, "stderr")):
-        file = os.open(Path(job["folder"], name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+        file = os.open(Path(job["folder"], name), os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
     nothing = os.open(os.devnull, os.O_RDONLY)
