@@ -59,8 +59,8 @@ class Reading:
 class SelfCheck:
     """Measures few samples of a model in training; made once per run by `prepare`.
 
-    What draws is any function of seeds that returns uint8 images (len(seeds), C, H, W), such as
-    `lambda seeds: drawing.images(seeds, 250)` with a `stablefield.sampling._samples.Drawing`.
+    What draws is any function of seeds that returns uint8 images (len(seeds), C, H, W), as `stablefield.sampling._draw.draw`
+    makes them.
     """
 
     extractor: Extractor

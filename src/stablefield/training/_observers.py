@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from stablefield.diffusion._preconditioning import Denoiser
-from stablefield.sampling._grids import edm_sigmas
-from stablefield.sampling._ode import heun
-from stablefield.sampling._samples import Drawing
+from stablefield.sampling._draw import chunks_of, draw
+from stablefield.sampling._solvers import SolverOptions
 
 if TYPE_CHECKING:  # it imports torchmetrics, which a run that does not measure itself can do without
     from stablefield.evaluation._self_check import Reading, SelfCheck
@@ -39,16 +38,17 @@ def samples(
         labels: classes of the images, shape (len(seeds),); None for a network without classes.
         sigmas: the grid; EDM's of 18 steps by default.
     """
-    grid = edm_sigmas(STEPS) if sigmas is None else sigmas
+    options = SolverOptions(steps=STEPS)
     classes = None if labels is None else labels.to(device)
-    drawing = Drawing(
+    ((_, images, _),) = draw(
         lambda _: denoiser if classes is None else lambda x, sigma: denoiser(x, sigma, classes),
-        lambda denoise, x, _: heun(denoise, x, grid),
+        options,
+        options.sigmas() if sigmas is None else sigmas,
+        chunks_of(seeds, len(seeds)),
         shape=shape,
-        sigma_max=float(grid[0]),
         device=device,
     )
-    return drawing.images(seeds, len(seeds))
+    return images
 
 
 class FrechetObserver:
