@@ -145,6 +145,12 @@ def train(
 ) -> Run:
     """Train a diffusion model, and leave a run folder.
 
+    On a tensor or an array of your own, uint8 of shape (n, C, H, W):
+
+        images = ((x + 1) * 127.5).round().to(torch.uint8)  # from x in [-1, 1]
+        run = sf.train(images, out="runs/mine")
+        run.sample(64).save("grid.png")
+
     Started by torchrun or `accelerate launch`, the processes train together.
 
     Args:
