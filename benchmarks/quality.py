@@ -18,7 +18,7 @@ from stablefield.evaluation._cost import wait_for
 from stablefield.evaluation._extractor import Extractor
 from stablefield.evaluation._features import Gaussian, empty_moments, fit_moments, join_moments, moments_of, unpack
 from stablefield.evaluation._fid import distance_between
-from stablefield.sampling._draw import to_uint8
+from stablefield.sampling._seeded_images import to_uint8
 from stablefield.training._ema import ema_decay, follower, update_ema
 from stablefield.training._recipe import Recipe, SongUNetConfig
 from stablefield.training._recipes import CIFAR10_EDM, CIFAR10_VE

@@ -59,8 +59,7 @@ class Reading:
 class SelfCheck:
     """Measures few samples of a model in training; made once per run by `prepare`.
 
-    What draws is any function of seeds that returns uint8 images (len(seeds), C, H, W), as `stablefield.sampling._draw.draw`
-    makes them.
+    What draws is any function of seeds that returns uint8 images (len(seeds), C, H, W); see `sampling/_seeded_images.py`.
     """
 
     extractor: Extractor

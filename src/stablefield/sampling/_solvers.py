@@ -1,7 +1,7 @@
 """The solvers by name, and what goes with the choice of one: its options, steps, network evaluations and grid.
 
 `SOLVERS` is the table. A new solver has its own module beside this one, and one line in the table; CONTRIBUTING shows it.
-`SolverOptions` are the settings of any of them, and `draw` takes both to images.
+`SolverOptions` are the settings of any of them.
 """
 
 import math
@@ -27,9 +27,9 @@ __all__ = ["SOLVERS", "Grid", "SamplerName", "Solve", "Solver", "SolverOptions",
 
 Grid = Literal["edm", "ve", "vp", "cosine"]
 
-Solve = Callable[[Denoise, Tensor, Tensor, SampleNoise, "SolverOptions"], Tensor]
-"""From the denoiser, x at the first noise level (B, ...), the grid of noise levels (steps + 1,), the noise of each step and
-the options to the samples (B, ...)."""
+Solve = Callable[[Denoise, Tensor, Tensor], Tensor]
+"""A solver: from the denoiser, x at the first noise level (B, ...) and the grid of noise levels (steps + 1,) to the samples
+(B, ...)."""
 
 # Network evaluations that rk45 takes at its usual tolerances, about.
 _ADAPTIVE = 150
@@ -39,8 +39,8 @@ _ADAPTIVE = 150
 class Solver:
     """A solver, and what of `SolverOptions` goes with it."""
 
-    solve: Solve
-    """The function."""
+    solve: Callable[["SolverOptions", SampleNoise], Solve]
+    """From the options and the noise of each step to the solver."""
     options: tuple[str, ...] = ()
     """Fields of `SolverOptions` that are for this solver; given to another one they would go unnoticed."""
     steps: int | None = 18
@@ -53,37 +53,18 @@ class Solver:
     """Whether rows of a batch influence each other."""
 
 
-def _heun(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: SampleNoise, options: "SolverOptions") -> Tensor:
-    low, high = options.churn_range
-    churn, scale = options.churn, options.churn_noise
-    return heun(denoise, x, sigmas, s_churn=churn, s_min=low, s_max=high, s_noise=scale, noise=noise)
-
-
-def _corrected(
-    process: Literal["ve", "vp"],
-    denoise: Denoise,
-    x: Tensor,
-    sigmas: Tensor,
-    noise: SampleNoise,
-    options: "SolverOptions",
-) -> Tensor:
-    return predictor_corrector(
-        denoise,
-        x,
-        sigmas,
-        process=process,
-        predictor=options.predictor,
-        corrector_steps=options.corrector_steps,
-        snr=options.snr,
-        # A seed is one image, whatever the batch that it is drawn in.
-        average_norms=False,
-        noise=noise,
-    )
-
-
 def _corrector(process: Literal["ve", "vp"]) -> Solver:
     return Solver(
-        solve=partial(_corrected, process),
+        solve=lambda options, noise: partial(
+            predictor_corrector,
+            process=process,
+            predictor=options.predictor,
+            corrector_steps=options.corrector_steps,
+            snr=options.snr,
+            # A seed is one image, whatever the batch that it is drawn in.
+            average_norms=False,
+            noise=noise,
+        ),
         options=("predictor", "corrector_steps", "snr"),
         steps=1000,
         calls=lambda options, steps: steps * (1 + options.corrector_steps),
@@ -92,21 +73,29 @@ def _corrector(process: Literal["ve", "vp"]) -> Solver:
 
 
 SOLVERS: Mapping[str, Solver] = {
-    "heun": Solver(solve=_heun, options=("churn", "churn_range", "churn_noise"), calls=lambda _, steps: 2 * steps - 1),
-    "euler": Solver(solve=lambda denoise, x, sigmas, _, __: euler(denoise, x, sigmas)),
-    "dpmpp-2m": Solver(solve=lambda denoise, x, sigmas, _, __: dpmpp_2m(denoise, x, sigmas)),
+    "heun": Solver(
+        solve=lambda options, noise: partial(
+            heun,
+            s_churn=options.churn,
+            s_min=options.churn_range[0],
+            s_max=options.churn_range[1],
+            s_noise=options.churn_noise,
+            noise=noise,
+        ),
+        options=("churn", "churn_range", "churn_noise"),
+        calls=lambda _, steps: 2 * steps - 1,
+    ),
+    "euler": Solver(solve=lambda _, __: euler),
+    "dpmpp-2m": Solver(solve=lambda _, __: dpmpp_2m),
     "dpmpp-2m-sde": Solver(
-        solve=lambda denoise, x, sigmas, noise, options: dpmpp_2m_sde(denoise, x, sigmas, eta=options.eta, noise=noise),
-        options=("eta",),
+        solve=lambda options, noise: partial(dpmpp_2m_sde, eta=options.eta, noise=noise), options=("eta",)
     ),
-    "euler-maruyama": Solver(
-        solve=lambda denoise, x, sigmas, noise, _: euler_maruyama(denoise, x, sigmas, noise=noise), steps=1000
-    ),
-    "ancestral": Solver(solve=lambda denoise, x, sigmas, noise, _: ancestral(denoise, x, sigmas, noise=noise)),
+    "euler-maruyama": Solver(solve=lambda _, noise: partial(euler_maruyama, noise=noise), steps=1000),
+    "ancestral": Solver(solve=lambda _, noise: partial(ancestral, noise=noise)),
     "pc-ve": _corrector("ve"),
     "pc-vp": _corrector("vp"),
     "rk45": Solver(
-        solve=lambda denoise, x, sigmas, _, options: rk45(denoise, x, sigmas, rtol=options.rtol, atol=options.atol),
+        solve=lambda options, _: partial(rk45, rtol=options.rtol, atol=options.atol),
         options=("rtol", "atol"),
         steps=None,
         coupled=True,
@@ -185,6 +174,10 @@ class SolverOptions:
     def solver(self) -> Solver:
         """The line of `SOLVERS`."""
         return SOLVERS[self.sampler]
+
+    def solve(self, noise: SampleNoise) -> Solve:
+        """The solver with these options and the noise of its steps: call it with the denoiser, x and the grid."""
+        return self.solver.solve(self, noise)
 
     @property
     def steps_taken(self) -> int | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stablefield.diffusion._preconditioning import Denoiser
-from stablefield.sampling._draw import chunks_of, draw
+from stablefield.sampling._seeded_images import chunks_of, draw
 from stablefield.sampling._solvers import SolverOptions
 
 if TYPE_CHECKING:  # it imports torchmetrics, which a run that does not measure itself can do without

@@ -15,8 +15,8 @@ from torch import Tensor
 from stablefield._progress import Progress
 from stablefield.data._image_set import class_text
 from stablefield.evaluation._processes import Processes
-from stablefield.sampling._draw import chunks_of, draw
 from stablefield.sampling._guidance import autoguidance, classifier_free
+from stablefield.sampling._seeded_images import chunks_of, draw
 from stablefield.sampling._solver_loop import Denoise
 from stablefield.sampling._solvers import SolverOptions, option_text
 from stablefield.training._model import OpenModel, open_model

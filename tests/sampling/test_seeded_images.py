@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import stablefield.sampling as sampling
-from stablefield.sampling._draw import BLOCK, Chunk, chunks_of, draw, to_uint8
+from stablefield.sampling._seeded_images import BLOCK, Chunk, chunks_of, draw, to_uint8
 from stablefield.sampling._solvers import SOLVERS, SolverOptions
 
 SHAPE = (1, 2, 2)
@@ -42,7 +42,7 @@ def test_one_step_size_for_a_batch_would_tie_rows_to_their_neighbours():
     noise = sampling.SampleNoise(range(8))
     x = 20 * noise.latents(SHAPE, dtype=torch.float64)
     options = OPTIONS["rk45"]
-    together, *source_only = (options.solver.solve(denoiser, rows, SIGMAS, noise, options) for rows in (x, *x.split(1)))
+    together, *source_only = (options.solve(noise)(denoiser, rows, SIGMAS) for rows in (x, *x.split(1)))
     source_only = torch.cat(source_only)
     assert 1e-6 < (together - source_only).abs().max() < 0.1
 

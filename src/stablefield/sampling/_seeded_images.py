@@ -1,4 +1,4 @@
-"""Draw images of seeds, chunk by chunk, the same whatever the batch size and the number of processes.
+"""Images of seeds, drawn chunk by chunk, the same whatever the batch size and the number of processes.
 
 The seeds asked for are cut into chunks before they are shared out, so which process draws a chunk changes nothing. A
 solver that treats all rows alike (every fixed grid) may be cut anywhere. One that picks one step size for all rows
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stablefield.sampling._counting import counted
+from stablefield.sampling._counting import Counted
 from stablefield.sampling._noise import SampleNoise
 from stablefield.sampling._solver_loop import Denoise
 from stablefield.sampling._solvers import SolverOptions
@@ -105,18 +105,16 @@ def draw(
     done, total = 0, sum(len(chunk.places) for chunk in chunks)
     for chunk in chunks:
         size = len(chunk.places)
-        denoiser = counted(denoiser_of(torch.tensor(chunk.seeds, dtype=torch.int64, device=device)))
 
-        def denoise(
-            x: Tensor, sigma: Tensor, network: Denoise = denoiser, before: int = done, size: int = size
-        ) -> Tensor:
+        def report(sigma: Tensor, before: int = done, size: int = size) -> None:
             if progress is not None:
                 progress(before + size * _share_done(sigmas, float(sigma[0])), total)
-            return network(x, sigma)
 
+        seeds = torch.tensor(chunk.seeds, dtype=torch.int64, device=device)
+        denoiser = Counted(denoiser_of(seeds), None if progress is None else report)
         noise = SampleNoise(chunk.seeds)
         latents = noise.latents(shape, dtype=torch.float64).to(dtype).to(device)
-        x = options.solver.solve(denoise, latents * float(sigmas[0]), sigmas, noise, options)
+        x = options.solve(noise)(denoiser, latents * float(sigmas[0]), sigmas)
         yield chunk.wanted, to_uint8(x)[list(chunk.places)], denoiser.nfe
         done += size
 
