@@ -29,7 +29,7 @@ from stablefield.evaluation._precision_recall import Coverage, Density, Precisio
 from stablefield.evaluation._processes import Processes
 from stablefield.evaluation._protocol import Score, running_commit
 from stablefield.evaluation._result import Evaluation, Pictures
-from stablefield.evaluation._sources import Images, ImageSource, RealImages, Report, SampleSource, SamplingRecord
+from stablefield.evaluation._sample_source import Images, ImageSource, RealImages, Report, SampleSource, SamplingRecord
 
 if TYPE_CHECKING:  # these need torchmetrics
     from stablefield.evaluation._extraction import Batch

@@ -114,6 +114,7 @@ def draw(
         denoiser = Counted(denoiser_of(seeds), None if progress is None else report)
         noise = SampleNoise(chunk.seeds)
         latents = noise.latents(shape, dtype=torch.float64).to(dtype).to(device)
+        # The solver, such as `heun` in _euler_heun.py, calls the denoiser at every noise level.
         x = options.solve(noise)(denoiser, latents * float(sigmas[0]), sigmas)
         yield chunk.wanted, to_uint8(x)[list(chunk.places)], denoiser.nfe
         done += size

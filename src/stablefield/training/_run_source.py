@@ -13,7 +13,7 @@ from stablefield._shapes import whole_number
 from stablefield.evaluation._cost import wait_for
 from stablefield.evaluation._processes import Processes
 from stablefield.evaluation._protocol import running_commit
-from stablefield.evaluation._sources import SampleSource, SamplingRecord
+from stablefield.evaluation._sample_source import SampleSource, SamplingRecord
 from stablefield.sampling._seeded_images import chunks_of
 from stablefield.training._run_folder import RunConfig
 from stablefield.training._sampler import RunSampler

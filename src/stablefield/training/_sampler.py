@@ -214,7 +214,7 @@ class RunSampler:
             yield self.samples(own, images, evaluations)
 
     def denoiser(self, seeds: Tensor) -> Denoise:
-        """D(x, sigma) for rows of these seeds, shape (B,), with their classes and guidance."""
+        """D(x, sigma) for rows of these seeds, shape (B,): the run's `Denoiser` with their classes, and guidance."""
         own, labels = self.model.denoiser, self.options.labels(seeds, self.config)
         scale, interval = self.options.guidance_scale, self.options.guidance_interval
         if scale != 1 and self.guide is not None:
