@@ -34,12 +34,17 @@ class Counted(Evaluations):
         """D(x, sigma, class_labels); counts 1, or what the denoiser counts itself."""
         if self._progress is not None:
             self._progress(sigma)
-        own = self.denoiser if isinstance(self.denoiser, Evaluations) else None
-        before = 0 if own is None else own.nfe
+        before = _nfe_of(self.denoiser)
         # The labels go in by place, not by name: the third argument is the habit, its name is not.
         denoised = self.denoiser(x, sigma) if class_labels is None else self.denoiser(x, sigma, class_labels)
-        self.nfe += 1 if own is None else own.nfe - before
+        after = _nfe_of(self.denoiser)
+        self.nfe += 1 if before is None or after is None else after - before
         return denoised
+
+
+def _nfe_of(denoiser: object) -> int | None:
+    """The evaluations that a denoiser has counted; None if it counts none."""
+    return denoiser.nfe if isinstance(denoiser, Evaluations) else None
 
 
 def counted(denoiser: Callable[..., Tensor]) -> Counted:
