@@ -1,6 +1,6 @@
-"""Networks that may be trained: a perceptron, and the U-Nets DDPM++ and NCSN++.
+"""Networks for training: a perceptron, and the U-Nets DDPM++ and NCSN++.
 
-`diffusers_unet` has a fourth, the UNet2DModel of diffusers, which is imported where one is made.
+`DiffusersUNet` wraps a fourth, the UNet2DModel of diffusers, which it imports when you make one.
 """
 
 from stablefield._lazy import attach
