@@ -1,4 +1,4 @@
-"""What the experiments share: the toy of two Gaussians, and results that say how they were made."""
+"""Shared by the experiments: the two-Gaussian toy data, and results with a record of how they were made."""
 
 import datetime as dt
 import json
@@ -27,7 +27,7 @@ def two_gaussians(n: int = 4096, seed: int = 0) -> Tensor:
 
 
 def write(name: str, command: str, values: dict[str, Any], charts: dict[str, LineChart]) -> None:
-    """Write results/NAME.json and a figure per chart, and say where they are."""
+    """Write results/NAME.json and a figure per chart, and print their paths."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     record = {

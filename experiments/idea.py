@@ -2,7 +2,7 @@
 
     python experiments/idea.py CIFAR_FOLDER    # CIFAR-10's binary folder: all 50,000 training images are references
 
-Writes docs/assets/idea.png and idea-dark.png, for light and for dark ground, and results/idea.json.
+Writes docs/assets/idea.png and idea-dark.png, for light and dark backgrounds, and results/idea.json.
 """
 
 import sys
@@ -21,10 +21,10 @@ from stablefield.report._colours import DARK, LIGHT, Palette
 
 ASSETS = Path(__file__).parents[1] / "docs/assets"
 SHOWN = (102, 92, 43)
-"""A lorry, a boat and a horse, by their places in the training set."""
+"""A lorry, a boat and a horse, by their indices in the training set."""
 LEVELS = (1.0, 5.0, 20.0)
 SEED = 2
-"""Of the noise, which is the same at every level. Another seed gives other mixtures at the middle level."""
+"""Seed of the noise, which is the same at every level. Another seed gives other mixtures at the middle level."""
 LABELS = ("noisy input", "single-sample\ntarget", "stable target", "images that fit")
 SCALE, GAP, GROUP_GAP, LEFT, TOP, BOTTOM = 4, 6, 26, 222, 58, 46
 
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(SEED))
         x_t = sf.EDM().perturb(x0, t, noise)
         target = stable(x0, x_t, t, index=index, noise=noise)
-        # The noise is far outside [-1, 1]: scaled to the data's own spread, as a network gets it.
+        # The noise is far outside [-1, 1]: scale it to the data's spread, as for a network's input.
         scaled = x_t * 0.5 / (0.5**2 + level**2) ** 0.5
         groups.append([pixels(rows) for rows in (scaled, single(x0, x_t, t, noise=noise).x0, target.x0)])
         fitting.append(target.ess.tolist())
