@@ -16,7 +16,6 @@ from stablefield.data._digits import open_digits
 from stablefield.evaluation._extractor import RawPixels
 from stablefield.training._loop import Report
 from stablefield.training._recipe import Perceptron, Recipe
-from stablefield.training._run import share_plan
 from stablefield.training._sampler import SamplerOptions
 
 TINY = Recipe(
@@ -222,7 +221,7 @@ def test_processes_agree_on_a_plan_without_sending_each_other_the_images(monkeyp
         return pickle.loads(sent[-1])
 
     monkeypatch.setattr("stablefield.training._run.from_first", from_first)
-    shared = share_plan(plan, digits)
+    shared = sf.training.make_plan(digits, TINY)
     assert shared.data is digits
     assert (shared.config, shared.references, shared.noise_band) == (plan.config, plan.references, plan.noise_band)
     assert len(sent[0]) < 20_000 < digits.images.nbytes

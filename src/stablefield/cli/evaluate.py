@@ -9,20 +9,20 @@ import torch
 import tyro
 from rich.markup import escape
 
+from stablefield._shapes import found_device
 from stablefield.cli.console import console, relative, shown_warnings
 from stablefield.cli.extractors import ExtractorFlags
 from stablefield.cli.places import check_folder, check_free, check_place, unused
-from stablefield.cli.settling import pick_device
+from stablefield.cli.progress import StageBar
 from stablefield.cli.sources import open_data
 from stablefield.cli.usage import as_flags
-from stablefield.cli.words import duration
-from stablefield.cli.work import Work
 from stablefield.data._image_set import ImageSet
 from stablefield.data._resizing import Resize
 from stablefield.evaluation._evaluate import DEFAULT_METRICS, METRICS, check_counts, evaluate
 from stablefield.evaluation._processes import Processes
 from stablefield.evaluation._protocol import ProtocolWarning
 from stablefield.evaluation._result import Evaluation
+from stablefield.report._cells import duration
 from stablefield.report._extra import require
 from stablefield.training._run import Run
 from stablefield.training._run_samples import RunSamples, data_of
@@ -123,8 +123,8 @@ class Evaluate:
         check_counts([METRICS[name] for name in self.metrics], self.samples, self.references)
 
     def _evaluate(self) -> Evaluation:
-        device = pick_device(self.device)
-        with Work() as work, shown_warnings({ProtocolWarning: " To make it anew: --no-cache, or delete the file."}):
+        device = found_device(self.device or None)
+        with StageBar() as bar, shown_warnings({ProtocolWarning: " To make it anew: --no-cache, or delete the file."}):
             samples, name, opening = self._samples_of_run(device) if self._is_run else (self._images(), self.data, {})
             # Real images are brought to their size as the run's were in training unless the flags say otherwise.
             if self.resolution is not None or not opening:
@@ -149,7 +149,7 @@ class Evaluate:
                 device=device,
                 batch=self.feature_batch,
                 cache=False if self.no_cache else self.cache or True,
-                progress=work.show,
+                progress=bar.update,
                 on_estimate=_print_estimate,
             )
         return replace(found, name=self.source)

@@ -10,8 +10,7 @@ from rich.markup import escape
 
 from stablefield.cli.console import console, relative, shown_warnings
 from stablefield.cli.places import check_free, check_place, check_suffix, looks_like_file, unused
-from stablefield.cli.settling import pick_device
-from stablefield.cli.work import Work
+from stablefield.cli.progress import StageBar
 from stablefield.evaluation._processes import Processes
 from stablefield.training._run import Run, batches
 from stablefield.training._sampler import SamplerOptions
@@ -69,16 +68,16 @@ class Sample:
         check_place("--out", out, folder=not single)
         began = time.perf_counter()
         with shown_warnings():
-            sampler = run.sampler(options, device=pick_device(self.device))
-        with Work() as work:
+            sampler = run.sampler(options, device=self.device or None)
+        with StageBar() as bar:
             if single:
-                samples = run.sample(seeds, sampler=sampler, progress=work.show)
+                samples = run.sample(seeds, sampler=sampler, progress=bar.update)
                 nfe = samples.nfe
                 if processes.first:
                     samples.save(out)
             else:
                 # Each batch is on the disk before the next is drawn.
-                found = [batch.save(out) and batch.nfe for batch in batches(sampler, seeds, processes, work.show)]
+                found = [batch.save(out) and batch.nfe for batch in batches(sampler, seeds, processes, bar.update)]
                 evaluations, count = processes.total(sum(found), len(found))
                 nfe = evaluations / count
         seconds = time.perf_counter() - began

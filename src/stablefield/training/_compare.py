@@ -23,9 +23,8 @@ from torch import Tensor
 
 import stablefield
 from stablefield._atomic_file import write_atomically
-from stablefield._shapes import check_kind, found_device, whole_number
+from stablefield._shapes import found_device, whole_number
 from stablefield.data._image_set import ImageSet, class_text
-from stablefield.data._source import as_image_set, open_images
 from stablefield.evaluation._extractor import Extractor, RawPixels
 from stablefield.evaluation._fid import frechet_name
 from stablefield.report import Page
@@ -50,15 +49,11 @@ from stablefield.training._comparison import (
 )
 from stablefield.training._comparison_page import comparison_page, distance_chart, level_chart
 from stablefield.training._config import encode
-from stablefield.training._estimate import estimate
-from stablefield.training._feed import Feed
-from stablefield.training._loop import Report, make_accelerator
-from stablefield.training._placement import placed
+from stablefield.training._estimate import estimate_run
+from stablefield.training._loop import Report
 from stablefield.training._recipe import Recipe
-from stablefield.training._recipes import largest_resolution, recipe_for
-from stablefield.training._run import RECIPE, Images, make_plan
+from stablefield.training._run import Images, images_and_recipe, make_plan
 from stablefield.training._run_folder import RunConfig, RunFolder
-from stablefield.training._stepper import Stepper
 
 if TYPE_CHECKING:
     from stablefield.evaluation._self_check import SelfCheck
@@ -269,8 +264,6 @@ def compare(
     """
     from stablefield.evaluation._self_check import SelfCheck, check_samples  # needs torchmetrics
 
-    if recipe is not None:
-        check_kind("recipe", recipe, Recipe, RECIPE)
     if isinstance(seeds, int):
         seeds = range(whole_number("seeds", seeds, 1))
     wanted = [whole_number(f"seeds[{k}]", seed, 0) for k, seed in enumerate(seeds)]
@@ -279,13 +272,10 @@ def compare(
     if evaluations is not None:
         whole_number("evaluations", evaluations, 1)
     where = found_device(device)
-    data = _data(images, labels, recipe, where)
+    data, chosen = images_and_recipe(images, labels, recipe, steps, where)
     count = len(data) if samples is None else whole_number("samples", samples, 1)
     check_samples(f"samples={count}", count, len(data))
     folder = Path("compare") / data.name if out is None else Path(out)
-    chosen = recipe_for(data, accelerated=where.type == "cuda") if recipe is None else recipe
-    if steps is not None:
-        chosen = dataclasses.replace(chosen, steps=whole_number("steps", steps, 1))
     base = make_plan(data, dataclasses.replace(chosen, target="stf"), device=where)
     scoring = plan_scoring(base.config.recipe, len(data), evaluations=evaluations, samples=samples)
     runs = _runs(base.config, wanted, max(1, chosen.steps // scoring.count))
@@ -355,15 +345,6 @@ def compare(
     )
 
 
-def _data(
-    images: Images, labels: NDArray[np.int64] | Tensor | None, recipe: Recipe | None, device: torch.device
-) -> ImageSet:
-    if labels is not None or not isinstance(images, str | Path):
-        return as_image_set("images", images, labels)
-    limit = largest_resolution(accelerated=device.type == "cuda") if recipe is None else None
-    return open_images(images, limit=limit)
-
-
 def _runs(config: RunConfig, seeds: Sequence[int], every: int) -> list[PlannedRun]:
     found: list[PlannedRun] = []
     targets: tuple[TargetName, ...] = ("dsm", "stf")
@@ -410,20 +391,13 @@ def _seconds(
         newest = folder.newest() if (folder.path / "config.json").is_file() else None
         rest = 1 - (0 if newest is None else min(1, newest[1].step / run.config.recipe.steps))
         left, begun = left + rest, begun + (rest > 0)
-    accelerator = make_accelerator(device)
-    feed = Feed(data, config.recipe, device, labelled=config.classes > 0, placement=placed(config.recipe, data, device))
-    found = estimate(config, feed, accelerator)
-    # The second time: what making the first one loads is loaded once.
-    began = time.perf_counter()
-    Stepper(config, feed, accelerator)
-    setup = time.perf_counter() - began
-    feed.close()
+    found = estimate_run(config, data, device)
     training = left * config.recipe.steps * found.seconds_per_step
     # A training step is three evaluations of its rows, and its target.
     per_row = max(0.0, found.seconds_per_step - found.target_seconds) / (3 * config.recipe.batch)
     scores = left * scoring.count * (scoring.rows * per_row + _reading_seconds(check, data, device))
     # A run makes three networks, its own and one for the gradients of each target, and a picture; the report draws two more.
-    rest = begun * (3 * setup + NFE * _PICTURE * per_row) + 2 * NFE * _PICTURE * per_row + _REPORT
+    rest = begun * (3 * found.setup_seconds + NFE * _PICTURE * per_row) + 2 * NFE * _PICTURE * per_row + _REPORT
     if begun:
         rest += _optimum_seconds(data, device, labelled=config.classes > 0)
     return training, scores, rest
