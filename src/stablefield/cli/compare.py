@@ -6,20 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from stablefield.cli.console import console, print_table, quoted, relative
 from stablefield.cli.extractors import ExtractorFlags
 from stablefield.cli.interruption import Interruption
-from stablefield.cli.parser import words_of
+from stablefield.cli.parser import parse_seeds, words_of
 from stablefield.cli.places import check_folder, check_place
-from stablefield.cli.progress import TimeLeft
+from stablefield.cli.progress import StageBar
 from stablefield.cli.recipe_flags import Chosen, TrainingFlags
 from stablefield.report._cells import duration
 from stablefield.report._extra import require
-from stablefield.training._compare import DISTANCE, ComparisonPlan, PlannedRun, compare
-from stablefield.training._comparison import Outcome
-from stablefield.training._loop import Report
+from stablefield.training._compare import ComparisonPlan, compare
+from stablefield.training._comparison import DISTANCE
+from stablefield.training._scoring import Outcome
 
 __all__ = ["Compare"]
 
@@ -31,7 +30,7 @@ class Compare(TrainingFlags):
     out: Path | None = None
     """Folder of the comparison; compare/DATA if not given. One that was interrupted goes on where it stopped."""
     seeds: str = "0,1,2"
-    """Seeds of weights, batches and noise; two runs each."""
+    """Seeds of weights, batches and noise, such as 0,1,2 or 0-2; two runs each."""
     evaluations: int | None = None
     """How often each run is scored over training; up to 8 by default, no more than take as long as the training."""
     samples: int | None = None
@@ -47,7 +46,7 @@ class Compare(TrainingFlags):
             ImportError: if a package is missing.
         """
         super().check()
-        _numbers(self.seeds)
+        parse_seeds(self.seeds)
         for package in ("jinja2", "matplotlib"):
             require(package, "a report of the comparison")
         self.measure.check()
@@ -61,12 +60,12 @@ class Compare(TrainingFlags):
 
     def run(self) -> int:
         """Train, score, print a table, and write numbers and a report."""
-        seeds = _numbers(self.seeds)
+        seeds = parse_seeds(self.seeds)
         chosen = self.chosen()
         data, device = chosen.data, chosen.device
         out = self.out or Path("compare") / data.name
         check_place("--out", out / "report.html")
-        with Interruption() as interruption, _Bars() as bars:
+        with Interruption() as interruption, StageBar() as bar:
             found = compare(
                 data,
                 seeds=seeds,
@@ -76,13 +75,13 @@ class Compare(TrainingFlags):
                 samples=self.samples,
                 extractor=self.measure.open(data.shape, device),
                 device=device,
-                on_start=lambda plan: _begin(plan, chosen.notes, bars),
-                progress=bars.update,
-                on_run=bars.finish,
+                on_start=lambda plan: _print_plan(plan, chosen.notes),
+                progress=bar.update,
+                on_run=_print_outcome,
                 stop=lambda: interruption.requested,
                 command=self.command(chosen),
             )
-        if found is None:
+        if found.missing:
             console.print(f"stopped; the same command goes on: --out {quoted(out)}")
             return interruption.status
         print_table(*found.rows())
@@ -101,7 +100,7 @@ class Compare(TrainingFlags):
         return shlex.join(["stablefield", "compare", self.data, *words, *changes])
 
 
-def _begin(plan: ComparisonPlan, notes: Sequence[str], bars: "_Bars") -> None:
+def _print_plan(plan: ComparisonPlan, notes: Sequence[str]) -> None:
     for note in notes:
         console.print(f"changed:    {note}", markup=False)
     console.print(f"references: {plan.references}")
@@ -119,55 +118,11 @@ def _begin(plan: ComparisonPlan, notes: Sequence[str], bars: "_Bars") -> None:
         f"{duration(scoring)} of scoring ({times} in each run, on {plan.scoring.samples:,} samples)"
         + (f", {duration(other)} of what is around them" if other >= 1 else "")
     )
-    bars.begin(plan)
 
 
-class _Bars:
-    """A bar per run in a terminal; elsewhere a line per run that has ended."""
-
-    def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=16),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeLeft(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._tasks: dict[tuple[str, int], TaskID] = {}
-
-    def __enter__(self) -> "_Bars":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def begin(self, plan: ComparisonPlan) -> None:
-        """Show a bar for each run."""
-        for run in plan.runs:
-            name, steps = f"seed {run.seed} {run.target.upper()}", run.config.recipe.steps
-            self._tasks[run.target, run.seed] = self._progress.add_task(name, total=steps, text="")
-        self._progress.start()
-
-    def update(self, run: PlannedRun, report: Report) -> None:
-        """Show a report of a run."""
-        task = self._tasks[run.target, run.seed]
-        self._progress.update(task, completed=report.step, text=f"loss {report.loss:.3f}")
-
-    def finish(self, outcome: Outcome) -> None:
-        last = outcome.scores[-1]
-        text = f"distance {last.middle:.4f}, Frechet {last.frechet:.3f}, {last.seconds:.0f} s"
-        self._progress.update(self._tasks[outcome.target, outcome.seed], completed=last.step, text=text)
-        if not console.is_terminal:
-            console.print(f"seed {outcome.seed} {outcome.target.upper()}: {text}")
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--seeds {text}: write numbers with commas, such as 0,1,2.") from None
-    if len(set(found)) < len(found) or min(found) < 0:
-        raise ValueError(f"--seeds {text}: name every seed once, and none below 0.")
-    return found
+def _print_outcome(outcome: Outcome) -> None:
+    last = outcome.scores[-1]
+    console.print(
+        f"seed {outcome.seed} {outcome.target.upper()}: distance {last.middle:.4f}, Frechet {last.frechet:.3f}, "
+        f"{last.seconds:.0f} s"
+    )

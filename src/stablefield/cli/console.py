@@ -1,5 +1,6 @@
 """Where the command prints: one console for its results, plain where it is no terminal."""
 
+import os
 import shlex
 import sys
 import warnings
@@ -78,7 +79,8 @@ class _CleanConsole(Console):
             yield segment if segment.control else Segment(clean(segment.text), segment.style)
 
 
-console = _CleanConsole(highlight=False, soft_wrap=True)
+# Of several processes, the first one prints.
+console = _CleanConsole(highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
 
 
 def print_rows(rows: Iterable[tuple[str, str]]) -> int:

@@ -96,15 +96,12 @@ class Evaluate:
         self._check()
         earlier = None if self.against is None else replace(Evaluation.load(self.against), name=relative(self.against))
         with Processes() as processes:
-            console.quiet = not processes.first
             try:
                 found = self._evaluate()
-                if processes.first:
-                    self._finish(found if earlier is None else found.compare(earlier))
             except ValueError as error:
                 raise ValueError(as_flags(str(error), _FLAGS)) from error
-            finally:
-                console.quiet = False
+            if processes.first:
+                self._finish(found if earlier is None else found.compare(earlier))
         return 0
 
     def _check(self) -> None:

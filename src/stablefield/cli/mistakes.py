@@ -77,7 +77,10 @@ _OTHER = {
     "--resume-from --resume-from-checkpoint --checkpoint --ckpt": ("--resume", "give --resume --out RUN"),
     "--arch --architecture --model --network": ("--recipe", "give --recipe, or the flags that begin with --network"),
     "--target": ("--evaluations", "leave it out: both targets are trained with"),
-    "--sample-every --checkpoint-every": ("--looks", "give --looks, how often each run is scored and saved"),
+    "--sample-every --checkpoint-every": (
+        "--evaluations",
+        "give --evaluations, how often each run is scored and saved",
+    ),
 }
 _VERBS = {
     "fit": "train",

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-__all__ = ["given", "read", "words_of"]
+__all__ = ["given", "parse_seeds", "read", "words_of"]
 
 Kind = TypeVar("Kind")
 
@@ -91,3 +91,28 @@ def words_of(value: Any, base: Any, *, besides: Collection[str] = (), prefix: st
             items: tuple[Any, ...] = new if isinstance(new, tuple) else (new,)
             words += [f"--{name}", *map(str, items)]
     return words
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Seeds of a text such as 0-63 or 1,5,8-12.
+
+    Raises:
+        ValueError: if it is none, or names a seed twice.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        try:
+            start, stop = int(first), int(last if dash else first)
+        except ValueError:
+            raise ValueError(f"--seeds {text}: write numbers and ranges, such as 0-63 or 1,5,8-12.") from None
+        if stop < start:
+            raise ValueError(f"--seeds {text}: the range {part.strip()} ends before it begins.")
+        if stop >= 2**32:
+            raise ValueError(f"--seeds {text}: a seed is a whole number from 0 to 2^32 - 1.")
+        if stop - start + len(seeds) >= 1_000_000:
+            raise ValueError(f"--seeds {text}: that is over a million images; draw them in several calls.")
+        seeds.extend(range(start, stop + 1))
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds {text}: a seed is named twice.")
+    return seeds

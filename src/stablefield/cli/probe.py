@@ -14,7 +14,6 @@ from stablefield.cli.parser import words_of
 from stablefield.cli.places import check_folder
 from stablefield.cli.progress import StageBar
 from stablefield.cli.sources import DataFlags, print_reading
-from stablefield.cli.usage import as_flags
 from stablefield.probing._bias_probe import BiasProbe, probe_bias
 from stablefield.probing._network_probe import NetworkProbe
 from stablefield.probing._population import MOST
@@ -69,11 +68,7 @@ class Probe(DataFlags):
         check_folder("--out", self.out or (Path(self.data, "probe") if of_run else Path("probes", "new")))
         for package in ("matplotlib", "jinja2"):
             require(package, "the report of a probe")
-        try:
-            result = self._measured(of_run)
-        except ValueError as error:
-            raise ValueError(as_flags(str(error))) from error
-        result = dataclasses.replace(result, command=self._command)
+        result = dataclasses.replace(self._measured(of_run), command=self._command)
         console.print(str(result), markup=False)
         out = self.out or (Path(self.data, "probe") if of_run else Path("probes") / result.name)
         if isinstance(result, BiasProbe):

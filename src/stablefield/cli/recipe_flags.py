@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 import tyro
 
-from stablefield.cli.console import console
 from stablefield.cli.parser import given, read
 from stablefield.cli.sources import DataFlags, print_reading
 from stablefield.data._image_set import ImageSet
@@ -121,7 +120,6 @@ class TrainingFlags(DataFlags):
             raise ValueError("DATA is missing: name what to train on, such as: stablefield train digits.")
         device, state = place(self.device or None)
         accelerated = device.type == "cuda"
-        console.quiet = not state.is_main_process
         with first_process_first(state):
             if state.is_main_process:
                 self.check()

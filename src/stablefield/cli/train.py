@@ -108,7 +108,6 @@ class Train(TrainingFlags):
             return _print_recipe(run.config.recipe, ())
         self.check()
         device, state = place(self.device or None)
-        console.quiet = not state.is_main_process
         with _held(run, state.is_main_process and not self.dry_run):
             _print_where_it_stands(run)
             config, done = run.config, run.step
