@@ -239,3 +239,16 @@ def test_processes_agree_on_a_plan_without_sending_each_other_the_images(monkeyp
     assert shared.data is digits
     assert (shared.config, shared.references, shared.noise_band) == pickle.loads(sent[0])
     assert len(sent[0]) < 20_000 < digits.images.nbytes
+
+
+def test_a_plan_says_what_its_run_would_take_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = sf.training.make_plan(open_digits(), TINY, device="cpu").estimate("cpu")
+    assert found.seconds == found.seconds_per_step * TINY.steps
+    assert 0 < found.target_seconds < found.seconds_per_step
+    names = ["images", "parameters", "memory", "steps", "references", "a step here", "all of it"]
+    assert [name for name, _ in found.rows()] == names
+    assert [line[:12].strip() for line in str(found).splitlines()] == names
+    assert list(tmp_path.iterdir()) == []

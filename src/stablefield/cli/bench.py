@@ -8,7 +8,7 @@ import tyro
 
 from stablefield._shapes import found_device
 from stablefield.cli.console import console, print_table, relative
-from stablefield.cli.places import check_place
+from stablefield.cli.places import check_folder
 from stablefield.cli.progress import StageBar
 from stablefield.cli.sources import open_data
 from stablefield.evaluation._bench import benchmark
@@ -48,7 +48,7 @@ class Bench:
                 raise ValueError(f"{flag} is {' '.join(map(str, sizes)) or 'empty'}: name numbers of at least 1.")
         if self.out is not None:
             require("matplotlib", "--out, which draws a plot,")
-            check_place("--out", self.out, folder=True)
+            check_folder("--out", self.out)
         device = found_device(self.device or None)
         images = open_data(self.data) if self.data else None
         with StageBar() as bar:

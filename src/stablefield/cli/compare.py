@@ -11,7 +11,7 @@ from stablefield.cli.console import console, print_table, quoted, relative
 from stablefield.cli.extractors import ExtractorFlags
 from stablefield.cli.interruption import Interruption
 from stablefield.cli.parser import parse_seeds, words_of
-from stablefield.cli.places import check_folder, check_place
+from stablefield.cli.places import check_file, check_folder
 from stablefield.cli.progress import StageBar
 from stablefield.cli.recipe_flags import Chosen, TrainingFlags
 from stablefield.report._cells import duration
@@ -64,7 +64,7 @@ class Compare(TrainingFlags):
         chosen = self.chosen()
         data, device = chosen.data, chosen.device
         out = self.out or Path("compare") / data.name
-        check_place("--out", out / "report.html")
+        check_file("--out", out / "report.html")
         with Interruption() as interruption, StageBar() as bar:
             found = compare(
                 data,

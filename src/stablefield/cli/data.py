@@ -8,7 +8,7 @@ import tyro
 from rich.markup import escape
 
 from stablefield.cli.console import console, print_rows, relative
-from stablefield.cli.places import PICTURES, check_free, check_place, check_suffix, looks_like_file
+from stablefield.cli.places import PICTURES, check_file, check_free, check_suffix, looks_like_file
 from stablefield.cli.sources import DataFlags, print_reading
 from stablefield.data._inspect import sample_grid, summary
 from stablefield.data._packed import pack
@@ -38,7 +38,7 @@ class Pack(_Reading):
             check_suffix("DEST", self.dest, (".safetensors",), "a packed file")
         if not self.dest.is_dir():
             check_free("DEST", self.dest, overwrite=self.overwrite)
-        check_place("DEST", self.dest)
+        check_file("DEST", self.dest)
         images = self.open(split=self.split)
         path = pack(images, self.dest, overwrite=self.overwrite)
         print_reading(images)
@@ -63,7 +63,7 @@ class Inspect(_Reading):
         check_suffix("--out", self.out, PICTURES, "a picture")
         if not self.out.is_dir():
             check_free("--out", self.out, overwrite=self.overwrite)
-        check_place("--out", self.out)
+        check_file("--out", self.out)
         if self.count < 1:
             raise ValueError(f"--count is {self.count}: show at least 1 image.")
         if self.seed < 0:

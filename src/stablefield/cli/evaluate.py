@@ -12,7 +12,7 @@ from rich.markup import escape
 from stablefield._shapes import found_device
 from stablefield.cli.console import console, relative, shown_warnings
 from stablefield.cli.extractors import ExtractorFlags
-from stablefield.cli.places import check_folder, check_free, check_place, unused
+from stablefield.cli.places import check_file, check_folder, check_free, unused
 from stablefield.cli.progress import StageBar
 from stablefield.cli.sources import open_data
 from stablefield.cli.usage import as_flags
@@ -25,6 +25,7 @@ from stablefield.evaluation._result import Evaluation
 from stablefield.report._cells import duration
 from stablefield.report._extra import require
 from stablefield.training._run import Run
+from stablefield.training._run_probe import is_run
 from stablefield.training._run_samples import RunSamples, data_of
 from stablefield.training._sampler import SamplerOptions
 
@@ -114,7 +115,7 @@ class Evaluate:
             if place is not None:
                 if not place.is_dir():
                     check_free(flag, place, overwrite=self.overwrite)
-                check_place(flag, place)
+                check_file(flag, place)
         if self.out is None:
             check_folder("--out", self._place().parent)
         check_counts([METRICS[name] for name in self.metrics], self.samples, self.references)
@@ -122,7 +123,9 @@ class Evaluate:
     def _evaluate(self) -> Evaluation:
         device = found_device(self.device or None)
         with StageBar() as bar, shown_warnings({ProtocolWarning: " To make it anew: --no-cache, or delete the file."}):
-            samples, name, opening = self._samples_of_run(device) if self._is_run else (self._images(), self.data, {})
+            samples, name, opening = (
+                self._samples_of_run(device) if is_run(self.source) else (self._images(), self.data, {})
+            )
             # Real images are brought to their size as the run's were in training unless the flags say otherwise.
             if self.resolution is not None or not opening:
                 opening = {"resolution": self.resolution, "resize": self.resize}
@@ -137,7 +140,7 @@ class Evaluate:
                 metrics=self.metrics,
                 extractor=self.extractor.open(samples.shape, device) if uses_extractor else None,
                 classifier=self.extractor.open_classifier(device),
-                count=None if self._is_run else self.samples,
+                count=None if is_run(self.source) else self.samples,
                 references=self.references,
                 split=self.split,
                 held_out=real("train", self.held_out) if self.held_out else None,
@@ -176,16 +179,12 @@ class Evaluate:
         if self.report is not None:
             console.print(f"report:  {relative(found.save(self.report))}")
 
-    @property
-    def _is_run(self) -> bool:
-        return (Path(self.source) / "config.json").is_file()
-
     def _place(self) -> Path:
         """Where the results go: --out, or a name that is not taken."""
         if self.out is not None:
             return self.out
         name = f"{self.extractor.extractor}-{self.drawing.sampler}.json"
-        return unused(Path(self.source, "evaluations", name) if self._is_run else Path("evaluation.json"))
+        return unused(Path(self.source, "evaluations", name) if is_run(self.source) else Path("evaluation.json"))
 
 
 def _print_estimate(estimate: "TimeEstimate") -> None:

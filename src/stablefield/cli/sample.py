@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from stablefield.cli.console import console, relative, shown_warnings
 from stablefield.cli.parser import parse_seeds
-from stablefield.cli.places import check_free, check_place, check_suffix, looks_like_file, unused
+from stablefield.cli.places import check_file, check_folder, check_free, check_suffix, looks_like_file, unused
 from stablefield.cli.progress import StageBar
 from stablefield.evaluation._processes import Processes
 from stablefield.training._run import Run, batches
@@ -62,7 +62,7 @@ class Sample:
             check_suffix("--out", out, _SINGLE, "one file of all images")
         if not single or not out.is_dir():
             self._check_free(out, processes)
-        check_place("--out", out, folder=not single)
+        (check_file if single else check_folder)("--out", out)
         began = time.perf_counter()
         with shown_warnings():
             sampler = run.sampler(options, device=self.device or None)

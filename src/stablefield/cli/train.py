@@ -25,7 +25,7 @@ from stablefield.cli.sources import open_data
 from stablefield.data._image_set import ImageSet
 from stablefield.report._cells import duration
 from stablefield.training._estimate import estimate_run
-from stablefield.training._loop import Report, Tracker, check_tracker
+from stablefield.training._loop import Tracker, check_tracker
 from stablefield.training._observers import FrechetObserver
 from stablefield.training._processes import first_process_first
 from stablefield.training._recipe import Recipe
@@ -97,7 +97,8 @@ class Train(TrainingFlags):
             console.print(f"noise band: {plan.noise_band}")
         if self.dry_run:
             return print_rows(plan.estimate(found.device).rows())
-        return self._trained(found.data, found.device, partial(train, plan, out=self.out, device=found.device))
+        call = partial(train, plan, out=self.out, device=found.device)
+        return self._trained(found.data, found.device, 0, found.recipe.steps, call)
 
     def _resume(self) -> int:
         self._check_nothing_changes()
@@ -121,7 +122,8 @@ class Train(TrainingFlags):
             self._check_samples(len(data))
             if self.dry_run:
                 return print_rows(estimate_run(config, data, device, done).rows())
-            return self._trained(data, device, partial(run.resume, data=data, device=device))
+            call = partial(run.resume, data=data, device=device)
+            return self._trained(data, device, done, config.recipe.steps, call)
 
     def _check_nothing_changes(self) -> None:
         """Refuse flags that a run to resume would not heed.
@@ -146,20 +148,22 @@ class Train(TrainingFlags):
 
             check_samples(f"--evaluate-samples {self.evaluate_samples}", self.evaluate_samples, images)
 
-    def _trained(self, data: ImageSet, device: torch.device, call: Callable[..., Run]) -> int:
-        """Train by a call of the library, with a bar, and return the exit status."""
-        observers = self._observers(data, device)
+    def _trained(self, data: ImageSet, device: torch.device, done: int, steps: int, call: Callable[..., Run]) -> int:
+        """Train from step `done` by a call of the library, with a bar, and return the exit status."""
+        observers, began = self._observers(data, device), time.monotonic()
         # From here on Ctrl-C is a wish to stop in order: whoever sees that a run has begun can rely on it.
-        with Interruption() as interruption, _Shown() as shown:
+        with Interruption() as interruption, TrainingBar(steps, done) as bar:
             run = call(
                 tracker=self.tracker,
                 observers=observers,
-                on_start=shown.begin,
-                progress=shown.update,
+                on_start=_print_beginning,
+                progress=bar.update,
                 every=EVERY,
                 stop=lambda: interruption.requested,
             )
-        return shown.end(run, interruption)
+        _print_end(run, time.monotonic() - began)
+        # A run that was not finished is no success to whoever started it, such as a shell or a scheduler.
+        return interruption.status if run.step < steps else 0
 
     def _observers(self, data: ImageSet, device: torch.device) -> list[FrechetObserver]:
         if not self.evaluate_every or not PartialState().is_main_process:
@@ -195,50 +199,26 @@ def _print_where_it_stands(run: Run) -> None:
         console.print(f"continuing from step {newest[1].step:,}")
 
 
-class _Shown:
-    """The lines around a training, and its progress bar."""
+def _print_beginning(run: Run, data: ImageSet) -> None:
+    recipe, processes = run.config.recipe, PartialState().num_processes
+    many = f" x {processes} processes" if processes > 1 else ""
+    console.print(
+        f"[bold]{recipe.target.upper()}[/] on {escape(data.name)}: {len(data):,} images of "
+        f"{'x'.join(map(str, data.shape))}, {recipe.steps:,} steps of {recipe.batch}, on {run.device}{many}"
+    )
+    console.print(f"run folder: {escape(relative(run.path))}")
 
-    def __init__(self) -> None:
-        self._held, self._began = ExitStack(), 0.0
-        self._progress: TrainingBar | None = None
 
-    def __enter__(self) -> "_Shown":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._held.close()
-
-    def begin(self, run: Run, data: ImageSet) -> None:
-        """Say what begins."""
-        recipe, processes = run.config.recipe, PartialState().num_processes
-        many = f" x {processes} processes" if processes > 1 else ""
-        device = PartialState().device if processes > 1 else run.device
+def _print_end(run: Run, seconds: float) -> None:
+    done = run.step
+    if done < run.config.recipe.steps:
         console.print(
-            f"[bold]{recipe.target.upper()}[/] on {escape(data.name)}: {len(data):,} images of "
-            f"{'x'.join(map(str, data.shape))}, {recipe.steps:,} steps of {recipe.batch}, on {device}{many}"
+            f"stopped at step {done:,}; to go on: {quoted('stablefield', 'train', '--resume', '--out', run.path)}"
         )
-        console.print(f"run folder: {escape(relative(run.path))}")
-        self._began = time.monotonic()
-        self._progress = self._held.enter_context(TrainingBar(recipe.steps, run.step))
-
-    def update(self, report: Report) -> None:
-        """Show a report."""
-        if self._progress is not None:
-            self._progress.update(report)
-
-    def end(self, run: Run, interruption: Interruption) -> int:
-        """Say where the run ended, and return the exit status."""
-        done, steps = run.step, run.config.recipe.steps
-        if done < steps:
-            console.print(
-                f"stopped at step {done:,}; to go on: {quoted('stablefield', 'train', '--resume', '--out', run.path)}"
-            )
-        else:
-            console.print(f"done in {duration(time.monotonic() - self._began)}")
-            console.print(f"samples:    {escape(relative(run.folder.picture(done)))}")
-        _print_sampling(run)
-        # A run that was not finished is no success to whoever started it, such as a shell or a scheduler.
-        return interruption.status if done < steps else 0
+    else:
+        console.print(f"done in {duration(seconds)}")
+        console.print(f"samples:    {escape(relative(run.folder.picture(done)))}")
+    _print_sampling(run)
 
 
 @contextmanager
