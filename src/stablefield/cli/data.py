@@ -8,11 +8,11 @@ import tyro
 from rich.markup import escape
 
 from stablefield.cli.console import console, print_rows, relative
-from stablefield.cli.places import PICTURES, check_file, check_free, check_suffix, looks_like_file
+from stablefield.cli.places import check_file, check_free, check_suffix, looks_like_file
 from stablefield.cli.sources import DataFlags, print_reading
 from stablefield.data._inspect import sample_grid, summary
 from stablefield.data._packed import pack
-from stablefield.data._png import write_picture
+from stablefield.data._png import PICTURES, write_picture
 
 __all__ = ["Inspect", "Pack"]
 

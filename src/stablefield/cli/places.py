@@ -4,8 +4,9 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+from stablefield.data._png import PICTURES
+
 __all__ = [
-    "PICTURES",
     "check_file",
     "check_folder",
     "check_free",
@@ -14,9 +15,6 @@ __all__ = [
     "looks_like_file",
     "unused",
 ]
-
-PICTURES = (".png", ".jpg", ".jpeg")
-"""The pictures that are written."""
 
 # What a folder is not called, but a file: who writes `--out grid.gif` does not want a folder of that name.
 _PICTURES = (*PICTURES, ".gif", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".svg", ".pdf", ".mp4")

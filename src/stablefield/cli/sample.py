@@ -12,10 +12,10 @@ from stablefield.cli.console import console, relative, shown_warnings
 from stablefield.cli.parser import parse_seeds
 from stablefield.cli.places import check_file, check_folder, check_free, check_suffix, looks_like_file, unused
 from stablefield.cli.progress import StageBar
+from stablefield.data._png import PICTURES
 from stablefield.evaluation._processes import Processes
 from stablefield.training._run import Run, batches
 from stablefield.training._sampler import SamplerOptions
-from stablefield.training._samples import PICTURES
 
 __all__ = ["Sample"]
 
