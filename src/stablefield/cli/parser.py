@@ -105,7 +105,7 @@ def parse_seeds(text: str) -> list[int]:
         try:
             start, stop = int(first), int(last if dash else first)
         except ValueError:
-            raise ValueError(f"--seeds {text}: write numbers and ranges, such as 0-63 or 1,5,8-12.") from None
+            raise ValueError(f"--seeds {text}: write numbers and ranges, such as 0-63 or 0,1,2.") from None
         if stop < start:
             raise ValueError(f"--seeds {text}: the range {part.strip()} ends before it begins.")
         if stop >= 2**32:
@@ -114,5 +114,5 @@ def parse_seeds(text: str) -> list[int]:
             raise ValueError(f"--seeds {text}: that is over a million images; draw them in several calls.")
         seeds.extend(range(start, stop + 1))
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds {text}: a seed is named twice.")
+        raise ValueError(f"--seeds {text}: name every seed once.")
     return seeds
