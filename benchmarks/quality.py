@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import stablefield as sf
-from stablefield.evaluation._cost import wait_for
+from stablefield._cost import wait_for
 from stablefield.evaluation._extractor import Extractor
 from stablefield.evaluation._features import Gaussian, empty_moments, fit_moments, join_moments, moments_of, unpack
 from stablefield.evaluation._fid import distance_between
@@ -76,8 +76,8 @@ def gaussian_of(batches: Iterator[Tensor], extractor: Extractor) -> Gaussian:
         features = extractor(batch)
         # Summed where the features are: a d x d matrix in float64 is a GPU's work.
         total = join_moments(total.to(features.device), moments_of(features))
-    found = unpack(total.cpu())
-    return fit_moments(found.mean, found.covariance)
+    _, mean, covariance = unpack(total.cpu())
+    return fit_moments(mean, covariance)
 
 
 def sanity(train: Tensor, test: Tensor, extractor: Extractor) -> dict[str, object]:

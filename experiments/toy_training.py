@@ -1,6 +1,7 @@
 """Training on two Gaussians in R^64: squared error of the score against steps, with DSM and with n references.
 
-    python experiments/toy_training.py
+    python experiments/toy_training.py           # three minutes on a core
+    python experiments/toy_training.py --draw    # only the figure, from results/
 
 The error is that of the network against the exact score of the mixture, E |s(x_t) - grad log p(x_t)|^2, relative to
 E |grad log p(x_t)|^2, averaged over noise levels in the middle phase.
@@ -11,11 +12,12 @@ References:
 """
 
 import statistics
+import sys
 import time
 from typing import Any
 
 import torch
-from common import two_gaussians, write
+from common import draw, read, two_gaussians, write
 from torch import Tensor
 
 import stablefield as sf
@@ -79,21 +81,37 @@ def run(size: int | None, seed: int) -> tuple[list[float], float]:
     return errors, time.perf_counter() - began - looking
 
 
-def main() -> None:
-    steps = list(range(EVERY, STEPS + 1, EVERY))
+def chart(record: dict[str, Any]) -> LineChart:
+    """The errors over training, with the spread over seeds."""
     lines: list[Line] = []
-    runs: list[dict[str, Any]] = []
-    for size in SIZES:
-        found = [run(size, seed) for seed in SEEDS]
-        curves = torch.tensor([errors for errors, _ in found])
-        name = "DSM" if size is None else f"{size:,} references"
-        lines.append(Line(label=name, x=steps, y=curves.mean(0), low=curves.min(0).values, high=curves.max(0).values))
-        runs.append({"size": size, "seeds": list(SEEDS), "errors": curves.tolist(), "seconds": [s for _, s in found]})
-        print(f"{name}: {curves[:, -1].mean():.5f} after {STEPS} steps, {statistics.fmean(s for _, s in found):.1f} s")
-    chart = LineChart(lines=tuple(lines), x_label="step", y_label="relative squared error of the score", log_y=True)
-    values = {"noise_levels": LEVELS, "steps": steps, "runs": runs}
-    write("toy_training", "python experiments/toy_training.py", values, {"toy_training": chart})
+    for found in record["runs"]:
+        curves = torch.tensor(found["errors"])
+        name = "DSM" if found["size"] is None else f"{found['size']:,} references"
+        band = {"low": curves.min(0).values, "high": curves.max(0).values}
+        lines.append(Line(label=name, x=record["steps"], y=curves.mean(0), **band))
+    return LineChart(
+        lines=tuple(lines),
+        x_label="step",
+        y_label="relative squared error of the score",
+        log_y=True,
+        title="Training on two Gaussians",
+    )
+
+
+def main(arguments: list[str]) -> None:
+    if arguments != ["--draw"]:
+        runs: list[dict[str, Any]] = []
+        for size in SIZES:
+            found = [run(size, seed) for seed in SEEDS]
+            errors, seconds = [errors for errors, _ in found], [seconds for _, seconds in found]
+            runs.append({"size": size, "seeds": list(SEEDS), "errors": errors, "seconds": seconds})
+            last = statistics.fmean(curve[-1] for curve in errors)
+            print(f"{size or 1} references: {last:.5f} after {STEPS} steps, {statistics.fmean(seconds):.1f} s")
+        steps = list(range(EVERY, STEPS + 1, EVERY))
+        values = {"noise_levels": LEVELS, "steps": steps, "runs": runs}
+        write("toy_training", "python experiments/toy_training.py", values)
+    draw({"toy_training": chart(read("toy_training"))})
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -49,6 +49,8 @@ SECONDS = 20
 # Public names that are not called here, and why.
 NOT_CALLED = {
     "Process": "abstract",
+    "Benchmark": "a result",
+    "CheckUp": "a result",
     "NoiseBand": "a result",
     "ObjectiveValue": "a result",
     "Posterior": "a result",
@@ -57,6 +59,8 @@ NOT_CALLED = {
     "Counted": "made by counted",
     "RankError": "an error",
     "Run": "tests/training/test_run.py",
+    "benchmark": "takes seconds: tests/test_benchmarks.py and tests/cli/test_verbs_from_python.py",
+    "check_machine": "takes no arguments",
     "compare": "trains: tests/training/test_comparison.py",
     "train": "trains: tests/training/test_run.py",
     "ShardedPool": "needs processes",

@@ -1,3 +1,7 @@
+from stablefield._bench import Benchmark as Benchmark
+from stablefield._bench import benchmark as benchmark
+from stablefield._doctor import CheckUp as CheckUp
+from stablefield._doctor import check_machine as check_machine
 from stablefield.diffusion._discrete import Discrete as Discrete
 from stablefield.diffusion._noise_levels import LogNormal as LogNormal
 from stablefield.diffusion._noise_levels import LogUniform as LogUniform

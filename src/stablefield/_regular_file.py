@@ -5,13 +5,15 @@ is opened there a moment later. So the file is opened without waiting, and what 
 """
 
 import errno
+import hashlib
 import os
 import stat
 import struct
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, NoReturn, cast
 
-__all__ = ["JSON_LIMIT", "NotRegularError", "UnreadFileError", "check_safetensors", "open_regular", "reason"]
+__all__ = ["JSON_LIMIT", "NotRegularError", "UnreadFileError", "check_safetensors", "open_regular", "reason", "sha256"]
 
 JSON_LIMIT = 2**22
 """The longest text of JSON that is read, in bytes: its lists and names take a second, and up to thirty times as much memory.
@@ -79,6 +81,17 @@ def open_regular(path: Path) -> BinaryIO:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file's bytes, 64 hexadecimal digits.
+
+    Raises:
+        ValueError: if it is no regular file.
+        OSError: if it cannot be read.
+    """
+    with open_regular(path) as file:
+        return hashlib.file_digest(cast("BufferedReader", file), "sha256").hexdigest()
 
 
 def check_safetensors(path: Path) -> None:

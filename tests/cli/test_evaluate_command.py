@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -176,7 +174,7 @@ def test_features_of_real_images_are_kept_and_used_again(
     first = measured(tmp_path / "r.json", *flags)
     # Two batches of 64 tell how long it will take.
     assert sum(seen) == 128 + 1797 + 60
-    assert {path.suffixes[0] for path in cache.iterdir()} == {".moments", ".features"}
+    assert {path.suffixes[0] for path in cache.iterdir()} == {".moments", ".rows"}
     assert measured(tmp_path / "r.json", *flags) == first
     assert sum(seen) == 2 * 128 + 1797 + 2 * 60
     measured(tmp_path / "r.json", *flags, "--no-cache")
@@ -305,7 +303,7 @@ def test_a_users_network_is_an_extractor_or_a_classifier_under_its_own_name(
         (["{run}", "--first-seed", "4294967290"], ["--first-seed 4294967290: seeds up to"]),
         (["{run}", "--out", "{file}/r.json"], ["cannot be written"]),
         (["{run}", "--split", "test"], ["split"]),
-        (["{run}", "--data", "nowhere"], ["DATA is nowhere"]),
+        (["{run}", "--data", "nowhere"], ["nowhere does not exist. Supported sources"]),
         (["nowhere"], ["RUN_OR_IMAGES is nowhere"]),
         (["{wide}"], ["--data is missing"]),
         (
@@ -362,17 +360,3 @@ def test_a_missing_extractor_names_the_extra_and_what_needs_none(
     told = capsys.readouterr().err
     assert "pip install 'stablefield[fid]'" in told
     assert "--extractor pixels" in told
-
-
-def test_without_torchmetrics_the_error_names_the_extra_and_other_verbs_work(run: Path, tmp_path: Path) -> None:
-    code = "import sys; sys.modules['torchmetrics'] = None; from stablefield.cli.entry import main; main(sys.argv[1:])"
-
-    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, timeout=120
-        )
-
-    assert command("sample", str(run), "--seeds", "0", "--out", str(tmp_path / "a.png")).returncode == 0
-    refused = command("evaluate", str(run), *QUICK)
-    assert refused.returncode == 1
-    assert "pip install 'stablefield[evaluate]'" in refused.stderr

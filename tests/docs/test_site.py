@@ -130,9 +130,12 @@ def test_the_tables_of_the_comparison_are_the_committed_measurements(site: Path)
     assert f">{target['training_step']['ratio'] - 1:+.1%}</td>" in page
 
 
-def test_the_picture_of_the_comparison_is_that_of_the_experiments() -> None:
-    shown, made = ROOT / "docs/assets/comparisons.png", ROOT / "experiments/figures/comparisons.png"
-    assert shown.read_bytes() == made.read_bytes()
+def test_the_pictures_of_the_experiments_are_those_that_the_scripts_drew() -> None:
+    made = {figure.name: figure for figure in (ROOT / "experiments/figures").glob("*.png")}
+    shown = [picture for picture in (ROOT / "docs/assets").glob("*.png") if picture.name in made]
+    assert {picture.stem for picture in shown} == {"comparisons", "cifar10_variance", "cifar10_sizes"}
+    for picture in shown:
+        assert picture.read_bytes() == made[picture.name].read_bytes(), picture.name
 
 
 def test_the_tables_of_the_page_on_speed_are_the_committed_measurements(site: Path) -> None:

@@ -130,7 +130,7 @@ def test_regions_are_shaded_between_their_edges_and_named():
         )
     )
     to_x = scale(svg, "x", True)
-    shaded = paths(svg, "fill: var(--shade")
+    shaded = paths(svg, "fill: var(--grid")
     spans = [(float(to_x(points[:, 0].min())), float(to_x(points[:, 0].max()))) for points in shaded]
     assert spans == [
         (pytest.approx(0.09, rel=0.02), pytest.approx(1, rel=1e-3)),
@@ -147,6 +147,14 @@ def test_a_region_beyond_the_axis_is_left_out():
     texts = {node.text for node in svg.all("text")}
     assert "near" in texts
     assert "far" not in texts
+
+
+def test_the_name_of_a_region_too_narrow_for_it_stands_beside_it():
+    regions = (Region(label="wide enough", stop=5), Region(label="the posterior is the prior", start=90))
+    svg = draw(chart(Line(label="a", x=[0.1, 100], y=[1, 2]), log_x=True, regions=regions))
+    inside, beside = (next(node for node in svg.all("text") if node.text == region.label) for region in regions)
+    assert "text-anchor: end" not in inside.attributes["style"]
+    assert "text-anchor: end" in beside.attributes["style"]
 
 
 def test_lines_are_told_apart_without_colour():
@@ -200,6 +208,7 @@ def test_a_chart_is_the_same_each_time_and_as_a_picture(tmp_path):
     assert sorted(file.name for file in one.parent.iterdir()) == ["0.png", "1.png"]
     with Image.open(one) as image:
         assert image.width == 1200
+        assert image.mode == "P"  # a third of the bytes
         assert not image.info.keys() & {"Software", "Creation Time"}
         pixels = np.asarray(image.convert("RGB")).astype(int) @ [65536, 256, 1]
     assert pixels[0, 0] == 0xFFFFFF

@@ -13,13 +13,13 @@ import stablefield as sf
 from stablefield.cli.entry import main
 from stablefield.data._digits import open_digits
 from stablefield.evaluation._extractor import RawPixels
-from stablefield.evaluation._self_check import SelfCheck
 from stablefield.probing import _fit as fit
 from stablefield.probing._exact import Exact, ExactPosterior
 from stablefield.probing._fit import measure_fit
 from stablefield.probing._population import Population
 from stablefield.training._comparison import summary
 from stablefield.training._model import open_model
+from stablefield.training._observers import SelfCheck
 from stablefield.training._recipe import Perceptron
 from stablefield.training._recipes import DIGITS
 from stablefield.training._run_folder import RunConfig, RunFolder

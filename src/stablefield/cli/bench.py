@@ -6,12 +6,12 @@ from typing import Annotated
 
 import tyro
 
+from stablefield._bench import benchmark
 from stablefield._shapes import found_device
 from stablefield.cli.console import console, print_table, relative
 from stablefield.cli.places import check_folder
 from stablefield.cli.progress import StageBar
 from stablefield.cli.sources import open_data
-from stablefield.evaluation._bench import benchmark
 from stablefield.report import write_chart
 from stablefield.report._extra import require
 

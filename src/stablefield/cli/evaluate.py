@@ -20,8 +20,9 @@ from stablefield.data._image_set import ImageSet
 from stablefield.data._resizing import Resize
 from stablefield.evaluation._evaluate import DEFAULT_METRICS, METRICS, check_counts, evaluate
 from stablefield.evaluation._processes import Processes
-from stablefield.evaluation._protocol import ProtocolWarning
+from stablefield.evaluation._reference import ProtocolWarning
 from stablefield.evaluation._result import Evaluation
+from stablefield.evaluation._time_estimate import TimeEstimate
 from stablefield.report._cells import duration
 from stablefield.report._extra import require
 from stablefield.training._run import Run
@@ -31,7 +32,6 @@ from stablefield.training._sampler import SamplerOptions
 
 if TYPE_CHECKING:
     MetricName = str
-    from stablefield.evaluation._time_estimate import TimeEstimate
 else:
     MetricName = tyro.extras.literal_type_from_choices(METRICS)
 
@@ -187,7 +187,7 @@ class Evaluate:
         return unused(Path(self.source, "evaluations", name) if is_run(self.source) else Path("evaluation.json"))
 
 
-def _print_estimate(estimate: "TimeEstimate") -> None:
+def _print_estimate(estimate: TimeEstimate) -> None:
     """Say how long it takes from here."""
     named = {"drawing": estimate.sampling, "features": estimate.features, "metrics": estimate.metrics}
     parts = [f"{duration(seconds)} of {what}" for what, seconds in named.items() if seconds >= 1]

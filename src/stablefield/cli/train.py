@@ -26,7 +26,7 @@ from stablefield.data._image_set import ImageSet
 from stablefield.report._cells import duration
 from stablefield.training._estimate import estimate_run
 from stablefield.training._loop import Tracker, check_tracker
-from stablefield.training._observers import FrechetObserver
+from stablefield.training._observers import FrechetObserver, Reading, SelfCheck, check_samples
 from stablefield.training._processes import first_process_first
 from stablefield.training._recipe import Recipe
 from stablefield.training._recipes import RECIPES
@@ -144,8 +144,6 @@ class Train(TrainingFlags):
 
     def _check_samples(self, images: int | None) -> None:
         if self.evaluate_every:
-            from stablefield.evaluation._self_check import check_samples  # needs torchmetrics
-
             check_samples(f"--evaluate-samples {self.evaluate_samples}", self.evaluate_samples, images)
 
     def _trained(self, data: ImageSet, device: torch.device, done: int, steps: int, call: Callable[..., Run]) -> int:
@@ -168,8 +166,6 @@ class Train(TrainingFlags):
     def _observers(self, data: ImageSet, device: torch.device) -> list[FrechetObserver]:
         if not self.evaluate_every or not PartialState().is_main_process:
             return []
-        from stablefield.evaluation._self_check import Reading, SelfCheck  # needs torchmetrics
-
         self.measure.check()
         extractor = self.measure.open(data.shape, device)
         check = SelfCheck.prepare(data, extractor, samples=self.evaluate_samples)

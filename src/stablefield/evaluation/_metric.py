@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stablefield.evaluation import _neighbours as neighbours
 from stablefield.evaluation._extractor import Extractor
-from stablefield.evaluation._features import Gaussian, Statistics, fit_moments
+from stablefield.evaluation._features import Gaussian, fit_moments, unpack
 
 __all__ = ["HIGHER", "LOWER", "Features", "Metric", "MetricInput", "Value"]
 
@@ -45,12 +45,10 @@ class Value:
 class Features:
     """What was kept of the features of samples, or of real images."""
 
-    count: int
-    """Number of images, over all processes."""
     rows: Tensor | None = None
     """Features in the order of the images' numbers, shape (n, d), float32; None if no metric needs them."""
-    statistics: Statistics | None = None
-    """Mean and covariance; None if no metric needs them."""
+    moments: Tensor | None = None
+    """Mean and covariance, packed as by `moments_of`, shape (d + 2, d), float64; None if no metric needs them."""
     _nearest: list[Tensor] = field(default_factory=list[Tensor], init=False, repr=False)
 
     def matrix(self) -> Tensor:
@@ -68,11 +66,12 @@ class Features:
         """The Gaussian of mean and covariance.
 
         Raises:
-            ValueError: if these were not kept.
+            ValueError: if these were not kept, or are of fewer than 2 images.
         """
-        if self.statistics is None:
+        if self.moments is None:
             raise ValueError("the metric needs mean and covariance, and they were not kept: set its moments to True.")
-        return fit_moments(self.statistics.mean, self.statistics.covariance)
+        _, mean, covariance = unpack(self.moments)
+        return fit_moments(mean, covariance)
 
     def radii(self, k: int) -> Tensor | None:
         """Squared distance of every row to its k-th nearest other one, shape (n,); None if there is none.

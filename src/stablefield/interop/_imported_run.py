@@ -1,12 +1,10 @@
 """A run folder made of a published network, so that all verbs that open a run open it."""
 
-import hashlib
-from io import BufferedReader
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import stablefield
-from stablefield._regular_file import open_regular
+from stablefield._regular_file import sha256
 from stablefield.diffusion._noise_levels import LogNormal, LogUniform, Uniform
 from stablefield.diffusion._preconditioning import EDMPreconditioning, VPPreconditioning
 from stablefield.diffusion._process import EDM, VE, VP
@@ -60,7 +58,7 @@ def write_imported_run(path: Path, network: PublishedNetwork, source: Path) -> R
         data=f"imported from {plain_text(source.name)}",
         shape=(architecture.channels, *architecture.size),
         classes=architecture.classes,
-        manifest={"imported": plain_text(source.name), "sha256": _sha256(source), "origin": network.origin},
+        manifest={"imported": plain_text(source.name), "sha256": sha256(source), "origin": network.origin},
         recipe=recipe,
         version=stablefield.__version__,
     )
@@ -101,8 +99,3 @@ def _recipe(architecture: Architecture, preconditioning: Preconditionings) -> Re
         augmentation=_PUBLISHED_AUGMENTATION if architecture.augment_dim else 0.0,
         conditional=architecture.classes > 0,
     )
-
-
-def _sha256(path: Path) -> str:
-    with open_regular(path) as file:
-        return hashlib.file_digest(cast("BufferedReader", file), "sha256").hexdigest()

@@ -88,14 +88,14 @@ def logged_chart(logged: Sequence[LoggedExcess]) -> LineChart | None:
         y = [math.nan if (value := entry.excess[place]) is None else value for entry in logged]
         if not all(math.isnan(value) for value in y):
             lines.append(Line(label=_bin_name(logged[0].edges, place), x=x, y=y))
-    return LineChart(lines=tuple(lines), x_label="step", y_label="loss minus floor, weighted") if lines else None
+    return LineChart(lines=tuple(lines), x_label="step", y_label="loss minus floor, by noise level") if lines else None
 
 
 def _bin_name(edges: tuple[float, ...], place: int) -> str:
     if place == 0:
-        return f"noise level to {edges[0]:.2g}"
+        return f"to {edges[0]:.2g}"
     if place == len(edges):
-        return f"noise level from {edges[-1]:.2g}"
+        return f"from {edges[-1]:.2g}"
     return f"{edges[place - 1]:.2g} to {edges[place]:.2g}"
 
 

@@ -37,6 +37,9 @@ WIDTH = 400
 HEIGHT = 220
 """Of its axes, about; names and regions come on top."""
 FONT = 13.5
+LETTER = 0.57 * FONT
+"""Width of a letter, on average."""
+DPI = 216
 DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)), (0, (10, 3)), (0, (4, 1.5, 1, 1.5, 1, 1.5)))
 REFERENCE: dict[str, Any] = {"color": LIGHT.muted, "linewidth": 1.3, "linestyle": (0, (1, 2)), "marker": ""}
 MOST_MARKERS = 12
@@ -64,9 +67,28 @@ def write_chart(charts: LineChart | Sequence[LineChart], path: str | Path) -> Pa
         canvas = _canvas(max(_height(chart) + 2 * FONT * bool(chart.title) for chart in charts), len(charts))
         for panel, chart in zip(canvas.subfigures(1, len(charts), squeeze=False)[0], charts, strict=True):
             _draw(panel, chart, chart.title)
-        look: dict[str, Any] = {"format": "png", "dpi": 216, "metadata": {"Software": None}}
-        write_atomically(path, lambda temporary: canvas.savefig(temporary, **look))
+        drawn = io.BytesIO()
+        canvas.savefig(drawn, format="png", dpi=DPI)
+    small = _with_palette(drawn)
+    write_atomically(path, lambda temporary: temporary.write_bytes(small))
     return path
+
+
+def _with_palette(png: io.BytesIO) -> bytes:
+    """The same picture in at most 256 colours: a third of the bytes, and no difference to be seen."""
+    from PIL import Image  # which matplotlib itself needs
+
+    drawn, small = Image.open(png).convert("RGB"), io.BytesIO()
+    few = drawn.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    # Each entry becomes the commonest of its colours, so that the ground and the lines keep exactly theirs.
+    pixels = np.asarray(drawn).reshape(-1, 3)
+    _, places, counts = np.unique(pixels.astype(np.int32) @ (1 << 16, 1 << 8, 1), return_index=True, return_counts=True)
+    places = places[counts.argsort(kind="stable")]
+    palette = np.zeros((256, 3), np.uint8)
+    palette[np.asarray(few).flat[places]] = pixels[places]
+    few.putpalette(palette.tobytes())
+    few.save(small, format="PNG", optimize=True, dpi=(DPI, DPI))
+    return small.getvalue()
 
 
 def chart_svg(chart: LineChart, *, alt: str, prefix: str) -> str:
@@ -169,9 +191,13 @@ def _height(chart: LineChart) -> float:
 
 
 def _columns(chart: LineChart) -> int:
-    """Columns of the legend that fit, at most three: letters are about 0.57 of the font's size wide."""
-    longest = max(len(line.label) for line in chart.lines)
-    return max(1, min(3, int((WIDTH / FONT + 0.6) / (4.2 + 0.57 * longest))))
+    """Columns of the legend that fit, at most three."""
+    widths = [4.2 * FONT + LETTER * len(line.label) for line in chart.lines]
+    for columns in (3, 2):
+        # Matplotlib fills them from the left, each as wide as the longest of its labels.
+        if sum(part.max() for part in np.array_split(widths, columns) if part.size) < WIDTH + 0.6 * FONT:
+            return columns
+    return 1
 
 
 def _wrap(text: str, length: int) -> str:
@@ -202,13 +228,11 @@ def _draw(canvas: "FigureBase", chart: LineChart, title: str) -> None:
     (tracks or [axes])[-1].set_xlabel(_wrap(chart.x_label, 48))
     if tracks:
         _draw_regions(axes, tracks[0], chart.regions)
-    columns = _columns(chart)
-    names = [_wrap(line.label, 44 // columns) for line in chart.lines]
     canvas.legend(
         drawn,
-        names,
+        [_wrap(line.label, 44) for line in chart.lines],
         loc="outside upper left",
-        ncols=columns,
+        ncols=_columns(chart),
         handlelength=2.2,
         alignment="left",
         title=_wrap(title, 42) or None,
@@ -245,7 +269,7 @@ def _set_ticks(axis: "Axis", log: bool, most: int) -> None:
     low, high = axis.get_view_interval()
     decades = math.log10(high / low)
     # Few decades would leave two or three ticks: then the numbers between are named as well.
-    subs = (1.0,) if decades > 2 else (1.0, 2.0, 5.0) if decades > 0.7 else tuple(range(1, 10))
+    subs = (1.0,) if decades > 2.2 else (1.0, 2.0, 5.0) if decades > 0.7 else tuple(range(1, 10))
     axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=most))
     axis.set_major_formatter("{x:,g}")
     axis.set_minor_formatter(NullFormatter())
@@ -262,16 +286,20 @@ def _draw_regions(axes: "Axes", track: "Axes", regions: Sequence[Region]) -> Non
         start, stop = max(left, region.start or left), min(right, region.stop or right)
         if start >= stop:
             continue
-        track.barh(row + 0.5, stop - start, left=start, height=0.8, color=LIGHT.shade, zorder=0)
+        track.barh(row + 0.5, stop - start, left=start, height=0.8, color=LIGHT.grid, zorder=0)
         for edge in {start, stop} - {left, right}:
             axes.axvline(edge, color=LIGHT.muted, linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
-        from_left = axes.transAxes.inverted().transform(axes.transData.transform((start, 1)))[0] < 0.5
+        text = _wrap(region.label, 60)
+        # As shares of the axis. A name that is longer than its region stands beside it, where there is more room.
+        first, last = track.transAxes.inverted().transform(track.transData.transform([(start, 0), (stop, 0)]))[:, 0]
+        inside = (last - first) * 0.8 * WIDTH > LETTER * len(text) + 8
+        to_the_right = (first < 0.5) if inside else (1 - last > first)
         track.annotate(
-            _wrap(region.label, 60),
-            (start if from_left else stop, row + 0.5),
-            xytext=(4 if from_left else -4, 0),
+            text,
+            (start if inside == to_the_right else stop, row + 0.5),
+            xytext=(4 if to_the_right else -4, 0),
             textcoords="offset points",
-            ha="left" if from_left else "right",
+            ha="left" if to_the_right else "right",
             va="center_baseline",
         )
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from stablefield._atomic_file import sync
-from stablefield._regular_file import reason
-from stablefield.training._files import read_tensors, sha256, write_tensors
+from stablefield._regular_file import reason, sha256
+from stablefield.training._files import read_tensors, write_tensors
 from stablefield.training._records import is_count, read_record, write_record
 
 __all__ = ["CheckpointError", "State", "Trained", "load_weights", "read_state", "remove", "restore", "save", "sweep"]

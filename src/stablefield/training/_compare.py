@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,11 +22,12 @@ from stablefield._progress import Progress
 from stablefield._shapes import found_device, whole_number
 from stablefield.data._image_set import ImageSet
 from stablefield.evaluation._extractor import Extractor, RawPixels
-from stablefield.evaluation._fid import frechet_name
+from stablefield.evaluation._inception import metric_name
 from stablefield.training._comparison import Comparison
 from stablefield.training._config import encode
 from stablefield.training._estimate import estimate_run
 from stablefield.training._loop import Report
+from stablefield.training._observers import SelfCheck, check_samples
 from stablefield.training._recipe import Recipe
 from stablefield.training._run import Images, images_and_recipe, make_plan
 from stablefield.training._run_folder import RunConfig, RunFolder
@@ -44,9 +44,6 @@ from stablefield.training._scoring import (
     rows_of,
     run_one,
 )
-
-if TYPE_CHECKING:
-    from stablefield.evaluation._self_check import SelfCheck
 
 __all__ = ["ComparisonPlan", "PlannedRun", "compare"]
 
@@ -136,10 +133,7 @@ def compare(
     Raises:
         ValueError: if an argument does not fit the data, or the folder holds runs with other settings.
         TrainingError: if a loss is not finite or the disk is full.
-        ImportError: if torchmetrics is not installed.
     """
-    from stablefield.evaluation._self_check import SelfCheck, check_samples  # needs torchmetrics
-
     if isinstance(seeds, int):
         seeds = range(whole_number("seeds", seeds, 1))
     wanted = [whole_number(f"seeds[{k}]", seed, 0) for k, seed in enumerate(seeds)]
@@ -194,7 +188,7 @@ def compare(
         if on_run is not None:
             on_run(outcome)
     done = [seed for seed in wanted if sum(outcome.seed == seed for outcome in outcomes) == 2]
-    name = frechet_name(extractor)
+    name = metric_name("FID", "Frechet distance", extractor)
     protocol = {
         "stablefield": stablefield.__version__,
         "torch": torch.__version__,

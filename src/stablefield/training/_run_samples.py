@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stablefield._commit import running_commit
+from stablefield._cost import wait_for
 from stablefield._progress import Progress
 from stablefield._shapes import whole_number
-from stablefield.evaluation._cost import wait_for
 from stablefield.evaluation._processes import Processes
-from stablefield.evaluation._protocol import running_commit
 from stablefield.evaluation._samples import SampleSource, SamplingRecord
 from stablefield.sampling._samples import chunks_of
 from stablefield.training._run_folder import RunConfig
