@@ -41,7 +41,7 @@ from stablefield.probing import _training as probe_training
 from stablefield.probing import _variance as variance
 from stablefield.training import _ema as ema
 from stablefield.training import _post_hoc as post_hoc
-from stablefield.training._recipe import Perceptron, Recipe
+from stablefield.training._recipe import MLPConfig, Recipe
 
 CALLS = 2000
 SECONDS = 20
@@ -823,7 +823,7 @@ CASES = {
         {
             **{field.name: either(field.default) for field in dataclasses.fields(Recipe)
                if field.default is not dataclasses.MISSING and field.name != "precision"},
-            "network": lambda s: Perceptron(), "process": either(sf.EDM()), "noise_levels": either(sf.LogNormal()),
+            "network": lambda s: MLPConfig(), "process": either(sf.EDM()), "noise_levels": either(sf.LogNormal()),
             "weighting": either(sf.EDMWeighting()), "preconditioning": either(sf.EDMPreconditioning()),
             "precision": either("float32", "bf16"), "steps": either(10), "batch": either(4),
         },

@@ -19,7 +19,7 @@ from stablefield.evaluation._fid import frechet_distance_from_features
 from stablefield.evaluation._inception_score import inception_score
 from stablefield.evaluation._memorisation import nearest_ratio
 from stablefield.evaluation._precision_recall import recall
-from stablefield.training._run_samples import RunSamples
+from stablefield.training._run_source import RunSource
 from stablefield.training._sampler import SamplerOptions
 
 TINY = ["--steps", "30", "--network.width", "16", "--network.depth", "1", "--sample-every", "0"]
@@ -94,13 +94,13 @@ def test_evaluate_says_before_it_begins_how_long_it_will_take(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[str] = []
-    batches = RunSamples.batches
+    batches = RunSource.batches
 
-    def watched(self: RunSamples, *given: Any) -> Any:
+    def watched(self: RunSource, *given: Any) -> Any:
         drawn.append(capsys.readouterr().out)
         return batches(self, *given)
 
-    monkeypatch.setattr(RunSamples, "batches", watched)
+    monkeypatch.setattr(RunSource, "batches", watched)
     measured(tmp_path / "r.json", str(run), *QUICK, "--metrics", "frechet")
     assert re.search(r"^takes about (\d+ s|\d+ min \d+ s)", drawn[0], re.M)
     # 60 samples in one batch by 18 steps of Heun's method, whose calls are counted.

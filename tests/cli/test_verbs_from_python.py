@@ -10,10 +10,10 @@ import torch
 
 import stablefield as sf
 from stablefield.cli.verbs import VERBS
-from stablefield.training import Perceptron, Recipe
+from stablefield.training import MLPConfig, Recipe
 
 TINY = Recipe(
-    steps=4, batch=8, sample_every=0, ema_snapshot_every=2, network=Perceptron(width=8, depth=1), noise_band=1.0
+    steps=4, batch=8, sample_every=0, ema_snapshot_every=2, network=MLPConfig(width=8, depth=1), noise_band=1.0
 )
 
 

@@ -22,7 +22,7 @@ from stablefield.evaluation._kid import Kernel
 from stablefield.evaluation._metric import LOWER, Metric, MetricInput, Value
 from stablefield.evaluation._processes import Processes
 from stablefield.evaluation._result import Evaluation
-from stablefield.evaluation._samples import SampleSource, SamplingRecord
+from stablefield.evaluation._sample_source import SampleSource, SamplingRecord
 from stablefield.evaluation._time_estimate import TimeEstimate
 
 DIGITS = open_digits()

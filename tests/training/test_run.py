@@ -15,7 +15,7 @@ import stablefield as sf
 from stablefield.data._digits import open_digits
 from stablefield.evaluation._extractor import RawPixels
 from stablefield.training._loop import Report
-from stablefield.training._recipe import Perceptron, Recipe
+from stablefield.training._recipe import MLPConfig, Recipe
 from stablefield.training._sampler import SamplerOptions
 
 TINY = Recipe(
@@ -25,7 +25,7 @@ TINY = Recipe(
     sample_every=0,
     log_every=4,
     ema_snapshot_every=4,
-    network=Perceptron(width=16, depth=1),
+    network=MLPConfig(width=16, depth=1),
 )
 
 

@@ -27,7 +27,7 @@ from stablefield.report._cells import duration
 from stablefield.report._extra import require
 from stablefield.training._run import Run
 from stablefield.training._run_probe import is_run
-from stablefield.training._run_samples import RunSamples, data_of
+from stablefield.training._run_source import RunSource, data_of
 from stablefield.training._sampler import SamplerOptions
 
 if TYPE_CHECKING:
@@ -154,10 +154,10 @@ class Evaluate:
             )
         return replace(found, name=self.source)
 
-    def _samples_of_run(self, device: torch.device) -> tuple[RunSamples, str, Mapping[str, Any]]:
+    def _samples_of_run(self, device: torch.device) -> tuple[RunSource, str, Mapping[str, Any]]:
         """The run's samples, what it was trained on, and how that was opened."""
         sampler = Run(self.source).sampler(self.drawing, device=device)
-        samples = RunSamples(sampler, self.source, self.samples or 5000, self.first_seed)
+        samples = RunSource(sampler, self.source, self.samples or 5000, self.first_seed)
         return samples, self.data or data_of(sampler.config), sampler.config.opening
 
     def _images(self) -> ImageSet:

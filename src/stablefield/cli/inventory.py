@@ -147,7 +147,7 @@ def _flags(kind: type, base: Any, prefix: str, part: str) -> Iterator[tuple[str,
         value = getattr(base, field.name) if isinstance(base, kind) else _default(field)
         if _is_nested(bare):
             inner = type(value) if value is not dataclasses.MISSING else bare
-            own = f"{_PARTS[label]} ({inner.__name__})" if label in _PARTS else part
+            own = f"{_PARTS[label]} ({inner.__name__.removesuffix('Config')})" if label in _PARTS else part
             below = value if value is not dataclasses.MISSING else base
             yield from _flags(inner, below, f"{prefix}{label}." if label else prefix, own)
             continue

@@ -19,7 +19,7 @@ from stablefield.data._image_set import ImageSet
 from stablefield.diffusion._noise_levels import LogUniform
 from stablefield.diffusion._process import VE
 from stablefield.training._processes import first_process_first
-from stablefield.training._recipe import Recipe, UNet, UNet2D
+from stablefield.training._recipe import DiffusersUNetConfig, Recipe, SongUNetConfig
 from stablefield.training._recipes import RECIPES, imagefolder, largest_resolution, named_recipe, unet2d
 from stablefield.training._run import place
 
@@ -160,8 +160,9 @@ def _foreign(unknown: Sequence[str], recipe: Recipe) -> str:
         return f"{' and '.join(flags)} cannot be used here: stablefield --help tells what there is."
     names = [f"--{part.replace('_', '-')}.{field.name.replace('_', '-')}" for field in dataclasses.fields(kind)]
     own = f"its flags are {', '.join(names)}" if names else "it has no flags"
+    chosen = type(kind).__name__.removesuffix("Config")
     return (
-        f"{' and '.join(flags)}: the recipe that was chosen has {type(kind).__name__} for its {part.replace('_', ' ')}, and "
+        f"{' and '.join(flags)}: the recipe that was chosen has {chosen} for its {part.replace('_', ' ')}, and "
         f"{own}. Leave the flag out, or name another --recipe."
     )
 
@@ -191,7 +192,11 @@ def yielding(recipe: Recipe, flags: Mapping[str, Sequence[str]]) -> tuple[Recipe
     if references and fewer and "--batch" not in flags and flags.get("--target", [recipe.target]) == ["stf"]:
         change("--references", "batch", int(references), "every image of a batch is among its references")
     widths = [_number([width]) or 0.0 for width in flags.get("--network.widths", ())]
-    if isinstance(recipe.network, UNet2D) and "--network.groups" not in flags and all(w % 1 == 0 < w for w in widths):
+    if (
+        isinstance(recipe.network, DiffusersUNetConfig)
+        and "--network.groups" not in flags
+        and all(w % 1 == 0 < w for w in widths)
+    ):
         groups = math.gcd(recipe.network.groups, *map(int, widths))
         if groups != recipe.network.groups:
             change("--network.widths", "network.groups", groups, "each width is a multiple of the groups")
@@ -218,10 +223,12 @@ def with_fewer_levels(
         flags: the flags of the command line.
     """
     network = recipe.network
-    if not isinstance(network, UNet | UNet2D):
+    if not isinstance(network, SongUNetConfig | DiffusersUNetConfig):
         return recipe, ()
     flag, name = (
-        ("--network.multipliers", "multipliers") if isinstance(network, UNet) else ("--network.widths", "widths")
+        ("--network.multipliers", "multipliers")
+        if isinstance(network, SongUNetConfig)
+        else ("--network.widths", "widths")
     )
     sizes: Sequence[int] = getattr(network, name)
     fitting = 1 + min((side & -side).bit_length() - 1 for side in shape[1:])

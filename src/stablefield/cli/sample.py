@@ -14,7 +14,7 @@ from stablefield.cli.places import check_file, check_folder, check_free, check_s
 from stablefield.cli.progress import StageBar
 from stablefield.data._png import PICTURES
 from stablefield.evaluation._processes import Processes
-from stablefield.training._run import Run, batches
+from stablefield.training._run import Run
 from stablefield.training._sampler import SamplerOptions
 
 __all__ = ["Sample"]
@@ -74,7 +74,7 @@ class Sample:
                     samples.save(out)
             else:
                 # Each batch is on the disk before the next is drawn.
-                found = [batch.save(out) and batch.nfe for batch in batches(sampler, seeds, processes, bar.update)]
+                found = [batch.save(out) and batch.nfe for batch in sampler.draw(seeds, processes, bar.update)]
                 evaluations, count = processes.total(sum(found), len(found))
                 nfe = evaluations / count
         seconds = time.perf_counter() - began

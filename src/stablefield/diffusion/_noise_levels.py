@@ -1,5 +1,7 @@
 """Distributions of training noise: which noise levels a network sees, and how often.
 
+EDM's is `LogNormal`, ln(sigma) ~ N(P_mean, P_std^2); `LogUniform` is that of VE, `Uniform` that of VP and of flows.
+
 A distribution is its quantile function: it maps uniform numbers to times of a process. Drawing is therefore the same for
 all of them, stratified or not, and a batch's times are a function of the generator alone.
 """
@@ -69,11 +71,11 @@ class NoiseLevels(ABC):
 
 @dataclass(frozen=True)
 class LogNormal(NoiseLevels):
-    """ln(sigma / alpha) ~ N(mean, std^2).
+    """ln(sigma / alpha) ~ N(mean, std^2): EDM's distribution, N(P_mean, P_std^2) there.
 
     Args:
-        mean: of ln(sigma / alpha).
-        std: its standard deviation.
+        mean: of ln(sigma / alpha), EDM's P_mean.
+        std: its standard deviation, EDM's P_std.
 
     References:
         Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022,

@@ -1,8 +1,12 @@
-r"""Preconditioning: a denoiser made of a raw network.
+r"""Preconditioning: a denoiser D made of a raw network F by the scalings c_skip, c_out, c_in and c_noise.
 
 $$ D(x; s) = c_{skip}(s)\, x + c_{out}(s)\, F(c_{in}(s)\, x;\; c_{noise}(s)), $$
 
-where $x = x_t / \alpha$ and $s = \sigma / \alpha$: all processes in noise-to-signal units, the units of the samplers.
+where $x = x_t / \alpha$ and $s = \sigma / \alpha$: all processes in noise-to-signal units, the units of the samplers. EDM's
+own scalings, with the standard deviation $\sigma_d$ of the data (sigma_data):
+
+    c_skip = sigma_data^2 / (sigma^2 + sigma_data^2)        c_in = 1 / sqrt(sigma^2 + sigma_data^2)
+    c_out = sigma sigma_data / sqrt(sigma^2 + sigma_data^2)  c_noise = ln(sigma) / 4
 
 References:
     Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022,
@@ -22,12 +26,12 @@ __all__ = ["Denoiser", "EDMPreconditioning", "Preconditioning", "Scalings", "VEP
 
 
 class Scalings(NamedTuple):
-    """The four functions of the noise level, each of its shape."""
+    """The four functions of the noise level, each of its shape: c_skip, c_out, c_in and c_noise of EDM's equation 7."""
 
-    skip: Tensor
-    out: Tensor
-    into: Tensor
-    noise: Tensor
+    c_skip: Tensor
+    c_out: Tensor
+    c_in: Tensor
+    c_noise: Tensor
 
 
 class Preconditioning(Protocol):
@@ -40,7 +44,7 @@ class Preconditioning(Protocol):
 
 @dataclass(frozen=True)
 class EDMPreconditioning:
-    """Unit variance for the input and the target of the network at every noise level (table 1, column "Ours").
+    """EDM's scalings: unit variance for the input and the target of the network at every noise level (table 1, "Ours").
 
     Args:
         sigma_data: standard deviation of the data.
@@ -57,7 +61,12 @@ class EDMPreconditioning:
         check_tensor("sigma", sigma, real=True)
         square = sigma**2 + self.sigma_data**2
         root = torch.sqrt(square)
-        return Scalings(self.sigma_data**2 / square, sigma * self.sigma_data / root, 1 / root, torch.log(sigma) / 4)
+        return Scalings(
+            c_skip=self.sigma_data**2 / square,
+            c_out=sigma * self.sigma_data / root,
+            c_in=1 / root,
+            c_noise=torch.log(sigma) / 4,
+        )
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,7 @@ class VPPreconditioning:
         # A plain log of (1 + s^2), not log1p: the published networks were trained with its float32 rounding.
         log = torch.log(1 + sigma**2)
         t = (torch.sqrt(self.beta_min**2 + 2 * self.beta_slope * log) - self.beta_min) / self.beta_slope
-        return Scalings(one, -sigma, 1 / torch.sqrt(sigma**2 + 1), (self.steps - 1) * t)
+        return Scalings(c_skip=one, c_out=-sigma, c_in=1 / torch.sqrt(sigma**2 + 1), c_noise=(self.steps - 1) * t)
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,7 @@ class VEPreconditioning:
     def __call__(self, sigma: Tensor) -> Scalings:
         check_tensor("sigma", sigma, real=True)
         one = torch.ones_like(sigma)
-        return Scalings(one, sigma, one, torch.log(sigma / 2))
+        return Scalings(c_skip=one, c_out=sigma, c_in=one, c_noise=torch.log(sigma / 2))
 
 
 class Denoiser(nn.Module):
@@ -147,8 +156,8 @@ class Denoiser(nn.Module):
             level = row_values("sigma", sigma, x)
             scale = self.preconditioning(level.to(dtype))
             exact = torch.float64 if inner == torch.float64 else torch.float32
-            label = self.preconditioning(level.to(exact)).noise.to(inner)
-            scaled = (per_row(scale.into, x) * x).to(inner)
+            label = self.preconditioning(level.to(exact)).c_noise.to(inner)
+            scaled = (per_row(scale.c_in, x) * x).to(inner)
         if class_labels is None and augment_labels is None:
             raw = self.network(scaled, label)
         elif augment_labels is None:
@@ -158,4 +167,4 @@ class Denoiser(nn.Module):
         else:
             raw = self.network(scaled, label, class_labels=class_labels, augment_labels=augment_labels)
         with torch.autocast(x.device.type, enabled=False):
-            return per_row(scale.skip, x) * x + per_row(scale.out, x) * raw.to(dtype)
+            return per_row(scale.c_skip, x) * x + per_row(scale.c_out, x) * raw.to(dtype)

@@ -201,7 +201,9 @@ class VE(Process):
 class VP(Process):
     """Variance preserving with a linear beta(t) on t in [0, 1]: alpha^2 + sigma^2 = 1.
 
-    With b(t) = (beta_max - beta_min) t^2 / 2 + beta_min t: alpha = exp(-b / 2), sigma = sqrt(1 - exp(-b)).
+    The marginal of x_t given x0 (the perturbation kernel) is N(alpha x0, sigma^2 I). With beta(t) = beta_min + (beta_max -
+    beta_min) t and its integral b(t) = (beta_max - beta_min) t^2 / 2 + beta_min t: alpha = exp(-b / 2), sigma = sqrt(1 -
+    exp(-b)).
 
     Args:
         beta_min: rate of noise at t = 0.
@@ -209,7 +211,7 @@ class VP(Process):
 
     References:
         Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations", ICLR 2021,
-        equation 11 and appendix C.
+        equation 11, equation 29 (the marginal) and appendix C (beta_min, beta_max).
     """
 
     beta_min: float = 0.1

@@ -32,7 +32,7 @@ from stablefield.evaluation._protocol import Protocol as Protocol
 from stablefield.evaluation._protocol import Score as Score
 from stablefield.evaluation._reference import ProtocolWarning as ProtocolWarning
 from stablefield.evaluation._result import Evaluation as Evaluation
-from stablefield.evaluation._samples import SampleSource as SampleSource
-from stablefield.evaluation._samples import SamplingRecord as SamplingRecord
+from stablefield.evaluation._sample_source import SampleSource as SampleSource
+from stablefield.evaluation._sample_source import SamplingRecord as SamplingRecord
 from stablefield.evaluation._torchscript import TorchScriptExtractor as TorchScriptExtractor
 from stablefield.evaluation._torchscript import dinov2 as dinov2

@@ -31,7 +31,7 @@ from stablefield.evaluation._processes import Processes
 from stablefield.evaluation._protocol import Protocol, Score
 from stablefield.evaluation._reference import ReferenceSet, is_kept, measure_reference
 from stablefield.evaluation._result import Evaluation, Pictures
-from stablefield.evaluation._samples import (
+from stablefield.evaluation._sample_source import (
     Images,
     ImageSource,
     Report,
@@ -87,7 +87,7 @@ def evaluate(
     gets them.
 
     Args:
-        samples: images, or what draws them, such as the `RunSamples` of a run.
+        samples: images, or what draws them, such as the `RunSource` of a run.
         data: real images to measure against; or a function from the name of a split to an image set, which is also asked
             for "train" (memorisation is of the whole training set) and "test" (held-out images, if there are any).
         metrics: names in `METRICS`, or metrics. "frechet" is FID and "kernel" KID on FID's own Inception; "nearest" is

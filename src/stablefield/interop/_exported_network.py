@@ -90,8 +90,8 @@ class StablefieldUNet(ModelMixin, ConfigMixin):
         else:
             sigma = torch.exp(4 * label.to(torch.promote_types(label.dtype, torch.float32)))
             edm, trained = self._edm(sigma), self._trained(sigma)
-            x = sample / per_row(edm.into, sample)
-            raw = self.network(per_row(trained.into, x) * x, trained.noise.to(sample.dtype), **arguments)
-            skip, out = (trained.skip - edm.skip) / edm.out, trained.out / edm.out
+            x = sample / per_row(edm.c_in, sample)
+            raw = self.network(per_row(trained.c_in, x) * x, trained.c_noise.to(sample.dtype), **arguments)
+            skip, out = (trained.c_skip - edm.c_skip) / edm.c_out, trained.c_out / edm.c_out
             raw = per_row(skip, x) * x + per_row(out, x) * raw
         return StablefieldOutput(sample=raw) if return_dict else (raw,)

@@ -13,7 +13,7 @@ from stablefield.interop._architecture import Architecture
 from stablefield.interop._inert import plain_text
 from stablefield.interop._published import Preconditionings, PublishedNetwork, read_published
 from stablefield.training._checkpoint import State, Trained, save
-from stablefield.training._recipe import Recipe, UNet
+from stablefield.training._recipe import Recipe, SongUNetConfig
 from stablefield.training._run import Run
 from stablefield.training._run_folder import RunConfig, RunFolder
 
@@ -77,7 +77,7 @@ def _recipe(architecture: Architecture, preconditioning: Preconditionings) -> Re
             f"{architecture.augment_dim} wide; a run holds DDPM++ or NCSN++ with attention at {tuple(usual)} and "
             "labels 9 wide or none. Use read_published(...).denoiser() in Python."
         )
-    unet = UNet(
+    unet = SongUNetConfig(
         architecture="ncsnpp" if kind == "ncsnpp" else "ddpmpp",
         base_channels=architecture.base_channels,
         multipliers=architecture.multipliers,

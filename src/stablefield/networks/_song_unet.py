@@ -49,6 +49,12 @@ __all__ = ["SongUNet"]
 class SongUNet(nn.Module):
     """The U-Net of DDPM++ and NCSN++; `SongUNet.ddpmpp` and `SongUNet.ncsnpp` set the first three options.
 
+    For RGB images of 32 x 32 pixels, with EDM's preconditioning, in a loop of your own:
+
+        network = sf.networks.SongUNet.ddpmpp(32, 3, base_channels=128, multipliers=(2, 2, 2))
+        denoiser = sf.Denoiser(network, preconditioning=sf.EDMPreconditioning(sigma_data=0.5))
+        x0 = denoiser(x, sigma)  # x (B, 3, 32, 32), sigma (B,)
+
     Args:
         resolution: height and width of the images in pixels, or the side of square ones; multiples of 2^(levels - 1).
         channels: of the images.

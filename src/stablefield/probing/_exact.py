@@ -18,7 +18,7 @@ from torch import Tensor
 from stablefield.targets._engine.assembly import Summed, summed
 from stablefield.targets._engine.query import Plan, Query, host_access
 from stablefield.targets._engine.reference_matrix import ReferenceMatrix
-from stablefield.targets._kernel import GaussianKernel
+from stablefield.targets._perturbation_kernel import GaussianKernel
 from stablefield.targets._target import Posterior
 
 __all__ = ["Exact", "ExactPosterior"]

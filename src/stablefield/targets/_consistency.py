@@ -28,7 +28,7 @@ from torch import Tensor
 from stablefield.diffusion._process import Process
 from stablefield.targets._checks import Check, finite_check, value_check
 from stablefield.targets._engine.reference_matrix import row_blocks, wide_dtype
-from stablefield.targets._kernel import GaussianKernel, Kernel, StudentTKernel
+from stablefield.targets._perturbation_kernel import GaussianKernel, PerturbationKernel, StudentTKernel
 
 __all__ = ["Correlation", "Measured", "consistency_checks"]
 
@@ -140,7 +140,7 @@ class Measured:
 
 def consistency_checks(
     process: Process,
-    kernel: Kernel,
+    kernel: PerturbationKernel,
     x0: Tensor,
     x_t: Tensor,
     t: Tensor,
@@ -227,7 +227,9 @@ def _repeats(norms: Tensor, rows: Tensor) -> Tensor:
     return counts.square().sum() / rows.sum().clamp(min=1)
 
 
-def _law(kernel: Kernel, square: Tensor, rows: Tensor, d: int, repeats: Tensor) -> tuple[Tensor, Tensor] | None:
+def _law(
+    kernel: PerturbationKernel, square: Tensor, rows: Tensor, d: int, repeats: Tensor
+) -> tuple[Tensor, Tensor] | None:
     """How far a mean of squares is from what it should be, in units of the bound, and that mean over the right one.
 
     Sums of chi-square variables by the cube root of Wilson and Hilferty, good far out in both tails; for Student's t

@@ -1,15 +1,17 @@
-r"""The posterior of the clean sample over a reference set: the heart of the library.
+r"""The posterior of the clean sample over a reference set (the stable target field): the heart of the library.
 
 Given $x_t = \alpha x_0 + \sigma \varepsilon$ and references $y_1 \dots y_n$ with prior weights $\pi_k$,
 
-$$ w_k \propto \pi_k \exp\left( -\frac{|x_t - \alpha y_k|^2}{2 \sigma^2} \right), \qquad
+$$ w_k = \frac{\pi_k\, p_{t|0}(x_t \mid y_k)}{\sum_j \pi_j\, p_{t|0}(x_t \mid y_j)}
+       \propto \pi_k \exp\left( -\frac{|x_t - \alpha y_k|^2}{2 \sigma^2} \right), \qquad
    E[x_0 \mid x_t] \approx \sum_k w_k y_k . $$
 
 If the references are exchangeable and $x_t$ was made from one of them, the mean is the expectation of that source given
 $x_t$ and the set: an unbiased regression target with less variance than the source itself (Rao-Blackwell).
 
 It is one softmax cross-attention with queries $x_t$ and keys = values = references, at the cost of two matrix products
-of 2 B n d flops and memory O((B + chunk) d + B chunk); `_engine/logits.py` says how its logits keep their accuracy. On a
+of 2 B n d flops and memory O((B + chunk) d + B chunk). `_engine/logits.py` computes the exponents, and says how they keep
+their accuracy; `_engine/online_softmax.py` sums the weights, chunk by chunk; `_engine/assembly.py` puts both together. On a
 CPU, rows for which a chunk has no weight that the dtype sees are left out of the second product: all rows of small noise.
 
 References:
@@ -23,7 +25,7 @@ from torch import Tensor
 from stablefield._shapes import check_tensor, row_values, whole_number
 from stablefield.targets._engine.assembly import posterior_of
 from stablefield.targets._engine.query import Plan, Query, checked_matrix, host_access
-from stablefield.targets._kernel import GaussianKernel, Kernel
+from stablefield.targets._perturbation_kernel import GaussianKernel, PerturbationKernel
 from stablefield.targets._target import Posterior
 
 __all__ = ["Posterior", "posterior"]
@@ -40,7 +42,7 @@ def posterior(
     reference_labels: Tensor | None = None,
     log_prior: Tensor | None = None,
     chunk_size: int | None = None,
-    kernel: Kernel | None = None,
+    kernel: PerturbationKernel | None = None,
 ) -> Posterior:
     """Posterior of the clean sample, given noisy ones and a reference set.
 
@@ -65,7 +67,7 @@ def posterior(
         reference_labels: condition of each reference, integers of shape (n,); needed with `labels`.
         log_prior: log prior weight of each reference, shape (n,), not necessarily normalised; uniform if not given.
         chunk_size: references per matrix product; chosen by memory if not given. It changes the result by rounding alone.
-        kernel: the noise kernel; Gaussian if not given.
+        kernel: the perturbation kernel p_{t|0}; Gaussian if not given.
 
     Returns:
         The posterior for each row.

@@ -3,13 +3,14 @@ r"""Stable targets: what a network is trained to predict, with less variance and
 Denoising score matching (DSM) regresses on the one sample $x_0$ that made $x_t$. The stable target is the posterior mean
 $\hat x_0 = E[x_0 \mid x_t, \text{references}]$: the conditional expectation of the DSM target, hence unbiased, and never
 of larger variance. Everything that people regress on is affine in it (see `_target`), so one mean serves all. Its weights
-are the softmax over the references y of $-|x_t - \alpha y|^2 / 2 \sigma^2$: `_posterior` has the formula, and
-`_engine/assembly` the sums.
+are the softmax over the references y of $-|x_t - \alpha y|^2 / 2 \sigma^2$: `_posterior` has the formula,
+`_engine/logits` computes the exponents, and `_engine/online_softmax` sums.
 
 DSM is the stable target with one reference, and the same code.
 
 References:
-    Xu, Tong, Jaakkola, "Stable Target Field for Reduced Variance Score Estimation in Diffusion Models", ICLR 2023.
+    Xu, Tong, Jaakkola, "Stable Target Field for Reduced Variance Score Estimation in Diffusion Models", ICLR 2023,
+    equations 6 to 8.
     Bertrand, Gagneux, Massias, Emonet, "On the Closed-Form of Flow Matching", 2025: the mean as a conditional expectation.
 """
 
@@ -41,7 +42,7 @@ from stablefield.targets._checks import (
 from stablefield.targets._consistency import Correlation, Measured, consistency_checks
 from stablefield.targets._engine.assembly import posterior_of
 from stablefield.targets._engine.query import Host, Plan, Query, host_access
-from stablefield.targets._kernel import GaussianKernel, Kernel
+from stablefield.targets._perturbation_kernel import GaussianKernel, PerturbationKernel
 from stablefield.targets._pool import verified_samples
 from stablefield.targets._references import Batch, InBatch, References
 from stablefield.targets._sharded import ShardedPool
@@ -62,7 +63,7 @@ class StableTarget:
         noise_band: rows whose noise level sigma / alpha is below this use their source alone. Exactly unbiased for every
             value, since the rule does not look at the data; worth it where the source has all the weight anyway, because
             those rows then cost nothing. `pick_noise_band` finds such a level.
-        kernel: the noise kernel; `StudentTKernel(D)` for PFGM++.
+        kernel: the perturbation kernel; `StudentTKernel(D)` for PFGM++.
         chunk_size: references per matrix product; chosen by memory if None.
         capacity: how many rows of a batch, the noisiest, may use references; None for all. As exactly unbiased as the band,
             and it makes the work of a call the same for all batches. In a compiled or captured function, where work cannot
@@ -80,7 +81,7 @@ class StableTarget:
     _: KW_ONLY
     references: References
     noise_band: float = 0.0
-    kernel: Kernel = field(default_factory=GaussianKernel)
+    kernel: PerturbationKernel = field(default_factory=GaussianKernel)
     chunk_size: int | None = None
     capacity: int | None = None
     validate_args: bool = True
@@ -307,7 +308,7 @@ class DenoisingTarget(StableTarget):
 
     references: References = field(default_factory=InBatch, init=False)  # none is asked for
     noise_band: float = field(default=math.inf, init=False)
-    kernel: Kernel = field(default_factory=GaussianKernel, init=False)
+    kernel: PerturbationKernel = field(default_factory=GaussianKernel, init=False)
     chunk_size: int | None = field(default=None, init=False)
     capacity: int | None = field(default=None, init=False)
 

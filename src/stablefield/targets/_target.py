@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stablefield._shapes import per_row
 from stablefield.diffusion._process import Process
-from stablefield.targets._kernel import GaussianKernel, Kernel
+from stablefield.targets._perturbation_kernel import GaussianKernel, PerturbationKernel
 
 __all__ = ["Posterior", "Target"]
 
@@ -73,7 +73,7 @@ class Target:
     x_t: Tensor
     process: Process
     t: Tensor
-    kernel: Kernel = field(default_factory=GaussianKernel)
+    kernel: PerturbationKernel = field(default_factory=GaussianKernel)
     given_noise: Tensor | None = None
 
     @property

@@ -33,9 +33,8 @@ from stablefield.evaluation._features import Gaussian, checked, fit_features, in
 from stablefield.evaluation._fid import distance_between
 from stablefield.evaluation._inception import metric_name
 from stablefield.evaluation._reference import ReferenceSet
-from stablefield.sampling._grids import edm_sigmas
-from stablefield.sampling._ode import heun
-from stablefield.sampling._samples import Drawing
+from stablefield.sampling._seeded_images import chunks_of, draw
+from stablefield.sampling._solvers import SolverOptions
 
 __all__ = ["FrechetObserver", "Reading", "SelfCheck", "check_samples", "jackknife_error", "samples"]
 
@@ -60,16 +59,17 @@ def samples(
         labels: classes of the images, shape (len(seeds),); None for a network without classes.
         sigmas: the grid; EDM's of 18 steps by default.
     """
-    grid = edm_sigmas(STEPS) if sigmas is None else sigmas
+    options = SolverOptions(steps=STEPS)
     classes = None if labels is None else labels.to(device)
-    drawing = Drawing(
+    ((_, images, _),) = draw(
         lambda _: denoiser if classes is None else lambda x, sigma: denoiser(x, sigma, classes),
-        lambda denoise, x, _: heun(denoise, x, grid),
+        options,
+        options.sigmas() if sigmas is None else sigmas,
+        chunks_of(seeds, len(seeds)),
         shape=shape,
-        sigma_max=float(grid[0]),
         device=device,
     )
-    return drawing.images(seeds, len(seeds))
+    return images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +98,8 @@ class Reading:
 class SelfCheck:
     """Measures few samples of a model in training; made once per run by `prepare`.
 
-    What draws is any function of seeds that returns uint8 images (len(seeds), C, H, W), such as
-    `lambda seeds: drawing.images(seeds, 250)` with a `stablefield.sampling._samples.Drawing`.
+    Any function of seeds that returns uint8 images (len(seeds), C, H, W) may draw them, such as `samples` of this module
+    with a denoiser.
     """
 
     extractor: Extractor

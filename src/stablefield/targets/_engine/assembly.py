@@ -19,7 +19,7 @@ from stablefield.targets._engine.matmul import chunks, full_precision
 from stablefield.targets._engine.online_softmax import OnlineSoftmax
 from stablefield.targets._engine.query import Host, Plan, Query
 from stablefield.targets._engine.reference_matrix import ReferenceMatrix, squared_norms
-from stablefield.targets._kernel import GaussianKernel, StudentTKernel
+from stablefield.targets._perturbation_kernel import GaussianKernel, StudentTKernel
 from stablefield.targets._target import Posterior
 
 __all__ = ["Summed", "compute", "posterior_of", "summed"]

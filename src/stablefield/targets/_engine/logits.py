@@ -1,4 +1,4 @@
-r"""Logits: the log weight of each reference, relative to an anchor of the row.
+r"""Logits: the log of each reference's posterior weight, up to a constant: relative to an anchor of the row.
 
 With $\Delta_k = |x_t - \alpha y_k|^2 - |x_t - \alpha a|^2$, the squared distance of a reference relative to that of the
 anchor $a$, the logit is $-\Delta_k / 2\sigma^2$ plus the log prior (for a Gaussian kernel). One matrix product gives it for

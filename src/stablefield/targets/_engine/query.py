@@ -16,7 +16,7 @@ from stablefield._reading import readable
 from stablefield.targets._checks import finite_check, require, value_check
 from stablefield.targets._engine.online_softmax import OnlineSoftmax
 from stablefield.targets._engine.reference_matrix import ReferenceMatrix, largest_magnitude, wide_dtype
-from stablefield.targets._kernel import Kernel
+from stablefield.targets._perturbation_kernel import PerturbationKernel
 
 __all__ = ["Host", "OtherRanks", "Plan", "Query", "checked_matrix", "host_access"]
 
@@ -66,7 +66,7 @@ class Plan:
 
     matrix: ReferenceMatrix
     host: Host
-    kernel: Kernel
+    kernel: PerturbationKernel
     mirrored: bool = False
     chunk_size: int | None = None
     ranks: OtherRanks | None = None

@@ -1,4 +1,4 @@
-r"""Noise kernels: the density of x_t around a reference, as far as a posterior needs it.
+r"""Perturbation kernels p_{t|0}(x_t | y): the density of x_t given its clean sample, as far as a posterior needs it.
 
 A kernel with location $\alpha y$ and scale $\sigma$ depends on $q = |x_t - \alpha y|^2$ alone. Comparing a reference with
 an anchor $a$ takes only the relative distance $\Delta = q(y) - q(a)$, which can be computed without cancellation where both
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from stablefield._shapes import check_generator, check_tensor, number
 
-__all__ = ["GaussianKernel", "Kernel", "StudentTKernel"]
+__all__ = ["GaussianKernel", "PerturbationKernel", "StudentTKernel"]
 
 
-class Kernel(Protocol):
-    """What `posterior` asks of a noise kernel in `dim` dimensions."""
+class PerturbationKernel(Protocol):
+    """What `posterior` asks of a perturbation kernel in `dim` dimensions."""
 
     def log_ratio(self, distance: Tensor, anchor_square: Tensor, sigma: Tensor, dim: int) -> Tensor:
         """Log of the kernel at a reference over the kernel at the anchor.
