@@ -1,4 +1,4 @@
-"""What the experiments share: the toy of two Gaussians, and results that say how they were made."""
+"""Shared by the experiments: the two-Gaussian toy data, and results with a record of how they were made."""
 
 import datetime as dt
 import json
@@ -34,7 +34,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def write(name: str, command: str, values: dict[str, Any]) -> None:
-    """Write results/NAME.json, and say where it is."""
+    """Write results/NAME.json, and print its path."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     record = {

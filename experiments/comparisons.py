@@ -2,8 +2,8 @@
 
     python experiments/comparisons.py
 
-Reads results/compare_digits.json and compare_fashion.json, which the commands in them made. Draws the ratio of the squared
-distances to the exact posterior mean of each seed's pair of runs, with the spread over seeds.
+Reads results/compare_digits.json and compare_fashion.json; each names the command that made it. Draws, for each seed's pair
+of runs, the ratio of the squared distances to the exact posterior mean, with the spread over seeds.
 """
 
 import statistics

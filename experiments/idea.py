@@ -2,7 +2,7 @@
 
     python experiments/idea.py CIFAR_FOLDER    # CIFAR-10's binary folder: all 50,000 training images are references
 
-Writes docs/assets/idea.png and idea-dark.png, for light and for dark ground, and results/idea.json.
+Writes docs/assets/idea.png and idea-dark.png, for light and dark backgrounds, and results/idea.json.
 """
 
 import sys
@@ -19,10 +19,10 @@ from stablefield.data._png import write_png
 from stablefield.report._colours import DARK, LIGHT, Palette
 
 SHOWN = (102, 92, 43)
-"""A lorry, a boat and a horse, by their places in the training set."""
+"""A lorry, a boat and a horse, by their indices in the training set."""
 LEVELS = (1.0, 5.0, 20.0)
 SEED = 2
-"""Of the noise, which is the same at every level. Another seed gives other mixtures at the middle level."""
+"""Seed of the noise, which is the same at every level. Another seed gives other mixtures at the middle level."""
 LABELS = (
     "noisy input",
     "single-sample target: the image behind the noise",
@@ -31,7 +31,7 @@ LABELS = (
 )
 SCALE, GAP, GROUP_GAP, MARGIN = 5, 7, 32, 4
 FONT, LINE = 40, 60
-"""Of 1,554 pixels in all, so that it can be read on a phone, 360 pixels wide."""
+"""In a picture 1,554 pixels wide: legible on a phone, at 360 pixels."""
 
 
 def main(arguments: list[str]) -> None:
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(SEED))
         x_t = sf.EDM().perturb(x0, t, noise)
         target = stable(x0, x_t, t, index=index, noise=noise)
-        # The noise is far outside [-1, 1]: scaled to the data's own spread, as a network gets it.
+        # The noise is far outside [-1, 1]: scale it to the data's spread, as for a network's input.
         scaled = x_t * 0.5 / (0.5**2 + level**2) ** 0.5
         groups.append([pixels(rows) for rows in (scaled, single(x0, x_t, t, noise=noise).x0, target.x0)])
         fitting.append(target.ess.tolist())

@@ -46,7 +46,7 @@ def error(denoiser: sf.Denoiser) -> float:
         for sigma in LEVELS:
             x = clean + sigma * noise
             exact = exact_denoiser(x, sigma)
-            # The score is (D - x) / sigma^2: the factor leaves the ratio.
+            # The score is (D - x) / sigma^2: the factor cancels in the ratio.
             gap = (denoiser(x, sigma) - exact).square().sum(1).mean()
             found.append(float(gap / (exact - x).square().sum(1).mean()))
     return statistics.fmean(found)
@@ -62,12 +62,12 @@ def run(size: int | None, seed: int) -> tuple[list[float], float]:
     average = follower(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     draws = torch.Generator().manual_seed(100 + seed)
-    errors, began, looking = [], time.perf_counter(), 0.0
+    errors, began, measuring = [], time.perf_counter(), 0.0
     for step in range(STEPS):
         index = torch.randperm(len(data), generator=draws)[:BATCH]
         references = torch.Generator().manual_seed(seed * STEPS + step)
         noise = objective.draw((BATCH, 64), draws)
-        # References of their own generator: all runs of a seed see the same rows and noise.
+        # References have their own generator, so all runs of a seed see the same rows and noise.
         example = objective.example(data[index], noise, None, index, generator=references)
         loss = objective.evaluate(model, example).loss
         optimizer.zero_grad()
@@ -77,8 +77,8 @@ def run(size: int | None, seed: int) -> tuple[list[float], float]:
         if (step + 1) % EVERY == 0:
             pause = time.perf_counter()
             errors.append(error(average))
-            looking += time.perf_counter() - pause
-    return errors, time.perf_counter() - began - looking
+            measuring += time.perf_counter() - pause
+    return errors, time.perf_counter() - began - measuring
 
 
 def chart(record: dict[str, Any]) -> LineChart:

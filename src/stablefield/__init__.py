@@ -13,5 +13,5 @@ from stablefield._lazy import attach
 
 __version__ = "0.1.0"
 
-# So the command can say what there is, and what a mistyped flag may have meant, without waiting for torch.
+# Lazy, so that the command can print its help and correct a mistyped flag without importing torch.
 __getattr__, __dir__ = attach(__name__, __file__)

@@ -66,7 +66,7 @@ runpy.run_module("stablefield.cli.inventory", run_name="__main__")
 import numpy as np
 import stablefield as sf
 from stablefield.cli.entry import main
-from stablefield.networks.linear import LinearConfig
+from stablefield.networks._linear import LinearConfig
 from stablefield.training import Recipe
 
 values = np.random.default_rng(0).integers(0, 256, (40, 64))

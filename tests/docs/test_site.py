@@ -225,7 +225,7 @@ def test_the_page_says_what_the_first_proof_on_a_gpu_came_to(site: Path, monkeyp
         assert f"Heun's method, {row['heun_nfe']:.0f} network evaluations each" in text
     single, stable = (next(r for r in reversed(record["proof"]) if r["target"] == name) for name in ("dsm", "stf"))
     assert stable["heun"] > single["heun"]
-    assert "In this first run it brought nothing." in text
+    assert "In this first run it gained nothing." in text
     assert f"the difference of {stable['heun'] - single['heun']:.1f} between the two FIDs" in text
     assert f"made {1 - stable['steps'] / single['steps']:.0%} fewer steps".replace("%", " %") in text
 

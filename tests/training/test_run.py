@@ -220,9 +220,9 @@ def test_labels_of_an_array_are_those_of_the_run(tmp_path: Path) -> None:
     assert by_array.config.classes == 10
     one, two = (run.model("none").denoiser.state_dict() for run in (by_array, by_set))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
-    with pytest.raises(ValueError, match="labels goes with images that is an array"):
+    with pytest.raises(ValueError, match="labels is only for images that is an array"):
         sf.train(digits, labels=digits.labels, **options)
-    with pytest.raises(ValueError, match=r"images has dtype float32: pass uint8; of values x in \[-1, 1\]"):
+    with pytest.raises(ValueError, match=r"images has dtype float32: pass uint8; for values x in \[-1, 1\]"):
         sf.train(digits.images.astype(np.float32) / 127.5 - 1, **options)
 
 

@@ -1,4 +1,4 @@
-r"""Preconditioning: a denoiser D made of a raw network F by the scalings c_skip, c_out, c_in and c_noise.
+r"""Preconditioning: a denoiser D built around a raw network F by the scalings c_skip, c_out, c_in and c_noise.
 
 $$ D(x; s) = c_{skip}(s)\, x + c_{out}(s)\, F(c_{in}(s)\, x;\; c_{noise}(s)), $$
 
@@ -26,7 +26,7 @@ __all__ = ["Denoiser", "EDMPreconditioning", "Preconditioning", "Scalings", "VEP
 
 
 class Scalings(NamedTuple):
-    """The four functions of the noise level, each of its shape: c_skip, c_out, c_in and c_noise of EDM's equation 7."""
+    """The four functions of the noise level, each with its shape: c_skip, c_out, c_in and c_noise of EDM's equation 7."""
 
     c_skip: Tensor
     c_out: Tensor
@@ -55,7 +55,7 @@ class EDMPreconditioning:
     def __post_init__(self) -> None:
         check_numbers(self, "sigma_data")
         if not 0 < self.sigma_data < math.inf:
-            raise ValueError(f"EDMPreconditioning(sigma_data={self.sigma_data}): it must be positive.")
+            raise ValueError(f"EDMPreconditioning(sigma_data={self.sigma_data}): pass a positive number.")
 
     def __call__(self, sigma: Tensor) -> Scalings:
         check_tensor("sigma", sigma, real=True)
@@ -75,7 +75,7 @@ class VPPreconditioning:
 
     Args:
         beta_min: lower end of the linear schedule.
-        beta_slope: its rise, beta_max - beta_min.
+        beta_slope: its slope, beta_max - beta_min.
         steps: number of time labels, 1,000 in the published networks.
     """
 
@@ -88,7 +88,7 @@ class VPPreconditioning:
         if not (self.beta_min >= 0 and 0 < self.beta_slope < math.inf and self.steps >= 1):
             raise ValueError(
                 f"VPPreconditioning(beta_min={self.beta_min}, beta_slope={self.beta_slope}, steps={self.steps}): "
-                "beta_min must not be negative, beta_slope positive, steps at least 1."
+                "pass beta_min of at least 0, a positive beta_slope, and steps of at least 1."
             )
 
     def __call__(self, sigma: Tensor) -> Scalings:
@@ -114,8 +114,8 @@ class Denoiser(nn.Module):
     """D(x; sigma): the network's estimate of x0, in noise-to-signal units.
 
     Args:
-        network: called as network(x, noise_label), with class_labels and augment_labels as further keywords only if they
-            are given; x of shape (B, ...), noise_label of shape (B,).
+        network: called as network(x, noise_label), with the keywords class_labels and augment_labels only if they are
+            given; x of shape (B, ...), noise_label of shape (B,).
         preconditioning: the scalings around it.
     """
 
@@ -136,13 +136,13 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """Estimate x0.
 
-        The scalings are computed and applied in float32 or better, also under autocast; the network sees its own dtype.
+        Computes and applies the scalings in float32 or better, even under autocast; the network gets its own dtype.
 
         Args:
             x: x_t / alpha, shape (B, ...), floating point.
             sigma: noise level sigma / alpha, a float or shape (B,).
-            class_labels: integers (B,), -1 for no class; handed to the network if given.
-            augment_labels: shape (B, augment_dim); handed to the network if given.
+            class_labels: integers (B,), -1 for no class; passed to the network if given.
+            augment_labels: shape (B, augment_dim); passed to the network if given.
 
         Returns:
             The estimate, of the shape and dtype of x (float32 if x is of lower precision).
@@ -152,7 +152,7 @@ class Denoiser(nn.Module):
         inner = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), dtype)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(dtype)
-            # The label is computed in float32, as published, and rounded once for a network of lower precision.
+            # Compute the label in float32, as published, and round it once for a network of lower precision.
             level = row_values("sigma", sigma, x)
             scale = self.preconditioning(level.to(dtype))
             exact = torch.float64 if inner == torch.float64 else torch.float32
