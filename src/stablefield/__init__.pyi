@@ -3,6 +3,8 @@ from stablefield._bench import benchmark as benchmark
 from stablefield._doctor import CheckUp as CheckUp
 from stablefield._doctor import check_machine as check_machine
 from stablefield.diffusion._discrete import Discrete as Discrete
+from stablefield.diffusion._from_diffusers import Regression as Regression
+from stablefield.diffusion._from_diffusers import from_diffusers as from_diffusers
 from stablefield.diffusion._noise_levels import LogNormal as LogNormal
 from stablefield.diffusion._noise_levels import LogUniform as LogUniform
 from stablefield.diffusion._noise_levels import Uniform as Uniform
@@ -38,8 +40,6 @@ from stablefield.diffusion._process import (
 from stablefield.diffusion._process import (
     RectifiedFlow as RectifiedFlow,
 )
-from stablefield.diffusion._scheduler import Regression as Regression
-from stablefield.diffusion._scheduler import from_diffusers as from_diffusers
 from stablefield.diffusion._weighting import (
     EDMWeighting as EDMWeighting,
 )

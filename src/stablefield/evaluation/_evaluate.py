@@ -99,7 +99,7 @@ def evaluate(
         split: which part of `data`, if it is a name.
         held_out: real images that were not trained on, for "nearest"; by default the "test" split of `data`, if it is a
             name and has one.
-        repeats: measure so often, each time on other samples; 3 gives minimum, mean and spread as the literature does.
+        repeats: how many times to measure, each time on fresh samples; 3 gives minimum, mean and spread, as papers report.
         seed: which images each repeat takes, where `samples` are images.
         device: where FID's Inception runs; a GPU if there is one.
         batch: images at a time in the extractor.
@@ -114,7 +114,7 @@ def evaluate(
 
     Warns:
         ProtocolWarning: if the features of the real images were kept by the code of another commit.
-        DamagedCacheWarning: if kept features are damaged; they are made anew.
+        DamagedCacheWarning: if cached features are damaged; they are recomputed.
     """
     chosen = _chosen(metrics, classifier)
     for name, value, least in (
@@ -158,7 +158,7 @@ def evaluate(
         return opened("data", data(name) if callable(data) else data, name, progress)
 
     with Processes() as processes:
-        # Of an array or an image set nobody knows other parts.
+        # An array or an image set has no other splits.
         parts = part if isinstance(data, str | Path) or callable(data) else None
         images = check_size("data", part(split), source.shape)
         some = ReferenceSet(images=images, split=split, count=references)
