@@ -1,3 +1,4 @@
+from stablefield._distributed import RankError as RankError
 from stablefield.diffusion._discrete import Discrete as Discrete
 from stablefield.diffusion._noise_levels import LogNormal as LogNormal
 from stablefield.diffusion._noise_levels import LogUniform as LogUniform
@@ -53,7 +54,6 @@ from stablefield.targets._kernel import StudentTKernel as StudentTKernel
 from stablefield.targets._pool import Pool as Pool
 from stablefield.targets._posterior import Posterior as Posterior
 from stablefield.targets._posterior import posterior as posterior
-from stablefield.targets._ranks import RankError as RankError
 from stablefield.targets._references import InBatch as InBatch
 from stablefield.targets._sharded import ShardedPool as ShardedPool
 from stablefield.targets._stable_target import DenoisingTarget as DenoisingTarget

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import stablefield
+from stablefield._distributed import RankError
 from stablefield.data._digits import open_digits
-from stablefield.targets._ranks import RankError
 from stablefield.training._loop import TrainingError, check_fit, fit
 from stablefield.training._recipe import Perceptron, Recipe, UNet
 from stablefield.training._recipes import DIGITS

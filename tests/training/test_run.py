@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import stablefield as sf
+from stablefield._distributed import Ranks
 from stablefield.data._digits import open_digits
 from stablefield.evaluation._extractor import RawPixels
 from stablefield.training._loop import Report
@@ -217,12 +218,12 @@ def test_processes_agree_on_a_plan_without_sending_each_other_the_images(monkeyp
     plan = sf.training.make_plan(digits, TINY)
     sent: list[bytes] = []
 
-    def from_first(value: object) -> object:
-        sent.append(pickle.dumps(value))
-        return pickle.loads(sent[-1])
+    def broadcast(values: list[object], src: int) -> None:
+        sent.append(pickle.dumps(values))
+        values[:] = pickle.loads(sent[-1])
 
-    monkeypatch.setattr("stablefield.training._run.from_first", from_first)
-    shared = share_plan(plan, digits)
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", broadcast)
+    shared = share_plan(plan, digits, Ranks(0, 2))
     assert shared.data is digits
     assert (shared.config, shared.references, shared.noise_band) == (plan.config, plan.references, plan.noise_band)
     assert len(sent[0]) < 20_000 < digits.images.nbytes

@@ -9,6 +9,7 @@ import torch
 import tyro
 from rich.markup import escape
 
+from stablefield._distributed import Ranks
 from stablefield.cli.console import console, relative, shown_warnings
 from stablefield.cli.extractors import ExtractorFlags
 from stablefield.cli.places import check_folder, check_free, check_place, unused
@@ -20,7 +21,6 @@ from stablefield.cli.work import Work
 from stablefield.data._image_set import ImageSet
 from stablefield.data._resizing import Resize
 from stablefield.evaluation._evaluate import DEFAULT_METRICS, METRICS, check_counts, evaluate
-from stablefield.evaluation._processes import Processes
 from stablefield.evaluation._protocol import ProtocolWarning
 from stablefield.evaluation._result import Evaluation
 from stablefield.report._extra import require
@@ -95,11 +95,11 @@ class Evaluate:
         """Measure, print a table and write the results."""
         self._check()
         earlier = None if self.against is None else replace(Evaluation.load(self.against), name=relative(self.against))
-        with Processes() as processes:
-            console.quiet = not processes.first
+        with Ranks.launched() as ranks:
+            console.quiet = not ranks.first
             try:
                 found = self._evaluate()
-                if processes.first:
+                if ranks.first:
                     self._finish(found if earlier is None else found.compare(earlier))
             except ValueError as error:
                 raise ValueError(as_flags(str(error), _FLAGS)) from error

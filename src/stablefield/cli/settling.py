@@ -5,12 +5,11 @@ from collections.abc import Callable
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
-from accelerate import PartialState
 
+from stablefield._distributed import Ranks
 from stablefield._shapes import found_device
 from stablefield.cli.recipes import BY_DATA, RecipeName, chosen, limit
 from stablefield.cli.sources import open_data, print_reading
-from stablefield.training._processes import first_process_first, start_processes
 from stablefield.training._recipe import Recipe
 
 __all__ = [
@@ -61,14 +60,15 @@ def settled(call: Call, parse: Callable[[Recipe], Call]) -> Call:
     """
     if not call.data:
         raise ValueError("DATA is missing: name what to train on, such as: stablefield train digits.")
-    accelerated = pick_device(call.device).type == "cuda"
+    device = pick_device(call.device)
+    accelerated = device.type == "cuda"
     bound = None if call.resolution else limit(call.recipe, accelerated=accelerated)
-    state = start_processes(accelerated=accelerated)
-    with first_process_first(state):
-        if state.is_main_process:
+    ranks = Ranks.launched(device)
+    with ranks.rank_0_first("to open the data"):
+        if ranks.first:
             call.check()
         data = open_data(call.data, call.resolution, call.resize, "train", call.skip_broken, bound)
-    if PartialState().is_main_process:
+    if ranks.first:
         print_reading(data)
     name: str = call.recipe
     if chooses(call):

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from accelerate import PartialState
 from rich.markup import escape
 from rich.table import Table
 
+from stablefield._distributed import Ranks
 from stablefield.cli.console import console, quoted, relative
 from stablefield.cli.extractors import ExtractorFlags
 from stablefield.cli.interruption import Interruption
@@ -30,7 +30,6 @@ from stablefield.training._feed import Feed
 from stablefield.training._loop import Report, Tracker, check_tracker, make_accelerator
 from stablefield.training._observers import FrechetObserver
 from stablefield.training._placement import placed
-from stablefield.training._processes import first_process_first, start_processes
 from stablefield.training._recipe import Recipe
 from stablefield.training._run import Plan, Run, make_plan, share_plan, train
 from stablefield.training._run_folder import RunConfig, RunFolder
@@ -136,19 +135,19 @@ class Train:
             console.out(shown(self._existing().config.recipe if self.resume else self.config))
             return 0
         device = pick_device(self.device)
-        state = start_processes(accelerated=device.type == "cuda")
-        console.quiet = not state.is_main_process
-        device = torch.device(state.device or device) if state.num_processes > 1 else device
-        return self._resume(device, state) if self.resume else self._begin(device, state)
+        ranks = Ranks.launched(device)
+        console.quiet = not ranks.first
+        device = ranks.own_device(device)
+        return self._resume(device, ranks) if self.resume else self._begin(device, ranks)
 
-    def _begin(self, device: torch.device, state: PartialState) -> int:
+    def _begin(self, device: torch.device, ranks: Ranks) -> int:
         data = self.opened
         assert isinstance(data, ImageSet)
         self._check_samples(data)
-        plan = share_plan(self._plan(data, device, state.num_processes) if state.is_main_process else None, data)
+        plan = share_plan(self._plan(data, device, ranks.world_size) if ranks.first else None, data, ranks)
         if self.dry_run:
             return self._rehearse(plan.config, data, device, 0)
-        observers = self._observers(data, device)
+        observers = self._observers(data, device) if ranks.first else []
         # From here on Ctrl-C is a wish to stop in order: whoever sees that a run has begun can rely on it.
         with Interruption() as interruption, _Bar() as bar:
             run = train(
@@ -164,10 +163,10 @@ class Train:
             )
         return bar.end(run, interruption)
 
-    def _resume(self, device: torch.device, state: PartialState) -> int:
+    def _resume(self, device: torch.device, ranks: Ranks) -> int:
         check_tracker(self.tracker)
         run = self._existing()
-        with _held(run, state.is_main_process and not self.dry_run):
+        with _held(run, ranks.first and not self.dry_run):
             self._tell_where_it_stands(run)
             config, done = run.config, run.step
             if done >= config.recipe.steps and not self.dry_run:
@@ -175,12 +174,12 @@ class Train:
                 console.print("A run cannot be extended yet: to train for longer, begin a new one with more --steps.")
                 _print_sampling(run)
                 return 0
-            with first_process_first(state):
+            with ranks.rank_0_first("to open the data"):
                 data = open_data(self.data or config.data, **config.opening)
             self._check_samples(data)
             if self.dry_run:
                 return self._rehearse(config, data, device, done)
-            observers = self._observers(data, device)
+            observers = self._observers(data, device) if ranks.first else []
             with Interruption() as interruption, _Bar() as bar:
                 run.resume(
                     data=data,
@@ -211,7 +210,7 @@ class Train:
             check_samples(f"--evaluate-samples {self.evaluate_samples}", self.evaluate_samples, len(data))
 
     def _observers(self, data: ImageSet, device: torch.device) -> list[FrechetObserver]:
-        if not self.evaluate_every or not PartialState().is_main_process:
+        if not self.evaluate_every:
             return []
         from stablefield.evaluation._self_check import Reading, SelfCheck  # needs torchmetrics
 
@@ -284,12 +283,11 @@ class _Bar:
 
     def begin(self, run: Run, data: ImageSet) -> None:
         """Say what begins."""
-        recipe, processes = run.config.recipe, PartialState().num_processes
+        recipe, processes = run.config.recipe, Ranks.launched(run.device).world_size
         many = f" x {processes} processes" if processes > 1 else ""
-        device = PartialState().device if processes > 1 else run.device
         console.print(
             f"[bold]{recipe.target.upper()}[/] on {escape(data.name)}: {len(data):,} images of "
-            f"{'x'.join(map(str, data.shape))}, {recipe.steps:,} steps of {recipe.batch}, on {device}{many}"
+            f"{'x'.join(map(str, data.shape))}, {recipe.steps:,} steps of {recipe.batch}, on {run.device}{many}"
         )
         console.print(f"run folder: {escape(relative(run.path))}")
         self._began = time.monotonic()

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stablefield._distributed import Ranks
 from stablefield._progress import Progress
 from stablefield._shapes import check_callable, check_kind, found_device, whole_number
 from stablefield.data._collector import cache_folder
@@ -26,7 +27,6 @@ from stablefield.evaluation._kid import Kernel
 from stablefield.evaluation._memorisation import Nearest
 from stablefield.evaluation._metric import Features, Metric, MetricInput, Value
 from stablefield.evaluation._precision_recall import Coverage, Density, Precision, Recall
-from stablefield.evaluation._processes import Processes
 from stablefield.evaluation._protocol import Score, running_commit
 from stablefield.evaluation._result import Evaluation, Pictures
 from stablefield.evaluation._samples import Images, ImageSource, RealImages, Report, SampleSource, SamplingRecord
@@ -146,11 +146,11 @@ def evaluate(
     check_counts(chosen, source.count, references)
     seeds = tuple(found for repeat in range(repeats) if (found := source.seeds(repeat)) is not None)
     folder = cache_folder() / "references" if cache is True else Path(cache) if cache else None
-    with Processes() as processes:
+    with Ranks.launched() as ranks:
         real = RealImages(data, split, held_out, source.shape, progress)
-        run = _Measurement(source, seeds, repeats, batch, processes, progress)
+        run = _Measurement(source, seeds, repeats, batch, ranks, progress)
         groups = _groups(chosen, source, real, references, extractor, classifier, device, folder)
-        if on_estimate is not None and processes.first:
+        if on_estimate is not None and ranks.first:
             on_estimate(run.estimate(groups, device))
         return run.evaluation(groups)
 
@@ -245,7 +245,7 @@ class _Measurement:
     seeds: tuple[str, ...]
     repeats: int
     batch: int
-    processes: Processes
+    ranks: Ranks
     progress: Report | None
     shown: list[tuple[Tensor, Tensor | None]] = field(default_factory=list[tuple[Tensor, Tensor | None]])
 
@@ -256,7 +256,7 @@ class _Measurement:
         from stablefield.evaluation._time_estimate import TimeEstimate, feature_seconds, metric_seconds
 
         features = metrics = 0.0
-        n, repeats, count = self.source.count, self.repeats, self.processes.count
+        n, repeats, count = self.source.count, self.repeats, self.ranks.world_size
         for group in groups:
             wanted, real = pass_for(group.extractor, group.metrics), group.references
             control = 0 if group.held_out is None else len(group.held_out)
@@ -276,19 +276,19 @@ class _Measurement:
         values: list[list[list[Value]]] = [[] for _ in groups]
         for repeat in range(self.repeats):
             features = extract(self._batches(repeat), passes, "sample", at_once=self.batch)
-            if not self.processes.first:
+            if not self.ranks.first:
                 continue
             if self.progress is not None:
                 self.progress(Progress(stage="metrics", done=repeat, total=self.repeats))
             for group, (references, control), samples, found in zip(groups, real, features, values, strict=True):
                 given = MetricInput(samples=samples, references=references, extractor=group.extractor, held_out=control)
                 found.append([value for metric in group.metrics for value in metric(given)])
-        record = self.source.record(self.processes)
+        record = self.source.record(self.ranks)
         scores = [
             score for group, found in zip(groups, values, strict=True) for score in self._scores(group, found, record)
         ]
-        if self.processes.count > 1:
-            text = self.processes.from_first(json.dumps([score.to_dict() for score in scores]))
+        if self.ranks.world_size > 1:
+            text = self.ranks.broadcast(json.dumps([score.to_dict() for score in scores]), "to measure")
             scores = [Score.from_dict(one) for one in json.loads(text)]
         samples, references = self._pictures(groups[0].references)
         return Evaluation(name=self.source.name, scores=tuple(scores), samples=samples, references=references)
@@ -304,19 +304,19 @@ class _Measurement:
             batch=self.batch,
             cache=group.cache,
             commit=running_commit(),
-            processes=self.processes,
+            ranks=self.ranks,
             progress=self.progress,
         )
         if group.held_out is None:
             return found, None
         rows = np.arange(len(group.held_out))
-        batches = image_batches(group.held_out.images, rows, self.batch, self.processes)
+        batches = image_batches(group.held_out.images, rows, self.batch, self.ranks)
         only_rows = ExtractorPass(extractor=group.extractor, moments=False)
         return found, extract(batches, [only_rows], "held-out image")[0].matrix()
 
     def _batches(self, repeat: int) -> "Iterator[Batch]":
         """The batches of a repeat; the first images are kept to be looked at, with their classes."""
-        for images, numbers in self.source.batches(repeat, self.processes, self.progress):
+        for images, numbers in self.source.batches(repeat, self.ranks, self.progress):
             if sum(len(batch) for batch, _ in self.shown) < _SHOWN:
                 self.shown.append((images, self.source.labels(repeat, numbers)))
             yield images, numbers

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stablefield._distributed import Ranks
 from stablefield._shapes import check_tensor, whole_number
 from stablefield.evaluation._extractor import Extractor
 from stablefield.evaluation._features import (
@@ -28,7 +29,6 @@ from stablefield.evaluation._features import (
     unpack,
 )
 from stablefield.evaluation._metric import Features, Metric
-from stablefield.evaluation._processes import Processes
 
 try:
     import torchmetrics
@@ -63,14 +63,14 @@ def pass_for(extractor: Extractor, metrics: Sequence[Metric]) -> ExtractorPass:
 
 
 def image_batches(
-    images: NDArray[np.uint8], rows: NDArray[np.int64], batch: int, processes: Processes | None = None
+    images: NDArray[np.uint8], rows: NDArray[np.int64], batch: int, ranks: Ranks | None = None
 ) -> Iterator[Batch]:
     """Batches of the images `rows` of an array (n, C, H, W): this process's share.
 
     Batches are cut before they are shared out, so that the number of processes changes no batch.
     """
     starts = range(0, len(rows), batch)
-    for start in starts if processes is None else processes.share(starts):
+    for start in starts if ranks is None else ranks.share(starts):
         part = rows[start : start + batch]
         numbers = torch.arange(start, start + len(part))
         yield torch.from_numpy(np.ascontiguousarray(images[part])), numbers

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stablefield._atomic_file import write_atomically
+from stablefield._distributed import Ranks
 from stablefield._progress import Progress
 from stablefield._regular_file import check_safetensors, reason
 from stablefield.data._image_set import ImageSet
@@ -32,7 +33,6 @@ from stablefield.evaluation._extraction import Batch, ExtractorPass, extract, im
 from stablefield.evaluation._extractor import Extractor
 from stablefield.evaluation._features import Statistics
 from stablefield.evaluation._metric import Features
-from stablefield.evaluation._processes import Processes
 from stablefield.evaluation._protocol import (
     REFERENCE_FIELDS,
     DamagedCacheWarning,
@@ -109,7 +109,7 @@ def measure_reference(
     batch: int,
     cache: Path | None = None,
     commit: str | None = None,
-    processes: Processes | None = None,
+    ranks: Ranks | None = None,
     progress: Callable[[Progress], object] | None = None,
 ) -> Features:
     """Features of a reference set, from the cache if they are there.
@@ -120,7 +120,7 @@ def measure_reference(
         batch: images at a time.
         cache: folder of kept features; None neither reads nor writes any.
         commit: of the code that runs, for the record of what is kept.
-        processes: those that share the work; each calls this. Without them this process does it alone.
+        ranks: the processes that share the work; each calls this. Without them this process does it alone.
         progress: called after every batch.
 
     Raises:
@@ -130,16 +130,16 @@ def measure_reference(
         ProtocolWarning: if features were kept by the code of another commit.
         DamagedCacheWarning: if kept features are damaged; the file is named, and made anew.
     """
-    processes = processes or Processes()
+    ranks = ranks or Ranks()
     protocol = reference.protocol(wanted.extractor, commit)
     found = _read(cache, protocol, wanted) if cache is not None and is_kept(reference, wanted, cache) else None
-    if not processes.all(found is not None) or found is None:
+    if not ranks.all(found is not None, "to look for kept features") or found is None:
         rows = reference.rows
-        batches = image_batches(reference.images.images, rows, batch, processes)
+        batches = image_batches(reference.images.images, rows, batch, ranks)
         stage = f"{wanted.extractor.name}: {reference.images.name}"
-        reported = reporting(batches, stage, len(rows), progress, processes.count)
-        (found,) = extract(reported, [wanted], "reference image", local=processes.count == 1)
-        if cache is not None and processes.first:
+        reported = reporting(batches, stage, len(rows), progress, ranks.world_size)
+        (found,) = extract(reported, [wanted], "reference image", local=ranks.world_size == 1)
+        if cache is not None and ranks.first:
             _write(cache, protocol, found)
     return found
 

@@ -21,19 +21,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from numpy.typing import NDArray
 from torch import Tensor
 
 import stablefield
 from stablefield._atomic_file import write_atomically
+from stablefield._distributed import Ranks
 from stablefield._progress import Progress
 from stablefield._shapes import check_kind, found_device, whole_number
 from stablefield.data._image_set import ImageSet
 from stablefield.data._source import as_image_set, open_images
 from stablefield.evaluation._evaluate import DEFAULT_METRICS, evaluate
 from stablefield.evaluation._metric import Metric
-from stablefield.evaluation._processes import Processes
 from stablefield.evaluation._result import Evaluation
 from stablefield.training._ema import power_exponent
 from stablefield.training._files import write_tensors
@@ -41,7 +40,6 @@ from stablefield.training._loop import Observer, Report, Tracker, check_fit, fit
 from stablefield.training._model import OpenModel, open_model
 from stablefield.training._placement import resolve_band, resolve_references
 from stablefield.training._post_hoc import combine, snapshot_steps
-from stablefield.training._processes import first_process_first, from_first, start_processes
 from stablefield.training._recipe import Recipe
 from stablefield.training._recipes import largest_resolution, recipe_for
 from stablefield.training._run_folder import RunConfig, RunFolder
@@ -114,14 +112,16 @@ def make_plan(data: ImageSet, recipe: Recipe, *, device: torch.device | str = "c
     return Plan(data=data, config=config, references=rule, noise_band=finding)
 
 
-def share_plan(plan: Plan | None, data: ImageSet) -> Plan:
+def share_plan(plan: Plan | None, data: ImageSet, ranks: Ranks) -> Plan:
     """The first process's plan on every process, decided once, since others may have other memory.
 
     Args:
         plan: that of the first process; None on the others.
         data: this process's images. They are not sent: each process has opened them itself.
+        ranks: the processes.
     """
-    decided = from_first(None if plan is None else (plan.config, plan.references, plan.noise_band))
+    own = None if plan is None else (plan.config, plan.references, plan.noise_band)
+    decided = ranks.broadcast(own, "to plan the run")
     assert decided is not None
     config, references, noise_band = decided
     return Plan(data=data, config=config, references=references, noise_band=noise_band)
@@ -170,30 +170,27 @@ def train(
         ImportError: if a package is missing.
     """
     where = found_device(device)
-    state = start_processes(accelerated=where.type == "cuda")
-    if state.num_processes > 1:
-        where = torch.device(state.device or where)
+    ranks = Ranks.launched(where)
+    where = ranks.own_device(where)
     if not isinstance(images, Plan):
         if recipe is not None:
             check_kind("recipe", recipe, Recipe, RECIPE)
-        data = _images(images, labels, recipe, where, state)
+        data = _images(images, labels, recipe, where, ranks)
         chosen = recipe_for(data, accelerated=where.type == "cuda") if recipe is None else recipe
         if steps is not None:
             chosen = dataclasses.replace(chosen, steps=whole_number("steps", steps, 1))
-        plan = share_plan(
-            make_plan(data, chosen, device=where, processes=state.num_processes) if state.is_main_process else None,
-            data,
-        )
+        own = make_plan(data, chosen, device=where, processes=ranks.world_size) if ranks.first else None
+        plan = share_plan(own, data, ranks)
     else:
         if recipe is not None or steps is not None or labels is not None:
             raise ValueError("images is a Plan, which holds its recipe: leave recipe and steps out, and labels, too.")
         plan = images
     path = ""
-    if state.is_main_process:
+    if ranks.first:
         config = plan.config
         place = Path(out) if out is not None else _unused_folder(f"{plan.data.name}-{config.recipe.target}")
         path = str(RunFolder.create(place, config).path)
-    run = Run(from_first(path))
+    run = Run(ranks.broadcast(path, "to make the run's folder"))
     _fit(run, plan.data, where, tracker, observers, on_start, progress, every, stop)
     return run
 
@@ -289,13 +286,14 @@ class Run:
             else self.sampler(sampler, steps, guidance_scale, class_label, ema, batch, device)
         )
         wanted = _seeds(seeds)
-        with Processes() as processes:
-            parts = list(batches(drawn, wanted, processes, progress))
-            nfe, chunks = processes.total(sum(part.nfe for part in parts), len(parts))
+        with Ranks.launched() as ranks:
+            parts = list(batches(drawn, wanted, ranks, progress))
+            nfe, chunks = ranks.total(sum(part.nfe for part in parts), len(parts), purpose="to draw their images")
             every = parts[0] if parts else _no_samples(drawn)
             images = torch.from_numpy(np.concatenate([every.images[:0], *(part.images for part in parts)]))
             own = torch.tensor([seed for part in parts for seed in part.seeds], dtype=torch.int64)
-            all_images, all_seeds = processes.gathered(images), processes.gathered(own)
+            all_images = ranks.all_gather_rows(images, "to draw their images")
+            all_seeds = ranks.all_gather_rows(own, "to draw their images")
         labels = drawn.labels(all_seeds)
         whole = dataclasses.replace(
             every,
@@ -502,11 +500,10 @@ class Run:
             TrainingError: as for `train`.
         """
         where = found_device(device)
-        state = start_processes(accelerated=where.type == "cuda")
-        if state.num_processes > 1:
-            where = torch.device(state.device or where)
+        ranks = Ranks.launched(where)
+        where = ranks.own_device(where)
         config = self.config
-        with first_process_first(state):
+        with ranks.rank_0_first("to open the data"):
             if data is None or isinstance(data, str | Path):
                 data = open_images(data_of(config) if data is None else data, **config.opening)
         _fit(self, as_image_set("data", data), where, tracker, observers, on_start, progress, every, stop)
@@ -564,17 +561,17 @@ def _fit(
 def batches(
     sampler: RunSampler,
     seeds: Sequence[int],
-    processes: Processes,
+    ranks: Ranks,
     progress: Callable[[Progress], object] | None = None,
 ) -> Iterator[Samples]:
     """This process's part of the images of seeds, batch by batch; the `nfe` of each is its own."""
-    stage = "drawing" if processes.count == 1 else f"drawing (process 1 of {processes.count})"
+    stage = "drawing" if ranks.world_size == 1 else f"drawing (process 1 of {ranks.world_size})"
 
     def report(done: float, total: int) -> None:
         if progress is not None:
             progress(Progress(stage=stage, done=int(done), total=total))
 
-    for chunk, images, evaluations in sampler.draw(seeds, processes, report):
+    for chunk, images, evaluations in sampler.draw(seeds, ranks, report):
         labels = sampler.labels(torch.tensor(chunk.wanted))
         yield dataclasses.replace(
             _no_samples(sampler),
@@ -610,13 +607,13 @@ def _images(
     labels: NDArray[np.int64] | Tensor | None,
     recipe: Recipe | None,
     device: torch.device,
-    state: PartialState,
+    ranks: Ranks,
 ) -> ImageSet:
     """The argument `images`; without a recipe, images of several sizes are brought to one that suits the device."""
     if labels is not None or not isinstance(images, str | Path):
         return as_image_set("images", images, labels)
     limit = largest_resolution(accelerated=device.type == "cuda") if recipe is None else None
-    with first_process_first(state):
+    with ranks.rank_0_first("to open the data"):
         return open_images(images, limit=limit)
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stablefield._distributed import Ranks
 from stablefield._progress import Progress
 from stablefield._shapes import whole_number
 from stablefield.evaluation._cost import wait_for
-from stablefield.evaluation._processes import Processes
 from stablefield.evaluation._protocol import running_commit
 from stablefield.evaluation._samples import SampleSource, SamplingRecord
 from stablefield.sampling._samples import chunks_of
@@ -53,7 +53,7 @@ class RunSamples(SampleSource):
         return f"{start}-{start + self.count - 1}"
 
     def batches(
-        self, repeat: int, processes: Processes, progress: Callable[[Progress], object] | None
+        self, repeat: int, ranks: Ranks, progress: Callable[[Progress], object] | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's samples of a repeat: images, uint8 (B, C, H, W), and their numbers (B,)."""
         start, sampler = self._start(repeat), self._sampler
@@ -63,9 +63,9 @@ class RunSamples(SampleSource):
         def report(done: float, _: int) -> None:
             if progress is not None:
                 # The other processes are about as far.
-                progress(Progress(stage=stage, done=min(self.count, int(processes.count * done)), total=self.count))
+                progress(Progress(stage=stage, done=min(self.count, int(ranks.world_size * done)), total=self.count))
 
-        for chunk, images, evaluations in sampler.draw(seeds, processes, report):
+        for chunk, images, evaluations in sampler.draw(seeds, ranks, report):
             yield images, torch.tensor(chunk.wanted) - start
             self._evaluations += evaluations
             self._chunks += 1
@@ -96,9 +96,9 @@ class RunSamples(SampleSource):
         one = marks[0] - began + each * sampler.calls
         return one * sum(len(chunk.seeds) for chunk in chunks) / len(chunks[0].seeds)
 
-    def record(self, processes: Processes) -> SamplingRecord:
+    def record(self, ranks: Ranks) -> SamplingRecord:
         """How the samples were made."""
-        evaluations, chunks = processes.total(self._evaluations, self._chunks)
+        evaluations, chunks = ranks.total(self._evaluations, self._chunks, purpose="to count their network evaluations")
         return SamplingRecord(
             sampler=self._sampler.description,
             steps=self._sampler.steps,

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from stablefield import sampling
+from stablefield._distributed import Ranks
 from stablefield.data._image_set import class_text
 from stablefield.diffusion._process import VE, VP, Process
-from stablefield.evaluation._processes import Processes
 from stablefield.sampling._noise import SampleNoise
 from stablefield.sampling._samples import Chunk, Drawing, Solve, chunks_of
 from stablefield.sampling._solver_loop import Denoise
@@ -457,19 +457,19 @@ class RunSampler:
         )
 
     def draw(
-        self, seeds: Sequence[int], processes: Processes, progress: Callable[[float, int], object] | None = None
+        self, seeds: Sequence[int], ranks: Ranks, progress: Callable[[float, int], object] | None = None
     ) -> Iterator[tuple[Chunk, Tensor, int]]:
         """This process's part of the images of seeds, batch by batch.
 
         Args:
-            seeds: of all processes.
-            processes: that share them.
+            seeds: of all ranks.
+            ranks: the processes that share them.
             progress: called before every evaluation with how many images this process has drawn, and how many it will.
 
         Yields:
             The batch, the images of its wanted seeds, uint8 (B, C, H, W) on the CPU, and the network evaluations it took.
         """
-        chunks = processes.share(chunks_of(seeds, self.batch, coupled=self.coupled))
+        chunks = ranks.share(chunks_of(seeds, self.batch, coupled=self.coupled))
         total = sum(len(chunk.places) for chunk in chunks)
         done = size = 0
 
