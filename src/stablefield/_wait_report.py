@@ -177,7 +177,7 @@ class WaitReporter:
             return answer.get(timeout=max(1.0, self._interval))
         return None
 
-    def _store(self) -> "dist.Store":
+    def _store(self) -> "dist.Store":  # pyright: ignore[reportPrivateImportUsage]
         place, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         timeout = timedelta(seconds=max(5.0, self._interval))
         return dist.TCPStore(place, port, timeout=timeout, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
