@@ -8,23 +8,35 @@ import pytest
 import torch
 
 import stablefield as sf
-from stablefield.cli.recipes import RECIPES, chosen, limit, shown
+from stablefield.cli.entry import main
 from stablefield.data._digits import open_digits
 from stablefield.data._image_set import Origin, make_image_set
 from stablefield.data._resizing import natural_resolution
 from stablefield.training import _recipe as recipe_module
-from stablefield.training._recipe import Recipe, UNet, UNet2D
-from stablefield.training._recipes import CIFAR10_EDM, CIFAR10_VE, CIFAR10_VP, imagefolder, unet2d
+from stablefield.training._recipe import DiffusersUNetConfig, Recipe, SongUNetConfig
+from stablefield.training._recipes import (
+    CIFAR10_EDM,
+    CIFAR10_VE,
+    CIFAR10_VP,
+    RECIPES,
+    imagefolder,
+    largest_resolution,
+    named_recipe,
+    recipe_for,
+    unet2d,
+)
 
 
 def names() -> dict[str, object]:
-    found = {name: getattr(recipe_module, name) for name in ("Recipe", "UNet", "Perceptron")}
+    found = {name: getattr(recipe_module, name) for name in ("Recipe", "SongUNetConfig", "MLPConfig")}
     return {**found, **{name: getattr(sf, name) for name in sf.__all__}, "inf": float("inf")}
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_what_is_shown_is_python_that_makes_the_recipe(name: str) -> None:
-    text = shown(RECIPES[name])
+def test_what_is_shown_is_python_that_makes_the_recipe(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--recipe", name, "--print"])
+    text = capsys.readouterr().out
     assert eval(text, {"__builtins__": {}}, names()) == RECIPES[name]
 
 
@@ -44,7 +56,7 @@ def test_cifar10_recipes_follow_the_published_schedule(recipe: Recipe) -> None:
     assert recipe.learning_rate_at(0) == pytest.approx(1e-3 * 512 / 10e6)
     assert recipe.learning_rate_at(10_000_000 // 512 + 1) == recipe.learning_rate_at(recipe.steps - 1) == 1e-3
     assert (recipe.ema_half_life, recipe.ema_ramp, recipe.augmentation) == (500_000, 0.05, 0.12)
-    assert isinstance(recipe.network, UNet)
+    assert isinstance(recipe.network, SongUNetConfig)
     assert recipe.network.dropout == 0.13
     assert not recipe.mirror
     assert recipe.nan_to_num
@@ -67,10 +79,17 @@ def test_auto_chooses_by_the_data(shape: tuple[int, int, int], count: int, name:
     import numpy as np
 
     data = make_image_set(np.zeros((count, *shape), np.uint8), None, Origin(name="made", source="made up"))
-    found, recipe = chosen("auto", data, accelerated=False)
+    found, recipe = named_recipe("auto", data, accelerated=False)
     assert found == name
+    assert recipe_for(data, accelerated=False) == recipe
     recipe.network.build(data.shape, 0, recipe.augment_dim, torch.Generator())
     assert recipe.batch <= count
+
+
+def test_the_built_in_digits_have_their_recipe_at_any_size() -> None:
+    for resolution in (None, 16):
+        digits = sf.data.open_images("digits", resolution=resolution)
+        assert named_recipe("auto", digits, accelerated=False) == ("digits", RECIPES["digits"])
 
 
 @pytest.mark.parametrize("side", [8, 12, 16, 20, 28, 32, 40, 48, 56, 64])
@@ -86,7 +105,7 @@ def test_imagefolder_fits_every_size_that_it_chooses(side: int, accelerated: boo
 def test_recipes_fit_images_that_are_not_square(size: tuple[int, int], accelerated: bool) -> None:
     assert natural_resolution([size], 64) is None
     for recipe in (imagefolder((3, *size), 1000, accelerated=accelerated), unet2d((3, *size), 1000, accelerated=True)):
-        if isinstance(recipe.network, UNet2D):
+        if isinstance(recipe.network, DiffusersUNetConfig):
             pytest.importorskip("diffusers")
             if min(size) < 16:
                 continue
@@ -96,16 +115,17 @@ def test_recipes_fit_images_that_are_not_square(size: tuple[int, int], accelerat
 
 
 def test_limits_of_resolution_follow_recipe_and_device() -> None:
-    assert limit("auto", accelerated=False) == 32
-    assert limit("imagefolder", accelerated=True) == limit("celeba64-ve", accelerated=False) == 64
-    assert limit("cifar10-ve", accelerated=False) == 32
-    assert limit("digits", accelerated=False) is None
+    assert largest_resolution("auto", accelerated=False) == largest_resolution(accelerated=False) == 32
+    assert largest_resolution("imagefolder", accelerated=True) == 64
+    assert largest_resolution("celeba64-ve", accelerated=False) == 64
+    assert largest_resolution("cifar10-ve", accelerated=False) == 32
+    assert largest_resolution("digits", accelerated=False) is None
 
 
 def test_unet_names_the_resolution_for_images_that_it_does_not_fit() -> None:
     for shape, words in (((3, 30, 30), "resolution=28"), ((3, 42, 64), "resolution=40")):
         with pytest.raises(ValueError, match=words):
-            UNet().build(shape, 0, 0, torch.Generator())
+            SongUNetConfig().build(shape, 0, 0, torch.Generator())
 
 
 def test_augmentation_needs_a_network_that_can_be_told() -> None:

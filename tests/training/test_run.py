@@ -16,8 +16,7 @@ from stablefield._distributed import Ranks
 from stablefield.data._digits import open_digits
 from stablefield.evaluation._extractor import RawPixels
 from stablefield.training._loop import Report
-from stablefield.training._recipe import Perceptron, Recipe
-from stablefield.training._run import share_plan
+from stablefield.training._recipe import MLPConfig, Recipe
 from stablefield.training._sampler import SamplerOptions
 
 TINY = Recipe(
@@ -27,7 +26,7 @@ TINY = Recipe(
     sample_every=0,
     log_every=4,
     ema_snapshot_every=4,
-    network=Perceptron(width=16, depth=1),
+    network=MLPConfig(width=16, depth=1),
 )
 
 
@@ -191,8 +190,23 @@ def test_seeds_of_a_comparison_may_be_how_many(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^seeds=\[\]: pass at least one seed"):
         sf.compare("digits", seeds=[], device="cpu")
     found = sf.compare("digits", seeds=1, out=tmp_path, recipe=TINY, steps=2, evaluations=1, samples=40, device="cpu")
-    assert found is not None
     assert found.seeds == [0]
+
+
+def test_a_comparison_that_was_stopped_holds_the_seeds_that_are_done_and_goes_on(tmp_path: Path) -> None:
+    options = {"seeds": 2, "out": tmp_path / "both", "recipe": TINY, "steps": 2, "evaluations": 1, "samples": 40}
+    none = sf.compare("digits", **options, device="cpu", stop=lambda: True)
+    assert (none.seeds, none.missing, none.charts()) == ([], (0, 1), {})
+    assert str(none) == none.summary == "Stopped before seed 0, 1: the same call goes on."
+    assert none.summary in none.save(tmp_path / "none.html").read_text()
+    ended: list[object] = []
+    first = sf.compare("digits", **options, device="cpu", on_run=ended.append, stop=lambda: len(ended) >= 2)
+    assert (first.seeds, first.missing) == ([0], (1,))
+    assert first.summary.startswith("STF is nearer to the optimum")
+    assert first.summary.endswith("Stopped before seed 1: the same call goes on.")
+    both = sf.compare("digits", **options, device="cpu", progress=ended.append)
+    assert (both.seeds, both.missing) == ([0, 1], ())
+    assert {report.stage for report in ended[2:]} <= {"seed 1 DSM", "seed 1 STF"}  # pyright: ignore
 
 
 def test_labels_of_an_array_are_those_of_the_run(tmp_path: Path) -> None:
@@ -207,15 +221,14 @@ def test_labels_of_an_array_are_those_of_the_run(tmp_path: Path) -> None:
     assert by_array.config.classes == 10
     one, two = (run.model("none").denoiser.state_dict() for run in (by_array, by_set))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
-    with pytest.raises(ValueError, match="labels goes with images that is an array"):
+    with pytest.raises(ValueError, match="labels is only for images that is an array"):
         sf.train(digits, labels=digits.labels, **options)
-    with pytest.raises(ValueError, match=r"images has dtype float32: pass uint8; of values x in \[-1, 1\]"):
+    with pytest.raises(ValueError, match=r"images has dtype float32: pass uint8; for values x in \[-1, 1\]"):
         sf.train(digits.images.astype(np.float32) / 127.5 - 1, **options)
 
 
 def test_processes_agree_on_a_plan_without_sending_each_other_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
     digits = open_digits()
-    plan = sf.training.make_plan(digits, TINY)
     sent: list[bytes] = []
 
     def broadcast(values: list[object], src: int) -> None:
@@ -223,7 +236,21 @@ def test_processes_agree_on_a_plan_without_sending_each_other_the_images(monkeyp
         values[:] = pickle.loads(sent[-1])
 
     monkeypatch.setattr("torch.distributed.broadcast_object_list", broadcast)
-    shared = share_plan(plan, digits, Ranks(0, 2))
+    monkeypatch.setattr("stablefield.training._run.place", lambda _: (torch.device("cpu"), Ranks(0, 2)))
+    shared = sf.training.make_plan(digits, TINY)
     assert shared.data is digits
-    assert (shared.config, shared.references, shared.noise_band) == (plan.config, plan.references, plan.noise_band)
+    assert [(shared.config, shared.references, shared.noise_band)] == pickle.loads(sent[0])
     assert len(sent[0]) < 20_000 < digits.images.nbytes
+
+
+def test_a_plan_says_what_its_run_would_take_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = sf.training.make_plan(open_digits(), TINY, device="cpu").estimate("cpu")
+    assert found.seconds == found.seconds_per_step * TINY.steps
+    assert 0 < found.target_seconds < found.seconds_per_step
+    names = ["images", "parameters", "memory", "steps", "references", "a step here", "all of it"]
+    assert [name for name, _ in found.rows()] == names
+    assert [line[:12].strip() for line in str(found).splitlines()] == names
+    assert list(tmp_path.iterdir()) == []

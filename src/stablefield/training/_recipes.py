@@ -17,7 +17,7 @@ from stablefield.diffusion._noise_levels import LogUniform, Uniform
 from stablefield.diffusion._preconditioning import VEPreconditioning, VPPreconditioning
 from stablefield.diffusion._process import VE, VP
 from stablefield.diffusion._weighting import SNRWeighting
-from stablefield.training._recipe import Perceptron, Recipe, Shape, UNet, UNet2D
+from stablefield.training._recipe import DiffusersUNetConfig, MLPConfig, Recipe, Shape, SongUNetConfig
 
 __all__ = [
     "CELEBA64_VE",
@@ -26,13 +26,15 @@ __all__ = [
     "CIFAR10_VP",
     "DIGITS",
     "MNIST28",
+    "RECIPES",
     "imagefolder",
     "largest_resolution",
+    "named_recipe",
     "recipe_for",
     "unet2d",
 ]
 
-DIGITS = Recipe(network=Perceptron())
+DIGITS = Recipe(network=MLPConfig())
 """The built-in digits: a few minutes on two CPU cores."""
 
 MNIST28 = Recipe(
@@ -44,7 +46,7 @@ MNIST28 = Recipe(
     ema_ramp=0.1,
     checkpoint_every=200,
     sample_every=300,
-    network=UNet(base_channels=32, multipliers=(1, 2, 2), blocks=1, dropout=0.0),
+    network=SongUNetConfig(base_channels=32, multipliers=(1, 2, 2), blocks=1, dropout=0.0),
 )
 """The MNIST family, 28 x 28 grey: about ten minutes on two CPU cores."""
 
@@ -61,7 +63,7 @@ CIFAR10_EDM = Recipe(
     sample_every=2000,
     keep_every=20_000,
     ema_snapshot_every=20_000,
-    network=UNet(architecture="ncsnpp"),
+    network=SongUNetConfig(architecture="ncsnpp"),
 )
 """EDM on CIFAR-10 with NCSN++, the paper's best network; `--network.architecture ddpmpp` for the other."""
 
@@ -76,7 +78,7 @@ CIFAR10_VE = dataclasses.replace(
 
 CIFAR10_VP = dataclasses.replace(
     CIFAR10_EDM,
-    network=UNet(architecture="ddpmpp"),
+    network=SongUNetConfig(architecture="ddpmpp"),
     process=VP(0.1, 20.0),
     noise_levels=Uniform(1e-5, 1.0),
     weighting=SNRWeighting(),
@@ -90,9 +92,20 @@ CELEBA64_VE = dataclasses.replace(
     steps=200_000_000 // 256,
     learning_rate=2e-4,
     augmentation=0.15,
-    network=UNet(architecture="ncsnpp", multipliers=(1, 2, 2, 2), dropout=0.05),
+    network=SongUNetConfig(architecture="ncsnpp", multipliers=(1, 2, 2, 2), dropout=0.05),
 )
 """Variance-exploding diffusion on faces of 64 x 64 pixels, with NCSN++ of four levels."""
+
+
+RECIPES = {
+    "digits": DIGITS,
+    "mnist28": MNIST28,
+    "cifar10-edm": CIFAR10_EDM,
+    "cifar10-ve": CIFAR10_VE,
+    "cifar10-vp": CIFAR10_VP,
+    "celeba64-ve": CELEBA64_VE,
+}
+"""The recipes by name. A new one is listed here."""
 
 
 def recipe_for(images: ImageSet, *, accelerated: bool) -> Recipe:
@@ -102,16 +115,40 @@ def recipe_for(images: ImageSet, *, accelerated: bool) -> Recipe:
         images: to train on.
         accelerated: whether there is a GPU.
     """
-    if images.name == "digits" and images.shape == (1, 8, 8):
-        return DIGITS
-    if images.shape == (1, 28, 28):
-        return MNIST28
-    return imagefolder(images.shape, len(images), accelerated=accelerated)
+    return named_recipe("auto", images, accelerated=accelerated)[1]
 
 
-def largest_resolution(*, accelerated: bool) -> int:
-    """Pixels a side that images of several sizes are brought to at most, where none are asked for."""
-    return 64 if accelerated else 32
+def named_recipe(name: str, images: ImageSet, *, accelerated: bool) -> tuple[str, Recipe]:
+    """A recipe by its name, with the name of the one that "auto" comes to.
+
+    Args:
+        name: in `RECIPES`, or of a recipe that depends on the images: "imagefolder", "unet2d", or "auto" for the one that
+            suits them best.
+        images: to train on.
+        accelerated: whether there is a GPU.
+    """
+    if name == "auto":
+        built_in = (images.opening or {}).get("source") == "digits"
+        name = "digits" if built_in else "mnist28" if images.shape == (1, 28, 28) else "imagefolder"
+    if name in RECIPES:
+        return name, RECIPES[name]
+    make = unet2d if name == "unet2d" else imagefolder
+    return name, make(images.shape, len(images), accelerated=accelerated)
+
+
+def largest_resolution(name: str = "auto", *, accelerated: bool) -> int | None:
+    """Pixels a side that images of several sizes are brought to at most, where none are asked for.
+
+    Args:
+        name: of the recipe, as for `named_recipe`.
+        accelerated: whether there is a GPU.
+
+    Returns:
+        None for a recipe of images of one size.
+    """
+    if name in ("auto", "imagefolder", "unet2d"):
+        return 64 if accelerated else 32
+    return 64 if name == "celeba64-ve" else 32 if name.startswith("cifar10") else None
 
 
 def unet2d(shape: Shape, count: int, *, accelerated: bool) -> Recipe:
@@ -123,9 +160,9 @@ def unet2d(shape: Shape, count: int, *, accelerated: bool) -> Recipe:
         accelerated: whether there is a GPU.
     """
     recipe = imagefolder((shape[0], max(16, shape[1]), max(16, shape[2])), count, accelerated=accelerated)
-    assert isinstance(recipe.network, UNet)
+    assert isinstance(recipe.network, SongUNetConfig)
     widths = tuple(recipe.network.base_channels * multiplier for multiplier in recipe.network.multipliers)
-    network = UNet2D(widths=widths, blocks=recipe.network.blocks, dropout=recipe.network.dropout)
+    network = DiffusersUNetConfig(widths=widths, blocks=recipe.network.blocks, dropout=recipe.network.dropout)
     return dataclasses.replace(recipe, network=network, augmentation=0.0)
 
 
@@ -154,7 +191,7 @@ def imagefolder(shape: Shape, count: int, *, accelerated: bool) -> Recipe:
         checkpoint_every=1000 if accelerated else 250,
         sample_every=1000 if accelerated else 250,
         precision="bf16" if accelerated else "float32",
-        network=UNet(
+        network=SongUNetConfig(
             base_channels=width, multipliers=(1, 2, 2, 2)[:levels], blocks=3 if accelerated else 1, dropout=0.1
         ),
     )

@@ -13,7 +13,7 @@ import base64
 import dataclasses
 import html
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,9 @@ from stablefield.data._source import as_image_set, open_images
 from stablefield.evaluation._evaluate import DEFAULT_METRICS, evaluate
 from stablefield.evaluation._metric import Metric
 from stablefield.evaluation._result import Evaluation
+from stablefield.sampling._solvers import SamplerName
 from stablefield.training._ema import power_exponent
+from stablefield.training._estimate import Estimate, estimate_run
 from stablefield.training._files import write_tensors
 from stablefield.training._loop import Observer, Report, Tracker, check_fit, fit, make_accelerator
 from stablefield.training._model import OpenModel, open_model
@@ -43,20 +45,17 @@ from stablefield.training._post_hoc import combine, snapshot_steps
 from stablefield.training._recipe import Recipe
 from stablefield.training._recipes import largest_resolution, recipe_for
 from stablefield.training._run_folder import RunConfig, RunFolder
-from stablefield.training._run_samples import RunSamples, data_of
-from stablefield.training._sampler import RunSampler, SamplerName, SamplerOptions
-from stablefield.training._samples import Samples, in_order
+from stablefield.training._run_source import RunSource, data_of
+from stablefield.training._sampler import RunSampler, SamplerOptions
+from stablefield.training._samples import Samples
 
 if TYPE_CHECKING:
     from stablefield.evaluation._extractor import Extractor
 
-__all__ = ["Plan", "Run", "batches", "make_plan", "share_plan", "train"]
+__all__ = ["Plan", "Run", "images_and_recipe", "make_plan", "place", "train"]
 
 Images = str | Path | ImageSet | NDArray[np.uint8] | Tensor
 """What `stablefield.data.open_images` opens, an image set, or uint8 of shape (n, C, H, W)."""
-
-RECIPE = "a Recipe, such as stablefield.training.DIGITS, or None for one that suits the data"
-"""What the argument `recipe` must be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,20 +74,45 @@ class Plan:
     references: str
     noise_band: str
 
+    def estimate(self, device: torch.device | str | None = None) -> Estimate:
+        """What the run would take, from a few steps taken now and thrown away.
 
-def make_plan(data: ImageSet, recipe: Recipe, *, device: torch.device | str = "cpu", processes: int = 1) -> Plan:
+        Args:
+            device: where to compute; a GPU if there is one.
+        """
+        return estimate_run(self.config, self.data, place(device)[0])
+
+
+def place(device: torch.device | str | None) -> tuple[torch.device, Ranks]:
+    """The device of this process for the argument `device`, and the processes that train together, begun."""
+    found = found_device(device)
+    ranks = Ranks.launched(found)
+    return ranks.own_device(found), ranks
+
+
+def make_plan(data: ImageSet, recipe: Recipe, *, device: torch.device | str | None = None) -> Plan:
     """Check a recipe against the data, and find what it leaves to them: the references and the noise band.
+
+    Of several processes the first decides for all, since others may have other memory. The images are not sent: each process
+    has opened them itself.
 
     Args:
         data: the images.
         recipe: how to train.
-        device: where.
-        processes: how many train together.
+        device: where to compute; a GPU if there is one.
 
     Raises:
         ValueError: if the recipe does not fit the data, naming its field.
     """
-    device = torch.device(device)
+    where, ranks = place(device)
+    decided = _decide(data, recipe, where, ranks.world_size) if ranks.first else None
+    decided = ranks.broadcast(decided, "to plan the run")
+    assert decided is not None
+    config, references, noise_band = decided
+    return Plan(data=data, config=config, references=references, noise_band=noise_band)
+
+
+def _decide(data: ImageSet, recipe: Recipe, device: torch.device, processes: int) -> tuple[RunConfig, str, str]:
     check_fit(recipe, data)
     classes = data.classes if recipe.conditional else 0
     # Before anything is measured: a network that does not fit the images says so here.
@@ -109,22 +133,7 @@ def make_plan(data: ImageSet, recipe: Recipe, *, device: torch.device | str = "c
         version=stablefield.__version__,
         opening=opening,
     )
-    return Plan(data=data, config=config, references=rule, noise_band=finding)
-
-
-def share_plan(plan: Plan | None, data: ImageSet, ranks: Ranks) -> Plan:
-    """The first process's plan on every process, decided once, since others may have other memory.
-
-    Args:
-        plan: that of the first process; None on the others.
-        data: this process's images. They are not sent: each process has opened them itself.
-        ranks: the processes.
-    """
-    own = None if plan is None else (plan.config, plan.references, plan.noise_band)
-    decided = ranks.broadcast(own, "to plan the run")
-    assert decided is not None
-    config, references, noise_band = decided
-    return Plan(data=data, config=config, references=references, noise_band=noise_band)
+    return config, rule, finding
 
 
 def train(
@@ -143,6 +152,12 @@ def train(
     stop: Callable[[], bool] = lambda: False,
 ) -> Run:
     """Train a diffusion model, and leave a run folder.
+
+    On a tensor or an array of your own, uint8 of shape (n, C, H, W):
+
+        images = ((x + 1) * 127.5).round().to(torch.uint8)  # from x in [-1, 1]
+        run = sf.train(images, out="runs/mine")
+        run.sample(64).save("grid.png")
 
     Started by torchrun or `accelerate launch`, the processes train together.
 
@@ -169,18 +184,11 @@ def train(
         TrainingError: if the loss is not finite or the disk is full; earlier checkpoints are intact.
         ImportError: if a package is missing.
     """
-    where = found_device(device)
-    ranks = Ranks.launched(where)
-    where = ranks.own_device(where)
+    where, ranks = place(device)
     if not isinstance(images, Plan):
-        if recipe is not None:
-            check_kind("recipe", recipe, Recipe, RECIPE)
-        data = _images(images, labels, recipe, where, ranks)
-        chosen = recipe_for(data, accelerated=where.type == "cuda") if recipe is None else recipe
-        if steps is not None:
-            chosen = dataclasses.replace(chosen, steps=whole_number("steps", steps, 1))
-        own = make_plan(data, chosen, device=where, processes=ranks.world_size) if ranks.first else None
-        plan = share_plan(own, data, ranks)
+        with ranks.rank_0_first("to open the data"):
+            data, recipe = images_and_recipe(images, labels, recipe, steps, where)
+        plan = make_plan(data, recipe, device=where)
     else:
         if recipe is not None or steps is not None or labels is not None:
             raise ValueError("images is a Plan, which holds its recipe: leave recipe and steps out, and labels, too.")
@@ -188,8 +196,8 @@ def train(
     path = ""
     if ranks.first:
         config = plan.config
-        place = Path(out) if out is not None else _unused_folder(f"{plan.data.name}-{config.recipe.target}")
-        path = str(RunFolder.create(place, config).path)
+        folder = Path(out) if out is not None else _unused_folder(f"{plan.data.name}-{config.recipe.target}")
+        path = str(RunFolder.create(folder, config).path)
     run = Run(ranks.broadcast(path, "to make the run's folder"))
     _fit(run, plan.data, where, tracker, observers, on_start, progress, every, stop)
     return run
@@ -280,28 +288,22 @@ class Run:
         Raises:
             ValueError: if the options do not fit the run or one another.
         """
-        drawn = (
+        opened = (
             sampler
             if isinstance(sampler, RunSampler)
             else self.sampler(sampler, steps, guidance_scale, class_label, ema, batch, device)
         )
         wanted = _seeds(seeds)
         with Ranks.launched() as ranks:
-            parts = list(batches(drawn, wanted, ranks, progress))
-            nfe, chunks = ranks.total(sum(part.nfe for part in parts), len(parts), purpose="to draw their images")
-            every = parts[0] if parts else _no_samples(drawn)
-            images = torch.from_numpy(np.concatenate([every.images[:0], *(part.images for part in parts)]))
+            purpose = "to draw their images"
+            parts = list(opened.draw(wanted, ranks, progress))
+            nfe, count = ranks.total(sum(part.nfe for part in parts), len(parts), purpose=purpose)
+            none = np.zeros((0, *opened.config.shape), np.uint8)
+            drawn = torch.from_numpy(np.concatenate([none, *(part.images for part in parts)]))
+            images = ranks.all_gather_rows(drawn, purpose)
             own = torch.tensor([seed for part in parts for seed in part.seeds], dtype=torch.int64)
-            all_images = ranks.all_gather_rows(images, "to draw their images")
-            all_seeds = ranks.all_gather_rows(own, "to draw their images")
-        labels = drawn.labels(all_seeds)
-        whole = dataclasses.replace(
-            every,
-            images=all_images.numpy(),
-            seeds=tuple(all_seeds.tolist()),
-            labels=None if labels is None else labels.numpy(),
-        )
-        return in_order([whole], wanted, nfe / chunks)
+            row = {seed: place for place, seed in enumerate(ranks.all_gather_rows(own, purpose).tolist())}
+        return opened.samples(wanted, images[[row[seed] for seed in wanted]], nfe / count)
 
     def sampler(
         self,
@@ -377,12 +379,12 @@ class Run:
             ValueError: if there are too few images for a metric, or the options do not fit the run.
             ImportError: if the extractor's package is not installed.
         """
-        drawn = sampler if isinstance(sampler, RunSampler) else self.sampler(sampler, device=device)
+        opened = sampler if isinstance(sampler, RunSampler) else self.sampler(sampler, device=device)
         config = self.config
         if data is None:
             data = partial(_part, data_of(config), config)
         return evaluate(
-            RunSamples(drawn, str(self.path), samples, seed),
+            RunSource(opened, str(self.path), samples, seed),
             data=data,
             metrics=metrics,
             extractor=extractor,
@@ -392,7 +394,7 @@ class Run:
             held_out=held_out,
             repeats=repeats,
             seed=seed,
-            device=drawn.device,
+            device=opened.device,
             batch=feature_batch,
             cache=cache,
             progress=progress,
@@ -499,9 +501,7 @@ class Run:
             ValueError: if the images are not those of the run, or another process trains in its folder.
             TrainingError: as for `train`.
         """
-        where = found_device(device)
-        ranks = Ranks.launched(where)
-        where = ranks.own_device(where)
+        where, ranks = place(device)
         config = self.config
         with ranks.rank_0_first("to open the data"):
             if data is None or isinstance(data, str | Path):
@@ -558,41 +558,6 @@ def _fit(
     )
 
 
-def batches(
-    sampler: RunSampler,
-    seeds: Sequence[int],
-    ranks: Ranks,
-    progress: Callable[[Progress], object] | None = None,
-) -> Iterator[Samples]:
-    """This process's part of the images of seeds, batch by batch; the `nfe` of each is its own."""
-    stage = "drawing" if ranks.world_size == 1 else f"drawing (process 1 of {ranks.world_size})"
-
-    def report(done: float, total: int) -> None:
-        if progress is not None:
-            progress(Progress(stage=stage, done=int(done), total=total))
-
-    for chunk, images, evaluations in sampler.draw(seeds, ranks, report):
-        labels = sampler.labels(torch.tensor(chunk.wanted))
-        yield dataclasses.replace(
-            _no_samples(sampler),
-            images=images.numpy(),
-            seeds=chunk.wanted,
-            labels=None if labels is None else labels.numpy(),
-            nfe=float(evaluations),
-        )
-
-
-def _no_samples(sampler: RunSampler) -> Samples:
-    """No samples of a run."""
-    return Samples(
-        images=np.zeros((0, *sampler.config.shape), np.uint8),
-        seeds=(),
-        class_names=sampler.config.class_names,
-        sampler=sampler.description,
-        ema=sampler.ema,
-    )
-
-
 def _seeds(seeds: int | Sequence[int]) -> list[int]:
     if isinstance(seeds, int):
         return list(range(whole_number("seeds", seeds, 1)))
@@ -602,19 +567,32 @@ def _seeds(seeds: int | Sequence[int]) -> list[int]:
     return wanted
 
 
-def _images(
+def images_and_recipe(
     images: Images,
     labels: NDArray[np.int64] | Tensor | None,
     recipe: Recipe | None,
+    steps: int | None,
     device: torch.device,
-    ranks: Ranks,
-) -> ImageSet:
-    """The argument `images`; without a recipe, images of several sizes are brought to one that suits the device."""
+) -> tuple[ImageSet, Recipe]:
+    """The arguments of `train` of these names: the images, opened, and the recipe, or one that suits them.
+
+    Without a recipe, images of several sizes are brought to one that suits the device.
+
+    Raises:
+        TypeError: if an argument is of another kind.
+        ValueError: if the images cannot be opened, or `steps` is no number of steps.
+    """
+    accelerated = device.type == "cuda"
+    if recipe is not None:
+        wanted = "a Recipe, such as stablefield.training.DIGITS, or None for one that suits the data"
+        check_kind("recipe", recipe, Recipe, wanted)
     if labels is not None or not isinstance(images, str | Path):
-        return as_image_set("images", images, labels)
-    limit = largest_resolution(accelerated=device.type == "cuda") if recipe is None else None
-    with ranks.rank_0_first("to open the data"):
-        return open_images(images, limit=limit)
+        data = as_image_set("images", images, labels)
+    else:
+        data = open_images(images, limit=largest_resolution(accelerated=accelerated) if recipe is None else None)
+    if recipe is None:
+        recipe = recipe_for(data, accelerated=accelerated)
+    return data, recipe if steps is None else dataclasses.replace(recipe, steps=whole_number("steps", steps, 1))
 
 
 def _part(source: str, config: RunConfig, split: str) -> ImageSet:
