@@ -172,7 +172,7 @@ class Ranks:
         values = [value]
         if self.world_size > 1:
             with self.waiting(purpose):
-                dist.broadcast_object_list(values, src=0)
+                dist.broadcast_object_list(values, group=self.group, group_src=0)
         return values[0]
 
     def barrier(self, purpose: str) -> None:

@@ -231,7 +231,7 @@ def test_processes_agree_on_a_plan_without_sending_each_other_the_images(monkeyp
     digits = open_digits()
     sent: list[bytes] = []
 
-    def broadcast(values: list[object], src: int) -> None:
+    def broadcast(values: list[object], **_: object) -> None:
         sent.append(pickle.dumps(values))
         values[:] = pickle.loads(sent[-1])
 
