@@ -26,8 +26,8 @@ SOURCE = ROOT / "src" / "stablefield"
 # the core's names.
 FLOORS = [
     {"_lazy"},
-    {"_shapes", "_reading", "_regular_file", "_atomic_file", "_progress"},
-    {"_memory"},
+    {"_shapes", "_reading", "_regular_file", "_atomic_file", "_progress", "_wait_report"},
+    {"_memory", "_distributed"},
     {"targets"},
     {"diffusion"},
     {"networks", "sampling"},
@@ -249,7 +249,8 @@ def test_the_import_takes_no_more_than_0_3_seconds_beyond_torch_and_numpy(import
 def test_the_import_brings_nothing_but_the_core(imports):
     assert "stablefield.targets._posterior" in imports[1]
     rooms = {room_of(name) for name in imports[1] if name.partition(".")[0] == "stablefield"}
-    assert rooms <= {"", "_lazy", "_shapes", "_reading", "_memory", "targets", "diffusion", "networks", "sampling"}
+    own = {"_lazy", "_shapes", "_reading", "_memory", "_distributed", "_wait_report"}
+    assert rooms <= {"", "targets", "diffusion", "networks", "sampling"} | own
     others = {name.partition(".")[0] for name in imports[1]} - set(sys.stdlib_module_names)
     assert others <= {"stablefield", "torch", "numpy"}
 

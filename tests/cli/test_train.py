@@ -163,7 +163,7 @@ def test_what_ends_the_first_process_before_the_run_ends_the_other(
     messages = [process.communicate(timeout=100)[1] for process in started]
     assert [process.returncode for process in started] == [2, 1], messages
     assert "is not empty" in messages[0]
-    assert "rank 1 of 2 waited for the others to have the data opened" in messages[1]
+    assert "rank 1 of 2 waited for the others to open the data" in messages[1]
 
 
 @pytest.mark.slow
