@@ -123,7 +123,7 @@ def test_the_proof_measures_both_targets_after_equal_times(
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     quality = importlib.import_module("quality")
     images = torch.randint(0, 256, (60, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    budget = quality.Budget(seconds=0.5, marks=2, samples=6, batch=8, width=8, blocks=1, samplers=samplers)
+    budget = quality.Budget(seconds=0.5, marks=2, samples=6, batch=8, width=8, blocks=1, gradients=3, samplers=samplers)
     told: list[dict[str, object]] = []
     found = quality.proof(images, RandomConvolutions(), process, budget, told.append)
     assert found == told
