@@ -1,8 +1,4 @@
-import os
-import socket
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from forks import Fork
 from stablefield.data._digits import open_digits
 from stablefield.evaluation._evaluate import evaluate
 from stablefield.evaluation._extraction import Batch, ExtractorPass, extract, image_batches
@@ -115,35 +112,17 @@ with Ranks.launched() as ranks:
 MEASURED = {"data": "digits", "metrics": ["frechet", "recall", "nearest"], "repeats": 2, "batch": 16, "cache": False}
 
 
-def features_of(count: int, out: Path) -> dict[str, np.ndarray]:
-    """The pass in so many real processes, started as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in range(count):
-        place = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "RANK": str(rank),
-            "WORLD_SIZE": str(count),
-        }
-        environment = {**os.environ, **place, "OMP_NUM_THREADS": "1"}
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-c", PASS.replace("{MEASURED}", repr(MEASURED)), str(out)], env=environment
-            )
-        )
-    assert [process.wait(timeout=120) for process in started] == [0] * count
-    return dict(np.load(out))
-
-
-def test_features_and_moments_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+def test_features_and_moments_do_not_depend_on_the_number_of_processes(
+    tmp_path: Path, fork_ranks: Callable[..., list[Fork]]
+) -> None:
     # 4 batches of 16, 16, 16 and 2.
     (alone,) = extract(
         image_batches(open_digits().images, np.arange(50), 16), [ExtractorPass(extractor=RandomConvolutions())]
     )
-    together = features_of(2, tmp_path / "two.npz")
+    out = tmp_path / "two.npz"
+    ranks = fork_ranks(2, PASS.replace("{MEASURED}", repr(MEASURED)), out)
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].stderr
+    together = dict(np.load(out))
     assert together["rows"].shape == (50, 112)
     assert alone.rows is not None
     assert alone.moments is not None
