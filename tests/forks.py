@@ -169,6 +169,8 @@ def prepare(job: dict[str, Any]) -> None:
     """Make this fork a process like any other."""
     import torch
 
+    from stablefield.cli.console import console
+
     os.environ.clear()
     os.environ.update(job["environment"])
     os.chdir(job["cwd"])
@@ -182,6 +184,8 @@ def prepare(job: dict[str, Any]) -> None:
     sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False))
     sys.argv = ["-c", *job["arguments"]]
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    # Decided when it is imported, which was before this process had a rank.
+    console.quiet = os.environ.get("RANK", "0") != "0"
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def test_resume_of_a_finished_run_needs_no_data(tmp_path: Path, capsys: pytest.C
 def test_interrupted_run_is_saved_and_resumed_to_the_bytes_of_the_whole(
     tmp_path: Path, number: int, fork: Callable[..., Fork]
 ) -> None:
-    flags = ["--steps", "400", "--network.width", "16", "--network.depth", "1", "--sample-every", "0"]
+    flags = ["--steps", "150", "--network.width", "16", "--network.depth", "1", "--sample-every", "0"]
     assert status("train", "digits", *flags, "--out", str(tmp_path / "whole")) == 0
     cut = tmp_path / "cut"
     process = fork(COMMAND, "train", "digits", *flags, "--log-every", "1", "--out", cut)
@@ -122,7 +122,7 @@ def test_interrupted_run_is_saved_and_resumed_to_the_bytes_of_the_whole(
     assert "to go on: stablefield train --resume" in told
     assert status("sample", str(cut), "--seeds", "0", "--out", str(tmp_path / "one.png")) == 0
     assert status("train", "--resume", "--out", str(cut)) == 0
-    name = "checkpoints/step-00000400/ema.safetensors"
+    name = "checkpoints/step-00000150/ema.safetensors"
     assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
