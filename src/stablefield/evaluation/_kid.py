@@ -51,8 +51,8 @@ def kernel_distance(
 
     Subsets of m of the n rows share rows, so the spread s between them differs from that of fresh samples. For a
     statistic like this one, whose variance over fresh samples of n is m / n times that of m, the standard error of the mean
-    of S subsets is $s \sqrt{(m / n) / (1 - m / n) + 1 / S}$, with n the smaller side. It is too large, hence safe, if the two
-    distributions are nearly equal.
+    of S subsets is $s \sqrt{(m / n) / (1 - m / n) + 1 / S}$, with n the smaller side. It is too large, hence safe, if the
+    two distributions are nearly equal.
 
     Args:
         a: features, shape (n, d).

@@ -139,7 +139,7 @@ def measure_reference(
             warnings.warn(f"{error} It is recomputed now.", DamagedCacheWarning, stacklevel=2)
     if ranks.all(bool(found), "to look for cached features"):
         for made in {made for _, made in found.values()} - {commit}:
-            text = f"cached features of {reference.images.name} in {cache}: another commit made them, {made!r}, not {commit!r}."
+            text = f"cached features of {reference.images.name} in {cache}: made by another commit, {made!r} not {commit!r}."
             warnings.warn(text, ProtocolWarning, stacklevel=2)
         kept = {kind: tensor for kind, (tensor, _) in found.items()}
         return Features(rows=kept.get("rows"), moments=kept.get("moments"))

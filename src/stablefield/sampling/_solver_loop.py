@@ -130,7 +130,7 @@ def grid_levels(sampler: str, sigmas: Tensor) -> tuple[float, ...]:
     if rise:
         k = rise[0]
         raise ValueError(
-            f"{sampler}: sigmas must decrease strictly, but sigmas[{k}]={grid[k]:.6g} comes before "
+            f"{sampler}: sigmas must decrease strictly, but sigmas[{k}]={grid[k]:.6g} is followed by "
             f"{grid[k + 1]:.6g}: sort the grid from noise to data and drop repeated values."
         )
     return tuple(grid.tolist())
