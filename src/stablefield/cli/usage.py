@@ -34,12 +34,12 @@ def answer(arguments: Sequence[str]) -> str | None:
         import stablefield
 
         return f"stablefield {stablefield.__version__}"
-    asked = any(argument in _HELP[:2] for argument in arguments)
+    wants_help = any(argument in _HELP[:2] for argument in arguments)
     for name, verb in verbs.items():
         words = name.split()
         if list(arguments[: len(words)]) == words:
-            return usage(verb) if asked else None
-    if _below(arguments[0]) and (asked or len(arguments) == 1):
+            return usage(verb) if wants_help else None
+    if _below(arguments[0]) and (wants_help or len(arguments) == 1):
         return overview(arguments[0])
     return None
 

@@ -154,7 +154,7 @@ class Score:
     values: tuple[float, ...]
     """One value per repeat, each on `protocol.sample_count` samples."""
     protocol: Protocol
-    """How they were measured."""
+    """Protocol of the values."""
     standard_error: float | None = None
     """Standard error of one value, if the metric gives one."""
     better: str = ""

@@ -27,7 +27,7 @@ class Estimate:
     """The estimated cost of a run; `print` shows the table.
 
     Attributes:
-        images: what the run trains on, in words.
+        images: the training data, in words.
         parameters: number of the network's parameters.
         state_bytes: bytes of weights, averages, gradients and the optimiser's moments.
         peak_bytes: peak memory on the device (for a CPU: of the process, including the data).

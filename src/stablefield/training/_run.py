@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 __all__ = ["Plan", "Run", "images_and_recipe", "make_plan", "place", "train"]
 
 Images = str | Path | ImageSet | NDArray[np.uint8] | Tensor
-"""What `stablefield.data.open_images` opens, an image set, or uint8 of shape (n, C, H, W)."""
+"""A path or name that `stablefield.data.open_images` opens, an image set, or uint8 of shape (n, C, H, W)."""
 
 
 @dataclass(frozen=True, kw_only=True)
