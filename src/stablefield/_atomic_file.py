@@ -22,7 +22,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file under a temporary name beside `path`, and rename it to `path` when it is on disk.
 
     Raises:
-        OSError: if it cannot be written; leaves nothing behind, and an existing file unchanged.
+        OSError: if the file cannot be written; leaves nothing behind, and an existing file unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Processes that write the same file use different temporary files.

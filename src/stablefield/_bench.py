@@ -1,4 +1,4 @@
-"""A benchmark of the target on this machine: `benchmark` measures costs as `cost` defines them, and how they grow."""
+"""A benchmark of the target on this machine: `benchmark` measures costs, as `_cost` defines them, and their growth."""
 
 import dataclasses
 import platform
@@ -26,7 +26,7 @@ from stablefield.targets._pool import Pool
 
 __all__ = ["Benchmark", "benchmark"]
 
-# Above any image's own scale: every reference has weight, and nothing can be skipped.
+# Above any image's own scale: every reference has weight, so the target can skip nothing.
 _LEVEL = 100.0
 # The growth curves, about the middle of the table.
 _ROWS, _SIZES, _SIDES = (16, 64, 256, 1024), (256, 1024, 4096, 16384), (8, 16, 32, 64)
@@ -35,16 +35,16 @@ _SIZE = ("B", "n", "d")
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Benchmark(Result):
-    """What the target costs here.
+    """The cost of the target on this machine.
 
     Attributes:
-        data: what the references are.
+        data: name of the references.
         machine: the GPU, or the processor with its threads.
-        pairs: how often the target and what it is compared with were timed in turn.
-        costs: of one call, for each batch size and number of references.
-        growth: the same along the "references", the "batch" and the "dim"; empty if not measured.
-        step: of a training step; None if not measured.
-        noise_band: of the references.
+        pairs: number of timings of the target and its baseline, in turn.
+        costs: costs of one call, for each batch size and number of references.
+        growth: costs along the "references", the "batch" and the "dim"; empty if not measured.
+        step: cost of a training step; None if not measured.
+        noise_band: noise band of the references.
     """
 
     data: str
@@ -107,7 +107,7 @@ class Benchmark(Result):
         }
 
     def charts(self) -> Mapping[str, LineChart]:
-        """The time of a call along the references, the batch and the size of a sample; of the table if that was all."""
+        """The time of a call along the references, the batch and the size of a sample; without growth, that of the table."""
         labels = {"references": "references n", "batch": "batch B", "dim": "numbers per sample d"}
         fixed = {"references": "batch", "batch": "references", "dim": "references"}
         first = [cost for cost in self.costs if cost.batch == self.costs[0].batch]
@@ -171,10 +171,10 @@ def benchmark(
     """Measure time and memory of the target, its share of a training step, and how the cost grows.
 
     Args:
-        images: to take references from, uint8 of shape (n, C, H, W); random pixels of CIFAR-10's shape if None.
-        batch: batch sizes of the table.
-        references: numbers of references of the table; at most those of the images.
-        pairs: how often the target and what it is compared with are timed in turn.
+        images: images to take references from, uint8 of shape (n, C, H, W); random pixels of CIFAR-10's shape if None.
+        batch: batch sizes in the table.
+        references: numbers of references in the table; at most the number of images.
+        pairs: how many times to time the target and its baseline in turn.
         step: also time a training step of a network of 4.7 M parameters, batch 64.
         growth: also measure how the cost grows with the references, the batch and the size of a sample.
         device: where to compute; a GPU if there is one.

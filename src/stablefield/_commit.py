@@ -1,4 +1,4 @@
-"""Which code runs: its commit, for the record of what it made."""
+"""The commit of the running code, for the record of its results."""
 
 import importlib.metadata
 import json
@@ -11,9 +11,9 @@ __all__ = ["running_commit"]
 
 
 def running_commit() -> str:
-    """The commit, with "-dirty" if files under the package were changed since; else "version NUMBER"."""
+    """The commit, with "-dirty" if files under the package have changed since; else "version NUMBER"."""
     package = Path(stablefield.__file__).resolve().parent
-    # Only a checkout whose tracked files these are: the package may lie inside somebody else's repository.
+    # Only a checkout that tracks these files: the package may lie inside another repository.
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is not None:
         head = _git(package, "rev-parse", "HEAD")
         if head:
@@ -22,7 +22,7 @@ def running_commit() -> str:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git says, or None if it fails or is not there."""
+    """The output of git, or None if it fails or is missing."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20, check=False
@@ -33,7 +33,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _installed_commit() -> str | None:
-    """The commit that pip notes for a package installed from a repository."""
+    """The commit that pip records for a package from a repository."""
     try:
         text = importlib.metadata.distribution("stablefield").read_text("direct_url.json")
         return str(json.loads(text)["vcs_info"]["commit_id"]) if text else None

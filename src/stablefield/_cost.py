@@ -1,10 +1,10 @@
-"""The cost of a target: its time and memory beside the least that it could take, and beside the naive form.
+"""The cost of a target: its time and memory beside the least possible, and beside the naive form.
 
-The least are the two matrix products of the posterior, (x y^T) y, bare: no softmax, no decoding, no care for accuracy. The
-naive form broadcasts twice to B x n x d, for the differences and for the weighted sum, as code that follows the formulas
-does. What is compared is run in turn, in
-pairs, and the ratio reported is the median over the pairs: other work on the machine then slows both sides of a pair.
-Where that is not enough, `time.process_time` as the clock, with one thread, counts this process's own time alone.
+The least possible are the two bare matrix products of the posterior, (x y^T) y: no softmax, no decoding, no care for
+accuracy. The naive form broadcasts twice to B x n x d, for the differences and for the weighted sum, as code that follows
+the formulas does. `paired` runs both sides in turn, and reports the median ratio over the pairs, so that other work on the
+machine slows both sides of a pair. If that is not enough, `time.process_time` as the clock, with one thread, counts only
+this process's own time.
 """
 
 import ctypes
@@ -47,18 +47,18 @@ class Pairs:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What one call of a stable target takes, with all rows above the noise band.
+    """The cost of one call of a stable target, with all rows above the noise band.
 
     Attributes:
         batch: rows B.
-        references: n.
+        references: references n.
         dim: numbers per sample, d.
         pool: dtype of the references.
-        seconds: of one call.
-        products: of the two bare matrix products, on float32 references.
+        seconds: seconds of one call.
+        products: seconds of the two bare matrix products, on float32 references.
         ratio: seconds / products, the median over pairs.
-        peak: bytes above what was there before, the pool included in that; None where it cannot be measured.
-        naive: seconds of the naive form; None where it was not run.
+        peak: bytes above those in use before the call, which include the pool; None if the system cannot measure it.
+        naive: seconds of the naive form; None if too large to run.
         naive_peak: bytes of the naive form.
     """
 
@@ -79,9 +79,9 @@ class StepShare:
     """A training step with the stable target beside one with the single-sample target.
 
     Attributes:
-        parameters: of the network.
+        parameters: number of the network's parameters.
         batch: images per step.
-        references: n.
+        references: references n.
         noise_band: level below which rows use their source alone.
         stable: median seconds of a step with the stable target.
         single: median seconds of a step with the single-sample target.
@@ -104,7 +104,7 @@ def paired(
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Pairs:
-    """Time two pieces of work in turn, `pairs` times, after one unmeasured run of each; which goes first alternates."""
+    """Time two pieces of work in turn, `pairs` times, after one untimed run of each; alternate the order."""
 
     def seconds(work: Callable[[], object]) -> float:
         wait_for(device)
@@ -131,9 +131,9 @@ def paired(
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
-    """The most memory that `work` has in use at a time, above what is in use before; None where the system does not tell.
+    """The peak memory of `work`, above the memory in use before; None if the system cannot measure it.
 
-    On a GPU what torch allocates; on Linux the resident memory of the process, all threads and libraries included.
+    On a GPU torch's allocations; on Linux the resident memory of the process, with all threads and libraries.
     """
     if device.type == "cuda":
         wait_for(device)
@@ -148,7 +148,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
-        trim(0)  # freed memory that is kept for reuse would hide what is used of it again
+        trim(0)  # reuse of freed memory that the allocator keeps would go unnoticed
     before = _status("VmRSS")
     try:
         marks.write_text("5", "ascii")
@@ -172,10 +172,10 @@ def measure_cost(
     Args:
         images: the references, shape (n, ...), float32 or uint8.
         batch: rows B.
-        level: noise level of all rows; high, so that every reference has weight and nothing can be skipped.
-        pairs: how often target and products are timed in turn.
-        naive_bytes: the naive form is run if its B x n x d numbers take no more than this.
-        clock: what tells the time, in seconds.
+        level: noise level of all rows; high, so that every reference has weight and the target can skip nothing.
+        pairs: how many times to time target and products in turn.
+        naive_bytes: run the naive form if its B x n x d numbers take no more than this.
+        clock: returns the time in seconds.
     """
     device, n = images.device, len(images)
     generator = torch.Generator(device).manual_seed(0)
@@ -190,7 +190,7 @@ def measure_cost(
 
     def stable() -> object:
         with warnings.catch_warnings():
-            # One batch is drawn again and again here.
+            # This code uses one batch again and again.
             warnings.filterwarnings("ignore", "the rows were not drawn", UserWarning)
             return target(x0, x_t, t, index=index)
 
@@ -239,8 +239,8 @@ def measure_step(
         noise_band: as for `StableTarget`.
         batch: images per step.
         width: base channels; 64 make 4.7 M parameters.
-        pairs: how often the two kinds of step are timed in turn.
-        clock: what tells the time, in seconds.
+        pairs: how many times to time the two kinds of step in turn.
+        clock: returns the time in seconds.
     """
     device = images.device
     torch.manual_seed(0)
@@ -273,7 +273,7 @@ def measure_step(
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until `device` has done what it was given, so that a clock tells how long that took."""
+    """Wait until `device` has finished its work, so that a clock measures all of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,8 +1,8 @@
-"""Ranks: the processes of a torch.distributed group, what they exchange, and the error when one of them is lost.
+"""Ranks: the processes of a torch.distributed group, their exchanges, and the error if one of them dies.
 
 torchrun or `accelerate launch` starts the processes, and `Ranks.launched` joins them into one group. `Ranks()` is this
-process alone, for which every exchange returns what it was given, so that a caller is written once for one process and
-for many. All ranks of a group must make the same exchanges in the same order.
+process alone, for which every exchange returns its argument, so that the same code serves one process and many. All
+ranks of a group must make the same exchanges in the same order.
 """
 
 import os
@@ -41,9 +41,9 @@ class Ranks:
 
     Attributes:
         rank: the number of this process, from 0.
-        world_size: how many processes there are.
+        world_size: number of processes.
         group: their group; the default one if None.
-        started: whether `launched` started the group for this object, which ends it if it is used as a context manager.
+        started: whether `launched` started the group for this object, which then ends it as a context manager.
     """
 
     rank: int = 0
@@ -64,7 +64,7 @@ class Ranks:
         joins a group that it finds. As a context manager, the result ends the group if this call started it.
 
         Args:
-            device: what the processes exchange tensors of; on CUDA each process takes the GPU of its local rank.
+            device: device of the tensors to exchange; on CUDA each process takes the GPU of its local rank.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
@@ -94,7 +94,7 @@ class Ranks:
         return self.rank == 0
 
     def own_device(self, device: torch.device) -> torch.device:
-        """Where this process computes: on `device` if it is alone, else on the GPU of its local rank or on the CPU."""
+        """This process's device: `device` if it is alone, else the GPU of its local rank or the CPU."""
         if self.world_size == 1:
             return device
         return found_device(None) if device.type == "cuda" else _CPU
@@ -104,7 +104,7 @@ class Ranks:
         return list(items[self.rank :: self.world_size])
 
     def all_gather(self, mine: Tensor, purpose: str) -> list[Tensor]:
-        """The tensors of all ranks, which are of one shape, in the order of the ranks; not copied for one rank."""
+        """The tensors of all ranks, all of one shape, in the order of the ranks; for one rank no copy."""
         if self.world_size == 1:
             return [mine]
         sent = self._sendable(mine)
@@ -114,12 +114,12 @@ class Ranks:
         return [part.to(mine.device) for part in parts]
 
     def all_gather_rows(self, rows: Tensor, purpose: str, counts: Sequence[int] | None = None) -> Tensor:
-        """The rows (n_r, ...) of all ranks, (n, ...), in the order of the ranks; not copied for one rank.
+        """The rows (n_r, ...) of all ranks, (n, ...), in the order of the ranks; for one rank no copy.
 
         Args:
-            rows: of this rank; there may be none.
+            rows: this rank's rows, perhaps none.
             purpose: see `Ranks`.
-            counts: how many rows each rank has, where all ranks know it.
+            counts: number of rows of each rank, if all ranks know it.
         """
         if self.world_size == 1:
             return rows
@@ -132,14 +132,14 @@ class Ranks:
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     def return_rows(self, rows: Tensor, counts: list[int]) -> list[Tensor]:
-        """Return to each rank what this one computed for its rows.
+        """Return to each rank this one's results for its rows.
 
         Args:
             rows: results (n, k) for the rows of all ranks, in the order of the ranks.
-            counts: how many rows each rank has.
+            counts: number of rows of each rank.
 
         Returns:
-            What each rank computed for the rows of this one, (n_r, k) each.
+            Each rank's results for the rows of this one, (n_r, k) each.
         """
         mine = counts[self.rank]
         received = rows.new_empty(self.world_size * mine, rows.shape[1])
@@ -160,11 +160,11 @@ class Ranks:
             return list(numbers)
         sums = self._sendable(torch.tensor(numbers, dtype=torch.float64))
         self.all_reduce(sums, purpose)
-        with self.waiting(purpose):  # for NCCL, it is here that the host waits
+        with self.waiting(purpose):  # with NCCL, the host waits here
             return sums.tolist()
 
     def all(self, each: bool, purpose: str) -> bool:
-        """Whether it is true on every rank."""
+        """Whether `each` is true on every rank."""
         return self.total(float(each), purpose=purpose)[0] == self.world_size
 
     def broadcast(self, value: Value, purpose: str) -> Value:
@@ -176,7 +176,7 @@ class Ranks:
         return values[0]
 
     def barrier(self, purpose: str) -> None:
-        """Wait until all ranks have come here."""
+        """Wait until all ranks get here."""
         if self.world_size > 1:
             with self.waiting(purpose):
                 nccl = dist.get_backend(self.group) == "nccl"
@@ -193,7 +193,7 @@ class Ranks:
 
     @contextmanager
     def waiting(self, purpose: str) -> Generator[None]:
-        """Turn a failed exchange into a RankError; a `WaitReporter` in whose block this is reports a long one."""
+        """Turn a failed exchange into a RankError; an enclosing `WaitReporter` reports a long one."""
         reporter, met = WaitReporter.current(), False
         if reporter is not None:
             reporter.begin(purpose)
@@ -212,5 +212,5 @@ class Ranks:
                 reporter.end(met=met)
 
     def _sendable(self, values: Tensor) -> Tensor:
-        """`values` where the group can send them from: NCCL sends from GPUs only."""
+        """`values` on a device that the group can send from: NCCL sends only from GPUs."""
         return values.cuda() if values.device == _CPU and dist.get_backend(self.group) == "nccl" else values

@@ -1,4 +1,4 @@
-"""A check-up of this machine: versions, devices, and whether the target is exact on each of them."""
+"""A check-up of this machine: versions, devices, and whether the target is exact on each device."""
 
 import importlib.metadata
 import platform
@@ -19,8 +19,8 @@ class DeviceCheck:
     """The target on a device.
 
     Attributes:
-        device: such as cuda:0.
-        name: of the hardware, where it is known.
+        device: the device, such as cuda:0.
+        name: name of the hardware, if known.
         error: largest relative error of the posterior mean against float64.
     """
 
@@ -30,16 +30,16 @@ class DeviceCheck:
 
     @property
     def exact(self) -> bool:
-        """Whether the error is that of rounding."""
+        """Whether the error is only rounding."""
         return self.error < _TOLERANCE
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckUp:
-    """What a machine offers; `print` shows it as a table.
+    """The check-up of a machine; `print` shows it as a table.
 
     Attributes:
-        versions: what is installed, as (name, version).
+        versions: installed packages, as (name, version).
         devices: the target on each device.
     """
 

@@ -1,9 +1,9 @@
-"""Reports of long waits: a process that waits long for other ranks says for which of them and for what, and waits on.
+"""Reports of long waits: a process that waits long for other ranks names them and its purpose, and waits on.
 
-torch itself reports a wait only by giving it up, after a timeout. Here a thread of each rank publishes every few seconds, in
-the store through which the ranks once found each other, how many waits the rank has come to. In a long wait the thread also
-reads what the others publish: a rank that has come to fewer waits is awaited, and one that publishes nothing new may be
-stopped. The waits themselves are not slowed: they leave a number and a time in memory.
+torch itself reports a wait only by giving up, after a timeout. Here a thread of each rank publishes the number of its waits
+every few seconds, in the store through which the ranks found each other. In a long wait the thread also reads the others'
+numbers: a rank with fewer waits is the awaited one, and one that publishes nothing new may have stopped. This does not slow
+the waits, which only leave a number and a time in memory.
 """
 
 import contextlib
@@ -25,16 +25,16 @@ import torch.distributed as dist
 __all__ = ["WaitReporter"]
 
 PATIENCE = 60.0
-"""Seconds after which a wait is reported; it is reported again when it has become twice as long."""
+"""Seconds before the first report of a wait; the next report follows after twice the time."""
 
-# Looks at what the others publish, one an interval; a rank that publishes nothing new in all of them may be stopped.
+# Reads of the others' status, one per interval; a rank without news in all of them may have stopped.
 _LOOKS = 4
-# The store is gone when the others have ended, and there is none if the environment names none.
+# The store ends with the other processes, and does not exist if the environment names none.
 _NO_STORE = (RuntimeError, OSError, ValueError, KeyError)
 
 
 class _Status(NamedTuple):
-    """What a rank publishes: its waits so far, whether it is in the last, where it runs, and a number that grows."""
+    """A rank's published status: its waits so far, whether the last goes on, its process and host, and a growing number."""
 
     waits: int
     waiting: bool
@@ -44,12 +44,12 @@ class _Status(NamedTuple):
 
 
 Look = list[_Status | None] | None
-"""What each rank has published; None if the store did not answer."""
+"""The status of each rank; None if the store did not answer."""
 
 
 @dataclass
 class _Wait:
-    """A wait: its number, its purpose, when it began, after how many seconds it is due for a report, and looks so far."""
+    """A wait: its number, purpose and start, the seconds until its next report, and the reads of the others' status."""
 
     number: int
     purpose: str
@@ -64,11 +64,11 @@ class _Wait:
 
 
 class WaitReporter:
-    """Within its block, the long waits of this process for other ranks are reported.
+    """Reports the long waits of this process for other ranks, within its block.
 
     Args:
-        tell: takes the message; a thread calls it.
-        patience: seconds after which a wait is reported; PATIENCE if None.
+        tell: called with the message, from a thread.
+        patience: seconds before the first report of a wait; PATIENCE if None.
     """
 
     def __init__(self, tell: Callable[[str], object], patience: float | None = None) -> None:
@@ -95,23 +95,23 @@ class WaitReporter:
 
     @classmethod
     def current(cls) -> "WaitReporter | None":
-        """The reporter in whose block this is."""
+        """The enclosing reporter."""
         return _CURRENT.get()
 
     def start(self, rank: int, world_size: int) -> None:
-        """Publish from now on that this rank is alive, and report its long waits; a second call does nothing."""
+        """Publish this rank's status from now on, and report its long waits; a second call does nothing."""
         if self._thread is None:
             self._rank, self._world_size = rank, world_size
             self._thread = threading.Thread(target=self._run, name="wait-report", daemon=True)
             self._thread.start()
 
     def begin(self, purpose: str) -> None:
-        """A wait begins, whose `purpose` completes "waits for the others"."""
+        """Begin a wait, whose `purpose` completes "waits for the others"."""
         self._waits += 1
         self._wait = _Wait(self._waits, purpose, time.monotonic(), self._patience)
 
     def end(self, *, met: bool) -> None:
-        """The wait is over, and the others were met or have failed."""
+        """End the wait; `met` tells whether the exchange succeeded."""
         wait, self._wait = self._wait, None
         if met and wait is not None and wait.reported:
             self._say(f"rank {self._rank} goes on after {wait.seconds:.0f} s of waiting {wait.purpose}.")
@@ -144,7 +144,7 @@ class WaitReporter:
             )
 
     def _awaited(self, wait: _Wait) -> list[str]:
-        """Which ranks are awaited, in words; none if another rank is to report it."""
+        """The awaited ranks, in words; none if another rank reports them."""
         before, now = wait.looks[-_LOOKS:][0], wait.looks[-1]
         if before is None or now is None:
             return ["which of them is unknown, since the store (kept by rank 0 or the launcher) does not answer"]
@@ -162,7 +162,7 @@ class WaitReporter:
         return found or ["all are running and have got there, so what they send may be lost"]
 
     def _look(self) -> Look:
-        # In a thread and on a connection of its own: a read from a process that is stopped never returns.
+        # In its own thread, on its own connection: a read from a stopped process never returns.
         answer: queue.SimpleQueue[Look] = queue.SimpleQueue()
 
         def read() -> None:
@@ -183,7 +183,7 @@ class WaitReporter:
         return dist.TCPStore(place, port, timeout=timeout, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
 
     def _say(self, message: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # nobody can read it any more
+        with contextlib.suppress(OSError, ValueError):  # the output is closed
             self._tell(message)
 
 
@@ -191,5 +191,5 @@ def _key(rank: int) -> str:
     return f"stablefield/rank/{rank}"
 
 
-# A variable of the context, as torch's own modes are: a wait needs no argument for the reporter.
+# A context variable, as for torch's own modes: a wait needs no argument for the reporter.
 _CURRENT: ContextVar[WaitReporter | None] = ContextVar("stablefield_wait_reporter", default=None)

@@ -119,7 +119,7 @@ def test_interrupted_run_is_saved_and_resumed_to_the_bytes_of_the_whole(
     os.kill(process.pid, number)
     told, _ = process.communicate(60)
     assert process.returncode == 128 + number  # as a shell has it: 130 and 143
-    assert "to go on: stablefield train --resume" in told
+    assert "to continue: stablefield train --resume" in told
     assert status("sample", str(cut), "--seeds", "0", "--out", str(tmp_path / "one.png")) == 0
     assert status("train", "--resume", "--out", str(cut)) == 0
     name = "checkpoints/step-00000150/ema.safetensors"

@@ -258,7 +258,7 @@ def test_wrong_use_is_one_paragraph_that_says_what_to_do(
 
 def test_a_class_that_the_run_does_not_know_is_refused(conditional: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert status("sample", str(conditional), "--class-label", "10") == 2
-    assert "--class-label 10: the run knows classes 0 to 9, or -1 for none" in capsys.readouterr().err
+    assert "--class-label 10: the run has classes 0 to 9, or -1 for none" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +292,7 @@ def test_a_class_is_named_by_its_name_or_else_its_number_and_told_by_both(
         assert told in capsys.readouterr().out.splitlines()
     assert status("sample", str(run), "--class-label", "redcat") == 2
     message = capsys.readouterr().err
-    assert "--class-label redcat: the run knows classes 0 (1), 1 (2), " in message
+    assert "--class-label redcat: the run has classes 0 (1), 1 (2), " in message
     assert "10 ([red]cat), or -1 for none. Did you mean [red]cat?" in message
     assert status("sample", str(run), "--class-label", "11") == 2
 
@@ -327,7 +327,7 @@ def test_a_run_whose_classes_were_numbered_by_their_letters_goes_on_with_these_n
     (run / "config.json").write_text(json.dumps(record))
     assert drawn(run, tmp_path / "a.npz", "--class-label", "10", "--seeds", "0-1")["labels"].tolist() == [1, 1]
     assert status("sample", str(run), "--guidance-scale", "2", "--guide", str(pets / "run")) == 2
-    assert "numbers its classes otherwise, 0 (1), 1 (2), 2 (3)" in capsys.readouterr().err
+    assert "numbers its classes differently, 0 (1), 1 (2), 2 (3)" in capsys.readouterr().err
     assert status("train", "--resume", "--out", str(run)) == 0
     # Other labels for the same pixels are not the data of the run.
     record["manifest"]["labels_sha256"] = "0" * 64

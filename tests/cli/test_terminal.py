@@ -90,7 +90,7 @@ def shell(line: str, *, cwd: Path | None = None) -> subprocess.CompletedProcess[
         ("STABLEFIELD --help <&- >&- 2>&-", 0, ""),
         ("STABLEFIELD trian 2>&-", 2, ""),
         ("STABLEFIELD train --help | true; exit ${PIPESTATUS[0]}", 0, ""),
-        ("STABLEFIELD --help > /dev/full", 1, "stablefield: what was printed could not be written"),
+        ("STABLEFIELD --help > /dev/full", 1, "stablefield: cannot write the output"),
         ("PYTHONIOENCODING=ascii STABLEFIELD sample 'ä\u202e\x1b'", 2, "no run"),
     ],
 )

@@ -224,7 +224,7 @@ def test_a_run_and_a_source_with_a_count_are_told_what_to_do_instead(tmp_path: P
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"is a run: evaluate it by Run\("):
         evaluate(tmp_path, data=DIGITS, extractor=NET)
-    with pytest.raises(ValueError, match="count=5: the source draws 30 samples a repeat"):
+    with pytest.raises(ValueError, match="count=5: the source draws 30 samples per repeat"):
         evaluate(Draws(), data=DIGITS, extractor=NET, count=5)
 
 

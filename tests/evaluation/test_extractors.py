@@ -53,7 +53,7 @@ def test_raw_pixels_are_the_images_on_the_scale_of_the_models() -> None:
 
 
 def test_raw_pixels_refuse_images_of_another_size() -> None:
-    with pytest.raises(ValueError, match=r"images have shape \(4, 3, 16, 16\), but these raw pixels are of images"):
+    with pytest.raises(ValueError, match=r"images have shape \(4, 3, 16, 16\), but these raw pixels take images"):
         RawPixels((3, 32, 32))(images())
 
 
@@ -149,7 +149,7 @@ def test_files_that_are_no_feature_network_are_refused(tmp_path: Path, scripted:
     with pytest.raises(ValueError, match=r"it: there is no file .*none\.pt"):
         load(tmp_path / "none.pt")
     (tmp_path / "text.pt").write_text("no archive")
-    with pytest.raises(ValueError, match=r"text.pt is no TorchScript file"):
+    with pytest.raises(ValueError, match=r"text.pt is not a TorchScript file"):
         load(tmp_path / "text.pt")
     with pytest.raises(ValueError, match=r"does not map images .*returns shape \(1, 3, 64, 64\)"):
         load(scripted(nn.Identity()))

@@ -108,5 +108,5 @@ def test_an_unfinished_file_is_refused(network: Inception, tmp_path: Path) -> No
     shutil.copy(packaged_inception(), part)
     with part.open("r+b") as file:
         file.truncate(1_000_000)
-    with pytest.raises(ValueError, match=r"part.pt is no TorchScript file"):
+    with pytest.raises(ValueError, match=r"part.pt is not a TorchScript file"):
         Inception(part)

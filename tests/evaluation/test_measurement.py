@@ -133,10 +133,10 @@ def test_a_metric_with_just_enough_images_works_and_with_one_less_says_what_to_d
 
 def test_metrics_that_lack_their_features_say_what_to_keep() -> None:
     rows, moments = Features(rows=features(1, 9)), Features(moments=moments_of(features(1, 9)))
-    with pytest.raises(ValueError, match="needs mean and covariance, and they were not kept: set its moments to True"):
+    with pytest.raises(ValueError, match="needs mean and covariance, which were dropped: set its moments to True"):
         values(rows, rows, (Frechet(),))
     for metric in (Recall(), ClassifierScore()):
-        with pytest.raises(ValueError, match="needs the features themselves, and they were not kept: set its rows"):
+        with pytest.raises(ValueError, match="needs the features themselves, which were dropped: set its rows"):
             values(moments, moments, (metric,))
 
 

@@ -132,7 +132,7 @@ def test_a_damaged_cache_is_named_and_made_anew(tmp_path: Path) -> None:
     for path in kept:
         content = path.read_bytes()
         path.write_bytes(content[:-3] + bytes([content[-3] ^ 4]) + content[-2:])
-        with pytest.warns(DamagedCacheWarning, match=rf"{path.name} is damaged: .* made anew now"):
+        with pytest.warns(DamagedCacheWarning, match=rf"{path.name} is damaged: .* recomputed now"):
             again = measure_reference(whole, wanted, batch=50, cache=tmp_path)
         assert torch.equal(again.rows, first.rows)
         assert torch.equal(again.moments, first.moments)

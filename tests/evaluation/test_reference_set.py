@@ -62,7 +62,7 @@ def test_what_was_kept_of_something_else_is_not_used(
 def test_features_of_another_commit_are_used_with_a_warning(tmp_path: Path) -> None:
     chosen, net = ReferenceSet(images=DIGITS, split="train", count=50), Counting()
     measure_reference(chosen, ExtractorPass(extractor=net), batch=16, cache=tmp_path, commit="a")
-    with pytest.warns(ProtocolWarning, match="kept features of digits .*another commit: 'a' against 'b'") as told:
+    with pytest.warns(ProtocolWarning, match="cached features of digits .*another commit, 'a' not 'b'") as told:
         measure_reference(chosen, ExtractorPass(extractor=net), batch=16, cache=tmp_path, commit="b")
     assert len(told) == 1  # there are two files
     assert net.seen == 50

@@ -332,7 +332,7 @@ def test_plain_export_is_safetensors_and_json_that_import_reads_back(tmp_path: P
         (["{run}", "--out", "{file}/x"], "cannot be written"),
         (["{run}", "--out", "x", "--samples", "-1"], "--samples -1"),
         (["{run}", "--out", "x", "--ema", "0.1"], "--ema 0.1"),
-        (["{run}", "--out", "x", "--push", "name"], "--push name is no name of a repository"),
+        (["{run}", "--out", "x", "--push", "name"], "--push name is not the name of a repository"),
     ],
 )
 def test_wrong_use_of_export_is_told_and_writes_nothing(

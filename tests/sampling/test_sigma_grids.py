@@ -81,7 +81,7 @@ def test_nonsense_is_refused_by_name(call, name):
 @pytest.mark.parametrize(
     ("grid", "change", "message"),
     [
-        (sampling.vp_sigmas, {"beta_max": 1e30}, r"beta_max=1e\+30.*noise levels reach inf.*take less noise"),
+        (sampling.vp_sigmas, {"beta_max": 1e30}, r"beta_max=1e\+30.*noise levels reach inf.*use less noise"),
         (sampling.edm_sigmas, {"rho": 1e30}, r"rho=1e\+30, steps=18: two neighbours are the noise level"),
         (sampling.edm_sigmas, {"rho": 1e-3}, r"rho=0.001: sigma_max=80.0 to the power 1 / rho is too large"),
         (sampling.edm_sigmas, {"dtype": torch.int64}, r"dtype=torch.int64: pass a floating point dtype"),

@@ -119,7 +119,7 @@ def test_every_checkpoint_damaged_is_an_error_and_not_a_new_start(tmp_path: Path
     run = start(tmp_path / "run", dataclasses.replace(SMALL, steps=8))
     go(run)
     (run.checkpoint(8) / "state.json").write_text("{")
-    with pytest.raises(ValueError, match="no checkpoint of this run is whole"):
+    with pytest.raises(ValueError, match="no checkpoint of this run is intact"):
         run.newest()
 
 

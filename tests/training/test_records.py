@@ -139,7 +139,7 @@ def test_a_config_that_was_changed_on_purpose_says_how_to_mean_it(run: RunFolder
     assert run.config().recipe.steps == 4
     record["recipe"]["steps"] = 6
     path.write_text(json.dumps(record))
-    with pytest.raises(ValueError, match='take its entry "checksum" out'):
+    with pytest.raises(ValueError, match='remove its entry "checksum"'):
         run.config()
     del record["checksum"]
     path.write_text(json.dumps(record))

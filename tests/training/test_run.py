@@ -197,13 +197,13 @@ def test_a_comparison_that_was_stopped_holds_the_seeds_that_are_done_and_goes_on
     options = {"seeds": 2, "out": tmp_path / "both", "recipe": TINY, "steps": 2, "evaluations": 1, "samples": 40}
     none = sf.compare("digits", **options, device="cpu", stop=lambda: True)
     assert (none.seeds, none.missing, none.charts()) == ([], (0, 1), {})
-    assert str(none) == none.summary == "Stopped before seed 0, 1: the same call goes on."
+    assert str(none) == none.summary == "Stopped before seed 0, 1: the same call continues."
     assert none.summary in none.save(tmp_path / "none.html").read_text()
     ended: list[object] = []
     first = sf.compare("digits", **options, device="cpu", on_run=ended.append, stop=lambda: len(ended) >= 2)
     assert (first.seeds, first.missing) == ([0], (1,))
     assert first.summary.startswith("STF is nearer to the optimum")
-    assert first.summary.endswith("Stopped before seed 1: the same call goes on.")
+    assert first.summary.endswith("Stopped before seed 1: the same call continues.")
     both = sf.compare("digits", **options, device="cpu", progress=ended.append)
     assert (both.seeds, both.missing) == ([0, 1], ())
     assert {report.stage for report in ended[2:]} <= {"seed 1 DSM", "seed 1 STF"}  # pyright: ignore

@@ -271,6 +271,6 @@ def test_a_folder_whose_making_was_killed_at_any_step_can_be_begun_or_resumed(tm
 
 def test_a_folder_that_holds_nothing_yet_is_told_as_such(tmp_path: Path) -> None:
     (tmp_path / ".config.json.4321.tmp").write_text('{"format": 1, "stab')
-    with pytest.raises(ValueError, match=r"holds nothing yet.*out="):
+    with pytest.raises(ValueError, match=r"holds no run yet.*out="):
         RunFolder.open(tmp_path)
     assert start(tmp_path).config().recipe == SMALL

@@ -77,7 +77,7 @@ def test_the_floor_falls_with_the_number_of_samples_and_is_that_of_a_real_subset
 def test_too_few_samples_or_images_are_refused() -> None:
     small = make_image_set(DIGITS.images[:100], None, Origin(name="few", source="here"))
     with pytest.raises(
-        ValueError, match=r"samples=39: a self-check takes at least 2 groups of 2 samples.*20 groups 40"
+        ValueError, match=r"samples=39: a self-check takes at least 2 groups of 2 samples, and 40 samples in 20 groups"
     ):
         SelfCheck.prepare(DIGITS, RawPixels((1, 8, 8)), samples=39)
     with pytest.raises(ValueError, match="samples=500 is above the 100 images of the data"):

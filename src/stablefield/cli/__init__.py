@@ -1,1 +1,1 @@
-"""The command `stablefield`: one module per verb, and the only place that turns words into objects and prints."""
+"""The command `stablefield`: one module per verb; only this package parses words and prints."""

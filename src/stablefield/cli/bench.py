@@ -1,4 +1,4 @@
-"""`stablefield bench`: what the target costs on this machine, beside the least that it could."""
+"""`stablefield bench`: the cost of the target on this machine, beside the least possible."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,29 +23,29 @@ class Bench:
     """Measure time and memory of the target, its share of a training step, and how the cost grows."""
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA", help_behavior_hint="")] = ""
-    """Images to take references from, as DATA of train; random pixels if not given."""
+    """Images to take references from, as for train; random pixels by default."""
     device: str = ""
-    """Where to compute, such as cpu or cuda; a GPU if there is one."""
+    """Where to compute, such as cpu or cuda; by default a GPU if there is one."""
     batch: tuple[int, ...] = (64, 512)
-    """Batch sizes of the table."""
+    """Batch sizes in the table."""
     references: tuple[int, ...] = (1024, 4096, 50_000)
-    """Numbers of references of the table; at most those of DATA."""
+    """Numbers of references in the table; at most the images of DATA."""
     pairs: int = 3
-    """How often the target and what it is compared with are timed in turn."""
+    """How many times to time the target and its baseline in turn."""
     step: bool = True
     """Also time a training step of a network of 4.7 M parameters, batch 64."""
     growth: bool = True
     """Also measure how the cost grows with the references, the batch and the size of a sample."""
     out: Path | None = None
-    """Folder for bench.json and the plot bench.png, which replace earlier ones there; nothing is written if not given."""
+    """Folder for bench.json and the plot bench.png, which replace earlier ones; without it, only print."""
 
     def run(self) -> int:
-        """Measure, print a table, and write the files if asked to."""
+        """Measure, print a table, and write the files to --out."""
         if self.pairs < 1:
-            raise ValueError(f"--pairs is {self.pairs}: at least one pair must be timed.")
+            raise ValueError(f"--pairs is {self.pairs}: time at least 1 pair.")
         for flag, sizes in (("--batch", self.batch), ("--references", self.references)):
             if not sizes or min(sizes) < 1:
-                raise ValueError(f"{flag} is {' '.join(map(str, sizes)) or 'empty'}: name numbers of at least 1.")
+                raise ValueError(f"{flag} is {' '.join(map(str, sizes)) or 'empty'}: pass numbers of at least 1.")
         if self.out is not None:
             require("matplotlib", "--out, which draws a plot,")
             check_folder("--out", self.out)

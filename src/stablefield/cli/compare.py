@@ -26,21 +26,21 @@ __all__ = ["Compare"]
 
 @dataclass(frozen=True)
 class Compare(TrainingFlags):
-    """Train with the single-sample target and the stable one from the same seeds, and report what came out."""
+    """Train with the single-sample target and the stable one from the same seeds, and report the results."""
 
     out: Path | None = None
-    """Folder of the comparison; compare/DATA if not given. One that was interrupted goes on where it stopped."""
+    """Folder of the comparison; compare/DATA by default. An interrupted comparison continues."""
     seeds: str = "0,1,2"
     """Seeds of weights, batches and noise, such as 0,1,2 or 0-2; two runs each."""
     evaluations: int | None = None
-    """How often each run is scored over training; up to 8 by default, no more than take as long as the training."""
+    """Number of scores per run; by default up to 8, so that scoring takes no longer than training."""
     samples: int | None = None
-    """Samples of each Frechet distance; 200 to 1,000 by default, no more than take as long as the training."""
+    """Samples per Frechet distance; by default 200 to 1,000, so that scoring takes no longer than training."""
     measure: ExtractorFlags = field(default_factory=lambda: ExtractorFlags(extractor="pixels"))
-    """What looks at the samples."""
+    """The network that measures the samples."""
 
     def check(self) -> None:
-        """Find out before the data are read whether it can be done.
+        """Check the flags and the packages before reading the data.
 
         Raises:
             ValueError: naming the flag.
@@ -52,7 +52,7 @@ class Compare(TrainingFlags):
             require(package, "a report of the comparison")
         self.measure.check()
         if self.evaluations is not None and self.evaluations < 1:
-            raise ValueError(f"--evaluations is {self.evaluations}: each run is scored at least once, at its end.")
+            raise ValueError(f"--evaluations is {self.evaluations}: pass at least 1, the score at the end of each run.")
         if self.samples is not None:
             check_samples(f"--samples {self.samples}", self.samples)
         check_folder("--out", self.out or Path("compare", "new"))
@@ -81,7 +81,7 @@ class Compare(TrainingFlags):
                 command=self.command(chosen),
             )
         if found.missing:
-            console.print(f"stopped; the same command goes on: --out {quoted(out)}")
+            console.print(f"stopped; to continue, run the same command with --out {quoted(out)}")
             return interruption.status
         print_table(*found.rows())
         console.print(DISTANCE)
@@ -93,7 +93,7 @@ class Compare(TrainingFlags):
         return 0
 
     def command(self, chosen: Chosen) -> str:
-        """The command line, without where it writes to."""
+        """The command line, without --out and --device."""
         words = words_of(self, Compare(), besides=("data", "out", "device", "config"))
         changes = words_of(chosen.recipe, chosen.base, besides=("target",))
         return shlex.join(["stablefield", "compare", self.data, *words, *changes])
@@ -115,7 +115,7 @@ def _print_plan(plan: ComparisonPlan, notes: Sequence[str]) -> None:
     console.print(
         f"takes about {duration(training + scoring + other)} from here: {duration(training)} of training, "
         f"{duration(scoring)} of scoring ({times} in each run, on {plan.scoring.samples:,} samples)"
-        + (f", {duration(other)} of what is around them" if other >= 1 else "")
+        + (f", {duration(other)} of setup and report" if other >= 1 else "")
     )
 
 

@@ -1,4 +1,4 @@
-"""Where the command prints: one console for its results, plain where it is no terminal."""
+"""The console that the command prints its results to; plain text unless it is a terminal."""
 
 import os
 import shlex
@@ -20,11 +20,7 @@ __all__ = ["console", "print_rows", "print_table", "quoted", "relative", "shown_
 
 
 class _Output:
-    """A stream that ends in silence: a reader who leaves (`| head`) or a full disk must not end a run.
-
-    Attributes:
-        failure: what writing failed with, if it did.
-    """
+    """A stream that falls silent on a failure: a closed pipe (`| head`) or a full disk must not end a run."""
 
     failure: OSError | None = None
 
@@ -56,10 +52,10 @@ class _Output:
 
 
 class _CleanConsole(Console):
-    """A console that prints no control character but its own.
+    """A console that prints no control characters but its own.
 
     Attributes:
-        failure: what writing failed with; from then on nothing is printed.
+        failure: the error of a failed write; from then on the console prints nothing.
     """
 
     failure: OSError | None = None
@@ -74,7 +70,7 @@ class _CleanConsole(Console):
         self._file = new_file
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """The segments of something to print, their text cleaned."""
+        """The segments to print, with clean text."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(clean(segment.text), segment.style)
 
@@ -87,7 +83,7 @@ def print_rows(rows: Iterable[tuple[str, str]]) -> int:
     """Print names beside their texts, and return the exit status of success."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column()
-    table.add_column(overflow="fold")  # a checksum is of use only whole
+    table.add_column(overflow="fold")  # only a whole checksum is useful
     for name, text in rows:
         table.add_row(escape(name), escape(text))
     console.print(table)
@@ -105,7 +101,7 @@ def print_table(head: Iterable[str], rows: Iterable[Iterable[str]], title: str |
 
 
 def relative(path: Path) -> str:
-    """The path as one would type it from here."""
+    """The path relative to the working directory, if it is below it."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
     except (ValueError, OSError):
@@ -113,16 +109,16 @@ def relative(path: Path) -> str:
 
 
 def quoted(*words: str | Path) -> str:
-    """Words of a command as they can be copied into a shell, safe from the console's markup."""
+    """Words of a command, quoted for a shell and escaped for the console's markup."""
     return escape(shlex.join(relative(word) if isinstance(word, Path) else word for word in words))
 
 
 @contextmanager
 def shown_warnings(remedies: Mapping[type[Warning], str] | None = None) -> Generator[None]:
-    """For a block whose warnings are printed as lines of the command, each with its remedy.
+    """Print the warnings of this block as lines of the command, each with its remedy.
 
     Args:
-        remedies: what to add to a warning of a category.
+        remedies: text to append to warnings of a category.
     """
 
     def show(message: Warning | str, category: type[Warning], *_: Any) -> None:

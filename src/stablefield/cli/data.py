@@ -1,4 +1,4 @@
-"""`stablefield data pack SRC DEST` and `stablefield data inspect DATA`: what is in a data set, and one fast file of it."""
+"""`stablefield data pack SRC DEST` writes a data set as one fast file, `stablefield data inspect DATA` shows its content."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,20 +20,20 @@ __all__ = ["Inspect", "Pack"]
 @dataclass(frozen=True)
 class _Reading(DataFlags):
     split: Literal["train", "test"] = "train"
-    """Which part, where the source has several."""
+    """Which split of the data, if there are several."""
     overwrite: bool = False
     """Replace the file if it exists."""
 
 
 @dataclass(frozen=True)
 class Pack(_Reading):
-    """Write images, labels and a manifest as one file that is mapped into memory, not read."""
+    """Write images, labels and a manifest as one file, which opens at once by memory mapping."""
 
     dest: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DEST")] = field(kw_only=True)
     """The file to write, such as images.safetensors."""
 
     def run(self) -> int:
-        """Pack, and say what was packed."""
+        """Pack, and describe the result."""
         if looks_like_file(self.dest):
             check_suffix("DEST", self.dest, (".safetensors",), "a packed file")
         if not self.dest.is_dir():
@@ -49,14 +49,14 @@ class Pack(_Reading):
 
 @dataclass(frozen=True)
 class Inspect(_Reading):
-    """Print what is in a data set, and write a picture of some of its images."""
+    """Print the content of a data set, and write a picture of some of its images."""
 
     out: Path = Path("samples.png")
-    """The picture."""
+    """The picture's file."""
     count: int = 64
-    """Images in the picture."""
+    """Number of images in the picture."""
     seed: int = 0
-    """Which images."""
+    """Seed of the choice of images."""
 
     def run(self) -> int:
         """Print a table and write the picture."""

@@ -1,4 +1,4 @@
-"""`stablefield doctor`: what this machine offers, and whether the target is exact on it."""
+"""`stablefield doctor`: versions and devices of this machine, and whether the target is exact on them."""
 
 from dataclasses import dataclass
 

@@ -17,14 +17,14 @@ __all__ = ["Ema"]
 
 @dataclass(frozen=True)
 class Ema:
-    """Make averages of the weights of any length after training, or say which snapshots there are."""
+    """Make averages of the weights of any length after training, or list the snapshots."""
 
     run_folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """The run's folder."""
     length: tuple[float, ...] = ()
     """Standard deviations of the averages as shares of the run, such as 0.05 0.1 0.15."""
     step: int | None = None
-    """At which step; that of the last snapshot if not given."""
+    """Step of the averages; the last snapshot's by default."""
 
     def run(self) -> int:
         """Write one file of weights per length."""

@@ -1,7 +1,7 @@
-"""The entry point: which verb, and how a failure is told.
+"""The entry point: it finds the verb, runs it and reports failures.
 
-Exit status 0 for success, 1 for a run that failed, 2 for wrong use; after a signal 128 and its number, as shells have it. A
-failure is one paragraph on standard error, without a traceback unless --debug is given.
+The exit status is 0 for success, 1 for a failed run, 2 for wrong use, and 128 plus its number for a signal, as in shells. A
+failure prints one paragraph on standard error, with a traceback only under --debug.
 """
 
 import atexit
@@ -28,12 +28,12 @@ _NEEDED = ("tyro", "rich", "PIL", "safetensors", "accelerate")
 
 
 def program() -> None:
-    """Run `main` as a program of its own, and end the process.
+    """Run `main` as a program, and end the process.
 
-    One of several processes ends by os._exit, once its threads are through and what is registered with atexit has run. An
-    interpreter that is torn down while gloo's threads live can abort: a thread that drops its last tensors then waits for an
-    interpreter that is gone. Those threads may outlive the group's end, since torch itself keeps groups alive (as default
-    arguments of torch.distributed.nn.functional, which compilers import).
+    One of several processes ends by os._exit, after its threads and its atexit functions. An interpreter that shuts down
+    while gloo's threads live can abort: a thread that drops its last tensors then waits for an interpreter that is gone.
+    Those threads may outlive the group, since torch itself keeps groups alive (as default arguments of
+    torch.distributed.nn.functional, which compilers import).
 
     Raises:
         SystemExit: with the status, if this process is alone.
@@ -53,7 +53,7 @@ def program() -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command.
 
-    A process group that it has begun may be left open; `program` ends it with the process.
+    It may leave its process group open; `program` ends that with the process.
 
     Raises:
         SystemExit: with the exit status, always.
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    """Do what the arguments ask for; most of what is wrong with them is told before torch is imported."""
+    """Run the arguments; report most mistakes in them before importing torch."""
     found = answer(arguments)
     if found is not None and not _of_one_recipe(arguments):
         _print(found)
@@ -88,7 +88,7 @@ def _run(arguments: Sequence[str]) -> int:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
-            f'the command needs {", ".join(missing)}, which the library alone does not: pip install "stablefield[train]".'
+            f'the command needs {", ".join(missing)}, unlike the library: pip install "stablefield[train]".'
         )
     with _ended_by_ctrl_c():
         from stablefield.cli.verbs import parse
@@ -101,7 +101,7 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _of_one_recipe(arguments: Sequence[str]) -> bool:
-    """Whether help is asked for that depends on the recipe."""
+    """Whether the call asks for help that depends on the recipe."""
     named = any(argument == "--recipe" or argument.startswith("--recipe=") for argument in arguments)
     return arguments[:1] in (["train"], ["compare"]) and (named or "digits" in arguments)
 
@@ -120,9 +120,9 @@ def _help_of_recipe(arguments: Sequence[str]) -> str:
 
 @contextmanager
 def _ended_by_ctrl_c() -> Generator[None]:
-    """For a block in which Ctrl-C ends the process at once, where nothing is under way yet.
+    """Let Ctrl-C end the process at once within this block, in which no work has begun.
 
-    An exception in the midst of torch's import comes out as whatever the module makes of it.
+    The modules of torch may turn a KeyboardInterrupt during their import into some other error.
     """
 
     def end(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
@@ -142,7 +142,7 @@ def _ended_by_ctrl_c() -> Generator[None]:
 
 
 def _print(text: str) -> None:
-    """Print an answer; a reader who has left needs none."""
+    """Print an answer; ignore a closed pipe."""
     if sys.stdout is None:
         return
     try:
@@ -152,11 +152,11 @@ def _print(text: str) -> None:
         if sys.stdout is sys.__stdout__:
             silence(1)
         if not isinstance(error, BrokenPipeError):
-            raise OSError(f"what was printed could not be written: {error}") from error
+            raise OSError(f"cannot write the output: {error}") from error
 
 
 def _after_printing(status: int) -> int:
-    """The status once what was printed is written: 1 if it cannot be, though in silence if its reader has left."""
+    """Flush the output and return the status: 1 if that fails, unless the reader has closed the pipe."""
     module = sys.modules.get("stablefield.cli.console")
     failure = None if module is None else module.console.failure
     if module is not None:
@@ -170,13 +170,13 @@ def _after_printing(status: int) -> int:
             silence(1)
     if failure is None or isinstance(failure, BrokenPipeError):
         return status
-    _tell(f"what was printed could not be written: {failure}")
+    _tell(f"cannot write the output: {failure}")
     return status or 1
 
 
 @contextmanager
 def _watched() -> Generator[None]:
-    """For what one of several processes does: it tells long waits for the others, and ends with its launcher."""
+    """For one of several processes: report long waits for the others, and end with the launcher."""
     if "RANK" not in os.environ:
         yield
         return
@@ -189,10 +189,10 @@ def _watched() -> Generator[None]:
 
 
 def _is_message(error: Exception) -> bool:
-    """Whether an error was made to be read."""
+    """Whether the error's message is for the user."""
     if isinstance(error, ValueError | OSError | ImportError):
         return True
-    loop = sys.modules.get("stablefield.training._loop")  # looked up, since loading it may be what failed
+    loop = sys.modules.get("stablefield.training._loop")  # looked up, since its import may have failed
     return loop is not None and isinstance(error, loop.TrainingError)
 
 
@@ -202,14 +202,14 @@ def _in_group() -> bool:
 
 
 def _among_others() -> bool:
-    # A group that has been left may have left its threads.
+    # A group's threads may outlive it.
     return _in_group() or ("torch.distributed" in sys.modules and os.environ.get("WORLD_SIZE", "1") != "1")
 
 
 def _end(status: int) -> NoReturn:
-    """Do what an interpreter does at its end, short of taking itself apart."""
+    """End the process as the interpreter would, but without tearing the interpreter down."""
     try:
-        # After a failure the group is left as it is: NCCL would wait for ranks that may be dead.
+        # After a failure, do not destroy the group: NCCL would wait for ranks that may be dead.
         if status == 0 and _in_group():
             sys.modules["torch.distributed"].destroy_process_group()
         threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
@@ -226,13 +226,13 @@ def _end(status: int) -> NoReturn:
                 if stream is not None:
                     stream.flush()
             except (OSError, ValueError):
-                status = status or 120  # as Python has it
+                status = status or 120  # as in Python
         os._exit(status)
 
 
 def _tell(message: str) -> None:
-    # Not wrapped: a command in the message stays in one piece, and a terminal wraps by itself.
+    # Do not wrap: a command in the message stays in one piece, and a terminal wraps by itself.
     if sys.stderr is not None:
         with suppress(OSError):
-            # One write, which no other process's message can divide.
+            # One write, which no other process's message can split.
             sys.stderr.write(f"stablefield: {clean(message)}\n")

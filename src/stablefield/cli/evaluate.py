@@ -1,4 +1,4 @@
-"""`stablefield evaluate RUN_OR_IMAGES --data DATA`: numbers of samples, each with its protocol."""
+"""`stablefield evaluate RUN_OR_IMAGES --data DATA`: measure samples; each number with its protocol."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -48,21 +48,21 @@ class Evaluate:
     """
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN_OR_IMAGES")]
-    """A run's folder, or images: whatever DATA may be, such as a folder, a .zip or an .npz file."""
+    """A run's folder, or images: anything that DATA may be, such as a folder, a .zip or an .npz file."""
     metrics: tuple[MetricName, ...] = DEFAULT_METRICS
-    """Which numbers. frechet is FID, kernel KID with inception; nearest is memorisation, in pixels."""
+    """Which numbers. With inception, frechet is FID and kernel is KID; nearest is memorisation, in pixels."""
     samples: int | None = None
-    """How many samples for each number: 5,000 of a run by default, all of given images. Published FIDs take 50,000."""
+    """Samples per repeat: by default 5,000 of a run, or all given images. Published FIDs take 50,000."""
     repeats: int = 1
-    """Measure so often, each time on other samples; 3 gives minimum, mean and spread as the literature does."""
+    """How many times to measure, each time on fresh samples; 3 gives minimum, mean and spread, as papers report."""
     first_seed: int = 0
-    """Seed of the first sample; the others follow it."""
+    """Seed of the first sample; the others count up from it."""
     images_split: Literal["train", "test"] = "train"
-    """Which part of RUN_OR_IMAGES, where images have several."""
+    """Which split of RUN_OR_IMAGES, if images have several."""
     against: Path | None = None
     """An earlier result file to compare with."""
     out: Path | None = None
-    """The result file, JSON; RUN/evaluations/NAME.json, or evaluation.json here."""
+    """The result file, JSON; by default RUN/evaluations/NAME.json, or evaluation.json here."""
     report: Path | None = None
     """An HTML page with the numbers, some images and every protocol, such as report.html."""
     overwrite: bool = False
@@ -70,27 +70,27 @@ class Evaluate:
     feature_batch: int = 64
     """Images at a time in the extractor."""
     device: str = ""
-    """Where to compute; a GPU if there is one."""
+    """Where to compute; by default a GPU if there is one."""
     data: str = ""
-    """Real images to measure against: as for train. By default those that the run was trained on."""
+    """Real images to measure against, as for train; by default the run's training data."""
     split: Literal["train", "test"] = "train"
-    """Which part of them, where there are several."""
+    """Which split of the real images, if there are several."""
     references: int | None = None
-    """How many of them, drawn at random; all by default."""
+    """Number of real images, drawn at random; all by default."""
     held_out: str = ""
-    """Real images that were not trained on, to compare nearest with; by default the test part of --data, if any."""
+    """Real images outside the training data, the control for nearest; by default the test split of --data, if any."""
     resolution: int | None = None
-    """Bring real images to this many pixels a side; as in the run's training by default."""
+    """Resize real images to this many pixels a side; by default as in the run's training."""
     resize: Resize = "crop"
-    """Cut them to the largest centred square first, or take the whole image."""
+    """To make squares: crop to the largest centred square first, or squash the whole image."""
     cache: Path | None = None
-    """Where features of real images are kept; the user's cache folder by default."""
+    """Folder for the features of real images; the user's cache folder by default."""
     no_cache: bool = False
-    """Neither use nor keep them."""
+    """Neither read nor write features in the cache."""
     extractor: Annotated[ExtractorFlags, tyro.conf.arg(name="")] = field(default_factory=ExtractorFlags)
-    """What looks at the images."""
+    """The network that measures the images."""
     drawing: Annotated[SamplerOptions, tyro.conf.arg(name="")] = field(default_factory=SamplerOptions)
-    """How a run's samples are drawn."""
+    """How to draw a run's samples."""
 
     def run(self) -> int:
         """Measure, print a table and write the results."""
@@ -106,7 +106,7 @@ class Evaluate:
         return 0
 
     def _check(self) -> None:
-        """Find out before anything is computed whether the flags fit together, and the results can be written."""
+        """Check, before any computation, that the flags fit together and the results can be written."""
         self.drawing.check()
         self.extractor.check()
         if self.report is not None:
@@ -122,11 +122,11 @@ class Evaluate:
 
     def _evaluate(self) -> Evaluation:
         device = found_device(self.device or None)
-        with StageBar() as bar, shown_warnings({ProtocolWarning: " To make it anew: --no-cache, or delete the file."}):
+        with StageBar() as bar, shown_warnings({ProtocolWarning: " To recompute it: --no-cache, or delete the file."}):
             samples, name, opening = (
                 self._samples_of_run(device) if is_run(self.source) else (self._images(), self.data, {})
             )
-            # Real images are brought to their size as the run's were in training unless the flags say otherwise.
+            # Resize real images as in the run's training, unless the flags say otherwise.
             if self.resolution is not None or not opening:
                 opening = {"resolution": self.resolution, "resize": self.resize}
 
@@ -155,14 +155,14 @@ class Evaluate:
         return replace(found, name=self.source)
 
     def _samples_of_run(self, device: torch.device) -> tuple[RunSource, str, Mapping[str, Any]]:
-        """The run's samples, what it was trained on, and how that was opened."""
+        """The run's samples, the name of its training data, and the arguments that opened them."""
         sampler = Run(self.source).sampler(self.drawing, device=device)
         samples = RunSource(sampler, self.source, self.samples or 5000, self.first_seed)
         return samples, self.data or data_of(sampler.config), sampler.config.opening
 
     def _images(self) -> ImageSet:
         if not (Path(self.source).exists() or self.source == "digits" or self.source.startswith("hf:")):
-            raise ValueError(f"RUN_OR_IMAGES is {self.source}, which is no file or folder: name a run or images.")
+            raise ValueError(f"RUN_OR_IMAGES is {self.source}, which is not a file or folder: name a run or images.")
         if not self.data:
             raise ValueError("--data is missing: name the real images to measure against, such as --data digits.")
         return open_data(self.source, split=self.images_split)
@@ -180,7 +180,7 @@ class Evaluate:
             console.print(f"report:  {relative(found.save(self.report))}")
 
     def _place(self) -> Path:
-        """Where the results go: --out, or a name that is not taken."""
+        """The results' file: --out, or an unused name."""
         if self.out is not None:
             return self.out
         name = f"{self.extractor.extractor}-{self.drawing.sampler}.json"
@@ -188,7 +188,7 @@ class Evaluate:
 
 
 def _print_estimate(estimate: TimeEstimate) -> None:
-    """Say how long it takes from here."""
+    """Print the estimated time."""
     named = {"drawing": estimate.sampling, "features": estimate.features, "metrics": estimate.metrics}
     parts = [f"{duration(seconds)} of {what}" for what, seconds in named.items() if seconds >= 1]
     known = f": {', '.join(parts)}" if len(parts) > 1 else ""

@@ -1,4 +1,4 @@
-"""`stablefield export RUN --out DIR`: a trained model for other programs, and for other people."""
+"""`stablefield export RUN --out DIR`: write a trained model for other programs and people."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -28,22 +28,22 @@ class Export:
     format: Format = "diffusers"
     """A pipeline folder with its code, or safetensors and JSON alone."""
     ema: str = "half-life"
-    """Which average of the weights: half-life, none, or a length such as 0.1 of the run's snapshots."""
+    """Which average of the weights: half-life, none, or a length such as 0.1, from the run's snapshots."""
     name: str = ""
-    """Name of the model on its card; that of the run's folder if not given."""
+    """Model name on the card; the run folder's by default."""
     samples: int = 64
-    """Images in the card's picture; 0 for none."""
+    """Number of images in the card's picture; 0 for none."""
     steps: int = 18
-    """Steps of Heun's method for them."""
+    """Steps of Heun's method for these images."""
     push: str = ""
-    """Upload to this repository of a model hub, OWNER/NAME."""
+    """Also upload to this repository of a model hub, OWNER/NAME."""
     private: bool = False
-    """Make that repository a private one."""
+    """Make that repository private."""
 
     def run(self) -> int:
-        """Write the folder, and say how it is loaded."""
+        """Write the folder, and print how to load it."""
         if self.push and self.push.count("/") != 1:
-            raise ValueError(f"--push {self.push} is no name of a repository: write OWNER/NAME.")
+            raise ValueError(f"--push {self.push} is not the name of a repository: write OWNER/NAME.")
         if self.push and find_spec("huggingface_hub") is None:
             raise ImportError('--push needs huggingface_hub: pip install "stablefield[diffusers]".')
         check_new_folder("--out", self.out)

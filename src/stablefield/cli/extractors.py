@@ -1,4 +1,4 @@
-"""Which network looks at the images: from the words on the command line to an extractor."""
+"""The network that measures the images: from flags to an extractor."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,23 +29,23 @@ _SCALES: dict[str, tuple[Channels, Channels]] = {
 
 @dataclass(frozen=True)
 class ExtractorFlags:
-    """What looks at the images."""
+    """The network that measures the images."""
 
     extractor: Literal["inception", "dinov2", "torchscript", "pixels", "random"] = "inception"
-    """inception is FID's own (extra stablefield[fid]); dinov2 and torchscript take --extractor-file; random a small net."""
+    """inception is FID's own (extra stablefield[fid]); dinov2 and torchscript need --extractor-file; random: a small net."""
     extractor_file: Path | None = None
-    """TorchScript file of the network; it is a program, so take only one that you trust."""
+    """TorchScript file of the network. It is a program: use only files that you trust."""
     extractor_size: int | None = None
-    """Pixels a side that the network of --extractor torchscript wants; as they come by default."""
+    """Image size for --extractor torchscript, in pixels a side; by default no resizing."""
     extractor_resize: Literal["bicubic", "tensorflow"] = "bicubic"
-    """How images get to that size: by an antialiased bicubic kernel, or TensorFlow 1's bilinear one."""
+    """Kernel that resizes to --extractor-size: antialiased bicubic, or TensorFlow 1's bilinear."""
     extractor_scale: Literal["unit", "symmetric", "imagenet"] = "imagenet"
-    """How its images are scaled: to 0..1, to -1..1, or by ImageNet's mean and deviation."""
+    """Scaling for --extractor torchscript: to 0..1, to -1..1, or by ImageNet's mean and deviation."""
     classifier: Path | None = None
     """TorchScript file of a classifier that returns logits, for classifier-score; images as for --extractor torchscript."""
 
     def check(self) -> None:
-        """Find out whether the flags fit together.
+        """Check that the flags fit together.
 
         Raises:
             ValueError: naming the flag.
@@ -53,22 +53,22 @@ class ExtractorFlags:
         if self.extractor in ("dinov2", "torchscript") and self.extractor_file is None:
             raise ValueError(
                 f"--extractor {self.extractor} needs --extractor-file: the TorchScript file of the network, which this "
-                "package does not carry."
+                "package does not include."
             )
         if self.extractor in ("pixels", "random") and self.extractor_file is not None:
             raise ValueError(
-                f"--extractor-file {self.extractor_file}: --extractor {self.extractor} reads none; name inception, dinov2 "
-                "or torchscript."
+                f"--extractor-file {self.extractor_file}: --extractor {self.extractor} reads no file; pass inception, "
+                "dinov2 or torchscript."
             )
         if self.extractor_size is not None and self.extractor_size < 1:
-            raise ValueError(f"--extractor-size is {self.extractor_size}: it is a number of pixels.")
+            raise ValueError(f"--extractor-size is {self.extractor_size}: pass a positive number of pixels.")
 
     def open(self, shape: tuple[int, int, int], device: torch.device) -> Extractor:
         """The extractor, for images of `shape` (C, H, W).
 
         Raises:
-            ValueError: if its file is missing or is no such network.
-            ImportError: if its package is missing, with the command that installs it.
+            ValueError: if its file is missing or not that network.
+            ImportError: if its package is missing, with the install command.
         """
         file = self.extractor_file
         if self.extractor == "inception":
@@ -86,10 +86,10 @@ class ExtractorFlags:
         return dinov2(file, device=device) if self.extractor == "dinov2" else self._network(file, device)
 
     def open_classifier(self, device: torch.device) -> Extractor | None:
-        """The classifier, if there is one.
+        """The classifier, if --classifier names one.
 
         Raises:
-            ValueError: if its file is missing or is no such network.
+            ValueError: if its file is missing or not a network.
         """
         return None if self.classifier is None else self._network(self.classifier, device)
 

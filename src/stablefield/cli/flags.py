@@ -1,7 +1,7 @@
-"""The verbs and their flags as a table: what help texts, checks of a command line and the site's page are made of.
+"""The table of verbs and flags, for help texts, checks of a command line and the site's page.
 
 The table is in flags.json, so that reading it needs neither torch nor the parser. `python -m stablefield.cli.inventory`
-writes it from the dataclasses of the verbs, and a test holds that it is current.
+writes it from the verbs' dataclasses, and a test checks that it is current.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ class Flag:
 
     Attributes:
         name: with its dashes, such as --steps; in capitals, such as DATA, if it is an argument without a flag.
-        takes: what a value may be: int, float, text, path, or any of the words that are neither.
-        count: of values: 0 for a switch, -1 for any number of them.
-        help: what it is for.
-        default: as it is shown; empty if there is nothing to say.
+        takes: types of a value (int, float, text, path) or literal words.
+        count: number of values: 0 for a switch, -1 for any number.
+        help: help text.
+        default: the default to show; may be empty.
         required: whether the verb needs it.
     """
 
@@ -51,11 +51,11 @@ class VerbFlags:
     """A verb.
 
     Attributes:
-        name: as it is typed, such as "data pack".
-        summary: what it does, in a sentence.
-        more: what else there is to say, in paragraphs.
-        arguments: those without a flag, in their order.
-        groups: its flags; the first group is of those that people use most.
+        name: the verb on the command line, such as "data pack".
+        summary: its purpose in a sentence.
+        more: further paragraphs of help.
+        arguments: its arguments without a flag, in order.
+        groups: its flags; the first group has the most used ones.
     """
 
     name: str
@@ -65,7 +65,7 @@ class VerbFlags:
     groups: tuple[Group, ...]
 
     def flags(self) -> dict[str, list[Flag]]:
-        """The flags by name; what a name means may depend on the recipe, so there may be several of one."""
+        """The flags by name; a name may have several flags, since its meaning may depend on the recipe."""
         found: dict[str, list[Flag]] = {}
         for group in self.groups:
             for flag in group.flags:

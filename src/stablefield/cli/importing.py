@@ -1,4 +1,4 @@
-"""`stablefield import FILE --out DIR`: make a run of a published network."""
+"""`stablefield import FILE --out DIR`: make a run from a published network."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +17,17 @@ __all__ = ["Import"]
 
 @dataclass(frozen=True)
 class Import:
-    """Make a run of a published DDPM++ or NCSN++ network. Nothing in the file is executed, whatever it holds."""
+    """Make a run from a published DDPM++ or NCSN++ network, without executing anything in the file."""
 
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
     """A pickle of the EDM family (.pkl), a torch file (.pt, .pth) or safetensors."""
     out: Path
     """Folder of the run, new or empty."""
     preconditioning: Literal["edm", "vp", "ve"] | None = None
-    """Scalings that the network was trained in; needed where the file does not say, as with a plain state dict."""
+    """Preconditioning of the network's training; needed if the file does not say, as with a plain state dict."""
 
     def run(self) -> int:
-        """Read, say what was found, and write the run."""
+        """Read the file, describe the network, and write the run."""
         check_new_folder("--out", self.out)
         network = read_published(self.file, self.preconditioning)
         count = sum(parameter.numel() for parameter in network.denoiser().parameters())

@@ -1,4 +1,4 @@
-"""What ends a run in order: Ctrl-C, SIGTERM and SIGHUP as a wish to stop, and the end of the launcher that started it."""
+"""Orderly ends of a run: Ctrl-C, SIGTERM and SIGHUP request a stop; so does the end of its launcher."""
 
 import contextlib
 import os
@@ -15,19 +15,19 @@ __all__ = ["Interruption", "end_with_launcher"]
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 GRACE = 60.0
-"""Seconds that a process has to save its run once its launcher is gone."""
+"""Seconds for a process to save its run after its launcher has ended."""
 
 
 class Interruption:
-    """Within its block, a signal sets `requested`: the step that is under way is finished first.
+    """Within its block, a signal sets `requested`, and the run finishes its current step before it stops.
 
-    A second Ctrl-C acts as it always does. A second SIGTERM is the same wish: where a manager signals a whole group, a
-    launcher passes it on to its processes, and each of them gets two. SIGHUP, the end of the terminal, is the same wish
-    unless it is ignored, as under nohup.
+    A second Ctrl-C interrupts as usual. A second SIGTERM changes nothing: if a manager signals a whole process group, the
+    launcher passes the signal on, and each process gets two. SIGHUP, the end of the terminal, also requests a stop, unless
+    the process ignores it, as under nohup.
 
     Attributes:
-        requested: whether somebody wants to stop.
-        status: the exit status of who stops for it, 128 and the signal's number as a shell has it; 0 if nobody wants it.
+        requested: whether a signal requested a stop.
+        status: the exit status for that signal, 128 plus its number as in shells; 0 if there was none.
     """
 
     def __init__(self) -> None:
@@ -61,21 +61,21 @@ class Interruption:
 
 
 def _fall_silent() -> None:
-    from stablefield.cli.console import console  # here, since a process that only ends with its launcher needs none
+    from stablefield.cli.console import console  # here, since a process that only watches its launcher needs no console
 
     with contextlib.suppress(OSError, ValueError, AttributeError):  # there may be no standard output at all
         descriptor = sys.stdout.fileno()
         if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
-            console.quiet = True  # its terminal is gone, and writing to it would fail
+            console.quiet = True  # its terminal is gone, so writing would fail
 
 
 def end_with_launcher() -> None:
-    """Let this process end when the launcher that started it has ended, as by a kill: it would train on for nobody.
+    """End this process when its launcher ends, as by a kill; otherwise it would train on unattended.
 
-    It asks itself to stop by SIGTERM, and ends for good if it has not stopped after `GRACE` seconds. A process that no
-    launcher started outlives whoever started it, as under nohup.
+    It sends itself SIGTERM, and exits at once if it still runs after `GRACE` seconds. A process without a launcher outlives
+    its parent, as under nohup.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun and by what is built on it, as `accelerate launch`
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun, and by launchers built on it such as `accelerate launch`
         threading.Thread(target=_follow, args=(os.getppid(),), name="launcher-watch", daemon=True).start()
 
 
@@ -83,7 +83,7 @@ def _follow(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(0.5)
     with contextlib.suppress(OSError, ValueError):  # its output may have gone with the launcher
-        sys.stderr.write("stablefield: the launcher of this process has ended, and so does the process.\n")
+        sys.stderr.write("stablefield: the launcher of this process has ended, so the process ends, too.\n")
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""The table of verbs and flags, made of the dataclasses that carry the verbs out.
+"""Makes the table of verbs and flags from the verbs' dataclasses.
 
 `python -m stablefield.cli.inventory` writes it to flags.json.
 """
@@ -24,7 +24,7 @@ from stablefield.training._recipe import Recipe
 
 __all__ = ["inventory"]
 
-# What people use most, by verb; a verb that is not here has few flags, and shows them all at once.
+# The most used flags, by verb; other verbs have few flags, and show them all at once.
 _COMMON = {
     "train": "out recipe steps batch learning-rate resolution conditional target device resume",
     "compare": "out seeds recipe steps batch learning-rate resolution evaluations samples device",
@@ -32,7 +32,7 @@ _COMMON = {
     "evaluate": "data metrics samples repeats extractor out overwrite report against sampler steps device",
     "probe": "references noise-levels plan batch aim tolerance by-class seed out device",
 }
-# The others, under these titles; a word that ends in a dot means all flags that begin with it.
+# The other flags, under these titles; a word that ends in a dot means all flags that begin with it.
 _GROUPS = {
     "Before a run": "dry-run print",
     "Real images": "split references held-out resolution resize cache no-cache images-split",
@@ -44,7 +44,7 @@ _GROUPS = {
         "gradient-accumulation-steps seed precision compile"
     ),
     "Averages of the weights": "ema-half-life ema-ramp ema-snapshot-every",
-    "What is written, and how often": "log-every sample-every checkpoint-every keep-last keep-every tracker",
+    "Output, and how often": "log-every sample-every checkpoint-every keep-last keep-every tracker",
     "Measuring": "evaluate-every evaluate-samples measure. extractor-file extractor-size extractor-resize "
     "extractor-scale classifier feature-batch first-seed batch",
     "Noise levels of sampling": "grid sigma-min sigma-max rho",
@@ -52,7 +52,7 @@ _GROUPS = {
     "Guidance": "class-label guidance-scale guidance-interval guide guide-ema",
     "Bias check": "check-bias false-alarm",
 }
-# Flags of parts of a recipe, of which there are several kinds.
+# Parts of a recipe that come in several kinds, with their own flags.
 _PARTS = {
     "network": "Network",
     "process": "Process",
@@ -62,7 +62,7 @@ _PARTS = {
 }
 _OWNERS = {"Real images": ("evaluate",), "Target": ("train", "compare")}
 _MORE = "More"
-# What `compare` decides itself: it trains with both targets from several seeds, and saves where it scores.
+# Flags that `compare` sets itself: it trains with both targets from several seeds, and saves with every score.
 _NOT_IN = {"compare": ("target", "seed", "sample-every", "checkpoint-every")}
 
 
@@ -70,7 +70,7 @@ def inventory(recipe: Recipe | None = None) -> dict[str, VerbFlags]:
     """All verbs with their flags.
 
     Args:
-        recipe: whose flags and defaults those of `train` and `compare` are; all recipes together if not given.
+        recipe: the recipe whose flags and defaults `train` and `compare` show; all recipes together if None.
     """
     bases = [recipe] if recipe else list(BASES.values())
     return {
@@ -121,20 +121,20 @@ def _title(verb: str, part: str, name: str) -> str:
 
 
 def _merged(variants: list[Flag]) -> Flag:
-    """The flag of all recipes, whose default may be that of each."""
+    """The flag of all recipes; its default may depend on the recipe."""
     if len({flag.default for flag in variants}) == 1:
         return variants[0]
     return dataclasses.replace(variants[0], default="by the recipe")
 
 
 def _flags(kind: type, base: Any, prefix: str, part: str) -> Iterator[tuple[str, Flag]]:
-    """The flags of a dataclass, each with the part of a recipe that it belongs to.
+    """The flags of a dataclass, each with its part of a recipe.
 
     Args:
         kind: the dataclass.
         base: a recipe, for the field that takes one, or an instance of `kind`; MISSING for the fields' own defaults.
-        prefix: of the names.
-        part: of a recipe that `kind` is.
+        prefix: prefix of the names.
+        part: the part of a recipe that `kind` is.
     """
     hints, helps = get_type_hints(kind, include_extras=True), _helps(kind)
     for field in dataclasses.fields(kind):
@@ -175,7 +175,7 @@ def _shown(value: Any) -> str:
 
 
 def _refused(text: str) -> str:
-    """What a switch is for that turns off what `text` says."""
+    """The help of the switch that turns off what `text` describes."""
     text = text.removeprefix("Also ")
     return f"Do not {text[0].lower()}{text[1:]}"
 
@@ -198,7 +198,7 @@ def _is_nested(kind: Any) -> bool:
 
 
 def _takes(kind: Any) -> tuple[tuple[str, ...], int]:
-    """What values a field takes, and how many of them."""
+    """The types and the number of a field's values."""
     takes: list[str] = []
     count = 1
     for option in _options(kind):
@@ -217,7 +217,7 @@ def _takes(kind: Any) -> tuple[tuple[str, ...], int]:
 
 @functools.cache
 def _helps(kind: type) -> dict[str, str]:
-    """What the fields of a dataclass are for: the text below a field, or its line among the arguments of the class."""
+    """The help texts of a dataclass's fields: the docstring below a field, or its line under Args of the class."""
     found: dict[str, str] = {}
     for cls in reversed(kind.__mro__):
         if not dataclasses.is_dataclass(cls):

@@ -1,4 +1,4 @@
-"""Mistakes in a command line, found by the table of flags alone: before torch is imported, and before anything is read."""
+"""Finds mistakes in a command line by the table of flags alone, before importing torch or reading any file."""
 
 import difflib
 import re
@@ -9,7 +9,7 @@ from stablefield.cli.usage import expects
 
 __all__ = ["checked"]
 
-# Names that other programs have for the same thing.
+# Names of the same flags in other programs.
 _SAME = {
     "--learning-rate": "--lr",
     "--batch": "--batch-size --batchsize --bs --train-batch-size",
@@ -42,11 +42,11 @@ _SAME = {
     "--extractor": "--features",
     "--max-images": "--images --num-images --max-samples",
 }
-# Names of things that are done in another way here: the flag that does it, and how.
+# Flags of other programs without an equal here: the flag to use instead, and how.
 _OTHER = {
     "--epochs --num-epochs --max-epochs --n-epochs --num-train-epochs": (
         "--steps",
-        "give --steps, images x epochs / batch size; --dry-run tells how many epochs that is",
+        "give --steps, images x epochs / batch size; --dry-run shows the epochs",
     ),
     "--data --dataset --data-dir --data-path --path --input -i": ("DATA", "name the data without a flag"),
     "--run --model --checkpoint --ckpt --network-pkl": ("RUN", "name the run's folder without a flag"),
@@ -55,13 +55,13 @@ _OTHER = {
     "--fp16 --bf16 --amp --half --mixed-precision --dtype": ("--precision", "give --precision bf16"),
     "--num-workers --workers --dataloader-num-workers": (
         "--gradient-accumulation-steps",
-        "leave it out: images are read ahead anyway",
+        "leave it out: the trainer always reads images ahead",
     ),
     "--wandb --use-wandb": ("--tracker", "give --tracker wandb"),
     "--tensorboard --logdir": ("--tracker", "give --tracker tensorboard"),
     "--ema --ema-decay --ema-rate --use-ema": (
         "--ema-half-life",
-        "give --ema-half-life, in images; weights are always averaged",
+        "give --ema-half-life, in images; the trainer always averages the weights",
     ),
     "--warmup --warmup-steps --lr-warmup-steps --lr-warmup": (
         "--ramp-images",
@@ -76,10 +76,10 @@ _OTHER = {
     "--out --output -o --dest --destination": ("DEST", "name it after DATA, without a flag"),
     "--resume-from --resume-from-checkpoint --checkpoint --ckpt": ("--resume", "give --resume --out RUN"),
     "--arch --architecture --model --network": ("--recipe", "give --recipe, or the flags that begin with --network"),
-    "--target": ("--evaluations", "leave it out: both targets are trained with"),
+    "--target": ("--evaluations", "leave it out: compare trains with both targets"),
     "--sample-every --checkpoint-every": (
         "--evaluations",
-        "give --evaluations, how often each run is scored and saved",
+        "give --evaluations, the number of scores and checkpoints of each run",
     ),
 }
 _VERBS = {
@@ -101,12 +101,12 @@ _NUMBER = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
 
 
 def checked(arguments: Sequence[str]) -> list[str]:
-    """The arguments with the names that the verb knows, those without a flag first.
+    """The arguments under the verb's own names, those without a flag first.
 
-    Usual names of other programs are understood.
+    It also accepts the usual names of other programs.
 
     Raises:
-        ValueError: if there is no such verb, flag or value, or something is missing; with what was probably meant.
+        ValueError: if a verb, flag or value is unknown, or something is missing; suggests the likely one.
     """
     verb, rest = _verb(arguments)
     flags = verb.flags()
@@ -158,7 +158,7 @@ def _verb(arguments: Sequence[str]) -> tuple[VerbFlags, list[str]]:
         other = arguments[1] if len(arguments) > 1 else "nothing"
         nearest = _nearest(other, below)
         hint = f" Did you mean {first} {nearest[0]}?" if nearest else ""
-        raise ValueError(f"{first} is followed by {' or '.join(below)}, not by {other}.{hint}")
+        raise ValueError(f"{first} takes {' or '.join(below)}, not {other}.{hint}")
     if first.startswith("-"):
         raise ValueError(
             f"{first} stands before the verb: name the verb first, such as stablefield train. {_all(heads)}"
@@ -169,7 +169,7 @@ def _verb(arguments: Sequence[str]) -> tuple[VerbFlags, list[str]]:
 
 
 def _all(heads: "dict[str, None]") -> str:
-    return f"The verbs: {', '.join(heads)}. All of them with what they do: stablefield --help"
+    return f"The verbs: {', '.join(heads)}. Their descriptions: stablefield --help"
 
 
 def _is_flag(word: str) -> bool:
@@ -177,7 +177,7 @@ def _is_flag(word: str) -> bool:
 
 
 def _opposite(name: str) -> str:
-    """The switch that undoes a switch, such as --no-mirror."""
+    """The opposite of a switch, such as --no-mirror."""
     prefix, dot, last = name.removeprefix("--").rpartition(".")
     return f"--{prefix}{dot}{last.removeprefix('no-') if last.startswith('no-') else f'no-{last}'}"
 
@@ -186,7 +186,7 @@ def _known(name: str, verb: VerbFlags, flags: "dict[str, list[Flag]]") -> str:
     """The verb's own name of a flag.
 
     Raises:
-        ValueError: if it has none, with the nearest.
+        ValueError: if it has none; suggests the nearest.
     """
     own = name.replace("_", "-").lower() if name.startswith("--") else name
     own = f"-{own}" if re.fullmatch(r"-[a-z][\w-]+", own) else own  # -steps, with one dash
@@ -207,13 +207,13 @@ def _meant(name: str, verb: VerbFlags, flags: "dict[str, list[Flag]]") -> str:
             return f"{way}. {everything}"
     last = name.removeprefix("--")
     same = [flag for flag in flags if flag.rpartition(".")[2] == last]
-    # Other programs' names may be mistyped, too.
+    # Names of other programs may have typos, too.
     others = {other: flag for flag, text in _SAME.items() if flag in flags for other in text.split()}
     near = same or list(dict.fromkeys(others.get(one, one) for one in _nearest(name, [*flags, *others])))
     if not near:
         return f"there is none like it. {everything}"
-    told = " or ".join(f"{flag} ({flags[flag][0].help.partition('. ')[0].rstrip('.')})" for flag in near[:2])
-    return f"did you mean {told}? {everything}"
+    suggested = " or ".join(f"{flag} ({flags[flag][0].help.partition('. ')[0].rstrip('.')})" for flag in near[:2])
+    return f"did you mean {suggested}? {everything}"
 
 
 def _nearest(word: str, known: Sequence[str]) -> list[str]:
@@ -228,7 +228,7 @@ def _nearest(word: str, known: Sequence[str]) -> list[str]:
 def _check_count(name: str, variants: Sequence[Flag], values: Sequence[str], after: Sequence[str]) -> None:
     many = variants[0].count
     if many >= 0 and len(values) < many:
-        followed = f", and {after[0]} is a flag; write {name}={after[0]} if it is meant" if after else ""
+        followed = f", and {after[0]} is a flag; write {name}={after[0]} to pass it" if after else ""
         lacks = "its value" if many == 1 else "values"
         raise ValueError(f"{name} lacks {lacks}: it takes {expects(variants[0])}{followed}.")
 
@@ -247,20 +247,20 @@ def _takes(flag: Flag, value: str) -> bool:
 
 
 def _flag_for(verb: VerbFlags, extra: str) -> str:
-    """What a further argument was probably meant for."""
+    """Advice on an extra argument: the flag that it probably belongs to."""
     meant = {"evaluate": "--data", "export": "--out", "sample": "--out"}.get(verb.name)
     return f"give {meant} {extra}, " if meant is not None else ""
 
 
 def _check_rest(verb: VerbFlags, plain: Sequence[str], given: "set[str]") -> None:
-    """Check the arguments without a flag, and that what is needed is there."""
+    """Check the arguments without a flag, and that all required ones are present."""
     if len(plain) > len(verb.arguments):
         extra = plain[len(verb.arguments)]
         if not verb.arguments:
             raise ValueError(f"{verb.name} takes no {extra}: leave it out.")
         names = " and ".join(argument.name for argument in verb.arguments)
         raise ValueError(
-            f"{verb.name} takes {names}, and {extra} is one too many: {_flag_for(verb, extra)}leave it out, or put quotes "
+            f"{verb.name} takes {names}, so {extra} is one too many: {_flag_for(verb, extra)}leave it out, or put quotes "
             "around a name with spaces."
         )
     for argument in verb.arguments[len(plain) :]:

@@ -1,4 +1,4 @@
-"""Words of the command line to a dataclass, by tyro, and a dataclass to the words that make it."""
+"""Converts words of the command line to a dataclass, by tyro, and a dataclass back to words."""
 
 import contextlib
 import io
@@ -15,20 +15,20 @@ Kind = TypeVar("Kind")
 
 
 def read(kind: type[Kind], words: Sequence[str], default: Kind | None = None) -> tuple[Kind, list[str]]:
-    """The dataclass `kind` with the flags of `words`, and the words that it has no flags for.
+    """The dataclass `kind` from the flags in `words`, and the words that it does not know.
 
     Args:
         kind: the dataclass, whose fields are the flags.
-        words: flags and their values, behind the arguments without a flag.
-        default: what flags that are not given stay at; the defaults of the fields if None.
+        words: arguments without a flag, then flags with their values.
+        default: values of all other flags; the fields' defaults if None.
 
     Raises:
         ValueError: if a value does not fit.
     """
-    told = io.StringIO()
+    output = io.StringIO()
     try:
-        # What the parser says is a box; a message of this command is a paragraph.
-        with contextlib.redirect_stderr(told):
+        # The parser prints a box; a message of this command is a paragraph.
+        with contextlib.redirect_stderr(output):
             return tyro.cli(
                 kind,
                 args=list(words),
@@ -38,25 +38,25 @@ def read(kind: type[Kind], words: Sequence[str], default: Kind | None = None) ->
                 add_help=False,
             )
     except SystemExit:
-        raise ValueError(_paragraph(told.getvalue()).removeprefix(f"--{kind.__name__}: ")) from None
+        raise ValueError(_paragraph(output.getvalue()).removeprefix(f"--{kind.__name__}: ")) from None
 
 
 def _paragraph(box: str) -> str:
     """The words of a box, without its frame and title, up to its first rule."""
     lines = [line.strip(" │|") for line in box.splitlines()]
-    said: list[str] = []
+    found: list[str] = []
     for line in lines[1:]:
         if re.fullmatch(r"[-─╭╮╰╯ ]*", line):
-            if said:
+            if found:
                 break
             continue
-        said.append(line)
-    text = " ".join(said) or " ".join(lines)
+        found.append(line)
+    text = " ".join(found) or " ".join(lines)
     return re.sub(r"^Error parsing (?:__tyro-dummy-inner__\.)?(?:--)?([\w.-]+): ", r"--\1: ", text)
 
 
 def given(words: Sequence[str]) -> dict[str, list[str]]:
-    """The flags among words, each with what stands behind it up to the next."""
+    """The flags among words, each with the words up to the next flag."""
     found: dict[str, list[str]] = {}
     values: list[str] = []
     for word in words:
@@ -69,13 +69,13 @@ def given(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def words_of(value: Any, base: Any, *, besides: Collection[str] = (), prefix: str = "") -> list[str]:
-    """The flags that make `value` of `base`, two dataclasses of one kind: those of the fields in which they differ.
+    """The flags that turn `base` into `value`, for the fields in which they differ.
 
     Args:
-        value: what was asked for.
-        base: what it would be without flags.
-        besides: names of fields that are no flags.
-        prefix: what the names of the flags begin with.
+        value: a dataclass.
+        base: the same dataclass without flags.
+        besides: names of fields that are not flags.
+        prefix: prefix of the flags' names.
     """
     words: list[str] = []
     for field in fields(value):
@@ -94,10 +94,10 @@ def words_of(value: Any, base: Any, *, besides: Collection[str] = (), prefix: st
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Seeds of a text such as 0-63 or 1,5,8-12.
+    """Parse seeds such as 0-63 or 1,5,8-12.
 
     Raises:
-        ValueError: if it is none, or names a seed twice.
+        ValueError: if the text is invalid, or names a seed twice.
     """
     seeds: list[int] = []
     for part in text.split(","):
@@ -107,9 +107,11 @@ def parse_seeds(text: str) -> list[int]:
         except ValueError:
             raise ValueError(f"--seeds {text}: write numbers and ranges, such as 0-63 or 0,1,2.") from None
         if stop < start:
-            raise ValueError(f"--seeds {text}: the range {part.strip()} ends before it begins.")
+            raise ValueError(
+                f"--seeds {text}: the range {part.strip()} ends before it begins; write the lower seed first."
+            )
         if stop >= 2**32:
-            raise ValueError(f"--seeds {text}: a seed is a whole number from 0 to 2^32 - 1.")
+            raise ValueError(f"--seeds {text}: pass whole numbers from 0 to 2^32 - 1.")
         if stop - start + len(seeds) >= 1_000_000:
             raise ValueError(f"--seeds {text}: that is over a million images; draw them in several calls.")
         seeds.extend(range(start, stop + 1))

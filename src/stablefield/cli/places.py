@@ -1,4 +1,4 @@
-"""Where results go: found out before the work, not after it, whether they can."""
+"""Checks, before the work, that its results can be written."""
 
 import os
 from collections.abc import Collection
@@ -16,7 +16,7 @@ __all__ = [
     "unused",
 ]
 
-# What a folder is not called, but a file: who writes `--out grid.gif` does not want a folder of that name.
+# Suffixes of files: `--out grid.gif` asks for a file, not for a folder of that name.
 _PICTURES = (*PICTURES, ".gif", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".svg", ".pdf", ".mp4")
 _ARRAYS = (".npy", ".npz", ".pt", ".pth", ".ckpt", ".pkl", ".safetensors", ".parquet")
 _TEXTS = (".json", ".jsonl", ".csv", ".txt", ".html", ".htm", ".md", ".py")
@@ -24,14 +24,14 @@ _FILES = frozenset((*_PICTURES, *_ARRAYS, *_TEXTS, ".zip", ".tar", ".gz", ".tgz"
 
 
 def check_file(flag: str, path: Path) -> None:
-    """Make sure that a file can be written; folders on the way are made.
+    """Check that a file can be written; create its folder.
 
     Args:
-        flag: that named the place, for the error.
+        flag: the flag that names the path, for the error.
         path: the file.
 
     Raises:
-        ValueError: if it cannot.
+        ValueError: if the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,17 +45,17 @@ def check_file(flag: str, path: Path) -> None:
 
 
 def check_folder(flag: str, path: Path) -> None:
-    """Make sure that a folder can be made, or written if it is there; nothing is made.
+    """Check that a folder is writable or can be created; create nothing.
 
     Args:
-        flag: that named the place, for the error.
+        flag: the flag that names the path, for the error.
         path: the folder.
 
     Raises:
-        ValueError: if it cannot.
+        ValueError: if it cannot be created or written.
     """
     if looks_like_file(path):
-        raise ValueError(f"{flag} {path} is called like a file: name a folder.")
+        raise ValueError(f"{flag} {path} has the suffix of a file: name a folder.")
     try:
         home = path
         while not home.exists() and home != home.parent:
@@ -66,14 +66,14 @@ def check_folder(flag: str, path: Path) -> None:
 
 
 def check_new_folder(flag: str, path: Path, advice: str = "name a new folder") -> None:
-    """Make sure that a folder is new or empty and can be written; nothing is made.
+    """Check that a folder is new or empty and can be written; create nothing.
 
-    Hidden files may be what a run left that was killed at its very beginning: whoever makes the folder knows.
+    Ignores hidden files, which a killed run may have left: `RunFolder.create` checks those.
 
     Args:
-        flag: that named the place, for the error.
+        flag: the flag that names the path, for the error.
         path: the folder.
-        advice: what to do if it is not empty.
+        advice: remedy for a folder that is not empty.
 
     Raises:
         ValueError: if it is not empty or cannot be written.
@@ -84,15 +84,15 @@ def check_new_folder(flag: str, path: Path, advice: str = "name a new folder") -
 
 
 def check_free(flag: str, path: Path, *, overwrite: bool) -> None:
-    """Make sure that nothing is written over or among files that are there, unless it is asked for.
+    """Check that the path does not exist, or is an empty folder, unless `overwrite` is set.
 
     Args:
-        flag: that named the place, for the error.
-        path: the file, or the folder, which may be there if it is empty.
-        overwrite: whether files may be replaced.
+        flag: the flag that names the path, for the error.
+        path: the file or the folder.
+        overwrite: whether to accept existing files.
 
     Raises:
-        ValueError: saying what is there.
+        ValueError: naming an existing file.
     """
     if overwrite:
         return
@@ -103,7 +103,7 @@ def check_free(flag: str, path: Path, *, overwrite: bool) -> None:
             sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(".")) if path.is_dir() else []
         )
     except OSError:
-        return  # whoever tries to write there says why that cannot be
+        return  # the first write there reports the reason
     if found:
         many = "1 file" if len(found) == 1 else f"{len(found):,} files"
         raise ValueError(
@@ -113,7 +113,7 @@ def check_free(flag: str, path: Path, *, overwrite: bool) -> None:
 
 
 def unused(path: Path) -> Path:
-    """The file of that name, or with the first number from 2 at which there is none."""
+    """The path itself if unused, else with the first unused number from 2."""
     number, found = 1, path
     while found.exists():
         number += 1
@@ -122,23 +122,23 @@ def unused(path: Path) -> Path:
 
 
 def check_suffix(flag: str, path: Path, suffixes: Collection[str], what: str) -> None:
-    """Make sure that a file is called as what it will be.
+    """Check a file's suffix.
 
     Args:
-        flag: that named the file, for the error.
+        flag: the flag that names the file, for the error.
         path: the file.
-        suffixes: that it may have.
-        what: it will be, for the error.
+        suffixes: the allowed suffixes.
+        what: the kind of file, for the error.
 
     Raises:
-        ValueError: if it has another.
+        ValueError: if it has another suffix.
     """
     if path.suffix.lower() not in suffixes:
-        raise ValueError(f"{flag} {path}: {what} is written as {' or '.join(suffixes)}; name such a file.")
+        raise ValueError(f"{flag} {path}: {what} has the suffix {' or '.join(suffixes)}; name such a file.")
 
 
 def looks_like_file(path: Path) -> bool:
-    """Whether a path is called as files are, and is no folder."""
+    """Whether a path has the suffix of a file, and is not a folder."""
     return path.suffix.lower() in _FILES and not path.is_dir()
 
 

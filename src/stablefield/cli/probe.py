@@ -1,4 +1,4 @@
-"""`stablefield probe DATA|RUN`: see the variance of targets on data, or a run's network against the optimum."""
+"""`stablefield probe DATA|RUN`: measure the variance of targets on data, or a run's distance from the optimum."""
 
 import dataclasses
 import shlex
@@ -30,40 +30,39 @@ _TRAININGS = {training.name.lower(): training for training in TRAININGS}
 
 @dataclass(frozen=True)
 class Probe(DataFlags):
-    """See the variance of training targets on your data; or how far a run's network is from the optimum."""
+    """Measure the variance of training targets on your data, or the distance of a run's network from the optimum."""
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA|RUN")]
-    """Images, as DATA of train, or the folder of a run."""
+    """Images, as for train, or the folder of a run."""
     references: str = "16,64,256,1024,4096,all"
     """Sizes of reference sets to measure; the whole set leaves no variance and is not sampled."""
     noise_levels: str = ""
-    """Where to measure, such as 0.5,1,2,5; chosen from the data if not given."""
+    """Noise levels to measure at, such as 0.5,1,2,5; by default chosen from the data."""
     plan: Literal["auto", "edm", "ve", "vp", "flow"] = "auto"
-    """The training to advise on: its noise levels and loss weights; auto is what train does with these data."""
+    """The training to advise on, with its noise levels and loss weights; auto is what train does with these data."""
     batch: int | None = None
-    """Rows per training step: for the variance of the whole batch, and the cost; as train has them if not given."""
+    """Rows per training step, for the variance of the whole batch and the cost; by default as in train."""
     aim: float = 0.1
-    """Share of each row's variance that may stay."""
+    """Share of each row's variance that may remain."""
     by_class: bool = False
-    """Keep posteriors within classes, as for a network that is told the class."""
+    """Keep posteriors within classes, as for a conditional network."""
     max_images: int = MOST
-    """Take at most so many images for the data set, drawn at random."""
+    """Most images to represent the data set, drawn at random."""
     sources: int | None = None
-    """Images that noisy rows are made from; all of a small set, else as many as two minutes allow."""
+    """Images to make noisy rows from; by default all of a small set, else as many as two minutes allow."""
     seed: int = 0
-    """Decides all that is drawn."""
+    """Seed of all random draws."""
     check_bias: bool = False
-    """Test instead that reference policies are unbiased on the data, and that planted faults are seen."""
+    """Instead, test that reference policies are unbiased on the data, and that the test finds planted faults."""
     false_alarm: float = 0.001
-    """Rate at which the bias check may fail an unbiased policy."""
+    """Probability that the bias check fails an unbiased policy."""
     out: Path | None = None
-    """Folder for numbers, pictures and the report; probes/NAME if not given.
-    Files of an earlier probe there are replaced."""
+    """Folder for numbers, pictures and the report, which replace earlier ones; probes/NAME by default."""
     device: str = ""
-    """Where to compute; a GPU if there is one."""
+    """Where to compute; by default a GPU if there is one."""
 
     def run(self) -> int:
-        """Measure, print what follows, and write the files."""
+        """Measure, print the result, and write the files."""
         of_run = is_run(self.data)
         check_folder("--out", self.out or (Path(self.data, "probe") if of_run else Path("probes", "new")))
         for package in ("matplotlib", "jinja2"):

@@ -1,4 +1,4 @@
-"""Bars of long work in a terminal, and a line now and then elsewhere."""
+"""Progress bars in a terminal, and a line now and then elsewhere."""
 
 import time
 from datetime import timedelta
@@ -27,21 +27,21 @@ EVERY = 10
 
 # Seconds between lines where there is no terminal.
 _QUIET = 15.0
-# Columns of a terminal that also show which share of a step the target takes.
+# Columns of a terminal wide enough to show the target's share of a step, too.
 _ROOMY = 100
-# Smoothing of the numbers shown.
+# Weight of the newest report in the displayed averages.
 _SMOOTH = 0.1
 
 
 class TimeLeft(ProgressColumn):
-    """The time that the rest takes at the pace so far, however rare the reports of it are.
+    """The time left at the pace so far, even if reports are rare.
 
-    A task that begins in the midst of its work says so in its field `begun`. Until there is a pace nothing is shown.
+    A task that resumes earlier work has the finished part in its field `begun`. The column is empty until there is a pace.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        # What was done when, at the first report of each task and at the last.
+        # Progress and time of each task's first report, and of its last.
         self._first: dict[int, tuple[float, float]] = {}
         self._last: dict[int, tuple[float, float]] = {}
 
@@ -54,7 +54,7 @@ class TimeLeft(ProgressColumn):
         if self._last.get(task.id, (-1.0, 0.0))[0] != task.completed:
             self._last[task.id] = (task.completed, now)
         done, then = self._last[task.id]
-        # What comes before the first report, such as a compiler's work, is no part of the pace once there are two.
+        # From the second report on, the pace leaves out the time before the first, such as a compiler's work.
         since, at = first if done > first[0] else (begun, 0.0)
         left = (then - at) / (done - since) * (task.total - done) - (now - then)
         days, rest = divmod(max(0, round(left)), 86_400)
@@ -63,7 +63,7 @@ class TimeLeft(ProgressColumn):
 
 
 class StageBar:
-    """Shows how far the stages of a long call of the library are."""
+    """Shows the stages of a long call of the library."""
 
     def __init__(self) -> None:
         self._bar = Progress(
@@ -105,8 +105,8 @@ class TrainingBar:
     """Shows reports of a run of `steps` steps.
 
     Args:
-        steps: of the whole run.
-        begun: that were done before, where a run goes on.
+        steps: number of steps of the whole run.
+        begun: number of steps done before, in a resumed run.
     """
 
     def __init__(self, steps: int, begun: int = 0) -> None:

@@ -1,7 +1,7 @@
-"""The recipe of a call that trains: the one that is named or that suits the data, with the flags of the command line.
+"""The recipe of a call that trains: the named one, or one that suits the data, with the flags of the command line.
 
-Which flags there are depends on the recipe, and the recipe may depend on the data: so the verb's own flags are read first,
-then the data are opened, and the recipe's flags are read with the recipe as their default.
+The flags depend on the recipe, and the recipe may depend on the data. So read the verb's own flags first, then open the
+data, then read the recipe's flags with the recipe as default.
 """
 
 import dataclasses
@@ -29,19 +29,19 @@ BASES = {
     **RECIPES,
     "unet2d": unet2d((3, 32, 32), 10_000, accelerated=False),
 }
-"""The recipes by name, those that depend on the data as they are for usual ones."""
+"""The recipes by name; those that depend on the data, for typical data."""
 
 RecipeName = str
-if not TYPE_CHECKING:  # what the command offers
+if not TYPE_CHECKING:  # the command's choices
     RecipeName = Literal[("auto", *RECIPES, "imagefolder", "unet2d")]
 
 
 def base_of(name: str, data: str) -> Recipe:
-    """What stands for the recipe before the data are open.
+    """A stand-in for the recipe before the data are open.
 
     Args:
-        name: of the recipe.
-        data: what DATA is.
+        name: name of the recipe.
+        data: value of DATA.
     """
     return BASES.get("digits" if name == "auto" and data == "digits" else name, BASES["imagefolder"])
 
@@ -53,14 +53,14 @@ class RecipeFlags:
     words: tuple[str, ...] = ()
 
     def check(self, name: str, data: str) -> None:
-        """Find out before the data are open whether the flags fit, as far as that is known.
+        """Check the flags before the data are open, as far as possible.
 
         Args:
-            name: of the recipe.
-            data: what DATA is.
+            name: name of the recipe.
+            data: value of DATA.
 
         Raises:
-            ValueError: if a value is wrong, or the recipe that is named has no such flag.
+            ValueError: if a value is wrong, or the named recipe has no such flag.
         """
         base = base_of(name, data)
         _, unknown = read(Recipe, self.words, yielding(base, given(self.words))[0])
@@ -68,11 +68,11 @@ class RecipeFlags:
             raise ValueError(_foreign(unknown, base))
 
     def on(self, recipe: Recipe, shape: tuple[int, int, int] | None = None) -> tuple[Recipe, tuple[str, ...]]:
-        """The recipe with these flags, and a line for each of its other settings that had to yield to one.
+        """The recipe with these flags, and a line for each default that gives way to one.
 
         Args:
-            recipe: what is not given stays as it is there.
-            shape: of images that were brought to a resolution that was asked for; None for any other.
+            recipe: the settings without flags.
+            shape: shape of the images if --resolution resized them, else None.
 
         Raises:
             ValueError: if the recipe has no such flag, or a value does not fit.
@@ -94,14 +94,14 @@ class TrainingFlags(DataFlags):
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA", help_behavior_hint="")] = ""
     recipe: RecipeName = "auto"
-    """Which settings to start from; the flags below change them. auto chooses by the data."""
+    """Which settings to start from; the flags below change them. auto chooses one for the data."""
     device: str = ""
-    """Where to compute, such as cpu or cuda; a GPU if there is one."""
+    """Where to compute, such as cpu or cuda; by default a GPU if there is one."""
     config: tyro.conf.Suppress[RecipeFlags] = RecipeFlags()
-    """What changes the recipe."""
+    """Flags that change the recipe."""
 
     def check(self) -> None:
-        """Find out before the data are read whether the call can be done.
+        """Check the flags and the packages before reading the data.
 
         Raises:
             ValueError: naming the flag.
@@ -110,13 +110,13 @@ class TrainingFlags(DataFlags):
         self.config.check(self.recipe, self.data)
 
     def chosen(self) -> "Chosen":
-        """The data, opened, with the recipe that is named or suits them, and its flags.
+        """Open the data, and apply the flags to the recipe that --recipe names or that suits them.
 
         Raises:
             ValueError: if the data are missing or cannot be opened, or a flag does not fit.
         """
         if not self.data:
-            raise ValueError("DATA is missing: name what to train on, such as: stablefield train digits.")
+            raise ValueError("DATA is missing: name the training data, such as: stablefield train digits.")
         device, ranks = place(self.device or None)
         accelerated = device.type == "cuda"
         with ranks.rank_0_first("to open the data"):
@@ -131,14 +131,14 @@ class TrainingFlags(DataFlags):
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a call trains on, and how.
+    """The data and the recipe of a call that trains.
 
     Attributes:
         data: the images.
-        name: of the recipe.
+        name: name of the recipe.
         base: the recipe of that name.
         recipe: the same with the flags.
-        notes: what else the flags have changed in it, a line each.
+        notes: further changes to it because of the flags, a line each.
         device: where to compute.
     """
 
@@ -151,26 +151,26 @@ class Chosen:
 
 
 def _foreign(unknown: Sequence[str], recipe: Recipe) -> str:
-    """What to say of flags that other recipes have."""
+    """The error for flags that only other recipes have."""
     flags = [word.partition("=")[0] for word in unknown if word.startswith("--")] or list(unknown)
     part = flags[0].removeprefix("--").partition(".")[0].replace("-", "_")
     kind = getattr(recipe, part, None)
     if kind is None:
-        return f"{' and '.join(flags)} cannot be used here: stablefield --help tells what there is."
+        return f"{' and '.join(flags)} cannot be used here: stablefield --help lists the verbs and their flags."
     names = [f"--{part.replace('_', '-')}.{field.name.replace('_', '-')}" for field in dataclasses.fields(kind)]
     own = f"its flags are {', '.join(names)}" if names else "it has no flags"
     chosen = type(kind).__name__.removesuffix("Config")
     return (
-        f"{' and '.join(flags)}: the recipe that was chosen has {chosen} for its {part.replace('_', ' ')}, and "
+        f"{' and '.join(flags)}: the chosen recipe has {chosen} for its {part.replace('_', ' ')}, and "
         f"{own}. Leave the flag out, or name another --recipe."
     )
 
 
 def yielding(recipe: Recipe, flags: Mapping[str, Sequence[str]]) -> tuple[Recipe, tuple[str, ...]]:
-    """The recipe with those defaults changed that stand against flags that were given, and a line for each change.
+    """The recipe without the defaults that conflict with the given flags, and a line for each change.
 
     Args:
-        recipe: whose defaults yield.
+        recipe: the recipe to change.
         flags: the flags of the command line with their values.
     """
     found, notes = recipe, list[str]()
@@ -214,11 +214,11 @@ def yielding(recipe: Recipe, flags: Mapping[str, Sequence[str]]) -> tuple[Recipe
 def with_fewer_levels(
     recipe: Recipe, shape: tuple[int, int, int], flags: Mapping[str, Sequence[str]]
 ) -> tuple[Recipe, tuple[str, ...]]:
-    """The recipe with no more levels of its U-Net than fit the resolution, and a line if they are fewer.
+    """The recipe with as many levels of its U-Net as fit the resolution, and a line if that removes some.
 
     Args:
-        recipe: with the flags applied.
-        shape: of the images.
+        recipe: the recipe with the flags applied.
+        shape: shape of the images.
         flags: the flags of the command line.
     """
     network = recipe.network
@@ -249,6 +249,6 @@ def _number(values: Sequence[str] | None) -> float | None:
 
 
 def _ordered(part: Any, name: str, value: float) -> bool:
-    """Whether one end of a part stays on its side of the other end."""
+    """Whether `value` for one end of an interval is on the right side of the other end."""
     low, high = (getattr(part, field.name) for field in dataclasses.fields(part) if field.name != "stratified")
     return 0 < value < high if name.endswith(("minimum", "sigma-min")) else low < value < math.inf

@@ -19,7 +19,7 @@ from stablefield.training._sampler import SamplerOptions
 
 __all__ = ["Sample"]
 
-# Names of files that hold all images; of any other name is a folder of one file per image.
+# Suffixes of files that hold all images; any other name is a folder with one file per image.
 _SINGLE = (*PICTURES, ".npz")
 
 
@@ -33,19 +33,19 @@ class Sample:
     run_folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """The run's folder."""
     seeds: str = "0-63"
-    """Which images: numbers and ranges, such as 0-63 or 1,5,8-12. Image k is the same in every call."""
+    """Numbers and ranges, such as 0-63 or 1,5,8-12. A seed always gives the same image."""
     out: Path | None = None
-    """FILE.png or FILE.jpg for a grid, FILE.npz, or a folder for one file per image; RUN/samples/SAMPLER-STEPS.png with a
-    number, if that is taken, if not given."""
+    """FILE.png or FILE.jpg for a grid, FILE.npz, or a folder for one file per image; by default
+    RUN/samples/SAMPLER-STEPS.png, with a number if that exists."""
     overwrite: bool = False
     """Replace a file that exists; write among the files of a folder that is not empty."""
     device: str = ""
-    """Where to compute; a GPU if there is one."""
+    """Where to compute; by default a GPU if there is one."""
     drawing: Annotated[SamplerOptions, tyro.conf.arg(name="")] = field(default_factory=SamplerOptions)
     """How to draw."""
 
     def run(self) -> int:
-        """Draw, write, and say how many network evaluations it took."""
+        """Draw and write the images, and print the number of network evaluations."""
         seeds = parse_seeds(self.seeds)
         self.drawing.check()
         with Ranks.launched() as ranks:
@@ -73,7 +73,7 @@ class Sample:
                 if ranks.first:
                     samples.save(out)
             else:
-                # Each batch is on the disk before the next is drawn.
+                # Write each batch before drawing the next.
                 found = [batch.save(out) and batch.nfe for batch in sampler.draw(seeds, ranks, bar.update)]
                 evaluations, count = ranks.total(sum(found), len(found), purpose="to draw their images")
                 nfe = evaluations / count
@@ -95,6 +95,6 @@ class Sample:
             check_free("--out", out, overwrite=self.overwrite)
         except ValueError as error:
             refusal = error
-        # All have looked before the first of them writes.
+        # All processes look before the first of them writes.
         if not ranks.all(refusal is None, "to look at --out"):
-            raise refusal or ValueError(f"--out {out} is taken, as another process sees it: name another place.")
+            raise refusal or ValueError(f"--out {out} exists for another process: name another place.")

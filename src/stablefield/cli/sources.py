@@ -1,4 +1,4 @@
-"""The flags of every verb that reads images, and how they were read."""
+"""The flags of every verb that reads images."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -16,27 +16,27 @@ __all__ = ["DataFlags", "open_data", "print_reading"]
 
 @dataclass(frozen=True)
 class DataFlags:
-    """Which images, and how they are read."""
+    """Which images, and how to read them."""
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
     """Images: digits (built in), a folder or .zip of images, .npy, .npz, idx, parquet or CIFAR-10 files, a packed file,
     hf:OWNER/NAME."""
     resolution: int | None = None
-    """Bring every image to this many pixels a side; where sizes differ, train chooses it."""
+    """Resize every image to this many pixels a side; if sizes differ, train chooses it."""
     resize: Literal["crop", "squash"] = "crop"
-    """Cut to the largest centred square first, or take the whole image."""
+    """To make squares: crop to the largest centred square first, or squash the whole image."""
     skip_broken: bool = False
-    """Leave out files that cannot be read, and count them."""
+    """Skip unreadable files, and count them."""
 
     def open(self, *, limit: int | None = None, split: str = "train") -> ImageSet:
         """Open the images.
 
         Args:
             limit: as for `open_images`.
-            split: which part.
+            split: which split of the data.
 
         Raises:
-            ValueError: if there are none, or they are damaged.
+            ValueError: if there are no images, or one is damaged.
         """
         return open_data(
             self.data,
@@ -55,7 +55,7 @@ def open_data(source: str, **opening: Any) -> ImageSet:
 
 
 def print_reading(data: ImageSet) -> None:
-    """Print how the data were read: their size, if anything was done to it or they are not square, and notes."""
+    """Print how the data were read: the size, if resized or not square, and the notes."""
     _, height, width = data.shape
     resized = str(data.manifest["resized"])
     if resized != "no":

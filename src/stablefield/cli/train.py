@@ -1,4 +1,4 @@
-"""`stablefield train DATA`: train a model and leave a run folder."""
+"""`stablefield train DATA`: train a model and write a run folder."""
 
 import dataclasses
 import pprint
@@ -40,25 +40,25 @@ class Train(TrainingFlags):
     """Train a diffusion model with the stable target (or with the single-sample one)."""
 
     out: Path | None = None
-    """Folder of the run, new or empty; runs/DATA-TARGET with a number if not given."""
+    """Folder of the run, new or empty; by default runs/DATA-TARGET, with a number if that exists."""
     resume: bool = False
-    """Continue the run in --out from its newest checkpoint, as it was configured. DATA then says where its data are now, if
-    they have moved."""
+    """Continue the run in --out from its newest checkpoint, with its own recipe. DATA then names the new place of its data,
+    if they have moved."""
     print: bool = False
-    """Show the recipe as Python, and do nothing."""
+    """Show the recipe as Python, and exit."""
     dry_run: bool = False
-    """Say what the run would take here, and do nothing."""
+    """Estimate the run's time and memory on this machine, and exit."""
     tracker: Tracker = "none"
-    """Mirror metrics.jsonl to TensorBoard (in the run's folder) or Weights & Biases."""
+    """Copy metrics.jsonl to TensorBoard (in the run's folder) or Weights & Biases."""
     evaluate_every: int = 0
-    """Steps between Frechet distances of a few samples, which go into metrics.jsonl; 0 for none."""
+    """Steps between Frechet distances of a few samples, logged to metrics.jsonl; 0 for none."""
     evaluate_samples: int = 500
-    """How many samples; the more, the less noisy."""
+    """Samples per Frechet distance; more are less noisy."""
     measure: ExtractorFlags = dataclasses.field(default_factory=lambda: ExtractorFlags(extractor="random"))
-    """What looks at those samples."""
+    """The network that measures those samples."""
 
     def check(self) -> None:
-        """Find out before the data are read whether it can be done.
+        """Check the flags and the packages before reading the data.
 
         Raises:
             ValueError: naming the flag.
@@ -78,7 +78,7 @@ class Train(TrainingFlags):
             check_new_folder("--out", self.out or Path("runs", "new"), advice)
 
     def run(self) -> int:
-        """Train, with a progress bar, and say what is where."""
+        """Train with a progress bar, and print the paths of the results."""
         if self.resume:
             return self._resume()
         if self.print and not self.data and self.recipe in RECIPES:
@@ -113,7 +113,7 @@ class Train(TrainingFlags):
             config, done = run.config, run.step
             if done >= config.recipe.steps and not self.dry_run:
                 console.print(f"nothing left to do: {done:,} of {config.recipe.steps:,} steps are done.")
-                console.print("A run cannot be extended yet: to train for longer, begin a new one with more --steps.")
+                console.print("A run cannot be extended yet: to train for longer, start a new one with more --steps.")
                 _print_sampling(run)
                 return 0
             with ranks.rank_0_first("to open the data"):
@@ -125,7 +125,7 @@ class Train(TrainingFlags):
             return self._trained(data, device, done, config.recipe.steps, call)
 
     def _check_nothing_changes(self) -> None:
-        """Refuse flags that a run to resume would not heed.
+        """Reject flags that a resumed run would ignore.
 
         Raises:
             ValueError: naming them.
@@ -133,12 +133,12 @@ class Train(TrainingFlags):
         changes = [*given(self.config.words), *(["--recipe"] if self.recipe != "auto" else [])]
         if changes:
             raise ValueError(
-                f"{', '.join(changes)} with --resume: a run goes on as it was configured; leave it out, or start a new run."
+                f"{', '.join(changes)} with --resume: a run continues with its own recipe; leave it out, or start a new run."
             )
         for name in ("resolution", "resize", "skip_broken"):
             if getattr(self, name) != getattr(type(self), name):
                 raise ValueError(
-                    f"--{name.replace('_', '-')} with --resume: the data are opened as the run was begun; leave it out."
+                    f"--{name.replace('_', '-')} with --resume: a run opens its data as at its start; leave it out."
                 )
 
     def _check_samples(self, images: int | None) -> None:
@@ -148,7 +148,7 @@ class Train(TrainingFlags):
     def _trained(self, data: ImageSet, device: torch.device, done: int, steps: int, call: Callable[..., Run]) -> int:
         """Train from step `done` by a call of the library, with a bar, and return the exit status."""
         observers, began = self._observers(data, device), time.monotonic()
-        # From here on Ctrl-C is a wish to stop in order: whoever sees that a run has begun can rely on it.
+        # From here on Ctrl-C saves the run: once the command prints that a run has begun, users can rely on that.
         with Interruption() as interruption, TrainingBar(steps, done) as bar:
             run = call(
                 tracker=self.tracker,
@@ -159,7 +159,7 @@ class Train(TrainingFlags):
                 stop=lambda: interruption.requested,
             )
         _print_end(run, time.monotonic() - began)
-        # A run that was not finished is no success to whoever started it, such as a shell or a scheduler.
+        # For a shell or a scheduler, an unfinished run is not a success.
         return interruption.status if run.step < steps else 0
 
     def _observers(self, data: ImageSet, device: torch.device) -> list[FrechetObserver]:
@@ -186,10 +186,10 @@ def _print_recipe(recipe: Recipe, notes: Sequence[str]) -> int:
 def _print_where_it_stands(run: Run) -> None:
     newest = run.folder.newest()
     if newest is None:
-        console.print("this run has no checkpoint yet: it starts from its first step.")
+        console.print("this run has no checkpoint yet: starting from its first step.")
         return
     for complaint in newest[2]:
-        console.print(f"[yellow]passed over:[/] {escape(complaint)}")
+        console.print(f"[yellow]skipped:[/] {escape(complaint)}")
     if newest[1].step < run.config.recipe.steps:
         console.print(f"continuing from step {newest[1].step:,}")
 
@@ -208,7 +208,7 @@ def _print_end(run: Run, seconds: float) -> None:
     done = run.step
     if done < run.config.recipe.steps:
         console.print(
-            f"stopped at step {done:,}; to go on: {quoted('stablefield', 'train', '--resume', '--out', run.path)}"
+            f"stopped at step {done:,}; to continue: {quoted('stablefield', 'train', '--resume', '--out', run.path)}"
         )
     else:
         console.print(f"done in {duration(seconds)}")
@@ -218,7 +218,7 @@ def _print_end(run: Run, seconds: float) -> None:
 
 @contextmanager
 def _held(run: Run, wanted: bool) -> Generator[None]:
-    """For a block in which no other process trains in the run's folder."""
+    """Keep other processes from training in the run's folder within this block."""
     if not wanted:
         yield
         return
@@ -227,8 +227,8 @@ def _held(run: Run, wanted: bool) -> Generator[None]:
             held.enter_context(run.folder.locked(tell=console.print))
         except OSError as error:
             raise ValueError(
-                f"--out {run.path} cannot be written ({error.strerror}): a run is continued in its folder; let yourself "
-                f"write there, or continue a copy of it."
+                f"--out {run.path} cannot be written ({error.strerror}): a run continues in its folder; change its "
+                f"permissions, or continue a copy of it."
             ) from error
         yield
 

@@ -17,15 +17,15 @@ _HELP = ("-h", "--help", "help")
 _VERSION = ("--version", "-V", "version")
 _NAMES = {"int": "INT", "float": "FLOAT", "text": "TEXT", "path": "PATH"}
 _PARTS = (
-    "Which network, process and noise levels a run has is the choice of its recipe: stablefield {verb} --recipe NAME --help "
-    "shows the flags and defaults of one."
+    "The recipe chooses the network, the process and the noise levels: stablefield {verb} --recipe NAME --help shows the "
+    "flags and defaults of one."
 )
-# More words than these are listed in the text beside the flag.
+# If a flag's words are longer than this, list them in its help text.
 _FEW = 24
 
 
 def answer(arguments: Sequence[str]) -> str | None:
-    """What a call asks for that only wants to know something: a version, or help; None for any other call."""
+    """The answer to a call that asks for help or the version; None for any other call."""
     verbs = all_verbs()
     if not arguments or arguments[0] in _HELP:
         name = " ".join(word for word in arguments[1:] if word not in _HELP)
@@ -34,18 +34,18 @@ def answer(arguments: Sequence[str]) -> str | None:
         import stablefield
 
         return f"stablefield {stablefield.__version__}"
-    asked = any(argument in _HELP[:2] for argument in arguments)
+    wants_help = any(argument in _HELP[:2] for argument in arguments)
     for name, verb in verbs.items():
         words = name.split()
         if list(arguments[: len(words)]) == words:
-            return usage(verb) if asked else None
-    if _below(arguments[0]) and (asked or len(arguments) == 1):
+            return usage(verb) if wants_help else None
+    if _below(arguments[0]) and (wants_help or len(arguments) == 1):
         return overview(arguments[0])
     return None
 
 
 def overview(verb: str = "") -> str:
-    """What there is: the verbs, or those below one of them, such as `data`."""
+    """The list of verbs, or of those below one of them, such as `data`."""
     verbs = _below(verb) if verb else all_verbs()
     prog = f"stablefield {verb}".strip()
     width = _width()
@@ -58,10 +58,10 @@ def overview(verb: str = "") -> str:
     lines += ["", *textwrap.wrap(f"{prog} VERB --help lists the flags of a verb.", width)]
     if not verb:
         lines += [
-            "stablefield --version tells the version.",
+            "stablefield --version prints the version.",
             "--debug, with any verb, shows the traceback of an error.",
             "",
-            "To begin: stablefield train digits",
+            "To start: stablefield train digits",
         ]
     return "\n".join(lines)
 
@@ -91,13 +91,13 @@ def usage(verb: VerbFlags) -> str:
 
 
 def as_flags(message: str, renamed: Mapping[str, str] | None = None, verb: str = "") -> str:
-    """An error of the library as one of the command: "samples=5: ..." as "--samples 5: ...".
+    """Translate an error of the library for the command: "samples=5: ..." becomes "--samples 5: ...".
 
     Args:
         message: names an argument with its value, as in name=value; at its start also as in "name is missing".
-        renamed: flags, or words such as DATA, of arguments that are called otherwise. Every other argument is left alone
-            unless there is a flag of its name.
-        verb: whose flags those are; all if not given.
+        renamed: flags, or words such as DATA, for arguments with another name. Any other argument changes only if a flag
+            has its name.
+        verb: the verb whose flags to use; all if empty.
     """
     verbs = all_verbs()
     known = {name for one in ([verbs[verb]] if verb in verbs else verbs.values()) for name in one.flags()}
@@ -109,22 +109,22 @@ def as_flags(message: str, renamed: Mapping[str, str] | None = None, verb: str =
     message = re.sub(r"^([a-z][\w.]*)(?= (is|has|and|needs) )", lambda found: flag_of(found[0]) or found[0], message)
     # A switch has no value.
     message = re.sub(r"(?<![\w.-])([a-z][\w.]*)=True\b", lambda found: flag_of(found[1]) or found[0], message)
-    # A value follows at once: `a = b` is a formula.
+    # Without a space before the value: `a = b` is a formula.
     message = re.sub(
         r"(?<![\w.-])([a-z][\w.]*)=(?=[^\s=])",
         lambda found: found[0] if (flag := flag_of(found[1])) is None else f"{flag} ",
         message,
     )
-    message = re.sub(r"(?<!\S)(--[\w.-]+|[A-Z]+) '([^'\s]*)'", r"\1 \2", message)  # as it was typed
-    # Words of several parts are names in any case.
+    message = re.sub(r"(?<!\S)(--[\w.-]+|[A-Z]+) '([^'\s]*)'", r"\1 \2", message)  # as the user typed it
+    # Words with underscores are always names.
     return re.sub(r"(?<![\w./-])[a-z]+(?:_[a-z]+)+(?![\w./(-])", lambda found: flag_of(found[0]) or found[0], message)
 
 
 def text_of(flag: Flag) -> str:
-    """What a flag is for, the words it takes if they are many, and its default."""
+    """A flag's help, its words if they are many, and its default."""
     words = "" if not _listed(flag) else f" One of {', '.join(_words(flag))}."
     default = "" if not flag.default else f" Default: {flag.default}."
-    needed = " Needed." if flag.required else ""
+    needed = " Required." if flag.required else ""
     return f"{flag.help}{words}{default}{needed}".strip()
 
 
@@ -145,7 +145,7 @@ def _metavar(flag: Flag) -> str:
 
 
 def expects(flag: Flag) -> str:
-    """What a flag takes, in words."""
+    """The values that a flag takes, in words."""
     kinds = {"int": "a whole number", "float": "a number", "text": "a word", "path": "a path"}
     choices = [kinds.get(word, word) for word in flag.takes]
     one = choices[0] if len(choices) == 1 else f"{', '.join(choices[:-1])} or {choices[-1]}"

@@ -1,4 +1,4 @@
-"""The table of verbs, and a command line as one of them with its flags filled in."""
+"""The table of verbs, and the parser of a command line into a verb with its flags."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -35,19 +35,19 @@ VERBS: dict[str, type] = {
     "import": Import,
     "doctor": Doctor,
 }
-"""The verbs by name. A new one is listed here."""
+"""The verbs by name. Add a new one here."""
 
 
 class Verb(Protocol):
     """A verb with its flags filled in."""
 
     def run(self) -> int:
-        """Do it, and return the exit status."""
+        """Run the verb, and return the exit status."""
         ...
 
 
 def parse(arguments: Sequence[str]) -> Verb:
-    """Read a command line that `mistakes.checked` has found to be one of a verb.
+    """Parse a command line that `mistakes.checked` has accepted.
 
     Raises:
         ValueError: if a value does not fit.
@@ -65,7 +65,7 @@ def parse(arguments: Sequence[str]) -> Verb:
 
 
 def _apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words of a verb's own flags, and those of the flags of a recipe."""
+    """Split the words into those of the verb's own flags and those of the recipe's flags."""
     fields = {field.name.replace("_", "-") for field in dataclasses.fields(Recipe)}
     own: list[str] = []
     changes: list[str] = []

@@ -75,7 +75,7 @@ class VPPreconditioning:
 
     Args:
         beta_min: lower end of the linear schedule.
-        beta_slope: its slope, beta_max - beta_min.
+        beta_slope: slope of the schedule, beta_max - beta_min (EDM's beta_d).
         steps: number of time labels, 1,000 in the published networks.
     """
 

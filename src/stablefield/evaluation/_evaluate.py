@@ -1,6 +1,6 @@
-"""`evaluate`: samples, drawn from a run or found anywhere, through extractors, against real images.
+"""`evaluate` measures samples from a run, or any images, against real images.
 
-A metric is listed in `METRICS`; an evaluation takes such a name, or any `Metric`.
+An evaluation takes the name of a metric in `METRICS`, or any `Metric`.
 """
 
 import json
@@ -57,7 +57,7 @@ METRICS: Mapping[str, Metric] = {
 """The metrics by name. A new one has its own module, and one line here; CONTRIBUTING shows it."""
 
 DEFAULT_METRICS = tuple(name for name, metric in METRICS.items() if metric.reads != "classifier")
-"""Those that need no classifier."""
+"""The metrics that need no classifier."""
 
 _SHOWN = 64
 
@@ -87,33 +87,33 @@ def evaluate(
     gets them.
 
     Args:
-        samples: images, or what draws them, such as the `RunSource` of a run.
-        data: real images to measure against; or a function from the name of a split to an image set, which is also asked
-            for "train" (memorisation is of the whole training set) and "test" (held-out images, if there are any).
+        samples: images, or a source that draws them, such as a run's `RunSource`.
+        data: real images to measure against; or a function from the name of a split to an image set, also called for
+            "train" (the whole training set, for memorisation) and "test" (held-out images, if there are any).
         metrics: names in `METRICS`, or metrics. "frechet" is FID and "kernel" KID on FID's own Inception; "nearest" is
             memorisation, in pixels.
-        extractor: from images to features; FID's own Inception by default.
-        classifier: from images to logits, for "classifier-score".
-        count: samples of each repeat; all images, shared out among the repeats, by default. A source has its own.
-        references: how many real images to use, drawn at random; all by default.
-        split: which part of `data`, if it is a name.
-        held_out: real images that were not trained on, for "nearest"; by default the "test" split of `data`, if it is a
+        extractor: maps images to features; FID's own Inception by default.
+        classifier: maps images to logits, for "classifier-score".
+        count: samples per repeat; by default all images, split among the repeats. A source has its own.
+        references: number of real images, drawn at random; all by default.
+        split: which split of `data`, if it is a name.
+        held_out: real images outside the training data, for "nearest"; by default the "test" split of `data`, if it is a
             name and has one.
         repeats: how many times to measure, each time on fresh samples; 3 gives minimum, mean and spread, as papers report.
-        seed: which images each repeat takes, where `samples` are images.
+        seed: seed of the choice of images for each repeat, if `samples` are images.
         device: where FID's Inception runs; a GPU if there is one.
         batch: images at a time in the extractor.
-        cache: folder where features of real images are kept; the user's cache folder if True, none if False.
-        progress: called with the stage and how much of it is done.
-        on_estimate: called with how long it will take, before anything is drawn; finding that out takes a few batches.
+        cache: folder for the features of real images; the user's cache folder if True, none if False.
+        progress: called with the stage and its progress.
+        on_estimate: called with the estimated time, before drawing begins; the estimate takes a few batches.
 
     Raises:
         ValueError: if there are too few images for a metric, images differ in size, or features are not finite.
-        TypeError: if an argument is of another kind.
+        TypeError: if an argument has the wrong type.
         ImportError: if the extractor's package, or safetensors with a cache, is not installed.
 
     Warns:
-        ProtocolWarning: if the features of the real images were kept by the code of another commit.
+        ProtocolWarning: if the cached features of the real images come from another commit of the code.
         DamagedCacheWarning: if cached features are damaged; they are recomputed.
     """
     chosen = _chosen(metrics, classifier)
@@ -136,7 +136,7 @@ def evaluate(
             check_callable(name, hook, f"{name}(report)")
     device = found_device(device)
     if isinstance(samples, str | Path | ImageSet | np.ndarray | Tensor):
-        # As far as it is known, before anything is opened.
+        # Check the known counts before opening any file.
         check_counts(chosen, count, references)
         source: SampleSource = ImageSource(samples, count, repeats, seed, batch, progress)
     else:
@@ -144,14 +144,14 @@ def evaluate(
             "samples",
             samples,
             SampleSource,
-            "images, their path, or a SampleSource; a run has evaluate(), what it has drawn has images",
+            "images, their path, or a SampleSource; for a run call its evaluate(), for its samples pass their images",
         )
         source = samples
         if count is not None:
-            raise ValueError(f"count={count}: the source draws {samples.count} samples a repeat; leave count out.")
+            raise ValueError(f"count={count}: the source draws {samples.count} samples per repeat; leave count out.")
     check_counts(chosen, source.count, references)
     for repeat in range(repeats):
-        source.seeds(repeat)  # raises here, before anything is measured, if they run out
+        source.seeds(repeat)  # fails here, before any measurement, if seeds run out
     kept = cache_folder() / "references" if cache is True else Path(cache) if cache else None
 
     def part(name: str) -> ImageSet:
@@ -168,7 +168,7 @@ def evaluate(
             if not its:
                 continue
             if reads == "pixels":
-                # Memorisation is of the whole training set. Pixels are at hand anyway: nothing to keep.
+                # Memorisation needs the whole training set. Pixels need no cache.
                 whole = ReferenceSet(images=parts("train") if parts and split != "train" else images, split="train")
                 control = _held_out(held_out, parts, source.shape, progress)
                 pixels = RawPixels(images.shape)
@@ -187,7 +187,7 @@ def evaluate(
 def _held_out(
     images: Images | None, parts: Callable[[str], ImageSet] | None, shape: Sequence[int], progress: Report | None
 ) -> ImageSet | None:
-    """Images that were not trained on; None where there are none."""
+    """Images outside the training data; None if there are none."""
     if images is not None:
         return check_size("held_out", opened("held_out", images, "train", progress), shape)
     try:
@@ -198,22 +198,22 @@ def _held_out(
 
 
 def check_counts(metrics: Sequence[Metric], samples: int | None, references: int | None) -> None:
-    """Find out before any image is read or drawn whether there will be enough.
+    """Check, before reading or drawing any image, that there are enough for the metrics.
 
     Args:
-        metrics: what is to be measured.
-        samples: of each repeat; None while that is not known.
-        references: real images to measure against; None likewise.
+        metrics: the metrics.
+        samples: samples per repeat; None if not known yet.
+        references: real images to measure against; None if not known yet.
 
     Raises:
-        ValueError: naming the metric that takes more.
+        ValueError: naming the metric that needs more.
     """
     for metric in metrics:
         for what, count in (("samples", samples), ("reference images", references)):
             if count is not None and count < metric.least:
                 raise ValueError(
-                    f"there are {count} {what}, but {type(metric).__name__} takes at least {metric.least}: use more of them "
-                    "(thousands, for a number that means something), or leave this metric out."
+                    f"there are {count} {what}, but {type(metric).__name__} takes at least {metric.least}: use more "
+                    "(thousands, for a meaningful number), or leave this metric out."
                 )
 
 
@@ -230,8 +230,8 @@ def _chosen(metrics: Sequence[str | Metric], classifier: Extractor | None) -> tu
     chosen = tuple(METRICS[one] if isinstance(one, str) else one for one in metrics)
     if any(metric.reads == "classifier" for metric in chosen) != (classifier is not None):
         raise ValueError(
-            "metrics=classifier-score goes with classifier=NETWORK: the score is of the probabilities of a classifier, "
-            "which neither FID's Inception as packaged nor the other extractors have."
+            "metrics=classifier-score goes with classifier=NETWORK: the score needs the probabilities of a classifier, "
+            "which neither the packaged Inception nor the other extractors have."
         )
     return chosen
 
@@ -253,7 +253,7 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Measurement:
-    """Samples of several repeats, and how the processes go through them."""
+    """Measures the samples of several repeats."""
 
     source: SampleSource
     repeats: int
@@ -263,7 +263,7 @@ class _Measurement:
     shown: list[tuple[Tensor, Tensor | None]] = field(default_factory=list[tuple[Tensor, Tensor | None]])
 
     def estimate(self, groups: Sequence[_Group], device: torch.device) -> TimeEstimate:
-        """How long it will take from here, from a batch or two that are thrown away."""
+        """Estimate the time left, from a trial batch or two."""
         features = metrics = 0.0
         n, repeats, count = self.source.count, self.repeats, self.ranks.world_size
         for group in groups:
@@ -301,7 +301,7 @@ class _Measurement:
         return Evaluation(name=self.source.name, scores=tuple(scores), samples=samples, references=references)
 
     def _real(self, group: _Group) -> tuple[Features, Tensor | None]:
-        """Features of the real images, and of those that were not trained on."""
+        """Features of the real images, and of the held-out ones."""
         found = measure_reference(
             group.references,
             group.wanted,
@@ -318,7 +318,7 @@ class _Measurement:
         return found, extract(batches, [only_rows], "held-out image", ranks=self.ranks)[0].matrix()
 
     def _batches(self, repeat: int) -> Iterator[Batch]:
-        """The batches of a repeat; the first images are kept to be looked at, with their classes."""
+        """The batches of a repeat; keep the first images, with their classes, to show."""
         for images, numbers in self.source.batches(repeat, self.ranks, self.progress):
             if sum(len(batch) for batch, _ in self.shown) < _SHOWN:
                 self.shown.append((images, self.source.labels(repeat, numbers)))
@@ -330,7 +330,7 @@ class _Measurement:
         measured = group.references.record(group.extractor) | asdict(record)
         for same in zip(*repeats, strict=True):
             first, errors = same[0], [value.standard_error for value in same if value.standard_error is not None]
-            # Root mean square of the repeats' standard errors, where all have one.
+            # Root mean square of the repeats' standard errors, if all have one.
             error = sqrt(fsum(one**2 for one in errors) / len(errors)) if len(errors) == len(same) else None
             protocol = Protocol(
                 metric=first.name, settings=first.settings, sample_count=self.source.count, seeds=seeds, **measured

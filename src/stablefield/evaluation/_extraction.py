@@ -1,9 +1,9 @@
-"""Features of many images: batches go through extractors, and what metrics need of the features is kept.
+"""Features of many images: send batches through extractors, and keep the features that the metrics need.
 
-A batch is a pair: images, uint8 (B, C, H, W), and their numbers, integers (B,), unique over all processes. The images
-are seen once, by all extractors in turn, and never held together. Rows of features come back in the order of their numbers,
-each number once: neither the number of processes nor a sampler's padding changes them. Moments count every row as it
-comes, so a sampler that pads its last batch must not feed the padding where they are wanted.
+A batch is a pair: images, uint8 (B, C, H, W), and their numbers, integers (B,), unique over all processes. All extractors
+see each batch once, in turn, and no array holds all images. Rows of features come back in the order of their numbers, each
+number once: neither the number of processes nor a sampler's padding changes them. Moments count every row, so a sampler
+that pads its last batch must leave out the padding if a metric needs moments.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,18 +27,18 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractorPass:
-    """An extractor, and what to keep of the features it gives."""
+    """An extractor, and which of its results to keep."""
 
     extractor: Extractor
-    """From images to features."""
+    """Maps images to features."""
     rows: bool = True
-    """Keep the features themselves: 4 d bytes an image."""
+    """Keep the features themselves: 4 d bytes per image."""
     moments: bool = True
     """Keep mean and covariance: 8 d^2 bytes in all."""
 
 
 def pass_for(extractor: Extractor, metrics: Sequence[Metric]) -> ExtractorPass:
-    """A pass that keeps what these metrics need."""
+    """A pass that keeps the results these metrics need."""
     rows, moments = any(metric.rows for metric in metrics), any(metric.moments for metric in metrics)
     return ExtractorPass(extractor=extractor, rows=rows, moments=moments)
 
@@ -53,8 +53,8 @@ def image_batches(
 ) -> Iterator[Batch]:
     """Batches of the images `rows` of an array (n, C, H, W): this process's share.
 
-    Batches are cut before they are shared out, so that the number of processes changes no batch. `progress` is called once
-    each has been used.
+    The cut into batches precedes the split over processes, so the number of processes changes no batch. Calls `progress`
+    after the use of each batch.
     """
     ranks = ranks or Ranks()
     done = 0
@@ -63,7 +63,7 @@ def image_batches(
         yield torch.from_numpy(np.ascontiguousarray(images[part])), torch.arange(start, start + len(part))
         done += len(part)
         if progress is not None:
-            # The other processes are about as far.
+            # The other processes progress at about the same pace.
             progress(Progress(stage=stage, done=min(done * ranks.world_size, len(rows)), total=len(rows)))
 
 
@@ -80,17 +80,17 @@ def extract(
     Args:
         batches: images with their numbers.
         passes: extractors, and what to keep of each.
-        what: what to call an image in an error, such as "sample".
-        at_once: images that an extractor sees at a time; a network at 299 x 299 takes some 10 MB for each.
-        ranks: the processes that share the images: each calls this with its own batches, of which there may be none, and
-            gets the features of all. Without them the features are those of this process's batches alone.
+        what: name of an image in an error, such as "sample".
+        at_once: images per call of an extractor; a network at 299 x 299 takes some 10 MB for each.
+        ranks: the processes that share the images: each calls this with its own batches, perhaps none, and gets the
+            features of all images. None for this process alone.
 
     Returns:
         One `Features` per pass.
 
     Raises:
-        ValueError: if an extractor refuses images, or returns features of another shape than it says, or NaN or infinite
-            numbers; the image's number is named.
+        ValueError: if an extractor rejects images, or returns another shape than it declares, or NaN or infinite numbers;
+            names the image's number.
     """
     kept = [_Kept(one) for one in passes]
     for images, numbers in batches:
@@ -105,19 +105,19 @@ def extract(
 def _check(features: Tensor, numbers: Tensor, extractor: Extractor, what: str) -> None:
     if features.shape != (len(numbers), extractor.dim):
         raise ValueError(
-            f"{extractor.name} gives features of shape {tuple(features.shape)} for {len(numbers)} images, and says that it "
-            f"has dim={extractor.dim}: an extractor gives one row of that many features per image."
+            f"{extractor.name} gives features of shape {tuple(features.shape)} for {len(numbers)} images, but has "
+            f"dim={extractor.dim}: return one row of that many features per image."
         )
     bad = ~torch.isfinite(features).all(dim=1)
     if bad.any():
         raise ValueError(
             f"{extractor.name} gives NaN or infinite features for {int(bad.sum())} of a batch of {len(bad)}, the first for "
-            f"{what} {int(numbers[bad][0])}: look at that image, and at the weights and the precision of the extractor."
+            f"{what} {int(numbers[bad][0])}: check that image, and the extractor's weights and precision."
         )
 
 
 class _Kept:
-    """What is kept of the features of one pass, as batches come, on the CPU."""
+    """Collects one pass's results over the batches, on the CPU."""
 
     def __init__(self, wanted: ExtractorPass) -> None:
         self.extractor, self._wanted = wanted.extractor, wanted
@@ -133,7 +133,7 @@ class _Kept:
             self._moments = join_moments(self._moments, moments_of(features))
 
     def features(self, ranks: Ranks) -> Features:
-        """Those of all processes."""
+        """The features of all processes."""
         rows = moments = None
         purpose = "to exchange their features"
         if self._wanted.rows:

@@ -1,8 +1,8 @@
 """Extractors: maps from images to features.
 
 An extractor turns uint8 images (B, C, H, W) into features (B, d), one row per image, each row a function of its own
-image alone. It states its name, the sha256 of its weights and its resize rule, because a distance between features
-means nothing without them.
+image alone. It declares its name, the sha256 of its weights and its resize rule, because a distance between features means
+nothing without them.
 """
 
 import hashlib
@@ -24,12 +24,12 @@ _WIDTHS = (16, 32, 64)
 
 
 class Extractor(Protocol):
-    """What a metric needs of a feature network.
+    """The interface of a feature network.
 
     Attributes:
-        name: what to call it in a table.
+        name: its name in a table.
         dim: number of features d per image.
-        sha256: hash of the weights, 64 hexadecimal digits (the hash of no bytes where there are none).
+        sha256: hash of the weights, 64 hexadecimal digits (without weights, the hash of no bytes).
         resize: name of the resize rule, for the protocol record.
     """
 
@@ -50,7 +50,7 @@ class RawPixels:
         shape: (C, H, W) of the images.
 
     Raises:
-        ValueError: if `shape` is not three positive numbers, or, on a call, images are of another shape or dtype.
+        ValueError: if `shape` is not three positive numbers, or, on a call, images have another shape or dtype.
     """
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
@@ -65,24 +65,24 @@ class RawPixels:
         check_images(images)
         if images.shape[1:] != self._shape:
             raise ValueError(
-                f"images have shape {tuple(images.shape)}, but these raw pixels are of images (B, *{self._shape}): "
-                "compare images of one size, or make RawPixels of the other shape."
+                f"images have shape {tuple(images.shape)}, but these raw pixels take images (B, *{self._shape}): "
+                "compare images of one size, or make RawPixels with the other shape."
             )
         return images.flatten(1).float() / 127.5 - 1
 
 
 class RandomConvolutions:
-    """Features of a small random convolution net with fixed weights, which nobody has to fetch; d = 112.
+    """Features of a small random convolution net with fixed weights, without a download; d = 112.
 
     Three 3x3 convolutions of stride 2 with leaky rectifiers, and the mean of every channel over the image after each of
-    them. Random features separate distributions well enough for tests and for quick looks, and their numbers compare with
-    nobody else's: the name and the hash say so.
+    them. Random features separate distributions well enough for tests and quick checks, but their numbers compare with no
+    published ones: the name and the hash say so.
 
-    Weights are uniform with variance 2 / fan-in, made from the raw 64-bit output of numpy's PCG64, which is the same on
-    every machine and in every version, and so is `sha256`.
+    Weights are uniform with variance 2 / fan-in, made from the raw 64-bit output of numpy's PCG64. Both the weights and
+    `sha256` are the same on every machine and in every version.
 
     Args:
-        seed: which net.
+        seed: seed of the weights.
         device: where it runs.
 
     Raises:
@@ -114,21 +114,21 @@ class RandomConvolutions:
 
 
 def check_images(images: Tensor) -> None:
-    """Make sure that `images` are uint8 of shape (B, C, H, W) with 1 or 3 channels and at least one pixel.
+    """Check that `images` are uint8 of shape (B, C, H, W) with 1 or 3 channels and at least one pixel.
 
     Raises:
-        ValueError: if they are not.
+        ValueError: if not.
     """
     check_tensor("images", images, numbers=True)
     if images.dtype != torch.uint8:
         raise ValueError(
-            f"images have dtype {images.dtype}: pass uint8, 0 to 255 (of images x in [-1, 1]: "
-            "(127.5 * (x + 1)).round().clamp(0, 255).to(torch.uint8)), since that is what a saved image holds."
+            f"images have dtype {images.dtype}: pass uint8, 0 to 255, as in image files (from x in [-1, 1]: "
+            "(127.5 * (x + 1)).round().clamp(0, 255).to(torch.uint8))."
         )
     if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape[2:]:
         raise ValueError(
             f"images have shape {tuple(images.shape)}: pass (B, C, H, W) with 1 or 3 channels "
-            "(of arrays (B, H, W, C): images.permute(0, 3, 1, 2))."
+            "(from (B, H, W, C): images.permute(0, 3, 1, 2))."
         )
 
 

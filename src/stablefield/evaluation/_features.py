@@ -1,19 +1,19 @@
-r"""Feature arrays, their moments and the Gaussian of these: what every metric of this package is a function of.
+r"""Feature arrays, their moments, and Gaussians with these moments: the input of every metric of this package.
 
-A feature array has shape (n, d): one row per image, any floating dtype. Metrics compute in float64, whatever the dtype
-they are given, since differences of large sums are their business.
+A feature array has shape (n, d): one row per image, any floating dtype. Metrics compute in float64 for any dtype,
+since they take differences of large sums.
 
-The moments of two parts are joined exactly by (Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for
+The exact rule for the moments of two parts is (Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for
 Computing Sample Variances", COMPSTAT 1982)
 
 $$ n = n_a + n_b, \quad \delta = m_b - m_a, \quad m = m_a + \tfrac{n_b}{n} \delta, \quad
    S = S_a + S_b + \tfrac{n_a n_b}{n}\, \delta \delta^T, $$
 
-with m the means and S the sums of centred outer products. No difference of large sums is ever taken, so the result
-keeps its digits however far the features lie from the origin, and does not depend on the batches but for rounding.
+with m the means and S the sums of centred outer products. It takes no difference of large sums, so the result
+keeps its digits however far the features lie from the origin, and depends on the batches only by rounding.
 
-Moments are packed in one float64 tensor of shape (d + 2, d): the count in the first entry of row 0, the mean in row 1,
-S below. One tensor, because the parts join only together.
+One float64 tensor of shape (d + 2, d) packs the moments, which join only together: the count in the first entry of row 0,
+the mean in row 1, S below.
 """
 
 from dataclasses import dataclass
@@ -30,17 +30,17 @@ __all__ = [
 
 
 def checked(name: str, features: Tensor, least: int = 1, reason: str = "there is nothing to measure") -> Tensor:
-    """Return `features`, detached, after making sure that a metric can use them.
+    """Check that a metric can use `features`, and return them detached.
 
     Args:
-        name: what to call the array in an error.
+        name: name of the array in an error.
         features: shape (n, d), floating point.
-        least: the smallest n that will do.
-        reason: why fewer rows will not do; ends the sentence "... at least `least` are needed, because".
+        least: the smallest valid n.
+        reason: why fewer rows are too few; ends the sentence "... a metric needs at least `least`, because".
 
     Raises:
         ValueError: if the array is not (n, d) with d >= 1, not floating point, has fewer than `least` rows, or holds
-            NaN or infinite numbers (the first such row is named).
+            NaN or infinite numbers (names the first such row).
     """
     check_tensor(name, features, numbers=True)
     if features.ndim != 2 or features.shape[1] == 0:
@@ -57,7 +57,7 @@ def checked(name: str, features: Tensor, least: int = 1, reason: str = "there is
         bad = torch.nonzero(~finite).flatten()
         raise ValueError(
             f"{name} holds NaN or infinite numbers in {len(bad)} of {len(features)} rows, the first is row {int(bad[0])}: "
-            "look at the image of that row and at the precision that the extractor runs in."
+            "check the image of that row and the extractor's precision."
         )
     return features
 
@@ -65,7 +65,7 @@ def checked(name: str, features: Tensor, least: int = 1, reason: str = "there is
 def checked_pair(
     names: tuple[str, str], a: Tensor, b: Tensor, least: int = 1, reason: str = "there is nothing to measure"
 ) -> tuple[Tensor, Tensor]:
-    """Return both arrays, each `checked`, after making sure that they have one feature dimension and one device.
+    """Check both arrays by `checked`, and that they share a feature dimension and a device.
 
     Raises:
         ValueError: as `checked`; or if the feature dimensions or devices disagree.
@@ -82,7 +82,7 @@ def checked_pair(
 
 
 def in_float64(x: Tensor) -> Tensor:
-    """Return `x` in float64, on the CPU where its own device has no float64."""
+    """`x` in float64, on the CPU if its device has no float64."""
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
@@ -102,7 +102,7 @@ def moments_of(features: Tensor) -> Tensor:
 
 
 def join_moments(a: Tensor, b: Tensor) -> Tensor:
-    """Packed moments of the rows of both; either may be empty."""
+    """Packed moments of the rows of both parts; either may be empty."""
     count_a, count_b = a[0, 0], b[0, 0]
     count = count_a + count_b
     # Two empty parts: any divisor will do.
@@ -119,18 +119,18 @@ def unpack(moments: Tensor) -> tuple[int, Tensor, Tensor]:
     """Count, mean (d,) and unbiased covariance (d, d), divided by count - 1, of packed moments.
 
     Raises:
-        ValueError: if they are of fewer than 2 rows.
+        ValueError: if there are fewer than 2 rows.
     """
     count = round(moments[0, 0].item())
     if count < 2:
-        raise ValueError(f"statistics of {count} rows: at least 2 are needed, because one row has no covariance.")
+        raise ValueError(f"statistics of {count} rows: use at least 2, because one row has no covariance.")
     scatter = moments[2:] / (count - 1)
     return count, moments[1].clone(), (scatter + scatter.T) / 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gaussian:
-    """A Gaussian in the form that distances are taken in, float64; made once where it is measured against often."""
+    """A Gaussian in the form that distances need, float64; build it once for many distances."""
 
     mean: Tensor
     """Shape (d,)."""
@@ -146,7 +146,7 @@ def fit_moments(mean: Tensor, cov: Tensor, number: int = 1) -> Gaussian:
     Args:
         mean: shape (d,).
         cov: symmetric and positive semidefinite, singular or not, shape (d, d).
-        number: which of two it is, for the errors.
+        number: 1 or 2, for the names in errors.
 
     Raises:
         ValueError: if shapes do not agree, numbers are not finite, or the covariance is not symmetric or has an
@@ -160,11 +160,11 @@ def fit_moments(mean: Tensor, cov: Tensor, number: int = 1) -> Gaussian:
     if mean.ndim != 1 or len(mean) == 0 or cov.shape != (len(mean), len(mean)):
         raise ValueError(
             f"mean{number} has shape {tuple(mean.shape)}, cov{number} {tuple(cov.shape)}: pass means (d,) and covariances "
-            "(d, d), both of one d."
+            "(d, d), with the same d."
         )
     if not (torch.isfinite(mean).all() and torch.isfinite(cov).all()):
         raise ValueError(
-            f"mean{number} or cov{number} holds NaN or infinite numbers: look for the features they are of."
+            f"mean{number} or cov{number} holds NaN or infinite numbers: check the features that they come from."
         )
     return Gaussian(mean=mean, factor=_factor(f"cov{number}", cov), trace=cov.trace())
 
@@ -173,7 +173,7 @@ def fit_features(features: Tensor) -> Gaussian:
     """The Gaussian of a feature array, shape (n, d), n >= 2 and perhaps below d (covariance divided by n - 1).
 
     Raises:
-        ValueError: if the array is no valid feature array or has fewer than 2 rows.
+        ValueError: if the array is not a valid feature array or has fewer than 2 rows.
     """
     x = in_float64(checked("features", features, 2, "one row has no covariance"))
     mean = x.mean(dim=0)

@@ -3,13 +3,13 @@ r"""The Frechet distance between Gaussians fitted to features: FID, on the featu
 $$ d^2 = |\mu_1 - \mu_2|^2 + \mathrm{Tr}\, C_1 + \mathrm{Tr}\, C_2 - 2\, \mathrm{Tr} (C_1 C_2)^{1/2}. $$
 
 With any factors $C_i = A_i^T A_i$, the last trace is the sum of the singular values of $A_1 A_2^T$, since the squares
-of those are the eigenvalues of $C_1 C_2$. Singular values come with an error of one rounding of the largest of them, where
-the eigenvalues of the product, or a matrix square root of it, lose half the digits as soon as a covariance is singular,
-which it is whenever there are fewer samples than features. From features the factors are the centred features
+of those are the eigenvalues of $C_1 C_2$. Singular values have an error of one rounding of the largest. The eigenvalues of
+the product, or a matrix square root of it, lose half the digits if a covariance is singular, as it is with fewer samples
+than features. From features the factors are the centred features
 themselves.
 
-The number that the literature reports, FID among others, is $d^2$, and so is `value` here. It is biased upwards by an
-amount that falls about as one over the number of samples: compare only at equal numbers.
+Papers report $d^2$, as FID does, and so does `value` here. It is biased upwards by about a constant over the number of
+samples: compare only at equal numbers.
 
 References:
     Dowson, Landau, "The Frechet distance between multivariate normal distributions", J. Multivariate Analysis 1982.
@@ -54,16 +54,16 @@ def distance_between(a: Gaussian, b: Gaussian) -> FrechetDistance:
     Raises:
         ValueError: if their dimensions differ.
     """
-    check_kind("a", a, Gaussian, "what fit_features or fit_moments returns")
-    check_kind("b", b, Gaussian, "what fit_features or fit_moments returns")
+    check_kind("a", a, Gaussian, "a Gaussian from fit_features or fit_moments")
+    check_kind("b", b, Gaussian, "a Gaussian from fit_features or fit_moments")
     if a.mean.shape != b.mean.shape:
         raise ValueError(
-            f"mean1 has shape {tuple(a.mean.shape)}, mean2 {tuple(b.mean.shape)}: pass means (d,) and covariances (d, d), "
-            "both of one d, from the same extractor."
+            f"mean1 has shape {tuple(a.mean.shape)}, mean2 {tuple(b.mean.shape)}: pass means (d,) and covariances (d, d) "
+            "with the same d, from the same extractor."
         )
     mean_term = float((a.mean - b.mean).square().sum())
     cross = torch.linalg.svdvals(a.factor @ b.factor.T).sum()
-    # Never below 0 but by the rounding of traces that cancel.
+    # Below 0 only by the rounding of traces that cancel.
     covariance_term = max(0.0, float(a.trace + b.trace - 2 * cross))
     return FrechetDistance(value=mean_term + covariance_term, mean_term=mean_term, covariance_term=covariance_term)
 
@@ -92,7 +92,7 @@ def frechet_distance_from_features(a: Tensor, b: Tensor) -> FrechetDistance:
         b: features, shape (m, d), m >= 2.
 
     Raises:
-        ValueError: if an array is no valid feature array, has fewer than 2 rows, or the feature dimensions disagree.
+        ValueError: if an array is not a valid feature array, has fewer than 2 rows, or the feature dimensions disagree.
     """
     a, b = checked_pair(("a", "b"), a, b, 2, "one row has no covariance")
     return distance_between(fit_features(a), fit_features(b))

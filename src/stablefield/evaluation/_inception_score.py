@@ -1,11 +1,11 @@
-r"""The Inception Score: how sure and how varied a classifier finds the samples.
+r"""The Inception Score: how certain and how diverse a classifier's predictions for the samples are.
 
 $$ \mathrm{IS} = \exp \Big( \frac{1}{n} \sum_i \mathrm{KL}\big( p(y \mid x_i) \,\|\, \bar p(y) \big) \Big), \qquad
    \bar p(y) = \frac{1}{n} \sum_i p(y \mid x_i), $$
 
-between 1 and the number of classes, over each of several equal splits of the samples in their order. It looks at no
-reference images. The name belongs to the probabilities of the 2015 Inception-v3: those of another classifier, though
-the formula is the same, compare with no published number.
+between 1 and the number of classes, over each of several equal splits of the samples in their order. It uses no reference
+images. The name belongs to the probabilities of the 2015 Inception-v3: with another classifier the same formula gives
+numbers that compare with no published ones.
 
 References:
     Salimans, Goodfellow, Zaremba, Cheung, Radford, Chen, "Improved Techniques for Training GANs", NeurIPS 2016,
@@ -35,7 +35,7 @@ class InceptionScore:
     standard_deviation: float
     """Population standard deviation over splits, as in the original code; 0 for one split."""
     splits: int
-    """How many splits."""
+    """Number of splits."""
 
 
 def inception_score(probabilities: Tensor, splits: int = 10) -> InceptionScore:
@@ -46,7 +46,7 @@ def inception_score(probabilities: Tensor, splits: int = 10) -> InceptionScore:
         splits: number of parts, each of n // splits rows or one more.
 
     Raises:
-        ValueError: if `probabilities` is no valid array of distributions, or has fewer rows than `splits`.
+        ValueError: if `probabilities` is not a valid array of distributions, or has fewer rows than `splits`.
     """
     whole_number("splits", splits)
     if splits < 1:
@@ -74,12 +74,12 @@ def _score(p: Tensor) -> Tensor:
 class ClassifierScore(Metric):
     """The formula of the Inception Score, on features that are a classifier's logits.
 
-    It is named after the classifier: the Inception Score proper is that of the classifier of 2015, which no file of
-    ours holds.
+    The name includes the classifier: the true Inception Score needs the classifier of 2015, which this package does not
+    have.
     """
 
     splits: int = 10
-    """Parts that are scored apart."""
+    """Number of splits to score separately."""
 
     reads = "classifier"
 

@@ -5,8 +5,8 @@ With $k(x, y) = (x \cdot y / d + 1)^3$ and m rows from each side,
 $$ \widehat{\mathrm{MMD}}^2 = \frac{\sum_{i \ne j} k(x_i, x_j)}{m (m - 1)} + \frac{\sum_{i \ne j} k(y_i, y_j)}{m (m - 1)}
    - \frac{2}{m^2} \sum_{i, j} k(x_i, y_j) , $$
 
-which is unbiased, unlike the Frechet distance, and hence may fall below 0. As in the literature it is averaged over
-random subsets of m rows. Tables often give KID times 1,000.
+which is unbiased, unlike the Frechet distance, and so may fall below 0. As in the literature, average it over random
+subsets of m rows. Tables often give KID times 1,000.
 
 References:
     Binkowski, Sutherland, Arbel, Gretton, "Demystifying MMD GANs", ICLR 2018, section 4.
@@ -39,7 +39,7 @@ class KernelDistance:
     standard_error: float
     """Estimated standard error of `mean` over fresh samples and subsets; see `kernel_distance`."""
     subsets: int
-    """How many subsets."""
+    """Number of subsets."""
     subset_size: int
     """Rows m from each side in each subset."""
 
@@ -49,21 +49,21 @@ def kernel_distance(
 ) -> KernelDistance:
     r"""Unbiased kernel distance between two feature arrays, averaged over random subsets.
 
-    Subsets of m of the n rows share rows, so the spread s between them is not that of fresh samples. For a statistic
-    like this one, whose variance over fresh samples of n is m / n of that of m, the standard error of the mean of S
-    subsets is $s \sqrt{(m / n) / (1 - m / n) + 1 / S}$, with n the smaller side. It is too large, hence safe, where the
+    Subsets of m of the n rows share rows, so the spread s between them differs from that of fresh samples. For a
+    statistic like this one, whose variance over fresh samples of n is m / n times that of m, the standard error of the mean
+    of S subsets is $s \sqrt{(m / n) / (1 - m / n) + 1 / S}$, with n the smaller side. It is too large, hence safe, if the
     two distributions are nearly equal.
 
     Args:
         a: features, shape (n, d).
         b: features, shape (n', d).
-        generator: where the subsets are drawn from; on the CPU.
-        subsets: how many subsets, at least 2.
+        generator: for the subsets; on the CPU.
+        subsets: number of subsets, at least 2.
         subset_size: rows from each side per subset, at least 2; by default 1,000, or half the smaller side if that is
             less.
 
     Raises:
-        ValueError: if an array is no valid feature array or the dimensions disagree; if a side has fewer than 4 rows or
+        ValueError: if an array is not a valid feature array or the dimensions disagree; if a side has fewer than 4 rows or
             fewer than twice `subset_size`; if `subsets` or `subset_size` is below 2.
     """
     check_kind("generator", generator, torch.Generator, "a torch.Generator, such as torch.Generator().manual_seed(0)")
@@ -78,7 +78,7 @@ def kernel_distance(
     if 2 * size > n:
         raise ValueError(
             f"subset_size is {size}, but the smaller side has {n} rows: at least {2 * size} are needed, because subsets "
-            f"of more than half the rows hardly differ. Use more samples, or subset_size={n // 2} (and say so)."
+            f"of more than half the rows hardly differ. Use more samples, or subset_size={n // 2} (and report it)."
         )
     values = torch.stack([_unbiased(_draw(a, size, generator), _draw(b, size, generator)) for _ in range(subsets)])
     spread = float(values.std())
@@ -116,11 +116,11 @@ class Kernel(Metric):
     """Kernel distance with its spread; KID on FID's own Inception."""
 
     subsets: int = 100
-    """Random subsets."""
+    """Number of random subsets."""
     subset_size: int = 1000
     """Rows of each side in a subset; half the smaller side if that is less."""
     seed: int = 0
-    """Of the subsets."""
+    """Seed of the subsets."""
 
     @property
     def least(self) -> int:

@@ -5,13 +5,13 @@ repeats one image lies much nearer to it than to any other:
 
 $$ \mathrm{ratio}(x) = d_1(x) / d_2(x) \in [0, 1], \qquad \text{memorised if } \mathrm{ratio}(x) < 1/3. $$
 
-Held-out real images are the control. They have ratios too, which says how often the threshold is met by chance, and the
-probability that a sample lies nearer to the training set than a held-out image does is 1/2 for a perfect model:
+Held-out real images are the control. Their ratios show how often the threshold is met by chance. And for a
+perfect model, the probability that a sample lies nearer to the training set than a held-out image is 1/2:
 
     closer = P(d_1(sample) < d_1(held out)) + P(equal) / 2
 
-Distances are Euclidean, in pixels or in features. A training image that is in the set twice has d_1 = d_2 near itself,
-and its copies go unseen: remove duplicates first. A ratio 0 / 0 counts as 0.
+Distances are Euclidean, in pixels or in features. Near a training image that is in the set twice, d_1 = d_2, so its
+copies go unnoticed: remove duplicates first. A ratio 0 / 0 counts as 0.
 
 References:
     Yoon, Choi, Kwon, Ryu, "Diffusion Probabilistic Models Generalize when They Fail to Memorize", ICML 2023 workshop on
@@ -49,7 +49,7 @@ class NearestRatio:
     threshold: float
     """The threshold."""
     held_out_memorised: float | None = None
-    """The same share of held-out images, if they were given: what chance alone gives."""
+    """The same share of held-out images, if given: the rate by chance."""
     closer: float | None = None
     """Probability that a sample is nearer to the training set than a held-out image, if given; 1/2 is ideal."""
 
@@ -61,12 +61,12 @@ def nearest_ratio(
 
     Args:
         samples: features (or flattened pixels) of samples, shape (n, d).
-        training: of the whole training set, shape (m, d), m >= 2.
-        held_out: of real images that were not trained on, shape (h, d); any h.
+        training: features of the whole training set, shape (m, d), m >= 2.
+        held_out: features of real images outside the training data, shape (h, d); any h.
         threshold: ratio below which a sample counts as memorised, in (0, 1).
 
     Raises:
-        ValueError: if an array is no valid feature array, `training` has fewer than 2 rows, dimensions disagree, or the
+        ValueError: if an array is not a valid feature array, `training` has fewer than 2 rows, dimensions disagree, or the
             threshold is not in (0, 1).
     """
     number("threshold", threshold)
@@ -98,7 +98,7 @@ def nearest_ratio(
 def _ratio(points: Tensor, training: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     distances, index = nearest(points, training, 2)
     first, second = distances.unbind(dim=1)
-    # 0 / 0 is 0: the sample, and two training images, are one.
+    # 0 / 0 counts as 0: the sample equals two training images.
     return first / second.clamp(min=torch.finfo(second.dtype).tiny), first, index[:, 0]
 
 
@@ -127,7 +127,7 @@ class Nearest(Metric):
         samples, training = given.samples.matrix(), given.references.matrix()
         found = nearest_ratio(samples, training, given.held_out, threshold=self.threshold)
         share = found.memorised
-        # Of a share of 0 or 1 the binomial formula would say 0, which is not known.
+        # For a share of 0 or 1 the binomial formula gives an error of 0, which is wrong.
         error = math.sqrt(share * (1 - share) / len(samples)) if 0 < share < 1 else None
         settings = {"threshold": self.threshold}
         own = Value(name="memorised share", value=share, better=LOWER, standard_error=error, settings=settings)

@@ -1,4 +1,4 @@
-"""What a metric is: a frozen dataclass of its settings that is called with features and returns numbers.
+"""The interface of a metric: a frozen dataclass of its settings; a call with features returns numbers.
 
 A new metric is one new file beside this one:
 
@@ -32,7 +32,7 @@ __all__ = ["HIGHER", "LOWER", "Features", "Metric", "MetricInput", "Value"]
 LOWER = "lower is better"
 HIGHER = "higher is better"
 
-# The largest k that any listed metric asks for.
+# The largest k of any metric in METRICS.
 _NEIGHBOURS = 5
 
 
@@ -41,20 +41,20 @@ class Value:
     """One number of a metric."""
 
     name: str
-    """What to call it."""
+    """Name of the number."""
     value: float
     """The number."""
     better: str = ""
-    """Which direction is better: `LOWER`, `HIGHER`, or a few words; empty where neither is."""
+    """Which direction is better: `LOWER`, `HIGHER`, or a few words; empty if neither."""
     settings: Mapping[str, str | int | float] = field(default_factory=dict[str, str | int | float])
     """Arguments of the metric, for the protocol record."""
     standard_error: float | None = None
-    """Of the number over fresh samples, where the metric knows it."""
+    """Standard error of the number over fresh samples, if known."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Features:
-    """What was kept of the features of samples, or of real images."""
+    """Features of samples or of real images, as far as the metrics need them."""
 
     rows: Tensor | None = None
     """Features in the order of the images' numbers, shape (n, d), float32; None if no metric needs them."""
@@ -66,10 +66,10 @@ class Features:
         """The rows.
 
         Raises:
-            ValueError: if they were not kept.
+            ValueError: if the extraction did not keep them.
         """
         if self.rows is None:
-            raise ValueError("the metric needs the features themselves, and they were not kept: set its rows to True.")
+            raise ValueError("the metric needs the features themselves, which were dropped: set its rows to True.")
         return self.rows
 
     @cached_property
@@ -77,17 +77,17 @@ class Features:
         """The Gaussian of mean and covariance.
 
         Raises:
-            ValueError: if these were not kept, or are of fewer than 2 images.
+            ValueError: if the extraction did not keep these, or there are fewer than 2 images.
         """
         if self.moments is None:
-            raise ValueError("the metric needs mean and covariance, and they were not kept: set its moments to True.")
+            raise ValueError("the metric needs mean and covariance, which were dropped: set its moments to True.")
         _, mean, covariance = unpack(self.moments)
         return fit_moments(mean, covariance)
 
     def radii(self, k: int) -> Tensor | None:
-        """Squared distance of every row to its k-th nearest other one, shape (n,); None if there is none.
+        """Squared distance of every row to its k-th nearest other row, shape (n,); None if there are too few rows.
 
-        They are kept for the next metric: they cost all pairs of rows, far more than the metrics that use them.
+        Cached for the next metric: they cost all pairs of rows, far more than the metrics that use them.
         """
         rows, kept = self.matrix(), self._nearest
         if len(rows) <= k:
@@ -99,36 +99,36 @@ class Features:
 
 @dataclass(frozen=True, kw_only=True)
 class MetricInput:
-    """What a metric is a function of."""
+    """The input of a metric."""
 
     samples: Features
-    """Of the samples."""
+    """Features of the samples."""
     references: Features
-    """Of the real images."""
+    """Features of the real images."""
     extractor: Extractor
-    """What made both."""
+    """The extractor of both."""
     held_out: Tensor | None = None
-    """Features of real images that were not trained on, shape (h, d)."""
+    """Features of real images outside the training data, shape (h, d)."""
 
 
 class Metric(ABC):
     """A metric with its settings; subclasses are frozen dataclasses."""
 
     rows: ClassVar[bool] = True
-    """Whether it needs the features themselves: 4 d bytes an image."""
+    """Whether it needs the features themselves: 4 d bytes per image."""
     moments: ClassVar[bool] = False
     """Whether it needs mean and covariance: 8 d^2 bytes in all."""
     reads: ClassVar[Literal["extractor", "pixels", "classifier"]] = "extractor"
-    """Whose features: the extractor's; pixels, against the whole training set; or a classifier's logits."""
+    """Source of the features: the extractor; pixels, against the whole training set; or a classifier's logits."""
 
     @property
     def least(self) -> int:
-        """The smallest number of images on either side."""
+        """The smallest number of samples, and of real images."""
         return 2
 
     @abstractmethod
     def __call__(self, given: MetricInput) -> tuple[Value, ...]:
-        """The numbers.
+        """Compute the numbers.
 
         Raises:
             ValueError: if there are too few images.
@@ -139,5 +139,5 @@ class Metric(ABC):
         return references**2, samples * references
 
     def shortened(self) -> Self:
-        """A cheaper variant to time where one call of this metric is slow; the ratio of `cost` scales its time up."""
+        """A cheaper variant to time, if one call of this metric is slow; the ratio of `cost` scales its time up."""
         return self

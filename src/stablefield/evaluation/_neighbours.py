@@ -1,8 +1,8 @@
 """Nearest neighbours in feature space, block by block.
 
-Squared distances are taken as |x|^2 + |y|^2 - 2 <x, y> in float64, about the mean of one side, in blocks: no (n, m)
-matrix ever stands whole. Their error is a few roundings of |x|^2 + |y|^2; where a distance itself is the result it is
-computed again from the difference, which is exactly 0 between equal rows.
+Squared distances are |x|^2 + |y|^2 - 2 <x, y> in float64, about the mean of one side, in blocks: no whole (n, m) matrix
+exists. Their error is a few roundings of |x|^2 + |y|^2. If the result is a distance itself, compute it again from the
+difference, which is exactly 0 between equal rows.
 """
 
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ def others(points: Tensor, k: int, *, rows: int = ROWS, columns: int = COLUMNS) 
 
     Args:
         points: features, shape (n, d), n > k >= 1.
-        k: how many.
+        k: number of neighbours.
         rows: rows per block.
         columns: columns per block.
     """
@@ -58,7 +58,7 @@ def nearest(a: Tensor, b: Tensor, k: int, *, rows: int = ROWS, columns: int = CO
     Args:
         a: features, shape (n, d).
         b: features, shape (m, d), m >= k.
-        k: how many.
+        k: number of neighbours.
         rows: rows per block.
         columns: columns per block.
 
@@ -67,7 +67,7 @@ def nearest(a: Tensor, b: Tensor, k: int, *, rows: int = ROWS, columns: int = CO
     """
     best: dict[int, tuple[Tensor, Tensor]] = {}
     for i, j, squared, _ in blocks(a, b, rows=rows, columns=columns):
-        # One more than asked for: rounding may swap the last with its successor.
+        # One more than k: rounding may swap the last with its successor.
         values, where = squared.topk(min(k + 1, squared.shape[1]), largest=False)
         where = where + j.start
         if i.start in best:

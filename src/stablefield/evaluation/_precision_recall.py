@@ -1,7 +1,7 @@
-r"""Precision, recall, density and coverage: fidelity and diversity apart.
+r"""Precision, recall, density and coverage: separate measures of fidelity and diversity.
 
-A set of features stands for the union of the balls about its rows, each of which reaches to the row's k-th nearest other
-row, $B_k(x) = \{ z : |z - x| < \mathrm{NND}_k(x) \}$. With real rows $x_i$ (n), generated $y_j$ (m):
+The union of balls about the rows of a set represents the set; each ball reaches to the row's k-th nearest other row,
+$B_k(x) = \{ z : |z - x| < \mathrm{NND}_k(x) \}$. With real rows $x_i$ (n), generated $y_j$ (m):
 
     precision    share of the y_j that lie in some B_k(x_i)
     recall       share of the x_i that lie in some B_k(y_j)
@@ -10,8 +10,8 @@ row, $B_k(x) = \{ z : |z - x| < \mathrm{NND}_k(x) \}$. With real rows $x_i$ (n),
 
 Each depends on n, m and k, and coverage of a perfect model is 1 - 2^-k or so, not 1, at n = m. The balls are open, as in
 `prdc`, the reference implementation of Naeem et al.: the density of a set beside itself is then 1, not (k + 1) / k. Closed
-balls, as Kynkaanniemi et al. write them, differ where distances are equal, as between copies. A row with k copies has a ball
-that holds nothing.
+balls, as Kynkaanniemi et al. write them, differ where distances are equal, as between copies. The ball of a row with k
+copies is empty.
 
 References:
     Kynkaanniemi, Karras, Laine, Lehtinen, Aila, "Improved Precision and Recall Metric for Assessing Generative Models",
@@ -35,7 +35,7 @@ from stablefield.evaluation._neighbours import blocks, others
 __all__ = ["Coverage", "Density", "Precision", "Recall", "coverage", "density", "precision", "recall"]
 
 # Two ways to the same distance differ by up to about this times |x|^2 + |y|^2, far below what float32 features resolve
-# (6e-8): within it a point counts as on the sphere, which is no part of the ball.
+# (6e-8): within it a point counts as on the sphere, outside the open ball.
 _ROUNDING = 1e-12
 
 
@@ -46,11 +46,11 @@ def precision(real: Tensor, generated: Tensor, k: int = 3, *, radii: Tensor | No
         real: features of real images, shape (n, d), n > k.
         generated: features of generated images, shape (m, d), m > k.
         k: which neighbour the balls reach to.
-        radii: squared, of the balls about the real rows, shape (n,), where they are known (see `neighbours.others`; for
-            `recall`, of those about the generated rows).
+        radii: squared radii of the balls about the real rows (for `recall`: the generated rows), shape (n,), if known; see
+            `neighbours.others`.
 
     Raises:
-        ValueError: if an array is no valid feature array or has no more than `k` rows, if the dimensions disagree, or k
+        ValueError: if an array is not a valid feature array or has at most `k` rows, if the dimensions disagree, or k
             < 1.
     """
     real, generated = _checked(real, generated, k)
@@ -80,7 +80,7 @@ def coverage(real: Tensor, generated: Tensor, k: int = 5, *, radii: Tensor | Non
 
 
 def _share_inside(centres: Tensor, points: Tensor, k: int, radii: Tensor | None) -> float:
-    """Share of the points that lie in a ball about some centre."""
+    """Share of the points inside a ball about some centre."""
     inside = torch.zeros(len(points), dtype=torch.bool)
     for _, columns, held in _held(centres, points, k, radii):
         inside[columns] |= held.any(dim=0).cpu()
@@ -124,7 +124,7 @@ class _OfBalls(Metric):
 
     def __call__(self, given: MetricInput) -> tuple[Value, ...]:
         share = self._share(given.references, given.samples)
-        # With closed balls, as earlier versions had them, numbers differ where distances are equal.
+        # Earlier versions used closed balls, whose numbers differ if distances are equal.
         settings = {"k": self.k, "balls": "open"}
         return (Value(name=type(self).__name__.lower(), value=share, better=HIGHER, settings=settings),)
 

@@ -1,12 +1,11 @@
-"""Scores with their protocol: a number never without what must be known before it is compared with another.
+"""Scores with their protocol: every number carries the settings that a comparison needs.
 
-Two numbers are comparable if they were measured alike: same metric, extractor, resize rule, sample count, reference
-set. How the samples were made (sampler, steps, NFE, EMA, commit, seeds) may well be what a comparison is about, but it
-must be seen. `differences` therefore lists both kinds, and tells them apart.
+Two numbers are comparable under the same measurement: metric, extractor, resize rule, sample count, reference set. The
+sampling (sampler, steps, NFE, EMA, commit, seeds) may be the point of a comparison, but readers must see it. So
+`differences` lists both kinds, separately.
 
-The literature often measures three times with fresh seeds and reports the least value; that is lower than the expected
-one, by an amount that grows with the spread. A `Score` holds every repeat, so that minimum, mean and spread can all be
-printed.
+Papers often measure three times with fresh seeds and report the lowest value; that is below the expected value, by an
+amount that grows with the spread. A `Score` holds every repeat, so that it can print minimum, mean and spread.
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ __all__ = ["MADE", "Protocol", "Score", "ScoreComparison", "differences"]
 Setting = str | int | float
 
 MADE = ("seeds", "sampler", "steps", "nfe", "ema", "commit")
-"""Fields of how samples were made: numbers that differ in these alone were measured alike."""
+"""Fields of the sampling: numbers that differ only in these have the same measurement."""
 _KINDS = {
     "settings": Mapping,
     "seeds": tuple,
@@ -39,14 +38,14 @@ _KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How one number was measured, and on what.
+    """The settings of one measurement.
 
     Raises:
-        ValueError: if a field has the wrong type, a count is below 1, or `extractor_sha256` is no sha256.
+        ValueError: if a field has the wrong type, a count is below 1, or `extractor_sha256` is not a sha256.
     """
 
     metric: str
-    """What the number is called, such as FID."""
+    """Name of the number, such as FID."""
     settings: Mapping[str, Setting] = dataclasses.field(default_factory=dict[str, Setting])
     """Arguments of the metric: k, subsets, splits."""
     extractor: str
@@ -56,7 +55,7 @@ class Protocol:
     resize: str
     """Its resize rule."""
     sample_count: int
-    """Number of samples measured."""
+    """Number of samples."""
     reference: str
     """Name of the reference set, such as CIFAR-10."""
     reference_sha256: str
@@ -64,11 +63,11 @@ class Protocol:
     reference_count: int
     """Number of reference images."""
     split: str
-    """Which part of the reference set: train or test."""
+    """Split of the reference set: train or test."""
     seeds: tuple[str, ...] = ()
     """Seeds of the samples, one range per repeat, such as ("0-49999", "50000-99999"); empty for a folder of images."""
     sampler: str | None = None
-    """Name of the sampler; None for images that were not sampled here, as for the fields below."""
+    """Name of the sampler; None for images from elsewhere, as for the fields below."""
     steps: int | None = None
     """Steps of the sampler."""
     nfe: float | None = None
@@ -87,10 +86,10 @@ class Protocol:
                 )
         for name in ("sample_count", "reference_count"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: a number is measured on at least 1 image.")
+                raise ValueError(f"{name} is {getattr(self, name)}: pass at least 1, since a number needs images.")
         if not re.fullmatch("[0-9a-f]{64}", self.extractor_sha256):
             raise ValueError(f"extractor_sha256 is {self.extractor_sha256!r}: pass 64 hexadecimal digits.")
-        # A copy in one order, so that nobody changes it afterwards and equal records give equal JSON.
+        # A sorted copy: no caller can change it later, and equal records give equal JSON.
         object.__setattr__(self, "settings", dict(sorted(self.settings.items())))
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,12 +101,12 @@ class Protocol:
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: if a field is missing, unknown or of the wrong type.
+            ValueError: if a field is missing, unknown or has the wrong type.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(record) - known):
             raise ValueError(
-                f"protocol record with unknown fields {unknown}: it is from another version of stablefield."
+                f"protocol record with unknown fields {unknown}: it comes from another version of stablefield."
             )
         values = dict(record)
         if isinstance(values.get("seeds"), list):
@@ -119,9 +118,9 @@ class Protocol:
 
 
 def differences(a: Protocol, b: Protocol) -> dict[str, tuple[Any, Any]]:
-    """All fields in which two protocols differ, with both values, None for one that is not there.
+    """All fields in which two protocols differ, with both values, None for a missing one.
 
-    Settings are named "settings.NAME". Fields that forbid a comparison come first, those of how samples were made last.
+    Settings have names "settings.NAME". Fields that forbid a comparison come first, those of the sampling last.
     """
     first, second = _flat(a), _flat(b)
     pairs = {name: (first.get(name), second.get(name)) for name in {**first, **second}}
@@ -149,31 +148,33 @@ class Score:
     """One metric's values, one per repeat, and their protocol.
 
     Raises:
-        ValueError: if there are no values, one is not finite, or there is not one range of seeds per value.
+        ValueError: if there are no values, one is not finite, or the number of seed ranges differs from that of values.
     """
 
     values: tuple[float, ...]
     """One value per repeat, each on `protocol.sample_count` samples."""
     protocol: Protocol
-    """How they were measured."""
+    """Protocol of the values."""
     standard_error: float | None = None
-    """Standard error of one value, where the metric gives one."""
+    """Standard error of one value, if the metric gives one."""
     better: str = ""
-    """Which direction is better, in words; empty where neither is, or where it is not known."""
+    """Which direction is better, in words; empty if neither or unknown."""
 
     def __post_init__(self) -> None:
         if not self.values:
-            raise ValueError("values is empty: a score has at least one.")
+            raise ValueError("values is empty: pass at least one.")
         for value in self.values:
             if not math.isfinite(value):
-                raise ValueError(f"values holds {value}: a score is finite; look for what made it otherwise.")
+                raise ValueError(
+                    f"values holds {value}: pass finite values, and check the measurement that gave this one."
+                )
         seeds = self.protocol.seeds
         if seeds and len(seeds) != len(self.values):
             raise ValueError(f"{len(self.values)} values, but {len(seeds)} ranges of seeds: pass one range per repeat.")
 
     @property
     def minimum(self) -> float:
-        """The least value: what is often reported of three."""
+        """The lowest value, which papers often report out of three."""
         return min(self.values)
 
     @property
@@ -183,7 +184,7 @@ class Score:
 
     @property
     def spread(self) -> float:
-        """Greatest minus least value; 0 for one repeat."""
+        """Highest minus lowest value; 0 for one repeat."""
         return max(self.values) - min(self.values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -200,7 +201,7 @@ class Score:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`; the summary is computed anew.
+        """The inverse of `to_dict`; computes the summary again.
 
         Raises:
             ValueError: if values or protocol are missing or not valid.
@@ -212,7 +213,7 @@ class Score:
             values=tuple(float(value) for value in values),
             protocol=Protocol.from_dict(protocol),
             standard_error=None if error is None else float(error),
-            better=str(record.get("better", "")),  # older files do not say it
+            better=str(record.get("better", "")),  # older files lack it
         )
 
 
@@ -221,9 +222,9 @@ class ScoreComparison:
     """Two scores side by side."""
 
     first: Score
-    """The one."""
+    """The first score."""
     second: Score
-    """The other."""
+    """The second score."""
 
     @property
     def difference(self) -> float:
@@ -237,12 +238,12 @@ class ScoreComparison:
 
     @property
     def comparable(self) -> bool:
-        """Whether both were measured alike."""
+        """Whether both have the same measurement."""
         return all(name in MADE for name in self.differences)
 
     @property
     def warning(self) -> str:
-        """In what their protocols differ; empty where they do not."""
+        """The differences of their protocols, in words; empty if none."""
         found = {name: f"{name}: {a!r} against {b!r}" for name, (a, b) in self.differences.items()}
         if not found:
             return ""

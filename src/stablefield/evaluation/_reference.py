@@ -1,14 +1,14 @@
-"""Reference images: real images, or as many of them as are wanted, as an extractor sees them, measured once and kept.
+"""Reference images: the features of real images, or of a subset, computed once and cached.
 
-What is kept lies in the cache folder, in safetensors files that hold the packed `moments` of features (see `_features`), or
-the `rows` themselves, and in their metadata the record of the set (extractor, its hash, resize rule, pixels' checksum,
-split, count), the commit, and a checksum over all of it. The name of a file is made from the record, and a file is read
-only for it: other weights, another resize rule or another set is an error, since the number would be wrong without looking
-wrong, and so is a checksum that does not agree. Another commit is a warning. A file that does not pass is named in a
-warning and made anew. The files may be deleted at any time.
+A file of the cache folder is safetensors with the packed `moments` of features (see `_features`) or the `rows` themselves.
+Its metadata hold the record of the set (extractor, its hash, resize rule, pixels' checksum, split, count), the commit, and
+a checksum over all of it. The file's name comes from the record, and a file serves only that record: other weights, another
+resize rule or another set is an error, since the number would be wrong without looking wrong; so is a wrong checksum.
+Another commit is a warning. `measure_reference` names a bad file in a warning and recomputes it. You may delete the files
+at any time.
 
-Rows of a subset are drawn without replacement from the whole set with a fixed seed, and kept in its order: sets are often
-sorted by class, so the first rows would not do.
+A subset is a random draw without replacement from the whole set with a fixed seed, in the set's order: sets are often sorted
+by class, so the first rows would be biased.
 """
 
 import hashlib
@@ -45,33 +45,33 @@ _SUBSET_SEED = 0
 
 
 class ProtocolWarning(UserWarning):
-    """Kept features of real images were made by the code of another commit."""
+    """Cached features of real images come from another commit of the code."""
 
 
 class DamagedCacheWarning(UserWarning):
-    """A file of kept features cannot be used and is made anew."""
+    """A file of cached features is unusable and is recomputed."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ReferenceSet:
-    """Real images to measure against, before an extractor has seen them.
+    """Real images to measure against, without features.
 
     Raises:
-        ValueError: if more images are wanted than there are, or fewer than 2.
+        ValueError: if `count` is below 2 or above the number of images.
     """
 
     images: ImageSet
-    """All of them."""
+    """All images."""
     split: str
-    """Which part of the data they are."""
+    """Name of their split of the data."""
     count: int | None = None
-    """How many to use; all if None."""
+    """Number of images to use; all if None."""
 
     def __post_init__(self) -> None:
         if self.count is not None and not 2 <= self.count <= len(self.images):
             raise ValueError(
-                f"references={self.count}: {self.images.name} has {len(self.images)} images; ask for 2 to as many as there "
-                "are."
+                f"references={self.count}: {self.images.name} has {len(self.images)} images; pass 2 to "
+                f"{len(self.images)}."
             )
 
     def __len__(self) -> int:
@@ -79,14 +79,14 @@ class ReferenceSet:
 
     @property
     def rows(self) -> NDArray[np.int64]:
-        """Which images, shape (count,), in increasing order."""
+        """Indices of the images to use, shape (count,), in increasing order."""
         n = len(self.images)
         if len(self) == n:
             return np.arange(n)
         return np.sort(np.random.default_rng(_SUBSET_SEED).choice(n, len(self), replace=False))
 
     def record(self, extractor: Extractor) -> dict[str, Any]:
-        """What their features depend on: the fields of `Protocol` that concern them."""
+        """All that the features depend on: the fields of `Protocol` for real images."""
         n = len(self.images)
         return {
             "extractor": extractor.name,
@@ -109,24 +109,24 @@ def measure_reference(
     ranks: Ranks | None = None,
     progress: Callable[[Progress], object] | None = None,
 ) -> Features:
-    """Features of a reference set, from the cache if they are there.
+    """Features of a reference set, from the cache if possible.
 
     Args:
         reference: the images.
-        wanted: the extractor, and what is needed of its features.
+        wanted: the extractor, and which of its results to keep.
         batch: images at a time.
-        cache: folder of kept features; None neither reads nor writes any.
-        commit: of the code that runs, for the record of what is kept.
-        ranks: the processes that share the work; each calls this. Without them this process does it alone.
+        cache: folder of cached features; None for no cache.
+        commit: commit of the running code, for the record.
+        ranks: the processes that share the work; each calls this. None for this process alone.
         progress: called after every batch.
 
     Raises:
-        ValueError: if the extractor refuses the images or returns NaN.
+        ValueError: if the extractor rejects the images or returns NaN.
         ImportError: if there is a cache, and safetensors is not installed.
 
     Warns:
-        ProtocolWarning: if features were kept by the code of another commit.
-        DamagedCacheWarning: if kept features are damaged; the file is named, and made anew.
+        ProtocolWarning: if cached features come from another commit of the code.
+        DamagedCacheWarning: if cached features are damaged; names the file, which is recomputed.
     """
     ranks = ranks or Ranks()
     record = reference.record(wanted.extractor)
@@ -136,17 +136,17 @@ def measure_reference(
         try:
             found = {kind: load_tensor(path, kind, record) for kind, path in paths.items()}
         except ValueError as error:
-            warnings.warn(f"{error} It is made anew now.", DamagedCacheWarning, stacklevel=2)
-    if ranks.all(bool(found), "to look for kept features"):
+            warnings.warn(f"{error} It is recomputed now.", DamagedCacheWarning, stacklevel=2)
+    if ranks.all(bool(found), "to look for cached features"):
         for made in {made for _, made in found.values()} - {commit}:
-            text = f"kept features of {reference.images.name} in {cache} are of another commit: {made!r} against {commit!r}."
+            text = f"cached features of {reference.images.name} in {cache}: made by another commit, {made!r} not {commit!r}."
             warnings.warn(text, ProtocolWarning, stacklevel=2)
         kept = {kind: tensor for kind, (tensor, _) in found.items()}
         return Features(rows=kept.get("rows"), moments=kept.get("moments"))
     rows, stage = reference.rows, f"{wanted.extractor.name}: {reference.images.name}"
     batches = image_batches(reference.images.images, rows, batch, ranks, progress, stage)
     (features,) = extract(batches, [wanted], "reference image", ranks=ranks)
-    # A cache that cannot be written costs time, not a result.
+    # A failed write to the cache costs time, not a result.
     with suppress(OSError):
         for kind, path in paths.items() if ranks.first else ():
             tensor = features.rows if kind == "rows" else features.moments
@@ -156,20 +156,20 @@ def measure_reference(
 
 
 def is_kept(reference: ReferenceSet, wanted: ExtractorPass, cache: Path | None) -> bool:
-    """Whether the features of a reference set lie in the cache, sound or not; arguments as of `measure_reference`."""
+    """Whether the cache has files for a reference set, intact or not; arguments as for `measure_reference`."""
     paths = _paths(cache, reference.record(wanted.extractor), wanted)
     return bool(paths) and all(path.exists() for path in paths.values())
 
 
 def save_tensor(path: Path, kind: Kind, tensor: Tensor, record: Mapping[str, Any], commit: str = "") -> None:
-    """Write what was found of a reference set; readers see the old file or the new one, never a part.
+    """Write the features of a reference set; readers see the old file or the new one, never a part.
 
     Args:
-        path: the file; its folder is made if need be.
-        kind: what the tensor is.
+        path: the file; creates its folder.
+        kind: kind of the tensor.
         tensor: the packed moments, or the rows, of the whole set.
-        record: what they depend on, see `ReferenceSet.record`.
-        commit: of the code that made them.
+        record: all that they depend on, see `ReferenceSet.record`.
+        commit: commit of the code that computed them.
     """
     from safetensors.torch import save
 
@@ -180,10 +180,10 @@ def save_tensor(path: Path, kind: Kind, tensor: Tensor, record: Mapping[str, Any
 
 
 def load_tensor(path: Path, kind: Kind, record: Mapping[str, Any]) -> tuple[Tensor, str]:
-    """Read what `save_tensor` has written, and by which commit; arguments as there, of the measurement to come.
+    """Read a tensor that `save_tensor` wrote, and its commit; arguments as there, for the new measurement.
 
     Raises:
-        ValueError: if there is no such file, it is damaged, or it has another record.
+        ValueError: if the file is missing or damaged, or has another record.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -199,7 +199,7 @@ def load_tensor(path: Path, kind: Kind, record: Mapping[str, Any]) -> tuple[Tens
         ) from error
     again = "delete it and compute the statistics again."
     if checksum != _checksum(tensor, metadata):
-        raise ValueError(f"{path} is damaged: its checksum ({checksum:.12}) is not that of what it holds; {again}")
+        raise ValueError(f"{path} is damaged: its checksum ({checksum:.12}) does not match its content; {again}")
     if found != record:
         names = ", ".join(name for name in record if not isinstance(found, dict) or found.get(name) != record[name])
         raise ValueError(f"{path} holds other reference statistics than this measurement needs ({names}): {again}")
@@ -210,7 +210,7 @@ def load_tensor(path: Path, kind: Kind, record: Mapping[str, Any]) -> tuple[Tens
 
 
 def _paths(cache: Path | None, record: Mapping[str, Any], wanted: ExtractorPass) -> dict[Kind, Path]:
-    """Where what is wanted is kept; empty without a cache.
+    """The files for the wanted features; empty without a cache.
 
     Raises:
         ImportError: if there is a cache, and safetensors is not installed.
@@ -219,17 +219,17 @@ def _paths(cache: Path | None, record: Mapping[str, Any], wanted: ExtractorPass)
         return {}
     if find_spec("safetensors") is None:
         raise ImportError(
-            "kept features of images need safetensors: pip install 'stablefield[evaluate]', or keep none (cache=False).",
+            "cached features of images need safetensors: pip install 'stablefield[evaluate]', or pass cache=False.",
             name="safetensors",
         )
-    # Without the commit: features of an earlier one are used, with a warning.
+    # Without the commit: features of an earlier one serve, with a warning.
     key = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:20]
     kinds: dict[Kind, bool] = {"moments": wanted.moments, "rows": wanted.rows}
     return {kind: cache / f"reference-{key}.{kind}.safetensors" for kind, needed in kinds.items() if needed}
 
 
 def _checksum(tensor: Tensor, metadata: Mapping[str, str]) -> str:
-    """Of all that a file holds: type, shape and bytes of the tensor, and the rest of the metadata."""
+    """The checksum of a file's content: type, shape and bytes of the tensor, and the other metadata."""
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
     digest.update(tensor.numpy().tobytes())

@@ -1,4 +1,4 @@
-"""What an evaluation found: scores with their protocol, some of the images, and an earlier evaluation beside them.
+"""The result of an evaluation: scores with their protocol, some images, and an earlier evaluation to compare with.
 
 The file is JSON; the checksum covers the other entries, not their layout:
 
@@ -58,10 +58,10 @@ class Pictures:
     labels: NDArray[np.int64] | None = None
     """Their classes, shape (n,), -1 for none; None for images without classes."""
     class_names: tuple[str, ...] | None = None
-    """What the classes are called, if that is known."""
+    """Names of the classes, if known."""
 
     def figure(self, what: str) -> Figure:
-        """A grid of them.
+        """A grid of the images.
 
         Raises:
             ImportError: if Pillow is not installed.
@@ -80,9 +80,9 @@ class Evaluation(Result):
     """
 
     name: str
-    """What was evaluated."""
+    """Name of the evaluated run or images."""
     scores: tuple[Score, ...]
-    """One per number; at least one."""
+    """The scores; at least one."""
     samples: Pictures | None = None
     """Some of the samples."""
     references: Pictures | None = None
@@ -93,13 +93,13 @@ class Evaluation(Result):
     def __post_init__(self) -> None:
         object.__setattr__(self, "scores", tuple(self.scores))
         if not self.scores:
-            raise ValueError("scores is empty: an evaluation has at least one number.")
+            raise ValueError("scores is empty: pass at least one.")
 
     def __getitem__(self, metric: str) -> Score:
         """The score of that name, such as "FID".
 
         Raises:
-            KeyError: if there is none, with those that there are.
+            KeyError: if there is none; lists the others.
         """
         found = {score.protocol.metric: score for score in self.scores}
         if metric not in found:
@@ -108,10 +108,10 @@ class Evaluation(Result):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` has written as JSON, without the images.
+        """Read the JSON file of `save`, without the images.
 
         Raises:
-            ValueError: if there is no such file, it is damaged or of another format, or a record is not valid.
+            ValueError: if the file is missing, damaged or has another format, or a record is not valid.
         """
         path = Path(path)
         try:
@@ -123,11 +123,11 @@ class Evaluation(Result):
             if record["format"] != _FORMAT:
                 raise ValueError(f"its format is {record['format']}, this version reads {_FORMAT}")
             found = record.pop("checksum", None)
-            # Files from before they carried one have these entries and no other.
+            # Older files without a checksum have exactly these entries.
             if found != _checksum(record) and (found is not None or set(record) != {"format", "subject", "results"}):
-                raise ValueError("it is damaged: its checksum is not that of its content")
+                raise ValueError("it is damaged: its checksum does not match its content")
             return cls(name=str(record["subject"]), scores=tuple(map(Score.from_dict, record["results"])))
-        # Besides what is missing or of another type: numbers beyond float64, and lists within lists a thousand deep.
+        # Also catches numbers beyond float64, and lists nested a thousand deep.
         except (OSError, KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
             why = (error.strerror or error) if isinstance(error, OSError) else reason(error)
             raise ValueError(
@@ -135,7 +135,7 @@ class Evaluation(Result):
             ) from error
 
     def compare(self, earlier: "Evaluation | str | Path") -> Self:
-        """The same evaluation with an earlier one, or its JSON file, beside it: its table and its page show both.
+        """This evaluation with an earlier one, or its JSON file, to compare with: table and page show both.
 
         Raises:
             ValueError: if the file holds no evaluation.
@@ -144,7 +144,7 @@ class Evaluation(Result):
         return replace(self, earlier=other)
 
     def comparisons(self) -> list[ScoreComparison]:
-        """Each score that the earlier evaluation has too, beside that."""
+        """Each score that the earlier evaluation has too, paired with that one."""
         others = {} if self.earlier is None else {score.protocol.metric: score for score in self.earlier.scores}
         pairs = ((score, others.get(score.protocol.metric)) for score in self.scores)
         return [ScoreComparison(first=a, second=b) for a, b in pairs if b is not None]
@@ -156,7 +156,7 @@ class Evaluation(Result):
         return record | {"checksum": _checksum(record)}
 
     def charts(self) -> Mapping[str, Chart]:
-        """None: the numbers are the result."""
+        """No charts: the numbers are the result."""
         return {}
 
     # --- as text and as a page ------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ class Evaluation(Result):
         return _text([("↓ lower, ↑ higher is better", *columns[1:]), *rows])
 
     def comparison_table(self) -> str:
-        """The scores that the earlier evaluation has too, with a warning where they were measured differently."""
+        """The scores that both evaluations have, with a warning for different measurements."""
         if self.earlier is None:
             return ""
         rows, warnings = self._beside()
@@ -184,16 +184,16 @@ class Evaluation(Result):
         return "\n".join([table, *(f"warning: {warning}" for warning in warnings)])
 
     def protocol_lines(self, digits: int = _HASH_SHOWN) -> list[str]:
-        """What was measured how: what the scores share, once per extractor and reference set.
+        """The protocol as text, once per extractor and reference set.
 
         Args:
-            digits: shown of every checksum.
+            digits: digits to show of every checksum.
         """
         lines = [line for one in self.scores for line in _protocol_lines(one.protocol, len(one.values), digits)]
         return list(dict.fromkeys(lines))
 
     def notes(self) -> list[str]:
-        """What to mind when these numbers are read."""
+        """Cautions for readers of these numbers."""
         return [
             f"{one.metric} on few samples is biased upwards, by about one over their number: compare this one with others "
             f"on {one.sample_count:,} samples only."
@@ -255,7 +255,7 @@ class Evaluation(Result):
         return ("Metric", *(("minimum", "mean", "spread") if repeated else ("value",)), "std. error"), rows
 
     def _beside(self) -> tuple[list[tuple[str, float, float, float, str]], list[str]]:
-        """Rows of the scores that the earlier evaluation has too, and warnings where they were measured differently."""
+        """Rows of the scores that both evaluations have, and warnings for different measurements."""
         found = self.comparisons()
         rows = [
             (_title(one.first), one.first.mean, one.second.mean, one.difference, "yes" if one.comparable else "no")
@@ -286,7 +286,7 @@ def _protocol_lines(protocol: Protocol, repeats: int, digits: int) -> list[str]:
         f"{protocol.reference} ({protocol.split}; sha256 {protocol.reference_sha256[:digits]})"
     ]
     if protocol.sampler is not None:
-        nfe = "" if protocol.nfe is None else f"{protocol.nfe:,.4g} network evaluations a sample (NFE)"
+        nfe = "" if protocol.nfe is None else f"{protocol.nfe:,.4g} network evaluations per sample (NFE)"
         steps = "" if protocol.steps is None else f"{protocol.steps:,} steps, "
         lines.append(f"{protocol.sampler}: {steps}{nfe}; seeds {', '.join(protocol.seeds)}; EMA {protocol.ema}")
     if protocol.commit is not None:
@@ -300,7 +300,7 @@ def _title(score: Score) -> str:
 
 
 def _text(lines: Sequence[Sequence[Cell]]) -> str:
-    """A table as text, whose first column is cut where the table would be too wide."""
+    """A table as text; cuts its first column to fit the width."""
     shown = [[*map(_shown, line)] for line in lines]
     room = _WIDTH - sum(max(map(len, column)) + 2 for column in [*zip(*shown, strict=True)][1:])
     head, *rows = ([name if len(name) <= room else f"{name[: room - 1]}…", *cells] for name, *cells in shown)

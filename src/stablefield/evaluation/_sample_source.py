@@ -1,4 +1,4 @@
-"""What an evaluation is of: samples, drawn by a source or found as images, and real images to measure them against."""
+"""The input of an evaluation: samples from a source or as images, and real images to measure them against."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -21,33 +21,33 @@ __all__ = ["ImageSource", "Images", "Report", "SampleSource", "SamplingRecord", 
 Images = str | Path | ImageSet | NDArray[np.uint8] | Tensor
 """Images: whatever `open_images` opens, an image set, or uint8 of shape (n, C, H, W)."""
 Report = Callable[[Progress], object]
-"""Called with the stage and how much of it is done."""
+"""Called with the stage and its progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingRecord:
-    """How samples were made, for the protocol; all None for images that were found."""
+    """The sampling, for the protocol; all None for given images."""
 
     sampler: str | None = None
     """The sampler with its options."""
     steps: int | None = None
-    """Its steps; None also for an adaptive one."""
+    """Its steps; also None for an adaptive one."""
     nfe: float | None = None
     """Network evaluations per sample."""
     ema: str | None = None
-    """Which average of the weights, of which step."""
+    """The average of the weights and its step."""
     commit: str | None = None
-    """Of the code that drew them."""
+    """Commit of the code that drew the samples."""
 
 
 class SampleSource(ABC):
-    """Whatever draws samples, such as a run: the same samples for a repeat whenever it is asked.
+    """A source of samples, such as a run; every call draws the same samples for a repeat.
 
     Attributes:
-        name: what to call it in a report.
+        name: its name in a report.
         shape: (C, H, W) of the samples.
-        count: samples of each repeat.
-        class_names: what the classes are called, if that is known.
+        count: samples per repeat.
+        class_names: names of the classes, if known.
     """
 
     name: str
@@ -64,15 +64,15 @@ class SampleSource(ABC):
         return None
 
     def labels(self, repeat: int, numbers: Tensor) -> Tensor | None:  # noqa: ARG002
-        """Classes (B,) of samples of a repeat, by their numbers; None where there are no classes."""
+        """Classes (B,) of samples of a repeat, by their numbers; None without classes."""
         return None
 
     def seconds(self) -> float:
-        """About how long one process would draw the samples of a repeat; 0 where they are there."""
+        """Estimate how long one process draws the samples of a repeat; 0 for given images."""
         return 0.0
 
     def record(self, ranks: Ranks) -> SamplingRecord:  # noqa: ARG002
-        """How the samples were made, once they are; every process asks."""
+        """The protocol of the sampling, after it; every process calls this."""
         return SamplingRecord()
 
 
@@ -95,15 +95,15 @@ def opened(name: str, images: Images, split: str, progress: Report | None) -> Im
 
 
 def check_size(name: str, images: ImageSet, shape: Sequence[int]) -> ImageSet:
-    """The same images, after making sure that they are of the samples' shape (C, H, W).
+    """Check that the images have the samples' shape (C, H, W), and return them.
 
     Raises:
-        ValueError: if they are not.
+        ValueError: if they have another shape.
     """
     if tuple(images.shape) == tuple(shape):
         return images
     _, height, width = shape
-    remedy = f"; opened with resolution={height} they are, if the channels agree" if height == width else ""
+    remedy = f"; resolution={height} resizes them, if the channels agree" if height == width else ""
     raise ValueError(
         f"{name}={images.name} has images of {' x '.join(map(str, images.shape))} (C x H x W), and the samples are "
         f"{' x '.join(map(str, shape))}: measure images of one size{remedy}."
@@ -111,10 +111,10 @@ def check_size(name: str, images: ImageSet, shape: Sequence[int]) -> ImageSet:
 
 
 class ImageSource(SampleSource):
-    """Images that were found; each repeat takes its own.
+    """Given images; each repeat takes its own.
 
     Raises:
-        ValueError: if there are not as many.
+        ValueError: if there are too few.
     """
 
     def __init__(
@@ -129,9 +129,9 @@ class ImageSource(SampleSource):
         if self.count * repeats > n or self.count < 1:
             raise ValueError(
                 f"count={self.count} in {repeats} repeats take {self.count * repeats} images, and {self.name} has {n}: "
-                "every repeat takes images of its own."
+                "pass fewer, since every repeat takes its own images."
             )
-        # Sets are often sorted by class: repeats, and parts, are drawn at random.
+        # Sets are often sorted by class, so draw repeats and subsets at random.
         order = np.random.default_rng(seed).permutation(n)
         self._rows = [np.sort(order[r * self.count : (r + 1) * self.count]) for r in range(repeats)]
 

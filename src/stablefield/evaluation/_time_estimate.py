@@ -1,7 +1,7 @@
-"""How long an evaluation will take, from calls on few images and features that are thrown away.
+"""Estimates the time of an evaluation, from trial calls on few images and features.
 
-What a metric is called with is made up, but of the size of the features, and the call is the metric's own: what it does
-beside its distances counts, too. `Metric.cost` says how its time grows with the number of images.
+The trial calls a metric itself, on random features of the right size, so all its work counts. `Metric.cost` tells how its
+time grows with the number of images.
 """
 
 import time
@@ -19,18 +19,18 @@ from stablefield.evaluation._metric import Features, Metric, MetricInput
 
 __all__ = ["TimeEstimate", "feature_seconds", "metric_seconds"]
 
-# Rows of each side: more than a processor's caches hold the distances of.
+# Rows per side, whose distances exceed a processor's caches.
 _ROWS = 1024
-# Features that a metric of moments is timed with at most; a Frechet distance takes the cube of their number.
+# Most features to time a metric of moments with; a Frechet distance takes the cube of their number.
 _WIDEST = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimeEstimate:
-    """Seconds that the parts of an evaluation will take, about."""
+    """Estimated seconds of the parts of an evaluation."""
 
     sampling: float
-    """Drawing the samples; 0 where they are there."""
+    """Drawing the samples; 0 for given images."""
     features: float
     """The extractors."""
     metrics: float
@@ -38,21 +38,21 @@ class TimeEstimate:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """All parts together."""
         return self.sampling + self.features + self.metrics
 
 
 def feature_seconds(wanted: ExtractorPass, images: Tensor, device: torch.device) -> float:
-    """Time of one image in an extractor, with what is kept of its features.
+    """Time per image in an extractor, with the work to keep its results.
 
     Args:
-        wanted: the extractor, and what is kept.
+        wanted: the extractor, and which of its results to keep.
         images: a batch, uint8, shape (B, C, H, W).
-        device: where the extractor is.
+        device: the extractor's device.
     """
     batch = (images, torch.arange(len(images)))
     seconds = 0.0
-    for _ in range(2):  # the first call of a network is slower than those that follow
+    for _ in range(2):  # a network's first call is slower than later ones
         began = time.perf_counter()
         extract([batch], [wanted])
         wait_for(device)
@@ -66,12 +66,12 @@ def metric_seconds(
     """Time of all repeats of the metrics on an extractor's features.
 
     Args:
-        extractor: whose features.
-        metrics: of them.
-        samples: of each repeat.
-        references: real images.
-        held_out: images that were not trained on.
-        repeats: how many.
+        extractor: the extractor of the features.
+        metrics: the metrics on them.
+        samples: samples per repeat.
+        references: number of real images.
+        held_out: number of images outside the training data.
+        repeats: number of repeats.
     """
     least = max([2, *(metric.least for metric in metrics)])
     n, m = (max(least, min(_ROWS, count)) for count in (samples, references))
@@ -87,7 +87,7 @@ def metric_seconds(
             began = time.perf_counter()
             short(given)
             times.append(time.perf_counter() - began)
-        # The first call also finds what depends on the references alone, which the others keep.
+        # The first call also computes values of the references alone, which later calls reuse.
         seconds = (max(0.0, times[0] - times[1]), repeats * times[1])
         whole, timed = metric.cost(samples, references, held_out, extractor.dim), short.cost(n, m, some, dim)
         found += sum(s * full / part for s, full, part in zip(seconds, whole, timed, strict=True) if part)

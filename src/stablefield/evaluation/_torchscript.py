@@ -1,7 +1,7 @@
 """A feature network from a TorchScript file.
 
-The file holds a network f that maps normalised images (B, 3, S, S), float32, to features (B, d). Images are given three
-channels, resized by a named rule, then normalised channel by channel: (x - offset) / scale with x in 0..255.
+The file holds a network f that maps normalised images (B, 3, S, S), float32, to features (B, d). Images
+get three channels, a resize by a named rule, then a normalisation per channel: (x - offset) / scale with x in 0..255.
 
 The resize rule is part of the metric: the same samples get another Frechet distance with another rule (Parmar, Zhang, Zhu,
 "On Aliased Resizing and Surprising Subtleties in GAN Evaluation", CVPR 2022). Reference implementations differ:
@@ -13,7 +13,7 @@ The resize rule is part of the metric: the same samples get another Frechet dist
 - pytorch-fid uses torch's bilinear kernel instead, which aligns pixel centres and scales by (x - 127.5) / 127.5.
 - clean-fid's own mode uses Pillow's bicubic kernel, which antialiases.
 
-`TensorFlowBilinear` is therefore the rule of FID here; `AntialiasedBicubic` is clean-fid's. A rule takes floating point
+So `TensorFlowBilinear` is the rule of FID here; `AntialiasedBicubic` is clean-fid's. A rule takes floating point
 images (B, C, H, W) on any scale and returns them as (B, C, size, size), not rounded.
 """
 
@@ -44,7 +44,7 @@ class Resize(Protocol):
 
     @property
     def rule(self) -> str:
-        """The name that goes into the protocol record."""
+        """The name for the protocol record."""
         ...
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -57,12 +57,12 @@ class TensorFlowBilinear:
     """TensorFlow 1's bilinear kernel (align_corners and half_pixel_centers both false), as the FID graph applies it.
 
     Output pixel i lies at p = i * in / out and is x[floor(p)] + (p - floor(p)) * (x[floor(p) + 1] - x[floor(p)]), the
-    last pixel standing for those beyond it; columns first, then rows, with positions in float32 as in TensorFlow's
+    last pixel repeated beyond the edge; columns first, then rows, with positions in float32 as in TensorFlow's
     kernel.
 
     References:
         Heusel, Ramsauer, Unterthiner, Nessler, Hochreiter, "GANs Trained by a Two Time-Scale Update Rule Converge to a
-        Local Nash Equilibrium", NeurIPS 2017 (the graph that FID is defined by).
+        Local Nash Equilibrium", NeurIPS 2017 (the graph that defines FID).
     """
 
     size: int
@@ -77,9 +77,9 @@ class TensorFlowBilinear:
 
 @dataclass(frozen=True)
 class AntialiasedBicubic:
-    """Pillow's bicubic kernel (a = -0.5, widened when it shrinks), by torch's own implementation of it.
+    """Pillow's bicubic kernel (a = -0.5, wider when it shrinks images), in torch's implementation.
 
-    The rule of clean-fid, and of the usual preparation of images for DINOv2.
+    The rule of clean-fid, and the usual one for DINOv2.
     """
 
     size: int
@@ -102,14 +102,14 @@ class TorchScriptExtractor:
 
     Args:
         path: the TorchScript file.
-        name: what to call the network in tables and records.
-        resize: the rule that brings images to the size that the network wants; None keeps theirs.
+        name: name of the network in tables and records.
+        resize: the rule that resizes images for the network; None keeps their size.
         offset: subtracted from each channel's 0..255 values.
         scale: divides each channel after that.
         device: where the network runs.
 
     Raises:
-        ValueError: if the file does not exist or is no TorchScript file; if the network does not map (1, 3, H, W) to
+        ValueError: if the file does not exist or is not a TorchScript file; if the network does not map (1, 3, H, W) to
             one row of features; on a call, if images are not uint8 (B, C, H, W) with 1 or 3 channels.
     """
 
@@ -135,7 +135,7 @@ class TorchScriptExtractor:
 
     def __call__(self, images: Tensor) -> Tensor:
         check_images(images)
-        # The executor's specialised plans are left out: with them a first call may differ from later ones.
+        # Without the executor's specialised plans, with which a first call may differ from later ones.
         with full_precision(self._device), torch.jit.optimized_execution(False):  # pyright: ignore[reportPrivateImportUsage]
             x = three_channels(images.to(self._device)).float()
             x = self._resize(x) if self._resize else x
@@ -158,10 +158,10 @@ class TorchScriptExtractor:
 def dinov2(
     path: str | Path, *, resize: Resize | None = None, device: str | torch.device = "cpu"
 ) -> TorchScriptExtractor:
-    """DINOv2 from a TorchScript file of your own, on images prepared as it was trained.
+    """DINOv2 from your own TorchScript file, with the image preparation of its training.
 
-    Trace any DINOv2 backbone that returns its class token, (B, 3, 224, 224) to (B, d). Images are resized to 224 x 224
-    by `AntialiasedBicubic` unless `resize` says otherwise, and normalised by ImageNet's mean and standard deviation.
+    Trace any DINOv2 backbone that returns its class token, (B, 3, 224, 224) to (B, d). It resizes images to 224 x 224
+    by `AntialiasedBicubic` unless `resize` is another rule, and normalises by ImageNet's mean and standard deviation.
 
     References:
         Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", TMLR 2024.
@@ -180,14 +180,14 @@ def dinov2(
 
 def _load(path: Path, device: torch.device) -> torch.jit.ScriptModule:
     with warnings.catch_warnings():
-        # torch >= 2.10 calls torch.jit.load deprecated in favour of torch.export, whose files these networks do not
-        # come in; on Python 3.14 and later the sentence is "is not supported". Nothing else is silenced.
+        # torch >= 2.10 deprecates torch.jit.load in favour of torch.export, but these networks do not come as its
+        # files; on Python 3.14 and later the sentence is "is not supported". This silences nothing else.
         warnings.filterwarnings("ignore", r"`torch\.jit\.load` is ", DeprecationWarning)
         try:
             network = torch.jit.load(str(path), map_location=device)
         except RuntimeError as error:
             raise ValueError(
-                f"{path} is no TorchScript file that this torch ({torch.__version__}) reads: {error}"
+                f"{path} is not a TorchScript file that this torch ({torch.__version__}) reads: {error}"
             ) from error
     return network.eval()
 

@@ -1,18 +1,18 @@
-r"""Samplers: from noise to data with anybody's denoiser.
+r"""Samplers: from noise to data with any denoiser.
 
-A denoiser `D(x, sigma)` returns $E[x_0 | x]$ for data with noise of standard deviation `sigma` added. It is all a
-sampler needs: the score is $(D(x, \sigma) - x) / \sigma^2$ and the probability-flow ODE is $dx/d\sigma = (x - D(x,
+A denoiser `D(x, sigma)` returns $E[x_0 | x]$ for data with noise of standard deviation `sigma` added. A sampler
+needs nothing else: the score is $(D(x, \sigma) - x) / \sigma^2$ and the probability-flow ODE is $dx/d\sigma = (x - D(x,
 \sigma)) / \sigma$.
 
-Every sampler is a function in k-diffusion's calling habit, `sampler(denoiser, x, sigmas, *, ...)`:
+Every sampler is a function in k-diffusion's calling convention, `sampler(denoiser, x, sigmas, *, ...)`:
 
-- `denoiser` is called with `x` (B, ...) and `sigma` (B,), both of the dtype and on the device of `x`;
+- it calls `denoiser` with `x` (B, ...) and `sigma` (B,), both with the dtype and device of `x`;
 - `x` is the state at `sigmas[0]`, float32 or float64: `sigmas[0]` times standard normal noise to draw from the model;
-- `sigmas` decreases strictly and is used as given, a last 0 included or not;
-- the state at the end of the grid is returned, a tensor like `x`. No gradients are recorded.
+- `sigmas` decreases strictly; the sampler uses it as given, with or without a last 0;
+- it returns the state at the end of the grid, a tensor like `x`, and records no gradients.
 
 Units are noise-to-signal throughout: a state is x_t / alpha, a sigma is sigma / alpha. Models of every Gaussian process
-(VE, VP, cosine, flow matching) are one and the same denoiser in these units.
+(VE, VP, cosine, flow matching) are the same denoiser in these units.
 """
 
 from stablefield.sampling._adaptive import rk45

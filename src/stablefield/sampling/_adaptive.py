@@ -1,14 +1,14 @@
 r"""Adaptive Runge-Kutta on the probability-flow ODE: Dormand and Prince's pair of orders 5 and 4.
 
-The steps are SciPy's, which is maintained release by release; the alternative, torchdiffeq, keeps the state on the
-device, but its last release is of 2024. The price is one copy of the state to the host per evaluation, small beside a
+The steps are SciPy's, which has regular releases; the alternative, torchdiffeq, keeps the state on the device, but its
+last release is from 2024. The price is one copy of the state to the host per evaluation, small beside a
 network; the gain is a state in float64 on every device, and the step-size rule of the published figures (Song et al.
 used SciPy's).
 
-In the clock of ln sigma, which is that of the VE process, the ODE reads $dx / d \ln \sigma = x - D(x, \sigma)$ and has
-no singularity; it takes about 40 % fewer evaluations to the same tolerance than the clock of sigma.
+In the clock ln sigma, as of the VE process, the ODE reads $dx / d \ln \sigma = x - D(x, \sigma)$ and has
+no singularity; it takes about 40 % fewer evaluations to the same tolerance than the clock sigma.
 
-The step size follows from one error over the whole batch, so a sample depends on its batch within the tolerance.
+One error over the whole batch sets the step size, so a sample depends on its batch within the tolerance.
 """
 
 import math
@@ -37,22 +37,22 @@ def rk45(
     """Solve the probability-flow ODE to a tolerance: some 100 to 300 evaluations at 1e-5.
 
     Only the ends of the grid matter: the solver goes from `sigmas[0]` to the smallest positive noise level with steps
-    of its own choice. Where the grid ends in 0 one last evaluation leads there, to the denoiser's output.
+    of its own choice. If the grid ends in 0, one last evaluation returns the denoiser's output.
 
     Args:
         denoiser: D(x, sigma).
-        x: state at `sigmas[0]`, shape (B, ...), float32 or float64; it is carried in float64.
+        x: state at `sigmas[0]`, shape (B, ...), float32 or float64; the solver works in float64.
         sigmas: noise levels, strictly decreasing, with at least two positive ones.
         rtol: tolerance relative to the state.
-        atol: absolute tolerance. An error of atol + rtol |x| (root mean square over the batch) is allowed per step.
-        max_nfe: give up after so many evaluations.
+        atol: absolute tolerance. A step may have an error of atol + rtol |x| (root mean square over the batch).
+        max_nfe: most evaluations before an error.
 
     Returns:
         The state at `sigmas[-1]`, like `x`.
 
     Raises:
         ValueError: if an argument is unusable, the denoiser's output has another shape than `x` or is not finite, or
-            the tolerance cannot be met within `max_nfe` evaluations.
+            `max_nfe` evaluations do not reach the tolerance.
         ImportError: if SciPy is not installed.
 
     References:
@@ -75,13 +75,13 @@ def span(loop: SolverLoop) -> tuple[float, float]:
     """Largest and smallest positive noise level of a grid.
 
     Raises:
-        ValueError: if there are not two.
+        ValueError: if there are fewer than two.
     """
     positive = [level for level in loop.levels if level > 0]
     if len(positive) < 2:
         raise ValueError(
             f"{loop.sampler}: sigmas={list(loop.levels)} has one positive noise level: the ODE is singular at 0, "
-            "put a smallest positive one (0.002) before it."
+            "so add a smallest positive one (0.002) before it."
         )
     return positive[0], positive[-1]
 
@@ -98,10 +98,10 @@ def integrate(
 ) -> Tensor:
     """Solve d state / d ln sigma = slope(sigma, state) from sigma `first` to `last`.
 
-    The state, shape (n,), is handed over and returned in float64 on the CPU.
+    The state, shape (n,), is float64 on the CPU in `slope` and in the result.
 
     Raises:
-        ValueError: if a tolerance is not positive, or it cannot be met within `max_nfe` evaluations.
+        ValueError: if a tolerance is not positive, or `max_nfe` evaluations do not reach it.
         ImportError: if SciPy is not installed.
     """
     number(f"{name}: rtol", rtol)
@@ -126,7 +126,7 @@ def integrate(
             )
         return slope(sigma, torch.from_numpy(values)).detach().cpu().double().numpy()
 
-    # Stepped by hand, not by solve_ivp, which keeps the states of all steps in memory.
+    # Step by hand: solve_ivp keeps the states of all steps in memory.
     begin = state.detach().cpu().double().numpy()
     solver = RK45(function, math.log(first), begin, math.log(last), rtol=rtol, atol=atol)
     while solver.status == "running":

@@ -5,11 +5,11 @@ the state towards the marginal of that level:
 
 $$ y \leftarrow y + \epsilon\, s(y) + \sqrt{2 \epsilon}\, z, \qquad \epsilon = 2 a\, (r \|z\| / \|s\|)^2, $$
 
-with the signal-to-noise ratio r, and a = 1 (VE) or 1 - beta (VP). Both norms are means over the batch, as in the paper. A
-norm of each row alone would tie the step to the state it starts from, and Langevin dynamics with such a step has another
-stationary law: of a normal state in d dimensions the second moment is (d + 2) / d times too large where steps are small.
+with the signal-to-noise ratio r, and a = 1 (VE) or 1 - beta (VP). Both norms are means over the batch, as in the paper. With
+each row's own norm, the step would depend on the state at its start, and such Langevin dynamics has another stationary law:
+for small steps, the second moment of a normal state in d dimensions is (d + 2) / d times too large.
 
-Entry and exit are in noise-to-signal units like everywhere. For VP the steps themselves act on the scaled state of the
+Input and output are in noise-to-signal units, as everywhere. For VP the steps themselves act on the scaled state of the
 paper, $y = \alpha x$ with $\alpha = 1 / \sqrt{1 + \sigma^2}$, whose score is $s = (\alpha D - y) / (\alpha \sigma)^2$.
 With $\beta = 1 - \alpha^2 / \alpha'^2$ for a step from $\alpha$ to $\alpha'$, and v for sigma^2, the predictors are
 
@@ -54,10 +54,10 @@ def predictor_corrector(
 ) -> Tensor:
     """Predictor-corrector sampling: 1 + `corrector_steps` evaluations a step, 1 for a step to 0.
 
-    By default the Langevin step follows from both norms' means over the batch, as the authors have it. That is right in
-    every number of dimensions, for a batch of some hundred rows (fewer in many dimensions), and a sample depends on its
-    batch. With `average_norms=False` the step follows from the norm of each row's own score and from sqrt(d), which the
-    authors advise for small batches. A sample then does not depend on its batch, but the step varies with the state: the
+    By default both norms' means over the batch set the Langevin step, as the authors do. That is right in any number of
+    dimensions, for a batch of some hundred rows (fewer in many dimensions), but a sample depends on its batch. With
+    `average_norms=False` the norm of each row's own score and sqrt(d) set the step, which the authors advise for small
+    batches. A sample then does not depend on its batch, but the step varies with the state: the
     variance of normal data comes out (d + 2) / d times too large, or more (about 5 times in 2 dimensions, 1.08 in 32, 1.001
     in 3,072).
 
@@ -66,13 +66,13 @@ def predictor_corrector(
         x: state at `sigmas[0]`, shape (B, ...), float32 or float64; for VP as well x_t / alpha.
         sigmas: noise levels sigma / alpha, shape (N + 1,), strictly decreasing, a last 0 or not (`ve_sigmas`,
             `vp_sigmas`).
-        process: in whose state the steps are made.
+        process: the process whose state the steps act on.
         predictor: the rule from one noise level to the next.
         corrector_steps: Langevin steps at every new noise level; 0 is the predictor alone.
         snr: r, the signal-to-noise ratio of a Langevin step; 0.16 for 32x32 images.
         average_norms: take both norms' means over the batch; if False, each row's own score and sqrt(d).
-        noise: where noise is drawn from, such as `SampleNoise`.
-        generator: a generator in its place.
+        noise: source of the noise, such as `SampleNoise`.
+        generator: a generator instead of `noise`.
         callback: called before every step with its number, the state and the denoiser's output.
 
     Returns:
@@ -83,8 +83,8 @@ def predictor_corrector(
 
     References:
         Song, Sohl-Dickstein, Kingma, Kumar, Ermon, Poole, "Score-Based Generative Modeling through Stochastic
-        Differential Equations", ICLR 2021, algorithms 2 to 5 and appendices E to G. 1 - beta is taken of the step just
-        made; the paper takes that of the step to come, its neighbour.
+        Differential Equations", ICLR 2021, algorithms 2 to 5 and appendices E to G. 1 - beta is that of the step just made;
+        the paper uses the next step's.
     """
     loop = start("predictor_corrector", denoiser, x, sigmas, callback)
     draw = normal_source(noise, generator)
@@ -97,8 +97,8 @@ def predictor_corrector(
     predict = _predictor(space, predictor)
     if corrector_steps < 0 or not 0 < snr < math.inf:
         raise ValueError(
-            f"predictor_corrector: corrector_steps={corrector_steps}, snr={snr}: the steps may not be negative, "
-            "the ratio must be positive."
+            f"predictor_corrector: corrector_steps={corrector_steps}, snr={snr}: pass steps of at least 0 "
+            "and a positive ratio."
         )
     y = space.alpha(loop.levels[0]) * x
     for step, sigma, sigma_next in loop.steps():
@@ -117,7 +117,7 @@ def predictor_corrector(
 
 @dataclass(frozen=True)
 class _Step:
-    """A predictor's step: the state, its score, noise, and the noise levels it leads from and to."""
+    """A predictor's step: the state, its score, noise, and the noise levels at its start and end."""
 
     y: Tensor
     score: Tensor
@@ -132,7 +132,7 @@ class _Step:
 
 
 class _Space(ABC):
-    """The state a process is stepped in, y = alpha x."""
+    """The state that a process's steps act on, y = alpha x."""
 
     @abstractmethod
     def alpha(self, sigma: float) -> float:
@@ -212,6 +212,6 @@ def _langevin(y: Tensor, score: Tensor, z: Tensor, snr: float, damping: float, a
         score_norm = score_norm.mean().expand_as(score_norm)
         noise_norm = z.flatten(1).norm(dim=1).mean().expand_as(score_norm)
     size = 2 * damping * (snr * noise_norm / score_norm) ** 2
-    # A score of exactly 0 sets no scale: such a row stays where it is.
+    # A score of exactly 0 sets no scale: such a row does not move.
     size = per_row(torch.where(score_norm > 0, size, torch.zeros_like(size)), y)
     return y + size * score + torch.sqrt(2 * size) * z

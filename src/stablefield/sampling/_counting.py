@@ -1,4 +1,4 @@
-"""Counting: how many network evaluations (NFE) a sample took.
+"""Counts the network evaluations (NFE) of a sample.
 
 One evaluation is one call of a network on a whole batch. Guidance calls two networks, or one twice, and counts 2.
 """
@@ -13,10 +13,10 @@ __all__ = ["Counted", "Evaluations", "counted"]
 
 
 class Evaluations:
-    """A denoiser that knows how many network evaluations it has made.
+    """A denoiser that counts its network evaluations.
 
     Attributes:
-        nfe: evaluations since it was made; set it to 0 to start again.
+        nfe: evaluations so far; set it to 0 to start again.
     """
 
     def __init__(self) -> None:
@@ -24,18 +24,18 @@ class Evaluations:
 
 
 class Counted(Evaluations):
-    """A denoiser with a counter, `nfe`. Made by `counted`."""
+    """A denoiser with a counter, `nfe`; `counted` makes it."""
 
     def __init__(self, denoiser: Callable[..., Tensor], progress: Callable[[Tensor], object] | None = None) -> None:
         super().__init__()
         self.denoiser, self._progress = denoiser, progress
 
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """D(x, sigma, class_labels); counts 1, or what the denoiser counts itself."""
+        """D(x, sigma, class_labels); counts 1, or the denoiser's own count."""
         if self._progress is not None:
             self._progress(sigma)
         before = _nfe_of(self.denoiser)
-        # By position: labels are the third argument by convention, but their name varies.
+        # By position: labels are the third argument by convention, under various names.
         denoised = self.denoiser(x, sigma) if class_labels is None else self.denoiser(x, sigma, class_labels)
         after = _nfe_of(self.denoiser)
         self.nfe += 1 if before is None or after is None else after - before
@@ -48,10 +48,9 @@ def _nfe_of(denoiser: object) -> int | None:
 
 
 def counted(denoiser: Callable[..., Tensor]) -> Counted:
-    """Wrap any denoiser such that its network evaluations are counted.
+    """Wrap any denoiser to count its network evaluations.
 
-    Around a guided denoiser it counts the evaluations of both networks, so the number is the same whether the counter
-    is put outside or inside.
+    Around a guided denoiser it counts the evaluations of both networks, the same number as counters inside it.
 
     Args:
         denoiser: D(x, sigma) or D(x, sigma, class_labels).

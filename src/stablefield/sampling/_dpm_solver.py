@@ -6,8 +6,8 @@ that does not change is exact:
 $$ x_{i+1} = D + e^{-(1 + \eta) h} (x_i - D) + \sigma_{i+1} \sqrt{1 - e^{-2 \eta h}}\, z, $$
 
 $\eta = 0$ the ODE, $\eta = 1$ the reverse SDE (the exact Gaussian posterior step). The second order comes from the last
-step's output, extrapolated to the middle of this one: $D + (D - D_{last}) h / (2 h_{last})$. So an evaluation a step
-gives order 2.
+step's output, extrapolated to the middle of this one: $D + (D - D_{last}) h / (2 h_{last})$. So one evaluation
+per step gives order 2.
 """
 
 import math
@@ -66,9 +66,9 @@ def dpmpp_2m_sde(
         x: state at `sigmas[0]`, shape (B, ...), float32 or float64.
         sigmas: noise levels, shape (N + 1,), strictly decreasing, a last 0 or not.
         eta: 0 is `dpmpp_2m`, 1 the reverse SDE.
-        s_noise: factor on the noise added.
-        noise: where noise is drawn from, such as `SampleNoise`.
-        generator: a generator in its place.
+        s_noise: factor on the added noise.
+        noise: source of the noise, such as `SampleNoise`.
+        generator: a generator instead of `noise`.
         callback: called before every step with its number, the state and the denoiser's output.
 
     Returns:

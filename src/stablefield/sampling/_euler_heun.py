@@ -3,7 +3,7 @@ r"""Solvers of the probability-flow ODE on a fixed grid: Euler and Heun.
 $$ \frac{dx}{d\sigma} = \frac{x - D(x, \sigma)}{\sigma} $$
 
 carries $p_{\sigma_0}$ exactly to $p_{\sigma_N}$. With the slope $d_i$ at $(x_i, \sigma_i)$, Euler's step is
-$x_{i+1} = x_i + (\sigma_{i+1} - \sigma_i)\, d_i$. Heun's takes the slope $d'_i$ there, too, and goes by the mean of both,
+$x_{i+1} = x_i + (\sigma_{i+1} - \sigma_i)\, d_i$. Heun's also takes the slope $d'_i$ there, and uses the mean of both,
 $x_{i+1} = x_i + (\sigma_{i+1} - \sigma_i) (d_i + d'_i) / 2$. Euler's global error is of order 1 in the step, Heun's of order
 2. A step to sigma 0 is Euler's in both, and returns the denoiser's output.
 
@@ -77,9 +77,9 @@ def heun(
         s_churn: amount of noise added over all steps; 0 is deterministic and draws nothing.
         s_min: lowest noise level with churn.
         s_max: highest noise level with churn.
-        s_noise: standard deviation of the noise added, slightly above 1 against lost detail.
-        noise: where noise is drawn from, such as `SampleNoise`.
-        generator: a generator in its place.
+        s_noise: standard deviation of the added noise; slightly above 1 restores lost detail.
+        noise: source of the noise, such as `SampleNoise`.
+        generator: a generator instead of `noise`.
         callback: called once a step with its number, the state and the denoiser's output.
 
     Returns:

@@ -22,7 +22,7 @@ from stablefield.diffusion._process import VE, VP, Cosine
 
 __all__ = ["cosine_sigmas", "edm_sigmas", "ve_sigmas", "vp_sigmas"]
 
-# Beyond any use, and 16 MB.
+# More than any use needs; 16 MB.
 _MOST_STEPS = 1_000_000
 
 
@@ -41,7 +41,7 @@ def edm_sigmas(
         steps: number of steps N >= 1; Heun's method spends 2 N - 1 evaluations on them.
         sigma_min: last noise level before 0.
         sigma_max: first noise level.
-        rho: how strongly the points crowd at the data's end; 1 is uniform.
+        rho: how strongly the levels concentrate near the data; 1 is uniform.
         device: device of the result.
         dtype: dtype of the result.
 
@@ -49,7 +49,7 @@ def edm_sigmas(
         Noise levels, shape (N + 1,), the last one 0.
 
     Raises:
-        TypeError: if an argument is of another type.
+        TypeError: if an argument has the wrong type.
         ValueError: if `steps` < 1, not 0 < sigma_min < sigma_max, or `rho` is not positive;
             or the levels do not decrease, or are not finite, in `dtype`.
 
@@ -90,7 +90,7 @@ def ve_sigmas(
         Noise levels, shape (N + 1,), the last one 0.
 
     Raises:
-        TypeError: if an argument is of another type.
+        TypeError: if an argument has the wrong type.
         ValueError: if `steps` < 1 or not 0 < sigma_min < sigma_max;
             or the levels do not decrease, or are not finite, in `dtype`.
 
@@ -126,7 +126,7 @@ def vp_sigmas(
         Noise levels sigma / alpha, shape (N + 1,), the last one 0.
 
     Raises:
-        TypeError: if an argument is of another type.
+        TypeError: if an argument has the wrong type.
         ValueError: if `steps` < 1, not 0 < beta_min < beta_max, or `epsilon` is not in (0, 1);
             or the levels do not decrease, or are not finite, in `dtype`.
 
@@ -163,7 +163,7 @@ def cosine_sigmas(
         Noise levels sigma / alpha, shape (N + 1,), the last one 0.
 
     Raises:
-        TypeError: if an argument is of another type.
+        TypeError: if an argument has the wrong type.
         ValueError: if `steps` < 1 or not 0 < sigma_min < sigma_max;
             or the levels do not decrease, or are not finite, in `dtype`.
 
@@ -187,28 +187,28 @@ def _ends(sigma_min: float, sigma_max: float) -> tuple[float, float]:
 def _uniform(steps: int, first: float, last: float) -> Tensor:
     steps = whole_number("steps", steps)
     if steps < 1:
-        raise ValueError(f"steps={steps}: a grid has at least 1 step.")
+        raise ValueError(f"steps={steps}: pass at least 1.")
     if steps > _MOST_STEPS:
         raise ValueError(f"steps={steps}: a grid has at most {_MOST_STEPS:,} steps; 18 to 1,000 are usual.")
     return torch.linspace(first, last, steps, dtype=torch.float64)
 
 
 def _pin(sigmas: Tensor, sigma_max: float, sigma_min: float) -> Tensor:
-    """Set the ends to what was asked for: powers and tangents return them with a rounding error."""
+    """Set the ends exactly: powers and tangents return them with a rounding error."""
     sigmas[-1] = sigma_min
     sigmas[0] = sigma_max
     return sigmas
 
 
 def _finish(sigmas: Tensor, device: torch.device | str | None, dtype: torch.dtype, given: str) -> Tensor:
-    """The grid with its 0, if it is one in `dtype`; `given` names what made it."""
+    """Append 0 and check the grid in `dtype`; `given` names its arguments for errors."""
     check_floating_dtype("dtype", dtype)
     # Cast first: some devices have no float64.
     grid = torch.cat([sigmas, sigmas.new_zeros(1)]).to(dtype)
     wide = grid.double()
     if not wide.isfinite().all():
         raise ValueError(
-            f"{given}: the noise levels reach {float(sigmas.max()):.4g}, too much for {dtype}: take less noise."
+            f"{given}: the noise levels reach {float(sigmas.max()):.4g}, too much for {dtype}: use less noise."
         )
     if not (wide.diff() < 0).all():
         k = int((wide.diff() >= 0).nonzero()[0, 0])

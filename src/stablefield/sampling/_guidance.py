@@ -3,8 +3,8 @@ r"""Guidance (CFG and autoguidance): extrapolate from a worse denoiser through a
 $$ D = D_{bad} + w\, (D_{good} - D_{bad}) $$
 
 Classifier-free guidance takes the network without its class label as the worse one, autoguidance a smaller or less
-trained network. Scale w = 1 is the good denoiser alone, and no evaluation is spent on the other; the same outside the
-noise interval. The interval (lo, hi] is in noise-to-signal units: lo < sigma <= hi is guided.
+trained network. Scale w = 1 is the good denoiser alone, without an evaluation of the other, as outside the noise
+interval. The interval (lo, hi] is in noise-to-signal units: lo < sigma <= hi is guided.
 """
 
 import math
@@ -20,7 +20,7 @@ __all__ = ["Guided", "autoguidance", "classifier_free"]
 
 
 class Guided(Evaluations):
-    """A guided denoiser D(x, sigma), with a counter `nfe`. Made by `classifier_free` and `autoguidance`."""
+    """A guided denoiser D(x, sigma), with a counter `nfe`; `classifier_free` and `autoguidance` make it."""
 
     def __init__(
         self,
@@ -47,10 +47,10 @@ class Guided(Evaluations):
         self.scale, self.interval = scale, interval
 
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Shape (B, ...), for x (B, ...) and sigma (B,); the labels are those it was made with.
+        """Shape (B, ...), for x (B, ...) and sigma (B,), with the labels of its construction.
 
         Raises:
-            ValueError: if labels are given here, or `x` has another number of rows than the labels it was made with.
+            ValueError: if `class_labels` is not None, or `x` has another number of rows than those labels.
         """
         check_tensor("x", x, batch=True)
         check_tensor("sigma", sigma, real=True)
@@ -122,11 +122,11 @@ def autoguidance(
     """Autoguidance: away from a worse version of the same model.
 
     Args:
-        denoiser: D(x, sigma), or D(x, sigma, class_labels) where labels are given.
-        guide: a smaller or less trained denoiser of the same data, called alike.
+        denoiser: D(x, sigma), or D(x, sigma, class_labels) with labels.
+        guide: a smaller or less trained denoiser of the same data, with the same arguments.
         scale: w; 1 is `denoiser` alone.
         interval: noise levels (lo, hi] to guide in; all of them if None.
-        class_labels: integers, shape (B,), given to both.
+        class_labels: integers, shape (B,), for both.
 
     Returns:
         D(x, sigma) for every sampler; two evaluations where it guides, one elsewhere.

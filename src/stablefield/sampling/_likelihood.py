@@ -8,12 +8,12 @@ $$ \log p_{\sigma_{min}}(x)
    \qquad \nabla \cdot f = \frac{d - \mathrm{tr}\, \partial D / \partial x}{\sigma}. $$
 
 The trace is exact by d vector-Jacobian products, or estimated without bias by Hutchinson's
-$e^T (\partial D / \partial x)\, e$ with signs e drawn once per row, so that the ODE stays smooth. As in `rk45` the
+$e^T (\partial D / \partial x)\, e$ with one draw of signs e per row, so that the ODE stays smooth. As in `rk45` the
 clock is $\ln \sigma$.
 
 8-bit images: for pixels u = 0 .. 255 as x = u / 127.5 - 1 a bin is 1 / 127.5 wide, and a density over x becomes a
-probability of u by adding log2(127.5) = 6.994 bits per dimension to $-\log_2 p / d$. For the number to bound the code
-length of the images, add uniform noise of one bin's width to them before (dequantisation).
+probability of u by adding log2(127.5) = 6.994 bits per dimension to $-\log_2 p / d$. The number bounds the code length
+of the images if you first add uniform noise of one bin's width to them (dequantisation).
 """
 
 import math
@@ -32,11 +32,11 @@ __all__ = ["Likelihood", "log_likelihood"]
 
 @dataclass(frozen=True, kw_only=True)
 class Likelihood:
-    """Log densities and where the flow took the data.
+    """Log densities, and the flow's images of the data.
 
     Attributes:
         log_prob: log density in nats, shape (B,), float64.
-        latents: the state at the largest noise level, like the data; divided by it, standard normal under the model.
+        latents: the state at the largest noise level, like the data; divided by that level, standard normal under the model.
     """
 
     log_prob: Tensor
@@ -46,11 +46,11 @@ class Likelihood:
         """Negative log2 probability of a bin per dimension, shape (B,): -log_prob / (d ln 2) - log2(bin_width).
 
         Args:
-            bin_width: width of one value's bin in the units of the data. The default is that of 8-bit images as
-                u / 127.5 - 1 and adds 6.994; images as 2 u / 256 - 1 have 1 / 128 and add 7; 1 leaves the density.
+            bin_width: width of one value's bin in the units of the data. The default fits 8-bit images as
+                u / 127.5 - 1 and adds 6.994; images as 2 u / 256 - 1 have 1 / 128 and add 7; 1 gives the density.
         """
         if not 0 < number("bin_width", bin_width) < math.inf:
-            raise ValueError(f"bin_width={bin_width}: it must be positive; 1 / 127.5 is that of 8-bit images.")
+            raise ValueError(f"bin_width={bin_width}: it must be positive; 8-bit images have 1 / 127.5.")
         return -self.log_prob / (self.latents[0].numel() * math.log(2)) - math.log2(bin_width)
 
 
@@ -71,31 +71,31 @@ def log_likelihood(
 ) -> Likelihood:
     """Log density of data under the model, by `rk45` from the smallest noise level up to the largest.
 
-    The one sampler that goes the other way: `x` is the state at the grid's smallest positive noise level (clean data,
-    where that is small), not at `sigmas[0]`. Rows may not influence each other in the denoiser (batch norm in training
+    Unlike the samplers, it goes from data to noise: `x` is the state at the grid's smallest positive noise level (clean
+    data, if that is small), not at `sigmas[0]`. Rows may not influence each other in the denoiser (batch norm in training
     mode does).
 
     Args:
         denoiser: D(x, sigma), differentiable by autograd.
         x: data, shape (B, ...), float32 or float64; images with dequantisation noise.
-        sigmas: noise levels, strictly decreasing, with at least two positive ones; only the ends matter, a last 0 is
-            skipped.
+        sigmas: noise levels, strictly decreasing, with at least two positive ones; only the ends matter; skips a
+            last 0.
         exact: exact trace by d vector-Jacobian products per evaluation; for small d.
         probes: Hutchinson probes per row; the variance falls as 1 / probes, each costs a vector-Jacobian product.
-        prior_std: standard deviation of the model's state at `sigmas[0]`: `sigmas[0]` if not given. The VP process in
+        prior_std: standard deviation of the model's state at `sigmas[0]`: `sigmas[0]` by default. The VP process in
             noise-to-signal units has sqrt(1 + sigmas[0]^2).
         rtol: tolerance relative to the state.
         atol: absolute tolerance.
-        max_nfe: give up after so many evaluations.
-        noise: where the probes' signs are drawn from (the signs of normal noise), such as `SampleNoise`.
-        generator: a generator in its place.
+        max_nfe: most evaluations before an error.
+        noise: source of the probes' signs (the signs of normal noise), such as `SampleNoise`.
+        generator: a generator instead of `noise`.
 
     Returns:
-        Log densities in nats, the latents, and by a method bits per dimension.
+        Log densities in nats, the latents, and a method for bits per dimension.
 
     Raises:
         ValueError: if an argument is unusable, the denoiser's output has another shape than `x`, is not finite or does
-            not depend on `x` by autograd, or the tolerance cannot be met within `max_nfe` evaluations.
+            not depend on `x` by autograd, or `max_nfe` evaluations do not reach the tolerance.
         ImportError: if SciPy is not installed.
 
     References:

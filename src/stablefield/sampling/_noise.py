@@ -1,8 +1,8 @@
 """Noise of stochastic samplers: standard normal draws, from one generator or from one per sample.
 
 A sampler draws all its noise through one function that returns standard normal values like its argument. `SampleNoise`
-is such a function with a stream per row: row k of a batch is made by seeds[k] alone, so image k is the same in a batch
-of 1 or 1,000, on one process or eight.
+is such a function with a stream per row: row k of a batch depends on seeds[k] alone, so image k is the same in a
+batch of 1 or 1,000, on one process or eight.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,10 +31,10 @@ Noise = Callable[[Tensor], Tensor]
 class SampleNoise:
     """Standard normal noise whose row k depends on `seeds[k]` only.
 
-    Row k's latents, and every later draw in the order of the sampler, come from a generator of its own. The generators
-    run on the CPU, so the draws do not depend on the device. Make a new `SampleNoise` for every batch; its streams go
-    on with every use. What is equal is the noise: a network whose arithmetic depends on the batch size (most do, in the
-    last bits), and a solver that chooses one step size for a whole batch (`rk45`), pass that on to the image.
+    Each row has its own generator for its latents and for every later draw of the sampler. The generators run on the CPU, so
+    the draws do not depend on the device. Make a new `SampleNoise` for every batch, since every use advances its streams.
+    Only the noise is equal: the image may still depend on the batch through a network whose arithmetic depends on the batch
+    size (most do, in the last bits), or a solver with one step size for a whole batch (`rk45`).
 
     Args:
         seeds: one per row, whole numbers from 0 to 2^32 - 1.
@@ -52,9 +52,9 @@ class SampleNoise:
             raise ValueError("seeds is empty: pass one seed per sample.")
         self.seeds = tuple(whole_number(f"seeds[{k}]", seed) for k, seed in enumerate(seeds))
         for seed in self.seeds:
-            # torch's CPU generator reads the low 32 bits only: larger seeds would repeat smaller ones unnoticed.
+            # torch's CPU generator reads only the low 32 bits: larger seeds would silently repeat smaller ones.
             if not 0 <= seed < 2**32:
-                raise ValueError(f"seeds holds {seed}: a seed is a whole number from 0 to 2^32 - 1.")
+                raise ValueError(f"seeds holds {seed}: pass whole numbers from 0 to 2^32 - 1.")
         self._generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
 
     def __len__(self) -> int:
@@ -83,7 +83,7 @@ class SampleNoise:
         """Draw standard normal noise like `x`.
 
         Raises:
-            ValueError: if `x` has another number of rows than there are seeds.
+            ValueError: if the number of rows of `x` differs from that of the seeds.
         """
         check_tensor("x", x, floating=True, batch=True, numbers=True)
         if x.shape[0] != len(self.seeds):
@@ -92,10 +92,10 @@ class SampleNoise:
 
 
 def normal_source(noise: Noise | None, generator: torch.Generator | None) -> Noise:
-    """What a sampler draws from: `noise` if given, else `generator`, else torch's global generator.
+    """A sampler's source of noise: `noise` if given, else `generator`, else torch's global generator.
 
     Raises:
-        ValueError: if both are given, or, at a draw, `noise` returns another shape than it was asked for.
+        ValueError: if both are given, or, at a draw, `noise` returns another shape than its argument's.
     """
     check_generator("generator", generator)
     if noise is not None:
@@ -105,14 +105,14 @@ def normal_source(noise: Noise | None, generator: torch.Generator | None) -> Noi
 
     def draw(x: Tensor) -> Tensor:
         if noise is None:
-            # On the generator's own device: torch refuses a generator of another one.
+            # Draw on the generator's own device: torch rejects a generator of another one.
             device = x.device if generator is None else generator.device
             return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
         z = noise(x)
         check_tensor("what noise returned", z)
         if z.shape != x.shape:
             raise ValueError(
-                f"noise returned shape {tuple(z.shape)} for x of shape {tuple(x.shape)}: they must be equal."
+                f"noise returned shape {tuple(z.shape)} for x of shape {tuple(x.shape)}: return the shape of x."
             )
         return z.to(x)
 

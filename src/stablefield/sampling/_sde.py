@@ -1,14 +1,14 @@
 r"""Steps on the reverse SDE: Euler-Maruyama and ancestral.
 
 In the clock $v = \sigma^2$ the forward process is a Brownian motion and its reverse is
-$dx = \frac{D - x}{v}\, d\bar v + d\bar w$, $\bar v$ running down. From $\sigma$ to $\sigma'$ both samplers move the
-mean alike,
+$dx = \frac{D - x}{v}\, d\bar v + d\bar w$, $\bar v$ running down. From $\sigma$ to $\sigma'$ both samplers have
+the same mean,
 
 $$ m = D + \frac{\sigma'^2}{\sigma^2} (x - D), $$
 
 and add noise of variance $\sigma^2 - \sigma'^2$ (Euler-Maruyama: that of the Brownian motion) or
 $\sigma'^2 (\sigma^2 - \sigma'^2) / \sigma^2$ (ancestral: that of $x_{\sigma'}$ given $x_\sigma$ and $x_0 = D$). Both
-have weak order 1. A step to 0 is the mean alone, the denoiser's output: noise added there would stay in the sample.
+have weak order 1. A step to 0 is the mean alone, the denoiser's output: noise from that step would stay in the sample.
 """
 
 import math
@@ -41,8 +41,8 @@ def euler_maruyama(
         denoiser: D(x, sigma).
         x: state at `sigmas[0]`, shape (B, ...), float32 or float64.
         sigmas: noise levels, shape (N + 1,), strictly decreasing, a last 0 or not.
-        noise: where noise is drawn from, such as `SampleNoise`.
-        generator: a generator in its place.
+        noise: source of the noise, such as `SampleNoise`.
+        generator: a generator instead of `noise`.
         callback: called before every step with its number, the state and the denoiser's output.
 
     Returns:
@@ -75,8 +75,8 @@ def ancestral(
         denoiser: D(x, sigma).
         x: state at `sigmas[0]`, shape (B, ...), float32 or float64.
         sigmas: noise levels, shape (N + 1,), strictly decreasing, a last 0 or not.
-        noise: where noise is drawn from, such as `SampleNoise`.
-        generator: a generator in its place.
+        noise: source of the noise, such as `SampleNoise`.
+        generator: a generator instead of `noise`.
         callback: called before every step with its number, the state and the denoiser's output.
 
     Returns:
@@ -94,7 +94,7 @@ def ancestral(
 
 
 def _reverse(loop: SolverLoop, x: Tensor, variance: Callable[[float, float], float], draw: Noise) -> Tensor:
-    """Both samplers: `variance` of the noise added from sigma^2 to the next sigma^2."""
+    """Both samplers; `variance` is that of the noise from sigma^2 to the next sigma^2."""
     for step, sigma, sigma_next in loop.steps():
         denoised = loop.denoise(x, sigma)
         loop.report(step, x, denoised)

@@ -1,10 +1,9 @@
-"""Images of seeds, drawn chunk by chunk, the same whatever the batch size and the number of processes.
+"""Draws the images of seeds in chunks; they are the same for any batch size and number of processes.
 
-The seeds asked for are cut into chunks before they are shared out, so which process draws a chunk changes nothing. A
-solver that treats all rows alike (every fixed grid) may be cut anywhere. One that picks one step size for all rows
-(`rk45`) makes a row depend on its neighbours within its tolerance; for it a chunk is a whole block of consecutive
-seeds, 32 j to 32 j + 31, also where only some of them were asked for, so that every seed always has the same
-neighbours.
+The cut into chunks precedes the split over processes, so the images do not depend on which process draws a chunk. With a
+solver on a fixed grid, rows are independent, so the cut may be anywhere. A solver with one step size for all rows (`rk45`)
+makes a row depend on its neighbours within its tolerance; for it a chunk is a whole block of consecutive seeds, 32 j to
+32 j + 31, even if the caller wants only some of them, so that every seed always has the same neighbours.
 """
 
 import math
@@ -23,21 +22,21 @@ from stablefield.sampling._solvers import SolverOptions
 __all__ = ["BLOCK", "Chunk", "chunks_of", "draw", "to_uint8"]
 
 BLOCK = 32
-"""Seeds of a block. Few, because the missing ones of a block are solved as well; many enough to fill a small batch."""
+"""Seeds per block: few, because the solver also runs the unwanted ones, but enough to fill a small batch."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Seeds that are solved as one batch."""
+    """Seeds that the solver runs as one batch."""
 
     seeds: tuple[int, ...]
     """All rows of the batch."""
     places: tuple[int, ...]
-    """Rows that were asked for, in the order in which they were."""
+    """Wanted rows, in the caller's order."""
 
     @property
     def wanted(self) -> tuple[int, ...]:
-        """The seeds that were asked for."""
+        """The wanted seeds."""
         return tuple(self.seeds[place] for place in self.places)
 
 
@@ -46,19 +45,19 @@ def chunks_of(seeds: Sequence[int], batch: int, *, coupled: bool = False) -> lis
 
     Args:
         seeds: whole numbers, each once.
-        batch: rows at a time; a coupled solver takes no notice of it.
+        batch: rows at a time; a coupled solver ignores it.
         coupled: whether the solver lets rows of a batch influence each other.
 
     Returns:
         Chunks that hold every seed once; those of a coupled solver in the order of the seeds' blocks.
 
     Raises:
-        ValueError: if there are no seeds, one comes twice, or `batch` is below 1.
+        ValueError: if there are no seeds, one repeats, or `batch` is below 1.
     """
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds holds {len(seeds)} seeds, {len(set(seeds))} of them different: pass each once.")
     if batch < 1:
-        raise ValueError(f"batch={batch}: at least 1 image is drawn at a time.")
+        raise ValueError(f"batch={batch}: pass at least 1 image at a time.")
     if not coupled:
         parts = [tuple(seeds[start : start + batch]) for start in range(0, len(seeds), batch)]
         return [Chunk(part, tuple(range(len(part)))) for part in parts]
@@ -83,24 +82,24 @@ def draw(
     """Draw the images of chunks of seeds: latents from each seed, the solver, 8-bit images.
 
     Args:
-        denoiser_of: D(x, sigma) for rows of these seeds, shape (B,), int64, on `device`: with their classes and guidance, if
-            there are any.
+        denoiser_of: maps seeds, shape (B,), int64, on `device`, to D(x, sigma) for their rows, with classes and guidance if
+            any.
         options: the solver.
         sigmas: its grid, shape (steps + 1,).
-        chunks: what `chunks_of` returns, or a process's share of it.
-        shape: of one image, (C, H, W).
-        device: where the network is.
-        progress: called before every network evaluation with how many images are drawn, and how many will be.
+        chunks: the result of `chunks_of`, or a process's share of it.
+        shape: shape of one image, (C, H, W).
+        device: the network's device.
+        progress: called before every network evaluation with the number of images drawn, and their total.
 
     Yields:
-        Of each chunk the seeds that were asked for, their images, uint8 (B, C, H, W) on the CPU, and the network
-        evaluations, one being one call on the whole batch.
+        For each chunk the wanted seeds, their images, uint8 (B, C, H, W) on the CPU, and the network evaluations, each one
+        call on the whole batch.
 
     Raises:
         ValueError: if the solver fails (see its own errors).
     """
     device = torch.device(device)
-    # float64 where there is such a thing, so that a step's rounding is none of the network's.
+    # float64 if the device has it, to keep the steps' rounding below the network's.
     dtype = torch.float32 if device.type == "mps" else torch.float64
     done, total = 0, sum(len(chunk.places) for chunk in chunks)
     for chunk in chunks:
@@ -122,7 +121,7 @@ def draw(
 
 
 def _share_done(sigmas: Tensor, sigma: float) -> float:
-    """Which share of the grid lies above a noise level; of the two ends of an adaptive solver, in ln sigma."""
+    """The share of the grid above a noise level; for an adaptive solver, the share between its ends in ln sigma."""
     levels = -np.log(sigmas[sigmas > 0].cpu().numpy())
     place = float(np.interp(-math.log(sigma), levels, np.arange(len(levels)))) if sigma > 0 else len(levels)
     return min(1.0, place / len(levels)) if len(levels) > 2 else min(1.0, place)

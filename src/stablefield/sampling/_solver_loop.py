@@ -1,9 +1,9 @@
-r"""A loop: one sampler's way down a grid of noise levels, and what all samplers share on it.
+r"""A loop: one sampler's way down a grid of noise levels, with the checks that all samplers share.
 
 It checks the state and the grid before the first evaluation, calls the denoiser with noise levels of shape (B,), and
 checks state and output after every evaluation, and the state at the end. A check is a reduction and one wait for the
-device, nothing beside a network, and it stops a run of thousands of evaluations at the first bad one, with the noise
-level in the message.
+device, cheap beside a network, and it stops a run of thousands of evaluations at the first bad one, with the noise level in
+the message.
 """
 
 from collections.abc import Callable, Iterator
@@ -44,16 +44,16 @@ class SolverLoop:
         A `Denoiser` (`stablefield.diffusion._preconditioning`) calls its network there.
 
         Raises:
-            ValueError: if what comes back has another shape or is not finite, or the state is not.
+            ValueError: if the output has another shape or is not finite, or the state is not.
         """
         denoised = self.denoiser(x, x.new_full((x.shape[0],), sigma))
-        check_tensor(f"{self.sampler}: what the denoiser returned", denoised)
+        check_tensor(f"{self.sampler}: the denoiser's output", denoised)
         if denoised.is_complex():
-            raise ValueError(f"{self.sampler}: the denoiser returned complex numbers: it must return data like x.")
+            raise ValueError(f"{self.sampler}: the denoiser returned complex numbers: return data like x.")
         if denoised.shape != x.shape:
             raise ValueError(
                 f"{self.sampler}: the denoiser returned shape {tuple(denoised.shape)} for a state of shape "
-                f"{tuple(x.shape)}: it must return the clean data it expects, shaped like x."
+                f"{tuple(x.shape)}: return the expected clean data, with the shape of x."
             )
         denoised = denoised.to(x.dtype)
         if not _finite(denoised, x):
@@ -65,10 +65,10 @@ class SolverLoop:
         return denoised
 
     def arrive(self, x: Tensor, sigma: float | None = None) -> Tensor:
-        """Return the state, at the end of the grid if `sigma` is not given, if it is finite.
+        """Check that the state is finite, and return it; `sigma` is its level, by default the grid's end.
 
         Raises:
-            ValueError: if it is not.
+            ValueError: if it is not finite.
         """
         if not _finite(x):
             level = self.levels[-1] if sigma is None else sigma
@@ -79,16 +79,16 @@ class SolverLoop:
         return x
 
     def report(self, step: int, x: Tensor, denoised: Tensor) -> None:
-        """Tell the callback, if there is one."""
+        """Call the callback, if there is one."""
         if self.callback is not None:
             self.callback(step, x, denoised)
 
 
 def start(sampler: str, denoiser: Denoise, x: Tensor, sigmas: Tensor, callback: Callback | None = None) -> SolverLoop:
-    """Check a sampler's arguments and set out.
+    """Check a sampler's arguments and make its loop.
 
     Raises:
-        ValueError: if `x` is not a batch of finite float32 or float64 values, or `sigmas` is no grid (see
+        ValueError: if `x` is not a batch of finite float32 or float64 values, or `sigmas` is not a grid (see
             `grid_levels`).
     """
     check_callable(f"{sampler}: denoiser", denoiser, "denoiser(x, sigma)")
@@ -96,15 +96,13 @@ def start(sampler: str, denoiser: Denoise, x: Tensor, sigmas: Tensor, callback: 
         check_callable(f"{sampler}: callback", callback, "callback(step, x, denoised)")
     check_tensor(f"{sampler}: x", x, numbers=True)
     if x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"{sampler}: x has dtype {x.dtype}: the state is float32 or float64, whatever the network uses."
-        )
+        raise ValueError(f"{sampler}: x has dtype {x.dtype}: pass float32 or float64, whatever the network uses.")
     if x.ndim < 2 or x.numel() == 0:
         raise ValueError(
             f"{sampler}: x has shape {tuple(x.shape)}: pass a batch with at least one row, shape (B, ...)."
         )
     if not torch.isfinite(x).all():
-        raise ValueError(f"{sampler}: x holds NaN or infinite values: it is sigmas[0] times standard normal noise.")
+        raise ValueError(f"{sampler}: x holds NaN or infinite values: pass sigmas[0] times standard normal noise.")
     return SolverLoop(sampler=sampler, denoiser=denoiser, levels=grid_levels(sampler, sigmas), callback=callback)
 
 
@@ -139,7 +137,7 @@ def grid_levels(sampler: str, sigmas: Tensor) -> tuple[float, ...]:
 
 
 def _finite(*states: Tensor) -> bool:
-    # A sum of finite numbers is finite unless it overflows: only then is every number checked.
+    # A sum of finite numbers is finite unless it overflows: only then check every number.
     total = sum((state.sum() for state in states), start=states[0].new_zeros(()))
     return bool(torch.isfinite(total)) or all(bool(torch.isfinite(state).all()) for state in states)
 

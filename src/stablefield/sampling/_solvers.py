@@ -1,7 +1,7 @@
-"""The solvers by name, and what goes with the choice of one: its options, steps, network evaluations and grid.
+"""The solvers by name, each with its options, steps, network evaluations and grid.
 
 `SOLVERS` is the table. A new solver has its own module beside this one, and one line in the table; CONTRIBUTING shows it.
-`SolverOptions` are the settings of any of them. A solver integrates from noise to data; what users call a sampler, as in
+`SolverOptions` are the settings of any of them. A solver integrates from noise to data; a sampler, as in
 `run.sample(sampler="heun")`, is a solver with its settings, a run's weights, classes and guidance.
 """
 
@@ -32,24 +32,24 @@ Solve = Callable[[Denoise, Tensor, Tensor], Tensor]
 """A solver: from the denoiser, x at the first noise level (B, ...) and the grid of noise levels (steps + 1,) to the samples
 (B, ...)."""
 
-# Network evaluations that rk45 takes at its usual tolerances, about.
+# Rough number of network evaluations of rk45 at its usual tolerances.
 _ADAPTIVE = 150
 
 
 @dataclass(frozen=True, kw_only=True)
 class Solver:
-    """A solver, and what of `SolverOptions` goes with it."""
+    """A solver and its part of `SolverOptions`."""
 
     solve: Callable[["SolverOptions", SampleNoise], Solve]
-    """From the options and the noise of each step to the solver."""
+    """Makes the solver from the options and the noise of its steps."""
     options: tuple[str, ...] = ()
-    """Fields of `SolverOptions` that are for this solver; given to another one they would go unnoticed."""
+    """Fields of `SolverOptions` for this solver; others reject them, since they would ignore them."""
     steps: int | None = 18
-    """Steps by default; None where the solver chooses them."""
+    """Default steps; None if the solver chooses them."""
     calls: Callable[["SolverOptions", int], int] = lambda _, steps: steps
-    """Evaluations of the denoiser in so many steps."""
+    """Evaluations of the denoiser for a number of steps."""
     grid: Grid = "edm"
-    """Its grid by default."""
+    """Its default grid."""
     coupled: bool = False
     """Whether rows of a batch influence each other."""
 
@@ -62,7 +62,7 @@ def _corrector(process: Literal["ve", "vp"]) -> Solver:
             predictor=options.predictor,
             corrector_steps=options.corrector_steps,
             snr=options.snr,
-            # A seed is one image, whatever the batch that it is drawn in.
+            # A seed gives the same image in any batch.
             average_norms=False,
             noise=noise,
         ),
@@ -102,10 +102,10 @@ SOLVERS: Mapping[str, Solver] = {
         coupled=True,
     ),
 }
-"""The solvers by name. A new one is listed here."""
+"""The solvers by name. Add a new one here."""
 
 SamplerName = str
-if not TYPE_CHECKING:  # what the command offers
+if not TYPE_CHECKING:  # the command's choices
     SamplerName = Literal[tuple(SOLVERS)]
 
 
@@ -114,11 +114,11 @@ class SolverOptions:
     """A solver with its settings."""
 
     sampler: SamplerName = "heun"
-    """The solver: heun (EDM's, with churn stochastic), euler, dpmpp-2m and rk45 of the ODE; the others of the SDE."""
+    """The solver: heun (EDM's; stochastic with churn), euler, dpmpp-2m and rk45 solve the ODE; the others the SDE."""
     steps: int | None = None
-    """Steps of the solver; 18 by default, 1,000 for euler-maruyama, pc-ve and pc-vp. rk45 chooses its own."""
+    """Number of solver steps; 18 by default, 1,000 for euler-maruyama, pc-ve and pc-vp. rk45 chooses its own."""
     grid: Grid | None = None
-    """How noise levels are spaced; edm by default, for pc-ve and pc-vp their process's own."""
+    """Spacing of the noise levels; edm by default, for pc-ve and pc-vp their process's own."""
     sigma_min: float | None = None
     """Last noise level before 0; by default the grid's: 0.002, and 0.02 for ve."""
     sigma_max: float | None = None
@@ -130,14 +130,14 @@ class SolverOptions:
     churn_range: tuple[float, float] = (0.0, math.inf)
     """Lowest and highest noise level with churn."""
     churn_noise: float = 1.0
-    """Standard deviation of churn's noise."""
+    """Standard deviation of the churn noise."""
     eta: float = 1.0
-    """Share of noise of dpmpp-2m-sde; 0 is dpmpp-2m."""
+    """Share of noise in dpmpp-2m-sde; 0 is dpmpp-2m."""
     predictor: Literal["reverse_diffusion", "ancestral"] = "reverse_diffusion"
-    """Rule from one noise level to the next of pc-ve and pc-vp."""
+    """Rule of pc-ve and pc-vp for a step to the next noise level."""
     corrector_steps: int = 1
-    """Langevin steps a level of pc-ve and pc-vp. Their step follows from each image's own norm, so that a seed is one image
-    whatever the batch; that makes the variance too large by 2 / d for d numbers in an image (0.07 % at 32 x 32 x 3)."""
+    """Langevin steps per level of pc-ve and pc-vp. Each image's own norm sets their size, so that a seed gives the same
+    image in any batch; that makes the variance too large by 2 / d for d numbers in an image (0.07 % at 32 x 32 x 3)."""
     snr: float = 0.16
     """Signal-to-noise ratio of a Langevin step."""
     rtol: float = 1e-5
@@ -146,7 +146,7 @@ class SolverOptions:
     """Absolute tolerance of rk45."""
 
     def check(self) -> None:
-        """Check before anything is loaded that the options fit together.
+        """Check that the options fit together, before loading anything.
 
         Raises:
             ValueError: naming the option.
@@ -173,30 +173,30 @@ class SolverOptions:
 
     @property
     def solver(self) -> Solver:
-        """The line of `SOLVERS`."""
+        """The entry in `SOLVERS`."""
         return SOLVERS[self.sampler]
 
     def solve(self, noise: SampleNoise) -> Solve:
-        """The solver with these options and the noise of its steps: call it with the denoiser, x and the grid."""
+        """The solver with these options and the noise of its steps; call it with the denoiser, x and the grid."""
         return self.solver.solve(self, noise)
 
     @property
     def steps_taken(self) -> int | None:
-        """Steps of the grid; None where the solver chooses."""
+        """Steps of the grid; None if the solver chooses them."""
         usual = self.solver.steps
         return usual if self.steps is None or usual is None else self.steps
 
     @property
     def calls(self) -> int:
-        """Calls of the denoiser for a batch, about: rk45 chooses its own."""
+        """Calls of the denoiser per batch; a rough number for rk45."""
         steps = self.steps_taken
         return _ADAPTIVE if steps is None else self.solver.calls(self, steps)
 
     def sigmas(self, process: Process | None = None) -> Tensor:
-        """The grid of noise levels, on which a model's own process gives ve and vp their ends.
+        """The grid of noise levels; for ve and vp, a model's own process sets the ends.
 
         Raises:
-            ValueError: if they are no grid.
+            ValueError: if the options make no valid grid.
         """
         steps = 2 if self.steps_taken is None else self.steps_taken
         name = self._grid_name
@@ -206,7 +206,7 @@ class SolverOptions:
             if given:
                 name, value = next(iter(given.items()))
                 raise ValueError(
-                    f"{name}={value:g}: the ends of grid=vp are those of its process; leave it out, or take another grid."
+                    f"{name}={value:g}: grid=vp takes its ends from its process; leave it out, or choose another grid."
                 )
             vp = process if isinstance(process, VP) else VP()
             return vp_sigmas(steps, beta_min=vp.beta_min, beta_max=vp.beta_max)
@@ -238,5 +238,5 @@ class SolverOptions:
 
 
 def option_text(value: object) -> str:
-    """A value as it stands on a command line and in Python alike."""
+    """A value as text, for the command line and for Python."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

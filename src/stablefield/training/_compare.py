@@ -1,6 +1,6 @@
-"""Compare the single-sample target with the stable one on one's own data: `compare` trains, scores and reports.
+"""Compare the single-sample target with the stable one on your data: `compare` trains, scores and reports.
 
-Both targets train from the same seeds on the same batches and noise; `_scoring` says what a score is.
+Both targets train from the same seeds on the same batches and noise; `_scoring` defines the score.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ from stablefield.training._scoring import (
 
 __all__ = ["ComparisonPlan", "PlannedRun", "compare"]
 
-# Samples of a picture, and the seconds of a report: matplotlib is read, and a dozen charts are drawn.
+# Samples per picture, and seconds per report, for importing matplotlib and drawing a dozen charts.
 _PICTURE, _REPORT = 64, 2.0
-# Rows that the posterior mean is timed on.
+# Numbers of rows to time the posterior mean on.
 _FEW, _SOME = 16, 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRun:
-    """One run of a comparison: a target and a seed, with the settings that config.json will hold."""
+    """One run of a comparison: a target and a seed, with the settings for config.json."""
 
     target: TargetName
     seed: int
@@ -68,14 +68,14 @@ class ComparisonPlan:
 
     Attributes:
         data: the images.
-        runs: in the order in which they train.
-        scoring: how often each is scored, and on how many samples.
-        references: how many references each step takes, in words.
-        noise_band: from which noise level on targets are stable, in words.
+        runs: the runs, in the order of training.
+        scoring: the number of scores per run, and of samples per score.
+        references: number of references per step, in words.
+        noise_band: noise level from which targets are stable, in words.
         device: where the runs train.
-        training_seconds: about how long training takes from here.
-        scoring_seconds: the same of scoring.
-        other_seconds: the same of setting up, and of the report.
+        training_seconds: estimated time of the remaining training.
+        scoring_seconds: estimated time of the remaining scores.
+        other_seconds: estimated time of setup and report.
     """
 
     data: ImageSet
@@ -107,28 +107,28 @@ def compare(
     stop: Callable[[], bool] = lambda: False,
     command: str = "stablefield.compare(...)",
 ) -> Comparison:
-    """Train with the single-sample target and the stable one from the same seeds, and report what came out.
+    """Train with the single-sample target and the stable one from the same seeds, and report the results.
 
     Args:
-        images: what to train on, as for `train`.
+        images: the training data, as for `train`.
         labels: as for `train`.
-        seeds: of weights, batches and noise, or how many: 3 means seeds 0 to 2; two runs each.
-        out: folder of the comparison, compare/DATA by default. One that was interrupted goes on where it stopped.
+        seeds: seeds of weights, batches and noise, or their number: 3 means seeds 0 to 2; two runs each.
+        out: folder of the comparison, compare/DATA by default. An interrupted comparison continues.
         recipe: how to train; by default one that suits the data and the device. Its target and seed are not used.
         steps: training steps of each run, in place of the recipe's.
-        evaluations: how often each run is scored; up to 8 by default, no more than take as long as the training.
-        samples: of each Frechet distance; 200 to 1,000 by default, no more than take as long as the training.
-        extractor: from images to features; raw pixels by default.
+        evaluations: number of scores per run; by default up to 8, so that scoring takes no longer than training.
+        samples: samples per Frechet distance; by default 200 to 1,000, so that scoring takes no longer than training.
+        extractor: maps images to features; raw pixels by default.
         device: where to compute; a GPU if there is one.
-        on_start: called with the plan before anything is trained.
-        progress: called with the steps of a run that are done, every few of them.
-        on_run: called with every run that has ended.
-        stop: asked after every step; if true, the run is saved and left.
-        command: that makes this comparison, for the report.
+        on_start: called with the plan before training begins.
+        progress: called with a run's finished steps, every few steps.
+        on_run: called with every finished run.
+        stop: called after every step; if it returns True, the run is saved and training stops.
+        command: the command or call to show in the report.
 
     Returns:
-        The comparison. If it was stopped, that of the seeds that are done; its `missing` names the others, and the same call
-        goes on with them.
+        The comparison. If `stop` ended it, it covers the finished seeds; `missing` lists the others, and the same call
+        continues with them.
 
     Raises:
         ValueError: if an argument does not fit the data, or the folder holds runs with other settings.
@@ -239,7 +239,7 @@ def _path(out: Path, run: PlannedRun) -> Path:
 
 
 def _folder(out: Path, run: PlannedRun, data: ImageSet) -> RunFolder:
-    """The run's folder, made if it is not there.
+    """The run's folder, created if it does not exist.
 
     Raises:
         ValueError: if it holds a run with other settings.
@@ -260,7 +260,7 @@ def _seconds(
     device: torch.device,
     out: Path,
 ) -> tuple[float, float, float]:
-    """Seconds of training, of scoring and of the rest from here, from a few steps, samples and rows that are thrown away."""
+    """Estimate the seconds left for training, scoring and the rest, from a few trial steps, samples and rows."""
     config = next(run.config for run in runs if run.target == "stf")
     left, begun = 0.0, 0
     for run in runs:
@@ -270,10 +270,10 @@ def _seconds(
         left, begun = left + rest, begun + (rest > 0)
     found = estimate_run(config, data, device)
     training = left * config.recipe.steps * found.seconds_per_step
-    # A training step is three evaluations of its rows, and its target.
+    # A training step costs three evaluations of its rows, and its target.
     per_row = max(0.0, found.seconds_per_step - found.target_seconds) / (3 * config.recipe.batch)
     scores = left * scoring.count * (scoring.rows * per_row + _reading_seconds(check, data, device))
-    # A run makes three networks, its own and one for the gradients of each target, and a picture; the report draws two more.
+    # A run builds three networks, its own and one per target for gradients, and draws a picture; the report draws two more.
     rest = begun * (3 * found.setup_seconds + NFE * _PICTURE * per_row) + 2 * NFE * _PICTURE * per_row + _REPORT
     if begun:
         rest += _optimum_seconds(data, device, labelled=config.classes > 0)
@@ -281,7 +281,7 @@ def _seconds(
 
 
 def _reading_seconds(check: SelfCheck, data: ImageSet, device: torch.device) -> float:
-    """Time of a score's Frechet distance with its error, without drawing the samples."""
+    """Time for a score's Frechet distance and its error, without sampling."""
     images = torch.from_numpy(np.array(data.images[: check.batch])).to(device)
     began = time.perf_counter()
     check.read(lambda seeds: images[torch.arange(len(seeds), device=device) % len(images)])
@@ -289,9 +289,9 @@ def _reading_seconds(check: SelfCheck, data: ImageSet, device: torch.device) -> 
 
 
 def _optimum_seconds(data: ImageSet, device: torch.device, *, labelled: bool) -> float:
-    """Time of the exact posterior mean of all rows: what does not depend on their number, and what does."""
+    """Time for the exact posterior mean of all rows: a constant part, and a part per row."""
     times: list[float] = []
-    for rows in (_FEW, _FEW, _SOME):  # what is slow at first is so once
+    for rows in (_FEW, _FEW, _SOME):  # the first call is slower
         began = time.perf_counter()
         optimum_of(data, device, labelled=labelled, rows=rows)
         times.append(time.perf_counter() - began)

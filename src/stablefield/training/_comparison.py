@@ -1,4 +1,4 @@
-"""What a comparison of the targets found: its table, its summary in words, its report and its files."""
+"""The result of comparing the targets: table, summary, report and files."""
 
 import csv
 import dataclasses
@@ -24,27 +24,27 @@ from stablefield.training._scoring import LEVELS, MIDDLE, Outcome, improvement, 
 
 __all__ = ["DISTANCE", "Comparison", "summary"]
 
-# Samples of each target that a report shows.
+# Samples per target in a report.
 _SHOWN = 36
 
 DISTANCE = f"distance: mean squared distance to the exact posterior mean, noise levels {MIDDLE[0]:g} to {MIDDLE[1]:g}"
-"""What the column of distances is."""
+"""Explains the columns of distances."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Comparison(Result):
     """Both targets side by side; a notebook shows the report, and `save` also writes every score to a .csv file.
 
-    One that was stopped is of the seeds that both targets have trained with; the same call goes on with the others.
+    A stopped comparison covers the seeds that both targets have trained with; the same call continues with the others.
 
     Attributes:
-        data_name: what the runs trained on.
-        outcomes: the runs with their scores, of both targets for each seed.
-        missing: seeds that are still to be trained with.
-        frechet_name: what the distance of the samples is called.
-        protocol: what was done, as JSON values.
-        command: that made it.
-        device: where the report's samples are drawn.
+        data_name: name of the training data.
+        outcomes: the runs with their scores, both targets for each seed.
+        missing: seeds that have not finished training.
+        frechet_name: name of the Frechet distance of the samples.
+        protocol: all settings, as JSON values.
+        command: the command or call that made the comparison.
+        device: where to draw the report's samples.
     """
 
     data_name: str
@@ -62,15 +62,15 @@ class Comparison(Result):
 
     @property
     def summary(self) -> str:
-        """What came out, each figure with its spread over seeds."""
+        """The results in words, each figure with its spread over seeds."""
         left = (
-            f"Stopped before seed {', '.join(map(str, self.missing))}: the same call goes on." if self.missing else ""
+            f"Stopped before seed {', '.join(map(str, self.missing))}: the same call continues." if self.missing else ""
         )
         found = summary(self.outcomes, self.seeds, self.frechet_name) if self.outcomes else ""
         return f"{found} {left}".strip()
 
     def rows(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """The table: its head, and a row for each seed, at the end of training."""
+        """The table at the end of training: its head, and a row for each seed."""
         head = (
             "seed", "distance DSM", "STF", "gain", f"{self.frechet_name} DSM", "STF", "s DSM", "STF",
         )  # fmt: skip
@@ -157,17 +157,17 @@ class Comparison(Result):
 
 
 def _places(error: float) -> int:
-    """As many decimals as tell an error to two digits; those of a usual figure where it is 0."""
+    """Decimals that show an error to two digits; 3 if it is 0."""
     return min(6, max(0, 1 - math.floor(math.log10(error)))) if error > 0 else 3
 
 
 def _rounded(value: float, places: int) -> str:
-    """A number without the sign of a zero."""
+    """The rounded number as text, without a minus sign before 0."""
     return f"{round(value, places) + 0.0:.{places}f}"
 
 
 def _over_seeds(values: Sequence[float]) -> str:
-    """A mean with its standard error over seeds, or alone where there is one seed."""
+    """A mean with its standard error over seeds; without for one seed."""
     found = spread(values)
     if found.error is None:
         return f"{found.mean:.3g}"
@@ -176,11 +176,11 @@ def _over_seeds(values: Sequence[float]) -> str:
 
 
 def _gain(values: Sequence[float]) -> str:
-    """Shares over seeds in per cent, with what they vary by, or alone where there is one seed."""
+    """The mean of shares over seeds in per cent, with their spread; without for one seed."""
     found = spread([100 * value for value in values])
     if found.error is None:
         return f"by {_rounded(found.mean, 1)}%"
-    # Beyond a hundredth of a per cent, digits tell nothing.
+    # Digits beyond a hundredth of a per cent mean nothing.
     places = min(2, _places(found.error))
     mean, error, least, most = (_rounded(v, places) for v in (found.mean, found.error, found.least, found.most))
     error = error if float(error) else f"less than {10**-places:g}"
@@ -188,12 +188,12 @@ def _gain(values: Sequence[float]) -> str:
 
 
 def summary(outcomes: Sequence[Outcome], seeds: Sequence[int], name: str) -> str:
-    """What came out, each figure with what it varies by over seeds.
+    """The results in words, each figure with its spread over seeds.
 
     Args:
-        outcomes: the runs, done.
-        seeds: of them.
-        name: of the distance of their samples.
+        outcomes: the finished runs.
+        seeds: seeds of the runs.
+        name: name of the Frechet distance.
     """
     gains = [improvement(outcomes, seed) for seed in seeds]
     better = sum(gain > 0 for gain in gains)

@@ -31,7 +31,7 @@ NAMES = {"dsm": "DSM", "stf": "STF"}
 
 
 def _lines(outcomes: Sequence[Outcome], x: Callable[[Score], float], y: Callable[[Score], float]) -> tuple[Line, ...]:
-    """A line per target through the means over seeds, its band from the least to the largest seed."""
+    """A line per target through the means over seeds, with a band from the lowest to the highest."""
     lines: list[Line] = []
     for target, name in NAMES.items():
         runs = [outcome.scores for outcome in outcomes if outcome.target == target]
@@ -80,13 +80,13 @@ def comparison_page(
     """The page.
 
     Args:
-        title: of the page.
-        summary: what came out.
+        title: title of the page.
+        summary: the results in words.
         outcomes: the runs.
         grids: sample grids from the same latents, with their names.
-        protocol: what was done, as JSON values.
-        frechet_name: what the distance of the samples is called.
-        command: that made it.
+        protocol: all settings, as JSON values.
+        frechet_name: name of the Frechet distance of the samples.
+        command: the command or call that made the comparison.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -124,15 +124,15 @@ def comparison_page(
                 "Distance to the optimum",
                 (
                     Text(
-                        "The network that minimises the training loss is the posterior mean over the training set. How "
-                        "far a network is from it is measured at every noise level; lower is better. Bands reach from the "
-                        "least to the largest seed."
+                        "The network that minimises the training loss is the posterior mean over the training set. The "
+                        "charts show a network's distance from it at every noise level; lower is better. Bands reach from "
+                        "the lowest to the highest seed."
                     ),
                     Figure(
                         level_chart(outcomes),
                         alt="Squared distance to the exact posterior mean at the end of training, against noise level.",
                         title="At the end of training.",
-                        caption="1,024 noisy rows per level (fewer of a small set, or of large images).",
+                        caption="1,024 noisy rows per level (fewer for a small set or large images).",
                     ),
                     Figure(
                         distance_chart(outcomes),
@@ -179,7 +179,7 @@ def comparison_page(
                         ),
                         alt=f"{frechet_name} of samples against training steps.",
                         title=f"{frechet_name}.",
-                        caption="Lower is better. Of few samples, so biased upwards, by the same amount for both.",
+                        caption="Lower is better. Few samples bias it upwards, by the same amount for both.",
                     ),
                     Figure(
                         LineChart(
@@ -224,8 +224,8 @@ def comparison_page(
                         ),
                         alt="Variance of the gradient from batch to batch over training, for both targets.",
                         title="Variance of the gradient.",
-                        caption="Lower is better. Summed over the parameters, between batches, each run at its own "
-                        "averaged weights.",
+                        caption="Lower is better. Variance between batches, summed over the parameters, each run at its "
+                        "own averaged weights.",
                     ),
                 ),
             ),

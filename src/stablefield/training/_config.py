@@ -1,6 +1,6 @@
 """A recipe as JSON: dataclasses become objects with their class's name under "kind", and back.
 
-Only the classes that the fields of a recipe name are ever made from a file, of values of the types that their fields say.
+A file can only make the classes that a recipe's fields name, with values of their fields' types.
 """
 
 from dataclasses import fields, is_dataclass
@@ -18,7 +18,7 @@ _KINDS: dict[str, type] = {
     if is_dataclass(kind)
 }
 
-# Names that runs from before were written with.
+# Names in the config.json of older versions.
 _RENAMED = {
     "clip": "max_grad_norm",
     "accumulate": "gradient_accumulation_steps",
@@ -32,7 +32,7 @@ _RENAMED_KINDS = {
 
 
 def encode(value: Any) -> Any:
-    """A dataclass of the list, or a JSON value, as JSON values; infinity becomes "inf", a tuple a list."""
+    """A dataclass of a recipe, or a JSON value, as JSON values; infinity becomes "inf", a tuple a list."""
     if is_dataclass(value):
         return {"kind": type(value).__name__, **{f.name: encode(getattr(value, f.name)) for f in fields(value)}}
     if isinstance(value, tuple):
@@ -44,7 +44,7 @@ def decode(data: Any) -> Any:
     """The value that `encode` made `data` from.
 
     Raises:
-        ValueError: if a kind is not of the list, or its fields do not fit.
+        ValueError: if a kind is unknown, or its fields do not fit.
     """
     if isinstance(data, list):
         return tuple(decode(item) for item in cast("list[Any]", data))
@@ -70,9 +70,9 @@ def decode(data: Any) -> Any:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value, with tuples for lists, is of a type: a class, a literal, a tuple, or a union of these.
+    """Whether a value, with tuples for lists, has a type: a class, a literal, a tuple, or a union of these.
 
-    Whole numbers are numbers; truth values are not; beyond 64 bits there are none.
+    Integers count as numbers if they fit 64 bits; booleans do not.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:

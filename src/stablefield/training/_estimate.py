@@ -1,4 +1,4 @@
-"""An estimate: what a run would take, from a few steps taken here and thrown away."""
+"""Estimate what a run would cost, from a few trial steps that are discarded."""
 
 import resource
 import sys
@@ -18,26 +18,26 @@ from stablefield.training._stepper import Stepper
 
 __all__ = ["Estimate", "estimate_run"]
 
-# Steps at least and at most, and the seconds after which there are enough: a single step tells little on a busy machine.
+# Fewest and most trial steps, and the seconds that are enough: a single step says little on a busy machine.
 STEPS, MOST, ENOUGH = 3, 30, 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a run would take; `print` shows the table.
+    """The estimated cost of a run; `print` shows the table.
 
     Attributes:
-        images: what the run trains on, in words.
-        parameters: of the network.
-        state_bytes: of weights, averages, gradients and the optimiser's moments.
-        peak_bytes: the most memory that the steps took on the device (for a CPU: that the process took, data included).
-        steps: that are left, in words.
-        references: per step, in words; empty for the single-sample target.
-        seconds_per_step: median over the steps, without the first.
-        target_seconds: of these, spent on noise and target.
-        setup_seconds: spent on making a network with its optimiser and averages.
-        seconds: of all steps that are left.
-        device: where they were taken.
+        images: the training data, in words.
+        parameters: number of the network's parameters.
+        state_bytes: bytes of weights, averages, gradients and the optimiser's moments.
+        peak_bytes: peak memory on the device (for a CPU: of the process, including the data).
+        steps: remaining steps, in words.
+        references: references per step, in words; empty for the single-sample target.
+        seconds_per_step: median over the trial steps, without the first.
+        target_seconds: the part of seconds_per_step for noise and target.
+        setup_seconds: time to build a network with its optimiser and averages.
+        seconds: time for all remaining steps.
+        device: where the trial steps ran.
     """
 
     images: str
@@ -75,13 +75,13 @@ class Estimate:
 
 
 def estimate_run(config: RunConfig, data: ImageSet, device: torch.device, done: int = 0) -> Estimate:
-    """Take a few steps of a run and say what it takes; nothing is written.
+    """Estimate what a run would cost, from a few trial steps; write nothing.
 
     Args:
-        config: of the run.
+        config: the run's configuration.
         data: its images.
         device: where to compute.
-        done: steps that were done before.
+        done: steps that the run has done already.
     """
     recipe, accelerator = config.recipe, make_accelerator(device)
     device = accelerator.device
@@ -94,7 +94,7 @@ def estimate_run(config: RunConfig, data: ImageSet, device: torch.device, done: 
         peak, copies = _peak(device), len(stepper.trained.averages) + 4
         parameters = sum(p.numel() for p in stepper.trained.model.parameters())
         del stepper  # two networks may be more than the device holds
-        # The second time: what making the first one loads is loaded once.
+        # Time the second one: building the first loads modules, once.
         began = time.perf_counter()
         Stepper(config, feed, accelerator)
         setup = time.perf_counter() - began
@@ -118,7 +118,7 @@ def estimate_run(config: RunConfig, data: ImageSet, device: torch.device, done: 
 
 
 def _timed(stepper: Stepper, device: torch.device) -> tuple[float, float]:
-    """Seconds of a step, and of its noise and target: the median over a few."""
+    """Seconds per step, and for its noise and target: the median over a few steps."""
     times: list[tuple[float, float]] = []
     for step in range(MOST):
         if step >= STEPS and sum(taken for taken, _ in times) > ENOUGH:

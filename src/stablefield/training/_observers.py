@@ -1,16 +1,16 @@
-r"""Observers: who looks at a model in training, and what they report.
+r"""Observers: they measure a model during training.
 
-`FrechetObserver` measures few samples by a `SelfCheck`: a Frechet distance, with how noisy it is and what it is at best.
+`FrechetObserver` measures a few samples by a `SelfCheck`: a Frechet distance, its error and its floor.
 
-A Frechet distance on n samples is biased upwards, by about c / n, and scatters. So a reading is three numbers:
+A Frechet distance on n samples is biased upwards, by about c / n, and noisy. So a reading has three numbers:
 
 - the value;
 - its standard error, by the jackknife over g groups: with $\theta_{-j}$ the value without group j and $\bar\theta$
   their mean, $s^2 = \frac{g - 1}{g} \sum_j (\theta_{-j} - \bar\theta)^2$;
-- the floor: the distance of n real images, drawn from the set, to all of it. A perfect model reads about that, so
-  what is above the floor, in units of the standard error, is what the samples say.
+- the floor: the distance of n real images, drawn from the set, to the whole set. A perfect model reads about the
+  floor, so judge a model by its excess over the floor, in units of the standard error.
 
-The same seeds at every check make the readings of one run differ by the model, not by the draw.
+Every check uses the same seeds, so the readings of a run differ by the model, not by the draw.
 
 References:
     Efron, Stein, "The Jackknife Estimate of Variance", Annals of Statistics 1981.
@@ -53,7 +53,7 @@ def samples(
 
     Args:
         denoiser: D(x, sigma, class_labels=None).
-        shape: of one image, (C, H, W).
+        shape: shape of one image, (C, H, W).
         seeds: image k is a function of seeds[k].
         device: where to compute.
         labels: classes of the images, shape (len(seeds),); None for a network without classes.
@@ -74,16 +74,16 @@ def samples(
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What one check came to."""
+    """The result of one check."""
 
     name: str
-    """What the distance is called."""
+    """Name of the distance."""
     value: float
     """The squared Frechet distance."""
     standard_error: float
-    """Of the value, over fresh samples of the same number."""
+    """Standard error of the value, over fresh samples of the same number."""
     floor: float
-    """The value that as many real images have."""
+    """The value of as many real images."""
     count: int
     """Number of samples."""
 
@@ -96,24 +96,24 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class SelfCheck:
-    """Measures few samples of a model in training; made once per run by `prepare`.
+    """Measures a few samples of a model in training; `prepare` makes one per run.
 
     Any function of seeds that returns uint8 images (len(seeds), C, H, W) may draw them, such as `samples` of this module
     with a denoiser.
     """
 
     extractor: Extractor
-    """From images to features."""
+    """Maps images to features."""
     reference: Gaussian
-    """Of the features of the whole set."""
+    """Gaussian fit to the features of the whole set."""
     floor: float
     """The distance of as many real images."""
     seeds: tuple[int, ...]
-    """Which samples are drawn at every check."""
+    """Seeds of the samples of every check."""
     batch: int = 250
     """Samples at a time."""
     groups: int = 20
-    """Parts of the jackknife."""
+    """Groups of the jackknife."""
 
     @classmethod
     def prepare(
@@ -125,17 +125,17 @@ class SelfCheck:
         batch: int = 250,
         groups: int = 20,
     ) -> "SelfCheck":
-        """Look at the real images once.
+        """Extract the features of the real images once.
 
         Args:
             images: the training set.
-            extractor: from images to features.
-            samples: drawn at every check; seeds 0 to samples - 1.
+            extractor: maps images to features.
+            samples: samples per check; seeds 0 to samples - 1.
             batch: images at a time.
-            groups: parts of the jackknife, at least 2.
+            groups: groups of the jackknife, at least 2.
 
         Raises:
-            ValueError: if there are fewer samples than two a group, or fewer real images than samples.
+            ValueError: if there are fewer than two samples per group, or fewer real images than samples.
         """
         check_samples(f"samples={samples}", samples, len(images), groups)
         batches = image_batches(images.images, np.arange(len(images)), batch)
@@ -156,10 +156,10 @@ class SelfCheck:
         """Draw the samples and measure them.
 
         Args:
-            draw: images of seeds, uint8, shape (len(seeds), C, H, W).
+            draw: maps seeds to images, uint8, shape (len(seeds), C, H, W).
 
         Raises:
-            ValueError: if the images are not such, or their features are not finite.
+            ValueError: if the extractor rejects the images, or their features are not finite.
         """
         parts = [
             self.extractor(draw(self.seeds[start : start + self.batch]))
@@ -177,33 +177,33 @@ class SelfCheck:
         )
 
 
-def check_samples(said: str, samples: int, images: int | None = None, groups: int = 20) -> None:
-    """Find out before any work whether a self-check can be made of so many samples.
+def check_samples(given: str, samples: int, images: int | None = None, groups: int = 20) -> None:
+    """Check, before any work, that a self-check can use this number of samples.
 
     Args:
-        said: how the number was given, for the error, such as "samples=10".
-        samples: how many.
-        images: in the data; None while that is not known.
-        groups: parts of the jackknife.
+        given: the argument as the caller gave it, for the error, such as "samples=10".
+        samples: number of samples.
+        images: number of images in the data; None if not known yet.
+        groups: groups of the jackknife.
 
     Raises:
-        ValueError: if there are fewer samples than two a group, or fewer real images than samples.
+        ValueError: if there are fewer than two samples per group, or fewer real images than samples.
     """
     least = 2 * groups
     if images is not None and images < least:
         raise ValueError(
-            f"the data have {images} images: a self-check takes at least {least} samples, and as many real images beside "
-            "them. Take more images."
+            f"the data have {images} images: a self-check takes at least {least} samples, and as many real images. "
+            "Use more images."
         )
     if groups < 2 or samples < least:
         raise ValueError(
-            f"{said}: a self-check takes at least 2 groups of 2 samples, and in {groups} groups {least} samples; 500 or "
-            "more are of use."
+            f"{given}: a self-check takes at least 2 groups of 2 samples, and {least} samples in {groups} groups; pass "
+            "500 or more."
         )
     if images is not None and samples > images:
         raise ValueError(
-            f"{said} is above the {images} images of the data: as many real images are measured beside them; pass at most "
-            f"{images}."
+            f"{given} is above the {images} images of the data, and a self-check measures as many real images: pass at "
+            f"most {images}."
         )
 
 
@@ -212,18 +212,18 @@ def jackknife_error(features: Tensor, reference: Gaussian, groups: int = 20) -> 
 
     Args:
         features: shape (n, d), n >= 2 groups; n may be below d. Row k is in group k mod `groups`.
-        reference: the other side, taken as exact.
-        groups: how many parts, at least 2.
+        reference: the other Gaussian, taken as exact.
+        groups: number of groups, at least 2.
 
     Raises:
-        ValueError: if the features are no valid array, or there are too few rows for the groups.
+        ValueError: if the features are not a valid array, or there are too few rows for the groups.
     """
     if groups < 2:
         raise ValueError(f"groups={groups}: a jackknife takes at least 2.")
     x = in_float64(checked("features", features, 2 * groups, f"each of {groups} groups takes 2 rows"))
     group = torch.arange(len(x), device=x.device) % groups
-    # Rows times the other side's factor: all that the cross term depends on. Fewer rows than columns span as many
-    # dimensions as they are, and in coordinates of these the singular values are the same and quickly found.
+    # The cross term depends only on the rows times the reference's factor. n rows span at most n dimensions: in
+    # coordinates of these the singular values are the same, and cheaper if there are fewer rows than columns.
     z = x @ reference.factor.T
     z = torch.linalg.qr(z.T, mode="r").R.T if len(z) < z.shape[1] else z
     values = [_distance(x[group != j], z[group != j], reference) for j in range(groups)]
@@ -240,12 +240,12 @@ def _distance(x: Tensor, z: Tensor, reference: Gaussian) -> float:
 
 
 class FrechetObserver:
-    """Measures few samples every so often, and says how noisy that is.
+    """Measures a few samples at regular steps, with the standard error.
 
     Args:
         check: measures them.
-        every: steps between looks.
-        shape: of one image.
+        every: steps between checks.
+        shape: shape of one image.
         device: where to compute.
         tell: called with the step and the reading.
     """
@@ -262,7 +262,7 @@ class FrechetObserver:
 
     @property
     def every(self) -> int:
-        """Steps between looks."""
+        """Steps between checks."""
         return self._every
 
     def __call__(self, step: int, denoiser: Denoiser) -> dict[str, float]:

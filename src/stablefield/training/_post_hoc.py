@@ -1,9 +1,9 @@
-r"""Post-hoc averages: weights averaged over any length, from snapshots taken during the run.
+r"""Post-hoc averages: weights averaged over any length, from snapshots of the run.
 
 A snapshot taken at step $t_i$ of the power-function average of exponent $\gamma_i$ weights the run's past by the profile
-$p_i(\tau) = (\gamma_i + 1)\, \tau^{\gamma_i} / t_i^{\gamma_i + 1}$ on $[0, t_i]$. The requested profile p is approximated by
-the combination of the $p_i$ that is nearest in $L^2$ among those whose coefficients sum to 1, so that averaging does not
-change constant weights: with
+$p_i(\tau) = (\gamma_i + 1)\, \tau^{\gamma_i} / t_i^{\gamma_i + 1}$ on $[0, t_i]$. The nearest combination of the $p_i$ in
+$L^2$ approximates the requested profile p; its coefficients sum to 1, so that averaging does not change constant weights:
+with
 
 $$ \langle p_i, p_j \rangle = \frac{(\gamma_i + 1)(\gamma_j + 1)\; m}{t_i t_j\, (\gamma_i + \gamma_j + 1)}
    \left(\frac{m}{t_i}\right)^{\gamma_i} \left(\frac{m}{t_j}\right)^{\gamma_j}, \qquad m = \min(t_i, t_j), $$
@@ -43,7 +43,7 @@ class Profile(NamedTuple):
     """The weights of an average over the steps.
 
     Attributes:
-        step: at which the average was taken.
+        step: step of the average.
         length: relative length of the average.
     """
 
@@ -55,14 +55,14 @@ def mixture(snapshots: Sequence[Profile], wanted: Profile) -> tuple[NDArray[np.f
     """Coefficients of the snapshots nearest to the wanted profile, shape (m,), and the relative L2 error of the profile.
 
     Raises:
-        ValueError: if there is no snapshot, or the wanted step is beyond the last one.
+        ValueError: if there is no snapshot, or the wanted step is after the last one.
     """
     check_kind("wanted", wanted, Profile, "a Profile(step, length)")
     check_kind("snapshots", snapshots, (list, tuple), "a list of Profile(step, length)")
     for k, snapshot in enumerate(snapshots):
         check_kind(f"snapshots[{k}]", snapshot, Profile, "a Profile(step, length)")
     if not snapshots:
-        raise ValueError("there are no snapshots to make an average of: train with ema_snapshot_every=STEPS.")
+        raise ValueError("there are no snapshots to average: train with ema_snapshot_every=STEPS.")
     if wanted.step > max(profile.step for profile in snapshots):
         raise ValueError(f"wanted is at step {wanted.step}, after the last snapshot: pass an earlier step.")
     products = _products(snapshots, snapshots)
@@ -85,7 +85,7 @@ def take_snapshot(folder: Path, step: int, averages: Sequence[tuple[float, nn.Mo
     }
     sums = [_sum(key, tensors[key]) for key in sorted(tensors)]
     record = {"step": step, "lengths": [length for length, _ in averages], "sha256": _sum_of(sums)}
-    # One entry: safetensors writes several in no fixed order, and equal snapshots must be equal files.
+    # One entry, since safetensors writes several in no fixed order, and equal snapshots must be equal files.
     metadata = {"averages": json.dumps(seal(record))}
     path = folder / f"step-{step:08d}.safetensors"
     write_atomically(path, lambda temporary: write_tensors(temporary, tensors, metadata))
@@ -105,9 +105,9 @@ def combine(folder: Path, length: float, step: int | None = None) -> tuple[dict[
     """The weights averaged over `length`, from the snapshots in `folder`.
 
     Args:
-        folder: of snapshots.
+        folder: folder of the snapshots.
         length: relative length of the average, above 0 and below 0.28.
-        step: of the average; that of the last snapshot if not given.
+        step: step of the average; the last snapshot's if None.
 
     Returns:
         The parameters by name, and the relative L2 error of the profile.
@@ -139,9 +139,9 @@ class _Snapshot:
 
     Attributes:
         path: the file.
-        step: at which they were taken.
-        lengths: of the averages.
-        sha256: of the tensors; None in older files.
+        step: step of the averages.
+        lengths: lengths of the averages.
+        sha256: checksum of the tensors; None in older files.
     """
 
     path: Path
@@ -150,7 +150,7 @@ class _Snapshot:
     sha256: str | None
 
     def tensors(self) -> Iterator[tuple[float, str, Tensor]]:
-        """The length, the name and the value of each tensor; raises an error after the last if they are damaged."""
+        """The length, the name and the value of each tensor; raises an error after the last if one is damaged."""
         from safetensors import safe_open
 
         known = {str(length): length for length in self.lengths}

@@ -1,6 +1,6 @@
-"""A recipe: everything that decides what a run does, as one frozen value.
+"""A recipe: all settings of a run, as one frozen value.
 
-Its attribute docstrings are the help of the command's flags. `recipes` holds the named ones.
+Its attribute docstrings are the help texts of the command's flags. `_recipes` holds the named recipes.
 """
 
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ __all__ = ["DiffusersUNetConfig", "MLPConfig", "Recipe", "SongUNetConfig"]
 
 Shape: TypeAlias = tuple[int, int, int]
 
-# Beyond what anybody trains, and little enough for a file that says so to be found wrong in seconds.
+# More than anybody trains, and small enough to reject a hostile file in seconds.
 _MOST_BLOCKS = 1000
 _MOST_LEVELS = 12
 
@@ -46,10 +46,10 @@ class MLPConfig:
         """The network for samples of `shape` (C, H, W).
 
         Raises:
-            ValueError: if augmentation labels are asked for.
+            ValueError: if augment_dim is not 0.
         """
         if augment_dim:
-            raise ValueError("augmentation needs a U-Net, which it is a condition of: use 0 with a perceptron.")
+            raise ValueError("augmentation needs a U-Net that is conditioned on it: use 0 with a perceptron.")
         return MLP(shape, self.width, self.depth, self.dropout, classes, generator)
 
 
@@ -98,7 +98,7 @@ class SongUNetConfig:
 class DiffusersUNetConfig:
     """The network of a recipe: diffusers' UNet2DModel (`stablefield.networks.DiffusersUNet`).
 
-    The run is exported as a pipeline that opens without code of ours.
+    The exported pipeline opens without stablefield's code.
     """
 
     widths: tuple[int, ...] = (64, 128, 128)
@@ -106,7 +106,7 @@ class DiffusersUNetConfig:
     blocks: int = 2
     """Residual blocks per level."""
     attention: tuple[bool, ...] | None = None
-    """Which levels attend; the lowest alone if not given."""
+    """Which levels have attention; by default the lowest alone."""
     groups: int = 32
     """Groups of the normalisations."""
     dropout: float = 0.0
@@ -120,15 +120,15 @@ class DiffusersUNetConfig:
         """The network for images of `shape` (C, H, W).
 
         Raises:
-            ValueError: if the images cannot be halved as often as there are levels; if augmentation
-                labels are asked for; or the widths do not fit attention or groups.
+            ValueError: if the images cannot be halved as often as there are levels; if augment_dim
+                is not 0; or the widths do not fit attention or groups.
             ImportError: if diffusers is not installed.
         """
         if augment_dim:
-            raise ValueError("augmentation needs a U-Net that has it as a condition: use 0 with a UNet2DModel.")
+            raise ValueError("augmentation needs a U-Net that is conditioned on it: use 0 with a UNet2DModel.")
         if self.attention is not None and len(self.attention) != len(self.widths):
             raise ValueError(
-                f"network.attention has {len(self.attention)} values, network.widths {len(self.widths)}: pass one a level."
+                f"network.attention has {len(self.attention)} values, network.widths {len(self.widths)}: pass one each."
             )
         if self.groups < 1 or any(width < 1 or width % self.groups for width in self.widths):
             raise ValueError(f"network.widths is {self.widths}: each must be a multiple of the {self.groups} groups.")
@@ -148,27 +148,27 @@ class DiffusersUNetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a training run does."""
+    """All settings of a training run."""
 
     target: Literal["stf", "dsm"] = "stf"
-    """What to regress on: the stable target, or the single sample of denoising score matching."""
+    """Regression target: the stable target, or the single sample of denoising score matching."""
     references: int | Literal["auto", "all", "sharded"] = "auto"
-    """References of the stable target per step: a number from the batch size to the size of the data; all of it; sharded,
-    which is all of it with a part on each of several processes; or auto: all where the data fit on the device, sharded
-    where they fit on those of all processes, else 4096 read with each batch."""
+    """References of the stable target per step: a number from the batch size to the size of the data; all; sharded, which
+    is all, split over several processes; or auto: all if the data fit on one device, sharded if they fit on all devices
+    together, else 4096 read with each batch."""
     noise_band: float | Literal["auto"] = "auto"
-    """Noise level (sigma / alpha) below which the single sample is used; auto finds by a short probe of the data where the
-    references have no weight yet. Unbiased whatever it is."""
+    """Noise level (sigma / alpha) below which training uses the single sample; auto finds by a short probe of the data
+    where the references have no weight yet. Any value is unbiased."""
     steps: int = 4000
     """Optimiser steps."""
     batch: int = 128
     """Images per step, over all processes together."""
     gradient_accumulation_steps: int = 1
-    """Parts in which a process works through its share of the batch, to save memory."""
+    """Number of parts into which a process splits its share of the batch, to save memory."""
     seed: int = 0
-    """Decides weights, batches, noise and references."""
+    """Seed of weights, batches, noise and references."""
     learning_rate: float = 1e-3
-    """Of Adam, after the ramp."""
+    """Adam's learning rate, after the ramp."""
     ramp_images: int = 20_000
     """Images over which the learning rate rises linearly from 0."""
     decay_share: float = 0.3
@@ -176,25 +176,25 @@ class Recipe:
     max_grad_norm: float = 1.0
     """Norm to which gradients are clipped; inf for no clipping."""
     nan_to_num: bool = False
-    """Set gradients that are NaN to 0 and infinite ones to 1e5; losses must be finite all the same."""
+    """Set gradients that are NaN to 0 and infinite ones to 1e5; losses must still be finite."""
     ema_half_life: float = 50_000
     """Half-life of the averaged weights, in images."""
     ema_ramp: float = 0.05
     """Upper bound of the half-life as a share of the images seen."""
     ema_snapshot_every: int = 0
-    """Steps between snapshots of two power-function averages, from which `stablefield ema` makes others; 0 for none."""
+    """Steps between snapshots of two power-function averages, for `stablefield ema`; 0 for none."""
     augmentation: float = 0.0
-    """Probability of the non-leaking augmentation, on which the network is conditioned; 0 for none."""
+    """Probability of the non-leaking augmentation, which also conditions the network; 0 for none."""
     mirror: bool = False
-    """Double the data by their mirror images, left and right exchanged."""
+    """Double the data by their mirror images, left and right swapped."""
     conditional: bool = False
     """Condition the network on the class."""
     label_dropout: float = 0.1
     """Share of labels hidden from a conditional network, for guidance."""
     precision: Literal["float32", "bf16"] = "float32"
-    """Arithmetic of the network; targets, losses, weights and averages are float32 in any case."""
+    """Precision of the network; targets, losses, weights and averages are always float32."""
     compile: bool = False
-    """Compile the network: slow at the start, faster afterwards on a GPU."""
+    """Compile the network: slower to start, then faster on a GPU."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
     sample_every: int = 1000
@@ -204,15 +204,15 @@ class Recipe:
     keep_last: int = 2
     """Newest checkpoints to keep."""
     keep_every: int = 0
-    """Keep also the checkpoints at multiples of this many steps; 0 for none."""
+    """Also keep the checkpoints at multiples of this many steps; 0 for none."""
     network: MLPConfig | SongUNetConfig | DiffusersUNetConfig = field(default_factory=MLPConfig)
     """The network."""
     process: EDM | VE | VP | Cosine | RectifiedFlow = field(default_factory=EDM)
     """How data become noise."""
     noise_levels: LogNormal | LogUniform | Uniform = field(default_factory=LogNormal)
-    """Which noise levels are trained."""
+    """Distribution of the training noise levels."""
     weighting: EDMWeighting | SNRWeighting | FlowWeighting = field(default_factory=EDMWeighting)
-    """How much each noise level counts."""
+    """Weight of each noise level in the loss."""
     preconditioning: EDMPreconditioning | VPPreconditioning | VEPreconditioning = field(
         default_factory=EDMPreconditioning
     )
@@ -260,7 +260,7 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative.")
         for name in ("decay_share", "ema_ramp", "label_dropout", "augmentation"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it is a share, 0 to 1.")
+                raise ValueError(f"{name} is {getattr(self, name)}: pass a share, 0 to 1.")
         if not isinstance(self.noise_band, str):
             number("noise_band", self.noise_band)
         elif self.noise_band != "auto":
@@ -288,7 +288,7 @@ class Recipe:
 
 def _require_at_most(name: str, count: int, most: int, of: str = "blocks") -> None:
     if count > most:
-        raise ValueError(f"network.{name} has {count} {of}: at most {most} are built.")
+        raise ValueError(f"network.{name} has {count} {of}: pass at most {most}.")
 
 
 def _require_halves(shape: Shape, levels: int) -> None:

@@ -2,7 +2,7 @@
 
 The `cifar10` ones hold the settings of the paper and of EDM's published networks: batch 512 in all, 200 million images,
 Adam at 1e-3 with a ramp over 10 million images, an average of half-life 500,000 images, augmentation with probability 0.12.
-They are meant for GPUs and scaled down by flags.
+They are for GPUs; flags scale them down.
 
 References:
     Xu, Tong, Jaakkola, "Stable Target Field for Reduced Variance Score Estimation in Diffusion Models", ICLR 2023,
@@ -65,7 +65,7 @@ CIFAR10_EDM = Recipe(
     ema_snapshot_every=20_000,
     network=SongUNetConfig(architecture="ncsnpp"),
 )
-"""EDM on CIFAR-10 with NCSN++, the paper's best network; `--network.architecture ddpmpp` for the other."""
+"""EDM on CIFAR-10 with NCSN++, the paper's best network; `--network.architecture ddpmpp` gives DDPM++."""
 
 CIFAR10_VE = dataclasses.replace(
     CIFAR10_EDM,
@@ -105,26 +105,25 @@ RECIPES = {
     "cifar10-vp": CIFAR10_VP,
     "celeba64-ve": CELEBA64_VE,
 }
-"""The recipes by name. A new one is listed here."""
+"""The recipes by name. Add a new one here."""
 
 
 def recipe_for(images: ImageSet, *, accelerated: bool) -> Recipe:
-    """The recipe that suits images best: that of the digits, of the MNIST family, or `imagefolder`.
+    """The recipe that suits images best: digits, mnist28 or `imagefolder`.
 
     Args:
-        images: to train on.
+        images: the training data.
         accelerated: whether there is a GPU.
     """
     return named_recipe("auto", images, accelerated=accelerated)[1]
 
 
 def named_recipe(name: str, images: ImageSet, *, accelerated: bool) -> tuple[str, Recipe]:
-    """A recipe by its name, with the name of the one that "auto" comes to.
+    """The name and the recipe for a name; "auto" becomes the name of the recipe that suits the images best.
 
     Args:
-        name: in `RECIPES`, or of a recipe that depends on the images: "imagefolder", "unet2d", or "auto" for the one that
-            suits them best.
-        images: to train on.
+        name: in `RECIPES`, or "imagefolder" or "unet2d", which depend on the images, or "auto".
+        images: the training data.
         accelerated: whether there is a GPU.
     """
     if name == "auto":
@@ -137,14 +136,14 @@ def named_recipe(name: str, images: ImageSet, *, accelerated: bool) -> tuple[str
 
 
 def largest_resolution(name: str = "auto", *, accelerated: bool) -> int | None:
-    """Pixels a side that images of several sizes are brought to at most, where none are asked for.
+    """The largest default resolution for images of several sizes, in pixels per side.
 
     Args:
-        name: of the recipe, as for `named_recipe`.
+        name: name of the recipe, as for `named_recipe`.
         accelerated: whether there is a GPU.
 
     Returns:
-        None for a recipe of images of one size.
+        None for a recipe for images of one size.
     """
     if name in ("auto", "imagefolder", "unet2d"):
         return 64 if accelerated else 32
@@ -152,11 +151,11 @@ def largest_resolution(name: str = "auto", *, accelerated: bool) -> int | None:
 
 
 def unet2d(shape: Shape, count: int, *, accelerated: bool) -> Recipe:
-    """The recipe for images of one's own, with a UNet2DModel of diffusers, which cannot be told of an augmentation.
+    """A recipe for any images with diffusers' UNet2DModel, which has no augmentation condition.
 
     Args:
-        shape: of one image, (C, H, W).
-        count: how many there are.
+        shape: shape of one image, (C, H, W).
+        count: number of images.
         accelerated: whether there is a GPU.
     """
     recipe = imagefolder((shape[0], max(16, shape[1]), max(16, shape[2])), count, accelerated=accelerated)
@@ -167,12 +166,12 @@ def unet2d(shape: Shape, count: int, *, accelerated: bool) -> Recipe:
 
 
 def imagefolder(shape: Shape, count: int, *, accelerated: bool) -> Recipe:
-    """A recipe for images of one's own.
+    """A recipe for any images.
 
     Args:
-        shape: of one image, (C, H, W).
-        count: how many there are.
-        accelerated: whether there is a GPU; without, the network is small enough for a CPU.
+        shape: shape of one image, (C, H, W).
+        count: number of images.
+        accelerated: whether there is a GPU; without one, the network is small enough for a CPU.
     """
     side = min(shape[1:])
     batch = min(256 if accelerated else 64, count)

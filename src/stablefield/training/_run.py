@@ -1,4 +1,4 @@
-"""Runs: train one, open one, and whatever is done with it afterwards.
+"""Runs: train one or open one, then sample from it, evaluate it, average its weights or export it.
 
     run = train("photos", out="runs/photos")      # or Run("runs/photos"), which opens it
     run.sample(64).save("grid.png")
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 __all__ = ["Plan", "Run", "images_and_recipe", "make_plan", "place", "train"]
 
 Images = str | Path | ImageSet | NDArray[np.uint8] | Tensor
-"""What `stablefield.data.open_images` opens, an image set, or uint8 of shape (n, C, H, W)."""
+"""A path or name that `stablefield.data.open_images` opens, an image set, or uint8 of shape (n, C, H, W)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +64,9 @@ class Plan:
 
     Attributes:
         data: the images.
-        config: what config.json will say.
-        references: how many references each step takes, in words.
-        noise_band: from which noise level on targets are stable, in words.
+        config: the content of config.json.
+        references: number of references per step, in words.
+        noise_band: noise level from which targets are stable, in words.
     """
 
     data: ImageSet
@@ -75,7 +75,7 @@ class Plan:
     noise_band: str
 
     def estimate(self, device: torch.device | str | None = None) -> Estimate:
-        """What the run would take, from a few steps taken now and thrown away.
+        """Estimate what the run would cost, from a few trial steps that are discarded.
 
         Args:
             device: where to compute; a GPU if there is one.
@@ -84,16 +84,16 @@ class Plan:
 
 
 def place(device: torch.device | str | None) -> tuple[torch.device, Ranks]:
-    """The device of this process for the argument `device`, and the processes that train together, begun."""
+    """This process's device for the argument `device`, and the group of processes that train together, started."""
     found = found_device(device)
     ranks = Ranks.launched(found)
     return ranks.own_device(found), ranks
 
 
 def make_plan(data: ImageSet, recipe: Recipe, *, device: torch.device | str | None = None) -> Plan:
-    """Check a recipe against the data, and find what it leaves to them: the references and the noise band.
+    """Check a recipe against the data, and fill in what it leaves open: the references and the noise band.
 
-    Of several processes the first decides for all, since others may have other memory. The images are not sent: each process
+    Of several processes the first decides for all, since their memory may differ. It does not send the images: each process
     has opened them itself.
 
     Args:
@@ -115,7 +115,7 @@ def make_plan(data: ImageSet, recipe: Recipe, *, device: torch.device | str | No
 def _decide(data: ImageSet, recipe: Recipe, device: torch.device, processes: int) -> tuple[RunConfig, str, str]:
     check_fit(recipe, data)
     classes = data.classes if recipe.conditional else 0
-    # Before anything is measured: a network that does not fit the images says so here.
+    # Before any measurement: a network that does not fit the images fails here.
     with torch.device("meta"):
         recipe.network.build(data.shape, classes, recipe.augment_dim, torch.Generator())
     references, rule = resolve_references(recipe, data, device, processes)
@@ -151,7 +151,7 @@ def train(
     every: int = 10,
     stop: Callable[[], bool] = lambda: False,
 ) -> Run:
-    """Train a diffusion model, and leave a run folder.
+    """Train a diffusion model, and write a run folder.
 
     On a tensor or an array of your own, uint8 of shape (n, C, H, W):
 
@@ -159,28 +159,29 @@ def train(
         run = sf.train(images, out="runs/mine")
         run.sample(64).save("grid.png")
 
+    For data other than uint8 images, write a training loop with `sf.Objective`.
+
     Started by torchrun or `accelerate launch`, the processes train together.
 
     Args:
-        images: what to train on: a path or name that `open_images` opens, an image set, uint8 of shape (n, C, H, W), or the
-            `Plan` of a run.
+        images: a path or name that `open_images` opens, an image set, uint8 of shape (n, C, H, W), or the `Plan` of a run.
         labels: class numbers from 0 of an array of images, shape (n,); a recipe with `conditional=True` trains with them.
-        out: folder of the run, new or empty; runs/DATA-TARGET, with a number where that is taken, by default.
+        out: folder of the run, new or empty; by default runs/DATA-TARGET, with a number if that exists.
         recipe: how to train; by default one that suits the data and the device.
         steps: training steps, in place of the recipe's.
         device: where to compute; a GPU if there is one.
         tracker: mirror metrics.jsonl to "tensorboard" or "wandb".
-        observers: further metrics, measured while the run goes on.
-        on_start: called with the run and its images once the folder is there.
+        observers: further metrics, measured during the run.
+        on_start: called with the run and its images once the folder exists.
         progress: called with a `Report` after every `every` steps, in the first process.
         every: steps between reports.
-        stop: asked after every step; if true, the run is saved and left, and `Run.resume` goes on with it.
+        stop: called after every step; if it returns True, the run is saved and training stops; `Run.resume` continues it.
 
     Returns:
-        The run; fewer steps than its recipe's are done if it was stopped.
+        The run; if `stop` ended it, with fewer steps than its recipe has.
 
     Raises:
-        ValueError: if an argument does not fit the data, or the folder is taken.
+        ValueError: if an argument does not fit the data, or the folder is not empty.
         TrainingError: if the loss is not finite or the disk is full; earlier checkpoints are intact.
         ImportError: if a package is missing.
     """
@@ -210,7 +211,7 @@ class Run:
         path: the folder.
 
     Raises:
-        ValueError: if there is no run.
+        ValueError: if the folder holds no run.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -224,7 +225,7 @@ class Run:
 
     @property
     def config(self) -> RunConfig:
-        """What config.json says.
+        """The content of config.json.
 
         Raises:
             ValueError: if it is damaged.
@@ -233,7 +234,7 @@ class Run:
 
     @property
     def step(self) -> int:
-        """Steps done, as of the newest whole checkpoint."""
+        """Steps done at the newest intact checkpoint."""
         newest = self.folder.newest()
         return 0 if newest is None else newest[1].step
 
@@ -242,15 +243,15 @@ class Run:
         return list(self.folder.metrics())
 
     def model(self, ema: str = "half-life", device: torch.device | str = "cpu") -> OpenModel:
-        """The newest model.
+        """Load the newest model.
 
         Args:
             ema: "half-life" for the average by EDM's rule, "none" for the weights of the last step, or a length such as
-                "0.1" for an average made of the run's snapshots.
-            device: where it is wanted.
+                "0.1" for an average made from the run's snapshots.
+            device: where to load it.
 
         Raises:
-            ValueError: if there is no whole checkpoint, or no such average.
+            ValueError: if the run has no intact checkpoint, or no such average.
         """
         model = open_model(self.path, ema, device)
         _warn(model)
@@ -274,16 +275,16 @@ class Run:
         Started by torchrun or `accelerate launch`, the processes share the seeds, and each gets all images.
 
         Args:
-            seeds: which images, or how many: 64 means seeds 0 to 63. A seed is the same image in every call.
-            sampler: the solver's name, all options of a solver, or what `sampler` made of either.
-            steps: of the solver; 18 by default, 1,000 for euler_maruyama, pc-ve and pc-vp.
-            guidance_scale: of classifier-free guidance; 1 for none.
-            class_label: name or number of the class of all images, -1 for none; seed k is of class k modulo their number by
-                default.
+            seeds: which images, or how many: 64 means seeds 0 to 63. A seed always gives the same image.
+            sampler: the solver's name, all options of a solver, or a `RunSampler` that `Run.sampler` returned.
+            steps: number of solver steps; 18 by default, 1,000 for euler-maruyama, pc-ve and pc-vp.
+            guidance_scale: scale of classifier-free guidance; 1 for none.
+            class_label: name or number of the class of all images, -1 for none; by default seed k has class k modulo the
+                number of classes.
             ema: which average of the weights, as for `model`.
             batch: images at a time.
             device: where to compute; a GPU if there is one.
-            progress: called with the images drawn so far.
+            progress: called with the number of images drawn so far.
 
         Raises:
             ValueError: if the options do not fit the run or one another.
@@ -315,7 +316,7 @@ class Run:
         batch: int = 256,
         device: torch.device | str | None = None,
     ) -> RunSampler:
-        """The model with a solver; arguments and errors as for `sample`."""
+        """Load the model with a solver; arguments and errors as for `sample`."""
         if isinstance(sampler, SamplerOptions):
             if (steps, guidance_scale, class_label, ema, batch) != (None, 1.0, None, "half-life", 256):
                 raise ValueError(
@@ -358,22 +359,22 @@ class Run:
         """Measure the run's samples against real images: FID and more, each number with its protocol.
 
         Args:
-            samples: of each repeat; published FIDs take 50,000.
-            data: real images; those that the run was trained on by default, brought to their size as in training.
+            samples: number of samples per repeat; published FIDs take 50,000.
+            data: real images; by default the run's training data, resized as in training.
             metrics: names in `stablefield.evaluation.METRICS`, or metrics.
-            extractor: from images to features; FID's own Inception by default.
-            classifier: from images to logits, for "classifier-score".
+            extractor: maps images to features; FID's own Inception by default.
+            classifier: maps images to logits, for "classifier-score".
             sampler: the solver's name, or all its options.
             references: how many real images, drawn at random; all by default.
-            split: which part of them.
-            held_out: real images that were not trained on, for "nearest".
-            repeats: measure so often, each time on other samples.
-            seed: of the first sample; the others follow it.
+            split: which split of the real images, "train" or "test".
+            held_out: real images that the run did not train on, for "nearest".
+            repeats: how many times to measure, each time on fresh samples.
+            seed: seed of the first sample; the others count up from it.
             device: where to compute; a GPU if there is one.
             feature_batch: images at a time in the extractor.
-            cache: folder where features of real images are kept; the user's cache folder if True, none if False.
-            progress: called with the stage and how much of it is done.
-            on_estimate: called with how long it will take, before anything is drawn.
+            cache: folder for the features of real images; the user's cache folder if True, none if False.
+            progress: called with the stage and its progress.
+            on_estimate: called with the estimated time, before drawing begins.
 
         Raises:
             ValueError: if there are too few images for a metric, or the options do not fit the run.
@@ -402,11 +403,11 @@ class Run:
         )
 
     def average(self, length: float, step: int | None = None) -> tuple[Path, float]:
-        """Write an average of the weights of any length, made of the run's snapshots.
+        """Write an average of the weights of any length, made from the run's snapshots.
 
         Args:
             length: standard deviation of the average as a share of the run, such as 0.1.
-            step: at which step; that of the last snapshot by default.
+            step: step of the average; the last snapshot's by default.
 
         Returns:
             The safetensors file in RUN/ema, and the relative error of the average's profile.
@@ -422,7 +423,7 @@ class Run:
         if step is not None:
             whole_number("step", step, 1)
         if not self.snapshot_steps():
-            raise ValueError(f"{self.path} has no snapshots: train with a recipe of ema_snapshot_every=STEPS.")
+            raise ValueError(f"{self.path} has no snapshots: train with ema_snapshot_every=STEPS in the recipe.")
         parameters, error = combine(self.folder.snapshots, length, step)
         name = f"length-{length:g}" + ("" if step is None else f"-step-{step:08d}")
         path = self.folder.snapshots / f"{name}.safetensors"
@@ -431,7 +432,7 @@ class Run:
         return path, error
 
     def snapshot_steps(self) -> list[int]:
-        """Steps at which snapshots of the averages were taken, in order.
+        """Steps with snapshots of the averages, in order.
 
         Raises:
             ValueError: naming a snapshot that is damaged.
@@ -451,18 +452,18 @@ class Run:
         """Write the model for other programs, with a model card and samples.
 
         Args:
-            folder: to write, new or empty.
+            folder: folder to write, new or empty.
             format: "diffusers" for a pipeline folder with its code, "plain" for safetensors and JSON alone.
             ema: which average of the weights, as for `model`.
-            name: of the model on its card; that of the run's folder by default.
-            samples: images in the card's picture; 0 for none.
-            steps: of Heun's method for them.
+            name: model name on the card; the run folder's by default.
+            samples: number of images in the card's picture; 0 for none.
+            steps: steps of Heun's method for these images.
 
         Returns:
             The folder.
 
         Raises:
-            ValueError: if the folder is not empty or cannot be written, or there is no such average.
+            ValueError: if the folder is not empty or not writable, or the run has no such average.
             ImportError: if diffusers is not installed (format "diffusers").
         """
         from stablefield.interop._export import export_run
@@ -482,10 +483,10 @@ class Run:
         every: int = 10,
         stop: Callable[[], bool] = lambda: False,
     ) -> Run:
-        """Go on from the newest checkpoint to the last step, as the run was configured.
+        """Continue from the newest checkpoint to the last step, with the run's own recipe.
 
         Args:
-            data: where the images are now, if they have moved, or the images.
+            data: the new place of the images, if they have moved, or the images.
             device: where to compute; a GPU if there is one.
             tracker: as for `train`.
             observers: as for `train`.
@@ -498,7 +499,7 @@ class Run:
             This run.
 
         Raises:
-            ValueError: if the images are not those of the run, or another process trains in its folder.
+            ValueError: if the images are not the run's, or another process trains in its folder.
             TrainingError: as for `train`.
         """
         where, ranks = place(device)
@@ -574,13 +575,13 @@ def images_and_recipe(
     steps: int | None,
     device: torch.device,
 ) -> tuple[ImageSet, Recipe]:
-    """The arguments of `train` of these names: the images, opened, and the recipe, or one that suits them.
+    """Open the images, and choose a recipe that suits them if None; arguments as for `train`.
 
-    Without a recipe, images of several sizes are brought to one that suits the device.
+    Without a recipe, images of several sizes are resized to one that suits the device.
 
     Raises:
-        TypeError: if an argument is of another kind.
-        ValueError: if the images cannot be opened, or `steps` is no number of steps.
+        TypeError: if an argument has the wrong type.
+        ValueError: if the images cannot be opened, or `steps` is not a positive whole number.
     """
     accelerated = device.type == "cuda"
     if recipe is not None:
@@ -601,11 +602,11 @@ def _part(source: str, config: RunConfig, split: str) -> ImageSet:
 
 def _warn(model: OpenModel) -> None:
     for complaint in model.complaints:
-        warnings.warn(f"a newer checkpoint was passed over: {complaint}", stacklevel=3)
+        warnings.warn(f"skipped a newer checkpoint: {complaint}", stacklevel=3)
 
 
 def _unused_folder(name: str) -> Path:
-    # A run never overwrites another: the second is called -2. Made at once, for another may begin at the same time.
+    # A run never overwrites another: the second is called -2. Create it now, since another run may start at the same time.
     number = 1
     while True:
         path = Path("runs") / (name if number == 1 else f"{name}-{number}")
@@ -614,6 +615,6 @@ def _unused_folder(name: str) -> Path:
         except FileExistsError:
             number += 1
         except OSError:
-            return path  # whoever writes there says why that cannot be
+            return path  # the first write there reports the reason
         else:
             return path

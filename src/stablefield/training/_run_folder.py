@@ -1,7 +1,7 @@
-"""A run folder: where a run lives, from its configuration to its pictures.
+"""A run folder: all files of a run, from its configuration to its pictures.
 
 config.json  metrics.jsonl  checkpoints/step-00002000/  samples/step-00002000.png  ema/step-00002000.safetensors
-and while it is being trained, .stablefield.lock
+and, during training, .stablefield.lock
 """
 
 import math
@@ -26,7 +26,7 @@ __all__ = ["RunConfig", "RunFolder"]
 _FORMAT = 1
 _LOCK = ".stablefield.lock"
 _ATTEMPTS = 10
-# What a kill may leave of a folder that was being made: it can be made again.
+# Files that a kill may leave in a new folder: a run can start there again.
 _BEGINNINGS = re.compile(rf"{re.escape(_LOCK)}|\.config\.json\.(\d+\.)?tmp")
 _FORMER = frozenset({"format", "stablefield", "data", "shape", "classes", "opening", "manifest", "recipe"})
 _TYPES = {"stablefield": str, "data": str, "shape": tuple[int, int, int], "classes": int, "recipe": Recipe}
@@ -35,16 +35,16 @@ _OPENING = {"resolution": int | tuple[int, int] | None, "resize": Literal["crop"
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What config.json says.
+    """The content of config.json.
 
     Attributes:
-        data: the data as it was named to the command.
-        shape: of one image, (C, H, W).
-        classes: number of classes the network is told; 0 for none.
-        manifest: what the data are.
-        recipe: what the run does.
-        version: of the library that wrote it.
-        opening: how the data were opened, beside their name: resolution, resize, skip_broken.
+        data: path or name of the data, as the caller gave it.
+        shape: shape of one image, (C, H, W).
+        classes: number of classes that the network is conditioned on; 0 for none.
+        manifest: description of the data.
+        recipe: all settings of the training.
+        version: version of the library that wrote the file.
+        opening: further arguments that opened the data: resolution, resize, skip_broken.
     """
 
     data: str
@@ -57,7 +57,7 @@ class RunConfig:
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """What the classes are called that the network is told, if that is known."""
+        """Names of the network's classes, if known."""
         names: Any = self.manifest.get("class_names")
         if not self.classes or not isinstance(names, list | tuple):
             return None
@@ -65,7 +65,7 @@ class RunConfig:
         return named if len(named) == self.classes else None
 
     def numbered(self, data: ImageSet) -> ImageSet:
-        """The run's data, opened again, with the classes numbered as the network was told them.
+        """The run's data, opened again, with the classes numbered as in training.
 
         Raises:
             ValueError: if the data have other classes.
@@ -87,17 +87,17 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> "RunFolder":
-        """Make the folder and write config.json.
+        """Create the folder and write config.json.
 
         Raises:
-            ValueError: if the folder is not empty or cannot be written.
+            ValueError: if the folder is not empty or not writable.
         """
         folder = cls(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             folder._require_empty()
             with folder.locked():
-                folder._require_empty()  # others may have been faster
+                folder._require_empty()  # another process may have been faster
                 for leftover in path.glob(".config.json.*tmp"):  # of a kill
                     leftover.unlink()
                 folder._write_config(config)
@@ -108,10 +108,10 @@ class RunFolder:
         return folder
 
     def require_unlocked(self) -> None:
-        """Find out whether another process trains in the folder, without taking the lock.
+        """Check that no other process trains in the folder, without taking the lock.
 
         Raises:
-            ValueError: saying who does: which process, on which machine, since when.
+            ValueError: naming the process, its machine and its start.
         """
         if self._lock is None:
             Lock(self.path / _LOCK).require_free()
@@ -139,26 +139,26 @@ class RunFolder:
         """Open an existing run.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: if the folder holds no run.
         """
         if path.is_dir() and all(_BEGINNINGS.fullmatch(found.name) for found in path.iterdir()):
             raise ValueError(
-                f"{path} holds nothing yet: there is nothing to go on with. Begin the run with out={path}."
+                f"{path} holds no run yet, so there is nothing to continue. Start the run with out={path}."
             )
         if not (path / "config.json").is_file():
-            raise ValueError(f"{path} is not a run: it has no config.json. Name the folder that a training made.")
+            raise ValueError(f"{path} is not a run: it has no config.json. Name the folder of a training run.")
         return cls(path)
 
     @contextmanager
     def locked(self, tell: Callable[[str], None] | None = None) -> Generator[None]:
-        """Within its block no other process trains in the folder; blocks of one object may be nested.
+        """Keep other processes from training in the folder within this block; blocks of one object may be nested.
 
         Args:
-            tell: told why it takes a while to begin, as it may where the last holder was on another machine.
+            tell: called with the reason for a wait, as there may be if the last holder was on another machine.
 
         Raises:
-            ValueError: saying who trains in it: which process, on which machine, since when.
-            OSError: if the folder cannot be written.
+            ValueError: naming the process that trains in it, its machine and its start.
+            OSError: if the folder is not writable.
         """
         if self._lock is not None:
             yield
@@ -174,14 +174,14 @@ class RunFolder:
 
     @property
     def successor(self) -> Holder | None:
-        """Who has taken the folder over from this process within a `locked` block; None if nobody has."""
+        """The process that took the folder over from this one within a `locked` block; None if none did."""
         return None if self._lock is None else self._lock.successor
 
     def config(self) -> RunConfig:
         """Read config.json.
 
         Raises:
-            ValueError: if it cannot be read, is damaged, is of another format, or holds what no run can have.
+            ValueError: if the file cannot be read, is damaged, has another format, or holds invalid values.
         """
         path = self.path / "config.json"
         try:
@@ -189,7 +189,7 @@ class RunFolder:
         except (OSError, ValueError) as error:
             advice = ""
             if "checksum" in str(error):
-                advice = ' If somebody has changed it on purpose, take its entry "checksum" out.'
+                advice = ' If you changed it on purpose, remove its entry "checksum".'
             raise ValueError(f"{path} cannot be used: {reason(error)}.{advice}") from error
 
     def log(self, entry: Mapping[str, Any]) -> None:
@@ -197,10 +197,10 @@ class RunFolder:
         append_line(self.path / "metrics.jsonl", {key: value for key, value in entry.items() if not _is_nan(value)})
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """The lines of metrics.jsonl, without those that are damaged or cut off.
+        """The lines of metrics.jsonl, without damaged or incomplete ones.
 
-        Each has its "step"; its other entries are finite numbers, and where their names begin with "bin_", lists of them and
-        None: the edges between n bins rise, and what the bins hold has n values.
+        Each has a "step". Its other entries are finite numbers, or, if their names begin with "bin_", lists of such numbers
+        and None: rising edges between n bins, and n values for the bins.
         """
         return (entry for entry in read_lines(self.path / "metrics.jsonl") if _is_metrics(entry))
 
@@ -237,19 +237,19 @@ class RunFolder:
         return self.path / "samples" / f"step-{step:08d}.png"
 
     def newest(self) -> tuple[Path, State, list[str]] | None:
-        """The newest whole checkpoint, where it stood, and what was wrong with newer ones; None if there is none."""
+        """The newest intact checkpoint, its state, and the faults of newer ones; None if there is no checkpoint."""
         return self.read_newest(lambda folder: folder)
 
     def read_newest(self, read: Callable[[Path], Value]) -> tuple[Value, State, list[str]] | None:
-        """What `read` finds in the newest whole checkpoint, where that stood, and what was wrong with newer ones.
+        """What `read` returns for the newest intact checkpoint, its state, and the faults of newer ones.
 
-        One that is pruned while it is read, by a run that goes on, is no fault: the newest is taken again.
+        If a run in progress deletes a checkpoint during the read, start again with the newest.
 
         Returns:
             None if there is no checkpoint.
 
         Raises:
-            ValueError: if none is whole, or checkpoints are pruned faster than they are read.
+            ValueError: if no checkpoint is intact, or the run deletes them faster than this can read.
         """
         for _ in range(_ATTEMPTS):
             complaints: list[str] = []
@@ -274,11 +274,11 @@ class RunFolder:
             if replaced:
                 continue
             if complaints:
-                raise ValueError("no checkpoint of this run is whole. " + " ".join(complaints))
+                raise ValueError("no checkpoint of this run is intact. " + " ".join(complaints))
             return None
         raise ValueError(
-            f"{self.path}: its checkpoints are pruned faster than they can be read: train with a larger keep_last or "
-            "checkpoint_every, or wait until the run has ended."
+            f"{self.path}: the run deletes its checkpoints faster than they can be read: train with a larger keep_last or "
+            "checkpoint_every, or wait for the run to end."
         )
 
     def _checkpoints(self) -> list[Path]:
@@ -298,7 +298,7 @@ def _config(record: Mapping[str, Any]) -> RunConfig:
     """The configuration in a record.
 
     Raises:
-        ValueError: if an entry is missing or of the wrong type.
+        ValueError: if an entry is missing or has the wrong type.
     """
     missing = ", ".join(sorted(_FORMER - set(record)))
     if missing:
@@ -308,12 +308,12 @@ def _config(record: Mapping[str, Any]) -> RunConfig:
     found = {name: decode(record[name]) if name in ("shape", "recipe") else record[name] for name in _TYPES}
     for name, kind in _TYPES.items():
         if not fits(found[name], kind):
-            raise ValueError(f"its {name} is of the wrong type")
+            raise ValueError(f"its {name} has the wrong type")
     if min(found["shape"]) < 1 or found["classes"] < 0:
         raise ValueError(f"its shape is {found['shape']} and its classes are {found['classes']}")
     opening, manifest = record["opening"], record["manifest"]
     if not isinstance(opening, dict) or not isinstance(manifest, dict):
-        raise ValueError("its opening or its manifest is no JSON object")
+        raise ValueError("its opening or its manifest is not a JSON object")
     for name, value in cast("dict[str, Any]", opening).items():
         plain = tuple(cast("list[Any]", value)) if isinstance(value, list) else value
         if name not in _OPENING or not fits(plain, _OPENING[name]):

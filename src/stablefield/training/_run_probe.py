@@ -1,4 +1,4 @@
-"""The probe of data or of a run, as `stablefield.probe`: what `probing` measures, for the training that would be or was."""
+"""The probe of data or of a run, as `stablefield.probe`: what `probing` measures, with the data's or the run's training."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ __all__ = ["is_run", "probe", "usual_training"]
 
 
 class HasFolder(Protocol):
-    """A run that was opened: whatever knows its folder."""
+    """An open run: any object with the run's folder."""
 
     @property
     def path(self) -> Path:
@@ -87,35 +87,33 @@ def probe(
     device: torch.device | str | None = None,
     progress: Callable[[Progress], object] | None = None,
 ) -> Probe | NetworkProbe:
-    """See the variance of training targets on data, or how far a run's network is from the optimum.
+    """Measure the variance of training targets on data, or the distance of a run's network from the optimum.
 
-    Without a training, the advice is for the one that `train` would choose for the data: its batch, its references and its
-    noise band.
+    If `training` is None, the advice is for the batch, references and noise band that `train` would choose for the data.
 
     Args:
-        data: images as `stablefield.data.open_images` returns them, or whatever it opens by name; a tensor or array of shape
-            (n, ...), floating point, or uint8 that means x / 127.5 - 1; or the folder of a run,
-            or the run that was opened from it.
+        data: images that `stablefield.data.open_images` returned, or a path or name that it opens; a tensor or array of
+            shape (n, ...), floating point, or uint8 that means x / 127.5 - 1; or a run, or its folder.
         labels: class of each sample, integers of shape (n,), to keep posteriors within classes. Data only.
-        by_class: the same with the classes of an image set. Data only.
-        training: to advise on; what `train` would do with these data if None. Data only.
-        batch: rows per training step; those of the training if None. Data only.
+        by_class: keep posteriors within the classes of an image set. Data only.
+        training: the training that the advice is for; if None, what `train` would do with these data. Data only.
+        batch: rows per training step; the training's if None. Data only.
         references: sizes of reference sets to measure; the whole set leaves no variance and is not sampled. Data only.
         noise_levels: where to measure, sigma / alpha, shape (L,); chosen from the data if None.
-        aim: share of each row's variance that may stay, between 0 and 1. Data only.
-        max_images: samples that stand for the data set, drawn at random if there are more.
-        sources: samples that noisy rows are made from; if None, all of a small set, else as many as two minutes allow, and
-            512 for a run.
-        seed: decides all that is drawn.
-        device: where to compute; a GPU if there is one, if None.
-        progress: called as the measurement goes on.
+        aim: share of each row's variance that may remain, between 0 and 1. Data only.
+        max_images: samples that represent the data set, drawn at random if there are more.
+        sources: samples to make noisy rows from; if None, all of a small set, else as many as two minutes allow, and 512
+            for a run.
+        seed: of all random draws.
+        device: where to compute; if None, a GPU if there is one.
+        progress: called during the measurement.
 
     Returns:
         A `Probe` of data, a `NetworkProbe` of a run: each prints its table, and has `page`, `charts`, `to_dict` and `save`.
 
     Raises:
         ValueError: if the data or the run cannot be opened, have nothing to measure, or an argument does not fit.
-        TypeError: if an argument is of another kind.
+        TypeError: if an argument has the wrong type.
     """
     device = found_device(device)
     folder = data if isinstance(data, str | Path) else getattr(data, "path", None)
@@ -168,7 +166,7 @@ def _training_of(recipe: Recipe) -> Training:
 
 
 def _recipe(data: Samples, device: torch.device) -> Recipe:
-    """What `train` would do with the data if it were given no recipe."""
+    """The recipe that `train` would choose for the data."""
     accelerated = device.type == "cuda"
     if isinstance(data, ImageSet):
         return recipe_for(data, accelerated=accelerated)
@@ -200,7 +198,7 @@ def _probe_run(
         log=list(RunFolder(folder).metrics()),
         name=folder.name,
         step=model.step,
-        notes=[f"passed over: {complaint}" for complaint in model.complaints],
+        notes=[f"skipped: {complaint}" for complaint in model.complaints],
         seed=seed,
         device=device,
         progress=progress,

@@ -1,4 +1,4 @@
-"""Samples of a run as a source for `evaluate`: the same image for a seed, whatever the batch and the number of processes."""
+"""Samples of a run as a source for `evaluate`: a seed gives the same image for any batch size and number of processes."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from stablefield.training._sampler import RunSampler
 
 __all__ = ["RunSource", "data_of"]
 
-# Evaluations of the network that are timed, the first of which does not count.
+# Network evaluations to time, without the first.
 _TIMED = 4
 
 
@@ -29,12 +29,12 @@ class RunSource(SampleSource):
 
     Args:
         sampler: the run's model with a solver.
-        name: what to call the run in a report, such as its folder.
-        samples: of each repeat.
-        seed: of the first sample of the first repeat; the others follow it.
+        name: name of the run in a report, such as its folder.
+        samples: number of samples per repeat.
+        seed: seed of the first sample of the first repeat; the others count up from it.
 
     Raises:
-        ValueError: if there are no samples, or seeds below 2^32 do not suffice for a repeat.
+        ValueError: if `samples` is 0, or a repeat needs seeds above 2^32 - 1.
     """
 
     def __init__(self, sampler: RunSampler, name: str, samples: int = 5000, seed: int = 0) -> None:
@@ -62,7 +62,7 @@ class RunSource(SampleSource):
 
         def report(own: Progress) -> None:
             if progress is not None:
-                # The other processes are about as far.
+                # The other processes progress at about the same pace.
                 done = min(self.count, ranks.world_size * own.done)
                 progress(Progress(stage=stage, done=done, total=self.count))
 
@@ -76,7 +76,7 @@ class RunSource(SampleSource):
         return self._sampler.options.labels(self._start(repeat) + numbers, self._sampler.config)
 
     def seconds(self) -> float:
-        """About how long one process draws the samples of a repeat, from the first calls for a chunk, thrown away."""
+        """Estimate how long one process takes for the samples of a repeat, from a few trial evaluations."""
         sampler, options = self._sampler, self._sampler.options
         chunks = chunks_of(range(self.count), options.batch, coupled=options.solver.coupled)
         marks: list[float] = []
@@ -91,14 +91,14 @@ class RunSource(SampleSource):
         with suppress(_EnoughError):
             next(sampler.draw(chunks[0].wanted, Ranks(), mark))
             marks.append(time.perf_counter())
-        # The first evaluation of all is slower than those that follow; the solver's own work is between them.
+        # The very first evaluation is slower than the rest; the intervals include the solver's own work.
         steady = marks[1:] if len(marks) > 2 else marks
         each = (steady[-1] - steady[0]) / max(1, len(steady) - 1)
         one = marks[0] - began + each * options.calls
         return one * sum(len(chunk.seeds) for chunk in chunks) / len(chunks[0].seeds)
 
     def record(self, ranks: Ranks) -> SamplingRecord:
-        """How the samples were made."""
+        """The protocol of the sampling."""
         evaluations, chunks = ranks.total(self._evaluations, self._chunks, purpose="to count their network evaluations")
         options = self._sampler.options
         return SamplingRecord(
@@ -113,21 +113,24 @@ class RunSource(SampleSource):
         """The first seed of a repeat."""
         start = self._seed + repeat * self.count
         if start + self.count > 2**32:
-            raise ValueError(f"seed={self._seed}: seeds up to {start + self.count} are needed, and end at 2^32 - 1.")
+            last = start + self.count - 1
+            raise ValueError(
+                f"seed={self._seed}: the last sample's seed, {last}, is above 2^32 - 1; pass a smaller seed."
+            )
         return start
 
 
 def data_of(config: RunConfig) -> str:
-    """What a run was trained on, as `open_images` takes it.
+    """A run's training data, as a name for `open_images`.
 
     Raises:
-        ValueError: if that is not there any more.
+        ValueError: if the data are missing.
     """
     named = config.data == "digits" or config.data.startswith("hf:")
     if not named and not Path(config.data).exists():
-        raise ValueError(f"data is missing: the run's own data, {config.data}, are not there; name where they are now.")
+        raise ValueError(f"data is missing: the run's own data, {config.data}, do not exist; name their new place.")
     return config.data
 
 
 class _EnoughError(Exception):
-    """Ends sampling after the evaluations that are timed."""
+    """Ends the sampling after the timed evaluations."""

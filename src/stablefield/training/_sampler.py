@@ -1,6 +1,6 @@
 """Draw images from a run: a model with classes and guidance, and a solver of `stablefield.sampling`.
 
-`SamplerOptions` says how; `SamplerOptions.open` loads a run's model and returns the `RunSampler` that draws images of seeds.
+`SamplerOptions.open` loads a run's model and returns the `RunSampler` that draws the images of given seeds.
 """
 
 import re
@@ -25,7 +25,7 @@ from stablefield.training._samples import Samples
 
 __all__ = ["RunSampler", "SamplerOptions"]
 
-# Classes that an error lists.
+# Most classes that an error lists.
 _LISTED = 20
 
 
@@ -34,8 +34,8 @@ class SamplerOptions(SolverOptions):
     """How to draw images from a run."""
 
     class_label: str = ""
-    """Class of all images of a conditional run: its name, or its number if no class is called that; -1 for none. By
-    default seed k is of class k modulo their number."""
+    """Class of all images of a conditional run: its name, or its number if no class has that name; -1 for none. By
+    default seed k has class k modulo the number of classes."""
     guidance_scale: float = 1.0
     """Scale of classifier-free guidance, or of guidance by a worse run (guide); 1 for none."""
     guidance_interval: tuple[float, float] | None = None
@@ -43,14 +43,14 @@ class SamplerOptions(SolverOptions):
     guide: Path | None = None
     """A worse run of the same data, smaller or less trained, to guide by (autoguidance)."""
     ema: str = "half-life"
-    """Which average of the weights: half-life, none for those of the last step, or another that the run has."""
+    """Which average of the weights: half-life, none for the last step's weights, or a length such as 0.1."""
     guide_ema: str = "half-life"
-    """The same of the guide."""
+    """Which average of the guide's weights."""
     batch: int = 256
-    """Images at a time. It changes no image but for the network's rounding."""
+    """Images at a time; changes the images only by the network's rounding."""
 
     def check(self) -> None:
-        """Check before anything is loaded that the options fit together.
+        """Check that the options fit together, before loading anything.
 
         Raises:
             ValueError: naming the option.
@@ -83,8 +83,8 @@ class SamplerOptions(SolverOptions):
         number = self.class_number(own.config)
         if self.guidance_scale != 1 and guide is None and (classes == 0 or number == -1):
             raise ValueError(
-                f"guidance_scale={self.guidance_scale:g}: classifier-free guidance takes a run with classes, and images of "
-                "one; guide by a worse run with guide=RUN."
+                f"guidance_scale={self.guidance_scale:g}: classifier-free guidance takes a run with classes, and images "
+                "with one; guide by a worse run with guide=RUN."
             )
         if guide is not None and (guide.config.shape != own.config.shape or guide.config.classes != classes):
             raise ValueError(
@@ -94,16 +94,16 @@ class SamplerOptions(SolverOptions):
         other = None if guide is None else guide.config.class_names
         if other is not None and own.config.class_names is not None and other != own.config.class_names:
             raise ValueError(
-                f"guide={self.guide} numbers its classes otherwise, {_listed(classes, other)}, than the run, "
+                f"guide={self.guide} numbers its classes differently, {_listed(classes, other)}, from the run, "
                 f"{_listed(classes, own.config.class_names)}: take a run of the same data and version."
             )
         return RunSampler(options=self, model=own, guide=guide, device=device)
 
     def class_number(self, config: RunConfig) -> int | None:
-        """The number of the class of all images, -1 for none; None if seeds are of classes in turn.
+        """The number of the class of all images, -1 for none; None if the seeds take the classes in turn.
 
         Raises:
-            ValueError: if the run has no such class, with those that it has.
+            ValueError: if the run has no such class; lists its classes.
         """
         wanted, classes, names = self.class_label, config.classes, config.class_names or ()
         if not wanted:
@@ -116,24 +116,24 @@ class SamplerOptions(SolverOptions):
             return int(wanted)
         near = [] if wanted.isdecimal() else get_close_matches(wanted, names, 1)
         raise ValueError(
-            f"class_label={wanted}: the run knows classes {_listed(classes, names)}, or -1 for none."
+            f"class_label={wanted}: the run has classes {_listed(classes, names)}, or -1 for none."
             + (f" Did you mean {near[0]}?" if near else "")
         )
 
     def labels(self, seeds: Tensor, config: RunConfig) -> Tensor | None:
-        """Classes of the images of seeds (B,), or None for a run without classes."""
+        """The class of each seed's image, shape (B,), or None for a run without classes."""
         if config.classes == 0:
             return None
         number = self.class_number(config)
         return seeds % config.classes if number is None else torch.full_like(seeds, number)
 
     def describe_classes(self, config: RunConfig) -> str | None:
-        """Which classes the images are of, in words; None for a run without classes."""
+        """The classes of the images, in words; None for a run without classes."""
         if config.classes == 0:
             return None
         number = self.class_number(config)
         return (
-            f"classes 0 to {config.classes - 1} in turn: seed k is of class k modulo {config.classes}"
+            f"classes 0 to {config.classes - 1} in turn: seed k has class k modulo {config.classes}"
             if number is None
             else "no class"
             if number == -1
@@ -141,7 +141,7 @@ class SamplerOptions(SolverOptions):
         )
 
     def describe(self, config: RunConfig) -> str:
-        """The sampler with all that decides what it draws from a run, for the protocol."""
+        """The sampler with every setting that affects the images, for the protocol."""
         parts = self.settings(config.recipe.process)
         classes = self.describe_classes(config)
         if classes is not None:
@@ -163,13 +163,13 @@ class SamplerOptions(SolverOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class RunSampler:
-    """A run's model with a solver: draws images of seeds, as `Run.sample` and `RunSource` ask for them.
+    """A run's model with a solver: draws the images of seeds for `Run.sample` and `RunSource`.
 
     Attributes:
         options: how to draw.
         model: the run's model.
-        guide: the worse model that guides it, if there is one.
-        device: where both are.
+        guide: the worse model that guides it, if any.
+        device: of both models.
     """
 
     options: SamplerOptions
@@ -179,7 +179,7 @@ class RunSampler:
 
     @property
     def config(self) -> RunConfig:
-        """Of the run."""
+        """The run's configuration."""
         return self.model.config
 
     def draw(
@@ -188,12 +188,12 @@ class RunSampler:
         ranks: Ranks,
         progress: Callable[[Progress], object] | None = None,
     ) -> Iterator[Samples]:
-        """This process's part of the images of seeds, batch by batch; the `nfe` of each is its own.
+        """Draw this process's share of the images, batch by batch; each batch has its own `nfe`.
 
         Args:
-            seeds: of all ranks.
-            ranks: the processes that share them.
-            progress: called before every evaluation with how many images this process has drawn, and how many it will.
+            seeds: the seeds for all ranks.
+            ranks: the processes that share the seeds.
+            progress: called before every evaluation with the number of images that this process has drawn, and will draw.
         """
         options = self.options
         stage = "drawing" if ranks.world_size == 1 else f"drawing (process 1 of {ranks.world_size})"
@@ -214,7 +214,7 @@ class RunSampler:
             yield self.samples(own, images, evaluations)
 
     def denoiser(self, seeds: Tensor) -> Denoise:
-        """D(x, sigma) for rows of these seeds, shape (B,): the run's `Denoiser` with their classes, and guidance."""
+        """D(x, sigma) for rows with these seeds, shape (B,): the run's `Denoiser` with their classes and guidance."""
         own, labels = self.model.denoiser, self.options.labels(seeds, self.config)
         scale, interval = self.options.guidance_scale, self.options.guidance_interval
         if scale != 1 and self.guide is not None:
@@ -226,7 +226,7 @@ class RunSampler:
         return lambda x, sigma: own(x, sigma, labels)
 
     def samples(self, seeds: Sequence[int], images: Tensor, nfe: float) -> Samples:
-        """Images of seeds, uint8 (B, C, H, W), with what is known of them."""
+        """`Samples` of the images, uint8 (B, C, H, W), that these seeds gave."""
         labels = self.options.labels(torch.tensor(seeds, dtype=torch.int64), self.config)
         return Samples(
             images=images.numpy(),
@@ -240,12 +240,12 @@ class RunSampler:
 
     @property
     def ema(self) -> str:
-        """Which average of the weights, of which step, for the protocol."""
+        """The average of the weights and its step, for the protocol."""
         return f"{self.model.ema}, step {self.model.step}"
 
 
 def _listed(classes: int, names: Sequence[str]) -> str:
-    """The classes of a run: all where they have names and are few, else the first and the last."""
+    """A run's classes: all if they have names and are few, else the first and the last."""
     if classes <= _LISTED and any(name != str(number) for number, name in enumerate(names)):
         return ", ".join(class_text(number, names) for number in range(classes))
     return f"{class_text(0, names)} to {class_text(classes - 1, names)}"

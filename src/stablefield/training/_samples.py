@@ -1,4 +1,4 @@
-"""Samples: images that a run has drawn, with their seeds and classes."""
+"""Samples: images drawn from a run, with their seeds and classes."""
 
 import base64
 import io
@@ -13,7 +13,7 @@ from stablefield.data._png import PICTURES, class_grid, write_picture, write_png
 
 __all__ = ["Samples"]
 
-# Whoever writes `save("grid.gif")` does not want a folder of that name.
+# `save("grid.gif")` asks for a file, not for a folder of that name.
 _OTHERS = (".gif", ".webp", ".bmp", ".tif", ".tiff", ".svg", ".pdf", ".npy", ".pt", ".zip", ".html", ".json")
 
 
@@ -23,12 +23,12 @@ class Samples:
 
     Attributes:
         images: uint8, shape (n, C, H, W).
-        seeds: of the images; a seed is the same image in every call with the same options.
+        seeds: one per image; a seed always gives the same image under the same options.
         labels: their classes, shape (n,), -1 for none; None for a run without classes.
-        class_names: what the classes are called, if that is known.
+        class_names: names of the classes, if known.
         nfe: network evaluations per image.
         sampler: the solver with its options, in words.
-        ema: which average of the weights, of which step.
+        ema: the average of the weights and its step.
     """
 
     images: NDArray[np.uint8]
@@ -47,7 +47,7 @@ class Samples:
         return f"<Samples: {len(self)} images of {shape}, {self.sampler}, NFE {self.nfe:g}, EMA {self.ema}>"
 
     def grid(self) -> NDArray[np.uint8]:
-        """All images as one picture, shape (height, width, C); those of a run with classes in rows with their names."""
+        """All images as one picture, shape (height, width, C); with classes, one named row per class."""
         return class_grid(self.images, self.labels, self.class_names)
 
     def save(self, path: str | Path) -> Path:
@@ -57,14 +57,14 @@ class Samples:
         `class_names` if there are any. In a folder the image of seed 7 is 000007.png.
 
         Args:
-            path: the file or folder; folders on the way are made, files of those names are replaced.
+            path: the file or folder; creates missing folders and replaces files of the same names.
 
         Returns:
             The path.
 
         Raises:
-            ValueError: if the suffix is that of another kind of file.
-            OSError: if it cannot be written.
+            ValueError: if the suffix belongs to another kind of file.
+            OSError: if the path is not writable.
         """
         path = Path(path)
         suffix = path.suffix.lower()

@@ -1,19 +1,19 @@
 r"""A comparison: the single-sample target and the stable one, trained from the same seeds on the same batches and noise.
 
-Both runs of a seed begin with the same weights and see the same rows, noise levels and noise; only what they regress on
-differs. Every so often the averaged model is scored by
+Both runs of a seed begin with the same weights and see the same rows, noise levels and noise; only the
+regression target differs. At regular steps, a score of the averaged model takes
 
 - its mean squared distance to the exact posterior mean over the whole training set, at several noise levels;
 - the Frechet distance of samples of fixed seeds, with its jackknife error;
 - the variance of the gradient from batch to batch, $E|g - E g|^2$ summed over the parameters, for both targets at the same
-  weights: what the stable target is there to lower.
+  weights: the stable target is there to lower it.
 
-Scores are kept in the run's folder line by line, so a comparison that was interrupted goes on where it stopped.
+Each score is a line of a file in the run's folder, so an interrupted comparison continues.
 
 A score is expensive: 1,000 samples by Heun's method in 18 steps are 35,000 rows through the network, as many as in some
-hundred training steps. `plan_scoring` therefore chooses how often and on how many samples, so that scoring takes no longer
-than training where possible. The exact posterior mean, which costs a pass over the data for every row, is computed once for
-all scores of all runs.
+hundred training steps. So `plan_scoring` chooses the number of scores and samples such that scoring takes no longer than
+training where possible. The exact posterior mean costs a pass over the data for every row, and is computed once for all
+scores of all runs.
 """
 
 from __future__ import annotations
@@ -67,22 +67,22 @@ __all__ = [
 ]  # fmt: skip
 
 LEVELS = (0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
-"""Noise levels at which the distance to the posterior mean is measured."""
+"""Noise levels for the distance to the posterior mean."""
 MIDDLE = (1.5, 5.0)
-"""The noise levels, both ends included, over which a comparison is summed up."""
+"""Range of noise levels, with both ends, that a comparison's summary averages over."""
 GRADIENTS = 16
-"""Batches between which the variance of the gradient is measured."""
+"""Batches for the variance of the gradient."""
 ROWS = 1024
-"""Noisy rows at each noise level that a model is held against the posterior mean on."""
+"""Noisy rows per noise level for the distance to the posterior mean."""
 NFE = 35
-"""Network evaluations of a sample."""
-# Fewest samples whose Frechet distance shows a target that is much better, and most, unless more are asked for.
+"""Network evaluations per sample."""
+# Fewest samples whose Frechet distance shows a much better target, and most by default.
 _FEWEST, _MOST = 200, 1000
-# Most scores, unless more are asked for.
+# Most scores by default.
 _MOST_SCORES = 8
 # A gradient costs three evaluations.
 _BACKWARD = 3
-# Bytes of the posterior means that are kept.
+# Bytes for the posterior means.
 _KEPT = 2**28
 
 TargetName = Literal["dsm", "stf"]
@@ -94,12 +94,12 @@ class Score:
 
     Attributes:
         step: steps done.
-        seconds: spent on training until then, without the scoring.
+        seconds: training time so far, without scoring.
         distance: mean squared distance to the exact posterior mean at each of `LEVELS`, per number of a sample.
         frechet: Frechet distance of the samples.
         frechet_error: its standard error over fresh samples.
-        gradient_variance: of the run's own target.
-        gradient_ratio: variance of the gradient with the stable target over that with the single sample, at these weights.
+        gradient_variance: variance of the gradient with the run's own target.
+        gradient_ratio: that variance with the stable target, divided by that with the single sample, at these weights.
     """
 
     step: int
@@ -122,10 +122,10 @@ class Outcome:
     """A run of a comparison.
 
     Attributes:
-        target: what it regressed on.
-        seed: of weights, batches and noise.
-        scores: over training, the last one at the end.
-        folder: of the run.
+        target: the regression target.
+        seed: seed of weights, batches and noise.
+        scores: scores over training, the last one at its end.
+        folder: the run's folder.
     """
 
     target: TargetName
@@ -135,7 +135,7 @@ class Outcome:
 
 
 def improvement(outcomes: Sequence[Outcome], seed: int) -> float:
-    """By which share the stable target's distance to the posterior mean is below the other's at middle noise levels."""
+    """The share by which the stable target has less distance to the posterior mean at middle noise levels."""
     last = {outcome.target: outcome.scores[-1].middle for outcome in outcomes if outcome.seed == seed}
     return 1 - last["stf"] / last["dsm"]
 
@@ -145,10 +145,10 @@ class Spread:
     """A figure over seeds.
 
     Attributes:
-        mean: over the seeds.
+        mean: mean over the seeds.
         error: standard error of the mean; None with one seed.
-        least: of a seed.
-        most: of a seed.
+        least: lowest value of a seed.
+        most: highest value of a seed.
     """
 
     mean: float
@@ -158,10 +158,10 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """The mean of one value per seed, with what it varies by.
+    """Mean and spread of one value per seed.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are no values.
     """
     if not values:
         raise ValueError("values are empty: pass one for each seed.")
@@ -171,13 +171,13 @@ def spread(values: Sequence[float]) -> Spread:
 
 @dataclass(frozen=True)
 class Scoring:
-    """How often a run is scored, and on what.
+    """The number of scores of a run, and their cost.
 
     Attributes:
         count: scores over training, the last one at its end.
-        samples: drawn for each.
-        rows: rows through the network that a score takes, those of gradients counted three times.
-        training: the same of the whole training.
+        samples: samples per score.
+        rows: rows through the network per score; a gradient's rows count three times.
+        training: rows through the network for the whole training, counted the same way.
     """
 
     count: int
@@ -187,13 +187,13 @@ class Scoring:
 
 
 def plan_scoring(recipe: Recipe, images: int, *, evaluations: int | None = None, samples: int | None = None) -> Scoring:
-    """Scores that take no longer than the training does, unless asked otherwise; one at the end at least.
+    """Plan scores that take no longer than the training, unless the arguments ask for more; at least one, at the end.
 
     Args:
-        recipe: of the run.
-        images: in the data; no more samples are drawn.
-        evaluations: how many scores; 1 to 8 if None.
-        samples: for each; 200 to 1,000 if None.
+        recipe: the run's recipe.
+        images: number of images in the data, the upper bound of samples.
+        evaluations: number of scores; 1 to 8 if None.
+        samples: samples per score; 200 to 1,000 if None.
     """
     training = _BACKWARD * recipe.steps * recipe.batch
     fixed = 2 * _BACKWARD * GRADIENTS * recipe.batch + len(LEVELS) * min(ROWS, images)
@@ -207,7 +207,7 @@ def plan_scoring(recipe: Recipe, images: int, *, evaluations: int | None = None,
 
 
 def rows_of(data: ImageSet) -> int:
-    """Noisy rows at each noise level that a model of these data is held against: as many as memory is given to."""
+    """Noisy rows per noise level for these data: as many as fit the memory set aside."""
     return min(len(data), ROWS, max(64, _KEPT // (4 * len(LEVELS) * math.prod(data.shape))))
 
 
@@ -216,9 +216,9 @@ def optimum_of(data: ImageSet, device: torch.device, *, labelled: bool, rows: in
 
     Args:
         data: the images.
-        device: where the networks are.
+        device: the networks' device.
         labelled: whether the posterior stays within classes.
-        rows: how many at each level; those of `rows_of` if None.
+        rows: rows per level; `rows_of(data)` if None.
     """
     labels = torch.from_numpy(data.labels) if labelled and data.labels is not None else None
     population = Population(
@@ -231,13 +231,13 @@ class Scorer:
     """Scores a run in training; an observer of the loop.
 
     Args:
-        folder: of the run; scores.jsonl in it is continued.
-        config: of the run.
+        folder: the run's folder; appends to its scores.jsonl.
+        config: the run's configuration.
         data: the images.
         check: measures samples.
         every: steps between scores.
-        accelerator: of the run.
-        optimum: what `optimum_of` makes of the images.
+        accelerator: the run's accelerator.
+        optimum: the result of `optimum_of` for the images.
     """
 
     def __init__(
@@ -252,7 +252,7 @@ class Scorer:
     ) -> None:
         self._path, self._config, self._check, self._every = folder.path / "scores.jsonl", config, check, every
         self._device = accelerator.device
-        # References as the stable target has them, whichever target this run regresses on.
+        # The stable target's references, whichever target this run regresses on.
         stable = dataclasses.replace(config.recipe, target="stf")
         feed = Feed(
             data, stable, self._device, labelled=config.classes > 0, placement=placed(stable, data, self._device)
@@ -313,7 +313,7 @@ class Scorer:
 
 
 def read_scores(folder: Path) -> list[Score]:
-    """The scores in a run's folder, in order, without damaged lines; of a step that was scored twice, the later line."""
+    """The scores in a run's folder, in order, without damaged lines; for a step with two scores, the later one."""
     found: dict[int, Score] = {}
     hints = get_type_hints(Score)
     for record in read_lines(folder / "scores.jsonl"):
@@ -327,7 +327,7 @@ def read_scores(folder: Path) -> list[Score]:
 
 
 def is_done(folder: RunFolder) -> bool:
-    """Whether the run in `folder` is trained and scored to its end."""
+    """Whether the run in `folder` has finished training and scoring."""
     scores, newest = read_scores(folder.path), folder.newest()
     steps = folder.config().recipe.steps
     return bool(scores) and newest is not None and min(scores[-1].step, newest[1].step) >= steps
@@ -344,17 +344,17 @@ def run_one(
     stop: Callable[[], bool] = lambda: False,
     optimum: Optimum | None = None,
 ) -> Outcome | None:
-    """Train and score the run in `folder`, or what is left of it; None if it was stopped.
+    """Train and score the run in `folder` to its end, from wherever it is; None if `stop` ended it.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
         data: the images.
         check: measures samples.
         every: steps between scores.
         device: where to compute.
-        report: told of progress.
-        stop: asked after every step.
-        optimum: what `optimum_of` makes of the images, where several runs share it; made here if None.
+        report: called with the progress.
+        stop: called after every step; True stops training.
+        optimum: the result of `optimum_of` for the images, which several runs may share; computed here if None.
     """
     config = folder.config()
     assert config.recipe.target in ("dsm", "stf")
@@ -376,15 +376,15 @@ def run_one(
         if done < config.recipe.steps:
             return None
         scores = read_scores(folder.path)
-        if not scores or scores[-1].step < done:  # the line of a run that had ended before is damaged
+        if not scores or scores[-1].step < done:  # the last line of a finished run is damaged
             scorer(done, open_model(folder.path, device=device).denoiser)
     return Outcome(config.recipe.target, config.recipe.seed, tuple(read_scores(folder.path)), folder.path)
 
 
 def samples_of(outcome: Outcome, seeds: Sequence[int], device: torch.device) -> NDArray[np.uint8]:
-    """Images of `seeds` that the run's averaged model draws, uint8, shape (len(seeds), C, H, W).
+    """Images that the run's averaged model draws from `seeds`, uint8, shape (len(seeds), C, H, W).
 
-    Of a run that is told classes, seed k is of class k modulo their number, and the images are in the order of the classes.
+    In a conditional run seed k has class k modulo the number of classes, and the images are sorted by class.
     """
     opened = open_model(outcome.folder, device=device)
     classes = opened.config.classes

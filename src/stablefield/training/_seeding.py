@@ -1,6 +1,6 @@
 """Seeds: every random choice of a run is a function of (seed, purpose, step).
 
-No generator's state is ever saved: a run that is resumed, or split over more processes, draws what it would have drawn.
+No run saves a generator's state: resumed, or split over more processes, it draws the same numbers.
 """
 
 from enum import IntEnum
@@ -12,7 +12,7 @@ __all__ = ["Purpose", "generator_for", "seed_for"]
 
 
 class Purpose(IntEnum):
-    """What a random stream is for; the numbers are part of the format and never change."""
+    """The purpose of a random stream; the numbers are part of the format and never change."""
 
     WEIGHTS = 0
     OBJECTIVE = 1
@@ -22,7 +22,7 @@ class Purpose(IntEnum):
 
 
 def seed_for(seed: int, purpose: Purpose, step: int = 0, part: int = 0) -> int:
-    """A number from 0 to 2^32 - 1 for (seed, purpose, step, part): torch's CPU generator reads no more bits than these."""
+    """A number from 0 to 2^32 - 1 for (seed, purpose, step, part): torch's CPU generator reads only these 32 bits."""
     key = (int(purpose), step, part) if part else (int(purpose), step)
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint32)[0])
 
