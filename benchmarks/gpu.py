@@ -23,9 +23,9 @@ from quality import RECIPES, Budget, proof, sanity
 from record import write
 
 import stablefield as sf
+from stablefield._cost import measure_cost, wait_for
 from stablefield.data._png import tile, write_png
 from stablefield.data._source import open_images
-from stablefield.evaluation._cost import measure_cost, wait_for
 from stablefield.evaluation._inception import Inception
 from stablefield.networks._song_unet import SongUNet
 

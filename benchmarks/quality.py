@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import stablefield as sf
-from stablefield.evaluation._cost import wait_for
+from stablefield._cost import wait_for
 from stablefield.evaluation._extractor import Extractor
 from stablefield.evaluation._features import Gaussian, empty_moments, fit_moments, join_moments, moments_of, unpack
 from stablefield.evaluation._fid import distance_between
-from stablefield.sampling._samples import to_uint8
+from stablefield.sampling._seeded_images import to_uint8
 from stablefield.training._ema import ema_decay, follower, update_ema
-from stablefield.training._recipe import Recipe, UNet
+from stablefield.training._recipe import Recipe, SongUNetConfig
 from stablefield.training._recipes import CIFAR10_EDM, CIFAR10_VE
 
 __all__ = ["RECIPES", "Budget", "proof", "sanity"]
@@ -30,7 +30,7 @@ FLOW = dataclasses.replace(
     process=sf.RectifiedFlow(),
     noise_levels=sf.Uniform(1e-3, 0.999),
     weighting=sf.FlowWeighting(),
-    network=UNet(architecture="ddpmpp"),
+    network=SongUNetConfig(architecture="ddpmpp"),
 )
 """Flow matching: times uniform, the loss that of the velocity, EDM's preconditioning around the network."""
 
@@ -76,8 +76,8 @@ def gaussian_of(batches: Iterator[Tensor], extractor: Extractor) -> Gaussian:
         features = extractor(batch)
         # Summed where the features are: a d x d matrix in float64 is a GPU's work.
         total = join_moments(total.to(features.device), moments_of(features))
-    found = unpack(total.cpu())
-    return fit_moments(found.mean, found.covariance)
+    _, mean, covariance = unpack(total.cpu())
+    return fit_moments(mean, covariance)
 
 
 def sanity(train: Tensor, test: Tensor, extractor: Extractor) -> dict[str, object]:
@@ -147,7 +147,7 @@ class _Trainer:
     """One network, made and compiled once, which each training starts anew from the same weights."""
 
     def __init__(self, images: Tensor, recipe: Recipe, budget: Budget) -> None:
-        assert isinstance(recipe.network, UNet)
+        assert isinstance(recipe.network, SongUNetConfig)
         layout = dataclasses.replace(recipe.network, base_channels=budget.width, blocks=budget.blocks)
         network = layout.build(tuple(images.shape[1:]), 0, 0, torch.Generator().manual_seed(0))
         self._images, self._recipe, self._budget = images, recipe, budget

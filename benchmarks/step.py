@@ -24,7 +24,7 @@ from stablefield.data._source import open_images
 from stablefield.training._allocator import keep_freed_memory
 from stablefield.training._feed import Feed
 from stablefield.training._placement import resolve_band
-from stablefield.training._recipe import Recipe, UNet
+from stablefield.training._recipe import Recipe, SongUNetConfig
 from stablefield.training._recipes import CIFAR10_EDM
 from stablefield.training._run_folder import RunConfig
 from stablefield.training._stepper import Stepper
@@ -103,7 +103,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = open_images(options.data)
     network = dataclasses.replace(CIFAR10_EDM.network, base_channels=options.base_channels)
-    assert isinstance(network, UNet)
+    assert isinstance(network, SongUNetConfig)
     recipe = dataclasses.replace(CIFAR10_EDM, network=network, batch=options.batch, references="all")
     recipe = dataclasses.replace(recipe, noise_band=resolve_band(recipe, data, device)[0])
     found: list[dict[str, object]] = []

@@ -17,8 +17,8 @@ import torch
 from record import write
 
 import stablefield as sf
+from stablefield._cost import measure_cost, measure_step, paired, peak_bytes
 from stablefield.data._source import open_images
-from stablefield.evaluation._cost import measure_cost, measure_step, paired, peak_bytes
 from stablefield.training._allocator import keep_freed_memory
 
 CPU = torch.device("cpu")

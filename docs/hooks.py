@@ -1,12 +1,12 @@
-"""What the site takes from the project's own files: the changes of the examples, measured numbers, and formulas.
+"""Insert content from the project's files into the site: diffs of the examples, measured numbers, and formulas.
 
-mkdocs calls the functions named `on_...`. On a page, a comment of its own line stands for what a file holds:
+mkdocs calls the functions named `on_...`. On a page, a comment on its own line stands for content from a file:
 
     <!-- changes: examples/accelerate_loop.py -->   the lines of a script that stable targets change, as a diff
     <!-- script: examples/accelerate_loop.py -->    the whole script
     <!-- source weight -->                          the table of benchmarks/results/own_weight.json
     <!-- band -->                                   results/band.json, what the tolerance of the noise band costs and keeps
-    <!-- cost -->                                   what results/target.json says of the target's cost, as a table
+    <!-- cost -->                                   results/target.json, the target's cost, as a table
     <!-- step -->                                   results/step_cpu.json, as two tables
     <!-- gpu throughput -->                         results/gpu.json, images per second by precision and target
     <!-- gpu cost -->                               the same file, the target beside two bare products
@@ -48,12 +48,12 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).resolve().parents[1]
-# As the theme's plugin `offline` writes it.
+# The form in which the theme's plugin `offline` writes it.
 _WORKER = re.compile(r'https://[^"]*/iframe-worker/shim')
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put what the project's files hold in the place of the comments."""
+    """Replace the comments with the content of the project's files."""
     markdown = re.sub(r"^<!-- changes: (\S+) -->$", lambda m: changes(ROOT / m[1]), markdown, flags=re.M)
     markdown = re.sub(r"^<!-- script: (\S+) -->$", lambda m: script(ROOT / m[1]), markdown, flags=re.M)
     tables = {
@@ -73,17 +73,17 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Turn the formulas of a page into MathML, which browsers draw by themselves."""
+    """Turn the formulas of a page into MathML, which browsers render natively."""
     return formulas(html)
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:
-    """Load the search's worker from the site itself: the theme names a copy of it elsewhere."""
+    """Load the search worker from the site itself: the theme links to an external copy."""
     return _WORKER.sub("../" * page.url.count("/") + "assets/iframe-worker.js", output)
 
 
 def on_post_template(output_content: str, **_: Any) -> str:
-    """The same for the page of what is not found, whose addresses begin at the site's root."""
+    """The same for the 404 page, whose links start at the site's root."""
     return _WORKER.sub("/assets/iframe-worker.js", output_content)
 
 
@@ -93,7 +93,7 @@ def script(path: Path) -> str:
 
 
 def changes(script: Path) -> str:
-    """What stable targets change in an example, as a diff: lines marked `# +` came, those behind `# -` went."""
+    """The changes that stable targets make to an example, as a diff: `# +` marks added lines, `# -` removed ones."""
     source = script.read_text("utf-8").splitlines()
     before = [re.sub(r"^(\s*)# - ", r"\1", line) for line in source if not line.endswith("# +")]
     after = [re.sub(r"\s*# \+$", "", line) for line in source if not re.match(r"\s*# - ", line)]
@@ -119,7 +119,7 @@ def own_weight() -> str:
 
 
 def band() -> str:
-    """The committed measurement of what the tolerance of the noise band costs and keeps, as a table."""
+    """The committed measurement of the noise band's tolerance, its cost and what it keeps, as a table."""
     record = _record("band")
     head = ("data", "tolerance", "the band begins at", "weight lost there", "of a batch in the band", "kept")
     rows = [
@@ -138,7 +138,7 @@ def band() -> str:
 
 
 def cost() -> str:
-    """The committed measurement of what the target costs on a CPU, as a table."""
+    """The committed measurement of the target's cost on a CPU, as a table."""
     record = _record("target")
     products, naive, band = record["beside_two_products"], record["beside_the_naive_form"], record["with_a_band"]
     training = record["training_step"]
@@ -166,7 +166,7 @@ def cost() -> str:
 
 
 def step() -> str:
-    """The committed measurement of a training step on a CPU: images per second, and what the time goes into."""
+    """The committed measurement of a training step on a CPU: images per second, and where the time goes."""
     record = _record("step_cpu")
     speed = [
         (row["setting"], f"{row['images_per_second']:.1f}", f"{row['target_share']:.1%}")
@@ -217,7 +217,7 @@ def gpu_cost() -> str:
 
 
 def gpu_accuracy() -> str:
-    """The committed measurement of the posterior mean's error on a GPU, as a table; the last of those of gpu.json."""
+    """The committed measurement of the posterior mean's error on a GPU, as a table; the last table from gpu.json."""
     record = _record("gpu")
     rows = [(f"{row['level']:g}", f"{row['relative_error']:.1e}") for row in record["accuracy"]]
     return _table(("noise level", "largest relative error"), rows, record, f", commit {record['commit']}")
@@ -304,17 +304,17 @@ def _record(name: str) -> dict[str, Any]:
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], record: dict[str, Any] | None, more: str = "") -> str:
-    """A Markdown table, and below it the command that made its numbers, where and when."""
+    """A Markdown table, and below it the command that produced its numbers, the machine and the date."""
     lines = [head, tuple("---" if k == 0 else "--:" for k in range(len(head))), *rows]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     if record is None:
         return text
-    said = f"`{record['command']}`{more}, {record['machine']}, torch {record['torch']}, {record['date']}."
-    return f"{text}\n\n{said}"
+    caption = f"`{record['command']}`{more}, {record['machine']}, torch {record['torch']}, {record['date']}."
+    return f"{text}\n\n{caption}"
 
 
 def formulas(page: str) -> str:
-    """The formulas that the Markdown extension has marked, as MathML."""
+    """Replace the formulas marked by the Markdown extension with MathML."""
 
     def mathml(found: re.Match[str]) -> str:
         text = html.unescape(found[2]).strip()

@@ -1,6 +1,6 @@
 """Stable targets in a plain loop on Accelerate, with EDM's preconditioning and loss written out.
 
-Lines that end in `# +` were added; lines that begin with `# -` are what stood there before.
+Lines that end in `# +` were added; lines that begin with `# -` show what they replace.
 
     pip install stablefield accelerate
 """
@@ -18,7 +18,7 @@ SIGMA_DATA = 0.5
 
 
 class Network(nn.Module):
-    """A small convolutional network that is told the noise level."""
+    """A small convolutional network conditioned on the noise level."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()

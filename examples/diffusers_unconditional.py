@@ -1,7 +1,7 @@
 """Stable targets in diffusers' unconditional training loop: a UNet2DModel, a DDPMScheduler, Accelerate, an EMA.
 
-Lines that end in `# +` were added; lines that begin with `# -` are what stood there before. Whether the scheduler
-predicts the noise, v or the sample, `sf.from_diffusers` knows: the loop's three cases become one line.
+Lines that end in `# +` were added; lines that begin with `# -` show what they replace. `sf.from_diffusers` knows whether the
+scheduler predicts the noise, v or the sample, so the loop's three cases become one line.
 
     pip install "stablefield[diffusers]" accelerate
 """

@@ -1,7 +1,7 @@
-"""Stable targets in a denoiser in the manner of k-diffusion: a module that scales its network's input, output and target.
+"""Stable targets in a denoiser like k-diffusion's: a module that scales its network's input, output and target.
 
-There the loss compares the network's raw output with (x0 - c_skip x_t) / c_out; the stable target takes the place of x0.
-Lines that end in `# +` were added; lines that begin with `# -` are what stood there before.
+Its loss compares the network's raw output with (x0 - c_skip x_t) / c_out; the stable target replaces x0.
+Lines that end in `# +` were added; lines that begin with `# -` show what they replace.
 
     pip install stablefield
 """
@@ -20,7 +20,7 @@ class Denoiser(nn.Module):
     Args:
         inner: called with the scaled image and the noise level.
         sigma_data: standard deviation of the data.
-        stable: what makes the target.
+        stable: makes the target.
     """
 
     # - def __init__(self, inner: nn.Module, sigma_data: float = 0.5) -> None:

@@ -1,12 +1,12 @@
 """Stable targets for class-conditional flow matching on latents, with label dropout for guidance.
 
-A row that is told its class may use the references of that class only; a row whose label was dropped may use all. Both
-follow from two lines: the pool knows the class of each latent (`labels=`), the call knows the label that the network sees,
--1 where it sees none. Without them the target would be biased: it would average over images that the network's condition
-rules out.
+If the network sees a row's class, the row may only use references of that class; a row whose label was dropped may use all.
+Two lines achieve both: the pool knows the class of each latent (`labels=`), and the call passes the label that the network
+sees, -1 where it sees none. Without them the target would be biased: it would average over images that the network's
+condition rules out.
 
-The encoder here is a principal component analysis, in the place of an autoencoder. Lines that end in `# +` were added;
-lines that begin with `# -` are what stood there before.
+The encoder here is a principal component analysis instead of an autoencoder. Lines that end in `# +` were added; lines that
+begin with `# -` show what they replace.
 
     pip install stablefield
 """
@@ -36,7 +36,7 @@ class Velocity(nn.Module):
 
 
 def encode(images: Tensor, dim: int = 16) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents of unit variance, and what decodes them: the mean and the directions."""
+    """Latents of unit variance, and the mean and directions that decode them."""
     flat = images.flatten(1)
     mean = flat.mean(0)
     _, scale, directions = torch.linalg.svd(flat - mean, full_matrices=False)
@@ -73,8 +73,8 @@ def main(steps: int = 600) -> list[float]:
         x, wanted = torch.randn(CLASSES, latents.shape[1]), torch.arange(CLASSES)
         for step in range(20):
             t = torch.full((CLASSES,), 1 - step / 20)
-            told, untold = model(x, t, wanted), model(x, t, torch.full_like(wanted, -1))
-            x = x - (untold + 1.5 * (told - untold)) / 20
+            conditional, unconditional = model(x, t, wanted), model(x, t, torch.full_like(wanted, -1))
+            x = x - (unconditional + 1.5 * (conditional - unconditional)) / 20
         drawn = x @ directions + mean
     print(f"loss {sum(losses[-50:]) / len(losses[-50:]):.4f}, pixels from {drawn.min():.2f} to {drawn.max():.2f}")
     return losses

@@ -1,7 +1,7 @@
 """Stable targets in a Lightning module that predicts v under a cosine schedule of its own.
 
 The recipe for any parameterisation: where the loss has the clean data and the noise, put `target.x0` and `target.noise`.
-Lines that end in `# +` were added; lines that begin with `# -` are what stood there before.
+Lines that end in `# +` were added; lines that begin with `# -` show what they replace.
 
     pip install stablefield lightning
 """

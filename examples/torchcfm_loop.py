@@ -1,11 +1,11 @@
 """Stable targets in a torchcfm loop, where time runs from noise to data.
 
 `ConditionalFlowMatcher(sigma=0.0)` draws x_t = t x1 + (1 - t) x0 with noise x0 and data x1, and regresses on x1 - x0. That
-is our rectified flow at time 1 - t, and the negative of its velocity. Two things stay outside: a matcher with sigma > 0 adds
-noise of another level than the flow's own, and a matcher that pairs noise with data by optimal transport makes the noise
-depend on the data, for which the posterior over references is another one.
+is our rectified flow at time 1 - t, and the negative of its velocity. Two kinds of matchers do not work: one with sigma > 0
+adds noise at a different level from the flow's own, and one that pairs noise with data by optimal transport makes the noise
+depend on the data, which changes the posterior over references.
 
-Lines that end in `# +` were added; lines that begin with `# -` are what stood there before.
+Lines that end in `# +` were added; lines that begin with `# -` show what they replace.
 
     pip install stablefield pot; pip install --no-deps torchcfm
 

@@ -1,8 +1,9 @@
-"""What the experiments share: the toy of two Gaussians, and results that say how they were made."""
+"""Shared by the experiments: the two-Gaussian toy data, and results with a record of how they were made."""
 
 import datetime as dt
 import json
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from torch import Tensor
 import stablefield
 from stablefield.report import LineChart, write_chart
 
-__all__ = ["FIGURES", "RESULTS", "two_gaussians", "write"]
+__all__ = ["ASSETS", "draw", "read", "two_gaussians", "write"]
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parent / "figures"
+ASSETS = Path(__file__).parents[1] / "docs/assets"
 
 
 def two_gaussians(n: int = 4096, seed: int = 0) -> Tensor:
@@ -26,8 +28,13 @@ def two_gaussians(n: int = 4096, seed: int = 0) -> Tensor:
     return 0.25 * side + 0.1 * torch.randn(n, 64, generator=generator)
 
 
-def write(name: str, command: str, values: dict[str, Any], charts: dict[str, LineChart]) -> None:
-    """Write results/NAME.json and a figure per chart, and say where they are."""
+def read(name: str) -> dict[str, Any]:
+    """What `write` wrote as results/NAME.json."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def write(name: str, command: str, values: dict[str, Any]) -> None:
+    """Write results/NAME.json, and print its path."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     record = {
@@ -42,7 +49,13 @@ def write(name: str, command: str, values: dict[str, Any], charts: dict[str, Lin
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"experiments/results/{name}.json")
-    for chart_name, chart in charts.items():
-        FIGURES.mkdir(exist_ok=True)
-        write_chart(chart, FIGURES / f"{chart_name}.png")
-        print(f"experiments/figures/{chart_name}.png")
+
+
+def draw(charts: dict[str, LineChart]) -> None:
+    """Write figures/NAME.png for each chart, and its copy in docs/assets if the site shows it; say where they are."""
+    for name, chart in charts.items():
+        figure = write_chart(chart, FIGURES / f"{name}.png")
+        print(f"experiments/figures/{name}.png")
+        if (ASSETS / figure.name).exists():
+            shutil.copy(figure, ASSETS)
+            print(f"docs/assets/{name}.png")

@@ -2,16 +2,15 @@
 
     python experiments/comparisons.py
 
-Reads results/compare_digits.json and compare_fashion.json, which the commands in them made. Draws the ratio of the squared
-distances to the exact posterior mean of each seed's pair of runs, with the spread over seeds.
+Reads results/compare_digits.json and compare_fashion.json; each names the command that made it. Draws, for each seed's pair
+of runs, the ratio of the squared distances to the exact posterior mean, with the spread over seeds.
 """
 
-import json
 import statistics
 from typing import Any
 
 import torch
-from common import RESULTS, write
+from common import draw, read, write
 
 from stablefield.report import Line, LineChart
 
@@ -27,7 +26,7 @@ def main() -> None:
     lines: list[Line] = []
     found: dict[str, Any] = {}
     for name, title in SETS.items():
-        record = json.loads((RESULTS / f"compare_{name}.json").read_text())
+        record = read(f"compare_{name}")
         levels = record["protocol"]["noise_levels"]
         stf, dsm = last(record, "stf"), last(record, "dsm")
         ratios = torch.tensor(
@@ -49,11 +48,12 @@ def main() -> None:
     equal = Line(label="equal", x=levels, y=[1.0] * len(levels), reference=True)
     chart = LineChart(
         lines=(*lines, equal),
-        x_label="noise level",
+        x_label="noise level sigma / alpha",
         y_label="squared distance to the optimum, STF / DSM",
         log_x=True,
     )
-    write("comparisons", "python experiments/comparisons.py", {"comparisons": found}, {"comparisons": chart})
+    write("comparisons", "python experiments/comparisons.py", {"comparisons": found})
+    draw({"comparisons": chart})
 
 
 if __name__ == "__main__":

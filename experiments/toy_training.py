@@ -1,6 +1,7 @@
 """Training on two Gaussians in R^64: squared error of the score against steps, with DSM and with n references.
 
-    python experiments/toy_training.py
+    python experiments/toy_training.py           # three minutes on a core
+    python experiments/toy_training.py --draw    # only the figure, from results/
 
 The error is that of the network against the exact score of the mixture, E |s(x_t) - grad log p(x_t)|^2, relative to
 E |grad log p(x_t)|^2, averaged over noise levels in the middle phase.
@@ -11,11 +12,12 @@ References:
 """
 
 import statistics
+import sys
 import time
 from typing import Any
 
 import torch
-from common import two_gaussians, write
+from common import draw, read, two_gaussians, write
 from torch import Tensor
 
 import stablefield as sf
@@ -44,7 +46,7 @@ def error(denoiser: sf.Denoiser) -> float:
         for sigma in LEVELS:
             x = clean + sigma * noise
             exact = exact_denoiser(x, sigma)
-            # The score is (D - x) / sigma^2: the factor leaves the ratio.
+            # The score is (D - x) / sigma^2: the factor cancels in the ratio.
             gap = (denoiser(x, sigma) - exact).square().sum(1).mean()
             found.append(float(gap / (exact - x).square().sum(1).mean()))
     return statistics.fmean(found)
@@ -60,12 +62,12 @@ def run(size: int | None, seed: int) -> tuple[list[float], float]:
     average = follower(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     draws = torch.Generator().manual_seed(100 + seed)
-    errors, began, looking = [], time.perf_counter(), 0.0
+    errors, began, measuring = [], time.perf_counter(), 0.0
     for step in range(STEPS):
         index = torch.randperm(len(data), generator=draws)[:BATCH]
         references = torch.Generator().manual_seed(seed * STEPS + step)
         noise = objective.draw((BATCH, 64), draws)
-        # References of their own generator: all runs of a seed see the same rows and noise.
+        # References have their own generator, so all runs of a seed see the same rows and noise.
         example = objective.example(data[index], noise, None, index, generator=references)
         loss = objective.evaluate(model, example).loss
         optimizer.zero_grad()
@@ -75,25 +77,41 @@ def run(size: int | None, seed: int) -> tuple[list[float], float]:
         if (step + 1) % EVERY == 0:
             pause = time.perf_counter()
             errors.append(error(average))
-            looking += time.perf_counter() - pause
-    return errors, time.perf_counter() - began - looking
+            measuring += time.perf_counter() - pause
+    return errors, time.perf_counter() - began - measuring
 
 
-def main() -> None:
-    steps = list(range(EVERY, STEPS + 1, EVERY))
+def chart(record: dict[str, Any]) -> LineChart:
+    """The errors over training, with the spread over seeds."""
     lines: list[Line] = []
-    runs: list[dict[str, Any]] = []
-    for size in SIZES:
-        found = [run(size, seed) for seed in SEEDS]
-        curves = torch.tensor([errors for errors, _ in found])
-        name = "DSM" if size is None else f"{size:,} references"
-        lines.append(Line(label=name, x=steps, y=curves.mean(0), low=curves.min(0).values, high=curves.max(0).values))
-        runs.append({"size": size, "seeds": list(SEEDS), "errors": curves.tolist(), "seconds": [s for _, s in found]})
-        print(f"{name}: {curves[:, -1].mean():.5f} after {STEPS} steps, {statistics.fmean(s for _, s in found):.1f} s")
-    chart = LineChart(lines=tuple(lines), x_label="step", y_label="relative squared error of the score", log_y=True)
-    values = {"noise_levels": LEVELS, "steps": steps, "runs": runs}
-    write("toy_training", "python experiments/toy_training.py", values, {"toy_training": chart})
+    for found in record["runs"]:
+        curves = torch.tensor(found["errors"])
+        name = "DSM" if found["size"] is None else f"{found['size']:,} references"
+        band = {"low": curves.min(0).values, "high": curves.max(0).values}
+        lines.append(Line(label=name, x=record["steps"], y=curves.mean(0), **band))
+    return LineChart(
+        lines=tuple(lines),
+        x_label="step",
+        y_label="relative squared error of the score",
+        log_y=True,
+        title="Training on two Gaussians",
+    )
+
+
+def main(arguments: list[str]) -> None:
+    if arguments != ["--draw"]:
+        runs: list[dict[str, Any]] = []
+        for size in SIZES:
+            found = [run(size, seed) for seed in SEEDS]
+            errors, seconds = [errors for errors, _ in found], [seconds for _, seconds in found]
+            runs.append({"size": size, "seeds": list(SEEDS), "errors": errors, "seconds": seconds})
+            last = statistics.fmean(curve[-1] for curve in errors)
+            print(f"{size or 1} references: {last:.5f} after {STEPS} steps, {statistics.fmean(seconds):.1f} s")
+        steps = list(range(EVERY, STEPS + 1, EVERY))
+        values = {"noise_levels": LEVELS, "steps": steps, "runs": runs}
+        write("toy_training", "python experiments/toy_training.py", values)
+    draw({"toy_training": chart(read("toy_training"))})
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from stablefield._cost import measure_cost, measure_step, paired
 from stablefield.cli.bench import Bench
 from stablefield.cli.verbs import parse
-from stablefield.evaluation._cost import measure_cost, measure_step, paired
 from stablefield.evaluation._extractor import RandomConvolutions
 from stablefield.evaluation._fid import frechet_distance_from_features
 
@@ -48,7 +48,7 @@ def test_peak_memory_is_what_the_work_holds_at_a_time() -> None:
     # The kernel's count is of the whole process, so it errs upwards: the smallest of three is the work's.
     program = """
 import torch
-from stablefield.evaluation._cost import peak_bytes
+from stablefield._cost import peak_bytes
 
 def work():
     for _ in range(3):
@@ -92,9 +92,9 @@ def test_bench_prints_a_table_that_fits_and_writes_its_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("stablefield.evaluation._bench._ROWS", (4, 8))
-    monkeypatch.setattr("stablefield.evaluation._bench._SIZES", (16, 32))
-    monkeypatch.setattr("stablefield.evaluation._bench._SIDES", (4, 8))
+    monkeypatch.setattr("stablefield._bench._ROWS", (4, 8))
+    monkeypatch.setattr("stablefield._bench._SIZES", (16, 32))
+    monkeypatch.setattr("stablefield._bench._SIDES", (4, 8))
     flags = ("--device", "cpu", "--batch", "4", "--references", "64", "--pairs", "1", "--no-step")
     verb = parse(["bench", "digits", *flags, "--out", str(tmp_path / "found")])
     assert isinstance(verb, Bench)

@@ -4,11 +4,14 @@ import stablefield as sf
 
 stable = sf.StableTarget(sf.EDM(), references=sf.Pool(images))
 target = stable(x0, x_t, sigma, index=index)  # then regress on target.x0, .noise, .score, .v or .velocity
+
+run = sf.train(images, out="runs/mine")  # or the whole training: images is a tensor, uint8 (n, C, H, W), or a folder
+run.sample(64).save("grid.png")
 """
 
 from stablefield._lazy import attach
 
 __version__ = "0.1.0"
 
-# So the command can say what there is, and what a mistyped flag may have meant, without waiting for torch.
+# Lazy, so that the command can print its help and correct a mistyped flag without importing torch.
 __getattr__, __dir__ = attach(__name__, __file__)

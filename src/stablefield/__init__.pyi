@@ -1,3 +1,7 @@
+from stablefield._bench import Benchmark as Benchmark
+from stablefield._bench import benchmark as benchmark
+from stablefield._doctor import CheckUp as CheckUp
+from stablefield._doctor import check_machine as check_machine
 from stablefield.diffusion._discrete import Discrete as Discrete
 from stablefield.diffusion._noise_levels import LogNormal as LogNormal
 from stablefield.diffusion._noise_levels import LogUniform as LogUniform
@@ -48,8 +52,8 @@ from stablefield.diffusion._weighting import (
 from stablefield.evaluation._evaluate import evaluate as evaluate
 from stablefield.targets._band import NoiseBand as NoiseBand
 from stablefield.targets._band import pick_noise_band as pick_noise_band
-from stablefield.targets._kernel import GaussianKernel as GaussianKernel
-from stablefield.targets._kernel import StudentTKernel as StudentTKernel
+from stablefield.targets._perturbation_kernel import GaussianKernel as GaussianKernel
+from stablefield.targets._perturbation_kernel import StudentTKernel as StudentTKernel
 from stablefield.targets._pool import Pool as Pool
 from stablefield.targets._posterior import Posterior as Posterior
 from stablefield.targets._posterior import posterior as posterior

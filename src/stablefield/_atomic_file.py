@@ -1,4 +1,4 @@
-"""Atomic writes: a file is there whole, under its name, or not at all."""
+"""Atomic writes: a file appears under its name complete, or not at all."""
 
 import os
 from collections.abc import Callable
@@ -8,7 +8,7 @@ __all__ = ["sync", "write_atomically"]
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk. Windows syncs no folders."""
+    """Wait until a file, or the names in a folder, are on disk. Windows cannot sync folders."""
     if os.name == "nt" and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -19,15 +19,15 @@ def sync(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file under a temporary name beside `path`, and give it its name when it is on the disk.
+    """Let `write` make a file under a temporary name beside `path`, and rename it to `path` when it is on disk.
 
     Raises:
-        OSError: if it cannot be written; nothing is left behind, and a file of that name stays as it was.
+        OSError: if it cannot be written; leaves nothing behind, and an existing file unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Two processes that write the same file each have their own.
+    # Processes that write the same file use different temporary files.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)  # of a kill, or no file at all, which must not be written to
+    temporary.unlink(missing_ok=True)  # left by a kill, or a link or FIFO that must not be written to
     try:
         write(temporary)
         sync(temporary)

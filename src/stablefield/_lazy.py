@@ -1,7 +1,7 @@
-"""Public names that are imported when one of them is first asked for (PEP 562), as a package's stub lists them.
+"""Import public names on first access (PEP 562), as listed in a package's stub.
 
-The stub, `__init__.pyi`, is what type checkers and editors read, so there is one list of names. Importing a package stays
-cheap, and one part of the library can be used without what another needs.
+Type checkers and editors read the same stub, `__init__.pyi`, so there is one list of names. Importing a package stays cheap,
+and you can use one part of the library without the dependencies of another.
 """
 
 import ast
@@ -18,10 +18,10 @@ def attach(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], 
 
     Args:
         package: its `__name__`.
-        file: its `__file__`; the stub lies beside it.
+        file: its `__file__`; the stub is beside it.
 
     Returns:
-        Both functions. `__all__` is one of the names that the first one knows.
+        Both functions. The first one also knows `__all__`.
     """
     listed: dict[str, str] = {}
 

@@ -1,4 +1,4 @@
-"""Memory: how much of it new tensors could take, on a device or within the limits of a container."""
+"""Free memory for new tensors, on a device or within the limits of a container."""
 
 import os
 from dataclasses import dataclass
@@ -11,23 +11,23 @@ from stablefield._reading import readable
 
 __all__ = ["free_bytes"]
 
-# Taken for free where the system does not tell: 4 GB.
+# Assumed to be free if the system does not report it: 4 GB.
 _UNKNOWN = 2**32
-# What groups of the first version have for a limit where there is none is above this.
+# Groups of version 1 report a limit above this if there is none.
 _NONE = 2**60
 
 
 def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
-    """Memory that new tensors on `device` could take, in bytes; 4 GB where the system does not tell.
+    """Memory that new tensors on `device` could take, in bytes; 4 GB if the system does not report it.
 
-    On a GPU it is what the driver has and what torch keeps unused; while a CUDA graph is captured, where the driver must
-    not be asked, all but what torch uses. On MPS it is what is left of the recommended size. On a CPU it is what the system
-    calls available, or what the control groups of this process leave if that is less (the limits of containers and of batch
-    systems, which the system's own figure does not know).
+    On a GPU it is the driver's free memory plus the memory that torch keeps unused; during capture of a CUDA graph, when the
+    driver must not be queried, all memory that torch does not use. On MPS it is the rest of the recommended size. On a CPU
+    it is the system's available memory, or the rest within the control groups of this process if that is less (the limits of
+    containers and batch systems, which the system's own figure ignores).
 
     Args:
-        device: where the tensors would be.
-        root: where the system's files are.
+        device: of the tensors.
+        root: of the system's files.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -41,9 +41,9 @@ def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
 
 
 def _available(root: Path) -> int | None:
-    told = _entry(root / "proc/meminfo", "MemAvailable:")
-    if told is not None:
-        return told * 1024
+    reported = _entry(root / "proc/meminfo", "MemAvailable:")
+    if reported is not None:
+        return reported * 1024
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     except (ValueError, AttributeError):
@@ -52,13 +52,13 @@ def _available(root: Path) -> int | None:
 
 @dataclass(frozen=True)
 class _Group:
-    """A control group with a limit of memory.
+    """A control group with a memory limit.
 
     Args:
-        folder: where its files are.
+        folder: of its files.
         limit: bytes.
-        usage: the file that says how many are in use.
-        cache: the entry of memory.stat that says how many of these hold files, and give way to whoever needs them.
+        usage: the file with the number of bytes in use.
+        cache: the entry of memory.stat for bytes in use by the file cache, which can be reclaimed.
     """
 
     folder: Path
@@ -74,9 +74,9 @@ class _Group:
 
 @cache
 def _limited(root: Path) -> list[_Group]:
-    """The control groups of this process, and those around them, that have a limit (looked up once)."""
+    """The control groups of this process, and their parents, that have a limit (looked up once)."""
     groups = root / "sys/fs/cgroup"
-    # Of the second version, also where it stands beside the first; of the first.
+    # Version 2, alone or mounted beside version 1; then version 1.
     found = _along(groups, "", False) + _along(groups / "unified", "", False) + _along(groups / "memory", "", True)
     for line in _lines(root / "proc/self/cgroup"):
         number, _, rest = line.partition(":")
@@ -89,7 +89,7 @@ def _limited(root: Path) -> list[_Group]:
 
 
 def _along(mount: Path, path: str, first: bool) -> list[_Group]:
-    # In a container the path may be that of its host, while the mount begins at the container's group.
+    # In a container the path may be the host's, while the mount begins at the container's group.
     group = mount / path.lstrip("/")
     inside = [folder for folder in (group, *group.parents) if folder.is_relative_to(mount)]
     limits = ("memory.limit_in_bytes",) if first else ("memory.max", "memory.high")

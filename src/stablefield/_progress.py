@@ -1,4 +1,4 @@
-"""How far a long call has come, for whoever draws a bar."""
+"""The progress of a long call, such as for a progress bar."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,9 @@ class Progress:
     """One report of a long call to its `progress` callback.
 
     Attributes:
-        stage: what is being done, such as "sampling".
-        done: parts of it that are done.
-        total: parts that there are.
+        stage: the current activity, such as "sampling".
+        done: number of finished parts.
+        total: number of parts.
     """
 
     stage: str

@@ -1,7 +1,7 @@
-"""Reading values: when the numbers in a tensor may be read.
+"""Whether code may read the numbers in a tensor.
 
-While torch compiles or exports a function there are no numbers yet; while it captures a CUDA graph, asking for one is an
-error. What runs then must be *static*: the same operations on the same shapes, whatever the numbers.
+While torch compiles or exports a function there are no numbers yet; while it captures a CUDA graph, reading one is an error.
+Code that runs then must be *static*: the same operations on the same shapes, whatever the numbers.
 """
 
 import torch

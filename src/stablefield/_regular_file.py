@@ -1,21 +1,22 @@
-"""Opening files that others made: regular files and nothing else.
+"""Open untrusted files: regular files and nothing else.
 
-A FIFO is waited for without an end, a device may never run out of bytes, and one look at a path proves nothing about what
-is opened there a moment later. So the file is opened without waiting, and what came of it is asked what it is.
+Opening a FIFO may wait forever, a device may never run out of bytes, and a check of a path proves nothing about the file
+opened there a moment later. So this opens without waiting, and then checks the kind of the open file.
 """
 
 import errno
+import hashlib
 import os
 import stat
 import struct
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, NoReturn, cast
 
-__all__ = ["JSON_LIMIT", "NotRegularError", "UnreadFileError", "check_safetensors", "open_regular", "reason"]
+__all__ = ["JSON_LIMIT", "NotRegularError", "UnreadFileError", "check_safetensors", "open_regular", "reason", "sha256"]
 
 JSON_LIMIT = 2**22
-"""The longest text of JSON that is read, in bytes: its lists and names take a second, and up to thirty times as much memory.
-"""
+"""The longest JSON text that is read, in bytes: parsing it takes a second, and up to thirty times as much memory."""
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -24,31 +25,31 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
-# Neither wait for a writer, nor take a terminal as the process's own; the names that a system lacks mean nothing there.
+# Neither wait for a writer, nor make a terminal the controlling one; flags that a system lacks are omitted.
 _FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_NOCTTY", "O_BINARY", "O_CLOEXEC"))
 
 
 class UnreadFileError(ValueError):
-    """A file that is not read, for what it is.
+    """A file that is not read because of its kind or content.
 
     Attributes:
-        reason: why, without the path, for a message that has named it.
+        reason: why, without the path, for a message that already names it.
     """
 
-    def __init__(self, path: Path, said: str) -> None:
-        super().__init__(f"{path} {said}.")
-        self.reason = f"it {said}"
+    def __init__(self, path: Path, fault: str) -> None:
+        super().__init__(f"{path} {fault}.")
+        self.reason = f"it {fault}"
 
 
 class NotRegularError(UnreadFileError):
-    """A path at which there is no regular file."""
+    """A path that is not a regular file."""
 
     def __init__(self, path: Path, kind: str) -> None:
-        super().__init__(path, f"is {kind}: only regular files are read; take it away, or put a regular file there")
+        super().__init__(path, f"is {kind}: only regular files are read; remove it, or put a regular file there")
 
 
 def reason(error: Exception) -> str:
-    """What an error says, for a message that has named the file: without the path, and without a full stop at its end."""
+    """An error's text for a message that already names the file: without the path and the final full stop."""
     return error.reason if isinstance(error, UnreadFileError) else str(error).removesuffix(".")
 
 
@@ -69,11 +70,11 @@ def open_regular(path: Path) -> BinaryIO:
     try:
         descriptor = os.open(path, _FLAGS)
     except OSError as error:
-        if error.errno in (errno.ENXIO, errno.ENODEV):  # became a socket, or a device without a driver, since the look
+        if error.errno in (errno.ENXIO, errno.ENODEV):  # became a socket, or a device without a driver, since the check
             _not_regular(path, "a socket or a device")
         raise
     try:
-        # It may have been put there since the look; this cannot be deceived.
+        # The path may have changed since the first check; this check of the open file is safe.
         _refuse(path, os.fstat(descriptor).st_mode)
         return os.fdopen(descriptor, "rb")
     except BaseException:
@@ -81,21 +82,32 @@ def open_regular(path: Path) -> BinaryIO:
         raise
 
 
-def check_safetensors(path: Path) -> None:
-    """Make sure that a file may be given to safetensors, which parses headers of up to 100 MB: in 20 s and 4.5 GB.
-
-    Args:
-        path: the file; whether it is a whole safetensors file, the library finds out.
+def sha256(path: Path) -> str:
+    """The checksum of a file's bytes, 64 hexadecimal digits.
 
     Raises:
-        UnreadFileError: if it is no regular file, or says that its header is longer than `JSON_LIMIT`.
+        ValueError: if it is no regular file.
+        OSError: if it cannot be read.
+    """
+    with open_regular(path) as file:
+        return hashlib.file_digest(cast("BufferedReader", file), "sha256").hexdigest()
+
+
+def check_safetensors(path: Path) -> None:
+    """Check that a file may be passed to safetensors, which would parse headers of up to 100 MB, in 20 s and 4.5 GB.
+
+    Args:
+        path: the file; safetensors itself finds out whether it is complete.
+
+    Raises:
+        UnreadFileError: if it is not a regular file, or claims a header longer than `JSON_LIMIT`.
         OSError: if it cannot be read.
     """
     with open_regular(path) as file:
         head = file.read(8)
     length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
     if length > JSON_LIMIT:
-        raise UnreadFileError(path, f"says that its header has {length:,} bytes; at most {JSON_LIMIT:,} are read")
+        raise UnreadFileError(path, f"claims a header of {length:,} bytes, above the limit of {JSON_LIMIT:,}")
 
 
 def _refuse(path: Path, mode: int) -> None:

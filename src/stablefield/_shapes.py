@@ -1,9 +1,9 @@
-"""Rows and their scalars, and the plain checks of arguments that every layer shares.
+"""Rows and their scalars, and the basic checks of arguments for every layer.
 
-Throughout the library a batch has shape (B, ...) and whatever belongs to a row (time, noise level, weight) has shape
-(B,) or is one float for all rows.
+Throughout the library a batch has shape (B, ...), and a row's scalars (time, noise level, weight) have shape (B,) or are one
+float for all rows.
 
-The checks look at types, dtypes and layouts, never at the numbers in a tensor, so that none waits for a device.
+The checks examine types, dtypes and layouts, never the numbers in a tensor, so none waits for a device.
 """
 
 import os
@@ -40,13 +40,13 @@ def row_values(name: str, value: float | Tensor, x: Tensor) -> Tensor:
     """Return `value`, a float or a tensor of shape () or (B,), as a tensor of shape (B,) on the device of `x`.
 
     Args:
-        name: what to call the value in an error.
+        name: of the value, for errors.
         value: a float, or a tensor of shape () or (B,).
-        x: the batch it belongs to, shape (B, ...).
+        x: its batch, shape (B, ...).
 
     Raises:
         TypeError: if the value is neither a number nor a tensor of real numbers.
-        ValueError: if the shape is neither () nor (B,), or a tensor lies on another device.
+        ValueError: if the shape is neither () nor (B,), or a tensor is on another device.
     """
     if not isinstance(value, Tensor):
         return torch.full(
@@ -84,12 +84,12 @@ def check_tensor(
     """Check that the argument `name` is a dense tensor.
 
     Args:
-        name: what to call it in an error.
-        value: what was given.
+        name: of the argument, for errors.
+        value: the argument.
         floating: whether it must hold floating point numbers.
         real: whether it must hold real numbers, floating point or integers.
         batch: whether it must have rows, shape (B, ...).
-        numbers: whether there must be numbers in it: not on the device "meta".
+        numbers: whether it must hold numbers, so not be on the device "meta".
 
     Raises:
         TypeError: if it is not a tensor, or a sparse or nested one.
@@ -126,7 +126,7 @@ def check_labels(name: str, value: Any, rows: int | None = None) -> None:
 
 
 def number(name: str, value: Any) -> float:
-    """Return the argument `name` as a float: a number of Python or NumPy, or a tensor of one real number.
+    """Return the argument `name` as a float: a Python or NumPy number, or a tensor with one real number.
 
     Raises:
         TypeError: if it is anything else.
@@ -154,7 +154,7 @@ def check_numbers(owner: object, *names: str) -> None:
 
 
 def whole_number(name: str, value: Any, least: int | None = None, most: int = 2**63 - 1) -> int:
-    """Return the argument `name` as an int: a whole number of Python or NumPy, from `least` to `most`.
+    """Return the argument `name` as an int: a whole Python or NumPy number, from `least` to `most`.
 
     Raises:
         TypeError: if it is not a number.
@@ -227,7 +227,7 @@ def check_kind(name: str, value: Any, kind: type | tuple[type, ...], remedy: str
 
 
 def check_callable(name: str, value: Any, call: str) -> None:
-    """Check that the argument `name` can be called, as `call` says.
+    """Check that the argument `name` is callable; the error shows the `call`.
 
     Raises:
         TypeError: if it cannot.
@@ -280,7 +280,7 @@ def as_device(name: str, value: Any) -> torch.device:
 
 
 def found_device(device: torch.device | str | None) -> torch.device:
-    """The argument `device`; for None a GPU if there is one (this process's own, where there are several), else the CPU.
+    """The argument `device`; for None a GPU if there is one (this process's own, if there are several), else the CPU.
 
     Raises:
         TypeError: if it is neither a device nor its name.
@@ -294,7 +294,7 @@ def found_device(device: torch.device | str | None) -> torch.device:
 
 
 def _a(value: Any) -> str:
-    """What a value is, in a few words."""
+    """A value's kind, in a few words."""
     if value is None:
         return "None"
     if isinstance(value, str):

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from stablefield.evaluation._fid import frechet_distance_from_features
 from stablefield.evaluation._inception_score import inception_score
 from stablefield.evaluation._memorisation import nearest_ratio
 from stablefield.evaluation._precision_recall import recall
-from stablefield.training._run_samples import RunSamples
+from stablefield.training._run_source import RunSource
 from stablefield.training._sampler import SamplerOptions
 
 TINY = ["--steps", "30", "--network.width", "16", "--network.depth", "1", "--sample-every", "0"]
@@ -96,13 +94,13 @@ def test_evaluate_says_before_it_begins_how_long_it_will_take(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[str] = []
-    batches = RunSamples.batches
+    batches = RunSource.batches
 
-    def watched(self: RunSamples, *given: Any) -> Any:
+    def watched(self: RunSource, *given: Any) -> Any:
         drawn.append(capsys.readouterr().out)
         return batches(self, *given)
 
-    monkeypatch.setattr(RunSamples, "batches", watched)
+    monkeypatch.setattr(RunSource, "batches", watched)
     measured(tmp_path / "r.json", str(run), *QUICK, "--metrics", "frechet")
     assert re.search(r"^takes about (\d+ s|\d+ min \d+ s)", drawn[0], re.M)
     # 60 samples in one batch by 18 steps of Heun's method, whose calls are counted.
@@ -176,7 +174,7 @@ def test_features_of_real_images_are_kept_and_used_again(
     first = measured(tmp_path / "r.json", *flags)
     # Two batches of 64 tell how long it will take.
     assert sum(seen) == 128 + 1797 + 60
-    assert {path.suffixes[0] for path in cache.iterdir()} == {".moments", ".features"}
+    assert {path.suffixes[0] for path in cache.iterdir()} == {".moments", ".rows"}
     assert measured(tmp_path / "r.json", *flags) == first
     assert sum(seen) == 2 * 128 + 1797 + 2 * 60
     measured(tmp_path / "r.json", *flags, "--no-cache")
@@ -362,17 +360,3 @@ def test_a_missing_extractor_names_the_extra_and_what_needs_none(
     told = capsys.readouterr().err
     assert "pip install 'stablefield[fid]'" in told
     assert "--extractor pixels" in told
-
-
-def test_without_torchmetrics_the_error_names_the_extra_and_other_verbs_work(run: Path, tmp_path: Path) -> None:
-    code = "import sys; sys.modules['torchmetrics'] = None; from stablefield.cli.entry import main; main(sys.argv[1:])"
-
-    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, timeout=120
-        )
-
-    assert command("sample", str(run), "--seeds", "0", "--out", str(tmp_path / "a.png")).returncode == 0
-    refused = command("evaluate", str(run), *QUICK)
-    assert refused.returncode == 1
-    assert "pip install 'stablefield[evaluate]'" in refused.stderr

@@ -197,7 +197,7 @@ def test_probe_and_train_have_one_noise_band(
     printed = " ".join(capsys.readouterr().out.split())
     band = json.loads((tmp_path / "run" / "config.json").read_text())["recipe"]["noise_band"]
     assert json.loads((tmp_path / "out" / "probe.json").read_text())["advice"]["band_from"] == band
-    words = re.search(r"as train has it: (from [\d.]+)", told)
+    words = re.search(r"that train uses: (from [\d.]+)", told)
     assert words is not None
     assert words[1] in printed
 
@@ -205,7 +205,7 @@ def test_probe_and_train_have_one_noise_band(
 def test_a_part_of_the_images_is_said_to_be_one(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--max-images", "40", "--references", "8", "--noise-levels", "0.5,1")
     assert status("probe", str(few), *arguments, "--out", str(tmp_path / "out")) == 0
-    assert "sampled: 40 of 90 images stand for the data set" in capsys.readouterr().out
+    assert "sampled: 40 of 90 images represent the data set" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "probe.json").read_text())["variance"]["drawn_from"] == 90
 
 
@@ -219,7 +219,7 @@ def test_the_bias_check_passes_the_policies_and_sees_the_faults(
     checks = json.loads((tmp_path / "out" / "bias.json").read_text())["checks"]
     assert {name for name, check in checks.items() if not check["passed"]} == {
         "source left out",
-        "source held twice",
+        "source included twice",
         "classes mixed",
     }
     assert all(check["planted"] != check["passed"] for check in checks.values())
@@ -261,7 +261,7 @@ def test_a_run_is_held_against_the_optimum(
     ("arguments", "words"),
     [
         (("--references", "4,x"), "--references is 4,x"),
-        (("--references", "0"), "--references is (0,): a set has at least 1 reference"),
+        (("--references", "0"), "--references is (0,): pass sizes of at least 1"),
         (("--noise-levels", "1,b"), "--noise-levels is 1,b"),
         (("--noise-levels", "-1"), "--noise-levels [-1.0]"),
         (("--aim", "2"), "--aim is 2"),

@@ -16,7 +16,7 @@ from stablefield.cli.train import Train
 from stablefield.data._image_set import ImageSet
 from stablefield.diffusion._process import VE
 from stablefield.training._loop import check_fit
-from stablefield.training._recipe import Perceptron, Recipe
+from stablefield.training._recipe import MLPConfig, Recipe
 from stablefield.training._recipes import imagefolder, unet2d
 
 KINDS = {
@@ -104,7 +104,7 @@ def test_every_flag_can_be_given_with_every_recipe() -> None:
             continue
         base, _ = yielding(KINDS[name], verbs._given(arguments))
         recipe = changed(base, arguments)  # raises where it does not fit
-        shape = (1, 8, 8) if isinstance(recipe.network, Perceptron) else (3, 64, 64)
+        shape = (1, 8, 8) if isinstance(recipe.network, MLPConfig) else (3, 64, 64)
         labels = torch.zeros(10**6, dtype=torch.int64).numpy()
         images = torch.zeros(1, *shape, dtype=torch.uint8).expand(10**6, *shape).numpy()
         check_fit(recipe, ImageSet(images=images, labels=labels, class_names=None, name="x", manifest={}))

@@ -19,7 +19,7 @@ from stablefield.data import open_images
 from stablefield.data._image_set import renumbered
 from stablefield.data._png import class_grid
 from stablefield.sampling._noise import SampleNoise
-from stablefield.sampling._samples import to_uint8
+from stablefield.sampling._seeded_images import to_uint8
 from stablefield.training._model import open_model
 
 TINY = ["--steps", "30", "--network.width", "16", "--network.depth", "1", "--sample-every", "0"]

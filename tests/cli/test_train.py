@@ -304,7 +304,7 @@ def test_why_there_are_no_classes_is_said_where_they_are_asked_for(
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(path)
     source = str(tmp_path / "pets")
-    said = "The 2 folders count as no classes, because 1 of 5 images lies elsewhere, the first cover.png"
+    said = "The 2 folders do not count as classes, because 1 of 5 images lies elsewhere, the first cover.png"
     if packing == "packed":
         assert status("data", "pack", source, str(tmp_path / "packed")) == 0
         source = str(tmp_path / "packed")

@@ -10,10 +10,10 @@ import torch
 
 import stablefield as sf
 from stablefield.cli.verbs import VERBS
-from stablefield.training import Perceptron, Recipe
+from stablefield.training import MLPConfig, Recipe
 
 TINY = Recipe(
-    steps=4, batch=8, sample_every=0, ema_snapshot_every=2, network=Perceptron(width=8, depth=1), noise_band=1.0
+    steps=4, batch=8, sample_every=0, ema_snapshot_every=2, network=MLPConfig(width=8, depth=1), noise_band=1.0
 )
 
 
@@ -50,7 +50,7 @@ CALLS: dict[str, Callable[[sf.Run, Path], object]] = {
     "evaluate IMAGES": lambda run, at: sf.evaluate("digits", data="digits", **SMALL).save(at / "images.html"),
     "probe": lambda run, at: sf.probe("digits", references=[16], sources=16, max_images=64, noise_levels=[1.0, 4.0]),
     "probe RUN": lambda run, at: sf.probe(run.path, sources=16, max_images=64, noise_levels=[1.0, 4.0]),
-    "bench": lambda run, at: sf.evaluation.benchmark(
+    "bench": lambda run, at: sf.benchmark(
         batch=[2], references=[8], pairs=1, step=False, growth=False, device="cpu"
     ).save(at / "bench.json"),
     "data pack": lambda run, at: sf.data.pack(sf.data.open_images("digits"), at / "digits.safetensors"),
@@ -62,7 +62,7 @@ CALLS: dict[str, Callable[[sf.Run, Path], object]] = {
     "import": lambda run, at: sf.interop.import_run(
         weights(at / "net.safetensors"), at / "imported", preconditioning="edm"
     ),
-    "doctor": lambda run, at: sf.evaluation.check_machine(),
+    "doctor": lambda run, at: sf.check_machine(),
 }
 
 
@@ -79,7 +79,7 @@ def test_a_notebook_does_what_a_verb_does_in_one_call(verb: str, run: sf.Run, pl
 
 
 def test_a_check_up_says_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    found = sf.evaluation.check_machine()
+    found = sf.check_machine()
     assert found.healthy
     assert np.isfinite([check.error for check in found.devices]).all()
     assert f"stablefield       {sf.__version__}" in str(found)
@@ -90,9 +90,7 @@ def test_a_check_up_says_what_the_command_prints(capsys: pytest.CaptureFixture[s
 
 def test_a_benchmark_prints_saves_and_draws_what_it_measured(tmp_path: Path) -> None:
     images = sf.data.open_images("digits")
-    found = sf.evaluation.benchmark(
-        images, batch=[2, 4], references=[8], pairs=1, step=False, growth=False, device="cpu"
-    )
+    found = sf.benchmark(images, batch=[2, 4], references=[8], pairs=1, step=False, growth=False, device="cpu")
     assert [(cost.batch, cost.references, cost.dim) for cost in found.costs] == [(2, 8, 64), (4, 8, 64)]
     assert len(str(found).splitlines()) == 4
     assert max(map(len, str(found).splitlines())) <= 80
@@ -100,4 +98,4 @@ def test_a_benchmark_prints_saves_and_draws_what_it_measured(tmp_path: Path) -> 
     for name in ("bench.json", "bench.png", "bench.html"):
         assert found.save(tmp_path / name).stat().st_size > 100
     with pytest.raises(ValueError, match=r"^batch\[0\]"):
-        sf.evaluation.benchmark(images, batch=[0])
+        sf.benchmark(images, batch=[0])

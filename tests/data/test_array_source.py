@@ -51,7 +51,7 @@ def test_an_incomplete_or_cut_cifar10_is_refused(tmp_path):
     path = tmp_path / "c" / "data_batch_3.bin"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=r"data_batch_3\.bin has 12,291 bytes, no multiple of 3,073"):
+    with pytest.raises(ValueError, match=r"data_batch_3\.bin has 12,291 bytes, not a multiple of 3,073"):
         open_images(tmp_path / "c")
     path.write_bytes(b"\x0a" + whole[1:])
     with pytest.raises(ValueError, match="the label 10"):
@@ -177,7 +177,7 @@ def test_layouts_are_told_apart_by_shape_and_stated(tmp_path, shape, layout, kin
 @pytest.mark.parametrize("shape", [(4, 3, 5, 3), (4, 1, 5, 3), (4, 1, 5, 1)])
 def test_an_ambiguous_layout_is_refused_with_the_remedy(tmp_path, shape):
     np.save(tmp_path / "a.npy", noise(shape))
-    with pytest.raises(ValueError, match=r"may be \(n, C, H, W\) as well as.*greyscale images as \(n, H, W\)"):
+    with pytest.raises(ValueError, match=r"may be \(n, C, H, W\) or \(n, H, W, C\): .*greyscale images as \(n, H, W\)"):
         open_images(tmp_path / "a.npy")
 
 
@@ -255,7 +255,7 @@ def test_an_npz_with_splits_gives_each(tmp_path):
 def test_one_image_with_its_channels_last_is_not_taken_for_many(tmp_path, shape, kind):
     path = tmp_path / f"a.{kind}"
     np.save(path, noise(shape)) if kind == "npy" else np.savez(path, images=noise(shape))
-    with pytest.raises(ValueError, match=r"may be one image \(H, W, C\) as well as 7 greyscale images .*x\[None\]"):
+    with pytest.raises(ValueError, match=r"may be one image \(H, W, C\) or 7 greyscale images .*x\[None\]"):
         open_images(path)
     if shape[2] == 3:
         np.save(tmp_path / "b.npy", noise(shape)[None])
@@ -394,7 +394,7 @@ def test_parquet_files_are_read_by_the_split_that_their_names_begin_with(tmp_pat
     assert read(tmp_path / "two", split="val")[0] == ["two/data/validation-00000-of-00001.parquet"]
     assert read(tmp_path / "two", split="test")[0] == ["two/test/0000.parquet"]
     put("two/x.parquet")
-    with pytest.raises(ValueError, match=r"beside them .*x\.parquet, which is of none"):
+    with pytest.raises(ValueError, match=r"beside them .*x\.parquet, which is in none"):
         open_images(tmp_path / "two")
     (tmp_path / "one" / "a.png").write_bytes(png(noise((5, 6, 3))))
     with pytest.raises(ValueError, match=r"holds parquet files, such as .*and image files, such as .*a\.png"):
@@ -450,11 +450,11 @@ def test_what_the_real_package_saved_and_plain_parquet_files_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.bin", b"hello", "is not understood"),
+        ("a.bin", b"hello", "is not a supported source"),
         ("a.tar", bytes(257) + b"ustar" + bytes(300), "unpack it"),
         ("a.tar.gz", gzip.compress(b"hello", mtime=0), "unpack it"),
-        ("a.png", b"\x89PNG\r\n\x1a\nxxxx", "name the folder that it lies in"),
-        ("a.bin", b"", "is not understood"),
+        ("a.png", b"\x89PNG\r\n\x1a\nxxxx", "name its folder"),
+        ("a.bin", b"", "is not a supported source"),
     ],
 )
 def test_what_is_not_understood_gets_one_paragraph_with_all_that_is(tmp_path, name, content, says):

@@ -106,7 +106,7 @@ def test_documents_of_a_saved_data_set_are_bounded_and_understood(tmp_path):
         "{}",
     ):
         (tmp_path / "state.json").write_text(text)
-        with pytest.raises(ValueError, match=f"{tmp_path} is no data set saved by datasets, or damaged"):
+        with pytest.raises(ValueError, match=f"{tmp_path} is not a data set saved by datasets, or is damaged"):
             open_images(tmp_path)
     with (tmp_path / "dataset_info.json").open("wb") as file:
         file.truncate(2**40)
@@ -144,7 +144,7 @@ def test_an_entry_without_a_name_is_passed_over(tmp_path, name):
 
 def test_what_hides_behind_the_name_of_an_image_is_not_handed_to_another_program(tmp_path):
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
-    with pytest.raises(ValueError, match=r"a\.png \(not an image of a kind that is read"):
+    with pytest.raises(ValueError, match=r"a\.png \(not an image of a supported kind"):
         open_images(tmp_path)
 
 
@@ -229,7 +229,7 @@ def test_a_packed_file_whose_header_cannot_be_parsed_is_said_by_name(tmp_path, t
 
 def test_labels_that_stand_for_too_many_classes_are_said_with_the_file(tmp_path):
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 5, 5), np.uint8), labels=[0, 65536])
-    with pytest.raises(ValueError, match=r"a\.npz: labels holds 65536 and stands for 65,537 classes"):
+    with pytest.raises(ValueError, match=r"a\.npz: labels holds 65536 and implies 65,537 classes"):
         open_images(tmp_path / "a.npz")
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 5, 5), np.uint8), labels=[0, 65535])
     assert open_images(tmp_path / "a.npz").classes == 65536

@@ -150,7 +150,7 @@ def test_the_split_is_what_the_name_or_the_folder_says(hub, names, split, expect
 def test_of_several_configurations_one_is_named(hub):
     for k, name in enumerate(("small/train-00000-of-00001", "small/test-00000-of-00001", "large/train/0000")):
         hub.put({f"{name}.parquet": rows(k)})
-    said = "has several configurations: there are large, small; name one, as hf:owner/pets:large"
+    said = "has several configurations: there are large, small; name one, such as hf:owner/pets:large"
     with pytest.raises(ValueError, match=f"^hf:owner/pets: the data set owner/pets {said}"):
         open_images("hf:owner/pets")
     with pytest.raises(ValueError, match="has no configuration tiny: there are large, small"):
@@ -218,13 +218,13 @@ def test_configurations_and_splits_are_those_that_the_card_declares(hub, source,
 @pytest.mark.parametrize(
     ("configs", "said"),
     [
-        ("configs:\n- [\n", "are not understood"),
-        ("configs:\n- 3\n", "are not understood"),
-        ("configs:\n- data_files:\n  - split: train\n    path: 3\n", "the files of train are no list"),
+        ("configs:\n- [\n", "cannot be parsed"),
+        ("configs:\n- 3\n", "cannot be parsed"),
+        ("configs:\n- data_files:\n  - split: train\n    path: 3\n", "the files of train are not a list"),
         ("configs: &a\n- config_name: b\n  data_files: *a\n", "refer to other parts of the card"),
         ("configs:\n" + "- config_name: x\n" * 20000, "more than 131,072 letters"),
         ("configs:\n- " + "[" * 50000 + "\n", "nested too deep"),
-        ("configs:\n- " + "- " * 50000 + "\n", "are not understood"),
+        ("configs:\n- " + "- " * 50000 + "\n", "cannot be parsed"),
         ("configs:\n- data_files:\n" + "".join(f"  - 'a{k}*'\n" for k in range(1001)), "more than 1,000 patterns"),
     ],
 )
@@ -238,7 +238,7 @@ def test_what_the_hub_converted_is_read_where_the_files_are_of_another_kind(hub)
     hub.put({"data/train.tar": b"", ".gitattributes": b"", "README.md": b"# Pets"})
     with pytest.raises(
         ValueError,
-        match=r"hf:owner/pets holds no images that are understood, but files of the kinds \.md, \.tar: .*Fetch it by",
+        match=r"hf:owner/pets holds no supported images, but files of the kinds \.md, \.tar; .*Download it with",
     ):
         open_images("hf:owner/pets")
     hub.put({"default/train/0000.parquet": rows(0), "default/train/0001.parquet": rows(1)}, CONVERTED)
@@ -257,7 +257,7 @@ def test_what_the_hub_converted_is_read_where_the_files_are_of_another_kind(hub)
 def test_a_configuration_of_image_files_is_one_that_the_hub_converted(hub):
     card = "---\nconfigs:\n- config_name: a\n  data_dir: a\n- config_name: b\n  default: true\n  data_dir: b\n---\n"
     hub.put({"a/1.png": png(0), "b/1.png": png(1), "README.md": card.encode()})
-    with pytest.raises(ValueError, match="holds no images that are understood by configurations"):
+    with pytest.raises(ValueError, match="holds no supported images by configurations"):
         open_images("hf:owner/pets:a")
     hub.put({"a/train/0000.parquet": rows(0), "b/train/0000.parquet": rows(1)}, CONVERTED)
     np.testing.assert_array_equal(open_images("hf:owner/pets:a").images, pixels(0))
@@ -268,7 +268,7 @@ def test_parquet_files_of_no_split_are_left_out_with_a_note(hub):
     hub.put({"data/train-0.parquet": rows(0), "data/extra.parquet": rows(1)})
     opened = open_images("hf:owner/pets")
     np.testing.assert_array_equal(opened.images, pixels(0))
-    assert opened.notes == ("1 parquet files are of no split and left out, the first data/extra.parquet.",)
+    assert opened.notes == ("1 parquet files belong to no split and are ignored, the first data/extra.parquet.",)
 
 
 def test_folders_of_images_are_read_with_the_classes_of_the_training_split(hub):
@@ -309,10 +309,10 @@ def test_an_archive_of_the_split_is_read(hub, tmp_path):
     np.testing.assert_array_equal(open_images("hf:owner/pets", split="test").images, pixels(1))
     assert hub.fetched == ["data/test.zip"]
     hub.put({"data/train_2.zip": b""})
-    with pytest.raises(ValueError, match="has 2 archives, where one for each split"):
+    with pytest.raises(ValueError, match="has 2 archives for one split: only one"):
         open_images("hf:owner/pets")
     hub.put({"teaser.png": png(5)})
-    with pytest.raises(ValueError, match="holds no images that are understood"):
+    with pytest.raises(ValueError, match="holds no supported images"):
         open_images("hf:owner/pets")
 
 
@@ -323,7 +323,9 @@ def test_a_row_of_the_hub_names_no_file_of_this_machine(hub, tmp_path):
         pyarrow.table({"image": [{"bytes": png(1), "path": ""}, {"bytes": None, "path": f"{tmp_path}/own.png"}]}), file
     )
     hub.put({"train.parquet": file.getvalue()})
-    with pytest.raises(ValueError, match=r"1 of 2 .*pets row 1 \(the row has no image, but the path of one\)"):
+    with pytest.raises(
+        ValueError, match=r"1 of 2 .*pets row 1 \(the row holds the path of an image instead of the image\)"
+    ):
         open_images("hf:owner/pets")
 
 
@@ -367,14 +369,14 @@ def test_a_data_set_without_one_column_of_images_is_refused(hub):
 @pytest.mark.parametrize(
     ("down", "source", "said"),
     [
-        (None, "hf:owner/cars", "the hub has no data set owner/cars that you may read: check its name.*log in by"),
+        (None, "hf:owner/cars", "the hub has no data set owner/cars that you may read: check its name.*log in with"),
         (None, "hf:", "write hf:OWNER/NAME"),
-        (errors.HFValidationError("not so"), "hf:a/b/c", "hf:a/b/c names no data set: write hf:OWNER/NAME, or"),
-        (refusal(errors.GatedRepoError, "403"), "hf:owner/pets", "that you may read: .*ask for access on its page"),
+        (errors.HFValidationError("not so"), "hf:a/b/c", "hf:a/b/c does not name a data set: write hf:OWNER/NAME, or"),
+        (refusal(errors.GatedRepoError, "403"), "hf:owner/pets", "that you may read: .*request access on its page"),
         (
             ConnectionError("no\nroute"),
             "hf:owner/pets",
-            r"data set owner/pets cannot be fetched from the hub \(no route\):",
+            r"data set owner/pets cannot be downloaded from the hub \(no route\):",
         ),
         (
             TimeoutError(),
@@ -394,10 +396,10 @@ def test_a_data_set_that_cannot_be_had_is_one_sentence_with_the_remedy(hub, down
 def test_a_download_that_stops_or_lacks_a_file_is_one_sentence_too(hub, monkeypatch, tmp_path):
     hub.put({"train.parquet": rows(0)})
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
-    with pytest.raises(ValueError, match=r"hf:owner/pets: train\.parquet was not fetched: try again"):
+    with pytest.raises(ValueError, match=r"hf:owner/pets: train\.parquet was not downloaded: try again"):
         open_images("hf:owner/pets")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refusing(OSError("disk is full")))
-    with pytest.raises(ValueError, match=r"owner/pets cannot be fetched from the hub \(disk is full\)"):
+    with pytest.raises(ValueError, match=r"owner/pets cannot be downloaded from the hub \(disk is full\)"):
         open_images("hf:owner/pets")
 
 
@@ -496,4 +498,4 @@ def test_the_client_fetches_what_is_asked_for_and_a_bomb_on_the_hub_is_refused_i
     offline = bombs.opened({"split": sources["split"], "none": sources["none"]}, apart=True)
     if hasattr(huggingface_hub, "get_cached_repo_tree"):
         assert offline["split"][0] == "1 images"
-    assert re.search("ValueError: hf:owner/cars: the data set owner/cars cannot be fetched", offline["none"][0])
+    assert re.search("ValueError: hf:owner/cars: the data set owner/cars cannot be downloaded", offline["none"][0])

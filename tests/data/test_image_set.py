@@ -71,7 +71,7 @@ def test_it_describes_itself():
     [
         (np.zeros((2, 3, 4, 4), np.float32), None, "float32"),
         (np.zeros((2, 4, 4), np.uint8), None, r"\(2, 4, 4\)"),
-        (np.zeros((0, 3, 4, 4), np.uint8), None, "no image"),
+        (np.zeros((0, 3, 4, 4), np.uint8), None, "pass at least one image"),
         (np.zeros((2, 4, 4, 4), np.uint8), None, "4 channels"),
         (np.zeros((2, 3, 4, 4), np.uint8), np.zeros(3, int), r"shape \(2,\)"),
         (np.zeros((2, 3, 4, 4), np.uint8), np.zeros(2), "whole numbers"),

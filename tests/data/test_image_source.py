@@ -128,7 +128,7 @@ def test_an_image_beside_the_folders_of_classes_is_said_with_a_way_out(tmp_path,
     opened = open_images(source)
     assert opened.labels is None
     (note,) = opened.notes
-    assert "The 2 folders count as no classes, because 1 of 4 images lies elsewhere, the first cover.png" in note
+    assert "The 2 folders do not count as classes, because 1 of 4 images lies elsewhere, the first cover.png" in note
     assert "for classes, move it" in note
     assert opened.manifest["notes"] == [note]
     assert ("note", note) in summary(opened)
@@ -187,9 +187,9 @@ def test_dataset_json_without_labels_means_none_even_with_sub_folders(tmp_path, 
 @pytest.mark.parametrize(
     ("document", "says"),
     [
-        (b"{", "not understood"),
-        (b"[]", "not understood"),
-        (b'{"labels": [1, 2]}', "not understood"),
+        (b"{", "cannot be parsed"),
+        (b"[]", "cannot be parsed"),
+        (b'{"labels": [1, 2]}', "cannot be parsed"),
         (dataset([["00000/img0.png", 1]]), r"no label for 2 of 3 images, the first 00000/img1\.png"),
         (dataset([[name, [0.0, 1.0]] for name in LAYOUT]), "whole number"),
         (dataset([[name, -1] for name in LAYOUT]), "the label -1"),
@@ -283,7 +283,7 @@ def test_an_encrypted_entry_is_refused(tmp_path):
 def test_a_cut_archive_is_refused(tmp_path):
     path = zipped(tmp_path / "a.zip", {"a.png": png_bytes(pixels())})
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(ValueError, match=r"not a whole \.zip archive"):
+    with pytest.raises(ValueError, match=r"not a complete \.zip archive"):
         open_images(path)
 
 
@@ -661,7 +661,7 @@ def test_a_png_that_says_more_behind_its_pixels_is_decoded_within_the_memory_for
         during.clear()
         opened = open_images(tmp_path, progress=lambda stage, *_: during.append(stage))
         assert opened.shape == (3, 80, 60)
-        looked = during[: during.index("looking at files")]
+        looked = during[: during.index("reading headers")]
         assert looked == [8 * 60 * 80] * late
         assert min(size for size in during if not isinstance(size, str)) == 8 * 60 * 80
 
@@ -714,7 +714,7 @@ def test_images_beyond_the_memory_budget_are_mapped_and_kept_for_the_next_time(t
 def test_a_cache_disk_that_is_too_small_is_said_before_decoding(tmp_path, monkeypatch):
     save(tmp_path / "in" / "a.png", pixels())
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
-    with pytest.raises(ValueError, match=r"above the memory budget of 10 B.*100 B left.*XDG_CACHE_HOME"):
+    with pytest.raises(ValueError, match=r"above the memory budget of 10 B.*100 B free.*XDG_CACHE_HOME"):
         open_images(tmp_path / "in", memory_budget=10, cache=tmp_path / "cache")
 
 
@@ -738,7 +738,7 @@ def test_progress_is_reported_for_every_file_and_both_passes(tmp_path):
         save(tmp_path / f"{i}.png", pixels())
     calls = []
     open_images(tmp_path, progress=lambda *call: calls.append(call))
-    assert calls == [(stage, i + 1, 5) for stage in ("looking at files", "decoding") for i in range(5)]
+    assert calls == [(stage, i + 1, 5) for stage in ("reading headers", "decoding") for i in range(5)]
 
 
 def test_without_pillow_the_extra_is_named(tmp_path, monkeypatch):

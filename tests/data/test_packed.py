@@ -75,7 +75,7 @@ def test_every_cut_file_is_refused(tmp_path):
         with pytest.raises(ValueError, match=r"damaged|not a packed image set"):
             open_packed(path)
     path.write_bytes(content + b"\0")
-    with pytest.raises(ValueError, match="its header speaks of"):
+    with pytest.raises(ValueError, match="but its header states"):
         open_packed(path)
 
 

@@ -99,7 +99,7 @@ def pages(where):
     lists = pyarrow.array([[bombs.image_bytes()] * 3] * 4)
     yield "lists", write(where / "lists", {"image": lists}), "exactly one column of images"
     path = write(where / "rows", {"image": pyarrow.nulls(2**24, pyarrow.binary())})
-    yield "rows of nothing", path, "says that it has 16,777,216 rows, above the limit of 1,049,"
+    yield "rows of nothing", path, "claims 16,777,216 rows, above the limit of 1,049,"
     path = write(where / "fewer", {"image": pyarrow.nulls(2**16, pyarrow.binary())})
     yield "fewer rows of nothing", path, "none of 65,536 image files"
 
@@ -112,14 +112,14 @@ def contents(where):
     for name, (chunks, groups, columns), says in (
         ("pieces of a row group", (345_000, 1, 1), "none of 1 image files"),
         ("row groups", (1, 100_000, 1), "none of 1 image files"),
-        ("columns", (1, 1, 125_000), "two columns of one name"),
-        ("more columns", (1, 1, 200_000), "a table of contents of 1,600,035, above the limit of 1,05"),
+        ("columns", (1, 1, 125_000), "two columns with the same name"),
+        ("more columns", (1, 1, 200_000), "a footer of 1,600,035, above the limit of 1,05"),
     ):
         yield f"many {name}", listing(where / name, chunks, groups, columns), says
 
 
 def listing(path, chunks, groups, columns):
-    """A file that is nothing but a table of contents, whose elements say no more than they must."""
+    """A file that is only a footer, whose elements hold no more than they must."""
     leaf = b"\x15\x0c\x25\x02\x18\x01a\0"
     schema = listed(columns + 1, b"\x48\x06schema\x15" + unsigned(2 * columns) + b"\0" + leaf * columns)
     group = b"\x19" + listed(chunks, b"\x26\0\0" * chunks) + b"\x16\0\x16\0\0"

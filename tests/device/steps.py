@@ -7,7 +7,7 @@ import torch
 
 from stablefield.data._digits import open_digits
 from stablefield.training._feed import Feed
-from stablefield.training._recipe import Recipe, UNet
+from stablefield.training._recipe import Recipe, SongUNetConfig
 from stablefield.training._recipes import DIGITS
 from stablefield.training._run_folder import RunConfig
 from stablefield.training._stepper import Stepper
@@ -26,7 +26,7 @@ def stepper(recipe: Recipe, device: torch.device) -> Stepper:
     return Stepper(config, feed, source_only)
 
 
-UNET = UNet(base_channels=8, multipliers=(1, 2), blocks=1, dropout=0.0)
+UNET = SongUNetConfig(base_channels=8, multipliers=(1, 2), blocks=1, dropout=0.0)
 RECIPES = {
     "perceptron": dataclasses.replace(DIGITS, references="all", noise_band=0.3, batch=64),
     "unet": dataclasses.replace(DIGITS, references="all", noise_band=0.3, batch=32, network=UNET, mirror=True),

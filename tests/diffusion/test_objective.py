@@ -813,7 +813,7 @@ def test_what_the_target_refuses_of_labels_is_told_of_class_labels(dropout):
     some = refused(sf.InBatch(), torch.tensor([0, -1, 1, 0]))
     missing = refused(sf.Pool(x0, labels=labels), None, index)
     unasked = refused(sf.Pool(x0), labels, index)
-    assert some.startswith("class_labels[1] is -1: -1 stands for a label that was dropped")
+    assert some.startswith("class_labels[1] is -1: -1 means a label that was dropped")
     assert missing.startswith("class_labels is missing: ")
     assert unasked.startswith("class_labels is given")
     if not dropout:  # a label that nobody sees cannot be wrong

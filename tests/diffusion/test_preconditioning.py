@@ -99,14 +99,14 @@ def test_the_vp_label_is_the_time_of_the_vp_process_in_steps(steps, beta_min, be
     preconditioning = sf.VPPreconditioning(beta_min=beta_min, beta_slope=beta_max - beta_min, steps=steps)
     process = sf.VP(beta_min=beta_min, beta_max=beta_max)
     t = torch.linspace(0.01, 1, 50, dtype=torch.float64)
-    torch.testing.assert_close(preconditioning(process.noise_level(t)).noise, (steps - 1) * t, rtol=1e-9, atol=0)
+    torch.testing.assert_close(preconditioning(process.noise_level(t)).c_noise, (steps - 1) * t, rtol=1e-9, atol=0)
 
 
 def test_the_vp_label_has_the_published_float32_rounding_of_a_plain_logarithm():
     s = np.logspace(-4, 2, 25).astype(np.float32)
     log = np.log(np.float32(1) + s**2)
     t = (np.sqrt(np.float32(0.1**2) + np.float32(2 * 19.9) * log) - np.float32(0.1)) / np.float32(19.9)
-    label = sf.VPPreconditioning()(torch.from_numpy(s)).noise
+    label = sf.VPPreconditioning()(torch.from_numpy(s)).c_noise
     assert label.dtype == torch.float32
     # The difference to 0.1 magnifies an ulp of the root, which is 4e-7 of a label of 1,000 steps.
     np.testing.assert_allclose(label, np.float32(999) * t, rtol=1e-6, atol=2e-6)
@@ -158,10 +158,10 @@ def test_a_float64_state_stays_float64_around_a_float32_network(preconditioning,
     assert network.x.dtype == network.label.dtype == torch.float32
     assert estimate.dtype == torch.float64
     scalings = preconditioning(torch.tensor([sigma], dtype=torch.float64))
-    inner = torch.sin((scalings.into * x).float()).double()
-    torch.testing.assert_close(estimate, scalings.skip * x + scalings.out * inner, rtol=1e-14, atol=0)
+    inner = torch.sin((scalings.c_in * x).float()).double()
+    torch.testing.assert_close(estimate, scalings.c_skip * x + scalings.c_out * inner, rtol=1e-14, atol=0)
     # The label is the one that the network was trained with, of a float32 noise level.
-    assert torch.equal(network.label, preconditioning(torch.full((3,), sigma)).noise)
+    assert torch.equal(network.label, preconditioning(torch.full((3,), sigma)).c_noise)
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
@@ -173,8 +173,8 @@ def test_a_low_precision_network_sees_its_own_dtype_and_the_sums_are_float32(pre
     assert network.x.dtype == network.label.dtype == low
     assert estimate.dtype == torch.float32
     scalings = preconditioning(torch.tensor([0.7]))
-    inner = torch.sin((scalings.into * x).to(low)).float()
-    torch.testing.assert_close(estimate, scalings.skip * x + scalings.out * inner, rtol=1e-6, atol=1e-6)
+    inner = torch.sin((scalings.c_in * x).to(low)).float()
+    torch.testing.assert_close(estimate, scalings.c_skip * x + scalings.c_out * inner, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
@@ -183,7 +183,7 @@ def test_a_low_precision_network_sees_its_own_dtype_and_the_sums_are_float32(pre
 def test_a_low_precision_network_gets_the_float32_label_rounded_once(preconditioning, sigma, low):
     network = Recorder(torch.sin, low)
     sf.Denoiser(network, preconditioning)(batch(), sigma)
-    assert torch.equal(network.label, preconditioning(torch.full((3,), sigma)).noise.to(low))
+    assert torch.equal(network.label, preconditioning(torch.full((3,), sigma)).c_noise.to(low))
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])

@@ -277,7 +277,7 @@ def test_the_discrete_process_refuses_what_is_no_step(t: list[float]) -> None:
         (torch.tensor([]), r"alphas_cumprod has shape \(0,\)"),
         (torch.linspace(1e-4, 0.02, 10), "must decrease strictly.*not the betas"),
         (torch.tensor([1.0, 0.5]), "between 0 and 1"),
-        (torch.tensor([0.5, 0.0, 0.0]), "only the last step may be without signal.*cut the table there"),
+        (torch.tensor([0.5, 0.0, 0.0]), "only the last step may have no signal.*cut the table there"),
         (torch.tensor([0.5, -0.1]), "between 0 and 1"),
         (torch.tensor([0.5, 0.5]), "decrease strictly"),
         (torch.tensor([0.5, float("nan")]), "between 0 and 1"),

@@ -99,14 +99,14 @@ def test_edm_weighting_is_the_formula_of_the_table_and_the_inverse_square_of_c_o
     s = np.logspace(-5, 4, 37)
     weight = sf.EDMWeighting(sigma_data=sigma_data)(torch.from_numpy(s))
     np.testing.assert_allclose(weight, (s**2 + sigma_data**2) / (s * sigma_data) ** 2, rtol=1e-12)
-    out = sf.EDMPreconditioning(sigma_data=sigma_data)(torch.from_numpy(s)).out
+    out = sf.EDMPreconditioning(sigma_data=sigma_data)(torch.from_numpy(s)).c_out
     np.testing.assert_allclose(weight * out**2, np.ones_like(s), rtol=1e-12)
 
 
 def test_vp_and_ve_preconditioning_with_the_plain_snr_weigh_all_network_errors_alike():
     weight = sf.SNRWeighting()(LEVELS)
     for scalings in (sf.VPPreconditioning()(LEVELS), sf.VEPreconditioning()(LEVELS)):
-        torch.testing.assert_close(weight * scalings.out**2, torch.ones_like(LEVELS), rtol=1e-12, atol=0)
+        torch.testing.assert_close(weight * scalings.c_out**2, torch.ones_like(LEVELS), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])

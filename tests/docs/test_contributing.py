@@ -4,12 +4,14 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import stablefield as sf
+from stablefield.evaluation import _metric
 from stablefield.evaluation._evaluate import METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,11 +40,21 @@ def test_a_new_metric_is_one_file_and_one_line(
     assert sf.evaluate(digits, data=digits, metrics=["mean-distance"], extractor=net)["mean distance"].mean < 1e-6
 
 
+def test_the_metric_in_the_docstring_of_the_interface_runs() -> None:
+    text = textwrap.dedent(re.findall(r"^    @dataclass.*?(?=\n\n)", _metric.__doc__ or "", re.M | re.S)[0])
+    names: dict[str, Any] = {**vars(_metric), "__name__": "mean_distance"}
+    exec(compile(text, "mean_distance.py", "exec"), names)
+    digits = sf.data.open_images("digits").images[:40]
+    net = sf.evaluation.RandomConvolutions()
+    found = sf.evaluate(digits, data=digits, metrics=[names["MeanDistance"]()], extractor=net, cache=False)
+    assert found["mean distance"].mean == 0
+
+
 # Section, what its file is imported for, and where its line goes: behind this text, or in place of the line that begins so.
 ADDED = {
     "sampler": ("midpoint", "SOLVERS: Mapping[str, Solver] = {\n"),
     "recipe": ("QUICK", "RECIPES = {\n"),
-    "network": ("Linear", "    network: "),
+    "network": ("LinearConfig", "    network: "),
     "data source": ("open_csv", "SOURCES: tuple[Source, ...] = (\n"),
 }
 
@@ -54,15 +66,15 @@ runpy.run_module("stablefield.cli.inventory", run_name="__main__")
 import numpy as np
 import stablefield as sf
 from stablefield.cli.entry import main
-from stablefield.networks.linear import Linear
+from stablefield.networks._linear import LinearConfig
 from stablefield.training import Recipe
 
 values = np.random.default_rng(0).integers(0, 256, (40, 64))
 np.savetxt("grey.csv", values, "%d", delimiter=",")
 images = sf.data.open_images("grey.csv")
 assert (images.images.reshape(40, 64) == values).all()
-run = sf.train(images, out="linear", recipe=Recipe(network=Linear(), batch=8, steps=2), device="cpu")
-assert sf.Run("linear").config.recipe.network == Linear()
+run = sf.train(images, out="linear", recipe=Recipe(network=LinearConfig(), batch=8, steps=2), device="cpu")
+assert sf.Run("linear").config.recipe.network == LinearConfig()
 samples = run.sample(2, sampler="midpoint", steps=3)
 assert samples.nfe == 6 and samples.images.shape == (2, 1, 8, 8)
 one, same = (run.sample([1], sampler=name, steps=300).images[0].astype(int) for name in ("midpoint", "heun"))

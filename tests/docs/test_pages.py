@@ -139,7 +139,7 @@ def test_the_answer_of_the_probe_is_the_committed_one() -> None:
     assert f"{100 * size['batch_variance']:.0f} ± " in text
     below, above = phases["one_sample_below"]["noise_level"], phases["prior_above"]["noise_level"]
     assert f"below noise level {below:.2g}, the prior above {above:.2g}." in text
-    assert f"as train has it: from {advice['band_from']:.3g}: below" in text
+    assert f"that train uses: from {advice['band_from']:.3g}: below" in text
 
 
 def test_the_probe_of_the_digits_is_of_the_batch_that_train_takes() -> None:
@@ -229,7 +229,7 @@ def test_the_page_on_speed_says_how_often_a_target_waits_as_the_counts_have_it(m
     waits = importlib.import_module("names").TARGETS
     text = " ".join((DOCS / "speed.md").read_text("utf-8").split())
     counts = {1: "once", 2: "twice", 4: "four times"}
-    assert f"A call of the target asks {counts[waits['pool']]}, however many chunks its references take;" in text
+    assert f"A call of the target waits {counts[waits['pool']]}, however many chunks its references take;" in text
     assert f"{counts[waits['drawn']]} if it draws some of the references, {counts[waits['DSM']]} for the single" in text
     assert "A batch far from zero that is its own reference set waits once more." in text
     assert waits["in batch, far from zero"] == waits["in batch"] + 1 == waits["pool"] + 1

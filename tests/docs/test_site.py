@@ -130,9 +130,12 @@ def test_the_tables_of_the_comparison_are_the_committed_measurements(site: Path)
     assert f">{target['training_step']['ratio'] - 1:+.1%}</td>" in page
 
 
-def test_the_picture_of_the_comparison_is_that_of_the_experiments() -> None:
-    shown, made = ROOT / "docs/assets/comparisons.png", ROOT / "experiments/figures/comparisons.png"
-    assert shown.read_bytes() == made.read_bytes()
+def test_the_pictures_of_the_experiments_are_those_that_the_scripts_drew() -> None:
+    made = {figure.name: figure for figure in (ROOT / "experiments/figures").glob("*.png")}
+    shown = [picture for picture in (ROOT / "docs/assets").glob("*.png") if picture.name in made]
+    assert {picture.stem for picture in shown} == {"comparisons", "cifar10_variance", "cifar10_sizes"}
+    for picture in shown:
+        assert picture.read_bytes() == made[picture.name].read_bytes(), picture.name
 
 
 def test_the_tables_of_the_page_on_speed_are_the_committed_measurements(site: Path) -> None:
@@ -222,7 +225,7 @@ def test_the_page_says_what_the_first_proof_on_a_gpu_came_to(site: Path, monkeyp
         assert f"Heun's method, {row['heun_nfe']:.0f} network evaluations each" in text
     single, stable = (next(r for r in reversed(record["proof"]) if r["target"] == name) for name in ("dsm", "stf"))
     assert stable["heun"] > single["heun"]
-    assert "In this first run it brought nothing." in text
+    assert "In this first run it gained nothing." in text
     assert f"the difference of {stable['heun'] - single['heun']:.1f} between the two FIDs" in text
     assert f"made {1 - stable['steps'] / single['steps']:.0%} fewer steps".replace("%", " %") in text
 

@@ -1,5 +1,6 @@
 """`evaluate` in one call: what the metrics' own functions say of the same images, with the whole protocol."""
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from stablefield.evaluation._kid import Kernel
 from stablefield.evaluation._metric import LOWER, Metric, MetricInput, Value
 from stablefield.evaluation._processes import Processes
 from stablefield.evaluation._result import Evaluation
-from stablefield.evaluation._samples import SampleSource, SamplingRecord
+from stablefield.evaluation._sample_source import SampleSource, SamplingRecord
 from stablefield.evaluation._time_estimate import TimeEstimate
 
 DIGITS = open_digits()
@@ -79,7 +80,7 @@ def test_it_is_a_name_of_the_library_and_takes_images_of_any_kind(tmp_path: Path
     found = [sf.evaluate(kind, data="digits", metrics=["frechet"], extractor=NET).scores[0] for kind in kinds]
     expected = frechet(images, DIGITS.images)
     assert [score.mean for score in found] == pytest.approx([expected] * 5, rel=1e-5)
-    assert len({score.protocol.to_json() for score in found}) == 1
+    assert len({json.dumps(score.protocol.to_dict()) for score in found}) == 1
 
 
 def test_scores_hold_every_repeat_and_the_whole_protocol(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_numbers_samples_beside_real_images_and_protocols_are_on_the_page():
     assert isinstance(key, KeyFigures)
     assert isinstance(table, Table)
     assert [figure.label for figure in key.figures] == ["FID", "KID"]
-    assert table.rows[0] == ("FID", 3.25, 3.375, 0.25, "lower", 500, 1797)
+    assert table.rows[0] == ("FID ↓", 3.25, 3.375, 0.25, "", 500, 1797)
     (beside,) = section(page, "Samples beside real images").blocks
     assert isinstance(beside, SideBySide)
     assert [figure.caption for figure in beside.figures] == ["9 samples.", "9 real images."]
@@ -70,7 +70,7 @@ def test_results_measured_otherwise_are_marked_and_warned_of():
     both = evaluation(FID, KID).compare(Evaluation(name="b.json", scores=(other,)))
     table, warning = section(both.page(), "Against an earlier result").blocks
     assert isinstance(table, Table)
-    assert table.rows == (("FID", 3.375, 9.0, -5.625, "no"),)
+    assert table.rows == (("FID ↓", 3.375, 9.0, -5.625, "no"),)
     assert isinstance(warning, Bullets)
     assert "their difference means nothing: sample_count: 500 against 5000" in warning.items[0]
     assert "their difference means nothing" in str(both)

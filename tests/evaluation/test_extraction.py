@@ -14,7 +14,7 @@ from stablefield.data._digits import open_digits
 from stablefield.evaluation._evaluate import evaluate
 from stablefield.evaluation._extraction import Batch, ExtractorPass, extract, image_batches
 from stablefield.evaluation._extractor import RandomConvolutions, RawPixels
-from stablefield.evaluation._features import statistics_of
+from stablefield.evaluation._features import moments_of, unpack
 from stablefield.evaluation._result import Evaluation
 
 DIGITS = open_digits().images[:100]
@@ -30,17 +30,17 @@ def test_a_pass_is_the_extractor_on_all_images_at_once() -> None:
     rows = np.arange(3, 100)
     first, second, third = extract(image_batches(DIGITS, rows, 16), passes)
     whole = torch.from_numpy(DIGITS[3:])
-    assert first.count == second.count == third.count == 97
-    assert first.statistics is None
+    assert first.moments is None
     assert third.rows is None
     assert second.rows is not None
-    assert second.statistics is not None
-    assert third.statistics is not None
+    assert second.moments is not None
+    assert third.moments is not None
     torch.testing.assert_close(first.rows, net(whole), rtol=1e-5, atol=1e-6)
     assert torch.equal(second.rows, pixels(whole))
-    expected = statistics_of(net(whole))
-    torch.testing.assert_close(third.statistics.covariance, expected.covariance, rtol=1e-4, atol=1e-9)
-    torch.testing.assert_close(second.statistics.mean, pixels(whole).double().mean(0), rtol=1e-12, atol=1e-12)
+    count, _, covariance = unpack(third.moments)
+    assert count == len(second.rows) == 97
+    torch.testing.assert_close(covariance, unpack(moments_of(net(whole)))[2], rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(unpack(second.moments)[1], pixels(whole).double().mean(0), rtol=1e-12, atol=1e-12)
 
 
 class Broken(RandomConvolutions):
@@ -65,14 +65,24 @@ def test_images_of_another_size_are_refused() -> None:
 
 
 def test_too_few_images_for_moments_are_refused() -> None:
-    with pytest.raises(ValueError, match="at least 2 are needed"):
-        extract(image_batches(DIGITS, np.arange(1), 4), [ExtractorPass(extractor=RandomConvolutions())])
+    (features,) = extract(image_batches(DIGITS, np.arange(1), 4), [ExtractorPass(extractor=RandomConvolutions())])
+    with pytest.raises(ValueError, match="statistics of 1 rows: at least 2 are needed"):
+        _ = features.gaussian
 
 
 def test_an_empty_pass_keeps_no_rows() -> None:
     nothing: Iterator[Batch] = iter(())
-    (features,) = extract(nothing, [ExtractorPass(extractor=RandomConvolutions(), moments=False)])
-    assert features.count == 0
+    (features,) = extract(nothing, [ExtractorPass(extractor=RandomConvolutions())])
+    assert features.matrix().shape == (0, 112)
+    with pytest.raises(ValueError, match="statistics of 0 rows: at least 2 are needed"):
+        _ = features.gaussian
+
+
+def test_an_extractor_that_gives_other_features_than_it_says_is_refused() -> None:
+    net = RandomConvolutions()
+    net.dim = 7
+    with pytest.raises(ValueError, match=r"gives features of shape \(4, 112\) for 4 images, and says .* dim=7"):
+        extract(image_batches(DIGITS, np.arange(4), 4), [ExtractorPass(extractor=net)])
 
 
 PASS = """
@@ -81,6 +91,7 @@ import numpy as np, torch
 from stablefield.data._digits import open_digits
 from stablefield.evaluation._extraction import ExtractorPass, extract, image_batches
 from stablefield.evaluation._evaluate import evaluate
+from stablefield.evaluation._features import unpack
 from stablefield.evaluation._processes import Processes
 from stablefield.evaluation._extractor import RandomConvolutions
 
@@ -88,7 +99,7 @@ torch.set_num_threads(1)
 MEASURED = {MEASURED}
 with Processes() as processes:
     batches = image_batches(open_digits().images, np.arange(50), 16, processes)
-    (features,) = extract(batches, [ExtractorPass(extractor=RandomConvolutions())])
+    (features,) = extract(batches, [ExtractorPass(extractor=RandomConvolutions())], processes=processes)
     told = processes.gathered(torch.full((1 + processes.rank, 2), float(processes.rank)))
     assert told.tolist() == [[r, r] for r in range(processes.count) for _ in range(r + 1)], told
     assert processes.total(1.0, processes.rank) == [processes.count, sum(range(processes.count))]
@@ -97,7 +108,7 @@ with Processes() as processes:
         range(processes.rank, 7, processes.count)
     )
     if processes.first:
-        np.savez(sys.argv[1], rows=features.rows, covariance=features.statistics.covariance)
+        np.savez(sys.argv[1], rows=features.rows, covariance=unpack(features.moments)[2])
     found = evaluate(open_digits().images[:90], **MEASURED, extractor=RandomConvolutions())
     found.save(f"{sys.argv[1]}.{processes.rank}.json")
 """
@@ -135,9 +146,9 @@ def test_features_and_moments_do_not_depend_on_the_number_of_processes(tmp_path:
     together = features_of(2, tmp_path / "two.npz")
     assert together["rows"].shape == (50, 112)
     assert alone.rows is not None
-    assert alone.statistics is not None
+    assert alone.moments is not None
     np.testing.assert_allclose(together["rows"], alone.rows, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(together["covariance"], alone.statistics.covariance, rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(together["covariance"], unpack(alone.moments)[2], rtol=1e-4, atol=1e-9)
     # So is a whole evaluation, and each process gets it.
     expected = evaluate(open_digits().images[:90], **MEASURED, extractor=RandomConvolutions()).scores
     for rank in range(2):

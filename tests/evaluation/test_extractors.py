@@ -13,10 +13,8 @@ from torch.nn import functional
 from stablefield.evaluation._extractor import Extractor, RandomConvolutions, RawPixels, full_precision
 from stablefield.evaluation._torchscript import (
     AntialiasedBicubic,
-    KeepSize,
     TensorFlowBilinear,
     TorchScriptExtractor,
-    _file_sha256,
     dinov2,
 )
 
@@ -128,7 +126,10 @@ def test_a_torchscript_file_gets_resized_and_normalised_images(scripted: Callabl
     )[:, None, None]
     assert torch.equal(extract(x), Pool()(normalised))
     assert (extract.dim, extract.name, extract.resize) == (108, "pool", "tensorflow1-bilinear-24x24")
-    assert extract.sha256 == _file_sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    kept = TorchScriptExtractor(path, name="pool", resize=None, offset=(0.0,) * 3, scale=(1.0,) * 3)
+    assert torch.equal(kept(x), Pool()(x.float()))
+    assert kept.resize == "none"
+    assert extract.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_dinov2_prepares_images_as_imagenet_networks_want_them(scripted: Callable[[nn.Module], Path]) -> None:
@@ -143,7 +144,7 @@ def test_dinov2_prepares_images_as_imagenet_networks_want_them(scripted: Callabl
 
 def test_files_that_are_no_feature_network_are_refused(tmp_path: Path, scripted: Callable[[nn.Module], Path]) -> None:
     def load(path: Path) -> TorchScriptExtractor:
-        return TorchScriptExtractor(path, name="it", resize=KeepSize(), offset=(0.0,) * 3, scale=(1.0,) * 3)
+        return TorchScriptExtractor(path, name="it", resize=None, offset=(0.0,) * 3, scale=(1.0,) * 3)
 
     with pytest.raises(ValueError, match=r"it: there is no file .*none\.pt"):
         load(tmp_path / "none.pt")

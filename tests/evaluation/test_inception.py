@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 from stablefield.evaluation import _inception as inception
 from stablefield.evaluation._extractor import RandomConvolutions
-from stablefield.evaluation._fid import frechet_name
-from stablefield.evaluation._inception import PACKAGED_SHA256, Inception, packaged_inception
-from stablefield.evaluation._kid import kernel_name
+from stablefield.evaluation._inception import PACKAGED_SHA256, Inception, metric_name, packaged_inception
 from stablefield.evaluation._torchscript import AntialiasedBicubic, TensorFlowBilinear
 
 
@@ -58,11 +56,13 @@ def test_small_images_are_resized_as_the_fid_graph_does(network: Inception, raw:
 
 
 def test_only_inception_with_its_own_rule_gives_an_fid(network: Inception) -> None:
-    assert frechet_name(network) == "FID"
-    assert kernel_name(network) == "KID"
+    assert metric_name("FID", "Frechet distance", network) == "FID"
+    assert metric_name("KID", "kernel distance", network) == "KID"
     other_rule = Inception(resize=AntialiasedBicubic(299))
-    assert frechet_name(other_rule) == "FID (resize antialiased-bicubic-299x299)"
-    assert kernel_name(RandomConvolutions(2)) == "kernel distance (random convolutions (seed 2))"
+    assert metric_name("FID", "Frechet distance", other_rule) == "FID (resize antialiased-bicubic-299x299)"
+    assert (
+        metric_name("KID", "kernel distance", RandomConvolutions(2)) == "kernel distance (random convolutions (seed 2))"
+    )
 
 
 def test_nothing_gets_the_name_by_calling_itself_so() -> None:
@@ -72,7 +72,7 @@ def test_nothing_gets_the_name_by_calling_itself_so() -> None:
             self.name, self.sha256 = "Inception-v3 (2015-12-05)", PACKAGED_SHA256
             self.resize = TensorFlowBilinear(299).rule
 
-    assert frechet_name(Pretender()) == "Frechet distance (Inception-v3 (2015-12-05))"
+    assert metric_name("FID", "Frechet distance", Pretender()) == "Frechet distance (Inception-v3 (2015-12-05))"
 
 
 def test_the_same_network_in_another_file_is_recognised(network: Inception, tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_the_same_network_in_another_file_is_recognised(network: Inception, tmp_
         torch.jit.save(torch.jit.load(str(packaged_inception())), str(copy))
     again = Inception(copy)
     assert again.sha256 != network.sha256
-    assert frechet_name(again) == "FID"
+    assert metric_name("FID", "Frechet distance", again) == "FID"
 
 
 def test_another_network_is_refused(tmp_path: Path) -> None:

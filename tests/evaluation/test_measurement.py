@@ -1,16 +1,12 @@
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 
 from stablefield.evaluation import _neighbours as neighbours
 from stablefield.evaluation import _precision_recall as precision_recall
-from stablefield.evaluation import _protocol as protocol
 from stablefield.evaluation._evaluate import check_counts
 from stablefield.evaluation._extraction import ExtractorPass, pass_for
 from stablefield.evaluation._extractor import RawPixels
-from stablefield.evaluation._features import statistics_of
+from stablefield.evaluation._features import moments_of
 from stablefield.evaluation._fid import Frechet, frechet_distance_from_features
 from stablefield.evaluation._inception_score import ClassifierScore, inception_score
 from stablefield.evaluation._kid import Kernel, kernel_distance
@@ -26,7 +22,6 @@ from stablefield.evaluation._precision_recall import (
     precision,
     recall,
 )
-from stablefield.evaluation._protocol import running_commit
 
 ALL: tuple[Metric, ...] = (
     *(Frechet(), Kernel(subsets=5), Precision(), Recall(), Density(), Coverage(), Nearest(), ClassifierScore(splits=2)),
@@ -39,7 +34,7 @@ def features(seed: int, n: int) -> torch.Tensor:
 
 
 def kept(rows: torch.Tensor) -> Features:
-    return Features(count=len(rows), rows=rows, statistics=statistics_of(rows))
+    return Features(rows=rows, moments=moments_of(rows))
 
 
 def values(
@@ -137,7 +132,7 @@ def test_a_metric_with_just_enough_images_works_and_with_one_less_says_what_to_d
 
 
 def test_metrics_that_lack_their_features_say_what_to_keep() -> None:
-    rows, moments = Features(count=9, rows=features(1, 9)), Features(count=9, statistics=statistics_of(features(1, 9)))
+    rows, moments = Features(rows=features(1, 9)), Features(moments=moments_of(features(1, 9)))
     with pytest.raises(ValueError, match="needs mean and covariance, and they were not kept: set its moments to True"):
         values(rows, rows, (Frechet(),))
     for metric in (Recall(), ClassifierScore()):
@@ -149,26 +144,3 @@ def test_a_share_of_none_claims_no_certainty() -> None:
     (share,) = values(kept(features(5, 30)), kept(features(0, 40)), (Nearest(),))
     assert share.value == 0
     assert share.standard_error is None
-
-
-def test_the_commit_is_gits_and_says_whether_files_were_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def git(*arguments: str) -> str:
-        who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
-        done = subprocess.run(["git", "-C", tmp_path, *who, *arguments], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    package = tmp_path / "pkg"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    git("init", "-q")
-    monkeypatch.setattr("stablefield.__file__", str(package / "__init__.py"))
-    # Inside a repository, but not of it.
-    monkeypatch.setattr(protocol, "_installed_commit", lambda: None)
-    assert running_commit().startswith("version ")
-    git("add", "-A")
-    git("commit", "-qm", "x")
-    assert running_commit() == git("rev-parse", "HEAD")
-    (package / "__init__.py").write_text("1")
-    assert running_commit() == git("rev-parse", "HEAD") + "-dirty"

@@ -10,8 +10,7 @@ from torch import Tensor
 from stablefield.data._digits import open_digits
 from stablefield.evaluation._extraction import ExtractorPass
 from stablefield.evaluation._extractor import RandomConvolutions
-from stablefield.evaluation._protocol import DamagedCacheWarning, ProtocolWarning
-from stablefield.evaluation._reference import ReferenceSet, measure_reference
+from stablefield.evaluation._reference import DamagedCacheWarning, ProtocolWarning, ReferenceSet, measure_reference
 
 DIGITS = open_digits()
 
@@ -31,12 +30,12 @@ def test_features_are_computed_once_and_kept_with_their_record(tmp_path: Path) -
     again = measure_reference(chosen, ExtractorPass(extractor=net), batch=16, cache=tmp_path, commit="a")
     assert net.seen == 50
     assert first.rows is not None
-    assert again.statistics is not None
+    assert again.moments is not None
     assert torch.equal(again.rows, first.rows)
-    assert torch.equal(again.statistics.covariance, first.statistics.covariance)
-    record = chosen.protocol(net)
-    assert (record.reference, record.split) == ("digits", "train, 50 of 1797 (seed 0)")
-    assert record.reference_sha256 == DIGITS.manifest["sha256"]
+    assert torch.equal(again.moments, first.moments)
+    record = chosen.record(net)
+    assert (record["reference"], record["split"]) == ("digits", "train, 50 of 1797 (seed 0)")
+    assert record["reference_sha256"] == DIGITS.manifest["sha256"]
 
 
 @pytest.mark.parametrize(
@@ -63,8 +62,9 @@ def test_what_was_kept_of_something_else_is_not_used(
 def test_features_of_another_commit_are_used_with_a_warning(tmp_path: Path) -> None:
     chosen, net = ReferenceSet(images=DIGITS, split="train", count=50), Counting()
     measure_reference(chosen, ExtractorPass(extractor=net), batch=16, cache=tmp_path, commit="a")
-    with pytest.warns(ProtocolWarning, match="commit: 'a' against 'b'"):
+    with pytest.warns(ProtocolWarning, match="kept features of digits .*another commit: 'a' against 'b'") as told:
         measure_reference(chosen, ExtractorPass(extractor=net), batch=16, cache=tmp_path, commit="b")
+    assert len(told) == 1  # there are two files
     assert net.seen == 50
 
 
@@ -88,7 +88,7 @@ def test_a_cache_that_cannot_be_written_costs_no_result(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     chosen = ReferenceSet(images=DIGITS, split="train", count=50)
     wanted = ExtractorPass(extractor=RandomConvolutions())
-    assert measure_reference(chosen, wanted, batch=16, cache=tmp_path / "file" / "x").count == 50
+    assert measure_reference(chosen, wanted, batch=16, cache=tmp_path / "file" / "x").matrix().shape[0] == 50
 
 
 def test_a_subset_is_drawn_without_replacement_over_the_whole_set() -> None:

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stablefield.evaluation._torchscript import AntialiasedBicubic, KeepSize, TensorFlowBilinear
+from stablefield.evaluation._torchscript import AntialiasedBicubic, TensorFlowBilinear
 
 
 def image(h: int, w: int) -> torch.Tensor:
@@ -34,8 +34,7 @@ def test_tensorflow_bilinear_has_no_half_pixel_offset() -> None:
 
 def test_images_of_the_wanted_size_are_left_alone() -> None:
     x = image(16, 16)
-    for rule in (TensorFlowBilinear(16), KeepSize()):
-        assert torch.equal(rule(x), x)
+    assert torch.equal(TensorFlowBilinear(16)(x), x)
 
 
 @pytest.mark.parametrize(("n", "size"), [(32, 57), (64, 21)])
@@ -48,5 +47,5 @@ def test_antialiased_bicubic_is_pillows_kernel(n: int, size: int) -> None:
 
 
 def test_rules_name_kernel_and_size() -> None:
-    rules = [TensorFlowBilinear(299).rule, AntialiasedBicubic(224).rule, KeepSize().rule]
-    assert rules == ["tensorflow1-bilinear-299x299", "antialiased-bicubic-224x224", "none"]
+    rules = [TensorFlowBilinear(299).rule, AntialiasedBicubic(224).rule]
+    assert rules == ["tensorflow1-bilinear-299x299", "antialiased-bicubic-224x224"]

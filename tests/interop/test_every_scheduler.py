@@ -208,7 +208,9 @@ def test_own_timesteps_with_a_shift_have_the_noise_that_the_scheduler_adds():
     assert regression.time(torch.tensor([700.0])).item() == pytest.approx(0.875, rel=1e-6)
     one = torch.ones(1, 1)
     assert scheduler.scale_noise(0 * one, torch.tensor([700.0]), one).item() == pytest.approx(0.875, rel=1e-6)
-    with pytest.raises(ValueError, match=r"timesteps hold 500, which is none of the scheduler's 3 timesteps .* again"):
+    with pytest.raises(
+        ValueError, match=r"timesteps hold 500, which is not one of the scheduler's 3 timesteps .* again"
+    ):
         regression.time(torch.tensor([700.0, 500.0]))
     with pytest.raises(TypeError, match=r"timesteps is a list: pass a tensor"):
         regression.time([700.0])

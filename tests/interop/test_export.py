@@ -271,7 +271,7 @@ def test_export_writes_a_pipeline_with_samples_and_a_card(run: Path, tmp_path: P
     assert card.startswith("---\nlibrary_name: diffusers\n")
     assert "| FID | 1.25 | 1.375 | 0.25 | 2 | 500 | digits (train, 1,797) | pixels, none |" in card
     assert "3 of 128 images" in card
-    assert "told one of 10 classes" in card
+    assert "conditioned on one of 10 classes" in card
     with Image.open(out / "samples.png") as picture:
         assert picture.size[0] > 100
     assert status("export", run, "--out", out) == 2
@@ -304,7 +304,7 @@ def test_exports_carry_the_names_of_the_classes(tmp_path: Path) -> None:
     options = {"latents": latents, "num_inference_steps": 2, "output_type": "pt"}
     named = pipe(class_labels=["bee", "0", -1], **options).images
     torch.testing.assert_close(named, pipe(class_labels=[1, 2, -1], **options).images, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="'cat': the classes are ant, bee, 0"):
+    with pytest.raises(ValueError, match="'cat': pass classes among ant, bee, 0"):
         pipe(class_labels=["cat"])
 
 
@@ -362,5 +362,5 @@ def test_card_of_an_imported_network_claims_nothing_of_its_training() -> None:
     assert "imported from net.pkl" in card
     assert "trained on" not in card
     assert "regressed" not in card
-    assert "None were measured" in card
+    assert "None: `stablefield evaluate` was not run" in card
     assert "stablefield import model.safetensors" in card

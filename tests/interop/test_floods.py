@@ -54,10 +54,10 @@ def test_floods_are_small(readings) -> None:
         ("resolution of 0", "names are not those of"),
         ("resolution of 65,536 of a network", "images would be 65,536 x 65,536 pixels"),
         ("30,000 blocks", "it has 30,002 tensors; a network has no more than 10,000"),
-        ("as many blocks as there are tensors", "1 levels of 9,000 blocks, and its 9,002 tensors are too few"),
+        ("as many blocks as there are tensors", "1 levels of 9,000 blocks, but 9,002 tensors are too few"),
         ("blocks times levels of a network", "11 levels of 900 blocks"),
         ("45,000 modules that share one child", "its modules are nested without end"),
-        ("weights that all are one storage", r"tensors take 2,200,00\d,\d+ bytes, and the file has 5,0"),
+        ("weights that all are one storage", r"tensors take 2,200,00\d,\d+ bytes, but the file has 5,0"),
         ("network whose weights all are one storage", "they are views of the same memory"),
         ("long class name over and over", "a name of 1,000,008 characters"),
     ],
@@ -102,7 +102,7 @@ def test_number_of_float64_beyond_float32_is_refused_not_made_infinite(tmp_path:
 
     network = SongUNet.ddpmpp(8, 1, 8, (1, 2), 1).double().state_dict()
     (tmp_path / "w.pt").write_bytes(saved(network | {"map_layer1.bias": torch.full((32,), 1e39, dtype=torch.float64)}))
-    with pytest.raises(RefusedError, match="holds NaN or infinite values, or such as float32"):
+    with pytest.raises(RefusedError, match="holds NaN, infinite values, or values too large for float32"):
         read_published(tmp_path / "w.pt", "edm")
 
 

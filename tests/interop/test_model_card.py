@@ -92,7 +92,7 @@ def test_the_card_of_a_conditional_run_lists_its_classes_by_number_and_name(name
     plain, kinds = shown(conditional("ant", "bee"))
     place = plain.index("number")
     assert plain[place - 2 : place + 6] == [
-        "Classes", "The network is told a class by its number, 0 to 1, or -1 for none.", "number", "name",
+        "Classes", "Pass a class by its number, 0 to 1, or -1 for none.", "number", "name",
         "0", "ant", "1", "bee",
     ]  # fmt: skip
     texts, found = shown(conditional("ant", name))
@@ -104,8 +104,7 @@ def test_the_card_says_where_classes_have_no_names_and_nothing_where_there_are_n
     sizes = {"shape": (1, 8, 8), "parameters": 3}
     told = {"name": "m", "data": "x", "recipe": Recipe(), "step": 9, "ema": "none", "version": "1"}
     assert (
-        "0 to 6, or -1 for none. What the classes are called is not known."
-        in ModelCard(classes=7, **sizes, **told).text()
+        "0 to 6, or -1 for none. The names of the classes are unknown." in ModelCard(classes=7, **sizes, **told).text()
     )
     assert "Classes" not in ModelCard(classes=0, **sizes, **told).text()
 

@@ -188,12 +188,12 @@ def change(state: dict, **entries) -> dict:
     ("edit", "message"),
     [
         ({"enc.8x8_conv.weight": None}, r"not those of a DDPM\+\+ or NCSN\+\+ network .* it has \d+ tensors"),
-        ({"map_layer1.bias": None}, r"looks like DDPM\+\+, but map_layer1.bias has shape none where \(32,\)"),
-        ({"surplus": torch.zeros(3)}, r"surplus has shape \(3,\) where none is expected"),
-        ({"map_layer1.bias": torch.zeros(33)}, r"map_layer1.bias has shape \(33,\) where \(32,\)"),
+        ({"map_layer1.bias": None}, r"looks like DDPM\+\+, but map_layer1.bias has shape none instead of \(32,\)"),
+        ({"surplus": torch.zeros(3)}, r"surplus has shape \(3,\) instead of none"),
+        ({"map_layer1.bias": torch.zeros(33)}, r"map_layer1.bias has shape \(33,\) instead of \(32,\)"),
         ({"map_layer1.bias": torch.full((32,), torch.nan)}, "map_layer1.bias holds NaN"),
         ({"map_layer1.bias": torch.zeros(32, dtype=torch.int32)}, "map_layer1.bias has dtype torch.int32"),
-        ({"enc.8x8_block0.conv1.weight": torch.zeros(9, 9, 3, 3)}, "no multiples of the first width"),
+        ({"enc.8x8_block0.conv1.weight": torch.zeros(9, 9, 3, 3)}, "not multiples of the first width"),
         ({"enc.4x4_down.conv0.resample_filter": torch.ones(1, 1, 2, 2)}, "resampling filters are neither"),
         ({"enc.16x16_conv.weight": torch.zeros(8, 1, 3, 3)}, "names are not those of"),
     ],
@@ -214,7 +214,7 @@ def test_state_that_fits_no_network_is_refused_with_the_first_difference(edit, m
             lambda p: p.write_bytes(b"hello, I am a text file\n"),
             "neither safetensors, nor a file of torch.save, nor a pickle",
         ),
-        (lambda p: p.write_bytes(foreign.saved({"step": 3})), "entry step is no tensor"),
+        (lambda p: p.write_bytes(foreign.saved({"step": 3})), "entry step is not a tensor"),
         (lambda p: p.write_bytes(foreign.saved([1, 2])), "neither a network nor a dict"),
         (
             lambda p: p.write_bytes(foreign.edm_file(network("DDPM++", 8, 1, 8, (1,), 1), "iDDPMPrecond")),
@@ -229,5 +229,5 @@ def test_other_files_are_refused_with_the_reason(write, message, path: Path) -> 
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nothing\.pkl, and there is no such file"):
+    with pytest.raises(ValueError, match=r"nothing\.pkl does not exist: name a"):
         read_published(tmp_path / "nothing.pkl")

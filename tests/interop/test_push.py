@@ -122,7 +122,7 @@ def test_hub_that_refuses_is_a_failure_with_its_reason_and_the_export_stays(run:
     hub.refusing = True
     done = export(run, tmp_path / "pipe", hub)
     assert done.returncode == 1
-    assert "--push ada/digits failed, and the export stays where it is: 403" in done.stderr
+    assert "--push ada/digits failed; the export remains in its folder: 403" in done.stderr
     assert "You may not write here." in done.stderr
     assert "\n" not in done.stderr.strip()
     assert "Traceback" not in done.stderr

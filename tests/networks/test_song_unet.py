@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import song_reference
 import torch
 from torch import Tensor, nn
 
+import stablefield as sf
+from stablefield import networks
 from stablefield.networks import SongUNet
 
 MAKERS = {"ddpmpp": SongUNet.ddpmpp, "ncsnpp": SongUNet.ncsnpp}
@@ -452,3 +455,10 @@ def test_labels_given_to_a_network_without_them_are_refused():
         network(x, noise, torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match="augment_labels were given"):
         network(x, noise, None, torch.zeros(3, 9))
+
+
+@pytest.mark.parametrize("text", [networks.__doc__, SongUNet.__doc__], ids=["package", "class"])
+def test_the_docstring_puts_a_network_into_a_loop_of_ones_own(text: str) -> None:
+    names: dict[str, Any] = {"sf": sf, "x": torch.zeros(1, 3, 32, 32), "sigma": torch.ones(1)}
+    exec("\n".join(re.findall(r"^ {4,8}((?:network|denoiser|x0) = .*)$", text, re.M)), names)
+    assert names["x0"].shape == (1, 3, 32, 32)

@@ -215,6 +215,6 @@ def test_the_logged_excess_is_that_of_the_network_whatever_the_references_were(t
 
 def test_the_floor_of_a_size_that_was_not_measured_is_refused():
     curve = made_curve(LEVELS, {8: LEVELS})
-    with pytest.raises(ValueError, match="size is 9: it was not measured; the sizes 1, 8, 1000 were"):
+    with pytest.raises(ValueError, match="size is 9, which was not measured: pass one of 1, 8, 1000"):
         LossFloor.of(curve, sf.EDMWeighting(), 9)
     assert torch.equal(LossFloor.of(replace(curve, samples=9), sf.EDMWeighting(), 9)(LEVELS), torch.zeros_like(LEVELS))

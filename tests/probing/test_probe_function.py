@@ -29,7 +29,7 @@ def found(digits):
 def test_the_function_probes_and_the_package_stays_a_package(found, digits):
     assert isinstance(found, sf.probing.Probe)
     assert sf.probing.__name__ == "stablefield.probing"
-    assert found.training.batch == 128  # as train has it
+    assert found.training.batch == 128  # as train chooses it
     assert found.references is None
     assert sorted(found.curve.stf) == [4, 16]
     assert found.advice.band == found.noise_band.level == sf.pick_noise_band(sf.Pool(torch.tensor(digits.images))).level
@@ -52,7 +52,7 @@ def test_tensors_and_arrays_of_any_shape_are_probed():
     torch.testing.assert_close(one.curve.dsm.mean, rows.curve.dsm.mean)
     part = sf.probe(latents, **FEW, max_images=50)
     assert (part.curve.samples, part.curve.drawn_from) == (50, 200)
-    assert "sampled: 50 of 200 images stand for the data set" in str(part)
+    assert "sampled: 50 of 200 images represent the data set" in str(part)
 
 
 def test_labels_keep_posteriors_within_classes():
@@ -140,7 +140,7 @@ def test_progress_is_told_stage_by_stage_to_the_end(digits):
 @pytest.mark.parametrize(
     ("named", "message"),
     [
-        ({"references": (0,)}, r"^references is \(0,\): a set has at least 1 reference"),
+        ({"references": (0,)}, r"^references is \(0,\): pass sizes of at least 1"),
         ({"aim": 2.0}, "^aim is 2"),
         ({"max_images": 1}, "^max_images is 1"),
         ({"batch": 0}, "^batch is 0"),
@@ -193,7 +193,7 @@ def test_the_bias_check_is_one_call(tmp_path, monkeypatch):
     data = np.clip(70 * labels[:, None, None] + noise, 0, 255).astype(np.uint8)
     found = sf.probing.probe_bias(data, labels=labels, device="cpu")
     assert found.passed
-    assert found.planted == ("source left out", "source held twice", "classes mixed")
+    assert found.planted == ("source left out", "source included twice", "classes mixed")
     assert not found.checks["source left out"].passed
     assert "fault: source left out" in str(found)
     assert "BIASED" in found.save(tmp_path / "bias.html").read_text()

@@ -142,7 +142,7 @@ def test_sets_smaller_than_a_shared_batch_and_of_all_but_one_are_measured(two_ga
     assert float(curve.left(1).mean[0]) == 1
     assert float(curve.left(50).mean[0]) == 0
     assert 0 < float(curve.stf[49].mean[0]) < 0.05 * float(curve.stf[2].mean[0])
-    with pytest.raises(ValueError, match=r"size is 7: 2, 49 and 50 were measured"):
+    with pytest.raises(ValueError, match=r"size is 7, which was not measured: pass one of 2, 49 and 50"):
         curve.left(7)
 
 

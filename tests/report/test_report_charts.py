@@ -130,7 +130,7 @@ def test_regions_are_shaded_between_their_edges_and_named():
         )
     )
     to_x = scale(svg, "x", True)
-    shaded = paths(svg, "fill: var(--shade")
+    shaded = paths(svg, "fill: var(--grid")
     spans = [(float(to_x(points[:, 0].min())), float(to_x(points[:, 0].max()))) for points in shaded]
     assert spans == [
         (pytest.approx(0.09, rel=0.02), pytest.approx(1, rel=1e-3)),
@@ -147,6 +147,14 @@ def test_a_region_beyond_the_axis_is_left_out():
     texts = {node.text for node in svg.all("text")}
     assert "near" in texts
     assert "far" not in texts
+
+
+def test_the_name_of_a_region_too_narrow_for_it_stands_beside_it():
+    regions = (Region(label="wide enough", stop=5), Region(label="the posterior is the prior", start=90))
+    svg = draw(chart(Line(label="a", x=[0.1, 100], y=[1, 2]), log_x=True, regions=regions))
+    inside, beside = (next(node for node in svg.all("text") if node.text == region.label) for region in regions)
+    assert "text-anchor: end" not in inside.attributes["style"]
+    assert "text-anchor: end" in beside.attributes["style"]
 
 
 def test_lines_are_told_apart_without_colour():
@@ -200,6 +208,7 @@ def test_a_chart_is_the_same_each_time_and_as_a_picture(tmp_path):
     assert sorted(file.name for file in one.parent.iterdir()) == ["0.png", "1.png"]
     with Image.open(one) as image:
         assert image.width == 1200
+        assert image.mode == "P"  # a third of the bytes
         assert not image.info.keys() & {"Software", "Creation Time"}
         pixels = np.asarray(image.convert("RGB")).astype(int) @ [65536, 256, 1]
     assert pixels[0, 0] == 0xFFFFFF
@@ -245,19 +254,19 @@ def test_axes_speak_plainly(values, log, texts):
         (lambda: line(x=["one"], y=[1.0]), "x of 'a' is not a sequence of numbers"),
         (lambda: line(x=[1.0, 1.0], y=[1.0, 1.0]), "x of Line 'a' does not increase"),
         (lambda: line(x=[1.0, np.nan], y=[1.0, 1.0]), "does not increase"),
-        (lambda: line(x=[1.0, 2.0], y=[np.nan, np.nan]), "has no number at all"),
-        (lambda: line(x=[1.0, 2.0], y=[1.0, np.inf]), "y of 'a' holds an infinite value: put nan"),
+        (lambda: line(x=[1.0, 2.0], y=[np.nan, np.nan]), "has no numbers"),
+        (lambda: line(x=[1.0, 2.0], y=[1.0, np.inf]), "y of 'a' holds an infinite value: use nan for gaps"),
         (lambda: line(low=[0.0] * 9), "one edge of a band"),
-        (lambda: line(low=[3.0] * 9, high=[2.0] * 9), "low of Line 'a' lies above high"),
+        (lambda: line(low=[3.0] * 9, high=[2.0] * 9), "low of Line 'a' is above high"),
         (lambda: chart(), "draw 1 to 6"),
         (lambda: chart(*(line(f"{i}") for i in range(7))), "are 7"),
         (lambda: chart(line(), x_label=" "), "labels of axes"),
         (lambda: chart(line(x=[0.0, 1.0], y=[1.0, 1.0]), log_x=True), r"x of Line 'a' holds 0\.0, and log_x is set"),
         (lambda: chart(line(x=[1.0, 2.0], y=[1.0, -1.0]), log_y=True), r"y of Line 'a' holds -1\.0, and log_y is set"),
-        (lambda: chart(line(), y_min=3, y_max=2), "y_min must lie below"),
-        (lambda: chart(line(), log_y=True, y_min=0), "y_min=0, which this y axis does not have"),
+        (lambda: chart(line(), y_min=3, y_max=2), "y_min must be below"),
+        (lambda: chart(line(), log_y=True, y_min=0), "y_min=0, which is not on this y axis"),
         (lambda: chart(line(), log_x=True, regions=(Region(label="r", start=0),)), "Region 'r' has an edge at 0"),
-        (lambda: Region(label="r", start=2, stop=2), "start must lie below stop"),
+        (lambda: Region(label="r", start=2, stop=2), "start must be below stop"),
         (lambda: Region(label=""), "label='' of a Region"),
     ],
 )

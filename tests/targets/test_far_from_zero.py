@@ -17,7 +17,7 @@ import stablefield as sf
 from stablefield.targets._engine.assembly import posterior_of, summed
 from stablefield.targets._engine.query import Host, Plan, Query
 from stablefield.targets._engine.reference_matrix import ReferenceMatrix
-from stablefield.targets._kernel import GaussianKernel
+from stablefield.targets._perturbation_kernel import GaussianKernel
 from stablefield.targets._target import Posterior
 
 SHAPE = (3, 32, 32)

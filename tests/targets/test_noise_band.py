@@ -196,7 +196,7 @@ def test_wrong_use_is_told() -> None:
             sf.pick_noise_band(pool, tolerance=tolerance)
     with pytest.raises(ValueError, match="rows is 0"):
         sf.pick_noise_band(pool, rows=0)
-    with pytest.raises(ValueError, match="total is 3, and the pool source_only has 4"):
+    with pytest.raises(ValueError, match="total is 3, but the pool alone has 4"):
         sf.pick_noise_band(pool, total=3)
     with pytest.raises(ValueError, match="NaN or inf"):
         sf.pick_noise_band(sf.Pool(torch.tensor([[1.0], [math.nan]])))

@@ -77,14 +77,14 @@ POSTERIOR = {
             "reference_labels": torch.tensor([0, 0, 0, 0, 1]),
             "source": torch.tensor([0, 4, 0, 0]),
         },
-        r"labels\[1\] is 0: the row's own source is a reference of another label",
+        r"labels\[1\] is 0: the row's own source is a reference with another label",
     ),
     "log_prior of another length": ({"log_prior": torch.zeros(4)}, r"log_prior has shape \(4,\).*\(5,\)"),
     "log_prior elsewhere": ({"log_prior": torch.zeros(5, device=ELSEWHERE)}, r"log_prior has shape.*on meta"),
     "log_prior nan": ({"log_prior": torch.full((5,), float("nan"))}, r"log_prior\[0\] is nan"),
     "log_prior infinite": ({"log_prior": torch.tensor([0, 0, 0, float("inf"), 0])}, r"log_prior\[3\] is inf.*-inf"),
     "all references excluded": ({"log_prior": torch.full((5,), -float("inf"))}, r"no reference may serve row 0: "),
-    "chunk_size zero": ({"chunk_size": 0}, r"chunk_size is 0: it must be at least 1"),
+    "chunk_size zero": ({"chunk_size": 0}, r"chunk_size is 0: pass at least 1"),
 }
 
 
@@ -173,7 +173,7 @@ POOL: dict[str, tuple[Callable[[], object], str]] = {
     "no data": (lambda: sf.Pool(Y[:0]), r"Pool data have shape \(0, 3\).*at least one"),
     "data without dimensions": (lambda: sf.Pool(Y[:, 0]), r"Pool data have shape \(5,\)"),
     "data of integers": (lambda: sf.Pool(Y.long()), r"Pool data have dtype torch\.int64.*uint8"),
-    "size zero": (lambda: sf.Pool(Y, 0), r"Pool size is 0.*from 1 to the 5"),
+    "size zero": (lambda: sf.Pool(Y, 0), r"Pool size is 0.*pass 1 to the 5"),
     "size above the data": (lambda: sf.Pool(Y, 6), r"Pool size is 6.*None for all"),
     "labels of another length": (lambda: sf.Pool(Y, labels=ZERO), r"Pool labels has shape \(4,\).*\(5,\)"),
     "labels of floats": (lambda: sf.Pool(Y, labels=Y[:, 0]), r"Pool labels has shape \(5,\) and dtype torch\.float32"),
@@ -197,7 +197,11 @@ CALL = {
     "index negative": (sf.Pool(Y), {"index": torch.tensor([0, 1, 2, -1])}, r"index\[3\] is -1.*0 to 4"),
     "data of another shape": (sf.Pool(Y[:, :2]), {}, r"rows of x0 have shape \(3,\), the Pool's \(2,\)"),
     "another sample": (sf.Pool(Y), {"index": torch.tensor([0, 1, 3, 3])}, r"row 2 of x0 is not sample 3.*flip="),
-    "a size below the batch": (sf.Pool(Y, 3), {}, r"Pool size is 3, but the batch has 4 samples of its own"),
+    "a size below the batch": (
+        sf.Pool(Y, 3),
+        {},
+        r"Pool size is 3, but the batch has 4 distinct samples: pass at least the batch size",
+    ),
     "a labels that the pool lacks": (sf.Pool(Y), {"labels": ZERO}, r"labels is given, but the Pool has none"),
     "a labels of another class": (
         sf.Pool(Y, labels=torch.tensor([0, 0, 0, 1, 1])),

@@ -293,7 +293,7 @@ def test_a_row_that_is_not_its_sample_is_told_by_the_rank_that_asked(
     [
         ("mislabelled", "labels[1] is {seen}: the Pool has another label for the row's own sample"),
         ("weightless", "index[1] is {index}: its weight in the Pool is 0, so it cannot have been drawn"),
-        ("unknown", "Pool labels[2] is -1: -1 stands for a label that was dropped by chance"),
+        ("unknown", "Pool labels[2] is -1: -1 means a label that was dropped by chance"),
     ],
 )
 def test_what_a_pool_refuses_is_refused_by_the_rank_that_asked(
@@ -311,7 +311,7 @@ def test_what_a_pool_refuses_is_refused_by_the_rank_that_asked(
     ("what", "message"),
     [
         ("all weightless", "the weights are all 0 on all ranks"),
-        ("weights of one", "labels, mirrored or weights on one of them only"),
+        ("weights of one", "labels, mirrored or weights on only one of them"),
     ],
 )
 def test_weights_that_do_not_fit_together_are_refused_by_all_ranks(

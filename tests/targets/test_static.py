@@ -362,7 +362,7 @@ class Unknown(sf.GaussianKernel):
     [
         ({"size": 50}, r"the Pool's size is 50: .*size=None"),
         ({"array": True}, r"references are a numpy array of shape \(200, 3, 4, 4\)"),
-        ({"kernel": Unknown()}, r"kernel is Unknown.*GaussianKernel and StudentTKernel"),
+        ({"kernel": Unknown()}, r"kernel is Unknown.*GaussianKernel or StudentTKernel"),
     ],
     ids=["size", "array", "kernel"],
 )

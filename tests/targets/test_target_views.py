@@ -57,7 +57,7 @@ def test_the_network_target_of_edm_preconditioning_is_affine_in_the_mean(rng: to
     x0, noise, x_t, t = batch(process, rng, torch.float64)
     target = sf.StableTarget(process, references=sf.InBatch())(x0, x_t, t, noise=noise)
     scale = preconditioning(t)
-    skip, out, s = (value.reshape(-1, 1, 1, 1) for value in (scale.skip, scale.out, t))
+    skip, out, s = (value.reshape(-1, 1, 1, 1) for value in (scale.c_skip, scale.c_out, t))
     raw = (target.x0 - skip * x_t) / out
     # By substituting x_t = x0 + sigma noise: (sigma x0 - sigma_data^2 noise) / (sigma_data sqrt(sigma^2 + sigma_data^2)).
     closed = (s * target.x0 - 0.25 * target.noise) / (0.5 * torch.sqrt(s**2 + 0.25))

@@ -17,7 +17,7 @@ import torch
 
 from stablefield.data._digits import open_digits
 from stablefield.training._loop import fit
-from stablefield.training._recipe import UNet
+from stablefield.training._recipe import SongUNetConfig
 from stablefield.training._recipes import DIGITS
 from stablefield.training._run_folder import RunConfig, RunFolder
 
@@ -32,7 +32,7 @@ RECIPE = dataclasses.replace(
     sample_every=0,
     ema_snapshot_every=15,
     keep_every=15,
-    network=UNet(base_channels=8, multipliers=(1, 2), blocks=1, dropout=0.1),
+    network=SongUNetConfig(base_channels=8, multipliers=(1, 2), blocks=1, dropout=0.1),
 )
 
 

@@ -13,7 +13,6 @@ import stablefield as sf
 from stablefield.cli.entry import main
 from stablefield.data._digits import open_digits
 from stablefield.evaluation._extractor import RawPixels
-from stablefield.evaluation._self_check import SelfCheck
 from stablefield.probing import _fit as fit
 from stablefield.probing._exact import Exact, ExactPosterior
 from stablefield.probing._fit import measure_fit
@@ -21,7 +20,8 @@ from stablefield.probing._population import Population
 from stablefield.training._compare import summary
 from stablefield.training._comparison import LEVELS, Outcome, Score, plan_scoring, read_scores, run_one, spread
 from stablefield.training._model import open_model
-from stablefield.training._recipe import Perceptron
+from stablefield.training._observers import SelfCheck
+from stablefield.training._recipe import MLPConfig
 from stablefield.training._recipes import DIGITS
 from stablefield.training._run_folder import RunConfig, RunFolder
 
@@ -35,7 +35,7 @@ RECIPE = dataclasses.replace(
     ramp_images=500,
     sample_every=0,
     checkpoint_every=10,
-    network=Perceptron(width=32, depth=1),
+    network=MLPConfig(width=32, depth=1),
 )
 FLAGS = ("--steps", "20", "--evaluations", "2", "--samples", "100", "--network.width", "32", "--network.depth", "1")
 

@@ -151,7 +151,7 @@ def test_sharded_references_that_do_not_fit_are_refused(mapped: ImageSet, monkey
     monkeypatch.setattr(placement_module, "free_bytes", lambda device: 50_000)
     with pytest.raises(ValueError, match=r"references=sharded: the data take 112.3 KiB.*also in 2 parts"):
         resolve_references(recipe, mapped, CPU, processes=2)
-    with pytest.raises(ValueError, match=r"sharded over several processes.*go on with several"):
+    with pytest.raises(ValueError, match=r"sharded over several processes.*continue with several"):
         placement_module.placed(recipe, mapped, CPU)
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from stablefield.data._digits import open_digits
 from stablefield.training._checkpoint import CheckpointError, State, Trained, read_state, restore, save, sweep
 from stablefield.training._loop import TrainingError, fit
-from stablefield.training._recipe import Perceptron
+from stablefield.training._recipe import MLPConfig
 from stablefield.training._recipes import DIGITS
 from stablefield.training._run_folder import RunConfig, RunFolder
 
@@ -25,7 +25,7 @@ SMALL = dataclasses.replace(
     noise_band=0.0,
     steps=24,
     batch=32,
-    network=Perceptron(width=32, depth=1),
+    network=MLPConfig(width=32, depth=1),
     sample_every=0,
     checkpoint_every=4,
     keep_last=2,

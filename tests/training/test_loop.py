@@ -13,7 +13,7 @@ import stablefield
 from stablefield.data._digits import open_digits
 from stablefield.targets._ranks import RankError
 from stablefield.training._loop import TrainingError, check_fit, fit
-from stablefield.training._recipe import Perceptron, Recipe, UNet
+from stablefield.training._recipe import MLPConfig, Recipe, SongUNetConfig
 from stablefield.training._recipes import DIGITS
 from stablefield.training._run_folder import RunConfig, RunFolder
 from stablefield.training._stepper import Stepper
@@ -24,7 +24,7 @@ SMALL = dataclasses.replace(
     noise_band=0.0,
     steps=24,
     batch=32,
-    network=Perceptron(width=32, depth=1),
+    network=MLPConfig(width=32, depth=1),
     sample_every=0,
     checkpoint_every=8,
     log_every=4,
@@ -65,13 +65,15 @@ def test_same_seed_gives_same_bytes_and_another_seed_others(tmp_path: Path, chan
 @pytest.mark.parametrize(
     "network",
     [
-        Perceptron(width=32, depth=1, dropout=0.2),
-        UNet(
+        MLPConfig(width=32, depth=1, dropout=0.2),
+        SongUNetConfig(
             base_channels=8, multipliers=(1, 2), blocks=1, dropout=0.2
         ),  # its weights are channels-last, its files not
     ],
 )
-def test_run_resumed_from_a_checkpoint_equals_the_uninterrupted_run(tmp_path: Path, network: Perceptron | UNet) -> None:
+def test_run_resumed_from_a_checkpoint_equals_the_uninterrupted_run(
+    tmp_path: Path, network: MLPConfig | SongUNetConfig
+) -> None:
     recipe = dataclasses.replace(SMALL, network=network, references=64)
     whole, cut = start(tmp_path / "whole", recipe), start(tmp_path / "cut", recipe)
     go(whole)

@@ -8,7 +8,7 @@ import torch
 
 import stablefield as sf
 from stablefield.training._config import decode, encode
-from stablefield.training._recipe import Perceptron, Recipe
+from stablefield.training._recipe import DiffusersUNetConfig, MLPConfig, Recipe, SongUNetConfig
 from stablefield.training._recipes import DIGITS
 from stablefield.training._seeding import Purpose, generator_for, seed_for
 
@@ -19,7 +19,7 @@ from stablefield.training._seeding import Purpose, generator_for, seed_for
         DIGITS,
         Recipe(process=sf.VE(0.01, 50.0), noise_levels=sf.LogUniform(stratified=True), weighting=sf.SNRWeighting()),
         Recipe(process=sf.VP(), noise_levels=sf.Uniform(), preconditioning=sf.VPPreconditioning(), references=300),
-        Recipe(process=sf.RectifiedFlow(), weighting=sf.FlowWeighting(), network=Perceptron(width=64)),
+        Recipe(process=sf.RectifiedFlow(), weighting=sf.FlowWeighting(), network=MLPConfig(width=64)),
         Recipe(process=sf.Cosine(), preconditioning=sf.VEPreconditioning(), conditional=True),
     ],
 )
@@ -70,3 +70,10 @@ def test_seeds_of_purposes_and_steps_are_all_different() -> None:
 def test_recipes_written_with_names_from_before_still_open():
     old = {"kind": "Recipe", "clip": 2.0, "accumulate": 3, "mend_gradients": True}
     assert decode(old) == Recipe(max_grad_norm=2.0, gradient_accumulation_steps=3, nan_to_num=True)
+    networks = {
+        "Perceptron": ({"width": 32}, MLPConfig(width=32)),
+        "UNet": ({"base_channels": 16, "multipliers": [1, 2]}, SongUNetConfig(base_channels=16, multipliers=(1, 2))),
+        "UNet2D": ({"widths": [32, 64]}, DiffusersUNetConfig(widths=(32, 64))),
+    }
+    for kind, (options, network) in networks.items():
+        assert decode({"kind": "Recipe", "network": {"kind": kind, **options}}) == Recipe(network=network)

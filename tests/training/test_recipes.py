@@ -13,12 +13,12 @@ from stablefield.data._digits import open_digits
 from stablefield.data._image_set import Origin, make_image_set
 from stablefield.data._resizing import natural_resolution
 from stablefield.training import _recipe as recipe_module
-from stablefield.training._recipe import Recipe, UNet, UNet2D
+from stablefield.training._recipe import DiffusersUNetConfig, Recipe, SongUNetConfig
 from stablefield.training._recipes import CIFAR10_EDM, CIFAR10_VE, CIFAR10_VP, imagefolder, unet2d
 
 
 def names() -> dict[str, object]:
-    found = {name: getattr(recipe_module, name) for name in ("Recipe", "UNet", "Perceptron")}
+    found = {name: getattr(recipe_module, name) for name in ("Recipe", "SongUNetConfig", "MLPConfig")}
     return {**found, **{name: getattr(sf, name) for name in sf.__all__}, "inf": float("inf")}
 
 
@@ -44,7 +44,7 @@ def test_cifar10_recipes_follow_the_published_schedule(recipe: Recipe) -> None:
     assert recipe.learning_rate_at(0) == pytest.approx(1e-3 * 512 / 10e6)
     assert recipe.learning_rate_at(10_000_000 // 512 + 1) == recipe.learning_rate_at(recipe.steps - 1) == 1e-3
     assert (recipe.ema_half_life, recipe.ema_ramp, recipe.augmentation) == (500_000, 0.05, 0.12)
-    assert isinstance(recipe.network, UNet)
+    assert isinstance(recipe.network, SongUNetConfig)
     assert recipe.network.dropout == 0.13
     assert not recipe.mirror
     assert recipe.nan_to_num
@@ -86,7 +86,7 @@ def test_imagefolder_fits_every_size_that_it_chooses(side: int, accelerated: boo
 def test_recipes_fit_images_that_are_not_square(size: tuple[int, int], accelerated: bool) -> None:
     assert natural_resolution([size], 64) is None
     for recipe in (imagefolder((3, *size), 1000, accelerated=accelerated), unet2d((3, *size), 1000, accelerated=True)):
-        if isinstance(recipe.network, UNet2D):
+        if isinstance(recipe.network, DiffusersUNetConfig):
             pytest.importorskip("diffusers")
             if min(size) < 16:
                 continue
@@ -105,7 +105,7 @@ def test_limits_of_resolution_follow_recipe_and_device() -> None:
 def test_unet_names_the_resolution_for_images_that_it_does_not_fit() -> None:
     for shape, words in (((3, 30, 30), "resolution=28"), ((3, 42, 64), "resolution=40")):
         with pytest.raises(ValueError, match=words):
-            UNet().build(shape, 0, 0, torch.Generator())
+            SongUNetConfig().build(shape, 0, 0, torch.Generator())
 
 
 def test_augmentation_needs_a_network_that_can_be_told() -> None:

@@ -15,7 +15,7 @@ import stablefield as sf
 from stablefield.data._digits import open_digits
 from stablefield.evaluation._extractor import RawPixels
 from stablefield.training._loop import Report
-from stablefield.training._recipe import Perceptron, Recipe
+from stablefield.training._recipe import MLPConfig, Recipe
 from stablefield.training._run import share_plan
 from stablefield.training._sampler import SamplerOptions
 
@@ -26,7 +26,7 @@ TINY = Recipe(
     sample_every=0,
     log_every=4,
     ema_snapshot_every=4,
-    network=Perceptron(width=16, depth=1),
+    network=MLPConfig(width=16, depth=1),
 )
 
 
@@ -206,9 +206,9 @@ def test_labels_of_an_array_are_those_of_the_run(tmp_path: Path) -> None:
     assert by_array.config.classes == 10
     one, two = (run.model("none").denoiser.state_dict() for run in (by_array, by_set))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
-    with pytest.raises(ValueError, match="labels goes with images that is an array"):
+    with pytest.raises(ValueError, match="labels is only for images that is an array"):
         sf.train(digits, labels=digits.labels, **options)
-    with pytest.raises(ValueError, match=r"images has dtype float32: pass uint8; of values x in \[-1, 1\]"):
+    with pytest.raises(ValueError, match=r"images has dtype float32: pass uint8; for values x in \[-1, 1\]"):
         sf.train(digits.images.astype(np.float32) / 127.5 - 1, **options)
 
 

@@ -21,16 +21,16 @@ from stablefield.training._allocator import keep_freed_memory
 from stablefield.training._feed import Feed
 from stablefield.training._loop import fit
 from stablefield.training._meter import BINS, Meter, Stopwatch, bin_edges
-from stablefield.training._recipe import Perceptron, Recipe, UNet
+from stablefield.training._recipe import MLPConfig, Recipe, SongUNetConfig
 from stablefield.training._recipes import DIGITS
 from stablefield.training._run_folder import RunConfig, RunFolder
 from stablefield.training._stepper import Stepper
 
 CPU = torch.device("cpu")
 SMALL = dataclasses.replace(
-    DIGITS, references="all", noise_band=0.0, steps=12, batch=36, network=Perceptron(width=32, depth=1)
+    DIGITS, references="all", noise_band=0.0, steps=12, batch=36, network=MLPConfig(width=32, depth=1)
 )
-TINY_UNET = UNet(base_channels=8, multipliers=(1, 2), blocks=1, dropout=0.0)
+TINY_UNET = SongUNetConfig(base_channels=8, multipliers=(1, 2), blocks=1, dropout=0.0)
 
 
 def configured(recipe: Recipe, data: ImageSet) -> RunConfig:
@@ -200,7 +200,7 @@ def test_the_loop_itself_costs_under_5_percent_of_a_step_of_5_million_parameters
     keep_freed_memory()  # as the command does
     pixels = np.random.default_rng(0).integers(0, 256, (64, 3, 32, 32), dtype=np.uint8)
     data = make_image_set(pixels, None, Origin(name="noise", source="made up"))
-    network = UNet(base_channels=64, multipliers=(1, 2, 2), blocks=1, dropout=0.0)
+    network = SongUNetConfig(base_channels=64, multipliers=(1, 2, 2), blocks=1, dropout=0.0)
     recipe = dataclasses.replace(SMALL, batch=16, network=network)
     found = stepper(recipe, data)
     meter = Meter(bin_edges(recipe.noise_levels, recipe.process), CPU, found.target_watch)

@@ -12,7 +12,7 @@ from stablefield.cli.entry import main
 from stablefield.cli.recipes import chosen
 from stablefield.data._digits import open_digits
 from stablefield.training._config import decode, encode
-from stablefield.training._recipe import UNet2D
+from stablefield.training._recipe import DiffusersUNetConfig
 from stablefield.training._recipes import unet2d
 
 diffusers = pytest.importorskip("diffusers")
@@ -66,12 +66,12 @@ def test_recipe_fits_every_size(side: int, accelerated: bool) -> None:
 def test_recipe_is_chosen_by_name_and_read_back_from_json() -> None:
     name, recipe = chosen("unet2d", open_digits(), accelerated=False)
     assert name == "unet2d"
-    assert isinstance(recipe.network, UNet2D)
+    assert isinstance(recipe.network, DiffusersUNetConfig)
     assert decode(encode(recipe)) == recipe
 
 
 def test_weights_are_those_of_the_generator_and_leave_the_global_one_alone() -> None:
-    network = UNet2D(widths=(32,), blocks=1)
+    network = DiffusersUNetConfig(widths=(32,), blocks=1)
     before = torch.get_rng_state()
     first, second, other = (network.build((1, 8, 8), 0, 0, torch.Generator().manual_seed(k)) for k in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
@@ -90,9 +90,9 @@ def test_weights_are_those_of_the_generator_and_leave_the_global_one_alone() -> 
 )
 def test_network_that_does_not_fit_is_refused(change: dict, shape: tuple[int, int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(UNet2D(widths=(32, 32, 32)), **change).build(shape, 0, 0, torch.Generator())
+        dataclasses.replace(DiffusersUNetConfig(widths=(32, 32, 32)), **change).build(shape, 0, 0, torch.Generator())
 
 
 def test_augmentation_is_refused() -> None:
     with pytest.raises(ValueError, match="augmentation needs"):
-        UNet2D().build((1, 8, 8), 0, 9, torch.Generator())
+        DiffusersUNetConfig().build((1, 8, 8), 0, 9, torch.Generator())

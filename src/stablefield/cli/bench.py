@@ -8,12 +8,12 @@ from typing import Annotated
 import tyro
 from rich.table import Table
 
+from stablefield._bench import benchmark
 from stablefield.cli.console import console, relative
 from stablefield.cli.places import check_place
 from stablefield.cli.sources import open_data
 from stablefield.cli.train import pick_device
 from stablefield.cli.work import Work
-from stablefield.evaluation._bench import benchmark
 from stablefield.report import write_chart
 from stablefield.report._extra import require
 

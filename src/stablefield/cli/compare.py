@@ -23,6 +23,7 @@ from stablefield.report._extra import require
 from stablefield.training._compare import DISTANCE, Comparison, ComparisonPlan, PlannedRun, compare
 from stablefield.training._comparison import Outcome
 from stablefield.training._loop import Report
+from stablefield.training._observers import check_samples
 from stablefield.training._recipe import Recipe
 
 __all__ = ["Compare"]
@@ -75,8 +76,6 @@ class Compare:
         if self.evaluations is not None and self.evaluations < 1:
             raise ValueError(f"--evaluations is {self.evaluations}: each run is scored at least once, at its end.")
         if self.samples is not None:
-            from stablefield.evaluation._self_check import check_samples  # needs torchmetrics
-
             check_samples(f"--samples {self.samples}", self.samples)
         check_folder("--out", self.out or Path("compare", "new"))
 

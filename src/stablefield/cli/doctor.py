@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from rich.markup import escape
 from rich.table import Table
 
+from stablefield._doctor import check_machine
 from stablefield.cli.console import console
-from stablefield.evaluation._doctor import check_machine
 
 __all__ = ["Doctor"]
 

@@ -21,16 +21,16 @@ from stablefield.data._image_set import ImageSet
 from stablefield.data._resizing import Resize
 from stablefield.evaluation._evaluate import DEFAULT_METRICS, METRICS, check_counts, evaluate
 from stablefield.evaluation._processes import Processes
-from stablefield.evaluation._protocol import ProtocolWarning
+from stablefield.evaluation._reference import ProtocolWarning
 from stablefield.evaluation._result import Evaluation
+from stablefield.evaluation._time_estimate import TimeEstimate
 from stablefield.report._extra import require
 from stablefield.training._run import Run
-from stablefield.training._run_samples import RunSamples, data_of
+from stablefield.training._run_source import RunSource, data_of
 from stablefield.training._sampler import SamplerOptions
 
 if TYPE_CHECKING:
     MetricName = str
-    from stablefield.evaluation._time_estimate import TimeEstimate
 else:
     MetricName = tyro.extras.literal_type_from_choices(METRICS)
 
@@ -154,10 +154,10 @@ class Evaluate:
             )
         return replace(found, name=self.source)
 
-    def _samples_of_run(self, device: torch.device) -> tuple[RunSamples, str, Mapping[str, Any]]:
+    def _samples_of_run(self, device: torch.device) -> tuple[RunSource, str, Mapping[str, Any]]:
         """The run's samples, what it was trained on, and how that was opened."""
         sampler = Run(self.source).sampler(self.drawing, device=device)
-        samples = RunSamples(sampler, self.source, self.samples or 5000, self.first_seed)
+        samples = RunSource(sampler, self.source, self.samples or 5000, self.first_seed)
         return samples, self.data or data_of(sampler.config), sampler.config.opening
 
     def _images(self) -> ImageSet:
@@ -191,7 +191,7 @@ class Evaluate:
         return unused(Path(self.source, "evaluations", name) if self._is_run else Path("evaluation.json"))
 
 
-def _print_estimate(estimate: "TimeEstimate") -> None:
+def _print_estimate(estimate: TimeEstimate) -> None:
     """Say how long it takes from here."""
     named = {"drawing": estimate.sampling, "features": estimate.features, "metrics": estimate.metrics}
     parts = [f"{duration(seconds)} of {what}" for what, seconds in named.items() if seconds >= 1]

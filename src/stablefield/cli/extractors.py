@@ -9,9 +9,9 @@ import torch
 from stablefield.evaluation._extractor import Extractor, RandomConvolutions, RawPixels
 from stablefield.evaluation._inception import Inception
 from stablefield.evaluation._torchscript import (
+    IMAGENET,
     AntialiasedBicubic,
     Channels,
-    KeepSize,
     Resize,
     TensorFlowBilinear,
     TorchScriptExtractor,
@@ -23,7 +23,7 @@ __all__ = ["ExtractorFlags"]
 _SCALES: dict[str, tuple[Channels, Channels]] = {
     "unit": ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),
     "symmetric": ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
-    "imagenet": ((255 * 0.485, 255 * 0.456, 255 * 0.406), (255 * 0.229, 255 * 0.224, 255 * 0.225)),
+    "imagenet": IMAGENET,
 }
 
 
@@ -94,7 +94,7 @@ class ExtractorFlags:
         return None if self.classifier is None else self._network(self.classifier, device)
 
     def _network(self, file: Path, device: torch.device) -> TorchScriptExtractor:
-        resize: Resize = KeepSize()
+        resize: Resize | None = None
         if self.extractor_size is not None:
             kernels = {"bicubic": AntialiasedBicubic, "tensorflow": TensorFlowBilinear}
             resize = kernels[self.extractor_resize](self.extractor_size)

@@ -156,7 +156,7 @@ def _flags(kind: type, base: Any, prefix: str, part: str) -> Iterator[tuple[str,
             value = base
         if _is_nested(bare):
             inner = type(value) if value is not dataclasses.MISSING else bare
-            own = f"{_PARTS[label]} ({inner.__name__})" if label in _PARTS else part
+            own = f"{_PARTS[label]} ({inner.__name__.removesuffix('Config')})" if label in _PARTS else part
             below = value if value is not dataclasses.MISSING else base
             yield from _flags(inner, below, f"{prefix}{label}." if label else prefix, own)
             continue

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from stablefield.data._image_set import ImageSet
 from stablefield.diffusion._noise_levels import LogUniform
 from stablefield.diffusion._process import VE
-from stablefield.training._recipe import Recipe, UNet, UNet2D
+from stablefield.training._recipe import DiffusersUNetConfig, Recipe, SongUNetConfig
 from stablefield.training._recipes import (
     CELEBA64_VE,
     CIFAR10_EDM,
@@ -90,9 +90,10 @@ def yielding(recipe: Recipe, given: Mapping[str, Sequence[str]]) -> tuple[Recipe
     if references and fewer and "--batch" not in given and given.get("--target", [recipe.target]) == ["stf"]:
         change("--references", "batch", int(references), "every image of a batch is among its references")
     widths = [_number([width]) or 0.0 for width in given.get("--network.widths", ())]
-    if isinstance(recipe.network, UNet2D) and "--network.groups" not in given and all(w % 1 == 0 < w for w in widths):
-        groups = math.gcd(recipe.network.groups, *map(int, widths))
-        if groups != recipe.network.groups:
+    network, whole = recipe.network, all(width % 1 == 0 < width for width in widths)
+    if isinstance(network, DiffusersUNetConfig) and "--network.groups" not in given and whole:
+        groups = math.gcd(network.groups, *map(int, widths))
+        if groups != network.groups:
             change("--network.widths", "network.groups", groups, "each width is a multiple of the groups")
     if isinstance(recipe.process, VE) and isinstance(recipe.noise_levels, LogUniform):
         ends = (("process.sigma-min", "noise_levels.minimum"), ("process.sigma-max", "noise_levels.maximum"))
@@ -117,10 +118,12 @@ def with_fewer_levels(
         given: the flags of the command line.
     """
     network = recipe.network
-    if "--resolution" not in given or not isinstance(network, UNet | UNet2D):
+    if "--resolution" not in given or not isinstance(network, SongUNetConfig | DiffusersUNetConfig):
         return recipe, ()
     flag, name = (
-        ("--network.multipliers", "multipliers") if isinstance(network, UNet) else ("--network.widths", "widths")
+        ("--network.multipliers", "multipliers")
+        if isinstance(network, SongUNetConfig)
+        else ("--network.widths", "widths")
     )
     sizes: Sequence[int] = getattr(network, name)
     fitting = 1 + min((side & -side).bit_length() - 1 for side in shape[1:])

@@ -13,7 +13,7 @@ from stablefield.cli.places import check_free, check_place, check_suffix, looks_
 from stablefield.cli.settling import pick_device
 from stablefield.cli.work import Work
 from stablefield.evaluation._processes import Processes
-from stablefield.training._run import Run, batches
+from stablefield.training._run import Run
 from stablefield.training._sampler import SamplerOptions
 from stablefield.training._samples import PICTURES
 
@@ -78,7 +78,7 @@ class Sample:
                     samples.save(out)
             else:
                 # Each batch is on the disk before the next is drawn.
-                found = [batch.save(out) and batch.nfe for batch in batches(sampler, seeds, processes, work.show)]
+                found = [batch.save(out) and batch.nfe for batch in sampler.draw(seeds, processes, work.show)]
                 evaluations, count = processes.total(sum(found), len(found))
                 nfe = evaluations / count
         seconds = time.perf_counter() - began

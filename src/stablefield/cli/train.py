@@ -28,7 +28,7 @@ from stablefield.data._image_set import ImageSet, size_text
 from stablefield.training._estimate import estimate
 from stablefield.training._feed import Feed
 from stablefield.training._loop import Report, Tracker, check_tracker, make_accelerator
-from stablefield.training._observers import FrechetObserver
+from stablefield.training._observers import FrechetObserver, Reading, SelfCheck, check_samples
 from stablefield.training._placement import placed
 from stablefield.training._processes import first_process_first, start_processes
 from stablefield.training._recipe import Recipe
@@ -117,8 +117,6 @@ class Train:
         if self.evaluate_every < 0:
             raise ValueError(f"--evaluate-every is {self.evaluate_every}: it must not be negative.")
         if self.evaluate_every:
-            from stablefield.evaluation._self_check import check_samples  # needs torchmetrics
-
             self.measure.check()
             check_samples(f"--evaluate-samples {self.evaluate_samples}", self.evaluate_samples)
         check_tracker(self.tracker)
@@ -206,15 +204,11 @@ class Train:
 
     def _check_samples(self, data: ImageSet) -> None:
         if self.evaluate_every:
-            from stablefield.evaluation._self_check import check_samples  # needs torchmetrics
-
             check_samples(f"--evaluate-samples {self.evaluate_samples}", self.evaluate_samples, len(data))
 
     def _observers(self, data: ImageSet, device: torch.device) -> list[FrechetObserver]:
         if not self.evaluate_every or not PartialState().is_main_process:
             return []
-        from stablefield.evaluation._self_check import Reading, SelfCheck  # needs torchmetrics
-
         self.measure.check()
         extractor = self.measure.open(data.shape, device)
         check = SelfCheck.prepare(data, extractor, samples=self.evaluate_samples)

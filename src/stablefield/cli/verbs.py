@@ -126,8 +126,9 @@ def _foreign(unknown: Sequence[str], recipe: Recipe) -> str:
         return f"{' and '.join(flags)} cannot be used here: stablefield --help tells what there is."
     names = [f"--{part.replace('_', '-')}.{field.name.replace('_', '-')}" for field in dataclasses.fields(kind)]
     own = f"its flags are {', '.join(names)}" if names else "it has no flags"
+    chosen = type(kind).__name__.removesuffix("Config")
     return (
-        f"{' and '.join(flags)}: the recipe that was chosen has {type(kind).__name__} for its {part.replace('_', ' ')}, and "
+        f"{' and '.join(flags)}: the recipe that was chosen has {chosen} for its {part.replace('_', ' ')}, and "
         f"{own}. Leave the flag out, or name another --recipe."
     )
 

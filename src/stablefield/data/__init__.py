@@ -1,7 +1,7 @@
-"""Images from wherever they are to uint8 arrays, and the order in which they are dealt.
+"""Read images from many sources into uint8 arrays, and order them for training.
 
-`open_images` opens a source, `pack` writes one memory-mappable file of it, `IndexStream` deals its rows, `summary` and
-`sample_grid` say what is in it. NumPy is all that is imported; Pillow, pyarrow and huggingface_hub only where they are used.
+`open_images` opens a source, `pack` writes it as one memory-mappable file, `IndexStream` orders its rows, `summary` and
+`sample_grid` show its content. Imports only NumPy; Pillow, pyarrow and huggingface_hub are imported where they are used.
 """
 
 from stablefield._lazy import attach

@@ -2,18 +2,19 @@ r"""Affine warps of images, antialiased: the image is warped at twice its resolu
 
 Three linear steps, each row of a batch by its own map:
 
-1. Double: between two pixels of a row stands $\sum_j c_j (x_{-j} + x_{1+j})$ with the eight-point weights of Deslauriers and
-   Dubuc; the pixels themselves stay. Columns likewise.
+1. Double: insert $\sum_j c_j (x_{-j} + x_{1+j})$ between two pixels of a row, with the eight-point weights of Deslauriers
+and
+   Dubuc; keep the pixels themselves. Columns likewise.
 2. Warp: cubic interpolation of the doubled image at the doubled grid of the output.
 3. Halve by lifting: with $d$ the odd samples less their prediction from the even ones by the rule of step 1, each even
-   sample becomes $s + \frac12 \sum_j c_j (d_{-j} + d_{1+j})$. This is a low-pass filter: the finest frequency of the
-   doubled grid is gone, which is what would fold into the image where a map shrinks it (by up to two).
+   sample becomes $s + \frac12 \sum_j c_j (d_{-j} + d_{1+j})$. This low-pass filter removes the finest frequency of the
+   doubled grid, which would alias where a map shrinks the image (by up to two).
 
-Step 3 undoes step 1 exactly, for the details $d$ of a doubled image are zero. A map of the pixel grid onto itself (a shift
-by whole pixels, a quarter turn of a square) therefore moves pixels without changing them.
+Step 3 undoes step 1 exactly, because the details $d$ of a doubled image are zero. A map of the pixel grid onto itself (a
+shift by whole pixels, a quarter turn of a square) therefore moves pixels without changing them.
 
-Beyond its border an image goes on as its mirror image, the border pixel not repeated, as often as needed. Values may exceed
-the range of the input by some percent near sharp edges; they are not clipped.
+Beyond its border an image continues by reflection, without repeating the border pixel. Near sharp edges, values may exceed
+the range of the input by some percent; they are not clipped.
 
 References:
     Deslauriers, Dubuc, "Symmetric iterative interpolation processes", Constructive Approximation 5, 1989; Sweldens, "The
@@ -26,10 +27,10 @@ from torch import Tensor
 
 __all__ = ["warp"]
 
-# Weights of the 1st, 2nd, 3rd and 4th neighbour on each side of a midpoint: degree-7 polynomials are reproduced.
+# Weights of the 1st, 2nd, 3rd and 4th neighbour on each side of a midpoint: exact for polynomials of degree 7.
 _MIDPOINT = (1225 / 2048, -245 / 2048, 49 / 2048, -5 / 2048)
 _REACH = len(_MIDPOINT)
-# Samples of the doubled grid beyond the border that halving looks at: two midpoint rules, one after the other.
+# Samples of the doubled grid beyond the border that halving reads: two midpoint rules, one after the other.
 _MARGIN = 2 * (2 * _REACH - 1)
 
 
@@ -38,8 +39,8 @@ def warp(images: Tensor, transform: Tensor) -> Tensor:
 
     Args:
         images: shape (B, C, H, W), floating point, H and W at least 4.
-        transform: shape (B, 2, 3), on the device of the images: what stands at (x, y) comes to stand at
-            `transform @ (x, y, 1)`, in pixels from the centre of the image, x to the right and y down.
+        transform: shape (B, 2, 3), on the device of the images: moves the content at (x, y) to `transform @ (x, y, 1)`, in
+            pixels from the centre of the image, x to the right and y down.
 
     Returns:
         Shape (B, C, H, W), in the dtype of `images`; computed in float32, or float64 for float64 images.
@@ -65,13 +66,13 @@ def warp(images: Tensor, transform: Tensor) -> Tensor:
 
 
 def _sources(transform: Tensor, height: int, width: int) -> Tensor:
-    """Where each sample of the doubled output grid with its margin comes from, -1 and 1 being the border pixels."""
+    """The source of each sample of the doubled output grid with its margin; -1 and 1 are the border pixels."""
 
     def positions(side: int) -> Tensor:
         doubled = torch.arange(-_MARGIN, 2 * side - 1 + _MARGIN, dtype=transform.dtype, device=transform.device)
         return (doubled - (side - 1)) / 2
 
-    # Written out, where a matrix product could be rounded to TF32.
+    # Written out because a matrix product could be rounded to TF32.
     (a, b, shift_x), (c, d, shift_y) = (row[:, :, None, None].unbind(1) for row in transform.unbind(1))
     x = positions(width)[None, None, :] - shift_x
     y = positions(height)[None, :, None] - shift_y
@@ -82,11 +83,11 @@ def _sources(transform: Tensor, height: int, width: int) -> Tensor:
 
 
 def _cubic(image: Tensor, sources: Tensor) -> Tensor:
-    """Keys' cubic interpolation of `image` at `sources`, beyond the border at the mirrored place.
+    """Keys' cubic interpolation of `image` at `sources`, mirrored at the border.
 
     Torch's own cubic kernel (a = -3/4) does not reproduce straight lines: it would move edges by up to 1/20 of a sample.
     Between x_0 and x_1, at t, Keys' interpolation is the linear one of x less t (1 - t) / 2 times the linear one of the
-    second differences of x; in two dimensions the product of the two rules is taken.
+    second differences of x; in two dimensions it is the product of the two rules.
     """
     along_y = _second_difference(image.mT).mT
     stack = torch.cat([image, _second_difference(image), along_y, _second_difference(along_y)], dim=1)
@@ -98,7 +99,7 @@ def _cubic(image: Tensor, sources: Tensor) -> Tensor:
 
 
 def _bump(source: Tensor, last: int) -> Tensor:
-    """The t (1 - t) / 2 of the places `source` (B, H, W), -1 to 1, on an axis that has samples from 0 to `last`."""
+    """The factor t (1 - t) / 2 at the positions `source` (B, H, W), -1 to 1, on an axis with samples from 0 to `last`."""
     t = ((source + 1) / 2 * last).frac().abs()
     return (t * (1 - t) / 2)[:, None]
 
@@ -109,7 +110,7 @@ def _second_difference(x: Tensor) -> Tensor:
 
 
 def _midpoints(x: Tensor) -> Tensor:
-    """Values between the samples of the last axis, (..., n) to (..., n - 7): those that have four on each side."""
+    """Values between the samples of the last axis that have four neighbours on each side, (..., n) to (..., n - 7)."""
     count = x.shape[-1] - 2 * _REACH + 1
     left = (x.narrow(-1, _REACH - 1 - j, count) for j in range(_REACH))
     right = (x.narrow(-1, _REACH + j, count) for j in range(_REACH))

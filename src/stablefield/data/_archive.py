@@ -1,7 +1,7 @@
 """A .zip archive, read entry by entry and never unpacked to disk.
 
-Entries that are stored or deflated are read: what the other methods give cannot be had piece by piece from Python's
-`zipfile`, and 4 kB of bzip2 may stand for 4 GB. Whatever else is wrong with an archive is said with its name.
+It reads stored and deflated entries only: Python's `zipfile` cannot decompress the other methods piece by piece, and 4 kB of
+bzip2 may expand to 4 GB. Errors name the archive.
 """
 
 import io
@@ -17,7 +17,7 @@ __all__ = ["Archive", "EntryFile", "Readable", "is_archive"]
 
 READ = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 FOREIGN_SYSTEM = 3
-"""The system that entries come from whose attributes hold a mode of Unix."""
+"""The `create_system` of entries whose attributes hold a Unix mode."""
 
 
 def is_archive(path: Path) -> bool:
@@ -31,7 +31,7 @@ def is_archive(path: Path) -> bool:
 
 
 class Readable(Protocol):
-    """Whatever gives bytes from its start to its end."""
+    """A stream of bytes, read from start to end."""
 
     def read(self, size: int = -1, /) -> bytes:
         """Read up to `size` bytes, or all that are left."""
@@ -43,8 +43,8 @@ class EntryFile(io.RawIOBase):
 
     Args:
         name: archive and entry, for messages.
-        size: how many bytes the archive says that there are.
-        file: the entry, open; closed with this.
+        size: its size in bytes, according to the archive.
+        file: the open entry; closing this object closes it.
     """
 
     def __init__(self, name: str, size: int, file: IO[bytes]) -> None:
@@ -83,7 +83,7 @@ class Archive:
         path: the file.
 
     Raises:
-        ValueError: if it is no regular file, cannot be read, or is not a whole archive.
+        ValueError: if it is not a regular file, cannot be read, or is not a complete archive.
     """
 
     def __init__(self, path: Path) -> None:
@@ -98,7 +98,7 @@ class Archive:
             # Damage raises a dozen kinds of error: struct.error, UnicodeDecodeError, NotImplementedError, ...
             self._file.close()
             raise ValueError(
-                f"{path} is not a whole .zip archive, cut short or damaged ({_short(error)}): copy or make it again."
+                f"{path} is not a complete .zip archive, cut short or damaged ({_short(error)}): copy or make it again."
             ) from error
 
     def __enter__(self) -> Self:
@@ -138,6 +138,6 @@ class Archive:
 
 
 def _short(error: Exception) -> str:
-    """What is wrong, without the bytes that some of Python's errors quote at length."""
+    """The error's text, shortened because some of Python's errors quote many bytes."""
     text = str(error) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,10 +1,10 @@
 """Arrays of images in .npy and .npz files.
 
-Pixels are uint8, (n, H, W) for greyscale, (n, C, H, W) or (n, H, W, C) with C = 1 or 3; which of them it is must be
-plain from the shape. In an .npz the images are called `images`, `x` or `arr_0` (or, with a split, `train_images`,
-`x_train`), the labels `labels` or `y` (`train_labels`, `y_train`), or `arr_1` beside `arr_0` as in ADM's files, and the
-names of the classes, if they are there, `class_names`. A .npy file is mapped; the images of an .npz are read
-into memory up to a budget and into a packed file beyond it. Nothing that needs pickle is read.
+Pixels are uint8, (n, H, W) for greyscale, (n, C, H, W) or (n, H, W, C) with C = 1 or 3; the shape must show which it is. In
+an .npz the images are called `images`, `x` or `arr_0` (or, with a split, `train_images`, `x_train`), the labels `labels` or
+`y` (`train_labels`, `y_train`), or `arr_1` beside `arr_0` as in ADM's files, and the class names, if there are any,
+`class_names`. A .npy file is mapped into memory; the images of an .npz are read into memory up to a budget and into a packed
+file beyond it. Arrays that need pickle are refused.
 """
 
 import io
@@ -36,9 +36,9 @@ from stablefield.data._resizing import Resize, Resolution, gathered_set
 __all__ = ["open_npy", "open_npz"]
 
 HEADER_LIMIT = 10_000
-"""Bytes of a header of .npy: NumPy itself takes no more."""
+"""Bytes of a .npy header: NumPy itself accepts no more."""
 NAMES_LIMIT = 2**24
-"""Bytes that the names of the classes may take."""
+"""Bytes that the class names may take."""
 
 
 def open_npy(path: Path) -> ImageSet:
@@ -54,7 +54,7 @@ def open_npy(path: Path) -> ImageSet:
             start, size = file.tell(), file.seek(0, os.SEEK_END)
             if size < start + math.prod(shape):
                 raise ValueError(
-                    f"{path} is cut short or damaged: {size:,} bytes, where its header speaks of shape {shape}; save it "
+                    f"{path} is cut short or damaged: it has {size:,} bytes, but its header states shape {shape}; save it "
                     "again."
                 )
             array = mapped(file, path, start, shape, "F" if fortran else "C")
@@ -77,9 +77,9 @@ def open_npz(
 
     Args:
         path: the file.
-        split: which of its splits, where its arrays are named after splits.
+        split: which of its splits, if its arrays are named after splits.
         resolution: bring every image to this side or height and width as it is read.
-        limit: where there is no resolution, choose the natural one up to this (see `natural_resolution`).
+        limit: without a resolution, choose the natural one up to this (see `natural_resolution`).
         resize: how.
         memory_budget: bytes of pixels that may be kept in memory.
         cache: the folder for a packed file if they are more.
@@ -96,10 +96,10 @@ def open_npz(
             shape, fortran, dtype = _header(what, file)
             layout, view = _layout(what, dtype, shape)
             if fortran:
-                raise ValueError(f"{what} lies in Fortran order: save np.ascontiguousarray of it.")
+                raise ValueError(f"{what} is in Fortran order: save np.ascontiguousarray of it.")
 
             def labels() -> NDArray[np.int64] | None:
-                # After the images: only then is it known that there are as many as both headers say.
+                # Called after the images have confirmed the count that both headers state.
                 return None if labels_key is None else _labels(path, archive, arrays[labels_key], shape[0])
 
             class_names = None
@@ -127,10 +127,10 @@ def open_npz(
 
 
 def _header(what: str, file: Readable) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
-    """Shape, order (whether Fortran's) and dtype of the array that begins in `file`, which is then at its first byte."""
+    """Shape, whether in Fortran order, and dtype of the array in `file`, which is then at the first byte of its data."""
     try:
         head = file.read(8)
-        # The second version, and the third, have four bytes for the length of the header.
+        # Versions 2 and 3 have four bytes for the length of the header.
         head += file.read(2 if head[6:7] == b"\1" else 4)
         length = int.from_bytes(head[8:], "little")
         if length > HEADER_LIMIT:
@@ -141,7 +141,7 @@ def _header(what: str, file: Readable) -> tuple[tuple[int, ...], bool, np.dtype[
         if any(type(side) is not int or side < 0 for side in shape) or math.prod(shape) * dtype.itemsize >= 2**63:
             raise ValueError(f"shape {shape}")
     except Exception as error:
-        # NumPy parses the header as an expression of Python, over which anything at all may be raised.
+        # NumPy parses the header as a Python expression, which may raise anything.
         raise ValueError(f"{what} is cut short or damaged ({error}): save it again.") from error
     if dtype.hasobject:
         raise ValueError(f"{what} holds Python objects, which are never read: save an array of numbers.")
@@ -165,13 +165,13 @@ def _keys(path: Path, names: set[str], split: str) -> tuple[str, str | None]:
     }
     fallback = [key for key in ("labels", "y") if key in names and split == "train"]
     own = labels.get(images[0])
-    # A name that says what it is comes before the place in a list.
+    # A descriptive name takes precedence over a position.
     found = [*fallback, own] if own == "arr_1" else [own, *fallback]
     return images[0], next((key for key in found if key in names), None)
 
 
 def _class_names(path: Path, archive: Archive, entry: zipfile.ZipInfo, count: int) -> tuple[str, ...]:
-    """What the classes of `count` images are called."""
+    """The class names of `count` images."""
     with archive.open(entry) as file:
         what = f"{path}: class_names"
         shape, _, dtype = _header(what, file)
@@ -191,14 +191,14 @@ def _class_names(path: Path, archive: Archive, entry: zipfile.ZipInfo, count: in
 
 
 def _label_header(path: Path, archive: Archive, entry: zipfile.ZipInfo, count: int) -> None:
-    """Refuse labels that do not fit `count` images, by their header alone."""
+    """Refuse labels whose header does not fit `count` images."""
     with archive.open(entry) as file:
         key = entry.filename.removesuffix(".npy")
         shape, _, dtype = _header(f"{path}: {key}", file)
     if dtype.kind not in "iu" or math.prod(shape) != max(shape, default=0):
         raise ValueError(
             f"{path}: {key} has dtype {dtype} and shape {shape}: labels are whole numbers, one per image, "
-            "shape (n,); from one-hot rows they are had by argmax(1)."
+            "shape (n,); for one-hot rows, save argmax(1)."
         )
     if math.prod(shape) != count:
         raise ValueError(f"{path} has {math.prod(shape):,} labels for {count:,} images: save one label per image.")
@@ -206,7 +206,7 @@ def _label_header(path: Path, archive: Archive, entry: zipfile.ZipInfo, count: i
 
 
 def _labels(path: Path, archive: Archive, entry: zipfile.ZipInfo, count: int) -> NDArray[np.int64]:
-    """The labels, whose header fits."""
+    """The labels; their header must fit."""
     with archive.open(entry) as file:
         what = f"{path}: {entry.filename.removesuffix('.npy')}"
         _, _, dtype = _header(what, file)
@@ -221,7 +221,7 @@ def _labels(path: Path, archive: Archive, entry: zipfile.ZipInfo, count: int) ->
 def _layout(
     what: str, dtype: np.dtype[np.generic], shape: tuple[int, ...]
 ) -> tuple[str, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]]:
-    """The layout of an array of images, and the function that makes (n, C, H, W) of it without a copy."""
+    """The layout of an array of images, and a function that views it as (n, C, H, W) without a copy."""
     if len(shape) in (3, 4) and math.prod(shape[1:]) // (3 if 3 in shape[1::2] else 1) > PIXEL_LIMIT:
         raise ValueError(
             f"{what} has shape {shape}: one image may have up to {PIXEL_LIMIT:,} pixels; make them smaller."
@@ -231,11 +231,11 @@ def _layout(
             f"{what} has dtype {dtype}: images are uint8, 0 to 255. From values in [0, 1]: "
             "(x * 255).round().clip(0, 255).astype('uint8'); from values in [-1, 1]: ((x + 1) * 127.5) instead of x * 255."
         )
-    # Squares are many: an image of 3 or 4 pixels' width would be a line.
+    # Equal sides mean many small images: a single image 3 or 4 pixels wide and as high is unlikely.
     if len(shape) == 3 and shape[2] in (1, 3, 4) and shape[1] != shape[2] and math.prod(shape):
         raise ValueError(
-            f"{what} has shape {shape}, which may be one image (H, W, C) as well as {shape[0]:,} greyscale images "
-            f"(n, H, W) of {shape[2]} pixels' width: save one image as x[None], shape {(1, *shape)}"
+            f"{what} has shape {shape}, which may be one image (H, W, C) or {shape[0]:,} greyscale images (n, H, W), "
+            f"{shape[2]} pixels wide: save one image as x[None], shape {(1, *shape)}"
             f"{', without its alpha channel' if shape[2] == 4 else ''}, and several in one array (n, H, W, C)."
         )
     if len(shape) == 3 and math.prod(shape):
@@ -248,7 +248,7 @@ def _layout(
         )
     if first and last:
         raise ValueError(
-            f"{what} has shape {shape}, which may be (n, C, H, W) as well as (n, H, W, C): save it such that one of the two "
-            "axes is neither 1 nor 3; greyscale images as (n, H, W)."
+            f"{what} has shape {shape}, which may be (n, C, H, W) or (n, H, W, C): save it so that one of the two axes is "
+            "neither 1 nor 3; greyscale images as (n, H, W)."
         )
     return ("NCHW", lambda x: x) if first else ("NHWC", lambda x: x.transpose(0, 3, 1, 2))

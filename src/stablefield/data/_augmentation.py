@@ -1,18 +1,18 @@
-r"""Non-leaking augmentation: images are transformed, and the network is told how.
+r"""Non-leaking augmentation: images are transformed, and the network receives the parameters.
 
 Six transformations, in this order: a horizontal and a vertical flip, a scaling by $2^{a w}$, a rotation by an angle
 $\theta$, a scaling by $2^{b w'}$ along an axis at the angle $\varphi$ and by $2^{-b w'}$ across it, and a shift by
-$(c\, w_x W, c\, w_y H)$; $w, w', w_x, w_y \sim N(0, 1)$. Angles turn counterclockwise as the image is seen, shifts go right
-and down. The horizontal flip is drawn for every image with probability 1/2, each other transformation with probability $p$
-(the vertical flip then with 1/2 again). The network receives nine numbers,
+$(c\, w_x W, c\, w_y H)$; $w, w', w_x, w_y \sim N(0, 1)$. Angles are counterclockwise, shifts go right and down. Each image
+gets the horizontal flip with probability 1/2, and each other transformation with probability $p$ (the vertical flip with $p
+/ 2$). The network receives nine numbers,
 
 $$ (\text{flip}_x,\ \text{flip}_y,\ w,\ \cos\theta - 1,\ \sin\theta,\ w' \cos\varphi,\ w' \sin\varphi,\ w_x,\ w_y), $$
 
-zeros for what was not drawn; samples are made with all zeros, so that no transformation leaks into them.
+with zeros for transformations that were not drawn. Sampling passes all zeros, so that no transformation leaks into samples.
 
-Flips are isometries, done by moving pixels. Where nothing else was drawn, a stable target stays exact by symmetry: its
-references are the flipped data. A row with any other transformation is `own`: only its own image, transformed like it, can
-be its reference. Those rows are resampled once, by one affine map (see `stablefield.data._affine`).
+Flips are isometries that only move pixels. Where nothing else was drawn, a stable target stays exact by symmetry: its
+references are the flipped data. A row with any other transformation is `own`: only its own image, transformed in the same
+way, can be its reference. Such a row is resampled once, by one affine map (see `stablefield.data._affine`).
 
 References:
     Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022,
@@ -35,7 +35,7 @@ LABEL_WIDTH = 9
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AugmentationParameters:
-    """What was drawn for each of B rows; zeros stand for no transformation."""
+    """The drawn parameters of each of B rows; zeros mean no transformation."""
 
     flips: Tensor
     """(B, 2) boolean: mirrored horizontally (left and right exchanged), vertically (top and bottom exchanged)."""
@@ -68,12 +68,12 @@ class AugmentationParameters:
 
     @property
     def own(self) -> Tensor:
-        """(B,) boolean: whether the row has a transformation besides flips, and so references of its own."""
+        """(B,) boolean: whether the row has a transformation besides flips, and so only itself as reference."""
         return (self.scale != 0) | (self.angle != 0) | (self.anisotropy != 0) | (self.shift != 0).any(-1)
 
     @property
     def labels(self) -> Tensor:
-        """(B, 9) float32: what the network is told."""
+        """(B, 9) float32: the network's input."""
         columns = [
             self.scale,
             self.angle.cos() - 1,
@@ -86,7 +86,7 @@ class AugmentationParameters:
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """The published pipeline and its strengths; a strength of 0 leaves a transformation out."""
+    """The published pipeline and its strengths; a strength of 0 turns a transformation off."""
 
     probability: float = 0.12
     """Probability of each transformation but the horizontal flip."""
@@ -126,20 +126,20 @@ class Augmentation:
         """Draw the parameters of `batch` rows.
 
         A row takes the same numbers from the generator whatever the settings are, and, for a generator on the CPU, whatever
-        `batch` is: the first rows of a larger draw are those of a smaller one.
+        `batch` is: the first rows of a larger draw equal those of a smaller one.
 
         Args:
             batch: how many rows.
-            generator: where they are drawn from.
-            device: where they are wanted; the generator's device if not given. The CPU is best, for images on any device:
-                `apply` then knows without waiting for that device which rows it must resample.
+            generator: the source of randomness.
+            device: where to put them; by default the generator's device. The CPU is best, for images on any device: `apply`
+                then knows which rows to resample without waiting for that device.
 
         Raises:
             ValueError: if `batch` is negative.
         """
         if batch < 0:
             raise ValueError(f"batch is {batch}: it must be at least 0.")
-        # Uniform numbers only: they are made one after the other, normal ones in blocks that depend on the batch.
+        # Uniform numbers only: torch draws them one by one, but normal ones in blocks that depend on the batch.
         dtype = torch.float32 if generator.device.type == "mps" else torch.float64
         u = torch.rand(batch, 14, generator=generator, device=generator.device, dtype=dtype)
         use_flip_y, use_scale, use_rotation, use_anisotropy, use_shift = (u[:, 2:7] < self.probability).unbind(-1)
@@ -188,12 +188,12 @@ class Augmentation:
         """Transform images.
 
         Args:
-            images: shape (B, C, H, W), floating point; where a row is resampled, H and W at least 4.
-            parameters: of the same B rows, as `draw` made them, on the device of the images or on the CPU.
+            images: shape (B, C, H, W), floating point; if a row is resampled, H and W must be at least 4.
+            parameters: of the same B rows, from `draw`, on the device of the images or on the CPU.
 
         Returns:
-            New images of the same shape, dtype and device. Rows that are not `own` keep their values bit for bit; the others
-            may exceed the range of the input by some percent near sharp edges.
+            New images of the same shape, dtype and device. Rows that are not `own` keep their values bit for bit; the
+            others may exceed the range of the input by some percent near sharp edges.
 
         Raises:
             ValueError: if shapes or dtype do not fit.
@@ -215,7 +215,7 @@ class Augmentation:
 
 
 def flip(images: Tensor, flips: Tensor) -> Tensor:
-    """Mirror images; done twice, the images are back.
+    """Mirror images; mirroring twice restores them.
 
     Args:
         images: shape (B, ..., H, W).

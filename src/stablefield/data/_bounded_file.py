@@ -1,8 +1,8 @@
-"""A file as a decoder of images may read it: no more bytes than were agreed.
+"""A file that limits how many bytes an image decoder may read.
 
-Decoders keep what they read (text, colour profiles, whole files), as long as the file says it is, and read the same bytes
-twice where it says so. An entry of an archive cannot go back without being unpacked again from its start: of such a stream
-what was read is kept, so only as much may be read as may be kept.
+Decoders keep what they read (text, colour profiles, whole files), however long the file claims it is, and read the same
+bytes twice if it says so. Going back in an entry of an archive would unpack it again from its start, so `BoundedFile` keeps
+what it has read of one, and the limit bounds that memory, too.
 """
 
 import io
@@ -21,7 +21,7 @@ class BoundedFile(io.RawIOBase):
 
     Args:
         file: the file, at its start; it is not closed.
-        limit: how many bytes may be read in all; it may be raised as more is known of the file.
+        limit: how many bytes may be read in total; raise it when more is known about the file.
     """
 
     def __init__(self, file: BinaryIO | EntryFile, limit: int) -> None:
@@ -41,17 +41,17 @@ class BoundedFile(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        """Where the next byte comes from."""
+        """The position of the next byte."""
         return self._place
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Go to a place; nothing is read for it."""
+        """Go to a position, without reading."""
         if whence == os.SEEK_CUR:
             offset += self._place
         elif whence == os.SEEK_END:
             offset += self._file.size if isinstance(self._file, EntryFile) else self._file.seek(0, os.SEEK_END)
         if offset < 0:
-            raise ValueError("a place before the start of the file is asked for")
+            raise ValueError("a position before the start of the file was requested")
         self._place = offset
         return offset
 
@@ -74,13 +74,13 @@ class BoundedFile(io.RawIOBase):
         self._read += len(data)
         if max(self._read, len(self._kept)) > self.limit:
             raise ValueError(
-                f"more than {self.limit:,} bytes would have to be read, too many for an image of its size: save it again"
+                f"decoding needs more than {self.limit:,} bytes, too many for an image of its size: save it again"
             )
         return data
 
 
 def _pieces(file: BinaryIO | EntryFile, size: int) -> bytes:
-    """Read up to `size` bytes without reserving room for them before they are there."""
+    """Read up to `size` bytes without allocating memory for them in advance."""
     found: list[bytes] = []
     while size > 0:
         piece = file.read(min(size, PIECE))

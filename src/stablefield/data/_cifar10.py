@@ -1,7 +1,7 @@
 """CIFAR-10 in its binary form: a folder with data_batch_1.bin to data_batch_5.bin and test_batch.bin.
 
-A file is a row of records of 3,073 bytes: a label, 0 to 9, then 1,024 bytes each of red, green and blue, row by row of a
-32 x 32 image. The split "train" is the five batches in order (50,000 images in all), "test" the sixth (10,000).
+A file is a sequence of records of 3,073 bytes: a label, 0 to 9, then 1,024 bytes each of red, green and blue, row by row of
+a 32 x 32 image. The split "train" is the five batches in order (50,000 images in all), "test" the sixth (10,000).
 
 References:
     Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", technical report, University of Toronto, 2009.
@@ -24,7 +24,7 @@ RECORDS = 10_000
 
 
 def cifar10_folder(folder: Path) -> Path | None:
-    """The folder with the binary files: `folder`, or the one of the archive's name in it; None if there is neither."""
+    """The folder with the binary files: `folder`, or the archive's own folder in it; None if neither has them."""
     for place in (folder, folder / "cifar-10-batches-bin"):
         if any((place / file).is_file() for file in (*FILES["train"], *FILES["test"])):
             return place
@@ -53,15 +53,15 @@ def open_cifar10(folder: Path, split: str = "train") -> ImageSet:
             size = opened.seek(0, os.SEEK_END)
             if not 0 < size <= RECORDS * RECORD or size % RECORD:
                 raise ValueError(
-                    f"{path} has {size:,} bytes, no multiple of {RECORD:,} up to {RECORDS:,} times that: it is cut short or "
-                    "damaged; fetch it again."
+                    f"{path} has {size:,} bytes, not a multiple of {RECORD:,} up to {RECORDS:,} times that: it is cut short "
+                    "or damaged; download it again."
                 )
             opened.seek(0)
             content = np.frombuffer(opened.read(size), np.uint8)
         records = content.reshape(-1, RECORD)
         if records[:, 0].max() > 9:
             raise ValueError(
-                f"{path} holds the label {records[:, 0].max()}, and CIFAR-10 has ten classes: fetch it again."
+                f"{path} holds the label {records[:, 0].max()}, but CIFAR-10 has ten classes: download it again."
             )
         parts.append(records)
     labels = np.concatenate([records[:, 0] for records in parts])

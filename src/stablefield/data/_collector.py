@@ -1,9 +1,8 @@
-"""Where decoded images gather: in memory up to a budget, in a packed file beyond it.
+"""Collect decoded images: in memory up to a budget, in a packed file beyond it.
 
-The file is written in constant memory and mapped, so a set may be larger than memory. It lies in the cache folder under
-a name made from what went into it, is used again by whoever opens the same source in the same way, and may be deleted at
-any time. Processes that decode the same source side by side write the same bytes, and the last to finish gives the file
-its name.
+The file is written in constant memory and mapped, so a set may be larger than memory. It is in the cache folder, named by a
+hash of everything that determines its content. Opening the same source in the same way uses it again; you may delete it at
+any time. Processes that decode the same source at once write the same bytes, and the last to finish gives the file its name.
 """
 
 import hashlib
@@ -29,12 +28,12 @@ MEMORY_BUDGET = 2 * 2**30
 
 def cache_folder() -> Path:
     """`stablefield` in $XDG_CACHE_HOME, or in ~/.cache."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "stablefield"
+    folder = os.environ.get("XDG_CACHE_HOME")
+    return (Path(folder) if folder else Path.home() / ".cache") / "stablefield"
 
 
 def cached(folder: Path, key: str) -> tuple[Path, ImageSet | None]:
-    """The cache file for `key`, which says all that its content depends on, and its content if it is there and whole."""
+    """The cache file for `key`, which determines its content, and that content if the file exists and is intact."""
     path = folder / f"images-{hashlib.sha256(key.encode()).hexdigest()[:20]}.stablefield"
     try:
         return path, open_packed(path)
@@ -43,17 +42,17 @@ def cached(folder: Path, key: str) -> tuple[Path, ImageSet | None]:
 
 
 class Collector:
-    """Takes images one by one and gives back an `ImageSet`; a context manager, so that nothing half-written stays.
+    """Takes images one by one and returns an `ImageSet`; a context manager that removes an incomplete file.
 
     Args:
         count: how many images may come.
         shape: shape of one, (C, H, W).
         memory_budget: bytes of pixels that may be kept in memory.
         file: where to write if they are more.
-        class_names: what the classes are called.
+        class_names: class names.
 
     Raises:
-        ValueError: if the images are beyond the budget and the file cannot be written or does not fit on its disk.
+        ValueError: if the images exceed the budget and the file cannot be written or does not fit on its disk.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class Collector:
             if free < size + 2**24:
                 raise ValueError(
                     f"{count:,} images decode to {size_text(size)}, above the memory budget of "
-                    f"{size_text(memory_budget)}, and {file.parent} has {size_text(free)} left for them: {remedy}."
+                    f"{size_text(memory_budget)}, and {file.parent} has only {size_text(free)} free: {remedy}."
                 )
             self._writer = PackedWriter(file, shape, overwrite=True, room=room_for({"class_names": class_names}))
         except OSError as error:
@@ -107,7 +106,7 @@ class Collector:
 
         Args:
             labels: one per image taken, or None.
-            origin: where they came from; its class names are those given at the start.
+            origin: where they came from; its class names are those passed at the start.
 
         Raises:
             ValueError: if no image was taken, or labels do not fit.

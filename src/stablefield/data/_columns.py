@@ -1,7 +1,7 @@
-"""Which columns of a table are its images and its labels, by what each column holds.
+"""Find the columns of images and labels in a table by the type of their content.
 
-The label is the column `label` or `labels` if there is one, of class labels, whole numbers or texts, else the only column of
-class labels; where there are candidates and no labels, a note says why.
+Labels come from the column `label` or `labels` (class labels, whole numbers or texts) if there is one, else from the only
+column of class labels. If several columns qualify, there are no labels, and a note says why.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,38 +16,38 @@ __all__ = ["Labels", "image_column", "label_column", "read_labels"]
 
 LABEL_LIMIT = 2**31
 TEXT_LIMIT = 2**25
-"""Letters that the different texts of a column of labels may have together."""
+"""Limit on the total length of the distinct texts in a column of labels."""
 
 Labels = tuple[NDArray[np.int64] | None, tuple[str, ...] | None, tuple[str, ...]]
-"""Labels, names of the classes, and what a person should know of them."""
+"""Labels, class names, and notes for the user."""
 
 
 def image_column(kinds: Mapping[str, str], rows: int, source: str) -> str:
     """The column of images.
 
     Args:
-        kinds: what each column holds: "Image", "ClassLabel", "bytes", "number", "text", or another name of its type.
-        rows: how many rows there are.
+        kinds: the content of each column: "Image", "ClassLabel", "bytes", "number", "text", or another type name.
+        rows: the number of rows.
         source: the table, for messages.
 
     Raises:
         ValueError: if there is not exactly one, or no row.
     """
     images = [column for column, kind in kinds.items() if kind == "Image"]
-    # Without a description of columns, an image is its bytes.
+    # Without a description of the columns, images are plain bytes.
     images = images or [column for column, kind in kinds.items() if kind == "bytes"]
     image = images[0] if len(images) == 1 else next((name for name in ("image", "img") if name in images), None)
     if image is None or rows == 0:
         shown = ", ".join(f"{column} ({kind})" for column, kind in list(kinds.items())[:20])
         raise ValueError(
-            f"{source} has {rows:,} rows with the columns {shown[:1000]}: exactly one column of images, or one that is "
-            "called image, is needed."
+            f"{source} has {rows:,} rows with the columns {shown[:1000]}: it needs rows and exactly one column of images, "
+            "or one called image."
         )
     return image
 
 
 def label_column(kinds: Mapping[str, str]) -> tuple[str | None, tuple[str, ...]]:
-    """The column of labels, if there is one, and a note on why there is none where several may be."""
+    """The column of labels or None, and a note if there is none because several qualify."""
     classes = [column for column, kind in kinds.items() if kind == "ClassLabel"]
     called = [column for column in ("label", "labels") if kinds.get(column) in ("ClassLabel", "number", "text")]
     if not called and len(classes) > 1:
@@ -60,13 +60,13 @@ def read_labels(column: str, kind: str, values: Iterable[object], names: tuple[s
     """Labels from the values of a column.
 
     Args:
-        column: what it is called.
+        column: its name.
         kind: "ClassLabel", "number" or "text".
-        values: its values; None and numbers below 0 are no labels.
-        names: what its classes are called, for class labels.
+        values: its values; None and numbers below 0 mean no label.
+        names: the class names, for class labels.
 
     Raises:
-        ValueError: if a number is too large for a label, or the texts are too long for names of classes.
+        ValueError: if a number is too large for a label, or the texts are too long for class names.
     """
     texts: dict[str, int] = {}
     length = 0
@@ -78,8 +78,8 @@ def read_labels(column: str, kind: str, values: Iterable[object], names: tuple[s
                 length += len(value)
                 if length > TEXT_LIMIT:
                     raise ValueError(
-                        f"the column {column} holds more than {TEXT_LIMIT:,} letters of different texts, too many for names "
-                        "of classes: rename it, so that it is not taken for labels."
+                        f"the column {column} holds more than {TEXT_LIMIT:,} letters of different texts, too many for class "
+                        "names: rename the column, so that it is not read as labels."
                     )
             found.append(texts[value])
         else:
@@ -88,7 +88,7 @@ def read_labels(column: str, kind: str, values: Iterable[object], names: tuple[s
     if unlabelled:
         note = (
             f"{unlabelled:,} of {len(found):,} rows have no label in the column {column} (none, or below 0), so the labels "
-            "are left out."
+            "are ignored."
         )
         return None, None, (note,)
     if kind == "text":

@@ -1,11 +1,11 @@
 """The built-in data set: 1,797 handwritten digits of 8 x 8 pixels, ten classes, real data in 45 KiB.
 
 Grey levels are counts v from 0 to 16 in the source; here they are (255 v + 8) // 16, the nearest whole number to
-255 v / 16, so that 0 stays 0, 16 becomes 255, and v can be had back as round(16 p / 255).
+255 v / 16, so that 0 stays 0, 16 becomes 255, and round(16 p / 255) recovers v.
 
 References:
     Alpaydin, Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998,
-    doi:10.24432/C50P49, CC BY 4.0 (its test part; the file digits-LICENSE.txt lies beside this module).
+    doi:10.24432/C50P49, CC BY 4.0 (its test part; the file digits-LICENSE.txt is beside this module).
 """
 
 from importlib.resources import as_file, files

@@ -1,16 +1,16 @@
-"""Image data sets of the Hugging Face hub.
+"""Image data sets on the Hugging Face hub.
 
-huggingface_hub fetches the files of one split, and the readers of files on disk open them, in the memory that they state. Of
-the files of a data set, the first of these count:
+huggingface_hub downloads the files of one split, and the readers for local files open them, within their memory limits. Of
+the files of a data set, the first of these that exist are read:
 
-- parquet files, in the configurations and splits that the data set's card (README.md) declares as `configs`, else by where
-  they lie: CONFIGURATION/SPLIT/0000.parquet, CONFIGURATION/SPLIT-00000-of-00001.parquet, data/SPLIT-..., or as in a folder;
-- images, by the rules of a folder of images, where no card, table of metadata or archive says more about them;
+- parquet files, in the configurations and splits that the data set's card (README.md) declares as `configs`, else by their
+  paths: CONFIGURATION/SPLIT/0000.parquet, CONFIGURATION/SPLIT-00000-of-00001.parquet, data/SPLIT-..., or as in a folder;
+- images, by the rules of a folder of images, if no card, table of metadata or archive says more about them;
 - the parquet files that the hub itself makes of data sets in other formats, in the revision refs/convert/parquet;
 - images, with a note on what is not read; one .zip archive of images for each split.
 
-The client's environment decides where: `HF_ENDPOINT` for the address, `HF_HOME` for the files that it keeps, `HF_TOKEN` or a
-stored login for who one is, `HF_HUB_OFFLINE` for using nothing but what was fetched before.
+The client's environment variables apply: `HF_ENDPOINT` for the address, `HF_HOME` for its cache, `HF_TOKEN` or a stored
+login for authentication, `HF_HUB_OFFLINE` to use only files downloaded before.
 """
 
 import fnmatch
@@ -47,16 +47,16 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".arrow")
 CARD_LIMIT = 2**22
 CONFIGS_LIMIT = 2**17
-"""Bytes of a card, and of its `configs`, which take a hundred times as much memory while they are understood."""
+"""Bytes of a card, and of its `configs`, which take a hundred times as much memory while they are parsed."""
 DEPTH_LIMIT = 20
-"""Brackets within brackets in `configs`: the parser looks at all that are open for every word."""
+"""Nesting of brackets in `configs`: the parser visits every open one for each word."""
 PATTERN_LIMIT = 1000
 """Patterns of a split: each is compared with every name."""
 
 
 @contextmanager
 def hub_files(name: str, split: str = "train") -> Generator[ImageFiles, None, None]:
-    """The image files of a data set on the hub, of which the files of the wanted split alone are fetched.
+    """The image files of a data set on the hub; downloads only the files of the split.
 
     Args:
         name: the data set's name, "owner/name" or "owner/name:configuration".
@@ -64,7 +64,7 @@ def hub_files(name: str, split: str = "train") -> Generator[ImageFiles, None, No
 
     Raises:
         ValueError: if there is no such data set, it or the hub cannot be reached, it has several configurations and none is
-            named, has no such split, or holds no images that are understood.
+            named, has no such split, or holds no supported images.
         ImportError: if huggingface_hub or pyarrow is not installed.
     """
     try:
@@ -73,7 +73,7 @@ def hub_files(name: str, split: str = "train") -> Generator[ImageFiles, None, No
         raise ImportError('an hf: source needs the package huggingface_hub: pip install "stablefield[hub]"') from error
     repository, _, configuration = name.partition(":")
     if not repository:
-        raise ValueError("hf: names no data set: write hf:OWNER/NAME, or hf:OWNER/NAME:CONFIGURATION.")
+        raise ValueError("hf: does not name a data set: write hf:OWNER/NAME, or hf:OWNER/NAME:CONFIGURATION.")
     hub = _Repository(name, repository, configuration, split)
     names = hub.listed()
     suffixes = {each: PurePosixPath(each).suffix.lower() for each in names}
@@ -88,7 +88,7 @@ def hub_files(name: str, split: str = "train") -> Generator[ImageFiles, None, No
         return
     more = bool(archives or metadata or declared or configuration)
     converted = _converted(hub.listed(CONVERTED)) if more or not images else {}
-    # The hub converts the first 5 GB of a split; whole images are better than that.
+    # The hub converts only the first 5 GB of a split; all the images are better than that.
     whole = images and not archives and not configuration
     if converted and not (whole and any(word.startswith("partial-") for each in converted.values() for word in each)):
         yield hub.rows(converted, CONVERTED, default)
@@ -102,15 +102,15 @@ def hub_files(name: str, split: str = "train") -> Generator[ImageFiles, None, No
     else:
         kinds = ", ".join(sorted({suffix for suffix in suffixes.values() if suffix})[:20]) or "none"
         raise ValueError(
-            f"hf:{name} holds no images that are understood{' by configurations' if configuration else ''}, but files of "
-            f"the kinds {kinds}: parquet files, image files, or one .zip archive of them for each split are, and what the "
-            f"hub converts to parquet. {hub.by_hand}"
+            f"hf:{name} holds no supported images{' by configurations' if configuration else ''}, but files of the kinds "
+            f"{kinds}; supported are parquet files, image files, one .zip archive of images for each split, and data that "
+            f"the hub converts to parquet. {hub.by_hand}"
         )
 
 
 @dataclass(frozen=True)
 class _Repository:
-    """A repository on the hub, and what is wanted of it."""
+    """A repository on the hub, with the requested configuration and split."""
 
     name: str
     repository: str
@@ -120,7 +120,7 @@ class _Repository:
     @property
     def by_hand(self) -> str:
         command = f"hf download {shlex.quote(self.repository)} --repo-type dataset --local-dir FOLDER"
-        return f"Fetch it by `{command}`, and name the folder or a file in it."
+        return f"Download it with `{command}`, and name the folder or a file in it."
 
     def listed(self, revision: str | None = None) -> list[str]:
         """The names of its files, without hidden ones; none if there is no such revision."""
@@ -134,7 +134,7 @@ class _Repository:
             except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
                 raise
             except Exception:
-                # Without the hub, newer clients know the files of what they have fetched.
+                # Offline, newer clients know the files of the repositories that they have downloaded.
                 remembered = getattr(huggingface_hub, "get_cached_repo_tree", None)
                 try:
                     names = [file.path for file in remembered(**known)] if remembered is not None else []
@@ -149,7 +149,7 @@ class _Repository:
         return [name for name in sorted(names) if name[0] != "/" and not any(map(hidden, PurePosixPath(name).parts))]
 
     def fetched(self, patterns: Sequence[str], needed: Iterable[str], revision: str | None = None) -> Path:
-        """The folder with the files that the patterns match, of which the needed ones are there."""
+        """The local folder with the files that match the patterns, including all the needed ones."""
         from huggingface_hub import snapshot_download
 
         try:
@@ -162,28 +162,30 @@ class _Repository:
             raise self._refused(error) from error
         missing = next((name for name in needed if not (folder / name).exists()), None)
         if missing is not None:
-            raise ValueError(f"hf:{self.name}: {missing} was not fetched: try again. {self.by_hand}")
+            raise ValueError(f"hf:{self.name}: {missing} was not downloaded: try again. {self.by_hand}")
         return folder
 
     def _refused(self, error: Exception) -> ValueError:
-        """What to say where the hub, or the client, refuses."""
+        """The error to raise when the hub, or the client, refuses."""
         from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
         if isinstance(error, HFValidationError):
-            return ValueError(f"hf:{self.name} names no data set: write hf:OWNER/NAME, or hf:OWNER/NAME:CONFIGURATION.")
+            return ValueError(
+                f"hf:{self.name} does not name a data set: write hf:OWNER/NAME, or hf:OWNER/NAME:CONFIGURATION."
+            )
         if isinstance(error, RepositoryNotFoundError):  # or one that is gated
             return ValueError(
                 f"hf:{self.name}: the hub has no data set {self.repository} that you may read: check its name; for a "
-                "private or gated one, ask for access on its page and log in by `hf auth login`."
+                "private or gated one, request access on its page and log in with `hf auth login`."
             )
         reason = " ".join(str(error).split())[:500] or type(error).__name__
         return ValueError(
-            f"hf:{self.name}: the data set {self.repository} cannot be fetched from the hub ({reason}): check the "
-            f"connection, or work where there is one. {self.by_hand}"
+            f"hf:{self.name}: the data set {self.repository} cannot be downloaded from the hub ({reason}): check the "
+            f"connection. {self.by_hand}"
         )
 
     def _configured(self, configurations: Sequence[str], default: str = "default") -> str:
-        """The one of the configurations that is meant."""
+        """The requested configuration."""
         if self.configuration in configurations:
             return self.configuration
         if not self.configuration and (len(configurations) == 1 or default in configurations):
@@ -191,7 +193,7 @@ class _Repository:
         shown = ", ".join(configurations)[:1000]
         wrong = f"no configuration {self.configuration}" if self.configuration else "several configurations"
         raise ValueError(
-            f"hf:{self.name}: the data set {self.repository} has {wrong}: there are {shown}; name one, as "
+            f"hf:{self.name}: the data set {self.repository} has {wrong}: there are {shown}; name one, such as "
             f"hf:{self.repository}:{configurations[0]}."
         )
 
@@ -220,24 +222,24 @@ class _Repository:
         notes = list(files.notes)
         if f"partial-{word}" in partial:
             notes.append(
-                f"These are the first images of the split {word}: the hub has converted no more of it to parquet."
+                f"These are the first images of the split {word}: the hub has converted only these to parquet."
             )
         if word and "" in splits:
             notes.append(
-                f"{len(splits['']):,} parquet files are of no split and left out, the first {splits[''][0][:NOTED]}."
+                f"{len(splits['']):,} parquet files belong to no split and are ignored, the first {splits[''][0][:NOTED]}."
             )
         return replace(files, notes=tuple(notes))
 
     def declared(self) -> tuple[dict[str, dict[str, list[str]]], str]:
-        """The configurations that the card declares, and the one that is meant where none is named.
+        """The configurations that the card declares, and the default one.
 
-        They are given as the patterns of files of each split, or of the split "" where the card names none.
+        Each maps its splits to patterns of files; the split is "" if the card names none.
         """
         path = self.fetched(["README.md"], ["README.md"]) / "README.md"
         with open_regular(path) as file:
             text = file.read(CARD_LIMIT).decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
         head = re.match(r"---\n(.*?\n)---", text, re.S)
-        # The lines of `configs` alone: the rest may be long.
+        # Parse only the lines of `configs`: the rest may be long.
         found = re.search(r"^configs:[^\n]*\n(?:[ \t#-][^\n]*\n|\n)*", head[1], re.M) if head else None
         if found is None:
             return {}, "default"
@@ -249,7 +251,7 @@ class _Repository:
             depths = itertools.accumulate((c in "[{") - (c in "]}") for c in found[0])
             if max(depths) > DEPTH_LIMIT:
                 raise ValueError("they are nested too deep")
-            # What is written once could be meant any number of times.
+            # An alias could repeat its content any number of times.
             if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(found[0])):
                 raise ValueError("they refer to other parts of the card")
             configs: Any = yaml.safe_load(found[0])["configs"] or []
@@ -258,13 +260,13 @@ class _Repository:
         except (yaml.YAMLError, AttributeError, TypeError, KeyError, ValueError, RecursionError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"hf:{self.name}: the configs in its README.md are not understood ({reason}). {self.by_hand}"
+                f"hf:{self.name}: the configs in its README.md cannot be parsed ({reason}). {self.by_hand}"
             ) from error
 
     def configurations(
         self, tables: Sequence[str], declared: Mapping[str, Mapping[str, Sequence[str]]], default: str
     ) -> dict[str, dict[str, list[str]]]:
-        """The parquet files of what the card declares, the patterns of the wanted split alone being looked for."""
+        """The parquet files that the card declares; matches only the patterns of the requested split."""
         configuration = self._configured(list(declared), default)
         splits = declared[configuration]
         word = "" if list(splits) == [""] else self._of_split(splits)
@@ -276,7 +278,7 @@ class _Repository:
         return {configuration: found} if any(found.values()) else {}
 
     def images(self, names: list[str], documents: list[str], notes: list[str]) -> ImageFiles:
-        """The images that lie in the repository as files."""
+        """The image files in the repository."""
         folder = self.fetched(list(map(glob.escape, documents)), documents) if documents else Path()
         chosen = choose_files(
             names,
@@ -311,7 +313,7 @@ class _Repository:
         word = self._of_split(splits) if len(splits) > 1 else next(iter(splits))
         if len(splits[word]) > 1:
             raise ValueError(
-                f"hf:{self.name} has {len(splits[word]):,} archives, where one for each split is understood. {self.by_hand}"
+                f"hf:{self.name} has {len(splits[word]):,} archives for one split: only one is supported. {self.by_hand}"
             )
         (name,) = splits[word]
         folder = self.fetched([glob.escape(name)], [name])
@@ -328,7 +330,7 @@ class _Repository:
 
 
 def _by_split(names: Iterable[str]) -> dict[str, list[str]]:
-    """Files by the split that their names tell."""
+    """Files by the split in their names."""
     splits: dict[str, list[str]] = {}
     for name in names:
         path = PurePosixPath(name)
@@ -339,7 +341,7 @@ def _by_split(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _by_folder(names: Sequence[str]) -> dict[str, dict[str, list[str]]]:
-    """Files by configuration and split, as their folders tell."""
+    """Files by configuration and split, from their folders."""
     configurations: dict[str, list[str]] = {}
     for name in names:
         configurations.setdefault(name.split("/")[0] if "/" in name else "", []).append(name)
@@ -364,17 +366,17 @@ def _declared(config: Mapping[str, Any]) -> tuple[str, dict[str, list[str]]]:
     files: Any = config.get("data_files")
     splits: dict[str, list[str]] = {}
 
-    def put(word: object, said: Any) -> None:
-        if not isinstance(said, str | list):
-            raise ValueError(f"the files of {word} are no list")
-        below = [str(pattern).removeprefix("./") for pattern in ([said] if isinstance(said, str) else said)]
+    def put(word: object, patterns: Any) -> None:
+        if not isinstance(patterns, str | list):
+            raise ValueError(f"the files of {word} are not a list")
+        below = [str(pattern).removeprefix("./") for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
         splits.setdefault(str(word), []).extend(f"{place}/{pattern}" if place else pattern for pattern in below)
 
     if not files:
         put("", "**")
     elif isinstance(files, dict):
-        for word, said in cast("dict[Any, Any]", files).items():
-            put(word, said)
+        for word, patterns in cast("dict[Any, Any]", files).items():
+            put(word, patterns)
     elif isinstance(files, list) and isinstance(files[0], dict):
         for entry in cast("list[dict[str, Any]]", files):
             put(entry["split"], entry["path"])
@@ -384,7 +386,7 @@ def _declared(config: Mapping[str, Any]) -> tuple[str, dict[str, list[str]]]:
 
 
 def _matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """The names that are among the patterns or that one of them matches: `*` stays within a folder, `**` does not."""
+    """The names that equal or match one of the patterns: `*` stays within a folder, `**` does not."""
     exact = set(patterns)
     several = [pattern for pattern in exact if re.search(r"[*?\[]", pattern)]
     if len(several) > PATTERN_LIMIT:

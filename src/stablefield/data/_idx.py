@@ -1,9 +1,9 @@
-"""idx files, the form of MNIST and its family (Fashion-MNIST, KMNIST, EMNIST), plain or gzipped.
+"""idx files, the format of MNIST and its family (Fashion-MNIST, KMNIST, EMNIST), plain or gzipped.
 
 An idx file is two zero bytes, a byte for the type (8: unsigned bytes), a byte for the number k of axes, k big-endian 32-bit
 lengths, then the values. Images have three axes (n, H, W), labels one. In a folder, the split "train" is the pair of files
-with "train" in their names, "test" the pair with "t10k" or "test"; the labels of a file of images are in the file that is
-called the same with "labels" for "images" and "idx1" for "idx3".
+with "train" in their names, "test" the pair with "t10k" or "test". The labels of a file of images are in the file of the
+same name with "labels" for "images" and "idx1" for "idx3".
 
 References:
     LeCun, Cortes, Burges, "The MNIST database of handwritten digits", 1998, section "File formats".
@@ -47,7 +47,7 @@ def is_idx(path: Path) -> bool:
 
 
 def idx_images(folder: Path) -> list[Path]:
-    """The files of images among the idx files that lie in `folder`, by name."""
+    """The files of images among the idx files in `folder`, by name."""
     found = sorted(path for path in folder.iterdir() if "idx" in path.name and path.is_file())
     return [path for path in found if _axes(path) == 3]
 
@@ -62,13 +62,13 @@ def open_idx(
     memory_budget: int,
     cache: Path,
 ) -> ImageSet:
-    """Read idx images and, where they are, their labels.
+    """Read idx images and their labels, if there are any.
 
     Args:
         path: a file of images, or a folder of idx files.
         split: "train" or "test", for a folder.
-        resolution: bring images that are unpacked to this side or height and width as they are read; what is mapped stays.
-        limit: where there is no resolution, choose the natural one up to this (see `natural_resolution`).
+        resolution: bring unpacked images to this side or height and width as they are read; mapped images keep their size.
+        limit: without a resolution, choose the natural one up to this (see `natural_resolution`).
         resize: how.
         memory_budget: bytes of unpacked pixels that may be kept in memory.
         cache: the folder for a packed file if they are more.
@@ -82,7 +82,7 @@ def open_idx(
             raise ValueError(f"split={split!r}: a folder of idx files has the splits train and test.")
         images = idx_images(path)
         fitting = [file for file in images if any(word in file.name for word in SPLITS[split])]
-        # A file and its gzipped twin hold the same; the plain one needs no unpacking.
+        # A file and its gzipped twin hold the same images; the plain one needs no unpacking.
         fitting = [file for file in fitting if not (file.suffix == ".gz" and file.with_suffix("") in fitting)]
         if len(fitting) != 1:
             names = ", ".join(file.name for file in fitting or images)
@@ -124,7 +124,7 @@ def open_idx(
 
 @contextmanager
 def _bytes_of(path: Path) -> Generator[tuple[IO[bytes], bool], None, None]:
-    """The file's bytes, unpacked if it is gzipped, and whether it is."""
+    """Open the file's bytes, unpacked if it is gzipped, and say whether it is."""
     with open_regular(path) as file:
         gzipped = file.read(2) == b"\x1f\x8b"
         file.seek(0)
@@ -136,7 +136,7 @@ def _bytes_of(path: Path) -> Generator[tuple[IO[bytes], bool], None, None]:
 
 
 def _axes(path: Path) -> int | None:
-    """How many axes an idx file of bytes has; None if it is none."""
+    """How many axes an idx file of bytes has; None for any other file."""
     try:
         with _bytes_of(path) as (file, _):
             head = file.read(4)
@@ -154,7 +154,7 @@ def _labels_of(path: Path) -> Path | None:
 
 @contextmanager
 def _opened(path: Path, axes: int) -> Generator[tuple[IO[bytes], tuple[int, ...], bool], None, None]:
-    """An idx file, open at its first value, with its shape and whether it is gzipped; a plain one is whole."""
+    """An idx file, open at its first value, with its shape and whether it is gzipped; a plain one is complete."""
     if _axes(path) != axes:
         raise ValueError(f"{path} is not an idx file of bytes with {axes} axes (images have three, labels one).")
     with _bytes_of(path) as (file, gzipped):
@@ -168,7 +168,7 @@ def _opened(path: Path, axes: int) -> Generator[tuple[IO[bytes], tuple[int, ...]
         shape = struct.unpack(f">{axes}I", head[4:])
         size = math.prod(shape)
         if size == 0 or size > SIZE_LIMIT:
-            raise ValueError(f"{path} says that its shape is {shape}: it is empty or damaged; fetch it again.")
+            raise ValueError(f"{path} states the shape {shape}: it is empty or damaged; download it again.")
         if not gzipped:
             if file.seek(0, os.SEEK_END) != start + size:
                 raise _damaged(path)
@@ -177,7 +177,7 @@ def _opened(path: Path, axes: int) -> Generator[tuple[IO[bytes], tuple[int, ...]
 
 
 def _unpacked(file: IO[bytes], path: Path, shape: tuple[int, ...]) -> Iterator[NDArray[np.uint8]]:
-    """The values of an idx file in pieces; they are all of it."""
+    """The values of an idx file in pieces; refuses further content."""
     yield from read_rows(file, shape[0], shape[1:], str(path))
     try:
         more = file.read(1)
@@ -188,7 +188,7 @@ def _unpacked(file: IO[bytes], path: Path, shape: tuple[int, ...]) -> Iterator[N
 
 
 def _labels(path: Path | None) -> NDArray[np.int64] | None:
-    """The labels of a file whose header fits the images."""
+    """The labels of a file; its header must fit the images."""
     if path is None:
         return None
     with _opened(path, 1) as (file, shape, _):
@@ -196,4 +196,4 @@ def _labels(path: Path | None) -> NDArray[np.int64] | None:
 
 
 def _damaged(path: Path) -> ValueError:
-    return ValueError(f"{path} is cut short or damaged: its length is not what its header says; fetch it again.")
+    return ValueError(f"{path} is cut short or damaged: its length is not what its header says; download it again.")

@@ -1,17 +1,18 @@
-"""One image file: from its bytes to pixels.
+"""Decode one image file to pixels.
 
-The rules, each counted in the manifest where it changed something:
+The manifest counts how often each of these rules changed an image:
 
 - Orientation: a picture is turned as its EXIF or XMP tag says, wherever Pillow finds it.
 - Colour: modes 1 and L (also with alpha) are greyscale; RGB, palette, CMYK and YCbCr images become RGB by Pillow's
   conversion; colour profiles are not applied. A set is greyscale only if all of its images are.
 - Transparency: composited over white.
-- Depth: 8 bits per channel. Greyscale of 16 or 32 bits is refused, because only its owner knows what maps to 255; a colour
-  PNG of 16 bits is read by Pillow as its high bytes.
+- Depth: 8 bits per channel. Greyscale of 16 or 32 bits is refused, because only its owner knows which value maps to 255; of
+a
+  colour PNG of 16 bits, Pillow reads the high bytes.
 - Animations: the first frame.
-- Size: kept, or brought to a wanted resolution (see `resizing`).
+- Size: kept, or brought to a resolution (see `_resizing`).
 - An image of more than 89,478,485 pixels (Pillow's own limit) is refused as a decompression bomb, and so is one that would
-  take more than 768 MiB to decode: few bytes are enough to ask for that.
+  take more than 768 MiB to decode: a small file can claim that.
 """
 
 from __future__ import annotations
@@ -39,20 +40,20 @@ if TYPE_CHECKING:
 __all__ = ["DECODING_MEMORY", "Header", "decode", "read_header"]
 
 DECODING_MEMORY = 3 * 2**28
-"""Bytes that decoding may take, all images that are decoded at a time together."""
+"""Bytes that all images being decoded at one time may take together."""
 HEADER_BYTES = 2**25
-"""How much of a file may be read to learn its size; some decoders read the whole file for it."""
+"""Bytes of a file that may be read to learn the image's size; some decoders read the whole file for it."""
 PIXEL_BYTES = 8
-"""How much more of it may be read for each pixel, to decode it: four channels of 16 bits."""
+"""Further bytes that may be read for each pixel, to decode it: four channels of 16 bits."""
 EXIF_BYTES = 2**20
 TIFF_VALUES = 2**17
-"""How many numbers one tag of a TIFF file may hold, each of which becomes an object: offsets of strips, mostly."""
+"""How many numbers one tag of a TIFF file may hold; each becomes an object. Most are offsets of strips."""
 STRIP_PIXELS = 2**20
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "TGA", "AVIF")
-"""What files are taken for, whatever their names: Pillow knows more, and hands some of them to other programs."""
-# Bytes that decoding takes for each pixel at its peak: what the decoder has beside the image (planes of coefficients, the
-# frame before, wavelets of 32 bits), measured, or the image and what it is converted to, if that is more.
+"""Supported formats, whatever the file's name: Pillow knows more, and hands some of them to other programs."""
+# Peak bytes per pixel while decoding: the measured memory of the decoder beside the image (planes of coefficients, the
+# previous frame, wavelets of 32 bits), or the image and its converted copy, if that is more.
 COST = {"WEBP": 16, "AVIF": 20, "JPEG2000": 26}
 COST_PROGRESSIVE = 12
 COST_OTHERS = 8
@@ -62,7 +63,7 @@ COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What is known of an image before it is decoded."""
+    """The properties of an image that are known before it is decoded."""
 
     height: int
     """Pixels, after orientation."""
@@ -71,20 +72,20 @@ class Header:
     grey: bool
     """Whether it is greyscale."""
     memory: int
-    """Bytes that decoding it takes, without the pixels that it gives."""
+    """Bytes that decoding it takes, without the resulting pixels."""
 
 
 def read_header(
     file: BinaryIO | EntryFile, taken: Callable[[int], AbstractContextManager[object]] = nullcontext
 ) -> Header:
-    """Read size and mode; no pixel is decoded, except of a PNG file that says more of itself behind its pixels.
+    """Read size and mode; decodes pixels only of a PNG file with metadata after its pixels.
 
     Args:
         file: an image file, open at its start.
-        taken: gives a context in which so many bytes of memory may be used.
+        taken: returns a context that reserves this many bytes of memory.
 
     Raises:
-        ValueError: if the kind, mode or size of image is not understood, with the remedy.
+        ValueError: if the kind, mode or size of image is not supported, with the remedy.
         Exception: whatever Pillow raises for a damaged file.
     """
     from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
@@ -94,7 +95,7 @@ def read_header(
         _check(image)
         memory, mode = _memory(image, file), image.mode
         if image.format == "PNG":
-            # What an archive gives is kept from its start on, so that looking behind the pixels takes memory, too.
+            # `BoundedFile` keeps everything that it read of an archive's entry, so looking after the pixels takes memory.
             bounded.limit += PIXEL_BYTES * _area(image)
             with taken(memory):
                 if _says_more_after_pixels(bounded):
@@ -102,7 +103,7 @@ def read_header(
                 turned = _orientation(image) >= 5
         else:
             turned = _orientation(image) >= 5
-        # Pillow turns a TIFF by itself, and its size may say so already; the tags are those of the file.
+        # Pillow turns a TIFF itself, and `size` may already reflect that; the tags are those of the file.
         tiff = isinstance(image, TiffImageFile)
         size: tuple[int, int] = (image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]) if tiff else image.size
         width, height = reversed(size) if turned else size
@@ -116,15 +117,15 @@ def decode(
 
     Args:
         file: an image file whose header was read, open at its start.
-        channels: 1 or 3; a colour image has no 1-channel form here.
+        channels: 1 or 3; pass 1 only for a greyscale image.
         resolution: bring it to this side or height and width; None keeps its size.
         resize: how.
 
     Returns:
-        The pixels, shape (C, H, W), uint8, and what was done to them, for the manifest.
+        The pixels, shape (C, H, W), uint8, and the changes made, for the manifest.
 
     Raises:
-        ValueError: if the kind, mode or size of image is not understood, with the remedy.
+        ValueError: if the kind, mode or size of image is not supported, with the remedy.
         Exception: whatever Pillow raises for a damaged file.
     """
     from PIL.Image import new
@@ -138,7 +139,7 @@ def decode(
         if getattr(image, "is_animated", False):
             notes.append("first frame of several taken")
         grey, mode = image.mode in GREY_MODES, image.mode
-        # Pillow turns a TIFF as it loads it, and its tag is gone then; a PNG may say behind its pixels how it is turned.
+        # Pillow turns a TIFF as it loads it, and drops the tag; a PNG may hold its orientation after its pixels.
         turned = image.format != "PNG" and _orientation(image) > 1
         image.load()
         plain: Image = image
@@ -180,18 +181,18 @@ def decode(
 
 
 def _opened(file: BoundedFile) -> ImageFile:
-    """The image in a file, of a kind that is read."""
+    """Open the image in a file, if its kind is supported."""
     from PIL.Image import OPEN, init
     from PIL.Image import open as open_image
 
     init()
     _check_tiff(file)
-    # It has what Pillow uses of a file.
+    # `BoundedFile` has the methods of a file that Pillow uses.
     return open_image(cast("BinaryIO", file), formats=[name for name in FORMATS if name in OPEN])
 
 
 def _check_tiff(file: BoundedFile) -> None:
-    """Refuse a TIFF file that holds more numbers than its pixels need: Pillow makes an object of each, and of each strip."""
+    """Refuse a TIFF file with more numbers than its pixels need: Pillow makes an object of each, and of each strip."""
     head = file.read(16)
     order = {b"II": "<", b"MM": ">"}.get(head[:2])
     if order is not None and len(head) == 16 and 42 in (head[2], head[3]):
@@ -205,14 +206,14 @@ def _check_tiff(file: BoundedFile) -> None:
     size = struct.calcsize(entry)
     table = file.read(min(count, 2**16) * size)
     for tag, kind, values, _ in struct.iter_unpack(entry, table[: len(table) // size * size]):
-        # Bytes and text stay what they are.
+        # Pillow makes no objects of bytes and text.
         if values > TIFF_VALUES and kind not in (1, 2, 6, 7):
             raise ValueError(f"its TIFF tag {tag} holds {values:,} numbers, above {TIFF_VALUES:,}: save it again")
     file.seek(0)
 
 
 def _area(image: ImageFile) -> int:
-    """Pixels that are decoded at a time: of the image, or of a tile of a TIFF file if that is larger."""
+    """The number of pixels decoded at a time: the image, or a tile of a TIFF file if that is larger."""
     tags = getattr(image, "tag_v2", {})
     width, height = (tags.get(tag, 0) for tag in (322, 323))
     tile = width * height if isinstance(width, int) and isinstance(height, int) else 0
@@ -220,7 +221,7 @@ def _area(image: ImageFile) -> int:
 
 
 def _memory(image: ImageFile, file: BinaryIO | EntryFile) -> int:
-    """Bytes that decoding takes; refuse an image for which that is too much."""
+    """The bytes that decoding takes; refuses an image that takes too many."""
     area = _area(image)
     whole = image.format in ("WEBP", "AVIF") or (image.format == "TIFF" and image.info.get("compression") != "raw")
     size = file.size if isinstance(file, EntryFile) else file.seek(0, os.SEEK_END) if whole else 0
@@ -251,14 +252,14 @@ def _turned(image: Image, orientation: int) -> Image:
 
 
 def _strips(image: Image) -> Iterator[tuple[int, int, int, int]]:
-    """Boxes of whole rows (left, top, right, bottom) that cover an image, a million pixels each."""
+    """Boxes of full rows (left, top, right, bottom) that cover an image, a million pixels each."""
     rows = max(1, STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
         yield 0, top, image.width, min(image.height, top + rows)
 
 
 def _check(image: Image) -> None:
-    """Refuse what cannot be decoded faithfully."""
+    """Refuse an image that cannot be decoded faithfully."""
     if image.width * image.height > PIXEL_LIMIT:
         raise ValueError(
             f"{image.width} x {image.height} pixels, above the limit of {PIXEL_LIMIT:,} against decompression bombs: "
@@ -266,23 +267,21 @@ def _check(image: Image) -> None:
         )
     if image.mode not in GREY_MODES + COLOUR_MODES:
         raise ValueError(f"mode {image.mode} is not 8 bits of greyscale or colour: convert it to 8 bits first")
-    if image.mode not in GREY_MODES + COLOUR_MODES:
-        raise ValueError(f"mode {image.mode} is not 8 bits of greyscale or colour: convert it to 8 bits first")
 
 
 def _orientation(image: Image) -> int:
-    """The EXIF or XMP orientation, 1 to 8, by what is known of the file so far."""
+    """The EXIF or XMP orientation, 1 to 8, from the part of the file read so far."""
     from PIL.Image import Image as Plain
 
     if len(image.info.get("exif", b"")) > EXIF_BYTES:
-        raise ValueError(f"its EXIF block has more than {EXIF_BYTES:,} bytes: save it again without")
-    # Pillow's own class for PNG decodes one without EXIF in front of its pixels; the class below it looks at what is known.
+        raise ValueError(f"its EXIF block has more than {EXIF_BYTES:,} bytes: save it again without EXIF")
+    # Pillow's PNG class would decode a file without EXIF before its pixels; its base class reads only what is loaded.
     orientation = Plain.getexif(image).get(0x0112, 1)
     return orientation if orientation in range(1, 9) else 1
 
 
 def _says_more_after_pixels(file: BoundedFile) -> bool:
-    """Whether a PNG has EXIF or text behind its pixels, by the heads of its chunks; the file's position is kept."""
+    """Whether a PNG has EXIF or text after its pixels, by its chunk headers; restores the file's position."""
     start, place, pixels = file.tell(), 8, False
     try:
         while True:
@@ -300,7 +299,7 @@ def _says_more_after_pixels(file: BoundedFile) -> bool:
 
 
 def _over_white(image: Image, mode: str) -> tuple[Image, bool]:
-    """Composite over white; also whether any pixel was transparent."""
+    """Composite over white; also returns whether any pixel was transparent."""
     from PIL.Image import new
 
     layered = image.convert("RGBA")

@@ -1,15 +1,15 @@
 """A collection of image files: the names in a folder or a .zip archive, how to open each, and their labels.
 
-Files are recognised by their suffix, taken in the order of their names, and looked for in sub-folders too. Names that
-begin with a dot and `__MACOSX` are passed over. Names are relative to the deepest folder that holds all images. Then,
+Files are recognised by their suffix, ordered by name, and found in sub-folders too. Names that begin with a dot and
+`__MACOSX` are skipped. Names are relative to the deepest folder that holds all images. Then,
 
 - if every name begins with a word for a split (train, val, test, ...), and at least two of them occur, only the files of
-  the wanted split are taken;
-- labels come from `dataset.json`, `{"labels": [["a/b.png", 3], ...]}` with names relative to the folder it lies in, if
-  there is one (its labels may be null: none);
+  the requested split are read;
+- labels come from `dataset.json`, `{"labels": [["a/b.png", 3], ...]}` with names relative to its folder, if there is one
+  (its labels may be null: none);
 - otherwise, if every image lies in exactly one level of sub-folder, and there are at least two, the sub-folders are the
-  classes, numbered in the order of their names, in which numbers count as numbers (2 before 10), and in every split as
-  in that for training. With an image elsewhere there are no classes, and the manifest notes why.
+  classes. They are numbered in the natural order of their names (2 before 10), in every split as in the training split.
+  If an image lies elsewhere, there are no classes, and the manifest notes why.
 """
 
 import json
@@ -69,7 +69,7 @@ SUFFIXES = frozenset(
     ]
 )
 NOTED = 200
-"""Letters of a name in a note: notes are kept in the header of a packed file."""
+"""Letters of a name in a note: notes go into the header of a packed file."""
 SPLITS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev"),
@@ -77,7 +77,7 @@ SPLITS = {
 }
 
 DOCUMENT_SHARE = 512
-"""Bytes that a dataset.json may have for each file beside it, beyond those that any JSON may have."""
+"""Bytes that a dataset.json may have for each file beside it, beyond the limit for any JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,36 +85,36 @@ class ImageFiles:
     """Image files with their labels; nothing is decoded yet."""
 
     names: tuple[str, ...]
-    """What each file is called in messages."""
+    """Each file's name in messages."""
     open: Callable[[int], BinaryIO | EntryFile]
     """Open file i for reading; may be called from several threads."""
     labels: NDArray[np.int64] | None
     """Class numbers, shape (n,), or None."""
     class_names: tuple[str, ...] | None
-    """What the classes are called, if that is known."""
+    """Class names, if known."""
     name: str
     """A short name."""
     source: str
-    """One line that says where the files are."""
+    """One line that describes where the files are."""
     fingerprint: Callable[[], str]
-    """A text that changes when a file does: names, sizes, times of change."""
+    """A text that changes when a file does: names, sizes, modification times."""
     notes: tuple[str, ...] = ()
-    """What a person should know of how they were chosen, one sentence each."""
+    """Notes for the user on how they were chosen, one sentence each."""
 
 
 def folder_files(
     folder: Path, split: str = "train", tables: Callable[[list[Path], Path, str], ImageFiles] | None = None
 ) -> ImageFiles:
-    """The image files in a folder and its sub-folders; links are followed, once each.
+    """The image files in a folder and its sub-folders; follows links, once each.
 
     Args:
         folder: the folder.
-        split: which of its splits, where it has some.
+        split: which of its splits, if it has any.
         tables: reads the parquet files of a folder that holds no other images.
 
     Raises:
-        ValueError: if there is no image, or there are parquet files beside them, no such split, or `dataset.json` does not
-            fit the files.
+        ValueError: if there are no images, images beside parquet files, no such split, or `dataset.json` does not fit the
+            files.
     """
     paths: dict[str, Path] = {}
     seen: set[tuple[int, int]] = set()
@@ -140,8 +140,8 @@ def folder_files(
         if single is None:
             return tables(parquet, folder, split)
         raise ValueError(
-            f"{folder} holds parquet files, such as {parquet[0]}, and image files, such as {single}: name a folder with one "
-            "of both."
+            f"{folder} holds parquet files, such as {parquet[0]}, and image files, such as {single}: name a folder with "
+            "only one kind."
         )
     named = {name: path for name, path in paths.items() if PurePosixPath(name).name == "dataset.json"}
     documents = read_documents(named, len(paths))
@@ -164,11 +164,11 @@ def folder_files(
 
 @contextmanager
 def zip_files(path: Path, split: str = "train") -> Generator[ImageFiles, None, None]:
-    """The image files in a .zip archive, which stays open for the length of the block; nothing is unpacked to disk.
+    """The image files in a .zip archive, which stays open within the block; unpacks nothing to disk.
 
     Args:
         path: the archive.
-        split: which of its splits, where it has some.
+        split: which of its splits, if it has any.
 
     Raises:
         ValueError: if the archive is damaged or encrypted, an entry's name leads out of it or occurs twice, there is no
@@ -177,7 +177,7 @@ def zip_files(path: Path, split: str = "train") -> Generator[ImageFiles, None, N
     with Archive(path) as archive:
         entries: dict[str, zipfile.ZipInfo] = {}
         for entry in archive.entries:
-            # Some programs of Windows write its own separator.
+            # Some Windows programs write backslashes.
             name = entry.filename.replace("\\", "/")
             parts = PurePosixPath(name).parts
             if name.startswith("/") or ".." in parts or ":" in name.split("/")[0]:
@@ -214,7 +214,7 @@ def zip_files(path: Path, split: str = "train") -> Generator[ImageFiles, None, N
 
 
 def stamp(path: Path) -> tuple[int, int]:
-    """Size and time of change of a file; zeros if it cannot be looked at."""
+    """Size and modification time of a file; zeros if they cannot be read."""
     try:
         status = path.stat()
     except OSError:
@@ -224,7 +224,7 @@ def stamp(path: Path) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenFiles:
-    """Which of some files are meant, in order, with their labels."""
+    """The selected files, in order, with their labels."""
 
     names: list[str]
     labels: NDArray[np.int64] | None = None
@@ -234,7 +234,7 @@ class ChosenFiles:
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder of this name is passed over."""
+    """Whether to skip a file or folder of this name."""
     return name.startswith(".") or name == "__MACOSX"
 
 
@@ -242,7 +242,7 @@ def choose_files(names: list[str], documents: dict[str, bytes], where: Path | st
     """Split, order and labels of the image files `names`, by the rules of the module."""
     if not names:
         raise ValueError(
-            f"{where} holds no image file: {', '.join(sorted(SUFFIXES))} are looked for, in sub-folders too."
+            f"{where} holds no image file: pass files that end in {', '.join(sorted(SUFFIXES))}, in sub-folders too."
         )
     names = sorted(names)
     root = common_folder(names)
@@ -257,7 +257,7 @@ def choose_files(names: list[str], documents: dict[str, bytes], where: Path | st
         if "" in first:
             raise ValueError(
                 f"{where} holds the splits {', '.join(named)} and beside them {other}, which is in none: move it, or name "
-                f"the folder of the split that you mean, {root}{named[0]}."
+                f"the folder of one split, such as {root}{named[0]}."
             )
         notes.append(
             f"The folders {', '.join(named)} count as classes, not as splits, because {other[:NOTED]} is in none of them: "
@@ -298,7 +298,7 @@ def choose_files(names: list[str], documents: dict[str, bytes], where: Path | st
     if len(folders) >= 2:
         stray = [name for name, parts in zip(names, classes, strict=True) if len(parts) != 2]
         notes.append(
-            f"The {len(folders):,} folders count as no classes, because {len(stray):,} of {len(names):,} images "
+            f"The {len(folders):,} folders do not count as classes, because {len(stray):,} of {len(names):,} images "
             f"{'lies' if len(stray) == 1 else 'lie'} elsewhere, the first {stray[0][:NOTED]}: for classes, move "
             f"{'it' if len(stray) == 1 else 'them'} into one of the folders or away, or write a dataset.json."
         )
@@ -306,9 +306,9 @@ def choose_files(names: list[str], documents: dict[str, bytes], where: Path | st
 
 
 def natural(name: str) -> tuple[list[tuple[int, str]], str]:
-    """What puts names in natural order: the digits in them count as whole numbers."""
+    """A sort key for natural order, in which digits count as whole numbers."""
     parts = re.split(r"([0-9]+)", name)
-    # A number without its leading zeros is the larger the longer it is.
+    # Without leading zeros, the longer number is the larger one.
     whole = [part.lstrip("0") if place % 2 else part for place, part in enumerate(parts)]
     return [(len(part) if place % 2 else 0, part) for place, part in enumerate(whole)], name
 
@@ -327,7 +327,7 @@ def read_documents(paths: dict[str, Path], count: int) -> dict[str, bytes]:
     """The bytes of each dataset.json, by its name, in a folder of `count` files.
 
     Raises:
-        ValueError: if one cannot be read, or is too long.
+        ValueError: if one cannot be read or is too long.
     """
     documents: dict[str, bytes] = {}
     for name, path in paths.items():
@@ -340,7 +340,7 @@ def read_documents(paths: dict[str, Path], count: int) -> dict[str, bytes]:
 
 
 def _document(file: BinaryIO | EntryFile, where: str, count: int) -> bytes:
-    """The bytes of a dataset.json beside `count` files; as Python's objects they take up to thirty times as much memory."""
+    """The bytes of a dataset.json beside `count` files; parsed, they take up to thirty times as much memory."""
     limit = JSON_LIMIT + DOCUMENT_SHARE * count
     pieces: list[bytes] = []
     size = 0
@@ -349,7 +349,7 @@ def _document(file: BinaryIO | EntryFile, where: str, count: int) -> bytes:
         size += len(piece)
         if size > limit:
             raise ValueError(
-                f"{where} has more than {limit:,} bytes, too many for the labels of {count:,} files: leave out the rest."
+                f"{where} has more than {limit:,} bytes, too many for the labels of {count:,} files: remove other content."
             )
     return b"".join(pieces)
 
@@ -365,11 +365,10 @@ def _document_labels(names: list[str], document: bytes, where: str) -> NDArray[n
         twice = next((name for name, label in pairs if table[str(name)] != label), None)
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
-            f'{where} is not understood ({error}): it should read {{"labels": [["name.png", 0], ...]}} or '
-            '{"labels": null}.'
+            f'{where} cannot be parsed ({error}): it should read {{"labels": [["name.png", 0], ...]}} or {{"labels": null}}.'
         ) from error
     if twice is not None:
-        raise ValueError(f"{where} gives {twice} two labels: leave one.")
+        raise ValueError(f"{where} gives {twice} two labels: keep one.")
     missing = [name for name in names if name not in table]
     if missing:
         raise ValueError(

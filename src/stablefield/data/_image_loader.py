@@ -1,11 +1,11 @@
-"""From image files to an image set: every file is looked at, then decoded, in order, by a few threads.
+"""Turn image files into an image set: a few threads read every header, then decode every file, in order.
 
-The first pass reads headers alone and settles the shape: greyscale if all images are, one size or the wanted resolution. The
-second decodes into a `Collector`. All files that cannot be read are found and counted before anything is said about them.
+The first pass reads only headers and determines the shape: greyscale if all images are, their one size or the requested
+resolution. The second decodes into a `Collector`. Both go through all files before they report those that cannot be read.
 
 Beside the set itself, reading takes no more than 1 GiB of memory, whatever the files hold: decoders share
-`DECODING_MEMORY`, of which each takes what its image needs before it begins, and no more decoded images are on their way
-than are 128 MiB.
+`DECODING_MEMORY`, from which each reserves what its image needs before it begins, and at most 128 MiB of decoded images wait
+to be collected.
 """
 
 import ctypes
@@ -36,7 +36,7 @@ from stablefield.data._resizing import Resize, Resolution, height_and_width, nat
 __all__ = ["Progress", "load_image_files"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
-"""Called with the stage ("looking at files", "decoding"), how many files are done, and of how many."""
+"""Called with the stage ("reading headers", "decoding"), how many files are done, and of how many."""
 
 THREADS = 4
 WINDOW = 32
@@ -66,11 +66,11 @@ def load_image_files(
     """Decode image files.
 
     Args:
-        files: which.
-        resolution: bring every image to this side or height and width; None takes images that agree in size as they are.
-        limit: where there is no resolution, choose the natural one up to this (see `natural_resolution`).
+        files: the files.
+        resolution: bring every image to this side or height and width; None keeps the images' one size.
+        limit: without a resolution, choose the natural one up to this (see `natural_resolution`).
         resize: how.
-        skip_broken: leave out files that cannot be read, and count them in the manifest.
+        skip_broken: skip files that cannot be read, and count them in the manifest.
         progress: called as files are done, from the caller's thread.
         memory_budget: bytes of pixels that may be kept in memory.
         cache: the folder for a packed file if they are more.
@@ -80,22 +80,22 @@ def load_image_files(
 
     Raises:
         ValueError: if images differ in size and `resolution` is None, files cannot be read (unless skipped), or no image
-            is left.
+            remains.
         ImportError: if Pillow is not installed.
     """
     require_pillow("reading image files")
     from PIL import Image
 
     with warnings.catch_warnings():
-        # Pillow warns of what is harmless here (odd EXIF, palettes); of a decompression bomb it must not only warn.
+        # Pillow's other warnings are harmless here (odd EXIF, palettes); a decompression bomb must be an error.
         warnings.filterwarnings("ignore", module="PIL")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         room = _Room(DECODING_MEMORY)
-        headers = list(_reported("looking at files", progress, lambda i: _header(files, i, room), len(files.names)))
+        headers = list(_reported("reading headers", progress, lambda i: _header(files, i, room), len(files.names)))
         if resolution is None and limit is not None:
             sizes = [(header.height, header.width) for header in headers if isinstance(header, Header)]
             resolution = natural_resolution(sizes, limit) if sizes else None
-        shape, resized = _settle(files.names, headers, resolution, resize)
+        shape, resized = _common_shape(files.names, headers, resolution, resize)
         file = cache
         if len(headers) * math.prod(shape) > memory_budget:
             parts = [files.fingerprint(), labels_sha256(files.labels), files.class_names, files.notes, shape, resized]
@@ -141,10 +141,10 @@ def load_image_files(
             return collector.finish(None if files.labels is None else files.labels[kept], origin)
 
 
-def _settle(
+def _common_shape(
     names: Sequence[str], headers: Sequence[Header | _Broken], resolution: Resolution | None, resize: Resize
 ) -> tuple[tuple[int, int, int], str]:
-    """Shape of the set, and how its images are brought to it."""
+    """The shape of the set, and how its images are resized to it."""
     good = [(name, header) for name, header in zip(names, headers, strict=True) if isinstance(header, Header)]
     if not good:
         reasons = [f"{n} ({h.reason})" for n, h in zip(names, headers, strict=True) if isinstance(h, _Broken)]
@@ -189,7 +189,7 @@ def _pixels(
 
 
 def _guarded(read: Callable[[], T]) -> T | _Broken:
-    """The result, or why there is none: decoders raise anything at all over a damaged file."""
+    """The result, or why there is none: decoders may raise anything over a damaged file."""
     from PIL import UnidentifiedImageError
 
     try:
@@ -197,7 +197,7 @@ def _guarded(read: Callable[[], T]) -> T | _Broken:
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        return _Broken("not an image of a kind that is read, or an empty file")
+        return _Broken("not an image of a supported kind, or an empty file")
     except OSError as error:
         return _Broken(error.strerror or str(error) or type(error).__name__)
     except Exception as error:
@@ -208,14 +208,14 @@ def _broken_text(reasons: Sequence[str], count: int) -> str:
     more = f" and {len(reasons) - LISTED:,} more" if len(reasons) > LISTED else ""
     return (
         f"{len(reasons):,} of {count:,} image files cannot be read: {'; '.join(reasons[:LISTED])}{more}. "
-        "Mend or remove them, or leave them out with skip_broken=True."
+        "Repair or remove them, or skip them with skip_broken=True."
         if len(reasons) < count
-        else f"none of {count:,} image files can be read: {'; '.join(reasons[:LISTED])}{more}. Mend or convert them."
+        else f"none of {count:,} image files can be read: {'; '.join(reasons[:LISTED])}{more}. Repair or convert them."
     )
 
 
 class _Room:
-    """Memory that threads share: whoever wants some waits until it is free."""
+    """Memory that threads share: a thread that asks for some waits until it is free."""
 
     def __init__(self, size: int) -> None:
         self._free = size
@@ -223,7 +223,7 @@ class _Room:
 
     @contextmanager
     def taken(self, size: int) -> Generator[None, None, None]:
-        """Have `size` bytes, no more than there are in all, for the length of the block."""
+        """Reserve `size` bytes, at most the total, within the block."""
         with self._changed:
             self._changed.wait_for(lambda: self._free >= size)
             self._free -= size
@@ -238,7 +238,7 @@ class _Room:
 
 
 def _return_free_memory() -> None:
-    """Have the C library give freed memory back: glibc keeps it for the thread that freed it, and no other can use it."""
+    """Make the C library release freed memory: glibc keeps it for the thread that freed it, and no other can use it."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -247,7 +247,7 @@ def _return_free_memory() -> None:
 def _reported(
     stage: str, progress: Progress | None, function: Callable[[int], T], count: int, ahead: int = WINDOW
 ) -> Generator[T, None, None]:
-    """`function` of 0 .. count - 1, in order, from a pool of threads that runs only a little ahead."""
+    """Yield `function` of 0 .. count - 1, in order, from a pool of threads that runs only a little ahead."""
     window: deque[Future[T]] = deque()
     pool = ThreadPoolExecutor(THREADS, thread_name_prefix="stablefield-images")
     try:

@@ -1,12 +1,12 @@
-"""A set of images: uint8 pixels, labels if there are any, and a manifest that says what they are.
+"""A set of images: uint8 pixels, labels if there are any, and a manifest that describes them.
 
 Pixels have shape (n, C, H, W) with C = 1 (greyscale) or 3 (RGB) and values 0 to 255; elsewhere in the library the value
 v means v / 127.5 - 1. Labels are class numbers counted from 0. The pixels may be a memory map, larger than memory and
-read-only, so whoever takes rows copies them with `ImageSet.batch`.
+read-only, so use `ImageSet.batch` to copy rows.
 
 The manifest is a dictionary of JSON values: `count`, `shape` (C, H, W), `classes`, `source`, `resized`, `conversions`
-and two checksums. `sha256` is taken over the pixels as n * C * H * W bytes in that order, `labels_sha256` over the labels
-as little-endian int64. Equal sets have equal checksums, whatever file they came from.
+and two checksums. `sha256` is that of the pixels as n * C * H * W bytes in that order, `labels_sha256` that of the labels as
+little-endian int64. Equal sets have equal checksums, whatever file they came from.
 """
 
 import dataclasses
@@ -41,35 +41,35 @@ __all__ = [
 ]
 
 CHUNK_BYTES = 16 * 2**20
-"""How much is read from a set at a time where all of it must be seen."""
+"""Bytes to read at a time when all of a set is needed."""
 PIXEL_LIMIT = 89_478_485
-"""Pixels of one image, above which it is taken for a decompression bomb; Pillow's own limit."""
+"""Pixels above which an image counts as a decompression bomb; Pillow's own limit."""
 LABEL_LIMIT = 2**26
 """How many images may have labels, which are kept in memory."""
 CLASS_LIMIT = 2**16
-"""How many classes there may be, or as many as images if these are more: what follows takes memory for each class."""
+"""How many classes there may be, if there are not more images: later stages take memory for each class."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where images came from and what was done to them: the part of a manifest that the pixels do not tell."""
+    """Where images came from and how they were converted: the part of a manifest that does not follow from the pixels."""
 
     name: str
     """A short name, for headings and file names."""
     source: str
-    """One line that says where the images came from."""
+    """One line that describes where the images came from."""
     class_names: tuple[str, ...] | None = None
-    """What the classes are called, if that is known."""
+    """Class names, if known."""
     resized: str = "no"
-    """How the images were brought to their size, or "no"."""
+    """How the images were resized, or "no"."""
     conversions: dict[str, int] = field(default_factory=dict[str, int])
-    """How many images each conversion touched: {"greyscale repeated to RGB": 3}."""
+    """How many images each conversion changed: {"greyscale repeated to RGB": 3}."""
     skipped: int = 0
-    """How many files were left out because they could not be read."""
+    """How many files were skipped because they could not be read."""
     skipped_files: tuple[str, ...] = ()
     """The first few of them, with the reason."""
     notes: tuple[str, ...] = ()
-    """What a person should know of how the source was read, one sentence each."""
+    """Notes for the user on how the source was read, one sentence each."""
 
     def __post_init__(self) -> None:
         check_kind("name", self.name, str, "a short name, a string")
@@ -82,7 +82,7 @@ class Origin:
             check_kind("class_names", self.class_names, tuple, "a tuple of strings, or None")
 
     def manifest(self, classes: int) -> dict[str, Any]:
-        """The manifest of a set with so many classes, still without count, shape and checksums."""
+        """The manifest of a set with this many classes, still without count, shape and checksums."""
         return {
             "name": self.name,
             "source": self.source,
@@ -109,13 +109,13 @@ class ImageSet:
     labels: NDArray[np.int64] | None
     """Class numbers from 0, shape (n,), or None."""
     class_names: tuple[str, ...] | None
-    """What the classes are called, if that is known."""
+    """Class names, if known."""
     name: str
     """A short name, for headings and file names."""
     manifest: dict[str, Any]
-    """What is in the set and where it came from (see the module)."""
+    """The content of the set and where it came from (see the module)."""
     opening: dict[str, Any] | None = None
-    """The arguments with which `open_images` opens this set again; None for one that was made of arrays."""
+    """The arguments with which `open_images` opens this set again; None for a set made from arrays."""
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -131,11 +131,11 @@ class ImageSet:
                 f"images has dtype {images.dtype} and shape {images.shape}: an image set takes uint8 of shape (n, C, H, W)."
             )
         if images.size == 0:
-            raise ValueError(f"images has shape {images.shape}: there is no image in it.")
+            raise ValueError(f"images has shape {images.shape}: pass at least one image.")
         if images.shape[1] not in (1, 3):
             raise ValueError(
-                f"images has {images.shape[1]} channels (shape {images.shape}): 1 (greyscale) and 3 (RGB) are understood; "
-                "drop an alpha channel, and move channels that come last to axis 1."
+                f"images has {images.shape[1]} channels (shape {images.shape}): pass 1 (greyscale) or 3 (RGB); drop an "
+                "alpha channel, and move channels that come last to axis 1."
             )
         if labels is None:
             return
@@ -150,7 +150,7 @@ class ImageSet:
             raise ValueError(f"labels holds {labels.max()}, but class_names has {len(self.class_names)} entries.")
         if self.classes > max(CLASS_LIMIT, len(images)):
             raise ValueError(
-                f"labels holds {labels.max()} and stands for {self.classes:,} classes: {len(images):,} images may have up "
+                f"labels holds {labels.max()} and implies {self.classes:,} classes: {len(images):,} images may have up "
                 f"to {max(CLASS_LIMIT, len(images)):,}; number the classes that occur 0, 1, 2, ..."
             )
 
@@ -175,7 +175,7 @@ class ImageSet:
 
     @property
     def file(self) -> Path | None:
-        """The file that the pixels are mapped from, or None if they are in memory."""
+        """The file from which the pixels are mapped, or None if they are in memory."""
         base: Any = self.images
         while base is not None:
             if isinstance(base, np.memmap):
@@ -213,11 +213,11 @@ class ImageSet:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a person should know of how the source was read, one sentence each."""
+        """Notes for the user on how the source was read, one sentence each."""
         return tuple(map(str, self.manifest.get("notes", ())))
 
     def describe(self) -> str:
-        """One line for a person: how many images of which kind, and where they lie."""
+        """One line for the user: how many images of which kind, and where they are."""
         channels, height, width = self.shape
         kind = "greyscale" if channels == 1 else "RGB"
         classes = f", {self.classes} classes" if self.labels is not None else ""
@@ -229,7 +229,7 @@ class ImageSet:
         """Read everything again and compare with the manifest.
 
         Raises:
-            ValueError: if pixels or labels are not those that the checksums were taken of.
+            ValueError: if the checksum of pixels or labels differs.
         """
         found = {"sha256": pixels_sha256(self.images), "labels_sha256": labels_sha256(self.labels)}
         for key, value in found.items():
@@ -249,7 +249,7 @@ def make_image_set(
         images: shape (n, C, H, W), uint8.
         labels: whole numbers, shape (n,), or None.
         origin: where the images came from.
-        sha256: checksum of the pixels if it is known already; otherwise all pixels are read once.
+        sha256: checksum of the pixels, if already known; otherwise this reads all pixels once.
 
     Returns:
         The set.
@@ -281,7 +281,7 @@ def make_image_set(
 
 
 def class_text(number: int, names: Sequence[str] | None) -> str:
-    """A class for a person: "7 (horse)", or the number alone where there is no name, or the name says the same."""
+    """A class as text: "7 (horse)", or the number alone if there is no name or the name is the number."""
     if number < 0:
         return "no class"
     name = names[number] if names is not None and number < len(names) else str(number)
@@ -289,17 +289,17 @@ def class_text(number: int, names: Sequence[str] | None) -> str:
 
 
 def renumbered(images: ImageSet, class_names: Sequence[str]) -> ImageSet:
-    """The set with its classes numbered in the order of `class_names`; the set itself if they are.
+    """The set with its classes numbered in the order of `class_names`; the set itself if they already are.
 
     Raises:
-        ValueError: if the names of the set's classes are others.
+        ValueError: if the set's class names are not the same names.
     """
     names, labels = tuple(class_names), images.labels
     if labels is None or images.class_names == names:
         return images
     if images.class_names is None or sorted(images.class_names) != sorted(names) or len(set(names)) < len(names):
         found = "no names" if images.class_names is None else ", ".join(images.class_names)
-        raise ValueError(f"{images.name} has the classes {found}, and not {', '.join(names)}: name the same data.")
+        raise ValueError(f"{images.name} has the classes {found}, and not {', '.join(names)}: pass the same data.")
     order = np.array([names.index(name) for name in images.class_names], np.int64)
     changed = order[labels]
     manifest = images.manifest | {"class_names": list(names), "labels_sha256": labels_sha256(changed)}
@@ -314,16 +314,16 @@ def chunks(images: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
 
 
 def read_rows(file: Readable, count: int, shape: tuple[int, ...], what: str) -> Iterator[NDArray[np.uint8]]:
-    """Read `count` arrays of `shape`, bytes without a gap, in pieces (k, *shape) of about 16 MiB.
+    """Read `count` arrays of `shape`, contiguous bytes, in pieces (k, *shape) of about 16 MiB.
 
     Args:
-        file: open where the first begins.
+        file: open at the start of the first.
         count: how many there should be.
         shape: of one.
         what: the file's name, for the error.
 
     Raises:
-        ValueError: if they are not all there, or reading fails: what is damaged is found while it is unpacked.
+        ValueError: if some are missing, or reading fails: unpacking finds damage.
     """
     size = math.prod(shape)
     rows = max(1, CHUNK_BYTES // size)
@@ -344,8 +344,8 @@ def read_rows(file: Readable, count: int, shape: tuple[int, ...], what: str) -> 
 def mapped(
     file: BinaryIO, path: Path, start: int, shape: tuple[int, ...], order: Literal["C", "F"] = "C"
 ) -> NDArray[np.uint8]:
-    """Map bytes of an open file into memory, read-only; `path` is what the map says that it comes from."""
-    # NumPy would open a path once more, and by then something else may be there.
+    """Map bytes of an open file into memory, read-only; the map gives `path` as its file name."""
+    # NumPy would open a path again, and by then another file may be there.
     array = np.memmap(file, np.uint8, "r", start, shape, order)
     array.filename = str(path.resolve())
     return array
@@ -354,7 +354,7 @@ def mapped(
 def check_label_count(count: int, where: Path | str) -> None:
     """Refuse more labels than may be kept in memory, before they are read."""
     if count > LABEL_LIMIT:
-        raise ValueError(f"{where} has {count:,} labels: up to {LABEL_LIMIT:,} are read; leave the labels out.")
+        raise ValueError(f"{where} has {count:,} labels, above the limit of {LABEL_LIMIT:,}: leave the labels out.")
 
 
 def pixels_sha256(images: NDArray[np.uint8]) -> str:
@@ -371,7 +371,7 @@ def labels_sha256(labels: NDArray[np.int64] | None) -> str | None:
 
 
 def size_text(size: float) -> str:
-    """A number of bytes for a person: 1536 is "1.5 KiB"."""
+    """A number of bytes as text: 1536 is "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

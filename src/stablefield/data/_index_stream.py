@@ -1,9 +1,9 @@
-r"""The order in which a data set is dealt: a function of (seed, step), with no state to save.
+r"""The order of a data set's rows in training: a function of (seed, step), with no state to save.
 
 Epoch e deals $\lfloor n / B \rfloor$ batches of B rows from one random permutation of the n rows, drawn from (seed, e)
 alone; the n mod B rows that are left over sit that epoch out. Step s is batch s mod $\lfloor n / B \rfloor$ of epoch
-$\lfloor s / \lfloor n / B \rfloor \rfloor$. Any step can be asked for at any time, so a run that is resumed continues
-where it was, and every process of a run can work out the same global batch by itself.
+$\lfloor s / \lfloor n / B \rfloor \rfloor$. Any step can be computed at any time, so a resumed run
+continues where it stopped, and every process of a run can compute the same global batch by itself.
 
 Why the remainder is dropped: a batch that straddled two permutations could hold a sample twice. Within one permutation the
 rows of a batch are distinct and exchangeable, which is what makes a stable target over the batch unbiased.
@@ -23,7 +23,7 @@ __all__ = ["IndexStream"]
 class IndexStream:
     """Batches of row numbers: `batch_at(step)` depends on (seed, step) alone.
 
-    The permutation of the epoch last asked for is kept (8 n bytes), so steps within an epoch cost O(B).
+    The latest epoch's permutation is cached (8 n bytes), so steps within an epoch cost O(B).
 
     Args:
         size: number of rows n in the data set.
@@ -65,7 +65,7 @@ class IndexStream:
             step: which batch, counted from 0.
 
         Returns:
-            Distinct row numbers, shape (B,), int64, in memory of their own.
+            Distinct row numbers, shape (B,), int64, a fresh array.
 
         Raises:
             ValueError: if `step` is negative.
@@ -78,7 +78,7 @@ class IndexStream:
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         if self._last is None or self._last[0] != epoch:
-            # A spawn key, not a list [seed, epoch]: lists of words run into each other (seed 2^32 + 5 and seed 5).
+            # A spawn key, not a list [seed, epoch]: lists of words can coincide (seed 2^32 + 5 and seed 5).
             bits = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(epoch,)))
             self._last = epoch, np.argsort(bits.random_raw(self.size), kind="stable").astype(np.int64)
         return self._last[1]

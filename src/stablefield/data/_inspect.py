@@ -25,7 +25,7 @@ def value_counts(images: NDArray[np.uint8]) -> NDArray[np.int64]:
 
 
 def summary(images: ImageSet) -> list[tuple[str, str]]:
-    """Rows (what, figure) for a table; all pixels are read once.
+    """Rows (name, value) for a table; reads all pixels once.
 
     Values are 0 to 255; means and standard deviations are given per channel, and for values v / 127.5 - 1 as well.
     """

@@ -1,12 +1,12 @@
-r"""A packed image set: one file that is mapped into memory instead of read.
+r"""A packed image set: one file to map into memory instead of reading it.
 
 It is a valid safetensors file: 8 bytes, the little-endian length N of the header; N bytes of JSON, padded with spaces; then
 the tensors `images`, uint8 (n, C, H, W), and, if there are labels, `labels`, int64 (n,), without a gap. The header's
 `__metadata__` holds the set's manifest, as JSON, under `stablefield.images`. Whatever reads safetensors reads it.
 
-`PackedWriter` takes images as they come, in constant memory, and the file appears under its name when it is whole and on
-the disk (temporary name beside it, fsync, rename). Opening checks every length and offset against the size of the file,
-and reads the labels alone; the checksums are taken again only when asked for.
+`PackedWriter` takes images as they come, in constant memory, and the file appears under its name when it is complete and on
+disk (temporary name beside it, fsync, rename). Opening checks every length and offset against the size of the file, and
+reads only the labels; it verifies the checksum of the pixels only on request.
 
 References:
     Hugging Face, "safetensors: Simple, safe way to store and distribute tensors", format description, 2022.
@@ -39,15 +39,15 @@ def pack(images: ImageSet, destination: str | Path, *, overwrite: bool = False) 
 
     Args:
         images: the set; it is read in pieces of 16 MiB.
-        destination: the file to make; folders on the way are made.
-        overwrite: replace a file of that name.
+        destination: the file to make; missing folders are created.
+        overwrite: replace an existing file.
 
     Returns:
         The path of the file; `open_packed` reads it.
 
     Raises:
-        ValueError: if the file exists and `overwrite` is not set, or the pixels are not those of the set's checksum.
-        OSError: if the disk is full or may not be written to; nothing is left behind.
+        ValueError: if the file exists and `overwrite` is not set, or the pixels do not have the set's checksum.
+        OSError: if the disk is full or not writable; leaves nothing behind.
     """
     check_kind("images", images, ImageSet, "an ImageSet, as open_images returns")
     flag("overwrite", overwrite)
@@ -66,8 +66,8 @@ def open_packed(path: str | Path, *, verify: bool = False) -> ImageSet:
     """Map a packed file into memory.
 
     Args:
-        path: a file that `pack` made.
-        verify: read all of it and compare the checksums too.
+        path: a file made by `pack`.
+        verify: also read all of it and compare the checksums.
 
     Returns:
         The set; its images are a read-only memory map.
@@ -89,7 +89,7 @@ def open_packed(path: str | Path, *, verify: bool = False) -> ImageSet:
 
 
 def is_packed(path: Path) -> bool:
-    """Whether the file at `path` begins like a safetensors file; whether it is whole, `open_packed` finds out."""
+    """Whether the file at `path` begins like a safetensors file; `open_packed` finds out whether it is intact."""
     with open_regular(path) as file:
         head = file.read(9)
     return len(head) == 9 and 2 <= struct.unpack("<Q", head[:8])[0] <= SAFETENSORS_LIMIT and head[8:] == b"{"
@@ -100,14 +100,14 @@ def _opened(path: Path, file: BinaryIO) -> ImageSet:
     manifest = _manifest(path, header)
     names = sorted(header)
     if names not in (["__metadata__", "images"], ["__metadata__", "images", "labels"]):
-        raise _damaged(path, f"it holds {reprlib.repr(names)}, where images and perhaps labels belong")
+        raise _damaged(path, f"it holds {reprlib.repr(names)} instead of images and perhaps labels")
     end = 0
     for name, dtype, ndim, item in (("images", "U8", 4, 1), ("labels", "I64", 1, 8)):
         if name in header:
             end = _check_tensor(path, name, header[name], (dtype, ndim, item), end)
     size = file.seek(0, os.SEEK_END)
     if start + end != size:
-        raise _damaged(path, f"it has {size:,} bytes, and its header speaks of {start + end:,}")
+        raise _damaged(path, f"it has {size:,} bytes, but its header states {start + end:,}")
     shape = tuple(header["images"]["shape"])
     if math.prod(shape) == 0:
         raise _damaged(path, f"its images have shape {shape}")
@@ -144,7 +144,7 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
         raise ValueError(f"{path} is not a packed image set: its header has {length:,} bytes, above {JSON_LIMIT:,}.")
     text = file.read(length)
     if len(text) < length:
-        raise _damaged(path, f"its header should have {length:,} bytes, {len(text):,} are there")
+        raise _damaged(path, f"its header should have {length:,} bytes, but has {len(text):,}")
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -166,7 +166,7 @@ def _manifest(path: Path, header: dict[str, Any]) -> dict[str, Any]:
         raise _damaged(path, "its manifest is not JSON") from error
     if not isinstance(manifest, dict):
         raise _damaged(path, "its manifest is not a JSON object")
-    # What an older or foreign writer left out means what it means in `Origin`.
+    # An entry that an older or foreign writer left out has its default in `Origin`.
     found = Origin(name=path.stem, source="").manifest(0) | cast("dict[str, Any]", manifest)
     for key, fits in _MANIFEST.items():
         if not fits(found.get(key)):
@@ -177,7 +177,7 @@ def _manifest(path: Path, header: dict[str, Any]) -> dict[str, Any]:
 def _is_text(value: object) -> bool:
     if not isinstance(value, str):
         return False
-    # JSON may name halves of a character, which no terminal or file takes.
+    # JSON may hold lone surrogates, which no terminal or file accepts.
     return value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
@@ -205,11 +205,11 @@ _MANIFEST: dict[str, Callable[[object], bool]] = {
     "skipped_files": _is_texts,
     "sha256": _is_text,
 }
-"""What the entries that are read later on have to be."""
+"""Checks of the entries that are read later."""
 
 
 def _check_tensor(path: Path, name: str, entry: Any, wanted: tuple[str, int, int], start: int) -> int:
-    """Hold a tensor's header entry against dtype, number of axes and item size; return where its bytes end."""
+    """Check a tensor's header entry against dtype, number of axes and item size; return where its bytes end."""
     dtype, ndim, item = wanted
     if not isinstance(entry, dict):
         raise _damaged(path, f"{name} is described by {reprlib.repr(entry)}")
@@ -223,7 +223,7 @@ def _check_tensor(path: Path, name: str, entry: Any, wanted: tuple[str, int, int
         raise _damaged(path, f"{name} is described as {reprlib.repr(found)}")
     end = start + item * math.prod(cast("list[int]", shape))
     if offsets != [start, end]:
-        raise _damaged(path, f"{name} of shape {shape} lies at {offsets}, where [{start}, {end}] was expected")
+        raise _damaged(path, f"{name} of shape {shape} has offsets {offsets} instead of [{start}, {end}]")
     return end
 
 

@@ -1,7 +1,7 @@
-"""Writing a packed image set (its format: see `packed`) image by image, in constant memory.
+"""Write a packed image set (format: see `_packed`) image by image, in constant memory.
 
-The header lies in front of the pixels, but says how many they are and what their checksum is: room is kept for it, and
-filled at the end. What is not used stays spaces, which JSON ignores.
+The header precedes the pixels, but states their number and checksum. So the writer leaves room for it, and fills it at the
+end; the rest stays spaces, which JSON ignores.
 """
 
 import hashlib
@@ -30,18 +30,18 @@ ROOM = 2**16
 
 
 def room_for(manifest: dict[str, Any]) -> int:
-    """Bytes to keep for a header whose manifest holds at least these entries."""
+    """Bytes to reserve for a header whose manifest holds at least these entries."""
     return ROOM + len(json.dumps(json.dumps(manifest)))
 
 
 class PackedWriter:
-    """A packed file in the making; a context manager that leaves the whole file, or none.
+    """A packed file being written; a context manager that leaves the complete file, or none.
 
     Args:
-        destination: the file to make; folders on the way are made.
+        destination: the file to make; missing folders are created.
         shape: shape of one image, (C, H, W).
-        overwrite: replace a file of that name.
-        room: bytes to keep free for the header, whose manifest is known at the end only (see `room_for`).
+        overwrite: replace an existing file.
+        room: bytes to reserve for the header, whose manifest is known only at the end (see `room_for`).
 
     Raises:
         ValueError: if `destination` is a folder, or exists and `overwrite` is not set, or `room` is above the limit.
@@ -98,15 +98,15 @@ class PackedWriter:
         return self._digest.hexdigest()
 
     def append(self, images: NDArray[np.uint8]) -> None:
-        """Write images of shape (k, C, H, W) behind those that are there.
+        """Append images of shape (k, C, H, W).
 
         Raises:
-            ValueError: if dtype or shape are not those of the file.
+            ValueError: if dtype or shape do not fit the file.
         """
         check_kind("images", images, np.ndarray, "a numpy array of uint8, shape (k, C, H, W)")
         if images.dtype != np.uint8 or images.shape[1:] != self.shape:
             raise ValueError(
-                f"images has dtype {images.dtype} and shape {images.shape}: this file takes uint8, image by image of shape "
+                f"images has dtype {images.dtype} and shape {images.shape}: this file takes uint8 images of shape "
                 f"{self.shape}."
             )
         images = np.ascontiguousarray(images)
@@ -125,7 +125,7 @@ class PackedWriter:
             The path.
 
         Raises:
-            ValueError: if nothing was written, labels do not fit, or the manifest is larger than the room for it.
+            ValueError: if nothing was written, labels do not fit, or the manifest needs more than the reserved room.
         """
         check_kind("manifest", manifest, dict, "a dictionary of JSON values")
         if labels is not None:
@@ -151,7 +151,9 @@ class PackedWriter:
             self._file.write(np.ascontiguousarray(labels, "<i8").data)
         text = json.dumps(header).encode()
         if len(text) > self._header_size:
-            raise ValueError(f"the manifest takes {len(text)} bytes, {self._header_size} are there: shorten it.")
+            raise ValueError(
+                f"the manifest takes {len(text)} bytes, but only {self._header_size} are free: shorten it."
+            )
         self._file.seek(0)
         self._file.write(struct.pack("<Q", self._header_size) + text.ljust(self._header_size))
         self._file.flush()

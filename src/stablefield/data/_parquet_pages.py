@@ -1,11 +1,11 @@
-"""What a parquet file says of its size in memory, checked before pyarrow believes it.
+"""Check how much memory a parquet file claims before pyarrow allocates it.
 
-pyarrow makes room for a page as soon as it has read the page's head, and an object for each piece that the table of contents
-at the end of the file lists. A few bytes are enough to ask for GBs: pages of zeros, values of which many rows point to one,
-a million columns. So the length of the table of contents is bounded, and the heads of all pages of the columns that are
-wanted are read here first; they are structures of Thrift's compact protocol
-(https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift). Pages that pass are decoded row by
-row then, so that memory holds a dictionary, a page and one value at a time.
+pyarrow allocates a page as soon as it has read the page's header, and an object for each entry in the footer at the end of
+the file. A few bytes can thus claim gigabytes: pages of zeros, one value shared by many rows, a million columns. So this
+module bounds the length of the footer, and first reads the headers of all pages of the columns that will be read. They are
+structures of Thrift's compact protocol
+(https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift). Pages that pass are then decoded row
+by row, so that memory holds a dictionary, a page and one value at a time.
 """
 
 import os
@@ -14,19 +14,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
-__all__ = ["TEXT_PAGE", "check_contents", "check_pages", "row_limit"]
+__all__ = ["TEXT_PAGE", "check_footer", "check_pages", "row_limit"]
 
 PAGE_FREE, PAGE_LIMIT, PAGE_EXPANSION = 2**24, 2**28, 4
-"""Bytes that any page may have in memory; those that one may have which is no more than 4 times larger than on disk."""
+"""Bytes that any page may take in memory, and the limit for pages that take at most 4 times their size on disk."""
 TEXT_PAGE = 2**22
 """Bytes that a page of texts may have; pyarrow writes pages and dictionaries of 1 MiB."""
-CONTENTS_FREE, CONTENTS_SHARE = 2**20, 512
-"""Bytes of the table of contents: of any file, and one more for each so many bytes of the file."""
+FOOTER_FREE, FOOTER_SHARE = 2**20, 512
+"""Bytes of the footer that any file may have, and bytes of the file for which it may have one more."""
 ROWS_FREE, ROWS_SHARE = 2**20, 64
-"""Rows of one file: of any, and one more for each so many bytes: no image file is shorter, but rows may share one."""
+"""Rows that any file may have, and bytes of the file for each further row: no image is smaller, but rows may share one."""
 HEAD_BYTES = 2**16
-"""Bytes that the head of a page may have: pyarrow writes statistics of up to 4 kB there."""
-# Values of these encodings are made of others' parts, or counted by the page's content: no head bounds their size.
+"""Bytes that a page's header may have: pyarrow writes statistics of up to 4 kB there."""
+# These encodings build values from parts of others, or state sizes in the page's content: no header bounds their size.
 UNBOUNDED = {6: "DELTA_LENGTH_BYTE_ARRAY", 7: "DELTA_BYTE_ARRAY"}
 
 Fields: TypeAlias = "dict[int, int | bytes | Fields]"
@@ -37,15 +37,15 @@ def row_limit(size: int) -> int:
     return ROWS_FREE + size // ROWS_SHARE
 
 
-def check_contents(file: BinaryIO, path: Path) -> None:
-    """Refuse a file whose table of contents is missing or too long to be parsed.
+def check_footer(file: BinaryIO, path: Path) -> None:
+    """Refuse a file whose footer is missing or too long to be parsed.
 
     Args:
         file: the parquet file.
-        path: what it is called in messages.
+        path: its name in messages.
 
     Raises:
-        ValueError: if it is no whole parquet file, or the table is longer than any that a file of its size needs.
+        ValueError: if it is not a complete parquet file, or its footer is longer than a file of its size needs.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 8))
@@ -53,39 +53,39 @@ def check_contents(file: BinaryIO, path: Path) -> None:
     length = int.from_bytes(end[:4], "little")
     if size < 12 or end[4:] != b"PAR1" or length > size - 12:
         raise ValueError(f"the parquet file {path} cannot be read: it is cut short or damaged.")
-    limit = CONTENTS_FREE + size // CONTENTS_SHARE
+    limit = FOOTER_FREE + size // FOOTER_SHARE
     if length > limit:
         raise ValueError(
-            f"the parquet file {path} has {size:,} bytes and a table of contents of {length:,}, above the limit of "
-            f"{limit:,} against files that memory would not hold: write it again with larger row groups or fewer columns."
+            f"the parquet file {path} has {size:,} bytes and a footer of {length:,}, above the limit of {limit:,} that "
+            "protects memory: write it again with larger row groups or fewer columns."
         )
 
 
 def check_pages(file: BinaryIO, path: Path, contents: Any, limits: Mapping[int, int]) -> None:
-    """Refuse a file whose pages say that they take too much memory.
+    """Refuse a file whose pages claim too much memory.
 
     Args:
         file: the parquet file.
-        path: what it is called in messages.
-        contents: its table of contents, a `pyarrow.parquet.FileMetaData`.
-        limits: for the number of each column of plain values that will be read, how many bytes a page of it may have
-            in memory; 0 for the limit of pages of images.
+        path: its name in messages.
+        contents: its footer, a `pyarrow.parquet.FileMetaData`.
+        limits: for the number of each column of plain values that will be read, how many bytes its pages may take in
+            memory; 0 for the limit of pages of images.
 
     Raises:
-        ValueError: if a page is too large or damaged, its values are encoded so that their size is not known, or the file
-            has more rows than its size allows.
+        ValueError: if a page is too large or damaged, its encoding hides the size of its values, or the file has more rows
+            than its size allows.
     """
     size = file.seek(0, os.SEEK_END)
     if contents.num_rows > row_limit(size):
         raise ValueError(
-            f"the parquet file {path} has {size:,} bytes and says that it has {contents.num_rows:,} rows, above the limit "
-            f"of {row_limit(size):,}: no images are as small as that."
+            f"the parquet file {path} has {size:,} bytes and claims {contents.num_rows:,} rows, above the limit of "
+            f"{row_limit(size):,}: no images are that small; write it again."
         )
     left = size
     for group in map(contents.row_group, range(contents.num_row_groups)):
         for number, limit in limits.items():
             column = group.column(number)
-            # Pages that several parts of the table point to would be looked at without an end.
+            # Footer entries could point to the same pages again and again, and the check would never end.
             left -= column.total_compressed_size
             start, dictionary = column.data_page_offset, column.dictionary_page_offset or 0
             start = dictionary if 0 < dictionary < start else start
@@ -112,23 +112,23 @@ def _check_page(head: Fields, stored: int, limit: int, rows: int) -> None:
         )
     # One of a data page, a dictionary, or a data page of version 2.
     for kind, encoding in ((5, 2), (7, 2), (8, 4)):
-        said = head.get(kind)
-        if said is None:
+        page = head.get(kind)
+        if page is None:
             continue
-        if not isinstance(said, dict):
+        if not isinstance(page, dict):
             raise IndexError
-        # A dictionary may be that of the whole file, with values that no row of this part has.
-        if _whole(said, 1) > (max(rows, ROWS_FREE) if kind == 7 else rows):
-            raise ValueError(f"says that it has {_whole(said, 1):,} values for {rows:,} rows")
-        if _whole(said, encoding) in UNBOUNDED:
+        # A dictionary may belong to the whole file, with values that no row of this group has.
+        if _whole(page, 1) > (max(rows, ROWS_FREE) if kind == 7 else rows):
+            raise ValueError(f"claims {_whole(page, 1):,} values for {rows:,} rows")
+        if _whole(page, encoding) in UNBOUNDED:
             raise ValueError(
-                f"is encoded as {UNBOUNDED[_whole(said, encoding)]}, which does not say how large its values are: write the "
-                "file again without"
+                f"is encoded as {UNBOUNDED[_whole(page, encoding)]}, which does not state how large its values are: write "
+                "the file again with another encoding"
             )
 
 
 def _heads(file: BinaryIO, place: int, end: int) -> Iterator[tuple[Fields, int]]:
-    """The heads of the pages from `place` to `end`, each with the number of bytes that its page has on disk."""
+    """The headers of the pages from `place` to `end`, each with its page's size on disk in bytes."""
     while place < end:
         file.seek(place)
         data = file.read(min(HEAD_BYTES, end - place))
@@ -148,7 +148,7 @@ def _whole(fields: Fields, number: int) -> int:
 
 
 def _fields(data: bytes, place: int, depth: int = 0) -> tuple[Fields, int]:
-    """The fields of a structure by their numbers, and where it ends; `IndexError` for what no head of a page holds."""
+    """The fields of a structure by number, and where it ends; `IndexError` for content that no page header has."""
     fields: Fields = {}
     number = 0
     while data[place]:

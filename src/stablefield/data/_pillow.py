@@ -1,4 +1,4 @@
-"""Pillow, which reads and writes image files: imported only where one is, and asked for by name where it is missing."""
+"""The check for Pillow, which reads and writes image files and is imported only where needed."""
 
 from importlib.util import find_spec
 
@@ -9,7 +9,7 @@ def require_pillow(purpose: str) -> None:
     """Make sure that `from PIL import Image` will work.
 
     Args:
-        purpose: what it is needed for, to begin the error with ("reading image files").
+        purpose: the start of the error ("reading image files").
 
     Raises:
         ImportError: if Pillow is not installed, with the command that installs it.

@@ -1,8 +1,8 @@
-"""Pictures for people: images tiled into one array, and PNG files.
+"""Pictures: images tiled into one array, and PNG files.
 
-Tiling lays n images (C, H, W) out row by row on a white ground. Small images are enlarged by a whole factor, each
-pixel becoming a square, so that what is seen is what is there. Images with classes are laid out in the order of the
-classes, with a caption where a class begins.
+Tiling lays n images (C, H, W) out row by row on a white ground. It enlarges small images by a whole factor, so that each
+pixel becomes a sharp square. Images with classes are laid out in the order of the classes, with a caption where a class
+begins.
 """
 
 import math
@@ -28,7 +28,7 @@ PICTURE_WIDTH = 1000
 CELL_WIDTH = 128
 CAPTION = 13
 """Size of the letters of a caption, in pixels."""
-# No character by definition: what a font draws for it, it draws for all that it lacks.
+# Not a character by definition: fonts draw it with their glyph for missing characters.
 _NO_LETTER = "\uffff"
 
 
@@ -40,7 +40,7 @@ def tile(
     Args:
         images: shape (n, C, H, W), uint8, C = 1 or 3.
         columns: images per row; by default as many as make the grid about square.
-        scale: by which whole factor to enlarge; by default the largest that keeps the picture within 1000 pixels and an
+        scale: the whole factor to enlarge by; by default the largest that keeps the picture within 1000 pixels and an
             image within 128 pixels of width, and at least 1.
         padding: white pixels around every image, after enlarging.
 
@@ -84,12 +84,12 @@ def class_grid(
 ) -> NDArray[np.uint8]:
     """Lay images out by class, each class with a caption of its number and name.
 
-    Where the classes are few, each begins a row of its own; else they follow one another.
+    A few classes each start a new row; many follow one another.
 
     Args:
-        images: shape (n, C, H, W), uint8, C = 1 or 3; those of one class stay in their order.
+        images: shape (n, C, H, W), uint8, C = 1 or 3; images of one class keep their order.
         labels: class numbers, -1 for none, shape (n,); None for images without classes, which `tile` lays out.
-        class_names: what the classes are called, if that is known.
+        class_names: class names, if known.
 
     Returns:
         The picture, shape (height, width, C), uint8.
@@ -136,10 +136,10 @@ def _widened(picture: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
 
 
 def _captions(texts: Sequence[tuple[str, str]], edges: Sequence[int], channels: int) -> NDArray[np.uint8]:
-    """A strip of captions, each from its edge to no further than the next one.
+    """A strip of captions, each cut before the next one begins.
 
     Args:
-        texts: what each says, and what it says where the font lacks a letter of that.
+        texts: each caption, and its fallback where the font lacks a letter.
         edges: where each begins, and where the strip ends.
         channels: of the strip.
     """
@@ -150,7 +150,7 @@ def _captions(texts: Sequence[tuple[str, str]], edges: Sequence[int], channels: 
     strip = Image.new("L", (edges[-1], CAPTION + 6), 255)
     drawing = ImageDraw.Draw(strip)
     for (text, plain), left, right in zip(texts, edges[:-1], edges[1:], strict=True):
-        # A letter and its accent may be two characters, as in names from a Mac, and would be drawn one beside the other.
+        # A letter and its accent may be two characters, as in names from a Mac, and would be drawn side by side.
         composed = unicodedata.normalize("NFC", text)
         printed = "".join(letter if letter.isprintable() else "?" for letter in composed)
         shown = cut = printed if all(map(partial(_has, font), printed)) else plain
@@ -162,23 +162,24 @@ def _captions(texts: Sequence[tuple[str, str]], edges: Sequence[int], channels: 
 
 
 def _font() -> Any:
-    """The font of captions: that of matplotlib, with Latin, Greek and Cyrillic letters; else Pillow's, which has few."""
+    """The font of captions: matplotlib's, with Latin, Greek and Cyrillic letters, else Pillow's, which has few."""
     from PIL import ImageFont
 
     try:
-        found = find_spec("matplotlib")  # where it is, without importing it
-        home = None if found is None or found.origin is None else Path(found.origin).parent
-        if home is not None:
+        found = find_spec("matplotlib")  # locates it without importing it
+        folder = None if found is None or found.origin is None else Path(found.origin).parent
+        if folder is not None:
             with suppress(OSError):
-                return ImageFont.truetype(str(home / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"), CAPTION - 1)
+                return ImageFont.truetype(str(folder / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"), CAPTION - 1)
         return ImageFont.load_default(CAPTION)
-    except (ImportError, OSError):  # a Pillow without FreeType has one small font, of Latin letters
+    except (ImportError, OSError):  # Pillow without FreeType has one small font, of Latin letters
         return ImageFont.load_default()
 
 
 def _has(font: Any, letter: str) -> bool:
-    """Whether a font draws a letter, and not a box in its place."""
-    if unicodedata.bidirectional(letter) in ("R", "AL"):  # it has the letters, but neither joins nor turns them
+    """Whether a font draws a letter rather than a box."""
+    # The font has these letters, but would neither join them nor draw them from right to left.
+    if unicodedata.bidirectional(letter) in ("R", "AL"):
         return False
     try:
         drawn = font.getmask(letter)
@@ -197,15 +198,15 @@ def _scale(columns: int, width: int, padding: int) -> int:
 
 
 def write_png(path: str | Path, array: NDArray[np.uint8]) -> Path:
-    """Write a picture as a PNG file, whole or not at all, as `write_picture` does."""
+    """Write a picture as a PNG file, atomically, as `write_picture` does."""
     return _write(path, array, jpeg=False)
 
 
 def write_picture(path: str | Path, array: NDArray[np.uint8]) -> Path:
-    """Write a picture, whole or not at all: as JPEG if the file is called .jpg or .jpeg, as PNG otherwise.
+    """Write a picture atomically, as JPEG if the file name ends in .jpg or .jpeg, else as PNG.
 
     Args:
-        path: the file; folders on the way are made, a file of that name is replaced.
+        path: the file, which is replaced if it exists; missing folders are created.
         array: shape (height, width), (height, width, 1) or (height, width, 3), uint8.
 
     Returns:

@@ -1,9 +1,9 @@
-"""Bringing images to a resolution: cut to its shape or squashed to it, then resampled.
+"""Bring images to a resolution: crop or squash them to its shape, then resample.
 
-A resolution is a side of squares, or a height and a width. "crop" takes the largest centred part of its shape, for squares
-the largest square (of an odd difference the extra row or column is cut at the far side), "squash" the whole image; what was
-taken is resampled by Pillow's Lanczos filter, sinc(x) sinc(x / 3) for |x| < 3, widened by the factor of reduction so that it
-does not alias. An image that has the size already is left as it is. The manifest says what was done.
+A resolution is the side of squares, or a height and a width. "crop" takes the largest centred part of that shape, for
+squares the largest square (an odd difference cuts the extra row or column at the far side); "squash" takes the whole image.
+Pillow's Lanczos filter, sinc(x) sinc(x / 3) for |x| < 3, then resamples it, widened by the factor of reduction to avoid
+aliasing. An image that already has the size stays unchanged. The manifest records what was done.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def height_and_width(resolution: Resolution) -> tuple[int, int]:
 def check_resize(resolution: Resolution | None, resize: Resize) -> None:
     """Refuse a resolution below 1 and an unknown way of resizing."""
     if resolution is not None and not all(1 <= side <= 8192 for side in height_and_width(resolution)):
-        raise ValueError(f"resolution={resolution}: pass the wanted side of the images in pixels, 1 to 8192.")
+        raise ValueError(f"resolution={resolution}: pass the side of the images in pixels, 1 to 8192.")
     check_kind("resize", resize, str, "'crop' or 'squash'")
     if resize not in ("crop", "squash"):
         raise ValueError(f'resize={resize!r}: pass "crop" (largest centred square) or "squash" (the whole image).')
@@ -68,10 +68,10 @@ def natural_resolution(sizes: Iterable[tuple[int, int]], limit: int) -> Resoluti
         limit: no resolution above this.
 
     Returns:
-        None if the images are of one size whose sides are multiples of 4 pixels (above 32, of 8), not above the limit: they
-        stay as they are. For others of one size that are not square, the height and width that keep their shape best, the
-        longer side not above the limit. Else the largest power of two that is neither above the shortest side nor the limit,
-        and at least 8.
+        None if the images have one size whose sides are multiples of 4 pixels (above 32, of 8) and not above the limit: they
+        stay unchanged. For other images of one size that are not square, the height and width that keep their shape best,
+        the longer side not above the limit. Otherwise the largest power of two that is neither above the shortest side nor
+        the limit, and at least 8.
     """
     distinct = set(sizes)
     if len(distinct) == 1:
@@ -86,9 +86,9 @@ def natural_resolution(sizes: Iterable[tuple[int, int]], limit: int) -> Resoluti
 
 
 def _alike(height: int, width: int, limit: int) -> tuple[int, int]:
-    """Sides that can be halved, in about the proportion of these, and none above the limit."""
+    """Sides that can be halved, in about the same proportion, and none above the limit."""
     longest = max(height, width)
-    # Where images are made smaller anyway, the next multiple is as good as the last.
+    # If images shrink anyway, rounding up is as good as rounding down.
     sides = [side * limit / longest if longest > limit else side for side in (height, width)]
     step = 4 if min(sides) <= 32 else 8
     high, wide = (round(side / step) * step if longest > limit else side // step * step for side in sides)
@@ -102,13 +102,13 @@ def fit(image: Image, resolution: Resolution, resize: Resize) -> Image:
     high, wide = height_and_width(resolution)
     box = _box(*image.size, resolution, resize)
     if box != (0, 0, *image.size):
-        # Cut first: resize(box=...) would let the filter look at what lies outside of the part.
+        # Crop first: resize(box=...) would let the filter read pixels outside the part.
         image = image.crop(box)
     return image.resize((wide, high), Resampling.LANCZOS)
 
 
 def _box(width: int, height: int, resolution: Resolution, resize: Resize) -> tuple[int, int, int, int]:
-    """What is taken of an image: left, top, right, bottom."""
+    """The part of an image that is kept: left, top, right, bottom."""
     if resize == "squash":
         return 0, 0, width, height
     high, wide = height_and_width(resolution)
@@ -118,7 +118,7 @@ def _box(width: int, height: int, resolution: Resolution, resize: Resize) -> tup
 
 
 def resize_text(resolution: Resolution, resize: Resize, sizes: Iterable[tuple[int, int]]) -> str:
-    """What `fit` does to images of these heights and widths, for the manifest."""
+    """Describe what `fit` does to images of these heights and widths, for the manifest."""
     from PIL import __version__
 
     height, width = height_and_width(resolution)
@@ -137,8 +137,8 @@ def resized_set(
     """Bring a whole set to a resolution.
 
     Args:
-        images: the set; returned as it is if it has the resolution.
-        resolution: the wanted one.
+        images: the set; returned unchanged if it has the resolution.
+        resolution: the new one.
         resize: how (see the module).
         memory_budget: bytes of pixels that may be kept in memory.
         cache: the folder for a packed file if they are more.
@@ -147,7 +147,7 @@ def resized_set(
         The set at this resolution.
 
     Raises:
-        ValueError: if the result is beyond the budget and cannot be written.
+        ValueError: if the result exceeds the budget and cannot be written.
         ImportError: if Pillow is not installed.
     """
     if images.shape[1:] == height_and_width(resolution):
@@ -192,24 +192,24 @@ def gathered_set(
     memory_budget: int,
     cache: Path,
 ) -> ImageSet:
-    """Make a set of images that come piece by piece, each brought to its resolution before the next is asked for.
+    """Make a set of images that come piece by piece, resizing each piece before it asks for the next.
 
     Args:
         pieces: images (k, C, H, W).
-        count: how many images they are together.
+        count: the total number of images.
         shape: of one, (C, H, W).
-        labels: gives their labels, shape (n,), or None; called when the images are there.
+        labels: returns their labels, shape (n,), or None; called after the last image.
         origin: where they come from, before resizing.
-        key: JSON values, all that the images and labels depend on, for the name of the packed file.
-        resolution: the wanted one; None keeps the size.
-        limit: where there is no resolution, choose the natural one up to this.
+        key: JSON values that determine the images and labels, for the name of the packed file.
+        resolution: the new one; None keeps the size.
+        limit: without a resolution, choose the natural one up to this.
         resize: how (see the module).
         memory_budget: bytes of pixels that may be kept in memory.
         cache: the folder for a packed file if they are more.
 
     Raises:
-        ValueError: if the result is beyond the budget and cannot be written.
-        ImportError: if they are to be resized and Pillow is not installed.
+        ValueError: if the result exceeds the budget and cannot be written.
+        ImportError: if they need resizing and Pillow is not installed.
     """
     channels, height, width = shape
     if resolution is None and limit is not None:
@@ -241,7 +241,7 @@ def gathered_set(
 def _resized(
     pieces: Iterable[NDArray[np.uint8]], resolution: Resolution, resize: Resize
 ) -> Iterator[NDArray[np.uint8]]:
-    """Bring images (k, C, H, W) to a resolution, one by one: enlarged, a piece may take any amount of memory."""
+    """Bring images (k, C, H, W) to a resolution, one by one: a whole enlarged piece may take any amount of memory."""
     from PIL.Image import Resampling, fromarray
 
     high, wide = height_and_width(resolution)

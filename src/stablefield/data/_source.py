@@ -1,7 +1,6 @@
-"""Anything that holds images, opened as an image set.
+"""Open any source of images as an image set.
 
-A source is recognised by what is in it, not by its name. `SOURCES` is the table of kinds; a new one is a line there, and
-has its own module.
+A source is recognised by its content, not by its name. `SOURCES` lists the kinds; add a new one there, in its own module.
 """
 
 import dataclasses
@@ -28,12 +27,12 @@ from stablefield.data._packed import is_packed, open_packed
 from stablefield.data._resizing import Resize, Resolution, check_resize, natural_resolution, resized_set
 from stablefield.data._tables import is_saved, parquet_files, saved_files
 
-__all__ = ["UNDERSTOOD", "as_image_set", "open_images"]
+__all__ = ["SUPPORTED", "as_image_set", "open_images"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """What `open_images` was asked for, under the names of its arguments."""
+    """The arguments of `open_images`, under the same names."""
 
     source: str | Path
     path: Path
@@ -47,7 +46,7 @@ class Request:
     cache: Path
 
     def decoded(self, files: ImageFiles) -> ImageSet:
-        """Image files, decoded and brought to one size."""
+        """Decode image files and bring them to one size."""
         return load_image_files(
             files,
             resolution=self.resolution,
@@ -60,7 +59,7 @@ class Request:
         )
 
     def sized(self, images: ImageSet) -> ImageSet:
-        """Images of one size, brought to the resolution that was asked for, or that suits a U-Net."""
+        """Bring images of one size to the requested resolution, or to one that suits a U-Net."""
         resolution = self.resolution
         if resolution is None and self.limit is not None:
             resolution = natural_resolution([images.shape[1:]], self.limit)
@@ -71,7 +70,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a source is: its name as given, the path of that name, and the first bytes there; none for a folder."""
+    """The location of a source: its name as given, its path, and its first bytes, if it is a file."""
 
     source: str | Path
     path: Path
@@ -84,15 +83,15 @@ class Source:
     """A kind of source."""
 
     recognise: Callable[[Place], bool]
-    """Whether a place holds one; what is listed before does not recognise it."""
+    """Whether a place holds this kind; called only if no kind listed earlier recognised it."""
     open: Callable[[Request], ImageSet]
     """Open it."""
     text: str = ""
-    """What it is, for errors; empty if another kind says it."""
+    """Its description in errors; empty if another kind's description covers it."""
 
 
 def whole(open_file: Callable[[Path], ImageSet]) -> Callable[[Request], ImageSet]:
-    """How a source without splits is opened, from what opens its file."""
+    """Make `Source.open` for a source without splits from a function that opens its file."""
 
     def opened(request: Request) -> ImageSet:
         if request.split != "train":
@@ -103,7 +102,7 @@ def whole(open_file: Callable[[Path], ImageSet]) -> Callable[[Request], ImageSet
 
 
 def _scaled(open_arrays: Callable[..., ImageSet]) -> Callable[[Request], ImageSet]:
-    """The same of arrays that are brought to their size while they are read."""
+    """Make `Source.open` for arrays that are resized while they are read."""
     return lambda request: request.sized(
         open_arrays(
             request.path,
@@ -201,9 +200,9 @@ SOURCES: tuple[Source, ...] = (
         text="a file that `stablefield data pack` made",
     ),
 )
-"""The kinds of folders, then of files, in the order in which they are tried. A new one is listed here."""
+"""The kinds of folders, then of files, in the order in which they are tried. Add a new kind here."""
 
-UNDERSTOOD = f"Supported sources: {'; '.join(kind.text for kind in (_DIGITS, *SOURCES, _HUB) if kind.text)}."
+SUPPORTED = f"Supported sources: {'; '.join(kind.text for kind in (_DIGITS, *SOURCES, _HUB) if kind.text)}."
 
 
 def open_images(
@@ -222,22 +221,23 @@ def open_images(
 
     Args:
         source: "digits", "hf:OWNER/NAME", or the path of a folder or file (`./digits` for a folder of that name).
-        resolution: bring every image to this many pixels a side, or to this height and width; None keeps their size, in
-            which all must agree.
-        limit: where no resolution is given, choose one that suits a U-Net, up to this many pixels a side; images of one size
-            keep it, or their shape, where they can be halved (see `natural_resolution`).
-        resize: "crop" cuts to the largest centred square or other part of that shape first, "squash" takes the whole image.
-        split: which part, for sources that have several.
-        skip_broken: leave out files that cannot be read, and count them in the manifest.
-        progress: called with stage, files done, and files in all.
-        memory_budget: decoded images of more bytes than this are written to a packed file and mapped, not held.
+        resolution: bring every image to this many pixels a side, or to this height and width; None keeps their size, which
+            must be the same for all.
+        limit: without a resolution, choose one that suits a U-Net, up to this many pixels a side; images of one size keep
+            it, or their shape, if it can be halved (see `natural_resolution`).
+        resize: "crop" first cuts out the largest centred square, or part with the shape of `resolution`; "squash" takes the
+            whole image.
+        split: which split, for sources that have several.
+        skip_broken: skip files that cannot be read, and count them in the manifest.
+        progress: called with stage, files done, and number of files.
+        memory_budget: decoded images of more bytes than this go into a packed file that is mapped into memory.
         cache: the folder for that file; by default `stablefield` in $XDG_CACHE_HOME or ~/.cache.
 
     Returns:
-        The set, in an order that depends on nothing but the source.
+        The set, in an order that depends only on the source.
 
     Raises:
-        ValueError: if the source is not understood, damaged, empty, lacks the split, or its images differ in size.
+        ValueError: if the source is not supported, damaged, empty, lacks the split, or its images differ in size.
         ImportError: if a package is missing, with the command that installs it.
     """
     check_kind("source", source, (str, Path), "the name or path of a source of images")
@@ -275,7 +275,7 @@ def open_images(
     try:
         images = kind.open(request)
     except ValueError as error:
-        # What is wrong with labels or sizes is found where no file is known any more.
+        # Code that checks labels or sizes does not know the file: name it here.
         if request.path.name in str(error) or kind in (_DIGITS, _HUB):
             raise
         raise ValueError(f"{source}: {error}") from error
@@ -294,19 +294,19 @@ def as_image_set(
     images: "ImageSet | str | Path | NDArray[np.uint8] | Tensor",
     labels: NDArray[np.int64] | Tensor | None = None,
 ) -> ImageSet:
-    """An argument that holds images, as an image set.
+    """Turn an argument that holds images into an image set.
 
     Args:
-        name: of the argument, for errors.
-        images: an image set, what `open_images` opens, or uint8 of shape (n, C, H, W).
-        labels: class numbers from 0 of an array of images, shape (n,); image sets and files have their own.
+        name: the argument's name, for errors.
+        images: an image set, a source for `open_images`, or uint8 of shape (n, C, H, W).
+        labels: class numbers from 0 for an array of images, shape (n,); image sets and files have their own.
 
     Raises:
         ValueError: if it holds no images, or the labels do not fit.
         TypeError: if it is of another kind.
     """
     if labels is not None and isinstance(images, ImageSet | str | Path):
-        raise ValueError(f"labels goes with {name} that is an array: an image set or a file has its own labels.")
+        raise ValueError(f"labels is only for {name} that is an array: an image set or a file has its own labels.")
     if isinstance(images, ImageSet):
         return images
     if isinstance(images, str | Path):
@@ -315,7 +315,7 @@ def as_image_set(
     check_kind(name, array, np.ndarray, "an image set, the path of images, or uint8 of shape (n, C, H, W)")
     if array.dtype.kind == "f":
         raise ValueError(
-            f"{name} has dtype {array.dtype}: pass uint8; of values x in [-1, 1] that is "
+            f"{name} has dtype {array.dtype}: pass uint8; for values x in [-1, 1] that is "
             "((x + 1) * 127.5).round().clip(0, 255).astype('uint8')."
         )
     numbers = labels.cpu().numpy() if isinstance(labels, Tensor) else labels
@@ -323,7 +323,7 @@ def as_image_set(
 
 
 def _kind(source: str | Path, path: Path) -> Source:
-    """What a source is."""
+    """The kind of a source."""
     for kind in (_DIGITS, _HUB):
         if kind.recognise(Place(source=source, path=path)):
             return kind
@@ -342,14 +342,14 @@ def _kind(source: str | Path, path: Path) -> Source:
     ):
         hint = " It looks like an archive: unpack it, and name the folder."
     elif head[:8] == b"\x89PNG\r\n\x1a\n" or head[:3] == b"\xff\xd8\xff":
-        hint = " It is one image: name the folder that it lies in."
-    raise ValueError(f"{path} is not understood.{hint} {UNDERSTOOD}")
+        hint = " It is a single image: name its folder."
+    raise ValueError(f"{path} is not a supported source.{hint} {SUPPORTED}")
 
 
 def _place(source: str | Path, path: Path) -> Place:
     if path.is_dir():
         return Place(source=source, path=path, folder=True)
     if not path.exists():
-        raise ValueError(f"{source} does not exist. {UNDERSTOOD}")
+        raise ValueError(f"{source} does not exist. {SUPPORTED}")
     with open_regular(path) as file:
         return Place(source=source, path=path, head=file.read(512))

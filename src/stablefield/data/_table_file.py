@@ -1,8 +1,7 @@
-"""One table on disk: a parquet file, or an Arrow file as `datasets` saves it.
+"""One table on disk: a parquet file, or an Arrow file saved by `datasets`.
 
-Both are read by pyarrow, row by row: a value to which many rows point would be there once for each if a column were decoded
-as a whole. `stablefield.data._parquet_pages` bounds what a row takes. Arrow files are mapped, and refused where they are
-compressed.
+pyarrow reads both row by row: decoding a whole column would copy a value that many rows share once for each of them.
+`stablefield.data._parquet_pages` bounds the memory of a row. Arrow files are mapped, and refused if they are compressed.
 """
 
 import io
@@ -16,13 +15,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from stablefield._regular_file import open_regular
-from stablefield.data._parquet_pages import TEXT_PAGE, check_contents, check_pages, row_limit
+from stablefield.data._parquet_pages import TEXT_PAGE, check_footer, check_pages, row_limit
 
 __all__ = ["Table", "arrow_table", "parquet_table", "return_free_memory"]
 
 BUFFER = 2**16
 TEXTS = 64
-"""Rows of a column of texts that are decoded at a time, each of which may be as long as a page."""
+"""Rows of a column of texts to decode at a time; each may be as long as a page."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,22 +31,22 @@ class Table:
     path: Path
     rows: int
     kinds: dict[str, str]
-    """What each column holds, as `image_column` takes it."""
+    """The content of each column, as `image_column` takes it."""
     names: dict[str, tuple[str, ...]]
-    """What the classes of a column are called."""
+    """The class names of a column."""
     check: Callable[[str, str | None], None]
-    """Refuse the file if the column of images or that of labels is damaged or would take too much memory."""
+    """Refuse the file if its column of images or of labels is damaged or would take too much memory."""
     values: Callable[[str], Iterator[Any]]
     """The values of a plain column, from the first row on."""
     images: Callable[[str, int], Generator[tuple[int, Any], None, None]]
-    """The files of a column of images, from a row or one before it on: (row, buffer, path, None or what is wrong)."""
+    """The files in a column of images, starting at or before a given row: (row, buffer, path, None or an error)."""
 
 
 def parquet_table(path: Path) -> Table:
-    """A parquet file; its table of contents is read, and nothing else.
+    """A parquet file; reads only its footer.
 
     Raises:
-        ValueError: if it is no regular file, damaged, or its table of contents is too long.
+        ValueError: if it is not a regular file, is damaged, or its footer is too long.
     """
     with _parquet(path) as parquet:
         schema, contents = parquet.schema_arrow, parquet.metadata
@@ -55,7 +54,7 @@ def parquet_table(path: Path) -> Table:
         leaves = [contents.schema.column(j).path for j in range(contents.num_columns)]
 
     def parts(column: str) -> list[str]:
-        """The plain columns that hold what is read of a column."""
+        """The plain columns that hold the parts we read of a column."""
         return [leaf for leaf in (column, f"{column}.bytes", f"{column}.path") if leaf in leaves]
 
     def check(image: str, label: str | None) -> None:
@@ -79,10 +78,10 @@ def parquet_table(path: Path) -> Table:
                 row, end = end, end + contents.row_group(group).num_rows
                 if end <= start:
                     continue
-                wrong = ValueError(f"{path} has fewer rows than it says")
+                wrong = ValueError(f"{path} has fewer rows than its footer states")
                 try:
                     with _reading(path):
-                        # One row at a time: a dictionary, a page and one value are in memory then.
+                        # One row at a time, so that memory holds one dictionary, one page and one value.
                         batches = parquet.iter_batches(1, [group], parts(column), use_threads=False)
                         for value in itertools.islice((value for batch in batches for value in batch[0]), end - row):
                             yield row, _content(value)
@@ -96,13 +95,13 @@ def parquet_table(path: Path) -> Table:
 
 @contextmanager
 def _parquet(path: Path, contents: Any = None) -> Generator[Any, None, None]:
-    """The reader of a parquet file, which reads no more of it at a time than a page."""
+    """Open a parquet file for reading page by page."""
     import pyarrow as pa  # pyright: ignore[reportMissingImports]
     from pyarrow.parquet import ParquetFile  # pyright: ignore[reportMissingImports, reportUnknownVariableType]
 
     with _reading(path), open_regular(path) as file:
         if contents is None:
-            check_contents(file, path)
+            check_footer(file, path)
         try:
             yield ParquetFile(pa.PythonFile(file, mode="r"), metadata=contents, buffer_size=BUFFER, pre_buffer=False)
         finally:
@@ -114,10 +113,10 @@ def arrow_table(path: Path, features: object) -> Table:
 
     Args:
         path: the file.
-        features: what `datasets` says of its columns, as in dataset_info.json, or None.
+        features: the description of its columns that `datasets` writes to dataset_info.json, or None.
 
     Raises:
-        ValueError: if it is no regular file, damaged or compressed, or has more rows than its size allows.
+        ValueError: if it is not a regular file, is damaged or compressed, or has more rows than its size allows.
     """
     import pyarrow as pa  # pyright: ignore[reportMissingImports]
 
@@ -132,17 +131,17 @@ def arrow_table(path: Path, features: object) -> Table:
         if compressed:
             raise ValueError(f"{path} is compressed, which datasets never does: save the data set again.")
         mapped.seek(0)
-        # Nothing is read but the heads of the batches: their values stay where the file is mapped.
+        # Reads only the headers of the batches; their values stay in the mapped file.
         table: Any = pa.ipc.open_stream(mapped).read_all()
         kinds, names = _described(table.schema, path, features)
     if table.num_rows > row_limit(size):
         raise ValueError(
-            f"{path} has {size:,} bytes and says that it has {table.num_rows:,} rows, above the limit of "
-            f"{row_limit(size):,}: no images are as small as that."
+            f"{path} has {size:,} bytes and claims {table.num_rows:,} rows, above the limit of {row_limit(size):,}: no "
+            "images are that small; save the data set again."
         )
 
     def check(image: str, label: str | None) -> None:
-        # Where a value begins and ends is what the file says.
+        # The file itself states where a value begins and ends, so check that.
         with _reading(path):
             for column in filter(None, (image, label)):
                 table[column].validate(full=True)
@@ -163,14 +162,14 @@ def arrow_table(path: Path, features: object) -> Table:
 
 
 def _is_compressed(message: Any) -> bool:
-    """Whether a message of Arrow's format holds compressed values: its header has a field for how.
+    """Whether an Arrow message holds compressed values: its header then has a compression field.
 
-    https://github.com/apache/arrow/blob/main/format/Message.fbs; pyarrow has no word for it.
+    https://github.com/apache/arrow/blob/main/format/Message.fbs; pyarrow does not expose it.
     """
     data = message.metadata.to_pybytes()
 
     def field(table: int, number: int) -> int:
-        """Where a table of FlatBuffers has a field, or 0."""
+        """The position of a field in a FlatBuffers table, or 0."""
         start = table - struct.unpack_from("<i", data, table)[0]
         length = struct.unpack_from("<H", data, start)[0]
         place = 4 + 2 * number
@@ -187,27 +186,27 @@ def _is_compressed(message: Any) -> bool:
 
 
 def return_free_memory() -> None:
-    """Have pyarrow give freed memory back: it keeps it for what comes next, several times as much as it uses."""
+    """Make pyarrow release freed memory, of which it otherwise keeps several times what it uses."""
     import pyarrow as pa  # pyright: ignore[reportMissingImports]
 
     pa.default_memory_pool().release_unused()
 
 
 def _described(schema: Any, path: Path, features: object = None) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
-    """What each column holds and what the classes are called, by its type and the description that `datasets` adds."""
+    """The content and class names of each column, from its type and the description that `datasets` adds."""
     if len(set(schema.names)) < len(schema.names):
-        raise ValueError(f"{path} has two columns of one name: write it again without.")
+        raise ValueError(f"{path} has two columns with the same name: rename one.")
     if not isinstance(features, dict):
         try:
             features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         except (KeyError, TypeError, ValueError, RecursionError):
             features = None
-    said = cast("dict[str, Any]", features) if isinstance(features, dict) else {}
+    described = cast("dict[str, Any]", features) if isinstance(features, dict) else {}
     kinds: dict[str, str] = {}
     names: dict[str, tuple[str, ...]] = {}
     for column in schema:
         kind = _kind(column.type)
-        feature: Any = said.get(column.name)
+        feature: Any = described.get(column.name)
         declared = str(feature.get("_type", "Value")) if isinstance(feature, dict) else "Value"
         if declared == "Image" and kind in ("bytes", "text"):
             kind = "Image"
@@ -247,13 +246,13 @@ def _content(value: Any) -> Any:
     if isinstance(value, pa.StructScalar):
         parts = (_content(value[name]) for name in ("bytes", "path") if name in value)
         return next((content for content in parts if content is not None), None)
-    # A path is text, and what is in a file is not.
+    # A path is text; the content of a file is bytes.
     return value.as_py() if _kind(value.type) == "text" else value.as_buffer()
 
 
 @contextmanager
 def _reading(path: Path) -> Generator[None, None, None]:
-    """Say of which file pyarrow complains."""
+    """Name the file in pyarrow's errors."""
     from pyarrow import ArrowException  # pyright: ignore[reportMissingImports, reportUnknownVariableType]
 
     try:

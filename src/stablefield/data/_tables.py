@@ -1,4 +1,4 @@
-"""Image files in the rows of tables on disk: folders of parquet files, and folders that `datasets` saved."""
+"""Image files in the rows of tables on disk: folders of parquet files, and folders saved by `datasets`."""
 
 import io
 import itertools
@@ -20,9 +20,9 @@ from stablefield.data._table_file import Table, arrow_table, parquet_table, retu
 __all__ = ["is_saved", "parquet_files", "parquet_rows", "require_pyarrow", "saved_files", "split_of", "split_word"]
 
 KEPT = 16
-"""How many rows that were passed over are kept, for a thread that asks a little late."""
+"""How many rows read ahead are kept for threads that ask for them a little late."""
 HELD = 2**22
-"""Bytes of an image's file that are held in memory; longer ones wait in a temporary file until they are decoded."""
+"""Bytes of an image's file to hold in memory; longer ones wait in a temporary file until they are decoded."""
 
 
 def is_saved(folder: Path) -> bool:
@@ -32,19 +32,19 @@ def is_saved(folder: Path) -> bool:
 
 
 def saved_files(folder: Path, split: str = "train") -> ImageFiles:
-    """The image files of a data set that `datasets` saved by `save_to_disk`.
+    """The image files of a data set saved by `datasets` with `save_to_disk`.
 
     Args:
         folder: the data set, or several splits of it.
         split: which of its splits.
 
     Raises:
-        ValueError: if it cannot be read, names a file that is no regular one or is compressed, has no such split, or has
-            not exactly one column of images.
+        ValueError: if it cannot be read, names a file that is compressed or not a regular file, has no such split, or does
+            not have exactly one column of images.
         ImportError: if pyarrow is not installed.
     """
     require_pyarrow(f"{folder}, a data set saved by datasets,")
-    damaged = f"{folder} is no data set saved by datasets, or damaged: {{}}; save it again."
+    damaged = f"{folder} is not a data set saved by datasets, or is damaged: {{}}; save it again."
     place = folder
     try:
         if (folder / "dataset_dict.json").exists():
@@ -52,7 +52,7 @@ def saved_files(folder: Path, split: str = "train") -> ImageFiles:
             place = folder / _only(folder, splits, split)
         state, info = _document(place / "state.json"), _document(place / "dataset_info.json")
         if place == folder and split != "train":
-            # One split of its own: as with a folder of images, it is what is meant where none is named.
+            # A single split is the default, as with a folder of images.
             _only(folder, [str(state.get("_split") or "")], split)
         files = [place / entry["filename"] for entry in state["_data_files"]]
     except (TypeError, KeyError) as error:
@@ -69,13 +69,13 @@ def parquet_files(files: Sequence[Path], place: Path, split: str = "train") -> I
     """The image files in the rows of parquet files.
 
     Args:
-        files: the files; those of which the name or the folder begins with a word for a split are of that split.
-        place: the folder in which they lie, or the only file.
+        files: the files; a file belongs to a split if its name or its folder's begins with a word for that split.
+        place: their folder, or the only file.
         split: which of their splits.
 
     Raises:
-        ValueError: if they cannot be read, would take too much memory, have no such split, or have not exactly one column
-            of images.
+        ValueError: if they cannot be read, would take too much memory, have no such split, or do not have exactly one
+            column of images.
         ImportError: if pyarrow is not installed.
     """
     require_pyarrow(f"{place}, which holds parquet files,")
@@ -86,7 +86,7 @@ def parquet_files(files: Sequence[Path], place: Path, split: str = "train") -> I
     if "" in groups and len(groups) > 1:
         raise ValueError(
             f"{place} holds parquet files of the splits {', '.join(filter(None, groups))} and beside them "
-            f"{groups[''][0]}, which is of none: move it, or begin its name with the word for a split."
+            f"{groups[''][0]}, which is in none: move it, or begin its name with the word for a split."
         )
     word = split_of(place, list(groups), split)
     chosen = groups[word]
@@ -101,17 +101,17 @@ def parquet_rows(files: Sequence[Path], *, name: str, source: str, paths: bool =
     Args:
         files: the files, in the order of their rows.
         name: a short name for the set.
-        source: one line that says where it came from.
-        paths: whether a row may name an image file of this machine in place of its bytes.
+        source: one line that describes where it came from.
+        paths: whether a row may name an image file on this machine instead of holding its bytes.
 
     Raises:
-        ValueError: if they cannot be read, would take too much memory, or have not exactly one column of images.
+        ValueError: if they cannot be read, would take too much memory, or do not have exactly one column of images.
     """
     return _table_files([parquet_table(file) for file in files], name=name, source=source, paths=paths)
 
 
 def _table_files(tables: Sequence[Table], *, name: str, source: str, paths: bool = True) -> ImageFiles:
-    """The image files of tables, one behind the other, that must agree in what is read of them."""
+    """The image files of consecutive tables, whose columns of images and labels must agree."""
     first = tables[0]
     count = sum(table.rows for table in tables)
     image = image_column(first.kinds, count, source)
@@ -120,8 +120,8 @@ def _table_files(tables: Sequence[Table], *, name: str, source: str, paths: bool
         for column in filter(None, (image, label)):
             if (table.kinds.get(column), table.names.get(column)) != (first.kinds[column], first.names.get(column)):
                 raise ValueError(
-                    f"the column {column} differs between {first.path} and {table.path} in what it holds or in the names of "
-                    "its classes: write the files again alike, or name one of them."
+                    f"the column {column} differs between {first.path} and {table.path} in its type or its class names: "
+                    "write the files again alike, or name one of them."
                 )
         table.check(image, label)
     check_label_count(count, source)
@@ -143,7 +143,7 @@ def _table_files(tables: Sequence[Table], *, name: str, source: str, paths: bool
 
 
 class _Rows:
-    """The images of tables, for threads that ask for one row after the other, more or less in order."""
+    """The images of tables, for threads that ask for rows more or less in order."""
 
     def __init__(self, tables: Sequence[Table], image: str, paths: bool) -> None:
         self._tables, self._image, self._paths = tables, image, paths
@@ -164,7 +164,7 @@ class _Rows:
         if not isinstance(found, str):
             return found
         if not self._paths:
-            raise ValueError("the row has no image, but the path of one")
+            raise ValueError("the row holds the path of an image instead of the image")
         return open_regular(Path(found))
 
     def _at(self, i: int) -> Any:
@@ -198,12 +198,12 @@ class _Rows:
 
 
 def _held(content: Any) -> Any:
-    """A file of these bytes, which is free of the batch that they came with; a path, an error or None as they are."""
+    """A file with a copy of these bytes, so that their batch can be freed; a path, an error or None unchanged."""
     if content is None or isinstance(content, str | Exception):
         return content
     if len(content) <= HELD:
         return io.BytesIO(content)
-    file = tempfile.TemporaryFile()  # noqa: SIM115, closed by who opened the row
+    file = tempfile.TemporaryFile()  # noqa: SIM115, the caller of `open` closes it
     file.write(content)
     file.seek(0)
     return_free_memory()
@@ -211,7 +211,7 @@ def _held(content: Any) -> Any:
 
 
 def require_pyarrow(purpose: str) -> None:
-    """Refuse where pyarrow, which `purpose` needs, is not installed."""
+    """Raise an error if pyarrow, which `purpose` needs, is not installed."""
     try:
         import pyarrow.parquet  # pyright: ignore[reportMissingImports, reportUnusedImport]  # noqa: F401
     except ImportError as error:
@@ -219,7 +219,7 @@ def require_pyarrow(purpose: str) -> None:
 
 
 def _document(path: Path) -> dict[str, Any]:
-    """What a file of JSON says; nothing if it is missing or not understood."""
+    """The content of a JSON file; empty if it is missing or is not a JSON object."""
     if not path.exists():
         return {}
     try:
@@ -243,12 +243,12 @@ def split_word(name: str) -> str:
 
 
 def split_of(place: Path | str, there: Sequence[str], split: str) -> str:
-    """The one of the splits `there` that `split` means.
+    """The one of the existing splits `there` that `split` means.
 
     Raises:
         ValueError: if there is not exactly one.
     """
-    # One split of its own: as with a folder of images, it is what is meant where none is named.
+    # A single split is the default, as with a folder of images.
     return there[0] if len(there) == 1 and split == "train" else _only(place, there, split)
 
 

@@ -1,5 +1,5 @@
-"""The forward process and what is trained on it: noise levels, weighting, preconditioning, objective.
+"""The forward process and the training objective: noise levels, weighting, preconditioning, objective.
 
-The names are re-exported by `stablefield` itself; this file stays empty, so that `stablefield.targets` can import
-`stablefield.diffusion._process` without the modules that stand on the targets.
+`stablefield` itself re-exports the names. This file imports nothing, so that `stablefield.targets` can import
+`stablefield.diffusion._process` without the modules that depend on the targets.
 """

@@ -1,4 +1,4 @@
-"""DDPM's process: a table of alphas_cumprod over discrete steps, as DDPM code and the schedulers of diffusers have it."""
+"""DDPM's process: a table of alphas_cumprod over discrete steps, as in DDPM code and diffusers' schedulers."""
 
 import torch
 from torch import Tensor
@@ -13,16 +13,16 @@ __all__ = ["Discrete"]
 class Discrete(Process):
     """A variance-preserving process given by a table: t is an index into `alphas_cumprod`, as in DDPM code.
 
-    alpha = sqrt(alphas_cumprod[t]), sigma = sqrt(1 - alphas_cumprod[t]), computed in the dtype of the table (float32 if that
-    is of lower precision): for the table of a scheduler of diffusers, bit for bit what its `add_noise` computes.
+    alpha = sqrt(alphas_cumprod[t]), sigma = sqrt(1 - alphas_cumprod[t]), computed in the dtype of the table, at least
+    float32: for the table of a diffusers scheduler, bit for bit equal to its `add_noise`.
 
     Args:
         alphas_cumprod: shape (T,), strictly decreasing, between 0 and 1; diffusers' `scheduler.alphas_cumprod`. The last
-            entry may be 0: no signal is left there (zero terminal SNR).
+            entry may be 0, without any signal (zero terminal SNR).
 
     Raises:
         TypeError: if the table is not a tensor, an array or a list of numbers.
-        ValueError: if the table is not one-dimensional, decreasing and between 0 and 1, or a time is out of the table.
+        ValueError: if the table is not one-dimensional, decreasing and between 0 and 1, or a time is outside the table.
 
     References:
         Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020, equation 4; Lin, Liu, Li, Yang, "Common
@@ -60,14 +60,14 @@ class Discrete(Process):
         if t.device not in self._on_device:
             self._on_device[t.device] = self._table.to(t.device, torch.float32 if t.device.type == "mps" else None)
         index = t.long()
-        looked_at = t.device.type == "cpu" and readable(t.device)
-        if looked_at and not ((index >= 0) & (index < len(self._table)) & (index == t)).all():
+        checked = t.device.type == "cpu" and readable(t.device)
+        if checked and not ((index >= 0) & (index < len(self._table)) & (index == t)).all():
             raise ValueError(
                 f"t must hold whole step numbers from 0 to {len(self._table) - 1}, got {t.min()} to {t.max()}: "
                 "this process is a table."
             )
-        # Where it is not looked at here, a step out of the table must not end a GPU's program: `StableTarget` looks.
-        return self._on_device[t.device][index if looked_at else index.clamp(0, len(self._table) - 1)]
+        # Without a check here, a step outside the table must not crash a GPU program: `StableTarget` checks it.
+        return self._on_device[t.device][index if checked else index.clamp(0, len(self._table) - 1)]
 
     def _like(self, value: Tensor, t: Tensor) -> Tensor:
         return value.to(t.dtype if t.is_floating_point() else torch.float32)
@@ -95,17 +95,17 @@ class Discrete(Process):
         check_tensor("noise_level", noise_level, real=True)
         table = self._table.double()
         levels = torch.log((1 - table) / table) / 2
-        # By the middles between neighbours, which also hold where a level is infinite (no signal at the last step).
+        # Use midpoints between neighbours, which also work for an infinite level (no signal at the last step).
         middles = (levels[:-1] + levels[1:]) / 2
         wide = torch.float32 if noise_level.device.type == "mps" else torch.float64
         return torch.bucketize(torch.log(noise_level.to(wide)), middles.to(noise_level.device, wide), right=True)
 
 
 def _fault_of(table: Tensor) -> str | None:
-    """What keeps `table` (T,) from being cumulative products, with the remedy; None if nothing does."""
+    """Why `table` (T,) does not hold cumulative products, with the remedy; None if it does."""
     if not table.isfinite().all():
         step = int((~table.isfinite()).nonzero()[0, 0])
-        return f"alphas_cumprod[{step}] is {table[step]:g}: compute it anew, in float64."
+        return f"alphas_cumprod[{step}] is {table[step]:g}: recompute it in float64."
     rises = (table.diff() >= 0).nonzero()[:, 0].tolist()
     outside = ((table < 0) | (table >= 1)).nonzero()[:, 0].tolist()
     if len(table) > 1 and len(rises) == len(table) - 1 and not outside:
@@ -122,7 +122,7 @@ def _fault_of(table: Tensor) -> str | None:
     if rises:
         step = rises[0]
         return (
-            f"alphas_cumprod[{step}] is {table[step]:.6g} and the next {table[step + 1]:.6g}: only the last step may be "
-            "without signal (0), so cut the table there, or compute it in float64."
+            f"alphas_cumprod[{step}] is {table[step]:.6g} and the next {table[step + 1]:.6g}: only the last step may have "
+            "no signal (0), so cut the table there, or compute it in float64."
         )
     return None

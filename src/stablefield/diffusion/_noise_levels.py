@@ -1,7 +1,9 @@
 """Distributions of training noise: which noise levels a network sees, and how often.
 
-A distribution is its quantile function: it maps uniform numbers to times of a process. Drawing is therefore the same for
-all of them, stratified or not, and a batch's times are a function of the generator alone.
+EDM's is `LogNormal`, ln(sigma) ~ N(P_mean, P_std^2); `LogUniform` is that of VE, `Uniform` that of VP and of flows.
+
+A distribution is its quantile function, which maps uniform numbers to times of a process. So all of them draw in the same
+way, stratified or not, and a batch's times depend only on the generator.
 """
 
 import math
@@ -22,8 +24,8 @@ class NoiseLevels(ABC):
     """A distribution of noise over training rows.
 
     Args:
-        stratified: put one row in each of B equally probable parts of the distribution, in random order. Each row's own
-            distribution stays the same; the batch covers it evenly, which lowers the variance of the loss.
+        stratified: draw one row from each of B equally probable parts of the distribution, in random order. This keeps each
+            row's distribution, but the batch covers it evenly, which lowers the variance of the loss.
     """
 
     _: KW_ONLY
@@ -54,7 +56,7 @@ class NoiseLevels(ABC):
         check_generator("generator", generator)
         device = None if device is None else as_device("device", device)
         source = torch.device("cpu") if generator is None else generator.device
-        # float64: a float32 uniform is exactly 0 once in 17 million rows, which is a noise level of 0 or infinity.
+        # float64: a float32 uniform is exactly 0 once in 17 million rows, for a noise level of 0 or infinity.
         wide = torch.float32 if source.type == "mps" else torch.float64
         u = torch.rand(batch, generator=generator, dtype=wide, device=source)
         if self.stratified:
@@ -69,11 +71,11 @@ class NoiseLevels(ABC):
 
 @dataclass(frozen=True)
 class LogNormal(NoiseLevels):
-    """ln(sigma / alpha) ~ N(mean, std^2).
+    """ln(sigma / alpha) ~ N(mean, std^2): EDM's distribution, N(P_mean, P_std^2) there.
 
     Args:
-        mean: of ln(sigma / alpha).
-        std: its standard deviation.
+        mean: of ln(sigma / alpha), EDM's P_mean.
+        std: its standard deviation, EDM's P_std.
 
     References:
         Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022,
@@ -127,11 +129,11 @@ class LogUniform(NoiseLevels):
 
 @dataclass(frozen=True)
 class Uniform(NoiseLevels):
-    """The time itself uniform between `start` and `end`: VP from 1e-5 to 1, flow matching from 0 to 1.
+    """Time uniform between `start` and `end`: VP from 1e-5 to 1, flow matching from 0 to 1.
 
     Args:
-        start: least time.
-        end: greatest time.
+        start: earliest time.
+        end: latest time.
 
     References:
         Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations", ICLR 2021, appendix C

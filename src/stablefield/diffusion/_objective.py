@@ -3,8 +3,8 @@ r"""The training objective: a weighted squared error to a target.
 $$ L = E\left[ w(s)\, \tfrac{1}{d} |D(x_t / \alpha; s) - \hat x_0|^2 \right], \qquad s = \sigma / \alpha . $$
 
 With a stable target the loss of any network is lower than with the single sample by exactly the expectation of
-$w(s) V / d$, where V is the posterior variance over the references: the two losses differ by a constant, so their
-gradients agree in expectation. The objective reports that term for every row.
+$w(s) V / d$, where V is the posterior variance over the references: the two losses differ by a constant, so their gradients
+agree in expectation. The objective reports this term for every row.
 """
 
 import math
@@ -42,7 +42,7 @@ __all__ = ["DenoiserLike", "Draws", "Example", "Objective", "ObjectiveValue"]
 
 
 class DenoiserLike(Protocol):
-    """Anybody's D(x, sigma) in noise-to-signal units; `Denoiser` is one."""
+    """Any D(x, sigma) in noise-to-signal units, such as `Denoiser`."""
 
     def __call__(
         self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None
@@ -53,13 +53,13 @@ class DenoiserLike(Protocol):
 
 @dataclass(frozen=True)
 class ObjectiveValue:
-    """The loss of a batch and what it is made of.
+    """The loss of a batch and its parts.
 
     Attributes:
         loss: mean of row_loss, a scalar with gradients.
         row_loss: weighted squared error per dimension of each row, shape (B,), with gradients.
         noise_level: sigma / alpha of each row, shape (B,).
-        variance_removed: what the references took from the row's target variance, w V / d in the units of the loss,
+        variance_removed: the variance that the references removed from the row's target, w V / d in the units of the loss,
             shape (B,); 0 for the single-sample target. In expectation loss + variance_removed is the loss with the
             single-sample target.
     """
@@ -72,7 +72,7 @@ class ObjectiveValue:
 
 @dataclass(frozen=True)
 class Draws:
-    """What is random in a batch, apart from its references.
+    """The random parts of a batch, except its references.
 
     Attributes:
         t: times, shape (B,).
@@ -91,13 +91,13 @@ class Draws:
 
 @dataclass(frozen=True)
 class Example:
-    """A batch made ready: what the network is shown, and what it is to say.
+    """A prepared batch: the network's input and its target.
 
     Attributes:
         x: x_t / alpha, shape (B, ...).
         noise_level: sigma / alpha, shape (B,).
         seen: class that the network sees, integers (B,), -1 for none; or None.
-        target: what to regress on.
+        target: the regression target.
     """
 
     x: Tensor
@@ -108,17 +108,17 @@ class Example:
 
 @dataclass(frozen=True)
 class Objective:
-    """What a denoiser is trained on.
+    """The training objective of a denoiser.
 
-    Calling it does three things that can also be done one by one: `draw` what is random, make it an `example`, `evaluate`
-    the denoiser. Draws for a whole batch may be cut into parts: over processes, or to fit into memory.
+    Calling it takes three steps, which are also separate methods: `draw` the random parts, make an `example` of them,
+    `evaluate` the denoiser. You may split the draws of a whole batch over processes, or to fit into memory.
 
     Args:
         process: how data become noise.
         noise_levels: distribution of the noise levels.
         weighting: loss weight as a function of the noise level.
-        target: what to regress on, such as `StableTarget(process, references=Pool(images))`; `DenoisingTarget(process)` is
-            the usual single-sample loss.
+        target: the regression target, such as `StableTarget(process, references=Pool(images))`; `DenoisingTarget(process)`
+            is the usual single-sample loss.
         label_dropout: share of rows whose class label is hidden from the network (-1), for classifier-free guidance.
         draws_per_image: noisy samples k made from each image: a batch of B images has k B rows. Needs references that hold
             no image twice, such as a `Pool`.
@@ -131,7 +131,7 @@ class Objective:
     batch depend on each other. See "Levers" in the theory.
 
     Raises:
-        ValueError: if `label_dropout` is not a probability, the target was made for another process, `draws_per_image` is
+        ValueError: if `label_dropout` is not a probability, the target is for another process, `draws_per_image` is
             below 1, odd with `antithetic`, or above 1 with `InBatch` references.
     """
 
@@ -153,7 +153,7 @@ class Objective:
         check_kind("target", self.target, StableTarget, "StableTarget(process, references=Pool(images))")
         number("label_dropout", self.label_dropout)
         if not 0 <= self.label_dropout <= 1:
-            raise ValueError(f"label_dropout is {self.label_dropout}: it is a probability, 0 to 1.")
+            raise ValueError(f"label_dropout is {self.label_dropout}: pass a probability, 0 to 1.")
         if self.target.process != self.process:
             raise ValueError(f"target is for {self.target.process}, the objective for {self.process}: use one process.")
         whole_number("draws_per_image", self.draws_per_image, 1)
@@ -162,7 +162,11 @@ class Objective:
                 f"antithetic=True makes pairs of each image's draws, and draws_per_image is {self.draws_per_image}: pass an "
                 "even number, such as draws_per_image=2."
             )
-        if self.draws_per_image > 1 and isinstance(self.target.references, InBatch) and self.target.noise_band < math.inf:
+        if (
+            self.draws_per_image > 1
+            and isinstance(self.target.references, InBatch)
+            and self.target.noise_band < math.inf
+        ):
             raise ValueError(
                 f"draws_per_image={self.draws_per_image} puts each image into a batch that often, and InBatch() would count "
                 "it as that many references, which biases the target: use Pool(images)."
@@ -182,7 +186,7 @@ class Objective:
     ) -> ObjectiveValue:
         """Draw noise for a batch and evaluate the loss.
 
-        Everything random is drawn from `generator`, in a fixed order: noise levels, noise, dropped labels, references.
+        Draws everything from `generator`, in a fixed order: noise levels, noise, dropped labels, references.
 
         With `draws_per_image` k, the denoiser sees k B rows, those of an image one after the other, and the values of the
         result have k B rows.
@@ -191,12 +195,12 @@ class Objective:
             denoiser: D(x, sigma, class_labels) in noise-to-signal units; called with class_labels and augment_labels only
                 if they are given.
             x0: clean data, shape (B, ...), float32 or float64.
-            class_labels: integers (B,), which are also the groups of the references; -1 in every row for no classes at all.
-                Samples without a label need one of their own.
-            index: place of each row in the data of a `Pool`, integers (B,).
-            augment_labels: what the network is told of each row's augmentation, shape (B, augment_dim).
+            class_labels: integers (B,), which also limit each row's references to its class; -1 in every row for no classes
+                at all. Give samples without a label a separate one.
+            index: each row's index in the data of a `Pool`, integers (B,).
+            augment_labels: the network's input about each row's augmentation, shape (B, augment_dim).
             flip: mirrored rows, as in `StableTarget`.
-            source_only: rows with an augmentation of their own, as in `StableTarget`.
+            source_only: rows with other augmentations, as in `StableTarget`.
             generator: torch's global one if None.
 
         Returns:
@@ -229,12 +233,12 @@ class Objective:
         dtype: torch.dtype = torch.float32,
         labelled: bool = False,
     ) -> Draws:
-        """Draw noise levels, noise and, if the rows are `labelled`, which labels are hidden.
+        """Draw noise levels, noise and, if the rows are `labelled`, which labels to hide.
 
         Args:
             shape: of the noisy batch, (k B, ...) for B images with `draws_per_image` k.
             generator: torch's global one if None.
-            device: where the draws are wanted; the generator's device if not given.
+            device: where to put the draws; by default the generator's device.
             dtype: of the noise.
             labelled: whether the rows have class labels.
 
@@ -243,7 +247,7 @@ class Objective:
         """
         shape = shape_of("shape", shape)
         if not shape:
-            raise ValueError("shape is (): pass that of a batch, (B, ...).")
+            raise ValueError("shape is (): pass the shape of a batch, (B, ...).")
         check_generator("generator", generator)
         check_floating_dtype("dtype", dtype)
         flag("labelled", labelled)
@@ -319,10 +323,10 @@ class Objective:
                 generator=generator,
             )
         except ValueError as error:
-            told = _LABELS.sub("class_labels", str(error))
-            if told == str(error):
+            renamed = _LABELS.sub("class_labels", str(error))
+            if renamed == str(error):
                 raise
-            raise ValueError(told) from error
+            raise ValueError(renamed) from error
         x = x_t / per_row(self.process.alpha(t), x0)
         return Example(x, self.process.noise_level(t), seen, target)
 
@@ -339,7 +343,7 @@ class Objective:
             check_tensor("augment_labels", augment_labels)
         check_kind("example", example, Example, "what Objective.example returns")
         x, level, seen = example.x, example.noise_level, example.seen
-        # Looked at before the network: afterwards a GPU would have to be through with it, and then run dry.
+        # Check this before the network runs: afterwards the host would wait until a GPU has finished it.
         weight = self.weighting(level)
         if readable(weight.device) and not bool(weight.isfinite().all()):
             raise ValueError(
@@ -355,7 +359,7 @@ class Objective:
         check_tensor("the denoiser's output", estimate)
         if estimate.shape != x.shape:
             raise ValueError(
-                f"the denoiser returned shape {tuple(estimate.shape)} for x0 of shape {tuple(x.shape)}: they must be equal."
+                f"the denoiser returned shape {tuple(estimate.shape)} for x0 of shape {tuple(x.shape)}: return the same."
             )
         error = (estimate.to(torch.promote_types(estimate.dtype, torch.float32)) - example.target.x0).flatten(1)
         row_loss = weight.to(error.dtype) * error.square().mean(1)
@@ -363,7 +367,7 @@ class Objective:
         return ObjectiveValue(row_loss.mean(), row_loss, level, removed)
 
 
-# What a target calls the labels that an objective was given, where its message names the argument.
+# The target's names for the labels of an objective, at the start of its messages.
 _LABELS = re.compile(r"^(reference_)?labels\b")
 
 

@@ -1,8 +1,12 @@
-r"""Preconditioning: a denoiser made of a raw network.
+r"""Preconditioning: a denoiser D built around a raw network F by the scalings c_skip, c_out, c_in and c_noise.
 
 $$ D(x; s) = c_{skip}(s)\, x + c_{out}(s)\, F(c_{in}(s)\, x;\; c_{noise}(s)), $$
 
-where $x = x_t / \alpha$ and $s = \sigma / \alpha$: all processes in noise-to-signal units, the units of the samplers.
+where $x = x_t / \alpha$ and $s = \sigma / \alpha$: all processes in noise-to-signal units, the units of the samplers. EDM's
+own scalings, with the standard deviation $\sigma_d$ of the data (sigma_data):
+
+    c_skip = sigma_data^2 / (sigma^2 + sigma_data^2)        c_in = 1 / sqrt(sigma^2 + sigma_data^2)
+    c_out = sigma sigma_data / sqrt(sigma^2 + sigma_data^2)  c_noise = ln(sigma) / 4
 
 References:
     Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022,
@@ -22,12 +26,12 @@ __all__ = ["Denoiser", "EDMPreconditioning", "Preconditioning", "Scalings", "VEP
 
 
 class Scalings(NamedTuple):
-    """The four functions of the noise level, each of its shape."""
+    """The four functions of the noise level, each with its shape: c_skip, c_out, c_in and c_noise of EDM's equation 7."""
 
-    skip: Tensor
-    out: Tensor
-    into: Tensor
-    noise: Tensor
+    c_skip: Tensor
+    c_out: Tensor
+    c_in: Tensor
+    c_noise: Tensor
 
 
 class Preconditioning(Protocol):
@@ -40,7 +44,7 @@ class Preconditioning(Protocol):
 
 @dataclass(frozen=True)
 class EDMPreconditioning:
-    """Unit variance for the input and the target of the network at every noise level (table 1, column "Ours").
+    """EDM's scalings: unit variance for the input and the target of the network at every noise level (table 1, "Ours").
 
     Args:
         sigma_data: standard deviation of the data.
@@ -51,13 +55,18 @@ class EDMPreconditioning:
     def __post_init__(self) -> None:
         check_numbers(self, "sigma_data")
         if not 0 < self.sigma_data < math.inf:
-            raise ValueError(f"EDMPreconditioning(sigma_data={self.sigma_data}): it must be positive.")
+            raise ValueError(f"EDMPreconditioning(sigma_data={self.sigma_data}): pass a positive number.")
 
     def __call__(self, sigma: Tensor) -> Scalings:
         check_tensor("sigma", sigma, real=True)
         square = sigma**2 + self.sigma_data**2
         root = torch.sqrt(square)
-        return Scalings(self.sigma_data**2 / square, sigma * self.sigma_data / root, 1 / root, torch.log(sigma) / 4)
+        return Scalings(
+            c_skip=self.sigma_data**2 / square,
+            c_out=sigma * self.sigma_data / root,
+            c_in=1 / root,
+            c_noise=torch.log(sigma) / 4,
+        )
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,7 @@ class VPPreconditioning:
 
     Args:
         beta_min: lower end of the linear schedule.
-        beta_slope: its rise, beta_max - beta_min.
+        beta_slope: its slope, beta_max - beta_min.
         steps: number of time labels, 1,000 in the published networks.
     """
 
@@ -79,7 +88,7 @@ class VPPreconditioning:
         if not (self.beta_min >= 0 and 0 < self.beta_slope < math.inf and self.steps >= 1):
             raise ValueError(
                 f"VPPreconditioning(beta_min={self.beta_min}, beta_slope={self.beta_slope}, steps={self.steps}): "
-                "beta_min must not be negative, beta_slope positive, steps at least 1."
+                "pass beta_min of at least 0, a positive beta_slope, and steps of at least 1."
             )
 
     def __call__(self, sigma: Tensor) -> Scalings:
@@ -88,7 +97,7 @@ class VPPreconditioning:
         # A plain log of (1 + s^2), not log1p: the published networks were trained with its float32 rounding.
         log = torch.log(1 + sigma**2)
         t = (torch.sqrt(self.beta_min**2 + 2 * self.beta_slope * log) - self.beta_min) / self.beta_slope
-        return Scalings(one, -sigma, 1 / torch.sqrt(sigma**2 + 1), (self.steps - 1) * t)
+        return Scalings(c_skip=one, c_out=-sigma, c_in=1 / torch.sqrt(sigma**2 + 1), c_noise=(self.steps - 1) * t)
 
 
 @dataclass(frozen=True)
@@ -98,15 +107,15 @@ class VEPreconditioning:
     def __call__(self, sigma: Tensor) -> Scalings:
         check_tensor("sigma", sigma, real=True)
         one = torch.ones_like(sigma)
-        return Scalings(one, sigma, one, torch.log(sigma / 2))
+        return Scalings(c_skip=one, c_out=sigma, c_in=one, c_noise=torch.log(sigma / 2))
 
 
 class Denoiser(nn.Module):
     """D(x; sigma): the network's estimate of x0, in noise-to-signal units.
 
     Args:
-        network: called as network(x, noise_label), with class_labels and augment_labels as further keywords only if they
-            are given; x of shape (B, ...), noise_label of shape (B,).
+        network: called as network(x, noise_label), with the keywords class_labels and augment_labels only if they are
+            given; x of shape (B, ...), noise_label of shape (B,).
         preconditioning: the scalings around it.
     """
 
@@ -127,13 +136,13 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """Estimate x0.
 
-        The scalings are computed and applied in float32 or better, also under autocast; the network sees its own dtype.
+        Computes and applies the scalings in float32 or better, even under autocast; the network gets its own dtype.
 
         Args:
             x: x_t / alpha, shape (B, ...), floating point.
             sigma: noise level sigma / alpha, a float or shape (B,).
-            class_labels: integers (B,), -1 for no class; handed to the network if given.
-            augment_labels: shape (B, augment_dim); handed to the network if given.
+            class_labels: integers (B,), -1 for no class; passed to the network if given.
+            augment_labels: shape (B, augment_dim); passed to the network if given.
 
         Returns:
             The estimate, of the shape and dtype of x (float32 if x is of lower precision).
@@ -143,12 +152,12 @@ class Denoiser(nn.Module):
         inner = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), dtype)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(dtype)
-            # The label is computed in float32, as published, and rounded once for a network of lower precision.
+            # Compute the label in float32, as published, and round it once for a network of lower precision.
             level = row_values("sigma", sigma, x)
             scale = self.preconditioning(level.to(dtype))
             exact = torch.float64 if inner == torch.float64 else torch.float32
-            label = self.preconditioning(level.to(exact)).noise.to(inner)
-            scaled = (per_row(scale.into, x) * x).to(inner)
+            label = self.preconditioning(level.to(exact)).c_noise.to(inner)
+            scaled = (per_row(scale.c_in, x) * x).to(inner)
         if class_labels is None and augment_labels is None:
             raw = self.network(scaled, label)
         elif augment_labels is None:
@@ -158,4 +167,4 @@ class Denoiser(nn.Module):
         else:
             raw = self.network(scaled, label, class_labels=class_labels, augment_labels=augment_labels)
         with torch.autocast(x.device.type, enabled=False):
-            return per_row(scale.skip, x) * x + per_row(scale.out, x) * raw.to(dtype)
+            return per_row(scale.c_skip, x) * x + per_row(scale.c_out, x) * raw.to(dtype)

@@ -4,11 +4,11 @@ A process corrupts $x_0$ by
 
 $$ x_t = \alpha(t)\, x_0 + \sigma(t)\, \varepsilon, \qquad \varepsilon \sim N(0, I), $$
 
-where $t$ grows with noise. Two processes differ only in scale and in the speed of their clock: the posterior of $x_0$
-depends on $(x_t, t)$ through $x_t / \alpha$ and the noise level $\sigma / \alpha$ alone.
+where $t$ grows with noise. Processes differ only in scale and in how noise depends on time: the posterior of $x_0$ depends
+on $(x_t, t)$ only through $x_t / \alpha$ and the noise level $\sigma / \alpha$.
 
-Times are tensors of any shape; results have the shape, dtype and device of `t`. Every formula is written such that it
-keeps its relative accuracy at both ends of the clock, in float32 as well as in float64.
+Times are tensors of any shape; results have the shape, dtype and device of `t`. Every formula keeps its relative accuracy at
+both ends of the time range, in float32 and float64.
 """
 
 import math
@@ -52,11 +52,11 @@ class Process(ABC):
 
     @property
     def time_range(self) -> tuple[float, float]:
-        """The first and the last time that a batch may have; `StableTarget` refuses others, such as step numbers."""
+        """The first and the last time that a batch may have; `StableTarget` rejects others, such as step numbers."""
         return -math.inf, math.inf
 
     def has_time(self, t: Tensor) -> Tensor:
-        """Which of the times `t` lie in `time_range`, up to rounding: bool, of the shape of `t`."""
+        """Which of the times `t` are in `time_range`, up to rounding: bool, of the shape of `t`."""
         low, high = self.time_range
         return (t >= low - _MARGIN) & (t <= high + _MARGIN)
 
@@ -74,15 +74,15 @@ class Process(ABC):
             x0: clean data, shape (B, ...), floating point.
             t: times, one float or shape (B,).
             noise: standard normal noise of the shape of `x0`; drawn if not given.
-            generator: where the noise is drawn from; torch's global generator if not given.
+            generator: draws the noise; torch's global generator if not given.
 
         Returns:
             `x_t`, of the shape, dtype and device of `x0`.
 
         Raises:
-            TypeError: if an argument is of another type.
-            ValueError: if `x0` is not floating point, shapes do not agree, or a time is not one of the process's (times on a
-                GPU are not looked at).
+            TypeError: if an argument has the wrong type.
+            ValueError: if `x0` is not floating point, shapes do not agree, or a time is outside the process's range (not
+                checked on a GPU).
         """
         check_tensor("x0", x0, batch=True)
         if not x0.is_floating_point():
@@ -96,8 +96,8 @@ class Process(ABC):
             check_tensor("noise", noise)
             if noise.shape != x0.shape or noise.device != x0.device or noise.is_complex():
                 raise ValueError(
-                    f"noise has shape {tuple(noise.shape)}, x0 has {tuple(x0.shape)}: they must be equal, real and on one "
-                    f"device (noise has dtype {noise.dtype} on {noise.device}, x0 is on {x0.device})."
+                    f"noise has shape {tuple(noise.shape)}, x0 has {tuple(x0.shape)}: they must be equal, and noise real "
+                    f"and on the same device (noise has dtype {noise.dtype} on {noise.device}, x0 is on {x0.device})."
                 )
         t = row_values("t", t, x0)
         if t.device.type == "cpu" and readable(t.device):
@@ -173,7 +173,7 @@ class VE(Process):
 
     @property
     def time_range(self) -> tuple[float, float]:
-        """From -1 to 2: noise levels beyond sigma_min and sigma_max are noise levels, too."""
+        """From -1 to 2: noise levels beyond sigma_min and sigma_max are valid, too."""
         return -1.0, 2.0
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -201,7 +201,9 @@ class VE(Process):
 class VP(Process):
     """Variance preserving with a linear beta(t) on t in [0, 1]: alpha^2 + sigma^2 = 1.
 
-    With b(t) = (beta_max - beta_min) t^2 / 2 + beta_min t: alpha = exp(-b / 2), sigma = sqrt(1 - exp(-b)).
+    The marginal of x_t given x0 (the perturbation kernel) is N(alpha x0, sigma^2 I). With beta(t) = beta_min + (beta_max -
+    beta_min) t and its integral b(t) = (beta_max - beta_min) t^2 / 2 + beta_min t: alpha = exp(-b / 2), sigma = sqrt(1 -
+    exp(-b)).
 
     Args:
         beta_min: rate of noise at t = 0.
@@ -209,7 +211,7 @@ class VP(Process):
 
     References:
         Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations", ICLR 2021,
-        equation 11 and appendix C.
+        equation 11, equation 29 (the marginal) and appendix C (beta_min, beta_max).
     """
 
     beta_min: float = 0.1
@@ -230,7 +232,7 @@ class VP(Process):
 
     @property
     def time_range(self) -> tuple[float, float]:
-        """From 0 to 2: times a little beyond 1 belong to noise levels that are drawn now and then."""
+        """From 0 to 2: occasional noise levels have times a little beyond 1."""
         return 0.0, 2.0
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -239,7 +241,7 @@ class VP(Process):
 
     def sigma(self, t: Tensor) -> Tensor:
         check_tensor("t", t, real=True)
-        # 1 - exp(-b) by expm1: b is 1e-6 and less near t = 0, where the plain difference keeps no digit in float32.
+        # 1 - exp(-b) by expm1: near t = 0, b is 1e-6 or less, and the plain difference loses all digits in float32.
         return torch.sqrt(-torch.expm1(-self._integral(t)))
 
     def alpha_dot(self, t: Tensor) -> Tensor:
@@ -258,7 +260,7 @@ class VP(Process):
         check_tensor("noise_level", noise_level, real=True)
         b = 2 * torch.log1p(noise_level**2)
         slope = self.beta_max - self.beta_min
-        # The root of slope t^2 / 2 + beta_min t = b / 2 in the form that does not cancel at small b.
+        # The root of slope t^2 / 2 + beta_min t = b / 2, in a form that does not cancel at small b.
         return b / (self.beta_min + torch.sqrt(self.beta_min**2 + slope * b))
 
 
@@ -301,8 +303,8 @@ class Cosine(Process):
 class RectifiedFlow(Process):
     """Straight lines between data and noise: alpha = 1 - t, sigma = t for t in [0, 1]; t = 1 is noise.
 
-    Libraries that let time run from noise to data use 1 - t for this t, and the negative of this velocity. The velocity to
-    regress on is `Target.velocity`.
+    Libraries whose time runs from noise to data use 1 - t for this t, and the negative of this velocity. Regress on
+    `Target.velocity`.
 
     References:
         Liu, Gong, Liu, "Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow", ICLR 2023.
@@ -331,5 +333,5 @@ class RectifiedFlow(Process):
 
     def time(self, noise_level: Tensor) -> Tensor:
         check_tensor("noise_level", noise_level, real=True)
-        # s / (1 + s), in the form that is 1, and not nan, at infinite noise.
+        # s / (1 + s), in a form that is 1 rather than nan at infinite noise.
         return 1 / (1 + 1 / noise_level)

@@ -1,8 +1,8 @@
-r"""Schedulers of diffusers, read as what they are: a Gaussian process, a clock and a thing to regress on.
+r"""Interpret schedulers of diffusers as a Gaussian process, a clock and a regression target.
 
-A training loop around a scheduler makes noisy samples with `scheduler.add_noise` (or `scale_noise`), hands `timesteps`
-to its network and compares the output with the noise, with v, with the clean sample, or with a flow's velocity.
-`from_diffusers` says which process the first is, which time of it a timestep is, and which view of a `Target` the last is:
+A training loop around a scheduler makes noisy samples with `scheduler.add_noise` (or `scale_noise`), passes `timesteps` to
+its network and compares the output with the noise, with v, with the clean sample, or with a flow's velocity.
+`from_diffusers` finds the process, its time at each timestep, and the view of a `Target` to compare with:
 
 | scheduler | process | time | view |
 |---|---|---|---|
@@ -10,8 +10,8 @@ to its network and compares the output with the noise, with v, with the clean sa
 | EDM | $\alpha = 1$, $\sigma = t$ | $e^{4 \cdot \text{timestep}}$, or by its own table | x0 |
 | flow matching | $\alpha = 1 - t$, $\sigma = t$ | timestep / steps, or by its own table | velocity |
 
-They are recognised by what they do, not by what they say: every one is asked to noise samples at all of its timesteps, and
-refused if the answers are those of no process here. diffusers itself is not imported.
+It recognises schedulers by their behaviour, not by their name: it noises samples at all of their timesteps, and rejects a
+scheduler whose results fit none of these processes. It does not import diffusers itself.
 
 References:
     Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020, equation 4; Karras, Aittala, Aila, Laine,
@@ -42,17 +42,17 @@ _VIEWS: dict[str, View] = {"epsilon": "noise", "v_prediction": "v", "sample": "x
 
 @dataclass(frozen=True)
 class Regression:
-    """What a training loop around a scheduler regresses on.
+    """The regression target of a training loop around a scheduler.
 
-    Calling it with a `Target` gives the tensor to compare the network's output with.
+    Calling it with a `Target` returns the tensor to compare the network's output with.
 
     Attributes:
         process: the process whose `perturb` is the scheduler's noising.
-        view: of the target: "noise", "v", "x0" or "velocity". For an EDM scheduler it is x0, to be compared with what
-            `scheduler.precondition_outputs` makes of the network's output.
-        clock: how a timestep of the scheduler tells the process's time: it is the time ("step"); exp(4 timestep)
-            ("log level"); timestep / steps ("share"); or the scheduler's table says ("table").
-        steps: how many timesteps the scheduler has for training.
+        view: of the target: "noise", "v", "x0" or "velocity". For an EDM scheduler it is x0, to compare with the result of
+            `scheduler.precondition_outputs`.
+        clock: how a timestep of the scheduler determines the process's time: it is the time ("step"); exp(4 timestep)
+            ("log level"); timestep / steps ("share"); or by the scheduler's table ("table").
+        steps: the scheduler's number of timesteps in training.
         timesteps: the scheduler's timesteps in ascending order, shape (T,), float64, if the clock is its table.
         times: the process's time at each of them, shape (T,), float64.
     """
@@ -79,8 +79,8 @@ class Regression:
 
         Raises:
             TypeError: if `timesteps` is not a tensor.
-            ValueError: if a timestep is none of the scheduler's table; on a GPU, where looking would mean waiting, its time
-                is NaN, which `StableTarget` refuses.
+            ValueError: if a timestep is not in the scheduler's table; on a GPU, where a check would wait, its time is NaN,
+                which `StableTarget` rejects.
         """
         check_tensor("timesteps", timesteps, real=True)
         floating = torch.promote_types(timesteps.dtype, torch.float32)
@@ -100,19 +100,19 @@ class Regression:
         wide = torch.float32 if timesteps.device.type == "mps" else torch.float64
         known, times = (table.to(timesteps.device, wide) for table in (self.timesteps, self.times))
         wanted = timesteps.to(wide)
-        # The nearest entry, by the middles between neighbours. Timesteps may have been rounded to float32.
+        # The nearest entry, found by the midpoints between neighbours. Timesteps may have been rounded to float32.
         nearest = torch.bucketize(wanted, (known[:-1] + known[1:]) / 2)
         there = (known[nearest] - wanted).abs() <= 1e-6 * known.abs().max()
         if timesteps.device.type == "cpu" and readable(timesteps.device) and not there.all():
             raise ValueError(
-                f"timesteps hold {timesteps[~there][0].item():g}, which is none of the scheduler's {len(known)} timesteps "
-                f"from {known[0]:g} to {known[-1]:g}: draw them from scheduler.timesteps, and call from_diffusers again "
-                "after set_timesteps."
+                f"timesteps hold {timesteps[~there][0].item():g}, which is not one of the scheduler's {len(known)} "
+                f"timesteps from {known[0]:g} to {known[-1]:g}: draw them from scheduler.timesteps, and call from_diffusers "
+                "again after set_timesteps."
             )
         return torch.where(there, times[nearest], torch.nan)
 
     def __call__(self, target: Target) -> Tensor:
-        """The view of `target` that takes the place of what the loop compared with before, shape (B, ...).
+        """The view of `target` that replaces the loop's previous regression target, shape (B, ...).
 
         Raises:
             TypeError: if `target` is not a `Target`.
@@ -130,7 +130,7 @@ class Regression:
 
 
 def from_diffusers(scheduler: Any) -> Regression:
-    """What to regress on with stable targets in a loop around a diffusers scheduler.
+    """The regression for stable targets in a loop around a diffusers scheduler.
 
     Three lines change in such a loop:
 
@@ -139,16 +139,17 @@ def from_diffusers(scheduler: Any) -> Regression:
         ...
         target = regression(stable(clean, noisy, regression.time(timesteps), index=index, noise=noise))  # was: noise
 
-    The scheduler is read as it is now, and not changed: read it again after `set_timesteps`.
+    This reads the scheduler's current state and does not change it: call it again after `set_timesteps`.
 
     Args:
-        scheduler: a DDPM-like one (with `alphas_cumprod`, of any prediction type), an EDM one, or a flow-matching one.
+        scheduler: DDPM-like (with `alphas_cumprod`, of any prediction type), EDM or flow matching.
 
     Returns:
         The process, its clock, and the view of the target.
 
     Raises:
-        ValueError: if the scheduler noises samples as no process here does, or is of another kind, with what to use instead.
+        ValueError: if the scheduler does not noise samples like one of these processes, or is of another kind; the message
+            names an alternative.
     """
     if isinstance(scheduler, type):
         raise ValueError(
@@ -164,7 +165,7 @@ def from_diffusers(scheduler: Any) -> Regression:
     if hasattr(scheduler, "scale_noise"):
         return _flow(scheduler, kind)
     raise ValueError(
-        f"{kind} is neither DDPM-like (no alphas_cumprod), nor of EDM or flow matching, so its process cannot be told: "
+        f"{kind} is neither DDPM-like (no alphas_cumprod), nor of EDM or flow matching, so its process is unknown: "
         "make x_t with process.perturb, where process is sf.VE(), sf.EDM(), sf.VP(), sf.Cosine() or sf.RectifiedFlow(), "
         "or train with a DDPMScheduler."
     )
@@ -174,14 +175,14 @@ def _table(scheduler: Any, kind: str) -> Regression:
     prediction = getattr(scheduler.config, "prediction_type", None)
     if prediction is not None and prediction not in _VIEWS:
         raise ValueError(
-            f"{kind} has the prediction type {prediction}: with a table of steps it is one of {', '.join(_VIEWS)}. "
+            f"{kind} has the prediction type {prediction}: with a table of steps it must be one of {', '.join(_VIEWS)}. "
             "For flow matching pass a FlowMatchEulerDiscreteScheduler."
         )
     table = scheduler.alphas_cumprod
     try:
         process = Discrete(table)
     except ValueError as error:
-        raise ValueError(f"{kind} has a table that is no noise schedule: {error}") from error
+        raise ValueError(f"{kind} has a table that is not a noise schedule: {error}") from error
     remedy = "Train with DDPMScheduler.from_config(scheduler.config)."
     steps = torch.arange(len(process))
     data, noise = _noising(scheduler, kind, steps, remedy)
@@ -189,12 +190,12 @@ def _table(scheduler: Any, kind: str) -> Regression:
     if not (_close(data, alpha) and _close(noise, sigma)):
         step = int(((data - alpha).abs() + (noise - sigma).abs()).argmax())
         raise ValueError(
-            f"{kind} does not noise samples as its alphas_cumprod say (at step {step} it scales data by {data[step]:.4g} "
-            f"and noise by {noise[step]:.4g}, the table by {alpha[step]:.4g} and {sigma[step]:.4g}): "
+            f"{kind} does not noise samples according to its alphas_cumprod (at step {step} it scales data by "
+            f"{data[step]:.4g} and noise by {noise[step]:.4g}, the table by {alpha[step]:.4g} and {sigma[step]:.4g}): "
             f"it is made for sampling. {remedy}"
         )
     if prediction is None:
-        raise ValueError(f"{kind} does not tell what the network predicts (no prediction_type). {remedy}")
+        raise ValueError(f"{kind} does not state what the network predicts (no prediction_type). {remedy}")
     return Regression(process, _VIEWS[prediction], "step", len(process))
 
 
@@ -203,23 +204,23 @@ def _edm(scheduler: Any, kind: str) -> Regression:
     timesteps, data, noise = _asked(scheduler, kind, remedy)
     if not _close(data, torch.ones_like(data)):
         raise ValueError(
-            f"{kind} scales data by {data.min():.4g} to {data.max():.4g} where EDM's do not scale. {remedy}"
+            f"{kind} scales data by {data.min():.4g} to {data.max():.4g}, but EDM does not scale them. {remedy}"
         )
     return _clocked(EDM(), "x0", "log level", timesteps, noise, torch.exp(4 * timesteps), _steps(scheduler, timesteps))
 
 
 def _flow(scheduler: Any, kind: str) -> Regression:
     remedy = "Train with a new FlowMatchEulerDiscreteScheduler()."
-    # It cannot be told from the noising: sampling begins with noise where that has none.
+    # The noising does not show it: sampling starts from noise, but here the first step has none.
     if getattr(scheduler.config, "invert_sigmas", False):
         raise ValueError(
-            f"{kind} inverts its noise levels (invert_sigmas), but time from data to noise is needed. {remedy}"
+            f"{kind} inverts its noise levels (invert_sigmas), but time must run from data to noise. {remedy}"
         )
     timesteps, data, noise = _asked(scheduler, kind, remedy)
     if not _close(data, 1 - noise):
         row = int((data + noise - 1).abs().argmax())
         raise ValueError(
-            f"{kind} is no rectified flow: at timestep {timesteps[row]:g} it scales data by {data[row]:.4g} and noise by "
+            f"{kind} is not a rectified flow: at timestep {timesteps[row]:g} it scales data by {data[row]:.4g} and noise by "
             f"{noise[row]:.4g}, which do not add up to 1. {remedy}"
         )
     steps = _steps(scheduler, timesteps)
@@ -233,22 +234,22 @@ def _steps(scheduler: Any, timesteps: Tensor) -> int:
 def _clocked(
     process: Process, view: View, clock: Clock, timesteps: Tensor, times: Tensor, formula: Tensor, steps: int
 ) -> Regression:
-    """The regression by the clock's formula where that is what the scheduler does; by its table if not."""
+    """The regression with the clock's formula if the scheduler follows it, else with its table."""
     if _close(times, formula):
         return Regression(process, view, clock, steps)
     return Regression(process, view, "table", steps, timesteps, times)
 
 
 def _asked(scheduler: Any, kind: str, remedy: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A scheduler's timesteps in ascending order, and by what it scales data and noise there; each (T,), float64.
+    """A scheduler's timesteps in ascending order, and its scales of data and noise there; each (T,), float64.
 
     Raises:
         ValueError: if noise does not grow with the timestep.
     """
     timesteps = getattr(scheduler, "timesteps", None)
     if not isinstance(timesteps, Tensor) or timesteps.ndim != 1 or len(timesteps) == 0:
-        raise ValueError(f"{kind} has no timesteps to be asked at, so its process cannot be told. {remedy}")
-    # In their own dtype: schedulers look for the very number.
+        raise ValueError(f"{kind} has no timesteps, so its process is unknown. {remedy}")
+    # In their own dtype: schedulers look for the exact number.
     timesteps = timesteps.detach().cpu().unique()
     data, noise = _noising(scheduler, kind, timesteps, remedy)
     if len(timesteps) > 1 and torch.equal(noise, noise[:1].expand_as(noise)):
@@ -258,27 +259,27 @@ def _asked(scheduler: Any, kind: str, remedy: str) -> tuple[Tensor, Tensor, Tens
     if not (noise.diff() >= 0).all():
         raise ValueError(
             f"{kind} inverts its noise levels (noise {noise[0]:.4g} at timestep {timesteps[0]:g}, {noise[-1]:.4g} at "
-            f"{timesteps[-1]:g}), but time from data to noise is needed. {remedy}"
+            f"{timesteps[-1]:g}), but time must run from data to noise. {remedy}"
         )
     return timesteps.double(), data, noise
 
 
 def _noising(scheduler: Any, kind: str, timesteps: Tensor, remedy: str) -> tuple[Tensor, Tensor]:
-    """By what a scheduler scales data and noise at each timestep (T,), both (T,), float64.
+    """A scheduler's scales of data and noise at each timestep (T,), both (T,), float64.
 
     Raises:
-        ValueError: if it cannot be asked, or does something else than scaling and adding.
+        ValueError: if it fails, or does anything other than scale and add.
     """
-    # Data alone, noise alone, and both.
+    # Only data, only noise, and both.
     one = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
     x0, noise = (column.reshape(1, 1, 1, 3) for column in one.unbind(1))
 
     def ask(timestep: Tensor) -> Tensor:
-        # A copy each time: some remember the first timestep that they were asked at.
-        asked = copy.copy(scheduler)
-        if hasattr(asked, "scale_noise"):
-            return asked.scale_noise(x0, timestep, noise)
-        return asked.add_noise(x0, noise, timestep)
+        # A copy each time: some schedulers remember their first timestep.
+        fresh = copy.copy(scheduler)
+        if hasattr(fresh, "scale_noise"):
+            return fresh.scale_noise(x0, timestep, noise)
+        return fresh.add_noise(x0, noise, timestep)
 
     try:
         answers = torch.cat([ask(timesteps[k : k + 1]) for k in range(len(timesteps))])
@@ -291,5 +292,5 @@ def _noising(scheduler: Any, kind: str, timesteps: Tensor, remedy: str) -> tuple
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:
-    """Whether noised samples differ by rounding alone."""
+    """Whether noised samples differ only by rounding."""
     return torch.allclose(found, expected, rtol=1e-5, atol=1e-6)

@@ -27,7 +27,7 @@ class Weighting(Protocol):
 
 @dataclass(frozen=True)
 class EDMWeighting:
-    """(s^2 + sigma_data^2) / (s sigma_data)^2: the loss of EDM's network is near 1 at every noise level at the start.
+    """(s^2 + sigma_data^2) / (s sigma_data)^2: at the start, EDM's loss is near 1 at every noise level.
 
     With sigma_data = 1 it is 1 + 1/s^2, the error in v.
 
@@ -43,7 +43,7 @@ class EDMWeighting:
     def __post_init__(self) -> None:
         check_numbers(self, "sigma_data")
         if not 0 < self.sigma_data < math.inf:
-            raise ValueError(f"EDMWeighting(sigma_data={self.sigma_data}): it must be positive.")
+            raise ValueError(f"EDMWeighting(sigma_data={self.sigma_data}): pass a positive number.")
 
     def __call__(self, noise_level: Tensor) -> Tensor:
         check_tensor("noise_level", noise_level, real=True)
@@ -55,12 +55,12 @@ class SNRWeighting:
     """clamp(SNR, minimum, maximum)^power with SNR = 1 / s^2.
 
     The plain 1/s^2 (power 1) is the error in the noise; `minimum=1` is the truncated SNR of progressive distillation;
-    `maximum=5` is min-SNR-5; `power=0` weighs all alike.
+    `maximum=5` is min-SNR-5; `power=0` weights all levels equally.
 
     Args:
         power: exponent of the clamped ratio.
-        minimum: least signal-to-noise ratio.
-        maximum: greatest signal-to-noise ratio; inf for no bound.
+        minimum: lower bound on the signal-to-noise ratio.
+        maximum: upper bound; inf for none.
 
     References:
         Salimans, Ho, "Progressive Distillation for Fast Sampling of Diffusion Models", ICLR 2022, section 4.

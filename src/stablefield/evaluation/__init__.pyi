@@ -1,7 +1,3 @@
-from stablefield.evaluation._bench import Benchmark as Benchmark
-from stablefield.evaluation._bench import benchmark as benchmark
-from stablefield.evaluation._doctor import CheckUp as CheckUp
-from stablefield.evaluation._doctor import check_machine as check_machine
 from stablefield.evaluation._evaluate import METRICS as METRICS
 from stablefield.evaluation._evaluate import evaluate as evaluate
 from stablefield.evaluation._extractor import Extractor as Extractor
@@ -33,10 +29,10 @@ from stablefield.evaluation._precision_recall import density as density
 from stablefield.evaluation._precision_recall import precision as precision
 from stablefield.evaluation._precision_recall import recall as recall
 from stablefield.evaluation._protocol import Protocol as Protocol
-from stablefield.evaluation._protocol import ProtocolWarning as ProtocolWarning
 from stablefield.evaluation._protocol import Score as Score
+from stablefield.evaluation._reference import ProtocolWarning as ProtocolWarning
 from stablefield.evaluation._result import Evaluation as Evaluation
-from stablefield.evaluation._samples import SampleSource as SampleSource
-from stablefield.evaluation._samples import SamplingRecord as SamplingRecord
+from stablefield.evaluation._sample_source import SampleSource as SampleSource
+from stablefield.evaluation._sample_source import SamplingRecord as SamplingRecord
 from stablefield.evaluation._torchscript import TorchScriptExtractor as TorchScriptExtractor
 from stablefield.evaluation._torchscript import dinov2 as dinov2

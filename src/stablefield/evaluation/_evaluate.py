@@ -5,19 +5,20 @@ A metric is listed in `METRICS`; an evaluation takes such a name, or any `Metric
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from math import fsum, sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stablefield._commit import running_commit
 from stablefield._progress import Progress
 from stablefield._shapes import check_callable, check_kind, found_device, whole_number
 from stablefield.data._collector import cache_folder
 from stablefield.data._image_set import ImageSet
+from stablefield.evaluation._extraction import Batch, ExtractorPass, extract, image_batches, pass_for
 from stablefield.evaluation._extractor import Extractor, RawPixels
 from stablefield.evaluation._fid import Frechet
 from stablefield.evaluation._inception import Inception
@@ -27,14 +28,19 @@ from stablefield.evaluation._memorisation import Nearest
 from stablefield.evaluation._metric import Features, Metric, MetricInput, Value
 from stablefield.evaluation._precision_recall import Coverage, Density, Precision, Recall
 from stablefield.evaluation._processes import Processes
-from stablefield.evaluation._protocol import Score, running_commit
+from stablefield.evaluation._protocol import Protocol, Score
+from stablefield.evaluation._reference import ReferenceSet, is_kept, measure_reference
 from stablefield.evaluation._result import Evaluation, Pictures
-from stablefield.evaluation._samples import Images, ImageSource, RealImages, Report, SampleSource, SamplingRecord
-
-if TYPE_CHECKING:  # these need torchmetrics
-    from stablefield.evaluation._extraction import Batch
-    from stablefield.evaluation._reference import ReferenceSet
-    from stablefield.evaluation._time_estimate import TimeEstimate
+from stablefield.evaluation._sample_source import (
+    Images,
+    ImageSource,
+    Report,
+    SampleSource,
+    SamplingRecord,
+    check_size,
+    opened,
+)
+from stablefield.evaluation._time_estimate import TimeEstimate, feature_seconds, metric_seconds
 
 __all__ = ["DEFAULT_METRICS", "METRICS", "check_counts", "evaluate"]
 
@@ -73,7 +79,7 @@ def evaluate(
     batch: int = 64,
     cache: bool | str | Path = True,
     progress: Report | None = None,
-    on_estimate: "Callable[[TimeEstimate], object] | None" = None,
+    on_estimate: Callable[[TimeEstimate], object] | None = None,
 ) -> Evaluation:
     """Measure samples against real images.
 
@@ -81,7 +87,7 @@ def evaluate(
     gets them.
 
     Args:
-        samples: images, or what draws them, such as the `RunSamples` of a run.
+        samples: images, or what draws them, such as the `RunSource` of a run.
         data: real images to measure against; or a function from the name of a split to an image set, which is also asked
             for "train" (memorisation is of the whole training set) and "test" (held-out images, if there are any).
         metrics: names in `METRICS`, or metrics. "frechet" is FID and "kernel" KID on FID's own Inception; "nearest" is
@@ -104,7 +110,7 @@ def evaluate(
     Raises:
         ValueError: if there are too few images for a metric, images differ in size, or features are not finite.
         TypeError: if an argument is of another kind.
-        ImportError: if torchmetrics, or the extractor's package, is not installed.
+        ImportError: if the extractor's package, or safetensors with a cache, is not installed.
 
     Warns:
         ProtocolWarning: if the features of the real images were kept by the code of another commit.
@@ -144,15 +150,51 @@ def evaluate(
         if count is not None:
             raise ValueError(f"count={count}: the source draws {samples.count} samples a repeat; leave count out.")
     check_counts(chosen, source.count, references)
-    seeds = tuple(found for repeat in range(repeats) if (found := source.seeds(repeat)) is not None)
-    folder = cache_folder() / "references" if cache is True else Path(cache) if cache else None
+    for repeat in range(repeats):
+        source.seeds(repeat)  # raises here, before anything is measured, if they run out
+    kept = cache_folder() / "references" if cache is True else Path(cache) if cache else None
+
+    def part(name: str) -> ImageSet:
+        return opened("data", data(name) if callable(data) else data, name, progress)
+
     with Processes() as processes:
-        real = RealImages(data, split, held_out, source.shape, progress)
-        run = _Measurement(source, seeds, repeats, batch, processes, progress)
-        groups = _groups(chosen, source, real, references, extractor, classifier, device, folder)
+        # Of an array or an image set nobody knows other parts.
+        parts = part if isinstance(data, str | Path) or callable(data) else None
+        images = check_size("data", part(split), source.shape)
+        some = ReferenceSet(images=images, split=split, count=references)
+        groups: list[_Group] = []
+        for reads, network in (("extractor", extractor), ("pixels", None), ("classifier", classifier)):
+            its = tuple(metric for metric in chosen if metric.reads == reads)
+            if not its:
+                continue
+            if reads == "pixels":
+                # Memorisation is of the whole training set. Pixels are at hand anyway: nothing to keep.
+                whole = ReferenceSet(images=parts("train") if parts and split != "train" else images, split="train")
+                control = _held_out(held_out, parts, source.shape, progress)
+                pixels = RawPixels(images.shape)
+                group = _Group(extractor=pixels, metrics=its, references=whole, held_out=control)
+            else:
+                network = network or Inception(device=device)
+                group = _Group(extractor=network, metrics=its, references=some, cache=kept)
+            check_counts(its, source.count, len(group.references))
+            groups.append(group)
+        run = _Measurement(source, repeats, batch, processes, progress)
         if on_estimate is not None and processes.first:
             on_estimate(run.estimate(groups, device))
         return run.evaluation(groups)
+
+
+def _held_out(
+    images: Images | None, parts: Callable[[str], ImageSet] | None, shape: Sequence[int], progress: Report | None
+) -> ImageSet | None:
+    """Images that were not trained on; None where there are none."""
+    if images is not None:
+        return check_size("held_out", opened("held_out", images, "train", progress), shape)
+    try:
+        found = None if parts is None else parts("test")
+    except ValueError:
+        return None
+    return None if found is None else check_size("held_out", found, shape)
 
 
 def check_counts(metrics: Sequence[Metric], samples: int | None, references: int | None) -> None:
@@ -200,41 +242,13 @@ class _Group:
 
     extractor: Extractor
     metrics: tuple[Metric, ...]
-    references: "ReferenceSet"
+    references: ReferenceSet
     cache: Path | None = None
     held_out: ImageSet | None = None
 
-
-def _groups(
-    metrics: Sequence[Metric],
-    source: SampleSource,
-    real: RealImages,
-    references: int | None,
-    extractor: Extractor | None,
-    classifier: Extractor | None,
-    device: torch.device,
-    cache: Path | None,
-) -> list[_Group]:
-    from stablefield.evaluation._reference import ReferenceSet
-
-    some = ReferenceSet(images=real.images, split=real.split, count=references)
-    near = tuple(metric for metric in metrics if metric.reads == "pixels")
-    others = tuple(metric for metric in metrics if metric.reads == "extractor")
-    scores = tuple(metric for metric in metrics if metric.reads == "classifier")
-    check_counts(others + scores, source.count, len(some))
-    groups: list[_Group] = []
-    if near:
-        whole = ReferenceSet(images=real.training(), split="train")
-        check_counts(near, source.count, len(whole))
-        # Pixels are at hand anyway: nothing to keep.
-        pixels = RawPixels(real.images.shape)
-        groups.append(_Group(extractor=pixels, metrics=near, references=whole, held_out=real.held_out()))
-    if others:
-        chosen = extractor or Inception(device=device)
-        groups.insert(0, _Group(extractor=chosen, metrics=others, references=some, cache=cache))
-    if scores and classifier is not None:
-        groups.append(_Group(extractor=classifier, metrics=scores, references=some, cache=cache))
-    return groups
+    @property
+    def wanted(self) -> ExtractorPass:
+        return pass_for(self.extractor, self.metrics)
 
 
 @dataclass(frozen=True)
@@ -242,23 +256,18 @@ class _Measurement:
     """Samples of several repeats, and how the processes go through them."""
 
     source: SampleSource
-    seeds: tuple[str, ...]
     repeats: int
     batch: int
     processes: Processes
     progress: Report | None
     shown: list[tuple[Tensor, Tensor | None]] = field(default_factory=list[tuple[Tensor, Tensor | None]])
 
-    def estimate(self, groups: Sequence[_Group], device: torch.device) -> "TimeEstimate":
+    def estimate(self, groups: Sequence[_Group], device: torch.device) -> TimeEstimate:
         """How long it will take from here, from a batch or two that are thrown away."""
-        from stablefield.evaluation._extraction import pass_for
-        from stablefield.evaluation._reference import is_kept
-        from stablefield.evaluation._time_estimate import TimeEstimate, feature_seconds, metric_seconds
-
         features = metrics = 0.0
         n, repeats, count = self.source.count, self.repeats, self.processes.count
         for group in groups:
-            wanted, real = pass_for(group.extractor, group.metrics), group.references
+            wanted, real = group.wanted, group.references
             control = 0 if group.held_out is None else len(group.held_out)
             once = (0 if is_kept(real, wanted, group.cache) else len(real)) + control
             images = torch.from_numpy(np.array(real.images.images[: self.batch]))
@@ -269,13 +278,11 @@ class _Measurement:
 
     def evaluation(self, groups: Sequence[_Group]) -> Evaluation:
         """Every metric on every repeat, in the first process; each process gets the scores."""
-        from stablefield.evaluation._extraction import extract, pass_for
-
         real = [self._real(group) for group in groups]
-        passes = [pass_for(group.extractor, group.metrics) for group in groups]
         values: list[list[list[Value]]] = [[] for _ in groups]
         for repeat in range(self.repeats):
-            features = extract(self._batches(repeat), passes, "sample", at_once=self.batch)
+            passes = [group.wanted for group in groups]
+            features = extract(self._batches(repeat), passes, "sample", at_once=self.batch, processes=self.processes)
             if not self.processes.first:
                 continue
             if self.progress is not None:
@@ -295,12 +302,9 @@ class _Measurement:
 
     def _real(self, group: _Group) -> tuple[Features, Tensor | None]:
         """Features of the real images, and of those that were not trained on."""
-        from stablefield.evaluation._extraction import ExtractorPass, extract, image_batches, pass_for
-        from stablefield.evaluation._reference import measure_reference
-
         found = measure_reference(
             group.references,
-            pass_for(group.extractor, group.metrics),
+            group.wanted,
             batch=self.batch,
             cache=group.cache,
             commit=running_commit(),
@@ -309,12 +313,11 @@ class _Measurement:
         )
         if group.held_out is None:
             return found, None
-        rows = np.arange(len(group.held_out))
-        batches = image_batches(group.held_out.images, rows, self.batch, self.processes)
+        batches = image_batches(group.held_out.images, np.arange(len(group.held_out)), self.batch, self.processes)
         only_rows = ExtractorPass(extractor=group.extractor, moments=False)
-        return found, extract(batches, [only_rows], "held-out image")[0].matrix()
+        return found, extract(batches, [only_rows], "held-out image", processes=self.processes)[0].matrix()
 
-    def _batches(self, repeat: int) -> "Iterator[Batch]":
+    def _batches(self, repeat: int) -> Iterator[Batch]:
         """The batches of a repeat; the first images are kept to be looked at, with their classes."""
         for images, numbers in self.source.batches(repeat, self.processes, self.progress):
             if sum(len(batch) for batch, _ in self.shown) < _SHOWN:
@@ -323,23 +326,19 @@ class _Measurement:
 
     def _scores(self, group: _Group, repeats: Sequence[Sequence[Value]], record: SamplingRecord) -> Iterator[Score]:
         """One score per number, from the values of every repeat."""
-        protocol = group.references.protocol(group.extractor)
+        seeds = tuple(found for repeat in range(self.repeats) if (found := self.source.seeds(repeat)) is not None)
+        measured = group.references.record(group.extractor) | asdict(record)
         for same in zip(*repeats, strict=True):
-            errors = [value.standard_error for value in same if value.standard_error is not None]
+            first, errors = same[0], [value.standard_error for value in same if value.standard_error is not None]
             # Root mean square of the repeats' standard errors, where all have one.
             error = sqrt(fsum(one**2 for one in errors) / len(errors)) if len(errors) == len(same) else None
-            of_number = replace(
-                protocol,
-                metric=same[0].name,
-                settings=same[0].settings,
-                sample_count=self.source.count,
-                seeds=self.seeds,
-                **asdict(record),
+            protocol = Protocol(
+                metric=first.name, settings=first.settings, sample_count=self.source.count, seeds=seeds, **measured
             )
             values = tuple(value.value for value in same)
-            yield Score(values=values, standard_error=error, better=same[0].better, protocol=of_number)
+            yield Score(values=values, standard_error=error, better=first.better, protocol=protocol)
 
-    def _pictures(self, references: "ReferenceSet") -> tuple[Pictures | None, Pictures]:
+    def _pictures(self, references: ReferenceSet) -> tuple[Pictures | None, Pictures]:
         """Some of the samples that this process saw, and some of the real images, drawn at random."""
         rows = np.random.default_rng(0).permutation(references.rows)[:_SHOWN]
         of, labels = references.images, [classes for _, classes in self.shown if classes is not None]

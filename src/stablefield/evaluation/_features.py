@@ -24,21 +24,9 @@ from torch import Tensor
 from stablefield._shapes import array_of_numbers, check_tensor, whole_number
 
 __all__ = [
-    "Gaussian", "Statistics", "checked", "checked_pair", "empty_moments", "fit_features", "fit_moments", "in_float64",
-    "join_moments", "moments_of", "statistics_of", "unpack",
+    "Gaussian", "checked", "checked_pair", "empty_moments", "fit_features", "fit_moments", "in_float64", "join_moments",
+    "moments_of", "unpack",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Statistics:
-    """Mean and unbiased covariance (divided by count - 1) of features, in float64."""
-
-    count: int
-    """Number of rows they are of."""
-    mean: Tensor
-    """Shape (d,)."""
-    covariance: Tensor
-    """Shape (d, d)."""
 
 
 def checked(name: str, features: Tensor, least: int = 1, reason: str = "there is nothing to measure") -> Tensor:
@@ -98,15 +86,6 @@ def in_float64(x: Tensor) -> Tensor:
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
-def statistics_of(features: Tensor) -> Statistics:
-    """Mean and covariance of a feature array (n, d) that is whole in memory, n >= 2.
-
-    Raises:
-        ValueError: if there are fewer than 2 rows, or the array is no valid feature array.
-    """
-    return unpack(moments_of(checked("features", features, 2, "one row has no covariance")))
-
-
 def empty_moments(dim: int) -> Tensor:
     """Packed moments of no rows, shape (dim + 2, dim)."""
     return torch.zeros(dim + 2, dim, dtype=torch.float64)
@@ -136,8 +115,8 @@ def join_moments(a: Tensor, b: Tensor) -> Tensor:
     return joined
 
 
-def unpack(moments: Tensor) -> Statistics:
-    """Mean and covariance of packed moments.
+def unpack(moments: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Count, mean (d,) and unbiased covariance (d, d), divided by count - 1, of packed moments.
 
     Raises:
         ValueError: if they are of fewer than 2 rows.
@@ -146,7 +125,7 @@ def unpack(moments: Tensor) -> Statistics:
     if count < 2:
         raise ValueError(f"statistics of {count} rows: at least 2 are needed, because one row has no covariance.")
     scatter = moments[2:] / (count - 1)
-    return Statistics(count=count, mean=moments[1].clone(), covariance=(scatter + scatter.T) / 2)
+    return count, moments[1].clone(), (scatter + scatter.T) / 2
 
 
 @dataclass(frozen=True, kw_only=True)

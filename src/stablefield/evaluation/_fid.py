@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from stablefield._shapes import check_kind
-from stablefield.evaluation._extractor import Extractor
 from stablefield.evaluation._features import Gaussian, checked_pair, fit_features, fit_moments
 from stablefield.evaluation._inception import metric_name
 from stablefield.evaluation._metric import LOWER, Metric, MetricInput, Value
@@ -34,7 +33,6 @@ __all__ = [
     "distance_between",
     "frechet_distance",
     "frechet_distance_from_features",
-    "frechet_name",
 ]
 
 
@@ -100,11 +98,6 @@ def frechet_distance_from_features(a: Tensor, b: Tensor) -> FrechetDistance:
     return distance_between(fit_features(a), fit_features(b))
 
 
-def frechet_name(extractor: Extractor) -> str:
-    """The name of a Frechet distance on the features of `extractor`: "FID" on FID's own, see `metric_name`."""
-    return metric_name("FID", "Frechet distance", extractor)
-
-
 @dataclass(frozen=True)
 class Frechet(Metric):
     """Frechet distance; FID on FID's own Inception."""
@@ -114,7 +107,9 @@ class Frechet(Metric):
 
     def __call__(self, given: MetricInput) -> tuple[Value, ...]:
         distance = distance_between(given.samples.gaussian, given.references.gaussian)
-        return (Value(name=frechet_name(given.extractor), value=distance.value, better=LOWER),)
+        return (
+            Value(name=metric_name("FID", "Frechet distance", given.extractor), value=distance.value, better=LOWER),
+        )
 
     def cost(self, samples: int, references: int, held_out: int, dim: int) -> tuple[float, float]:  # noqa: ARG002
         return dim**3, dim**3

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from stablefield._shapes import check_kind, whole_number
-from stablefield.evaluation._extractor import Extractor
 from stablefield.evaluation._features import checked_pair, in_float64
 from stablefield.evaluation._inception import metric_name
 from stablefield.evaluation._metric import LOWER, Metric, MetricInput, Value
 
-__all__ = ["Kernel", "KernelDistance", "kernel_distance", "kernel_name"]
+__all__ = ["Kernel", "KernelDistance", "kernel_distance"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +111,6 @@ def _kernel_of_itself(x: Tensor) -> Tensor:
     return ((x.square().mean(dim=1) + 1) ** 3).sum()
 
 
-def kernel_name(extractor: Extractor) -> str:
-    """The name of a kernel distance on the features of `extractor`: "KID" on FID's own, see `metric_name`."""
-    return metric_name("KID", "kernel distance", extractor)
-
-
 @dataclass(frozen=True)
 class Kernel(Metric):
     """Kernel distance with its spread; KID on FID's own Inception."""
@@ -144,7 +138,7 @@ class Kernel(Metric):
         settings = {"subsets": found.subsets, "subset_size": found.subset_size, "seed": self.seed}
         return (
             Value(
-                name=kernel_name(given.extractor),
+                name=metric_name("KID", "kernel distance", given.extractor),
                 value=found.mean,
                 better=LOWER,
                 standard_error=found.standard_error,

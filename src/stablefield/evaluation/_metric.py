@@ -1,7 +1,15 @@
 """What a metric is: a frozen dataclass of its settings that is called with features and returns numbers.
 
-It says how many images it takes at least and what must be kept of the features, so an evaluation finds out before it draws
-an image. Each metric has its own module; `stablefield.evaluation._evaluate.METRICS` lists them.
+A new metric is one new file beside this one:
+
+    @dataclass(frozen=True)
+    class MeanDistance(Metric):
+        def __call__(self, given: MetricInput) -> tuple[Value, ...]:
+            samples, real = given.samples.matrix(), given.references.matrix()  # features, (n, d) and (m, d)
+            return (Value(name="mean distance", value=float((samples.mean(0) - real.mean(0)).norm()), better=LOWER),)
+
+and one line in `METRICS` in `_evaluate.py`: `"mean-distance": MeanDistance(),`. A metric also says how many images it takes
+at least and what must be kept of the features, so an evaluation finds out before it draws an image.
 """
 
 from abc import ABC, abstractmethod
@@ -14,7 +22,7 @@ from torch import Tensor
 
 from stablefield.evaluation import _neighbours as neighbours
 from stablefield.evaluation._extractor import Extractor
-from stablefield.evaluation._features import Gaussian, Statistics, fit_moments
+from stablefield.evaluation._features import Gaussian, fit_moments, unpack
 
 __all__ = ["HIGHER", "LOWER", "Features", "Metric", "MetricInput", "Value"]
 
@@ -45,12 +53,10 @@ class Value:
 class Features:
     """What was kept of the features of samples, or of real images."""
 
-    count: int
-    """Number of images, over all processes."""
     rows: Tensor | None = None
     """Features in the order of the images' numbers, shape (n, d), float32; None if no metric needs them."""
-    statistics: Statistics | None = None
-    """Mean and covariance; None if no metric needs them."""
+    moments: Tensor | None = None
+    """Mean and covariance, packed as by `moments_of`, shape (d + 2, d), float64; None if no metric needs them."""
     _nearest: list[Tensor] = field(default_factory=list[Tensor], init=False, repr=False)
 
     def matrix(self) -> Tensor:
@@ -68,11 +74,12 @@ class Features:
         """The Gaussian of mean and covariance.
 
         Raises:
-            ValueError: if these were not kept.
+            ValueError: if these were not kept, or are of fewer than 2 images.
         """
-        if self.statistics is None:
+        if self.moments is None:
             raise ValueError("the metric needs mean and covariance, and they were not kept: set its moments to True.")
-        return fit_moments(self.statistics.mean, self.statistics.covariance)
+        _, mean, covariance = unpack(self.moments)
+        return fit_moments(mean, covariance)
 
     def radii(self, k: int) -> Tensor | None:
         """Squared distance of every row to its k-th nearest other one, shape (n,); None if there is none.

@@ -10,39 +10,31 @@ printed.
 """
 
 import dataclasses
-import importlib.metadata
-import json
 import math
 import re
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any, Self
 
-import stablefield
-
-__all__ = [
-    "REFERENCE_FIELDS", "DamagedCacheWarning", "Difference", "Protocol", "ProtocolWarning", "Score", "ScoreComparison",
-    "differences", "running_commit",
-]  # fmt: skip
+__all__ = ["MADE", "Protocol", "Score", "ScoreComparison", "differences"]
 
 Setting = str | int | float
 
-_MADE = ("seeds", "sampler", "steps", "nfe", "ema", "commit")
-REFERENCE_FIELDS = (
-    "extractor", "extractor_sha256", "resize", "reference", "reference_sha256", "reference_count", "split",
-)  # fmt: skip
-
-
-class ProtocolWarning(UserWarning):
-    """Kept features of real images come from a slightly different protocol."""
-
-
-class DamagedCacheWarning(UserWarning):
-    """A file of kept features cannot be used and is made anew."""
+MADE = ("seeds", "sampler", "steps", "nfe", "ema", "commit")
+"""Fields of how samples were made: numbers that differ in these alone were measured alike."""
+_KINDS = {
+    "settings": Mapping,
+    "seeds": tuple,
+    "sample_count": int,
+    "reference_count": int,
+    "steps": int | None,
+    "nfe": int | float | None,
+    "sampler": str | None,
+    "ema": str | None,
+    "commit": str | None,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +80,11 @@ class Protocol:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check_type(field.name, getattr(self, field.name))
+            value = getattr(self, field.name)
+            if not _fits(field.name, value):
+                raise ValueError(
+                    f"protocol field {field.name} is {value!r}: it has the wrong type (seeds: a tuple of strings)."
+                )
         for name in ("sample_count", "reference_count"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: a number is measured on at least 1 image.")
@@ -100,10 +96,6 @@ class Protocol:
     def to_dict(self) -> dict[str, Any]:
         """The record as plain objects, for JSON."""
         return dataclasses.asdict(self) | {"seeds": list(self.seeds)}
-
-    def to_json(self) -> str:
-        """The record as one line of JSON."""
-        return json.dumps(self.to_dict(), allow_nan=False)
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
@@ -125,53 +117,15 @@ class Protocol:
         except TypeError as error:
             raise ValueError(f"protocol record is incomplete: {error}; measure again.") from error
 
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """The inverse of `to_json`.
 
-        Raises:
-            ValueError: if the text is no JSON object, or the record is not valid.
-        """
-        record = json.loads(text)
-        if not isinstance(record, dict):
-            raise ValueError(f"protocol record is {text[:40]!r}, not a JSON object.")
-        return cls.from_dict(record)
+def differences(a: Protocol, b: Protocol) -> dict[str, tuple[Any, Any]]:
+    """All fields in which two protocols differ, with both values, None for one that is not there.
 
-    def of_reference(self) -> Self:
-        """The part that reference statistics depend on: no samples, no metric, no settings."""
-        kept = {name: getattr(self, name) for name in REFERENCE_FIELDS}
-        return type(self)(metric="reference statistics", sample_count=self.reference_count, commit=self.commit, **kept)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """One field in which two protocols differ."""
-
-    field: str
-    """Name of the field; settings are "settings.NAME"."""
-    first: Any
-    """Its value in the first protocol, None where it has none."""
-    second: Any
-    """Its value in the second."""
-
-    @property
-    def comparable(self) -> bool:
-        """Whether numbers that differ in this field were still measured alike."""
-        return self.field in _MADE
-
-    def __str__(self) -> str:
-        return f"{self.field}: {self.first!r} against {self.second!r}"
-
-
-def differences(a: Protocol, b: Protocol) -> tuple[Difference, ...]:
-    """All fields in which two protocols differ, those that forbid a comparison first."""
+    Settings are named "settings.NAME". Fields that forbid a comparison come first, those of how samples were made last.
+    """
     first, second = _flat(a), _flat(b)
-    found = [
-        Difference(field=name, first=first.get(name), second=second.get(name))
-        for name in {**first, **second}
-        if first.get(name) != second.get(name)
-    ]
-    return tuple(sorted(found, key=lambda difference: difference.comparable))
+    pairs = {name: (first.get(name), second.get(name)) for name in {**first, **second}}
+    return {name: pairs[name] for name in sorted(pairs, key=MADE.__contains__) if pairs[name][0] != pairs[name][1]}
 
 
 def _flat(protocol: Protocol) -> dict[str, Any]:
@@ -179,23 +133,15 @@ def _flat(protocol: Protocol) -> dict[str, Any]:
     return flat | {f"settings.{name}": value for name, value in flat.pop("settings").items()}
 
 
-def _check_type(name: str, value: object) -> None:
-    if name == "settings":
-        good = isinstance(value, Mapping) and all(
-            isinstance(key, str) and isinstance(item, str | int | float) for key, item in value.items()
-        )
-    elif name == "seeds":
-        good = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
-    elif name in ("sample_count", "reference_count", "steps"):
-        good = (isinstance(value, int) and not isinstance(value, bool)) or (name == "steps" and value is None)
-    elif name == "nfe":
-        good = value is None or (
-            isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-        )
-    else:
-        good = isinstance(value, str) or (value is None and name in ("sampler", "ema", "commit"))
-    if not good:
-        raise ValueError(f"protocol field {name} is {value!r}: it has the wrong type (seeds: a tuple of strings).")
+def _fits(name: str, value: object) -> bool:
+    """Whether a field may have this value."""
+    if isinstance(value, bool) or not isinstance(value, _KINDS.get(name, str)):
+        return False
+    if isinstance(value, tuple):
+        return all(isinstance(item, str) for item in value)
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and isinstance(item, Setting) for key, item in value.items())
+    return not isinstance(value, int | float) or abs(value) <= sys.float_info.max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,55 +231,24 @@ class ScoreComparison:
         return self.first.mean - self.second.mean
 
     @property
-    def differences(self) -> tuple[Difference, ...]:
-        """Fields in which their protocols differ."""
+    def differences(self) -> dict[str, tuple[Any, Any]]:
+        """Fields in which their protocols differ, see `differences`."""
         return differences(self.first.protocol, self.second.protocol)
 
     @property
     def comparable(self) -> bool:
         """Whether both were measured alike."""
-        return all(difference.comparable for difference in self.differences)
+        return all(name in MADE for name in self.differences)
 
     @property
     def warning(self) -> str:
         """In what their protocols differ; empty where they do not."""
-        found = self.differences
+        found = {name: f"{name}: {a!r} against {b!r}" for name, (a, b) in self.differences.items()}
         if not found:
             return ""
         parts = ["two results with different protocols are compared."]
-        if measured := "; ".join(str(one) for one in found if not one.comparable):
+        if measured := "; ".join(text for name, text in found.items() if name not in MADE):
             parts.append(f"They were measured differently, so their difference means nothing: {measured}.")
-        if made := "; ".join(str(one) for one in found if one.comparable):
+        if made := "; ".join(text for name, text in found.items() if name in MADE):
             parts.append(f"Their samples were made differently: {made}.")
         return " ".join(parts)
-
-
-def running_commit() -> str:
-    """The commit, with "-dirty" if files under the package were changed since; else "version NUMBER"."""
-    package = Path(stablefield.__file__).resolve().parent
-    # Only a checkout whose tracked files these are: the package may lie inside somebody else's repository.
-    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is not None:
-        head = _git(package, "rev-parse", "HEAD")
-        if head:
-            return head + ("-dirty" if _git(package, "status", "--porcelain", "--", ".") else "")
-    return _installed_commit() or f"version {stablefield.__version__}"
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    """What git says, or None if it fails or is not there."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _installed_commit() -> str | None:
-    """The commit that pip notes for a package installed from a repository."""
-    try:
-        text = importlib.metadata.distribution("stablefield").read_text("direct_url.json")
-        return str(json.loads(text)["vcs_info"]["commit_id"]) if text else None
-    except (importlib.metadata.PackageNotFoundError, ValueError, KeyError, TypeError):
-        return None

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from stablefield._regular_file import JSON_LIMIT, open_regular, reason
 from stablefield.evaluation._metric import HIGHER, LOWER
 from stablefield.evaluation._protocol import Protocol, Score, ScoreComparison
-from stablefield.report._cells import Cell, Estimate
+from stablefield.report._cells import Cell, Estimate, text_table
 from stablefield.report._chart import Chart
 from stablefield.report._images import image_figure
 from stablefield.report._page import (
@@ -159,7 +159,7 @@ class Evaluation(Result):
         """None: the numbers are the result."""
         return {}
 
-    # --- as text ------------------------------------------------------------------------------------------------------
+    # --- as text and as a page ------------------------------------------------------------------------------------------
 
     def __str__(self) -> str:
         lines = [*self.protocol_lines(), *(f"note: {note}" for note in self.notes())]
@@ -169,37 +169,27 @@ class Evaluation(Result):
 
     def table(self) -> str:
         """A line per number, at most 80 columns; ↓ and ↑ say which direction is better."""
-        repeated = len(self.scores[0].values) > 1
-        rows = [
-            ["↓ lower, ↑ higher is better", *(("minimum", "mean", "spread") if repeated else ("value",)), "std. error"]
-        ]
-        for score in self.scores:
-            numbers = (score.minimum, score.mean, score.spread) if repeated else (score.mean,)
-            error = "" if score.standard_error is None else f"± {score.standard_error:.2g}"
-            name = _short(score.protocol.metric) + _ARROWS.get(score.better, "")
-            rows.append([name, *map(_number, numbers), error])
-        return _aligned(rows)
+        columns, rows = self._numbers()
+        return _text([("↓ lower, ↑ higher is better", *columns[1:]), *rows])
 
     def comparison_table(self) -> str:
         """The scores that the earlier evaluation has too, with a warning where they were measured differently."""
         if self.earlier is None:
             return ""
-        found = self.comparisons()
-        if not found:
+        rows, warnings = self._beside()
+        if not rows:
             return f"warning: {self.earlier.name} has none of these numbers: nothing to compare with."
-        rows = [[f"against {self.earlier.name}", "here", "there", "difference"]]
-        for one in found:
-            mark = "" if one.comparable else " (!)"
-            name = _short(one.first.protocol.metric) + _ARROWS.get(one.first.better, "")
-            means = (_number(score.mean) for score in (one.first, one.second))
-            rows.append([name, *means, f"{one.difference:+.4g}{mark}"])
-        return "\n".join([_aligned(rows), *(f"warning: {warning}" for warning in _warnings(found))])
+        marked = [(*row[:-2], f"{row[-2]:+.4g}{'' if row[-1] == 'yes' else ' (!)'}") for row in rows]
+        table = _text([(f"against {self.earlier.name}", "here", "there", "difference"), *marked])
+        return "\n".join([table, *(f"warning: {warning}" for warning in warnings)])
 
-    def protocol_lines(self) -> list[str]:
-        """What was measured how: what the scores share, once per extractor and reference set."""
-        lines = [
-            line for score in self.scores for line in _protocol_lines(score.protocol, len(score.values), _HASH_SHOWN)
-        ]
+    def protocol_lines(self, digits: int = _HASH_SHOWN) -> list[str]:
+        """What was measured how: what the scores share, once per extractor and reference set.
+
+        Args:
+            digits: shown of every checksum.
+        """
+        lines = [line for one in self.scores for line in _protocol_lines(one.protocol, len(one.values), digits)]
         return list(dict.fromkeys(lines))
 
     def notes(self) -> list[str]:
@@ -211,8 +201,6 @@ class Evaluation(Result):
             if one.metric.startswith(_BIASED) and min(one.sample_count, one.reference_count) < 10_000
         ]
 
-    # --- as a page ----------------------------------------------------------------------------------------------------
-
     def page(self) -> Page:
         """The numbers, samples beside real images, the earlier evaluation, and every protocol.
 
@@ -220,11 +208,15 @@ class Evaluation(Result):
             ImportError: if Pillow is not installed and there are images.
         """
         first = self.scores[0]
-        repeats = len(first.values)
-        blocks: list[Block] = [
-            KeyFigures(tuple(_key_figure(score) for score in self.scores[:_KEY_FIGURES])),
-            self._numbers(),
-        ]
+        columns, rows = self._numbers()
+        counts = [(score.protocol.sample_count, score.protocol.reference_count) for score in self.scores]
+        numbers = Table(
+            columns=(*columns, "Samples", "Real images"),
+            rows=tuple((*row, *pair) for row, pair in zip(rows, counts, strict=True)),
+            caption="↓ lower, ↑ higher is better. The standard error is that of one value over fresh samples.",
+            digits=4,
+        )
+        blocks: list[Block] = [KeyFigures(tuple(_key_figure(score) for score in self.scores[:_KEY_FIGURES])), numbers]
         figures = [
             pictures.figure(what)
             for pictures, what in ((self.samples, "samples"), (self.references, "real images"))
@@ -235,11 +227,15 @@ class Evaluation(Result):
         elif figures:
             blocks.append(Section("Samples", tuple(figures)))
         if self.earlier is not None:
-            blocks.append(Section("Against an earlier result", self._beside(self.earlier)))
-        lines = dict.fromkeys(line for s in self.scores for line in _protocol_lines(s.protocol, len(s.values)))
+            beside, warnings = self._beside()
+            heads = ("Metric", "Here", "There", "Difference", "Measured alike")
+            table = Table(columns=heads, rows=tuple(beside), caption=f"There: {self.earlier.name}.", digits=4)
+            found: Block = table if beside else Text(f"{self.earlier.name} has none of these numbers.")
+            added = (Bullets(tuple(warnings)),) if warnings else ()
+            blocks.append(Section("Against an earlier result", (found, *added)))
         details = (json_details(f"Protocol of {s.protocol.metric}", s.to_dict()) for s in self.scores)
-        blocks.append(Section("How it was measured", (Bullets(tuple(lines)), *details)))
-        times = "" if repeats == 1 else f", the mean of {repeats} repeats"
+        blocks.append(Section("How it was measured", (Bullets(tuple(self.protocol_lines(64))), *details)))
+        times = "" if len(first.values) == 1 else f", the mean of {len(first.values)} repeats"
         better = f" ({first.better})" if first.better else ""
         on = f"on {first.protocol.sample_count:,} samples{times}"
         return Page(
@@ -249,47 +245,27 @@ class Evaluation(Result):
             footer=f"Made by stablefield evaluate {self.name}.",
         )
 
-    def _numbers(self) -> Table:
+    def _numbers(self) -> tuple[tuple[str, ...], list[tuple[Cell, ...]]]:
+        """Columns and rows of the table."""
         repeated = len(self.scores[0].values) > 1
-        names = ("Minimum", "Mean", "Spread") if repeated else ("Value",)
         rows: list[tuple[Cell, ...]] = []
-        for score in self.scores:
-            numbers = (score.minimum, _cell(score), score.spread) if repeated else (_cell(score),)
-            protocol = score.protocol
-            counts = (protocol.sample_count, protocol.reference_count)
-            rows.append((protocol.metric, *numbers, score.better.removesuffix(" is better") or None, *counts))
-        return Table(
-            columns=("Metric", *names, "Better", "Samples", "Real images"),
-            rows=tuple(rows),
-            caption="After ±: the standard error of one value over fresh samples, where the metric has one.",
-            digits=4,
-        )
+        for s in self.scores:
+            error = "" if s.standard_error is None else f"± {s.standard_error:.2g}"
+            rows.append((_title(s), *((s.minimum, s.mean, s.spread) if repeated else (s.mean,)), error))
+        return ("Metric", *(("minimum", "mean", "spread") if repeated else ("value",)), "std. error"), rows
 
-    def _beside(self, earlier: "Evaluation") -> tuple[Block, ...]:
+    def _beside(self) -> tuple[list[tuple[str, float, float, float, str]], list[str]]:
+        """Rows of the scores that the earlier evaluation has too, and warnings where they were measured differently."""
         found = self.comparisons()
-        rows = tuple(
-            (
-                one.first.protocol.metric,
-                one.first.mean,
-                one.second.mean,
-                one.difference,
-                "yes" if one.comparable else "no",
-            )
+        rows = [
+            (_title(one.first), one.first.mean, one.second.mean, one.difference, "yes" if one.comparable else "no")
             for one in found
-        )
-        if not rows:
-            return (Text(f"{earlier.name} has none of these numbers."),)
-        columns = ("Metric", "Here", "There", "Difference", "Measured alike")
-        table = Table(columns=columns, rows=rows, caption=f"There: {earlier.name}.", digits=4)
-        return (table, Bullets(tuple(warnings))) if (warnings := _warnings(found)) else (table,)
+        ]
+        return rows, list(dict.fromkeys(one.warning for one in found if one.warning))
 
 
 def _checksum(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _warnings(comparisons: Sequence[ScoreComparison]) -> list[str]:
-    return list(dict.fromkeys(one.warning for one in comparisons if one.warning))
 
 
 def _key_figure(score: Score) -> KeyFigure:
@@ -297,14 +273,11 @@ def _key_figure(score: Score) -> KeyFigure:
     notes = [score.better] if score.better else []
     if count > 1:
         notes.append(f"minimum {score.minimum:.4g}, spread {score.spread:.2g} over {count}")
-    return KeyFigure(value=_cell(score), label=score.protocol.metric, note="; ".join(notes))
+    value = score.mean if score.standard_error is None else Estimate(score.mean, score.standard_error)
+    return KeyFigure(value=value, label=score.protocol.metric, note="; ".join(notes))
 
 
-def _cell(score: Score) -> Cell:
-    return score.mean if score.standard_error is None else Estimate(score.mean, score.standard_error)
-
-
-def _protocol_lines(protocol: Protocol, repeats: int, digits: int = 64) -> list[str]:
+def _protocol_lines(protocol: Protocol, repeats: int, digits: int) -> list[str]:
     """The protocol as text, with that many digits of every checksum."""
     weights = "" if protocol.extractor_sha256 == _NO_WEIGHTS else f" (sha256 {protocol.extractor_sha256[:digits]})"
     lines = [
@@ -321,22 +294,20 @@ def _protocol_lines(protocol: Protocol, repeats: int, digits: int = 64) -> list[
     return lines
 
 
-def _short(name: str) -> str:
-    """A metric's name for a column: "kernel distance (random convolutions (seed 0))" without the inner parentheses."""
-    return re.sub(r" \([^()]*\)\)$", ")", name)
+def _title(score: Score) -> str:
+    """A metric's name, without the inner parentheses of "kernel distance (random convolutions (seed 0))", and an arrow."""
+    return re.sub(r" \([^()]*\)\)$", ")", score.protocol.metric) + _ARROWS.get(score.better, "")
 
 
-def _number(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:,.2f}"
+def _text(lines: Sequence[Sequence[Cell]]) -> str:
+    """A table as text, whose first column is cut where the table would be too wide."""
+    shown = [[*map(_shown, line)] for line in lines]
+    room = _WIDTH - sum(max(map(len, column)) + 2 for column in [*zip(*shown, strict=True)][1:])
+    head, *rows = ([name if len(name) <= room else f"{name[: room - 1]}…", *cells] for name, *cells in shown)
+    return text_table(head, rows)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text, the first to the left and cut where the table would be too wide, the others to the right."""
-    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
-    first = min(first, _WIDTH - sum(width + 2 for width in widths))
-    lines: list[str] = []
-    for name, *cells in rows:
-        name = name if len(name) <= first else f"{name[: first - 1]}…"
-        parts = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
-        lines.append("  ".join([name.ljust(first), *parts]).rstrip())
-    return "\n".join(lines)
+def _shown(cell: Cell) -> str:
+    if isinstance(cell, float):
+        return f"{cell:.4f}" if abs(cell) < 10 else f"{cell:,.2f}"
+    return str(cell)

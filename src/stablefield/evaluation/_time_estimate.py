@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stablefield.evaluation._cost import wait_for
-from stablefield.evaluation._extraction import ExtractorPass, StreamingStatistics, extract
+from stablefield._cost import wait_for
+from stablefield.evaluation._extraction import ExtractorPass, extract
 from stablefield.evaluation._extractor import Extractor
+from stablefield.evaluation._features import moments_of
 from stablefield.evaluation._metric import Features, Metric, MetricInput
 
 __all__ = ["TimeEstimate", "feature_seconds", "metric_seconds"]
@@ -53,7 +54,7 @@ def feature_seconds(wanted: ExtractorPass, images: Tensor, device: torch.device)
     seconds = 0.0
     for _ in range(2):  # the first call of a network is slower than those that follow
         began = time.perf_counter()
-        extract([batch], [wanted], local=True)
+        extract([batch], [wanted])
         wait_for(device)
         seconds = time.perf_counter() - began
     return seconds / len(images)
@@ -95,6 +96,4 @@ def metric_seconds(
 
 def _made_up(count: int, dim: int) -> Features:
     rows = torch.rand(count, dim, generator=torch.Generator().manual_seed(0))
-    moments = StreamingStatistics(dim, local=True)
-    moments.update(rows)
-    return Features(count=count, rows=rows, statistics=moments.statistics())
+    return Features(rows=rows, moments=moments_of(rows))

@@ -17,7 +17,6 @@ The resize rule is part of the metric: the same samples get another Frechet dist
 images (B, C, H, W) on any scale and returns them as (B, C, size, size), not rounded.
 """
 
-import hashlib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +26,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from stablefield._regular_file import open_regular
+from stablefield._regular_file import sha256
 from stablefield.evaluation._extractor import check_images, full_precision, three_channels
 
 __all__ = [
-    "AntialiasedBicubic", "Channels", "KeepSize", "Resize", "TensorFlowBilinear", "TorchScriptExtractor", "dinov2",
+    "IMAGENET", "AntialiasedBicubic", "Channels", "Resize", "TensorFlowBilinear", "TorchScriptExtractor", "dinov2",
 ]  # fmt: skip
 
 Channels = tuple[float, float, float]
+
+IMAGENET: tuple[Channels, Channels] = (255 * 0.485, 255 * 0.456, 255 * 0.406), (255 * 0.229, 255 * 0.224, 255 * 0.225)
+"""Mean and standard deviation of ImageNet's channels, on 0..255: `offset` and `scale` of networks trained on it."""
 
 
 class Resize(Protocol):
@@ -48,18 +50,6 @@ class Resize(Protocol):
     def __call__(self, images: Tensor) -> Tensor:
         """Resize floating point images of shape (B, C, H, W)."""
         ...
-
-
-@dataclass(frozen=True)
-class KeepSize:
-    """No resizing."""
-
-    @property
-    def rule(self) -> str:
-        return "none"
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return images
 
 
 @dataclass(frozen=True)
@@ -113,7 +103,7 @@ class TorchScriptExtractor:
     Args:
         path: the TorchScript file.
         name: what to call the network in tables and records.
-        resize: the rule that brings images to the size that the network wants.
+        resize: the rule that brings images to the size that the network wants; None keeps theirs.
         offset: subtracted from each channel's 0..255 values.
         scale: divides each channel after that.
         device: where the network runs.
@@ -128,7 +118,7 @@ class TorchScriptExtractor:
         path: str | Path,
         *,
         name: str,
-        resize: Resize,
+        resize: Resize | None,
         offset: Channels,
         scale: Channels,
         device: str | torch.device = "cpu",
@@ -136,8 +126,7 @@ class TorchScriptExtractor:
         path = Path(path)
         if not path.exists():
             raise ValueError(f"{name}: there is no file {path}: pass the path of a TorchScript file.")
-        open_regular(path).close()
-        self.name, self.resize, self.sha256 = name, resize.rule, _file_sha256(path)
+        self.name, self.resize, self.sha256 = name, resize.rule if resize else "none", sha256(path)
         self._resize, self._device = resize, torch.device(device)
         self._network = _load(path, self._device)
         self._offset = torch.tensor(offset, device=self._device).reshape(1, 3, 1, 1)
@@ -148,7 +137,8 @@ class TorchScriptExtractor:
         check_images(images)
         # The executor's specialised plans are left out: with them a first call may differ from later ones.
         with full_precision(self._device), torch.jit.optimized_execution(False):  # pyright: ignore[reportPrivateImportUsage]
-            x = self._resize(three_channels(images.to(self._device)).float())
+            x = three_channels(images.to(self._device)).float()
+            x = self._resize(x) if self._resize else x
             features: Tensor = self._network((x - self._offset) / self._scale)
         # Pooled maps (B, d, 1, 1) are rows of features too.
         return features.flatten(1) if features.ndim == 4 and features.shape[2:] == (1, 1) else features
@@ -182,16 +172,10 @@ def dinov2(
         path,
         name="DINOv2",
         resize=AntialiasedBicubic(224) if resize is None else resize,
-        offset=(255 * 0.485, 255 * 0.456, 255 * 0.406),
-        scale=(255 * 0.229, 255 * 0.224, 255 * 0.225),
+        offset=IMAGENET[0],
+        scale=IMAGENET[1],
         device=device,
     )
-
-
-def _file_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _load(path: Path, device: torch.device) -> torch.jit.ScriptModule:

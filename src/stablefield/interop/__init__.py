@@ -1,6 +1,6 @@
-"""Other people's libraries and files: diffusers' schedulers, networks and pipelines, and published checkpoints.
+"""Interoperability: diffusers' schedulers, networks and pipelines, and published checkpoints.
 
-Nothing here is imported by `stablefield` itself; each module imports the library it is about where it uses it.
+`stablefield` itself imports nothing from here; each module imports its library where it uses it.
 """
 
 from stablefield._lazy import attach

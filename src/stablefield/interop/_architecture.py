@@ -1,8 +1,8 @@
 """The architecture of a DDPM++ or NCSN++ network, inferred from the names and shapes of its state.
 
-A state dict has no configuration with it. But each option of `SongUNet` shows in it: the resolution in the names, widths
-in the shapes, the resampling taps in the stored filters. What is inferred is then held against a network of that
-architecture, name by name and shape by shape, before a number is read.
+A state dict has no configuration. But it shows each option of `SongUNet`: the resolution in the names, widths in the shapes,
+the resampling taps in the stored filters. The inferred architecture is then compared with the state, name by name and shape
+by shape, before a number is read.
 """
 
 import re
@@ -19,7 +19,7 @@ from stablefield.networks._song_unet import SongUNet
 __all__ = ["Architecture", "infer_architecture"]
 
 _TAPS = {2: (1.0, 1.0), 4: (1.0, 3.0, 3.0, 1.0)}
-# An absolute difference of the stored filter that is rounding, not another filter.
+# The absolute difference of a stored filter that counts as rounding.
 _CLOSE = 1e-6
 # Twice and a hundred times what published networks have.
 _MAX_RESOLUTION = 2_048
@@ -47,7 +47,7 @@ class Architecture:
 
     @property
     def name(self) -> str:
-        """DDPM++, NCSN++, or what it is instead."""
+        """DDPM++, NCSN++, or a mixture."""
         kinds = {(False, False, 2): "DDPM++", (True, True, 4): "NCSN++"}
         return kinds.get((self.fourier, self.residual_input, len(self.taps)), "a mixture of DDPM++ and NCSN++")
 
@@ -80,7 +80,7 @@ class Architecture:
         )
 
     def describe(self) -> list[tuple[str, str]]:
-        """What it is, in pairs of a word and a text."""
+        """Its properties, as pairs of a name and a text."""
         times = ", ".join(f"{m} at {side[0]}x{side[1]}" for m, side in zip(self.multipliers, self.sides, strict=True))
         return [
             ("architecture", self.name),
@@ -99,21 +99,21 @@ def infer_architecture(state: Mapping[str, Tensor | TensorView]) -> Architecture
         state: names without a common prefix (`map_layer0.weight` and so on).
 
     Raises:
-        RefusedError: if it is none of ours, with the first difference.
+        RefusedError: if it is neither DDPM++ nor NCSN++, with the first difference.
     """
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     found = _read(shapes, state)
-    # On no device: names and shapes are compared before any memory is asked for.
+    # On the meta device: compare names and shapes before allocating memory.
     with torch.device("meta"):
         try:
             expected = {name: tuple(value.shape) for name, value in found.build().state_dict().items()}
         except ValueError as error:
-            raise RefusedError(f"its names and shapes fit no DDPM++ or NCSN++: {error}") from error
+            raise RefusedError(f"its names and shapes fit neither DDPM++ nor NCSN++: {error}") from error
     for name in sorted(expected.keys() | shapes.keys()):
         if expected.get(name) != shapes.get(name):
             raise RefusedError(
-                f"it looks like {found.name}, but {plain_text(name)} has shape {shapes.get(name, 'none')} where "
-                f"{expected.get(name, 'none')} is expected; its options are not those of a network known here."
+                f"it looks like {found.name}, but {plain_text(name)} has shape {shapes.get(name, 'none')} instead of "
+                f"{expected.get(name, 'none')}; a network with such options is not supported."
             )
     return found
 
@@ -127,10 +127,10 @@ def _read(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor | Te
         )
     height, width = map(int, re.findall(r"[0-9]+", firsts[0])[:2])
     first = f"{height}x{width}"
-    # Nothing else in the file depends on it, and every image that is drawn has its area.
+    # Nothing else in the file bounds the resolution, and every drawn image has its area.
     if max(height, width) > _MAX_RESOLUTION:
         raise RefusedError(
-            f"its images would be {width:,} x {height:,} pixels; a network is read up to {_MAX_RESOLUTION:,} a side."
+            f"its images would be {width:,} x {height:,} pixels; the limit is {_MAX_RESOLUTION:,} a side."
         )
     base, channels = shapes[firsts[0]][:2]
     sides = [(height, width)]
@@ -140,19 +140,21 @@ def _read(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor | Te
     blocks = 0
     while f"enc.{first}_block{blocks}.conv1.weight" in shapes:
         blocks += 1
-    # Before a network of that many is made, even one without memory.
+    # Check this before building a network with so many blocks, even on the meta device.
     if _TENSORS_PER_BLOCK * len(sides) * (2 * blocks + 1) > len(shapes):
         raise RefusedError(
-            f"its names are of {len(sides)} levels of {blocks:,} blocks, and its {len(shapes):,} tensors are too few."
+            f"its names imply {len(sides)} levels of {blocks:,} blocks, but {len(shapes):,} tensors are too few for them."
         )
     widths = [_axis(shapes, f"enc.{h}x{w}_block0.conv1.weight", 0) for h, w in sides]
     if max(base, *widths) > _MAX_WIDTH:
-        raise RefusedError(f"its levels are {_listed(widths)} wide; a network is read up to {_MAX_WIDTH:,}.")
+        raise RefusedError(f"its levels are {_listed(widths)} wide; the limit is {_MAX_WIDTH:,}.")
     if base < 1 or blocks < 1 or any(width % base for width in widths):
-        raise RefusedError(f"its levels are {_listed(widths)} wide, which are no multiples of the first width, {base}.")
+        raise RefusedError(
+            f"its levels are {_listed(widths)} wide, which are not multiples of the first width, {base}."
+        )
     filters = [name for name in shapes if name.endswith(".resample_filter")]
     fourier = "map_noise.freqs" in shapes
-    # A network of one level has no lower one for the input to join: then nothing tells, and nothing depends on it.
+    # With one level there is no lower one for the input to join: the option leaves no trace, and has no effect.
     residual = fourier if len(sides) == 1 else any("_aux_residual." in name for name in shapes)
     attends = [f"enc.{h}x{w}_block0.qkv.weight" in shapes for h, w in sides]
     return Architecture(
@@ -171,7 +173,7 @@ def _read(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor | Te
 
 
 def _axis(shapes: Mapping[str, tuple[int, ...]], name: str, axis: int) -> int:
-    """The length of an axis; 0 where there is no such tensor, or it has no axes."""
+    """The length of an axis; 0 if there is no such tensor, or it has no axes."""
     return (shapes.get(name) or (0,))[axis]
 
 

@@ -1,4 +1,4 @@
-"""Export of a run's model: a diffusers pipeline or plain files, with a model card and a picture of samples."""
+"""Export a run's model as a diffusers pipeline or plain files, with a model card and a picture of samples."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,11 +34,11 @@ def export_run(
     """Write a run's model for other programs; arguments and errors as for `Run.export`.
 
     Args:
-        run: the run's folder, whose evaluations go onto the card.
+        run: the run's folder; the card lists its evaluations.
         model: its model.
-        folder: to write, new or empty.
+        folder: the folder to write, new or empty.
         format: "diffusers" or "plain".
-        name: of the model on its card; that of the run's folder if empty.
+        name: of the model on its card; the name of the run's folder if empty.
         samples: images in the card's picture; 0 for none.
         steps: of Heun's method for them.
 
@@ -54,7 +54,7 @@ def export_run(
     write = write_pipeline if format == "diffusers" else write_plain
     write(folder, denoiser, config.shape, class_names=config.class_names)
     if samples:
-        # A network with classes shows them in turn.
+        # The picture of a network with classes cycles through them.
         labels = torch.arange(samples) % config.classes if config.classes else None
         images = draw(denoiser, config.shape, range(samples), torch.device("cpu"), labels, sigmas=sigmas).numpy()
         numbers = None if labels is None else labels.numpy()

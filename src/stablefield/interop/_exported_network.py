@@ -1,8 +1,8 @@
-"""The network of an export as a diffusers model: the part of `network.py` that is about diffusers.
+"""The network of an export as a diffusers model: the diffusers part of `network.py`.
 
-An exported `network.py` is this file with the modules of ours that it imports in front of it. The model is always one
-in EDM's preconditioning, so that diffusers' EDM schedulers apply: a network that was trained in another one is turned
-into it, which is exact, since both are the same affine functions of x0 around it:
+An exported `network.py` is this file preceded by the stablefield modules that it imports. The model always has EDM's
+preconditioning, so that diffusers' EDM schedulers apply. A network trained in another one is converted, which is exact,
+because both wrap the network in affine functions:
 
     F_edm = (D - c_skip x) / c_out = ((skip - c_skip) x + out F) / c_out.
 """
@@ -26,7 +26,7 @@ __all__ = ["StablefieldOutput", "StablefieldUNet"]
 
 @dataclass
 class StablefieldOutput(BaseOutput):
-    """What the model returns: `sample`, shape (B, C, H, W)."""
+    """The model's output: `sample`, shape (B, C, H, W)."""
 
     sample: Tensor
 
@@ -39,9 +39,9 @@ class StablefieldUNet(ModelMixin, ConfigMixin):
         options: arguments of the network.
         in_channels: of the images.
         sample_size: height and width of the images.
-        num_classes: how many classes the network is told; 0 for none.
+        num_classes: the number of classes; 0 for none.
         sigma_data: of EDM's preconditioning, as in the scheduler.
-        preconditioning: the one that the network was trained in: "edm", "vp" or "ve".
+        preconditioning: the one that the network was trained with: "edm", "vp" or "ve".
         preconditioning_options: its arguments.
     """
 
@@ -90,8 +90,8 @@ class StablefieldUNet(ModelMixin, ConfigMixin):
         else:
             sigma = torch.exp(4 * label.to(torch.promote_types(label.dtype, torch.float32)))
             edm, trained = self._edm(sigma), self._trained(sigma)
-            x = sample / per_row(edm.into, sample)
-            raw = self.network(per_row(trained.into, x) * x, trained.noise.to(sample.dtype), **arguments)
-            skip, out = (trained.skip - edm.skip) / edm.out, trained.out / edm.out
+            x = sample / per_row(edm.c_in, sample)
+            raw = self.network(per_row(trained.c_in, x) * x, trained.c_noise.to(sample.dtype), **arguments)
+            skip, out = (trained.c_skip - edm.c_skip) / edm.c_out, trained.c_out / edm.c_out
             raw = per_row(skip, x) * x + per_row(out, x) * raw
         return StablefieldOutput(sample=raw) if return_dict else (raw,)

@@ -1,10 +1,10 @@
 """A diffusers pipeline for denoisers in EDM's preconditioning, sampled by Heun's method.
 
-This file travels with the exported weights, as `pipeline.py`; it needs torch and diffusers only.
+This file is exported with the weights as `pipeline.py`; it needs only torch and diffusers.
 
 References:
     Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022,
-    algorithm 1 (the solver) and equation 7 (the preconditioning, which the scheduler carries out).
+    algorithm 1 (the solver) and equation 7 (the preconditioning, which the scheduler applies).
 """
 
 from collections.abc import Iterable
@@ -18,12 +18,12 @@ __all__ = ["StablefieldPipeline"]
 
 
 class StablefieldPipeline(DiffusionPipeline):
-    """Draw images from a network that was trained in EDM's preconditioning.
+    """Draw images from a network in EDM's preconditioning.
 
     Args:
         unet: the raw network, called as unet(sample, timestep, class_labels=...).
         scheduler: an EDM scheduler: the grid of noise levels, and the preconditioning around the network.
-        id2label: what the classes are called, by their numbers; None if that is not known.
+        id2label: class names by number; None if unknown.
     """
 
     unet: Any
@@ -50,17 +50,17 @@ class StablefieldPipeline(DiffusionPipeline):
         """Draw `batch_size` images.
 
         Args:
-            batch_size: how many, where `latents` do not say.
+            batch_size: how many, unless `latents` is given.
             num_inference_steps: steps N of the solver; Heun evaluates the network 2 N - 1 times.
-            class_labels: a class per image, its number, its name in `labels`, or -1 for none.
-            generator: where the latents are drawn from; a list has one per image.
-            latents: standard normal noise, shape (B, C, H, W), in place of drawing it.
-            solver: "heun", in float64 where the device has it, or "scheduler" for the scheduler's own steps.
-            output_type: "pil", "np" (B, H, W, C) in [0, 1], or "pt", (B, C, H, W) in [-1, 1] as the network is trained.
+            class_labels: a class per image: its number, its name in `labels`, or -1 for none.
+            generator: draws the latents; a list has one per image.
+            latents: standard normal noise, shape (B, C, H, W), instead of drawing it.
+            solver: "heun", in float64 if the device has it, or "scheduler" for the scheduler's own steps.
+            output_type: "pil", "np" (B, H, W, C) in [0, 1], or "pt", (B, C, H, W) in [-1, 1] as in training.
             return_dict: return an object with `images`, or a tuple.
 
         Raises:
-            ValueError: for a solver, an output or a class name that there is not.
+            ValueError: for an unknown solver, output or class name.
         """
         if solver not in ("heun", "scheduler") or output_type not in ("pil", "np", "pt"):
             raise ValueError(
@@ -78,7 +78,7 @@ class StablefieldPipeline(DiffusionPipeline):
                 latents = torch.randn((batch_size, *shape), generator=generator, device=place).to(device)
         labels = None if class_labels is None else torch.as_tensor(self._numbers(class_labels), device=device)
         embeddings = getattr(config, "num_class_embeds", None)
-        if embeddings:  # diffusers' own model, trained with its last embedding for no class
+        if embeddings:  # diffusers' own model, whose last embedding means no class
             unknown = torch.full((len(latents),), -1, device=device)
             labels = unknown if labels is None else labels
             labels = torch.where(labels < 0, embeddings - 1, labels)
@@ -99,7 +99,7 @@ class StablefieldPipeline(DiffusionPipeline):
         unknown = [name for name in classes if isinstance(name, str) and name not in self.labels]
         if unknown:
             raise ValueError(
-                f"class_labels holds {unknown[0]!r}: the classes are {', '.join(self.labels) or 'numbers'}."
+                f"class_labels holds {unknown[0]!r}: pass classes among {', '.join(self.labels) or 'numbers'}."
             )
         return [self.labels[name] if isinstance(name, str) else name for name in classes]
 
@@ -112,7 +112,7 @@ class StablefieldPipeline(DiffusionPipeline):
         return self.scheduler.precondition_outputs(x, raw.to(x.dtype), sigma)
 
     def _shown(self, steps: Iterable[Any]) -> Iterable[Any]:
-        # The annotation of the base class calls the method a property.
+        # The base class annotates this method as a property.
         bar: Any = self.progress_bar
         return bar(steps)
 

@@ -1,6 +1,6 @@
-"""Pushing a folder to a model hub, by Hugging Face's own client.
+"""Push a folder to a model hub with Hugging Face's own client.
 
-The client's environment decides where: `HF_ENDPOINT` for the address, `HF_TOKEN` or a stored login for who one is.
+The client's environment variables apply: `HF_ENDPOINT` for the address, `HF_TOKEN` or a stored login for authentication.
 """
 
 from pathlib import Path
@@ -9,19 +9,19 @@ __all__ = ["push_folder"]
 
 
 def push_folder(path: Path, name: str, *, private: bool = False) -> str:
-    """Upload a folder as a model repository, which is made if it is not there.
+    """Upload a folder as a model repository; creates the repository if it does not exist.
 
     Args:
         path: the folder.
         name: of the repository, OWNER/NAME.
-        private: whether only its owner sees it, where it is made.
+        private: whether a new repository is private.
 
     Returns:
         The address of the commit.
 
     Raises:
         ImportError: if huggingface_hub is not installed.
-        ValueError: if the name is none.
+        ValueError: if the name is not valid.
         OSError: if the hub cannot be reached or refuses, with its reason.
     """
     try:
@@ -34,8 +34,8 @@ def push_folder(path: Path, name: str, *, private: bool = False) -> str:
         api.create_repo(name, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=name, folder_path=path, commit_message="Export from stablefield")
     except HFValidationError as error:
-        raise ValueError(f"push={name} is no name of a repository: {error}") from error
+        raise ValueError(f"push={name} is not a valid repository name: {error}") from error
     except Exception as error:  # the client passes on whatever its transport raises
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise OSError(f"push={name} failed, and the export stays where it is: {reason}") from error
+        raise OSError(f"push={name} failed; the export remains in its folder: {reason}") from error
     return str(commit.commit_url)

@@ -1,12 +1,10 @@
-"""A run folder made of a published network, so that all verbs that open a run open it."""
+"""Make a run folder from a published network, so that every verb that opens a run can open it."""
 
-import hashlib
-from io import BufferedReader
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import stablefield
-from stablefield._regular_file import open_regular
+from stablefield._regular_file import sha256
 from stablefield.diffusion._noise_levels import LogNormal, LogUniform, Uniform
 from stablefield.diffusion._preconditioning import EDMPreconditioning, VPPreconditioning
 from stablefield.diffusion._process import EDM, VE, VP
@@ -15,7 +13,7 @@ from stablefield.interop._architecture import Architecture
 from stablefield.interop._inert import plain_text
 from stablefield.interop._published import Preconditionings, PublishedNetwork, read_published
 from stablefield.training._checkpoint import State, Trained, save
-from stablefield.training._recipe import Recipe, UNet
+from stablefield.training._recipe import Recipe, SongUNetConfig
 from stablefield.training._run import Run
 from stablefield.training._run_folder import RunConfig, RunFolder
 
@@ -25,12 +23,12 @@ _PUBLISHED_AUGMENTATION = 0.12
 
 
 def import_run(file: str | Path, out: str | Path, *, preconditioning: Literal["edm", "vp", "ve"] | None = None) -> Run:
-    """Make a run of a published network. Nothing in the file is executed, whatever it holds.
+    """Make a run from a published network. Executes nothing in the file.
 
     Args:
         file: a pickle of the EDM family (.pkl), a torch file (.pt, .pth) or safetensors.
         out: folder of the run, new or empty.
-        preconditioning: scalings that the network was trained in; needed where the file does not say.
+        preconditioning: the preconditioning that the network was trained with; needed if the file does not state it.
 
     Raises:
         ValueError: if the file holds no such network, or the folder is not empty or cannot be written.
@@ -42,16 +40,16 @@ def import_run(file: str | Path, out: str | Path, *, preconditioning: Literal["e
 def write_imported_run(path: Path, network: PublishedNetwork, source: Path) -> RunFolder:
     """Write a run folder with the network's weights, at step 0, as both weights and their average.
 
-    The recipe says what the network is and, of its training, what goes with its preconditioning by the table of Karras
-    et al. 2022; what else its authors did is not in the file and not known.
+    The recipe describes the network and the training that belongs to its preconditioning in the table of Karras et al. 2022.
+    The file does not hold the other details of its training, so they stay unknown.
 
     Args:
         path: a new or empty folder.
-        network: what was read.
-        source: the file that it was read from.
+        network: the network.
+        source: its file.
 
     Raises:
-        ValueError: if the folder is not empty or cannot be written, or the network is none that a recipe describes.
+        ValueError: if the folder is not empty or cannot be written, or no recipe can describe the network.
     """
     architecture = network.architecture
     recipe = _recipe(architecture, network.preconditioning)
@@ -60,7 +58,7 @@ def write_imported_run(path: Path, network: PublishedNetwork, source: Path) -> R
         data=f"imported from {plain_text(source.name)}",
         shape=(architecture.channels, *architecture.size),
         classes=architecture.classes,
-        manifest={"imported": plain_text(source.name), "sha256": _sha256(source), "origin": network.origin},
+        manifest={"imported": plain_text(source.name), "sha256": sha256(source), "origin": network.origin},
         recipe=recipe,
         version=stablefield.__version__,
     )
@@ -72,14 +70,14 @@ def write_imported_run(path: Path, network: PublishedNetwork, source: Path) -> R
 def _recipe(architecture: Architecture, preconditioning: Preconditionings) -> Recipe:
     kinds = {"DDPM++": "ddpmpp", "NCSN++": "ncsnpp"}
     kind = kinds.get(architecture.name)
-    usual = [height for height, width in architecture.sides if height * width <= 256][:1]
-    if kind is None or architecture.augment_dim not in (0, 9) or list(architecture.attention) != usual:
+    supported = [height for height, width in architecture.sides if height * width <= 256][:1]
+    if kind is None or architecture.augment_dim not in (0, 9) or list(architecture.attention) != supported:
         raise ValueError(
             f"the network is {architecture.name} with attention at {architecture.attention} and augmentation labels "
-            f"{architecture.augment_dim} wide; a run holds DDPM++ or NCSN++ with attention at {tuple(usual)} and "
+            f"{architecture.augment_dim} wide; a run holds DDPM++ or NCSN++ with attention at {tuple(supported)} and "
             "labels 9 wide or none. Use read_published(...).denoiser() in Python."
         )
-    unet = UNet(
+    unet = SongUNetConfig(
         architecture="ncsnpp" if kind == "ncsnpp" else "ddpmpp",
         base_channels=architecture.base_channels,
         multipliers=architecture.multipliers,
@@ -101,8 +99,3 @@ def _recipe(architecture: Architecture, preconditioning: Preconditionings) -> Re
         augmentation=_PUBLISHED_AUGMENTATION if architecture.augment_dim else 0.0,
         conditional=architecture.classes > 0,
     )
-
-
-def _sha256(path: Path) -> str:
-    with open_regular(path) as file:
-        return hashlib.file_digest(cast("BufferedReader", file), "sha256").hexdigest()

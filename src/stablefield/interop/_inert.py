@@ -1,9 +1,9 @@
-"""Inert values: what a foreign pickle may be turned into. Data, and no code of the file's.
+"""Inert values: the data that a foreign pickle may become, without any code of the file.
 
-| value | what it stands for |
+| value | meaning |
 |---|---|
 | `Node` | an object of a foreign class: its name and attributes |
-| `TensorView`, `Storage` | a tensor that has not been made yet, and its memory |
+| `TensorView`, `Storage` | a tensor before it is made, and its memory |
 | `Array` | a numpy array or dtype |
 | `Name` | a class or function that the pickle names; see `stablefield.interop._names` |
 """
@@ -34,22 +34,22 @@ LARGE = 2**48
 """Above any size or offset of a tensor."""
 
 MAX_AXES = 8
-"""Of a tensor; weights have five at most."""
+"""Axes of a tensor; weights have five at most."""
 
 
 class RefusedError(ValueError):
-    """A file holds something that is not read; the message says what."""
+    """A file holds unsupported content; the message names it."""
 
 
 @dataclass(frozen=True)
 class Name:
-    """A name of the table, such as a dtype or a function.
+    """A name from the table, such as a dtype or a function.
 
     Attributes:
-        text: module and name, with a dot between.
-        call: what REDUCE makes of it, or None if it cannot be called.
-        make: what NEWOBJ makes of it, or None if it has no instances here.
-        dtype: of the storages and tensors that it stands for.
+        text: module and name, separated by a dot.
+        call: the function that REDUCE calls, or None if it cannot be called.
+        make: the function that NEWOBJ calls, or None if it has no instances here.
+        dtype: of its storages and tensors.
     """
 
     text: str
@@ -64,7 +64,7 @@ class Node:
 
     Attributes:
         class_name: without the module.
-        attributes: what the object's `__dict__` held.
+        attributes: the content of the object's `__dict__`.
     """
 
     class_name: str
@@ -86,7 +86,7 @@ class Storage:
     data: bytes | bytearray | None = None
 
     def memory(self) -> bytearray:
-        """The bytes where torch can use them, copied once for all tensors.
+        """The bytes in a form that torch can use, copied once for all tensors.
 
         Raises:
             RefusedError: if they have not been read.
@@ -98,10 +98,10 @@ class Storage:
         return self.data
 
     def fill(self, data: bytes) -> None:
-        """Give it its bytes.
+        """Set its bytes.
 
         Raises:
-            RefusedError: if they are not as many as was announced.
+            RefusedError: if their number is not the expected one.
         """
         if len(data) != self.count * self.dtype.itemsize:
             raise RefusedError(
@@ -112,10 +112,10 @@ class Storage:
 
 @dataclass
 class TensorView:
-    """A tensor that has not been made yet.
+    """A tensor before it is made.
 
     Attributes:
-        storage: where its elements are.
+        storage: holds its elements.
         dtype: of its elements.
         offset: of the first element.
         shape: of the tensor.
@@ -129,28 +129,28 @@ class TensorView:
     stride: tuple[int, ...]
 
     def check(self) -> None:
-        """Make sure that the tensor lies in its storage.
+        """Check that the tensor is within its storage.
 
         Raises:
-            RefusedError: if it reaches out of its storage, repeats elements of it, or has none and axes of any length.
+            RefusedError: if it exceeds its storage, repeats elements of it, or has none and axes of any length.
         """
         count = math.prod(self.shape)
         if count == 0:
             # No storage bounds its other axes.
             if math.prod(filter(None, self.shape)) > LARGE:
-                raise RefusedError(f"a tensor of shape {self.shape} has no elements: the file is made to mislead.")
+                raise RefusedError(f"a tensor of shape {self.shape} has no elements: the file is malicious.")
             return
         held = self.storage.count * self.storage.dtype.itemsize // self.dtype.itemsize
         last = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
-        # More elements than the storage holds would be one number repeated to any size.
+        # More elements than the storage holds could repeat one number to any size.
         if last >= held or count > held:
             raise RefusedError(
-                f"a tensor of shape {self.shape} and strides {self.stride} from element {self.offset} does not lie in its "
-                f"storage of {held:,} elements: the file is damaged or made to mislead."
+                f"a tensor of shape {self.shape} and strides {self.stride} from element {self.offset} exceeds its storage "
+                f"of {held:,} elements: the file is damaged or malicious."
             )
 
     def tensor(self) -> Tensor:
-        """The tensor, in memory of its own.
+        """The tensor, in its own memory.
 
         Raises:
             RefusedError: as `check` does, or if the storage is not in the file.
@@ -178,10 +178,10 @@ class Array:
     def build(self, state: object) -> None:
         """Take the state that follows in the pickle."""
         if self.dtype is not None:
-            # A dtype's: only the byte order matters, and only that of this machine is read.
+            # Of a dtype's state only the byte order matters, and it must be this machine's.
             order = cast("tuple[object, ...]", state)[1:2] if isinstance(state, tuple) else ()
             if order not in (("<",), ("|",), ("=",)):
-                raise RefusedError("a numpy array has another byte order than this machine.")
+                raise RefusedError("a numpy array has a different byte order from this machine's.")
             return
         match state:
             case (int(), tuple(shape), Array(dtype=torch.dtype() as dtype), bool(fortran), bytes(data)):
@@ -201,10 +201,10 @@ def attributes_of(state: dict[object, object]) -> dict[str, object]:
     """The state of an object, if it is a dict of attributes.
 
     Raises:
-        RefusedError: if a key is no text.
+        RefusedError: if a key is not text.
     """
     if not all(isinstance(key, str) for key in state):
-        raise RefusedError("an object's state has keys that are no names.")
+        raise RefusedError("an object's state has keys that are not names.")
     return {str(key): value for key, value in state.items()}
 
 
@@ -212,18 +212,18 @@ def whole_sizes(values: object) -> tuple[int, ...]:
     """A shape or stride as a tuple of whole numbers.
 
     Raises:
-        RefusedError: if it is none.
+        RefusedError: if it is not one.
     """
     found: list[int] = []
     for value in cast("tuple[object, ...]", values):
         if type(value) is not int or not 0 <= value < LARGE or len(found) >= MAX_AXES:
-            raise RefusedError(f"a shape or stride is not a row of up to {MAX_AXES} whole numbers.")
+            raise RefusedError(f"a shape or stride is not a tuple of up to {MAX_AXES} whole numbers.")
         found.append(value)
     return tuple(found)
 
 
 def plain_text(value: object, limit: int = 80) -> str:
-    """Text from a file as it may be shown: on one line, without control characters, not longer than `limit`."""
+    """Text from a file in a form safe to show: on one line, without control characters, not longer than `limit`."""
     if not isinstance(value, str | int | float | bool | None):
         return f"a {type(value).__name__}"
     if isinstance(value, int) and value.bit_length() > 128:

@@ -1,7 +1,7 @@
-"""A model card: what an exported model is, how it was trained, what was measured, and how to draw from it.
+"""A model card: an exported model, its training, its measured results, and how to draw from it.
 
-A card is made to be published, and names come from folders and files: every text on it is shown as it is, whatever it would
-mean in Markdown or HTML, and data on this machine are told by their name, without the folders that they lie in.
+A card is meant to be published, and its names come from folders and files: so it escapes every text, whatever that would
+mean in Markdown or HTML, and names data on this machine without their folders.
 """
 
 import re
@@ -16,27 +16,27 @@ from stablefield.training._recipe import Recipe
 
 __all__ = ["ModelCard", "literal", "public_name", "results_of_run"]
 
-# What Markdown, its tables, HTML, formulas between dollars, mentions and links without brackets begin or end with.
+# Characters that begin or end markup: Markdown, its tables, HTML, formulas between dollars, mentions and bare links.
 _MARKS = re.compile(r"[\\`*_{}\[\]<>#+!|~&@$^:]|(?<=www)\.", re.IGNORECASE)
 _LONGEST = 300
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """What a card says.
+    """The content of a card.
 
     Attributes:
         name: of the model.
-        data: what it was trained on; for an imported one, where it comes from.
+        data: the training data; for an imported model, its source.
         shape: of one image, (C, H, W).
-        classes: how many it is told; 0 for none.
-        class_names: what they are called, by number; None where that is not known.
-        parameters: how many the network has.
-        recipe: how it was trained.
-        step: steps done; 0 for an imported one, of whose training nothing is known.
+        classes: the number of classes; 0 for none.
+        class_names: their names, by number; None if unknown.
+        parameters: the network's number of parameters.
+        recipe: the training's recipe.
+        step: steps done; 0 for an imported model, whose training is unknown.
         ema: which average of the weights this is.
         version: of the library.
-        results: what was measured.
+        results: the measured results.
         grid: file of sample images beside the card, or none.
         pipeline: whether diffusers loads the folder; else it holds plain safetensors.
     """
@@ -77,11 +77,11 @@ class ModelCard:
             "",
         ]
         size = " x ".join(map(str, self.shape))
-        told = f", told one of {self.classes} classes" if self.classes else ""
+        conditions = f", conditioned on one of {self.classes} classes" if self.classes else ""
         data = literal(public_name(self.data) or "private data")
         origin = f"trained on {data}" if self.step else data
         lines.append(
-            f"A diffusion model of images of {size} (channels, height, width){told}; {self.parameters:,} parameters; "
+            f"A diffusion model of images of {size} (channels, height, width){conditions}; {self.parameters:,} parameters; "
             f"{origin} with stablefield {literal(self.version)}."
         )
         if self.grid:
@@ -89,12 +89,12 @@ class ModelCard:
         return "\n".join(lines)
 
     def _classes(self) -> str:
-        """The classes by number: what a user passes, and what it stands for."""
+        """The classes by number: what a user passes, and its meaning."""
         if not self.classes:
             return ""
-        head = f"## Classes\n\nThe network is told a class by its number, 0 to {self.classes - 1}, or -1 for none."
+        head = f"## Classes\n\nPass a class by its number, 0 to {self.classes - 1}, or -1 for none."
         if self.class_names is None:
-            return f"{head} What the classes are called is not known."
+            return f"{head} The names of the classes are unknown."
         rows = [(str(number), name) for number, name in enumerate(self.class_names)]
         return f"{head}\n\n{_table(('number', 'name'), rows)}"
 
@@ -121,7 +121,7 @@ class ModelCard:
 
     def _metrics(self) -> str:
         if not self.results:
-            return "## Metrics\n\nNone were measured: `stablefield evaluate` was not run before the export."
+            return "## Metrics\n\nNone: `stablefield evaluate` was not run before the export."
         head = ("metric", "minimum", "mean", "spread", "repeats", "samples", "against", "extractor", "sampler", "NFE")
         rows: list[tuple[str, ...]] = []
         for result in self.results:
@@ -142,37 +142,37 @@ class ModelCard:
             )
         labels = ", class_labels=[0] * 16" if self.classes else ""
         return (
-            "## Use\n\nThe folder carries `pipeline.py` and `unet/network.py`, which diffusers runs: read them, then\n\n"
+            "## Use\n\nThe folder holds `pipeline.py` and `unet/network.py`, which diffusers runs: read them, then\n\n"
             "```python\nfrom diffusers import DiffusionPipeline\n\n"
             'pipe = DiffusionPipeline.from_pretrained("PATH OR NAME", trust_remote_code=True)\n'
             f"images = pipe(batch_size=16, num_inference_steps=18{labels}).images\n```\n\n"
             '18 steps of Heun\'s method are 35 network evaluations. `solver="scheduler"` takes the steps of '
-            "`pipe.scheduler` instead, diffusers' `EDMEulerScheduler` or another EDM scheduler in its place."
+            "`pipe.scheduler` instead: diffusers' `EDMEulerScheduler`, or another EDM scheduler that you set."
         )
 
 
 def literal(text: str) -> str:
-    """A text as Markdown that shows it as it is, on one line and without control characters."""
+    """A text escaped for Markdown, on one line and without control characters."""
     return _MARKS.sub(r"\\\g<0>", plain_text(" ".join(text.split()), _LONGEST))
 
 
 def public_name(name: str) -> str:
-    """What data or a model are called, without where they lie: the last part of a path; hf:OWNER/NAME as it is.
+    """The name of data or a model without its location: the last part of a path; hf:OWNER/NAME unchanged.
 
-    A path may name its owner, and the folder of a user does so by itself: then there is no name, "".
+    A user's folder names its owner, so its public name is "".
     """
     if name.startswith("hf:") or not re.search(r"[/\\]|^(~|\.{1,2}|[A-Za-z]:)$", name):
         return name
     parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..", "~")]
     above = parts[-2].lower() if len(parts) > 1 else ""
-    # Straight below the folder of all users, or a drive: the name is that of a user, or none.
+    # Directly below the folder of all users, or a drive: the name is a user's, or there is none.
     if not parts or above in ("home", "users") or re.fullmatch("~.*|[A-Za-z]:", parts[-1]):
         return ""
     return parts[-1]
 
 
 def results_of_run(path: Path) -> list[Score]:
-    """The results that `stablefield evaluate` left in a run's folder, in the order of their files' names.
+    """The results that `stablefield evaluate` wrote to a run's folder, ordered by file name.
 
     Raises:
         ValueError: naming a file that holds no results.

@@ -1,17 +1,17 @@
 r"""The few names that a foreign pickle may refer to, and what each becomes.
 
-A pickle is a program that calls functions by name. Here a name is never looked up: it is a key of the table below, and
-stands for a function of ours that makes plain data of plain arguments. A name that is not in the table is refused, with
-the name in the message.
+A pickle is a program that calls functions by name. Here a name is never looked up: it is a key of the table below, which
+maps it to our own function that makes plain data from plain arguments. Any other name is refused, with the name in the
+message.
 
 | name in the pickle | what it becomes |
 |---|---|
 | `collections.OrderedDict`, a dict class called `EasyDict` | a dict |
 | `builtins.set`, `builtins.frozenset` | a set |
-| `*.persistence._reconstruct_persistent_obj` | a `Node`: class name and attributes; the source text with it is not kept |
+| `*.persistence._reconstruct_persistent_obj` | a `Node`: class name and attributes; its source text is dropped |
 | `torch.nn.modules.container.*` | a `Node` |
 | `torch._utils._rebuild_tensor_v2`, `_rebuild_parameter` | a `TensorView` |
-| `torch.FloatStorage` and its kin, `torch.storage._load_from_bytes` | a `Storage` |
+| `torch.FloatStorage` and the like, `torch.storage._load_from_bytes` | a `Storage` |
 | `torch.Size`, `torch.device`, torch's dtypes | a tuple, a text, a `Name` |
 | numpy's `dtype`, `scalar`, `_reconstruct` | an `Array`, a number, an `Array` |
 """
@@ -76,13 +76,13 @@ _CODES: Mapping[str, torch.dtype] = {
 
 
 def find_name(module: str, name: str) -> Name:
-    """What `module`.`name` stands for.
+    """The meaning of `module`.`name`.
 
     Raises:
         RefusedError: with the name, if it is not in the table.
     """
     if len(module) + len(name) > _MAX_NAME:
-        # One long text in a file can be the module of a million names, each with a copy of it.
+        # A million names could share one long text as their module, each with a copy of it.
         raise RefusedError(f"it refers to {plain_text(module)}, a name of {len(module) + len(name):,} characters.")
     text = f"{module}.{name}"
     if text in _TABLE:
@@ -93,16 +93,16 @@ def find_name(module: str, name: str) -> Name:
         return Name(text, call=_node)
     raise RefusedError(
         f"it refers to {plain_text(text)}, which is neither a tensor nor a plain value; "
-        "nothing of the file was executed. Import only weights: save the network's state dict as safetensors."
+        "nothing in the file was executed. Import only weights: save the network's state dict as safetensors."
     )
 
 
-# What the names become. Every function checks its arguments: they come from the file.
+# The functions behind the names. Each checks its arguments, because they come from the file.
 
 
 def _empty_dict(args: tuple[object, ...]) -> object:
     if args:
-        raise RefusedError("a dict is made with arguments, which no library does: the file is made to mislead.")
+        raise RefusedError("a dict is made with arguments, which no library does: the file is malicious.")
     return {}
 
 
@@ -117,7 +117,7 @@ def _set(args: tuple[object, ...]) -> object:
 
 
 def _is_text(value: object) -> bool:
-    # Names of buffers are what modules keep in sets. Numbers of one hash would take quadratic time, see `pickles`.
+    # Modules keep names of buffers in sets. Numbers with equal hashes would take quadratic time, see `_pickles`.
     return isinstance(value, str)
 
 
@@ -128,7 +128,7 @@ def _node(args: tuple[object, ...]) -> object:
         case ({"class_name": str() as name, "state": None},):
             return Node(name)
         case _:
-            raise RefusedError("an object of a class that travels with its source has no class name or no state.")
+            raise RefusedError("an object of a class saved with its source has no class name or no state.")
 
 
 def _container(name: str) -> Callable[[], object]:

@@ -1,13 +1,12 @@
-r"""Pickles as data: an interpreter of the pickle language that can call nothing.
+r"""Pickles as data: an interpreter of the pickle language that cannot call anything from the file.
 
-Python's `pickle` looks names up and calls what it finds; this one reads the same opcodes, pushes and pops the same
-values, and where the pickle names a class or function takes the meaning from `stablefield.interop._names`, or refuses. No
-module is imported, no attribute is looked up and no code of the file is compiled, whatever the file holds.
+Python's `pickle` looks names up and calls what it finds. This interpreter reads the same opcodes and pushes and pops the
+same values, but where the pickle names a class or function, it takes the meaning from `stablefield.interop._names`, or
+refuses. It imports no module, looks up no attribute and compiles no code of the file.
 
-What can go wrong otherwise is size. Each opcode makes at most one small value, and their number is limited; a value that
-holds itself a thousand times over stays as small as it is, because nothing here walks through values: dict keys are
-numbers and texts only (Python hashes a nested tuple by walking through it), and a message never prints a value from the
-file but for short texts.
+The other risk is size. Each opcode makes at most one small value, and their number is limited. A value that contains itself
+a thousand times stays small, because nothing here traverses values: dict keys are only numbers and texts (Python hashes a
+nested tuple by traversing it), and messages show only short texts from the file.
 
 References:
     The pickle language as documented in the standard library's `pickletools`.
@@ -27,7 +26,7 @@ __all__ = ["MAX_OPCODES", "ByteStream", "interpret"]
 MAX_OPCODES = 1_000_000
 """Opcodes per file; a published network has about a hundred thousand. An opcode makes 220 bytes at most (an empty set)."""
 
-# Larger ones than any library writes: torch's own magic number has 77 bits.
+# More bits than any library writes: torch's own magic number has 77.
 _MAX_BITS = 128
 # Entries copied from one container to another.
 _MAX_WORK = MAX_OPCODES
@@ -35,7 +34,7 @@ _MAX_NUMBER_KEYS = 10_000
 
 
 class ByteStream(Protocol):
-    """What pickles are read from: bytes in memory, or a file mapped into it, where reading never reads more than is left."""
+    """The source of a pickle: bytes in memory or a mapped file, so that a read returns at most the bytes that are left."""
 
     def read(self, n: int, /) -> bytes:
         """Up to `n` bytes."""
@@ -46,7 +45,7 @@ class ByteStream(Protocol):
         ...
 
     def tell(self) -> int:
-        """The place of the next byte."""
+        """The position of the next byte."""
         ...
 
 
@@ -84,7 +83,7 @@ class _Machine:
             self.memo[place] = self._top()
         elif opcode in _FETCH:
             if _index(argument) not in self.memo:
-                raise RefusedError("the pickle asks for a value that it never stored: it is damaged.")
+                raise RefusedError("the pickle fetches a value that it never stored: it is damaged.")
             self.stack.append(self.memo[_index(argument)])
         elif opcode in _METHODS:
             _METHODS[opcode](self, argument)
@@ -92,7 +91,7 @@ class _Machine:
             raise RefusedError(f"the pickle uses the opcode {opcode}, which no file of weights needs.")
 
     def result(self) -> object:
-        """What is left at the end."""
+        """The value left at the end."""
         if len(self.stack) != 1 or self.marked:
             raise RefusedError("the pickle does not end with one value: it is damaged.")
         return self.stack[0]
@@ -116,13 +115,13 @@ class _Machine:
         return [self._pop() for _ in range(count)][::-1]
 
     def mark(self, _: object) -> None:
-        """Begin a row of values."""
+        """Begin a sequence of values."""
         self.marked.append(self.stack)
         self.stack = []
 
     def _pop_marked(self) -> list[object]:
         if not self.marked:
-            raise RefusedError("the pickle ends a row that it never began: it is damaged.")
+            raise RefusedError("the pickle ends a sequence that it never began: it is damaged.")
         values, self.stack = self.stack, self.marked.pop()
         return values
 
@@ -134,40 +133,40 @@ class _Machine:
             self._pop_marked()
 
     def pop_mark(self, _: object) -> None:
-        """Drop a row."""
+        """Drop a sequence."""
         self._pop_marked()
 
     def tuple_of_marked(self, _: object) -> None:
-        """A row as a tuple."""
+        """Make a tuple of a sequence."""
         values = self._pop_marked()
         self.stack.append(tuple(values))
 
     def list_of_marked(self, _: object) -> None:
-        """A row as a list."""
+        """Make a list of a sequence."""
         values = self._pop_marked()
         self.stack.append(values)
 
     def dict_of_marked(self, _: object) -> None:
-        """A row of keys and values as a dict."""
+        """Make a dict of a sequence of keys and values."""
         values = self._pop_marked()
         target: dict[object, object] = {}
         self._set_items(target, values)
         self.stack.append(target)
 
     def frozenset_of_marked(self, _: object) -> None:
-        """A row as a set."""
+        """Make a set of a sequence."""
         values = self._pop_marked()
         target: set[object] = set()
         self._add_items(target, values)
         self.stack.append(target)
 
     def append(self, _: object) -> None:
-        """Put one value at the end of a list."""
+        """Append one value to a list."""
         (value,) = self._pop_last(1)
         _extend(self._top(), [value])
 
     def appends(self, _: object) -> None:
-        """Put a row at the end of a list."""
+        """Append a sequence to a list."""
         values = self._pop_marked()
         _extend(self._top(), values)
 
@@ -177,12 +176,12 @@ class _Machine:
         self._set_items(self._top(), pair)
 
     def set_items(self, _: object) -> None:
-        """Put a row of keys and values into a dict."""
+        """Put a sequence of keys and values into a dict."""
         values = self._pop_marked()
         self._set_items(self._top(), values)
 
     def add_items(self, _: object) -> None:
-        """Put a row into a set."""
+        """Put a sequence into a set."""
         values = self._pop_marked()
         self._add_items(self._top(), values)
 
@@ -203,20 +202,22 @@ class _Machine:
 
     def _check_key(self, key: object) -> None:
         if key is not None and not isinstance(key, str | int | float | bytes):
-            raise RefusedError(f"the pickle has {_called(key)} for a key or in a set; only numbers and texts are read.")
-        # Numbers of one hash are easily found, and a dict of them takes time that is quadratic in their number.
+            raise RefusedError(
+                f"the pickle has {_called(key)} for a key or in a set; only numbers and texts are supported."
+            )
+        # Numbers with equal hashes are easy to find, and a dict of them takes quadratic time.
         if isinstance(key, int | float):
             self.number_keys += 1
             if self.number_keys > _MAX_NUMBER_KEYS:
                 raise RefusedError(f"the pickle has more than {_MAX_NUMBER_KEYS:,} numbers for keys.")
 
     def name(self, argument: object) -> None:
-        """A name, module and attribute with a blank between."""
+        """A name: module and attribute, separated by a blank."""
         module, _, attribute = str(argument).partition(" ")
         self.stack.append(self._found(module, attribute))
 
     def name_on_stack(self, _: object) -> None:
-        """A name, module and attribute from the stack."""
+        """A name: module and attribute from the stack."""
         module, attribute = self._pop_last(2)
         if not isinstance(module, str) or not isinstance(attribute, str):
             raise RefusedError("the pickle names a class by something other than text.")
@@ -235,18 +236,18 @@ class _Machine:
                 raise RefusedError("a storage is made of something other than bytes.")
 
     def reduce(self, _: object) -> None:
-        """Call a name of the table."""
+        """Call a name from the table."""
         callee, args = self._pop_last(2)
         if not isinstance(callee, Name) or callee.call is None:
             raise RefusedError(f"the pickle calls {_called(callee)}, which cannot be called here.")
         if not isinstance(args, tuple):
-            raise RefusedError(f"the pickle calls {_called(callee)} with something other than a row of arguments.")
+            raise RefusedError(f"the pickle calls {_called(callee)} with something other than a tuple of arguments.")
         arguments = cast("tuple[object, ...]", args)
         self._charge(*arguments)
         self.stack.append(callee.call(arguments))
 
     def _charge(self, *values: object) -> None:
-        # What one opcode copies is not bounded by its own length: a stored list can be handed over again and again.
+        # An opcode may copy more than its own length: it can pass the same stored list again and again.
         for value in values:
             match value:
                 case {"state": dict() as state}:
@@ -256,13 +257,13 @@ class _Machine:
                 case _:
                     pass
         if self.work > _MAX_WORK:
-            raise RefusedError("the pickle copies the same values over and over: it is made to waste time.")
+            raise RefusedError("the pickle copies the same values over and over: it is malicious.")
 
     def new_object(self, _: object) -> None:
-        """An instance of a class of the table."""
+        """Make an instance of a class from the table."""
         kind, args = self._pop_last(2)
         if not isinstance(kind, Name) or kind.make is None or args != ():
-            raise RefusedError(f"the pickle makes an object of {_called(kind)}, which has none here.")
+            raise RefusedError(f"the pickle makes an object of {_called(kind)}, which is not supported.")
         self.stack.append(kind.make())
 
     def build(self, _: object) -> None:
@@ -279,14 +280,14 @@ class _Machine:
                 pass  # attributes beside the items, such as the version notes of a state dict
             case _:
                 raise RefusedError(
-                    f"the pickle sets the state of {_called(target)}, which takes none: it is made to mislead."
+                    f"the pickle sets the state of {_called(target)}, which takes none: it is malicious."
                 )
 
     def persistent_id(self, _: object) -> None:
-        """A storage that lies outside of the pickle."""
+        """A storage outside the pickle."""
         (reference,) = self._pop_last(1)
         if self.persistent is None:
-            raise RefusedError("the pickle refers to data outside of it, and there are none.")
+            raise RefusedError("the pickle refers to data outside itself, but there are none.")
         self.stack.append(self.persistent(reference))
 
 
@@ -334,12 +335,12 @@ def interpret(
     persistent: Callable[[object], object] | None = None,
     max_opcodes: int = MAX_OPCODES,
 ) -> object:
-    """Read one pickle from `stream`, which is left after its end.
+    """Read one pickle from `stream`, and leave the stream after its end.
 
     Args:
-        stream: where the pickle is.
-        reopen: makes a storage of the bytes that `torch.storage._load_from_bytes` gets; without it the name is refused.
-        persistent: makes a storage of a persistent id; without it such ids are refused.
+        stream: the pickle's bytes.
+        reopen: makes a storage of the bytes that `torch.storage._load_from_bytes` gets; without it, the name is refused.
+        persistent: makes a storage of a persistent id; without it, such ids are refused.
         max_opcodes: how many opcodes it may have.
 
     Returns:
@@ -357,14 +358,14 @@ def interpret(
 
 
 def _opcodes(stream: ByteStream) -> Iterator[tuple[str, object]]:
-    # genops decodes opcodes and their arguments, and does nothing with them.
+    # genops decodes opcodes and their arguments, and executes nothing.
     try:
         for opcode, argument, _ in pickletools.genops(cast("bytes", stream)):
             yield opcode.name, argument
     except RefusedError:
         raise
     except (ValueError, OverflowError, struct.error, IndexError) as error:
-        raise RefusedError(f"it is no whole pickle ({plain_text(str(error))}).") from error
+        raise RefusedError(f"it is not a complete pickle ({plain_text(str(error))}).") from error
 
 
 def _called(value: object) -> str:
@@ -379,7 +380,7 @@ def _called(value: object) -> str:
 
 def _index(argument: object) -> int:
     if not isinstance(argument, int) or not 0 <= argument <= MAX_OPCODES:
-        raise RefusedError("the pickle's memo has a place that no writer uses.")
+        raise RefusedError("the pickle's memo has an index that no writer uses.")
     return argument
 
 

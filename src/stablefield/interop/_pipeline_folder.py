@@ -1,11 +1,11 @@
-"""A denoiser as a pipeline folder of diffusers, which loads and samples where this library is not installed.
+"""A denoiser as a diffusers pipeline folder, which loads and samples without stablefield.
 
     model_index.json  pipeline.py
     unet/       config.json  diffusion_pytorch_model.safetensors  network.py
     scheduler/  scheduler_config.json
 
 `pipeline.py` and `network.py` are code, so diffusers loads the folder only with `trust_remote_code=True`. The scheduler is
-diffusers' own `EDMEulerScheduler`, and its relatives can take its place.
+diffusers' own `EDMEulerScheduler`; its other EDM schedulers work too.
 """
 
 import json
@@ -60,12 +60,12 @@ def write_pipeline(
         sigma_min: last noise level of the scheduler's grid before 0.
         sigma_max: its first noise level.
         rho: of its grid, as in `edm_sigmas`.
-        class_names: what the classes are called, for the pipeline's `id2label`; None if that is not known.
+        class_names: class names, for the pipeline's `id2label`; None if unknown.
 
     Raises:
         ImportError: if diffusers is not installed.
-        ValueError: if the folder is not empty or cannot be written, or the network or its preconditioning is of
-            another kind.
+        ValueError: if the folder is not empty or cannot be written, or the kind of network or preconditioning is not
+            supported.
     """
     try:
         import diffusers
@@ -81,10 +81,10 @@ def write_pipeline(
     sigma_data = arguments["sigma_data"] if name == "edm" else 0.5
     code = None
     if isinstance(denoiser.network, DiffusersUNet):
-        unet, home = _plain_unet(denoiser.network, name), "diffusers"
+        unet, library = _plain_unet(denoiser.network, name), "diffusers"
     else:
         kind, options = network_options(denoiser.network)
-        unet, home = (
+        unet, library = (
             StablefieldUNet(
                 kind=kind,
                 options=options,
@@ -104,7 +104,7 @@ def write_pipeline(
         "_class_name": ["pipeline", "StablefieldPipeline"],
         "_diffusers_version": diffusers.__version__,
         "scheduler": ["diffusers", "EDMEulerScheduler"],
-        "unet": [home, type(unet).__name__],
+        "unet": [library, type(unet).__name__],
     }
     if class_names is not None:
         index["id2label"] = {str(number): name for number, name in enumerate(class_names)}
@@ -125,25 +125,25 @@ def write_pipeline(
 
 
 def _forget_origin(path: Path) -> None:
-    """Take out of a model's configuration where it was loaded from, which may be a folder of this machine."""
+    """Remove the path from which a model was loaded from its configuration: it may be a folder on this machine."""
     record = json.loads(path.read_text("utf-8"))
     record.pop("_name_or_path", None)
     path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def _plain_unet(network: DiffusersUNet, preconditioning: str) -> "UNet2DModel":
-    """The model itself, where the pipeline's calls of it are ours."""
+    """The model itself, if our pipeline calls it in the same way as training did."""
     unet: Any = network.unet
     if preconditioning != "edm" or unet.config.time_embedding_type != "positional":
         raise ValueError(
             f"a UNet2DModel with a {unet.config.time_embedding_type} time embedding in the preconditioning "
-            f"{preconditioning} cannot be exported: EDM's scheduler gives ln(sigma) / 4, for a positional embedding."
+            f"{preconditioning} cannot be exported: EDM's scheduler needs preconditioning edm and a positional embedding."
         )
     return unet
 
 
 def network_options(network: nn.Module) -> tuple[str, dict[str, Any]]:
-    """The kind of a network, "unet" or "perceptron", and the arguments that make it again, as JSON values.
+    """The kind of a network, "unet" or "perceptron", and the arguments that rebuild it, as JSON values.
 
     Raises:
         ValueError: if it is of another kind.
@@ -160,9 +160,7 @@ def network_options(network: nn.Module) -> tuple[str, dict[str, Any]]:
                 "classes": network.classes,
             }
         case _:
-            raise ValueError(
-                f"the network is a {type(network).__name__}, and an export carries the code of a SongUNet or an MLP."
-            )
+            raise ValueError(f"the network is a {type(network).__name__}: an export supports a SongUNet or an MLP.")
 
 
 def preconditioning_options(denoiser: Denoiser) -> tuple[str, dict[str, float]]:
@@ -179,4 +177,4 @@ def preconditioning_options(denoiser: Denoiser) -> tuple[str, dict[str, float]]:
         case VEPreconditioning():
             return "ve", {}
         case other:
-            raise ValueError(f"the preconditioning is {other}: an export knows EDM's, VP's and VE's.")
+            raise ValueError(f"the preconditioning is {other}: an export supports EDM's, VP's and VE's.")

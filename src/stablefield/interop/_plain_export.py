@@ -22,11 +22,11 @@ def write_plain(
         path: a new or empty folder.
         denoiser: of a `SongUNet` or an `MLP`.
         shape: of one image, (C, H, W).
-        class_names: what the classes are called; None if that is not known.
+        class_names: class names; None if unknown.
 
     Raises:
-        ValueError: if the folder is not empty or cannot be written, or the network or its preconditioning is of
-            another kind.
+        ValueError: if the folder is not empty or cannot be written, or the kind of network or preconditioning is not
+            supported.
     """
     from safetensors.torch import save_file
 

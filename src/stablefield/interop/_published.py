@@ -1,8 +1,8 @@
-r"""Published networks: from a file of the EDM family, or a plain state dict, to a denoiser of ours.
+r"""Published networks: read a file of the EDM family, or a plain state dict, into a `Denoiser`.
 
-A file of the EDM family is a pickled dict whose `ema` is an object of a preconditioning class that travels with its
-source text: `EDMPrecond`, `VPPrecond` or `VEPrecond`, with the U-Net as its submodule `model`. Only the class's name, its
-plain attributes and the tensors are taken; the source text is not read.
+A file of the EDM family is a pickled dict whose `ema` is an object of a preconditioning class that is saved with its source
+text: `EDMPrecond`, `VPPrecond` or `VEPrecond`, with the U-Net as its submodule `model`. This module uses only the class's
+name, its plain attributes and the tensors, never the source text.
 
 References:
     Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022,
@@ -26,28 +26,28 @@ from stablefield.interop._weight_files import MAX_TENSORS, read_weight_file
 __all__ = ["Preconditionings", "PublishedNetwork", "Scaling", "read_published"]
 
 Scaling = Literal["edm", "vp", "ve"]
-"""Which preconditioning; for files that do not say."""
+"""The kind of preconditioning, for files that do not state it."""
 
 Preconditionings = EDMPreconditioning | VPPreconditioning | VEPreconditioning
 
 _CLASSES: Mapping[str, Scaling] = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve"}
-# What a wrapper may have put before the names of the network's own state, outermost first.
+# Prefixes that a wrapper may have added to the names of the network's own state, outermost first.
 _PREFIXES = ("module.", "denoiser.", "network.", "model.")
 _MAX_DEPTH = 16
-# Modules, parameters and buffers of a network together, those that are None among them.
+# Modules, parameters and buffers of a network together, including those that are None.
 _MAX_ENTRIES = 50_000
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedNetwork:
-    """What a file was found to hold.
+    """The network in a file.
 
     Attributes:
         architecture: of the network.
         preconditioning: the scalings around it.
         state: the network's tensors, float32, under the names of `SongUNet`.
-        origin: where in the file they were, and how the preconditioning is known.
+        origin: their location in the file, and the source of the preconditioning.
     """
 
     architecture: Architecture
@@ -63,17 +63,17 @@ class PublishedNetwork:
 
 
 def read_published(path: Path, scaling: Scaling | None = None) -> PublishedNetwork:
-    """Read a DDPM++ or NCSN++ network from a file, executing nothing of it.
+    """Read a DDPM++ or NCSN++ network from a file, without executing anything in it.
 
     Args:
         path: a pickle of the EDM family, a `torch.save` file with such an object or a state dict, or a safetensors file.
-        scaling: the preconditioning that the network was trained in; the file's own if not given.
+        scaling: the preconditioning that the network was trained with; the file's own if not given.
 
     Returns:
-        The network, with its averaged weights where the file has them.
+        The network, with its averaged weights if the file has them.
 
     Raises:
-        RefusedError: naming what is in the file that is not read, or what does not fit.
+        RefusedError: naming the content that is not supported or does not fit.
         ValueError: if there is no such file, or the preconditioning is neither in the file nor given, or they differ.
     """
     value, name = read_weight_file(path), plain_text(path.name)
@@ -85,7 +85,7 @@ def read_published(path: Path, scaling: Scaling | None = None) -> PublishedNetwo
         known = _CLASSES.get(found.class_name)
         if found.class_name and known is None:
             raise RefusedError(
-                f"its network is in a {plain_text(found.class_name)}, and only {', '.join(_CLASSES)} are known."
+                f"its network is in a {plain_text(found.class_name)}, but only {', '.join(_CLASSES)} are supported."
             )
         tensors = {key: _float32(key, tensor) for key, tensor in state.items()}
         preconditioning = _preconditioning(known or scaling or "edm", found.attributes)
@@ -93,7 +93,7 @@ def read_published(path: Path, scaling: Scaling | None = None) -> PublishedNetwo
         raise RefusedError(f"{name} is refused: {error}") from error
     if known is None and scaling is None:
         raise ValueError(
-            f"{name} holds weights only and does not say for which preconditioning: pass preconditioning=edm, vp or ve."
+            f"{name} holds only weights and does not state their preconditioning: pass preconditioning=edm, vp or ve."
         )
     if known is not None and scaling not in (None, known):
         raise ValueError(
@@ -116,7 +116,7 @@ class _Found:
 
 
 def _network(value: object) -> tuple[_Found, str]:
-    """The network in what a file holds, and where it was."""
+    """The network in a file's content, and its location there."""
     if isinstance(value, Node):
         return _of_node(value), "the pickled network"
     if isinstance(value, dict):
@@ -139,10 +139,10 @@ def _of_node(node: Node) -> _Found:
 
 
 def _collect(node: Node, prefix: str, into: dict[str, Tensor | TensorView], left: list[int], depth: int) -> None:
-    # The same submodule may sit in many places, and itself in itself: count and depth are bounded.
+    # A submodule may occur many times, even within itself, so count and depth are bounded.
     left[0] -= 1 + sum(len(_entries(node, kind)) for kind in ("_parameters", "_buffers", "_modules"))
     if left[0] < 0 or depth > _MAX_DEPTH:
-        raise RefusedError("its modules are nested without end: it is made to mislead.")
+        raise RefusedError("its modules are nested without end: it is malicious.")
     transient = node.attributes.get("_non_persistent_buffers_set")
     for kind in ("_parameters", "_buffers"):
         for name, value in _named(node, kind):
@@ -153,18 +153,18 @@ def _collect(node: Node, prefix: str, into: dict[str, Tensor | TensorView], left
             if isinstance(value, TensorView):
                 into[prefix + name] = value
             elif value is not None:
-                raise RefusedError(f"{plain_text(prefix + name)} is no tensor.")
+                raise RefusedError(f"{plain_text(prefix + name)} is not a tensor.")
     for name, value in _named(node, "_modules"):
         if isinstance(value, Node):
             _collect(value, f"{prefix}{name}.", into, left, depth + 1)
         elif value is not None:
-            raise RefusedError(f"{plain_text(prefix + name)} is no module.")
+            raise RefusedError(f"{plain_text(prefix + name)} is not a module.")
 
 
 def _entries(node: Node, kind: str) -> dict[object, object]:
     entries = node.attributes.get(kind, {})
     if not isinstance(entries, dict):
-        raise RefusedError(f"the {kind} of its {plain_text(node.class_name)} are no dict.")
+        raise RefusedError(f"the {kind} of its {plain_text(node.class_name)} are not a dict.")
     return cast("dict[object, object]", entries)
 
 
@@ -172,7 +172,7 @@ def _named(node: Node, kind: str) -> list[tuple[str, object]]:
     found: list[tuple[str, object]] = []
     for name, value in _entries(node, kind).items():
         if not isinstance(name, str) or len(name) > 100:
-            raise RefusedError(f"the {kind} of its {plain_text(node.class_name)} have a key that is no name.")
+            raise RefusedError(f"the {kind} of its {plain_text(node.class_name)} have a key that is not a name.")
         found.append((name, value))
     return found
 
@@ -182,16 +182,16 @@ def _of_dict(entries: dict[object, object]) -> _Found:
     for name, value in entries.items():
         if not isinstance(name, str) or not isinstance(value, Tensor | TensorView):
             raise RefusedError(
-                f"it is a dict whose entry {plain_text(name)} is no tensor: neither a network nor a state dict."
+                f"it is a dict whose entry {plain_text(name)} is not a tensor: neither a network nor a state dict."
             )
         tensors[name] = value
     return _Found("", {}, tensors)
 
 
 def _check_sizes(tensors: Mapping[str, Tensor | TensorView], size: int) -> None:
-    """Make sure that the tensors together are no more than the file.
+    """Check that the tensors together are no larger than the file.
 
-    Every one may be a view of one and the same storage, and all axes of one without elements but one may have any length.
+    All of them may be views of one storage, and a tensor without elements may have other axes of any length.
     """
     if len(tensors) > MAX_TENSORS:
         raise RefusedError(f"it has {len(tensors):,} tensors; a network has no more than {MAX_TENSORS:,}.")
@@ -206,7 +206,7 @@ def _check_sizes(tensors: Mapping[str, Tensor | TensorView], size: int) -> None:
         total += math.prod(value.shape) * value.dtype.itemsize
     if total > size:
         raise RefusedError(
-            f"its tensors take {total:,} bytes, and the file has {size:,}: they are views of the same memory. "
+            f"its tensors take {total:,} bytes, but the file has {size:,}: they are views of the same memory. "
             "Save the state dict with a copy of each tensor."
         )
 
@@ -222,12 +222,12 @@ def _float32(name: str, value: Tensor | TensorView) -> Tensor:
     tensor = value.tensor() if isinstance(value, TensorView) else value
     if tensor.dtype not in _FLOATS:
         raise RefusedError(
-            f"{plain_text(name)} has dtype {tensor.dtype}, and weights are floating point of 16 to 64 bits."
+            f"{plain_text(name)} has dtype {tensor.dtype}, but weights are floating point of 16 to 64 bits."
         )
-    # Looked at in float32, where large numbers of float64 are infinite.
+    # Check in float32, where large numbers of float64 are infinite.
     tensor = tensor.float().contiguous()
     if not bool(tensor.isfinite().all()):
-        raise RefusedError(f"{plain_text(name)} holds NaN or infinite values, or such as float32 cannot hold.")
+        raise RefusedError(f"{plain_text(name)} holds NaN, infinite values, or values too large for float32.")
     return tensor
 
 
@@ -235,7 +235,7 @@ def _preconditioning(scaling: Scaling, attributes: Mapping[str, object]) -> Prec
     def number(name: str, default: float) -> float:
         value = attributes.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
-            raise RefusedError(f"its {name} is no number of a usual size.")
+            raise RefusedError(f"its {name} is not a number of a plausible size.")
         return float(value)
 
     try:

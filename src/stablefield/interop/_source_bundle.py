@@ -1,6 +1,6 @@
-"""Modules of ours as one file of source that stands alone: their texts in a row, without their imports of each other.
+"""Bundle modules into one self-contained source file: their texts one after another, without imports of each other.
 
-An export carries the code of its network with it, and what it carries is the very code that trained it.
+So an export holds the code of its network, and it is exactly the code that trained it.
 """
 
 import ast
@@ -25,11 +25,11 @@ def bundle(
     Args:
         modules: in an order in which each uses names only of those before it.
         docstring: of the result.
-        package: whose imports are left out, because what they import is in the text.
+        package: omit imports from this package, because the text holds what they import.
         licence: of the modules.
 
     Raises:
-        ValueError: if two of them define the same name, or one imports from the package what is not among them.
+        ValueError: if two of them define the same name, or one imports another module of the package.
     """
     names = [module.__name__ for module in modules]
     imports: dict[str, None] = {}

@@ -6,9 +6,9 @@ $$ g = \text{conv}_0(\text{silu}(\text{norm}_0(x))) + A e + b, \qquad
    h = \text{conv}_1(\text{dropout}(\text{silu}(\text{norm}_1(g)))), \qquad
    y = (h + s(x)) / \sqrt 2, $$
 
-and, where the block attends, $(y + \text{proj}(\text{attention}(\text{qkv}(\text{norm}_2(y))))) / \sqrt 2$ is returned in
-place of $y$. A block that changes the resolution does so right before $\text{conv}_0$ and in $s$. The factors keep the
-variance of a sum of two independent parts.
+A block with attention returns $(y + \text{proj}(\text{attention}(\text{qkv}(\text{norm}_2(y))))) / \sqrt 2$ instead of $y$.
+A block that changes the resolution does so directly before $\text{conv}_0$ and in $s$. The factors preserve the variance of
+a sum of two independent parts.
 
 References:
     Song et al., "Score-Based Generative Modeling through Stochastic Differential Equations", ICLR 2021, appendix H;
@@ -41,7 +41,7 @@ class UNetBlock(nn.Module):
         taps: of the resampling filter, if the block resamples.
         attention: whether self-attention follows.
         dropout: probability of dropping a value before the second convolution.
-        generator: where the weights are drawn from; torch's global generator if not given.
+        generator: draws the weights; torch's global generator if not given.
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class UNetBlock(nn.Module):
 def self_attention(qkv: Tensor) -> Tensor:
     r"""Attention of every pixel to every pixel, one head: $v \, \text{softmax}(q^\top k / \sqrt C)^\top$.
 
-    Computed in float32 (float64 for float64 input), also under autocast: logits in half precision lose the small
-    differences that the softmax magnifies.
+    Computed in float32 (float64 for float64 input), even under autocast: logits in half precision lose the small differences
+    that the softmax magnifies.
 
     Args:
         qkv: shape (N, 3C, H, W); channel 3c + j is channel c of the query, key, value for j = 0, 1, 2.
@@ -105,13 +105,13 @@ def self_attention(qkv: Tensor) -> Tensor:
     N, C3, H, W = qkv.shape
     with _no_autocast(qkv.device.type):
         wide = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
-        # (3, N, 1, HW, C), contiguous: the fused kernels want one head axis and the channels of a pixel side by side.
+        # (3, N, 1, HW, C), contiguous: the fused kernels need a head axis and adjacent channels of a pixel.
         parts = wide.reshape(N, C3 // 3, 3, H * W).permute(2, 0, 3, 1)[:, :, None].contiguous()
         mixed = nn.functional.scaled_dot_product_attention(parts[0], parts[1], parts[2])
     return mixed[:, 0].transpose(1, 2).reshape(N, C3 // 3, H, W).to(qkv.dtype)
 
 
 def _no_autocast(device_type: str) -> torch.autocast:
-    # The meta device has no autocast to switch off, and the context refuses its name. It is told apart by name: asking torch
-    # whether a device has autocast breaks the graph of a compiled network (torch 2.11).
+    # The meta device has no autocast to switch off, and the context rejects its name. Compare names: asking torch whether a
+    # device has autocast breaks the graph of a compiled network (torch 2.11).
     return torch.autocast("cpu" if device_type == "meta" else device_type, enabled=False)

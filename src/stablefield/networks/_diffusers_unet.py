@@ -1,6 +1,6 @@
-"""A `UNet2DModel` of diffusers as a network of ours: to be put into a `Denoiser`, trained and sampled from.
+"""Wrap diffusers' `UNet2DModel` as a network for a `Denoiser`, for training and sampling.
 
-The library is imported where a network is made, so this module can be imported without it.
+It imports diffusers only when you make a network, so you can import this module without it.
 """
 
 from typing import TYPE_CHECKING, Any, Self
@@ -15,18 +15,18 @@ __all__ = ["DiffusersUNet"]
 
 
 class DiffusersUNet(nn.Module):
-    """A `UNet2DModel`, called as networks are called here.
+    """A `UNet2DModel` with the call signature of stablefield's networks.
 
-    The noise label goes to the model's timestep: as it is for a positional embedding, as its exponential for a Fourier
-    one, which takes the logarithm itself. With classes, the last entry of the model's class embedding stands for no
-    class, so `num_class_embeds` is one more than there are classes.
+    The noise label becomes the model's timestep: unchanged for a positional embedding, as its exponential for a Fourier one,
+    which takes the logarithm itself. With classes, the last entry of the model's class embedding means no class, so
+    `num_class_embeds` is the number of classes plus one.
 
     Args:
         unet: the model; its output has as many channels as its input.
 
     Raises:
-        ValueError: if the model embeds timesteps by a table, embeds classes otherwise than by a table, or changes the
-            number of channels.
+        ValueError: if the model embeds timesteps with a table, embeds classes without one, or changes the number of
+            channels.
     """
 
     def __init__(self, unet: "UNet2DModel") -> None:
@@ -69,11 +69,11 @@ class DiffusersUNet(nn.Module):
             channels: of the images.
             widths: channels of each level, multiples of `groups`.
             blocks: residual blocks per level.
-            classes: how many classes there are; 0 for none.
-            attention: which levels attend; the lowest alone if not given.
+            classes: number of classes; 0 for none.
+            attention: which levels attend; only the lowest if not given.
             groups: of the normalisations.
             dropout: share of values dropped within a block in training.
-            generator: where the initial weights are drawn from; torch's global one if not given.
+            generator: draws the initial weights; torch's global one if not given.
 
         Raises:
             ImportError: if diffusers is not installed.
@@ -85,7 +85,7 @@ class DiffusersUNet(nn.Module):
         attends = attention or (*(False,) * (len(widths) - 1), True)
         down = tuple("AttnDownBlock2D" if attending else "DownBlock2D" for attending in attends)
         up = tuple("AttnUpBlock2D" if attending else "UpBlock2D" for attending in reversed(attends))
-        # The library draws weights from the global generator alone.
+        # diffusers draws weights only from the global generator.
         with torch.random.fork_rng(devices=[], enabled=generator is not None):
             if generator is not None:
                 torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))

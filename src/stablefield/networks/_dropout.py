@@ -1,9 +1,9 @@
-r"""Dropout, whose masks cost a CPU a quarter of the random numbers.
+r"""Dropout with a quarter of the random numbers on a CPU.
 
-torch draws one number of 53 bits for each value on a CPU, one after the other, which takes a tenth of a step of a U-Net.
+On a CPU, torch draws one number of 53 bits for each value, one after the other, which takes a tenth of a step of a U-Net.
 Here four values share one of 64 bits: each is dropped if its 16 bits, as a number, are below $p \cdot 2^{16}$. The
-probability is then a multiple of $2^{-16}$, and what is kept is scaled by that, so that the mean of the values is kept
-exactly. On other devices, and where a function is compiled, traced or transformed (`torch.func`), it is torch's own dropout.
+probability is then a multiple of $2^{-16}$, and the scale of the kept values matches it, so that their mean stays exact. On
+other devices, and in compiled, traced or transformed functions (`torch.func`), it is torch's own dropout.
 
 References:
     Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout: A Simple Way to Prevent Neural Networks from
@@ -21,12 +21,12 @@ _STEPS = 2**16
 
 
 def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
-    """Zero values of `x` with a probability in [0, 1), and scale the others so that the mean stays.
+    """Zero values of `x` with a probability in [0, 1), and scale the others to keep the mean.
 
     Args:
         x: floating point, any shape.
         probability: of dropping a value.
-        training: if false, `x` is returned as it is.
+        training: if false, return `x` unchanged.
     """
     if not training or probability == 0:
         return x
@@ -36,14 +36,14 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     kept = words.view(torch.int16)[: x.numel()].ge_(dropped - _STEPS // 2)
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        mask = kept.as_strided(x.shape, x.stride())  # in the order in which x lies
+        mask = kept.as_strided(x.shape, x.stride())  # in the memory order of x
     else:
         mask = kept.view(x.shape)
     return (x * mask).mul_(_STEPS / (_STEPS - dropped))
 
 
 def _transformed() -> bool:
-    """Whether something else than plain execution is going on, for which torch's own operator has rules."""
+    """Whether this runs under a transformation, for which torch's own operator has rules."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]

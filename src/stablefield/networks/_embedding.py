@@ -1,7 +1,6 @@
-r"""What a network is told besides the image, as vectors: noise labels and class labels.
+r"""Embeddings of a network's other inputs: noise labels and class labels.
 
-A noise label $c$ becomes sines and cosines, $(\sin \omega_k c \ldots, \cos \omega_k c \ldots)$, with frequencies
-that are
+A noise label $c$ becomes sines and cosines, $(\sin \omega_k c \ldots, \cos \omega_k c \ldots)$, with frequencies that are
 
 - positional: $\omega_k = 10^{-4 k / (K - 1)}$, $k = 0 \ldots K - 1$, for labels in the hundreds;
 - random Fourier: $\omega_k = 2 \pi f_k$, $f_k \sim N(0, 16^2)$ drawn once, for labels of order one.
@@ -24,7 +23,7 @@ __all__ = ["FourierEmbedding", "PositionalEmbedding", "class_vectors"]
 
 
 class PositionalEmbedding(nn.Module):
-    """Sines and cosines at a geometric row of frequencies from 1 down to 1e-4.
+    """Sines and cosines at a geometric sequence of frequencies from 1 down to 1e-4.
 
     Args:
         width: of the embedding, even and at least 4.
@@ -52,7 +51,7 @@ class FourierEmbedding(nn.Module):
     Args:
         width: of the embedding, even and at least 4.
         scale: standard deviation of the frequencies.
-        generator: where they are drawn from; torch's global generator if not given.
+        generator: draws them; torch's global generator if not given.
 
     Raises:
         ValueError: if the width is odd or below 4.
@@ -66,7 +65,7 @@ class FourierEmbedding(nn.Module):
 
     def forward(self, noise_label: Tensor) -> Tensor:
         """Map labels (N,) to (N, width), in float32 or the labels' dtype if that is wider."""
-        # Published weights were trained with 2 pi f rounded to float32 before it meets the label, and the rounding
+        # Published weights were trained with 2 pi f rounded to float32 before the product with the label, so the rounding
         # is part of the frequency.
         return _waves(noise_label, 2 * math.pi * self.freqs)
 
@@ -77,15 +76,15 @@ def class_vectors(labels: Tensor | None, classes: int, x: Tensor) -> Tensor:
     Args:
         labels: integers (N,) from 0 to classes - 1, or -1 for no class; or one-hot vectors (N, classes), floating
             point, a zero row for no class; or None: no class for any row.
-        classes: how many there are.
-        x: the images (N, ...) that the labels belong to.
+        classes: the number of classes.
+        x: the images (N, ...) of the labels.
 
     Returns:
-        Shape (N, classes), on the device of `x`; zero rows where there is no class.
+        Shape (N, classes), on the device of `x`; zero rows for no class.
 
     Raises:
-        ValueError: if shape, dtype or device are wrong, or an integer is out of range. The range is only looked at
-            on the CPU; elsewhere, where looking would make the device wait, a row out of range becomes nan.
+        ValueError: if shape, dtype or device are wrong, or an integer is out of range. The range is checked only on the CPU;
+            elsewhere, where a check would make the host wait, a row out of range becomes nan.
     """
     if labels is None:
         return x.new_zeros(x.shape[0], classes)

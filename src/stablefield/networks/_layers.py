@@ -1,7 +1,7 @@
 r"""Layers of the U-Net with their initial weights: Xavier uniform times a gain, biases zero.
 
-A weight is drawn from $U(-a, a)$, $a = g \sqrt{6 / (\text{fan in} + \text{fan out})}$. The gain $g$ is 1 but for
-layers that end a residual branch, which start near zero so that every block starts as its skip path.
+A weight is drawn from $U(-a, a)$, $a = g \sqrt{6 / (\text{fan in} + \text{fan out})}$. The gain $g$ is 1 except for layers
+that end a residual branch, which start near zero so that every block starts as its skip path.
 
 References:
     Glorot, Bengio, "Understanding the difficulty of training deep feedforward neural networks", AISTATS 2010,
@@ -21,7 +21,7 @@ class Linear(nn.Linear):
         in_features: width of the input.
         out_features: width of the output.
         bias: whether there is one.
-        generator: where the weights are drawn from; torch's global generator if not given.
+        generator: draws the weights; torch's global generator if not given.
     """
 
     def __init__(
@@ -42,8 +42,8 @@ class Conv2d(nn.Conv2d):
         out_channels: channels of the output.
         kernel_size: odd side of the kernel.
         extra_padding: zeros added on each side beyond those that keep the size.
-        gain: what the initial weights are multiplied by.
-        generator: where the weights are drawn from; torch's global generator if not given.
+        gain: factor on the initial weights.
+        generator: draws the weights; torch's global generator if not given.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
     if groups < 1 or channels % groups:
         raise ValueError(
             f"a feature map of {channels} channels does not divide into min(32, {channels} // 4) = {groups} groups: "
-            "make base_channels a multiple of 32, or of 4 where no feature map exceeds 128 channels."
+            "make base_channels a multiple of 32, or of 4 if no feature map exceeds 128 channels."
         )
     return nn.GroupNorm(groups, channels, eps=1e-6)
 

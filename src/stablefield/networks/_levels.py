@@ -1,12 +1,12 @@
 r"""The two halves of the U-Net: an encoder that pushes skips, and a decoder that pops them.
 
-Both walk the resolutions $R, R/2, R/4 \ldots$. The encoder goes down: one convolution, then at each level `blocks`
-residual blocks, before them (but at the first level) one that halves the image at the width it has. Each output is pushed.
-With a residual input path, the image itself, convolved and halved once per level, joins the features after each halving,
-and the sum $(x + r) / \sqrt 2$ is both what goes on and what the path continues from.
+Both go through the resolutions $R, R/2, R/4 \ldots$. The encoder goes down: one convolution, then at each level `blocks`
+residual blocks, preceded (except at the first level) by one that halves the image and keeps its width. It pushes each
+output. With a residual input path, the image itself, convolved and halved once per level, joins the features after each
+halving; both the features and the path continue from the sum $(x + r) / \sqrt 2$.
 
-The decoder goes up: at the lowest level one block with attention and one without, at each further level one that doubles
-the image; then `blocks + 1` residual blocks, each of which takes the features and one popped skip, in that order.
+The decoder goes up: at the lowest level one block with attention and one without, at each further level one that doubles the
+image; then `blocks + 1` residual blocks, each of which takes the features and one popped skip, in that order.
 
 References:
     Ronneberger, Fischer, Brox, "U-Net: Convolutional Networks for Biomedical Image Segmentation", MICCAI 2015; Song et
@@ -38,7 +38,7 @@ class Encoder(nn.ModuleDict):
         attention: heights of the levels whose blocks attend.
         residual_taps: of the filter on the residual input path; None for no such path.
         block: makes a residual block of (in_channels, out_channels).
-        generator: where the weights of the convolutions are drawn from.
+        generator: draws the weights of the convolutions.
     """
 
     def __init__(
@@ -97,10 +97,10 @@ class Decoder(nn.ModuleDict):
         resolutions: height and width of each level, from the full resolution down.
         widths: channels of each level.
         blocks: residual blocks per level of the encoder.
-        attention: heights of the levels whose last block attends; the first block of the lowest level does in any case.
+        attention: heights of the levels whose last block attends; the first block of the lowest level always does.
         skip_widths: channels of the skips, in the order of pushing.
         block: makes a residual block of (in_channels, out_channels).
-        generator: where the weights of the convolution are drawn from.
+        generator: draws the weights of the convolution.
     """
 
     def __init__(
@@ -116,8 +116,8 @@ class Decoder(nn.ModuleDict):
     ) -> None:
         super().__init__()
         self.resolutions, self.blocks = tuple(resolutions), blocks
-        waiting = list(skip_widths)
-        width = waiting[-1]
+        remaining = list(skip_widths)
+        width = remaining[-1]
         for side, level_width in zip(reversed(resolutions), reversed(widths), strict=True):
             if side == resolutions[-1]:
                 self[_name(side, "in0")] = block(width, width, attention=True)
@@ -126,7 +126,7 @@ class Decoder(nn.ModuleDict):
                 self[_name(side, "up")] = block(width, width, up=True)
             for i in range(blocks + 1):
                 attends = side[0] in attention and i == blocks
-                self[_name(side, f"block{i}")] = block(width + waiting.pop(), level_width, attention=attends)
+                self[_name(side, f"block{i}")] = block(width + remaining.pop(), level_width, attention=attends)
                 width = level_width
         self[_name(resolutions[0], "aux_norm")] = group_norm(width)
         self[_name(resolutions[0], "aux_conv")] = Conv2d(width, channels, 3, gain=1e-5, generator=generator)

@@ -1,7 +1,7 @@
 """A residual multilayer perceptron: the network for points in the plane and for images of 8 x 8 pixels.
 
-The sample is one vector. Each block adds W2 silu(W1 silu(norm(h)) + U e) to the running vector h, where e embeds noise
-level and class; the last layer of a block and of the network start at zero, so that training starts at the skip path.
+The sample is one vector. Each block adds W2 silu(W1 silu(norm(h)) + U e) to the hidden vector h, where e embeds noise level
+and class. The last layers of each block and of the network start at zero, so that training starts at the skip path.
 """
 
 import math
@@ -25,7 +25,7 @@ class MLP(nn.Module):
         depth: number of residual blocks.
         dropout: probability of dropping a hidden value in training.
         classes: number of classes, 0 for none.
-        generator: where the initial weights are drawn from; torch's global one if None.
+        generator: draws the initial weights; torch's global one if None.
 
     Raises:
         ValueError: if a number is out of range.
@@ -49,7 +49,7 @@ class MLP(nn.Module):
         if min(shape, default=0) < 1 or width < 8 or width % 4 or depth < 1 or classes < 0 or not 0 <= dropout < 1:
             raise ValueError(
                 f"MLP(shape={shape}, width={width}, depth={depth}, dropout={dropout}, classes={classes}): the width must "
-                "be a multiple of 4 from 8, the depth at least 1, the dropout in [0, 1)."
+                "be a multiple of 4 and at least 8, the depth at least 1, the dropout in [0, 1)."
             )
         self.classes = classes
         dim = math.prod(shape)

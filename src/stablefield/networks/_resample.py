@@ -1,4 +1,4 @@
-r"""Halving and doubling of feature maps, alone and joined to a convolution.
+r"""Halve and double feature maps, with or without a convolution.
 
 The filter is separable: $w = f f^\top / (\sum f)^2$ for a row of taps $f$ of even length. With
 $p = (\text{len} - 1) // 2$,
@@ -6,8 +6,8 @@ $p = (\text{len} - 1) // 2$,
 $$ \text{down}(x)_{ij} = \sum_{ab} w_{ab}\, x_{2i + a - p,\, 2j + b - p}, \qquad
    \text{up}(x)_{ij} = 4 \sum_{kl} w_{i + p - 2k,\, j + p - 2l}\, x_{kl}, $$
 
-each channel by itself, with zeros outside of the image: `up` is four times the transpose of `down`. Taps (1, 1) give the
-mean of 2x2 pixels and their repetition, (1, 3, 3, 1) a smoother pair.
+for each channel separately, with zeros outside the image: `up` is four times the transpose of `down`. Taps (1, 1) average
+2x2 pixels and repeat them; (1, 3, 3, 1) are smoother.
 
 References:
     Karras, Laine, Aittala, Hellsten, Lehtinen, Aila, "Analyzing and Improving the Image Quality of StyleGAN",
@@ -29,7 +29,7 @@ def resampling_filter(taps: Sequence[float]) -> Tensor:
     """The normalised filter of `taps`, float32 of shape (1, 1, len, len), with sum 1.
 
     Raises:
-        ValueError: if the taps are not even in number, or sum to 0.
+        ValueError: if the number of taps is odd, or they sum to 0.
     """
     row = torch.tensor(tuple(taps), dtype=torch.float32)
     if len(taps) == 0 or len(taps) % 2 or sum(taps) == 0:
@@ -43,7 +43,7 @@ def downsample(x: Tensor, weight: Tensor, padding: int | None = None) -> Tensor:
     Args:
         x: feature map.
         weight: filter, as `resampling_filter` makes it.
-        padding: zeros on each side; those that give exactly half the side if not given.
+        padding: zeros on each side; by default as many as give exactly half the side.
     """
     padding = _padding(weight) if padding is None else padding
     return nn.functional.conv2d(x, _per_channel(weight, x), stride=2, padding=padding, groups=x.shape[1])
@@ -63,7 +63,7 @@ class DownConv2d(Conv2d):
         out_channels: channels of the output.
         kernel_size: odd side of the kernel.
         taps: of the resampling filter.
-        generator: where the weights are drawn from; torch's global generator if not given.
+        generator: draws the weights; torch's global generator if not given.
     """
 
     resample_filter: Tensor
@@ -108,8 +108,8 @@ class UpConv2d(Conv2d):
 class ConvDown2d(Conv2d):
     """Convolve the image, then halve it; arguments as in `DownConv2d`.
 
-    All zeros that the two steps need are put around the input, so that the filter sees the convolution's own values
-    beyond the border and not zeros.
+    All zero padding for the two steps goes around the input, so that beyond the border the filter reads values of the
+    convolution instead of zeros.
     """
 
     resample_filter: Tensor

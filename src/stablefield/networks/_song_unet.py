@@ -11,8 +11,8 @@ $$ e = \text{silu}(W_1\, \text{silu}(W_0 (\phi(c) + W_L \sqrt L\, \text{onehot} 
 | DDPM++ | positional, B wide | (1, 1) | no |
 | NCSN++ | random Fourier, 2B wide | (1, 3, 3, 1) | yes: the input, convolved and halved, joins each lower level |
 
-Names and values of the state are those of the published checkpoints (below their `model.`), so that weights trained
-elsewhere load and give the same outputs.
+Names and values of the state match the published checkpoints (below their `model.`), so that weights trained elsewhere load
+and give the same outputs.
 
 References:
     Song, Sohl-Dickstein, Kingma, Kumar, Ermon, Poole, "Score-Based Generative Modeling through Stochastic Differential
@@ -49,6 +49,12 @@ __all__ = ["SongUNet"]
 class SongUNet(nn.Module):
     """The U-Net of DDPM++ and NCSN++; `SongUNet.ddpmpp` and `SongUNet.ncsnpp` set the first three options.
 
+    For RGB images of 32 x 32 pixels, with EDM's preconditioning, in a loop of your own:
+
+        network = sf.networks.SongUNet.ddpmpp(32, 3, base_channels=128, multipliers=(2, 2, 2))
+        denoiser = sf.Denoiser(network, preconditioning=sf.EDMPreconditioning(sigma_data=0.5))
+        x0 = denoiser(x, sigma)  # x (B, 3, 32, 32), sigma (B,)
+
     Args:
         resolution: height and width of the images in pixels, or the side of square ones; multiples of 2^(levels - 1).
         channels: of the images.
@@ -58,14 +64,14 @@ class SongUNet(nn.Module):
         base_channels: unit of width B; the embedding is 4B wide.
         multipliers: width of each level in units of B, from the full resolution down.
         blocks: residual blocks per level of the encoder.
-        attention: heights of the levels whose blocks attend (in the decoder, the last block of the level). If not given:
-            the highest level of no more than 16 x 16 pixels: 16 for images of 32 or 64 pixels, 14 for 28, 8 for 8.
-            The lowest level attends once in any case.
+        attention: heights of the levels whose blocks attend (in the decoder, the last block of the level). By default the
+            highest level of at most 16 x 16 pixels: 16 for images of 32 or 64 pixels, 14 for 28, 8 for 8. The lowest level
+            always attends once.
         augment_dim: width of the augmentation labels; 0 for none.
-        classes: how many classes there are; 0 for none.
+        classes: number of classes; 0 for none.
         dropout: probability of dropping a value within a block, in training mode.
-        generator: where the weights are drawn from; torch's global generator if not given. Dropout draws from the
-            global generator, as everywhere in torch.
+        generator: draws the weights; torch's global generator if not given. Dropout draws from the global generator, as
+            everywhere in torch.
 
     Raises:
         ValueError: if a size is below 1, `resolution` cannot be halved that often, `attention` names a resolution that
@@ -201,16 +207,16 @@ class SongUNet(nn.Module):
 
         Args:
             x: images, shape (N, channels, height, width), in the dtype of the weights.
-            noise_label: what the preconditioning makes of the noise level; shape (N,), or one number.
+            noise_label: the preconditioning's function of the noise level; shape (N,), or one number.
             class_labels: integers (N,), -1 for no class, or one-hot vectors (N, classes); None: no class for any row.
-            augment_labels: shape (N, augment_dim); None stands for zeros.
+            augment_labels: shape (N, augment_dim); None means zeros.
 
         Returns:
             Shape (N, channels, height, width).
 
         Raises:
-            ValueError: if shapes, dtypes or devices do not agree, labels are out of range, or labels are given to a
-                network that was made without them.
+            ValueError: if shapes, dtypes or devices do not agree, labels are out of range, or the network was made without
+                the given kind of labels.
         """
         check_tensor("x", x, floating=True, batch=True)
         for name, value in (("class_labels", class_labels), ("augment_labels", augment_labels)):
@@ -232,7 +238,7 @@ class SongUNet(nn.Module):
         labels = row_values("noise_label", noise_label, x).to(torch.promote_types(dtype, torch.float32))
         embedding = self.map_noise(labels).to(dtype)
         if self.map_label is not None:
-            # A row without a class is a zero vector and still receives the bias: that is how such rows were trained.
+            # A row without a class is a zero vector but still receives the bias, as in the published training.
             hot = class_vectors(class_labels, self.classes, x).to(dtype)
             embedding = embedding + self.map_label(hot * math.sqrt(self.classes))
         elif class_labels is not None:

@@ -1,15 +1,15 @@
-r"""How many references: what each size leaves of the variance in training, and what it costs.
+r"""How many references to take: the variance that each size leaves in training, and its cost.
 
-A training row at noise level s counts with the loss weight w(s). So what a size n leaves of the targets' variance, as
-training sees it, is
+A training row at noise level s counts with the loss weight w(s). So the share of the targets' variance that a size n leaves,
+as training sees it, is
 
 $$ \frac{E_s[w(s) V_{STF}(n, s)]}{E_s[w(s) V_{DSM}(s)]} $$
 
 over the distribution of the noise levels. Only rows in the noise band cost anything: two matrix products of
 2 (rows) n d flops each.
 
-That is of each row alone. Rows of a batch share their references, and what their sum varies by is measured apart, see
-`batch`: a set is recommended only if it lowers that, too.
+This is for each row alone. Rows of a batch share their references, so `_batch` measures the variance of their sum
+separately, and `advise` recommends a set only if it lowers that, too.
 """
 
 from dataclasses import dataclass
@@ -29,16 +29,16 @@ _POINTS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class SizeAdvice:
-    """What a reference set of one size does.
+    """The effect of a reference set of one size.
 
     Attributes:
         size: n.
-        left: share of each row's variance that stays, weighted as training weighs it.
-        error: a bound on its standard error (that of each level, added up).
-        batch: variance of a batch's sum of targets, as a share of that with the single sample; None if it was not measured.
+        left: share of each row's variance that remains, weighted as in training.
+        error: a bound on its standard error (the sum over levels).
+        batch: variance of a batch's sum of targets, as a share of that with the single sample; None if not measured.
         batch_error: its standard error.
         flops: of the target per training step.
-        seconds: the same on this machine, at the speed that the probe ran at.
+        seconds: of the target per training step on this machine, at the speed of the probe.
     """
 
     size: int
@@ -52,14 +52,14 @@ class SizeAdvice:
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """What the measurement means for a training run.
+    """The meaning of the measurement for a training run.
 
     Attributes:
         band: noise level where the band begins; 0 if it holds all levels, infinite if none.
-        share: share of a batch that falls in the band: the rows that can gain.
-        sizes: every size measured, and the whole population, in order.
+        share: share of a batch in the band: the rows that can gain.
+        sizes: every measured size, and the whole population, in order.
         recommended: the one to take.
-        aim: share of the variance that may stay.
+        aim: share of the variance that may remain.
     """
 
     band: float
@@ -81,10 +81,10 @@ def advise(
 
     Args:
         curve: the measurement.
-        training: which noise levels count, and how much.
-        band: noise level from which rows use references, as `stablefield.pick_noise_band` finds it.
-        batch: what the sums of whole batches vary by; without it, each row alone decides.
-        aim: share of the variance that may stay, between 0 and 1.
+        training: its noise levels and their weights.
+        band: noise level from which rows use references, from `stablefield.pick_noise_band`.
+        batch: the variance of the sums of whole batches; without it, only rows decide.
+        aim: share of the variance that may remain, between 0 and 1.
 
     Raises:
         ValueError: if `aim` is not between 0 and 1, or `band` is negative.
@@ -96,7 +96,7 @@ def advise(
         check_kind("batch", batch, BatchVariance, "what measure_batch returns, or None")
     number("aim", aim)
     if not 0 < aim < 1:
-        raise ValueError(f"aim is {aim}: it is the share of the variance that may stay, between 0 and 1.")
+        raise ValueError(f"aim is {aim}: pass the share of the variance that may remain, between 0 and 1.")
     share = share_above(band, training.noise_levels, training.process)
     level = training.levels(_POINTS)
     weight = training.weighting(level).double()

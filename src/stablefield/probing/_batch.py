@@ -1,15 +1,15 @@
-r"""The variance of a batch's sum of targets: what its gradient varies by, beside what each row varies by.
+r"""The variance of a batch's sum of targets, which determines that of the gradient.
 
-References never raise the variance of one row's target. The rows of a batch share them, though, so that their targets are
-correlated, and what a training step follows is a sum over rows:
+References never raise the variance of one row's target. But the rows of a batch share them, so their targets are correlated,
+and a training step follows the sum over rows:
 
 $$ R = \frac{\operatorname{Tr} \operatorname{Var}(\sum_i \hat x_0^i)}{\operatorname{Tr} \operatorname{Var}(\sum_i x_0^i)} $$
 
-over sources, noise levels, noise and references: the variance of the gradient of an output bias with the stable target, over
-that with the single sample. With the batch as its own references R may be above 1. With the whole data set the targets are
-a fixed function of each noisy row, the rows are independent, and R = 1 - E[V_DSM] / Tr Cov(x_0), below 1.
+over sources, noise levels, noise and references: the variance of the gradient of an output bias with the stable target,
+divided by that with the single sample. With the batch as its own references R may exceed 1. With the whole data set the
+targets are a fixed function of each noisy row, the rows are independent, and R = 1 - E[V_DSM] / Tr Cov(x_0), below 1.
 
-Rows are drawn independently, so that the denominator is known, B Tr Cov(x_0), and the batch's sum of x_0 serves as a control
+Rows are drawn independently, so the denominator is known, B Tr Cov(x_0), and the batch's sum of x_0 serves as a control
 variate. Rows below the noise band count with their single sample, as in training.
 """
 
@@ -31,12 +31,12 @@ from stablefield.targets._stable_target import StableTarget
 
 __all__ = ["BatchVariance", "measure_batch"]
 
-# Batches at least and at most, and the work of a size in flops: a few seconds on two CPU cores.
+# Minimum and maximum of batches, and the work for a size in flops: a few seconds on two CPU cores.
 _FEWEST, _MOST = 24, 128
 _WORK = 5e10
-# As in `variance`: exp and sums of one pair, in flops that take as long.
+# As in `_variance`: exp and sums for one pair, in flops that take as long.
 _PER_PAIR = 1500
-# Noise levels that stand for the training distribution.
+# Noise levels that represent the training distribution.
 _POINTS = 4096
 
 
@@ -57,7 +57,7 @@ class BatchVariance:
     whole: Series
 
     def of(self, size: int, samples: int) -> Series | None:
-        """With pools of `size` of `samples`; None if that was not measured, as where the batch does not fit into them."""
+        """With pools of `size` of `samples`; None if not measured, such as for pools smaller than the batch."""
         return self.whole if size >= samples else self.pools.get(size)
 
 
@@ -76,18 +76,18 @@ def measure_batch(
 
     Args:
         population: the data.
-        curve: their variance row by row, which says which sizes to measure.
+        curve: their variance row by row; its sizes are measured.
         training: rows per step and the distribution of their noise levels.
-        band: noise level below which rows use their source alone.
-        batches: drawn for each size; by default as many as a few seconds allow.
-        seed: of all that is drawn.
+        band: noise level below which rows use only their source.
+        batches: number of batches for each size; by default as many as a few seconds allow.
+        seed: of all random draws.
         progress: called as sizes are done.
 
     Raises:
         ValueError: if `batches` is below 3.
     """
     if batches is not None and batches < 3:
-        raise ValueError(f"batches is {batches}: at least 3 are needed to tell the error.")
+        raise ValueError(f"batches is {batches}: pass at least 3, to estimate the error.")
     job = _Job(population, training, band)
     n, rows = len(population), training.batch
     sizes = [size for size in curve.stf if rows < size < n]
@@ -110,12 +110,12 @@ class _Job:
         self._matrix = ReferenceMatrix(population.data)
         self._level = training.levels(_POINTS)
         self.share = float((self._level >= band).double().mean())
-        # Rows are drawn from all classes, so the denominator holds the variance between them.
+        # Rows come from all classes, so the denominator includes the variance between them.
         self._total = Population(population.data).variance() if population.labels is not None else population.variance()
         self._mean = _mean(self._matrix)
 
     def measure(self, references: References, batches: int, seed: int) -> Series:
-        """R with these references, from so many batches."""
+        """R with these references, from this many batches."""
         population, training = self._population, self._training
         device, process, rows = population.data.device, training.process, training.batch
         target = StableTarget(process, references=references, noise_band=self._band)
@@ -134,7 +134,7 @@ class _Job:
             sums.append(torch.stack([(part.flatten(1) - self._mean).double().sum(0) for part in (mean, flat)]))
         squares = torch.stack(sums).square().sum(2).cpu() / (rows * self._total)
         stable, single = squares[:, :1], squares[:, 1:]
-        # The second estimate takes off by how much the batch's sum of x_0 came out beyond its known variance.
+        # The second estimate subtracts the deviation of the batch's sum of x_0 from its known variance.
         return Series.of_sets(stable, stable - single + 1, torch.ones(batches, dtype=torch.float64))
 
     def whole(self, curve: VarianceCurve) -> Series:

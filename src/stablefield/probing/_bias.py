@@ -1,29 +1,29 @@
-r"""Is a target unbiased? A test that knows nothing of how the target is made.
+r"""Is a target unbiased? A test that treats the target as a black box.
 
 A target is unbiased if its expectation given what the network sees, $(x_t, t, c)$, is that of the source $x_0$. Then the
 residual $r = \text{target} - x_0$ is orthogonal to every function of what the network sees:
 
 $$ E\langle r,\, a(x_t, t, c) \rangle = 0 . $$
 
-The test takes a list of directions a and a ladder of noise levels, and looks at the mean of each product over many
-training batches. Directions are chosen for the faults that occur:
+The test takes a list of directions a and several noise levels, and examines the mean of each product over many training
+batches. The directions match common faults:
 
-    noisy row        x_t / alpha - m, m the data's mean: a source left out pulls targets away from x_t, a source held
-                     twice pulls them towards it
-    sharper mean     mean of the data (of the row's class) weighed as if the noise were 1 / sqrt(2) of what it is, less the
-                     mean weighed as it is: where a target moves that holds the source twice
-    class mean       mean of the class that the network sees, less m: references of other classes pull away from it
-    component k      principal axes of the data, as they are and times tanh of the row's own place along them
+    noisy row        x_t / alpha - m, m the data's mean: leaving a source out pulls targets away from x_t, including it twice
+                     pulls them towards it
+    sharper mean     mean of the data (of the row's class) weighted as if the noise were 1 / sqrt(2) of its level, minus the
+                     properly weighted mean: a target that includes the source twice moves in this direction
+    class mean       mean of the class that the network sees, minus m: references of other classes pull away from it
+    component k      principal axes of the data, plain and times tanh of the row's own coordinate along them
 
-Any function of $(x_t, t, c)$ keeps the test valid: a direction that is computed wrongly costs power, not truth.
+Any function of $(x_t, t, c)$ keeps the test valid: a wrongly computed direction costs power, not validity.
 
 Rows of a batch share references and are not independent, so the unit is the batch: for each direction and level the batch
 gives one number of mean 0, and the statistic is the largest |t| over all of them. Its null distribution comes from
-flipping the signs of whole batches at random, which keeps the dependence between directions and levels; one p-value
-results, corrected for their number. It is exact where a batch's numbers are symmetric about 0, and tends to be exact with
-many batches where they are not.
+flipping the signs of whole batches at random, which keeps the dependence between directions and levels. The result is one
+p-value, corrected for their number. It is exact if a batch's numbers are symmetric about 0, and otherwise becomes exact with
+many batches.
 
-A target that passes is unbiased as far as so many rows can tell; it may still have a bias too small to see.
+A target that passes may still have a bias too small to detect with this many rows.
 
 References:
     Xu, Tong, Jaakkola, "Stable Target Field for Reduced Variance Score Estimation in Diffusion Models", ICLR 2023,
@@ -49,7 +49,7 @@ from stablefield.targets._target import Target
 
 __all__ = ["BiasCheck", "TargetLike", "check_bias", "largest_t"]
 
-# Principal axes among the directions, and samples that they are found from.
+# Principal axes among the directions, and samples from which to compute them.
 _AXES, _FOR_AXES = 4, 1024
 
 
@@ -74,7 +74,7 @@ class TargetLike(Protocol):
             x_t: noisy samples, shape (B, ...).
             t: times, shape (B,).
             labels: class that the network sees, integers (B,), -1 for none; None without classes.
-            index: place of each row in the data, integers (B,).
+            index: each row's index in the data, integers (B,).
             reference_labels: true class of each row, integers (B,); None without classes.
             generator: for random choices.
         """
@@ -90,12 +90,12 @@ class BiasCheck:
         p_value: probability that an unbiased target shows as large a |t| anywhere.
         false_alarm: the rate at which unbiased targets fail.
         statistic: the largest |t|.
-        direction: where it was.
-        noise_level: where it was.
-        t: t statistic of every direction and noise level, shape (directions, L); 0 where the target is the source.
+        direction: the direction of the largest |t|.
+        noise_level: the noise level of the largest |t|.
+        t: t statistic of every direction and noise level, shape (directions, L); 0 if the target is the source.
         directions: names of the directions.
         noise_levels: shape (L,).
-        rows: training rows that were looked at.
+        rows: number of training rows.
     """
 
     passed: bool
@@ -123,17 +123,17 @@ def check_bias(
     false_alarm: float = 0.001,
     seed: int = 0,
 ) -> BiasCheck:
-    """Test that `target` is unbiased on `population`, as a class-conditional target if that has labels.
+    """Test that `target` is unbiased on `population`, as a class-conditional target if it has labels.
 
     Args:
-        target: what to test.
-        population: the data that rows are drawn from, without replacement within a batch.
+        target: the target to test.
+        population: the data to draw rows from, without replacement within a batch.
         process: the process that the target was made for; EDM if None.
-        noise_levels: where to look; five in the middle phase if None, where references compete and faults show. Each batch
+        noise_levels: where to test; if None, five in the middle phase, where references compete and faults show. Each batch
             has rows at all of them.
         batch: rows per batch, at most the population.
-        batches: how many; the unit of the statistics.
-        label_dropout: share of rows whose class is hidden (labels -1), if there are labels.
+        batches: number of batches, which are the unit of the statistics.
+        label_dropout: share of rows with a hidden class (labels -1), if there are labels.
         false_alarm: rate at which unbiased targets fail.
         seed: of rows, noise, references and sign flips.
 
@@ -148,11 +148,11 @@ def check_bias(
     whole_number("batches", batches)
     whole_number("seed", seed, 0, 2**63)
     if not 0 < false_alarm < 1:
-        raise ValueError(f"false_alarm is {false_alarm}: it is a probability, between 0 and 1.")
+        raise ValueError(f"false_alarm is {false_alarm}: pass a probability between 0 and 1.")
     if not 0 <= label_dropout <= 1:
-        raise ValueError(f"label_dropout is {label_dropout}: it is a probability, 0 to 1.")
+        raise ValueError(f"label_dropout is {label_dropout}: pass a probability from 0 to 1.")
     if batches < 20:
-        raise ValueError(f"batches is {batches}: fewer than 20 tell nothing; the default is 300.")
+        raise ValueError(f"batches is {batches}: pass at least 20; the default is 300.")
     process = EDM() if process is None else process
     check_kind("process", process, Process, "a Process, such as EDM()")
     levels = _middle(population, seed) if noise_levels is None else array_of_numbers("noise_levels", noise_levels)
@@ -185,8 +185,8 @@ def check_bias(
         estimate = found.x0 if isinstance(found, Target) else found
         if estimate.shape != x0.shape or not bool(estimate.isfinite().all()):
             raise ValueError(
-                f"the target has shape {tuple(estimate.shape)} for rows of shape {tuple(x0.shape)}, or is not finite: it "
-                "must be one finite estimate of x0 for each row."
+                f"the target has shape {tuple(estimate.shape)} for rows of shape {tuple(x0.shape)}, or is not finite: "
+                "return one finite estimate of x0 for each row."
             )
         residual = (estimate - x0).flatten(1)
         row = (x_t / per_row(process.alpha(t), x0)).flatten(1)
@@ -216,7 +216,7 @@ def largest_t(values: Tensor, false_alarm: float, generator: torch.Generator | N
 
     Args:
         values: independent rows, shape (T, M), float64.
-        false_alarm: the rate that the p-value is to be compared with; decides how many sign flips are drawn.
+        false_alarm: the rate to compare the p-value with; decides how many sign flips are drawn.
         generator: of the signs.
 
     Returns:
@@ -224,7 +224,7 @@ def largest_t(values: Tensor, false_alarm: float, generator: torch.Generator | N
     """
     units = len(values)
     flips = max(1999, math.ceil(20 / false_alarm))
-    # Scaled to squares that sum to 1, which sign flips leave as they are; what is 0 to rounding counts as 0.
+    # Scaled so that squares sum to 1, which sign flips do not change; zeros up to rounding count as 0.
     norm = values.square().sum(0).sqrt()
     scaled = torch.where(norm > 0, values / norm.clamp(min=torch.finfo(values.dtype).tiny), 0)
     observed = _studentised(scaled.sum(0), units)
@@ -242,7 +242,7 @@ def _studentised(total: Tensor, units: int) -> Tensor:
 
 
 class _Directions:
-    """The directions of a population and what is needed to point along them."""
+    """The directions of a population."""
 
     def __init__(self, population: Population) -> None:
         self._data, self._matrix = population.data, ReferenceMatrix(population.data)
@@ -256,8 +256,8 @@ class _Directions:
     def products(self, residual: Tensor, row: Tensor, level: Tensor, seen: Tensor | None) -> Tensor:
         """Products of the residual with each direction, shape (B, directions).
 
-        Every direction is a function of the row's own arguments alone. What depends on other rows of the batch would not
-        do: they are references, and their noisy versions tell of them.
+        Every direction depends only on the row's own arguments. It must not depend on other rows of the batch: these are
+        references, and their noisy versions reveal them.
 
         Args:
             residual: shape (B, d).
@@ -289,7 +289,7 @@ class _Directions:
 
 
 def _middle(population: Population, seed: int) -> Tensor:
-    """Five noise levels at which the posterior's variance is from 3 % to 75 % of the data's, by a few rows."""
+    """Five noise levels at which the posterior's variance is 3 % to 75 % of the data's, from a few rows."""
     grid = find_noise_levels(population, seed=seed)
     curve = measure_variance(population, grid, sizes=(), sources=min(64, len(population)), draws=2, seed=seed)
     share = curve.dsm.mean / curve.total
@@ -301,7 +301,7 @@ def _middle(population: Population, seed: int) -> Tensor:
 
 
 def _means(population: Population) -> tuple[Tensor, Tensor]:
-    """Mean of the data, shape (d,), and for each class k its mean in row k + 1, with that of all in row 0 (no class)."""
+    """Mean of the data, shape (d,), and the mean of each class k in row k + 1, with the data's in row 0 (no class)."""
     matrix = ReferenceMatrix(population.data)
     labels = population.labels
     kinds = 0 if labels is None else int(labels.max()) + 1
@@ -335,7 +335,7 @@ def _distinct(n: int, count: int, generator: torch.Generator) -> Tensor:
     if 4 * count > n:
         return torch.randperm(n, generator=generator)[:count]
     while True:
-        # Few out of many: repeats are rare, and a draw that has one is drawn again.
+        # A few out of many: repeats are rare, so draw again if there is one.
         drawn = torch.randint(n, (count,), generator=generator)
         if len(torch.unique(drawn)) == count:
             return drawn

@@ -1,4 +1,4 @@
-"""The bias check of data: whether reference policies are unbiased on them, and whether planted faults are seen."""
+"""The bias check of data: whether reference policies are unbiased on them, and whether the test detects planted faults."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
@@ -26,22 +26,22 @@ from stablefield.targets._stable_target import StableTarget
 
 __all__ = ["BiasProbe", "ClassesMixed", "SourceLeftOut", "SourceTwice", "probe_bias"]
 
-# Samples that a bias check looks at: the faults that it finds are those of the policy, not of the size.
+# Samples that a bias check uses: the faults that it finds depend on the policy, not on the size.
 _CHECKED = 4096
 _COLUMNS = ("references", "verdict", "p", "max |t|", "direction, noise level")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class BiasProbe(Result):
-    """What the test for bias says of each reference policy, and of targets with a planted fault.
+    """The result of the bias test for each reference policy, and for targets with a planted fault.
 
     Attributes:
         name: of the data.
-        manifest: what they are, as JSON values.
+        manifest: their description, as JSON values.
         checks: the tests by the name of the policy or fault.
-        planted: names of those that have a fault.
+        planted: names of those with a planted fault.
         false_alarm: rate at which an unbiased policy may fail.
-        seed: that decided all that was drawn.
+        seed: of all random draws.
         command: the command line that made it, for the report; empty for a call from Python.
     """
 
@@ -55,14 +55,14 @@ class BiasProbe(Result):
 
     @property
     def passed(self) -> bool:
-        """Whether no policy was seen to be biased."""
+        """Whether the test found no biased policy."""
         return all(check.passed for name, check in self.checks.items() if name not in self.planted)
 
     def __str__(self) -> str:
         return f"{text_table(_COLUMNS, self._rows())}\n{self._explained()}"
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers and what they are of, as JSON values."""
+        """All numbers and their context, as JSON values."""
         return {
             "command": self.command,
             "data": dict(self.manifest),
@@ -73,12 +73,12 @@ class BiasProbe(Result):
         }
 
     def charts(self) -> Mapping[str, LineChart]:
-        """None: there is nothing to draw."""
+        """An empty mapping: this result has no charts."""
         return {}
 
     def page(self) -> Page:
         """The report."""
-        verdict = "No policy is seen to be biased." if self.passed else "A policy is biased."
+        verdict = "No bias found in any policy." if self.passed else "A policy is biased."
         return Page(
             title=f"Bias check on {self.name}",
             summary=verdict,
@@ -102,7 +102,7 @@ class BiasProbe(Result):
         rows = next(iter(self.checks.values())).rows
         return (
             f"{rows:,} training rows each; an unbiased policy fails at a rate of {self.false_alarm:g}.\n"
-            "The faults are planted, to show what the test sees on these data."
+            "The faults are planted, to show what the test detects on these data."
         )
 
 
@@ -118,16 +118,16 @@ def probe_bias(
     device: torch.device | str | None = None,
     progress: Callable[[Progress], object] | None = None,
 ) -> BiasProbe:
-    """Test that the reference policies are unbiased on data, and that planted faults are seen.
+    """Test that the reference policies are unbiased on data, and that planted faults are detected.
 
     Args:
-        images: a set, or a tensor or array of shape (n, ...), as for `probe_data`; 4,096 of them are looked at.
+        images: a set, or a tensor or array of shape (n, ...), as for `probe_data`; the test uses at most 4,096 of them.
         labels: class of each sample, integers of shape (n,), to keep posteriors within classes.
         by_class: the same with the classes of an image set.
         process: of the training; EDM if None.
         false_alarm: rate at which an unbiased policy may fail.
-        max_images: samples to look at, 4,096 at most.
-        seed: decides all that is drawn.
+        max_images: samples to use, 4,096 at most.
+        seed: of all random draws.
         device: where to compute; a GPU if there is one, if None.
         progress: called as policies are done.
 
@@ -147,12 +147,12 @@ def probe_bias(
     }
     faulty: dict[str, TargetLike] = {
         "source left out": SourceLeftOut(population, size, process=process),
-        "source held twice": SourceTwice(population, size, process=process),
+        "source included twice": SourceTwice(population, size, process=process),
     }
     if classes is not None:
         faulty["classes mixed"] = ClassesMixed(population, size, process=process)
     checks: dict[str, BiasCheck] = {}
-    # No more than the pool, which must hold the batch, and few enough that others are left without it.
+    # The pool must hold the batch, and other samples must remain without it.
     rows = min(128, max(2, len(population) // 3))
     for name, target in (targets | faulty).items():
         checks[name] = check_bias(target, population, process=process, batch=rows, false_alarm=false_alarm, seed=seed)
@@ -164,12 +164,12 @@ def probe_bias(
     )
 
 
-# Targets with a planted fault: each has the signature of a `StableTarget`, and is wrong in the one way that its name says.
+# Targets with a planted fault: each has the signature of a `StableTarget`, and is wrong in the way that its name states.
 
 
 @dataclass(frozen=True)
 class _Faulty:
-    """A target over `size` samples of `population`, the whole of it if None."""
+    """A target over `size` samples of `population`, or all of it if None."""
 
     population: Population
     size: int | None = None
@@ -178,9 +178,9 @@ class _Faulty:
 
 
 class SourceLeftOut(_Faulty):
-    """References drawn from all samples but those that the batch was made from.
+    """References drawn from all samples except those of the batch.
 
-    A row whose class has no other sample keeps its own: there is nothing to get wrong.
+    A row whose class has no other sample keeps its own, and so has no fault.
     """
 
     def __call__(
@@ -211,7 +211,7 @@ class SourceLeftOut(_Faulty):
 
 
 class ClassesMixed(_Faulty):
-    """References of all classes, for a network that is told the class."""
+    """References of all classes, for a network that sees the class."""
 
     def __call__(
         self,
@@ -229,7 +229,7 @@ class ClassesMixed(_Faulty):
 
 
 class SourceTwice(_Faulty):
-    """Each row's source is among its references twice."""
+    """References that include each row's source twice."""
 
     def __call__(
         self,

@@ -4,10 +4,9 @@ The divergence is that of Kullback and Leibler, the f-divergence with $f(u) = u 
 
 $$ D_f(p(x_0 | x_t) \,\|\, p(x_0)) = \sum_k w_k \log \frac{w_k}{1/n} = \log n - H(w), $$
 
-$\log n$ nats where one sample has all the weight and 0 where all have the same. Its mean over $x_t$ is the mutual
-information of $x_0$ and $x_t$. It comes from sums that the posterior keeps anyway: with logits $l_k$ relative to the
-anchor, $\sum_k w_k \log w_k = \sum_k w_k l_k - \log \sum_k e^{l_k}$, and the mean logit is a difference of first and
-second moments.
+$\log n$ nats if one sample has all the weight and 0 if all have the same. Its mean over $x_t$ is the mutual information of
+$x_0$ and $x_t$. It follows from sums that the posterior keeps anyway: with logits $l_k$ relative to the anchor, $\sum_k w_k
+\log w_k = \sum_k w_k l_k - \log \sum_k e^{l_k}$, and the mean logit is a difference of first and second moments.
 """
 
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor
 from stablefield.targets._engine.assembly import Summed, summed
 from stablefield.targets._engine.query import Plan, Query, host_access
 from stablefield.targets._engine.reference_matrix import ReferenceMatrix
-from stablefield.targets._kernel import GaussianKernel
+from stablefield.targets._perturbation_kernel import GaussianKernel
 from stablefield.targets._target import Posterior
 
 __all__ = ["Exact", "ExactPosterior"]
@@ -42,7 +41,7 @@ class ExactPosterior:
 
     Args:
         data: the samples, shape (N, ...), floating point, or uint8 images that mean data / 127.5 - 1.
-        labels: class of each, integers of shape (N,): rows then use their own class alone.
+        labels: class of each, integers of shape (N,): rows then use only their own class.
     """
 
     def __init__(self, data: Tensor, labels: Tensor | None = None) -> None:
@@ -55,7 +54,7 @@ class ExactPosterior:
         return self._matrix
 
     def among(self, index: Tensor) -> "ExactPosterior":
-        """The posterior over the samples at `index` (n,) alone."""
+        """The posterior over only the samples at `index` (n,)."""
         part = ExactPosterior.__new__(ExactPosterior)
         part._matrix = self._matrix.take(index)
         part._labels = None if self._labels is None else self._labels[index]
@@ -63,7 +62,7 @@ class ExactPosterior:
 
     @torch.no_grad()
     def __call__(self, x_t: Tensor, alpha: Tensor, sigma: Tensor, source: Tensor) -> Exact:
-        """The posterior of rows that were made from samples of the set.
+        """The posterior of rows made from samples of the set.
 
         Args:
             x_t: noisy rows, shape (B, ...).

@@ -4,8 +4,8 @@ r"""How far a network is from the optimum: its squared distance to the exact pos
     loss        E |D(x_t / alpha; s) - x_0|^2  =  distance + V_DSM
     floor       V_DSM
 
-The distance is measured itself, not as the difference of the other two, so it is known well where it is a small part of the
-loss. All are in squared units of the data; `LossFloor` and its weighting turn them into those of a loss.
+The distance is measured directly, not as the difference of the other two, so it is accurate even where it is a small part of
+the loss. All are in squared units of the data; `LossFloor` and its weighting convert them to those of a loss.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ __all__ = ["Fit", "Optimum", "find_optimum", "measure_fit"]
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """A network held against the exact posterior mean.
+    """A network compared with the exact posterior mean.
 
     Attributes:
         noise_level: sigma / alpha, shape (L,), float64.
@@ -60,10 +60,10 @@ class _Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimum:
-    """Noisy rows with the exact posterior mean at each: what any number of networks can be held against.
+    """Noisy rows with the exact posterior mean at each, to compare any number of networks with.
 
-    The posterior costs a pass over the population for every row, a network none, so whoever looks at several networks makes
-    this once. It holds rows x levels x d numbers.
+    The posterior costs a pass over the population for every row, a network none, so make this once for several networks. It
+    holds rows x levels x d numbers.
 
     Attributes:
         noise_level: sigma / alpha, shape (L,), float64, increasing.
@@ -84,11 +84,11 @@ class Optimum:
         labelled: bool = False,
         progress: Callable[[Progress], object] | None = None,
     ) -> Fit:
-        """Hold `denoiser` against the posterior mean.
+        """Compare `denoiser` with the posterior mean.
 
         Args:
             denoiser: D(x, sigma, class_labels=None) in noise-to-signal units, on the device of the population.
-            labelled: tell the network the labels.
+            labelled: pass the labels to the network.
             progress: called as rows are done.
 
         Raises:
@@ -123,7 +123,7 @@ class Optimum:
         if estimate.shape != x.shape:
             raise ValueError(
                 f"the denoiser returned shape {tuple(estimate.shape)} for rows of shape {tuple(x.shape)}: "
-                "they must be equal."
+                "return the shape of the rows."
             )
         flat = estimate.to(part.x0.dtype).flatten(1)
         to_mean = (flat - part.mean[k]).square().sum(1)
@@ -145,7 +145,7 @@ def find_optimum(
     Args:
         population: the training data; with labels, posteriors stay within classes.
         noise_levels: where to measure, positive, shape (L,).
-        rows: sources drawn, the same with the same noise at every level; at most the population.
+        rows: number of sources, which share their noise over all levels; at most the population.
         batch: rows at a time.
         seed: of sources and noise.
         progress: called as rows are done.
@@ -163,7 +163,7 @@ def find_optimum(
     if progress is not None:
         check_callable("progress", progress, "progress(report), with a Progress")
     if rows < 2 or batch < 1:
-        raise ValueError(f"rows is {rows}, batch is {batch}: at least 2 rows and a batch of 1 are needed.")
+        raise ValueError(f"rows is {rows}, batch is {batch}: pass at least 2 rows and a batch of 1.")
     device, shape = population.data.device, tuple(population.data.shape[1:])
     whole = ExactPosterior(population.data, population.labels)
     generator = torch.Generator().manual_seed(seed)
@@ -199,10 +199,10 @@ def measure_fit(
     seed: int = 0,
     progress: Callable[[Progress], object] | None = None,
 ) -> Fit:
-    """Hold `denoiser` against the posterior mean over `population`.
+    """Compare `denoiser` with the posterior mean over `population`.
 
-    The population should be what the network was trained on: of other data, the posterior mean is another function.
-    Arguments and errors as `find_optimum` and `Optimum.fit`, which this calls; several networks share one optimum.
+    The population should be the network's training data: other data have another posterior mean. Arguments and errors as for
+    `find_optimum` and `Optimum.fit`, which this calls; call them yourself to share one optimum among several networks.
     """
     check_callable("denoiser", denoiser, "denoiser(x, sigma)")
     flag("labelled", labelled)

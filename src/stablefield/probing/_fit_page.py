@@ -1,4 +1,4 @@
-"""The page of a network that was held against the exact posterior mean, and its charts."""
+"""The page of a network compared with the exact posterior mean, and its charts."""
 
 import math
 from collections.abc import Sequence
@@ -23,12 +23,12 @@ from stablefield.report import (
 
 __all__ = ["distance_chart", "excess_chart", "fit_page", "logged_chart"]
 
-# What a distance of 0 is drawn as on a logarithmic axis: below what float32 resolves.
+# A distance of 0 is drawn here on a logarithmic axis: below what float32 resolves.
 _LEAST = 1e-14
 
 
 def distance_chart(fit: Fit) -> LineChart:
-    """Squared distance of the network to the posterior mean per number, with the floor to compare."""
+    """Squared distance of the network to the posterior mean per number, with the floor for comparison."""
     x, d = fit.noise_level.numpy(), fit.dim
     mean, error = fit.distance.mean / d, fit.distance.error / d
     floor = (fit.floor.mean / d).where(fit.floor.mean > 1e-4 * fit.floor.mean.max(), math.nan)
@@ -77,25 +77,25 @@ def excess_chart(fit: Fit, weighting: Weighting) -> LineChart:
 
 
 def logged_chart(logged: Sequence[LoggedExcess]) -> LineChart | None:
-    """Loss minus floor of bins of noise levels over training, as it was logged; None with fewer than two lines of it."""
+    """Logged loss minus floor over training, for each bin of noise levels; None with fewer than two lines of the log."""
     if len(logged) < 2:
         return None
     x = [entry.step for entry in logged]
     bins = len(logged[0].excess)
     lines: list[Line] = []
-    # The lowest bins have no floor to speak of; six lines are as many as can be told apart.
+    # The lowest bins have almost no floor; readers can distinguish at most six lines.
     for place in range(max(0, bins - 6), bins):
         y = [math.nan if (value := entry.excess[place]) is None else value for entry in logged]
         if not all(math.isnan(value) for value in y):
             lines.append(Line(label=_bin_name(logged[0].edges, place), x=x, y=y))
-    return LineChart(lines=tuple(lines), x_label="step", y_label="loss minus floor, weighted") if lines else None
+    return LineChart(lines=tuple(lines), x_label="step", y_label="loss minus floor, by noise level") if lines else None
 
 
 def _bin_name(edges: tuple[float, ...], place: int) -> str:
     if place == 0:
-        return f"noise level to {edges[0]:.2g}"
+        return f"to {edges[0]:.2g}"
     if place == len(edges):
-        return f"noise level from {edges[-1]:.2g}"
+        return f"from {edges[-1]:.2g}"
     return f"{edges[place - 1]:.2g} to {edges[place]:.2g}"
 
 
@@ -112,11 +112,11 @@ def fit_page(
 
     Args:
         name: of the run.
-        description: a line that says what it is.
+        description: a line that describes its data.
         fit: the measurement.
         weighting: of the run's loss.
-        summary: what came out.
-        command: that made it; empty if there is none.
+        summary: the main result.
+        command: the command that made it; empty if there is none.
         over_training: `logged_chart` of the run's log, if there is one.
 
     Raises:
@@ -138,7 +138,7 @@ def fit_page(
                     ),
                     KeyFigure(
                         value=f"{float(fit.floor.mean[-1] / fit.loss.mean[-1]):.1%}",
-                        label="of the loss is floor where noise is largest",
+                        label="of the loss is floor at the highest noise",
                     ),
                 )
             ),
@@ -160,7 +160,7 @@ def fit_page(
                     Figure(
                         excess_chart(fit, weighting),
                         alt="The training loss against noise level, its irreducible floor, and the difference of both.",
-                        title="What training can still gain.",
+                        title="Possible further gain.",
                         caption="In the units of the single-sample loss. The floor is w V_DSM / d; no network goes below.",
                     ),
                     Table(
@@ -175,12 +175,12 @@ def fit_page(
                             )
                             for i in range(len(fit.noise_level))
                         ),
-                        caption="Loss minus floor is the weighted distance, measured itself: it has no noise of the floor.",
+                        caption="Loss minus floor is the weighted distance, measured directly, without the floor's noise.",
                     ),
                 ),
             ),
             *_training_section(over_training),
-            Section("Numbers", (*((Code(command),) if command else ()), json_details("Every figure", fit_record(fit)))),
+            Section("Numbers", (*((Code(command),) if command else ()), json_details("All figures", fit_record(fit)))),
         ),
         footer=f"{description}. `{command}`" if command else description,
     )
@@ -193,7 +193,7 @@ def _training_section(chart: LineChart | None) -> tuple[Section, ...]:
         chart,
         alt="Loss minus floor against training steps, a line for each bin of noise levels.",
         title="Over training.",
-        caption="Logged loss and variance removed, less the floor of the single-sample loss. What stays above 0 can be "
-        "gained; the lines are as noisy as the log.",
+        caption="Logged loss plus variance removed, minus the floor of the single-sample loss. Training can still gain what "
+        "is above 0; the lines are as noisy as the log.",
     )
     return (Section("Loss minus floor over training", (figure,)),)

@@ -1,12 +1,12 @@
-r"""The floor of a training loss: what is left of it with a perfect network.
+r"""The floor of a training loss: the part that remains with a perfect network.
 
 At noise level s a network D has, in expectation over the batch,
 
 $$ w(s) \tfrac1d E|D - \hat x_0|^2 = w(s) \tfrac1d \left( E|D - \mu|^2 + V(s) \right), $$
 
 with $\mu$ the exact posterior mean and V the variance of the target: V_DSM for the single sample, V_STF(n) with n
-references, 0 with the whole data set. The second part is the floor. "Loss minus floor" says how far the network is from the
-optimum, which the loss alone hides: most of it is floor where noise is large.
+references, 0 with the whole data set. The second part is the floor. "Loss minus floor" shows how far the network is from the
+optimum, which the loss alone hides: at high noise most of it is floor.
 """
 
 import math
@@ -25,7 +25,7 @@ from stablefield.probing._variance import VarianceCurve
 
 __all__ = ["LoggedExcess", "LossFloor", "logged_excess"]
 
-# Noise levels that stand for the training distribution.
+# Noise levels that represent the training distribution.
 _POINTS = 16_384
 
 
@@ -34,8 +34,8 @@ class LossFloor:
     """The floor against the noise level.
 
     Attributes:
-        noise_level: where it is known, increasing, shape (L,).
-        variance: variance of the target there, in squared units of the data, shape (L,).
+        noise_level: levels at which it is known, increasing, shape (L,).
+        variance: variance of the target at these levels, in squared units of the data, shape (L,).
         dim: numbers per sample, d.
         weighting: the weight of the loss.
     """
@@ -63,7 +63,7 @@ class LossFloor:
             variance = curve.stf[size].mean
         else:
             known = ", ".join(map(str, (1, *curve.stf, curve.samples)))
-            raise ValueError(f"size is {size}: it was not measured; the sizes {known} were.")
+            raise ValueError(f"size is {size}, which was not measured: pass one of {known}.")
         return cls(noise_level=curve.noise_level, variance=variance, dim=curve.dim, weighting=weighting)
 
     def __call__(self, noise_level: Tensor) -> Tensor:
@@ -76,10 +76,10 @@ class LossFloor:
 
         Args:
             edges: noise levels between the bins, increasing; the outer bins are open.
-            training: where the process and the distribution of the noise levels are taken from.
+            training: gives the process and the distribution of the noise levels.
 
         Returns:
-            The means; nan where no row falls.
+            The means; nan for bins without rows.
         """
         level = training.levels(_POINTS)
         place = torch.bucketize(level, torch.as_tensor(edges, dtype=torch.float64), right=True)
@@ -93,12 +93,12 @@ class LossFloor:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedExcess:
-    """What a line of a trainer's log says of the distance to the optimum.
+    """The distance to the optimum, from a line of a trainer's log.
 
     Attributes:
         step: steps done.
         edges: noise levels between the bins; the outer bins are open.
-        excess: loss minus floor of each bin; None where no row fell. Noise may take it below 0.
+        excess: loss minus floor of each bin; None for bins without rows. Noise may take it below 0.
     """
 
     step: int
@@ -117,7 +117,7 @@ def logged_excess(entries: Sequence[Mapping[str, Any]], floor: LossFloor, traini
     were, so one floor serves all runs.
 
     Args:
-        entries: lines of the log; those without bins are passed over.
+        entries: lines of the log; those without bins are skipped.
         floor: that of the single-sample target.
         training: how the run draws noise levels.
     """

@@ -36,19 +36,19 @@ _LINES = 12
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class NetworkProbe(Result):
-    """A network held against the exact posterior mean over its data.
+    """A network compared with the exact posterior mean over its data.
 
     Attributes:
         name: of the network, such as that of its run.
-        description: a line that says what its data are.
-        step: of training that it was taken at; None if that is not known.
+        description: a line that describes its data.
+        step: its training step; None if unknown.
         fit: distance, loss and floor against the noise level.
         weighting: of the training loss.
         logged: loss minus floor over training, from a run's log.
-        drawn_from: size of the data set, if the posterior is that over a part of it.
-        notes: what was odd about the network's run.
-        seed: that decided all that was drawn.
-        seconds: that the measurement took.
+        drawn_from: size of the data set, if the posterior is over a part of it.
+        notes: notes on the network's run.
+        seed: of all random draws.
+        seconds: duration of the measurement.
         command: the command line that made it, for the report; empty for a call from Python.
     """
 
@@ -68,25 +68,26 @@ class NetworkProbe(Result):
         notes = [f"note: {note}" for note in self.notes]
         if self.drawn_from is not None:
             notes.append(
-                f"{sampled(self.fit.samples, self.drawn_from)}:\nthe posterior mean over them is not quite what the network "
-                "was trained for"
+                f"{sampled(self.fit.samples, self.drawn_from)}:\nthe posterior mean over them is not exactly the network's "
+                "optimum"
             )
         return "\n".join([*notes, self.summary, self._table()])
 
     @property
     def summary(self) -> str:
-        """Where most can still be gained, in a sentence."""
+        """Where training can still gain most, in a sentence."""
         fit, weight = self.fit, self._weight()
         excess = weight * fit.distance.mean
         worst = int(excess.argmax())
         step = "The" if self.step is None else f"Step {self.step:,}: the"
         return (
             f"{step} network is farthest from the optimum at noise level {float(fit.noise_level[worst]):.2g},\nwhere "
-            f"{float(excess[worst]):.3g} of the loss of {float((weight * fit.loss.mean)[worst]):.3g} can still be gained."
+            f"training can still lower the loss of {float((weight * fit.loss.mean)[worst]):.3g} by "
+            f"{float(excess[worst]):.3g}."
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers and what they are of, as JSON values."""
+        """All numbers and their context, as JSON values."""
         return {
             "stablefield": stablefield.__version__,
             "command": self.command,
@@ -105,7 +106,7 @@ class NetworkProbe(Result):
         return {"fit": fit_table(self.fit)}
 
     def charts(self) -> Mapping[str, LineChart]:
-        """The distance, the loss above its floor, and the same over training if there is a log."""
+        """The distance, the loss above its floor, and the latter over training if there is a log."""
         charts = {
             "distance": replace(distance_chart(self.fit), title="Squared distance to the optimum"),
             "excess": replace(excess_chart(self.fit, self.weighting), title="Loss minus floor"),
@@ -164,20 +165,20 @@ def probe_network(
 
     Args:
         network: D(x, sigma, class_labels=None) in noise-to-signal units, such as a `Denoiser`, on `device`.
-        images: what it was trained on: a set, or a tensor or array of shape (n, ...), as for `probe_data`.
-        labels: class of each sample, integers of shape (n,), if the network is told the classes.
+        images: its training data: a set, or a tensor or array of shape (n, ...), as for `probe_data`.
+        labels: class of each sample, integers of shape (n,), if the network sees the classes.
         by_class: the same with the classes of an image set.
-        training: whose loss weights and noise levels count; EDM's if None.
+        training: gives the loss weights and noise levels; EDM's if None.
         noise_levels: where to measure, sigma / alpha, shape (L,); chosen from the data if None.
-        max_images: samples that stand for the data set, drawn at random if there are more.
-        sources: samples that noisy rows are made from at each noise level; 512 if None.
+        max_images: samples that represent the data set, drawn at random if there are more.
+        sources: samples to make noisy rows from at each noise level; 512 if None.
         log: lines of a run's metrics.jsonl, for the loss above the floor over training.
         name: of the network, for the report.
         step: of training, for the report.
-        notes: what there is to say of the network, for the report.
-        seed: decides all that is drawn.
-        device: where to compute; a GPU if there is one, if None.
-        progress: called as the measurement goes on.
+        notes: notes on the network, for the report.
+        seed: of all random draws.
+        device: where to compute; if None, a GPU if there is one.
+        progress: called during the measurement.
 
     Raises:
         ValueError: if the data have nothing to measure, an argument does not fit, or the network returns another shape.

@@ -1,13 +1,13 @@
-r"""The three phases, and which share of a training batch lies in a noise band.
+r"""The three phases, and the share of a training batch in a noise band.
 
-Small noise: the posterior sits on the one sample that made x_t, and its variance is nil. Middle: several samples compete,
-and the single-sample target varies. Large noise: the posterior is nearly the prior. The edges are put at a stated
+Low noise: the posterior concentrates on the one sample that made x_t, and its variance is 0. Middle: several samples
+compete, and the single-sample target varies. High noise: the posterior is nearly the prior. The edges are at a stated
 tolerance $\tau$:
 
     one sample      V_DSM < tau Tr Cov(x_0)
-    prior           D < tau log N           all but a share tau of what x_t could tell of x_0 is lost
+    prior           D < tau log N           all but a share tau of the information in x_t about x_0 is lost
 
-Where the noise band begins, is for `stablefield.pick_noise_band` to say, here as in training: one rule, one number.
+`stablefield.pick_noise_band` decides where the noise band begins, here as in training: one rule, one number.
 """
 
 import math
@@ -28,12 +28,12 @@ __all__ = ["Edge", "Phases", "find_phases", "share_above"]
 
 @dataclass(frozen=True)
 class Edge:
-    """A noise level at which a curve meets a threshold.
+    """A noise level at which a curve crosses a threshold.
 
     Attributes:
-        noise_level: where the mean meets it.
-        low: where the curve two standard errors to one side meets it; 0 if that is not among the levels measured.
-        high: where the other does; infinity likewise.
+        noise_level: where the mean crosses it.
+        low: where the curve two standard errors to one side crosses it; 0 if outside the measured levels.
+        high: where the other side crosses it; infinity if outside.
     """
 
     noise_level: float
@@ -46,8 +46,8 @@ class Phases:
     """The edges of the three phases.
 
     Attributes:
-        single_below: below this noise level the posterior is on one sample; None if the levels measured do not show it.
-        prior_above: above it the posterior is nearly the prior; None likewise.
+        single_below: below this noise level the posterior is on one sample; None if the measured levels do not show it.
+        prior_above: above this one the posterior is nearly the prior; None if the measured levels do not show it.
         peak: noise level at which the variance of the score's target, V_DSM alpha^2 / sigma^4, is largest.
         tolerance: tau.
     """
@@ -75,7 +75,7 @@ def find_phases(curve: VarianceCurve, tolerance: float = 0.01) -> Phases:
 
 
 def share_above(level: float, noise_levels: NoiseLevels, process: Process) -> float:
-    """Share of training rows whose noise level is at least `level`: how much of a batch falls into a band.
+    """Share of training rows with a noise level of at least `level`: the share of a batch in a band.
 
     Raises:
         ValueError: if `level` is negative or NaN.
@@ -84,7 +84,7 @@ def share_above(level: float, noise_levels: NoiseLevels, process: Process) -> fl
     check_kind("noise_levels", noise_levels, NoiseLevels, "a distribution of noise levels, such as LogNormal()")
     check_kind("process", process, Process, "a Process, such as EDM()")
     if not level >= 0:
-        raise ValueError(f"level is {level}: it is a noise level sigma / alpha, 0 or more.")
+        raise ValueError(f"level is {level}: pass a noise level sigma / alpha, 0 or more.")
     # The noise level is an increasing function of the quantile, so bisection inverts it for any distribution.
     low, high = 0.0, 1.0
     for _ in range(50):
@@ -108,7 +108,7 @@ def _edge(level: Tensor, series: Series, threshold: float, *, rising: bool) -> E
 
 
 def _crossing(level: Tensor, value: Tensor, threshold: float, rising: bool) -> float | None:
-    """Where `value` first reaches the threshold from below, or last leaves it downwards; None if it does not."""
+    """Where `value` first rises to the threshold, or last falls below it; None if it does not."""
     beyond: Callable[[Tensor], Tensor] = (lambda v: v >= threshold) if rising else (lambda v: v < threshold)
     if rising:
         places = beyond(value).nonzero()[:, 0]
@@ -118,7 +118,7 @@ def _crossing(level: Tensor, value: Tensor, threshold: float, rising: bool) -> f
         right = int(places[-1]) + 1 if len(places) else 0
     if not 0 < right < len(level):
         return None
-    # Straight on logarithmic axes, as far as a value of 0 has a logarithm.
+    # Linear on logarithmic axes; the clamp gives a value of 0 a logarithm.
     a, b = (max(float(v), 1e-6 * threshold) for v in value[right - 1 : right + 1])
     part = math.log(threshold / a) / math.log(b / a)
     return float(torch.lerp(level[right - 1].log(), level[right].log(), part).exp())
@@ -127,4 +127,4 @@ def _crossing(level: Tensor, value: Tensor, threshold: float, rising: bool) -> f
 def _check(tolerance: float) -> None:
     number("tolerance", tolerance)
     if not 0 < tolerance < 1:
-        raise ValueError(f"tolerance is {tolerance}: it is a share of what the data have, between 0 and 1.")
+        raise ValueError(f"tolerance is {tolerance}: pass a share, between 0 and 1.")

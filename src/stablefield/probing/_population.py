@@ -1,7 +1,7 @@
-"""The population: the samples that a probe takes for the whole data set, all of it or a stated part.
+"""The population: the samples that a probe treats as the whole data set, all of it or a random part.
 
-The posterior over a set costs a pass over it for every row, so of a set that is too large a random part is drawn. What is
-measured then is true of a data set of that size, and the population says of how many it was drawn.
+The posterior over a set costs a pass over it for every row, so a probe draws a random part of a large set. Its results then
+hold for a data set of that size, and the population records the size of the set it was drawn from.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from stablefield.targets._engine.reference_matrix import ReferenceMatrix
 __all__ = ["MOST", "Population", "Samples", "described", "draw_population"]
 
 MOST = 65_536
-"""Samples that a population holds unless more are asked for."""
+"""Samples that a population holds by default."""
 
 Samples = ImageSet | Tensor | NDArray[Any]
 """Images or other samples: a set, or a tensor or array of shape (n, ...), floating point or uint8."""
@@ -27,16 +27,16 @@ Samples = ImageSet | Tensor | NDArray[Any]
 
 @dataclass(frozen=True)
 class Population:
-    """Samples and what is known of them.
+    """Samples with their labels and origin.
 
     Args:
         data: shape (N, ...), floating point, or uint8 images that mean data / 127.5 - 1.
-        labels: class of each sample, integers of shape (N,), if posteriors are to stay within classes; else None.
+        labels: class of each sample, integers of shape (N,), to keep posteriors within classes; else None.
         drawn_from: size of the set that the samples were drawn from; None if they are all of it.
 
     Raises:
-        ValueError: if there are fewer than two different samples (in every labels, if there are labels), a value is not
-            finite, or `labels` does not fit.
+        ValueError: if all samples are equal (within every class, if there are labels), a value is not finite, or `labels`
+            does not fit.
     """
 
     data: Tensor
@@ -57,7 +57,7 @@ class Population:
         if len(data) < 2:
             raise ValueError(
                 f"data hold {len(data)} sample: with one sample every target is that sample, and there is no variance to "
-                "measure. Probe at least 2."
+                "measure. Pass at least 2."
             )
         if labels is not None and (
             labels.shape != data.shape[:1]
@@ -66,7 +66,7 @@ class Population:
             or labels.dtype == torch.bool
         ):
             raise ValueError(
-                f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}: one integer per sample is needed, "
+                f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}: pass one integer per sample, "
                 f"shape ({len(data)},)."
             )
         if data.is_floating_point():
@@ -79,7 +79,7 @@ class Population:
             within = "" if labels is None else " of each class"
             raise ValueError(
                 f"all {len(data):,} samples{within} are equal: every target is that sample at every noise level, so there "
-                "is no variance to measure or to remove."
+                "is no variance to measure or remove. Pass different samples."
             )
 
     def __len__(self) -> int:
@@ -96,14 +96,14 @@ class Population:
         return self.data[0].numel()
 
     def variance(self) -> float:
-        """Trace of the covariance of the samples, within classes if there are labels: V_DSM where all is noise."""
+        """Trace of the covariance of the samples, within classes if there are labels: V_DSM at infinite noise."""
         matrix = ReferenceMatrix(self.data)
         labels = torch.zeros(len(self), dtype=torch.long) if self.labels is None else self.labels.cpu()
         _, place = torch.unique(labels, return_inverse=True)
         place = place.to(self.data.device)
         kinds = int(place.max()) + 1
         wide = torch.float32 if self.data.device.type == "mps" else torch.float64
-        # About the first sample, so that data far from zero lose no digits.
+        # Relative to the first sample, so that data far from zero lose no digits.
         centre = matrix.rows(torch.zeros(1, dtype=torch.long, device=self.data.device), matrix.dtype)
         total = torch.zeros(kinds, self.dim, dtype=wide, device=self.data.device)
         square = 0.0
@@ -126,20 +126,20 @@ def draw_population(
     """All of `images`, or `max_images` of them drawn at random without replacement.
 
     Args:
-        images: the set, of which only the rows that are drawn are read; or a tensor or array, as for a `Population`.
-        labels: class of each sample, integers of shape (n,), if `images` has none of its own.
+        images: the set, of which this reads only the drawn rows; or a tensor or array, as for a `Population`.
+        labels: class of each sample, integers of shape (n,), if `images` has no labels itself.
         max_images: samples to hold at most, 2 or more.
         by_class: keep the labels, so that posteriors stay within classes.
         seed: of the draw.
 
     Raises:
-        ValueError: if `max_images` is below 2, or classes are asked for and there are none; and as `Population`.
+        ValueError: if `max_images` is below 2, or `by_class` is set and there are no labels; and as for `Population`.
     """
     whole_number("max_images", max_images)
     whole_number("seed", seed, 0)
     flag("by_class", by_class)
     if max_images < 2:
-        raise ValueError(f"max_images is {max_images}: at least 2 samples are needed.")
+        raise ValueError(f"max_images is {max_images}: pass at least 2.")
     check_kind("images", images, (ImageSet, Tensor, np.ndarray), "an ImageSet, as open_images returns, or a tensor")
     if labels is not None:
         check_kind("labels", labels, (Tensor, np.ndarray), "a tensor or an array of classes, one per sample")
@@ -152,7 +152,7 @@ def draw_population(
     classes = torch.as_tensor(found) if by_class and found is not None else None
     count = len(values)
     if count <= max_images:
-        # A copy, as the set may be mapped read-only, and every row of it is read many times.
+        # A copy, because the set may be mapped read-only, and every row is read many times.
         return Population(
             values if isinstance(values, Tensor) else torch.from_numpy(np.array(values, order="C")), classes
         )
@@ -166,7 +166,7 @@ def draw_population(
 
 
 def described(images: Samples) -> tuple[str, str, dict[str, Any]]:
-    """A name, a line for people, and a manifest."""
+    """A name, a one-line description, and a manifest."""
     if isinstance(images, ImageSet):
         return images.name, images.describe(), images.manifest
     shape = tuple(images.shape)
@@ -179,7 +179,7 @@ def _all_equal(data: Tensor, labels: Tensor | None) -> bool:
         first = data[:1]
         return all(bool((part == first).all()) for part in data.split(4096))
     _, place = torch.unique(labels, return_inverse=True)
-    # The first member of each class: written last to first, the first one stays.
+    # The index of each class's first member.
     first = torch.empty(int(place.max()) + 1, dtype=torch.long, device=place.device)
     first.scatter_reduce_(0, place, torch.arange(len(place), device=place.device), "amin", include_self=False)
     return all(

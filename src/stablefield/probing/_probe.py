@@ -31,7 +31,7 @@ from stablefield.targets._pool import Pool
 
 __all__ = ["Probe", "probe_data", "sampled", "spaced", "with_error"]
 
-# Shares of the variance of a batch below which nothing, or little, is to be expected.
+# Shares of a batch's variance below which to expect nothing, or little.
 _NOTHING, _LITTLE = 0.01, 0.1
 # Lines of the table that fit a terminal.
 _LINES = 8
@@ -39,22 +39,23 @@ _LINES = 8
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Probe(Result):
-    """The variance of training targets on data, and what follows for a training run.
+    """The variance of training targets on data, and advice for a training run.
 
-    `print(probe)` gives the advice and a table, `probe.page()` the report with charts, `probe.to_dict()` every number.
+    `print(probe)` shows the advice and a table, `probe.page()` makes the report with charts, `probe.to_dict()` has all
+    numbers.
 
     Attributes:
         name: of the data.
-        description: a line that says what they are.
-        manifest: what they are, as JSON values.
-        training: that the advice is for.
-        references: that the training takes per step; None for all samples.
+        description: a line that describes them.
+        manifest: their description, as JSON values.
+        training: the training that the advice is for.
+        references: references that the training takes per step; None for all samples.
         noise_band: where references begin to matter, and how that was found.
         curve: the variance against the noise level.
         batch: the variance of a batch's sum of targets.
         phases: where one sample decides, and where the posterior is the prior.
         advice: how many references to take.
-        seed: that decided all that was drawn.
+        seed: of all random draws.
         device: where it was measured.
         command: the command line that made it, for the report; empty for a call from Python.
     """
@@ -79,7 +80,7 @@ class Probe(Result):
 
     @property
     def summary(self) -> str:
-        """Whether to expect anything of stable targets in this training, and by which figures; three lines."""
+        """Whether to expect a gain from stable targets in this training, with the figures; three lines."""
         curve, batch, training = self.curve, self.batch, self.training
         taken = curve.samples if self.references is None else max(self.references, batch.batch)
         references = f"all {curve.samples:,}" if taken >= curve.samples else f"{taken:,}"
@@ -102,7 +103,7 @@ class Probe(Result):
 
     @property
     def findings(self) -> tuple[str, ...]:
-        """What else follows, a sentence or two each."""
+        """Further advice, a sentence or two each."""
         curve, batch, best, whole = self.curve, self.batch, self.advice.recommended, self.advice.sizes[-1]
         everything = best.size >= curve.samples
         size = f"all {curve.samples:,}" if everything else f"{best.size:,}"
@@ -116,7 +117,7 @@ class Probe(Result):
             f"Take {size} references: they leave {left} of a row's variance in {self.training.name} training.",
             f"Variance of the sum over a batch of {batch.batch:,}, single sample 100 %:\n{', '.join(beside)}.",
             f"Phases: one sample below noise level {_level(single)}, the prior above {_level(prior)}.",
-            "Noise band, as train has it:\n"
+            "Noise band that train uses:\n"
             + (
                 "none: every sample is its own only reference."
                 if band.level == float("inf")
@@ -127,11 +128,11 @@ class Probe(Result):
             + ("." if everything else f", {_seconds(whole.seconds)} for all {curve.samples:,}, which leave none."),
         ]
         if curve.drawn_from is not None:
-            lines.append(f"{sampled(curve.samples, curve.drawn_from)}; only the noise band is that of all.")
+            lines.append(f"{sampled(curve.samples, curve.drawn_from)}; only the noise band uses all of them.")
         return tuple(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers and what they are of, as JSON values."""
+        """All numbers and their context, as JSON values."""
         return {
             "stablefield": stablefield.__version__,
             "command": self.command,
@@ -150,7 +151,7 @@ class Probe(Result):
         return {"variance": curve_table(self.curve)}
 
     def charts(self) -> Mapping[str, LineChart]:
-        """The variance, the phases, and what more references bring."""
+        """The variance, the phases, and the gain from more references."""
         charts = {
             "variance": variance_chart(self.curve, self.phases, self.advice),
             "phases": phases_chart(self.curve, self.phases),
@@ -189,7 +190,7 @@ def probe_data(
     device: torch.device | str | None = None,
     progress: Callable[[Progress], object] | None = None,
 ) -> Probe:
-    """Measure the variance of training targets on data, and say what follows for a training run.
+    """Measure the variance of training targets on data, and give advice for a training run.
 
     `stablefield.probe` calls this with the training that `stablefield.train` would choose for the data.
 
@@ -197,16 +198,16 @@ def probe_data(
         images: an image set, or a tensor or array of shape (n, ...), floating point, or uint8 that means x / 127.5 - 1.
         labels: class of each sample, integers of shape (n,), to keep posteriors within classes.
         by_class: the same with the classes of an image set.
-        training: that the advice is for; EDM in batches of 512, or of all samples if they are fewer, if None.
+        training: the training that the advice is for; if None, EDM in batches of 512, or of all samples if they are fewer.
         references: sizes of reference sets to measure; the whole set leaves no variance and is not sampled.
-        references_in_training: that the training takes per step; None for all.
+        references_in_training: references that the training takes per step; None for all.
         noise_levels: where to measure, sigma / alpha, shape (L,); chosen from the data if None.
-        aim: share of each row's variance that may stay, between 0 and 1.
-        max_images: samples that stand for the data set, drawn at random if there are more.
-        sources: samples that noisy rows are made from; all of a small set, else as many as two minutes allow, if None.
-        seed: decides all that is drawn.
-        device: where to compute; a GPU if there is one, if None.
-        progress: called as the measurement goes on.
+        aim: share of each row's variance that may remain, between 0 and 1.
+        max_images: samples that represent the data set, drawn at random if there are more.
+        sources: samples to make noisy rows from; if None, all of a small set, else as many as two minutes allow.
+        seed: of all random draws.
+        device: where to compute; if None, a GPU if there is one.
+        progress: called during the measurement.
 
     Raises:
         ValueError: if the data have nothing to measure, or an argument does not fit.
@@ -214,10 +215,10 @@ def probe_data(
     check_kind("images", images, (ImageSet, Tensor, np.ndarray), "an ImageSet, as open_images returns, or a tensor")
     sizes = set(shape_of("references", references))
     if any(size < 1 for size in sizes):
-        raise ValueError(f"references is {tuple(references)}: a set has at least 1 reference.")
+        raise ValueError(f"references is {tuple(references)}: pass sizes of at least 1.")
     number("aim", aim)
     if not 0 < aim < 1:
-        raise ValueError(f"aim is {aim}: it is the share of the variance that may stay, between 0 and 1.")
+        raise ValueError(f"aim is {aim}: pass the share of the variance that may remain, between 0 and 1.")
     device = found_device(device)
     by_class = by_class or labels is not None
     population = draw_population(images, labels, max_images=max_images, by_class=by_class, seed=seed).to(device)
@@ -228,7 +229,7 @@ def probe_data(
         values = images
     classes = torch.as_tensor(labels) if by_class and labels is not None else None
     band = pick_noise_band(Pool(values, references_in_training, classes), device=device)
-    if references_in_training is not None:  # so that there is a figure for them
+    if references_in_training is not None:  # measure this size, too
         sizes.add(references_in_training)
     curve = measure_variance(
         population,
@@ -258,29 +259,29 @@ def probe_data(
 
 
 def sampled(samples: int, drawn_from: int) -> str:
-    """That a part of the data stood for all of them."""
-    return f"sampled: {samples:,} of {drawn_from:,} images stand for the data set"
+    """A note that a sample represents the data set."""
+    return f"sampled: {samples:,} of {drawn_from:,} images represent the data set"
 
 
 def spaced(first: int, end: int, most: int) -> list[int]:
-    """At most `most` of the places from `first` to before `end`, evenly spaced, both ends among them."""
+    """At most `most` of the indices from `first` to before `end`, evenly spaced, including both ends."""
     return sorted(set(torch.linspace(first, end - 1, min(end - first, most)).round().long().tolist()))
 
 
 def with_error(mean: float, error: float) -> str:
-    """A mean with its standard error, or alone where there is none."""
+    """A mean with its standard error, if there is one."""
     return f"{mean:.3g} ± {error:.1g}" if error > 0 else f"{mean:.3g}"
 
 
 def _table(curve: VarianceCurve) -> str:
     sizes = list(curve.stf)[-4:]
     columns = ("noise", "V_DSM", *(f"n={size}" for size in sizes), "source weight", "ESS")
-    # From the last level at which there is nothing to remove.
+    # Start at the last level without variance to remove.
     some = (curve.dsm.mean > 1e-4 * curve.total).nonzero()[:, 0]
     first = max(0, int(some[0]) - 1) if len(some) else 0
     rows: list[list[str]] = []
     for i in spaced(first, len(curve.noise_level), _LINES):
-        # A ratio of two nothings tells nothing.
+        # The ratio of two values near 0 is meaningless.
         shown = float(curve.dsm.mean[i]) > 1e-4 * curve.total
         rows.append(
             [
@@ -299,7 +300,7 @@ def _percent(share: float) -> str:
 
 
 def _expect(gain: float, error: float) -> str:
-    """What a lower variance is worth, as a share of that of the single sample."""
+    """The verdict on a gain, as a share of the single sample's variance."""
     if gain < max(_NOTHING, 2 * error):
         return "expect nothing"
     return "expect little" if gain < _LITTLE else "worth it"
@@ -312,7 +313,7 @@ def _ratio(mean: float | Tensor | None, error: float | Tensor | None) -> str:
 
 
 def _level(edge: Edge | None) -> str:
-    return "(not among those measured)" if edge is None else f"{edge.noise_level:.2g}"
+    return "(outside the measured levels)" if edge is None else f"{edge.noise_level:.2g}"
 
 
 def _seconds(value: float) -> str:

@@ -1,4 +1,4 @@
-"""What was measured as JSON values and as rows of a table."""
+"""Measurements as JSON values and as rows of a table."""
 
 import math
 from typing import Any
@@ -55,7 +55,7 @@ def phases_record(phases: Phases) -> dict[str, Any]:
 
 
 def advice_record(advice: Advice, batch: BatchVariance) -> dict[str, Any]:
-    """What follows for a training run."""
+    """The advice for a training run."""
     return {
         "band_from": _finite(advice.band),
         "share_of_batch_in_band": advice.share,
@@ -80,7 +80,7 @@ def advice_record(advice: Advice, batch: BatchVariance) -> dict[str, Any]:
 
 
 def fit_record(fit: Fit) -> dict[str, Any]:
-    """A network against the optimum."""
+    """A network compared with the optimum."""
     return {
         "samples": fit.samples,
         "numbers_per_sample": fit.dim,

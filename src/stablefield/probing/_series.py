@@ -7,9 +7,9 @@ from torch import Tensor
 
 __all__ = ["Series", "interpolate"]
 
-# What stands for 0 on a logarithmic axis, as a share of the largest value.
+# Represents 0 on a logarithmic axis, as a share of the largest value.
 _NOTHING = 1e-12
-# Logarithms of noise levels closer than this are of one level: float32 may have rounded it.
+# Logarithms of noise levels closer than this count as one level: float32 may have rounded it.
 _SAME = 1e-6
 
 
@@ -29,9 +29,9 @@ class Series:
     def of_sources(cls, values: Tensor, *, complete: bool) -> "Series":
         """The mean over sources and noise draws of `values`, shape (draws, sources, L).
 
-        If every sample of the data is a source (`complete`), only the noise is random, and the error is that of the
-        spread over the draws of each source. Else the sources are a sample, and the error is that of the spread of the
-        sources' means, which holds both. NaN where there are too few values to tell.
+        If every sample of the data is a source (`complete`), only the noise is random, and the error comes from the spread
+        over the draws of each source. Otherwise the sources are a sample, and the error comes from the spread of their
+        means, which covers both. NaN if there are too few values.
         """
         draws, sources, _ = values.shape
         per_mean = values.var(0).mean(0) / draws if complete else values.mean(0).var(0)
@@ -40,10 +40,10 @@ class Series:
 
     @classmethod
     def of_sets(cls, values: Tensor, others: Tensor, weight: Tensor) -> "Series":
-        """The best of two unbiased estimates over independent sets, whose rows share references and are one unit.
+        """The best combination of two unbiased estimates over independent sets; rows of a set share references.
 
-        The difference of the two has mean 0, so it is a control variate: it is subtracted with the factor that leaves the
-        least variance between sets.
+        The difference of the two has mean 0, so it is a control variate: subtract it with the factor that minimises the
+        variance between sets.
 
         Args:
             values: one estimate, shape (sets, L).
@@ -64,9 +64,9 @@ class Series:
 
 
 def interpolate(at: Tensor, noise_level: Tensor, value: Tensor) -> Tensor:
-    """`value` (L,) at the noise levels `at`, along straight lines on logarithmic axes.
+    """`value` (L,) at the noise levels `at`, interpolated linearly on logarithmic axes.
 
-    Below the lowest level it is taken for 0, above the highest for constant, as variances are.
+    Below the lowest level it is 0, above the highest constant, like a variance.
 
     Args:
         at: noise levels, any shape, positive.

@@ -1,4 +1,4 @@
-"""How somebody means to train: what decides which noise levels count."""
+"""The planned training, which decides how much each noise level counts."""
 
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ __all__ = ["TRAININGS", "Training"]
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How somebody means to train: what decides which noise levels count.
+    """The planned training, which decides how much each noise level counts.
 
     Raises:
         ValueError: if the batch is below 1.
@@ -39,13 +39,13 @@ class Training:
 
     @property
     def name(self) -> str:
-        """What sentences call it: EDM, VE, VP, flow."""
+        """Its name in sentences: EDM, VE, VP, flow."""
         return "flow" if isinstance(self.process, RectifiedFlow) else type(self.process).__name__
 
     def levels(self, count: int) -> Tensor:
         """Noise levels in the middle of `count` equally probable parts of their distribution, float64, increasing.
 
-        Those that are 0 or infinite, at the ends of a clock, are left out.
+        Omits levels of 0 or infinity, at the ends of the time range.
         """
         u = (torch.arange(count, dtype=torch.float64) + 0.5) / count
         level = self.process.noise_level(self.noise_levels.quantile(u, self.process))

@@ -3,20 +3,21 @@ r"""The variance of training targets against the noise level, for one process an
 With the exact posterior over the whole data set, weights $w$ and mean $\mu(x_t)$:
 
     V_DSM     E Tr Cov(x_0 | x_t)                   variance of the single-sample target
-    V_STF(n)  E |STF target over n references - mu(x_t)|^2      what is left of it with n references; V_DSM for n = 1
-    D         E D_f(p(x_0 | x_t) || p(x_0))         f(u) = u log u, in nats (see `exact`)
+    V_STF(n)  E |STF target over n references - mu(x_t)|^2      variance left with n references; V_DSM for n = 1
+    D         E D_f(p(x_0 | x_t) || p(x_0))         f(u) = u log u, in nats (see `_exact`)
     source    E w_source                            weight of the sample that made x_t
     ESS       E 1 / sum_k w_k^2
 
-Variances are in squared units of the data, for the target of x0; times $\alpha^2 / \sigma^4$ they are those of the score.
+Variances are in squared units of the data, for the target of x0; multiplied by $\alpha^2 / \sigma^4$ they are those of the
+score.
 
-Expectations are over sources, noise and references. Every sample is a source where the set is small, a random part of
-them elsewhere; all noise levels share sources, noise and references, so that curves are smooth and differences between
-levels are not blurred. References of a set of n are the rows of a small batch and others drawn without replacement, as a
-training step draws them: for each row a uniformly random set of n that has its source in it. Rows of one set depend on
-each other, so errors are those between sets. V_STF is measured in two ways, as the mean squared distance to $\mu$ and, by
-the law of total variance, as V_DSM less the mean posterior variance V over the set. The first is good where little is left,
-the second where little is removed; they are combined with the factor that leaves the least variance.
+Expectations are over sources, noise and references. In a small set every sample is a source, in a large one a random part of
+them; all noise levels share sources, noise and references, so that curves are smooth and levels comparable. The n references
+of a set are the rows of a small batch and others drawn without replacement, as in a training step: for each row a uniformly
+random set of n that includes its source. Rows of one set depend on each other, so errors are those between sets. V_STF is
+measured in two ways, as the mean squared distance to $\mu$ and, by the law of total variance, as V_DSM minus the mean
+posterior variance V over the set. The first is accurate if little is left, the second if little is removed; the two are
+combined with the factor that minimises the variance.
 
 References:
     Xu, Tong, Jaakkola, "Stable Target Field for Reduced Variance Score Estimation in Diffusion Models", ICLR 2023,
@@ -42,41 +43,41 @@ from stablefield.targets._posterior import Posterior
 __all__ = ["SIZES", "VarianceCurve", "find_noise_levels", "measure_variance"]
 
 SIZES = (16, 64, 256, 1024, 4096)
-"""Sizes of reference sets that are measured unless others are asked for."""
+"""Sizes of reference sets that are measured by default."""
 
 # Work of the default measurement: one to two minutes on two CPU cores.
 _WORK = 4e12
-# Work for one pair of a row and a sample beside the 4 d flops of its products, in flops that take as long: exp and sums.
+# Work for one pair of a row and a sample besides the 4 d flops of its products, in flops that take as long: exp and sums.
 _PER_PAIR = 1500
-# Rows at each noise level, at least and at most, unless every sample is a source.
+# Minimum and maximum of rows at each noise level, unless every sample is a source.
 _FEWEST, _MOST = 64, 1024
-# With every sample as a source, rows per noise level to come near to by several draws of the noise.
+# If every sample is a source, approximate number of rows per noise level, from several draws of the noise.
 _ROWS = 4096
 # Queries of one pass over the population.
 _QUERIES = 2048
-# Sets of references to draw at least for each size, and rows that share one at most.
+# Minimum number of reference sets to draw for each size, and maximum number of rows that share one.
 _SETS, _SHARING = 32, 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class VarianceCurve:
-    """What was measured.
+    """The measured variances.
 
     Attributes:
         noise_level: sigma / alpha, increasing, shape (L,), float64.
         dsm: V_DSM.
-        stf: V_STF(n) for each size n of a reference set below that of the population; for the whole of it, V_STF is 0.
+        stf: V_STF(n) for each size n of a reference set below that of the population; for all of it, V_STF is 0.
         divergence: D in nats.
         source_weight: source weight in the whole population.
         ess: effective sample size in the whole population.
-        score_factor: alpha^2 / sigma^4, which turns variances of the x0 target into those of the score, shape (L,).
-        total: V_DSM where all is noise: trace of the data's covariance (within classes if there are any).
+        score_factor: alpha^2 / sigma^4, which converts variances of the x0 target to those of the score, shape (L,).
+        total: V_DSM at infinite noise: trace of the data's covariance (within classes if there are any).
         samples: size of the population.
         drawn_from: size of the set that it was drawn from; None if it is all of it.
         dim: numbers per sample, d.
         sources: distinct sources of rows.
         draws: noise draws for each source.
-        seconds: time that the whole-population posteriors took.
+        seconds: time of the posteriors over the whole population.
     """
 
     noise_level: Tensor
@@ -101,11 +102,11 @@ class VarianceCurve:
 
     @property
     def seconds_per_pair(self) -> float:
-        """Time of a posterior on this machine for each pair of a row and a reference, as measured."""
+        """Measured time of a posterior on this machine for each pair of a row and a reference."""
         return self.seconds / (self.sources * self.draws * len(self.noise_level) * self.samples)
 
     def left(self, size: int) -> Series:
-        """V_STF(size) / V_DSM at each noise level; nan where V_DSM is 0, and 0 for the whole population.
+        """V_STF(size) / V_DSM at each noise level; nan if V_DSM is 0, and 0 for the whole population.
 
         Raises:
             ValueError: if the size was not measured.
@@ -115,7 +116,9 @@ class VarianceCurve:
         if size == 1:
             return Series(torch.ones_like(self.noise_level), torch.zeros_like(self.noise_level))
         if size not in self.stf:
-            raise ValueError(f"size is {size}: {', '.join(map(str, self.stf))} and {self.samples} were measured.")
+            raise ValueError(
+                f"size is {size}, which was not measured: pass one of {', '.join(map(str, self.stf))} and {self.samples}."
+            )
         stf, dsm = self.stf[size], self.dsm
         ratio = stf.mean / dsm.mean
         return Series(ratio, torch.hypot(stf.error / dsm.mean, ratio * dsm.error / dsm.mean))
@@ -137,13 +140,12 @@ def measure_variance(
 
     Args:
         population: the data.
-        noise_levels: sigma / alpha, positive; `find_noise_levels` if None. A process that is a table takes the nearest.
+        noise_levels: sigma / alpha, positive; `find_noise_levels` if None. A `Discrete` process takes the nearest.
         process: how data become noise; EDM if None. The variance of the x0 target does not depend on it.
         sizes: sizes of reference sets; those from 2 to below the population are measured.
-        sources: samples that rows are made from; by default all of a small population, else as many as two minutes allow.
-        draws: noise draws for each source; chosen if None, at least 2 where every sample is a source, so that the error can
-            be told from them.
-        seed: of everything that is drawn.
+        sources: samples to make rows from; by default all of a small population, else as many as two minutes allow.
+        draws: noise draws for each source; chosen if None, at least 2 if every sample is a source, to estimate the error.
+        seed: of all random draws.
         progress: called as sources are done.
 
     Raises:
@@ -206,7 +208,7 @@ def measure_variance(
             done += len(index)
             if progress is not None:
                 progress(Progress(stage="measuring the variance", done=done, total=sources * draws))
-        # Back in the order of the sources, so that draws of the same source meet.
+        # Restore the order of the sources, so that draws of the same source align.
         joined = torch.cat(parts, 1)
         moments.append([column[shuffled.argsort()] for column in joined])
     dsm, divergence, source_weight, ess = (
@@ -240,8 +242,8 @@ def measure_variance(
 def find_noise_levels(population: Population, count: int = 21, *, seed: int = 0) -> Tensor:
     """Noise levels that span the three phases, evenly on a logarithmic axis, shape (`count`,), float64.
 
-    From half of where a few rows show the first trace of variance to where the posterior is the prior to about a percent:
-    at high noise D is S^2 / 2 sigma^2 for data of spread S, and four times S is enough but for very few samples.
+    From half the level where a few rows first show variance to where the posterior is the prior to about a percent: at high
+    noise D is S^2 / 2 sigma^2 for data of spread S, and four times S is enough except for very few samples.
 
     Raises:
         ValueError: if `count` is below 2.
@@ -250,7 +252,7 @@ def find_noise_levels(population: Population, count: int = 21, *, seed: int = 0)
     whole_number("count", count)
     whole_number("seed", seed, 0, 2**63)
     if count < 2:
-        raise ValueError(f"count is {count}: at least 2 noise levels are needed.")
+        raise ValueError(f"count is {count}: pass at least 2.")
     total = population.variance()
     whole = ExactPosterior(population.data, population.labels)
     generator = torch.Generator().manual_seed(seed)
@@ -258,7 +260,7 @@ def find_noise_levels(population: Population, count: int = 21, *, seed: int = 0)
     low = math.sqrt(total) / 2
     top = math.sqrt(total) * max(4.0, 1.4 * math.sqrt(1 / (2 * 0.01 * math.log(len(population)))))
     index = torch.randperm(len(population), generator=generator)[:32]
-    # Duplicates keep a variance at all levels above their distance; 2^-12 of the spread is below what images resolve.
+    # Near-duplicates have variance at all levels above their distance; 2^-12 of the spread is below what images resolve.
     for _ in range(12):
         job.t = torch.tensor([low], dtype=torch.float64, device=population.data.device)
         rows = job.rows(index)
@@ -309,7 +311,7 @@ class _Job:
     def over_set(
         self, rows: _Rows, exact: Posterior, index: Tensor, own: slice, block: int, size: int
     ) -> tuple[Tensor, Tensor]:
-        """V_STF at each level by the rows of one set, as squared distance to the exact mean and as V_DSM - V, (L,) each."""
+        """V_STF at each level from the rows of one set: squared distance to the exact mean, and V_DSM - V, (L,) each."""
         device = exact.mean.device
         chosen = torch.cat([index, self.others(index, size - len(index))]).to(device)
         place = torch.arange(len(index), device=device).repeat(len(self.t))
@@ -320,13 +322,13 @@ class _Job:
         return self.by_level(gap).mean(0), self.by_level(variance - found.variance).mean(0)
 
     def others(self, own: Tensor, count: int) -> Tensor:
-        """`count` of the population that are not in `own`, at random without replacement."""
+        """`count` random samples of the population that are not in `own`, without replacement."""
         if 4 * (count + len(own)) > self.population:
             free = torch.ones(self.population, dtype=torch.bool)
             free[own] = False
             left = free.nonzero()[:, 0]
             return left[torch.randperm(len(left), generator=self.generator)[:count]]
-        # Draw with replacement and drop repeats until there are enough; no pass over the population.
+        # Draw with replacement and drop repeats until there are enough; this avoids a pass over the population.
         found = own
         while len(found) < count + len(own):
             drawn = torch.randint(self.population, (count,), generator=self.generator)
@@ -336,7 +338,7 @@ class _Job:
 
 
 def _first_of_each(values: Tensor) -> Tensor:
-    """Places of the first occurrence of each value, in order: which repeats are dropped does not depend on the values."""
+    """Indices of each value's first occurrence, in order: which repeats are dropped does not depend on the values."""
     kinds, place = torch.unique(values, return_inverse=True)
     first = torch.full((len(kinds),), len(values)).scatter_reduce(0, place, torch.arange(len(values)), "amin")
     return first.sort().values
@@ -350,10 +352,10 @@ def _plan(population: Population, levels: int, sources: int | None, draws: int |
         sources = n if 2 * n <= min(max(affordable, _FEWEST), 2 * _ROWS) else min(n, rows)
     sources = min(sources, n)
     if draws is None:
-        # Two draws at least where every sample is a source: then the noise alone is random, and its spread must be seen.
+        # At least two draws if every sample is a source: then only the noise is random, and its spread must be measured.
         draws = max(2, -(-min(affordable, _ROWS) // n)) if sources == n else 1
     if sources == n and draws == 1:
-        raise ValueError("draws is 1, with every sample as a source: at least 2 are needed to tell the error.")
+        raise ValueError("draws is 1, with every sample as a source: pass at least 2, to estimate the error.")
     return sources, draws
 
 
@@ -361,10 +363,10 @@ def _check(levels: Tensor, sizes: Sequence[int], sources: int | None, draws: int
     if len(levels) == 0 or not bool(((levels > 0) & levels.isfinite()).all()):
         raise ValueError(f"noise_levels={levels.tolist()}: pass at least one, all positive and finite.")
     if float(levels.min()) < 1e-60:
-        raise ValueError(f"noise_levels={levels.tolist()}: variances of the score overflow below 1e-60.")
+        raise ValueError(f"noise_levels={levels.tolist()}: pass 1e-60 or more; variances of the score overflow below.")
     if any(size < 1 for size in sizes):
-        raise ValueError(f"sizes are {tuple(sizes)}: a reference set has at least 1 sample.")
+        raise ValueError(f"sizes are {tuple(sizes)}: pass sizes of at least 1.")
     if sources is not None and sources < 2:
-        raise ValueError(f"sources is {sources}: at least 2 are needed to tell the error.")
+        raise ValueError(f"sources is {sources}: pass at least 2, to estimate the error.")
     if draws is not None and draws < 1:
-        raise ValueError(f"draws is {draws}: at least 1 is needed.")
+        raise ValueError(f"draws is {draws}: pass at least 1.")

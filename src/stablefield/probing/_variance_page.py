@@ -54,7 +54,7 @@ def variance_chart(curve: VarianceCurve, phases: Phases, advice: Advice) -> Line
 
 
 def phases_chart(curve: VarianceCurve, phases: Phases) -> LineChart:
-    """What makes the three phases: V_DSM, the divergence, the source weight, and the variance of the score's target."""
+    """The curves behind the three phases: V_DSM, divergence, source weight, and the variance of the score's target."""
     level = curve.noise_level
     score = curve.dsm.mean * curve.score_factor
     peak = score.max() if float(score.max()) > 0 else 1.0
@@ -105,20 +105,20 @@ def variance_page(
     phases: Phases,
     advice: Advice,
     together: BatchVariance,
-    said: Sequence[str],
+    sentences: Sequence[str],
     command: str,
 ) -> Page:
     """The page.
 
     Args:
         name: of the data.
-        description: a line that says what they are.
+        description: a line that describes them.
         curve: the measurement.
         phases: its phases.
-        advice: what follows.
-        together: what whole batches vary by.
-        said: the advice in words, line by line.
-        command: that made it; empty if there is none.
+        advice: the advice.
+        together: the variance of whole batches.
+        sentences: the advice in words, line by line.
+        command: the command that made it; empty if there is none.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -132,13 +132,13 @@ def variance_page(
     blocks: list[Block] = [
         KeyFigures(
             (
-                KeyFigure(value=band, label="noise band from", note="as train has it"),
+                KeyFigure(value=band, label="noise band from", note="as train uses it"),
                 KeyFigure(value=f"{advice.share:.1%}", label="of a training batch can gain", note="rows in the band"),
                 KeyFigure(value=size, label="references recommended"),
-                KeyFigure(value=left, label="of each row's variance is left with them"),
+                KeyFigure(value=left, label="of each row's variance remains with them"),
             )
         ),
-        Text("\n\n".join(said[1:])),
+        Text("\n\n".join(sentences[1:])),
         Section(
             "Variance against noise level",
             (
@@ -169,8 +169,8 @@ def variance_page(
                         )
                         for i in range(len(curve.noise_level))
                     ),
-                    caption="V_DSM in squared units of the data, summed over its numbers; what is left of it with n "
-                    "references; source weight and effective sample size with all; D in nats. With one standard error.",
+                    caption="V_DSM in squared units of the data, summed over its numbers; the share that n "
+                    "references leave; source weight and effective sample size with all; D in nats. One standard error.",
                 ),
             ),
         ),
@@ -181,8 +181,8 @@ def variance_page(
                     phases_chart(curve, phases),
                     alt="Four curves between 0 and 1 against the noise level: source weight and divergence fall from 1 to "
                     "0, the variance rises from 0 to 1, and the variance of the score's target has a peak between.",
-                    title="What makes the phases.",
-                    caption="D is the mean Kullback-Leibler divergence (f(u) = u log u) of posterior from prior.",
+                    title="The quantities behind the phases.",
+                    caption="D is the mean Kullback-Leibler divergence (f(u) = u log u) of the posterior from the prior.",
                 ),
             ),
         ),
@@ -196,20 +196,20 @@ def variance_page(
                 json_details(
                     "Phases and advice", {"phases": phases_record(phases), "advice": advice_record(advice, together)}
                 ),
-                json_details("Every figure", curve_record(curve)),
+                json_details("All figures", curve_record(curve)),
             ),
         )
     )
     return Page(
         title=f"Target variance of {name}",
-        summary=said[0],
+        summary=sentences[0],
         blocks=tuple(blocks),
         footer=f"{description}. `{command}`" if command else description,
     )
 
 
 def _sizes(curve: VarianceCurve, advice: Advice, together: BatchVariance) -> tuple[Block, ...]:
-    """What each size leaves of the variance, of a row and of a batch, and costs."""
+    """The variance of a row and of a batch that each size leaves, and its cost."""
     rows: list[tuple[str | float | Estimate | None, ...]] = [
         (f"the batch, {together.batch:,}", None, _estimate(together.in_batch, 0), None, None)
     ]
@@ -227,10 +227,10 @@ def _sizes(curve: VarianceCurve, advice: Advice, together: BatchVariance) -> tup
     table = Table(
         columns=("references", "row variance left", "batch variance", "Gflop per step", "ms per step here"),
         rows=tuple(rows),
-        caption="What a training run sees. Row variance: what is left of each row's, weighted by its noise levels and loss "
-        f"weights. Batch variance: that of the sum of targets over {together.batch:,} rows, over that with the single "
-        "sample. Rows share references, so it can be above 1, and it falls only with references well beyond the batch; a "
-        "pool smaller than the batch cannot be. Cost: of the target for the rows in the band.",
+        caption="What a training run sees. Row variance: the share of each row's variance that remains, weighted by noise "
+        f"levels and loss weights. Batch variance: that of the sum of targets over {together.batch:,} rows, divided by that "
+        "with the single sample. Rows share references, so it can be above 1, and it falls only with references well beyond "
+        "the batch; a pool cannot be smaller than the batch. Cost: of the target for the rows in the band.",
         marked=1 + advice.sizes.index(advice.recommended),
     )
     chart = sizes_chart(curve)
@@ -238,9 +238,9 @@ def _sizes(curve: VarianceCurve, advice: Advice, together: BatchVariance) -> tup
         return (table,)
     figure = Figure(
         chart,
-        alt="What is left of the variance against the number of references, falling towards one part in n.",
+        alt="The share of the variance left against the number of references, falling towards one part in n.",
         title="More references.",
-        caption="At high noise V_STF falls as 1 / n; where few samples compete, only sets that hold them help.",
+        caption="At high noise V_STF falls as 1 / n; where few samples compete, only sets that include them help.",
     )
     return (figure, table)
 
@@ -250,7 +250,7 @@ def _line(label: str, x: Tensor, series: Series, unit: float, *, logarithmic: bo
     spread = 2 * series.error.nan_to_num(0) / unit
     low, high = y - spread, y + spread
     if logarithmic:
-        # What lies below the axis is not drawn; a line of nothing else would not be a line.
+        # Points below the axis are not drawn; a line needs at least one point, so keep one entirely below it.
         hidden = y < _LEAST / 10
         y, high = y.masked_fill(hidden, math.nan), high.masked_fill(hidden, math.nan)
         low = low.masked_fill(hidden, math.nan)
@@ -291,7 +291,7 @@ def _estimate(series: Series, place: int) -> Estimate | float | None:
 
 
 def _left(curve: VarianceCurve, size: int, place: int) -> Estimate | float | None:
-    # A ratio of two nothings tells nothing.
+    # The ratio of two values near 0 is meaningless.
     return _estimate(curve.left(size), place) if curve.dsm.mean[place] > _LEAST * curve.total else None
 
 

@@ -1,7 +1,7 @@
-"""Pictures and the report: one HTML file that needs nothing else, and the charts in it.
+"""Reports and pictures: one self-contained HTML file, and the charts in it.
 
-A `Page` is built of blocks and written by `write_page`. A chart is data (`LineChart`) until a page with a `Figure` of it
-is rendered, or `write_chart` makes a PNG file of it. `image_figure` shows images.
+A `Page` consists of blocks, and `write_page` writes it. A chart is data (`LineChart`) until a page with a `Figure` of it is
+rendered, or `write_chart` makes a PNG file of it. `image_figure` shows images.
 
 Drawing needs matplotlib, writing a page needs Jinja2: the extra `stablefield[report]`. Both are imported where they are
 used.

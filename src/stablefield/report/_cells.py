@@ -1,4 +1,4 @@
-"""Numbers as people read them: significant digits, thousands apart, a true minus, an error beside its value."""
+"""Readable numbers: significant digits, separated thousands, a true minus, an error beside its value."""
 
 import math
 import re
@@ -12,7 +12,7 @@ MINUS = "\u2212"
 THIN_SPACE = "\u202f"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""What XML and UTF-8 have no place for: controls, and halves of characters as in file names that are no UTF-8."""
+"""Characters that XML or UTF-8 cannot hold: controls, and surrogates such as those from file names that are not UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Estimate:
 
     value: float
     error: float
-    """Half the width of the interval that is meant; say in a caption which."""
+    """Half the width of the interval; name the kind of interval in a caption."""
 
     def __post_init__(self) -> None:
         if self.error < 0:
@@ -33,14 +33,14 @@ class Estimate:
 
 
 Cell = str | int | float | Estimate | None
-"""What a table holds. None is an empty cell, shown as a dash. NumPy's numbers are numbers too."""
+"""A cell of a table. None is an empty cell, shown as a dash. NumPy's numbers are numbers too."""
 
 
 def check_cell(name: str, cell: object) -> None:
-    """Refuse what is no cell.
+    """Refuse a value that is not a cell.
 
     Raises:
-        ValueError: if it is not, beginning with `name`.
+        ValueError: if it is not one; the message begins with `name`.
     """
     if cell is not None and not isinstance(cell, str | Real | Estimate):
         raise ValueError(
@@ -52,7 +52,7 @@ def show(cell: Cell, digits: int = 3) -> str:
     """A cell as text.
 
     Args:
-        cell: a string is shown as it is, an integer in full, a truth as yes or no, an Estimate to the second digit of its
+        cell: a string is unchanged, an integer in full, a boolean as yes or no, an Estimate to the second digit of its
             error, None as a dash.
         digits: significant digits of a float.
     """
@@ -68,7 +68,7 @@ def show(cell: Cell, digits: int = 3) -> str:
 
 
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows of texts under their columns, the first column set left and the others right, for a terminal."""
+    """Rows of texts under their columns for a terminal; the first column aligns left and the others right."""
     lines = [columns, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -77,12 +77,12 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with the sign for an unknown character in place of each that cannot be written."""
+    """The text with the replacement character for each character that cannot be written."""
     return UNPRINTABLE.sub("\ufffd", text)
 
 
 def _grouped(text: str) -> str:
-    """A number's text with thousands apart from five digits on, and a true minus."""
+    """A number's text with separated thousands from five digits on, and a true minus."""
     whole, point, rest = text.partition(".")
     if len(whole.lstrip("-")) > 4:
         whole = f"{int(whole):,}".replace(",", THIN_SPACE)

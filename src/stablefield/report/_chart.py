@@ -1,7 +1,7 @@
-"""Charts as data: what is drawn, not how.
+"""Charts as data, independent of how they are drawn.
 
-A `LineChart` has lines with bands of error over marked regions. Everything is checked where it is made, with ValueError
-where it does not fit, so that `drawing` can draw whatever it is given.
+A `LineChart` has lines with error bands over marked regions. Constructors raise ValueError for values that do not fit, so
+`_drawing` can draw any chart.
 """
 
 import math
@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 __all__ = ["Chart", "Line", "LineChart", "Region"]
 
 MOST_SERIES = 6
-"""As many as stay apart in colour, dash and marker."""
+"""The largest number that readers can distinguish by colour, dash and marker."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Line:
     high: ArrayLike | None = None
     """Upper edge of the band."""
     reference: bool = False
-    """Whether this is something to compare with (a law, a bound): drawn thin and grey, and not counted as a series."""
+    """Whether this is a reference (a law, a bound): drawn thin and grey, and not counted as a series."""
 
     def __post_init__(self) -> None:
         _labelled("Line", self.label)
@@ -42,11 +42,11 @@ class Line:
             lengths = ", ".join(f"{name} {len(values)}" for name, values in found.items())
             raise ValueError(f"{self.label!r} has fields of different lengths ({lengths}): pass one value per point.")
         if any(math.isnan(value) for value in found["x"]) or any(b <= a for a, b in pairwise(found["x"])):
-            raise ValueError(f"x of Line {self.label!r} does not increase: sort the points, and leave nan to y.")
+            raise ValueError(f"x of Line {self.label!r} does not increase: sort the points, and put nan only in y.")
         if all(math.isnan(value) for value in found["y"]):
-            raise ValueError(f"y of Line {self.label!r} has no number at all: leave the line out.")
+            raise ValueError(f"y of Line {self.label!r} has no numbers: leave the line out.")
         if "low" in found and any(a > b for a, b in zip(found["low"], found["high"], strict=True)):
-            raise ValueError(f"low of Line {self.label!r} lies above high: exchange them.")
+            raise ValueError(f"low of Line {self.label!r} is above high: swap them.")
         for name, values in found.items():
             object.__setattr__(self, name, values)
 
@@ -64,7 +64,7 @@ class Region:
     def __post_init__(self) -> None:
         _labelled("Region", self.label)
         if self.start is not None and self.stop is not None and not self.start < self.stop:
-            raise ValueError(f"Region {self.label!r} is from {self.start} to {self.stop}: start must lie below stop.")
+            raise ValueError(f"Region {self.label!r} is from {self.start} to {self.stop}: start must be below stop.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class LineChart:
     """Lines over one x axis, and regions of it."""
 
     lines: tuple[Line, ...]
-    """At most six besides reference lines. Their order gives colour, dash and marker."""
+    """At most six besides reference lines. Their order determines colour, dash and marker."""
     x_label: str
     y_label: str
     log_x: bool = False
@@ -80,10 +80,10 @@ class LineChart:
     """On a logarithmic axis a band may reach zero or below; it is drawn to the axis."""
     regions: tuple[Region, ...] = ()
     y_min: float | None = None
-    """Lower end of the y axis; by default just below what is drawn."""
+    """Lower end of the y axis; by default just below the lines."""
     y_max: float | None = None
     title: str = ""
-    """Set above the chart where it is a file of its own; on a page the figure has a title."""
+    """Above the chart in its own file; on a page the figure has a title."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lines", tuple(self.lines))
@@ -92,38 +92,38 @@ class LineChart:
         if not self.lines or len(series) > MOST_SERIES:
             raise ValueError(
                 f"lines of a LineChart are {len(series)} (and {len(self.lines) - len(series)} for reference): "
-                f"draw 1 to {MOST_SERIES}, more cannot be told apart."
+                f"draw 1 to {MOST_SERIES}; readers cannot distinguish more."
             )
         if not (self.x_label.strip() and self.y_label.strip()):
             raise ValueError(
-                f"labels of axes are {(self.x_label, self.y_label)}: say for each what it measures, and its unit."
+                f"labels of axes are {(self.x_label, self.y_label)}: name the quantity of each, and its unit."
             )
         for line in self.lines:
             for name, wanted, values in (("x", self.log_x, line.x), ("y", self.log_y, line.y)):
                 least = np.nanmin(np.asarray(values, dtype=float))
                 if wanted and least <= 0:
                     raise ValueError(
-                        f"{name} of Line {line.label!r} holds {least}, and log_{name} is set: put nan where a "
-                        f"logarithmic axis shows nothing, or use log_{name}=False."
+                        f"{name} of Line {line.label!r} holds {least}, and log_{name} is set: replace it by nan, or use "
+                        f"log_{name}=False."
                     )
         for region in self.regions:
             for edge in (region.start, region.stop):
                 if edge is not None and (not math.isfinite(edge) or (self.log_x and edge <= 0)):
                     raise ValueError(
-                        f"Region {region.label!r} has an edge at {edge}, which this x axis does not have: "
+                        f"Region {region.label!r} has an edge at {edge}, which is not on this x axis: "
                         "pass None for an open end."
                     )
         for name, limit in (("y_min", self.y_min), ("y_max", self.y_max)):
             if limit is not None and (not math.isfinite(limit) or (self.log_y and limit <= 0)):
                 raise ValueError(
-                    f"{name}={limit}, which this y axis does not have: pass a finite number, positive if log_y."
+                    f"{name}={limit}, which is not on this y axis: pass a finite number, positive if log_y."
                 )
         if self.y_min is not None and self.y_max is not None and not self.y_min < self.y_max:
-            raise ValueError(f"y_min={self.y_min} and y_max={self.y_max}: y_min must lie below y_max.")
+            raise ValueError(f"y_min={self.y_min} and y_max={self.y_max}: y_min must be below y_max.")
 
 
 Chart = LineChart
-"""What can be drawn."""
+"""Any chart."""
 
 
 def _labelled(owner: str, label: str) -> None:
@@ -139,5 +139,5 @@ def _numbers(name: str, label: str, values: ArrayLike) -> tuple[float, ...]:
     if array.ndim != 1 or not array.size:
         raise ValueError(f"{name} of {label!r} has shape {array.shape}: pass a sequence of numbers, at least one.")
     if np.isinf(array).any():
-        raise ValueError(f"{name} of {label!r} holds an infinite value: put nan where there is nothing to draw.")
+        raise ValueError(f"{name} of {label!r} holds an infinite value: use nan for gaps.")
     return tuple(array.tolist())

@@ -1,10 +1,10 @@
-"""The colours of pictures, by name: one palette for light ground, one for dark, chosen together.
+"""The colours of pictures, by name: one palette for light backgrounds, one for dark, chosen together.
 
-The six colours of series differ for people with each kind of colour blindness as well, and stand out from the ground by
-at least 3:1 (WCAG 2.2, success criterion 1.4.11). Lines differ in dash and marker besides, for print in grey.
+The six colours of series are distinct for people with any kind of colour blindness, and contrast with the background by at
+least 3:1 (WCAG 2.2, success criterion 1.4.11). Lines also differ in dash and marker, for print in grey.
 
-A picture names its colours `var(--ink, #1c1f24)`; the page sets the variables for dark ground, and on paper and where
-no page is around it the light ones hold.
+A picture names its colours `var(--ink, #1c1f24)`; the page sets the variables for dark backgrounds. On paper, and outside a
+page, the light ones apply.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Palette:
     """In the order of use."""
 
     def variables(self) -> dict[str, str]:
-        """The colours by the names that pictures and pages call them."""
+        """The colours by their names in pictures and pages."""
         plain = {name: getattr(self, name) for name in ("ground", "ink", "muted", "grid", "shade")}
         return plain | {f"series-{i}": colour for i, colour in enumerate(self.series, 1)}
 

@@ -1,8 +1,8 @@
-"""Drawing charts with matplotlib: PNG files, and SVG that lies in a page.
+"""Draw charts with matplotlib: PNG files, and SVG embedded in a page.
 
-Only matplotlib's objects are used (no pyplot), under its default settings and our style whatever the user's are, so that
-the same chart gives the same bytes. Text in SVG stays text, in the page's own font: it can be searched and scales with the
-rest. Its room is measured in DejaVu Sans, which is wider than what browsers choose.
+This uses only matplotlib's objects (no pyplot), under its default settings and our style whatever the user's are, so that
+the same chart gives the same bytes. Text in SVG stays text, in the page's own font, so it can be searched and scales with
+the rest. Its space is measured in DejaVu Sans, which is wider than the fonts that browsers choose.
 """
 
 import html
@@ -33,21 +33,24 @@ if TYPE_CHECKING:
 __all__ = ["chart_svg", "write_chart"]
 
 WIDTH = 400
-"""Of a chart in points: 30 letters' heights, so that text can still be read where it is 290 pixels wide, on a phone."""
+"""Width of a chart in points: 30 times the font size, so that text stays legible at 290 pixels, on a phone."""
 HEIGHT = 220
-"""Of its axes, about; names and regions come on top."""
+"""Approximate height of its axes; names and regions add to it."""
 FONT = 13.5
+LETTER = 0.57 * FONT
+"""Width of a letter, on average."""
+DPI = 216
 DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)), (0, (10, 3)), (0, (4, 1.5, 1, 1.5, 1, 1.5)))
 REFERENCE: dict[str, Any] = {"color": LIGHT.muted, "linewidth": 1.3, "linestyle": (0, (1, 2)), "marker": ""}
 MOST_MARKERS = 12
 
 
 def write_chart(charts: LineChart | Sequence[LineChart], path: str | Path) -> Path:
-    """Write a chart, or several beside each other, as a PNG file on white ground, each 1,200 pixels wide.
+    """Write a chart, or several side by side, as a PNG file on a white background, each 1,200 pixels wide.
 
     Args:
-        charts: what to draw, each with its title above it.
-        path: the file; folders on the way are made, a file of that name is replaced.
+        charts: the charts, each drawn with its title above it.
+        path: the file, which is replaced if it exists; missing folders are created.
 
     Returns:
         The path.
@@ -64,18 +67,37 @@ def write_chart(charts: LineChart | Sequence[LineChart], path: str | Path) -> Pa
         canvas = _canvas(max(_height(chart) + 2 * FONT * bool(chart.title) for chart in charts), len(charts))
         for panel, chart in zip(canvas.subfigures(1, len(charts), squeeze=False)[0], charts, strict=True):
             _draw(panel, chart, chart.title)
-        look: dict[str, Any] = {"format": "png", "dpi": 216, "metadata": {"Software": None}}
-        write_atomically(path, lambda temporary: canvas.savefig(temporary, **look))
+        drawn = io.BytesIO()
+        canvas.savefig(drawn, format="png", dpi=DPI)
+    small = _with_palette(drawn)
+    write_atomically(path, lambda temporary: temporary.write_bytes(small))
     return path
+
+
+def _with_palette(png: io.BytesIO) -> bytes:
+    """The same picture in at most 256 colours: a third of the bytes, and no difference to be seen."""
+    from PIL import Image  # which matplotlib itself needs
+
+    drawn, small = Image.open(png).convert("RGB"), io.BytesIO()
+    few = drawn.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    # Each entry becomes the commonest of its colours, so that the ground and the lines keep exactly theirs.
+    pixels = np.asarray(drawn).reshape(-1, 3)
+    _, places, counts = np.unique(pixels.astype(np.int32) @ (1 << 16, 1 << 8, 1), return_index=True, return_counts=True)
+    places = places[counts.argsort(kind="stable")]
+    palette = np.zeros((256, 3), np.uint8)
+    palette[np.asarray(few).flat[places]] = pixels[places]
+    few.putpalette(palette.tobytes())
+    few.save(small, format="PNG", optimize=True, dpi=(DPI, DPI))
+    return small.getvalue()
 
 
 def chart_svg(chart: LineChart, *, alt: str, prefix: str) -> str:
     """A chart as an <svg> element whose colours are the page's variables.
 
     Args:
-        chart: what to draw.
-        alt: what it shows, in words.
-        prefix: letters, digits and hyphens before each of its ids, unlike those of other charts of the page.
+        chart: the chart.
+        alt: its description.
+        prefix: letters, digits and hyphens before each of its ids, different for each chart of the page.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -83,7 +105,7 @@ def chart_svg(chart: LineChart, *, alt: str, prefix: str) -> str:
     height = _height(chart)
     stream = io.StringIO()
     with _style(), warnings.catch_warnings():
-        # A character that matplotlib's own font lacks is the browser's to draw.
+        # The browser draws characters that matplotlib's own font lacks.
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         canvas = _canvas(height, 1)
         _draw(canvas, chart, "")
@@ -100,7 +122,7 @@ def chart_svg(chart: LineChart, *, alt: str, prefix: str) -> str:
         )
         return re.sub(r"(?<=: )#[0-9a-f]{6}\b", lambda colour: named.get(colour[0], colour[0]), text)
 
-    # Matplotlib escapes what it is given, so that whatever stands between < and > is a tag of its own.
+    # Matplotlib escapes texts, so everything between < and > is one of its own tags.
     drawn = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|(?<=>)\s+(?=<)", "", stream.getvalue(), flags=re.DOTALL)
     inner = re.sub(r"<[^>]*>", tag, drawn[drawn.index("<svg") :]).partition(">")[2]
     return (
@@ -111,7 +133,7 @@ def chart_svg(chart: LineChart, *, alt: str, prefix: str) -> str:
 
 @contextmanager
 def _style() -> Generator[None]:
-    """Matplotlib's defaults, and ours over them, while a chart is drawn; the user's come back after."""
+    """Apply matplotlib's defaults and our style while drawing a chart; then restore the user's settings."""
     require("matplotlib", "drawing a chart")
     from cycler import cycler
     from matplotlib import style
@@ -169,9 +191,13 @@ def _height(chart: LineChart) -> float:
 
 
 def _columns(chart: LineChart) -> int:
-    """Columns of the legend that fit, at most three: letters are about 0.57 of the font's size wide."""
-    longest = max(len(line.label) for line in chart.lines)
-    return max(1, min(3, int((WIDTH / FONT + 0.6) / (4.2 + 0.57 * longest))))
+    """Columns of the legend that fit, at most three."""
+    widths = [4.2 * FONT + LETTER * len(line.label) for line in chart.lines]
+    for columns in (3, 2):
+        # Matplotlib fills them from the left, each as wide as the longest of its labels.
+        if sum(part.max() for part in np.array_split(widths, columns) if part.size) < WIDTH + 0.6 * FONT:
+            return columns
+    return 1
 
 
 def _wrap(text: str, length: int) -> str:
@@ -191,24 +217,22 @@ def _draw(canvas: "FigureBase", chart: LineChart, title: str) -> None:
     _set_limits(axes, chart)
     for line, artist in zip(chart.lines, drawn, strict=True):
         if line.low is not None and line.high is not None:
-            # To the axis, where an edge has no logarithm.
+            # Clip an edge without a logarithm to the axis.
             low, high = (np.maximum(_array(edge), axes.get_ylim()[0]) for edge in (line.low, line.high))
             axes.fill_between(_array(line.x), low, high, color=artist.get_color(), alpha=0.2, linewidth=0, zorder=2)
     for axis, log, most in ((axes.xaxis, chart.log_x, 6), (axes.yaxis, chart.log_y, 7)):
         _set_ticks(axis, log, most)
     axes.grid(axis="y")
-    # Above its axis, and level: read at once, and no width lost on a phone.
+    # Above its axis and horizontal, so that it is easy to read and takes no width on a phone.
     axes.set_title(_wrap(chart.y_label, 52))
     (tracks or [axes])[-1].set_xlabel(_wrap(chart.x_label, 48))
     if tracks:
         _draw_regions(axes, tracks[0], chart.regions)
-    columns = _columns(chart)
-    names = [_wrap(line.label, 44 // columns) for line in chart.lines]
     canvas.legend(
         drawn,
-        names,
+        [_wrap(line.label, 44) for line in chart.lines],
         loc="outside upper left",
-        ncols=columns,
+        ncols=_columns(chart),
         handlelength=2.2,
         alignment="left",
         title=_wrap(title, 42) or None,
@@ -217,20 +241,20 @@ def _draw(canvas: "FigureBase", chart: LineChart, title: str) -> None:
 
 
 def _set_limits(axes: "Axes", chart: LineChart) -> None:
-    """Room for the lines and their bands, and for what the chart asks for."""
+    """Set limits that fit the lines and their bands, or those of the chart."""
     least = np.nanmin(np.concatenate([_array(line.y) for line in chart.lines]))
     edges = [_array(edge) for line in chart.lines for edge in (line.low, line.high) if edge is not None]
     seen = np.concatenate([*edges, [least]])
-    # A band may come as near to zero as it likes; on a logarithmic axis the lines say how far down to look.
+    # A band may come arbitrarily near to zero; on a logarithmic axis the lines decide the lower limit.
     seen = seen[np.isfinite(seen) & ((seen >= least / 3) | (not chart.log_y))]
     axes.update_datalim(np.column_stack([np.full(len(seen), _array(chart.lines[0].x)[0]), seen]))
     axes.autoscale_view()
     low, high = axes.get_ylim()
     if not chart.log_y and 0 <= seen.min() < 0.3 * high:
-        low = 0.0  # near enough that leaving zero out would mislead
+        low = 0.0  # so near that omitting zero would mislead
     low = low if chart.y_min is None else chart.y_min
     high = high if chart.y_max is None else chart.y_max
-    if not low < high:  # one end was given, and all values lie beyond it
+    if not low < high:  # all values are beyond the given end
         high = 10 * low if chart.log_y else low + 1
     axes.set_ylim(low, high)
     axes.set_xlim(axes.get_xlim())
@@ -244,15 +268,15 @@ def _set_ticks(axis: "Axis", log: bool, most: int) -> None:
         return
     low, high = axis.get_view_interval()
     decades = math.log10(high / low)
-    # Few decades would leave two or three ticks: then the numbers between are named as well.
-    subs = (1.0,) if decades > 2 else (1.0, 2.0, 5.0) if decades > 0.7 else tuple(range(1, 10))
+    # Few decades would leave two or three ticks, so label numbers in between as well.
+    subs = (1.0,) if decades > 2.2 else (1.0, 2.0, 5.0) if decades > 0.7 else tuple(range(1, 10))
     axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=most))
     axis.set_major_formatter("{x:,g}")
     axis.set_minor_formatter(NullFormatter())
 
 
 def _draw_regions(axes: "Axes", track: "Axes", regions: Sequence[Region]) -> None:
-    """Mark where regions begin and end, and name each in a row of its own below the lines."""
+    """Mark where regions begin and end, and name each in its own row below the lines."""
     left, right = axes.get_xlim()
     axes.tick_params(axis="x", which="both", length=0)
     track.set_ylim(len(regions), 0)
@@ -262,16 +286,20 @@ def _draw_regions(axes: "Axes", track: "Axes", regions: Sequence[Region]) -> Non
         start, stop = max(left, region.start or left), min(right, region.stop or right)
         if start >= stop:
             continue
-        track.barh(row + 0.5, stop - start, left=start, height=0.8, color=LIGHT.shade, zorder=0)
+        track.barh(row + 0.5, stop - start, left=start, height=0.8, color=LIGHT.grid, zorder=0)
         for edge in {start, stop} - {left, right}:
             axes.axvline(edge, color=LIGHT.muted, linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
-        from_left = axes.transAxes.inverted().transform(axes.transData.transform((start, 1)))[0] < 0.5
+        text = _wrap(region.label, 60)
+        # As shares of the axis. A name that is longer than its region stands beside it, where there is more room.
+        first, last = track.transAxes.inverted().transform(track.transData.transform([(start, 0), (stop, 0)]))[:, 0]
+        inside = (last - first) * 0.8 * WIDTH > LETTER * len(text) + 8
+        to_the_right = (first < 0.5) if inside else (1 - last > first)
         track.annotate(
-            _wrap(region.label, 60),
-            (start if from_left else stop, row + 0.5),
-            xytext=(4 if from_left else -4, 0),
+            text,
+            (start if inside == to_the_right else stop, row + 0.5),
+            xytext=(4 if to_the_right else -4, 0),
             textcoords="offset points",
-            ha="left" if from_left else "right",
+            ha="left" if to_the_right else "right",
             va="center_baseline",
         )
 

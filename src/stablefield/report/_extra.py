@@ -1,4 +1,4 @@
-"""The packages that a report needs: imported only where one is made, and asked for by name where they are missing."""
+"""The check for the packages that a report needs, which are imported only where needed."""
 
 from importlib.util import find_spec
 
@@ -10,7 +10,7 @@ def require(package: str, purpose: str) -> None:
 
     Args:
         package: its import name.
-        purpose: what it is needed for, to begin the error with ("drawing a chart").
+        purpose: the start of the error ("drawing a chart").
 
     Raises:
         ImportError: if it is not installed, with the command that installs it.

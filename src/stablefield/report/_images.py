@@ -1,4 +1,4 @@
-"""Images in a report: a batch as one PNG, transparent between the images, so that it lies well on any ground."""
+"""Images in a report: a batch as one PNG, transparent between the images to suit any background."""
 
 import io
 from collections.abc import Sequence
@@ -27,12 +27,12 @@ def image_figure(
 
     Args:
         images: shape (n, C, H, W), uint8, C = 1 or 3. Small images are enlarged by a whole factor.
-        alt: what they show, in words.
+        alt: a description of the images.
         caption: the text below.
-        title: set in bold in front of the caption.
+        title: in bold before the caption.
         columns: images per row, without labels; by default as many as make the grid about square.
         labels: class numbers, shape (n,), for a grid in the order of the classes with their names; None for none.
-        class_names: what the classes are called, if that is known.
+        class_names: class names, if known.
 
     Raises:
         ValueError: if `images` is not such an array, `labels` does not fit, or `alt` is empty.
@@ -43,9 +43,9 @@ def image_figure(
         return tile(images, columns) if labels is None else class_grid(images, labels, class_names)
 
     picture = laid_out(images)
-    # Tiling black images shows where the white ground is: that becomes transparent.
+    # Tiling black images shows the white background, which becomes transparent.
     ground = laid_out(np.zeros_like(images))[:, :, :1]
-    # Letters lie on the ground of the page, be it light or dark.
+    # Letters are grey, legible on the page's background, light or dark.
     picture = np.where((ground > 0) & (ground < 255), np.uint8(128), picture)
     require_pillow("drawing images")
     from PIL import Image

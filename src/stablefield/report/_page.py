@@ -1,10 +1,9 @@
-"""A page: what a report says, before it is drawn.
+"""A page: the content of a report, before it is drawn.
 
     Page(title, summary, blocks)      a block is Text, Bullets, a Table, a Figure, Details, a Section, ...
 
-Every value is checked where it is made, so that a mistake shows in the line that made it and not in a browser: all raise
-ValueError where something is empty or does not fit. Text is plain; between `backticks` it is set as code, and a blank line
-begins a paragraph.
+Constructors raise ValueError if something is empty or does not fit, so that a mistake shows in the line that made it and not
+in a browser. Text is plain; text between `backticks` is set as code, and a blank line begins a paragraph.
 """
 
 import json
@@ -35,12 +34,12 @@ __all__ = [
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 DEEPEST = 5
-"""Sections within sections: the page has the heading h1, and HTML ends at h6."""
+"""Nesting of sections: the page title is h1, and HTML ends at h6."""
 
 
 @dataclass(frozen=True)
 class _Filled:
-    """What must not be empty: every text and every tuple without a default. Lists become tuples."""
+    """Texts and tuples without a default must not be empty. Lists become tuples."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -73,7 +72,7 @@ class Bullets(_Filled):
 
 @dataclass(frozen=True)
 class Code(_Filled):
-    """Text of fixed width, shown as it is: a command, JSON."""
+    """Verbatim text of fixed width: a command, JSON."""
 
     text: str
 
@@ -84,7 +83,7 @@ class KeyFigure(_Filled):
 
     value: Cell
     label: str
-    """What the number is."""
+    """The name of the number."""
     note: str = ""
     """A second, smaller line: a unit, an interval, a condition."""
 
@@ -102,11 +101,11 @@ class KeyFigures(_Filled):
 
 @dataclass(frozen=True, kw_only=True)
 class Table(_Filled):
-    """Rows under column titles. The first column names its row; columns of numbers are set on their decimal points."""
+    """Rows under column titles. The first column names its row; columns of numbers align on their decimal points."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
-    """Cells: numbers are shown to `digits` significant digits, integers in full, strings as they are."""
+    """Cells: numbers show `digits` significant digits, integers all, strings are unchanged."""
     caption: str = ""
     digits: int = 3
     marked: int | None = None
@@ -129,7 +128,7 @@ class Table(_Filled):
             raise ValueError(f"marked={self.marked} of a Table: its rows are 0 to {len(self.rows) - 1}.")
 
     def numeric(self, column: int) -> bool:
-        """Whether a column holds numbers (and gaps) alone."""
+        """Whether a column holds only numbers and gaps."""
         cells = [row[column] for row in self.rows if row[column] is not None]
         return bool(cells) and not any(isinstance(cell, str) for cell in cells)
 
@@ -142,10 +141,10 @@ class Figure(_Filled):
     """A chart is drawn when the page is rendered, which needs matplotlib."""
     _: KW_ONLY
     alt: str
-    """What the picture shows, in words, for those who do not see it."""
+    """A description of the picture, for those who cannot see it."""
     caption: str = ""
     title: str = ""
-    """Set in bold in front of the caption."""
+    """In bold before the caption."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,11 +153,11 @@ class Figure(_Filled):
             if not self.picture.startswith(PNG_SIGNATURE):
                 raise ValueError(f"picture of a Figure begins with {self.picture[:8]!r}: pass the bytes of a PNG file.")
             if len(self.picture) < 24 or 0 in self.size:
-                raise ValueError("picture of a Figure has no pixels: pass the bytes of a whole PNG file.")
+                raise ValueError("picture of a Figure has no pixels: pass the bytes of a complete PNG file.")
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of a PNG in pixels; (0, 0) of a chart, which has no pixels."""
+        """Width and height of a PNG in pixels; (0, 0) for a chart, which has no pixels."""
         if not isinstance(self.picture, bytes):
             return (0, 0)
         # After the signature and the length and name of the first chunk.
@@ -168,7 +167,7 @@ class Figure(_Filled):
 
 @dataclass(frozen=True)
 class SideBySide(_Filled):
-    """Figures to compare, such as real images and samples, beside each other where the screen is wide enough."""
+    """Figures to compare, such as real images and samples, side by side if the screen is wide enough."""
 
     figures: tuple[Figure, ...]
 
@@ -180,7 +179,7 @@ class SideBySide(_Filled):
 
 @dataclass(frozen=True)
 class Details(_Filled):
-    """Blocks behind a line that opens and closes them. On paper they are open."""
+    """Blocks that a line opens and closes. On paper they are open."""
 
     summary: str
     blocks: "tuple[Block, ...]"
@@ -200,20 +199,20 @@ Block = Text | Bullets | Code | KeyFigures | Table | Figure | SideBySide | Detai
 
 @dataclass(frozen=True, kw_only=True)
 class Page(_Filled):
-    """A whole report."""
+    """A complete report."""
 
     title: str
     summary: str
-    """What came out, in a sentence or two: all that many will read."""
+    """The result in a sentence or two; many read nothing else."""
     blocks: tuple[Block, ...]
     footer: str = ""
-    """The last line: the command, when it ran. The library's version stands there anyway."""
+    """The last line: the command, when it ran. The library's version is always added."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if _depth(self.blocks) > DEEPEST:
             raise ValueError(
-                f"sections of Page {self.title!r} lie more than {DEEPEST} deep: HTML has no more headings."
+                f"sections of Page {self.title!r} are nested more than {DEEPEST} deep: HTML has no more headings."
             )
 
 

@@ -1,7 +1,7 @@
-"""A page as HTML: one file that holds its pictures and its style, runs no script and fetches nothing.
+"""A page as HTML: one file with its pictures and style, which runs no script and fetches nothing.
 
-The template and the style lie beside this module. The page states a content security policy that forbids every request,
-so that a browser would rather leave a picture out than look for it elsewhere.
+The template and the style are beside this module. The page's content security policy forbids every request, so a browser
+would omit a picture rather than load it from elsewhere.
 """
 
 import base64
@@ -22,7 +22,7 @@ from stablefield.report._page import Block, Figure, Page, Section, Table
 __all__ = ["render_page", "write_page"]
 
 CONTENTS_FROM = 4
-"""Sections from which a page begins with a list of them."""
+"""Number of sections from which a page begins with a list of them."""
 
 
 def render_page(page: Page) -> str:
@@ -47,7 +47,7 @@ def render_page(page: Page) -> str:
             data, (width, height) = base64.b64encode(figure.picture).decode(), figure.size
             image = '<img src="data:image/png;base64,{}" alt="{}" width="{}" height="{}">'
             return Markup(image).format(data, figure.alt, width, height)
-        # Drawn here, by matplotlib, which escapes the texts in it.
+        # Safe, because matplotlib escapes the texts in it.
         return Markup(chart_svg(figure.picture, alt=figure.alt, prefix=f"p{number()}-"))
 
     sections = [block for block in page.blocks if isinstance(block, Section)]
@@ -69,11 +69,11 @@ def render_page(page: Page) -> str:
 
 
 def write_page(page: Page, path: str | Path) -> Path:
-    """Write the page to a file, whole or not at all.
+    """Write the page to a file atomically.
 
     Args:
-        page: what to write.
-        path: the file; folders on the way are made, a file of that name is replaced.
+        page: the page.
+        path: the file, which is replaced if it exists; missing folders are created.
 
     Returns:
         The path.
@@ -88,7 +88,7 @@ def write_page(page: Page, path: str | Path) -> Path:
 
 
 def _colours() -> str:
-    """Dark only on screens that ask for it: paper is white."""
+    """The palettes as CSS; the dark one only on screens that ask for it, since paper is white."""
 
     def root(palette: Palette) -> str:
         return ":root { " + " ".join(f"--{name}: {colour};" for name, colour in palette.variables().items()) + " }"
@@ -101,7 +101,7 @@ def _kind(block: Block) -> str:
 
 
 def _key_value(value: Cell) -> tuple[str, str]:
-    """A number in large type, without zeros that say nothing, and its error in smaller type."""
+    """A number in large type, without trailing zeros, and its error in smaller type."""
     number, _, error = show(value).partition(" ± ")
     if isinstance(value, float) and "." in number and "·" not in number:
         number = number.rstrip("0").rstrip(".")
@@ -113,7 +113,7 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _spans(text: str) -> Iterator[tuple[bool, str]]:
-    """Pieces of text, and whether each stood between backticks. A backtick without a partner is itself."""
+    """Pieces of text, and whether each was between backticks. An unpaired backtick is literal."""
     pieces = text.split("`")
     if len(pieces) % 2 == 0:
         pieces[-2:] = ["`".join(pieces[-2:])]
@@ -123,9 +123,9 @@ def _spans(text: str) -> Iterator[tuple[bool, str]]:
 
 
 def _cells(table: Table) -> list[list[tuple[str, str, int]]]:
-    """Each cell as what stands before its decimal point, the rest, and the width to keep for the rest.
+    """Each cell as the text before its decimal point, the rest, and the width to keep for the rest.
 
-    Only cells of numeric columns are split; a right-aligned column whose rests are equally wide lines up on its points.
+    Only cells of numeric columns are split; right-aligned with rests of equal width, they line up on their points.
     """
     columns = [
         _column([row[i] for row in table.rows], table.digits, table.numeric(i)) for i in range(len(table.columns))

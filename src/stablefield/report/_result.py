@@ -1,7 +1,7 @@
-"""What an experiment found: numbers that save themselves as JSON, as a report and as pictures.
+"""The result of an experiment: numbers that save themselves as JSON, as a report and as pictures.
 
-`Probe`, `Evaluation` and `Comparison` are results. Each says what its numbers, its charts and its page are; saving them and
-showing them in a notebook works alike for all.
+`Probe`, `Evaluation` and `Comparison` are results. Each defines its numbers, charts and page; saving and display in a
+notebook work the same way for all.
 """
 
 import csv
@@ -23,7 +23,7 @@ __all__ = ["Result"]
 
 
 class Result(ABC):
-    """Numbers that were measured, with what they were measured of.
+    """Measured numbers, with their context.
 
     `print(result)` shows a table of at most 80 columns (`text_table` makes one); a notebook shows the report.
     """
@@ -33,7 +33,7 @@ class Result(ABC):
         """The table."""
 
     def __repr__(self) -> str:
-        # What a prompt shows; for that a dataclass is declared with repr=False.
+        # A prompt shows this; subclasses are dataclasses with repr=False so that it applies.
         return str(self)
 
     @abstractmethod
@@ -42,7 +42,7 @@ class Result(ABC):
 
     @abstractmethod
     def charts(self) -> Mapping[str, Chart]:
-        """The charts by name, the most telling one first; none where there is nothing to draw."""
+        """The charts by name, the most important one first; empty if there is nothing to draw."""
 
     @abstractmethod
     def page(self) -> Page:
@@ -53,7 +53,7 @@ class Result(ABC):
         return {}
 
     def save_all(self, folder: str | Path, name: str) -> list[Path]:
-        """Write all of the result into a folder: `name`.json, a .csv file per table, a .png file per chart, report.html.
+        """Write everything into a folder: `name`.json, a .csv file per table, a .png file per chart, report.html.
 
         Raises:
             ImportError: if matplotlib or Jinja2 is not installed.
@@ -71,13 +71,13 @@ class Result(ABC):
         """Write the result: the numbers to a .json file, the report to .html, the first chart to .png.
 
         Args:
-            path: the file; its suffix says what to write. Folders on the way are made, a file of that name is replaced.
+            path: the file, which is replaced if it exists; its suffix decides what is written. Missing folders are created.
 
         Returns:
             The path.
 
         Raises:
-            ValueError: if the suffix is another one, or there is no chart.
+            ValueError: if the suffix is a different one, or there is no chart.
             ImportError: if matplotlib (for .png and .html) or Jinja2 (for .html) is not installed.
         """
         path = Path(path)

@@ -19,11 +19,11 @@ from stablefield.sampling._adaptive import rk45
 from stablefield.sampling._corrector import predictor_corrector
 from stablefield.sampling._counting import Counted, counted
 from stablefield.sampling._dpm_solver import dpmpp_2m, dpmpp_2m_sde
+from stablefield.sampling._euler_heun import euler, heun
 from stablefield.sampling._grids import cosine_sigmas, edm_sigmas, ve_sigmas, vp_sigmas
 from stablefield.sampling._guidance import autoguidance, classifier_free
 from stablefield.sampling._likelihood import Likelihood, log_likelihood
 from stablefield.sampling._noise import SampleNoise
-from stablefield.sampling._ode import euler, heun
 from stablefield.sampling._sde import ancestral, euler_maruyama
 
 __all__ = [

@@ -3,7 +3,6 @@
 One evaluation is one call of a network on a whole batch. Guidance calls two networks, or one twice, and counts 2.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from torch import Tensor
@@ -13,7 +12,7 @@ from stablefield._shapes import check_callable
 __all__ = ["Counted", "Evaluations", "counted"]
 
 
-class Evaluations(ABC):
+class Evaluations:
     """A denoiser that knows how many network evaluations it has made.
 
     Attributes:
@@ -23,33 +22,29 @@ class Evaluations(ABC):
     def __init__(self) -> None:
         self.nfe = 0
 
-    @abstractmethod
-    def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """D(x, sigma, class_labels)."""
-
-    def evaluate(
-        self, denoiser: Callable[..., Tensor], x: Tensor, sigma: Tensor, class_labels: Tensor | None = None
-    ) -> Tensor:
-        """Call `denoiser` and count: 1, or what it counts itself."""
-        counter = denoiser if isinstance(denoiser, Evaluations) else None
-        before = 0 if counter is None else counter.nfe
-        # The labels go in by place, not by name: the third argument is the habit, its name is not.
-        labels = () if class_labels is None else (class_labels,)
-        denoised = denoiser(x, sigma, *labels)
-        self.nfe += 1 if counter is None else counter.nfe - before
-        return denoised
-
 
 class Counted(Evaluations):
     """A denoiser with a counter, `nfe`. Made by `counted`."""
 
-    def __init__(self, denoiser: Callable[..., Tensor]) -> None:
+    def __init__(self, denoiser: Callable[..., Tensor], progress: Callable[[Tensor], object] | None = None) -> None:
         super().__init__()
-        self.denoiser = denoiser
+        self.denoiser, self._progress = denoiser, progress
 
     def __call__(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """D(x, sigma, class_labels), counted."""
-        return self.evaluate(self.denoiser, x, sigma, class_labels)
+        """D(x, sigma, class_labels); counts 1, or what the denoiser counts itself."""
+        if self._progress is not None:
+            self._progress(sigma)
+        before = _nfe_of(self.denoiser)
+        # The labels go in by place, not by name: the third argument is the habit, its name is not.
+        denoised = self.denoiser(x, sigma) if class_labels is None else self.denoiser(x, sigma, class_labels)
+        after = _nfe_of(self.denoiser)
+        self.nfe += 1 if before is None or after is None else after - before
+        return denoised
+
+
+def _nfe_of(denoiser: object) -> int | None:
+    """The evaluations that a denoiser has counted; None if it counts none."""
+    return denoiser.nfe if isinstance(denoiser, Evaluations) else None
 
 
 def counted(denoiser: Callable[..., Tensor]) -> Counted:

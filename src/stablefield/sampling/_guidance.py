@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stablefield._shapes import check_callable, check_kind, check_labels, check_tensor, number, per_row
-from stablefield.sampling._counting import Evaluations
+from stablefield.sampling._counting import Counted, Evaluations
 
 __all__ = ["Guided", "autoguidance", "classifier_free"]
 
@@ -79,7 +79,10 @@ class Guided(Evaluations):
         denoiser, labels = side
         if labels is not None and labels.shape[0] != x.shape[0]:
             raise ValueError(f"class_labels has {labels.shape[0]} rows, x has {x.shape[0]}: pass one label per row.")
-        return self.evaluate(denoiser, x, sigma, labels)
+        counter = Counted(denoiser)
+        denoised = counter(x, sigma, labels)
+        self.nfe += counter.nfe
+        return denoised
 
 
 def classifier_free(

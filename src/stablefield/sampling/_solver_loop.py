@@ -41,6 +41,8 @@ class SolverLoop:
     def denoise(self, x: Tensor, sigma: float) -> Tensor:
         """Call the denoiser at one noise level for all rows; the result has the shape and dtype of `x`.
 
+        A `Denoiser` (`stablefield.diffusion._preconditioning`) calls its network there.
+
         Raises:
             ValueError: if what comes back has another shape or is not finite, or the state is not.
         """

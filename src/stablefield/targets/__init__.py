@@ -1,4 +1,4 @@
-"""Low-variance training targets: the posterior over a reference set in place of the one sample that made x_t.
+"""Low-variance training targets: the posterior over a reference set instead of the one sample that made x_t.
 
-The names are re-exported by `stablefield` itself; this file imports nothing, so that each module stands alone.
+`stablefield` itself re-exports the names; this file imports nothing, so that you can import each module alone.
 """

@@ -1,23 +1,23 @@
-r"""The noise band: below which noise level a row's own source has all the weight anyway.
+r"""The noise band: it begins at the noise level below which a row's own source has nearly all the weight.
 
-With little noise only one reference could have made $x_t$, and the stable target is the single-sample one. Rows of such
-noise levels need no references at all. How far down that is follows from the distances between samples alone. Beside the
-source, a reference at distance $r s$ has at noise level $s$ the expected weight
+At low noise only one reference could have made $x_t$, and the stable target is the single-sample one. Rows at such noise
+levels need no references at all. The level depends only on the distances between samples. Beside the source, a reference at
+distance $r s$ has at noise level $s$ the expected weight
 
 $$ S(r) = E\left[ \frac{1}{1 + e^{r^2/2 - r z}} \right]
         = e^{-r^2/8}\, E\left[ \frac{1}{2 \cosh(r z / 2)} \right], \qquad z \sim N(0, 1), $$
 
-and more references only lessen it, so that the weight which the source loses to all of them is on average at most
+and more references only reduce it, so on average the source loses to all of them a weight of at most
 
 $$ L(s) = E_{\mathrm{source}} \min\Bigl(1, \sum_k S(|y_k - y_{\mathrm{source}}| / s)\Bigr), $$
 
-which grows with $s$. Where samples have prior weights $\pi$, sources are drawn with them, and a reference counts
-$\max(1, \pi_k / \pi_{\mathrm{source}})$ times, or not at all if its weight is 0: the bound stays one, since
+which grows with $s$. If samples have prior weights $\pi$, sources are drawn with them, and a reference counts
+$\max(1, \pi_k / \pi_{\mathrm{source}})$ times, or not at all if its weight is 0: it remains a bound, because
 $\rho a / (1 + \rho a) \le \max(1, \rho)\, a / (1 + a)$.
 
-A probe of the pool counts the distances from some of its samples to all others and finds the level at which this bound meets
-a tolerance. What the probe sees only decides a number, before training. The rule that uses it depends on the noise level
-alone, so the target stays exactly unbiased, whatever the number.
+A probe of the pool counts the distances from some of its samples to all others and finds the level at which this bound
+reaches a tolerance. The probe only determines one number before training. The rule that uses it depends only on the noise
+level, so the target stays exactly unbiased, whatever the number.
 """
 
 import math
@@ -33,27 +33,27 @@ from stablefield.targets._pool import Pool
 
 __all__ = ["NoiseBand", "pick_noise_band"]
 
-# References that the probe measures; the others count by their number.
+# References that the probe measures; the others are taken in proportion.
 _REFERENCES = 65_536
 # Squared distances are counted in bins of a 64th of an octave, 0.5 % in distance.
 _BINS_PER_OCTAVE = 64
-# Octaves below the squared size of the data in which float32 tells a distance from none, and above it.
+# Octaves covered below the squared size of the data, where float32 can still resolve a distance, and above it.
 _BELOW, _ABOVE = 18, 6
-# The level is found to this factor.
+# Relative accuracy of the level.
 _WITHIN = 1.005
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseBand:
-    """Where the noise band lies, and what was measured to find it.
+    """The noise band and the measurements behind it.
 
     Attributes:
         level: the noise level sigma / alpha for `StableTarget(noise_band=...)`; 0 if no level is low enough (too many equal
             samples), infinite if the source has all the weight at every level (a single reference, or classes of one).
-        tolerance: how far below 1 the bound of the mean source weight may be at the level.
-        lost: bound of the mean weight lost at the level; at most the tolerance.
-        rows: samples whose distances were counted.
-        references: references to which they were.
+        tolerance: how far below 1 the bound on the mean source weight may be at the level.
+        lost: bound on the mean weight lost at the level; at most the tolerance.
+        rows: number of samples from which distances were counted.
+        references: number of references to which they were counted.
         nearest: median distance of a row from its nearest reference, in units of the data; infinite without another one.
     """
 
@@ -78,26 +78,26 @@ def pick_noise_band(
     total: int | None = None,
     device: torch.device | None = None,
 ) -> NoiseBand:
-    """Probe a pool for the noise level below which the stable target is the single-sample one, to a tolerance.
+    """Find the noise level below which the stable target is the single-sample one, up to a tolerance.
 
-    The noise level sigma / alpha is all that a Gaussian posterior depends on, so the result serves every process. For the
-    heavier tails of `StudentTKernel` it is too high. If the pool has labels, references of the row's own label compete; rows
-    whose label is dropped would gain from a lower level. If it has weights, rows are drawn with them. Pools of more than
-    65,536 samples are probed on that many of them, and the weight of the others is taken in proportion.
+    A Gaussian posterior depends only on the noise level sigma / alpha, so the result holds for every process. For the
+    heavier tails of `StudentTKernel` it is too high. If the pool has labels, only references of the row's own label compete;
+    rows with a dropped label would gain from a lower level. If it has weights, rows are drawn with them. For pools of more
+    than 65,536 samples, the probe uses that many of them and scales up their weight.
 
     Args:
         pool: the references.
-        tolerance: how far below 1 the bound of the mean source weight may be, between 0 and 0.5; the weight itself loses
-            less (on images a third to two thirds of it at 0.1). What is given up is little: on CIFAR-10 0.4 % of what
-            references take from the loss between 0.05 and 0.1, for a seventh of the rows (benchmarks/results/band.json).
-        rows: samples whose distances to the references are counted, at a cost of one matrix product.
-        generator: what the samples are drawn from; one seeded with 0 if not given, so that a pool has one band.
-        total: samples of the whole set, if the pool is a random part of it: `pick_noise_band(sharded.pool,
-            total=sharded.total)` for a `ShardedPool`. Ranks may have bands of their own.
-        device: where to compute, for a pool of a numpy array; a tensor is probed where it is.
+        tolerance: how far below 1 the bound on the mean source weight may be, between 0 and 0.5; the weight itself loses
+            less (on images a third to two thirds of it at 0.1). The loss is small: on CIFAR-10, going from 0.05 to 0.1 gives
+            up 0.4 % of what references take from the loss, for a seventh of the rows (benchmarks/results/band.json).
+        rows: number of samples from which to count distances to the references, at the cost of one matrix product.
+        generator: draws the samples; by default one seeded with 0, so that a pool always has the same band.
+        total: number of samples of the whole set, if the pool is a random part of it: `pick_noise_band(sharded.pool,
+            total=sharded.total)` for a `ShardedPool`. Each rank may have its own band.
+        device: where to compute, for a pool of a numpy array; a tensor is probed on its own device.
 
     Returns:
-        The band's level with what was measured.
+        The band's level with the measurements.
 
     Raises:
         ValueError: if `tolerance` is not between 0 and 0.5, `rows` is below 1, `total` below the pool, the data are not
@@ -110,21 +110,19 @@ def pick_noise_band(
     if total is not None:
         whole_number("total", total)
     if not 0 < tolerance < 0.5:
-        raise ValueError(
-            f"tolerance is {tolerance}: it is how far below 1 the source weight may be, between 0 and 0.5."
-        )
+        raise ValueError(f"tolerance is {tolerance}: pass how far below 1 the source weight may be, between 0 and 0.5.")
     if rows < 1:
-        raise ValueError(f"rows is {rows}: the distances of at least one sample must be counted.")
+        raise ValueError(f"rows is {rows}: pass at least 1.")
     if device is None:
         device = pool.data.device if isinstance(pool.data, Tensor) else torch.device("cpu")
     device = as_device("device", device)
     n = len(pool.data)
     if total is not None and total < n:
-        raise ValueError(f"total is {total}, and the pool source_only has {n} samples: pass the size of the whole set.")
+        raise ValueError(f"total is {total}, but the pool alone has {n} samples: pass the size of the whole set.")
     matrix, labels = pool.matrix(device), None if pool.labels is None else pool.labels.to(device)
     generator = generator or torch.Generator().manual_seed(0)
     weights = None if pool.weights is None else pool.weights.cpu().double()
-    # Samples of weight 0 are no references.
+    # Samples of weight 0 are never references.
     possible = torch.arange(n) if weights is None else weights.nonzero()[:, 0]
     count = len(possible)
     if count == 0:
@@ -143,10 +141,10 @@ def pick_noise_band(
         wide = wide_dtype(device)
         prior = None if weights is None else weights.to(device, wide).clamp(min=torch.finfo(wide).tiny)
         counts, distances = _count(matrix, index.to(device), labels, prior, pool.mirrored)
-    # How many references of a training step each counted one stands for.
+    # How many references of a training step each counted one represents.
     if weights is None or pool.size is None:
         others = (pool.size or (total or n) * count / n) - 1
-    else:  # drawn from all, beside the row's own
+    else:  # drawn from all, besides the row's own
         others = (count - 1) * pool.size / n
     counts = counts * (others / max(1, len(matrix) - 1))
     level = _level(counts, distances, shares, tolerance)
@@ -162,9 +160,9 @@ def pick_noise_band(
 
 
 def _drawn(n: int, weights: Tensor | None, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Sources among n samples, and the share of the draws that each has, (m,) each, m at most `rows`, on the CPU.
+    """Sources among n samples, and each one's share of the draws, (m,) each, m at most `rows`, on the CPU.
 
-    All of them if they are few; else distinct ones drawn uniformly, or with their weights (n,), as evenly as these allow.
+    All of them if they are few; otherwise distinct ones drawn uniformly, or as evenly as their weights (n,) allow.
     """
     device = generator.device
     if weights is None:
@@ -187,14 +185,14 @@ def _median(values: Tensor, shares: Tensor) -> float:
 def _count(
     matrix: ReferenceMatrix, index: Tensor, labels: Tensor | None, weights: Tensor | None, mirrored: bool
 ) -> tuple[Tensor, Tensor]:
-    """How many references lie at which distance of each sample.
+    """Count the references at each distance from each sample.
 
     Returns:
-        Counts (m, bins) without the sample itself, and the distances that the bins stand for (bins,), both float64 on the
-        CPU. The first bin is distance 0.
+        Counts (m, bins) without the sample itself, and the distances of the bins (bins,), both float64 on the CPU. The first
+        bin is distance 0.
     """
     own = matrix.rows(index, torch.float32)
-    # Distances do not change if all is moved, and keep their digits where the data are about zero.
+    # Shifting all data does not change distances, and near zero they keep their digits.
     origin = own.mean(0)
     own = own - origin
     size = float(own.square().sum(1).max()) or 1.0
@@ -212,7 +210,7 @@ def _count(
             if labels is not None:
                 one = (labels[index][:, None] == labels[where]).float()
             if weights is not None:
-                # Beyond any number of references, more is no more.
+                # Clamp the ratio far beyond any number of references.
                 one = one * (weights[where] / weights[index][:, None]).clamp(min=1, max=1e20).float()
             if which == 0:
                 one = torch.where(torch.arange(where.start, where.stop, device=matrix.device) == index[:, None], 0, one)
@@ -236,15 +234,15 @@ def _level(counts: Tensor, distances: Tensor, shares: Tensor, tolerance: float) 
 
 
 def _lost(counts: Tensor, distances: Tensor, shares: Tensor, level: float) -> float:
-    """The bound L of the mean weight lost at a noise level."""
+    """The bound L on the mean weight lost at a noise level."""
     ratio = torch.zeros_like(distances) if math.isinf(level) else distances / max(level, 1e-300)
     return float((counts @ _beside(ratio)).clamp(max=1) @ shares)
 
 
 def _beside(ratio: Tensor) -> Tensor:
-    """S of the ratios (bins,), by the trapezoidal rule, which is exact to rounding for functions so smooth."""
+    """S at the ratios (bins,), by the trapezoidal rule, which is exact up to rounding for such smooth functions."""
     z = torch.linspace(-8, 8, 257, dtype=torch.float64)
     density = torch.exp(-z.square() / 2) * ((z[1] - z[0]) / math.sqrt(2 * math.pi))
-    # Beyond 30 the weight is below 1e-49, and the grid too coarse for it.
+    # Beyond 30 the weight is below 1e-49, and the grid is too coarse for it.
     ratio = ratio.clamp(max=30)
     return torch.exp(-ratio.square() / 8) * ((0.5 / torch.cosh(ratio[:, None] * z / 2)) @ density)

@@ -1,6 +1,6 @@
-"""Checks: what the arguments of a call must meet.
+"""Checks of a call's arguments.
 
-Conditions on values are gathered and read together, since on a GPU the host waits for the device each time.
+Conditions on values are collected and read together, because each read on a GPU makes the host wait.
 """
 
 import warnings
@@ -20,9 +20,9 @@ class Check:
     """A condition on the rows of an argument.
 
     Args:
-        holds: for which rows it holds, bool (B,); of one number if the condition is on the whole batch.
-        message: the error for one for which it does not.
-        warning: whether a failure is a warning, and not an error.
+        holds: the rows for which it holds, bool (B,); a single number if the condition is on the whole batch.
+        message: the error for a row that fails it.
+        warning: whether a failure is a warning instead of an error.
     """
 
     holds: Tensor
@@ -31,7 +31,7 @@ class Check:
 
 
 def value_check(holds: Tensor, name: str, value: Tensor, rule: str) -> Check:
-    """A check of the argument `name`, whose `value` (B,) meets the `rule` where `holds` (B,) is true."""
+    """A check of the argument `name`: its `value` (B,) meets the `rule` in rows where `holds` (B,) is true."""
     return Check(holds, lambda row: f"{name}[{row}] is {value[row].item():g}: {rule}.")
 
 
@@ -47,10 +47,10 @@ def require(*checks: Check) -> None:
     """Read once whether all `checks` hold.
 
     Raises:
-        ValueError: for the first row of the first check that does not.
+        ValueError: for the first row of the first check that fails.
 
     Warns:
-        UserWarning: for the first row of each check that does not and is a warning.
+        UserWarning: for the first row of each failing check that is a warning.
     """
     if not checks or bool(torch.stack([check.holds.all() for check in checks]).all()):
         return
@@ -67,10 +67,10 @@ def to_host(given: Sequence[Tensor], optional: Sequence[Tensor | None]) -> tuple
     """Bring rows of numbers (B,) to the host in one transfer, so that it waits for a GPU once."""
     values = [*given, *(value for value in optional if value is not None)]
     device = values[0].device
-    if device.type == "mps":  # which has no format that holds all of them
+    if device.type == "mps":  # it has no dtype that holds all of them
         values = [value.cpu() for value in values]
     elif device.type != "cpu":
-        # One conversion for each dtype, and not for each value.
+        # One conversion for each dtype, not for each value.
         dtypes = list(dict.fromkeys(value.dtype for value in values))
         parts = [torch.stack([value for value in values if value.dtype == dtype]).double() for dtype in dtypes]
         there = torch.cat(parts).cpu().split([len(part) for part in parts])
@@ -84,7 +84,7 @@ def row_numbers(name: str, value: Tensor, x: Tensor) -> Tensor:
     """Check that the argument `name` is one integer per row of the batch `x` (B, ...), and return it.
 
     Raises:
-        TypeError: if it is no tensor.
+        TypeError: if it is not a tensor.
         ValueError: if its shape, dtype or device do not fit.
     """
     check_tensor(name, value)
@@ -104,13 +104,13 @@ def row_flags(name: str, value: Tensor, x0: Tensor, columns: bool = False) -> Te
         Shape (B,), or (B, m) if `columns`.
 
     Raises:
-        TypeError: if it is no tensor.
+        TypeError: if it is not a tensor.
         ValueError: if its shape or dtype does not fit.
     """
     check_tensor(name, value)
     if value.dtype != torch.bool or value.shape[:1] != x0.shape[:1] or value.ndim > 1 + columns:
         raise ValueError(
-            f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}: it needs one bool per row, shape ({len(x0)},)"
+            f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}: pass one bool per row, shape ({len(x0)},)"
             + (f" or ({len(x0)}, m)." if columns else ".")
         )
     if not columns:
@@ -124,10 +124,10 @@ def row_flags(name: str, value: Tensor, x0: Tensor, columns: bool = False) -> Te
 
 
 def check_pair(x0: Tensor, x_t: Tensor, noise: Tensor | None) -> None:
-    """Check that the samples of a call are floating point and of one shape and device.
+    """Check that the samples of a call are floating point and have the same shape and device.
 
     Raises:
-        TypeError: if one is no tensor.
+        TypeError: if one is not a tensor.
         ValueError: if shapes, dtypes or devices do not fit.
     """
     for name, value in (("x0", x0), ("x_t", x_t), ("noise", noise)):
@@ -136,9 +136,9 @@ def check_pair(x0: Tensor, x_t: Tensor, noise: Tensor | None) -> None:
     if not x0.is_floating_point():
         raise ValueError(f"x0 has dtype {x0.dtype}: it must be floating point (uint8 images: x0 / 127.5 - 1).")
     if x0.ndim < 2 or len(x0) == 0:
-        raise ValueError(f"x0 has shape {tuple(x0.shape)}: it needs at least one row and one data dimension, (B, ...).")
+        raise ValueError(f"x0 has shape {tuple(x0.shape)}: pass at least one row and one data dimension, (B, ...).")
     if not x_t.is_floating_point():
-        raise ValueError(f"x_t has dtype {x_t.dtype}: noisy samples are floating point.")
+        raise ValueError(f"x_t has dtype {x_t.dtype}: pass floating point samples.")
     for name, value in (("x_t", x_t), ("noise", noise)):
         if value is None:
             continue
@@ -147,4 +147,4 @@ def check_pair(x0: Tensor, x_t: Tensor, noise: Tensor | None) -> None:
         if value.device != x0.device:
             raise ValueError(f"{name} is on {value.device}, x0 is on {x0.device}: move one of them.")
         if not value.is_floating_point():
-            raise ValueError(f"{name} has dtype {value.dtype}: noise is floating point.")
+            raise ValueError(f"{name} has dtype {value.dtype}: pass floating point noise.")

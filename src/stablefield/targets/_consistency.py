@@ -1,19 +1,19 @@
-r"""Consistency: whether x_t is what the process makes of x0, t and the noise.
+r"""Consistency: whether x_t fits the process, x0, t and the noise.
 
-A posterior is only as right as its model of the noise. A loop whose time runs the other way, which counts steps where the
-process wants times in [0, 1], or which hands over the noise of another draw, gets a target that is off by more than its own
-size, and no loss curve shows it. Four things are known of a batch without knowing its data:
+A posterior is only as good as its model of the noise. A loop whose time runs the other way, which passes step numbers
+instead of times in [0, 1], or which passes the noise of another draw, gets a target that is wrong by more than its own size,
+and no loss curve shows it. Four properties of a batch hold whatever the data:
 
-- With the noise at hand, $x_t - \alpha x_0 - \sigma \varepsilon$ is zero up to rounding, in every row.
+- If the noise is given, $x_t - \alpha x_0 - \sigma \varepsilon$ is zero up to rounding, in every row.
 - $|x_t - \alpha x_0|^2 / \sigma^2$ is chi-square with d degrees of freedom in every row (for Student's t with D degrees of
   freedom, d times an F variable), so its sum over the batch has a known spread.
-- So is, for images, the square of the noise's mean over each channel, times the pixels. Offset noise shows there.
+- For images, so is the square of the noise's mean over each channel, times the number of pixels. This detects offset noise.
 - The direction of the noise is uniform and independent of the data, so $\sqrt{d}$ times the cosine between the noise and
   the row's own deviation from the batch's mean has mean 0 and variance 1. Noise that was assigned to the data, as by optimal
-  transport, is closer to them. This is summed over calls, since one small batch may not show it.
+  transport, is closer to them. This is summed over calls, because one small batch may not show it.
 
-The bounds are eight standard deviations, so noise that is drawn as it should be never meets them. Rows that share their
-noise, up to its sign, count as one.
+The bounds are eight standard deviations, so correctly drawn noise never reaches them. Rows that share their noise, up to its
+sign, count as one.
 
 References:
     Wilson, Hilferty, "The Distribution of Chi-Square", PNAS 1931: the cube root of a chi-square variable is nearly normal.
@@ -28,24 +28,24 @@ from torch import Tensor
 from stablefield.diffusion._process import Process
 from stablefield.targets._checks import Check, finite_check, value_check
 from stablefield.targets._engine.reference_matrix import row_blocks, wide_dtype
-from stablefield.targets._kernel import GaussianKernel, Kernel, StudentTKernel
+from stablefield.targets._perturbation_kernel import GaussianKernel, PerturbationKernel, StudentTKernel
 
 __all__ = ["Correlation", "Measured", "consistency_checks"]
 
-# Standard deviations beyond which the noise is not what the process makes.
+# Standard deviations beyond which the noise does not fit the process.
 _SPREADS = 8.0
-# Departure of a mean square from 1 that is accepted, however large the batch.
+# Accepted deviation of a mean square from 1, however large the batch.
 _SLACK = 0.01
-# Relative error of sigma noise and of alpha x0, in float32, that is rounding and another way to compute a schedule; and in
-# ulps of shorter formats.
+# Accepted relative error of sigma noise and of alpha x0 in float32, for rounding and for other ways to compute a schedule;
+# and in ulps of shorter formats.
 _NOISE_ERROR, _DATA_ERROR, _ULPS = 1e-3, 1e-5, 4
-# Rows whose noise is below this many ulps of x_t are made of rounding in part.
+# Rounding contributes to rows whose noise is below this many ulps of x_t.
 _LOST = 32
-# Relative difference of the norms of two rows of noise that are taken for one.
+# Relative difference of norms below which two rows of noise count as one.
 _SAME = 1e-5
-# Pixels from which the mean over a channel says something.
+# Number of pixels from which the mean over a channel is informative.
 _PIXELS = 16
-# Rows over which the correlation of noise and data is summed. What rounding correlates stays far below the bound.
+# Rows over which the correlation of noise and data is summed. Correlation from rounding stays far below the bound.
 _WINDOW = 1024
 
 
@@ -61,7 +61,7 @@ class Correlation:
 
         Args:
             along: sum of the rows' standardised cosines.
-            variance: what its variance should be.
+            variance: its expected variance.
             rows: of the batch.
         """
         if self._rows >= _WINDOW:
@@ -72,17 +72,17 @@ class Correlation:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is measured of each row of a batch, where the batch lies; every attribute has shape (B,).
+    """Measurements of each row of a batch, on the batch's device; every attribute has shape (B,).
 
     Attributes:
         clean: norm of x0.
         noisy: norm of x_t.
         residual: norm of x_t - alpha x0.
-        drawn: norm of the noise that was given; the residual's if none was.
-        left: norm of x_t - alpha x0 - sigma noise; 0 if none was given.
-        channels: sum of the squared means of the residual over each channel; 0 where that says nothing.
+        drawn: norm of the given noise, or of the residual.
+        left: norm of x_t - alpha x0 - sigma noise; 0 without given noise.
+        channels: sum of the squared means of the residual over each channel; 0 if not informative.
         own: norm of the row's deviation from the batch's mean.
-        along: inner product of that with the noise.
+        along: inner product of this deviation with the noise.
     """
 
     clean: Tensor
@@ -118,7 +118,7 @@ class Measured:
         middle = whole.mean(0)
         pixels = x0[0, 0].numel() if x0.ndim > 2 else 0
         found = []
-        # Few rows at a time, so that what is made of them stays in the cache of a CPU.
+        # A few rows at a time, so that intermediate results stay in a CPU's cache.
         for some in row_blocks(clean):
             a, x = clean[some], noisy[some]
             residual = torch.addcmul(x, alpha[some], a, value=-1)
@@ -140,7 +140,7 @@ class Measured:
 
 def consistency_checks(
     process: Process,
-    kernel: Kernel,
+    kernel: PerturbationKernel,
     x0: Tensor,
     x_t: Tensor,
     t: Tensor,
@@ -151,20 +151,20 @@ def consistency_checks(
     correlation: Correlation | None = None,
     measured: Measured | None = None,
 ) -> list[Check]:
-    """What x_t, t and the noise must meet, to be read together.
+    """Conditions on x_t, t and the noise, to be read together.
 
     Args:
-        process: what is said to have made x_t.
-        kernel: the noise kernel; the law of kernels other than this library's is not checked.
+        process: the process that should have made x_t.
+        kernel: the noise kernel; the distribution of kernels other than this library's is not checked.
         x0: clean samples, shape (B, ...).
         x_t: noisy samples, shape (B, ...).
-        t: times, shape (B,), on the host, as all that follows but the noise.
+        t: times, shape (B,), on the host, like all following arguments except the noise.
         alpha: scale of the data at these times, shape (B,).
         sigma: scale of the noise at these times, shape (B,).
         noise: the noise in x_t, shape (B, ...), or None.
-        source_only: rows that use their source alone, bool (B,), or None: they need not be finite.
-        correlation: of the calls before; of this one alone if None.
-        measured: of these rows; measured if None.
+        source_only: rows that use only their source, bool (B,), or None: they need not be finite.
+        correlation: of earlier calls; None for only this one.
+        measured: measurements of these rows; computed if None.
     """
     low, high = process.time_range
     rule = f"the times of {process} run from {low:g} to {high:g}; pass times of this process"
@@ -178,7 +178,7 @@ def consistency_checks(
     finite = found.clean.isfinite()
     checks.append(finite_check(_but(found.clean, source_only), "x0"))
     checks.append(finite_check(_but(torch.where(finite, found.residual, 0), source_only), "x_t"))
-    # A scheduler that rounds 1 - alpha^2 to a short format makes another sigma; where alpha is 1, sigma is given.
+    # A scheduler that rounds 1 - alpha^2 to a short format changes sigma; if alpha is 1, sigma is exact.
     rounding = torch.where(alpha < 1, eps * alpha.square() / sigma.square(), 0)
     if noise is not None:
         checks.append(finite_check(_but(found.drawn, source_only), "noise"))
@@ -186,7 +186,7 @@ def consistency_checks(
         allowed = allowed * sigma * found.drawn + max(_DATA_ERROR, _ULPS * eps) * alpha.abs() * found.clean
         # NaN passes here; the checks above report it.
         checks.append(Check(~(found.left > allowed), lambda row: _residual_message(process, x0, x_t, t, noise, row)))
-    # Rounding makes a part of the noise of rows that have hardly any.
+    # In rows with hardly any noise, part of it is rounding.
     size = torch.maximum(found.noisy, alpha.abs() * found.clean)
     usable = (sigma * math.sqrt(d) > _LOST * eps * size) & (rounding < _SLACK / 2) & finite & found.residual.isfinite()
     scale = torch.where(usable, 1 / sigma, 0)
@@ -218,27 +218,29 @@ def _but(norms: Tensor, source_only: Tensor | None) -> Tensor:
 
 
 def _repeats(norms: Tensor, rows: Tensor) -> Tensor:
-    """By which factor rows that share their noise, and so its norm (B,), raise the variance of a sum over `rows`."""
+    """The factor by which rows that share their noise, and so its norm (B,), raise the variance of a sum over `rows`."""
     values = norms.sort().values
     run = torch.cat([values.new_zeros(1, dtype=torch.long), (values.diff() > _SAME * values[1:]).cumsum(0)])
-    # Rows that do not count have norm 0 and make the first run.
+    # Rows that do not count have norm 0 and form the first run.
     members = (values > 0).to(norms.dtype)
     counts = torch.zeros_like(norms).index_add_(0, run, members)
     return counts.square().sum() / rows.sum().clamp(min=1)
 
 
-def _law(kernel: Kernel, square: Tensor, rows: Tensor, d: int, repeats: Tensor) -> tuple[Tensor, Tensor] | None:
-    """How far a mean of squares is from what it should be, in units of the bound, and that mean over the right one.
+def _law(
+    kernel: PerturbationKernel, square: Tensor, rows: Tensor, d: int, repeats: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """The deviation of a mean of squares from its expectation, in units of the bound, and the ratio of the two.
 
-    Sums of chi-square variables by the cube root of Wilson and Hilferty, good far out in both tails; for Student's t
-    q / (q + D) with q = |noise|^2 is a beta variable, whose sum over the rows is matched to a chi-square in two moments.
+    Sums of chi-square variables use the cube root of Wilson and Hilferty, accurate far into both tails. For Student's t,
+    q / (q + D) with q = |noise|^2 is a beta variable; its sum over the rows is matched to a chi-square in two moments.
     """
     wide = wide_dtype(square.device)
     count, repeats = rows.sum().clamp(min=1).to(wide), repeats.clamp(min=1).to(wide)
     if isinstance(kernel, StudentTKernel):
         a, b = d / 2, kernel.dof / 2
         share = square / (square + kernel.dof)
-        # The part with the smaller mean is the one that resembles a chi-square variable.
+        # The part with the smaller mean resembles a chi-square variable.
         value, mean = (share, a / (a + b)) if a < b else (torch.where(rows, 1 - share, 0), b / (a + b))
         variance = a * b / ((a + b) ** 2 * (a + b + 1))
         freedom = count * (2 * mean**2 / variance)
@@ -283,22 +285,22 @@ _CHOSEN = "For x_t that you choose yourself pass StableTarget(..., validate_args
 def _law_message(process: Process, t: Tensor, ratio: float) -> str:
     return (
         f"x_t is not what {process} makes of x0 at t from {t.min().item():g} to {t.max().item():g}: the noise in it has "
-        f"{ratio:.3g} times the variance that it should have. Check that t grows with noise, has the units of this "
-        f"process, and that nothing else was added, such as offset noise or input perturbation. {_CHOSEN}"
+        f"{ratio:.3g} times the expected variance. Check that t grows with noise and has the units of this process, and "
+        f"that nothing else was added, such as offset noise or input perturbation. {_CHOSEN}"
     )
 
 
 def _offset_message(ratio: float) -> str:
     return (
-        f"the noise in x_t is not white: its means over the channels have {ratio:.3g} times the variance that they should "
-        "have, as offset noise makes them. Call the target with the x_t before the offset, and make the view that you "
-        f"regress on of its x0. {_CHOSEN}"
+        f"the noise in x_t is not white: its means over the channels have {ratio:.3g} times the expected variance, as with "
+        "offset noise. Call the target with the x_t before the offset, and compute the regression target from its x0. "
+        f"{_CHOSEN}"
     )
 
 
 def _pairing_message(spreads: float) -> str:
     return (
         f"the noise in x_t is not independent of x0: their correlation is {spreads:.3g} standard errors from 0. It was "
-        "assigned to the data, as by optimal transport or immiscible diffusion, so the posterior is another one. Draw "
+        "assigned to the data, as by optimal transport or immiscible diffusion, which changes the posterior. Draw "
         f"independent noise, or keep your single-sample target. {_CHOSEN}"
     )

@@ -1,19 +1,19 @@
 r"""Draws: whether the rows of a run were drawn from a pool with the probabilities that it assumes.
 
-The posterior over a pool has the probability of drawing a sample for its prior. A sampler that prefers some samples, or a
-run on a part of the pool's data, makes another prior, which biases every target. It shows in how often each sample has been
-drawn: Pearson's statistic
+The prior of a posterior over a pool is the probability of drawing each sample. A sampler that prefers some samples, or a run
+on a part of the pool's data, has another prior, which biases every target. The counts of drawn samples reveal it: Pearson's
+statistic
 
 $$ X^2 = \sum_k \frac{(c_k - e_k)^2}{e_k} $$
 
 summed over the samples with an expected count of at least 1, is chi-square if the draws are as assumed; sampling in epochs
-makes it smaller. If a batch makes r rows of each sample, it grows by r, so r is counted. The number of samples that were
-never drawn should be about $\sum_k e^{-e_k}$, and 0 after an epoch. Rows with a label are compared with the other samples
-of that label, since the posterior sees no others; rows without one, with all.
+makes it smaller. If a batch makes r rows of each sample, the statistic grows by a factor r, so r is measured. The number of
+samples never drawn should be about $\sum_k e^{-e_k}$, and 0 after an epoch. Rows with a label are compared with the other
+samples of that label, because the posterior sees no others; rows without one, with all.
 
-The rows of all ranks come to a shard of a `ShardedPool`, so it sees how often all of them have drawn its samples. Those are
-compared with each other, and the shard as a whole with the rest: shards may hold a class each. So every pair of samples is
-compared, and no rank counts more than its own.
+The rows of all ranks reach each shard of a `ShardedPool`, so it sees how often all of them have drawn its samples. It
+compares these with each other, and the shard as a whole with the rest, because each shard may hold one class. So every pair
+of samples is compared, and no rank counts more than its own samples.
 
 References:
     Pearson, "On the Criterion that a Given System of Deviations...", Philosophical Magazine 1900; Wilson, Hilferty, "The
@@ -32,22 +32,22 @@ from stablefield.targets._ranks import Ranks
 
 __all__ = ["Draws", "Frequencies", "Shares"]
 
-# Standard deviations beyond which draws are not as assumed: never by chance.
+# Standard deviations beyond which draws are not as assumed; chance never reaches them.
 _SPREADS = 12.0
-# Mean squared relative deviation of the probabilities that is worth a warning: 10 % each.
+# Mean squared relative deviation of the probabilities that deserves a warning: 10 % each.
 _DEVIATION = 0.01
-# Draws for each sample before the first comparison; then whenever they have doubled.
+# Draws for each sample before the first comparison; later ones follow whenever the draws have doubled.
 _FIRST = 4
 
 
 class Frequencies:
-    """Counts of the samples that were drawn.
+    """Counts of the drawn samples.
 
     Args:
         weights: probability of each sample, any scale, shape (n,), float64.
         labels: label of each sample, integers (n,), or None.
         first: draws before the first comparison; four for each sample if None.
-        name: what to call a sample, by its place.
+        name: makes a sample's name from its index.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Frequencies:
             self._labels = torch.empty_like(numbers).scatter_(0, order, numbers)
         kinds = 1 if labels is None else 2
         self._counts = torch.zeros(kinds, len(weights), dtype=torch.int32, device=weights.device)
-        # Sum over batches of the squared numbers of rows of one sample, and what it is for independent draws.
+        # Sum over batches of the squared numbers of rows of one sample, and its value for independent draws.
         self._squares = torch.zeros((), dtype=weights.dtype, device=weights.device)
         self._rows, self._pairs = torch.zeros_like(self._squares), torch.zeros_like(self._squares)
         self._chance = (weights.square().sum() / weights.sum().square()).to(weights.dtype)
@@ -73,10 +73,10 @@ class Frequencies:
         self._name = name
 
     def add(self, index: Tensor, labelled: Tensor | None, counted: Tensor | None) -> Check | None:
-        """Count a batch, and ask whether all draws so far are as assumed; None while it is too early, or after a warning.
+        """Count a batch, and check whether all draws so far are as assumed; None if it is too early, or after a warning.
 
         Args:
-            index: the samples that were drawn, integers (B,).
+            index: the drawn samples, integers (B,).
             labelled: which rows have a label, bool (B,); None if no sample has one.
             counted: which rows to count, bool (B,); None for all.
         """
@@ -100,12 +100,12 @@ class Frequencies:
         return Check(deviations <= 1, self._message, warning=True)
 
     def _deviation(self, kind: int) -> Tensor:
-        """How far the draws with a label (kind 1) or without one (kind 0) are from what is assumed, over the bound."""
+        """The deviation of the draws with a label (kind 1) or without (kind 0) from the assumption, over the bound."""
         counts = self._counts[kind].to(self._weights.dtype)
         expected = self._expected(counts, kind)
         often = expected >= 1
         cells = often.sum().clamp(min=1)
-        # Rows of one sample in one batch, such as antithetic pairs, are one draw.
+        # Rows of one sample in one batch, such as antithetic pairs, count as one draw.
         repeats = (self._squares / (self._rows + self._chance * self._pairs).clamp(min=1)).clamp(min=1)
         square = torch.where(often, (counts - expected).square() / expected.clamp(min=1), 0).sum() / repeats
         width = 2 / (9 * cells)
@@ -133,17 +133,17 @@ class Frequencies:
         among = " with a label" if kind else " without a label" if self._labels is not None else ""
         return (
             f"the rows{among} were not drawn from the Pool as it assumes: {self._name(worst)} came {int(counts[worst])} "
-            f"times among {int(counts.sum())} rows, where {float(expected[worst]):.3g} were to be expected, and {never} "
-            "samples never came. The targets are biased towards samples that come less often. Pass weights=... to the Pool "
-            "with the probability of each sample, make it of the samples that you train on, and drop labels independently "
-            "of the sample. Ignore this if each process draws from its own part of the Pool and all parts together make it "
-            "up, or if you made the same draws twice, as by a second run from the same seed with this Pool. For calls that "
-            "are no training pass StableTarget(..., validate_args=False)."
+            f"times among {int(counts.sum())} rows, where {float(expected[worst]):.3g} were expected, and {never} samples "
+            "never came. The targets are biased towards samples that come less often. Pass weights=... to the Pool with the "
+            "probability of each sample, make the Pool from the samples that you train on, and drop labels independently of "
+            "the sample. Ignore this if each process draws from its own part of the Pool and the parts together cover it, "
+            "or if you made the same draws twice, such as in a second run from the same seed with this Pool. For calls "
+            "outside training pass StableTarget(..., validate_args=False)."
         )
 
 
 def _numbered(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The values (n,) in order as numbers from 0 without gaps, and that order: `torch.unique` would wait for a GPU."""
+    """The sorted values (n,) as consecutive numbers from 0, and their order: `torch.unique` would wait for a GPU."""
     ordered, order = values.sort()
     return torch.cat([ordered.new_zeros(1), (ordered.diff() != 0).cumsum(0)]), order
 
@@ -156,13 +156,13 @@ def _repeats(index: Tensor, counted: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Shares:
-    """What weight lies where.
+    """The prior weight in a shard and elsewhere.
 
     Attributes:
-        distinct: the labels in a shard, each once, sorted, (k,).
-        here: the weight of each that lies there, (k,).
-        elsewhere: the weight of each that lies elsewhere, (k,).
-        own: all weight there.
+        distinct: the labels in the shard, each once, sorted, (k,).
+        here: the weight of each label in the shard, (k,).
+        elsewhere: the weight of each label elsewhere, (k,).
+        own: all weight in the shard.
         rest: all weight elsewhere.
     """
 
@@ -174,7 +174,7 @@ class Shares:
 
     @classmethod
     def gathered(cls, ranks: Ranks, labels: Tensor | None, weights: Tensor, device: torch.device) -> "Shares":
-        """Ask all ranks, each with the labels (n_r,) of its shard, or None, and their weights (n_r,)."""
+        """Collect them over all ranks; each passes the labels (n_r,) of its shard, or None, and their weights (n_r,)."""
         labels = torch.zeros(len(weights), dtype=torch.long) if labels is None else labels.long()
         weights = weights.to(device, wide_dtype(device))
         distinct: Tensor
@@ -193,16 +193,16 @@ class Shares:
 
 
 class Draws:
-    """Counts of the draws of all ranks, as far as they concern the samples of this shard.
+    """Counts of the draws of all ranks from the samples of this shard.
 
     Args:
-        shares: what weight lies where.
+        shares: the prior weight in this shard and elsewhere.
         weights: of the samples of the shard, (n_r,), or None.
         labels: their labels, (n_r,), or None.
-        start: the number of the first.
-        count: how many there are.
-        total: how many all ranks have.
-        device: where the batches are.
+        start: index of the shard's first sample in the whole set.
+        count: number of samples in the shard.
+        total: number of samples of all ranks.
+        device: the device of the batches.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class Draws:
         own = f"the samples {start} to {start + count - 1}"
         here, elsewhere = shares.here.to(device), shares.elsewhere.to(device)
         weights = torch.ones(count, dtype=here.dtype, device=device) if weights is None else weights
-        # Before all samples have come some times, a sampler that reads the data part by part has not come round.
+        # A sampler that reads the data part by part needs some passes before all samples have come.
         first = _FIRST * total
         self._distinct = None if labels is None else shares.distinct.to(device)
         self._within = Frequencies(weights, labels, first, lambda place: f"sample {start + place}")
@@ -237,7 +237,7 @@ class Draws:
             self._of_label = Frequencies(torch.cat([here, elsewhere]), kinds, first, name)
 
     def add(self, place: Tensor, here: Tensor, labels: Tensor | None) -> list[Check]:
-        """Count the rows of all ranks: their places in the shard, (B,), whether they are there, and their labels, or -1."""
+        """Count the rows of all ranks: their indices in the shard, (B,), whether they are in it, and their labels, or -1."""
         if not len(place):
             return []
         labelled = None if labels is None else labels >= 0
@@ -252,12 +252,12 @@ class Draws:
 
 def _of_all_ranks(check: Check) -> Check:
     def message(row: int) -> str:
-        return f"{check.message(row)} (Here the rows of all processes have been counted.)"
+        return f"{check.message(row)} (This counts the rows of all processes.)"
 
     return replace(check, message=message)
 
 
 def _among(distinct: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The place of each of `labels` (B,) in the sorted `distinct` (k,), and whether it is one of them."""
+    """The index of each of `labels` (B,) in the sorted `distinct` (k,), and whether it is one of them."""
     place = torch.searchsorted(distinct, labels).clamp(max=len(distinct) - 1)
     return place, distinct[place] == labels

@@ -1,7 +1,7 @@
-"""A pool of references: an array of clean samples, of which each batch takes all or some.
+"""A pool of references: an array of clean samples; each batch uses all or some of them.
 
-The pool knows the prior: how likely each sample is to be drawn, and which label it has. It compares the rows of a batch with
-its samples, since a row that is another sample would be missing among its references, which biases the target silently.
+The pool knows the prior: how likely each sample is to be drawn, and its label. It compares the rows of a batch with its
+samples: a row that is a different sample would be missing among its references, which silently biases the target.
 """
 
 from typing import Any, Literal
@@ -32,21 +32,21 @@ class Pool:
     Args:
         data: the clean samples, shape (n, ...), floating point, or uint8 images that mean data / 127.5 - 1. A tensor on the
             device of the training batches; or a numpy array, such as a memory map of a file larger than memory, which is
-            brought to the device of the batch chunk by chunk. Norms are computed once and kept: do not change an array in
-            place afterwards (a tensor that was changed is noticed).
+            sent to the device of the batch chunk by chunk. Norms are computed once and kept: do not change an array in place
+            afterwards (changes of a tensor are detected).
         size: number of references per batch; None for the whole array.
-        labels: condition of each sample, integers from 0, shape (n,), or None. A sample whose label is not known needs one
-            of its own (such as the largest plus 1, for "unknown"): that it is missing is information.
+        labels: condition of each sample, integers from 0, shape (n,), or None. Give samples of unknown label a separate one
+            (such as the largest plus 1), because the fact that it is missing is information.
         mirrored: use the mirror image (last axis) of each reference, too. For data sets doubled by random flips that the
             network does not see; the set then has 2 `size` members.
         weights: how likely each sample is to be drawn for a batch, shape (n,), on any scale, not negative; equally likely if
-            None. It is the prior of the posterior: give what your sampler uses. With `size`, the references are then drawn
-            uniformly from all samples, and each row's own is added for that row alone.
+            None. They are the prior of the posterior: pass the weights of your sampler. With `size`, the references are then
+            drawn uniformly from all samples, and each row's own sample is added only for that row.
 
     Raises:
-        TypeError: if an argument is of another type.
-        ValueError: if `data` is empty or of another dtype, `size` is not between 1 and n, or `labels` or `weights` do not
-            fit.
+        TypeError: if an argument has the wrong type.
+        ValueError: if `data` is empty or has the wrong dtype, `size` is not between 1 and n, or `labels` or `weights` do
+            not fit.
     """
 
     def __init__(
@@ -74,13 +74,13 @@ class Pool:
         if not fits:
             raise ValueError(f"Pool data have dtype {data.dtype}: pass floating point data, or uint8 images.")
         if size is not None and not 1 <= size <= len(data):
-            raise ValueError(f"Pool size is {size}: it must be from 1 to the {len(data)} samples, or None for all.")
+            raise ValueError(f"Pool size is {size}: pass 1 to the {len(data)} samples, or None for all.")
         if labels is not None and (labels.shape != (len(data),) or labels.is_floating_point()):
             raise ValueError(
                 f"Pool labels has shape {tuple(labels.shape)} and dtype {labels.dtype}: "
-                f"it needs one integer per sample, shape ({len(data)},)."
+                f"pass one integer per sample, shape ({len(data)},)."
             )
-        # Those on a GPU are checked with the first batch, so that nothing waits for them here.
+        # Labels on a GPU are checked with the first batch, to avoid a wait here.
         self._unchecked_labels = labels is not None
         if labels is not None and labels.device.type == "cpu":
             require(value_check(labels >= 0, "Pool labels", labels, UNKNOWN_LABEL))
@@ -106,7 +106,7 @@ class Pool:
         """The samples as a matrix for batches on `device`.
 
         Raises:
-            ValueError: if they are a tensor on another one.
+            ValueError: if they are a tensor on another device.
         """
         if self._matrix.device == device:
             return self._matrix
@@ -119,7 +119,7 @@ class Pool:
         return self._elsewhere[device]
 
     def checks(self, batch: Batch, count: bool) -> list[Check]:
-        """What the values of a call must meet, as described at `References`.
+        """Conditions on the values of a call, as described at `References`.
 
         Raises:
             ValueError: if `index` is missing, or shapes or devices do not fit.
@@ -151,7 +151,8 @@ class Pool:
         """Choose the references of a batch, as described at `References`.
 
         Raises:
-            ValueError: if `index` is missing, `size` is below the batch's distinct samples, or shapes or devices do not fit.
+            ValueError: if `index` is missing, `size` is below the number of the batch's distinct samples, or shapes or
+                devices do not fit.
         """
         device = batch.x0.device
         index, matrix = self.checked_index(batch), self.matrix(device)
@@ -160,9 +161,9 @@ class Pool:
         size = None if self.size == len(matrix) else self.size
         if size is not None and host is Host.NEVER:
             raise ValueError(
-                f"the Pool's size is {size}: which references are drawn depends on the batch's index, which a compiled "
-                "or captured function cannot look at. Use the whole pool (size=None) with a noise_band and a capacity, or "
-                "keep the target out of what is compiled: torch.compiler.disable(target.__call__)."
+                f"the Pool's size is {size}: the drawn references depend on the batch's index, which a compiled or captured "
+                "function cannot read. Use the whole pool (size=None) with a noise_band and a capacity, or keep the target "
+                "out of the compiled part: torch.compiler.disable(target.__call__)."
             )
         reference_labels, weights = self._on("labels", device), self._on("weights", device)
         log_prior = source_prior = chosen = None
@@ -173,7 +174,7 @@ class Pool:
         if size is not None and weights is None:
             chosen, source = choose(len(matrix), index, size, generator)
         elif size is not None:
-            # Drawn from all samples; a row's own, if it is not among them, is a reference for that row alone.
+            # Drawn from all samples; a row's own sample, if not among them, is a reference only for that row.
             chosen = _others(len(matrix), index.new_empty(0), size, generator)
             place = torch.full((len(matrix),), -1, device=device)
             place[chosen] = torch.arange(len(chosen), device=device)
@@ -190,18 +191,18 @@ class Pool:
         )
 
     def checked_index(self, batch: Batch, holder: str = "Pool", where: str = "of the batch in its data") -> Tensor:
-        """The index, if the batch fits; `holder` has it, and it counts the place of each row `where`.
+        """The index, if the batch fits; errors name the `holder`, and say `where` each row's index counts.
 
         Raises:
             ValueError: if it is missing, or shapes, devices or labels do not fit.
         """
         x0 = batch.x0
         if batch.index is None:
-            raise ValueError(f"index is missing: a {holder} needs the place of each row {where}.")
+            raise ValueError(f"index is missing: a {holder} needs the index of each row {where}.")
         self.matrix(x0.device)
         if x0.shape[1:] != self.data.shape[1:]:
             raise ValueError(
-                f"rows of x0 have shape {tuple(x0.shape[1:])}, the Pool's {tuple(self.data.shape[1:])}: they must agree."
+                f"rows of x0 have shape {tuple(x0.shape[1:])}, the Pool's {tuple(self.data.shape[1:])}: pass the same."
             )
         if batch.truth is not None and self.labels is None:
             raise ValueError(
@@ -210,7 +211,7 @@ class Pool:
         return batch.index.long()
 
     def index_checks(self, index: Tensor, source_only: Tensor | None, n: int, rule: str) -> list[Check]:
-        """The checks by a `rule` that an index is below `n`, and of the samples' labels, if that is still to be done."""
+        """The checks, with the message `rule`, that an index is below `n`, and of the samples' labels, if not done yet."""
         there = (index >= 0) & (index < n)
         there = there if source_only is None else there | source_only
         checks = [value_check(there, "index", index, rule)]
@@ -229,7 +230,7 @@ class Pool:
         return self._moved[name, device]
 
     def subset(self, index: Tensor) -> "Pool":
-        """The whole pool of the samples at `index`, integers (m,), with what is known of their norms."""
+        """A pool of all the samples at `index`, integers (m,), with their norms if known."""
         part = Pool.__new__(Pool)
         part.size, part.mirrored = None, self.mirrored
         part.labels = None if self.labels is None else self.labels[index]
@@ -248,7 +249,7 @@ def _checked_weights(weights: Tensor | NDArray[Any], n: int) -> Tensor:
 
 
 def sample_weights(weights: Tensor | NDArray[Any], n: int) -> Tensor:
-    """The weights of `n` samples in float64, on the scale on which they are given.
+    """The weights of `n` samples in float64, on their given scale.
 
     Raises:
         ValueError: if they are not `n` finite numbers, 0 or more.
@@ -275,13 +276,13 @@ def compared(
 
     Args:
         x0: the rows, shape (B, ...).
-        index: the sample that each is said to be, shape (B,).
+        index: the claimed sample of each, shape (B,).
         matrix: the samples.
         rounded: whether the matrix may have rounded them to the dtype in which it stores them.
 
     Returns:
-        The largest difference, whether it is another sample, and whether they differ by more than rounding in float32, shape
-        (B,) each; and the samples, shape (B, d).
+        The largest difference, whether it is a different sample, and whether they differ by more than rounding in float32,
+        shape (B,) each; and the samples, shape (B, d).
     """
     dtype, given, narrow = matrix.dtype_with(x0), x0.flatten(1), torch.finfo(torch.float32).eps
     eps = max(torch.finfo(x0.dtype).eps, matrix.eps if rounded else narrow)
@@ -292,36 +293,36 @@ def compared(
 
     gap, size = in_blocks(gap_and_size, given).unbind(0)
     size = size + matrix.holds_bytes
-    # Rounding, also that of decoding bytes, and a hundredth of the spread of the data for arithmetic that differs.
+    # Rounding, including that of decoding bytes, and a hundredth of the data's spread for different arithmetic.
     allowed = 4 * eps * size + torch.finfo(dtype).tiny + 0.01 * matrix.spread
     return gap, ~(gap <= allowed), gap > 4 * narrow * size, samples
 
 
 def verified_samples(x0: Tensor, index: Tensor, matrix: ReferenceMatrix, places: Tensor) -> Tensor | None:
-    """The samples that the rows are said to be, as they are stored, once each row has been found to be its sample.
+    """Verify that each row is its claimed sample, and return the samples as stored.
 
     Args:
         x0: the rows that use references, shape (B, ...).
-        index: the sample that each is said to be, shape (B,).
+        index: the claimed sample of each, shape (B,).
         matrix: the samples.
-        places: where the rows are in the user's batch, shape (B,).
+        places: indices of the rows in the user's batch, shape (B,).
 
     Returns:
         The samples, shape (B, d), float32, or float64 if either is; None if the rows are the same up to rounding in float32.
 
     Raises:
-        ValueError: if a row is another sample. Its source would not be among the references, which biases the target
-            silently.
+        ValueError: if a row is a different sample. Its source would not be among the references, which silently biases the
+            target.
     """
     gap, wrong, moved, samples = compared(x0, index, matrix)
-    # One value for both.
+    # One value to read for both.
     seen = int((2 * wrong.int() + moved.int()).max()) if len(x0) else 0
     if seen >= 2:
         row = int(wrong.nonzero()[0, 0])
         raise ValueError(
             f"row {int(places[row])} of x0 is not sample {int(index[row])} of the Pool (largest difference "
-            f"{gap[row].item():.3g}): pass flip= for mirrored rows, source_only= for rows with another augmentation of "
-            "their own, or the right index."
+            f"{gap[row].item():.3g}): pass flip= for mirrored rows, source_only= for rows with another augmentation, or "
+            "the right index."
         )
     return samples if seen else None
 
@@ -330,13 +331,13 @@ def choose(n: int, index: Tensor, size: int, generator: torch.Generator | None) 
     """Choose `size` of n samples: those at `index`, each once, and others drawn without replacement.
 
     Args:
-        n: how many samples there are.
-        index: places of the batch's rows, integers (B,).
+        n: the number of samples.
+        index: indices of the batch's rows, integers (B,).
         size: how many to choose.
-        generator: where the others are drawn from.
+        generator: draws the others.
 
     Returns:
-        The places of the chosen, shape (size,), and each row's place among them, shape (B,).
+        The indices of the chosen samples, shape (size,), and each row's index among them, shape (B,).
 
     Raises:
         ValueError: if `size` is below the number of distinct rows.
@@ -346,8 +347,8 @@ def choose(n: int, index: Tensor, size: int, generator: torch.Generator | None) 
     own, source = torch.unique(index, return_inverse=True)
     if size < len(own):
         raise ValueError(
-            f"Pool size is {size}, but the batch has {len(own)} samples of its own: "
-            f"a size of at least the batch is needed, so that every source is among the references."
+            f"Pool size is {size}, but the batch has {len(own)} distinct samples: "
+            f"pass at least the batch size, so that every source is among the references."
         )
     return torch.cat([own, _others(n, own, size - len(own), generator)]), source
 
@@ -360,7 +361,7 @@ def _others(n: int, own: Tensor, count: int, generator: torch.Generator | None) 
         taken[own] = True
         free = (~taken).nonzero()[:, 0]
         return free[torch.randperm(len(free), generator=generator, device=device)[:count].to(own.device)]
-    # Few out of many: draw with replacement, strike out repeats, keep a random subset; no pass over all n.
+    # A few out of many: draw with replacement, drop repeats, keep a random subset; this avoids a pass over all n.
     found = own.new_empty(0)
     while len(found) < count:
         drawn = torch.randint(n, (2 * count + 16,), generator=generator, device=device).to(own.device)

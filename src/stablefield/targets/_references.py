@@ -1,9 +1,9 @@
 """Reference policies: which clean samples a stable target averages over.
 
-A policy chooses, for a batch of sources, a set of references with every row's source in it. The target is unbiased if,
-given the set, the source is equally likely to be any of its members (see `posterior`). That holds for a batch drawn at
-random, for a whole data set, and for a random subset joined with the batch's own rows; it fails, measurably, if the
-source is left out or held twice, or if references differ from the row in a condition that the network sees.
+A policy chooses, for a batch of sources, a set of references that includes every row's source. The target is unbiased if,
+given the set, the source is equally likely to be any of its members (see `_posterior`). This holds for a batch drawn at
+random, for a whole data set, and for a random subset together with the batch's own rows. It fails, measurably, if the source
+is left out or included twice, or if references differ from the row in a condition that the network sees.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from stablefield.targets._engine.reference_matrix import ReferenceMatrix
 __all__ = ["UNKNOWN_LABEL", "Batch", "InBatch", "References", "Selection"]
 
 UNKNOWN_LABEL = (
-    "-1 stands for a label that was dropped by chance; give samples of unknown label a class of their own, such as the "
-    "largest plus 1"
+    "-1 means a label that was dropped by chance; give samples of unknown label a separate class, such as the largest "
+    "plus 1"
 )
 
 
@@ -34,9 +34,9 @@ class Batch:
         alpha: scale of the data, shape (B,).
         sigma: scale of the noise, shape (B,).
         labels: condition that the network sees for each row, shape (B,), or None.
-        reference_labels: true condition of each row, shape (B,), where that of `labels` may have been dropped, or None.
-        index: place of each row in the data set, shape (B,), or None.
-        source_only: rows that use their source alone and serve no other row, bool (B,), or None.
+        reference_labels: true condition of each row, shape (B,), if `labels` may have dropped ones, or None.
+        index: each row's index in the data set, shape (B,), or None.
+        source_only: rows that use only their source and serve no other row, bool (B,), or None.
     """
 
     x0: Tensor
@@ -54,7 +54,7 @@ class Batch:
         return self.labels if self.reference_labels is None else self.reference_labels
 
     def at(self, rows: Tensor) -> "Batch":
-        """Some of the rows, which are to use references."""
+        """The rows at `rows`, which will use references."""
         return Batch(
             x0=self.x0[rows],
             x_t=self.x_t[rows],
@@ -72,18 +72,17 @@ class Selection:
 
     Attributes:
         matrix: the references.
-        source: index into the matrix of the reference that each row was made from, shape (B,); with `ranks`, into the whole
-            set.
+        source: index into the matrix of each row's source, shape (B,); with `ranks`, into the whole set.
         labels: condition of each reference, shape (n,), or None.
         mirrored: whether the mirror image (last axis) of each reference is a reference, too.
         ranks: the ranks that hold other references, or None.
-        stored: the matrix that holds each row's own sample, and its index there, shape (B,), for the rows to be compared
-            with; None if the references are the rows themselves, or lie with other ranks.
-        verify_all: whether to compare all rows, since their index has decided which references there are; else those that
-            use references.
+        stored: the matrix that holds each row's own sample, and its index there, shape (B,), for comparison with the rows;
+            None if the references are the rows themselves, or are on other ranks.
+        verify_all: whether to compare all rows, because their index has decided which references there are; else only those
+            that use references.
         log_prior: log prior weight of each reference, shape (n,), float64; None if uniform.
         source_prior: log prior weight of each row's own sample on the same scale, shape (B,), float64; needed with
-            `log_prior`. `source` may then be -1, for one that is in the set of its own row alone.
+            `log_prior`. `source` may then be -1, for a sample that is only in its own row's set.
     """
 
     matrix: ReferenceMatrix
@@ -98,19 +97,19 @@ class Selection:
 
 
 class References(Protocol):
-    """What a stable target asks of a reference policy."""
+    """The interface of a reference policy."""
 
     @property
     def labels(self) -> Tensor | None:
-        """Condition of each sample, where the policy knows it; `StableTarget` then asks for those of the rows."""
+        """Condition of each sample, if the policy knows it; `StableTarget` then requires those of the rows."""
         ...
 
     def checks(self, batch: Batch, count: bool) -> list[Check]:
-        """What the values of a call must meet, to be read together with others.
+        """Conditions on the values of a call, to be read together with others.
 
         Args:
-            batch: the rows as they were given, with labels, index and flags on the host.
-            count: whether to count the rows, to compare how often each was drawn with what is assumed.
+            batch: the rows as given, with labels, index and flags on the host.
+            count: whether to count the rows, to compare how often each was drawn with the assumed frequency.
 
         Raises:
             ValueError: if `index` is missing, or shapes or devices do not fit.
@@ -121,9 +120,9 @@ class References(Protocol):
         """Choose the references of a batch.
 
         Args:
-            batch: the rows as the data set holds them (flips undone).
-            generator: where random choices are drawn from.
-            host: whether the host may read values; if so, it has found that `checks` hold.
+            batch: the rows as in the data set (flips undone).
+            generator: makes random choices.
+            host: whether the host may read values; if so, it has verified `checks`.
         """
         ...
 
@@ -133,24 +132,24 @@ class InBatch:
     """The batch itself: every row's clean sample is a reference for all rows.
 
     Each row's target varies less, but the rows of a batch then share all their references, and the variance of the batch's
-    gradient can rise: see "One row and a batch" in the theory. Prefer a `Pool` where you have the data.
+    gradient can rise: see "One row and a batch" in the theory. Prefer a `Pool` if you have the data.
     """
 
     @property
     def labels(self) -> None:
-        """None: the batch's own conditions serve."""
+        """None: the batch brings its own conditions."""
         return
 
     def checks(self, batch: Batch, count: bool) -> list[Check]:  # noqa: ARG002
         truth, labels, exempt = batch.reference_labels, batch.labels, batch.source_only
         if truth is None:
             return []
-        # No label in the whole batch is no condition at all.
+        # A batch without any label has no conditions at all.
         known = (truth >= 0) | (truth < 0).all()
         checks = [value_check(known if exempt is None else known | exempt, "reference_labels", truth, UNKNOWN_LABEL)]
         if labels is not None:
             fits = (labels == -1) | (labels == truth)
-            rule = "the row's own source is a reference of another label; it must fit its row"
+            rule = "the row's own source is a reference with another label; pass its label"
             checks.append(value_check(fits if exempt is None else fits | exempt, "labels", labels, rule))
         return checks
 
@@ -158,8 +157,8 @@ class InBatch:
         x0, excluded, log_prior = batch.x0, batch.source_only, None
         source = torch.arange(len(x0), device=x0.device)
         if excluded is not None:
-            # Rows are left out of the batch before, but for compiled functions, whose shapes do not depend on values. A
-            # weight of 0 does not take away what is not finite.
+            # Only in compiled functions, whose shapes cannot depend on values, are such rows still in the batch. Zero them:
+            # a weight of 0 would not remove values that are not finite.
             log_prior = torch.zeros(len(x0), device=x0.device).masked_fill(excluded, -torch.inf)
             x0 = torch.where(excluded.reshape(-1, *(1,) * (x0.ndim - 1)), 0, x0)
         return Selection(matrix=ReferenceMatrix(x0), source=source, labels=batch.truth, log_prior=log_prior)

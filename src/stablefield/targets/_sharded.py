@@ -1,19 +1,19 @@
-r"""References sharded over processes: every row sees the samples of all ranks, and no rank holds more than its own.
+r"""References sharded over processes: every row sees the samples of all ranks, and each rank holds only its own.
 
-The posterior's sums merge associatively (see `online_softmax`), so each rank computes them over its shard for the rows of
-all ranks, and sends each row's sums home:
+The posterior's sums merge associatively (see `_engine/online_softmax`), so each rank computes them over its shard for the
+rows of all ranks, and sends each row's sums back:
 
-1. all-gather: rows with their noise scales, anchors and places of their sources;
+1. all-gather: rows with their noise scales, anchors and the indices of their sources;
 2. every rank: partial sums of all rows over its own shard, at the cost of (rows of all ranks) x (its shard);
 3. all-to-all: the partial sums of a row return to the rank that asked, which merges those of all ranks with the share of
    the row's own source.
 
-Anchors travel with their rows, so logits of different shards are relative to the same number and keep their accuracy at
-small noise. Per row, 2 d numbers go out to every rank and d come back from each.
+Rows are sent with their anchors, so logits of different shards are relative to the same number and stay accurate at low
+noise. Per row, 2 d numbers go out to every rank and d come back from each.
 
-A rank knows its own samples only: their pixels, labels and weights. So it is there that a row is compared with its sample
-and that the draws of all ranks are counted; what was found goes to the rank that asked, with the sums. So does the prior of
-a row's own sample, which that rank then takes off the logits; while sums are made, only its least value is known.
+A rank knows only its own samples: their pixels, labels and weights. So the rank with a row's sample compares the two and
+counts the draws of all ranks; it sends the results to the rank that asked, with the sums. It also sends the prior of the
+row's own sample, which the asking rank then subtracts from the logits; during summation only a lower bound on it is known.
 """
 
 import math
@@ -44,7 +44,7 @@ class ShardedPool:
     """References sharded over the ranks of a process group: rank r holds one part, every row sees all parts.
 
     Sample i of the whole set is sample i - start of the rank's shard, in the order of the ranks; `index` counts in the whole
-    set. All ranks must call the target equally often, also with batches of different sizes; a rank without rows in the noise
+    set. All ranks must call the target equally often; their batches may differ in size, and a rank without rows in the noise
     band still serves the others.
 
     Args:
@@ -52,12 +52,12 @@ class ShardedPool:
             (also memory-mapped). At least one.
         labels: condition of each of them, integers of shape (n_r,), or None; on all ranks or on none.
         mirrored: use the mirror image of each reference, too, as `Pool` does.
-        weights: how likely each of them is to be drawn, shape (n_r,), as for `Pool`, on a scale that all ranks share; on all
+        weights: how likely each of them is to be drawn, shape (n_r,), as for `Pool`, on one scale for all ranks; on all
             ranks or on none. They may all be 0 on some ranks.
         process_group: the ranks; the default group if None.
-        timeout: how long to wait for the others before giving up. A new group with the same ranks is made for it, so all
-            ranks must construct the pool. None: the waits of `process_group` itself.
-        device: where batches are, if `data` are a numpy array; the CPU if not given.
+        timeout: how long to wait for the others before giving up. This makes a new group with the same ranks, so all ranks
+            must construct the pool. None: the timeout of `process_group` itself.
+        device: the device of the batches, if `data` are a numpy array; the CPU if not given.
 
     Raises:
         ValueError: if torch.distributed has no process group, or the ranks' samples do not fit together.
@@ -98,7 +98,7 @@ class ShardedPool:
                 raise ValueError(
                     f"the shards of rank 0 and rank {rank} do not fit: samples of shape "
                     f"{tuple(first[5 : 4 + int(first[0])].tolist())} and {tuple(part[5 : 4 + int(part[0])].tolist())}, "
-                    "or labels, mirrored or weights on one of them only. Pass parts of one data set to all ranks."
+                    "or labels, mirrored or weights on only one of them. Pass parts of one data set to all ranks."
                 )
         counts = [int(part[4]) for part in parts]
         self.total = sum(counts)
@@ -124,7 +124,7 @@ class ShardedPool:
             raise ValueError(
                 "the weights are all 0 on all ranks: give each sample that can be drawn a positive weight."
             )
-        # As one process would: divided first, so that equal weights are equal.
+        # Divide first, as a single process would, so that equal weights stay equal.
         weights = weights / largest
         return weights, math.log(smallest) - math.log(largest)
 
@@ -134,9 +134,9 @@ class ShardedPool:
         return self.pool.labels
 
     def checks(self, batch: Batch, count: bool) -> list[Check]:
-        """What the values of a call must meet, as described at `References`.
+        """Conditions on the values of a call, as described at `References`.
 
-        What has to be compared with the samples is so where they lie, when their ranks see the rows.
+        The ranks that hold the samples make the comparisons with them later.
 
         Raises:
             ValueError: if `index` is missing, or shapes or labels do not fit.
@@ -146,7 +146,7 @@ class ShardedPool:
         return self.pool.index_checks(self._index(batch), batch.source_only, self.total, rule)
 
     def select(self, batch: Batch, generator: torch.Generator | None, host: Host) -> Selection:  # noqa: ARG002
-        """The shard and how to ask the others, as described at `References`; nothing is drawn.
+        """The shard and the exchange with the other ranks, as described at `References`; draws nothing.
 
         Raises:
             ValueError: if `index` is missing, or devices, shapes or labels do not fit.
@@ -156,7 +156,7 @@ class ShardedPool:
             raise ValueError(f"{self} cannot be compiled or captured: its ranks wait for each other's rows.")
         exchange = self._exchange(device)
         exchange = exchange if self._counts else replace(exchange, draws=None)
-        # Rows are compared with their samples where these are.
+        # The ranks that hold the samples compare rows with them.
         return Selection(
             matrix=self.pool.matrix(device),
             source=index,
@@ -166,7 +166,7 @@ class ShardedPool:
         )
 
     def _exchange(self, device: torch.device) -> "_Exchange":
-        """How to ask the others with batches on `device`; made once, so that nothing is moved in a step."""
+        """The exchange for batches on `device`; made once, so that a step moves no data."""
         if device not in self._exchanges:
             labels, weights = self.pool.labels, self.pool.weights
             labels = None if labels is None else labels.to(device)
@@ -184,15 +184,15 @@ class ShardedPool:
 
 @dataclass(frozen=True)
 class _Exchange:
-    """How a rank asks the others.
+    """The exchange of a rank with the others.
 
     Attributes:
         ranks: the ranks.
-        start: where this rank's shard begins in the whole set.
+        start: index of this rank's first sample in the whole set.
         reference_labels: condition of each sample of the shard, or None.
-        log_prior: log prior weight of each sample of the shard on a scale that all ranks share, float64, or None.
-        least_prior: the least log prior weight of a sample of any rank that can be drawn.
-        draws: where the rows are counted, or None.
+        log_prior: log prior weight of each sample of the shard on one scale for all ranks, float64, or None.
+        least_prior: the smallest log prior weight of a sample of any rank that can be drawn.
+        draws: counts the rows, or None.
     """
 
     ranks: Ranks
@@ -210,10 +210,10 @@ class _Exchange:
             plan: the plan of the call, whose matrix is the shard.
 
         Returns:
-            The sums, with logits relative to that of the row's own source, so that this has logit 0.
+            The sums, with logits relative to that of the row's own source, which thus has logit 0.
 
         Raises:
-            ValueError: if a row's source is not the sample that its index says, or has another label, or weight 0.
+            ValueError: if a row's source is not the sample at its index, or has another label, or weight 0.
             RankError: if a rank has died or does not answer in time.
         """
         assert query.source is not None
@@ -225,20 +225,19 @@ class _Exchange:
         counts, scalars, vectors = self._gathered(scalars, torch.cat([x, query.anchor], 1), query.labels is not None)
         part, status, frequent = self._over_shard(scalars, vectors, query, plan)
         parts = torch.stack([part.peak, part.mass, part.mass_squared, part.energy, part.log_prior], 1)
-        home = self.ranks.send_home(torch.cat([parts, status], 1).to(wide), counts)
+        returned = self.ranks.send_home(torch.cat([parts, status], 1).to(wide), counts)
         totals = self.ranks.send_home(part.total, counts)
-        # Of the rank that has the row's sample; the others send zeros.
-        gap, wrong, mislabelled, source_prior = torch.stack([one[:, 5:] for one in home]).sum(0).unbind(1)
+        # From the rank that has the row's sample; the others send zeros.
+        gap, wrong, mislabelled, source_prior = torch.stack([one[:, 5:] for one in returned]).sum(0).unbind(1)
 
         def other(row: int) -> str:
             return (
                 f"row {int(places[row])} of x0 is not sample {int(sources[row])} of the pool (largest difference "
-                f"{gap[row].item():.3g}): pass flip= for mirrored rows, source_only= for rows with another augmentation "
-                "of their own, or the right index. Shards in half precision need rows that were rounded alike: take x0 from "
-                "them."
+                f"{gap[row].item():.3g}): pass flip= for mirrored rows, source_only= for rows with another augmentation, or "
+                "the right index. Shards in half precision need rows with the same rounding: take x0 from them."
             )
 
-        # One wait for all.
+        # One wait for all checks.
         require(
             Check(wrong == 0, other),
             Check(mislabelled == 0, lambda row: f"labels[{int(places[row])}] is {int(labels[row])}: {OTHER_LABEL}."),
@@ -249,7 +248,7 @@ class _Exchange:
             *frequent,
         )
         merged = OnlineSoftmax.empty(x)
-        for one, total in zip(home, totals, strict=True):
+        for one, total in zip(returned, totals, strict=True):
             peak, mass, mass_squared, energy, log_prior = one[:, :5].unbind(1)
             merged = merged.merge(OnlineSoftmax(peak, mass, mass_squared, energy, total, log_prior))
         return replace(merged, peak=merged.peak - source_prior, log_prior=merged.log_prior - source_prior)
@@ -262,8 +261,8 @@ class _Exchange:
         for rank, other in enumerate(heads):
             if not torch.equal(other[1:], heads[0][1:]):
                 raise ValueError(
-                    f"the batches of rank 0 and rank {rank} do not fit: pass x0 and x_t of one dtype, and labels on all "
-                    "ranks or on none."
+                    f"the batches of rank 0 and rank {rank} do not fit: pass x0 and x_t with the same dtype, and labels on "
+                    "all ranks or on none."
                 )
         counts = [int(other[0]) for other in heads]
         if sum(counts) == 0:
@@ -273,10 +272,10 @@ class _Exchange:
     def _over_shard(
         self, scalars: Tensor, vectors: Tensor, query: Query, plan: Plan
     ) -> tuple[OnlineSoftmax, Tensor, list[Check]]:
-        """Sums of the rows of all ranks over this shard, what is known of each row's source here, and of all draws.
+        """Sums of the rows of all ranks over this shard, the status of each row's source, and the checks of all draws.
 
-        What is known, (B, 4), is 0 for sources elsewhere: how far the source is off, whether too far, whether its label is
-        another than the row's, and its log prior weight.
+        The status, (B, 4), is 0 for sources elsewhere: the difference of source and sample, whether it is too large, whether
+        the label differs from the row's, and the log prior weight.
         """
         x, rows = (part.contiguous() for part in vectors.chunk(2, 1))
         alpha, sigma, source, labels = scalars.unbind(1)
@@ -284,7 +283,7 @@ class _Exchange:
         here = (place >= 0) & (place < len(plan.matrix))
         place = torch.where(here, place, -1)
         seen = None if query.labels is None else labels.long()
-        # To the dtype of the logits for the row's own as for all.
+        # Round the row's own to the dtype of the logits like all others.
         log_prior = None if self.log_prior is None else self.log_prior.to(x.dtype).to(alpha.dtype)
         asked = Query(
             x_t=x,
@@ -296,8 +295,7 @@ class _Exchange:
             reference_labels=None if seen is None else self.reference_labels,
             log_prior=log_prior,
         )
-        # Every row's own source is a reference of some rank, which the rank that asked adds: what weighs nothing beside it
-        # is left out here.
+        # The asking rank adds each row's own source, so references of negligible weight beside it are skipped here.
         softmax = summed(asked, replace(plan, ranks=None, least_prior=self.least_prior)).softmax
         own = place.clamp(min=0)
         gap, wrong, _, _ = compared(rows, own, plan.matrix, rounded=False)

@@ -1,15 +1,16 @@
-r"""Stable targets: what a network is trained to predict, with less variance and the same optimum.
+r"""Stable targets: training targets with less variance and the same optimum.
 
 Denoising score matching (DSM) regresses on the one sample $x_0$ that made $x_t$. The stable target is the posterior mean
 $\hat x_0 = E[x_0 \mid x_t, \text{references}]$: the conditional expectation of the DSM target, hence unbiased, and never
-of larger variance. Everything that people regress on is affine in it (see `_target`), so one mean serves all. Its weights
-are the softmax over the references y of $-|x_t - \alpha y|^2 / 2 \sigma^2$: `_posterior` has the formula, and
-`_engine/assembly` the sums.
+of larger variance. Every common regression target is affine in it (see `_target`), so one mean serves all. Its weights are
+the softmax over the references y of $-|x_t - \alpha y|^2 / 2 \sigma^2$: `_posterior` has the formula, `_engine/logits`
+computes the exponents, and `_engine/online_softmax` sums.
 
-DSM is the stable target with one reference, and the same code.
+DSM is the stable target with one reference, and uses the same code.
 
 References:
-    Xu, Tong, Jaakkola, "Stable Target Field for Reduced Variance Score Estimation in Diffusion Models", ICLR 2023.
+    Xu, Tong, Jaakkola, "Stable Target Field for Reduced Variance Score Estimation in Diffusion Models", ICLR 2023,
+    equations 6 to 8.
     Bertrand, Gagneux, Massias, Emonet, "On the Closed-Form of Flow Matching", 2025: the mean as a conditional expectation.
 """
 
@@ -41,7 +42,7 @@ from stablefield.targets._checks import (
 from stablefield.targets._consistency import Correlation, Measured, consistency_checks
 from stablefield.targets._engine.assembly import posterior_of
 from stablefield.targets._engine.query import Host, Plan, Query, host_access
-from stablefield.targets._kernel import GaussianKernel, Kernel
+from stablefield.targets._perturbation_kernel import GaussianKernel, PerturbationKernel
 from stablefield.targets._pool import verified_samples
 from stablefield.targets._references import Batch, InBatch, References
 from stablefield.targets._sharded import ShardedPool
@@ -57,20 +58,19 @@ class StableTarget:
     Args:
         process: the process that makes x_t.
         references: the reference policy: a `Pool`, a `ShardedPool` over many processes, or `InBatch()`. Every set lowers the
-            variance of each row's target; that of the batch's gradient falls only with references well beyond the batch,
-            since rows share theirs: best the whole data set, last the batch itself.
-        noise_band: rows whose noise level sigma / alpha is below this use their source alone. Exactly unbiased for every
-            value, since the rule does not look at the data; worth it where the source has all the weight anyway, because
-            those rows then cost nothing. `pick_noise_band` finds such a level.
-        kernel: the noise kernel; `StudentTKernel(D)` for PFGM++.
+            variance of each row's target. Because rows share references, the variance of the batch's gradient falls only
+            with references well beyond the batch: the whole data set is best, the batch itself worst.
+        noise_band: rows with a noise level sigma / alpha below this use only their source. Exactly unbiased for every value,
+            because the rule does not depend on the data. It saves work at levels where the source has all the weight anyway;
+            `pick_noise_band` finds one.
+        kernel: the perturbation kernel; `StudentTKernel(D)` for PFGM++.
         chunk_size: references per matrix product; chosen by memory if None.
-        capacity: how many rows of a batch, the noisiest, may use references; None for all. As exactly unbiased as the band,
-            and it makes the work of a call the same for all batches. In a compiled or captured function, where work cannot
-            depend on how many rows are in the band, it is what makes a band save work. Rows of equal noise are chosen at
-            random.
-        validate_args: compare x_t with x0, t and noise, as `consistency` describes, and how often samples are drawn with
-            what the `Pool` assumes. False for rows that you choose yourself, such as a grid of noisy samples, or that the
-            process did not make in every dimension, such as masked data. All other checks stay.
+        capacity: how many rows of a batch, the noisiest, may use references; None for all. It is as exactly unbiased as the
+            band, and makes the work of a call the same for all batches. A compiled or captured function, whose work cannot
+            depend on how many rows are in the band, needs it to profit from a band. Ties in noise are broken at random.
+        validate_args: check x_t against x0, t and noise, as `_consistency` describes, and the frequency of samples against
+            the `Pool`'s assumption. Pass False for rows that you choose yourself, such as a grid of noisy samples, or that
+            the process did not make in every dimension, such as masked data. All other checks remain.
 
     Raises:
         ValueError: if `noise_band` is negative or NaN, or `capacity` is not a whole number from 1.
@@ -80,7 +80,7 @@ class StableTarget:
     _: KW_ONLY
     references: References
     noise_band: float = 0.0
-    kernel: Kernel = field(default_factory=GaussianKernel)
+    kernel: PerturbationKernel = field(default_factory=GaussianKernel)
     chunk_size: int | None = None
     capacity: int | None = None
     validate_args: bool = True
@@ -96,7 +96,7 @@ class StableTarget:
             )
         flag("validate_args", self.validate_args)
         if not number("noise_band", self.noise_band) >= 0:
-            raise ValueError(f"noise_band is {self.noise_band}: it is a noise level sigma / alpha, 0 or more.")
+            raise ValueError(f"noise_band is {self.noise_band}: pass a noise level sigma / alpha, 0 or more.")
         for name, value in (("capacity", self.capacity), ("chunk_size", self.chunk_size)):
             if value is not None:
                 whole_number(name, value, 1)
@@ -122,42 +122,42 @@ class StableTarget:
             x0: the clean samples that made x_t, shape (B, ...), floating point.
             x_t: noisy samples, process.perturb(x0, t), shape (B, ...).
             t: times, a float or shape (B,).
-            labels: condition that the network sees for each row, integers (B,); -1 where it sees none (label dropped for
+            labels: condition that the network sees for each row, integers (B,); -1 if it sees none (label dropped for
                 guidance, independently of the sample), which lets the row use all references. Needed if the references have
                 conditions; otherwise all rows use all references.
-            index: place of each row in the data of the `Pool`, integers (B,).
-            noise: the noise in x_t, shape (B, ...), if it is at hand: the noise, v and velocity of a row that has its own
-                source alone are then bit for bit those of the usual loop.
-            reference_labels: true condition of each row, integers (B,), where `labels` has labels dropped: lets a row whose
-                label is dropped still serve as a reference for its class. For references from the batch.
+            index: each row's index in the data of the `Pool`, integers (B,).
+            noise: the noise in x_t, shape (B, ...), if available: the noise, v and velocity of a row that uses only its
+                source are then bit for bit those of the usual loop.
+            reference_labels: true condition of each row, integers (B,), if `labels` has dropped labels: lets a row with a
+                dropped label still serve as a reference for its class. For references from the batch.
             flip: which rows of x0 are mirror images, bool, (B,) for the last axis, or (B, m) with column j for axis -1-j.
-                The references are flipped likewise for these rows (if `Pool.mirrored`: the set holds both anyway).
-            source_only: rows that use their source alone, bool (B,): those with an augmentation of their own.
-            generator: where the references are drawn from, and which rows of equal noise the `capacity` takes (by torch's
-                global generator in a compiled or captured function).
+                The references are flipped in the same way for these rows (if `Pool.mirrored`, the set holds both anyway).
+            source_only: rows that use only their source, bool (B,): those with any other augmentation.
+            generator: draws the references, and breaks ties for the `capacity` (torch's global generator does so in a
+                compiled or captured function).
 
         Returns:
             The target of each row.
 
         Raises:
-            TypeError: if an argument is no tensor.
-            ValueError: if shapes, dtypes or devices do not fit, data are not finite, t is outside of the process's range,
-                x_t is not what the process makes of x0 at t, or the references cannot be chosen.
+            TypeError: if an argument is not a tensor.
+            ValueError: if shapes, dtypes or devices do not fit, data are not finite, t is outside the process's range,
+                x_t does not fit the process, x0 and t, or the references cannot be chosen.
 
         Warns:
-            UserWarning: once, if the rows seen so far were not drawn from a `Pool` as it assumes.
+            UserWarning: once, if the rows so far were not drawn from a `Pool` as it assumes.
         """
         check_pair(x0, x_t, noise)
         t = row_values("t", t, x0)
         if t.is_floating_point() and t.dtype.itemsize < 4:
-            t = t.float()  # alpha and sigma would be rounded as well
+            t = t.float()  # or alpha and sigma would be rounded as well
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         check_generator("generator", generator)
         host = host_access(x0.device)
         for name, value in (("labels", labels), ("reference_labels", reference_labels), ("index", index)):
             if value is not None:
                 row_numbers(name, value, x0)
-        # A band without an upper end is DSM, also where alpha is 0 and the noise level infinite.
+        # An infinite band is DSM, even if alpha is 0 and the noise level infinite.
         single = self.noise_band == math.inf
         if labels is None and not single and getattr(self.references, "labels", None) is not None:
             raise ValueError(
@@ -176,7 +176,7 @@ class StableTarget:
             index=index,
             source_only=source_only,
         )
-        # What decides which rows use references, where the host may read it.
+        # The values that decide which rows use references, if the host may read them.
         known = batch if host is Host.NEVER else self._checked(batch, t, noise)
         noise_level = known.sigma / known.alpha
         # Without noise a row can only be its source.
@@ -185,16 +185,16 @@ class StableTarget:
         rows = (
             torch.zeros(0, dtype=torch.long) if single else _noisiest(noise_level, use, self.capacity, generator, host)
         )
-        # What a row has that uses its source alone.
+        # The values of a row that uses only its source.
         zero = torch.zeros(len(x0), dtype=torch.promote_types(x0.dtype, torch.float32), device=x0.device)
         values = [x0, zero, zero + 1, zero + 1]
-        # A rank without rows of its own still answers the others.
+        # A rank without own rows must still answer the others.
         if len(rows) or isinstance(self.references, ShardedPool):
             unflipped = replace(batch, x0=_flipped(x0, mirror), x_t=_flipped(x_t, mirror))
             found = self._posterior(unflipped, rows, known, host, generator)
             rows = _sent(rows, x0.device)
             assert found.source_weight is not None
-            # Where the source has all the weight, it is returned as it is, without the rounding of a decoder or a flip.
+            # If the source has all the weight, return it unchanged, without the rounding of a decoder or a flip.
             keep = found.source_weight == 1
             keep = keep | ~use[rows] if host is Host.NEVER else keep
             mean = _flipped(found.mean, None if mirror is None else mirror[rows])
@@ -204,9 +204,9 @@ class StableTarget:
         return Target(mean, variance, ess, source_weight, x0, x_t, self.process, t, self.kernel, noise)
 
     def _checked(self, batch: Batch, t: Tensor, noise: Tensor | None) -> Batch:
-        """The batch with its scalars, labels, index and flags on the host, once all values are found to be as they must be.
+        """Check all values, and return the batch with its scalars, labels, index and flags on the host.
 
-        Everything is brought to the host together, so that it waits for a GPU once, which has few small operations to do.
+        Brings everything to the host together, so that it waits once for a GPU with few small operations to do.
         """
         x0, x_t = batch.x0, batch.x_t
         if self.validate_args:
@@ -241,7 +241,7 @@ class StableTarget:
             index=index,
             source_only=source_only,
         )
-        if self.noise_band != math.inf:  # references are asked for
+        if self.noise_band != math.inf:  # rows may use references
             checks += self.references.checks(known, self.validate_args)
         require(*checks)
         return known
@@ -249,11 +249,10 @@ class StableTarget:
     def _posterior(
         self, batch: Batch, rows: Tensor, known: Batch, host: Host, generator: torch.Generator | None
     ) -> Posterior:
-        """The posterior of `rows` of the batch over the references that all of its rows make up or choose."""
+        """The posterior of `rows` of the batch over the references that all of its rows form or select."""
         device, shared, places, among = batch.x0.device, batch, torch.arange(len(batch.x0)), rows
         if known.source_only is not None and host is not Host.NEVER:
-            # Rows that use their source only are of another kind than the rest, so they serve no other row; rows below the
-            # noise band do.
+            # `source_only` rows differ in kind from the rest, so they serve no other row; rows below the noise band do.
             serves = ~known.source_only
             places, among = serves.nonzero()[:, 0], (serves.cumsum(0) - 1)[rows]
             shared = batch.at(_sent(places, device))
@@ -296,7 +295,7 @@ class StableTarget:
 
 @dataclass(frozen=True)
 class DenoisingTarget(StableTarget):
-    """Denoising score matching: every row uses its source alone. A stable target whose noise band has no upper end.
+    """Denoising score matching: every row uses only its source. A stable target with an infinite noise band.
 
     Args:
         process: the process that makes x_t.
@@ -305,9 +304,9 @@ class DenoisingTarget(StableTarget):
         Vincent, "A Connection Between Score Matching and Denoising Autoencoders", Neural Computation 2011, equation 17.
     """
 
-    references: References = field(default_factory=InBatch, init=False)  # none is asked for
+    references: References = field(default_factory=InBatch, init=False)  # never used
     noise_band: float = field(default=math.inf, init=False)
-    kernel: Kernel = field(default_factory=GaussianKernel, init=False)
+    kernel: PerturbationKernel = field(default_factory=GaussianKernel, init=False)
     chunk_size: int | None = field(default=None, init=False)
     capacity: int | None = field(default=None, init=False)
 
@@ -315,9 +314,9 @@ class DenoisingTarget(StableTarget):
 def _noisiest(
     level: Tensor, use: Tensor, capacity: int | None, generator: torch.Generator | None, host: Host
 ) -> Tensor:
-    """The places of the rows for which `use` is set, or of the `capacity` noisiest of them.
+    """The indices of the rows for which `use` is set, or of the `capacity` noisiest of them.
 
-    Where the host may read no value, there are as many places whatever the values are, and others may be among them.
+    If the host may not read values, the number of indices is fixed, and other rows may be among them.
     """
     if host is not Host.NEVER:
         rows = use.nonzero()[:, 0]
@@ -326,27 +325,27 @@ def _noisiest(
         return rows[_descending(level[rows], generator)[:capacity].sort().values]
     if capacity is None or len(level) <= capacity:
         return torch.arange(len(level), device=level.device)
-    # No compiler takes a generator, and none is needed: ties must be broken independently of the data, in any way.
+    # Compilers accept no generator, and any tie-breaking that does not depend on the data will do.
     return _descending(torch.where(use, level, -1), None)[:capacity]
 
 
 def _descending(level: Tensor, generator: torch.Generator | None) -> Tensor:
-    """The order of descending levels, equal ones in random order: their places may depend on the data."""
+    """The order of descending levels, with ties in random order, because their positions may depend on the data."""
     device = level.device if generator is None else generator.device
     order = torch.randperm(len(level), generator=generator, device=device).to(level.device)
     return order[level[order].sort(descending=True, stable=True).indices]
 
 
 def _sent(rows: Tensor, device: torch.device) -> Tensor:
-    """Bring places of rows, integers (b,), from the host to `device`.
+    """Send row indices, integers (b,), from the host to `device`.
 
-    The host does not wait: CUDA takes up to 64 kB from ordinary memory with the command, which are 8,192 rows.
+    The host does not wait: CUDA copies up to 64 kB of pageable memory with the command, which is 8,192 rows.
     """
     return rows.to(device, non_blocking=True)
 
 
 def _put(old: Tensor, rows: Tensor, keep: Tensor, new: Tensor, host: Host) -> Tensor:
-    """Put `new` into `old` at `rows`, but for those to `keep`."""
+    """Put `new` into `old` at `rows`, except those to `keep`."""
     whole = len(rows) == len(old)
     if whole and host is Host.READS and not bool(keep.any()):
         return new.to(old.dtype)

@@ -1,6 +1,6 @@
-r"""What comes out: a target in every parameterisation, and the posterior that it is made of.
+r"""The results: a target in every parameterisation, and the posterior behind it.
 
-Everything that people regress on is affine in the target for x0, so one of them serves all:
+Every common regression target is affine in the target for x0, so one of them serves all:
 
 | view     |                                                                       |
 |----------|-----------------------------------------------------------------------|
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stablefield._shapes import per_row
 from stablefield.diffusion._process import Process
-from stablefield.targets._kernel import GaussianKernel, Kernel
+from stablefield.targets._perturbation_kernel import GaussianKernel, PerturbationKernel
 
 __all__ = ["Posterior", "Target"]
 
@@ -30,8 +30,8 @@ class Posterior:
         mean: posterior mean of x0; shape, dtype and device of x_t.
         variance: trace of the posterior covariance, sum_k w_k |y_k|^2 - |mean|^2, in squared units of the data, shape (B,).
             In expectation, this is the variance that the mean removes from the single-sample target. Never below 0; its
-            error is some ulps of itself, and of D min(D, 30 sigma / alpha) times the weight that is not the source's, for
-            references within D of their middle. 0 where the others weigh less than float32 sees beside the source.
+            error is some ulps of itself plus some ulps of D min(D, 30 sigma / alpha) times the weight of references other
+            than the source, for references within D of their middle. 0 if float32 cannot resolve those weights.
         ess: effective sample size 1 / sum_k w_k^2, between 1 and n, shape (B,).
         source_weight: posterior weight of the row's own source, shape (B,); None if no source was given.
         log_evidence: log density of x_t under the mixture of the kernels around the allowed references, with the prior
@@ -49,20 +49,20 @@ class Posterior:
 class Target:
     """A regression target in every parameterisation.
 
-    x0, x_t and t of the call are kept, not copied, and the views are made when they are asked for: do so before you change
-    one of them in place.
+    It keeps x0, x_t and t of the call without copying, and computes views on access: access them before you change any of
+    these in place.
 
     Attributes:
         x0: the target for x0, shape (B, ...).
-        variance: variance removed, sum_k w_k |y_k|^2 - |x0|^2, shape (B,); 0 for rows that use their source alone.
+        variance: variance removed, sum_k w_k |y_k|^2 - |x0|^2, shape (B,); 0 for rows that use only their source.
         ess: effective sample size of the references, shape (B,).
         source_weight: posterior weight of the row's own source, shape (B,).
         source: the clean samples that made x_t, shape (B, ...).
-        x_t: what was made of them, shape (B, ...).
+        x_t: the noisy samples, shape (B, ...).
         process: the process that made x_t.
         t: times, shape (B,).
         kernel: the noise kernel.
-        given_noise: the noise in x_t, shape (B, ...), if the call was given it.
+        given_noise: the noise in x_t, shape (B, ...), if the call received it.
     """
 
     x0: Tensor
@@ -73,12 +73,12 @@ class Target:
     x_t: Tensor
     process: Process
     t: Tensor
-    kernel: Kernel = field(default_factory=GaussianKernel)
+    kernel: PerturbationKernel = field(default_factory=GaussianKernel)
     given_noise: Tensor | None = None
 
     @property
     def source_noise(self) -> Tensor:
-        """The noise that made x_t from the source, shape (B, ...); where sigma is 0 and it is not known its mean, 0."""
+        """The noise that made x_t from the source, shape (B, ...); if sigma is 0 and it is unknown, its mean, 0."""
         if self.given_noise is not None:
             return self.given_noise
         with torch.no_grad():
@@ -90,21 +90,21 @@ class Target:
     def noise(self) -> Tensor:
         """The target for the noise, (x_t - alpha x0) / sigma.
 
-        Written as a correction of the source's noise: exactly that noise where the source has all the weight, and without
-        the cancellation that a small sigma would magnify.
+        Computed as a correction of the source's noise: exactly that noise if the source has all the weight, and without the
+        cancellation that a small sigma would magnify.
         """
         ratio = self.process.alpha(self.t) / self.process.sigma(self.t)
         gap = self.source - self.x0
-        # Where sigma is 0 the ratio is infinite and the gap 0, which is no correction and not nan.
+        # If sigma is 0, the ratio is infinite and the gap 0: no correction, rather than nan.
         noise = self.source_noise
         return torch.where(gap == 0, noise, noise + per_row(ratio, self.x0) * gap)
 
     @property
     def score(self) -> Tensor:
-        """The target for the score, grad log p(x_t) = -noise / sigma. Not finite where sigma is 0: draw t above 0.
+        """The target for the score, grad log p(x_t) = -noise / sigma. Not finite if sigma is 0: draw t above 0.
 
         Raises:
-            ValueError: for another kernel than the Gaussian, whose score is not affine in x0.
+            ValueError: for a kernel other than the Gaussian, whose score is not affine in x0.
         """
         if not isinstance(self.kernel, GaussianKernel):
             raise ValueError(f"the score of {self.kernel} is not affine in x0: regress on x0 (or noise, v) instead.")

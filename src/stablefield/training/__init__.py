@@ -1,4 +1,4 @@
-"""Training: a recipe, the loop that follows it, and the folder in which a run lives."""
+"""Training: a recipe, the loop that follows it, and the folder of a run."""
 
 from stablefield._lazy import attach
 

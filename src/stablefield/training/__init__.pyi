@@ -7,10 +7,10 @@ from stablefield.training._loop import TrainingError as TrainingError
 from stablefield.training._model import OpenModel as OpenModel
 from stablefield.training._model import open_model as open_model
 from stablefield.training._post_hoc import combine as combine
-from stablefield.training._recipe import Perceptron as Perceptron
+from stablefield.training._recipe import DiffusersUNetConfig as DiffusersUNetConfig
+from stablefield.training._recipe import MLPConfig as MLPConfig
 from stablefield.training._recipe import Recipe as Recipe
-from stablefield.training._recipe import UNet as UNet
-from stablefield.training._recipe import UNet2D as UNet2D
+from stablefield.training._recipe import SongUNetConfig as SongUNetConfig
 from stablefield.training._recipes import (
     CELEBA64_VE as CELEBA64_VE,
 )

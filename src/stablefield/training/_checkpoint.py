@@ -2,8 +2,8 @@
 
     step-00002000/  model.safetensors  ema.safetensors  optimizer.safetensors  [power-0.05.safetensors ...]  state.json
 
-It is written under a temporary name, synced and renamed, so a folder of this name is whole; state.json carries the
-sha256 of the other files and a checksum of itself, so later damage is seen.
+It is written under a temporary name, synced and renamed, so a folder with this name is complete; state.json holds the sha256
+of the other files and its own checksum, which reveal later damage.
 """
 
 import os
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from stablefield._atomic_file import sync
-from stablefield._regular_file import reason
-from stablefield.training._files import read_tensors, sha256, write_tensors
+from stablefield._regular_file import reason, sha256
+from stablefield.training._files import read_tensors, write_tensors
 from stablefield.training._records import is_count, read_record, write_record
 
 __all__ = ["CheckpointError", "State", "Trained", "load_weights", "read_state", "remove", "restore", "save", "sweep"]
@@ -29,12 +29,12 @@ _FORMER = frozenset({"step", "images", "sha256"})
 
 
 class CheckpointError(ValueError):
-    """A checkpoint whose files are missing, are not those that were written, or do not fit the run."""
+    """A checkpoint whose files are missing, damaged, or do not fit the run."""
 
 
 @dataclass(frozen=True)
 class State:
-    """Where a run stood.
+    """The progress of a run.
 
     Attributes:
         step: optimiser steps done.
@@ -47,11 +47,11 @@ class State:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training changes.
+    """The state that training changes.
 
     Attributes:
         model: the weights.
-        averages: modules that hold averages of them, by name: "ema", and "power-0.05" where snapshots are taken.
+        averages: modules with averages of them, by name: "ema", and "power-0.05" if snapshots are taken.
         optimizer: with its moments.
     """
 
@@ -65,10 +65,10 @@ class Trained:
 
 
 def save(folder: Path, state: State, trained: Trained) -> None:
-    """Write a checkpoint to `folder`, whole or not at all.
+    """Write a checkpoint to `folder`, atomically.
 
     Raises:
-        OSError: if it cannot be written, as on a full disk; nothing is left behind.
+        OSError: if it cannot be written, as on a full disk; leaves nothing behind.
     """
     contents = {name: module.state_dict() for name, module in trained.modules().items()}
     if trained.optimizer is not None:
@@ -92,7 +92,7 @@ def save(folder: Path, state: State, trained: Trained) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint; at no time is there a part of one under its name."""
+    """Delete a checkpoint; its name never refers to a partial one."""
     if folder.exists():
         doomed = folder.with_name(f".{folder.name}.old.tmp")
         shutil.rmtree(doomed, ignore_errors=True)
@@ -101,7 +101,7 @@ def remove(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what a kill left half-written or half-deleted in a folder, or in its folder of checkpoints."""
+    """Delete half-written or half-deleted files that a kill left in a folder, or in its folder of checkpoints."""
     for leftover in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -110,7 +110,7 @@ def sweep(folder: Path) -> None:
 
 
 def read_state(folder: Path) -> State:
-    """Check a checkpoint's files against their checksums and say where the run stood.
+    """Check a checkpoint's files against their checksums, and return the run's progress.
 
     Raises:
         CheckpointError: naming the file.
@@ -127,7 +127,7 @@ def read_state(folder: Path) -> State:
         for name, expected in sums.items():
             path = folder / name
             if Path(name).name != name or sha256(path) != expected:
-                raise ValueError("it is not what was written there (its sha256 differs)")
+                raise ValueError("it is damaged (its sha256 differs)")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be used: {reason(error)}.") from error
     return State(step, images)
@@ -138,7 +138,7 @@ def load_weights(folder: Path, module: nn.Module, name: str = "model") -> None:
 
     Raises:
         CheckpointError: if they do not fit it.
-        FileNotFoundError: if they are not there.
+        FileNotFoundError: if they do not exist.
     """
     path = folder / f"{name}.safetensors"
     tensors = read_tensors(path)
@@ -152,7 +152,7 @@ def restore(folder: Path, trained: Trained) -> State:
     """Load everything from a checkpoint.
 
     Raises:
-        CheckpointError: if a file is not what was written, or does not fit.
+        CheckpointError: if a file is damaged, or does not fit.
     """
     state = read_state(folder)
     for name, module in trained.modules().items():
@@ -179,8 +179,8 @@ def _restore_moments(path: Path, optimizer: torch.optim.Optimizer) -> None:
 def _lay_out(optimizer: torch.optim.Optimizer) -> None:
     """Give the moments the memory layout of their weights, which a file does not keep.
 
-    Fused optimisers go through weights and moments in the order of memory: of a channels-last weight and a contiguous
-    moment they would pair other elements.
+    Fused optimisers go through weights and moments in memory order: they would pair wrong elements of a channels-last weight
+    and a contiguous moment.
     """
     for parameter, entry in optimizer.state.items():
         for name, value in entry.items():

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from stablefield._shapes import check_kind, found_device, whole_number
 from stablefield.data._image_set import ImageSet, class_text
 from stablefield.data._source import as_image_set, open_images
 from stablefield.evaluation._extractor import Extractor, RawPixels
-from stablefield.evaluation._fid import frechet_name
+from stablefield.evaluation._inception import metric_name
 from stablefield.report import Page
 from stablefield.report._cells import text_table
 from stablefield.report._chart import Chart
@@ -53,15 +53,13 @@ from stablefield.training._config import encode
 from stablefield.training._estimate import estimate
 from stablefield.training._feed import Feed
 from stablefield.training._loop import Report, make_accelerator
+from stablefield.training._observers import SelfCheck, check_samples
 from stablefield.training._placement import placed
 from stablefield.training._recipe import Recipe
 from stablefield.training._recipes import largest_resolution, recipe_for
 from stablefield.training._run import RECIPE, Images, make_plan
 from stablefield.training._run_folder import RunConfig, RunFolder
 from stablefield.training._stepper import Stepper
-
-if TYPE_CHECKING:
-    from stablefield.evaluation._self_check import SelfCheck
 
 __all__ = ["Comparison", "ComparisonPlan", "PlannedRun", "compare"]
 
@@ -265,10 +263,7 @@ def compare(
     Raises:
         ValueError: if an argument does not fit the data, or the folder holds runs with other settings.
         TrainingError: if a loss is not finite or the disk is full.
-        ImportError: if torchmetrics is not installed.
     """
-    from stablefield.evaluation._self_check import SelfCheck, check_samples  # needs torchmetrics
-
     if recipe is not None:
         check_kind("recipe", recipe, Recipe, RECIPE)
     if isinstance(seeds, int):
@@ -327,7 +322,7 @@ def compare(
         outcomes.append(outcome)
         if on_run is not None:
             on_run(outcome)
-    name = frechet_name(extractor)
+    name = metric_name("FID", "Frechet distance", extractor)
     protocol = {
         "stablefield": stablefield.__version__,
         "torch": torch.__version__,

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_type_hints
+from typing import Any, Literal, cast, get_type_hints
 
 import numpy as np
 import torch
@@ -39,15 +39,12 @@ from stablefield.training._config import fits
 from stablefield.training._feed import Feed
 from stablefield.training._loop import Report, fit, make_accelerator
 from stablefield.training._model import open_model
-from stablefield.training._observers import samples
+from stablefield.training._observers import SelfCheck, samples
 from stablefield.training._placement import placed
 from stablefield.training._recipe import Recipe
 from stablefield.training._records import append_line, read_lines
 from stablefield.training._run_folder import RunConfig, RunFolder
 from stablefield.training._stepper import Stepper
-
-if TYPE_CHECKING:
-    from stablefield.evaluation._self_check import SelfCheck
 
 __all__ = [
     "LEVELS",

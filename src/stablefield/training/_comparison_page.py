@@ -148,7 +148,7 @@ def comparison_page(
                         ),
                         alt="The same against seconds of training.",
                         title="Over training, by wall-clock.",
-                        caption="Training alone, without the looks.",
+                        caption="Time of training alone, without the evaluations.",
                     ),
                     Table(
                         columns=("noise level", "DSM", "STF", "STF / DSM"),
@@ -179,7 +179,7 @@ def comparison_page(
                         ),
                         alt=f"{frechet_name} of samples against training steps.",
                         title=f"{frechet_name}.",
-                        caption="Of few samples, so biased upwards, by the same amount for both.",
+                        caption="Lower is better. Of few samples, so biased upwards, by the same amount for both.",
                     ),
                     Figure(
                         LineChart(
@@ -189,6 +189,7 @@ def comparison_page(
                         ),
                         alt=f"{frechet_name} of samples against seconds of training.",
                         title=f"{frechet_name} by wall-clock.",
+                        caption="Lower is better. Time of training alone, without the evaluations.",
                     ),
                     Table(
                         columns=("seed", f"{frechet_name}, DSM", f"{frechet_name}, STF", "distance, STF against DSM"),
@@ -223,7 +224,8 @@ def comparison_page(
                         ),
                         alt="Variance of the gradient from batch to batch over training, for both targets.",
                         title="Variance of the gradient.",
-                        caption="Summed over the parameters, between batches, each run at its own averaged weights.",
+                        caption="Lower is better. Summed over the parameters, between batches, each run at its own "
+                        "averaged weights.",
                     ),
                 ),
             ),

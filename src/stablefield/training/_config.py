@@ -24,6 +24,11 @@ _RENAMED = {
     "accumulate": "gradient_accumulation_steps",
     "mend_gradients": "nan_to_num",
 }
+_RENAMED_KINDS = {
+    "Perceptron": "MLPConfig",
+    "UNet": "SongUNetConfig",
+    "UNet2D": "DiffusersUNetConfig",
+}
 
 
 def encode(value: Any) -> Any:
@@ -47,6 +52,7 @@ def decode(data: Any) -> Any:
         return float("inf") if data == "inf" else data
     entries = {_RENAMED.get(str(key), str(key)): decode(value) for key, value in cast("dict[str, Any]", data).items()}
     kind = str(entries.pop("kind", None))
+    kind = _RENAMED_KINDS.get(kind, kind)
     if kind not in _KINDS:
         raise ValueError(f'config.json has the kind "{kind}", which this version does not know: {", ".join(_KINDS)}.')
     hints = get_type_hints(_KINDS[kind])

@@ -1,9 +1,9 @@
 """The feed: for each step the rows of the batch and the references, as a function of (seed, step).
 
-References are decoupled from the batch. Where the data are *resident* (see `placement`), all pixels lie on the device as
-uint8, and the references are the whole set or a number of it drawn anew for each step. Where they are *sharded*, a part of
-them does, and the batch is read from the file that the data are mapped from, a step ahead of its use. Where they are
-*loaded*, the references are read with the batch.
+References are decoupled from the batch. If the data are *resident* (see `_placement`), all pixels are on the device as
+uint8, and the references are the whole set or a number of samples drawn anew for each step. If they are *sharded*, a part of
+them is on the device, and the batch is read from the mapped file, one step ahead. If they are *loaded*, the references are
+read with the batch.
 
 The set of references is chosen for the whole batch, so all processes and all parts of a step share it.
 """
@@ -33,9 +33,9 @@ class Rows:
     """A step's rows and references.
 
     Attributes:
-        pixels: uint8, shape (b, C, H, W): the part of the batch that was asked for.
+        pixels: uint8, shape (b, C, H, W): the requested part of the batch.
         labels: classes of these rows, shape (b,), or None.
-        index: their places in `pool`, shape (b,); in the whole set, for a sharded one.
+        index: their indices in `pool`, shape (b,); in the whole set, for a sharded one.
         pool: the references.
     """
 
@@ -51,15 +51,15 @@ class Feed:
     Args:
         data: the images.
         recipe: its batch, seed, target and references (resolved: a number, "all" or "sharded") count.
-        device: where they are wanted.
-        labelled: whether the network is told classes, which are then the groups of the references.
-        placement: where the pixels lie. Sharded, all processes of the default group must make their feeds together.
+        device: of the rows and references.
+        labelled: whether the network sees classes, which then also limit the references.
+        placement: of the pixels. If sharded, all processes of the default group must make their feeds together.
 
     Attributes:
         labelled: whether rows come with labels.
 
     Raises:
-        ValueError: if all data are to be references and are not resident, or if they are sharded and the batch has fewer
+        ValueError: if all data should be references but are not resident, or if they are sharded and the batch has fewer
             rows than parts.
     """
 
@@ -70,13 +70,13 @@ class Feed:
         self._stream = IndexStream(len(data), recipe.images_per_step, recipe.seed)
         self._labels = torch.from_numpy(data.labels).to(device) if labelled and data.labels is not None else None
         self.labelled = self._labels is not None
-        # DSM asks for no references: what is at hand serves, and not resident it is the batch alone.
+        # DSM uses no references: take the resident data, or else only the batch.
         resident, sharded = placement == "resident", placement == "sharded"
         self._whole = resident and (recipe.target == "dsm" or recipe.references in ("all", "sharded"))
         self._number = recipe.images_per_step if recipe.target == "dsm" or sharded else recipe.references
         if not self._whole and not isinstance(self._number, int):
             raise ValueError(
-                f"references={self._number} needs all data on {device}, and they do not fit there: train on a device with "
+                f"references={self._number} needs all data on {device}, but they do not fit there: train on a device with "
                 "more memory, or start a run with a number of references."
             )
         self._pool: Pool | None = None
@@ -87,9 +87,9 @@ class Feed:
             rank, processes = dist.get_rank(), dist.get_world_size()
             parts = processes * recipe.gradient_accumulation_steps
             if recipe.batch < parts:
-                # A process without rows would not ask, and all must ask equally often.
+                # A process without rows would not call the target, but all must call it equally often.
                 raise ValueError(
-                    f"batch={recipe.batch} is below the {parts} parts that the processes make of it: with sharded "
+                    f"batch={recipe.batch} is below the {parts} parts into which the processes split it: with sharded "
                     f"references, pass batch={parts} or more, or a smaller gradient_accumulation_steps."
                 )
             part = slice(len(data) * rank // processes, len(data) * (rank + 1) // processes)
@@ -123,7 +123,7 @@ class Feed:
 
     def _pixels(self, part: slice) -> Tensor:
         images = self._data.images[part]
-        # Copied where the file is mapped: it is read-only, and every row is wanted at every step.
+        # Copy if the file is mapped: the map is read-only, and every step may need every row.
         images = images if self._data.file is None and images.flags.writeable else np.array(images)
         return torch.from_numpy(images).to(self._device)
 
@@ -135,7 +135,7 @@ class Feed:
         return torch.from_numpy(self._stream.batch_at(step)).repeat_interleave(self._recipe.draws_per_image)
 
     def _choice(self, step: int) -> tuple[Tensor, Tensor]:
-        """Places in the data of the references of `step`, and those of the batch among them; on the CPU."""
+        """Indices in the data of the references of `step`, and the batch's indices among them; on the CPU."""
         if self._chosen is None or self._chosen[0] != step:
             self._chosen = (step, *self._choose(step))
         return self._chosen[1:]
@@ -162,7 +162,7 @@ class Feed:
 
     def _read(self, step: int) -> Pool:
         chosen = self._choose(step)[0]
-        # In the order of the file, which is the order in which a disk is quick.
+        # Read in the order of the file, which is fastest on a disk.
         order = np.argsort(chosen.numpy(), kind="stable")
         pixels: NDArray[np.uint8] = np.empty((len(chosen), *self._data.shape), np.uint8)
         pixels[order] = self._data.batch(chosen.numpy()[order])[0]

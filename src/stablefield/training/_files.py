@@ -1,16 +1,13 @@
-"""Safetensors files and checksums."""
+"""Safetensors files."""
 
-import hashlib
 from collections.abc import Mapping
-from io import BufferedReader
 from pathlib import Path
-from typing import cast
 
 from torch import Tensor
 
-from stablefield._regular_file import check_safetensors, open_regular
+from stablefield._regular_file import check_safetensors
 
-__all__ = ["read_tensors", "sha256", "tensor_shapes", "write_tensors"]
+__all__ = ["read_tensors", "tensor_shapes", "write_tensors"]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -65,14 +62,3 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file: {error}.") from error
-
-
-def sha256(path: Path) -> str:
-    """The checksum of a file's bytes.
-
-    Raises:
-        ValueError: if it is no regular file.
-        OSError: if it cannot be read.
-    """
-    with open_regular(path) as file:
-        return hashlib.file_digest(cast("BufferedReader", file), "sha256").hexdigest()

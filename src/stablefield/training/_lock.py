@@ -1,9 +1,9 @@
 """The lock of a run folder: one process at a time trains in it.
 
-The lock is the kernel's (flock), so it is gone with the process that held it, however that ended. The file says who holds
-it. A file system that spans machines may keep the locks of each machine to itself, so the holder also writes a new count
-into the file every 10 seconds: of a process on another machine, whose end nobody here can see, the lock is taken over when
-the count has stood still for a minute.
+The lock is the kernel's (flock), so it disappears with its process, however that ends. The file names the holder. A file
+system shared between machines may keep each machine's locks local, so the holder also writes a new count into the file every
+10 seconds. The end of a process on another machine is invisible here, so its lock is taken over when the count has not
+changed for a minute.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ _LONGEST = 4096
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock.
+    """The holder of a lock.
 
     Attributes:
         pid: the process.
         host: the machine's name.
-        boot: identifies the machine's running kernel, which containers with names of their own share; "" if unknown.
+        boot: identifies the machine's running kernel, which containers with different names share; "" if unknown.
         since: when it took the lock, UTC.
     """
 
@@ -56,7 +56,7 @@ class Holder:
         return cls(os.getpid(), socket.gethostname(), boot, datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"))
 
     def near(self, other: "Holder") -> bool:
-        """Whether both are, or were, on one machine, whose kernel knows the locks of both."""
+        """Whether both are, or were, on the same machine, whose kernel knows the locks of both."""
         return self.host == other.host or (self.boot == other.boot and bool(self.boot))
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ class Holder:
 
 
 class Lock:
-    """The lock that the file `path` stands for; the file is there while somebody holds it, and after a kill.
+    """The lock of the file `path`; the file exists while a process holds the lock, and after a kill.
 
     Args:
         path: the file.
@@ -81,13 +81,13 @@ class Lock:
         self._successor: Holder | None = None
 
     def acquire(self, tell: Callable[[str], None] | None = None) -> None:
-        """Take the lock, at once or not at all; after a while if the last holder was on another machine.
+        """Take the lock at once or fail; wait only if the last holder was on another machine.
 
         Args:
-            tell: told why it takes a while.
+            tell: called with the reason for a wait.
 
         Raises:
-            ValueError: saying who holds it.
+            ValueError: naming the holder.
             OSError: if the file cannot be made.
         """
         while not self._attempt(tell):
@@ -95,15 +95,15 @@ class Lock:
         self._thread.start()
 
     def require_free(self) -> None:
-        """Find out whether somebody holds the lock, without taking it, and without waiting.
+        """Check that no process holds the lock, without taking it, and without waiting.
 
         Raises:
-            ValueError: saying who holds it.
+            ValueError: naming the holder.
         """
         try:
             descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
-            return  # no such file, or none that may be read: whoever takes the lock finds out
+            return  # the file does not exist or is not readable: `acquire` finds out
         try:
             found = os.fstat(descriptor)
             holder = _holder(os.pread(descriptor, _LONGEST, 0)) if stat.S_ISREG(found.st_mode) else None
@@ -118,7 +118,7 @@ class Lock:
             os.close(descriptor)
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is None:
             return
@@ -131,11 +131,11 @@ class Lock:
 
     @property
     def successor(self) -> Holder | None:
-        """Who has taken the lock over, as may happen while this process is stopped for a minute; None if nobody has."""
+        """The process that took the lock over, as may happen while this one is stopped for a minute; None if none did."""
         return self._successor
 
     def _attempt(self, tell: Callable[[str], None] | None) -> bool:
-        """Whether the lock was taken; if not, the file has changed, and the next attempt may succeed."""
+        """Try to take the lock; on False the file has changed, and the next attempt may succeed."""
         descriptor = _open(self._path)
         try:
             ours = _flock(descriptor)
@@ -143,7 +143,7 @@ class Lock:
                 return False
             text = os.pread(descriptor, _LONGEST, 0)
             holder = _holder(text)
-            if ours is False and holder is None:  # it is about to say who it is
+            if ours is False and holder is None:  # it is about to write its name
                 time.sleep(_POLL)
                 text = os.pread(descriptor, _LONGEST, 0)
                 holder = _holder(text)
@@ -153,7 +153,7 @@ class Lock:
                 if not self._outlived(text, holder, ours, tell):
                     return False
                 if ours is False:
-                    # Held from another machine, by a process that is gone: leave it that file, and make a new one.
+                    # A dead process on another machine holds it: leave it that file, and make a new one.
                     if _is_at(descriptor, self._path):
                         self._path.unlink()
                     return False
@@ -165,8 +165,8 @@ class Lock:
                 os.close(descriptor)
 
     def _outlived(self, text: bytes, holder: Holder, ours: bool | None, tell: Callable[[str], None] | None) -> bool:
-        """Whether the file stays as it is while a living holder would have written to it."""
-        # Others may wait with us: who has the lock of this machine is the first to write.
+        """Whether the file stays unchanged for as long as a living holder would take to write to it."""
+        # Other processes may wait too: the one with this machine's lock is the first to write.
         patience = self._patience if ours else 1.25 * self._patience + 2 * _POLL
         if tell is not None:
             tell(f"{self._path.parent} was locked by {holder}: waiting up to {patience:.0f} s for a sign of life.")
@@ -195,7 +195,7 @@ class Lock:
     def _take(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._write(descriptor, 0)
-        if _flock(descriptor) is None:  # no locks on this file system: who wrote last has it
+        if _flock(descriptor) is None:  # no locks on this file system: the last writer has it
             time.sleep(_POLL)
             if _holder(os.pread(descriptor, _LONGEST, 0)) != self._me:
                 self._descriptor = None
@@ -213,7 +213,7 @@ class Lock:
             if descriptor is None:
                 return
             count += 1
-            # A full disk, or a server that does not answer, is for those who write the run to tell.
+            # Writing the run will report a full disk, or a server that does not answer.
             with contextlib.suppress(OSError):
                 found = _holder(self._path.read_bytes())
                 if found is not None and found != self._me:
@@ -227,12 +227,12 @@ def _open(path: Path) -> int:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ValueError(f"{path} is no regular file: take it away.")
+        raise ValueError(f"{path} is not a regular file: remove it.")
     return descriptor
 
 
 def _flock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool | None:
-    """Whether the kernel gave its lock; None where the file system has none."""
+    """Whether the kernel granted its lock; None if the file system has no locks."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -245,7 +245,7 @@ def _flock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool | None:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is still the one of that name."""
+    """Whether an open file is still the one at `path`."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -255,7 +255,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _holder(text: bytes) -> Holder | None:
-    """Who wrote a lock's file; None if that is not told."""
+    """The writer of a lock's file; None if the file does not name one."""
     try:
         record: Any = json.loads(text)
         entries = {name: record[name] for name in ("pid", "host", "boot", "since")}

@@ -1,7 +1,7 @@
-"""The training loop: steps, and between them what people look at and what is kept.
+"""The training loop: steps, and between them reports, pictures and checkpoints.
 
-A step is a function of (seed, step), see `stepper`; the loop adds reports, lines of metrics.jsonl, pictures, checkpoints and
-observers, none of which changes what the steps do. One process or many run it alike; the first of them writes.
+A step is a function of (seed, step), see `_stepper`; the loop adds reports, lines of metrics.jsonl, pictures, checkpoints
+and observers, none of which affects the steps. One process or many run it in the same way; the first process writes.
 """
 
 import errno
@@ -37,19 +37,19 @@ Tracker = Literal["none", "tensorboard", "wandb"]
 
 
 class TrainingError(Exception):
-    """The run cannot go on; the message says why and what is left."""
+    """The run cannot continue; the message says why and what remains."""
 
 
 class Observer(Protocol):
-    """Somebody who looks at the model every so often, as an evaluation does."""
+    """A regular measurement of the model, such as an evaluation."""
 
     @property
     def every(self) -> int:
-        """Steps between looks; the last step is always one."""
+        """Steps between measurements; there is always one after the last step."""
         ...
 
     def __call__(self, step: int, denoiser: Denoiser) -> dict[str, float]:
-        """Look at the averaged model after `step` steps, and return what goes into metrics.jsonl."""
+        """Measure the averaged model after `step` steps, and return the entries for metrics.jsonl."""
         ...
 
 
@@ -57,8 +57,8 @@ def check_fit(recipe: Recipe, data: ImageSet) -> None:
     """Check a recipe against the data before anything is made.
 
     Raises:
-        ValueError: if the batch or the references are larger than the data, references fewer than the batch, or classes
-            are asked for and not there.
+        ValueError: if the batch or the references are larger than the data, references fewer than the batch, or the recipe
+            needs classes that the data lack.
     """
     n = len(data)
     if recipe.images_per_step > n:
@@ -76,12 +76,12 @@ def check_fit(recipe: Recipe, data: ImageSet) -> None:
             )
     if recipe.conditional and data.labels is None:
         raise ValueError(
-            " ".join(["conditional=True needs classes, and the data have no labels: leave it out.", *data.notes])
+            " ".join(["conditional=True needs classes, but the data have no labels: leave it out.", *data.notes])
         )
 
 
 def check_tracker(tracker: Tracker) -> None:
-    """Make sure that the package of a tracker is installed.
+    """Check that the package of a tracker is installed.
 
     Raises:
         ImportError: if it is not, with the command that installs it.
@@ -94,12 +94,12 @@ def check_tracker(tracker: Tracker) -> None:
 def make_accelerator(device: torch.device, tracker: Tracker = "none", folder: RunFolder | None = None) -> Accelerator:
     """The processes of this run with their devices and tracker.
 
-    Precision is the stepper's: Accelerate settles it once for a whole program, which may hold several runs.
+    The stepper sets the precision, because Accelerate fixes it once for a whole program, which may train several runs.
 
     Args:
-        device: of a run of one process; with several, each takes its own GPU, or the CPU if this is one.
-        tracker: what metrics.jsonl is mirrored to.
-        folder: where a tracker may write.
+        device: of a run on one process; with several, each takes its own GPU, or the CPU if this is the CPU.
+        tracker: the tracker that mirrors metrics.jsonl.
+        folder: the folder to which a tracker may write.
     """
     check_tracker(tracker)
     return Accelerator(
@@ -127,14 +127,14 @@ def fit(
 
     Args:
         folder: the run's folder.
-        config: what config.json says.
+        config: the content of config.json.
         data: the images.
         device: where to compute.
         report: called after every `every` steps, on the first process.
         every: steps between reports.
-        stop: asked after every step; if true on any process, the run is saved with a checkpoint, and left.
-        observers: asked for further metrics.
-        tracker: where metrics.jsonl is mirrored to.
+        stop: called after every step; if true on any process, the run saves a checkpoint and stops.
+        observers: provide further metrics.
+        tracker: the tracker that mirrors metrics.jsonl.
         accelerator: the processes; made if not given.
 
     Returns:
@@ -143,14 +143,14 @@ def fit(
     Raises:
         TrainingError: if a loss or a weight is not finite, the disk is full, or the folder has been taken over while this
             process was stopped; earlier checkpoints are intact.
-        ValueError: if another process trains in the folder, no checkpoint of a run to continue is whole, or the data are not
+        ValueError: if another process trains in the folder, a run to continue has no intact checkpoint, or the data are not
             those of the run.
     """
     recipe = config.recipe
     if data.manifest["sha256"] != config.manifest.get("sha256"):
         raise ValueError(f"{config.data} is not what this run was started with (its pixels' sha256 differs).")
     if config.classes:
-        # Classes may have been numbered in another order when the run was started.
+        # The run may have started with the classes numbered in another order.
         data = config.numbered(data)
         if data.manifest["labels_sha256"] != config.manifest.get("labels_sha256"):
             raise ValueError(f"{config.data} is not what this run was started with (its labels' sha256 differs).")
@@ -171,7 +171,7 @@ def fit(
         raise TrainingError(f"{error} Earlier checkpoints are intact.") from error
     except OSError as error:
         full = error.errno is None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "free some space" if full else "see to its folder"
+        remedy = "free some space" if full else "check its folder"
         raise TrainingError(
             f"the run cannot be written ({error.strerror or error}): {remedy}, then resume it. "
             "Earlier checkpoints are intact."
@@ -191,7 +191,7 @@ def _tracking(accelerator: Accelerator, tracker: Tracker, run: dict[str, str]) -
 
 
 class _Loop:
-    """A run under way on one process."""
+    """A run in progress on one process."""
 
     def __init__(
         self,
@@ -215,7 +215,7 @@ class _Loop:
         self._ranks = Ranks() if accelerator.num_processes > 1 else None
         self._meet("to begin")
         if self._main:
-            # Newer ones are damaged, or they would have been used: they must not count among those to keep.
+            # Newer checkpoints are damaged, or they would have been used: they must not count among those to keep.
             folder.remove_after(self._state.step)
             sweep(folder.path)
             folder.rewind_log(self._state.step)
@@ -226,7 +226,7 @@ class _Loop:
         for step in range(self._state.step, recipe.steps):
             parts = self._stepper.take(step)
             done = step + 1
-            # Whoever stops a run may have no time for pictures; a checkpoint is all that it needs.
+            # There may be no time for pictures when a run is stopped; it only needs a checkpoint.
             stopped = done < recipe.steps and self._stops(stop)
             last = done == recipe.steps or stopped
             for meter in (self._reported, self._logged):
@@ -249,11 +249,11 @@ class _Loop:
     def _stops(self, stop: Callable[[], bool]) -> bool:
         if self._ranks is None:
             return stop()
-        # All or none: a process that left alone would leave the others waiting.
+        # All or none: a process that stopped alone would leave the others waiting.
         wish = torch.tensor([float(stop())], device=self._accelerator.device)
         purpose = "to hear whether one of them is to stop"
         self._ranks.add_up(wish, purpose)
-        with self._ranks.waiting(purpose):  # on a GPU, it is here that it waits
+        with self._ranks.waiting(purpose):  # a GPU waits here
             return bool(wish.item() > 0)
 
     def _meet(self, purpose: str) -> None:
@@ -298,7 +298,7 @@ class _Loop:
         successor = self._folder.successor
         if successor is not None:
             raise TrainingError(
-                f"{self._folder.path} was taken over by {successor} while this process stood still: it ends here."
+                f"{self._folder.path} was taken over by {successor} while this process was stopped: it ends here."
             )
 
     def _write(self, entry: dict[str, Any]) -> None:
@@ -312,7 +312,7 @@ class _Loop:
             self._accelerator.log(flat, step=int(step))
 
     def _observe(self, done: int, last: bool) -> dict[str, float]:
-        """What the observers see, on the first process; the others wait at their next step."""
+        """Run the observers, on the first process; the others wait at their next step."""
         found: dict[str, float] = {}
         ema = self._stepper.trained.averages["ema"]
         assert isinstance(ema, Denoiser)
@@ -356,7 +356,7 @@ class _Loop:
         ema = self._stepper.trained.averages["ema"]
         assert isinstance(ema, Denoiser)
         config = self._config
-        # A network that is told classes shows them in turn.
+        # The picture of a network with classes cycles through them.
         labels = torch.tensor(SAMPLE_SEEDS) % config.classes if config.classes else None
         images = samples(ema, config.shape, SAMPLE_SEEDS, self._accelerator.device, labels)
         picture = class_grid(images.numpy(), None if labels is None else labels.numpy(), config.class_names)

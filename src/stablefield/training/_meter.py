@@ -1,7 +1,7 @@
-r"""Meters: what a stretch of steps came to, in all and per noise level.
+r"""Meters: means over consecutive steps, in total and per noise level.
 
-Sums stay on the device; it is asked for numbers at the end of a stretch only. The noise levels are cut into bins that are
-equally probable under the training distribution, so each bin's mean rests on as many rows as the others'.
+Sums stay on the device; the host reads them only at the end. The noise levels are cut into bins of equal probability under
+the training distribution, so each bin's mean has about the same number of rows.
 """
 
 import time
@@ -22,15 +22,15 @@ BINS = 8
 
 @dataclass(frozen=True)
 class Report:
-    """What a stretch of steps came to.
+    """Means over the steps since the last report.
 
     Attributes:
         step: steps done.
-        loss: mean loss over the stretch.
-        variance_removed: mean of what the references took from the loss, in its units.
-        images_per_second: over the stretch, over all processes, without checkpoints and pictures.
-        target_share: share of the time that went into noise and target.
-        bin_loss: mean loss per noise-level bin; nan where no row fell.
+        loss: mean loss.
+        variance_removed: mean variance that the references removed from the loss, in its units.
+        images_per_second: over all processes, without checkpoints and pictures.
+        target_share: share of the time for noise and target.
+        bin_loss: mean loss per noise-level bin; nan for bins without rows.
         bin_removed: mean variance removed per bin.
     """
 
@@ -44,19 +44,19 @@ class Report:
 
     @property
     def share_removed(self) -> float:
-        """Variance removed as a share of the loss that the single-sample target would have."""
+        """Variance removed as a share of the loss with the single-sample target."""
         whole = self.loss + self.variance_removed
         return self.variance_removed / whole if whole > 0 else 0.0
 
 
 def bin_edges(noise_levels: NoiseLevels, process: Process) -> tuple[float, ...]:
-    """Noise levels that cut the training distribution into `BINS` equally probable bins, the outer ends left open."""
+    """Noise levels that cut the training distribution into `BINS` equally probable bins, with open outer ends."""
     shares = torch.arange(1, BINS, dtype=torch.float64) / BINS
     return tuple(process.noise_level(noise_levels.quantile(shares, process)).tolist())
 
 
 class Stopwatch:
-    """Seconds between `start` and `stop`, summed; on CUDA by events, which do not make the device wait."""
+    """Seconds between `start` and `stop`, summed; on CUDA by events, which do not wait for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -93,12 +93,12 @@ class Stopwatch:
 
 
 class Meter:
-    """Sums over a stretch of steps of one process.
+    """Sums over consecutive steps of one process.
 
     Args:
         edges: of the bins, see `bin_edges`.
-        device: where the losses are.
-        target: the watch that runs while noise and targets are made.
+        device: of the losses.
+        target: the stopwatch for noise and targets.
     """
 
     def __init__(self, edges: tuple[float, ...], device: torch.device, target: Stopwatch) -> None:
@@ -110,7 +110,7 @@ class Meter:
         self._clock = time.perf_counter()
 
     def step(self, parts: Sequence[ObjectiveValue], images: int) -> None:
-        """Add a step: this process's parts of it, and how many images it had over all processes."""
+        """Add a step: this process's parts of it, and the number of images over all processes."""
         for value in parts:
             rows = torch.stack([value.row_loss.detach().float(), value.variance_removed.float()])
             rows = torch.cat([rows, torch.ones_like(rows[:1])])
@@ -121,16 +121,16 @@ class Meter:
         self._clock = now
 
     def pause(self) -> None:
-        """Do not count the time since the last step."""
+        """Exclude the time since the last step."""
         self._clock = time.perf_counter()
 
     @property
     def sums(self) -> Tensor:
-        """Sums of loss, variance removed and rows per bin, shape (3, bins); over this process alone."""
+        """Sums of loss, variance removed and rows per bin, shape (3, bins); over only this process."""
         return self._sums
 
     def report(self, step: int, sums: Tensor | None = None) -> Report:
-        """What the stretch came to, with `sums` over all processes if there are several."""
+        """The means over these steps, with `sums` over all processes if there are several."""
         loss, removed, rows = (self._sums if sums is None else sums).double().cpu()
         count = max(1.0, float(rows.sum()))
         return Report(

@@ -1,7 +1,7 @@
-"""Placement: where the pixels of a run lie, and which references that allows.
+"""Placement: where the pixels of a run are, and which references this allows.
 
-Resident pixels lie whole on the device. Where they do not fit, several processes each hold a part, and every row still sees
-all of them (`ShardedPool`); what does not fit even then is read from its file, step by step.
+Resident pixels are all on the device. If they do not fit, several processes each hold a part, and every row still sees all
+of them (`ShardedPool`); pixels that do not fit even then are read from their file, step by step.
 """
 
 import os
@@ -20,13 +20,13 @@ __all__ = ["LOADED_REFERENCES", "Placement", "fits", "placed", "resolve_band", "
 Placement = Literal["resident", "sharded", "loaded"]
 
 LOADED_REFERENCES = 4096
-"""References per step where the data do not fit on the device."""
+"""References per step if the data do not fit on the device."""
 RESIDENT_SHARE = 0.5
 """Share of the device's free memory that resident pixels may take."""
 
 
 def fits(data: ImageSet, device: torch.device, processes: int = 1) -> bool:
-    """Whether the pixels, in `processes` equal parts, may be resident: a part in half of the memory free on each device.
+    """Whether the pixels, in `processes` equal parts, may be resident: a part in half of each device's free memory.
 
     Processes on the CPU of one machine share its memory.
     """
@@ -35,12 +35,12 @@ def fits(data: ImageSet, device: torch.device, processes: int = 1) -> bool:
 
 
 def placed(recipe: Recipe, data: ImageSet, device: torch.device, processes: int = 1) -> Placement:
-    """Where the pixels of a run lie whose references have been resolved.
+    """The placement of the pixels of a run with resolved references.
 
-    All data as references were found to fit when the run began, on a machine that may have been less busy: they stay so.
+    A run that started with all data as references keeps them resident, even if the machine is busier now.
 
     Raises:
-        ValueError: if a run of several processes, with a part of the data on each, goes on with one that cannot hold all.
+        ValueError: if a run of several processes, with a part of the data on each, continues on one that cannot hold all.
     """
     if recipe.target == "stf" and recipe.references == "all":
         return "resident"
@@ -50,7 +50,7 @@ def placed(recipe: Recipe, data: ImageSet, device: torch.device, processes: int 
         if not fits(data, device):
             raise ValueError(
                 f"the references of this run are sharded over several processes, and the {size_text(data.images.nbytes)} "
-                f"of its data are more than half of what is free on {device}: go on with several processes."
+                f"of its data are more than half of the free memory on {device}: continue with several processes."
             )
         return "resident"
     return "resident" if fits(data, device) else "loaded"
@@ -59,10 +59,10 @@ def placed(recipe: Recipe, data: ImageSet, device: torch.device, processes: int 
 def resolve_references(
     recipe: Recipe, data: ImageSet, device: torch.device, processes: int = 1
 ) -> tuple[int | str, str]:
-    """What `auto` comes to, and the rule in words.
+    """Resolve the references `auto`, and describe the rule in words.
 
     Raises:
-        ValueError: if all are asked for and do not fit on the device, or on those of all processes.
+        ValueError: if all are requested but do not fit on the device, or on those of all processes.
     """
     size, free = size_text(data.images.nbytes), size_text(free_bytes(device))
     if recipe.target == "dsm":
@@ -71,7 +71,7 @@ def resolve_references(
         return recipe.references, f"{recipe.references:,} drawn for each step"
     if recipe.references == "sharded" and processes == 1:
         raise ValueError(
-            "references=sharded needs several processes, which each hold a part of the data: start them with torchrun "
+            "references=sharded needs several processes, each with a part of the data: start them with torchrun "
             "or accelerate launch, or leave it out."
         )
     if recipe.references != "sharded" and fits(data, device):
@@ -83,17 +83,17 @@ def resolve_references(
         parts = f", also in {processes} parts" if processes > 1 else ""
         raise ValueError(
             f"references={recipe.references}: the data take {size}, more than half of the {free} that are free on "
-            f"{device}{parts}: pass a number, such as {number}, which is read with each batch, or train in more processes."
+            f"{device}{parts}: pass a number, such as {number}, to read with each batch, or train on more processes."
         )
     return number, f"{number:,} read with each batch ({size} are more than half of the {free} free on {device})"
 
 
 def resolve_band(recipe: Recipe, data: ImageSet, device: torch.device) -> tuple[float, str]:
-    """What the noise band `auto` comes to on these data, and what was found, in words."""
+    """Resolve the noise band `auto` on these data, and describe the result in words."""
     if recipe.target == "dsm":
         return 0.0, "none, the single sample is used everywhere"
     if recipe.noise_band != "auto":
-        return recipe.noise_band, f"from {recipe.noise_band:g}, as told"
+        return recipe.noise_band, f"from {recipe.noise_band:g}, as given"
     labels = torch.from_numpy(data.labels) if recipe.conditional and data.labels is not None else None
     size = recipe.references if isinstance(recipe.references, int) else None
     found = pick_noise_band(Pool(data.images, size, labels, mirrored=recipe.mirror), device=device)

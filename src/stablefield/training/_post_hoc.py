@@ -1,9 +1,9 @@
-r"""Post-hoc averages: weights averaged over any length, from snapshots that were taken while the run went on.
+r"""Post-hoc averages: weights averaged over any length, from snapshots taken during the run.
 
-A snapshot taken at step $t_i$ of the power-function average of exponent $\gamma_i$ weighs the run's past by the profile
-$p_i(\tau) = (\gamma_i + 1)\, \tau^{\gamma_i} / t_i^{\gamma_i + 1}$ on $[0, t_i]$. The wanted profile p is approximated by
-the combination of the $p_i$ that is nearest in $L^2$ among those whose coefficients sum to 1, so that what does not change
-during the run is not changed by averaging: with
+A snapshot taken at step $t_i$ of the power-function average of exponent $\gamma_i$ weights the run's past by the profile
+$p_i(\tau) = (\gamma_i + 1)\, \tau^{\gamma_i} / t_i^{\gamma_i + 1}$ on $[0, t_i]$. The requested profile p is approximated by
+the combination of the $p_i$ that is nearest in $L^2$ among those whose coefficients sum to 1, so that averaging does not
+change constant weights: with
 
 $$ \langle p_i, p_j \rangle = \frac{(\gamma_i + 1)(\gamma_j + 1)\; m}{t_i t_j\, (\gamma_i + \gamma_j + 1)}
    \left(\frac{m}{t_i}\right)^{\gamma_i} \left(\frac{m}{t_j}\right)^{\gamma_j}, \qquad m = \min(t_i, t_j), $$
@@ -40,7 +40,7 @@ __all__ = ["Profile", "combine", "mixture", "snapshot_steps", "take_snapshot"]
 
 
 class Profile(NamedTuple):
-    """Which steps an average weighs how much.
+    """The weights of an average over the steps.
 
     Attributes:
         step: at which the average was taken.
@@ -55,7 +55,7 @@ def mixture(snapshots: Sequence[Profile], wanted: Profile) -> tuple[NDArray[np.f
     """Coefficients of the snapshots nearest to the wanted profile, shape (m,), and the relative L2 error of the profile.
 
     Raises:
-        ValueError: if there is no snapshot, or the wanted step lies beyond the last one.
+        ValueError: if there is no snapshot, or the wanted step is beyond the last one.
     """
     check_kind("wanted", wanted, Profile, "a Profile(step, length)")
     check_kind("snapshots", snapshots, (list, tuple), "a list of Profile(step, length)")
@@ -64,7 +64,7 @@ def mixture(snapshots: Sequence[Profile], wanted: Profile) -> tuple[NDArray[np.f
     if not snapshots:
         raise ValueError("there are no snapshots to make an average of: train with ema_snapshot_every=STEPS.")
     if wanted.step > max(profile.step for profile in snapshots):
-        raise ValueError(f"the average is wanted at step {wanted.step}, and the last snapshot is of an earlier one.")
+        raise ValueError(f"wanted is at step {wanted.step}, after the last snapshot: pass an earlier step.")
     products = _products(snapshots, snapshots)
     right = _products(snapshots, [wanted])[:, 0]
     scale = float(products.max())
@@ -77,7 +77,7 @@ def mixture(snapshots: Sequence[Profile], wanted: Profile) -> tuple[NDArray[np.f
 
 
 def take_snapshot(folder: Path, step: int, averages: Sequence[tuple[float, nn.Module]]) -> Path:
-    """Write the averages of this step, (length, module) each, as one file step-00001000.safetensors, whole or not at all."""
+    """Write the averages of this step, (length, module) each, as one file step-00001000.safetensors, atomically."""
     tensors = {
         f"{length}/{name}": value.detach().contiguous().cpu()
         for length, average in averages
@@ -85,7 +85,7 @@ def take_snapshot(folder: Path, step: int, averages: Sequence[tuple[float, nn.Mo
     }
     sums = [_sum(key, tensors[key]) for key in sorted(tensors)]
     record = {"step": step, "lengths": [length for length, _ in averages], "sha256": _sum_of(sums)}
-    # One entry: safetensors writes several in no fixed order, and equal snapshots are to be equal files.
+    # One entry: safetensors writes several in no fixed order, and equal snapshots must be equal files.
     metadata = {"averages": json.dumps(seal(record))}
     path = folder / f"step-{step:08d}.safetensors"
     write_atomically(path, lambda temporary: write_tensors(temporary, tensors, metadata))
@@ -93,7 +93,7 @@ def take_snapshot(folder: Path, step: int, averages: Sequence[tuple[float, nn.Mo
 
 
 def snapshot_steps(folder: Path) -> list[int]:
-    """Steps of which there are snapshots, in order.
+    """Steps with snapshots, in order.
 
     Raises:
         ValueError: naming a snapshot that is damaged.
@@ -107,7 +107,7 @@ def combine(folder: Path, length: float, step: int | None = None) -> tuple[dict[
     Args:
         folder: of snapshots.
         length: relative length of the average, above 0 and below 0.28.
-        step: at which step; that of the last snapshot if not given.
+        step: of the average; that of the last snapshot if not given.
 
     Returns:
         The parameters by name, and the relative L2 error of the profile.
@@ -128,7 +128,7 @@ def combine(folder: Path, length: float, step: int | None = None) -> tuple[dict[
         for each, name, value in snapshot.tensors():
             part = value.double() * shares[Profile(snapshot.step, each)]
             if name in sums and sums[name].shape != part.shape:
-                raise _unusable(snapshot.path, f"{name} has another shape than in the snapshots before")
+                raise _unusable(snapshot.path, f"{name} has a different shape from that in earlier snapshots")
             sums[name] = sums[name] + part if name in sums else part
     return {name: value.to(torch.float32) for name, value in sums.items()}, error
 
@@ -141,7 +141,7 @@ class _Snapshot:
         path: the file.
         step: at which they were taken.
         lengths: of the averages.
-        sha256: of the tensors; None in files from before they carried it.
+        sha256: of the tensors; None in older files.
     """
 
     path: Path
@@ -150,7 +150,7 @@ class _Snapshot:
     sha256: str | None
 
     def tensors(self) -> Iterator[tuple[float, str, Tensor]]:
-        """The length, the name and the value of each tensor; the last is followed by an error if they are damaged."""
+        """The length, the name and the value of each tensor; raises an error after the last if they are damaged."""
         from safetensors import safe_open
 
         known = {str(length): length for length in self.lengths}
@@ -161,10 +161,10 @@ class _Snapshot:
                 sums.append(_sum(key, value))
                 length, _, name = key.partition("/")
                 if length not in known:
-                    raise _unusable(self.path, f"it holds {key[:200]}, which is of none of its averages")
+                    raise _unusable(self.path, f"it holds {key[:200]}, which belongs to none of its averages")
                 yield known[length], name, value
         if self.sha256 not in (None, _sum_of(sums)):
-            raise _unusable(self.path, "it is damaged: its weights are not what was written there")
+            raise _unusable(self.path, "it is damaged: the checksum of its weights differs")
 
 
 def _snapshots(folder: Path) -> list[_Snapshot]:
@@ -198,9 +198,7 @@ def _snapshot(path: Path, record: Mapping[str, Any]) -> _Snapshot:
 
 
 def _unusable(path: Path, why: str) -> ValueError:
-    return ValueError(
-        f"the snapshot {path} cannot be used: {why}. Move it out of the folder, and averages are made of the others."
-    )
+    return ValueError(f"the snapshot {path} cannot be used: {why}. Move it out of the folder to average the others.")
 
 
 def _sum(name: str, value: Tensor) -> bytes:

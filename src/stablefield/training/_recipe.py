@@ -19,7 +19,7 @@ from stablefield.networks._diffusers_unet import DiffusersUNet
 from stablefield.networks._mlp import MLP
 from stablefield.networks._song_unet import SongUNet
 
-__all__ = ["Perceptron", "Recipe", "UNet", "UNet2D"]
+__all__ = ["DiffusersUNetConfig", "MLPConfig", "Recipe", "SongUNetConfig"]
 
 Shape: TypeAlias = tuple[int, int, int]
 
@@ -29,8 +29,8 @@ _MOST_LEVELS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Perceptron:
-    """A residual perceptron, for images of about 8 x 8 pixels."""
+class MLPConfig:
+    """The network of a recipe: a residual perceptron (`stablefield.networks.MLP`), for images of about 8 x 8 pixels."""
 
     width: int = 512
     """Width of the hidden layers."""
@@ -54,8 +54,8 @@ class Perceptron:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UNet:
-    """Settings of a DDPM++ or NCSN++; the module that they build is `stablefield.networks.SongUNet`."""
+class SongUNetConfig:
+    """The network of a recipe: DDPM++ or NCSN++ (`stablefield.networks.SongUNet`)."""
 
     architecture: Literal["ddpmpp", "ncsnpp"] = "ddpmpp"
     """DDPM++ (positional noise embedding) or NCSN++ (Fourier embedding, wide resampling, residual input)."""
@@ -95,8 +95,11 @@ class UNet:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UNet2D:
-    """The UNet2DModel of diffusers, to be exported as a pipeline that opens without code of ours."""
+class DiffusersUNetConfig:
+    """The network of a recipe: diffusers' UNet2DModel (`stablefield.networks.DiffusersUNet`).
+
+    The run is exported as a pipeline that opens without code of ours.
+    """
 
     widths: tuple[int, ...] = (64, 128, 128)
     """Channels of each level, from the full resolution down; multiples of the groups."""
@@ -207,7 +210,7 @@ class Recipe:
     """Newest checkpoints to keep."""
     keep_every: int = 0
     """Keep also the checkpoints at multiples of this many steps; 0 for none."""
-    network: Perceptron | UNet | UNet2D = field(default_factory=Perceptron)
+    network: MLPConfig | SongUNetConfig | DiffusersUNetConfig = field(default_factory=MLPConfig)
     """The network."""
     process: EDM | VE | VP | Cosine | RectifiedFlow = field(default_factory=EDM)
     """How data become noise."""

@@ -17,7 +17,7 @@ from stablefield.diffusion._noise_levels import LogUniform, Uniform
 from stablefield.diffusion._preconditioning import VEPreconditioning, VPPreconditioning
 from stablefield.diffusion._process import VE, VP
 from stablefield.diffusion._weighting import SNRWeighting
-from stablefield.training._recipe import Perceptron, Recipe, Shape, UNet, UNet2D
+from stablefield.training._recipe import DiffusersUNetConfig, MLPConfig, Recipe, Shape, SongUNetConfig
 
 __all__ = [
     "CELEBA64_VE",
@@ -32,7 +32,7 @@ __all__ = [
     "unet2d",
 ]
 
-DIGITS = Recipe(network=Perceptron())
+DIGITS = Recipe(network=MLPConfig())
 """The built-in digits: a few minutes on two CPU cores."""
 
 MNIST28 = Recipe(
@@ -44,7 +44,7 @@ MNIST28 = Recipe(
     ema_ramp=0.1,
     checkpoint_every=200,
     sample_every=300,
-    network=UNet(base_channels=32, multipliers=(1, 2, 2), blocks=1, dropout=0.0),
+    network=SongUNetConfig(base_channels=32, multipliers=(1, 2, 2), blocks=1, dropout=0.0),
 )
 """The MNIST family, 28 x 28 grey: about ten minutes on two CPU cores."""
 
@@ -61,7 +61,7 @@ CIFAR10_EDM = Recipe(
     sample_every=2000,
     keep_every=20_000,
     ema_snapshot_every=20_000,
-    network=UNet(architecture="ncsnpp"),
+    network=SongUNetConfig(architecture="ncsnpp"),
 )
 """EDM on CIFAR-10 with NCSN++, the paper's best network; `--network.architecture ddpmpp` for the other."""
 
@@ -76,7 +76,7 @@ CIFAR10_VE = dataclasses.replace(
 
 CIFAR10_VP = dataclasses.replace(
     CIFAR10_EDM,
-    network=UNet(architecture="ddpmpp"),
+    network=SongUNetConfig(architecture="ddpmpp"),
     process=VP(0.1, 20.0),
     noise_levels=Uniform(1e-5, 1.0),
     weighting=SNRWeighting(),
@@ -90,7 +90,7 @@ CELEBA64_VE = dataclasses.replace(
     steps=200_000_000 // 256,
     learning_rate=2e-4,
     augmentation=0.15,
-    network=UNet(architecture="ncsnpp", multipliers=(1, 2, 2, 2), dropout=0.05),
+    network=SongUNetConfig(architecture="ncsnpp", multipliers=(1, 2, 2, 2), dropout=0.05),
 )
 """Variance-exploding diffusion on faces of 64 x 64 pixels, with NCSN++ of four levels."""
 
@@ -123,9 +123,9 @@ def unet2d(shape: Shape, count: int, *, accelerated: bool) -> Recipe:
         accelerated: whether there is a GPU.
     """
     recipe = imagefolder((shape[0], max(16, shape[1]), max(16, shape[2])), count, accelerated=accelerated)
-    assert isinstance(recipe.network, UNet)
+    assert isinstance(recipe.network, SongUNetConfig)
     widths = tuple(recipe.network.base_channels * multiplier for multiplier in recipe.network.multipliers)
-    network = UNet2D(widths=widths, blocks=recipe.network.blocks, dropout=recipe.network.dropout)
+    network = DiffusersUNetConfig(widths=widths, blocks=recipe.network.blocks, dropout=recipe.network.dropout)
     return dataclasses.replace(recipe, network=network, augmentation=0.0)
 
 
@@ -154,7 +154,7 @@ def imagefolder(shape: Shape, count: int, *, accelerated: bool) -> Recipe:
         checkpoint_every=1000 if accelerated else 250,
         sample_every=1000 if accelerated else 250,
         precision="bf16" if accelerated else "float32",
-        network=UNet(
+        network=SongUNetConfig(
             base_channels=width, multipliers=(1, 2, 2, 2)[:levels], blocks=3 if accelerated else 1, dropout=0.1
         ),
     )

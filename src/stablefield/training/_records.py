@@ -1,7 +1,7 @@
-"""Records: what a run keeps as JSON, each with a checksum of itself, and read with care.
+"""Records: the JSON data of a run, each with its own checksum, read as untrusted input.
 
-A record is a JSON object. Its entry "checksum" covers the other entries, not their layout: a record that was indented anew
-is the same one, a record with a flipped bit is not.
+A record is a JSON object. Its entry "checksum" covers the other entries, not their layout: reindenting a record keeps it
+valid, a flipped bit does not.
 """
 
 import hashlib
@@ -42,17 +42,17 @@ def unseal(record: Mapping[str, Any], former: frozenset[str] | None = None) -> d
     """The record without its checksum.
 
     Args:
-        record: as it was read.
-        former: the entries that it had before records carried checksums: with exactly these it may lack one.
+        record: as read.
+        former: the entries of records from before checksums: with exactly these it may lack one.
 
     Raises:
-        ValueError: if it is not what was written.
+        ValueError: if its checksum does not match.
     """
     content = {key: value for key, value in record.items() if key != _CHECKSUM}
     if _CHECKSUM not in record and (former is None or set(former) == set(content)):
         return content
     if record.get(_CHECKSUM) != _sum(content):
-        raise ValueError("it is damaged: its checksum is not that of its content")
+        raise ValueError("it is damaged: its checksum does not match its content")
     return content
 
 
@@ -60,14 +60,14 @@ def parse(text: str | bytes) -> dict[str, Any]:
     """A JSON object of finite numbers.
 
     Raises:
-        ValueError: if it is none, or is nested too deep.
+        ValueError: if it is not one, or is nested too deep.
     """
     try:
         record: Any = json.loads(text, parse_float=_finite, parse_constant=_no_number)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     if not isinstance(record, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     level: list[Any] = [record]
     for _ in range(_DEEPEST):
         level = [inner for outer in level for inner in _inside(outer)]
@@ -77,43 +77,43 @@ def parse(text: str | bytes) -> dict[str, Any]:
 
 
 def read_record(path: Path, former: frozenset[str]) -> dict[str, Any]:
-    """Read a file that holds one record, which `write_record` wrote.
+    """Read a file with one record, written by `write_record`.
 
     Args:
         path: the file.
         former: see `unseal`.
 
     Raises:
-        ValueError: if it is no regular file, or not what was written.
+        ValueError: if it is not a regular file, or not as written.
         OSError: if it cannot be read.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > JSON_LIMIT:
-            raise ValueError(f"it takes {size:,} bytes, and at most {JSON_LIMIT:,} are read")
+            raise ValueError(f"it takes {size:,} bytes, above the limit of {JSON_LIMIT:,}")
         return unseal(parse(file.read(size)), former)
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a file that holds one record, whole or not at all.
+    """Write a file with one record, atomically.
 
     Raises:
-        ValueError: if it is longer than what is read.
+        ValueError: if it is too long to be read again.
         OSError: if it cannot be written.
     """
     text = json.dumps(seal(record), indent=2, allow_nan=False) + "\n"
     if len(text) > JSON_LIMIT:
         raise ValueError(
-            f"{path} would take {len(text):,} bytes, and at most {JSON_LIMIT:,} are read: shorten the names of the classes."
+            f"{path} would take {len(text):,} bytes, above the limit of {JSON_LIMIT:,}: shorten the names of the classes."
         )
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records in a file of one a line, without those that are damaged or cut off; none if there is no file.
+    """The records in a file with one per line, without damaged or truncated ones; none if there is no file.
 
     Raises:
-        ValueError: if it is no regular file.
+        ValueError: if it is not a regular file.
         OSError: if it cannot be read.
     """
     try:
@@ -134,22 +134,22 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Append a record to a file of one a line.
+    """Append a record to a file with one per line.
 
     Raises:
-        ValueError: if it is no regular file.
+        ValueError: if it is not a regular file.
         OSError: if it cannot be written.
     """
-    # Without O_NONBLOCK, opening a FIFO would wait for somebody to read it.
+    # Without O_NONBLOCK, opening a FIFO would wait for a reader.
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
     descriptor = os.open(path, flags, 0o666)
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path} is no regular file: take it away.")
+            raise ValueError(f"{path} is not a regular file: remove it.")
         line = _line(record)
         if status.st_size and os.pread(descriptor, 1, status.st_size - 1) != b"\n":
-            line = b"\n" + line  # a kill has cut the last one off
+            line = b"\n" + line  # a kill truncated the last line
         while line:
             line = line[os.write(descriptor, line) :]
     finally:
@@ -157,7 +157,7 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def write_lines(path: Path, records: Iterator[Mapping[str, Any]]) -> None:
-    """Write a file of one record a line, whole or not at all.
+    """Write a file with one record per line, atomically.
 
     Raises:
         OSError: if it cannot be written.
@@ -171,7 +171,7 @@ def write_lines(path: Path, records: Iterator[Mapping[str, Any]]) -> None:
 
 
 def is_count(value: object) -> TypeGuard[int]:
-    """Whether a value that was read is a whole number from 0, small enough to be counted to."""
+    """Whether a value from a file is a whole number from 0 to below 2**63."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
@@ -198,4 +198,4 @@ def _finite(text: str) -> float:
 
 
 def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"it holds {text[:40]}, which is no finite number")
+    raise ValueError(f"it holds {text[:40]}, which is not a finite number")

@@ -13,7 +13,7 @@ import base64
 import dataclasses
 import html
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from stablefield.evaluation._evaluate import DEFAULT_METRICS, evaluate
 from stablefield.evaluation._metric import Metric
 from stablefield.evaluation._processes import Processes
 from stablefield.evaluation._result import Evaluation
+from stablefield.sampling._solvers import SamplerName
 from stablefield.training._ema import power_exponent
 from stablefield.training._files import write_tensors
 from stablefield.training._loop import Observer, Report, Tracker, check_fit, fit, make_accelerator
@@ -45,14 +46,14 @@ from stablefield.training._processes import first_process_first, from_first, sta
 from stablefield.training._recipe import Recipe
 from stablefield.training._recipes import largest_resolution, recipe_for
 from stablefield.training._run_folder import RunConfig, RunFolder
-from stablefield.training._run_samples import RunSamples, data_of
-from stablefield.training._sampler import RunSampler, SamplerName, SamplerOptions
-from stablefield.training._samples import Samples, in_order
+from stablefield.training._run_source import RunSource, data_of
+from stablefield.training._sampler import RunSampler, SamplerOptions
+from stablefield.training._samples import Samples
 
 if TYPE_CHECKING:
     from stablefield.evaluation._extractor import Extractor
 
-__all__ = ["Plan", "Run", "batches", "make_plan", "share_plan", "train"]
+__all__ = ["Plan", "Run", "make_plan", "share_plan", "train"]
 
 Images = str | Path | ImageSet | NDArray[np.uint8] | Tensor
 """What `stablefield.data.open_images` opens, an image set, or uint8 of shape (n, C, H, W)."""
@@ -143,6 +144,12 @@ def train(
     stop: Callable[[], bool] = lambda: False,
 ) -> Run:
     """Train a diffusion model, and leave a run folder.
+
+    On a tensor or an array of your own, uint8 of shape (n, C, H, W):
+
+        images = ((x + 1) * 127.5).round().to(torch.uint8)  # from x in [-1, 1]
+        run = sf.train(images, out="runs/mine")
+        run.sample(64).save("grid.png")
 
     Started by torchrun or `accelerate launch`, the processes train together.
 
@@ -283,27 +290,20 @@ class Run:
         Raises:
             ValueError: if the options do not fit the run or one another.
         """
-        drawn = (
+        opened = (
             sampler
             if isinstance(sampler, RunSampler)
             else self.sampler(sampler, steps, guidance_scale, class_label, ema, batch, device)
         )
         wanted = _seeds(seeds)
         with Processes() as processes:
-            parts = list(batches(drawn, wanted, processes, progress))
-            nfe, chunks = processes.total(sum(part.nfe for part in parts), len(parts))
-            every = parts[0] if parts else _no_samples(drawn)
-            images = torch.from_numpy(np.concatenate([every.images[:0], *(part.images for part in parts)]))
+            parts = list(opened.draw(wanted, processes, progress))
+            nfe, count = processes.total(sum(part.nfe for part in parts), len(parts))
+            none = np.zeros((0, *opened.config.shape), np.uint8)
+            images = processes.gathered(torch.from_numpy(np.concatenate([none, *(part.images for part in parts)])))
             own = torch.tensor([seed for part in parts for seed in part.seeds], dtype=torch.int64)
-            all_images, all_seeds = processes.gathered(images), processes.gathered(own)
-        labels = drawn.labels(all_seeds)
-        whole = dataclasses.replace(
-            every,
-            images=all_images.numpy(),
-            seeds=tuple(all_seeds.tolist()),
-            labels=None if labels is None else labels.numpy(),
-        )
-        return in_order([whole], wanted, nfe / chunks)
+            row = {seed: place for place, seed in enumerate(processes.gathered(own).tolist())}
+        return opened.samples(wanted, images[[row[seed] for seed in wanted]], nfe / count)
 
     def sampler(
         self,
@@ -379,12 +379,12 @@ class Run:
             ValueError: if there are too few images for a metric, or the options do not fit the run.
             ImportError: if the extractor's package is not installed.
         """
-        drawn = sampler if isinstance(sampler, RunSampler) else self.sampler(sampler, device=device)
+        opened = sampler if isinstance(sampler, RunSampler) else self.sampler(sampler, device=device)
         config = self.config
         if data is None:
             data = partial(_part, data_of(config), config)
         return evaluate(
-            RunSamples(drawn, str(self.path), samples, seed),
+            RunSource(opened, str(self.path), samples, seed),
             data=data,
             metrics=metrics,
             extractor=extractor,
@@ -394,7 +394,7 @@ class Run:
             held_out=held_out,
             repeats=repeats,
             seed=seed,
-            device=drawn.device,
+            device=opened.device,
             batch=feature_batch,
             cache=cache,
             progress=progress,
@@ -558,41 +558,6 @@ def _fit(
         observers=observers,
         tracker=tracker,
         accelerator=make_accelerator(device, tracker, run.folder),
-    )
-
-
-def batches(
-    sampler: RunSampler,
-    seeds: Sequence[int],
-    processes: Processes,
-    progress: Callable[[Progress], object] | None = None,
-) -> Iterator[Samples]:
-    """This process's part of the images of seeds, batch by batch; the `nfe` of each is its own."""
-    stage = "drawing" if processes.count == 1 else f"drawing (process 1 of {processes.count})"
-
-    def report(done: float, total: int) -> None:
-        if progress is not None:
-            progress(Progress(stage=stage, done=int(done), total=total))
-
-    for chunk, images, evaluations in sampler.draw(seeds, processes, report):
-        labels = sampler.labels(torch.tensor(chunk.wanted))
-        yield dataclasses.replace(
-            _no_samples(sampler),
-            images=images.numpy(),
-            seeds=chunk.wanted,
-            labels=None if labels is None else labels.numpy(),
-            nfe=float(evaluations),
-        )
-
-
-def _no_samples(sampler: RunSampler) -> Samples:
-    """No samples of a run."""
-    return Samples(
-        images=np.zeros((0, *sampler.config.shape), np.uint8),
-        seeds=(),
-        class_names=sampler.config.class_names,
-        sampler=sampler.description,
-        ema=sampler.ema,
     )
 
 

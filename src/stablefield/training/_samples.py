@@ -2,7 +2,6 @@
 
 import base64
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,20 +99,3 @@ class Samples:
     def _repr_html_(self) -> str:
         data = base64.b64encode(self._repr_png_()).decode()
         return f'<img alt="{len(self)} samples" src="data:image/png;base64,{data}">'
-
-
-def in_order(parts: Sequence[Samples], seeds: Sequence[int], nfe: float) -> Samples:
-    """The samples of all parts in the order of `seeds`."""
-    place = {seed: row for row, seed in enumerate(seed for part in parts for seed in part.seeds)}
-    order = [place[seed] for seed in seeds]
-    labels = [part.labels for part in parts if part.labels is not None]
-    first = parts[0]
-    return Samples(
-        images=np.concatenate([part.images for part in parts])[order],
-        seeds=tuple(seeds),
-        labels=np.concatenate(labels)[order] if labels else None,
-        class_names=first.class_names,
-        nfe=nfe,
-        sampler=first.sampler,
-        ema=first.ema,
-    )

@@ -1,13 +1,13 @@
 r"""The stepper: one optimiser step, on one process or many, as a function of (seed, step).
 
-Everything random in a step is drawn for the whole batch, by every process alike; each process then works on its own rows,
-in as many parts as the recipe accumulates. Losses are sums over rows divided by the size of the whole batch, so sums over
-parts and processes are the mean over the batch, whatever the number of either. Only the masks of dropout are drawn by each
-part for itself: with dropout, runs on other numbers of processes or parts follow other, equally good, losses.
+Every process draws everything random in a step for the whole batch; each then works on its own rows, in as many parts as the
+recipe accumulates. Losses are sums over rows divided by the size of the whole batch, so sums over parts and processes give
+the mean over the batch, whatever the number of either. Only dropout masks are drawn separately for each part: with dropout,
+runs on different numbers of processes or parts have different, equally good, losses.
 
-Gradients are summed over the processes by one all-reduce of all of them, in the order of the parameters. That costs the
-overlap with the backward pass that DistributedDataParallel has, and buys a sum whose order does not depend on how long the
-run has been going, without which resuming could not repeat it bit for bit.
+One all-reduce sums all gradients over the processes, in the order of the parameters. It does not overlap with the backward
+pass, as DistributedDataParallel does, but its order does not depend on how long the run has been going. Otherwise a resumed
+run could not repeat it bit for bit.
 """
 
 from collections.abc import Iterator
@@ -42,8 +42,8 @@ class Stepper:
         accelerator: the processes and their device.
 
     Attributes:
-        trained: what changes with every step.
-        target_watch: runs while noise and targets are made.
+        trained: the state that every step changes.
+        target_watch: the stopwatch for noise and targets.
     """
 
     def __init__(self, config: RunConfig, feed: Feed, accelerator: Accelerator) -> None:
@@ -65,7 +65,7 @@ class Stepper:
         self.target_watch = Stopwatch(self._device)
 
     def take(self, step: int) -> list[ObjectiveValue]:
-        """Take step `step`, counted from 0, and return what this process's parts of it came to."""
+        """Take step `step`, counted from 0, and return the values of this process's parts of it."""
         recipe, optimizer = self._recipe, self.trained.optimizer
         assert optimizer is not None
         optimizer.param_groups[0]["lr"] = recipe.learning_rate_at(step)
@@ -89,7 +89,7 @@ class Stepper:
                 raise ArithmeticError(f"the weight {name} is not finite at step {step}")
 
     def examples(self, step: int) -> Iterator[tuple[Example, Tensor | None]]:
-        """This process's parts of the batch of `step`, made ready, each with its augmentation labels."""
+        """This process's prepared parts of the batch of `step`, each with its augmentation labels."""
         recipe, device = self._recipe, self._device
         generator = generator_for(recipe.seed, Purpose.OBJECTIVE, step, device)
         self.target_watch.start()
@@ -117,7 +117,7 @@ class Stepper:
             yield example, augment_labels
 
     def gradient(self, step: int) -> Tensor:
-        """The gradient that the batch of `step` has at the present weights, in evaluation mode, as one vector."""
+        """The gradient of the batch of `step` at the current weights, in evaluation mode, as one vector."""
         self.trained.model.eval()
         self._zero_gradients()
         for example, augment_labels in self.examples(step):
@@ -147,7 +147,7 @@ class Stepper:
         return seed_for(self._recipe.seed, Purpose.DROPOUT, step, part)
 
     def _drawn_augmentation(self, step: int) -> AugmentationParameters | None:
-        """What is drawn for the whole batch; for mirrored data, flips alone, of which the network is not told."""
+        """The parameters drawn for the whole batch; for mirrored data only flips, which the network does not see."""
         if self._augmentation is None and not self._recipe.mirror:
             return None
         drawing = self._augmentation or Augmentation(probability=0.0, flip_y=False)
@@ -156,7 +156,7 @@ class Stepper:
         return images[torch.arange(len(images)).repeat_interleave(self._recipe.draws_per_image)]
 
     def _parts(self) -> list[slice]:
-        """The rows of this process, in parts: consecutive, and as equal as can be."""
+        """The rows of this process, in consecutive parts of nearly equal size."""
         processes, parts = self._accelerator.num_processes, self._recipe.gradient_accumulation_steps
         first = self._accelerator.process_index * parts
         count, batch = processes * parts, self._recipe.batch
@@ -187,7 +187,7 @@ class Stepper:
     def _sum_gradients(self) -> None:
         if self._ranks is None:
             return
-        for parameter in self._parameters:  # a process without rows takes part, too
+        for parameter in self._parameters:  # a process without rows must take part, too
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = self._gradients()

@@ -1,12 +1,11 @@
-"""The assembly: a posterior from a query and its plan, in one place for all who ask.
+"""The assembly of a posterior from a query and its plan, in one place for all callers.
 
 `posterior`, `StableTarget`, the operator for torch.compile and the shards of a `ShardedPool` all call `summed`.
 
-While torch compiles or captures, the operations may not depend on values: nothing is skipped and no value is checked (call
-the same thing once outside to have its arguments checked). Rows of small noise, whose logits float32 would lose to
-cancellation, cannot be picked out; unless noise is known to be large enough for all, float64 makes all logits. To a
-compiler it is one operator, `torch.ops.stablefield.posterior`: what it does inside, such as the switches for full
-precision, is neither traced nor taken apart.
+While torch compiles or captures, the operations may not depend on values: nothing is skipped and no value is checked (make
+the same call once outside to check its arguments). Rows with low noise, whose logits float32 would lose to cancellation,
+cannot be selected; unless noise is known to be high enough for all rows, all logits are computed in float64. To a compiler
+it is one operator, `torch.ops.stablefield.posterior`, whose inside, such as the switches for full precision, is not traced.
 """
 
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from stablefield.targets._engine.matmul import chunks, full_precision
 from stablefield.targets._engine.online_softmax import OnlineSoftmax
 from stablefield.targets._engine.query import Host, Plan, Query
 from stablefield.targets._engine.reference_matrix import ReferenceMatrix, squared_norms
-from stablefield.targets._kernel import GaussianKernel, StudentTKernel
+from stablefield.targets._perturbation_kernel import GaussianKernel, StudentTKernel
 from stablefield.targets._target import Posterior
 
 __all__ = ["Summed", "compute", "posterior_of", "summed"]
@@ -35,7 +34,7 @@ class Summed:
     softmax: OnlineSoftmax
 
     def posterior(self) -> Posterior:
-        """What the sums come to; their `total` becomes the mean in place.
+        """The posterior from the sums; turns their `total` into the mean in place.
 
         Raises:
             ValueError: if no reference may serve a row.
@@ -47,7 +46,7 @@ class Summed:
             row = int(torch.isneginf(softmax.peak).nonzero()[0, 0])
             label = "" if query.labels is None else f" (label {int(query.labels[row])})"
             raise ValueError(
-                f"no reference may serve row {row}{label}: give references of its label, or label -1 to use all of them."
+                f"no reference may serve row {row}{label}: pass references of its label, or label -1 to use all of them."
             )
         assert query.like is not None
         narrow, own = query.x_t.dtype, None
@@ -66,13 +65,13 @@ class Summed:
 
 
 def posterior_of(query: Query, plan: Plan, least_level: float = 0.0) -> Posterior:
-    """The posterior of a query as it is given: summed here or, where the host may read no value, by the operator.
+    """The posterior of a query as given: summed here or, if the host may not read values, by the operator.
 
-    No result is used of rows below the noise level `least_level`.
+    The caller uses no results of rows below the noise level `least_level`.
 
     Raises:
-        ValueError: if the query does not fit the plan; and where no value may be read, if references lie in a numpy array,
-            or the kernel is not one of this library's.
+        ValueError: if the query does not fit the plan; and if values may not be read, if references are in a numpy array, or
+            the kernel is not one of this library's.
     """
     if plan.host is not Host.NEVER:
         return summed(query.checked(plan), plan).posterior()
@@ -82,14 +81,14 @@ def posterior_of(query: Query, plan: Plan, least_level: float = 0.0) -> Posterio
             f"the references are a numpy array of shape {tuple(matrix.data.shape)}: a compiled or captured function needs "
             "them in a tensor on the device of the batch."
         )
-    # By type: what a subclass changes would not reach the operator.
+    # By exact type: the changes of a subclass would not reach the operator.
     if type(kernel) is StudentTKernel:
         dof = kernel.dof
     elif type(kernel) is GaussianKernel:
         dof = 0.0
     else:
         raise ValueError(
-            f"kernel is {kernel}: GaussianKernel and StudentTKernel can be compiled or captured, others not."
+            f"kernel is {kernel}: pass GaussianKernel or StudentTKernel; others cannot be compiled or captured."
         )
     dtype = matrix.dtype_with(query.x_t)
     norms = matrix.known_norms(dtype)
@@ -136,7 +135,7 @@ def summed(query: Query, plan: Plan) -> Summed:
 
 
 def _over_matrix(query: Query, plan: Plan, logits: Logits, level: Tensor) -> OnlineSoftmax:
-    """The sums over the plan's matrix but the anchors, chunk by chunk, for rows that are known to reach `level` (B,)."""
+    """The sums over the plan's matrix without the anchors, chunk by chunk, for rows known to reach `level` (B,)."""
     x, matrix = query.x_t, plan.matrix
     softmax = OnlineSoftmax.empty(x, level)
     among = len(matrix) if plan.host is Host.READS else None
@@ -146,7 +145,7 @@ def _over_matrix(query: Query, plan: Plan, logits: Logits, level: Tensor) -> Onl
 
 
 def _over_images(query: Query, plan: Plan, anchor: Anchor, small: SmallNoise, level: Tensor) -> OnlineSoftmax:
-    """The sums over mirror images: those of the mirrored row over the references as they are, mirrored back."""
+    """The sums over mirror images: those of the mirrored rows over the unmirrored references, mirrored back."""
     image = replace(query, x_t=_mirror(query.x_t, plan.matrix), source=None)
     logits = Logits(image, plan, Anchor(_mirror(anchor.rows, plan.matrix), None), small)
     softmax = _over_matrix(image, plan, logits, level)
@@ -155,7 +154,7 @@ def _over_images(query: Query, plan: Plan, anchor: Anchor, small: SmallNoise, le
 
 
 def _own_image(query: Query, plan: Plan, logits: Logits) -> OnlineSoftmax:
-    """The share of the mirror images of the sources that are references for their own rows alone."""
+    """The share of the mirror images of those sources that are references only for their own rows."""
     anchor = logits.anchor
     assert query.source_prior is not None
     assert anchor.place is not None
@@ -166,7 +165,7 @@ def _own_image(query: Query, plan: Plan, logits: Logits) -> OnlineSoftmax:
     square, sigma = logits.anchor_square[:, None], query.sigma[:, None]
     logit = plan.kernel.log_ratio(distance, square, sigma, rows.shape[1])[:, 0]
     logit = (logit + query.source_prior).masked_fill(anchor.place >= 0, -torch.inf).to(query.sigma)
-    # Sums are relative to the anchor, of which this is the image. Its prior weight is counted with the chunks.
+    # Sums are relative to the anchor; this is its image. Its prior weight is counted with the chunks.
     away, mass = rows - anchor.rows, (~torch.isneginf(logit)).to(logit.dtype)
     return OnlineSoftmax(
         peak=logit,
@@ -199,7 +198,7 @@ def compute(
     chunk_size: int | None,
     float64: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `torch.ops.stablefield.posterior` does: mean, variance, ESS, source weight (empty if unknown), log evidence."""
+    """Implement `torch.ops.stablefield.posterior`: mean, variance, ESS, source weight (empty if unknown), log evidence."""
     matrix = ReferenceMatrix(references)
     dtype = matrix.dtype_with(x_t)
     matrix.set_norms(dtype, squares, origin)
@@ -217,7 +216,7 @@ def compute(
         sigma=sigma,
         source=source,
         anchor=anchor,
-        # As a `Pool` stores it: an eager call first checks whether that differs.
+        # As a `Pool` stores it; an eager call first checks whether it differs.
         stored=None if source is None or anchor is None else matrix.rows(source, dtype),
         labels=labels,
         reference_labels=reference_labels,

@@ -1,4 +1,4 @@
-r"""Logits: the log weight of each reference, relative to an anchor of the row.
+r"""Logits: the log of each reference's posterior weight, up to a constant: relative to an anchor of the row.
 
 With $\Delta_k = |x_t - \alpha y_k|^2 - |x_t - \alpha a|^2$, the squared distance of a reference relative to that of the
 anchor $a$, the logit is $-\Delta_k / 2\sigma^2$ plus the log prior (for a Gaussian kernel). One matrix product gives it for
@@ -6,25 +6,25 @@ all pairs,
 
 $$ \Delta_k = \alpha^2 |y_k|^2 - 2 \alpha \langle x_t, y_k \rangle - (\alpha^2 |a|^2 - 2 \alpha \langle x_t, a \rangle), $$
 
-finite at $\alpha = 0$, with a rounding error of some ulps of $\alpha^2 |y|^2$, which a small $\sigma$ magnifies to any
-size. With an anchor near the row (the source or, if unknown, the nearest reference),
+finite at $\alpha = 0$, but with a rounding error of some ulps of $\alpha^2 |y|^2$, which a small $\sigma$ magnifies
+without limit. With an anchor near the row (the source or, if unknown, the nearest reference),
 
 $$ \Delta_k = \langle \alpha (a - y_k),\; \alpha (a - y_k) + 2 n \rangle, \qquad n = x_t - \alpha a, $$
 
-does not cancel. That form repairs just the pairs for which rounding could show: of the rows of small noise, those whose
-references are near enough to have weight. They are few, as a rule; where they are many (many near-duplicates), one float64
-product repairs them all. On a GPU that product serves every row of small noise, since counting pairs would wait for it.
+does not cancel. This form repairs only the pairs that rounding could affect: of the rows with low noise, those whose
+references are near enough to have weight. They are usually few; if they are many (many near-duplicates), one float64 product
+repairs them all. On a GPU that product serves every row with low noise, because counting pairs would wait for the GPU.
 
-Data far from zero are moved first: with the origin $o$ of `Norms` in place of 0, by $x_t - \alpha o$ and $y - o$.
+Data far from zero are shifted first, to $x_t - \alpha o$ and $y - o$ with the origin $o$ of `Norms`.
 
-The anchor itself, if it is a reference, has logit 0 exactly and is no part of the chunks: see `Logits.own`. Sums over
-the others are made relative to the anchor in the end (`Logits.relative_to_anchor`), so that small differences keep their
-digits and sums over matrices with different origins merge. For rows of small noise the squared distances from the anchor
+The anchor itself, if it is a reference, has logit 0 exactly and is excluded from the chunks: see `Logits.own`. At the end,
+sums over the others are made relative to the anchor (`Logits.relative_to_anchor`), so that small differences keep their
+digits and sums over matrices with different origins merge. For rows with low noise the squared distances from the anchor
 come from
 
 $$ |y_k - a|^2 = (\Delta_k + 2 \alpha \langle y_k - a, n \rangle) / \alpha^2 , $$
 
-which does not cancel where near-duplicates lie far from the origin.
+which does not cancel even for near-duplicates far from the origin.
 """
 
 from dataclasses import dataclass
@@ -40,18 +40,18 @@ from stablefield.targets._engine.reference_matrix import in_blocks, inner_produc
 
 __all__ = ["Anchor", "Logits", "SmallNoise", "find_anchor", "noise_is_large"]
 
-# The bound on the rounding error of a logit, and so of a weight, above which its pair is computed again; measured errors
-# are about a quarter of it.
+# Pairs whose logit, and so whose weight, may have a larger rounding error than this are computed again; measured errors are
+# about a quarter of the bound.
 _TOLERANCE = 1e-3
-# That above which the nearest reference may be so far from the one that is found that it is no anchor.
+# Above this error, the reference found as nearest may be too far from the true nearest one to be an anchor.
 _BLURRED = 1e4
-# A logit this far below the largest is a weight that float32 does not see.
+# Float32 does not resolve the weight of a logit this far below the largest.
 _NEGLIGIBLE = 18.0
-# Distances that the search for anchors keeps, so that they are computed once: 128 MB in float32.
+# Distances that the search for anchors keeps, to compute them only once: 128 MB in float32.
 _KEPT = 2**25
-# Share of pairs to be repaired above which a float64 product for all is the cheaper repair, on a CPU.
+# Share of pairs to repair above which one float64 product for all is cheaper, on a CPU.
 _DENSE = 1 / 16
-# What a rounding error of float32 becomes in float64.
+# Ratio of the rounding errors of float64 and float32.
 _WIDER = 2.0**-29
 # Elements of a temporary of the repair.
 _PAIR_BUDGET = 2**22
@@ -59,12 +59,12 @@ _PAIR_BUDGET = 2**22
 
 @dataclass(frozen=True)
 class SmallNoise:
-    """The rows whose noise is so small that rounding of the product form would show in their logits.
+    """The rows whose noise is so low that rounding of the product form affects their logits.
 
     Attributes:
         error: bound on the rounding error of a logit, shape (B,).
         mask: which rows they are, bool (B,).
-        rows: their places, or all rows or none where the host may not ask which.
+        rows: their indices; all rows or none if the host may not read which.
     """
 
     error: Tensor
@@ -78,30 +78,30 @@ class SmallNoise:
         ulps = ULPS * torch.finfo(dtype).eps
         error = ulps * norms.largest * (query.alpha / query.sigma) ** 2
         if plan.host is Host.NEVER:
-            # float64 repairs what float32 has lost; float64 data are as exact as they are, and MPS has none.
+            # float64 repairs the losses of float32; there is nothing wider for float64 data, and MPS has no float64.
             all_rows = plan.float64 and dtype != torch.float64 and device.type != "mps"
             return cls(error, error > _TOLERANCE, torch.arange(len(query.x_t) if all_rows else 0, device=device))
         if query.levels is None or norms.bound is None:
             mask = error > _TOLERANCE
             return cls(error, mask, mask.nonzero()[:, 0])
-        # The host knows the noise levels, and need not wait for the device.
+        # The host knows the noise levels, so it need not wait for the device.
         mask = ulps * norms.bound * query.levels.square() > _TOLERANCE
         rows = mask.nonzero()[:, 0]
         return cls(error, mask.to(device, non_blocking=True), rows.to(device, non_blocking=True))
 
 
 def noise_is_large(level: float, largest: float, dtype: torch.dtype) -> bool:
-    """Whether logits need no repair at noise levels from `level` on, for references of squared norm up to `largest`."""
+    """Whether logits need no repair at noise levels of at least `level`, for references of squared norm up to `largest`."""
     return ULPS * torch.finfo(dtype).eps * largest <= _TOLERANCE * level**2
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """A clean sample for each row; near it where the noise is small.
+    """A clean sample for each row; near it if the noise is low.
 
     Attributes:
-        rows: the samples as they are, shape (B, d), in the dtype of the computation.
-        place: the index of the reference that it is, shape (B,), -1 for none; None if no row's anchor is a reference.
+        rows: the samples, shape (B, d), in the dtype of the computation.
+        place: the anchor's index among the references, shape (B,), -1 for none; None if no row's anchor is a reference.
         distances: alpha^2 (|y_k|^2 - centre) - 2 alpha <x_t, y_k> from the origin for all pairs, shape (B, n), if the search
             has computed them all and they are few enough to keep.
     """
@@ -118,7 +118,7 @@ class Logits:
         query: the rows.
         plan: the plan of the call.
         anchor: their anchors.
-        small: the rows of small noise.
+        small: the rows with low noise.
 
     Attributes:
         anchor: the anchors.
@@ -131,18 +131,18 @@ class Logits:
         self.anchor = anchor
         self._query, self._plan, self._small, self._norms = query, plan, small, norms
         self._origin = None if norms.origin is None else norms.origin.to(alpha.dtype)
-        # The noise itself is kept only if it is asked for: a large new tensor takes a CPU longer than what is done with it.
+        # Keep the noise itself only on demand: on a CPU, allocating a large tensor takes longer than computing with it.
         self.anchor_square = in_blocks(lambda some: squared_norms(self._noise_of(some)), x)
         if norms.origin is not None:
             x, near = _less(x, alpha, norms.origin[None]), near - norms.origin
         self._near, self._near_square = near, squared_norms(near)
         offset = alpha * (alpha * self._near_square - 2 * inner_products(x, near))
-        # What all references have in common is taken off in float64, so that the rest keeps its digits.
+        # Subtract the part common to all references in float64, so that the rest keeps its digits.
         self._offset = (offset - alpha**2 * norms.centre).to(x.dtype)[:, None]
         self._alpha_square = (alpha**2).to(x.dtype)[:, None]
         self._factor = (-2 * alpha).to(x.dtype)[:, None]
         self._x = x
-        # Whether pairs are repaired one by one, or rows of small noise by a float64 product from the start.
+        # Whether to repair pairs one by one, or rows with low noise by a float64 product from the start.
         self._by_pairs = plan.host is Host.READS or (x.dtype == torch.float64 and plan.host is Host.WAITS)
 
     @cached_property
@@ -162,7 +162,7 @@ class Logits:
 
     @cached_property
     def own(self) -> Tensor:
-        """The logit of the anchor as a reference, shape (B,), float64; -inf where it is none."""
+        """The logit of the anchor as a reference, shape (B,), float64; -inf if it is not a reference."""
         place, query = self.anchor.place, self._query
         if query.source_prior is not None:
             return query.source_prior
@@ -174,12 +174,12 @@ class Logits:
         return logit.masked_fill(place < 0, -torch.inf)
 
     def of_chunk(self, chunk: Chunk, where: slice, reached: Tensor) -> ChunkLogits:
-        """The logits of a chunk, -inf for what a row may not use and for its anchor.
+        """The logits of a chunk, -inf for references that a row may not use and for its anchor.
 
         Args:
             chunk: the c references.
-            where: their place in the matrix.
-            reached: a logit that the row is known to reach, shape (B,), -inf where none is.
+            where: their slice of the matrix.
+            reached: a logit that each row is known to reach, shape (B,), or -inf.
         """
         x, small, place = self._query.x_t, self._small.rows, self.anchor.place
         wide = 0 if self._by_pairs else len(small)
@@ -207,7 +207,7 @@ class Logits:
         largest = logits.amax(1)
         if len(small) and self._by_pairs:
             self._repair(logits, largest, distances, chunk, where, reached)
-        # What is not needed is not kept.
+        # Keep the distances only if needed.
         kept = distances if len(small) else None
         log_prior = self._query.prior_weight(where, allowed)
         return ChunkLogits(chunk, logits, largest, log_prior, partial(self._energy, where, kept))
@@ -215,7 +215,7 @@ class Logits:
     def _energy(
         self, where: slice, distances: Tensor | None, weights: Tensor, mass: Tensor, rows: Tensor | None
     ) -> Tensor:
-        """The weighted sum of |y|^2 or, for rows of small noise, of the relative distances, shape (b,)."""
+        """The weighted sum of |y|^2 or, for rows with low noise, of the relative distances, shape (b,)."""
         energy = mass * self._norms.centre + torch.mv(weights, self._norms.centred[where])
         if distances is None:
             return energy
@@ -230,7 +230,7 @@ class Logits:
         return torch.where(self._small.mask, (weights * distances).sum(1).to(mass.dtype), energy)
 
     def relative_to_anchor(self, sums: OnlineSoftmax) -> OnlineSoftmax:
-        """Make the sums over all references but the anchors, as they have been added up, relative to the anchors."""
+        """Make the accumulated sums over all references except the anchors relative to the anchors."""
         small, rows = self._small.rows, slice(None)
         if self._plan.host is Host.READS:
             some = sums.mass.nonzero()[:, 0]
@@ -261,9 +261,9 @@ class Logits:
     def _repair(
         self, logits: Tensor, largest: Tensor, distances: Tensor, chunk: Chunk, where: slice, reached: Tensor
     ) -> None:
-        """Compute the pairs again, in place, that rounding may have changed and that could have weight."""
+        """Recompute, in place, the pairs that rounding may have changed and that could have weight."""
         error = self._small.error
-        # Near is what could have weight beside a logit that is certain to be reached, rounding errors included.
+        # A near pair could have weight beside a logit that is certainly reached, rounding errors included.
         least = torch.maximum(largest - error, reached) - error - _NEGLIGIBLE
         some = (self._small.mask & (largest >= least) & ~torch.isneginf(largest)).nonzero()[:, 0]
         if not len(some):
@@ -271,7 +271,7 @@ class Logits:
         old = logits[some]
         near = (old >= least[some].to(old.dtype)[:, None]) & ~old.isneginf()
         many = old.device.type == "cpu" and old.dtype == torch.float32 and int(near.sum()) > _DENSE * near.numel()
-        # Beyond the digits of float64, only pairs will do.
+        # If float64 has too few digits, only the pairwise form works.
         if many and bool((error[some] * _WIDER <= _TOLERANCE).all()):
             exact = self._wide(chunk.wide, some).to(old.dtype)
             distances[some] = exact
@@ -286,7 +286,7 @@ class Logits:
         largest[some] = new.amax(1)
 
     def _pairs(self, chunk: Chunk, i: Tensor, k: Tensor) -> Tensor:
-        """The relative distance of row i[p] and reference k[p] of the chunk in the form that does not cancel, shape (P,)."""
+        """The relative distance of row i[p] and reference k[p] of the chunk, without cancellation, shape (P,)."""
         anchor, alpha = self.anchor.rows, self._query.alpha.to(self._near.dtype)[:, None]
         step = max(1, _PAIR_BUDGET // anchor.shape[1])
         found: list[Tensor] = []
@@ -296,7 +296,7 @@ class Logits:
         return torch.cat(found)
 
     def _wide(self, wide: Tensor, some: Tensor) -> Tensor:
-        # In float64 the product form has digits to spare, so the order of the terms does not matter.
+        # In float64 the product form has spare digits, so the order of the terms does not matter.
         alpha = self._query.alpha[some, None]
         x, anchor = self._query.x_t[some].double(), self.anchor.rows[some].double()
         if self._origin is not None:
@@ -306,7 +306,7 @@ class Logits:
 
 
 def find_anchor(query: Query, plan: Plan, small: SmallNoise) -> Anchor:
-    """A clean sample for each row: its source; else the nearest reference where noise is small, else the origin."""
+    """A clean sample for each row: its source, else the nearest reference if noise is low, else the origin."""
     matrix, dtype, rough = plan.matrix, query.x_t.dtype, small.rows
     if query.source is not None:
         rows = matrix.rows(query.source, dtype) if query.anchor is None else query.anchor
@@ -332,7 +332,7 @@ def find_anchor(query: Query, plan: Plan, small: SmallNoise) -> Anchor:
 def _nearest(query: Query, rows: Tensor, plan: Plan, keep: bool, wide: bool = False) -> tuple[Tensor, Tensor | None]:
     """The reference of largest weight for each of `rows` (-1 if none is allowed), and, if kept, the distances of all pairs.
 
-    Near enough is good enough for an anchor, so the plain product form serves; in float64 if `wide`.
+    An anchor need not be exactly the nearest, so the plain product form suffices; in float64 if `wide`.
     """
     narrow, matrix = query.x_t.dtype, plan.matrix
     norms, dtype = matrix.norms(narrow), torch.float64 if wide else narrow

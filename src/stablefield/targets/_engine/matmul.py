@@ -1,14 +1,14 @@
 r"""Matrix products of rows with references, a chunk of references at a time, in full precision.
 
-All arithmetic of the engine whose speed depends on the machine is here, and nothing outside knows how it is done. A chunk
-of references is decoded to floats and multiplied by torch; or, where a CPU has fast products of bytes (VNNI or AMX), uint8
-images stay bytes. A number relative to the largest of its row is then three digits in base 256,
+This module has all arithmetic of the engine whose speed depends on the machine, and hides how it is done. A chunk of
+references is decoded to floats and multiplied by torch; or, if a CPU has fast products of bytes (VNNI or AMX), uint8 images
+stay bytes. A number relative to the largest of its row is then three digits in base 256,
 
 $$ x = s\,(p_0 + 256\, p_1 + 256^2\, p_2), \qquad p \in [-128, 127], $$
 
 with an error of at most one unit of the last digit, 2^-23 of that largest number, as in float32. Each digit times bytes is
-a product of integers, summed without rounding; what rounds is the sum of the three. A target over uint8 images takes 0.4 to
-0.7 of the time that it takes with decoded ones (Xeon with AMX, 4,096 to 20,000 references of 3,072 numbers).
+a product of integers, summed without rounding; only the sum of the three rounds. A target over uint8 images takes 0.4 to 0.7
+of the time with decoded ones (Xeon with AMX, 4,096 to 20,000 references of 3,072 numbers).
 """
 
 import platform
@@ -28,12 +28,12 @@ __all__ = ["ULPS", "Chunk", "Operand", "chunks", "full_precision"]
 ULPS = 10
 """Bound on the rounding error of an inner product, in ulps of the product of the two norms.
 
-Of rows with themselves, where errors are largest: up to 5 measured on images and constants.
+Errors are largest for products of rows with themselves: up to 5 measured on images and constants.
 """
 
-# Products of a digit and a byte that 32 bits can sum, also where a library shifts one of them to 0 to 255.
+# Products of a digit and a byte that 32 bits can sum, even if a library shifts one of them to 0 to 255.
 _LONGEST = 2**16 - 1
-# Multiplications of a whole pass over the references from which digits are worth making.
+# Multiplications of a full pass over the references from which digits pay off.
 _LARGE = 2**24
 # Numbers per row below which products of bytes gain nothing.
 _SHORT = 256
@@ -47,9 +47,9 @@ def full_precision(device: torch.device) -> Generator[None]:
     """Turn off autocast on `device`, and TF32 and bfloat16 inside float32 matrix products, for one block.
 
     Logits are differences of large numbers divided by sigma^2: with such products their error is about
-    |x|^2 2^-8 / (2 sigma^2), which is hundreds at small sigma. Users rightly want them in their networks, so the switches
-    are put back as they were found. They are torch's, per backend and for the whole process: another thread's products in
-    this moment are computed in full precision, too: slower, never wrong.
+    |x|^2 2^-8 / (2 sigma^2), which is hundreds at small sigma. Users rightly want fast products in their networks, so this
+    restores the switches afterwards. They are torch's, per backend and for the whole process: another thread's products
+    during the block have full precision, too: slower, never wrong.
     """
     onednn = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     switches = (torch.backends.cuda.matmul, onednn)
@@ -65,7 +65,7 @@ def full_precision(device: torch.device) -> Generator[None]:
 
 
 class Operand:
-    """Rows (B, d), finite, that are multiplied with many chunks; their digits are made once, if they are needed."""
+    """Finite rows (B, d) to multiply with many chunks; makes their digits once, if needed."""
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
@@ -83,11 +83,11 @@ class Operand:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some references as rows of floats, less their origin if they have one.
+    """Some references as rows of floats, minus their origin if they have one.
 
     Attributes:
         rows: shape (c, d).
-        stored: what they were before the origin was taken off, which may have rounded them, in any floating point dtype,
+        stored: the references before subtraction of the origin, which may have rounded them, in any floating point dtype,
             shape (c, d); None if there is no origin.
         origin: the origin, shape (d,).
     """
@@ -101,21 +101,21 @@ class Chunk:
 
     @property
     def wide(self) -> Tensor:
-        """All of them in float64, shape (c, d), without another rounding than that of their decoder."""
+        """All of them in float64, shape (c, d), without rounding other than their decoder's."""
         if self.stored is None or self.origin is None:
             return self.rows.double()
         return self.stored.to(torch.float64, copy=True).sub_(self.origin)
 
     def at(self, index: Tensor) -> Tensor:
-        """Those at `index` (m,) with the origin still in them, shape (m, d)."""
+        """Those at `index` (m,), including the origin, shape (m, d)."""
         return self.rows[index] if self.stored is None else self.stored[index].to(self.rows.dtype)
 
     def inner(self, x: Operand) -> Tensor:
-        """Inner products with the rows of `x`, shape (B, c), in a tensor of its own."""
+        """Inner products with the rows of `x`, shape (B, c), in a new tensor."""
         return x.rows @ self.rows.T
 
     def weighted(self, weights: Tensor) -> Tensor:
-        """Their sums with `weights` (B, c), none negative, shape (B, d), in a tensor of its own."""
+        """Their sums with `weights` (B, c), none negative, shape (B, d), in a new tensor."""
         return weights @ self.rows
 
     def add_weighted(self, total: Tensor, weights: Tensor) -> None:
@@ -147,11 +147,11 @@ class ByteChunk(Chunk):
 def chunks(matrix: ReferenceMatrix, size: int | None, batch: int, dtype: torch.dtype) -> Iterator[tuple[slice, Chunk]]:
     """The references of `matrix`, chunk by chunk, for products with `batch` rows of `dtype`.
 
-    The origin of their norms, if there is one, has been taken off. A chunk has `size` references at most; as many as suit
-    the memory at hand if that is None.
+    They are relative to the origin of their norms, if there is one. A chunk has at most `size` references; None chooses a
+    size by the available memory.
 
     Yields:
-        Their place in the matrix, and the chunk, valid until the next one is asked for.
+        Their slice of the matrix, and the chunk, valid until the next iteration.
     """
     stay_bytes = _stay_bytes(matrix, batch, dtype)
     size = min(size or matrix.chunk_size(batch, decoded=not stay_bytes), len(matrix))
@@ -190,7 +190,7 @@ class Digits:
 
     Attributes:
         digits: the least significant digits of all rows, then the next, shape (at least 3 B, k), int8; rows of zeros last.
-        scale: what a unit of the last digit means, shape (B,), float32.
+        scale: the value of a unit of the last digit, shape (B,), float32.
     """
 
     digits: Tensor
@@ -203,11 +203,11 @@ class Digits:
         scale = largest.clamp(min=torch.finfo(torch.float32).tiny * _TOP) / _TOP
         rest = (rows / scale[:, None]).round_().to(torch.int32)
         count = _DIGITS * batch
-        # oneDNN compiles code for every new shape, about a millisecond each: rows of zeros keep the shapes few.
+        # oneDNN compiles code for every new shape, about a millisecond each: rows of zeros limit the number of shapes.
         padding = -count % max(4, 2 ** count.bit_length() // 16)
         digits = torch.zeros(count + padding, length, dtype=torch.int8)
         for place, digit in enumerate(digits[:count].view(_DIGITS, batch, length)):
-            # The lowest byte of a number, as a signed one, is its lowest digit.
+            # The lowest byte of a number, as a signed byte, is its lowest digit.
             digit.copy_(rest)
             if place + 1 < _DIGITS:
                 rest.sub_(digit).bitwise_right_shift_(8)
@@ -224,7 +224,7 @@ class Digits:
 def available() -> bool:
     """Whether this machine has fast and exact products of bytes.
 
-    Without VNNI, libraries sum pairs of products in 16 bits, which may overflow: fast, and not exact.
+    Without VNNI, libraries sum pairs of products in 16 bits, which may overflow: fast, but not exact.
     """
     if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
         return False
@@ -245,7 +245,7 @@ def _byte_product() -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _decoded(digits: Digits, sums: Tensor, matrix: Tensor) -> Tensor:
-    """Products of the rows that `digits` stand for, whose sums are `sums` (B,), with what the bytes of `matrix` mean."""
+    """Products of the rows with these `digits` and `sums` (B,) with the values of the bytes of `matrix`."""
     halves, scale = sums * (0.5 / 127.5), digits.scale / 127.5
     return digits.times(matrix).mul_(scale[:, None]).add_(halves[:, None])
 

@@ -1,12 +1,12 @@
-r"""Online softmax: sums over some of the references, which merge into those over all of them.
+r"""Online softmax: sums over parts of the references, which merge into sums over all of them.
 
 For one query and references $k$ in a part, with logits $l_k$ relative to one anchor, the sums are
 
 $$ m \approx \max_k l_k, \quad Z = \sum_k e^{l_k - m}, \quad Z_2 = \sum_k e^{2 (l_k - m)}, \quad
    E = \sum_k e^{l_k - m} |y_k - a|^2, \quad S = \sum_k e^{l_k - m} (y_k - a) . $$
 
-E and S are relative to the anchor $a$, so that both keep their digits where references are close to it; while chunks are
-added, they are relative to the origin of the references, see `Logits.relative_to_anchor`. Two parts with the same anchor
+E and S are relative to the anchor $a$, so that both keep their digits for references close to it; while chunks are added,
+they are relative to the origin of the references, see `Logits.relative_to_anchor`. Two parts with the same anchor
 merge by rescaling both to the larger $m$; the operation is associative and commutative, over chunks, mirrored sets or
 processes. The scalars are kept in float64, S in the dtype of the data.
 
@@ -27,10 +27,10 @@ from stablefield.targets._engine.reference_matrix import wide_dtype
 
 __all__ = ["ChunkLogits", "OnlineSoftmax"]
 
-# A logit may exceed the level m by this much before the sums are rescaled to it, a pass over all of them: e^16 squared,
-# summed over any number of references, is far from the end of float32.
+# A logit may exceed the level m by this much before the sums are rescaled, which is a pass over all of them: e^16 squared,
+# summed over any number of references, is far below the limit of float32.
 _SLACK = 16.0
-# Share of the rows above which it is cheaper to multiply all than to pick those that a chunk has weight for.
+# Share of the rows above which it is cheaper to multiply all than to select those for which a chunk has weight.
 _MANY = 0.75
 
 
@@ -40,10 +40,10 @@ class ChunkLogits:
 
     Attributes:
         chunk: the references.
-        values: the logits, shape (B, c), -inf where a reference may not be used.
+        values: the logits, shape (B, c), -inf for references that a row may not use.
         largest: the largest logit of each row, shape (B,).
         log_prior: log of the summed prior weights of the references that the row may use, shape (B,) or ().
-        energy: what weights (b, c), their sums (b,) and the rows that they are of (None for all) add to E, shape (b,).
+        energy: the contribution to E, shape (b,), of weights (b, c), their sums (b,) and their rows (None for all).
     """
 
     chunk: Chunk
@@ -58,7 +58,7 @@ class OnlineSoftmax:
     """Sums over a part of the references for B queries.
 
     Attributes:
-        peak: the level m of the exponents, shape (B,): the largest logit, or up to 16 below it; -inf where no reference has
+        peak: the level m of the exponents, shape (B,): the largest logit, or up to 16 below it; -inf if no reference has
             been allowed so far.
         mass: Z, shape (B,).
         mass_squared: Z_2, shape (B,).
@@ -76,9 +76,9 @@ class OnlineSoftmax:
 
     @classmethod
     def empty(cls, like: Tensor, level: Tensor | None = None) -> "OnlineSoftmax":
-        """The neutral element, no reference seen, for rows `like` (B, d).
+        """The neutral element, without references, for rows `like` (B, d).
 
-        `level` (B,) is a logit that another part is known to have: what has no weight beside it need not be added here.
+        `level` (B,) is a logit that another part is known to have: references without weight beside it may be skipped here.
         """
         nothing = like.new_full((len(like),), -torch.inf, dtype=wide_dtype(like.device))
         zero = torch.zeros_like(nothing)
@@ -86,12 +86,12 @@ class OnlineSoftmax:
         return cls(peak, zero, zero.clone(), zero.clone(), torch.zeros_like(like), nothing.clone())
 
     def add(self, part: ChunkLogits, among: int | None = None) -> None:
-        """Add a chunk of references; the values of its logits are overwritten.
+        """Add a chunk of references; overwrites the values of its logits.
 
         Args:
             part: the logits.
-            among: how many references there are in all. Weights so small that even as many of them would not change the
-                sum are skipped. Finding them out makes the host wait for a GPU: None skips nothing, and does not wait.
+            among: the total number of references, to skip weights so small that even this many would not change the sum.
+                Finding them makes the host wait for a GPU; None skips nothing, and does not wait.
         """
         self.log_prior = torch.logaddexp(self.log_prior, part.log_prior.to(self.log_prior.dtype))
         old, largest = self.peak, part.largest
@@ -123,10 +123,10 @@ class OnlineSoftmax:
         )
 
     def with_anchors(self, logit: Tensor) -> "OnlineSoftmax":
-        """As `merge` with the sums over the anchors alone, which are 0 relative to themselves, at no cost.
+        """Like `merge` with the sums over only the anchors, which are 0 relative to themselves, at no cost.
 
-        Their prior weights have been counted with the chunks, of which they are no part. `self` must have started from the
-        level `logit` (B,), -inf where an anchor is no reference, so that it is not below it.
+        Their prior weights have been counted with the chunks, although their sums have not. `self` must have started from
+        the level `logit` (B,), -inf for an anchor that is not a reference, so that its peak is not below it.
         """
         scale = torch.exp(logit - _finite(self.peak))
         return replace(self, mass=scale + self.mass, mass_squared=scale**2 + self.mass_squared)
@@ -148,7 +148,7 @@ class OnlineSoftmax:
         self.mass_squared = self.mass_squared + weights.square_().sum(1)
 
     def _add_some(self, rows: Tensor, part: ChunkLogits, unseen: float) -> None:
-        """Add for `rows`, and make the product for those of them whose chunk weighs more than `unseen`."""
+        """Add for `rows`, but make the product only for those whose chunk weighs more than `unseen`."""
         logits = part.values if len(rows) == len(part.values) else part.values.index_select(0, rows)
         weights = _exp(logits.sub_(_finite(self.peak[rows]).to(logits.dtype)[:, None]))
         narrow = weights.sum(1)
@@ -158,7 +158,7 @@ class OnlineSoftmax:
             part.chunk.add_weighted(self.total, weights)
         elif count:
             if count < len(rows):
-                # From all sums alike, or they would not belong together.
+                # Drop the others from all sums, so that the sums stay consistent.
                 rows, weights, narrow = rows[heavy], weights[heavy], narrow[heavy]
             self.total.index_add_(0, rows, part.chunk.weighted(weights))
         else:
@@ -170,14 +170,14 @@ class OnlineSoftmax:
 
 
 def _exp(logits: Tensor) -> Tensor:
-    """Exponentials, in place; 0 for those that are no normal numbers."""
+    """Exponentials, in place; 0 instead of denormal numbers."""
     if logits.device.type != "cpu":
         return logits.exp_()
-    # Denormal results take a CPU thirty times as long, and results of 0 ten times; most logits would have them.
+    # Denormal results take a CPU thirty times as long, and results of 0 ten times; most logits would give them.
     least = 4 * torch.finfo(logits.dtype).tiny
     return functional.threshold(logits.clamp_(min=math.log(least)).exp_(), 2 * least, 0.0, inplace=True)
 
 
 def _finite(peak: Tensor) -> Tensor:
-    # exp(-inf - -inf) would be nan; with 0 in place of an empty peak it is the 0 that is meant.
+    # exp(-inf - -inf) would be nan; replacing an empty peak with 0 gives the intended 0.
     return torch.where(torch.isneginf(peak), torch.zeros_like(peak), peak)

@@ -1,7 +1,7 @@
-"""A query and its plan: the noisy rows that ask for a posterior, and the decisions that hold for the whole call.
+"""A query and its plan: the noisy rows of a posterior, and the decisions for the whole call.
 
-Arguments are checked here, in one place, before anything is computed. What differs between an eager call, a call on a GPU,
-a compiled one and a shard's is decided here, too, once: in the `Plan`, which is handed down unchanged.
+This module checks all arguments before anything is computed. It also decides once, in the `Plan`, how an eager call, a call
+on a GPU, a compiled one and a shard's call differ; the plan is then passed on unchanged.
 """
 
 import math
@@ -16,21 +16,21 @@ from stablefield._reading import readable
 from stablefield.targets._checks import finite_check, require, value_check
 from stablefield.targets._engine.online_softmax import OnlineSoftmax
 from stablefield.targets._engine.reference_matrix import ReferenceMatrix, largest_magnitude, wide_dtype
-from stablefield.targets._kernel import Kernel
+from stablefield.targets._perturbation_kernel import PerturbationKernel
 
 __all__ = ["Host", "OtherRanks", "Plan", "Query", "checked_matrix", "host_access"]
 
 
 class Host(Enum):
-    """Whether the host may read values of a call's tensors, and so let them decide what is computed."""
+    """Whether the host may read values of a call's tensors, and so make the computation depend on them."""
 
-    READS = "they lie in its own memory"
+    READS = "they are in its own memory"
     WAITS = "it may check them, but waits for the device each time, so they decide nothing else"
     NEVER = "torch compiles or captures: the same operations run whatever the values"
 
 
 def host_access(device: torch.device) -> Host:
-    """Whether the host may read values on `device` now. All of the package asks here, once for each call."""
+    """Whether the host may read values on `device` now. The whole package decides this here, once for each call."""
     if not readable(device):
         return Host.NEVER
     return Host.READS if _shares_memory(device) else Host.WAITS
@@ -41,32 +41,32 @@ def _shares_memory(device: torch.device) -> bool:
 
 
 class OtherRanks(Protocol):
-    """References that lie with other ranks."""
+    """References on other ranks."""
 
     def sums(self, query: "Query", plan: "Plan") -> OnlineSoftmax:
-        """Softmax sums over the references of all ranks, without the rows' own sources, which have logit 0 beside them."""
+        """Softmax sums over the references of all ranks, without the rows' own sources, whose logit is 0."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How the posterior of one call is summed.
+    """How to sum the posterior of one call.
 
     Attributes:
-        matrix: the references that are held here.
+        matrix: the references held here.
         host: whether the host may read values.
         kernel: the noise kernel.
         mirrored: whether the mirror image (last axis) of each reference is a reference, too.
         chunk_size: references per matrix product; chosen by memory if None.
-        ranks: where the other references lie; None if `matrix` holds all.
-        least_prior: lower bound on the log prior weight of a row's own source, where another rank adds that source.
-            References whose weight is negligible beside it are skipped. None where each row's own source is in its sums.
-        float64: whether the logits of all rows are made in float64, where the host may not ask which rows need it.
+        ranks: the ranks with the other references; None if `matrix` holds all.
+        least_prior: lower bound on the log prior weight of a row's own source, if another rank adds that source. References
+            of negligible weight beside it are skipped. None if each row's own source is in its sums.
+        float64: whether to compute the logits of all rows in float64, if the host may not read which rows need it.
     """
 
     matrix: ReferenceMatrix
     host: Host
-    kernel: Kernel
+    kernel: PerturbationKernel
     mirrored: bool = False
     chunk_size: int | None = None
     ranks: OtherRanks | None = None
@@ -76,24 +76,24 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """B noisy rows and what is known of each, as they are given or, once `checked`, as they are computed with.
+    """B noisy rows with their scalars, labels and sources: as given or, once `checked`, in the form for the computation.
 
     Attributes:
         x_t: the noisy samples, shape (B, ...); checked: as rows in the dtype of the computation, shape (B, d).
-        alpha: scale of the data, shape (B,); checked: float64, as all scalars.
+        alpha: scale of the data, shape (B,); checked: float64, like all scalars.
         sigma: scale of the noise, shape (B,).
         source: index of each row's own reference, shape (B,), or None; -1 for one that is not in the matrix.
-        anchor: the sources themselves, shape (B, ...), where the caller has them; checked: (B, d).
-        stored: the sources as a pool stores them, shape (B, d), where that may have rounded them.
+        anchor: the sources themselves, shape (B, ...), if the caller has them; checked: (B, d).
+        stored: the sources as a pool stores them, shape (B, d), if that may have rounded them.
         labels: condition of each row, shape (B,), or None.
         reference_labels: condition of each reference, shape (n,), or None.
         log_prior: log prior weight of each reference, shape (n,), or None.
-        source_prior: log prior weight of each row's own source on the scale of `log_prior`, shape (B,); None where it is
-            that of its place. A source that is no reference (-1) is then one for its own row.
-        levels: alpha / sigma of each row on the host, shape (B,), float64: which rows have small noise is then known there;
-            None if the device has to be asked.
-        places: where the rows are in the caller's batch, shape (B,), on the host: for errors of other ranks.
-        like: checked: x_t as it was given, whose shape and dtype the mean takes.
+        source_prior: log prior weight of each row's own source on the scale of `log_prior`, shape (B,); None to take that of
+            its index. A source outside the matrix (-1) is then a reference only for its own row.
+        levels: alpha / sigma of each row on the host, shape (B,), float64, so that the host knows which rows have low noise;
+            None if the device has to be read.
+        places: indices of the rows in the caller's batch, shape (B,), on the host, for errors from other ranks.
+        like: checked: x_t as given, whose shape and dtype the mean takes.
     """
 
     x_t: Tensor
@@ -111,9 +111,9 @@ class Query:
     like: Tensor | None = None
 
     def checked(self, plan: Plan) -> "Query":
-        """The query in the dtype of the computation, once it fits itself and the references of `plan`.
+        """Check the query itself and against the references of `plan`, and return it in the dtype of the computation.
 
-        No value is checked if the host may read none. Who has the `levels` on the host has checked the rows already.
+        Checks no values if the host may not read them, or if `levels` are given, because then the caller has checked them.
 
         Raises:
             ValueError: naming the argument, its first bad value and the remedy.
@@ -132,7 +132,7 @@ class Query:
             checks = [
                 value_check((sigma > 0) & sigma.isfinite(), "sigma", sigma, "it must be positive and finite"),
                 value_check(alpha.isfinite(), "alpha", alpha, "it must be finite"),
-                # Not finite where a number is not, in one pass without a copy.
+                # Not finite if any number is not, in one pass without a copy.
                 finite_check(largest_magnitude(rows).square() * rows.shape[1], "x_t"),
             ]
             if source is not None:
@@ -143,27 +143,27 @@ class Query:
             require(finite_check(matrix.norms(dtype).squares, "references"))
         if (labels is None) != (reference_labels is None):
             missing, given = ("labels", "reference_labels") if labels is None else ("reference_labels", "labels")
-            raise ValueError(f"{missing} is missing: it is needed with {given}, one integer per row and per reference.")
+            raise ValueError(f"{missing} is missing: pass it with {given}, one integer per row and per reference.")
         if labels is not None and reference_labels is not None:
             _check_integers("labels", labels, batch, x_t, "the condition of each row")
             _check_integers("reference_labels", reference_labels, n, x_t, "the condition of each reference")
             labels, reference_labels = labels.long(), reference_labels.long()
             if source is not None and check_values:
                 fits = (labels == -1) | (labels == reference_labels[source])
-                rule = "the row's own source is a reference of another label; it must fit its row"
+                rule = "the row's own source is a reference with another label; pass its label"
                 require(value_check(fits, "labels", labels, rule))
         if log_prior is not None:
             if log_prior.shape != (n,) or log_prior.device != x_t.device:
                 raise ValueError(
                     f"log_prior has shape {tuple(log_prior.shape)} on {log_prior.device}: "
-                    f"it needs one number per reference, shape ({n},), on {x_t.device}."
+                    f"pass one number per reference, shape ({n},), on {x_t.device}."
                 )
             if check_values:
                 below = log_prior < torch.inf
                 require(
                     value_check(below, "log_prior", log_prior, "it must be a number below +inf (-inf excludes one)")
                 )
-            # Only differences count; without the common part, they keep their digits in the dtype of the logits.
+            # Only differences matter; without the common part, they keep their digits in the dtype of the logits.
             largest = log_prior.to(wide).max()
             common = torch.where(largest.isneginf(), 0, largest)
             log_prior = (log_prior.to(wide) - common).to(dtype).to(wide)
@@ -173,8 +173,8 @@ class Query:
             None if one is None else one.reshape(rows.shape).to(dtype) for one in (self.anchor, self.stored)
         )
         if anchor is not None and stored is not None:
-            # Beside references that were rounded a source that was not would be favoured: its distance to x_t alone would
-            # be free of rounding. So the row is made of the stored one, with the same noise.
+            # An unrounded source would have an advantage over rounded references, because only its distance to x_t would be
+            # free of rounding. So rebuild the row from the stored source, with the same noise.
             rows, anchor = torch.addcmul(rows, alpha.to(dtype)[:, None], stored - anchor), stored
         return Query(
             x_t=rows,
@@ -203,7 +203,7 @@ class Query:
         return (labels == self.reference_labels[where]) | (labels == -1)
 
     def prior_weight(self, where: slice, allowed: Tensor | None) -> Tensor:
-        """Log of the summed prior weights of the references of the slice that are allowed, shape (B,) or ()."""
+        """Log of the summed prior weights of the allowed references of the slice, shape (B,) or ()."""
         if self.log_prior is None:
             if allowed is None:
                 return self.sigma.new_full((), math.log(where.stop - where.start))
@@ -219,17 +219,17 @@ def checked_matrix(x_t: Tensor, references: Tensor) -> ReferenceMatrix:
         ValueError: if they do not.
     """
     if not x_t.is_floating_point():
-        raise ValueError(f"x_t has dtype {x_t.dtype}: noisy samples are floating point.")
+        raise ValueError(f"x_t has dtype {x_t.dtype}: pass floating point samples.")
     if x_t.ndim < 2 or x_t.shape[0] == 0:
         raise ValueError(
-            f"x_t has shape {tuple(x_t.shape)}: it needs at least one row and one data dimension, shape (B, ...)."
+            f"x_t has shape {tuple(x_t.shape)}: pass at least one row and one data dimension, shape (B, ...)."
         )
     if not (references.is_floating_point() or references.dtype == torch.uint8):
         raise ValueError(f"references have dtype {references.dtype}: pass floating point data, or uint8 images.")
     if references.ndim < 1 or references.shape[0] == 0 or references.shape[1:] != x_t.shape[1:]:
         raise ValueError(
-            f"references have shape {tuple(references.shape)}: they must be at least one sample "
-            f"of the shape of the rows of x_t, (n, {', '.join(map(str, x_t.shape[1:]))})."
+            f"references have shape {tuple(references.shape)}: pass at least one sample "
+            f"with the shape of the rows of x_t, (n, {', '.join(map(str, x_t.shape[1:]))})."
         )
     if references.device != x_t.device:
         raise ValueError(f"references are on {references.device}, x_t is on {x_t.device}: move one of them.")
@@ -238,8 +238,8 @@ def checked_matrix(x_t: Tensor, references: Tensor) -> ReferenceMatrix:
 
 def _check_integers(name: str, value: Tensor, length: int, x: Tensor, meaning: str) -> None:
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise ValueError(f"{name} has dtype {value.dtype}: it holds {meaning}, as integers.")
+        raise ValueError(f"{name} has dtype {value.dtype}: pass {meaning}, as integers.")
     if value.shape != (length,):
-        raise ValueError(f"{name} has shape {tuple(value.shape)}: it holds {meaning}, shape ({length},).")
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: pass {meaning}, shape ({length},).")
     if value.device != x.device:
         raise ValueError(f"{name} is on {value.device}, the batch is on {x.device}: move one of them.")

@@ -1,11 +1,11 @@
 """A reference matrix: a set of references as rows of numbers, decoded chunk by chunk.
 
 The references may be floating point or uint8 images, in any memory layout, a tensor or a numpy array (such as a memory map
-of a file larger than memory). A matrix hands them out as contiguous rows of the dtype of the computation, a chunk at a time
-into one reused buffer, so that no second copy of the set ever exists.
+of a file larger than memory). A matrix returns them as contiguous rows in the dtype of the computation, a chunk at a time in
+one reused buffer, so a second copy of the set never exists.
 
-A posterior does not change if all is moved, and rounding errors are relative to the size of the numbers. So where the set
-lies far from zero (farther than its own spread), an origin in its middle is taken off each chunk as it is decoded.
+Shifting all data does not change a posterior, but rounding errors are relative to the size of the numbers. So if the set is
+far from zero (farther than its own spread), an origin in its middle is subtracted from each chunk as it is decoded.
 """
 
 import math
@@ -32,34 +32,34 @@ __all__ = [
     "wide_dtype",
 ]
 
-# Numbers that a pass for the norms takes at a time on a CPU, 1 MB in float32, so that they stay in the cache.
+# Numbers per block of a pass for the norms on a CPU, 1 MB in float32, to stay in the cache.
 _BLOCK = 2**18
-# Numbers of a batch that a pass takes at a time, of which several things are made: 512 kB in float32, for a core's cache.
+# Numbers of a batch per block of a pass with several intermediate results: 512 kB in float32, for a core's cache.
 _ROW_BLOCK = 2**17
-# Numbers that are summed without float64.
+# Numbers to sum without float64.
 _PART = 128
-# References among which the middle of a set is looked for: a median of three medians of three costs ten passes over them,
-# and sorting them a hundred times as much.
+# References from which to estimate the middle of a set: a median of three medians of three costs ten passes over them, and
+# sorting them a hundred times as much.
 _SAMPLE = 9
-# A set is far from zero if its middle's squared norm exceeds this many squared distances from it. Below, a set in its own
-# middle would gain two digits in base 2 at most, which is not worth a pass over it.
+# A set is far from zero if its middle's squared norm exceeds this many squared distances from it. Below, centring would gain
+# at most two binary digits, which is not worth a pass over the set.
 _FAR = 16.0
-# Numbers in a chunk on a CPU: 8 MB in float32, a share of the cache of one socket, so that decoding, the two products and
-# the softmax between them find it there. Fewer starve the products.
+# Numbers in a chunk on a CPU: 8 MB in float32, a share of one socket's cache, for decoding, the two products and the softmax
+# between them. Smaller chunks slow the products down.
 _CACHED = 2**21
-# Numbers in a chunk that stays bytes: 12 MB. Smaller ones cost more calls, and larger ones leave the cache.
+# Numbers in a chunk that stays bytes: 12 MB. Smaller ones cost more calls, and larger ones do not fit the cache.
 _CACHED_BYTES = 3 * 2**22
-# Numbers in a chunk on a GPU: 1 GB in float32, beyond which launching a kernel no longer shows.
+# Numbers in a chunk on a GPU: 1 GB in float32, beyond which kernel launches are negligible.
 _RESIDENT = 2**28
 # References per chunk below which the pass over the sums, B d numbers per chunk, costs as much as the products.
 _FEWEST = 128
-# By what share of its size a chunk may be larger than the cache asks for.
+# Relative excess of a chunk over its intended size that is acceptable.
 _SLACK = 0.1
-# Share of the free memory for one of the temporaries, of which there are about four.
+# Fraction of the free memory, 1 / 16, for each of the about four temporaries.
 _SHARE = 16
 # Bytes of a page of an array on its way to a GPU: 128 MB, of which at most three are pinned.
 PAGE = 2**27
-# Pages under way: one is copied while the host reads the next. More would only take memory.
+# Pages in flight: one is copied while the host reads the next. More would only take memory.
 _AHEAD = 2
 
 
@@ -68,14 +68,14 @@ class Norms:
     """Squared norms of the references of a matrix, from an origin.
 
     Attributes:
-        squares: |y|^2, shape (n,), float64; where there is an origin o, |y - o|^2.
-        centre: their median, shape (), float64; not the mean, which a single large one may move far from all.
-        centred: |y|^2 - centre in the dtype of the computation, where the difference keeps digits that |y|^2 would not,
+        squares: |y|^2, shape (n,), float64; with an origin o, |y - o|^2.
+        centre: their median, shape (), float64; not the mean, which a single large one may shift far from all others.
+        centred: |y|^2 - centre in the dtype of the computation, in which the difference keeps digits that |y|^2 would lose,
             shape (n,).
         largest: an upper bound, shape (), float64.
-        bound: the upper bound as a number, if it is known; not finite if a reference is not.
-        origin: what is to be taken off each reference before anything is computed, shape (d,), in the dtype of the
-            computation; None for nothing.
+        bound: the upper bound as a number, if known; not finite if a reference is not.
+        origin: subtracted from each reference before any computation, shape (d,), in the dtype of the computation; None for
+            none.
     """
 
     squares: Tensor
@@ -89,13 +89,13 @@ class Norms:
     def of(
         cls, squares: Tensor, dtype: torch.dtype, origin: Tensor | None = None, bound: float | None = None
     ) -> "Norms":
-        """What belongs to these squared norms."""
+        """The norms with these squares."""
         centre = squares.median()
         return cls(squares, centre, (squares - centre).to(dtype), squares.max(), bound, origin)
 
     @property
     def finite(self) -> bool:
-        """Whether all references are; those without a bound are taken to be."""
+        """Whether all references are finite; assumed without a bound."""
         return self.bound is None or math.isfinite(self.bound)
 
     def at(self, index: Tensor | slice) -> "Norms":
@@ -157,30 +157,30 @@ class ReferenceMatrix:
         return _decode(data, torch.empty(data.shape, dtype=dtype, device=self.device)).view(len(data), self.dim)
 
     def take(self, index: Tensor) -> "ReferenceMatrix":
-        """A matrix of the references at `index` (m,), with what is known of their norms."""
+        """A matrix of the references at `index` (m,), with their norms."""
         part = ReferenceMatrix(self._gather(index))
         part._norms = {dtype: self.norms(dtype).at(index) for dtype in (self._norms or {self.dtype: None})}
         return part
 
     def chunk_size(self, batch: int, decoded: bool = True) -> int:
-        """References per chunk for `batch` rows, by the memory at hand; more if they stay the bytes that they are.
+        """References per chunk for `batch` rows, by the available memory; more if they stay bytes.
 
         Neither (batch, chunk) nor (chunk, d) float32 numbers exceed a sixteenth of the free memory, if more than one
-        reference fits at all. The size changes a result by rounding alone.
+        reference fits at all. The size changes a result only by rounding.
         """
         n, widest = len(self), max(batch, self.dim, 1)
         cached = _CACHED if decoded else _CACHED_BYTES
         wanted = max(_FEWEST, (cached if self.device.type == "cpu" else _RESIDENT) // widest)
         if wanted >= n and n * widest <= cached:
             return max(1, n)
-        # Equal parts, up to a tenth larger rather than one more: a last chunk of few references costs as many passes.
+        # Equal parts, up to a tenth larger rather than one more part: a small last chunk costs as many passes.
         parts = max(1, math.ceil(n / wanted - _SLACK))
         return max(1, min(-(-n // parts), free_bytes(self.device) // (4 * _SHARE) // widest))
 
     def chunks(self, size: int, dtype: torch.dtype, origin: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (slice, rows), with rows of shape (at most `size`, d) in `dtype`, valid until the next one is asked for.
+        """Yield (slice, rows), with rows of shape (at most `size`, d) in `dtype`, valid until the next iteration.
 
-        `origin` (d,), if there is one, is taken off each.
+        Subtracts `origin` (d,), if given, from each.
         """
         plain = isinstance(self.data, Tensor) and self.data.dtype == dtype and self.data.is_contiguous()
         shape = (min(size, len(self)), *self.data.shape[1:])
@@ -191,9 +191,9 @@ class ReferenceMatrix:
             yield where, rows.view(len(part), self.dim)
 
     def pages(self, size: int) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (slice, data), with data of shape (at most `size`, ...) as they are stored, valid until the next one.
+        """Yield (slice, data), with data of shape (at most `size`, ...) as stored, valid until the next iteration.
 
-        Those of an array are on the host, or on the device if that is a GPU.
+        Pages of an array are on the host, or on the device if that is a GPU.
         """
         staged = not isinstance(self.data, Tensor) and stages(self.device)
         if staged:
@@ -213,7 +213,7 @@ class ReferenceMatrix:
 
     @property
     def spread(self) -> Tensor:
-        """How far a number of a reference typically is from the middle of the references, (); a few outliers do not matter.
+        """The typical deviation of a reference's numbers from the middle of the references, (); robust to a few outliers.
 
         The median over up to 256 references, evenly spaced, of the root mean square over their d numbers.
         """
@@ -226,21 +226,21 @@ class ReferenceMatrix:
         return self._spread
 
     def norms(self, dtype: torch.dtype) -> Norms:
-        """Squared norms of all references as decoded to `dtype`, from an origin if they are far from zero; computed once."""
+        """Squared norms of all references decoded to `dtype`, from an origin if they are far from zero; computed once."""
         self._forget_if_changed()
         if dtype not in self._norms:
             self._norms[dtype] = self._measured(dtype)
         return self._norms[dtype]
 
     def known_norms(self, dtype: torch.dtype) -> Norms | None:
-        """The squared norms, if they have been computed."""
+        """The squared norms, if already computed."""
         self._forget_if_changed()
         return self._norms.get(dtype)
 
     def set_norms(self, dtype: torch.dtype, squares: Tensor | None, origin: Tensor | None = None) -> None:
-        """Take `squares` (n,) for the squared norms from `origin`, and read no value of them.
+        """Use `squares` (n,) as the squared norms from `origin`, without reading their values.
 
-        If they are None they are computed, from the middle of the references, since how far it is off may not be read.
+        If they are None, compute them from the middle of the references, because its distance from zero may not be read.
         """
         if squares is None:
             middle = self._middle(dtype)
@@ -254,7 +254,7 @@ class ReferenceMatrix:
         middle = self._middle(dtype)
         if middle is None:
             return Norms.of(squares, dtype, bound=float(largest))
-        # One value for both: whether they are finite, and whether they are far, by the sign.
+        # One value to read for both: whether they are finite, and, by its sign, whether they are far.
         origin, far = middle
         seen = float(torch.where(far, -largest, largest))
         if not (seen < 0 and math.isfinite(seen)):
@@ -263,9 +263,9 @@ class ReferenceMatrix:
         return Norms.of(squares, dtype, origin, float(squares.max()))
 
     def _middle(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """The median (d,) of some of the references in `dtype`, and whether they lie far from zero, bool ().
+        """The median (d,) of some of the references in `dtype`, and whether they are far from zero, bool ().
 
-        None for uint8 images: they lie within -1 to 1, in steps which float32 sees.
+        None for uint8 images: they are within -1 to 1, in steps that float32 resolves.
         """
         if self.holds_bytes:
             return None
@@ -274,7 +274,7 @@ class ReferenceMatrix:
         if not isinstance(some, Tensor):
             some = torch.from_numpy(np.ascontiguousarray(some))
         rows = some.to(self.device, dtype).reshape(len(some), self.dim)
-        # Medians, since single samples may be anywhere; they are numbers of samples, so that most differences are exact.
+        # Medians, because single samples may be anywhere; they are numbers of samples, so most differences are exact.
         medians = rows
         while len(medians) >= 3:
             a, b, c = medians[: len(medians) // 3 * 3].unflatten(0, (3, -1))
@@ -289,26 +289,26 @@ class ReferenceMatrix:
 
     def _gather(self, index: Tensor) -> Tensor:
         if isinstance(self.data, Tensor):
-            return self.data.index_select(0, index)  # half the time of an index in brackets
+            return self.data.index_select(0, index)  # takes half the time of data[index]
         return torch.from_numpy(np.ascontiguousarray(self.data[index.cpu().numpy()])).to(self.device)
 
     def _forget_if_changed(self) -> None:
-        """Forget what was computed of a tensor that has been changed in place since."""
+        """Discard results for a tensor that has since been changed in place."""
         if not torch.compiler.is_compiling() and _version(self.data) != self._version:
             self._version, self._spread = _version(self.data), None
             self._norms.clear()
 
 
 def stages(device: torch.device) -> bool:
-    """Whether pages are to be sent ahead to `device`: where Python runs ahead of it."""
+    """Whether to send pages ahead to `device`, because Python runs ahead of it."""
     return device.type == "cuda"
 
 
 def sent_ahead(data: NDArray[Any], places: Iterable[slice], device: torch.device) -> Iterator[tuple[slice, Tensor]]:
     """Yield (slice, data[slice] on the CUDA `device`).
 
-    The host does not wait for a copy, which runs from pinned memory in the order of the device's work; only once it is two
-    pages ahead does it wait for the older one. torch's allocator of pinned memory reuses a page when its copy is over.
+    The host does not wait for a copy, which runs from pinned memory in the order of the device's work; only when it is two
+    pages ahead does it wait for the older one. torch's allocator of pinned memory reuses a page when its copy is done.
     """
     copied: deque[torch.cuda.Event] = deque()
     for where in places:
@@ -325,38 +325,38 @@ def sent_ahead(data: NDArray[Any], places: Iterable[slice], device: torch.device
 
 
 def _version(data: Tensor | NDArray[Any]) -> int:
-    """How often a tensor has been changed in place; 0 for what does not count it."""
+    """How often a tensor has been changed in place; 0 for data without a counter."""
     if torch.compiler.is_compiling() or not isinstance(data, Tensor) or data.is_inference():
         return 0
     return data._version
 
 
 def _decode(data: Tensor, buffer: Tensor, origin: Tensor | None = None) -> Tensor:
-    """Write the values that `data` means, less `origin`, into `buffer`, of the same shape; those of uint8 to 2^-23."""
-    # To the device first: uint8 is a quarter of what it is decoded to.
+    """Write the values of `data`, minus `origin`, into `buffer`, of the same shape; exact to 2^-23 for uint8."""
+    # To the device first: uint8 takes a quarter of the decoded size.
     data = data.to(buffer.device)
     if data.dtype == torch.uint8:
         buffer.copy_(data)
-        # One multiply-add in place of a division and a difference, which would cost as much again as the conversion.
+        # One multiply-add instead of a division and a difference, which would double the cost of the conversion.
         torch.add(buffer.new_full((), -1.0), buffer, alpha=1 / 127.5, out=buffer)
         return buffer if origin is None else buffer.sub_(origin)
     return buffer.copy_(data) if origin is None else torch.sub(data, origin, out=buffer)
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of scalars and sums: float64, float32 where a device has none."""
+    """The dtype of scalars and sums: float64, or float32 on a device without it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def row_blocks(rows: Tensor) -> Iterator[slice]:
-    """Slices of `rows` (B, d) that fit a CPU's cache; one of all rows elsewhere, where each operation is a launch."""
+    """Slices of `rows` (B, d) that fit a CPU's cache; elsewhere one slice of all rows, since each operation is a launch."""
     count, dim = rows.shape
     step = max(1, _ROW_BLOCK // max(1, dim)) if rows.device.type == "cpu" else max(1, count)
     return (slice(start, min(start + step, count)) for start in range(0, max(1, count), step))
 
 
 def in_blocks(of: Callable[[slice], Tensor], rows: Tensor) -> Tensor:
-    """What `of` makes of the slices of `rows` (B, d) that `row_blocks` gives, one after the other in the last axis."""
+    """Apply `of` to the slices of `rows` (B, d) from `row_blocks`, and concatenate the results along the last axis."""
     parts = [of(some) for some in row_blocks(rows)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
@@ -387,9 +387,9 @@ def inner_products(p: Tensor, q: Tensor) -> Tensor:
 
 
 def largest_magnitude(rows: Tensor) -> Tensor:
-    """The largest magnitude of a number in each of `rows` (n, d), shape (n,); NaN where there is one, 0 for d = 0.
+    """The largest magnitude of a number in each of `rows` (n, d), shape (n,); NaN for a row with NaN, 0 for d = 0.
 
-    As fast as memory; torch's own infinity norm takes 25 times as long on a CPU.
+    It runs at memory speed; torch's own infinity norm takes 25 times as long on a CPU.
     """
     if rows.shape[1] == 0:
         return rows.new_zeros(len(rows))

@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +12,11 @@ from torch import Tensor
 from stablefield._progress import Progress
 from stablefield.data._image_set import ImageSet
 from stablefield.data._source import as_image_set, open_images
+from stablefield.evaluation._extraction import Batch, image_batches
 from stablefield.evaluation._extractor import check_images
 from stablefield.evaluation._processes import Processes
 
-if TYPE_CHECKING:  # needs torchmetrics
-    from stablefield.evaluation._extraction import Batch
-
-__all__ = ["ImageSource", "Images", "RealImages", "Report", "SampleSource", "SamplingRecord"]
+__all__ = ["ImageSource", "Images", "Report", "SampleSource", "SamplingRecord", "check_size", "opened"]
 
 Images = str | Path | ImageSet | NDArray[np.uint8] | Tensor
 """Images: whatever `open_images` opens, an image set, or uint8 of shape (n, C, H, W)."""
@@ -59,7 +56,7 @@ class SampleSource(ABC):
     class_names: tuple[str, ...] | None = None
 
     @abstractmethod
-    def batches(self, repeat: int, processes: Processes, progress: Report | None) -> "Iterator[Batch]":
+    def batches(self, repeat: int, processes: Processes, progress: Report | None) -> Iterator[Batch]:
         """This process's samples of a repeat: images, uint8 (B, C, H, W), and their numbers (B,) from 0 to count - 1."""
 
     def seeds(self, repeat: int) -> str | None:  # noqa: ARG002
@@ -79,7 +76,7 @@ class SampleSource(ABC):
         return SamplingRecord()
 
 
-def _opened(name: str, images: Images, split: str, progress: Report | None) -> ImageSet:
+def opened(name: str, images: Images, split: str, progress: Report | None) -> ImageSet:
     """The argument `name` as an image set."""
     if isinstance(images, ImageSet):
         return images
@@ -102,54 +99,20 @@ def _opened(name: str, images: Images, split: str, progress: Report | None) -> I
         raise ValueError(f"{name}: {error}") from error
 
 
-class RealImages:
-    """Real images, opened when they are asked for, and checked to be of the samples' shape."""
+def check_size(name: str, images: ImageSet, shape: Sequence[int]) -> ImageSet:
+    """The same images, after making sure that they are of the samples' shape (C, H, W).
 
-    def __init__(
-        self,
-        data: Images | Callable[[str], ImageSet],
-        split: str,
-        held_out: Images | None,
-        shape: Sequence[int],
-        progress: Report | None,
-    ) -> None:
-        self.split, self._data, self._held_out, self._shape, self._progress = split, data, held_out, shape, progress
-        # Of an array or an image set nobody knows other parts.
-        self._has_parts = isinstance(data, str | Path) or callable(data)
-        self.images = self._part(split)
-        self._check("data", self.images)
-
-    def training(self) -> ImageSet:
-        """The whole training set."""
-        return self._part("train") if self._has_parts and self.split != "train" else self.images
-
-    def held_out(self) -> ImageSet | None:
-        """Images that were not trained on; None where there are none."""
-        if self._held_out is not None:
-            images = _opened("held_out", self._held_out, "train", self._progress)
-        elif self._has_parts:
-            try:
-                images = self._part("test")
-            except ValueError:
-                return None
-        else:
-            return None
-        self._check("held_out", images)
+    Raises:
+        ValueError: if they are not.
+    """
+    if tuple(images.shape) == tuple(shape):
         return images
-
-    def _part(self, split: str) -> ImageSet:
-        data = self._data
-        return _opened("data", data(split) if callable(data) else data, split, self._progress)
-
-    def _check(self, name: str, images: ImageSet) -> None:
-        if tuple(images.shape) == tuple(self._shape):
-            return
-        _, height, width = self._shape
-        remedy = f"; opened with resolution={height} they are, if the channels agree" if height == width else ""
-        raise ValueError(
-            f"{name}={images.name} has images of {' x '.join(map(str, images.shape))} (C x H x W), and the samples are "
-            f"{' x '.join(map(str, self._shape))}: measure images of one size{remedy}."
-        )
+    _, height, width = shape
+    remedy = f"; opened with resolution={height} they are, if the channels agree" if height == width else ""
+    raise ValueError(
+        f"{name}={images.name} has images of {' x '.join(map(str, images.shape))} (C x H x W), and the samples are "
+        f"{' x '.join(map(str, shape))}: measure images of one size{remedy}."
+    )
 
 
 class ImageSource(SampleSource):
@@ -162,7 +125,7 @@ class ImageSource(SampleSource):
     def __init__(
         self, samples: Images, count: int | None, repeats: int, seed: int, batch: int, progress: Report | None
     ) -> None:
-        self._images = _opened("samples", samples, "train", progress)
+        self._images = opened("samples", samples, "train", progress)
         self._batch = batch
         self.name = str(samples) if isinstance(samples, str | Path) else self._images.name
         self.shape = self._images.shape
@@ -177,11 +140,7 @@ class ImageSource(SampleSource):
         order = np.random.default_rng(seed).permutation(n)
         self._rows = [np.sort(order[r * self.count : (r + 1) * self.count]) for r in range(repeats)]
 
-    def batches(self, repeat: int, processes: Processes, progress: Report | None) -> "Iterator[Batch]":
+    def batches(self, repeat: int, processes: Processes, progress: Report | None) -> Iterator[Batch]:
         """This process's images of a repeat."""
-        from stablefield.evaluation._extraction import image_batches
-        from stablefield.evaluation._reference import reporting
-
-        batches = image_batches(self._images.images, self._rows[repeat], self._batch, processes)
         stage = self._images.name if len(self._rows) == 1 else f"{self._images.name}, repeat {repeat + 1}"
-        return reporting(batches, stage, self.count, progress, processes.count)
+        return image_batches(self._images.images, self._rows[repeat], self._batch, processes, progress, stage)

@@ -1,8 +1,8 @@
-r"""Noise kernels: the density of x_t around a reference, as far as a posterior needs it.
+r"""Perturbation kernels p_{t|0}(x_t | y): the density of x_t around a reference, in the form that a posterior needs.
 
-A kernel with location $\alpha y$ and scale $\sigma$ depends on $q = |x_t - \alpha y|^2$ alone. Comparing a reference with
-an anchor $a$ takes only the relative distance $\Delta = q(y) - q(a)$, which can be computed without cancellation where both
-are close (see `posterior`), so kernels are written in terms of it.
+A kernel with location $\alpha y$ and scale $\sigma$ depends only on $q = |x_t - \alpha y|^2$. Comparing a reference with an
+anchor $a$ takes only the relative distance $\Delta = q(y) - q(a)$, which can be computed without cancellation if both are
+close (see `_engine/logits.py`), so kernels are functions of it.
 """
 
 import math
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from stablefield._shapes import check_generator, check_tensor, number
 
-__all__ = ["GaussianKernel", "Kernel", "StudentTKernel"]
+__all__ = ["GaussianKernel", "PerturbationKernel", "StudentTKernel"]
 
 
-class Kernel(Protocol):
-    """What `posterior` asks of a noise kernel in `dim` dimensions."""
+class PerturbationKernel(Protocol):
+    """The interface of a perturbation kernel in `dim` dimensions."""
 
     def log_ratio(self, distance: Tensor, anchor_square: Tensor, sigma: Tensor, dim: int) -> Tensor:
         """Log of the kernel at a reference over the kernel at the anchor.
@@ -32,7 +32,7 @@ class Kernel(Protocol):
         ...
 
     def log_density(self, square: Tensor, sigma: Tensor, dim: int) -> Tensor:
-        """Log density where q = `square`, shapes (B,)."""
+        """Log density at q = `square`, shapes (B,)."""
         ...
 
 
@@ -41,7 +41,7 @@ class GaussianKernel:
     """The normal density N(x_t; alpha y, sigma^2 I)."""
 
     def log_ratio(self, distance: Tensor, anchor_square: Tensor, sigma: Tensor, dim: int) -> Tensor:  # noqa: ARG002
-        # Below 1e-19, 1 / sigma^2 leaves float32; a large number in its place has the same softmax, and infinity has none.
+        # Below 1e-19, 1 / sigma^2 overflows float32; a large number gives the same softmax, but infinity does not.
         return distance * (-0.5 / sigma**2).clamp(min=torch.finfo(distance.dtype).min).to(distance.dtype)
 
     def log_density(self, square: Tensor, sigma: Tensor, dim: int) -> Tensor:
@@ -72,7 +72,7 @@ class StudentTKernel:
 
     def log_ratio(self, distance: Tensor, anchor_square: Tensor, sigma: Tensor, dim: int) -> Tensor:
         scale = (1 / (anchor_square + self.dof * sigma**2)).to(distance.dtype)
-        # The ratio is above -1 but for rounding, which must not make a nan of it.
+        # The ratio is above -1 except for rounding, which must not produce nan.
         ratio = (distance * scale).clamp(min=-1 + torch.finfo(distance.dtype).eps)
         return -0.5 * (dim + self.dof) * torch.log1p(ratio)
 

@@ -8,23 +8,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stablefield._commit import running_commit
+from stablefield._cost import wait_for
 from stablefield._progress import Progress
 from stablefield._shapes import whole_number
-from stablefield.evaluation._cost import wait_for
 from stablefield.evaluation._processes import Processes
-from stablefield.evaluation._protocol import running_commit
-from stablefield.evaluation._samples import SampleSource, SamplingRecord
-from stablefield.sampling._samples import chunks_of
+from stablefield.evaluation._sample_source import SampleSource, SamplingRecord
+from stablefield.sampling._seeded_images import chunks_of
 from stablefield.training._run_folder import RunConfig
 from stablefield.training._sampler import RunSampler
 
-__all__ = ["RunSamples", "data_of"]
+__all__ = ["RunSource", "data_of"]
 
 # Evaluations of the network that are timed, the first of which does not count.
 _TIMED = 4
 
 
-class RunSamples(SampleSource):
+class RunSource(SampleSource):
     """Samples drawn from a run.
 
     Args:
@@ -44,7 +44,7 @@ class RunSamples(SampleSource):
         config = sampler.config
         self.name, self.count, self.class_names = name, samples, config.class_names
         self.shape = (config.shape[0], config.shape[1], config.shape[2])
-        self._evaluations = self._chunks = 0
+        self._evaluations, self._chunks = 0.0, 0
         self._start(0)
 
     def seeds(self, repeat: int) -> str:
@@ -60,27 +60,28 @@ class RunSamples(SampleSource):
         seeds = range(start, start + self.count)
         stage = "samples" if repeat == 0 else f"samples, repeat {repeat + 1}"
 
-        def report(done: float, _: int) -> None:
+        def report(own: Progress) -> None:
             if progress is not None:
                 # The other processes are about as far.
-                progress(Progress(stage=stage, done=min(self.count, int(processes.count * done)), total=self.count))
+                done = min(self.count, processes.count * own.done)
+                progress(Progress(stage=stage, done=done, total=self.count))
 
-        for chunk, images, evaluations in sampler.draw(seeds, processes, report):
-            yield images, torch.tensor(chunk.wanted) - start
-            self._evaluations += evaluations
+        for samples in sampler.draw(seeds, processes, None if progress is None else report):
+            yield torch.from_numpy(samples.images), torch.tensor(samples.seeds) - start
+            self._evaluations += samples.nfe
             self._chunks += 1
 
     def labels(self, repeat: int, numbers: Tensor) -> Tensor | None:
         """Classes of samples of a repeat, by their numbers (B,); None for a run without classes."""
-        return self._sampler.labels(self._start(repeat) + numbers)
+        return self._sampler.options.labels(self._start(repeat) + numbers, self._sampler.config)
 
     def seconds(self) -> float:
         """About how long one process draws the samples of a repeat, from the first calls for a chunk, thrown away."""
-        sampler = self._sampler
-        chunks = chunks_of(range(self.count), sampler.batch, coupled=sampler.coupled)
+        sampler, options = self._sampler, self._sampler.options
+        chunks = chunks_of(range(self.count), options.batch, coupled=options.solver.coupled)
         marks: list[float] = []
 
-        def mark(_: float) -> None:
+        def mark(_: Progress) -> None:
             wait_for(sampler.device)
             marks.append(time.perf_counter())
             if len(marks) > _TIMED:
@@ -88,20 +89,21 @@ class RunSamples(SampleSource):
 
         began = time.perf_counter()
         with suppress(_EnoughError):
-            sampler.drawing(mark)(chunks[0])
+            next(sampler.draw(chunks[0].wanted, Processes(), mark))
             marks.append(time.perf_counter())
         # The first evaluation of all is slower than those that follow; the solver's own work is between them.
         steady = marks[1:] if len(marks) > 2 else marks
         each = (steady[-1] - steady[0]) / max(1, len(steady) - 1)
-        one = marks[0] - began + each * sampler.calls
+        one = marks[0] - began + each * options.calls
         return one * sum(len(chunk.seeds) for chunk in chunks) / len(chunks[0].seeds)
 
     def record(self, processes: Processes) -> SamplingRecord:
         """How the samples were made."""
         evaluations, chunks = processes.total(self._evaluations, self._chunks)
+        options = self._sampler.options
         return SamplingRecord(
-            sampler=self._sampler.description,
-            steps=self._sampler.steps,
+            sampler=options.describe(self._sampler.config),
+            steps=options.steps_taken,
             nfe=evaluations / chunks,
             ema=self._sampler.ema,
             commit=running_commit(),
@@ -128,4 +130,4 @@ def data_of(config: RunConfig) -> str:
 
 
 class _EnoughError(Exception):
-    """Ends a drawing of which enough has been seen."""
+    """Ends sampling after the evaluations that are timed."""

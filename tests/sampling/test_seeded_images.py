@@ -5,18 +5,14 @@ import torch
 from torch import Tensor
 
 import stablefield.sampling as sampling
-from stablefield.sampling._samples import BLOCK, Chunk, Drawing, chunks_of, to_uint8
+from stablefield.sampling._seeded_images import BLOCK, Chunk, chunks_of, draw, to_uint8
+from stablefield.sampling._solvers import SOLVERS, SolverOptions
 
 SHAPE = (1, 2, 2)
 SIGMAS = torch.tensor([20.0, 5.0, 1.0, 0.2, 0.0], dtype=torch.float64)
-SOLVERS = {
-    "heun with churn": lambda d, x, noise: sampling.heun(d, x, SIGMAS, s_churn=2.0, noise=noise),
-    "ancestral": lambda d, x, noise: sampling.ancestral(d, x, SIGMAS, noise=noise),
-    "dpmpp_2m_sde": lambda d, x, noise: sampling.dpmpp_2m_sde(d, x, SIGMAS, noise=noise),
-    "predictor_corrector": lambda d, x, noise: sampling.predictor_corrector(
-        d, x, SIGMAS, average_norms=False, noise=noise
-    ),
-    "rk45": lambda d, x, _: sampling.rk45(d, x, SIGMAS, rtol=1e-2, atol=1e-2),
+OPTIONS = {name: SolverOptions(sampler=name) for name in SOLVERS} | {
+    "heun with churn": SolverOptions(churn=2.0),
+    "rk45": SolverOptions(sampler="rk45", rtol=1e-2, atol=1e-2),
 }
 
 
@@ -26,12 +22,12 @@ def denoiser(x: Tensor, sigma: Tensor) -> Tensor:
 
 
 def images(name: str, seeds: list[int], batch: int) -> dict[int, Tensor]:
-    drawing = Drawing(lambda _: denoiser, SOLVERS[name], shape=SHAPE, sigma_max=20.0)
     chunks = chunks_of(seeds, batch, coupled=name == "rk45")
-    return {seed: image for chunk in chunks for seed, image in zip(chunk.wanted, drawing(chunk), strict=True)}
+    parts = draw(lambda _: denoiser, OPTIONS[name], SIGMAS, chunks, shape=SHAPE)
+    return {seed: image for seeds, images, _ in parts for seed, image in zip(seeds, images, strict=True)}
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_image_k_is_the_same_whatever_the_batch_and_the_other_seeds(name):
     whole = images(name, list(range(40)), 16)
     assert list(whole) == list(range(40))
@@ -45,8 +41,9 @@ def test_one_step_size_for_a_batch_would_tie_rows_to_their_neighbours():
     """What the blocks are for: at this tolerance, rows solved alone are others, in the last digits at least."""
     noise = sampling.SampleNoise(range(8))
     x = 20 * noise.latents(SHAPE, dtype=torch.float64)
-    together = SOLVERS["rk45"](denoiser, x, noise)
-    source_only = torch.cat([SOLVERS["rk45"](denoiser, row[None], noise) for row in x])
+    options = OPTIONS["rk45"]
+    together, *source_only = (options.solve(noise)(denoiser, rows, SIGMAS) for rows in (x, *x.split(1)))
+    source_only = torch.cat(source_only)
     assert 1e-6 < (together - source_only).abs().max() < 0.1
 
 
@@ -65,30 +62,38 @@ def test_chunks_hold_every_seed_once(batch):
     assert max(len(chunk.seeds) for chunk in chunks) == min(batch, len(seeds))
 
 
-@pytest.mark.parametrize("name", ["ancestral", "rk45"])
-def test_images_come_in_the_order_of_their_seeds(name):
-    seeds = [33, 2, 64, 0]
-    drawing = Drawing(lambda _: denoiser, SOLVERS[name], shape=SHAPE, sigma_max=20.0)
-    got = drawing.images(seeds, 3, coupled=name == "rk45")
-    one_by_one = images(name, seeds, 1)
-    assert torch.equal(got, torch.stack([one_by_one[seed] for seed in seeds]))
+def test_evaluations_are_counted_for_each_chunk_and_the_progress_hears_of_each():
+    heard: list[tuple[float, int]] = []
+    parts = draw(
+        lambda _: denoiser,
+        OPTIONS["ancestral"],
+        SIGMAS,
+        chunks_of(range(6), 4),
+        shape=SHAPE,
+        progress=lambda *it: heard.append(it),
+    )
+    assert [(seeds, len(images), evaluations) for seeds, images, evaluations in parts] == [
+        ((0, 1, 2, 3), 4, 4),
+        ((4, 5), 2, 4),
+    ]
+    assert heard == [(done, 6) for done in (0, 1, 2, 3, 4, 4.5, 5, 5.5)]
 
 
-def test_evaluations_are_counted_per_image_and_the_progress_hears_of_each():
-    levels: list[float] = []
-    drawing = Drawing(lambda _: denoiser, SOLVERS["ancestral"], shape=SHAPE, sigma_max=20.0, progress=levels.append)
-    assert drawing.nfe == 0
-    for chunk in chunks_of(range(6), 4):
-        drawing(chunk)
-    assert (drawing.nfe, drawing.evaluations, drawing.chunks) == (4.0, 8, 2)
-    assert levels == [20.0, 5.0, 1.0, 0.2] * 2
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_table_says_how_often_a_solver_calls_the_denoiser(name):
+    options = SolverOptions(sampler=name, steps=None if name == "rk45" else 5)
+    ((_, _, evaluations),) = draw(lambda _: denoiser, options, options.sigmas(), chunks_of([0], 1), shape=SHAPE)
+    if name == "rk45":
+        assert options.calls / 3 < evaluations < 3 * options.calls
+    else:
+        # The corrector leaves out the step to 0.
+        assert options.calls - options.corrector_steps <= evaluations <= options.calls
 
 
 def test_heun_at_18_steps_evaluates_the_network_35_times():
-    grid = sampling.edm_sigmas(18)
-    drawing = Drawing(lambda _: denoiser, lambda d, x, _: sampling.heun(d, x, grid), shape=SHAPE, sigma_max=80.0)
-    drawing(chunks_of([0], 1)[0])
-    assert drawing.nfe == 35
+    options = SolverOptions()
+    ((_, _, evaluations),) = draw(lambda _: denoiser, options, options.sigmas(), chunks_of([0], 1), shape=SHAPE)
+    assert evaluations == options.calls == 35
 
 
 def test_a_guided_image_counts_both_networks_and_has_the_class_of_its_seed():
@@ -98,14 +103,14 @@ def test_a_guided_image_counts_both_networks_and_has_the_class_of_its_seed():
         asked.append(class_labels.tolist())
         return denoiser(x, sigma) * (class_labels.reshape(-1, 1, 1, 1) >= 0)
 
-    drawing = Drawing(
+    ((_, _, evaluations),) = draw(
         lambda seeds: sampling.classifier_free(conditional, seeds % 3, 2.0),
-        lambda d, x, _: sampling.euler(d, x, SIGMAS),
+        OPTIONS["euler"],
+        SIGMAS,
+        chunks_of([4, 9, 2], 3),
         shape=SHAPE,
-        sigma_max=20.0,
     )
-    drawing(chunks_of([4, 9, 2], 3)[0])
-    assert drawing.nfe == 8
+    assert evaluations == 8
     assert asked[:2] == [[1, 0, 2], [-1, -1, -1]]
 
 

@@ -8,7 +8,7 @@ from stablefield.data._image_set import Origin, make_image_set
 from stablefield.evaluation._extractor import RawPixels
 from stablefield.evaluation._features import fit_features, fit_moments
 from stablefield.evaluation._fid import distance_between, frechet_distance, frechet_distance_from_features
-from stablefield.evaluation._self_check import SelfCheck, jackknife_error
+from stablefield.training._observers import SelfCheck, jackknife_error
 
 DIGITS = open_digits()
 

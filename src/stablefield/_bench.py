@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import stablefield
+from stablefield._cost import Cost, StepShare, measure_cost, measure_step
 from stablefield._progress import Progress
 from stablefield._shapes import found_device, whole_number
 from stablefield.data._image_set import ImageSet
-from stablefield.evaluation._cost import Cost, StepShare, measure_cost, measure_step
 from stablefield.report._cells import text_table
 from stablefield.report._chart import Line, LineChart
 from stablefield.report._page import Figure, Page, Table
@@ -132,15 +132,29 @@ class Benchmark(Result):
 
     def page(self) -> Page:
         """The report."""
-        head, rows = self.cost_table()
         figures = [
-            Figure(chart, alt=f"Milliseconds per call against {chart.x_label}", title=chart.title)
+            Figure(chart, alt=f"Milliseconds per call against {chart.x_label}", title=f"{chart.title}.")
             for chart in self.charts().values()
         ]
-        summary = self.step_text.replace("\n", ": ") or "One call, all rows above the noise band."
+        summary = self.step_text.replace("\n", ": ") or "one call, all rows above the noise band."
+        table = Table(
+            columns=(
+                *("batch B", "references n", "numbers d", "target, ms", "products, ms", "ratio", "memory, MB"),
+                *("naive, ms", "its memory, MB"),
+            ),
+            rows=tuple(
+                (
+                    *(cost.batch, cost.references, cost.dim),
+                    *(1e3 * cost.seconds, 1e3 * cost.products, cost.ratio, _megabytes(cost.peak)),
+                    *(None if cost.naive is None else 1e3 * cost.naive, _megabytes(cost.naive_peak)),
+                )
+                for cost in self.costs
+            ),
+            caption="Time and peak memory of one call, all rows above the noise band, beside two bare matrix products and "
+            f"beside the naive form with all B x n differences at once (– where too large). References: {self.data}.",
+        )
         title = f"What the target costs on {self.machine}"
-        table = Table(columns=head, rows=tuple(rows), caption=f"References: {self.data}.")
-        return Page(title=title, summary=summary, blocks=(table, *figures))
+        return Page(title=title, summary=summary[0].upper() + summary[1:], blocks=(table, *figures))
 
 
 def benchmark(
@@ -244,6 +258,10 @@ def _cells(cost: Cost) -> tuple[str, ...]:
 
 def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"
+
+
+def _megabytes(value: int | None) -> float | None:
+    return None if value is None else value / 1e6
 
 
 def _bytes(value: int | None) -> str:

@@ -2,8 +2,14 @@ r"""Solvers of the probability-flow ODE on a fixed grid: Euler and Heun.
 
 $$ \frac{dx}{d\sigma} = \frac{x - D(x, \sigma)}{\sigma} $$
 
-carries $p_{\sigma_0}$ exactly to $p_{\sigma_N}$. Euler's global error is of order 1 in the step, Heun's of order 2. A
-step to sigma 0 is Euler's in both, and returns the denoiser's output.
+carries $p_{\sigma_0}$ exactly to $p_{\sigma_N}$. With the slope $d_i$ at $(x_i, \sigma_i)$, Euler's step is
+$x_{i+1} = x_i + (\sigma_{i+1} - \sigma_i)\, d_i$. Heun's takes the slope $d'_i$ there, too, and goes by the mean of both,
+$x_{i+1} = x_i + (\sigma_{i+1} - \sigma_i) (d_i + d'_i) / 2$. Euler's global error is of order 1 in the step, Heun's of order
+2. A step to sigma 0 is Euler's in both, and returns the denoiser's output.
+
+References:
+    Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022,
+    algorithm 1 (Heun), algorithm 2 (with churn).
 """
 
 import math
