@@ -274,20 +274,28 @@ def as_device(name: str, value: Any) -> torch.device:
     try:
         device = torch.device(value)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"{name}={str(value)!r}: this machine has no such device; pass 'cpu'.") from None
+    except Exception as error:  # whatever the device's own package raises
+        why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(f"{name}={str(value)!r} cannot be used here: {why}. Pass 'cpu'.") from error
     return device
 
 
 def found_device(device: torch.device | str | None) -> torch.device:
-    """The argument `device`; for None a GPU if there is one (this process's own, if there are several), else the CPU.
+    """The argument `device` of a long call; for None a GPU if there is one (this process's own, where there are several).
+
+    A GPU that is named by its number becomes the current one, which accelerate and compilers take.
 
     Raises:
         TypeError: if it is neither a device nor its name.
-        ValueError: if this machine has no such device.
+        ValueError: if this machine has no such device, or it holds no numbers.
     """
     if device is not None:
-        return as_device("device", device)
+        found = as_device("device", device)
+        if found.type == "meta":
+            raise ValueError("device='meta' cannot be used here: it holds no numbers. Pass 'cpu'.")
+        if str(found).startswith("cuda:"):
+            torch.cuda.set_device(found)
+        return found
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device(f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}")

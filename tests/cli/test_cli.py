@@ -155,7 +155,7 @@ def test_doctor_finds_the_target_exact_here(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["train", "no-such-data"], ["DATA is no-such-data", "digits"]),
+        (["train", "no-such-data"], ["no-such-data does not exist", "digits"]),
         (["train"], ["DATA is missing"]),
         (["train", "digits", "--steps", "0"], ["--steps is 0"]),
         (["train", "digits", "--references", "1798"], ["--references 1798", "1797"]),

@@ -303,7 +303,7 @@ def test_a_users_network_is_an_extractor_or_a_classifier_under_its_own_name(
         (["{run}", "--first-seed", "4294967290"], ["--first-seed 4294967290: seeds up to"]),
         (["{run}", "--out", "{file}/r.json"], ["cannot be written"]),
         (["{run}", "--split", "test"], ["split"]),
-        (["{run}", "--data", "nowhere"], ["DATA is nowhere"]),
+        (["{run}", "--data", "nowhere"], ["nowhere does not exist. Supported sources"]),
         (["nowhere"], ["RUN_OR_IMAGES is nowhere"]),
         (["{wide}"], ["--data is missing"]),
         (

@@ -10,12 +10,13 @@ import sys
 import pytest
 
 import stablefield
-from stablefield.cli import verbs
 from stablefield.cli.entry import main
 from stablefield.cli.flags import FILE, all_verbs, record_of
 from stablefield.cli.inventory import inventory
-from stablefield.cli.recipes import RECIPES
-from stablefield.training._recipes import DIGITS
+from stablefield.cli.recipe_flags import TrainingFlags
+from stablefield.cli.verbs import VERBS
+from stablefield.training._recipe import Recipe
+from stablefield.training._recipes import DIGITS, RECIPES
 
 TEN = "--out --recipe --steps --batch --learning-rate --resolution --conditional --target --device --resume"
 
@@ -39,8 +40,13 @@ def test_the_flags_are_those_that_the_parser_takes(recipe, monkeypatch: pytest.M
 
     decided_by_compare = {"--target", "--seed", "--sample-every", "--checkpoint-every"}
     for name, verb in inventory(recipe).items():
-        with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
-            tyro.cli(verbs._verbs(name.split()[0], recipe), args=[*name.split(), "--help"], config=verbs._CONFIG)  # type: ignore[call-overload]
+        calls = [(VERBS[name], {})]
+        if issubclass(VERBS[name], TrainingFlags):
+            calls.append((Recipe, {"default": recipe}))
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            for kind, default in calls:
+                with pytest.raises(SystemExit):
+                    tyro.cli(kind, args=["--help"], config=(tyro.conf.AvoidSubcommands,), **default)
         lines = re.findall(r"^\W? {0,2}(--[a-z][\w.-]*)(?:, (--[\w.-]+))?", out.getvalue(), re.M)
         taken = {flag for line in lines for flag in line if flag}
         here = set(verb.flags())

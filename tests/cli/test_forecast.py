@@ -152,7 +152,7 @@ def test_what_compare_foretells_is_what_it_takes(
         "stablefield.probing._exact.ExactPosterior.__call__", lambda _, x, *__: dear["posterior"] * 1e-3 * len(x)
     )
     clock.charge("stablefield.training._stepper.Stepper.__init__", lambda *_: dear["setup"])
-    clock.charge("stablefield.training._compare.comparison_page", lambda *_: 2.0)
+    clock.charge("stablefield.training._comparison.comparison_page", lambda *_: 2.0)
     small = ("--network.width", "16", "--network.depth", "1", "--batch", "32", "--seeds", "0", "--device", "cpu")
     assert status("compare", "digits", *small, *flags, "--out", str(tmp_path / "c")) == 0
     foretold, took = clock.foretold()

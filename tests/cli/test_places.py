@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stablefield.cli import data, settling
 from stablefield.cli.entry import main
 
 SMALL = "--steps 2 --batch 4 --network.width 8 --network.depth 1 --sample-every 0 --device cpu"
@@ -88,10 +87,8 @@ def test_checks_come_before_work(
     (tmp_path / "file").write_text("")
     (tmp_path / "grid.png").write_text("months of work")
     before = sorted(tmp_path.rglob("*"))
-    for module in (settling, data):
-        monkeypatch.setattr(module, "open_data", work)
     for name in (
-        "cli.bench.open_data",
+        "cli.sources.open_images",
         "training._sampler.open_model",
         "training._run.open_model",
         "cli.importing.read_published",

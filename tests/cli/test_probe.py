@@ -74,7 +74,7 @@ def test_pictures_of_many_sizes_are_probed_as_train_would_take_them(
         assert status("probe", str(folder), *flags, "--skip-broken", *more, "--out", str(tmp_path / out)) == 0
         record = json.loads((tmp_path / out / "probe.json").read_text())
         assert record["data"]["shape"] == [3, side, side]
-        assert record["command"].endswith(" ".join((*more, "--skip-broken")))
+        assert " ".join((*more, "--skip-broken")) in record["command"]
 
 
 def test_the_json_and_the_table_hold_the_same_numbers(probed: Path) -> None:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from stablefield.cli import progress
-from stablefield.cli.bar import TimeLeft
+from stablefield.cli.progress import TimeLeft
 from stablefield.training._meter import Report
 
 
@@ -59,7 +59,7 @@ def test_a_bar_after_resume_starts_where_the_run_is_and_a_variance_of_zero_is_no
     monkeypatch.setenv("COLUMNS", "80")
     out = io.StringIO()
     monkeypatch.setattr(progress, "console", Console(file=out, force_terminal=True, width=80))
-    shown = progress.TrainingProgress(1000, begun=740)
+    shown = progress.TrainingBar(1000, begun=740)
     assert (shown._bar.tasks[0].completed, shown._bar.tasks[0].fields["text"]) == (740, "first numbers at step 750")
     report = Report(step=750, loss=0.5, variance_removed=0.0, images_per_second=12_757.0, target_share=0.1)
     with shown:

@@ -7,23 +7,20 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 
-from stablefield.cli import verbs
 from stablefield.cli.entry import main
 from stablefield.cli.flags import Flag
 from stablefield.cli.inventory import inventory
-from stablefield.cli.recipes import RECIPES, with_fewer_levels, yielding
-from stablefield.cli.train import Train
+from stablefield.cli.parser import given
+from stablefield.cli.recipe_flags import BASES, RecipeFlags, yielding
 from stablefield.data._image_set import ImageSet
 from stablefield.diffusion._process import VE
 from stablefield.training._loop import check_fit
 from stablefield.training._recipe import MLPConfig, Recipe
-from stablefield.training._recipes import imagefolder, unet2d
+from stablefield.training._recipes import imagefolder
 
 KINDS = {
-    **RECIPES,
-    "imagefolder": imagefolder((3, 32, 32), 100_000, accelerated=False),
+    **BASES,
     "imagefolder-gpu": imagefolder((3, 64, 64), 100_000, accelerated=True),
-    "unet2d": unet2d((3, 32, 32), 100_000, accelerated=False),
 }
 
 
@@ -102,7 +99,7 @@ def test_every_flag_can_be_given_with_every_recipe() -> None:
     for name, arguments in cases():
         if (name, arguments[0]) in impossible:
             continue
-        base, _ = yielding(KINDS[name], verbs._given(arguments))
+        base, _ = yielding(KINDS[name], given(arguments))
         recipe = changed(base, arguments)  # raises where it does not fit
         shape = (1, 8, 8) if isinstance(recipe.network, MLPConfig) else (3, 64, 64)
         labels = torch.zeros(10**6, dtype=torch.int64).numpy()
@@ -128,10 +125,8 @@ def test_every_flag_can_be_given_with_every_recipe() -> None:
     ],
 )
 def test_the_recipe_yields_and_says_so(name: str, line: str, changed: dict[str, Any]) -> None:
-    base, notes = yielding(KINDS[name], verbs._given(line.split()))
-    verb, _ = verbs._read(["train", "x", *line.split()], base)
-    assert isinstance(verb, Train)
-    assert {field: value_at(verb.config, f"--{field}") for field in changed} == changed
+    recipe, notes = RecipeFlags(tuple(line.split())).on(KINDS[name])
+    assert {field: value_at(recipe, f"--{field}") for field in changed} == changed
     assert len(notes) == 1
     assert line.split()[0] in notes[0]
     assert "wins over the recipe's --" in notes[0]
@@ -139,7 +134,7 @@ def test_the_recipe_yields_and_says_so(name: str, line: str, changed: dict[str, 
 
 def test_nothing_yields_to_flags_that_agree_or_that_were_both_given(capsys: pytest.CaptureFixture[str]) -> None:
     for line in ("--steps 5 --noise-band 0.3", "--mirror --augmentation 0", "--no-mirror"):
-        assert yielding(KINDS["cifar10-edm"], verbs._given(line.split())) == (KINDS["cifar10-edm"], ())
+        assert yielding(KINDS["cifar10-edm"], given(line.split())) == (KINDS["cifar10-edm"], ())
     with pytest.raises(SystemExit, match="2"):
         main(["train", "--recipe", "cifar10-edm", "--mirror", "--augmentation", "0.1", "--print"])
     assert "--mirror and --augmentation 0.1: the augmentation mirrors images itself" in capsys.readouterr().err
@@ -151,12 +146,14 @@ def test_nothing_yields_to_flags_that_agree_or_that_were_both_given(capsys: pyte
 def test_a_resolution_wins_over_the_levels_of_the_network() -> None:
     recipe = KINDS["imagefolder"]
     for side, levels in ((30, 2), (25, 1), (28, 3)):
-        found, notes = with_fewer_levels(recipe, (3, side, side), {"--resolution": [str(side)]})
+        found, notes = RecipeFlags().on(recipe, (3, side, side))
         assert found.network.multipliers == recipe.network.multipliers[:levels]  # type: ignore[union-attr]
         assert len(notes) == (levels < 3)
         with torch.device("meta"):
             found.network.build((3, side, side), 0, found.augment_dim, torch.Generator())
-    assert with_fewer_levels(recipe, (3, 30, 30), {}) == (recipe, ())
+    assert RecipeFlags().on(recipe) == (recipe, ())  # where no resolution was asked for
+    named = RecipeFlags(("--network.multipliers", "1", "1", "1"))
+    assert named.on(recipe, (3, 30, 30)) == named.on(recipe)
 
 
 def test_processes_with_an_end_are_all_known_to_yield() -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
+from stablefield._progress import Progress
 from stablefield.cli import entry, verbs
-from stablefield.cli.bar import Bar
 from stablefield.cli.console import console, quoted
+from stablefield.cli.progress import StageBar
 from stablefield.cli.terminal import clean
 
 NAME = "\x1b]0;evil\x07\x9b31m\u202egpj.\x7f\udcff"
@@ -46,8 +47,8 @@ def test_a_bar_moves_the_cursor_and_a_name_in_it_does_not(monkeypatch: pytest.Mo
     with os.fdopen(write, "w") as terminal:
         monkeypatch.setattr(console, "_file", terminal)
         monkeypatch.setattr(console, "_force_terminal", True)
-        with Bar("\x1b]0;evil\x07") as bar:
-            bar(0.5)
+        with StageBar() as bar:
+            bar.update(Progress(stage="\x1b]0;evil\x07", done=1, total=2))
     shown = os.read(read, 100_000).decode()
     os.close(read)
     assert "\x1b[?25l" in shown  # the cursor is hidden: what the bar itself sends goes through

@@ -659,7 +659,7 @@ def test_a_png_that_says_more_behind_its_pixels_is_decoded_within_the_memory_for
         data = with_chunk(png_bytes(pixels((60, 80, 3))), b"iTXt", content, late=late)
         (tmp_path / "a.png").write_bytes(data)
         during.clear()
-        opened = open_images(tmp_path, progress=lambda stage, *_: during.append(stage))
+        opened = open_images(tmp_path, progress=lambda report: during.append(report.stage))
         assert opened.shape == (3, 80, 60)
         looked = during[: during.index("reading headers")]
         assert looked == [8 * 60 * 80] * late
@@ -737,8 +737,9 @@ def test_progress_is_reported_for_every_file_and_both_passes(tmp_path):
     for i in range(5):
         save(tmp_path / f"{i}.png", pixels())
     calls = []
-    open_images(tmp_path, progress=lambda *call: calls.append(call))
-    assert calls == [(stage, i + 1, 5) for stage in ("reading headers", "decoding") for i in range(5)]
+    open_images(tmp_path, progress=calls.append)
+    seen = [(call.stage, call.done, call.total) for call in calls]
+    assert seen == [(stage, i + 1, 5) for stage in ("reading headers", "decoding") for i in range(5)]
 
 
 def test_without_pillow_the_extra_is_named(tmp_path, monkeypatch):

@@ -330,7 +330,7 @@ def test_plain_export_is_safetensors_and_json_that_import_reads_back(tmp_path: P
     [
         (["nowhere", "--out", "x"], "nowhere is not a run"),
         (["{run}", "--out", "{file}/x"], "cannot be written"),
-        (["{run}", "--out", "x", "--samples", "-1"], "--samples is -1"),
+        (["{run}", "--out", "x", "--samples", "-1"], "--samples -1"),
         (["{run}", "--out", "x", "--ema", "0.1"], "--ema 0.1"),
         (["{run}", "--out", "x", "--push", "name"], "--push name is no name of a repository"),
     ],

@@ -17,13 +17,13 @@ from stablefield.probing import _fit as fit
 from stablefield.probing._exact import Exact, ExactPosterior
 from stablefield.probing._fit import measure_fit
 from stablefield.probing._population import Population
-from stablefield.training._compare import summary
-from stablefield.training._comparison import LEVELS, Outcome, Score, plan_scoring, read_scores, run_one, spread
+from stablefield.training._comparison import summary
 from stablefield.training._model import open_model
 from stablefield.training._observers import SelfCheck
 from stablefield.training._recipe import MLPConfig
 from stablefield.training._recipes import DIGITS
 from stablefield.training._run_folder import RunConfig, RunFolder
+from stablefield.training._scoring import LEVELS, Outcome, Score, plan_scoring, read_scores, run_one, spread
 
 CPU = torch.device("cpu")
 RECIPE = dataclasses.replace(

@@ -8,13 +8,23 @@ import pytest
 import torch
 
 import stablefield as sf
-from stablefield.cli.recipes import RECIPES, chosen, limit, shown
+from stablefield.cli.entry import main
 from stablefield.data._digits import open_digits
 from stablefield.data._image_set import Origin, make_image_set
 from stablefield.data._resizing import natural_resolution
 from stablefield.training import _recipe as recipe_module
 from stablefield.training._recipe import DiffusersUNetConfig, Recipe, SongUNetConfig
-from stablefield.training._recipes import CIFAR10_EDM, CIFAR10_VE, CIFAR10_VP, imagefolder, unet2d
+from stablefield.training._recipes import (
+    CIFAR10_EDM,
+    CIFAR10_VE,
+    CIFAR10_VP,
+    RECIPES,
+    imagefolder,
+    largest_resolution,
+    named_recipe,
+    recipe_for,
+    unet2d,
+)
 
 
 def names() -> dict[str, object]:
@@ -23,8 +33,10 @@ def names() -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_what_is_shown_is_python_that_makes_the_recipe(name: str) -> None:
-    text = shown(RECIPES[name])
+def test_what_is_shown_is_python_that_makes_the_recipe(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--recipe", name, "--print"])
+    text = capsys.readouterr().out
     assert eval(text, {"__builtins__": {}}, names()) == RECIPES[name]
 
 
@@ -67,10 +79,17 @@ def test_auto_chooses_by_the_data(shape: tuple[int, int, int], count: int, name:
     import numpy as np
 
     data = make_image_set(np.zeros((count, *shape), np.uint8), None, Origin(name="made", source="made up"))
-    found, recipe = chosen("auto", data, accelerated=False)
+    found, recipe = named_recipe("auto", data, accelerated=False)
     assert found == name
+    assert recipe_for(data, accelerated=False) == recipe
     recipe.network.build(data.shape, 0, recipe.augment_dim, torch.Generator())
     assert recipe.batch <= count
+
+
+def test_the_built_in_digits_have_their_recipe_at_any_size() -> None:
+    for resolution in (None, 16):
+        digits = sf.data.open_images("digits", resolution=resolution)
+        assert named_recipe("auto", digits, accelerated=False) == ("digits", RECIPES["digits"])
 
 
 @pytest.mark.parametrize("side", [8, 12, 16, 20, 28, 32, 40, 48, 56, 64])
@@ -96,10 +115,11 @@ def test_recipes_fit_images_that_are_not_square(size: tuple[int, int], accelerat
 
 
 def test_limits_of_resolution_follow_recipe_and_device() -> None:
-    assert limit("auto", accelerated=False) == 32
-    assert limit("imagefolder", accelerated=True) == limit("celeba64-ve", accelerated=False) == 64
-    assert limit("cifar10-ve", accelerated=False) == 32
-    assert limit("digits", accelerated=False) is None
+    assert largest_resolution("auto", accelerated=False) == largest_resolution(accelerated=False) == 32
+    assert largest_resolution("imagefolder", accelerated=True) == 64
+    assert largest_resolution("celeba64-ve", accelerated=False) == 64
+    assert largest_resolution("cifar10-ve", accelerated=False) == 32
+    assert largest_resolution("digits", accelerated=False) is None
 
 
 def test_unet_names_the_resolution_for_images_that_it_does_not_fit() -> None:

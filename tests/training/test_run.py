@@ -16,7 +16,6 @@ from stablefield.data._digits import open_digits
 from stablefield.evaluation._extractor import RawPixels
 from stablefield.training._loop import Report
 from stablefield.training._recipe import MLPConfig, Recipe
-from stablefield.training._run import share_plan
 from stablefield.training._sampler import SamplerOptions
 
 TINY = Recipe(
@@ -190,8 +189,23 @@ def test_seeds_of_a_comparison_may_be_how_many(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^seeds=\[\]: pass at least one seed"):
         sf.compare("digits", seeds=[], device="cpu")
     found = sf.compare("digits", seeds=1, out=tmp_path, recipe=TINY, steps=2, evaluations=1, samples=40, device="cpu")
-    assert found is not None
     assert found.seeds == [0]
+
+
+def test_a_comparison_that_was_stopped_holds_the_seeds_that_are_done_and_goes_on(tmp_path: Path) -> None:
+    options = {"seeds": 2, "out": tmp_path / "both", "recipe": TINY, "steps": 2, "evaluations": 1, "samples": 40}
+    none = sf.compare("digits", **options, device="cpu", stop=lambda: True)
+    assert (none.seeds, none.missing, none.charts()) == ([], (0, 1), {})
+    assert str(none) == none.summary == "Stopped before seed 0, 1: the same call goes on."
+    assert none.summary in none.save(tmp_path / "none.html").read_text()
+    ended: list[object] = []
+    first = sf.compare("digits", **options, device="cpu", on_run=ended.append, stop=lambda: len(ended) >= 2)
+    assert (first.seeds, first.missing) == ([0], (1,))
+    assert first.summary.startswith("STF is nearer to the optimum")
+    assert first.summary.endswith("Stopped before seed 1: the same call goes on.")
+    both = sf.compare("digits", **options, device="cpu", progress=ended.append)
+    assert (both.seeds, both.missing) == ([0, 1], ())
+    assert {report.stage for report in ended[2:]} <= {"seed 1 DSM", "seed 1 STF"}  # pyright: ignore
 
 
 def test_labels_of_an_array_are_those_of_the_run(tmp_path: Path) -> None:
@@ -214,7 +228,6 @@ def test_labels_of_an_array_are_those_of_the_run(tmp_path: Path) -> None:
 
 def test_processes_agree_on_a_plan_without_sending_each_other_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
     digits = open_digits()
-    plan = sf.training.make_plan(digits, TINY)
     sent: list[bytes] = []
 
     def from_first(value: object) -> object:
@@ -222,7 +235,20 @@ def test_processes_agree_on_a_plan_without_sending_each_other_the_images(monkeyp
         return pickle.loads(sent[-1])
 
     monkeypatch.setattr("stablefield.training._run.from_first", from_first)
-    shared = share_plan(plan, digits)
+    shared = sf.training.make_plan(digits, TINY)
     assert shared.data is digits
-    assert (shared.config, shared.references, shared.noise_band) == (plan.config, plan.references, plan.noise_band)
+    assert (shared.config, shared.references, shared.noise_band) == pickle.loads(sent[0])
     assert len(sent[0]) < 20_000 < digits.images.nbytes
+
+
+def test_a_plan_says_what_its_run_would_take_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = sf.training.make_plan(open_digits(), TINY, device="cpu").estimate("cpu")
+    assert found.seconds == found.seconds_per_step * TINY.steps
+    assert 0 < found.target_seconds < found.seconds_per_step
+    names = ["images", "parameters", "memory", "steps", "references", "a step here", "all of it"]
+    assert [name for name, _ in found.rows()] == names
+    assert [line[:12].strip() for line in str(found).splitlines()] == names
+    assert list(tmp_path.iterdir()) == []

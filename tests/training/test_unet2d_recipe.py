@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from stablefield.cli.entry import main
-from stablefield.cli.recipes import chosen
 from stablefield.data._digits import open_digits
 from stablefield.training._config import decode, encode
 from stablefield.training._recipe import DiffusersUNetConfig
-from stablefield.training._recipes import unet2d
+from stablefield.training._recipes import named_recipe, unet2d
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -64,7 +63,7 @@ def test_recipe_fits_every_size(side: int, accelerated: bool) -> None:
 
 
 def test_recipe_is_chosen_by_name_and_read_back_from_json() -> None:
-    name, recipe = chosen("unet2d", open_digits(), accelerated=False)
+    name, recipe = named_recipe("unet2d", open_digits(), accelerated=False)
     assert name == "unet2d"
     assert isinstance(recipe.network, DiffusersUNetConfig)
     assert decode(encode(recipe)) == recipe

@@ -1,19 +1,17 @@
 """`stablefield bench`: what the target costs on this machine, beside the least that it could."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.table import Table
 
 from stablefield._bench import benchmark
-from stablefield.cli.console import console, relative
-from stablefield.cli.places import check_place
+from stablefield._shapes import found_device
+from stablefield.cli.console import console, print_table, relative
+from stablefield.cli.places import check_folder
+from stablefield.cli.progress import StageBar
 from stablefield.cli.sources import open_data
-from stablefield.cli.train import pick_device
-from stablefield.cli.work import Work
 from stablefield.report import write_chart
 from stablefield.report._extra import require
 
@@ -25,7 +23,7 @@ class Bench:
     """Measure time and memory of the target, its share of a training step, and how the cost grows."""
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA", help_behavior_hint="")] = ""
-    """Images to take references from, as for train; random pixels if not given."""
+    """Images to take references from, as DATA of train; random pixels if not given."""
     device: str = ""
     """Where to compute, such as cpu or cuda; a GPU if there is one."""
     batch: tuple[int, ...] = (64, 512)
@@ -50,10 +48,10 @@ class Bench:
                 raise ValueError(f"{flag} is {' '.join(map(str, sizes)) or 'empty'}: name numbers of at least 1.")
         if self.out is not None:
             require("matplotlib", "--out, which draws a plot,")
-            check_place("--out", self.out, folder=True)
-        device = pick_device(self.device)
+            check_folder("--out", self.out)
+        device = found_device(self.device or None)
         images = open_data(self.data) if self.data else None
-        with Work() as work:
+        with StageBar() as bar:
             found = benchmark(
                 images,
                 batch=self.batch,
@@ -62,11 +60,11 @@ class Bench:
                 step=self.step,
                 growth=self.growth,
                 device=device,
-                progress=work.show,
+                progress=bar.update,
             )
-        _print("one call, all rows above the noise band", *found.cost_table())
+        print_table(*found.cost_table(), title="one call, all rows above the noise band")
         if found.growth:
-            _print("how it grows", *found.growth_table())
+            print_table(*found.growth_table(), title="how it grows")
         if found.step_text:
             console.print(found.step_text)
         if self.out is not None:
@@ -74,12 +72,3 @@ class Bench:
             picture = write_chart(list(found.charts().values()), self.out / "bench.png")
             console.print(f"written: {relative(numbers)}, {relative(picture)}", markup=False)
         return 0
-
-
-def _print(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for name in head:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)

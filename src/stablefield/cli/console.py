@@ -1,5 +1,6 @@
 """Where the command prints: one console for its results, plain where it is no terminal."""
 
+import os
 import shlex
 import sys
 import warnings
@@ -11,10 +12,11 @@ from typing import IO, Any, cast
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.segment import Segment
+from rich.table import Table
 
 from stablefield.cli.terminal import clean, silence
 
-__all__ = ["console", "quoted", "relative", "shown_warnings"]
+__all__ = ["console", "print_rows", "print_table", "quoted", "relative", "shown_warnings"]
 
 
 class _Output:
@@ -77,7 +79,29 @@ class _CleanConsole(Console):
             yield segment if segment.control else Segment(clean(segment.text), segment.style)
 
 
-console = _CleanConsole(highlight=False, soft_wrap=True)
+# Of several processes, the first one prints.
+console = _CleanConsole(highlight=False, soft_wrap=True, quiet=os.environ.get("RANK", "0") != "0")
+
+
+def print_rows(rows: Iterable[tuple[str, str]]) -> int:
+    """Print names beside their texts, and return the exit status of success."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # a checksum is of use only whole
+    for name, text in rows:
+        table.add_row(escape(name), escape(text))
+    console.print(table)
+    return 0
+
+
+def print_table(head: Iterable[str], rows: Iterable[Iterable[str]], title: str | None = None) -> None:
+    """Print columns of numbers."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for name in head:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def relative(path: Path) -> str:

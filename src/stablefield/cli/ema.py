@@ -28,8 +28,6 @@ class Ema:
 
     def run(self) -> int:
         """Write one file of weights per length."""
-        if self.step is not None and self.step < 1:
-            raise ValueError(f"step is {self.step}: steps of a run are counted from 1.")
         for length in self.length:
             power_exponent(length)
         run = Run(self.run_folder)

@@ -13,6 +13,7 @@ import threading
 import traceback
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from types import FrameType
 from typing import NoReturn
 
@@ -107,10 +108,14 @@ def _of_one_recipe(arguments: Sequence[str]) -> bool:
 
 def _help_of_recipe(arguments: Sequence[str]) -> str:
     from stablefield.cli.inventory import inventory
+    from stablefield.cli.recipe_flags import base_of
     from stablefield.cli.usage import usage
-    from stablefield.cli.verbs import base_of
 
-    return usage(inventory(base_of(arguments))[arguments[0]])
+    named = [
+        word.partition("=")[2] or after for word, after in pairwise([*arguments, ""]) if word.startswith("--recipe")
+    ]
+    base = base_of(named[0] if named else "auto", "digits" if "digits" in arguments else "")
+    return usage(inventory(base)[arguments[0]])
 
 
 @contextmanager

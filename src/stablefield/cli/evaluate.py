@@ -9,14 +9,13 @@ import torch
 import tyro
 from rich.markup import escape
 
+from stablefield._shapes import found_device
 from stablefield.cli.console import console, relative, shown_warnings
 from stablefield.cli.extractors import ExtractorFlags
-from stablefield.cli.places import check_folder, check_free, check_place, unused
-from stablefield.cli.settling import pick_device
+from stablefield.cli.places import check_file, check_folder, check_free, unused
+from stablefield.cli.progress import StageBar
 from stablefield.cli.sources import open_data
 from stablefield.cli.usage import as_flags
-from stablefield.cli.words import duration
-from stablefield.cli.work import Work
 from stablefield.data._image_set import ImageSet
 from stablefield.data._resizing import Resize
 from stablefield.evaluation._evaluate import DEFAULT_METRICS, METRICS, check_counts, evaluate
@@ -24,8 +23,10 @@ from stablefield.evaluation._processes import Processes
 from stablefield.evaluation._reference import ProtocolWarning
 from stablefield.evaluation._result import Evaluation
 from stablefield.evaluation._time_estimate import TimeEstimate
+from stablefield.report._cells import duration
 from stablefield.report._extra import require
 from stablefield.training._run import Run
+from stablefield.training._run_probe import is_run
 from stablefield.training._run_source import RunSource, data_of
 from stablefield.training._sampler import SamplerOptions
 
@@ -96,15 +97,12 @@ class Evaluate:
         self._check()
         earlier = None if self.against is None else replace(Evaluation.load(self.against), name=relative(self.against))
         with Processes() as processes:
-            console.quiet = not processes.first
             try:
                 found = self._evaluate()
-                if processes.first:
-                    self._finish(found if earlier is None else found.compare(earlier))
             except ValueError as error:
                 raise ValueError(as_flags(str(error), _FLAGS)) from error
-            finally:
-                console.quiet = False
+            if processes.first:
+                self._finish(found if earlier is None else found.compare(earlier))
         return 0
 
     def _check(self) -> None:
@@ -117,15 +115,17 @@ class Evaluate:
             if place is not None:
                 if not place.is_dir():
                     check_free(flag, place, overwrite=self.overwrite)
-                check_place(flag, place)
+                check_file(flag, place)
         if self.out is None:
             check_folder("--out", self._place().parent)
         check_counts([METRICS[name] for name in self.metrics], self.samples, self.references)
 
     def _evaluate(self) -> Evaluation:
-        device = pick_device(self.device)
-        with Work() as work, shown_warnings({ProtocolWarning: " To make it anew: --no-cache, or delete the file."}):
-            samples, name, opening = self._samples_of_run(device) if self._is_run else (self._images(), self.data, {})
+        device = found_device(self.device or None)
+        with StageBar() as bar, shown_warnings({ProtocolWarning: " To make it anew: --no-cache, or delete the file."}):
+            samples, name, opening = (
+                self._samples_of_run(device) if is_run(self.source) else (self._images(), self.data, {})
+            )
             # Real images are brought to their size as the run's were in training unless the flags say otherwise.
             if self.resolution is not None or not opening:
                 opening = {"resolution": self.resolution, "resize": self.resize}
@@ -140,7 +140,7 @@ class Evaluate:
                 metrics=self.metrics,
                 extractor=self.extractor.open(samples.shape, device) if uses_extractor else None,
                 classifier=self.extractor.open_classifier(device),
-                count=None if self._is_run else self.samples,
+                count=None if is_run(self.source) else self.samples,
                 references=self.references,
                 split=self.split,
                 held_out=real("train", self.held_out) if self.held_out else None,
@@ -149,7 +149,7 @@ class Evaluate:
                 device=device,
                 batch=self.feature_batch,
                 cache=False if self.no_cache else self.cache or True,
-                progress=work.show,
+                progress=bar.update,
                 on_estimate=_print_estimate,
             )
         return replace(found, name=self.source)
@@ -179,16 +179,12 @@ class Evaluate:
         if self.report is not None:
             console.print(f"report:  {relative(found.save(self.report))}")
 
-    @property
-    def _is_run(self) -> bool:
-        return (Path(self.source) / "config.json").is_file()
-
     def _place(self) -> Path:
         """Where the results go: --out, or a name that is not taken."""
         if self.out is not None:
             return self.out
         name = f"{self.extractor.extractor}-{self.drawing.sampler}.json"
-        return unused(Path(self.source, "evaluations", name) if self._is_run else Path("evaluation.json"))
+        return unused(Path(self.source, "evaluations", name) if is_run(self.source) else Path("evaluation.json"))
 
 
 def _print_estimate(estimate: TimeEstimate) -> None:

@@ -42,14 +42,10 @@ class Export:
 
     def run(self) -> int:
         """Write the folder, and say how it is loaded."""
-        if self.samples < 0:
-            raise ValueError(f"--samples is {self.samples}: it must not be negative.")
         if self.push and self.push.count("/") != 1:
             raise ValueError(f"--push {self.push} is no name of a repository: write OWNER/NAME.")
         if self.push and find_spec("huggingface_hub") is None:
             raise ImportError('--push needs huggingface_hub: pip install "stablefield[diffusers]".')
-        if self.format == "diffusers" and find_spec("diffusers") is None:
-            raise ImportError('--format diffusers needs diffusers: pip install "stablefield[diffusers]".')
         check_new_folder("--out", self.out)
         run = Run(self.run_folder)
         with shown_warnings():

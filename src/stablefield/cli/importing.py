@@ -6,9 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 from rich.markup import escape
-from rich.table import Table
 
-from stablefield.cli.console import console, quoted, relative
+from stablefield.cli.console import console, print_rows, quoted, relative
 from stablefield.cli.places import check_new_folder
 from stablefield.interop._imported_run import write_imported_run
 from stablefield.interop._published import read_published
@@ -31,12 +30,14 @@ class Import:
         """Read, say what was found, and write the run."""
         check_new_folder("--out", self.out)
         network = read_published(self.file, self.preconditioning)
-        table = Table(show_header=False, box=None, pad_edge=False)
-        for what, text in [*network.architecture.describe(), ("preconditioning", str(network.preconditioning))]:
-            table.add_row(what, escape(text))
         count = sum(parameter.numel() for parameter in network.denoiser().parameters())
-        table.add_row("parameters", f"{count:,}, {escape(network.origin)}")
-        console.print(table)
+        print_rows(
+            [
+                *network.architecture.describe(),
+                ("preconditioning", str(network.preconditioning)),
+                ("parameters", f"{count:,}, {network.origin}"),
+            ]
+        )
         folder = write_imported_run(self.out, network, self.file)
         console.print(f"run folder: {escape(relative(folder.path))}")
         console.print(f"draw from it:  {quoted('stablefield', 'sample', folder.path, '--seeds', '0-63')}")

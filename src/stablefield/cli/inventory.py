@@ -17,12 +17,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
-from stablefield.cli.data import Data
 from stablefield.cli.flags import FILE, Flag, Group, VerbFlags, record_of
-from stablefield.cli.recipes import RECIPES
-from stablefield.cli.verbs import UNET, VERBS
+from stablefield.cli.recipe_flags import BASES, RecipeFlags, TrainingFlags
+from stablefield.cli.verbs import VERBS
 from stablefield.training._recipe import Recipe
-from stablefield.training._recipes import unet2d
 
 __all__ = ["inventory"]
 
@@ -74,16 +72,10 @@ def inventory(recipe: Recipe | None = None) -> dict[str, VerbFlags]:
     Args:
         recipe: whose flags and defaults those of `train` and `compare` are; all recipes together if not given.
     """
-    bases = [recipe] if recipe else [UNET, *RECIPES.values(), unet2d((3, 32, 32), 10_000, accelerated=False)]
-    found: dict[str, VerbFlags] = {}
-    for name, kind in VERBS.items():
-        if kind is Data:
-            for action in get_args(_bare(get_type_hints(Data, include_extras=True)["action"])):
-                inner = _bare(action)
-                found[f"data {inner.__name__.lower()}"] = _verb(f"data {inner.__name__.lower()}", inner, [None])
-        else:
-            found[name] = _verb(name, kind, bases if name in ("train", "compare") else [None])
-    return found
+    bases = [recipe] if recipe else list(BASES.values())
+    return {
+        name: _verb(name, kind, bases if issubclass(kind, TrainingFlags) else [None]) for name, kind in VERBS.items()
+    }
 
 
 def _verb(name: str, kind: type, bases: Iterable[Recipe | None]) -> VerbFlags:
@@ -147,13 +139,12 @@ def _flags(kind: type, base: Any, prefix: str, part: str) -> Iterator[tuple[str,
     hints, helps = get_type_hints(kind, include_extras=True), _helps(kind)
     for field in dataclasses.fields(kind):
         notes, bare = _notes(hints[field.name]), _bare(hints[field.name])
-        if tyro.conf.Suppress in notes:
+        if bare is RecipeFlags:
+            yield from _flags(Recipe, base, "", "")
             continue
         name = next((note.name for note in notes if getattr(note, "name", None) is not None), field.name)
         label = name.replace("_", "-")
         value = getattr(base, field.name) if isinstance(base, kind) else _default(field)
-        if isinstance(base, Recipe) and bare is Recipe:
-            value = base
         if _is_nested(bare):
             inner = type(value) if value is not dataclasses.MISSING else bare
             own = f"{_PARTS[label]} ({inner.__name__.removesuffix('Config')})" if label in _PARTS else part

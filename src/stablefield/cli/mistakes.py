@@ -77,7 +77,10 @@ _OTHER = {
     "--resume-from --resume-from-checkpoint --checkpoint --ckpt": ("--resume", "give --resume --out RUN"),
     "--arch --architecture --model --network": ("--recipe", "give --recipe, or the flags that begin with --network"),
     "--target": ("--evaluations", "leave it out: both targets are trained with"),
-    "--sample-every --checkpoint-every": ("--looks", "give --looks, how often each run is scored and saved"),
+    "--sample-every --checkpoint-every": (
+        "--evaluations",
+        "give --evaluations, how often each run is scored and saved",
+    ),
 }
 _VERBS = {
     "fit": "train",
@@ -98,14 +101,16 @@ _NUMBER = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
 
 
 def checked(arguments: Sequence[str]) -> list[str]:
-    """The arguments with the names that the verb knows; usual names of other programs are understood.
+    """The arguments with the names that the verb knows, those without a flag first.
+
+    Usual names of other programs are understood.
 
     Raises:
         ValueError: if there is no such verb, flag or value, or something is missing; with what was probably meant.
     """
     verb, rest = _verb(arguments)
     flags = verb.flags()
-    found: list[str] = verb.name.split()
+    found: list[str] = []
     plain: list[str] = []
     given: set[str] = set()
     place = 0
@@ -114,7 +119,6 @@ def checked(arguments: Sequence[str]) -> list[str]:
         place += 1
         if not _is_flag(word):
             plain.append(word)
-            found.append(word)
             continue
         name, equals, value = word.partition("=")
         name = _known(name, verb, flags)
@@ -138,7 +142,7 @@ def checked(arguments: Sequence[str]) -> list[str]:
             if not any(_takes(flag, value) for flag in variants):
                 raise ValueError(f"{name} is {value}: it takes {expects(variants[0])}.")
     _check_rest(verb, plain, given)
-    return found
+    return [*verb.name.split(), *plain, *found]
 
 
 def _verb(arguments: Sequence[str]) -> tuple[VerbFlags, list[str]]:

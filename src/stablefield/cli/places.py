@@ -4,19 +4,17 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+from stablefield.data._png import PICTURES
+
 __all__ = [
-    "PICTURES",
+    "check_file",
     "check_folder",
     "check_free",
     "check_new_folder",
-    "check_place",
     "check_suffix",
     "looks_like_file",
     "unused",
 ]
-
-PICTURES = (".png", ".jpg", ".jpeg")
-"""The pictures that are written."""
 
 # What a folder is not called, but a file: who writes `--out grid.gif` does not want a folder of that name.
 _PICTURES = (*PICTURES, ".gif", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".svg", ".pdf", ".mp4")
@@ -25,27 +23,23 @@ _TEXTS = (".json", ".jsonl", ".csv", ".txt", ".html", ".htm", ".md", ".py")
 _FILES = frozenset((*_PICTURES, *_ARRAYS, *_TEXTS, ".zip", ".tar", ".gz", ".tgz"))
 
 
-def check_place(flag: str, path: Path, *, folder: bool = False) -> None:
-    """Make sure that a file, or files in a folder, can be written; folders on the way are made.
+def check_file(flag: str, path: Path) -> None:
+    """Make sure that a file can be written; folders on the way are made.
 
     Args:
         flag: that named the place, for the error.
-        path: the file, or the folder.
-        folder: whether it is a folder.
+        path: the file.
 
     Raises:
         ValueError: if it cannot.
     """
-    if folder:
-        _check_name(flag, path)
-    home = path if folder else path.parent
     try:
-        home.mkdir(parents=True, exist_ok=True)
-        _try_writing(home)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _try_writing(path.parent)
         is_folder = path.is_dir()
     except OSError as error:
         raise ValueError(f"{flag} {path} cannot be written ({error.strerror}): name another place.") from error
-    if not folder and is_folder:
+    if is_folder:
         without = f", or a folder without {path.suffix} in its name" if path.suffix else ""
         raise ValueError(f"{flag} {path} is a folder: name a file{without}.")
 
@@ -60,7 +54,8 @@ def check_folder(flag: str, path: Path) -> None:
     Raises:
         ValueError: if it cannot.
     """
-    _check_name(flag, path)
+    if looks_like_file(path):
+        raise ValueError(f"{flag} {path} is called like a file: name a folder.")
     try:
         home = path
         while not home.exists() and home != home.parent:
@@ -145,11 +140,6 @@ def check_suffix(flag: str, path: Path, suffixes: Collection[str], what: str) ->
 def looks_like_file(path: Path) -> bool:
     """Whether a path is called as files are, and is no folder."""
     return path.suffix.lower() in _FILES and not path.is_dir()
-
-
-def _check_name(flag: str, path: Path) -> None:
-    if looks_like_file(path):
-        raise ValueError(f"{flag} {path} is called like a file: name a folder.")
 
 
 def _try_writing(home: Path) -> None:

@@ -8,21 +8,19 @@ from typing import Annotated, Literal
 
 import tyro
 
-from stablefield._progress import Progress
-from stablefield.cli.bar import Bar
+from stablefield._shapes import found_device
 from stablefield.cli.console import console, relative
+from stablefield.cli.parser import words_of
 from stablefield.cli.places import check_folder
-from stablefield.cli.recipes import limit
-from stablefield.cli.settling import pick_device
-from stablefield.cli.sources import open_data, print_reading
-from stablefield.cli.usage import as_flags
-from stablefield.cli.words import flags_of
+from stablefield.cli.progress import StageBar
+from stablefield.cli.sources import DataFlags, print_reading
 from stablefield.probing._bias_probe import BiasProbe, probe_bias
 from stablefield.probing._network_probe import NetworkProbe
 from stablefield.probing._population import MOST
 from stablefield.probing._probe import Probe as Probed
 from stablefield.probing._training import TRAININGS
 from stablefield.report._extra import require
+from stablefield.training._recipes import largest_resolution
 from stablefield.training._run_probe import is_run, probe, usual_training
 
 __all__ = ["Probe"]
@@ -31,11 +29,11 @@ _TRAININGS = {training.name.lower(): training for training in TRAININGS}
 
 
 @dataclass(frozen=True)
-class Probe:
+class Probe(DataFlags):
     """See the variance of training targets on your data; or how far a run's network is from the optimum."""
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA|RUN")]
-    """The data (digits, a folder or .zip of images, .npy, .npz, idx or CIFAR-10 files), or the folder of a run."""
+    """Images, as DATA of train, or the folder of a run."""
     references: str = "16,64,256,1024,4096,all"
     """Sizes of reference sets to measure; the whole set leaves no variance and is not sampled."""
     noise_levels: str = ""
@@ -58,12 +56,6 @@ class Probe:
     """Test instead that reference policies are unbiased on the data, and that planted faults are seen."""
     false_alarm: float = 0.001
     """Rate at which the bias check may fail an unbiased policy."""
-    resolution: int | None = None
-    """Bring every image to this many pixels a side; where sizes differ, chosen as train would."""
-    resize: Literal["crop", "squash"] = "crop"
-    """Cut to the largest centred square first, or take the whole image."""
-    skip_broken: bool = False
-    """Leave out files that cannot be read, and count them."""
     out: Path | None = None
     """Folder for numbers, pictures and the report; probes/NAME if not given.
     Files of an earlier probe there are replaced."""
@@ -76,11 +68,7 @@ class Probe:
         check_folder("--out", self.out or (Path(self.data, "probe") if of_run else Path("probes", "new")))
         for package in ("matplotlib", "jinja2"):
             require(package, "the report of a probe")
-        try:
-            result = self._measured(of_run)
-        except ValueError as error:
-            raise ValueError(as_flags(str(error))) from error
-        result = dataclasses.replace(result, command=self._command)
+        result = dataclasses.replace(self._measured(of_run), command=self._command)
         console.print(str(result), markup=False)
         out = self.out or (Path(self.data, "probe") if of_run else Path("probes") / result.name)
         if isinstance(result, BiasProbe):
@@ -91,21 +79,16 @@ class Probe:
         return 0
 
     def _measured(self, of_run: bool) -> Probed | NetworkProbe | BiasProbe:
-        device = pick_device(self.device)
+        device = found_device(self.device or None)
         references = [int(size) for size in _numbers("--references", self.references, "16,256,all")]
         levels = _numbers("--noise-levels", self.noise_levels, "0.5,1,2") or None
         images, training = self.data, _TRAININGS.get(self.plan)
         if not of_run:
-            bound = None if self.resolution else limit("auto", accelerated=device.type == "cuda")
-            images = open_data(self.data, self.resolution, self.resize, "train", self.skip_broken, bound)
+            images = self.open(limit=largest_resolution(accelerated=device.type == "cuda"))
             print_reading(images)
             if training is not None:
                 training = dataclasses.replace(training, batch=usual_training(images, device).batch)
-        with Bar("measuring") as bar:
-
-            def show(progress: Progress) -> None:
-                bar(progress.done / progress.total)
-
+        with StageBar() as bar:
             if self.check_bias and not isinstance(images, str):
                 return probe_bias(
                     images,
@@ -115,7 +98,7 @@ class Probe:
                     max_images=self.max_images,
                     seed=self.seed,
                     device=device,
-                    progress=show,
+                    progress=bar.update,
                 )
             return probe(
                 images,
@@ -129,12 +112,12 @@ class Probe:
                 sources=self.sources,
                 seed=self.seed,
                 device=device,
-                progress=show,
+                progress=bar.update,
             )
 
     @property
     def _command(self) -> str:
-        flags = flags_of(self, Probe(""), besides=("data", "out", "device"))
+        flags = words_of(self, Probe(""), besides=("data", "out", "device"))
         return shlex.join(["stablefield", "probe", self.data, *flags])
 
 

@@ -1,19 +1,29 @@
-"""Progress of a training run: a bar in a terminal, a line now and then elsewhere."""
+"""Bars of long work in a terminal, and a line now and then elsewhere."""
 
 import time
-from types import TracebackType
+from datetime import timedelta
 from typing import Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+)
+from rich.text import Text
 
-from stablefield.cli.bar import TimeLeft
+from stablefield._progress import Progress as Stage
 from stablefield.cli.console import console
 from stablefield.training._loop import Report
 
-__all__ = ["EVERY", "TrainingProgress"]
+__all__ = ["EVERY", "StageBar", "TimeLeft", "TrainingBar"]
 
 EVERY = 10
-"""Steps between reports."""
+"""Steps between reports of a training."""
 
 # Seconds between lines where there is no terminal.
 _QUIET = 15.0
@@ -23,7 +33,75 @@ _ROOMY = 100
 _SMOOTH = 0.1
 
 
-class TrainingProgress:
+class TimeLeft(ProgressColumn):
+    """The time that the rest takes at the pace so far, however rare the reports of it are.
+
+    A task that begins in the midst of its work says so in its field `begun`. Until there is a pace nothing is shown.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # What was done when, at the first report of each task and at the last.
+        self._first: dict[int, tuple[float, float]] = {}
+        self._last: dict[int, tuple[float, float]] = {}
+
+    def render(self, task: Task) -> Text:
+        """The time left, such as 1:02:03, or nothing."""
+        begun, now = float(task.fields.get("begun", 0)), task.elapsed
+        if task.finished or task.total is None or task.completed <= begun or now is None:
+            return Text("")
+        first = self._first.setdefault(task.id, (task.completed, now))
+        if self._last.get(task.id, (-1.0, 0.0))[0] != task.completed:
+            self._last[task.id] = (task.completed, now)
+        done, then = self._last[task.id]
+        # What comes before the first report, such as a compiler's work, is no part of the pace once there are two.
+        since, at = first if done > first[0] else (begun, 0.0)
+        left = (then - at) / (done - since) * (task.total - done) - (now - then)
+        days, rest = divmod(max(0, round(left)), 86_400)
+        text = f"{days} d {rest // 3600} h" if days else str(timedelta(seconds=rest))
+        return Text(f"{text} left", style="progress.remaining")
+
+
+class StageBar:
+    """Shows how far the stages of a long call of the library are."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[text]}", markup=False),
+            TimeLeft(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal or console.quiet,
+        )
+        self._stage: str | None = None
+        self._task: TaskID | None = None
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, report: Stage) -> None:
+        """Show a report."""
+        text = f"{report.done:,} of {report.total:,}"
+        if self._task is None or report.stage != self._stage:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._stage, self._task = report.stage, self._bar.add_task(report.stage, total=report.total, text=text)
+        self._bar.update(self._task, completed=report.done, text=text)
+        now = time.monotonic()
+        if not console.is_terminal and now - self._last_line > _QUIET:
+            self._last_line = now
+            console.print(f"{report.stage}: {text}", markup=False)
+
+
+class TrainingBar:
     """Shows reports of a run of `steps` steps.
 
     Args:
@@ -52,9 +130,7 @@ class TrainingProgress:
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
     def update(self, report: Report) -> None:

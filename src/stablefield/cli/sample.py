@@ -9,15 +9,15 @@ import tyro
 from rich.markup import escape
 
 from stablefield.cli.console import console, relative, shown_warnings
-from stablefield.cli.places import check_free, check_place, check_suffix, looks_like_file, unused
-from stablefield.cli.settling import pick_device
-from stablefield.cli.work import Work
+from stablefield.cli.parser import parse_seeds
+from stablefield.cli.places import check_file, check_folder, check_free, check_suffix, looks_like_file, unused
+from stablefield.cli.progress import StageBar
+from stablefield.data._png import PICTURES
 from stablefield.evaluation._processes import Processes
 from stablefield.training._run import Run
 from stablefield.training._sampler import SamplerOptions
-from stablefield.training._samples import PICTURES
 
-__all__ = ["Sample", "parse_seeds"]
+__all__ = ["Sample"]
 
 # Names of files that hold all images; of any other name is a folder of one file per image.
 _SINGLE = (*PICTURES, ".npz")
@@ -49,11 +49,7 @@ class Sample:
         seeds = parse_seeds(self.seeds)
         self.drawing.check()
         with Processes() as processes:
-            console.quiet = not processes.first
-            try:
-                self._draw(seeds, processes)
-            finally:
-                console.quiet = False
+            self._draw(seeds, processes)
         return 0
 
     def _draw(self, seeds: list[int], processes: Processes) -> None:
@@ -66,19 +62,19 @@ class Sample:
             check_suffix("--out", out, _SINGLE, "one file of all images")
         if not single or not out.is_dir():
             self._check_free(out, processes)
-        check_place("--out", out, folder=not single)
+        (check_file if single else check_folder)("--out", out)
         began = time.perf_counter()
         with shown_warnings():
-            sampler = run.sampler(options, device=pick_device(self.device))
-        with Work() as work:
+            sampler = run.sampler(options, device=self.device or None)
+        with StageBar() as bar:
             if single:
-                samples = run.sample(seeds, sampler=sampler, progress=work.show)
+                samples = run.sample(seeds, sampler=sampler, progress=bar.update)
                 nfe = samples.nfe
                 if processes.first:
                     samples.save(out)
             else:
                 # Each batch is on the disk before the next is drawn.
-                found = [batch.save(out) and batch.nfe for batch in sampler.draw(seeds, processes, work.show)]
+                found = [batch.save(out) and batch.nfe for batch in sampler.draw(seeds, processes, bar.update)]
                 evaluations, count = processes.total(sum(found), len(found))
                 nfe = evaluations / count
         seconds = time.perf_counter() - began
@@ -102,28 +98,3 @@ class Sample:
         # All have looked before the first of them writes.
         if not processes.all(refusal is None):
             raise refusal or ValueError(f"--out {out} is taken, as another process sees it: name another place.")
-
-
-def parse_seeds(text: str) -> list[int]:
-    """Seeds of a text such as 0-63 or 1,5,8-12.
-
-    Raises:
-        ValueError: if it is none, or names a seed twice.
-    """
-    seeds: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        try:
-            start, stop = int(first), int(last if dash else first)
-        except ValueError:
-            raise ValueError(f"--seeds {text}: write numbers and ranges, such as 0-63 or 1,5,8-12.") from None
-        if stop < start:
-            raise ValueError(f"--seeds {text}: the range {part.strip()} ends before it begins.")
-        if stop >= 2**32:
-            raise ValueError(f"--seeds {text}: a seed is a whole number from 0 to 2^32 - 1.")
-        if stop - start + len(seeds) >= 1_000_000:
-            raise ValueError(f"--seeds {text}: that is over a million images; draw them in several calls.")
-        seeds.extend(range(start, stop + 1))
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds {text}: a seed is named twice.")
-    return seeds

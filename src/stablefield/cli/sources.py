@@ -1,46 +1,57 @@
-"""What DATA may be: from the word on the command line to an image set, with a line of progress for slow ones."""
+"""The flags of every verb that reads images, and how they were read."""
 
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
+import tyro
 from rich.markup import escape
-from rich.progress import Progress
 
 from stablefield.cli.console import console
+from stablefield.cli.progress import StageBar
 from stablefield.data._image_set import ImageSet
-from stablefield.data._resizing import Resize, Resolution
 from stablefield.data._source import open_images
 
-__all__ = ["open_data", "print_reading"]
+__all__ = ["DataFlags", "open_data", "print_reading"]
 
 
-def open_data(
-    name: str,
-    resolution: Resolution | None = None,
-    resize: Resize = "crop",
-    split: str = "train",
-    skip_broken: bool = False,
-    limit: int | None = None,
-) -> ImageSet:
-    """Open the data that `name` means, as `stablefield.data._source.open_images` does.
+@dataclass(frozen=True)
+class DataFlags:
+    """Which images, and how they are read."""
 
-    Raises:
-        ValueError: if it means nothing, or is damaged; with what would be understood.
-    """
-    if name and not name.startswith("hf:") and name != "digits" and not Path(name).exists():
-        raise ValueError(
-            f"DATA is {name}, and there is no such file or folder; the built-in data set is called digits."
-        )
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading", total=None)
-        return open_images(
-            name,
-            resolution=resolution,
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
+    """Images: digits (built in), a folder or .zip of images, .npy, .npz, idx, parquet or CIFAR-10 files, a packed file,
+    hf:OWNER/NAME."""
+    resolution: int | None = None
+    """Bring every image to this many pixels a side; where sizes differ, train chooses it."""
+    resize: Literal["crop", "squash"] = "crop"
+    """Cut to the largest centred square first, or take the whole image."""
+    skip_broken: bool = False
+    """Leave out files that cannot be read, and count them."""
+
+    def open(self, *, limit: int | None = None, split: str = "train") -> ImageSet:
+        """Open the images.
+
+        Args:
+            limit: as for `open_images`.
+            split: which part.
+
+        Raises:
+            ValueError: if there are none, or they are damaged.
+        """
+        return open_data(
+            self.data,
+            resolution=self.resolution,
+            resize=self.resize,
+            skip_broken=self.skip_broken,
             limit=limit,
-            resize=resize,
             split=split,
-            skip_broken=skip_broken,
-            progress=lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total),
         )
+
+
+def open_data(source: str, **opening: Any) -> ImageSet:
+    """Open images as `stablefield.data.open_images` does, with a bar."""
+    with StageBar() as bar:
+        return open_images(source, **opening, progress=bar.update)
 
 
 def print_reading(data: ImageSet) -> None:

@@ -115,6 +115,7 @@ def as_flags(message: str, renamed: Mapping[str, str] | None = None, verb: str =
         lambda found: found[0] if (flag := flag_of(found[1])) is None else f"{flag} ",
         message,
     )
+    message = re.sub(r"(?<!\S)(--[\w.-]+|[A-Z]+) '([^'\s]*)'", r"\1 \2", message)  # as it was typed
     # Words of several parts are names in any case.
     return re.sub(r"(?<![\w./-])[a-z]+(?:_[a-z]+)+(?![\w./(-])", lambda found: flag_of(found[0]) or found[0], message)
 

@@ -20,11 +20,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stablefield._progress import Progress
 from stablefield._regular_file import reason
 from stablefield.data._collector import Collector, cached
 from stablefield.data._image_decoder import DECODING_MEMORY, Header, decode, read_header
@@ -33,10 +34,7 @@ from stablefield.data._image_set import ImageSet, Origin, labels_sha256
 from stablefield.data._pillow import require_pillow
 from stablefield.data._resizing import Resize, Resolution, height_and_width, natural_resolution, resize_text
 
-__all__ = ["Progress", "load_image_files"]
-
-Progress: TypeAlias = Callable[[str, int, int], None]
-"""Called with the stage ("reading headers", "decoding"), how many files are done, and of how many."""
+__all__ = ["load_image_files"]
 
 THREADS = 4
 WINDOW = 32
@@ -59,7 +57,7 @@ def load_image_files(
     limit: int | None,
     resize: Resize,
     skip_broken: bool,
-    progress: Progress | None,
+    progress: Callable[[Progress], object] | None,
     memory_budget: int,
     cache: Path,
 ) -> ImageSet:
@@ -245,7 +243,11 @@ def _return_free_memory() -> None:
 
 
 def _reported(
-    stage: str, progress: Progress | None, function: Callable[[int], T], count: int, ahead: int = WINDOW
+    stage: str,
+    progress: Callable[[Progress], object] | None,
+    function: Callable[[int], T],
+    count: int,
+    ahead: int = WINDOW,
 ) -> Generator[T, None, None]:
     """Yield `function` of 0 .. count - 1, in order, from a pool of threads that runs only a little ahead."""
     window: deque[Future[T]] = deque()
@@ -259,6 +261,6 @@ def _reported(
                 yield window.popleft().result()
                 done += 1
                 if progress is not None:
-                    progress(stage, done, count)
+                    progress(Progress(stage=stage, done=done, total=count))
     finally:
         pool.shutdown(cancel_futures=True)

@@ -22,8 +22,10 @@ from stablefield._shapes import check_kind, whole_number
 from stablefield.data._image_set import class_text
 from stablefield.data._pillow import require_pillow
 
-__all__ = ["class_grid", "tile", "write_picture", "write_png"]
+__all__ = ["PICTURES", "class_grid", "tile", "write_picture", "write_png"]
 
+PICTURES = (".png", ".jpg", ".jpeg")
+"""Suffixes of the pictures that `write_picture` writes."""
 PICTURE_WIDTH = 1000
 CELL_WIDTH = 128
 CAPTION = 13

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stablefield._progress import Progress
 from stablefield._regular_file import open_regular
 from stablefield._shapes import check_callable, check_kind, flag, whole_number
 from stablefield.data._archive import Archive, is_archive
@@ -21,7 +22,7 @@ from stablefield.data._digits import open_digits
 from stablefield.data._hub import hub_files
 from stablefield.data._idx import idx_images, is_idx, open_idx
 from stablefield.data._image_files import ImageFiles, folder_files, zip_files
-from stablefield.data._image_loader import Progress, load_image_files
+from stablefield.data._image_loader import load_image_files
 from stablefield.data._image_set import ImageSet, Origin, make_image_set
 from stablefield.data._packed import is_packed, open_packed
 from stablefield.data._resizing import Resize, Resolution, check_resize, natural_resolution, resized_set
@@ -41,7 +42,7 @@ class Request:
     resize: Resize
     split: str
     skip_broken: bool
-    progress: Progress | None
+    progress: Callable[[Progress], object] | None
     memory_budget: int
     cache: Path
 
@@ -213,7 +214,7 @@ def open_images(
     resize: Resize = "crop",
     split: str = "train",
     skip_broken: bool = False,
-    progress: Progress | None = None,
+    progress: Callable[[Progress], object] | None = None,
     memory_budget: int = MEMORY_BUDGET,
     cache: str | Path | None = None,
 ) -> ImageSet:
@@ -229,7 +230,7 @@ def open_images(
             whole image.
         split: which split, for sources that have several.
         skip_broken: skip files that cannot be read, and count them in the manifest.
-        progress: called with stage, files done, and number of files.
+        progress: called with the stage ("reading headers", "decoding") and how many files are done.
         memory_budget: decoded images of more bytes than this go into a packed file that is mapped into memory.
         cache: the folder for that file; by default `stablefield` in $XDG_CACHE_HOME or ~/.cache.
 
@@ -257,7 +258,7 @@ def open_images(
     whole_number("memory_budget", memory_budget, 0)
     flag("skip_broken", skip_broken)
     if progress is not None:
-        check_callable("progress", progress, "progress(stage, done, total)")
+        check_callable("progress", progress, "progress(report), with a Progress")
     check_resize(resolution, resize)
     request = Request(
         source=source,

@@ -83,12 +83,7 @@ def opened(name: str, images: Images, split: str, progress: Report | None) -> Im
     if isinstance(images, str | Path):
         if (Path(images) / "config.json").is_file():
             raise ValueError(f"{name}={str(images)!r} is a run: evaluate it by Run({str(images)!r}).evaluate(...).")
-
-        def report(stage: str, done: int, total: int) -> None:
-            if progress is not None:
-                progress(Progress(stage=stage, done=done, total=total))
-
-        return open_images(images, split=split, progress=report)
+        return open_images(images, split=split, progress=progress)
     try:
         if isinstance(images, Tensor):
             check_images(images)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
-__all__ = ["Cell", "Estimate", "check_cell", "printable", "show", "text_table"]
+__all__ = ["Cell", "Estimate", "check_cell", "duration", "printable", "show", "text_table"]
 
 MINUS = "\u2212"
 THIN_SPACE = "\u202f"
@@ -117,3 +117,15 @@ def _estimate(estimate: Estimate, digits: int) -> str:
     if _plain(power) and abs(value) < 1e7:
         return f"{_grouped(f'{value:.{decimals}f}')} ± {_grouped(f'{error:.{decimals}f}')}"
     return f"{_float(value, digits)} ± {_float(error, 2)}"
+
+
+def duration(seconds: float) -> str:
+    """A time in its two largest units: 12 s, 3 min 20 s, 2 h 5 min, 4 d 3 h."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

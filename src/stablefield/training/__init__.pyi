@@ -1,6 +1,6 @@
 from stablefield.training._allocator import keep_freed_memory as keep_freed_memory
-from stablefield.training._compare import Comparison as Comparison
 from stablefield.training._compare import compare as compare
+from stablefield.training._comparison import Comparison as Comparison
 from stablefield.training._loop import Observer as Observer
 from stablefield.training._loop import Report as Report
 from stablefield.training._loop import TrainingError as TrainingError

@@ -1,394 +1,214 @@
-r"""A comparison: the single-sample target and the stable one, trained from the same seeds on the same batches and noise.
+"""What a comparison of the targets found: its table, its summary in words, its report and its files."""
 
-Both runs of a seed begin with the same weights and see the same rows, noise levels and noise; only what they regress on
-differs. Every so often the averaged model is scored by
-
-- its mean squared distance to the exact posterior mean over the whole training set, at several noise levels;
-- the Frechet distance of samples of fixed seeds, with its jackknife error;
-- the variance of the gradient from batch to batch, $E|g - E g|^2$ summed over the parameters, for both targets at the same
-  weights: what the stable target is there to lower.
-
-Scores are kept in the run's folder line by line, so a comparison that was interrupted goes on where it stopped.
-
-A score is expensive: 1,000 samples by Heun's method in 18 steps are 35,000 rows through the network, as many as in some
-hundred training steps. `plan_scoring` therefore chooses how often and on how many samples, so that scoring takes no longer
-than training where possible. The exact posterior mean, which costs a pass over the data for every row, is computed once for
-all scores of all runs.
-"""
-
-from __future__ import annotations
-
+import csv
 import dataclasses
+import io
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from numpy.typing import NDArray
 
-from stablefield.data._image_set import ImageSet
-from stablefield.diffusion._preconditioning import Denoiser
-from stablefield.probing._fit import Optimum, find_optimum
-from stablefield.probing._population import Population
-from stablefield.training._config import fits
-from stablefield.training._feed import Feed
-from stablefield.training._loop import Report, fit, make_accelerator
-from stablefield.training._model import open_model
-from stablefield.training._observers import SelfCheck, samples
-from stablefield.training._placement import placed
-from stablefield.training._recipe import Recipe
-from stablefield.training._records import append_line, read_lines
-from stablefield.training._run_folder import RunConfig, RunFolder
-from stablefield.training._stepper import Stepper
+from stablefield._atomic_file import write_atomically
+from stablefield.data._image_set import class_text
+from stablefield.report import Code, Page, Section, json_details
+from stablefield.report._cells import text_table
+from stablefield.report._chart import Chart
+from stablefield.report._result import Result
+from stablefield.training._comparison_page import comparison_page, distance_chart, level_chart
+from stablefield.training._run_folder import RunFolder
+from stablefield.training._scoring import LEVELS, MIDDLE, Outcome, improvement, samples_of, spread
 
-__all__ = [
-    "LEVELS",
-    "MIDDLE",
-    "NFE",
-    "Outcome",
-    "Score",
-    "Scorer",
-    "Scoring",
-    "Spread",
-    "TargetName",
-    "improvement",
-    "is_done",
-    "optimum_of",
-    "plan_scoring",
-    "rows_of",
-    "run_one",
-    "samples_of",
-    "spread",
-]  # fmt: skip
+__all__ = ["DISTANCE", "Comparison", "summary"]
 
-LEVELS = (0.2, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
-"""Noise levels at which the distance to the posterior mean is measured."""
-MIDDLE = (1.5, 5.0)
-"""The noise levels, both ends included, over which a comparison is summed up."""
-GRADIENTS = 16
-"""Batches between which the variance of the gradient is measured."""
-ROWS = 1024
-"""Noisy rows at each noise level that a model is held against the posterior mean on."""
-NFE = 35
-"""Network evaluations of a sample."""
-# Fewest samples whose Frechet distance shows a target that is much better, and most, unless more are asked for.
-_FEWEST, _MOST = 200, 1000
-# Most scores, unless more are asked for.
-_MOST_SCORES = 8
-# A gradient costs three evaluations.
-_BACKWARD = 3
-# Bytes of the posterior means that are kept.
-_KEPT = 2**28
+# Samples of each target that a report shows.
+_SHOWN = 36
 
-TargetName = Literal["dsm", "stf"]
+DISTANCE = f"distance: mean squared distance to the exact posterior mean, noise levels {MIDDLE[0]:g} to {MIDDLE[1]:g}"
+"""What the column of distances is."""
 
 
-@dataclass(frozen=True)
-class Score:
-    """A model at one point of its training.
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Comparison(Result):
+    """Both targets side by side; a notebook shows the report, and `save` also writes every score to a .csv file.
+
+    One that was stopped is of the seeds that both targets have trained with; the same call goes on with the others.
 
     Attributes:
-        step: steps done.
-        seconds: spent on training until then, without the scoring.
-        distance: mean squared distance to the exact posterior mean at each of `LEVELS`, per number of a sample.
-        frechet: Frechet distance of the samples.
-        frechet_error: its standard error over fresh samples.
-        gradient_variance: of the run's own target.
-        gradient_ratio: variance of the gradient with the stable target over that with the single sample, at these weights.
+        data_name: what the runs trained on.
+        outcomes: the runs with their scores, of both targets for each seed.
+        missing: seeds that are still to be trained with.
+        frechet_name: what the distance of the samples is called.
+        protocol: what was done, as JSON values.
+        command: that made it.
+        device: where the report's samples are drawn.
     """
 
-    step: int
-    seconds: float
-    distance: tuple[float, ...]
-    frechet: float
-    frechet_error: float
-    gradient_variance: float
-    gradient_ratio: float
+    data_name: str
+    outcomes: tuple[Outcome, ...]
+    missing: tuple[int, ...] = ()
+    frechet_name: str
+    protocol: Mapping[str, Any]
+    command: str
+    device: torch.device
 
     @property
-    def middle(self) -> float:
-        """Mean of the distance over the middle noise levels."""
-        inside = [d for level, d in zip(LEVELS, self.distance, strict=True) if MIDDLE[0] <= level <= MIDDLE[1]]
-        return sum(inside) / len(inside)
+    def seeds(self) -> list[int]:
+        """Seeds of the runs."""
+        return sorted({outcome.seed for outcome in self.outcomes})
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """A run of a comparison.
-
-    Attributes:
-        target: what it regressed on.
-        seed: of weights, batches and noise.
-        scores: over training, the last one at the end.
-        folder: of the run.
-    """
-
-    target: TargetName
-    seed: int
-    scores: tuple[Score, ...]
-    folder: Path
-
-
-def improvement(outcomes: Sequence[Outcome], seed: int) -> float:
-    """By which share the stable target's distance to the posterior mean is below the other's at middle noise levels."""
-    last = {outcome.target: outcome.scores[-1].middle for outcome in outcomes if outcome.seed == seed}
-    return 1 - last["stf"] / last["dsm"]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A figure over seeds.
-
-    Attributes:
-        mean: over the seeds.
-        error: standard error of the mean; None with one seed.
-        least: of a seed.
-        most: of a seed.
-    """
-
-    mean: float
-    error: float | None
-    least: float
-    most: float
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """The mean of one value per seed, with what it varies by.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    if not values:
-        raise ValueError("values are empty: pass one for each seed.")
-    error = float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else None
-    return Spread(float(np.mean(values)), error, min(values), max(values))
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """How often a run is scored, and on what.
-
-    Attributes:
-        count: scores over training, the last one at its end.
-        samples: drawn for each.
-        rows: rows through the network that a score takes, those of gradients counted three times.
-        training: the same of the whole training.
-    """
-
-    count: int
-    samples: int
-    rows: int
-    training: int
-
-
-def plan_scoring(recipe: Recipe, images: int, *, evaluations: int | None = None, samples: int | None = None) -> Scoring:
-    """Scores that take no longer than the training does, unless asked otherwise; one at the end at least.
-
-    Args:
-        recipe: of the run.
-        images: in the data; no more samples are drawn.
-        evaluations: how many scores; 1 to 8 if None.
-        samples: for each; 200 to 1,000 if None.
-    """
-    training = _BACKWARD * recipe.steps * recipe.batch
-    fixed = 2 * _BACKWARD * GRADIENTS * recipe.batch + len(LEVELS) * min(ROWS, images)
-    if samples is None:
-        affordable = (training // (_MOST_SCORES if evaluations is None else evaluations) - fixed) // NFE
-        samples = min(max(_FEWEST, min(_MOST, affordable)), images)
-    one = fixed + NFE * samples
-    if evaluations is None:
-        evaluations = max(1, min(_MOST_SCORES, training // one))
-    return Scoring(min(evaluations, recipe.steps), samples, one, training)
-
-
-def rows_of(data: ImageSet) -> int:
-    """Noisy rows at each noise level that a model of these data is held against: as many as memory is given to."""
-    return min(len(data), ROWS, max(64, _KEPT // (4 * len(LEVELS) * math.prod(data.shape))))
-
-
-def optimum_of(data: ImageSet, device: torch.device, *, labelled: bool, rows: int | None = None) -> Optimum:
-    """Noisy rows of `data` at `LEVELS` with their exact posterior mean, for all scores of all runs.
-
-    Args:
-        data: the images.
-        device: where the networks are.
-        labelled: whether the posterior stays within classes.
-        rows: how many at each level; those of `rows_of` if None.
-    """
-    labels = torch.from_numpy(data.labels) if labelled and data.labels is not None else None
-    population = Population(
-        torch.from_numpy(data.images.copy()).to(device), None if labels is None else labels.to(device)
-    )
-    return find_optimum(population, LEVELS, rows=rows_of(data) if rows is None else rows)
-
-
-class Scorer:
-    """Scores a run in training; an observer of the loop.
-
-    Args:
-        folder: of the run; scores.jsonl in it is continued.
-        config: of the run.
-        data: the images.
-        check: measures samples.
-        every: steps between scores.
-        accelerator: of the run.
-        optimum: what `optimum_of` makes of the images.
-    """
-
-    def __init__(
-        self,
-        folder: RunFolder,
-        config: RunConfig,
-        data: ImageSet,
-        check: SelfCheck,
-        every: int,
-        accelerator: Accelerator,
-        optimum: Optimum,
-    ) -> None:
-        self._path, self._config, self._check, self._every = folder.path / "scores.jsonl", config, check, every
-        self._device = accelerator.device
-        # References as the stable target has them, whichever target this run regresses on.
-        stable = dataclasses.replace(config.recipe, target="stf")
-        feed = Feed(
-            data, stable, self._device, labelled=config.classes > 0, placement=placed(stable, data, self._device)
+    @property
+    def summary(self) -> str:
+        """What came out, each figure with its spread over seeds."""
+        left = (
+            f"Stopped before seed {', '.join(map(str, self.missing))}: the same call goes on." if self.missing else ""
         )
-        self._optimum = optimum
-        self._steppers = {
-            target: Stepper(
-                dataclasses.replace(
-                    config, recipe=dataclasses.replace(config.recipe, target=target, gradient_accumulation_steps=1)
-                ),
-                feed,
-                accelerator,
+        found = summary(self.outcomes, self.seeds, self.frechet_name) if self.outcomes else ""
+        return f"{found} {left}".strip()
+
+    def rows(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """The table: its head, and a row for each seed, at the end of training."""
+        head = (
+            "seed", "distance DSM", "STF", "gain", f"{self.frechet_name} DSM", "STF", "s DSM", "STF",
+        )  # fmt: skip
+        last = {(o.target, o.seed): o.scores[-1] for o in self.outcomes}
+        rows: list[tuple[str, ...]] = []
+        for seed in self.seeds:
+            a, b = last["dsm", seed], last["stf", seed]
+            rows.append(
+                (
+                    str(seed),
+                    f"{a.middle:.4f}",
+                    f"{b.middle:.4f}",
+                    f"{round(100 * improvement(self.outcomes, seed), 1) + 0.0:.1f}%",
+                    f"{a.frechet:.3f} ± {a.frechet_error:.3f}",
+                    f"{b.frechet:.3f} ± {b.frechet_error:.3f}",
+                    f"{a.seconds:.0f}",
+                    f"{b.seconds:.0f}",
+                )
             )
-            for target in ("dsm", "stf")
+        return head, rows
+
+    def __str__(self) -> str:
+        head, rows = self.rows()
+        return "\n".join([text_table(head, rows), DISTANCE, self.summary] if rows else [self.summary])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The protocol, the gains and every score, as JSON values."""
+        return {
+            "command": self.command,
+            "protocol": dict(self.protocol),
+            "less_distance_to_the_optimum": {str(seed): improvement(self.outcomes, seed) for seed in self.seeds},
+            "runs": [
+                {"target": o.target, "seed": o.seed, "scores": [dataclasses.asdict(score) for score in o.scores]}
+                for o in self.outcomes
+            ],
         }
-        newest = folder.newest()
-        started = newest[1].step if newest is not None else 0
-        self._seconds = max((score.seconds for score in read_scores(folder.path) if score.step <= started), default=0.0)
-        self._began = time.perf_counter()
 
-    @property
-    def every(self) -> int:
-        """Steps between scores."""
-        return self._every
+    def charts(self) -> dict[str, Chart]:
+        """Distance to the optimum over training, and by noise level at its end."""
+        if not self.outcomes:
+            return {}
+        return {"distance": distance_chart(self.outcomes), "levels": level_chart(self.outcomes)}
 
-    def __call__(self, step: int, denoiser: Denoiser) -> dict[str, float]:
-        """Score the model, and add a line to scores.jsonl."""
-        self._seconds += time.perf_counter() - self._began
-        reading = self._check.read(lambda seeds: samples(denoiser, self._config.shape, seeds, self._device))
-        variances = {target: self._gradient_variance(stepper, denoiser) for target, stepper in self._steppers.items()}
-        fit = self._optimum.fit(denoiser, labelled=self._config.classes > 0)
-        score = Score(
-            step=step,
-            seconds=self._seconds,
-            distance=tuple((fit.distance.mean / fit.dim).tolist()),
-            frechet=reading.value,
-            frechet_error=reading.standard_error,
-            gradient_variance=variances[self._config.recipe.target],
-            gradient_ratio=variances["stf"] / variances["dsm"],
+    def page(self) -> Page:
+        """The report, with samples of both targets of the first seed, drawn now."""
+        title = f"DSM and STF on {self.data_name}"
+        if not self.outcomes:
+            protocol = json_details("Every setting", dict(self.protocol))
+            return Page(
+                title=title, summary=self.summary, blocks=(Section("Protocol", (Code(self.command), protocol)),)
+            )
+        first = [outcome for outcome in self.outcomes if outcome.seed == self.seeds[0]]
+        config = RunFolder(first[0].folder).config()
+        names = [class_text(number, config.class_names) for number in range(min(config.classes, _SHOWN))]
+        in_order = f", in the order of the classes {', '.join(names)}" if names else ""
+        grids = [
+            (f"{o.target.upper()}, seed {o.seed}{in_order}", samples_of(o, range(_SHOWN), self.device)) for o in first
+        ]
+        return comparison_page(
+            title,
+            self.summary,
+            self.outcomes,
+            grids,
+            dict(self.protocol),
+            self.frechet_name,
+            self.command,
         )
-        numbers = (*score.distance, score.frechet, score.frechet_error, score.gradient_variance, score.gradient_ratio)
-        if not all(map(math.isfinite, numbers)):
-            raise ArithmeticError(f"a score is not finite at step {step}")
-        append_line(self._path, dataclasses.asdict(score))
-        self._began = time.perf_counter()
-        return {"frechet": score.frechet, "distance_to_optimum": score.middle}
 
-    def _gradient_variance(self, stepper: Stepper, denoiser: Denoiser) -> float:
-        """E|g - E g|^2 over the batches of the first steps, unbiased, at the weights of `denoiser`."""
-        stepper.trained.model.load_state_dict(denoiser.state_dict())
-        first = stepper.gradient(0).double()
-        total, squares = torch.zeros_like(first), 0.0
-        for step in range(1, GRADIENTS):
-            gap = stepper.gradient(step).double() - first
-            total += gap
-            squares += float(gap.square().sum())
-        return (squares - float(total.square().sum()) / GRADIENTS) / (GRADIENTS - 1)
-
-
-def read_scores(folder: Path) -> list[Score]:
-    """The scores in a run's folder, in order, without damaged lines; of a step that was scored twice, the later line."""
-    found: dict[int, Score] = {}
-    hints = get_type_hints(Score)
-    for record in read_lines(folder / "scores.jsonl"):
-        entries: dict[str, Any] = {
-            name: tuple(cast("list[Any]", v)) if isinstance(v, list) else v for name, v in record.items()
-        }
-        if set(entries) == set(hints) and all(fits(entries[name], hint) for name, hint in hints.items()):
-            score = Score(**entries)
-            found[score.step] = score
-    return [found[step] for step in sorted(found)]
+    def save(self, path: str | Path) -> Path:
+        """Write the numbers to a .json or .csv file, the report to .html, or the chart to .png; see `Result.save`."""
+        path = Path(path)
+        if path.suffix.lower() != ".csv":
+            return super().save(path)
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        head = ("target", "seed", "step", "seconds", "frechet", "frechet_error", "gradient_variance", "gradient_ratio")
+        writer.writerow([*head, *(f"distance_{level:g}" for level in LEVELS)])
+        for o in self.outcomes:
+            for s in o.scores:
+                numbers = (s.step, s.seconds, s.frechet, s.frechet_error, s.gradient_variance, s.gradient_ratio)
+                writer.writerow([o.target, o.seed, *numbers, *s.distance])
+        write_atomically(path, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
+        return path
 
 
-def is_done(folder: RunFolder) -> bool:
-    """Whether the run in `folder` is trained and scored to its end."""
-    scores, newest = read_scores(folder.path), folder.newest()
-    steps = folder.config().recipe.steps
-    return bool(scores) and newest is not None and min(scores[-1].step, newest[1].step) >= steps
+def _places(error: float) -> int:
+    """As many decimals as tell an error to two digits; those of a usual figure where it is 0."""
+    return min(6, max(0, 1 - math.floor(math.log10(error)))) if error > 0 else 3
 
 
-def run_one(
-    folder: RunFolder,
-    data: ImageSet,
-    check: SelfCheck,
-    every: int,
-    device: torch.device,
-    *,
-    report: Callable[[Report], object] | None = None,
-    stop: Callable[[], bool] = lambda: False,
-    optimum: Optimum | None = None,
-) -> Outcome | None:
-    """Train and score the run in `folder`, or what is left of it; None if it was stopped.
+def _rounded(value: float, places: int) -> str:
+    """A number without the sign of a zero."""
+    return f"{round(value, places) + 0.0:.{places}f}"
+
+
+def _over_seeds(values: Sequence[float]) -> str:
+    """A mean with its standard error over seeds, or alone where there is one seed."""
+    found = spread(values)
+    if found.error is None:
+        return f"{found.mean:.3g}"
+    places = _places(found.error)
+    return f"{_rounded(found.mean, places)} ± {_rounded(found.error, places)}"
+
+
+def _gain(values: Sequence[float]) -> str:
+    """Shares over seeds in per cent, with what they vary by, or alone where there is one seed."""
+    found = spread([100 * value for value in values])
+    if found.error is None:
+        return f"by {_rounded(found.mean, 1)}%"
+    # Beyond a hundredth of a per cent, digits tell nothing.
+    places = min(2, _places(found.error))
+    mean, error, least, most = (_rounded(v, places) for v in (found.mean, found.error, found.least, found.most))
+    error = error if float(error) else f"less than {10**-places:g}"
+    return f"by {mean}% ± {error}% on average ({least}% to {most}%)"
+
+
+def summary(outcomes: Sequence[Outcome], seeds: Sequence[int], name: str) -> str:
+    """What came out, each figure with what it varies by over seeds.
 
     Args:
-        folder: of the run.
-        data: the images.
-        check: measures samples.
-        every: steps between scores.
-        device: where to compute.
-        report: told of progress.
-        stop: asked after every step.
-        optimum: what `optimum_of` makes of the images, where several runs share it; made here if None.
+        outcomes: the runs, done.
+        seeds: of them.
+        name: of the distance of their samples.
     """
-    config = folder.config()
-    assert config.recipe.target in ("dsm", "stf")
-    data = config.numbered(data)
-    if not is_done(folder):
-        accelerator = make_accelerator(device)
-        optimum = optimum or optimum_of(data, accelerator.device, labelled=config.classes > 0)
-        scorer = Scorer(folder, config, data, check, every, accelerator, optimum)
-        done = fit(
-            folder,
-            config,
-            data,
-            device=device,
-            report=report,
-            stop=stop,
-            observers=(scorer,),
-            accelerator=accelerator,
-        )
-        if done < config.recipe.steps:
-            return None
-        scores = read_scores(folder.path)
-        if not scores or scores[-1].step < done:  # the line of a run that had ended before is damaged
-            scorer(done, open_model(folder.path, device=device).denoiser)
-    return Outcome(config.recipe.target, config.recipe.seed, tuple(read_scores(folder.path)), folder.path)
-
-
-def samples_of(outcome: Outcome, seeds: Sequence[int], device: torch.device) -> NDArray[np.uint8]:
-    """Images of `seeds` that the run's averaged model draws, uint8, shape (len(seeds), C, H, W).
-
-    Of a run that is told classes, seed k is of class k modulo their number, and the images are in the order of the classes.
-    """
-    opened = open_model(outcome.folder, device=device)
-    classes = opened.config.classes
-    if classes:
-        seeds = sorted(seeds, key=lambda seed: seed % classes)
-    labels = torch.tensor(seeds) % classes if classes else None
-    return samples(opened.denoiser, opened.config.shape, seeds, device, labels).numpy()
+    gains = [improvement(outcomes, seed) for seed in seeds]
+    better = sum(gain > 0 for gain in gains)
+    frechet = {t: [o.scores[-1].frechet for o in outcomes if o.target == t] for t in ("dsm", "stf")}
+    seconds = {t: float(np.mean([o.scores[-1].seconds for o in outcomes if o.target == t])) for t in ("dsm", "stf")}
+    lower = sum(b < a for a, b in zip(frechet["dsm"], frechet["stf"], strict=True))
+    source_only = len(seeds) == 1
+    spreads = (
+        "One seed shows no spread: pass more, such as 0, 1, 2. "
+        if source_only
+        else f"± is the standard error over {len(seeds)} seeds. "
+    )
+    many = "1 seed" if source_only else f"{len(seeds)} seeds"
+    return (
+        f"STF is nearer to the optimum at middle noise levels in {better} of {many}, {_gain(gains)}; its {name} is lower in "
+        f"{lower} of {len(seeds)}: {_over_seeds(frechet['stf'])} against {_over_seeds(frechet['dsm'])}. {spreads}"
+        f"Training took {seconds['stf']:.0f} s with STF, {seconds['dsm']:.0f} s with DSM."
+    )

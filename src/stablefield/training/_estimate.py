@@ -3,48 +3,122 @@
 import resource
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 
+from stablefield.data._image_set import ImageSet, size_text
+from stablefield.report._cells import duration
 from stablefield.training._feed import Feed
+from stablefield.training._loop import make_accelerator
+from stablefield.training._placement import placed
 from stablefield.training._run_folder import RunConfig
 from stablefield.training._stepper import Stepper
 
-__all__ = ["Estimate", "estimate"]
+__all__ = ["Estimate", "estimate_run"]
 
 # Steps at least and at most, and the seconds after which there are enough: a single step tells little on a busy machine.
 STEPS, MOST, ENOUGH = 3, 30, 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a run takes.
+    """What a run would take; `print` shows the table.
 
     Attributes:
+        images: what the run trains on, in words.
         parameters: of the network.
         state_bytes: of weights, averages, gradients and the optimiser's moments.
         peak_bytes: the most memory that the steps took on the device (for a CPU: that the process took, data included).
+        steps: that are left, in words.
+        references: per step, in words; empty for the single-sample target.
         seconds_per_step: median over the steps, without the first.
         target_seconds: of these, spent on noise and target.
+        setup_seconds: spent on making a network with its optimiser and averages.
+        seconds: of all steps that are left.
+        device: where they were taken.
     """
 
+    images: str
     parameters: int
     state_bytes: int
     peak_bytes: int
+    steps: str
+    references: str
     seconds_per_step: float
     target_seconds: float
+    setup_seconds: float
+    seconds: float
+    device: torch.device
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The table."""
+        memory = f"{size_text(self.state_bytes)} of weights, averages, gradients and moments; "
+        rows = [
+            ("images", self.images),
+            ("parameters", f"{self.parameters:,}"),
+            ("memory", f"{memory}{size_text(self.peak_bytes)} at the peak on {self.device}"),
+            ("steps", self.steps),
+        ]
+        if self.references:
+            rows.append(("references", self.references))
+        share = self.target_seconds / self.seconds_per_step
+        return [
+            *rows,
+            ("a step here", f"{self.seconds_per_step:.3f} s, of which noise and target {share:.1%}"),
+            ("all of it", f"about {duration(self.seconds)} on {self.device}"),
+        ]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:12}{text}" for name, text in self.rows())
 
 
-def estimate(config: RunConfig, feed: Feed, accelerator: Accelerator) -> Estimate:
-    """Take a few steps of a run and say what they took; nothing is written."""
+def estimate_run(config: RunConfig, data: ImageSet, device: torch.device, done: int = 0) -> Estimate:
+    """Take a few steps of a run and say what it takes; nothing is written.
+
+    Args:
+        config: of the run.
+        data: its images.
+        device: where to compute.
+        done: steps that were done before.
+    """
+    recipe, accelerator = config.recipe, make_accelerator(device)
     device = accelerator.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    stepper = Stepper(config, feed, accelerator)
-    parameters = sum(p.numel() for p in stepper.trained.model.parameters())
-    copies = len(stepper.trained.averages) + 4
+    placement = placed(recipe, data, device, accelerator.num_processes)
+    with closing(Feed(data, recipe, device, labelled=config.classes > 0, placement=placement)) as feed:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        stepper = Stepper(config, feed, accelerator)
+        seconds, target_seconds = _timed(stepper, device)
+        peak, copies = _peak(device), len(stepper.trained.averages) + 4
+        parameters = sum(p.numel() for p in stepper.trained.model.parameters())
+        del stepper  # two networks may be more than the device holds
+        # The second time: what making the first one loads is loaded once.
+        began = time.perf_counter()
+        Stepper(config, feed, accelerator)
+        setup = time.perf_counter() - began
+    left = recipe.steps - done
+    images, epochs = left * recipe.batch, left * recipe.batch / len(data)
+    many = f"all, in {accelerator.num_processes} parts" if placement == "sharded" else str(recipe.references)
+    return Estimate(
+        images=f"{len(data):,} of {'x'.join(map(str, data.shape))}, {size_text(data.images.nbytes)}",
+        parameters=parameters,
+        state_bytes=4 * copies * parameters,
+        peak_bytes=peak,
+        steps=f"{left:,}{f' of {recipe.steps:,} left,' if done else ''} of {recipe.batch}: {images:,} images, "
+        f"{f'{epochs:,.0f}' if epochs >= 10 else f'{epochs:.2g}'} epochs",
+        references=f"{many} per step" if recipe.target == "stf" else "",
+        seconds_per_step=seconds,
+        target_seconds=target_seconds,
+        setup_seconds=setup,
+        seconds=seconds * left,
+        device=device,
+    )
+
+
+def _timed(stepper: Stepper, device: torch.device) -> tuple[float, float]:
+    """Seconds of a step, and of its noise and target: the median over a few."""
     times: list[tuple[float, float]] = []
     for step in range(MOST):
         if step >= STEPS and sum(taken for taken, _ in times) > ENOUGH:
@@ -54,8 +128,7 @@ def estimate(config: RunConfig, feed: Feed, accelerator: Accelerator) -> Estimat
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append((time.perf_counter() - began, stepper.target_watch.seconds() - target_began))
-    seconds, target_seconds = sorted(times[1:])[len(times[1:]) // 2]
-    return Estimate(parameters, 4 * copies * parameters, _peak(device), seconds, target_seconds)
+    return sorted(times[1:])[len(times[1:]) // 2]
 
 
 def _peak(device: torch.device) -> int:

@@ -26,8 +26,10 @@ __all__ = [
     "CIFAR10_VP",
     "DIGITS",
     "MNIST28",
+    "RECIPES",
     "imagefolder",
     "largest_resolution",
+    "named_recipe",
     "recipe_for",
     "unet2d",
 ]
@@ -95,6 +97,17 @@ CELEBA64_VE = dataclasses.replace(
 """Variance-exploding diffusion on faces of 64 x 64 pixels, with NCSN++ of four levels."""
 
 
+RECIPES = {
+    "digits": DIGITS,
+    "mnist28": MNIST28,
+    "cifar10-edm": CIFAR10_EDM,
+    "cifar10-ve": CIFAR10_VE,
+    "cifar10-vp": CIFAR10_VP,
+    "celeba64-ve": CELEBA64_VE,
+}
+"""The recipes by name. A new one is listed here."""
+
+
 def recipe_for(images: ImageSet, *, accelerated: bool) -> Recipe:
     """The recipe that suits images best: that of the digits, of the MNIST family, or `imagefolder`.
 
@@ -102,16 +115,40 @@ def recipe_for(images: ImageSet, *, accelerated: bool) -> Recipe:
         images: to train on.
         accelerated: whether there is a GPU.
     """
-    if images.name == "digits" and images.shape == (1, 8, 8):
-        return DIGITS
-    if images.shape == (1, 28, 28):
-        return MNIST28
-    return imagefolder(images.shape, len(images), accelerated=accelerated)
+    return named_recipe("auto", images, accelerated=accelerated)[1]
 
 
-def largest_resolution(*, accelerated: bool) -> int:
-    """Pixels a side that images of several sizes are brought to at most, where none are asked for."""
-    return 64 if accelerated else 32
+def named_recipe(name: str, images: ImageSet, *, accelerated: bool) -> tuple[str, Recipe]:
+    """A recipe by its name, with the name of the one that "auto" comes to.
+
+    Args:
+        name: in `RECIPES`, or of a recipe that depends on the images: "imagefolder", "unet2d", or "auto" for the one that
+            suits them best.
+        images: to train on.
+        accelerated: whether there is a GPU.
+    """
+    if name == "auto":
+        built_in = (images.opening or {}).get("source") == "digits"
+        name = "digits" if built_in else "mnist28" if images.shape == (1, 28, 28) else "imagefolder"
+    if name in RECIPES:
+        return name, RECIPES[name]
+    make = unet2d if name == "unet2d" else imagefolder
+    return name, make(images.shape, len(images), accelerated=accelerated)
+
+
+def largest_resolution(name: str = "auto", *, accelerated: bool) -> int | None:
+    """Pixels a side that images of several sizes are brought to at most, where none are asked for.
+
+    Args:
+        name: of the recipe, as for `named_recipe`.
+        accelerated: whether there is a GPU.
+
+    Returns:
+        None for a recipe of images of one size.
+    """
+    if name in ("auto", "imagefolder", "unet2d"):
+        return 64 if accelerated else 32
+    return 64 if name == "celeba64-ve" else 32 if name.startswith("cifar10") else None
 
 
 def unet2d(shape: Shape, count: int, *, accelerated: bool) -> Recipe:

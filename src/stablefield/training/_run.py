@@ -37,6 +37,7 @@ from stablefield.evaluation._processes import Processes
 from stablefield.evaluation._result import Evaluation
 from stablefield.sampling._solvers import SamplerName
 from stablefield.training._ema import power_exponent
+from stablefield.training._estimate import Estimate, estimate_run
 from stablefield.training._files import write_tensors
 from stablefield.training._loop import Observer, Report, Tracker, check_fit, fit, make_accelerator
 from stablefield.training._model import OpenModel, open_model
@@ -53,13 +54,10 @@ from stablefield.training._samples import Samples
 if TYPE_CHECKING:
     from stablefield.evaluation._extractor import Extractor
 
-__all__ = ["Plan", "Run", "make_plan", "share_plan", "train"]
+__all__ = ["Plan", "Run", "images_and_recipe", "make_plan", "place", "train"]
 
 Images = str | Path | ImageSet | NDArray[np.uint8] | Tensor
 """What `stablefield.data.open_images` opens, an image set, or uint8 of shape (n, C, H, W)."""
-
-RECIPE = "a Recipe, such as stablefield.training.DIGITS, or None for one that suits the data"
-"""What the argument `recipe` must be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,20 +76,45 @@ class Plan:
     references: str
     noise_band: str
 
+    def estimate(self, device: torch.device | str | None = None) -> Estimate:
+        """What the run would take, from a few steps taken now and thrown away.
 
-def make_plan(data: ImageSet, recipe: Recipe, *, device: torch.device | str = "cpu", processes: int = 1) -> Plan:
+        Args:
+            device: where to compute; a GPU if there is one.
+        """
+        return estimate_run(self.config, self.data, place(device)[0])
+
+
+def place(device: torch.device | str | None) -> tuple[torch.device, PartialState]:
+    """The device of this process for the argument `device`, and the processes that train together, begun."""
+    found = found_device(device)
+    state = start_processes(accelerated=found.type == "cuda")
+    return (torch.device(state.device or found) if state.num_processes > 1 else found), state
+
+
+def make_plan(data: ImageSet, recipe: Recipe, *, device: torch.device | str | None = None) -> Plan:
     """Check a recipe against the data, and find what it leaves to them: the references and the noise band.
+
+    Of several processes the first decides for all, since others may have other memory. The images are not sent: each process
+    has opened them itself.
 
     Args:
         data: the images.
         recipe: how to train.
-        device: where.
-        processes: how many train together.
+        device: where to compute; a GPU if there is one.
 
     Raises:
         ValueError: if the recipe does not fit the data, naming its field.
     """
-    device = torch.device(device)
+    where, state = place(device)
+    decided = _decide(data, recipe, where, state.num_processes) if state.is_main_process else None
+    decided = from_first(decided)
+    assert decided is not None
+    config, references, noise_band = decided
+    return Plan(data=data, config=config, references=references, noise_band=noise_band)
+
+
+def _decide(data: ImageSet, recipe: Recipe, device: torch.device, processes: int) -> tuple[RunConfig, str, str]:
     check_fit(recipe, data)
     classes = data.classes if recipe.conditional else 0
     # Before anything is measured: a network that does not fit the images says so here.
@@ -112,20 +135,7 @@ def make_plan(data: ImageSet, recipe: Recipe, *, device: torch.device | str = "c
         version=stablefield.__version__,
         opening=opening,
     )
-    return Plan(data=data, config=config, references=rule, noise_band=finding)
-
-
-def share_plan(plan: Plan | None, data: ImageSet) -> Plan:
-    """The first process's plan on every process, decided once, since others may have other memory.
-
-    Args:
-        plan: that of the first process; None on the others.
-        data: this process's images. They are not sent: each process has opened them itself.
-    """
-    decided = from_first(None if plan is None else (plan.config, plan.references, plan.noise_band))
-    assert decided is not None
-    config, references, noise_band = decided
-    return Plan(data=data, config=config, references=references, noise_band=noise_band)
+    return config, rule, finding
 
 
 def train(
@@ -176,21 +186,11 @@ def train(
         TrainingError: if the loss is not finite or the disk is full; earlier checkpoints are intact.
         ImportError: if a package is missing.
     """
-    where = found_device(device)
-    state = start_processes(accelerated=where.type == "cuda")
-    if state.num_processes > 1:
-        where = torch.device(state.device or where)
+    where, state = place(device)
     if not isinstance(images, Plan):
-        if recipe is not None:
-            check_kind("recipe", recipe, Recipe, RECIPE)
-        data = _images(images, labels, recipe, where, state)
-        chosen = recipe_for(data, accelerated=where.type == "cuda") if recipe is None else recipe
-        if steps is not None:
-            chosen = dataclasses.replace(chosen, steps=whole_number("steps", steps, 1))
-        plan = share_plan(
-            make_plan(data, chosen, device=where, processes=state.num_processes) if state.is_main_process else None,
-            data,
-        )
+        with first_process_first(state):
+            data, recipe = images_and_recipe(images, labels, recipe, steps, where)
+        plan = make_plan(data, recipe, device=where)
     else:
         if recipe is not None or steps is not None or labels is not None:
             raise ValueError("images is a Plan, which holds its recipe: leave recipe and steps out, and labels, too.")
@@ -198,8 +198,8 @@ def train(
     path = ""
     if state.is_main_process:
         config = plan.config
-        place = Path(out) if out is not None else _unused_folder(f"{plan.data.name}-{config.recipe.target}")
-        path = str(RunFolder.create(place, config).path)
+        folder = Path(out) if out is not None else _unused_folder(f"{plan.data.name}-{config.recipe.target}")
+        path = str(RunFolder.create(folder, config).path)
     run = Run(from_first(path))
     _fit(run, plan.data, where, tracker, observers, on_start, progress, every, stop)
     return run
@@ -501,10 +501,7 @@ class Run:
             ValueError: if the images are not those of the run, or another process trains in its folder.
             TrainingError: as for `train`.
         """
-        where = found_device(device)
-        state = start_processes(accelerated=where.type == "cuda")
-        if state.num_processes > 1:
-            where = torch.device(state.device or where)
+        where, state = place(device)
         config = self.config
         with first_process_first(state):
             if data is None or isinstance(data, str | Path):
@@ -570,19 +567,32 @@ def _seeds(seeds: int | Sequence[int]) -> list[int]:
     return wanted
 
 
-def _images(
+def images_and_recipe(
     images: Images,
     labels: NDArray[np.int64] | Tensor | None,
     recipe: Recipe | None,
+    steps: int | None,
     device: torch.device,
-    state: PartialState,
-) -> ImageSet:
-    """The argument `images`; without a recipe, images of several sizes are brought to one that suits the device."""
+) -> tuple[ImageSet, Recipe]:
+    """The arguments of `train` of these names: the images, opened, and the recipe, or one that suits them.
+
+    Without a recipe, images of several sizes are brought to one that suits the device.
+
+    Raises:
+        TypeError: if an argument is of another kind.
+        ValueError: if the images cannot be opened, or `steps` is no number of steps.
+    """
+    accelerated = device.type == "cuda"
+    if recipe is not None:
+        wanted = "a Recipe, such as stablefield.training.DIGITS, or None for one that suits the data"
+        check_kind("recipe", recipe, Recipe, wanted)
     if labels is not None or not isinstance(images, str | Path):
-        return as_image_set("images", images, labels)
-    limit = largest_resolution(accelerated=device.type == "cuda") if recipe is None else None
-    with first_process_first(state):
-        return open_images(images, limit=limit)
+        data = as_image_set("images", images, labels)
+    else:
+        data = open_images(images, limit=largest_resolution(accelerated=accelerated) if recipe is None else None)
+    if recipe is None:
+        recipe = recipe_for(data, accelerated=accelerated)
+    return data, recipe if steps is None else dataclasses.replace(recipe, steps=whole_number("steps", steps, 1))
 
 
 def _part(source: str, config: RunConfig, split: str) -> ImageSet:

@@ -122,9 +122,7 @@ def probe(
     if isinstance(folder, str | Path) and is_run(folder):
         return _probe_run(Path(folder), noise_levels, max_images, sources, seed, device, progress)
     if isinstance(data, str | Path):
-        data = open_images(
-            data, limit=largest_resolution(accelerated=device.type == "cuda"), progress=_reading(progress)
-        )
+        data = open_images(data, limit=largest_resolution(accelerated=device.type == "cuda"), progress=progress)
     if not isinstance(data, ImageSet | Tensor | np.ndarray):
         raise TypeError(f"data is a {type(data).__name__}: pass images, a tensor, the name of data, or a run.")
     pool: int | str = "all"
@@ -190,7 +188,7 @@ def _probe_run(
 ) -> NetworkProbe:
     model = open_model(folder, device=device)
     config = model.config
-    images = config.numbered(open_images(config.data, **config.opening, progress=_reading(progress)))
+    images = config.numbered(open_images(config.data, **config.opening, progress=progress))
     return probe_network(
         model.denoiser,
         images,
@@ -207,14 +205,3 @@ def _probe_run(
         device=device,
         progress=progress,
     )
-
-
-def _reading(progress: Callable[[Progress], object] | None) -> Callable[[str, int, int], None] | None:
-    """Progress of reading images, as `open_images` tells it."""
-    if progress is None:
-        return None
-
-    def report(stage: str, done: int, total: int) -> None:
-        progress(Progress(stage=stage, done=done, total=total))
-
-    return report

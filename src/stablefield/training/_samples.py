@@ -9,12 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablefield._atomic_file import write_atomically
-from stablefield.data._png import class_grid, write_picture, write_png
+from stablefield.data._png import PICTURES, class_grid, write_picture, write_png
 
-__all__ = ["PICTURES", "Samples"]
+__all__ = ["Samples"]
 
-PICTURES = (".png", ".jpg", ".jpeg")
-"""Suffixes of a grid of all images."""
 # Whoever writes `save("grid.gif")` does not want a folder of that name.
 _OTHERS = (".gif", ".webp", ".bmp", ".tif", ".tiff", ".svg", ".pdf", ".npy", ".pt", ".zip", ".html", ".json")
 

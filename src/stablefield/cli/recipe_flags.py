@@ -1,0 +1,255 @@
+"""The recipe of a call that trains: the one that is named or that suits the data, with the flags of the command line.
+
+Which flags there are depends on the recipe, and the recipe may depend on the data: so the verb's own flags are read first,
+then the data are opened, and the recipe's flags are read with the recipe as their default.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+import tyro
+
+from stablefield.cli.parser import given, read
+from stablefield.cli.sources import DataFlags, print_reading
+from stablefield.data._image_set import ImageSet
+from stablefield.diffusion._noise_levels import LogUniform
+from stablefield.diffusion._process import VE
+from stablefield.training._processes import first_process_first
+from stablefield.training._recipe import DiffusersUNetConfig, Recipe, SongUNetConfig
+from stablefield.training._recipes import RECIPES, imagefolder, largest_resolution, named_recipe, unet2d
+from stablefield.training._run import place
+
+__all__ = ["BASES", "Chosen", "RecipeFlags", "TrainingFlags", "base_of"]
+
+BASES = {
+    "imagefolder": imagefolder((3, 32, 32), 10_000, accelerated=False),
+    **RECIPES,
+    "unet2d": unet2d((3, 32, 32), 10_000, accelerated=False),
+}
+"""The recipes by name, those that depend on the data as they are for usual ones."""
+
+RecipeName = str
+if not TYPE_CHECKING:  # what the command offers
+    RecipeName = Literal[("auto", *RECIPES, "imagefolder", "unet2d")]
+
+
+def base_of(name: str, data: str) -> Recipe:
+    """What stands for the recipe before the data are open.
+
+    Args:
+        name: of the recipe.
+        data: what DATA is.
+    """
+    return BASES.get("digits" if name == "auto" and data == "digits" else name, BASES["imagefolder"])
+
+
+@dataclass(frozen=True)
+class RecipeFlags:
+    """The flags of a command line that change a recipe, such as ("--steps", "300")."""
+
+    words: tuple[str, ...] = ()
+
+    def check(self, name: str, data: str) -> None:
+        """Find out before the data are open whether the flags fit, as far as that is known.
+
+        Args:
+            name: of the recipe.
+            data: what DATA is.
+
+        Raises:
+            ValueError: if a value is wrong, or the recipe that is named has no such flag.
+        """
+        base = base_of(name, data)
+        _, unknown = read(Recipe, self.words, yielding(base, given(self.words))[0])
+        if unknown and name in RECIPES:
+            raise ValueError(_foreign(unknown, base))
+
+    def on(self, recipe: Recipe, shape: tuple[int, int, int] | None = None) -> tuple[Recipe, tuple[str, ...]]:
+        """The recipe with these flags, and a line for each of its other settings that had to yield to one.
+
+        Args:
+            recipe: what is not given stays as it is there.
+            shape: of images that were brought to a resolution that was asked for; None for any other.
+
+        Raises:
+            ValueError: if the recipe has no such flag, or a value does not fit.
+        """
+        flags = given(self.words)
+        base, notes = yielding(recipe, flags)
+        found, unknown = read(Recipe, self.words, base)
+        if unknown:
+            raise ValueError(_foreign(unknown, base))
+        if shape is not None:
+            found, fewer = with_fewer_levels(found, shape, flags)
+            notes = (*notes, *fewer)
+        return found, notes
+
+
+@dataclass(frozen=True)
+class TrainingFlags(DataFlags):
+    """The flags of a verb that trains."""
+
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA", help_behavior_hint="")] = ""
+    recipe: RecipeName = "auto"
+    """Which settings to start from; the flags below change them. auto chooses by the data."""
+    device: str = ""
+    """Where to compute, such as cpu or cuda; a GPU if there is one."""
+    config: tyro.conf.Suppress[RecipeFlags] = RecipeFlags()
+    """What changes the recipe."""
+
+    def check(self) -> None:
+        """Find out before the data are read whether the call can be done.
+
+        Raises:
+            ValueError: naming the flag.
+            ImportError: if a package is missing.
+        """
+        self.config.check(self.recipe, self.data)
+
+    def chosen(self) -> "Chosen":
+        """The data, opened, with the recipe that is named or suits them, and its flags.
+
+        Raises:
+            ValueError: if the data are missing or cannot be opened, or a flag does not fit.
+        """
+        if not self.data:
+            raise ValueError("DATA is missing: name what to train on, such as: stablefield train digits.")
+        device, state = place(self.device or None)
+        accelerated = device.type == "cuda"
+        with first_process_first(state):
+            if state.is_main_process:
+                self.check()
+            data = self.open(limit=largest_resolution(self.recipe, accelerated=accelerated))
+        print_reading(data)
+        name, base = named_recipe(self.recipe, data, accelerated=accelerated)
+        recipe, notes = self.config.on(base, data.shape if self.resolution else None)
+        return Chosen(data, name, base, recipe, notes, device)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a call trains on, and how.
+
+    Attributes:
+        data: the images.
+        name: of the recipe.
+        base: the recipe of that name.
+        recipe: the same with the flags.
+        notes: what else the flags have changed in it, a line each.
+        device: where to compute.
+    """
+
+    data: ImageSet
+    name: str
+    base: Recipe
+    recipe: Recipe
+    notes: tuple[str, ...]
+    device: torch.device
+
+
+def _foreign(unknown: Sequence[str], recipe: Recipe) -> str:
+    """What to say of flags that other recipes have."""
+    flags = [word.partition("=")[0] for word in unknown if word.startswith("--")] or list(unknown)
+    part = flags[0].removeprefix("--").partition(".")[0].replace("-", "_")
+    kind = getattr(recipe, part, None)
+    if kind is None:
+        return f"{' and '.join(flags)} cannot be used here: stablefield --help tells what there is."
+    names = [f"--{part.replace('_', '-')}.{field.name.replace('_', '-')}" for field in dataclasses.fields(kind)]
+    own = f"its flags are {', '.join(names)}" if names else "it has no flags"
+    chosen = type(kind).__name__.removesuffix("Config")
+    return (
+        f"{' and '.join(flags)}: the recipe that was chosen has {chosen} for its {part.replace('_', ' ')}, and "
+        f"{own}. Leave the flag out, or name another --recipe."
+    )
+
+
+def yielding(recipe: Recipe, flags: Mapping[str, Sequence[str]]) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe with those defaults changed that stand against flags that were given, and a line for each change.
+
+    Args:
+        recipe: whose defaults yield.
+        flags: the flags of the command line with their values.
+    """
+    found, notes = recipe, list[str]()
+
+    def change(flag: str, name: str, value: Any, why: str) -> None:
+        nonlocal found
+        part, _, field = name.rpartition(".")
+        old = getattr(getattr(found, part) if part else found, field)
+        inner = dataclasses.replace(getattr(found, part), **{field: value}) if part else value
+        found = dataclasses.replace(found, **{part or field: inner})
+        label = f"--{name.replace('_', '-')}"
+        notes.append(f"{flag} wins over the recipe's {label} {old:g}, which is {value:g} now: {why}.")
+
+    if "--mirror" in flags and "--augmentation" not in flags and recipe.augmentation:
+        change("--mirror", "augmentation", 0.0, "the augmentation mirrors images itself")
+    references = _number(flags.get("--references"))
+    fewer = references is not None and 0 < references < recipe.batch and references % 1 == 0
+    if references and fewer and "--batch" not in flags and flags.get("--target", [recipe.target]) == ["stf"]:
+        change("--references", "batch", int(references), "every image of a batch is among its references")
+    widths = [_number([width]) or 0.0 for width in flags.get("--network.widths", ())]
+    if (
+        isinstance(recipe.network, DiffusersUNetConfig)
+        and "--network.groups" not in flags
+        and all(w % 1 == 0 < w for w in widths)
+    ):
+        groups = math.gcd(recipe.network.groups, *map(int, widths))
+        if groups != recipe.network.groups:
+            change("--network.widths", "network.groups", groups, "each width is a multiple of the groups")
+    if isinstance(recipe.process, VE) and isinstance(recipe.noise_levels, LogUniform):
+        ends = (("process.sigma-min", "noise_levels.minimum"), ("process.sigma-max", "noise_levels.maximum"))
+        for process, level in ends:
+            here, there = f"--{process}", f"--{level.replace('_', '-')}"
+            value, other = _number(flags.get(here)), _number(flags.get(there))
+            if value and there not in flags and _ordered(found.noise_levels, level, value):
+                change(here, level, value, "the process has no noise levels beyond it")
+            elif other and here not in flags and _ordered(found.process, process, other):
+                change(there, process.replace("-", "_"), other, "the process has to reach that noise level")
+    return found, tuple(notes)
+
+
+def with_fewer_levels(
+    recipe: Recipe, shape: tuple[int, int, int], flags: Mapping[str, Sequence[str]]
+) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe with no more levels of its U-Net than fit the resolution, and a line if they are fewer.
+
+    Args:
+        recipe: with the flags applied.
+        shape: of the images.
+        flags: the flags of the command line.
+    """
+    network = recipe.network
+    if not isinstance(network, SongUNetConfig | DiffusersUNetConfig):
+        return recipe, ()
+    flag, name = (
+        ("--network.multipliers", "multipliers")
+        if isinstance(network, SongUNetConfig)
+        else ("--network.widths", "widths")
+    )
+    sizes: Sequence[int] = getattr(network, name)
+    fitting = 1 + min((side & -side).bit_length() - 1 for side in shape[1:])
+    if flag in flags or fitting >= len(sizes) or "--network.attention" in flags:
+        return recipe, ()
+    fewer = dataclasses.replace(network, **{name: tuple(sizes[:fitting])})
+    note = (
+        f"--resolution {shape[-1]} wins over the recipe's {flag} {' '.join(map(str, sizes))}, which is "
+        f"{' '.join(map(str, sizes[:fitting]))} now: {shape[-1]} can be halved {fitting - 1} times."
+    )
+    return dataclasses.replace(recipe, network=fewer), (note,)
+
+
+def _number(values: Sequence[str] | None) -> float | None:
+    try:
+        return float(values[0]) if values else None
+    except ValueError:
+        return None
+
+
+def _ordered(part: Any, name: str, value: float) -> bool:
+    """Whether one end of a part stays on its side of the other end."""
+    low, high = (getattr(part, field.name) for field in dataclasses.fields(part) if field.name != "stratified")
+    return 0 < value < high if name.endswith(("minimum", "sigma-min")) else low < value < math.inf
