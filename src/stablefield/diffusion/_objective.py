@@ -291,7 +291,9 @@ class Objective:
         source_only: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Example:
-        """Add the drawn noise and compute the target; arguments as in `__call__`, one row each, with the `draws` of these rows.
+        """Add the drawn noise and compute the target.
+
+        The arguments are those of `__call__`, for every row of `draws` its own.
 
         Raises:
             ValueError: as `StableTarget`.
