@@ -63,7 +63,12 @@ def cost(images: torch.Tensor, pairs: int) -> list[dict[str, object]]:
 
 
 def throughput(
-    images: torch.Tensor, steps: int, batch: int = 512, width: int = 128, precisions: tuple[str, ...] = PRECISIONS
+    images: torch.Tensor,
+    steps: int,
+    batch: int = 512,
+    width: int = 128,
+    precisions: tuple[str, ...] = PRECISIONS,
+    warmup: int = 3,
 ) -> list[dict[str, object]]:
     """Images per second of training a DDPM++, by precision and target."""
     device = images.device
@@ -83,7 +88,7 @@ def throughput(
         for name, target in targets.items():
             rate: float | None = None
             try:
-                seconds = _step_times(images, called, optimizer, target, batch, steps, precision)
+                seconds = _step_times(images, called, optimizer, target, batch, steps, warmup, precision)
                 rate = batch / statistics.median(seconds)
             except torch.OutOfMemoryError:
                 optimizer.zero_grad(set_to_none=True)
@@ -108,14 +113,15 @@ def _step_times(
     target: sf.StableTarget,
     batch: int,
     steps: int,
+    warmup: int,
     precision: str,
 ) -> list[float]:
-    """Seconds of each of `steps` training steps, after three that are not measured."""
+    """Seconds of each of `steps` training steps, after `warmup` that are not measured."""
     device = images.device
     objective = sf.Objective(sf.EDM(), target=target)
     generator = torch.Generator(device).manual_seed(0)
     seconds = []
-    for step in range(steps + 3):
+    for step in range(steps + warmup):
         wait_for(device)
         start = time.perf_counter()
         index = torch.randint(len(images), (batch,), generator=generator, device=device)
@@ -126,7 +132,7 @@ def _step_times(
         loss.backward()
         optimizer.step()
         wait_for(device)
-        if step >= 3:
+        if step >= warmup:
             seconds.append(time.perf_counter() - start)
     return seconds
 

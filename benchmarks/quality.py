@@ -55,6 +55,7 @@ class Budget:
         blocks: residual blocks per level.
         learning_rate: of Adam, after 100 steps of ramp.
         samplers: of heun (18 steps, 35 evaluations) and rk45.
+        gradients: batches whose gradients give the gradient's variance.
         compiled: whether torch.compile makes the network; one that fails there runs as it is, and the rows say so.
     """
 
@@ -66,6 +67,7 @@ class Budget:
     blocks: int = 2
     learning_rate: float = 1e-3
     samplers: tuple[str, ...] = ("heun", "rk45")
+    gradients: int = 32
     compiled: bool = False
 
 
@@ -158,7 +160,7 @@ class _Trainer:
         if budget.compiled:
             self._compile()
 
-    def gradient_variance(self, target: sf.StableTarget, batches: int = 32) -> float:
+    def gradient_variance(self, target: sf.StableTarget) -> float:
         """Variance of a batch's gradient, summed over the weights, where the network stands now.
 
         The single-sample and the stable target have the same mean gradient; what one adds to the other's variance is what
@@ -168,7 +170,7 @@ class _Trainer:
         objective = self._objective(target)
         generator = torch.Generator(device).manual_seed(2)
         mean, squares = torch.zeros((), device=device), torch.zeros((), device=device)
-        for count in range(1, batches + 1):
+        for count in range(1, self._budget.gradients + 1):
             index = torch.randint(len(images), (self._budget.batch,), generator=generator, device=device)
             x0 = images[index].float().div_(127.5).sub_(1)
             self._denoiser.zero_grad(set_to_none=True)
@@ -183,7 +185,7 @@ class _Trainer:
             mean = mean + change / count
             squares = squares + (change * (gradient - mean)).sum()
         self._denoiser.zero_grad(set_to_none=True)
-        return float(squares / (batches - 1))
+        return float(squares / (self._budget.gradients - 1))
 
     def _objective(self, target: sf.StableTarget) -> sf.Objective:
         recipe = self._recipe

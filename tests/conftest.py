@@ -1,8 +1,10 @@
 """What all tests share: a bound on threads, seeded draws, and a posterior written in the plainest way."""
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import torch
 from torch import Tensor
+
+from forks import Fork, Server
 
 
 @dataclass(frozen=True)
@@ -88,3 +92,39 @@ def smooth_images() -> Callable[..., Tensor]:
         return sum(octaves[1:], octaves[0]).clamp(-1, 1)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def _fork_server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def fork(_fork_server: Server) -> Iterator[Callable[..., Fork]]:
+    """Start `code` in a process of its own, see `forks`; what still runs at the test's end is killed."""
+    begun: list[Fork] = []
+
+    def start(code: str, *arguments: object, cwd: Path | None = None, **environment: str) -> Fork:
+        begun.append(_fork_server.start(code, [str(argument) for argument in arguments], cwd, environment))
+        return begun[-1]
+
+    yield start
+    for process in begun:
+        process.kill()
+
+
+@pytest.fixture
+def fork_ranks(fork: Callable[..., Fork]) -> Callable[..., list[Fork]]:
+    """Start `code` in a number of processes of one group, with the environment that torchrun gives them."""
+
+    def start(count: int, code: str, *arguments: object, cwd: Path | None = None, **environment: str) -> list[Fork]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
+        ranks = map(str, range(count))
+        return [fork(code, *arguments, cwd=cwd, RANK=rank, LOCAL_RANK=rank, **group) for rank in ranks]
+
+    return start

@@ -1,8 +1,11 @@
 from stablefield._bench import Benchmark as Benchmark
 from stablefield._bench import benchmark as benchmark
+from stablefield._distributed import RankError as RankError
 from stablefield._doctor import CheckUp as CheckUp
 from stablefield._doctor import check_machine as check_machine
 from stablefield.diffusion._discrete import Discrete as Discrete
+from stablefield.diffusion._from_diffusers import Regression as Regression
+from stablefield.diffusion._from_diffusers import from_diffusers as from_diffusers
 from stablefield.diffusion._noise_levels import LogNormal as LogNormal
 from stablefield.diffusion._noise_levels import LogUniform as LogUniform
 from stablefield.diffusion._noise_levels import Uniform as Uniform
@@ -38,8 +41,6 @@ from stablefield.diffusion._process import (
 from stablefield.diffusion._process import (
     RectifiedFlow as RectifiedFlow,
 )
-from stablefield.diffusion._scheduler import Regression as Regression
-from stablefield.diffusion._scheduler import from_diffusers as from_diffusers
 from stablefield.diffusion._weighting import (
     EDMWeighting as EDMWeighting,
 )
@@ -57,7 +58,6 @@ from stablefield.targets._perturbation_kernel import StudentTKernel as StudentTK
 from stablefield.targets._pool import Pool as Pool
 from stablefield.targets._posterior import Posterior as Posterior
 from stablefield.targets._posterior import posterior as posterior
-from stablefield.targets._ranks import RankError as RankError
 from stablefield.targets._references import InBatch as InBatch
 from stablefield.targets._sharded import ShardedPool as ShardedPool
 from stablefield.targets._stable_target import DenoisingTarget as DenoisingTarget

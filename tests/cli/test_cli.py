@@ -1,15 +1,18 @@
 """The command: from digits to pictures, and every wrong use told in one paragraph with status 2."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from forks import COMMAND, Fork
 from stablefield.cli.entry import main
 from stablefield.data._digits import open_digits
 
@@ -102,24 +105,24 @@ def test_resume_of_a_finished_run_needs_no_data(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_run_is_saved_and_resumed_to_the_bytes_of_the_whole(tmp_path: Path, number: int) -> None:
-    flags = ["--steps", "400", "--network.width", "16", "--network.depth", "1", "--sample-every", "0"]
+def test_interrupted_run_is_saved_and_resumed_to_the_bytes_of_the_whole(
+    tmp_path: Path, number: int, fork: Callable[..., Fork]
+) -> None:
+    flags = ["--steps", "150", "--network.width", "16", "--network.depth", "1", "--sample-every", "0"]
     assert status("train", "digits", *flags, "--out", str(tmp_path / "whole")) == 0
     cut = tmp_path / "cut"
-    code = "from stablefield.cli.entry import main; main()"
-    command = [sys.executable, "-c", code, "train", "digits", *flags, "--log-every", "1", "--out", str(cut)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        log = cut / "metrics.jsonl"
-        deadline = time.monotonic() + 60
-        while not (log.exists() and log.read_text().count("\n") > 20) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.send_signal(number)
-        told, _ = process.communicate(timeout=60)
+    process = fork(COMMAND, "train", "digits", *flags, "--log-every", "1", "--out", cut)
+    log = cut / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.read_text().count("\n") > 20) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    told, _ = process.communicate(60)
     assert process.returncode == 128 + number  # as a shell has it: 130 and 143
     assert "to go on: stablefield train --resume" in told
     assert status("sample", str(cut), "--seeds", "0", "--out", str(tmp_path / "one.png")) == 0
     assert status("train", "--resume", "--out", str(cut)) == 0
-    name = "checkpoints/step-00000400/ema.safetensors"
+    name = "checkpoints/step-00000150/ema.safetensors"
     assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 

@@ -2,13 +2,11 @@
 
 import contextlib
 import io
-import os
 import signal
 import struct
-import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -17,6 +15,7 @@ import pytest
 import torch
 from fuzzing import SMALL, commands
 
+from forks import COMMAND, Fork
 from stablefield.cli.entry import main
 
 LIMIT = 20
@@ -87,7 +86,12 @@ def check(command: list[str], code: object, told: str, printed: str) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGALRM")
 @pytest.mark.parametrize("seed", range(10))
 def test_commands_at_random_end_in_order(
-    seed: int, run: Path, places: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seed: int,
+    run: Path,
+    places: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fork: Callable[..., Fork],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -99,13 +103,5 @@ def test_commands_at_random_end_in_order(
         check(command, exit_.value.code, error.getvalue(), out.getvalue())
     assert torch.get_num_threads() == before
     for command in commands(1, 1000 + seed, places, run, tmp_path / "out"):
-        done = subprocess.run(
-            [sys.executable, "-m", "stablefield", *command],
-            capture_output=True,
-            text=True,
-            timeout=6 * LIMIT,
-            check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            cwd=tmp_path,
-        )
-        check(command, done.returncode, done.stderr, done.stdout)
+        done = fork(COMMAND, *command, cwd=tmp_path)
+        check(command, done.wait(6 * LIMIT), done.stderr, done.stdout)

@@ -19,9 +19,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 # The command, with a minute of patience made three seconds.
 PATIENT = """
 from stablefield.cli.entry import program
-from stablefield.targets import _watch
+from stablefield import _wait_report
 
-_watch.PATIENCE = 3.0
+_wait_report.PATIENCE = 3.0
 program()
 """
 
@@ -90,7 +90,7 @@ def test_who_is_awaited_is_told_and_ranks_save_and_end_when_their_launcher_is_ki
         found = re.search(r"stablefield: rank 1 of 2 has waited (\d+) s for the others (to [\w ]+): (.*)", message)
         assert found is not None, message
         assert 3 <= int(found[1]) <= 20
-        purposes = ("to sum their gradients", "to hear whether one of them is to stop", "to add up what they report")
+        purposes = ("to sum their gradients", "to say whether one of them is to stop", "to report their losses")
         assert found[2] in purposes
         assert f"rank 0 (process {stopped} on {os.uname().nodename}) shows no sign of life" in found[3]
         steps = lines_of(run)

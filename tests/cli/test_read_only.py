@@ -19,7 +19,7 @@ from stablefield.cli.entry import main
 NOBODY = 65534
 PROGRAM = """
 import json, os, shlex, sys
-from stablefield.cli import bench, data, evaluate, importing, probe, settling
+from stablefield.cli import bench, evaluate, importing, sources
 from stablefield.cli import train
 from stablefield.training import _run as run, _run_probe as run_probe, _sampler as sampler
 from stablefield.cli.entry import main
@@ -27,11 +27,11 @@ from stablefield.cli.entry import main
 def work(*_, **__):
     raise AssertionError("it has begun to work")
 
-for module in (bench, data, evaluate, probe, settling, train):
+for module in (bench, evaluate, sources, train):
     module.open_data = work
 for module in (run, run_probe, sampler):
     module.open_model = work
-importing.read_published = run.combine = work
+importing.read_published = run.combine = run_probe.open_images = work
 for line in map(json.loads, sys.stdin):
     sys.stderr.write(f"\\0{line}\\0")
     try:

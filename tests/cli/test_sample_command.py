@@ -1,11 +1,9 @@
 """`stablefield sample`: every sampler, grid, EMA, class and guide by its flag, and the same images from two processes."""
 
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from forks import Fork
 from stablefield import sampling
 from stablefield.cli.entry import main
 from stablefield.data import open_images
@@ -368,20 +367,18 @@ def free_ports(count: int) -> list[str]:
 
 
 @pytest.mark.slow
-def test_two_processes_draw_and_measure_what_one_does(run: Path, tmp_path: Path) -> None:
+def test_two_processes_draw_and_measure_what_one_does(run: Path, tmp_path: Path, fork: Callable[..., Fork]) -> None:
     ports = free_ports(3)
     outputs: dict[int, list[str]] = {}
     for count in (1, 2):
         out = tmp_path / str(count)
         out.mkdir()
-        started = []
-        for rank in range(count):
-            place = {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, "-c", BOTH, str(run), str(out), *ports]
-            pipe = subprocess.PIPE
-            started.append(subprocess.Popen(command, env={**os.environ, **place}, stdout=pipe, text=True))
-        outputs[count] = [process.communicate(timeout=200)[0] for process in started]
-        assert [process.returncode for process in started] == [0] * count
+        started = [
+            fork(BOTH, run, out, *ports, RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1")
+            for rank in range(count)
+        ]
+        outputs[count] = [process.communicate(200)[0] for process in started]
+        assert [process.returncode for process in started] == [0] * count, started[0].stderr
     assert outputs[2][1] == ""  # the first process tells
     assert "in 2 processes" in outputs[2][0]
     one, two = (dict(np.load(tmp_path / str(count) / "a.npz")) for count in (1, 2))

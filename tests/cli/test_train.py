@@ -1,21 +1,21 @@
 """`stablefield train`: any folder of images, the recipe that fits it, and a run that can be left at any time."""
 
 import json
-import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from forks import COMMAND, Fork
 from stablefield.cli.entry import main
 from stablefield.training._run_folder import RunFolder
 
@@ -88,20 +88,11 @@ main(sys.argv[3:])
 """
 
 
-def test_two_runs_that_begin_at_once_without_out_get_two_folders(tmp_path: Path) -> None:
+def test_two_runs_that_begin_at_once_without_out_get_two_folders(tmp_path: Path, fork: Callable[..., Fork]) -> None:
     here = [tmp_path / name for name in ("first", "second")]
     options = ["--steps", "2", "--batch", "4", "--network.width", "8", "--sample-every", "0", "--device", "cpu"]
-    begun = [
-        subprocess.Popen(
-            [sys.executable, "-c", AT_ONCE, str(own), str(other), "train", "digits", *options],
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for own, other in (here, here[::-1])
-    ]
-    told = [process.communicate(timeout=120) for process in begun]
+    begun = [fork(AT_ONCE, own, other, "train", "digits", *options, cwd=tmp_path) for own, other in (here, here[::-1])]
+    told = [process.communicate() for process in begun]
     assert [process.returncode for process in begun] == [0, 0], told
     folders = [re.search("^run folder: (.*)$", out, re.MULTILINE)[1] for out, _ in told]
     assert sorted(folders) == ["runs/digits-stf", "runs/digits-stf-2"]
@@ -112,24 +103,17 @@ def test_two_runs_that_begin_at_once_without_out_get_two_folders(tmp_path: Path)
         assert newest[1].step == 2
 
 
-def begin_two(cwd: Path, *arguments: str) -> list["subprocess.Popen[str]"]:
-    """Two processes of a run on the digits, each its own child, with what they say in their pipes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "stablefield", "train", "digits", "--device", "cpu", *arguments]
-    started = []
-    for rank in ("0", "1"):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**os.environ, **place, "OMP_NUM_THREADS": "1"}
-        pipe = subprocess.PIPE
-        started.append(subprocess.Popen(command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True))
-    return started
+@pytest.fixture
+def begin_two(fork_ranks: Callable[..., list[Fork]], tmp_path: Path) -> Callable[..., list[Fork]]:
+    """Two processes of a run on the digits."""
+    return partial(fork_ranks, 2, COMMAND, "train", "digits", "--device", "cpu", cwd=tmp_path)
 
 
 @pytest.mark.slow
-def test_both_of_two_processes_end_a_failed_run_with_its_message(tmp_path: Path) -> None:
-    started = begin_two(tmp_path, "--steps", "5", "--learning-rate", "1e30", "--sample-every", "0")
+def test_both_of_two_processes_end_a_failed_run_with_its_message(
+    tmp_path: Path, begin_two: Callable[..., list[Fork]]
+) -> None:
+    started = begin_two("--steps", "5", "--learning-rate", "1e30", "--sample-every", "0")
     messages = [process.communicate(timeout=200)[1] for process in started]
     # Not -6: gloo's threads abort a process that ends within its group.
     assert [process.returncode for process in started] == [1, 1], messages
@@ -140,11 +124,11 @@ def test_both_of_two_processes_end_a_failed_run_with_its_message(tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("references", ["all", "sharded"])
-def test_a_process_that_dies_ends_the_other_with_a_message(references: str, tmp_path: Path) -> None:
+def test_a_process_that_dies_ends_the_other_with_a_message(
+    references: str, tmp_path: Path, begin_two: Callable[..., list[Fork]]
+) -> None:
     out = tmp_path / "run"
-    first, second = begin_two(
-        tmp_path, "--steps", "100000", "--log-every", "5", "--references", references, "--out", str(out)
-    )
+    first, second = begin_two("--steps", "100000", "--log-every", "5", "--references", references, "--out", str(out))
     log = out / "metrics.jsonl"
     while not (log.is_file() and log.read_text()):
         assert first.poll() is None, first.communicate()[1]
@@ -160,29 +144,33 @@ def test_a_process_that_dies_ends_the_other_with_a_message(references: str, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [["--dry-run"], []], ids=["dry run", "run"])
-def test_a_batch_of_fewer_rows_than_parts_is_refused_by_all_processes(more: list[str], tmp_path: Path) -> None:
+def test_a_batch_of_fewer_rows_than_parts_is_refused_by_all_processes(
+    more: list[str], begin_two: Callable[..., list[Fork]]
+) -> None:
     flags = ("--references", "sharded", "--batch", "3", "--gradient-accumulation-steps", "2", *more)
-    started = begin_two(tmp_path, *flags)
+    started = begin_two(*flags)
     messages = [process.communicate(timeout=100)[1] for process in started]
     assert [process.returncode for process in started] == [2, 2], messages
     assert all("--batch 3 is below the 4 parts" in message for message in messages)
 
 
 @pytest.mark.slow
-def test_what_ends_the_first_process_before_the_run_ends_the_other(tmp_path: Path) -> None:
+def test_what_ends_the_first_process_before_the_run_ends_the_other(
+    tmp_path: Path, begin_two: Callable[..., list[Fork]]
+) -> None:
     (tmp_path / "note.txt").write_text("not empty")
-    started = begin_two(tmp_path, "--steps", "2", "--out", str(tmp_path))
+    started = begin_two("--steps", "2", "--out", str(tmp_path))
     messages = [process.communicate(timeout=100)[1] for process in started]
     assert [process.returncode for process in started] == [2, 1], messages
     assert "is not empty" in messages[0]
-    assert "rank 1 of 2 waited for the others to have the data opened" in messages[1]
+    assert "rank 1 of 2 waited for the others to open the data" in messages[1]
 
 
 @pytest.mark.slow
-def test_two_processes_measure_themselves_on_the_way(tmp_path: Path) -> None:
+def test_two_processes_measure_themselves_on_the_way(tmp_path: Path, begin_two: Callable[..., list[Fork]]) -> None:
     out = tmp_path / "run"
     flags = ("--steps", "4", "--batch", "64", "--sample-every", "0", "--log-every", "2", "--out", str(out))
-    started = begin_two(tmp_path, *flags, "--evaluate-every", "2", "--evaluate-samples", "60")
+    started = begin_two(*flags, "--evaluate-every", "2", "--evaluate-samples", "60")
     ends = [process.communicate(timeout=100) for process in started]
     assert [process.returncode for process in started] == [0, 0], ends
     entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

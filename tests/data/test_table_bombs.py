@@ -63,8 +63,12 @@ def dictionaries(where):
     path = write(where / "e.parquet", {"image": column}, dictionary_pagesize_limit=2**30)
     yield "a long dictionary", path, "^240 images$"
     png = shared(bombs.image_bytes(), 1500)
-    path = write(where / "f.parquet", {"image": png, "label": shared("x" * MIB, 1500, "string")}, store_schema=False)
-    yield "long texts as labels", path, "^1500 images$"
+    path = write(
+        where / "f.parquet",
+        {"image": shared(bombs.image_bytes(), 500), "label": shared("x" * MIB, 500, "string")},
+        store_schema=False,
+    )
+    yield "long texts as labels", path, "^500 images$"
     path = write(where / "g.parquet", {"image": png, "label": shared("x" * 8 * MIB, 1500, "string")})
     yield "longer texts as labels", path, "a page of label has .* would take 8,"
     texts = [f"{k:1000000}" for k in range(60)]
@@ -100,8 +104,8 @@ def pages(where):
     yield "lists", write(where / "lists", {"image": lists}), "exactly one column of images"
     path = write(where / "rows", {"image": pyarrow.nulls(2**24, pyarrow.binary())})
     yield "rows of nothing", path, "claims 16,777,216 rows, above the limit of 1,049,"
-    path = write(where / "fewer", {"image": pyarrow.nulls(2**16, pyarrow.binary())})
-    yield "fewer rows of nothing", path, "none of 65,536 image files"
+    path = write(where / "fewer", {"image": pyarrow.nulls(2**14, pyarrow.binary())})
+    yield "fewer rows of nothing", path, "none of 16,384 image files"
 
 
 def contents(where):

@@ -255,13 +255,15 @@ def of_the_gpu_benchmark() -> dict[str, Any]:
     images = torch.randint(0, 256, (1100, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     there = images[:, :, :8, :8].contiguous().to(FAR)
     extractor = RandomConvolutions(device=FAR)
-    budget = quality.Budget(seconds=0.5, marks=1, samples=10, batch=4, width=8, blocks=1)
+    budget = quality.Budget(
+        seconds=0.2, marks=1, samples=4, batch=4, width=8, blocks=1, gradients=3, samplers=("heun",)
+    )
     rows: list[dict[str, Any]] = []
     quality.proof(images[:100].to(FAR), extractor, "ve", budget, rows.append)
     return {
         "accuracy": max(row["relative_error"] for row in gpu.accuracy(there)),
         "cost": len(gpu.cost(there, 1)),
-        "throughput": len(gpu.throughput(there, 1, 8, 8, ("float32", "bf16"))),
+        "throughput": len(gpu.throughput(there, 1, 8, 8, ("float32", "bf16"), warmup=0)),
         "sanity": quality.sanity(images[:300].to(FAR), images[300:500], extractor)["distance"],
         "proof": [row["target"] for row in rows],
     }

@@ -20,10 +20,7 @@ def stepper(recipe: Recipe, device: torch.device) -> Stepper:
         data="digits", shape=data.shape, classes=classes, manifest=data.manifest, recipe=recipe, version="test"
     )
     feed = Feed(data, recipe, device, labelled=classes > 0, placement="resident")
-    source_only = SimpleNamespace(
-        device=device, num_processes=1, process_index=0, backward=lambda loss: loss.backward(), is_main_process=True
-    )
-    return Stepper(config, feed, source_only)
+    return Stepper(config, feed, SimpleNamespace(device=device, backward=lambda loss: loss.backward()))
 
 
 UNET = SongUNetConfig(base_channels=8, multipliers=(1, 2), blocks=1, dropout=0.0)

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 import stablefield as sf
+from stablefield._distributed import Ranks
 from stablefield._progress import Progress
 from stablefield.data._digits import open_digits
 from stablefield.evaluation._evaluate import METRICS, evaluate
@@ -20,7 +21,6 @@ from stablefield.evaluation._extractor import RandomConvolutions, RawPixels
 from stablefield.evaluation._fid import Frechet, frechet_distance_from_features
 from stablefield.evaluation._kid import Kernel
 from stablefield.evaluation._metric import LOWER, Metric, MetricInput, Value
-from stablefield.evaluation._processes import Processes
 from stablefield.evaluation._result import Evaluation
 from stablefield.evaluation._sample_source import SampleSource, SamplingRecord
 from stablefield.evaluation._time_estimate import TimeEstimate
@@ -43,12 +43,12 @@ class Draws(SampleSource):
     def batches(
         self,
         repeat: int,
-        processes: Processes,
+        ranks: Ranks,
         progress: Callable[[Progress], object] | None,  # noqa: ARG002
     ) -> Iterator[tuple[Tensor, Tensor]]:
         images = torch.from_numpy(DIGITS.images[30 * repeat : 30 * (repeat + 1)])
         numbers = torch.arange(30)
-        yield from processes.share(list(zip(images.split(7), numbers.split(7), strict=True)))
+        yield from ranks.share(list(zip(images.split(7), numbers.split(7), strict=True)))
 
     def seeds(self, repeat: int) -> str:
         return f"{30 * repeat}-{30 * repeat + 29}"
@@ -56,7 +56,7 @@ class Draws(SampleSource):
     def labels(self, repeat: int, numbers: Tensor) -> Tensor:  # noqa: ARG002
         return numbers % 2
 
-    def record(self, processes: Processes) -> SamplingRecord:  # noqa: ARG002
+    def record(self, ranks: Ranks) -> SamplingRecord:  # noqa: ARG002
         return SamplingRecord(sampler="heun", steps=18, nfe=35, ema="half-life", commit="c")
 
 

@@ -1,8 +1,4 @@
-import os
-import socket
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from forks import Fork
 from stablefield.data._digits import open_digits
 from stablefield.evaluation._evaluate import evaluate
 from stablefield.evaluation._extraction import Batch, ExtractorPass, extract, image_batches
@@ -88,62 +85,44 @@ def test_an_extractor_that_gives_other_features_than_it_says_is_refused() -> Non
 PASS = """
 import sys
 import numpy as np, torch
+from stablefield._distributed import Ranks
 from stablefield.data._digits import open_digits
 from stablefield.evaluation._extraction import ExtractorPass, extract, image_batches
 from stablefield.evaluation._evaluate import evaluate
 from stablefield.evaluation._features import unpack
-from stablefield.evaluation._processes import Processes
 from stablefield.evaluation._extractor import RandomConvolutions
 
 torch.set_num_threads(1)
 MEASURED = {MEASURED}
-with Processes() as processes:
-    batches = image_batches(open_digits().images, np.arange(50), 16, processes)
-    (features,) = extract(batches, [ExtractorPass(extractor=RandomConvolutions())], processes=processes)
-    told = processes.gathered(torch.full((1 + processes.rank, 2), float(processes.rank)))
-    assert told.tolist() == [[r, r] for r in range(processes.count) for _ in range(r + 1)], told
-    assert processes.total(1.0, processes.rank) == [processes.count, sum(range(processes.count))]
-    assert processes.all(True) and processes.all(processes.rank == 0) == (processes.count == 1)
-    assert sorted(sum(([n] * c for n, c in [(k, 1) for k in processes.share(range(7))]), [])) == list(
-        range(processes.rank, 7, processes.count)
+with Ranks.launched() as ranks:
+    batches = image_batches(open_digits().images, np.arange(50), 16, ranks)
+    (features,) = extract(batches, [ExtractorPass(extractor=RandomConvolutions())], ranks=ranks)
+    told = ranks.all_gather_rows(torch.full((1 + ranks.rank, 2), float(ranks.rank)), "to test")
+    assert told.tolist() == [[r, r] for r in range(ranks.world_size) for _ in range(r + 1)], told
+    assert ranks.total(1.0, ranks.rank, purpose="to test") == [ranks.world_size, sum(range(ranks.world_size))]
+    assert ranks.all(True, "to test") and ranks.all(ranks.rank == 0, "to test") == (ranks.world_size == 1)
+    assert sorted(sum(([n] * c for n, c in [(k, 1) for k in ranks.share(range(7))]), [])) == list(
+        range(ranks.rank, 7, ranks.world_size)
     )
-    if processes.first:
+    if ranks.first:
         np.savez(sys.argv[1], rows=features.rows, covariance=unpack(features.moments)[2])
     found = evaluate(open_digits().images[:90], **MEASURED, extractor=RandomConvolutions())
-    found.save(f"{sys.argv[1]}.{processes.rank}.json")
+    found.save(f"{sys.argv[1]}.{ranks.rank}.json")
 """
 MEASURED = {"data": "digits", "metrics": ["frechet", "recall", "nearest"], "repeats": 2, "batch": 16, "cache": False}
 
 
-def features_of(count: int, out: Path) -> dict[str, np.ndarray]:
-    """The pass in so many real processes, started as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in range(count):
-        place = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "RANK": str(rank),
-            "WORLD_SIZE": str(count),
-        }
-        environment = {**os.environ, **place, "OMP_NUM_THREADS": "1"}
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-c", PASS.replace("{MEASURED}", repr(MEASURED)), str(out)], env=environment
-            )
-        )
-    assert [process.wait(timeout=120) for process in started] == [0] * count
-    return dict(np.load(out))
-
-
-def test_features_and_moments_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+def test_features_and_moments_do_not_depend_on_the_number_of_processes(
+    tmp_path: Path, fork_ranks: Callable[..., list[Fork]]
+) -> None:
     # 4 batches of 16, 16, 16 and 2.
     (alone,) = extract(
         image_batches(open_digits().images, np.arange(50), 16), [ExtractorPass(extractor=RandomConvolutions())]
     )
-    together = features_of(2, tmp_path / "two.npz")
+    out = tmp_path / "two.npz"
+    ranks = fork_ranks(2, PASS.replace("{MEASURED}", repr(MEASURED)), out)
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].stderr
+    together = dict(np.load(out))
     assert together["rows"].shape == (50, 112)
     assert alone.rows is not None
     assert alone.moments is not None

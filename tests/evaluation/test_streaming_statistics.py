@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing import spawn
 
+from stablefield._distributed import Ranks
 from stablefield.evaluation._extraction import ExtractorPass, extract, joined
 from stablefield.evaluation._features import empty_moments, join_moments, moments_of, unpack
-from stablefield.evaluation._processes import Processes
 
 DIM = 7
 
@@ -77,11 +77,11 @@ def work(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     # Every other sample each, and one of padding that both have.
     numbers = torch.cat([torch.arange(rank, len(features()), 2), torch.tensor([0])])
-    with Processes() as processes:
+    with Ranks.launched() as ranks:
         wanted = [ExtractorPass(extractor=Table(), moments=False)]
-        (rows,) = extract(batches(numbers, 17), wanted, processes=processes)
+        (rows,) = extract(batches(numbers, 17), wanted, ranks=ranks)
         wanted = [ExtractorPass(extractor=Table(), rows=False)]
-        (moments,) = extract(batches(numbers[:-1], 17), wanted, processes=processes)
+        (moments,) = extract(batches(numbers[:-1], 17), wanted, ranks=ranks)
         # Without them a process measures for itself, and the other need not take part.
         alone = extract(batches(numbers[:5], 17), wanted)[0].moments if rank else None
     found = {"rows": rows.matrix(), "moments": moments.moments, "alone": alone}

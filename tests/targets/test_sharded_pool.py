@@ -3,17 +3,16 @@
 What one process would refuse or warn of, the rank does that holds the sample, or the one that asked for it.
 """
 
-import os
 import re
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 import stablefield as sf
+from forks import Fork
 
 # What every rank does: its part of a batch over its shard, for several kinds of references; results go to a file.
 PROGRAM = """
@@ -144,6 +143,7 @@ finally:
 """
 
 TIMEOUT = 60
+Run = Callable[..., list[Fork]]
 KINDS = (
     *("uint8", "float64", "array", "groups", "mirrored", "far from zero"),
     *("weights", "weights float64", "weights groups float64", "weights mirrored groups float64"),
@@ -185,32 +185,17 @@ def case(tmp_path: Path) -> dict[str, torch.Tensor]:
     return values
 
 
-def run(size: int, folder: Path, what: str = "") -> list[subprocess.CompletedProcess[str]]:
+@pytest.fixture
+def run(fork: Callable[..., Fork], tmp_path: Path) -> Run:
     """Run the ranks; they must all end in time."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(rank), str(size), str(folder), what],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(size)
-    ]
-    try:
-        return [
-            subprocess.CompletedProcess(
-                rank.args, rank.wait(TIMEOUT), *(stream.read() for stream in (rank.stdout, rank.stderr))
-            )
-            for rank in ranks
-        ]
-    finally:
+
+    def of(size: int, what: str = "") -> list[Fork]:
+        ranks = [fork(PROGRAM, rank, size, tmp_path, what, GLOO_SOCKET_IFNAME="lo") for rank in range(size)]
         for rank in ranks:
-            rank.kill()
-            rank.wait()
-            rank.stdout.close()
-            rank.stderr.close()
+            rank.wait(TIMEOUT)
+        return ranks
+
+    return of
 
 
 def whole(case: dict[str, torch.Tensor], kind: str) -> sf.Target:
@@ -235,9 +220,9 @@ def whole(case: dict[str, torch.Tensor], kind: str) -> sf.Target:
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_ranks_together_give_the_target_of_one_process(
-    size: int, case: dict[str, torch.Tensor], tmp_path: Path
+    size: int, case: dict[str, torch.Tensor], run: Run, tmp_path: Path
 ) -> None:
-    done = run(size, tmp_path, "; ".join(KINDS))
+    done = run(size, "; ".join(KINDS))
     assert [rank.returncode for rank in done] == [0] * size, done[-1].stderr
     found = [torch.load(tmp_path / f"found-{rank}.pt", weights_only=True) for rank in range(size)]
     rows = torch.cat([part["rows"] for part in found])
@@ -253,16 +238,16 @@ def test_ranks_together_give_the_target_of_one_process(
     assert whole(case, "uint8").ess.max() > 20
 
 
-def test_a_rank_without_rows_serves_the_others(case: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    done = run(2, tmp_path, "idle")
+def test_a_rank_without_rows_serves_the_others(case: dict[str, torch.Tensor], run: Run, tmp_path: Path) -> None:
+    done = run(2, "idle")
     assert [rank.returncode for rank in done] == [0, 0], done[-1].stderr
     found = torch.load(tmp_path / "found-0.pt", weights_only=True)["uint8"]["x0"]
     torch.testing.assert_close(found, whole(case, "uint8").x0, rtol=0, atol=1e-5)
 
 
-def test_a_rank_that_dies_ends_the_others_with_a_message(case: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_a_rank_that_dies_ends_the_others_with_a_message(case: dict[str, torch.Tensor], run: Run) -> None:
     start = time.monotonic()
-    done = run(3, tmp_path, "dies")
+    done = run(3, "dies")
     assert time.monotonic() - start < 45  # far below the timeout of the labels: a closed connection is noticed
     assert "rank 2: the first error" in done[2].stderr
     for rank in (0, 1):
@@ -271,18 +256,14 @@ def test_a_rank_that_dies_ends_the_others_with_a_message(case: dict[str, torch.T
         assert "look for the first error among the ranks" in done[rank].stderr
 
 
-def test_a_rank_that_does_not_answer_ends_the_others_after_the_timeout(
-    case: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
-    done = run(2, tmp_path, "silent")
+def test_a_rank_that_does_not_answer_ends_the_others_after_the_timeout(case: dict[str, torch.Tensor], run: Run) -> None:
+    done = run(2, "silent")
     assert done[0].returncode == 1
     assert "RankError: rank 0 of 2 waited for the others" in done[0].stderr
 
 
-def test_a_row_that_is_not_its_sample_is_told_by_the_rank_that_asked(
-    case: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
-    done = run(2, tmp_path, "wrong")
+def test_a_row_that_is_not_its_sample_is_told_by_the_rank_that_asked(case: dict[str, torch.Tensor], run: Run) -> None:
+    done = run(2, "wrong")
     # Row 1 of the batch is the first of rank 1; its sample lies in the shard of either rank.
     assert [rank.returncode for rank in done] == [0, 1]
     assert "row 0 of x0 is not sample" in done[1].stderr
@@ -297,10 +278,10 @@ def test_a_row_that_is_not_its_sample_is_told_by_the_rank_that_asked(
     ],
 )
 def test_what_a_pool_refuses_is_refused_by_the_rank_that_asked(
-    what: str, message: str, case: dict[str, torch.Tensor], tmp_path: Path
+    what: str, message: str, case: dict[str, torch.Tensor], run: Run
 ) -> None:
     """Row 3 of the batch is row 1 of rank 1; a label of -1 is among the samples of rank 1."""
-    done = run(2, tmp_path, what)
+    done = run(2, what)
     wrong, index = 1 - int(case["seen"][3]) % 2, int(case["index"][3])
     assert wrong != case["seen"][3]
     assert done[1].returncode == 1
@@ -315,15 +296,15 @@ def test_what_a_pool_refuses_is_refused_by_the_rank_that_asked(
     ],
 )
 def test_weights_that_do_not_fit_together_are_refused_by_all_ranks(
-    what: str, message: str, case: dict[str, torch.Tensor], tmp_path: Path
+    what: str, message: str, case: dict[str, torch.Tensor], run: Run
 ) -> None:
-    for rank in run(2, tmp_path, what):
+    for rank in run(2, what):
         assert rank.returncode == 1
         assert message in rank.stderr
 
 
 def test_draws_that_the_shards_do_not_expect_are_warned_of_by_a_rank_that_holds_them(
-    case: dict[str, torch.Tensor], tmp_path: Path
+    case: dict[str, torch.Tensor], run: Run, tmp_path: Path
 ) -> None:
     # How many warnings rank 0, which holds samples 0 to 39, and rank 1 give.
     expected = {
@@ -342,7 +323,7 @@ def test_draws_that_the_shards_do_not_expect_are_warned_of_by_a_rank_that_holds_
         "weights": (1, 1),
         "labels dropped by sample": (1, 1),
     }
-    done = run(2, tmp_path, "draws: " + "; ".join(expected))
+    done = run(2, "draws: " + "; ".join(expected))
     assert [rank.returncode for rank in done] == [0, 0], done[-1].stderr
     found = [torch.load(tmp_path / f"warned-{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert {kind: tuple(len(part[kind]) for part in found) for kind in expected} == expected

@@ -21,7 +21,7 @@ from stablefield.training._recipe import SongUNetConfig
 from stablefield.training._recipes import DIGITS
 from stablefield.training._run_folder import RunConfig, RunFolder
 
-STEPS = 60
+STEPS = 30
 RECIPE = dataclasses.replace(
     DIGITS,
     references="all",

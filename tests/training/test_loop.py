@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 import stablefield
+from stablefield._distributed import RankError, Ranks
 from stablefield.data._digits import open_digits
-from stablefield.targets._ranks import RankError
-from stablefield.training._loop import TrainingError, check_fit, fit
+from stablefield.training._loop import TrainingError, check_fit, fit, make_accelerator
 from stablefield.training._recipe import MLPConfig, Recipe, SongUNetConfig
 from stablefield.training._recipes import DIGITS
 from stablefield.training._run_folder import RunConfig, RunFolder
@@ -197,3 +198,12 @@ def test_numbers_of_the_picture_are_the_samples_of_the_run(tmp_path: Path) -> No
     with Image.open(run.picture(8)) as picture:
         shown = np.asarray(picture)
     np.testing.assert_array_equal(shown, tile(images)[:, :, 0])
+
+
+def test_processes_that_accelerate_does_not_count_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As where a job manager sets WORLD_SIZE and no LOCAL_RANK: each process would train alone, in one folder.
+    monkeypatch.setattr("stablefield.training._loop.Ranks.launched", lambda device: Ranks(0, 2))
+    monkeypatch.setattr("stablefield.training._loop.Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE=2 in the environment, and Accelerate counts 1 processes"):
+        make_accelerator(torch.device("cpu"))

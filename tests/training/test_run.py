@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import stablefield as sf
+from stablefield._distributed import Ranks
 from stablefield.data._digits import open_digits
 from stablefield.evaluation._extractor import RawPixels
 from stablefield.training._loop import Report
@@ -230,14 +231,15 @@ def test_processes_agree_on_a_plan_without_sending_each_other_the_images(monkeyp
     digits = open_digits()
     sent: list[bytes] = []
 
-    def from_first(value: object) -> object:
-        sent.append(pickle.dumps(value))
-        return pickle.loads(sent[-1])
+    def broadcast(values: list[object], **_: object) -> None:
+        sent.append(pickle.dumps(values))
+        values[:] = pickle.loads(sent[-1])
 
-    monkeypatch.setattr("stablefield.training._run.from_first", from_first)
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", broadcast)
+    monkeypatch.setattr("stablefield.training._run.place", lambda _: (torch.device("cpu"), Ranks(0, 2)))
     shared = sf.training.make_plan(digits, TINY)
     assert shared.data is digits
-    assert (shared.config, shared.references, shared.noise_band) == pickle.loads(sent[0])
+    assert [(shared.config, shared.references, shared.noise_band)] == pickle.loads(sent[0])
     assert len(sent[0]) < 20_000 < digits.images.nbytes
 
 

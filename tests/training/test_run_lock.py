@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import pytest
 import torch
 from test_interruptions import SMALL, go, start
 
+from forks import Fork
 from stablefield.data._digits import open_digits
 from stablefield.training._lock import Holder, Lock
 from stablefield.training._loop import TrainingError, fit
@@ -31,12 +31,18 @@ time.sleep(100)
 """
 
 
-def hold(path: Path) -> "subprocess.Popen[str]":
+@pytest.fixture
+def hold(fork: Callable[..., Fork]) -> Callable[[Path], Fork]:
     """Another process that holds a lock."""
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "held\n"
-    return holder
+
+    def start(path: Path) -> Fork:
+        holder = fork(HOLD, path)
+        while not holder.stdout:
+            assert holder.poll() is None, holder.stderr
+            time.sleep(0.01)
+        return holder
+
+    return start
 
 
 def write_holder(path: Path, holder: Holder, signs: int = 0) -> None:
@@ -47,7 +53,9 @@ def elsewhere(pid: int = 7) -> Holder:
     return Holder(pid, "elsewhere", "another kernel", "2026-01-02 03:04:05 UTC")
 
 
-def test_a_second_trainer_is_refused_with_who_holds_the_run_until_that_is_killed(tmp_path: Path) -> None:
+def test_a_second_trainer_is_refused_with_who_holds_the_run_until_that_is_killed(
+    tmp_path: Path, hold: Callable[[Path], Fork]
+) -> None:
     run = start(tmp_path / "run", dataclasses.replace(SMALL, steps=4))
     holder = hold(run.path / ".stablefield.lock")
     try:
@@ -78,7 +86,7 @@ def test_the_command_refuses_to_resume_beside_a_running_run(tmp_path: Path, caps
 
 
 def test_a_second_fresh_run_in_a_folder_is_told_who_trains_in_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, hold: Callable[[Path], Fork], capsys: pytest.CaptureFixture[str]
 ) -> None:
     from stablefield.cli.entry import main
 
@@ -153,10 +161,12 @@ def test_a_stopped_holder_on_another_machine_is_outlived_and_a_living_one_is_not
         os.waitpid(pid, 0)
 
 
-def test_a_lock_that_the_kernel_keeps_for_a_dead_machine_is_taken_over(tmp_path: Path) -> None:
+def test_a_lock_that_the_kernel_keeps_for_a_dead_machine_is_taken_over(
+    tmp_path: Path, hold: Callable[[Path], Fork]
+) -> None:
     path = tmp_path / "lock"
     holder = hold(path)  # stands for a file server that has not heard of the death
-    holder.send_signal(signal.SIGSTOP)
+    os.kill(holder.pid, signal.SIGSTOP)
     try:
         write_holder(path, elsewhere())
         lock = Lock(path, beat=0.05, patience=0.3)

@@ -2,11 +2,9 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 import stablefield as sf
+from forks import COMMAND, Fork
 from stablefield.data._digits import open_digits
 from stablefield.data._image_set import ImageSet, Origin, make_image_set
 from stablefield.training._allocator import keep_freed_memory
@@ -93,23 +92,15 @@ def test_more_parts_than_rows_leave_none_out(digits: ImageSet) -> None:
     ],
     ids=str,
 )
-def test_two_processes_follow_the_losses_of_one(tmp_path: Path, digits: ImageSet, change: dict[str, object]) -> None:
+def test_two_processes_follow_the_losses_of_one(
+    tmp_path: Path, digits: ImageSet, change: dict[str, object], fork_ranks: Callable[..., list[Fork]]
+) -> None:
     recipe = dataclasses.replace(SMALL, log_every=1, sample_every=0, **change)
     one = RunFolder.create(tmp_path / "one", configured(recipe, digits))
     two = RunFolder.create(tmp_path / "two", configured(recipe, digits))
     fit(one, one.config(), digits, device=CPU)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *("-m", "stablefield", "train", "--resume", "--out", str(two.path), "--device", "cpu"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = fork_ranks(2, COMMAND, "train", "--resume", "--out", two.path, "--device", "cpu")
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].stderr[-3000:]
     read = [[json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()] for run in (one, two)]
     assert [entry["step"] for entry in read[1]] == list(range(1, 13))
     for key in ("loss", "variance_removed"):

@@ -180,11 +180,11 @@ def _watched() -> Generator[None]:
     if "RANK" not in os.environ:
         yield
         return
+    from stablefield._wait_report import WaitReporter
     from stablefield.cli.interruption import end_with_launcher
-    from stablefield.targets._watch import Watch
 
     end_with_launcher()
-    with Watch(_tell):
+    with WaitReporter(_tell):
         yield
 
 

@@ -9,6 +9,7 @@ import torch
 import tyro
 from rich.markup import escape
 
+from stablefield._distributed import Ranks
 from stablefield._shapes import found_device
 from stablefield.cli.console import console, relative, shown_warnings
 from stablefield.cli.extractors import ExtractorFlags
@@ -19,7 +20,6 @@ from stablefield.cli.usage import as_flags
 from stablefield.data._image_set import ImageSet
 from stablefield.data._resizing import Resize
 from stablefield.evaluation._evaluate import DEFAULT_METRICS, METRICS, check_counts, evaluate
-from stablefield.evaluation._processes import Processes
 from stablefield.evaluation._reference import ProtocolWarning
 from stablefield.evaluation._result import Evaluation
 from stablefield.evaluation._time_estimate import TimeEstimate
@@ -96,12 +96,12 @@ class Evaluate:
         """Measure, print a table and write the results."""
         self._check()
         earlier = None if self.against is None else replace(Evaluation.load(self.against), name=relative(self.against))
-        with Processes() as processes:
+        with Ranks.launched() as ranks:
             try:
                 found = self._evaluate()
             except ValueError as error:
                 raise ValueError(as_flags(str(error), _FLAGS)) from error
-            if processes.first:
+            if ranks.first:
                 self._finish(found if earlier is None else found.compare(earlier))
         return 0
 

@@ -18,7 +18,6 @@ from stablefield.cli.sources import DataFlags, print_reading
 from stablefield.data._image_set import ImageSet
 from stablefield.diffusion._noise_levels import LogUniform
 from stablefield.diffusion._process import VE
-from stablefield.training._processes import first_process_first
 from stablefield.training._recipe import DiffusersUNetConfig, Recipe, SongUNetConfig
 from stablefield.training._recipes import RECIPES, imagefolder, largest_resolution, named_recipe, unet2d
 from stablefield.training._run import place
@@ -118,10 +117,10 @@ class TrainingFlags(DataFlags):
         """
         if not self.data:
             raise ValueError("DATA is missing: name what to train on, such as: stablefield train digits.")
-        device, state = place(self.device or None)
+        device, ranks = place(self.device or None)
         accelerated = device.type == "cuda"
-        with first_process_first(state):
-            if state.is_main_process:
+        with ranks.rank_0_first("to open the data"):
+            if ranks.first:
                 self.check()
             data = self.open(limit=largest_resolution(self.recipe, accelerated=accelerated))
         print_reading(data)

@@ -8,12 +8,12 @@ from typing import Annotated
 import tyro
 from rich.markup import escape
 
+from stablefield._distributed import Ranks
 from stablefield.cli.console import console, relative, shown_warnings
 from stablefield.cli.parser import parse_seeds
 from stablefield.cli.places import check_file, check_folder, check_free, check_suffix, looks_like_file, unused
 from stablefield.cli.progress import StageBar
 from stablefield.data._png import PICTURES
-from stablefield.evaluation._processes import Processes
 from stablefield.training._run import Run
 from stablefield.training._sampler import SamplerOptions
 
@@ -48,11 +48,11 @@ class Sample:
         """Draw, write, and say how many network evaluations it took."""
         seeds = parse_seeds(self.seeds)
         self.drawing.check()
-        with Processes() as processes:
-            self._draw(seeds, processes)
+        with Ranks.launched() as ranks:
+            self._draw(seeds, ranks)
         return 0
 
-    def _draw(self, seeds: list[int], processes: Processes) -> None:
+    def _draw(self, seeds: list[int], ranks: Ranks) -> None:
         options = self.drawing
         run = Run(self.run_folder)
         steps = "" if options.steps_taken is None else f"-{options.steps_taken}"
@@ -61,7 +61,7 @@ class Sample:
         if looks_like_file(out):
             check_suffix("--out", out, _SINGLE, "one file of all images")
         if not single or not out.is_dir():
-            self._check_free(out, processes)
+            self._check_free(out, ranks)
         (check_file if single else check_folder)("--out", out)
         began = time.perf_counter()
         with shown_warnings():
@@ -70,15 +70,15 @@ class Sample:
             if single:
                 samples = run.sample(seeds, sampler=sampler, progress=bar.update)
                 nfe = samples.nfe
-                if processes.first:
+                if ranks.first:
                     samples.save(out)
             else:
                 # Each batch is on the disk before the next is drawn.
-                found = [batch.save(out) and batch.nfe for batch in sampler.draw(seeds, processes, bar.update)]
-                evaluations, count = processes.total(sum(found), len(found))
+                found = [batch.save(out) and batch.nfe for batch in sampler.draw(seeds, ranks, bar.update)]
+                evaluations, count = ranks.total(sum(found), len(found), purpose="to draw their images")
                 nfe = evaluations / count
         seconds = time.perf_counter() - began
-        together = "" if processes.count == 1 else f" in {processes.count} processes"
+        together = "" if ranks.world_size == 1 else f" in {ranks.world_size} processes"
         model = sampler.model
         console.print(
             f"{len(seeds):,} images of step {model.step:,} (EMA {model.ema}), {options.sampler}{steps}: {nfe:,.4g} network "
@@ -89,12 +89,12 @@ class Sample:
             console.print(escape(classes))
         console.print(f"written: {escape(relative(out))}")
 
-    def _check_free(self, out: Path, processes: Processes) -> None:
+    def _check_free(self, out: Path, ranks: Ranks) -> None:
         refusal: ValueError | None = None
         try:
             check_free("--out", out, overwrite=self.overwrite)
         except ValueError as error:
             refusal = error
         # All have looked before the first of them writes.
-        if not processes.all(refusal is None):
+        if not ranks.all(refusal is None, "to look at --out"):
             raise refusal or ValueError(f"--out {out} is taken, as another process sees it: name another place.")

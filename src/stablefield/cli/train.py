@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from rich.markup import escape
 
+from stablefield._distributed import Ranks
 from stablefield.cli.console import console, print_rows, quoted, relative
 from stablefield.cli.extractors import ExtractorFlags
 from stablefield.cli.interruption import Interruption
@@ -27,7 +27,6 @@ from stablefield.report._cells import duration
 from stablefield.training._estimate import estimate_run
 from stablefield.training._loop import Tracker, check_tracker
 from stablefield.training._observers import FrechetObserver, Reading, SelfCheck, check_samples
-from stablefield.training._processes import first_process_first
 from stablefield.training._recipe import Recipe
 from stablefield.training._recipes import RECIPES
 from stablefield.training._run import Run, make_plan, place, train
@@ -108,8 +107,8 @@ class Train(TrainingFlags):
         if self.print:
             return _print_recipe(run.config.recipe, ())
         self.check()
-        device, state = place(self.device or None)
-        with _held(run, state.is_main_process and not self.dry_run):
+        device, ranks = place(self.device or None)
+        with _held(run, ranks.first and not self.dry_run):
             _print_where_it_stands(run)
             config, done = run.config, run.step
             if done >= config.recipe.steps and not self.dry_run:
@@ -117,7 +116,7 @@ class Train(TrainingFlags):
                 console.print("A run cannot be extended yet: to train for longer, begin a new one with more --steps.")
                 _print_sampling(run)
                 return 0
-            with first_process_first(state):
+            with ranks.rank_0_first("to open the data"):
                 data = open_data(self.data or config.data, **config.opening)
             self._check_samples(len(data))
             if self.dry_run:
@@ -164,7 +163,7 @@ class Train(TrainingFlags):
         return interruption.status if run.step < steps else 0
 
     def _observers(self, data: ImageSet, device: torch.device) -> list[FrechetObserver]:
-        if not self.evaluate_every or not PartialState().is_main_process:
+        if not self.evaluate_every or not Ranks.launched(device).first:
             return []
         self.measure.check()
         extractor = self.measure.open(data.shape, device)
@@ -196,7 +195,7 @@ def _print_where_it_stands(run: Run) -> None:
 
 
 def _print_beginning(run: Run, data: ImageSet) -> None:
-    recipe, processes = run.config.recipe, PartialState().num_processes
+    recipe, processes = run.config.recipe, Ranks.launched(run.device).world_size
     many = f" x {processes} processes" if processes > 1 else ""
     console.print(
         f"[bold]{recipe.target.upper()}[/] on {escape(data.name)}: {len(data):,} images of "

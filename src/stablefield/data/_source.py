@@ -313,11 +313,12 @@ def as_image_set(
     if isinstance(images, str | Path):
         return open_images(images)
     array = images.cpu().numpy() if isinstance(images, Tensor) else images
+    as_bytes = "to(torch.uint8)" if isinstance(images, Tensor) else "astype('uint8')"
     check_kind(name, array, np.ndarray, "an image set, the path of images, or uint8 of shape (n, C, H, W)")
     if array.dtype.kind == "f":
         raise ValueError(
             f"{name} has dtype {array.dtype}: pass uint8; for values x in [-1, 1] that is "
-            "((x + 1) * 127.5).round().clip(0, 255).astype('uint8')."
+            f"((x + 1) * 127.5).round().clip(0, 255).{as_bytes}."
         )
     numbers = labels.cpu().numpy() if isinstance(labels, Tensor) else labels
     return make_image_set(array, numbers, Origin(name=name, source="an array"))

@@ -1,4 +1,4 @@
-r"""Gaussian processes: how clean data become noise.
+r"""Gaussian noising processes: how clean data become noise.
 
 A process corrupts $x_0$ by
 

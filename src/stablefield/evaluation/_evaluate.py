@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stablefield._commit import running_commit
+from stablefield._distributed import Ranks
 from stablefield._progress import Progress
 from stablefield._shapes import check_callable, check_kind, found_device, whole_number
 from stablefield.data._collector import cache_folder
@@ -27,7 +28,6 @@ from stablefield.evaluation._kid import Kernel
 from stablefield.evaluation._memorisation import Nearest
 from stablefield.evaluation._metric import Features, Metric, MetricInput, Value
 from stablefield.evaluation._precision_recall import Coverage, Density, Precision, Recall
-from stablefield.evaluation._processes import Processes
 from stablefield.evaluation._protocol import Protocol, Score
 from stablefield.evaluation._reference import ReferenceSet, is_kept, measure_reference
 from stablefield.evaluation._result import Evaluation, Pictures
@@ -99,7 +99,7 @@ def evaluate(
         split: which part of `data`, if it is a name.
         held_out: real images that were not trained on, for "nearest"; by default the "test" split of `data`, if it is a
             name and has one.
-        repeats: measure so often, each time on other samples; 3 gives minimum, mean and spread as the literature does.
+        repeats: how many times to measure, each time on fresh samples; 3 gives minimum, mean and spread, as papers report.
         seed: which images each repeat takes, where `samples` are images.
         device: where FID's Inception runs; a GPU if there is one.
         batch: images at a time in the extractor.
@@ -114,7 +114,7 @@ def evaluate(
 
     Warns:
         ProtocolWarning: if the features of the real images were kept by the code of another commit.
-        DamagedCacheWarning: if kept features are damaged; they are made anew.
+        DamagedCacheWarning: if cached features are damaged; they are recomputed.
     """
     chosen = _chosen(metrics, classifier)
     for name, value, least in (
@@ -157,8 +157,8 @@ def evaluate(
     def part(name: str) -> ImageSet:
         return opened("data", data(name) if callable(data) else data, name, progress)
 
-    with Processes() as processes:
-        # Of an array or an image set nobody knows other parts.
+    with Ranks.launched() as ranks:
+        # An array or an image set has no other splits.
         parts = part if isinstance(data, str | Path) or callable(data) else None
         images = check_size("data", part(split), source.shape)
         some = ReferenceSet(images=images, split=split, count=references)
@@ -178,8 +178,8 @@ def evaluate(
                 group = _Group(extractor=network, metrics=its, references=some, cache=kept)
             check_counts(its, source.count, len(group.references))
             groups.append(group)
-        run = _Measurement(source, repeats, batch, processes, progress)
-        if on_estimate is not None and processes.first:
+        run = _Measurement(source, repeats, batch, ranks, progress)
+        if on_estimate is not None and ranks.first:
             on_estimate(run.estimate(groups, device))
         return run.evaluation(groups)
 
@@ -258,14 +258,14 @@ class _Measurement:
     source: SampleSource
     repeats: int
     batch: int
-    processes: Processes
+    ranks: Ranks
     progress: Report | None
     shown: list[tuple[Tensor, Tensor | None]] = field(default_factory=list[tuple[Tensor, Tensor | None]])
 
     def estimate(self, groups: Sequence[_Group], device: torch.device) -> TimeEstimate:
         """How long it will take from here, from a batch or two that are thrown away."""
         features = metrics = 0.0
-        n, repeats, count = self.source.count, self.repeats, self.processes.count
+        n, repeats, count = self.source.count, self.repeats, self.ranks.world_size
         for group in groups:
             wanted, real = group.wanted, group.references
             control = 0 if group.held_out is None else len(group.held_out)
@@ -282,20 +282,20 @@ class _Measurement:
         values: list[list[list[Value]]] = [[] for _ in groups]
         for repeat in range(self.repeats):
             passes = [group.wanted for group in groups]
-            features = extract(self._batches(repeat), passes, "sample", at_once=self.batch, processes=self.processes)
-            if not self.processes.first:
+            features = extract(self._batches(repeat), passes, "sample", at_once=self.batch, ranks=self.ranks)
+            if not self.ranks.first:
                 continue
             if self.progress is not None:
                 self.progress(Progress(stage="metrics", done=repeat, total=self.repeats))
             for group, (references, control), samples, found in zip(groups, real, features, values, strict=True):
                 given = MetricInput(samples=samples, references=references, extractor=group.extractor, held_out=control)
                 found.append([value for metric in group.metrics for value in metric(given)])
-        record = self.source.record(self.processes)
+        record = self.source.record(self.ranks)
         scores = [
             score for group, found in zip(groups, values, strict=True) for score in self._scores(group, found, record)
         ]
-        if self.processes.count > 1:
-            text = self.processes.from_first(json.dumps([score.to_dict() for score in scores]))
+        if self.ranks.world_size > 1:
+            text = self.ranks.broadcast(json.dumps([score.to_dict() for score in scores]), "to compute the metrics")
             scores = [Score.from_dict(one) for one in json.loads(text)]
         samples, references = self._pictures(groups[0].references)
         return Evaluation(name=self.source.name, scores=tuple(scores), samples=samples, references=references)
@@ -308,18 +308,18 @@ class _Measurement:
             batch=self.batch,
             cache=group.cache,
             commit=running_commit(),
-            processes=self.processes,
+            ranks=self.ranks,
             progress=self.progress,
         )
         if group.held_out is None:
             return found, None
-        batches = image_batches(group.held_out.images, np.arange(len(group.held_out)), self.batch, self.processes)
+        batches = image_batches(group.held_out.images, np.arange(len(group.held_out)), self.batch, self.ranks)
         only_rows = ExtractorPass(extractor=group.extractor, moments=False)
-        return found, extract(batches, [only_rows], "held-out image", processes=self.processes)[0].matrix()
+        return found, extract(batches, [only_rows], "held-out image", ranks=self.ranks)[0].matrix()
 
     def _batches(self, repeat: int) -> Iterator[Batch]:
         """The batches of a repeat; the first images are kept to be looked at, with their classes."""
-        for images, numbers in self.source.batches(repeat, self.processes, self.progress):
+        for images, numbers in self.source.batches(repeat, self.ranks, self.progress):
             if sum(len(batch) for batch, _ in self.shown) < _SHOWN:
                 self.shown.append((images, self.source.labels(repeat, numbers)))
             yield images, numbers

@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stablefield._distributed import Ranks
 from stablefield._progress import Progress
 from stablefield.evaluation._extractor import Extractor
 from stablefield.evaluation._features import empty_moments, join_moments, moments_of
 from stablefield.evaluation._metric import Features, Metric
-from stablefield.evaluation._processes import Processes
 
 __all__ = ["Batch", "ExtractorPass", "extract", "image_batches", "joined", "pass_for"]
 
@@ -47,7 +47,7 @@ def image_batches(
     images: NDArray[np.uint8],
     rows: NDArray[np.int64],
     batch: int,
-    processes: Processes | None = None,
+    ranks: Ranks | None = None,
     progress: Callable[[Progress], object] | None = None,
     stage: str = "",
 ) -> Iterator[Batch]:
@@ -56,15 +56,15 @@ def image_batches(
     Batches are cut before they are shared out, so that the number of processes changes no batch. `progress` is called once
     each has been used.
     """
-    processes = processes or Processes()
+    ranks = ranks or Ranks()
     done = 0
-    for start in processes.share(range(0, len(rows), batch)):
+    for start in ranks.share(range(0, len(rows), batch)):
         part = rows[start : start + batch]
         yield torch.from_numpy(np.ascontiguousarray(images[part])), torch.arange(start, start + len(part))
         done += len(part)
         if progress is not None:
             # The other processes are about as far.
-            progress(Progress(stage=stage, done=min(done * processes.count, len(rows)), total=len(rows)))
+            progress(Progress(stage=stage, done=min(done * ranks.world_size, len(rows)), total=len(rows)))
 
 
 def extract(
@@ -73,7 +73,7 @@ def extract(
     what: str = "image",
     *,
     at_once: int | None = None,
-    processes: Processes | None = None,
+    ranks: Ranks | None = None,
 ) -> list[Features]:
     """Send all batches through all extractors.
 
@@ -82,8 +82,8 @@ def extract(
         passes: extractors, and what to keep of each.
         what: what to call an image in an error, such as "sample".
         at_once: images that an extractor sees at a time; a network at 299 x 299 takes some 10 MB for each.
-        processes: those that share the images: each calls this with its own batches, of which there may be none, and gets
-            the features of all. Without them the features are those of this process's batches alone.
+        ranks: the processes that share the images: each calls this with its own batches, of which there may be none, and
+            gets the features of all. Without them the features are those of this process's batches alone.
 
     Returns:
         One `Features` per pass.
@@ -99,7 +99,7 @@ def extract(
             features = torch.cat([one.extractor(part).float() for part in parts]).cpu()
             _check(features, numbers, one.extractor, what)
             one.add(features, numbers)
-    return [one.features(processes or Processes()) for one in kept]
+    return [one.features(ranks or Ranks()) for one in kept]
 
 
 def _check(features: Tensor, numbers: Tensor, extractor: Extractor, what: str) -> None:
@@ -132,18 +132,19 @@ class _Kept:
         if self._wanted.moments and len(features):
             self._moments = join_moments(self._moments, moments_of(features))
 
-    def features(self, processes: Processes) -> Features:
+    def features(self, ranks: Ranks) -> Features:
         """Those of all processes."""
         rows = moments = None
+        purpose = "to exchange their features"
         if self._wanted.rows:
-            rows, numbers = processes.gathered(torch.cat(self._rows)), processes.gathered(torch.cat(self._numbers))
+            rows, numbers = (ranks.all_gather_rows(torch.cat(kept), purpose) for kept in (self._rows, self._numbers))
             order = torch.argsort(numbers, stable=True)
             numbers = numbers[order]
             first = torch.ones_like(numbers, dtype=torch.bool)
             first[1:] = numbers[1:] != numbers[:-1]
             rows = rows[order[first]]
         if self._wanted.moments:
-            moments = joined(list(processes.gathered(self._moments[None])))
+            moments = joined(list(ranks.all_gather_rows(self._moments[None], purpose)))
         return Features(rows=rows, moments=moments)
 
 

@@ -2,14 +2,17 @@
 
 A new metric is one new file beside this one:
 
+    from stablefield.evaluation._metric import LOWER, Metric, MetricInput, Value
+
     @dataclass(frozen=True)
     class MeanDistance(Metric):
         def __call__(self, given: MetricInput) -> tuple[Value, ...]:
             samples, real = given.samples.matrix(), given.references.matrix()  # features, (n, d) and (m, d)
             return (Value(name="mean distance", value=float((samples.mean(0) - real.mean(0)).norm()), better=LOWER),)
 
-and one line in `METRICS` in `_evaluate.py`: `"mean-distance": MeanDistance(),`. A metric also says how many images it takes
-at least and what must be kept of the features, so an evaluation finds out before it draws an image.
+and one line in `METRICS` in `_evaluate.py`: `"mean-distance": MeanDistance(),`. Then `python -m stablefield.cli.inventory`
+rewrites the command's table of flags. A metric also declares its minimum number of images (`least`) and what to keep of the
+features (`rows`, `moments`), so an evaluation can fail before it draws an image.
 """
 
 from abc import ABC, abstractmethod
@@ -29,7 +32,7 @@ __all__ = ["HIGHER", "LOWER", "Features", "Metric", "MetricInput", "Value"]
 LOWER = "lower is better"
 HIGHER = "higher is better"
 
-# As many nearest rows as any listed metric asks for.
+# The largest k that any listed metric asks for.
 _NEIGHBOURS = 5
 
 

@@ -27,13 +27,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stablefield._atomic_file import write_atomically
+from stablefield._distributed import Ranks
 from stablefield._progress import Progress
 from stablefield._regular_file import check_safetensors, reason
 from stablefield.data._image_set import ImageSet
 from stablefield.evaluation._extraction import ExtractorPass, extract, image_batches
 from stablefield.evaluation._extractor import Extractor
 from stablefield.evaluation._metric import Features
-from stablefield.evaluation._processes import Processes
 
 __all__ = [
     "DamagedCacheWarning", "ProtocolWarning", "ReferenceSet", "is_kept", "load_tensor", "measure_reference", "save_tensor",
@@ -106,7 +106,7 @@ def measure_reference(
     batch: int,
     cache: Path | None = None,
     commit: str = "",
-    processes: Processes | None = None,
+    ranks: Ranks | None = None,
     progress: Callable[[Progress], object] | None = None,
 ) -> Features:
     """Features of a reference set, from the cache if they are there.
@@ -117,7 +117,7 @@ def measure_reference(
         batch: images at a time.
         cache: folder of kept features; None neither reads nor writes any.
         commit: of the code that runs, for the record of what is kept.
-        processes: those that share the work; each calls this. Without them this process does it alone.
+        ranks: the processes that share the work; each calls this. Without them this process does it alone.
         progress: called after every batch.
 
     Raises:
@@ -128,7 +128,7 @@ def measure_reference(
         ProtocolWarning: if features were kept by the code of another commit.
         DamagedCacheWarning: if kept features are damaged; the file is named, and made anew.
     """
-    processes = processes or Processes()
+    ranks = ranks or Ranks()
     record = reference.record(wanted.extractor)
     paths = _paths(cache, record, wanted)
     found: dict[Kind, tuple[Tensor, str]] = {}
@@ -137,18 +137,18 @@ def measure_reference(
             found = {kind: load_tensor(path, kind, record) for kind, path in paths.items()}
         except ValueError as error:
             warnings.warn(f"{error} It is made anew now.", DamagedCacheWarning, stacklevel=2)
-    if processes.all(bool(found)):
+    if ranks.all(bool(found), "to look for kept features"):
         for made in {made for _, made in found.values()} - {commit}:
             text = f"kept features of {reference.images.name} in {cache} are of another commit: {made!r} against {commit!r}."
             warnings.warn(text, ProtocolWarning, stacklevel=2)
         kept = {kind: tensor for kind, (tensor, _) in found.items()}
         return Features(rows=kept.get("rows"), moments=kept.get("moments"))
     rows, stage = reference.rows, f"{wanted.extractor.name}: {reference.images.name}"
-    batches = image_batches(reference.images.images, rows, batch, processes, progress, stage)
-    (features,) = extract(batches, [wanted], "reference image", processes=processes)
+    batches = image_batches(reference.images.images, rows, batch, ranks, progress, stage)
+    (features,) = extract(batches, [wanted], "reference image", ranks=ranks)
     # A cache that cannot be written costs time, not a result.
     with suppress(OSError):
-        for kind, path in paths.items() if processes.first else ():
+        for kind, path in paths.items() if ranks.first else ():
             tensor = features.rows if kind == "rows" else features.moments
             if tensor is not None:
                 save_tensor(path, kind, tensor, record, commit)

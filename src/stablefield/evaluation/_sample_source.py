@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stablefield._distributed import Ranks
 from stablefield._progress import Progress
 from stablefield.data._image_set import ImageSet
 from stablefield.data._source import as_image_set, open_images
 from stablefield.evaluation._extraction import Batch, image_batches
 from stablefield.evaluation._extractor import check_images
-from stablefield.evaluation._processes import Processes
 
 __all__ = ["ImageSource", "Images", "Report", "SampleSource", "SamplingRecord", "check_size", "opened"]
 
@@ -56,7 +56,7 @@ class SampleSource(ABC):
     class_names: tuple[str, ...] | None = None
 
     @abstractmethod
-    def batches(self, repeat: int, processes: Processes, progress: Report | None) -> Iterator[Batch]:
+    def batches(self, repeat: int, ranks: Ranks, progress: Report | None) -> Iterator[Batch]:
         """This process's samples of a repeat: images, uint8 (B, C, H, W), and their numbers (B,) from 0 to count - 1."""
 
     def seeds(self, repeat: int) -> str | None:  # noqa: ARG002
@@ -71,7 +71,7 @@ class SampleSource(ABC):
         """About how long one process would draw the samples of a repeat; 0 where they are there."""
         return 0.0
 
-    def record(self, processes: Processes) -> SamplingRecord:  # noqa: ARG002
+    def record(self, ranks: Ranks) -> SamplingRecord:  # noqa: ARG002
         """How the samples were made, once they are; every process asks."""
         return SamplingRecord()
 
@@ -135,7 +135,7 @@ class ImageSource(SampleSource):
         order = np.random.default_rng(seed).permutation(n)
         self._rows = [np.sort(order[r * self.count : (r + 1) * self.count]) for r in range(repeats)]
 
-    def batches(self, repeat: int, processes: Processes, progress: Report | None) -> Iterator[Batch]:
+    def batches(self, repeat: int, ranks: Ranks, progress: Report | None) -> Iterator[Batch]:
         """This process's images of a repeat."""
         stage = self._images.name if len(self._rows) == 1 else f"{self._images.name}, repeat {repeat + 1}"
-        return image_batches(self._images.images, self._rows[repeat], self._batch, processes, progress, stage)
+        return image_batches(self._images.images, self._rows[repeat], self._batch, ranks, progress, stage)

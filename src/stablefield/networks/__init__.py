@@ -7,8 +7,8 @@ A U-Net for RGB images of 32 x 32 pixels, and the denoiser D(x, sigma) around it
     x0 = denoiser(x, sigma)  # x (B, 3, 32, 32) with noise of standard deviation sigma (B,), to the clean images
 
 Every network is called as network(x, noise_label, class_labels=None). `MLP` is for points and images of 8 x 8 pixels;
-`DiffusersUNet` makes a UNet2DModel of diffusers, if that is installed, such a network. A recipe names a network by its
-settings: `stablefield.training.SongUNetConfig`, `MLPConfig`, `DiffusersUNetConfig`.
+`DiffusersUNet` wraps a UNet2DModel of diffusers, which it needs, so that it is called in the same way. A recipe names a
+network by its settings: `stablefield.training.SongUNetConfig`, `MLPConfig`, `DiffusersUNetConfig`.
 """
 
 from stablefield._lazy import attach

@@ -294,7 +294,7 @@ def _draw_regions(axes: "Axes", track: "Axes", regions: Sequence[Region]) -> Non
         first, last = track.transAxes.inverted().transform(track.transData.transform([(start, 0), (stop, 0)]))[:, 0]
         inside = (last - first) * 0.8 * WIDTH > LETTER * len(text) + 8
         to_the_right = (first < 0.5) if inside else (1 - last > first)
-        track.annotate(
+        name = track.annotate(
             text,
             (start if inside == to_the_right else stop, row + 0.5),
             xytext=(4 if to_the_right else -4, 0),
@@ -302,6 +302,8 @@ def _draw_regions(axes: "Axes", track: "Axes", regions: Sequence[Region]) -> Non
             ha="left" if to_the_right else "right",
             va="center_baseline",
         )
+        # A name that finds no room may be cut off, but may not take the room of the axes.
+        name.set_in_layout(False)
 
 
 def _array(values: Any) -> NDArray[np.float64]:

@@ -35,7 +35,7 @@ class Counted(Evaluations):
         if self._progress is not None:
             self._progress(sigma)
         before = _nfe_of(self.denoiser)
-        # The labels go in by place, not by name: the third argument is the habit, its name is not.
+        # By position: labels are the third argument by convention, but their name varies.
         denoised = self.denoiser(x, sigma) if class_labels is None else self.denoiser(x, sigma, class_labels)
         after = _nfe_of(self.denoiser)
         self.nfe += 1 if before is None or after is None else after - before

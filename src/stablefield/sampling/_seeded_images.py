@@ -114,7 +114,8 @@ def draw(
         denoiser = Counted(denoiser_of(seeds), None if progress is None else report)
         noise = SampleNoise(chunk.seeds)
         latents = noise.latents(shape, dtype=torch.float64).to(dtype).to(device)
-        # The solver, such as `heun` in _euler_heun.py, calls the denoiser at every noise level.
+        # The solver, such as `heun` in _euler_heun.py, calls the denoiser at every noise level: `Counted`, then for a run
+        # `Denoiser.forward` in diffusion/_preconditioning.py, which calls the network.
         x = options.solve(noise)(denoiser, latents * float(sigmas[0]), sigmas)
         yield chunk.wanted, to_uint8(x)[list(chunk.places)], denoiser.nfe
         done += size

@@ -139,7 +139,7 @@ def grid_levels(sampler: str, sigmas: Tensor) -> tuple[float, ...]:
 
 
 def _finite(*states: Tensor) -> bool:
-    # A sum is finite if all numbers are, but where finite ones overflow: then, and only then, each is looked at.
+    # A sum of finite numbers is finite unless it overflows: only then is every number checked.
     total = sum((state.sum() for state in states), start=states[0].new_zeros(()))
     return bool(torch.isfinite(total)) or all(bool(torch.isfinite(state).all()) for state in states)
 

@@ -1,7 +1,8 @@
 """The solvers by name, and what goes with the choice of one: its options, steps, network evaluations and grid.
 
 `SOLVERS` is the table. A new solver has its own module beside this one, and one line in the table; CONTRIBUTING shows it.
-`SolverOptions` are the settings of any of them.
+`SolverOptions` are the settings of any of them. A solver integrates from noise to data; what users call a sampler, as in
+`run.sample(sampler="heun")`, is a solver with its settings, a run's weights, classes and guidance.
 """
 
 import math

@@ -26,9 +26,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from stablefield._distributed import Ranks
 from stablefield.targets._checks import Check
 from stablefield.targets._engine.reference_matrix import wide_dtype
-from stablefield.targets._ranks import Ranks
 
 __all__ = ["Draws", "Frequencies", "Shares"]
 
@@ -181,10 +181,10 @@ class Shares:
         kind: Tensor
         distinct, kind = torch.unique(labels.to(device), return_inverse=True)
         here = weights.new_zeros(len(distinct)).index_add(0, kind, weights)
-        heads = ranks.gather_equal(torch.tensor([len(distinct)], device=device), "to compare their labels")
+        heads = ranks.all_gather(torch.tensor([len(distinct)], device=device), "to compare their labels")
         counts = [int(head) for head in heads]
-        others = ranks.gather(distinct[:, None], counts)[:, 0]
-        weight = ranks.gather(here[:, None], counts)[:, 0]
+        others = ranks.all_gather_rows(distinct, "to compare their labels", counts)
+        weight = ranks.all_gather_rows(here, "to compare their labels", counts).clone()
         start = sum(counts[: ranks.rank])
         weight[start : start + len(distinct)] = 0
         place, known = _among(distinct, others)

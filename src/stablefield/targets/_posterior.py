@@ -9,9 +9,15 @@ $$ w_k = \frac{\pi_k\, p_{t|0}(x_t \mid y_k)}{\sum_j \pi_j\, p_{t|0}(x_t \mid y_
 If the references are exchangeable and $x_t$ was made from one of them, the mean is the expectation of that source given
 $x_t$ and the set: an unbiased regression target with less variance than the source itself (Rao-Blackwell).
 
-It is one softmax cross-attention with queries $x_t$ and keys = values = references, at the cost of two matrix products
-of 2 B n d flops and memory O((B + chunk) d + B chunk). `_engine/logits.py` computes the exponents and explains how they stay
-accurate; `_engine/online_softmax.py` sums the weights, chunk by chunk; `_engine/assembly.py` puts both together. On a CPU,
+For one alpha and one sigma, and uniform prior weights, it computes
+
+    weights = torch.softmax(-torch.cdist(x_t, alpha * y).square() / (2 * sigma**2), dim=1)
+    mean = weights @ y
+
+with the accuracy of this in float64. It is one softmax cross-attention with queries $x_t$ and keys = values = references, at
+the cost of two matrix products of 2 B n d flops and memory O((B + chunk) d + B chunk). `_engine/logits.py` computes the
+distances and explains how they stay accurate, `_perturbation_kernel.py` makes exponents of them, `_engine/online_softmax.py`
+sums the weights, chunk by chunk, and `_engine/assembly.py` puts these together. On a CPU,
 the second product skips rows for which a chunk has no weight that the dtype resolves: all rows of low noise.
 
 References:

@@ -26,13 +26,13 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stablefield._distributed import Ranks
 from stablefield.targets._checks import Check, require
 from stablefield.targets._draws import Draws, Shares
 from stablefield.targets._engine.assembly import summed
 from stablefield.targets._engine.online_softmax import OnlineSoftmax
 from stablefield.targets._engine.query import Host, Plan, Query
 from stablefield.targets._pool import OTHER_LABEL, WITHOUT_WEIGHT, Pool, compared, sample_weights
-from stablefield.targets._ranks import Ranks
 from stablefield.targets._references import Batch, Selection
 
 __all__ = ["ShardedPool"]
@@ -86,11 +86,11 @@ class ShardedPool:
         if timeout is not None:
             made = dist.new_group(dist.get_process_group_ranks(process_group), timeout=timeout)
             process_group = cast("dist.ProcessGroup", made)  # an int for those outside, and all are inside
-        self._ranks = Ranks(process_group)
+        self._ranks = Ranks.of(process_group)
         shape = [len(data), *data.shape[1:]]
         kind = [labels is not None, mirrored, given is not None]
         mine = torch.tensor([len(shape), *kind, *shape, *[0] * (12 - len(shape))], device=device)
-        parts = self._ranks.gather_equal(mine, "to compare their shards")
+        parts = self._ranks.all_gather(mine, "to compare their shards")
         first = parts[0]
         for rank, part in enumerate(parts):
             same = [0, 1, 2, 3, *range(5, 16)]
@@ -118,7 +118,7 @@ class ShardedPool:
         """The weights with 1 for the largest of all ranks, and the log of the smallest of all ranks that is not 0."""
         positive = torch.where(weights > 0, weights, torch.inf)
         ends = torch.stack([weights.max(), positive.min()]).to(device)
-        parts = torch.stack(self._ranks.gather_equal(ends, "to compare their weights"))
+        parts = torch.stack(self._ranks.all_gather(ends, "to compare their weights"))
         largest, smallest = float(parts[:, 0].max()), float(parts[:, 1].min())
         if not largest > 0:
             raise ValueError(
@@ -225,8 +225,8 @@ class _Exchange:
         counts, scalars, vectors = self._gathered(scalars, torch.cat([x, query.anchor], 1), query.labels is not None)
         part, status, frequent = self._over_shard(scalars, vectors, query, plan)
         parts = torch.stack([part.peak, part.mass, part.mass_squared, part.energy, part.log_prior], 1)
-        returned = self.ranks.send_home(torch.cat([parts, status], 1).to(wide), counts)
-        totals = self.ranks.send_home(part.total, counts)
+        returned = self.ranks.return_rows(torch.cat([parts, status], 1).to(wide), counts)
+        totals = self.ranks.return_rows(part.total, counts)
         # From the rank that has the row's sample; the others send zeros.
         gap, wrong, mislabelled, source_prior = torch.stack([one[:, 5:] for one in returned]).sum(0).unbind(1)
 
@@ -257,7 +257,7 @@ class _Exchange:
         head = torch.tensor(
             [len(vectors), vectors.shape[1], _DTYPES.index(vectors.dtype), grouped], device=vectors.device
         )
-        heads = self.ranks.gather_equal(head, "to compare their batches")
+        heads = self.ranks.all_gather(head, "to compare their batches")
         for rank, other in enumerate(heads):
             if not torch.equal(other[1:], heads[0][1:]):
                 raise ValueError(
@@ -267,7 +267,9 @@ class _Exchange:
         counts = [int(other[0]) for other in heads]
         if sum(counts) == 0:
             return counts, scalars, vectors
-        return counts, self.ranks.gather(scalars, counts), self.ranks.gather(vectors, counts)
+        purpose = "to exchange their rows"
+        scalars = self.ranks.all_gather_rows(scalars, purpose, counts)
+        return counts, scalars, self.ranks.all_gather_rows(vectors, purpose, counts)
 
     def _over_shard(
         self, scalars: Tensor, vectors: Tensor, query: Query, plan: Plan

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stablefield._distributed import Ranks
 from stablefield.data._image_set import ImageSet
 from stablefield.data._index_stream import IndexStream
 from stablefield.targets._pool import Pool, choose
@@ -84,7 +84,8 @@ class Feed:
         if resident:
             self._pool = self._wrap(self._pixels(slice(None)), self._labels)
         elif sharded:
-            rank, processes = dist.get_rank(), dist.get_world_size()
+            ranks = Ranks.launched(device)
+            rank, processes = ranks.rank, ranks.world_size
             parts = processes * recipe.gradient_accumulation_steps
             if recipe.batch < parts:
                 # A process without rows would not call the target, but all must call it equally often.

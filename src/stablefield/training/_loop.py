@@ -6,6 +6,7 @@ and observers, none of which affects the steps. One process or many run it in th
 
 import errno
 import math
+import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from importlib.util import find_spec
@@ -14,10 +15,10 @@ from typing import Any, Literal, Protocol
 import torch
 from accelerate import Accelerator
 
+from stablefield._distributed import RankError, Ranks
 from stablefield.data._image_set import ImageSet
 from stablefield.data._png import class_grid, write_png
 from stablefield.diffusion._preconditioning import Denoiser
-from stablefield.targets._ranks import RankError, Ranks
 from stablefield.training._checkpoint import State, restore, save, sweep
 from stablefield.training._feed import Feed
 from stablefield.training._meter import Meter, Report, bin_edges
@@ -100,14 +101,24 @@ def make_accelerator(device: torch.device, tracker: Tracker = "none", folder: Ru
         device: of a run on one process; with several, each takes its own GPU, or the CPU if this is the CPU.
         tracker: the tracker that mirrors metrics.jsonl.
         folder: the folder to which a tracker may write.
+
+    Raises:
+        ValueError: if the environment and Accelerate count different numbers of processes.
     """
     check_tracker(tracker)
-    return Accelerator(
+    ranks = Ranks.launched(device)  # Accelerate joins a group that it finds
+    accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="no",
         log_with=None if tracker == "none" else tracker,
         project_dir=None if folder is None else str(folder.path),
     )
+    if accelerator.num_processes != ranks.world_size:
+        raise ValueError(
+            f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} in the environment, and Accelerate counts "
+            f"{accelerator.num_processes} processes: start them with torchrun or accelerate launch."
+        )
+    return accelerator
 
 
 def fit(
@@ -156,9 +167,10 @@ def fit(
             raise ValueError(f"{config.data} is not what this run was started with (its labels' sha256 differs).")
     accelerator = accelerator or make_accelerator(device, tracker, folder)
     device = accelerator.device
+    ranks = Ranks.launched(device)
     try:
-        with folder.locked() if accelerator.is_main_process else nullcontext():
-            placement = placed(recipe, data, device, accelerator.num_processes)
+        with folder.locked() if ranks.first else nullcontext():
+            placement = placed(recipe, data, device, ranks.world_size)
             with closing(Feed(data, recipe, device, labelled=config.classes > 0, placement=placement)) as feed:
                 loop = _Loop(folder, config, feed, accelerator, observers)
                 with _tracking(accelerator, tracker, {"run": folder.path.name, "data": config.data}):
@@ -203,7 +215,8 @@ class _Loop:
     ) -> None:
         self._folder, self._config, self._recipe = folder, config, config.recipe
         self._accelerator, self._observers = accelerator, observers
-        self._main = accelerator.is_main_process
+        self._ranks = Ranks.launched(accelerator.device)
+        self._main = self._ranks.first
         newest = folder.newest()
         if newest is not None:
             require_fit(config, newest[0])
@@ -212,8 +225,7 @@ class _Loop:
         self._state = State(0, 0)
         if newest is not None:
             self._state = restore(newest[0], self._stepper.trained)
-        self._ranks = Ranks() if accelerator.num_processes > 1 else None
-        self._meet("to begin")
+        self._ranks.barrier("to begin")
         if self._main:
             # Newer checkpoints are damaged, or they would have been used: they must not count among those to keep.
             folder.remove_after(self._state.step)
@@ -247,28 +259,15 @@ class _Loop:
         return self._state.step
 
     def _stops(self, stop: Callable[[], bool]) -> bool:
-        if self._ranks is None:
-            return stop()
         # All or none: a process that stopped alone would leave the others waiting.
-        wish = torch.tensor([float(stop())], device=self._accelerator.device)
-        purpose = "to hear whether one of them is to stop"
-        self._ranks.add_up(wish, purpose)
-        with self._ranks.waiting(purpose):  # a GPU waits here
-            return bool(wish.item() > 0)
-
-    def _meet(self, purpose: str) -> None:
-        if self._ranks is not None:
-            with self._ranks.waiting(purpose):
-                self._accelerator.wait_for_everyone()
+        return self._ranks.total(float(stop()), purpose="to say whether one of them is to stop")[0] > 0
 
     def _meter(self) -> Meter:
         return Meter(self._edges, self._accelerator.device, self._stepper.target_watch)
 
     def _report(self, meter: Meter, done: int) -> Report:
-        sums = meter.sums
-        if self._ranks is not None:
-            sums = sums.clone()
-            self._ranks.add_up(sums, "to add up what they report")
+        sums = meter.sums.clone()
+        self._ranks.all_reduce(sums, "to report their losses")
         return meter.report(done, sums)
 
     def _log(self, done: int, extra: dict[str, float]) -> None:
@@ -345,7 +344,7 @@ class _Loop:
             if checkpoint:
                 save(folder.checkpoint(done), State(done, done * recipe.batch), trained)
                 folder.prune(recipe.keep_last, recipe.keep_every)
-        self._meet("to have the run written")
+        self._ranks.barrier("to write the run")
         self._pause()
 
     def _pause(self) -> None:

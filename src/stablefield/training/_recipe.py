@@ -189,11 +189,11 @@ class Recipe:
     ema_snapshot_every: int = 0
     """Steps between snapshots of two power-function averages, from which `stablefield ema` makes others; 0 for none."""
     augmentation: float = 0.0
-    """Probability of the non-leaking augmentation, of which the network is told; 0 for none."""
+    """Probability of the non-leaking augmentation, on which the network is conditioned; 0 for none."""
     mirror: bool = False
     """Double the data by their mirror images, left and right exchanged."""
     conditional: bool = False
-    """Tell the network the class."""
+    """Condition the network on the class."""
     label_dropout: float = 0.1
     """Share of labels hidden from a conditional network, for guidance."""
     precision: Literal["float32", "bf16"] = "float32"

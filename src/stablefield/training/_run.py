@@ -21,19 +21,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from numpy.typing import NDArray
 from torch import Tensor
 
 import stablefield
 from stablefield._atomic_file import write_atomically
+from stablefield._distributed import Ranks
 from stablefield._progress import Progress
 from stablefield._shapes import check_kind, found_device, whole_number
 from stablefield.data._image_set import ImageSet
 from stablefield.data._source import as_image_set, open_images
 from stablefield.evaluation._evaluate import DEFAULT_METRICS, evaluate
 from stablefield.evaluation._metric import Metric
-from stablefield.evaluation._processes import Processes
 from stablefield.evaluation._result import Evaluation
 from stablefield.sampling._solvers import SamplerName
 from stablefield.training._ema import power_exponent
@@ -43,7 +42,6 @@ from stablefield.training._loop import Observer, Report, Tracker, check_fit, fit
 from stablefield.training._model import OpenModel, open_model
 from stablefield.training._placement import resolve_band, resolve_references
 from stablefield.training._post_hoc import combine, snapshot_steps
-from stablefield.training._processes import first_process_first, from_first, start_processes
 from stablefield.training._recipe import Recipe
 from stablefield.training._recipes import largest_resolution, recipe_for
 from stablefield.training._run_folder import RunConfig, RunFolder
@@ -85,11 +83,11 @@ class Plan:
         return estimate_run(self.config, self.data, place(device)[0])
 
 
-def place(device: torch.device | str | None) -> tuple[torch.device, PartialState]:
+def place(device: torch.device | str | None) -> tuple[torch.device, Ranks]:
     """The device of this process for the argument `device`, and the processes that train together, begun."""
     found = found_device(device)
-    state = start_processes(accelerated=found.type == "cuda")
-    return (torch.device(state.device or found) if state.num_processes > 1 else found), state
+    ranks = Ranks.launched(found)
+    return ranks.own_device(found), ranks
 
 
 def make_plan(data: ImageSet, recipe: Recipe, *, device: torch.device | str | None = None) -> Plan:
@@ -106,9 +104,9 @@ def make_plan(data: ImageSet, recipe: Recipe, *, device: torch.device | str | No
     Raises:
         ValueError: if the recipe does not fit the data, naming its field.
     """
-    where, state = place(device)
-    decided = _decide(data, recipe, where, state.num_processes) if state.is_main_process else None
-    decided = from_first(decided)
+    where, ranks = place(device)
+    decided = _decide(data, recipe, where, ranks.world_size) if ranks.first else None
+    decided = ranks.broadcast(decided, "to plan the run")
     assert decided is not None
     config, references, noise_band = decided
     return Plan(data=data, config=config, references=references, noise_band=noise_band)
@@ -186,9 +184,9 @@ def train(
         TrainingError: if the loss is not finite or the disk is full; earlier checkpoints are intact.
         ImportError: if a package is missing.
     """
-    where, state = place(device)
+    where, ranks = place(device)
     if not isinstance(images, Plan):
-        with first_process_first(state):
+        with ranks.rank_0_first("to open the data"):
             data, recipe = images_and_recipe(images, labels, recipe, steps, where)
         plan = make_plan(data, recipe, device=where)
     else:
@@ -196,11 +194,11 @@ def train(
             raise ValueError("images is a Plan, which holds its recipe: leave recipe and steps out, and labels, too.")
         plan = images
     path = ""
-    if state.is_main_process:
+    if ranks.first:
         config = plan.config
         folder = Path(out) if out is not None else _unused_folder(f"{plan.data.name}-{config.recipe.target}")
         path = str(RunFolder.create(folder, config).path)
-    run = Run(from_first(path))
+    run = Run(ranks.broadcast(path, "to make the run's folder"))
     _fit(run, plan.data, where, tracker, observers, on_start, progress, every, stop)
     return run
 
@@ -296,13 +294,15 @@ class Run:
             else self.sampler(sampler, steps, guidance_scale, class_label, ema, batch, device)
         )
         wanted = _seeds(seeds)
-        with Processes() as processes:
-            parts = list(opened.draw(wanted, processes, progress))
-            nfe, count = processes.total(sum(part.nfe for part in parts), len(parts))
+        with Ranks.launched() as ranks:
+            purpose = "to draw their images"
+            parts = list(opened.draw(wanted, ranks, progress))
+            nfe, count = ranks.total(sum(part.nfe for part in parts), len(parts), purpose=purpose)
             none = np.zeros((0, *opened.config.shape), np.uint8)
-            images = processes.gathered(torch.from_numpy(np.concatenate([none, *(part.images for part in parts)])))
+            drawn = torch.from_numpy(np.concatenate([none, *(part.images for part in parts)]))
+            images = ranks.all_gather_rows(drawn, purpose)
             own = torch.tensor([seed for part in parts for seed in part.seeds], dtype=torch.int64)
-            row = {seed: place for place, seed in enumerate(processes.gathered(own).tolist())}
+            row = {seed: place for place, seed in enumerate(ranks.all_gather_rows(own, purpose).tolist())}
         return opened.samples(wanted, images[[row[seed] for seed in wanted]], nfe / count)
 
     def sampler(
@@ -501,9 +501,9 @@ class Run:
             ValueError: if the images are not those of the run, or another process trains in its folder.
             TrainingError: as for `train`.
         """
-        where, state = place(device)
+        where, ranks = place(device)
         config = self.config
-        with first_process_first(state):
+        with ranks.rank_0_first("to open the data"):
             if data is None or isinstance(data, str | Path):
                 data = open_images(data_of(config) if data is None else data, **config.opening)
         _fit(self, as_image_set("data", data), where, tracker, observers, on_start, progress, every, stop)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from stablefield._commit import running_commit
 from stablefield._cost import wait_for
+from stablefield._distributed import Ranks
 from stablefield._progress import Progress
 from stablefield._shapes import whole_number
-from stablefield.evaluation._processes import Processes
 from stablefield.evaluation._sample_source import SampleSource, SamplingRecord
 from stablefield.sampling._seeded_images import chunks_of
 from stablefield.training._run_folder import RunConfig
@@ -53,7 +53,7 @@ class RunSource(SampleSource):
         return f"{start}-{start + self.count - 1}"
 
     def batches(
-        self, repeat: int, processes: Processes, progress: Callable[[Progress], object] | None
+        self, repeat: int, ranks: Ranks, progress: Callable[[Progress], object] | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's samples of a repeat: images, uint8 (B, C, H, W), and their numbers (B,)."""
         start, sampler = self._start(repeat), self._sampler
@@ -63,10 +63,10 @@ class RunSource(SampleSource):
         def report(own: Progress) -> None:
             if progress is not None:
                 # The other processes are about as far.
-                done = min(self.count, processes.count * own.done)
+                done = min(self.count, ranks.world_size * own.done)
                 progress(Progress(stage=stage, done=done, total=self.count))
 
-        for samples in sampler.draw(seeds, processes, None if progress is None else report):
+        for samples in sampler.draw(seeds, ranks, None if progress is None else report):
             yield torch.from_numpy(samples.images), torch.tensor(samples.seeds) - start
             self._evaluations += samples.nfe
             self._chunks += 1
@@ -89,7 +89,7 @@ class RunSource(SampleSource):
 
         began = time.perf_counter()
         with suppress(_EnoughError):
-            next(sampler.draw(chunks[0].wanted, Processes(), mark))
+            next(sampler.draw(chunks[0].wanted, Ranks(), mark))
             marks.append(time.perf_counter())
         # The first evaluation of all is slower than those that follow; the solver's own work is between them.
         steady = marks[1:] if len(marks) > 2 else marks
@@ -97,9 +97,9 @@ class RunSource(SampleSource):
         one = marks[0] - began + each * options.calls
         return one * sum(len(chunk.seeds) for chunk in chunks) / len(chunks[0].seeds)
 
-    def record(self, processes: Processes) -> SamplingRecord:
+    def record(self, ranks: Ranks) -> SamplingRecord:
         """How the samples were made."""
-        evaluations, chunks = processes.total(self._evaluations, self._chunks)
+        evaluations, chunks = ranks.total(self._evaluations, self._chunks, purpose="to count their network evaluations")
         options = self._sampler.options
         return SamplingRecord(
             sampler=options.describe(self._sampler.config),

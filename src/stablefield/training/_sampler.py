@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stablefield._distributed import Ranks
 from stablefield._progress import Progress
 from stablefield.data._image_set import class_text
-from stablefield.evaluation._processes import Processes
 from stablefield.sampling._guidance import autoguidance, classifier_free
 from stablefield.sampling._seeded_images import chunks_of, draw
 from stablefield.sampling._solver_loop import Denoise
@@ -185,18 +185,18 @@ class RunSampler:
     def draw(
         self,
         seeds: Sequence[int],
-        processes: Processes,
+        ranks: Ranks,
         progress: Callable[[Progress], object] | None = None,
     ) -> Iterator[Samples]:
         """This process's part of the images of seeds, batch by batch; the `nfe` of each is its own.
 
         Args:
-            seeds: of all processes.
-            processes: that share them.
+            seeds: of all ranks.
+            ranks: the processes that share them.
             progress: called before every evaluation with how many images this process has drawn, and how many it will.
         """
         options = self.options
-        stage = "drawing" if processes.count == 1 else f"drawing (process 1 of {processes.count})"
+        stage = "drawing" if ranks.world_size == 1 else f"drawing (process 1 of {ranks.world_size})"
 
         def report(done: float, total: int) -> None:
             if progress is not None:
@@ -206,7 +206,7 @@ class RunSampler:
             self.denoiser,
             options,
             options.sigmas(self.config.recipe.process),
-            processes.share(chunks_of(seeds, options.batch, coupled=options.solver.coupled)),
+            ranks.share(chunks_of(seeds, options.batch, coupled=options.solver.coupled)),
             shape=self.config.shape,
             device=self.device,
             progress=None if progress is None else report,

@@ -17,9 +17,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from stablefield._distributed import Ranks
 from stablefield.data._augmentation import Augmentation, AugmentationParameters, flip
 from stablefield.diffusion._objective import Example, Objective, ObjectiveValue
-from stablefield.targets._ranks import Ranks
 from stablefield.targets._references import References
 from stablefield.targets._stable_target import DenoisingTarget, StableTarget
 from stablefield.training._checkpoint import Trained
@@ -50,7 +50,7 @@ class Stepper:
         recipe = config.recipe
         self._recipe, self._feed, self._accelerator = recipe, feed, accelerator
         self._device = accelerator.device
-        self._ranks = Ranks() if accelerator.num_processes > 1 else None
+        self._ranks = Ranks.launched(self._device)
         model = build_denoiser(config).to(self._device)
         averages: dict[str, nn.Module] = {"ema": follower(model)}
         if recipe.ema_snapshot_every:
@@ -143,7 +143,7 @@ class Stepper:
         return values
 
     def _dropout_seed(self, step: int, number: int) -> int:
-        part = self._accelerator.process_index * self._recipe.gradient_accumulation_steps + number
+        part = self._ranks.rank * self._recipe.gradient_accumulation_steps + number
         return seed_for(self._recipe.seed, Purpose.DROPOUT, step, part)
 
     def _drawn_augmentation(self, step: int) -> AugmentationParameters | None:
@@ -157,9 +157,8 @@ class Stepper:
 
     def _parts(self) -> list[slice]:
         """The rows of this process, in consecutive parts of nearly equal size."""
-        processes, parts = self._accelerator.num_processes, self._recipe.gradient_accumulation_steps
-        first = self._accelerator.process_index * parts
-        count, batch = processes * parts, self._recipe.batch
+        parts, batch = self._recipe.gradient_accumulation_steps, self._recipe.batch
+        first, count = self._ranks.rank * parts, self._ranks.world_size * parts
         edges = [batch * k // count for k in range(first, first + parts + 1)]
         return [slice(a, b) for a, b in pairwise(edges) if a < b]
 
@@ -185,14 +184,14 @@ class Stepper:
         return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
     def _sum_gradients(self) -> None:
-        if self._ranks is None:
+        if self._ranks.world_size == 1:
             return
         for parameter in self._parameters:  # a process without rows must take part, too
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = self._gradients()
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        self._ranks.add_up(flat, "to sum their gradients")
+        self._ranks.all_reduce(flat, "to sum their gradients")
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.reshape(gradient.shape))
 

@@ -1,0 +1,150 @@
+"""Ranks of one process and of several, and the reports of long waits."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from stablefield._distributed import Ranks
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "stablefield"
+
+# Rank 1 comes late to a wait of rank 0. With the argument "stopped", the process that keeps the store is stopped meanwhile.
+LATE = """
+import os, signal, sys, time
+from stablefield._distributed import Ranks
+from stablefield._wait_report import WaitReporter
+
+def tell(message):
+    print(message, flush=True)
+
+with WaitReporter(tell, patience=2.0), Ranks.launched() as ranks:
+    ranks.barrier("to meet once")
+    if ranks.rank == 1:
+        if sys.argv[1] == "stopped":
+            os.kill(int(os.environ["STORE"]), signal.SIGSTOP)
+        time.sleep(8 if sys.argv[1] == "stopped" else 5)
+        if sys.argv[1] == "stopped":
+            os.kill(int(os.environ["STORE"]), signal.SIGCONT)
+    ranks.barrier("to come late")
+"""
+# A torch that was built without torch.distributed, as far as Python sees.
+WITHOUT = """
+import importlib, importlib.abc, sys
+
+class Without(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch.distributed":
+            import torch._C
+            for part in ("_c10d_init", "_rpc_init", "_dist_autograd_init", "_faulty_agent_init"):
+                if hasattr(torch._C, part):
+                    delattr(torch._C, part)
+
+sys.meta_path.insert(0, Without())
+import torch
+assert not torch.distributed.is_available()
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+import stablefield as sf
+x0 = sf.LogNormal().sample(sf.VP(), 8)[:, None]
+assert sf.Objective(sf.VP(), target=sf.DenoisingTarget(sf.VP()))(lambda x, s: x, x0).loss > 0
+try:
+    sf.ShardedPool(x0)
+except ValueError as error:
+    print(error)
+"""
+STORE = """
+import sys, time
+import torch.distributed as dist
+
+store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=True, wait_for_workers=False)
+print("listening", flush=True)
+time.sleep(120)
+"""
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def reports(what: str) -> list[str]:
+    """What two processes report, started as torchrun does it, with the store in a third."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    environment = {**os.environ, **place, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    store = subprocess.Popen([sys.executable, "-c", STORE, place["MASTER_PORT"]], stdout=subprocess.PIPE)
+    try:
+        assert store.stdout is not None
+        store.stdout.readline()
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-c", LATE, what],
+                env={**environment, "RANK": str(rank), "STORE": str(store.pid)},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        told = [process.communicate(timeout=120)[0] for process in started]
+        assert [process.returncode for process in started] == [0, 0], told
+    finally:
+        store.kill()
+        store.communicate()
+    return told
+
+
+def test_one_process_exchanges_with_nobody() -> None:
+    ranks, rows = Ranks(), torch.arange(6.0).reshape(3, 2)
+    assert ranks.first
+    assert ranks.share("abc") == ["a", "b", "c"]
+    assert [part.tolist() for part in ranks.all_gather(rows, "to test")] == [rows.tolist()]
+    assert ranks.all_gather_rows(rows, "to test").tolist() == rows.tolist()
+    assert ranks.total(1.0, 2.0, purpose="to test") == [1, 2]
+    assert ranks.all(True, "to test")
+    assert not ranks.all(False, "to test")
+    assert ranks.broadcast("word", "to test") == "word"
+    assert ranks.own_device(torch.device("meta")).type == "meta"
+    ranks.all_reduce(rows, "to test")
+    with ranks.rank_0_first("to test"):
+        ranks.barrier("to test")
+    assert rows.sum() == 15
+
+
+def test_the_core_works_where_torch_was_built_without_torch_distributed() -> None:
+    core = ("targets", "diffusion", "networks", "sampling")
+    names = [
+        ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts)
+        for package in core
+        for path in sorted((SOURCE / package).rglob("*.py"))
+    ]
+    assert len(names) > 20
+    done = subprocess.run([sys.executable, "-c", WITHOUT, *names], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "torch.distributed has no process group" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_rank_that_runs_and_comes_late_is_named_and_not_taken_for_stopped() -> None:
+    first, second = reports("late")
+    host = re.escape(socket.gethostname())
+    found = re.findall(
+        rf"rank 0 of 2 has waited \d s for the others to come late: rank 1 \(process \d+ on {host}\) is running, and has "
+        r"not got there yet\. It goes on waiting\.",
+        first,
+    )
+    assert 1 <= len(found) <= 3, first
+    assert re.search(r"rank 0 goes on after [56] s of waiting to come late\.", first)
+    assert second == ""
+
+
+@pytest.mark.slow
+def test_a_wait_is_reported_although_the_store_does_not_answer() -> None:
+    first, _ = reports("stopped")
+    assert "to come late: which of them is unknown, since the store" in first, first
+    assert "rank 0 goes on after" in first
