@@ -166,8 +166,8 @@ class Recipe:
     draws_per_image: int = 1
     """Noisy images made from each image of a batch."""
     antithetic: bool = False
-    """Make the draws of an image in pairs with noise of opposite signs, which lowers the variance of the gradient where the
-    network has learned the images; two or more draws per image."""
+    """Make the draws of an image in pairs of opposite noise, which lowers the variance of the gradient once the network has
+    learned the images; needs an even number of draws per image."""
     gradient_accumulation_steps: int = 1
     """Parts in which a process works through its share of the batch, to save memory."""
     seed: int = 0
