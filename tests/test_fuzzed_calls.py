@@ -319,6 +319,8 @@ CASES = {
                 lambda s: sf.DenoisingTarget(s.process), lambda s: sf.StableTarget(s.process, references=sf.InBatch())
             ),
             "label_dropout": either(0.0, 0.5),
+            "draws_per_image": either(1),
+            "antithetic": either(False),
         },
     ),
     "Objective.__call__": Case(

@@ -32,6 +32,10 @@ SMALL = dataclasses.replace(
 TINY_UNET = SongUNetConfig(base_channels=8, multipliers=(1, 2), blocks=1, dropout=0.0)
 
 
+PAIRS = {"draws_per_image": 2, "antithetic": True, "noise_levels": sf.LogNormal(stratified=True)}
+"""The levers of a batch's variance."""
+
+
 def configured(recipe: Recipe, data: ImageSet) -> RunConfig:
     classes = data.classes if recipe.conditional else 0
     return RunConfig(
@@ -61,7 +65,16 @@ def digits() -> ImageSet:
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"references": 64}, {"conditional": True}, {"target": "dsm"}, {"network": TINY_UNET, "augmentation": 0.3}],
+    [
+        {},
+        {"references": 64},
+        {"conditional": True},
+        {"target": "dsm"},
+        {"network": TINY_UNET, "augmentation": 0.3},
+        PAIRS,
+        {**PAIRS, "draws_per_image": 4, "network": TINY_UNET, "augmentation": 0.3, "conditional": True},
+        {**PAIRS, "references": 20, "mirror": True, "network": TINY_UNET},
+    ],
 )
 def test_losses_do_not_depend_on_the_parts_of_a_step(digits: ImageSet, change: dict[str, object]) -> None:
     recipe = dataclasses.replace(SMALL, **change)
@@ -70,6 +83,29 @@ def test_losses_do_not_depend_on_the_parts_of_a_step(digits: ImageSet, change: d
         assert losses(dataclasses.replace(recipe, gradient_accumulation_steps=parts), digits, 4) == pytest.approx(
             whole, rel=1e-4
         )
+
+
+def test_the_draws_of_an_image_are_rows_beside_each_other(digits: ImageSet) -> None:
+    recipe = dataclasses.replace(SMALL, mirror=True, network=TINY_UNET, **PAIRS)
+    ((example, _),) = stepper(recipe, digits).examples(3)
+    x, level = example.x, example.noise_level
+    assert len(x) == 36
+    assert torch.equal(level[::2], level[1::2])
+    clean = (x[::2] + x[1::2]).double() / 2  # the noise cancels
+    pixels = torch.from_numpy(digits.images).double() / 127.5 - 1
+    both = torch.cat([pixels, pixels.flip(-1)]).flatten(1)
+    # Up to float32's rounding of the noise.
+    assert float((torch.cdist(clean.flatten(1), both).amin(1) / level[::2]).max()) < 1e-4
+    places = torch.cdist(clean.flatten(1), both).argmin(1) % len(pixels)
+    assert len(places.unique()) == recipe.images_per_step == 18
+
+
+def test_an_epoch_of_several_draws_per_image_deals_every_image_once(digits: ImageSet) -> None:
+    recipe = dataclasses.replace(SMALL, draws_per_image=4)
+    feed = Feed(digits, recipe, CPU, labelled=False, placement="resident")
+    seen = torch.cat([feed.rows(step, slice(None)).index for step in range(len(digits) // 9)])
+    assert len(seen) == 4 * (len(digits) // 9) * 9
+    assert set(seen.unique(return_counts=True)[1].tolist()) == {4}
 
 
 def test_more_parts_than_rows_leave_none_out(digits: ImageSet) -> None:
@@ -88,6 +124,7 @@ def test_more_parts_than_rows_leave_none_out(digits: ImageSet) -> None:
         {"references": "sharded", "gradient_accumulation_steps": 2},
         {"references": "sharded", "conditional": True, "label_dropout": 0.3, "noise_band": 0.5},
         {"references": "sharded", "network": TINY_UNET, "augmentation": 0.3},
+        {"references": "sharded", "network": TINY_UNET, "mirror": True, **PAIRS},
         {"references": "sharded", "network": TINY_UNET, "mirror": True},
     ],
     ids=str,

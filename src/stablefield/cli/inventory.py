@@ -39,6 +39,7 @@ _GROUPS = {
     "Data": "resolution resize skip-broken max-images sources augmentation mirror",
     "Model": "conditional label-dropout ema",
     "Target": "references noise-band",
+    "Variance of a batch": "draws-per-image antithetic no-antithetic",
     "Optimisation": (
         "learning-rate ramp-images decay-share max-grad-norm nan-to-num no-nan-to-num "
         "gradient-accumulation-steps seed precision compile"
@@ -60,7 +61,7 @@ _PARTS = {
     "weighting": "Weights of the loss",
     "preconditioning": "Scalings around the network",
 }
-_OWNERS = {"Real images": ("evaluate",), "Target": ("train", "compare")}
+_OWNERS = {"Real images": ("evaluate",), "Target": ("train", "compare"), "Variance of a batch": ("train", "compare")}
 _MORE = "More"
 # Flags that `compare` sets itself: it trains with both targets from several seeds, and saves with every score.
 _NOT_IN = {"compare": ("target", "seed", "sample-every", "checkpoint-every")}

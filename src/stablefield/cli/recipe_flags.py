@@ -186,6 +186,8 @@ def yielding(recipe: Recipe, flags: Mapping[str, Sequence[str]]) -> tuple[Recipe
 
     if "--mirror" in flags and "--augmentation" not in flags and recipe.augmentation:
         change("--mirror", "augmentation", 0.0, "the augmentation mirrors images itself")
+    if "--antithetic" in flags and "--draws-per-image" not in flags and recipe.draws_per_image % 2:
+        change("--antithetic", "draws_per_image", 2 * recipe.draws_per_image, "the draws of an image come in pairs")
     references = _number(flags.get("--references"))
     fewer = references is not None and 0 < references < recipe.batch and references % 1 == 0
     if references and fewer and "--batch" not in flags and flags.get("--target", [recipe.target]) == ["stf"]:

@@ -29,10 +29,12 @@ from stablefield._shapes import (
     number,
     per_row,
     shape_of,
+    whole_number,
 )
 from stablefield.diffusion._noise_levels import LogNormal, NoiseLevels
 from stablefield.diffusion._process import Process
 from stablefield.diffusion._weighting import EDMWeighting, Weighting
+from stablefield.targets._references import InBatch
 from stablefield.targets._stable_target import StableTarget
 from stablefield.targets._target import Target
 
@@ -118,9 +120,19 @@ class Objective:
         target: the regression target, such as `StableTarget(process, references=Pool(images))`; `DenoisingTarget(process)`
             is the usual single-sample loss.
         label_dropout: share of rows whose class label is hidden from the network (-1), for classifier-free guidance.
+        draws_per_image: noisy samples k made from each image: a batch of B images has k B rows. Needs references that hold
+            no image twice, such as a `Pool`.
+        antithetic: make the draws of an image in pairs, with one noise level and with noise of opposite signs. Where the
+            network's error is nearly linear in the noise, its odd part cancels in the mean over a pair. `draws_per_image` is
+            then even.
+
+    Stratified noise levels (`NoiseLevels.stratified`), several draws per image and antithetic noise leave the distribution
+    of every single row as it is, so the expectation of the loss and of its gradient stays the same; only the rows of a
+    batch depend on each other. See "Levers" in the theory.
 
     Raises:
-        ValueError: if `label_dropout` is not a probability, or the target is for another process.
+        ValueError: if `label_dropout` is not a probability, the target is for another process, `draws_per_image` is
+            below 1, odd with `antithetic`, or above 1 with `InBatch` references.
     """
 
     process: Process
@@ -129,6 +141,8 @@ class Objective:
     noise_levels: NoiseLevels = field(default_factory=LogNormal)
     weighting: Weighting = field(default_factory=EDMWeighting)
     label_dropout: float = 0.0
+    draws_per_image: int = 1
+    antithetic: bool = False
 
     def __post_init__(self) -> None:
         check_kind("process", self.process, Process, "a Process, such as EDM()")
@@ -142,6 +156,21 @@ class Objective:
             raise ValueError(f"label_dropout is {self.label_dropout}: pass a probability, 0 to 1.")
         if self.target.process != self.process:
             raise ValueError(f"target is for {self.target.process}, the objective for {self.process}: use one process.")
+        whole_number("draws_per_image", self.draws_per_image, 1)
+        if flag("antithetic", self.antithetic) and self.draws_per_image % 2:
+            raise ValueError(
+                f"antithetic=True makes pairs of each image's draws, and draws_per_image is {self.draws_per_image}: pass an "
+                "even number, such as draws_per_image=2."
+            )
+        if (
+            self.draws_per_image > 1
+            and isinstance(self.target.references, InBatch)
+            and self.target.noise_band < math.inf
+        ):
+            raise ValueError(
+                f"draws_per_image={self.draws_per_image} puts each image into a batch that often, and InBatch() would count "
+                "it as that many references, which biases the target: use Pool(images)."
+            )
 
     def __call__(
         self,
@@ -158,6 +187,9 @@ class Objective:
         """Draw noise for a batch and evaluate the loss.
 
         Draws everything from `generator`, in a fixed order: noise levels, noise, dropped labels, references.
+
+        With `draws_per_image` k, the denoiser sees k B rows, those of an image one after the other, and the values of the
+        result have k B rows.
 
         Args:
             denoiser: D(x, sigma, class_labels) in noise-to-signal units; called with class_labels and augment_labels only
@@ -182,6 +214,12 @@ class Objective:
         _check_data(x0)
         if class_labels is not None:
             class_labels = _checked_labels(class_labels, x0)
+        if self.draws_per_image > 1:
+            x0, class_labels, index, augment_labels, flip, source_only = (
+                value.repeat_interleave(self.draws_per_image, 0) if isinstance(value, Tensor) else value
+                for value in (x0, class_labels, index, augment_labels, flip, source_only)
+            )
+            assert isinstance(x0, Tensor)
         draws = self.draw(x0.shape, generator, device=x0.device, dtype=x0.dtype, labelled=class_labels is not None)
         example = self.example(x0, draws, class_labels, index, flip=flip, source_only=source_only, generator=generator)
         return self.evaluate(denoiser, example, augment_labels)
@@ -198,14 +236,14 @@ class Objective:
         """Draw noise levels, noise and, if the rows are `labelled`, which labels to hide.
 
         Args:
-            shape: of the batch, (B, ...).
+            shape: of the noisy batch, (k B, ...) for B images with `draws_per_image` k.
             generator: torch's global one if None.
             device: where to put the draws; by default the generator's device.
             dtype: of the noise.
             labelled: whether the rows have class labels.
 
         Raises:
-            ValueError: if a drawn noise level is 0 or infinite.
+            ValueError: if a drawn noise level is 0 or infinite, or the rows are no multiple of `draws_per_image`.
         """
         shape = shape_of("shape", shape)
         if not shape:
@@ -219,18 +257,28 @@ class Objective:
         if device is None:
             device = "cpu" if generator is None else generator.device
         source = device if generator is None else generator.device
-        t = self.noise_levels.sample(self.process, shape[0], generator, device)
+        if shape[0] % self.draws_per_image:
+            raise ValueError(
+                f"shape={shape} has {shape[0]} rows, and draws_per_image={self.draws_per_image}: pass a multiple of it."
+            )
+        # What an antithetic pair shares is drawn once and repeated.
+        pairs = 2 if self.antithetic else 1
+        count = shape[0] // pairs
+        t = self.noise_levels.sample(self.process, count, generator, device)
         level = self.process.noise_level(t)
         if readable(level.device) and not bool(((level > 0) & level.isfinite()).all()):
             raise ValueError(
                 f"the noise levels drawn run from {level.min():g} to {level.max():g}: they must be positive and finite; "
                 f"change the range of {self.noise_levels}."
             )
-        noise = torch.randn(tuple(shape), dtype=dtype, generator=generator, device=source).to(device)
-        if not labelled or self.label_dropout == 0:
-            return Draws(t, noise)
-        uniform = torch.rand(shape[0], generator=generator, device=source).to(device)
-        return Draws(t, noise, uniform < self.label_dropout)
+        noise = torch.randn(count, *shape[1:], dtype=dtype, generator=generator, device=source).to(device)
+        hidden = None
+        if labelled and self.label_dropout > 0:
+            hidden = torch.rand(count, generator=generator, device=source).to(device) < self.label_dropout
+        if self.antithetic:
+            t, noise = t.repeat_interleave(2), torch.stack([noise, -noise], 1).flatten(0, 1)
+            hidden = None if hidden is None else hidden.repeat_interleave(2)
+        return Draws(t, noise, hidden)
 
     def example(
         self,
@@ -243,7 +291,9 @@ class Objective:
         source_only: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Example:
-        """Add the drawn noise and compute the target; arguments as in `__call__`, with the `draws` of these rows.
+        """Add the drawn noise and compute the target.
+
+        The arguments are those of `__call__`, for every row of `draws` its own.
 
         Raises:
             ValueError: as `StableTarget`.

@@ -99,7 +99,7 @@ def estimate_run(config: RunConfig, data: ImageSet, device: torch.device, done: 
         Stepper(config, feed, accelerator)
         setup = time.perf_counter() - began
     left = recipe.steps - done
-    images, epochs = left * recipe.batch, left * recipe.batch / len(data)
+    images, epochs = left * recipe.batch, left * recipe.images_per_step / len(data)
     many = f"all, in {accelerator.num_processes} parts" if placement == "sharded" else str(recipe.references)
     return Estimate(
         images=f"{len(data):,} of {'x'.join(map(str, data.shape))}, {size_text(data.images.nbytes)}",

@@ -67,13 +67,13 @@ class Feed:
         self, data: ImageSet, recipe: Recipe, device: torch.device, *, labelled: bool, placement: Placement
     ) -> None:
         self._data, self._recipe, self._device = data, recipe, device
-        self._stream = IndexStream(len(data), recipe.batch, recipe.seed)
+        self._stream = IndexStream(len(data), recipe.images_per_step, recipe.seed)
         self._labels = torch.from_numpy(data.labels).to(device) if labelled and data.labels is not None else None
         self.labelled = self._labels is not None
         # DSM uses no references: take the resident data, or else only the batch.
         resident, sharded = placement == "resident", placement == "sharded"
         self._whole = resident and (recipe.target == "dsm" or recipe.references in ("all", "sharded"))
-        self._number = recipe.batch if recipe.target == "dsm" or sharded else recipe.references
+        self._number = recipe.images_per_step if recipe.target == "dsm" or sharded else recipe.references
         if not self._whole and not isinstance(self._number, int):
             raise ValueError(
                 f"references={self._number} needs all data on {device}, but they do not fit there: train on a device with "
@@ -103,7 +103,7 @@ class Feed:
 
     def rows(self, step: int, part: slice) -> Rows:
         """The rows `part` of the batch of `step`, with the references of that step."""
-        index = torch.from_numpy(self._stream.batch_at(step)).to(self._device)
+        index = self._index(step).to(self._device)
         if self._whole and self._pool is not None:
             pool, places = self._pool, index
         else:
@@ -131,6 +131,10 @@ class Feed:
     def _wrap(self, pixels: Tensor, labels: Tensor | None) -> Pool:
         return Pool(pixels, labels=labels, mirrored=self._recipe.mirror)
 
+    def _index(self, step: int) -> Tensor:
+        """Places in the data of all rows of the batch of `step`, those of an image one after the other; on the CPU."""
+        return torch.from_numpy(self._stream.batch_at(step)).repeat_interleave(self._recipe.draws_per_image)
+
     def _choice(self, step: int) -> tuple[Tensor, Tensor]:
         """Indices in the data of the references of `step`, and the batch's indices among them; on the CPU."""
         if self._chosen is None or self._chosen[0] != step:
@@ -138,7 +142,7 @@ class Feed:
         return self._chosen[1:]
 
     def _choose(self, step: int) -> tuple[Tensor, Tensor]:
-        index = torch.from_numpy(self._stream.batch_at(step))
+        index = self._index(step)
         generator = generator_for(self._recipe.seed, Purpose.REFERENCES, step)
         assert isinstance(self._number, int)
         return choose(len(self._data), index, self._number, generator)

@@ -62,17 +62,18 @@ def check_fit(recipe: Recipe, data: ImageSet) -> None:
             needs classes that the data lack.
     """
     n = len(data)
-    if recipe.batch > n:
-        raise ValueError(f"batch={recipe.batch} is above the {n} images of the data: pass batch={n} or less.")
+    if recipe.images_per_step > n:
+        most = n * recipe.draws_per_image
+        raise ValueError(f"batch={recipe.batch} is above the {n} images of the data: pass batch={most} or less.")
     if isinstance(recipe.references, int) and recipe.target == "stf":
         if recipe.references > n:
             raise ValueError(
                 f"references={recipe.references} is above the {n} images of the data: pass at most {n}, or all."
             )
-        if recipe.references < recipe.batch:
+        if recipe.references < recipe.images_per_step:
             raise ValueError(
                 f"references={recipe.references} is below batch={recipe.batch}: every image of a batch is among its "
-                f"references, so pass at least {recipe.batch}, or target=dsm for none."
+                f"references, so pass at least {recipe.images_per_step}, or target=dsm for none."
             )
     if recipe.conditional and data.labels is None:
         raise ValueError(

@@ -78,7 +78,7 @@ def resolve_references(
         return "all", f"all {len(data):,} (resident: {size}, at most half of the {free} free on {device})"
     if processes > 1 and fits(data, device, processes):
         return "sharded", f"all {len(data):,}, a part of the {size} on each of {processes} processes"
-    number = min(len(data), max(LOADED_REFERENCES, recipe.batch))
+    number = min(len(data), max(LOADED_REFERENCES, recipe.images_per_step))
     if recipe.references in ("all", "sharded"):
         parts = f", also in {processes} parts" if processes > 1 else ""
         raise ValueError(

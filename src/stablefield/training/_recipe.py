@@ -162,7 +162,12 @@ class Recipe:
     steps: int = 4000
     """Optimiser steps."""
     batch: int = 128
-    """Images per step, over all processes together."""
+    """Noisy images per step, over all processes together."""
+    draws_per_image: int = 1
+    """Noisy images made from each image of a batch."""
+    antithetic: bool = False
+    """Make the draws of an image in pairs of opposite noise, which lowers the variance of the gradient once the network has
+    learned the images; needs an even number of draws per image."""
     gradient_accumulation_steps: int = 1
     """Number of parts into which a process splits its share of the batch, to save memory."""
     seed: int = 0
@@ -233,6 +238,7 @@ class Recipe:
         counts = (
             "steps",
             "batch",
+            "draws_per_image",
             "gradient_accumulation_steps",
             "seed",
             "ema_snapshot_every",
@@ -241,11 +247,12 @@ class Recipe:
         )
         for name in (*counts, "checkpoint_every", "keep_last", "keep_every"):
             whole_number(name, getattr(self, name))
-        for name in ("nan_to_num", "mirror", "conditional", "compile"):
+        for name in ("antithetic", "nan_to_num", "mirror", "conditional", "compile"):
             flag(name, getattr(self, name))
         positive = (
             "steps",
             "batch",
+            "draws_per_image",
             "gradient_accumulation_steps",
             "learning_rate",
             "max_grad_norm",
@@ -261,6 +268,16 @@ class Recipe:
         for name in ("decay_share", "ema_ramp", "label_dropout", "augmentation"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: pass a share, 0 to 1.")
+        if self.batch % self.draws_per_image:
+            raise ValueError(
+                f"batch is {self.batch}: it must be a multiple of draws_per_image={self.draws_per_image}, such as "
+                f"{-(-self.batch // self.draws_per_image) * self.draws_per_image}."
+            )
+        if self.antithetic and self.draws_per_image % 2:
+            raise ValueError(
+                f"antithetic=True makes pairs of each image's draws, and draws_per_image is {self.draws_per_image}: pass an "
+                "even number, such as draws_per_image=2."
+            )
         if not isinstance(self.noise_band, str):
             number("noise_band", self.noise_band)
         elif self.noise_band != "auto":
@@ -278,6 +295,11 @@ class Recipe:
     def augment_dim(self) -> int:
         """Width of the augmentation labels; 0 for none."""
         return LABEL_WIDTH if self.augmentation else 0
+
+    @property
+    def images_per_step(self) -> int:
+        """Different images in a batch."""
+        return self.batch // self.draws_per_image
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of step `step`, counted from 0."""

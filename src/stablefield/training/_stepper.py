@@ -151,7 +151,9 @@ class Stepper:
         if self._augmentation is None and not self._recipe.mirror:
             return None
         drawing = self._augmentation or Augmentation(probability=0.0, flip_y=False)
-        return drawing.draw(self._recipe.batch, generator_for(self._recipe.seed, Purpose.AUGMENTATION, step))
+        generator = generator_for(self._recipe.seed, Purpose.AUGMENTATION, step)
+        images = drawing.draw(self._recipe.images_per_step, generator)
+        return images[torch.arange(len(images)).repeat_interleave(self._recipe.draws_per_image)]
 
     def _parts(self) -> list[slice]:
         """The rows of this process, in consecutive parts of nearly equal size."""
@@ -174,6 +176,8 @@ class Stepper:
             weighting=recipe.weighting,
             target=target,
             label_dropout=recipe.label_dropout if self._feed.labelled else 0.0,
+            draws_per_image=recipe.draws_per_image,
+            antithetic=recipe.antithetic,
         )
 
     def _gradients(self) -> list[Tensor]:
