@@ -20,6 +20,9 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(BIN)/pyright --pythonpath $(BIN)/python --project tests & $(BIN)/pyright --pythonpath $(BIN)/python && wait $$!
 
+# Tests start many interpreters, each of which would compile the sources again if it could not keep them compiled.
+unexport PYTHONDONTWRITEBYTECODE
+
 # What compares times runs by itself.
 tests: $(VENV)/.test
 	$(BIN)/python -m pytest -m timed

@@ -215,11 +215,11 @@ class Objective:
         if class_labels is not None:
             class_labels = _checked_labels(class_labels, x0)
         if self.draws_per_image > 1:
-            x0, class_labels, index, augment_labels, flip, source_only = (
+            x0 = x0.repeat_interleave(self.draws_per_image, 0)
+            class_labels, index, augment_labels, flip, source_only = (
                 value.repeat_interleave(self.draws_per_image, 0) if isinstance(value, Tensor) else value
-                for value in (x0, class_labels, index, augment_labels, flip, source_only)
+                for value in (class_labels, index, augment_labels, flip, source_only)
             )
-            assert isinstance(x0, Tensor)
         draws = self.draw(x0.shape, generator, device=x0.device, dtype=x0.dtype, labelled=class_labels is not None)
         example = self.example(x0, draws, class_labels, index, flip=flip, source_only=source_only, generator=generator)
         return self.evaluate(denoiser, example, augment_labels)
