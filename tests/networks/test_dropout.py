@@ -118,7 +118,8 @@ def test_masks_take_a_quarter_of_the_random_numbers_of_those_of_torch() -> None:
 
 @pytest.mark.timed
 def test_masks_take_less_than_half_of_the_time_of_those_of_torch() -> None:
-    x = torch.randn(16, 64, 32, 32)
+    # Small enough for a core's cache: memory that a machine shares with others is no part of the claim.
+    x = torch.randn(2, 64, 32, 32)
 
     def seconds(function: Callable[[torch.Tensor, float, bool], torch.Tensor]) -> float:
         began = time.process_time()
@@ -130,7 +131,7 @@ def test_masks_take_less_than_half_of_the_time_of_those_of_torch() -> None:
     torch.set_num_threads(1)
     try:
         # In turn, and the shortest of each: what else the machine does only ever adds time.
-        pairs = [(seconds(dropout), seconds(functional.dropout)) for _ in range(15)]
+        pairs = [(seconds(dropout), seconds(functional.dropout)) for _ in range(40)]
     finally:
         torch.set_num_threads(found)
     ours, theirs = (min(times) for times in zip(*pairs, strict=True))
