@@ -1,6 +1,7 @@
 """What the repository tells contributors and GitHub: the workflow, the forms and the policy name what exists."""
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -106,3 +107,15 @@ def test_the_policy_names_this_version_and_the_bounds_that_the_readers_keep() ->
     for module, bound in ((weight_files, "eight times its size and 256 MiB"), (image_loader, "more than 1 GiB")):
         assert bound in policy
         assert bound in " ".join((module.__doc__ or "").split())
+
+
+def test_nothing_lies_beside_the_files_and_folders_that_the_project_has() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode or not listed.stdout:
+        pytest.skip("there is no repository")
+    folders = "benchmarks docs examples experiments src tests .ci .github"
+    files = (
+        "CHANGELOG.md CITATION.cff CONTRIBUTING.md LICENSE Makefile README.md SECURITY.md constraints.txt mkdocs.yml"
+    )
+    known = {*folders.split(), *files.split(), "pyproject.toml", ".gitignore", ".pre-commit-config.yaml"}
+    assert {path.partition("/")[0] for path in listed.stdout.splitlines()} <= known
