@@ -118,6 +118,8 @@ def test_every_flag_can_be_given_with_every_recipe() -> None:
         ("cifar10-edm", "--mirror", {"augmentation": 0.0, "mirror": True}),
         ("imagefolder", "--mirror", {"augmentation": 0.0}),
         ("digits", "--references 5", {"batch": 5, "references": 5}),
+        ("digits", "--references 5 --draws-per-image 4", {"batch": 20, "references": 5, "draws_per_image": 4}),
+        ("digits", "--antithetic", {"draws_per_image": 2, "antithetic": True}),
         ("cifar10-ve", "--process.sigma-max 50", {"process.sigma-max": 50.0, "noise-levels.maximum": 50.0}),
         ("cifar10-ve", "--process.sigma-min 0.5", {"process.sigma-min": 0.5, "noise-levels.minimum": 0.5}),
         ("cifar10-ve", "--noise-levels.maximum 300", {"process.sigma-max": 300.0, "noise-levels.maximum": 300.0}),

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import stablefield as sf
+from stablefield.data._digits import open_digits
 from stablefield.diffusion._noise_levels import NoiseLevels
 from stablefield.diffusion._objective import Draws
+from stablefield.training._loop import check_fit
 
 DATA = torch.tensor([[-1.0, 0.3], [0.2, 0.9], [0.8, -0.7]], dtype=torch.float64)
 LEVELS = (0.4, 1.1)
@@ -169,6 +171,21 @@ def test_one_draw_without_pairs_has_the_bits_of_an_objective_without_levers():
 def test_levers_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         objective(**options)
+
+
+def test_a_recipe_refuses_what_its_objective_would() -> None:
+    with pytest.raises(ValueError, match="draws_per_image is 3: pass an even number"):
+        sf.training.Recipe(antithetic=True, draws_per_image=3, batch=12)
+    with pytest.raises(ValueError, match="batch is 128: it must be a multiple of draws_per_image=3, such as 129"):
+        sf.training.Recipe(draws_per_image=3)
+
+
+def test_references_of_an_image_count_its_draws_once() -> None:
+    recipe = sf.training.Recipe(draws_per_image=4, batch=20, references=5)
+    check_fit(recipe, open_digits())
+    many = sf.training.Recipe(draws_per_image=2, batch=4000)
+    with pytest.raises(ValueError, match=r"batch=4000 of 2000 images is above the 1797 images .* pass batch=3594"):
+        check_fit(many, open_digits())
 
 
 def test_several_draws_of_an_image_are_refused_with_references_from_the_batch():

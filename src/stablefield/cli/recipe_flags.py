@@ -189,9 +189,10 @@ def yielding(recipe: Recipe, flags: Mapping[str, Sequence[str]]) -> tuple[Recipe
     if "--antithetic" in flags and "--draws-per-image" not in flags and recipe.draws_per_image % 2:
         change("--antithetic", "draws_per_image", 2 * recipe.draws_per_image, "the draws of an image come in pairs")
     references = _number(flags.get("--references"))
-    fewer = references is not None and 0 < references < recipe.batch and references % 1 == 0
+    draws = int(_number(flags.get("--draws-per-image")) or found.draws_per_image)
+    fewer = references is not None and 0 < references * draws < recipe.batch and references % 1 == 0
     if references and fewer and "--batch" not in flags and flags.get("--target", [recipe.target]) == ["stf"]:
-        change("--references", "batch", int(references), "every image of a batch is among its references")
+        change("--references", "batch", int(references) * draws, "every image of a batch is among its references")
     widths = [_number([width]) or 0.0 for width in flags.get("--network.widths", ())]
     if (
         isinstance(recipe.network, DiffusersUNetConfig)

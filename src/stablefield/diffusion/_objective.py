@@ -38,7 +38,7 @@ from stablefield.targets._references import InBatch
 from stablefield.targets._stable_target import StableTarget
 from stablefield.targets._target import Target
 
-__all__ = ["DenoiserLike", "Draws", "Example", "Objective", "ObjectiveValue"]
+__all__ = ["DenoiserLike", "Draws", "Example", "Objective", "ObjectiveValue", "check_draws"]
 
 
 class DenoiserLike(Protocol):
@@ -156,12 +156,7 @@ class Objective:
             raise ValueError(f"label_dropout is {self.label_dropout}: pass a probability, 0 to 1.")
         if self.target.process != self.process:
             raise ValueError(f"target is for {self.target.process}, the objective for {self.process}: use one process.")
-        whole_number("draws_per_image", self.draws_per_image, 1)
-        if flag("antithetic", self.antithetic) and self.draws_per_image % 2:
-            raise ValueError(
-                f"antithetic=True makes pairs of each image's draws, and draws_per_image is {self.draws_per_image}: pass an "
-                "even number, such as draws_per_image=2."
-            )
+        check_draws(self.draws_per_image, self.antithetic)
         if (
             self.draws_per_image > 1
             and isinstance(self.target.references, InBatch)
@@ -367,6 +362,21 @@ class Objective:
         row_loss = weight.to(error.dtype) * error.square().mean(1)
         removed = weight * example.target.variance / math.prod(x.shape[1:])
         return ObjectiveValue(row_loss.mean(), row_loss, level, removed)
+
+
+def check_draws(draws_per_image: int, antithetic: bool) -> None:
+    """Check that an image has at least one draw, and an even number of them if they come in antithetic pairs.
+
+    Raises:
+        TypeError: if an argument is of another type.
+        ValueError: naming the argument.
+    """
+    whole_number("draws_per_image", draws_per_image, 1)
+    if flag("antithetic", antithetic) and draws_per_image % 2:
+        raise ValueError(
+            f"antithetic=True makes pairs of each image's draws, and draws_per_image is {draws_per_image}: pass an even "
+            "number, such as draws_per_image=2."
+        )
 
 
 # The target's names for the labels of an objective, at the start of its messages.

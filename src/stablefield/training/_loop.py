@@ -64,7 +64,8 @@ def check_fit(recipe: Recipe, data: ImageSet) -> None:
     n = len(data)
     if recipe.images_per_step > n:
         most = n * recipe.draws_per_image
-        raise ValueError(f"batch={recipe.batch} is above the {n} images of the data: pass batch={most} or less.")
+        draws = f" of {recipe.images_per_step} images" if recipe.draws_per_image > 1 else ""
+        raise ValueError(f"batch={recipe.batch}{draws} is above the {n} images of the data: pass batch={most} or less.")
     if isinstance(recipe.references, int) and recipe.target == "stf":
         if recipe.references > n:
             raise ValueError(

@@ -12,6 +12,7 @@ from torch import nn
 from stablefield._shapes import flag, number, whole_number
 from stablefield.data._augmentation import LABEL_WIDTH
 from stablefield.diffusion._noise_levels import LogNormal, LogUniform, Uniform
+from stablefield.diffusion._objective import check_draws
 from stablefield.diffusion._preconditioning import EDMPreconditioning, VEPreconditioning, VPPreconditioning
 from stablefield.diffusion._process import EDM, VE, VP, Cosine, RectifiedFlow
 from stablefield.diffusion._weighting import EDMWeighting, FlowWeighting, SNRWeighting
@@ -273,11 +274,7 @@ class Recipe:
                 f"batch is {self.batch}: it must be a multiple of draws_per_image={self.draws_per_image}, such as "
                 f"{-(-self.batch // self.draws_per_image) * self.draws_per_image}."
             )
-        if self.antithetic and self.draws_per_image % 2:
-            raise ValueError(
-                f"antithetic=True makes pairs of each image's draws, and draws_per_image is {self.draws_per_image}: pass an "
-                "even number, such as draws_per_image=2."
-            )
+        check_draws(self.draws_per_image, self.antithetic)
         if not isinstance(self.noise_band, str):
             number("noise_band", self.noise_band)
         elif self.noise_band != "auto":
