@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib
+import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -124,3 +126,126 @@ def test_one_image_is_learned_exactly(name: str) -> None:
     assert runner.loss(network, images[index].float() / 127.5 - 1, index).item() < 1e-6
     drawn, _ = runner.sample(network, torch.randn(10, *SHAPE, generator=Generator().manual_seed(2)), 35)
     assert (drawn - 0.2).abs().max().item() < 1e-3
+
+
+@pytest.mark.parametrize("name", race.RUNNERS)
+def test_every_runner_trains_the_same_network_for_its_time(name: str) -> None:
+    setting = race.SETTINGS[1, 8, 8]
+    data, _ = race.open_data("digits")
+    _, untrained, took = race.train(name, data, setting, seed=3, seconds=0.0)
+    assert took["steps"] == 0
+    start = setting.network((1, 8, 8), Generator().manual_seed(3)).state_dict()
+    assert all(torch.equal(value, start[key]) for key, value in untrained.state_dict().items())
+    rows: list[int] = []
+    seen = race.SETTINGS[1, 8, 8].network
+
+    def counted(shape: "race.Shape", generator: Generator) -> nn.Module:
+        network = seen(shape, generator)
+        network.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+        return network
+
+    _, trained, took = race.train(name, data, dataclasses.replace(setting, network=counted), seed=3, seconds=0.3)
+    assert set(rows) == {128}
+    assert len(rows) == took["steps"] + 1  # and one to warm up
+    assert 0.3 <= took["spent"] < 2.0  # to the end of the step that it began in time
+    assert not all(torch.equal(value, start[key]) for key, value in trained.named_parameters())
+
+
+def test_noise_is_assigned_to_images_at_the_least_cost() -> None:
+    from scipy.optimize import linear_sum_assignment
+
+    images = gaussian_images(32)
+    runner = runner_of("immiscible", images, timesteps=False)
+    x0 = images.float() / 127.5 - 1
+    given: list[Tensor] = []
+
+    class Recorder(nn.Module):
+        def forward(self, x: Tensor, label: Tensor) -> Tensor:
+            sigma = torch.exp(4 * label)[:, None, None, None]
+            given.append((x * torch.sqrt(sigma**2 + 0.25) - x0) / sigma)
+            return torch.zeros_like(x)
+
+    runner.loss(Recorder(), x0, torch.arange(32))
+    cost = torch.cdist(x0.flatten(1).double(), given[0].flatten(1).double()).square()
+    _, order = linear_sum_assignment(cost.numpy())
+    assert cost[torch.arange(32), torch.from_numpy(order)].sum() == pytest.approx(cost.trace().item(), rel=1e-4)
+    assert cost.trace() < 0.99 * cost.mean() * 32
+
+
+def test_the_distance_is_that_of_gaussians() -> None:
+    # Averages of 4 x 4 independent pixels have a quarter of their spread.
+    generator = Generator().manual_seed(0)
+    sets = [
+        ((mean + spread * torch.randn(20_000, 1, 8, 8, generator=generator) + 1) * 127.5).round().to(torch.uint8)
+        for mean, spread in ((-0.1, 0.1), (0.2, 0.2))
+    ]
+    found = race.distance_between(*(race.gaussian_of(images, 4) for images in sets)).value
+    assert found == pytest.approx(4 * (0.3**2 + 0.025**2), rel=0.01)
+
+
+def test_a_measurement_counts_what_the_sampler_spends_and_does_not_depend_on_chunks() -> None:
+    data, setting = race.open_data("digits", samples=30)
+    runner, network, _ = race.train("torchcfm", data, setting, seed=0, seconds=0.0)
+    calls: list[int] = []
+    network.register_forward_pre_hook(lambda _, given: calls.append(len(given[0])))
+    found = race.measure(runner, network, data, dataclasses.replace(setting, chunk=30), seed=0)
+    assert [(row["evaluations"], row["used"]) for row in found] == [(35, 34), (10, 10)]
+    assert calls == [30] * 44
+    parts = race.measure(runner, network, data, dataclasses.replace(setting, chunk=7), seed=0)
+    for row, part in zip(found, parts, strict=True):
+        assert row["distance"] == pytest.approx(part["distance"], rel=1e-3)
+
+
+def test_the_learning_rate_rises_and_falls_with_the_share_of_the_time() -> None:
+    assert [race.learning_rate(share) for share in (0, race.RAMP, 0.5, 1 - race.DECAY, 1)] == [0, 1, 1, 1, 0]
+    assert race.learning_rate(1 - race.DECAY / 4) == pytest.approx(0.25)
+
+
+def rows_of(runner: str, distances: dict[float, list[float]]) -> "list[race.Row]":
+    return [
+        {"runner": runner, "seed": seed, "seconds": seconds, "evaluations": 35, "distance": distance}
+        for seconds, found in distances.items()
+        for seed, distance in enumerate(found)
+    ]
+
+
+def test_the_table_tells_when_a_runner_reaches_the_best_peer() -> None:
+    rows = rows_of("edm", {10: [3.0, 5.0], 20: [0.7, 0.3]}) + rows_of("ours", {10: [1.0, 1.0], 20: [0.2, 0.3]})
+    rows += rows_of("torchcfm", {10: [9.0, 9.0], 20: [4.0, 4.0]})
+    rows.append({"runner": "min-snr", "seed": 0, "seconds": 10, "error": "RuntimeError: no"})
+    lines = race.table(rows).splitlines()
+    assert "35 evaluations" in lines[1]
+    assert lines[1].endswith("the best peer, edm, ends at 0.5000")
+    # From 1 to 0.25 in ten seconds: 0.5 is half of it in the logarithm.
+    assert [(line.split()[0], line.split()[-1]) for line in lines[3:6]] == [
+        ("ours", "15"),
+        ("edm", "20"),
+        ("torchcfm", ">20"),
+    ]
+    assert "4.0000 (3.000-5.000)" in lines[4]
+    assert lines[-1] == "failed: min-snr, seed 0, 10 s: RuntimeError: no"
+    assert race.time_to({10: 0.4, 20: 0.1}, 0.5) == "<10"
+
+
+def test_a_failed_training_is_a_row_and_a_cut_race_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[str, int, float]] = []
+
+    def start(self: object, name: str, seed: int, seconds: float) -> "subprocess.Popen[str]":
+        started.append((name, seed, seconds))
+        row = {"runner": name, "seed": seed, "seconds": seconds, "evaluations": 35, "distance": 1.0}
+        program = f"print('''{json.dumps([row])}''')" if name == "edm" else "raise ValueError('broken')"
+        return subprocess.Popen([sys.executable, "-c", program], stdout=-1, stderr=-1, text=True)
+
+    monkeypatch.setattr(race.Race, "_start", start)
+    saved: list[int] = []
+    rows: list[race.Row] = []
+    run = race.Race([], jobs=2, rows=rows, save=lambda rows: saved.append(len(rows)))
+    run.run([("edm", 0, 1.0), ("torchcfm", 0, 1.0)])
+    assert sorted(saved) == [1, 2]
+    assert sorted((row["runner"], row.get("error")) for row in rows) == [
+        ("edm", None),
+        ("torchcfm", "ValueError: broken"),
+    ]
+    run.run([("edm", 0, 1.0), ("torchcfm", 0, 1.0), ("edm", 1, 1.0)])
+    assert sorted(started[2:]) == [("edm", 1, 1.0), ("torchcfm", 0, 1.0)]
+    assert len(rows) == 3
