@@ -408,7 +408,8 @@ def train(name: str, data: Tensor, setting: Setting, seed: int, seconds: float) 
         step_of(runner, network, optimizer, data, index)
         steps += 1
         update_ema(average, network, 0.5 ** (1 / max(1.0, HALF_LIFE * steps)))
-    return runner, average, {"spent": round(spent, 3), "steps": steps, "steps_per_second": round(steps / max(spent, 1e-9), 2)}
+    took = {"spent": round(spent, 3), "steps": steps, "steps_per_second": round(steps / max(spent, 1e-9), 2)}
+    return runner, average, took
 
 
 def adam(network: nn.Module, setting: Setting) -> torch.optim.Optimizer:
