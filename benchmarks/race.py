@@ -35,7 +35,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import KW_ONLY, asdict, dataclass, replace
 from fractions import Fraction
-from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -84,10 +83,10 @@ def perceptron(shape: Shape, generator: Generator) -> nn.Module:
     return sf.networks.MLP(shape, width=512, depth=4, generator=generator)
 
 
-def unet(shape: Shape, generator: Generator, width: int) -> nn.Module:
+def unet(shape: Shape, generator: Generator) -> nn.Module:
     """A small DDPM++ without dropout."""
     network = sf.networks.SongUNet.ddpmpp(
-        shape[1:], shape[0], width, (1, 2, 2), blocks=1, dropout=0.0, generator=generator
+        shape[1:], shape[0], 16, (1, 2, 2), blocks=1, dropout=0.0, generator=generator
     )
     return network.to(memory_format=torch.channels_last)
 
@@ -105,7 +104,7 @@ SETTINGS: dict[Shape, Setting] = {
     ),
     (1, 28, 28): Setting(
         name="fashion_mnist",
-        network=partial(unet, width=16),
+        network=unet,
         timesteps=True,
         batch=64,
         learning_rate=2e-3,
@@ -115,13 +114,13 @@ SETTINGS: dict[Shape, Setting] = {
     ),
     (3, 32, 32): Setting(
         name="cifar10",
-        network=partial(unet, width=32),
+        network=unet,
         timesteps=True,
         batch=64,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         block=4,
         samples=1000,
-        chunk=50,
+        chunk=100,
     ),
 }
 RAMP, DECAY = 0.04, 0.3
@@ -611,8 +610,10 @@ def main() -> None:
         for name in args.runners
     ]
     arguments = [args.data, *(("--samples", str(args.samples)) if args.samples else ())]
-    Race(arguments, jobs=args.jobs, rows=rows, save=save).run(wanted)
-    print(table(rows))
+    try:
+        Race(arguments, jobs=args.jobs, rows=rows, save=save).run(wanted)
+    finally:
+        print(table(rows))
 
 
 if __name__ == "__main__":
