@@ -33,6 +33,8 @@ __all__ = ["NetworkProbe", "probe_network"]
 
 # Lines of the table.
 _LINES = 12
+# Beyond these, more sources make the ledger no more accurate.
+_MOST_SOURCES = 2048
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -225,7 +227,7 @@ def probe_network(
             population,
             training,
             labelled=by_class,
-            groups=max(8, sources // 32),
+            groups=max(8, min(sources, _MOST_SOURCES) // 32),
             seed=seed,
             progress=progress,
         )

@@ -36,6 +36,8 @@ __all__ = ["Lever", "VarianceLedger", "measure_ledger"]
 
 # Fewest whole batches, and rows of all of them if that allows more.
 _FEWEST, _ROWS = 6, 4096
+# Most groups: more take hours.
+_MOST = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +161,7 @@ def measure_ledger(
         population: the training data.
         training: gives the process, the noise levels, the weights of the loss and the batch.
         labelled: pass the labels to the network.
-        groups: groups of 4 images in 384 rows each, at least 3; errors fall with their square root.
+        groups: groups of 4 images in 384 rows each, 3 to 10,000; errors fall with their square root.
         seed: of all random draws.
         progress: called as groups and batches are done.
 
@@ -172,7 +174,7 @@ def measure_ledger(
     check_kind("network", network, nn.Module, "a module D(x, sigma), such as a Denoiser")
     check_kind("population", population, Population, "a Population of the data, Population(data)")
     check_kind("training", training, Training, "a Training, such as Training()")
-    whole_number("groups", groups, 3)
+    whole_number("groups", groups, 3, _MOST)
     whole_number("seed", seed, 0, 2**63 - 1)
     if flag("labelled", labelled) and population.labels is None:
         raise ValueError("labelled is set, but the population has no labels: pass them.")
