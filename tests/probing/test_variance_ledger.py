@@ -14,6 +14,7 @@ from torch import nn
 
 import stablefield as sf
 from stablefield.networks import MLP, SongUNet
+from stablefield.probing._gradient_products import GradientSampler
 from stablefield.probing._population import Population
 from stablefield.probing._training import Training
 from stablefield.probing._variance_ledger import measure_ledger
@@ -221,6 +222,35 @@ def test_terms_add_up_to_the_variance_of_batches_with_and_without_levers(kind, d
         spread = math.hypot(error, share.error * found.variance.value, share.value * found.variance.error)
         assert abs(variance - expected) < 3.5 * spread, (variance, error, expected, spread)
         assert spread < 0.4 * expected
+
+
+@pytest.mark.parametrize("kind", ["MLP", "SongUNet"])
+def test_derivatives_along_a_direction_are_those_of_backpropagation(kind):
+    denoiser, data = trained(kind, "digits")
+    denoiser.eval()
+    sampler = GradientSampler(denoiser, Population(data), Training(batch=4), False, torch.Generator().manual_seed(0))
+    index, u = torch.arange(6), torch.linspace(0.02, 0.98, 6, dtype=torch.float64)
+    rows = sampler._rows(index, u, torch.randn(6, 64, generator=torch.Generator().manual_seed(1)))
+    weights = list(denoiser.parameters())
+    signs = sampler._random_signs(sum(weight.numel() for weight in weights))
+    estimate, slope = sampler._along(signs, rows)
+    expected = denoiser(rows.x, rows.level).flatten(1)
+    assert torch.allclose(estimate, expected, atol=1e-4)
+    for row in range(6):
+        loss = sf.EDMWeighting()(rows.level[row]) * (expected[row] - rows.x0[row]).square().mean()
+        parts = torch.autograd.grad(loss, weights, retain_graph=True)
+        along = torch.cat([part.flatten() for part in parts]) @ signs.float()
+        found = rows.factor[row] * ((estimate - rows.x0) * slope)[row].sum()
+        assert float(found) == pytest.approx(float(along), rel=0.01, abs=0.01)
+
+
+def test_a_network_of_lower_precision_is_measured_in_float32():
+    denoiser, data = trained("MLP", "digits")
+    half = copy.deepcopy(denoiser).bfloat16()
+    wide = copy.deepcopy(half).float()
+    one, two = (measure_ledger(network, Population(data), Training(batch=8), groups=3) for network in (half, wide))
+    assert one.record() == two.record()
+    assert next(half.parameters()).dtype == torch.bfloat16
 
 
 def test_without_an_overlap_of_images_the_target_adds_nothing():

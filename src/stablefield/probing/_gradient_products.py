@@ -103,7 +103,7 @@ class GradientSampler:
         self._network, self._population, self._training = network, population, training
         self._labelled, self._generator = labelled, generator
         self._posterior = ExactPosterior(population.data, population.labels)
-        self._weights = _weights(network)
+        self._weights, self._rest = _weights(network)
         count = sum(value.numel() for value in self._weights.values())
         square = sum(float(value.double().square().sum()) for value in self._weights.values())
         self._step = _STEP * (math.sqrt(square / count) or 1.0)
@@ -214,7 +214,7 @@ class GradientSampler:
     def _denoised(self, weights: dict[str, Tensor], rows: _Rows, own: slice) -> Tensor:
         x = rows.x[own]
         arguments = (x, rows.level[own]) if rows.labels is None else (x, rows.level[own], rows.labels[own])
-        estimate = functional_call(self._network, weights, arguments)
+        estimate = functional_call(self._network, {**self._rest, **weights}, arguments)
         check_tensor("the denoiser's output", estimate)
         if estimate.shape != x.shape:
             raise ValueError(
@@ -266,13 +266,15 @@ def _folded(gradients: Tensor, signs: Tensor) -> Tensor:
     return padded.unflatten(1, (-1, _WIDTH)).sum(1)
 
 
-def _weights(network: nn.Module) -> dict[str, Tensor]:
-    """The weights that the gradient is over, in float32 or better."""
-    named = {name: value for name, value in network.named_parameters() if value.is_floating_point() and value.numel()}
-    trained = {name: value for name, value in named.items() if value.requires_grad} or named
-    if not trained:
+def _weights(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights that the gradient is over, and all other floating point values, in float32 or better."""
+    named = {name: value for name, value in network.named_parameters() if value.is_floating_point()}
+    trained = {name for name, value in named.items() if value.requires_grad} or set(named)
+    if not any(named[name].numel() for name in trained):
         raise ValueError("network has no weights: the gradient is over them.")
-    return {name: value.detach().to(torch.promote_types(value.dtype, torch.float32)) for name, value in trained.items()}
+    named |= {name: value for name, value in network.named_buffers() if value.is_floating_point()}
+    wide = {name: value.detach().to(torch.promote_types(value.dtype, torch.float32)) for name, value in named.items()}
+    return {name: wide.pop(name) for name in list(wide) if name in trained}, wide
 
 
 @contextmanager

@@ -73,7 +73,8 @@ class VarianceLedger:
         batch: rows, B.
         variance: of the gradient of a plain batch: single-sample target, independent rows.
         terms: shares of the variance, which add up to 1: "noise level", "image", "noise", "target".
-        levers: the variance with each lever, the plain batch first.
+        levers: the variance with each lever, without any first. For pairs, B strata stand for the B / 2 that a batch has, a
+            difference of the order of 1 / B^2.
         measured: the variance between whole batches, as a share of the sum of the terms.
         images: drawn for the terms, with replacement.
         rows: gradients measured for the terms.
@@ -119,7 +120,7 @@ class VarianceLedger:
             [
                 self.summary,
                 text_table((f"variance of the gradient, batch of {self.batch:,}", "share"), terms),
-                text_table(("with equal rows", "single sample", "stable target", "worth a batch"), levers),
+                text_table(("lever, with equal rows", "single sample", "stable target", "worth a batch"), levers),
             ]
         )
 
@@ -153,7 +154,8 @@ def measure_ledger(
 ) -> VarianceLedger | None:
     """Split the variance of a batch's gradient into its sources, and measure it with each lever.
 
-    The network is in evaluation mode meanwhile, so dropout adds nothing. Images come with replacement, without augmentation.
+    The network is in evaluation mode meanwhile, so dropout adds nothing. Images come with replacement, and neither
+    augmentation nor dropped labels add to the variance.
 
     Args:
         network: D(x, sigma, class_labels=None) in noise-to-signal units, a module on the device of the population. The
