@@ -34,8 +34,8 @@ from stablefield.report._cells import Estimate, text_table
 
 __all__ = ["Lever", "VarianceLedger", "measure_ledger"]
 
-# Fewest whole batches, and rows of all of them if that allows more.
-_FEWEST, _ROWS = 6, 4096
+# Fewest and most whole batches, and rows of all of them if they are not the fewest.
+_FEWEST_BATCHES, _MOST_BATCHES, _ROWS = 6, 128, 4096
 # Most groups: more take hours.
 _MOST = 10_000
 
@@ -183,7 +183,7 @@ def measure_ledger(
     if progress is not None:
         check_callable("progress", progress, "progress(report), with a Progress")
     sampler = GradientSampler(network, population, training, labelled, torch.Generator().manual_seed(seed))
-    batches = max(_FEWEST, min(groups, _ROWS // training.batch))
+    batches = max(_FEWEST_BATCHES, min(groups, _MOST_BATCHES, _ROWS // training.batch))
     with evaluating(network):
         whole: list[Tensor] = []
         for done in range(batches):
@@ -215,6 +215,7 @@ def measure_ledger(
     )
 
 
+# In the order of `_with_levers`.
 _LEVERS = (
     "none",
     "stratified noise levels",
