@@ -63,7 +63,13 @@ def integrals(points, w, b, training):
     def products(g):
         cell = mean_over_noise(g)  # (levels, points, 2)
         level = cell.mean(1)
+        # The weights of importance sampling, fitted to the derivative by b: that in the network's output.
+        root = (g[..., 1] ** 2 * p).sum(-1).mean(1).unflatten(0, (32, -1)).mean(1).sqrt()
+        v = (1 / (0.2 + 0.8 * root / root.mean())).repeat_interleave(len(u) // 32)
+        pair = ((g + g.flip(2)) / 2).square().sum(-1)
         return {
+            "reweighted": ((v - 1)[:, None] * ((g**2).sum(-1) * p).sum(-1)).mean(),
+            "pair at level": (v * ((pair * p).sum(-1).mean(1) - (level**2).sum(-1))).mean(),
             "row": ((g**2).sum(-1) * p).sum(-1).mean(),
             "mirror": ((g * g.flip(2)).sum(-1) * p).sum(-1).mean(),
             "cell": (cell**2).sum(-1).mean(),
@@ -90,13 +96,15 @@ def integrals(points, w, b, training):
         plain = q["row"] - q["nothing"]
         draws = [plain + (k - 1) * (q["image"] - q["nothing"]) for k in (2, 4)]
         pair = (q["row"] + q["mirror"]) / 2 - q["nothing"]
-        return torch.stack([plain, q["row"] - q["stratum"], *draws, 2 * pair]) / variance
+        strata = (q["row"] + q["mirror"]) / 2 - q["stratum"]
+        found = [plain, q["row"] - q["stratum"], *draws, 2 * pair, plain + q["reweighted"], 2 * strata]
+        return torch.stack([*found, 2 * q["pair at level"]]) / variance
 
     return variance, terms / variance, with_levers(single), with_levers(stable)
 
 
-def agrees(estimate, truth, errors=4.5):
-    return abs(estimate.value - float(truth)) < errors * estimate.error + 1e-9
+def agrees(estimate, truth, errors=4.5, slack=0.0):
+    return abs(estimate.value - float(truth)) < errors * estimate.error + slack + 1e-9
 
 
 @pytest.mark.parametrize(
@@ -107,15 +115,17 @@ def test_terms_and_levers_of_a_linear_network_are_the_integrals(points, w, b):
     data = torch.tensor(points, dtype=torch.float64)
     training = Training(noise_levels=sf.LogNormal(mean=-0.4, std=0.8), weighting=bounded, batch=4)
     variance, terms, single, stable = integrals(data, w, b, training)
-    found = measure_ledger(Affine(w, b), Population(data[:, None]), training, groups=80)
+    found = measure_ledger(Affine(w, b), Population(data[:, None]), training, groups=240)
     assert found is not None
     assert agrees(found.variance, variance / 4)
     for name, truth in zip(TERMS, terms, strict=True):
         assert agrees(found.terms[name], truth), (name, found.terms[name], truth)
         assert found.terms[name].error < 0.03
-    for lever, one, two in zip(found.levers, single, stable, strict=False):
-        assert agrees(lever.single, one), (lever, one)
-        assert agrees(lever.stable, two), (lever, two)
+    for lever, one, two in zip(found.levers[:-1], single, stable, strict=True):
+        # 1,280 rows fit the density of importance sampling nearly as well as the integrals do.
+        slack = 0.02 if "importance" in lever.name else 0.0
+        for share, truth in ((lever.single, one), (lever.stable, two)):
+            assert agrees(share, truth, slack=slack), (lever.name, share, truth)
     assert agrees(found.measured, 1)
 
 
@@ -191,37 +201,57 @@ def measured(denoiser, data, objective, images, batches, seed):
     return variance, variance * spread / batches**0.5
 
 
+def fitted(denoiser, data, objective, levels):
+    """Importance sampling after 100 batches, fitted as the trainer does."""
+    generator = torch.Generator().manual_seed(2)
+    importance = sf.ImportanceSampling(levels, sf.EDM())
+    for _ in range(100):
+        index = torch.randint(len(data), (32,), generator=generator)
+        with torch.no_grad():
+            value = objective(denoiser, data[index], index=index, generator=generator)
+        level = value.noise_level
+        scale = sf.EDMWeighting()(level) * denoiser.preconditioning(level).c_out ** 2
+        importance.observe(importance.sums(level, scale * value.row_loss))
+    return importance
+
+
 @pytest.mark.parametrize("data_name", ["digits", "gratings"])
 @pytest.mark.parametrize("kind", ["MLP", "SongUNet"])
 def test_terms_add_up_to_the_variance_of_batches_with_and_without_levers(kind, data_name):
     """Independent batches, through the objective and backpropagation; the ledger takes derivatives along directions."""
     denoiser, data = trained(kind, data_name)
     denoiser.eval()
-    found = measure_ledger(denoiser, Population(data), Training(batch=16), groups=16 if kind == "MLP" else 6)
+    found = measure_ledger(denoiser, Population(data), Training(batch=16), groups=48 if kind == "MLP" else 24)
     assert found is not None
     assert sum(share.value for share in found.terms.values()) == pytest.approx(1)
     assert agrees(found.measured, 1)
-    pool = sf.StableTarget(sf.EDM(), references=sf.Pool(data))
+    single = sf.DenoisingTarget(sf.EDM())
+    stable = sf.StableTarget(sf.EDM(), references=sf.Pool(data))
+    pairs = {"draws_per_image": 2, "antithetic": True}
+    stratified = sf.LogNormal(stratified=True)
     levers = {lever.name: lever for lever in found.levers}
-    for share, objective, images in (
-        (levers["none"].single, sf.Objective(sf.EDM(), target=sf.DenoisingTarget(sf.EDM())), 16),
-        (
-            levers["antithetic pairs, stratified"].stable,
-            sf.Objective(
-                sf.EDM(),
-                target=pool,
-                noise_levels=sf.LogNormal(stratified=True),
-                draws_per_image=2,
-                antithetic=True,
+    compared = [
+        (levers["none"].single, {"target": single}, 16),
+        (levers["antithetic pairs, stratified"].stable, {"target": stable, "noise_levels": stratified, **pairs}, 8),
+    ]
+    if kind == "MLP":
+        levels = [sf.LogNormal(), stratified]
+        plain, both = (fitted(denoiser, data, sf.Objective(sf.EDM(), target=stable), x) for x in levels)
+        compared += [
+            (levers["importance sampling"].stable, {"target": stable, "importance": plain}, 16),
+            (
+                levers["pairs, stratified, importance"].stable,
+                {"target": stable, "noise_levels": stratified, "importance": both, **pairs},
+                8,
             ),
-            8,
-        ),
-    ):
+        ]
+    for share, settings, images in compared:
+        objective = sf.Objective(sf.EDM(), **settings)
         variance, error = measured(denoiser, data, objective, images, 40, 1)
         expected = share.value * found.variance.value
         spread = math.hypot(error, share.error * found.variance.value, share.value * found.variance.error)
         assert abs(variance - expected) < 3.5 * spread, (variance, error, expected, spread)
-        assert spread < 0.4 * expected
+        assert spread < 0.5 * expected
 
 
 @pytest.mark.parametrize("kind", ["MLP", "SongUNet"])
@@ -261,7 +291,7 @@ def test_without_an_overlap_of_images_the_target_adds_nothing():
     assert found is not None
     assert found.terms["target"].value == 0
     assert found.levers[0].stable.value == 1
-    assert all(lever.single == lever.stable for lever in found.levers[:-1])
+    assert all(lever.single.value == pytest.approx(lever.stable.value) for lever in found.levers[:-1])
 
 
 def test_antithetic_pairs_remove_all_of_a_gradient_that_is_linear_in_the_noise():
@@ -332,7 +362,7 @@ def test_a_network_sees_the_classes_and_its_images_those_of_their_class():
     labels = torch.arange(40) % 2
     data = (2.0 * labels - 1)[:, None].double() + 0.1 * torch.randn(40, 1, generator=torch.Generator().manual_seed(0))
     training = Training(noise_levels=sf.LogNormal(mean=2, std=0.1), batch=8)
-    found = measure_ledger(Table(), Population(data.double(), labels), training, labelled=True, groups=16)
+    found = measure_ledger(Table(), Population(data.double(), labels), training, labelled=True, groups=32)
     # At so much noise the posterior mean is that of the class, which the network knows: all of the variance is the target's.
     assert found.terms["target"].value > 0.9
     with pytest.raises(ValueError, match="no labels"):
@@ -371,7 +401,7 @@ def test_a_probe_of_a_network_has_the_ledger_in_print_json_and_page(tmp_path):
 
 def test_the_sentence_names_the_lever_with_the_least_variance():
     denoiser, data = trained("MLP", "digits")
-    found = measure_ledger(denoiser.eval(), Population(data), Training(batch=32), groups=8)
+    found = measure_ledger(denoiser.eval(), Population(data), Training(batch=32), groups=24)
     figures = {lever.name: lever.stable.value for lever in found.levers}
     best = min(figures, key=figures.get)
     assert f"What pays most here: {best}, stable target." in found.summary

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch.func import functional_call  # pyright: ignore[reportPrivateImportUsage]
 
 from stablefield._shapes import check_tensor, per_row
+from stablefield.diffusion._importance_sampling import ImportanceSampling
+from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.probing._exact import ExactPosterior
 from stablefield.probing._population import Population
 from stablefield.probing._training import Training
@@ -36,11 +38,13 @@ from stablefield.targets._stable_target import StableTarget
 __all__ = ["GradientSampler", "Products", "evaluating"]
 
 # A group: images that all meet all levels. The levels are two independent halves, each of pairs that share a stratum.
-_IMAGES, _PAIRS = 4, 6
+_IMAGES, _PAIRS = 4, 2
 # Step along a direction, by the root mean square of the weights. Smaller, float32 rounds; larger, the network bends.
 _STEP = 1e-3
 # Rows of one pass with gradients.
 _CHUNK = 128
+# Rows of each bin of noise levels, to fit importance sampling.
+_ROWS_OF_BIN = 40
 # Numbers that represent the gradient of a whole batch; a prime, so that the layers' sizes are no multiple of it.
 _WIDTH = 65_521
 
@@ -56,6 +60,8 @@ class Products(NamedTuple):
         stratum: which of B equally probable parts their levels are in.
         image: the image.
         nothing: nothing.
+        reweighted: what importance sampling adds to the mean square: E (v - 1) |g|^2 with the weights v of its rows.
+        pair_at_level: `pair` minus `level`, as importance sampling weighs them.
     """
 
     row: Tensor
@@ -65,6 +71,8 @@ class Products(NamedTuple):
     stratum: Tensor
     image: Tensor
     nothing: Tensor
+    reweighted: Tensor
+    pair_at_level: Tensor
 
 
 @dataclass(frozen=True)
@@ -109,9 +117,10 @@ class GradientSampler:
         self._step = _STEP * (math.sqrt(square / count) or 1.0)
         self._signs = self._random_signs(count)
         self._batches, self._centre = 0, torch.zeros(count, device=self._signs.device)
+        self._importance_weights = self._fitted()
 
     def group(self) -> Tensor:
-        """Mean products of one group, float64, shape (15,), relative to the mean gradient of the batches before.
+        """Mean products of one group, float64, shape (19,), relative to the mean gradient of the batches before.
 
         Those of the single-sample target and of the stable one, in the order of `Products`; then the mean square of the
         difference of both gradients of a row.
@@ -134,10 +143,13 @@ class GradientSampler:
         # Around a mean of other rows, the products are small, and their differences accurate.
         centre = float(self._centre @ signs.to(self._centre))
         single, stable = (
-            (rows.factor * ((estimate - target) * slope).sum(1, dtype=torch.float64)).cpu() - centre
+            (rows.factor * ((estimate - target) * slope).sum(1, dtype=torch.float64))
+            .cpu()
+            .reshape(images, levels, 2, 2)
             for target in (rows.x0, rows.mean)
         )
-        products = [_products(slopes.reshape(images, levels, 2, 2)) for slopes in (single, stable)]
+        weights = self._importance_weights[:, (u * self._importance_weights.shape[1]).long()]
+        products = [_products(slopes, centre, v) for slopes, v in zip((single, stable), weights, strict=True)]
         return torch.cat([*products, (single - stable).square().mean()[None]])
 
     def batch(self) -> Tensor:
@@ -169,6 +181,27 @@ class GradientSampler:
         self._batches += 1
         self._centre += (total[0] - self._centre) / self._batches
         return _folded(total, self._signs).double().cpu()
+
+    @torch.no_grad()
+    def _fitted(self) -> Tensor:
+        """Weights of importance sampling by bin of noise levels, for the single-sample target and the stable one, (2, bins).
+
+        Fitted as in training, to the gradient in the output of the raw network.
+        """
+        training, network = self._training, getattr(self._network, "_orig_mod", self._network)
+        fits = [ImportanceSampling(training.noise_levels, training.process).to(self._signs.device) for _ in range(2)]
+        place = torch.arange(fits[0].bins).repeat(_ROWS_OF_BIN)
+        u = (place + torch.rand(len(place), generator=self._generator, dtype=torch.float64)) / fits[0].bins
+        index = torch.randint(len(self._population), (len(u),), generator=self._generator)
+        rows = self._rows(index, u, torch.randn(len(u), self._population.dim, generator=self._generator))
+        parts = [slice(start, start + _CHUNK) for start in range(0, len(u), _CHUNK)]
+        estimate = torch.cat([self._denoised(self._weights, rows, own).flatten(1) for own in parts])
+        scale = rows.factor.square()
+        if isinstance(network, Denoiser):
+            scale = scale * network.preconditioning(rows.level).c_out.double().square()
+        for fit, target in zip(fits, (rows.x0, rows.mean), strict=True):
+            fit.observe(fit.sums(rows.level, scale * (estimate - target).square().mean(1)))
+        return torch.stack([1 / fit.density().double().cpu() for fit in fits])
 
     def _rows(self, index: Tensor, u: Tensor, noise: Tensor, references: InBatch | None = None) -> _Rows:
         """Rows of the images at `index`, at the probabilities `u` of their noise levels; with the mean over `references`."""
@@ -229,8 +262,15 @@ class GradientSampler:
         return signs.to(self._population.data.device)
 
 
-def _products(slopes: Tensor) -> Tensor:
-    """`Products` from the derivatives of (images, levels, 2 noises, 2 signs of it) rows, shape (7,)."""
+def _products(slopes: Tensor, centre: float, weights: Tensor) -> Tensor:
+    """`Products` from derivatives, shape (9,).
+
+    Args:
+        slopes: of (images, levels, 2 noises, 2 signs of it) rows.
+        centre: their mean, estimated from other rows.
+        weights: of importance sampling, shape (levels,).
+    """
+    uncentred, slopes = slopes, slopes - centre
     pair = slopes.mean(3)
     cell = pair.mean(2)
     left, right = (half.mean(1) for half in cell.chunk(2, 1))
@@ -240,10 +280,12 @@ def _products(slopes: Tensor) -> Tensor:
         row=slopes.square().mean(),
         pair=pair.square().mean(),
         cell=pair.prod(2).mean(),
-        level=_apart(cell, cell),
-        stratum=_apart(firsts, seconds),
+        level=_apart(cell, cell).mean(),
+        stratum=_apart(firsts, seconds).mean(),
         image=(left * right).mean(),
-        nothing=_apart(left, right),
+        nothing=_apart(left, right).mean(),
+        reweighted=((weights - 1) * uncentred.square().mean((0, 2, 3))).mean(),
+        pair_at_level=(weights * (pair.square().mean((0, 2)) - _apart(cell, cell))).mean(),
     )
     return torch.stack(found)
 
@@ -251,7 +293,7 @@ def _products(slopes: Tensor) -> Tensor:
 def _apart(one: Tensor, two: Tensor) -> Tensor:
     """Mean product over pairs of different images; the images are the first axis of both."""
     images = len(one)
-    return ((one.sum(0) * two.sum(0) - (one * two).sum(0)) / (images * (images - 1))).mean()
+    return (one.sum(0) * two.sum(0) - (one * two).sum(0)) / (images * (images - 1))
 
 
 def _folded(gradients: Tensor, signs: Tensor) -> Tensor:

@@ -227,7 +227,7 @@ def probe_network(
             population,
             training,
             labelled=by_class,
-            groups=max(8, min(sources, _MOST_SOURCES) // 32),
+            groups=max(24, 3 * min(sources, _MOST_SOURCES) // 32),
             seed=seed,
             progress=progress,
         )

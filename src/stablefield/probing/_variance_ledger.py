@@ -35,7 +35,7 @@ from stablefield.report._cells import Estimate, text_table
 __all__ = ["Lever", "VarianceLedger", "measure_ledger"]
 
 # Fewest and most whole batches, and rows of all of them if they are not the fewest.
-_FEWEST_BATCHES, _MOST_BATCHES, _ROWS = 6, 128, 4096
+_FEWEST_BATCHES, _MOST_BATCHES, _ROWS = 6, 128, 2048
 # Most groups: more take hours.
 _MOST = 10_000
 
@@ -73,8 +73,8 @@ class VarianceLedger:
         batch: rows, B.
         variance: of the gradient of a plain batch: single-sample target, independent rows.
         terms: shares of the variance, which add up to 1: "noise level", "image", "noise", "target".
-        levers: the variance with each lever, without any first. For pairs, B strata stand for the B / 2 that a batch has, a
-            difference of the order of 1 / B^2.
+        levers: the variance with each lever, without any first. For pairs, B strata stand for the B / 2 that a batch has,
+            and still finer ones with importance sampling: differences of the order of 1 / B^2.
         measured: the variance between whole batches, as a share of the sum of the terms.
         images: drawn for the terms, with replacement.
         rows: gradients measured for the terms.
@@ -148,7 +148,7 @@ def measure_ledger(
     training: Training,
     *,
     labelled: bool = False,
-    groups: int = 16,
+    groups: int = 48,
     seed: int = 0,
     progress: Callable[[Progress], object] | None = None,
 ) -> VarianceLedger | None:
@@ -163,7 +163,7 @@ def measure_ledger(
         population: the training data.
         training: gives the process, the noise levels, the weights of the loss and the batch.
         labelled: pass the labels to the network.
-        groups: groups of 4 images in 384 rows each, 3 to 10,000; errors fall with their square root.
+        groups: groups of 4 images in 128 rows each, 3 to 10,000; errors fall with their square root.
         seed: of all random draws.
         progress: called as groups and batches are done.
 
@@ -182,9 +182,9 @@ def measure_ledger(
         raise ValueError("labelled is set, but the population has no labels: pass them.")
     if progress is not None:
         check_callable("progress", progress, "progress(report), with a Progress")
-    sampler = GradientSampler(network, population, training, labelled, torch.Generator().manual_seed(seed))
     batches = max(_FEWEST_BATCHES, min(groups, _MOST_BATCHES, _ROWS // training.batch))
     with evaluating(network):
+        sampler = GradientSampler(network, population, training, labelled, torch.Generator().manual_seed(seed))
         whole: list[Tensor] = []
         for done in range(batches):
             whole.append(sampler.batch())
@@ -222,12 +222,14 @@ _LEVERS = (
     "2 draws per image",
     "4 draws per image",
     "antithetic pairs",
+    "importance sampling",
     "antithetic pairs, stratified",
+    "pairs, stratified, importance",
 )
 
 
 def _terms(groups: Tensor) -> Tensor:
-    """Variance of a row, and the shares of its terms; from groups (n, 15)."""
+    """Variance of a row, and the shares of its terms; from groups (n, 19)."""
     _, stable, target = _means(groups)
     terms = torch.stack([stable.level - stable.nothing, stable.cell - stable.level, stable.row - stable.cell, target])
     return torch.cat([terms.sum()[None], terms / terms.sum()])
@@ -242,14 +244,15 @@ def _with_levers(groups: Tensor) -> Tensor:
     shares: list[Tensor] = []
     for products, plain in ((single, variance), (stable, variance * (1 - removed))):
         again, pair = products.image - products.nothing, 2 * (products.pair - products.nothing)
-        with_lever = [plain, plain - between, plain + again, plain + 3 * again, pair, pair - 2 * between]
+        with_lever = [plain, plain - between, plain + again, plain + 3 * again, pair, plain + products.reweighted]
+        with_lever += [pair - 2 * between, 2 * products.pair_at_level]
         shares.append(torch.stack(with_lever) / variance)
     return torch.stack(shares, 1).flatten()
 
 
 def _means(groups: Tensor) -> tuple[Products, Products, Tensor]:
     """Products of the single-sample target and of the stable one, and the square of their difference."""
-    single, stable, target = groups.mean(0).split([7, 7, 1])
+    single, stable, target = groups.mean(0).split([len(Products._fields), len(Products._fields), 1])
     return Products(*single), Products(*stable), target[0]
 
 
