@@ -60,7 +60,7 @@ class Products(NamedTuple):
         stratum: which of B equally probable parts their levels are in.
         image: the image.
         nothing: nothing.
-        reweighted: what importance sampling adds to the mean square: E (v - 1) |g|^2 with the weights v of its rows.
+        reweighted: what importance sampling adds to the mean square: E (omega - 1) |g|^2 with its weights omega.
         pair_at_level: `pair` minus `level`, as importance sampling weighs them.
     """
 
@@ -149,7 +149,7 @@ class GradientSampler:
             for target in (rows.x0, rows.mean)
         )
         weights = self._importance_weights[:, (u * self._importance_weights.shape[1]).long()]
-        products = [_products(slopes, centre, v) for slopes, v in zip((single, stable), weights, strict=True)]
+        products = [_products(slopes, centre, omega) for slopes, omega in zip((single, stable), weights, strict=True)]
         return torch.cat([*products, (single - stable).square().mean()[None]])
 
     def batch(self) -> Tensor:
