@@ -246,17 +246,15 @@ class Diffusers:
         self, prediction: str, gamma: float | None, batch: int, generator: Generator, *, timesteps: bool
     ) -> None:
         from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
-        from diffusers.training_utils import compute_snr
 
         self._table = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=prediction)
         self._solver = DPMSolverMultistepScheduler.from_config(
             self._table.config, lambda_min_clipped=-5.1, thresholding=prediction == "epsilon"
         )
-        self._prediction, self._gamma, self._snr = prediction, gamma, compute_snr
-        self._generator = generator
+        self._prediction, self._gamma, self._generator = prediction, gamma, generator
         # A positional embedding gets the time step, for which it was made; one for numbers of order one gets EDM's label.
-        snr = compute_snr(self._table, torch.arange(len(self._table.alphas_cumprod)))
-        self._labels = torch.arange(len(snr)).float() if timesteps else -snr.log() / 8
+        square = self._table.alphas_cumprod
+        self._labels = torch.arange(len(square)).float() if timesteps else torch.log(1 / square - 1) / 8
         self.images = batch
 
     def loss(self, network: Network, x0: Tensor, index: Tensor) -> Tensor:  # noqa: ARG002
@@ -268,7 +266,9 @@ class Diffusers:
         error = (network(x_t, self._labels[steps]) - target).square()
         if self._gamma is None:
             return error.mean()
-        snr = self._snr(self._table, steps)
+        from diffusers.training_utils import compute_snr
+
+        snr = compute_snr(self._table, steps)
         weight = snr.clamp(max=self._gamma) / (snr + 1 if velocity else snr)
         return (weight * error.flatten(1).mean(1)).mean()
 

@@ -336,13 +336,9 @@ def _decode(data: Tensor, buffer: Tensor, origin: Tensor | None = None) -> Tenso
     # To the device first: uint8 takes a quarter of the decoded size.
     data = data.to(buffer.device)
     if data.dtype == torch.uint8:
-        if data.device.type == "cpu":
-            buffer.copy_(data)
-            # One multiply-add instead of a division and a difference, which would double the cost of the conversion.
-            torch.add(buffer.new_full((), -1.0), buffer, alpha=1 / 127.5, out=buffer)
-        else:
-            # There a scalar tensor makes the multiply-add four times slower than a plain product.
-            torch.sub(data, 127.5, out=buffer).mul_(1 / 127.5)
+        buffer.copy_(data)
+        # One multiply-add instead of a division and a difference, which would double the cost of the conversion.
+        torch.add(buffer.new_full((), -1.0), buffer, alpha=1 / 127.5, out=buffer)
         return buffer if origin is None else buffer.sub_(origin)
     return buffer.copy_(data) if origin is None else torch.sub(data, origin, out=buffer)
 
