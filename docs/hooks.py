@@ -14,6 +14,7 @@ mkdocs calls the functions named `on_...`. On a page, a comment on its own line 
     <!-- gpu proof -->                              results/gpu_proof.json (VE), FID against training time
     <!-- gpu proof flow -->                         results/gpu_proof_flow.json (flow matching), the same
     <!-- samplers -->                               the table of results/samplers.json
+    <!-- race digits -->                            results/race_digits.json, distances of all runners at each time
     <!-- verbs -->                                  the verbs of the command and their flags, from its flags.json
 """
 
@@ -41,6 +42,7 @@ __all__ = [
     "on_post_page",
     "on_post_template",
     "own_weight",
+    "race_digits",
     "samplers",
     "script",
     "step",
@@ -67,6 +69,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         "gpu proof": gpu_proof,
         "gpu proof flow": gpu_proof_flow,
         "samplers": samplers,
+        "race digits": race_digits,
         "verbs": verbs,
     }
     return re.sub(rf"^<!-- ({'|'.join(tables)}) -->$", lambda m: tables[m[1]](), markdown, flags=re.M)
@@ -268,6 +271,56 @@ def samplers() -> str:
         for row in record["samplers"]
     ]
     return _table(head, rows, record, "".join(f", {name} {version}" for name, version in record["libraries"].items()))
+
+
+RUNNERS = {
+    "ours": "stable target and all levers",
+    "stf": "stable target alone",
+    "stf-stratified": "stable target, stratified noise levels",
+    "stf-antithetic": "stable target, antithetic pairs",
+    "stf-levels": "stable target, ln sigma ~ N(-0.4, 1)",
+    "edm": "EDM's single sample",
+    "edm-stratified": "EDM's single sample, stratified noise levels",
+    "edm-antithetic": "EDM's single sample, antithetic pairs",
+    "edm-levels": "EDM's single sample, ln sigma ~ N(-0.4, 1)",
+    "immiscible": "EDM's single sample, immiscible noise",
+    "diffusers-eps": "diffusers, epsilon",
+    "diffusers-v": "diffusers, v",
+    "min-snr": "diffusers, epsilon, min-SNR weights",
+    "min-snr-v": "diffusers, v, min-SNR weights",
+    "torchcfm": "torchcfm, independent pairs",
+    "torchcfm-ot": "torchcfm, optimal transport",
+}
+
+
+def race_digits() -> str:
+    """The committed race on the digits, as a table for each number of evaluations, the best first."""
+    record = _record("race_digits")
+    rows = [row for row in record["rows"] if "error" not in row]
+    times = sorted({row["seconds"] for row in rows})
+    seeds = len({row["seed"] for row in rows})
+    parts: list[str] = []
+    for evaluations in sorted({row["evaluations"] for row in rows}, reverse=True):
+        found: dict[str, dict[float, list[float]]] = {}
+        for row in rows:
+            if row["evaluations"] == evaluations:
+                found.setdefault(row["runner"], {}).setdefault(row["seconds"], []).append(row["distance"])
+        last = {runner: sum(of[times[-1]]) / len(of[times[-1]]) for runner, of in found.items() if times[-1] in of}
+        lines = [
+            (
+                RUNNERS[runner],
+                *(
+                    f"{sum(of) / len(of):.3f} ({min(of):.3f} to {max(of):.3f})" if (of := found[runner].get(t)) else ""
+                    for t in times
+                ),
+            )
+            for runner in sorted(last, key=last.__getitem__)
+        ]
+        parts += [
+            f"Distances at {evaluations} evaluations of the network, means over {seeds} seeds (least to most):",
+            _table(("loss", *(f"{t:g} s" for t in times)), lines, record if evaluations == 10 else None),
+        ]
+    return "\n\n".join(parts)
 
 
 def verbs() -> str:

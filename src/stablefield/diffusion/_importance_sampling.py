@@ -14,10 +14,12 @@ References:
     with Importance Sampling", ICML 2018, section 3.2: the gradient in the last layer's input for that in all weights.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from stablefield._shapes import check_kind, check_tensor, number, whole_number
+from stablefield._shapes import check_callable, check_kind, check_tensor, number, whole_number
 from stablefield.diffusion._noise_levels import NoiseLevels
 from stablefield.diffusion._process import Process
 
@@ -39,6 +41,8 @@ class ImportanceSampling(nn.Module):
         bins: parts of equal probability, each with a constant density.
         uniform: share of the rows that are drawn as without it, in expectation; no row has a weight above 1 / `uniform`.
         half_life: after so many rows, an observation counts half.
+        scale: mean square of a row's gradient per unit of what is observed, as a function of the noise level, taken at the
+            middle of each bin: w c_out^2 if row losses are observed. 1 if None.
 
     Raises:
         TypeError: if an argument is of another type.
@@ -48,6 +52,7 @@ class ImportanceSampling(nn.Module):
     squares: Tensor
     rows: Tensor
     edges: Tensor
+    scale: Tensor
 
     def __init__(
         self,
@@ -57,6 +62,7 @@ class ImportanceSampling(nn.Module):
         bins: int = 32,
         uniform: float = 0.2,
         half_life: float = 100_000,
+        scale: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         check_kind("noise_levels", noise_levels, NoiseLevels, "a distribution of noise levels, such as LogNormal()")
@@ -67,21 +73,26 @@ class ImportanceSampling(nn.Module):
             raise ValueError(f"half_life is {half_life}: pass a positive number of rows.")
         self.noise_levels, self.process = noise_levels, process
         self.bins, self.uniform, self.half_life = whole_number("bins", bins, 1), uniform, half_life
-        shares = torch.arange(1, bins, dtype=torch.float64) / bins
-        self.register_buffer(
-            "edges", process.noise_level(noise_levels.quantile(shares, process)).float(), persistent=False
-        )
+        if scale is not None:
+            check_callable("scale", scale, "scale(noise_level), such as EDMWeighting()")
+        # Middles of the bins and edges between them, in turn.
+        shares = torch.arange(1, 2 * bins, dtype=torch.float64) / (2 * bins)
+        levels = process.noise_level(noise_levels.quantile(shares, process)).float()
+        middles = levels[::2]
+        per_bin = torch.ones_like(middles) if scale is None else scale(middles).float()
+        self.register_buffer("edges", levels[1::2].contiguous(), persistent=False)
+        self.register_buffer("scale", per_bin, persistent=False)
         # Discounted sums over the rows observed so far.
         self.register_buffer("squares", torch.zeros(bins))
         self.register_buffer("rows", torch.zeros(bins))
 
     def density(self) -> Tensor:
-        """The relative density of each bin, shape (bins,), float64 (float32 on mps), with mean 1."""
-        wide = torch.float32 if self.rows.device.type == "mps" else torch.float64
-        root = (self.squares.to(wide) / self.rows.to(wide).clamp(min=1)).sqrt()
-        fitted = self.uniform + (1 - self.uniform) * root / root.mean()
-        known = (self.rows >= _LEAST_ROWS).all() & (root.mean() > 0) & root.isfinite().all()
-        return torch.where(known, fitted, torch.ones_like(fitted))
+        """The relative density of each bin, shape (bins,), with mean 1."""
+        # Few operations: beside the step of a small network, each of them shows.
+        root = (self.scale * self.squares / self.rows).sqrt()
+        mean = root.mean()
+        known = (self.rows.min() >= _LEAST_ROWS) & (mean > 0) & mean.isfinite()
+        return torch.where(known, self.uniform + (1 - self.uniform) / mean * root, 1.0)
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Move probabilities to where the density is.
@@ -105,7 +116,8 @@ class ImportanceSampling(nn.Module):
 
         Args:
             noise_level: sigma / alpha of each row, shape (B,).
-            squares: mean square of the row's gradient without its weight, on any scale, shape (B,).
+            squares: mean square of the row's gradient without its weight, on any scale, shape (B,); or its loss, with a
+                `scale`.
 
         Raises:
             TypeError: if an argument is no tensor.
