@@ -189,9 +189,10 @@ def prepare(job: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    import stablefield.cli.verbs
-    import stablefield.training._loop  # noqa: F401
+    import stablefield.cli.verbs  # noqa: F401
+    from pictures import draw_small_pictures
 
+    draw_small_pictures()
     found = serve()
     if found is not None:
         prepare(found)
