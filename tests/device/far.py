@@ -181,7 +181,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """What is in tuples, lists and dicts, all that operations take; torch's `tree_leaves` takes half of a scenario's time."""
+    """What is in tuples, lists and dicts, without torch's `tree_leaves`, which takes half of the time."""
     if type(value) in (tuple, list):
         for one in value:
             yield from _leaves(one)
