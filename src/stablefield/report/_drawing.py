@@ -238,6 +238,8 @@ def _draw(canvas: "FigureBase", chart: LineChart, title: str) -> None:
     lowest = (axes, *tracks)[-1]
     for axis, log, most in ((lowest.xaxis, chart.log_x, 6), (axes.yaxis, chart.log_y, 7)):
         _set_ticks(axis, log, most)
+    # Minor ticks of this axis have no size, but each takes time.
+    axes.set_yticks([], minor=True)
     axes.grid(axis="y")
     # Above its axis and horizontal, so that it is easy to read and takes no width on a phone.
     axes.set_title(_wrap(chart.y_label, 52))
@@ -277,7 +279,7 @@ def _set_limits(axes: "Axes", chart: LineChart) -> None:
 
 
 def _set_ticks(axis: "Axis", log: bool, most: int) -> None:
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     if not log:
         axis.set_major_locator(MaxNLocator(nbins=most, steps=[1, 2, 2.5, 5, 10]))
@@ -289,9 +291,6 @@ def _set_ticks(axis: "Axis", log: bool, most: int) -> None:
     axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=most))
     axis.set_major_formatter("{x:,g}")
     axis.set_minor_formatter(NullFormatter())
-    if axis.axis_name == "y":
-        # Minor ticks of this axis have no size, but each takes time.
-        axis.set_minor_locator(NullLocator())
 
 
 def _draw_regions(axes: "Axes", track: "Axes", regions: Sequence[Region]) -> None:
