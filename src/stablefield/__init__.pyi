@@ -6,6 +6,7 @@ from stablefield._doctor import check_machine as check_machine
 from stablefield.diffusion._discrete import Discrete as Discrete
 from stablefield.diffusion._from_diffusers import Regression as Regression
 from stablefield.diffusion._from_diffusers import from_diffusers as from_diffusers
+from stablefield.diffusion._importance_sampling import ImportanceSampling as ImportanceSampling
 from stablefield.diffusion._noise_levels import LogNormal as LogNormal
 from stablefield.diffusion._noise_levels import LogUniform as LogUniform
 from stablefield.diffusion._noise_levels import Uniform as Uniform

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import stablefield as sf
 from stablefield import sampling
+from stablefield.data._image_set import ImageSet
 from stablefield.evaluation._extractor import RandomConvolutions
 from stablefield.targets._engine import query, reference_matrix
 from stablefield.targets._engine.reference_matrix import sent_ahead
@@ -260,9 +261,10 @@ def of_the_gpu_benchmark() -> dict[str, Any]:
         seconds=0.2, marks=1, samples=4, batch=4, width=8, blocks=1, gradients=2, samplers=("heun",)
     )
     rows: list[dict[str, Any]] = []
+    data = ImageSet(images=images[:100].numpy(), labels=None, class_names=None, name="noise", manifest={})
     grid = sampling.edm_sigmas
     with mock.patch.object(sampling, "edm_sigmas", lambda _, **options: grid(4, **options)):
-        quality.proof(images[:100].to(FAR), extractor, "ve", budget, rows.append)
+        quality.proof(data, extractor, "ve", budget, FAR, rows.append)
     return {
         "accuracy": max(row["relative_error"] for row in gpu.accuracy(there)),
         "cost": len(gpu.cost(there, 1)),

@@ -10,9 +10,10 @@ import torch
 
 import stablefield as sf
 from stablefield.data._digits import open_digits
-from stablefield.diffusion._noise_levels import NoiseLevels
+from stablefield.diffusion._noise_levels import NoiseLevels, times_at
 from stablefield.diffusion._objective import Draws
 from stablefield.training._loop import check_fit
+from stablefield.training._meter import Meter, Stopwatch, bin_edges
 
 DATA = torch.tensor([[-1.0, 0.3], [0.2, 0.9], [0.8, -0.7]], dtype=torch.float64)
 LEVELS = (0.4, 1.1)
@@ -158,6 +159,103 @@ def test_one_draw_without_pairs_has_the_bits_of_an_objective_without_levers():
     assert torch.equal(found.t, t)
     assert torch.equal(found.noise, noise)
     assert torch.equal(found.hidden, torch.rand(5, generator=rng) < 0.3)
+
+
+@dataclass(frozen=True)
+class Two(NoiseLevels):
+    """The two levels of LEVELS, equally likely."""
+
+    def quantile(self, u, process):
+        return process.time(torch.where(u < 0.5, LEVELS[0], LEVELS[1]).to(u))
+
+
+def fitted(levels, process, squares, **options):
+    """A density that has seen 1,000 rows of each bin, with these mean squares of the gradient."""
+    found = sf.ImportanceSampling(levels, process, bins=len(squares), **options)
+    found.observe(torch.stack([1000 * torch.tensor(squares), torch.full((len(squares),), 1000.0)]))
+    return found
+
+
+@pytest.mark.parametrize("dsm", [False, True], ids=["stf", "dsm"])
+@pytest.mark.parametrize("process", [sf.EDM(), sf.VP(), sf.RectifiedFlow()], ids=repr)
+def test_importance_sampling_is_unbiased_by_enumeration(process, dsm):
+    levels = Two()
+    importance = fitted(levels, process, (0.3, 4.0))
+    made, plain = (objective(process, levels, dsm, importance=one) for one in (importance, None))
+    # Each level as often as the density draws it, with the weight that it gives.
+    u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    moved, weight = importance(u)
+    t = times_at(levels, moved, process)
+    expected = torch.zeros(2, 2, dtype=torch.float64)
+    for level in t.unique():
+        there = t == level
+        assert len(weight[there].unique()) == 1
+        for image, noise in itertools.product(range(len(DATA)), NOISE):
+            draws = Draws(t[there][:1].double(), noise[None], None, weight[there][:1])
+            share = float(there.double().mean()) / len(DATA) / len(NOISE)
+            expected += share * gradient(made, torch.tensor([image]), draws)
+    torch.testing.assert_close(expected, enumerated(plain, False), rtol=2e-3, atol=1e-6)
+
+
+def test_weights_undo_the_density_for_any_function_of_the_level():
+    process, levels = sf.EDM(), sf.LogNormal()
+    importance = fitted(levels, process, (4.0, 1.0, 0.5, 0.01, 0.0))
+    u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    moved, weight = importance(u)
+    assert float(weight.mean()) == pytest.approx(1, abs=1e-4)
+    assert float(weight.max()) <= 1 / importance.uniform + 1e-9
+    for function in (torch.log, torch.sin, torch.sqrt):
+        truth = function(levels.quantile(u, process)).mean()
+        assert float((weight * function(levels.quantile(moved, process))).mean()) == pytest.approx(
+            float(truth), abs=1e-3
+        )
+
+
+def test_the_fitted_density_has_the_least_mean_square_that_its_uniform_share_allows():
+    squares = torch.tensor([9.0, 4.0, 1.0, 0.25])
+    importance = fitted(sf.LogNormal(), sf.EDM(), squares.tolist(), uniform=1e-6)
+    # By Cauchy and Schwarz: the square of the mean of the roots.
+    assert float((squares / importance.density()).mean()) == pytest.approx(float(squares.sqrt().mean()) ** 2, rel=1e-5)
+
+
+def test_levels_are_drawn_as_without_it_until_every_bin_is_known():
+    importance = sf.ImportanceSampling(sf.LogNormal(), sf.EDM(), bins=4)
+    plain, made = objective(), objective(importance=importance)
+    importance.observe(torch.tensor([[5.0, 1.0, 1.0, 0.0], [500.0, 500.0, 500.0, 31.0]]))
+    found, truth = (one.draw((8, 2), torch.Generator().manual_seed(0)) for one in (made, plain))
+    torch.testing.assert_close(found.t, truth.t, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.weight, torch.ones(8), rtol=1e-6, atol=0)
+    assert truth.weight is None
+
+
+def test_the_loss_and_its_bins_are_those_without_importance_sampling():
+    process, levels = sf.EDM(), sf.LogNormal()
+    made = objective(importance=fitted(levels, process, (3.0, 1.0, 0.2)))
+    means = []
+    for one in (made, objective()):
+        meter = Meter(bin_edges(levels, process), torch.device("cpu"), Stopwatch(torch.device("cpu")))
+        rng = torch.Generator().manual_seed(0)
+        index = torch.randint(3, (60_000,), generator=rng)
+        draws = one.draw((60_000, 2), rng, dtype=torch.float64)
+        meter.step([one.evaluate(Linear(), one.example(DATA[index], draws, index=index))], 1)
+        report = meter.report(1)
+        means.append((report.loss, *report.bin_loss))
+    assert means[0] == pytest.approx(means[1], rel=0.04)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"uniform": 0.0}, "uniform is 0.0: pass a share above 0, at most 1"),
+        ({"half_life": 0}, "half_life is 0: pass a positive number of rows"),
+        ({"bins": 0}, "bins=0: pass a whole number of at least 1"),
+    ],
+)
+def test_importance_sampling_that_does_not_fit_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        sf.ImportanceSampling(sf.LogNormal(), sf.EDM(), **options)
+    with pytest.raises(ValueError, match=r"importance is for LogUniform.*the objective has LogNormal.*use one of each"):
+        objective(importance=sf.ImportanceSampling(sf.LogUniform(), sf.EDM()))
 
 
 @pytest.mark.parametrize(

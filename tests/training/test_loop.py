@@ -73,7 +73,11 @@ def test_same_seed_gives_same_bytes_and_another_seed_others(tmp_path: Path, chan
         ),  # its weights are channels-last, its files not
     ],
 )
-@pytest.mark.parametrize("levers", [{}, {"draws_per_image": 2, "antithetic": True}], ids=["", "pairs"])
+@pytest.mark.parametrize(
+    "levers",
+    [{}, {"draws_per_image": 2, "antithetic": True}, {"importance_sampling": True}],
+    ids=["", "pairs", "importance"],
+)
 def test_run_resumed_from_a_checkpoint_equals_the_uninterrupted_run(
     tmp_path: Path, network: MLPConfig | SongUNetConfig, levers: dict[str, object]
 ) -> None:

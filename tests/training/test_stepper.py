@@ -126,6 +126,7 @@ def test_more_parts_than_rows_leave_none_out(digits: ImageSet) -> None:
         {"references": "sharded", "network": TINY_UNET, "augmentation": 0.3},
         {"references": "sharded", "network": TINY_UNET, "mirror": True, **PAIRS},
         {"references": "sharded", "network": TINY_UNET, "mirror": True},
+        {"importance_sampling": True, "gradient_accumulation_steps": 2, **PAIRS},
     ],
     ids=str,
 )

@@ -39,7 +39,7 @@ _GROUPS = {
     "Data": "resolution resize skip-broken max-images sources augmentation mirror",
     "Model": "conditional label-dropout ema",
     "Target": "references noise-band",
-    "Variance of a batch": "draws-per-image antithetic no-antithetic",
+    "Variance of a batch": "draws-per-image antithetic no-antithetic importance-sampling no-importance-sampling",
     "Optimisation": (
         "learning-rate ramp-images decay-share max-grad-norm nan-to-num no-nan-to-num "
         "gradient-accumulation-steps seed precision compile"

@@ -16,7 +16,7 @@ from torch import Tensor
 from stablefield._shapes import as_device, check_generator, check_kind, check_numbers, check_tensor, flag, whole_number
 from stablefield.diffusion._process import Process
 
-__all__ = ["LogNormal", "LogUniform", "NoiseLevels", "Uniform"]
+__all__ = ["LogNormal", "LogUniform", "NoiseLevels", "Uniform", "times_at", "uniform_numbers"]
 
 
 @dataclass(frozen=True)
@@ -52,21 +52,9 @@ class NoiseLevels(ABC):
             ValueError: if `batch` is negative, or there is no such device.
         """
         _check_process(process)
-        batch = whole_number("batch", batch, 0)
-        check_generator("generator", generator)
         device = None if device is None else as_device("device", device)
-        source = torch.device("cpu") if generator is None else generator.device
-        # float64: a float32 uniform is exactly 0 once in 17 million rows, for a noise level of 0 or infinity.
-        wide = torch.float32 if source.type == "mps" else torch.float64
-        u = torch.rand(batch, generator=generator, dtype=wide, device=source)
-        if self.stratified:
-            u = (torch.randperm(batch, generator=generator, device=source) + u) / batch
-        tiny = torch.finfo(wide).eps
-        wide_t = self.quantile(u.clamp(tiny, 1 - tiny), process)
-        t = wide_t.to(torch.float32)
-        # float32 rounds the last 3e-8 of [0, 1] to 1, where flows have no signal left and an infinite noise level.
-        rounded_up = process.noise_level(wide_t).isfinite() & process.noise_level(t).isinf()
-        return torch.where(rounded_up, torch.nextafter(t, torch.zeros_like(t)), t).to(device or source)
+        u = uniform_numbers(self, batch, generator)
+        return times_at(self, u, process).to(device or u.device)
 
 
 @dataclass(frozen=True)
@@ -152,6 +140,29 @@ class Uniform(NoiseLevels):
     def quantile(self, u: Tensor, process: Process) -> Tensor:  # noqa: ARG002
         check_tensor("u", u, real=True)
         return self.start + u * (self.end - self.start)
+
+
+def uniform_numbers(levels: NoiseLevels, batch: int, generator: torch.Generator | None) -> Tensor:
+    """Draw `batch` numbers uniform in (0, 1), stratified if the levels are, on the generator's device."""
+    batch = whole_number("batch", batch, 0)
+    check_generator("generator", generator)
+    source = torch.device("cpu") if generator is None else generator.device
+    # float64: a float32 uniform is exactly 0 once in 17 million rows, for a noise level of 0 or infinity.
+    wide = torch.float32 if source.type == "mps" else torch.float64
+    u = torch.rand(batch, generator=generator, dtype=wide, device=source)
+    if levels.stratified:
+        u = (torch.randperm(batch, generator=generator, device=source) + u) / batch
+    return u
+
+
+def times_at(levels: NoiseLevels, u: Tensor, process: Process) -> Tensor:
+    """Times at the probabilities `u` in [0, 1], float32; none of them has no noise or no signal."""
+    tiny = torch.finfo(u.dtype).eps
+    wide_t = levels.quantile(u.clamp(tiny, 1 - tiny), process)
+    t = wide_t.to(torch.float32)
+    # float32 rounds the last 3e-8 of [0, 1] to 1, where flows have no signal left and an infinite noise level.
+    rounded_up = process.noise_level(wide_t).isfinite() & process.noise_level(t).isinf()
+    return torch.where(rounded_up, torch.nextafter(t, torch.zeros_like(t)), t)
 
 
 def _check_process(process: Process) -> None:

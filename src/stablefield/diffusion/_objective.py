@@ -31,7 +31,8 @@ from stablefield._shapes import (
     shape_of,
     whole_number,
 )
-from stablefield.diffusion._noise_levels import LogNormal, NoiseLevels
+from stablefield.diffusion._importance_sampling import ImportanceSampling
+from stablefield.diffusion._noise_levels import LogNormal, NoiseLevels, times_at, uniform_numbers
 from stablefield.diffusion._process import Process
 from stablefield.diffusion._weighting import EDMWeighting, Weighting
 from stablefield.targets._references import InBatch
@@ -57,17 +58,20 @@ class ObjectiveValue:
 
     Attributes:
         loss: mean of row_loss, a scalar with gradients.
-        row_loss: weighted squared error per dimension of each row, shape (B,), with gradients.
+        row_loss: weighted squared error per dimension of each row, shape (B,), with gradients; with importance sampling,
+            times the row's importance weight.
         noise_level: sigma / alpha of each row, shape (B,).
         variance_removed: the variance that the references removed from the row's target, w V / d in the units of the loss,
             shape (B,); 0 for the single-sample target. In expectation loss + variance_removed is the loss with the
             single-sample target.
+        weight: importance weight of each row, shape (B,), which row_loss and variance_removed contain; None for 1.
     """
 
     loss: Tensor
     row_loss: Tensor
     noise_level: Tensor
     variance_removed: Tensor
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -78,15 +82,18 @@ class Draws:
         t: times, shape (B,).
         noise: standard normal, shape (B, ...).
         hidden: rows whose label the network does not see, bool (B,); None if no label is ever hidden.
+        weight: importance weights, shape (B,); None if the times were drawn from the noise levels themselves.
     """
 
     t: Tensor
     noise: Tensor
     hidden: Tensor | None = None
+    weight: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> "Draws":
         """The draws of a part of the batch."""
-        return Draws(self.t[rows], self.noise[rows], None if self.hidden is None else self.hidden[rows])
+        hidden, weight = (None if value is None else value[rows] for value in (self.hidden, self.weight))
+        return Draws(self.t[rows], self.noise[rows], hidden, weight)
 
 
 @dataclass(frozen=True)
@@ -98,12 +105,14 @@ class Example:
         noise_level: sigma / alpha, shape (B,).
         seen: class that the network sees, integers (B,), -1 for none; or None.
         target: the regression target.
+        weight: importance weights of the rows, shape (B,), or None.
     """
 
     x: Tensor
     noise_level: Tensor
     seen: Tensor | None
     target: Target
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -125,14 +134,15 @@ class Objective:
         antithetic: make the draws of an image in pairs, with one noise level and with noise of opposite signs. Where the
             network's error is nearly linear in the noise, its odd part cancels in the mean over a pair. `draws_per_image` is
             then even.
+        importance: draws the noise levels at which the gradient is large more often, with importance weights.
 
     Stratified noise levels (`NoiseLevels.stratified`), several draws per image and antithetic noise leave the distribution
     of every single row as it is, so the expectation of the loss and of its gradient stays the same; only the rows of a
-    batch depend on each other. See "Levers" in the theory.
+    batch depend on each other. Importance sampling keeps both expectations by its weights. See "Levers" in the theory.
 
     Raises:
         ValueError: if `label_dropout` is not a probability, the target is for another process, `draws_per_image` is
-            below 1, odd with `antithetic`, or above 1 with `InBatch` references.
+            below 1, odd with `antithetic`, or above 1 with `InBatch` references, or `importance` is for other noise levels.
     """
 
     process: Process
@@ -143,6 +153,7 @@ class Objective:
     label_dropout: float = 0.0
     draws_per_image: int = 1
     antithetic: bool = False
+    importance: ImportanceSampling | None = None
 
     def __post_init__(self) -> None:
         check_kind("process", self.process, Process, "a Process, such as EDM()")
@@ -157,6 +168,14 @@ class Objective:
         if self.target.process != self.process:
             raise ValueError(f"target is for {self.target.process}, the objective for {self.process}: use one process.")
         check_draws(self.draws_per_image, self.antithetic)
+        if self.importance is not None:
+            check_kind("importance", self.importance, ImportanceSampling, "ImportanceSampling(noise_levels, process)")
+            made_for = (self.importance.noise_levels, self.importance.process)
+            if made_for != (self.noise_levels, self.process):
+                raise ValueError(
+                    f"importance is for {made_for[0]} of {made_for[1]}, the objective has {self.noise_levels} of "
+                    f"{self.process}: use one of each."
+                )
         if (
             self.draws_per_image > 1
             and isinstance(self.target.references, InBatch)
@@ -259,9 +278,13 @@ class Objective:
         # What an antithetic pair shares is drawn once and repeated.
         pairs = 2 if self.antithetic else 1
         count = shape[0] // pairs
-        t = self.noise_levels.sample(self.process, count, generator, device)
+        u, weight = uniform_numbers(self.noise_levels, count, generator), None
+        if self.importance is not None:
+            u, weight = self.importance(u.to(device))
+        t = times_at(self.noise_levels, u, self.process).to(device)
         level = self.process.noise_level(t)
-        if readable(level.device) and not bool(((level > 0) & level.isfinite()).all()):
+        # On a GPU the host would wait for these values; target and weighting find the same faults there.
+        if level.device.type == "cpu" and readable(level.device) and not bool(((level > 0) & level.isfinite()).all()):
             raise ValueError(
                 f"the noise levels drawn run from {level.min():g} to {level.max():g}: they must be positive and finite; "
                 f"change the range of {self.noise_levels}."
@@ -272,8 +295,8 @@ class Objective:
             hidden = torch.rand(count, generator=generator, device=source).to(device) < self.label_dropout
         if self.antithetic:
             t, noise = t.repeat_interleave(2), torch.stack([noise, -noise], 1).flatten(0, 1)
-            hidden = None if hidden is None else hidden.repeat_interleave(2)
-        return Draws(t, noise, hidden)
+            hidden, weight = (None if value is None else value.repeat_interleave(2) for value in (hidden, weight))
+        return Draws(t, noise, hidden, None if weight is None else weight.to(torch.float32))
 
     def example(
         self,
@@ -325,7 +348,7 @@ class Objective:
                 raise
             raise ValueError(renamed) from error
         x = x_t / per_row(self.process.alpha(t), x0)
-        return Example(x, self.process.noise_level(t), seen, target)
+        return Example(x, self.process.noise_level(t), seen, target, draws.weight)
 
     def evaluate(
         self, denoiser: DenoiserLike, example: Example, augment_labels: Tensor | None = None
@@ -359,9 +382,10 @@ class Objective:
                 f"the denoiser returned shape {tuple(estimate.shape)} for x0 of shape {tuple(x.shape)}: return the same."
             )
         error = (estimate.to(torch.promote_types(estimate.dtype, torch.float32)) - example.target.x0).flatten(1)
+        weight = weight if example.weight is None else weight * example.weight
         row_loss = weight.to(error.dtype) * error.square().mean(1)
         removed = weight * example.target.variance / math.prod(x.shape[1:])
-        return ObjectiveValue(row_loss.mean(), row_loss, level, removed)
+        return ObjectiveValue(row_loss.mean(), row_loss, level, removed, example.weight)
 
 
 def check_draws(draws_per_image: int, antithetic: bool) -> None:

@@ -53,15 +53,18 @@ class Trained:
         model: the weights.
         averages: modules with averages of them, by name: "ema", and "power-0.05" if snapshots are taken.
         optimizer: with its moments.
+        importance: the fitted density of the noise levels, if there is one.
     """
 
     model: nn.Module
     averages: Mapping[str, nn.Module] = field(default_factory=dict[str, nn.Module])
     optimizer: torch.optim.Optimizer | None = None
+    importance: nn.Module | None = None
 
     def modules(self) -> dict[str, nn.Module]:
-        """The model and its averages, by the names of their files."""
-        return {"model": self.model, **self.averages}
+        """The model, its averages and the density, by the names of their files."""
+        density = {} if self.importance is None else {"importance": self.importance}
+        return {"model": self.model, **self.averages, **density}
 
 
 def save(folder: Path, state: State, trained: Trained) -> None:

@@ -103,7 +103,8 @@ class Feed:
 
     def rows(self, step: int, part: slice) -> Rows:
         """The rows `part` of the batch of `step`, with the references of that step."""
-        index = self._index(step).to(self._device)
+        # The host does not wait for a copy of so few bytes.
+        index = self._index(step).to(self._device, non_blocking=True)
         if self._whole and self._pool is not None:
             pool, places = self._pool, index
         else:
@@ -116,6 +117,11 @@ class Feed:
         if self._shard is not None:
             return Rows(pixels, labels, index[part], self._shard)
         return Rows(pixels, labels, places, pool)
+
+    @property
+    def whole(self) -> Pool | None:
+        """The references of every step, if they are the whole set."""
+        return self._pool if self._whole else None
 
     def close(self) -> None:
         """End the thread that reads ahead, if there is one."""

@@ -112,8 +112,9 @@ class Meter:
     def step(self, parts: Sequence[ObjectiveValue], images: int) -> None:
         """Add a step: this process's parts of it, and the number of images over all processes."""
         for value in parts:
-            rows = torch.stack([value.row_loss.detach().float(), value.variance_removed.float()])
-            rows = torch.cat([rows, torch.ones_like(rows[:1])])
+            loss = value.row_loss.detach().float()
+            weight = torch.ones_like(loss) if value.weight is None else value.weight.float()
+            rows = torch.stack([loss, value.variance_removed.float(), weight])
             self._sums.index_add_(1, torch.bucketize(value.noise_level.float(), self._edges), rows)
         self._images += images
         now = time.perf_counter()
@@ -126,7 +127,7 @@ class Meter:
 
     @property
     def sums(self) -> Tensor:
-        """Sums of loss, variance removed and rows per bin, shape (3, bins); over only this process."""
+        """Sums of loss, variance removed and weights per bin, shape (3, bins); over only this process."""
         return self._sums
 
     def report(self, step: int, sums: Tensor | None = None) -> Report:

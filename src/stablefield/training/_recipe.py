@@ -193,6 +193,8 @@ class Recipe:
     """Probability of the non-leaking augmentation, which also conditions the network; 0 for none."""
     mirror: bool = False
     """Double the data by their mirror images, left and right swapped."""
+    importance_sampling: bool = False
+    """Draw noise levels with large gradients more often, with importance weights, which keep the loss unbiased."""
     conditional: bool = False
     """Condition the network on the class."""
     label_dropout: float = 0.1
@@ -248,7 +250,7 @@ class Recipe:
         )
         for name in (*counts, "checkpoint_every", "keep_last", "keep_every"):
             whole_number(name, getattr(self, name))
-        for name in ("antithetic", "nan_to_num", "mirror", "conditional", "compile"):
+        for name in ("antithetic", "importance_sampling", "nan_to_num", "mirror", "conditional", "compile"):
             flag(name, getattr(self, name))
         positive = (
             "steps",

@@ -8,8 +8,12 @@ runs on different numbers of processes or parts have different, equally good, lo
 One all-reduce sums all gradients over the processes, in the order of the parameters. It does not overlap with the backward
 pass, as DistributedDataParallel does, but its order does not depend on how long the run has been going. Otherwise a resumed
 run could not repeat it bit for bit.
+
+On a GPU a compiled step is replayed as two CUDA graphs: one prepares the example with its target, one computes the loss and
+its gradient. Python then no longer limits the speed of a small network, and a target takes only the time of its arithmetic.
 """
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -19,18 +23,21 @@ from torch import Tensor, nn
 
 from stablefield._distributed import Ranks
 from stablefield.data._augmentation import Augmentation, AugmentationParameters, flip
-from stablefield.diffusion._objective import Example, Objective, ObjectiveValue
+from stablefield.diffusion._importance_sampling import ImportanceSampling
+from stablefield.diffusion._objective import Draws, Example, Objective, ObjectiveValue
 from stablefield.targets._references import References
 from stablefield.targets._stable_target import DenoisingTarget, StableTarget
 from stablefield.training._checkpoint import Trained
+from stablefield.training._cuda_graph import CudaGraph, mapped
 from stablefield.training._ema import LENGTHS, ema_decay, follower, power_decay, power_exponent, update_ema
 from stablefield.training._feed import Feed
 from stablefield.training._meter import Stopwatch
 from stablefield.training._model import build_denoiser
+from stablefield.training._recipe import Recipe
 from stablefield.training._run_folder import RunConfig
 from stablefield.training._seeding import Purpose, generator_for, seed_for
 
-__all__ = ["Stepper"]
+__all__ = ["Stepper", "band_capacity"]
 
 
 class Stepper:
@@ -57,11 +64,25 @@ class Stepper:
             averages |= {f"power-{length}": follower(model) for length in LENGTHS}
         fused = self._device.type in ("cpu", "cuda")
         optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, fused=fused)
-        self.trained = Trained(model, averages, optimizer)
+        self._importance: ImportanceSampling | None = None
+        if recipe.importance_sampling:
+            self._importance = ImportanceSampling(recipe.noise_levels, recipe.process).to(self._device)
+        self.trained = Trained(model, averages, optimizer, self._importance)
         self._parameters = list(model.parameters())
         self._network: nn.Module = torch.compile(model) if recipe.compile else model  # pyright: ignore[reportAttributeAccessIssue]
         self._augmentation = Augmentation(probability=recipe.augmentation) if recipe.augmentation else None
         self._shape = config.shape
+        self._capacity: int | None = None
+        self._graphs: tuple[CudaGraph[Example], CudaGraph[tuple[ObjectiveValue, tuple[Tensor | None, ...]]]] | None = (
+            None
+        )
+        if recipe.compile and self._device.type == "cuda":
+            self._capacity = band_capacity(recipe)
+            if feed.whole is not None and recipe.target == "stf":
+                feed.whole.matrix(feed.whole.data.device).norms(
+                    torch.float32
+                )  # or a recorded target would take float64
+            self._graphs = CudaGraph(self._example, self._device), CudaGraph(self._loss_and_gradient, self._device)
         self.target_watch = Stopwatch(self._device)
 
     def take(self, step: int) -> list[ObjectiveValue]:
@@ -72,7 +93,10 @@ class Stepper:
         self._zero_gradients()
         self.trained.model.train()
         parts = self._backward(step)
-        self._sum_gradients()
+        observed = None if self._importance is None else self._observed(self._importance, parts)
+        self._sum_gradients(observed)
+        if self._importance is not None and observed is not None:
+            self._importance.observe(observed)
         if recipe.nan_to_num:
             for gradient in self._gradients():
                 torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5, out=gradient)
@@ -105,16 +129,19 @@ class Stepper:
             flips, source_only, augment_labels = None, None, None
             if augmentation is not None:
                 parameters = augmentation[part]
-                flips = parameters.flips.to(device)
+                flips = parameters.flips.to(device, non_blocking=True)
                 if self._augmentation is not None:
                     x0 = self._augmentation.apply(x0, parameters)
-                    source_only, augment_labels = parameters.own.to(device), parameters.labels.to(device)
+                    source_only = parameters.own.to(device, non_blocking=True)
+                    augment_labels = parameters.labels.to(device, non_blocking=True)
                 else:
                     x0 = flip(x0, flips)
-            objective = self._objective(rows.pool)
-            example = objective.example(x0, draws[part], rows.labels, rows.index, flip=flips, source_only=source_only)
+            example = self._example
+            if self._graphs is not None and rows.pool is self._feed.whole:
+                example = self._graphs[0]
+            prepared = example(rows.pool, x0, draws[part], rows.labels, rows.index, flips, source_only)
             self.target_watch.stop()
-            yield example, augment_labels
+            yield prepared, augment_labels
 
     def gradient(self, step: int) -> Tensor:
         """The gradient of the batch of `step` at the current weights, in evaluation mode, as one vector."""
@@ -127,20 +154,68 @@ class Stepper:
         self._zero_gradients()
         return vector
 
+    def _observed(self, importance: ImportanceSampling, parts: list[ObjectiveValue]) -> Tensor:
+        """Sums, by noise level, of the squares of the rows' gradients in the output of the raw network."""
+        sums = torch.zeros(2, importance.bins, device=self._device)
+        for value in parts:
+            level = value.noise_level
+            scale = self._recipe.weighting(level) * self._recipe.preconditioning(level).c_out ** 2
+            assert value.weight is not None
+            sums += importance.sums(level, scale * value.row_loss.detach() / value.weight)
+        return sums
+
     def _zero_gradients(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
 
+    def _example(
+        self,
+        pool: References,
+        x0: Tensor,
+        draws: Draws,
+        labels: Tensor | None,
+        index: Tensor,
+        flips: Tensor | None,
+        source_only: Tensor | None,
+    ) -> Example:
+        return self._objective(pool).example(x0, draws, labels, index, flip=flips, source_only=source_only)
+
     def _backward(self, step: int) -> list[ObjectiveValue]:
         values: list[ObjectiveValue] = []
-        objective = self._objective(None)
         for number, (example, augment_labels) in enumerate(self.examples(step)):
             torch.manual_seed(self._dropout_seed(step, number))
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._recipe.precision == "bf16"):
-                value = objective.evaluate(self._network, example, augment_labels)
-            self._accelerator.backward(value.row_loss.sum() / self._recipe.batch)
+            if self._graphs is None:
+                value = self._evaluate(example, augment_labels)
+                self._accelerator.backward(value.row_loss.sum() / self._recipe.batch)
+            else:
+                found, gradient = self._graphs[1](example, augment_labels)
+                # The next call overwrites the results.
+                value = mapped(lambda tensor: tensor.detach().clone(), found)
+                self._add(gradient)
             values.append(value)
         return values
+
+    def _add(self, gradient: tuple[Tensor | None, ...]) -> None:
+        several = self._recipe.gradient_accumulation_steps > 1
+        for parameter, part in zip(self._parameters, gradient, strict=True):
+            if part is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = part.clone() if several else part
+            else:
+                parameter.grad += part
+
+    def _evaluate(self, example: Example, augment_labels: Tensor | None) -> ObjectiveValue:
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._recipe.precision == "bf16"):
+            return self._objective(None).evaluate(self._network, example, augment_labels)
+
+    def _loss_and_gradient(
+        self, example: Example, augment_labels: Tensor | None
+    ) -> tuple[ObjectiveValue, tuple[Tensor | None, ...]]:
+        value = self._evaluate(example, augment_labels)
+        loss = value.row_loss.sum() / self._recipe.batch
+        gradient = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        return value, gradient
 
     def _dropout_seed(self, step: int, number: int) -> int:
         part = self._ranks.rank * self._recipe.gradient_accumulation_steps + number
@@ -169,7 +244,9 @@ class Stepper:
             target = DenoisingTarget(recipe.process)
         else:
             assert recipe.noise_band != "auto"
-            target = StableTarget(recipe.process, references=references, noise_band=recipe.noise_band)
+            target = StableTarget(
+                recipe.process, references=references, noise_band=recipe.noise_band, capacity=self._capacity
+            )
         return Objective(
             recipe.process,
             noise_levels=recipe.noise_levels,
@@ -178,22 +255,25 @@ class Stepper:
             label_dropout=recipe.label_dropout if self._feed.labelled else 0.0,
             draws_per_image=recipe.draws_per_image,
             antithetic=recipe.antithetic,
+            importance=self._importance,
         )
 
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
-    def _sum_gradients(self) -> None:
+    def _sum_gradients(self, observed: Tensor | None) -> None:
+        """Sum the gradients, and what importance sampling observed, over the processes."""
         if self._ranks.world_size == 1:
             return
         for parameter in self._parameters:  # a process without rows must take part, too
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = self._gradients()
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        summed = gradients if observed is None else [*gradients, observed]
+        flat = torch.cat([tensor.reshape(-1) for tensor in summed])
         self._ranks.all_reduce(flat, "to sum their gradients")
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.reshape(gradient.shape))
+        for tensor, part in zip(summed, flat.split([tensor.numel() for tensor in summed]), strict=True):
+            tensor.copy_(part.reshape(tensor.shape))
 
     def _average(self, step: int) -> None:
         recipe, model = self._recipe, self.trained.model
@@ -204,3 +284,20 @@ class Stepper:
             else:
                 decay_now = decay
             update_ema(average, model, decay_now)
+
+
+def band_capacity(recipe: Recipe) -> int | None:
+    """Rows that a recorded target computes in each part of a batch: as many as the noise band ever holds; None for all.
+
+    It is the expected number and six standard deviations, which a batch exceeds once in a billion. Even then the target
+    stays unbiased, because noise levels alone choose the rows.
+    """
+    assert recipe.noise_band != "auto"
+    middles = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
+    levels = recipe.process.noise_level(recipe.noise_levels.quantile(middles, recipe.process))
+    share = float((levels >= recipe.noise_band).double().mean())
+    rows = -(-recipe.batch // recipe.gradient_accumulation_steps)
+    # An antithetic pair is in the band with both of its rows or with none.
+    draws = rows * share + 6 * math.sqrt((2 if recipe.antithetic else 1) * rows * share * (1 - share))
+    capacity = 8 * math.ceil((draws + 1) / 8)
+    return None if capacity >= rows else capacity
