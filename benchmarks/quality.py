@@ -63,6 +63,7 @@ class Budget:
 
     Attributes:
         arms: which of ARMS to train, in this order.
+        variances: which of ARMS to measure the gradient's variance with.
         seconds: training time of each arm, without the time of its measurements.
         marks: how often it is measured in that time.
         samples: images per measurement.
@@ -76,6 +77,7 @@ class Budget:
     """
 
     arms: tuple[str, ...] = ("dsm", "stf")
+    variances: tuple[str, ...] = tuple(ARMS)
     seconds: float = 240.0
     marks: int = 3
     samples: int = 10_000
@@ -134,7 +136,7 @@ def proof(
     measured = gaussian_of(iter(images.split(500)), extractor)
     arms = {arm: _recipe(name, arm, budget, band) for arm in ARMS}
     # One network for all samples and gradients: compiled once.
-    judge = _Judge(data, arms, budget, device)
+    judge = _Judge(data, {arm: arms[arm] for arm in budget.variances}, budget, device)
     found: list[dict[str, object]] = []
     for arm in budget.arms:
         for mark, average in _train(_stepper(data, arms[arm], device), budget, device):
@@ -229,7 +231,7 @@ class _Judge:
     def __init__(self, data: ImageSet, arms: dict[str, Recipe], budget: Budget, device: torch.device) -> None:
         plain = {arm: dataclasses.replace(recipe, compile=False, seed=1) for arm, recipe in arms.items()}
         self._steppers = {arm: _stepper(data, recipe, device) for arm, recipe in plain.items()}
-        self._denoiser = follower(self._steppers["dsm"].trained.model)
+        self._denoiser = follower(next(iter(self._steppers.values())).trained.model)
         self._called = torch.compile(self._denoiser) if budget.compiled else self._denoiser
         self._budget, self._shape, self._device = budget, data.shape, device
 

@@ -23,15 +23,15 @@ TARGETS = {
 # Operations that a call launches at most, with all references in one chunk: each takes some microseconds of the host.
 LAUNCHES = {"DSM": 40, "pool": 300, "mirrored": 480}
 
-# Waits of one training step: looks, copies to the device (of the places of the rows; of flips; of what else an augmentation
-# has drawn), and copies from it. A step also looks at its noise levels and weights.
+# Waits of one training step: looks, copies to the device (of what an augmentation has drawn), and copies from it. Beside
+# the target's, a step looks at its weights.
 STEPS = {
-    "perceptron": (3, 1, 1),
-    "unet": (3, 2, 1),
-    "augmented": (3, 7, 1),
-    "conditional": (3, 1, 1),
-    "accumulated": (5, 2, 2),
-    "DSM": (2, 1, 1),
+    "perceptron": (2, 0, 1),
+    "unet": (2, 0, 1),
+    "augmented": (2, 3, 1),
+    "conditional": (2, 0, 1),
+    "accumulated": (4, 0, 2),
+    "DSM": (1, 0, 1),
 }
 
 # Network evaluations of each step of a sampler.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -16,14 +17,16 @@ import stablefield as sf
 from forks import COMMAND, Fork
 from stablefield.data._digits import open_digits
 from stablefield.data._image_set import ImageSet, Origin, make_image_set
+from stablefield.diffusion._objective import Draws
 from stablefield.training._allocator import keep_freed_memory
+from stablefield.training._cuda_graph import _layout, _tensors, mapped
 from stablefield.training._feed import Feed
 from stablefield.training._loop import fit
 from stablefield.training._meter import BINS, Meter, Stopwatch, bin_edges
 from stablefield.training._recipe import MLPConfig, Recipe, SongUNetConfig
-from stablefield.training._recipes import DIGITS
+from stablefield.training._recipes import CIFAR10_EDM, DIGITS
 from stablefield.training._run_folder import RunConfig, RunFolder
-from stablefield.training._stepper import Stepper
+from stablefield.training._stepper import Stepper, band_capacity
 
 CPU = torch.device("cpu")
 SMALL = dataclasses.replace(
@@ -263,3 +266,43 @@ def test_the_loop_itself_costs_under_5_percent_of_a_step_of_5_million_parameters
             meter.report(step)
         whole = time.perf_counter() - began
     assert 0 < whole - network_time < 0.05 * whole
+
+
+@pytest.mark.parametrize("levers", [{}, {"draws_per_image": 2, "antithetic": True}], ids=["", "pairs"])
+@pytest.mark.parametrize(("batch", "parts"), [(512, 1), (128, 1), (128, 4), (16, 1)])
+def test_a_recorded_target_has_room_for_every_row_of_the_noise_band(
+    batch: int, parts: int, levers: dict[str, object]
+) -> None:
+    recipe = dataclasses.replace(
+        CIFAR10_EDM, batch=batch, gradient_accumulation_steps=parts, noise_band=2.5, augmentation=0.0, **levers
+    )
+    capacity = band_capacity(recipe)
+    rows = batch // parts
+    pairs = 2 if levers else 1
+    # ln sigma ~ N(-1.2, 1.2^2): the share of the rows in the band, and the chance of more than the capacity, exactly.
+    share = 0.5 * math.erfc((math.log(2.5) + 1.2) / 1.2 / math.sqrt(2))
+    count, room = rows // pairs, (rows if capacity is None else capacity) // pairs
+    beyond = sum(math.comb(count, k) * share**k * (1 - share) ** (count - k) for k in range(room + 1, count + 1))
+    assert beyond < 1e-7
+    assert capacity is None or capacity < rows
+    assert batch < 512 or levers or capacity == 48  # of 512, 20 are expected
+
+
+def test_a_recorded_target_without_a_band_computes_all_rows() -> None:
+    assert band_capacity(dataclasses.replace(CIFAR10_EDM, noise_band=0.0)) is None
+    assert band_capacity(dataclasses.replace(CIFAR10_EDM, noise_band=1e9)) == 8
+
+
+def test_the_tensors_of_an_example_are_found_and_changed_wherever_they_are() -> None:
+    t = torch.arange(3.0)
+    draws = Draws(t, t + 1, None, t + 2)
+    found = mapped(lambda tensor: tensor * 2, (draws, None, (t, sf.EDM())))
+    assert torch.equal(found[0].weight, 2 * draws.weight)
+    assert found[0].hidden is None
+    assert found[1] is None
+    assert torch.equal(found[2][0], 2 * t)
+    assert found[2][1] == sf.EDM()
+    assert [value.tolist() for value in _tensors((draws, None, (t, sf.EDM())))] == [
+        value.tolist() for value in (t, t + 1, t + 2, t)
+    ]
+    assert _layout((draws, None)) != _layout((dataclasses.replace(draws, weight=None), None))

@@ -289,7 +289,7 @@ class Stepper:
 def band_capacity(recipe: Recipe) -> int | None:
     """Rows that a recorded target computes in each part of a batch: as many as the noise band ever holds; None for all.
 
-    It is the expected number and six standard deviations, which a batch exceeds once in a billion. Even then the target
+    It is the expected number and six standard deviations, which not one batch in ten million exceeds. Even then the target
     stays unbiased, because noise levels alone choose the rows.
     """
     assert recipe.noise_band != "auto"
