@@ -39,6 +39,7 @@ from stablefield.probing import _phases as phases
 from stablefield.probing import _population as population
 from stablefield.probing import _training as probe_training
 from stablefield.probing import _variance as variance
+from stablefield.probing import _variance_ledger as variance_ledger
 from stablefield.training import _ema as ema
 from stablefield.training import _post_hoc as post_hoc
 from stablefield.training._recipe import MLPConfig, Recipe
@@ -751,6 +752,7 @@ CASES = {
         lambda s: sf.probe,
         {
             "data": either(lambda s: s.image_set(), lambda s: torch.from_numpy(s.images), lambda s: s.images / 127.5 - 1),
+            "network": either(None, lambda s: Denoise(), lambda s: Net()),
             "labels": either(None),
             "by_class": either(False),
             "training": either(None, lambda s: probe_training.Training(process=sf.VE(), batch=4)),
@@ -841,6 +843,19 @@ CASES = {
             **SEED,
             "progress": either(None),
         },
+    ),
+    "measure_ledger": Case(
+        lambda s: variance_ledger.measure_ledger,
+        {
+            "network": lambda s: Net(),
+            "population": State.population,
+            "training": lambda s: probe_training.Training(process=s.process, batch=3),
+            "labelled": either(False),
+            "groups": either(3, 4),
+            **SEED,
+            "progress": either(None),
+        },
+        needed=("groups",),
     ),
     # Training.
     "Recipe": Case(

@@ -234,7 +234,9 @@ def test_a_run_is_held_against_the_optimum(
     given = ["--conditional"] if conditional else []
     assert status("train", str(few), *tiny, *given, "--log-every", "10", "--sample-every", "0", "--out", str(run)) == 0
     assert status("probe", str(run)) == 0
-    assert "Step 30: the network is farthest from the optimum" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Step 30: the network is farthest from the optimum" in printed
+    assert "variance of the gradient, batch of 32" in printed
     assert {path.name for path in (run / "probe").iterdir()} == {
         "probe.json",
         "fit.csv",
@@ -255,6 +257,11 @@ def test_a_run_is_held_against_the_optimum(
     found = sf.probe(RunFolder(run), noise_levels=[0.5], sources=16, device="cpu")
     assert isinstance(found, sf.probing.NetworkProbe)
     assert (found.name, found.step, len(found.logged)) == ("run", 30, 3)
+    assert found.ledger is not None
+    own = sf.probe(run, network=lambda x, sigma, labels=None: 0 * x, noise_levels=[0.5], sources=16, device="cpu")
+    assert isinstance(own, sf.probing.NetworkProbe)
+    assert (own.name, own.step, own.ledger) == ("run", None, None)
+    assert float(own.fit.distance.mean[0]) != float(found.fit.distance.mean[0])
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,25 @@ def test_the_answer_of_the_probe_is_the_committed_one() -> None:
     assert f"that train uses: from {advice['band_from']:.3g}: below" in text
 
 
+def test_the_ledger_on_the_page_is_the_committed_one() -> None:
+    record = json.loads((DOCS / "assets/digits-ledger.json").read_text())
+    assert record["command"] == "stablefield probe runs/digits-1000"
+    assert record["step"] == 1000
+    text = " ".join((DOCS / "choosing.md").read_text("utf-8").split())
+    ledger = record["ledger"]
+
+    def figure(entry: dict[str, float] | None) -> str:
+        return "-" if entry is None else f"{100 * entry['share']:.1f} ± {100 * entry['se']:.1f} %"
+
+    assert f"variance of the gradient, batch of {ledger['batch']} share" in text
+    for name, entry in ledger["terms"].items():
+        assert f" {name} {figure(entry)}" in text
+    assert f"{ledger['whole_batches']} whole batches, measured {figure(ledger['whole_batches_to_sum'])}" in text
+    for lever in ledger["levers"]:
+        single, stable = figure(lever["single_sample"]), figure(lever["stable_target"])
+        assert f" {lever['lever']} {single} {stable} {1 / lever['stable_target']['share']:.2f} x" in text
+
+
 def test_the_probe_of_the_digits_is_of_the_batch_that_train_takes() -> None:
     record = json.loads((DOCS / "assets/digits-probe.json").read_text())
     assert record["batch"] == record["advice"]["batch"] == DIGITS.batch

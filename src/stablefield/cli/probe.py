@@ -1,4 +1,4 @@
-"""`stablefield probe DATA|RUN`: measure the variance of targets on data, or a run's distance from the optimum."""
+"""`stablefield probe DATA|RUN`: measure the variance of targets on data, or a run's network and its gradient."""
 
 import dataclasses
 import shlex
@@ -30,7 +30,7 @@ _TRAININGS = {training.name.lower(): training for training in TRAININGS}
 
 @dataclass(frozen=True)
 class Probe(DataFlags):
-    """Measure the variance of training targets on your data, or the distance of a run's network from the optimum."""
+    """Measure the variance of targets on your data; or a run: its distance from the optimum, its gradient's variance."""
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA|RUN")]
     """Images, as for train, or the folder of a run."""

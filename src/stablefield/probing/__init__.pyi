@@ -31,3 +31,6 @@ from stablefield.probing._training import TRAININGS as TRAININGS
 from stablefield.probing._training import Training as Training
 from stablefield.probing._variance import VarianceCurve as VarianceCurve
 from stablefield.probing._variance import measure_variance as measure_variance
+from stablefield.probing._variance_ledger import Lever as Lever
+from stablefield.probing._variance_ledger import VarianceLedger as VarianceLedger
+from stablefield.probing._variance_ledger import measure_ledger as measure_ledger

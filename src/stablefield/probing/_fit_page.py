@@ -7,6 +7,7 @@ from stablefield.diffusion._weighting import Weighting
 from stablefield.probing._fit import Fit
 from stablefield.probing._floor import LoggedExcess
 from stablefield.probing._record import fit_record
+from stablefield.probing._variance_ledger import VarianceLedger
 from stablefield.report import (
     Code,
     Estimate,
@@ -18,6 +19,7 @@ from stablefield.report import (
     Page,
     Section,
     Table,
+    Text,
     json_details,
 )
 
@@ -106,7 +108,9 @@ def fit_page(
     weighting: Weighting,
     summary: str,
     command: str,
+    *,
     over_training: LineChart | None = None,
+    ledger: VarianceLedger | None = None,
 ) -> Page:
     """The page.
 
@@ -118,6 +122,7 @@ def fit_page(
         summary: the main result.
         command: the command that made it; empty if there is none.
         over_training: `logged_chart` of the run's log, if there is one.
+        ledger: where the variance of a batch's gradient comes from, if measured.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -180,7 +185,15 @@ def fit_page(
                 ),
             ),
             *_training_section(over_training),
-            Section("Numbers", (*((Code(command),) if command else ()), json_details("All figures", fit_record(fit)))),
+            *_ledger_section(ledger),
+            Section(
+                "Numbers",
+                (
+                    *((Code(command),) if command else ()),
+                    json_details("All figures", fit_record(fit)),
+                    *(() if ledger is None else (json_details("The ledger of variance", ledger.record()),)),
+                ),
+            ),
         ),
         footer=f"{description}. `{command}`" if command else description,
     )
@@ -197,3 +210,29 @@ def _training_section(chart: LineChart | None) -> tuple[Section, ...]:
         "is above 0; the lines are as noisy as the log.",
     )
     return (Section("Loss minus floor over training", (figure,)),)
+
+
+def _ledger_section(ledger: VarianceLedger | None) -> tuple[Section, ...]:
+    if ledger is None:
+        return ()
+    terms = Table(
+        columns=("drawn at random", "share of the variance, %"),
+        rows=tuple((name, _percent(share)) for name, share in ledger.terms.items()),
+        caption=f"A batch of {ledger.batch:,} independent rows with the single-sample target, from "
+        f"{ledger.rows:,} rows of {ledger.images:,} images. {ledger.batches} whole batches measured "
+        f"{100 * ledger.measured.value:.0f} ± {100 * ledger.measured.error:.0f} % of the sum.",
+    )
+    levers = Table(
+        columns=("lever", "single-sample target, %", "stable target, %", "worth a batch, times"),
+        rows=tuple(
+            (lever.name, None if lever.single is None else _percent(lever.single), _percent(lever.stable), lever.factor)
+            for lever in ledger.levers
+        ),
+        caption="Variance that remains with an equal number of rows, ± a standard error. The last column is for the stable "
+        "target.",
+    )
+    return (Section("Variance of the gradient", (Text(ledger.summary.replace("\n", " ")), terms, levers)),)
+
+
+def _percent(share: Estimate) -> Estimate:
+    return Estimate(100 * share.value, 100 * share.error)

@@ -1,4 +1,4 @@
-"""The probe of a network: how far it is from the exact posterior mean, and its loss above the floor."""
+"""The probe of a network: how far it is from the exact posterior mean, and where its gradient's variance comes from."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 import stablefield
 from stablefield._progress import Progress
-from stablefield._shapes import array_of_numbers, check_callable, found_device
+from stablefield._shapes import array_of_numbers, check_callable, found_device, whole_number
 from stablefield.diffusion._objective import DenoiserLike
 from stablefield.diffusion._weighting import Weighting
 from stablefield.probing._fit import Fit, measure_fit
@@ -23,6 +23,7 @@ from stablefield.probing._probe import sampled, spaced, with_error
 from stablefield.probing._record import fit_record, fit_table
 from stablefield.probing._training import Training
 from stablefield.probing._variance import find_noise_levels
+from stablefield.probing._variance_ledger import VarianceLedger, measure_ledger
 from stablefield.report._cells import text_table
 from stablefield.report._chart import LineChart
 from stablefield.report._page import Page
@@ -32,6 +33,8 @@ __all__ = ["NetworkProbe", "probe_network"]
 
 # Lines of the table.
 _LINES = 12
+# Beyond these, more sources make the ledger no more accurate.
+_MOST_SOURCES = 2048
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -45,6 +48,7 @@ class NetworkProbe(Result):
         fit: distance, loss and floor against the noise level.
         weighting: of the training loss.
         logged: loss minus floor over training, from a run's log.
+        ledger: where the variance of a batch's gradient comes from; None for a network that is no module with weights.
         drawn_from: size of the data set, if the posterior is over a part of it.
         notes: notes on the network's run.
         seed: of all random draws.
@@ -58,6 +62,7 @@ class NetworkProbe(Result):
     fit: Fit
     weighting: Weighting
     logged: tuple[LoggedExcess, ...]
+    ledger: VarianceLedger | None
     drawn_from: int | None
     notes: tuple[str, ...] = ()
     seed: int
@@ -71,7 +76,8 @@ class NetworkProbe(Result):
                 f"{sampled(self.fit.samples, self.drawn_from)}:\nthe posterior mean over them is not exactly the network's "
                 "optimum"
             )
-        return "\n".join([*notes, self.summary, self._table()])
+        ledger = [] if self.ledger is None else [str(self.ledger)]
+        return "\n".join([*notes, self.summary, self._table(), *ledger])
 
     @property
     def summary(self) -> str:
@@ -99,6 +105,7 @@ class NetworkProbe(Result):
             "notes": list(self.notes),
             "fit": fit_record(self.fit),
             "logged": [entry.record() for entry in self.logged],
+            "ledger": None if self.ledger is None else self.ledger.record(),
         }
 
     def tables(self) -> Mapping[str, tuple[Sequence[str], Sequence[Sequence[float | None]]]]:
@@ -120,7 +127,16 @@ class NetworkProbe(Result):
         """The report."""
         name = self.name if self.step is None else f"{self.name}, step {self.step:,}"
         over_training = logged_chart(self.logged)
-        return fit_page(name, self.description, self.fit, self.weighting, self.summary, self.command, over_training)
+        return fit_page(
+            name,
+            self.description,
+            self.fit,
+            self.weighting,
+            self.summary,
+            self.command,
+            over_training=over_training,
+            ledger=self.ledger,
+        )
 
     def _weight(self) -> Tensor:
         return self.weighting(self.fit.noise_level) / self.fit.dim
@@ -159,19 +175,19 @@ def probe_network(
     device: torch.device | str | None = None,
     progress: Callable[[Progress], object] | None = None,
 ) -> NetworkProbe:
-    """Measure how far a network is from the exact posterior mean over the data that it was trained on.
+    """Measure how far a network is from the exact posterior mean over its data, and what its gradient's variance comes from.
 
-    `stablefield.probe` calls this for a run.
+    `stablefield.probe` calls this for a run, and for data with a `network`.
 
     Args:
         network: D(x, sigma, class_labels=None) in noise-to-signal units, such as a `Denoiser`, on `device`.
         images: its training data: a set, or a tensor or array of shape (n, ...), as for `probe_data`.
         labels: class of each sample, integers of shape (n,), if the network sees the classes.
         by_class: the same with the classes of an image set.
-        training: gives the loss weights and noise levels; EDM's if None.
+        training: gives the loss weights, the noise levels and the batch; EDM's, and 512 rows or all samples, if None.
         noise_levels: where to measure, sigma / alpha, shape (L,); chosen from the data if None.
         max_images: samples that represent the data set, drawn at random if there are more.
-        sources: samples to make noisy rows from at each noise level; 512 if None.
+        sources: samples to make noisy rows from at each noise level, 512 if None; the ledger has 12 rows for each.
         log: lines of a run's metrics.jsonl, for the loss above the floor over training.
         name: of the network, for the report.
         step: of training, for the report.
@@ -188,7 +204,8 @@ def probe_network(
     by_class = by_class or labels is not None
     population = draw_population(images, labels, max_images=max_images, by_class=by_class, seed=seed)
     population = population.to(found_device(device))
-    training = Training() if training is None else training
+    training = Training(batch=min(512, len(population))) if training is None else training
+    sources = 512 if sources is None else whole_number("sources", sources)
     levels = (
         find_noise_levels(population, seed=seed)
         if noise_levels is None
@@ -199,10 +216,21 @@ def probe_network(
         population,
         levels,
         labelled=by_class,
-        rows=512 if sources is None else sources,
+        rows=sources,
         seed=seed,
         progress=progress,
     )
+    ledger = None
+    if isinstance(network, nn.Module) and any(value.is_floating_point() for value in network.parameters()):
+        ledger = measure_ledger(
+            network,
+            population,
+            training,
+            labelled=by_class,
+            groups=max(24, 3 * min(sources, _MOST_SOURCES) // 32),
+            seed=seed,
+            progress=progress,
+        )
     floor = LossFloor(noise_level=fit.noise_level, variance=fit.floor.mean, dim=fit.dim, weighting=training.weighting)
     return NetworkProbe(
         name=name,
@@ -211,6 +239,7 @@ def probe_network(
         fit=fit,
         weighting=training.weighting,
         logged=tuple(logged_excess(log, floor, training)),
+        ledger=ledger,
         drawn_from=population.drawn_from,
         notes=tuple(notes),
         seed=seed,

@@ -143,6 +143,8 @@ def draw_population(
     check_kind("images", images, (ImageSet, Tensor, np.ndarray), "an ImageSet, as open_images returns, or a tensor")
     if labels is not None:
         check_kind("labels", labels, (Tensor, np.ndarray), "a tensor or an array of classes, one per sample")
+        if isinstance(labels, np.ndarray) and labels.dtype.kind not in "iufb":
+            raise ValueError(f"labels has dtype {labels.dtype}: pass one integer per sample.")
     if isinstance(images, ImageSet):
         values, found = images.images, images.labels if labels is None else labels
     else:

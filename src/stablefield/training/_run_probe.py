@@ -8,12 +8,13 @@ from typing import Protocol, overload
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from stablefield._progress import Progress
 from stablefield._shapes import check_kind, found_device
 from stablefield.data._image_set import ImageSet
 from stablefield.data._source import open_images
+from stablefield.diffusion._objective import DenoiserLike
 from stablefield.probing._network_probe import NetworkProbe, probe_network
 from stablefield.probing._population import MOST, Samples
 from stablefield.probing._probe import Probe, probe_data
@@ -41,6 +42,7 @@ class HasFolder(Protocol):
 def probe(
     data: Samples,
     *,
+    network: None = ...,
     labels: Tensor | NDArray[np.int64] | None = ...,
     by_class: bool = ...,
     training: Training | None = ...,
@@ -58,6 +60,7 @@ def probe(
 def probe(
     data: str | Path | HasFolder,
     *,
+    network: None = ...,
     labels: Tensor | NDArray[np.int64] | None = ...,
     by_class: bool = ...,
     training: Training | None = ...,
@@ -71,9 +74,28 @@ def probe(
     device: torch.device | str | None = ...,
     progress: Callable[[Progress], object] | None = ...,
 ) -> Probe | NetworkProbe: ...
+@overload
 def probe(
     data: Samples | str | Path | HasFolder,
     *,
+    network: DenoiserLike,
+    labels: Tensor | NDArray[np.int64] | None = ...,
+    by_class: bool = ...,
+    training: Training | None = ...,
+    batch: int | None = ...,
+    references: Sequence[int] = ...,
+    noise_levels: Sequence[float] | Tensor | None = ...,
+    aim: float = ...,
+    max_images: int = ...,
+    sources: int | None = ...,
+    seed: int = ...,
+    device: torch.device | str | None = ...,
+    progress: Callable[[Progress], object] | None = ...,
+) -> NetworkProbe: ...
+def probe(
+    data: Samples | str | Path | HasFolder,
+    *,
+    network: DenoiserLike | None = None,
     labels: Tensor | NDArray[np.int64] | None = None,
     by_class: bool = False,
     training: Training | None = None,
@@ -87,50 +109,73 @@ def probe(
     device: torch.device | str | None = None,
     progress: Callable[[Progress], object] | None = None,
 ) -> Probe | NetworkProbe:
-    """Measure the variance of training targets on data, or the distance of a run's network from the optimum.
+    """Measure the variance of training targets on data, or a network: its distance from the optimum and its gradient.
 
     If `training` is None, the advice is for the batch, references and noise band that `train` would choose for the data.
+    With a `network`, or for a run, the result has the ledger of variance: where the variance of a batch's gradient comes
+    from, and what lowers it. You may call this at any moment of your own training.
 
     Args:
         data: images that `stablefield.data.open_images` returned, or a path or name that it opens; a tensor or array of
             shape (n, ...), floating point, or uint8 that means x / 127.5 - 1; or a run, or its folder.
+        network: D(x, sigma, class_labels=None) in noise-to-signal units, such as a `Denoiser`, to measure on the data; for a
+            run, in place of its newest checkpoint.
         labels: class of each sample, integers of shape (n,), to keep posteriors within classes. Data only.
         by_class: keep posteriors within the classes of an image set. Data only.
-        training: the training that the advice is for; if None, what `train` would do with these data. Data only.
+        training: the training that the advice or the ledger is for; if None, what `train` would do with these data. Data
+            only.
         batch: rows per training step; the training's if None. Data only.
-        references: sizes of reference sets to measure; the whole set leaves no variance and is not sampled. Data only.
+        references: sizes of reference sets to measure; the whole set leaves no variance and is not sampled. Data without a
+            network only.
         noise_levels: where to measure, sigma / alpha, shape (L,); chosen from the data if None.
-        aim: share of each row's variance that may remain, between 0 and 1. Data only.
+        aim: share of each row's variance that may remain, between 0 and 1. Data without a network only.
         max_images: samples that represent the data set, drawn at random if there are more.
         sources: samples to make noisy rows from; if None, all of a small set, else as many as two minutes allow, and 512
-            for a run.
+            for a network.
         seed: of all random draws.
-        device: where to compute; if None, a GPU if there is one.
+        device: where to compute; if None, where the weights of `network` are, or a GPU if there is one.
         progress: called during the measurement.
 
     Returns:
-        A `Probe` of data, a `NetworkProbe` of a run: each prints its table, and has `page`, `charts`, `to_dict` and `save`.
+        A `Probe` of data, a `NetworkProbe` of a network or a run: each prints its table, and has `page`, `charts`,
+        `to_dict` and `save`.
 
     Raises:
         ValueError: if the data or the run cannot be opened, have nothing to measure, or an argument does not fit.
         TypeError: if an argument has the wrong type.
     """
+    if device is None and isinstance(network, nn.Module):
+        device = next((weight.device for weight in network.parameters()), None)
     device = found_device(device)
     folder = data if isinstance(data, str | Path) else getattr(data, "path", None)
     if isinstance(folder, str | Path) and is_run(folder):
-        return _probe_run(Path(folder), noise_levels, max_images, sources, seed, device, progress)
+        return _probe_run(Path(folder), network, noise_levels, max_images, sources, seed, device, progress)
     if isinstance(data, str | Path):
         data = open_images(data, limit=largest_resolution(accelerated=device.type == "cuda"), progress=progress)
     if not isinstance(data, ImageSet | Tensor | np.ndarray):
         raise TypeError(f"data is a {type(data).__name__}: pass images, a tensor, the name of data, or a run.")
-    pool: int | str = "all"
-    if isinstance(data, ImageSet):
-        pool, _ = resolve_references(_recipe(data, device), data, device)
     if training is None:
         training = usual_training(data, device)
     check_kind("training", training, Training, "a Training, such as stablefield.probing.Training(), or None")
     if batch is not None:
         training = dataclasses.replace(training, batch=batch)
+    if network is not None:
+        return probe_network(
+            network,
+            data,
+            labels=labels,
+            by_class=by_class,
+            training=training,
+            noise_levels=noise_levels,
+            max_images=max_images,
+            sources=sources,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+    pool: int | str = "all"
+    if isinstance(data, ImageSet):
+        pool, _ = resolve_references(_recipe(data, device), data, device)
     return probe_data(
         data,
         labels=labels,
@@ -177,6 +222,7 @@ def _recipe(data: Samples, device: torch.device) -> Recipe:
 
 def _probe_run(
     folder: Path,
+    network: DenoiserLike | None,
     noise_levels: Sequence[float] | Tensor | None,
     max_images: int,
     sources: int | None,
@@ -188,7 +234,7 @@ def _probe_run(
     config = model.config
     images = config.numbered(open_images(config.data, **config.opening, progress=progress))
     return probe_network(
-        model.denoiser,
+        model.denoiser if network is None else network,
         images,
         by_class=config.classes > 0,
         training=_training_of(config.recipe),
@@ -197,8 +243,8 @@ def _probe_run(
         sources=sources,
         log=list(RunFolder(folder).metrics()),
         name=folder.name,
-        step=model.step,
-        notes=[f"skipped: {complaint}" for complaint in model.complaints],
+        step=model.step if network is None else None,
+        notes=[f"skipped: {complaint}" for complaint in model.complaints] if network is None else (),
         seed=seed,
         device=device,
         progress=progress,
