@@ -79,9 +79,10 @@ class Stepper:
         if recipe.compile and self._device.type == "cuda":
             self._capacity = band_capacity(recipe)
             if feed.whole is not None and recipe.target == "stf":
-                feed.whole.matrix(feed.whole.data.device).norms(
-                    torch.float32
-                )  # or a recorded target would take float64
+                # Without them, a recorded target would compute its logits in float64.
+                pixels = feed.whole.data
+                assert isinstance(pixels, Tensor)
+                feed.whole.matrix(pixels.device).norms(torch.float32)
             self._graphs = CudaGraph(self._example, self._device), CudaGraph(self._loss_and_gradient, self._device)
         self.target_watch = Stopwatch(self._device)
 
