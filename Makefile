@@ -23,9 +23,9 @@ types: $(VENV)/.test
 # Tests start many interpreters, each of which would compile the sources again if it could not keep them compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
-# What compares times runs by itself.
+# What compares times runs by itself; its files are named, so that no others are imported.
 tests: $(VENV)/.test
-	$(BIN)/python -m pytest -m timed
+	$(BIN)/python -m pytest -m timed $$(grep -rl --include='*.py' 'mark\.timed' tests)
 	$(BIN)/python -m pytest -m "not timed" --numprocesses logical --maxprocesses 4 --dist loadfile
 
 # Into build/site, to be read from the disk. The variable silences the theme's announcement of its successor.

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from forks import Fork, Server
+from pictures import draw_small_pictures
+
+draw_small_pictures()
 
 
 @dataclass(frozen=True)

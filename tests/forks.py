@@ -1,9 +1,12 @@
 """Processes of their own for tests, forked from one that has imported torch and the library, which takes a process seconds.
 
-A fork has its own environment, folder, standard streams, signals and exit status, and ends as any interpreter does. What it
-does not show is how the command starts: tests of imports, of torchrun, and of a terminal start a new interpreter.
+A fork has its own environment, folder, standard streams, signals and exit status, and ends after its threads and what was
+registered for its end. It does not show how the command starts, nor how an interpreter is torn down: tests of imports,
+of torchrun, of a terminal and of an interpreter's end start a new one.
 """
 
+import atexit
+import gc
 import io
 import json
 import os
@@ -12,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -188,11 +192,41 @@ def prepare(job: dict[str, Any]) -> None:
     console.quiet = os.environ.get("RANK", "0") != "0"
 
 
-if __name__ == "__main__":
-    import stablefield.cli.verbs
-    import stablefield.training._loop  # noqa: F401
+def run(code: str) -> int:
+    """Run it as `python -c` does; its exit status."""
+    try:
+        exec(compile(code, "<fork>", "exec"), {"__name__": "__main__"})
+    except SystemExit as ended:
+        if ended.code is None or isinstance(ended.code, int):
+            return ended.code or 0
+        sys.stderr.write(f"{ended.code}\n")
+        return 1
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        return 1
+    return 0
 
+
+def end(status: int) -> None:
+    """End the process in order, but for what Python does to free its memory, which would first copy all of it: a second."""
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    # Which torch imports when a network or an optimizer is made, and takes longer for than most forks for the rest.
+    import torch._dynamo  # noqa: F401
+
+    import stablefield.cli.verbs  # noqa: F401
+    from pictures import draw_small_pictures
+
+    draw_small_pictures()
+    # What is there now is never collected: to look for it would copy most of a fork's memory.
+    gc.freeze()
     found = serve()
     if found is not None:
         prepare(found)
-        exec(compile(found["code"], "<fork>", "exec"), {"__name__": "__main__"})
+        end(run(found["code"]))

@@ -2,6 +2,7 @@
 
 # pyright: reportAttributeAccessIssue=false
 
+import dataclasses
 import re
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 import stablefield
+from stablefield.training._recipe import MLPConfig
+from stablefield.training._recipes import DIGITS
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```diff\n(.*?)```", README.read_text(), flags=re.DOTALL)
@@ -68,11 +71,12 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (block,) = re.findall(r"```python\n(import stablefield as sf.*?)```", README.read_text(), flags=re.DOTALL)
-    # The same calls on less: fewer images, steps and seeds.
+    # The same calls on less: a smaller network, fewer images, steps and seeds.
+    recipe = dataclasses.replace(DIGITS, network=MLPConfig(width=32, depth=1))
     small = SimpleNamespace(**{name: getattr(stablefield, name) for name in stablefield.__all__})
     small.probe = partial(stablefield.probe, max_images=200, sources=32, noise_levels=[1.0, 5.0])
-    small.train = partial(stablefield.train, steps=8, device="cpu")
-    small.compare = partial(stablefield.compare, seeds=1, evaluations=1, samples=60)
+    small.train = partial(stablefield.train, recipe=recipe, steps=8, device="cpu")
+    small.compare = partial(stablefield.compare, recipe=recipe, seeds=1, evaluations=1, samples=60)
     code = block.replace("import stablefield as sf\n", "").replace("steps=500", "steps=4")
     names = {"sf": small}
     exec(code, names)

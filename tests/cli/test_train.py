@@ -105,8 +105,9 @@ def test_two_runs_that_begin_at_once_without_out_get_two_folders(tmp_path: Path,
 
 @pytest.fixture
 def begin_two(fork_ranks: Callable[..., list[Fork]], tmp_path: Path) -> Callable[..., list[Fork]]:
-    """Two processes of a run on the digits."""
-    return partial(fork_ranks, 2, COMMAND, "train", "digits", "--device", "cpu", cwd=tmp_path)
+    """Two processes of a run on the digits, whose network is small: what is tested is how they work together."""
+    small = ("--network.width", "32", "--network.depth", "1")
+    return partial(fork_ranks, 2, COMMAND, "train", "digits", "--device", "cpu", *small, cwd=tmp_path)
 
 
 @pytest.mark.slow

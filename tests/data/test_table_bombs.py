@@ -49,7 +49,7 @@ def write(path, columns, **options):
 
 def dictionaries(where):
     """One value for many rows."""
-    yield "shared", write(where / "a.parquet", {"image": shared(PADDED, 1500)}), "^1500 images$"
+    yield "shared", write(where / "a.parquet", {"image": shared(PADDED, 750)}), "^750 images$"
     path = write(where / "b.parquet", {"image": shared(PADDED, 1500)}, store_schema=False)
     assert path.stat().st_size < 1024
     yield "shared without Arrow's schema", path, "^1500 images$"
@@ -155,7 +155,7 @@ def saved(where):
         (place / "dataset_info.json").write_text("{}")
         return place
 
-    yield "Arrow's dictionary", folder("a", shared(PADDED, 1500)), "^1500 images$"
+    yield "Arrow's dictionary", folder("a", shared(PADDED, 750)), "^750 images$"
     for codec in ("zstd", "lz4"):
         yield f"Arrow with {codec}", folder(f"v{codec}", repeated(PADDED, 60, 40), compression=codec), "is compressed"
         yield (

@@ -79,8 +79,8 @@ def test_targets_there_are_those_of_the_cpu(seen: dict[str, dict[str, Any]], kin
 
 @pytest.mark.parametrize("kind", TARGETS)
 def test_no_chunk_is_waited_for(seen: dict[str, dict[str, Any]], kind: str) -> None:
-    one, few, many = (seen["targets"][kind]["waits"][size] for size in ("300", "60", "10"))
-    assert one == few == many  # of 1, 5 and 30 chunks
+    one, few, many = (seen["targets"][kind]["waits"][size] for size in ("300", "100", "30"))
+    assert one == few == many  # of 1, 3 and 10 chunks
     assert (looks(one) + copies(one), copies(one)) == (TARGETS[kind], 1)
 
 
@@ -91,7 +91,7 @@ def test_a_call_launches_few_operations(seen: dict[str, dict[str, Any]], kind: s
 
 def test_a_pool_in_a_file_is_copied_chunk_by_chunk(seen: dict[str, dict[str, Any]]) -> None:
     plain, found = seen["targets"]["pool"]["waits"], seen["targets"]["array"]
-    for size, chunks in (("300", 1), ("60", 5), ("10", 30)):
+    for size, chunks in (("300", 1), ("100", 3), ("30", 10)):
         # Of each chunk; and of the samples themselves, whose places the file's owner has to know.
         assert found["waits"][size] == {**plain[size], "copy to far": chunks + 1, "copy to near": 2}
     assert found["gap"] < 5e-5
@@ -99,13 +99,13 @@ def test_a_pool_in_a_file_is_copied_chunk_by_chunk(seen: dict[str, dict[str, Any
 
 def test_a_pool_in_a_file_is_sent_ahead_to_a_gpu(seen: dict[str, dict[str, Any]]) -> None:
     plain, found = seen["targets"]["pool"]["waits"], seen["staged"]
-    for size in ("300", "60", "10"):
+    for size in ("300", "100", "30"):
         # Of the samples themselves; no chunk.
         assert found["waits"][size] == {**plain[size], "copy to far": 1, "copy to near": 2}
     assert found["same waits"]
     assert max(found["gap"], found["gap of small pages"]) < 5e-5
-    # Of 1, 5 and 30 chunks, twice, and of a pass for the norms each; of pages of 7 samples, 43 for each pass.
-    assert found["pages"] > 2 * (1 + 5 + 30) + 9 * 43
+    # Of 1, 3 and 10 chunks, twice, and of a pass for the norms each; of pages of 7 samples, 43 for each pass.
+    assert found["pages"] > 2 * (1 + 3 + 10) + 9 * 43
     assert found["sent"]
     assert found["most"] == 2  # copies of a pass that are under way at a time
 

@@ -5,16 +5,14 @@
 import base64
 import json
 import os
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-import stablefield
+from forks import COMMAND, Fork
 from stablefield.cli.entry import main
 
 
@@ -68,28 +66,30 @@ def hub() -> Iterator[ThreadingHTTPServer]:
     server.server_close()
 
 
-def export(run: Path, out: Path, hub: ThreadingHTTPServer) -> subprocess.CompletedProcess[str]:
+@pytest.fixture
+def export(
+    run: Path, tmp_path: Path, hub: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch, fork: Callable[..., Fork]
+) -> Fork:
+    """The export of a run into the folder pipe, which is over."""
     # The client reads its environment when it is imported, so the command gets a process of its own.
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
+        monkeypatch.delenv(name)
     environment = {
-        **kept,
-        "PYTHONPATH": str(Path(stablefield.__file__).parents[1]),
         "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
-        "HF_HOME": str(out.parent / "cache"),
+        "HF_HOME": str(tmp_path / "cache"),
         "HF_TOKEN": "hf_of_the_test",
         "NO_PROXY": "127.0.0.1",
         "no_proxy": "127.0.0.1",
     }
-    code = "from stablefield.cli.entry import main; main()"
-    flags = ["--out", str(out), "--samples", "4", "--steps", "2", "--push", "ada/digits", "--private"]
-    return subprocess.run(
-        [sys.executable, "-c", code, "export", str(run), *flags],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env=environment,
-    )
+    flags = ["--out", tmp_path / "pipe", "--samples", "4", "--steps", "2", "--push", "ada/digits", "--private"]
+    done = fork(COMMAND, "export", run, *flags, **environment)
+    done.wait()
+    return done
+
+
+@pytest.fixture
+def refusing(hub: ThreadingHTTPServer) -> None:
+    hub.refusing = True
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +101,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_every_file_of_an_export_arrives_at_the_hub_in_one_commit(run: Path, hub, tmp_path: Path) -> None:
+def test_every_file_of_an_export_arrives_at_the_hub_in_one_commit(export: Fork, hub, tmp_path: Path) -> None:
     folder = tmp_path / "pipe"
-    done = export(run, folder, hub)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip().endswith("/ada/digits/commit/" + "0" * 40)
+    assert export.returncode == 0, export.stderr[-2000:]
+    assert export.stdout.strip().endswith("/ada/digits/commit/" + "0" * 40)
     told = {path: (who, body) for path, who, body in hub.told}
     made = json.loads(told["/api/repos/create"][1])
     assert (made["organization"], made["name"], made["visibility"]) == ("ada", "digits", "private")
@@ -118,12 +117,11 @@ def test_every_file_of_an_export_arrives_at_the_hub_in_one_commit(run: Path, hub
     assert {path: base64.b64decode(content) for path, content in files.items()} == expected
 
 
-def test_hub_that_refuses_is_a_failure_with_its_reason_and_the_export_stays(run: Path, hub, tmp_path: Path) -> None:
-    hub.refusing = True
-    done = export(run, tmp_path / "pipe", hub)
-    assert done.returncode == 1
-    assert "--push ada/digits failed; the export remains in its folder: 403" in done.stderr
-    assert "You may not write here." in done.stderr
-    assert "\n" not in done.stderr.strip()
-    assert "Traceback" not in done.stderr
+@pytest.mark.usefixtures("refusing")
+def test_hub_that_refuses_is_a_failure_with_its_reason_and_the_export_stays(export: Fork, tmp_path: Path) -> None:
+    assert export.returncode == 1
+    assert "--push ada/digits failed; the export remains in its folder: 403" in export.stderr
+    assert "You may not write here." in export.stderr
+    assert "\n" not in export.stderr.strip()
+    assert "Traceback" not in export.stderr
     assert (tmp_path / "pipe" / "README.md").is_file()

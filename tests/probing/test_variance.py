@@ -51,8 +51,9 @@ def test_all_curves_of_the_digits_agree_with_brute_force_in_float64(digits, brut
         assert deviation(curve.stf[n], 0, truth[n]) < 4
 
 
-def test_within_classes_the_curves_agree_with_brute_force(digits, brute_force):
-    population = draw_population(digits, max_images=600, by_class=True)
+@pytest.mark.parametrize("images", [600, 300])  # sets of a small population share calls
+def test_within_classes_the_curves_agree_with_brute_force(digits, brute_force, images):
+    population = draw_population(digits, max_images=images, by_class=True)
     assert population.drawn_from == len(digits)
     curve = measure_variance(population, [1.2], sizes=(64,), draws=3, seed=3)
     data = population.data.double() / 127.5 - 1
@@ -60,6 +61,17 @@ def test_within_classes_the_curves_agree_with_brute_force(digits, brute_force):
     for name in ("dsm", "divergence", "source_weight", "ess"):
         assert deviation(getattr(curve, name), 0, truth[name]) < 4, name
     assert deviation(curve.stf[64], 0, truth[64]) < 4
+
+
+@pytest.mark.parametrize("labels", [None, torch.arange(90) % 3])
+def test_sets_that_share_a_call_give_what_each_gives_alone(two_gaussians, monkeypatch, labels):
+    population = Population(two_gaussians[:90], labels)
+    together = measure_variance(population, [0.3, 1.0, 3.0], sizes=(4, 32), draws=3)
+    monkeypatch.setattr("stablefield.probing._variance._SET_PAIRS", 0)
+    alone = measure_variance(population, [0.3, 1.0, 3.0], sizes=(4, 32), draws=3)
+    for n in (4, 32):
+        assert torch.allclose(together.stf[n].mean, alone.stf[n].mean, rtol=1e-4, atol=1e-7)
+        assert torch.allclose(together.stf[n].error, alone.stf[n].error, rtol=1e-3, atol=1e-7)
 
 
 def test_standard_errors_are_those_of_repetition(two_gaussians):

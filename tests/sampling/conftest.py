@@ -13,20 +13,22 @@ class GaussianMixture:
     def __init__(self, means: Tensor, scales: Tensor, weights: Tensor) -> None:
         self.means, self.scales, self.weights = means.double(), scales.double(), weights.double()
 
-    def _log_parts(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        variance = self.scales**2 + sigma.double()[:, None] ** 2  # (B, K)
-        gap = x.double()[:, None] - self.means  # (B, K, d)
-        d = x.shape[1]
-        log = self.weights.log() - gap.square().sum(-1) / (2 * variance) - d / 2 * torch.log(2 * math.pi * variance)
-        return log, gap, variance
+    def _log_parts(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Logarithms of weights times densities, and variances, (K, B) each: fast, since samplers call it often."""
+        variance = self.scales[:, None] ** 2 + sigma.double() ** 2
+        x, d = x.double(), x.shape[1]
+        square = (x * x).sum(1) - 2 * self.means @ x.T + self.means.square().sum(1, keepdim=True)
+        log = self.weights.log()[:, None] - square / (2 * variance) - d / 2 * torch.log(2 * math.pi * variance)
+        return log, variance
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        log, gap, variance = self._log_parts(x, sigma)
-        parts = self.means + (self.scales**2 / variance)[..., None] * gap
-        return (torch.softmax(log, 1)[..., None] * parts).sum(1)
+        log, variance = self._log_parts(x, sigma)
+        # The mean of mode k is (1 - kept) mean_k + kept x.
+        share, kept = torch.softmax(log, 0), self.scales[:, None] ** 2 / variance
+        return (share * (1 - kept)).T @ self.means + (share * kept).sum(0)[:, None] * x.double()
 
     def log_prob(self, x: Tensor, sigma: float) -> Tensor:
-        return self._log_parts(x, x.new_full((len(x),), sigma))[0].logsumexp(1)
+        return self._log_parts(x, x.new_full((len(x),), sigma))[0].logsumexp(0)
 
     def sample(self, rows: int, sigma: float, generator: torch.Generator) -> Tensor:
         k = torch.multinomial(self.weights, rows, replacement=True, generator=generator)

@@ -299,7 +299,7 @@ def test_on_another_device_nothing_is_looked_at_or_copied(monkeypatch: pytest.Mo
     for references, wide, mirrored in product((y, y8.to(torch.uint8)), (False, True), (False, True)):
         for anchor, source in ((x_t, place), (None, None)):
             for conditions in ((place, labels, prior), (None, None, None)):
-                options = (*conditions, 0.0, mirrored, 20, wide)
+                options = (*conditions, 0.0, mirrored, 25, wide)  # two chunks
                 with NoCopies():
                     found = compute(x_t, one, one, references, None, None, anchor, source, *options)
                     compute(x_t, one, one, references, *known, anchor, source, *options)

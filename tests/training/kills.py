@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch._dynamo  # each child would import it for its optimizer
 
 from stablefield.data._digits import open_digits
 from stablefield.training._loop import fit
@@ -64,6 +65,10 @@ def content(folder: RunFolder) -> dict[str, bytes]:
 
 
 def main(kills: int, where: Path) -> int:
+    sys.path.append(str(Path(__file__).parents[1]))
+    from pictures import draw_small_pictures
+
+    draw_small_pictures()
     quiet = start(where / "quiet")
     began = time.monotonic()
     if os.waitstatus_to_exitcode(os.waitpid(child(quiet), 0)[1]) != 0:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import stablefield
+from pictures import whole_pictures
 from stablefield._distributed import RankError, Ranks
 from stablefield.data._digits import open_digits
 from stablefield.training._loop import TrainingError, check_fit, fit, make_accelerator
@@ -194,7 +195,8 @@ def test_numbers_of_the_picture_are_the_samples_of_the_run(tmp_path: Path) -> No
     from stablefield.training._model import open_model
 
     run = start(tmp_path / "run", dataclasses.replace(SMALL, steps=8))
-    go(run)
+    with whole_pictures():
+        go(run)
     denoiser = open_model(run.path).denoiser
     sigmas = stablefield.sampling.edm_sigmas(18)
     latents = SampleNoise(list(range(64))).latents((1, 8, 8), dtype=torch.float64)

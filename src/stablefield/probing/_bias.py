@@ -269,7 +269,7 @@ class _Directions:
         along = residual @ self._axes.T
         own = centred @ self._axes.T
         width = (self._spread + level[:, None] ** 2).sqrt().to(own.dtype)
-        sharp, plain = (self._weighed(row, factor * level, seen) for factor in (0.5**0.5, 1.0))
+        sharp, plain = self._means_at(row, (0.5**0.5 * level, level), seen)
         columns = [
             (residual * centred).sum(1, keepdim=True),
             (residual * (sharp - plain)).sum(1, keepdim=True),
@@ -281,11 +281,14 @@ class _Directions:
             columns.append((residual * towards).sum(1, keepdim=True))
         return torch.cat(columns, 1)
 
-    def _weighed(self, row: Tensor, level: Tensor, seen: Tensor | None) -> Tensor:
-        data = self._data
-        shaped = row.reshape(len(row), *data.shape[1:])
+    def _means_at(self, row: Tensor, levels: Sequence[Tensor], seen: Tensor | None) -> Sequence[Tensor]:
+        """Posterior means of the rows at each of several noise levels (B,), in one call."""
+        data, many = self._data, len(levels)
+        shaped = row.reshape(len(row), *data.shape[1:]).repeat(many, *[1] * (data.ndim - 1))
         labels = None if seen is None else self._labels
-        return posterior(shaped, 1.0, level, data, labels=seen, reference_labels=labels).mean.flatten(1)
+        own = None if seen is None else seen.repeat(many)
+        found = posterior(shaped, 1.0, torch.cat(list(levels)), data, labels=own, reference_labels=labels)
+        return found.mean.flatten(1).chunk(many)
 
 
 def _middle(population: Population, seed: int) -> Tensor:

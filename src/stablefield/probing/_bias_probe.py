@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -224,8 +225,11 @@ class ClassesMixed(_Faulty):
         reference_labels: Tensor | None = None,  # noqa: ARG002
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        stable = StableTarget(self.process, references=Pool(self.population.data, self.size))
-        return stable(x0, x_t, t, index=index, generator=generator).x0
+        return self._stable(x0, x_t, t, index=index, generator=generator).x0
+
+    @cached_property
+    def _stable(self) -> StableTarget:
+        return StableTarget(self.process, references=Pool(self.population.data, self.size))
 
 
 class SourceTwice(_Faulty):
@@ -242,9 +246,12 @@ class SourceTwice(_Faulty):
         reference_labels: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        pool = Pool(self.population.data, self.size, self.population.labels)
-        stable = StableTarget(self.process, references=pool)
-        once = stable(x0, x_t, t, labels, index, reference_labels=reference_labels, generator=generator)
+        once = self._stable(x0, x_t, t, labels, index, reference_labels=reference_labels, generator=generator)
         # With a second copy the weights w become w / (1 + w_own), and the source's 2 w_own / (1 + w_own).
         own = per_row(once.source_weight, x0)
         return once.x0 + own / (1 + own) * (x0 - once.x0)
+
+    @cached_property
+    def _stable(self) -> StableTarget:
+        pool = Pool(self.population.data, self.size, self.population.labels)
+        return StableTarget(self.process, references=pool)

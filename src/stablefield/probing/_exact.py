@@ -53,11 +53,18 @@ class ExactPosterior:
         """The samples."""
         return self._matrix
 
-    def among(self, index: Tensor) -> "ExactPosterior":
-        """The posterior over only the samples at `index` (n,)."""
+    def among(self, index: Tensor, sets: int = 1) -> "ExactPosterior":
+        """The posterior over only the samples at `index` (n,), or over several sets of them, each for its own rows.
+
+        The sets are consecutive parts of equal size.
+        """
         part = ExactPosterior.__new__(ExactPosterior)
         part._matrix = self._matrix.take(index)
         part._labels = None if self._labels is None else self._labels[index]
+        if sets > 1:
+            # A set is a class of its own, or several.
+            own = torch.arange(len(index), device=index.device) // (len(index) // sets)
+            part._labels = own if part._labels is None else own * (int(part._labels.max()) + 1) + part._labels
         return part
 
     @torch.no_grad()

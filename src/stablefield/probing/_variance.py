@@ -26,7 +26,7 @@ References:
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,9 @@ _FEWEST, _MOST = 64, 1024
 _ROWS = 4096
 # Queries of one pass over the population.
 _QUERIES = 2048
+# A small population, whose passes are so short that each call's overhead counts: draws share a pass, of at most so many
+# pairs and numbers, and reference sets a call, of at most so many pairs.
+_SMALL, _PAIRS, _NUMBERS, _SET_PAIRS = 512, 2**20, 2**21, 2**16
 # Minimum number of reference sets to draw for each size, and maximum number of rows that share one.
 _SETS, _SHARING = 32, 64
 
@@ -179,15 +182,21 @@ def measure_variance(
     job = _Job(process, t.to(population.data.device), whole, n, torch.Generator().manual_seed(seed))
     wanted = sorted({size for size in sizes if 1 < size < n})
     sharing = max(1, min(_SHARING, sources * draws // _SETS))
-    block = max(sharing, _QUERIES // len(level) // sharing * sharing)
+    small, queries = n <= _SMALL, _QUERIES
+    if small:
+        queries = max(queries, min(_PAIRS // n, _NUMBERS // population.dim))
+    block = max(sharing, queries // len(level) // sharing * sharing)
+    # Draws of all sources that one block holds.
+    together = max(1, block // sources) if small else 1
     moments: list[list[Tensor]] = []
     gaps: dict[int, list[Tensor]] = {size: [] for size in wanted}
     rests: dict[int, list[Tensor]] = {size: [] for size in wanted}
     weights: dict[int, list[int]] = {size: [] for size in wanted}
     seconds, done = 0.0, 0
     chosen = torch.randperm(n, generator=job.generator)[:sources]
-    for _ in range(draws):
-        shuffled = torch.randperm(sources, generator=job.generator)
+    for first in range(0, draws, together):
+        count = min(together, draws - first)
+        shuffled = torch.cat([torch.randperm(sources, generator=job.generator) for _ in range(count)])
         parts: list[Tensor] = []
         for index in chosen[shuffled].split(block):
             rows = job.rows(index)
@@ -199,18 +208,18 @@ def measure_variance(
             columns = (p.variance, exact.divergence, p.source_weight, p.ess)
             parts.append(torch.stack([job.by_level(column) for column in columns]))
             for size in wanted:
-                for start in range(0, len(index), min(sharing, size)):
-                    own = slice(start, min(start + min(sharing, size), len(index)))
-                    gap, rest = job.over_set(rows.of(own, len(index)), p, index[own], own, len(index), size)
-                    gaps[size].append(gap)
-                    rests[size].append(rest)
-                    weights[size].append(own.stop - own.start)
+                for own, sets in _shared(len(index), sources, min(sharing, size), size * len(level), small):
+                    gap, rest = job.over_sets(rows.of(own, len(index)), p, index[own], own, len(index), size, sets)
+                    gaps[size] += gap
+                    rests[size] += rest
+                    weights[size] += [(own.stop - own.start) // sets] * sets
             done += len(index)
             if progress is not None:
                 progress(Progress(stage="measuring the variance", done=done, total=sources * draws))
         # Restore the order of the sources, so that draws of the same source align.
-        joined = torch.cat(parts, 1)
-        moments.append([column[shuffled.argsort()] for column in joined])
+        joined = torch.cat(parts, 1).unflatten(1, (count, sources))
+        for draw, order in enumerate(shuffled.split(sources)):
+            moments.append([column[draw][order.argsort()] for column in joined])
     dsm, divergence, source_weight, ess = (
         Series.of_sources(torch.stack(column), complete=sources == n) for column in zip(*moments, strict=True)
     )
@@ -308,18 +317,23 @@ class _Job:
         """Shape (L b,) to (b, L), in float64 on the CPU."""
         return column.double().cpu().reshape(len(self.t), -1).T
 
-    def over_set(
-        self, rows: _Rows, exact: Posterior, index: Tensor, own: slice, block: int, size: int
-    ) -> tuple[Tensor, Tensor]:
-        """V_STF at each level from the rows of one set: squared distance to the exact mean, and V_DSM - V, (L,) each."""
+    def over_sets(
+        self, rows: _Rows, exact: Posterior, index: Tensor, own: slice, block: int, size: int, sets: int
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """V_STF at each level from the rows of each set: squared distance to the exact mean, and V_DSM - V, (L,) each."""
         device = exact.mean.device
-        chosen = torch.cat([index, self.others(index, size - len(index))]).to(device)
-        place = torch.arange(len(index), device=device).repeat(len(self.t))
-        found = self.whole.among(chosen)(rows.x_t, rows.alpha, rows.sigma, place).posterior
+        shared = index.split(len(index) // sets)
+        chosen = torch.cat([part for one in shared for part in (one, self.others(one, size - len(one)))]).to(device)
+        place = (torch.arange(sets)[:, None] * size + torch.arange(len(shared[0]))).flatten().to(device)
+        among = self.whole.among(chosen, sets)
+        found = among(rows.x_t, rows.alpha, rows.sigma, place.repeat(len(self.t))).posterior
         mean = exact.mean.reshape(len(self.t), block, -1)[:, own].flatten(0, 1)
         variance = exact.variance.reshape(len(self.t), block)[:, own].flatten()
         gap = (found.mean.flatten(1) - mean).square().sum(1)
-        return self.by_level(gap).mean(0), self.by_level(variance - found.variance).mean(0)
+        gaps, rests = (
+            self.by_level(value).unflatten(0, (sets, -1)).mean(1).unbind() for value in (gap, variance - found.variance)
+        )
+        return gaps, rests
 
     def others(self, own: Tensor, count: int) -> Tensor:
         """`count` random samples of the population that are not in `own`, without replacement."""
@@ -335,6 +349,28 @@ class _Job:
             fresh = drawn[~torch.isin(drawn, found)]
             found = torch.cat([found, fresh[_first_of_each(fresh)]])
         return found[len(own) : len(own) + count]
+
+
+def _shared(rows: int, sources: int, sharing: int, pairs: int, small: bool) -> Iterator[tuple[slice, int]]:
+    """Slices of a block's sources for which one call is made, and over how many sets; no set serves a source twice.
+
+    Args:
+        rows: sources in the block, which is whole draws of all sources or a part of one.
+        sources: number of all sources.
+        sharing: sources that share a set.
+        pairs: of one source with its set, at all levels.
+        small: whether sets share calls.
+    """
+    together = max(1, math.isqrt(_SET_PAIRS // (sharing * pairs))) if small else 1
+    for draw in range(0, rows, sources):
+        stop = min(draw + sources, rows)
+        start, whole = draw, stop - (stop - draw) % sharing
+        while start < whole:
+            sets = min(together, (whole - start) // sharing)
+            yield slice(start, start + sets * sharing), sets
+            start += sets * sharing
+        if whole < stop:
+            yield slice(whole, stop), 1
 
 
 def _first_of_each(values: Tensor) -> Tensor:
