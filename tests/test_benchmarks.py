@@ -14,6 +14,7 @@ import torch
 from stablefield._cost import measure_cost, measure_step, paired
 from stablefield.cli.bench import Bench
 from stablefield.cli.verbs import parse
+from stablefield.data._image_set import ImageSet
 from stablefield.evaluation._extractor import RandomConvolutions
 from stablefield.evaluation._fid import frechet_distance_from_features
 
@@ -123,9 +124,21 @@ def test_the_proof_measures_both_targets_after_equal_times(
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     quality = importlib.import_module("quality")
     images = torch.randint(0, 256, (60, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    budget = quality.Budget(seconds=0.5, marks=2, samples=6, batch=8, width=8, blocks=1, gradients=3, samplers=samplers)
+    data = ImageSet(images=images.numpy(), labels=None, class_names=None, name="noise", manifest={})
+    variances = ("dsm", "stf", "stf antithetic")
+    budget = quality.Budget(
+        seconds=0.5,
+        marks=2,
+        samples=6,
+        batch=8,
+        width=8,
+        blocks=1,
+        gradients=2,
+        samplers=samplers,
+        variances=variances,
+    )
     told: list[dict[str, object]] = []
-    found = quality.proof(images, RandomConvolutions(), process, budget, told.append)
+    found = quality.proof(data, RandomConvolutions(), process, budget, torch.device("cpu"), told.append)
     assert found == told
     assert [row["target"] for row in found] == ["dsm", "dsm", "stf", "stf"]
     for row, seconds in zip(found, (0.25, 0.5, 0.25, 0.5), strict=True):
@@ -133,6 +146,8 @@ def test_the_proof_measures_both_targets_after_equal_times(
         assert row["images"] == 8 * row["steps"] > 0
         assert row["heun_nfe"] == 35
         assert all(row[sampler] > 0 < row[f"{sampler}_nfe"] for sampler in samplers)
+        assert row["gradient_variance"].keys() == set(variances)
+        assert all(value > 0 for value in row["gradient_variance"].values())
 
 
 def test_sanity_is_the_frechet_distance_of_the_two_parts(monkeypatch: pytest.MonkeyPatch) -> None:

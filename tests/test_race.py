@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,13 +82,13 @@ class Exact(nn.Module):
         return (data - x / 4 / root**2) / (sigma / 2 / root)
 
 
-def runner_of(name: str, images: Tensor, *, timesteps: bool, seed: int = 0) -> "race.Runner":
+def runner_of(name: str, images: Tensor, *, timesteps: bool, seed: int = 0) -> Any:
     setting = dataclasses.replace(race.SETTINGS[1, 8, 8], batch=len(images), timesteps=timesteps)
     torch.manual_seed(seed)
     return race.make_runner(name, images, setting, Generator().manual_seed(seed))
 
 
-def small(shape: "race.Shape", generator: Generator) -> nn.Module:
+def small(shape: tuple[int, ...], generator: Generator) -> nn.Module:
     return sf.networks.MLP(shape, width=32, depth=1, generator=generator)
 
 
@@ -151,7 +152,7 @@ def test_every_runner_trains_the_same_network_for_its_time(name: str) -> None:
     assert all(torch.equal(value, start[key]) for key, value in untrained.state_dict().items())
     rows: list[int] = []
 
-    def counted(shape: "race.Shape", generator: Generator) -> nn.Module:
+    def counted(shape: tuple[int, ...], generator: Generator) -> nn.Module:
         network = small(shape, generator)
         network.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
         return network
@@ -217,7 +218,7 @@ def test_the_learning_rate_rises_and_falls_with_the_share_of_the_time() -> None:
     assert race.learning_rate(1 - race.DECAY / 4) == pytest.approx(0.25)
 
 
-def rows_of(runner: str, distances: dict[float, list[float]]) -> "list[race.Row]":
+def rows_of(runner: str, distances: dict[float, list[float]]) -> list[dict[str, Any]]:
     return [
         {"runner": runner, "seed": seed, "seconds": seconds, "evaluations": 35, "distance": distance}
         for seconds, found in distances.items()
@@ -254,7 +255,7 @@ def test_a_failed_training_is_a_row_and_a_cut_race_goes_on(monkeypatch: pytest.M
 
     monkeypatch.setattr(race.Race, "_start", start)
     saved: list[int] = []
-    rows: list[race.Row] = []
+    rows: list[dict[str, Any]] = []
     run = race.Race([], jobs=2, rows=rows, save=lambda rows: saved.append(len(rows)))
     run.run([("edm", 0, 1.0), ("torchcfm", 0, 1.0)])
     assert sorted(saved) == [1, 2]

@@ -297,6 +297,7 @@ def test_the_tensors_of_an_example_are_found_and_changed_wherever_they_are() -> 
     t = torch.arange(3.0)
     draws = Draws(t, t + 1, None, t + 2)
     found = mapped(lambda tensor: tensor * 2, (draws, None, (t, sf.EDM())))
+    assert draws.weight is not None
     assert torch.equal(found[0].weight, 2 * draws.weight)
     assert found[0].hidden is None
     assert found[1] is None
