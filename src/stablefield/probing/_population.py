@@ -143,6 +143,8 @@ def draw_population(
     check_kind("images", images, (ImageSet, Tensor, np.ndarray), "an ImageSet, as open_images returns, or a tensor")
     if labels is not None:
         check_kind("labels", labels, (Tensor, np.ndarray), "a tensor or an array of classes, one per sample")
+    if isinstance(labels, Tensor):
+        check_tensor("labels", labels, numbers=True)
     if isinstance(images, ImageSet):
         values, found = images.images, images.labels if labels is None else labels
     else:
