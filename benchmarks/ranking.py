@@ -11,15 +11,16 @@ checkpoint, evenly spaced, three numbers:
   all runners with EDM's noise levels and weighting, and the same rows;
 - the Frechet distance of samples of the averaged weights to the data, as in race.py.
 
-Spearman's rank correlation of the first two with the third is printed for each runner and for all checkpoints together.
-Values near 1 mean that a lower loss is a better model. Between runners the logged losses have different targets and noise
-levels, so their ranks need not mean anything; that is a part of the question.
+Spearman's rank correlation of each with the third is printed for each runner, for the second half of its checkpoints, and
+for all runners together. Values near 1 mean that a lower loss is a better model. Between runners the logged losses have
+different targets, so their ranks need not mean anything; that is a part of the question.
+
+Runners whose rows the file has already are not trained again; delete it to start anew.
 """
 
 import argparse
 import json
 import sys
-import time
 from typing import Any
 
 import numpy as np
@@ -95,14 +96,15 @@ def train(name: str, data: Tensor, setting: race.Setting, excess: sf.ExcessLoss,
 
 
 def correlations(rows: list[Row]) -> Row:
-    """Spearman's rank correlations with the Frechet distance, per runner, and over all rows if there are several."""
-    names = list(dict.fromkeys(row["runner"] for row in rows))
-    groups = {name: [row for row in rows if row["runner"] == name] for name in names}
-    if len(names) > 1:
-        groups["all"] = rows
+    """Spearman's rank correlations with the Frechet distance: per runner, in its second half, and over all rows."""
+    groups: dict[str, list[Row]] = {}
+    for name in dict.fromkeys(row["runner"] for row in rows):
+        some = [row for row in rows if row["runner"] == name]
+        groups |= {name: some, f"{name}, second half": some[len(some) // 2 :]}
+    groups["all"] = rows
     return {
         group: {
-            key: float(spearmanr([row[key] for row in some], [row["frechet"] for row in some]).statistic)
+            key: round(float(spearmanr([row[key] for row in some], [row["frechet"] for row in some]).statistic), 3)
             for key in ("logged_loss", "loss_at_fixed_noise", "loss_minus_floor", "excess")
         }
         for group, some in groups.items()
@@ -116,7 +118,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--checkpoints", type=int, default=20)
     parser.add_argument("--window", type=int, default=100, help="steps over whose mean the logged loss runs")
-    parser.add_argument("--rows", type=int, default=512, help="of the excess, per noise level")
+    parser.add_argument("--rows", type=int, default=512, dest="excess_rows", help="of the excess, per noise level")
     parser.add_argument("--samples", type=int, help="images per Frechet distance, instead of the setting's number")
     parser.add_argument("--evaluations", type=int, default=35)
     parser.add_argument("--seed", type=int, default=0)
@@ -124,23 +126,20 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     data, setting = race.open_data(args.data, args.samples)
-    began = time.process_time()
-    excess = sf.ExcessLoss(data, rows=args.rows, seed=args.seed, device="cpu")
-    preparing = time.process_time() - began
-    rows = [row for name in args.runners for row in train(name, data, setting, excess, args)]
-    found = correlations(rows)
-    values = {
-        **{key: value for key, value in vars(args).items() if key not in ("data", "out")},
-        "data": setting.name,
-        "images": len(data),
-        "samples": setting.samples,
-        "batch": setting.batch,
-        "seconds_to_prepare_the_excess": round(preparing, 1),
-        "spearman_with_frechet": found,
-        "rows": rows,
-    }
     name = args.out or f"ranking_{setting.name}"
-    write(str(RESULTS / name), " ".join(["python benchmarks/ranking.py", *sys.argv[1:]]), values)
+    path = RESULTS / f"{name}.json"
+    shared = {key: value for key, value in vars(args).items() if key not in ("data", "out", "runners")}
+    shared |= {"data": setting.name, "images": len(data), "samples": setting.samples, "batch": setting.batch}
+    before: Row = json.loads(path.read_text("utf-8")) if path.exists() else {"rows": [], **shared}
+    if any(before.get(key) != value for key, value in shared.items()):
+        raise SystemExit(f"{path} was measured with other settings: delete it, or name another file with --out.")
+    rows: list[Row] = before["rows"]
+    missing = [runner for runner in args.runners if not any(row["runner"] == runner for row in rows)]
+    if missing:
+        excess = sf.ExcessLoss(data, rows=args.excess_rows, seed=args.seed, device="cpu")
+        rows = rows + [row for runner in missing for row in train(runner, data, setting, excess, args)]
+    found = correlations(rows)
+    write(name, " ".join(["python benchmarks/ranking.py", *sys.argv[1:]]), {**shared, "spearman": found, "rows": rows})
     print(json.dumps(found, indent=2))
 
 

@@ -148,10 +148,10 @@ class ExcessLoss:
         others = (
             None if held_out is None else _held_out(held_out, held_out_labels, self._population.data.shape[1:], seed)
         )
-        self._bins = tuple(self._drawn(levels, others, progress))
         self._median = self._levels((torch.arange(levels, dtype=torch.float64) + 0.5) / levels)
         if not bool((self._median.diff() > 0).all()):
             raise ValueError(f"levels={levels} is more than the noise levels of training can fill: pass fewer.")
+        self._bins = tuple(self._drawn(levels, others, progress))
 
     @torch.no_grad()
     def __call__(self, model: Callable[..., Any], *, progress: Callable[[Progress], object] | None = None) -> Excess:
@@ -212,7 +212,8 @@ class ExcessLoss:
 
         Args:
             row_loss: weighted squared error per dimension of each row against the single sample, in the units of the
-                `weighting`, any shape; an `ObjectiveValue.row_loss` plus its `variance_removed`, if targets have references.
+                `weighting`, any shape. Of an `ObjectiveValue` it is `row_loss + variance_removed`, divided by its `weight` if
+                it has one.
             noise_level: sigma / alpha of each row, of one shape with it.
 
         Raises:
