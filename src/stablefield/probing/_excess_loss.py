@@ -212,8 +212,8 @@ class ExcessLoss:
 
         Args:
             row_loss: weighted squared error per dimension of each row against the single sample, in the units of the
-                `weighting`, any shape. Of an `ObjectiveValue` it is `row_loss + variance_removed`, divided by its `weight` if
-                it has one.
+                `weighting`, any shape. Of an `ObjectiveValue` it is `row_loss + variance_removed`, divided by its `weight`
+                if it has one.
             noise_level: sigma / alpha of each row, of one shape with it.
 
         Raises:
