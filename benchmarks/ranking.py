@@ -129,7 +129,8 @@ def main() -> None:
     name = args.out or f"ranking_{setting.name}"
     path = RESULTS / f"{name}.json"
     shared = {key: value for key, value in vars(args).items() if key not in ("data", "out", "runners")}
-    shared |= {"data": setting.name, "images": len(data), "samples": setting.samples, "batch": setting.batch}
+    shared |= {"data": setting.name, "images": len(data), "samples": setting.samples}
+    shared |= {"batch": setting.batch, "learning_rate": setting.learning_rate}
     before: Row = json.loads(path.read_text("utf-8")) if path.exists() else {"rows": [], **shared}
     if any(before.get(key) != value for key, value in shared.items()):
         raise SystemExit(f"{path} was measured with other settings: delete it, or name another file with --out.")

@@ -143,14 +143,14 @@ def draw_population(
     check_kind("images", images, (ImageSet, Tensor, np.ndarray), "an ImageSet, as open_images returns, or a tensor")
     if labels is not None:
         check_kind("labels", labels, (Tensor, np.ndarray), "a tensor or an array of classes, one per sample")
-    if isinstance(labels, Tensor):
-        check_tensor("labels", labels, numbers=True)
     if isinstance(images, ImageSet):
         values, found = images.images, images.labels if labels is None else labels
     else:
         values, found = images, labels
     if by_class and found is None:
         raise ValueError(f"by_class is set, but {described(images)[0]} has no classes: leave it out, or pass labels.")
+    if by_class and isinstance(found, Tensor):
+        check_tensor("labels", found, numbers=True)
     classes = torch.as_tensor(found) if by_class and found is not None else None
     count = len(values)
     if count <= max_images:
