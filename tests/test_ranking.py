@@ -31,7 +31,7 @@ GROUPS = {
 }
 
 
-def small(shape: "race.Shape", generator: Generator) -> nn.Module:
+def small(shape: tuple[int, ...], generator: Generator) -> nn.Module:
     return sf.networks.MLP(shape, width=32, depth=1, generator=generator)
 
 

@@ -354,8 +354,8 @@ def test_schedulers_of_diffusers_say_what_the_network_predicts_and_what_time_it_
     scaled = sf.ExcessLoss(data, process=flow, levels=3, rows=50)(velocity)
     assert 990 < float(torch.cat(seen).max()) < 1000
     plain = sf.ExcessLoss(data, process=sf.RectifiedFlow(), prediction="velocity", levels=3, rows=50)
-    model = as_kind(lambda x, s: x / (1 + rowed(s, x) ** 2), sf.RectifiedFlow(), "velocity")
-    assert plain(model).metrics() == pytest.approx(scaled.metrics(), rel=1e-6)
+    raw = as_kind(lambda x, s: x / (1 + rowed(s, x) ** 2), sf.RectifiedFlow(), "velocity")
+    assert plain(raw).metrics() == pytest.approx(scaled.metrics(), rel=1e-6)
     with pytest.raises(ValueError, match="clock 'log level'"):
         sf.ExcessLoss(data, process=sf.from_diffusers(diffusers.EDMEulerScheduler()))
 
