@@ -11,9 +11,9 @@ checkpoint, evenly spaced, three numbers:
   all runners with EDM's noise levels and weighting, and the same rows;
 - the Frechet distance of samples of the averaged weights to the data, as in race.py.
 
-Spearman's rank correlation of each with the third is printed for each runner, for the second half of its checkpoints, and
-for all runners together. Values near 1 mean that a lower loss is a better model. Between runners the logged losses have
-different targets, so their ranks need not mean anything; that is a part of the question.
+Spearman's rank correlation of each with the third is printed for each runner, for the second half of its checkpoints (with
+20 or more), and for all runners together. Values near 1 mean that a lower loss is a better model. Between runners the logged
+losses have different targets, so their ranks need not mean anything; that is a part of the question.
 
 Runners whose rows the file has already are not trained again; delete it to start anew.
 """
@@ -37,6 +37,8 @@ from stablefield.sampling._seeded_images import to_uint8
 from stablefield.training._ema import follower, update_ema
 
 Row = dict[str, Any]
+FEW = 20
+"""Checkpoints of a training from which on its second half has enough of them for ranks."""
 
 
 def frechet(runner: race.Runner, network: nn.Module, data: Tensor, setting: race.Setting, evaluations: int) -> float:
@@ -100,7 +102,9 @@ def correlations(rows: list[Row]) -> Row:
     groups: dict[str, list[Row]] = {}
     for name in dict.fromkeys(row["runner"] for row in rows):
         some = [row for row in rows if row["runner"] == name]
-        groups |= {name: some, f"{name}, second half": some[len(some) // 2 :]}
+        groups[name] = some
+        if len(some) >= FEW:
+            groups[f"{name}, second half"] = some[len(some) // 2 :]
     groups["all"] = rows
     return {
         group: {

@@ -53,8 +53,8 @@ def test_the_correlations_are_those_of_ranks() -> None:
     shared = {"loss_at_fixed_noise": 0.0, "loss_minus_floor": 0.0}
     rows = [
         {"runner": runner, "frechet": k, "excess": k**3, "logged_loss": shift - k * sign, **shared}
-        for runner, shift, sign in (("edm", 0.0, -1), ("stf", -100.0, 1))
-        for k in range(6)
+        for runner, shift, sign in (("edm", 0.0, -1), ("stf", -1000.0, 1))
+        for k in range(20)
     ]
     for row in rows:
         row |= {"loss_at_fixed_noise": row["logged_loss"], "loss_minus_floor": row["excess"]}
