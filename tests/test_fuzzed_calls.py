@@ -816,6 +816,35 @@ CASES = {
         lambda s: floor.LossFloor.of,
         {"curve": State.curve, "weighting": either(sf.EDMWeighting()), "size": either(1, 2)},
     ),
+    "ExcessLoss": Case(
+        lambda s: sf.ExcessLoss,
+        {
+            "data": either(lambda s: s.data, lambda s: s.data.numpy(), State.image_set),
+            "process": either(None, sf.EDM(), sf.RectifiedFlow()),
+            "noise_levels": either(None, sf.LogNormal()),
+            "weighting": either(None, sf.EDMWeighting()),
+            "prediction": either(None, "denoiser", "v", "velocity"),
+            "held_out": either(None),
+            "labels": either(None),
+            "held_out_labels": either(None),
+            "levels": either(1, 3),
+            "rows": either(2, 5),
+            "sample": either(None, 4),
+            "batch": either(2, 256),
+            **SEED,
+            "device": either(None, "cpu"),
+            "progress": either(None),
+        },
+    ),
+    "ExcessLoss.__call__": Case(
+        lambda s: sf.ExcessLoss(s.data, levels=2, rows=4),
+        {"model": DENOISER, "progress": either(None)},
+    ),
+    "ExcessLoss.of": Case(
+        lambda s: sf.ExcessLoss(s.data, levels=2, rows=4).of,
+        {"row_loss": lambda s: s.t, "noise_level": lambda s: s.t + 0.1},
+        local=True,
+    ),
     "check_bias": Case(
         lambda s: bias.check_bias,
         {

@@ -52,6 +52,7 @@ from stablefield.diffusion._weighting import (
     SNRWeighting as SNRWeighting,
 )
 from stablefield.evaluation._evaluate import evaluate as evaluate
+from stablefield.probing._excess_loss import ExcessLoss as ExcessLoss
 from stablefield.targets._band import NoiseBand as NoiseBand
 from stablefield.targets._band import pick_noise_band as pick_noise_band
 from stablefield.targets._perturbation_kernel import GaussianKernel as GaussianKernel

@@ -1,3 +1,5 @@
+from stablefield.interop._callbacks import accelerate_callback as accelerate_callback
+from stablefield.interop._callbacks import lightning_callback as lightning_callback
 from stablefield.interop._exported_pipeline import StablefieldPipeline as StablefieldPipeline
 from stablefield.interop._hub import push_folder as push_folder
 from stablefield.interop._imported_run import import_run as import_run

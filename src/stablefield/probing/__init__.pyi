@@ -6,6 +6,7 @@ from stablefield.probing._bias import BiasCheck as BiasCheck
 from stablefield.probing._bias import check_bias as check_bias
 from stablefield.probing._bias_probe import BiasProbe as BiasProbe
 from stablefield.probing._bias_probe import probe_bias as probe_bias
+from stablefield.probing._excess import Excess as Excess
 from stablefield.probing._fit import (
     Fit as Fit,
 )

@@ -151,6 +151,8 @@ def draw_population(
         values, found = images, labels
     if by_class and found is None:
         raise ValueError(f"by_class is set, but {described(images)[0]} has no classes: leave it out, or pass labels.")
+    if by_class and isinstance(found, Tensor):
+        check_tensor("labels", found, numbers=True)
     classes = torch.as_tensor(found) if by_class and found is not None else None
     count = len(values)
     if count <= max_images:

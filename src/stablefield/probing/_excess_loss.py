@@ -1,0 +1,348 @@
+r"""The loss that says how far a network is from the optimum, for anybody's training loop.
+
+A diffusion loss does not go to 0: at each noise level even a perfect network keeps the posterior variance of the data, the
+floor. `ExcessLoss` draws noisy rows once, computes the exact posterior mean $\mu$ and variance V of each over the training
+data, and compares any network with them:
+
+$$ w \tfrac1d E|D - x_0|^2 = w \tfrac1d E|D - \mu|^2 + w \tfrac1d E[V] . $$
+
+References:
+    Xu, Luo, Wang, He, Liu, "Diagnosing and Improving Diffusion Models by Estimating the Optimal Loss Value", 2025, arXiv
+    2506.13763, which calls the floor the optimal loss value.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stablefield._progress import Progress
+from stablefield._shapes import check_callable, check_kind, check_tensor, found_device, whole_number
+from stablefield.diffusion._from_diffusers import Regression
+from stablefield.diffusion._noise_levels import NoiseLevels, times_at
+from stablefield.diffusion._process import EDM, Process
+from stablefield.diffusion._weighting import Weighting
+from stablefield.probing._exact import ExactPosterior
+from stablefield.probing._excess import Excess
+from stablefield.probing._fit import find_optimum
+from stablefield.probing._floor import LossFloor
+from stablefield.probing._population import Population, Samples, draw_population
+from stablefield.probing._prediction import Kind, Prediction, evaluated, placement, usual_noise_levels
+from stablefield.probing._series import Series
+
+__all__ = ["ExcessLoss"]
+
+# Noise levels at which the floor is known to `of`, and how much of training's noise lies between the outer ones.
+_FLOOR_LEVELS, _FLOOR_SHARE = 48, 0.9998
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Noisy rows of one bin: x_t and x0 (R, ...), t (R,) float64 on the CPU, and the classes that the network sees."""
+
+    t: Tensor
+    x_t: Tensor
+    x0: Tensor
+    labels: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Bin:
+    """A bin's rows with the posterior mean (R, ...), variance and loss weight (R,); and held-out rows at the same noise."""
+
+    rows: _Rows
+    mean: Tensor
+    variance: Tensor
+    weight: Tensor
+    held_out: _Rows | None
+
+
+class ExcessLoss:
+    """Compares networks with the exact optimum of their training, on rows and noise drawn once.
+
+    `excess(model)` returns an `Excess`: the loss, its floor, the difference of both and the distance to the exact posterior
+    mean, by noise level and over all of training, each with its standard error, and the held-out loss if there are held-out
+    samples. `excess.of(row_loss, noise_level)` subtracts the floor from the loss of your own rows.
+
+    The posterior costs a pass over the population for every row, once, here; a call costs the network on `levels` x `rows`
+    rows, twice that with `held_out`. It keeps levels x rows noisy samples, with their sources and means, on the device.
+
+    Args:
+        data: the training samples: a set, as `open_images` returns, or a tensor or array of shape (n, ...), floating point
+            as the network sees them, or uint8 images that mean data / 127.5 - 1.
+        process: how training makes x_t; or the result of `from_diffusers(scheduler)`, which also gives what the network
+            predicts, and its timesteps.
+        noise_levels: distribution of the noise levels in training; None for the usual ones of the process: `LogNormal()` for
+            EDM, uniform times for VP, flows and tables of steps, `LogUniform()` for VE.
+        weighting: of the loss of x0; None for `EDMWeighting()` with a denoiser, and for the plain mean squared error of the
+            output with any other prediction.
+        prediction: "denoiser", called as D(x_t / alpha, sigma / alpha); or what a raw model(x_t, t) returns: "x0",
+            "epsilon" (the noise), "v" (alpha noise - sigma x0) or "velocity" (dx_t / dt, towards noise). None for a
+            denoiser, or for what the scheduler says.
+        held_out: samples of the same shape that are not trained on, for their loss at the same noise.
+        labels: class of each sample, integers (n,): passed to the network as a third argument, and the posterior stays
+            within classes.
+        held_out_labels: class of each held-out sample.
+        levels: equally probable bins of the training noise.
+        rows: in each bin, 2 or more. Errors fall with the root of it.
+        sample: so many samples, drawn at random, stand for the data set as the population, to save time; None for all. The
+            floor is then theirs, and smaller than the data set's where near neighbours matter.
+        batch: rows at a time.
+        seed: of rows and noise.
+        device: where to compute the posterior; None for a GPU if there is one.
+        progress: called while the posteriors are computed.
+
+    Raises:
+        TypeError: if an argument is of another type.
+        ValueError: if an argument is out of range, shapes do not fit, labels are missing, or a noise level is 0 or infinite.
+    """
+
+    def __init__(
+        self,
+        data: Samples,
+        *,
+        process: Process | Regression | None = None,
+        noise_levels: NoiseLevels | None = None,
+        weighting: Weighting | None = None,
+        prediction: Kind | None = None,
+        held_out: Samples | None = None,
+        labels: Tensor | NDArray[np.int64] | None = None,
+        held_out_labels: Tensor | NDArray[np.int64] | None = None,
+        levels: int = 8,
+        rows: int = 512,
+        sample: int | None = None,
+        batch: int = 256,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        progress: Callable[[Progress], object] | None = None,
+    ) -> None:
+        process = EDM() if process is None else process
+        check_kind("process", process, (Process, Regression), "a Process, such as EDM(), or from_diffusers(scheduler)")
+        if isinstance(process, Regression):
+            self._prediction = Prediction.of_scheduler(process, prediction)
+        else:
+            self._prediction = Prediction(process, "denoiser" if prediction is None else prediction)
+        self._process = self._prediction.process
+        self._noise_levels = usual_noise_levels(self._process) if noise_levels is None else noise_levels
+        check_kind(
+            "noise_levels", self._noise_levels, NoiseLevels, "a distribution of noise levels, such as LogNormal()"
+        )
+        self._weighting = self._prediction.weighting() if weighting is None else weighting
+        check_callable("weighting", self._weighting, "weighting(noise_level), such as EDMWeighting()")
+        levels, self._rows = whole_number("levels", levels, 1, 1000), whole_number("rows", rows, 2)
+        self._batch, self._seed = whole_number("batch", batch, 1), whole_number("seed", seed, 0, 2**63 - 1)
+        if sample is not None:
+            whole_number("sample", sample, 2)
+        if progress is not None:
+            check_callable("progress", progress, "progress(report), with a Progress")
+        if held_out is not None and (labels is None) != (held_out_labels is None):
+            raise ValueError("labels and held_out_labels: pass the classes of both sets, or of neither.")
+        self._population = _population(data, labels, sample, seed).to(found_device(device))
+        others = (
+            None if held_out is None else _held_out(held_out, held_out_labels, self._population.data.shape[1:], seed)
+        )
+        self._median = self._levels((torch.arange(levels, dtype=torch.float64) + 0.5) / levels)
+        if not bool((self._median.diff() > 0).all()):
+            raise ValueError(f"levels={levels} is more than the noise levels of training can fill: pass fewer.")
+        self._bins = tuple(self._drawn(levels, others, progress))
+
+    @torch.no_grad()
+    def __call__(self, model: Callable[..., Any], *, progress: Callable[[Progress], object] | None = None) -> Excess:
+        """Compare a network with the optimum.
+
+        A module runs in evaluation mode, without gradients, on its own device and in its own dtype; its mode and torch's
+        random state are afterwards as before.
+
+        Args:
+            model: what `prediction` says; with labels called with them as a third argument. It returns a tensor, or an
+                object that holds it as `sample`, such as the output of a diffusers network.
+            progress: called as bins are done.
+
+        Raises:
+            TypeError: if the model is not callable or returns no tensor.
+            ValueError: if it returns another shape than that of its rows.
+        """
+        check_callable("model", model, "model(x, sigma), or model(x_t, t) for a raw prediction")
+        if progress is not None:
+            check_callable("progress", progress, "progress(report), with a Progress")
+        began = time.monotonic()
+        found: list[Tensor] = []
+        with evaluated(model):
+            for done, part in enumerate(self._bins):
+                squares = self._squares(model, part.rows, part.mean)
+                if part.held_out is not None:
+                    squares = torch.cat([squares, self._squares(model, part.held_out, None)])
+                found.append(torch.cat([squares, part.variance[None]]) * part.weight)
+                if progress is not None:
+                    progress(Progress(stage="measuring the network", done=done + 1, total=len(self._bins)))
+        loss, distance, *held_out, floor = torch.stack(found, 1)
+        return Excess(
+            noise_level=self._median,
+            loss=_series(loss),
+            floor=_series(floor),
+            loss_minus_floor=_series(loss - floor),
+            distance=_series(distance),
+            held_out=_series(held_out[0]) if held_out else None,
+            gap=_series(held_out[0] - loss) if held_out else None,
+            rows=self._rows,
+            samples=len(self._population),
+            drawn_from=self._population.drawn_from,
+            description={
+                "process": _name(self._process),
+                "noise_levels": _name(self._noise_levels),
+                "weighting": _name(self._weighting),
+                "prediction": self._prediction.kind,
+            },
+            seed=self._seed,
+            seconds=time.monotonic() - began,
+        )
+
+    def of(self, row_loss: Tensor, noise_level: Tensor) -> Tensor:
+        """The loss of a training loop's own rows minus the floor at their noise levels, in the shape of `row_loss`.
+
+        Its mean over many steps estimates the same as `Excess.distance`, with the noise of the loop. The first call computes
+        the floor; on a GPU each call waits for the noise levels.
+
+        Args:
+            row_loss: weighted squared error per dimension of each row against the single sample, in the units of the
+                `weighting`, any shape. Of an `ObjectiveValue` it is `row_loss + variance_removed`, divided by its `weight`
+                if it has one.
+            noise_level: sigma / alpha of each row, of one shape with it.
+
+        Raises:
+            ValueError: if shapes differ.
+        """
+        check_tensor("row_loss", row_loss, real=True, numbers=True)
+        check_tensor("noise_level", noise_level, real=True, numbers=True)
+        if row_loss.shape != noise_level.shape:
+            raise ValueError(
+                f"row_loss has shape {tuple(row_loss.shape)}, noise_level {tuple(noise_level.shape)}: pass one level for "
+                "each loss."
+            )
+        return row_loss - self.floor(noise_level.detach().cpu()).to(row_loss)
+
+    @cached_property
+    def floor(self) -> LossFloor:
+        """The floor as a function of the noise level."""
+        u = (1 + _FLOOR_SHARE * torch.linspace(-1, 1, _FLOOR_LEVELS, dtype=torch.float64)) / 2
+        level = self._levels(u)
+        # Evenly spaced on the axis on which the floor is interpolated.
+        low, high = (math.log10(float(end)) for end in (level.min(), level.max()))
+        level = torch.logspace(low, high, _FLOOR_LEVELS, dtype=torch.float64)
+        rows = min(self._rows, 256)
+        optimum = find_optimum(self._population, level.unique(), rows=rows, batch=self._batch, seed=self._seed)
+        variance = torch.cat([part.variance for part in optimum.parts], 1).double().mean(1).cpu()
+        return LossFloor(
+            noise_level=optimum.noise_level, variance=variance, dim=self._population.dim, weighting=self._weighting
+        )
+
+    def _levels(self, u: Tensor) -> Tensor:
+        return self._process.noise_level(times_at(self._noise_levels, u, self._process).double())
+
+    def _drawn(
+        self, levels: int, others: Population | None, progress: Callable[[Progress], object] | None
+    ) -> Iterator[_Bin]:
+        """The bins, with rows, noise and posteriors."""
+        generator = torch.Generator().manual_seed(self._seed)
+        exact = ExactPosterior(self._population.data, self._population.labels)
+        held_out = None if others is None else ExactPosterior(others.data, others.labels)
+        for k in range(levels):
+            # Stratified within the bin, too, in ascending order: one row from each of equally probable parts.
+            u = (
+                torch.arange(self._rows) + torch.rand(self._rows, generator=generator, dtype=torch.float64)
+            ) / self._rows
+            t = times_at(self._noise_levels, (k + u) / levels, self._process).double()
+            level = self._process.noise_level(t)
+            if not bool(((level > 0) & level.isfinite()).all()):
+                raise ValueError(
+                    f"noise_levels={_name(self._noise_levels)} draws noise levels from {level.min():g} to "
+                    f"{level.max():g}: they must be positive and finite; change its range."
+                )
+            weight = self._weighting(level).double() / self._population.dim
+            if not bool(weight.isfinite().all()):
+                raise ValueError(
+                    f"weighting={_name(self._weighting)} is not finite at noise levels from {level.min():g}."
+                )
+            noise = torch.randn(self._rows, self._population.dim, generator=generator)
+            index, rows = self._made(exact, self._population, t, noise, generator)
+            others_rows = None
+            if held_out is not None and others is not None:
+                _, others_rows = self._made(held_out, others, t, noise, generator)
+            means: list[Tensor] = []
+            variances: list[Tensor] = []
+            for part in torch.arange(self._rows).split(self._batch):
+                alpha, sigma = (scale(t[part]).to(rows.x_t) for scale in (self._process.alpha, self._process.sigma))
+                found = exact(rows.x_t[part], alpha, sigma, index[part]).posterior
+                means.append(found.mean)
+                variances.append(found.variance.double().cpu())
+            yield _Bin(rows, torch.cat(means), torch.cat(variances), weight, others_rows)
+            if progress is not None:
+                progress(Progress(stage="measuring the optimum", done=k + 1, total=levels))
+
+    def _made(
+        self, exact: ExactPosterior, population: Population, t: Tensor, noise: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, _Rows]:
+        """Rows from samples of a population, each of them equally often, and the samples' indices."""
+        passes = -(-len(t) // len(population))
+        order = [torch.randperm(len(population), generator=generator) for _ in range(passes)]
+        index = torch.cat(order)[: len(t)].to(population.data.device)
+        dtype = exact.matrix.dtype
+        x0 = exact.matrix.rows(index, dtype)
+        alpha, sigma = (scale(t).to(x0)[:, None] for scale in (self._process.alpha, self._process.sigma))
+        shape = (len(t), *population.data.shape[1:])
+        labels = None if population.labels is None else population.labels[index]
+        x_t = alpha * x0 + sigma * noise.to(x0)
+        return index, _Rows(t, x_t.reshape(shape), x0.reshape(shape), labels)
+
+    def _squares(self, model: Callable[..., Any], rows: _Rows, mean: Tensor | None) -> Tensor:
+        """Squared errors to the samples, and to `mean` if it is given, shape (1 or 2, R), float64 on the CPU."""
+        found: list[Tensor] = []
+        device, dtype = placement(model, rows.x_t)
+        for part in torch.arange(self._rows).split(self._batch):
+            labels = None if rows.labels is None else rows.labels[part].to(device)
+            x_t = rows.x_t[part].to(device)
+            estimate = self._prediction.denoised(model, x_t, rows.t[part], labels, dtype)
+            aims = [rows.x0[part]] if mean is None else [rows.x0[part], mean[part]]
+            errors = [(estimate - aim.to(estimate)).flatten(1).square().sum(1) for aim in aims]
+            found.append(torch.stack(errors).double().cpu())
+        return torch.cat(found, 1)
+
+
+def _population(data: Samples, labels: Tensor | NDArray[np.int64] | None, sample: int | None, seed: int) -> Population:
+    most = 2**62 if sample is None else sample
+    return draw_population(data, labels, max_images=most, by_class=labels is not None, seed=seed)
+
+
+def _held_out(held_out: Samples, labels: Tensor | NDArray[np.int64] | None, shape: torch.Size, seed: int) -> Population:
+    try:
+        found = _population(held_out, labels, None, seed)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"held_out: {error}") from error
+    if found.data.shape[1:] != shape:
+        raise ValueError(
+            f"held_out has samples of shape {tuple(found.data.shape[1:])}, data of {tuple(shape)}: prepare them alike."
+        )
+    return found
+
+
+def _series(values: Tensor) -> Series:
+    """Mean and standard error over the rows of `values` (L, R), one from each stratum of the noise levels in their order.
+
+    The error comes from the differences of neighbours, since what varies between strata is no error. It is slightly too
+    large, by what varies from one stratum to the next.
+    """
+    variance = values.diff(dim=1).square().mean(1) / 2
+    return Series(values.mean(1), (variance / values.shape[1]).sqrt())
+
+
+def _name(thing: object) -> str:
+    """Its settings for one of ours, else its class or name, without an address."""
+    text = repr(thing)
+    return text if " at 0x" not in text else getattr(thing, "__name__", type(thing).__name__)

@@ -1,0 +1,147 @@
+"""`ExcessLoss` in the loops of Accelerate, Lightning and diffusers: the real packages train and log it."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import stablefield as sf
+from stablefield.interop import accelerate_callback, lightning_callback
+
+
+class Net(nn.Module):
+    """A noise predictor for rows of four numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 4)
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.linear(torch.cat([x_t, t[:, None]], 1))
+
+
+def data() -> torch.Tensor:
+    return torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+
+
+def excess() -> sf.ExcessLoss:
+    return sf.ExcessLoss(data(), process=sf.Cosine(), prediction="epsilon", levels=2, rows=8)
+
+
+def loss_of(network: nn.Module, x0: torch.Tensor) -> torch.Tensor:
+    t, noise = torch.rand(len(x0)), torch.randn(x0.shape)
+    return (network(sf.Cosine().perturb(x0, t, noise), t) - noise).square().mean()
+
+
+def test_accelerate_logs_every_so_many_steps_through_its_trackers(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    from accelerate.tracking import GeneralTracker
+
+    logged: list[tuple[int | None, dict[str, float]]] = []
+
+    class Memory(GeneralTracker):
+        name, requires_logging_directory = "memory", False
+
+        def __init__(self) -> None:
+            super().__init__()
+
+        @property
+        def tracker(self) -> None:
+            return None
+
+        def log(self, values: dict[str, float], step: int | None = None, **_: object) -> None:
+            logged.append((step, values))
+
+    accelerator = accelerate.Accelerator(cpu=True, log_with=Memory(), project_dir=str(tmp_path))
+    accelerator.init_trackers("test")
+    network = Net()
+    model, optimizer = accelerator.prepare(network, torch.optim.SGD(network.parameters(), lr=0.01))
+    measured = excess()
+    log_excess = accelerate_callback(measured, accelerator, every=2)
+    for step in range(1, 6):
+        accelerator.backward(loss_of(model, data()))
+        optimizer.step()
+        optimizer.zero_grad()
+        found = log_excess(model, step)
+        assert (found is not None) == (step % 2 == 0)
+        if found is not None:
+            assert logged[-1] == (step, found.metrics())
+    assert [step for step, _ in logged] == [2, 4]
+    assert model.training
+    accelerator.end_training()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # Lightning's own
+@pytest.mark.parametrize("package", ["lightning", "pytorch_lightning"])
+def test_lightning_logs_every_so_many_steps_of_the_optimiser(package: str, tmp_path: Path) -> None:
+    lightning = pytest.importorskip(package)
+    if package == "lightning":
+        from lightning.pytorch.loggers import CSVLogger
+    else:
+        from pytorch_lightning.loggers import CSVLogger
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:  # noqa: ARG002
+            return loss_of(self.net, batch)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    module, measured = Module(), excess()
+    callback = lightning_callback(measured, every=2, network=lambda module: module.net)
+    trainer = lightning.Trainer(
+        max_steps=5,
+        accumulate_grad_batches=2,
+        accelerator="cpu",
+        callbacks=[callback],
+        logger=CSVLogger(str(tmp_path), name="", version=""),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(data(), batch_size=4))  # pyright: ignore[reportArgumentType]
+    rows = [row for row in csv.DictReader((tmp_path / "metrics.csv").open()) if row.get("excess_loss/distance")]
+    assert [int(row["step"]) for row in rows] == [2, 4]
+    assert {"excess_loss/loss", "excess_loss/floor", "excess_loss/distance_se"} <= rows[0].keys()
+    # Trained on, it has another excess than at step 4.
+    assert float(rows[1]["excess_loss/distance"]) != measured(module.net).total("distance").value
+
+
+def test_the_three_lines_in_the_unconditional_script_of_diffusers() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    images = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    torch.manual_seed(0)
+    model = diffusers.UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=2,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    noise_scheduler = diffusers.DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
+    excess = sf.ExcessLoss(images, process=sf.from_diffusers(noise_scheduler), levels=2, rows=8)
+    metrics = excess(model).metrics()
+    # The script's loss, on many of its batches.
+    losses: list[float] = []
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _ in range(40):
+            clean = images.repeat(8, 1, 1, 1)
+            noise = torch.randn(clean.shape, generator=generator)
+            timesteps = torch.randint(0, 1000, (len(clean),), generator=generator)
+            noisy = noise_scheduler.add_noise(clean, noise, timesteps)
+            losses.append(float((model(noisy, timesteps).sample - noise).square().mean()))
+    expected = sum(losses) / len(losses)
+    assert abs(metrics["excess_loss/loss"] - expected) < 4 * metrics["excess_loss/loss_se"] + 0.01 * expected
+
+
+def test_what_a_callback_needs_is_said() -> None:
+    with pytest.raises(TypeError, match="excess is a float"):
+        lightning_callback(0.5)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="every=0"):
+        lightning_callback(excess(), every=0)
+    with pytest.raises(TypeError, match=r"accelerator\.log is None"):
+        accelerate_callback(excess(), object())
