@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torch import Tensor
 
 import stablefield as sf
 from stablefield.cli.entry import main
@@ -258,7 +259,16 @@ def test_a_run_is_held_against_the_optimum(
     assert isinstance(found, sf.probing.NetworkProbe)
     assert (found.name, found.step, len(found.logged)) == ("run", 30, 3)
     assert found.ledger is not None
-    own = sf.probe(run, network=lambda x, sigma, labels=None: 0 * x, noise_levels=[0.5], sources=16, device="cpu")
+
+    def nothing(
+        x: Tensor,
+        sigma: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        return 0 * x
+
+    own = sf.probe(run, network=nothing, noise_levels=[0.5], sources=16, device="cpu")
     assert isinstance(own, sf.probing.NetworkProbe)
     assert (own.name, own.step, own.ledger) == ("run", None, None)
     assert float(own.fit.distance.mean[0]) != float(found.fit.distance.mean[0])

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -171,6 +172,20 @@ def test_the_tables_of_the_gpu_are_the_committed_measurements(site: Path) -> Non
     for row in record["accuracy"]:
         assert [f"{row['level']:g}", f"{row['relative_error']:.1e}"] in shown
     assert page.count(f"{record['machine']}, torch {record['torch']}, {record['date']}") == 2  # and flow matching's
+
+
+def test_the_table_of_the_race_is_the_committed_measurement(site: Path) -> None:
+    shown = cells((site / "race.html").read_text("utf-8"))
+    record = json.loads((ROOT / "benchmarks/results/race_digits.json").read_text())
+    last = max(row["seconds"] for row in record["rows"])
+    ends: dict[tuple[int, str], list[float]] = {}
+    for row in record["rows"]:
+        if row["seconds"] == last:
+            ends.setdefault((row["evaluations"], row["runner"]), []).append(row["distance"])
+    assert len(ends) >= 12
+    for of in ends.values():
+        value = f"{statistics.fmean(of):.3f} ({min(of):.3f} to {max(of):.3f})"
+        assert any(line[-1] == value for line in shown), value
 
 
 def test_the_page_says_what_flow_matching_on_a_gpu_came_to(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
