@@ -293,6 +293,7 @@ CASES = {
             "bins": either(4, 32),
             "uniform": either(0.2, 1.0),
             "half_life": POSITIVE,
+            "scale": either(None, sf.EDMWeighting()),
         },
     ),
     "ImportanceSampling.__call__": Case(
