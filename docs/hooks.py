@@ -20,7 +20,9 @@ mkdocs calls the functions named `on_...`. On a page, a comment on its own line 
 
 import difflib
 import html
+import itertools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -319,8 +321,23 @@ def race_digits() -> str:
         parts += [
             f"Distances at {evaluations} evaluations of the network, means over {seeds} seeds (least to most):",
             _table(("loss", *(f"{t:g} s" for t in times)), lines, record if evaluations == 10 else None),
+            _sooner({r: {t: sum(v) / len(v) for t, v in of.items()} for r, of in found.items()}, times[-1]),
         ]
     return "\n\n".join(parts)
+
+
+def _sooner(means: dict[str, dict[float, float]], last: float) -> str:
+    """When our curve of means reaches the last value of the best peer, interpolated in log distance."""
+    peers = [name for name in means if name != "ours" and not name.startswith("stf") and last in means[name]]
+    best = min(peers, key=lambda name: means[name][last])
+    goal, curve = means[best][last], sorted(means["ours"].items())
+    reached = f"in less than {curve[0][0]:g} s"
+    for (t, before), (later, after) in itertools.pairwise(curve):
+        if after <= goal < before:
+            found = t + (later - t) * math.log(before / goal) / math.log(before / after)
+            reached = f"after {found:.0f} s, {found / last:.0%} of the time"
+    end = f"The best of the others, {RUNNERS[best]}, ends at {goal:.3f} after {last:g} s."
+    return f"{end} The {RUNNERS['ours']} reach this value {reached}.".replace("%", " %")
 
 
 def verbs() -> str:

@@ -188,6 +188,27 @@ def test_the_table_of_the_race_is_the_committed_measurement(site: Path) -> None:
         assert any(line[-1] == value for line in shown), value
 
 
+def test_the_page_of_the_race_says_when_the_best_peer_is_reached(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    race = importlib.import_module("race")
+    text = " ".join(re.sub(r"<[^>]+>", "", (site / "race.html").read_text("utf-8")).split())
+    rows = json.loads((ROOT / "benchmarks/results/race_digits.json").read_text())["rows"]
+    for evaluations in race.EVALUATIONS:
+        means = {
+            name: {t: statistics.fmean(of) for t, of in race.curve(rows, name, evaluations).items()}
+            for name in ("ours", *race.PEERS)
+        }
+        goal = min(means[name][45.0] for name in race.PEERS if means[name])
+        reached = race.time_to(means["ours"], goal)
+        if reached.startswith("<"):
+            assert (
+                f"ends at {goal:.3f} after 45 s. The stable target and all levers reach this value in less than" in text
+            )
+        else:
+            share = f"after {float(reached):.0f} s, {float(reached) / 45:.0%} of the time.".replace("%", " %")
+            assert f"ends at {goal:.3f} after 45 s. The stable target and all levers reach this value {share}" in text
+
+
 def test_the_page_says_what_flow_matching_on_a_gpu_came_to(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     page = (site / "speed.html").read_text("utf-8")
