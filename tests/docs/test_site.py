@@ -193,6 +193,16 @@ def test_the_page_of_the_race_says_when_the_best_peer_is_reached(site: Path, mon
     race = importlib.import_module("race")
     text = " ".join(re.sub(r"<[^>]+>", "", (site / "race.html").read_text("utf-8")).split())
     rows = json.loads((ROOT / "benchmarks/results/race_digits.json").read_text())["rows"]
+    ends = {
+        name: [race.curve(rows, name, evaluations)[45.0] for evaluations in race.EVALUATIONS]
+        for name in {row["runner"] for row in rows}
+    }
+    others = ends.keys() - {"ours", "stf"}
+    assert len(others) == 4
+    for name in ("ours", "stf"):  # "in every seed"
+        assert all(max(of) < min(ends[peer][k]) for peer in others for k, of in enumerate(ends[name]))
+    assert statistics.fmean(ends["stf"][1]) < statistics.fmean(ends["ours"][1])  # "at 10 evaluations they add nothing"
+    assert all(statistics.fmean(a) > statistics.fmean(b) for a, b in zip(ends["immiscible"], ends["edm"], strict=True))
     for evaluations in race.EVALUATIONS:
         means = {
             name: {t: statistics.fmean(of) for t, of in race.curve(rows, name, evaluations).items()}
