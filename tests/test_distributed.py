@@ -28,7 +28,8 @@ with WaitReporter(tell, patience=2.0), Ranks.launched() as ranks:
     if ranks.rank == 1:
         if sys.argv[1] == "stopped":
             os.kill(int(os.environ["STORE"]), signal.SIGSTOP)
-        time.sleep(8 if sys.argv[1] == "stopped" else 5)
+        # A connection to the store that was about to begin takes 5 s to give up, before the wait is reported.
+        time.sleep(16 if sys.argv[1] == "stopped" else 5)
         if sys.argv[1] == "stopped":
             os.kill(int(os.environ["STORE"]), signal.SIGCONT)
     ranks.barrier("to come late")
