@@ -136,7 +136,7 @@ def proof(
     measured = gaussian_of(iter(images.split(500)), extractor)
     arms = {arm: _recipe(name, arm, budget, band) for arm in ARMS}
     # One network for all samples and gradients: compiled once.
-    judge = _Judge(data, {arm: arms[arm] for arm in budget.variances}, budget, device)
+    evaluator = _Evaluator(data, {arm: arms[arm] for arm in budget.variances}, budget, device)
     found: list[dict[str, object]] = []
     for arm in budget.arms:
         for mark, average in _train(_stepper(data, arms[arm], device), budget, device):
@@ -149,11 +149,11 @@ def proof(
                 **mark,
             }
             for sampler in budget.samplers:
-                drawn, evaluations = judge.samples(average, name, sampler)
+                drawn, evaluations = evaluator.samples(average, name, sampler)
                 row[sampler] = distance_between(gaussian_of(iter(drawn.split(500)), extractor), measured).value
                 row[f"{sampler}_nfe"] = evaluations
                 show(f"{name}_{arm.replace(' ', '_')}", drawn)
-            row["gradient_variance"] = judge.gradient_variances(average)
+            row["gradient_variance"] = evaluator.gradient_variances(average)
             tell(row)
             found.append(row)
     return found
@@ -204,7 +204,7 @@ def _train(
     for step in range(3):  # unmeasured: what is compiled, recorded and allocated once
         stepper.take(step)
     optimizer.state.clear()
-    for module in trained.modules().values():
+    for module in (trained.model, *trained.averages.values()):
         module.load_state_dict(start)
     step, spent, losses = 0, 0.0, []
     for mark in range(1, budget.marks + 1):
@@ -225,7 +225,7 @@ def _train(
         )
 
 
-class _Judge:
+class _Evaluator:
     """Measures weights: the samples of the network that has them, and the variance of its gradient with every arm."""
 
     def __init__(self, data: ImageSet, arms: dict[str, Recipe], budget: Budget, device: torch.device) -> None:

@@ -91,37 +91,30 @@ def unet(shape: Shape, generator: Generator) -> nn.Module:
     return network.to(memory_format=torch.channels_last)
 
 
+DIGITS = Setting(
+    name="digits",
+    network=perceptron,
+    timesteps=False,
+    batch=128,
+    learning_rate=2e-3,
+    block=1,
+    samples=5000,
+    chunk=1000,
+)
+FASHION_MNIST = Setting(
+    name="fashion_mnist",
+    network=unet,
+    timesteps=True,
+    batch=64,
+    learning_rate=2e-3,
+    block=4,
+    samples=1000,
+    chunk=100,
+)
 SETTINGS: dict[Shape, Setting] = {
-    (1, 8, 8): Setting(
-        name="digits",
-        network=perceptron,
-        timesteps=False,
-        batch=128,
-        learning_rate=2e-3,
-        block=1,
-        samples=5000,
-        chunk=1000,
-    ),
-    (1, 28, 28): Setting(
-        name="fashion_mnist",
-        network=unet,
-        timesteps=True,
-        batch=64,
-        learning_rate=2e-3,
-        block=4,
-        samples=1000,
-        chunk=100,
-    ),
-    (3, 32, 32): Setting(
-        name="cifar10",
-        network=unet,
-        timesteps=True,
-        batch=64,
-        learning_rate=2e-3,
-        block=4,
-        samples=1000,
-        chunk=100,
-    ),
+    (1, 8, 8): DIGITS,
+    (1, 28, 28): FASHION_MNIST,
+    (3, 32, 32): replace(FASHION_MNIST, name="cifar10"),
 }
 RAMP, DECAY = 0.04, 0.3
 """Shares of the time over which the learning rate rises from 0 and falls to 0."""

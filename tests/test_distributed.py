@@ -27,7 +27,6 @@ with WaitReporter(tell, patience=2.0), Ranks.launched() as ranks:
     ranks.barrier("to meet once")
     if ranks.rank == 1:
         if sys.argv[1] == "stopped":
-            time.sleep(1.5)  # rank 0's reporter connects: a connection to a stopped store never returns
             os.kill(int(os.environ["STORE"]), signal.SIGSTOP)
         time.sleep(8 if sys.argv[1] == "stopped" else 5)
         if sys.argv[1] == "stopped":

@@ -77,7 +77,7 @@ class WaitReporter:
         self._rank, self._world_size, self._waits = 0, 1, 0
         self._wait: _Wait | None = None
         self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         self._token: Token[WaitReporter | None] | None = None
 
     def __enter__(self) -> Self:
@@ -90,8 +90,8 @@ class WaitReporter:
         if self._token is not None:
             _CURRENT.reset(self._token)
         self._ended.set()
-        if self._thread is not None:
-            self._thread.join(1.0)
+        for thread in self._threads:
+            thread.join(1.0)
 
     @classmethod
     def current(cls) -> "WaitReporter | None":
@@ -100,10 +100,11 @@ class WaitReporter:
 
     def start(self, rank: int, world_size: int) -> None:
         """Publish this rank's status from now on, and report its long waits; a second call does nothing."""
-        if self._thread is None:
+        if not self._threads:
             self._rank, self._world_size = rank, world_size
-            self._thread = threading.Thread(target=self._run, name="wait-report", daemon=True)
-            self._thread.start()
+            for name, target in (("wait-report-publish", self._publish), ("wait-report", self._watch)):
+                self._threads.append(threading.Thread(target=target, name=name, daemon=True))
+                self._threads[-1].start()
 
     def begin(self, purpose: str) -> None:
         """Begin a wait, whose `purpose` completes "waits for the others"."""
@@ -116,7 +117,8 @@ class WaitReporter:
         if met and wait is not None and wait.reported:
             self._say(f"rank {self._rank} goes on after {wait.seconds:.0f} s of waiting {wait.purpose}.")
 
-    def _run(self) -> None:
+    def _publish(self) -> None:
+        # Apart from the reports: a connection to a store that has stopped never returns.
         store, number = None, 0
         while True:
             number += 1
@@ -126,6 +128,9 @@ class WaitReporter:
                 store.set(_key(self._rank), json.dumps(own))  # does not wait for an answer
             if self._ended.wait(self._interval):
                 return
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._interval):
             wait = self._wait
             if wait is not None and wait.seconds > wait.due - _LOOKS * self._interval:
                 wait.looks.append(self._look())

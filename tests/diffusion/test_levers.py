@@ -249,6 +249,8 @@ def test_the_loss_and_its_bins_are_those_without_importance_sampling():
         ({"uniform": 0.0}, "uniform is 0.0: pass a share above 0, at most 1"),
         ({"half_life": 0}, "half_life is 0: pass a positive number of rows"),
         ({"bins": 0}, "bins=0: pass a whole number of at least 1"),
+        ({"scale": lambda level: torch.ones(3)}, "a finite number, 0 or more, for each of the 32 noise levels"),
+        ({"scale": lambda level: -level}, "a finite number, 0 or more, for each of the 32 noise levels"),
     ],
 )
 def test_importance_sampling_that_does_not_fit_is_refused(options, message):

@@ -46,7 +46,8 @@ class ImportanceSampling(nn.Module):
 
     Raises:
         TypeError: if an argument is of another type.
-        ValueError: if `bins` is below 1, `uniform` is not above 0 and at most 1, or `half_life` is not positive.
+        ValueError: if `bins` is below 1, `uniform` is not above 0 and at most 1, `half_life` is not positive, or `scale`
+            returns anything but a finite number, 0 or more, for each noise level.
     """
 
     squares: Tensor
@@ -79,9 +80,14 @@ class ImportanceSampling(nn.Module):
         shares = torch.arange(1, 2 * bins, dtype=torch.float64) / (2 * bins)
         levels = process.noise_level(noise_levels.quantile(shares, process)).float()
         middles = levels[::2]
-        per_bin = torch.ones_like(middles) if scale is None else scale(middles).float()
+        per_bin = torch.ones_like(middles) if scale is None else scale(middles)
+        check_tensor("scale(noise_level)", per_bin, real=True)
+        if per_bin.shape != middles.shape or not bool(((per_bin >= 0) & per_bin.isfinite()).all()):
+            raise ValueError(
+                f"scale(noise_level) is {per_bin}: return a finite number, 0 or more, for each of the {bins} noise levels."
+            )
         self.register_buffer("edges", levels[1::2].contiguous(), persistent=False)
-        self.register_buffer("scale", per_bin, persistent=False)
+        self.register_buffer("scale", per_bin.float(), persistent=False)
         # Discounted sums over the rows observed so far.
         self.register_buffer("squares", torch.zeros(bins))
         self.register_buffer("rows", torch.zeros(bins))

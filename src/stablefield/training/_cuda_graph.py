@@ -24,12 +24,12 @@ class CudaGraph(Generic[Result]):
     them: nothing is checked, and the host waits for nothing. Random numbers come from torch's global generator of the
     device, as seeded before the call.
 
-    Args:
-        function: of tensors, None, and dataclasses of them. It may read no value while it is recorded.
-        device: a CUDA device.
+    The result lies in memory that the next call overwrites.
 
-    Returns:
-        The function's result, in memory that the next call overwrites.
+    Args:
+        function: of tensors, and of tuples and dataclasses of them; anything else among its arguments must be the same in
+            every call. It may read no value while it is recorded.
+        device: a CUDA device.
     """
 
     def __init__(self, function: Callable[..., Result], device: torch.device) -> None:
