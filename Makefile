@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint types tests docs format clean
+.PHONY: demo test lint types tests timed untimed docs format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/stablefield train digits
@@ -23,10 +23,15 @@ types: $(VENV)/.test
 # Tests start many interpreters, each of which would compile the sources again if it could not keep them compiled.
 unexport PYTHONDONTWRITEBYTECODE
 
+tests: timed untimed
+
 # What compares times runs by itself; its files are named, so that no others are imported.
-tests: $(VENV)/.test
+timed: $(VENV)/.test
 	$(BIN)/python -m pytest -m timed $$(grep -rl --include='*.py' 'mark\.timed' tests)
-	$(BIN)/python -m pytest -m "not timed" --numprocesses logical --maxprocesses 4 --dist loadfile
+
+# Files that take long come first, see tests/conftest.py.
+untimed: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not timed" --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Into build/site, to be read from the disk. The variable silences the theme's announcement of its successor.
 docs: $(VENV)/.docs

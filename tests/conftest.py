@@ -1,5 +1,6 @@
 """What all tests share: a bound on threads, seeded draws, and a posterior written in the plainest way."""
 
+import gc
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from forks import Fork, Server
 from pictures import draw_small_pictures
 
 draw_small_pictures()
+# Nothing is garbage until all tests are collected.
+gc.disable()
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,17 @@ class Exact:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Files with slow tests first: no process then works on a long one after the others have ended.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")

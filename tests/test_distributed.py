@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -129,9 +130,17 @@ def test_the_core_works_where_torch_was_built_without_torch_distributed() -> Non
     assert "torch.distributed has no process group" in done.stdout
 
 
+@pytest.fixture(scope="module")
+def both() -> dict[str, list[str]]:
+    """The reports of a rank that is late and of a store that is stopped, which are waited for together."""
+    names = ("late", "stopped")
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(reports, names), strict=True))
+
+
 @pytest.mark.slow
-def test_a_rank_that_runs_and_comes_late_is_named_and_not_taken_for_stopped() -> None:
-    first, second = reports("late")
+def test_a_rank_that_runs_and_comes_late_is_named_and_not_taken_for_stopped(both: dict[str, list[str]]) -> None:
+    first, second = both["late"]
     host = re.escape(socket.gethostname())
     found = re.findall(
         rf"rank 0 of 2 has waited \d s for the others to come late: rank 1 \(process \d+ on {host}\) is running, and has "
@@ -144,7 +153,7 @@ def test_a_rank_that_runs_and_comes_late_is_named_and_not_taken_for_stopped() ->
 
 
 @pytest.mark.slow
-def test_a_wait_is_reported_although_the_store_does_not_answer() -> None:
-    first, _ = reports("stopped")
+def test_a_wait_is_reported_although_the_store_does_not_answer(both: dict[str, list[str]]) -> None:
+    first, _ = both["stopped"]
     assert "to come late: which of them is unknown, since the store" in first, first
     assert "rank 0 goes on after" in first

@@ -96,7 +96,7 @@ def test_commands_at_random_end_in_order(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     before = torch.get_num_threads()
-    for command in commands(29, seed, places, run, tmp_path / "out"):
+    for command in commands(20, seed, places, run, tmp_path / "out"):
         out, error = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error), in_time(), ended() as exit_:
             main(command)

@@ -114,6 +114,7 @@ def test_closed_and_full_streams_end_without_a_traceback(line: str, code: int, t
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
+@pytest.mark.slow
 def test_a_run_whose_reader_has_left_goes_on_and_does_not_write_into_its_files(tmp_path: Path) -> None:
     flags = "--steps 2 --batch 4 --network.width 8 --network.depth 1 --sample-every 0 --device cpu"
     done = shell(f"STABLEFIELD train digits {flags} --out a | true; exit ${{PIPESTATUS[0]}}", cwd=tmp_path)

@@ -164,6 +164,7 @@ def results(tmp_path_factory):
     return {name: (path, says, bound, *found[name]) for name, path, _, says, bound in cases}
 
 
+@pytest.mark.slow
 def test_no_file_of_a_few_mb_takes_more_memory_than_is_stated(results):
     assert len(results) > 25
     report = []

@@ -166,6 +166,7 @@ def saved(where):
     yield "Arrow's rows of nothing", folder("n", pyarrow.nulls(2**21, "binary")), "2,097,152 rows, above"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="the peak of a process's memory is measured by Linux's /proc"
 )

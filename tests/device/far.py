@@ -15,6 +15,7 @@ fail on it. torch allows one device written in Python per process, and its name 
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -137,7 +138,7 @@ def waits(function: Callable[[], Any]) -> dict[str, int]:
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    name = func._schema.name.removeprefix("aten::").rstrip("_")
+    name, makes_nothing = _facts(func)
     if name == "stablefield::posterior":
         # Looked into, since on a device it runs as it stands.
         from stablefield.targets._engine.assembly import compute
@@ -160,9 +161,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if far_ones and (name in LOOKS or _has_mask(name, args)):
         counts[f"look: {name}"] += 1
     for leaf in leaves:
-        if isinstance(leaf, _NearGenerator) and any(leaf._cdata == one._cdata for one in _generators) != result_is_far:
+        if type(leaf) in (_NearGenerator, FarGenerator) and _is_far(leaf) != result_is_far:
             raise RuntimeError(f"{name}: a generator of another device")
-    if result_is_far and not (name.startswith("empty") or name == "detach" or _is_view(func)):
+    if result_is_far and not makes_nothing:
         launches[name] += 1
     result = func(*_mapped(_inner, tuple(args)), **_mapped(_inner, kwargs))
     if any(leaf.shape != leaf.near.shape for leaf in far_ones):
@@ -178,6 +179,10 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return known[id(value)] if id(value) in known else FarTensor(value)
 
     return _mapped(outer, result)
+
+
+def _is_far(generator: torch.Generator) -> bool:
+    return any(generator._cdata == one._cdata for one in _generators)
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -206,9 +211,13 @@ def _inner(value: Any) -> Any:
     return CPU if isinstance(value, torch.device) and value.type == "far" else value
 
 
-def _is_view(func: Any) -> bool:
+@cache
+def _facts(func: Any) -> tuple[str, bool]:
+    """An operation's name, and whether it makes no numbers."""
+    name = func._schema.name.removeprefix("aten::").rstrip("_")
     aliases = [value.alias_info for value in func._schema.returns]
-    return any(alias is not None and not alias.is_write for alias in aliases)
+    is_view = any(alias is not None and not alias.is_write for alias in aliases)
+    return name, is_view or name.startswith("empty") or name == "detach"
 
 
 def _has_mask(name: str, args: Any) -> bool:

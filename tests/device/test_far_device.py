@@ -39,6 +39,7 @@ def copies(waits: dict[str, int], where: str = "") -> int:
     return sum(count for name, count in waits.items() if name.startswith(f"copy {where}"))
 
 
+@pytest.mark.slow
 def test_the_device_counts_what_waits_and_refuses_what_a_gpu_refuses(seen: dict[str, dict[str, Any]]) -> None:
     assert seen["device"] == {
         "sum": {},

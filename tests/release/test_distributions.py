@@ -76,6 +76,7 @@ def test_command_without_its_extra_says_how_to_get_it(empty: Path) -> None:
     assert 'pip install "stablefield[train]"' in done.stderr
 
 
+@pytest.mark.slow
 def test_quick_start_runs_from_the_wheel(built: tuple[Path, Path], empty: Path, tmp_path: Path) -> None:
     # After the tests of the bare environment, to which it adds.
     install(empty, built[1], "train")
