@@ -66,7 +66,7 @@ def test_weighted_sums_of_bytes_are_those_of_the_images(batch: int, count: int, 
     chunk.add_weighted(total, weights)
     assert ((total - 1 - expected) / scale).abs().max() < 2e-6
     torch.testing.assert_close(chunk.wide, truth, rtol=0, atol=1e-7)
-    assert torch.equal(chunk.at(torch.tensor([count - 1])).double(), chunk.wide[-1:])
+    assert torch.equal(chunk.at(torch.tensor([count - 1]), torch.tensor([0])).double(), chunk.wide[-1:])
 
 
 @pytest.mark.parametrize("form", ["tensor", "array", "channels last"])

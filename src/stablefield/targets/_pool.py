@@ -168,6 +168,8 @@ class Pool:
         reference_labels, weights = self._on("labels", device), self._on("weights", device)
         log_prior = source_prior = chosen = None
         source = index
+        if reference_labels is not None and size is None and host is not Host.NEVER:
+            matrix.by_label(reference_labels)
         if weights is not None:
             log_prior = weights.log()
             source_prior = log_prior[index]
@@ -221,12 +223,15 @@ class Pool:
         return checks
 
     def _on(self, name: Literal["labels", "weights"], device: torch.device) -> Tensor | None:
-        """The conditions or the weights on `device`."""
+        """The labels, int64, or the weights on `device`."""
         value = self.labels if name == "labels" else self.weights
-        if value is None or value.device == device:
+        if value is None:
+            return None
+        dtype = torch.long if name == "labels" else torch.float32 if device.type == "mps" else value.dtype
+        if value.device == device and value.dtype == dtype:
             return value
         if (name, device) not in self._moved:
-            self._moved[name, device] = value.to(device, torch.float32 if device.type == "mps" else None)
+            self._moved[name, device] = value.to(device, dtype)
         return self._moved[name, device]
 
     def subset(self, index: Tensor) -> "Pool":

@@ -169,7 +169,9 @@ class ShardedPool:
         """The exchange for batches on `device`; made once, so that a step moves no data."""
         if device not in self._exchanges:
             labels, weights = self.pool.labels, self.pool.weights
-            labels = None if labels is None else labels.to(device)
+            labels = None if labels is None else labels.to(device, torch.long)
+            if labels is not None:
+                self.pool.matrix(device).by_label(labels)
             weights = None if weights is None else weights.to(device)
             log_prior = None if weights is None else weights.log()
             draws = None

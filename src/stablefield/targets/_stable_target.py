@@ -281,6 +281,7 @@ class StableTarget:
             source_prior=None if selection.source_prior is None else selection.source_prior[among],
             levels=None if host is Host.NEVER else known.alpha[rows].double() / known.sigma[rows].double(),
             places=rows,
+            known_labels=None if host is Host.NEVER or known.labels is None else known.labels[rows].long(),
         )
         plan = Plan(
             matrix=selection.matrix,

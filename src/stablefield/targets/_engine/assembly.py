@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from stablefield.targets._engine.columns import Columns
 from stablefield.targets._engine.logits import Anchor, Logits, SmallNoise, find_anchor, noise_is_large
-from stablefield.targets._engine.matmul import chunks, full_precision
+from stablefield.targets._engine.matmul import chunks, full_precision, grouped_chunks
 from stablefield.targets._engine.online_softmax import OnlineSoftmax
 from stablefield.targets._engine.query import Host, Plan, Query
 from stablefield.targets._engine.reference_matrix import ReferenceMatrix, squared_norms
@@ -22,6 +23,10 @@ from stablefield.targets._perturbation_kernel import GaussianKernel, StudentTKer
 from stablefield.targets._target import Posterior
 
 __all__ = ["Summed", "compute", "posterior_of", "summed"]
+
+
+# Multiplications below which one product of all rows with all references is as fast as anything else.
+_FEW = 2**22
 
 
 @dataclass(frozen=True)
@@ -138,10 +143,47 @@ def _over_matrix(query: Query, plan: Plan, logits: Logits, level: Tensor) -> Onl
     """The sums over the plan's matrix without the anchors, chunk by chunk, for rows known to reach `level` (B,)."""
     x, matrix = query.x_t, plan.matrix
     softmax = OnlineSoftmax.empty(x, level)
+    if _by_label(query, plan, logits, softmax):
+        return logits.relative_to_anchor(softmax)
     among = len(matrix) if plan.host is Host.READS else None
     for where, chunk in chunks(matrix, plan.chunk_size, len(x), x.dtype):
-        softmax.add(logits.of_chunk(chunk, where, softmax.peak), among)
+        softmax.add(logits.of_chunk(chunk, Columns(where), softmax.peak), among)
     return logits.relative_to_anchor(softmax)
+
+
+def _by_label(query: Query, plan: Plan, logits: Logits, softmax: OnlineSoftmax) -> bool:
+    """Add to `softmax` the sums over the references of each row's label; False if all have to be compared with all rows."""
+    matrix, dtype = plan.matrix, query.x_t.dtype
+    if query.labels is None or query.reference_labels is None or plan.host is Host.NEVER:
+        return False
+    if logits.anchor.distances is not None:  # computed for all pairs
+        return False
+    if len(query.x_t) * len(matrix) * matrix.dim < _FEW:
+        return False
+    labels = query.reference_labels
+    # A GPU would have to be waited for: its pools have computed it once.
+    index = matrix.by_label(labels) if plan.host is Host.READS else matrix.known_by_label(labels)
+    if index is None:
+        return False
+    size = plan.chunk_size or matrix.chunk_size(1)
+    labels = query.labels.cpu() if query.known_labels is None else query.known_labels
+    found = index.parts(labels, matrix.dim, size)
+    if found is None:
+        return False
+    order = found.order.to(query.x_t.device, non_blocking=True)
+    logits, ordered = logits.at(found.order), softmax.at(order)
+    among = len(matrix) if plan.host is Host.READS else None
+    for part in found.parts:
+        some, sums, count = logits.at(part.rows), ordered.at(part.rows), part.rows.stop - part.rows.start
+        if part.runs is None:
+            products = ((Columns(where), chunk) for where, chunk in chunks(matrix, plan.chunk_size, count, dtype))
+        else:
+            products = grouped_chunks(matrix, index.columns(part, size), count, dtype)
+        for columns, chunk in products:
+            sums.add(some.of_chunk(chunk, columns, sums.peak), among)
+        ordered.put(part.rows, sums)
+    softmax.put(order, ordered)
+    return True
 
 
 def _over_images(query: Query, plan: Plan, anchor: Anchor, small: SmallNoise, level: Tensor) -> OnlineSoftmax:

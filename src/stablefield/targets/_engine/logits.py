@@ -27,12 +27,14 @@ $$ |y_k - a|^2 = (\Delta_k + 2 \alpha \langle y_k - a, n \rangle) / \alpha^2 , $
 which does not cancel even for near-duplicates far from the origin.
 """
 
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
+from stablefield.targets._engine.columns import Columns
 from stablefield.targets._engine.matmul import ULPS, Chunk, Operand, chunks
 from stablefield.targets._engine.online_softmax import ChunkLogits, OnlineSoftmax
 from stablefield.targets._engine.query import Host, Plan, Query
@@ -65,11 +67,13 @@ class SmallNoise:
         error: bound on the rounding error of a logit, shape (B,).
         mask: which rows they are, bool (B,).
         rows: their indices; all rows or none if the host may not read which.
+        on_host: the mask on the host; None if it has to be read.
     """
 
     error: Tensor
     mask: Tensor
     rows: Tensor
+    on_host: Tensor | None = None
 
     @classmethod
     def of(cls, query: Query, plan: Plan) -> "SmallNoise":
@@ -87,7 +91,14 @@ class SmallNoise:
         # The host knows the noise levels, so it need not wait for the device.
         mask = ulps * norms.bound * query.levels.square() > _TOLERANCE
         rows = mask.nonzero()[:, 0]
-        return cls(error, mask.to(device, non_blocking=True), rows.to(device, non_blocking=True))
+        return cls(error, mask.to(device, non_blocking=True), rows.to(device, non_blocking=True), mask)
+
+    def at(self, rows: Tensor | slice, host: Tensor | slice) -> "SmallNoise":
+        """Those among the rows at `rows` (b,); `host` are the same rows, on the host."""
+        mask = self.mask[rows]
+        known = mask if self.on_host is None else self.on_host[host]
+        some = known.nonzero()[:, 0].to(mask.device, non_blocking=True)
+        return SmallNoise(self.error[rows], mask, some, None if self.on_host is None else known)
 
 
 def noise_is_large(level: float, largest: float, dtype: torch.dtype) -> bool:
@@ -173,36 +184,52 @@ class Logits:
             logit = query.log_prior[place.clamp(min=0)]
         return logit.masked_fill(place < 0, -torch.inf)
 
-    def of_chunk(self, chunk: Chunk, where: slice, reached: Tensor) -> ChunkLogits:
+    def at(self, rows: Tensor | slice) -> "Logits":
+        """Those of the rows at `rows` (b,), indices on the host, which may use all references that they meet."""
+        host, rows = rows, rows.to(self._x.device, non_blocking=True) if isinstance(rows, Tensor) else rows
+        found = copy(self)
+        for name in ("_operand", "noise", "own"):
+            found.__dict__.pop(name, None)
+        place = self.anchor.place
+        found.anchor = Anchor(self.anchor.rows[rows], None if place is None else place[rows])
+        found._query, found._small = self._query.at(rows), self._small.at(rows, host)
+        found._x = found._query.x_t if self._norms.origin is None else self._x[rows]
+        for name in ("anchor_square", "_offset", "_factor", "_alpha_square"):
+            setattr(found, name, getattr(self, name)[rows])
+        return found
+
+    def of_chunk(self, chunk: Chunk, where: Columns, reached: Tensor) -> ChunkLogits:
         """The logits of a chunk, -inf for references that a row may not use and for its anchor.
 
         Args:
             chunk: the c references.
-            where: their slice of the matrix.
+            where: their columns of the matrix.
             reached: a logit that each row is known to reach, shape (B,), or -inf.
         """
         x, small, place = self._query.x_t, self._small.rows, self.anchor.place
         wide = 0 if self._by_pairs else len(small)
         if wide == len(x):
-            distances = self._wide(chunk.wide, small).to(x.dtype)
+            distances = self._wide(chunk, small).to(x.dtype)
         elif self.anchor.distances is None:
             distances = chunk.inner(self._operand).mul_(self._factor)
-            distances.addcmul_(self._alpha_square, self._norms.centred[where]).sub_(self._offset)
+            distances.addcmul_(self._alpha_square, where.of(self._norms.centred, len(x))).sub_(self._offset)
         else:
-            distances = self.anchor.distances[:, where] - self._offset
+            assert isinstance(where.where, slice)
+            distances = self.anchor.distances[:, where.where] - self._offset
         if 0 < wide < len(x):
-            distances.index_copy_(0, small, self._wide(chunk.wide, small).to(x.dtype))
+            distances.index_copy_(0, small, self._wide(chunk, small).to(x.dtype))
         logits, allowed = self._with_prior(distances, where), self._query.allowed(where)
         if allowed is not None:
             logits.masked_fill_(~allowed, -torch.inf)
         if place is not None:
-            inside = (place >= where.start) & (place < where.stop)
+            column = where.of_source(place)
+            inside = (column >= 0) & (column < len(chunk))
             if self._plan.host is Host.READS:
                 own = inside.nonzero()[:, 0]
                 if len(own):
-                    logits[own, place[own] - where.start] = -torch.inf
+                    logits[own, column[own]] = -torch.inf
             else:
-                column = (place - where.start).clamp(0, len(chunk) - 1)[:, None]
+                column = column.clamp(0, len(chunk) - 1)[:, None]
                 logits.scatter_(1, column, logits.gather(1, column).masked_fill_(inside[:, None], -torch.inf))
         largest = logits.amax(1)
         if len(small) and self._by_pairs:
@@ -213,10 +240,15 @@ class Logits:
         return ChunkLogits(chunk, logits, largest, log_prior, partial(self._energy, where, kept))
 
     def _energy(
-        self, where: slice, distances: Tensor | None, weights: Tensor, mass: Tensor, rows: Tensor | None
+        self, where: Columns, distances: Tensor | None, weights: Tensor, mass: Tensor, rows: Tensor | None
     ) -> Tensor:
         """The weighted sum of |y|^2 or, for rows with low noise, of the relative distances, shape (b,)."""
-        energy = mass * self._norms.centre + torch.mv(weights, self._norms.centred[where])
+        centred = where.of(self._norms.centred, len(self._query.x_t))
+        if centred.ndim == 1:
+            squares = torch.mv(weights, centred)
+        else:
+            squares = (weights * (centred if rows is None else centred[rows])).sum(1)
+        energy = mass * self._norms.centre + squares
         if distances is None:
             return energy
         if rows is not None:
@@ -250,16 +282,16 @@ class Logits:
         sums.energy = squares
         return sums
 
-    def _with_prior(self, distances: Tensor, where: slice, at: Tensor | slice = slice(None)) -> Tensor:
+    def _with_prior(self, distances: Tensor, where: Columns, at: Tensor | slice = slice(None)) -> Tensor:
         logits, prior = self._log_ratio(distances, at), self._query.prior(where)
-        return logits if prior is None else logits + prior
+        return logits if prior is None else logits + (prior if prior.ndim == 1 else prior[at])
 
     def _log_ratio(self, distances: Tensor, at: Tensor | slice) -> Tensor:
         square, sigma = self.anchor_square[at, None], self._query.sigma[at, None]
         return self._plan.kernel.log_ratio(distances, square, sigma, self._query.x_t.shape[1])
 
     def _repair(
-        self, logits: Tensor, largest: Tensor, distances: Tensor, chunk: Chunk, where: slice, reached: Tensor
+        self, logits: Tensor, largest: Tensor, distances: Tensor, chunk: Chunk, where: Columns, reached: Tensor
     ) -> None:
         """Recompute, in place, the pairs that rounding may have changed and that could have weight."""
         error = self._small.error
@@ -273,7 +305,7 @@ class Logits:
         many = old.device.type == "cpu" and old.dtype == torch.float32 and int(near.sum()) > _DENSE * near.numel()
         # If float64 has too few digits, only the pairwise form works.
         if many and bool((error[some] * _WIDER <= _TOLERANCE).all()):
-            exact = self._wide(chunk.wide, some).to(old.dtype)
+            exact = self._wide(chunk, some).to(old.dtype)
             distances[some] = exact
             new = self._with_prior(exact, where, some).masked_fill_(old.isneginf(), -torch.inf)
         else:
@@ -281,7 +313,9 @@ class Logits:
             exact, prior = self._pairs(chunk, some[i], k), self._query.prior(where)
             distances[some[i], k] = exact
             ratio = self._log_ratio(exact[:, None], some[i])[:, 0]
-            new = old.index_put((i, k), ratio if prior is None else ratio + prior[k])
+            if prior is not None:
+                ratio = ratio + (prior[k] if prior.ndim == 1 else prior[some[i], k])
+            new = old.index_put((i, k), ratio)
         logits[some] = new
         largest[some] = new.amax(1)
 
@@ -291,18 +325,19 @@ class Logits:
         step = max(1, _PAIR_BUDGET // anchor.shape[1])
         found: list[Tensor] = []
         for part_i, part_k in zip(i.split(step), k.split(step), strict=True):
-            gap = (anchor[part_i] - chunk.at(part_k)).mul_(alpha[part_i])
+            gap = (anchor[part_i] - chunk.at(part_k, part_i)).mul_(alpha[part_i])
             found.append(self.noise[part_i].mul_(2).add_(gap).mul_(gap).sum(1))
         return torch.cat(found)
 
-    def _wide(self, wide: Tensor, some: Tensor) -> Tensor:
+    def _wide(self, chunk: Chunk, some: Tensor) -> Tensor:
         # In float64 the product form has spare digits, so the order of the terms does not matter.
         alpha = self._query.alpha[some, None]
         x, anchor = self._query.x_t[some].double(), self.anchor.rows[some].double()
         if self._origin is not None:
             x, anchor = x - alpha * self._origin, anchor - self._origin
         offset = alpha * (alpha * anchor.square().sum(1, keepdim=True) - 2 * (x * anchor).sum(1, keepdim=True))
-        return torch.addmm(alpha**2 * wide.square().sum(1) - offset, x * (-2 * alpha), wide.T)
+        products, squares = chunk.wide_inner(x * (-2 * alpha), some)
+        return products.add_(alpha**2 * squares - offset)
 
 
 def find_anchor(query: Query, plan: Plan, small: SmallNoise) -> Anchor:
@@ -352,7 +387,8 @@ def _nearest(query: Query, rows: Tensor, plan: Plan, keep: bool, wide: bool = Fa
             distance = chunk.inner(scaled).addcmul_(alpha_square, norms.centred[where])
         if kept is not None:
             kept[:, where] = distance
-        prior, allowed = query.prior(where), query.allowed(where, rows)
+        columns = Columns(where)
+        prior, allowed = query.prior(columns), query.allowed(columns, rows)
         if prior is not None:
             distance -= (2 * query.sigma[rows, None] ** 2).to(dtype) * prior
         if allowed is not None:

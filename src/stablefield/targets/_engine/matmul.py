@@ -12,18 +12,19 @@ of the time with decoded ones (Xeon with AMX, 4,096 to 20,000 references of 3,07
 """
 
 import platform
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cache, cached_property
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from stablefield.targets._engine.reference_matrix import ReferenceMatrix, largest_magnitude
+from stablefield.targets._engine.columns import Columns
+from stablefield.targets._engine.reference_matrix import ReferenceMatrix, decode, largest_magnitude
 
-__all__ = ["ULPS", "Chunk", "Operand", "chunks", "full_precision"]
+__all__ = ["ULPS", "Chunk", "Operand", "chunks", "full_precision", "grouped_chunks"]
 
 ULPS = 10
 """Bound on the rounding error of an inner product, in ulps of the product of the two norms.
@@ -106,16 +107,21 @@ class Chunk:
             return self.rows.double()
         return self.stored.to(torch.float64, copy=True).sub_(self.origin)
 
-    def at(self, index: Tensor) -> Tensor:
-        """Those at `index` (m,), including the origin, shape (m, d)."""
-        return self.rows[index] if self.stored is None else self.stored[index].to(self.rows.dtype)
+    def at(self, column: Tensor, row: Tensor) -> Tensor:  # noqa: ARG002
+        """Those in the columns (m,) of the given rows (m,), including the origin, shape (m, d)."""
+        return self.rows[column] if self.stored is None else self.stored[column].to(self.rows.dtype)
 
     def inner(self, x: Operand) -> Tensor:
         """Inner products with the rows of `x`, shape (B, c), in a new tensor."""
         return x.rows @ self.rows.T
 
-    def weighted(self, weights: Tensor) -> Tensor:
-        """Their sums with `weights` (B, c), none negative, shape (B, d), in a new tensor."""
+    def wide_inner(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Products in float64 with `x` (b, d), the given `rows` (b,), shape (b, c); and squared norms, (c,) or (b, c)."""
+        wide = self.wide
+        return torch.mm(x, wide.T), wide.square().sum(1)
+
+    def weighted(self, weights: Tensor, rows: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        """Their sums with `weights` (b, c), none negative, of all rows or of the given (b,), shape (b, d), a new tensor."""
         return weights @ self.rows
 
     def add_weighted(self, total: Tensor, weights: Tensor) -> None:
@@ -131,17 +137,82 @@ class ByteChunk(Chunk):
     def wide(self) -> Tensor:
         return _meaning(self.rows).double()
 
-    def at(self, index: Tensor) -> Tensor:
-        return _meaning(self.rows[index])
+    def at(self, column: Tensor, row: Tensor) -> Tensor:  # noqa: ARG002
+        return _meaning(self.rows[column])
 
     def inner(self, x: Operand) -> Tensor:
         return _decoded(x.digits, x.sums, self.rows.T)
 
-    def weighted(self, weights: Tensor) -> Tensor:
+    def weighted(self, weights: Tensor, rows: Tensor | None = None) -> Tensor:  # noqa: ARG002
         return _decoded(Digits.of(weights, weights.amax(1)), weights.sum(1), self.rows)
 
     def add_weighted(self, total: Tensor, weights: Tensor) -> None:
         total.add_(self.weighted(weights))
+
+
+@dataclass(frozen=True)
+class GroupedChunk(Chunk):
+    """References of G groups: `rows` and `stored` have shape (G, C, d), and the rows are G groups of `repeats` each."""
+
+    _: KW_ONLY
+    repeats: int
+
+    def __len__(self) -> int:
+        return self.rows.shape[1]
+
+    def at(self, column: Tensor, row: Tensor) -> Tensor:
+        group = row // self.repeats
+        return self.rows[group, column] if self.stored is None else self.stored[group, column].to(self.rows.dtype)
+
+    def inner(self, x: Operand) -> Tensor:
+        return self._products(x.rows, self.rows.mT)
+
+    def wide_inner(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        wide = self.wide
+        squares = wide.square().sum(2)[rows // self.repeats]
+        return self._products(self._among_all(x, rows), wide.mT)[rows], squares
+
+    def weighted(self, weights: Tensor, rows: Tensor | None = None) -> Tensor:
+        if rows is None:
+            return self._products(weights, self.rows)
+        return self._products(self._among_all(weights, rows), self.rows)[rows]
+
+    def add_weighted(self, total: Tensor, weights: Tensor) -> None:
+        total.add_(self.weighted(weights))
+
+    def _products(self, x: Tensor, matrices: Tensor) -> Tensor:
+        return (x.view(len(self.rows), self.repeats, -1) @ matrices).flatten(0, 1)
+
+    def _among_all(self, x: Tensor, rows: Tensor) -> Tensor:
+        """`x` (b, k) at the given rows, zeros at the others."""
+        return x.new_zeros(len(self.rows) * self.repeats, x.shape[1]).index_copy_(0, rows, x)
+
+
+def grouped_chunks(
+    matrix: ReferenceMatrix, columns: Iterable[Columns], batch: int, dtype: torch.dtype
+) -> Iterator[tuple[Columns, Chunk]]:
+    """The references of each of `columns`, for products with `batch` rows of `dtype`.
+
+    Yields:
+        The columns, and the chunk, valid until the next iteration.
+    """
+    origin, decoded, gathered = matrix.norms(dtype).origin, None, None
+    for some in columns:
+        count = some.groups * len(some)
+        # Later columns of a part may be fewer, not more. New memory would cost more than the copy.
+        if gathered is None and isinstance(some.where, Tensor) and isinstance(matrix.data, Tensor):
+            gathered = torch.empty(count, matrix.dim, dtype=matrix.data.dtype, device=matrix.device)
+        stored = rows = matrix.stored(some.where, gathered)
+        if origin is not None or stored.dtype != dtype:
+            if decoded is None:
+                decoded = torch.empty(count, matrix.dim, dtype=dtype, device=matrix.device)
+            rows = decode(stored, decoded[:count], origin)
+        if some.groups == 1:
+            yield some, Chunk(rows, None if origin is None else stored, origin)
+            continue
+        shape = (some.groups, len(some), matrix.dim)
+        kept = None if origin is None else stored.view(shape)
+        yield some, GroupedChunk(rows.view(shape), kept, origin, repeats=batch // some.groups)
 
 
 def chunks(matrix: ReferenceMatrix, size: int | None, batch: int, dtype: torch.dtype) -> Iterator[tuple[slice, Chunk]]:

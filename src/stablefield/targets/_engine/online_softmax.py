@@ -108,6 +108,16 @@ class OnlineSoftmax:
             self._raise_to(torch.where(above, largest.to(old.dtype), old))
         self._add_some(seen, part, unseen * len(part.chunk))
 
+    def put(self, rows: Tensor | slice, part: "OnlineSoftmax") -> None:
+        """Put the sums of `part` (b,) in place of those of the rows at `rows` (b,)."""
+        for name in ("peak", "mass", "mass_squared", "energy", "total", "log_prior"):
+            getattr(self, name)[rows] = getattr(part, name)
+
+    def at(self, rows: Tensor | slice) -> "OnlineSoftmax":
+        """The sums of the rows at `rows` (b,); changes of `total` are seen here if they are a slice."""
+        names = ("peak", "mass", "mass_squared", "energy", "total", "log_prior")
+        return OnlineSoftmax(*(getattr(self, name)[rows] for name in names))
+
     def merge(self, other: "OnlineSoftmax") -> "OnlineSoftmax":
         """The posterior sums over the references of both parts, which must be disjoint and share their anchor."""
         peak = torch.maximum(self.peak, other.peak)
@@ -160,7 +170,7 @@ class OnlineSoftmax:
             if count < len(rows):
                 # Drop the others from all sums, so that the sums stay consistent.
                 rows, weights, narrow = rows[heavy], weights[heavy], narrow[heavy]
-            self.total.index_add_(0, rows, part.chunk.weighted(weights))
+            self.total.index_add_(0, rows, part.chunk.weighted(weights, rows))
         else:
             return
         mass = narrow.to(self.mass.dtype)

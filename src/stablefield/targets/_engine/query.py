@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stablefield._reading import readable
 from stablefield.targets._checks import finite_check, require, value_check
+from stablefield.targets._engine.columns import Columns
 from stablefield.targets._engine.online_softmax import OnlineSoftmax
 from stablefield.targets._engine.reference_matrix import ReferenceMatrix, largest_magnitude, wide_dtype
 from stablefield.targets._perturbation_kernel import PerturbationKernel
@@ -93,6 +94,7 @@ class Query:
         levels: alpha / sigma of each row on the host, shape (B,), float64, so that the host knows which rows have low noise;
             None if the device has to be read.
         places: indices of the rows in the caller's batch, shape (B,), on the host, for errors from other ranks.
+        known_labels: `labels` on the host; None if the device has to be read.
         like: checked: x_t as given, whose shape and dtype the mean takes.
     """
 
@@ -108,6 +110,7 @@ class Query:
     source_prior: Tensor | None = None
     levels: Tensor | None = None
     places: Tensor | None = None
+    known_labels: Tensor | None = None
     like: Tensor | None = None
 
     def checked(self, plan: Plan) -> "Query":
@@ -189,26 +192,37 @@ class Query:
             source_prior=source_prior,
             levels=self.levels,
             places=self.places,
+            known_labels=self.known_labels,
         )
 
-    def prior(self, where: slice) -> Tensor | None:
-        """Log prior weights of the references of the slice, shape (c,), in the dtype of the logits; None if uniform."""
-        return None if self.log_prior is None else self.log_prior[where].to(self.x_t.dtype)
+    def at(self, rows: Tensor | slice) -> "Query":
+        """What the logits need of the checked rows at `rows` (b,), which may use all references that they meet."""
+        return Query(
+            x_t=self.x_t[rows],
+            alpha=self.alpha[rows],
+            sigma=self.sigma[rows],
+            log_prior=self.log_prior,
+        )
 
-    def allowed(self, where: slice, rows: Tensor | None = None) -> Tensor | None:
-        """Which references of the slice each row (or each of `rows`) may use, shape (B, c); None if all may use all."""
+    def prior(self, columns: Columns) -> Tensor | None:
+        """Log prior weights of the columns, (c,) or (B, c), in the dtype of the logits; None if uniform."""
+        return None if self.log_prior is None else columns.of(self.log_prior, len(self.x_t)).to(self.x_t.dtype)
+
+    def allowed(self, columns: Columns, rows: Tensor | None = None) -> Tensor | None:
+        """Which columns each row (or each of `rows`) may use, shape (B, c); None if all may use all."""
         if self.labels is None or self.reference_labels is None:
-            return None
+            missing = columns.missing(len(self.x_t))
+            return None if missing is None else ~missing
         labels = (self.labels if rows is None else self.labels[rows])[:, None]
-        return (labels == self.reference_labels[where]) | (labels == -1)
+        return (labels == columns.of(self.reference_labels, len(labels))) | (labels == -1)
 
-    def prior_weight(self, where: slice, allowed: Tensor | None) -> Tensor:
-        """Log of the summed prior weights of the allowed references of the slice, shape (B,) or ()."""
+    def prior_weight(self, columns: Columns, allowed: Tensor | None) -> Tensor:
+        """Log of the summed prior weights of the allowed columns, shape (B,) or ()."""
         if self.log_prior is None:
             if allowed is None:
-                return self.sigma.new_full((), math.log(where.stop - where.start))
-            return allowed.sum(1).to(self.sigma).log()
-        log_prior = self.log_prior[where]
+                return self.sigma.new_full((), math.log(len(columns)))
+            return allowed.sum(-1).to(self.sigma).log()
+        log_prior = columns.of(self.log_prior, len(self.x_t))
         return (log_prior if allowed is None else torch.where(allowed, log_prior, -torch.inf)).logsumexp(-1)
 
 

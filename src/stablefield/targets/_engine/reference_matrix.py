@@ -20,10 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stablefield._memory import free_bytes
+from stablefield.targets._engine.label_index import LabelIndex
 
 __all__ = [
     "Norms",
     "ReferenceMatrix",
+    "decode",
     "in_blocks",
     "inner_products",
     "largest_magnitude",
@@ -116,6 +118,7 @@ class ReferenceMatrix:
         self.device = data.device if isinstance(data, Tensor) else device or torch.device("cpu")
         self._norms: dict[torch.dtype, Norms] = {}
         self._spread: Tensor | None = None
+        self._by_label: tuple[Tensor, int, LabelIndex] | None = None
         self._version = _version(data)
 
     def __len__(self) -> int:
@@ -154,7 +157,36 @@ class ReferenceMatrix:
         data = self._gather(index)
         if data.dtype == dtype:
             return data.reshape(len(data), self.dim)
-        return _decode(data, torch.empty(data.shape, dtype=dtype, device=self.device)).view(len(data), self.dim)
+        return decode(data, torch.empty(data.shape, dtype=dtype, device=self.device)).view(len(data), self.dim)
+
+    def stored(self, where: slice | Tensor, buffer: Tensor | None = None) -> Tensor:
+        """The m references of a slice, or at indices of any shape, as stored, on the device, shape (m, d).
+
+        Those at indices are written to the start of `buffer` (at least m, d), if the data are a tensor and it is given.
+        """
+        if not isinstance(where, Tensor):
+            part = self.data[where]
+            if not isinstance(part, Tensor):
+                part = torch.from_numpy(np.ascontiguousarray(part)).to(self.device)
+            return part.reshape(len(part), self.dim)
+        index = where.flatten()
+        if buffer is None or not isinstance(self.data, Tensor):
+            return self._gather(index).view(len(index), self.dim)
+        return torch.index_select(self.data.reshape(len(self), self.dim), 0, index, out=buffer[: len(index)])
+
+    def by_label(self, labels: Tensor) -> LabelIndex:
+        """The references in the order of their `labels` (n,), int64; computed once while the tensor stays the same."""
+        found = self.known_by_label(labels)
+        if found is None:
+            found = LabelIndex(labels)
+            self._by_label = (labels, _version(labels), found)
+        return found
+
+    def known_by_label(self, labels: Tensor) -> LabelIndex | None:
+        """The references in the order of their labels, if already computed."""
+        if self._by_label is None or self._by_label[0] is not labels or self._by_label[1] != _version(labels):
+            return None
+        return self._by_label[2]
 
     def take(self, index: Tensor) -> "ReferenceMatrix":
         """A matrix of the references at `index` (m,), with their norms."""
@@ -187,7 +219,7 @@ class ReferenceMatrix:
         buffer = None if plain and origin is None else torch.empty(shape, dtype=dtype, device=self.device)
         moved = None if origin is None else origin.view(shape[1:])
         for where, part in self.pages(size):
-            rows = part if buffer is None else _decode(part, buffer[: len(part)], moved)
+            rows = part if buffer is None else decode(part, buffer[: len(part)], moved)
             yield where, rows.view(len(part), self.dim)
 
     def pages(self, size: int) -> Iterator[tuple[slice, Tensor]]:
@@ -331,7 +363,7 @@ def _version(data: Tensor | NDArray[Any]) -> int:
     return data._version
 
 
-def _decode(data: Tensor, buffer: Tensor, origin: Tensor | None = None) -> Tensor:
+def decode(data: Tensor, buffer: Tensor, origin: Tensor | None = None) -> Tensor:
     """Write the values of `data`, minus `origin`, into `buffer`, of the same shape; exact to 2^-23 for uint8."""
     # To the device first: uint8 takes a quarter of the decoded size.
     data = data.to(buffer.device)
