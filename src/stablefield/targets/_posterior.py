@@ -15,7 +15,8 @@ For one alpha and one sigma, and uniform prior weights, it computes
     mean = weights @ y
 
 with the accuracy of this in float64. It is one softmax cross-attention with queries $x_t$ and keys = values = references, at
-the cost of two matrix products of 2 B n d flops and memory O((B + chunk) d + B chunk). `_engine/logits.py` computes the
+the cost of two matrix products of 2 B n d flops and memory O((B + chunk) d + B chunk). A row with a label is multiplied with
+the references of its label only (`_engine/label_index.py`). `_engine/logits.py` computes the
 distances and explains how they stay accurate, `_perturbation_kernel.py` makes exponents of them, `_engine/online_softmax.py`
 sums the weights, chunk by chunk, and `_engine/assembly.py` puts these together. On a CPU,
 the second product skips rows for which a chunk has no weight that the dtype resolves: all rows of low noise.

@@ -26,7 +26,7 @@ __all__ = ["Summed", "compute", "posterior_of", "summed"]
 
 
 # Multiplications below which one product of all rows with all references is as fast as anything else.
-_FEW = 2**22
+_FEW = 2**26
 
 
 @dataclass(frozen=True)

@@ -57,15 +57,14 @@ class LabelIndex:
     """
 
     def __init__(self, labels: Tensor) -> None:
-        ordered, self._order = labels.sort(stable=True)
-        self._rank = torch.empty_like(self._order).scatter_(
-            0, self._order, torch.arange(len(labels), device=labels.device)
-        )
-        distinct, counts = torch.unique_consecutive(ordered, return_counts=True)
-        self._labels: NDArray[np.int64] = distinct.cpu().numpy()
-        self._counts: NDArray[np.int64] = counts.cpu().numpy()
-        self._starts = np.cumsum(self._counts) - self._counts
-        self._is_sorted = bool((self._order.diff() > 0).all())
+        # On the host, which then waits for a device once.
+        given: NDArray[np.int64] = labels.cpu().numpy()
+        order = np.argsort(given, kind="stable")
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        self._labels, self._starts, self._counts = np.unique(given[order], return_index=True, return_counts=True)
+        self._is_sorted = bool((np.diff(order) > 0).all())
+        self._order, self._rank = (torch.from_numpy(one).to(labels.device, non_blocking=True) for one in (order, rank))
 
     def parts(self, labels: Tensor, dim: int, size: int) -> Parts | None:
         """The parts of a query, for references of `dim` numbers, `size` in a chunk.
