@@ -2,8 +2,8 @@
 
     python benchmarks/labels.py
 
-Both are measured in turn in one process, on the same batch: random references, all rows with a label, at one noise level that
-leaves many references weight. Writes results/labels.json: milliseconds, the ratio, and the largest difference.
+Both are measured in turn in one process, on the same batch: random references, all rows with a label, at one noise level at
+which many references have weight. Writes results/labels.json: milliseconds, the ratio, and the largest difference.
 """
 
 import argparse
