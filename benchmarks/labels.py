@@ -2,7 +2,7 @@
 
     python benchmarks/labels.py
 
-Both are measured in turn in one process, on the same batch: random references, all rows with a label, at one noise level at
+Both are measured in turn in one process, on the same batch: random references, all rows with a label, one noise level, at
 which many references have weight. Writes results/labels.json: milliseconds, the ratio, and the largest difference.
 """
 

@@ -152,12 +152,15 @@ class Levers:
         levels: mean and standard deviation of ln sigma.
         stratified: stratify the noise levels of a batch.
         antithetic: make pairs of opposite noise of half as many images.
+        steps: number the noise levels from 0 to 999, for which positional embeddings are made, instead of by ln(sigma) / 4.
+            Networks without such an embedding see no difference.
     """
 
     references: bool = False
     levels: tuple[float, float] = (-1.2, 1.2)
     stratified: bool = False
     antithetic: bool = False
+    steps: bool = False
 
 
 OURS = Levers(references=True, levels=(-0.4, 1.0), stratified=True, antithetic=True)
@@ -167,13 +170,9 @@ OURS = Levers(references=True, levels=(-0.4, 1.0), stratified=True, antithetic=T
 class Edm:
     """EDM's preconditioning, noise levels and Heun's method, with our levers."""
 
-    def __init__(self, levers: Levers, data: Tensor, batch: int, generator: Generator) -> None:
+    def __init__(self, levers: Levers, data: Tensor, batch: int, generator: Generator, *, timesteps: bool) -> None:
         process = sf.EDM()
-        if levers.references:
-            pool = sf.Pool(data)
-            target = sf.StableTarget(process, references=pool, noise_band=sf.pick_noise_band(pool).level)
-        else:
-            target = sf.DenoisingTarget(process)
+        target = stable_target(process, data) if levers.references else sf.DenoisingTarget(process)
         draws = 2 if levers.antithetic else 1
         mean, std = levers.levels
         self._objective = sf.Objective(
@@ -185,13 +184,33 @@ class Edm:
             antithetic=levers.antithetic,
         )
         self._generator = generator
+        self._steps = levers.steps and timesteps
         self.images = batch // draws
 
+    def _numbered(self, network: Network) -> Network:
+        if not self._steps:
+            return network
+        # EDM's grid, 0.002 to 80, has labels from -1.55 to 1.1.
+        return Relabelled(network, lambda label: 999 * ((label + 1.55) / 2.65).clamp(0, 1))
+
     def loss(self, network: Network, x0: Tensor, index: Tensor) -> Tensor:
-        return self._objective(preconditioned(network), x0, index=index, generator=self._generator).loss
+        denoiser = preconditioned(self._numbered(network))
+        return self._objective(denoiser, x0, index=index, generator=self._generator).loss
 
     def sample(self, network: Network, noise: Tensor, evaluations: int) -> tuple[Tensor, int]:
-        return edm_samples(network, noise, evaluations)
+        return edm_samples(self._numbered(network), noise, evaluations)
+
+
+class Relabelled(nn.Module):
+    """A network that sees other noise labels."""
+
+    def __init__(self, network: Network, label: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._network, self._label = network, label
+
+    def forward(self, x: Tensor, noise_label: Tensor) -> Tensor:
+        """The network's output for rows x (B, C, H, W) and EDM's labels (B,)."""
+        return self._network(x, self._label(noise_label))
 
 
 class Immiscible:
@@ -279,22 +298,25 @@ class TorchCfm:
 
     Args:
         optimal: pair noise and images of a batch by optimal transport.
+        target: a stable target, in place of the package's velocity.
     """
 
-    def __init__(self, batch: int, *, optimal: bool, timesteps: bool) -> None:
+    def __init__(self, batch: int, *, optimal: bool, timesteps: bool, target: sf.StableTarget | None = None) -> None:
         from torchcfm import ConditionalFlowMatcher, ExactOptimalTransportConditionalFlowMatcher
 
         self._matcher = (ExactOptimalTransportConditionalFlowMatcher if optimal else ConditionalFlowMatcher)(sigma=0.0)
-        self._timesteps = timesteps
+        self._timesteps, self._target = timesteps, target
         self.images = batch
 
     def _label(self, t: Tensor) -> Tensor:
         # As for diffusers: time steps, or numbers of order one.
         return 999 * t if self._timesteps else 2 * t - 1
 
-    def loss(self, network: Network, x0: Tensor, index: Tensor) -> Tensor:  # noqa: ARG002
-        # The package draws from torch's and numpy's global generators. It calls noise x0 and data x1.
+    def loss(self, network: Network, x0: Tensor, index: Tensor) -> Tensor:
+        # The package draws from torch's and numpy's global generators. It calls noise x0 and data x1, at time 1.
         t, x_t, velocity = self._matcher.sample_location_and_conditional_flow(torch.randn_like(x0), x0)
+        if self._target is not None:
+            velocity = -self._target(x0, x_t, 1 - t, index=index).velocity
         return (network(x_t, self._label(t)) - velocity).square().mean()
 
     def sample(self, network: Network, noise: Tensor, evaluations: int) -> tuple[Tensor, int]:
@@ -308,6 +330,12 @@ class TorchCfm:
             middle = x + velocity(x, k / steps) / (2 * steps)
             x = x + velocity(middle, (k + 0.5) / steps) / steps
         return x, 2 * steps
+
+
+def stable_target(process: sf.Process, data: Tensor) -> sf.StableTarget:
+    """The stable target with the whole data set as references."""
+    pool = sf.Pool(data)
+    return sf.StableTarget(process, references=pool, noise_band=sf.pick_noise_band(pool).level)
 
 
 def preconditioned(network: Network) -> Network:
@@ -328,6 +356,7 @@ def edm_samples(network: Network, noise: Tensor, evaluations: int) -> tuple[Tens
 
 LEVERS: dict[str, Levers] = {
     "ours": OURS,
+    "ours-steps": replace(OURS, steps=True),
     "edm": Levers(),
     "stf": Levers(references=True),
     "stf-stratified": Levers(references=True, stratified=True),
@@ -348,14 +377,14 @@ PEERS = (
     "torchcfm-ot",
 )
 """What people would pick instead of us: EDM's plain loss and the others' packages."""
-RUNNERS = (*LEVERS, *PEERS[1:])
+RUNNERS = (*LEVERS, "torchcfm-stf", *PEERS[1:])
 
 
 def make_runner(name: str, data: Tensor, setting: Setting, generator: Generator) -> Runner:
     """The runner of a name for uint8 data (n, C, H, W)."""
     batch, timesteps = setting.batch, setting.timesteps
     if name in LEVERS:
-        return Edm(LEVERS[name], data, batch, generator)
+        return Edm(LEVERS[name], data, batch, generator, timesteps=timesteps)
     match name:
         case "immiscible":
             return Immiscible(data, batch, generator)
@@ -367,6 +396,8 @@ def make_runner(name: str, data: Tensor, setting: Setting, generator: Generator)
             return Diffusers("epsilon", 5.0, batch, generator, timesteps=timesteps)
         case "min-snr-v":
             return Diffusers("v_prediction", 5.0, batch, generator, timesteps=timesteps)
+        case "torchcfm-stf":
+            return TorchCfm(batch, optimal=False, timesteps=timesteps, target=stable_target(sf.RectifiedFlow(), data))
         case "torchcfm" | "torchcfm-ot":
             return TorchCfm(batch, optimal=name == "torchcfm-ot", timesteps=timesteps)
         case _:

@@ -277,6 +277,7 @@ def samplers() -> str:
 
 RUNNERS = {
     "ours": "stable target and all levers",
+    "ours-steps": "stable target, all levers, noise labels from 0 to 999",
     "stf": "stable target alone",
     "stf-stratified": "stable target, stratified noise levels",
     "stf-antithetic": "stable target, antithetic pairs",
@@ -291,6 +292,7 @@ RUNNERS = {
     "min-snr": "diffusers, epsilon, min-SNR weights",
     "min-snr-v": "diffusers, v, min-SNR weights",
     "torchcfm": "torchcfm, independent pairs",
+    "torchcfm-stf": "torchcfm, independent pairs, with the stable target",
     "torchcfm-ot": "torchcfm, optimal transport",
 }
 
