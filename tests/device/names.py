@@ -11,6 +11,7 @@ TARGETS = {
     "in batch, far from zero": 3,
     "DSM": 1,
     "groups": 2,
+    "by label": 2,
     "mirrored": 2,
     "flips": 2,
     "source_only": 2,
@@ -21,7 +22,7 @@ TARGETS = {
     "discrete": 2,
 }
 # Operations that a call launches at most, with all references in one chunk: each takes some microseconds of the host.
-LAUNCHES = {"DSM": 40, "pool": 300, "mirrored": 480}
+LAUNCHES = {"DSM": 40, "pool": 300, "mirrored": 480, "by label": 800}
 
 # Waits of one training step: looks, copies to the device (of what an augmentation has drawn), and copies from it. Beside
 # the target's, a step looks at its weights.

@@ -90,6 +90,11 @@ def test_a_call_launches_few_operations(seen: dict[str, dict[str, Any]], kind: s
     assert 20 < seen["targets"][kind]["launches"] <= LAUNCHES[kind]
 
 
+def test_rows_with_labels_met_the_references_of_their_label(seen: dict[str, dict[str, Any]]) -> None:
+    # Five products and the rest, where "groups" has one that is masked.
+    assert seen["targets"]["by label"]["launches"] > 2 * seen["targets"]["groups"]["launches"]
+
+
 def test_a_pool_in_a_file_is_copied_chunk_by_chunk(seen: dict[str, dict[str, Any]]) -> None:
     plain, found = seen["targets"]["pool"]["waits"], seen["targets"]["array"]
     for size, chunks in (("300", 1), ("100", 3), ("30", 10)):

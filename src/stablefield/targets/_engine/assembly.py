@@ -160,13 +160,13 @@ def _by_label(query: Query, plan: Plan, logits: Logits, softmax: OnlineSoftmax) 
         return False
     if len(query.x_t) * len(matrix) * matrix.dim < _FEW:
         return False
-    labels = query.reference_labels
     # A GPU would have to be waited for: its pools have computed it once.
-    index = matrix.by_label(labels) if plan.host is Host.READS else matrix.known_by_label(labels)
+    find = matrix.by_label if plan.host is Host.READS else matrix.known_by_label
+    index = find(query.reference_labels)
     if index is None:
         return False
-    size = plan.chunk_size or matrix.chunk_size(1)
     labels = query.labels.cpu() if query.known_labels is None else query.known_labels
+    size = plan.chunk_size or matrix.chunk_size(int(labels.unique(return_counts=True)[1].max()))
     found = index.parts(labels, matrix.dim, size)
     if found is None:
         return False
