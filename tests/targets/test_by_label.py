@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -130,11 +131,11 @@ def test_every_row_meets_the_references_of_its_label_once_and_no_others(rng: tor
             for columns in index.columns(part, size):
                 assert columns.groups * len(columns) <= max(size, columns.groups)
                 places = torch.arange(len(labels))[columns.where]
-                missing = columns.missing(len(rows))
+                usable = columns.usable(len(rows))
                 for k, row in enumerate(rows):
                     own = places if places.ndim == 1 else places[k // (len(rows) // columns.groups)]
                     hidden = (
-                        torch.zeros(len(own), dtype=torch.bool) if missing is None else missing.expand(len(rows), -1)[k]
+                        torch.zeros(len(own), dtype=torch.bool) if usable is None else ~usable.expand(len(rows), -1)[k]
                     )
                     met[row].index_add_(0, own, (~hidden).long())
                 source = rows.new_tensor([int((labels == asked[row]).nonzero()[0, 0]) for row in rows])
@@ -148,10 +149,11 @@ def test_every_row_meets_the_references_of_its_label_once_and_no_others(rng: tor
 
 def test_a_batch_with_hundreds_of_labels_takes_few_operations(rng: torch.Generator) -> None:
     class Count(TorchDispatchMode):
-        operations = 0
+        operations = grouped = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             self.operations += 1
+            self.grouped += func.overloadpacket.__name__ == "bmm"
             return func(*args, **(kwargs or {}))
 
     def operations(classes: int) -> int:
@@ -162,6 +164,7 @@ def test_a_batch_with_hundreds_of_labels_takes_few_operations(rng: torch.Generat
         x_t = data[index] + torch.randn(512, 24, generator=rng)
         with Count() as count:
             stable(data[index], x_t, 1.0, labels[index], index)
+        assert (count.grouped > 0) == (classes > 1)
         return count.operations
 
     # In 400 labels, 512 rows come 1 to about 6 times each.
@@ -190,14 +193,45 @@ def test_rows_with_labels_take_a_third_of_the_masked_product(
     assert by_label < masked / 3, (by_label, masked)
 
 
-def test_labels_that_are_changed_in_place_are_sorted_anew(rng: torch.Generator) -> None:
-    data, labels = torch.randn(400, 200, generator=rng), torch.arange(400) % 4
-    index = torch.arange(200)
-    x_t = data[:200] + torch.randn(200, 200, generator=rng)
-    pool = sf.Pool(data, labels=labels)
-    stable = sf.StableTarget(sf.EDM(), references=pool, validate_args=False)
-    stable(data[:200], x_t, 1.0, labels[index], index)
-    labels.copy_(torch.arange(400) % 5)
-    found = stable(data[:200], x_t, 1.0, labels[index], index)
-    truth = sf.StableTarget(sf.EDM(), references=sf.Pool(data, labels=labels.clone()), validate_args=False)
-    assert np.array_equal(found.x0, truth(data[:200], x_t, 1.0, labels[index], index).x0)
+@pytest.mark.usefixtures("by_label")
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_labels_that_are_changed_in_place_are_read_anew(dtype: torch.dtype, rng: torch.Generator) -> None:
+    data, labels = torch.randn(40, 20, generator=rng), (torch.arange(40) % 4).to(dtype)
+    index = torch.arange(20)
+    x_t = data[:20] + torch.randn(20, 20, generator=rng)
+    stable = sf.StableTarget(sf.EDM(), references=sf.Pool(data, labels=labels), validate_args=False)
+    before = stable(data[:20], x_t, 1.0, labels[index], index)
+    labels.copy_(torch.arange(40) % 5)
+    found = stable(data[:20], x_t, 1.0, labels[index], index)
+    fresh = sf.StableTarget(sf.EDM(), references=sf.Pool(data, labels=labels.clone()), validate_args=False)
+    assert not torch.equal(found.x0, before.x0)
+    assert torch.equal(found.x0, fresh(data[:20], x_t, 1.0, labels[index], index).x0)
+
+
+@pytest.mark.usefixtures("by_label")
+def test_a_file_that_may_only_be_read_is_read_by_label(rng: torch.Generator, tmp_path: Path) -> None:
+    data, options, call = case("sorted", rng)
+    np.save(tmp_path / "data.npy", data.numpy())
+    mapped = np.load(tmp_path / "data.npy", mmap_mode="r")
+    found, truth = (
+        sf.StableTarget(sf.EDM(), references=sf.Pool(some, **options), validate_args=False)(**call)
+        for some in (mapped, data)
+    )
+    assert torch.equal(found.x0, truth.x0)
+
+
+@pytest.mark.usefixtures("by_label")
+def test_a_posterior_without_sources_goes_by_label_and_names_the_row_that_has_no_reference(
+    rng: torch.Generator, exact: Callable[..., Any]
+) -> None:
+    data, options, call = case("float32", rng)
+    labels, given = options["labels"], call["labels"]
+    # At low noise each row needs the nearest reference as its anchor.
+    for level in (0.01, 2.0):
+        found = sf.posterior(call["x_t"], 1.0, level, data, labels=given, reference_labels=labels)
+        allowed = (given[:, None] == labels) | (given[:, None] == -1)
+        truth = exact(call["x_t"], 1.0, torch.tensor(level), data.double(), allowed)
+        torch.testing.assert_close(found.mean.flatten(1).double(), truth.mean, rtol=1e-5, atol=3e-5)
+    given[3] = 7
+    with pytest.raises(ValueError, match=r"no reference may serve row 3 \(label 7\)"):
+        sf.posterior(call["x_t"], 1.0, 2.0, data, labels=given, reference_labels=labels)

@@ -15,7 +15,13 @@ from stablefield._shapes import array_of_numbers, check_kind, check_tensor, flag
 from stablefield.targets._checks import Check, require, value_check
 from stablefield.targets._draws import Frequencies
 from stablefield.targets._engine.query import Host
-from stablefield.targets._engine.reference_matrix import ReferenceMatrix, in_blocks, largest_magnitude, wide_dtype
+from stablefield.targets._engine.reference_matrix import (
+    ReferenceMatrix,
+    in_blocks,
+    largest_magnitude,
+    tensor_version,
+    wide_dtype,
+)
 from stablefield.targets._references import UNKNOWN_LABEL, Batch, Selection
 
 __all__ = ["OTHER_LABEL", "WITHOUT_WEIGHT", "Pool", "choose", "compared", "sample_weights", "verified_samples"]
@@ -35,8 +41,9 @@ class Pool:
             sent to the device of the batch chunk by chunk. Norms are computed once and kept: do not change an array in place
             afterwards (changes of a tensor are detected).
         size: number of references per batch; None for the whole array.
-        labels: condition of each sample, integers from 0, shape (n,), or None. Give samples of unknown label a separate one
-            (such as the largest plus 1), because the fact that it is missing is information.
+        labels: condition of each sample, integers from 0, shape (n,), or None. A row with a label is multiplied with the
+            samples of its label only; data sorted by label are then read without a copy. Give samples of unknown label a
+            separate one (such as the largest plus 1), because the fact that it is missing is information.
         mirrored: use the mirror image (last axis) of each reference, too. For data sets doubled by random flips that the
             network does not see; the set then has 2 `size` members.
         weights: how likely each sample is to be drawn for a batch, shape (n,), on any scale, not negative; equally likely if
@@ -91,7 +98,7 @@ class Pool:
         self.weights = None if weights is None else _checked_weights(weights, len(data))
         self._matrix = ReferenceMatrix(data)
         self._elsewhere: dict[torch.device, ReferenceMatrix] = {}
-        self._moved: dict[tuple[str, torch.device], Tensor] = {}
+        self._moved: dict[tuple[str, torch.device], tuple[int, Tensor]] = {}
         self._frequencies: Frequencies | None = None
 
     def __repr__(self) -> str:
@@ -230,9 +237,12 @@ class Pool:
         dtype = torch.long if name == "labels" else torch.float32 if device.type == "mps" else value.dtype
         if value.device == device and value.dtype == dtype:
             return value
-        if (name, device) not in self._moved:
-            self._moved[name, device] = value.to(device, dtype)
-        return self._moved[name, device]
+        found = self._moved.get((name, device))
+        # A compiler sees no versions; an eager call has converted them before.
+        if found is None or (found[0] != tensor_version(value) and not torch.compiler.is_compiling()):
+            found = tensor_version(value), value.to(device, dtype)
+            self._moved[name, device] = found
+        return found[1]
 
     def subset(self, index: Tensor) -> "Pool":
         """A pool of all the samples at `index`, integers (m,), with their norms if known."""

@@ -37,9 +37,9 @@ class Columns:
         """Those of the references' `values` (n,), for a number of `rows`: (C,) if the same for all rows, else (rows, C)."""
         return self._of_rows(values[self.where], rows)
 
-    def missing(self, rows: int) -> Tensor | None:
-        """Which columns are padding, (C,) or (rows, C); None if none is."""
-        return None if self.used is None else self._of_rows(~self.used, rows)
+    def usable(self, rows: int) -> Tensor | None:
+        """Which columns are no padding, for a number of `rows`: bool, (C,) or (rows, C); None for all."""
+        return None if self.used is None else self._of_rows(self.used, rows)
 
     def of_source(self, source: Tensor) -> Tensor:
         """The column of each row's source, an index (b,) into the matrix or -1; not 0 to C - 1 if it is not among them."""

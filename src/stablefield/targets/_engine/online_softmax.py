@@ -16,7 +16,7 @@ References:
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -110,13 +110,12 @@ class OnlineSoftmax:
 
     def put(self, rows: Tensor | slice, part: "OnlineSoftmax") -> None:
         """Put the sums of `part` (b,) in place of those of the rows at `rows` (b,)."""
-        for name in ("peak", "mass", "mass_squared", "energy", "total", "log_prior"):
-            getattr(self, name)[rows] = getattr(part, name)
+        for field in fields(self):
+            getattr(self, field.name)[rows] = getattr(part, field.name)
 
     def at(self, rows: Tensor | slice) -> "OnlineSoftmax":
         """The sums of the rows at `rows` (b,); changes of `total` are seen here if they are a slice."""
-        names = ("peak", "mass", "mass_squared", "energy", "total", "log_prior")
-        return OnlineSoftmax(*(getattr(self, name)[rows] for name in names))
+        return OnlineSoftmax(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     def merge(self, other: "OnlineSoftmax") -> "OnlineSoftmax":
         """The posterior sums over the references of both parts, which must be disjoint and share their anchor."""

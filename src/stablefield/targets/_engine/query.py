@@ -209,10 +209,9 @@ class Query:
         return None if self.log_prior is None else columns.of(self.log_prior, len(self.x_t)).to(self.x_t.dtype)
 
     def allowed(self, columns: Columns, rows: Tensor | None = None) -> Tensor | None:
-        """Which columns each row (or each of `rows`) may use, shape (B, c); None if all may use all."""
+        """Which columns each row (or each of `rows`) may use, bool, (B, c), or (c,) for all alike; None for all."""
         if self.labels is None or self.reference_labels is None:
-            missing = columns.missing(len(self.x_t))
-            return None if missing is None else ~missing
+            return columns.usable(len(self.x_t))
         labels = (self.labels if rows is None else self.labels[rows])[:, None]
         return (labels == columns.of(self.reference_labels, len(labels))) | (labels == -1)
 

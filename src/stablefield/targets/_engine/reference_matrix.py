@@ -31,6 +31,7 @@ __all__ = [
     "largest_magnitude",
     "row_blocks",
     "squared_norms",
+    "tensor_version",
     "wide_dtype",
 ]
 
@@ -119,7 +120,7 @@ class ReferenceMatrix:
         self._norms: dict[torch.dtype, Norms] = {}
         self._spread: Tensor | None = None
         self._by_label: tuple[Tensor, int, LabelIndex] | None = None
-        self._version = _version(data)
+        self._version = tensor_version(data)
 
     def __len__(self) -> int:
         return self.data.shape[0]
@@ -167,7 +168,7 @@ class ReferenceMatrix:
         if not isinstance(where, Tensor):
             part = self.data[where]
             if not isinstance(part, Tensor):
-                part = torch.from_numpy(np.ascontiguousarray(part)).to(self.device)
+                part = torch.from_numpy(np.array(part)).to(self.device)  # a copy, because the file may be read-only
             return part.reshape(len(part), self.dim)
         index = where.flatten()
         if buffer is None or not isinstance(self.data, Tensor):
@@ -179,12 +180,12 @@ class ReferenceMatrix:
         found = self.known_by_label(labels)
         if found is None:
             found = LabelIndex(labels)
-            self._by_label = (labels, _version(labels), found)
+            self._by_label = (labels, tensor_version(labels), found)
         return found
 
     def known_by_label(self, labels: Tensor) -> LabelIndex | None:
         """The references in the order of their labels, if already computed."""
-        if self._by_label is None or self._by_label[0] is not labels or self._by_label[1] != _version(labels):
+        if self._by_label is None or self._by_label[0] is not labels or self._by_label[1] != tensor_version(labels):
             return None
         return self._by_label[2]
 
@@ -326,8 +327,8 @@ class ReferenceMatrix:
 
     def _forget_if_changed(self) -> None:
         """Discard results for a tensor that has since been changed in place."""
-        if not torch.compiler.is_compiling() and _version(self.data) != self._version:
-            self._version, self._spread = _version(self.data), None
+        if not torch.compiler.is_compiling() and tensor_version(self.data) != self._version:
+            self._version, self._spread = tensor_version(self.data), None
             self._norms.clear()
 
 
@@ -356,7 +357,7 @@ def sent_ahead(data: NDArray[Any], places: Iterable[slice], device: torch.device
         yield where, sent
 
 
-def _version(data: Tensor | NDArray[Any]) -> int:
+def tensor_version(data: Tensor | NDArray[Any]) -> int:
     """How often a tensor has been changed in place; 0 for data without a counter."""
     if torch.compiler.is_compiling() or not isinstance(data, Tensor) or data.is_inference():
         return 0
