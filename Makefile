@@ -16,9 +16,8 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-# The tests beside the sources: each takes one core.
 types: $(VENV)/.test
-	$(BIN)/pyright --pythonpath $(BIN)/python --project tests & $(BIN)/pyright --pythonpath $(BIN)/python && wait $$!
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 # Tests start many interpreters, each of which would compile the sources again if it could not keep them compiled.
 unexport PYTHONDONTWRITEBYTECODE

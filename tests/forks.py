@@ -95,7 +95,7 @@ class Server:
             (folder / name).touch()
         job = {
             "code": code,
-            "arguments": [str(argument) for argument in arguments],
+            "arguments": list(arguments),
             "cwd": str(cwd or Path.cwd()),
             "environment": {**os.environ, "OMP_NUM_THREADS": "1", **environment},
             "folder": str(folder),
@@ -209,7 +209,7 @@ def run(code: str) -> int:
 
 def end(status: int) -> None:
     """End the process in order, but for what Python does to free its memory, which would first copy all of it: a second."""
-    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+    threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -5,8 +5,6 @@ fits the others. Half of the calls are good throughout, and their results are lo
 the others one or two arguments are bad ones. All is drawn from a seed: call k of a function is the same every time.
 """
 
-# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
-
 import contextlib
 import dataclasses
 import inspect

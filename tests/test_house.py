@@ -1,7 +1,5 @@
 """Claims on the house itself: which way imports point, what an import costs, and what the sources may hold."""
 
-# pyright: reportAttributeAccessIssue=false
-
 import ast
 import graphlib
 import importlib
@@ -398,6 +396,46 @@ def test_no_code_carries_a_mark_of_a_licence_that_forbids_commercial_use():
 )
 def test_the_patterns_find_what_they_are_meant_to_find(pattern, line, found):
     assert bool(re.search(pattern, line)) == found
+
+
+def reached(text, modules=()):
+    """Private names that a module reads or imports, and defines nowhere: somebody else's."""
+    tree = ast.parse(text)
+    nodes = list(ast.walk(tree))
+    own = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    used = [node for node in nodes if isinstance(node, ast.Attribute)]
+    own |= {
+        node.attr
+        for node in used
+        if isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    }
+    private = {node.attr for node in used if node.attr.startswith("_") and not node.attr.endswith("__")}
+    private |= {
+        alias.name
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+        if alias.name.startswith("_") and not alias.name.endswith("__") and f"{node.module}.{alias.name}" not in modules
+    }
+    return private - own
+
+
+def test_no_module_reaches_into_the_private_names_of_another():
+    # torch, diffusers and the standard library have no public name for these.
+    theirs = (
+        "_C _functorch _int_mm _is_vnni_supported _is_amx_tile_supported _standard_gamma _version _execution_device"
+    )
+    theirs += " _shutdown _run_exitfuncs _exit _fields"
+    modules = modules_of(SOURCE)
+    found = {
+        name: wrong
+        for name, path in modules.items()
+        if (wrong := reached(path.read_text(), modules) - {*theirs.split()})
+    }
+    assert found == {}
+    assert reached("class A:\n    def f(self, other):\n        self._x = other._y") == {"_y"}
+    assert reached("from a.b import _c, d") == {"_c"}
 
 
 def test_the_version_is_written_in_one_place():

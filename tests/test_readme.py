@@ -1,7 +1,5 @@
 """The README's code runs as it stands, and with one reference its loss is bit for bit the one without stablefield."""
 
-# pyright: reportAttributeAccessIssue=false
-
 import dataclasses
 import re
 from functools import partial

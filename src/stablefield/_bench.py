@@ -57,7 +57,7 @@ class Benchmark(Result):
 
     def cost_table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """The costs of one call, all rows above the noise band: head and rows."""
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (
                 *_cells(cost),
                 "too large" if cost.naive is None else _seconds(cost.naive),

@@ -182,10 +182,10 @@ class WaitReporter:
             return answer.get(timeout=max(1.0, self._interval))
         return None
 
-    def _store(self) -> "dist.Store":  # pyright: ignore[reportPrivateImportUsage]
+    def _store(self) -> "dist.Store":
         place, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         timeout = timedelta(seconds=max(5.0, self._interval))
-        return dist.TCPStore(place, port, timeout=timeout, wait_for_workers=False)  # pyright: ignore[reportPrivateImportUsage]
+        return dist.TCPStore(place, port, timeout=timeout, wait_for_workers=False)
 
     def _say(self, message: str) -> None:
         with contextlib.suppress(OSError, ValueError):  # the output is closed

@@ -6,7 +6,7 @@ import signal
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import FrameType
 
@@ -54,7 +54,7 @@ def ended() -> "pytest.RaisesExc[SystemExit]":
 
 
 @contextlib.contextmanager
-def in_time() -> Iterator[None]:
+def in_time() -> Generator[None]:
     """For a command, which may not work longer than it may take, nor wait; a busy machine makes all of it longer."""
 
     def ring(number: int, frame: FrameType | None) -> None:

@@ -1,7 +1,5 @@
 """Data sets of the hub: which files are fetched, and that they are read as files on disk are."""
 
-# pyright: reportAttributeAccessIssue=false
-
 import io
 import json
 import re
@@ -447,7 +445,7 @@ class Hub(BaseHTTPRequestHandler):
         if self.command == "GET":
             self.wfile.write(content)
 
-    def log_message(self, *_):
+    def log_message(self, format, *args):  # noqa: A002
         pass
 
 

@@ -10,8 +10,6 @@ what in torch waits inside a kernel and is not named in `LOOKS`. `tolist`, `new_
 fail on it. torch allows one device written in Python per process, and its name stays: use it in a process of its own.
 """
 
-# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
-
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -86,11 +84,11 @@ class FarTensor(Tensor):
         made.near = near
         return made
 
-    def __repr__(self) -> str:
+    def __repr__(self) -> str:  # pyrefly: ignore[bad-override]
         return f"FarTensor({self.near})"
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # pyrefly: ignore[bad-override]
         return _run(func, args, kwargs or {})
 
 

@@ -1,7 +1,5 @@
 """What runs on the far device, and what waits there; prints it as JSON. Run by test_far_device.py."""
 
-# pyright: reportAttributeAccessIssue=false
-
 import importlib
 import json
 import sys

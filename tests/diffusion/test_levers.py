@@ -1,7 +1,5 @@
 """Claims on the levers of a batch's variance: each leaves the expectation as it is, and lowers the variance it names."""
 
-# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
-
 import itertools
 from dataclasses import dataclass
 

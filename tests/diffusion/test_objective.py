@@ -1,7 +1,5 @@
 """Claims on the objective: exact expectations by enumeration, a second implementation, and what reaches whom."""
 
-# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
-
 import itertools
 import math
 from dataclasses import dataclass
@@ -226,7 +224,7 @@ def arriving_at(process, state):
     Then the rows of a batch are all the ways in which one state can have come about, and what the ways weigh is known.
     """
 
-    class Arriving(type(process)):
+    class Arriving(type(process)):  # pyrefly: ignore[invalid-inheritance]
         def perturb(self, x0, t, noise=None, generator=None):  # noqa: ARG002
             return self.alpha(t).to(x0.dtype)[:, None] * state.expand_as(x0)
 

@@ -34,7 +34,7 @@ def test_a_new_metric_is_one_file_and_one_line(
     exec(compile(call, "call.py", "exec"), names)
     assert re.search(r"^mean distance ↓ +0\.\d{4}$", capsys.readouterr().out, re.M)
     (line,) = re.findall(r"`\"(mean-distance)\": (MeanDistance\(\)),`", (ROOT / "CONTRIBUTING.md").read_text("utf-8"))
-    monkeypatch.setitem(METRICS, line[0], eval(line[1], names))  # pyright: ignore[reportArgumentType]
+    monkeypatch.setitem(METRICS, line[0], eval(line[1], names))
     digits = sf.data.open_images("digits")
     net = sf.evaluation.RandomConvolutions()
     assert sf.evaluate(digits, data=digits, metrics=["mean-distance"], extractor=net)["mean distance"].mean < 1e-6

@@ -1,7 +1,5 @@
 """The site's pages: their code runs in order, their commands and names exist, their numbers are the committed ones."""
 
-# pyright: reportIndexIssue=false
-
 import contextlib
 import importlib
 import io

@@ -1,5 +1,3 @@
-# pyright: reportAttributeAccessIssue=false
-
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator

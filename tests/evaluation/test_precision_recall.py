@@ -1,5 +1,3 @@
-# pyright: reportReturnType=false
-
 import numpy as np
 import pytest
 import torch

@@ -34,7 +34,7 @@ def lines(text: str) -> list[str]:
 def shown(value: object, count: int) -> dict[str, Any]:
     """A value as a notebook shows it: as a picture, if it is one, and in words."""
     data: dict[str, Any] = {"text/plain": lines(repr(value))}
-    picture = value._repr_png_() if hasattr(value, "_repr_png_") else None  # pyright: ignore
+    picture = value._repr_png_() if hasattr(value, "_repr_png_") else None
     if picture is not None:
         data = {"image/png": base64.b64encode(picture).decode(), **data}
     return {"output_type": "execute_result", "execution_count": count, "metadata": {}, "data": data}

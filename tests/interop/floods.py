@@ -42,7 +42,7 @@ def plain(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
 
 def unet(levels: int = 1, blocks: int = 1, side: int = 64, width: int = 8) -> dict[str, tuple[int, ...]]:
     """The few names by which a network is known to be one, and nothing else of it."""
-    names = {f"enc.{side}x{side}_conv.weight": (width, 1, 3, 3)}
+    names: dict[str, tuple[int, ...]] = {f"enc.{side}x{side}_conv.weight": (width, 1, 3, 3)}
     for level in range(levels):
         here = f"enc.{side >> level}x{side >> level}_block"
         names |= {f"{here}0.norm0.weight": (width,), f"{here}0.conv1.weight": (width, width, 3, 3)}

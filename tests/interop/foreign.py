@@ -1,14 +1,12 @@
 """Files as other programs write them: pickled modules that carry their source, and every trick a hostile pickle has."""
 
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
-
 import io
 import pickle
 import struct
 import sys
 import types
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -53,7 +51,7 @@ class Persistent(nn.Module):
 
 
 @contextmanager
-def foreign_modules() -> Iterator[None]:
+def foreign_modules() -> Generator[None]:
     """The modules of the other program, importable while its files are written."""
     modules = {
         "torch_utils": {},

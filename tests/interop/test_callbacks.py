@@ -105,7 +105,7 @@ def test_lightning_logs_every_so_many_steps_of_the_optimiser(package: str, tmp_p
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, torch.utils.data.DataLoader(data(), batch_size=4))  # pyright: ignore[reportArgumentType]
+    trainer.fit(module, torch.utils.data.DataLoader(data(), batch_size=4))
     rows = [row for row in csv.DictReader((tmp_path / "metrics.csv").open()) if row.get("excess_loss/distance")]
     assert [int(row["step"]) for row in rows] == [2, 4]
     assert {"excess_loss/loss", "excess_loss/floor", "excess_loss/distance_se"} <= rows[0].keys()
@@ -140,7 +140,7 @@ def test_the_three_lines_in_the_unconditional_script_of_diffusers() -> None:
 
 def test_what_a_callback_needs_is_said() -> None:
     with pytest.raises(TypeError, match="excess is a float"):
-        lightning_callback(0.5)  # pyright: ignore[reportArgumentType]
+        lightning_callback(0.5)
     with pytest.raises(ValueError, match="every=0"):
         lightning_callback(excess(), every=0)
     with pytest.raises(TypeError, match=r"accelerator\.log is None"):

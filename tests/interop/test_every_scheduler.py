@@ -1,9 +1,7 @@
 """Every scheduler of the installed diffusers is asked what it does: read as that, or refused with what to use instead."""
 
-# pyright: reportAttributeAccessIssue=false
-
 import copy
-import importlib
+import importlib.util
 import inspect
 import pkgutil
 import sys

@@ -1,7 +1,5 @@
 """Exports: loaded where this library is not, they give its samples."""
 
-# pyright: reportCallIssue=false
-
 import json
 import os
 import subprocess

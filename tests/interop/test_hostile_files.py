@@ -1,7 +1,5 @@
 """What a hostile file can do when it is imported: nothing."""
 
-# pyright: reportAttributeAccessIssue=false
-
 import builtins
 import random
 import sys

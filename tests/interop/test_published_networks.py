@@ -1,7 +1,5 @@
 """Networks of the EDM family, read from files as such programs write them, and what is said of them."""
 
-# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
-
 from pathlib import Path
 
 import foreign

@@ -1,7 +1,5 @@
 """Pushing to a model hub: against one that listens on this machine only."""
 
-# pyright: reportAttributeAccessIssue=false
-
 import base64
 import json
 import os
@@ -50,7 +48,7 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         pass
 
 

@@ -1,5 +1,3 @@
-# pyright: reportAttributeAccessIssue=false
-
 import re
 from collections.abc import Iterator
 from typing import Any

@@ -1,5 +1,3 @@
-# pyright: reportAttributeAccessIssue=false
-
 import pytest
 import torch
 

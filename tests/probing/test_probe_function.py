@@ -1,7 +1,5 @@
 """The probe as one call: of images, tensors and runs, with results that print, save and show themselves."""
 
-# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
-
 import csv
 import functools
 import json

@@ -1,7 +1,5 @@
 """The ledger of variance: its terms and levers against integrals, and against the measured variance of batches."""
 
-# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
-
 import copy
 import functools
 import json

@@ -1,7 +1,5 @@
 """A real browser, without a window: the page renders on a phone, on a desk, in the dark and on paper."""
 
-# pyright: reportAttributeAccessIssue=false
-
 import base64
 import io
 import os

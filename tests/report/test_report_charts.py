@@ -1,7 +1,5 @@
 """Charts show their data: what is drawn is read back from the SVG and held against what was given."""
 
-# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
-
 import dataclasses
 import itertools
 import re

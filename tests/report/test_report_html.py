@@ -1,7 +1,5 @@
 """The file: well-formed, told in words too, closed to the outside, the same each time, whole or not at all."""
 
-# pyright: reportAttributeAccessIssue=false
-
 import base64
 import importlib
 import io
@@ -291,7 +289,7 @@ def test_the_room_is_imported_without_its_extra(monkeypatch):
     missing = {"jinja2", "markupsafe", "matplotlib", "PIL"}
     for name in {name for name in sys.modules if name.partition(".")[0] in missing} | missing:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setattr(stablefield, "report", stablefield.report)
+    monkeypatch.setattr(stablefield, "report", stablefield.report)  # pyrefly: ignore[implicit-import]
     for name in [name for name in sys.modules if name.startswith("stablefield.report")]:
         monkeypatch.delitem(sys.modules, name)
     report = importlib.import_module("stablefield.report")

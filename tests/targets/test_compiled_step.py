@@ -1,7 +1,5 @@
 """A training step that is compiled as a whole takes the target as it is, without tracing it."""
 
-# pyright: reportCallIssue=false
-
 import pytest
 import torch
 from torch import Tensor, nn

@@ -250,8 +250,8 @@ def test_a_pool_may_be_as_small_as_the_distinct_samples_of_the_batch() -> None:
 class Ball(sf.GaussianKernel):
     """Noise that is uniform in a ball."""
 
-    def log_ratio(self, excess, anchor_square, sigma, dim):
-        return torch.where(excess + anchor_square > dim * sigma**2, -torch.inf, 0.0).to(excess.dtype)
+    def log_ratio(self, distance, anchor_square, sigma, dim):
+        return torch.where(distance + anchor_square > dim * sigma**2, -torch.inf, 0.0).to(distance.dtype)
 
 
 def test_a_kernel_that_no_reference_can_have_made_the_row_by_is_an_error(rng: torch.Generator) -> None:

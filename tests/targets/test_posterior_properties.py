@@ -16,7 +16,7 @@ def cases(draw: st.DrawFn) -> dict:
     """Arguments of `posterior`: any shapes, values, noise levels, sources, groups and priors."""
     batch, n = draw(st.integers(1, 4)), draw(st.integers(1, 6))
     shape = draw(st.sampled_from([(1,), (3,), (2, 2), (1, 2, 2)]))
-    size = int(torch.Size(shape).numel())
+    size = torch.Size(shape).numel()
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
 
     def tensor(rows: int, bound: float) -> torch.Tensor:

@@ -1,7 +1,5 @@
 """The posterior is computed in full precision, and the user's switches are found again as they were left."""
 
-# pyright: reportAttributeAccessIssue=false, reportReturnType=false
-
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +12,7 @@ import stablefield as sf
 FIELDS = ("mean", "variance", "ess", "source_weight", "log_evidence")
 
 
-def switches() -> tuple[str, str, str, bool]:
+def switches() -> tuple[str | bool, ...]:
     return (
         torch.get_float32_matmul_precision(),
         torch.backends.cuda.matmul.fp32_precision,

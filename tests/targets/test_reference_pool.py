@@ -1,7 +1,5 @@
 """A pool always holds every source, holds no sample twice, and draws the others uniformly."""
 
-# pyright: reportAttributeAccessIssue=false
-
 import pytest
 import torch
 from hypothesis import given, settings

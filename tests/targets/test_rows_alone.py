@@ -16,15 +16,15 @@ class Counting(sf.GaussianKernel):
 
     rows: list[int] = field(default_factory=list)
 
-    def log_ratio(self, excess: Tensor, anchor_square: Tensor, sigma: Tensor, dim: int) -> Tensor:
-        self.rows.append(len(excess))
-        return super().log_ratio(excess, anchor_square, sigma, dim)
+    def log_ratio(self, distance: Tensor, anchor_square: Tensor, sigma: Tensor, dim: int) -> Tensor:
+        self.rows.append(len(distance))
+        return super().log_ratio(distance, anchor_square, sigma, dim)
 
 
 class Refusing(sf.InBatch):
     """References that must not be asked for."""
 
-    def select(self, *arguments: object) -> NoReturn:  # noqa: ARG002
+    def select(self, *arguments: object, **named: object) -> NoReturn:  # noqa: ARG002
         raise AssertionError("references were selected for a batch that needs none")
 
 

@@ -37,9 +37,9 @@ def test_unknown_labels_are_refused_where_dropped_ones_are_meant(rng: torch.Gene
 
 def test_references_are_chosen_by_the_user() -> None:
     with pytest.raises(TypeError, match="references"):
-        sf.StableTarget(EDM)  # pyright: ignore[reportCallIssue]
+        sf.StableTarget(EDM)  # pyrefly: ignore[missing-argument]
     with pytest.raises(TypeError, match="target"):
-        sf.Objective(EDM)  # pyright: ignore[reportCallIssue]
+        sf.Objective(EDM)  # pyrefly: ignore[missing-argument]
 
 
 def test_a_capacity_breaks_ties_at_random() -> None:
@@ -135,7 +135,7 @@ def test_noise_without_any_is_its_mean_where_t_is_zero(rng: torch.Generator) -> 
 @pytest.mark.parametrize("size", [1.5, True, "4"])
 def test_a_size_is_a_whole_number(size: object) -> None:
     with pytest.raises((TypeError, ValueError), match="Pool size"):
-        sf.Pool(torch.zeros(5, 2), size=size)  # pyright: ignore[reportArgumentType]
+        sf.Pool(torch.zeros(5, 2), size=size)
 
 
 @pytest.mark.parametrize("name", ["x0", "x_t", "noise", "index", "labels"])

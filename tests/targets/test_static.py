@@ -1,7 +1,5 @@
 """The target with fixed shapes: in compiled functions and captured graphs, equal to the plain call, without a look."""
 
-# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportIndexIssue=false
-
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """The averaged weights follow their rules: half-life, power function, and averages made afterwards."""
 
-# pyright: reportAttributeAccessIssue=false
-
 import math
 from pathlib import Path
 

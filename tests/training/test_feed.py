@@ -1,7 +1,5 @@
 """The feed: rows and references of a step are functions of (seed, step), wherever the data lie."""
 
-# pyright: reportAttributeAccessIssue=false
-
 import dataclasses
 
 import numpy as np

@@ -93,7 +93,7 @@ def train_until_the_disk_is_full(run: RunFolder, step: int) -> None:
     """Train, with a disk that takes no more from the report of `step` on, and see the message."""
 
     def fill(report: object) -> None:
-        if report.step == step:  # pyright: ignore[reportAttributeAccessIssue]
+        if report.step == step:
             full_disk(4096)
 
     try:
@@ -167,8 +167,8 @@ def test_gradients_that_are_not_finite_are_mended_where_the_recipe_says_so(tmp_p
     from stablefield.training import _stepper as stepper
 
     class Broken(torch.nn.Linear):
-        def forward(self, x):
-            y = super().forward(x)
+        def forward(self, input):  # noqa: A002
+            y = super().forward(input)
             if self.training:
                 y.register_hook(lambda g: torch.full_like(g, float("nan")))
             return y

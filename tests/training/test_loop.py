@@ -86,7 +86,7 @@ def test_run_resumed_from_a_checkpoint_equals_the_uninterrupted_run(
     go(whole)
 
     def interrupt(report: object) -> None:
-        if report.step >= 13:  # pyright: ignore[reportAttributeAccessIssue]
+        if report.step >= 13:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

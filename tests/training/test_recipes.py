@@ -1,7 +1,5 @@
 """The named recipes say what the paper and the facts sheet say, and can be shown as Python."""
 
-# pyright: reportAttributeAccessIssue=false
-
 import dataclasses
 
 import pytest

@@ -390,7 +390,7 @@ def restored(run: RunFolder):
 
 
 def test_a_resume_with_the_config_of_another_run_names_both_files(run: RunFolder, tmp_path: Path) -> None:
-    other = start(tmp_path / "other", dataclasses.replace(SMALL, network=dataclasses.replace(SMALL.network, width=64)))
+    other = start(tmp_path / "other", dataclasses.replace(SMALL, network=dataclasses.replace(SMALL.network, width=64)))  # pyrefly: ignore[unexpected-keyword]
     shutil.copy(other.path / "config.json", run.path / "config.json")
     with pytest.raises(ValueError, match=r"step-00000004/model\.safetensors does not fit.*config\.json"):
         go(run)

@@ -183,7 +183,7 @@ def test_a_mistyped_sampler_or_recipe_says_what_it_takes(run: sf.Run, tmp_path: 
         run.sample(2, sampler="huen")
     for call in (sf.train, sf.compare):
         with pytest.raises(TypeError, match=r"^recipe is .*: pass a Recipe, such as"):
-            call("digits", recipe="digits", out=tmp_path / "no", device="cpu")  # pyright: ignore
+            call("digits", recipe="digits", out=tmp_path / "no", device="cpu")
 
 
 def test_seeds_of_a_comparison_may_be_how_many(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_comparison_that_was_stopped_holds_the_seeds_that_are_done_and_goes_on
     assert first.summary.endswith("Stopped before seed 1: the same call continues.")
     both = sf.compare("digits", **options, device="cpu", progress=ended.append)
     assert (both.seeds, both.missing) == ([0, 1], ())
-    assert {report.stage for report in ended[2:]} <= {"seed 1 DSM", "seed 1 STF"}  # pyright: ignore
+    assert {report.stage for report in ended[2:]} <= {"seed 1 DSM", "seed 1 STF"}
 
 
 def test_labels_of_an_array_are_those_of_the_run(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def test_a_run_that_was_taken_over_while_it_stood_still_ends(tmp_path: Path, mon
     monkeypatch.setattr(lock.Lock.__init__, "__defaults__", (0.02, 60.0))
 
     def take_over(report: object) -> None:
-        if report.step == 3:  # pyright: ignore[reportAttributeAccessIssue]
+        if report.step == 3:
             (run.path / ".stablefield.lock").unlink()
             write_holder(run.path / ".stablefield.lock", elsewhere())
             time.sleep(0.3)

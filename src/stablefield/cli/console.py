@@ -127,5 +127,5 @@ def shown_warnings(remedies: Mapping[type[Warning], str] | None = None) -> Gener
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = show
+        warnings.showwarning = show  # pyrefly: ignore[bad-assignment]
         yield

@@ -212,8 +212,8 @@ def _end(status: int) -> NoReturn:
         # After a failure, do not destroy the group: NCCL would wait for ranks that may be dead.
         if status == 0 and _in_group():
             sys.modules["torch.distributed"].destroy_process_group()
-        threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
-        atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]
+        threading._shutdown()  # pyrefly: ignore[missing-attribute]
+        atexit._run_exitfuncs()
     except KeyboardInterrupt:
         _tell("interrupted.")
         status = _INTERRUPTED

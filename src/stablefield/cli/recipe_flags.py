@@ -236,7 +236,8 @@ def with_fewer_levels(
     fitting = 1 + min((side & -side).bit_length() - 1 for side in shape[1:])
     if flag in flags or fitting >= len(sizes) or "--network.attention" in flags:
         return recipe, ()
-    fewer = dataclasses.replace(network, **{name: tuple(sizes[:fitting])})
+    changes: dict[str, Any] = {name: tuple(sizes[:fitting])}
+    fewer = dataclasses.replace(network, **changes)
     note = (
         f"--resolution {shape[-1]} wins over the recipe's {flag} {' '.join(map(str, sizes))}, which is "
         f"{' '.join(map(str, sizes[:fitting]))} now: {shape[-1]} can be halved {fitting - 1} times."

@@ -74,7 +74,10 @@ class Sample:
                     samples.save(out)
             else:
                 # Write each batch before drawing the next.
-                found = [batch.save(out) and batch.nfe for batch in sampler.draw(seeds, ranks, bar.update)]
+                found: list[float] = []
+                for batch in sampler.draw(seeds, ranks, bar.update):
+                    batch.save(out)
+                    found.append(batch.nfe)
                 evaluations, count = ranks.total(sum(found), len(found), purpose="to draw their images")
                 nfe = evaluations / count
         seconds = time.perf_counter() - began

@@ -36,7 +36,7 @@ def take_every_character() -> None:
     """Escape characters that a stream's encoding lacks, such as a table's lines in ASCII."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):  # replaced by something else
-            stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+            stream.reconfigure(errors="backslashreplace")  # pyrefly: ignore[missing-attribute]
 
 
 def silence(number: int) -> None:

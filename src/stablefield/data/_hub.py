@@ -68,7 +68,7 @@ def hub_files(name: str, split: str = "train") -> Generator[ImageFiles, None, No
         ImportError: if huggingface_hub or pyarrow is not installed.
     """
     try:
-        import huggingface_hub  # pyright: ignore[reportUnusedImport]  # noqa: F401
+        import huggingface_hub  # noqa: F401
     except ImportError as error:
         raise ImportError('an hf: source needs the package huggingface_hub: pip install "stablefield[hub]"') from error
     repository, _, configuration = name.partition(":")

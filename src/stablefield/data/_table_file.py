@@ -96,8 +96,8 @@ def parquet_table(path: Path) -> Table:
 @contextmanager
 def _parquet(path: Path, contents: Any = None) -> Generator[Any, None, None]:
     """Open a parquet file for reading page by page."""
-    import pyarrow as pa  # pyright: ignore[reportMissingImports]
-    from pyarrow.parquet import ParquetFile  # pyright: ignore[reportMissingImports, reportUnknownVariableType]
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
 
     with _reading(path), open_regular(path) as file:
         if contents is None:
@@ -118,7 +118,7 @@ def arrow_table(path: Path, features: object) -> Table:
     Raises:
         ValueError: if it is not a regular file, is damaged or compressed, or has more rows than its size allows.
     """
-    import pyarrow as pa  # pyright: ignore[reportMissingImports]
+    import pyarrow as pa
 
     with _reading(path):
         with open_regular(path) as file:
@@ -187,7 +187,7 @@ def _is_compressed(message: Any) -> bool:
 
 def return_free_memory() -> None:
     """Make pyarrow release freed memory, of which it otherwise keeps several times what it uses."""
-    import pyarrow as pa  # pyright: ignore[reportMissingImports]
+    import pyarrow as pa
 
     pa.default_memory_pool().release_unused()
 
@@ -220,7 +220,7 @@ def _described(schema: Any, path: Path, features: object = None) -> tuple[dict[s
 
 
 def _kind(dtype: Any) -> str:
-    from pyarrow import types  # pyright: ignore[reportMissingImports, reportUnknownVariableType]
+    from pyarrow import types
 
     if types.is_dictionary(dtype):
         dtype = dtype.value_type
@@ -237,7 +237,7 @@ def _kind(dtype: Any) -> str:
 
 def _content(value: Any) -> Any:
     """The buffer of an image's file, its path, or None, from a value of a column of images."""
-    import pyarrow as pa  # pyright: ignore[reportMissingImports]
+    import pyarrow as pa
 
     if not value.is_valid:
         return None
@@ -253,7 +253,7 @@ def _content(value: Any) -> Any:
 @contextmanager
 def _reading(path: Path) -> Generator[None, None, None]:
     """Name the file in pyarrow's errors."""
-    from pyarrow import ArrowException  # pyright: ignore[reportMissingImports, reportUnknownVariableType]
+    from pyarrow import ArrowException
 
     try:
         yield

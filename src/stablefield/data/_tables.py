@@ -213,7 +213,7 @@ def _held(content: Any) -> Any:
 def require_pyarrow(purpose: str) -> None:
     """Raise an error if pyarrow, which `purpose` needs, is not installed."""
     try:
-        import pyarrow.parquet  # pyright: ignore[reportMissingImports, reportUnusedImport]  # noqa: F401
+        import pyarrow.parquet  # noqa: F401
     except ImportError as error:
         raise ImportError(f'{purpose} needs the package pyarrow: pip install "stablefield[hub]"') from error
 

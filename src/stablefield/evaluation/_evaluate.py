@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import fsum, sqrt
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -327,7 +328,7 @@ class _Measurement:
     def _scores(self, group: _Group, repeats: Sequence[Sequence[Value]], record: SamplingRecord) -> Iterator[Score]:
         """One score per number, from the values of every repeat."""
         seeds = tuple(found for repeat in range(self.repeats) if (found := self.source.seeds(repeat)) is not None)
-        measured = group.references.record(group.extractor) | asdict(record)
+        measured: dict[str, Any] = group.references.record(group.extractor) | asdict(record)
         for same in zip(*repeats, strict=True):
             first, errors = same[0], [value.standard_error for value in same if value.standard_error is not None]
             # Root mean square of the repeats' standard errors, if all have one.

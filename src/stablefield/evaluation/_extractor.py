@@ -143,7 +143,7 @@ def full_precision(device: torch.device) -> Generator[None]:
 
     TensorFloat-32 convolutions, torch's default on recent GPUs, change features in the third digit.
     """
-    settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # pyright: ignore[reportAttributeAccessIssue]
+    settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # pyrefly: ignore[missing-attribute]
     before = [setting.fp32_precision for setting in settings]
     with torch.inference_mode(), torch.autocast(device.type, enabled=False):
         try:

@@ -136,7 +136,7 @@ class TorchScriptExtractor:
     def __call__(self, images: Tensor) -> Tensor:
         check_images(images)
         # Without the executor's specialised plans, with which a first call may differ from later ones.
-        with full_precision(self._device), torch.jit.optimized_execution(False):  # pyright: ignore[reportPrivateImportUsage]
+        with full_precision(self._device), torch.jit.optimized_execution(False):
             x = three_channels(images.to(self._device)).float()
             x = self._resize(x) if self._resize else x
             features: Tensor = self._network((x - self._offset) / self._scale)

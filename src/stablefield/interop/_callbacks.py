@@ -84,7 +84,7 @@ def lightning_callback(
     if network is not None:
         check_callable("network", network, "network(module), which returns the model to measure")
 
-    class ExcessCallback(_lightning_base()):  # pyright: ignore[reportUntypedBaseClass]
+    class ExcessCallback(_lightning_base()):
         """Measures after a training batch, on the first process."""
 
         def __init__(self) -> None:

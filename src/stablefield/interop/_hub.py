@@ -38,4 +38,4 @@ def push_folder(path: Path, name: str, *, private: bool = False) -> str:
     except Exception as error:  # the client passes on whatever its transport raises
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(f"push={name} failed; the export remains in its folder: {reason}") from error
-    return str(commit.commit_url)
+    return commit.commit_url

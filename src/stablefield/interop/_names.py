@@ -123,9 +123,9 @@ def _is_text(value: object) -> bool:
 
 def _node(args: tuple[object, ...]) -> object:
     match args:
-        case ({"class_name": str() as name, "state": dict() as state},):
+        case ({"class_name": str() as name, "state": dict() as state},):  # pyrefly: ignore[not-callable]
             return Node(name, attributes_of(cast("dict[object, object]", state)))
-        case ({"class_name": str() as name, "state": None},):
+        case ({"class_name": str() as name, "state": None},):  # pyrefly: ignore[not-callable]
             return Node(name)
         case _:
             raise RefusedError("an object of a class saved with its source has no class name or no state.")

@@ -250,7 +250,7 @@ class _Machine:
         # An opcode may copy more than its own length: it can pass the same stored list again and again.
         for value in values:
             match value:
-                case {"state": dict() as state}:
+                case {"state": dict() as state}:  # pyrefly: ignore[not-callable]
                     self.work += len(cast("dict[object, object]", state))
                 case list() | dict() | set():
                     self.work += len(cast("list[object]", value))

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -90,7 +90,7 @@ def write_pipeline(
                 options=options,
                 in_channels=shape[0],
                 sample_size=list(shape[1:]),
-                num_classes=int(getattr(denoiser.network, "classes", 0)),
+                num_classes=int(cast("int", getattr(denoiser.network, "classes", 0))),
                 sigma_data=sigma_data,
                 preconditioning=name,
                 preconditioning_options={} if name == "edm" else arguments,

@@ -46,7 +46,7 @@ def _transformed() -> bool:
     """Whether this runs under a transformation, for which torch's own operator has rules."""
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
         or is_in_torch_dispatch_mode()
     )

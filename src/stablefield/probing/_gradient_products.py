@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call  # pyright: ignore[reportPrivateImportUsage]
+from torch.func import functional_call
 
 from stablefield._shapes import check_tensor, per_row
 from stablefield.diffusion._importance_sampling import ImportanceSampling

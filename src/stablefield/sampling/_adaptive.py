@@ -110,7 +110,7 @@ def integrate(
     if not 0 < rtol < 1 or not 0 < atol < float("inf"):
         raise ValueError(f"{name}: rtol={rtol}, atol={atol}: both must be positive, rtol below 1; 1e-5 is usual.")
     try:
-        from scipy.integrate import RK45  # pyright: ignore[reportMissingTypeStubs]
+        from scipy.integrate import RK45
     except ImportError as error:
         raise ImportError(f'{name} needs SciPy: pip install "stablefield[ode]".') from error
     evaluations = 0

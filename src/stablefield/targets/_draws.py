@@ -58,7 +58,7 @@ class Frequencies:
         name: Callable[[int], str] = "sample {}".format,
     ) -> None:
         self._weights = weights
-        self._labels = None
+        self._labels: Tensor | None = None
         if labels is not None:
             numbers, order = _numbered(labels)
             self._labels = torch.empty_like(numbers).scatter_(0, order, numbers)

@@ -91,6 +91,6 @@ class StudentTKernel:
         normal = torch.randn(like.shape, dtype=like.dtype, device=like.device, generator=generator)
         shape = torch.full((like.shape[0],), 0.5 * self.dof, dtype=torch.float64, device=like.device)
         # torch's gamma sampler is the only chi-square that takes a generator.
-        chi_square = 2 * torch._standard_gamma(shape, generator=generator)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        chi_square = 2 * torch._standard_gamma(shape, generator=generator)
         scale = torch.sqrt(self.dof / chi_square).to(like.dtype)
         return normal * scale.reshape(-1, *(1,) * (like.ndim - 1))

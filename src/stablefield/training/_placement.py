@@ -58,7 +58,7 @@ def placed(recipe: Recipe, data: ImageSet, device: torch.device, processes: int 
 
 def resolve_references(
     recipe: Recipe, data: ImageSet, device: torch.device, processes: int = 1
-) -> tuple[int | str, str]:
+) -> tuple[int | Literal["all", "sharded"], str]:
     """Resolve the references `auto`, and describe the rule in words.
 
     Raises:

@@ -92,7 +92,7 @@ class SongUNetConfig:
             self.dropout,
             generator=generator,
         )
-        return network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        return network.to(memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,7 @@ class DiffusersUNetConfig:
             self.groups,
             self.dropout,
             generator,
-        ).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        ).to(memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]
 
 
 @dataclass(frozen=True, kw_only=True)

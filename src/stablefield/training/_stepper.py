@@ -69,7 +69,7 @@ class Stepper:
             self._importance = ImportanceSampling(recipe.noise_levels, recipe.process).to(self._device)
         self.trained = Trained(model, averages, optimizer, self._importance)
         self._parameters = list(model.parameters())
-        self._network: nn.Module = torch.compile(model) if recipe.compile else model  # pyright: ignore[reportAttributeAccessIssue]
+        self._network = torch.compile(model) if recipe.compile else model
         self._augmentation = Augmentation(probability=recipe.augmentation) if recipe.augmentation else None
         self._shape = config.shape
         self._capacity: int | None = None

@@ -52,7 +52,7 @@ def full_precision(device: torch.device) -> Generator[None]:
     restores the switches afterwards. They are torch's, per backend and for the whole process: another thread's products
     during the block have full precision, too: slower, never wrong.
     """
-    onednn = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    onednn = torch.backends.mkldnn.matmul  # pyrefly: ignore[missing-attribute]
     switches = (torch.backends.cuda.matmul, onednn)
     found = [switch.fp32_precision for switch in switches]
     for switch in switches:
@@ -301,7 +301,7 @@ def available() -> bool:
         return False
     try:
         # torch has no public name for either.
-        if not (torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()):  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+        if not (torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()):
             return False
         extreme = torch.tensor([[-128], [127]], dtype=torch.int8).repeat(32, 256)
         found = _byte_product()(extreme, extreme.T)
@@ -312,7 +312,7 @@ def available() -> bool:
 
 
 def _byte_product() -> Callable[[Tensor, Tensor], Tensor]:
-    return cast("Callable[[Tensor, Tensor], Tensor]", torch._int_mm)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+    return cast("Callable[[Tensor, Tensor], Tensor]", torch._int_mm)
 
 
 def _decoded(digits: Digits, sums: Tensor, matrix: Tensor) -> Tensor:
