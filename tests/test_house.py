@@ -428,11 +428,7 @@ def test_no_module_reaches_into_the_private_names_of_another():
     )
     theirs = {*theirs.split(), "_shutdown", "_run_exitfuncs", "_exit", "_fields"}
     modules = modules_of(SOURCE)
-    found = {
-        name: wrong
-        for name, path in modules.items()
-        if (wrong := reached(path.read_text(), modules) - {*theirs.split()})
-    }
+    found = {name: wrong for name, path in modules.items() if (wrong := reached(path.read_text(), modules) - theirs)}
     assert found == {}
     assert reached("class A:\n    def f(self, other):\n        self._x = other._y") == {"_y"}
     assert reached("from a.b import _c, d") == {"_c"}
