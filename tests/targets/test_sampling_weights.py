@@ -41,7 +41,7 @@ def test_the_target_has_the_expectation_of_the_weighted_prior(
     stable = sf.StableTarget(sf.EDM(), references=pool, validate_args=False)
     label = None if seen == "none" else -1 if seen == "dropped" else 1
     drawn: list[int] = []
-    monkeypatch.setattr(pools, "_others", lambda *_: torch.tensor(drawn))
+    monkeypatch.setattr(pools, "others", lambda *_: torch.tensor(drawn))
     sets = [()] if size is None else list(combinations(range(4), size))
     flips = (False, True) if mirrored else (False,)
     total, mass = torch.zeros(3, 2, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64)

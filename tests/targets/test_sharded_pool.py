@@ -50,6 +50,8 @@ def result(kind, band=0.0, timeout=None):
         shard,
         labels[mine] if "groups" in kind else None,
         mirrored="mirrored" in kind,
+        unlabelled_size=20 if "subset" in kind else None,
+        resampled="anew" in kind,
         weights=case["weights"][mine] if "weights" in kind else None,
         timeout=timeout,
     )
@@ -69,7 +71,10 @@ def result(kind, band=0.0, timeout=None):
     # A rank may have no row in the band, or no row at all in its batch but one below it.
     some = rows if len(rows) else torch.tensor([0])
     level = t[some] if len(rows) else torch.tensor([1e-6])
-    found = target(x0[some], x_t[some], level, seen, case["index"][some])
+    if "anew" in kind:
+        x0, x_t = x0 + case["moved"], x_t + case["moved"]
+    rng = torch.Generator().manual_seed(5 + rank)  # that of rank 0 decides
+    found = target(x0[some], x_t[some], level, seen, case["index"][some], generator=rng)
     return {name: getattr(found, name)[: len(rows)] for name in ("x0", "variance", "ess", "source_weight")}
 
 def warned(kind):
@@ -147,6 +152,7 @@ Run = Callable[..., list[Fork]]
 KINDS = (
     *("uint8", "float64", "array", "groups", "mirrored", "far from zero"),
     *("weights", "weights float64", "weights groups float64", "weights mirrored groups float64"),
+    *("anew", "subset groups", "weights mirrored subset groups float64", "anew subset groups"),
 )
 
 
@@ -180,6 +186,7 @@ def case(tmp_path: Path) -> dict[str, torch.Tensor]:
     # Shards that lie in different places, far from zero.
     values["offset"] = 1000 + torch.arange(101)[:, None, None, None] // 40
     far = (data / 127.5 + values["offset"])[index]
+    values["moved"] = torch.randn(31, 3, 4, 4, generator=rng)
     values["x_t_far"] = sf.EDM().perturb(far, t, generator=rng)
     torch.save({**values, "bounds": {1: [], 2: [40], 3: [1, 70]}}, tmp_path / "case.pt")
     return values
@@ -206,6 +213,8 @@ def whole(case: dict[str, torch.Tensor], kind: str) -> sf.Target:
         data,
         labels=case["labels"] if "groups" in kind else None,
         mirrored="mirrored" in kind,
+        unlabelled_size=20 if "subset" in kind else None,
+        resampled="anew" in kind,
         weights=case["weights"] if "weights" in kind else None,
     )
     x0, x_t = case["x0"], case["x_t"]
@@ -215,7 +224,10 @@ def whole(case: dict[str, torch.Tensor], kind: str) -> sf.Target:
     if kind == "far from zero":
         x0, x_t = data[case["index"]], case["x_t_far"]
     seen = case["seen"] if "groups" in kind else None
-    return sf.StableTarget(sf.EDM(), references=pool)(x0, x_t, case["t"], seen, case["index"])
+    if "anew" in kind:
+        x0, x_t = x0 + case["moved"], x_t + case["moved"]
+    rng = torch.Generator().manual_seed(5)
+    return sf.StableTarget(sf.EDM(), references=pool)(x0, x_t, case["t"], seen, case["index"], generator=rng)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -292,7 +304,7 @@ def test_what_a_pool_refuses_is_refused_by_the_rank_that_asked(
     ("what", "message"),
     [
         ("all weightless", "the weights are all 0 on all ranks"),
-        ("weights of one", "labels, mirrored or weights on only one of them"),
+        ("weights of one", "weights, resampled or unlabelled_size on only one of them"),
     ],
 )
 def test_weights_that_do_not_fit_together_are_refused_by_all_ranks(

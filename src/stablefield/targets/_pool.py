@@ -1,9 +1,9 @@
 """A pool of references: an array of clean samples; each batch uses all or some of them.
 
-The pool knows the prior: how likely each sample is to be drawn, and its label. It compares the rows of a batch with its
-samples: a row that is a different sample would be missing among its references, which silently biases the target.
+The pool knows the prior: how likely each sample is to be drawn, and its label.
 """
 
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -11,20 +11,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stablefield._shapes import array_of_numbers, check_kind, check_tensor, flag, whole_number
+from stablefield._shapes import array_of_numbers, check_floating_dtype, check_kind, check_tensor, flag, whole_number
 from stablefield.targets._checks import Check, require, value_check
 from stablefield.targets._draws import Frequencies
 from stablefield.targets._engine.query import Host
 from stablefield.targets._engine.reference_matrix import (
     ReferenceMatrix,
-    in_blocks,
-    largest_magnitude,
     tensor_version,
     wide_dtype,
 )
-from stablefield.targets._references import UNKNOWN_LABEL, Batch, Selection
+from stablefield.targets._moments import Moments
+from stablefield.targets._references import UNKNOWN_LABEL, Batch, Selection, Stored
+from stablefield.targets._subset import choose, drawn_seed, drawn_subset, others
 
-__all__ = ["OTHER_LABEL", "WITHOUT_WEIGHT", "Pool", "choose", "compared", "sample_weights", "verified_samples"]
+__all__ = ["OTHER_LABEL", "WITHOUT_WEIGHT", "Pool", "sample_weights"]
 
 OTHER_LABEL = "the Pool has another label for the row's own sample; pass the label of each row, or -1 for none"
 WITHOUT_WEIGHT = "its weight in the Pool is 0, so it cannot have been drawn; give the weights that your sampler uses"
@@ -46,6 +46,14 @@ class Pool:
             separate one (such as the largest plus 1), because the fact that it is missing is information.
         mirrored: use the mirror image (last axis) of each reference, too. For data sets doubled by random flips that the
             network does not see; the set then has 2 `size` members.
+        flipped: the flipped samples, of the shape and dtype of `data`, if they are not its mirror images, as the latents of
+            flipped images are not. Both are references, 2 n in all; `flip` in the call of a `StableTarget` says which rows
+            are flipped samples. For a network that does not see the flip.
+        unlabelled_size: for rows without a label (-1), the number of references, drawn anew for each batch; each row's own
+            sample is added for that row. None for all. Rows with a label use all references of their label.
+        resampled: whether the rows of a batch are drawn anew from their samples' distributions, as latents of a variational
+            autoencoder are: the row's own reference is then the row itself, and the other samples are one draw each. The
+            target is unbiased over these draws, see "Latents" in the theory; `from_moments` makes such a pool.
         weights: how likely each sample is to be drawn for a batch, shape (n,), on any scale, not negative; equally likely if
             None. They are the prior of the posterior: pass the weights of your sampler. With `size`, the references are then
             drawn uniformly from all samples, and each row's own sample is added only for that row.
@@ -63,6 +71,9 @@ class Pool:
         labels: Tensor | None = None,
         *,
         mirrored: bool = False,
+        flipped: Tensor | NDArray[Any] | None = None,
+        unlabelled_size: int | None = None,
+        resampled: bool = False,
         weights: Tensor | NDArray[Any] | None = None,
     ) -> None:
         check_kind("Pool data", data, (Tensor, np.ndarray), "a tensor or a numpy array of shape (n, ...)")
@@ -70,6 +81,7 @@ class Pool:
             check_tensor("Pool data", data)
         size = None if size is None else whole_number("Pool size", size)
         flag("mirrored", mirrored)
+        flag("resampled", resampled)
         if labels is not None:
             check_tensor("Pool labels", labels, real=True, numbers=True)
         if data.ndim < 2 or len(data) == 0:
@@ -92,14 +104,108 @@ class Pool:
         if labels is not None and labels.device.type == "cpu":
             require(value_check(labels >= 0, "Pool labels", labels, UNKNOWN_LABEL))
             self._unchecked_labels = False
+        if flipped is not None:
+            _check_flipped(flipped, data, mirrored)
+        if mirrored and resampled:
+            raise ValueError(
+                "resampled latents are not mirror images of others: pass mirrored=False, and the latents of the mirrored "
+                "images as flipped=."
+            )
+        if unlabelled_size is not None:
+            unlabelled_size = whole_number("Pool unlabelled_size", unlabelled_size, 1)
+            if labels is None or size is not None:
+                there = "the Pool has no labels" if labels is None else f"its size is {size}"
+                raise ValueError(
+                    f"Pool unlabelled_size is {unlabelled_size}, but {there}: pass labels, and size=None, with it."
+                )
+            if unlabelled_size > len(data):
+                raise ValueError(
+                    f"Pool unlabelled_size is {unlabelled_size}: pass at most the {len(data)} samples, or None for all."
+                )
         self.size = size
         self.labels = labels
         self.mirrored = mirrored
+        self.unlabelled_size = unlabelled_size
+        self.resampled = resampled
         self.weights = None if weights is None else _checked_weights(weights, len(data))
         self._matrix = ReferenceMatrix(data)
-        self._elsewhere: dict[torch.device, ReferenceMatrix] = {}
+        self._flipped = None if flipped is None else ReferenceMatrix(flipped)
+        self._elsewhere: dict[tuple[int, torch.device], ReferenceMatrix] = {}
         self._moved: dict[tuple[str, torch.device], tuple[int, Tensor]] = {}
         self._frequencies: Frequencies | None = None
+        self._moments: tuple[Moments, ...] = ()
+        self._seed, self._draw = 0, 0
+
+    @classmethod
+    def from_moments(
+        cls,
+        mean: Tensor | NDArray[Any],
+        std: Tensor | NDArray[Any],
+        labels: Tensor | None = None,
+        *,
+        flipped_mean: Tensor | NDArray[Any] | None = None,
+        flipped_std: Tensor | NDArray[Any] | None = None,
+        unlabelled_size: int | None = None,
+        weights: Tensor | NDArray[Any] | None = None,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> "Pool":
+        """A `resampled` pool of latents drawn from normal distributions, such as a variational autoencoder's.
+
+        The rows of a batch are other draws: x0 = mean[index] + std[index] * noise. `refresh` draws the stored latents anew;
+        do so now and then, such as once an epoch, because the target is unbiased over their draws, not for each of them.
+
+        Args:
+            mean: of each latent, shape (n, ...), floating point: a tensor on the device of the batches, or a numpy array,
+                whose latents are drawn to the CPU.
+            std: the standard deviations, of the same kind and shape.
+            labels: as in `Pool`.
+            flipped_mean: the means of the flipped samples, with `flipped_std`; see `flipped` of `Pool`.
+            flipped_std: their standard deviations.
+            unlabelled_size: as in `Pool`.
+            weights: as in `Pool`.
+            dtype: of the stored latents; torch.float16 or torch.bfloat16 take half the memory.
+            seed: of the draws.
+
+        Raises:
+            TypeError: if an argument has the wrong type.
+            ValueError: if the moments do not fit together, are not finite, or a standard deviation is negative.
+        """
+        check_floating_dtype("dtype", dtype)
+        whole_number("seed", seed)
+        if (flipped_mean is None) != (flipped_std is None):
+            raise ValueError("flipped_mean and flipped_std belong together: pass both or none.")
+        moments = [Moments(mean, std)]
+        if flipped_mean is not None and flipped_std is not None:
+            moments.append(Moments(flipped_mean, flipped_std))
+        data = [torch.empty(one.mean.shape, dtype=dtype, device=one.device) for one in moments]
+        flipped = data[1] if len(data) == 2 else None
+        pool = cls(
+            data[0], None, labels, flipped=flipped, unlabelled_size=unlabelled_size, resampled=True, weights=weights
+        )
+        pool._moments, pool._seed = tuple(moments), seed
+        pool.refresh(0)
+        return pool
+
+    def refresh(self, draw: int | None = None) -> None:
+        """Draw all stored latents anew.
+
+        Args:
+            draw: which draw; by default the one after the present one. The first is 0, and each is the same every time, so
+                a run that goes on can ask for its own.
+
+        Raises:
+            ValueError: if the pool is not made by `from_moments`, or `draw` is negative.
+        """
+        if not self._moments:
+            raise ValueError(
+                "refresh() needs the moments of the latents: make the pool by Pool.from_moments(mean, std)."
+            )
+        self._draw = self._draw + 1 if draw is None else whole_number("draw", draw, 0)
+        for place, (moments, data) in enumerate(zip(self._moments, (self.data, self.flipped), strict=False)):
+            assert isinstance(data, Tensor)
+            state = np.random.SeedSequence([self._seed, self._draw, place]).generate_state(1, np.uint64)
+            moments.draw(data, int(state[0] >> np.uint64(1)))
 
     def __repr__(self) -> str:
         return f"Pool(<{len(self._matrix)} samples>, size={self.size}, mirrored={self.mirrored})"
@@ -109,21 +215,30 @@ class Pool:
         """The clean samples, shape (n, ...)."""
         return self._matrix.data
 
+    @property
+    def flipped(self) -> Tensor | NDArray[Any] | None:
+        """The flipped samples, shape (n, ...), or None."""
+        return None if self._flipped is None else self._flipped.data
+
     def matrix(self, device: torch.device) -> ReferenceMatrix:
         """The samples as a matrix for batches on `device`.
 
         Raises:
             ValueError: if they are a tensor on another device.
         """
-        if self._matrix.device == device:
-            return self._matrix
-        if isinstance(self.data, Tensor):
+        return self._for(self._matrix, device)
+
+    def _for(self, matrix: ReferenceMatrix, device: torch.device) -> ReferenceMatrix:
+        if matrix.device == device:
+            return matrix
+        if isinstance(matrix.data, Tensor):
             raise ValueError(
-                f"the Pool's data are on {self.data.device}, the batch on {device}: move them to one device."
+                f"the Pool's data are on {matrix.data.device}, the batch on {device}: move them to one device."
             )
-        if device not in self._elsewhere:
-            self._elsewhere[device] = ReferenceMatrix(self.data, device)
-        return self._elsewhere[device]
+        place = int(matrix is self._flipped), device
+        if place not in self._elsewhere:
+            self._elsewhere[place] = ReferenceMatrix(matrix.data, device)
+        return self._elsewhere[place]
 
     def checks(self, batch: Batch, count: bool) -> list[Check]:
         """Conditions on the values of a call, as described at `References`.
@@ -163,41 +278,104 @@ class Pool:
         """
         device = batch.x0.device
         index, matrix = self.checked_index(batch), self.matrix(device)
+        flipped = None if self._flipped is None else self._for(self._flipped, device)
         if host is not Host.NEVER:
             self._unchecked_labels = False
         size = None if self.size == len(matrix) else self.size
-        if size is not None and host is Host.NEVER:
+        if host is Host.NEVER and (size is not None or self.unlabelled_size is not None):
+            name, value = ("size", size) if size is not None else ("unlabelled_size", self.unlabelled_size)
             raise ValueError(
-                f"the Pool's size is {size}: the drawn references depend on the batch's index, which a compiled or captured "
-                "function cannot read. Use the whole pool (size=None) with a noise_band and a capacity, or keep the target "
-                "out of the compiled part: torch.compiler.disable(target.__call__)."
+                f"the Pool's {name} is {value}: the drawn references depend on values that a compiled or captured function "
+                f"cannot read. Use the whole pool ({name}=None) with a noise_band and a capacity, or keep the target out of "
+                "the compiled part: torch.compiler.disable(target.__call__)."
             )
-        reference_labels, weights = self._on("labels", device), self._on("weights", device)
-        log_prior = source_prior = chosen = None
-        source = index
-        if reference_labels is not None and size is None and host is not Host.NEVER:
-            matrix.by_label(reference_labels)
+        labels, weights = self._on("labels", device), self._on("weights", device)
+        stored = None if self.resampled else Stored(matrix, index, flipped)
+        if self._moments and host is not Host.NEVER:
+            self._check_draws(batch.x0, index, batch.flipped)
+        log_prior = source_prior = None
         if weights is not None:
             log_prior = weights.log()
             source_prior = log_prior[index]
-        if size is not None and weights is None:
-            chosen, source = choose(len(matrix), index, size, generator)
-        elif size is not None:
+        if size is not None and weights is not None:
             # Drawn from all samples; a row's own sample, if not among them, is a reference only for that row.
-            chosen = _others(len(matrix), index.new_empty(0), size, generator)
-            place = torch.full((len(matrix),), -1, device=device)
-            place[chosen] = torch.arange(len(chosen), device=device)
-            source = place[index]
+            chosen = others(len(matrix), index.new_empty(0), size, generator)
+            return self._drawn(chosen, index, matrix, flipped, stored, batch.flipped)
+        if size is not None:
+            chosen, source = choose(len(matrix), index, size, generator)
+            return Selection(
+                matrix=matrix.take(chosen),
+                source=source,
+                labels=None if labels is None else labels[chosen],
+                mirrored=self.mirrored,
+                flipped=None if flipped is None else flipped.take(chosen),
+                chosen=chosen,
+                stored=stored,
+                verify_all=stored is not None,
+                source_prior=None if flipped is None else torch.zeros(len(index), device=device),
+            )
+        unlabelled = None
+        if self.unlabelled_size is not None and batch.labels is not None:
+            # The seed is drawn for every batch, so that later draws do not depend on its labels.
+            chosen = drawn_subset(len(matrix), self.unlabelled_size, drawn_seed(generator)).to(device)
+            unlabelled = partial(self._drawn, chosen, index, matrix, flipped, stored, batch.flipped)
+        if flipped is not None and source_prior is None:
+            source_prior = torch.zeros(len(index), device=device)
+        if labels is not None and host is not Host.NEVER:
+            for one in (matrix, flipped):
+                if one is not None:
+                    one.by_label(labels)
         return Selection(
-            matrix=matrix if chosen is None else matrix.take(chosen),
-            source=source,
-            labels=reference_labels if reference_labels is None or chosen is None else reference_labels[chosen],
+            matrix=matrix,
+            source=index,
+            labels=labels,
             mirrored=self.mirrored,
-            stored=(matrix, index),
-            verify_all=size is not None and weights is None,
-            log_prior=log_prior if log_prior is None or chosen is None else log_prior[chosen],
+            flipped=flipped,
+            stored=stored,
+            log_prior=log_prior,
             source_prior=source_prior,
+            unlabelled=unlabelled,
         )
+
+    def _drawn(
+        self,
+        chosen: Tensor,
+        index: Tensor,
+        matrix: ReferenceMatrix,
+        flipped: ReferenceMatrix | None,
+        stored: Stored | None,
+        is_flipped: Tensor | None,
+    ) -> Selection:
+        """The samples `chosen` (m,) without regard to the batch; a row's own, at `index`, is added only for that row."""
+        device = index.device
+        labels, weights = self._on("labels", device), self._on("weights", device)
+        log_prior = None if weights is None else weights.log()
+        place = torch.full((len(matrix),), -1, device=device)
+        place[chosen] = torch.arange(len(chosen), device=device)
+        partner = None
+        if flipped is not None and is_flipped is not None:
+            one, other = (some.rows(index, some.dtype) for some in (matrix, flipped))
+            partner = torch.where(is_flipped[:, None], one, other)
+        return Selection(
+            matrix=matrix.take(chosen),
+            source=place[index],
+            labels=None if labels is None else labels[chosen],
+            mirrored=self.mirrored,
+            flipped=None if flipped is None else flipped.take(chosen),
+            partner=partner,
+            chosen=chosen,
+            stored=stored,
+            log_prior=None if log_prior is None else log_prior[chosen],
+            source_prior=torch.zeros(len(index), device=device) if log_prior is None else log_prior[index],
+        )
+
+    def _check_draws(self, x0: Tensor, index: Tensor, is_flipped: Tensor | None) -> None:
+        """Check that the rows can be draws of their samples."""
+        if is_flipped is None:
+            self._moments[0].check(x0, index)
+            return
+        for moments, here in zip(self._moments, (~is_flipped, is_flipped), strict=True):
+            moments.check(x0[here], index[here])
 
     def checked_index(self, batch: Batch, holder: str = "Pool", where: str = "of the batch in its data") -> Tensor:
         """The index, if the batch fits; errors name the `holder`, and say `where` each row's index counts.
@@ -250,9 +428,30 @@ class Pool:
         part.size, part.mirrored = None, self.mirrored
         part.labels = None if self.labels is None else self.labels[index]
         part.weights = None if self.weights is None else self.weights[index]
+        part.unlabelled_size, part.resampled = None, self.resampled
         part._matrix, part._elsewhere, part._moved = self._matrix.take(index), {}, {}
+        part._flipped = None if self._flipped is None else self._flipped.take(index)
+        part._moments, part._seed, part._draw = (), 0, 0
         part._frequencies, part._unchecked_labels = None, self._unchecked_labels
         return part
+
+
+def _check_flipped(flipped: Any, data: Tensor | NDArray[Any], mirrored: bool) -> None:
+    check_kind("Pool flipped", flipped, (Tensor, np.ndarray), "the flipped samples, shape (n, ...), like the data")
+    if isinstance(flipped, Tensor) != isinstance(data, Tensor) or (flipped.shape, flipped.dtype) != (
+        data.shape,
+        data.dtype,
+    ):
+        raise ValueError(
+            f"Pool flipped is a {type(flipped).__name__} of shape {tuple(flipped.shape)} and dtype {flipped.dtype}: pass "
+            f"the kind, shape and dtype of the data, {type(data).__name__}, {tuple(data.shape)} and {data.dtype}."
+        )
+    if isinstance(data, Tensor) and flipped.device != data.device:
+        raise ValueError(
+            f"Pool flipped is on {flipped.device}, the data are on {data.device}: move them to one device."
+        )
+    if mirrored:
+        raise ValueError("mirrored=True adds the mirror images, flipped= other samples for them: pass one of the two.")
 
 
 def _checked_weights(weights: Tensor | NDArray[Any], n: int) -> Tensor:
@@ -282,104 +481,3 @@ def sample_weights(weights: Tensor | NDArray[Any], n: int) -> Tensor:
             f"Pool weights are {values[place].item():g} at sample {place}: pass finite numbers, 0 or more."
         )
     return values
-
-
-def compared(
-    x0: Tensor, index: Tensor, matrix: ReferenceMatrix, rounded: bool = True
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compare each row of `x0` with its sample.
-
-    Args:
-        x0: the rows, shape (B, ...).
-        index: the claimed sample of each, shape (B,).
-        matrix: the samples.
-        rounded: whether the matrix may have rounded them to the dtype in which it stores them.
-
-    Returns:
-        The largest difference, whether it is a different sample, and whether they differ by more than rounding in float32,
-        shape (B,) each; and the samples, shape (B, d).
-    """
-    dtype, given, narrow = matrix.dtype_with(x0), x0.flatten(1), torch.finfo(torch.float32).eps
-    eps = max(torch.finfo(x0.dtype).eps, matrix.eps if rounded else narrow)
-    samples = matrix.rows(index, dtype)
-
-    def gap_and_size(some: slice) -> Tensor:
-        return torch.stack([largest_magnitude(samples[some] - given[some]), largest_magnitude(samples[some])])
-
-    gap, size = in_blocks(gap_and_size, given).unbind(0)
-    size = size + matrix.holds_bytes
-    # Rounding, including that of decoding bytes, and a hundredth of the data's spread for different arithmetic.
-    allowed = 4 * eps * size + torch.finfo(dtype).tiny + 0.01 * matrix.spread
-    return gap, ~(gap <= allowed), gap > 4 * narrow * size, samples
-
-
-def verified_samples(x0: Tensor, index: Tensor, matrix: ReferenceMatrix, places: Tensor) -> Tensor | None:
-    """Verify that each row is its claimed sample, and return the samples as stored.
-
-    Args:
-        x0: the rows that use references, shape (B, ...).
-        index: the claimed sample of each, shape (B,).
-        matrix: the samples.
-        places: indices of the rows in the user's batch, shape (B,).
-
-    Returns:
-        The samples, shape (B, d), float32, or float64 if either is; None if the rows are the same up to rounding in float32.
-
-    Raises:
-        ValueError: if a row is a different sample. Its source would not be among the references, which silently biases the
-            target.
-    """
-    gap, wrong, moved, samples = compared(x0, index, matrix)
-    # One value to read for both.
-    seen = int((2 * wrong.int() + moved.int()).max()) if len(x0) else 0
-    if seen >= 2:
-        row = int(wrong.nonzero()[0, 0])
-        raise ValueError(
-            f"row {int(places[row])} of x0 is not sample {int(index[row])} of the Pool (largest difference "
-            f"{gap[row].item():.3g}): pass flip= for mirrored rows, source_only= for rows with another augmentation, or "
-            "the right index."
-        )
-    return samples if seen else None
-
-
-def choose(n: int, index: Tensor, size: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Choose `size` of n samples: those at `index`, each once, and others drawn without replacement.
-
-    Args:
-        n: the number of samples.
-        index: indices of the batch's rows, integers (B,).
-        size: how many to choose.
-        generator: draws the others.
-
-    Returns:
-        The indices of the chosen samples, shape (size,), and each row's index among them, shape (B,).
-
-    Raises:
-        ValueError: if `size` is below the number of distinct rows.
-    """
-    own: Tensor
-    source: Tensor
-    own, source = torch.unique(index, return_inverse=True)
-    if size < len(own):
-        raise ValueError(
-            f"Pool size is {size}, but the batch has {len(own)} distinct samples: "
-            f"pass at least the batch size, so that every source is among the references."
-        )
-    return torch.cat([own, _others(n, own, size - len(own), generator)]), source
-
-
-def _others(n: int, own: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """Draw `count` of the numbers 0 to n - 1 that are not in `own`, without replacement, on the device of `own`."""
-    device = own.device if generator is None else generator.device
-    if 4 * (count + len(own)) > n:
-        taken = torch.zeros(n, dtype=torch.bool, device=own.device)
-        taken[own] = True
-        free = (~taken).nonzero()[:, 0]
-        return free[torch.randperm(len(free), generator=generator, device=device)[:count].to(own.device)]
-    # A few out of many: draw with replacement, drop repeats, keep a random subset; this avoids a pass over all n.
-    found = own.new_empty(0)
-    while len(found) < count:
-        drawn = torch.randint(n, (2 * count + 16,), generator=generator, device=device).to(own.device)
-        drawn = drawn[~torch.isin(drawn, own)]
-        found: Tensor = torch.unique(torch.cat([found, drawn]))
-    return found[torch.randperm(len(found), generator=generator, device=device)[:count].to(own.device)]

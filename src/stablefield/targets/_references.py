@@ -6,6 +6,7 @@ random, for a whole data set, and for a random subset together with the batch's 
 is left out or included twice, or if references differ from the row in a condition that the network sees.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +17,7 @@ from stablefield.targets._checks import Check, value_check
 from stablefield.targets._engine.query import Host, OtherRanks
 from stablefield.targets._engine.reference_matrix import ReferenceMatrix
 
-__all__ = ["UNKNOWN_LABEL", "Batch", "InBatch", "References", "Selection"]
+__all__ = ["UNKNOWN_LABEL", "Batch", "InBatch", "References", "Selection", "Stored"]
 
 UNKNOWN_LABEL = (
     "-1 means a label that was dropped by chance; give samples of unknown label a separate class, such as the largest "
@@ -37,6 +38,7 @@ class Batch:
         reference_labels: true condition of each row, shape (B,), if `labels` may have dropped ones, or None.
         index: each row's index in the data set, shape (B,), or None.
         source_only: rows that use only their source and serve no other row, bool (B,), or None.
+        flipped: rows whose source is the flipped sample, bool (B,), if the references hold flipped samples of their own.
     """
 
     x0: Tensor
@@ -47,6 +49,7 @@ class Batch:
     reference_labels: Tensor | None
     index: Tensor | None
     source_only: Tensor | None = None
+    flipped: Tensor | None = None
 
     @property
     def truth(self) -> Tensor | None:
@@ -63,6 +66,7 @@ class Batch:
             labels=None if self.labels is None else self.labels[rows],
             reference_labels=None if self.reference_labels is None else self.reference_labels[rows],
             index=None if self.index is None else self.index[rows],
+            flipped=None if self.flipped is None else self.flipped[rows],
         )
 
 
@@ -76,13 +80,18 @@ class Selection:
         labels: condition of each reference, shape (n,), or None.
         mirrored: whether the mirror image (last axis) of each reference is a reference, too.
         ranks: the ranks that hold other references, or None.
-        stored: the matrix that holds each row's own sample, and its index there, shape (B,), for comparison with the rows;
-            None if the references are the rows themselves, or are on other ranks.
+        flipped: the flipped sample of each reference, a reference, too, and the source of rows whose `Batch.flipped` is set;
+            None for none.
+        partner: of each row's own sample and its flipped one the other, shape (B, d), if `source` may be -1; or None.
+        chosen: indices in the data of the references, shape (n,); None for all data.
+        stored: where each row's own sample is, for comparison with the rows; None if the references are the rows themselves,
+            or are on other ranks, or the rows are drawn anew.
         verify_all: whether to compare all rows, because their index has decided which references there are; else only those
             that use references.
         log_prior: log prior weight of each reference, shape (n,), float64; None if uniform.
         source_prior: log prior weight of each row's own sample on the same scale, shape (B,), float64; needed with
             `log_prior`. `source` may then be -1, for a sample that is only in its own row's set.
+        unlabelled: makes the references of the rows without a label; None if they use the same ones.
     """
 
     matrix: ReferenceMatrix
@@ -90,10 +99,33 @@ class Selection:
     labels: Tensor | None
     mirrored: bool = False
     ranks: OtherRanks | None = None
-    stored: tuple[ReferenceMatrix, Tensor] | None = None
+    flipped: ReferenceMatrix | None = None
+    partner: Tensor | None = None
+    chosen: Tensor | None = None
+    stored: "Stored | None" = None
     verify_all: bool = False
     log_prior: Tensor | None = None
     source_prior: Tensor | None = None
+    unlabelled: "Callable[[], Selection] | None" = None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where the rows' own samples are.
+
+    Attributes:
+        matrix: the samples.
+        index: the index of each row's sample, shape (B,).
+        flipped: the flipped samples, if the references hold them.
+    """
+
+    matrix: ReferenceMatrix
+    index: Tensor
+    flipped: ReferenceMatrix | None = None
+
+    def at(self, rows: Tensor) -> "Stored":
+        """Those of the rows at `rows`."""
+        return Stored(self.matrix, self.index[rows], self.flipped)
 
 
 class References(Protocol):

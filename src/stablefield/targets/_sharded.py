@@ -27,13 +27,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stablefield._distributed import Ranks
+from stablefield._shapes import whole_number
 from stablefield.targets._checks import Check, require
 from stablefield.targets._draws import Draws, Shares
 from stablefield.targets._engine.assembly import summed
 from stablefield.targets._engine.online_softmax import OnlineSoftmax
 from stablefield.targets._engine.query import Host, Plan, Query
-from stablefield.targets._pool import OTHER_LABEL, WITHOUT_WEIGHT, Pool, compared, sample_weights
+from stablefield.targets._pool import OTHER_LABEL, WITHOUT_WEIGHT, Pool, sample_weights
 from stablefield.targets._references import Batch, Selection
+from stablefield.targets._subset import drawn_seed, drawn_subset
+from stablefield.targets._verification import compared
 
 __all__ = ["ShardedPool"]
 
@@ -70,6 +73,8 @@ class ShardedPool:
         labels: Tensor | None = None,
         *,
         mirrored: bool = False,
+        unlabelled_size: int | None = None,
+        resampled: bool = False,
         weights: Tensor | NDArray[Any] | None = None,
         process_group: dist.ProcessGroup | None = None,
         timeout: timedelta | None = None,
@@ -80,7 +85,7 @@ class ShardedPool:
                 "torch.distributed has no process group: call torch.distributed.init_process_group first, "
                 "or use a Pool in a single process."
             )
-        self.pool = Pool(data, labels=labels, mirrored=mirrored)
+        self.pool = Pool(data, labels=labels, mirrored=mirrored, resampled=resampled)
         given = None if weights is None else sample_weights(weights, len(data))
         device = device or (data.device if isinstance(data, Tensor) else torch.device("cpu"))
         if timeout is not None:
@@ -88,20 +93,30 @@ class ShardedPool:
             process_group = cast("dist.ProcessGroup", made)  # an int for those outside, and all are inside
         self._ranks = Ranks.of(process_group)
         shape = [len(data), *data.shape[1:]]
-        kind = [labels is not None, mirrored, given is not None]
+        if unlabelled_size is not None:
+            unlabelled_size = whole_number("unlabelled_size", unlabelled_size, 1)
+            if labels is None:
+                raise ValueError(f"unlabelled_size is {unlabelled_size}, but there are no labels: pass labels with it.")
+        kind = [labels is not None, mirrored, given is not None, resampled, unlabelled_size or 0]
         mine = torch.tensor([len(shape), *kind, *shape, *[0] * (12 - len(shape))], device=device)
         parts = self._ranks.all_gather(mine, "to compare their shards")
         first = parts[0]
         for rank, part in enumerate(parts):
-            same = [0, 1, 2, 3, *range(5, 16)]
+            same = [*range(6), *range(7, len(first))]
             if not torch.equal(part[same], first[same]):
                 raise ValueError(
                     f"the shards of rank 0 and rank {rank} do not fit: samples of shape "
-                    f"{tuple(first[5 : 4 + int(first[0])].tolist())} and {tuple(part[5 : 4 + int(part[0])].tolist())}, "
-                    "or labels, mirrored or weights on only one of them. Pass parts of one data set to all ranks."
+                    f"{tuple(first[7 : 6 + int(first[0])].tolist())} and {tuple(part[7 : 6 + int(part[0])].tolist())}, "
+                    "or labels, mirrored, weights, resampled or unlabelled_size on only one of them. Pass parts of one data "
+                    "set to all ranks."
                 )
-        counts = [int(part[4]) for part in parts]
+        counts = [int(part[6]) for part in parts]
         self.total = sum(counts)
+        if unlabelled_size is not None and unlabelled_size > self.total:
+            raise ValueError(
+                f"unlabelled_size is {unlabelled_size}: pass at most the {self.total} samples of all ranks, or None for all."
+            )
+        self.unlabelled_size = unlabelled_size
         self.start = sum(counts[: self._ranks.rank])
         self._least_prior = 0.0
         if given is not None:
@@ -145,8 +160,10 @@ class ShardedPool:
         rule = f"the ranks hold samples 0 to {self.total - 1} together"
         return self.pool.index_checks(self._index(batch), batch.source_only, self.total, rule)
 
-    def select(self, batch: Batch, generator: torch.Generator | None, host: Host) -> Selection:  # noqa: ARG002
-        """The shard and the exchange with the other ranks, as described at `References`; draws nothing.
+    def select(self, batch: Batch, generator: torch.Generator | None, host: Host) -> Selection:
+        """The shard and the exchange with the other ranks, as described at `References`.
+
+        Draws nothing but, with `unlabelled_size`, a seed; that of rank 0 is used.
 
         Raises:
             ValueError: if `index` is missing, or devices, shapes or labels do not fit.
@@ -156,6 +173,8 @@ class ShardedPool:
             raise ValueError(f"{self} cannot be compiled or captured: its ranks wait for each other's rows.")
         exchange = self._exchange(device)
         exchange = exchange if self._counts else replace(exchange, draws=None)
+        if self.unlabelled_size is not None:
+            exchange = replace(exchange, seed=drawn_seed(generator))
         # The ranks that hold the samples compare rows with them.
         return Selection(
             matrix=self.pool.matrix(device),
@@ -177,7 +196,17 @@ class ShardedPool:
             draws = None
             if self._shares.own > 0:
                 draws = Draws(self._shares, weights, labels, self.start, len(self.pool.data), self.total, device)
-            self._exchanges[device] = _Exchange(self._ranks, self.start, labels, log_prior, self._least_prior, draws)
+            self._exchanges[device] = _Exchange(
+                ranks=self._ranks,
+                start=self.start,
+                total=self.total,
+                reference_labels=labels,
+                log_prior=log_prior,
+                least_prior=self._least_prior,
+                draws=draws,
+                unlabelled_size=self.unlabelled_size,
+                resampled=self.pool.resampled,
+            )
         return self._exchanges[device]
 
     def _index(self, batch: Batch) -> Tensor:
@@ -191,18 +220,26 @@ class _Exchange:
     Attributes:
         ranks: the ranks.
         start: index of this rank's first sample in the whole set.
+        total: number of samples of the whole set.
         reference_labels: condition of each sample of the shard, or None.
         log_prior: log prior weight of each sample of the shard on one scale for all ranks, float64, or None.
         least_prior: the smallest log prior weight of a sample of any rank that can be drawn.
         draws: counts the rows, or None.
+        unlabelled_size: number of references of rows without a label, drawn from the whole set; None for all.
+        resampled: whether the rows are other draws than the samples.
+        seed: of that draw.
     """
 
     ranks: Ranks
     start: int
+    total: int
     reference_labels: Tensor | None
     log_prior: Tensor | None
     least_prior: float
     draws: Draws | None
+    unlabelled_size: int | None
+    resampled: bool
+    seed: int = 0
 
     def sums(self, query: Query, plan: Plan) -> OnlineSoftmax:
         """Softmax sums of the rows of this rank over the references of all ranks, without the rows' own sources.
@@ -224,8 +261,9 @@ class _Exchange:
         x, sources, places, wide = query.x_t, query.source, query.places, query.alpha.dtype
         labels = torch.full_like(sources, -1) if query.labels is None else query.labels
         scalars = torch.stack([query.alpha, query.sigma, sources.to(wide), labels.to(wide)], 1)
-        counts, scalars, vectors = self._gathered(scalars, torch.cat([x, query.anchor], 1), query.labels is not None)
-        part, status, frequent = self._over_shard(scalars, vectors, query, plan)
+        vectors = torch.cat([x, query.anchor], 1)
+        counts, seed, scalars, vectors = self._gathered(scalars, vectors, query.labels is not None)
+        part, status, frequent = self._over_shard(scalars, vectors, query, plan, seed)
         parts = torch.stack([part.peak, part.mass, part.mass_squared, part.energy, part.log_prior], 1)
         returned = self.ranks.return_rows(torch.cat([parts, status], 1).to(wide), counts)
         totals = self.ranks.return_rows(part.total, counts)
@@ -255,26 +293,26 @@ class _Exchange:
             merged = merged.merge(OnlineSoftmax(peak, mass, mass_squared, energy, total, log_prior))
         return replace(merged, peak=merged.peak - source_prior, log_prior=merged.log_prior - source_prior)
 
-    def _gathered(self, scalars: Tensor, vectors: Tensor, grouped: bool) -> tuple[list[int], Tensor, Tensor]:
-        head = torch.tensor(
-            [len(vectors), vectors.shape[1], _DTYPES.index(vectors.dtype), grouped], device=vectors.device
-        )
+    def _gathered(self, scalars: Tensor, vectors: Tensor, grouped: bool) -> tuple[list[int], int, Tensor, Tensor]:
+        """Number of rows of each rank, the seed of rank 0, and the rows of all."""
+        kind = [vectors.shape[1], _DTYPES.index(vectors.dtype), grouped]
+        head = torch.tensor([len(vectors), self.seed, *kind], device=vectors.device)
         heads = self.ranks.all_gather(head, "to compare their batches")
         for rank, other in enumerate(heads):
-            if not torch.equal(other[1:], heads[0][1:]):
+            if not torch.equal(other[2:], heads[0][2:]):
                 raise ValueError(
                     f"the batches of rank 0 and rank {rank} do not fit: pass x0 and x_t with the same dtype, and labels on "
                     "all ranks or on none."
                 )
-        counts = [int(other[0]) for other in heads]
+        counts, seed = [int(other[0]) for other in heads], int(heads[0][1])
         if sum(counts) == 0:
-            return counts, scalars, vectors
+            return counts, seed, scalars, vectors
         purpose = "to exchange their rows"
         scalars = self.ranks.all_gather_rows(scalars, purpose, counts)
-        return counts, scalars, self.ranks.all_gather_rows(vectors, purpose, counts)
+        return counts, seed, scalars, self.ranks.all_gather_rows(vectors, purpose, counts)
 
     def _over_shard(
-        self, scalars: Tensor, vectors: Tensor, query: Query, plan: Plan
+        self, scalars: Tensor, vectors: Tensor, query: Query, plan: Plan, seed: int
     ) -> tuple[OnlineSoftmax, Tensor, list[Check]]:
         """Sums of the rows of all ranks over this shard, the status of each row's source, and the checks of all draws.
 
@@ -300,9 +338,12 @@ class _Exchange:
             log_prior=log_prior,
         )
         # The asking rank adds each row's own source, so references of negligible weight beside it are skipped here.
-        softmax = summed(asked, replace(plan, ranks=None, least_prior=self.least_prior)).softmax
+        plan = replace(plan, ranks=None, least_prior=self.least_prior)
+        softmax = self._summed(asked, plan, seed)
         own = place.clamp(min=0)
         gap, wrong, _, _ = compared(rows, own, plan.matrix, rounded=False)
+        if self.resampled:
+            wrong = torch.zeros_like(wrong)
         mislabelled = torch.zeros_like(wrong)
         if seen is not None and self.reference_labels is not None:
             mislabelled = (seen != -1) & (seen != self.reference_labels[own])
@@ -310,3 +351,33 @@ class _Exchange:
         status = torch.stack([gap.to(alpha.dtype), wrong.to(alpha.dtype), mislabelled.to(alpha.dtype), prior], 1)
         frequent = [] if self.draws is None else self.draws.add(own, here, seen)
         return softmax, torch.where(here[:, None], status, 0), frequent
+
+    def _summed(self, asked: Query, plan: Plan, seed: int) -> OnlineSoftmax:
+        """Softmax sums of the rows of all ranks over this shard: all of it, or a subset for rows without a label."""
+        if self.unlabelled_size is None or asked.labels is None:
+            return summed(asked, plan).softmax
+        softmax = OnlineSoftmax.empty(asked.x_t)
+        free = asked.labels == -1
+        labelled, free = (~free).nonzero()[:, 0], free.nonzero()[:, 0]
+        if len(labelled):
+            softmax.put(labelled, summed(asked.part(labelled), plan).softmax)
+        if not len(free):
+            return softmax
+        # All ranks draw the same.
+        chosen = drawn_subset(self.total, self.unlabelled_size, seed).to(free.device) - self.start
+        chosen = chosen[(chosen >= 0) & (chosen < len(plan.matrix))]
+        rows = asked.part(free)
+        assert rows.source is not None
+        place = torch.full((len(plan.matrix) + 1,), -1, device=free.device)  # the last for sources elsewhere
+        place[chosen] = torch.arange(len(chosen), device=free.device)
+        source, prior = place[rows.source], rows.log_prior
+        # The asking rank adds a row's own sample that was not drawn; its mirror image is added here.
+        own = torch.zeros_like(rows.alpha) if prior is None else prior[rows.source.clamp(min=0)]
+        own = own.masked_fill((rows.source < 0) | (source >= 0), -torch.inf)
+        if len(chosen):
+            prior = None if prior is None else prior[chosen]
+        else:  # a reference without weight, to have one
+            chosen, prior = chosen.new_zeros(1), own.new_full((1,), -torch.inf)
+        some = replace(rows, source=source, labels=None, reference_labels=None, log_prior=prior, source_prior=own)
+        softmax.put(free, summed(some, replace(plan, matrix=plan.matrix.take(chosen))).softmax)
+        return softmax

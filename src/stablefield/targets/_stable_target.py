@@ -15,7 +15,8 @@ References:
 """
 
 import math
-from dataclasses import KW_ONLY, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -42,11 +43,13 @@ from stablefield.targets._checks import (
 from stablefield.targets._consistency import Correlation, Measured, consistency_checks
 from stablefield.targets._engine.assembly import posterior_of
 from stablefield.targets._engine.query import Host, Plan, Query, host_access
+from stablefield.targets._log_likelihood import LogLikelihood
 from stablefield.targets._perturbation_kernel import GaussianKernel, PerturbationKernel
-from stablefield.targets._pool import verified_samples
-from stablefield.targets._references import Batch, InBatch, References
+from stablefield.targets._pool import Pool
+from stablefield.targets._references import Batch, InBatch, References, Selection
 from stablefield.targets._sharded import ShardedPool
 from stablefield.targets._target import Posterior, Target
+from stablefield.targets._verification import verified_samples
 
 __all__ = ["DenoisingTarget", "StableTarget"]
 
@@ -114,6 +117,7 @@ class StableTarget:
         reference_labels: Tensor | None = None,
         flip: Tensor | None = None,
         source_only: Tensor | None = None,
+        approximate_log_likelihood: Callable[[Tensor, Tensor], Tensor] | None = None,
         generator: torch.Generator | None = None,
     ) -> Target:
         """Compute the target of a batch.
@@ -132,7 +136,12 @@ class StableTarget:
                 dropped label still serve as a reference for its class. For references from the batch.
             flip: which rows of x0 are mirror images, bool, (B,) for the last axis, or (B, m) with column j for axis -1-j.
                 The references are flipped in the same way for these rows (if `Pool.mirrored`, the set holds both anyway).
+                For a `Pool` with `flipped` samples: which rows are flipped samples, (B,).
             source_only: rows that use only their source, bool (B,): those with any other augmentation.
+            approximate_log_likelihood: for conditions other than labels, such as captions: a function of row numbers (b,)
+                and reference numbers (c,), indices into the data of the `Pool`, that returns log p(condition of the row |
+                reference) up to a constant per row, shape (b, c); -inf excludes a reference. The target is the posterior
+                mean, and so unbiased, if this likelihood is exact, and otherwise as good as it is.
             generator: draws the references, and breaks ties for the `capacity` (torch's global generator does so in a
                 compiled or captured function).
 
@@ -166,6 +175,17 @@ class StableTarget:
             )
         source_only = None if source_only is None else row_flags("source_only", source_only, x0)
         mirror = None if flip is None else row_flags("flip", flip, x0, columns=True)
+        flipped = None
+        if getattr(self.references, "flipped", None) is not None:
+            flipped, mirror = _is_flipped(mirror, x0), None
+        likelihood = approximate_log_likelihood
+        if likelihood is not None:
+            check_callable("approximate_log_likelihood", likelihood, "log p(condition of row | reference)")
+            if not isinstance(self.references, Pool):
+                raise ValueError(
+                    f"approximate_log_likelihood numbers the samples of a Pool, references is {self.references}: pass "
+                    "references=Pool(data)."
+                )
         batch = Batch(
             x0=x0,
             x_t=x_t,
@@ -175,6 +195,7 @@ class StableTarget:
             reference_labels=reference_labels,
             index=index,
             source_only=source_only,
+            flipped=flipped,
         )
         # The values that decide which rows use references, if the host may read them.
         known = batch if host is Host.NEVER else self._checked(batch, t, noise)
@@ -191,7 +212,7 @@ class StableTarget:
         # A rank without own rows must still answer the others.
         if len(rows) or isinstance(self.references, ShardedPool):
             unflipped = replace(batch, x0=_flipped(x0, mirror), x_t=_flipped(x_t, mirror))
-            found = self._posterior(unflipped, rows, known, host, generator)
+            found = self._posterior(unflipped, rows, known, host, generator, likelihood)
             rows = _sent(rows, x0.device)
             assert found.source_weight is not None
             # If the source has all the weight, return it unchanged, without the rounding of a decoder or a flip.
@@ -216,10 +237,10 @@ class StableTarget:
             measured = tuple(torch.linalg.vector_norm(x.flatten(1).to(dtype), dim=1) for x in (x0, x_t))
         given, optional = to_host(
             (t, batch.alpha, batch.sigma, *measured),
-            (batch.labels, batch.reference_labels, batch.index, batch.source_only),
+            (batch.labels, batch.reference_labels, batch.index, batch.source_only, batch.flipped),
         )
         t, alpha, sigma, *measured = given
-        labels, reference_labels, index, source_only = optional
+        labels, reference_labels, index, source_only, flipped = optional
         checks = [
             value_check((sigma >= 0) & sigma.isfinite(), "sigma", sigma, "it must not be negative: check t"),
             value_check(alpha.isfinite(), "alpha", alpha, "it must be finite: check t"),
@@ -240,6 +261,7 @@ class StableTarget:
             reference_labels=reference_labels,
             index=index,
             source_only=source_only,
+            flipped=flipped,
         )
         if self.noise_band != math.inf:  # rows may use references
             checks += self.references.checks(known, self.validate_args)
@@ -247,7 +269,13 @@ class StableTarget:
         return known
 
     def _posterior(
-        self, batch: Batch, rows: Tensor, known: Batch, host: Host, generator: torch.Generator | None
+        self,
+        batch: Batch,
+        rows: Tensor,
+        known: Batch,
+        host: Host,
+        generator: torch.Generator | None,
+        likelihood: Callable[[Tensor, Tensor], Tensor] | None,
     ) -> Posterior:
         """The posterior of `rows` of the batch over the references that all of its rows form or select."""
         device, shared, places, among = batch.x0.device, batch, torch.arange(len(batch.x0)), rows
@@ -262,36 +290,102 @@ class StableTarget:
             batch = batch.at(rows_there)
         samples = None
         if selection.stored is not None and host is not Host.NEVER:
-            matrix, index = selection.stored
             if selection.verify_all:
-                samples = verified_samples(shared.x0, index, matrix, places)
+                samples = verified_samples(shared.x0, selection.stored, places, shared.flipped)
                 samples = None if samples is None else samples[among]
             else:
-                samples = verified_samples(batch.x0, index[among], matrix, rows)
+                samples = verified_samples(batch.x0, selection.stored.at(among), rows, batch.flipped)
+        asked = _Rows(batch, rows, among, samples)
+        free = None
+        if selection.unlabelled is not None and known.labels is not None:
+            free = known.labels[rows] == -1
+        if free is None or selection.unlabelled is None or not bool(free.any()):
+            return self._over(selection, asked, known, host, likelihood)
+        if bool(free.all()):
+            return self._over(selection.unlabelled(), asked, known, host, likelihood)
+        parts = [(~free).nonzero()[:, 0], free.nonzero()[:, 0]]
+        found = [
+            self._over(some, asked.at(part), known, host, likelihood)
+            for some, part in zip((selection, selection.unlabelled()), parts, strict=True)
+        ]
+        order = _sent(torch.cat(parts).argsort(), device)
+        return Posterior(
+            **{
+                item.name: torch.cat([getattr(posterior, item.name) for posterior in found])[order]
+                for item in fields(Posterior)
+            }
+        )
+
+    def _over(
+        self,
+        selection: Selection,
+        asked: "_Rows",
+        known: Batch,
+        host: Host,
+        likelihood: Callable[[Tensor, Tensor], Tensor] | None,
+    ) -> Posterior:
+        """The posterior of some rows over the references of a selection."""
+        batch, rows, among = asked.batch, asked.rows, asked.among
+        log_prior, source = selection.log_prior, selection.source[among]
+        source_prior = None if selection.source_prior is None else selection.source_prior[among]
+        conditioned = None
+        if likelihood is not None:
+            conditioned = LogLikelihood(likelihood, _sent(rows, source.device), selection.chosen)
+            if source_prior is None and log_prior is not None:
+                source_prior = log_prior[source]
+            own = conditioned.of_sources(batch.index, host)
+            source_prior = own if source_prior is None else source_prior + own
         query = Query(
             x_t=batch.x_t,
             alpha=batch.alpha,
             sigma=batch.sigma,
-            source=selection.source[among],
+            source=source,
             anchor=batch.x0,
-            stored=samples,
+            stored=asked.samples,
             labels=batch.labels,
             reference_labels=None if batch.labels is None else selection.labels,
-            log_prior=selection.log_prior,
-            source_prior=None if selection.source_prior is None else selection.source_prior[among],
+            log_prior=log_prior,
+            source_prior=source_prior,
             levels=None if host is Host.NEVER else known.alpha[rows].double() / known.sigma[rows].double(),
             places=rows,
             known_labels=None if host is Host.NEVER or known.labels is None else known.labels[rows].long(),
+            flipped=batch.flipped,
+            partner=None if selection.partner is None else selection.partner[among],
+            log_likelihood=conditioned,
         )
         plan = Plan(
             matrix=selection.matrix,
             host=host,
             kernel=self.kernel,
             mirrored=selection.mirrored,
+            flipped=selection.flipped,
             chunk_size=self.chunk_size,
             ranks=selection.ranks,
         )
         return posterior_of(query, plan, self.noise_band)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows that use references.
+
+    Attributes:
+        batch: themselves, shape (b, ...).
+        rows: their indices in the user's batch, shape (b,), on the host.
+        among: their indices among the rows that select the references, shape (b,).
+        samples: their samples as stored, shape (b, d), if that may have rounded them.
+    """
+
+    batch: Batch
+    rows: Tensor
+    among: Tensor
+    samples: Tensor | None
+
+    def at(self, some: Tensor) -> "_Rows":
+        """Those at `some`, indices on the host."""
+        there = _sent(some, self.batch.x0.device)
+        samples = None if self.samples is None else self.samples[there]
+        return _Rows(self.batch.at(there), self.rows[some], self.among[there], samples)
 
 
 @dataclass(frozen=True)
@@ -310,6 +404,21 @@ class DenoisingTarget(StableTarget):
     kernel: PerturbationKernel = field(default_factory=GaussianKernel, init=False)
     chunk_size: int | None = field(default=None, init=False)
     capacity: int | None = field(default=None, init=False)
+
+
+def _is_flipped(mirror: Tensor | None, x0: Tensor) -> Tensor:
+    """Which rows are flipped samples, bool (B,).
+
+    Raises:
+        ValueError: if `flip` has several columns.
+    """
+    if mirror is None:
+        return torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
+    if mirror.shape[1] != 1:
+        raise ValueError(
+            f"flip has shape {tuple(mirror.shape)}: the Pool has one flipped sample for each, so pass shape ({len(x0)},)."
+        )
+    return mirror[:, 0]
 
 
 def _noisiest(

@@ -81,6 +81,12 @@ def posterior_of(query: Query, plan: Plan, least_level: float = 0.0) -> Posterio
     if plan.host is not Host.NEVER:
         return summed(query.checked(plan), plan).posterior()
     matrix, kernel = plan.matrix, plan.kernel
+    if plan.flipped is not None or query.log_likelihood is not None:
+        given = "approximate_log_likelihood" if plan.flipped is None else "a Pool with flipped samples"
+        raise ValueError(
+            f"{given} cannot be compiled or captured: keep the target out of the compiled part: "
+            "torch.compiler.disable(target.__call__)."
+        )
     if not isinstance(matrix.data, Tensor):
         raise ValueError(
             f"the references are a numpy array of shape {tuple(matrix.data.shape)}: a compiled or captured function needs "
@@ -124,7 +130,7 @@ def summed(query: Query, plan: Plan) -> Summed:
     with full_precision(query.x_t.device):
         small = SmallNoise.of(query, plan)
         anchor = find_anchor(query, plan, small)
-        logits = Logits(query, plan, anchor, small)
+        logits = Logits(query, plan, _without(anchor, query.flipped), small)
         if plan.ranks is not None:
             softmax = OnlineSoftmax.empty(query.x_t, logits.own).merge(plan.ranks.sums(query, plan))
             return Summed(query, plan, logits, softmax.with_anchors(logits.own))
@@ -132,9 +138,16 @@ def summed(query: Query, plan: Plan) -> Summed:
             softmax = _over_matrix(query, plan, logits, logits.own).with_anchors(logits.own)
         else:
             softmax = _over_matrix(query, plan, logits, torch.full_like(query.alpha, plan.least_prior))
+        if plan.flipped is not None and query.flipped is not None:
+            other = replace(plan, matrix=plan.flipped)
+            over = Logits(query, other, _without(anchor, ~query.flipped), SmallNoise.of(query, other))
+            if query.partner is not None:
+                softmax = softmax.merge(_own_partner(query, plan, logits, anchor.place, query.partner))
+            softmax = softmax.merge(_over_matrix(query, other, over, softmax.peak))
         if plan.mirrored:
             if query.source_prior is not None and anchor.place is not None:
-                softmax = softmax.merge(_own_image(query, plan, logits))
+                image = _mirror(anchor.rows, plan.matrix)
+                softmax = softmax.merge(_own_partner(query, plan, logits, anchor.place, image))
             softmax = softmax.merge(_over_images(query, plan, anchor, small, softmax.peak))
         return Summed(query, plan, logits, softmax)
 
@@ -156,7 +169,7 @@ def _by_label(query: Query, plan: Plan, logits: Logits, softmax: OnlineSoftmax) 
     matrix, dtype = plan.matrix, query.x_t.dtype
     if query.labels is None or query.reference_labels is None or plan.host is Host.NEVER:
         return False
-    if logits.anchor.distances is not None:  # computed for all pairs
+    if logits.anchor.distances is not None or query.log_likelihood is not None:  # computed for all pairs
         return False
     if len(query.x_t) * len(matrix) * matrix.dim < _FEW:
         return False
@@ -195,19 +208,25 @@ def _over_images(query: Query, plan: Plan, anchor: Anchor, small: SmallNoise, le
     return softmax
 
 
-def _own_image(query: Query, plan: Plan, logits: Logits) -> OnlineSoftmax:
-    """The share of the mirror images of those sources that are references only for their own rows."""
-    anchor = logits.anchor
+def _without(anchor: Anchor, elsewhere: Tensor | None) -> Anchor:
+    """The anchors, of which those `elsewhere`, bool (B,), are no references of this matrix."""
+    if elsewhere is None or anchor.place is None:
+        return anchor
+    return replace(anchor, place=anchor.place.masked_fill(elsewhere, -1))
+
+
+def _own_partner(query: Query, plan: Plan, logits: Logits, place: Tensor | None, rows: Tensor) -> OnlineSoftmax:
+    """The share of the mirrored or flipped samples (B, d) of those sources that are references only for their own rows."""
     assert query.source_prior is not None
-    assert anchor.place is not None
-    rows = _mirror(anchor.rows, plan.matrix)
-    # |x - alpha m|^2 - |x - alpha a|^2 for the image m of the anchor a, in a form that does not cancel.
+    assert place is not None
+    anchor = logits.anchor
+    # |x - alpha m|^2 - |x - alpha a|^2 for the partner m of the anchor a, in a form that does not cancel.
     gap = query.alpha.to(rows.dtype)[:, None] * (anchor.rows - rows)
     distance = (gap * (gap + 2 * logits.noise)).sum(1, dtype=query.sigma.dtype)[:, None]
     square, sigma = logits.anchor_square[:, None], query.sigma[:, None]
     logit = plan.kernel.log_ratio(distance, square, sigma, rows.shape[1])[:, 0]
-    logit = (logit + query.source_prior).masked_fill(anchor.place >= 0, -torch.inf).to(query.sigma)
-    # Sums are relative to the anchor; this is its image. Its prior weight is counted with the chunks.
+    logit = (logit + query.source_prior).masked_fill(place >= 0, -torch.inf).to(query.sigma)
+    # Sums are relative to the anchor; this is its partner. No caller has a use for the evidence of such rows.
     away, mass = rows - anchor.rows, (~torch.isneginf(logit)).to(logit.dtype)
     return OnlineSoftmax(
         peak=logit,

@@ -218,7 +218,8 @@ class Logits:
             distances = self.anchor.distances[:, where.where] - self._offset
         if 0 < wide < len(x):
             distances.index_copy_(0, small, self._wide(chunk, small).to(x.dtype))
-        logits, allowed = self._with_prior(distances, where), self._query.allowed(where)
+        prior, allowed = self._query.prior(where), self._query.allowed(where)
+        logits = self._with_prior(distances, prior)
         if allowed is not None:
             logits.masked_fill_(~allowed, -torch.inf)
         if place is not None:
@@ -233,10 +234,10 @@ class Logits:
                 logits.scatter_(1, column, logits.gather(1, column).masked_fill_(inside[:, None], -torch.inf))
         largest = logits.amax(1)
         if len(small) and self._by_pairs:
-            self._repair(logits, largest, distances, chunk, where, reached)
+            self._repair(logits, largest, distances, chunk, prior, reached)
         # Keep the distances only if needed.
         kept = distances if len(small) else None
-        log_prior = self._query.prior_weight(where, allowed)
+        log_prior = self._query.prior_weight(where, allowed, prior)
         return ChunkLogits(chunk, logits, largest, log_prior, partial(self._energy, where, kept))
 
     def _energy(
@@ -282,16 +283,16 @@ class Logits:
         sums.energy = squares
         return sums
 
-    def _with_prior(self, distances: Tensor, where: Columns, at: Tensor | slice = slice(None)) -> Tensor:
-        logits, prior = self._log_ratio(distances, at), self._query.prior(where)
-        return logits if prior is None else logits + (prior if prior.ndim == 1 else prior[at])
+    def _with_prior(self, distances: Tensor, prior: Tensor | None, at: Tensor | slice = slice(None)) -> Tensor:
+        logits = self._log_ratio(distances, at)
+        return logits if prior is None else logits + (prior if prior.ndim == 1 else prior[at]).to(logits.dtype)
 
     def _log_ratio(self, distances: Tensor, at: Tensor | slice) -> Tensor:
         square, sigma = self.anchor_square[at, None], self._query.sigma[at, None]
         return self._plan.kernel.log_ratio(distances, square, sigma, self._query.x_t.shape[1])
 
     def _repair(
-        self, logits: Tensor, largest: Tensor, distances: Tensor, chunk: Chunk, where: Columns, reached: Tensor
+        self, logits: Tensor, largest: Tensor, distances: Tensor, chunk: Chunk, prior: Tensor | None, reached: Tensor
     ) -> None:
         """Recompute, in place, the pairs that rounding may have changed and that could have weight."""
         error = self._small.error
@@ -307,14 +308,14 @@ class Logits:
         if many and bool((error[some] * _WIDER <= _TOLERANCE).all()):
             exact = self._wide(chunk, some).to(old.dtype)
             distances[some] = exact
-            new = self._with_prior(exact, where, some).masked_fill_(old.isneginf(), -torch.inf)
+            new = self._with_prior(exact, prior, some).masked_fill_(old.isneginf(), -torch.inf)
         else:
             i, k = near.nonzero(as_tuple=True)
-            exact, prior = self._pairs(chunk, some[i], k), self._query.prior(where)
+            exact = self._pairs(chunk, some[i], k)
             distances[some[i], k] = exact
             ratio = self._log_ratio(exact[:, None], some[i])[:, 0]
             if prior is not None:
-                ratio = ratio + (prior[k] if prior.ndim == 1 else prior[some[i], k])
+                ratio = ratio + (prior[k] if prior.ndim == 1 else prior[some[i], k]).to(ratio.dtype)
             new = old.index_put((i, k), ratio)
         logits[some] = new
         largest[some] = new.amax(1)
@@ -390,7 +391,7 @@ def _nearest(query: Query, rows: Tensor, plan: Plan, keep: bool, wide: bool = Fa
         columns = Columns(where)
         prior, allowed = query.prior(columns), query.allowed(columns, rows)
         if prior is not None:
-            distance -= (2 * query.sigma[rows, None] ** 2).to(dtype) * prior
+            distance -= ((2 * query.sigma[rows, None] ** 2) * (prior if prior.ndim == 1 else prior[rows])).to(dtype)
         if allowed is not None:
             distance.masked_fill_(~allowed, torch.inf)
         value, place = distance.min(1)

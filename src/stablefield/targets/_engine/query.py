@@ -5,7 +5,8 @@ on a GPU, a compiled one and a shard's call differ; the plan is then passed on u
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Protocol
 
@@ -59,6 +60,7 @@ class Plan:
         kernel: the noise kernel.
         mirrored: whether the mirror image (last axis) of each reference is a reference, too.
         chunk_size: references per matrix product; chosen by memory if None.
+        flipped: the flipped sample of each reference, which is a reference, too; None for none.
         ranks: the ranks with the other references; None if `matrix` holds all.
         least_prior: lower bound on the log prior weight of a row's own source, if another rank adds that source. References
             of negligible weight beside it are skipped. None if each row's own source is in its sums.
@@ -69,6 +71,7 @@ class Plan:
     host: Host
     kernel: PerturbationKernel
     mirrored: bool = False
+    flipped: ReferenceMatrix | None = None
     chunk_size: int | None = None
     ranks: OtherRanks | None = None
     least_prior: float | None = None
@@ -95,6 +98,11 @@ class Query:
             None if the device has to be read.
         places: indices of the rows in the caller's batch, shape (B,), on the host, for errors from other ranks.
         known_labels: `labels` on the host; None if the device has to be read.
+        flipped: rows whose source is in `Plan.flipped`, bool (B,), if there is one.
+        partner: of each row's own sample and its flipped one the other, shape (B, ...), if sources may be outside
+            `Plan.flipped`; checked: (B, d).
+        log_likelihood: log p(condition of the row | reference) of all rows, up to a constant per row, for the references at
+            indices (c,) into the matrix, shape (B, c); None without conditions.
         like: checked: x_t as given, whose shape and dtype the mean takes.
     """
 
@@ -111,6 +119,9 @@ class Query:
     levels: Tensor | None = None
     places: Tensor | None = None
     known_labels: Tensor | None = None
+    flipped: Tensor | None = None
+    partner: Tensor | None = None
+    log_likelihood: Callable[[Tensor], Tensor] | None = None
     like: Tensor | None = None
 
     def checked(self, plan: Plan) -> "Query":
@@ -170,8 +181,8 @@ class Query:
             largest = log_prior.to(wide).max()
             common = torch.where(largest.isneginf(), 0, largest)
             log_prior = (log_prior.to(wide) - common).to(dtype).to(wide)
-            if source_prior is not None:
-                source_prior = (source_prior.to(wide) - common).to(dtype).to(wide)
+            source_prior = None if source_prior is None else source_prior.to(wide) - common
+        source_prior = None if source_prior is None else source_prior.to(dtype).to(wide)
         anchor, stored = (
             None if one is None else one.reshape(rows.shape).to(dtype) for one in (self.anchor, self.stored)
         )
@@ -193,6 +204,9 @@ class Query:
             levels=self.levels,
             places=self.places,
             known_labels=self.known_labels,
+            flipped=self.flipped,
+            partner=None if self.partner is None else self.partner.reshape(rows.shape).to(dtype),
+            log_likelihood=self.log_likelihood,
         )
 
     def at(self, rows: Tensor | slice) -> "Query":
@@ -204,9 +218,32 @@ class Query:
             log_prior=self.log_prior,
         )
 
+    def part(self, rows: Tensor) -> "Query":
+        """The rows at `rows` (b,), of a query that has no `stored`, no `like` and nothing on the host."""
+
+        def at(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[rows]
+
+        return replace(
+            self,
+            x_t=self.x_t[rows],
+            alpha=self.alpha[rows],
+            sigma=self.sigma[rows],
+            source=at(self.source),
+            anchor=at(self.anchor),
+            labels=at(self.labels),
+            source_prior=at(self.source_prior),
+        )
+
     def prior(self, columns: Columns) -> Tensor | None:
-        """Log prior weights of the columns, (c,) or (B, c), in the dtype of the logits; None if uniform."""
-        return None if self.log_prior is None else columns.of(self.log_prior, len(self.x_t)).to(self.x_t.dtype)
+        """Log prior weights of the columns, (c,) or (B, c), float64; None if uniform."""
+        prior = None if self.log_prior is None else columns.of(self.log_prior, len(self.x_t))
+        if self.log_likelihood is None:
+            return prior
+        assert isinstance(columns.where, slice)
+        index = torch.arange(columns.where.start, columns.where.stop, device=self.x_t.device)
+        given = self.log_likelihood(index).to(self.sigma.dtype)
+        return given if prior is None else given + prior
 
     def allowed(self, columns: Columns, rows: Tensor | None = None) -> Tensor | None:
         """Which columns each row (or each of `rows`) may use, bool, (B, c), or (c,) for all alike; None for all."""
@@ -215,14 +252,13 @@ class Query:
         labels = (self.labels if rows is None else self.labels[rows])[:, None]
         return (labels == columns.of(self.reference_labels, len(labels))) | (labels == -1)
 
-    def prior_weight(self, columns: Columns, allowed: Tensor | None) -> Tensor:
-        """Log of the summed prior weights of the allowed columns, shape (B,) or ()."""
-        if self.log_prior is None:
+    def prior_weight(self, columns: Columns, allowed: Tensor | None, prior: Tensor | None) -> Tensor:
+        """Log of the summed `prior` weights (those of `prior()`) of the allowed columns, shape (B,) or ()."""
+        if prior is None:
             if allowed is None:
                 return self.sigma.new_full((), math.log(len(columns)))
             return allowed.sum(-1).to(self.sigma).log()
-        log_prior = columns.of(self.log_prior, len(self.x_t))
-        return (log_prior if allowed is None else torch.where(allowed, log_prior, -torch.inf)).logsumexp(-1)
+        return (prior if allowed is None else torch.where(allowed, prior, -torch.inf)).logsumexp(-1)
 
 
 def checked_matrix(x_t: Tensor, references: Tensor) -> ReferenceMatrix:
