@@ -89,6 +89,10 @@ def case(kind: str, batch: int = 64) -> tuple[dict[str, Any], dict[str, Any]]:
     if kind.endswith("far from zero"):
         data = 1000 + images / 127.5
         call["x0"], call["x_t"] = data[index], process.perturb(data[index], t, generator=rng)
+    if kind == "host":
+        data = (images / 127.5 - 1).to(torch.bfloat16)
+        call["x0"] = data[index].float()
+        call["x_t"] = process.perturb(call["x0"], t, generator=rng)
     options: dict[str, Any] = {"process": process, "noise_band": 0.1, "references": sf.InBatch()}
     labels = {"labels": label} if kind in ("groups", "by label") else {}
     size = 200 if kind == "drawn" else None
@@ -117,7 +121,9 @@ def target(kind: str, options: dict[str, Any], move: Callable[[Any], Any], chunk
     if kind == "DSM":
         return sf.DenoisingTarget(options["process"])
     if "pool" in options:
-        options["references"] = sf.Pool(**{name: move(value) for name, value in options.pop("pool").items()})
+        pool = options.pop("pool")
+        moved = {name: move(value) for name, value in pool.items() if kind != "host" or name != "data"}
+        options["references"] = sf.Pool(**(pool | moved))
     return sf.StableTarget(**options, chunk_size=chunk_size)
 
 
@@ -288,7 +294,7 @@ if __name__ == "__main__":
         report = {
             "device": of_the_device(),
             "gpu benchmark": of_the_gpu_benchmark(),
-            "targets": {kind: of_targets(kind) for kind in (*TARGETS, "array")},
+            "targets": {kind: of_targets(kind) for kind in (*TARGETS, "array", "host")},
             "staged": of_a_staged_array(),
             "static": {kind: of_static_shapes(kind) for kind in TARGETS if kind != "drawn"},
             "samplers": {name: of_samplers(name) for name in SAMPLERS},

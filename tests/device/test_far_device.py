@@ -95,8 +95,11 @@ def test_rows_with_labels_met_the_references_of_their_label(seen: dict[str, dict
     assert seen["targets"]["by label"]["launches"] > 2 * seen["targets"]["groups"]["launches"]
 
 
-def test_a_pool_in_a_file_is_copied_chunk_by_chunk(seen: dict[str, dict[str, Any]]) -> None:
-    plain, found = seen["targets"]["pool"]["waits"], seen["targets"]["array"]
+@pytest.mark.parametrize("kind", ["array", "host"])
+def test_a_pool_in_a_file_or_in_the_hosts_memory_is_copied_chunk_by_chunk(
+    kind: str, seen: dict[str, dict[str, Any]]
+) -> None:
+    plain, found = seen["targets"]["pool"]["waits"], seen["targets"][kind]
     for size, chunks in (("300", 1), ("100", 3), ("30", 10)):
         # Of each chunk; and of the samples themselves, whose places the file's owner has to know.
         assert found["waits"][size] == {**plain[size], "copy to far": chunks + 1, "copy to near": 2}

@@ -359,7 +359,7 @@ class Unknown(sf.GaussianKernel):
     ("options", "message"),
     [
         ({"size": 50}, r"the Pool's size is 50: .*size=None"),
-        ({"array": True}, r"references are a numpy array of shape \(200, 3, 4, 4\)"),
+        ({"array": True}, r"references, of shape \(200, 3, 4, 4\), are in a numpy array"),
         ({"kernel": Unknown()}, r"kernel is Unknown.*GaussianKernel or StudentTKernel"),
     ],
     ids=["size", "array", "kernel"],

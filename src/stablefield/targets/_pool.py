@@ -36,10 +36,11 @@ class Pool:
     No sample is ever in the set twice, and every row's own sample is always in it.
 
     Args:
-        data: the clean samples, shape (n, ...), floating point, or uint8 images that mean data / 127.5 - 1. A tensor on the
-            device of the training batches; or a numpy array, such as a memory map of a file larger than memory, which is
-            sent to the device of the batch chunk by chunk. Norms are computed once and kept: do not change an array in place
-            afterwards (changes of a tensor are detected).
+        data: the clean samples, shape (n, ...), floating point (also float16 and bfloat16, which are kept as they are), or
+            uint8 images that mean data / 127.5 - 1. A tensor on the device of the training batches; or a tensor in the
+            host's memory or a numpy array, such as a memory map of a file larger than memory, which are sent to the device
+            of the batch chunk by chunk. Norms are computed once and kept: do not change an array in place afterwards
+            (changes of a tensor are detected).
         size: number of references per batch; None for the whole array.
         labels: condition of each sample, integers from 0, shape (n,), or None. A row with a label is multiplied with the
             samples of its label only; data sorted by label are then read without a copy. Give samples of unknown label a
@@ -57,6 +58,8 @@ class Pool:
         weights: how likely each sample is to be drawn for a batch, shape (n,), on any scale, not negative; equally likely if
             None. They are the prior of the posterior: pass the weights of your sampler. With `size`, the references are then
             drawn uniformly from all samples, and each row's own sample is added only for that row.
+        dtype: torch.bfloat16 for an array of uint16 that holds the bits of such numbers; NumPy has no bfloat16 of its own.
+            Arrays of the package ml_dtypes need no dtype.
 
     Raises:
         TypeError: if an argument has the wrong type.
@@ -75,6 +78,7 @@ class Pool:
         unlabelled_size: int | None = None,
         resampled: bool = False,
         weights: Tensor | NDArray[Any] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_kind("Pool data", data, (Tensor, np.ndarray), "a tensor or a numpy array of shape (n, ...)")
         if isinstance(data, Tensor):
@@ -89,9 +93,17 @@ class Pool:
         if isinstance(data, Tensor):
             fits = data.is_floating_point() or data.dtype == torch.uint8
         else:
-            fits = data.dtype.name in ("uint8", "float16", "float32", "float64")
+            fits = data.dtype.name in ("uint8", "float16", "bfloat16", "float32", "float64")
+            if data.dtype == np.uint16 and dtype == torch.bfloat16:
+                fits = True
         if not fits:
-            raise ValueError(f"Pool data have dtype {data.dtype}: pass floating point data, or uint8 images.")
+            hint = ", or dtype=torch.bfloat16 if these are its bits" if data.dtype == np.uint16 else ""
+            raise ValueError(f"Pool data have dtype {data.dtype}: pass floating point data, or uint8 images{hint}.")
+        if dtype is not None and (dtype != torch.bfloat16 or data.dtype != np.uint16):
+            raise ValueError(
+                f"Pool dtype is {dtype}, the data are {data.dtype}: pass dtype=torch.bfloat16 for an array of uint16 that "
+                "holds the bits of bfloat16 numbers, and else None."
+            )
         if size is not None and not 1 <= size <= len(data):
             raise ValueError(f"Pool size is {size}: pass 1 to the {len(data)} samples, or None for all.")
         if labels is not None and (labels.shape != (len(data),) or labels.is_floating_point()):
@@ -130,7 +142,7 @@ class Pool:
         self.weights = None if weights is None else _checked_weights(weights, len(data))
         self._matrix = ReferenceMatrix(data)
         self._flipped = None if flipped is None else ReferenceMatrix(flipped)
-        self._elsewhere: dict[tuple[int, torch.device], ReferenceMatrix] = {}
+        self._elsewhere: dict[tuple[int, torch.device], tuple[int, ReferenceMatrix]] = {}
         self._moved: dict[tuple[str, torch.device], tuple[int, Tensor]] = {}
         self._frequencies: Frequencies | None = None
         self._moments: tuple[Moments, ...] = ()
@@ -231,14 +243,16 @@ class Pool:
     def _for(self, matrix: ReferenceMatrix, device: torch.device) -> ReferenceMatrix:
         if matrix.device == device:
             return matrix
-        if isinstance(matrix.data, Tensor):
+        if isinstance(matrix.data, Tensor) and matrix.device.type != "cpu":
             raise ValueError(
                 f"the Pool's data are on {matrix.data.device}, the batch on {device}: move them to one device."
             )
         place = int(matrix is self._flipped), device
-        if place not in self._elsewhere:
-            self._elsewhere[place] = ReferenceMatrix(matrix.data, device)
-        return self._elsewhere[place]
+        version, found = self._elsewhere.get(place, (-1, None))
+        if found is None or version != tensor_version(matrix.data):
+            found = ReferenceMatrix(matrix.data, device)
+            self._elsewhere[place] = tensor_version(matrix.data), found
+        return found
 
     def checks(self, batch: Batch, count: bool) -> list[Check]:
         """Conditions on the values of a call, as described at `References`.

@@ -87,10 +87,10 @@ def posterior_of(query: Query, plan: Plan, least_level: float = 0.0) -> Posterio
             f"{given} cannot be compiled or captured: keep the target out of the compiled part: "
             "torch.compiler.disable(target.__call__)."
         )
-    if not isinstance(matrix.data, Tensor):
+    if matrix.resident is None:
         raise ValueError(
-            f"the references are a numpy array of shape {tuple(matrix.data.shape)}: a compiled or captured function needs "
-            "them in a tensor on the device of the batch."
+            f"the references, of shape {tuple(matrix.data.shape)}, are in a numpy array or in the host's memory: a compiled "
+            "or captured function needs them in a tensor on the device of the batch."
         )
     # By exact type: the changes of a subclass would not reach the operator.
     if type(kernel) is StudentTKernel:
@@ -108,7 +108,7 @@ def posterior_of(query: Query, plan: Plan, least_level: float = 0.0) -> Posterio
         query.x_t,
         query.alpha,
         query.sigma,
-        matrix.data,
+        matrix.resident,
         None if norms is None else norms.squares,
         None if norms is None else norms.origin,
         query.anchor,

@@ -8,7 +8,8 @@ $$ x = s\,(p_0 + 256\, p_1 + 256^2\, p_2), \qquad p \in [-128, 127], $$
 
 with an error of at most one unit of the last digit, 2^-23 of that largest number, as in float32. Each digit times bytes is
 a product of integers, summed without rounding; only the sum of the three rounds. A target over uint8 images takes 0.4 to 0.7
-of the time with decoded ones (Xeon with AMX, 4,096 to 20,000 references of 3,072 numbers).
+of the time with decoded ones (Xeon with AMX, 4,096 to 20,000 references of 3,072 numbers). On a CUDA GPU, half-precision
+references and uint8 images are multiplied as they are, see `half_product`.
 """
 
 import platform
@@ -21,7 +22,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from stablefield._reading import readable
 from stablefield.targets._engine.columns import Columns
+from stablefield.targets._engine.half_product import available as half_available
+from stablefield.targets._engine.half_product import half_product
 from stablefield.targets._engine.reference_matrix import ReferenceMatrix, decode, largest_magnitude
 
 __all__ = ["ULPS", "Chunk", "Operand", "chunks", "full_precision", "grouped_chunks"]
@@ -29,7 +33,8 @@ __all__ = ["ULPS", "Chunk", "Operand", "chunks", "full_precision", "grouped_chun
 ULPS = 10
 """Bound on the rounding error of an inner product, in ulps of the product of the two norms.
 
-Errors are largest for products of rows with themselves: up to 5 measured on images and constants.
+Errors are largest for products of rows with themselves: up to 5 measured on images. Rows of one value may exceed it: torch
+rounds every partial sum of equal products the same way, up to 42 ulps on a CPU.
 """
 
 # Products of a digit and a byte that 32 bits can sum, even if a library shifts one of them to 0 to 255.
@@ -113,7 +118,7 @@ class Chunk:
 
     def inner(self, x: Operand) -> Tensor:
         """Inner products with the rows of `x`, shape (B, c), in a new tensor."""
-        return x.rows @ self.rows.T
+        return self._product(x.rows, self.rows.mT)
 
     def wide_inner(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """Products in float64 with `x` (b, d), the given `rows` (b,), shape (b, c); and squared norms, (c,) or (b, c)."""
@@ -122,11 +127,14 @@ class Chunk:
 
     def weighted(self, weights: Tensor, rows: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """Their sums with `weights` (b, c), none negative, of all rows or of the given (b,), shape (b, d), a new tensor."""
-        return weights @ self.rows
+        return self._product(weights, self.rows)
 
     def add_weighted(self, total: Tensor, weights: Tensor) -> None:
         """Add their sums with `weights` (B, c), none negative, to `total` (B, d), in place."""
         total.addmm_(weights, self.rows)  # in one pass
+
+    def _product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        return x @ matrix
 
 
 @dataclass(frozen=True)
@@ -181,11 +189,54 @@ class GroupedChunk(Chunk):
         total.add_(self.weighted(weights))
 
     def _products(self, x: Tensor, matrices: Tensor) -> Tensor:
-        return (x.view(len(self.rows), self.repeats, -1) @ matrices).flatten(0, 1)
+        return self._product(x.view(len(self.rows), self.repeats, -1), matrices).flatten(0, 1)
 
     def _among_all(self, x: Tensor, rows: Tensor) -> Tensor:
         """`x` (b, k) at the given rows, zeros at the others."""
         return x.new_zeros(len(self.rows) * self.repeats, x.shape[1]).index_copy_(0, rows, x)
+
+
+@dataclass(frozen=True)
+class HalfChunk(Chunk):
+    """References in half precision, which are exact in it."""
+
+    def at(self, column: Tensor, row: Tensor) -> Tensor:
+        return super().at(column, row).float()
+
+    def add_weighted(self, total: Tensor, weights: Tensor) -> None:
+        total.add_(self.weighted(weights))
+
+    def _product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        return half_product(x, matrix)
+
+
+@dataclass(frozen=True)
+class GroupedHalfChunk(GroupedChunk):
+    """References of groups in half precision."""
+
+    def at(self, column: Tensor, row: Tensor) -> Tensor:
+        return super().at(column, row).float()
+
+    def _product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        return half_product(x, matrix) if x.dtype == torch.float32 else x @ matrix
+
+
+@dataclass(frozen=True)
+class ByteHalfChunk(HalfChunk):
+    """References as bytes b in bfloat16, which mean (b + 1/2) / 127.5: uint8 images u, by b = u - 128."""
+
+    @property
+    def wide(self) -> Tensor:
+        return _meaning(self.rows).double()
+
+    def at(self, column: Tensor, row: Tensor) -> Tensor:  # noqa: ARG002
+        return _meaning(self.rows[column])
+
+    def inner(self, x: Operand) -> Tensor:
+        return super().inner(x).div_(127.5).add_(x.sums[:, None], alpha=0.5 / 127.5)
+
+    def weighted(self, weights: Tensor, rows: Tensor | None = None) -> Tensor:
+        return super().weighted(weights, rows).div_(127.5).add_(weights.sum(1)[:, None], alpha=0.5 / 127.5)
 
 
 def grouped_chunks(
@@ -197,22 +248,26 @@ def grouped_chunks(
         The columns, and the chunk, valid until the next iteration.
     """
     origin, decoded, gathered = matrix.norms(dtype).origin, None, None
+    halves = _stay_halves(matrix, dtype) and not matrix.holds_bytes
     for some in columns:
         count = some.groups * len(some)
         # Later columns of a part may be fewer, not more. New memory would cost more than the copy.
-        if gathered is None and isinstance(some.where, Tensor) and isinstance(matrix.data, Tensor):
-            gathered = torch.empty(count, matrix.dim, dtype=matrix.data.dtype, device=matrix.device)
+        if gathered is None and isinstance(some.where, Tensor) and matrix.resident is not None:
+            gathered = torch.empty(count, matrix.dim, dtype=matrix.element, device=matrix.device)
         stored = rows = matrix.stored(some.where, gathered)
-        if origin is not None or stored.dtype != dtype:
+        if origin is not None or (stored.dtype != dtype and not halves):
             if decoded is None:
                 decoded = torch.empty(count, matrix.dim, dtype=dtype, device=matrix.device)
             rows = decode(stored, decoded[:count], origin)
         if some.groups == 1:
-            yield some, Chunk(rows, None if origin is None else stored, origin)
+            yield some, HalfChunk(rows) if halves else Chunk(rows, None if origin is None else stored, origin)
             continue
         shape = (some.groups, len(some), matrix.dim)
-        kept = None if origin is None else stored.view(shape)
-        yield some, GroupedChunk(rows.view(shape), kept, origin, repeats=batch // some.groups)
+        kept, repeats = None if origin is None else stored.view(shape), batch // some.groups
+        if halves:
+            yield some, GroupedHalfChunk(rows.view(shape), repeats=repeats)
+        else:
+            yield some, GroupedChunk(rows.view(shape), kept, origin, repeats=repeats)
 
 
 def chunks(matrix: ReferenceMatrix, size: int | None, batch: int, dtype: torch.dtype) -> Iterator[tuple[slice, Chunk]]:
@@ -239,9 +294,24 @@ def chunks(matrix: ReferenceMatrix, size: int | None, batch: int, dtype: torch.d
         for where, part in matrix.pages(size):
             values = torch.bitwise_xor(part, 128, out=buffer[: len(part)])
             yield where, ByteChunk(values.view(torch.int8).view(len(part), matrix.dim))
+    elif _stay_halves(matrix, dtype):
+        for where, part in matrix.pages(size):
+            rows = part.to(matrix.device).reshape(len(part), matrix.dim)
+            # bfloat16 has the integers up to 256.
+            yield where, ByteHalfChunk(rows.to(torch.bfloat16).sub_(128)) if matrix.holds_bytes else HalfChunk(rows)
     else:
         for where, rows in matrix.chunks(size, dtype):
             yield where, Chunk(rows)
+
+
+def _stay_halves(matrix: ReferenceMatrix, dtype: torch.dtype) -> bool:
+    """Whether to multiply half-precision references, or bytes, as they are."""
+    if dtype != torch.float32 or matrix.device.type != "cuda" or matrix.norms(dtype).origin is not None:
+        return False
+    # The test of the device cannot be captured: outside, it is made once.
+    if not readable(matrix.device):
+        return False
+    return half_available(matrix.device, torch.bfloat16 if matrix.holds_bytes else matrix.element, ULPS)
 
 
 def _stay_bytes(matrix: ReferenceMatrix, batch: int, dtype: torch.dtype) -> bool:

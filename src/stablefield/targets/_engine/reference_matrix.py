@@ -26,6 +26,7 @@ __all__ = [
     "Norms",
     "ReferenceMatrix",
     "decode",
+    "element_type",
     "in_blocks",
     "inner_products",
     "largest_magnitude",
@@ -110,13 +111,18 @@ class ReferenceMatrix:
     """The references `data`, shape (n, ...), as n rows of d numbers.
 
     Args:
-        data: floating point, or uint8 images that mean data / 127.5 - 1; a tensor or a numpy array.
-        device: where to decode an array to; a tensor's own device.
+        data: floating point, or uint8 images that mean data / 127.5 - 1; a tensor or a numpy array, also one of bfloat16: of
+            the package ml_dtypes, or its bits as uint16.
+        device: where to decode an array, or a tensor in the host's memory, to; by default a tensor's own device.
+
+    Attributes:
+        element: the dtype of the data as torch has it.
     """
 
     def __init__(self, data: Tensor | NDArray[Any], device: torch.device | None = None) -> None:
         self.data = data
-        self.device = data.device if isinstance(data, Tensor) else device or torch.device("cpu")
+        self.device = device or (data.device if isinstance(data, Tensor) else torch.device("cpu"))
+        self.element = element_type(data)
         self._norms: dict[torch.dtype, Norms] = {}
         self._spread: Tensor | None = None
         self._by_label: tuple[Tensor, int, LabelIndex] | None = None
@@ -133,8 +139,7 @@ class ReferenceMatrix:
     @property
     def dtype(self) -> torch.dtype:
         """The floating point dtype in which the references are exact: float32 or, for float64 references, float64."""
-        wide = self.data.dtype in (torch.float64, np.dtype(np.float64))
-        return torch.float64 if wide else torch.float32
+        return torch.float64 if self.element == torch.float64 else torch.float32
 
     def dtype_with(self, x_t: Tensor) -> torch.dtype:
         """The dtype of computations with noisy rows `x_t`: float32, or float64 if either is."""
@@ -143,15 +148,17 @@ class ReferenceMatrix:
     @property
     def eps(self) -> float:
         """The relative rounding error of the references as they are stored."""
-        dtype = self.data.dtype
-        if isinstance(dtype, torch.dtype):
-            return torch.finfo(dtype).eps if dtype.is_floating_point else torch.finfo(torch.float32).eps
-        return float(np.finfo(dtype).eps) if dtype.kind == "f" else torch.finfo(torch.float32).eps
+        return torch.finfo(self.element if self.element.is_floating_point else torch.float32).eps
 
     @property
     def holds_bytes(self) -> bool:
         """Whether the references are uint8 images."""
-        return self.data.dtype in (torch.uint8, np.dtype(np.uint8))
+        return self.element == torch.uint8
+
+    @property
+    def resident(self) -> Tensor | None:
+        """The data, if they are a tensor on the device."""
+        return self.data if isinstance(self.data, Tensor) and self.data.device == self.device else None
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """The references at `index` (m,), decoded, shape (m, d)."""
@@ -166,14 +173,12 @@ class ReferenceMatrix:
         Those at indices are written to the start of `buffer` (at least m, d), if the data are a tensor and it is given.
         """
         if not isinstance(where, Tensor):
-            part = self.data[where]
-            if not isinstance(part, Tensor):
-                part = torch.from_numpy(np.array(part)).to(self.device)  # a copy, because the file may be read-only
+            part = self._read(where) if self.resident is None else self.resident[where]
             return part.reshape(len(part), self.dim)
         index = where.flatten()
-        if buffer is None or not isinstance(self.data, Tensor):
+        if buffer is None or self.resident is None:
             return self._gather(index).view(len(index), self.dim)
-        return torch.index_select(self.data.reshape(len(self), self.dim), 0, index, out=buffer[: len(index)])
+        return torch.index_select(self.resident.reshape(len(self), self.dim), 0, index, out=buffer[: len(index)])
 
     def by_label(self, labels: Tensor) -> LabelIndex:
         """The references in the order of their `labels` (n,), int64; computed once while the tensor stays the same."""
@@ -215,7 +220,7 @@ class ReferenceMatrix:
 
         Subtracts `origin` (d,), if given, from each.
         """
-        plain = isinstance(self.data, Tensor) and self.data.dtype == dtype and self.data.is_contiguous()
+        plain = self.resident is not None and self.element == dtype and self.resident.is_contiguous()
         shape = (min(size, len(self)), *self.data.shape[1:])
         buffer = None if plain and origin is None else torch.empty(shape, dtype=dtype, device=self.device)
         moved = None if origin is None else origin.view(shape[1:])
@@ -228,21 +233,19 @@ class ReferenceMatrix:
 
         Pages of an array are on the host, or on the device if that is a GPU.
         """
-        staged = not isinstance(self.data, Tensor) and stages(self.device)
+        staged = self.resident is None and stages(self.device)
         if staged:
-            size = min(size, max(1, PAGE // (self.data.itemsize * max(1, self.dim))))
+            size = min(size, max(1, PAGE // (self.element.itemsize * max(1, self.dim))))
         size = min(size, len(self))
         places = (slice(start, min(start + size, len(self))) for start in range(0, len(self), size))
-        if isinstance(self.data, Tensor):
-            yield from ((where, self.data[where]) for where in places)
+        if self.resident is not None:
+            yield from ((where, self.resident[where]) for where in places)
         elif staged:
             yield from sent_ahead(self.data, places, self.device)
         else:
-            page = np.empty((size, *self.data.shape[1:]), self.data.dtype)
+            page = torch.empty(size, *self.data.shape[1:], dtype=self.element)
             for where in places:
-                count = where.stop - where.start
-                np.copyto(page[:count], self.data[where])
-                yield where, torch.from_numpy(page[:count])
+                yield where, read_into(page[: where.stop - where.start], self.data, where)
 
     @property
     def spread(self) -> Tensor:
@@ -303,9 +306,9 @@ class ReferenceMatrix:
         if self.holds_bytes:
             return None
         count = min(_SAMPLE, len(self))
-        some = self.data[:: len(self) // count][:count]
-        if not isinstance(some, Tensor):
-            some = torch.from_numpy(np.ascontiguousarray(some))
+        step = len(self) // count
+        where = slice(0, (count - 1) * step + 1, step)
+        some = self._read(where) if self.resident is None else self.resident[where]
         rows = some.to(self.device, dtype).reshape(len(some), self.dim)
         # Medians, because single samples may be anywhere; they are numbers of samples, so most differences are exact.
         medians = rows
@@ -321,9 +324,18 @@ class ReferenceMatrix:
         return torch.cat([squared_norms(rows) for _, rows in self.chunks(size, dtype, origin)])
 
     def _gather(self, index: Tensor) -> Tensor:
+        if self.resident is not None:
+            return self.resident.index_select(0, index)  # takes half the time of data[index]
         if isinstance(self.data, Tensor):
-            return self.data.index_select(0, index)  # takes half the time of data[index]
-        return torch.from_numpy(np.ascontiguousarray(self.data[index.cpu().numpy()])).to(self.device)
+            return self.data.index_select(0, index.to(self.data.device)).to(self.device)
+        return self._read(index.cpu().numpy())
+
+    def _read(self, where: slice | NDArray[Any]) -> Tensor:
+        """A copy, on the device, of those at `where` of data that are not there."""
+        if isinstance(self.data, Tensor):
+            return self.data[where].to(self.device)
+        part = np.array(bits_of(self.data)[where])  # a copy, because the file may be read-only
+        return torch.from_numpy(part).view(self.element).to(self.device)
 
     def _forget_if_changed(self) -> None:
         """Discard results for a tensor that has since been changed in place."""
@@ -337,7 +349,9 @@ def stages(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def sent_ahead(data: NDArray[Any], places: Iterable[slice], device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+def sent_ahead(
+    data: Tensor | NDArray[Any], places: Iterable[slice], device: torch.device
+) -> Iterator[tuple[slice, Tensor]]:
     """Yield (slice, data[slice] on the CUDA `device`).
 
     The host does not wait for a copy, which runs from pinned memory in the order of the device's work; only when it is two
@@ -347,14 +361,34 @@ def sent_ahead(data: NDArray[Any], places: Iterable[slice], device: torch.device
     for where in places:
         if len(copied) == _AHEAD:
             copied.popleft().synchronize()
-        part = data[where]
-        page = torch.empty(part.shape, dtype=torch.from_numpy(part[:0].copy()).dtype, pin_memory=True)
-        np.copyto(page.numpy(), part)
+        shape = (where.stop - where.start, *data.shape[1:])
+        page = read_into(torch.empty(shape, dtype=element_type(data), pin_memory=True), data, where)
         sent = page.to(device, non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(device))
         copied.append(event)
         yield where, sent
+
+
+def read_into(page: Tensor, data: Tensor | NDArray[Any], where: slice) -> Tensor:
+    """Copy data[where], an array or a tensor in the host's memory, into `page`."""
+    if isinstance(data, Tensor):
+        return page.copy_(data[where])
+    np.copyto((page.view(torch.uint16) if page.dtype == torch.bfloat16 else page).numpy(), bits_of(data)[where])
+    return page
+
+
+def element_type(data: Tensor | NDArray[Any]) -> torch.dtype:
+    """The dtype of data as torch has it; uint16 are the bits of bfloat16."""
+    if isinstance(data, Tensor):
+        return data.dtype
+    bits = bits_of(data).dtype
+    return torch.bfloat16 if bits == np.uint16 else torch.from_numpy(np.empty(0, bits)).dtype
+
+
+def bits_of(data: NDArray[Any]) -> NDArray[Any]:
+    """An array of ml_dtypes' bfloat16, which torch does not know, as uint16; any other as it is."""
+    return data.view(np.uint16) if data.dtype.name == "bfloat16" else data
 
 
 def tensor_version(data: Tensor | NDArray[Any]) -> int:
