@@ -240,6 +240,7 @@ CALL_GOOD = {
     "x0": lambda s: s.x0, "x_t": lambda s: s.x_t, "t": lambda s: s.t, "labels": LABELS, "index": lambda s: s.index,
     "noise": either(None, lambda s: s.noise), "reference_labels": either(None), "flip": either(None),
     "source_only": either(None, lambda s: torch.zeros(s.rows, dtype=torch.bool)), "generator": GENERATOR,
+    "approximate_log_likelihood": either(None),
 }  # fmt: skip
 IMAGES = {"images": lambda s: s.image_set()}
 SEED = {"seed": either(0, 5)}
@@ -420,8 +421,28 @@ CASES = {
             "size": either(None, 3),
             "labels": either(None),
             "mirrored": FLAG,
+            "flipped": either(None),
+            "unlabelled_size": either(None),
+            "resampled": either(False),
             "weights": either(None, lambda s: torch.rand(len(s.data)) + 0.1 if len(s.data) == 7 + s.rows else None),
         },
+    ),
+    "Pool.from_moments": Case(
+        lambda s: sf.Pool.from_moments,
+        {
+            "mean": lambda s: s.data,
+            "std": lambda s: torch.rand_like(s.data),
+            "labels": either(None, lambda s: s.pool_labels),
+            "flipped_mean": either(None),
+            "flipped_std": either(None),
+            "unlabelled_size": either(None),
+            "weights": either(None, lambda s: torch.rand(len(s.data)) + 0.1 if len(s.data) == 7 + s.rows else None),
+            "dtype": either(torch.float32, torch.float16),
+            "seed": either(0, 5),
+        },
+    ),
+    "Pool.refresh": Case(
+        lambda s: sf.Pool.from_moments(s.data, torch.rand_like(s.data)).refresh, {"draw": either(None, 0, 3)}
     ),
     "StableTarget": Case(lambda s: sf.StableTarget, {"process": lambda s: s.process, **TARGET_GOOD}, finite=False),
     "DenoisingTarget": Case(

@@ -1,5 +1,6 @@
 """The picked band: the level below which the source has all the weight to a tolerance, by distances alone."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -200,3 +201,51 @@ def test_wrong_use_is_told() -> None:
         sf.pick_noise_band(pool, total=3)
     with pytest.raises(ValueError, match="NaN or inf"):
         sf.pick_noise_band(sf.Pool(torch.tensor([[1.0], [math.nan]])))
+
+
+def test_each_label_has_the_level_of_a_pool_of_its_samples_and_rows_without_one_that_of_all(
+    rng: torch.Generator,
+) -> None:
+    # Dense and sparse labels, one of a single sample, and one of none.
+    sizes = [400, 40, 1, 0, 159]
+    labels = torch.repeat_interleave(torch.arange(5), torch.tensor(sizes))
+    scale = torch.tensor([1.0, 2.0, 1.0, 1.0, 0.7])[labels]
+    data = torch.randn(600, 6, generator=rng) * scale[:, None]
+    order = torch.randperm(600, generator=rng)
+    data, labels = data[order], labels[order]
+    band = sf.pick_noise_band(sf.Pool(data, labels=labels), rows=600)
+    assert band.by_label is not None
+    assert band.unlabelled == pytest.approx(sf.pick_noise_band(sf.Pool(data), rows=600).level, rel=0.012)
+    for label in (0, 1, 4):
+        alone = sf.pick_noise_band(sf.Pool(data[labels == label]), rows=400).level
+        # 32 rows of each.
+        assert band.by_label[label] == pytest.approx(alone, rel=0.25)
+    assert band.by_label[4] < band.by_label[0] < band.by_label[1]
+    assert band.by_label[2] == band.by_label[3] == math.inf
+    assert band.unlabelled < band.level
+    few = sf.pick_noise_band(sf.Pool(data, labels=labels, unlabelled_size=30), rows=600)
+    assert few.unlabelled is not None
+    assert few.unlabelled > band.unlabelled
+    assert few.level == band.level
+
+
+def test_rows_use_references_from_the_level_of_their_label(rng: torch.Generator) -> None:
+    data, labels = torch.randn(90, 4, generator=rng), torch.arange(90) % 3
+    pool = sf.Pool(data, labels=labels)
+    band = dataclasses.replace(sf.pick_noise_band(pool), by_label=(0.5, 2.0, math.inf), unlabelled=1.0)
+    index = torch.arange(24)
+    seen = labels[index].clone()
+    seen[12:] = -1
+    for level in (0.4, 0.9, 1.5, 3.0):
+        x0 = data[index]
+        x_t = x0 + level * torch.randn(x0.shape, generator=rng)
+        t = torch.full((24,), level)
+        found = sf.StableTarget(sf.EDM(), references=pool, noise_band=band)(x0, x_t, t, seen, index)
+        every = sf.StableTarget(sf.EDM(), references=pool)(x0, x_t, t, seen, index)
+        limits = torch.tensor([0.5, 2.0, math.inf, 1.0])[seen]  # -1 is the last
+        used = (level >= limits)[:, None]
+        torch.testing.assert_close(found.x0, torch.where(used, every.x0, x0), rtol=0, atol=1e-6)
+    # Without labels in the call there is one level for all.
+    free = sf.StableTarget(sf.EDM(), references=sf.Pool(data), noise_band=band)
+    x_t = x0 + band.level * 0.9 * torch.randn(x0.shape, generator=rng)
+    assert torch.equal(free(x0, x_t, 0.9 * band.level, index=index).x0, x0)

@@ -179,7 +179,7 @@ class Objective:
         if (
             self.draws_per_image > 1
             and isinstance(self.target.references, InBatch)
-            and self.target.noise_band < math.inf
+            and float(self.target.noise_band) < math.inf
         ):
             raise ValueError(
                 f"draws_per_image={self.draws_per_image} puts each image into a batch that often, and InBatch() would count "

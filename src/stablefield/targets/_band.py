@@ -21,7 +21,8 @@ level, so the target stays exactly unbiased, whatever the number.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -39,8 +40,10 @@ _REFERENCES = 65_536
 _BINS_PER_OCTAVE = 64
 # Octaves covered below the squared size of the data, where float32 can still resolve a distance, and above it.
 _BELOW, _ABOVE = 18, 6
-# Relative accuracy of the level.
-_WITHIN = 1.005
+# Rows of each label that the probe takes.
+_ROWS_PER_LABEL = 32
+# Half steps of a bin that the level may lie below the smallest distance and above the largest: a factor of 100.
+_MARGIN = 850
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +51,16 @@ class NoiseBand:
     """The noise band and the measurements behind it.
 
     Attributes:
-        level: the noise level sigma / alpha for `StableTarget(noise_band=...)`; 0 if no level is low enough (too many equal
-            samples), infinite if the source has all the weight at every level (a single reference, or classes of one).
+        level: the noise level sigma / alpha for `StableTarget(noise_band=...)`, with labels that of rows that have one; 0 if
+            no level is low enough (too many equal samples), infinite if the source has all the weight at every level (a
+            single reference, or classes of one).
         tolerance: how far below 1 the bound on the mean source weight may be at the level.
         lost: bound on the mean weight lost at the level; at most the tolerance.
         rows: number of samples from which distances were counted.
         references: number of references to which they were counted.
         nearest: median distance of a row from its nearest reference, in units of the data; infinite without another one.
+        by_label: the level of each label from 0 on, for a pool with labels; infinite for a label of one sample, or of none.
+        unlabelled: the level of rows without a label, which compete with all references; None for a pool without labels.
     """
 
     level: float
@@ -63,6 +69,8 @@ class NoiseBand:
     rows: int
     references: int
     nearest: float
+    by_label: tuple[float, ...] | None = None
+    unlabelled: float | None = None
 
     def __float__(self) -> float:
         return self.level
@@ -82,8 +90,9 @@ def pick_noise_band(
 
     A Gaussian posterior depends only on the noise level sigma / alpha, so the result holds for every process. For the
     heavier tails of `StudentTKernel` it is too high. If the pool has labels, only references of the row's own label compete;
-    rows with a dropped label would gain from a lower level. If it has weights, rows are drawn with them. For pools of more
-    than 65,536 samples, the probe uses that many of them and scales up their weight.
+    the result then has a level for each label, and one for rows whose label is dropped: pass the whole result as the
+    `noise_band` of a `StableTarget` to use them. If the pool has weights, rows are drawn with them. For pools of more than
+    65,536 samples, the probe uses that many of them and scales up their weight.
 
     Args:
         pool: the references.
@@ -146,10 +155,11 @@ def pick_noise_band(
         others = (pool.size or (total or n) * count / n) - 1
     else:  # drawn from all, besides the row's own
         others = (count - 1) * pool.size / n
-    counts = counts * (others / max(1, len(matrix) - 1))
+    scale = others / max(1, len(matrix) - 1)
+    counts = counts * scale
     level = _level(counts, distances, shares, tolerance)
     first = torch.where(counts.sum(1) > 0, distances[(counts > 0).double().argmax(1)], torch.inf)
-    return NoiseBand(
+    band = NoiseBand(
         level=level,
         tolerance=tolerance,
         lost=_lost(counts, distances, shares, level),
@@ -157,6 +167,42 @@ def pick_noise_band(
         references=len(matrix),
         nearest=_median(first, shares),
     )
+    if labels is None:
+        return band
+    with full_precision(device):
+        counts, distances = _count(matrix, index.to(device), None, prior, pool.mirrored)
+        if pool.unlabelled_size is not None:
+            scale = pool.unlabelled_size / len(matrix)
+        unlabelled = _level(counts * scale, distances, shares, tolerance)
+        by_label = _levels_by_label(
+            matrix, labels, weights, pool, others / max(1, len(matrix) - 1), tolerance, generator
+        )
+    return replace(band, by_label=by_label, unlabelled=unlabelled)
+
+
+def _levels_by_label(
+    matrix: ReferenceMatrix,
+    labels: Tensor,
+    weights: Tensor | None,
+    pool: Pool,
+    scale: float,
+    tolerance: float,
+    generator: torch.Generator,
+) -> tuple[float, ...]:
+    """The level of each label, from distances among the references of that label."""
+    order = labels.argsort(stable=True).cpu()
+    sizes = torch.bincount(labels).tolist()
+    found = [math.inf] * len(sizes)
+    for label, members in enumerate(order.split(sizes)):
+        if len(members) < 2:
+            continue
+        held = None if weights is None else weights[members]
+        rows, shares = _drawn(len(members), held, _ROWS_PER_LABEL, generator)
+        part = matrix.take(members.to(matrix.device))
+        prior = None if held is None else held.to(part.device, wide_dtype(part.device))
+        counts, distances = _count(part, rows.to(part.device), None, prior, pool.mirrored)
+        found[label] = _level(counts * scale, distances, shares, tolerance)
+    return tuple(found)
 
 
 def _drawn(n: int, weights: Tensor | None, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -222,15 +268,32 @@ def _count(
 
 
 def _level(counts: Tensor, distances: Tensor, shares: Tensor, tolerance: float) -> float:
-    if _lost(counts, distances, shares, math.inf) <= tolerance:
+    # At an infinite level every reference has S = 1/2.
+    if float((0.5 * counts.sum(1)).clamp(max=1) @ shares) <= tolerance:
         return math.inf
-    low, high = float(distances[1]) / 100, float(distances[-1]) * 100
-    if _lost(counts, distances, shares, low) > tolerance:
+    # Levels and distances are on one grid, so the ratios are, too.
+    step, table = 2 ** (0.5 / _BINS_PER_OCTAVE), _table()
+    unit, bins, middle = float(distances[1]) / step, len(distances), len(table) // 2
+
+    def lost(place: int) -> float:
+        start = middle - place
+        beside = torch.cat([table.new_full((1,), 0.5), table[start + 1 : start + bins]])
+        return float((counts @ beside).clamp(max=1) @ shares)
+
+    low, high = -_MARGIN, bins + _MARGIN
+    if lost(low) > tolerance:
         return 0.0
-    while high > low * _WITHIN:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if _lost(counts, distances, shares, middle) <= tolerance else (low, middle)
-    return low
+    while high > low + 1:
+        place = (low + high) // 2
+        low, high = (place, high) if lost(place) <= tolerance else (low, place)
+    return unit * step**low
+
+
+@cache
+def _table() -> Tensor:
+    """S at the ratios 2^(k / 2 bins per octave), for k from -K to K."""
+    most = (_BELOW + _ABOVE) * _BINS_PER_OCTAVE + 2 * _MARGIN
+    return _beside(2.0 ** (torch.arange(-most, most + 1, dtype=torch.float64) / (2 * _BINS_PER_OCTAVE)))
 
 
 def _lost(counts: Tensor, distances: Tensor, shares: Tensor, level: float) -> float:

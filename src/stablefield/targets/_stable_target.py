@@ -31,6 +31,7 @@ from stablefield._shapes import (
     whole_number,
 )
 from stablefield.diffusion._process import Process
+from stablefield.targets._band import NoiseBand
 from stablefield.targets._checks import (
     check_pair,
     finite_check,
@@ -65,7 +66,7 @@ class StableTarget:
             with references well beyond the batch: the whole data set is best, the batch itself worst.
         noise_band: rows with a noise level sigma / alpha below this use only their source. Exactly unbiased for every value,
             because the rule does not depend on the data. It saves work at levels where the source has all the weight anyway;
-            `pick_noise_band` finds one.
+            `pick_noise_band` finds one. Its whole result, a `NoiseBand`, gives each label a level of its own.
         kernel: the perturbation kernel; `StudentTKernel(D)` for PFGM++.
         chunk_size: references per matrix product; chosen by memory if None.
         capacity: how many rows of a batch, the noisiest, may use references; None for all. It is as exactly unbiased as the
@@ -82,7 +83,7 @@ class StableTarget:
     process: Process
     _: KW_ONLY
     references: References
-    noise_band: float = 0.0
+    noise_band: float | NoiseBand = 0.0
     kernel: PerturbationKernel = field(default_factory=GaussianKernel)
     chunk_size: int | None = None
     capacity: int | None = None
@@ -98,7 +99,7 @@ class StableTarget:
                 "kernel", getattr(self.kernel, call, None), "GaussianKernel(), with log_ratio and log_density"
             )
         flag("validate_args", self.validate_args)
-        if not number("noise_band", self.noise_band) >= 0:
+        if not isinstance(self.noise_band, NoiseBand) and not number("noise_band", self.noise_band) >= 0:
             raise ValueError(f"noise_band is {self.noise_band}: pass a noise level sigma / alpha, 0 or more.")
         for name, value in (("capacity", self.capacity), ("chunk_size", self.chunk_size)):
             if value is not None:
@@ -167,7 +168,8 @@ class StableTarget:
             if value is not None:
                 row_numbers(name, value, x0)
         # An infinite band is DSM, even if alpha is 0 and the noise level infinite.
-        single = self.noise_band == math.inf
+        least = self._least_level
+        single = least == math.inf
         if labels is None and not single and getattr(self.references, "labels", None) is not None:
             raise ValueError(
                 f"labels is missing: {self.references} has a label for each sample. Pass the label of each row, or "
@@ -201,7 +203,7 @@ class StableTarget:
         known = batch if host is Host.NEVER else self._checked(batch, t, noise)
         noise_level = known.sigma / known.alpha
         # Without noise a row can only be its source.
-        use = (noise_level >= self.noise_band) & (known.sigma > 0)
+        use = (noise_level >= self._levels(known, host)) & (known.sigma > 0)
         use = use if known.source_only is None else use & ~known.source_only
         rows = (
             torch.zeros(0, dtype=torch.long) if single else _noisiest(noise_level, use, self.capacity, generator, host)
@@ -223,6 +225,36 @@ class StableTarget:
             values = [_put(old, rows, keep, new, host) for old, new in zip(values, news, strict=True)]
         mean, variance, ess, source_weight = values
         return Target(mean, variance, ess, source_weight, x0, x_t, self.process, t, self.kernel, noise)
+
+    @property
+    def _least_level(self) -> float:
+        """The lowest noise level at which a row can use references."""
+        band = self.noise_band
+        if not isinstance(band, NoiseBand):
+            return band
+        if band.by_label is None or band.unlabelled is None or getattr(self.references, "labels", None) is None:
+            return band.level
+        return min(*band.by_label, band.unlabelled)
+
+    def _levels(self, known: Batch, host: Host) -> Tensor | float:
+        """The noise level from which each row uses references, (B,) on the host, or one for all.
+
+        Raises:
+            ValueError: if it depends on labels that a compiled or captured function cannot read.
+        """
+        band = self.noise_band
+        if not isinstance(band, NoiseBand):
+            return band
+        if band.by_label is None or band.unlabelled is None or known.labels is None:
+            return band.level
+        if host is Host.NEVER:
+            raise ValueError(
+                "noise_band has a level for each label, which a compiled or captured function cannot read: pass one level "
+                "for all, such as noise_band=band.level."
+            )
+        # The last is for rows without a label, -1, as is that of labels beyond those of the probe.
+        levels = torch.tensor([*band.by_label, band.unlabelled], dtype=torch.float64)
+        return levels[known.labels.long().clamp(max=len(levels) - 1)]
 
     def _checked(self, batch: Batch, t: Tensor, noise: Tensor | None) -> Batch:
         """Check all values, and return the batch with its scalars, labels, index and flags on the host.
@@ -263,7 +295,7 @@ class StableTarget:
             source_only=source_only,
             flipped=flipped,
         )
-        if self.noise_band != math.inf:  # rows may use references
+        if self._least_level != math.inf:  # rows may use references
             checks += self.references.checks(known, self.validate_args)
         require(*checks)
         return known
@@ -362,7 +394,7 @@ class StableTarget:
             chunk_size=self.chunk_size,
             ranks=selection.ranks,
         )
-        return posterior_of(query, plan, self.noise_band)
+        return posterior_of(query, plan, self._least_level)
 
 
 @dataclass(frozen=True)
