@@ -17,7 +17,7 @@ import stablefield as sf
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
 SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py"))
 STEPS = 8
-# StableVM's loop with the bank in its place, but no row late enough to use it.
+# Where the script before takes means itself: how to make it draw the same rows, but regress on the single sample.
 SINGLE = {"stablevm_bank.py": {"capacity": 10_000, "mean_from": 1.0}}
 
 
@@ -84,7 +84,7 @@ def test_a_bank_of_all_latents_gives_the_losses_of_the_pool() -> None:
     assert main(steps=STEPS) != pytest.approx(pool, rel=1e-3)
 
 
-def test_the_targets_of_the_sit_loop_are_means_over_what_the_network_can_not_tell_apart(
+def test_the_targets_of_the_sit_loop_are_means_over_what_the_network_cannot_tell_apart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     called: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
