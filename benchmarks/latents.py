@@ -7,8 +7,8 @@ Makes a float16 map of random latents (a centre for each label and noise) in a t
 flow matching's uniform times, of which a tenth have no label. Measures, in turn in one process:
 
 - labelled: the rows with a label, over all latents of their label, from the noise band on;
-- bank: the same rows by differences from a bank of 256 latents of their label, as StableVM has it (arXiv 2602.05435), once
-  for the rows of the band and once for all;
+- bank: the same rows by differences from a bank of 256 latents of their label, as StableVM has it (arXiv 2602.05435): those
+  of the band, those from time 0.5 on, where StableVM begins, and all;
 - the tenth without a label, over a random subset and over all latents;
 - labelled rows at times from 0.9, which all use references.
 
@@ -53,11 +53,15 @@ def make_map(path: Path, n: int, dim: int, labels: int) -> NDArray[np.float16]:
 
 
 def bank_means(x_t: Tensor, alpha: Tensor, sigma: Tensor, x0: Tensor, bank: Tensor, label: Tensor) -> Tensor:
-    """The mean over each row's bank (labels, 256, d) and the row's own, from differences of B x 257 x d numbers."""
-    references = torch.cat([x0[:, None], bank[label].float()], 1)
-    gaps = x_t[:, None] - alpha[:, None, None] * references
-    logits = -gaps.square().sum(2) / (2 * sigma[:, None] ** 2)
-    return (torch.softmax(logits, 1)[:, :, None] * references).sum(1)
+    """The mean over each row's bank (labels, 256, d) and the row's own, label by label, from differences of b x 257 x d."""
+    mean = torch.empty_like(x_t)
+    for one in label.unique().tolist():
+        rows = (label == one).nonzero()[:, 0]
+        references = torch.cat([bank[one].float().expand(len(rows), -1, -1), x0[rows, None]], 1)
+        gaps = x_t[rows, None] - alpha[rows, None, None] * references
+        logits = -gaps.square().sum(2) / (2 * sigma[rows, None] ** 2)
+        mean[rows] = (torch.softmax(logits, 1)[:, :, None] * references).sum(1)
+    return mean
 
 
 def held() -> int:
@@ -125,7 +129,7 @@ def measure(path: Path, n: int, dim: int, labels: int, rounds: int) -> dict[str,
     bank = torch.from_numpy(np.stack([latents[k::labels][:BANK] for k in range(labels)]))
     alpha, sigma = process.alpha(t), process.sigma(t)
     named = torch.arange(UNLABELLED, BATCH)
-    inside = named[(sigma / alpha >= found.level)[named]]
+    inside, half = named[(sigma / alpha >= found.level)[named]], named[(t >= 0.5)[named]]
 
     def call(target: sf.StableTarget, rows: Tensor, x: Tensor, time_of: Tensor) -> Work:
         def work() -> object:
@@ -147,6 +151,7 @@ def measure(path: Path, n: int, dim: int, labels: int, rounds: int) -> dict[str,
     works = {
         "labelled": call(few, named, x_t, t),
         "bank_in_band": from_bank(inside, x_t, t),
+        "bank_from_half": from_bank(half, x_t, t),
         "bank_all_rows": from_bank(named, x_t, t),
         "batch_with_subset": call(few, every, x_t, t),
         "labelled_late": call(few, named, x_late, late),
@@ -172,6 +177,7 @@ def measure(path: Path, n: int, dim: int, labels: int, rounds: int) -> dict[str,
         "band": found.level,
         "rows_in_band": int((sigma / alpha >= found.level).sum()),
         "labelled_rows_in_band": len(inside),
+        "labelled_rows_from_half": len(half),
         "seconds": seconds,
         "probe_seconds": probed,
         "first_call_seconds": preparation,

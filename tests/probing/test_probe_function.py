@@ -3,6 +3,7 @@
 import csv
 import functools
 import json
+import math
 from html.parser import HTMLParser
 
 import numpy as np
@@ -196,3 +197,29 @@ def test_the_bias_check_is_one_call(tmp_path, monkeypatch):
     assert "fault: source left out" in str(found)
     assert "BIASED" in found.save(tmp_path / "bias.html").read_text()
     assert json.loads(found.save(tmp_path / "bias.json").read_text())["checks"]["the batch"]["passed"]
+
+
+def test_a_labelled_set_says_what_each_label_can_gain_at_uniform_and_logit_normal_times(rng) -> None:
+    # Latents: floats of any shape. Label 1 is denser than label 0, and label 2 has one sample.
+    labels = torch.tensor([0] * 40 + [1] * 59 + [2])
+    data = torch.randn(100, 2, 3, 3, generator=rng) * torch.tensor([1.0, 0.3, 1.0])[labels][:, None, None, None]
+    found = sf.probe(data, labels=labels, **FEW)
+    band = found.noise_band
+    assert band.by_label is not None
+    assert [one.label for one in found.labels] == [0, 1, 2, None]
+    assert [one.samples for one in found.labels] == [40, 59, 1, 100]
+    for one, level in zip(found.labels, (*band.by_label, band.unlabelled), strict=True):
+        assert level is not None
+        # sigma / alpha = t / (1 - t).
+        assert one.shares["flow at uniform times"] == pytest.approx(1 / (1 + level), abs=1e-6)
+        normal = 0.5 * math.erfc(math.log(level) / math.sqrt(2)) if level < math.inf else 0.0
+        assert one.shares["flow at logit-normal times"] == pytest.approx(normal, abs=1e-6)
+    assert found.labels[1].level < found.labels[0].level < found.labels[2].level == math.inf
+    text = str(found)
+    assert "Rows that can gain, by label:" in text
+    assert "flow at logit-normal times 0 % (2) to" in text
+    assert "Rows without a label: EDM" in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert [one["name"] for one in found.to_dict()["labels"]] == ["0", "1", "2", "no label"]
+    assert any(getattr(block, "title", "") == "Labels" for block in found.page().blocks)
+    assert sf.probe(data, **FEW).labels == ()

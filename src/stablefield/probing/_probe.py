@@ -16,6 +16,7 @@ from stablefield._shapes import check_kind, found_device, number, shape_of
 from stablefield.data._image_set import ImageSet
 from stablefield.probing._advice import Advice, advise
 from stablefield.probing._batch import BatchVariance, measure_batch
+from stablefield.probing._label_shares import LabelShare, label_findings, label_record, label_shares
 from stablefield.probing._phases import Edge, Phases, find_phases, share_above
 from stablefield.probing._population import MOST, Samples, described, draw_population
 from stablefield.probing._record import advice_record, curve_record, curve_table, phases_record
@@ -55,6 +56,7 @@ class Probe(Result):
         batch: the variance of a batch's sum of targets.
         phases: where one sample decides, and where the posterior is the prior.
         advice: how many references to take.
+        labels: how much of the rows of each label can gain, and of rows without one; empty without labels.
         seed: of all random draws.
         device: where it was measured.
         command: the command line that made it, for the report; empty for a call from Python.
@@ -72,6 +74,7 @@ class Probe(Result):
     advice: Advice
     seed: int
     device: str
+    labels: tuple[LabelShare, ...] = ()
     command: str = ""
 
     def __str__(self) -> str:
@@ -127,6 +130,7 @@ class Probe(Result):
             f"Cost per step here: {_seconds(best.seconds)} for {size}"
             + ("." if everything else f", {_seconds(whole.seconds)} for all {curve.samples:,}, which leave none."),
         ]
+        lines += label_findings(self.labels)
         if curve.drawn_from is not None:
             lines.append(f"{sampled(curve.samples, curve.drawn_from)}; only the noise band uses all of them.")
         return tuple(lines)
@@ -143,6 +147,7 @@ class Probe(Result):
             "device": self.device,
             "phases": phases_record(self.phases),
             "advice": advice_record(self.advice, self.batch),
+            **({"labels": label_record(self.labels)} if self.labels else {}),
             "variance": curve_record(self.curve),
         }
 
@@ -171,6 +176,7 @@ class Probe(Result):
             self.batch,
             (self.summary, *self.findings),
             self.command,
+            self.labels,
         )
 
 
@@ -228,6 +234,7 @@ def probe_data(
     else:
         values = images
     classes = torch.as_tensor(labels) if by_class and labels is not None else None
+    names = images.class_names if isinstance(images, ImageSet) else None
     band = pick_noise_band(Pool(values, references_in_training, classes), device=device)
     if references_in_training is not None:  # measure this size, too
         sizes.add(references_in_training)
@@ -255,6 +262,7 @@ def probe_data(
         advice=advise(curve, training, band=band.level, batch=batch, aim=aim),
         seed=seed,
         device=str(device),
+        labels=() if classes is None else label_shares(band, classes, names, training),
     )
 
 

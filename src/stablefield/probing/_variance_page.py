@@ -8,6 +8,7 @@ from torch import Tensor
 
 from stablefield.probing._advice import Advice
 from stablefield.probing._batch import BatchVariance
+from stablefield.probing._label_shares import LabelShare, label_table
 from stablefield.probing._phases import Phases
 from stablefield.probing._record import advice_record, curve_record, phases_record
 from stablefield.probing._series import Series
@@ -107,6 +108,7 @@ def variance_page(
     together: BatchVariance,
     sentences: Sequence[str],
     command: str,
+    labels: Sequence[LabelShare] = (),
 ) -> Page:
     """The page.
 
@@ -119,6 +121,7 @@ def variance_page(
         together: the variance of whole batches.
         sentences: the advice in words, line by line.
         command: the command that made it; empty if there is none.
+        labels: what the rows of each label can gain.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -188,6 +191,8 @@ def variance_page(
         ),
     ]
     blocks.append(Section("How many references", _sizes(curve, advice, together)))
+    if labels:
+        blocks.append(Section("Labels", (label_table(labels),)))
     blocks.append(
         Section(
             "Numbers",
