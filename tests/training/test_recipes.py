@@ -131,7 +131,7 @@ def test_transformer_has_the_smallest_patches_that_its_device_affords(side: int,
 
 
 def test_transformer_names_patches_and_resolution_for_images_that_do_not_divide() -> None:
-    with pytest.raises(ValueError, match="among the divisors of 10, or resolution=28 for squares"):
+    with pytest.raises(ValueError, match=r"pass network\.patch_size=5, or resolution=28 for squares"):
         SiTConfig(patch_size=4).build((3, 30, 40), 0, 0, torch.Generator())
     with pytest.raises(ValueError, match="augmentation needs"):
         SiTConfig().build((3, 32, 32), 0, 9, torch.Generator())

@@ -1,6 +1,7 @@
 """The transformer as a network of the trainer: trained, resumed, sampled and exported like the others."""
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from stablefield.training._model import open_model
 from stablefield.training._recipes import named_recipe
 
 FLAGS = ["--recipe", "sit", "--network.width", "16", "--network.heads", "2", "--network.depth", "1", "--batch", "8"]
-FLAGS += ["--sample-every", "0", "--checkpoint-every", "2", "--network.checkpointing"]
+FLAGS += ["--sample-every", "0", "--checkpoint-every", "2", "--network.checkpointing", "--noise-band", "0.5"]
 
 
 def status(*arguments: object) -> int:
@@ -65,6 +66,19 @@ def test_run_is_exported_as_plain_weights_under_the_published_names(run: Path, t
     x, labels = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, -1])
     ours, theirs = (open_model(path).denoiser(x, 0.7, labels) for path in (run, tmp_path / "run"))
     assert torch.equal(ours, theirs)
+
+
+def test_bf16_trains_close_to_float32_and_flags_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    losses = []
+    for precision in ("float32", "bf16"):
+        words = ("--steps", 2, "--log-every", 1, "--precision", precision, "--out", tmp_path / precision)
+        assert status("train", "digits", *FLAGS, *words) == 0
+        lines = (tmp_path / precision / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines if "loss" in line])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    capsys.readouterr()
+    assert status("train", "digits", *FLAGS, "--network.patch-size", 3, "--out", tmp_path / "other") == 2
+    assert "pass --network.patch-size 2, or --resolution 6 for squares" in capsys.readouterr().err
 
 
 def test_recipe_is_chosen_by_name_and_read_back_from_json() -> None:

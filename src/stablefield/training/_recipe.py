@@ -199,9 +199,11 @@ class SiTConfig:
             raise ValueError("augmentation needs a U-Net that is conditioned on it: use 0 with a SiT.")
         _, height, width = shape
         if self.patch_size > 0 and (height % self.patch_size or width % self.patch_size):
+            common = math.gcd(height, width)
+            divisors = (side for side in range(1, common + 1) if common % side == 0)
             raise ValueError(
                 f"images of {width} x {height} pixels do not divide into patches of {self.patch_size} x {self.patch_size}: "
-                f"pass network.patch_size among the divisors of {math.gcd(height, width)}, or "
+                f"pass network.patch_size={min(divisors, key=lambda side: abs(side - self.patch_size))}, or "
                 f"resolution={_near(min(height, width), self.patch_size)} for squares."
             )
         return SiT(
