@@ -1,6 +1,7 @@
 """SiT and DiT from files: what names and shapes show, what they do not, and that sampling follows their conventions."""
 
 import argparse
+import math
 from pathlib import Path
 
 import foreign
@@ -64,6 +65,15 @@ def test_every_option_but_the_heads_is_found_in_names_shapes_and_places(sizes, o
     assert {name: value.shape for name, value in found.build().state_dict().items()} == {
         name: value.shape for name, value in state.items()
     }
+
+
+def test_hidden_width_is_found_whatever_its_ratio() -> None:
+    odd = [hidden for hidden in range(1, 200) if int(76 * (hidden / 76)) != hidden]
+    assert odd
+    for hidden in (*odd[:2], 1, 304):
+        state = SiT(4, 2, 1, 76, 1, 4, mlp_ratio=math.nextafter(hidden / 76, math.inf)).state_dict()
+        assert state["blocks.0.mlp.fc1.bias"].shape == (hidden,)
+        assert infer_sit(state, 4).build().state_dict()["blocks.0.mlp.fc1.bias"].shape == (hidden,)
 
 
 def test_published_network_is_described() -> None:
@@ -147,7 +157,10 @@ def test_checkpoint_of_the_training_has_the_average_and_says_its_preconditioning
         ({"pos_embed": torch.randn(1, 15, 64)}, "15 patches is not the fixed one"),
         ({"x_embedder.proj.weight": torch.ones(64, 1, 2, 3)}, "patches are square"),
         ({"y_embedder.embedding_table.weight": None}, "no y_embedder"),
-        ({"blocks.0.mlp.fc1.weight": None}, "no blocks.0.mlp.fc1.weight"),
+        ({"blocks.0.mlp.fc1.weight": None}, r"no blocks\.0\.mlp\.fc1\.weight"),
+        ({"blocks.0.mlp.fc1.weight": torch.ones(64_001, 1)}, "fit neither SiT nor DiT: mlp_ratio=1000"),
+        ({f"blocks.{k}.attn.qkv.weight": torch.ones(1) for k in range(500)}, "500 blocks, but 521 tensors are too few"),
+        ({"pos_embed": torch.zeros(1, 2**20, 64)}, r"67,108,864 numbers; the limit is 33,554,432"),
     ],
 )
 def test_other_networks_are_refused_with_the_first_difference(change, message, tmp_path: Path) -> None:

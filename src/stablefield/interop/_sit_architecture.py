@@ -23,6 +23,8 @@ _CLOSE = 1e-2
 # Numbers in the embedding of places, and pixels of a side: many times what published networks have.
 _MOST_PLACES = 2**25
 _MOST_PIXELS = 2_048
+# Five linear maps, each with weight and bias.
+_TENSORS_PER_BLOCK = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,9 @@ def infer_sit(state: Mapping[str, Tensor | TensorView], heads: int | None = None
     depth = 0
     while f"blocks.{depth}.attn.qkv.weight" in shapes:
         depth += 1
+    # Check this before building a network with so many blocks, even on the meta device.
+    if _TENSORS_PER_BLOCK * depth > len(shapes):
+        raise RefusedError(f"its names imply {depth:,} blocks, but {len(shapes):,} tensors are too few for them.")
     hidden, outputs = _rows(shapes, "blocks.0.mlp.fc1.weight"), _rows(shapes, "final_layer.linear.weight")
     rows, columns = _grid(state, width)
     if max(rows, columns) * patch > _MOST_PIXELS:
@@ -111,11 +116,14 @@ def infer_sit(state: Mapping[str, Tensor | TensorView], heads: int | None = None
         heads=heads,
         classes=_rows(shapes, "y_embedder.embedding_table.weight") - 1,
         learn_sigma=outputs == 2 * channels * patch**2,
-        mlp_ratio=hidden / width,
+        mlp_ratio=_ratio(hidden, width),
     )
     # On the meta device: compare names and shapes before allocating memory.
     with torch.device("meta"):
-        expected = {name: tuple(value.shape) for name, value in found.build().state_dict().items()}
+        try:
+            expected = {name: tuple(value.shape) for name, value in found.build().state_dict().items()}
+        except ValueError as error:
+            raise RefusedError(f"its names and shapes fit neither SiT nor DiT: {error}") from error
     for name in sorted(expected.keys() | shapes.keys()):
         if expected.get(name) != shapes.get(name):
             raise RefusedError(
@@ -123,6 +131,12 @@ def infer_sit(state: Mapping[str, Tensor | TensorView], heads: int | None = None
                 f"{expected.get(name, 'none')}; a network with such options is not supported."
             )
     return found
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """The smallest quotient whose product with the width is not below `hidden`: `SiT` rounds the product down."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _rows(shapes: Mapping[str, tuple[int, ...]], name: str) -> int:

@@ -44,6 +44,8 @@ SIT_SIZES: Mapping[str, tuple[int, int, int]] = {
 
 # Sines and cosines of a noise label, half each, at frequencies from 1 down to nearly 1e-4.
 _WAVES = 256
+# Hidden width of a perceptron in units of the width; published networks have 4.
+_MOST_HIDDEN = 1_000
 
 
 class SiT(nn.Module):
@@ -102,9 +104,10 @@ class SiT(nn.Module):
         self.learn_sigma, self.checkpointing = flag("learn_sigma", learn_sigma), flag("checkpointing", checkpointing)
         if width % 4 or width % heads:
             raise ValueError(f"width={width}: it must be a multiple of 4 and of heads={heads}.")
-        hidden = int(width * number("mlp_ratio", mlp_ratio)) if 0 < number("mlp_ratio", mlp_ratio) < math.inf else 0
+        ratio = number("mlp_ratio", mlp_ratio)
+        hidden = int(width * ratio) if 0 < ratio <= _MOST_HIDDEN else 0
         if hidden < 1:
-            raise ValueError(f"mlp_ratio={mlp_ratio}: it must be positive and give a hidden width of at least 1.")
+            raise ValueError(f"mlp_ratio={mlp_ratio}: pass a number from 1 / width to {_MOST_HIDDEN:,}.")
         self.patch_size, self.channels, self.classes = patch_size, channels, classes
         self.width, self.heads, self.mlp_ratio = width, heads, mlp_ratio
         self.x_embedder = _Patches(channels, width, patch_size, generator)
