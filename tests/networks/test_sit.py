@@ -189,6 +189,10 @@ def test_learn_sigma_doubles_the_outputs_and_returns_the_first_half() -> None:
     assert rows[:, 3:].abs().max() == 0
 
 
+def test_no_rows_give_no_rows() -> None:
+    assert small()(torch.zeros(0, 3, 8, 12), 0.5).shape == (0, 3, 8, 12)
+
+
 def test_one_number_is_the_label_of_every_row() -> None:
     network = small()
     x, _, labels = inputs(network)

@@ -206,7 +206,8 @@ class SiT(nn.Module):
         """The images of tokens (N, T, p p C): within a token, the channels of a pixel are neighbours."""
         side = self.patch_size
         height, width = self.size[0] // side, self.size[1] // side
-        pixels = tokens.reshape(len(tokens), height, width, side, side, -1)[..., : self.channels]
+        outputs = tokens.shape[-1] // side**2
+        pixels = tokens.reshape(len(tokens), height, width, side, side, outputs)[..., : self.channels]
         return pixels.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), self.channels, *self.size)
 
 
