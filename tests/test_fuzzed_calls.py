@@ -224,6 +224,10 @@ UNET_GOOD = {
     "blocks": either(1), "augment_dim": either(0, 9), "classes": either(0, 3), "dropout": either(0.0, 0.1),
     "attention": either(None, (8,)), "generator": GENERATOR,
 }  # fmt: skip
+SIT_GOOD = {
+    "input_size": either(8, (4, 8)), "patch_size": either(2), "channels": either(1), "classes": either(0, 3),
+    "learn_sigma": FLAG, "checkpointing": FLAG, "generator": GENERATOR,
+}  # fmt: skip
 TARGET_GOOD = {
     "references": either(
         lambda s: sf.InBatch(),
@@ -320,8 +324,21 @@ CASES = {
         lambda s: sf.VPPreconditioning, {"beta_min": either(0.1), "beta_slope": POSITIVE, "steps": either(1000)}
     ),
     "VEPreconditioning": Case(lambda s: sf.VEPreconditioning, {}),
+    "FlowPreconditioning": Case(lambda s: sf.FlowPreconditioning, {"label_scale": POSITIVE}),
+    "DDPMPreconditioning": Case(
+        lambda s: sf.DDPMPreconditioning,
+        {"beta_start": either(1e-4), "beta_end": either(0.02), "steps": either(1000, 50)},
+    ),
     "Preconditioning.__call__": Case(
-        either(sf.EDMPreconditioning(), sf.VPPreconditioning(), sf.VEPreconditioning()), SIGMA, local=True
+        either(
+            sf.EDMPreconditioning(),
+            sf.VPPreconditioning(),
+            sf.VEPreconditioning(),
+            sf.FlowPreconditioning(),
+            sf.DDPMPreconditioning(),
+        ),
+        SIGMA,
+        local=True,
     ),
     "Denoiser": Case(
         lambda s: sf.Denoiser,
@@ -597,6 +614,20 @@ CASES = {
     "MLP.forward": Case(
         lambda s: networks.MLP(s.shape, 8, 1, classes=3).to(s.dtype).forward,
         {"x": X, "noise_label": lambda s: s.t, "class_labels": LABELS},
+        local=True,
+    ),
+    "SiT": Case(
+        lambda s: networks.SiT,
+        {**SIT_GOOD, "width": either(16), "depth": either(1), "heads": either(2), "mlp_ratio": either(4.0, 1)},
+    ),
+    "SiT.sized": Case(lambda s: networks.SiT.sized, {**SIT_GOOD, "size": either("XXS")}),
+    "SiT.forward": Case(
+        lambda s: networks.SiT(8, 2, 1, 16, 1, 2, classes=3).forward,
+        {
+            "x": lambda s: torch.randn(2, 1, 8, 8, generator=s.generator),
+            "noise_label": either(0.5, torch.tensor([0.1, 0.2])),
+            "class_labels": either(None, torch.tensor([0, -1])),
+        },
         local=True,
     ),
     "SongUNet": Case(
