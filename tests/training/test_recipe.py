@@ -69,11 +69,11 @@ def test_seeds_of_purposes_and_steps_are_all_different() -> None:
 
 def test_recipes_written_with_names_from_before_still_open():
     old = {"kind": "Recipe", "clip": 2.0, "accumulate": 3, "mend_gradients": True}
-    assert decode(old) == Recipe(max_grad_norm=2.0, gradient_accumulation_steps=3, nan_to_num=True)
+    assert decode(old) == Recipe(max_grad_norm=2.0, gradient_accumulation_steps=3, nan_to_num=True, exact=True)
     networks = {
         "Perceptron": ({"width": 32}, MLPConfig(width=32)),
         "UNet": ({"base_channels": 16, "multipliers": [1, 2]}, SongUNetConfig(base_channels=16, multipliers=(1, 2))),
         "UNet2D": ({"widths": [32, 64]}, DiffusersUNetConfig(widths=(32, 64))),
     }
     for kind, (options, network) in networks.items():
-        assert decode({"kind": "Recipe", "network": {"kind": kind, **options}}) == Recipe(network=network)
+        assert decode({"kind": "Recipe", "network": {"kind": kind, **options}}) == Recipe(network=network, exact=True)

@@ -24,6 +24,7 @@ from stablefield.cli.recipe_flags import TrainingFlags
 from stablefield.cli.sources import open_data
 from stablefield.data._image_set import ImageSet
 from stablefield.report._cells import duration
+from stablefield.training._data_parallel import overlaps
 from stablefield.training._estimate import estimate_run
 from stablefield.training._loop import Tracker, check_tracker
 from stablefield.training._observers import FrechetObserver, Reading, SelfCheck, check_samples
@@ -201,6 +202,12 @@ def _print_beginning(run: Run, data: ImageSet) -> None:
         f"[bold]{recipe.target.upper()}[/] on {escape(data.name)}: {len(data):,} images of "
         f"{'x'.join(map(str, data.shape))}, {recipe.steps:,} steps of {recipe.batch}, on {run.device}{many}"
     )
+    if processes > 1:
+        how = "by DistributedDataParallel" if overlaps(recipe, processes, run.device) else "in a fixed order"
+        console.print(
+            f"gradients:  summed {how}; a resumed run has the same bits on {processes} processes of the same kind, and on "
+            "another number the same losses up to rounding"
+        )
     console.print(f"run folder: {escape(relative(run.path))}")
 
 

@@ -55,6 +55,8 @@ def decode(data: Any) -> Any:
     kind = _RENAMED_KINDS.get(kind, kind)
     if kind not in _KINDS:
         raise ValueError(f'config.json has the kind "{kind}", which this version does not know: {", ".join(_KINDS)}.')
+    if kind == Recipe.__name__:
+        entries.setdefault("exact", True)  # what runs did before they could choose
     hints = get_type_hints(_KINDS[kind])
     for name, value in entries.items():
         if name not in hints:

@@ -277,6 +277,9 @@ class Recipe:
     """Precision of the network; targets, losses, weights and averages are always float32."""
     compile: bool = False
     """Compile the network, and on a GPU replay each step as CUDA graphs: slower to start, then faster there."""
+    exact: bool = False
+    """Sum the gradients of several processes after the backward pass, in an order that is fixed for every network and
+    version of torch; by default torch's DistributedDataParallel sums them during the pass."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
     sample_every: int = 1000
@@ -324,7 +327,7 @@ class Recipe:
         )
         for name in (*counts, "checkpoint_every", "keep_last", "keep_every"):
             whole_number(name, getattr(self, name))
-        for name in ("antithetic", "importance_sampling", "nan_to_num", "mirror", "conditional", "compile"):
+        for name in ("antithetic", "importance_sampling", "nan_to_num", "mirror", "conditional", "compile", "exact"):
             flag(name, getattr(self, name))
         positive = (
             "steps",

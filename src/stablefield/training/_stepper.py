@@ -5,17 +5,18 @@ recipe accumulates. Losses are sums over rows divided by the size of the whole b
 the mean over the batch, whatever the number of either. Only dropout masks are drawn separately for each part: with dropout,
 runs on different numbers of processes or parts have different, equally good, losses.
 
-One all-reduce sums all gradients over the processes, in the order of the parameters. It does not overlap with the backward
-pass, as DistributedDataParallel does, but its order does not depend on how long the run has been going. Otherwise a resumed
-run could not repeat it bit for bit.
+Several processes sum their gradients by DistributedDataParallel, which overlaps with the backward pass (`_data_parallel`).
+With `exact`, one all-reduce after the pass sums all gradients in the order of the parameters, whatever the network and the
+version of torch. A resumed run repeats either bit for bit.
 
 On a GPU a compiled step is replayed as two CUDA graphs: one prepares the example with its target, one computes the loss and
 its gradient. Python then no longer limits the speed of a small network, and a target takes only the time of its arithmetic.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -29,6 +30,7 @@ from stablefield.targets._references import References
 from stablefield.targets._stable_target import DenoisingTarget, StableTarget
 from stablefield.training._checkpoint import Trained
 from stablefield.training._cuda_graph import CudaGraph, mapped
+from stablefield.training._data_parallel import DataParallel, overlaps
 from stablefield.training._ema import LENGTHS, ema_decay, follower, power_decay, power_exponent, update_ema
 from stablefield.training._feed import Feed
 from stablefield.training._meter import Stopwatch
@@ -69,7 +71,9 @@ class Stepper:
             self._importance = ImportanceSampling(recipe.noise_levels, recipe.process).to(self._device)
         self.trained = Trained(model, averages, optimizer, self._importance)
         self._parameters = list(model.parameters())
-        self._network = torch.compile(model) if recipe.compile else model
+        self._network = cast("nn.Module", torch.compile(model)) if recipe.compile else model
+        self._overlaps = overlaps(recipe, self._ranks.world_size, self._device)
+        self._parallel: DataParallel | None = None
         self._augmentation = Augmentation(probability=recipe.augmentation) if recipe.augmentation else None
         self._shape = config.shape
         self._capacity: int | None = None
@@ -183,10 +187,16 @@ class Stepper:
 
     def _backward(self, step: int) -> list[ObjectiveValue]:
         values: list[ObjectiveValue] = []
+        last = len(self._parts()) - 1
         for number, (example, augment_labels) in enumerate(self.examples(step)):
+            if self._overlaps and self._parallel is None:
+                self._parallel = DataParallel(self._network, self._trial(example, augment_labels), self._ranks)
             torch.manual_seed(self._dropout_seed(step, number))
-            if self._graphs is None:
-                value = self._evaluate(example, augment_labels)
+            if self._parallel is not None and number == last:
+                value = self._evaluate(self._parallel.network, example, augment_labels)
+                self._parallel.backward(value.row_loss.sum() / self._recipe.batch)
+            elif self._graphs is None:
+                value = self._evaluate(self._network, example, augment_labels)
                 self._accelerator.backward(value.row_loss.sum() / self._recipe.batch)
             else:
                 found, gradient = self._graphs[1](example, augment_labels)
@@ -206,14 +216,17 @@ class Stepper:
             else:
                 parameter.grad += part
 
-    def _evaluate(self, example: Example, augment_labels: Tensor | None) -> ObjectiveValue:
+    def _trial(self, example: Example, augment_labels: Tensor | None) -> Callable[[nn.Module], Tensor]:
+        return lambda network: self._evaluate(network, example, augment_labels).row_loss.sum()
+
+    def _evaluate(self, network: nn.Module, example: Example, augment_labels: Tensor | None) -> ObjectiveValue:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._recipe.precision == "bf16"):
-            return self._objective(None).evaluate(self._network, example, augment_labels)
+            return self._objective(None).evaluate(network, example, augment_labels)
 
     def _loss_and_gradient(
         self, example: Example, augment_labels: Tensor | None
     ) -> tuple[ObjectiveValue, tuple[Tensor | None, ...]]:
-        value = self._evaluate(example, augment_labels)
+        value = self._evaluate(self._network, example, augment_labels)
         loss = value.row_loss.sum() / self._recipe.batch
         gradient = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         return value, gradient
@@ -265,6 +278,10 @@ class Stepper:
     def _sum_gradients(self, observed: Tensor | None) -> None:
         """Sum the gradients, and what importance sampling observed, over the processes."""
         if self._ranks.world_size == 1:
+            return
+        if self._parallel is not None:
+            if observed is not None:
+                self._ranks.all_reduce(observed, "to sum what they observed")
             return
         for parameter in self._parameters:  # a process without rows must take part, too
             if parameter.grad is None:
