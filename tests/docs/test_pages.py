@@ -250,3 +250,15 @@ def test_the_page_on_speed_says_how_often_a_target_waits_as_the_counts_have_it(m
     assert f"{counts[waits['drawn']]} if it draws some of the references, {counts[waits['DSM']]} for the single" in text
     assert "A batch far from zero that is its own reference set waits once more." in text
     assert waits["in batch, far from zero"] == waits["in batch"] + 1 == waits["pool"] + 1
+
+
+def test_the_page_on_speed_says_of_processes_what_was_measured() -> None:
+    first, second = json.loads((ROOT / "benchmarks/results/processes.json").read_text("utf-8"))["rows"]
+    text = " ".join((DOCS / "speed.md").read_text("utf-8").split())
+    ratios = [row["processor_ratio"] for row in (first, second)]
+    low, high = ratios[1]["quartiles"]
+    assert f"{ratios[0]['median']:.2f} of the processor time of a step with `--exact` for a perceptron" in text
+    assert f"perceptron of {first['parameters'] / 1e6:.1f} million weights, and {ratios[1]['median']:.2f} for" in text
+    assert f"U-Net of {second['parameters'] / 1e6:.1f} million" in text
+    assert f"half of the pairs lay between {low:.2f} and {high:.2f}" in text
+    assert all(ratio["median"] < 1 for ratio in ratios)  # no slower
