@@ -259,7 +259,7 @@ def compute(
     mirrored: bool,
     chunk_size: int | None,
     float64: bool,
-    resampled: bool,
+    resampled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Implement `torch.ops.stablefield.posterior`: mean, variance, ESS, source weight (empty if unknown), log evidence."""
     matrix = ReferenceMatrix(references)
