@@ -296,7 +296,8 @@ def _set_ticks(axis: "Axis", log: bool, most: int) -> None:
 
 def _draw_minor_ticks(axes: "Axes") -> None:
     """Draw the minor ticks of the x axis as one line: matplotlib's own, twenty objects, take half the time of a chart."""
-    from matplotlib.lines import TICKDOWN, Line2D
+    from matplotlib.lines import Line2D
+    from matplotlib.markers import TICKDOWN
 
     low, high = axes.get_xlim()
     places = [place for place in axes.xaxis.get_minorticklocs() if low <= place <= high]
