@@ -274,7 +274,15 @@ def of_the_gpu_benchmark() -> dict[str, Any]:
     there = images[:, :, :8, :8].contiguous().to(FAR)
     extractor = RandomConvolutions(device=FAR)
     budget = quality.Budget(
-        seconds=0.05, marks=1, samples=4, batch=4, width=8, blocks=1, gradients=2, samplers=("heun",), variances=("stf",)
+        seconds=0.05,
+        marks=1,
+        samples=4,
+        batch=4,
+        width=8,
+        blocks=1,
+        gradients=2,
+        samplers=("heun",),
+        variances=("stf",),
     )
     rows: list[dict[str, Any]] = []
     data = ImageSet(images=images[:100].numpy(), labels=None, class_names=None, name="noise", manifest={})
