@@ -15,8 +15,8 @@ from stablefield.cli import entry, verbs
 linux = pytest.mark.skipif(sys.platform != "linux", reason="forks, with gloo on the interface lo")
 
 # One import for all pairs of processes of all cases: each pair is forked. What they run is a verb that talks to the other
-# and, as torch does where it compiles, keeps the group alive. Threads that wait for the interpreter wait long, so that one that is torn
-# down around them aborts in about a quarter of the pairs.
+# and, as torch does where it compiles, keeps the group alive. Threads that wait for the interpreter wait long, so that one
+# that is torn down around them aborts in about a quarter of the pairs.
 PAIRS = """
 import atexit, json, os, sys, threading, time
 from pathlib import Path
