@@ -184,7 +184,9 @@ class Stepper:
     def _backward(self, step: int) -> list[ObjectiveValue]:
         values: list[ObjectiveValue] = []
         for number, (example, augment_labels) in enumerate(self.examples(step)):
-            torch.manual_seed(self._dropout_seed(step, number))
+            # For other devices, which a run on a CPU does not use, torch would format the whole stack of calls each time.
+            seed = torch.default_generator.manual_seed if self._device.type == "cpu" else torch.manual_seed
+            seed(self._dropout_seed(step, number))
             if self._graphs is None:
                 value = self._evaluate(example, augment_labels)
                 self._accelerator.backward(value.row_loss.sum() / self._recipe.batch)
