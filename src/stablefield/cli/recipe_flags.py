@@ -18,9 +18,9 @@ from stablefield.cli.sources import DataFlags, print_reading
 from stablefield.data._image_set import ImageSet
 from stablefield.diffusion._noise_levels import LogUniform
 from stablefield.diffusion._process import VE
+from stablefield.training._plan import place
 from stablefield.training._recipe import DiffusersUNetConfig, Recipe, SongUNetConfig
 from stablefield.training._recipes import RECIPES, imagefolder, largest_resolution, named_recipe, unet2d
-from stablefield.training._run import place
 
 __all__ = ["BASES", "Chosen", "RecipeFlags", "TrainingFlags", "base_of"]
 

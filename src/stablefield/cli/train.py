@@ -27,10 +27,12 @@ from stablefield.report._cells import duration
 from stablefield.training._estimate import estimate_run
 from stablefield.training._loop import Tracker, check_tracker
 from stablefield.training._observers import FrechetObserver, Reading, SelfCheck, check_samples
+from stablefield.training._plan import make_plan, place
 from stablefield.training._recipe import Recipe
 from stablefield.training._recipes import RECIPES
-from stablefield.training._run import Run, make_plan, place, train
+from stablefield.training._run import Run
 from stablefield.training._run_folder import RunFolder
+from stablefield.training._train import train
 
 __all__ = ["Train"]
 

@@ -6,6 +6,8 @@ from stablefield.training._loop import Report as Report
 from stablefield.training._loop import TrainingError as TrainingError
 from stablefield.training._model import OpenModel as OpenModel
 from stablefield.training._model import open_model as open_model
+from stablefield.training._plan import Plan as Plan
+from stablefield.training._plan import make_plan as make_plan
 from stablefield.training._post_hoc import combine as combine
 from stablefield.training._recipe import DiffusersUNetConfig as DiffusersUNetConfig
 from stablefield.training._recipe import MLPConfig as MLPConfig
@@ -36,11 +38,9 @@ from stablefield.training._recipes import recipe_for as recipe_for
 from stablefield.training._recipes import (
     unet2d as unet2d,
 )
-from stablefield.training._run import Plan as Plan
 from stablefield.training._run import Run as Run
-from stablefield.training._run import make_plan as make_plan
-from stablefield.training._run import train as train
 from stablefield.training._run_folder import RunConfig as RunConfig
 from stablefield.training._run_folder import RunFolder as RunFolder
 from stablefield.training._sampler import SamplerOptions as SamplerOptions
 from stablefield.training._samples import Samples as Samples
+from stablefield.training._train import train as train

@@ -1,0 +1,103 @@
+"""Train a model on images: from the data, or from a plan, to a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stablefield.data._image_set import ImageSet
+from stablefield.training._loop import Observer, Report, Tracker
+from stablefield.training._plan import Images, Plan, images_and_recipe, make_plan, place
+from stablefield.training._recipe import Recipe
+from stablefield.training._run import Run, fit_run
+from stablefield.training._run_folder import RunFolder
+
+__all__ = ["train"]
+
+
+def train(
+    images: Images | Plan,
+    *,
+    labels: NDArray[np.int64] | Tensor | None = None,
+    out: str | Path | None = None,
+    recipe: Recipe | None = None,
+    steps: int | None = None,
+    device: torch.device | str | None = None,
+    tracker: Tracker = "none",
+    observers: Sequence[Observer] = (),
+    on_start: Callable[[Run, ImageSet], object] | None = None,
+    progress: Callable[[Report], object] | None = None,
+    every: int = 10,
+    stop: Callable[[], bool] = lambda: False,
+) -> Run:
+    """Train a diffusion model, and write a run folder.
+
+    On a tensor or an array of your own, uint8 of shape (n, C, H, W):
+
+        images = ((x + 1) * 127.5).round().to(torch.uint8)  # from x in [-1, 1]
+        run = sf.train(images, out="runs/mine")
+        run.sample(64).save("grid.png")
+
+    For data other than uint8 images, write a training loop with `sf.Objective`.
+
+    Started by torchrun or `accelerate launch`, the processes train together.
+
+    Args:
+        images: a path or name that `open_images` opens, an image set, uint8 of shape (n, C, H, W), or the `Plan` of a run.
+        labels: class numbers from 0 of an array of images, shape (n,); a recipe with `conditional=True` trains with them.
+        out: folder of the run, new or empty; by default runs/DATA-TARGET, with a number if that exists.
+        recipe: how to train; by default one that suits the data and the device.
+        steps: training steps, in place of the recipe's.
+        device: where to compute; a GPU if there is one.
+        tracker: mirror metrics.jsonl to "tensorboard" or "wandb".
+        observers: further metrics, measured during the run.
+        on_start: called with the run and its images once the folder exists.
+        progress: called with a `Report` after every `every` steps, in the first process.
+        every: steps between reports.
+        stop: called after every step; if it returns True, the run is saved and training stops; `Run.resume` continues it.
+
+    Returns:
+        The run; if `stop` ended it, with fewer steps than its recipe has.
+
+    Raises:
+        ValueError: if an argument does not fit the data, or the folder is not empty.
+        TrainingError: if the loss is not finite or the disk is full; earlier checkpoints are intact.
+        ImportError: if a package is missing.
+    """
+    where, ranks = place(device)
+    if not isinstance(images, Plan):
+        with ranks.rank_0_first("to open the data"):
+            data, recipe = images_and_recipe(images, labels, recipe, steps, where)
+        plan = make_plan(data, recipe, device=where)
+    else:
+        if recipe is not None or steps is not None or labels is not None:
+            raise ValueError("images is a Plan, which holds its recipe: leave recipe and steps out, and labels, too.")
+        plan = images
+    path = ""
+    if ranks.first:
+        config = plan.config
+        folder = Path(out) if out is not None else _unused_folder(f"{plan.data.name}-{config.recipe.target}")
+        path = str(RunFolder.create(folder, config).path)
+    run = Run(ranks.broadcast(path, "to make the run's folder"))
+    fit_run(run, plan.data, where, tracker, observers, on_start, progress, every, stop)
+    return run
+
+
+def _unused_folder(name: str) -> Path:
+    # A run never overwrites another: the second is called -2. Create it now, since another run may start at the same time.
+    number = 1
+    while True:
+        path = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        except OSError:
+            return path  # the first write there reports the reason
+        else:
+            return path
