@@ -31,7 +31,7 @@ from stablefield.training._plan import make_plan, place
 from stablefield.training._recipe import Recipe
 from stablefield.training._recipes import RECIPES
 from stablefield.training._run import Run
-from stablefield.training._run_folder import RunFolder
+from stablefield.training._run_folder import RunConfig, RunFolder
 from stablefield.training._train import train
 
 __all__ = ["Train"]
@@ -44,8 +44,8 @@ class Train(TrainingFlags):
     out: Path | None = None
     """Folder of the run, new or empty; by default runs/DATA-TARGET, with a number if that exists."""
     resume: bool = False
-    """Continue the run in --out from its newest checkpoint, with its own recipe. DATA then names the new place of its data,
-    if they have moved."""
+    """Continue the run in --out from its newest checkpoint, with its own recipe; --steps makes it longer. DATA then names
+    the new place of its data, if they have moved."""
     print: bool = False
     """Show the recipe as Python, and exit."""
     dry_run: bool = False
@@ -106,16 +106,18 @@ class Train(TrainingFlags):
         if self.out is None:
             raise ValueError("--resume needs --out: name the folder of the run to continue.")
         run = Run(self.out)
+        steps = self._steps()
         if self.print:
-            return _print_recipe(run.config.recipe, ())
+            return _print_recipe(_extended(run, steps).recipe, ())
         self.check()
         device, ranks = place(self.device or None)
         with _held(run, ranks.first and not self.dry_run):
-            _print_where_it_stands(run)
-            config, done = run.config, run.step
+            config, done = _extended(run, steps), run.step
+            _print_where_it_stands(run, config)
             if done >= config.recipe.steps and not self.dry_run:
                 console.print(f"nothing left to do: {done:,} of {config.recipe.steps:,} steps are done.")
-                console.print("A run cannot be extended yet: to train for longer, start a new one with more --steps.")
+                longer = quoted("stablefield", "train", "--resume", "--steps", str(2 * done), "--out", run.path)
+                console.print(f"for longer: {longer}")
                 _print_sampling(run)
                 return 0
             with ranks.rank_0_first("to open the data"):
@@ -123,7 +125,7 @@ class Train(TrainingFlags):
             self._check_samples(len(data))
             if self.dry_run:
                 return print_rows(estimate_run(config, data, device, done).rows())
-            call = partial(run.resume, data=data, device=device)
+            call = partial(run.resume, steps=steps, data=data, device=device)
             return self._trained(data, device, done, config.recipe.steps, call)
 
     def _check_nothing_changes(self) -> None:
@@ -132,16 +134,23 @@ class Train(TrainingFlags):
         Raises:
             ValueError: naming them.
         """
-        changes = [*given(self.config.words), *(["--recipe"] if self.recipe != "auto" else [])]
+        changes = [flag for flag in given(self.config.words) if flag != "--steps"]
+        changes += ["--recipe"] if self.recipe != "auto" else []
         if changes:
             raise ValueError(
-                f"{', '.join(changes)} with --resume: a run continues with its own recipe; leave it out, or start a new run."
+                f"{', '.join(changes)} with --resume: a run continues with its own recipe, and only --steps may change; "
+                "leave it out, or start a new run."
             )
         for name in ("resolution", "resize", "skip_broken"):
             if getattr(self, name) != getattr(type(self), name):
                 raise ValueError(
                     f"--{name.replace('_', '-')} with --resume: a run opens its data as at its start; leave it out."
                 )
+
+    def _steps(self) -> int | None:
+        """The value of --steps, if given."""
+        values = given(self.config.words).get("--steps")
+        return None if values is None else int(values[-1])
 
     def _check_samples(self, images: int | None) -> None:
         if self.evaluate_every:
@@ -185,15 +194,29 @@ def _print_recipe(recipe: Recipe, notes: Sequence[str]) -> int:
     return 0
 
 
-def _print_where_it_stands(run: Run) -> None:
-    newest = run.folder.newest()
+def _extended(run: Run, steps: int | None) -> RunConfig:
+    """The run's configuration, with another number of steps if one is given."""
+    return run.config if steps is None else run.config.extended(run.step, steps)
+
+
+def _print_where_it_stands(run: Run, config: RunConfig) -> None:
+    newest, before = run.folder.newest(), run.config.recipe
     if newest is None:
         console.print("this run has no checkpoint yet: starting from its first step.")
         return
     for complaint in newest[2]:
         console.print(f"[yellow]skipped:[/] {escape(complaint)}")
-    if newest[1].step < run.config.recipe.steps:
-        console.print(f"continuing from step {newest[1].step:,}")
+    done, after = newest[1].step, config.recipe
+    if done < after.steps:
+        console.print(f"continuing from step {done:,}")
+    if after.steps != before.steps:
+        console.print(f"steps:      {after.steps:,}, instead of {before.steps:,}")
+        rate, usual = (recipe.learning_rate_at(max(0, done - 1)) for recipe in (before, after))
+        if rate < usual:
+            console.print(
+                f"[yellow]note:[/] the learning rate had fallen to {rate:.2g} for the end at step {before.steps:,}; it goes "
+                f"back to {usual:.2g}, and falls over the last {after.decay_share:.0%} of {after.steps:,} steps."
+            )
 
 
 def _print_beginning(run: Run, data: ImageSet) -> None:

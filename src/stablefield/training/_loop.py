@@ -30,7 +30,17 @@ from stablefield.training._recipe import Recipe
 from stablefield.training._run_folder import RunConfig, RunFolder
 from stablefield.training._stepper import Stepper
 
-__all__ = ["Observer", "Report", "Tracker", "TrainingError", "check_fit", "check_tracker", "fit", "make_accelerator"]
+__all__ = [
+    "Observer",
+    "Report",
+    "Tracker",
+    "TrainingError",
+    "check_fit",
+    "check_tracker",
+    "fit",
+    "make_accelerator",
+    "training_data",
+]
 
 SAMPLE_SEEDS = range(64)
 
@@ -122,6 +132,22 @@ def make_accelerator(device: torch.device, tracker: Tracker = "none", folder: Ru
     return accelerator
 
 
+def training_data(config: RunConfig, data: ImageSet) -> ImageSet:
+    """Check that the data are those of a run, and number their classes as at its start.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    if data.manifest["sha256"] != config.manifest.get("sha256"):
+        raise ValueError(f"{config.data} is not what this run was started with (its pixels' sha256 differs).")
+    if config.classes:
+        # The run may have started with the classes numbered in another order.
+        data = config.numbered(data)
+        if data.manifest["labels_sha256"] != config.manifest.get("labels_sha256"):
+            raise ValueError(f"{config.data} is not what this run was started with (its labels' sha256 differs).")
+    return data
+
+
 def fit(
     folder: RunFolder,
     config: RunConfig,
@@ -158,14 +184,7 @@ def fit(
         ValueError: if another process trains in the folder, a run to continue has no intact checkpoint, or the data are not
             those of the run.
     """
-    recipe = config.recipe
-    if data.manifest["sha256"] != config.manifest.get("sha256"):
-        raise ValueError(f"{config.data} is not what this run was started with (its pixels' sha256 differs).")
-    if config.classes:
-        # The run may have started with the classes numbered in another order.
-        data = config.numbered(data)
-        if data.manifest["labels_sha256"] != config.manifest.get("labels_sha256"):
-            raise ValueError(f"{config.data} is not what this run was started with (its labels' sha256 differs).")
+    recipe, data = config.recipe, training_data(config, data)
     accelerator = accelerator or make_accelerator(device, tracker, folder)
     device = accelerator.device
     ranks = Ranks.launched(device)

@@ -32,7 +32,7 @@ from stablefield.evaluation._result import Evaluation
 from stablefield.sampling._solvers import SamplerName
 from stablefield.training._ema import power_exponent
 from stablefield.training._files import write_tensors
-from stablefield.training._loop import Observer, Report, Tracker, fit, make_accelerator
+from stablefield.training._loop import Observer, Report, Tracker, fit, make_accelerator, training_data
 from stablefield.training._model import OpenModel, open_model
 from stablefield.training._plan import Images, place
 from stablefield.training._post_hoc import combine, snapshot_steps
@@ -317,6 +317,7 @@ class Run:
     def resume(
         self,
         *,
+        steps: int | None = None,
         data: Images | None = None,
         device: torch.device | str | None = None,
         tracker: Tracker = "none",
@@ -328,7 +329,13 @@ class Run:
     ) -> Run:
         """Continue from the newest checkpoint to the last step, with the run's own recipe.
 
+        With `steps` the run is extended (or shortened), and `config.extensions` records that. Weights, averages, batches and
+        noise of a step depend on the total only through `decay_share` in the recipe. So the extended run has the weights
+        of one that had this number of steps from its start, bit for bit, if `decay_share` is 0 or the decay had not begun.
+        If it had, the learning rate goes back up to the schedule of the new total.
+
         Args:
+            steps: number of steps of the whole run from now on, those that are done among them.
             data: the new place of the images, if they have moved, or the images.
             device: where to compute; a GPU if there is one.
             tracker: as for `train`.
@@ -342,7 +349,8 @@ class Run:
             This run.
 
         Raises:
-            ValueError: if the images are not the run's, or another process trains in its folder.
+            ValueError: if the images are not the run's, another process trains in its folder, or `steps` is not above the
+                steps that are done.
             TrainingError: as for `train`.
         """
         where, ranks = place(device)
@@ -350,7 +358,15 @@ class Run:
         with ranks.rank_0_first("to open the data"):
             if data is None or isinstance(data, str | Path):
                 data = open_images(data_of(config) if data is None else data, **config.opening)
-        fit_run(self, as_image_set("data", data), where, tracker, observers, on_start, progress, every, stop)
+        images = as_image_set("data", data)
+        if steps is not None:
+            images = training_data(config, images)  # before the run changes
+            extended = config.extended(self.step, steps)
+            if extended != config:
+                with ranks.rank_0_first("to extend the run"):
+                    if ranks.first:
+                        self.folder.extend(extended)
+        fit_run(self, images, where, tracker, observers, on_start, progress, every, stop)
         return self
 
     def __repr__(self) -> str:
