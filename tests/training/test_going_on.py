@@ -28,7 +28,8 @@ TINY = Recipe(
 )
 FLAGS = ("--network.width", "16", "--network.depth", "1", "--batch", "16", "--sample-every", "0", "--device", "cpu")
 
-# A run that is planned as 8 steps, one that is extended to as many, and again: each on all processes.
+# A run that is planned as 8 steps and one that is extended to as many, and two that begin with the weights of the first,
+# of which one is stopped and resumed; each on all processes.
 PAIR = """
 import dataclasses, sys
 from pathlib import Path
@@ -42,6 +43,9 @@ recipe = dataclasses.replace(TINY, noise_band=0.5)
 sf.train(data, out=out / "whole", recipe=recipe, steps=8, device="cpu")
 run = sf.train(data, out=out / "short", recipe=recipe, steps=3, device="cpu")
 run.resume(steps=8, data=data, device="cpu")
+for name, wanted in (("second", False), ("cut", True)):
+    run = sf.train(data, out=out / name, init=out / "whole", steps=4, device="cpu", stop=lambda: wanted)
+    run.resume(data=data, device="cpu")
 """
 
 
@@ -143,7 +147,7 @@ def test_extensions_that_are_none_are_refused(tmp_path: Path) -> None:
     del record["checksum"]
     for odd in ("x", [1], [{"step": 1}], [{"step": 1, "before": -1, "after": 2}]):
         (run.path / "config.json").write_text(json.dumps({**record, "extensions": odd}))
-        with pytest.raises(ValueError, match=r"config\.json cannot be used"):
+        with pytest.raises(ValueError, match=r"config\.json cannot be used: its extensions are not"):
             _ = run.config
 
 
@@ -168,13 +172,17 @@ def test_the_command_extends_and_says_what_becomes_of_the_learning_rate(
     assert sf.Run(out).step == 10
 
 
-def test_two_processes_extend_to_the_bytes_of_their_whole_run(
+def test_two_processes_extend_and_begin_anew_to_the_bytes_of_their_whole_runs(
     tmp_path: Path, fork_ranks: Callable[..., list[Fork]]
 ) -> None:
     started = fork_ranks(2, PAIR, tmp_path, Path(__file__).parent)
     messages = [process.communicate() for process in started]
     assert [process.returncode for process in started] == [0, 0], messages
-    short, planned = sf.Run(tmp_path / "short"), sf.Run(tmp_path / "whole")
+    short, planned, second, cut = (sf.Run(tmp_path / name) for name in ("short", "whole", "second", "cut"))
     assert files_of(short) == files_of(planned)
+    assert (planned.step, second.step) == (8, 4)
+    assert files_of(cut) == files_of(second)
+    first = second.folder.checkpoint(0) / "model.safetensors"
+    assert first.read_bytes() == files_of(planned)["ema.safetensors"]
     assert short.config.extensions == (Extension(step=3, before=3, after=8),)
     assert np.isfinite([entry["loss"] for entry in short.metrics()]).all()

@@ -38,6 +38,7 @@ _SAME = {
     "--references": "--refs --num-references",
     "--overwrite": "--force",
     "--dry-run": "--dryrun",
+    "--init": "--init-from --pretrained --finetune --fine-tune --finetune-from --transfer",
     "--compile": "--torch-compile",
     "--extractor": "--features",
     "--max-images": "--images --num-images --max-samples",

@@ -9,8 +9,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 from rich.markup import escape
 
 from stablefield._distributed import Ranks
@@ -33,6 +35,7 @@ from stablefield.training._recipes import RECIPES
 from stablefield.training._run import Run
 from stablefield.training._run_folder import RunConfig, RunFolder
 from stablefield.training._train import train
+from stablefield.training._weight_source import open_weights
 
 __all__ = ["Train"]
 
@@ -46,6 +49,9 @@ class Train(TrainingFlags):
     resume: bool = False
     """Continue the run in --out from its newest checkpoint, with its own recipe; --steps makes it longer. DATA then names
     the new place of its data, if they have moved."""
+    init: Annotated[Path | None, tyro.conf.arg(metavar="RUN|FILE")] = None
+    """Begin with the weights of a run (its averaged ones, and its recipe), an export, or a file with a state dict. Prints
+    what is copied. The data may be others, of other classes or of another size if the network takes it."""
     print: bool = False
     """Show the recipe as Python, and exit."""
     dry_run: bool = False
@@ -73,6 +79,8 @@ class Train(TrainingFlags):
             self.measure.check()
         self._check_samples(None)
         check_tracker(self.tracker)
+        if self.init is not None:
+            open_weights(self.init)
         if not self.print and not self.dry_run and not self.resume:
             if self.out is not None:
                 RunFolder(self.out).require_unlocked()
@@ -85,17 +93,20 @@ class Train(TrainingFlags):
             return self._resume()
         if self.print and not self.data and self.recipe in RECIPES:
             return _print_recipe(*self.config.on(RECIPES[self.recipe]))
-        found = self.chosen()
+        source = None if self.init is None else open_weights(self.init)
+        found = self.chosen(source)
         if self.print:
             return _print_recipe(found.recipe, found.notes)
         self._check_samples(len(found.data))
-        plan = make_plan(found.data, found.recipe, device=found.device)
+        plan = make_plan(found.data, found.recipe, init=self.init, device=found.device)
         console.print(f"recipe:     {found.name} (all of it: --print)")
         for note in found.notes:
             console.print(f"changed:    {note}", markup=False)
         console.print(f"references: {plan.references}")
         if found.recipe.target == "stf":
             console.print(f"noise band: {plan.noise_band}")
+        if plan.config.initial is not None:
+            print_rows(plan.config.initial.rows())
         if self.dry_run:
             return print_rows(plan.estimate(found.device).rows())
         call = partial(train, plan, out=self.out, device=found.device)
@@ -141,6 +152,8 @@ class Train(TrainingFlags):
                 f"{', '.join(changes)} with --resume: a run continues with its own recipe, and only --steps may change; "
                 "leave it out, or start a new run."
             )
+        if self.init is not None:
+            raise ValueError("--init with --resume: a run continues with its own weights; leave one of the two out.")
         for name in ("resolution", "resize", "skip_broken"):
             if getattr(self, name) != getattr(type(self), name):
                 raise ValueError(

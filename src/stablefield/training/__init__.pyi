@@ -1,6 +1,7 @@
 from stablefield.training._allocator import keep_freed_memory as keep_freed_memory
 from stablefield.training._compare import compare as compare
 from stablefield.training._comparison import Comparison as Comparison
+from stablefield.training._initial_weights import InitialWeights as InitialWeights
 from stablefield.training._loop import Observer as Observer
 from stablefield.training._loop import Report as Report
 from stablefield.training._loop import TrainingError as TrainingError
@@ -39,6 +40,7 @@ from stablefield.training._recipes import (
     unet2d as unet2d,
 )
 from stablefield.training._run import Run as Run
+from stablefield.training._run_folder import Extension as Extension
 from stablefield.training._run_folder import RunConfig as RunConfig
 from stablefield.training._run_folder import RunFolder as RunFolder
 from stablefield.training._sampler import SamplerOptions as SamplerOptions

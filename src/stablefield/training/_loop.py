@@ -240,6 +240,11 @@ class _Loop:
         newest = folder.newest()
         if newest is not None:
             require_fit(config, newest[0])
+        elif config.initial is not None:
+            raise ValueError(
+                f"{folder.path} has no checkpoint, not even one of the weights of {config.initial.source}, with which it "
+                "was to begin: start the run again in a new folder."
+            )
         self._stepper = Stepper(config, feed, accelerator)
         self._edges = bin_edges(config.recipe.noise_levels, config.recipe.process)
         self._state = State(0, 0)

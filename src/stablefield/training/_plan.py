@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +16,14 @@ from stablefield._distributed import Ranks
 from stablefield._shapes import check_kind, found_device, whole_number
 from stablefield.data._image_set import ImageSet
 from stablefield.data._source import as_image_set, open_images
+from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.training._estimate import Estimate, estimate_run
 from stablefield.training._loop import check_fit
 from stablefield.training._placement import resolve_band, resolve_references
 from stablefield.training._recipe import Recipe
 from stablefield.training._recipes import largest_resolution, recipe_for
-from stablefield.training._run_folder import RunConfig
+from stablefield.training._run_folder import HasFolder, RunConfig
+from stablefield.training._weight_source import WeightSource, copied_weights, open_weights, side_of
 
 __all__ = ["Images", "Plan", "images_and_recipe", "make_plan", "place"]
 
@@ -38,12 +40,15 @@ class Plan:
         config: the content of config.json.
         references: number of references per step, in words.
         noise_band: noise level from which targets are stable, in words.
+        initial: the denoiser to begin with, in the first process; None for a new one. `config.initial` says what it is
+            made of.
     """
 
     data: ImageSet
     config: RunConfig
     references: str
     noise_band: str
+    initial: Denoiser | None = field(default=None, repr=False)
 
     def estimate(self, device: torch.device | str | None = None) -> Estimate:
         """Estimate what the run would cost, from a few trial steps that are discarded.
@@ -61,7 +66,13 @@ def place(device: torch.device | str | None) -> tuple[torch.device, Ranks]:
     return ranks.own_device(found), ranks
 
 
-def make_plan(data: ImageSet, recipe: Recipe, *, device: torch.device | str | None = None) -> Plan:
+def make_plan(
+    data: ImageSet,
+    recipe: Recipe,
+    *,
+    init: str | Path | HasFolder | None = None,
+    device: torch.device | str | None = None,
+) -> Plan:
     """Check a recipe against the data, and fill in what it leaves open: the references and the noise band.
 
     Of several processes the first decides for all, since their memory may differ. It does not send the images: each process
@@ -70,17 +81,24 @@ def make_plan(data: ImageSet, recipe: Recipe, *, device: torch.device | str | No
     Args:
         data: the images.
         recipe: how to train.
+        init: weights to begin with, as for `train`.
         device: where to compute; a GPU if there is one.
 
     Raises:
-        ValueError: if the recipe does not fit the data, naming its field.
+        ValueError: if the recipe does not fit the data, naming its field, or `init` does not fit the network.
     """
     where, ranks = place(device)
-    decided = _decide(data, recipe, where, ranks.world_size) if ranks.first else None
+    decided, initial = None, None
+    if ranks.first:
+        config, references, noise_band = _decide(data, recipe, where, ranks.world_size)
+        if init is not None:
+            initial, told = copied_weights(open_weights(init), config)
+            config = dataclasses.replace(config, initial=told)
+        decided = config, references, noise_band
     decided = ranks.broadcast(decided, "to plan the run")
     assert decided is not None
     config, references, noise_band = decided
-    return Plan(data=data, config=config, references=references, noise_band=noise_band)
+    return Plan(data=data, config=config, references=references, noise_band=noise_band, initial=initial)
 
 
 def _decide(data: ImageSet, recipe: Recipe, device: torch.device, processes: int) -> tuple[RunConfig, str, str]:
@@ -113,10 +131,12 @@ def images_and_recipe(
     recipe: Recipe | None,
     steps: int | None,
     device: torch.device,
+    source: WeightSource | None = None,
 ) -> tuple[ImageSet, Recipe]:
     """Open the images, and choose a recipe that suits them if None; arguments as for `train`.
 
-    Without a recipe, images of several sizes are resized to one that suits the device.
+    Without a recipe, images of several sizes are resized to one that suits the device, or to that of the run whose weights
+    are the first ones.
 
     Raises:
         TypeError: if an argument has the wrong type.
@@ -129,7 +149,12 @@ def images_and_recipe(
     if labels is not None or not isinstance(images, str | Path):
         data = as_image_set("images", images, labels)
     else:
-        data = open_images(images, limit=largest_resolution(accelerated=accelerated) if recipe is None else None)
+        limit = None
+        if recipe is None:
+            limit = side_of(source) or largest_resolution(accelerated=accelerated)
+        data = open_images(images, limit=limit)
+    if recipe is None and source is not None:
+        recipe = source.recipe_for(data)
     if recipe is None:
         recipe = recipe_for(data, accelerated=accelerated)
     return data, recipe if steps is None else dataclasses.replace(recipe, steps=whole_number("steps", steps, 1))

@@ -12,18 +12,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 from stablefield._regular_file import reason
 from stablefield._shapes import whole_number
 from stablefield.data._image_set import ImageSet, renumbered
 from stablefield.training._checkpoint import CheckpointError, State, read_state, remove
 from stablefield.training._config import decode, encode, fits
+from stablefield.training._initial_weights import InitialWeights
 from stablefield.training._lock import Holder, Lock
 from stablefield.training._recipe import Recipe
 from stablefield.training._records import append_line, is_count, read_lines, read_record, write_lines, write_record
 
-__all__ = ["Extension", "RunConfig", "RunFolder"]
+__all__ = ["Extension", "HasFolder", "RunConfig", "RunFolder"]
 
 _FORMAT = 1
 _LOCK = ".stablefield.lock"
@@ -31,8 +32,18 @@ _ATTEMPTS = 10
 # Files that a kill may leave in a new folder: a run can start there again.
 _BEGINNINGS = re.compile(rf"{re.escape(_LOCK)}|\.config\.json\.(\d+\.)?tmp")
 _FORMER = frozenset({"format", "stablefield", "data", "shape", "classes", "opening", "manifest", "recipe"})
+_OPTIONAL = frozenset({"extensions", "initial"})
 _TYPES = {"stablefield": str, "data": str, "shape": tuple[int, int, int], "classes": int, "recipe": Recipe}
 _OPENING = {"resolution": int | tuple[int, int] | None, "resize": Literal["crop", "squash"], "skip_broken": bool}
+
+
+class HasFolder(Protocol):
+    """An open run: any object with the run's folder."""
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +74,7 @@ class RunConfig:
         version: version of the library that wrote the file.
         opening: further arguments that opened the data: resolution, resize, skip_broken.
         extensions: changes of recipe.steps since the start, in order.
+        initial: the origin of the first weights, if they were those of another network.
     """
 
     data: str
@@ -73,6 +85,7 @@ class RunConfig:
     version: str
     opening: Mapping[str, Any] = field(default_factory=dict[str, Any])
     extensions: tuple[Extension, ...] = ()
+    initial: InitialWeights | None = None
 
     def extended(self, done: int, steps: int) -> "RunConfig":
         """The configuration of this run with another number of steps; the same if it has that number already.
@@ -190,6 +203,8 @@ class RunFolder:
         }
         if config.extensions:
             record["extensions"] = [dataclasses.asdict(extension) for extension in config.extensions]
+        if config.initial is not None:
+            record["initial"] = config.initial.record()
         write_record(self.path / "config.json", record)
 
     @classmethod
@@ -243,7 +258,7 @@ class RunFolder:
         """
         path = self.path / "config.json"
         try:
-            return _config(read_record(path, _FORMER))
+            return _config(read_record(path, _FORMER, _OPTIONAL))
         except (OSError, ValueError) as error:
             advice = ""
             if "checksum" in str(error):
@@ -385,6 +400,7 @@ def _config(record: Mapping[str, Any]) -> RunConfig:
         version=found["stablefield"],
         opening=cast("dict[str, Any]", opening),
         extensions=_extensions(record.get("extensions", [])),
+        initial=InitialWeights.of(record["initial"]) if "initial" in record else None,
     )
 
 

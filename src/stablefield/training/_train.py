@@ -11,11 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stablefield.data._image_set import ImageSet
+from stablefield.training._checkpoint import State, save
 from stablefield.training._loop import Observer, Report, Tracker
+from stablefield.training._model import untrained
 from stablefield.training._plan import Images, Plan, images_and_recipe, make_plan, place
 from stablefield.training._recipe import Recipe
 from stablefield.training._run import Run, fit_run
-from stablefield.training._run_folder import RunFolder
+from stablefield.training._run_folder import HasFolder, RunFolder
+from stablefield.training._weight_source import open_weights
 
 __all__ = ["train"]
 
@@ -26,6 +29,7 @@ def train(
     labels: NDArray[np.int64] | Tensor | None = None,
     out: str | Path | None = None,
     recipe: Recipe | None = None,
+    init: str | Path | HasFolder | None = None,
     steps: int | None = None,
     device: torch.device | str | None = None,
     tracker: Tracker = "none",
@@ -43,6 +47,11 @@ def train(
         run = sf.train(images, out="runs/mine")
         run.sample(64).save("grid.png")
 
+    With the weights of another run, on other images, perhaps of other classes or of another size:
+
+        run = sf.train("sketches", init="runs/photos")
+        print(run.config.initial)  # what was copied, and what was not
+
     For data other than uint8 images, write a training loop with `sf.Objective`.
 
     Started by torchrun or `accelerate launch`, the processes train together.
@@ -51,7 +60,11 @@ def train(
         images: a path or name that `open_images` opens, an image set, uint8 of shape (n, C, H, W), or the `Plan` of a run.
         labels: class numbers from 0 of an array of images, shape (n,); a recipe with `conditional=True` trains with them.
         out: folder of the run, new or empty; by default runs/DATA-TARGET, with a number if that exists.
-        recipe: how to train; by default one that suits the data and the device.
+        recipe: how to train; by default one that suits the data and the device, or that of the run `init`.
+        init: weights to begin with: a run or its folder (the averaged weights of its newest checkpoint), a folder that
+            `Run.export` wrote, or a file of safetensors or of `torch.save` with a state dict, such as one in a run's
+            checkpoint. Tensors are matched by name; a part of a class embedding is copied for each class that both have,
+            by name, or by number if either has no names. Without `init`, the weights are random.
         steps: training steps, in place of the recipe's.
         device: where to compute; a GPU if there is one.
         tracker: mirror metrics.jsonl to "tensorboard" or "wandb".
@@ -65,27 +78,43 @@ def train(
         The run; if `stop` ended it, with fewer steps than its recipe has.
 
     Raises:
-        ValueError: if an argument does not fit the data, or the folder is not empty.
+        ValueError: if an argument does not fit the data, the folder is not empty, or a tensor of `init` has another shape
+            than the network's.
         TrainingError: if the loss is not finite or the disk is full; earlier checkpoints are intact.
         ImportError: if a package is missing.
     """
     where, ranks = place(device)
     if not isinstance(images, Plan):
+        source = None if init is None else open_weights(init)
         with ranks.rank_0_first("to open the data"):
-            data, recipe = images_and_recipe(images, labels, recipe, steps, where)
-        plan = make_plan(data, recipe, device=where)
+            data, recipe = images_and_recipe(images, labels, recipe, steps, where, source)
+        plan = make_plan(data, recipe, init=init, device=where)
     else:
-        if recipe is not None or steps is not None or labels is not None:
-            raise ValueError("images is a Plan, which holds its recipe: leave recipe and steps out, and labels, too.")
+        if recipe is not None or steps is not None or labels is not None or init is not None:
+            raise ValueError(
+                "images is a Plan, which holds its recipe: leave recipe and steps out, and labels and init, too."
+            )
         plan = images
     path = ""
     if ranks.first:
         config = plan.config
         folder = Path(out) if out is not None else _unused_folder(f"{plan.data.name}-{config.recipe.target}")
-        path = str(RunFolder.create(folder, config).path)
+        path = str(_begun(RunFolder.create(folder, config), plan).path)
     run = Run(ranks.broadcast(path, "to make the run's folder"))
     fit_run(run, plan.data, where, tracker, observers, on_start, progress, every, stop)
     return run
+
+
+def _begun(folder: RunFolder, plan: Plan) -> RunFolder:
+    """The folder of a run, with a checkpoint of the weights to begin with, if they are those of another network."""
+    if plan.initial is not None:
+        try:
+            save(folder.checkpoint(0), State(0, 0), untrained(plan.config, torch.device("cpu"), plan.initial))
+        except OSError as error:
+            raise ValueError(
+                f"out={folder.path} cannot be written ({error.strerror or error}): free some space, or name another place."
+            ) from error
+    return folder
 
 
 def _unused_folder(name: str) -> Path:
