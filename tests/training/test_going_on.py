@@ -29,11 +29,13 @@ TINY = Recipe(
 FLAGS = ("--network.width", "16", "--network.depth", "1", "--batch", "16", "--sample-every", "0", "--device", "cpu")
 
 # A run that is planned as 8 steps and one that is extended to as many, and two that begin with the weights of the first,
-# of which one is stopped and resumed; each on all processes.
+# of which one is stopped and resumed; at last one within a time, whose trial steps one process finds too few; each on all
+# processes.
 PAIR = """
-import dataclasses, sys
+import dataclasses, os, sys
 from pathlib import Path
 import stablefield as sf
+from stablefield.training import _estimate
 sys.path.insert(0, sys.argv[2])
 from test_going_on import TINY
 
@@ -46,6 +48,8 @@ run.resume(steps=8, data=data, device="cpu")
 for name, wanted in (("second", False), ("cut", True)):
     run = sf.train(data, out=out / name, init=out / "whole", steps=4, device="cpu", stop=lambda: wanted)
     run.resume(data=data, device="cpu")
+_estimate.ENOUGH = 9.0 * int(os.environ["RANK"])
+sf.train(data, out=out / "timed", recipe=recipe, time=1.5, device="cpu")
 """
 
 
@@ -172,7 +176,7 @@ def test_the_command_extends_and_says_what_becomes_of_the_learning_rate(
     assert sf.Run(out).step == 10
 
 
-def test_two_processes_extend_and_begin_anew_to_the_bytes_of_their_whole_runs(
+def test_two_processes_go_on_and_begin_anew_to_the_bytes_of_their_whole_runs(
     tmp_path: Path, fork_ranks: Callable[..., list[Fork]]
 ) -> None:
     started = fork_ranks(2, PAIR, tmp_path, Path(__file__).parent)
@@ -184,5 +188,7 @@ def test_two_processes_extend_and_begin_anew_to_the_bytes_of_their_whole_runs(
     assert files_of(cut) == files_of(second)
     first = second.folder.checkpoint(0) / "model.safetensors"
     assert first.read_bytes() == files_of(planned)["ema.safetensors"]
+    timed = sf.Run(tmp_path / "timed")
+    assert timed.step == timed.config.recipe.steps > 8
     assert short.config.extensions == (Extension(step=3, before=3, after=8),)
     assert np.isfinite([entry["loss"] for entry in short.metrics()]).all()

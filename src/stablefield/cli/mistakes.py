@@ -38,6 +38,7 @@ _SAME = {
     "--references": "--refs --num-references",
     "--overwrite": "--force",
     "--dry-run": "--dryrun",
+    "--time": "--max-time --time-limit --time-budget --max-train-time --duration",
     "--init": "--init-from --pretrained --finetune --fine-tune --finetune-from --transfer",
     "--compile": "--torch-compile",
     "--extractor": "--features",

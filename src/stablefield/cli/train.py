@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -29,11 +29,13 @@ from stablefield.report._cells import duration
 from stablefield.training._estimate import estimate_run
 from stablefield.training._loop import Tracker, check_tracker
 from stablefield.training._observers import FrechetObserver, Reading, SelfCheck, check_samples
-from stablefield.training._plan import make_plan, place
+from stablefield.training._pace import clock
+from stablefield.training._plan import Plan, make_plan, place
 from stablefield.training._recipe import Recipe
 from stablefield.training._recipes import RECIPES
 from stablefield.training._run import Run
 from stablefield.training._run_folder import RunConfig, RunFolder
+from stablefield.training._time_budget import seconds_of
 from stablefield.training._train import train
 from stablefield.training._weight_source import open_weights
 
@@ -52,6 +54,9 @@ class Train(TrainingFlags):
     init: Annotated[Path | None, tyro.conf.arg(metavar="RUN|FILE")] = None
     """Begin with the weights of a run (its averaged ones, and its recipe), an export, or a file with a state dict. Prints
     what is copied. The data may be others, of other classes or of another size if the network takes it."""
+    time: str = ""
+    """Time that the command may take, such as 90s, 10m or 2h, in place of --steps. A few trial steps show how many steps
+    that is; the ramp of the learning rate, the averages, pictures and checkpoints follow, and the run keeps its pace."""
     print: bool = False
     """Show the recipe as Python, and exit."""
     dry_run: bool = False
@@ -81,6 +86,10 @@ class Train(TrainingFlags):
         check_tracker(self.tracker)
         if self.init is not None:
             open_weights(self.init)
+        if self.time:
+            seconds_of(self.time)
+            if "--steps" in given(self.config.words):
+                raise ValueError(f"--time {self.time} and --steps: give one of the two.")
         if not self.print and not self.dry_run and not self.resume:
             if self.out is not None:
                 RunFolder(self.out).require_unlocked()
@@ -91,6 +100,7 @@ class Train(TrainingFlags):
         """Train with a progress bar, and print the paths of the results."""
         if self.resume:
             return self._resume()
+        began = clock()
         if self.print and not self.data and self.recipe in RECIPES:
             return _print_recipe(*self.config.on(RECIPES[self.recipe]))
         source = None if self.init is None else open_weights(self.init)
@@ -107,10 +117,18 @@ class Train(TrainingFlags):
             console.print(f"noise band: {plan.noise_band}")
         if plan.config.initial is not None:
             print_rows(plan.config.initial.rows())
+        if self.time:
+            plan = plan.within(max(1e-3, began + seconds_of(self.time) - clock()), found.device)
+            _print_budget(plan, found.recipe)
         if self.dry_run:
             return print_rows(plan.estimate(found.device).rows())
-        call = partial(train, plan, out=self.out, device=found.device)
-        return self._trained(found.data, found.device, 0, found.recipe.steps, call)
+
+        def call(**options: Any) -> Run:
+            # The observers have taken of the time.
+            left = began + seconds_of(self.time) - clock() if self.time else None
+            return train(dataclasses.replace(plan, seconds=left), out=self.out, device=found.device, **options)
+
+        return self._trained(found.data, found.device, 0, plan.config.recipe.steps, call)
 
     def _resume(self) -> int:
         self._check_nothing_changes()
@@ -154,6 +172,8 @@ class Train(TrainingFlags):
             )
         if self.init is not None:
             raise ValueError("--init with --resume: a run continues with its own weights; leave one of the two out.")
+        if self.time:
+            raise ValueError("--time with --resume: a run continues to its last step; give --steps to change it.")
         for name in ("resolution", "resize", "skip_broken"):
             if getattr(self, name) != getattr(type(self), name):
                 raise ValueError(
@@ -210,6 +230,17 @@ def _print_recipe(recipe: Recipe, notes: Sequence[str]) -> int:
 def _extended(run: Run, steps: int | None) -> RunConfig:
     """The run's configuration, with another number of steps if one is given."""
     return run.config if steps is None else run.config.extended(run.step, steps)
+
+
+def _print_budget(plan: Plan, recipe: Recipe) -> None:
+    """Print how a run uses its time, in comparison with the recipe."""
+    found = plan.config.recipe
+    left = duration(plan.seconds or 0)
+    console.print(f"time:       {left} left, for about {found.steps:,} steps (the recipe: {recipe.steps:,})")
+    looks = f"a picture every {found.sample_every:,} steps" if found.sample_every else "one picture, at the end"
+    console.print(
+        f"            ramp {found.ramp_images:,} images, half-life of the averages {found.ema_half_life:,.0f}, {looks}"
+    )
 
 
 def _print_where_it_stands(run: Run, config: RunConfig) -> None:

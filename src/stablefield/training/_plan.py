@@ -19,10 +19,12 @@ from stablefield.data._source import as_image_set, open_images
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.training._estimate import Estimate, estimate_run
 from stablefield.training._loop import check_fit
+from stablefield.training._pace import Costs, Pace, clock
 from stablefield.training._placement import resolve_band, resolve_references
 from stablefield.training._recipe import Recipe
 from stablefield.training._recipes import largest_resolution, recipe_for
 from stablefield.training._run_folder import HasFolder, RunConfig
+from stablefield.training._time_budget import costs_of, seconds_of, within
 from stablefield.training._weight_source import WeightSource, copied_weights, open_weights, side_of
 
 __all__ = ["Images", "Plan", "images_and_recipe", "make_plan", "place"]
@@ -42,6 +44,8 @@ class Plan:
         noise_band: noise level from which targets are stable, in words.
         initial: the denoiser to begin with, in the first process; None for a new one. `config.initial` says what it is
             made of.
+        seconds: time that the run may take from its start to its end; None for as long as it takes.
+        costs: of the parts of a run within a time.
     """
 
     data: ImageSet
@@ -49,6 +53,35 @@ class Plan:
     references: str
     noise_band: str
     initial: Denoiser | None = field(default=None, repr=False)
+    seconds: float | None = None
+    costs: Costs | None = field(default=None, repr=False)
+
+    def within(self, time: str | float, device: torch.device | str | None = None) -> Plan:
+        """The plan of a run that ends in time, with a picture.
+
+        Trial steps show how many steps the time allows. The ramp of the learning rate and the half-life of the averages
+        become at most a twentieth of the images; pictures and checkpoints on the way take a few percent of the time. The
+        run checks its pace on the way, and changes the number of its steps if it has to: `RunConfig.extensions` keeps that.
+
+        Args:
+            time: seconds, or a text such as "90s", "10m" or "2h", which begins now.
+            device: where to compute; a GPU if there is one.
+
+        Raises:
+            ValueError: if the time is too short.
+        """
+        began, given = clock(), seconds_of(time)
+        where, ranks = place(device)
+        costs = costs_of(self.config.recipe, estimate_run(self.config, self.data, where))
+        left = given - (clock() - began)
+        left, costs = ranks.broadcast((left, costs), "to share out the time")
+        config = dataclasses.replace(self.config, recipe=within(self.config.recipe, left, costs))
+        return dataclasses.replace(self, config=config, seconds=left, costs=costs)
+
+    @property
+    def pace(self) -> Pace | None:
+        """The pace of a run that begins now; None if it may take as long as it takes."""
+        return None if self.seconds is None or self.costs is None else Pace(self.seconds, self.costs)
 
     def estimate(self, device: torch.device | str | None = None) -> Estimate:
         """Estimate what the run would cost, from a few trial steps that are discarded.

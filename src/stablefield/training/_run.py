@@ -34,6 +34,7 @@ from stablefield.training._ema import power_exponent
 from stablefield.training._files import write_tensors
 from stablefield.training._loop import Observer, Report, Tracker, fit, make_accelerator, training_data
 from stablefield.training._model import OpenModel, open_model
+from stablefield.training._pace import Pace
 from stablefield.training._plan import Images, place
 from stablefield.training._post_hoc import combine, snapshot_steps
 from stablefield.training._run_folder import RunConfig, RunFolder
@@ -400,6 +401,7 @@ def fit_run(
     progress: Callable[[Report], object] | None,
     every: int,
     stop: Callable[[], bool],
+    pace: Pace | None = None,
 ) -> None:
     """Train a run on its data to its last step; arguments and errors as for `train`."""
     run.device = device
@@ -416,6 +418,7 @@ def fit_run(
         observers=observers,
         tracker=tracker,
         accelerator=make_accelerator(device, tracker, run.folder),
+        pace=pace,
     )
 
 

@@ -15,6 +15,7 @@ its gradient. Python then no longer limits the speed of a small network, and a t
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -97,6 +98,10 @@ class Stepper:
         optimizer.step()
         self._average(step)
         return parts
+
+    def change_steps(self, steps: int) -> None:
+        """Follow the schedule of a run of another number of steps from the next step on."""
+        self._recipe = replace(self._recipe, steps=steps)
 
     def require_finite(self, step: int) -> None:
         """Raise ArithmeticError if a weight is not finite, before it could be saved."""

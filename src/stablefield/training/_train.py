@@ -14,10 +14,12 @@ from stablefield.data._image_set import ImageSet
 from stablefield.training._checkpoint import State, save
 from stablefield.training._loop import Observer, Report, Tracker
 from stablefield.training._model import untrained
+from stablefield.training._pace import clock
 from stablefield.training._plan import Images, Plan, images_and_recipe, make_plan, place
 from stablefield.training._recipe import Recipe
 from stablefield.training._run import Run, fit_run
 from stablefield.training._run_folder import HasFolder, RunFolder
+from stablefield.training._time_budget import seconds_of
 from stablefield.training._weight_source import open_weights
 
 __all__ = ["train"]
@@ -31,6 +33,7 @@ def train(
     recipe: Recipe | None = None,
     init: str | Path | HasFolder | None = None,
     steps: int | None = None,
+    time: str | float | None = None,
     device: torch.device | str | None = None,
     tracker: Tracker = "none",
     observers: Sequence[Observer] = (),
@@ -66,6 +69,8 @@ def train(
             checkpoint. Tensors are matched by name; a part of a class embedding is copied for each class that both have,
             by name, or by number if either has no names. Without `init`, the weights are random.
         steps: training steps, in place of the recipe's.
+        time: time that the call may take, such as 600, "10m" or "2h", in place of `steps`; `Plan.within` says what it
+            determines.
         device: where to compute; a GPU if there is one.
         tracker: mirror metrics.jsonl to "tensorboard" or "wandb".
         observers: further metrics, measured during the run.
@@ -83,25 +88,31 @@ def train(
         TrainingError: if the loss is not finite or the disk is full; earlier checkpoints are intact.
         ImportError: if a package is missing.
     """
+    began = clock()
+    seconds = None if time is None else seconds_of(time)
     where, ranks = place(device)
     if not isinstance(images, Plan):
+        if seconds is not None and steps is not None:
+            raise ValueError(f"steps={steps} and time={time}: pass one of the two.")
         source = None if init is None else open_weights(init)
         with ranks.rank_0_first("to open the data"):
             data, recipe = images_and_recipe(images, labels, recipe, steps, where, source)
         plan = make_plan(data, recipe, init=init, device=where)
+        if seconds is not None:
+            plan = plan.within(max(1e-3, seconds - (clock() - began)), where)
     else:
-        if recipe is not None or steps is not None or labels is not None or init is not None:
+        if recipe is not None or steps is not None or labels is not None or init is not None or time is not None:
             raise ValueError(
-                "images is a Plan, which holds its recipe: leave recipe and steps out, and labels and init, too."
+                "images is a Plan, which holds its recipe: leave recipe and steps out, and labels, init and time, too."
             )
         plan = images
-    path = ""
+    pace, path = plan.pace, ""
     if ranks.first:
         config = plan.config
         folder = Path(out) if out is not None else _unused_folder(f"{plan.data.name}-{config.recipe.target}")
         path = str(_begun(RunFolder.create(folder, config), plan).path)
     run = Run(ranks.broadcast(path, "to make the run's folder"))
-    fit_run(run, plan.data, where, tracker, observers, on_start, progress, every, stop)
+    fit_run(run, plan.data, where, tracker, observers, on_start, progress, every, stop, pace)
     return run
 
 
