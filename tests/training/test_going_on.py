@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +14,13 @@ from forks import Fork
 from stablefield.cli.entry import main
 from stablefield.data._digits import open_digits
 from stablefield.training._recipe import MLPConfig, Recipe
+from stablefield.training._recipes import RECIPES, imagefolder, unet2d
 from stablefield.training._run_folder import Extension
 
 TINY = Recipe(
     batch=16,
+    references=32,
+    noise_band=0.5,
     ramp_images=50,
     decay_share=0.0,
     importance_sampling=True,
@@ -29,8 +33,8 @@ TINY = Recipe(
 FLAGS = ("--network.width", "16", "--network.depth", "1", "--batch", "16", "--sample-every", "0", "--device", "cpu")
 
 # A run that is planned as 8 steps and one that is extended to as many, and two that begin with the weights of the first,
-# of which one is stopped and resumed; at last one within a time, whose trial steps one process finds too few; each on all
-# processes.
+# of which one is stopped and resumed; at last one whose time is over after a few of its steps, and whose trial steps one of
+# the processes finds too few. Each on all processes.
 PAIR = """
 import dataclasses, os, sys
 from pathlib import Path
@@ -41,15 +45,17 @@ from test_going_on import TINY
 
 out = Path(sys.argv[1])
 data = sf.data.open_images("digits")
-recipe = dataclasses.replace(TINY, noise_band=0.5)
-sf.train(data, out=out / "whole", recipe=recipe, steps=8, device="cpu")
-run = sf.train(data, out=out / "short", recipe=recipe, steps=3, device="cpu")
+sf.train(data, out=out / "whole", recipe=TINY, steps=8, device="cpu")
+run = sf.train(data, out=out / "short", recipe=TINY, steps=3, device="cpu")
 run.resume(steps=8, data=data, device="cpu")
 for name, wanted in (("second", False), ("cut", True)):
     run = sf.train(data, out=out / name, init=out / "whole", steps=4, device="cpu", stop=lambda: wanted)
     run.resume(data=data, device="cpu")
 _estimate.ENOUGH = 9.0 * int(os.environ["RANK"])
-sf.train(data, out=out / "timed", recipe=recipe, time=1.5, device="cpu")
+plan = sf.training.make_plan(data, TINY, device="cpu").within("10m", "cpu")
+(out / os.environ["RANK"]).write_text(str(plan.config.recipe.steps))
+few = dataclasses.replace(plan.config, recipe=dataclasses.replace(TINY, steps=40))
+sf.train(dataclasses.replace(plan, config=few, seconds=0.01), out=out / "timed", device="cpu")
 """
 
 
@@ -131,6 +137,21 @@ def test_a_decay_that_had_begun_goes_back_to_the_schedule_of_the_new_total(tmp_p
     assert rates[5] < rates[6]
 
 
+def test_recipes_decay_over_the_share_that_the_tutorial_names() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "tutorial.md").read_text("utf-8")
+    named = {
+        name: int(share or 0) / 100
+        for row, share in re.findall(r"^\| ((?:`[\w-]+`(?:, )?)+) \| (?:(\d+)% of the steps|never) \|$", text, re.M)
+        for name in re.findall(r"`([\w-]+)`", row)
+    }
+    own = {name: recipe.decay_share for name, recipe in RECIPES.items()}
+    for accelerated in (False, True):
+        for make in (imagefolder, unet2d):
+            assert named[make.__name__] == make((3, 32, 32), 1000, accelerated=accelerated).decay_share
+    assert named.items() >= own.items()
+    assert len(named) == len(own) + 2
+
+
 def test_steps_that_are_done_cannot_be_taken_back(whole: sf.Run) -> None:
     before = (whole.path / "config.json").read_bytes()
     for steps in (3, 13):
@@ -189,6 +210,7 @@ def test_two_processes_go_on_and_begin_anew_to_the_bytes_of_their_whole_runs(
     first = second.folder.checkpoint(0) / "model.safetensors"
     assert first.read_bytes() == files_of(planned)["ema.safetensors"]
     timed = sf.Run(tmp_path / "timed")
-    assert timed.step == timed.config.recipe.steps > 8
+    assert timed.step == timed.config.recipe.steps == timed.config.extensions[-1].after < 40
+    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()
     assert short.config.extensions == (Extension(step=3, before=3, after=8),)
     assert np.isfinite([entry["loss"] for entry in short.metrics()]).all()

@@ -257,6 +257,16 @@ def test_files_and_exports_are_sources_too_with_the_names_of_their_classes(tmp_p
     assert all(torch.equal(weights[name], value) for name, value in load_file(raw).items())
 
 
+def test_an_imported_network_is_trained_on(tmp_path: Path) -> None:
+    network = sf.networks.SongUNet.ddpmpp(8, 1, 8, (1, 2), 1, generator=torch.Generator().manual_seed(0))
+    torch.save(network.state_dict(), tmp_path / "published.pt")
+    run = sf.interop.import_run(tmp_path / "published.pt", tmp_path / "imported", preconditioning="edm")
+    weights = begin(tmp_path / "run", images(16), run, steps=2)
+    assert torch.equal(weights["network.enc.16x16_conv.weight"], network.state_dict()["enc.8x8_conv.weight"])
+    assert sf.Run(tmp_path / "run").config.initial.copied == len(weights)
+    assert sf.Run(tmp_path / "run").resume(data=images(16), device="cpu").step == 2
+
+
 def test_what_holds_no_weights_is_refused(source: sf.Run, tmp_path: Path) -> None:
     torch.save({"model": {"a": torch.zeros(2)}, "step": 3}, tmp_path / "other.pt")
     (tmp_path / "text.safetensors").write_text("no weights at all")

@@ -19,7 +19,7 @@ from stablefield.data._source import as_image_set, open_images
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.training._estimate import Estimate, estimate_run
 from stablefield.training._loop import check_fit
-from stablefield.training._pace import Costs, Pace, clock
+from stablefield.training._pace import Costs, clock
 from stablefield.training._placement import resolve_band, resolve_references
 from stablefield.training._recipe import Recipe
 from stablefield.training._recipes import largest_resolution, recipe_for
@@ -77,11 +77,6 @@ class Plan:
         left, costs = ranks.broadcast((left, costs), "to share out the time")
         config = dataclasses.replace(self.config, recipe=within(self.config.recipe, left, costs))
         return dataclasses.replace(self, config=config, seconds=left, costs=costs)
-
-    @property
-    def pace(self) -> Pace | None:
-        """The pace of a run that begins now; None if it may take as long as it takes."""
-        return None if self.seconds is None or self.costs is None else Pace(self.seconds, self.costs)
 
     def estimate(self, device: torch.device | str | None = None) -> Estimate:
         """Estimate what the run would cost, from a few trial steps that are discarded.

@@ -14,7 +14,7 @@ from stablefield.data._image_set import ImageSet
 from stablefield.training._checkpoint import State, save
 from stablefield.training._loop import Observer, Report, Tracker
 from stablefield.training._model import untrained
-from stablefield.training._pace import clock
+from stablefield.training._pace import Pace, clock
 from stablefield.training._plan import Images, Plan, images_and_recipe, make_plan, place
 from stablefield.training._recipe import Recipe
 from stablefield.training._run import Run, fit_run
@@ -106,7 +106,8 @@ def train(
                 "images is a Plan, which holds its recipe: leave recipe and steps out, and labels, init and time, too."
             )
         plan = images
-    pace, path = plan.pace, ""
+    pace = None if plan.seconds is None or plan.costs is None else Pace(plan.seconds, plan.costs)
+    path = ""
     if ranks.first:
         config = plan.config
         folder = Path(out) if out is not None else _unused_folder(f"{plan.data.name}-{config.recipe.target}")
