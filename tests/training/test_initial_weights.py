@@ -185,6 +185,59 @@ def test_classes_without_names_are_matched_by_number(tmp_path: Path) -> None:
     assert added.copied == added.tensors - 1
 
 
+class Patches(torch.nn.Module):
+    """A network in the manner of a transformer: places as a constant of the size, and a table with a row for no class."""
+
+    def __init__(self, side: int, classes: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.embed = torch.nn.Conv2d(1, 4, 2, 2)
+        self.table = torch.nn.Embedding(classes + 1, 4)
+        self.register_buffer("places", torch.arange(4.0 * (side // 2) ** 2).reshape(-1, 4))
+        for parameter in self.parameters():
+            torch.nn.init.normal_(parameter, generator=generator)
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchesConfig:
+    """Its settings."""
+
+    def build(self, shape: tuple[int, int, int], classes: int, _: int, generator: torch.Generator) -> torch.nn.Module:
+        """The network."""
+        return Patches(shape[1], classes, generator)
+
+
+def test_constants_of_the_size_and_rows_for_no_class_go_their_own_way(tmp_path: Path) -> None:
+    theirs = Patches(8, 3, torch.Generator().manual_seed(1)).state_dict()
+    torch.save(theirs, tmp_path / "theirs.pt")
+    recipe = dataclasses.replace(TINY, network=PatchesConfig())
+    for side, names, rows in (
+        (8, None, [3]),
+        (8, ("ant", "bee"), [0, 1, 3]),
+        (16, ("a", "b", "c", "d"), [0, 1, 2, None, 3]),
+    ):
+        own = dataclasses.replace(recipe, conditional=names is not None)
+        plan = sf.training.make_plan(images(side, names), own, init=tmp_path / "theirs.pt", device="cpu")
+        fresh = Patches(side, len(names or ()), torch.Generator()).state_dict()
+        assert plan.initial is not None
+        assert plan.config.initial is not None
+        found = plan.initial.network.state_dict()
+        for row, value in zip(rows, found["table.weight"], strict=True):
+            assert row is None or torch.equal(value, theirs["table.weight"][row])
+        assert torch.equal(found["embed.weight"], theirs["embed.weight"])
+        assert torch.equal(found["places"], fresh["places"])
+        assert plan.config.initial.fresh == (() if side == 8 else ("places",))
+        assert plan.config.initial.classes == tuple(str(row) for row in rows if row not in (None, 3))
+
+
+def test_other_classes_alone_leave_the_embedding_new(tmp_path: Path) -> None:
+    run = train(tmp_path / "old", images(8, ("ant", "bee")))
+    recipe = dataclasses.replace(TINY, conditional=True)
+    found = sf.training.make_plan(images(8, ("cow", "dog")), recipe, init=run, device="cpu").config.initial
+    assert found is not None
+    assert (found.fresh, found.classes, found.new_classes) == (("embed_class.weight",), (), ("cow", "dog"))
+    assert found.dropped_classes == ("ant", "bee")
+
+
 @pytest.mark.parametrize("kind", ["song", "diffusers"])
 def test_another_side_takes_all_tensors_of_its_levels(kind: str, tmp_path: Path) -> None:
     if kind == "diffusers":

@@ -5,6 +5,8 @@ Tensors are matched by name. Three differences between the two networks are brid
 - wrappers, which put a prefix before all names;
 - the resolution, which is part of a U-Net's names: levels are matched from the full resolution down;
 - the classes: the parts of a class embedding are copied class by class.
+
+Buffers of another shape, constants of the size of the images, stay those of the network.
 """
 
 import math
@@ -146,36 +148,43 @@ def copied_weights(source: WeightSource, config: RunConfig) -> tuple[Denoiser, I
             f"init={source.path} has no tensor of this network: it has {_some(tensors)}, and the network {_some(state)}. "
             f"To continue, {_remedy(source, config)}."
         )
-    axes = _class_axes(config)
-    for name, found in matched.items():
+    axes, constants = _class_axes(config), {name for name, _ in denoiser.network.named_buffers()}
+    for name, found in list(matched.items()):
         shapes = [list(value.shape) for value in (tensors[found], state[name])]
         if name in axes and len(shapes[0]) == len(shapes[1]):
             shapes[0][axes[name]] = shapes[1][axes[name]]
-        if shapes[0] != shapes[1]:
+        if shapes[0] != shapes[1] and name in constants:
+            del matched[name]  # a constant of the size of the images, such as an embedding of places
+        elif shapes[0] != shapes[1]:
             raise ValueError(
                 f"init={source.path} has {found} of shape {tuple(tensors[found].shape)}, and this network {name} of shape "
                 f"{tuple(state[name].shape)}: {_remedy(source, config)}."
             )
     parts = {name: axis for name, axis in axes.items() if name in matched}
     sizes = [tensors[matched[name]].shape[axis] - _extra(state[name], axis, config) for name, axis in parts.items()]
+    if len(set(sizes)) > 1:
+        counts = " and ".join(map(str, sorted(set(sizes))))
+        raise ValueError(f"init={source.path} has tensors for {counts} classes: {_remedy(source, config)}.")
     own, theirs, named = _labels(source, config, max(sizes, default=0))
     notes = _notes(source, config, by_number=bool(parts) and not named)
-    for name, found in matched.items():
+    for name, found in list(matched.items()):
         if name not in parts:
             state[name] = tensors[found]
+            continue
+        axis, value = parts[name], tensors[found].to(state[name].dtype)
+        rows = {number: theirs.index(label) for number, label in enumerate(own) if label in theirs}
+        for k in range(1, _extra(state[name], axis, config) + 1):  # what stands for no class comes last
+            rows[state[name].shape[axis] - k] = value.shape[axis] - k
+        if not rows:
+            del matched[name]
             continue
         factor = 1.0
         if isinstance(denoiser.network, SongUNet) and len(theirs) != len(own):
             # It multiplies this weight by the root of the number of classes.
             factor = math.sqrt(len(theirs) / len(own))
             notes.append(f"{name} is copied times {factor:.3g}, as {len(theirs)} classes became {len(own)}.")
-        rows = {number: theirs.index(label) for number, label in enumerate(own) if label in theirs}
-        for k in range(_extra(state[name], parts[name], config)):  # what stands for no class comes last
-            rows[len(own) + k] = len(theirs) + k
-        axis, value = parts[name], tensors[found].to(state[name].dtype)
-        state[name].index_copy_(
-            axis, torch.tensor(list(rows)), factor * value.index_select(axis, torch.tensor(list(rows.values())))
-        )
+        kept = value.index_select(axis, torch.tensor(list(rows.values())))
+        state[name].index_copy_(axis, torch.tensor(list(rows)), factor * kept)
     denoiser.network.load_state_dict(state)
     return denoiser, InitialWeights(
         source=str(source.path),
@@ -246,8 +255,6 @@ def _levelled(names: Collection[str]) -> dict[str, str]:
 
 def _class_axes(config: RunConfig) -> dict[str, int]:
     """The tensors of the network that have a part for each class, and along which axis: one more class changes them."""
-    if not config.classes:
-        return {}
     recipe = config.recipe
     with torch.device("meta"):
         few, more = (
@@ -269,13 +276,15 @@ def _extra(value: Tensor, axis: int, config: RunConfig) -> int:
 
 def _labels(source: WeightSource, config: RunConfig, count: int) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
     """Labels of the classes of the network and of the `count` classes of the source, and whether they are names."""
-    names, theirs = config.class_names, source.class_names
-    numbers = tuple(map(str, range(config.classes)))
-    if count == 0:  # one of the two has no classes
-        return names or numbers, () if config.classes else theirs or (), True
-    if names is not None and theirs is not None and len(theirs) == count:
-        return names, theirs, True
-    return numbers, tuple(map(str, range(count))), False
+    own, theirs = config.class_names, source.class_names
+    numbers, their_numbers = (tuple(map(str, range(classes))) for classes in (config.classes, count))
+    if not config.classes:
+        return (), theirs or their_numbers, True
+    if count == 0:
+        return own or numbers, (), True
+    if own is not None and theirs is not None and len(theirs) == count:
+        return own, theirs, True
+    return numbers, their_numbers, False
 
 
 def _notes(source: WeightSource, config: RunConfig, *, by_number: bool) -> list[str]:
