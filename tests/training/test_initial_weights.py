@@ -321,7 +321,7 @@ def test_an_imported_network_is_trained_on(tmp_path: Path) -> None:
 
 
 def test_what_holds_no_weights_is_refused(source: sf.Run, tmp_path: Path) -> None:
-    torch.save({"model": {"a": torch.zeros(2)}, "step": 3}, tmp_path / "other.pt")
+    torch.save({"network": {"a": torch.zeros(2)}, "step": 3}, tmp_path / "other.pt")
     (tmp_path / "text.safetensors").write_text("no weights at all")
     (tmp_path / "empty").mkdir()
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
