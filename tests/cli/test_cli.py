@@ -90,8 +90,7 @@ def test_resume_of_a_finished_run_changes_nothing(tmp_path: Path, capsys: pytest
     assert status("train", "--resume", "--out", str(path)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "nothing left to do: 4 of 4 steps are done."
-    assert "cannot be extended yet" in lines[1]
-    assert "--steps" in lines[1]
+    assert lines[1] == f"for longer: stablefield train --resume --steps 8 --out {path}"
     assert lines[2].startswith("draw more:  stablefield sample ")
     assert len(lines) == 3
     assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before

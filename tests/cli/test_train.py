@@ -200,8 +200,8 @@ def test_flags_that_resume_would_not_heed_are_refused(
 ) -> None:
     out = str(tmp_path / "run")
     assert status("train", str(photos), *QUICK, "--out", out) == 0
-    assert status("train", "--resume", "--out", out, "--steps", "9") == 2
-    assert "--steps with --resume" in capsys.readouterr().err
+    assert status("train", "--resume", "--out", out, "--batch", "9") == 2
+    assert "--batch with --resume" in capsys.readouterr().err
     assert status("train", "--resume", "--out", out) == 0
 
 
