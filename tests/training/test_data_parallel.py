@@ -60,7 +60,7 @@ with Ranks.launched():
 """
 # Its second layer is not used; "sometimes" uses it in the first pass alone. One process leaves in the second pass of "left".
 SUM = """
-import os, sys
+import gc, os, weakref
 import torch
 from torch import nn
 from stablefield._distributed import RankError, Ranks
@@ -98,6 +98,10 @@ with Ranks.launched() as ranks:
         except (ValueError, RankError) as error:
             print(error)
         ranks.first and name == "left" and os._exit(0)
+        there = weakref.ref(network)
+        del network, parallel, parameter
+        gc.collect()
+        assert there() is None
 """
 
 

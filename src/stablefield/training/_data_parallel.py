@@ -14,6 +14,7 @@ References:
 import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -58,7 +59,7 @@ class DataParallel:
     """
 
     def __init__(self, network: nn.Module, loss: Callable[[nn.Module], Tensor], ranks: Ranks) -> None:
-        self._ranks, self._waits = ranks, ExitStack()
+        self._sum = _Sum(ranks)
         self._parameters = {name: value for name, value in network.named_parameters() if value.requires_grad}
         buffers = {name: value.clone() for name, value in network.named_buffers()}
         loss(network).backward()
@@ -77,7 +78,7 @@ class DataParallel:
                 find_unused_parameters=not self._all_used,
                 gradient_as_bucket_view=True,
             )
-            self.network.register_comm_hook(None, self._sum)
+            self.network.register_comm_hook(self._sum, _begin)
         # The second forward pass lays the buckets out anew, from the order of the first backward pass.
         for _ in range(2 if self._all_used else 0):
             with ranks.waiting(_PURPOSE):
@@ -95,7 +96,7 @@ class DataParallel:
             RankError: if another process has died or does not answer.
             ValueError: if a weight has no gradient, though all had one in the first step.
         """
-        with ExitStack() as self._waits:
+        with ExitStack() as self._sum.waits:
             loss.backward()
         unused = self._unused() if self._all_used else []
         if unused:
@@ -104,20 +105,34 @@ class DataParallel:
                 "this one: pass exact=True."
             )
 
-    def _sum(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """Begin to sum a bucket; once all have begun, this process waits for the others."""
-        work = dist.all_reduce(bucket.buffer(), group=self._ranks.group, async_op=True)
-        assert work is not None
-        if bucket.is_last():
-            self._waits.enter_context(self._ranks.waiting(_PURPOSE))
-        return work.get_future().then(_first)
-
     def _unused(self) -> list[str]:
         return [name for name, value in self._parameters.items() if value.grad is None]
 
     def _forget_gradients(self) -> None:
         for parameter in self._parameters.values():
             parameter.grad = None
+
+
+@dataclass
+class _Sum:
+    """What a sum under way needs; apart from the network, which torch's reference to it would keep for ever.
+
+    Attributes:
+        ranks: the processes.
+        waits: of the pass; left once it has ended.
+    """
+
+    ranks: Ranks
+    waits: ExitStack = field(default_factory=ExitStack)
+
+
+def _begin(of: _Sum, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Begin to sum a bucket. Once all have begun, this process waits for the others."""
+    work = dist.all_reduce(bucket.buffer(), group=of.ranks.group, async_op=True)
+    assert work is not None
+    if bucket.is_last():
+        of.waits.enter_context(of.ranks.waiting(_PURPOSE))
+    return work.get_future().then(_first)
 
 
 def _first(done: torch.futures.Future[list[Tensor]]) -> Tensor:

@@ -15,6 +15,7 @@ its gradient. Python then no longer limits the speed of a small network, and a t
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import cast
 
@@ -28,13 +29,12 @@ from stablefield.diffusion._importance_sampling import ImportanceSampling
 from stablefield.diffusion._objective import Draws, Example, Objective, ObjectiveValue
 from stablefield.targets._references import References
 from stablefield.targets._stable_target import DenoisingTarget, StableTarget
-from stablefield.training._checkpoint import Trained
 from stablefield.training._cuda_graph import CudaGraph, mapped
 from stablefield.training._data_parallel import DataParallel, overlaps
-from stablefield.training._ema import LENGTHS, ema_decay, follower, power_decay, power_exponent, update_ema
+from stablefield.training._ema import ema_decay, power_decay, power_exponent, update_ema
 from stablefield.training._feed import Feed
 from stablefield.training._meter import Stopwatch
-from stablefield.training._model import build_denoiser
+from stablefield.training._model import untrained
 from stablefield.training._recipe import Recipe
 from stablefield.training._run_folder import RunConfig
 from stablefield.training._seeding import Purpose, generator_for, seed_for
@@ -60,16 +60,8 @@ class Stepper:
         self._recipe, self._feed, self._accelerator = recipe, feed, accelerator
         self._device = accelerator.device
         self._ranks = Ranks.launched(self._device)
-        model = build_denoiser(config).to(self._device)
-        averages: dict[str, nn.Module] = {"ema": follower(model)}
-        if recipe.ema_snapshot_every:
-            averages |= {f"power-{length}": follower(model) for length in LENGTHS}
-        fused = self._device.type in ("cpu", "cuda")
-        optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, fused=fused)
-        self._importance: ImportanceSampling | None = None
-        if recipe.importance_sampling:
-            self._importance = ImportanceSampling(recipe.noise_levels, recipe.process).to(self._device)
-        self.trained = Trained(model, averages, optimizer, self._importance)
+        self.trained = untrained(config, self._device)
+        model, self._importance = self.trained.model, self.trained.importance
         self._parameters = list(model.parameters())
         self._network = cast("nn.Module", torch.compile(model)) if recipe.compile else model
         self._overlaps = overlaps(recipe, self._ranks.world_size, self._device)
@@ -110,6 +102,10 @@ class Stepper:
         optimizer.step()
         self._average(step)
         return parts
+
+    def change_steps(self, steps: int) -> None:
+        """Follow the schedule of a run of another number of steps from the next step on."""
+        self._recipe = replace(self._recipe, steps=steps)
 
     def require_finite(self, step: int) -> None:
         """Raise ArithmeticError if a weight is not finite, before it could be saved."""
@@ -191,7 +187,9 @@ class Stepper:
         for number, (example, augment_labels) in enumerate(self.examples(step)):
             if self._overlaps and self._parallel is None:
                 self._parallel = DataParallel(self._network, self._trial(example, augment_labels), self._ranks)
-            torch.manual_seed(self._dropout_seed(step, number))
+            # For other devices, which a run on a CPU does not use, torch would format the whole stack of calls each time.
+            seed = torch.default_generator.manual_seed if self._device.type == "cpu" else torch.manual_seed
+            seed(self._dropout_seed(step, number))
             if self._parallel is not None and number == last:
                 value = self._evaluate(self._parallel.network, example, augment_labels)
                 self._parallel.backward(value.row_loss.sum() / self._recipe.batch)
