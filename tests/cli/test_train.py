@@ -111,8 +111,9 @@ def begin_two(fork_ranks: Callable[..., list[Fork]], tmp_path: Path) -> Callable
 def test_both_of_two_processes_end_a_failed_run_with_its_message(
     tmp_path: Path, begin_two: Callable[..., list[Fork]]
 ) -> None:
-    started = begin_two("--steps", "5", "--learning-rate", "1e30", "--sample-every", "0")
+    started = begin_two("--steps", "5", "--learning-rate", "1e30", "--sample-every", "0", "--exact")
     messages = [process.communicate(timeout=200)[1] for process in started]
+    assert "gradients:  summed in a fixed order; " in started[0].stdout
     # Not -6: gloo's threads abort a process that ends within its group.
     assert [process.returncode for process in started] == [1, 1], messages
     for message in messages:
@@ -174,6 +175,7 @@ def test_two_processes_measure_themselves_on_the_way(tmp_path: Path, begin_two: 
     entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries] == [2, 4]
     assert all(any("frechet" in key.lower() for key in entry) for entry in entries), entries
+    assert "gradients:  summed by DistributedDataParallel; a resumed run has the same bits on 2 processes" in ends[0][0]
 
 
 def test_dry_run_says_what_a_run_takes_and_writes_nothing(

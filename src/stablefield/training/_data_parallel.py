@@ -60,11 +60,11 @@ class DataParallel:
 
     def __init__(self, network: nn.Module, loss: Callable[[nn.Module], Tensor], ranks: Ranks) -> None:
         self._sum = _Sum(ranks)
-        self._parameters = {name: value for name, value in network.named_parameters() if value.requires_grad}
+        self._parameters = [value for value in network.parameters() if value.requires_grad]
         buffers = {name: value.clone() for name, value in network.named_buffers()}
         loss(network).backward()
         # To look for weights without a gradient takes time in each step, so do it only if there are any.
-        self._all_used = ranks.all(not self._unused(), "to compare the weights that they use")
+        all_used = ranks.all(self._all_have_gradients(), "to compare the weights that they use")
         self._forget_gradients()
         # Each process keeps its own buffers, as one process does. torch 2.13 has another name for this.
         renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -75,12 +75,12 @@ class DataParallel:
             self.network = wrap(
                 network,
                 process_group=ranks.group,
-                find_unused_parameters=not self._all_used,
+                find_unused_parameters=not all_used,
                 gradient_as_bucket_view=True,
             )
             self.network.register_comm_hook(self._sum, _begin)
         # The second forward pass lays the buckets out anew, from the order of the first backward pass.
-        for _ in range(2 if self._all_used else 0):
+        for _ in range(2 if all_used else 0):
             with ranks.waiting(_PURPOSE):
                 value = loss(self.network)
             self.backward(value)
@@ -94,22 +94,22 @@ class DataParallel:
 
         Raises:
             RankError: if another process has died or does not answer.
-            ValueError: if a weight has no gradient, though all had one in the first step.
+            ValueError: if the pass leaves out weights, though the first one left out none.
         """
+        self._sum.begun = False
         with ExitStack() as self._sum.waits:
             loss.backward()
-        unused = self._unused() if self._all_used else []
-        if unused:
+        if not self._sum.begun:
             raise ValueError(
-                f"exact=False needs a network that uses the same weights in every step, and {unused[0]} has no gradient in "
-                "this one: pass exact=True."
+                "DistributedDataParallel needs a network that uses the same weights in every pass, and this one left out "
+                "some that it used in the first: start a run with exact=True."
             )
 
-    def _unused(self) -> list[str]:
-        return [name for name, value in self._parameters.items() if value.grad is None]
+    def _all_have_gradients(self) -> bool:
+        return all(value.grad is not None for value in self._parameters)
 
     def _forget_gradients(self) -> None:
-        for parameter in self._parameters.values():
+        for parameter in self._parameters:
             parameter.grad = None
 
 
@@ -119,10 +119,12 @@ class _Sum:
 
     Attributes:
         ranks: the processes.
+        begun: whether the sums of all buckets of the pass have begun.
         waits: of the pass; left once it has ended.
     """
 
     ranks: Ranks
+    begun: bool = False
     waits: ExitStack = field(default_factory=ExitStack)
 
 
@@ -131,6 +133,7 @@ def _begin(of: _Sum, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     work = dist.all_reduce(bucket.buffer(), group=of.ranks.group, async_op=True)
     assert work is not None
     if bucket.is_last():
+        of.begun = True
         of.waits.enter_context(of.ranks.waiting(_PURPOSE))
     return work.get_future().then(_first)
 
