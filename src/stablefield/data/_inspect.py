@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablefield._shapes import check_kind, whole_number
-from stablefield.data._image_set import ImageSet, chunks, class_text, size_text
+from stablefield.data._image_set import ImageSet, class_text, size_text
 from stablefield.data._png import tile
 
 __all__ = ["sample_grid", "summary", "value_counts"]

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from stablefield._shapes import check_kind
 from stablefield.data._collector import Collector, cached
-from stablefield.data._image_set import ImageSet, Origin, chunks
+from stablefield.data._image_set import ImageSet, Origin
 from stablefield.data._pillow import require_pillow
 
 if TYPE_CHECKING:

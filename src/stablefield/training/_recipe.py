@@ -22,7 +22,7 @@ from stablefield.networks._song_unet import SongUNet
 
 __all__ = ["DiffusersUNetConfig", "MLPConfig", "Recipe", "SongUNetConfig"]
 
-Shape: TypeAlias = tuple[int, int, int]
+Shape: TypeAlias = tuple[int, ...]
 
 # More than anybody trains, and small enough to reject a hostile file in seconds.
 _MOST_BLOCKS = 1000
@@ -31,7 +31,8 @@ _MOST_LEVELS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class MLPConfig:
-    """The network of a recipe: a residual perceptron (`stablefield.networks.MLP`), for images of about 8 x 8 pixels."""
+    """The network of a recipe: a residual perceptron (`stablefield.networks.MLP`), for images of about 8 x 8 pixels, and
+    for vectors and signals."""
 
     width: int = 512
     """Width of the hidden layers."""
@@ -44,7 +45,7 @@ class MLPConfig:
         _require_at_most("depth", self.depth, _MOST_BLOCKS)
 
     def build(self, shape: Shape, classes: int, augment_dim: int, generator: torch.Generator) -> nn.Module:
-        """The network for samples of `shape` (C, H, W).
+        """The network for samples of any `shape`, such as (C, H, W) or (d,).
 
         Raises:
             ValueError: if augment_dim is not 0.
@@ -313,6 +314,10 @@ def _require_at_most(name: str, count: int, most: int, of: str = "blocks") -> No
 
 
 def _require_halves(shape: Shape, levels: int) -> None:
+    if len(shape) != 3:
+        raise ValueError(
+            f"samples of shape {shape} do not fit a U-Net, which takes (C, H, W): take a perceptron, network=MLPConfig()."
+        )
     _, height, width = shape
     halvings = 2 ** (levels - 1)
     if height % halvings or width % halvings:

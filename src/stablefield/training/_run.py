@@ -54,8 +54,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Plan", "Run", "images_and_recipe", "make_plan", "place", "train"]
 
-Images = str | Path | ImageSet | NDArray[np.uint8] | Tensor
-"""A path or name that `stablefield.data.open_images` opens, an image set, or uint8 of shape (n, C, H, W)."""
+Images = str | Path | ImageSet | NDArray[Any] | Tensor
+"""A path or name that `stablefield.data.open_images` opens, an image set, uint8 of shape (n, C, H, W), or floats (n, ...)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,12 +159,17 @@ def train(
         run = sf.train(images, out="runs/mine")
         run.sample(64).save("grid.png")
 
-    For data other than uint8 images, write a training loop with `sf.Objective`.
+    Other data are floats: latents (n, C, H, W), signals (n, C, L) or vectors (n, d). The run measures the mean and the
+    standard deviation of each channel, trains on scaled values, and draws samples in the units of the data.
+
+        run = sf.train(latents, labels=labels, out="runs/latents")
+        run.sample(64).save("samples.npz")
 
     Started by torchrun or `accelerate launch`, the processes train together.
 
     Args:
-        images: a path or name that `open_images` opens, an image set, uint8 of shape (n, C, H, W), or the `Plan` of a run.
+        images: a path or name that `open_images` opens, an image set, uint8 of shape (n, C, H, W), float data (n, ...), or
+            the `Plan` of a run.
         labels: class numbers from 0 of an array of images, shape (n,); a recipe with `conditional=True` trains with them.
         out: folder of the run, new or empty; by default runs/DATA-TARGET, with a number if that exists.
         recipe: how to train; by default one that suits the data and the device.
@@ -299,7 +304,8 @@ class Run:
             purpose = "to draw their images"
             parts = list(opened.draw(wanted, ranks, progress))
             nfe, count = ranks.total(sum(part.nfe for part in parts), len(parts), purpose=purpose)
-            none = np.zeros((0, *opened.config.shape), np.uint8)
+            scaling = opened.config.scaling
+            none = np.zeros((0, *opened.config.shape), np.uint8 if scaling is None else scaling.dtype)
             drawn = torch.from_numpy(np.concatenate([none, *(part.images for part in parts)]))
             images = ranks.all_gather_rows(drawn, purpose)
             own = torch.tensor([seed for part in parts for seed in part.seeds], dtype=torch.int64)

@@ -210,6 +210,7 @@ class RunSampler:
             shape=self.config.shape,
             device=self.device,
             progress=None if progress is None else report,
+            finish=None if self.config.scaling is None else self.config.scaling.undo,
         ):
             yield self.samples(own, images, evaluations)
 
@@ -226,7 +227,7 @@ class RunSampler:
         return lambda x, sigma: own(x, sigma, labels)
 
     def samples(self, seeds: Sequence[int], images: Tensor, nfe: float) -> Samples:
-        """`Samples` of the images, uint8 (B, C, H, W), that these seeds gave."""
+        """`Samples` of the images, uint8 (B, C, H, W), or other data, that these seeds gave."""
         labels = self.options.labels(torch.tensor(seeds, dtype=torch.int64), self.config)
         return Samples(
             images=images.numpy(),
