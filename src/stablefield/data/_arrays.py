@@ -6,8 +6,8 @@ an .npz the images are called `images`, `x` or `arr_0` (or, with a split, `train
 `class_names`. A .npy file is mapped into memory; the images of an .npz are read into memory up to a budget and into a packed
 file beyond it. Arrays that need pickle are refused.
 
-Float arrays are latents (n, C, H, W), signals (n, C, L) or vectors (n, d), of any meaning. In an .npz they may also be called
-`data` or `latents`. They are kept as they are, and have a `Scaling`.
+Float arrays are latents (n, C, H, W), signals (n, C, L) or vectors (n, d), of any meaning. In an .npz they may also be
+called `data` or `latents`. They are kept as they are, and have a `Scaling`.
 """
 
 import io
@@ -115,7 +115,9 @@ def open_npz(
                     class_names = _class_names(path, archive, arrays["class_names"], shape[0])
             if dtype.kind == "f":
                 origin = Origin(
-                    name=path.stem, source=f"array {images_key} of {path.name}, read as {layout}", class_names=class_names
+                    name=path.stem,
+                    source=f"array {images_key} of {path.name}, read as {layout}",
+                    class_names=class_names,
                 )
                 return make_image_set(_floats(what, file, dtype, shape, memory_budget), labels(), origin)
             return gathered_set(
@@ -249,7 +251,7 @@ def _labels(path: Path, archive: Archive, entry: zipfile.ZipInfo, count: int) ->
 def _layout(
     what: str, dtype: np.dtype[np.generic], shape: tuple[int, ...]
 ) -> tuple[str, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]]:
-    """The layout of an array, and a function that views images as (n, C, H, W), and float data as they are, without a copy."""
+    """The layout of an array, and a function that views images as (n, C, H, W), and floats as they are, without a copy."""
     if dtype.kind == "f":
         check_floats(what, dtype, shape)
         kinds = {2: "vectors (n, d)", 3: "signals (n, C, L)", 4: "latents (n, C, H, W)"}

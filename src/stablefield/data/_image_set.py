@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from stablefield._shapes import check_kind, whole_number
 from stablefield.data._archive import Readable
@@ -123,7 +123,9 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
-        check_kind("images", images, np.ndarray, "a numpy array of uint8, shape (n, C, H, W), or of floats, shape (n, ...)")
+        check_kind(
+            "images", images, np.ndarray, "a numpy array of uint8, shape (n, C, H, W), or of floats, shape (n, ...)"
+        )
         check_kind("name", self.name, str, "a short name, a string")
         check_kind("manifest", self.manifest, dict, "a dictionary; make_image_set makes it")
         if self.class_names is not None:
@@ -379,7 +381,7 @@ def mapped(
     start: int,
     shape: tuple[int, ...],
     order: Literal["C", "F"] = "C",
-    dtype: np.dtype[Any] = np.dtype(np.uint8),
+    dtype: DTypeLike = np.uint8,
 ) -> NDArray[Any]:
     """Map an array in an open file into memory, read-only; the map gives `path` as its file name."""
     # NumPy would open a path again, and by then another file may be there.

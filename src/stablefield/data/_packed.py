@@ -29,7 +29,6 @@ from stablefield._regular_file import JSON_LIMIT, open_regular
 from stablefield._shapes import check_kind, flag
 from stablefield.data._image_set import ImageSet, Origin, check_label_count, labels_sha256, make_image_set, mapped
 from stablefield.data._packed_writer import METADATA_KEY, PackedWriter, room_for
-
 from stablefield.data._scaling import check_floats, chunks
 
 __all__ = ["is_packed", "open_packed", "open_tensors", "pack"]
@@ -59,7 +58,9 @@ def pack(images: ImageSet, destination: str | Path, *, overwrite: bool = False) 
     check_kind("images", images, ImageSet, "an ImageSet, as open_images returns")
     flag("overwrite", overwrite)
     if images.scaling is not None:
-        raise ValueError(f"{images.name} holds {images.images.dtype} data: pack takes images; a .npy file opens as fast.")
+        raise ValueError(
+            f"{images.name} holds {images.images.dtype} data: pack takes images; a .npy file opens as fast."
+        )
     with PackedWriter(destination, images.shape, overwrite=overwrite, room=room_for(images.manifest)) as writer:
         for chunk in chunks(images.images):
             writer.append(chunk)

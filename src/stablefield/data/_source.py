@@ -67,12 +67,12 @@ class Request:
         if images.scaling is not None:
             if resolution is not None:
                 raise ValueError(
-                    f"resolution={resolution}: {self.source} holds {images.images.dtype} data, which are never resized: leave "
-                    "resolution out, or save images as uint8."
+                    f"resolution={resolution}: {self.source} holds {images.images.dtype} data, which are never resized: "
+                    "leave resolution out, or save images as uint8."
                 )
             return images
         if resolution is None and self.limit is not None:
-            resolution = natural_resolution([images.shape[1:]], self.limit)
+            resolution = natural_resolution([(images.shape[1], images.shape[2])], self.limit)
         if resolution is None:
             return images
         return resized_set(images, resolution, self.resize, memory_budget=self.memory_budget, cache=self.cache)
@@ -325,7 +325,9 @@ def as_image_set(
         # NumPy has no bfloat16.
         images = (images.float() if images.dtype == torch.bfloat16 else images).detach().cpu().numpy()
     array = images
-    check_kind(name, array, np.ndarray, "an image set, the path of data, uint8 of shape (n, C, H, W), or floats (n, ...)")
+    check_kind(
+        name, array, np.ndarray, "an image set, the path of data, uint8 of shape (n, C, H, W), or floats (n, ...)"
+    )
     numbers = labels.cpu().numpy() if isinstance(labels, Tensor) else labels
     return make_image_set(array, numbers, Origin(name=name, source="an array"))
 

@@ -1,9 +1,9 @@
 """The feed: for each step the rows of the batch and the references, as a function of (seed, step).
 
 References are decoupled from the batch. If the data are *resident* (see `_placement`), all pixels are on the device as
-uint8 (float data: scaled, see `ImageSet.scaled`), and the references are the whole set or a number of samples drawn anew for each step. If they are *sharded*, a part of
+uint8, and the references are the whole set or a number of samples drawn anew for each step. If they are *sharded*, a part of
 them is on the device, and the batch is read from the mapped file, one step ahead. If they are *loaded*, the references are
-read with the batch.
+read with the batch. Float data are scaled on the way to the device (`ImageSet.scaled`).
 
 The set of references is chosen for the whole batch, so all processes and all parts of a step share it.
 """

@@ -169,9 +169,8 @@ def fit(
         raise ValueError(f"{config.data} is not what this run was started with (its pixels' sha256 differs).")
     # The run may have started with the classes numbered in another order.
     data = config.numbered(data)
-    if config.classes:
-        if data.manifest["labels_sha256"] != config.manifest.get("labels_sha256"):
-            raise ValueError(f"{config.data} is not what this run was started with (its labels' sha256 differs).")
+    if config.classes and data.manifest["labels_sha256"] != config.manifest.get("labels_sha256"):
+        raise ValueError(f"{config.data} is not what this run was started with (its labels' sha256 differs).")
     accelerator = accelerator or make_accelerator(device, tracker, folder)
     device = accelerator.device
     ranks = Ranks.launched(device)

@@ -31,8 +31,7 @@ _MOST_LEVELS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class MLPConfig:
-    """The network of a recipe: a residual perceptron (`stablefield.networks.MLP`), for images of about 8 x 8 pixels, and
-    for vectors and signals."""
+    """The network of a recipe: a residual perceptron (`stablefield.networks.MLP`), for vectors and 8 x 8 pixels."""
 
     width: int = 512
     """Width of the hidden layers."""
@@ -136,7 +135,7 @@ class DiffusersUNetConfig:
             raise ValueError(f"network.widths is {self.widths}: each must be a multiple of the {self.groups} groups.")
         _require_halves(shape, len(self.widths))
         return DiffusersUNet.sized(
-            shape[1] if shape[1] == shape[2] else shape[1:],
+            shape[1] if shape[1] == shape[2] else (shape[1], shape[2]),
             shape[0],
             self.widths,
             self.blocks,

@@ -30,6 +30,7 @@ from stablefield._distributed import Ranks
 from stablefield._progress import Progress
 from stablefield._shapes import check_kind, found_device, whole_number
 from stablefield.data._image_set import ImageSet
+from stablefield.data._png import is_picture
 from stablefield.data._source import as_image_set, open_images
 from stablefield.evaluation._evaluate import DEFAULT_METRICS, evaluate
 from stablefield.evaluation._metric import Metric
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 __all__ = ["Plan", "Run", "images_and_recipe", "make_plan", "place", "train"]
 
 Images = str | Path | ImageSet | NDArray[Any] | Tensor
-"""A path or name that `stablefield.data.open_images` opens, an image set, uint8 of shape (n, C, H, W), or floats (n, ...)."""
+"""A path or name that `stablefield.data.open_images` opens, an image set, uint8 (n, C, H, W), or floats (n, ...)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +243,11 @@ class Run:
         """Steps done at the newest intact checkpoint."""
         newest = self.folder.newest()
         return 0 if newest is None else newest[1].step
+
+    @property
+    def drawn(self) -> Path:
+        """The file of the samples of the last step: a picture, or .npz of data that are no pictures."""
+        return self.folder.picture(self.step, ".png" if is_picture(self.config.shape) else ".npz")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl: step, loss, variance removed and more."""

@@ -46,7 +46,8 @@ class Samples:
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.images.shape[1:]))
-        return f"<Samples: {len(self)} {'images' if self.images.dtype == np.uint8 else 'samples'} of {shape}, {self.sampler}, NFE {self.nfe:g}, EMA {self.ema}>"
+        what = "images" if self.images.dtype == np.uint8 else "samples"
+        return f"<Samples: {len(self)} {what} of {shape}, {self.sampler}, NFE {self.nfe:g}, EMA {self.ema}>"
 
     def grid(self) -> NDArray[np.uint8]:
         """All images as one picture, shape (height, width, C); with classes, one named row per class.
@@ -80,7 +81,9 @@ class Samples:
         floating = self.images.dtype != np.uint8
         if suffix == ".npy" and not path.is_dir():
             if not floating:
-                raise ValueError(f"path={str(path)!r}: name a .png or .jpg file for a grid, .npz for arrays, or a folder.")
+                raise ValueError(
+                    f"path={str(path)!r}: name a .png or .jpg file for a grid, .npz for arrays, or a folder."
+                )
             return _write_npy(path, self.images)
         if suffix in PICTURES:
             return write_picture(path, self.grid())

@@ -222,9 +222,7 @@ def optimum_of(data: ImageSet, device: torch.device, *, labelled: bool, rows: in
     """
     labels = torch.from_numpy(data.labels) if labelled and data.labels is not None else None
     values = data.images.copy() if data.scaling is None else data.scaled(slice(None))
-    population = Population(
-        torch.from_numpy(values).to(device), None if labels is None else labels.to(device)
-    )
+    population = Population(torch.from_numpy(values).to(device), None if labels is None else labels.to(device))
     return find_optimum(population, LEVELS, rows=rows_of(data) if rows is None else rows)
 
 

@@ -1,0 +1,221 @@
+"""Float data, from an array or a file through training to samples and their evaluation."""
+
+import dataclasses
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+import stablefield as sf
+from stablefield.data._packed import open_tensors
+from stablefield.data._scaling import Scaling
+from stablefield.training._feed import Feed
+from stablefield.training._recipe import MLPConfig, Recipe, SongUNetConfig
+from stablefield.training._recipes import named_recipe
+
+RECIPE = Recipe(
+    steps=150,
+    batch=128,
+    learning_rate=5e-3,
+    ramp_images=1280,
+    ema_half_life=1500,
+    network=MLPConfig(width=32, depth=1),
+    conditional=True,
+    sample_every=0,
+)
+MEANS, STDS = np.array([[10.0, -2.0], [14.0, 3.0]]), np.array([0.5, 1.0])
+
+
+def mixture(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Points of two Gaussians in the plane, and which of the two."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, n)
+    return (MEANS[labels] + rng.normal(size=(n, 2)) * STDS).astype(np.float32), labels
+
+
+@pytest.fixture(scope="module")
+def points(tmp_path_factory: pytest.TempPathFactory) -> sf.Run:
+    values, labels = mixture(600)
+    return sf.train(values, labels=labels, recipe=RECIPE, out=tmp_path_factory.mktemp("runs") / "points", device="cpu")
+
+
+def test_points_of_a_known_mixture_are_learned_in_their_own_units(points):
+    drawn = points.sample(400, device="cpu", steps=12)
+    for label in (0, 1):
+        own = drawn.images[drawn.labels == label].astype(np.float64)
+        # The Frechet distance to the exact Gaussian of the class: of diagonal covariances a sum over the axes.
+        distance = ((own.mean(0) - MEANS[label]) ** 2 + (own.std(0) - STDS) ** 2).sum()
+        # 200 exact samples have 0.009 on average; the two classes are 6.4 apart.
+        assert distance < 0.15
+
+
+def test_a_run_keeps_the_scaling_and_draws_the_dtype_of_its_data(points):
+    values, _ = mixture(600)
+    scaling = points.config.scaling
+    assert scaling.mean == pytest.approx(values.astype(np.float64).mean(0), rel=1e-12)
+    assert scaling.std == pytest.approx(values.astype(np.float64).std(0), rel=1e-12)
+    assert points.sample(3, device="cpu", steps=2).images.dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("shape", [(3,), (3, 5), (3, 4, 5)])
+def test_scaling_gives_channels_mean_0_and_std_a_half_and_is_undone_to_the_last_bit(dtype, shape, monkeypatch):
+    monkeypatch.setattr("stablefield.data._scaling.CHUNK_BYTES", 3000)
+    rng = np.random.default_rng(0)
+    offsets = np.array([5.0, -0.1, 300.0]).reshape(-1, *(1,) * (len(shape) - 1))
+    values = (rng.normal(size=(500, *shape)) * (1 + abs(offsets) / 9) + offsets).astype(dtype)
+    scaling, _ = Scaling.measure(values, "values")
+    axes = (0, *range(2, values.ndim))
+    assert scaling.mean == pytest.approx(values.astype(np.float64).mean(axes), rel=1e-12)
+    assert scaling.std == pytest.approx(values.astype(np.float64).std(axes), rel=1e-12)
+    seen = scaling.apply(values, np.float64)
+    assert np.abs(seen.mean(axes)).max() < 1e-12
+    assert seen.std(axes) == pytest.approx(0.5)
+    restored = scaling.undo(torch.from_numpy(seen)).numpy()
+    assert restored.dtype == values.dtype
+    if dtype == "float64":
+        assert np.abs(restored - values).max() < 1e-12
+    else:
+        np.testing.assert_array_equal(restored, values)
+    half = scaling.apply(values)
+    assert half.dtype == (np.float16 if dtype == "float16" else np.float32)
+    assert np.abs(half - seen).max() < (2e-3 if dtype == "float16" else 1e-6)
+
+
+def test_a_constant_channel_is_0_to_the_network_and_itself_in_samples():
+    values = np.random.default_rng(0).normal(size=(200, 2)).astype(np.float32)
+    values[:, 1] = 0.1
+    scaling, _ = Scaling.measure(values, "values")
+    assert (scaling.apply(values)[:, 1] == 0).all()
+    assert (scaling.undo(torch.randn(9, 2))[:, 1] == np.float32(0.1)).all()
+
+
+def test_half_precision_files_stay_half_and_are_mapped(tmp_path):
+    values = np.random.default_rng(0).normal(size=(64, 4, 8, 16)).astype(np.float16)
+    np.save(tmp_path / "latents.npy", values)
+    found = sf.data.open_images(tmp_path / "latents.npy")
+    assert found.images.dtype == np.float16
+    assert found.file == tmp_path / "latents.npy"
+    recipe = Recipe(batch=8, references="all")
+    feed = Feed(found, recipe, torch.device("cpu"), labelled=False, placement="resident")
+    assert feed.whole is not None
+    assert feed.whole.data.dtype == torch.float16
+    # Latents are never resized: the U-Net gets as many levels as they can be halved, and no flips.
+    name, recipe = named_recipe("auto", found, accelerated=True)
+    assert (name, recipe.augmentation) == ("imagefolder", 0.0)
+    for shape, levels in (((4, 16, 24), 2), ((4, 32, 32), 3), ((4, 18, 20), 2), ((4, 17, 16), 1)):
+        data = sf.data.make_image_set(np.random.randn(4, *shape), None, sf.data.Origin(name="z", source="drawn"))
+        network = named_recipe("auto", data, accelerated=False)[1].network
+        assert isinstance(network, SongUNetConfig)
+        assert len(network.multipliers) == levels
+
+
+def test_npz_and_safetensors_files_hold_data_and_labels(tmp_path):
+    values, labels = mixture(50)
+    np.savez_compressed(tmp_path / "a.npz", data=values, labels=labels)
+    save_file({"latents": values, "labels": labels.astype(np.int32)}, tmp_path / "b.safetensors")
+    first, second = (sf.data.open_images(tmp_path / name) for name in ("a.npz", "b.safetensors"))
+    for found in (first, second):
+        np.testing.assert_array_equal(found.images, values)
+        np.testing.assert_array_equal(found.labels, labels)
+        assert found.classes == 2
+        assert found.scaling == first.scaling
+        assert found.manifest["sha256"] == first.manifest["sha256"]
+    assert second.file == tmp_path / "b.safetensors"
+
+
+def test_a_resumed_run_has_the_same_weights_bit_for_bit(tmp_path):
+    values = np.random.default_rng(0).normal(size=(128, 2, 6)).astype(np.float16)
+    np.save(tmp_path / "signals.npy", values)
+    recipe = Recipe(
+        steps=6, batch=16, network=MLPConfig(width=16, depth=1), checkpoint_every=3, log_every=1, references=32
+    )
+    whole = sf.train(tmp_path / "signals.npy", recipe=recipe, out=tmp_path / "whole", device="cpu")
+    calls = iter(range(99))
+    stopped = sf.train(
+        tmp_path / "signals.npy", recipe=recipe, out=tmp_path / "part", device="cpu", stop=lambda: next(calls) >= 2
+    )
+    assert stopped.step == 3
+    stopped.resume(device="cpu")
+    for a, b in zip(*(run.model("none").denoiser.state_dict().values() for run in (whole, stopped)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        (np.zeros((5, 2), np.float32), "all 5 samples are equal"),
+        (np.ones((1, 2), np.float32), "1 samples: pass at least 2"),
+        (np.array([1.0, 2.0]), r"shape \(2,\): float data are vectors"),
+        (np.zeros((2, 1, 1, 1, 1)), "flatten the axes after the second"),
+        (np.array([[1.0, 2.0], [3.0, np.nan]]), r"sample 1 is nan at \[1\]: leave such samples out"),
+        (np.array([[1.0, np.inf], [3.0, 1.0]]), r"sample 0 is inf at \[1\]"),
+        (np.zeros((9, 8, 8, 3)), r"channels last: move them to axis 1"),
+        (np.array([[1e300], [-1e300]]), "pass values below 1e150"),
+    ],
+)
+def test_data_that_cannot_be_learned_are_refused_by_file_value_and_remedy(values, problem, tmp_path):
+    np.save(tmp_path / "bad.npy", values)
+    with pytest.raises(ValueError, match=rf"bad.*{problem}"):
+        sf.data.open_images(tmp_path / "bad.npy")
+    with pytest.raises(ValueError, match=problem):
+        sf.train(values, device="cpu")
+
+
+def test_labels_of_another_length_and_flips_of_latents_are_refused(tmp_path):
+    values, labels = mixture(50)
+    with pytest.raises(ValueError, match=r"labels has dtype int64 and shape \(49,\)"):
+        sf.train(values, labels=labels[1:], device="cpu")
+    save_file({"data": values, "labels": labels[1:]}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="one class number per sample"):
+        sf.data.open_images(tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="mirror=True flips and turns pictures"):
+        sf.train(values, recipe=Recipe(mirror=True, batch=16), device="cpu")
+    with pytest.raises(ValueError, match="take a perceptron"):
+        sf.train(values, recipe=Recipe(batch=16, network=SongUNetConfig()), device="cpu")
+    np.save(tmp_path / "a.npy", values)
+    with pytest.raises(ValueError, match="never resized"):
+        sf.data.open_images(tmp_path / "a.npy", resolution=8)
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        ({"dtype": "F32", "shape": [2**40, 2], "data_offsets": [0, 16]}, "cut short or damaged"),
+        ({"dtype": "F32", "shape": [2, 2], "data_offsets": [8, 24]}, "cut short or damaged"),
+        ({"dtype": "BF16", "shape": [2, 4], "data_offsets": [0, 16]}, "save it as F16, F32, F64"),
+        ({"dtype": "F32", "shape": [2, -2], "data_offsets": [0, 16]}, "is damaged"),
+        ({"dtype": "F32", "shape": [True, 4], "data_offsets": [0, 16]}, "is damaged"),
+        ({"dtype": "F32", "shape": "2", "data_offsets": None}, "is damaged"),
+        (7, "is damaged"),
+    ],
+)
+def test_hostile_safetensors_files_are_refused_before_their_data_are_read(entry, problem, tmp_path):
+    text = json.dumps({"data": entry}).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
+    with pytest.raises(ValueError, match=problem):
+        open_tensors(tmp_path / "a.safetensors")
+
+
+def test_an_npz_beyond_the_memory_budget_is_refused_with_the_remedy(tmp_path):
+    np.savez(tmp_path / "a.npz", data=np.random.default_rng(0).normal(size=(100, 4)))
+    with pytest.raises(ValueError, match=r"3\.1 KiB, above the 3\.0 KiB.*save it as a \.npy"):
+        sf.data.open_images(tmp_path / "a.npz", memory_budget=3072)
+
+
+def test_samples_are_written_as_arrays_and_as_pictures_where_they_are_pictures(points, tmp_path):
+    drawn = points.sample(6, device="cpu", steps=2)
+    with np.load(drawn.save(tmp_path / "a.npz")) as found:
+        np.testing.assert_array_equal(found["data"], drawn.images)
+        np.testing.assert_array_equal(found["labels"], drawn.labels)
+    np.testing.assert_array_equal(np.load(drawn.save(tmp_path / "a.npy")), drawn.images)
+    drawn.save(tmp_path / "all")
+    np.testing.assert_array_equal(np.load(tmp_path / "all" / "000004.npy"), drawn.images[4])
+    with pytest.raises(ValueError, match=r"a picture is \(1, H, W\) or \(3, H, W\)"):
+        drawn.save(tmp_path / "a.png")
+    assert "<pre>" in drawn._repr_html_()
+    grey = dataclasses.replace(drawn, images=np.random.randn(6, 1, 4, 4), labels=None)
+    assert grey.save(tmp_path / "b.png").is_file()
