@@ -3,21 +3,28 @@
 import dataclasses
 import json
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.numpy import save_file
 
 import stablefield as sf
+from stablefield.cli.entry import main
 from stablefield.data._packed import open_tensors
 from stablefield.data._scaling import Scaling
+from stablefield.probing._probe import probe_data
+from stablefield.sampling._noise import SampleNoise
 from stablefield.training._feed import Feed
 from stablefield.training._recipe import MLPConfig, Recipe, SongUNetConfig
 from stablefield.training._recipes import named_recipe
+from stablefield.training._run import make_plan
+from stablefield.training._sampler import SamplerOptions
 
 RECIPE = Recipe(
-    steps=150,
+    steps=120,
     batch=128,
     learning_rate=5e-3,
     ramp_images=1280,
@@ -111,6 +118,13 @@ def test_half_precision_files_stay_half_and_are_mapped(tmp_path):
         network = named_recipe("auto", data, accelerated=False)[1].network
         assert isinstance(network, SongUNetConfig)
         assert len(network.multipliers) == levels
+
+
+def test_float_arrays_that_may_be_meant_as_images_come_with_the_remedy(tmp_path):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).random((4, 5, 6)))
+    (note,) = sf.data.open_images(tmp_path / "a.npy").notes
+    assert "here as 5 channels of 6 values" in note
+    assert "(x * 255).round().clip(0, 255).astype('uint8')" in note
 
 
 def test_npz_and_safetensors_files_hold_data_and_labels(tmp_path):
@@ -219,3 +233,84 @@ def test_samples_are_written_as_arrays_and_as_pictures_where_they_are_pictures(p
     assert "<pre>" in drawn._repr_html_()
     grey = dataclasses.replace(drawn, images=np.random.randn(6, 1, 4, 4), labels=None)
     assert grey.save(tmp_path / "b.png").is_file()
+
+
+def test_evaluate_measures_the_values_themselves(points):
+    values, _ = mixture(600)
+    found = points.evaluate(
+        samples=200, data=values, sampler=dataclasses.replace(SamplerOptions(), steps=6), cache=False
+    )
+    by_name = {score.protocol.metric: score for score in found.scores}
+    frechet = by_name["Frechet distance (values)"]
+    drawn = points.sample(200, device="cpu", steps=6).images
+    expected = sf.evaluation.frechet_distance_from_features(torch.from_numpy(drawn), torch.from_numpy(values))
+    assert frechet.values[0] == pytest.approx(expected.value, rel=1e-5)
+    assert by_name["memorised share"].protocol.extractor == "values"
+    assert found.samples is None
+    with pytest.raises(ValueError, match=r"random convolutions.* measures 8-bit images, and these are float32 data"):
+        sf.evaluate(values, data=values, extractor=sf.evaluation.RandomConvolutions(), metrics=["frechet"])
+    with pytest.raises(ValueError, match="data has dtype uint8: pass floats"):
+        sf.evaluate(values, data="digits", metrics=["frechet"])
+
+
+def test_probe_and_train_see_the_same_scaled_values(tmp_path):
+    values, labels = mixture(300)
+    data = sf.data.make_image_set(values, labels, sf.data.Origin(name="points", source="drawn"))
+    found = probe_data(data, sources=16, references=[16], noise_levels=[0.5, 1e4], device="cpu")
+    # Two axes of variance 1/4 each.
+    assert float(found.curve.dsm.mean[-1]) == pytest.approx(0.5, rel=0.2)
+    assert (
+        found.noise_band.level
+        == make_plan(data, dataclasses.replace(RECIPE, conditional=False)).config.recipe.noise_band
+    )
+
+
+@pytest.mark.parametrize("format", ["plain", "diffusers"])
+def test_an_export_undoes_the_scaling(format, points, tmp_path):  # noqa: A002
+    folder = points.export(tmp_path / "out", format=format)
+    assert "float data of 2 values" in (folder / "README.md").read_text()
+    if format == "plain":
+        assert json.loads((folder / "config.json").read_text())["scaling"]["mean"] == list(points.config.scaling.mean)
+        return
+    pipe = DiffusionPipeline.from_pretrained(str(folder), trust_remote_code=True)
+    latents = torch.stack([SampleNoise([seed]).latents((2,), dtype=torch.float64)[0] for seed in range(4)])
+    drawn = pipe(latents=latents, class_labels=[0, 1, 0, 1], num_inference_steps=6).images
+    expected = points.sample(4, device="cpu", steps=6).images
+    assert drawn.numpy() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def status(line: str) -> int | str | None:
+    with pytest.raises(SystemExit) as end:
+        main(line.split())
+    return end.value.code
+
+
+def test_every_verb_of_the_command_takes_float_data(points, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    values, labels = mixture(200)
+    np.savez("points.npz", data=values, labels=labels)
+    tiny = "--steps 3 --batch 32 --network.width 16 --network.depth 1 --device cpu"
+    for line, words in (
+        (
+            f"train points.npz {tiny} --out run --evaluate-every 3 --evaluate-samples 40",
+            "run/samples/step-00000003.npz",
+        ),
+        ("sample run --seeds 0-9 --steps 2", "10 samples of step 3"),
+        ("sample run --seeds 0-1 --steps 2 --out each --device cpu", "written: each"),
+        ("evaluate run --samples 50 --steps 2 --metrics frechet --no-cache", "Frechet distance (values)"),
+        ("probe points.npz --sources 16 --references 16 --noise-levels 1", "written to probes/points"),
+        (f"compare points.npz {tiny} --seeds 0 --evaluations 1 --samples 40", "report: compare/points/report.html"),
+        ("data inspect points.npz", "no picture"),
+    ):
+        assert status(line) == 0
+        assert words in " ".join(capsys.readouterr().out.split())
+    assert sorted(path.name for path in Path("each").iterdir()) == ["000000.npy", "000001.npy"]
+    with np.load("run/samples/heun-2.npz") as found:
+        assert found["data"].dtype == np.float32
+    for line, words in (
+        ("evaluate run --samples 50 --extractor inception", "--extractor inception measures 8-bit images"),
+        ("sample run --out grid.png", "has the suffix .npz or .npy"),
+        ("train points.npz --mirror", "flips and turns pictures"),
+    ):
+        assert status(line) == 2
+        assert words in " ".join(capsys.readouterr().err.split())

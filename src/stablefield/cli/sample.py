@@ -54,11 +54,12 @@ class Sample:
         run = Run(self.run_folder)
         steps = "" if options.steps_taken is None else f"-{options.steps_taken}"
         config = run.config
+        what = "images" if config.scaling is None else "samples"
         allowed = (*(PICTURES if is_picture(config.shape) else ()), ".npz", *((".npy",) if config.scaling else ()))
         out = self.out or unused(run.path / "samples" / f"{options.sampler}{steps}{allowed[0]}")
         single = out.suffix.lower() in allowed
         if looks_like_file(out):
-            check_suffix("--out", out, allowed, "one file of all images" if config.scaling is None else "these samples")
+            check_suffix("--out", out, allowed, f"one file of all {what}")
         if not single or not out.is_dir():
             self._check_free(out, ranks)
         (check_file if single else check_folder)("--out", out)
@@ -81,7 +82,7 @@ class Sample:
                 nfe = evaluations / count
         seconds = time.perf_counter() - began
         together = "" if ranks.world_size == 1 else f" in {ranks.world_size} processes"
-        model, what = sampler.model, "images" if config.scaling is None else "samples"
+        model = sampler.model
         console.print(
             f"{len(seeds):,} {what} of step {model.step:,} (EMA {model.ema}), {options.sampler}{steps}: {nfe:,.4g} network "
             f"evaluations each (NFE), {seconds:.1f} s{together}"

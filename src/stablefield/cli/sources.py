@@ -58,8 +58,9 @@ def print_reading(data: ImageSet) -> None:
     """Print how the data were read: the size, if resized or not square, and the notes."""
     if data.scaling is not None:
         console.print(f"data:       {escape(data.describe())}")
-        return
-    _, height, width = data.shape
+        height = width = 0
+    else:
+        _, height, width = data.shape
     resized = str(data.manifest["resized"])
     if resized != "no":
         console.print(f"images:     {escape(resized)}")

@@ -66,7 +66,8 @@ def open_npy(path: Path) -> ImageSet:
             array = mapped(file, path, start, shape, "F" if fortran else "C", dtype)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
-    return make_image_set(view(array), None, Origin(name=path.stem, source=f"array file {path.name}, read as {layout}"))
+    origin = Origin(name=path.stem, source=f"array file {path.name}, read as {layout}", notes=_notes(dtype, shape))
+    return make_image_set(view(array), None, origin)
 
 
 def open_npz(
@@ -118,6 +119,7 @@ def open_npz(
                     name=path.stem,
                     source=f"array {images_key} of {path.name}, read as {layout}",
                     class_names=class_names,
+                    notes=_notes(dtype, shape),
                 )
                 return make_image_set(_floats(what, file, dtype, shape, memory_budget), labels(), origin)
             return gathered_set(
@@ -137,6 +139,17 @@ def open_npz(
                 memory_budget=memory_budget,
                 cache=cache,
             )
+
+
+def _notes(dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> tuple[str, ...]:
+    """What to do if float data are meant to be images."""
+    if dtype.kind != "f" or not (len(shape) == 3 or (len(shape) == 4 and shape[1] in (1, 3))):
+        return ()
+    kind = f"{shape[1]} channels of {' x '.join(map(str, shape[2:]))} values"
+    return (
+        f"float data are taken as they are, here as {kind}. Images are best as uint8, (n, H, W) or (n, C, H, W): from "
+        "values in [0, 1] by (x * 255).round().clip(0, 255).astype('uint8').",
+    )
 
 
 def _floats(
