@@ -7,11 +7,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from stablefield._cost import measure_cost, measure_step, paired
+import stablefield as sf
+from stablefield._cost import measure_cost, measure_step, measure_transformer, paired
 from stablefield.cli.bench import Bench
 from stablefield.cli.verbs import parse
 from stablefield.data._image_set import ImageSet
@@ -180,3 +182,23 @@ def test_the_gpu_benchmark_says_that_it_needs_one() -> None:
     )
     assert done.returncode == 1
     assert "needs a CUDA device" in done.stderr
+
+
+def test_a_step_of_a_transformer_is_timed_with_all_latents_of_each_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[tuple[int, int]] = []
+    call = sf.StableTarget.__call__
+
+    def noted(self: sf.StableTarget, x0: torch.Tensor, *given: Any, **named: Any) -> sf.Target:
+        found = call(self, x0, *given, **named)
+        rows.append((len(x0), int((given[2] == -1).sum())))
+        assert found.ess.max() > 1
+        return found
+
+    monkeypatch.setattr(sf.StableTarget, "__call__", noted)
+    share = measure_transformer(torch.device("cpu"), size="XXS", batch=10, per_label=20, labels=3, pairs=1)
+    assert set(rows) == {(10, 1)}
+    assert (share.references, share.batch) == (20, 10)
+    assert share.ratio > 1
+    assert share.stable > share.single > 0
+    network = sf.networks.SiT.sized("XXS", 32, 2, 4, 3)
+    assert share.parameters == sum(weight.numel() for weight in network.parameters())

@@ -28,7 +28,7 @@ from stablefield.evaluation import _kid as kid
 from stablefield.evaluation import _memorisation as memorisation
 from stablefield.evaluation import _precision_recall as precision_recall
 from stablefield.evaluation import inception_score
-from stablefield.evaluation._extractor import RawPixels
+from stablefield.evaluation._extractor import RawPixels, RawValues
 from stablefield.probing import _advice as advice
 from stablefield.probing import _bias as bias
 from stablefield.probing import _fit as fit
@@ -130,6 +130,9 @@ class State:
     def image_set(self):
         return data.make_image_set(self.images, self.labels, data.Origin(name="a", source="b"))
 
+    def float_set(self):
+        return data.make_image_set(self.normal(6, *self.shape).numpy(), self.labels, data.Origin(name="a", source="b"))
+
     def population(self):
         return population.Population(self.data)
 
@@ -223,6 +226,10 @@ UNET_GOOD = {
     "resolution": either(8), "channels": either(1), "base_channels": either(32), "multipliers": either((1, 1), [1]),
     "blocks": either(1), "augment_dim": either(0, 9), "classes": either(0, 3), "dropout": either(0.0, 0.1),
     "attention": either(None, (8,)), "generator": GENERATOR,
+}  # fmt: skip
+SIT_GOOD = {
+    "input_size": either(8, (4, 8)), "patch_size": either(2), "channels": either(1), "classes": either(0, 3),
+    "learn_sigma": FLAG, "checkpointing": FLAG, "generator": GENERATOR,
 }  # fmt: skip
 TARGET_GOOD = {
     "references": either(
@@ -320,8 +327,21 @@ CASES = {
         lambda s: sf.VPPreconditioning, {"beta_min": either(0.1), "beta_slope": POSITIVE, "steps": either(1000)}
     ),
     "VEPreconditioning": Case(lambda s: sf.VEPreconditioning, {}),
+    "FlowPreconditioning": Case(lambda s: sf.FlowPreconditioning, {"label_scale": POSITIVE}),
+    "DDPMPreconditioning": Case(
+        lambda s: sf.DDPMPreconditioning,
+        {"beta_start": either(1e-4), "beta_end": either(0.02), "steps": either(1000, 50)},
+    ),
     "Preconditioning.__call__": Case(
-        either(sf.EDMPreconditioning(), sf.VPPreconditioning(), sf.VEPreconditioning()), SIGMA, local=True
+        either(
+            sf.EDMPreconditioning(),
+            sf.VPPreconditioning(),
+            sf.VEPreconditioning(),
+            sf.FlowPreconditioning(),
+            sf.DDPMPreconditioning(),
+        ),
+        SIGMA,
+        local=True,
     ),
     "Denoiser": Case(
         lambda s: sf.Denoiser,
@@ -422,9 +442,11 @@ CASES = {
             "labels": either(None),
             "mirrored": FLAG,
             "flipped": either(None),
+            "label_size": either(None),
             "unlabelled_size": either(None),
             "resampled": either(False),
             "weights": either(None, lambda s: torch.rand(len(s.data)) + 0.1 if len(s.data) == 7 + s.rows else None),
+            "dtype": either(None),
         },
     ),
     "Pool.from_moments": Case(
@@ -435,6 +457,7 @@ CASES = {
             "labels": either(None, lambda s: s.pool_labels),
             "flipped_mean": either(None),
             "flipped_std": either(None),
+            "label_size": either(None),
             "unlabelled_size": either(None),
             "weights": either(None, lambda s: torch.rand(len(s.data)) + 0.1 if len(s.data) == 7 + s.rows else None),
             "dtype": either(torch.float32, torch.float16),
@@ -596,6 +619,20 @@ CASES = {
         {"x": X, "noise_label": lambda s: s.t, "class_labels": LABELS},
         local=True,
     ),
+    "SiT": Case(
+        lambda s: networks.SiT,
+        {**SIT_GOOD, "width": either(16), "depth": either(1), "heads": either(2), "mlp_ratio": either(4.0, 1)},
+    ),
+    "SiT.sized": Case(lambda s: networks.SiT.sized, {**SIT_GOOD, "size": either("XXS")}),
+    "SiT.forward": Case(
+        lambda s: networks.SiT(8, 2, 1, 16, 1, 2, classes=3).forward,
+        {
+            "x": lambda s: torch.randn(2, 1, 8, 8, generator=s.generator),
+            "noise_label": either(0.5, torch.tensor([0.1, 0.2])),
+            "class_labels": either(None, torch.tensor([0, -1])),
+        },
+        local=True,
+    ),
     "SongUNet": Case(
         lambda s: networks.SongUNet,
         {**UNET_GOOD, "fourier": FLAG, "residual_input": FLAG, "taps": either((1, 1), (1, 3, 3, 1))},
@@ -629,7 +666,7 @@ CASES = {
     "make_image_set": Case(
         lambda s: data.make_image_set,
         {
-            "images": lambda s: s.images,
+            "images": either(lambda s: s.images, lambda s: s.float_set().images),
             "labels": either(None, lambda s: s.labels, lambda s: s.labels.tolist()),
             "origin": lambda s: data.Origin(name="a", source="b"),
             "sha256": either(None),
@@ -644,7 +681,11 @@ CASES = {
             "name": either("a"),
             "manifest": lambda s: {},
             "opening": either(None, {}),
+            "scaling": either(None),
         },
+    ),
+    "ImageSet.scaled": Case(
+        lambda s: s.float_set().scaled, {"index": either([0, 2], np.array([1]), slice(None), slice(1, 4))}
     ),
     "ImageSet.batch": Case(lambda s: s.image_set().batch, {"index": either([0, 2], np.array([1]))}),
     "IndexStream": Case(lambda s: data.IndexStream, {"size": either(10), "batch": either(3), **SEED}),
@@ -751,6 +792,8 @@ CASES = {
         },
         needed=("metrics", "extractor", "cache"),
     ),
+    "RawValues": Case(lambda s: RawValues, {"shape": either((3,), (4, 2, 2))}),
+    "RawValues.__call__": Case(lambda s: RawValues(s.shape), {"images": lambda s: s.x0}, local=True),
     "RawPixels": Case(lambda s: RawPixels, {"shape": either((1, 4, 4))}),
     "RawPixels.__call__": Case(lambda s: RawPixels((1, 4, 4)), {"images": lambda s: torch.from_numpy(s.images)}),
     # Probe.

@@ -13,10 +13,16 @@ from stablefield.diffusion._noise_levels import Uniform as Uniform
 from stablefield.diffusion._objective import Objective as Objective
 from stablefield.diffusion._objective import ObjectiveValue as ObjectiveValue
 from stablefield.diffusion._preconditioning import (
+    DDPMPreconditioning as DDPMPreconditioning,
+)
+from stablefield.diffusion._preconditioning import (
     Denoiser as Denoiser,
 )
 from stablefield.diffusion._preconditioning import (
     EDMPreconditioning as EDMPreconditioning,
+)
+from stablefield.diffusion._preconditioning import (
+    FlowPreconditioning as FlowPreconditioning,
 )
 from stablefield.diffusion._preconditioning import (
     VEPreconditioning as VEPreconditioning,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import stablefield
-from stablefield._cost import Cost, StepShare, measure_cost, measure_step
+from stablefield._cost import Cost, StepShare, measure_cost, measure_step, measure_transformer
 from stablefield._progress import Progress
 from stablefield._shapes import found_device, whole_number
 from stablefield.data._image_set import ImageSet
@@ -45,6 +45,7 @@ class Benchmark(Result):
         growth: costs along the "references", the "batch" and the "dim"; empty if not measured.
         step: cost of a training step; None if not measured.
         noise_band: noise band of the references.
+        transformer: cost of a training step of SiT-B/2 on labelled latents; None if not measured.
     """
 
     data: str
@@ -54,6 +55,7 @@ class Benchmark(Result):
     growth: Mapping[str, tuple[Cost, ...]]
     step: StepShare | None
     noise_band: NoiseBand
+    transformer: StepShare | None = None
 
     def cost_table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """The costs of one call, all rows above the noise band: head and rows."""
@@ -85,11 +87,23 @@ class Benchmark(Result):
             f"{self.noise_band.level:.3g}, {_seconds(step.single)} with none: {step.ratio - 1:+.1%}"
         )
 
+    @property
+    def transformer_text(self) -> str:
+        """The share of the target in a step of SiT-B/2, in two lines; empty if it was not measured."""
+        step = self.transformer
+        if step is None:
+            return ""
+        return (
+            f"a training step of SiT-B/2 ({step.parameters / 1e6:.0f} M parameters) on latents, batch {step.batch}\n"
+            f"{_seconds(step.single)}; the target, {step.references:,} references for each label, all rows: "
+            f"{step.ratio - 1:+.1%}"
+        )
+
     def __str__(self) -> str:
         parts = ["one call, all rows above the noise band", text_table(*self.cost_table())]
         if self.growth:
             parts += ["how it grows", text_table(*self.growth_table())]
-        return "\n".join([*parts, *filter(None, [self.step_text])])
+        return "\n".join([*parts, *filter(None, [self.step_text, self.transformer_text])])
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers with the machine and the date, as JSON values."""
@@ -103,6 +117,7 @@ class Benchmark(Result):
             "costs": [dataclasses.asdict(cost) for cost in self.costs],
             "growth": {name: [dataclasses.asdict(cost) for cost in found] for name, found in self.growth.items()},
             "step": None if self.step is None else dataclasses.asdict(self.step),
+            "transformer": None if self.transformer is None else dataclasses.asdict(self.transformer),
             "noise_band": dataclasses.asdict(self.noise_band),
         }
 
@@ -165,6 +180,7 @@ def benchmark(
     pairs: int = 3,
     step: bool = True,
     growth: bool = True,
+    transformer: bool = False,
     device: torch.device | str | None = None,
     progress: Callable[[Progress], object] | None = None,
 ) -> Benchmark:
@@ -177,6 +193,7 @@ def benchmark(
         pairs: how many times to time the target and its baseline in turn.
         step: also time a training step of a network of 4.7 M parameters, batch 64.
         growth: also measure how the cost grows with the references, the batch and the size of a sample.
+        transformer: also time a training step of SiT-B/2, 130 M parameters, on random latents with labels, batch 16.
         device: where to compute; a GPU if there is one.
         progress: called after each measurement.
 
@@ -197,7 +214,7 @@ def benchmark(
         pixels = torch.as_tensor(np.array(images.images) if isinstance(images, ImageSet) else images)
     pixels = pixels.to(where)
     sizes = sorted({min(n, len(pixels)) for n in references})
-    total, done = len(sizes) * len(batch) + 12 * growth + step, 0
+    total, done = len(sizes) * len(batch) + 12 * growth + step + transformer, 0
 
     def advance() -> None:
         nonlocal done
@@ -217,6 +234,11 @@ def benchmark(
             advance()
     band = pick_noise_band(Pool(pixels))
     share = measure_step(pixels, noise_band=band.level, pairs=pairs) if step else None
+    if step:
+        advance()
+    on_latents = measure_transformer(where, pairs=pairs) if transformer else None
+    if transformer:
+        advance()
     return Benchmark(
         data="random pixels" if images is None else images.name if isinstance(images, ImageSet) else "an array",
         machine=_machine(where),
@@ -225,6 +247,7 @@ def benchmark(
         growth=grown,
         step=share,
         noise_band=band,
+        transformer=on_latents,
     )
 
 

@@ -92,6 +92,11 @@ def test_every_flag_can_be_given_with_every_recipe() -> None:
         ("unet2d", "--augmentation"),
         # A norm of so many groups takes widths that are multiples of it, and nobody said which.
         ("unet2d", "--network.groups"),
+        ("sit", "--augmentation"),
+        # Another width or number of heads alone need not divide, nor need the images into other patches.
+        ("sit", "--network.width"),
+        ("sit", "--network.heads"),
+        ("sit", "--network.patch-size"),
         # One value a level, and the recipe's levels are three.
         ("unet2d", "--network.attention"),
     }
@@ -105,7 +110,7 @@ def test_every_flag_can_be_given_with_every_recipe() -> None:
         labels = torch.zeros(10**6, dtype=torch.int64).numpy()
         images = torch.zeros(1, *shape, dtype=torch.uint8).expand(10**6, *shape).numpy()
         check_fit(recipe, ImageSet(images=images, labels=labels, class_names=None, name="x", manifest={}))
-        if name in ("digits", "imagefolder", "unet2d") and arguments[0].startswith("--network"):
+        if name in ("digits", "imagefolder", "unet2d", "sit") and arguments[0].startswith("--network"):
             with torch.device("meta"):
                 recipe.network.build(shape, 0, recipe.augment_dim, torch.Generator())
         seen += 1

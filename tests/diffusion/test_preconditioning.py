@@ -49,11 +49,31 @@ def ve_table(s):
     return np.ones_like(s), s, np.ones_like(s), np.log(s / 2)
 
 
+def flow_table(s, scale=1.0):
+    return 1 / (1 + s), s / (1 + s), 1 / (1 + s), scale / (1 + s)
+
+
+def ddpm_levels(first=1e-4, last=0.02, steps=1000):
+    signal, levels = 1.0, []
+    for step in range(steps):
+        signal *= 1 - (first + (last - first) * step / (steps - 1))
+        levels.append(math.sqrt((1 - signal) / signal))
+    return np.array(levels)
+
+
+def ddpm_table(s):
+    levels = ddpm_levels()
+    return np.ones_like(s), -s, 1 / np.sqrt(s**2 + 1), np.interp(np.log(s), np.log(levels), np.arange(1000.0))
+
+
 PRECONDITIONINGS = [
     (sf.EDMPreconditioning(), lambda s: edm_table(s, 0.5)),
     (sf.EDMPreconditioning(sigma_data=1.3), lambda s: edm_table(s, 1.3)),
     (sf.VPPreconditioning(), vp_table),
     (sf.VEPreconditioning(), ve_table),
+    (sf.FlowPreconditioning(), flow_table),
+    (sf.FlowPreconditioning(label_scale=1000.0), lambda s: flow_table(s, 1000.0)),
+    (sf.DDPMPreconditioning(), ddpm_table),
 ]
 EVERY = [preconditioning for preconditioning, _ in PRECONDITIONINGS]
 
@@ -117,12 +137,44 @@ def test_the_vp_label_has_the_published_float32_rounding_of_a_plain_logarithm():
     assert np.abs(label.numpy() - exact)[s < 3e-3].max() > 2e-4
 
 
-def test_vp_and_ve_predict_the_noise_exactly():
+@pytest.mark.parametrize(("first", "last", "steps"), [(1e-4, 0.02, 1000), (1e-3, 0.1, 7)])
+def test_the_ddpm_label_is_the_step_of_the_table_and_stays_within_it(first, last, steps):
+    levels = torch.from_numpy(ddpm_levels(first, last, steps))
+    preconditioning = sf.DDPMPreconditioning(first, last, steps)
+    for dtype, near in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        label = preconditioning(levels.to(dtype)).c_noise
+        assert label.dtype == dtype
+        torch.testing.assert_close(label.double(), torch.arange(steps).double(), rtol=near, atol=near)
+    beyond = torch.tensor([0.0, 1e-9, 1e9, math.inf])
+    assert preconditioning(beyond).c_noise.tolist() == [0, 0, steps - 1, steps - 1]
+    # DiT's table, with the definition of this library's tables.
+    table = sf.Discrete(torch.cumprod(1 - torch.linspace(first, last, steps, dtype=torch.float64), 0))
+    steps_there = torch.arange(steps).double()
+    torch.testing.assert_close(table.noise_level(steps_there), levels, rtol=1e-12, atol=0)
+
+
+def test_flow_predicts_the_velocity_from_noise_to_data_which_is_minus_that_of_rectified_flow():
+    g = torch.Generator().manual_seed(1)
+    y, noise = torch.randn(2, len(SIGMAS), 5, generator=g, dtype=torch.float64)
+    process, s = sf.RectifiedFlow(), torch.from_numpy(SIGMAS)
+    t = process.time(s)
+    x_t = process.perturb(y, t, noise)
+    network = Recorder(lambda x: y - noise, torch.float64)
+    estimate = sf.Denoiser(network, sf.FlowPreconditioning())(x_t / process.alpha(t)[:, None], s)
+    torch.testing.assert_close(estimate, y, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(network.x, x_t)
+    torch.testing.assert_close(network.label, 1 - t)
+    ours = process.alpha_dot(t)[:, None] * y + process.sigma_dot(t)[:, None] * noise
+    torch.testing.assert_close(ours, noise - y)
+
+
+def test_vp_ve_and_ddpm_predict_the_noise_exactly():
     g = torch.Generator().manual_seed(1)
     y, noise = torch.randn(2, len(SIGMAS), 5, generator=g, dtype=torch.float64)
     s = torch.from_numpy(SIGMAS)
     x = y + s[:, None] * noise
-    for preconditioning, answer in ((sf.VPPreconditioning(), noise), (sf.VEPreconditioning(), -noise)):
+    pairs = ((sf.VPPreconditioning(), noise), (sf.VEPreconditioning(), -noise), (sf.DDPMPreconditioning(), noise))
+    for preconditioning, answer in pairs:
         network = Recorder(lambda x, answer=answer: answer, torch.float64)
         torch.testing.assert_close(sf.Denoiser(network, preconditioning)(x, s), y, rtol=1e-12, atol=1e-12)
 
@@ -307,6 +359,10 @@ def test_a_network_that_takes_augmentation_labels_alone_is_not_called_with_class
         (lambda: sf.VPPreconditioning(beta_slope=0.0), "beta_slope=0"),
         (lambda: sf.VPPreconditioning(beta_min=-1.0), "beta_min=-1"),
         (lambda: sf.VPPreconditioning(steps=0), "steps=0"),
+        (lambda: sf.FlowPreconditioning(label_scale=0.0), "label_scale=0.0"),
+        (lambda: sf.DDPMPreconditioning(beta_start=0.03), "beta_start=0.03"),
+        (lambda: sf.DDPMPreconditioning(beta_end=1.0), "beta_end=1.0"),
+        (lambda: sf.DDPMPreconditioning(steps=1), "steps=1"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(call, named):

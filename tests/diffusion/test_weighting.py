@@ -103,9 +103,16 @@ def test_edm_weighting_is_the_formula_of_the_table_and_the_inverse_square_of_c_o
     np.testing.assert_allclose(weight * out**2, np.ones_like(s), rtol=1e-12)
 
 
-def test_vp_and_ve_preconditioning_with_the_plain_snr_weigh_all_network_errors_alike():
-    weight = sf.SNRWeighting()(LEVELS)
-    for scalings in (sf.VPPreconditioning()(LEVELS), sf.VEPreconditioning()(LEVELS)):
+def test_vp_and_ve_preconditioning_with_the_plain_snr_and_flow_with_its_own_weigh_all_network_errors_alike():
+    plain = sf.SNRWeighting()
+    pairs = (
+        (plain, sf.VPPreconditioning()),
+        (plain, sf.VEPreconditioning()),
+        (plain, sf.DDPMPreconditioning()),
+        (sf.FlowWeighting(), sf.FlowPreconditioning()),
+    )
+    for weighting, preconditioning in pairs:
+        weight, scalings = weighting(LEVELS), preconditioning(LEVELS)
         torch.testing.assert_close(weight * scalings.c_out**2, torch.ones_like(LEVELS), rtol=1e-12, atol=0)
 
 

@@ -21,7 +21,7 @@ from stablefield.interop import _source_bundle as source_bundle
 from stablefield.interop._model_card import ModelCard
 from stablefield.interop._pipeline_folder import write_pipeline
 from stablefield.interop._published import read_published
-from stablefield.networks import MLP, SongUNet
+from stablefield.networks import MLP, SiT, SongUNet
 from stablefield.networks._diffusers_unet import DiffusersUNet
 from stablefield.training._recipe import Recipe
 
@@ -81,9 +81,17 @@ def unet(make, **options) -> sf.Denoiser:
     return denoiser.eval()
 
 
+def transformer(preconditioning, **options) -> sf.Denoiser:
+    network = SiT((8, 12), 2, 3, 16, 1, 2, generator=torch.Generator().manual_seed(0), **options)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return sf.Denoiser(network, preconditioning).eval()
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six pipelines, the samples of ours for given latents, and those of a process with diffusers alone."""
+    """Eight pipelines, the samples of ours for given latents, and those of a process with diffusers alone."""
     folder = tmp_path_factory.mktemp("exports")
     torch.manual_seed(0)
     denoisers = {
@@ -92,6 +100,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "ve": (trained(sf.VEPreconditioning(), sf.SNRWeighting(), 10), (1, 8, 8), LABELS),
         "ddpmpp": (unet(SongUNet.ddpmpp, classes=8, augment_dim=9), (3, 16, 16), LABELS),
         "ncsnpp": (unet(SongUNet.ncsnpp), (3, 16, 16), None),
+        "sit": (transformer(sf.FlowPreconditioning(), classes=8), (3, 8, 12), LABELS),
+        "dit": (transformer(sf.DDPMPreconditioning(), learn_sigma=True), (3, 8, 12), None),
         "diffusers": (sf.Denoiser(DiffusersUNet.sized(8, 1, (8, 8), 1, classes=8, groups=4)).eval(), (1, 8, 8), LABELS),
     }
     sigmas = sf.sampling.edm_sigmas(18)
@@ -117,7 +127,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
             DiffusionPipeline.from_pretrained("edm")
         except ValueError as error:
             distrusting = str(error)
-        for name in ("edm", "vp", "ve", "ddpmpp", "ncsnpp", "diffusers"):
+        for name in ("edm", "vp", "ve", "ddpmpp", "ncsnpp", "sit", "dit", "diffusers"):
             ours = torch.load(name + ".pt")
             pipe = DiffusionPipeline.from_pretrained(name, trust_remote_code=True)
             pipe.set_progress_bar_config(disable=True)
@@ -144,7 +154,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-NAMES = pytest.mark.parametrize("name", ["edm", "vp", "ve", "ddpmpp", "ncsnpp", "diffusers"])
+NAMES = pytest.mark.parametrize("name", ["edm", "vp", "ve", "ddpmpp", "ncsnpp", "sit", "dit", "diffusers"])
 
 
 def both(folder: Path, name: str) -> tuple[dict, dict]:
@@ -156,12 +166,12 @@ def both(folder: Path, name: str) -> tuple[dict, dict]:
 def test_process_with_diffusers_alone_draws_our_samples_to_1e_4(exported: Path, name: str, solver: str) -> None:
     ours, source_only = both(exported, name)
     assert ours[solver].std() > 0.1
-    assert name in ("vp", "ve") or ours[solver].abs().max() < 4
+    assert name in ("vp", "ve", "dit") or ours[solver].abs().max() < 4
     assert not source_only["training"]
     error = (source_only[solver].double() - ours[solver]).abs().max()
-    # Those two predict noise, which a moment of training does not make precise enough for images in [-1, 1]: theirs is a
-    # share of numbers that reach 160.
-    assert error < (1e-5 * ours[solver].abs().max() if name in ("vp", "ve") else 1e-4)
+    # These predict noise, which a moment of training, or none, does not make precise enough for images in [-1, 1]: theirs
+    # is a share of numbers that reach 160.
+    assert error < (1e-5 * ours[solver].abs().max() if name in ("vp", "ve", "dit") else 1e-4)
 
 
 @pytest.mark.parametrize("name", ["edm", "ddpmpp"])
@@ -306,20 +316,28 @@ def test_exports_carry_the_names_of_the_classes(tmp_path: Path) -> None:
         pipe(class_labels=["cat"])
 
 
-def test_plain_export_is_safetensors_and_json_that_import_reads_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "make", "shape", "heads"),
+    [
+        (SongUNet, lambda: unet(SongUNet.ncsnpp, classes=3), (3, 16, 16), None),
+        (SiT, lambda: transformer(sf.FlowPreconditioning(), classes=3), (3, 8, 12), 2),
+        (SiT, lambda: transformer(sf.DDPMPreconditioning(), classes=3, learn_sigma=True), (3, 8, 12), 2),
+    ],
+)
+def test_plain_export_is_safetensors_and_json_that_import_reads_back(kind, make, shape, heads, tmp_path: Path) -> None:
     from stablefield.interop._plain_export import write_plain
 
-    denoiser = unet(SongUNet.ncsnpp, classes=3)
-    write_plain(tmp_path / "plain", denoiser, (3, 16, 16))
+    denoiser = make()
+    write_plain(tmp_path / "plain", denoiser, shape)
     assert {path.name for path in (tmp_path / "plain").iterdir()} == {"model.safetensors", "config.json"}
     record = json.loads((tmp_path / "plain" / "config.json").read_text())
-    again = SongUNet(**record["network"]["options"])
+    again = kind(**record["network"]["options"])
     again.load_state_dict(load_file(tmp_path / "plain" / "model.safetensors"))
-    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    found = read_published(tmp_path / "plain" / "model.safetensors", record["preconditioning"]["kind"])
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    found = read_published(tmp_path / "plain" / "model.safetensors", record["preconditioning"]["kind"], heads)
     with torch.no_grad():
         expected = denoiser(x, 2.0, torch.tensor([0, 2]))
-        for other in (sf.Denoiser(again.eval()), found.denoiser()):
+        for other in (sf.Denoiser(again.eval(), denoiser.preconditioning), found.denoiser()):
             assert torch.equal(other(x, 2.0, torch.tensor([0, 2])), expected)
 
 

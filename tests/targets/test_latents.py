@@ -162,6 +162,8 @@ def test_of_a_million_draws_none_is_refused(rng: torch.Generator) -> None:
             {"unlabelled_size": 2, "labels": torch.zeros(4).long(), "size": 3},
             "but its size is 3: pass labels, and size",
         ),
+        ({"label_size": 2}, "label_size is 2, but the Pool has no labels"),
+        ({"label_size": 2, "labels": torch.zeros(4).long(), "size": 3}, "label_size is 2, but its size is 3"),
         ({"unlabelled_size": 0, "labels": torch.zeros(4).long()}, "unlabelled_size"),
     ],
 )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import stablefield as sf
 from stablefield.targets import _pool as pools
+from stablefield.targets._engine.label_index import LabelIndex
 
 DATA = torch.tensor([[-1.0, 0.2], [0.1, 0.4], [0.8, -0.5], [1.5, 1.0]], dtype=torch.float64)
 FLIPPED = torch.tensor([[0.3, -1.2], [0.5, 0.6], [-0.9, 0.7], [1.1, 1.4]], dtype=torch.float64)
@@ -71,6 +72,52 @@ def test_unbiased_over_the_subsets_that_rows_without_a_label_use(
     torch.testing.assert_close(expectation(iter(found[-1])), truth(DATA, prior), rtol=0, atol=1e-12)
     # Rows with a label use all references of it, whatever was drawn.
     torch.testing.assert_close(expectation(iter(found[1])), truth(DATA[2:], prior[2:]), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_unbiased_over_the_subsets_of_their_label_that_rows_use(
+    size: int, weighted: bool, flipped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = torch.tensor([1, 0, 1, 1])
+    weights = WEIGHTS if weighted else None
+    prior = WEIGHTS / WEIGHTS.sum() if weighted else torch.full((4,), 0.25, dtype=torch.float64)
+    other = FLIPPED if flipped else None
+    target = stable(sf.Pool(DATA, labels=labels, label_size=size, weights=weights, flipped=other))
+    members = [0, 2, 3]
+    drawn: list[int] = []
+    monkeypatch.setattr(LabelIndex, "drawn", lambda *_: torch.tensor(drawn))
+    found: list[Draw] = []
+    free: list[Draw] = []
+    for source, chosen, flip in product(members, combinations(members, size), (False, True) if flipped else (False,)):
+        drawn[:] = chosen
+        index = torch.tensor([source] * 6)
+        x0 = (FLIPPED if flip else DATA)[index]
+        given = torch.tensor([flip] * 6) if flipped else None
+        means = target(x0, X_T.repeat_interleave(2, 0), SIGMA, torch.tensor([1, -1] * 3), index, flip=given).x0
+        found.append((float(prior[source]), x0[0], means[::2]))
+        free.append((float(prior[source]), x0[0], means[1::2]))
+    samples, shares = DATA[members], prior[members]
+    if flipped:
+        samples, shares = torch.cat([samples, FLIPPED[members]]), shares.repeat(2)
+    torch.testing.assert_close(expectation(iter(found)), truth(samples, shares), rtol=0, atol=1e-12)
+    # Rows without a label use all samples, the other label's, too.
+    every, all_shares = (DATA, prior) if not flipped else (torch.cat([DATA, FLIPPED]), prior.repeat(2))
+    torch.testing.assert_close(free[0][2], truth(every, all_shares), rtol=0, atol=1e-12)
+
+
+def test_references_of_a_label_are_drawn_uniformly_and_without_replacement(rng: torch.Generator) -> None:
+    labels = torch.tensor([5] * 6 + [2] * 3 + [7] * 4)[torch.randperm(13, generator=rng)]
+    index, counts = LabelIndex(labels), torch.zeros(13)
+    for seed in range(4000):
+        chosen = index.drawn(torch.tensor([5, 2, 5, -1, 9]), 4, seed)
+        assert len(chosen.unique()) == len(chosen) == 7
+        counts[chosen] += 1
+    assert counts[labels == 7].sum() == 0
+    assert (counts[labels == 2] == 4000).all()
+    # 5 standard deviations of a binomial count.
+    assert ((counts[labels == 5] - 4000 * 4 / 6).abs() < 5 * (4000 * (4 / 6) * (2 / 6)) ** 0.5).all()
 
 
 @pytest.mark.parametrize("weighted", [False, True])

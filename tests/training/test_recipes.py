@@ -11,7 +11,7 @@ from stablefield.data._digits import open_digits
 from stablefield.data._image_set import Origin, make_image_set
 from stablefield.data._resizing import natural_resolution
 from stablefield.training import _recipe as recipe_module
-from stablefield.training._recipe import DiffusersUNetConfig, Recipe, SongUNetConfig
+from stablefield.training._recipe import DiffusersUNetConfig, Recipe, SiTConfig, SongUNetConfig
 from stablefield.training._recipes import (
     CIFAR10_EDM,
     CIFAR10_VE,
@@ -21,6 +21,7 @@ from stablefield.training._recipes import (
     largest_resolution,
     named_recipe,
     recipe_for,
+    sit,
     unet2d,
 )
 
@@ -102,7 +103,11 @@ def test_imagefolder_fits_every_size_that_it_chooses(side: int, accelerated: boo
 @pytest.mark.parametrize("accelerated", [False, True])
 def test_recipes_fit_images_that_are_not_square(size: tuple[int, int], accelerated: bool) -> None:
     assert natural_resolution([size], 64) is None
-    for recipe in (imagefolder((3, *size), 1000, accelerated=accelerated), unet2d((3, *size), 1000, accelerated=True)):
+    for recipe in (
+        imagefolder((3, *size), 1000, accelerated=accelerated),
+        sit((3, *size), 1000, accelerated=accelerated),
+        unet2d((3, *size), 1000, accelerated=True),
+    ):
         if isinstance(recipe.network, DiffusersUNetConfig):
             pytest.importorskip("diffusers")
             if min(size) < 16:
@@ -110,6 +115,40 @@ def test_recipes_fit_images_that_are_not_square(size: tuple[int, int], accelerat
         with torch.device("meta"):
             network = recipe.network.build((3, *size), 0, recipe.augment_dim, torch.Generator())
             assert network(torch.zeros(1, 3, *size), torch.zeros(1)).shape == (1, 3, *size)
+
+
+@pytest.mark.parametrize(
+    ("side", "cpu", "gpu"),
+    [(8, 2, 2), (12, 2, 2), (16, 2, 2), (28, 4, 2), (30, 5, 2), (32, 4, 2), (64, 8, 4), (31, 1, 1)],
+)
+def test_transformer_has_the_smallest_patches_that_its_device_affords(side: int, cpu: int, gpu: int) -> None:
+    for accelerated, patch in ((False, cpu), (True, gpu)):
+        recipe = sit((3, side, side), 1000, accelerated=accelerated)
+        assert isinstance(recipe.network, SiTConfig)
+        assert recipe.network.patch_size == patch
+        with torch.device("meta"):
+            recipe.network.build((3, side, side), 10, recipe.augment_dim, torch.Generator())
+
+
+def test_transformer_names_patches_and_resolution_for_images_that_do_not_divide() -> None:
+    with pytest.raises(ValueError, match=r"pass network\.patch_size=5, or resolution=28 for squares"):
+        SiTConfig(patch_size=4).build((3, 30, 40), 0, 0, torch.Generator())
+    with pytest.raises(ValueError, match="augmentation needs"):
+        SiTConfig().build((3, 32, 32), 0, 9, torch.Generator())
+    assert SiTConfig.sized("B", 4) == SiTConfig(patch_size=4, width=768, depth=12, heads=12)
+    with pytest.raises(ValueError, match="size='M': pass one of XXS"):
+        SiTConfig.sized("M")
+
+
+def test_transformer_learns_the_velocity_of_a_flow_with_logit_normal_times() -> None:
+    recipe = sit((1, 8, 8), 1797, accelerated=False)
+    t = recipe.noise_levels.sample(recipe.process, 20_000, torch.Generator().manual_seed(0))
+    logits = torch.log(t / (1 - t))
+    assert logits.mean().abs() < 0.03
+    assert abs(logits.std() - 1) < 0.03
+    level = recipe.process.noise_level(t)
+    # The loss weighs the error of every time's velocity alike.
+    torch.testing.assert_close(recipe.weighting(level) * recipe.preconditioning(level).c_out ** 2, torch.ones_like(t))
 
 
 def test_limits_of_resolution_follow_recipe_and_device() -> None:

@@ -36,6 +36,8 @@ class Bench:
     """Also time a training step of a network of 4.7 M parameters, batch 64."""
     growth: bool = True
     """Also measure how the cost grows with the references, the batch and the size of a sample."""
+    transformer: bool = False
+    """Also time a training step of SiT-B/2, 130 M parameters, on random latents with labels, batch 16."""
     out: Path | None = None
     """Folder for bench.json and the plot bench.png, which replace earlier ones; without it, only print."""
 
@@ -59,14 +61,15 @@ class Bench:
                 pairs=self.pairs,
                 step=self.step,
                 growth=self.growth,
+                transformer=self.transformer,
                 device=device,
                 progress=bar.update,
             )
         print_table(*found.cost_table(), title="one call, all rows above the noise band")
         if found.growth:
             print_table(*found.growth_table(), title="how it grows")
-        if found.step_text:
-            console.print(found.step_text)
+        for text in filter(None, (found.step_text, found.transformer_text)):
+            console.print(text)
         if self.out is not None:
             numbers = found.save(self.out / "bench.json")
             picture = write_chart(list(found.charts().values()), self.out / "bench.png")

@@ -19,7 +19,7 @@ from stablefield.data._image_set import ImageSet
 from stablefield.diffusion._noise_levels import LogUniform
 from stablefield.diffusion._process import VE
 from stablefield.training._recipe import DiffusersUNetConfig, Recipe, SongUNetConfig
-from stablefield.training._recipes import RECIPES, imagefolder, largest_resolution, named_recipe, unet2d
+from stablefield.training._recipes import RECIPES, imagefolder, largest_resolution, named_recipe, sit, unet2d
 from stablefield.training._run import place
 
 __all__ = ["BASES", "Chosen", "RecipeFlags", "TrainingFlags", "base_of"]
@@ -28,12 +28,13 @@ BASES = {
     "imagefolder": imagefolder((3, 32, 32), 10_000, accelerated=False),
     **RECIPES,
     "unet2d": unet2d((3, 32, 32), 10_000, accelerated=False),
+    "sit": sit((3, 32, 32), 10_000, accelerated=False),
 }
 """The recipes by name; those that depend on the data, for typical data."""
 
 RecipeName = str
 if not TYPE_CHECKING:  # the command's choices
-    RecipeName = Literal[("auto", *RECIPES, "imagefolder", "unet2d")]
+    RecipeName = Literal[("auto", *RECIPES, "imagefolder", "unet2d", "sit")]
 
 
 def base_of(name: str, data: str) -> Recipe:

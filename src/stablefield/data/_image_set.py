@@ -182,16 +182,20 @@ class ImageSet:
             base = getattr(base, "base", None)
         return None
 
-    def scaled(self, rows: slice | NDArray[np.int64]) -> NDArray[Any]:
+    def scaled(self, index: slice | NDArray[np.int64]) -> NDArray[Any]:
         """What the network sees of some rows: float data scaled; images as they are, where v means v / 127.5 - 1.
 
         Args:
-            rows: a slice, or row numbers (B,).
+            index: a slice, or row numbers, shape (B,).
 
         Returns:
             Shape (B, ...): new memory, float16 for float16 data and else float32; of images, for a slice, a view.
+
+        Raises:
+            ValueError: if an index is out of range.
         """
-        return self.images[rows] if self.scaling is None else self.scaling.apply(self.images[rows])
+        rows = self.images[index if isinstance(index, slice) else self._places(index)]
+        return rows if self.scaling is None else self.scaling.apply(rows)
 
     def batch(self, index: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64] | None]:
         """Copy rows into fresh, writable, contiguous memory.
@@ -205,6 +209,12 @@ class ImageSet:
         Raises:
             ValueError: if an index is out of range.
         """
+        index = self._places(index)
+        labels = None if self.labels is None else self.labels[index]
+        return np.ascontiguousarray(self.images[index]), labels
+
+    def _places(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Row numbers (B,), checked."""
         if not hasattr(index, "__array__"):
             check_kind("index", index, (list, tuple, range), "row numbers, an array of integers (B,)")
         try:
@@ -218,8 +228,7 @@ class ImageSet:
         index = index.astype(np.int64)
         if index.size and not 0 <= index.min() <= index.max() < len(self):
             raise ValueError(f"index runs from {index.min()} to {index.max()}, but the set has {len(self)} images.")
-        labels = None if self.labels is None else self.labels[index]
-        return np.ascontiguousarray(self.images[index]), labels
+        return index
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -20,9 +20,26 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from stablefield._shapes import check_callable, check_kind, check_numbers, check_tensor, per_row, row_values
+from stablefield._shapes import (
+    check_callable,
+    check_kind,
+    check_numbers,
+    check_tensor,
+    per_row,
+    row_values,
+    whole_number,
+)
 
-__all__ = ["Denoiser", "EDMPreconditioning", "Preconditioning", "Scalings", "VEPreconditioning", "VPPreconditioning"]
+__all__ = [
+    "DDPMPreconditioning",
+    "Denoiser",
+    "EDMPreconditioning",
+    "FlowPreconditioning",
+    "Preconditioning",
+    "Scalings",
+    "VEPreconditioning",
+    "VPPreconditioning",
+]
 
 
 class Scalings(NamedTuple):
@@ -108,6 +125,83 @@ class VEPreconditioning:
         check_tensor("sigma", sigma, real=True)
         one = torch.ones_like(sigma)
         return Scalings(c_skip=one, c_out=sigma, c_in=one, c_noise=torch.log(sigma / 2))
+
+
+@dataclass(frozen=True)
+class FlowPreconditioning:
+    r"""Velocity prediction on straight lines, in SiT's convention: its time u runs from noise (0) to data (1).
+
+    The network sees $x_u = u\, x_0 + (1 - u)\, \varepsilon$ and the label $u = 1 / (1 + s)$, and estimates the velocity
+    $x_0 - \varepsilon$. So $x_0 = x_u + (1 - u) F$. In terms of `RectifiedFlow`, u is 1 - t and F minus its velocity.
+
+    Args:
+        label_scale: factor on the label; 1 in SiT, about 1,000 for a network with a positional embedding of labels in the
+            hundreds, such as DDPM++.
+
+    References:
+        Ma, Goldstein, Albergo, Boffi, Vanden-Eijnden, Xie, "SiT: Exploring Flow and Diffusion-based Generative Models with
+        Scalable Interpolant Transformers", ECCV 2024, the linear path and its velocity; Lipman et al., "Flow Matching
+        for Generative Modeling", ICLR 2023, equation 20.
+    """
+
+    label_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "label_scale")
+        if not 0 < self.label_scale < math.inf:
+            raise ValueError(f"FlowPreconditioning(label_scale={self.label_scale}): pass a positive number.")
+
+    def __call__(self, sigma: Tensor) -> Scalings:
+        check_tensor("sigma", sigma, real=True)
+        u = 1 / (1 + sigma)
+        return Scalings(c_skip=u, c_out=sigma * u, c_in=u, c_noise=self.label_scale * u)
+
+
+@dataclass(frozen=True)
+class DDPMPreconditioning:
+    r"""Noise prediction with the steps of DDPM's table as labels, as in DiT and the networks of DDPM and ADM.
+
+    The table is $\bar\alpha_k = \prod_{i \le k} (1 - \beta_i)$ with $\beta$ linear in the step. At its noise levels
+    $\sqrt{(1 - \bar\alpha_k) / \bar\alpha_k}$ the label is the step k, exactly up to rounding; between two of them it is
+    interpolated linearly in the logarithm of the noise level, and beyond them it is the first or the last step.
+
+    Args:
+        beta_start: of the first step.
+        beta_end: of the last step.
+        steps: number of steps.
+
+    References:
+        Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", NeurIPS 2020, section 4 (the schedule); Peebles, Xie,
+        "Scalable Diffusion Models with Transformers", ICCV 2023, section 4.
+    """
+
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    steps: int = 1000
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "beta_start", "beta_end")
+        whole_number("steps", self.steps, 2, 100_000)
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                f"DDPMPreconditioning(beta_start={self.beta_start}, beta_end={self.beta_end}): "
+                "0 < beta_start <= beta_end < 1 must hold."
+            )
+
+    def __call__(self, sigma: Tensor) -> Scalings:
+        check_tensor("sigma", sigma, real=True)
+        one = torch.ones_like(sigma)
+        return Scalings(c_skip=one, c_out=-sigma, c_in=1 / torch.sqrt(sigma**2 + 1), c_noise=self._step(sigma))
+
+    def _step(self, sigma: Tensor) -> Tensor:
+        # Made anew on the device of sigma, where a copy from the host would make it wait.
+        wide = torch.float32 if sigma.device.type == "mps" else torch.float64
+        betas = torch.linspace(self.beta_start, self.beta_end, self.steps, dtype=wide, device=sigma.device)
+        logs = torch.log(torch.expm1(-torch.log1p(-betas).cumsum(0))) / 2
+        level = torch.log(sigma.to(wide)).clamp(logs[0], logs[-1])
+        low = torch.searchsorted(logs, level, right=True).clamp(1, self.steps - 1) - 1
+        step = low + (level - logs[low]) / (logs[low + 1] - logs[low])
+        return step.to(sigma.dtype if sigma.is_floating_point() else torch.float32)
 
 
 class Denoiser(nn.Module):

@@ -17,8 +17,16 @@ from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
 from stablefield._shapes import per_row
-from stablefield.diffusion._preconditioning import EDMPreconditioning, VEPreconditioning, VPPreconditioning
+from stablefield.diffusion._preconditioning import (
+    DDPMPreconditioning,
+    EDMPreconditioning,
+    FlowPreconditioning,
+    Preconditioning,
+    VEPreconditioning,
+    VPPreconditioning,
+)
 from stablefield.networks._mlp import MLP
+from stablefield.networks._sit import SiT
 from stablefield.networks._song_unet import SongUNet
 
 __all__ = ["StablefieldOutput", "StablefieldUNet"]
@@ -32,16 +40,17 @@ class StablefieldOutput(BaseOutput):
 
 
 class StablefieldUNet(ModelMixin, ConfigMixin):
-    """A DDPM++ or NCSN++ U-Net, or a perceptron, in EDM's preconditioning.
+    """A DDPM++ or NCSN++ U-Net, a SiT or a perceptron, in EDM's preconditioning.
 
     Args:
-        kind: "unet" or "perceptron".
+        kind: "unet", "sit" or "perceptron".
         options: arguments of the network.
         in_channels: of the images.
         sample_size: height and width of the images.
         num_classes: the number of classes; 0 for none.
         sigma_data: of EDM's preconditioning, as in the scheduler.
-        preconditioning: the one that the network was trained with: "edm", "vp" or "ve".
+        preconditioning: the one that the network was trained with: "edm", "vp", "ve", "flow" or
+            "ddpm".
         preconditioning_options: its arguments.
     """
 
@@ -60,12 +69,24 @@ class StablefieldUNet(ModelMixin, ConfigMixin):
         preconditioning_options: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
-        self.network = SongUNet(**options) if kind == "unet" else MLP((in_channels, *sample_size), **options)
+        match kind:
+            case "unet":
+                self.network = SongUNet(**options)
+            case "sit":
+                self.network = SiT(**options)
+            case _:
+                self.network = MLP((in_channels, *sample_size), **options)
         arguments: dict[str, Any] = preconditioning_options or {}
         self._edm = EDMPreconditioning(sigma_data)
-        self._trained: VPPreconditioning | VEPreconditioning | None = None
+        self._trained: Preconditioning | None = None
         if preconditioning != "edm":
-            self._trained = VPPreconditioning(**arguments) if preconditioning == "vp" else VEPreconditioning()
+            kinds = {
+                "vp": VPPreconditioning,
+                "ve": VEPreconditioning,
+                "flow": FlowPreconditioning,
+                "ddpm": DDPMPreconditioning,
+            }
+            self._trained = kinds[preconditioning](**arguments)
         self.num_classes, self.in_channels = num_classes, in_channels
 
     def forward(

@@ -1,19 +1,24 @@
 """Make a run folder from a published network, so that every verb that opens a run can open it."""
 
 from pathlib import Path
-from typing import Literal
 
 import stablefield
 from stablefield._regular_file import sha256
 from stablefield.diffusion._noise_levels import LogNormal, LogUniform, Uniform
-from stablefield.diffusion._preconditioning import EDMPreconditioning, VPPreconditioning
-from stablefield.diffusion._process import EDM, VE, VP
-from stablefield.diffusion._weighting import EDMWeighting, SNRWeighting
+from stablefield.diffusion._preconditioning import (
+    DDPMPreconditioning,
+    EDMPreconditioning,
+    FlowPreconditioning,
+    VPPreconditioning,
+)
+from stablefield.diffusion._process import EDM, VE, VP, RectifiedFlow
+from stablefield.diffusion._weighting import EDMWeighting, FlowWeighting, SNRWeighting
 from stablefield.interop._architecture import Architecture
 from stablefield.interop._inert import plain_text
-from stablefield.interop._published import Preconditionings, PublishedNetwork, read_published
+from stablefield.interop._published import Preconditionings, PublishedNetwork, Scaling, read_published
+from stablefield.interop._sit_architecture import SiTArchitecture
 from stablefield.training._checkpoint import State, Trained, save
-from stablefield.training._recipe import Recipe, SongUNetConfig
+from stablefield.training._recipe import Recipe, SiTConfig, SongUNetConfig
 from stablefield.training._run import Run
 from stablefield.training._run_folder import RunConfig, RunFolder
 
@@ -22,19 +27,25 @@ __all__ = ["import_run", "write_imported_run"]
 _PUBLISHED_AUGMENTATION = 0.12
 
 
-def import_run(file: str | Path, out: str | Path, *, preconditioning: Literal["edm", "vp", "ve"] | None = None) -> Run:
-    """Make a run from a published network. Executes nothing in the file.
+def import_run(
+    file: str | Path, out: str | Path, *, preconditioning: Scaling | None = None, heads: int | None = None
+) -> Run:
+    """Make a run from a published network: DDPM++, NCSN++, SiT or DiT. Executes nothing in the file.
+
+        run = sf.interop.import_run("SiT-XL-2-256.pt", "runs/sit", preconditioning="flow")
 
     Args:
         file: a pickle of the EDM family (.pkl), a torch file (.pt, .pth) or safetensors.
         out: folder of the run, new or empty.
-        preconditioning: the preconditioning that the network was trained with; needed if the file does not state it.
+        preconditioning: the preconditioning that the network was trained with; needed if the file does not state it: "flow"
+            for SiT's weights, "ddpm" for DiT's.
+        heads: of the attention of a SiT or DiT; needed for other widths than those of the published networks.
 
     Raises:
         ValueError: if the file holds no such network, or the folder is not empty or cannot be written.
     """
     file = Path(file)
-    return Run(write_imported_run(Path(out), read_published(file, preconditioning), file).path)
+    return Run(write_imported_run(Path(out), read_published(file, preconditioning, heads), file).path)
 
 
 def write_imported_run(path: Path, network: PublishedNetwork, source: Path) -> RunFolder:
@@ -67,7 +78,47 @@ def write_imported_run(path: Path, network: PublishedNetwork, source: Path) -> R
     return folder
 
 
-def _recipe(architecture: Architecture, preconditioning: Preconditionings) -> Recipe:
+def _recipe(architecture: Architecture | SiTArchitecture, preconditioning: Preconditionings) -> Recipe:
+    if isinstance(architecture, SiTArchitecture):
+        network, augmentation = _sit_config(architecture), 0.0
+    else:
+        network = _unet_config(architecture)
+        augmentation = _PUBLISHED_AUGMENTATION if architecture.augment_dim else 0.0
+    match preconditioning:
+        case EDMPreconditioning(sigma_data):
+            process, levels, weighting = EDM(), LogNormal(), EDMWeighting(sigma_data)
+        case VPPreconditioning(beta_min, slope):
+            process, levels, weighting = VP(beta_min, beta_min + slope), Uniform(1e-5, 1.0), SNRWeighting()
+        case FlowPreconditioning():
+            process, levels, weighting = RectifiedFlow(), Uniform(1e-5, 1.0), FlowWeighting()
+        case DDPMPreconditioning(first, last, steps):
+            # The limit of small steps of its table.
+            process, levels, weighting = VP(first * steps, last * steps), Uniform(1e-5, 1.0), SNRWeighting()
+        case _:
+            process, levels, weighting = VE(0.02, 100.0), LogUniform(0.02, 100.0), SNRWeighting()
+    return Recipe(
+        network=network,
+        process=process,
+        noise_levels=levels,
+        weighting=weighting,
+        preconditioning=preconditioning,
+        augmentation=augmentation,
+        conditional=architecture.classes > 0,
+    )
+
+
+def _sit_config(architecture: SiTArchitecture) -> SiTConfig:
+    return SiTConfig(
+        patch_size=architecture.patch_size,
+        width=architecture.width,
+        depth=architecture.depth,
+        heads=architecture.heads,
+        mlp_ratio=architecture.mlp_ratio,
+        learn_sigma=architecture.learn_sigma,
+    )
+
+
+def _unet_config(architecture: Architecture) -> SongUNetConfig:
     kinds = {"DDPM++": "ddpmpp", "NCSN++": "ncsnpp"}
     kind = kinds.get(architecture.name)
     supported = [height for height, width in architecture.sides if height * width <= 256][:1]
@@ -77,25 +128,9 @@ def _recipe(architecture: Architecture, preconditioning: Preconditionings) -> Re
             f"{architecture.augment_dim} wide; a run holds DDPM++ or NCSN++ with attention at {tuple(supported)} and "
             "labels 9 wide or none. Use read_published(...).denoiser() in Python."
         )
-    unet = SongUNetConfig(
+    return SongUNetConfig(
         architecture="ncsnpp" if kind == "ncsnpp" else "ddpmpp",
         base_channels=architecture.base_channels,
         multipliers=architecture.multipliers,
         blocks=architecture.blocks,
-    )
-    match preconditioning:
-        case EDMPreconditioning(sigma_data):
-            process, levels, weighting = EDM(), LogNormal(), EDMWeighting(sigma_data)
-        case VPPreconditioning(beta_min, slope):
-            process, levels, weighting = VP(beta_min, beta_min + slope), Uniform(1e-5, 1.0), SNRWeighting()
-        case _:
-            process, levels, weighting = VE(0.02, 100.0), LogUniform(0.02, 100.0), SNRWeighting()
-    return Recipe(
-        network=unet,
-        process=process,
-        noise_levels=levels,
-        weighting=weighting,
-        preconditioning=preconditioning,
-        augmentation=_PUBLISHED_AUGMENTATION if architecture.augment_dim else 0.0,
-        conditional=architecture.classes > 0,
     )

@@ -141,7 +141,7 @@ class ModelCard:
         if not self.pipeline:
             return (
                 "## Use\n\n`model.safetensors` holds the network's state, `config.json` its options and preconditioning. "
-                "`stablefield import model.safetensors` reads a U-Net back."
+                "`stablefield import model.safetensors` reads a U-Net or a SiT back."
             )
         labels = ", class_labels=[0] * 16" if self.classes else ""
         name, units = ("samples", "  # a tensor, in the units of the data") if self.floating else ("images", "")

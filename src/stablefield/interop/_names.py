@@ -9,7 +9,7 @@ message.
 | `collections.OrderedDict`, a dict class called `EasyDict` | a dict |
 | `builtins.set`, `builtins.frozenset` | a set |
 | `*.persistence._reconstruct_persistent_obj` | a `Node`: class name and attributes; its source text is dropped |
-| `torch.nn.modules.container.*` | a `Node` |
+| `torch.nn.modules.container.*`, `argparse.Namespace` | a `Node` |
 | `torch._utils._rebuild_tensor_v2`, `_rebuild_parameter` | a `TensorView` |
 | `torch.FloatStorage` and the like, `torch.storage._load_from_bytes` | a `Storage` |
 | `torch.Size`, `torch.device`, torch's dtypes | a tuple, a text, a `Name` |
@@ -204,6 +204,7 @@ def _table() -> dict[str, Name]:
     ]
     names += [Name(f"{builtins}.{kind}", call=_set) for builtins in ("builtins", "__builtin__") for kind in _SETS]
     names += [Name(f"torch.{name}", dtype=dtype) for name, dtype in (*_DTYPES.items(), *_STORAGES.items())]
+    names.append(Name("argparse.Namespace", make=_container("Namespace")))
     for kind in ("ModuleDict", "ModuleList", "Sequential"):
         names.append(Name(f"torch.nn.modules.container.{kind}", make=_container(kind)))
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):

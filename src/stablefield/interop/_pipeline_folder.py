@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from stablefield import _shapes as shapes
 from stablefield.data._scaling import Scaling
 from stablefield.diffusion import _preconditioning as preconditioning
-from stablefield.diffusion._preconditioning import Denoiser, EDMPreconditioning, VEPreconditioning, VPPreconditioning
+from stablefield.diffusion._preconditioning import (
+    DDPMPreconditioning,
+    Denoiser,
+    EDMPreconditioning,
+    FlowPreconditioning,
+    VEPreconditioning,
+    VPPreconditioning,
+)
 from stablefield.interop._architecture import infer_architecture
 from stablefield.interop._source_bundle import bundle
 from stablefield.networks import _blocks as blocks
@@ -29,9 +36,11 @@ from stablefield.networks import _layers as layers
 from stablefield.networks import _levels as levels
 from stablefield.networks import _mlp as mlp
 from stablefield.networks import _resample as resample
+from stablefield.networks import _sit as sit
 from stablefield.networks import _song_unet as song_unet
 from stablefield.networks._diffusers_unet import DiffusersUNet
 from stablefield.networks._mlp import MLP
+from stablefield.networks._sit import SiT
 from stablefield.networks._song_unet import SongUNet
 
 if TYPE_CHECKING:
@@ -39,7 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = ["network_options", "preconditioning_options", "write_pipeline"]
 
-_MODULES = (shapes, preconditioning, layers, resample, embedding, dropout, blocks, levels, song_unet, mlp)
+_MODULES = (shapes, preconditioning, layers, resample, embedding, dropout, blocks, levels, song_unet, mlp, sit)
 
 
 def write_pipeline(
@@ -57,7 +66,7 @@ def write_pipeline(
 
     Args:
         path: a new or empty folder.
-        denoiser: of a `SongUNet`, an `MLP` or a `DiffusersUNet`; the last needs no `network.py`.
+        denoiser: of a `SongUNet`, a `SiT`, an `MLP` or a `DiffusersUNet`; the last needs no `network.py`.
         shape: of one image, (C, H, W).
         sigma_min: last noise level of the scheduler's grid before 0.
         sigma_max: its first noise level.
@@ -148,7 +157,7 @@ def _plain_unet(network: DiffusersUNet, preconditioning: str) -> "UNet2DModel":
 
 
 def network_options(network: nn.Module) -> tuple[str, dict[str, Any]]:
-    """The kind of a network, "unet" or "perceptron", and the arguments that rebuild it, as JSON values.
+    """The kind of a network, "unet", "sit" or "perceptron", and the arguments that rebuild it, as JSON values.
 
     Raises:
         ValueError: if it is of another kind.
@@ -158,6 +167,18 @@ def network_options(network: nn.Module) -> tuple[str, dict[str, Any]]:
             state: Mapping[str, Tensor] = network.state_dict()
             found = asdict(infer_architecture({name: value.cpu() for name, value in state.items()}))
             return "unet", {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
+        case SiT():
+            return "sit", {
+                "input_size": list(network.size),
+                "patch_size": network.patch_size,
+                "channels": network.channels,
+                "width": network.width,
+                "depth": len(network.blocks),
+                "heads": network.heads,
+                "classes": network.classes,
+                "learn_sigma": network.learn_sigma,
+                "mlp_ratio": network.mlp_ratio,
+            }
         case MLP():
             return "perceptron", {
                 "width": network.enter.out_features,
@@ -165,11 +186,13 @@ def network_options(network: nn.Module) -> tuple[str, dict[str, Any]]:
                 "classes": network.classes,
             }
         case _:
-            raise ValueError(f"the network is a {type(network).__name__}: an export supports a SongUNet or an MLP.")
+            raise ValueError(
+                f"the network is a {type(network).__name__}: an export supports a SongUNet, a SiT or an MLP."
+            )
 
 
 def preconditioning_options(denoiser: Denoiser) -> tuple[str, dict[str, float]]:
-    """The kind of a denoiser's preconditioning, "edm", "vp" or "ve", and its arguments.
+    """The kind of a denoiser's preconditioning, "edm", "vp", "ve", "flow" or "ddpm", and its arguments.
 
     Raises:
         ValueError: if it is of another kind.
@@ -181,5 +204,11 @@ def preconditioning_options(denoiser: Denoiser) -> tuple[str, dict[str, float]]:
             return "vp", asdict(scaling)
         case VEPreconditioning():
             return "ve", {}
+        case FlowPreconditioning() as scaling:
+            return "flow", asdict(scaling)
+        case DDPMPreconditioning() as scaling:
+            return "ddpm", asdict(scaling)
         case other:
-            raise ValueError(f"the preconditioning is {other}: an export supports EDM's, VP's and VE's.")
+            raise ValueError(
+                f"the preconditioning is {other}: an export supports EDM's, VP's, VE's, DDPM's and a flow's."
+            )

@@ -27,7 +27,7 @@ def write_plain(
 
     Args:
         path: a new or empty folder.
-        denoiser: of a `SongUNet` or an `MLP`.
+        denoiser: of a `SongUNet`, a `SiT` or an `MLP`.
         shape: of one image, (C, H, W).
         class_names: class names; None if unknown.
         scaling: of data that are not images.

@@ -2,37 +2,56 @@ r"""Published networks: read a file of the EDM family, or a plain state dict, in
 
 A file of the EDM family is a pickled dict whose `ema` is an object of a preconditioning class that is saved with its source
 text: `EDMPrecond`, `VPPrecond` or `VEPrecond`, with the U-Net as its submodule `model`. This module uses only the class's
-name, its plain attributes and the tensors, never the source text.
+name, its plain attributes and the tensors, never the source text. A file of SiT or DiT is a state dict, or a dict with one
+as `ema`; SiT's checkpoints have the options of the training beside it, which name path and prediction.
 
 References:
     Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022,
-    table 1: the three preconditionings.
+    table 1: the three preconditionings; Ma et al., "SiT: Exploring Flow and Diffusion-based Generative Models with Scalable
+    Interpolant Transformers", ECCV 2024; Peebles, Xie, "Scalable Diffusion Models with Transformers", ICCV 2023.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
-from stablefield.diffusion._preconditioning import Denoiser, EDMPreconditioning, VEPreconditioning, VPPreconditioning
+from stablefield.diffusion._preconditioning import (
+    DDPMPreconditioning,
+    Denoiser,
+    EDMPreconditioning,
+    FlowPreconditioning,
+    VEPreconditioning,
+    VPPreconditioning,
+)
 from stablefield.interop._architecture import Architecture, infer_architecture
 from stablefield.interop._inert import MAX_AXES, Array, Node, RefusedError, TensorView, plain_text
+from stablefield.interop._sit_architecture import SiTArchitecture, infer_sit, is_sit
 from stablefield.interop._weight_files import MAX_TENSORS, read_weight_file
 
 __all__ = ["Preconditionings", "PublishedNetwork", "Scaling", "read_published"]
 
-Scaling = Literal["edm", "vp", "ve"]
-"""The kind of preconditioning, for files that do not state it."""
+Scaling = Literal["edm", "vp", "ve", "flow", "ddpm"]
+"""The kind of preconditioning, for files that do not state it: flow for SiT's published weights, ddpm for DiT's."""
 
-Preconditionings = EDMPreconditioning | VPPreconditioning | VEPreconditioning
+Preconditionings = (
+    EDMPreconditioning | VPPreconditioning | VEPreconditioning | FlowPreconditioning | DDPMPreconditioning
+)
 
 _CLASSES: Mapping[str, Scaling] = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve"}
 # Prefixes that a wrapper may have added to the names of the network's own state, outermost first.
 _PREFIXES = ("module.", "denoiser.", "network.", "model.")
+# Where a file's dict may have the network, the best first.
+_PLACES = (
+    ("ema", "averaged weights"),
+    ("net", "raw weights"),
+    ("model", "raw weights"),
+    ("state_dict", "weights"),
+)
 _MAX_DEPTH = 16
 # Modules, parameters and buffers of a network together, including those that are None.
 _MAX_ENTRIES = 50_000
@@ -46,43 +65,54 @@ class PublishedNetwork:
     Attributes:
         architecture: of the network.
         preconditioning: the scalings around it.
-        state: the network's tensors, float32, under the names of `SongUNet`.
+        state: the network's tensors, float32, under the names of `SongUNet` or `SiT`.
         origin: their location in the file, and the source of the preconditioning.
     """
 
-    architecture: Architecture
+    architecture: Architecture | SiTArchitecture
     preconditioning: Preconditionings
     state: Mapping[str, Tensor]
     origin: str
 
     def denoiser(self) -> Denoiser:
         """The denoiser with these weights, in evaluation mode."""
-        network = self.architecture.build()
-        network.load_state_dict(dict(self.state))
+        if isinstance(self.architecture, SiTArchitecture):
+            # Its state is complete, so no weights need to be drawn first, which takes seconds for the largest.
+            with torch.device("meta"):
+                network = self.architecture.build()
+            network.load_state_dict({name: value.clone() for name, value in self.state.items()}, assign=True)
+        else:
+            network = self.architecture.build()
+            network.load_state_dict(dict(self.state))
         return Denoiser(network, self.preconditioning).eval().requires_grad_(False)
 
 
-def read_published(path: Path, scaling: Scaling | None = None) -> PublishedNetwork:
-    """Read a DDPM++ or NCSN++ network from a file, without executing anything in it.
+def read_published(path: Path, scaling: Scaling | None = None, heads: int | None = None) -> PublishedNetwork:
+    """Read a DDPM++, NCSN++, SiT or DiT network from a file, without executing anything in it.
 
     Args:
         path: a pickle of the EDM family, a `torch.save` file with such an object or a state dict, or a safetensors file.
         scaling: the preconditioning that the network was trained with; the file's own if not given.
+        heads: of the attention of a SiT or DiT; by default those of the published network of its width.
 
     Returns:
         The network, with its averaged weights if the file has them.
 
     Raises:
         RefusedError: naming the content that is not supported or does not fit.
-        ValueError: if there is no such file, or the preconditioning is neither in the file nor given, or they differ.
+        ValueError: if there is no such file, or the preconditioning or the heads are neither in the file nor given, or
+            they differ.
     """
     value, name = read_weight_file(path), plain_text(path.name)
     try:
         found, where = _network(value)
         _check_sizes(found.tensors, path.stat().st_size)
         state = _plain_names(found.tensors)
-        architecture = infer_architecture(state)
-        known = _CLASSES.get(found.class_name)
+        transformer = is_sit(state)
+        if heads is not None and not transformer:
+            raise ValueError(f"heads={heads}: {name} holds a U-Net, which shows its own attention; leave heads out.")
+        architecture = infer_sit(state, heads) if transformer else infer_architecture(state)
+        known = _CLASSES.get(found.class_name) or _of_options(found.options)
         if found.class_name and known is None:
             raise RefusedError(
                 f"its network is in a {plain_text(found.class_name)}, but only {', '.join(_CLASSES)} are supported."
@@ -92,14 +122,14 @@ def read_published(path: Path, scaling: Scaling | None = None) -> PublishedNetwo
     except RefusedError as error:
         raise RefusedError(f"{name} is refused: {error}") from error
     if known is None and scaling is None:
+        choices = "flow for SiT's weights, or ddpm for DiT's" if transformer else "edm, vp or ve"
         raise ValueError(
-            f"{name} holds only weights and does not state their preconditioning: pass preconditioning=edm, vp or ve."
+            f"{name} holds only weights and does not state their preconditioning: pass preconditioning={choices}."
         )
+    source = found.class_name or "training's options"
     if known is not None and scaling not in (None, known):
-        raise ValueError(
-            f"preconditioning={scaling} contradicts {name}, whose network is in a {found.class_name}: leave it out."
-        )
-    how = f"preconditioning of its {found.class_name}" if known else "preconditioning as given"
+        raise ValueError(f"preconditioning={scaling} contradicts {name} and its {source}: leave it out.")
+    how = f"preconditioning of its {source}" if known else "preconditioning as given"
     return PublishedNetwork(
         architecture=architecture,
         preconditioning=preconditioning,
@@ -113,6 +143,8 @@ class _Found:
     class_name: str
     attributes: Mapping[str, object]
     tensors: Mapping[str, Tensor | TensorView]
+    options: Mapping[str, object] = field(default_factory=dict[str, object])
+    """Of the training, if the file has them."""
 
 
 def _network(value: object) -> tuple[_Found, str]:
@@ -121,14 +153,30 @@ def _network(value: object) -> tuple[_Found, str]:
         return _of_node(value), "the pickled network"
     if isinstance(value, dict):
         entries = cast("dict[object, object]", value)
-        for key, what in (("ema", "averaged weights"), ("net", "raw weights"), ("state_dict", "weights")):
+        args = entries.get("args")
+        options = args.attributes if isinstance(args, Node) else {}
+        for key, what in _PLACES:
             inner = entries.get(key)
             if isinstance(inner, Node):
                 return _of_node(inner), f"{what}, from {key}"
             if isinstance(inner, dict) and inner:
-                return _of_dict(cast("dict[object, object]", inner)), f"{what}, from {key}"
+                found = _of_dict(cast("dict[object, object]", inner))
+                return replace(found, options=options), f"{what}, from {key}"
         return _of_dict(entries), "a plain state dict"
     raise RefusedError("it holds neither a network nor a dict of tensors.")
+
+
+def _of_options(options: Mapping[str, object]) -> Scaling | None:
+    """The preconditioning that the options of SiT's training name; None if they name none."""
+    path, prediction = options.get("path_type"), options.get("prediction")
+    if not isinstance(path, str) or not isinstance(prediction, str):
+        return None
+    if (path, prediction) != ("Linear", "velocity"):
+        raise RefusedError(
+            f"its training's options are path {plain_text(path)} and prediction {plain_text(prediction)}, but only the "
+            "path Linear and the prediction velocity are supported."
+        )
+    return "flow"
 
 
 def _of_node(node: Node) -> _Found:
@@ -246,6 +294,10 @@ def _preconditioning(scaling: Scaling, attributes: Mapping[str, object]) -> Prec
                 return VPPreconditioning(number("beta_min", 0.1), number("beta_d", 19.9), int(number("M", 1000)))
             case "ve":
                 return VEPreconditioning()
+            case "flow":
+                return FlowPreconditioning()
+            case "ddpm":
+                return DDPMPreconditioning()
     except RefusedError:
         raise
     except ValueError as error:

@@ -17,9 +17,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from stablefield._shapes import check_tensor
+from stablefield._shapes import check_tensor, is_integer
 
-__all__ = ["FourierEmbedding", "PositionalEmbedding", "class_vectors"]
+__all__ = ["FourierEmbedding", "PositionalEmbedding", "class_numbers", "class_vectors"]
 
 
 class PositionalEmbedding(nn.Module):
@@ -88,9 +88,7 @@ def class_vectors(labels: Tensor | None, classes: int, x: Tensor) -> Tensor:
     """
     if labels is None:
         return x.new_zeros(x.shape[0], classes)
-    if labels.device != x.device:
-        raise ValueError(f"class_labels is on {labels.device}, but the images are on {x.device}: move one of them.")
-    check_tensor("class_labels", labels)
+    _check_place(labels, x)
     if labels.is_floating_point():
         if labels.shape != (x.shape[0], classes):
             raise ValueError(
@@ -98,18 +96,51 @@ def class_vectors(labels: Tensor | None, classes: int, x: Tensor) -> Tensor:
                 f"shape {(x.shape[0], classes)}; pass class numbers as integers of shape ({x.shape[0]},)."
             )
         return labels
-    if labels.shape != x.shape[:1] or labels.dtype == torch.bool or labels.is_complex():
+    valid = _valid(labels, classes, x, f", or one-hot vectors of shape {(x.shape[0], classes)} in floating point")
+    hot = labels[:, None] == torch.arange(classes, device=labels.device)
+    return torch.where(valid[:, None], hot.to(x.dtype), math.nan)
+
+
+def class_numbers(labels: Tensor | None, classes: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Rows of a table that has one row per class and a last one for no class.
+
+    Args:
+        labels: integers (N,) from 0 to classes - 1, or -1 for no class; None: no class for any row.
+        classes: the number of classes.
+        x: the images (N, ...) of the labels.
+
+    Returns:
+        The rows (N,), always within the table, and which labels are valid (N,), None if all are.
+
+    Raises:
+        ValueError: as `class_vectors`.
+    """
+    if labels is None:
+        return torch.full(x.shape[:1], classes, dtype=torch.long, device=x.device), None
+    _check_place(labels, x)
+    valid = _valid(labels, classes, x)
+    return torch.where(valid & (labels >= 0), labels, classes).long(), valid
+
+
+def _check_place(labels: Tensor, x: Tensor) -> None:
+    if labels.device != x.device:
+        raise ValueError(f"class_labels is on {labels.device}, but the images are on {x.device}: move one of them.")
+    check_tensor("class_labels", labels)
+
+
+def _valid(labels: Tensor, classes: int, x: Tensor, other: str = "") -> Tensor:
+    """Which labels are class numbers or -1; on the CPU all of them."""
+    if labels.shape != x.shape[:1] or not is_integer(labels.dtype):
         raise ValueError(
             f"class_labels has shape {tuple(labels.shape)} and dtype {labels.dtype}: pass integers of shape "
-            f"({x.shape[0]},), or one-hot vectors of shape {(x.shape[0], classes)} in floating point."
+            f"({x.shape[0]},){other}."
         )
     valid = (labels >= -1) & (labels < classes)
     if labels.device.type == "cpu" and not torch.compiler.is_compiling() and not valid.all():
         raise ValueError(
             f"class_labels holds {labels[~valid][0].item()}: classes are 0 to {classes - 1}, and -1 is no class."
         )
-    hot = labels[:, None] == torch.arange(classes, device=labels.device)
-    return torch.where(valid[:, None], hot.to(x.dtype), math.nan)
+    return valid
 
 
 def _frequency_count(width: int) -> int:

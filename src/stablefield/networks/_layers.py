@@ -21,14 +21,21 @@ class Linear(nn.Linear):
         in_features: width of the input.
         out_features: width of the output.
         bias: whether there is one.
+        gain: factor on the initial weights; 0 draws nothing.
         generator: draws the weights; torch's global generator if not given.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, bias: bool = True, generator: torch.Generator | None = None
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        gain: float = 1.0,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias=bias)
-        _initialise(self, 1.0, generator)
+        _initialise(self, gain, generator)
 
     def reset_parameters(self) -> None:
         """Do nothing: the constructor draws the weights once it knows the generator."""
@@ -79,6 +86,9 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def _initialise(layer: nn.Linear | nn.Conv2d, gain: float, generator: torch.Generator | None) -> None:
-    nn.init.xavier_uniform_(layer.weight, gain=gain, generator=generator)
+    if gain:
+        nn.init.xavier_uniform_(layer.weight, gain=gain, generator=generator)
+    else:
+        nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)

@@ -3,6 +3,7 @@
 The pool knows the prior: how likely each sample is to be drawn, and its label.
 """
 
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -30,6 +31,25 @@ OTHER_LABEL = "the Pool has another label for the row's own sample; pass the lab
 WITHOUT_WEIGHT = "its weight in the Pool is 0, so it cannot have been drawn; give the weights that your sampler uses"
 
 
+@dataclass(frozen=True)
+class _Held:
+    """The samples for one batch on its device, and where its own rows are.
+
+    Attributes:
+        matrix: the samples.
+        flipped: the flipped samples, or None.
+        index: the index of each row's sample, shape (B,).
+        stored: the same for comparison with the rows; None if they are drawn anew.
+        is_flipped: rows that are flipped samples, bool (B,), or None.
+    """
+
+    matrix: ReferenceMatrix
+    flipped: ReferenceMatrix | None
+    index: Tensor
+    stored: Stored | None
+    is_flipped: Tensor | None
+
+
 class Pool:
     """References from an array: the batch's own rows and others drawn without replacement, or the whole array.
 
@@ -50,8 +70,9 @@ class Pool:
         flipped: the flipped samples, of the shape and dtype of `data`, if they are not its mirror images, as the latents of
             flipped images are not. Both are references, 2 n in all; `flip` in the call of a `StableTarget` says which rows
             are flipped samples. For a network that does not see the flip.
-        unlabelled_size: for rows without a label (-1), the number of references, drawn anew for each batch; each row's own
-            sample is added for that row. None for all. Rows with a label use all references of their label.
+        label_size: for rows with a label, the number of references of that label, drawn anew for each batch; each row's own
+            sample is added for that row. None for all of the label.
+        unlabelled_size: the same for rows without a label (-1), of all samples.
         resampled: whether the rows of a batch are drawn anew from their samples' distributions, as latents of a variational
             autoencoder are: the row's own reference is then the row itself, and the other samples are one draw each. The
             target is unbiased over these draws, see "Latents" in the theory; `from_moments` makes such a pool.
@@ -75,6 +96,7 @@ class Pool:
         *,
         mirrored: bool = False,
         flipped: Tensor | NDArray[Any] | None = None,
+        label_size: int | None = None,
         unlabelled_size: int | None = None,
         resampled: bool = False,
         weights: Tensor | NDArray[Any] | None = None,
@@ -123,20 +145,21 @@ class Pool:
                 "resampled latents are not mirror images of others: pass mirrored=False, and the latents of the mirrored "
                 "images as flipped=."
             )
-        if unlabelled_size is not None:
-            unlabelled_size = whole_number("Pool unlabelled_size", unlabelled_size, 1)
+        for name, number_of in (("label_size", label_size), ("unlabelled_size", unlabelled_size)):
+            if number_of is None:
+                continue
+            whole_number(f"Pool {name}", number_of, 1)
             if labels is None or size is not None:
                 there = "the Pool has no labels" if labels is None else f"its size is {size}"
+                raise ValueError(f"Pool {name} is {number_of}, but {there}: pass labels, and size=None, with it.")
+            if number_of > len(data):
                 raise ValueError(
-                    f"Pool unlabelled_size is {unlabelled_size}, but {there}: pass labels, and size=None, with it."
-                )
-            if unlabelled_size > len(data):
-                raise ValueError(
-                    f"Pool unlabelled_size is {unlabelled_size}: pass at most the {len(data)} samples, or None for all."
+                    f"Pool {name} is {number_of}: pass at most the {len(data)} samples, or None for all of them."
                 )
         self.size = size
         self.labels = labels
         self.mirrored = mirrored
+        self.label_size = label_size
         self.unlabelled_size = unlabelled_size
         self.resampled = resampled
         self.weights = None if weights is None else _checked_weights(weights, len(data))
@@ -157,6 +180,7 @@ class Pool:
         *,
         flipped_mean: Tensor | NDArray[Any] | None = None,
         flipped_std: Tensor | NDArray[Any] | None = None,
+        label_size: int | None = None,
         unlabelled_size: int | None = None,
         weights: Tensor | NDArray[Any] | None = None,
         dtype: torch.dtype = torch.float32,
@@ -174,6 +198,7 @@ class Pool:
             labels: as in `Pool`.
             flipped_mean: the means of the flipped samples, with `flipped_std`; see `flipped` of `Pool`.
             flipped_std: their standard deviations.
+            label_size: as in `Pool`.
             unlabelled_size: as in `Pool`.
             weights: as in `Pool`.
             dtype: of the stored latents; torch.float16 or torch.bfloat16 take half the memory.
@@ -193,7 +218,14 @@ class Pool:
         data = [torch.empty(one.mean.shape, dtype=dtype, device=one.device) for one in moments]
         flipped = data[1] if len(data) == 2 else None
         pool = cls(
-            data[0], None, labels, flipped=flipped, unlabelled_size=unlabelled_size, resampled=True, weights=weights
+            data[0],
+            None,
+            labels,
+            flipped=flipped,
+            label_size=label_size,
+            unlabelled_size=unlabelled_size,
+            resampled=True,
+            weights=weights,
         )
         pool._moments, pool._seed = tuple(moments), seed
         pool.refresh(0)
@@ -296,25 +328,22 @@ class Pool:
         if host is not Host.NEVER:
             self._unchecked_labels = False
         size = None if self.size == len(matrix) else self.size
-        if host is Host.NEVER and (size is not None or self.unlabelled_size is not None):
-            name, value = ("size", size) if size is not None else ("unlabelled_size", self.unlabelled_size)
-            raise ValueError(
-                f"the Pool's {name} is {value}: the drawn references depend on values that a compiled or captured function "
-                f"cannot read. Use the whole pool ({name}=None) with a noise_band and a capacity, or keep the target out of "
-                "the compiled part: torch.compiler.disable(target.__call__)."
-            )
-        labels, weights = self._on("labels", device), self._on("weights", device)
-        stored = None if self.resampled else Stored(matrix, index, flipped)
+        drawn_sizes = {"size": size, "label_size": self.label_size, "unlabelled_size": self.unlabelled_size}
+        for name, value in drawn_sizes.items():
+            if value is not None and host is Host.NEVER:
+                raise ValueError(
+                    f"the Pool's {name} is {value}: the drawn references depend on values that a compiled or captured "
+                    f"function cannot read. Use the whole pool ({name}=None) with a noise_band and a capacity, or keep the "
+                    "target out of the compiled part: torch.compiler.disable(target.__call__)."
+                )
         if self._moments and host is not Host.NEVER:
             self._check_draws(batch.x0, index, batch.flipped)
-        log_prior = source_prior = None
-        if weights is not None:
-            log_prior = weights.log()
-            source_prior = log_prior[index]
-        if size is not None and weights is not None:
+        stored = None if self.resampled else Stored(matrix, index, flipped)
+        held = _Held(matrix, flipped, index, stored, batch.flipped)
+        labels = self._on("labels", device)
+        if size is not None and self.weights is not None:
             # Drawn from all samples; a row's own sample, if not among them, is a reference only for that row.
-            chosen = others(len(matrix), index.new_empty(0), size, generator)
-            return self._drawn(chosen, index, matrix, flipped, stored, batch.flipped)
+            return self._drawn(held, others(len(matrix), index.new_empty(0), size, generator))
         if size is not None:
             chosen, source = choose(len(matrix), index, size, generator)
             return Selection(
@@ -328,48 +357,54 @@ class Pool:
                 verify_all=stored is not None,
                 source_prior=None if flipped is None else torch.zeros(len(index), device=device),
             )
-        unlabelled = None
-        if self.unlabelled_size is not None and batch.labels is not None:
-            # The seed is drawn for every batch, so that later draws do not depend on its labels.
-            chosen = drawn_subset(len(matrix), self.unlabelled_size, drawn_seed(generator)).to(device)
-            unlabelled = partial(self._drawn, chosen, index, matrix, flipped, stored, batch.flipped)
-        if flipped is not None and source_prior is None:
-            source_prior = torch.zeros(len(index), device=device)
         if labels is not None and host is not Host.NEVER:
             for one in (matrix, flipped):
                 if one is not None:
                     one.by_label(labels)
+        if labels is None or batch.labels is None or (self.label_size is None and self.unlabelled_size is None):
+            return self._whole(held)
+        # A seed is drawn for every batch, so that later draws do not depend on its labels.
+        seed = drawn_seed(generator)
+        unlabelled = partial(self._whole, held)
+        if self.unlabelled_size is not None:
+            subset = drawn_subset(len(matrix), self.unlabelled_size, seed).to(device)
+            unlabelled = partial(self._drawn, held, subset)
+        if self.label_size is None:
+            return replace(self._whole(held), unlabelled=unlabelled)
+        chosen = matrix.by_label(labels).drawn(batch.labels, self.label_size, seed)
+        return replace(self._drawn(held, chosen), unlabelled=unlabelled)
+
+    def _whole(self, held: "_Held") -> Selection:
+        """All samples."""
+        weights = self._on("weights", held.index.device)
+        log_prior = None if weights is None else weights.log()
+        source_prior = None if log_prior is None else log_prior[held.index]
+        if held.flipped is not None and source_prior is None:
+            source_prior = torch.zeros(len(held.index), device=held.index.device)
         return Selection(
-            matrix=matrix,
-            source=index,
-            labels=labels,
+            matrix=held.matrix,
+            source=held.index,
+            labels=self._on("labels", held.index.device),
             mirrored=self.mirrored,
-            flipped=flipped,
-            stored=stored,
+            flipped=held.flipped,
+            stored=held.stored,
             log_prior=log_prior,
             source_prior=source_prior,
-            unlabelled=unlabelled,
         )
 
-    def _drawn(
-        self,
-        chosen: Tensor,
-        index: Tensor,
-        matrix: ReferenceMatrix,
-        flipped: ReferenceMatrix | None,
-        stored: Stored | None,
-        is_flipped: Tensor | None,
-    ) -> Selection:
-        """The samples `chosen` (m,) without regard to the batch; a row's own, at `index`, is added only for that row."""
-        device = index.device
+    def _drawn(self, held: "_Held", chosen: Tensor) -> Selection:
+        """The samples `chosen` (m,) without regard to the batch; a row's own sample is added only for that row."""
+        matrix, flipped, index, device = held.matrix, held.flipped, held.index, held.index.device
         labels, weights = self._on("labels", device), self._on("weights", device)
         log_prior = None if weights is None else weights.log()
+        if not len(chosen):  # no row has a label
+            chosen = index[:1]
         place = torch.full((len(matrix),), -1, device=device)
         place[chosen] = torch.arange(len(chosen), device=device)
         partner = None
-        if flipped is not None and is_flipped is not None:
+        if flipped is not None and held.is_flipped is not None:
             one, other = (some.rows(index, some.dtype) for some in (matrix, flipped))
-            partner = torch.where(is_flipped[:, None], one, other)
+            partner = torch.where(held.is_flipped[:, None], one, other)
         return Selection(
             matrix=matrix.take(chosen),
             source=place[index],
@@ -378,7 +413,7 @@ class Pool:
             flipped=None if flipped is None else flipped.take(chosen),
             partner=partner,
             chosen=chosen,
-            stored=stored,
+            stored=held.stored,
             log_prior=None if log_prior is None else log_prior[chosen],
             source_prior=torch.zeros(len(index), device=device) if log_prior is None else log_prior[index],
         )
@@ -442,7 +477,7 @@ class Pool:
         part.size, part.mirrored = None, self.mirrored
         part.labels = None if self.labels is None else self.labels[index]
         part.weights = None if self.weights is None else self.weights[index]
-        part.unlabelled_size, part.resampled = None, self.resampled
+        part.label_size, part.unlabelled_size, part.resampled = None, None, self.resampled
         part._matrix, part._elsewhere, part._moved = self._matrix.take(index), {}, {}
         part._flipped = None if self._flipped is None else self._flipped.take(index)
         part._moments, part._seed, part._draw = (), 0, 0

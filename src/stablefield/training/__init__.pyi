@@ -10,6 +10,7 @@ from stablefield.training._post_hoc import combine as combine
 from stablefield.training._recipe import DiffusersUNetConfig as DiffusersUNetConfig
 from stablefield.training._recipe import MLPConfig as MLPConfig
 from stablefield.training._recipe import Recipe as Recipe
+from stablefield.training._recipe import SiTConfig as SiTConfig
 from stablefield.training._recipe import SongUNetConfig as SongUNetConfig
 from stablefield.training._recipes import (
     CELEBA64_VE as CELEBA64_VE,
@@ -33,6 +34,7 @@ from stablefield.training._recipes import (
     imagefolder as imagefolder,
 )
 from stablefield.training._recipes import recipe_for as recipe_for
+from stablefield.training._recipes import sit as sit
 from stablefield.training._recipes import (
     unet2d as unet2d,
 )

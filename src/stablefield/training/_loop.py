@@ -79,9 +79,9 @@ def check_fit(recipe: Recipe, data: ImageSet) -> None:
             )
     if not is_picture(data.shape) and (recipe.mirror or recipe.augmentation):
         what = "mirror=True" if recipe.mirror else f"augmentation={recipe.augmentation:g}"
-        raise ValueError(
-            f"{what} flips and turns pictures, and the data are samples of {' x '.join(map(str, data.shape))}: leave it out."
-        )
+        remedy = "leave it out" if recipe.mirror else "pass augmentation=0"
+        sizes = " x ".join(map(str, data.shape))
+        raise ValueError(f"{what} flips and turns pictures, and the data are samples of {sizes}: {remedy}.")
     if recipe.conditional and data.labels is None:
         raise ValueError(
             " ".join(["conditional=True needs classes, but the data have no labels: leave it out.", *data.notes])

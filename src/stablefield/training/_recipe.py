@@ -3,8 +3,9 @@
 Its attribute docstrings are the help texts of the command's flags. `_recipes` holds the named recipes.
 """
 
+import math
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, Self, TypeAlias
 
 import torch
 from torch import nn
@@ -13,14 +14,21 @@ from stablefield._shapes import flag, number, whole_number
 from stablefield.data._augmentation import LABEL_WIDTH
 from stablefield.diffusion._noise_levels import LogNormal, LogUniform, Uniform
 from stablefield.diffusion._objective import check_draws
-from stablefield.diffusion._preconditioning import EDMPreconditioning, VEPreconditioning, VPPreconditioning
+from stablefield.diffusion._preconditioning import (
+    DDPMPreconditioning,
+    EDMPreconditioning,
+    FlowPreconditioning,
+    VEPreconditioning,
+    VPPreconditioning,
+)
 from stablefield.diffusion._process import EDM, VE, VP, Cosine, RectifiedFlow
 from stablefield.diffusion._weighting import EDMWeighting, FlowWeighting, SNRWeighting
 from stablefield.networks._diffusers_unet import DiffusersUNet
 from stablefield.networks._mlp import MLP
+from stablefield.networks._sit import SIT_SIZES, SiT
 from stablefield.networks._song_unet import SongUNet
 
-__all__ = ["DiffusersUNetConfig", "MLPConfig", "Recipe", "SongUNetConfig"]
+__all__ = ["DiffusersUNetConfig", "MLPConfig", "Recipe", "SiTConfig", "SongUNetConfig"]
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -148,6 +156,73 @@ class DiffusersUNetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SiTConfig:
+    """The network of a recipe: the transformer SiT (`stablefield.networks.SiT`)."""
+
+    patch_size: int = 2
+    """Side of a patch, in pixels; it divides height and width of the images."""
+    width: int = 128
+    """Width of the vectors; a multiple of 4 and of the heads."""
+    depth: int = 6
+    """Number of blocks."""
+    heads: int = 4
+    """Heads of the attention."""
+    mlp_ratio: float = 4.0
+    """Hidden width of a block's perceptron, in units of the width."""
+    learn_sigma: bool = False
+    """Double the output's channels, as the published weights do; the second half is not used."""
+    checkpointing: bool = False
+    """Compute the blocks again in the backward pass, to save memory."""
+
+    def __post_init__(self) -> None:
+        _require_at_most("depth", self.depth, _MOST_BLOCKS)
+
+    @classmethod
+    def sized(cls, size: str, patch_size: int = 2) -> Self:
+        """The settings of a named size, as in `SiT.sized`: S, B, L, XL, or XXS or XS for a CPU.
+
+        Raises:
+            ValueError: if there is no such size.
+        """
+        if size not in SIT_SIZES:
+            raise ValueError(f"size={size!r:.40}: pass one of {', '.join(SIT_SIZES)}.")
+        width, depth, heads = SIT_SIZES[size]
+        return cls(patch_size=patch_size, width=width, depth=depth, heads=heads)
+
+    def build(self, shape: Shape, classes: int, augment_dim: int, generator: torch.Generator) -> nn.Module:
+        """The network for images of `shape` (C, H, W).
+
+        Raises:
+            ValueError: if the images do not divide into patches, the width not into heads, or augment_dim is not 0.
+        """
+        if augment_dim:
+            raise ValueError("augmentation needs a U-Net that is conditioned on it: use 0 with a SiT.")
+        _require_sides("SiT", shape)
+        _, height, width = shape
+        if self.patch_size > 0 and (height % self.patch_size or width % self.patch_size):
+            common = math.gcd(height, width)
+            divisors = (side for side in range(1, common + 1) if common % side == 0)
+            raise ValueError(
+                f"images of {width} x {height} pixels do not divide into patches of {self.patch_size} x {self.patch_size}: "
+                f"pass network.patch_size={min(divisors, key=lambda side: abs(side - self.patch_size))}, or "
+                f"resolution={_near(min(height, width), self.patch_size)} for squares."
+            )
+        return SiT(
+            (height, width),
+            self.patch_size,
+            shape[0],
+            self.width,
+            self.depth,
+            self.heads,
+            classes,
+            self.learn_sigma,
+            mlp_ratio=self.mlp_ratio,
+            checkpointing=self.checkpointing,
+            generator=generator,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """All settings of a training run."""
 
@@ -213,7 +288,7 @@ class Recipe:
     """Newest checkpoints to keep."""
     keep_every: int = 0
     """Also keep the checkpoints at multiples of this many steps; 0 for none."""
-    network: MLPConfig | SongUNetConfig | DiffusersUNetConfig = field(default_factory=MLPConfig)
+    network: MLPConfig | SongUNetConfig | DiffusersUNetConfig | SiTConfig = field(default_factory=MLPConfig)
     """The network."""
     process: EDM | VE | VP | Cosine | RectifiedFlow = field(default_factory=EDM)
     """How data become noise."""
@@ -221,9 +296,9 @@ class Recipe:
     """Distribution of the training noise levels."""
     weighting: EDMWeighting | SNRWeighting | FlowWeighting = field(default_factory=EDMWeighting)
     """Weight of each noise level in the loss."""
-    preconditioning: EDMPreconditioning | VPPreconditioning | VEPreconditioning = field(
-        default_factory=EDMPreconditioning
-    )
+    preconditioning: (
+        EDMPreconditioning | VPPreconditioning | VEPreconditioning | FlowPreconditioning | DDPMPreconditioning
+    ) = field(default_factory=EDMPreconditioning)
     """Scalings around the network."""
 
     def __post_init__(self) -> None:
@@ -312,11 +387,16 @@ def _require_at_most(name: str, count: int, most: int, of: str = "blocks") -> No
         raise ValueError(f"network.{name} has {count} {of}: pass at most {most}.")
 
 
-def _require_halves(shape: Shape, levels: int) -> None:
+def _require_sides(network: str, shape: Shape) -> None:
     if len(shape) != 3:
         raise ValueError(
-            f"samples of shape {shape} do not fit a U-Net, which takes (C, H, W): take a perceptron, network=MLPConfig()."
+            f"samples of shape {shape} do not fit a {network}, which takes (C, H, W): take a perceptron, "
+            "network=MLPConfig()."
         )
+
+
+def _require_halves(shape: Shape, levels: int) -> None:
+    _require_sides("U-Net", shape)
     _, height, width = shape
     halvings = 2 ** (levels - 1)
     if height % halvings or width % halvings:
@@ -326,5 +406,5 @@ def _require_halves(shape: Shape, levels: int) -> None:
         )
 
 
-def _near(side: int, halvings: int) -> int:
-    return max(halvings, side // halvings * halvings)
+def _near(side: int, unit: int) -> int:
+    return max(unit, side // unit * unit)

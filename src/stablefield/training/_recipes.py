@@ -15,11 +15,11 @@ from math import gcd
 
 from stablefield.data._image_set import ImageSet
 from stablefield.data._png import is_picture
-from stablefield.diffusion._noise_levels import LogUniform, Uniform
-from stablefield.diffusion._preconditioning import VEPreconditioning, VPPreconditioning
-from stablefield.diffusion._process import VE, VP
-from stablefield.diffusion._weighting import SNRWeighting
-from stablefield.training._recipe import DiffusersUNetConfig, MLPConfig, Recipe, Shape, SongUNetConfig
+from stablefield.diffusion._noise_levels import LogNormal, LogUniform, Uniform
+from stablefield.diffusion._preconditioning import FlowPreconditioning, VEPreconditioning, VPPreconditioning
+from stablefield.diffusion._process import VE, VP, RectifiedFlow
+from stablefield.diffusion._weighting import FlowWeighting, SNRWeighting
+from stablefield.training._recipe import DiffusersUNetConfig, MLPConfig, Recipe, Shape, SiTConfig, SongUNetConfig
 
 __all__ = [
     "CELEBA64_VE",
@@ -33,6 +33,7 @@ __all__ = [
     "largest_resolution",
     "named_recipe",
     "recipe_for",
+    "sit",
     "unet2d",
 ]
 
@@ -124,7 +125,7 @@ def named_recipe(name: str, images: ImageSet, *, accelerated: bool) -> tuple[str
     """The name and the recipe for a name; "auto" becomes the name of the recipe that suits the images best.
 
     Args:
-        name: in `RECIPES`, or "imagefolder" or "unet2d", which depend on the images, or "auto".
+        name: in `RECIPES`, or "imagefolder", "unet2d" or "sit", which depend on the images, or "auto".
         images: the training data.
         accelerated: whether there is a GPU.
     """
@@ -133,7 +134,7 @@ def named_recipe(name: str, images: ImageSet, *, accelerated: bool) -> tuple[str
         name = "digits" if built_in else "mnist28" if images.shape == (1, 28, 28) else "imagefolder"
     if name in RECIPES:
         return name, RECIPES[name]
-    make = unet2d if name == "unet2d" else imagefolder
+    make = {"unet2d": unet2d, "sit": sit}.get(name, imagefolder)
     recipe = make(images.shape, len(images), accelerated=accelerated)
     return name, recipe if images.scaling is None else _for_floats(recipe, images.shape)
 
@@ -162,7 +163,7 @@ def largest_resolution(name: str = "auto", *, accelerated: bool) -> int | None:
     Returns:
         None for a recipe for images of one size.
     """
-    if name in ("auto", "imagefolder", "unet2d"):
+    if name in ("auto", "imagefolder", "unet2d", "sit"):
         return 64 if accelerated else 32
     return 64 if name == "celeba64-ve" else 32 if name.startswith("cifar10") else None
 
@@ -175,13 +176,40 @@ def unet2d(shape: Shape, count: int, *, accelerated: bool) -> Recipe:
         count: number of images.
         accelerated: whether there is a GPU.
     """
-    if len(shape) != 3:
-        raise ValueError(f"recipe=unet2d takes images or latents (C, H, W), and the samples have shape {shape}.")
+    _require_sides("unet2d", shape)
     recipe = imagefolder((shape[0], max(16, shape[1]), max(16, shape[2])), count, accelerated=accelerated)
     assert isinstance(recipe.network, SongUNetConfig)
     widths = tuple(recipe.network.base_channels * multiplier for multiplier in recipe.network.multipliers)
     network = DiffusersUNetConfig(widths=widths, blocks=recipe.network.blocks, dropout=recipe.network.dropout)
     return dataclasses.replace(recipe, network=network, augmentation=0.0)
+
+
+def sit(shape: Shape, count: int, *, accelerated: bool) -> Recipe:
+    """A recipe for any images with the transformer SiT, as a rectified flow with logit-normal times.
+
+    The patches are the smallest of which an image has at most 256, or 64 without a GPU.
+
+    Args:
+        shape: shape of one image, (C, H, W).
+        count: number of images.
+        accelerated: whether there is a GPU; without one, the network is small enough for a CPU.
+    """
+    _require_sides("sit", shape)
+    height, width = shape[1:]
+    most = 256 if accelerated else 64
+    fitting = [side for side in range(2, min(height, width) // 4 + 1) if height % side == width % side == 0] or [1]
+    patch = next((side for side in fitting if height * width // side**2 <= most), fitting[-1])
+    recipe = imagefolder(shape, count, accelerated=accelerated)
+    size = "S" if accelerated else "XXS" if min(height, width) < 16 else "XS"
+    return dataclasses.replace(
+        recipe,
+        augmentation=0.0,
+        network=SiTConfig.sized(size, patch),
+        process=RectifiedFlow(),
+        noise_levels=LogNormal(0.0, 1.0),
+        weighting=FlowWeighting(),
+        preconditioning=FlowPreconditioning(),
+    )
 
 
 def imagefolder(shape: Shape, count: int, *, accelerated: bool) -> Recipe:
@@ -213,3 +241,8 @@ def imagefolder(shape: Shape, count: int, *, accelerated: bool) -> Recipe:
             base_channels=width, multipliers=(1, 2, 2, 2)[:levels], blocks=3 if accelerated else 1, dropout=0.1
         ),
     )
+
+
+def _require_sides(name: str, shape: Shape) -> None:
+    if len(shape) != 3:
+        raise ValueError(f"recipe={name} takes images or latents (C, H, W), and the samples have shape {shape}.")

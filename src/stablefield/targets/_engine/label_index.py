@@ -105,6 +105,14 @@ class LabelIndex:
             return None
         return Parts(torch.from_numpy(np.concatenate(taken)), parts)
 
+    def drawn(self, labels: Tensor, size: int, seed: int) -> Tensor:
+        """Indices of `size` references of each of the `labels` (B,), or of all that it has, without replacement, (m,)."""
+        generator, found = np.random.default_rng(seed), [np.empty(0, np.int64)]
+        for place in np.flatnonzero(np.isin(self._labels, labels.cpu().numpy())):
+            start, count = self._starts[place], self._counts[place]
+            found.append(start + (generator.choice(count, size, replace=False) if count > size else np.arange(count)))
+        return self._order[torch.from_numpy(np.concatenate(found)).to(self._order.device)]
+
     def columns(self, part: Part, size: int) -> Iterator[Columns]:
         """The references of a part's runs, at most `size` at a time."""
         assert part.runs is not None
