@@ -91,6 +91,10 @@ class SamplerOptions(SolverOptions):
                 f"guide={self.guide} draws {'x'.join(map(str, guide.config.shape))} images of {guide.config.classes} "
                 f"classes, the run {'x'.join(map(str, own.config.shape))} of {classes}: take a run of the same data."
             )
+        if guide is not None and guide.config.scaling != own.config.scaling:
+            raise ValueError(
+                f"guide={self.guide} scales its data differently from the run: take a run of the same data."
+            )
         other = None if guide is None else guide.config.class_names
         if other is not None and own.config.class_names is not None and other != own.config.class_names:
             raise ValueError(
