@@ -110,6 +110,17 @@ def test_half_precision_files_stay_half_and_are_mapped(tmp_path):
     feed = Feed(found, recipe, torch.device("cpu"), labelled=False, placement="resident")
     assert feed.whole is not None
     assert feed.whole.data.dtype == torch.float16
+    few = dataclasses.replace(recipe, references=24)
+    resident, loaded = (
+        Feed(found, few, torch.device("cpu"), labelled=False, placement=placement)
+        for placement in ("resident", "loaded")
+    )
+    for step in range(3):
+        one, other = (feed.rows(step, slice(None)) for feed in (resident, loaded))
+        assert one.pixels.dtype == other.pixels.dtype == torch.float16
+        assert torch.equal(one.pixels, other.pixels)
+        assert torch.equal(one.pool.data, other.pool.data)
+    loaded.close()
     # Latents are never resized: the U-Net gets as many levels as they can be halved, and no flips.
     name, recipe = named_recipe("auto", found, accelerated=True)
     assert (name, recipe.augmentation) == ("imagefolder", 0.0)
@@ -212,6 +223,21 @@ def test_hostile_safetensors_files_are_refused_before_their_data_are_read(entry,
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
     with pytest.raises(ValueError, match=problem):
         open_tensors(tmp_path / "a.safetensors")
+
+
+def test_a_changed_or_hostile_scaling_in_a_run_is_refused(points, tmp_path):
+    record = json.loads((points.path / "config.json").read_text())
+    record.pop("checksum")
+    for change, problem in (
+        ({"mean": [1.0], "std": [1.0]}, "its shape is"),
+        ({"std": [-1.0, 1.0]}, "its scaling is damaged"),
+        ({"mean": "no"}, "its scaling is damaged"),
+        ({"dtype": "int8"}, "its scaling is damaged"),
+    ):
+        manifest = record["manifest"] | {"scaling": record["manifest"]["scaling"] | change}
+        (tmp_path / "config.json").write_text(json.dumps(record | {"manifest": manifest}))
+        with pytest.raises(ValueError, match=rf"config\.json cannot be used: {problem}"):
+            sf.Run(tmp_path).model()
 
 
 def test_an_npz_beyond_the_memory_budget_is_refused_with_the_remedy(tmp_path):

@@ -26,7 +26,7 @@ FLOATS = tuple(np.dtype(name) for name in ("float16", "float32", "float64"))
 """Dtypes of data that are not images."""
 CHUNK_BYTES = 16 * 2**20
 """Bytes to read at a time when all of a set is needed."""
-CHANNEL_LIMIT = 2**16
+CHANNEL_LIMIT = 2**15
 """Most channels: their means and deviations are part of a run's config.json."""
 NUMBER_LIMIT = 2**28
 """Most numbers in a sample."""
