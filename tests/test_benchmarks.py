@@ -2,10 +2,9 @@
 
 import importlib
 import json
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 import stablefield as sf
+from forks import Fork
 from stablefield._cost import measure_cost, measure_step, measure_transformer, paired
 from stablefield.cli.bench import Bench
 from stablefield.cli.verbs import parse
@@ -58,7 +58,7 @@ def test_pairs_report_the_median_of_the_ratios() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to reset the peak of memory")
-def test_peak_memory_is_what_the_work_holds_at_a_time() -> None:
+def test_peak_memory_is_what_the_work_holds_at_a_time(fork: Callable[..., Fork]) -> None:
     # In a process of its own, as `bench` is: what the tests before have left to the allocator is no part of the claim.
     # The kernel's count is of the whole process, so it errs upwards: the smallest of three is the work's.
     program = """
@@ -71,7 +71,9 @@ def work():
 
 print(min(peak_bytes(work, torch.device("cpu")) for _ in range(3)))
 """
-    found = int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+    process = fork(program)
+    assert process.wait() == 0, process.stderr
+    found = int(process.stdout)
     assert 0.95 * 4 * 2**24 < found < 1.5 * 4 * 2**24
 
 
@@ -176,11 +178,11 @@ def test_sanity_is_the_frechet_distance_of_the_two_parts(monkeypatch: pytest.Mon
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_the_gpu_benchmark_says_that_it_needs_one() -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "digits"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1
+def test_the_gpu_benchmark_says_that_it_needs_one(fork: Callable[..., Fork]) -> None:
+    run = "import runpy, sys; sys.path.insert(0, sys.argv[1]); "
+    run += "sys.argv[:] = ['gpu.py', 'digits']; runpy.run_path(sys.path[0] + '/gpu.py', run_name='__main__')"
+    done = fork(run, ROOT / "benchmarks")
+    assert done.wait() == 1
     assert "needs a CUDA device" in done.stderr
 
 

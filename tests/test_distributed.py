@@ -1,16 +1,16 @@
 """Ranks of one process and of several, and the reports of long waits."""
 
-import os
 import re
 import socket
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from forks import Fork, Server
 from stablefield._distributed import Ranks
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "stablefield"
@@ -75,29 +75,16 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def reports(what: str) -> list[str]:
-    """What two processes report, started as torchrun does it, with the store in a third."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    environment = {**os.environ, **place, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
-    store = subprocess.Popen([sys.executable, "-c", STORE, place["MASTER_PORT"]], stdout=subprocess.PIPE)
-    try:
-        assert store.stdout is not None
-        store.stdout.readline()
-        started = [
-            subprocess.Popen(
-                [sys.executable, "-c", LATE, what],
-                env={**environment, "RANK": str(rank), "STORE": str(store.pid)},
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        told = [process.communicate(timeout=120)[0] for process in started]
-        assert [process.returncode for process in started] == [0, 0], told
-    finally:
-        store.kill()
-        store.communicate()
-    return told
+def start(server: Server, what: str) -> list[Fork]:
+    """Start two processes as torchrun does it, and a third, which comes first, with the store."""
+    port = free_port()
+    store = server.start(STORE, [port], None, {})
+    until = time.monotonic() + 60
+    while "listening" not in store.stdout and time.monotonic() < until:
+        time.sleep(0.01)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    group = {**place, "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo", "STORE": str(store.pid)}
+    return [store, *(server.start(LATE, [what], None, {**group, "RANK": str(rank)}) for rank in range(2))]
 
 
 def test_one_process_exchanges_with_nobody() -> None:
@@ -131,11 +118,17 @@ def test_the_core_works_where_torch_was_built_without_torch_distributed() -> Non
 
 
 @pytest.fixture(scope="module")
-def both() -> dict[str, list[str]]:
+def both(_fork_server: Server) -> dict[str, list[str]]:
     """The reports of a rank that is late and of a store that is stopped, which are waited for together."""
-    names = ("late", "stopped")
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(reports, names), strict=True))
+    started = {what: start(_fork_server, what) for what in ("late", "stopped")}
+    try:
+        for _, *ranks in started.values():
+            assert [rank.wait() for rank in ranks] == [0, 0], [rank.stderr for rank in ranks]
+    finally:
+        for processes in started.values():
+            for process in processes:
+                process.kill()
+    return {what: [rank.stdout for rank in ranks] for what, (_, *ranks) in started.items()}
 
 
 @pytest.mark.slow

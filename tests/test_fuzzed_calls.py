@@ -231,6 +231,8 @@ SIT_GOOD = {
     "input_size": either(8, (4, 8)), "patch_size": either(2), "channels": either(1), "classes": either(0, 3),
     "learn_sigma": FLAG, "checkpointing": FLAG, "generator": GENERATOR,
 }  # fmt: skip
+UNET_SMALL = ("base_channels", "multipliers", "blocks")
+"""Without them, a network of 50 million weights would be drawn."""
 TARGET_GOOD = {
     "references": either(
         lambda s: sf.InBatch(),
@@ -637,8 +639,8 @@ CASES = {
         lambda s: networks.SongUNet,
         {**UNET_GOOD, "fourier": FLAG, "residual_input": FLAG, "taps": either((1, 1), (1, 3, 3, 1))},
     ),
-    "SongUNet.ddpmpp": Case(lambda s: networks.SongUNet.ddpmpp, UNET_GOOD),
-    "SongUNet.ncsnpp": Case(lambda s: networks.SongUNet.ncsnpp, UNET_GOOD),
+    "SongUNet.ddpmpp": Case(lambda s: networks.SongUNet.ddpmpp, UNET_GOOD, needed=UNET_SMALL),
+    "SongUNet.ncsnpp": Case(lambda s: networks.SongUNet.ncsnpp, UNET_GOOD, needed=UNET_SMALL),
     "SongUNet.forward": Case(
         lambda s: networks.SongUNet.ddpmpp(8, 1, 32, (1,), 1, classes=3).forward,
         {

@@ -45,7 +45,12 @@ FLOORS = [
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 # A target is made for a process, which imports nothing of targets.
 # A run is exported by a method of its own, which imports the exporter when it is called.
-EXCEPTIONS = {("targets", "stablefield.diffusion._process"), ("training", "stablefield.interop._export")}
+# A run may begin with weights of other programs, and the reader of their files is imported when there is such a file.
+EXCEPTIONS = {
+    ("targets", "stablefield.diffusion._process"),
+    ("training", "stablefield.interop._export"),
+    ("training", "stablefield.interop._published"),
+}
 
 
 def module_name(path, source):

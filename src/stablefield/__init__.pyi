@@ -73,8 +73,8 @@ from stablefield.targets._stable_target import StableTarget as StableTarget
 from stablefield.targets._target import Target as Target
 from stablefield.training._compare import compare as compare
 from stablefield.training._run import Run as Run
-from stablefield.training._run import train as train
 from stablefield.training._run_probe import probe as probe
+from stablefield.training._train import train as train
 
 from . import (
     data as data,

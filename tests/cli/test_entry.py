@@ -1,5 +1,6 @@
 """The end of a program: with its status, after what was registered for its end, and without an abort of one of several."""
 
+import json
 import os
 import runpy
 import subprocess
@@ -13,87 +14,99 @@ from stablefield.cli import entry, verbs
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="forks, with gloo on the interface lo")
 
-# One import for all pairs of processes: each pair is forked. What they run is a verb that talks to the other and, as torch
-# does where it compiles, keeps the group alive. Threads that wait for the interpreter wait long, so that one that is torn
-# down around them aborts in about a quarter of the pairs.
+# One import for all pairs of processes of all cases: each pair is forked. What they run is a verb that talks to the other
+# and, as torch does where it compiles, keeps the group alive. Threads that wait for the interpreter wait long, so that one
+# that is torn down around them aborts in about a quarter of the pairs.
 PAIRS = """
-import atexit, os, sys, threading, time
+import atexit, json, os, sys, threading, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
 from stablefield.cli import entry, verbs
 
-folder, pairs, size, status = Path(sys.argv[1]), *map(int, sys.argv[2:])
 torch.set_num_threads(1)
 keep = []
 
-def write_late(name):
+def write_late(path):
     time.sleep(0.2)
-    (folder / name).write_text("in a group" if dist.is_initialized() else "alone")
+    path.write_text("in a group" if dist.is_initialized() else "alone")
 
 class Verb:
+    def __init__(self, status):
+        self.status = status
+
     def run(self):
         for _ in range(3):
             dist.all_reduce(torch.ones(3))
-        if status == 1:
+        if self.status == 1:
             raise OSError("the disk is gone")
-        if status == 3:
+        if self.status == 3:
             raise SystemExit("words")
-        return status
+        return self.status
 
-verbs.parse = lambda arguments: Verb()
-codes = set()
-for pair in range(pairs):
-    children = []
-    for rank in range(size):
-        child = os.fork()
-        if child == 0:
-            os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
-            sys.setswitchinterval(10)
-            dist.init_process_group("gloo", init_method=f"file://{folder}/store-{pair}", rank=rank, world_size=size)
-            keep.append(dist.group.WORLD)
-            atexit.register(lambda: (folder / f"end-{pair}-{rank}").write_text(str(dist.is_initialized())))
-            threading.Thread(target=write_late, args=(f"thread-{pair}-{rank}",)).start()
-            sys.argv = ["stablefield", "doctor"]
-            entry.program()
-        children.append(child)
-    codes |= {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children}
-print(sorted(codes))
+def start(folder, pair, rank, size, status):
+    child = os.fork()
+    if child:
+        return child
+    os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
+    sys.setswitchinterval(10)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store-{pair}", rank=rank, world_size=size)
+    keep.append(dist.group.WORLD)
+    atexit.register(lambda: (folder / f"end-{pair}-{rank}").write_text(str(dist.is_initialized())))
+    threading.Thread(target=write_late, args=(folder / f"thread-{pair}-{rank}",)).start()
+    verbs.parse = lambda arguments: Verb(status)
+    sys.argv = ["stablefield", "doctor"]
+    entry.program()
+
+for name, (pairs, size, status) in json.loads(sys.argv[2]).items():
+    folder, codes = Path(sys.argv[1], name), set()
+    folder.mkdir()
+    for pair in range(pairs):
+        children = [start(folder, pair, rank, size, status) for rank in range(size)]
+        codes |= {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children}
+    (folder / "codes").write_text(str(sorted(codes)))
 """
+# Pairs, processes in each, and what each is to end with.
+CASES = {"twelve pairs": (12, 2, 0), "four alone": (4, 1, 0), "an error": (2, 2, 1), "words": (2, 2, 3)}
 
 
-def run(folder: Path, *numbers: int) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", PAIRS, str(folder), *map(str, numbers)],
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each case, in which its processes have left what they said and did."""
+    folder = tmp_path_factory.mktemp("ends")
+    done = subprocess.run(
+        [sys.executable, "-c", PAIRS, str(folder), json.dumps(CASES)],
         capture_output=True,
         text=True,
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         check=False,
     )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    return folder
 
 
 @linux
 @pytest.mark.slow
-@pytest.mark.parametrize(("pairs", "size"), [(12, 2), (4, 1)])
-def test_processes_that_succeed_end_without_an_abort_and_after_all_that_they_have_begun(
-    tmp_path: Path, pairs: int, size: int
-) -> None:
-    done = run(tmp_path, pairs, size, 0)
-    assert (done.returncode, done.stdout) == (0, "[0]\n")
-    assert "terminate" not in done.stderr
-    assert [path.read_text() for path in tmp_path.glob("end-*")] == ["False"] * (pairs * size)
-    assert len(list(tmp_path.glob("thread-*"))) == pairs * size
+@pytest.mark.parametrize("name", ["twelve pairs", "four alone"])
+def test_processes_that_succeed_end_without_an_abort_and_after_all_that_they_have_begun(ends: Path, name: str) -> None:
+    pairs, size, _ = CASES[name]
+    folder = ends / name
+    assert (folder / "codes").read_text() == "[0]"
+    assert "terminate" not in (folder / "stderr").read_text()
+    assert [path.read_text() for path in folder.glob("end-*")] == ["False"] * (pairs * size)
+    assert len(list(folder.glob("thread-*"))) == pairs * size
 
 
 @linux
 @pytest.mark.slow
-@pytest.mark.parametrize(("status", "words"), [(1, "the disk is gone"), (3, "words")])
-def test_processes_that_fail_end_with_their_message_and_status(tmp_path: Path, status: int, words: str) -> None:
-    done = run(tmp_path, 2, 2, status)
-    assert (done.returncode, done.stdout) == (0, "[1]\n")
-    assert done.stderr == f"stablefield: {words}\n" * 4
-    assert len(list(tmp_path.glob("end-*"))) == len(list(tmp_path.glob("thread-*"))) == 4
+@pytest.mark.parametrize(("name", "words"), [("an error", "the disk is gone"), ("words", "words")])
+def test_processes_that_fail_end_with_their_message_and_status(ends: Path, name: str, words: str) -> None:
+    folder = ends / name
+    assert (folder / "codes").read_text() == "[1]"
+    assert (folder / "stderr").read_text() == f"stablefield: {words}\n" * 4
+    assert len(list(folder.glob("end-*"))) == len(list(folder.glob("thread-*"))) == 4
 
 
 class Ended(BaseException):

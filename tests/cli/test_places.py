@@ -108,7 +108,7 @@ def test_too_few_images_for_the_samples_are_found_before_anything_is_computed(
     def work(*_: object, **__: object) -> None:
         raise AssertionError("it has begun to work")
 
-    monkeypatch.setattr("stablefield.training._run.resolve_band", work)
+    monkeypatch.setattr("stablefield.training._plan.resolve_band", work)
     number = {"compare": "--samples {}", "train": "--evaluate-every 1 --evaluate-samples {}"}[verb]
     for count, wanted, words in (
         (39, "40", "the data have 39 images"),

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from forks import Fork
 from stablefield.training._run_folder import RunFolder
 
 FLAGS = ["train", "digits", "--device", "cpu", "--steps", "1000000", "--log-every", "1", "--sample-every", "0"]
@@ -22,6 +24,17 @@ from stablefield.cli.entry import program
 from stablefield import _wait_report
 
 _wait_report.PATIENCE = 3.0
+program()
+"""
+# The command, started by a process that ends at once; as nohup has it, without an end by SIGHUP.
+IN_THE_BACKGROUND = """
+import os, signal
+
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+if pid := os.fork():
+    print(pid, flush=True)
+    os._exit(0)
+from stablefield.cli.entry import program
 program()
 """
 
@@ -110,11 +123,11 @@ def test_who_is_awaited_is_told_and_ranks_save_and_end_when_their_launcher_is_ki
 
 
 @pytest.mark.slow
-def test_a_process_without_a_launcher_outlives_who_started_it(tmp_path: Path) -> None:
+def test_a_process_without_a_launcher_outlives_who_started_it(tmp_path: Path, fork: Callable[..., Fork]) -> None:
     run = tmp_path / "run"
-    shell = "trap '' HUP; " + f'"{sys.executable}" -m stablefield {" ".join(FLAGS)} --out "{run}" & echo $! > pid'
-    subprocess.run(["bash", "-c", shell], cwd=tmp_path, env=environment(), check=True, stdout=subprocess.DEVNULL)
-    pid = int((tmp_path / "pid").read_text())
+    starter = fork(IN_THE_BACKGROUND, *FLAGS, "--out", run, cwd=tmp_path)
+    assert starter.wait() == 0
+    pid = int(starter.stdout.split()[0])
     try:
         wait_for(lambda: lines_of(run) > 3, "a step")
         os.kill(pid, signal.SIGHUP)  # ignored, as nohup has it

@@ -1,11 +1,10 @@
 """`stablefield train`: any folder of images, the recipe that fits it, and a run that can be left at any time."""
 
 import json
+import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -45,17 +44,15 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_folder_of_mixed_pictures_trains_without_flags_and_can_be_sampled_after_ctrl_c(
-    photos: Path, tmp_path: Path
+    photos: Path, tmp_path: Path, fork: Callable[..., Fork]
 ) -> None:
-    command = [sys.executable, "-c", "from stablefield.cli.entry import main; main()", "train", str(photos)]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
-        assert child.stdout is not None
-        for line in child.stdout:
-            if line.startswith("run folder"):
-                break
-        child.send_signal(signal.SIGINT)
-        rest = child.stdout.read()
-        assert child.wait(timeout=120) == 130, rest
+    child = fork(COMMAND, "train", photos, cwd=tmp_path)
+    until = time.monotonic() + 120
+    while "run folder" not in child.stdout and child.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGINT)
+    rest, told = child.communicate()
+    assert child.returncode == 130, rest + told
     run = next((tmp_path / "runs").iterdir())
     assert "stopped at step" in rest
     assert f"--resume --out runs/{run.name}" in rest
@@ -203,8 +200,8 @@ def test_flags_that_resume_would_not_heed_are_refused(
 ) -> None:
     out = str(tmp_path / "run")
     assert status("train", str(photos), *QUICK, "--out", out) == 0
-    assert status("train", "--resume", "--out", out, "--steps", "9") == 2
-    assert "--steps with --resume" in capsys.readouterr().err
+    assert status("train", "--resume", "--out", out, "--batch", "9") == 2
+    assert "--batch with --resume" in capsys.readouterr().err
     assert status("train", "--resume", "--out", out) == 0
 
 

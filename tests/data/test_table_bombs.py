@@ -49,10 +49,10 @@ def write(path, columns, **options):
 
 def dictionaries(where):
     """One value for many rows."""
-    yield "shared", write(where / "a.parquet", {"image": shared(PADDED, 750)}), "^750 images$"
-    path = write(where / "b.parquet", {"image": shared(PADDED, 1500)}, store_schema=False)
+    yield "shared", write(where / "a.parquet", {"image": shared(PADDED, 600)}), "^600 images$"
+    path = write(where / "b.parquet", {"image": shared(PADDED, 600)}, store_schema=False)
     assert path.stat().st_size < 1024
-    yield "shared without Arrow's schema", path, "^1500 images$"
+    yield "shared without Arrow's schema", path, "^600 images$"
     path = write(where / "c.parquet", {"image": cells(repeated(PADDED, 100, 3))}, write_batch_size=1)
     yield "shared in cells", path, "^300 images$"
     path = write(where / "d.parquet", {"image": shared(bombs.image_bytes() + bytes(15 * MIB), 8)}, store_schema=False)
@@ -155,9 +155,9 @@ def saved(where):
         (place / "dataset_info.json").write_text("{}")
         return place
 
-    yield "Arrow's dictionary", folder("a", shared(PADDED, 750)), "^750 images$"
+    yield "Arrow's dictionary", folder("a", shared(PADDED, 600)), "^600 images$"
     for codec in ("zstd", "lz4"):
-        yield f"Arrow with {codec}", folder(f"v{codec}", repeated(PADDED, 60, 40), compression=codec), "is compressed"
+        yield f"Arrow with {codec}", folder(f"v{codec}", repeated(PADDED, 60, 10), compression=codec), "is compressed"
         yield (
             f"a dictionary with {codec}",
             folder(f"d{codec}", shared(PADDED, 1500), compression=codec),

@@ -149,8 +149,8 @@ def test_the_waits_of_a_step_are_few_and_do_not_grow(seen: dict[str, dict[str, A
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_sampler_waits_once_for_each_evaluation(seen: dict[str, dict[str, Any]], name: str) -> None:
-    few, many = (seen["samplers"][name][steps] for steps in ("4", "12"))
-    assert looks(many) - looks(few) == 8 * SAMPLERS[name]
+    few, many = (seen["samplers"][name][steps] for steps in ("3", "7"))
+    assert looks(many) - looks(few) == 4 * SAMPLERS[name]
     assert copies(many) == copies(few) == 0
     assert seen["samplers"][name]["gap"] < 1e-5
 

@@ -15,6 +15,8 @@ class GaussianMixture:
 
     def _log_parts(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Logarithms of weights times densities, and variances, (K, B) each: fast, since samplers call it often."""
+        if bool((sigma == sigma[0]).all()):
+            sigma = sigma[:1]  # one level for all rows, as samplers have it: a third of the time
         variance = self.scales[:, None] ** 2 + sigma.double() ** 2
         x, d = x.double(), x.shape[1]
         square = (x * x).sum(1) - 2 * self.means @ x.T + self.means.square().sum(1, keepdim=True)
@@ -25,6 +27,8 @@ class GaussianMixture:
         log, variance = self._log_parts(x, sigma)
         # The mean of mode k is (1 - kept) mean_k + kept x.
         share, kept = torch.softmax(log, 0), self.scales[:, None] ** 2 / variance
+        if kept.shape[1] == 1:
+            return share.T @ ((1 - kept) * self.means) + (kept.T @ share).T * x.double()
         return (share * (1 - kept)).T @ self.means + (share * kept).sum(0)[:, None] * x.double()
 
     def log_prob(self, x: Tensor, sigma: float) -> Tensor:

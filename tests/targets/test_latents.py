@@ -1,10 +1,13 @@
 """Pools of latents: drawn anew, flipped, for rows without a label, with conditions; against float64, and what is refused."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
 import stablefield as sf
+from stablefield.targets._moments import Moments, check_distances
 
 N, SHAPE = 60, (2, 4, 4)
 
@@ -142,11 +145,15 @@ def test_of_a_million_draws_none_is_refused(rng: torch.Generator) -> None:
     for dim in (1, 3, 100):
         mean = torch.zeros(2, dim)
         pool = sf.Pool.from_moments(mean, torch.tensor([[1.0], [0.0]]).expand(2, dim).contiguous())
+
+        def far(x0: Tensor, index: Tensor, moments: Moments = pool._moments[0]) -> None:
+            check_distances(moments.distance(x0, index), index, x0.shape[1])
+
         for _ in range(4):
             x0 = torch.randn(1_000_000 // (4 * dim), dim, generator=rng)
-            pool._moments[0].check(x0, torch.zeros(len(x0), dtype=torch.long))
+            far(x0, torch.zeros(len(x0), dtype=torch.long))
         with pytest.raises(ValueError, match="std is 0 "):
-            pool._moments[0].check(x0[:1], torch.ones(1, dtype=torch.long))
+            far(x0[:1], torch.ones(1, dtype=torch.long))
 
 
 @pytest.mark.parametrize(
@@ -196,8 +203,13 @@ def test_only_a_pool_of_moments_can_be_refreshed() -> None:
     [
         (lambda rows, k: torch.zeros(len(rows)), r"returned \(8,\) and torch.float32 for 8 rows and \d+ references"),
         (lambda rows, k: 0.0, "returned float"),
+        (lambda rows, k: torch.where(k == 15, torch.nan, 0.0).expand(len(rows), -1), "row 0 holds NaN or "),
+        (lambda rows, k: torch.where((k == 15) & (rows[:, None] == 3), torch.inf, 0.0), "row 3 holds NaN or "),
         (lambda rows, k: torch.zeros(len(rows), len(k)).long(), "torch.int64"),
-        (lambda rows, k: torch.full((len(rows), len(k)), -torch.inf), "of the row's own sample: it has that condition"),
+        (
+            lambda rows, k: torch.full((len(rows), len(k)), -torch.inf),
+            "row 0 and of its own sample is -inf: return a ",
+        ),
     ],
 )
 def test_likelihoods_that_are_none_are_refused(likelihood: object, message: str, rng: torch.Generator) -> None:
@@ -229,3 +241,70 @@ def test_what_is_drawn_or_conditioned_cannot_be_compiled(
         seen = labels[:8] if pool.labels is not None else None
         with pytest.raises(ValueError, match=message):
             sf.StableTarget(sf.EDM(), references=pool)(data[:8], x_t, 1.0, seen, index, **more)
+
+
+@pytest.mark.parametrize("constant", [0.0, -1e3, -1e5, 1e7])
+def test_a_constant_of_the_row_does_not_show_in_a_likelihood(constant: float, rng: torch.Generator) -> None:
+    data = torch.randn(50, 3, generator=rng)
+    table = torch.randn(8, 50, generator=rng, dtype=torch.float64)
+    x_t = data[:8] + torch.randn(8, 3, generator=rng)
+    target = sf.StableTarget(sf.EDM(), references=sf.Pool(data))
+    found = target(
+        data[:8],
+        x_t,
+        1.0,
+        index=torch.arange(8),
+        approximate_log_likelihood=lambda rows, k: table[rows][:, k] + constant,
+    )
+    torch.testing.assert_close(found.x0.double(), plain(x_t, 1.0, data, table), rtol=0, atol=2e-6)
+
+
+def test_the_single_sample_target_takes_a_likelihood_and_does_not_use_it(rng: torch.Generator) -> None:
+    x0 = torch.randn(4, 3, generator=rng)
+    found = sf.DenoisingTarget(sf.EDM())(x0, x0 + 1, 1.0, approximate_log_likelihood=lambda rows, k: None)
+    assert torch.equal(found.x0, x0)
+
+
+@pytest.mark.parametrize("way", ["copied", "inference"])
+def test_a_refresh_is_noticed_by_copies_and_tensors_without_a_counter(
+    way: str, latents: dict[str, Tensor], rng: torch.Generator
+) -> None:
+    index, noise = torch.arange(8), torch.randn(8, *SHAPE, generator=rng)
+    x0 = latents["mean"][:8]
+    with torch.inference_mode(way == "inference"):
+        pool = sf.Pool.from_moments(latents["mean"], latents["std"])
+        pool.refresh()
+        sf.StableTarget(sf.EDM(), references=pool)(x0, x0 + 2 * noise, 2.0, index=index)
+        pool = copy.deepcopy(pool) if way == "copied" else pool
+        pool.refresh()
+        found = sf.StableTarget(sf.EDM(), references=pool)(x0, x0 + 2 * noise, 2.0, index=index).x0
+    fresh = sf.Pool.from_moments(latents["mean"], latents["std"])
+    fresh.refresh(2)
+    assert torch.equal(found, sf.StableTarget(sf.EDM(), references=fresh)(x0, x0 + 2 * noise, 2.0, index=index).x0)
+
+
+def test_a_compiled_target_over_latents_drawn_anew_is_the_eager_one(
+    latents: dict[str, Tensor], rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        pool = sf.Pool.from_moments(latents["mean"], latents["std"], dtype=dtype)
+        x0 = latents["mean"][:8] + latents["std"][:8] * torch.randn(8, *SHAPE, generator=rng)
+        call = (x0, x0 + 3 * torch.randn(8, *SHAPE, generator=rng), 3.0, None, torch.arange(8))
+        target = sf.StableTarget(sf.EDM(), references=pool)
+        eager = target(*call)
+        with monkeypatch.context() as patch:
+            patch.setattr("stablefield.targets._engine.query.readable", lambda device: False)
+            static = target(*call)
+        torch.testing.assert_close(static.x0, eager.x0, rtol=0, atol=1e-5)
+        assert eager.ess.max() > 1.05
+
+
+def test_half_precision_gives_a_row_drawn_anew_no_advantage(rng: torch.Generator) -> None:
+    """Two equal latents with less spread than bfloat16 resolves: neither has more weight."""
+    mean, std = torch.full((2, 6), 1.003), torch.full((2, 6), 1e-4)
+    target = sf.StableTarget(sf.EDM(), references=sf.Pool.from_moments(mean, std, dtype=torch.bfloat16))
+    index = torch.arange(2).repeat(500)
+    x0 = mean[index] + std[index] * torch.randn(1000, 6, generator=rng)
+    found = target(x0, x0 + 2e-3 * torch.randn(x0.shape, generator=rng), 2e-3, index=index)
+    assert found.source_weight is not None
+    assert float(found.source_weight.mean()) == pytest.approx(0.5, abs=0.02)

@@ -249,3 +249,40 @@ def test_rows_use_references_from_the_level_of_their_label(rng: torch.Generator)
     free = sf.StableTarget(sf.EDM(), references=sf.Pool(data), noise_band=band)
     x_t = x0 + band.level * 0.9 * torch.randn(x0.shape, generator=rng)
     assert torch.equal(free(x0, x_t, 0.9 * band.level, index=index).x0, x0)
+
+
+def test_flipped_samples_compete_as_others_do(rng: torch.Generator) -> None:
+    data, flipped = torch.randn(300, 8, generator=rng), torch.randn(300, 8, generator=rng)
+    both = sf.pick_noise_band(sf.Pool(torch.cat([data, flipped])), rows=600)
+    band = sf.pick_noise_band(sf.Pool(data, flipped=flipped), rows=600)
+    assert band.level == pytest.approx(both.level, rel=0.012)
+    assert band.level < sf.pick_noise_band(sf.Pool(data), rows=600).level
+    # A flipped sample that is nearly the sample competes at every level.
+    assert sf.pick_noise_band(sf.Pool(data, flipped=data + 1e-6)).level < 1e-5
+    labels = torch.arange(300) % 3
+    named = sf.pick_noise_band(sf.Pool(data, labels=labels, flipped=flipped), rows=600)
+    together = sf.pick_noise_band(sf.Pool(torch.cat([data, flipped]), labels=labels.repeat(2)), rows=600)
+    assert named.by_label is not None
+    assert together.by_label is not None
+    assert named.by_label == pytest.approx(together.by_label, rel=0.2)
+
+
+def test_labels_of_few_samples_in_a_large_pool_have_a_level(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, labels = torch.randn(600, 4, generator=rng), torch.arange(600) % 100
+    whole = sf.pick_noise_band(sf.Pool(data, labels=labels))
+    monkeypatch.setattr("stablefield.targets._band._REFERENCES", 60)
+    few = sf.pick_noise_band(sf.Pool(data, labels=labels))
+    assert few.by_label is not None
+    assert max(few.by_label) < math.inf
+    assert few.by_label == pytest.approx(whole.by_label, rel=0.012)
+    # A part of a set says nothing of the labels of the others.
+    assert sf.pick_noise_band(sf.Pool(data, labels=labels), total=1200).by_label is None
+    drawn = sf.pick_noise_band(sf.Pool(data, labels=labels, label_size=2))
+    assert drawn.by_label is not None
+    assert whole.by_label is not None
+    assert all(a > b for a, b in zip(drawn.by_label, whole.by_label, strict=True))
+    assert drawn.level > whole.level
+    monkeypatch.setattr("stablefield.targets._band._MOST_LABELS", 50)
+    assert sf.pick_noise_band(sf.Pool(data, labels=labels)).by_label is None

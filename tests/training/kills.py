@@ -33,7 +33,7 @@ RECIPE = dataclasses.replace(
     sample_every=0,
     ema_snapshot_every=15,
     keep_every=15,
-    network=SongUNetConfig(base_channels=8, multipliers=(1, 2), blocks=1, dropout=0.1),
+    network=SongUNetConfig(base_channels=8, multipliers=(1,), blocks=1, dropout=0.1),
 )
 
 

@@ -1,9 +1,11 @@
 """Memory that a step has freed is there for the next one, without the system clearing it again."""
 
-import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
+
+from forks import Fork
 
 PROGRAM = """
 import resource
@@ -26,9 +28,10 @@ print(done, usual, faults())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_freed_memory_is_kept() -> None:
-    printed = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True).stdout
-    done, usual, kept = printed.split()
+def test_freed_memory_is_kept(fork: Callable[..., Fork]) -> None:
+    process = fork(PROGRAM)
+    assert process.wait() == 0, process.stderr
+    done, usual, kept = process.stdout.split()
     if done == "False":
         pytest.skip("another C library than glibc")
     assert int(kept) < 0.01 * int(usual)

@@ -13,14 +13,15 @@ from safetensors.numpy import save_file
 
 import stablefield as sf
 from stablefield.cli.entry import main
+from stablefield.cli.extractors import ExtractorFlags
 from stablefield.data._packed import open_tensors
 from stablefield.data._scaling import Scaling
 from stablefield.probing._probe import probe_data
 from stablefield.sampling._noise import SampleNoise
 from stablefield.training._feed import Feed
+from stablefield.training._plan import make_plan
 from stablefield.training._recipe import MLPConfig, Recipe, SongUNetConfig
 from stablefield.training._recipes import named_recipe
-from stablefield.training._run import make_plan
 from stablefield.training._sampler import SamplerOptions
 
 RECIPE = Recipe(
@@ -65,6 +66,18 @@ def test_a_run_keeps_the_scaling_and_draws_the_dtype_of_its_data(points):
     assert scaling.mean == pytest.approx(values.astype(np.float64).mean(0), rel=1e-12)
     assert scaling.std == pytest.approx(values.astype(np.float64).std(0), rel=1e-12)
     assert points.sample(3, device="cpu", steps=2).images.dtype == np.float32
+
+
+def test_a_run_of_points_begins_with_the_weights_of_another_and_its_own_scaling(points, tmp_path):
+    values, labels = mixture(200, seed=1)
+    recipe = dataclasses.replace(RECIPE, steps=1, learning_rate=1e-30)
+    run = sf.train(100 * values, labels=labels, recipe=recipe, init=points, out=tmp_path / "next", device="cpu")
+    assert run.config.scaling.mean == pytest.approx(100 * values.astype(np.float64).mean(0), rel=1e-5)
+    ours, theirs = (one.model(ema).denoiser.state_dict() for one, ema in ((run, "none"), (points, "half-life")))
+    for name, value in ours.items():
+        assert value == pytest.approx(theirs[name], rel=1e-6), name
+    with pytest.raises(ValueError, match="train on samples of 2, as the source"):
+        sf.train(np.random.randn(99, 3, 2), recipe=dataclasses.replace(recipe, batch=9, conditional=False), init=points)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
@@ -303,6 +316,15 @@ def test_an_export_undoes_the_scaling(format, points, tmp_path):  # noqa: A002
     drawn = pipe(latents=latents, class_labels=[0, 1, 0, 1], num_inference_steps=6).images
     expected = points.sample(4, device="cpu", steps=6).images
     assert drawn.numpy() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_the_extractor_by_default_is_inception_for_images_or_with_a_file_and_the_values_of_float_data():
+    flags = ExtractorFlags()
+    assert [flags.named(floating=floating) for floating in (False, True)] == ["inception", "pixels"]
+    assert flags.named(floating=False, usual="random") == "random"
+    named = ExtractorFlags(extractor_file=Path("network.pt"))
+    named.check()
+    assert named.named(floating=False, usual="random") == "inception"
 
 
 def status(line: str) -> int | str | None:

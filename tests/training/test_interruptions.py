@@ -164,7 +164,7 @@ def test_any_damage_to_a_checkpoint_is_seen(tmp_path: Path, name: str, damage: s
 
 
 def test_gradients_that_are_not_finite_are_mended_where_the_recipe_says_so(tmp_path: Path) -> None:
-    from stablefield.training import _stepper as stepper
+    from stablefield.training import _model
 
     class Broken(torch.nn.Linear):
         def forward(self, input):  # noqa: A002
@@ -174,7 +174,7 @@ def test_gradients_that_are_not_finite_are_mended_where_the_recipe_says_so(tmp_p
             return y
 
     run = start(tmp_path / "run", dataclasses.replace(SMALL, steps=4, nan_to_num=True, max_grad_norm=float("inf")))
-    found = stepper.build_denoiser
+    found = _model.build_denoiser
 
     def broken(config):
         model = found(config)
@@ -182,6 +182,6 @@ def test_gradients_that_are_not_finite_are_mended_where_the_recipe_says_so(tmp_p
         return model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stepper, "build_denoiser", broken)
+        patch.setattr(_model, "build_denoiser", broken)
         go(run)
     assert all(v.isfinite().all() for v in load_file(run.checkpoint(4) / "model.safetensors").values())

@@ -234,7 +234,7 @@ def test_processes_agree_on_a_plan_without_sending_each_other_the_images(monkeyp
         values[:] = pickle.loads(sent[-1])
 
     monkeypatch.setattr("torch.distributed.broadcast_object_list", broadcast)
-    monkeypatch.setattr("stablefield.training._run.place", lambda _: (torch.device("cpu"), Ranks(0, 2)))
+    monkeypatch.setattr("stablefield.training._plan.place", lambda _: (torch.device("cpu"), Ranks(0, 2)))
     shared = sf.training.make_plan(digits, TINY)
     assert shared.data is digits
     assert [(shared.config, shared.references, shared.noise_band)] == pickle.loads(sent[0])

@@ -58,7 +58,7 @@ class ExtractorFlags:
                 f"--extractor {self.extractor} needs --extractor-file: the TorchScript file of the network, which this "
                 "package does not include."
             )
-        if self.extractor in ("auto", "pixels", "random") and self.extractor_file is not None:
+        if self.extractor in ("pixels", "random") and self.extractor_file is not None:
             raise ValueError(
                 f"--extractor-file {self.extractor_file}: --extractor {self.extractor} reads no file; pass inception, "
                 "dinov2 or torchscript."
@@ -67,8 +67,12 @@ class ExtractorFlags:
             raise ValueError(f"--extractor-size is {self.extractor_size}: pass a positive number of pixels.")
 
     def named(self, *, floating: bool, usual: Name = "inception") -> Name:
-        """The name of the extractor for float data or images; `usual` is that of "auto" for images."""
-        return self.extractor if self.extractor != "auto" else "pixels" if floating else usual
+        """The name of the extractor for float data or images; `usual` is that of "auto" for images without a file."""
+        if self.extractor != "auto":
+            return self.extractor
+        if self.extractor_file is not None:
+            return "inception"
+        return "pixels" if floating else usual
 
     def open(
         self, shape: tuple[int, ...], device: torch.device, *, floating: bool = False, usual: Name = "inception"

@@ -38,6 +38,8 @@ _SAME = {
     "--references": "--refs --num-references",
     "--overwrite": "--force",
     "--dry-run": "--dryrun",
+    "--time": "--max-time --time-limit --time-budget --max-train-time --duration",
+    "--init": "--init-from --pretrained --finetune --fine-tune --finetune-from --transfer",
     "--compile": "--torch-compile",
     "--extractor": "--features",
     "--max-images": "--images --num-images --max-samples",

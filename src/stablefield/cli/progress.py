@@ -139,12 +139,13 @@ class TrainingBar:
         self._loss = report.loss if self._loss is None else self._loss + blend * (report.loss - self._loss)
         self._share += blend * (report.share_removed - self._share)
         self._target += blend * (report.target_share - self._target)
+        self._steps = report.steps or self._steps
         speed = report.images_per_second
         rate, removed = f"{speed:{',.0f' if speed >= 10 else '.1f'}}", round(100 * self._share)
         text = f"{rate} img/s loss {self._loss:.3f} variance {removed}% less"
         cost = f" target {self._target:.0%}"
         roomy = console.width >= _ROOMY
-        self._bar.update(self._task, completed=report.step, text=text + cost if roomy else text)
+        self._bar.update(self._task, total=self._steps, completed=report.step, text=text + cost if roomy else text)
         now = time.monotonic()
         if not console.is_terminal and (now - self._last_line > _QUIET or report.step == self._steps):
             self._last_line = now

@@ -18,9 +18,10 @@ from stablefield.cli.sources import DataFlags, print_reading
 from stablefield.data._image_set import ImageSet
 from stablefield.diffusion._noise_levels import LogUniform
 from stablefield.diffusion._process import VE
+from stablefield.training._plan import place
 from stablefield.training._recipe import DiffusersUNetConfig, Recipe, SongUNetConfig
 from stablefield.training._recipes import RECIPES, imagefolder, largest_resolution, named_recipe, sit, unet2d
-from stablefield.training._run import place
+from stablefield.training._weight_source import WeightSource, side_of
 
 __all__ = ["BASES", "Chosen", "RecipeFlags", "TrainingFlags", "base_of"]
 
@@ -110,8 +111,11 @@ class TrainingFlags(DataFlags):
         """
         self.config.check(self.recipe, self.data)
 
-    def chosen(self) -> "Chosen":
+    def chosen(self, source: WeightSource | None = None) -> "Chosen":
         """Open the data, and apply the flags to the recipe that --recipe names or that suits them.
+
+        Args:
+            source: the source of the first weights, whose recipe is the default if it is a run's.
 
         Raises:
             ValueError: if the data are missing or cannot be opened, or a flag does not fit.
@@ -123,9 +127,14 @@ class TrainingFlags(DataFlags):
         with ranks.rank_0_first("to open the data"):
             if ranks.first:
                 self.check()
-            data = self.open(limit=largest_resolution(self.recipe, accelerated=accelerated))
+            side = side_of(source) if self.recipe == "auto" else None
+            data = self.open(limit=side or largest_resolution(self.recipe, accelerated=accelerated))
         print_reading(data)
-        name, base = named_recipe(self.recipe, data, accelerated=accelerated)
+        theirs = source.recipe_for(data) if source is not None and self.recipe == "auto" else None
+        if source is not None and theirs is not None:
+            name, base = f"that of {source.path}", theirs
+        else:
+            name, base = named_recipe(self.recipe, data, accelerated=accelerated)
         recipe, notes = self.config.on(base, data.shape if self.resolution else None)
         return Chosen(data, name, base, recipe, notes, device)
 

@@ -9,8 +9,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import tyro
 from rich.markup import escape
 
 from stablefield._distributed import Ranks
@@ -27,10 +29,15 @@ from stablefield.report._cells import duration
 from stablefield.training._estimate import estimate_run
 from stablefield.training._loop import Tracker, check_tracker
 from stablefield.training._observers import FrechetObserver, Reading, SelfCheck, check_samples
+from stablefield.training._pace import clock
+from stablefield.training._plan import Plan, make_plan, place
 from stablefield.training._recipe import Recipe
 from stablefield.training._recipes import RECIPES
-from stablefield.training._run import Run, make_plan, place, train
-from stablefield.training._run_folder import RunFolder
+from stablefield.training._run import Run
+from stablefield.training._run_folder import RunConfig, RunFolder
+from stablefield.training._time_budget import seconds_of
+from stablefield.training._train import train
+from stablefield.training._weight_source import open_weights
 
 __all__ = ["Train"]
 
@@ -42,8 +49,14 @@ class Train(TrainingFlags):
     out: Path | None = None
     """Folder of the run, new or empty; by default runs/DATA-TARGET, with a number if that exists."""
     resume: bool = False
-    """Continue the run in --out from its newest checkpoint, with its own recipe. DATA then names the new place of its data,
-    if they have moved."""
+    """Continue the run in --out from its newest checkpoint, with its own recipe; --steps makes it longer. DATA then names
+    the new place of its data, if they have moved."""
+    init: Annotated[Path | None, tyro.conf.arg(metavar="RUN|FILE")] = None
+    """Begin with the weights of a run (its averaged ones, and its recipe), an export, or a file with a state dict. Prints
+    what is copied. The data may be others, of other classes or of another size if the network takes it."""
+    time: str = ""
+    """Time that the command may take, such as 90s, 10m or 2h, in place of --steps. A few trial steps show how many steps
+    that is; the ramp of the learning rate, the averages, pictures and checkpoints follow, and the run keeps its pace."""
     print: bool = False
     """Show the recipe as Python, and exit."""
     dry_run: bool = False
@@ -71,6 +84,12 @@ class Train(TrainingFlags):
             self.measure.check()
         self._check_samples(None)
         check_tracker(self.tracker)
+        if self.init is not None:
+            open_weights(self.init)
+        if self.time:
+            seconds_of(self.time)
+            if "--steps" in given(self.config.words):
+                raise ValueError(f"--time {self.time} and --steps: give one of the two.")
         if not self.print and not self.dry_run and not self.resume:
             if self.out is not None:
                 RunFolder(self.out).require_unlocked()
@@ -81,39 +100,53 @@ class Train(TrainingFlags):
         """Train with a progress bar, and print the paths of the results."""
         if self.resume:
             return self._resume()
+        began = clock()
         if self.print and not self.data and self.recipe in RECIPES:
             return _print_recipe(*self.config.on(RECIPES[self.recipe]))
-        found = self.chosen()
+        source = None if self.init is None else open_weights(self.init)
+        found = self.chosen(source)
         if self.print:
             return _print_recipe(found.recipe, found.notes)
         self._check_samples(len(found.data))
-        plan = make_plan(found.data, found.recipe, device=found.device)
+        plan = make_plan(found.data, found.recipe, init=self.init, device=found.device)
         console.print(f"recipe:     {found.name} (all of it: --print)")
         for note in found.notes:
             console.print(f"changed:    {note}", markup=False)
         console.print(f"references: {plan.references}")
         if found.recipe.target == "stf":
             console.print(f"noise band: {plan.noise_band}")
+        if plan.config.initial is not None:
+            print_rows(plan.config.initial.rows())
+        if self.time:
+            plan = plan.within(max(1e-3, began + seconds_of(self.time) - clock()), found.device)
+            _print_budget(plan, found.recipe)
         if self.dry_run:
             return print_rows(plan.estimate(found.device).rows())
-        call = partial(train, plan, out=self.out, device=found.device)
-        return self._trained(found.data, found.device, 0, found.recipe.steps, call)
+
+        def call(**options: Any) -> Run:
+            # The observers have taken of the time.
+            left = began + seconds_of(self.time) - clock() if self.time else None
+            return train(dataclasses.replace(plan, seconds=left), out=self.out, device=found.device, **options)
+
+        return self._trained(found.data, found.device, 0, plan.config.recipe.steps, call)
 
     def _resume(self) -> int:
         self._check_nothing_changes()
         if self.out is None:
             raise ValueError("--resume needs --out: name the folder of the run to continue.")
         run = Run(self.out)
+        steps = self._steps()
         if self.print:
-            return _print_recipe(run.config.recipe, ())
+            return _print_recipe(_extended(run, steps).recipe, ())
         self.check()
         device, ranks = place(self.device or None)
         with _held(run, ranks.first and not self.dry_run):
-            _print_where_it_stands(run)
-            config, done = run.config, run.step
+            config, done = _extended(run, steps), run.step
+            _print_where_it_stands(run, config)
             if done >= config.recipe.steps and not self.dry_run:
                 console.print(f"nothing left to do: {done:,} of {config.recipe.steps:,} steps are done.")
-                console.print("A run cannot be extended yet: to train for longer, start a new one with more --steps.")
+                longer = quoted("stablefield", "train", "--resume", "--steps", str(2 * done), "--out", run.path)
+                console.print(f"for longer: {longer}")
                 _print_sampling(run)
                 return 0
             with ranks.rank_0_first("to open the data"):
@@ -121,7 +154,7 @@ class Train(TrainingFlags):
             self._check_samples(len(data))
             if self.dry_run:
                 return print_rows(estimate_run(config, data, device, done).rows())
-            call = partial(run.resume, data=data, device=device)
+            call = partial(run.resume, steps=steps, data=data, device=device)
             return self._trained(data, device, done, config.recipe.steps, call)
 
     def _check_nothing_changes(self) -> None:
@@ -130,16 +163,27 @@ class Train(TrainingFlags):
         Raises:
             ValueError: naming them.
         """
-        changes = [*given(self.config.words), *(["--recipe"] if self.recipe != "auto" else [])]
+        changes = [flag for flag in given(self.config.words) if flag != "--steps"]
+        changes += ["--recipe"] if self.recipe != "auto" else []
         if changes:
             raise ValueError(
-                f"{', '.join(changes)} with --resume: a run continues with its own recipe; leave it out, or start a new run."
+                f"{', '.join(changes)} with --resume: a run continues with its own recipe, and only --steps may change; "
+                "leave it out, or start a new run."
             )
+        if self.init is not None:
+            raise ValueError("--init with --resume: a run continues with its own weights; leave one of the two out.")
+        if self.time:
+            raise ValueError("--time with --resume: a run continues to its last step; give --steps to change it.")
         for name in ("resolution", "resize", "skip_broken"):
             if getattr(self, name) != getattr(type(self), name):
                 raise ValueError(
                     f"--{name.replace('_', '-')} with --resume: a run opens its data as at its start; leave it out."
                 )
+
+    def _steps(self) -> int | None:
+        """The value of --steps, if given."""
+        values = given(self.config.words).get("--steps")
+        return None if values is None else int(values[-1])
 
     def _check_samples(self, images: int | None) -> None:
         if self.evaluate_every:
@@ -183,15 +227,40 @@ def _print_recipe(recipe: Recipe, notes: Sequence[str]) -> int:
     return 0
 
 
-def _print_where_it_stands(run: Run) -> None:
-    newest = run.folder.newest()
+def _extended(run: Run, steps: int | None) -> RunConfig:
+    """The run's configuration, with another number of steps if one is given."""
+    return run.config if steps is None else run.config.extended(run.step, steps)
+
+
+def _print_budget(plan: Plan, recipe: Recipe) -> None:
+    """Print how a run uses its time, in comparison with the recipe."""
+    found = plan.config.recipe
+    left = duration(plan.seconds or 0)
+    console.print(f"time:       {left} left, for about {found.steps:,} steps (the recipe: {recipe.steps:,})")
+    looks = f"a picture every {found.sample_every:,} steps" if found.sample_every else "one picture, at the end"
+    console.print(
+        f"            ramp {found.ramp_images:,} images, half-life of the averages {found.ema_half_life:,.0f}, {looks}"
+    )
+
+
+def _print_where_it_stands(run: Run, config: RunConfig) -> None:
+    newest, before = run.folder.newest(), run.config.recipe
     if newest is None:
         console.print("this run has no checkpoint yet: starting from its first step.")
         return
     for complaint in newest[2]:
         console.print(f"[yellow]skipped:[/] {escape(complaint)}")
-    if newest[1].step < run.config.recipe.steps:
-        console.print(f"continuing from step {newest[1].step:,}")
+    done, after = newest[1].step, config.recipe
+    if done < after.steps:
+        console.print(f"continuing from step {done:,}")
+    if after.steps != before.steps:
+        console.print(f"steps:      {after.steps:,}, instead of {before.steps:,}")
+        rate, usual = (recipe.learning_rate_at(max(0, done - 1)) for recipe in (before, after))
+        if rate < usual:
+            console.print(
+                f"[yellow]note:[/] the learning rate had fallen to {rate:.2g} for the end at step {before.steps:,}; it goes "
+                f"back to {usual:.2g}, and falls over the last {after.decay_share:.0%} of {after.steps:,} steps."
+            )
 
 
 def _print_beginning(run: Run, data: ImageSet) -> None:

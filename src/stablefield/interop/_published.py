@@ -33,7 +33,7 @@ from stablefield.interop._inert import MAX_AXES, Array, Node, RefusedError, Tens
 from stablefield.interop._sit_architecture import SiTArchitecture, infer_sit, is_sit
 from stablefield.interop._weight_files import MAX_TENSORS, read_weight_file
 
-__all__ = ["Preconditionings", "PublishedNetwork", "Scaling", "read_published"]
+__all__ = ["Preconditionings", "PublishedNetwork", "Scaling", "read_published", "read_state"]
 
 Scaling = Literal["edm", "vp", "ve", "flow", "ddpm"]
 """The kind of preconditioning, for files that do not state it: flow for SiT's published weights, ddpm for DiT's."""
@@ -136,6 +136,26 @@ def read_published(path: Path, scaling: Scaling | None = None, heads: int | None
         state=tensors,
         origin=f"{where}; {how}",
     )
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The weights in a file of any network, float32, under their names there. Executes nothing in it.
+
+    Args:
+        path: safetensors, or a `torch.save` file or a pickle of a state dict.
+
+    Raises:
+        RefusedError: naming the content that is not supported.
+        ValueError: if there is no such file.
+    """
+    value, name = read_weight_file(path), plain_text(path.name)
+    try:
+        found, _ = _network(value)
+        _check_sizes(found.tensors, path.stat().st_size)
+        # A state dict may also count batches.
+        return {key: _float32(key, tensor) for key, tensor in found.tensors.items() if tensor.dtype in _FLOATS}
+    except RefusedError as error:
+        raise RefusedError(f"{name} is refused: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -261,8 +261,10 @@ class SongUNet(nn.Module):
 def _height_and_width(resolution: int | Sequence[int]) -> tuple[int, int]:
     if isinstance(resolution, int):
         return resolution, resolution
+    remedy = "the side of square images, or their height and width"
+    check_kind("resolution", resolution, Sequence, remedy)
     if len(resolution) != 2:
-        raise ValueError(f"resolution is {resolution}: pass the side of square images, or their height and width.")
+        raise ValueError(f"resolution is {resolution}: pass {remedy}.")
     return resolution[0], resolution[1]
 
 

@@ -51,6 +51,8 @@ __all__ = ["BiasCheck", "TargetLike", "check_bias", "largest_t"]
 
 # Principal axes among the directions, and samples from which to compute them.
 _AXES, _FOR_AXES = 4, 1024
+# Batches share the computation of their products, whose overhead would count: of at most so many rows and numbers.
+_ROWS, _NUMBERS = 4096, 2**22
 
 
 class TargetLike(Protocol):
@@ -170,8 +172,9 @@ def check_bias(
     count = torch.bincount(place, minlength=len(levels))
     t = process.time(levels)[place].to(device)
     level = process.noise_level(t)
-    sums: list[Tensor] = []
-    for _ in range(batches):
+
+    def drawn() -> tuple[Tensor, Tensor, Tensor | None]:
+        """Residuals of a batch, its rows divided by alpha, and the classes that the network sees."""
         index = _distinct(len(population), batch, generator).to(device)
         flat = matrix.rows(index, matrix.dtype)
         x0 = flat.reshape(batch, *population.data.shape[1:])
@@ -188,12 +191,17 @@ def check_bias(
                 f"the target has shape {tuple(estimate.shape)} for rows of shape {tuple(x0.shape)}, or is not finite: "
                 "return one finite estimate of x0 for each row."
             )
-        residual = (estimate - x0).flatten(1)
-        row = (x_t / per_row(process.alpha(t), x0)).flatten(1)
-        products = directions.products(residual, row, level, seen).double().cpu()
-        total = torch.zeros(len(levels), products.shape[1], dtype=torch.float64).index_add_(0, place, products)
-        sums.append(total / count[:, None])
-    means = torch.stack(sums)
+        return (estimate - x0).flatten(1), (x_t / per_row(process.alpha(t), x0)).flatten(1), seen
+
+    sums: list[Tensor] = []
+    together = max(1, min(_ROWS // batch, _NUMBERS // (batch * population.dim)))
+    for first in range(0, batches, together):
+        residuals, rows, classes = zip(*(drawn() for _ in range(min(together, batches - first))), strict=True)
+        seen = None if labels is None else torch.cat(classes)
+        products = directions.products(torch.cat(residuals), torch.cat(rows), level.repeat(len(rows)), seen)
+        total = torch.zeros(len(rows), len(levels), products.shape[1], dtype=torch.float64)
+        sums.append(total.index_add_(1, place, products.double().cpu().unflatten(0, (len(rows), batch))))
+    means = torch.cat(sums) / count[:, None]
     flat_t, p_value = largest_t(means.flatten(1), false_alarm, generator)
     table = flat_t.reshape(len(levels), -1).T
     top = int(table.abs().argmax())

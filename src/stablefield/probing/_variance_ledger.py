@@ -197,7 +197,7 @@ def measure_ledger(
                 progress(Progress(stage="splitting the variance", done=done + 1, total=groups))
     parts = torch.stack(found)
     row, *terms = _jackknife(parts, _terms)
-    plain, in_batch = _jackknife(torch.stack(whole), _between)
+    plain, in_batch = _between(torch.stack(whole))
     if not (0 < row.value < math.inf and 0 < plain.value < math.inf):
         return None
     measured = plain.value * training.batch / row.value
@@ -228,17 +228,19 @@ _LEVERS = (
 )
 
 
-def _terms(groups: Tensor) -> Tensor:
-    """Variance of a row, and the shares of its terms; from groups (n, 19)."""
-    _, stable, target = _means(groups)
-    terms = torch.stack([stable.level - stable.nothing, stable.cell - stable.level, stable.row - stable.cell, target])
-    return torch.cat([terms.sum()[None], terms / terms.sum()])
+def _terms(means: Tensor) -> Tensor:
+    """Variance of a row, and the shares of its terms, shape (..., 5); from means over groups (..., 19)."""
+    _, stable, target = _split(means)
+    terms = [stable.level - stable.nothing, stable.cell - stable.level, stable.row - stable.cell, target]
+    found = torch.stack(terms, -1)
+    whole = found.sum(-1, keepdim=True)
+    return torch.cat([whole, found / whole], -1)
 
 
-def _with_levers(groups: Tensor) -> Tensor:
+def _with_levers(means: Tensor) -> Tensor:
     """Shares of the variance that remain with each of `_LEVERS`, single-sample target and stable target in turn."""
-    variance, *_, removed = _terms(groups)
-    single, stable, _ = _means(groups)
+    variance, *_, removed = _terms(means).unbind(-1)
+    single, stable, _ = _split(means)
     # E[g | t] is the same for both targets; the stable one varies less.
     between = stable.stratum - stable.nothing
     shares: list[Tensor] = []
@@ -246,28 +248,38 @@ def _with_levers(groups: Tensor) -> Tensor:
         again, pair = products.image - products.nothing, 2 * (products.pair - products.nothing)
         with_lever = [plain, plain - between, plain + again, plain + 3 * again, pair, plain + products.reweighted]
         with_lever += [pair - 2 * between, 2 * products.pair_at_level]
-        shares.append(torch.stack(with_lever) / variance)
-    return torch.stack(shares, 1).flatten()
+        shares.append(torch.stack(with_lever, -1) / variance[..., None])
+    return torch.stack(shares, -1).flatten(-2)
 
 
-def _means(groups: Tensor) -> tuple[Products, Products, Tensor]:
+def _split(means: Tensor) -> tuple[Products, Products, Tensor]:
     """Products of the single-sample target and of the stable one, and the square of their difference."""
-    single, stable, target = groups.mean(0).split([len(Products._fields), len(Products._fields), 1])
-    return Products(*single), Products(*stable), target[0]
+    single, stable, target = means.split([len(Products._fields), len(Products._fields), 1], -1)
+    return Products(*single.unbind(-1)), Products(*stable.unbind(-1)), target[..., 0]
 
 
-def _between(batches: Tensor) -> Tensor:
+def _between(batches: Tensor) -> list[Estimate]:
     """Variance between gradients of batches, and that with the last target as a share of it; from (batches, 2, numbers)."""
-    squares = (batches - batches.mean(0)).square().sum((0, 2)) / (len(batches) - 1)
-    return torch.stack([squares[0], squares[1] / squares[0]])
+    count = len(batches)
+    squares = (batches - batches.mean(0)).square().sum(2)
+    whole = squares.sum(0)
+    # Without one batch, the mean moves, too: the sum of squares falls by n / (n - 1) of its square.
+    without = (whole - squares * count / (count - 1)) / (count - 2)
+    single, stable = torch.cat([whole[None] / (count - 1), without]).unbind(1)
+    figures = torch.stack([single, stable / single], 1)
+    return _estimates(figures[0], figures[1:])
 
 
 def _jackknife(parts: Tensor, figures: Callable[[Tensor], Tensor]) -> list[Estimate]:
-    """Figures of independent parts, the first axis, with their standard errors."""
-    count = len(parts)
-    without = torch.stack([figures(torch.cat([parts[:k], parts[k + 1 :]])) for k in range(count)])
+    """Figures of the mean of independent parts, the first axis, with their standard errors."""
+    return _estimates(figures(parts.mean(0)), figures((parts.sum(0) - parts) / (len(parts) - 1)))
+
+
+def _estimates(figures: Tensor, without: Tensor) -> list[Estimate]:
+    """Figures with their standard errors, by the jackknife: from those without each of the parts, the first axis."""
+    count = len(without)
     error = ((without - without.mean(0)).square().sum(0) * (count - 1) / count).sqrt()
-    return [Estimate(value, spread) for value, spread in zip(figures(parts).tolist(), error.tolist(), strict=True)]
+    return [Estimate(value, spread) for value, spread in zip(figures.tolist(), error.tolist(), strict=True)]
 
 
 def _record(estimate: Estimate | None) -> dict[str, float] | None:

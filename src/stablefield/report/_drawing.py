@@ -72,27 +72,27 @@ def write_chart(charts: LineChart | Sequence[LineChart], path: str | Path) -> Pa
         # The canvas draws once; `savefig` draws a second time, for the layout alone.
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
-        small = _with_palette(np.asarray(canvas.buffer_rgba())[..., :3])
+        small = _with_palette(np.asarray(canvas.buffer_rgba()))
     write_atomically(path, lambda temporary: temporary.write_bytes(small))
     return path
 
 
 def _with_palette(picture: NDArray[np.uint8]) -> bytes:
-    """A picture of shape (height, width, 3) as PNG in 256 colours: a third of the bytes, and no difference to be seen."""
+    """An opaque picture (height, width, 4) as PNG in 256 colours: a third of the bytes, and no difference to be seen."""
     from PIL import Image  # which matplotlib itself needs
 
-    drawn, small = Image.fromarray(picture), io.BytesIO()
+    drawn, small = Image.fromarray(picture).convert("RGB"), io.BytesIO()
     few = drawn.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     # Each entry becomes the commonest of its colours, so that the ground and the lines keep exactly theirs.
-    pixels = picture.reshape(-1, 3)
-    colours = pixels.astype(np.int32) @ (1 << 16, 1 << 8, 1)
+    pixels = picture.reshape(-1, 4)
+    colours = pixels.view(">u4")[:, 0]
     # Sort runs of one colour and not pixels, which are a hundred times as many.
-    starts = np.flatnonzero(np.diff(colours, prepend=-1))
+    starts = np.append(0, np.flatnonzero(colours[1:] != colours[:-1]) + 1)
     _, places, run = np.unique(colours[starts], return_index=True, return_inverse=True)
     counts = np.bincount(run, np.diff(starts, append=len(colours)))
     places = starts[places[counts.argsort(kind="stable")]]
     palette = np.zeros((256, 3), np.uint8)
-    palette[np.asarray(few).flat[places]] = pixels[places]
+    palette[np.asarray(few).flat[places]] = pixels[places, :3]
     few.putpalette(palette.tobytes())
     few.save(small, format="PNG", dpi=(DPI, DPI))
     return small.getvalue()
@@ -238,6 +238,7 @@ def _draw(canvas: "FigureBase", chart: LineChart, title: str) -> None:
     lowest = (axes, *tracks)[-1]
     for axis, log, most in ((lowest.xaxis, chart.log_x, 6), (axes.yaxis, chart.log_y, 7)):
         _set_ticks(axis, log, most)
+    _draw_minor_ticks(lowest)
     # Minor ticks of this axis have no size, but each takes time.
     axes.set_yticks([], minor=True)
     axes.grid(axis="y")
@@ -291,6 +292,20 @@ def _set_ticks(axis: "Axis", log: bool, most: int) -> None:
     axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=most))
     axis.set_major_formatter("{x:,g}")
     axis.set_minor_formatter(NullFormatter())
+
+
+def _draw_minor_ticks(axes: "Axes") -> None:
+    """Draw the minor ticks of the x axis as one line: matplotlib's own, twenty objects, take half the time of a chart."""
+    from matplotlib.lines import Line2D
+
+    low, high = axes.get_xlim()
+    places = [place for place in axes.xaxis.get_minorticklocs() if low <= place <= high]
+    axes.set_xticks([], minor=True)
+    look = {"markersize": 2.0, "markeredgewidth": 0.6, "markeredgecolor": LIGHT.ink, "zorder": 2.01}
+    ticks = Line2D(places, [0.0] * len(places), linestyle="", marker=3, clip_on=False, **look)  # TICKDOWN
+    ticks.set_transform(axes.get_xaxis_transform())
+    ticks.set_in_layout(False)
+    axes.add_artist(ticks)
 
 
 def _draw_regions(axes: "Axes", track: "Axes", regions: Sequence[Region]) -> None:

@@ -40,8 +40,10 @@ _REFERENCES = 65_536
 _BINS_PER_OCTAVE = 64
 # Octaves covered below the squared size of the data, where float32 can still resolve a distance, and above it.
 _BELOW, _ABOVE = 18, 6
-# Rows of each label that the probe takes.
-_ROWS_PER_LABEL = 32
+# Rows of each label that the probe takes, and samples of each at least, if it has more.
+_ROWS_PER_LABEL, _FEWEST_OF_LABEL = 32, 256
+# Labels beyond which they have one level, since the probe takes 3 ms for each.
+_MOST_LABELS = 2048
 # Half steps of a bin that the level may lie below the smallest distance and above the largest: a factor of 100.
 _MARGIN = 850
 
@@ -59,7 +61,8 @@ class NoiseBand:
         rows: number of samples from which distances were counted.
         references: number of references to which they were counted.
         nearest: median distance of a row from its nearest reference, in units of the data; infinite without another one.
-        by_label: the level of each label from 0 on, for a pool with labels; infinite for a label of one sample, or of none.
+        by_label: the level of each label from 0 on, for a pool of up to 2,048 labels that is no part of a set (`total`);
+            infinite for a label of one sample, or of none that can be drawn.
         unlabelled: the level of rows without a label, which compete with all references; None for a pool without labels.
     """
 
@@ -128,7 +131,7 @@ def pick_noise_band(
     n = len(pool.data)
     if total is not None and total < n:
         raise ValueError(f"total is {total}, but the pool alone has {n} samples: pass the size of the whole set.")
-    matrix, labels = pool.matrix(device), None if pool.labels is None else pool.labels.to(device)
+    labels = None if pool.labels is None else pool.labels.to(device, torch.long)
     generator = generator or torch.Generator().manual_seed(0)
     weights = None if pool.weights is None else pool.weights.cpu().double()
     # Samples of weight 0 are never references.
@@ -140,10 +143,14 @@ def pick_noise_band(
     if count > _REFERENCES:
         order = torch.randperm(count, generator=generator, device=generator.device).cpu()
         some = possible[order[:_REFERENCES].sort()[0]]
+    matrix = _probed(pool, some, device)
+    sides = len(matrix) // len(some)
+    every = labels
     if len(some) < n:
-        matrix, labels = matrix.take(some.to(device)), None if labels is None else labels[some.to(device)]
-    weights = None if weights is None else weights[some]
-    index, shares = _drawn(len(some), weights, rows, generator)
+        labels = None if labels is None else labels[some.to(device)]
+    labels = None if labels is None else labels.repeat(sides)
+    given, weights = weights, None if weights is None else weights[some].repeat(sides)
+    index, shares = _drawn(len(matrix), weights, rows, generator)
     if not matrix.norms(torch.float32).finite:
         raise ValueError("the Pool's data hold NaN or inf (or overflow when squared): clean the data first.")
     with full_precision(device):
@@ -152,11 +159,14 @@ def pick_noise_band(
         counts, distances = _count(matrix, index.to(device), labels, prior, pool.mirrored)
     # How many references of a training step each counted one represents.
     if weights is None or pool.size is None:
-        others = (pool.size or (total or n) * count / n) - 1
+        taken = pool.size or (total or n) * count / n
     else:  # drawn from all, besides the row's own
-        others = (count - 1) * pool.size / n
-    scale = others / max(1, len(matrix) - 1)
+        taken = (count - 1) * pool.size / n + 1
+    scale = (sides * taken - 1) / max(1, len(matrix) - 1)
     counts = counts * scale
+    if pool.label_size is not None and every is not None and labels is not None:
+        held = torch.bincount(every)[labels[index.to(device)]].cpu()
+        counts = counts * (pool.label_size / held).clamp(max=1)[:, None]
     level = _level(counts, distances, shares, tolerance)
     first = torch.where(counts.sum(1) > 0, distances[(counts > 0).double().argmax(1)], torch.inf)
     band = NoiseBand(
@@ -167,41 +177,64 @@ def pick_noise_band(
         references=len(matrix),
         nearest=_median(first, shares),
     )
-    if labels is None:
+    if labels is None or every is None:
         return band
     with full_precision(device):
         counts, distances = _count(matrix, index.to(device), None, prior, pool.mirrored)
-        if pool.unlabelled_size is not None:
-            scale = pool.unlabelled_size / len(matrix)
-        unlabelled = _level(counts * scale, distances, shares, tolerance)
-        by_label = _levels_by_label(
-            matrix, labels, weights, pool, others / max(1, len(matrix) - 1), tolerance, generator
+        share = 1.0 if pool.unlabelled_size is None else pool.unlabelled_size / n
+        unlabelled = _level(counts * scale * share, distances, shares, tolerance)
+        # A part of a set does not know how many samples the others have of a label.
+        by_label = (
+            None if total is not None else _levels_by_label(pool, every.cpu(), given, device, tolerance, generator)
         )
     return replace(band, by_label=by_label, unlabelled=unlabelled)
 
 
+def _probed(pool: Pool, index: Tensor, device: torch.device) -> ReferenceMatrix:
+    """The samples at `index` (m,), and then their flipped ones, if they are references, too."""
+    matrix = pool.matrix(device)
+    some = matrix if len(index) == len(matrix) else matrix.take(index.to(device))
+    if pool.flipped is None:
+        return some
+    other = ReferenceMatrix(pool.flipped, device)
+    every = torch.arange(len(some), device=device)
+    return ReferenceMatrix(torch.cat([some.stored(every), other.stored(index.to(device))]))
+
+
 def _levels_by_label(
-    matrix: ReferenceMatrix,
+    pool: Pool,
     labels: Tensor,
     weights: Tensor | None,
-    pool: Pool,
-    scale: float,
+    device: torch.device,
     tolerance: float,
     generator: torch.Generator,
-) -> tuple[float, ...]:
-    """The level of each label, from distances among the references of that label."""
-    order = labels.argsort(stable=True).cpu()
+) -> tuple[float, ...] | None:
+    """The level of each label, from distances among the samples of that label; None for too many labels."""
     sizes = torch.bincount(labels).tolist()
+    if len(sizes) > _MOST_LABELS:
+        return None
+    most = max(_FEWEST_OF_LABEL, _REFERENCES // len(sizes))
     found = [math.inf] * len(sizes)
-    for label, members in enumerate(order.split(sizes)):
-        if len(members) < 2:
+    for label, members in enumerate(labels.argsort(stable=True).split(sizes)):
+        members = members if weights is None else members[weights[members] > 0]
+        number = len(members)
+        # One sample that has no flipped one has all the weight at every level.
+        if number * (1 + (pool.flipped is not None)) < 2:
             continue
-        held = None if weights is None else weights[members]
-        rows, shares = _drawn(len(members), held, _ROWS_PER_LABEL, generator)
-        part = matrix.take(members.to(matrix.device))
-        prior = None if held is None else held.to(part.device, wide_dtype(part.device))
-        counts, distances = _count(part, rows.to(part.device), None, prior, pool.mirrored)
-        found[label] = _level(counts * scale, distances, shares, tolerance)
+        if number > most:
+            order = torch.randperm(number, generator=generator, device=generator.device).cpu()
+            members = members[order[:most].sort().values]
+        part = _probed(pool, members, device)
+        sides = len(part) // len(members)
+        held = None if weights is None else weights[members].repeat(sides)
+        rows, shares = _drawn(len(part), held, _ROWS_PER_LABEL, generator)
+        prior = None if held is None else held.to(device, wide_dtype(device))
+        counts, distances = _count(part, rows.to(device), None, prior, pool.mirrored)
+        taken = number if pool.size is None else number * pool.size / len(labels)
+        taken = taken if pool.label_size is None else min(taken, pool.label_size)
+        found[label] = _level(
+            counts * max(0.0, sides * taken - 1) / max(1, len(part) - 1), distances, shares, tolerance
+        )
     return tuple(found)
 
 

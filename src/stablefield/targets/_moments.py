@@ -10,11 +10,11 @@ from torch import Tensor
 
 from stablefield._shapes import check_kind
 
-__all__ = ["Moments"]
+__all__ = ["Moments", "check_distances"]
 
 # Numbers that are drawn at a time: 16 MB in float32.
 _BLOCK = 2**22
-# A draw is refused with a probability of at most e^-36: see `Moments.check`.
+# A draw is refused with a probability of at most e^-36: see `Moments.distance`.
 _FAR = 36.0
 
 
@@ -57,6 +57,7 @@ class Moments:
         """Where the latents are drawn: the tensors' device, the CPU for arrays."""
         return self.mean.device if isinstance(self.mean, Tensor) else torch.device("cpu")
 
+    @torch.no_grad()
     def draw(self, out: Tensor, seed: int) -> None:
         """Write a latent of each sample to `out` (n, ...); the same for the same seed.
 
@@ -75,28 +76,38 @@ class Moments:
             noise = torch.randn(mean.shape, generator=generator, device=self.device)
             out[where].copy_(torch.addcmul(mean, std, noise))
 
-    def check(self, x0: Tensor, index: Tensor) -> None:
-        """Check that rows x0 (B, ...) can be latents of the samples at `index` (B,).
+    def distance(self, x0: Tensor, index: Tensor) -> Tensor:
+        """How far rows x0 (B, ...) are from the means of the samples at `index` (B,).
 
-        Raises:
-            ValueError: if a row is too far from its sample's mean.
+        Returns:
+            Shape (3, B): the squared distance; that which a draw exceeds with a probability below e^-36; and the trace of
+            the variance.
         """
-        if not len(x0):
-            return
         mean, std = (_floats(_taken(value, index)).to(x0.device) for value in (self.mean, self.std))
         gap = (x0.float() - mean).flatten(1)
         # Besides the draw's variance, that of rounding to bfloat16.
         variance = std.flatten(1).square() + (2**-8 * mean.flatten(1)).square()
         # Laurent and Massart, "Adaptive estimation of a quadratic functional by model selection", 2000, lemma 1.
         spread, largest = variance.square().sum(1).sqrt(), variance.amax(1)
-        far = ~(gap.square().sum(1) <= variance.sum(1) + 2 * spread * _FAR**0.5 + 2 * largest * _FAR)
-        if bool(far.any()):
-            row = int(far.nonzero()[0, 0])
-            away, std_of_row = (float(value[row].square().mean().sqrt()) for value in (gap, std))
-            raise ValueError(
-                f"a row of x0 with index {int(index[row])} is {away:.3g} from that sample's mean, whose std is "
-                f"{std_of_row:.3g} (root mean squares): pass the right index, and flip= for flipped samples."
-            )
+        most = variance.sum(1) + 2 * spread * _FAR**0.5 + 2 * largest * _FAR
+        return torch.stack([gap.square().sum(1), most, std.flatten(1).square().sum(1)])
+
+
+def check_distances(distances: Tensor, index: Tensor, dim: int) -> None:
+    """Check that rows can be draws of the samples at `index` (B,), by their `Moments.distance` (3, B).
+
+    Raises:
+        ValueError: if a row is too far from its sample's mean.
+    """
+    square, most, variance = distances
+    far = ~(square <= most)
+    if bool(far.any()):
+        row = int(far.nonzero()[0, 0])
+        away, std = (float(value[row] / dim) ** 0.5 for value in (square, variance))
+        raise ValueError(
+            f"a row of x0 with index {int(index[row])} is {away:.3g} from that sample's mean, whose std is {std:.3g} (root "
+            "mean squares): pass the right index, and flip= for flipped samples."
+        )
 
 
 def _floats(value: Tensor | NDArray[Any]) -> Tensor:

@@ -4,7 +4,6 @@ The pool knows the prior: how likely each sample is to be drawn, and its label.
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +20,7 @@ from stablefield.targets._engine.reference_matrix import (
     tensor_version,
     wide_dtype,
 )
-from stablefield.targets._moments import Moments
+from stablefield.targets._moments import Moments, check_distances
 from stablefield.targets._references import UNKNOWN_LABEL, Batch, Selection, Stored
 from stablefield.targets._subset import choose, drawn_seed, drawn_subset, others
 
@@ -60,7 +59,7 @@ class Pool:
             uint8 images that mean data / 127.5 - 1. A tensor on the device of the training batches; or a tensor in the
             host's memory or a numpy array, such as a memory map of a file larger than memory, which are sent to the device
             of the batch chunk by chunk. Norms are computed once and kept: do not change an array in place afterwards
-            (changes of a tensor are detected).
+            (changes of a tensor are detected; by a compiled function, after an ordinary call).
         size: number of references per batch; None for the whole array.
         labels: condition of each sample, integers from 0, shape (n,), or None. A row with a label is multiplied with the
             samples of its label only; data sorted by label are then read without a copy. Give samples of unknown label a
@@ -71,11 +70,13 @@ class Pool:
             flipped images are not. Both are references, 2 n in all; `flip` in the call of a `StableTarget` says which rows
             are flipped samples. For a network that does not see the flip.
         label_size: for rows with a label, the number of references of that label, drawn anew for each batch; each row's own
-            sample is added for that row. None for all of the label.
+            sample is added for that row. None for all of the label. What is drawn is copied in each step, which pays for
+            well below half of the samples.
         unlabelled_size: the same for rows without a label (-1), of all samples.
         resampled: whether the rows of a batch are drawn anew from their samples' distributions, as latents of a variational
             autoencoder are: the row's own reference is then the row itself, and the other samples are one draw each. The
-            target is unbiased over these draws, see "Latents" in the theory; `from_moments` makes such a pool.
+            target is unbiased over these draws, see "Latents" in the theory. `from_moments` makes such a pool; only that one
+            can notice a row with a wrong index.
         weights: how likely each sample is to be drawn for a batch, shape (n,), on any scale, not negative; equally likely if
             None. They are the prior of the posterior: pass the weights of your sampler. With `size`, the references are then
             drawn uniformly from all samples, and each row's own sample is added only for that row.
@@ -209,7 +210,7 @@ class Pool:
             ValueError: if the moments do not fit together, are not finite, or a standard deviation is negative.
         """
         check_floating_dtype("dtype", dtype)
-        whole_number("seed", seed)
+        whole_number("seed", seed, 0)
         if (flipped_mean is None) != (flipped_std is None):
             raise ValueError("flipped_mean and flipped_std belong together: pass both or none.")
         moments = [Moments(mean, std)]
@@ -250,9 +251,22 @@ class Pool:
             assert isinstance(data, Tensor)
             state = np.random.SeedSequence([self._seed, self._draw, place]).generate_state(1, np.uint64)
             moments.draw(data, int(state[0] >> np.uint64(1)))
+        self._matrix.forget()
+        if self._flipped is not None:
+            self._flipped.forget()
+        self._elsewhere.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied tensor counts its changes anew, so nothing that was computed may be copied with it.
+        return self.__dict__ | {"_elsewhere": {}, "_moved": {}}
 
     def __repr__(self) -> str:
-        return f"Pool(<{len(self._matrix)} samples>, size={self.size}, mirrored={self.mirrored})"
+        given = {"size": self.size, "mirrored": self.mirrored}
+        more = {"label_size": self.label_size, "unlabelled_size": self.unlabelled_size, "resampled": self.resampled}
+        given |= {name: value for name, value in more.items() if value}
+        given |= {"flipped": True} if self._flipped is not None else {}
+        text = ", ".join(f"{name}={value}" for name, value in given.items())
+        return f"Pool(<{len(self._matrix)} samples>, {text})"
 
     @property
     def data(self) -> Tensor | NDArray[Any]:
@@ -352,32 +366,42 @@ class Pool:
                 labels=None if labels is None else labels[chosen],
                 mirrored=self.mirrored,
                 flipped=None if flipped is None else flipped.take(chosen),
+                resampled=self.resampled,
                 chosen=chosen,
                 stored=stored,
                 verify_all=stored is not None,
                 source_prior=None if flipped is None else torch.zeros(len(index), device=device),
             )
-        if labels is not None and host is not Host.NEVER:
-            for one in (matrix, flipped):
-                if one is not None:
-                    one.by_label(labels)
-        if labels is None or batch.labels is None or (self.label_size is None and self.unlabelled_size is None):
+        if labels is None or host is Host.NEVER:
+            return self._whole(held)
+        by_label = matrix.by_label(labels)
+        if flipped is not None:
+            flipped.share_by_label(labels, by_label)
+        label_size, unlabelled_size = self.label_size, self.unlabelled_size
+        label_size = None if label_size is None or label_size >= by_label.largest else label_size
+        unlabelled_size = None if unlabelled_size == len(matrix) else unlabelled_size
+        if batch.labels is None or (label_size is None and unlabelled_size is None):
             return self._whole(held)
         # A seed is drawn for every batch, so that later draws do not depend on its labels.
         seed = drawn_seed(generator)
-        unlabelled = partial(self._whole, held)
-        if self.unlabelled_size is not None:
-            subset = drawn_subset(len(matrix), self.unlabelled_size, seed).to(device)
-            unlabelled = partial(self._drawn, held, subset)
-        if self.label_size is None:
-            return replace(self._whole(held), unlabelled=unlabelled)
-        chosen = matrix.by_label(labels).drawn(batch.labels, self.label_size, seed)
-        return replace(self._drawn(held, chosen), unlabelled=unlabelled)
+
+        def labelled(some: Tensor) -> Selection:
+            assert label_size is not None
+            return self._drawn(held, by_label.drawn(some, label_size, seed))
+
+        def unlabelled() -> Selection:
+            assert unlabelled_size is not None
+            return self._drawn(held, drawn_subset(len(matrix), unlabelled_size, seed).to(device))
+
+        return replace(
+            self._whole(held),
+            labelled=None if label_size is None else labelled,
+            unlabelled=None if unlabelled_size is None else unlabelled,
+        )
 
     def _whole(self, held: "_Held") -> Selection:
         """All samples."""
-        weights = self._on("weights", held.index.device)
-        log_prior = None if weights is None else weights.log()
+        log_prior = self._on("log_weights", held.index.device)
         source_prior = None if log_prior is None else log_prior[held.index]
         if held.flipped is not None and source_prior is None:
             source_prior = torch.zeros(len(held.index), device=held.index.device)
@@ -387,6 +411,7 @@ class Pool:
             labels=self._on("labels", held.index.device),
             mirrored=self.mirrored,
             flipped=held.flipped,
+            resampled=self.resampled,
             stored=held.stored,
             log_prior=log_prior,
             source_prior=source_prior,
@@ -395,23 +420,21 @@ class Pool:
     def _drawn(self, held: "_Held", chosen: Tensor) -> Selection:
         """The samples `chosen` (m,) without regard to the batch; a row's own sample is added only for that row."""
         matrix, flipped, index, device = held.matrix, held.flipped, held.index, held.index.device
-        labels, weights = self._on("labels", device), self._on("weights", device)
-        log_prior = None if weights is None else weights.log()
-        if not len(chosen):  # no row has a label
-            chosen = index[:1]
-        place = torch.full((len(matrix),), -1, device=device)
-        place[chosen] = torch.arange(len(chosen), device=device)
+        labels, log_prior = self._on("labels", device), self._on("log_weights", device)
+        chosen = chosen.sort().values
+        place = torch.searchsorted(chosen, index).clamp(max=len(chosen) - 1)
         partner = None
         if flipped is not None and held.is_flipped is not None:
             one, other = (some.rows(index, some.dtype) for some in (matrix, flipped))
             partner = torch.where(held.is_flipped[:, None], one, other)
         return Selection(
             matrix=matrix.take(chosen),
-            source=place[index],
+            source=torch.where(chosen[place] == index, place, -1),
             labels=None if labels is None else labels[chosen],
             mirrored=self.mirrored,
             flipped=None if flipped is None else flipped.take(chosen),
             partner=partner,
+            resampled=self.resampled,
             chosen=chosen,
             stored=held.stored,
             log_prior=None if log_prior is None else log_prior[chosen],
@@ -420,11 +443,11 @@ class Pool:
 
     def _check_draws(self, x0: Tensor, index: Tensor, is_flipped: Tensor | None) -> None:
         """Check that the rows can be draws of their samples."""
-        if is_flipped is None:
-            self._moments[0].check(x0, index)
+        if not len(x0):
             return
-        for moments, here in zip(self._moments, (~is_flipped, is_flipped), strict=True):
-            moments.check(x0[here], index[here])
+        distances = [moments.distance(x0, index) for moments in self._moments]
+        found = distances[0] if is_flipped is None else torch.where(is_flipped, distances[1], distances[0])
+        check_distances(found, index, x0[0].numel())
 
     def checked_index(self, batch: Batch, holder: str = "Pool", where: str = "of the batch in its data") -> Tensor:
         """The index, if the batch fits; errors name the `holder`, and say `where` each row's index counts.
@@ -456,18 +479,19 @@ class Pool:
             checks.append(value_check(labels >= 0, "Pool labels", labels, UNKNOWN_LABEL))
         return checks
 
-    def _on(self, name: Literal["labels", "weights"], device: torch.device) -> Tensor | None:
-        """The labels, int64, or the weights on `device`."""
+    def _on(self, name: Literal["labels", "weights", "log_weights"], device: torch.device) -> Tensor | None:
+        """The labels, int64, or the weights or their logarithms on `device`."""
         value = self.labels if name == "labels" else self.weights
         if value is None:
             return None
         dtype = torch.long if name == "labels" else torch.float32 if device.type == "mps" else value.dtype
-        if value.device == device and value.dtype == dtype:
+        if value.device == device and value.dtype == dtype and name != "log_weights":
             return value
         found = self._moved.get((name, device))
         # A compiler sees no versions; an eager call has converted them before.
         if found is None or (found[0] != tensor_version(value) and not torch.compiler.is_compiling()):
-            found = tensor_version(value), value.to(device, dtype)
+            there = value.to(device, dtype)
+            found = tensor_version(value), there.log() if name == "log_weights" else there
             self._moved[name, device] = found
         return found[1]
 

@@ -83,6 +83,7 @@ class Selection:
         flipped: the flipped sample of each reference, a reference, too, and the source of rows whose `Batch.flipped` is set;
             None for none.
         partner: of each row's own sample and its flipped one the other, shape (B, d), if `source` may be -1; or None.
+        resampled: whether the rows are other draws than their stored samples.
         chosen: indices in the data of the references, shape (n,); None for all data.
         stored: where each row's own sample is, for comparison with the rows; None if the references are the rows themselves,
             or are on other ranks, or the rows are drawn anew.
@@ -91,7 +92,8 @@ class Selection:
         log_prior: log prior weight of each reference, shape (n,), float64; None if uniform.
         source_prior: log prior weight of each row's own sample on the same scale, shape (B,), float64; needed with
             `log_prior`. `source` may then be -1, for a sample that is only in its own row's set.
-        unlabelled: makes the references of the rows without a label; None if they use the same ones.
+        labelled: makes the references of rows with the given labels, on the host, shape (b,); None if they use these.
+        unlabelled: makes the references of rows without a label; None if they use these.
     """
 
     matrix: ReferenceMatrix
@@ -101,11 +103,13 @@ class Selection:
     ranks: OtherRanks | None = None
     flipped: ReferenceMatrix | None = None
     partner: Tensor | None = None
+    resampled: bool = False
     chosen: Tensor | None = None
     stored: "Stored | None" = None
     verify_all: bool = False
     log_prior: Tensor | None = None
     source_prior: Tensor | None = None
+    labelled: "Callable[[Tensor], Selection] | None" = None
     unlabelled: "Callable[[], Selection] | None" = None
 
 

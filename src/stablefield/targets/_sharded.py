@@ -55,6 +55,8 @@ class ShardedPool:
             (also memory-mapped). At least one.
         labels: condition of each of them, integers of shape (n_r,), or None; on all ranks or on none.
         mirrored: use the mirror image of each reference, too, as `Pool` does.
+        unlabelled_size: for rows without a label, the number of references, drawn from all ranks' samples, as for `Pool`.
+        resampled: whether rows are drawn anew from their samples' distributions, as for `Pool`.
         weights: how likely each of them is to be drawn, shape (n_r,), as for `Pool`, on one scale for all ranks; on all
             ranks or on none. They may all be 0 on some ranks.
         process_group: the ranks; the default group if None.
@@ -181,6 +183,7 @@ class ShardedPool:
             source=index,
             labels=exchange.reference_labels,
             mirrored=self.pool.mirrored,
+            resampled=self.pool.resampled,
             ranks=exchange,
         )
 
@@ -226,8 +229,8 @@ class _Exchange:
         least_prior: the smallest log prior weight of a sample of any rank that can be drawn.
         draws: counts the rows, or None.
         unlabelled_size: number of references of rows without a label, drawn from the whole set; None for all.
-        resampled: whether the rows are other draws than the samples.
         seed: of that draw.
+        resampled: whether the rows are other draws than the samples.
     """
 
     ranks: Ranks

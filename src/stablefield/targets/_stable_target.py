@@ -15,7 +15,7 @@ References:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 
 import torch
@@ -142,7 +142,8 @@ class StableTarget:
             approximate_log_likelihood: for conditions other than labels, such as captions: a function of row numbers (b,)
                 and reference numbers (c,), indices into the data of the `Pool`, that returns log p(condition of the row |
                 reference) up to a constant per row, shape (b, c); -inf excludes a reference. The target is the posterior
-                mean, and so unbiased, if this likelihood is exact, and otherwise as good as it is.
+                mean, and so unbiased, if this likelihood is exact, and otherwise as good as it is. It is called for all
+                references, chunk by chunk, also where labels exclude most.
             generator: draws the references, and breaks ties for the `capacity` (torch's global generator does so in a
                 compiled or captured function).
 
@@ -181,6 +182,8 @@ class StableTarget:
         if getattr(self.references, "flipped", None) is not None:
             flipped, mirror = _is_flipped(mirror, x0), None
         likelihood = approximate_log_likelihood
+        if single:  # no row uses references
+            likelihood = None
         if likelihood is not None:
             check_callable("approximate_log_likelihood", likelihood, "log p(condition of row | reference)")
             if not isinstance(self.references, Pool):
@@ -227,14 +230,18 @@ class StableTarget:
         return Target(mean, variance, ess, source_weight, x0, x_t, self.process, t, self.kernel, noise)
 
     @property
+    def _label_levels(self) -> Sequence[float] | None:
+        """The noise level from which the rows of each label use references, and last that of rows without a label."""
+        band = self.noise_band
+        if not isinstance(band, NoiseBand) or band.by_label is None or band.unlabelled is None:
+            return None
+        return None if getattr(self.references, "labels", None) is None else (*band.by_label, band.unlabelled)
+
+    @property
     def _least_level(self) -> float:
         """The lowest noise level at which a row can use references."""
-        band = self.noise_band
-        if not isinstance(band, NoiseBand):
-            return band
-        if band.by_label is None or band.unlabelled is None or getattr(self.references, "labels", None) is None:
-            return band.level
-        return min(*band.by_label, band.unlabelled)
+        levels = self._label_levels
+        return float(self.noise_band) if levels is None else min(levels)
 
     def _levels(self, known: Batch, host: Host) -> Tensor | float:
         """The noise level from which each row uses references, (B,) on the host, or one for all.
@@ -242,19 +249,16 @@ class StableTarget:
         Raises:
             ValueError: if it depends on labels that a compiled or captured function cannot read.
         """
-        band = self.noise_band
-        if not isinstance(band, NoiseBand):
-            return band
-        if band.by_label is None or band.unlabelled is None or known.labels is None:
-            return band.level
+        levels = self._label_levels
+        if levels is None or known.labels is None:
+            return float(self.noise_band)
         if host is Host.NEVER:
             raise ValueError(
                 "noise_band has a level for each label, which a compiled or captured function cannot read: pass one level "
                 "for all, such as noise_band=band.level."
             )
-        # The last is for rows without a label, -1, as is that of labels beyond those of the probe.
-        levels = torch.tensor([*band.by_label, band.unlabelled], dtype=torch.float64)
-        return levels[known.labels.long().clamp(max=len(levels) - 1)]
+        # The last serves -1, and labels beyond those of the probe.
+        return torch.tensor(levels, dtype=torch.float64)[known.labels.long().clamp(max=len(levels) - 1)]
 
     def _checked(self, batch: Batch, t: Tensor, noise: Tensor | None) -> Batch:
         """Check all values, and return the batch with its scalars, labels, index and flags on the host.
@@ -327,19 +331,27 @@ class StableTarget:
                 samples = None if samples is None else samples[among]
             else:
                 samples = verified_samples(batch.x0, selection.stored.at(among), rows, batch.flipped)
+        elif selection.resampled and selection.matrix.holds_halves:
+            # As the other samples are: unrounded, a row's own would have an advantage.
+            samples = batch.x0.to(selection.matrix.element).to(batch.x0.dtype)
         asked = _Rows(batch, rows, among, samples)
-        free = None
-        if selection.unlabelled is not None and known.labels is not None:
-            free = known.labels[rows] == -1
-        if free is None or selection.unlabelled is None or not bool(free.any()):
+        if known.labels is None or (selection.labelled is None and selection.unlabelled is None):
             return self._over(selection, asked, known, host, likelihood)
-        if bool(free.all()):
-            return self._over(selection.unlabelled(), asked, known, host, likelihood)
-        parts = [(~free).nonzero()[:, 0], free.nonzero()[:, 0]]
-        found = [
-            self._over(some, asked.at(part), known, host, likelihood)
-            for some, part in zip((selection, selection.unlabelled()), parts, strict=True)
-        ]
+        labels = known.labels[rows].long()
+        free = labels == -1
+        parts: list[Tensor] = []
+        found: list[Posterior] = []
+        for part, labelled in (((~free).nonzero()[:, 0], True), (free.nonzero()[:, 0], False)):
+            if len(part):
+                some = selection
+                if labelled and selection.labelled is not None:
+                    some = selection.labelled(labels[part])
+                elif not labelled and selection.unlabelled is not None:
+                    some = selection.unlabelled()
+                parts.append(part)
+                found.append(self._over(some, asked.at(part), known, host, likelihood))
+        if len(found) == 1:
+            return found[0]
         order = _sent(torch.cat(parts).argsort(), device)
         return Posterior(
             **{
@@ -362,11 +374,11 @@ class StableTarget:
         source_prior = None if selection.source_prior is None else selection.source_prior[among]
         conditioned = None
         if likelihood is not None:
-            conditioned = LogLikelihood(likelihood, _sent(rows, source.device), selection.chosen)
-            if source_prior is None and log_prior is not None:
-                source_prior = log_prior[source]
-            own = conditioned.of_sources(batch.index, host)
-            source_prior = own if source_prior is None else source_prior + own
+            assert batch.index is not None
+            numbers = _sent(rows, source.device)
+            conditioned = LogLikelihood.made(likelihood, numbers, selection.chosen, batch.index, host)
+            if source_prior is None:
+                source_prior = torch.zeros_like(conditioned.own) if log_prior is None else log_prior[source]
         query = Query(
             x_t=batch.x_t,
             alpha=batch.alpha,
@@ -391,6 +403,7 @@ class StableTarget:
             kernel=self.kernel,
             mirrored=selection.mirrored,
             flipped=selection.flipped,
+            resampled=selection.resampled,
             chunk_size=self.chunk_size,
             ranks=selection.ranks,
         )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from stablefield._atomic_file import sync
 from stablefield._regular_file import reason, sha256
+from stablefield.diffusion._importance_sampling import ImportanceSampling
 from stablefield.training._files import read_tensors, write_tensors
 from stablefield.training._records import is_count, read_record, write_record
 
@@ -59,7 +60,7 @@ class Trained:
     model: nn.Module
     averages: Mapping[str, nn.Module] = field(default_factory=dict[str, nn.Module])
     optimizer: torch.optim.Optimizer | None = None
-    importance: nn.Module | None = None
+    importance: ImportanceSampling | None = None
 
     def modules(self) -> dict[str, nn.Module]:
         """The model, its averages and the density, by the names of their files."""

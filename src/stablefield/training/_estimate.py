@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from stablefield._distributed import Ranks
 from stablefield.data._image_set import ImageSet, size_text
 from stablefield.report._cells import duration
 from stablefield.training._feed import Feed
@@ -119,9 +120,11 @@ def estimate_run(config: RunConfig, data: ImageSet, device: torch.device, done: 
 
 def _timed(stepper: Stepper, device: torch.device) -> tuple[float, float]:
     """Seconds per step, and for its noise and target: the median over a few steps."""
-    times: list[tuple[float, float]] = []
+    times, ranks = list[tuple[float, float]](), Ranks.launched(device)
     for step in range(MOST):
-        if step >= STEPS and sum(taken for taken, _ in times) > ENOUGH:
+        enough = sum(taken for taken, _ in times) > ENOUGH
+        # Processes measure different times, but all of them must take part in a step.
+        if step >= STEPS and ranks.broadcast(enough, "to time a step"):
             break
         began, target_began = time.perf_counter(), stepper.target_watch.seconds()
         stepper.take(step)

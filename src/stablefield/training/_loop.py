@@ -4,6 +4,7 @@ A step is a function of (seed, step), see `_stepper`; the loop adds reports, lin
 and observers, none of which affects the steps. One process or many run it in the same way; the first process writes.
 """
 
+import dataclasses
 import errno
 import math
 import os
@@ -24,6 +25,7 @@ from stablefield.training._feed import Feed
 from stablefield.training._meter import Meter, Report, bin_edges
 from stablefield.training._model import require_fit
 from stablefield.training._observers import samples
+from stablefield.training._pace import Pace
 from stablefield.training._placement import placed
 from stablefield.training._post_hoc import take_snapshot
 from stablefield.training._recipe import Recipe
@@ -31,7 +33,17 @@ from stablefield.training._run_folder import RunConfig, RunFolder
 from stablefield.training._samples import Samples
 from stablefield.training._stepper import Stepper
 
-__all__ = ["Observer", "Report", "Tracker", "TrainingError", "check_fit", "check_tracker", "fit", "make_accelerator"]
+__all__ = [
+    "Observer",
+    "Report",
+    "Tracker",
+    "TrainingError",
+    "check_fit",
+    "check_tracker",
+    "fit",
+    "make_accelerator",
+    "training_data",
+]
 
 SAMPLE_SEEDS = range(64)
 
@@ -128,6 +140,21 @@ def make_accelerator(device: torch.device, tracker: Tracker = "none", folder: Ru
     return accelerator
 
 
+def training_data(config: RunConfig, data: ImageSet) -> ImageSet:
+    """Check that the data are those of a run, and number their classes, and scale float data, as at its start.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    if data.manifest["sha256"] != config.manifest.get("sha256"):
+        raise ValueError(f"{config.data} is not what this run was started with (its pixels' sha256 differs).")
+    # The run may have started with the classes numbered in another order.
+    data = config.numbered(data)
+    if config.classes and data.manifest["labels_sha256"] != config.manifest.get("labels_sha256"):
+        raise ValueError(f"{config.data} is not what this run was started with (its labels' sha256 differs).")
+    return data
+
+
 def fit(
     folder: RunFolder,
     config: RunConfig,
@@ -140,6 +167,7 @@ def fit(
     observers: Sequence[Observer] = (),
     tracker: Tracker = "none",
     accelerator: Accelerator | None = None,
+    pace: Pace | None = None,
 ) -> int:
     """Train the run in `folder` to its last step, from its newest checkpoint if it has one.
 
@@ -154,6 +182,7 @@ def fit(
         observers: provide further metrics.
         tracker: the tracker that mirrors metrics.jsonl.
         accelerator: the processes; made if not given.
+        pace: of a run that is to end in time; it may change the number of steps.
 
     Returns:
         The steps done.
@@ -164,13 +193,7 @@ def fit(
         ValueError: if another process trains in the folder, a run to continue has no intact checkpoint, or the data are not
             those of the run.
     """
-    recipe = config.recipe
-    if data.manifest["sha256"] != config.manifest.get("sha256"):
-        raise ValueError(f"{config.data} is not what this run was started with (its pixels' sha256 differs).")
-    # The run may have started with the classes numbered in another order.
-    data = config.numbered(data)
-    if config.classes and data.manifest["labels_sha256"] != config.manifest.get("labels_sha256"):
-        raise ValueError(f"{config.data} is not what this run was started with (its labels' sha256 differs).")
+    recipe, data = config.recipe, training_data(config, data)
     accelerator = accelerator or make_accelerator(device, tracker, folder)
     device = accelerator.device
     ranks = Ranks.launched(device)
@@ -180,7 +203,7 @@ def fit(
             with closing(Feed(data, recipe, device, labelled=config.classes > 0, placement=placement)) as feed:
                 loop = _Loop(folder, config, feed, accelerator, observers)
                 with _tracking(accelerator, tracker, {"run": folder.path.name, "data": config.data}):
-                    return loop.run(report, every, stop)
+                    return loop.run(report, every, stop, pace)
     except ArithmeticError as error:
         raise TrainingError(
             f"{error}: lower learning_rate or max_grad_norm. Earlier checkpoints are intact."
@@ -226,6 +249,11 @@ class _Loop:
         newest = folder.newest()
         if newest is not None:
             require_fit(config, newest[0])
+        elif config.initial is not None:
+            raise ValueError(
+                f"{folder.path} has no checkpoint, not even one of the weights of {config.initial.source}, with which it "
+                "was to begin: start the run again in a new folder."
+            )
         self._stepper = Stepper(config, feed, accelerator)
         self._edges = bin_edges(config.recipe.noise_levels, config.recipe.process)
         self._state = State(0, 0)
@@ -239,11 +267,22 @@ class _Loop:
             folder.rewind_log(self._state.step)
         self._reported, self._logged = self._meter(), self._meter()
 
-    def run(self, report: Callable[[Report], object] | None, every: int, stop: Callable[[], bool]) -> int:
-        recipe = self._recipe
-        for step in range(self._state.step, recipe.steps):
-            parts = self._stepper.take(step)
-            done = step + 1
+    def run(
+        self,
+        report: Callable[[Report], object] | None,
+        every: int,
+        stop: Callable[[], bool],
+        pace: Pace | None,
+    ) -> int:
+        done = self._state.step
+        if pace is not None:
+            pace.begin(done, self._recipe.steps)
+        while done < self._recipe.steps:
+            parts = self._stepper.take(done)
+            done += 1
+            if pace is not None and pace.due(done):
+                self._keep_pace(pace, done)
+            recipe = self._recipe
             # There may be no time for pictures when a run is stopped; it only needs a checkpoint.
             stopped = done < recipe.steps and self._stops(stop)
             last = done == recipe.steps or stopped
@@ -261,8 +300,20 @@ class _Loop:
                     report(found)
             self._keep(done, last, stopped)
             if last:
-                return done
-        return self._state.step
+                break
+        return done
+
+    def _keep_pace(self, pace: Pace, done: int) -> None:
+        """Take as many steps as the first process can in its time."""
+        steps = self._ranks.broadcast(pace.steps(done), "to keep the time")
+        pace.begin(done, steps)
+        if steps != self._recipe.steps:
+            self._config = self._config.extended(done, steps)
+            self._recipe = self._config.recipe
+            self._stepper.change_steps(steps)
+            if self._main:
+                self._require_folder()
+                self._folder.extend(self._config)
 
     def _stops(self, stop: Callable[[], bool]) -> bool:
         # All or none: a process that stopped alone would leave the others waiting.
@@ -274,7 +325,7 @@ class _Loop:
     def _report(self, meter: Meter, done: int) -> Report:
         sums = meter.sums.clone()
         self._ranks.all_reduce(sums, "to report their losses")
-        return meter.report(done, sums)
+        return dataclasses.replace(meter.report(done, sums), steps=self._recipe.steps)
 
     def _log(self, done: int, extra: dict[str, float]) -> None:
         entry = self._report(self._logged, done)

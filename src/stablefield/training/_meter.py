@@ -32,6 +32,7 @@ class Report:
         target_share: share of the time for noise and target.
         bin_loss: mean loss per noise-level bin; nan for bins without rows.
         bin_removed: mean variance removed per bin.
+        steps: steps of the whole run; a run within a time may change it on the way.
     """
 
     step: int
@@ -41,6 +42,7 @@ class Report:
     target_share: float
     bin_loss: tuple[float, ...] = ()
     bin_removed: tuple[float, ...] = ()
+    steps: int = 0
 
     @property
     def share_removed(self) -> float:

@@ -4,15 +4,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from stablefield.diffusion._importance_sampling import ImportanceSampling
 from stablefield.diffusion._preconditioning import Denoiser
-from stablefield.training._checkpoint import CheckpointError, load_weights
+from stablefield.training._checkpoint import CheckpointError, Trained, load_weights
+from stablefield.training._ema import LENGTHS, follower
 from stablefield.training._files import tensor_shapes
 from stablefield.training._post_hoc import combine, snapshot_steps
 from stablefield.training._run_folder import RunConfig, RunFolder
 from stablefield.training._seeding import Purpose, generator_for
 
-__all__ = ["OpenModel", "build_denoiser", "open_model", "require_fit"]
+__all__ = ["OpenModel", "build_denoiser", "open_model", "require_fit", "untrained"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,27 @@ def build_denoiser(config: RunConfig) -> Denoiser:
     generator = generator_for(recipe.seed, Purpose.WEIGHTS)
     network = recipe.network.build(config.shape, config.classes, recipe.augment_dim, generator)
     return Denoiser(network, recipe.preconditioning)
+
+
+def untrained(config: RunConfig, device: torch.device, initial: Denoiser | None = None) -> Trained:
+    """All that training changes, before the first step.
+
+    Args:
+        config: of the run.
+        device: where to keep it.
+        initial: the denoiser to begin with; by default that of `build_denoiser`.
+    """
+    recipe = config.recipe
+    model = (build_denoiser(config) if initial is None else initial).to(device)
+    averages: dict[str, nn.Module] = {"ema": follower(model)}
+    if recipe.ema_snapshot_every:
+        averages |= {f"power-{length}": follower(model) for length in LENGTHS}
+    fused = device.type in ("cpu", "cuda")
+    optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, fused=fused)
+    importance = None
+    if recipe.importance_sampling:
+        importance = ImportanceSampling(recipe.noise_levels, recipe.process).to(device)
+    return Trained(model, averages, optimizer, importance)
 
 
 def open_model(path: Path, ema: str = "half-life", device: torch.device | str = "cpu") -> OpenModel:

@@ -38,18 +38,21 @@ def seal(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, _CHECKSUM: _sum(record)}
 
 
-def unseal(record: Mapping[str, Any], former: frozenset[str] | None = None) -> dict[str, Any]:
+def unseal(
+    record: Mapping[str, Any], former: frozenset[str] | None = None, optional: frozenset[str] = frozenset()
+) -> dict[str, Any]:
     """The record without its checksum.
 
     Args:
         record: as read.
-        former: the entries of records from before checksums: with exactly these it may lack one.
+        former: the entries of records from before checksums: with these it may lack one.
+        optional: entries that such a record may also have.
 
     Raises:
         ValueError: if its checksum does not match.
     """
     content = {key: value for key, value in record.items() if key != _CHECKSUM}
-    if _CHECKSUM not in record and (former is None or set(former) == set(content)):
+    if _CHECKSUM not in record and (former is None or former <= set(content) <= former | optional):
         return content
     if record.get(_CHECKSUM) != _sum(content):
         raise ValueError("it is damaged: its checksum does not match its content")
@@ -76,12 +79,13 @@ def parse(text: str | bytes) -> dict[str, Any]:
     return cast("dict[str, Any]", record)
 
 
-def read_record(path: Path, former: frozenset[str]) -> dict[str, Any]:
+def read_record(path: Path, former: frozenset[str], optional: frozenset[str] = frozenset()) -> dict[str, Any]:
     """Read a file with one record, written by `write_record`.
 
     Args:
         path: the file.
         former: see `unseal`.
+        optional: see `unseal`.
 
     Raises:
         ValueError: if it is not a regular file, or not as written.
@@ -91,7 +95,7 @@ def read_record(path: Path, former: frozenset[str]) -> dict[str, Any]:
         size = os.fstat(file.fileno()).st_size
         if size > JSON_LIMIT:
             raise ValueError(f"it takes {size:,} bytes, above the limit of {JSON_LIMIT:,}")
-        return unseal(parse(file.read(size)), former)
+        return unseal(parse(file.read(size)), former, optional)
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:

@@ -1,34 +1,29 @@
-"""Runs: train one or open one, then sample from it, evaluate it, average its weights or export it.
+"""Runs: open one, then sample from it, evaluate it, average its weights, export it or go on with it.
 
-    run = train("photos", out="runs/photos")      # or Run("runs/photos"), which opens it
+    run = Run("runs/photos")      # which `train` returns, too
     run.sample(64).save("grid.png")
     run.evaluate()
 
-The command's verbs `train`, `sample`, `evaluate`, `ema` and `export` are these functions with flags.
+The command's verbs `sample`, `evaluate`, `ema`, `export` and `train --resume` are these functions with flags.
 """
 
 from __future__ import annotations
 
 import base64
-import dataclasses
 import html
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-import stablefield
 from stablefield._atomic_file import write_atomically
 from stablefield._distributed import Ranks
 from stablefield._progress import Progress
-from stablefield._shapes import check_kind, found_device, whole_number
+from stablefield._shapes import found_device, whole_number
 from stablefield.data._image_set import ImageSet
 from stablefield.data._png import is_picture
 from stablefield.data._source import as_image_set, open_images
@@ -37,14 +32,12 @@ from stablefield.evaluation._metric import Metric
 from stablefield.evaluation._result import Evaluation
 from stablefield.sampling._solvers import SamplerName
 from stablefield.training._ema import power_exponent
-from stablefield.training._estimate import Estimate, estimate_run
 from stablefield.training._files import write_tensors
-from stablefield.training._loop import Observer, Report, Tracker, check_fit, fit, make_accelerator
+from stablefield.training._loop import Observer, Report, Tracker, fit, make_accelerator, training_data
 from stablefield.training._model import OpenModel, open_model
-from stablefield.training._placement import resolve_band, resolve_references
+from stablefield.training._pace import Pace
+from stablefield.training._plan import Images, place
 from stablefield.training._post_hoc import combine, snapshot_steps
-from stablefield.training._recipe import Recipe
-from stablefield.training._recipes import largest_resolution, recipe_for
 from stablefield.training._run_folder import RunConfig, RunFolder
 from stablefield.training._run_source import RunSource, data_of
 from stablefield.training._sampler import RunSampler, SamplerOptions
@@ -53,161 +46,7 @@ from stablefield.training._samples import Samples
 if TYPE_CHECKING:
     from stablefield.evaluation._extractor import Extractor
 
-__all__ = ["Plan", "Run", "images_and_recipe", "make_plan", "place", "train"]
-
-Images = str | Path | ImageSet | NDArray[Any] | Tensor
-"""A path or name that `stablefield.data.open_images` opens, an image set, uint8 (n, C, H, W), or floats (n, ...)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A run before it begins.
-
-    Attributes:
-        data: the images.
-        config: the content of config.json.
-        references: number of references per step, in words.
-        noise_band: noise level from which targets are stable, in words.
-    """
-
-    data: ImageSet
-    config: RunConfig
-    references: str
-    noise_band: str
-
-    def estimate(self, device: torch.device | str | None = None) -> Estimate:
-        """Estimate what the run would cost, from a few trial steps that are discarded.
-
-        Args:
-            device: where to compute; a GPU if there is one.
-        """
-        return estimate_run(self.config, self.data, place(device)[0])
-
-
-def place(device: torch.device | str | None) -> tuple[torch.device, Ranks]:
-    """This process's device for the argument `device`, and the group of processes that train together, started."""
-    found = found_device(device)
-    ranks = Ranks.launched(found)
-    return ranks.own_device(found), ranks
-
-
-def make_plan(data: ImageSet, recipe: Recipe, *, device: torch.device | str | None = None) -> Plan:
-    """Check a recipe against the data, and fill in what it leaves open: the references and the noise band.
-
-    Of several processes the first decides for all, since their memory may differ. It does not send the images: each process
-    has opened them itself.
-
-    Args:
-        data: the images.
-        recipe: how to train.
-        device: where to compute; a GPU if there is one.
-
-    Raises:
-        ValueError: if the recipe does not fit the data, naming its field.
-    """
-    where, ranks = place(device)
-    decided = _decide(data, recipe, where, ranks.world_size) if ranks.first else None
-    decided = ranks.broadcast(decided, "to plan the run")
-    assert decided is not None
-    config, references, noise_band = decided
-    return Plan(data=data, config=config, references=references, noise_band=noise_band)
-
-
-def _decide(data: ImageSet, recipe: Recipe, device: torch.device, processes: int) -> tuple[RunConfig, str, str]:
-    check_fit(recipe, data)
-    classes = data.classes if recipe.conditional else 0
-    # Before any measurement: a network that does not fit the images fails here.
-    with torch.device("meta"):
-        recipe.network.build(data.shape, classes, recipe.augment_dim, torch.Generator())
-    references, rule = resolve_references(recipe, data, device, processes)
-    recipe = dataclasses.replace(recipe, references=references)
-    band, finding = resolve_band(recipe, data, device)
-    recipe = dataclasses.replace(recipe, noise_band=band)
-    check_fit(recipe, data)
-    opening = dict(data.opening or {})
-    config = RunConfig(
-        data=str(opening.pop("source", data.name)),
-        shape=data.shape,
-        classes=classes,
-        manifest=data.manifest,
-        recipe=recipe,
-        version=stablefield.__version__,
-        opening=opening,
-    )
-    return config, rule, finding
-
-
-def train(
-    images: Images | Plan,
-    *,
-    labels: NDArray[np.int64] | Tensor | None = None,
-    out: str | Path | None = None,
-    recipe: Recipe | None = None,
-    steps: int | None = None,
-    device: torch.device | str | None = None,
-    tracker: Tracker = "none",
-    observers: Sequence[Observer] = (),
-    on_start: Callable[[Run, ImageSet], object] | None = None,
-    progress: Callable[[Report], object] | None = None,
-    every: int = 10,
-    stop: Callable[[], bool] = lambda: False,
-) -> Run:
-    """Train a diffusion model, and write a run folder.
-
-    On a tensor or an array of your own, uint8 of shape (n, C, H, W):
-
-        images = ((x + 1) * 127.5).round().to(torch.uint8)  # from x in [-1, 1]
-        run = sf.train(images, out="runs/mine")
-        run.sample(64).save("grid.png")
-
-    Other data are floats: latents (n, C, H, W), signals (n, C, L) or vectors (n, d). The run measures the mean and the
-    standard deviation of each channel, trains on scaled values, and draws samples in the units of the data.
-
-        run = sf.train(latents, labels=labels, out="runs/latents")
-        run.sample(64).save("samples.npz")
-
-    Started by torchrun or `accelerate launch`, the processes train together.
-
-    Args:
-        images: a path or name that `open_images` opens, an image set, uint8 of shape (n, C, H, W), float data (n, ...), or
-            the `Plan` of a run.
-        labels: class numbers from 0 of an array of images, shape (n,); a recipe with `conditional=True` trains with them.
-        out: folder of the run, new or empty; by default runs/DATA-TARGET, with a number if that exists.
-        recipe: how to train; by default one that suits the data and the device.
-        steps: training steps, in place of the recipe's.
-        device: where to compute; a GPU if there is one.
-        tracker: mirror metrics.jsonl to "tensorboard" or "wandb".
-        observers: further metrics, measured during the run.
-        on_start: called with the run and its images once the folder exists.
-        progress: called with a `Report` after every `every` steps, in the first process.
-        every: steps between reports.
-        stop: called after every step; if it returns True, the run is saved and training stops; `Run.resume` continues it.
-
-    Returns:
-        The run; if `stop` ended it, with fewer steps than its recipe has.
-
-    Raises:
-        ValueError: if an argument does not fit the data, or the folder is not empty.
-        TrainingError: if the loss is not finite or the disk is full; earlier checkpoints are intact.
-        ImportError: if a package is missing.
-    """
-    where, ranks = place(device)
-    if not isinstance(images, Plan):
-        with ranks.rank_0_first("to open the data"):
-            data, recipe = images_and_recipe(images, labels, recipe, steps, where)
-        plan = make_plan(data, recipe, device=where)
-    else:
-        if recipe is not None or steps is not None or labels is not None:
-            raise ValueError("images is a Plan, which holds its recipe: leave recipe and steps out, and labels, too.")
-        plan = images
-    path = ""
-    if ranks.first:
-        config = plan.config
-        folder = Path(out) if out is not None else _unused_folder(f"{plan.data.name}-{config.recipe.target}")
-        path = str(RunFolder.create(folder, config).path)
-    run = Run(ranks.broadcast(path, "to make the run's folder"))
-    _fit(run, plan.data, where, tracker, observers, on_start, progress, every, stop)
-    return run
+__all__ = ["Run", "fit_run"]
 
 
 class Run:
@@ -486,6 +325,7 @@ class Run:
     def resume(
         self,
         *,
+        steps: int | None = None,
         data: Images | None = None,
         device: torch.device | str | None = None,
         tracker: Tracker = "none",
@@ -497,7 +337,13 @@ class Run:
     ) -> Run:
         """Continue from the newest checkpoint to the last step, with the run's own recipe.
 
+        With `steps` the run is extended (or shortened), and `config.extensions` records that. Weights, averages, batches and
+        noise of a step depend on the total only through `decay_share` in the recipe. So the extended run has the weights
+        of one that had this number of steps from its start, bit for bit, if `decay_share` is 0 or the decay had not begun.
+        If it had, the learning rate goes back up to the schedule of the new total.
+
         Args:
+            steps: number of steps of the whole run from now on, those that are done among them.
             data: the new place of the images, if they have moved, or the images.
             device: where to compute; a GPU if there is one.
             tracker: as for `train`.
@@ -511,7 +357,8 @@ class Run:
             This run.
 
         Raises:
-            ValueError: if the images are not the run's, or another process trains in its folder.
+            ValueError: if the images are not the run's, another process trains in its folder, or `steps` is not above the
+                steps that are done.
             TrainingError: as for `train`.
         """
         where, ranks = place(device)
@@ -519,7 +366,15 @@ class Run:
         with ranks.rank_0_first("to open the data"):
             if data is None or isinstance(data, str | Path):
                 data = open_images(data_of(config) if data is None else data, **config.opening)
-        _fit(self, as_image_set("data", data), where, tracker, observers, on_start, progress, every, stop)
+        images = as_image_set("data", data)
+        if steps is not None:
+            images = training_data(config, images)  # before the run changes
+            extended = config.extended(self.step, steps)
+            if extended != config:
+                with ranks.rank_0_first("to extend the run"):
+                    if ranks.first:
+                        self.folder.extend(extended)
+        fit_run(self, images, where, tracker, observers, on_start, progress, every, stop)
         return self
 
     def __repr__(self) -> str:
@@ -543,7 +398,7 @@ class Run:
         return picture.read_bytes() if picture.is_file() else None
 
 
-def _fit(
+def fit_run(
     run: Run,
     data: ImageSet,
     device: torch.device,
@@ -553,7 +408,9 @@ def _fit(
     progress: Callable[[Report], object] | None,
     every: int,
     stop: Callable[[], bool],
+    pace: Pace | None = None,
 ) -> None:
+    """Train a run on its data to its last step; arguments and errors as for `train`."""
     run.device = device
     if on_start is not None:
         on_start(run, data)
@@ -568,6 +425,7 @@ def _fit(
         observers=observers,
         tracker=tracker,
         accelerator=make_accelerator(device, tracker, run.folder),
+        pace=pace,
     )
 
 
@@ -580,34 +438,6 @@ def _seeds(seeds: int | Sequence[int]) -> list[int]:
     return wanted
 
 
-def images_and_recipe(
-    images: Images,
-    labels: NDArray[np.int64] | Tensor | None,
-    recipe: Recipe | None,
-    steps: int | None,
-    device: torch.device,
-) -> tuple[ImageSet, Recipe]:
-    """Open the images, and choose a recipe that suits them if None; arguments as for `train`.
-
-    Without a recipe, images of several sizes are resized to one that suits the device.
-
-    Raises:
-        TypeError: if an argument has the wrong type.
-        ValueError: if the images cannot be opened, or `steps` is not a positive whole number.
-    """
-    accelerated = device.type == "cuda"
-    if recipe is not None:
-        wanted = "a Recipe, such as stablefield.training.DIGITS, or None for one that suits the data"
-        check_kind("recipe", recipe, Recipe, wanted)
-    if labels is not None or not isinstance(images, str | Path):
-        data = as_image_set("images", images, labels)
-    else:
-        data = open_images(images, limit=largest_resolution(accelerated=accelerated) if recipe is None else None)
-    if recipe is None:
-        recipe = recipe_for(data, accelerated=accelerated)
-    return data, recipe if steps is None else dataclasses.replace(recipe, steps=whole_number("steps", steps, 1))
-
-
 def _part(source: str, config: RunConfig, split: str) -> ImageSet:
     return open_images(source, split=split, **config.opening)
 
@@ -615,18 +445,3 @@ def _part(source: str, config: RunConfig, split: str) -> ImageSet:
 def _warn(model: OpenModel) -> None:
     for complaint in model.complaints:
         warnings.warn(f"skipped a newer checkpoint: {complaint}", stacklevel=3)
-
-
-def _unused_folder(name: str) -> Path:
-    # A run never overwrites another: the second is called -2. Create it now, since another run may start at the same time.
-    number = 1
-    while True:
-        path = Path("runs") / (name if number == 1 else f"{name}-{number}")
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            number += 1
-        except OSError:
-            return path  # the first write there reports the reason
-        else:
-            return path

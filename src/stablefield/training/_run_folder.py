@@ -12,18 +12,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 from stablefield._regular_file import reason
+from stablefield._shapes import whole_number
 from stablefield.data._image_set import ImageSet, renumbered
 from stablefield.data._scaling import Scaling
 from stablefield.training._checkpoint import CheckpointError, State, read_state, remove
 from stablefield.training._config import decode, encode, fits
+from stablefield.training._initial_weights import InitialWeights
 from stablefield.training._lock import Holder, Lock
 from stablefield.training._recipe import Recipe
 from stablefield.training._records import append_line, is_count, read_lines, read_record, write_lines, write_record
 
-__all__ = ["RunConfig", "RunFolder"]
+__all__ = ["Extension", "HasFolder", "RunConfig", "RunFolder"]
 
 _FORMAT = 1
 _LOCK = ".stablefield.lock"
@@ -31,8 +33,33 @@ _ATTEMPTS = 10
 # Files that a kill may leave in a new folder: a run can start there again.
 _BEGINNINGS = re.compile(rf"{re.escape(_LOCK)}|\.config\.json\.(\d+\.)?tmp")
 _FORMER = frozenset({"format", "stablefield", "data", "shape", "classes", "opening", "manifest", "recipe"})
+_OPTIONAL = frozenset({"extensions", "initial"})
 _TYPES = {"stablefield": str, "data": str, "shape": tuple[int, ...], "classes": int, "recipe": Recipe}
 _OPENING = {"resolution": int | tuple[int, int] | None, "resize": Literal["crop", "squash"], "skip_broken": bool}
+
+
+class HasFolder(Protocol):
+    """An open run: any object with the run's folder."""
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extension:
+    """A change of a run's number of steps, after its start.
+
+    Attributes:
+        step: steps that were done then.
+        before: number of steps that the run had until then.
+        after: number of steps that it has from then on.
+    """
+
+    step: int
+    before: int
+    after: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +74,8 @@ class RunConfig:
         recipe: all settings of the training.
         version: version of the library that wrote the file.
         opening: further arguments that opened the data: resolution, resize, skip_broken.
+        extensions: changes of recipe.steps since the start, in order.
+        initial: the origin of the first weights, if they were those of another network.
     """
 
     data: str
@@ -56,6 +85,30 @@ class RunConfig:
     recipe: Recipe
     version: str
     opening: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    extensions: tuple[Extension, ...] = ()
+    initial: InitialWeights | None = None
+
+    def extended(self, done: int, steps: int) -> "RunConfig":
+        """The configuration of this run with another number of steps; the same if it has that number already.
+
+        Args:
+            done: steps done.
+            steps: number of steps of the whole run from now on.
+
+        Raises:
+            ValueError: if `steps` is not above the steps that are done.
+        """
+        before = self.recipe.steps
+        if whole_number("steps", steps, 1) == before:
+            return self
+        if steps <= done:
+            raise ValueError(
+                f"steps={steps}: {done:,} of this run's {before:,} steps are done, and steps counts those, too: pass more "
+                f"than {done}, such as {2 * done}."
+            )
+        extension = Extension(step=done, before=before, after=steps)
+        recipe = dataclasses.replace(self.recipe, steps=steps)
+        return dataclasses.replace(self, recipe=recipe, extensions=(*self.extensions, extension))
 
     @property
     def scaling(self) -> Scaling | None:
@@ -131,6 +184,21 @@ class RunFolder:
             self.require_unlocked()
             raise ValueError(f"out={self.path} is not empty: name a new folder, or resume the run in it.")
 
+    def extend(self, config: RunConfig) -> None:
+        """Write the configuration that `RunConfig.extended` made.
+
+        Raises:
+            ValueError: if another process trains in the folder, or it cannot be written.
+        """
+        try:
+            with self.locked():
+                self._write_config(config)
+        except OSError as error:
+            raise ValueError(
+                f"steps={config.recipe.steps} cannot be written to {self.path} ({error.strerror}): change its permissions, "
+                "or extend a copy of the run."
+            ) from error
+
     def _write_config(self, config: RunConfig) -> None:
         record = {
             "format": _FORMAT,
@@ -142,6 +210,10 @@ class RunFolder:
             "manifest": dict(config.manifest),
             "recipe": encode(config.recipe),
         }
+        if config.extensions:
+            record["extensions"] = [dataclasses.asdict(extension) for extension in config.extensions]
+        if config.initial is not None:
+            record["initial"] = config.initial.record()
         write_record(self.path / "config.json", record)
 
     @classmethod
@@ -195,7 +267,7 @@ class RunFolder:
         """
         path = self.path / "config.json"
         try:
-            return _config(read_record(path, _FORMER))
+            return _config(read_record(path, _FORMER, _OPTIONAL))
         except (OSError, ValueError) as error:
             advice = ""
             if "checksum" in str(error):
@@ -339,7 +411,19 @@ def _config(record: Mapping[str, Any]) -> RunConfig:
         recipe=found["recipe"],
         version=found["stablefield"],
         opening=cast("dict[str, Any]", opening),
+        extensions=_extensions(record.get("extensions", [])),
+        initial=InitialWeights.of(record["initial"]) if "initial" in record else None,
     )
+
+
+def _extensions(entries: Any) -> tuple[Extension, ...]:
+    names = {field.name for field in dataclasses.fields(Extension)}
+    found: list[Extension] = []
+    for entry in cast("list[Any]", entries) if isinstance(entries, list) else [None]:
+        if not isinstance(entry, dict) or set(entry) != names or not all(map(is_count, entry.values())):
+            raise ValueError("its extensions are not a list of step, before and after")
+        found.append(Extension(**cast("dict[str, int]", entry)))
+    return tuple(found)
 
 
 def _is_metrics(entry: Mapping[str, Any]) -> bool:

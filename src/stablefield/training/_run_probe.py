@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, overload
+from typing import overload
 
 import numpy as np
 import torch
@@ -24,18 +24,9 @@ from stablefield.training._model import open_model
 from stablefield.training._placement import resolve_references
 from stablefield.training._recipe import Recipe
 from stablefield.training._recipes import imagefolder, largest_resolution, recipe_for
-from stablefield.training._run_folder import RunFolder
+from stablefield.training._run_folder import HasFolder, RunFolder
 
 __all__ = ["is_run", "probe", "usual_training"]
-
-
-class HasFolder(Protocol):
-    """An open run: any object with the run's folder."""
-
-    @property
-    def path(self) -> Path:
-        """The folder."""
-        ...
 
 
 @overload

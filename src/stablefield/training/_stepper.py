@@ -15,11 +15,12 @@ its gradient. Python then no longer limits the speed of a small network, and a t
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from stablefield._distributed import Ranks
 from stablefield.data._augmentation import Augmentation, AugmentationParameters, flip
@@ -27,12 +28,11 @@ from stablefield.diffusion._importance_sampling import ImportanceSampling
 from stablefield.diffusion._objective import Draws, Example, Objective, ObjectiveValue
 from stablefield.targets._references import References
 from stablefield.targets._stable_target import DenoisingTarget, StableTarget
-from stablefield.training._checkpoint import Trained
 from stablefield.training._cuda_graph import CudaGraph, mapped
-from stablefield.training._ema import LENGTHS, ema_decay, follower, power_decay, power_exponent, update_ema
+from stablefield.training._ema import ema_decay, power_decay, power_exponent, update_ema
 from stablefield.training._feed import Feed
 from stablefield.training._meter import Stopwatch
-from stablefield.training._model import build_denoiser
+from stablefield.training._model import untrained
 from stablefield.training._recipe import Recipe
 from stablefield.training._run_folder import RunConfig
 from stablefield.training._seeding import Purpose, generator_for, seed_for
@@ -58,16 +58,8 @@ class Stepper:
         self._recipe, self._feed, self._accelerator = recipe, feed, accelerator
         self._device = accelerator.device
         self._ranks = Ranks.launched(self._device)
-        model = build_denoiser(config).to(self._device)
-        averages: dict[str, nn.Module] = {"ema": follower(model)}
-        if recipe.ema_snapshot_every:
-            averages |= {f"power-{length}": follower(model) for length in LENGTHS}
-        fused = self._device.type in ("cpu", "cuda")
-        optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, fused=fused)
-        self._importance: ImportanceSampling | None = None
-        if recipe.importance_sampling:
-            self._importance = ImportanceSampling(recipe.noise_levels, recipe.process).to(self._device)
-        self.trained = Trained(model, averages, optimizer, self._importance)
+        self.trained = untrained(config, self._device)
+        model, self._importance = self.trained.model, self.trained.importance
         self._parameters = list(model.parameters())
         self._network = torch.compile(model) if recipe.compile else model
         self._augmentation = Augmentation(probability=recipe.augmentation) if recipe.augmentation else None
@@ -106,6 +98,10 @@ class Stepper:
         optimizer.step()
         self._average(step)
         return parts
+
+    def change_steps(self, steps: int) -> None:
+        """Follow the schedule of a run of another number of steps from the next step on."""
+        self._recipe = replace(self._recipe, steps=steps)
 
     def require_finite(self, step: int) -> None:
         """Raise ArithmeticError if a weight is not finite, before it could be saved."""
@@ -186,7 +182,9 @@ class Stepper:
     def _backward(self, step: int) -> list[ObjectiveValue]:
         values: list[ObjectiveValue] = []
         for number, (example, augment_labels) in enumerate(self.examples(step)):
-            torch.manual_seed(self._dropout_seed(step, number))
+            # For other devices, which a run on a CPU does not use, torch would format the whole stack of calls each time.
+            seed = torch.default_generator.manual_seed if self._device.type == "cpu" else torch.manual_seed
+            seed(self._dropout_seed(step, number))
             if self._graphs is None:
                 value = self._evaluate(example, augment_labels)
                 self._accelerator.backward(value.row_loss.sum() / self._recipe.batch)

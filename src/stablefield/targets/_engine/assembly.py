@@ -120,6 +120,7 @@ def posterior_of(query: Query, plan: Plan, least_level: float = 0.0) -> Posterio
         plan.mirrored,
         plan.chunk_size,
         float64,
+        plan.resampled,
     )
     mean, variance, ess, source_weight, log_evidence = found
     return Posterior(mean, variance, ess, None if query.source is None else source_weight, log_evidence)
@@ -258,6 +259,7 @@ def compute(
     mirrored: bool,
     chunk_size: int | None,
     float64: bool,
+    resampled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Implement `torch.ops.stablefield.posterior`: mean, variance, ESS, source weight (empty if unknown), log evidence."""
     matrix = ReferenceMatrix(references)
@@ -271,14 +273,17 @@ def compute(
         chunk_size=chunk_size,
         float64=float64,
     )
+    stored = None
+    if source is not None and anchor is not None:
+        # As a `Pool` stores it; an eager call first checks whether it differs.
+        stored = anchor.flatten(1).to(references.dtype) if resampled else matrix.rows(source, dtype)
     query = Query(
         x_t=x_t,
         alpha=alpha,
         sigma=sigma,
         source=source,
         anchor=anchor,
-        # As a `Pool` stores it; an eager call first checks whether it differs.
-        stored=None if source is None or anchor is None else matrix.rows(source, dtype),
+        stored=stored,
         labels=labels,
         reference_labels=reference_labels,
         log_prior=log_prior,

@@ -105,13 +105,28 @@ class LabelIndex:
             return None
         return Parts(torch.from_numpy(np.concatenate(taken)), parts)
 
+    @property
+    def largest(self) -> int:
+        """The number of references of the label that has most."""
+        return int(self._counts.max())
+
     def drawn(self, labels: Tensor, size: int, seed: int) -> Tensor:
-        """Indices of `size` references of each of the `labels` (B,), or of all that it has, without replacement, (m,)."""
-        generator, found = np.random.default_rng(seed), [np.empty(0, np.int64)]
-        for place in np.flatnonzero(np.isin(self._labels, labels.cpu().numpy())):
-            start, count = self._starts[place], self._counts[place]
-            found.append(start + (generator.choice(count, size, replace=False) if count > size else np.arange(count)))
-        return self._order[torch.from_numpy(np.concatenate(found)).to(self._order.device)]
+        """Indices of `size` references of each label in `labels` (B,), on the host, or of all that it has, (m,).
+
+        Drawn without replacement; the same for the same seed.
+        """
+        some = np.isin(self._labels, labels.numpy())
+        starts, counts = self._starts[some, None], self._counts[some, None]
+        if not len(counts):
+            return self._order[:0]
+        # Those with the smallest of random keys, in one pass over all labels.
+        column = np.arange(int(counts.max()))
+        keys = np.random.default_rng(seed).random((len(counts), len(column)), np.float32)
+        keys[column >= counts] = 2
+        if size < len(column):
+            column = np.argpartition(keys, size - 1, axis=1)[:, :size]
+        places = (starts + column)[column < counts]
+        return self._order[torch.from_numpy(places).to(self._order.device)]
 
     def columns(self, part: Part, size: int) -> Iterator[Columns]:
         """The references of a part's runs, at most `size` at a time."""

@@ -61,6 +61,7 @@ class Plan:
         mirrored: whether the mirror image (last axis) of each reference is a reference, too.
         chunk_size: references per matrix product; chosen by memory if None.
         flipped: the flipped sample of each reference, which is a reference, too; None for none.
+        resampled: whether the rows are other draws than their stored samples.
         ranks: the ranks with the other references; None if `matrix` holds all.
         least_prior: lower bound on the log prior weight of a row's own source, if another rank adds that source. References
             of negligible weight beside it are skipped. None if each row's own source is in its sums.
@@ -72,6 +73,7 @@ class Plan:
     kernel: PerturbationKernel
     mirrored: bool = False
     flipped: ReferenceMatrix | None = None
+    resampled: bool = False
     chunk_size: int | None = None
     ranks: OtherRanks | None = None
     least_prior: float | None = None
@@ -101,8 +103,8 @@ class Query:
         flipped: rows whose source is in `Plan.flipped`, bool (B,), if there is one.
         partner: of each row's own sample and its flipped one the other, shape (B, ...), if sources may be outside
             `Plan.flipped`; checked: (B, d).
-        log_likelihood: log p(condition of the row | reference) of all rows, up to a constant per row, for the references at
-            indices (c,) into the matrix, shape (B, c); None without conditions.
+        log_likelihood: log p(condition of the row | reference) of all rows, relative to that of the row's own source, for
+            the references at indices (c,) into the matrix, shape (B, c); None without conditions.
         like: checked: x_t as given, whose shape and dtype the mean takes.
     """
 

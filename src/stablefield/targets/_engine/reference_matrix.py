@@ -128,6 +128,13 @@ class ReferenceMatrix:
         self._by_label: tuple[Tensor, int, LabelIndex] | None = None
         self._version = tensor_version(data)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied tensor counts its changes anew, so nothing that was computed may be copied with it.
+        return {"data": self.data, "device": self.device}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
     def __len__(self) -> int:
         return self.data.shape[0]
 
@@ -154,6 +161,11 @@ class ReferenceMatrix:
     def holds_bytes(self) -> bool:
         """Whether the references are uint8 images."""
         return self.element == torch.uint8
+
+    @property
+    def holds_halves(self) -> bool:
+        """Whether the references are floating point numbers of half precision."""
+        return self.element.is_floating_point and self.element.itemsize < 4
 
     @property
     def resident(self) -> Tensor | None:
@@ -187,6 +199,11 @@ class ReferenceMatrix:
             found = LabelIndex(labels)
             self._by_label = (labels, tensor_version(labels), found)
         return found
+
+    def share_by_label(self, labels: Tensor, index: LabelIndex) -> None:
+        """Use the order of another matrix whose references have the same `labels`."""
+        if self.known_by_label(labels) is not index:
+            self._by_label = (labels, tensor_version(labels), index)
 
     def known_by_label(self, labels: Tensor) -> LabelIndex | None:
         """The references in the order of their labels, if already computed."""
@@ -337,11 +354,15 @@ class ReferenceMatrix:
         part = np.array(bits_of(self.data)[where])  # a copy, because the file may be read-only
         return torch.from_numpy(part).view(self.element).to(self.device)
 
+    def forget(self) -> None:
+        """Discard results, because the data have been changed in place."""
+        self._version, self._spread = tensor_version(self.data), None
+        self._norms.clear()
+
     def _forget_if_changed(self) -> None:
         """Discard results for a tensor that has since been changed in place."""
         if not torch.compiler.is_compiling() and tensor_version(self.data) != self._version:
-            self._version, self._spread = tensor_version(self.data), None
-            self._norms.clear()
+            self.forget()
 
 
 def stages(device: torch.device) -> bool:

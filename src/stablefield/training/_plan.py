@@ -1,0 +1,189 @@
+"""Plans: a run before it begins, with its images, its recipe without anything left open, and what it would cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import stablefield
+from stablefield._distributed import Ranks
+from stablefield._shapes import check_kind, found_device, whole_number
+from stablefield.data._image_set import ImageSet
+from stablefield.data._source import as_image_set, open_images
+from stablefield.diffusion._preconditioning import Denoiser
+from stablefield.training._estimate import Estimate, estimate_run
+from stablefield.training._loop import check_fit
+from stablefield.training._pace import Costs, clock
+from stablefield.training._placement import resolve_band, resolve_references
+from stablefield.training._recipe import Recipe
+from stablefield.training._recipes import largest_resolution, recipe_for
+from stablefield.training._run_folder import HasFolder, RunConfig
+from stablefield.training._time_budget import costs_of, seconds_of, within
+from stablefield.training._weight_source import WeightSource, copied_weights, open_weights, side_of
+
+__all__ = ["Images", "Plan", "images_and_recipe", "make_plan", "place"]
+
+Images = str | Path | ImageSet | NDArray[Any] | Tensor
+"""A path or name that `stablefield.data.open_images` opens, an image set, uint8 (n, C, H, W), or floats (n, ...)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run before it begins.
+
+    Attributes:
+        data: the images.
+        config: the content of config.json.
+        references: number of references per step, in words.
+        noise_band: noise level from which targets are stable, in words.
+        initial: the denoiser to begin with, in the first process; None for a new one. `config.initial` says what it is
+            made of.
+        seconds: time that the run may take from its start to its end; None for as long as it takes.
+        costs: of the parts of a run within a time.
+    """
+
+    data: ImageSet
+    config: RunConfig
+    references: str
+    noise_band: str
+    initial: Denoiser | None = field(default=None, repr=False)
+    seconds: float | None = None
+    costs: Costs | None = field(default=None, repr=False)
+
+    def within(self, time: str | float, device: torch.device | str | None = None) -> Plan:
+        """The plan of a run that ends in time, with a picture.
+
+        Trial steps show how many steps the time allows. The ramp of the learning rate and the half-life of the averages
+        become at most a twentieth of the images; pictures and checkpoints on the way take a few percent of the time. The
+        run checks its pace on the way, and changes the number of its steps if it has to: `RunConfig.extensions` keeps that.
+
+        Args:
+            time: seconds, or a text such as "90s", "10m" or "2h", which begins now.
+            device: where to compute; a GPU if there is one.
+
+        Raises:
+            ValueError: if the time is too short.
+        """
+        began, given = clock(), seconds_of(time)
+        where, ranks = place(device)
+        costs = costs_of(self.config.recipe, estimate_run(self.config, self.data, where))
+        left = given - (clock() - began)
+        left, costs = ranks.broadcast((left, costs), "to share out the time")
+        config = dataclasses.replace(self.config, recipe=within(self.config.recipe, left, costs))
+        return dataclasses.replace(self, config=config, seconds=left, costs=costs)
+
+    def estimate(self, device: torch.device | str | None = None) -> Estimate:
+        """Estimate what the run would cost, from a few trial steps that are discarded.
+
+        Args:
+            device: where to compute; a GPU if there is one.
+        """
+        return estimate_run(self.config, self.data, place(device)[0])
+
+
+def place(device: torch.device | str | None) -> tuple[torch.device, Ranks]:
+    """This process's device for the argument `device`, and the group of processes that train together, started."""
+    found = found_device(device)
+    ranks = Ranks.launched(found)
+    return ranks.own_device(found), ranks
+
+
+def make_plan(
+    data: ImageSet,
+    recipe: Recipe,
+    *,
+    init: str | Path | HasFolder | None = None,
+    device: torch.device | str | None = None,
+) -> Plan:
+    """Check a recipe against the data, and fill in what it leaves open: the references and the noise band.
+
+    Of several processes the first decides for all, since their memory may differ. It does not send the images: each process
+    has opened them itself.
+
+    Args:
+        data: the images.
+        recipe: how to train.
+        init: weights to begin with, as for `train`.
+        device: where to compute; a GPU if there is one.
+
+    Raises:
+        ValueError: if the recipe does not fit the data, naming its field, or `init` does not fit the network.
+    """
+    where, ranks = place(device)
+    decided, initial = None, None
+    if ranks.first:
+        config, references, noise_band = _decide(data, recipe, where, ranks.world_size)
+        if init is not None:
+            initial, told = copied_weights(open_weights(init), config)
+            config = dataclasses.replace(config, initial=told)
+        decided = config, references, noise_band
+    decided = ranks.broadcast(decided, "to plan the run")
+    assert decided is not None
+    config, references, noise_band = decided
+    return Plan(data=data, config=config, references=references, noise_band=noise_band, initial=initial)
+
+
+def _decide(data: ImageSet, recipe: Recipe, device: torch.device, processes: int) -> tuple[RunConfig, str, str]:
+    check_fit(recipe, data)
+    classes = data.classes if recipe.conditional else 0
+    # Before any measurement: a network that does not fit the images fails here.
+    with torch.device("meta"):
+        recipe.network.build(data.shape, classes, recipe.augment_dim, torch.Generator())
+    references, rule = resolve_references(recipe, data, device, processes)
+    recipe = dataclasses.replace(recipe, references=references)
+    band, finding = resolve_band(recipe, data, device)
+    recipe = dataclasses.replace(recipe, noise_band=band)
+    check_fit(recipe, data)
+    opening = dict(data.opening or {})
+    config = RunConfig(
+        data=str(opening.pop("source", data.name)),
+        shape=data.shape,
+        classes=classes,
+        manifest=data.manifest,
+        recipe=recipe,
+        version=stablefield.__version__,
+        opening=opening,
+    )
+    return config, rule, finding
+
+
+def images_and_recipe(
+    images: Images,
+    labels: NDArray[np.int64] | Tensor | None,
+    recipe: Recipe | None,
+    steps: int | None,
+    device: torch.device,
+    source: WeightSource | None = None,
+) -> tuple[ImageSet, Recipe]:
+    """Open the images, and choose a recipe that suits them if None; arguments as for `train`.
+
+    Without a recipe, images of several sizes are resized to one that suits the device, or to that of the run whose weights
+    are the first ones.
+
+    Raises:
+        TypeError: if an argument has the wrong type.
+        ValueError: if the images cannot be opened, or `steps` is not a positive whole number.
+    """
+    accelerated = device.type == "cuda"
+    if recipe is not None:
+        wanted = "a Recipe, such as stablefield.training.DIGITS, or None for one that suits the data"
+        check_kind("recipe", recipe, Recipe, wanted)
+    if labels is not None or not isinstance(images, str | Path):
+        data = as_image_set("images", images, labels)
+    else:
+        limit = None
+        if recipe is None:
+            limit = side_of(source) or largest_resolution(accelerated=accelerated)
+        data = open_images(images, limit=limit)
+    if recipe is None and source is not None:
+        recipe = source.recipe_for(data)
+    if recipe is None:
+        recipe = recipe_for(data, accelerated=accelerated)
+    return data, recipe if steps is None else dataclasses.replace(recipe, steps=whole_number("steps", steps, 1))

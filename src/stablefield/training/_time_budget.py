@@ -1,0 +1,86 @@
+"""Time budgets: the number of steps that fits a time, and what else of a recipe depends on it."""
+
+import math
+import re
+from dataclasses import replace
+
+from stablefield._shapes import number
+from stablefield.training._estimate import Estimate
+from stablefield.training._pace import FREE, Costs
+from stablefield.training._recipe import Recipe
+
+__all__ = ["costs_of", "seconds_of", "within"]
+
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86_400.0}
+# A picture is of 64 images, by 35 evaluations of the network. A training step takes three evaluations of its rows.
+_PICTURE, _NFE, _TRAINED = 64, 35, 3
+# Bytes per second that a checkpoint is written with, its checksum included.
+_WRITTEN = 2e8
+# Shares of the time for pictures and checkpoints on the way, and the most of each.
+_LOOKING, _SAVING, _LOOKS, _SAVES = 0.05, 0.02, 8, 10
+# Shares of the images: for the ramp of the learning rate and the half-life of the averages, at most.
+_RAMP, _HALF_LIFE = 0.05, 0.05
+
+
+def seconds_of(given: str | float) -> float:
+    """The seconds of a time, such as 600, "600s", "10m" or "1.5h".
+
+    Raises:
+        ValueError: if it is none, or not positive.
+    """
+    if isinstance(given, str):
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", given.strip().lower())
+        if found is None or found[2] not in _UNITS:
+            raise ValueError(f"time={given}: pass a time such as 90s, 10m or 2h.")
+        given = float(found[1]) * _UNITS[found[2]]
+    number("time", given)
+    if not 0 < given < math.inf:
+        raise ValueError(f"time={given:g}: it must be positive, such as 90s, 10m or 2h.")
+    return float(given)
+
+
+def costs_of(recipe: Recipe, estimate: Estimate) -> Costs:
+    """The costs of a run, from trial steps."""
+    row = max(0.0, estimate.seconds_per_step - estimate.target_seconds) / (_TRAINED * recipe.batch)
+    return Costs(
+        setup=estimate.setup_seconds,
+        step=estimate.seconds_per_step,
+        picture=_NFE * _PICTURE * row,
+        checkpoint=estimate.state_bytes / _WRITTEN,
+    )
+
+
+def within(recipe: Recipe, seconds: float, costs: Costs) -> Recipe:
+    """The recipe with as many steps as the time allows, and the ramp, averages, pictures and checkpoints that suit them.
+
+    The ramp and the half-life of the averages become no longer than a twentieth of the images, and stay as they are if they
+    are shorter.
+
+    Args:
+        recipe: the recipe.
+        seconds: from the start of the run to its end, with a last picture and checkpoint.
+        costs: of its parts.
+
+    Raises:
+        ValueError: if the time is too short for one step.
+    """
+    looks = min(_LOOKS, int(_LOOKING * seconds / max(1e-9, costs.picture)))
+    saves = min(_SAVES, int(_SAVING * seconds / max(1e-9, costs.checkpoint)))
+    other = costs.setup + costs.end + looks * costs.picture + saves * costs.checkpoint
+    steps = int(((1 - FREE) * seconds - other) / max(1e-9, costs.step))
+    if steps < 1:
+        least = (costs.setup + costs.end + 10 * costs.step) / (1 - FREE - _LOOKING - _SAVING)
+        raise ValueError(
+            f"time is too short: {max(0.0, seconds):.2g} s are left for the run, and here a step takes {costs.step:.2g} s, "
+            f"the start and the end {costs.setup + costs.end:.2g} s. Pass {math.ceil(least)} s more, or a smaller network."
+        )
+    images = steps * recipe.batch
+    return replace(
+        recipe,
+        steps=steps,
+        ramp_images=min(recipe.ramp_images, int(_RAMP * images)),
+        ema_half_life=min(recipe.ema_half_life, _HALF_LIFE * images),
+        sample_every=math.ceil(steps / (looks + 1)) if looks else 0,
+        checkpoint_every=math.ceil(steps / (saves + 1)),
+        log_every=min(recipe.log_every, max(1, steps // 20)),
+    )

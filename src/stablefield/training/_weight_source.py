@@ -1,0 +1,319 @@
+"""Sources of initial weights: a run, an export or a file, and how its tensors get into another network.
+
+Tensors are matched by name. Three differences between the two networks are bridged:
+
+- wrappers, which put a prefix before all names;
+- the resolution, which is part of a U-Net's names: levels are matched from the full resolution down;
+- the classes: the parts of a class embedding are copied class by class.
+
+Buffers of another shape, constants of the size of the images, stay those of the network.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from stablefield._regular_file import JSON_LIMIT, open_regular, reason, sha256
+from stablefield.data._image_set import ImageSet
+from stablefield.diffusion._preconditioning import Denoiser
+from stablefield.networks._song_unet import SongUNet
+from stablefield.training._files import read_tensors
+from stablefield.training._initial_weights import InitialWeights
+from stablefield.training._model import build_denoiser
+from stablefield.training._recipe import Recipe
+from stablefield.training._records import parse
+from stablefield.training._run_folder import HasFolder, RunConfig, RunFolder
+
+__all__ = ["WeightSource", "copied_weights", "open_weights", "side_of"]
+
+_WANTED = "name the folder of a run or an export, or a file with a state dict (.safetensors, .pt, .pth)"
+_DIFFUSERS = "diffusion_pytorch_model.safetensors"
+_LEVEL = re.compile(r"(?<![\w])(enc|dec)\.(\d+)x(\d+)_")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSource:
+    """Where initial weights are from; the weights are read later.
+
+    Attributes:
+        path: the folder or the file, as the caller gave it.
+        file: the file with the weights; None for a run, which has those of its newest checkpoint.
+        recipe: the recipe of a run.
+        shape: shape of one image, (C, H, W), if known.
+        class_names: names of the classes, if known.
+    """
+
+    path: Path
+    file: Path | None = None
+    recipe: Recipe | None = None
+    shape: tuple[int, ...] | None = None
+    class_names: tuple[str, ...] | None = None
+
+    def recipe_for(self, data: ImageSet) -> Recipe | None:
+        """The run's recipe for other data: references and noise band anew, classes only if the data have labels."""
+        recipe = self.recipe
+        if recipe is None:
+            return None
+        return replace(
+            recipe,
+            references="auto",
+            noise_band="auto",
+            batch=min(recipe.batch, len(data) * recipe.draws_per_image),
+            conditional=recipe.conditional and data.labels is not None,
+        )
+
+    def read(self) -> tuple[dict[str, Tensor], str, str]:
+        """The tensors by name, the checksum of their file, and which weights these are, in words.
+
+        Raises:
+            ValueError: if the file holds no weights, or a run has no checkpoint.
+        """
+        try:
+            if self.file is None:
+                found = RunFolder(self.path).read_newest(_averages)
+                if found is None:
+                    raise ValueError("the run has no checkpoint yet: let it train for longer")
+                (tensors, checksum), state, _ = found
+                return tensors, checksum, f"step {state.step:,}, average half-life"
+            # A run may begin with weights of other programs, whose files `interop` reads without executing anything.
+            from stablefield.interop._published import read_state
+
+            return read_state(self.file), sha256(self.file), self.file.name
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"init={self.path} has no weights to begin with: {reason(error)}. Else {_WANTED}."
+            ) from error
+
+
+def open_weights(init: str | Path | HasFolder) -> WeightSource:
+    """Open a source of initial weights, without reading the weights.
+
+    Args:
+        init: a run or its folder; a folder that `Run.export` wrote; a file of safetensors or of `torch.save` with a state
+            dict, such as the model.safetensors in a run's checkpoint.
+
+    Raises:
+        ValueError: if there is none.
+        TypeError: if `init` is none of these.
+    """
+    path = Path(init) if isinstance(init, str | Path) else getattr(init, "path", None)
+    if not isinstance(path, Path):
+        raise TypeError(f"init is {type(init).__name__}: pass a run, or {_WANTED}.")
+    if path.is_file():
+        return WeightSource(path=path, file=path)
+    if not path.is_dir():
+        raise ValueError(f"init={path} does not exist: {_WANTED}.")
+    try:
+        if (path / "model_index.json").is_file():
+            names: Any = _json(path / "model_index.json").get("id2label")
+            ordered = [names[key] for key in sorted(names, key=int)] if isinstance(names, dict) else None
+            return WeightSource(path=path, file=path / "unet" / _DIFFUSERS, class_names=_names(ordered))
+        if (path / _DIFFUSERS).is_file():
+            return WeightSource(path=path, file=path / _DIFFUSERS)
+        if (path / "model.safetensors").is_file():
+            config = _json(path / "config.json") if (path / "config.json").is_file() else {}
+            return WeightSource(
+                path=path, file=path / "model.safetensors", class_names=_names(config.get("class_names"))
+            )
+        run = RunFolder.open(path).config()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"init={path} cannot be used: {reason(error)}. Else {_WANTED}.") from error
+    return WeightSource(path=path, recipe=run.recipe, shape=run.shape, class_names=run.class_names)
+
+
+def side_of(source: WeightSource | None) -> int | None:
+    """The side of a source's images, the longer one, if known."""
+    return None if source is None or source.shape is None else max(source.shape[1:], default=None)
+
+
+def copied_weights(source: WeightSource, config: RunConfig) -> tuple[Denoiser, InitialWeights]:
+    """The denoiser of a run with the weights of a source, and what was copied.
+
+    Raises:
+        ValueError: if the source has no weights, none of the network's tensors, or one of another shape.
+    """
+    tensors, checksum, weights = source.read()
+    denoiser = build_denoiser(config)
+    state: dict[str, Tensor] = denoiser.network.state_dict()
+    matched = _matched(state, tensors)
+    if not matched:
+        raise ValueError(
+            f"init={source.path} has no tensor of this network: it has {_some(tensors)}, and the network {_some(state)}. "
+            f"To continue, {_remedy(source, config)}."
+        )
+    axes, constants = _class_axes(config), {name for name, _ in denoiser.network.named_buffers()}
+    for name, found in list(matched.items()):
+        shapes = [list(value.shape) for value in (tensors[found], state[name])]
+        if name in axes and len(shapes[0]) == len(shapes[1]):
+            shapes[0][axes[name]] = shapes[1][axes[name]]
+        if shapes[0] != shapes[1] and name in constants:
+            del matched[name]  # a constant of the size of the images, such as an embedding of places
+        elif shapes[0] != shapes[1]:
+            raise ValueError(
+                f"init={source.path} has {found} of shape {tuple(tensors[found].shape)}, and this network {name} of shape "
+                f"{tuple(state[name].shape)}: {_remedy(source, config)}."
+            )
+    parts = {name: axis for name, axis in axes.items() if name in matched}
+    sizes = [tensors[matched[name]].shape[axis] - _extra(state[name], axis, config) for name, axis in parts.items()]
+    if len(set(sizes)) > 1:
+        counts = " and ".join(map(str, sorted(set(sizes))))
+        raise ValueError(f"init={source.path} has tensors for {counts} classes: {_remedy(source, config)}.")
+    own, theirs, named = _labels(source, config, max(sizes, default=0))
+    notes = _notes(source, config, by_number=bool(parts) and not named)
+    for name, found in list(matched.items()):
+        if name not in parts:
+            state[name] = tensors[found]
+            continue
+        axis, value = parts[name], tensors[found].to(state[name].dtype)
+        rows = {number: theirs.index(label) for number, label in enumerate(own) if label in theirs}
+        for k in range(1, _extra(state[name], axis, config) + 1):  # what stands for no class comes last
+            rows[state[name].shape[axis] - k] = value.shape[axis] - k
+        if not rows:
+            del matched[name]
+            continue
+        factor = 1.0
+        if isinstance(denoiser.network, SongUNet) and len(theirs) != len(own):
+            # It multiplies this weight by the root of the number of classes.
+            factor = math.sqrt(len(theirs) / len(own))
+            notes.append(f"{name} is copied times {factor:.3g}, as {len(theirs)} classes became {len(own)}.")
+        kept = value.index_select(axis, torch.tensor(list(rows.values())))
+        state[name].index_copy_(axis, torch.tensor(list(rows)), factor * kept)
+    denoiser.network.load_state_dict(state)
+    return denoiser, InitialWeights(
+        source=str(source.path),
+        weights=weights,
+        sha256=checksum,
+        copied=len(matched),
+        tensors=len(state),
+        classes=tuple(label for label in own if label in theirs),
+        new_classes=tuple(label for label in own if label not in theirs),
+        dropped_classes=tuple(label for label in theirs if label not in own),
+        fresh=tuple(name for name in state if name not in matched),
+        unused=tuple(sorted(set(tensors) - set(matched.values()))),
+        notes=tuple(notes),
+    )
+
+
+def _averages(checkpoint: Path) -> tuple[dict[str, Tensor], str]:
+    file = checkpoint / "ema.safetensors"
+    return read_tensors(file), sha256(file)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    with open_regular(path) as file:
+        return parse(file.read(JSON_LIMIT))
+
+
+def _names(entry: object) -> tuple[str, ...] | None:
+    return tuple(map(str, cast("list[object]", entry))) if isinstance(entry, list) and entry else None
+
+
+def _matched(wanted: Collection[str], found: Collection[str]) -> dict[str, str]:
+    """The names in `found` for those in `wanted`, below the prefix that fits most of them."""
+    # A wrapper's prefix may be on either side.
+    own = _common_prefix(wanted)
+    short = {levelled.removeprefix(own): name for levelled, name in _levelled(wanted).items()}
+    theirs = _levelled(found)
+    counts = Counter(prefix for name in theirs for prefix, rest in _splits(name) if rest in short)
+    if not counts:
+        return {}
+    # Of equally many, the averages of a file that has both.
+    best = max(counts, key=lambda prefix: (counts[prefix], "ema" in prefix, -len(prefix)))
+    return {name: theirs[best + rest] for rest, name in short.items() if best + rest in theirs}
+
+
+def _common_prefix(names: Collection[str]) -> str:
+    first, *others = {name.partition(".")[0] for name in names}
+    return f"{first}." if not others and all("." in name for name in names) else ""
+
+
+def _splits(name: str) -> Iterator[tuple[str, str]]:
+    yield "", name
+    for dot in re.finditer(r"\.", name):
+        yield name[: dot.end()], name[dot.end() :]
+
+
+def _levelled(names: Collection[str]) -> dict[str, str]:
+    """The names by themselves with the level of a U-Net, counted from the full resolution, instead of the resolution."""
+    places = {name: _LEVEL.search(name) for name in names}
+    sides = sorted({(int(place[2]), int(place[3])) for place in places.values() if place}, reverse=True)
+    level = {side: number for number, side in enumerate(sides)}
+    return {
+        name
+        if place is None
+        else f"{name[: place.start()]}{place[1]}.level{level[int(place[2]), int(place[3])]}_{name[place.end() :]}": name
+        for name, place in places.items()
+    }
+
+
+def _class_axes(config: RunConfig) -> dict[str, int]:
+    """The tensors of the network that have a part for each class, and along which axis: one more class changes them."""
+    recipe = config.recipe
+    with torch.device("meta"):
+        few, more = (
+            recipe.network.build(config.shape, classes, recipe.augment_dim, torch.Generator()).state_dict()
+            for classes in (config.classes, config.classes + 1)
+        )
+    return {
+        name: axis
+        for name, value in few.items()
+        for axis, size in enumerate(value.shape)
+        if more[name].shape[axis] == size + 1
+    }
+
+
+def _extra(value: Tensor, axis: int, config: RunConfig) -> int:
+    """How many parts of a class embedding stand for no class."""
+    return value.shape[axis] - config.classes
+
+
+def _labels(source: WeightSource, config: RunConfig, count: int) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
+    """Labels of the classes of the network and of the `count` classes of the source, and whether they are names."""
+    own, theirs = config.class_names, source.class_names
+    numbers, their_numbers = (tuple(map(str, range(classes))) for classes in (config.classes, count))
+    if not config.classes:
+        return (), theirs or their_numbers, True
+    if count == 0:
+        return own or numbers, (), True
+    if own is not None and theirs is not None and len(theirs) == count:
+        return own, theirs, True
+    return numbers, their_numbers, False
+
+
+def _notes(source: WeightSource, config: RunConfig, *, by_number: bool) -> list[str]:
+    notes: list[str] = []
+    if by_number:
+        notes.append("the classes are matched by number, because the source or the data have no names for them.")
+    if source.recipe is not None and source.recipe.preconditioning != config.recipe.preconditioning:
+        notes.append(
+            f"the source was trained in {source.recipe.preconditioning}, this run trains in {config.recipe.preconditioning}."
+        )
+    return notes
+
+
+def _remedy(source: WeightSource, config: RunConfig) -> str:
+    """How to get a network that the source fits."""
+    if source.recipe is None or source.shape is None:
+        return "give the network the settings that the source had"
+    theirs, own = source.recipe, config.recipe
+    if theirs.network != own.network:
+        return f"leave the settings of the network out, for those of the source, {theirs.network}"
+    if len(source.shape) != 3 or len(config.shape) != 3:
+        return f"train on samples of {' x '.join(map(str, source.shape))}, as the source"
+    if source.shape[0] != config.shape[0]:
+        return f"train on images of {source.shape[0]} channels, as the source"
+    height, width = source.shape[1:]
+    if height != width:
+        return f"train on images of {width} x {height} pixels, as the source"
+    return f"train on images of its size, resolution={height}"
+
+
+def _some(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)[:3])

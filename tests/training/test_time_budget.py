@@ -1,0 +1,178 @@
+"""Claims on runs within a time: what is chosen fits it, on a clock that only the work moves on, and on the real one."""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import stablefield as sf
+from pictures import whole_pictures
+from stablefield.cli.entry import main
+from stablefield.data._digits import open_digits
+from stablefield.training._pace import Costs, Pace
+from stablefield.training._recipe import MLPConfig, Recipe
+from stablefield.training._time_budget import seconds_of, within
+
+TINY = Recipe(batch=32, references=32, noise_band=0.0, network=MLPConfig(width=16, depth=1))
+FLAGS = ("--network.width", "16", "--network.depth", "1", "--batch", "32", "--references", "32", "--device", "cpu")
+
+
+def status(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert isinstance(exit_.value.code, int)
+    return exit_.value.code
+
+
+class Machine:
+    """A machine whose clock moves on with the rows that the network sees: in training three times as far as in sampling."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.row = 0.0, 4e-3
+        self.slower_after, self.slower = math.inf, 1.0
+        forward = sf.networks.MLP.forward
+        monkeypatch.setattr("time.perf_counter", lambda: self.now)
+
+        def charged(network: torch.nn.Module, x: torch.Tensor, *given: object) -> torch.Tensor:
+            factor = self.slower if self.now > self.slower_after else 1.0
+            self.now += factor * self.row * len(x) * (3 if torch.is_grad_enabled() else 1)
+            return forward(network, x, *given)
+
+        monkeypatch.setattr(sf.networks.MLP, "forward", charged)
+
+
+@pytest.mark.parametrize("given", [60, "60", "60s", "1m", "1 min", "1.0m"])
+def test_times_are_seconds_or_have_a_unit(given: str | float) -> None:
+    assert seconds_of(given) == 60
+    assert seconds_of("1.5h") == 5400
+
+
+@pytest.mark.parametrize("given", ["", "m", "10 minutes or so", "-5s", 0, -1.0, math.nan, math.inf, "10x", True, "0s"])
+def test_what_is_no_time_is_refused(given: object) -> None:
+    with pytest.raises((ValueError, TypeError), match=r"^time"):
+        seconds_of(given)
+
+
+def test_the_chosen_steps_fit_the_time_for_any_costs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        setup, step, picture, checkpoint, seconds = (
+            float(10 ** torch.empty(()).uniform_(low, high, generator=generator))
+            for low, high in ((-2, 1), (-3, 0.5), (-2, 1.5), (-3, 1), (2, 5))
+        )
+        costs = Costs(setup=setup, step=step, picture=picture, checkpoint=checkpoint)
+        found = within(TINY, seconds, costs)
+        # By hand: every step, the pictures and checkpoints where they are due, and those after the last step.
+        looks = (found.steps - 1) // found.sample_every if found.sample_every else 0
+        saves = (found.steps - 1) // found.checkpoint_every
+        used = setup + found.steps * step + (looks + 1) * picture + (saves + 1) * checkpoint
+        assert used <= seconds
+        assert used >= 0.9 * seconds - picture - checkpoint - step
+        images = found.steps * found.batch
+        assert found.ramp_images <= 0.05 * images
+        assert found.ema_half_life <= 0.05 * images
+    kept = within(TINY, 1e6, Costs(setup=0, step=1e-3, picture=1, checkpoint=0.1))
+    assert (kept.ramp_images, kept.ema_half_life, kept.log_every) == (20_000, 50_000, 50)
+
+
+def test_a_time_that_is_too_short_says_how_much_more_to_give() -> None:
+    costs = Costs(setup=1, step=2, picture=3, checkpoint=4)
+    with pytest.raises(
+        ValueError, match=r"^time is too short: 8 s .* takes 2 s, the start and the end 8 s\. Pass 32 s"
+    ):
+        within(TINY, 8, costs)
+    assert within(TINY, 8 + 32, costs).steps >= 10
+
+
+def test_a_run_uses_its_time_and_not_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    with whole_pictures():
+        run = sf.train(open_digits(), out=tmp_path / "run", recipe=TINY, time="1m", device="cpu")
+    assert 0.85 * 60 < machine.now <= 60
+    assert run.step == run.config.recipe.steps
+    assert run.folder.picture(run.step).is_file()
+    recipe = run.config.recipe
+    assert recipe.steps == pytest.approx((60 - 35 * 64 * 4e-3) / (32 * 3 * 4e-3), rel=0.15)
+    assert recipe.ema_half_life <= 0.06 * recipe.steps * recipe.batch
+
+
+def test_a_run_on_a_machine_that_becomes_busy_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    machine.slower_after, machine.slower = 20.0, 2.0
+    shown: list[tuple[int, int]] = []
+    with whole_pictures():
+        run = sf.train(
+            open_digits(), out=tmp_path / "run", recipe=TINY, time=60, device="cpu",
+            progress=lambda report: shown.append((report.step, report.steps)), every=1,
+        )  # fmt: skip
+    # The picture, too, takes twice as long as foreseen: 18 seconds.
+    assert 50 < machine.now <= 60
+    assert run.folder.picture(run.step).is_file()
+    changes = run.config.extensions
+    assert 1 <= len(changes) <= 20
+    assert [one.before for one in changes[1:]] == [one.after for one in changes[:-1]]
+    assert shown[-1] == (run.step, run.step) == (changes[-1].after, run.config.recipe.steps)
+    assert changes[0].after < changes[0].before == shown[0][1]
+    # What is recorded is the schedule that was followed.
+    rates = {entry["step"]: entry["learning_rate"] for entry in run.metrics()}
+    assert rates[run.step] == run.config.recipe.learning_rate_at(run.step - 1)
+
+
+def test_a_pace_within_half_a_percent_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    costs = Costs(setup=0, step=1, picture=2, checkpoint=1)
+    pace = Pace(1000, costs)
+    pace.begin(0, 967)
+    assert not pace.due(240)
+    assert pace.due(241)
+    now[0] = 241 * 1.003
+    assert pace.steps(241) == 967
+    now[0] = 241 * 1.25  # 970 seconds in all, of which 301.25 are gone and the end takes 3.75
+    assert pace.steps(241) == 241 + int((970 - 301.25 - 3.75) / 1.25) == 773
+    pace.begin(241, 773)
+    assert not pace.due(373)
+    assert pace.due(374)
+    assert not pace.due(773)
+
+
+@pytest.mark.timed
+def test_a_few_real_seconds_are_kept(tmp_path: Path) -> None:
+    sf.train("digits", out=tmp_path / "first", recipe=TINY, steps=1, device="cpu")  # what is imported once
+    began = time.monotonic()
+    run = sf.train(
+        "digits", out=tmp_path / "run", recipe=dataclasses.replace(TINY, sample_every=5), time=3, device="cpu"
+    )
+    assert time.monotonic() - began < 1.5 * 3
+    assert run.step == run.config.recipe.steps > 3
+    assert run.folder.picture(run.step).is_file()
+
+
+def test_the_command_says_what_it_makes_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "run")
+    for more, words in (
+        (("--time", "1m", "--steps", "3"), "--time 1m and --steps: give one of the two"),
+        (("--time", "soon"), "--time soon: pass a time such as 90s, 10m or 2h."),
+    ):
+        assert status("train", "digits", *FLAGS, *more, "--out", out) == 2
+        assert words in capsys.readouterr().err
+    assert status("train", "--resume", "--time", "1m", "--out", out) == 2
+    assert "--time with --resume" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="steps=3 and time=1m: pass one of the two"):
+        sf.train("digits", steps=3, time="1m", out=out)
+    machine = Machine(monkeypatch)
+    assert status("train", "digits", *FLAGS, "--time", "30s", "--out", out) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "left, for about" in told
+    assert "steps (the recipe: 4,000) ramp" in told
+    assert 15 < machine.now <= 30
+    before = machine.now
+    assert status("train", "digits", *FLAGS, "--time", "2s", "--out", str(tmp_path / "no")) == 2
+    assert "--time is too short" in capsys.readouterr().err
+    assert machine.now > before
+    assert not (tmp_path / "no").exists()
