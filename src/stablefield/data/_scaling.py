@@ -28,8 +28,8 @@ CHUNK_BYTES = 16 * 2**20
 """Bytes to read at a time when all of a set is needed."""
 CHANNEL_LIMIT = 2**15
 """Most channels: their means and deviations are part of a run's config.json."""
-NUMBER_LIMIT = 2**28
-"""Most numbers in a sample."""
+NUMBER_LIMIT = 2**24
+"""Most numbers in a sample: measuring takes some 40 bytes for each."""
 
 
 @dataclass(frozen=True, kw_only=True)
