@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import race
+import runners
 import torch
 from record import RESULTS, write
 from scipy.stats import spearmanr
@@ -41,7 +42,7 @@ FEW = 20
 """Checkpoints of a training from which on its second half has enough of them for ranks."""
 
 
-def frechet(runner: race.Runner, network: nn.Module, data: Tensor, setting: race.Setting, evaluations: int) -> float:
+def frechet(runner: runners.Runner, network: nn.Module, data: Tensor, setting: race.Setting, evaluations: int) -> float:
     """The Frechet distance of samples to the data, from the same noise for every network."""
     noise = torch.randn(setting.samples, *data.shape[1:], generator=Generator().manual_seed(1000))
     with torch.no_grad():
@@ -66,7 +67,7 @@ def train(name: str, data: Tensor, setting: race.Setting, excess: sf.ExcessLoss,
     generator = Generator().manual_seed(args.seed)
     network = setting.network(tuple(data.shape[1:]), Generator().manual_seed(args.seed))
     average, optimizer = follower(network), race.adam(network, setting)
-    runner = race.make_runner(name, data, setting, generator)
+    runner = race.runner_of(name, data, setting, generator)
     torch.manual_seed(args.seed)
     wanted = {round(args.steps * (k + 1) / args.checkpoints) for k in range(args.checkpoints)}
     losses: list[float] = []
@@ -89,7 +90,7 @@ def train(name: str, data: Tensor, setting: race.Setting, excess: sf.ExcessLoss,
                 "runner": name,
                 "step": step,
                 "logged_loss": float(np.mean(losses[-args.window :])),
-                **checkpoint(excess(race.preconditioned(average))),
+                **checkpoint(excess(runners.preconditioned(average))),
                 "frechet": frechet(runner, average, data, setting, args.evaluations),
             }
             print(json.dumps(row), flush=True)
@@ -118,7 +119,7 @@ def correlations(rows: list[Row]) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
-    parser.add_argument("--runners", nargs="+", choices=race.LEVERS, default=["edm"], metavar="NAME")
+    parser.add_argument("--runners", nargs="+", choices=runners.LEVERS, default=["edm"], metavar="NAME")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--checkpoints", type=int, default=20)
     parser.add_argument("--window", type=int, default=100, help="steps over whose mean the logged loss runs")

@@ -28,7 +28,7 @@ from stablefield.evaluation import _kid as kid
 from stablefield.evaluation import _memorisation as memorisation
 from stablefield.evaluation import _precision_recall as precision_recall
 from stablefield.evaluation import inception_score
-from stablefield.evaluation._extractor import RawPixels
+from stablefield.evaluation._extractor import RawPixels, RawValues
 from stablefield.probing import _advice as advice
 from stablefield.probing import _bias as bias
 from stablefield.probing import _fit as fit
@@ -129,6 +129,9 @@ class State:
 
     def image_set(self):
         return data.make_image_set(self.images, self.labels, data.Origin(name="a", source="b"))
+
+    def float_set(self):
+        return data.make_image_set(self.normal(6, *self.shape).numpy(), self.labels, data.Origin(name="a", source="b"))
 
     def population(self):
         return population.Population(self.data)
@@ -665,7 +668,7 @@ CASES = {
     "make_image_set": Case(
         lambda s: data.make_image_set,
         {
-            "images": lambda s: s.images,
+            "images": either(lambda s: s.images, lambda s: s.float_set().images),
             "labels": either(None, lambda s: s.labels, lambda s: s.labels.tolist()),
             "origin": lambda s: data.Origin(name="a", source="b"),
             "sha256": either(None),
@@ -680,7 +683,11 @@ CASES = {
             "name": either("a"),
             "manifest": lambda s: {},
             "opening": either(None, {}),
+            "scaling": either(None),
         },
+    ),
+    "ImageSet.scaled": Case(
+        lambda s: s.float_set().scaled, {"index": either([0, 2], np.array([1]), slice(None), slice(1, 4))}
     ),
     "ImageSet.batch": Case(lambda s: s.image_set().batch, {"index": either([0, 2], np.array([1]))}),
     "IndexStream": Case(lambda s: data.IndexStream, {"size": either(10), "batch": either(3), **SEED}),
@@ -787,6 +794,8 @@ CASES = {
         },
         needed=("metrics", "extractor", "cache"),
     ),
+    "RawValues": Case(lambda s: RawValues, {"shape": either((3,), (4, 2, 2))}),
+    "RawValues.__call__": Case(lambda s: RawValues(s.shape), {"images": lambda s: s.x0}, local=True),
     "RawPixels": Case(lambda s: RawPixels, {"shape": either((1, 4, 4))}),
     "RawPixels.__call__": Case(lambda s: RawPixels((1, 4, 4)), {"images": lambda s: torch.from_numpy(s.images)}),
     # Probe.

@@ -22,7 +22,7 @@ pytest.importorskip("scipy")
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-race = importlib.import_module("race")
+race, runners = importlib.import_module("race"), importlib.import_module("runners")
 sys.path.remove(str(ROOT / "benchmarks"))
 
 MEAN, SPREAD = 0.1, 0.25
@@ -40,8 +40,8 @@ def one_thread() -> Iterator[None]:
 
 
 # The label of a time: a number of order one, or for packages with time steps, these.
-CASES = [(name, False) for name in race.RUNNERS] + [
-    (name, True) for name in (*race.PEERS, "torchcfm-stf", "ours-steps") if name not in ("edm", "immiscible")
+CASES = [(name, False) for name in runners.RUNNERS] + [
+    (name, True) for name in (*runners.PEERS, "torchcfm-stf", "ours-steps") if name not in ("edm", "immiscible")
 ]
 
 
@@ -62,7 +62,7 @@ class Exact(nn.Module):
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
         x, label = x.double(), label.double()[:, None, None, None]
-        if self.runner in race.LEVERS or self.runner == "immiscible":
+        if self.runner in runners.LEVERS or self.runner == "immiscible":
             numbered = self.runner == "ours-steps" and self.timesteps
             # From ln(0.002) / 4 to ln(81) / 4.
             out = self._edm(x, torch.exp(4 * (label / 999 * 2.65 - 1.55) if numbered else 4 * label))
@@ -97,7 +97,7 @@ class Exact(nn.Module):
 def runner_of(name: str, images: Tensor, *, timesteps: bool) -> Any:
     setting = dataclasses.replace(race.SETTINGS[1, 8, 8], batch=len(images), timesteps=timesteps)
     torch.manual_seed(0)
-    return race.make_runner(name, images, setting, Generator().manual_seed(0))
+    return race.runner_of(name, images, setting, Generator().manual_seed(0))
 
 
 def small(shape: tuple[int, ...], generator: Generator) -> nn.Module:
@@ -136,7 +136,7 @@ def test_the_exact_network_has_the_least_loss(
     name: str, timesteps: bool, band: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Pairings within a batch change what is the best, so they are not here.
-    monkeypatch.setattr(race.sf, "pick_noise_band", lambda _: band)
+    monkeypatch.setattr(runners.sf, "pick_noise_band", lambda _: band)
     images = gaussian_images(2000)
     network = Exact(name, MEAN, SPREAD, timesteps=timesteps)
 
@@ -152,7 +152,7 @@ def test_the_exact_network_has_the_least_loss(
         assert abs(step * (low - high) / (low + high - 2 * middle) / 2) < 0.03
 
 
-@pytest.mark.parametrize("name", race.RUNNERS)
+@pytest.mark.parametrize("name", runners.RUNNERS)
 def test_one_image_is_learned_exactly(name: str) -> None:
     images = torch.full((64, *SHAPE), 153, dtype=torch.uint8)  # 0.2
     network = Exact(name, 0.2, 0.0, timesteps=False)
@@ -163,7 +163,7 @@ def test_one_image_is_learned_exactly(name: str) -> None:
     assert (drawn - 0.2).abs().max().item() < 1e-3
 
 
-@pytest.mark.parametrize("name", race.RUNNERS)
+@pytest.mark.parametrize("name", runners.RUNNERS)
 def test_every_runner_trains_the_same_network_for_its_time(name: str) -> None:
     data, setting = race.open_data("digits")
     setting = dataclasses.replace(setting, network=small)

@@ -5,7 +5,7 @@ import stablefield as sf
 stable = sf.StableTarget(sf.EDM(), references=sf.Pool(images))
 target = stable(x0, x_t, sigma, index=index)  # then regress on target.x0, .noise, .score, .v or .velocity
 
-run = sf.train(images, out="runs/mine")  # or the whole training: images is a tensor, uint8 (n, C, H, W), or a folder
+run = sf.train(images, out="runs/mine")  # or the whole training: images is a folder, or a tensor, uint8 or float data
 run.sample(64).save("grid.png")
 """
 

@@ -211,7 +211,7 @@ def benchmark(
     if images is None:
         pixels = torch.randint(0, 256, (max(references), 3, 32, 32), generator=generator, dtype=torch.uint8)
     else:
-        pixels = torch.as_tensor(np.array(images.images) if isinstance(images, ImageSet) else images)
+        pixels = torch.as_tensor(np.array(images.scaled(slice(None))) if isinstance(images, ImageSet) else images)
     pixels = pixels.to(where)
     sizes = sorted({min(n, len(pixels)) for n in references})
     total, done = len(sizes) * len(batch) + 12 * growth + step + transformer, 0

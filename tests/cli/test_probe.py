@@ -302,7 +302,7 @@ def test_wrong_use_is_told_in_one_paragraph(
     [
         (np.zeros((1, 4, 4), np.uint8), "hold 1 sample"),
         (np.full((30, 4, 4), 9, np.uint8), "all 30 samples are equal"),
-        (np.full((30, 4, 4), np.nan, np.float32), "dtype float32"),
+        (np.full((30, 4, 4), np.nan, np.float32), "sample 0 is nan at [0, 0]"),
     ],
 )
 def test_data_with_nothing_to_measure_are_told_of(

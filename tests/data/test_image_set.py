@@ -69,7 +69,7 @@ def test_it_describes_itself():
 @pytest.mark.parametrize(
     ("images", "labels", "says"),
     [
-        (np.zeros((2, 3, 4, 4), np.float32), None, "float32"),
+        (np.zeros((2, 3, 4, 4), np.int32), None, "int32"),
         (np.zeros((2, 4, 4), np.uint8), None, r"\(2, 4, 4\)"),
         (np.zeros((0, 3, 4, 4), np.uint8), None, "pass at least one image"),
         (np.zeros((2, 4, 4, 4), np.uint8), None, "4 channels"),

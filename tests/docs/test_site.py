@@ -221,7 +221,7 @@ def test_the_page_of_the_race_says_of_fashion_mnist_what_was_measured(monkeypatc
 
 def test_the_page_of_the_race_says_when_the_best_peer_is_reached(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    race = importlib.import_module("race")
+    race, runners = importlib.import_module("race"), importlib.import_module("runners")
     text = " ".join(re.sub(r"<[^>]+>", "", (site / "race.html").read_text("utf-8")).split())
     rows = json.loads((ROOT / "benchmarks/results/race_digits.json").read_text())["rows"]
     ends = {
@@ -237,9 +237,9 @@ def test_the_page_of_the_race_says_when_the_best_peer_is_reached(site: Path, mon
     for evaluations in race.EVALUATIONS:
         means = {
             name: {t: statistics.fmean(of) for t, of in race.curve(rows, name, evaluations).items()}
-            for name in ("ours", *race.PEERS)
+            for name in ("ours", *runners.PEERS)
         }
-        goal = min(means[name][45.0] for name in race.PEERS if means[name])
+        goal = min(means[name][45.0] for name in runners.PEERS if means[name])
         reached = race.time_to(means["ours"], goal)
         if reached.startswith("<"):
             assert (

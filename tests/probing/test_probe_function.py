@@ -216,9 +216,9 @@ def test_a_labelled_set_says_what_each_label_can_gain_at_uniform_and_logit_norma
         assert one.shares["flow at logit-normal times"] == pytest.approx(normal, abs=1e-6)
     assert found.labels[1].level < found.labels[0].level < found.labels[2].level == math.inf
     text = str(found)
-    assert "Rows that can gain, by label:" in text
-    assert "flow at logit-normal times 0 % (2) to" in text
-    assert "Rows without a label: EDM" in text
+    sentence = next(line for line in found.findings if "by label" in line)
+    shares = [100 * one.shares["flow at uniform times"] for one in found.labels[:3]]
+    assert f"by label: flow {shares[2]:.0f} % (2) to {shares[1]:.0f} % (1); logit-normal 0 % to" in sentence
     assert max(map(len, text.splitlines())) <= 80
     assert [one["name"] for one in found.to_dict()["labels"]] == ["0", "1", "2", "no label"]
     assert any(getattr(block, "title", "") == "Labels" for block in found.page().blocks)

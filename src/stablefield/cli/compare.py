@@ -72,7 +72,7 @@ class Compare(TrainingFlags):
                 recipe=chosen.recipe,
                 evaluations=self.evaluations,
                 samples=self.samples,
-                extractor=self.measure.open(data.shape, device),
+                extractor=self.measure.open(data.shape, device, floating=data.scaling is not None),
                 device=device,
                 on_start=lambda plan: _print_plan(plan, chosen.notes),
                 progress=bar.update,

@@ -12,7 +12,7 @@ from stablefield.cli.places import check_file, check_free, check_suffix, looks_l
 from stablefield.cli.sources import DataFlags, print_reading
 from stablefield.data._inspect import sample_grid, summary
 from stablefield.data._packed import pack
-from stablefield.data._png import PICTURES, write_picture
+from stablefield.data._png import PICTURES, is_picture, write_picture
 
 __all__ = ["Inspect", "Pack"]
 
@@ -70,6 +70,9 @@ class Inspect(_Reading):
             raise ValueError(f"--seed is {self.seed}: it must not be negative.")
         images = self.open(split=self.split)
         print_rows(summary(images))
+        if not is_picture(images.shape):
+            console.print("no picture: these samples are not (1, H, W) or (3, H, W)")
+            return 0
         try:
             write_picture(self.out, sample_grid(images, self.count, self.seed))
         except OSError as error:

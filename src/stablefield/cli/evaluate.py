@@ -138,7 +138,9 @@ class Evaluate:
                 samples,
                 data=real,
                 metrics=self.metrics,
-                extractor=self.extractor.open(samples.shape, device) if uses_extractor else None,
+                extractor=self.extractor.open(samples.shape, device, floating=_floating(samples))
+                if uses_extractor
+                else None,
                 classifier=self.extractor.open_classifier(device),
                 count=None if is_run(self.source) else self.samples,
                 references=self.references,
@@ -183,8 +185,14 @@ class Evaluate:
         """The results' file: --out, or an unused name."""
         if self.out is not None:
             return self.out
-        name = f"{self.extractor.extractor}-{self.drawing.sampler}.json"
-        return unused(Path(self.source, "evaluations", name) if is_run(self.source) else Path("evaluation.json"))
+        if not is_run(self.source):
+            return unused(Path("evaluation.json"))
+        extractor = self.extractor.named(floating=Run(self.source).config.scaling is not None)
+        return unused(Path(self.source, "evaluations", f"{extractor}-{self.drawing.sampler}.json"))
+
+
+def _floating(samples: RunSource | ImageSet) -> bool:
+    return samples.floating if isinstance(samples, RunSource) else samples.scaling is not None
 
 
 def _print_estimate(estimate: TimeEstimate) -> None:

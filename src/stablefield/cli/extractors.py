@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from stablefield.evaluation._extractor import Extractor, RandomConvolutions, RawPixels
+from stablefield.evaluation._extractor import Extractor, RandomConvolutions, RawPixels, RawValues
 from stablefield.evaluation._inception import Inception
 from stablefield.evaluation._torchscript import (
     IMAGENET,
@@ -20,6 +20,8 @@ from stablefield.evaluation._torchscript import (
 
 __all__ = ["ExtractorFlags"]
 
+Name = Literal["auto", "inception", "dinov2", "torchscript", "pixels", "random"]
+
 _SCALES: dict[str, tuple[Channels, Channels]] = {
     "unit": ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),
     "symmetric": ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
@@ -31,8 +33,9 @@ _SCALES: dict[str, tuple[Channels, Channels]] = {
 class ExtractorFlags:
     """The network that measures the images."""
 
-    extractor: Literal["inception", "dinov2", "torchscript", "pixels", "random"] = "inception"
-    """inception is FID's own (extra stablefield[fid]); dinov2 and torchscript need --extractor-file; random: a small net."""
+    extractor: Name = "auto"
+    """inception is FID's own (extra stablefield[fid]); dinov2 and torchscript need --extractor-file; random: a small net;
+    pixels: the values themselves. auto: inception (for train random), and of float data the values."""
     extractor_file: Path | None = None
     """TorchScript file of the network. It is a program: use only files that you trust."""
     extractor_size: int | None = None
@@ -63,15 +66,30 @@ class ExtractorFlags:
         if self.extractor_size is not None and self.extractor_size < 1:
             raise ValueError(f"--extractor-size is {self.extractor_size}: pass a positive number of pixels.")
 
-    def open(self, shape: tuple[int, int, int], device: torch.device) -> Extractor:
-        """The extractor, for images of `shape` (C, H, W).
+    def named(self, *, floating: bool, usual: Name = "inception") -> Name:
+        """The name of the extractor for float data or images; `usual` is that of "auto" for images without a file."""
+        if self.extractor != "auto":
+            return self.extractor
+        if self.extractor_file is not None:
+            return "inception"
+        return "pixels" if floating else usual
+
+    def open(
+        self, shape: tuple[int, ...], device: torch.device, *, floating: bool = False, usual: Name = "inception"
+    ) -> Extractor:
+        """The extractor, for images of `shape` (C, H, W), or for float data of any shape.
 
         Raises:
-            ValueError: if its file is missing or not that network.
+            ValueError: if its file is missing or not that network, or it measures images, and these are float data.
             ImportError: if its package is missing, with the install command.
         """
-        file = self.extractor_file
-        if self.extractor == "inception":
+        file, name = self.extractor_file, self.named(floating=floating, usual=usual)
+        if floating and name != "pixels":
+            raise ValueError(
+                f"--extractor {name} measures 8-bit images, and these are float data: leave it out, to measure the values "
+                "themselves, or decode the data to images first."
+            )
+        if name == "inception":
             try:
                 return Inception(file, device=device)
             except ImportError as error:
@@ -79,11 +97,11 @@ class ExtractorFlags:
                     f"{error} Other extractors need no download: --extractor pixels, --extractor random.",
                     name=error.name,
                 ) from error
-        if self.extractor == "pixels":
-            return RawPixels(shape)
-        if self.extractor == "random" or file is None:
+        if name == "pixels":
+            return RawValues(shape) if floating else RawPixels(shape)
+        if name == "random" or file is None:
             return RandomConvolutions(device=device)
-        return dinov2(file, device=device) if self.extractor == "dinov2" else self._network(file, device)
+        return dinov2(file, device=device) if name == "dinov2" else self._network(file, device)
 
     def open_classifier(self, device: torch.device) -> Extractor | None:
         """The classifier, if --classifier names one.

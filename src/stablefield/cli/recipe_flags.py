@@ -69,7 +69,7 @@ class RecipeFlags:
         if unknown and name in RECIPES:
             raise ValueError(_foreign(unknown, base))
 
-    def on(self, recipe: Recipe, shape: tuple[int, int, int] | None = None) -> tuple[Recipe, tuple[str, ...]]:
+    def on(self, recipe: Recipe, shape: tuple[int, ...] | None = None) -> tuple[Recipe, tuple[str, ...]]:
         """The recipe with these flags, and a line for each default that gives way to one.
 
         Args:
@@ -225,7 +225,7 @@ def yielding(recipe: Recipe, flags: Mapping[str, Sequence[str]]) -> tuple[Recipe
 
 
 def with_fewer_levels(
-    recipe: Recipe, shape: tuple[int, int, int], flags: Mapping[str, Sequence[str]]
+    recipe: Recipe, shape: tuple[int, ...], flags: Mapping[str, Sequence[str]]
 ) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe with as many levels of its U-Net as fit the resolution, and a line if that removes some.
 

@@ -13,19 +13,16 @@ from stablefield.cli.console import console, relative, shown_warnings
 from stablefield.cli.parser import parse_seeds
 from stablefield.cli.places import check_file, check_folder, check_free, check_suffix, looks_like_file, unused
 from stablefield.cli.progress import StageBar
-from stablefield.data._png import PICTURES
+from stablefield.data._png import PICTURES, is_picture
 from stablefield.training._run import Run
 from stablefield.training._sampler import SamplerOptions
 
 __all__ = ["Sample"]
 
-# Suffixes of files that hold all images; any other name is a folder with one file per image.
-_SINGLE = (*PICTURES, ".npz")
-
 
 @dataclass(frozen=True)
 class Sample:
-    """Draw images from a run: a grid as one picture, a folder of PNG files, or an .npz file.
+    """Draw images from a run: a grid as one picture, a folder of PNG files, or an .npz file; or float data as .npz or .npy.
 
     Started by torchrun or `accelerate launch`, the processes share the seeds; the images are the same.
     """
@@ -35,8 +32,8 @@ class Sample:
     seeds: str = "0-63"
     """Numbers and ranges, such as 0-63 or 1,5,8-12. A seed always gives the same image."""
     out: Path | None = None
-    """FILE.png or FILE.jpg for a grid, FILE.npz, or a folder for one file per image; by default
-    RUN/samples/SAMPLER-STEPS.png, with a number if that exists."""
+    """FILE.png or FILE.jpg for a grid, FILE.npz (of float data also FILE.npy), or a folder for one file per image; by
+    default RUN/samples/SAMPLER-STEPS.png, .npz of data that are no pictures, with a number if that exists."""
     overwrite: bool = False
     """Replace a file that exists; write among the files of a folder that is not empty."""
     device: str = ""
@@ -56,10 +53,13 @@ class Sample:
         options = self.drawing
         run = Run(self.run_folder)
         steps = "" if options.steps_taken is None else f"-{options.steps_taken}"
-        out = self.out or unused(run.path / "samples" / f"{options.sampler}{steps}.png")
-        single = out.suffix.lower() in _SINGLE
+        config = run.config
+        what = "images" if config.scaling is None else "samples"
+        allowed = (*(PICTURES if is_picture(config.shape) else ()), ".npz", *((".npy",) if config.scaling else ()))
+        out = self.out or unused(run.path / "samples" / f"{options.sampler}{steps}{allowed[0]}")
+        single = out.suffix.lower() in allowed
         if looks_like_file(out):
-            check_suffix("--out", out, _SINGLE, "one file of all images")
+            check_suffix("--out", out, allowed, f"one file of all {what}")
         if not single or not out.is_dir():
             self._check_free(out, ranks)
         (check_file if single else check_folder)("--out", out)
@@ -84,7 +84,7 @@ class Sample:
         together = "" if ranks.world_size == 1 else f" in {ranks.world_size} processes"
         model = sampler.model
         console.print(
-            f"{len(seeds):,} images of step {model.step:,} (EMA {model.ema}), {options.sampler}{steps}: {nfe:,.4g} network "
+            f"{len(seeds):,} {what} of step {model.step:,} (EMA {model.ema}), {options.sampler}{steps}: {nfe:,.4g} network "
             f"evaluations each (NFE), {seconds:.1f} s{together}"
         )
         classes = options.describe_classes(model.config)

@@ -16,11 +16,11 @@ __all__ = ["DataFlags", "open_data", "print_reading"]
 
 @dataclass(frozen=True)
 class DataFlags:
-    """Which images, and how to read them."""
+    """Which data, and how to read them."""
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
     """Images: digits (built in), a folder or .zip of images, .npy, .npz, idx, parquet or CIFAR-10 files, a packed file,
-    hf:OWNER/NAME."""
+    hf:OWNER/NAME. Or float data, such as latents: .npy, .npz (data, labels) or .safetensors files."""
     resolution: int | None = None
     """Resize every image to this many pixels a side; if sizes differ, train chooses it."""
     resize: Literal["crop", "squash"] = "crop"
@@ -56,7 +56,11 @@ def open_data(source: str, **opening: Any) -> ImageSet:
 
 def print_reading(data: ImageSet) -> None:
     """Print how the data were read: the size, if resized or not square, and the notes."""
-    _, height, width = data.shape
+    if data.scaling is not None:
+        console.print(f"data:       {escape(data.describe())}")
+        height = width = 0
+    else:
+        _, height, width = data.shape
     resized = str(data.manifest["resized"])
     if resized != "no":
         console.print(f"images:     {escape(resized)}")

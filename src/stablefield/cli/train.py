@@ -68,7 +68,7 @@ class Train(TrainingFlags):
     """Steps between Frechet distances of a few samples, logged to metrics.jsonl; 0 for none."""
     evaluate_samples: int = 500
     """Samples per Frechet distance; more are less noisy."""
-    measure: ExtractorFlags = dataclasses.field(default_factory=lambda: ExtractorFlags(extractor="random"))
+    measure: ExtractorFlags = dataclasses.field(default_factory=ExtractorFlags)
     """The network that measures those samples."""
 
     def check(self) -> None:
@@ -211,13 +211,13 @@ class Train(TrainingFlags):
         if not self.evaluate_every or not Ranks.launched(device).first:
             return []
         self.measure.check()
-        extractor = self.measure.open(data.shape, device)
+        extractor = self.measure.open(data.shape, device, floating=data.scaling is not None, usual="random")
         check = SelfCheck.prepare(data, extractor, samples=self.evaluate_samples)
 
         def tell(step: int, reading: Reading) -> None:
             console.print(f"step {step:,}: {reading}")
 
-        return [FrechetObserver(check, self.evaluate_every, data.shape, device, tell)]
+        return [FrechetObserver(check, self.evaluate_every, data.shape, device, tell, data.scaling)]
 
 
 def _print_recipe(recipe: Recipe, notes: Sequence[str]) -> int:
@@ -267,8 +267,9 @@ def _print_where_it_stands(run: Run, config: RunConfig) -> None:
 def _print_beginning(run: Run, data: ImageSet) -> None:
     recipe, processes = run.config.recipe, Ranks.launched(run.device).world_size
     many = f" x {processes} processes" if processes > 1 else ""
+    what = "images" if data.scaling is None else "samples"
     console.print(
-        f"[bold]{recipe.target.upper()}[/] on {escape(data.name)}: {len(data):,} images of "
+        f"[bold]{recipe.target.upper()}[/] on {escape(data.name)}: {len(data):,} {what} of "
         f"{'x'.join(map(str, data.shape))}, {recipe.steps:,} steps of {recipe.batch}, on {run.device}{many}"
     )
     if processes > 1:
@@ -288,7 +289,7 @@ def _print_end(run: Run, seconds: float) -> None:
         )
     else:
         console.print(f"done in {duration(seconds)}")
-        console.print(f"samples:    {escape(relative(run.folder.picture(done)))}")
+        console.print(f"samples:    {escape(relative(run.drawn))}")
     _print_sampling(run)
 
 

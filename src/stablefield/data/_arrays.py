@@ -1,10 +1,13 @@
-"""Arrays of images in .npy and .npz files.
+"""Arrays of images, or of float data, in .npy and .npz files.
 
 Pixels are uint8, (n, H, W) for greyscale, (n, C, H, W) or (n, H, W, C) with C = 1 or 3; the shape must show which it is. In
 an .npz the images are called `images`, `x` or `arr_0` (or, with a split, `train_images`, `x_train`), the labels `labels` or
 `y` (`train_labels`, `y_train`), or `arr_1` beside `arr_0` as in ADM's files, and the class names, if there are any,
 `class_names`. A .npy file is mapped into memory; the images of an .npz are read into memory up to a budget and into a packed
 file beyond it. Arrays that need pickle are refused.
+
+Float arrays are latents (n, C, H, W), signals (n, C, L) or vectors (n, d), of any meaning. In an .npz they may also be
+called `data` or `latents`. They are kept as they are, and have a `Scaling`.
 """
 
 import io
@@ -30,8 +33,10 @@ from stablefield.data._image_set import (
     make_image_set,
     mapped,
     read_rows,
+    size_text,
 )
 from stablefield.data._resizing import Resize, Resolution, gathered_set
+from stablefield.data._scaling import check_floats
 
 __all__ = ["open_npy", "open_npz"]
 
@@ -42,25 +47,27 @@ NAMES_LIMIT = 2**24
 
 
 def open_npy(path: Path) -> ImageSet:
-    """Map the images of a .npy file into memory.
+    """Map the images, or the float data, of a .npy file into memory.
 
     Raises:
-        ValueError: if the file is damaged, or its dtype or shape is not that of images (see the module).
+        ValueError: if the file is damaged, its dtype or shape is not that of images or float data (see the module), or float
+            data hold NaN or infinite values.
     """
     try:
         with open_regular(path) as file:
             shape, fortran, dtype = _header(str(path), file)
             layout, view = _layout(str(path), dtype, shape)
             start, size = file.tell(), file.seek(0, os.SEEK_END)
-            if size < start + math.prod(shape):
+            if size < start + math.prod(shape) * dtype.itemsize:
                 raise ValueError(
                     f"{path} is cut short or damaged: it has {size:,} bytes, but its header states shape {shape}; save it "
                     "again."
                 )
-            array = mapped(file, path, start, shape, "F" if fortran else "C")
+            array = mapped(file, path, start, shape, "F" if fortran else "C", dtype)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
-    return make_image_set(view(array), None, Origin(name=path.stem, source=f"array file {path.name}, read as {layout}"))
+    origin = Origin(name=path.stem, source=f"array file {path.name}, read as {layout}", notes=_notes(dtype, shape))
+    return make_image_set(view(array), None, origin)
 
 
 def open_npz(
@@ -73,7 +80,7 @@ def open_npz(
     memory_budget: int,
     cache: Path,
 ) -> ImageSet:
-    """Read the images and labels of an .npz file.
+    """Read the images, or the float data, and the labels of an .npz file.
 
     Args:
         path: the file.
@@ -107,6 +114,14 @@ def open_npz(
                 _label_header(path, archive, arrays[labels_key], shape[0])
                 if "class_names" in arrays:
                     class_names = _class_names(path, archive, arrays["class_names"], shape[0])
+            if dtype.kind == "f":
+                origin = Origin(
+                    name=path.stem,
+                    source=f"array {images_key} of {path.name}, read as {layout}",
+                    class_names=class_names,
+                    notes=_notes(dtype, shape),
+                )
+                return make_image_set(_floats(what, file, dtype, shape, memory_budget), labels(), origin)
             return gathered_set(
                 (view(rows) for rows in read_rows(file, shape[0], shape[1:], what)),
                 shape[0],
@@ -124,6 +139,34 @@ def open_npz(
                 memory_budget=memory_budget,
                 cache=cache,
             )
+
+
+def _notes(dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> tuple[str, ...]:
+    """What to do if float data are meant to be images."""
+    if dtype.kind != "f" or not (len(shape) == 3 or (len(shape) == 4 and shape[1] in (1, 3))):
+        return ()
+    kind = f"{shape[1]} channels of {' x '.join(map(str, shape[2:]))} values"
+    return (
+        f"float data are taken as they are, here as {kind}. Images are best as uint8, (n, H, W) or (n, C, H, W): from "
+        "values in [0, 1] by (x * 255).round().clip(0, 255).astype('uint8').",
+    )
+
+
+def _floats(
+    what: str, file: Readable, dtype: np.dtype[np.generic], shape: tuple[int, ...], memory_budget: int
+) -> NDArray[np.generic]:
+    """Read float data into memory."""
+    width = math.prod(shape[1:]) * dtype.itemsize
+    if shape[0] * width > memory_budget:
+        raise ValueError(
+            f"{what} takes {size_text(shape[0] * width)}, above the {size_text(memory_budget)} that are read into memory: "
+            "save it as a .npy or .safetensors file, which is mapped."
+        )
+    values, end = np.empty(shape, dtype), 0
+    for rows in read_rows(file, shape[0], (width,), what):
+        values[end : end + len(rows)] = rows.view(dtype).reshape(-1, *shape[1:])
+        end += len(rows)
+    return values
 
 
 def _header(what: str, file: Readable) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
@@ -149,12 +192,12 @@ def _header(what: str, file: Readable) -> tuple[tuple[int, ...], bool, np.dtype[
 
 
 def _keys(path: Path, names: set[str], split: str) -> tuple[str, str | None]:
-    plain = ("images", "x", "arr_0") if split == "train" else ()
+    plain = ("images", "x", "arr_0", "data", "latents") if split == "train" else ()
     images = [key for key in (*plain, f"{split}_images", f"x_{split}") if key in names]
     if len(images) != 1:
         raise ValueError(
             f"{path} holds the arrays {', '.join(sorted(names))}: exactly one of them should hold the images of split "
-            f"{split!r} and be called images (or x, arr_0, {split}_images, x_{split})."
+            f"{split!r} and be called images (or x, arr_0, {split}_images, x_{split}, or data or latents for float data)."
         )
     labels = {
         "images": "labels",
@@ -164,7 +207,7 @@ def _keys(path: Path, names: set[str], split: str) -> tuple[str, str | None]:
         f"x_{split}": f"y_{split}",
     }
     fallback = [key for key in ("labels", "y") if key in names and split == "train"]
-    own = labels.get(images[0])
+    own = labels.get(images[0], "labels")
     # A descriptive name takes precedence over a position.
     found = [*fallback, own] if own == "arr_1" else [own, *fallback]
     return images[0], next((key for key in found if key in names), None)
@@ -221,7 +264,11 @@ def _labels(path: Path, archive: Archive, entry: zipfile.ZipInfo, count: int) ->
 def _layout(
     what: str, dtype: np.dtype[np.generic], shape: tuple[int, ...]
 ) -> tuple[str, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]]:
-    """The layout of an array of images, and a function that views it as (n, C, H, W) without a copy."""
+    """The layout of an array, and a function that views images as (n, C, H, W), and floats as they are, without a copy."""
+    if dtype.kind == "f":
+        check_floats(what, dtype, shape)
+        kinds = {2: "vectors (n, d)", 3: "signals (n, C, L)", 4: "latents (n, C, H, W)"}
+        return kinds[len(shape)], lambda x: x
     if len(shape) in (3, 4) and math.prod(shape[1:]) // (3 if 3 in shape[1::2] else 1) > PIXEL_LIMIT:
         raise ValueError(
             f"{what} has shape {shape}: one image may have up to {PIXEL_LIMIT:,} pixels; make them smaller."
@@ -229,7 +276,8 @@ def _layout(
     if dtype != np.uint8:
         raise ValueError(
             f"{what} has dtype {dtype}: images are uint8, 0 to 255. From values in [0, 1]: "
-            "(x * 255).round().clip(0, 255).astype('uint8'); from values in [-1, 1]: ((x + 1) * 127.5) instead of x * 255."
+            "(x * 255).round().clip(0, 255).astype('uint8'); from values in [-1, 1]: ((x + 1) * 127.5) instead of x * 255. "
+            "Other data are float16, float32 or float64."
         )
     # Equal sides mean many small images: a single image 3 or 4 pixels wide and as high is unlikely.
     if len(shape) == 3 and shape[2] in (1, 3, 4) and shape[1] != shape[2] and math.prod(shape):

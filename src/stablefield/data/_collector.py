@@ -58,7 +58,7 @@ class Collector:
     def __init__(
         self,
         count: int,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         *,
         memory_budget: int,
         file: Path,

@@ -4,9 +4,12 @@ Pixels have shape (n, C, H, W) with C = 1 (greyscale) or 3 (RGB) and values 0 to
 v means v / 127.5 - 1. Labels are class numbers counted from 0. The pixels may be a memory map, larger than memory and
 read-only, so use `ImageSet.batch` to copy rows.
 
+Other data are float16, float32 or float64: latents (n, C, H, W), signals (n, C, L) or vectors (n, d). Such a set has a
+`Scaling`, and `ImageSet.scaled` gives what the network sees of it.
+
 The manifest is a dictionary of JSON values: `count`, `shape` (C, H, W), `classes`, `source`, `resized`, `conversions`
 and two checksums. `sha256` is that of the pixels as n * C * H * W bytes in that order, `labels_sha256` that of the labels as
-little-endian int64. Equal sets have equal checksums, whatever file they came from.
+little-endian int64. Equal sets have equal checksums, whatever file they came from. Float data also have a `scaling`.
 """
 
 import dataclasses
@@ -18,10 +21,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from stablefield._shapes import check_kind, whole_number
 from stablefield.data._archive import Readable
+from stablefield.data._scaling import CHUNK_BYTES, Scaling, check_floats, chunks
 
 __all__ = [
     "CLASS_LIMIT",
@@ -40,8 +44,6 @@ __all__ = [
     "size_text",
 ]
 
-CHUNK_BYTES = 16 * 2**20
-"""Bytes to read at a time when all of a set is needed."""
 PIXEL_LIMIT = 89_478_485
 """Pixels above which an image counts as a decompression bomb; Pillow's own limit."""
 LABEL_LIMIT = 2**26
@@ -98,14 +100,14 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageSet:
-    """Images with their labels and manifest; made by `make_image_set` or `open_images`.
+    """Images, or other samples, with their labels and manifest; made by `make_image_set` or `open_images`.
 
     Raises:
         ValueError: if a shape or dtype is not as stated, the set is empty, or a label has no class.
     """
 
-    images: NDArray[np.uint8]
-    """Shape (n, C, H, W); an array or a memory map, perhaps read-only."""
+    images: NDArray[Any]
+    """Images, uint8 of shape (n, C, H, W), or float data (n, ...); an array or a memory map, perhaps read-only."""
     labels: NDArray[np.int64] | None
     """Class numbers from 0, shape (n,), or None."""
     class_names: tuple[str, ...] | None
@@ -116,27 +118,25 @@ class ImageSet:
     """The content of the set and where it came from (see the module)."""
     opening: dict[str, Any] | None = None
     """The arguments with which `open_images` opens this set again; None for a set made from arrays."""
+    scaling: Scaling | None = None
+    """The scaling of float data; None for images."""
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
-        check_kind("images", images, np.ndarray, "a numpy array of uint8, shape (n, C, H, W)")
+        check_kind(
+            "images", images, np.ndarray, "a numpy array of uint8, shape (n, C, H, W), or of floats, shape (n, ...)"
+        )
         check_kind("name", self.name, str, "a short name, a string")
         check_kind("manifest", self.manifest, dict, "a dictionary; make_image_set makes it")
         if self.class_names is not None:
             check_kind("class_names", self.class_names, tuple, "a tuple of strings, or None")
         if labels is not None:
             check_kind("labels", labels, np.ndarray, "a numpy array of class numbers, shape (n,), or None")
-        if images.dtype != np.uint8 or images.ndim != 4:
-            raise ValueError(
-                f"images has dtype {images.dtype} and shape {images.shape}: an image set takes uint8 of shape (n, C, H, W)."
-            )
-        if images.size == 0:
-            raise ValueError(f"images has shape {images.shape}: pass at least one image.")
-        if images.shape[1] not in (1, 3):
-            raise ValueError(
-                f"images has {images.shape[1]} channels (shape {images.shape}): pass 1 (greyscale) or 3 (RGB); drop an "
-                "alpha channel, and move channels that come last to axis 1."
-            )
+        if self.scaling is None:
+            _check_images(images)
+        else:
+            check_kind("scaling", self.scaling, Scaling, "a Scaling, or None for images")
+            check_floats("images", images.dtype, images.shape)
         if labels is None:
             return
         if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
@@ -161,10 +161,9 @@ class ImageSet:
         return f"<ImageSet {self.describe()}>"
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """Shape of one image, (C, H, W)."""
-        _, channels, height, width = self.images.shape
-        return channels, height, width
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one image, (C, H, W), or of another sample."""
+        return self.images.shape[1:]
 
     @property
     def classes(self) -> int:
@@ -183,7 +182,22 @@ class ImageSet:
             base = getattr(base, "base", None)
         return None
 
-    def batch(self, index: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
+    def scaled(self, index: slice | NDArray[np.int64]) -> NDArray[Any]:
+        """What the network sees of some rows: float data scaled; images as they are, where v means v / 127.5 - 1.
+
+        Args:
+            index: a slice, or row numbers, shape (B,).
+
+        Returns:
+            Shape (B, ...): new memory, float16 for float16 data and else float32; of images, for a slice, a view.
+
+        Raises:
+            ValueError: if an index is out of range.
+        """
+        rows = self.images[index if isinstance(index, slice) else self._places(index)]
+        return rows if self.scaling is None else self.scaling.apply(rows)
+
+    def batch(self, index: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64] | None]:
         """Copy rows into fresh, writable, contiguous memory.
 
         Args:
@@ -195,6 +209,12 @@ class ImageSet:
         Raises:
             ValueError: if an index is out of range.
         """
+        index = self._places(index)
+        labels = None if self.labels is None else self.labels[index]
+        return np.ascontiguousarray(self.images[index]), labels
+
+    def _places(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Row numbers (B,), checked."""
         if not hasattr(index, "__array__"):
             check_kind("index", index, (list, tuple, range), "row numbers, an array of integers (B,)")
         try:
@@ -208,8 +228,7 @@ class ImageSet:
         index = index.astype(np.int64)
         if index.size and not 0 <= index.min() <= index.max() < len(self):
             raise ValueError(f"index runs from {index.min()} to {index.max()}, but the set has {len(self)} images.")
-        labels = None if self.labels is None else self.labels[index]
-        return np.ascontiguousarray(self.images[index]), labels
+        return index
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -218,12 +237,15 @@ class ImageSet:
 
     def describe(self) -> str:
         """One line for the user: how many images of which kind, and where they are."""
-        channels, height, width = self.shape
-        kind = "greyscale" if channels == 1 else "RGB"
+        if self.scaling is None:
+            channels, height, width = self.shape
+            what = f"{'greyscale' if channels == 1 else 'RGB'} images of {width} x {height}"
+        else:
+            what = f"samples of {' x '.join(map(str, self.shape))} {self.images.dtype} values"
         classes = f", {self.classes} classes" if self.labels is not None else ""
         where = f"mapped from {self.file}" if self.file is not None else "in memory"
         size = size_text(self.images.nbytes)
-        return f"{self.name}: {len(self):,} {kind} images of {width} x {height}{classes}, {size} {where}"
+        return f"{self.name}: {len(self):,} {what}{classes}, {size} {where}"
 
     def verify(self) -> None:
         """Read everything again and compare with the manifest.
@@ -240,22 +262,37 @@ class ImageSet:
                 )
 
 
+def _check_images(images: NDArray[Any]) -> None:
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise ValueError(
+            f"images has dtype {images.dtype} and shape {images.shape}: an image set takes uint8 of shape (n, C, H, W)."
+        )
+    if images.size == 0:
+        raise ValueError(f"images has shape {images.shape}: pass at least one image.")
+    if images.shape[1] not in (1, 3):
+        raise ValueError(
+            f"images has {images.shape[1]} channels (shape {images.shape}): pass 1 (greyscale) or 3 (RGB); drop an "
+            "alpha channel, and move channels that come last to axis 1."
+        )
+
+
 def make_image_set(
-    images: NDArray[np.uint8], labels: NDArray[Any] | None, origin: Origin, *, sha256: str | None = None
+    images: NDArray[Any], labels: NDArray[Any] | None, origin: Origin, *, sha256: str | None = None
 ) -> ImageSet:
     """Make an `ImageSet` and write its manifest.
 
     Args:
-        images: shape (n, C, H, W), uint8.
+        images: shape (n, C, H, W), uint8; or float data, shape (n, ...), whose scaling is then measured.
         labels: whole numbers, shape (n,), or None.
         origin: where the images came from.
-        sha256: checksum of the pixels, if already known; otherwise this reads all pixels once.
+        sha256: checksum of the pixels, if already known; otherwise, and of float data, this reads all values once.
 
     Returns:
         The set.
 
     Raises:
-        ValueError: if a shape or dtype does not fit (see `ImageSet`).
+        ValueError: if a shape or dtype does not fit (see `ImageSet`), or float data hold NaN or infinite values, or are all
+            equal.
     """
     if sha256 is not None:
         check_kind("sha256", sha256, str, "64 hexadecimal digits, or None")
@@ -269,7 +306,18 @@ def make_image_set(
         if labels.dtype.kind not in "iu":
             raise ValueError(f"labels has dtype {labels.dtype}: pass whole numbers, one class number per image.")
         labels = labels.astype(np.int64)
-    made = ImageSet(images=images, labels=labels, class_names=origin.class_names, name=origin.name, manifest={})
+    scaling = None
+    if isinstance(images, np.ndarray) and images.dtype.kind == "f":
+        check_floats(origin.name, images.dtype, images.shape)
+        scaling, sha256 = Scaling.measure(images, origin.name)
+    made = ImageSet(
+        images=images,
+        labels=labels,
+        class_names=origin.class_names,
+        name=origin.name,
+        manifest={},
+        scaling=scaling,
+    )
     made.manifest.update(origin.manifest(made.classes))
     made.manifest.update(
         count=len(images),
@@ -277,6 +325,8 @@ def make_image_set(
         sha256=sha256 or pixels_sha256(images),
         labels_sha256=labels_sha256(made.labels),
     )
+    if scaling is not None:
+        made.manifest["scaling"] = scaling.record
     return made
 
 
@@ -304,13 +354,6 @@ def renumbered(images: ImageSet, class_names: Sequence[str]) -> ImageSet:
     changed = order[labels]
     manifest = images.manifest | {"class_names": list(names), "labels_sha256": labels_sha256(changed)}
     return dataclasses.replace(images, labels=changed, class_names=names, manifest=manifest)
-
-
-def chunks(images: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
-    """Go through `images` (n, C, H, W) in contiguous pieces of about 16 MiB."""
-    rows = max(1, CHUNK_BYTES // max(1, images[0].nbytes)) if len(images) else 1
-    for start in range(0, len(images), rows):
-        yield np.ascontiguousarray(images[start : start + rows])
 
 
 def read_rows(file: Readable, count: int, shape: tuple[int, ...], what: str) -> Iterator[NDArray[np.uint8]]:
@@ -342,11 +385,16 @@ def read_rows(file: Readable, count: int, shape: tuple[int, ...], what: str) -> 
 
 
 def mapped(
-    file: BinaryIO, path: Path, start: int, shape: tuple[int, ...], order: Literal["C", "F"] = "C"
-) -> NDArray[np.uint8]:
-    """Map bytes of an open file into memory, read-only; the map gives `path` as its file name."""
+    file: BinaryIO,
+    path: Path,
+    start: int,
+    shape: tuple[int, ...],
+    order: Literal["C", "F"] = "C",
+    dtype: DTypeLike = np.uint8,
+) -> NDArray[Any]:
+    """Map an array in an open file into memory, read-only; the map gives `path` as its file name."""
     # NumPy would open a path again, and by then another file may be there.
-    array = np.memmap(file, np.uint8, "r", start, shape, order)
+    array = np.memmap(file, dtype, "r", start, shape, order)
     array.filename = str(path.resolve())
     return array
 
@@ -357,7 +405,7 @@ def check_label_count(count: int, where: Path | str) -> None:
         raise ValueError(f"{where} has {count:,} labels, above the limit of {LABEL_LIMIT:,}: leave the labels out.")
 
 
-def pixels_sha256(images: NDArray[np.uint8]) -> str:
+def pixels_sha256(images: NDArray[Any]) -> str:
     """Checksum of the pixels in (n, C, H, W) order, read piece by piece."""
     digest = hashlib.sha256()
     for chunk in chunks(images):

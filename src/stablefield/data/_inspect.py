@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablefield._shapes import check_kind, whole_number
-from stablefield.data._image_set import ImageSet, chunks, class_text, size_text
-from stablefield.data._png import tile
+from stablefield.data._image_set import ImageSet, class_text, size_text
+from stablefield.data._png import as_pictures, tile
+from stablefield.data._scaling import chunks
 
 __all__ = ["sample_grid", "summary", "value_counts"]
 
@@ -27,25 +28,25 @@ def value_counts(images: NDArray[np.uint8]) -> NDArray[np.int64]:
 def summary(images: ImageSet) -> list[tuple[str, str]]:
     """Rows (name, value) for a table; reads all pixels once.
 
-    Values are 0 to 255; means and standard deviations are given per channel, and for values v / 127.5 - 1 as well.
+    Values are 0 to 255; means and standard deviations are given per channel, and for values v / 127.5 - 1 as well. Float
+    data have the figures of their scaling.
     """
     check_kind("images", images, ImageSet, "an ImageSet, as open_images returns")
-    counts = value_counts(images.images)
-    values = np.arange(256)
-    total = counts.sum(1)
-    mean = counts @ values / total
-    std = np.sqrt(np.maximum(counts @ values**2 / total - mean**2, 0))
-    present = np.flatnonzero(counts.sum(0))
+    if images.scaling is None:
+        rows = _image_rows(images)
+    else:
+        rows = [
+            ("shape", " x ".join(map(str, images.shape))),
+            ("values", str(images.images.dtype)),
+            ("mean", _listed(images.scaling.mean)),
+            ("standard deviation", _listed(images.scaling.std)),
+        ]
     manifest = images.manifest
-    channels, height, width = images.shape
     rows = [
         ("name", images.name),
         ("source", str(manifest["source"])),
-        ("images", f"{len(images):,}"),
-        ("shape", f"{channels} x {height} x {width} ({'greyscale' if channels == 1 else 'RGB'})"),
-        ("values", f"{images.images.dtype}, {present[0]} to {present[-1]}"),
-        ("mean", _figures(mean, mean / 127.5 - 1)),
-        ("standard deviation", _figures(std, std / 127.5)),
+        ("images" if images.scaling is None else "samples", f"{len(images):,}"),
+        *rows,
         ("resized", str(manifest["resized"])),
         *((f"  {what}", f"{count:,} images") for what, count in manifest["conversions"].items()),
         ("skipped files", f"{manifest['skipped']:,}"),
@@ -68,6 +69,22 @@ def summary(images: ImageSet) -> list[tuple[str, str]]:
     return rows
 
 
+def _image_rows(images: ImageSet) -> list[tuple[str, str]]:
+    counts = value_counts(images.images)
+    values = np.arange(256)
+    total = counts.sum(1)
+    mean = counts @ values / total
+    std = np.sqrt(np.maximum(counts @ values**2 / total - mean**2, 0))
+    present = np.flatnonzero(counts.sum(0))
+    channels, height, width = images.shape
+    return [
+        ("shape", f"{channels} x {height} x {width} ({'greyscale' if channels == 1 else 'RGB'})"),
+        ("values", f"{images.images.dtype}, {present[0]} to {present[-1]}"),
+        ("mean", _figures(mean, mean / 127.5 - 1)),
+        ("standard deviation", _figures(std, std / 127.5)),
+    ]
+
+
 def sample_grid(images: ImageSet, count: int = 64, seed: int = 0) -> NDArray[np.uint8]:
     """A picture of `count` images drawn without replacement (all, if there are fewer), in the order of the set.
 
@@ -80,7 +97,7 @@ def sample_grid(images: ImageSet, count: int = 64, seed: int = 0) -> NDArray[np.
         The picture, shape (height, width, C), uint8 (see `tile`).
 
     Raises:
-        ValueError: if `count` is below 1.
+        ValueError: if `count` is below 1, or the samples are no pictures, (1, H, W) or (3, H, W).
     """
     check_kind("images", images, ImageSet, "an ImageSet, as open_images returns")
     whole_number("count", count)
@@ -91,7 +108,12 @@ def sample_grid(images: ImageSet, count: int = 64, seed: int = 0) -> NDArray[np.
     drawn = np.sort(drawn)
     if images.labels is not None:
         drawn = drawn[np.argsort(images.labels[drawn], kind="stable")]
-    return tile(images.batch(drawn)[0])
+    return tile(as_pictures(images.batch(drawn)[0]))
+
+
+def _listed(values: tuple[float, ...]) -> str:
+    shown = ", ".join(f"{value:.4g}" for value in values[:CLASSES_SHOWN])
+    return shown if len(values) <= CLASSES_SHOWN else f"{shown}, ... ({len(values):,} channels)"
 
 
 def _figures(raw: NDArray[np.float64], scaled: NDArray[np.float64]) -> str:

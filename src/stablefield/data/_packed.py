@@ -8,6 +8,8 @@ the tensors `images`, uint8 (n, C, H, W), and, if there are labels, `labels`, in
 disk (temporary name beside it, fsync, rename). Opening checks every length and offset against the size of the file, and
 reads only the labels; it verifies the checksum of the pixels only on request.
 
+`open_tensors` also maps the float data of any safetensors file with a tensor `data` or `latents`, and perhaps `labels`.
+
 References:
     Hugging Face, "safetensors: Simple, safe way to store and distribute tensors", format description, 2022.
 """
@@ -25,10 +27,14 @@ import numpy as np
 
 from stablefield._regular_file import JSON_LIMIT, open_regular
 from stablefield._shapes import check_kind, flag
-from stablefield.data._image_set import ImageSet, Origin, check_label_count, chunks, labels_sha256, mapped
+from stablefield.data._image_set import ImageSet, Origin, check_label_count, labels_sha256, make_image_set, mapped
 from stablefield.data._packed_writer import METADATA_KEY, PackedWriter, room_for
+from stablefield.data._scaling import check_floats, chunks
 
-__all__ = ["is_packed", "open_packed", "pack"]
+__all__ = ["is_packed", "open_packed", "open_tensors", "pack"]
+
+_FLOATS = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+_WHOLE = {"I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "U8": np.dtype("u1")}
 
 SAFETENSORS_LIMIT = 100_000_000
 """The longest header that safetensors itself accepts, in bytes."""
@@ -51,6 +57,10 @@ def pack(images: ImageSet, destination: str | Path, *, overwrite: bool = False) 
     """
     check_kind("images", images, ImageSet, "an ImageSet, as open_images returns")
     flag("overwrite", overwrite)
+    if images.scaling is not None:
+        raise ValueError(
+            f"{images.name} holds {images.images.dtype} data: pack takes images; a .npy file opens as fast."
+        )
     with PackedWriter(destination, images.shape, overwrite=overwrite, room=room_for(images.manifest)) as writer:
         for chunk in chunks(images.images):
             writer.append(chunk)
@@ -86,6 +96,66 @@ def open_packed(path: str | Path, *, verify: bool = False) -> ImageSet:
     if verify:
         opened.verify()
     return opened
+
+
+def open_tensors(path: Path) -> ImageSet:
+    """Open a safetensors file: a packed image set, or float data under `data` or `latents`, with or without `labels`.
+
+    Raises:
+        ValueError: as for `open_packed`; or if the file holds neither, or the data's dtype or shape does not fit, or they
+            hold NaN or infinite values.
+    """
+    try:
+        with open_regular(path) as file:
+            header, start = _read_header(path, file)
+            names = [name for name in ("data", "latents") if name in header]
+            if names:
+                return _float_set(path, file, header, start, names)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
+    return open_packed(path)
+
+
+def _float_set(path: Path, file: BinaryIO, header: dict[str, Any], start: int, names: list[str]) -> ImageSet:
+    if len(names) > 1:
+        raise ValueError(f"{path} holds both data and latents: save one of them.")
+    size = file.seek(0, os.SEEK_END) - start
+    dtype, shape, begin = _found(path, names[0], header[names[0]], _FLOATS, size)
+    check_floats(f"{path}: {names[0]}", dtype, shape)
+    labels = None
+    if "labels" in header:
+        whole, count, place = _found(path, "labels", header["labels"], _WHOLE, size)
+        if count != shape[:1]:
+            raise ValueError(
+                f"{path} has labels of shape {count} for {shape[0]:,} samples: save one class number per sample, "
+                f"shape ({shape[0]},)."
+            )
+        check_label_count(shape[0], path)
+        file.seek(start + place)
+        labels = np.frombuffer(file.read(whole.itemsize * shape[0]), whole)
+    values = mapped(file, path, start + begin, shape, dtype=dtype)
+    return make_image_set(values, labels, Origin(name=path.stem, source=f"tensor {names[0]} of {path.name}"))
+
+
+def _found(
+    path: Path, name: str, entry: Any, kinds: dict[str, np.dtype[Any]], size: int
+) -> tuple[np.dtype[Any], tuple[int, ...], int]:
+    """Dtype, shape and first byte of a tensor, from its entry in the header of a file with `size` bytes of tensors."""
+    found = cast("dict[str, Any]", entry) if isinstance(entry, dict) else {}
+    shape, offsets = found.get("shape"), found.get("data_offsets")
+    lists = [cast("list[Any]", part) for part in (shape, offsets) if isinstance(part, list)]
+    if len(lists) < 2 or len(lists[1]) != 2 or any(type(v) is not int or v < 0 for part in lists for v in part):
+        raise ValueError(f"{path} is damaged: {name} is described as {reprlib.repr(entry)}; save it again.")
+    kind = kinds.get(str(found.get("dtype")))
+    if kind is None:
+        raise ValueError(f"{path}: {name} has dtype {reprlib.repr(found.get('dtype'))}: save it as {', '.join(kinds)}.")
+    begin, end = lists[1]
+    if end - begin != kind.itemsize * math.prod(lists[0]) or end > size:
+        raise ValueError(
+            f"{path} is cut short or damaged: {name} of shape {lists[0]} has offsets {[begin, end]} in {size:,} bytes; save "
+            "it again."
+        )
+    return kind, tuple(lists[0]), begin
 
 
 def is_packed(path: Path) -> bool:

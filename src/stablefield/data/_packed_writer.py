@@ -50,7 +50,7 @@ class PackedWriter:
     def __init__(
         self,
         destination: str | Path,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         *,
         overwrite: bool = False,
         room: int = ROOM,

@@ -22,7 +22,7 @@ from stablefield._shapes import check_kind, whole_number
 from stablefield.data._image_set import class_text
 from stablefield.data._pillow import require_pillow
 
-__all__ = ["PICTURES", "class_grid", "tile", "write_picture", "write_png"]
+__all__ = ["PICTURES", "as_pictures", "class_grid", "is_picture", "tile", "write_picture", "write_png"]
 
 PICTURES = (".png", ".jpg", ".jpeg")
 """Suffixes of the pictures that `write_picture` writes."""
@@ -32,6 +32,28 @@ CAPTION = 13
 """Size of the letters of a caption, in pixels."""
 # Not a character by definition: fonts draw it with their glyph for missing characters.
 _NO_LETTER = "\uffff"
+
+
+def is_picture(shape: Sequence[int]) -> bool:
+    """Whether samples of a shape can be shown as pictures: (1, H, W) or (3, H, W)."""
+    return len(shape) == 3 and shape[0] in (1, 3)
+
+
+def as_pictures(images: NDArray[Any]) -> NDArray[np.uint8]:
+    """8-bit images as they are; float ones (n, C, H, W) with their smallest value as 0 and their largest as 255.
+
+    Raises:
+        ValueError: if the samples have another shape than (1 or 3, H, W).
+    """
+    if images.dtype == np.uint8:
+        return images
+    if not is_picture(images.shape[1:]):
+        raise ValueError(
+            f"samples of shape {images.shape[1:]} cannot be shown: a picture is (1, H, W) or (3, H, W). Save arrays as .npz."
+        )
+    values = images.astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    return ((values - low) * (255 / (high - low or 1.0))).round().astype(np.uint8)
 
 
 def tile(
@@ -82,14 +104,14 @@ def tile(
 
 
 def class_grid(
-    images: NDArray[np.uint8], labels: NDArray[np.int64] | None, class_names: Sequence[str] | None = None
+    images: NDArray[Any], labels: NDArray[np.int64] | None, class_names: Sequence[str] | None = None
 ) -> NDArray[np.uint8]:
     """Lay images out by class, each class with a caption of its number and name.
 
     A few classes each start a new row; many follow one another.
 
     Args:
-        images: shape (n, C, H, W), uint8, C = 1 or 3; images of one class keep their order.
+        images: shape (n, C, H, W), C = 1 or 3, uint8 or floats (see `as_pictures`); images of one class keep their order.
         labels: class numbers, -1 for none, shape (n,); None for images without classes, which `tile` lays out.
         class_names: class names, if known.
 
@@ -100,6 +122,7 @@ def class_grid(
         ValueError: if `images` is not such an array, or `labels` does not fit.
         ImportError: if Pillow is not installed.
     """
+    images = as_pictures(images)
     if labels is None:
         return tile(images)
     if labels.shape != images.shape[:1]:

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from stablefield._shapes import check_kind
 from stablefield.data._collector import Collector, cached
-from stablefield.data._image_set import ImageSet, Origin, chunks
+from stablefield.data._image_set import ImageSet, Origin
 from stablefield.data._pillow import require_pillow
+from stablefield.data._scaling import chunks
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -181,7 +182,7 @@ def resized_set(
 def gathered_set(
     pieces: Iterable[NDArray[np.uint8]],
     count: int,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     labels: Callable[[], NDArray[np.int64] | None],
     origin: Origin,
     *,

@@ -6,8 +6,10 @@ A source is recognised by its content, not by its name. `SOURCES` lists the kind
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,7 +26,7 @@ from stablefield.data._idx import idx_images, is_idx, open_idx
 from stablefield.data._image_files import ImageFiles, folder_files, zip_files
 from stablefield.data._image_loader import load_image_files
 from stablefield.data._image_set import ImageSet, Origin, make_image_set
-from stablefield.data._packed import is_packed, open_packed
+from stablefield.data._packed import is_packed, open_tensors
 from stablefield.data._resizing import Resize, Resolution, check_resize, natural_resolution, resized_set
 from stablefield.data._tables import is_saved, parquet_files, saved_files
 
@@ -62,8 +64,15 @@ class Request:
     def sized(self, images: ImageSet) -> ImageSet:
         """Bring images of one size to the requested resolution, or to one that suits a U-Net."""
         resolution = self.resolution
+        if images.scaling is not None:
+            if resolution is not None:
+                raise ValueError(
+                    f"resolution={resolution}: {self.source} holds {images.images.dtype} data, which are never resized: "
+                    "leave resolution out, or save images as uint8."
+                )
+            return images
         if resolution is None and self.limit is not None:
-            resolution = natural_resolution([images.shape[1:]], self.limit)
+            resolution = natural_resolution([(images.shape[1], images.shape[2])], self.limit)
         if resolution is None:
             return images
         return resized_set(images, resolution, self.resize, memory_budget=self.memory_budget, cache=self.cache)
@@ -188,7 +197,7 @@ SOURCES: tuple[Source, ...] = (
     Source(
         recognise=lambda place: place.head[:6] == b"\x93NUMPY",
         open=whole(open_npy),
-        text="uint8 arrays in .npy or .npz files",
+        text="uint8 images, or float data, in .npy or .npz files",
     ),
     Source(
         recognise=lambda place: place.head[:4] == b"PAR1",
@@ -197,8 +206,8 @@ SOURCES: tuple[Source, ...] = (
     Source(recognise=lambda place: is_idx(place.path), open=_scaled(open_idx)),
     Source(
         recognise=lambda place: is_packed(place.path),
-        open=whole(open_packed),
-        text="a file that `stablefield data pack` made",
+        open=whole(open_tensors),
+        text="a file that `stablefield data pack` made, or float data in a .safetensors file",
     ),
 )
 """The kinds of folders, then of files, in the order in which they are tried. Add a new kind here."""
@@ -218,7 +227,7 @@ def open_images(
     memory_budget: int = MEMORY_BUDGET,
     cache: str | Path | None = None,
 ) -> ImageSet:
-    """Open a source of images.
+    """Open a source of images, or of float data: latents (n, C, H, W), signals (n, C, L) or vectors (n, d).
 
     Args:
         source: "digits", "hf:OWNER/NAME", or the path of a folder or file (`./digits` for a folder of that name).
@@ -282,24 +291,24 @@ def open_images(
         raise ValueError(f"{source}: {error}") from error
     if split != "train":
         return images
-    _, height, width = images.shape
-    side: Resolution | None = height if height == width else (height, width)
-    if images.manifest["resized"] == "no":
-        side = None
+    side: Resolution | None = None
+    if images.manifest["resized"] != "no":
+        _, height, width = images.shape
+        side = height if height == width else (height, width)
     opening = {"source": str(source), "resolution": side, "resize": resize, "skip_broken": skip_broken}
     return dataclasses.replace(images, opening=opening)
 
 
 def as_image_set(
     name: str,
-    images: "ImageSet | str | Path | NDArray[np.uint8] | Tensor",
+    images: "ImageSet | str | Path | NDArray[Any] | Tensor",
     labels: NDArray[np.int64] | Tensor | None = None,
 ) -> ImageSet:
     """Turn an argument that holds images into an image set.
 
     Args:
         name: the argument's name, for errors.
-        images: an image set, a source for `open_images`, or uint8 of shape (n, C, H, W).
+        images: an image set, a source for `open_images`, uint8 of shape (n, C, H, W), or float data (n, ...).
         labels: class numbers from 0 for an array of images, shape (n,); image sets and files have their own.
 
     Raises:
@@ -312,14 +321,13 @@ def as_image_set(
         return images
     if isinstance(images, str | Path):
         return open_images(images)
-    array = images.cpu().numpy() if isinstance(images, Tensor) else images
-    as_bytes = "to(torch.uint8)" if isinstance(images, Tensor) else "astype('uint8')"
-    check_kind(name, array, np.ndarray, "an image set, the path of images, or uint8 of shape (n, C, H, W)")
-    if array.dtype.kind == "f":
-        raise ValueError(
-            f"{name} has dtype {array.dtype}: pass uint8; for values x in [-1, 1] that is "
-            f"((x + 1) * 127.5).round().clip(0, 255).{as_bytes}."
-        )
+    if isinstance(images, Tensor):
+        # NumPy has no bfloat16.
+        images = (images.float() if images.dtype == torch.bfloat16 else images).detach().cpu().numpy()
+    array = images
+    check_kind(
+        name, array, np.ndarray, "an image set, the path of data, uint8 of shape (n, C, H, W), or floats (n, ...)"
+    )
     numbers = labels.cpu().numpy() if isinstance(labels, Tensor) else labels
     return make_image_set(array, numbers, Origin(name=name, source="an array"))
 

@@ -3,6 +3,7 @@ from stablefield.evaluation._evaluate import evaluate as evaluate
 from stablefield.evaluation._extractor import Extractor as Extractor
 from stablefield.evaluation._extractor import RandomConvolutions as RandomConvolutions
 from stablefield.evaluation._extractor import RawPixels as RawPixels
+from stablefield.evaluation._extractor import RawValues as RawValues
 from stablefield.evaluation._fid import Frechet as Frechet
 from stablefield.evaluation._fid import FrechetDistance as FrechetDistance
 from stablefield.evaluation._fid import frechet_distance as frechet_distance

@@ -20,8 +20,9 @@ from stablefield._progress import Progress
 from stablefield._shapes import check_callable, check_kind, found_device, whole_number
 from stablefield.data._collector import cache_folder
 from stablefield.data._image_set import ImageSet
+from stablefield.data._png import is_picture
 from stablefield.evaluation._extraction import Batch, ExtractorPass, extract, image_batches, pass_for
-from stablefield.evaluation._extractor import Extractor, RawPixels
+from stablefield.evaluation._extractor import Extractor, RandomConvolutions, RawPixels, raw
 from stablefield.evaluation._fid import Frechet
 from stablefield.evaluation._inception import Inception
 from stablefield.evaluation._inception_score import ClassifierScore
@@ -42,6 +43,7 @@ from stablefield.evaluation._sample_source import (
     opened,
 )
 from stablefield.evaluation._time_estimate import TimeEstimate, feature_seconds, metric_seconds
+from stablefield.evaluation._torchscript import TorchScriptExtractor
 
 __all__ = ["DEFAULT_METRICS", "METRICS", "check_counts", "evaluate"]
 
@@ -88,12 +90,12 @@ def evaluate(
     gets them.
 
     Args:
-        samples: images, or a source that draws them, such as a run's `RunSource`.
+        samples: images, float data, or a source that draws them, such as a run's `RunSource`.
         data: real images to measure against; or a function from the name of a split to an image set, also called for
             "train" (the whole training set, for memorisation) and "test" (held-out images, if there are any).
         metrics: names in `METRICS`, or metrics. "frechet" is FID and "kernel" KID on FID's own Inception; "nearest" is
             memorisation, in pixels.
-        extractor: maps images to features; FID's own Inception by default.
+        extractor: maps images to features; by default FID's own Inception, and of float data the values themselves.
         classifier: maps images to logits, for "classifier-score".
         count: samples per repeat; by default all images, split among the repeats. A source has its own.
         references: number of real images, drawn at random; all by default.
@@ -161,7 +163,7 @@ def evaluate(
     with Ranks.launched() as ranks:
         # An array or an image set has no other splits.
         parts = part if isinstance(data, str | Path) or callable(data) else None
-        images = check_size("data", part(split), source.shape)
+        images = check_size("data", part(split), source.shape, floating=source.floating)
         some = ReferenceSet(images=images, split=split, count=references)
         groups: list[_Group] = []
         for reads, network in (("extractor", extractor), ("pixels", None), ("classifier", classifier)):
@@ -171,11 +173,18 @@ def evaluate(
             if reads == "pixels":
                 # Memorisation needs the whole training set. Pixels need no cache.
                 whole = ReferenceSet(images=parts("train") if parts and split != "train" else images, split="train")
-                control = _held_out(held_out, parts, source.shape, progress)
-                pixels = RawPixels(images.shape)
-                group = _Group(extractor=pixels, metrics=its, references=whole, held_out=control)
+                control = _held_out(held_out, parts, source, progress)
+                group = _Group(extractor=raw(images), metrics=its, references=whole, held_out=control)
             else:
-                network = network or Inception(device=device)
+                if network is None:
+                    network = raw(images) if source.floating else Inception(device=device)
+                elif source.floating and isinstance(
+                    network, Inception | TorchScriptExtractor | RandomConvolutions | RawPixels
+                ):
+                    raise ValueError(
+                        f"{reads}={network.name} measures 8-bit images, and these are {images.images.dtype} data: leave it "
+                        "out to measure the values themselves, or decode the data to images first."
+                    )
                 group = _Group(extractor=network, metrics=its, references=some, cache=kept)
             check_counts(its, source.count, len(group.references))
             groups.append(group)
@@ -186,16 +195,18 @@ def evaluate(
 
 
 def _held_out(
-    images: Images | None, parts: Callable[[str], ImageSet] | None, shape: Sequence[int], progress: Report | None
+    images: Images | None, parts: Callable[[str], ImageSet] | None, source: SampleSource, progress: Report | None
 ) -> ImageSet | None:
     """Images outside the training data; None if there are none."""
     if images is not None:
-        return check_size("held_out", opened("held_out", images, "train", progress), shape)
+        return check_size(
+            "held_out", opened("held_out", images, "train", progress), source.shape, floating=source.floating
+        )
     try:
         found = None if parts is None else parts("test")
     except ValueError:
         return None
-    return None if found is None else check_size("held_out", found, shape)
+    return None if found is None else check_size("held_out", found, source.shape, floating=source.floating)
 
 
 def check_counts(metrics: Sequence[Metric], samples: int | None, references: int | None) -> None:
@@ -339,8 +350,10 @@ class _Measurement:
             values = tuple(value.value for value in same)
             yield Score(values=values, standard_error=error, better=first.better, protocol=protocol)
 
-    def _pictures(self, references: ReferenceSet) -> tuple[Pictures | None, Pictures]:
-        """Some of the samples that this process saw, and some of the real images, drawn at random."""
+    def _pictures(self, references: ReferenceSet) -> tuple[Pictures | None, Pictures | None]:
+        """Some of the samples that this process saw, and some of the real images, drawn at random; None if no pictures."""
+        if not is_picture(references.images.shape):
+            return None, None
         rows = np.random.default_rng(0).permutation(references.rows)[:_SHOWN]
         of, labels = references.images, [classes for _, classes in self.shown if classes is not None]
         real = Pictures(

@@ -17,8 +17,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from stablefield._shapes import check_tensor, shape_of
+from stablefield.data._image_set import ImageSet
 
-__all__ = ["Extractor", "RandomConvolutions", "RawPixels", "check_images", "full_precision", "three_channels"]
+__all__ = [
+    "Extractor",
+    "RandomConvolutions",
+    "RawPixels",
+    "RawValues",
+    "check_images",
+    "full_precision",
+    "raw",
+    "three_channels",
+]
 
 _WIDTHS = (16, 32, 64)
 
@@ -39,7 +49,7 @@ class Extractor(Protocol):
     resize: str
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features (B, dim) of uint8 images (B, C, H, W), C 1 or 3."""
+        """Features (B, dim) of uint8 images (B, C, H, W), C 1 or 3; or of float data (B, ...)."""
         ...
 
 
@@ -53,7 +63,7 @@ class RawPixels:
         ValueError: if `shape` is not three positive numbers, or, on a call, images have another shape or dtype.
     """
 
-    def __init__(self, shape: tuple[int, int, int]) -> None:
+    def __init__(self, shape: tuple[int, ...]) -> None:
         sizes = shape_of("shape", shape)
         if len(sizes) != 3 or min(sizes) < 1:
             raise ValueError(f"shape is {shape}: pass channels, height and width, such as (3, 32, 32).")
@@ -69,6 +79,39 @@ class RawPixels:
                 "compare images of one size, or make RawPixels with the other shape."
             )
         return images.flatten(1).float() / 127.5 - 1
+
+
+class RawValues:
+    """The values themselves of data that are not 8-bit images, in their own units, flattened.
+
+    Args:
+        shape: shape of one sample, such as (d,), (C, L) or (C, H, W).
+
+    Raises:
+        ValueError: if `shape` is not of positive numbers, or, on a call, the samples have another shape or are not floats.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        sizes = shape_of("shape", shape)
+        if min(sizes, default=0) < 1:
+            raise ValueError(f"shape is {shape}: pass the shape of one sample, such as (4, 32, 32).")
+        self._shape = sizes
+        self.name, self.resize = "values", "none"
+        self.dim, self.sha256 = math.prod(sizes), hashlib.sha256(b"").hexdigest()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        check_tensor("images", images, floating=True, numbers=True)
+        if images.shape[1:] != self._shape:
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}, but these raw values take samples (B, *{self._shape}): compare "
+                "samples of one shape, or make RawValues with the other."
+            )
+        return images.flatten(1).float()
+
+
+def raw(images: ImageSet) -> RawPixels | RawValues:
+    """The pixels of images, or the values of float data, as features."""
+    return RawPixels(images.shape) if images.scaling is None else RawValues(images.shape)
 
 
 class RandomConvolutions:
@@ -123,7 +166,8 @@ def check_images(images: Tensor) -> None:
     if images.dtype != torch.uint8:
         raise ValueError(
             f"images have dtype {images.dtype}: pass uint8, 0 to 255, as in image files (from x in [-1, 1]: "
-            "(127.5 * (x + 1)).round().clamp(0, 255).to(torch.uint8))."
+            "(127.5 * (x + 1)).round().clamp(0, 255).to(torch.uint8)). Networks for images do not measure other data: "
+            "RawValues measures the values themselves."
         )
     if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape[2:]:
         raise ValueError(

@@ -53,8 +53,8 @@ _NO_WEIGHTS = hashlib.sha256(b"").hexdigest()
 class Pictures:
     """Images to look at."""
 
-    images: NDArray[np.uint8]
-    """Shape (n, C, H, W)."""
+    images: NDArray[Any]
+    """Shape (n, C, H, W), C = 1 or 3; uint8 or floats."""
     labels: NDArray[np.int64] | None = None
     """Their classes, shape (n,), -1 for none; None for images without classes."""
     class_names: tuple[str, ...] | None = None

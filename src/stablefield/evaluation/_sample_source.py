@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +19,8 @@ from stablefield.evaluation._extractor import check_images
 
 __all__ = ["ImageSource", "Images", "Report", "SampleSource", "SamplingRecord", "check_size", "opened"]
 
-Images = str | Path | ImageSet | NDArray[np.uint8] | Tensor
-"""Images: whatever `open_images` opens, an image set, or uint8 of shape (n, C, H, W)."""
+Images = str | Path | ImageSet | NDArray[Any] | Tensor
+"""Images: whatever `open_images` opens, an image set, uint8 of shape (n, C, H, W), or float data (n, ...)."""
 Report = Callable[[Progress], object]
 """Called with the stage and its progress."""
 
@@ -45,14 +46,16 @@ class SampleSource(ABC):
 
     Attributes:
         name: its name in a report.
-        shape: (C, H, W) of the samples.
+        shape: (C, H, W) of the samples, or another shape of float data.
         count: samples per repeat.
+        floating: whether they are float data rather than 8-bit images.
         class_names: names of the classes, if known.
     """
 
     name: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     count: int
+    floating: bool = False
     class_names: tuple[str, ...] | None = None
 
     @abstractmethod
@@ -85,7 +88,7 @@ def opened(name: str, images: Images, split: str, progress: Report | None) -> Im
             raise ValueError(f"{name}={str(images)!r} is a run: evaluate it by Run({str(images)!r}).evaluate(...).")
         return open_images(images, split=split, progress=progress)
     try:
-        if isinstance(images, Tensor):
+        if isinstance(images, Tensor) and not images.is_floating_point():
             check_images(images)
         return as_image_set(name, images)
     except ValueError as error:
@@ -94,19 +97,26 @@ def opened(name: str, images: Images, split: str, progress: Report | None) -> Im
         raise ValueError(f"{name}: {error}") from error
 
 
-def check_size(name: str, images: ImageSet, shape: Sequence[int]) -> ImageSet:
-    """Check that the images have the samples' shape (C, H, W), and return them.
+def check_size(name: str, images: ImageSet, shape: Sequence[int], *, floating: bool = False) -> ImageSet:
+    """Check that the images have the samples' shape and kind, and return them.
 
     Raises:
-        ValueError: if they have another shape.
+        ValueError: if they have another shape, or one of the two is 8-bit images and the other floats.
     """
+    if (images.scaling is not None) != floating:
+        kind = "floats" if floating else "8-bit images"
+        remedy = "pass floats, in the units of the samples" if floating else "pass uint8, 0 to 255"
+        raise ValueError(f"{name} has dtype {images.images.dtype}: {remedy}, because the samples are {kind}.")
     if tuple(images.shape) == tuple(shape):
         return images
+    found, wanted = (" x ".join(map(str, sizes)) for sizes in (images.shape, shape))
+    if floating:
+        raise ValueError(f"{name}={images.name} has samples of {found}, and the others are {wanted}: pass one shape.")
     _, height, width = shape
     remedy = f"; resolution={height} resizes them, if the channels agree" if height == width else ""
     raise ValueError(
-        f"{name}={images.name} has images of {' x '.join(map(str, images.shape))} (C x H x W), and the samples are "
-        f"{' x '.join(map(str, shape))}: measure images of one size{remedy}."
+        f"{name}={images.name} has images of {found} (C x H x W), and the samples are {wanted}: measure images of one "
+        f"size{remedy}."
     )
 
 
@@ -123,7 +133,7 @@ class ImageSource(SampleSource):
         self._images = opened("samples", samples, "train", progress)
         self._batch = batch
         self.name = str(samples) if isinstance(samples, str | Path) else self._images.name
-        self.shape = self._images.shape
+        self.shape, self.floating = self._images.shape, self._images.scaling is not None
         n = len(self._images)
         self.count = n // repeats if count is None else count
         if self.count * repeats > n or self.count < 1:

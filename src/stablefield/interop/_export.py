@@ -8,7 +8,7 @@ import torch
 
 from stablefield import sampling
 from stablefield._shapes import whole_number
-from stablefield.data._png import class_grid, write_png
+from stablefield.data._png import class_grid, is_picture, write_png
 from stablefield.interop._model_card import ModelCard, public_name, results_of_run
 from stablefield.interop._pipeline_folder import write_pipeline
 from stablefield.interop._plain_export import write_plain
@@ -39,7 +39,7 @@ def export_run(
         folder: the folder to write, new or empty.
         format: "diffusers" or "plain".
         name: of the model on its card; the name of the run's folder if empty.
-        samples: images in the card's picture; 0 for none.
+        samples: images in the card's picture; 0 for none, as of data that are no pictures.
         steps: of Heun's method for them.
 
     Returns:
@@ -52,11 +52,13 @@ def export_run(
     config, denoiser = model.config, model.denoiser
     results = results_of_run(run)
     write = write_pipeline if format == "diffusers" else write_plain
-    write(folder, denoiser, config.shape, class_names=config.class_names)
-    if samples:
+    write(folder, denoiser, config.shape, class_names=config.class_names, scaling=config.scaling)
+    pictures = samples > 0 and is_picture(config.shape)
+    if pictures:
         # The picture of a network with classes cycles through them.
         labels = torch.arange(samples) % config.classes if config.classes else None
-        images = draw(denoiser, config.shape, range(samples), torch.device("cpu"), labels, sigmas=sigmas).numpy()
+        seeds, cpu, scaling = range(samples), torch.device("cpu"), config.scaling
+        images = draw(denoiser, config.shape, seeds, cpu, labels, sigmas=sigmas, scaling=scaling).numpy()
         numbers = None if labels is None else labels.numpy()
         write_png(folder / _GRID, class_grid(images, numbers, config.class_names))
     card = ModelCard(
@@ -71,7 +73,8 @@ def export_run(
         ema=model.ema,
         version=config.version,
         results=results,
-        grid=_GRID if samples else None,
+        grid=_GRID if pictures else None,
+        floating=config.scaling is not None,
         pipeline=format == "diffusers",
     )
     (folder / "README.md").write_text(card.text(), "utf-8")

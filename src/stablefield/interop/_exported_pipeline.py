@@ -8,7 +8,7 @@ References:
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
@@ -24,15 +24,23 @@ class StablefieldPipeline(DiffusionPipeline):
         unet: the raw network, called as unet(sample, timestep, class_labels=...).
         scheduler: an EDM scheduler: the grid of noise levels, and the preconditioning around the network.
         id2label: class names by number; None if unknown.
+        scaling: of data that are not images, the `mean` and `std` of each channel; None for images.
     """
 
     unet: Any
     scheduler: Any
 
-    def __init__(self, unet: Any, scheduler: Any, id2label: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        unet: Any,
+        scheduler: Any,
+        id2label: dict[str, str] | None = None,
+        scaling: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.register_to_config(id2label=id2label)
+        self.register_to_config(id2label=id2label, scaling=scaling)
+        self.scaling = scaling
         self.labels = {name: int(number) for number, name in (id2label or {}).items()}
 
     @torch.no_grad()
@@ -44,7 +52,7 @@ class StablefieldPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         solver: str = "heun",
-        output_type: str = "pil",
+        output_type: str | None = None,
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw `batch_size` images.
@@ -56,12 +64,17 @@ class StablefieldPipeline(DiffusionPipeline):
             generator: draws the latents; a list has one per image.
             latents: standard normal noise, shape (B, C, H, W), instead of drawing it.
             solver: "heun", in float64 if the device has it, or "scheduler" for the scheduler's own steps.
-            output_type: "pil", "np" (B, H, W, C) in [0, 1], or "pt", (B, C, H, W) in [-1, 1] as in training.
+            output_type: "pil", the default, "np" (B, H, W, C) in [0, 1], or "pt", (B, C, H, W) in [-1, 1] as in training. Of
+                data that are not images: "pt", the default, or "np", both (B, ...) in the units of the training data.
             return_dict: return an object with `images`, or a tuple.
 
         Raises:
             ValueError: for an unknown solver, output or class name.
         """
+        if output_type is None:
+            output_type = "pil" if self.scaling is None else "pt"
+        if self.scaling is not None and output_type == "pil":
+            raise ValueError("output_type is pil, and this model draws no images: pass pt or np.")
         if solver not in ("heun", "scheduler") or output_type not in ("pil", "np", "pt"):
             raise ValueError(
                 f"solver is {solver} and output_type {output_type}: pass heun or scheduler, and pil, np or pt."
@@ -86,12 +99,17 @@ class StablefieldPipeline(DiffusionPipeline):
         wide = torch.float32 if device.type == "mps" else torch.float64
         x = latents.to(device, wide) * self.scheduler.sigmas[0].to(wide)
         x = self._heun(x, labels) if solver == "heun" else self._own_steps(x, labels)
-        if output_type == "pt":
-            images: Any = x.to(self.unet.dtype)
+        if self.scaling is not None:
+            per_channel = (-1, *(1,) * (x.ndim - 2))
+            mean, std = (torch.tensor(self.scaling[name]).to(x).reshape(per_channel) for name in ("mean", "std"))
+            images: Any = (x * (2 * std) + mean).float()
+            images = images.cpu().numpy() if output_type == "np" else images
+        elif output_type == "pt":
+            images = x.to(self.unet.dtype)
         else:
             images = (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
             images = self.numpy_to_pil(images) if output_type == "pil" else images
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return ImagePipelineOutput(images=cast("Any", images)) if return_dict else (images,)
 
     def _numbers(self, classes: Any) -> Any:
         if isinstance(classes, Tensor):

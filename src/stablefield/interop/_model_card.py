@@ -39,11 +39,12 @@ class ModelCard:
         results: the measured results.
         grid: file of sample images beside the card, or none.
         pipeline: whether diffusers loads the folder; else it holds plain safetensors.
+        floating: whether the data are floats rather than 8-bit images.
     """
 
     name: str
     data: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     classes: int
     parameters: int
     recipe: Recipe
@@ -54,6 +55,7 @@ class ModelCard:
     grid: str | None = None
     pipeline: bool = True
     class_names: Sequence[str] | None = None
+    floating: bool = False
 
     def text(self) -> str:
         """The card as Markdown with a YAML head."""
@@ -65,7 +67,7 @@ class ModelCard:
     def _head(self) -> str:
         library = "diffusers" if self.pipeline else "stablefield"
         kind = "class-conditional-image-generation" if self.classes else "unconditional-image-generation"
-        tags = ["diffusion", kind, "stable-target-field", "edm"]
+        tags = ["diffusion", *([] if self.floating else [kind]), "stable-target-field", "edm"]
         lines = [
             "---",
             f"library_name: {library}",
@@ -77,12 +79,13 @@ class ModelCard:
             "",
         ]
         size = " x ".join(map(str, self.shape))
+        what = f"float data of {size} values" if self.floating else f"images of {size} (channels, height, width)"
         conditions = f", conditioned on one of {self.classes} classes" if self.classes else ""
         data = literal(public_name(self.data) or "private data")
         origin = f"trained on {data}" if self.step else data
         lines.append(
-            f"A diffusion model of images of {size} (channels, height, width){conditions}; {self.parameters:,} parameters; "
-            f"{origin} with stablefield {literal(self.version)}."
+            f"A diffusion model of {what}{conditions}; {self.parameters:,} parameters; {origin} with stablefield "
+            f"{literal(self.version)}."
         )
         if self.grid:
             lines += ["", f"![Samples]({self.grid})"]
@@ -141,11 +144,12 @@ class ModelCard:
                 "`stablefield import model.safetensors` reads a U-Net or a SiT back."
             )
         labels = ", class_labels=[0] * 16" if self.classes else ""
+        name, units = ("samples", "  # a tensor, in the units of the data") if self.floating else ("images", "")
         return (
             "## Use\n\nThe folder holds `pipeline.py` and `unet/network.py`, which diffusers runs: read them, then\n\n"
             "```python\nfrom diffusers import DiffusionPipeline\n\n"
             'pipe = DiffusionPipeline.from_pretrained("PATH OR NAME", trust_remote_code=True)\n'
-            f"images = pipe(batch_size=16, num_inference_steps=18{labels}).images\n```\n\n"
+            f"{name} = pipe(batch_size=16, num_inference_steps=18{labels}).images{units}\n```\n\n"
             '18 steps of Heun\'s method are 35 network evaluations. `solver="scheduler"` takes the steps of '
             "`pipe.scheduler` instead: diffusers' `EDMEulerScheduler`, or another EDM scheduler that you set."
         )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 
 from stablefield import _shapes as shapes
+from stablefield.data._scaling import Scaling
 from stablefield.diffusion import _preconditioning as preconditioning
 from stablefield.diffusion._preconditioning import (
     DDPMPreconditioning,
@@ -53,12 +54,13 @@ _MODULES = (shapes, preconditioning, layers, resample, embedding, dropout, block
 def write_pipeline(
     path: Path,
     denoiser: Denoiser,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     *,
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
     rho: float = 7.0,
     class_names: Sequence[str] | None = None,
+    scaling: Scaling | None = None,
 ) -> None:
     """Write the folder.
 
@@ -70,6 +72,7 @@ def write_pipeline(
         sigma_max: its first noise level.
         rho: of its grid, as in `edm_sigmas`.
         class_names: class names, for the pipeline's `id2label`; None if unknown.
+        scaling: of data that are not images; the pipeline then returns data in their own units.
 
     Raises:
         ImportError: if diffusers is not installed.
@@ -117,6 +120,8 @@ def write_pipeline(
     }
     if class_names is not None:
         index["id2label"] = {str(number): name for number, name in enumerate(class_names)}
+    if scaling is not None:
+        index["scaling"] = scaling.record
     assert exported_pipeline.__file__ is not None
     try:
         path.mkdir(parents=True, exist_ok=True)

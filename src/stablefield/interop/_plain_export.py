@@ -6,7 +6,9 @@ model.safetensors  config.json
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from stablefield.data._scaling import Scaling
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.interop._pipeline_folder import network_options, preconditioning_options
 
@@ -14,7 +16,12 @@ __all__ = ["write_plain"]
 
 
 def write_plain(
-    path: Path, denoiser: Denoiser, shape: tuple[int, int, int], *, class_names: Sequence[str] | None = None
+    path: Path,
+    denoiser: Denoiser,
+    shape: tuple[int, ...],
+    *,
+    class_names: Sequence[str] | None = None,
+    scaling: Scaling | None = None,
 ) -> None:
     """Write the files.
 
@@ -23,6 +30,7 @@ def write_plain(
         denoiser: of a `SongUNet`, a `SiT` or an `MLP`.
         shape: of one image, (C, H, W).
         class_names: class names; None if unknown.
+        scaling: of data that are not images.
 
     Raises:
         ValueError: if the folder is not empty or cannot be written, or the kind of network or preconditioning is not
@@ -32,13 +40,15 @@ def write_plain(
 
     kind, options = network_options(denoiser.network)
     name, arguments = preconditioning_options(denoiser)
-    record = {
+    record: dict[str, Any] = {
         "network": {"kind": kind, "options": options},
         "preconditioning": {"kind": name, "options": arguments},
         "shape": list(shape),
         "class_names": None if class_names is None else list(class_names),
         "denoiser": "c_skip x + c_out F(c_in x; c_noise), x = x_t / alpha, sigma = noise level sigma / alpha",
     }
+    if scaling is not None:
+        record["scaling"] = scaling.record | {"data": "2 std x + mean, per channel"}
     try:
         path.mkdir(parents=True, exist_ok=True)
         if any(path.iterdir()):

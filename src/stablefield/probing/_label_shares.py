@@ -1,6 +1,5 @@
 """How much of a batch can gain from references, label by label: the rows above the noise band of their label."""
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,21 +66,15 @@ def label_shares(
 
 
 def label_findings(shares: Sequence[LabelShare]) -> list[str]:
-    """A sentence on the labels, and one on rows without one."""
+    """A sentence on the labels in flow matching; the report has all numbers, and those of rows without a label."""
     if not shares:
         return []
-    *labelled, free = shares
-
-    def spread(kind: str) -> str:
-        values = sorted((one.shares[kind], one.name) for one in labelled)
-        middle = statistics.median(value for value, _ in values)
-        (low, least), (high, most) = values[0], values[-1]
-        return f"{kind} {_percent(low)} ({least}) to {_percent(high)} ({most}), median {_percent(middle)}"
-
-    kinds = list(free.shares)
+    labelled = shares[:-1]
+    uniform, normal = (sorted((one.shares[kind], one.name) for one in labelled) for kind in TIMES)
+    (low, least), (high, most) = uniform[0], uniform[-1]
     return [
-        "Rows that can gain, by label:\n" + ";\n".join(spread(kind) for kind in kinds) + ".",
-        "Rows without a label: " + ", ".join(f"{kind} {_percent(free.shares[kind])}" for kind in kinds) + ".",
+        f"Rows that can gain, by label: flow {_percent(low)} ({least}) to {_percent(high)} ({most}); "
+        f"logit-normal {_percent(normal[0][0])} to {_percent(normal[-1][0])}."
     ]
 
 

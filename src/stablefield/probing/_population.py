@@ -22,7 +22,7 @@ MOST = 65_536
 """Samples that a population holds by default."""
 
 Samples = ImageSet | Tensor | NDArray[Any]
-"""Images or other samples: a set, or a tensor or array of shape (n, ...), floating point or uint8."""
+"""Images or other samples: a set, or a tensor or array of shape (n, ...), uint8 or floats as the network sees them."""
 
 
 @dataclass(frozen=True)
@@ -145,25 +145,26 @@ def draw_population(
         check_kind("labels", labels, (Tensor, np.ndarray), "a tensor or an array of classes, one per sample")
         if isinstance(labels, np.ndarray) and labels.dtype.kind not in "iufb":
             raise ValueError(f"labels has dtype {labels.dtype}: pass one integer per sample.")
-    if isinstance(images, ImageSet):
-        values, found = images.images, images.labels if labels is None else labels
-    else:
-        values, found = images, labels
+    found = images.labels if isinstance(images, ImageSet) and labels is None else labels
     if by_class and found is None:
         raise ValueError(f"by_class is set, but {described(images)[0]} has no classes: leave it out, or pass labels.")
     if by_class and isinstance(found, Tensor):
         check_tensor("labels", found, numbers=True)
     classes = torch.as_tensor(found) if by_class and found is not None else None
-    count = len(values)
+    count = len(images)
     if count <= max_images:
+        values = images.scaled(slice(None)) if isinstance(images, ImageSet) else images
         # A copy, because the set may be mapped read-only, and every row is read many times.
         return Population(
             values if isinstance(values, Tensor) else torch.from_numpy(np.array(values, order="C")), classes
         )
     drawn = np.sort(np.random.default_rng(seed).choice(count, max_images, replace=False, shuffle=False))
     rows = torch.from_numpy(drawn)
+    values = (
+        images.scaled(drawn) if isinstance(images, ImageSet) else images[rows if isinstance(images, Tensor) else drawn]
+    )
     return Population(
-        values[rows] if isinstance(values, Tensor) else torch.from_numpy(values[drawn]),
+        values if isinstance(values, Tensor) else torch.from_numpy(values),
         None if classes is None else classes[rows],
         count,
     )

@@ -230,7 +230,7 @@ def probe_data(
     population = draw_population(images, labels, max_images=max_images, by_class=by_class, seed=seed).to(device)
     training = Training(batch=min(512, len(images))) if training is None else training
     if isinstance(images, ImageSet):
-        values, labels = images.images, images.labels if labels is None else labels
+        values, labels = images.scaled(slice(None)), images.labels if labels is None else labels
     else:
         values = images
     classes = torch.as_tensor(labels) if by_class and labels is not None else None

@@ -2,19 +2,20 @@
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stablefield.data._pillow import require_pillow
-from stablefield.data._png import class_grid, tile
+from stablefield.data._png import as_pictures, class_grid, tile
 from stablefield.report._page import Figure
 
 __all__ = ["image_figure"]
 
 
 def image_figure(
-    images: NDArray[np.uint8],
+    images: NDArray[Any],
     *,
     alt: str,
     caption: str = "",
@@ -26,7 +27,8 @@ def image_figure(
     """A figure of images laid out as a grid.
 
     Args:
-        images: shape (n, C, H, W), uint8, C = 1 or 3. Small images are enlarged by a whole factor.
+        images: shape (n, C, H, W), C = 1 or 3, uint8 or floats (see `as_pictures`). Small images are enlarged by a
+            whole factor.
         alt: a description of the images.
         caption: the text below.
         title: in bold before the caption.
@@ -42,6 +44,7 @@ def image_figure(
     def laid_out(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return tile(images, columns) if labels is None else class_grid(images, labels, class_names)
 
+    images = as_pictures(images)
     picture = laid_out(images)
     # Tiling black images shows the white background, which becomes transparent.
     ground = laid_out(np.zeros_like(images))[:, :, :1]

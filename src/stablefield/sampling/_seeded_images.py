@@ -78,6 +78,7 @@ def draw(
     shape: Sequence[int],
     device: torch.device | str = "cpu",
     progress: Callable[[float, int], object] | None = None,
+    finish: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[tuple[tuple[int, ...], Tensor, int]]:
     """Draw the images of chunks of seeds: latents from each seed, the solver, 8-bit images.
 
@@ -90,10 +91,11 @@ def draw(
         shape: shape of one image, (C, H, W).
         device: the network's device.
         progress: called before every network evaluation with the number of images drawn, and their total.
+        finish: makes data of the solver's result, (B, ...); `to_uint8` if None.
 
     Yields:
-        For each chunk the wanted seeds, their images, uint8 (B, C, H, W) on the CPU, and the network evaluations, each one
-        call on the whole batch.
+        For each chunk the wanted seeds, their images, uint8 (B, C, H, W) on the CPU or what `finish` returns, and the
+        network evaluations, each one call on the whole batch.
 
     Raises:
         ValueError: if the solver fails (see its own errors).
@@ -116,7 +118,7 @@ def draw(
         # The solver, such as `heun` in _euler_heun.py, calls the denoiser at every noise level: `Counted`, then for a run
         # `Denoiser.forward` in diffusion/_preconditioning.py, which calls the network.
         x = options.solve(noise)(denoiser, latents * float(sigmas[0]), sigmas)
-        yield chunk.wanted, to_uint8(x)[list(chunk.places)], denoiser.nfe
+        yield chunk.wanted, (finish or to_uint8)(x)[list(chunk.places)], denoiser.nfe
         done += size
 
 

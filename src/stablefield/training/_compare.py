@@ -21,7 +21,7 @@ import stablefield
 from stablefield._progress import Progress
 from stablefield._shapes import found_device, whole_number
 from stablefield.data._image_set import ImageSet
-from stablefield.evaluation._extractor import Extractor, RawPixels
+from stablefield.evaluation._extractor import Extractor, raw
 from stablefield.evaluation._inception import metric_name
 from stablefield.training._comparison import Comparison
 from stablefield.training._config import encode
@@ -149,7 +149,7 @@ def compare(
     base = make_plan(data, dataclasses.replace(chosen, target="stf"), device=where)
     scoring = plan_scoring(base.config.recipe, len(data), evaluations=evaluations, samples=samples)
     runs = _runs(base.config, wanted, max(1, chosen.steps // scoring.count))
-    extractor = RawPixels(data.shape) if extractor is None else extractor
+    extractor = raw(data) if extractor is None else extractor
     check = SelfCheck.prepare(data, extractor, samples=min(scoring.samples, len(data)))
     if on_start is not None:
         training, scored, other = _seconds(runs, scoring, data, check, where, folder)

@@ -14,6 +14,7 @@ import torch
 
 from stablefield._atomic_file import write_atomically
 from stablefield.data._image_set import class_text
+from stablefield.data._png import is_picture
 from stablefield.report import Code, Page, Section, json_details
 from stablefield.report._cells import text_table
 from stablefield.report._chart import Chart
@@ -122,8 +123,8 @@ class Comparison(Result):
             return Page(
                 title=title, summary=self.summary, blocks=(Section("Protocol", (Code(self.command), protocol)),)
             )
-        first = [outcome for outcome in self.outcomes if outcome.seed == self.seeds[0]]
-        config = RunFolder(first[0].folder).config()
+        config = RunFolder(self.outcomes[0].folder).config()
+        first = [o for o in self.outcomes if o.seed == self.seeds[0]] if is_picture(config.shape) else []
         names = [class_text(number, config.class_names) for number in range(min(config.classes, _SHOWN))]
         in_order = f", in the order of the classes {', '.join(names)}" if names else ""
         grids = [

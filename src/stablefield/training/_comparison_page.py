@@ -83,7 +83,7 @@ def comparison_page(
         title: title of the page.
         summary: the results in words.
         outcomes: the runs.
-        grids: sample grids from the same latents, with their names.
+        grids: sample grids from the same latents, with their names; none for data that are no pictures.
         protocol: all settings, as JSON values.
         frechet_name: name of the Frechet distance of the samples.
         command: the command or call that made the comparison.
@@ -97,6 +97,9 @@ def comparison_page(
     by = {target: [o for o in outcomes if o.target == target] for target in NAMES}
     seconds = {target: float(np.mean([o.scores[-1].seconds for o in runs])) for target, runs in by.items()}
     ratio = float(np.mean([o.scores[-1].gradient_ratio for o in outcomes]))
+    figures = tuple(
+        image_figure(images, alt=f"Samples of {name}.", caption=f"{name}, the same latents.") for name, images in grids
+    )
     return Page(
         title=title,
         summary=summary,
@@ -204,12 +207,7 @@ def comparison_page(
                         ),
                         caption="At the end of training, with the jackknife's standard error.",
                     ),
-                    SideBySide(
-                        tuple(
-                            image_figure(images, alt=f"Samples of {name}.", caption=f"{name}, the same latents.")
-                            for name, images in grids
-                        )
-                    ),
+                    *((SideBySide(figures),) if figures else ()),
                 ),
             ),
             Section(

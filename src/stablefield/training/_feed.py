@@ -3,7 +3,7 @@
 References are decoupled from the batch. If the data are *resident* (see `_placement`), all pixels are on the device as
 uint8, and the references are the whole set or a number of samples drawn anew for each step. If they are *sharded*, a part of
 them is on the device, and the batch is read from the mapped file, one step ahead. If they are *loaded*, the references are
-read with the batch.
+read with the batch. Float data are scaled on the way to the device (`ImageSet.scaled`).
 
 The set of references is chosen for the whole batch, so all processes and all parts of a step share it.
 """
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from stablefield._distributed import Ranks
@@ -33,7 +32,7 @@ class Rows:
     """A step's rows and references.
 
     Attributes:
-        pixels: uint8, shape (b, C, H, W): the requested part of the batch.
+        pixels: uint8, shape (b, C, H, W), or scaled float data (b, ...): the requested part of the batch.
         labels: classes of these rows, shape (b,), or None.
         index: their indices in `pool`, shape (b,); in the whole set, for a sharded one.
         pool: the references.
@@ -129,9 +128,10 @@ class Feed:
             self._worker.shutdown(cancel_futures=True)
 
     def _pixels(self, part: slice) -> Tensor:
-        images = self._data.images[part]
+        images = self._data.scaled(part)
         # Copy if the file is mapped: the map is read-only, and every step may need every row.
-        images = images if self._data.file is None and images.flags.writeable else np.array(images)
+        if self._data.scaling is None and not (self._data.file is None and images.flags.writeable):
+            images = np.array(images)
         return torch.from_numpy(images).to(self._device)
 
     def _wrap(self, pixels: Tensor, labels: Tensor | None) -> Pool:
@@ -171,7 +171,8 @@ class Feed:
         chosen = self._choose(step)[0]
         # Read in the order of the file, which is fastest on a disk.
         order = np.argsort(chosen.numpy(), kind="stable")
-        pixels: NDArray[np.uint8] = np.empty((len(chosen), *self._data.shape), np.uint8)
-        pixels[order] = self._data.batch(chosen.numpy()[order])[0]
+        rows = self._data.scaled(chosen.numpy()[order])
+        pixels = np.empty_like(rows, order="C")
+        pixels[order] = rows
         labels = None if self._labels is None else self._labels[chosen.to(self._device)]
         return self._wrap(torch.from_numpy(pixels).to(self._device), labels)

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 
 from stablefield._distributed import RankError, Ranks
 from stablefield.data._image_set import ImageSet
-from stablefield.data._png import class_grid, write_png
+from stablefield.data._png import is_picture
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.training._checkpoint import State, restore, save, sweep
 from stablefield.training._feed import Feed
@@ -30,6 +30,7 @@ from stablefield.training._placement import placed
 from stablefield.training._post_hoc import take_snapshot
 from stablefield.training._recipe import Recipe
 from stablefield.training._run_folder import RunConfig, RunFolder
+from stablefield.training._samples import Samples
 from stablefield.training._stepper import Stepper
 
 __all__ = [
@@ -88,6 +89,11 @@ def check_fit(recipe: Recipe, data: ImageSet) -> None:
                 f"references={recipe.references} is below batch={recipe.batch}: every image of a batch is among its "
                 f"references, so pass at least {recipe.images_per_step}, or target=dsm for none."
             )
+    if not is_picture(data.shape) and (recipe.mirror or recipe.augmentation):
+        what = "mirror=True" if recipe.mirror else f"augmentation={recipe.augmentation:g}"
+        remedy = "leave it out" if recipe.mirror else "pass augmentation=0"
+        sizes = " x ".join(map(str, data.shape))
+        raise ValueError(f"{what} flips and turns pictures, and the data are samples of {sizes}: {remedy}.")
     if recipe.conditional and data.labels is None:
         raise ValueError(
             " ".join(["conditional=True needs classes, but the data have no labels: leave it out.", *data.notes])
@@ -135,18 +141,17 @@ def make_accelerator(device: torch.device, tracker: Tracker = "none", folder: Ru
 
 
 def training_data(config: RunConfig, data: ImageSet) -> ImageSet:
-    """Check that the data are those of a run, and number their classes as at its start.
+    """Check that the data are those of a run, and number their classes, and scale float data, as at its start.
 
     Raises:
         ValueError: if they are not.
     """
     if data.manifest["sha256"] != config.manifest.get("sha256"):
         raise ValueError(f"{config.data} is not what this run was started with (its pixels' sha256 differs).")
-    if config.classes:
-        # The run may have started with the classes numbered in another order.
-        data = config.numbered(data)
-        if data.manifest["labels_sha256"] != config.manifest.get("labels_sha256"):
-            raise ValueError(f"{config.data} is not what this run was started with (its labels' sha256 differs).")
+    # The run may have started with the classes numbered in another order.
+    data = config.numbered(data)
+    if config.classes and data.manifest["labels_sha256"] != config.manifest.get("labels_sha256"):
+        raise ValueError(f"{config.data} is not what this run was started with (its labels' sha256 differs).")
     return data
 
 
@@ -409,9 +414,15 @@ class _Loop:
         config = self._config
         # The picture of a network with classes cycles through them.
         labels = torch.tensor(SAMPLE_SEEDS) % config.classes if config.classes else None
-        images = samples(ema, config.shape, SAMPLE_SEEDS, self._accelerator.device, labels)
-        picture = class_grid(images.numpy(), None if labels is None else labels.numpy(), config.class_names)
-        write_png(self._folder.picture(step), picture)
+        drawn = Samples(
+            images=samples(
+                ema, config.shape, SAMPLE_SEEDS, self._accelerator.device, labels, scaling=config.scaling
+            ).numpy(),
+            seeds=tuple(SAMPLE_SEEDS),
+            labels=None if labels is None else labels.numpy(),
+            class_names=config.class_names,
+        )
+        drawn.save(self._folder.picture(step, ".png" if is_picture(config.shape) else ".npz"))
 
 
 def _or_none(value: float) -> float | None:

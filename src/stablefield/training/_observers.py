@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from stablefield.data._image_set import ImageSet
+from stablefield.data._scaling import Scaling
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.evaluation._extraction import ExtractorPass, extract, image_batches
 from stablefield.evaluation._extractor import Extractor
@@ -48,8 +49,9 @@ def samples(
     device: torch.device,
     labels: Tensor | None = None,
     sigmas: Tensor | None = None,
+    scaling: Scaling | None = None,
 ) -> Tensor:
-    """Images of `seeds` by Heun's method, uint8, shape (len(seeds), C, H, W).
+    """Images of `seeds` by Heun's method, uint8, shape (len(seeds), C, H, W), or other data.
 
     Args:
         denoiser: D(x, sigma, class_labels=None).
@@ -58,6 +60,7 @@ def samples(
         device: where to compute.
         labels: classes of the images, shape (len(seeds),); None for a network without classes.
         sigmas: the grid; EDM's of 18 steps by default.
+        scaling: of data that are not images.
     """
     options = SolverOptions(steps=STEPS)
     classes = None if labels is None else labels.to(device)
@@ -68,6 +71,7 @@ def samples(
         chunks_of(seeds, len(seeds)),
         shape=shape,
         device=device,
+        finish=None if scaling is None else scaling.undo,
     )
     return images
 
@@ -248,6 +252,7 @@ class FrechetObserver:
         shape: shape of one image.
         device: where to compute.
         tell: called with the step and the reading.
+        scaling: of data that are not images.
     """
 
     def __init__(
@@ -257,7 +262,9 @@ class FrechetObserver:
         shape: Sequence[int],
         device: torch.device,
         tell: Callable[[int, Reading], None] | None = None,
+        scaling: Scaling | None = None,
     ) -> None:
+        self._scaling = scaling
         self._check, self._every, self._shape, self._device, self._tell = check, every, shape, device, tell
 
     @property
@@ -267,7 +274,10 @@ class FrechetObserver:
 
     def __call__(self, step: int, denoiser: Denoiser) -> dict[str, float]:
         """Measure the model."""
-        reading = self._check.read(lambda seeds: samples(denoiser, self._shape, seeds, self._device))
+        reading = self._check.read(lambda seeds: self._samples(denoiser, seeds))
         if self._tell is not None:
             self._tell(step, reading)
         return {"frechet": reading.value, "frechet_error": reading.standard_error, "frechet_floor": reading.floor}
+
+    def _samples(self, denoiser: Denoiser, seeds: Sequence[int]) -> Tensor:
+        return samples(denoiser, self._shape, seeds, self._device, scaling=self._scaling)

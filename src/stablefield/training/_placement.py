@@ -7,7 +7,9 @@ of them (`ShardedPool`); pixels that do not fit even then are read from their fi
 import os
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from stablefield._memory import free_bytes
 from stablefield.data._image_set import ImageSet, size_text
@@ -96,7 +98,12 @@ def resolve_band(recipe: Recipe, data: ImageSet, device: torch.device) -> tuple[
         return recipe.noise_band, f"from {recipe.noise_band:g}, as given"
     labels = torch.from_numpy(data.labels) if recipe.conditional and data.labels is not None else None
     size = recipe.references if isinstance(recipe.references, int) else None
-    found = pick_noise_band(Pool(data.images, size, labels, mirrored=recipe.mirror), device=device)
+    rows: slice | NDArray[np.int64] = slice(None)
+    if data.scaling is not None and size is not None and not fits(data, device):
+        # A scaled copy of all data may not fit; as many samples as there are references have the same noise band.
+        rows, size = np.sort(np.random.default_rng(recipe.seed).choice(len(data), size, replace=False)), None
+        labels = None if labels is None else labels[torch.from_numpy(rows)]
+    found = pick_noise_band(Pool(data.scaled(rows), size, labels, mirrored=recipe.mirror), device=device)
     if found.level == float("inf"):
         return found.level, "none: every sample is its own only reference"
     return found.level, (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +30,8 @@ from stablefield.training._weight_source import WeightSource, copied_weights, op
 
 __all__ = ["Images", "Plan", "images_and_recipe", "make_plan", "place"]
 
-Images = str | Path | ImageSet | NDArray[np.uint8] | Tensor
-"""A path or name that `stablefield.data.open_images` opens, an image set, or uint8 of shape (n, C, H, W)."""
+Images = str | Path | ImageSet | NDArray[Any] | Tensor
+"""A path or name that `stablefield.data.open_images` opens, an image set, uint8 (n, C, H, W), or floats (n, ...)."""
 
 
 @dataclass(frozen=True, kw_only=True)

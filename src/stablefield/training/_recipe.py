@@ -30,7 +30,7 @@ from stablefield.networks._song_unet import SongUNet
 
 __all__ = ["DiffusersUNetConfig", "MLPConfig", "Recipe", "SiTConfig", "SongUNetConfig"]
 
-Shape: TypeAlias = tuple[int, int, int]
+Shape: TypeAlias = tuple[int, ...]
 
 # More than anybody trains, and small enough to reject a hostile file in seconds.
 _MOST_BLOCKS = 1000
@@ -39,7 +39,7 @@ _MOST_LEVELS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class MLPConfig:
-    """The network of a recipe: a residual perceptron (`stablefield.networks.MLP`), for images of about 8 x 8 pixels."""
+    """The network of a recipe: a residual perceptron (`stablefield.networks.MLP`), for vectors and 8 x 8 pixels."""
 
     width: int = 512
     """Width of the hidden layers."""
@@ -52,7 +52,7 @@ class MLPConfig:
         _require_at_most("depth", self.depth, _MOST_BLOCKS)
 
     def build(self, shape: Shape, classes: int, augment_dim: int, generator: torch.Generator) -> nn.Module:
-        """The network for samples of `shape` (C, H, W).
+        """The network for samples of any `shape`, such as (C, H, W) or (d,).
 
         Raises:
             ValueError: if augment_dim is not 0.
@@ -143,7 +143,7 @@ class DiffusersUNetConfig:
             raise ValueError(f"network.widths is {self.widths}: each must be a multiple of the {self.groups} groups.")
         _require_halves(shape, len(self.widths))
         return DiffusersUNet.sized(
-            shape[1] if shape[1] == shape[2] else shape[1:],
+            shape[1] if shape[1] == shape[2] else (shape[1], shape[2]),
             shape[0],
             self.widths,
             self.blocks,
@@ -197,6 +197,7 @@ class SiTConfig:
         """
         if augment_dim:
             raise ValueError("augmentation needs a U-Net that is conditioned on it: use 0 with a SiT.")
+        _require_sides("SiT", shape)
         _, height, width = shape
         if self.patch_size > 0 and (height % self.patch_size or width % self.patch_size):
             common = math.gcd(height, width)
@@ -207,7 +208,7 @@ class SiTConfig:
                 f"resolution={_near(min(height, width), self.patch_size)} for squares."
             )
         return SiT(
-            shape[1:],
+            (height, width),
             self.patch_size,
             shape[0],
             self.width,
@@ -389,7 +390,16 @@ def _require_at_most(name: str, count: int, most: int, of: str = "blocks") -> No
         raise ValueError(f"network.{name} has {count} {of}: pass at most {most}.")
 
 
+def _require_sides(network: str, shape: Shape) -> None:
+    if len(shape) != 3:
+        raise ValueError(
+            f"samples of shape {shape} do not fit a {network}, which takes (C, H, W): take a perceptron, "
+            "network=MLPConfig()."
+        )
+
+
 def _require_halves(shape: Shape, levels: int) -> None:
+    _require_sides("U-Net", shape)
     _, height, width = shape
     halvings = 2 ** (levels - 1)
     if height % halvings or width % halvings:

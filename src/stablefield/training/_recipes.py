@@ -11,8 +11,10 @@ References:
 """
 
 import dataclasses
+from math import gcd
 
 from stablefield.data._image_set import ImageSet
+from stablefield.data._png import is_picture
 from stablefield.diffusion._noise_levels import LogNormal, LogUniform, Uniform
 from stablefield.diffusion._preconditioning import FlowPreconditioning, VEPreconditioning, VPPreconditioning
 from stablefield.diffusion._process import VE, VP, RectifiedFlow
@@ -133,7 +135,22 @@ def named_recipe(name: str, images: ImageSet, *, accelerated: bool) -> tuple[str
     if name in RECIPES:
         return name, RECIPES[name]
     make = {"unet2d": unet2d, "sit": sit}.get(name, imagefolder)
-    return name, make(images.shape, len(images), accelerated=accelerated)
+    recipe = make(images.shape, len(images), accelerated=accelerated)
+    return name, recipe if images.scaling is None else _for_floats(recipe, images.shape)
+
+
+def _for_floats(recipe: Recipe, shape: Shape) -> Recipe:
+    """The recipe with as many levels as latents allow, which are never resized, and flips and turns for pictures alone."""
+    network = recipe.network
+    if isinstance(network, SongUNetConfig | DiffusersUNetConfig):
+        halvings = gcd(*shape[1:])
+        levels = (halvings & -halvings).bit_length()
+        if isinstance(network, SongUNetConfig):
+            network = dataclasses.replace(network, multipliers=network.multipliers[:levels])
+        else:
+            network = dataclasses.replace(network, widths=network.widths[:levels])
+    augmentation = recipe.augmentation if is_picture(shape) else 0.0
+    return dataclasses.replace(recipe, network=network, augmentation=augmentation)
 
 
 def largest_resolution(name: str = "auto", *, accelerated: bool) -> int | None:
@@ -159,6 +176,7 @@ def unet2d(shape: Shape, count: int, *, accelerated: bool) -> Recipe:
         count: number of images.
         accelerated: whether there is a GPU.
     """
+    _require_sides("unet2d", shape)
     recipe = imagefolder((shape[0], max(16, shape[1]), max(16, shape[2])), count, accelerated=accelerated)
     assert isinstance(recipe.network, SongUNetConfig)
     widths = tuple(recipe.network.base_channels * multiplier for multiplier in recipe.network.multipliers)
@@ -176,6 +194,7 @@ def sit(shape: Shape, count: int, *, accelerated: bool) -> Recipe:
         count: number of images.
         accelerated: whether there is a GPU; without one, the network is small enough for a CPU.
     """
+    _require_sides("sit", shape)
     height, width = shape[1:]
     most = 256 if accelerated else 64
     fitting = [side for side in range(2, min(height, width) // 4 + 1) if height % side == width % side == 0] or [1]
@@ -194,14 +213,14 @@ def sit(shape: Shape, count: int, *, accelerated: bool) -> Recipe:
 
 
 def imagefolder(shape: Shape, count: int, *, accelerated: bool) -> Recipe:
-    """A recipe for any images.
+    """A recipe for any images, latents, signals or vectors.
 
     Args:
-        shape: shape of one image, (C, H, W).
+        shape: shape of one image, (C, H, W), or of another sample.
         count: number of images.
         accelerated: whether there is a GPU; without one, the network is small enough for a CPU.
     """
-    side = min(shape[1:])
+    side = min(shape[1:]) if len(shape) == 3 else 0
     batch = min(256 if accelerated else 64, count)
     if side < 16:
         return dataclasses.replace(DIGITS, batch=min(DIGITS.batch, count))
@@ -222,3 +241,8 @@ def imagefolder(shape: Shape, count: int, *, accelerated: bool) -> Recipe:
             base_channels=width, multipliers=(1, 2, 2, 2)[:levels], blocks=3 if accelerated else 1, dropout=0.1
         ),
     )
+
+
+def _require_sides(name: str, shape: Shape) -> None:
+    if len(shape) != 3:
+        raise ValueError(f"recipe={name} takes images or latents (C, H, W), and the samples have shape {shape}.")

@@ -25,6 +25,7 @@ from stablefield._distributed import Ranks
 from stablefield._progress import Progress
 from stablefield._shapes import found_device, whole_number
 from stablefield.data._image_set import ImageSet
+from stablefield.data._png import is_picture
 from stablefield.data._source import as_image_set, open_images
 from stablefield.evaluation._evaluate import DEFAULT_METRICS, evaluate
 from stablefield.evaluation._metric import Metric
@@ -81,6 +82,11 @@ class Run:
         """Steps done at the newest intact checkpoint."""
         newest = self.folder.newest()
         return 0 if newest is None else newest[1].step
+
+    @property
+    def drawn(self) -> Path:
+        """The file of the samples of the last step: a picture, or .npz of data that are no pictures."""
+        return self.folder.picture(self.step, ".png" if is_picture(self.config.shape) else ".npz")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl: step, loss, variance removed and more."""
@@ -143,7 +149,8 @@ class Run:
             purpose = "to draw their images"
             parts = list(opened.draw(wanted, ranks, progress))
             nfe, count = ranks.total(sum(part.nfe for part in parts), len(parts), purpose=purpose)
-            none = np.zeros((0, *opened.config.shape), np.uint8)
+            scaling = opened.config.scaling
+            none = np.zeros((0, *opened.config.shape), np.uint8 if scaling is None else scaling.dtype)
             drawn = torch.from_numpy(np.concatenate([none, *(part.images for part in parts)]))
             images = ranks.all_gather_rows(drawn, purpose)
             own = torch.tensor([seed for part in parts for seed in part.seeds], dtype=torch.int64)

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol, TypeVar, cast
 from stablefield._regular_file import reason
 from stablefield._shapes import whole_number
 from stablefield.data._image_set import ImageSet, renumbered
+from stablefield.data._scaling import Scaling
 from stablefield.training._checkpoint import CheckpointError, State, read_state, remove
 from stablefield.training._config import decode, encode, fits
 from stablefield.training._initial_weights import InitialWeights
@@ -33,7 +34,7 @@ _ATTEMPTS = 10
 _BEGINNINGS = re.compile(rf"{re.escape(_LOCK)}|\.config\.json\.(\d+\.)?tmp")
 _FORMER = frozenset({"format", "stablefield", "data", "shape", "classes", "opening", "manifest", "recipe"})
 _OPTIONAL = frozenset({"extensions", "initial"})
-_TYPES = {"stablefield": str, "data": str, "shape": tuple[int, int, int], "classes": int, "recipe": Recipe}
+_TYPES = {"stablefield": str, "data": str, "shape": tuple[int, ...], "classes": int, "recipe": Recipe}
 _OPENING = {"resolution": int | tuple[int, int] | None, "resize": Literal["crop", "squash"], "skip_broken": bool}
 
 
@@ -67,7 +68,7 @@ class RunConfig:
 
     Attributes:
         data: path or name of the data, as the caller gave it.
-        shape: shape of one image, (C, H, W).
+        shape: shape of one image, (C, H, W), or of another sample.
         classes: number of classes that the network is conditioned on; 0 for none.
         manifest: description of the data.
         recipe: all settings of the training.
@@ -78,7 +79,7 @@ class RunConfig:
     """
 
     data: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     classes: int
     manifest: Mapping[str, Any]
     recipe: Recipe
@@ -110,6 +111,11 @@ class RunConfig:
         return dataclasses.replace(self, recipe=recipe, extensions=(*self.extensions, extension))
 
     @property
+    def scaling(self) -> Scaling | None:
+        """How the network's values become data; None for images."""
+        return Scaling.of_manifest(self.manifest)
+
+    @property
     def class_names(self) -> tuple[str, ...] | None:
         """Names of the network's classes, if known."""
         names: Any = self.manifest.get("class_names")
@@ -119,11 +125,14 @@ class RunConfig:
         return named if len(named) == self.classes else None
 
     def numbered(self, data: ImageSet) -> ImageSet:
-        """The run's data, opened again, with the classes numbered as in training.
+        """The run's data, opened again, with the scaling and the numbers of the classes that the run began with.
 
         Raises:
             ValueError: if the data have other classes.
         """
+        if data.scaling is not None:
+            # Another machine may sum in another order.
+            data = dataclasses.replace(data, scaling=self.scaling)
         if self.class_names is None:
             return data
         return renumbered(data, self.class_names)
@@ -305,9 +314,9 @@ class RunFolder:
             if int(folder.name.removeprefix("step-")) > step:
                 remove(folder)
 
-    def picture(self, step: int) -> Path:
-        """The file of the sample grid of `step`."""
-        return self.path / "samples" / f"step-{step:08d}.png"
+    def picture(self, step: int, suffix: str = ".png") -> Path:
+        """The file of the sample grid of `step`; of data that are no pictures, with the suffix .npz, the samples."""
+        return self.path / "samples" / f"step-{step:08d}{suffix}"
 
     def newest(self) -> tuple[Path, State, list[str]] | None:
         """The newest intact checkpoint, its state, and the faults of newer ones; None if there is no checkpoint."""
@@ -382,11 +391,14 @@ def _config(record: Mapping[str, Any]) -> RunConfig:
     for name, kind in _TYPES.items():
         if not fits(found[name], kind):
             raise ValueError(f"its {name} has the wrong type")
-    if min(found["shape"]) < 1 or found["classes"] < 0:
+    if min(found["shape"], default=0) < 1 or found["classes"] < 0:
         raise ValueError(f"its shape is {found['shape']} and its classes are {found['classes']}")
     opening, manifest = record["opening"], record["manifest"]
     if not isinstance(opening, dict) or not isinstance(manifest, dict):
         raise ValueError("its opening or its manifest is not a JSON object")
+    scaling = Scaling.of_manifest(cast("dict[str, Any]", manifest))
+    if len(found["shape"]) != 3 if scaling is None else len(scaling.mean) != found["shape"][0]:
+        raise ValueError(f"its shape is {found['shape']}, which does not fit its data")
     for name, value in cast("dict[str, Any]", opening).items():
         plain = tuple(cast("list[Any]", value)) if isinstance(value, list) else value
         if name not in _OPENING or not fits(plain, _OPENING[name]):

@@ -43,7 +43,7 @@ class RunSource(SampleSource):
         self._sampler, self._seed = sampler, seed
         config = sampler.config
         self.name, self.count, self.class_names = name, samples, config.class_names
-        self.shape = (config.shape[0], config.shape[1], config.shape[2])
+        self.shape, self.floating = config.shape, config.scaling is not None
         self._evaluations, self._chunks = 0.0, 0
         self._start(0)
 

@@ -91,6 +91,10 @@ class SamplerOptions(SolverOptions):
                 f"guide={self.guide} draws {'x'.join(map(str, guide.config.shape))} images of {guide.config.classes} "
                 f"classes, the run {'x'.join(map(str, own.config.shape))} of {classes}: take a run of the same data."
             )
+        if guide is not None and guide.config.scaling != own.config.scaling:
+            raise ValueError(
+                f"guide={self.guide} scales its data differently from the run: take a run of the same data."
+            )
         other = None if guide is None else guide.config.class_names
         if other is not None and own.config.class_names is not None and other != own.config.class_names:
             raise ValueError(
@@ -210,6 +214,7 @@ class RunSampler:
             shape=self.config.shape,
             device=self.device,
             progress=None if progress is None else report,
+            finish=None if self.config.scaling is None else self.config.scaling.undo,
         ):
             yield self.samples(own, images, evaluations)
 
@@ -226,7 +231,7 @@ class RunSampler:
         return lambda x, sigma: own(x, sigma, labels)
 
     def samples(self, seeds: Sequence[int], images: Tensor, nfe: float) -> Samples:
-        """`Samples` of the images, uint8 (B, C, H, W), that these seeds gave."""
+        """`Samples` of the images, uint8 (B, C, H, W), or other data, that these seeds gave."""
         labels = self.options.labels(torch.tensor(seeds, dtype=torch.int64), self.config)
         return Samples(
             images=images.numpy(),

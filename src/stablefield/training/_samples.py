@@ -1,20 +1,22 @@
-"""Samples: images drawn from a run, with their seeds and classes."""
+"""Samples: images, or other data, drawn from a run, with their seeds and classes."""
 
 import base64
+import html
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stablefield._atomic_file import write_atomically
-from stablefield.data._png import PICTURES, class_grid, write_picture, write_png
+from stablefield.data._png import PICTURES, class_grid, is_picture, write_picture, write_png
 
 __all__ = ["Samples"]
 
 # `save("grid.gif")` asks for a file, not for a folder of that name.
-_OTHERS = (".gif", ".webp", ".bmp", ".tif", ".tiff", ".svg", ".pdf", ".npy", ".pt", ".zip", ".html", ".json")
+_OTHERS = (".gif", ".webp", ".bmp", ".tif", ".tiff", ".svg", ".pdf", ".pt", ".zip", ".html", ".json")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -22,7 +24,7 @@ class Samples:
     """Images drawn from a run; a notebook shows them as a grid.
 
     Attributes:
-        images: uint8, shape (n, C, H, W).
+        images: uint8, shape (n, C, H, W); or float data (n, ...), in the units and the dtype of the training data.
         seeds: one per image; a seed always gives the same image under the same options.
         labels: their classes, shape (n,), -1 for none; None for a run without classes.
         class_names: names of the classes, if known.
@@ -31,7 +33,7 @@ class Samples:
         ema: the average of the weights and its step.
     """
 
-    images: NDArray[np.uint8]
+    images: NDArray[Any]
     seeds: tuple[int, ...]
     labels: NDArray[np.int64] | None = None
     class_names: tuple[str, ...] | None = None
@@ -44,17 +46,23 @@ class Samples:
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.images.shape[1:]))
-        return f"<Samples: {len(self)} images of {shape}, {self.sampler}, NFE {self.nfe:g}, EMA {self.ema}>"
+        what = "images" if self.images.dtype == np.uint8 else "samples"
+        return f"<Samples: {len(self)} {what} of {shape}, {self.sampler}, NFE {self.nfe:g}, EMA {self.ema}>"
 
     def grid(self) -> NDArray[np.uint8]:
-        """All images as one picture, shape (height, width, C); with classes, one named row per class."""
+        """All images as one picture, shape (height, width, C); with classes, one named row per class.
+
+        Raises:
+            ValueError: if they are no pictures, (1, H, W) or (3, H, W).
+        """
         return class_grid(self.images, self.labels, self.class_names)
 
     def save(self, path: str | Path) -> Path:
         """Write the images: a grid to FILE.png or FILE.jpg, arrays to FILE.npz, or one PNG file per image to a folder.
 
         An .npz file holds `arr_0`, shape (n, H, W, C), as the usual evaluators read it, `seeds`, and `labels` and
-        `class_names` if there are any. In a folder the image of seed 7 is 000007.png.
+        `class_names` if there are any. In a folder the image of seed 7 is 000007.png. Float data are `data` in the .npz
+        file, shape (n, ...), alone in FILE.npy, and one .npy file per sample in a folder.
 
         Args:
             path: the file or folder; creates missing folders and replaces files of the same names.
@@ -70,10 +78,18 @@ class Samples:
         suffix = path.suffix.lower()
         if suffix in _OTHERS and not path.is_dir():
             raise ValueError(f"path={str(path)!r}: name a .png or .jpg file for a grid, .npz for arrays, or a folder.")
+        floating = self.images.dtype != np.uint8
+        if suffix == ".npy" and not path.is_dir():
+            if not floating:
+                raise ValueError(
+                    f"path={str(path)!r}: name a .png or .jpg file for a grid, .npz for arrays, or a folder."
+                )
+            return _write_npy(path, self.images)
         if suffix in PICTURES:
             return write_picture(path, self.grid())
         if suffix == ".npz":
-            arrays = {"arr_0": self.images.transpose(0, 2, 3, 1), "seeds": np.array(self.seeds, np.int64)}
+            values = {"data": self.images} if floating else {"arr_0": self.images.transpose(0, 2, 3, 1)}
+            arrays: dict[str, NDArray[Any]] = {**values, "seeds": np.array(self.seeds, np.int64)}
             if self.labels is not None:
                 arrays["labels"] = self.labels
             if self.class_names is not None:
@@ -83,10 +99,15 @@ class Samples:
             write_atomically(path, lambda temporary: temporary.write_bytes(content.getbuffer()))
             return path
         for seed, image in zip(self.seeds, self.images, strict=True):
+            if floating:
+                _write_npy(path / f"{seed:06d}.npy", image)
+                continue
             write_png(path / f"{seed:06d}.png", image.transpose(1, 2, 0))
         return path
 
-    def _repr_png_(self) -> bytes:
+    def _repr_png_(self) -> bytes | None:
+        if not is_picture(self.images.shape[1:]):
+            return None
         from PIL import Image
 
         picture = self.grid()
@@ -95,5 +116,15 @@ class Samples:
         return content.getvalue()
 
     def _repr_html_(self) -> str:
-        data = base64.b64encode(self._repr_png_()).decode()
+        picture = self._repr_png_()
+        if picture is None:
+            return f"<pre>{html.escape(repr(self))}</pre>"
+        data = base64.b64encode(picture).decode()
         return f'<img alt="{len(self)} samples" src="data:image/png;base64,{data}">'
+
+
+def _write_npy(path: Path, values: NDArray[Any]) -> Path:
+    content = io.BytesIO()
+    np.save(content, values, allow_pickle=False)
+    write_atomically(path, lambda temporary: temporary.write_bytes(content.getbuffer()))
+    return path

@@ -221,9 +221,8 @@ def optimum_of(data: ImageSet, device: torch.device, *, labelled: bool, rows: in
         rows: rows per level; `rows_of(data)` if None.
     """
     labels = torch.from_numpy(data.labels) if labelled and data.labels is not None else None
-    population = Population(
-        torch.from_numpy(data.images.copy()).to(device), None if labels is None else labels.to(device)
-    )
+    values = data.images.copy() if data.scaling is None else data.scaled(slice(None))
+    population = Population(torch.from_numpy(values).to(device), None if labels is None else labels.to(device))
     return find_optimum(population, LEVELS, rows=rows_of(data) if rows is None else rows)
 
 
@@ -281,7 +280,8 @@ class Scorer:
     def __call__(self, step: int, denoiser: Denoiser) -> dict[str, float]:
         """Score the model, and add a line to scores.jsonl."""
         self._seconds += time.perf_counter() - self._began
-        reading = self._check.read(lambda seeds: samples(denoiser, self._config.shape, seeds, self._device))
+        shape, scaling = self._config.shape, self._config.scaling
+        reading = self._check.read(lambda seeds: samples(denoiser, shape, seeds, self._device, scaling=scaling))
         variances = {target: self._gradient_variance(stepper, denoiser) for target, stepper in self._steppers.items()}
         fit = self._optimum.fit(denoiser, labelled=self._config.classes > 0)
         score = Score(
@@ -381,8 +381,8 @@ def run_one(
     return Outcome(config.recipe.target, config.recipe.seed, tuple(read_scores(folder.path)), folder.path)
 
 
-def samples_of(outcome: Outcome, seeds: Sequence[int], device: torch.device) -> NDArray[np.uint8]:
-    """Images that the run's averaged model draws from `seeds`, uint8, shape (len(seeds), C, H, W).
+def samples_of(outcome: Outcome, seeds: Sequence[int], device: torch.device) -> NDArray[Any]:
+    """Images that the run's averaged model draws from `seeds`, uint8, shape (len(seeds), C, H, W), or other data.
 
     In a conditional run seed k has class k modulo the number of classes, and the images are sorted by class.
     """
@@ -391,4 +391,4 @@ def samples_of(outcome: Outcome, seeds: Sequence[int], device: torch.device) -> 
     if classes:
         seeds = sorted(seeds, key=lambda seed: seed % classes)
     labels = torch.tensor(seeds) % classes if classes else None
-    return samples(opened.denoiser, opened.config.shape, seeds, device, labels).numpy()
+    return samples(opened.denoiser, opened.config.shape, seeds, device, labels, scaling=opened.config.scaling).numpy()

@@ -126,7 +126,9 @@ class Stepper:
         for part in self._parts():
             rows = self._feed.rows(step, part)
             self.target_watch.start()
-            x0 = rows.pixels.float().div_(127.5).sub_(1)
+            x0 = rows.pixels.float()
+            if rows.pixels.dtype == torch.uint8:
+                x0 = x0.div_(127.5).sub_(1)
             flips, source_only, augment_labels = None, None, None
             if augmentation is not None:
                 parameters = augmentation[part]

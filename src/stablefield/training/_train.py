@@ -55,12 +55,17 @@ def train(
         run = sf.train("sketches", init="runs/photos")
         print(run.config.initial)  # what was copied, and what was not
 
-    For data other than uint8 images, write a training loop with `sf.Objective`.
+    Other data are floats: latents (n, C, H, W), signals (n, C, L) or vectors (n, d). The run measures the mean and the
+    standard deviation of each channel, trains on scaled values, and draws samples in the units of the data.
+
+        run = sf.train(latents, labels=labels, out="runs/latents")
+        run.sample(64).save("samples.npz")
 
     Started by torchrun or `accelerate launch`, the processes train together.
 
     Args:
-        images: a path or name that `open_images` opens, an image set, uint8 of shape (n, C, H, W), or the `Plan` of a run.
+        images: a path or name that `open_images` opens, an image set, uint8 of shape (n, C, H, W), float data (n, ...), or
+            the `Plan` of a run.
         labels: class numbers from 0 of an array of images, shape (n,); a recipe with `conditional=True` trains with them.
         out: folder of the run, new or empty; by default runs/DATA-TARGET, with a number if that exists.
         recipe: how to train; by default one that suits the data and the device, or that of the run `init`.

@@ -53,7 +53,7 @@ class WeightSource:
     path: Path
     file: Path | None = None
     recipe: Recipe | None = None
-    shape: tuple[int, int, int] | None = None
+    shape: tuple[int, ...] | None = None
     class_names: tuple[str, ...] | None = None
 
     def recipe_for(self, data: ImageSet) -> Recipe | None:
@@ -130,7 +130,7 @@ def open_weights(init: str | Path | HasFolder) -> WeightSource:
 
 def side_of(source: WeightSource | None) -> int | None:
     """The side of a source's images, the longer one, if known."""
-    return None if source is None or source.shape is None else max(source.shape[1:])
+    return None if source is None or source.shape is None else max(source.shape[1:], default=None)
 
 
 def copied_weights(source: WeightSource, config: RunConfig) -> tuple[Denoiser, InitialWeights]:
@@ -305,6 +305,8 @@ def _remedy(source: WeightSource, config: RunConfig) -> str:
     theirs, own = source.recipe, config.recipe
     if theirs.network != own.network:
         return f"leave the settings of the network out, for those of the source, {theirs.network}"
+    if len(source.shape) != 3 or len(config.shape) != 3:
+        return f"train on samples of {' x '.join(map(str, source.shape))}, as the source"
     if source.shape[0] != config.shape[0]:
         return f"train on images of {source.shape[0]} channels, as the source"
     height, width = source.shape[1:]
