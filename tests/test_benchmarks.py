@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,24 @@ def test_the_changelog_says_of_labels_what_was_measured() -> None:
         assert share[100, dtype, False] < 0.4
     assert max(share[1000, "float32", False], share[1000, "float32", True]) < 0.1
     assert max(row["gap"] for row in rows) < 1e-6
+
+
+def test_the_page_on_stablevm_says_what_was_measured_of_latents() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "latents.json").read_text())["rows"]
+    said = " ".join((ROOT / "docs" / "drop-ins" / "stablevm.md").read_text().split())
+    last, seconds, peak = rows[-1], rows[-1]["seconds"], rows[-1]["peak_mb"]
+    assert (last["references"], last["dim"], last["labels"], last["batch"]) == (1_280_000, 4096, 1000, 256)
+    assert last["batch"] - last["unlabelled"] == 230
+    assert f"{seconds['labelled']:.2f} and {seconds['bank_from_half']:.2f} s" in said
+    assert f"{seconds['labelled_late']:.2f} and {seconds['bank_late']:.2f} s" in said
+    assert 3.2 < seconds["labelled_late"] / seconds["bank_late"] < 3.8
+    assert f"add {seconds['batch_with_subset'] - seconds['labelled']:.2f} s with `unlabelled_size=4096`" in said
+    assert f"and {seconds['batch_with_all'] - seconds['labelled']:.1f} s with all latents" in said
+    assert max(peak.values()) < 100
+    assert last["first_call_mb"] < 100
+    # Twice the latents of a label, twice the time, as far as other work on the machine lets it show.
+    grown = [after["seconds"]["labelled"] / before["seconds"]["labelled"] for before, after in pairwise(rows)]
+    assert all(1.5 < ratio < 2.5 for ratio in grown)
 
 
 def test_pairs_report_the_median_of_the_ratios() -> None:
