@@ -101,11 +101,12 @@ print(min(peak_bytes(work, torch.device("cpu")) for _ in range(3)))
 def test_the_target_is_within_its_bound_of_two_products_and_far_from_the_naive_form() -> None:
     # The regression guard: 1.15 is aimed at for B = 256, n = 4096; this is half of it on any machine in any mood.
     images = torch.randn(2048, 3072, generator=torch.Generator().manual_seed(0))
-    cost = min(
-        (measure_cost(images, 128, level=100.0, pairs=3, naive_bytes=0, clock=time.process_time) for _ in range(10)),
-        key=lambda cost: cost.ratio,
+    tries = (
+        measure_cost(images, 128, level=100.0, pairs=3, naive_bytes=0, clock=time.process_time).ratio for _ in range(10)
     )
-    assert 0.4 < cost.ratio < 1.4  # oneDNN may be faster than the bare products, which are BLAS
+    ratio = next((ratio for ratio in tries if ratio < 1.4), None)
+    assert ratio is not None
+    assert ratio > 0.4  # oneDNN may be faster than the bare products, which are BLAS
     naive = measure_cost(images[:512], 64, level=100.0, pairs=3, clock=time.process_time)
     assert naive.naive is not None
     assert naive.naive > 30 * naive.seconds
