@@ -177,9 +177,9 @@ def test_rows_with_labels_take_a_third_of_the_masked_product(
 ) -> None:
     data = torch.randn(20_000, 1024, generator=rng)
     labels = torch.randint(0, 100, (len(data),), generator=rng)
-    index = torch.randint(0, len(data), (256,), generator=rng)
+    index = torch.randint(0, len(data), (512,), generator=rng)
     stable = sf.StableTarget(sf.EDM(), references=sf.Pool(data, labels=labels), validate_args=False)
-    call = (data[index], data[index] + 30 * torch.randn(256, 1024, generator=rng), 30.0, labels[index], index)
+    call = (data[index], data[index] + 30 * torch.randn(512, 1024, generator=rng), 30.0, labels[index], index)
 
     def seconds() -> float:
         start = time.perf_counter()
