@@ -201,7 +201,10 @@ def test_only_a_pool_of_moments_can_be_refreshed() -> None:
 @pytest.mark.parametrize(
     ("likelihood", "message"),
     [
-        (lambda rows, k: torch.zeros(len(rows)), r"returned \(8,\) and torch.float32 for 8 rows and \d+ references"),
+        (
+            lambda rows, k: torch.zeros(len(rows)),
+            r"returned a tensor of shape \(8,\) and dtype torch.float32 for 8 rows and \d+ references",
+        ),
         (lambda rows, k: 0.0, "returned float"),
         (lambda rows, k: torch.where(k == 15, torch.nan, 0.0).expand(len(rows), -1), "row 0 holds NaN or "),
         (lambda rows, k: torch.where((k == 15) & (rows[:, None] == 3), torch.inf, 0.0), "row 3 holds NaN or "),

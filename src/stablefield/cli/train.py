@@ -54,7 +54,7 @@ class Train(TrainingFlags):
     the new place of its data, if they have moved."""
     init: Annotated[Path | None, tyro.conf.arg(metavar="RUN|FILE")] = None
     """Begin with the weights of a run (its averaged ones, and its recipe), an export, or a file with a state dict. Prints
-    what is copied. The data may be others, of other classes or of another size if the network takes it."""
+    what it copies. The data may differ, in classes and size too if the network takes them."""
     time: str = ""
     """Time that the command may take, such as 90s, 10m or 2h, in place of --steps. A few trial steps show how many steps
     that is; the ramp of the learning rate, the averages, pictures and checkpoints follow, and the run keeps its pace."""

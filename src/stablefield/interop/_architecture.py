@@ -6,11 +6,11 @@ by shape, before a number is read.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stablefield.interop._inert import RefusedError, TensorView, plain_text
 from stablefield.networks._resample import resampling_filter
@@ -103,19 +103,35 @@ def infer_architecture(state: Mapping[str, Tensor | TensorView]) -> Architecture
     """
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     found = _read(shapes, state)
-    # On the meta device: compare names and shapes before allocating memory.
+    require_shapes(found.build, shapes, found.name, "neither DDPM++ nor NCSN++")
+    return found
+
+
+def require_shapes(
+    build: Callable[[], nn.Module], shapes: Mapping[str, tuple[int, ...]], like: str, neither: str
+) -> None:
+    """Check that the network that `build` makes has exactly these names and shapes, without allocating its memory.
+
+    Args:
+        build: makes the network.
+        shapes: of the tensors of the file, by name.
+        like: the architecture that the file looks like.
+        neither: the architectures that it fits none of, if `build` fails, as in "neither A nor B".
+
+    Raises:
+        RefusedError: with the first difference.
+    """
     with torch.device("meta"):
         try:
-            expected = {name: tuple(value.shape) for name, value in found.build().state_dict().items()}
+            expected = {name: tuple(value.shape) for name, value in build().state_dict().items()}
         except ValueError as error:
-            raise RefusedError(f"its names and shapes fit neither DDPM++ nor NCSN++: {error}") from error
+            raise RefusedError(f"its names and shapes fit {neither}: {error}") from error
     for name in sorted(expected.keys() | shapes.keys()):
         if expected.get(name) != shapes.get(name):
             raise RefusedError(
-                f"it looks like {found.name}, but {plain_text(name)} has shape {shapes.get(name, 'none')} instead of "
+                f"it looks like {like}, but {plain_text(name)} has shape {shapes.get(name, 'none')} instead of "
                 f"{expected.get(name, 'none')}; a network with such options is not supported."
             )
-    return found
 
 
 def _read(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor | TensorView]) -> Architecture:

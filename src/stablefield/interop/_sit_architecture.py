@@ -9,10 +9,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-import torch
 from torch import Tensor
 
-from stablefield.interop._inert import RefusedError, TensorView, plain_text
+from stablefield.interop._architecture import require_shapes
+from stablefield.interop._inert import RefusedError, TensorView
 from stablefield.networks._sit import SIT_SIZES, SiT, place_embedding
 
 __all__ = ["SiTArchitecture", "infer_sit", "is_sit"]
@@ -118,18 +118,7 @@ def infer_sit(state: Mapping[str, Tensor | TensorView], heads: int | None = None
         learn_sigma=outputs == 2 * channels * patch**2,
         mlp_ratio=_ratio(hidden, width),
     )
-    # On the meta device: compare names and shapes before allocating memory.
-    with torch.device("meta"):
-        try:
-            expected = {name: tuple(value.shape) for name, value in found.build().state_dict().items()}
-        except ValueError as error:
-            raise RefusedError(f"its names and shapes fit neither SiT nor DiT: {error}") from error
-    for name in sorted(expected.keys() | shapes.keys()):
-        if expected.get(name) != shapes.get(name):
-            raise RefusedError(
-                f"it looks like SiT or DiT, but {plain_text(name)} has shape {shapes.get(name, 'none')} instead of "
-                f"{expected.get(name, 'none')}; a network with such options is not supported."
-            )
+    require_shapes(found.build, shapes, "SiT or DiT", "neither SiT nor DiT")
     return found
 
 

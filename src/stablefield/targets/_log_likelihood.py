@@ -96,7 +96,9 @@ def _values(of: Callable[[Tensor, Tensor], Tensor], rows: Tensor, numbers: Tenso
     found = of(rows, numbers)
     shape = (len(rows), len(numbers))
     if not isinstance(found, Tensor) or found.shape != shape or not found.is_floating_point():
-        kind = f"{tuple(found.shape)} and {found.dtype}" if isinstance(found, Tensor) else f"{type(found).__name__}"
+        kind = type(found).__name__
+        if isinstance(found, Tensor):
+            kind = f"a tensor of shape {tuple(found.shape)} and dtype {found.dtype}"
         raise ValueError(
             f"approximate_log_likelihood returned {kind} for {shape[0]} rows and {shape[1]} references: return a floating "
             f"point tensor of shape {shape}."

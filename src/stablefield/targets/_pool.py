@@ -85,8 +85,8 @@ class Pool:
 
     Raises:
         TypeError: if an argument has the wrong type.
-        ValueError: if `data` is empty or has the wrong dtype, `size` is not between 1 and n, or `labels` or `weights` do
-            not fit.
+        ValueError: if `data` is empty or has the wrong dtype, a size is not between 1 and n or needs labels that are not
+            there, or `labels`, `weights` or `flipped` do not fit the data or each other.
     """
 
     def __init__(
@@ -282,7 +282,7 @@ class Pool:
         """The samples as a matrix for batches on `device`.
 
         Raises:
-            ValueError: if they are a tensor on another device.
+            ValueError: if they are a tensor on another device than that or the host.
         """
         return self._for(self._matrix, device)
 

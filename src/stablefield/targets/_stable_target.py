@@ -48,6 +48,7 @@ from stablefield.targets._log_likelihood import LogLikelihood
 from stablefield.targets._perturbation_kernel import GaussianKernel, PerturbationKernel
 from stablefield.targets._pool import Pool
 from stablefield.targets._references import Batch, InBatch, References, Selection
+from stablefield.targets._rows import Rows, flipped_rows, mirrored, noisiest, put, sent
 from stablefield.targets._sharded import ShardedPool
 from stablefield.targets._target import Posterior, Target
 from stablefield.targets._verification import verified_samples
@@ -180,7 +181,7 @@ class StableTarget:
         mirror = None if flip is None else row_flags("flip", flip, x0, columns=True)
         flipped = None
         if getattr(self.references, "flipped", None) is not None:
-            flipped, mirror = _is_flipped(mirror, x0), None
+            flipped, mirror = flipped_rows(mirror, x0), None
         likelihood = approximate_log_likelihood
         if single:  # no row uses references
             likelihood = None
@@ -209,23 +210,23 @@ class StableTarget:
         use = (noise_level >= self._levels(known, host)) & (known.sigma > 0)
         use = use if known.source_only is None else use & ~known.source_only
         rows = (
-            torch.zeros(0, dtype=torch.long) if single else _noisiest(noise_level, use, self.capacity, generator, host)
+            torch.zeros(0, dtype=torch.long) if single else noisiest(noise_level, use, self.capacity, generator, host)
         )
         # The values of a row that uses only its source.
         zero = torch.zeros(len(x0), dtype=torch.promote_types(x0.dtype, torch.float32), device=x0.device)
         values = [x0, zero, zero + 1, zero + 1]
         # A rank without own rows must still answer the others.
         if len(rows) or isinstance(self.references, ShardedPool):
-            unflipped = replace(batch, x0=_flipped(x0, mirror), x_t=_flipped(x_t, mirror))
+            unflipped = replace(batch, x0=mirrored(x0, mirror), x_t=mirrored(x_t, mirror))
             found = self._posterior(unflipped, rows, known, host, generator, likelihood)
-            rows = _sent(rows, x0.device)
+            rows = sent(rows, x0.device)
             assert found.source_weight is not None
             # If the source has all the weight, return it unchanged, without the rounding of a decoder or a flip.
             keep = found.source_weight == 1
             keep = keep | ~use[rows] if host is Host.NEVER else keep
-            mean = _flipped(found.mean, None if mirror is None else mirror[rows])
+            mean = mirrored(found.mean, None if mirror is None else mirror[rows])
             news = (mean, found.variance, found.ess, found.source_weight)
-            values = [_put(old, rows, keep, new, host) for old, new in zip(values, news, strict=True)]
+            values = [put(old, rows, keep, new, host) for old, new in zip(values, news, strict=True)]
         mean, variance, ess, source_weight = values
         return Target(mean, variance, ess, source_weight, x0, x_t, self.process, t, self.kernel, noise)
 
@@ -319,8 +320,8 @@ class StableTarget:
             # `source_only` rows differ in kind from the rest, so they serve no other row; rows below the noise band do.
             serves = ~known.source_only
             places, among = serves.nonzero()[:, 0], (serves.cumsum(0) - 1)[rows]
-            shared = batch.at(_sent(places, device))
-        rows_there, among = _sent(rows, device), _sent(among, device)
+            shared = batch.at(sent(places, device))
+        rows_there, among = sent(rows, device), sent(among, device)
         selection = self.references.select(shared, generator, host)
         if host is Host.NEVER or len(rows) < len(batch.x0):
             batch = batch.at(rows_there)
@@ -334,7 +335,7 @@ class StableTarget:
         elif selection.resampled and selection.matrix.holds_halves:
             # As the other samples are: unrounded, a row's own would have an advantage.
             samples = batch.x0.to(selection.matrix.element).to(batch.x0.dtype)
-        asked = _Rows(batch, rows, among, samples)
+        asked = Rows(batch, rows, among, samples)
         if known.labels is None or (selection.labelled is None and selection.unlabelled is None):
             return self._over(selection, asked, known, host, likelihood)
         labels = known.labels[rows].long()
@@ -352,7 +353,7 @@ class StableTarget:
                 found.append(self._over(some, asked.at(part), known, host, likelihood))
         if len(found) == 1:
             return found[0]
-        order = _sent(torch.cat(parts).argsort(), device)
+        order = sent(torch.cat(parts).argsort(), device)
         return Posterior(
             **{
                 item.name: torch.cat([getattr(posterior, item.name) for posterior in found])[order]
@@ -363,7 +364,7 @@ class StableTarget:
     def _over(
         self,
         selection: Selection,
-        asked: "_Rows",
+        asked: Rows,
         known: Batch,
         host: Host,
         likelihood: Callable[[Tensor, Tensor], Tensor] | None,
@@ -375,7 +376,7 @@ class StableTarget:
         conditioned = None
         if likelihood is not None:
             assert batch.index is not None
-            numbers = _sent(rows, source.device)
+            numbers = sent(rows, source.device)
             conditioned = LogLikelihood.made(likelihood, numbers, selection.chosen, batch.index, host)
             if source_prior is None:
                 source_prior = torch.zeros_like(conditioned.own) if log_prior is None else log_prior[source]
@@ -411,29 +412,6 @@ class StableTarget:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """The rows that use references.
-
-    Attributes:
-        batch: themselves, shape (b, ...).
-        rows: their indices in the user's batch, shape (b,), on the host.
-        among: their indices among the rows that select the references, shape (b,).
-        samples: their samples as stored, shape (b, d), if that may have rounded them.
-    """
-
-    batch: Batch
-    rows: Tensor
-    among: Tensor
-    samples: Tensor | None
-
-    def at(self, some: Tensor) -> "_Rows":
-        """Those at `some`, indices on the host."""
-        there = _sent(some, self.batch.x0.device)
-        samples = None if self.samples is None else self.samples[there]
-        return _Rows(self.batch.at(there), self.rows[some], self.among[there], samples)
-
-
-@dataclass(frozen=True)
 class DenoisingTarget(StableTarget):
     """Denoising score matching: every row uses only its source. A stable target with an infinite noise band.
 
@@ -449,70 +427,3 @@ class DenoisingTarget(StableTarget):
     kernel: PerturbationKernel = field(default_factory=GaussianKernel, init=False)
     chunk_size: int | None = field(default=None, init=False)
     capacity: int | None = field(default=None, init=False)
-
-
-def _is_flipped(mirror: Tensor | None, x0: Tensor) -> Tensor:
-    """Which rows are flipped samples, bool (B,).
-
-    Raises:
-        ValueError: if `flip` has several columns.
-    """
-    if mirror is None:
-        return torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
-    if mirror.shape[1] != 1:
-        raise ValueError(
-            f"flip has shape {tuple(mirror.shape)}: the Pool has one flipped sample for each, so pass shape ({len(x0)},)."
-        )
-    return mirror[:, 0]
-
-
-def _noisiest(
-    level: Tensor, use: Tensor, capacity: int | None, generator: torch.Generator | None, host: Host
-) -> Tensor:
-    """The indices of the rows for which `use` is set, or of the `capacity` noisiest of them.
-
-    If the host may not read values, the number of indices is fixed, and other rows may be among them.
-    """
-    if host is not Host.NEVER:
-        rows = use.nonzero()[:, 0]
-        if capacity is None or len(rows) <= capacity:
-            return rows
-        return rows[_descending(level[rows], generator)[:capacity].sort().values]
-    if capacity is None or len(level) <= capacity:
-        return torch.arange(len(level), device=level.device)
-    # Compilers accept no generator, and any tie-breaking that does not depend on the data will do.
-    return _descending(torch.where(use, level, -1), None)[:capacity]
-
-
-def _descending(level: Tensor, generator: torch.Generator | None) -> Tensor:
-    """The order of descending levels, with ties in random order, because their positions may depend on the data."""
-    device = level.device if generator is None else generator.device
-    order = torch.randperm(len(level), generator=generator, device=device).to(level.device)
-    return order[level[order].sort(descending=True, stable=True).indices]
-
-
-def _sent(rows: Tensor, device: torch.device) -> Tensor:
-    """Send row indices, integers (b,), from the host to `device`.
-
-    The host does not wait: CUDA copies up to 64 kB of pageable memory with the command, which is 8,192 rows.
-    """
-    return rows.to(device, non_blocking=True)
-
-
-def _put(old: Tensor, rows: Tensor, keep: Tensor, new: Tensor, host: Host) -> Tensor:
-    """Put `new` into `old` at `rows`, except those to `keep`."""
-    whole = len(rows) == len(old)
-    if whole and host is Host.READS and not bool(keep.any()):
-        return new.to(old.dtype)
-    keep = keep.reshape(-1, *(1,) * (old.ndim - 1))
-    value = torch.where(keep, old if whole else old[rows], new).to(old.dtype)
-    return value if whole else old.index_copy(0, rows, value)
-
-
-def _flipped(x: Tensor, flip: Tensor | None) -> Tensor:
-    """Mirror the rows of `x` (B, ...) for which column j of `flip` (B, m) is set along axis -1-j: its own inverse."""
-    if flip is None:
-        return x
-    for column in range(flip.shape[1]):
-        x = torch.where(flip[:, column].reshape(-1, *(1,) * (x.ndim - 1)), x.flip(-1 - column), x)
-    return x

@@ -222,21 +222,14 @@ class GroupedHalfChunk(GroupedChunk):
 
 
 @dataclass(frozen=True)
-class ByteHalfChunk(HalfChunk):
-    """References as bytes b in bfloat16, which mean (b + 1/2) / 127.5: uint8 images u, by b = u - 128."""
-
-    @property
-    def wide(self) -> Tensor:
-        return _meaning(self.rows).double()
-
-    def at(self, column: Tensor, row: Tensor) -> Tensor:  # noqa: ARG002
-        return _meaning(self.rows[column])
+class ByteHalfChunk(ByteChunk):
+    """The same bytes in bfloat16."""
 
     def inner(self, x: Operand) -> Tensor:
-        return super().inner(x).div_(127.5).add_(x.sums[:, None], alpha=0.5 / 127.5)
+        return half_product(x.rows, self.rows.mT).div_(127.5).add_(x.sums[:, None], alpha=0.5 / 127.5)
 
-    def weighted(self, weights: Tensor, rows: Tensor | None = None) -> Tensor:
-        return super().weighted(weights, rows).div_(127.5).add_(weights.sum(1)[:, None], alpha=0.5 / 127.5)
+    def weighted(self, weights: Tensor, rows: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        return half_product(weights, self.rows).div_(127.5).add_(weights.sum(1)[:, None], alpha=0.5 / 127.5)
 
 
 def grouped_chunks(
