@@ -200,7 +200,8 @@ def _restore_moments(path: Path, optimizer: torch.optim.Optimizer) -> None:
         fits = number.isdecimal() and int(number) < len(parameters)
         if not fits or value.numel() not in (1, parameters[int(number)].numel()):
             raise CheckpointError(f"{path} does not fit the network of the run's config.json: {key}.")
-        entries.setdefault(int(number), {})[name] = value
+        # The parts of several processes are merged in a file that has no tensors without dimensions.
+        entries.setdefault(int(number), {})[name] = value.reshape(()) if name == "step" else value
     record: dict[str, Any] = optimizer.state_dict()
     optimizer.load_state_dict({"state": entries, "param_groups": record["param_groups"]})
     _lay_out(optimizer)

@@ -11,6 +11,7 @@ References:
     Mathews, Li, "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel", VLDB 2023.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -96,6 +97,8 @@ def to_first(module: nn.Module, target: nn.Module | None, ranks: Ranks) -> None:
 def write_parts(path: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
     """Write tensors to one safetensors file, each process its parts; then the first process merges them.
 
+    A tensor without dimensions is written with one, since torch 2.13 writes 0 for it when it merges parts.
+
     Raises:
         OSError: if a process cannot write.
     """
@@ -103,19 +106,27 @@ def write_parts(path: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None
     from torch.distributed.checkpoint.api import CheckpointException
 
     folder = path.with_name(f".{path.name}.tmp")
+    has_part = any(own_part(value).numel() for value in tensors.values())
+    (parts,) = ranks.total(float(has_part), purpose="to write their parts")
     # This writer alone uses no pickle.
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True, enable_consolidation=True)
+    content = {name: value if value.ndim else value.reshape(1) for name, value in tensors.items()}
     try:
         with ranks.waiting("to write their parts"):
-            dcp.save(dict(tensors), storage_writer=writer, process_group=ranks.group)
+            dcp.save(content, storage_writer=writer, process_group=ranks.group)
     except CheckpointException as error:
         rank, (first, _) = next(iter(error.failures.items()))
-        number = first.errno if isinstance(first, OSError) else None
-        raise OSError(number, f"process {rank}: {first}") from error
-    if ranks.first:
-        (merged,) = folder.glob("*.safetensors")
-        os.replace(merged, path)
-        shutil.rmtree(folder)
+        if isinstance(first, OSError):
+            raise OSError(first.errno, f"process {rank}: {first.strerror or first}") from error
+        raise RuntimeError(f"process {rank} cannot write its part of {path}: {first}") from error
+    if not ranks.first:
+        return
+    if len(list(folder.glob("*/*.safetensors"))) < parts:
+        # torch merges what is there, with zeros for the rest.
+        raise OSError(errno.ENOENT, "the first process does not find all parts: name a folder that all machines share")
+    (merged,) = folder.glob("*.safetensors")
+    os.replace(merged, path)
+    shutil.rmtree(folder)
 
 
 def own_rows(path: Path, like: Callable[[str], Tensor | None]) -> Iterator[tuple[str, Tensor]]:
