@@ -14,6 +14,7 @@ from torch import Tensor
 
 import stablefield as sf
 from forks import Fork
+from stablefield.cli.train import _summed
 from stablefield.data._digits import open_digits
 from stablefield.training._data_parallel import overlaps
 from stablefield.training._fully_sharded import shards
@@ -192,6 +193,15 @@ def test_one_process_shards_nothing_and_each_of_several_needs_rows() -> None:
     assert not overlaps(RECIPE, 2, CPU)
     with pytest.raises(ValueError, match="batch=37 is below the 38 parts"):
         shards(RECIPE, 19)
+
+
+def test_the_command_says_who_holds_what() -> None:
+    assert (
+        _summed(RECIPE, 4, CPU)
+        == "by FSDP2, and each process holds 1/4 of the weights, gradients, moments and averages"
+    )
+    assert _summed(dataclasses.replace(RECIPE, fsdp=False), 4, CPU) == "by DistributedDataParallel"
+    assert _summed(dataclasses.replace(RECIPE, fsdp=False, exact=True), 4, CPU) == "in a fixed order"
 
 
 @pytest.mark.parametrize("other", ["exact", "compile"])

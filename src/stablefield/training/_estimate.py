@@ -12,7 +12,6 @@ from stablefield._distributed import Ranks
 from stablefield.data._image_set import ImageSet, size_text
 from stablefield.report._cells import duration
 from stablefield.training._feed import Feed
-from stablefield.training._fully_sharded import own_part
 from stablefield.training._loop import make_accelerator
 from stablefield.training._placement import placed
 from stablefield.training._run_folder import RunConfig
@@ -31,7 +30,7 @@ class Estimate:
     Attributes:
         images: the training data, in words.
         parameters: number of the network's parameters.
-        state_bytes: bytes of weights, averages, gradients and the optimiser's moments, in each process.
+        state_bytes: bytes of weights, averages, gradients and the optimiser's moments; with fsdp, of all processes together.
         peak_bytes: peak memory on the device (for a CPU: of the process, including the data).
         steps: remaining steps, in words.
         references: references per step, in words; empty for the single-sample target.
@@ -94,9 +93,7 @@ def estimate_run(config: RunConfig, data: ImageSet, device: torch.device, done: 
         stepper = Stepper(config, feed, accelerator)
         seconds, target_seconds = _timed(stepper, device)
         peak, copies = _peak(device), len(stepper.trained.averages) + 4
-        weights = list(stepper.trained.model.parameters())
-        parameters, own = sum(p.numel() for p in weights), sum(own_part(p.detach()).numel() for p in weights)
-        del weights
+        parameters = sum(p.numel() for p in stepper.trained.model.parameters())
         del stepper  # two networks may be more than the device holds
         # Time the second one: building the first loads modules, once.
         began = time.perf_counter()
@@ -108,7 +105,7 @@ def estimate_run(config: RunConfig, data: ImageSet, device: torch.device, done: 
     return Estimate(
         images=f"{len(data):,} of {'x'.join(map(str, data.shape))}, {size_text(data.images.nbytes)}",
         parameters=parameters,
-        state_bytes=4 * copies * own,
+        state_bytes=4 * copies * parameters,
         peak_bytes=peak,
         steps=f"{left:,}{f' of {recipe.steps:,} left,' if done else ''} of {recipe.batch}: {images:,} images, "
         f"{f'{epochs:,.0f}' if epochs >= 10 else f'{epochs:.2g}'} epochs",

@@ -19,6 +19,7 @@ from stablefield.data._image_set import ImageSet
 from stablefield.data._source import as_image_set, open_images
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.training._estimate import Estimate, estimate_run
+from stablefield.training._fully_sharded import shards
 from stablefield.training._loop import check_fit
 from stablefield.training._pace import Costs, clock
 from stablefield.training._placement import resolve_band, resolve_references
@@ -132,6 +133,7 @@ def make_plan(
 
 def _decide(data: ImageSet, recipe: Recipe, device: torch.device, processes: int) -> tuple[RunConfig, str, str]:
     check_fit(recipe, data)
+    shards(recipe, processes)  # raises an error for too few rows, before any work
     classes = data.classes if recipe.conditional else 0
     # Before any measurement: a network that does not fit the images fails here.
     with torch.device("meta"):

@@ -282,8 +282,8 @@ class Recipe:
     """Sum the gradients of several processes after the backward pass, in an order that is fixed for every network and
     version of torch; by default torch's DistributedDataParallel sums them during the pass."""
     fsdp: bool = False
-    """Split weights, gradients, moments and averages over several processes by torch's FSDP2, for a network that does not
-    fit on one device; slower than the default where it fits."""
+    """Split weights, gradients, moments and averages over several processes by torch's FSDP2, so that each holds a part: for
+    a network that one device does not hold."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
     sample_every: int = 1000
