@@ -56,7 +56,7 @@ import torch
 from stablefield._distributed import Ranks
 from stablefield.data._digits import open_digits
 from stablefield.diffusion._preconditioning import Denoiser
-from stablefield.training._fully_sharded import own_part, shard
+from stablefield.training._fully_sharded import own_part, shard, write_parts
 from stablefield.training._loop import TrainingError, _Loop, fit
 from stablefield.training._model import untrained
 from stablefield.training._recipe import MLPConfig, SongUNetConfig
@@ -86,6 +86,7 @@ def same(network, x, *labels):
     mine = slice(2 * ranks.rank, 2 * ranks.rank + 2)
     network(x[mine], *(label[mine] for label in labels)).square().sum().backward()
     for name, value in network.named_parameters():
+        assert own_part(value.grad).shape == own_part(value.detach()).shape
         assert torch.allclose(value.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-4), name
 
 with Ranks.launched() as ranks:
@@ -99,8 +100,15 @@ with Ranks.launched() as ranks:
     go("half-ddp")
     config = RunFolder(Path("two")).config()
     trained = untrained(config, cpu, sharded=True)
-    for module in (trained.model, trained.averages["power-0.1"]):
-        print(sum(own_part(p.detach()).numel() for p in module.parameters()), sum(p.numel() for p in module.parameters()))
+    for value in trained.model.parameters():
+        value.grad = torch.zeros_like(value)
+    trained.optimizer.step()
+    for held in (
+        list(trained.model.parameters()),
+        list(trained.averages["power-0.1"].parameters()),
+        [entry["exp_avg_sq"] for entry in trained.optimizer.state.values()],
+    ):
+        print(sum(own_part(value.detach()).numel() for value in held), sum(value.numel() for value in held))
     for network in (
         SongUNetConfig(base_channels=8, multipliers=(1,), blocks=1, dropout=0.0),
         MLPConfig(width=20, depth=1),
@@ -110,6 +118,16 @@ with Ranks.launched() as ranks:
         for value in network.parameters():
             torch.nn.init.normal_(value, std=0.1)
         same(network, torch.randn(4, 1, 8, 8), 0.1 + torch.rand(4), torch.arange(4) % 3)
+    apart = Path(f"apart{ranks.rank}")  # as on machines that share no folder
+    if ranks.first:
+        apart.mkdir()
+    for place in (apart / "x", Path("two/config.json/x")):
+        try:
+            write_parts(place, trained.model.state_dict(), ranks)
+        except OSError as error:
+            assert "processes do not find it: all machines must share it" in str(error), error
+        else:
+            raise AssertionError
     try:
         go("killed", lambda done: ranks.rank == 1 and done == 3 and os._exit(9))
     except TrainingError as error:

@@ -107,7 +107,11 @@ def write_parts(path: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None
 
     folder = path.with_name(f".{path.name}.tmp")
     has_part = any(own_part(value).numel() for value in tensors.values())
-    (parts,) = ranks.total(float(has_part), purpose="to write their parts")
+    parts, found = ranks.total(float(has_part), float(path.parent.is_dir()), purpose="to write their parts")
+    if found < ranks.world_size:
+        raise OSError(
+            errno.ENOENT, f"{ranks.world_size - found:.0f} processes do not find it: all machines must share it"
+        )
     # This writer alone uses no pickle.
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True, enable_consolidation=True)
     content = {name: value if value.ndim else value.reshape(1) for name, value in tensors.items()}
@@ -123,18 +127,19 @@ def write_parts(path: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> None
         return
     if len(list(folder.glob("*/*.safetensors"))) < parts:
         # torch merges what is there, with zeros for the rest.
-        raise OSError(errno.ENOENT, "the first process does not find all parts: name a folder that all machines share")
+        raise OSError(errno.ENOENT, "the first process does not find the parts of the others")
     (merged,) = folder.glob("*.safetensors")
     os.replace(merged, path)
     shutil.rmtree(folder)
 
 
 def own_rows(path: Path, like: Callable[[str], Tensor | None]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a safetensors file by name; sharded, with only this process's part read, if `like` a sharded one.
+    """The tensors of a safetensors file by name; only this process's part of those that are for a sharded tensor.
 
     Args:
         path: the file.
-        like: the sharded tensor that one of the file is for, by its name; if its shape differs, the file's is read whole.
+        like: the tensor that one of the file is for, by its name; if it is none, not sharded, or of another shape, the
+            file's is read whole.
     """
     from safetensors import safe_open
     from torch.distributed.tensor import DTensor
@@ -150,11 +155,7 @@ def own_rows(path: Path, like: Callable[[str], Tensor | None]) -> Iterator[tuple
             each = -(-shape[0] // mesh.size())
             first = min(each * mesh.get_local_rank(), shape[0])
             part = rows[first : first + each].to(wanted.device)
-            stride = wanted.stride()
-            yield (
-                name,
-                DTensor.from_local(part, mesh, wanted.placements, run_check=False, shape=shape, stride=stride),
-            )
+            yield name, DTensor.from_local(part, mesh, wanted.placements, shape=shape, stride=wanted.stride())
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
