@@ -41,7 +41,7 @@ _GROUPS = {
     "Target": "references noise-band",
     "Variance of a batch": "draws-per-image antithetic no-antithetic importance-sampling no-importance-sampling",
     "Optimisation": (
-        "learning-rate ramp-images decay-share max-grad-norm nan-to-num no-nan-to-num "
+        "learning-rate noise-distribution ramp-images decay-share max-grad-norm nan-to-num no-nan-to-num "
         "gradient-accumulation-steps seed precision compile exact fsdp"
     ),
     "Averages of the weights": "ema-half-life ema-ramp ema-snapshot-every",

@@ -167,6 +167,7 @@ class Train(TrainingFlags):
         """
         changes = [flag for flag in given(self.config.words) if flag != "--steps"]
         changes += ["--recipe"] if self.recipe != "auto" else []
+        changes += ["--noise-distribution"] if self.noise_distribution != "recipe" else []
         if changes:
             raise ValueError(
                 f"{', '.join(changes)} with --resume: a run continues with its own recipe, and only --steps may change; "
