@@ -34,7 +34,7 @@ _COMMON = {
 }
 # The other flags, under these titles; a word that ends in a dot means all flags that begin with it.
 _GROUPS = {
-    "Before a run": "time dry-run print",
+    "Before a run": "time held-out dry-run print",
     "Real images": "split references held-out resolution resize cache no-cache images-split",
     "Data": "resolution resize skip-broken max-images sources augmentation mirror",
     "Model": "init conditional label-dropout ema",

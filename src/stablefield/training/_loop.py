@@ -22,6 +22,7 @@ from stablefield.data._png import is_picture
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.training._checkpoint import State, restore, save, sweep
 from stablefield.training._feed import Feed
+from stablefield.training._held_out import HeldOutLoss
 from stablefield.training._meter import Meter, Report, bin_edges
 from stablefield.training._model import require_fit
 from stablefield.training._observers import samples
@@ -41,6 +42,7 @@ __all__ = [
     "check_fit",
     "check_tracker",
     "fit",
+    "held_out_data",
     "make_accelerator",
     "training_data",
 ]
@@ -67,14 +69,19 @@ class Observer(Protocol):
         ...
 
 
-def check_fit(recipe: Recipe, data: ImageSet) -> None:
+def check_fit(recipe: Recipe, data: ImageSet, held_out: int = 0) -> None:
     """Check a recipe against the data before anything is made.
+
+    Args:
+        recipe: the recipe.
+        data: the run's data.
+        held_out: how many of them are held out.
 
     Raises:
         ValueError: if the batch or the references are larger than the data, references fewer than the batch, or the recipe
             needs classes that the data lack.
     """
-    n = len(data)
+    n = len(data) - held_out
     if recipe.images_per_step > n:
         most = n * recipe.draws_per_image
         draws = f" of {recipe.images_per_step} images" if recipe.draws_per_image > 1 else ""
@@ -155,6 +162,20 @@ def training_data(config: RunConfig, data: ImageSet) -> ImageSet:
     return data
 
 
+def held_out_data(config: RunConfig, others: ImageSet | None) -> ImageSet:
+    """Check that these are the other data that a run holds out, with classes and scaling as those of its data.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    assert config.held_out is not None
+    if others is None:
+        raise ValueError(f"held_out is missing: this run holds out {config.held_out.data}; pass these data.")
+    if others.manifest["sha256"] != config.held_out.sha256:
+        raise ValueError(f"held_out={others.name} is not what this run holds out (its pixels' sha256 differs).")
+    return config.numbered(others)
+
+
 def fit(
     folder: RunFolder,
     config: RunConfig,
@@ -168,6 +189,7 @@ def fit(
     tracker: Tracker = "none",
     accelerator: Accelerator | None = None,
     pace: Pace | None = None,
+    held_out: ImageSet | None = None,
 ) -> int:
     """Train the run in `folder` to its last step, from its newest checkpoint if it has one.
 
@@ -183,6 +205,7 @@ def fit(
         tracker: the tracker that mirrors metrics.jsonl.
         accelerator: the processes; made if not given.
         pace: of a run that is to end in time; it may change the number of steps.
+        held_out: other data that the run holds out, if it does; only the first process needs them.
 
     Returns:
         The steps done.
@@ -200,8 +223,13 @@ def fit(
     try:
         with folder.locked() if ranks.first else nullcontext():
             placement = placed(recipe, data, device, ranks.world_size)
-            with closing(Feed(data, recipe, device, labelled=config.classes > 0, placement=placement)) as feed:
-                loop = _Loop(folder, config, feed, accelerator, observers)
+            labelled, rows = config.classes > 0, config.training_rows(len(data))
+            with closing(Feed(data, recipe, device, labelled=labelled, placement=placement, rows=rows)) as feed:
+                look = None
+                if config.held_out is not None and ranks.first:
+                    others = None if config.held_out.share is not None else held_out_data(config, held_out)
+                    look = HeldOutLoss(config.held_out, recipe, data, others, labelled=labelled, device=device)
+                loop = _Loop(folder, config, feed, accelerator, observers, look)
                 with _tracking(accelerator, tracker, {"run": folder.path.name, "data": config.data}):
                     return loop.run(report, every, stop, pace)
     except ArithmeticError as error:
@@ -241,9 +269,11 @@ class _Loop:
         feed: Feed,
         accelerator: Accelerator,
         observers: Sequence[Observer],
+        look: HeldOutLoss | None = None,
     ) -> None:
         self._folder, self._config, self._recipe = folder, config, config.recipe
-        self._accelerator, self._observers = accelerator, observers
+        self._accelerator, self._look = accelerator, look
+        self._observers = [look, *observers] if look is not None else observers
         self._ranks = Ranks.launched(accelerator.device)
         self._main = self._ranks.first
         newest = folder.newest()
@@ -340,6 +370,7 @@ class _Loop:
                 "images": done * self._recipe.batch,
                 "loss": entry.loss,
                 "variance_removed": entry.variance_removed,
+                **self._minus_floor(entry),
                 "images_per_second": entry.images_per_second,
                 "target_share": entry.target_share,
                 "learning_rate": self._recipe.learning_rate_at(done - 1),
@@ -349,6 +380,12 @@ class _Loop:
                 **extra,
             }
         )
+
+    def _minus_floor(self, entry: Report) -> dict[str, float]:
+        """The single-sample loss of the batches minus its floor."""
+        if self._look is None or self._look.floor is None:
+            return {}
+        return {"loss_minus_floor": entry.loss + entry.variance_removed - self._look.floor}
 
     def _require_folder(self) -> None:
         successor = self._folder.successor

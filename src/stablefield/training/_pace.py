@@ -30,12 +30,14 @@ class Costs:
         step: a step.
         picture: a sample grid.
         checkpoint: a checkpoint.
+        row: a row through the network, forwards.
     """
 
     setup: float
     step: float
     picture: float
     checkpoint: float
+    row: float = 0.0
 
     @property
     def end(self) -> float:

@@ -33,13 +33,13 @@ from stablefield.evaluation._result import Evaluation
 from stablefield.sampling._solvers import SamplerName
 from stablefield.training._ema import power_exponent
 from stablefield.training._files import write_tensors
-from stablefield.training._loop import Observer, Report, Tracker, fit, make_accelerator, training_data
+from stablefield.training._loop import Observer, Report, Tracker, fit, held_out_data, make_accelerator, training_data
 from stablefield.training._model import OpenModel, open_model
 from stablefield.training._pace import Pace
 from stablefield.training._plan import Images, place
 from stablefield.training._post_hoc import combine, snapshot_steps
 from stablefield.training._run_folder import RunConfig, RunFolder
-from stablefield.training._run_source import RunSource, data_of
+from stablefield.training._run_source import RunSource, data_of, existing
 from stablefield.training._sampler import RunSampler, SamplerOptions
 from stablefield.training._samples import Samples
 
@@ -327,6 +327,7 @@ class Run:
         *,
         steps: int | None = None,
         data: Images | None = None,
+        held_out: Images | None = None,
         device: torch.device | str | None = None,
         tracker: Tracker = "none",
         observers: Sequence[Observer] = (),
@@ -345,6 +346,7 @@ class Run:
         Args:
             steps: number of steps of the whole run from now on, those that are done among them.
             data: the new place of the images, if they have moved, or the images.
+            held_out: the same for other images that the run holds out.
             device: where to compute; a GPU if there is one.
             tracker: as for `train`.
             observers: as for `train`.
@@ -374,8 +376,21 @@ class Run:
                 with ranks.rank_0_first("to extend the run"):
                     if ranks.first:
                         self.folder.extend(extended)
-        fit_run(self, images, where, tracker, observers, on_start, progress, every, stop)
+        others = self._others(held_out) if ranks.first else None
+        fit_run(self, images, where, tracker, observers, on_start, progress, every, stop, held_out=others)
         return self
+
+    def _others(self, held_out: Images | None) -> ImageSet | None:
+        """Other data that the run holds out."""
+        config = self.config
+        if config.held_out is None or config.held_out.share is not None:
+            if held_out is not None:
+                raise ValueError("held_out is given, but the run holds out no other data: leave it out.")
+            return None
+        if held_out is None or isinstance(held_out, str | Path):
+            place = existing("held_out", config.held_out.data) if held_out is None else held_out
+            held_out = open_images(place, **config.opening)
+        return held_out_data(config, as_image_set("held_out", held_out))
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -409,6 +424,7 @@ def fit_run(
     every: int,
     stop: Callable[[], bool],
     pace: Pace | None = None,
+    held_out: ImageSet | None = None,
 ) -> None:
     """Train a run on its data to its last step; arguments and errors as for `train`."""
     run.device = device
@@ -426,6 +442,7 @@ def fit_run(
         tracker=tracker,
         accelerator=make_accelerator(device, tracker, run.folder),
         pace=pace,
+        held_out=held_out,
     )
 
 

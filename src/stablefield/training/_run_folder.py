@@ -14,12 +14,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from stablefield._regular_file import reason
 from stablefield._shapes import whole_number
 from stablefield.data._image_set import ImageSet, renumbered
 from stablefield.data._scaling import Scaling
 from stablefield.training._checkpoint import CheckpointError, State, read_state, remove
 from stablefield.training._config import decode, encode, fits
+from stablefield.training._held_out import HeldOut
 from stablefield.training._initial_weights import InitialWeights
 from stablefield.training._lock import Holder, Lock
 from stablefield.training._recipe import Recipe
@@ -33,7 +37,7 @@ _ATTEMPTS = 10
 # Files that a kill may leave in a new folder: a run can start there again.
 _BEGINNINGS = re.compile(rf"{re.escape(_LOCK)}|\.config\.json\.(\d+\.)?tmp")
 _FORMER = frozenset({"format", "stablefield", "data", "shape", "classes", "opening", "manifest", "recipe"})
-_OPTIONAL = frozenset({"extensions", "initial"})
+_OPTIONAL = frozenset({"extensions", "initial", "held_out"})
 _TYPES = {"stablefield": str, "data": str, "shape": tuple[int, ...], "classes": int, "recipe": Recipe}
 _OPENING = {"resolution": int | tuple[int, int] | None, "resize": Literal["crop", "squash"], "skip_broken": bool}
 
@@ -76,6 +80,7 @@ class RunConfig:
         opening: further arguments that opened the data: resolution, resize, skip_broken.
         extensions: changes of recipe.steps since the start, in order.
         initial: the origin of the first weights, if they were those of another network.
+        held_out: the samples that are not trained on, if any are held out.
     """
 
     data: str
@@ -87,6 +92,7 @@ class RunConfig:
     opening: Mapping[str, Any] = field(default_factory=dict[str, Any])
     extensions: tuple[Extension, ...] = ()
     initial: InitialWeights | None = None
+    held_out: HeldOut | None = None
 
     def extended(self, done: int, steps: int) -> "RunConfig":
         """The configuration of this run with another number of steps; the same if it has that number already.
@@ -109,6 +115,11 @@ class RunConfig:
         extension = Extension(step=done, before=before, after=steps)
         recipe = dataclasses.replace(self.recipe, steps=steps)
         return dataclasses.replace(self, recipe=recipe, extensions=(*self.extensions, extension))
+
+    def training_rows(self, size: int) -> NDArray[np.int64] | None:
+        """The rows of data of this size to train on, in order, if a share is held out; None for all."""
+        held_out = self.held_out
+        return None if held_out is None or held_out.share is None else held_out.split(size, self.recipe.seed)[0]
 
     @property
     def scaling(self) -> Scaling | None:
@@ -214,6 +225,8 @@ class RunFolder:
             record["extensions"] = [dataclasses.asdict(extension) for extension in config.extensions]
         if config.initial is not None:
             record["initial"] = config.initial.record()
+        if config.held_out is not None:
+            record["held_out"] = config.held_out.record()
         write_record(self.path / "config.json", record)
 
     @classmethod
@@ -413,6 +426,7 @@ def _config(record: Mapping[str, Any]) -> RunConfig:
         opening=cast("dict[str, Any]", opening),
         extensions=_extensions(record.get("extensions", [])),
         initial=InitialWeights.of(record["initial"]) if "initial" in record else None,
+        held_out=HeldOut.of(record["held_out"]) if "held_out" in record else None,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from stablefield._shapes import number
 from stablefield.training._estimate import Estimate
+from stablefield.training._held_out import HeldOut
 from stablefield.training._pace import FREE, Costs
 from stablefield.training._recipe import Recipe
 
@@ -47,10 +48,11 @@ def costs_of(recipe: Recipe, estimate: Estimate) -> Costs:
         step=estimate.seconds_per_step,
         picture=_NFE * _PICTURE * row,
         checkpoint=estimate.state_bytes / _WRITTEN,
+        row=row,
     )
 
 
-def within(recipe: Recipe, seconds: float, costs: Costs) -> Recipe:
+def within(recipe: Recipe, seconds: float, costs: Costs, held_out: HeldOut | None = None) -> Recipe:
     """The recipe with as many steps as the time allows, and the ramp, averages, pictures and checkpoints that suit them.
 
     The ramp and the half-life of the averages become no longer than a twentieth of the images, and stay as they are if they
@@ -60,6 +62,7 @@ def within(recipe: Recipe, seconds: float, costs: Costs) -> Recipe:
         recipe: the recipe.
         seconds: from the start of the run to its end, with a last picture and checkpoint.
         costs: of its parts.
+        held_out: what the run holds out, if anything.
 
     Raises:
         ValueError: if the time is too short for one step.
@@ -74,6 +77,12 @@ def within(recipe: Recipe, seconds: float, costs: Costs) -> Recipe:
             f"time is too short: {max(0.0, seconds):.2g} s are left for the run, and here a step takes {costs.step:.2g} s, "
             f"the start and the end {costs.setup + costs.end:.2g} s. Pass {math.ceil(least)} s more, or a smaller network."
         )
+    if held_out is not None:
+        # A look costs the network on its rows, and a checkpoint where the loss is the lowest so far.
+        log_every = min(recipe.log_every, max(1, steps // 20))
+        every = held_out.paced(replace(recipe, steps=steps, log_every=log_every)).every
+        look = costs.checkpoint + held_out.evaluations * costs.row
+        steps = max(1, int(steps / (1 + look / (every * max(1e-9, costs.step)))))
     images = steps * recipe.batch
     return replace(
         recipe,
