@@ -317,6 +317,9 @@ def _print_end(run: Run, seconds: float) -> None:
     else:
         console.print(f"done in {duration(seconds)}")
         console.print(f"samples:    {escape(relative(run.drawn))}")
+    best = run.folder.best()
+    if best is not None:
+        console.print(f"best:       step {best[0]:,}, with a held-out loss of {best[1]:.4g} (--checkpoint best)")
     _print_sampling(run)
 
 

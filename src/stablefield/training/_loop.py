@@ -8,7 +8,7 @@ import dataclasses
 import errno
 import math
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any, Literal, Protocol
@@ -296,6 +296,8 @@ class _Loop:
             sweep(folder.path)
             folder.rewind_log(self._state.step)
         self._reported, self._logged = self._meter(), self._meter()
+        # Step and value of the lowest held-out loss.
+        self._best = folder.best() if self._main and look is not None else None
 
     def run(
         self,
@@ -328,7 +330,7 @@ class _Loop:
                 self._reported = self._meter()
                 if report is not None and self._main:
                     report(found)
-            self._keep(done, last, stopped)
+            self._keep(done, last, stopped, self._improved(done, extra, last and not stopped))
             if last:
                 break
         return done
@@ -417,12 +419,23 @@ class _Loop:
             self._pause()
         return found
 
-    def _keep(self, done: int, last: bool, stopped: bool) -> None:
+    def _improved(self, done: int, extra: Mapping[str, float], last: bool) -> bool:
+        """Whether the held-out loss is the lowest so far: the first process knows, and all save."""
+        held_out = self._config.held_out
+        if held_out is None or not (last or done % held_out.every == 0):
+            return False
+        loss = extra.get("held_out_loss", math.nan)
+        improved = math.isfinite(loss) and (self._best is None or loss < self._best[1])
+        if improved:
+            self._best = (done, loss)
+        return self._ranks.broadcast(improved, "to keep the best checkpoint")
+
+    def _keep(self, done: int, last: bool, stopped: bool, improved: bool) -> None:
         recipe, folder = self._recipe, self._folder
         final = last and not stopped
         snapshot = recipe.ema_snapshot_every and (final or done % recipe.ema_snapshot_every == 0)
         picture = final or (recipe.sample_every and not stopped and done % recipe.sample_every == 0)
-        checkpoint = last or done % recipe.checkpoint_every == 0
+        checkpoint = last or improved or done % recipe.checkpoint_every == 0
         if not (snapshot or picture or checkpoint):
             return
         if checkpoint or snapshot:
@@ -437,7 +450,7 @@ class _Loop:
                 self._picture(done)
             if checkpoint:
                 save(folder.checkpoint(done), State(done, done * recipe.batch), trained)
-                folder.prune(recipe.keep_last, recipe.keep_every)
+                folder.prune(recipe.keep_last, recipe.keep_every, None if self._best is None else self._best[0])
         self._ranks.barrier("to write the run")
         self._pause()
 

@@ -88,22 +88,32 @@ class Run:
         """The file of the samples of the last step: a picture, or .npz of data that are no pictures."""
         return self.folder.picture(self.step, ".png" if is_picture(self.config.shape) else ".npz")
 
+    @property
+    def best(self) -> int | None:
+        """Step of the checkpoint with the lowest held-out loss; None for a run that holds nothing out."""
+        best = self.folder.best()
+        return None if best is None else best[0]
+
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl: step, loss, variance removed and more."""
         return list(self.folder.metrics())
 
-    def model(self, ema: str = "half-life", device: torch.device | str = "cpu") -> OpenModel:
-        """Load the newest model.
+    def model(
+        self, ema: str = "half-life", device: torch.device | str = "cpu", checkpoint: str = "newest"
+    ) -> OpenModel:
+        """Load a model, by default the newest.
 
         Args:
             ema: "half-life" for the average by EDM's rule, "none" for the weights of the last step, or a length such as
                 "0.1" for an average made from the run's snapshots.
             device: where to load it.
+            checkpoint: "newest"; "best" for the one with the lowest held-out loss, in a run with `held_out`; or a step that
+                is kept, such as "4000".
 
         Raises:
-            ValueError: if the run has no intact checkpoint, or no such average.
+            ValueError: if the run has no intact checkpoint, or no such checkpoint or average.
         """
-        model = open_model(self.path, ema, device)
+        model = open_model(self.path, ema, device, checkpoint)
         _warn(model)
         return model
 
@@ -116,6 +126,7 @@ class Run:
         guidance_scale: float = 1.0,
         class_label: str | int | None = None,
         ema: str = "half-life",
+        checkpoint: str = "newest",
         batch: int = 256,
         device: torch.device | str | None = None,
         progress: Callable[[Progress], object] | None = None,
@@ -132,6 +143,7 @@ class Run:
             class_label: name or number of the class of all images, -1 for none; by default seed k has class k modulo the
                 number of classes.
             ema: which average of the weights, as for `model`.
+            checkpoint: which checkpoint, as for `model`.
             batch: images at a time.
             device: where to compute; a GPU if there is one.
             progress: called with the number of images drawn so far.
@@ -142,7 +154,7 @@ class Run:
         opened = (
             sampler
             if isinstance(sampler, RunSampler)
-            else self.sampler(sampler, steps, guidance_scale, class_label, ema, batch, device)
+            else self.sampler(sampler, steps, guidance_scale, class_label, ema, batch, device, checkpoint)
         )
         wanted = _seeds(seeds)
         with Ranks.launched() as ranks:
@@ -166,12 +178,15 @@ class Run:
         ema: str = "half-life",
         batch: int = 256,
         device: torch.device | str | None = None,
+        checkpoint: str = "newest",
     ) -> RunSampler:
         """Load the model with a solver; arguments and errors as for `sample`."""
         if isinstance(sampler, SamplerOptions):
-            if (steps, guidance_scale, class_label, ema, batch) != (None, 1.0, None, "half-life", 256):
+            given = (steps, guidance_scale, class_label, ema, batch, checkpoint)
+            if given != (None, 1.0, None, "half-life", 256, "newest"):
                 raise ValueError(
-                    "sampler holds all options: set steps, guidance_scale, class_label, ema and batch in its SamplerOptions."
+                    "sampler holds all options: set steps, guidance_scale, class_label, ema, batch and checkpoint in its "
+                    "SamplerOptions."
                 )
             options = sampler
         else:
@@ -182,6 +197,7 @@ class Run:
                 class_label="" if class_label is None else str(class_label),
                 ema=ema,
                 batch=batch,
+                checkpoint=checkpoint,
             )
         opened = options.open(self.path, found_device(device))
         _warn(opened.model)
@@ -296,6 +312,7 @@ class Run:
         *,
         format: Literal["diffusers", "plain"] = "diffusers",  # noqa: A002
         ema: str = "half-life",
+        checkpoint: str = "newest",
         name: str = "",
         samples: int = 64,
         steps: int = 18,
@@ -306,6 +323,7 @@ class Run:
             folder: folder to write, new or empty.
             format: "diffusers" for a pipeline folder with its code, "plain" for safetensors and JSON alone.
             ema: which average of the weights, as for `model`.
+            checkpoint: which checkpoint, as for `model`.
             name: model name on the card; the run folder's by default.
             samples: number of images in the card's picture; 0 for none.
             steps: steps of Heun's method for these images.
@@ -319,7 +337,7 @@ class Run:
         """
         from stablefield.interop._export import export_run
 
-        model = self.model(ema)
+        model = self.model(ema, checkpoint=checkpoint)
         return export_run(self.path, model, Path(folder), format=format, name=name, samples=samples, steps=steps)
 
     def resume(

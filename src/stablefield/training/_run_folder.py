@@ -314,22 +314,28 @@ class RunFolder:
         """The folder of snapshots of power-function averages."""
         return self.path / "ema"
 
-    def prune(self, keep_last: int, keep_every: int) -> None:
-        """Delete the checkpoints that are neither among the newest `keep_last` nor at multiples of `keep_every` steps."""
+    def prune(self, keep_last: int, keep_every: int, best: int | None = None) -> None:
+        """Delete all checkpoints but the newest `keep_last`, those at multiples of `keep_every` steps, and `best`."""
         for folder in self._checkpoints()[:-keep_last]:
-            step = int(folder.name.removeprefix("step-"))
-            if not keep_every or step % keep_every:
+            step = _step_of(folder)
+            if step != best and (not keep_every or step % keep_every):
                 remove(folder)
 
     def remove_after(self, step: int) -> None:
         """Delete the checkpoints of later steps."""
         for folder in self._checkpoints():
-            if int(folder.name.removeprefix("step-")) > step:
+            if _step_of(folder) > step:
                 remove(folder)
 
     def picture(self, step: int, suffix: str = ".png") -> Path:
         """The file of the sample grid of `step`; of data that are no pictures, with the suffix .npz, the samples."""
         return self.path / "samples" / f"step-{step:08d}{suffix}"
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and held-out loss of the checkpoint with the lowest one; None if none was measured."""
+        measured = {entry["step"]: entry["held_out_loss"] for entry in self.metrics() if "held_out_loss" in entry}
+        kept = [(measured[step], step) for step in map(_step_of, self._checkpoints()) if step in measured]
+        return (min(kept)[1], min(kept)[0]) if kept else None
 
     def newest(self) -> tuple[Path, State, list[str]] | None:
         """The newest intact checkpoint, its state, and the faults of newer ones; None if there is no checkpoint."""
@@ -376,9 +382,40 @@ class RunFolder:
             "checkpoint_every, or wait for the run to end."
         )
 
+    def read_checkpoint(self, which: str, read: Callable[[Path], Value]) -> tuple[Value, State, list[str]] | None:
+        """As `read_newest` for "newest"; else what `read` returns for the "best" checkpoint, or that of a step, its state.
+
+        Raises:
+            ValueError: if there is no such checkpoint; names those that there are.
+            CheckpointError: if it is damaged.
+        """
+        if which == "newest":
+            return self.read_newest(read)
+        if which != "best" and not which.isdecimal():
+            raise ValueError(f"checkpoint={which!r:.40}: pass newest, best, or a step.")
+        for attempt in range(_ATTEMPTS):
+            best = self.best() if which == "best" else None
+            step = best[0] if best is not None else int(which) if which.isdecimal() else None
+            kept = {_step_of(folder): folder for folder in self._checkpoints()}
+            if step not in kept:
+                there = f"it has those of the steps {', '.join(map(str, kept))}" if kept else "it has none yet"
+                why = "best needs a run with held_out; " if which == "best" else ""
+                raise ValueError(f"checkpoint={which}: this run has no such checkpoint; {why}{there}.")
+            try:
+                return read(kept[step]), read_state(kept[step]), []
+            except (CheckpointError, FileNotFoundError):
+                # A run in progress may have found a better one, and deleted this.
+                if kept[step].exists() or attempt == _ATTEMPTS - 1:
+                    raise
+        return None
+
     def _checkpoints(self) -> list[Path]:
         folders = (self.path / "checkpoints").glob("step-*")
         return sorted(folder for folder in folders if re.fullmatch(r"step-\d{8,}", folder.name))
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

@@ -112,7 +112,7 @@ def train(
     else:
         given = {"recipe": recipe, "steps": steps, "labels": labels, "init": init, "time": time, "held_out": held_out}
         if any(value is not None for value in given.values()):
-            raise ValueError(f"images is a Plan, which holds what it needs: leave {', '.join(given)} out.")
+            raise ValueError(f"images is a Plan, which holds its recipe and steps: leave {', '.join(given)} out.")
         plan = images
     pace = None if plan.seconds is None or plan.costs is None else Pace(plan.seconds, plan.costs)
     path = ""
