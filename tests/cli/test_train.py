@@ -1,5 +1,6 @@
 """`stablefield train`: any folder of images, the recipe that fits it, and a run that can be left at any time."""
 
+import io
 import json
 import os
 import re
@@ -227,6 +228,13 @@ def test_tensorboard_receives_what_metrics_jsonl_does(photos: Path, tmp_path: Pa
     events = EventAccumulator(str(out / "stablefield")).Reload()
     losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
+    (shown,) = events.Images("samples")
+    assert shown.step == 2
+    with (
+        Image.open(io.BytesIO(shown.encoded_image_string)) as logged,
+        Image.open(out / "samples/step-00000002.png") as grid,
+    ):
+        np.testing.assert_array_equal(np.asarray(logged.convert("RGB")), np.asarray(grid.convert("RGB")))
 
 
 def test_averages_of_any_length_are_made_and_sampled_after_training(

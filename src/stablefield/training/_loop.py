@@ -18,7 +18,7 @@ from accelerate import Accelerator
 
 from stablefield._distributed import RankError, Ranks
 from stablefield.data._image_set import ImageSet
-from stablefield.data._png import is_picture
+from stablefield.data._png import is_picture, write_png
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.training._checkpoint import State, restore, save, sweep
 from stablefield.training._feed import Feed
@@ -434,7 +434,7 @@ class _Loop:
         recipe, folder = self._recipe, self._folder
         final = last and not stopped
         snapshot = recipe.ema_snapshot_every and (final or done % recipe.ema_snapshot_every == 0)
-        picture = final or (recipe.sample_every and not stopped and done % recipe.sample_every == 0)
+        picture = final or (not stopped and recipe.draws_grid(done))
         checkpoint = last or improved or done % recipe.checkpoint_every == 0
         if not (snapshot or picture or checkpoint):
             return
@@ -472,7 +472,18 @@ class _Loop:
             labels=None if labels is None else labels.numpy(),
             class_names=config.class_names,
         )
-        drawn.save(self._folder.picture(step, ".png" if is_picture(config.shape) else ".npz"))
+        if not is_picture(config.shape):
+            drawn.save(self._folder.picture(step, ".npz"))
+            return
+        grid = drawn.grid()
+        write_png(self._folder.picture(step), grid)
+        colours = grid if grid.shape[2] == 3 else grid.repeat(3, axis=2)
+        for tracker in self._accelerator.trackers:
+            # TensorBoard takes arrays of any layout, if it is named.
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            log_images = getattr(tracker, "log_images", None)
+            if log_images is not None:
+                log_images({"samples": colours[None]}, step=step, **layout)
 
 
 def _or_none(value: float) -> float | None:

@@ -18,7 +18,7 @@ _PICTURE, _NFE, _TRAINED = 64, 35, 3
 # Bytes per second that a checkpoint is written with, its checksum included.
 _WRITTEN = 2e8
 # Shares of the time for pictures and checkpoints on the way, and the most of each.
-_LOOKING, _SAVING, _LOOKS, _SAVES = 0.05, 0.02, 8, 10
+_LOOKING, _SAVING, _LOOKS, _SAVES, _EARLY = 0.05, 0.02, 8, 10, 4
 # Shares of the images: for the ramp of the learning rate and the half-life of the averages, at most.
 _RAMP, _HALF_LIFE = 0.05, 0.05
 
@@ -67,9 +67,10 @@ def within(recipe: Recipe, seconds: float, costs: Costs, held_out: HeldOut | Non
     Raises:
         ValueError: if the time is too short for one step.
     """
-    looks = min(_LOOKS, int(_LOOKING * seconds / max(1e-9, costs.picture)))
+    # Up to as many early ones come before the first of these.
+    looks = min(_LOOKS, (int(_LOOKING * seconds / max(1e-9, costs.picture)) + 1) // 2)
     saves = min(_SAVES, int(_SAVING * seconds / max(1e-9, costs.checkpoint)))
-    other = costs.setup + costs.end + looks * costs.picture + saves * costs.checkpoint
+    other = costs.setup + costs.end + (looks + min(_EARLY, looks)) * costs.picture + saves * costs.checkpoint
     steps = int(((1 - FREE) * seconds - other) / max(1e-9, costs.step))
     if steps < 1:
         least = (costs.setup + costs.end + 10 * costs.step) / (1 - FREE - _LOOKING - _SAVING)
