@@ -317,6 +317,9 @@ def _print_end(run: Run, seconds: float) -> None:
     else:
         console.print(f"done in {duration(seconds)}")
         console.print(f"samples:    {escape(relative(run.drawn))}")
+    for name, path in (("over time", run.path / "samples" / "training.gif"), ("report", run.path / "report.html")):
+        if path.is_file():
+            console.print(f"{name + ':':11} {escape(relative(path))}")
     best = run.folder.best()
     if best is not None:
         console.print(f"best:       step {best[0]:,}, with a held-out loss of {best[1]:.4g} (--checkpoint best)")

@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import math
 import os
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ from stablefield.data._png import is_picture, write_png
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.training._checkpoint import State, restore, save, sweep
 from stablefield.training._feed import Feed
+from stablefield.training._grids import write_animation
 from stablefield.training._held_out import HeldOutLoss
 from stablefield.training._meter import Meter, Report, bin_edges
 from stablefield.training._model import require_fit
@@ -31,6 +33,7 @@ from stablefield.training._placement import placed
 from stablefield.training._post_hoc import take_snapshot
 from stablefield.training._recipe import Recipe
 from stablefield.training._run_folder import RunConfig, RunFolder
+from stablefield.training._run_report import ReportWriter, log_environment
 from stablefield.training._samples import Samples
 from stablefield.training._stepper import Stepper
 
@@ -298,6 +301,9 @@ class _Loop:
         self._reported, self._logged = self._meter(), self._meter()
         # Step and value of the lowest held-out loss.
         self._best = folder.best() if self._main and look is not None else None
+        self._page = ReportWriter(folder)
+        if self._main:
+            log_environment(folder, self._state.step, accelerator.device, self._ranks.world_size)
 
     def run(
         self,
@@ -330,7 +336,12 @@ class _Loop:
                 self._reported = self._meter()
                 if report is not None and self._main:
                     report(found)
-            self._keep(done, last, stopped, self._improved(done, extra, last and not stopped))
+            looked = self._keep(done, last, stopped, self._improved(done, extra, last and not stopped))
+            if self._main and last and not stopped:
+                self._animate(done)
+            if self._main and (looked or extra or last):
+                self._page.write(self._config, training=not last)
+                self._pause()
             if last:
                 break
         return done
@@ -430,14 +441,15 @@ class _Loop:
             self._best = (done, loss)
         return self._ranks.broadcast(improved, "to keep the best checkpoint")
 
-    def _keep(self, done: int, last: bool, stopped: bool, improved: bool) -> None:
+    def _keep(self, done: int, last: bool, stopped: bool, improved: bool) -> bool:
+        """Write what is due; returns whether there is a new picture."""
         recipe, folder = self._recipe, self._folder
         final = last and not stopped
         snapshot = recipe.ema_snapshot_every and (final or done % recipe.ema_snapshot_every == 0)
         picture = final or (not stopped and recipe.draws_grid(done))
         checkpoint = last or improved or done % recipe.checkpoint_every == 0
         if not (snapshot or picture or checkpoint):
-            return
+            return False
         if checkpoint or snapshot:
             self._stepper.require_finite(done)
         if self._main:
@@ -453,6 +465,15 @@ class _Loop:
                 folder.prune(recipe.keep_last, recipe.keep_every, None if self._best is None else self._best[0])
         self._ranks.barrier("to write the run")
         self._pause()
+        return bool(picture)
+
+    def _animate(self, done: int) -> None:
+        """Write the sample grids as one animation."""
+        folder = self._folder.path / "samples"
+        try:
+            write_animation(folder, folder / "training.gif", done)
+        except ValueError as error:  # the run is complete without it
+            warnings.warn(f"there is no animation of the samples: {error}", stacklevel=2)
 
     def _pause(self) -> None:
         for meter in (self._reported, self._logged):

@@ -26,6 +26,7 @@ from stablefield.training._placement import resolve_band, resolve_references
 from stablefield.training._recipe import Recipe
 from stablefield.training._recipes import largest_resolution, recipe_for
 from stablefield.training._run_folder import HasFolder, RunConfig
+from stablefield.training._run_report import report_seconds
 from stablefield.training._time_budget import costs_of, seconds_of, within
 from stablefield.training._weight_source import WeightSource, copied_weights, open_weights, side_of
 
@@ -78,6 +79,7 @@ class Plan:
         where, ranks = place(device)
         costs = costs_of(self.config.recipe, estimate_run(self.config, self.data, where))
         left = given - (clock() - began)
+        costs = dataclasses.replace(costs, report=report_seconds(left))
         left, costs = ranks.broadcast((left, costs), "to share out the time")
         held_out = self.config.held_out
         recipe = within(self.config.recipe, left, costs, held_out)

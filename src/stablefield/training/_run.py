@@ -33,12 +33,14 @@ from stablefield.evaluation._result import Evaluation
 from stablefield.sampling._solvers import SamplerName
 from stablefield.training._ema import power_exponent
 from stablefield.training._files import write_tensors
+from stablefield.training._grids import write_animation
 from stablefield.training._loop import Observer, Report, Tracker, fit, held_out_data, make_accelerator, training_data
 from stablefield.training._model import OpenModel, open_model
 from stablefield.training._pace import Pace
 from stablefield.training._plan import Images, place
 from stablefield.training._post_hoc import combine, snapshot_steps
 from stablefield.training._run_folder import RunConfig, RunFolder
+from stablefield.training._run_report import RunReport, read_report
 from stablefield.training._run_source import RunSource, data_of, existing
 from stablefield.training._sampler import RunSampler, SamplerOptions
 from stablefield.training._samples import Samples
@@ -339,6 +341,44 @@ class Run:
 
         model = self.model(ema, checkpoint=checkpoint)
         return export_run(self.path, model, Path(folder), format=format, name=name, samples=samples, steps=steps)
+
+    def report(self) -> RunReport:
+        """The run so far: losses with their floor, evaluations, samples over training, speed, settings and environment.
+
+        `print` shows its last numbers, and `save("report.html")` writes the page that the training itself writes to
+        RUN/report.html.
+
+        Returns:
+            The report; `training` says whether a process trains the run now.
+
+        Raises:
+            ValueError: if the run's config.json is damaged.
+        """
+        try:
+            self.folder.require_unlocked()
+        except ValueError:
+            return read_report(self.folder, training=True)
+        return read_report(self.folder, training=False)
+
+    def animation(self, path: str | Path | None = None) -> Path:
+        """Write the sample grids of the run, the same seeds over training, as a GIF.
+
+        Training writes it to RUN/samples/training.gif after its last step.
+
+        Args:
+            path: the file, which is replaced if it exists; RUN/samples/training.gif by default.
+
+        Returns:
+            The path. The picture is at most 480 pixels wide, of at most 48 grids and 4 MiB.
+
+        Raises:
+            ValueError: if the run has fewer than two grids.
+            ImportError: if Pillow is not installed.
+        """
+        path = self.path / "samples" / "training.gif" if path is None else Path(path)
+        if not write_animation(self.path / "samples", path):
+            raise ValueError(f"{self.path} has fewer than two sample grids: train with a smaller sample_every.")
+        return path
 
     def resume(
         self,

@@ -1,6 +1,7 @@
 """A run folder: all files of a run, from its configuration to its pictures.
 
 config.json  metrics.jsonl  checkpoints/step-00002000/  samples/step-00002000.png  ema/step-00002000.safetensors
+environment.jsonl  report.html  samples/training.gif
 and, during training, .stablefield.lock
 """
 
