@@ -266,6 +266,8 @@ def _print_budget(plan: Plan, recipe: Recipe) -> None:
     left = duration(plan.seconds or 0)
     console.print(f"time:       {left} left, for about {found.steps:,} steps (the recipe: {recipe.steps:,})")
     looks = f"a picture every {found.sample_every:,} steps" if found.sample_every else "one picture, at the end"
+    if found.sample_every >= found.steps:
+        looks = "two pictures, one early and one at the end"
     console.print(
         f"            ramp {found.ramp_images:,} images, half-life of the averages {found.ema_half_life:,.0f}, {looks}"
     )

@@ -67,10 +67,12 @@ def within(recipe: Recipe, seconds: float, costs: Costs, held_out: HeldOut | Non
     Raises:
         ValueError: if the time is too short for one step.
     """
-    # Up to as many early ones come before the first of these.
-    looks = min(_LOOKS, (int(_LOOKING * seconds / max(1e-9, costs.picture)) + 1) // 2)
+    pictures = int(_LOOKING * seconds / max(1e-9, costs.picture))
+    # Early ones come before the first of the regular ones, as many up to four, and one at least.
+    looks = min(_LOOKS, pictures // 2)
+    early = min(_EARLY, max(1, looks)) if pictures else 0
     saves = min(_SAVES, int(_SAVING * seconds / max(1e-9, costs.checkpoint)))
-    other = costs.setup + costs.end + (looks + min(_EARLY, looks)) * costs.picture + saves * costs.checkpoint
+    other = costs.setup + costs.end + (looks + early) * costs.picture + saves * costs.checkpoint
     steps = int(((1 - FREE) * seconds - other) / max(1e-9, costs.step))
     if steps < 1:
         least = (costs.setup + costs.end + 10 * costs.step) / (1 - FREE - _LOOKING - _SAVING)
@@ -90,7 +92,7 @@ def within(recipe: Recipe, seconds: float, costs: Costs, held_out: HeldOut | Non
         steps=steps,
         ramp_images=min(recipe.ramp_images, int(_RAMP * images)),
         ema_half_life=min(recipe.ema_half_life, _HALF_LIFE * images),
-        sample_every=math.ceil(steps / (looks + 1)) if looks else 0,
+        sample_every=math.ceil(steps / (looks + 1)) if pictures else 0,
         checkpoint_every=math.ceil(steps / (saves + 1)),
         log_every=min(recipe.log_every, max(1, steps // 20)),
     )
