@@ -176,7 +176,10 @@ def held_out_data(config: RunConfig, others: ImageSet | None) -> ImageSet:
         raise ValueError(f"held_out is missing: this run holds out {config.held_out.data}; pass these data.")
     if others.manifest["sha256"] != config.held_out.sha256:
         raise ValueError(f"held_out={others.name} is not what this run holds out (its pixels' sha256 differs).")
-    return config.numbered(others)
+    others = config.numbered(others)
+    if config.classes and (others.labels is None or int(others.labels.max()) >= config.classes):
+        raise ValueError(f"held_out={others.name} needs labels of the run's {config.classes} classes, from 0.")
+    return others
 
 
 def fit(

@@ -81,11 +81,7 @@ def within(recipe: Recipe, seconds: float, costs: Costs, held_out: HeldOut | Non
             f"the start and the end {costs.setup + costs.end:.2g} s. Pass {math.ceil(least)} s more, or a smaller network."
         )
     if held_out is not None:
-        # A look costs the network on its rows, and a checkpoint where the loss is the lowest so far.
-        log_every = min(recipe.log_every, max(1, steps // 20))
-        every = held_out.paced(replace(recipe, steps=steps, log_every=log_every)).every
-        look = costs.checkpoint + held_out.evaluations * costs.row
-        steps = max(1, int(steps / (1 + look / (every * max(1e-9, costs.step)))))
+        steps = _with_looks(recipe, steps, costs, held_out)
     images = steps * recipe.batch
     return replace(
         recipe,
@@ -94,5 +90,23 @@ def within(recipe: Recipe, seconds: float, costs: Costs, held_out: HeldOut | Non
         ema_half_life=min(recipe.ema_half_life, _HALF_LIFE * images),
         sample_every=math.ceil(steps / (looks + 1)) if pictures else 0,
         checkpoint_every=math.ceil(steps / (saves + 1)),
-        log_every=min(recipe.log_every, max(1, steps // 20)),
+        log_every=_log_every(recipe, steps),
     )
+
+
+def _with_looks(recipe: Recipe, steps: int, costs: Costs, held_out: HeldOut) -> int:
+    """As many of the steps as leave time for looks: the network on their rows, and a checkpoint if it is the best."""
+    look = costs.checkpoint + held_out.evaluations * costs.row
+    left, found = steps * costs.step - look, steps
+    # Fewer steps may have more frequent looks.
+    for _ in range(8):
+        every = held_out.paced(replace(recipe, steps=found, log_every=_log_every(recipe, found))).every
+        fitting = max(1, int(left / max(1e-9, costs.step + look / every)))
+        if fitting >= found:
+            break
+        found = fitting
+    return found
+
+
+def _log_every(recipe: Recipe, steps: int) -> int:
+    return min(recipe.log_every, max(1, steps // 20))
