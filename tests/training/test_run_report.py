@@ -29,7 +29,9 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[sf.Run, list[str
     """A run whose report was written at every look, and the texts of the report after each report of progress."""
     path, seen = tmp_path_factory.mktemp("report") / "run", list[str]()
 
-    def look(_: sf.training.Report) -> None:
+    def look(report: sf.training.Report) -> None:
+        if report.step == 12:
+            assert sf.Run(path).report().training
         page = path / "report.html"
         if page.is_file():
             text = page.read_text("utf-8")

@@ -196,6 +196,7 @@ def fit(
     accelerator: Accelerator | None = None,
     pace: Pace | None = None,
     held_out: ImageSet | None = None,
+    page: bool = True,
 ) -> int:
     """Train the run in `folder` to its last step, from its newest checkpoint if it has one.
 
@@ -212,6 +213,7 @@ def fit(
         accelerator: the processes; made if not given.
         pace: of a run that is to end in time; it may change the number of steps.
         held_out: other data that the run holds out, if it does; only the first process needs them.
+        page: whether to write RUN/report.html on the way.
 
     Returns:
         The steps done.
@@ -237,7 +239,7 @@ def fit(
                     look = HeldOutLoss(config.held_out, recipe, data, others, labelled=labelled, device=device)
                 loop = _Loop(folder, config, feed, accelerator, observers, look)
                 with _tracking(accelerator, tracker, {"run": folder.path.name, "data": config.data}):
-                    return loop.run(report, every, stop, pace)
+                    return loop.run(report, every, stop, pace, page=page)
     except ArithmeticError as error:
         raise TrainingError(
             f"{error}: lower learning_rate or max_grad_norm. Earlier checkpoints are intact."
@@ -314,6 +316,8 @@ class _Loop:
         every: int,
         stop: Callable[[], bool],
         pace: Pace | None,
+        *,
+        page: bool,
     ) -> int:
         done = self._state.step
         if pace is not None:
@@ -342,7 +346,7 @@ class _Loop:
             looked = self._keep(done, last, stopped, self._improved(done, extra, last and not stopped))
             if self._main and last and not stopped:
                 self._animate(done)
-            if self._main and (looked or extra or last):
+            if page and self._main and (looked or extra or last):
                 self._page.write(self._config, training=not last)
                 self._pause()
             if last:
