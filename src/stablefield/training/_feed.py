@@ -140,13 +140,16 @@ class Feed:
             self._worker.shutdown(cancel_futures=True)
 
     def _pixels(self, part: slice) -> Tensor:
-        if self._training is not None:
-            return torch.from_numpy(self._data.scaled(self._training[part])).to(self._device)
-        images = self._data.scaled(part)
+        images = self._data.scaled(self._in_data(part))
         # Copy if the file is mapped: the map is read-only, and every step may need every row.
-        if self._data.scaling is None and not (self._data.file is None and images.flags.writeable):
+        view = self._training is None and self._data.scaling is None
+        if view and not (self._data.file is None and images.flags.writeable):
             images = np.array(images)
         return torch.from_numpy(images).to(self._device)
+
+    def _in_data(self, index: slice | NDArray[np.int64]) -> slice | NDArray[np.int64]:
+        """Row numbers in the data for row numbers in the training set."""
+        return index if self._training is None else self._training[index]
 
     def _wrap(self, pixels: Tensor, labels: Tensor | None) -> Pool:
         return Pool(pixels, labels=labels, mirrored=self._recipe.mirror)
@@ -185,8 +188,7 @@ class Feed:
         chosen = self._choose(step)[0]
         # Read in the order of the file, which is fastest on a disk.
         order = np.argsort(chosen.numpy(), kind="stable")
-        wanted = chosen.numpy()[order]
-        rows = self._data.scaled(wanted if self._training is None else self._training[wanted])
+        rows = self._data.scaled(self._in_data(chosen.numpy()[order]))
         pixels = np.empty_like(rows, order="C")
         pixels[order] = rows
         labels = None if self._labels is None else self._labels[chosen.to(self._device)]

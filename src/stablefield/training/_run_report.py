@@ -292,7 +292,7 @@ class RunReport(Result):
         if not figures:
             return ()
         *earlier, last = figures.values()
-        return (last, SideBySide(tuple(earlier))) if len(earlier) > 1 else (*earlier, last)
+        return (last, SideBySide(tuple(earlier))) if len(earlier) > 1 else (last, *earlier)
 
     def _ground(self, grid: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
         """The same grid of black images, if it is laid out as the run lays them out."""
@@ -369,11 +369,10 @@ def read_report(folder: RunFolder, config: RunConfig | None = None, *, training:
 
 def log_environment(folder: RunFolder, step: int, device: torch.device, processes: int) -> None:
     """Append where a run is trained from now on to its environment.jsonl."""
-    hardware = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
+    threads = torch.get_num_threads()
+    hardware = f"{platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
     entry = {
         "step": step,
         "started": f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
