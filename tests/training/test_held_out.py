@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import stablefield as sf
+import stablefield.training._loop
 from stablefield.cli.entry import main
 from stablefield.data._digits import open_digits
+from stablefield.training._checkpoint import State, Trained
 from stablefield.training._feed import Feed
 from stablefield.training._held_out import LEVELS, HeldOut, HeldOutLoss
 from stablefield.training._placement import Placement
@@ -229,3 +231,28 @@ def test_looks_cost_two_percent_unless_that_would_be_too_few_or_too_many() -> No
             assert held_out.cost(recipe) <= 0.02
             # By hand: rows of both sets at every look, against three evaluations of a batch in every step.
             assert held_out.cost(recipe) == pytest.approx(2 * 8 * 128 / (held_out.every * 3 * batch))
+
+
+def test_a_run_that_dies_between_a_look_and_its_checkpoint_ends_as_the_whole_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {10: 3.0, 20: 1.0, 30: 2.0, 40: 1.5}
+    monkeypatch.setattr(HeldOutLoss, "__call__", lambda _, step, __: {"held_out_loss": told[step]})
+    save = stablefield.training._loop.save
+
+    def dies(folder: Path, state: State, trained: Trained) -> None:
+        if state.step == 20:
+            raise OSError("the machine is gone")
+        save(folder, state, trained)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stablefield.training._loop.save", dies)
+        with pytest.raises(sf.training.TrainingError, match="the machine is gone"):
+            sf.train("digits", out=tmp_path / "run", recipe=TINY, held_out=0.05, device="cpu")
+    run = sf.Run(tmp_path / "run")
+    assert looks(run) == {10: 3.0, 20: 1.0}
+    assert run.best == run.step == 10
+    run.resume(device="cpu")
+    assert looks(run) == told
+    assert run.best == 20
+    assert run.model(checkpoint="best").step == 20
