@@ -56,6 +56,7 @@ import torch
 from stablefield._distributed import Ranks
 from stablefield.data._digits import open_digits
 from stablefield.diffusion._preconditioning import Denoiser
+from stablefield.training._checkpoint import State, restore, save
 from stablefield.training._fully_sharded import own_part, shard, write_parts
 from stablefield.training._loop import TrainingError, _Loop, fit
 from stablefield.training._model import untrained
@@ -98,21 +99,31 @@ with Ranks.launched() as ranks:
     go("grown")
     go("half")
     go("half-ddp")
+    # A U-Net for grey images has a weight of one number, of which the second process has none.
+    unet = SongUNetConfig(base_channels=8, multipliers=(1,), blocks=1, dropout=0.0)
     config = RunFolder(Path("two")).config()
-    trained = untrained(config, cpu, sharded=True)
+    config = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, network=unet))
+    trained, again = (untrained(config, cpu, sharded=True) for _ in range(2))
     for value in trained.model.parameters():
-        value.grad = torch.zeros_like(value)
+        value.grad = torch.ones_like(value)
     trained.optimizer.step()
+    save(Path("step-00000001"), State(1, 37), trained, ranks)
+    ranks.barrier("to read it")
+    restore(Path("step-00000001"), again)
+    for one, other in zip(trained.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(own_part(one.detach()), own_part(other.detach()))
+        states = trained.optimizer.state[one], again.optimizer.state[other]
+        assert states[0].keys() == states[1].keys()
+        for name, value in states[0].items():
+            assert value.shape == states[1][name].shape
+            assert torch.equal(own_part(value), own_part(states[1][name])), name
     for held in (
         list(trained.model.parameters()),
         list(trained.averages["power-0.1"].parameters()),
         [entry["exp_avg_sq"] for entry in trained.optimizer.state.values()],
     ):
         print(sum(own_part(value.detach()).numel() for value in held), sum(value.numel() for value in held))
-    for network in (
-        SongUNetConfig(base_channels=8, multipliers=(1,), blocks=1, dropout=0.0),
-        MLPConfig(width=20, depth=1),
-    ):
+    for network in (unet, MLPConfig(width=20, depth=1)):
         torch.manual_seed(0)
         network = Denoiser(network.build((1, 8, 8), 3, 0, torch.Generator().manual_seed(0)))
         for value in network.parameters():

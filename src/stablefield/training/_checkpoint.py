@@ -208,8 +208,10 @@ def _restore_moments(path: Path, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _weight_of(parameters: list[Tensor], key: str) -> Tensor | None:
-    number = key.partition(".")[0]
-    return parameters[int(number)] if number.isdecimal() and int(number) < len(parameters) else None
+    """The weight whose moment a tensor is; None for another tensor."""
+    number, _, name = key.partition(".")
+    known = number.isdecimal() and int(number) < len(parameters)
+    return parameters[int(number)] if known and name != "step" else None
 
 
 def _lay_out(optimizer: torch.optim.Optimizer) -> None:
