@@ -198,7 +198,7 @@ def _restore_moments(path: Path, optimizer: torch.optim.Optimizer) -> None:
     for key, value in tensors:
         number, _, name = key.partition(".")
         fits = number.isdecimal() and int(number) < len(parameters)
-        if not fits or value.numel() not in (1, parameters[int(number)].numel()):
+        if not fits or value.numel() != (1 if name == "step" else parameters[int(number)].numel()):
             raise CheckpointError(f"{path} does not fit the network of the run's config.json: {key}.")
         # The parts of several processes are merged in a file that has no tensors without dimensions.
         entries.setdefault(int(number), {})[name] = value.reshape(()) if name == "step" else value
