@@ -76,7 +76,7 @@ def test_a_mistake_is_one_sentence_with_what_was_meant(
         ("train digits --image_size=8 -o x", "train digits --resolution=8 --out x"),
         ("train digits --iters 3 --flip --class-cond", "train digits --steps 3 --mirror --conditional"),
         ("train digits --learning_rate 3", "train digits --learning-rate 3"),
-        ("sample run --cfg-scale 2 --class-label -1", "sample run --guidance-scale 2 --class-label -1"),
+        ("sample run --cfg-scale 2 --class-label -1", "sample run --guidance-scale 2 --class -1"),
         ("evaluate run --dataset d --num-samples 3", "evaluate run --data d --samples 3"),
         ("train digits --noise-levels.mean -1.2", "train digits --noise-levels.mean -1.2"),
         ("train digits --no-mirror --steps 3", "train digits --no-mirror --steps 3"),

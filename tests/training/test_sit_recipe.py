@@ -52,7 +52,7 @@ def test_run_is_a_flow_with_classes_and_samples_with_guidance(run: Path, tmp_pat
     assert model.denoiser.network.classes == 10
     assert model.config.recipe.process == sf.RectifiedFlow()
     assert model.config.recipe.preconditioning == sf.FlowPreconditioning()
-    words = ("--seeds", "0-3", "--steps", 2, "--class-label", 3, "--guidance-scale", 2)
+    words = ("--seeds", "0-3", "--steps", 2, "--class", 3, "--guidance-scale", 2)
     assert status("sample", run, *words, "--out", tmp_path / "images") == 0
     assert len(list((tmp_path / "images").glob("0*.png"))) == 4
 

@@ -12,6 +12,7 @@ from rich.markup import escape
 from stablefield._distributed import Ranks
 from stablefield._shapes import found_device
 from stablefield.cli.console import console, relative, shown_warnings
+from stablefield.cli.drawing import DrawingFlags
 from stablefield.cli.extractors import ExtractorFlags
 from stablefield.cli.places import check_file, check_folder, check_free, unused
 from stablefield.cli.progress import StageBar
@@ -28,7 +29,6 @@ from stablefield.report._extra import require
 from stablefield.training._run import Run
 from stablefield.training._run_probe import is_run
 from stablefield.training._run_source import RunSource, data_of
-from stablefield.training._sampler import SamplerOptions
 
 if TYPE_CHECKING:
     MetricName = str
@@ -89,7 +89,7 @@ class Evaluate:
     """Neither read nor write features in the cache."""
     extractor: Annotated[ExtractorFlags, tyro.conf.arg(name="")] = field(default_factory=ExtractorFlags)
     """The network that measures the images."""
-    drawing: Annotated[SamplerOptions, tyro.conf.arg(name="")] = field(default_factory=SamplerOptions)
+    drawing: Annotated[DrawingFlags, tyro.conf.arg(name="")] = field(default_factory=DrawingFlags)
     """How to draw a run's samples."""
 
     def run(self) -> int:

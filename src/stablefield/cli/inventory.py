@@ -28,7 +28,7 @@ __all__ = ["inventory"]
 _COMMON = {
     "train": "out recipe steps batch learning-rate resolution conditional target device resume",
     "compare": "out seeds recipe steps batch learning-rate resolution evaluations samples device",
-    "sample": "out overwrite seeds sampler steps class-label guidance-scale ema batch device",
+    "sample": "out overwrite seeds sampler steps class guidance-scale ema batch device",
     "evaluate": "data metrics samples repeats extractor out overwrite report against sampler steps device",
     "probe": "references noise-levels plan batch aim tolerance by-class seed out device",
 }
@@ -50,7 +50,7 @@ _GROUPS = {
     "extractor-scale classifier feature-batch first-seed batch",
     "Noise levels of sampling": "grid sigma-min sigma-max rho",
     "Options of some samplers": "churn churn-range churn-noise eta predictor corrector-steps snr rtol atol",
-    "Guidance": "class-label guidance-scale guidance-interval guide guide-ema",
+    "Guidance": "class guidance-scale guidance-interval guide guide-ema",
     "Bias check": "check-bias false-alarm",
 }
 # Parts of a recipe that come in several kinds, with their own flags.

@@ -25,7 +25,7 @@ _SAME = {
     "--label-dropout": "--class-dropout --class-dropout-prob --cfg-dropout",
     "--guidance-scale": "--guidance --cfg --cfg-scale",
     "--guidance-interval": "--interval",
-    "--class-label": "--class --class-idx --label",
+    "--class": "--class-label --class-labels --classes --class-idx --class-name --label",
     "--evaluations": "--looks --num-evaluations",
     "--sampler": "--solver",
     "--checkpoint-every": "--save-every --save-interval --checkpoint-interval --checkpointing-steps",

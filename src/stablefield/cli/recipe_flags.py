@@ -14,7 +14,7 @@ import torch
 import tyro
 
 from stablefield.cli.parser import given, read
-from stablefield.cli.sources import DataFlags, print_reading
+from stablefield.cli.sources import DataFlags, print_classes, print_reading
 from stablefield.data._image_set import ImageSet
 from stablefield.diffusion._noise_levels import LogUniform
 from stablefield.diffusion._process import VE
@@ -136,6 +136,7 @@ class TrainingFlags(DataFlags):
         else:
             name, base = named_recipe(self.recipe, data, accelerated=accelerated)
         recipe, notes = self.config.on(base, data.shape if self.resolution else None)
+        print_classes(data, conditional=recipe.conditional)
         return Chosen(data, name, base, recipe, notes, device)
 
 

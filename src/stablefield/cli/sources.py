@@ -9,9 +9,10 @@ from rich.markup import escape
 from stablefield.cli.console import console
 from stablefield.cli.progress import StageBar
 from stablefield.data._image_set import ImageSet
+from stablefield.data._inspect import classes_text
 from stablefield.data._source import open_images
 
-__all__ = ["DataFlags", "open_data", "print_reading"]
+__all__ = ["DataFlags", "open_data", "print_classes", "print_reading"]
 
 
 @dataclass(frozen=True)
@@ -68,3 +69,10 @@ def print_reading(data: ImageSet) -> None:
         console.print(f"images:     {width} x {height}, as they are; --resolution makes squares of them")
     for note in data.notes:
         console.print(f"[yellow]note:[/] {escape(note)}")
+
+
+def print_classes(data: ImageSet, *, conditional: bool) -> None:
+    """Print the classes of training data, and how to use them if the recipe does not."""
+    if data.classes > 1:
+        use = "the network is conditioned on them" if conditional else "not used; to draw by class: --conditional"
+        console.print(f"classes:    {escape(classes_text(data))}; {use}")

@@ -312,3 +312,6 @@ def _held(run: Run, wanted: bool) -> Generator[None]:
 
 def _print_sampling(run: Run) -> None:
     console.print(f"draw more:  {quoted('stablefield', 'sample', run.path, '--seeds', '0-63')}")
+    if run.config.classes:
+        name = (run.config.class_names or ("0",))[0]
+        console.print(f"of a class: {quoted('stablefield', 'sample', run.path, '--class', name)}")

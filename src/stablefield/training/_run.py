@@ -114,7 +114,7 @@ class Run:
         sampler: SamplerName | SamplerOptions | RunSampler = "heun",
         steps: int | None = None,
         guidance_scale: float = 1.0,
-        class_label: str | int | None = None,
+        class_label: str | int | Sequence[str | int] | None = None,
         ema: str = "half-life",
         batch: int = 256,
         device: torch.device | str | None = None,
@@ -129,8 +129,8 @@ class Run:
             sampler: the solver's name, all options of a solver, or a `RunSampler` that `Run.sampler` returned.
             steps: number of solver steps; 18 by default, 1,000 for euler-maruyama, pc-ve and pc-vp.
             guidance_scale: scale of classifier-free guidance; 1 for none.
-            class_label: name or number of the class of all images, -1 for none; by default seed k has class k modulo the
-                number of classes.
+            class_label: name or number of the class of all images, or several that the seeds take in turn; -1 for none. By
+                default seed k has class k modulo the number of classes.
             ema: which average of the weights, as for `model`.
             batch: images at a time.
             device: where to compute; a GPU if there is one.
@@ -162,7 +162,7 @@ class Run:
         sampler: SamplerName | SamplerOptions = "heun",
         steps: int | None = None,
         guidance_scale: float = 1.0,
-        class_label: str | int | None = None,
+        class_label: str | int | Sequence[str | int] | None = None,
         ema: str = "half-life",
         batch: int = 256,
         device: torch.device | str | None = None,
@@ -179,7 +179,7 @@ class Run:
                 sampler=sampler,
                 steps=steps,
                 guidance_scale=guidance_scale,
-                class_label="" if class_label is None else str(class_label),
+                class_label=() if class_label is None else class_label,
                 ema=ema,
                 batch=batch,
             )
