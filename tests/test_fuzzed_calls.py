@@ -714,6 +714,8 @@ CASES = {
             "resolution": either(None, 4),
             "limit": either(None, 8),
             "resize": either("crop", "squash"),
+            "colour": either("auto", "rgb", "grey"),
+            "background": either("white", "#102030"),
             "split": either("train"),
             "skip_broken": FLAG,
             "progress": either(None),

@@ -14,10 +14,12 @@ from stablefield._shapes import found_device
 from stablefield.cli.console import console, relative, shown_warnings
 from stablefield.cli.drawing import DrawingFlags
 from stablefield.cli.extractors import ExtractorFlags
+from stablefield.cli.parser import parse_resolution
 from stablefield.cli.places import check_file, check_folder, check_free, unused
 from stablefield.cli.progress import StageBar
 from stablefield.cli.sources import open_data
 from stablefield.cli.usage import as_flags
+from stablefield.data._colour import Colour, background_name
 from stablefield.data._image_set import ImageSet
 from stablefield.data._resizing import Resize
 from stablefield.evaluation._evaluate import DEFAULT_METRICS, METRICS, check_counts, evaluate
@@ -79,10 +81,14 @@ class Evaluate:
     """Number of real images, drawn at random; all by default."""
     held_out: str = ""
     """Real images outside the training data, the control for nearest; by default the test split of --data, if any."""
-    resolution: int | None = None
-    """Resize real images to this many pixels a side; by default as in the run's training."""
+    resolution: str = ""
+    """Resize real images to this many pixels a side, or to height x width; by default as in the run's training."""
     resize: Resize = "crop"
-    """To make squares: crop to the largest centred square first, or squash the whole image."""
+    """To change the shape: crop to the largest centred part of the new shape first, or squash the whole image."""
+    colour: Colour = "auto"
+    """Make all images greyscale or RGB, the given ones as the real ones; by default as in the run's training."""
+    background: str = "white"
+    """Colour behind transparent pixels of both: white, black or #rrggbb; by default as in the run's training."""
     cache: Path | None = None
     """Folder for the features of real images; the user's cache folder by default."""
     no_cache: bool = False
@@ -108,6 +114,8 @@ class Evaluate:
     def _check(self) -> None:
         """Check, before any computation, that the flags fit together and the results can be written."""
         self.drawing.check()
+        parse_resolution(self.resolution)
+        background_name(self.background)
         self.extractor.check()
         if self.report is not None:
             require("jinja2", "--report")
@@ -127,8 +135,10 @@ class Evaluate:
                 self._samples_of_run(device) if is_run(self.source) else (self._images(), self.data, {})
             )
             # Resize real images as in the run's training, unless the flags say otherwise.
-            if self.resolution is not None or not opening:
-                opening = {"resolution": self.resolution, "resize": self.resize}
+            resolution = parse_resolution(self.resolution)
+            if resolution is not None or not opening:
+                opening = {**opening, "resolution": resolution, "resize": self.resize}
+            opening = {**opening, **self._conversions()}
 
             def real(split: str, name: str = name) -> ImageSet:
                 return open_data(name, split=split, **opening)
@@ -167,7 +177,13 @@ class Evaluate:
             raise ValueError(f"RUN_OR_IMAGES is {self.source}, which is not a file or folder: name a run or images.")
         if not self.data:
             raise ValueError("--data is missing: name the real images to measure against, such as --data digits.")
-        return open_data(self.source, split=self.images_split)
+        return open_data(self.source, split=self.images_split, **self._conversions())
+
+    def _conversions(self) -> dict[str, str]:
+        """The conversions of images that the flags ask for."""
+        background = background_name(self.background)
+        found = {"colour": self.colour} if self.colour != "auto" else {}
+        return found | ({"background": background} if background != "white" else {})
 
     def _finish(self, found: Evaluation) -> None:
         console.print(found.table(), markup=False)

@@ -35,8 +35,8 @@ _COMMON = {
 # The other flags, under these titles; a word that ends in a dot means all flags that begin with it.
 _GROUPS = {
     "Before a run": "time dry-run print",
-    "Real images": "split references held-out resolution resize cache no-cache images-split",
-    "Data": "resolution resize skip-broken max-images sources augmentation mirror",
+    "Real images": "split references held-out resolution resize colour background cache no-cache images-split",
+    "Data": "resolution resize colour background skip-broken max-images sources augmentation mirror",
     "Model": "init conditional label-dropout ema",
     "Target": "references noise-band",
     "Variance of a batch": "draws-per-image antithetic no-antithetic importance-sampling no-importance-sampling",

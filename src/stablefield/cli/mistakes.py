@@ -17,6 +17,8 @@ _SAME = {
     "--num-iterations --num-inference-steps",
     "--out": "-o --output --output-dir --output-path --out-dir --outdir --save-dir",
     "--resolution": "--image-size --img-size --imgsize --size --res",
+    "--colour": "--color --color-mode --colour-mode --mode",
+    "--background": "--background-color --background-colour --bg --bg-color --alpha-color",
     "--max-grad-norm": "--clip --grad-clip --clip-grad --gradient-clip --gradient-clip-val",
     "--gradient-accumulation-steps": "--accumulate --grad-accum --accumulation-steps --accumulate-grad-batches",
     "--nan-to-num": "--mend-gradients",
@@ -65,6 +67,8 @@ _OTHER = {
         "--ema-half-life",
         "give --ema-half-life, in images; the trainer always averages the weights",
     ),
+    "--grayscale --greyscale --grey --gray": ("--colour", "give --colour grey"),
+    "--rgb": ("--colour", "give --colour rgb"),
     "--warmup --warmup-steps --lr-warmup-steps --lr-warmup": (
         "--ramp-images",
         "give --ramp-images, steps x batch size",

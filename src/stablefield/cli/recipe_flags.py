@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 import tyro
 
-from stablefield.cli.parser import given, read
+from stablefield.cli.parser import given, parse_resolution, read
 from stablefield.cli.sources import DataFlags, print_classes, print_reading
+from stablefield.data._colour import background_name
 from stablefield.data._image_set import ImageSet
 from stablefield.diffusion._noise_levels import LogUniform
 from stablefield.diffusion._process import VE
@@ -109,6 +110,8 @@ class TrainingFlags(DataFlags):
             ValueError: naming the flag.
             ImportError: if a package is missing.
         """
+        parse_resolution(self.resolution)
+        background_name(self.background)
         self.config.check(self.recipe, self.data)
 
     def chosen(self, source: WeightSource | None = None) -> "Chosen":
@@ -249,9 +252,10 @@ def with_fewer_levels(
         return recipe, ()
     changes: dict[str, Any] = {name: tuple(sizes[:fitting])}
     fewer = dataclasses.replace(network, **changes)
+    size = str(shape[-1]) if shape[-2] == shape[-1] else f"{shape[-2]}x{shape[-1]}"
     note = (
-        f"--resolution {shape[-1]} wins over the recipe's {flag} {' '.join(map(str, sizes))}, which is "
-        f"{' '.join(map(str, sizes[:fitting]))} now: {shape[-1]} can be halved {fitting - 1} times."
+        f"--resolution {size} wins over the recipe's {flag} {' '.join(map(str, sizes))}, which is "
+        f"{' '.join(map(str, sizes[:fitting]))} now: {size} can be halved {fitting - 1} times."
     )
     return dataclasses.replace(recipe, network=fewer), (note,)
 

@@ -175,7 +175,7 @@ class Train(TrainingFlags):
             raise ValueError("--init with --resume: a run continues with its own weights; leave one of the two out.")
         if self.time:
             raise ValueError("--time with --resume: a run continues to its last step; give --steps to change it.")
-        for name in ("resolution", "resize", "skip_broken"):
+        for name in ("resolution", "resize", "colour", "background", "skip_broken"):
             if getattr(self, name) != getattr(type(self), name):
                 raise ValueError(
                     f"--{name.replace('_', '-')} with --resume: a run opens its data as at its start; leave it out."

@@ -120,6 +120,8 @@ def as_flags(message: str, renamed: Mapping[str, str] | None = None, verb: str =
         message,
     )
     message = re.sub(r"(?<!\S)(--[\w.-]+|[A-Z]+) '([^'\s]*)'", r"\1 \2", message)  # as the user typed it
+    # A height and a width, as --resolution takes them.
+    message = re.sub(r"(?<=--resolution )\((\d+), (\d+)\)", r"\1x\2", message)
     # Words with underscores are always names.
     return re.sub(r"(?<![\w./-])[a-z]+(?:_[a-z]+)+(?![\w./(-])", lambda found: flag_of(found[0]) or found[0], message)
 

@@ -113,10 +113,10 @@ def check_size(name: str, images: ImageSet, shape: Sequence[int], *, floating: b
     if floating:
         raise ValueError(f"{name}={images.name} has samples of {found}, and the others are {wanted}: pass one shape.")
     _, height, width = shape
-    remedy = f"; resolution={height} resizes them, if the channels agree" if height == width else ""
+    size = height if height == width else (height, width)
     raise ValueError(
         f"{name}={images.name} has images of {found} (C x H x W), and the samples are {wanted}: measure images of one "
-        f"size{remedy}."
+        f"size; resolution={size} resizes them, if the channels agree."
     )
 
 
