@@ -788,6 +788,7 @@ CASES = {
             "held_out": either(None, lambda s: s.images),
             "repeats": either(1),
             "seed": either(0, 5),
+            "per_class": either(False),
             "device": either(None, "cpu"),
             "batch": either(2, 64),
             "cache": either(False, lambda s: s.tmp_path / "cache"),

@@ -57,6 +57,8 @@ class Evaluate:
     """Samples per repeat: by default 5,000 of a run, or all given images. Published FIDs take 50,000."""
     repeats: int = 1
     """How many times to measure, each time on fresh samples; 3 gives minimum, mean and spread, as papers report."""
+    per_class: bool = False
+    """Also measure the samples of each class against the real images of that class."""
     first_seed: int = 0
     """Seed of the first sample; the others count up from it."""
     images_split: Literal["train", "test"] = "train"
@@ -158,6 +160,7 @@ class Evaluate:
                 held_out=real("train", self.held_out) if self.held_out else None,
                 repeats=self.repeats,
                 seed=self.first_seed,
+                per_class=self.per_class,
                 device=device,
                 batch=self.feature_batch,
                 cache=False if self.no_cache else self.cache or True,
@@ -187,6 +190,8 @@ class Evaluate:
 
     def _finish(self, found: Evaluation) -> None:
         console.print(found.table(), markup=False)
+        if found.classes:
+            console.print(f"\n{found.class_table()}\n", markup=False)
         for line in found.protocol_lines():
             console.print(line, style="dim", markup=False)
         for note in found.notes():

@@ -29,7 +29,7 @@ _COMMON = {
     "train": "out recipe steps batch learning-rate resolution conditional target device resume",
     "compare": "out seeds recipe steps batch learning-rate resolution evaluations samples device",
     "sample": "out overwrite seeds sampler steps class guidance-scale ema batch device",
-    "evaluate": "data metrics samples repeats extractor out overwrite report against sampler steps device",
+    "evaluate": "data metrics samples repeats per-class extractor out overwrite report against sampler steps device",
     "probe": "references noise-levels plan batch aim tolerance by-class seed out device",
 }
 # The other flags, under these titles; a word that ends in a dot means all flags that begin with it.

@@ -201,6 +201,7 @@ class Run:
         held_out: Images | None = None,
         repeats: int = 1,
         seed: int = 0,
+        per_class: bool = False,
         device: torch.device | str | None = None,
         feature_batch: int = 64,
         cache: bool | str | Path = True,
@@ -221,6 +222,7 @@ class Run:
             held_out: real images that the run did not train on, for "nearest".
             repeats: how many times to measure, each time on fresh samples.
             seed: seed of the first sample; the others count up from it.
+            per_class: also measure the samples of each class against the real images of that class.
             device: where to compute; a GPU if there is one.
             feature_batch: images at a time in the extractor.
             cache: folder for the features of real images; the user's cache folder if True, none if False.
@@ -246,6 +248,7 @@ class Run:
             held_out=held_out,
             repeats=repeats,
             seed=seed,
+            per_class=per_class,
             device=opened.device,
             batch=feature_batch,
             cache=cache,
