@@ -46,7 +46,7 @@ _KEY_FIGURES = 4
 _HASH_SHOWN = 12
 _WIDTH = 80
 _CLASS = 20
-"""Columns for the name of a class."""
+"""Columns that a class's name may take before it is cut."""
 _ARROWS = {LOWER: " ↓", HIGHER: " ↑"}
 _BIASED = ("FID", "Frechet")
 _NO_WEIGHTS = hashlib.sha256(b"").hexdigest()
@@ -189,7 +189,8 @@ class Evaluation(Result):
         if not self.classes:
             return ""
         head, rows = class_columns(self.classes)
-        left, parts = _CLASS + sum(len(name) + 2 for name in head[1:3]), list[list[int]]()
+        longest = max(len(str(line[0])) for line in (head, *rows))
+        left, parts = min(_CLASS, longest) + sum(len(name) + 2 for name in head[1:3]), list[list[int]]()
         for column in range(3, len(head)):
             if not parts or left + sum(len(head[k]) + 2 for k in [*parts[-1], column]) > _WIDTH:
                 parts.append([])
