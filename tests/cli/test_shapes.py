@@ -76,6 +76,8 @@ def test_samples_scores_and_more_steps_keep_the_shape(place: Path, tmp_path: Pat
     drawn = run.sample(12, sampler="euler", device="cpu").images.reshape(12, -1)
     real = sf.data.open_images(run.config.data, **run.config.opening).images.reshape(48, -1)
     assert found.scores[0].mean == pytest.approx(frechet(drawn, real), rel=1e-6)
+    words = ("--resolution", "10x16", "--colour", "rgb", "--metrics", "frechet", "--extractor", "pixels", "--no-cache")
+    assert status("evaluate", tmp_path / "files", "--data", place / "data", *words, "--out", tmp_path / "a.json") == 0
     assert status("train", "--resume", "--steps", "6", "--out", place / "run") == 0
     whole = sf.train(
         sf.data.open_images(run.config.data, **run.config.opening),
