@@ -53,6 +53,7 @@ from stablefield.cli.usage import as_flags
         ("data pack photos --out p.safetensors", ["name it after DATA"]),
         ("doctor now", ["doctor takes no now"]),
         ("sample", ["RUN is missing", "The run's folder"]),
+        ("sample --class shoes runs/a", ["RUN is missing", "--class took runs/a, too: name what has no flag first"]),
         ("export run", ["--out is missing"]),
         ("data pack digits", ["DEST is missing"]),
     ],

@@ -119,6 +119,7 @@ def checked(arguments: Sequence[str]) -> list[str]:
     found: list[str] = []
     plain: list[str] = []
     given: set[str] = set()
+    greedy = ""
     place = 0
     while place < len(rest):
         word = rest[place]
@@ -140,6 +141,8 @@ def checked(arguments: Sequence[str]) -> list[str]:
             values.append(rest[place])
             found.append(rest[place])
             place += 1
+        if many < 0 and len(values) > 1:
+            greedy = f" {name} took {values[-1]}, too: name what has no flag first."
         if equals:
             found.append(f"{name}={value}")
         else:
@@ -147,7 +150,7 @@ def checked(arguments: Sequence[str]) -> list[str]:
         for value in values:
             if not any(_takes(flag, value) for flag in variants):
                 raise ValueError(f"{name} is {value}: it takes {expects(variants[0])}.")
-    _check_rest(verb, plain, given)
+    _check_rest(verb, plain, given, greedy)
     return [*verb.name.split(), *plain, *found]
 
 
@@ -258,8 +261,15 @@ def _flag_for(verb: VerbFlags, extra: str) -> str:
     return f"give {meant} {extra}, " if meant is not None else ""
 
 
-def _check_rest(verb: VerbFlags, plain: Sequence[str], given: "set[str]") -> None:
-    """Check the arguments without a flag, and that all required ones are present."""
+def _check_rest(verb: VerbFlags, plain: Sequence[str], given: "set[str]", greedy: str) -> None:
+    """Check the arguments without a flag, and that all required ones are present.
+
+    Args:
+        verb: the verb.
+        plain: the arguments without a flag.
+        given: the flags.
+        greedy: what to say of a flag that may have taken an argument as one of its values.
+    """
     if len(plain) > len(verb.arguments):
         extra = plain[len(verb.arguments)]
         if not verb.arguments:
@@ -271,7 +281,9 @@ def _check_rest(verb: VerbFlags, plain: Sequence[str], given: "set[str]") -> Non
         )
     for argument in verb.arguments[len(plain) :]:
         if argument.required:
-            raise ValueError(f"{argument.name} is missing: {argument.help} Help: stablefield {verb.name} --help")
+            raise ValueError(
+                f"{argument.name} is missing: {argument.help}{greedy} Help: stablefield {verb.name} --help"
+            )
     for group in verb.groups:
         for flag in group.flags:
             if flag.required and flag.name not in given:
