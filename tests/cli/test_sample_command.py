@@ -216,6 +216,18 @@ def test_classifier_free_guidance_acts_in_its_interval_and_counts_both_evaluatio
     assert np.array_equal(outside, plain)
 
 
+def test_guidance_of_a_run_that_never_dropped_a_label_is_refused(
+    conditional: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(conditional, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    record["recipe"]["label_dropout"] = 0.0
+    del record["checksum"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(record))
+    assert status("sample", str(tmp_path / "run"), "--guidance-scale", "2") == 2
+    assert "trained without dropping labels, so its network never learned" in " ".join(capsys.readouterr().err.split())
+
+
 def test_autoguidance_extrapolates_from_the_guides_run(run: Path, worse: Path, tmp_path: Path) -> None:
     arrays = drawn(run, tmp_path / "a.npz", "--seeds", "5", "--guidance-scale", "2", "--guide", str(worse))
     good, bad = open_model(run).denoiser, open_model(worse).denoiser

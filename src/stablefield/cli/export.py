@@ -61,7 +61,8 @@ class Export:
             console.print(f"  pipe = DiffusionPipeline.from_pretrained({path}, trust_remote_code=True)")
             if run.config.classes:
                 name = class_argument(run.config.class_names)
-                console.print(f"  images = pipe(batch_size=4, class_labels={escape(name)}, guidance_scale=2.0).images")
+                guidance = ", guidance_scale=2.0" if run.config.recipe.label_dropout else ""
+                console.print(f"  images = pipe(batch_size=4, class_labels={escape(name)}{guidance}).images")
         if self.push:
             console.print(f"pushed: {escape(push_folder(self.out, self.push, private=self.private))}")
         return 0

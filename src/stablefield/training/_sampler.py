@@ -86,6 +86,14 @@ class SamplerOptions(SolverOptions):
                 f"guidance_scale={self.guidance_scale:g}: classifier-free guidance takes a run with classes, and images "
                 "with one; guide by a worse run with guide=RUN."
             )
+        # An imported network (step 0), or the source of the first weights, may have learned without labels.
+        learned = own.config.recipe.label_dropout > 0 or own.step == 0 or own.config.initial is not None
+        if self.guidance_scale != 1 and guide is None and not learned:
+            raise ValueError(
+                f"guidance_scale={self.guidance_scale:g}: the run was trained without dropping labels, so its network never "
+                "learned to draw without a class, which guidance needs: train with a label dropout such as 0.1, or guide by "
+                "a worse run with guide=RUN."
+            )
         if guide is not None and (guide.config.shape != own.config.shape or guide.config.classes != classes):
             raise ValueError(
                 f"guide={self.guide} draws {'x'.join(map(str, guide.config.shape))} images of {guide.config.classes} "
