@@ -20,18 +20,12 @@ pytestmark = pytest.mark.skipif(
     reason="this torch has no devices written in Python",
 )
 STATIC = [kind for kind in TARGETS if kind != "drawn"]
-PROGRAM = """
-import runpy, sys
-
-sys.path.insert(0, sys.argv[1])
-runpy.run_path(sys.argv[1] + "/scenarios.py", run_name="__main__")
-"""
 
 
 @pytest.fixture(scope="module")
-def seen(_fork_server: Server) -> dict[str, dict[str, Any]]:
+def seen(fork_server: Server) -> dict[str, dict[str, Any]]:
     # Torch knows one device written in Python per process, and keeps its name: it has a process of its own.
-    process = _fork_server.start(PROGRAM, [str(Path(__file__).parent)], None, {})
+    process = fork_server.start_file(Path(__file__).with_name("scenarios.py"), [])
     assert process.wait(300) == 0, process.stderr[-3000:]
     return json.loads(process.stdout)
 
