@@ -22,9 +22,7 @@ CONSTANT, TIMES, SECONDS = 256 * 2**20, 8, 20
 
 
 @pytest.fixture(scope="module")
-def readings(
-    tmp_path_factory: pytest.TempPathFactory, fork_server: Server
-) -> dict[str, tuple[Path, measured.Reading]]:
+def readings(tmp_path_factory: pytest.TempPathFactory, fork_server: Server) -> dict[str, tuple[Path, measured.Reading]]:
     """Every flood as a file, and what reading it took."""
     folder, paths = tmp_path_factory.mktemp("floods"), {}
     for number, (name, make) in enumerate(FLOODS.items()):

@@ -43,9 +43,7 @@ def go(folder: RunFolder) -> None:
     fit(folder, folder.config(), open_digits(), device=torch.device("cpu"))
 
 
-def test_a_run_killed_at_random_moments_ends_in_the_bytes_of_a_quiet_one(
-    tmp_path: Path, fork_server: Server
-) -> None:
+def test_a_run_killed_at_random_moments_ends_in_the_bytes_of_a_quiet_one(tmp_path: Path, fork_server: Server) -> None:
     done = fork_server.start_file(Path(__file__).with_name("kills.py"), ["5", str(tmp_path)])
     assert done.wait(300) == 0, done.stderr
     assert done.stdout.startswith("5 kills")
