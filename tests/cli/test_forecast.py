@@ -85,7 +85,7 @@ class Clock:
     ("flags", "slowest"),
     [
         (("--samples", "900", "--batch", "100"), "drawing"),
-        (("--samples", "260", "--batch", "100", "--class-label", "1", "--guidance-scale", "2"), "drawing"),
+        (("--samples", "260", "--batch", "100", "--class", "1", "--guidance-scale", "2"), "drawing"),
         (("--samples", "90", "--sampler", "pc-ve", "--steps", "9"), "drawing"),
         (("--samples", "400", "--repeats", "2"), "metrics"),
         (("--samples", "400"), "features"),
@@ -123,6 +123,7 @@ def test_what_evaluate_foretells_is_what_it_takes(
     assert foretold == pytest.approx(took, rel=0.3)
 
 
+@pytest.mark.usefixtures("without_charts")
 @pytest.mark.parametrize(
     ("flags", "slowest"),
     [
