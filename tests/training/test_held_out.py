@@ -11,6 +11,7 @@ import torch
 
 import stablefield as sf
 import stablefield.training._loop
+from stablefield._distributed import Ranks
 from stablefield.cli.entry import main
 from stablefield.data._digits import open_digits
 from stablefield.training._checkpoint import State, Trained
@@ -240,10 +241,10 @@ def test_a_run_that_dies_between_a_look_and_its_checkpoint_ends_as_the_whole_run
     monkeypatch.setattr(HeldOutLoss, "__call__", lambda _, step, __: {"held_out_loss": told[step]})
     save = stablefield.training._loop.save
 
-    def dies(folder: Path, state: State, trained: Trained) -> None:
+    def dies(folder: Path, state: State, trained: Trained, ranks: Ranks) -> None:
         if state.step == 20:
             raise OSError("the machine is gone")
-        save(folder, state, trained)
+        save(folder, state, trained, ranks)
 
     with monkeypatch.context() as patch:
         patch.setattr("stablefield.training._loop.save", dies)

@@ -42,7 +42,7 @@ _GROUPS = {
     "Variance of a batch": "draws-per-image antithetic no-antithetic importance-sampling no-importance-sampling",
     "Optimisation": (
         "learning-rate noise-distribution ramp-images decay-share max-grad-norm nan-to-num no-nan-to-num "
-        "gradient-accumulation-steps seed precision compile exact"
+        "gradient-accumulation-steps seed precision compile exact fsdp"
     ),
     "Averages of the weights": "ema-half-life ema-ramp ema-snapshot-every",
     "Output, and how often": "log-every sample-every checkpoint-every keep-last keep-every tracker",

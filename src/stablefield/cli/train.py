@@ -28,6 +28,7 @@ from stablefield.data._image_set import ImageSet
 from stablefield.report._cells import duration
 from stablefield.training._data_parallel import overlaps
 from stablefield.training._estimate import estimate_run
+from stablefield.training._fully_sharded import shards
 from stablefield.training._loop import Tracker, check_tracker
 from stablefield.training._observers import FrechetObserver, Reading, SelfCheck, check_samples
 from stablefield.training._pace import clock
@@ -303,12 +304,17 @@ def _print_beginning(run: Run, data: ImageSet) -> None:
         f"{'x'.join(map(str, data.shape))}, {recipe.steps:,} steps of {recipe.batch}, on {run.device}{many}"
     )
     if processes > 1:
-        how = "by DistributedDataParallel" if overlaps(recipe, processes, run.device) else "in a fixed order"
         console.print(
-            f"gradients:  summed {how}; a resumed run has the same bits on {processes} processes of the same kind, and on "
-            "another number the same losses up to rounding"
+            f"gradients:  summed {_summed(recipe, processes, run.device)}; a resumed run has the same bits on {processes} "
+            "processes of the same kind, and on another number the same losses up to rounding"
         )
     console.print(f"run folder: {escape(relative(run.path))}")
+
+
+def _summed(recipe: Recipe, processes: int, device: torch.device) -> str:
+    if shards(recipe, processes):
+        return f"by FSDP2, and each process holds 1/{processes} of the weights, gradients, moments and averages"
+    return "by DistributedDataParallel" if overlaps(recipe, processes, device) else "in a fixed order"
 
 
 def _print_end(run: Run, seconds: float) -> None:

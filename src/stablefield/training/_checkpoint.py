@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from stablefield._atomic_file import sync
+from stablefield._distributed import Ranks
 from stablefield._regular_file import reason, sha256
 from stablefield.diffusion._importance_sampling import ImportanceSampling
 from stablefield.training._files import read_tensors, write_tensors
+from stablefield.training._fully_sharded import is_sharded, own_rows, write_parts
 from stablefield.training._records import is_count, read_record, write_record
 
 __all__ = ["CheckpointError", "State", "Trained", "load_weights", "read_state", "remove", "restore", "save", "sweep"]
@@ -62,37 +65,57 @@ class Trained:
     optimizer: torch.optim.Optimizer | None = None
     importance: ImportanceSampling | None = None
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of the weights."""
+        return any(map(is_sharded, self.model.parameters()))
+
     def modules(self) -> dict[str, nn.Module]:
         """The model, its averages and the density, by the names of their files."""
         density = {} if self.importance is None else {"importance": self.importance}
         return {"model": self.model, **self.averages, **density}
 
 
-def save(folder: Path, state: State, trained: Trained) -> None:
+def save(folder: Path, state: State, trained: Trained, ranks: Ranks | None = None) -> None:
     """Write a checkpoint to `folder`, atomically.
+
+    Args:
+        folder: of the checkpoint.
+        state: of the run.
+        trained: the state that training changes.
+        ranks: the processes that hold parts of it, all of which call this; by default this process alone.
 
     Raises:
         OSError: if it cannot be written, as on a full disk; leaves nothing behind.
     """
+    ranks = ranks or Ranks()
     contents = {name: module.state_dict() for name, module in trained.modules().items()}
     if trained.optimizer is not None:
         contents["optimizer"] = _flat(trained.optimizer)
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    if ranks.first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    ranks.barrier("to make the folder of a checkpoint")
     try:
         sums: dict[str, str] = {}
         for name, content in contents.items():
             path = temporary / f"{name}.safetensors"
-            write_tensors(path, content)
-            sync(path)
-            sums[path.name] = sha256(path)
-        write_record(temporary / "state.json", {"step": state.step, "images": state.images, "sha256": sums})
-        remove(folder)
-        os.replace(temporary, folder)
-        sync(folder.parent)
+            if any(map(is_sharded, content.values())):
+                write_parts(path, content, ranks)
+            elif ranks.first:
+                write_tensors(path, content)
+            if ranks.first:
+                sync(path)
+                sums[path.name] = sha256(path)
+        if ranks.first:
+            write_record(temporary / "state.json", {"step": state.step, "images": state.images, "sha256": sums})
+            remove(folder)
+            os.replace(temporary, folder)
+            sync(folder.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if ranks.first:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove(folder: Path) -> None:
@@ -144,8 +167,9 @@ def load_weights(folder: Path, module: nn.Module, name: str = "model") -> None:
         CheckpointError: if they do not fit it.
         FileNotFoundError: if they do not exist.
     """
-    path = folder / f"{name}.safetensors"
-    tensors = read_tensors(path)
+    path, state = folder / f"{name}.safetensors", module.state_dict()
+    sharded = any(map(is_sharded, state.values()))
+    tensors = dict(own_rows(path, state.get)) if sharded else read_tensors(path)
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
@@ -169,15 +193,25 @@ def restore(folder: Path, trained: Trained) -> State:
 def _restore_moments(path: Path, optimizer: torch.optim.Optimizer) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries: dict[int, dict[str, Tensor]] = {}
-    for key, value in read_tensors(path).items():
+    sharded = any(map(is_sharded, parameters))
+    tensors = own_rows(path, partial(_weight_of, parameters)) if sharded else read_tensors(path).items()
+    for key, value in tensors:
         number, _, name = key.partition(".")
         fits = number.isdecimal() and int(number) < len(parameters)
-        if not fits or value.numel() not in (1, parameters[int(number)].numel()):
+        if not fits or value.numel() != (1 if name == "step" else parameters[int(number)].numel()):
             raise CheckpointError(f"{path} does not fit the network of the run's config.json: {key}.")
-        entries.setdefault(int(number), {})[name] = value
+        # The parts of several processes are merged in a file that has no tensors without dimensions.
+        entries.setdefault(int(number), {})[name] = value.reshape(()) if name == "step" else value
     record: dict[str, Any] = optimizer.state_dict()
     optimizer.load_state_dict({"state": entries, "param_groups": record["param_groups"]})
     _lay_out(optimizer)
+
+
+def _weight_of(parameters: list[Tensor], key: str) -> Tensor | None:
+    """The weight whose moment a tensor is; None for another tensor."""
+    number, _, name = key.partition(".")
+    known = number.isdecimal() and int(number) < len(parameters)
+    return parameters[int(number)] if known and name != "step" else None
 
 
 def _lay_out(optimizer: torch.optim.Optimizer) -> None:

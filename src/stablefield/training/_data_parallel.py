@@ -33,7 +33,8 @@ _PURPOSE = "to sum their gradients"
 def overlaps(recipe: Recipe, processes: int, device: torch.device) -> bool:
     """Whether `DataParallel` sums the gradients of a run, instead of one sum in a fixed order after the backward pass.
 
-    It cannot where a CUDA graph replays the backward pass without Python, nor where a process has no rows.
+    It cannot where a CUDA graph replays the backward pass without Python, nor where a process has no rows. FSDP2 sums the
+    gradients of a sharded run.
 
     Args:
         recipe: of the run.
@@ -41,7 +42,7 @@ def overlaps(recipe: Recipe, processes: int, device: torch.device) -> bool:
         device: where each of them computes.
     """
     recorded = recipe.compile and device.type == "cuda"
-    return processes > 1 and not recipe.exact and not recorded and recipe.batch >= processes
+    return processes > 1 and not (recipe.exact or recipe.fsdp or recorded) and recipe.batch >= processes
 
 
 class DataParallel:

@@ -26,6 +26,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from stablefield._shapes import number
+from stablefield.training._fully_sharded import own_part
 
 __all__ = ["LENGTHS", "ema_decay", "follower", "power_decay", "power_exponent", "power_length", "update_ema"]
 
@@ -76,7 +77,8 @@ def follower(model: Module) -> Module:
 
 @torch.no_grad()
 def update_ema(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Move `average` towards `model`; buffers are copied."""
-    get_ema_multi_avg_fn(decay)(list(average.parameters()), list(model.parameters()), 1)
+    """Move `average` towards `model`, of a sharded one this process's part; buffers are copied."""
+    means, values = ([own_part(each) for each in module.parameters()] for module in (average, model))
+    get_ema_multi_avg_fn(decay)(means, values, 1)
     for mean, value in zip(average.buffers(), model.buffers(), strict=True):
         mean.copy_(value)

@@ -30,7 +30,7 @@ class Estimate:
     Attributes:
         images: the training data, in words.
         parameters: number of the network's parameters.
-        state_bytes: bytes of weights, averages, gradients and the optimiser's moments.
+        state_bytes: bytes of weights, averages, gradients and the optimiser's moments; with fsdp, of all processes together.
         peak_bytes: peak memory on the device (for a CPU: of the process, including the data).
         steps: remaining steps, in words.
         references: references per step, in words; empty for the single-sample target.

@@ -22,11 +22,13 @@ from stablefield.data._image_set import ImageSet
 from stablefield.data._png import is_picture, write_png
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.training._checkpoint import State, restore, save, sweep
+from stablefield.training._ema import follower
 from stablefield.training._feed import Feed
+from stablefield.training._fully_sharded import to_first
 from stablefield.training._grids import write_animation
 from stablefield.training._held_out import HeldOutLoss
 from stablefield.training._meter import Meter, Report, bin_edges
-from stablefield.training._model import require_fit
+from stablefield.training._model import build_denoiser, require_fit
 from stablefield.training._observers import samples
 from stablefield.training._pace import Pace
 from stablefield.training._placement import placed
@@ -284,6 +286,9 @@ class _Loop:
         self._observers = [look, *observers] if look is not None else observers
         self._ranks = Ranks.launched(accelerator.device)
         self._main = self._ranks.first
+        # Observers may be of the first process alone, but all processes of a sharded run give it their parts of the average.
+        self._periods = self._ranks.broadcast([observer.every for observer in self._observers], "to plan measurements")
+        self._whole: Denoiser | None = None
         newest = folder.newest()
         if newest is not None:
             require_fit(config, newest[0])
@@ -427,11 +432,11 @@ class _Loop:
     def _observe(self, done: int, last: bool) -> dict[str, float]:
         """Run the observers, on the first process; the others wait at their next step."""
         found: dict[str, float] = {}
-        ema = self._stepper.trained.averages["ema"]
-        assert isinstance(ema, Denoiser)
-        if self._main:
+        if not any(last or done % every == 0 for every in self._periods):
+            return found
+        with self._average() as ema:
             for observer in self._observers:
-                if last or done % observer.every == 0:
+                if ema is not None and (last or done % observer.every == 0):
                     found |= observer(done, ema)
         if found:
             self._pause()
@@ -459,17 +464,21 @@ class _Loop:
             return False
         if checkpoint or snapshot:
             self._stepper.require_finite(done)
+        trained = self._stepper.trained
         if self._main:
             self._require_folder()
-            trained = self._stepper.trained
+        if self._main or trained.sharded:
+            writers = self._ranks if trained.sharded else Ranks()
             if snapshot:
                 powers = [(n, m) for n, m in trained.averages.items() if n.startswith("power-")]
-                take_snapshot(folder.snapshots, done, [(float(n.removeprefix("power-")), m) for n, m in powers])
+                lengths = [(float(n.removeprefix("power-")), m) for n, m in powers]
+                take_snapshot(folder.snapshots, done, lengths, writers)
             if picture:
                 self._picture(done)
             if checkpoint:
-                save(folder.checkpoint(done), State(done, done * recipe.batch), trained)
-                folder.prune(recipe.keep_last, recipe.keep_every, None if self._best is None else self._best[0])
+                save(folder.checkpoint(done), State(done, done * recipe.batch), trained, writers)
+        if self._main and checkpoint:
+            folder.prune(recipe.keep_last, recipe.keep_every, None if self._best is None else self._best[0])
         self._ranks.barrier("to write the run")
         self._pause()
         return bool(picture)
@@ -486,9 +495,28 @@ class _Loop:
         for meter in (self._reported, self._logged):
             meter.pause()
 
-    def _picture(self, step: int) -> None:
-        ema = self._stepper.trained.averages["ema"]
+    @contextmanager
+    def _average(self) -> Generator[Denoiser | None]:
+        """The averaged model, on the first process; the parts of a sharded run are gathered there."""
+        trained = self._stepper.trained
+        ema = trained.averages["ema"]
         assert isinstance(ema, Denoiser)
+        if not trained.sharded:
+            yield ema if self._main else None
+            return
+        if self._main and self._whole is None:
+            self._whole = follower(build_denoiser(self._config))
+        to_first(ema, self._whole, self._ranks)
+        yield None if self._whole is None else self._whole.to(self._accelerator.device)
+        if self._whole is not None:
+            self._whole.cpu()  # a GPU has room for the whole model only between steps
+
+    def _picture(self, step: int) -> None:
+        with self._average() as ema:
+            if ema is not None:
+                self._draw(ema, step)
+
+    def _draw(self, ema: Denoiser, step: int) -> None:
         config = self._config
         # The picture of a network with classes cycles through them.
         labels = torch.tensor(SAMPLE_SEEDS) % config.classes if config.classes else None

@@ -11,6 +11,7 @@ from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.training._checkpoint import CheckpointError, Trained, load_weights
 from stablefield.training._ema import LENGTHS, follower
 from stablefield.training._files import tensor_shapes
+from stablefield.training._fully_sharded import shard
 from stablefield.training._post_hoc import combine, snapshot_steps
 from stablefield.training._run_folder import RunConfig, RunFolder
 from stablefield.training._seeding import Purpose, generator_for
@@ -45,19 +46,28 @@ def build_denoiser(config: RunConfig) -> Denoiser:
     return Denoiser(network, recipe.preconditioning)
 
 
-def untrained(config: RunConfig, device: torch.device, initial: Denoiser | None = None) -> Trained:
+def untrained(
+    config: RunConfig, device: torch.device, initial: Denoiser | None = None, *, sharded: bool = False
+) -> Trained:
     """All that training changes, before the first step.
 
     Args:
         config: of the run.
         device: where to keep it.
         initial: the denoiser to begin with; by default that of `build_denoiser`.
+        sharded: keep only this process's part of it; all processes call this.
     """
     recipe = config.recipe
-    model = (build_denoiser(config) if initial is None else initial).to(device)
-    averages: dict[str, nn.Module] = {"ema": follower(model)}
-    if recipe.ema_snapshot_every:
-        averages |= {f"power-{length}": follower(model) for length in LENGTHS}
+    model = build_denoiser(config) if initial is None else initial
+    if not sharded:
+        model.to(device)
+    averages: dict[str, nn.Module] = {}
+    for name in ("ema", *(f"power-{length}" for length in LENGTHS if recipe.ema_snapshot_every)):
+        averages[name] = follower(model)
+        if sharded:
+            shard(averages[name], device)
+    if sharded:
+        shard(model, device)
     fused = device.type in ("cpu", "cuda")
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate, fused=fused)
     importance = None

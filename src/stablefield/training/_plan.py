@@ -19,6 +19,7 @@ from stablefield.data._image_set import ImageSet
 from stablefield.data._source import as_image_set, open_images
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.training._estimate import Estimate, estimate_run
+from stablefield.training._fully_sharded import shards
 from stablefield.training._held_out import HeldOut
 from stablefield.training._loop import check_fit, held_out_data
 from stablefield.training._pace import Costs, clock
@@ -165,6 +166,7 @@ def _decide(
 ) -> tuple[RunConfig, str, str]:
     left_out = held_out.count if held_out is not None and held_out.share is not None else 0
     check_fit(recipe, data, left_out)
+    shards(recipe, processes)  # raises an error for too few rows, before any work
     classes = data.classes if recipe.conditional else 0
     # Before any measurement: a network that does not fit the images fails here.
     with torch.device("meta"):

@@ -30,10 +30,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stablefield._atomic_file import write_atomically
+from stablefield._distributed import Ranks
 from stablefield._regular_file import check_safetensors, reason
 from stablefield._shapes import check_kind
 from stablefield.training._ema import power_exponent
 from stablefield.training._files import write_tensors
+from stablefield.training._fully_sharded import whole
 from stablefield.training._records import is_count, parse, seal, unseal
 
 __all__ = ["Profile", "combine", "mixture", "snapshot_steps", "take_snapshot"]
@@ -76,18 +78,28 @@ def mixture(snapshots: Sequence[Profile], wanted: Profile) -> tuple[NDArray[np.f
     return coefficients, float(np.sqrt(max(0.0, residual) / norm))
 
 
-def take_snapshot(folder: Path, step: int, averages: Sequence[tuple[float, nn.Module]]) -> Path:
-    """Write the averages of this step, (length, module) each, as one file step-00001000.safetensors, atomically."""
-    tensors = {
-        f"{length}/{name}": value.detach().contiguous().cpu()
-        for length, average in averages
-        for name, value in average.named_parameters()
-    }
+def take_snapshot(
+    folder: Path, step: int, averages: Sequence[tuple[float, nn.Module]], ranks: Ranks | None = None
+) -> Path:
+    """Write the averages of this step, (length, module) each, as one file step-00001000.safetensors, atomically.
+
+    If processes hold parts of the averages, all `ranks` call this, and the first one writes.
+    """
+    ranks = ranks or Ranks()
+    path = folder / f"step-{step:08d}.safetensors"
+    tensors: dict[str, Tensor] = {}
+    with ranks.waiting("to gather weights"):
+        for length, average in averages:
+            for name, value in average.named_parameters():
+                found = whole(value.detach())
+                if ranks.first:
+                    tensors[f"{length}/{name}"] = found.contiguous().cpu()
+    if not ranks.first:
+        return path
     sums = [_sum(key, tensors[key]) for key in sorted(tensors)]
     record = {"step": step, "lengths": [length for length, _ in averages], "sha256": _sum_of(sums)}
     # One entry, since safetensors writes several in no fixed order, and equal snapshots must be equal files.
     metadata = {"averages": json.dumps(seal(record))}
-    path = folder / f"step-{step:08d}.safetensors"
     write_atomically(path, lambda temporary: write_tensors(temporary, tensors, metadata))
     return path
 

@@ -283,6 +283,9 @@ class Recipe:
     exact: bool = False
     """Sum the gradients of several processes after the backward pass, in an order that is fixed for every network and
     version of torch; by default torch's DistributedDataParallel sums them during the pass."""
+    fsdp: bool = False
+    """Split weights, gradients, moments and averages over several processes by torch's FSDP2, so that each holds a part: for
+    a network that one device does not hold."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
     sample_every: int = 1000
@@ -330,7 +333,16 @@ class Recipe:
         )
         for name in (*counts, "checkpoint_every", "keep_last", "keep_every"):
             whole_number(name, getattr(self, name))
-        for name in ("antithetic", "importance_sampling", "nan_to_num", "mirror", "conditional", "compile", "exact"):
+        for name in (
+            "antithetic",
+            "importance_sampling",
+            "nan_to_num",
+            "mirror",
+            "conditional",
+            "compile",
+            "exact",
+            "fsdp",
+        ):
             flag(name, getattr(self, name))
         positive = (
             "steps",
@@ -365,6 +377,12 @@ class Recipe:
             raise ValueError(f"noise_band is {self.noise_band}: it must not be negative, or auto.")
         if isinstance(self.references, int) and self.references < 1:
             raise ValueError(f"references is {self.references}: it must be at least 1, or all, or auto.")
+        if self.fsdp and (self.exact or self.compile):
+            other = "exact" if self.exact else "compile"
+            raise ValueError(
+                f"fsdp=True and {other}=True: FSDP2 gathers weights and sums gradients in its own order, between the blocks "
+                "of a network, where compiled code cannot: leave one of the two out."
+            )
         if self.mirror and self.augmentation:
             raise ValueError(
                 f"mirror=True and augmentation={self.augmentation:g}: the augmentation mirrors images itself."

@@ -7,7 +7,8 @@ runs on different numbers of processes or parts have different, equally good, lo
 
 Several processes sum their gradients by DistributedDataParallel, which overlaps with the backward pass (`_data_parallel`).
 With `exact`, one all-reduce after the pass sums all gradients in the order of the parameters, whatever the network and the
-version of torch. A resumed run repeats either bit for bit.
+version of torch. With `fsdp`, each process holds a part of all that training changes (`_fully_sharded`). A resumed run
+repeats each of the three bit for bit.
 
 On a GPU a compiled step is replayed as two CUDA graphs: one prepares the example with its target, one computes the loss and
 its gradient. Python then no longer limits the speed of a small network, and a target takes only the time of its arithmetic.
@@ -15,6 +16,7 @@ its gradient. Python then no longer limits the speed of a small network, and a t
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from typing import cast
@@ -33,6 +35,7 @@ from stablefield.training._cuda_graph import CudaGraph, mapped
 from stablefield.training._data_parallel import DataParallel, overlaps
 from stablefield.training._ema import ema_decay, power_decay, power_exponent, update_ema
 from stablefield.training._feed import Feed
+from stablefield.training._fully_sharded import own_part, shards
 from stablefield.training._meter import Stopwatch
 from stablefield.training._model import untrained
 from stablefield.training._recipe import Recipe
@@ -60,7 +63,8 @@ class Stepper:
         self._recipe, self._feed, self._accelerator = recipe, feed, accelerator
         self._device = accelerator.device
         self._ranks = Ranks.launched(self._device)
-        self.trained = untrained(config, self._device)
+        self._sharded = shards(recipe, self._ranks.world_size)
+        self.trained = untrained(config, self._device, sharded=self._sharded)
         model, self._importance = self.trained.model, self.trained.importance
         self._parameters = list(model.parameters())
         self._network = cast("nn.Module", torch.compile(model)) if recipe.compile else model
@@ -98,7 +102,8 @@ class Stepper:
             for gradient in self._gradients():
                 torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5, out=gradient)
         if recipe.max_grad_norm < float("inf"):
-            torch.nn.utils.clip_grad_norm_(self._parameters, recipe.max_grad_norm)
+            with self._exchange("to add up the norm of their gradients"):
+                torch.nn.utils.clip_grad_norm_(self._parameters, recipe.max_grad_norm)
         optimizer.step()
         self._average(step)
         return parts
@@ -108,9 +113,13 @@ class Stepper:
         self._recipe = replace(self._recipe, steps=steps)
 
     def require_finite(self, step: int) -> None:
-        """Raise ArithmeticError if a weight is not finite, before it could be saved."""
-        for name, value in self.trained.model.named_parameters():
-            if not bool(value.isfinite().all()):
+        """Raise ArithmeticError, on all processes, if a weight is not finite, before it could be saved."""
+        named = list(self.trained.model.named_parameters())
+        odd = torch.stack([~own_part(value.detach()).isfinite().all() for _, value in named]).float()
+        if self._sharded:
+            self._ranks.all_reduce(odd, "to look for weights that are not finite")
+        for (name, _), found in zip(named, odd.tolist(), strict=True):
+            if found:
                 raise ArithmeticError(f"the weight {name} is not finite at step {step}")
 
     def examples(self, step: int) -> Iterator[tuple[Example, Tensor | None]]:
@@ -196,8 +205,9 @@ class Stepper:
                 value = self._evaluate(self._parallel.network, example, augment_labels)
                 self._parallel.backward(value.row_loss.sum() / self._recipe.batch)
             elif self._graphs is None:
-                value = self._evaluate(self._network, example, augment_labels)
-                self._accelerator.backward(value.row_loss.sum() / self._recipe.batch)
+                with self._exchange("to gather weights and sum gradients"):
+                    value = self._evaluate(self._network, example, augment_labels)
+                    self._accelerator.backward(value.row_loss.sum() / self._recipe.batch)
             else:
                 found, gradient = self._graphs[1](example, augment_labels)
                 # The next call overwrites the results.
@@ -273,13 +283,17 @@ class Stepper:
         )
 
     def _gradients(self) -> list[Tensor]:
-        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        return [own_part(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
+
+    def _exchange(self, purpose: str) -> AbstractContextManager[None]:
+        """For computations in which the processes of a sharded run exchange what they hold."""
+        return self._ranks.waiting(purpose) if self._sharded else nullcontext()
 
     def _sum_gradients(self, observed: Tensor | None) -> None:
         """Sum the gradients, and what importance sampling observed, over the processes."""
         if self._ranks.world_size == 1:
             return
-        if self._parallel is not None:
+        if self._parallel is not None or self._sharded:
             if observed is not None:
                 self._ranks.all_reduce(observed, "to sum what they observed")
             return
