@@ -64,6 +64,8 @@ NOT_CALLED = {
     "train": "trains: tests/training/test_run.py",
     "ShardedPool": "needs processes",
     "DiffusersUNet": "needs diffusers",
+    "encode": "needs diffusers: tests/training/test_latents_of_images.py",
+    "decode": "needs diffusers: tests/training/test_latents_of_images.py",
 }
 
 
@@ -684,6 +686,8 @@ CASES = {
             "manifest": lambda s: {},
             "opening": either(None, {}),
             "scaling": either(None),
+            "moments": either(None),
+            "flipped": either(None),
         },
     ),
     "ImageSet.scaled": Case(

@@ -97,6 +97,7 @@ _VERBS = {
     "convert": "import",
     "pack": "data pack",
     "inspect": "data inspect",
+    "encode": "data encode",
     "check": "doctor",
 }
 _NUMBER = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)

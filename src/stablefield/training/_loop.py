@@ -11,12 +11,14 @@ import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
 
 from stablefield._distributed import RankError, Ranks
+from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._image_set import ImageSet
 from stablefield.data._png import is_picture
 from stablefield.diffusion._preconditioning import Denoiser
@@ -89,7 +91,19 @@ def check_fit(recipe: Recipe, data: ImageSet) -> None:
                 f"references={recipe.references} is below batch={recipe.batch}: every image of a batch is among its "
                 f"references, so pass at least {recipe.images_per_step}, or target=dsm for none."
             )
-    if not is_picture(data.shape) and (recipe.mirror or recipe.augmentation):
+    if recipe.latent_scaling == "autoencoder" and data.autoencoder is None:
+        raise ValueError(
+            "latent_scaling=autoencoder is for latents of images, which stablefield.data.encode makes, and the data are no "
+            "such latents: leave it out."
+        )
+    if data.moments is not None and recipe.augmentation:
+        raise ValueError(
+            f"augmentation={recipe.augmentation:g} flips and turns pictures, and the data are latents of images: pass "
+            "augmentation=0."
+        )
+    if data.moments is not None and recipe.mirror and data.flipped is None:
+        raise ValueError("mirror=True needs the latents of the mirrored images: encode the images with mirror=True.")
+    if data.moments is None and not is_picture(data.shape) and (recipe.mirror or recipe.augmentation):
         what = "mirror=True" if recipe.mirror else f"augmentation={recipe.augmentation:g}"
         remedy = "leave it out" if recipe.mirror else "pass augmentation=0"
         sizes = " x ".join(map(str, data.shape))
@@ -168,6 +182,7 @@ def fit(
     tracker: Tracker = "none",
     accelerator: Accelerator | None = None,
     pace: Pace | None = None,
+    vae: str | Path = "",
 ) -> int:
     """Train the run in `folder` to its last step, from its newest checkpoint if it has one.
 
@@ -183,6 +198,7 @@ def fit(
         tracker: the tracker that mirrors metrics.jsonl.
         accelerator: the processes; made if not given.
         pace: of a run that is to end in time; it may change the number of steps.
+        vae: the place of the autoencoder of a run on latents of images, if it has moved.
 
     Returns:
         The steps done.
@@ -197,11 +213,14 @@ def fit(
     accelerator = accelerator or make_accelerator(device, tracker, folder)
     device = accelerator.device
     ranks = Ranks.launched(device)
+    with ranks.rank_0_first("to open the autoencoder"):
+        record = config.autoencoder if ranks.first else None
+        autoencoder = None if record is None else record.open(vae, device)
     try:
         with folder.locked() if ranks.first else nullcontext():
             placement = placed(recipe, data, device, ranks.world_size)
             with closing(Feed(data, recipe, device, labelled=config.classes > 0, placement=placement)) as feed:
-                loop = _Loop(folder, config, feed, accelerator, observers)
+                loop = _Loop(folder, config, feed, accelerator, observers, autoencoder)
                 with _tracking(accelerator, tracker, {"run": folder.path.name, "data": config.data}):
                     return loop.run(report, every, stop, pace)
     except ArithmeticError as error:
@@ -241,7 +260,9 @@ class _Loop:
         feed: Feed,
         accelerator: Accelerator,
         observers: Sequence[Observer],
+        autoencoder: Autoencoder | None,
     ) -> None:
+        self._autoencoder = autoencoder
         self._folder, self._config, self._recipe = folder, config, config.recipe
         self._accelerator, self._observers = accelerator, observers
         self._ranks = Ranks.launched(accelerator.device)
@@ -416,13 +437,19 @@ class _Loop:
         labels = torch.tensor(SAMPLE_SEEDS) % config.classes if config.classes else None
         drawn = Samples(
             images=samples(
-                ema, config.shape, SAMPLE_SEEDS, self._accelerator.device, labels, scaling=config.scaling
+                ema,
+                config.shape,
+                SAMPLE_SEEDS,
+                self._accelerator.device,
+                labels,
+                scaling=config.scaling,
+                autoencoder=self._autoencoder,
             ).numpy(),
             seeds=tuple(SAMPLE_SEEDS),
             labels=None if labels is None else labels.numpy(),
             class_names=config.class_names,
         )
-        drawn.save(self._folder.picture(step, ".png" if is_picture(config.shape) else ".npz"))
+        drawn.save(self._folder.picture(step, ".npz" if config.picture_shape is None else ".png"))
 
 
 def _or_none(value: float) -> float | None:

@@ -16,6 +16,7 @@ import stablefield
 from stablefield._distributed import Ranks
 from stablefield._shapes import check_kind, found_device, whole_number
 from stablefield.data._image_set import ImageSet
+from stablefield.data._scaling import Scaling
 from stablefield.data._source import as_image_set, open_images
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.training._estimate import Estimate, estimate_run
@@ -117,6 +118,7 @@ def make_plan(
         ValueError: if the recipe does not fit the data, naming its field, or `init` does not fit the network.
     """
     where, ranks = place(device)
+    data = _scaled(data, recipe)
     decided, initial = None, None
     if ranks.first:
         config, references, noise_band = _decide(data, recipe, where, ranks.world_size)
@@ -128,6 +130,16 @@ def make_plan(
     assert decided is not None
     config, references, noise_band = decided
     return Plan(data=data, config=config, references=references, noise_band=noise_band, initial=initial)
+
+
+def _scaled(data: ImageSet, recipe: Recipe) -> ImageSet:
+    """The data with the scaling that the recipe asks for."""
+    autoencoder = data.autoencoder
+    if recipe.latent_scaling == "measured" or autoencoder is None:
+        return data
+    factor, shift = autoencoder.scaling_factor, autoencoder.shift_factor
+    scaling = Scaling.of_factor(factor, shift, data.shape[0], str(data.images.dtype))
+    return dataclasses.replace(data, scaling=scaling, manifest=data.manifest | {"scaling": scaling.record})
 
 
 def _decide(data: ImageSet, recipe: Recipe, device: torch.device, processes: int) -> tuple[RunConfig, str, str]:

@@ -25,7 +25,6 @@ from stablefield._distributed import Ranks
 from stablefield._progress import Progress
 from stablefield._shapes import found_device, whole_number
 from stablefield.data._image_set import ImageSet
-from stablefield.data._png import is_picture
 from stablefield.data._source import as_image_set, open_images
 from stablefield.evaluation._evaluate import DEFAULT_METRICS, evaluate
 from stablefield.evaluation._metric import Metric
@@ -86,7 +85,7 @@ class Run:
     @property
     def drawn(self) -> Path:
         """The file of the samples of the last step: a picture, or .npz of data that are no pictures."""
-        return self.folder.picture(self.step, ".png" if is_picture(self.config.shape) else ".npz")
+        return self.folder.picture(self.step, ".npz" if self.config.picture_shape is None else ".png")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl: step, loss, variance removed and more."""
@@ -117,6 +116,8 @@ class Run:
         class_label: str | int | None = None,
         ema: str = "half-life",
         batch: int = 256,
+        decode: bool = True,
+        vae: str | Path = "",
         device: torch.device | str | None = None,
         progress: Callable[[Progress], object] | None = None,
     ) -> Samples:
@@ -133,6 +134,8 @@ class Run:
                 number of classes.
             ema: which average of the weights, as for `model`.
             batch: images at a time.
+            decode: whether to decode the samples of a run on latents of images; else they are the latents.
+            vae: the autoencoder's place, if it has moved; or of one that decodes what an imported network draws.
             device: where to compute; a GPU if there is one.
             progress: called with the number of images drawn so far.
 
@@ -142,15 +145,15 @@ class Run:
         opened = (
             sampler
             if isinstance(sampler, RunSampler)
-            else self.sampler(sampler, steps, guidance_scale, class_label, ema, batch, device)
+            else self.sampler(sampler, steps, guidance_scale, class_label, ema, batch, device, decode=decode, vae=vae)
         )
         wanted = _seeds(seeds)
         with Ranks.launched() as ranks:
             purpose = "to draw their images"
             parts = list(opened.draw(wanted, ranks, progress))
             nfe, count = ranks.total(sum(part.nfe for part in parts), len(parts), purpose=purpose)
-            scaling = opened.config.scaling
-            none = np.zeros((0, *opened.config.shape), np.uint8 if scaling is None else scaling.dtype)
+            scaling = opened.config.scaling if opened.floating else None
+            none = np.zeros((0, *opened.shape), np.uint8 if scaling is None else scaling.dtype)
             drawn = torch.from_numpy(np.concatenate([none, *(part.images for part in parts)]))
             images = ranks.all_gather_rows(drawn, purpose)
             own = torch.tensor([seed for part in parts for seed in part.seeds], dtype=torch.int64)
@@ -166,12 +169,17 @@ class Run:
         ema: str = "half-life",
         batch: int = 256,
         device: torch.device | str | None = None,
+        *,
+        decode: bool = True,
+        vae: str | Path = "",
     ) -> RunSampler:
         """Load the model with a solver; arguments and errors as for `sample`."""
         if isinstance(sampler, SamplerOptions):
-            if (steps, guidance_scale, class_label, ema, batch) != (None, 1.0, None, "half-life", 256):
+            given = (steps, guidance_scale, class_label, ema, batch, decode, vae)
+            if given != (None, 1.0, None, "half-life", 256, True, ""):
                 raise ValueError(
-                    "sampler holds all options: set steps, guidance_scale, class_label, ema and batch in its SamplerOptions."
+                    "sampler holds all options: set steps, guidance_scale, class_label, ema, batch, decode and vae in its "
+                    "SamplerOptions."
                 )
             options = sampler
         else:
@@ -182,6 +190,8 @@ class Run:
                 class_label="" if class_label is None else str(class_label),
                 ema=ema,
                 batch=batch,
+                decode=decode,
+                vae=str(vae),
             )
         opened = options.open(self.path, found_device(device))
         _warn(opened.model)
@@ -201,6 +211,7 @@ class Run:
         held_out: Images | None = None,
         repeats: int = 1,
         seed: int = 0,
+        vae: str | Path = "",
         device: torch.device | str | None = None,
         feature_batch: int = 64,
         cache: bool | str | Path = True,
@@ -209,9 +220,13 @@ class Run:
     ) -> Evaluation:
         """Measure the run's samples against real images: FID and more, each number with its protocol.
 
+        Samples of a run on latents of images are decoded, and so are the latents that they are measured against: the numbers
+        are those of the run alone. With the images themselves as `data`, the error of the autoencoder counts, too, as in
+        published numbers. `sampler=SamplerOptions(decode=False)` measures the latents.
+
         Args:
             samples: number of samples per repeat; published FIDs take 50,000.
-            data: real images; by default the run's training data, resized as in training.
+            data: real images; by default the run's training data, resized as in training, or decoded.
             metrics: names in `stablefield.evaluation.METRICS`, or metrics.
             extractor: maps images to features; FID's own Inception by default.
             classifier: maps images to logits, for "classifier-score".
@@ -221,6 +236,7 @@ class Run:
             held_out: real images that the run did not train on, for "nearest".
             repeats: how many times to measure, each time on fresh samples.
             seed: seed of the first sample; the others count up from it.
+            vae: as for `sample`.
             device: where to compute; a GPU if there is one.
             feature_batch: images at a time in the extractor.
             cache: folder for the features of real images; the user's cache folder if True, none if False.
@@ -231,7 +247,8 @@ class Run:
             ValueError: if there are too few images for a metric, or the options do not fit the run.
             ImportError: if the extractor's package is not installed.
         """
-        opened = sampler if isinstance(sampler, RunSampler) else self.sampler(sampler, device=device)
+        given = dict[str, Any]() if isinstance(sampler, SamplerOptions) else {"vae": vae}
+        opened = sampler if isinstance(sampler, RunSampler) else self.sampler(sampler, device=device, **given)
         config = self.config
         if data is None:
             data = partial(_part, data_of(config), config)
@@ -299,6 +316,7 @@ class Run:
         name: str = "",
         samples: int = 64,
         steps: int = 18,
+        vae: str | Path = "",
     ) -> Path:
         """Write the model for other programs, with a model card and samples.
 
@@ -309,6 +327,7 @@ class Run:
             name: model name on the card; the run folder's by default.
             samples: number of images in the card's picture; 0 for none.
             steps: steps of Heun's method for these images.
+            vae: the autoencoder's place, if it has moved; a pipeline of a run on latents of images includes it.
 
         Returns:
             The folder.
@@ -320,13 +339,16 @@ class Run:
         from stablefield.interop._export import export_run
 
         model = self.model(ema)
-        return export_run(self.path, model, Path(folder), format=format, name=name, samples=samples, steps=steps)
+        return export_run(
+            self.path, model, Path(folder), format=format, name=name, samples=samples, steps=steps, vae=vae
+        )
 
     def resume(
         self,
         *,
         steps: int | None = None,
         data: Images | None = None,
+        vae: str | Path = "",
         device: torch.device | str | None = None,
         tracker: Tracker = "none",
         observers: Sequence[Observer] = (),
@@ -345,6 +367,7 @@ class Run:
         Args:
             steps: number of steps of the whole run from now on, those that are done among them.
             data: the new place of the images, if they have moved, or the images.
+            vae: the autoencoder's place, if it has moved.
             device: where to compute; a GPU if there is one.
             tracker: as for `train`.
             observers: as for `train`.
@@ -374,7 +397,7 @@ class Run:
                 with ranks.rank_0_first("to extend the run"):
                     if ranks.first:
                         self.folder.extend(extended)
-        fit_run(self, images, where, tracker, observers, on_start, progress, every, stop)
+        fit_run(self, images, where, tracker, observers, on_start, progress, every, stop, vae=vae)
         return self
 
     def __repr__(self) -> str:
@@ -409,6 +432,7 @@ def fit_run(
     every: int,
     stop: Callable[[], bool],
     pace: Pace | None = None,
+    vae: str | Path = "",
 ) -> None:
     """Train a run on its data to its last step; arguments and errors as for `train`."""
     run.device = device
@@ -426,6 +450,7 @@ def fit_run(
         tracker=tracker,
         accelerator=make_accelerator(device, tracker, run.folder),
         pace=pace,
+        vae=vae,
     )
 
 

@@ -34,6 +34,7 @@ def train(
     init: str | Path | HasFolder | None = None,
     steps: int | None = None,
     time: str | float | None = None,
+    vae: str | Path = "",
     device: torch.device | str | None = None,
     tracker: Tracker = "none",
     observers: Sequence[Observer] = (),
@@ -76,6 +77,7 @@ def train(
         steps: training steps, in place of the recipe's.
         time: time that the call may take, such as 600, "10m" or "2h", in place of `steps`; `Plan.within` says what it
             determines.
+        vae: the autoencoder's place, if it has moved, of latents of images; it decodes the run's pictures.
         device: where to compute; a GPU if there is one.
         tracker: mirror metrics.jsonl to "tensorboard" or "wandb".
         observers: further metrics, measured during the run.
@@ -118,7 +120,7 @@ def train(
         folder = Path(out) if out is not None else _unused_folder(f"{plan.data.name}-{config.recipe.target}")
         path = str(_begun(RunFolder.create(folder, config), plan).path)
     run = Run(ranks.broadcast(path, "to make the run's folder"))
-    fit_run(run, plan.data, where, tracker, observers, on_start, progress, every, stop, pace)
+    fit_run(run, plan.data, where, tracker, observers, on_start, progress, every, stop, pace, vae)
     return run
 
 
