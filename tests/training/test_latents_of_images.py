@@ -17,7 +17,7 @@ from stablefield._progress import Progress
 from stablefield.cli.entry import main
 from stablefield.data._augmentation import Augmentation
 from stablefield.data._autoencoder import Autoencoder
-from stablefield.data._latents import encode
+from stablefield.data._latents import encode, open_latents
 from stablefield.evaluation import RandomConvolutions
 from stablefield.sampling._noise import SampleNoise
 from stablefield.training._feed import Feed
@@ -83,6 +83,8 @@ def latents(images, vae, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(latents, tmp_path_factory) -> sf.Run:
+    # The set itself knows its place, too.
+    latents = open_latents(latents)
     return sf.train(latents, recipe=RECIPE, out=tmp_path_factory.mktemp("runs") / "run", device="cpu")
 
 
@@ -116,7 +118,7 @@ def test_moments_are_those_of_diffusers_and_of_the_mirrored_images_rounded_to_ha
     assert abs(normal.std() - 1) < 3 / len(normal) ** 0.5
     found.verify()
     file = load_file(latents / "latents.safetensors")
-    assert set(file) == {"mean", "std", "latents", "flipped_mean", "flipped_std", "labels"}
+    assert set(file) == {"mean", "std", "draws", "flipped_mean", "flipped_std", "labels"}
     np.testing.assert_array_equal(file["mean"], found.moments.mean)
 
 
@@ -130,6 +132,8 @@ def test_an_encoding_that_was_stopped_does_not_open_and_goes_on_to_the_same_byte
         encode(images, tmp_path / "out", **arguments, progress=killed)
     with pytest.raises(ValueError, match="is not complete: 32 of 45 images are encoded; call encode again"):
         sf.data.open_images(tmp_path / "out")
+    with pytest.raises(ValueError, match="not a packed image set"):
+        sf.data.open_images(tmp_path / "out" / "latents.safetensors")
     # What a kill may leave in the place of the next batch does not count.
     with (tmp_path / "out" / "latents.safetensors").open("r+b") as file:
         file.seek(-100, 2)
@@ -412,13 +416,15 @@ def test_the_command_encodes_a_folder_with_a_bar_and_shows_it(vae, tmp_path, cap
         found = capsys.readouterr()
         return f"{exit_.value.code} {' '.join((found.out + found.err).split())}"
 
-    out = command("data", "encode", "digits", tmp_path / "out", "--vae", vae, "--batch", 600, "--device", "cpu")
-    assert "1,797 latents of 4 x 4 x 4 float16 values, 10 classes" in out
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "grey.npz", images=rng.integers(0, 256, (90, 8, 8), np.uint8), labels=np.arange(90) % 3)
+    encoded = ("data", "encode", tmp_path / "grey.npz", tmp_path / "out", "--vae", vae, "--device", "cpu")
+    out = command(*encoded, "--batch", 30)
+    assert "90 latents of 4 x 4 x 4 float16 values, 3 classes" in out
     out = command("data", "inspect", tmp_path / "out", "--out", tmp_path / "grid.png")
-    assert "autoencoder" in out
+    assert f"autoencoder {vae}" in out
     assert (tmp_path / "grid.png").is_file()
-    out = command("data", "encode", "digits", tmp_path / "out", "--vae", vae, "--mirror", "--device", "cpu")
-    assert out.startswith("2 ")
-    assert "DEST" in out
+    out = command(*encoded, "--mirror")
+    assert out.startswith(f"2 stablefield: DEST {tmp_path / 'out'} holds latents of mirror False, and these have True")
     probe = sf.probe(tmp_path / "out", sources=64, references=(16, 64), device="cpu")
     assert "64" in str(probe)

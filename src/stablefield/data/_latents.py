@@ -3,10 +3,10 @@
 `encode` writes a folder:
 
     latents.json         how the latents were made and how far it got; at the end their manifest
-    latents.safetensors  mean, std, latents: float16 or float32, (n, C, h, w); flipped_mean, flipped_std; labels: int64 (n,)
+    latents.safetensors  mean, std, draws: float16 or float32, (n, C, h, w); flipped_mean, flipped_std; labels: int64 (n,)
 
 An encoder returns a normal distribution for each image. `mean` and `std` are its moments, `flipped_mean` and `flipped_std`
-those of the mirrored image, which are not the mirror images of the moments. `latents` is one draw of each: what verbs use
+those of the mirrored image, which are not the mirror images of the moments. `draws` holds one draw of each: what verbs use
 that need a fixed set, such as a probe. Training draws anew in each step.
 
 The file has its full size from the start. Each batch is written in its place and is on the disk before latents.json counts
@@ -51,7 +51,7 @@ __all__ = ["decode", "encode", "is_encoded", "open_latents"]
 
 _RECORD, _TENSORS = "latents.json", "latents.safetensors"
 _FORMAT = "stablefield latents 1"
-_PARTS = ("mean", "std", "latents", "flipped_mean", "flipped_std")
+_PARTS = ("mean", "std", "draws", "flipped_mean", "flipped_std")
 _KINDS = {"float16": "F16", "float32": "F32"}
 _DTYPES = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 # The settings, in the words of an error.
@@ -335,7 +335,7 @@ class _Folder:
                 if mirror:
                     found["flipped_mean"], found["flipped_std"] = encoder.moments(pixels[..., ::-1])
                 rngs = [np.random.default_rng([_SEED, row]) for row in rows.tolist()]
-                found["latents"] = mean + std * np.stack([rng.standard_normal(self.shape, np.float32) for rng in rngs])
+                found["draws"] = mean + std * np.stack([rng.standard_normal(self.shape, np.float32) for rng in rngs])
                 for name, values in found.items():
                     with np.errstate(over="ignore"):
                         rounded = np.ascontiguousarray(values, dtype)
@@ -364,8 +364,8 @@ class _Folder:
             class_names=images.class_names,
             skipped=int(images.manifest["skipped"]),
         )
-        manifest = make_image_set(tensors["latents"], labels, origin).manifest
-        moments = {name: pixels_sha256(tensors[name]) for name in _PARTS if name in tensors and name != "latents"}
+        manifest = make_image_set(tensors["draws"], labels, origin).manifest
+        moments = {name: pixels_sha256(tensors[name]) for name in _PARTS if name in tensors and name != "draws"}
         self.manifest = manifest | {
             "autoencoder": autoencoder.record,
             "moments_sha256": moments,
@@ -394,11 +394,12 @@ class _Folder:
                 raise ValueError("its manifest has no scaling for these latents, or no autoencoder")
             names = self.settings.get("class_names")
             return ImageSet(
-                images=tensors["latents"],
+                images=tensors["draws"],
                 labels=labels,
                 class_names=None if names is None else tuple(map(str, names)),
                 name=str(manifest["name"]),
                 manifest=Origin(name="", source="").manifest(0) | manifest,
+                opening={"source": str(self.path), "resolution": None, "resize": "crop", "skip_broken": False},
                 scaling=scaling,
                 moments=Moments(tensors["mean"], tensors["std"]),
                 flipped=Moments(tensors["flipped_mean"], tensors["flipped_std"]) if "flipped_mean" in tensors else None,

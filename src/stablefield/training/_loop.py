@@ -213,9 +213,10 @@ def fit(
     accelerator = accelerator or make_accelerator(device, tracker, folder)
     device = accelerator.device
     ranks = Ranks.launched(device)
-    with ranks.rank_0_first("to open the autoencoder"):
-        record = config.autoencoder if ranks.first else None
-        autoencoder = None if record is None else record.open(vae, device)
+    record, autoencoder = config.autoencoder, None
+    if record is not None:
+        with ranks.rank_0_first("to open the autoencoder"):
+            autoencoder = record.open(vae, device) if ranks.first else None
     try:
         with folder.locked() if ranks.first else nullcontext():
             placement = placed(recipe, data, device, ranks.world_size)

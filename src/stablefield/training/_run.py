@@ -247,8 +247,7 @@ class Run:
             ValueError: if there are too few images for a metric, or the options do not fit the run.
             ImportError: if the extractor's package is not installed.
         """
-        given = dict[str, Any]() if isinstance(sampler, SamplerOptions) else {"vae": vae}
-        opened = sampler if isinstance(sampler, RunSampler) else self.sampler(sampler, device=device, **given)
+        opened = sampler if isinstance(sampler, RunSampler) else self.sampler(sampler, device=device, vae=vae)
         config = self.config
         if data is None:
             data = partial(_part, data_of(config), config)
