@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from safetensors.numpy import load_file
+from safetensors.torch import save_file as save_tensors
 
 import stablefield as sf
 from stablefield._progress import Progress
@@ -358,6 +359,23 @@ def test_an_autoencoder_that_has_moved_is_named_anew_and_another_one_is_refused(
             run.sample(2, vae=tmp_path / "other", device="cpu")
     finally:
         shutil.move(tmp_path / "moved", vae)
+
+
+def test_an_imported_network_is_decoded_by_the_autoencoder_that_the_caller_names(run, vae, model, tmp_path):
+    network = sf.networks.SiT((4, 6), 2, 4, 16, 1, 2, classes=3, generator=torch.Generator().manual_seed(0))
+    save_tensors(network.state_dict(), tmp_path / "sit.safetensors")
+    file = tmp_path / "sit.safetensors"
+    imported = sf.interop.import_run(file, tmp_path / "sit", preconditioning="flow", heads=2)
+    assert imported.sample(2, steps=2, vae=vae, device="cpu").images.shape == (2, 3, 8, 12)
+    # Such networks see (latent - shift_factor) * scaling_factor.
+    x = torch.randn(3, 4, 4, 6)
+    found = imported.sampler(vae=vae, device="cpu").finish(x).numpy().astype(int)
+    assert np.abs(found - decoded(model, x.numpy() / 0.7 + 0.2)).max() <= 1
+    with pytest.raises(ValueError, match=r"vae=.* does nothing at decode=False"):
+        run.sample(2, vae=vae, decode=False)
+    autoencoder(latent_channels=3).save_pretrained(tmp_path / "three")
+    with pytest.raises(ValueError, match="decodes latents of 3 channels, and the run's samples, 4 x 4 x 6, are no"):
+        imported.sample(2, vae=tmp_path / "three")
 
 
 def test_exports_hold_the_autoencoder_or_name_it(run, vae, tmp_path):

@@ -162,13 +162,13 @@ class Autoencoder:
         elif place.count("/") == 2:
             name, _, options["subfolder"] = place.rpartition("/")
         try:
-            config: Any = kind.load_config(name, **options)
-            if config.get("_class_name") != "AutoencoderKL":
-                raise ValueError(
-                    f"its config.json is of {str(config.get('_class_name'))[:80]}, not of an AutoencoderKL"
-                )
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                config: Any = kind.load_config(name, **options)
+                if config.get("_class_name") != "AutoencoderKL":
+                    raise ValueError(
+                        f"its config.json is of {str(config.get('_class_name'))[:80]}, not of an AutoencoderKL"
+                    )
                 model, report = kind.from_pretrained(
                     name, use_safetensors=True, output_loading_info=True, torch_dtype=torch.float32, **options
                 )
