@@ -239,6 +239,8 @@ def test_rows_and_references_are_draws_with_the_mean_and_std_of_their_images(lat
         n = normal.size
         assert abs(normal.mean()) < 5 / n**0.5 + 1e-3
         assert abs(normal.std() - 1) < 5 / n**0.5 + 1e-3
+        # Rows, or images, are independent.
+        assert normal.mean(-4).std() * normal.shape[-4] ** 0.5 == pytest.approx(1, abs=0.1)
         # One number has the same spread over steps: it is drawn anew each time.
         assert np.abs(normal.std(0) - 1).max() < 0.4
 
