@@ -19,7 +19,7 @@ class Purpose(IntEnum):
     DROPOUT = 2
     REFERENCES = 3
     AUGMENTATION = 4
-    LATENTS = 7
+    LATENTS = 6
 
 
 def seed_for(seed: int, purpose: Purpose, step: int = 0, part: int = 0) -> int:
