@@ -341,7 +341,7 @@ def test_evaluation_measures_decoded_images_against_decodings_or_given_images_or
     assert value(raw) == pytest.approx(value(by_hand), rel=1e-4)
 
 
-def test_an_autoencoder_that_has_moved_is_named_anew_and_another_one_is_refused(run, vae, latents, model, tmp_path):
+def test_an_autoencoder_that_has_moved_is_named_anew_and_another_one_is_refused(run, vae, images, latents, tmp_path):
     expected = run.sample(2, steps=2, device="cpu").images
     shutil.move(vae, tmp_path / "moved")
     try:
@@ -350,12 +350,18 @@ def test_an_autoencoder_that_has_moved_is_named_anew_and_another_one_is_refused(
             lambda **vae: sf.train(latents, recipe=RECIPE, out=tmp_path / f"run{len(vae)}", device="cpu", **vae).drawn,
         ):
             with pytest.raises(
-                ValueError, match=r"vae is missing: the autoencoder of these latents was .* Name its new"
+                ValueError, match=r"vae is missing: the autoencoder of these latents was .*, which is gone: name its"
             ):
                 call()
             found = call(vae=tmp_path / "moved")
         assert found.is_file()
         np.testing.assert_array_equal(run.sample(2, steps=2, vae=tmp_path / "moved", device="cpu").images, expected)
+        # Encoding again encodes nothing, and notes the place.
+        shutil.copytree(latents, tmp_path / "noted")
+        encode(images, tmp_path / "noted", vae=tmp_path / "moved", mirror=True, device="cpu", progress=pytest.fail)
+        noted = sf.data.open_images(tmp_path / "noted")
+        assert noted.autoencoder.place == str(tmp_path / "moved")
+        assert sf.data.sample_grid(noted, 4).shape[2] == 3
         autoencoder(seed=1).save_pretrained(tmp_path / "other")
         with pytest.raises(ValueError, match="has weights or settings of sha256"):
             run.sample(2, vae=tmp_path / "other", device="cpu")

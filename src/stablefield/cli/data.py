@@ -106,6 +106,8 @@ class Inspect(_Reading):
     """Number of images in the picture."""
     seed: int = 0
     """Seed of the choice of images."""
+    vae: str = ""
+    """Of encoded images: the autoencoder's folder or name on a hub, if it has moved."""
 
     def run(self) -> int:
         """Print a table and write the picture."""
@@ -123,7 +125,7 @@ class Inspect(_Reading):
             console.print("no picture: these samples are not (1, H, W) or (3, H, W)")
             return 0
         try:
-            write_picture(self.out, sample_grid(images, self.count, self.seed))
+            write_picture(self.out, sample_grid(images, self.count, self.seed, self.vae))
         except OSError as error:
             raise ValueError(f"--out {self.out} cannot be written ({error.strerror}): name another place.") from error
         console.print(f"written: {relative(self.out)}")

@@ -97,14 +97,12 @@ class AutoencoderRecord:
             ImportError: if diffusers is not installed.
         """
         place = self.place if vae is None or vae == "" else str(vae)
-        try:
-            found = Autoencoder.open(place, device)
-        except ValueError as error:
-            if vae:
-                raise
+        moved = Path(place).is_absolute() and not Path(place).exists()
+        if moved and not vae:
             raise ValueError(
-                f"vae is missing: the autoencoder of these latents was {self.place} ({error}) Name its new place."
-            ) from error
+                f"vae is missing: the autoencoder of these latents was {place}, which is gone: name its new place."
+            )
+        found = Autoencoder.open(place, device)
         if found.sha256 != self.sha256:
             raise ValueError(
                 f"vae={place} has weights or settings of sha256 {found.sha256:.12}, and the latents were made by "

@@ -3,6 +3,8 @@
 Means and standard deviations are exact: they come from the counts of the 256 values per channel, taken in one pass.
 """
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -94,7 +96,7 @@ def _image_rows(images: ImageSet) -> list[tuple[str, str]]:
     ]
 
 
-def sample_grid(images: ImageSet, count: int = 64, seed: int = 0) -> NDArray[np.uint8]:
+def sample_grid(images: ImageSet, count: int = 64, seed: int = 0, vae: str | Path = "") -> NDArray[np.uint8]:
     """A picture of `count` images drawn without replacement (all, if there are fewer), in the order of the set.
 
     Latents of images are decoded.
@@ -103,6 +105,7 @@ def sample_grid(images: ImageSet, count: int = 64, seed: int = 0) -> NDArray[np.
         images: the set.
         count: how many.
         seed: of the draw.
+        vae: the autoencoder's place, if it has moved.
 
     Returns:
         The picture, shape (height, width, C), uint8 (see `tile`).
@@ -114,6 +117,7 @@ def sample_grid(images: ImageSet, count: int = 64, seed: int = 0) -> NDArray[np.
     check_kind("images", images, ImageSet, "an ImageSet, as open_images returns")
     whole_number("count", count)
     whole_number("seed", seed, 0)
+    check_kind("vae", vae, (str, Path), "the place of the autoencoder")
     if count < 1:
         raise ValueError(f"count={count}: a picture takes at least 1 image.")
     drawn = np.random.default_rng(seed).choice(len(images), min(count, len(images)), replace=False)
@@ -122,7 +126,7 @@ def sample_grid(images: ImageSet, count: int = 64, seed: int = 0) -> NDArray[np.
         drawn = drawn[np.argsort(images.labels[drawn], kind="stable")]
     values, _ = images.batch(drawn)
     autoencoder = images.autoencoder
-    return tile(as_pictures(values) if autoencoder is None else autoencoder.open().decode(values).numpy())
+    return tile(as_pictures(values) if autoencoder is None else autoencoder.open(vae).decode(values).numpy())
 
 
 def _listed(values: tuple[float, ...]) -> str:

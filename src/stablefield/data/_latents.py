@@ -97,7 +97,8 @@ def encode(
         progress: called after each batch with the number of images that are encoded.
 
     Returns:
-        The latents, as `open_images(out)` opens them.
+        The latents, as `open_images(out)` opens them. If all were encoded before, the call only notes the place of the
+        autoencoder, which may have moved.
 
     Raises:
         ValueError: if the autoencoder cannot be used or does not take images of this shape, or the folder holds other data,
@@ -137,6 +138,10 @@ def encode(
                 if progress is not None:
                     progress(Progress(stage="encoding", done=end, total=len(images)))
             written.finish(images, encoder.record(images.shape))
+        elif AutoencoderRecord.of_manifest(written.manifest) != encoder.record(images.shape):
+            # It has moved.
+            written.manifest["autoencoder"] = encoder.record(images.shape).record
+            written.write()
     except OSError as error:
         raise ValueError(
             f"out={path} cannot be written ({error.strerror or error}): free some space and call again to go on, or name "
@@ -279,7 +284,7 @@ class _Folder:
                     f"out={path}: the latents take {size_text(size)}, and {size_text(free)} are free there: name another "
                     "place."
                 )
-            found._write()
+            found.write()
         if found.encoded == 0:
             found._create(labels)
         return found
@@ -349,7 +354,7 @@ class _Folder:
                 file.flush()
                 os.fsync(file.fileno())
                 self.encoded = int(rows[-1]) + 1
-                self._write()
+                self.write()
                 yield self.encoded
 
     def finish(self, images: ImageSet, autoencoder: AutoencoderRecord) -> None:
@@ -373,7 +378,7 @@ class _Folder:
                 key: images.manifest[key] for key in ("name", "source", "sha256", "resized", "conversions")
             },
         }
-        self._write()
+        self.write()
 
     def open(self) -> ImageSet:
         """The complete set."""
@@ -409,7 +414,8 @@ class _Folder:
                 f"{self.path} is damaged ({reason(error)}): remove it, and encode the images again."
             ) from error
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Write how far it got."""
         record = {
             "format": _FORMAT,
             "settings": self.settings,
