@@ -72,9 +72,12 @@ def _command(rng: random.Random, k: int, places: Sequence[Path], run: Path, out:
     words += SMALL.get(verb.name, "").split()
     flags = [flag for group in verb.groups for flag in group.flags]
     if any(flag.name == "--out" for flag in flags):
-        suffix = {"data inspect": ".png", "sample": rng.choice([".jpg", ".npz", ""]), "evaluate": ".json"}.get(
-            verb.name, ""
-        )
+        suffix = {
+            "data inspect": ".png",
+            "sample": rng.choice([".jpg", ".npz", ""]),
+            "evaluate": ".json",
+            "report": ".json",
+        }.get(verb.name, "")
         words += ["--out", str(out / f"{k}{suffix}") if rng.random() < 0.8 else str(rng.choice(places))]
     for flag in rng.sample(flags, min(len(flags), rng.choice([0, 1, 1, 2, 3]))):
         if flag.name not in COSTLY and flag.name != "--out":

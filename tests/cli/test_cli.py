@@ -42,7 +42,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_train_leaves_the_run_folder_of_the_contract(run: Path) -> None:
-    assert {path.name for path in run.iterdir()} == {"config.json", "metrics.jsonl", "checkpoints", "samples"}
+    assert {path.name for path in run.iterdir()} == {
+        "config.json",
+        "environment.jsonl",
+        "metrics.jsonl",
+        "checkpoints",
+        "samples",
+    }
     assert (run / "samples" / "step-00000350.png").is_file()
     assert (run / "checkpoints" / "step-00000350" / "state.json").is_file()
 

@@ -11,9 +11,10 @@ from stablefield.cli.entry import main
 from stablefield.cli.flags import Flag
 from stablefield.cli.inventory import inventory
 from stablefield.cli.parser import given
-from stablefield.cli.recipe_flags import BASES, RecipeFlags, yielding
+from stablefield.cli.recipe_flags import BASES, RecipeFlags, with_distribution, yielding
 from stablefield.data._image_set import ImageSet
-from stablefield.diffusion._process import VE
+from stablefield.diffusion._noise_levels import LogNormal, LogUniform, NoiseLevels, Uniform
+from stablefield.diffusion._process import VE, RectifiedFlow
 from stablefield.training._loop import check_fit
 from stablefield.training._recipe import MLPConfig, Recipe
 from stablefield.training._recipes import imagefolder
@@ -169,3 +170,53 @@ def test_processes_with_an_end_are_all_known_to_yield() -> None:
     kinds = get_args(get_type_hints(Recipe)["process"])
     ended = [kind for kind in kinds if any(f.name.startswith("sigma") for f in dataclasses.fields(kind))]
     assert ended == [VE]
+
+
+@pytest.mark.parametrize(
+    ("name", "distribution", "expected"),
+    [
+        ("sit", "uniform", Uniform(0.0, 1.0)),
+        ("sit", "lognormal", LogNormal(0.0, 1.0)),
+        ("digits", "loguniform", LogUniform()),
+        ("cifar10-ve", "loguniform", LogUniform(0.02, 100.0)),
+        ("cifar10-ve", "lognormal", LogNormal(-1.2, 1.2)),
+        ("cifar10-vp", "lognormal", LogNormal(-1.2, 1.2)),
+        ("cifar10-ve", "uniform", Uniform(1e-5, 1.0)),
+    ],
+)
+def test_a_recipe_takes_another_distribution_of_noise(name: str, distribution: str, expected: NoiseLevels) -> None:
+    assert with_distribution(BASES[name], distribution).noise_levels == expected
+    stratified = dataclasses.replace(BASES[name].noise_levels, stratified=True)
+    kept = with_distribution(dataclasses.replace(BASES[name], noise_levels=stratified), distribution)
+    assert kept.noise_levels == dataclasses.replace(expected, stratified=True)
+
+
+def test_the_lognormal_distribution_of_a_flow_is_the_logit_normal_one_of_its_times() -> None:
+    levels = with_distribution(BASES["sit"], "lognormal").noise_levels
+    u = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    expected = torch.sigmoid(torch.distributions.Normal(0.0, 1.0).icdf(u))
+    torch.testing.assert_close(levels.quantile(u, RectifiedFlow()), expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["digits", "--noise-distribution", "uniform"], "has no end. Pass lognormal or loguniform"),
+        (["digits", "--recipe", "sit", "--noise-levels.start", "0.1"], "or name another --noise-distribution."),
+        (["--resume", "--out", "runs/old", "--noise-distribution", "uniform"], "a run continues with its own recipe"),
+    ],
+)
+def test_a_distribution_that_does_not_fit_is_an_error(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *flags])
+    assert ended.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_distribution_is_part_of_the_recipe_that_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--noise-distribution", "uniform", "--noise-levels.start", "0.1", "--noise-levels.stratified"]
+    with pytest.raises(SystemExit):
+        main(["train", "digits", "--recipe", "sit", *flags, "--print"])
+    assert "noise_levels=Uniform(stratified=True, start=0.1, end=1.0)" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """`stablefield train`: any folder of images, the recipe that fits it, and a run that can be left at any time."""
 
+import io
 import json
 import os
 import re
@@ -169,13 +170,15 @@ def test_what_ends_the_first_process_before_the_run_ends_the_other(
 def test_two_processes_measure_themselves_on_the_way(tmp_path: Path, begin_two: Callable[..., list[Fork]]) -> None:
     out = tmp_path / "run"
     flags = ("--steps", "4", "--batch", "64", "--sample-every", "0", "--log-every", "2", "--out", str(out))
-    started = begin_two(*flags, "--evaluate-every", "2", "--evaluate-samples", "60")
+    started = begin_two(*flags, "--evaluate-every", "2", "--evaluate-samples", "60", "--held-out", "0.1")
     ends = [process.communicate(timeout=100) for process in started]
     assert [process.returncode for process in started] == [0, 0], ends
     entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries] == [2, 4]
     assert all(any("frechet" in key.lower() for key in entry) for entry in entries), entries
     assert "gradients:  summed by DistributedDataParallel; a resumed run has the same bits on 2 processes" in ends[0][0]
+    best = min((entry["held_out_loss"], entry["step"]) for entry in entries)
+    assert RunFolder.open(out).best() == (best[1], best[0])
 
 
 def test_dry_run_says_what_a_run_takes_and_writes_nothing(
@@ -227,6 +230,13 @@ def test_tensorboard_receives_what_metrics_jsonl_does(photos: Path, tmp_path: Pa
     events = EventAccumulator(str(out / "stablefield")).Reload()
     losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
+    (shown,) = events.Images("samples")
+    assert shown.step == 2
+    with (
+        Image.open(io.BytesIO(shown.encoded_image_string)) as logged,
+        Image.open(out / "samples/step-00000002.png") as grid,
+    ):
+        np.testing.assert_array_equal(np.asarray(logged.convert("RGB")), np.asarray(grid.convert("RGB")))
 
 
 def test_averages_of_any_length_are_made_and_sampled_after_training(

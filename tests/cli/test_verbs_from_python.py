@@ -45,6 +45,7 @@ CALLS: dict[str, Callable[[sf.Run, Path], object]] = {
         "digits", seeds=[0], out=at / "both", recipe=TINY, evaluations=1, samples=40, device="cpu"
     ),
     "sample": lambda run, at: run.sample(4, steps=2).save(at / "grid.png"),
+    "report": lambda run, at: run.report().save(at / "run.html"),
     "ema": lambda run, at: run.average(0.1)[0],
     "evaluate": lambda run, at: run.evaluate(samples=16, sampler="euler", **SMALL).save(at / "evaluation.json"),
     "evaluate IMAGES": lambda run, at: sf.evaluate("digits", data="digits", **SMALL).save(at / "images.html"),

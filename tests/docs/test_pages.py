@@ -18,7 +18,7 @@ from stablefield.cli.entry import main
 from stablefield.cli.verbs import parse
 from stablefield.training._recipes import DIGITS
 
-VERBS = ["train", "compare", "sample", "ema", "evaluate", "probe", "bench", "export", "import", "doctor"]
+VERBS = ["train", "compare", "sample", "report", "ema", "evaluate", "probe", "bench", "export", "import", "doctor"]
 IDS = [str(page.relative_to(DOCS)) for page in PAGES]
 
 

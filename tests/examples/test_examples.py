@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 import stablefield as sf
+from stablefield.data import open_images
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
-SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py"))
+SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py") if "# +" in path.read_text("utf-8"))
 STEPS = 8
 # Where the script before takes means itself: how to make it draw the same rows, but regress on the single sample.
 SINGLE = {"stablevm_bank.py": {"capacity": 10_000, "mean_from": 1.0}}
@@ -74,6 +75,22 @@ def test_diffusers_loop_is_the_same_to_the_last_bit_for_its_other_prediction_typ
     plain = load(before(source), "before")(steps=4, prediction_type=prediction_type, draw=0)
     monkeypatch.setattr(sf, "StableTarget", lambda process, **_: sf.DenoisingTarget(process))
     assert load(source, "after")(steps=4, prediction_type=prediction_type, draw=0) == plain
+
+
+def test_the_example_autoencoder_opens_with_diffusers_alone_and_scales_its_latents_to_unit_variance(
+    tmp_path: Path,
+) -> None:
+    kl = pytest.importorskip("diffusers").AutoencoderKL
+    images = open_images("digits")
+    main: Callable[..., list[float]] = load((FOLDER / "autoencoder.py").read_text("utf-8"), "autoencoder.py")
+    losses = main(images, tmp_path / "vae", steps=20, batch=32, widths=(8, 16))
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    vae = kl.from_pretrained(tmp_path / "vae", use_safetensors=True)
+    x = torch.from_numpy(images.images[:500].copy()).float() / 127.5 - 1
+    with torch.no_grad():
+        latents = vae.encode(x).latent_dist.sample() * vae.config.scaling_factor
+    assert latents.shape == (500, 4, 4, 4)
+    assert latents.std().item() == pytest.approx(1, abs=0.1)
 
 
 def test_a_bank_of_all_latents_gives_the_losses_of_the_pool() -> None:

@@ -21,7 +21,9 @@ from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._latents import encode, open_latents
 from stablefield.evaluation import RandomConvolutions
 from stablefield.sampling._noise import SampleNoise
+from stablefield.targets._moments import Moments
 from stablefield.training._feed import Feed
+from stablefield.training._held_out import _mirrored
 from stablefield.training._loop import make_accelerator
 from stablefield.training._plan import make_plan
 from stablefield.training._recipe import MLPConfig, Recipe
@@ -297,6 +299,30 @@ def test_a_run_on_latents_resumes_bit_for_bit_and_shows_decoded_images(run, late
         for ema in ("none", "half-life"):
             ours, theirs = (one.model(ema).denoiser.state_dict() for one in (stopped, whole))
             assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_held_out_latents_are_never_drawn_from_and_looks_take_the_mirrored_images_latents(latents, tmp_path):
+    found = open_latents(latents)
+    run = sf.train(found, recipe=RECIPE, held_out=0.2, out=tmp_path / "run", device="cpu")
+    assert run.metrics()[-1]["held_out_loss"] > 0
+    rows, own = run.config.held_out.split(len(found), 0)
+    assert (len(rows), len(own)) == (36, 9)
+    # Of what is held out nothing is read: NaN there would show.
+    gone = np.isin(np.arange(45), own)[:, None, None, None]
+    moments, flipped = (
+        Moments(np.where(gone, np.nan, one.mean), np.where(gone, np.nan, one.std))
+        for one in (found.moments, found.flipped)
+    )
+    found = dataclasses.replace(found, moments=moments, flipped=flipped)
+    for references, placement in (("all", "resident"), (20, "resident"), (20, "loaded")):
+        recipe = dataclasses.replace(RECIPE, references=references)
+        feed = Feed(found, recipe, torch.device("cpu"), labelled=True, placement=placement, rows=rows)
+        given = feed.rows(0, slice(None), torch.arange(16) % 2 == 0)
+        feed.close()
+        assert all(value.isfinite().all() for value in (given.pixels, given.pool.data, given.pool.flipped))
+    mirrored = _mirrored(open_latents(latents), rows, torch.empty(0), seed=0)
+    mean, std = (torch.from_numpy(value).double() for value in open_latents(latents).scaled_moments(rows, flipped=True))
+    assert ((mirrored - mean) / std).std() == pytest.approx(1, abs=0.1)
 
 
 def test_samples_are_the_decoded_latents(run, model, tmp_path):

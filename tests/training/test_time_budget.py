@@ -12,6 +12,7 @@ import stablefield as sf
 from pictures import whole_pictures
 from stablefield.cli.entry import main
 from stablefield.data._digits import open_digits
+from stablefield.training._held_out import HeldOut
 from stablefield.training._pace import Costs, Pace
 from stablefield.training._recipe import MLPConfig, Recipe
 from stablefield.training._time_budget import seconds_of, within
@@ -67,15 +68,35 @@ def test_the_chosen_steps_fit_the_time_for_any_costs() -> None:
         found = within(TINY, seconds, costs)
         # By hand: every step, the pictures and checkpoints where they are due, and those after the last step.
         looks = (found.steps - 1) // found.sample_every if found.sample_every else 0
+        early = len([step for step in found.early_grids if step < found.steps])
         saves = (found.steps - 1) // found.checkpoint_every
-        used = setup + found.steps * step + (looks + 1) * picture + (saves + 1) * checkpoint
+        used = setup + found.steps * step + (looks + early + 1) * picture + (saves + 1) * checkpoint
         assert used <= seconds
-        assert used >= 0.9 * seconds - picture - checkpoint - step
+        assert used >= 0.9 * seconds - (5 - early) * picture - checkpoint - step
         images = found.steps * found.batch
         assert found.ramp_images <= 0.05 * images
         assert found.ema_half_life <= 0.05 * images
     kept = within(TINY, 1e6, Costs(setup=0, step=1e-3, picture=1, checkpoint=0.1))
     assert (kept.ramp_images, kept.ema_half_life, kept.log_every) == (20_000, 50_000, 50)
+
+
+def test_the_chosen_steps_leave_time_for_looks_at_held_out_samples() -> None:
+    generator = torch.Generator().manual_seed(0)
+    digits = open_digits()
+    for _ in range(100):
+        step, seconds = (
+            float(10 ** torch.empty(()).uniform_(low, high, generator=generator)) for low, high in ((-3, 0), (3, 5))
+        )
+        costs = Costs(setup=0.1, step=step, picture=1.0, checkpoint=0.1, row=0.9 * step / (3 * TINY.batch))
+        held_out = HeldOut.part(0.05, digits, TINY)
+        found = within(TINY, seconds, costs, held_out)
+        plain = within(TINY, seconds, costs)
+        # By hand: what the looks take, at every one of which the loss may be the best so far.
+        looks = found.steps // held_out.paced(found).every + 1
+        used = found.steps * step + looks * (0.1 + 2 * 8 * 128 * costs.row)
+        assert used <= plain.steps * step
+        # Short runs of this batch pay for five looks; long ones two percent, and the checkpoints.
+        assert used >= 0.8 * plain.steps * step
 
 
 def test_a_time_that_is_too_short_says_how_much_more_to_give() -> None:

@@ -29,6 +29,8 @@ class Export:
     """A pipeline folder with its code, or safetensors and JSON alone."""
     ema: str = "half-life"
     """Which average of the weights: half-life, none, or a length such as 0.1, from the run's snapshots."""
+    checkpoint: str = "newest"
+    """Which checkpoint: newest, best for the one with the lowest held-out loss, or a step that is kept."""
     name: str = ""
     """Model name on the card; the run folder's by default."""
     samples: int = 64
@@ -55,6 +57,7 @@ class Export:
                 self.out,
                 format=self.format,
                 ema=self.ema,
+                checkpoint=self.checkpoint,
                 name=self.name,
                 samples=self.samples,
                 steps=self.steps,

@@ -28,21 +28,21 @@ __all__ = ["inventory"]
 _COMMON = {
     "train": "out recipe steps batch learning-rate resolution conditional target device resume",
     "compare": "out seeds recipe steps batch learning-rate resolution evaluations samples device",
-    "sample": "out overwrite seeds sampler steps class-label guidance-scale ema batch device",
+    "sample": "out overwrite seeds sampler steps class-label guidance-scale ema checkpoint batch device",
     "evaluate": "data metrics samples repeats extractor out overwrite report against sampler steps device",
     "probe": "references noise-levels plan batch aim tolerance by-class seed out device",
 }
 # The other flags, under these titles; a word that ends in a dot means all flags that begin with it.
 _GROUPS = {
-    "Before a run": "time dry-run print",
+    "Before a run": "time held-out dry-run print",
     "Real images": "split references held-out resolution resize cache no-cache images-split",
     "Data": "resolution resize skip-broken max-images sources augmentation mirror",
-    "Model": "init conditional label-dropout ema",
+    "Model": "init conditional label-dropout ema checkpoint",
     "Latents of images": "latent-scaling vae decode no-decode",
     "Target": "references noise-band",
     "Variance of a batch": "draws-per-image antithetic no-antithetic importance-sampling no-importance-sampling",
     "Optimisation": (
-        "learning-rate ramp-images decay-share max-grad-norm nan-to-num no-nan-to-num "
+        "learning-rate noise-distribution ramp-images decay-share max-grad-norm nan-to-num no-nan-to-num "
         "gradient-accumulation-steps seed precision compile exact"
     ),
     "Averages of the weights": "ema-half-life ema-ramp ema-snapshot-every",

@@ -16,8 +16,8 @@ import tyro
 from stablefield.cli.parser import given, read
 from stablefield.cli.sources import DataFlags, print_reading
 from stablefield.data._image_set import ImageSet
-from stablefield.diffusion._noise_levels import LogUniform
-from stablefield.diffusion._process import VE
+from stablefield.diffusion._noise_levels import LogNormal, LogUniform, Uniform
+from stablefield.diffusion._process import EDM, VE, RectifiedFlow
 from stablefield.training._plan import place
 from stablefield.training._recipe import DiffusersUNetConfig, Recipe, SongUNetConfig
 from stablefield.training._recipes import RECIPES, imagefolder, largest_resolution, named_recipe, sit, unet2d
@@ -54,17 +54,16 @@ class RecipeFlags:
 
     words: tuple[str, ...] = ()
 
-    def check(self, name: str, data: str) -> None:
+    def check(self, name: str, base: Recipe) -> None:
         """Check the flags before the data are open, as far as possible.
 
         Args:
             name: name of the recipe.
-            data: value of DATA.
+            base: the recipe, or a stand-in for it.
 
         Raises:
             ValueError: if a value is wrong, or the named recipe has no such flag.
         """
-        base = base_of(name, data)
         _, unknown = read(Recipe, self.words, yielding(base, given(self.words))[0])
         if unknown and name in RECIPES:
             raise ValueError(_foreign(unknown, base))
@@ -97,6 +96,9 @@ class TrainingFlags(DataFlags):
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA", help_behavior_hint="")] = ""
     recipe: RecipeName = "auto"
     """Which settings to start from; the flags below change them. auto chooses one for the data."""
+    noise_distribution: Literal["recipe", "lognormal", "loguniform", "uniform"] = "recipe"
+    """Distribution of the training noise levels: lognormal is EDM's, for a flow logit-normal times; loguniform that of VE;
+    uniform draws the time uniformly; recipe is the recipe's own. Flags such as --noise-levels.mean set its numbers."""
     device: str = ""
     """Where to compute, such as cpu or cuda; by default a GPU if there is one."""
     config: tyro.conf.Suppress[RecipeFlags] = RecipeFlags()
@@ -109,7 +111,8 @@ class TrainingFlags(DataFlags):
             ValueError: naming the flag.
             ImportError: if a package is missing.
         """
-        self.config.check(self.recipe, self.data)
+        base = with_distribution(base_of(self.recipe, self.data), self.noise_distribution)
+        self.config.check(self.recipe, base)
 
     def chosen(self, source: WeightSource | None = None) -> "Chosen":
         """Open the data, and apply the flags to the recipe that --recipe names or that suits them.
@@ -135,6 +138,7 @@ class TrainingFlags(DataFlags):
             name, base = f"that of {source.path}", theirs
         else:
             name, base = named_recipe(self.recipe, data, accelerated=accelerated)
+        base = with_distribution(base, self.noise_distribution)
         recipe, notes = self.config.on(base, data.shape if self.resolution else None)
         return Chosen(data, name, base, recipe, notes, device)
 
@@ -170,9 +174,10 @@ def _foreign(unknown: Sequence[str], recipe: Recipe) -> str:
     names = [f"--{part.replace('_', '-')}.{field.name.replace('_', '-')}" for field in dataclasses.fields(kind)]
     own = f"its flags are {', '.join(names)}" if names else "it has no flags"
     chosen = type(kind).__name__.removesuffix("Config")
+    other = "name another --noise-distribution" if part == "noise_levels" else "name another --recipe"
     return (
         f"{' and '.join(flags)}: the chosen recipe has {chosen} for its {part.replace('_', ' ')}, and "
-        f"{own}. Leave the flag out, or name another --recipe."
+        f"{own}. Leave the flag out, or {other}."
     )
 
 
@@ -222,6 +227,34 @@ def yielding(recipe: Recipe, flags: Mapping[str, Sequence[str]]) -> tuple[Recipe
             elif other and here not in flags and _ordered(found.process, process, other):
                 change(there, process.replace("-", "_"), other, "the process has to reach that noise level")
     return found, tuple(notes)
+
+
+def with_distribution(recipe: Recipe, name: str) -> Recipe:
+    """The recipe with another distribution of the training noise levels.
+
+    Args:
+        recipe: the recipe to change.
+        name: lognormal, loguniform or uniform; or recipe, for the recipe's own.
+
+    Raises:
+        ValueError: if times of the recipe's process have no uniform distribution.
+    """
+    old, process = recipe.noise_levels, recipe.process
+    if name == "uniform" and isinstance(process, EDM):
+        raise ValueError(
+            "--noise-distribution uniform: the time of an EDM process is its noise level, which has no end. Pass lognormal "
+            "or loguniform, or a recipe of a flow, such as --recipe sit."
+        )
+    flow = isinstance(process, RectifiedFlow)
+    if name == "lognormal":
+        new = LogNormal(0.0, 1.0) if flow else LogNormal()
+    elif name == "loguniform":
+        new = LogUniform(process.sigma_min, process.sigma_max) if isinstance(process, VE) else LogUniform()
+    else:
+        new = Uniform(0.0, 1.0) if flow else Uniform()
+    if name == "recipe" or type(new) is type(old):
+        return recipe
+    return dataclasses.replace(recipe, noise_levels=dataclasses.replace(new, stratified=old.stratified))
 
 
 def with_fewer_levels(

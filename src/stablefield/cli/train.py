@@ -4,7 +4,7 @@ import dataclasses
 import pprint
 import shlex
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -60,6 +60,9 @@ class Train(TrainingFlags):
     time: str = ""
     """Time that the command may take, such as 90s, 10m or 2h, in place of --steps. A few trial steps show how many steps
     that is; the ramp of the learning rate, the averages, pictures and checkpoints follow, and the run keeps its pace."""
+    held_out: Annotated[str, tyro.conf.arg(metavar="SHARE|DATA")] = ""
+    """Do not train on these: a share of the data, such as 0.05, or other data of the same kind. Logs the loss on them at
+    fixed noise, and keeps the checkpoint with the lowest one, for --checkpoint best."""
     print: bool = False
     """Show the recipe as Python, and exit."""
     dry_run: bool = False
@@ -89,6 +92,9 @@ class Train(TrainingFlags):
         check_tracker(self.tracker)
         if self.init is not None:
             open_weights(self.init)
+        held_out = self._held_out()
+        if isinstance(held_out, float) and not 0 < held_out < 1:
+            raise ValueError(f"--held-out {held_out:g}: give a share between 0 and 1, such as 0.05, or other data.")
         if self.time:
             seconds_of(self.time)
             if "--steps" in given(self.config.words):
@@ -111,7 +117,10 @@ class Train(TrainingFlags):
         if self.print:
             return _print_recipe(found.recipe, found.notes)
         self._check_samples(len(found.data))
-        plan = make_plan(found.data, found.recipe, init=self.init, device=found.device)
+        held_out = self._held_out()
+        if isinstance(held_out, str) and Ranks.launched(found.device).first:
+            held_out = self._opened(held_out, found.data.opening or {})
+        plan = make_plan(found.data, found.recipe, init=self.init, held_out=held_out, device=found.device)
         console.print(f"recipe:     {found.name} (all of it: --print)")
         for note in found.notes:
             console.print(f"changed:    {note}", markup=False)
@@ -123,6 +132,8 @@ class Train(TrainingFlags):
         if self.time:
             plan = plan.within(max(1e-3, began + seconds_of(self.time) - clock()), found.device)
             _print_budget(plan, found.recipe)
+        if plan.config.held_out is not None:
+            console.print(f"held out:   {plan.config.held_out.describe(plan.config.recipe)}", markup=False)
         if self.dry_run:
             return print_rows(plan.estimate(found.device).rows())
 
@@ -158,7 +169,8 @@ class Train(TrainingFlags):
             self._check_samples(len(data))
             if self.dry_run:
                 return print_rows(estimate_run(config, data, device, done).rows())
-            call = partial(run.resume, steps=steps, data=data, vae=self.vae, device=device)
+            held_out = self._opened(self.held_out, config.opening) if self.held_out and ranks.first else None
+            call = partial(run.resume, steps=steps, data=data, held_out=held_out, vae=self.vae, device=device)
             return self._trained(data, device, done, config.recipe.steps, call)
 
     def _check_nothing_changes(self) -> None:
@@ -169,6 +181,7 @@ class Train(TrainingFlags):
         """
         changes = [flag for flag in given(self.config.words) if flag != "--steps"]
         changes += ["--recipe"] if self.recipe != "auto" else []
+        changes += ["--noise-distribution"] if self.noise_distribution != "recipe" else []
         if changes:
             raise ValueError(
                 f"{', '.join(changes)} with --resume: a run continues with its own recipe, and only --steps may change; "
@@ -176,6 +189,10 @@ class Train(TrainingFlags):
             )
         if self.init is not None:
             raise ValueError("--init with --resume: a run continues with its own weights; leave one of the two out.")
+        if isinstance(self._held_out(), float):
+            raise ValueError(
+                "--held-out with --resume: a run keeps what it holds out; name only the new place of data."
+            )
         if self.time:
             raise ValueError("--time with --resume: a run continues to its last step; give --steps to change it.")
         for name in ("resolution", "resize", "skip_broken"):
@@ -188,6 +205,17 @@ class Train(TrainingFlags):
         """The value of --steps, if given."""
         values = given(self.config.words).get("--steps")
         return None if values is None else int(values[-1])
+
+    def _held_out(self) -> float | str | None:
+        """The value of --held-out: a share, or the name of data."""
+        try:
+            return float(self.held_out)
+        except ValueError:
+            return self.held_out or None
+
+    def _opened(self, name: str, opening: Mapping[str, Any]) -> ImageSet:
+        """Other data that are held out, opened as the training data were."""
+        return open_data(name, **{key: value for key, value in opening.items() if key != "source"})
 
     def _check_samples(self, images: int | None) -> None:
         if self.evaluate_every:
@@ -242,6 +270,8 @@ def _print_budget(plan: Plan, recipe: Recipe) -> None:
     left = duration(plan.seconds or 0)
     console.print(f"time:       {left} left, for about {found.steps:,} steps (the recipe: {recipe.steps:,})")
     looks = f"a picture every {found.sample_every:,} steps" if found.sample_every else "one picture, at the end"
+    if found.sample_every >= found.steps:
+        looks = "two pictures, one early and one at the end"
     console.print(
         f"            ramp {found.ramp_images:,} images, half-life of the averages {found.ema_half_life:,.0f}, {looks}"
     )
@@ -293,6 +323,12 @@ def _print_end(run: Run, seconds: float) -> None:
     else:
         console.print(f"done in {duration(seconds)}")
         console.print(f"samples:    {escape(relative(run.drawn))}")
+    for name, path in (("over time", run.path / "samples" / "training.gif"), ("report", run.path / "report.html")):
+        if path.is_file():
+            console.print(f"{name + ':':11} {escape(relative(path))}")
+    best = run.folder.best()
+    if best is not None:
+        console.print(f"best:       step {best[0]:,}, with a held-out loss of {best[1]:.4g} (--checkpoint best)")
     _print_sampling(run)
 
 

@@ -15,6 +15,7 @@ from stablefield.cli.importing import Import
 from stablefield.cli.parser import read
 from stablefield.cli.probe import Probe
 from stablefield.cli.recipe_flags import RecipeFlags, TrainingFlags
+from stablefield.cli.report import Report
 from stablefield.cli.sample import Sample
 from stablefield.cli.train import Train
 from stablefield.training._recipe import Recipe
@@ -26,6 +27,7 @@ VERBS: dict[str, type] = {
     "compare": Compare,
     "sample": Sample,
     "ema": Ema,
+    "report": Report,
     "evaluate": Evaluate,
     "probe": Probe,
     "bench": Bench,

@@ -22,7 +22,7 @@ from stablefield._shapes import check_kind, whole_number
 from stablefield.data._image_set import class_text
 from stablefield.data._pillow import require_pillow
 
-__all__ = ["PICTURES", "as_pictures", "class_grid", "is_picture", "tile", "write_picture", "write_png"]
+__all__ = ["PICTURES", "as_pictures", "caption", "class_grid", "is_picture", "tile", "write_picture", "write_png"]
 
 PICTURES = (".png", ".jpg", ".jpeg")
 """Suffixes of the pictures that `write_picture` writes."""
@@ -150,6 +150,15 @@ def class_grid(
             parts.append(_captions(texts, [*lefts, width], images.shape[1]))
         parts.append(_widened(tile(images[row], len(row), scale, padding), width))
     return np.concatenate(parts)
+
+
+def caption(text: str, width: int, channels: int) -> NDArray[np.uint8]:
+    """A strip with a caption, shape (height, width, channels), uint8; a text that is too long is cut.
+
+    Raises:
+        ImportError: if Pillow is not installed.
+    """
+    return _captions([(text, text)], [2, width], channels)
 
 
 def _split(places: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:

@@ -11,7 +11,7 @@ from stablefield.data._pillow import require_pillow
 from stablefield.data._png import as_pictures, class_grid, tile
 from stablefield.report._page import Figure
 
-__all__ = ["image_figure"]
+__all__ = ["grid_figure", "image_figure"]
 
 
 def image_figure(
@@ -45,14 +45,45 @@ def image_figure(
         return tile(images, columns) if labels is None else class_grid(images, labels, class_names)
 
     images = as_pictures(images)
-    picture = laid_out(images)
-    # Tiling black images shows the white background, which becomes transparent.
-    ground = laid_out(np.zeros_like(images))[:, :, :1]
-    # Letters are grey, legible on the page's background, light or dark.
-    picture = np.where((ground > 0) & (ground < 255), np.uint8(128), picture)
+    # Tiling black images shows the white background.
+    return grid_figure(laid_out(images), laid_out(np.zeros_like(images)), alt=alt, caption=caption, title=title)
+
+
+def grid_figure(
+    picture: NDArray[np.uint8],
+    ground: NDArray[np.uint8] | None,
+    *,
+    alt: str,
+    caption: str = "",
+    title: str = "",
+    width: int | None = None,
+) -> Figure:
+    """A figure of a grid that has been drawn.
+
+    Args:
+        picture: the grid, shape (height, width, 1 or 3).
+        ground: the same grid of black images, whose white becomes transparent; None for an opaque picture.
+        alt: a description of the images.
+        caption: the text below.
+        title: in bold before the caption.
+        width: reduce a wider picture to this many pixels.
+
+    Raises:
+        ValueError: if `alt` is empty.
+        ImportError: if Pillow is not installed.
+    """
     require_pillow("drawing images")
     from PIL import Image
 
+    if ground is None:
+        drawn = Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture)
+    else:
+        ground = ground[:, :, :1]
+        # Letters are grey, legible on the page's background, light or dark.
+        picture = np.where((ground > 0) & (ground < 255), np.uint8(128), picture)
+        drawn = Image.fromarray(np.concatenate([picture, 255 - ground], axis=2))
+    if width is not None and drawn.width > width:
+        drawn = drawn.resize((width, max(1, round(drawn.height * width / drawn.width))), Image.Resampling.BOX)
     data = io.BytesIO()
-    Image.fromarray(np.concatenate([picture, 255 - ground], axis=2)).save(data, format="PNG", optimize=True)
+    drawn.save(data, format="PNG", optimize=True)
     return Figure(data.getvalue(), alt=alt, caption=caption, title=title)

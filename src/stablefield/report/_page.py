@@ -207,9 +207,13 @@ class Page(_Filled):
     blocks: tuple[Block, ...]
     footer: str = ""
     """The last line: the command, when it ran. The library's version is always added."""
+    refresh: int | None = None
+    """Seconds after which a browser loads the file again; None for a page that does not change."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.refresh is not None and not (isinstance(self.refresh, int) and self.refresh > 0):
+            raise ValueError(f"refresh={self.refresh!r} of Page {self.title!r}: pass a positive number of seconds.")
         if _depth(self.blocks) > DEEPEST:
             raise ValueError(
                 f"sections of Page {self.title!r} are nested more than {DEEPEST} deep: HTML has no more headings."

@@ -11,20 +11,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stablefield._shapes import array_of_numbers, check_floating_dtype, check_kind, check_tensor, flag, whole_number
+from stablefield._shapes import check_floating_dtype, flag, whole_number
 from stablefield.targets._checks import Check, require, value_check
 from stablefield.targets._draws import Frequencies
 from stablefield.targets._engine.query import Host
-from stablefield.targets._engine.reference_matrix import (
-    ReferenceMatrix,
-    tensor_version,
-    wide_dtype,
-)
+from stablefield.targets._engine.reference_matrix import ReferenceMatrix, tensor_version, wide_dtype
 from stablefield.targets._moments import Moments, check_distances
+from stablefield.targets._pool_arguments import (
+    check_data,
+    check_flipped,
+    check_label_sizes,
+    check_labels,
+    checked_weights,
+)
 from stablefield.targets._references import UNKNOWN_LABEL, Batch, Selection, Stored
 from stablefield.targets._subset import choose, drawn_seed, drawn_subset, others
 
-__all__ = ["OTHER_LABEL", "WITHOUT_WEIGHT", "Pool", "sample_weights"]
+__all__ = ["OTHER_LABEL", "WITHOUT_WEIGHT", "Pool"]
 
 OTHER_LABEL = "the Pool has another label for the row's own sample; pass the label of each row, or -1 for none"
 WITHOUT_WEIGHT = "its weight in the Pool is 0, so it cannot have been drawn; give the weights that your sampler uses"
@@ -103,67 +106,35 @@ class Pool:
         weights: Tensor | NDArray[Any] | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_kind("Pool data", data, (Tensor, np.ndarray), "a tensor or a numpy array of shape (n, ...)")
-        if isinstance(data, Tensor):
-            check_tensor("Pool data", data)
+        check_data(data, dtype)
+        n = len(data)
         size = None if size is None else whole_number("Pool size", size)
         flag("mirrored", mirrored)
         flag("resampled", resampled)
+        if size is not None and not 1 <= size <= n:
+            raise ValueError(f"Pool size is {size}: pass 1 to the {n} samples, or None for all.")
         if labels is not None:
-            check_tensor("Pool labels", labels, real=True, numbers=True)
-        if data.ndim < 2 or len(data) == 0:
-            raise ValueError(f"Pool data have shape {tuple(data.shape)}: pass at least one sample, shape (n, ...).")
-        if isinstance(data, Tensor):
-            fits = data.is_floating_point() or data.dtype == torch.uint8
-        else:
-            fits = data.dtype.name in ("uint8", "float16", "bfloat16", "float32", "float64")
-            if data.dtype == np.uint16 and dtype == torch.bfloat16:
-                fits = True
-        if not fits:
-            hint = ", or dtype=torch.bfloat16 if these are its bits" if data.dtype == np.uint16 else ""
-            raise ValueError(f"Pool data have dtype {data.dtype}: pass floating point data, or uint8 images{hint}.")
-        if dtype is not None and (dtype != torch.bfloat16 or data.dtype != np.uint16):
-            raise ValueError(
-                f"Pool dtype is {dtype}, the data are {data.dtype}: pass dtype=torch.bfloat16 for an array of uint16 that "
-                "holds the bits of bfloat16 numbers, and else None."
-            )
-        if size is not None and not 1 <= size <= len(data):
-            raise ValueError(f"Pool size is {size}: pass 1 to the {len(data)} samples, or None for all.")
-        if labels is not None and (labels.shape != (len(data),) or labels.is_floating_point()):
-            raise ValueError(
-                f"Pool labels has shape {tuple(labels.shape)} and dtype {labels.dtype}: "
-                f"pass one integer per sample, shape ({len(data)},)."
-            )
+            check_labels(labels, n)
         # Labels on a GPU are checked with the first batch, to avoid a wait here.
         self._unchecked_labels = labels is not None
         if labels is not None and labels.device.type == "cpu":
             require(value_check(labels >= 0, "Pool labels", labels, UNKNOWN_LABEL))
             self._unchecked_labels = False
         if flipped is not None:
-            _check_flipped(flipped, data, mirrored)
+            check_flipped(flipped, data, mirrored)
         if mirrored and resampled:
             raise ValueError(
                 "resampled latents are not mirror images of others: pass mirrored=False, and the latents of the mirrored "
                 "images as flipped=."
             )
-        for name, number_of in (("label_size", label_size), ("unlabelled_size", unlabelled_size)):
-            if number_of is None:
-                continue
-            whole_number(f"Pool {name}", number_of, 1)
-            if labels is None or size is not None:
-                there = "the Pool has no labels" if labels is None else f"its size is {size}"
-                raise ValueError(f"Pool {name} is {number_of}, but {there}: pass labels, and size=None, with it.")
-            if number_of > len(data):
-                raise ValueError(
-                    f"Pool {name} is {number_of}: pass at most the {len(data)} samples, or None for all of them."
-                )
+        check_label_sizes(n, size, labels, label_size=label_size, unlabelled_size=unlabelled_size)
         self.size = size
         self.labels = labels
         self.mirrored = mirrored
         self.label_size = label_size
         self.unlabelled_size = unlabelled_size
         self.resampled = resampled
-        self.weights = None if weights is None else _checked_weights(weights, len(data))
+        self.weights = None if weights is None else checked_weights(weights, n)
         self._matrix = ReferenceMatrix(data)
         self._flipped = None if flipped is None else ReferenceMatrix(flipped)
         self._elsewhere: dict[tuple[int, torch.device], tuple[int, ReferenceMatrix]] = {}
@@ -507,50 +478,3 @@ class Pool:
         part._moments, part._seed, part._draw = (), 0, 0
         part._frequencies, part._unchecked_labels = None, self._unchecked_labels
         return part
-
-
-def _check_flipped(flipped: Any, data: Tensor | NDArray[Any], mirrored: bool) -> None:
-    check_kind("Pool flipped", flipped, (Tensor, np.ndarray), "the flipped samples, shape (n, ...), like the data")
-    if isinstance(flipped, Tensor) != isinstance(data, Tensor) or (flipped.shape, flipped.dtype) != (
-        data.shape,
-        data.dtype,
-    ):
-        raise ValueError(
-            f"Pool flipped is a {type(flipped).__name__} of shape {tuple(flipped.shape)} and dtype {flipped.dtype}: pass "
-            f"the kind, shape and dtype of the data, {type(data).__name__}, {tuple(data.shape)} and {data.dtype}."
-        )
-    if isinstance(data, Tensor) and flipped.device != data.device:
-        raise ValueError(
-            f"Pool flipped is on {flipped.device}, the data are on {data.device}: move them to one device."
-        )
-    if mirrored:
-        raise ValueError("mirrored=True adds the mirror images, flipped= other samples for them: pass one of the two.")
-
-
-def _checked_weights(weights: Tensor | NDArray[Any], n: int) -> Tensor:
-    """The weights of `n` samples in float64, the largest 1."""
-    values = sample_weights(weights, n)
-    if not bool((values > 0).any()):
-        raise ValueError("Pool weights are all 0: give each sample that can be drawn a positive weight.")
-    return values / values.max()
-
-
-def sample_weights(weights: Tensor | NDArray[Any], n: int) -> Tensor:
-    """The weights of `n` samples in float64, on their given scale.
-
-    Raises:
-        ValueError: if they are not `n` finite numbers, 0 or more.
-    """
-    values = array_of_numbers("Pool weights", weights).detach()
-    if values.shape != (n,):
-        raise ValueError(
-            f"Pool weights have shape {tuple(values.shape)} and dtype {values.dtype}: pass one number per sample, ({n},)."
-        )
-    values = values.to(wide_dtype(values.device))
-    bad = ~((values >= 0) & values.isfinite())
-    if bool(bad.any()):
-        place = int(bad.nonzero()[0, 0])
-        raise ValueError(
-            f"Pool weights are {values[place].item():g} at sample {place}: pass finite numbers, 0 or more."
-        )
-    return values

@@ -33,7 +33,8 @@ from stablefield.targets._draws import Draws, Shares
 from stablefield.targets._engine.assembly import summed
 from stablefield.targets._engine.online_softmax import OnlineSoftmax
 from stablefield.targets._engine.query import Host, Plan, Query
-from stablefield.targets._pool import OTHER_LABEL, WITHOUT_WEIGHT, Pool, sample_weights
+from stablefield.targets._pool import OTHER_LABEL, WITHOUT_WEIGHT, Pool
+from stablefield.targets._pool_arguments import sample_weights
 from stablefield.targets._references import Batch, Selection
 from stablefield.targets._subset import drawn_seed, drawn_subset
 from stablefield.targets._verification import compared

@@ -45,6 +45,7 @@ from stablefield.training._run import Run as Run
 from stablefield.training._run_folder import Extension as Extension
 from stablefield.training._run_folder import RunConfig as RunConfig
 from stablefield.training._run_folder import RunFolder as RunFolder
+from stablefield.training._run_report import RunReport as RunReport
 from stablefield.training._sampler import SamplerOptions as SamplerOptions
 from stablefield.training._samples import Samples as Samples
 from stablefield.training._train import train as train

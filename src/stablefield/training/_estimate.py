@@ -87,7 +87,8 @@ def estimate_run(config: RunConfig, data: ImageSet, device: torch.device, done: 
     recipe, accelerator = config.recipe, make_accelerator(device)
     device = accelerator.device
     placement = placed(recipe, data, device, accelerator.num_processes)
-    with closing(Feed(data, recipe, device, labelled=config.classes > 0, placement=placement)) as feed:
+    labelled, rows = config.classes > 0, config.training_rows(len(data))
+    with closing(Feed(data, recipe, device, labelled=labelled, placement=placement, rows=rows)) as feed:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         stepper = Stepper(config, feed, accelerator)
@@ -100,7 +101,7 @@ def estimate_run(config: RunConfig, data: ImageSet, device: torch.device, done: 
         Stepper(config, feed, accelerator)
         setup = time.perf_counter() - began
     left = recipe.steps - done
-    images, epochs = left * recipe.batch, left * recipe.images_per_step / len(data)
+    images, epochs = left * recipe.batch, left * recipe.images_per_step / (len(data) if rows is None else len(rows))
     many = f"all, in {accelerator.num_processes} parts" if placement == "sharded" else str(recipe.references)
     return Estimate(
         images=f"{len(data):,} of {'x'.join(map(str, data.shape))}, {size_text(data.images.nbytes)}",

@@ -39,7 +39,7 @@ class Rows:
         pixels: uint8, shape (b, C, H, W), or scaled float data (b, ...): the requested part of the batch. Latents of images
             are those of the mirrored images where the caller asked for them.
         labels: classes of these rows, shape (b,), or None.
-        index: their indices in `pool`, shape (b,); in the whole set, for a sharded one.
+        index: their indices in `pool`, shape (b,); in the whole training set, for a sharded one.
         pool: the references.
     """
 
@@ -58,6 +58,7 @@ class Feed:
         device: of the rows and references.
         labelled: whether the network sees classes, which then also limit the references.
         placement: of the pixels. If sharded, all processes of the default group must make their feeds together.
+        rows: the rows of `data` that are the training set, in order; None for all. No other row is read.
 
     Attributes:
         labelled: whether rows come with labels.
@@ -69,11 +70,21 @@ class Feed:
     """
 
     def __init__(
-        self, data: ImageSet, recipe: Recipe, device: torch.device, *, labelled: bool, placement: Placement
+        self,
+        data: ImageSet,
+        recipe: Recipe,
+        device: torch.device,
+        *,
+        labelled: bool,
+        placement: Placement,
+        rows: NDArray[np.int64] | None = None,
     ) -> None:
-        self._data, self._recipe, self._device = data, recipe, device
-        self._stream = IndexStream(len(data), recipe.images_per_step, recipe.seed)
-        self._labels = torch.from_numpy(data.labels).to(device) if labelled and data.labels is not None else None
+        self._data, self._recipe, self._device, self._training = data, recipe, device, rows
+        self._size = len(data) if rows is None else len(rows)
+        self._stream = IndexStream(self._size, recipe.images_per_step, recipe.seed)
+        self._labels: Tensor | None = None
+        if labelled and data.labels is not None:
+            self._labels = torch.from_numpy(data.labels if rows is None else data.labels[rows]).to(device)
         self.labelled = self._labels is not None
         # DSM uses no references: take the resident data, or else only the batch.
         resident, sharded = placement == "resident", placement == "sharded"
@@ -107,7 +118,7 @@ class Feed:
                     f"batch={recipe.batch} is below the {parts} parts into which the processes split it: with sharded "
                     f"references, pass batch={parts} or more, or a smaller gradient_accumulation_steps."
                 )
-            part = slice(len(data) * rank // processes, len(data) * (rank + 1) // processes)
+            part = slice(self._size * rank // processes, self._size * (rank + 1) // processes)
             labels = None if self._labels is None else self._labels[part]
             self._shard = ShardedPool(self._pixels(part), labels, mirrored=recipe.mirror)
         self._worker = None if resident else ThreadPoolExecutor(1, thread_name_prefix="stablefield-feed")
@@ -157,21 +168,26 @@ class Feed:
             self._worker.shutdown(cancel_futures=True)
 
     def _pixels(self, part: slice) -> Tensor:
-        images = self._data.scaled(part)
+        images = self._data.scaled(self._in_data(part))
         # Copy if the file is mapped: the map is read-only, and every step may need every row.
-        if self._data.scaling is None and not (self._data.file is None and images.flags.writeable):
+        view = self._training is None and self._data.scaling is None
+        if view and not (self._data.file is None and images.flags.writeable):
             images = np.array(images)
         return torch.from_numpy(images).to(self._device)
+
+    def _in_data(self, index: slice | NDArray[np.int64]) -> slice | NDArray[np.int64]:
+        """Row numbers in the data for row numbers in the training set."""
+        return index if self._training is None else self._training[index]
 
     def _wrap(self, pixels: Tensor, labels: Tensor | None) -> Pool:
         return Pool(pixels, labels=labels, mirrored=self._recipe.mirror)
 
     def _index(self, step: int) -> Tensor:
-        """Places in the data of all rows of the batch of `step`, those of an image one after the other; on the CPU."""
+        """Places in the training set of the rows of `step`, those of an image one after the other; on the CPU."""
         return torch.from_numpy(self._stream.batch_at(step)).repeat_interleave(self._recipe.draws_per_image)
 
     def _choice(self, step: int) -> tuple[Tensor, Tensor]:
-        """Indices in the data of the references of `step`, and the batch's indices among them; on the CPU."""
+        """Indices in the training set of the references of `step`, and the batch's indices among them; on the CPU."""
         if self._chosen is None or self._chosen[0] != step:
             self._chosen = (step, *self._choose(step))
         return self._chosen[1:]
@@ -180,7 +196,7 @@ class Feed:
         index = self._index(step)
         generator = generator_for(self._recipe.seed, Purpose.REFERENCES, step)
         assert isinstance(self._number, int)
-        return choose(len(self._data), index, self._number, generator)
+        return choose(self._size, index, self._number, generator)
 
     def _pool_of(self, step: int) -> tuple[Pool, LatentMoments | None]:
         """The references of a step, and the moments of the same images if they are drawn."""
@@ -204,7 +220,8 @@ class Feed:
 
     def _loaded_moments(self, index: slice | NDArray[np.int64]) -> LatentMoments:
         recipe = self._recipe
-        return LatentMoments.load(self._data, index, self._device, mirrored=recipe.mirror, seed=recipe.seed)
+        rows = self._in_data(index)
+        return LatentMoments.load(self._data, rows, self._device, mirrored=recipe.mirror, seed=recipe.seed)
 
     def _read(self, step: int) -> tuple[Pool, LatentMoments | None]:
         chosen = self._choose(step)[0]
@@ -214,7 +231,7 @@ class Feed:
             return moments.pool(labels, step), moments
         # Read in the order of the file, which is fastest on a disk.
         order = np.argsort(chosen.numpy(), kind="stable")
-        rows = self._data.scaled(chosen.numpy()[order])
+        rows = self._data.scaled(self._in_data(chosen.numpy()[order]))
         pixels = np.empty_like(rows, order="C")
         pixels[order] = rows
         return self._wrap(torch.from_numpy(pixels).to(self._device), labels), None

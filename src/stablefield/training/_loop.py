@@ -8,7 +8,8 @@ import dataclasses
 import errno
 import math
 import os
-from collections.abc import Callable, Generator, Sequence
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,10 +21,12 @@ from accelerate import Accelerator
 from stablefield._distributed import RankError, Ranks
 from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._image_set import ImageSet
-from stablefield.data._png import is_picture
+from stablefield.data._png import is_picture, write_png
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.training._checkpoint import State, restore, save, sweep
 from stablefield.training._feed import Feed
+from stablefield.training._grids import write_animation
+from stablefield.training._held_out import HeldOutLoss
 from stablefield.training._meter import Meter, Report, bin_edges
 from stablefield.training._model import require_fit
 from stablefield.training._observers import samples
@@ -32,6 +35,7 @@ from stablefield.training._placement import placed
 from stablefield.training._post_hoc import take_snapshot
 from stablefield.training._recipe import Recipe
 from stablefield.training._run_folder import RunConfig, RunFolder
+from stablefield.training._run_report import ReportWriter, log_environment
 from stablefield.training._samples import Samples
 from stablefield.training._stepper import Stepper
 
@@ -43,6 +47,7 @@ __all__ = [
     "check_fit",
     "check_tracker",
     "fit",
+    "held_out_data",
     "make_accelerator",
     "training_data",
 ]
@@ -69,14 +74,19 @@ class Observer(Protocol):
         ...
 
 
-def check_fit(recipe: Recipe, data: ImageSet) -> None:
+def check_fit(recipe: Recipe, data: ImageSet, held_out: int = 0) -> None:
     """Check a recipe against the data before anything is made.
+
+    Args:
+        recipe: the recipe.
+        data: the run's data.
+        held_out: how many of them are held out.
 
     Raises:
         ValueError: if the batch or the references are larger than the data, references fewer than the batch, or the recipe
             needs classes that the data lack.
     """
-    n = len(data)
+    n = len(data) - held_out
     if recipe.images_per_step > n:
         most = n * recipe.draws_per_image
         draws = f" of {recipe.images_per_step} images" if recipe.draws_per_image > 1 else ""
@@ -169,6 +179,23 @@ def training_data(config: RunConfig, data: ImageSet) -> ImageSet:
     return data
 
 
+def held_out_data(config: RunConfig, others: ImageSet | None) -> ImageSet:
+    """Check that these are the other data that a run holds out, with classes and scaling as those of its data.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    assert config.held_out is not None
+    if others is None:
+        raise ValueError(f"held_out is missing: this run holds out {config.held_out.data}; pass these data.")
+    if others.manifest["sha256"] != config.held_out.sha256:
+        raise ValueError(f"held_out={others.name} is not what this run holds out (its pixels' sha256 differs).")
+    others = config.numbered(others)
+    if config.classes and (others.labels is None or int(others.labels.max()) >= config.classes):
+        raise ValueError(f"held_out={others.name} needs labels of the run's {config.classes} classes, from 0.")
+    return others
+
+
 def fit(
     folder: RunFolder,
     config: RunConfig,
@@ -182,6 +209,8 @@ def fit(
     tracker: Tracker = "none",
     accelerator: Accelerator | None = None,
     pace: Pace | None = None,
+    held_out: ImageSet | None = None,
+    page: bool = True,
     vae: str | Path = "",
 ) -> int:
     """Train the run in `folder` to its last step, from its newest checkpoint if it has one.
@@ -198,6 +227,8 @@ def fit(
         tracker: the tracker that mirrors metrics.jsonl.
         accelerator: the processes; made if not given.
         pace: of a run that is to end in time; it may change the number of steps.
+        held_out: other data that the run holds out, if it does; only the first process needs them.
+        page: whether to write RUN/report.html on the way.
         vae: the place of the autoencoder of a run on latents of images, if it has moved.
 
     Returns:
@@ -220,10 +251,15 @@ def fit(
     try:
         with folder.locked() if ranks.first else nullcontext():
             placement = placed(recipe, data, device, ranks.world_size)
-            with closing(Feed(data, recipe, device, labelled=config.classes > 0, placement=placement)) as feed:
-                loop = _Loop(folder, config, feed, accelerator, observers, autoencoder)
+            labelled, rows = config.classes > 0, config.training_rows(len(data))
+            with closing(Feed(data, recipe, device, labelled=labelled, placement=placement, rows=rows)) as feed:
+                look = None
+                if config.held_out is not None and ranks.first:
+                    others = None if config.held_out.share is not None else held_out_data(config, held_out)
+                    look = HeldOutLoss(config.held_out, recipe, data, others, labelled=labelled, device=device)
+                loop = _Loop(folder, config, feed, accelerator, observers, look, autoencoder)
                 with _tracking(accelerator, tracker, {"run": folder.path.name, "data": config.data}):
-                    return loop.run(report, every, stop, pace)
+                    return loop.run(report, every, stop, pace, page=page)
     except ArithmeticError as error:
         raise TrainingError(
             f"{error}: lower learning_rate or max_grad_norm. Earlier checkpoints are intact."
@@ -261,11 +297,13 @@ class _Loop:
         feed: Feed,
         accelerator: Accelerator,
         observers: Sequence[Observer],
-        autoencoder: Autoencoder | None,
+        look: HeldOutLoss | None = None,
+        autoencoder: Autoencoder | None = None,
     ) -> None:
         self._autoencoder = autoencoder
         self._folder, self._config, self._recipe = folder, config, config.recipe
-        self._accelerator, self._observers = accelerator, observers
+        self._accelerator, self._look = accelerator, look
+        self._observers = [look, *observers] if look is not None else observers
         self._ranks = Ranks.launched(accelerator.device)
         self._main = self._ranks.first
         newest = folder.newest()
@@ -288,6 +326,11 @@ class _Loop:
             sweep(folder.path)
             folder.rewind_log(self._state.step)
         self._reported, self._logged = self._meter(), self._meter()
+        # Step and value of the lowest held-out loss.
+        self._best = folder.best() if self._main and look is not None else None
+        self._page = ReportWriter(folder)
+        if self._main:
+            log_environment(folder, self._state.step, accelerator.device, self._ranks.world_size)
 
     def run(
         self,
@@ -295,6 +338,8 @@ class _Loop:
         every: int,
         stop: Callable[[], bool],
         pace: Pace | None,
+        *,
+        page: bool,
     ) -> int:
         done = self._state.step
         if pace is not None:
@@ -320,7 +365,12 @@ class _Loop:
                 self._reported = self._meter()
                 if report is not None and self._main:
                     report(found)
-            self._keep(done, last, stopped)
+            looked = self._keep(done, last, stopped, self._improved(done, extra, last and not stopped))
+            if self._main and last and not stopped:
+                self._animate(done)
+            if page and self._main and (looked or extra or last):
+                self._page.write(self._config, training=not last)
+                self._pause()
             if last:
                 break
         return done
@@ -362,6 +412,7 @@ class _Loop:
                 "images": done * self._recipe.batch,
                 "loss": entry.loss,
                 "variance_removed": entry.variance_removed,
+                **self._minus_floor(entry),
                 "images_per_second": entry.images_per_second,
                 "target_share": entry.target_share,
                 "learning_rate": self._recipe.learning_rate_at(done - 1),
@@ -371,6 +422,12 @@ class _Loop:
                 **extra,
             }
         )
+
+    def _minus_floor(self, entry: Report) -> dict[str, float]:
+        """The single-sample loss of the batches minus its floor."""
+        if self._look is None or self._look.floor is None:
+            return {}
+        return {"loss_minus_floor": entry.loss + entry.variance_removed - self._look.floor}
 
     def _require_folder(self) -> None:
         successor = self._folder.successor
@@ -402,14 +459,26 @@ class _Loop:
             self._pause()
         return found
 
-    def _keep(self, done: int, last: bool, stopped: bool) -> None:
+    def _improved(self, done: int, extra: Mapping[str, float], last: bool) -> bool:
+        """Whether the held-out loss is the lowest so far: the first process knows, and all save."""
+        held_out = self._config.held_out
+        if held_out is None or not (last or done % held_out.every == 0):
+            return False
+        loss = extra.get("held_out_loss", math.nan)
+        improved = math.isfinite(loss) and (self._best is None or loss < self._best[1])
+        if improved:
+            self._best = (done, loss)
+        return self._ranks.broadcast(improved, "to keep the best checkpoint")
+
+    def _keep(self, done: int, last: bool, stopped: bool, improved: bool) -> bool:
+        """Write what is due; returns whether there is a new picture."""
         recipe, folder = self._recipe, self._folder
         final = last and not stopped
         snapshot = recipe.ema_snapshot_every and (final or done % recipe.ema_snapshot_every == 0)
-        picture = final or (recipe.sample_every and not stopped and done % recipe.sample_every == 0)
-        checkpoint = last or done % recipe.checkpoint_every == 0
+        picture = final or (not stopped and recipe.draws_grid(done))
+        checkpoint = last or improved or done % recipe.checkpoint_every == 0
         if not (snapshot or picture or checkpoint):
-            return
+            return False
         if checkpoint or snapshot:
             self._stepper.require_finite(done)
         if self._main:
@@ -422,9 +491,18 @@ class _Loop:
                 self._picture(done)
             if checkpoint:
                 save(folder.checkpoint(done), State(done, done * recipe.batch), trained)
-                folder.prune(recipe.keep_last, recipe.keep_every)
+                folder.prune(recipe.keep_last, recipe.keep_every, None if self._best is None else self._best[0])
         self._ranks.barrier("to write the run")
         self._pause()
+        return bool(picture)
+
+    def _animate(self, done: int) -> None:
+        """Write the sample grids as one animation."""
+        folder = self._folder.path / "samples"
+        try:
+            write_animation(folder, folder / "training.gif", done)
+        except ValueError as error:  # the run is complete without it
+            warnings.warn(f"there is no animation of the samples: {error}", stacklevel=2)
 
     def _pause(self) -> None:
         for meter in (self._reported, self._logged):
@@ -450,7 +528,18 @@ class _Loop:
             labels=None if labels is None else labels.numpy(),
             class_names=config.class_names,
         )
-        drawn.save(self._folder.picture(step, ".npz" if config.picture_shape is None else ".png"))
+        if config.picture_shape is None:
+            drawn.save(self._folder.picture(step, ".npz"))
+            return
+        grid = drawn.grid()
+        write_png(self._folder.picture(step), grid)
+        colours = grid if grid.shape[2] == 3 else grid.repeat(3, axis=2)
+        for tracker in self._accelerator.trackers:
+            # TensorBoard takes arrays of any layout, if it is named.
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            log_images = getattr(tracker, "log_images", None)
+            if log_images is not None:
+                log_images({"samples": colours[None]}, step=step, **layout)
 
 
 def _or_none(value: float) -> float | None:

@@ -66,14 +66,17 @@ def untrained(config: RunConfig, device: torch.device, initial: Denoiser | None 
     return Trained(model, averages, optimizer, importance)
 
 
-def open_model(path: Path, ema: str = "half-life", device: torch.device | str = "cpu") -> OpenModel:
-    """Open the newest model of a run.
+def open_model(
+    path: Path, ema: str = "half-life", device: torch.device | str = "cpu", checkpoint: str = "newest"
+) -> OpenModel:
+    """Open a model of a run, by default the newest.
 
     Args:
         path: the run's folder.
         ema: "half-life" for the average by EDM's rule, "none" for the weights of the last step, or a length such as "0.1"
             for a power-function average made of the run's snapshots.
         device: where it is wanted.
+        checkpoint: "newest", "best" for that with the lowest held-out loss, or a step.
 
     Raises:
         ValueError: if there is no run or no whole checkpoint, or the average is unknown, with what there is.
@@ -88,10 +91,14 @@ def open_model(path: Path, ema: str = "half-life", device: torch.device | str = 
             load_weights(checkpoint, denoiser, "ema" if ema == "half-life" else "model")
         return denoiser
 
-    newest = folder.read_newest(read)
-    if newest is None:
+    if checkpoint != "newest" and ema not in ("half-life", "none"):
+        raise ValueError(
+            f"checkpoint={checkpoint} and ema={ema}: an average of that length is made of snapshots; leave one of them out."
+        )
+    found = folder.read_checkpoint(checkpoint, read)
+    if found is None:
         raise ValueError(f"{path} has no checkpoint yet: let it train for longer.")
-    denoiser, state, complaints = newest
+    denoiser, state, complaints = found
     step = state.step if ema in ("half-life", "none") else _load_power_average(folder, ema, denoiser)
     return OpenModel(denoiser.eval().requires_grad_(False).to(device), config, step, ema, tuple(complaints))
 

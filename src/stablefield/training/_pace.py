@@ -30,17 +30,21 @@ class Costs:
         step: a step.
         picture: a sample grid.
         checkpoint: a checkpoint.
+        row: a row through the network, forwards.
+        report: the report and the animation at the end.
     """
 
     setup: float
     step: float
     picture: float
     checkpoint: float
+    row: float = 0.0
+    report: float = 0.0
 
     @property
     def end(self) -> float:
         """What a run takes after its last step."""
-        return self.picture + self.checkpoint
+        return self.picture + self.checkpoint + self.report
 
 
 class Pace:

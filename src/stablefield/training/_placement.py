@@ -67,14 +67,21 @@ def placed(recipe: Recipe, data: ImageSet, device: torch.device, processes: int 
 
 
 def resolve_references(
-    recipe: Recipe, data: ImageSet, device: torch.device, processes: int = 1
+    recipe: Recipe, data: ImageSet, device: torch.device, processes: int = 1, held_out: int = 0
 ) -> tuple[int | Literal["all", "sharded"], str]:
     """Resolve the references `auto`, and describe the rule in words.
+
+    Args:
+        recipe: the recipe.
+        data: the run's data.
+        device: where to compute.
+        processes: number of processes.
+        held_out: how many of the data are held out.
 
     Raises:
         ValueError: if all are requested but do not fit on the device, or on those of all processes.
     """
-    size, free = size_text(_size(data)), size_text(free_bytes(device))
+    size, free, count = size_text(_size(data)), size_text(free_bytes(device)), len(data) - held_out
     if recipe.target == "dsm":
         return 1, "one, the sample itself"
     if isinstance(recipe.references, int):
@@ -82,7 +89,7 @@ def resolve_references(
     if data.moments is not None and recipe.references == "sharded":
         raise ValueError(
             "references=sharded: latents of images are drawn anew, and are not split over processes: pass a number, such as "
-            f"{min(len(data), max(LOADED_REFERENCES, recipe.images_per_step))}, to draw with each batch, or all."
+            f"{min(count, max(LOADED_REFERENCES, recipe.images_per_step))}, to draw with each batch, or all."
         )
     if recipe.references == "sharded" and processes == 1:
         raise ValueError(
@@ -90,10 +97,10 @@ def resolve_references(
             "or accelerate launch, or leave it out."
         )
     if recipe.references != "sharded" and fits(data, device):
-        return "all", f"all {len(data):,} (resident: {size}, at most half of the {free} free on {device})"
+        return "all", f"all {count:,} (resident: {size}, at most half of the {free} free on {device})"
     if processes > 1 and data.moments is None and fits(data, device, processes):
-        return "sharded", f"all {len(data):,}, a part of the {size} on each of {processes} processes"
-    number = min(len(data), max(LOADED_REFERENCES, recipe.images_per_step))
+        return "sharded", f"all {count:,}, a part of the {size} on each of {processes} processes"
+    number = min(count, max(LOADED_REFERENCES, recipe.images_per_step))
     if recipe.references in ("all", "sharded"):
         parts = f", also in {processes} parts" if processes > 1 else ""
         raise ValueError(
@@ -103,23 +110,26 @@ def resolve_references(
     return number, f"{number:,} read with each batch ({size} are more than half of the {free} free on {device})"
 
 
-def resolve_band(recipe: Recipe, data: ImageSet, device: torch.device) -> tuple[float, str]:
-    """Resolve the noise band `auto` on these data, and describe the result in words."""
+def resolve_band(
+    recipe: Recipe, data: ImageSet, device: torch.device, training: NDArray[np.int64] | None = None
+) -> tuple[float, str]:
+    """Resolve the noise band `auto` on these data, and describe the result in words.
+
+    Args:
+        recipe: the recipe, with resolved references.
+        data: the run's data.
+        device: where to compute.
+        training: the rows of the data to train on; None for all.
+    """
     if recipe.target == "dsm":
         return 0.0, "none, the single sample is used everywhere"
     if recipe.noise_band != "auto":
         return recipe.noise_band, f"from {recipe.noise_band:g}, as given"
     labels = torch.from_numpy(data.labels) if recipe.conditional and data.labels is not None else None
-    size = recipe.references if isinstance(recipe.references, int) else None
-    rows: slice | NDArray[np.int64] = slice(None)
-    if data.moments is None and data.scaling is not None and size is not None and not fits(data, device):
-        # A scaled copy of all data may not fit; as many samples as there are references have the same noise band.
-        rows, size = np.sort(np.random.default_rng(recipe.seed).choice(len(data), size, replace=False)), None
-        labels = None if labels is None else labels[torch.from_numpy(rows)]
     if data.moments is None:
-        pool, total = Pool(data.scaled(rows), size, labels, mirrored=recipe.mirror), None
+        pool, total = _stored_pool(data, recipe, device, labels, training), None
     else:
-        pool, total = _drawn_pool(data, recipe, labels)
+        pool, total = _drawn_pool(data, recipe, labels, training)
     found = pick_noise_band(pool, total=total, device=device)
     if found.level == float("inf"):
         return found.level, "none: every sample is its own only reference"
@@ -129,11 +139,32 @@ def resolve_band(recipe: Recipe, data: ImageSet, device: torch.device) -> tuple[
     )
 
 
-def _drawn_pool(data: ImageSet, recipe: Recipe, labels: torch.Tensor | None) -> tuple[Pool, int]:
+def _stored_pool(
+    data: ImageSet,
+    recipe: Recipe,
+    device: torch.device,
+    labels: torch.Tensor | None,
+    training: NDArray[np.int64] | None,
+) -> Pool:
+    """The training set, or as much of it as fits."""
+    size = recipe.references if isinstance(recipe.references, int) else None
+    rows: slice | NDArray[np.int64] = slice(None) if training is None else training
+    if (data.scaling is not None or training is not None) and size is not None and not fits(data, device):
+        # A copy of all data may not fit; as many samples as there are references have the same noise band.
+        every = np.arange(len(data)) if training is None else training
+        rows, size = np.sort(np.random.default_rng(recipe.seed).choice(every, size, replace=False)), None
+    if labels is not None and not isinstance(rows, slice):
+        labels = labels[torch.from_numpy(rows)]
+    return Pool(data.scaled(rows), size, labels, mirrored=recipe.mirror)
+
+
+def _drawn_pool(
+    data: ImageSet, recipe: Recipe, labels: torch.Tensor | None, training: NDArray[np.int64] | None
+) -> tuple[Pool, int]:
     """A draw of as many latents of images as a probe looks at, and the number of references that they stand for."""
-    total = recipe.references if isinstance(recipe.references, int) else len(data)
-    few = min(total, _PROBED)
-    rows = np.sort(np.random.default_rng(recipe.seed).choice(len(data), few, replace=False))
+    every = np.arange(len(data)) if training is None else training
+    total = recipe.references if isinstance(recipe.references, int) else len(every)
+    rows = np.sort(np.random.default_rng(recipe.seed).choice(every, min(total, _PROBED), replace=False))
     cpu = torch.device("cpu")
     moments = LatentMoments.load(data, rows, cpu, mirrored=recipe.mirror, seed=recipe.seed)
     return moments.pool(None if labels is None else labels[torch.from_numpy(rows)], 0), total

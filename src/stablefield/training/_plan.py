@@ -20,12 +20,14 @@ from stablefield.data._scaling import Scaling
 from stablefield.data._source import as_image_set, open_images
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.training._estimate import Estimate, estimate_run
-from stablefield.training._loop import check_fit
+from stablefield.training._held_out import HeldOut
+from stablefield.training._loop import check_fit, held_out_data
 from stablefield.training._pace import Costs, clock
 from stablefield.training._placement import resolve_band, resolve_references
 from stablefield.training._recipe import Recipe
 from stablefield.training._recipes import largest_resolution, recipe_for
 from stablefield.training._run_folder import HasFolder, RunConfig
+from stablefield.training._run_report import report_seconds
 from stablefield.training._time_budget import costs_of, seconds_of, within
 from stablefield.training._weight_source import WeightSource, copied_weights, open_weights, side_of
 
@@ -44,6 +46,7 @@ class Plan:
         config: the content of config.json.
         references: number of references per step, in words.
         noise_band: noise level from which targets are stable, in words.
+        held_out: other data that are held out, in the first process; None for none, or for a share of the data.
         initial: the denoiser to begin with, in the first process; None for a new one. `config.initial` says what it is
             made of.
         seconds: time that the run may take from its start to its end; None for as long as it takes.
@@ -54,6 +57,7 @@ class Plan:
     config: RunConfig
     references: str
     noise_band: str
+    held_out: ImageSet | None = field(default=None, repr=False)
     initial: Denoiser | None = field(default=None, repr=False)
     seconds: float | None = None
     costs: Costs | None = field(default=None, repr=False)
@@ -76,8 +80,12 @@ class Plan:
         where, ranks = place(device)
         costs = costs_of(self.config.recipe, estimate_run(self.config, self.data, where))
         left = given - (clock() - began)
+        costs = dataclasses.replace(costs, report=report_seconds(left))
         left, costs = ranks.broadcast((left, costs), "to share out the time")
-        config = dataclasses.replace(self.config, recipe=within(self.config.recipe, left, costs))
+        held_out = self.config.held_out
+        recipe = within(self.config.recipe, left, costs, held_out)
+        held_out = None if held_out is None else held_out.paced(recipe)
+        config = dataclasses.replace(self.config, recipe=recipe, held_out=held_out)
         return dataclasses.replace(self, config=config, seconds=left, costs=costs)
 
     def estimate(self, device: torch.device | str | None = None) -> Estimate:
@@ -101,6 +109,7 @@ def make_plan(
     recipe: Recipe,
     *,
     init: str | Path | HasFolder | None = None,
+    held_out: float | Images | None = None,
     device: torch.device | str | None = None,
 ) -> Plan:
     """Check a recipe against the data, and fill in what it leaves open: the references and the noise band.
@@ -112,6 +121,7 @@ def make_plan(
         data: the images.
         recipe: how to train.
         init: weights to begin with, as for `train`.
+        held_out: samples not to train on, as for `train`.
         device: where to compute; a GPU if there is one.
 
     Raises:
@@ -119,9 +129,12 @@ def make_plan(
     """
     where, ranks = place(device)
     data = _scaled(data, recipe)
-    decided, initial = None, None
+    decided, initial, others = None, None, None
     if ranks.first:
-        config, references, noise_band = _decide(data, recipe, where, ranks.world_size)
+        record, others = _held_out(held_out, data, recipe)
+        config, references, noise_band = _decide(data, recipe, where, ranks.world_size, record)
+        if others is not None:
+            others = held_out_data(config, others)
         if init is not None:
             initial, told = copied_weights(open_weights(init), config)
             config = dataclasses.replace(config, initial=told)
@@ -129,7 +142,9 @@ def make_plan(
     decided = ranks.broadcast(decided, "to plan the run")
     assert decided is not None
     config, references, noise_band = decided
-    return Plan(data=data, config=config, references=references, noise_band=noise_band, initial=initial)
+    return Plan(
+        data=data, config=config, references=references, noise_band=noise_band, held_out=others, initial=initial
+    )
 
 
 def _scaled(data: ImageSet, recipe: Recipe) -> ImageSet:
@@ -142,17 +157,36 @@ def _scaled(data: ImageSet, recipe: Recipe) -> ImageSet:
     return dataclasses.replace(data, scaling=scaling, manifest=data.manifest | {"scaling": scaling.record})
 
 
-def _decide(data: ImageSet, recipe: Recipe, device: torch.device, processes: int) -> tuple[RunConfig, str, str]:
-    check_fit(recipe, data)
+def _held_out(
+    held_out: float | Images | None, data: ImageSet, recipe: Recipe
+) -> tuple[HeldOut | None, ImageSet | None]:
+    if held_out is None:
+        return None, None
+    if isinstance(held_out, int | float):
+        return HeldOut.part(held_out, data, recipe), None
+    if isinstance(held_out, str | Path):
+        opening = {name: value for name, value in (data.opening or {}).items() if name != "source"}
+        others = open_images(held_out, **opening)
+    else:
+        others = as_image_set("held_out", held_out)
+    return HeldOut.other(others, data, recipe), others
+
+
+def _decide(
+    data: ImageSet, recipe: Recipe, device: torch.device, processes: int, held_out: HeldOut | None
+) -> tuple[RunConfig, str, str]:
+    left_out = held_out.count if held_out is not None and held_out.share is not None else 0
+    check_fit(recipe, data, left_out)
     classes = data.classes if recipe.conditional else 0
     # Before any measurement: a network that does not fit the images fails here.
     with torch.device("meta"):
         recipe.network.build(data.shape, classes, recipe.augment_dim, torch.Generator())
-    references, rule = resolve_references(recipe, data, device, processes)
+    references, rule = resolve_references(recipe, data, device, processes, left_out)
     recipe = dataclasses.replace(recipe, references=references)
-    band, finding = resolve_band(recipe, data, device)
+    training = None if held_out is None or not left_out else held_out.split(len(data), recipe.seed)[0]
+    band, finding = resolve_band(recipe, data, device, training)
     recipe = dataclasses.replace(recipe, noise_band=band)
-    check_fit(recipe, data)
+    check_fit(recipe, data, left_out)
     opening = dict(data.opening or {})
     config = RunConfig(
         data=str(opening.pop("source", data.name)),
@@ -162,6 +196,7 @@ def _decide(data: ImageSet, recipe: Recipe, device: torch.device, processes: int
         recipe=recipe,
         version=stablefield.__version__,
         opening=opening,
+        held_out=held_out,
     )
     return config, rule, finding
 

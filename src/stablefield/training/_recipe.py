@@ -35,6 +35,8 @@ Shape: TypeAlias = tuple[int, ...]
 # More than anybody trains, and small enough to reject a hostile file in seconds.
 _MOST_BLOCKS = 1000
 _MOST_LEVELS = 12
+# Parts of `sample_every` after which early sample grids are drawn, and the first step with one.
+_EARLY, _EARLIEST = (16, 4, 2, 8), 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,7 +289,7 @@ class Recipe:
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
     sample_every: int = 1000
-    """Steps between sample grids; 0 for none but the last."""
+    """Steps between sample grids, of which the first come earlier, from a sixteenth of that on; 0 for none but the last."""
     checkpoint_every: int = 2000
     """Steps between checkpoints; the last step always leaves one."""
     keep_last: int = 2
@@ -380,6 +382,21 @@ class Recipe:
     def images_per_step(self) -> int:
         """Different images in a batch."""
         return self.batch // self.draws_per_image
+
+    @property
+    def early_grids(self) -> frozenset[int]:
+        """The steps before the first `sample_every` with a sample grid, when samples change most: at most four."""
+        if not self.sample_every:
+            return frozenset()
+        first = min(self.sample_every, self.steps)
+        # No more than there are later: pictures take time.
+        parts = _EARLY[: max(1, self.steps // self.sample_every - 1)]
+        return frozenset(first // part for part in parts if first // part >= _EARLIEST)
+
+    def draws_grid(self, step: int) -> bool:
+        """Whether a sample grid is drawn after `step` steps; there is always one after the last."""
+        every = self.sample_every
+        return step == self.steps or (every > 0 and step % every == 0) or step in self.early_grids
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of step `step`, counted from 0."""

@@ -32,13 +32,15 @@ from stablefield.evaluation._result import Evaluation
 from stablefield.sampling._solvers import SamplerName
 from stablefield.training._ema import power_exponent
 from stablefield.training._files import write_tensors
-from stablefield.training._loop import Observer, Report, Tracker, fit, make_accelerator, training_data
+from stablefield.training._grids import write_animation
+from stablefield.training._loop import Observer, Report, Tracker, fit, held_out_data, make_accelerator, training_data
 from stablefield.training._model import OpenModel, open_model
 from stablefield.training._pace import Pace
 from stablefield.training._plan import Images, place
 from stablefield.training._post_hoc import combine, snapshot_steps
 from stablefield.training._run_folder import RunConfig, RunFolder
-from stablefield.training._run_source import RunSource, data_of
+from stablefield.training._run_report import RunReport, read_report
+from stablefield.training._run_source import RunSource, data_of, existing
 from stablefield.training._sampler import RunSampler, SamplerOptions
 from stablefield.training._samples import Samples
 
@@ -87,22 +89,32 @@ class Run:
         """The file of the samples of the last step: a picture, or .npz of data that are no pictures."""
         return self.folder.picture(self.step, ".npz" if self.config.picture_shape is None else ".png")
 
+    @property
+    def best(self) -> int | None:
+        """Step of the checkpoint with the lowest held-out loss; None for a run that holds nothing out."""
+        best = self.folder.best()
+        return None if best is None else best[0]
+
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl: step, loss, variance removed and more."""
         return list(self.folder.metrics())
 
-    def model(self, ema: str = "half-life", device: torch.device | str = "cpu") -> OpenModel:
-        """Load the newest model.
+    def model(
+        self, ema: str = "half-life", device: torch.device | str = "cpu", checkpoint: str = "newest"
+    ) -> OpenModel:
+        """Load a model, by default the newest.
 
         Args:
             ema: "half-life" for the average by EDM's rule, "none" for the weights of the last step, or a length such as
                 "0.1" for an average made from the run's snapshots.
             device: where to load it.
+            checkpoint: "newest"; "best" for the one with the lowest held-out loss, in a run with `held_out`; or a step that
+                is kept, such as "4000".
 
         Raises:
-            ValueError: if the run has no intact checkpoint, or no such average.
+            ValueError: if the run has no intact checkpoint, or no such checkpoint or average.
         """
-        model = open_model(self.path, ema, device)
+        model = open_model(self.path, ema, device, checkpoint)
         _warn(model)
         return model
 
@@ -115,6 +127,7 @@ class Run:
         guidance_scale: float = 1.0,
         class_label: str | int | None = None,
         ema: str = "half-life",
+        checkpoint: str = "newest",
         batch: int = 256,
         decode: bool = True,
         vae: str | Path = "",
@@ -133,6 +146,7 @@ class Run:
             class_label: name or number of the class of all images, -1 for none; by default seed k has class k modulo the
                 number of classes.
             ema: which average of the weights, as for `model`.
+            checkpoint: which checkpoint, as for `model`.
             batch: images at a time.
             decode: whether to decode the samples of a run on latents of images; else they are the latents.
             vae: the autoencoder's place, if it has moved; or of one that decodes what an imported network draws.
@@ -145,7 +159,9 @@ class Run:
         opened = (
             sampler
             if isinstance(sampler, RunSampler)
-            else self.sampler(sampler, steps, guidance_scale, class_label, ema, batch, device, decode=decode, vae=vae)
+            else self.sampler(
+                sampler, steps, guidance_scale, class_label, ema, batch, device, checkpoint, decode=decode, vae=vae
+            )
         )
         wanted = _seeds(seeds)
         with Ranks.launched() as ranks:
@@ -169,17 +185,18 @@ class Run:
         ema: str = "half-life",
         batch: int = 256,
         device: torch.device | str | None = None,
+        checkpoint: str = "newest",
         *,
         decode: bool = True,
         vae: str | Path = "",
     ) -> RunSampler:
         """Load the model with a solver; arguments and errors as for `sample`."""
         if isinstance(sampler, SamplerOptions):
-            given = (steps, guidance_scale, class_label, ema, batch, decode, vae)
-            if given != (None, 1.0, None, "half-life", 256, True, ""):
+            given = (steps, guidance_scale, class_label, ema, batch, checkpoint, decode, vae)
+            if given != (None, 1.0, None, "half-life", 256, "newest", True, ""):
                 raise ValueError(
-                    "sampler holds all options: set steps, guidance_scale, class_label, ema, batch, decode and vae in its "
-                    "SamplerOptions."
+                    "sampler holds all options: set steps, guidance_scale, class_label, ema, batch, checkpoint, decode and "
+                    "vae in its SamplerOptions."
                 )
             options = sampler
         else:
@@ -190,6 +207,7 @@ class Run:
                 class_label="" if class_label is None else str(class_label),
                 ema=ema,
                 batch=batch,
+                checkpoint=checkpoint,
                 decode=decode,
                 vae=str(vae),
             )
@@ -312,6 +330,7 @@ class Run:
         *,
         format: Literal["diffusers", "plain"] = "diffusers",  # noqa: A002
         ema: str = "half-life",
+        checkpoint: str = "newest",
         name: str = "",
         samples: int = 64,
         steps: int = 18,
@@ -323,6 +342,7 @@ class Run:
             folder: folder to write, new or empty.
             format: "diffusers" for a pipeline folder with its code, "plain" for safetensors and JSON alone.
             ema: which average of the weights, as for `model`.
+            checkpoint: which checkpoint, as for `model`.
             name: model name on the card; the run folder's by default.
             samples: number of images in the card's picture; 0 for none.
             steps: steps of Heun's method for these images.
@@ -337,16 +357,55 @@ class Run:
         """
         from stablefield.interop._export import export_run
 
-        model = self.model(ema)
+        model = self.model(ema, checkpoint=checkpoint)
         return export_run(
             self.path, model, Path(folder), format=format, name=name, samples=samples, steps=steps, vae=vae
         )
+
+    def report(self) -> RunReport:
+        """The run so far: losses with their floor, evaluations, samples over training, speed, settings and environment.
+
+        `print` shows its last numbers, and `save("report.html")` writes the page that the training itself writes to
+        RUN/report.html.
+
+        Returns:
+            The report; `training` says whether a process trains the run now.
+
+        Raises:
+            ValueError: if the run's config.json is damaged.
+        """
+        try:
+            self.folder.require_unlocked()
+        except ValueError:
+            return read_report(self.folder, training=True)
+        return read_report(self.folder, training=False)
+
+    def animation(self, path: str | Path | None = None) -> Path:
+        """Write the sample grids of the run, the same seeds over training, as a GIF.
+
+        Training writes it to RUN/samples/training.gif after its last step.
+
+        Args:
+            path: the file, which is replaced if it exists; RUN/samples/training.gif by default.
+
+        Returns:
+            The path. The picture is at most 480 pixels wide, of at most 48 grids and 4 MiB.
+
+        Raises:
+            ValueError: if the run has fewer than two grids.
+            ImportError: if Pillow is not installed.
+        """
+        path = self.path / "samples" / "training.gif" if path is None else Path(path)
+        if not write_animation(self.path / "samples", path):
+            raise ValueError(f"{self.path} has fewer than two sample grids: train with a smaller sample_every.")
+        return path
 
     def resume(
         self,
         *,
         steps: int | None = None,
         data: Images | None = None,
+        held_out: Images | None = None,
         vae: str | Path = "",
         device: torch.device | str | None = None,
         tracker: Tracker = "none",
@@ -366,6 +425,7 @@ class Run:
         Args:
             steps: number of steps of the whole run from now on, those that are done among them.
             data: the new place of the images, if they have moved, or the images.
+            held_out: the same for other images that the run holds out.
             vae: the autoencoder's place, if it has moved.
             device: where to compute; a GPU if there is one.
             tracker: as for `train`.
@@ -396,8 +456,21 @@ class Run:
                 with ranks.rank_0_first("to extend the run"):
                     if ranks.first:
                         self.folder.extend(extended)
-        fit_run(self, images, where, tracker, observers, on_start, progress, every, stop, vae=vae)
+        others = self._others(held_out) if ranks.first else None
+        fit_run(self, images, where, tracker, observers, on_start, progress, every, stop, held_out=others, vae=vae)
         return self
+
+    def _others(self, held_out: Images | None) -> ImageSet | None:
+        """Other data that the run holds out."""
+        config = self.config
+        if config.held_out is None or config.held_out.share is not None:
+            if held_out is not None:
+                raise ValueError("held_out is given, but the run holds out no other data: leave it out.")
+            return None
+        if held_out is None or isinstance(held_out, str | Path):
+            place = existing("held_out", config.held_out.data) if held_out is None else held_out
+            held_out = open_images(place, **config.opening)
+        return held_out_data(config, as_image_set("held_out", held_out))
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -431,6 +504,7 @@ def fit_run(
     every: int,
     stop: Callable[[], bool],
     pace: Pace | None = None,
+    held_out: ImageSet | None = None,
     vae: str | Path = "",
 ) -> None:
     """Train a run on its data to its last step; arguments and errors as for `train`."""
@@ -449,6 +523,7 @@ def fit_run(
         tracker=tracker,
         accelerator=make_accelerator(device, tracker, run.folder),
         pace=pace,
+        held_out=held_out,
         vae=vae,
     )
 

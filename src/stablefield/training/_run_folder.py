@@ -1,6 +1,7 @@
 """A run folder: all files of a run, from its configuration to its pictures.
 
 config.json  metrics.jsonl  checkpoints/step-00002000/  samples/step-00002000.png  ema/step-00002000.safetensors
+environment.jsonl  report.html  samples/training.gif
 and, during training, .stablefield.lock
 """
 
@@ -14,6 +15,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from stablefield._regular_file import reason
 from stablefield._shapes import whole_number
 from stablefield.data._autoencoder import AutoencoderRecord
@@ -22,6 +26,7 @@ from stablefield.data._png import is_picture
 from stablefield.data._scaling import Scaling
 from stablefield.training._checkpoint import CheckpointError, State, read_state, remove
 from stablefield.training._config import decode, encode, fits
+from stablefield.training._held_out import HeldOut
 from stablefield.training._initial_weights import InitialWeights
 from stablefield.training._lock import Holder, Lock
 from stablefield.training._recipe import Recipe
@@ -35,7 +40,7 @@ _ATTEMPTS = 10
 # Files that a kill may leave in a new folder: a run can start there again.
 _BEGINNINGS = re.compile(rf"{re.escape(_LOCK)}|\.config\.json\.(\d+\.)?tmp")
 _FORMER = frozenset({"format", "stablefield", "data", "shape", "classes", "opening", "manifest", "recipe"})
-_OPTIONAL = frozenset({"extensions", "initial"})
+_OPTIONAL = frozenset({"extensions", "initial", "held_out"})
 _TYPES = {"stablefield": str, "data": str, "shape": tuple[int, ...], "classes": int, "recipe": Recipe}
 _OPENING = {"resolution": int | tuple[int, int] | None, "resize": Literal["crop", "squash"], "skip_broken": bool}
 
@@ -78,6 +83,7 @@ class RunConfig:
         opening: further arguments that opened the data: resolution, resize, skip_broken.
         extensions: changes of recipe.steps since the start, in order.
         initial: the origin of the first weights, if they were those of another network.
+        held_out: the samples that are not trained on, if any are held out.
     """
 
     data: str
@@ -89,6 +95,7 @@ class RunConfig:
     opening: Mapping[str, Any] = field(default_factory=dict[str, Any])
     extensions: tuple[Extension, ...] = ()
     initial: InitialWeights | None = None
+    held_out: HeldOut | None = None
 
     def extended(self, done: int, steps: int) -> "RunConfig":
         """The configuration of this run with another number of steps; the same if it has that number already.
@@ -111,6 +118,11 @@ class RunConfig:
         extension = Extension(step=done, before=before, after=steps)
         recipe = dataclasses.replace(self.recipe, steps=steps)
         return dataclasses.replace(self, recipe=recipe, extensions=(*self.extensions, extension))
+
+    def training_rows(self, size: int) -> NDArray[np.int64] | None:
+        """The rows of data of this size to train on, in order, if a share is held out; None for all."""
+        held_out = self.held_out
+        return None if held_out is None or held_out.share is None else held_out.split(size, self.recipe.seed)[0]
 
     @property
     def scaling(self) -> Scaling | None:
@@ -227,6 +239,8 @@ class RunFolder:
             record["extensions"] = [dataclasses.asdict(extension) for extension in config.extensions]
         if config.initial is not None:
             record["initial"] = config.initial.record()
+        if config.held_out is not None:
+            record["held_out"] = config.held_out.record()
         write_record(self.path / "config.json", record)
 
     @classmethod
@@ -314,22 +328,28 @@ class RunFolder:
         """The folder of snapshots of power-function averages."""
         return self.path / "ema"
 
-    def prune(self, keep_last: int, keep_every: int) -> None:
-        """Delete the checkpoints that are neither among the newest `keep_last` nor at multiples of `keep_every` steps."""
+    def prune(self, keep_last: int, keep_every: int, best: int | None = None) -> None:
+        """Delete all checkpoints but the newest `keep_last`, those at multiples of `keep_every` steps, and `best`."""
         for folder in self._checkpoints()[:-keep_last]:
-            step = int(folder.name.removeprefix("step-"))
-            if not keep_every or step % keep_every:
+            step = _step_of(folder)
+            if step != best and (not keep_every or step % keep_every):
                 remove(folder)
 
     def remove_after(self, step: int) -> None:
         """Delete the checkpoints of later steps."""
         for folder in self._checkpoints():
-            if int(folder.name.removeprefix("step-")) > step:
+            if _step_of(folder) > step:
                 remove(folder)
 
     def picture(self, step: int, suffix: str = ".png") -> Path:
         """The file of the sample grid of `step`; of data that are no pictures, with the suffix .npz, the samples."""
         return self.path / "samples" / f"step-{step:08d}{suffix}"
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and held-out loss of the checkpoint with the lowest one; None if none was measured."""
+        measured = {entry["step"]: entry["held_out_loss"] for entry in self.metrics() if "held_out_loss" in entry}
+        kept = [(measured[step], step) for step in map(_step_of, self._checkpoints()) if step in measured]
+        return (min(kept)[1], min(kept)[0]) if kept else None
 
     def newest(self) -> tuple[Path, State, list[str]] | None:
         """The newest intact checkpoint, its state, and the faults of newer ones; None if there is no checkpoint."""
@@ -376,9 +396,40 @@ class RunFolder:
             "checkpoint_every, or wait for the run to end."
         )
 
+    def read_checkpoint(self, which: str, read: Callable[[Path], Value]) -> tuple[Value, State, list[str]] | None:
+        """As `read_newest` for "newest"; else what `read` returns for the "best" checkpoint, or that of a step, its state.
+
+        Raises:
+            ValueError: if there is no such checkpoint; names those that there are.
+            CheckpointError: if it is damaged.
+        """
+        if which == "newest":
+            return self.read_newest(read)
+        if which != "best" and not which.isdecimal():
+            raise ValueError(f"checkpoint={which!r:.40}: pass newest, best, or a step.")
+        for attempt in range(_ATTEMPTS):
+            best = self.best() if which == "best" else None
+            step = best[0] if best is not None else int(which) if which.isdecimal() else None
+            kept = {_step_of(folder): folder for folder in self._checkpoints()}
+            if step not in kept:
+                there = f"it has those of the steps {', '.join(map(str, kept))}" if kept else "it has none yet"
+                why = "best needs a run with held_out; " if which == "best" else ""
+                raise ValueError(f"checkpoint={which}: this run has no such checkpoint; {why}{there}.")
+            try:
+                return read(kept[step]), read_state(kept[step]), []
+            except (CheckpointError, FileNotFoundError):
+                # A run in progress may have found a better one, and deleted this.
+                if kept[step].exists() or attempt == _ATTEMPTS - 1:
+                    raise
+        return None
+
     def _checkpoints(self) -> list[Path]:
         folders = (self.path / "checkpoints").glob("step-*")
         return sorted(folder for folder in folders if re.fullmatch(r"step-\d{8,}", folder.name))
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
@@ -428,6 +479,7 @@ def _config(record: Mapping[str, Any]) -> RunConfig:
         opening=cast("dict[str, Any]", opening),
         extensions=_extensions(record.get("extensions", [])),
         initial=InitialWeights.of(record["initial"]) if "initial" in record else None,
+        held_out=HeldOut.of(record["held_out"]) if "held_out" in record else None,
     )
 
 

@@ -224,6 +224,10 @@ def _probe_run(
     model = open_model(folder, device=device)
     config = model.config
     images = config.numbered(open_images(config.data, **config.opening, progress=progress))
+    rows = config.training_rows(len(images))
+    if rows is not None:  # the optimum is that of the samples that were trained on
+        values, labels = images.batch(rows)
+        images = dataclasses.replace(images, images=values, labels=labels)
     return probe_network(
         model.denoiser if network is None else network,
         images,

@@ -18,7 +18,7 @@ from stablefield.sampling._seeded_images import chunks_of
 from stablefield.training._run_folder import RunConfig
 from stablefield.training._sampler import RunSampler
 
-__all__ = ["RunSource", "data_of"]
+__all__ = ["RunSource", "data_of", "existing"]
 
 # Network evaluations to time, without the first.
 _TIMED = 4
@@ -126,10 +126,18 @@ def data_of(config: RunConfig) -> str:
     Raises:
         ValueError: if the data are missing.
     """
-    named = config.data == "digits" or config.data.startswith("hf:")
-    if not named and not Path(config.data).exists():
-        raise ValueError(f"data is missing: the run's own data, {config.data}, do not exist; name their new place.")
-    return config.data
+    return existing("data", config.data)
+
+
+def existing(name: str, place: str) -> str:
+    """The place of a run's data, for the argument `name`.
+
+    Raises:
+        ValueError: if there are no data.
+    """
+    if place != "digits" and not place.startswith("hf:") and not Path(place).exists():
+        raise ValueError(f"{name} is missing: the run's own data, {place}, do not exist; name their new place.")
+    return place
 
 
 class _EnoughError(Exception):

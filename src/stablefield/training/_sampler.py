@@ -47,6 +47,8 @@ class SamplerOptions(SolverOptions):
     """Which average of the weights: half-life, none for the last step's weights, or a length such as 0.1."""
     guide_ema: str = "half-life"
     """Which average of the guide's weights."""
+    checkpoint: str = "newest"
+    """Which checkpoint: newest, best for the one with the lowest held-out loss, or a step that is kept."""
     batch: int = 256
     """Images at a time; changes the images only by the network's rounding."""
     decode: bool = True
@@ -65,6 +67,8 @@ class SamplerOptions(SolverOptions):
             raise ValueError(f"batch={self.batch}: it must be at least 1.")
         if self.vae and not self.decode:
             raise ValueError(f"vae={self.vae} does nothing at decode=False: leave one of the two out.")
+        if self.checkpoint not in ("newest", "best") and not self.checkpoint.isdecimal():
+            raise ValueError(f"checkpoint={self.checkpoint!r:.40}: pass newest, best, or a step.")
         for name in ("guide", "guidance_interval"):
             value = getattr(self, name)
             if value is not None and self.guidance_scale == 1:
@@ -84,7 +88,7 @@ class SamplerOptions(SolverOptions):
         """
         self.check()
         device = torch.device(device)
-        own = open_model(Path(run), self.ema, device)
+        own = open_model(Path(run), self.ema, device, self.checkpoint)
         guide = None if self.guide is None else open_model(self.guide, self.guide_ema, device)
         classes = own.config.classes
         number = self.class_number(own.config)

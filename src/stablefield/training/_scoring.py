@@ -372,6 +372,7 @@ def run_one(
             stop=stop,
             observers=(scorer,),
             accelerator=accelerator,
+            page=False,  # it would count as time of training
         )
         if done < config.recipe.steps:
             return None

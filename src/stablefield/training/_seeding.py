@@ -19,6 +19,7 @@ class Purpose(IntEnum):
     DROPOUT = 2
     REFERENCES = 3
     AUGMENTATION = 4
+    HELD_OUT = 5
     LATENTS = 6
 
 

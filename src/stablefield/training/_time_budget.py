@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from stablefield._shapes import number
 from stablefield.training._estimate import Estimate
+from stablefield.training._held_out import HeldOut
 from stablefield.training._pace import FREE, Costs
 from stablefield.training._recipe import Recipe
 
@@ -17,7 +18,7 @@ _PICTURE, _NFE, _TRAINED = 64, 35, 3
 # Bytes per second that a checkpoint is written with, its checksum included.
 _WRITTEN = 2e8
 # Shares of the time for pictures and checkpoints on the way, and the most of each.
-_LOOKING, _SAVING, _LOOKS, _SAVES = 0.05, 0.02, 8, 10
+_LOOKING, _SAVING, _LOOKS, _SAVES, _EARLY = 0.05, 0.02, 8, 10, 4
 # Shares of the images: for the ramp of the learning rate and the half-life of the averages, at most.
 _RAMP, _HALF_LIFE = 0.05, 0.05
 
@@ -47,10 +48,11 @@ def costs_of(recipe: Recipe, estimate: Estimate) -> Costs:
         step=estimate.seconds_per_step,
         picture=_NFE * _PICTURE * row,
         checkpoint=estimate.state_bytes / _WRITTEN,
+        row=row,
     )
 
 
-def within(recipe: Recipe, seconds: float, costs: Costs) -> Recipe:
+def within(recipe: Recipe, seconds: float, costs: Costs, held_out: HeldOut | None = None) -> Recipe:
     """The recipe with as many steps as the time allows, and the ramp, averages, pictures and checkpoints that suit them.
 
     The ramp and the half-life of the averages become no longer than a twentieth of the images, and stay as they are if they
@@ -60,13 +62,17 @@ def within(recipe: Recipe, seconds: float, costs: Costs) -> Recipe:
         recipe: the recipe.
         seconds: from the start of the run to its end, with a last picture and checkpoint.
         costs: of its parts.
+        held_out: what the run holds out, if anything.
 
     Raises:
         ValueError: if the time is too short for one step.
     """
-    looks = min(_LOOKS, int(_LOOKING * seconds / max(1e-9, costs.picture)))
+    pictures = int(_LOOKING * seconds / max(1e-9, costs.picture))
+    # Early ones come before the first of the regular ones, as many up to four, and one at least.
+    looks = min(_LOOKS, pictures // 2)
+    early = min(_EARLY, max(1, looks)) if pictures else 0
     saves = min(_SAVES, int(_SAVING * seconds / max(1e-9, costs.checkpoint)))
-    other = costs.setup + costs.end + looks * costs.picture + saves * costs.checkpoint
+    other = costs.setup + costs.end + (looks + early) * costs.picture + saves * costs.checkpoint
     steps = int(((1 - FREE) * seconds - other) / max(1e-9, costs.step))
     if steps < 1:
         least = (costs.setup + costs.end + 10 * costs.step) / (1 - FREE - _LOOKING - _SAVING)
@@ -74,13 +80,33 @@ def within(recipe: Recipe, seconds: float, costs: Costs) -> Recipe:
             f"time is too short: {max(0.0, seconds):.2g} s are left for the run, and here a step takes {costs.step:.2g} s, "
             f"the start and the end {costs.setup + costs.end:.2g} s. Pass {math.ceil(least)} s more, or a smaller network."
         )
+    if held_out is not None:
+        steps = _with_looks(recipe, steps, costs, held_out)
     images = steps * recipe.batch
     return replace(
         recipe,
         steps=steps,
         ramp_images=min(recipe.ramp_images, int(_RAMP * images)),
         ema_half_life=min(recipe.ema_half_life, _HALF_LIFE * images),
-        sample_every=math.ceil(steps / (looks + 1)) if looks else 0,
+        sample_every=math.ceil(steps / (looks + 1)) if pictures else 0,
         checkpoint_every=math.ceil(steps / (saves + 1)),
-        log_every=min(recipe.log_every, max(1, steps // 20)),
+        log_every=_log_every(recipe, steps),
     )
+
+
+def _with_looks(recipe: Recipe, steps: int, costs: Costs, held_out: HeldOut) -> int:
+    """As many of the steps as leave time for looks: the network on their rows, and a checkpoint if it is the best."""
+    look = costs.checkpoint + held_out.evaluations * costs.row
+    left, found = steps * costs.step - look, steps
+    # Fewer steps may have more frequent looks.
+    for _ in range(8):
+        every = held_out.paced(replace(recipe, steps=found, log_every=_log_every(recipe, found))).every
+        fitting = max(1, int(left / max(1e-9, costs.step + look / every)))
+        if fitting >= found:
+            break
+        found = fitting
+    return found
+
+
+def _log_every(recipe: Recipe, steps: int) -> int:
+    return min(recipe.log_every, max(1, steps // 20))

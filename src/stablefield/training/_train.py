@@ -32,6 +32,7 @@ def train(
     out: str | Path | None = None,
     recipe: Recipe | None = None,
     init: str | Path | HasFolder | None = None,
+    held_out: float | Images | None = None,
     steps: int | None = None,
     time: str | float | None = None,
     vae: str | Path = "",
@@ -74,6 +75,9 @@ def train(
             `Run.export` wrote, or a file of safetensors or of `torch.save` with a state dict, such as one in a run's
             checkpoint. Tensors are matched by name; a part of a class embedding is copied for each class that both have,
             by name, or by number if either has no names. Without `init`, the weights are random.
+        held_out: samples not to train on: a share of the images, such as 0.05, chosen by the recipe's seed; or other images
+            of the same shape. They are never in a batch and never a reference. The run logs its loss on them at fixed noise,
+            with the averaged weights, and keeps the checkpoint with the lowest one.
         steps: training steps, in place of the recipe's.
         time: time that the call may take, such as 600, "10m" or "2h", in place of `steps`; `Plan.within` says what it
             determines.
@@ -104,14 +108,13 @@ def train(
         source = None if init is None else open_weights(init)
         with ranks.rank_0_first("to open the data"):
             data, recipe = images_and_recipe(images, labels, recipe, steps, where, source)
-        plan = make_plan(data, recipe, init=init, device=where)
+        plan = make_plan(data, recipe, init=init, held_out=held_out, device=where)
         if seconds is not None:
             plan = plan.within(max(1e-3, seconds - (clock() - began)), where)
     else:
-        if recipe is not None or steps is not None or labels is not None or init is not None or time is not None:
-            raise ValueError(
-                "images is a Plan, which holds its recipe: leave recipe and steps out, and labels, init and time, too."
-            )
+        given = {"recipe": recipe, "steps": steps, "labels": labels, "init": init, "time": time, "held_out": held_out}
+        if any(value is not None for value in given.values()):
+            raise ValueError(f"images is a Plan, which holds its recipe and steps: leave {', '.join(given)} out.")
         plan = images
     pace = None if plan.seconds is None or plan.costs is None else Pace(plan.seconds, plan.costs)
     path = ""
@@ -120,7 +123,20 @@ def train(
         folder = Path(out) if out is not None else _unused_folder(f"{plan.data.name}-{config.recipe.target}")
         path = str(_begun(RunFolder.create(folder, config), plan).path)
     run = Run(ranks.broadcast(path, "to make the run's folder"))
-    fit_run(run, plan.data, where, tracker, observers, on_start, progress, every, stop, pace, vae)
+    fit_run(
+        run,
+        plan.data,
+        where,
+        tracker,
+        observers,
+        on_start,
+        progress,
+        every,
+        stop,
+        pace,
+        held_out=plan.held_out,
+        vae=vae,
+    )
     return run
 
 

@@ -1,0 +1,287 @@
+"""Held-out samples: those that a run does not train on, and its loss on them.
+
+They are a share of the data, chosen by the seed, or other data. At every look the averaged weights are measured on the same
+noisy rows, of training samples and of held-out ones with the same noise (`ExcessLoss`), so readings differ by the weights
+alone. The floor is what a perfect network would keep of the training loss; it is computed once.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast, get_type_hints
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stablefield._shapes import number
+from stablefield.data._image_set import ImageSet
+from stablefield.diffusion._preconditioning import Denoiser
+from stablefield.probing._excess_loss import ExcessLoss
+from stablefield.training._config import fits
+from stablefield.training._latents import LatentMoments
+from stablefield.training._recipe import Recipe
+from stablefield.training._seeding import Purpose, generator_for, seed_for
+
+__all__ = ["HeldOut", "HeldOutLoss"]
+
+LEVELS = 8
+"""Bins of noise levels of a look."""
+ROWS = 128
+"""Noisy rows in each of them, at most, of training samples and of held-out ones."""
+POPULATION = 16_384
+"""Training samples whose posterior is the floor, at most."""
+COST = 0.02
+"""Share of the network's evaluations that looks take."""
+# Looks of a run, at least and at most; a short run may take more than its share for them.
+_FEWEST, _MOST = 5, 40
+# Bytes of the noisy rows on the device, and of the population.
+_KEPT = 2**28
+# A training step evaluates the network on its rows, and twice as much again backwards.
+_TRAINED = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """What a run holds out, and how often it looks; in config.json.
+
+    Attributes:
+        count: number of held-out samples.
+        every: steps between looks.
+        rows: noisy rows per bin of noise levels, of training samples and of held-out ones.
+        share: the held-out share of the data; None for other data.
+        data: path or name of other data, as the caller gave it.
+        sha256: checksum of their values.
+    """
+
+    count: int
+    every: int
+    rows: int
+    share: float | None = None
+    data: str = ""
+    sha256: str = ""
+
+    @classmethod
+    def part(cls, share: float, data: ImageSet, recipe: Recipe) -> "HeldOut":
+        """A share of the data, at least 2 samples.
+
+        Raises:
+            ValueError: if the share is not between 0 and 1, or leaves nothing to train on.
+        """
+        number("held_out", share)
+        if not 0 < share < 1:
+            raise ValueError(f"held_out={share:g}: pass a share between 0 and 1, such as 0.05, or other data.")
+        count = max(2, round(share * len(data)))
+        if count > len(data) - 2:
+            raise ValueError(
+                f"held_out={share:g} of {len(data)} samples leaves {max(0, len(data) - count)} to train on: pass less, or "
+                "other data."
+            )
+        return cls(count=count, rows=_rows(data.shape), every=1, share=float(share)).paced(recipe)
+
+    @classmethod
+    def other(cls, others: ImageSet, data: ImageSet, recipe: Recipe) -> "HeldOut":
+        """Other data.
+
+        Raises:
+            ValueError: if they do not fit the training data, or are the training data.
+        """
+        if others.shape != data.shape:
+            theirs, own = (" x ".join(map(str, shape)) for shape in (others.shape, data.shape))
+            raise ValueError(f"held_out has samples of {theirs}, the training data of {own}: prepare them alike.")
+        if (others.scaling is None) != (data.scaling is None):
+            raise ValueError("held_out and the training data: one has images and one floats; prepare them alike.")
+        if others.manifest["sha256"] == data.manifest["sha256"]:
+            raise ValueError(f"held_out={others.name} is the training data itself: pass a share of it, such as 0.05.")
+        if recipe.conditional and others.labels is None:
+            raise ValueError(f"held_out={others.name} has no labels, and the network is conditioned on classes.")
+        if len(others) < 2:
+            raise ValueError("held_out has 1 sample: pass at least 2.")
+        source = str((others.opening or {}).get("source", others.name))
+        sha256 = str(others.manifest["sha256"])
+        return cls(count=len(others), rows=_rows(data.shape), every=1, data=source, sha256=sha256).paced(recipe)
+
+    @classmethod
+    def of(cls, record: object) -> "HeldOut":
+        """The same from its record.
+
+        Raises:
+            ValueError: if the record has other entries.
+        """
+        hints = get_type_hints(cls)
+        entries = cast("Mapping[str, Any]", record) if isinstance(record, dict) else {}
+        if set(entries) != set(hints) or not all(fits(entries[name], hint) for name, hint in hints.items()):
+            raise ValueError("its held_out is not a record of held-out samples")
+        found = cls(**entries)
+        if found.count < 2 or not 2 <= found.rows <= 2**16 or found.every < 1 or not 0 < (found.share or 0.5) < 1:
+            raise ValueError("its held_out holds a number that is out of range")
+        return found
+
+    def record(self) -> dict[str, Any]:
+        """The attributes as JSON values."""
+        return dataclasses.asdict(self)
+
+    def paced(self, recipe: Recipe) -> "HeldOut":
+        """With looks as often as is cheap in a run of this recipe: a multiple of its `log_every`."""
+        cheap = self.evaluations / (COST * _TRAINED * recipe.batch)
+        steps = min(max(cheap, recipe.steps / _MOST), recipe.steps / _FEWEST)
+        return dataclasses.replace(self, every=recipe.log_every * max(1, math.ceil(steps / recipe.log_every)))
+
+    @property
+    def evaluations(self) -> int:
+        """Rows through the network at a look."""
+        return 2 * LEVELS * self.rows
+
+    def cost(self, recipe: Recipe) -> float:
+        """The share of the network's evaluations in training that looks take."""
+        return self.evaluations / (_TRAINED * recipe.batch * min(self.every, recipe.steps))
+
+    def describe(self, recipe: Recipe) -> str:
+        """What is held out, and what looks cost, in words."""
+        what = (
+            f"{self.count:,} of {self.data}" if self.share is None else f"{self.count:,} ({self.share:g} of the data)"
+        )
+        return f"{what}, never trained on; a look every {self.every:,} steps costs {self.cost(recipe):.1%} of training"
+
+    def split(self, size: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Row numbers to train on and to hold out, in order, of data of this size: all and none without a share."""
+        if self.share is None:
+            return np.arange(size), np.arange(0)
+        order = torch.randperm(size, generator=generator_for(seed, Purpose.HELD_OUT)).numpy()
+        return np.sort(order[self.count :]), np.sort(order[: self.count])
+
+
+class HeldOutLoss:
+    """Measures a model on training samples and on held-out ones, at fixed noise; an observer of the loop.
+
+    Args:
+        held_out: what is held out.
+        recipe: of the run.
+        data: all of the run's data.
+        others: other data that are held out; None for a share.
+        labelled: whether the network sees classes.
+        device: where to compute.
+
+    Attributes:
+        population: training samples whose posterior is the floor.
+
+    Raises:
+        ValueError: if the data have nothing to measure, such as samples that are all equal.
+    """
+
+    def __init__(
+        self,
+        held_out: HeldOut,
+        recipe: Recipe,
+        data: ImageSet,
+        others: ImageSet | None,
+        *,
+        labelled: bool,
+        device: torch.device,
+    ) -> None:
+        self._every = held_out.every
+        rows, own = held_out.split(len(data), recipe.seed)
+        seed = seed_for(recipe.seed, Purpose.HELD_OUT)
+        most = max(2, min(POPULATION, _KEPT // data.images[:1].nbytes))
+        rows = _drawn(rows, most, seed)
+        values, labels = _samples(data, rows, labelled=labelled)
+        self.population = len(values)
+        if recipe.mirror:
+            values = torch.cat([values, _mirrored(data, rows, values, seed)])
+            labels = None if labels is None else torch.cat([labels, labels])
+        held, held_labels = (
+            _samples(data, own, labelled=labelled)
+            if others is None
+            else _samples(others, _drawn(np.arange(len(others)), most, seed), labelled=labelled)
+        )
+        self._excess = ExcessLoss(
+            values,
+            process=recipe.process,
+            noise_levels=recipe.noise_levels,
+            weighting=recipe.weighting,
+            prediction="denoiser",
+            held_out=held,
+            labels=labels,
+            held_out_labels=held_labels,
+            levels=LEVELS,
+            rows=held_out.rows,
+            seed=seed,
+            device=device,
+        )
+        self.floor = self._logged_floor(recipe, values, labels, held_out.rows, seed, device)
+
+    @property
+    def every(self) -> int:
+        """Steps between looks."""
+        return self._every
+
+    def __call__(self, step: int, denoiser: Denoiser) -> dict[str, float]:  # noqa: ARG002
+        """Measure the model: the losses, each also minus the floor, with standard errors."""
+        found = self._excess(denoiser)
+        loss, floor, held_out, gap = (found.total(name) for name in ("loss", "floor", "held_out", "gap"))
+        return {
+            "fixed_loss": loss.value,
+            "fixed_loss_error": loss.error,
+            "fixed_loss_minus_floor": loss.value - floor.value,
+            "held_out_loss": held_out.value,
+            "held_out_loss_error": held_out.error,
+            "held_out_loss_minus_floor": held_out.value - floor.value,
+            "held_out_gap": gap.value,
+            "held_out_gap_error": gap.error,
+            "floor": floor.value,
+            "floor_error": floor.error,
+        }
+
+    def _logged_floor(
+        self, recipe: Recipe, values: Tensor, labels: Tensor | None, rows: int, seed: int, device: torch.device
+    ) -> float | None:
+        """The floor of the loss that the training logs; None with augmentation, which changes the data."""
+        if recipe.augmentation:
+            return None
+        floor = self._excess(_identity).total("floor").value
+        if labels is None or not recipe.label_dropout:
+            return floor
+        # Rows whose label the network does not see have all classes for their posterior.
+        whole = ExcessLoss(
+            values,
+            process=recipe.process,
+            noise_levels=recipe.noise_levels,
+            weighting=recipe.weighting,
+            levels=LEVELS,
+            rows=rows,
+            seed=seed,
+            device=device,
+        )
+        hidden = recipe.label_dropout
+        return (1 - hidden) * floor + hidden * whole(_identity).total("floor").value
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    """Rows per bin: noisy rows, samples and posterior means of two sets fit the memory that is set aside."""
+    return max(2, min(ROWS, _KEPT // (5 * 4 * LEVELS * math.prod(shape))))
+
+
+def _drawn(rows: NDArray[np.int64], most: int, seed: int) -> NDArray[np.int64]:
+    if len(rows) <= most:
+        return rows
+    return np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
+
+
+def _samples(data: ImageSet, rows: NDArray[np.int64], *, labelled: bool) -> tuple[Tensor, Tensor | None]:
+    labels = torch.from_numpy(data.labels[rows]) if labelled and data.labels is not None else None
+    return torch.from_numpy(np.ascontiguousarray(data.scaled(rows))), labels
+
+
+def _mirrored(data: ImageSet, rows: NDArray[np.int64], values: Tensor, seed: int) -> Tensor:
+    """The mirror images of some rows; of latents of images a draw of the mirrored images' ones."""
+    if data.moments is None:
+        return values.flip(-1)
+    pool = LatentMoments.load(data, rows, torch.device("cpu"), mirrored=True, seed=seed).pool(None, 0)
+    assert isinstance(pool.flipped, Tensor)
+    return pool.flipped
+
+
+def _identity(x: Tensor, *_: object) -> Tensor:
+    return x

@@ -1,0 +1,447 @@
+"""The report of a run: losses with their floor, evaluations, samples over training, speed, settings and environment.
+
+The training writes RUN/report.html at its looks, so a browser that shows it follows the run. Drawing takes a second or two:
+the reports on the way take at most a fiftieth of the time, and a run of a few seconds has none.
+"""
+
+import dataclasses
+import math
+import platform
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import stablefield
+from stablefield.data._png import class_grid
+from stablefield.report import (
+    Block,
+    Estimate,
+    Figure,
+    KeyFigure,
+    KeyFigures,
+    Line,
+    LineChart,
+    Page,
+    Section,
+    SideBySide,
+    Table,
+    json_details,
+)
+from stablefield.report._cells import duration, text_table
+from stablefield.report._images import grid_figure
+from stablefield.report._result import Result
+from stablefield.training._config import encode
+from stablefield.training._grids import grid_steps, picked, read_grid
+from stablefield.training._recipe import Recipe
+from stablefield.training._records import append_line, read_lines
+from stablefield.training._run_folder import RunConfig, RunFolder
+
+__all__ = ["ReportWriter", "RunReport", "log_environment", "read_report", "report_seconds"]
+
+FIRST = 20.0
+"""Seconds of training before the first report on the way; a run of less has none."""
+SHARE = 0.02
+"""Share of the time that reports on the way take."""
+REFRESH = 20
+"""Seconds after which a browser loads the report of a run in progress again."""
+SEEDS = 64
+"""Images of a sample grid."""
+# Points of a line, and grids of a report.
+_POINTS, _GRIDS, _SMALL = 200, 5, 440
+# Seconds for the last report and the animation.
+_DRAWN = 3.0
+_ENVIRONMENT = {"step": int, "started": str, "device": str, "processes": int, "stablefield": str}
+_ENVIRONMENT |= {"torch": str, "python": str}
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class RunReport(Result):
+    """A run so far.
+
+    Attributes:
+        path: the run's folder.
+        config: its configuration.
+        lines: the lines of metrics.jsonl.
+        environment: where it was trained, an entry for each time that the training began or was resumed.
+        best: step and held-out loss of the best checkpoint; None for a run that holds nothing out.
+        training: whether it is being trained now.
+    """
+
+    path: Path
+    config: RunConfig
+    lines: tuple[Mapping[str, Any], ...]
+    environment: tuple[Mapping[str, Any], ...]
+    best: tuple[int, float] | None
+    training: bool
+
+    @property
+    def step(self) -> int:
+        """Steps done at the last line of the log."""
+        return int(self.lines[-1]["step"]) if self.lines else 0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Time for the steps that are left, at the last pace, without pictures and checkpoints; None if unknown."""
+        speed = self._last("images_per_second")
+        return (self.config.recipe.steps - self.step) * self.config.recipe.batch / speed if speed else None
+
+    @property
+    def summary(self) -> str:
+        """Where the run stands, in a sentence or two."""
+        steps, left = self.config.recipe.steps, self.seconds_left
+        if self.step >= steps:
+            text = f"Finished: {steps:,} steps."
+        elif self.training:
+            text = f"Training: step {self.step:,} of {steps:,}"
+            text += f", about {duration(left)} left." if left else "."
+        else:
+            text = f"Stopped at step {self.step:,} of {steps:,}."
+        if self.best is not None:
+            text += f" The held-out loss is lowest at step {self.best[0]:,}: {self.best[1]:.4g}."
+        return text
+
+    def __str__(self) -> str:
+        return "\n".join([self.summary, "", text_table(("", "last"), [(name, text) for name, text in self._figures()])])
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, the settings and the environment, as JSON values."""
+        return {
+            "stablefield": stablefield.__version__,
+            "data": self.config.data,
+            "manifest": dict(self.config.manifest),
+            "recipe": encode(self.config.recipe),
+            "held_out": None if self.config.held_out is None else self.config.held_out.record(),
+            "step": self.step,
+            "training": self.training,
+            "best": None if self.best is None else {"step": self.best[0], "held_out_loss": self.best[1]},
+            "environment": [dict(entry) for entry in self.environment],
+            "metrics": [dict(line) for line in self.lines],
+        }
+
+    def tables(self) -> Mapping[str, tuple[Sequence[str], Sequence[Sequence[float | None]]]]:
+        """The log without its bins, a row for each line."""
+        names = dict.fromkeys(name for line in self.lines for name in line if not name.startswith("bin_"))
+        return {"metrics": (tuple(names), [[line.get(name) for name in names] for line in self.lines])}
+
+    def charts(self) -> Mapping[str, LineChart]:
+        """The losses, the losses minus their floor, and the Frechet distance, as far as they were measured."""
+        recipe, found = self.config.recipe, dict[str, LineChart]()
+        removed = any(line.get("variance_removed") for line in self.lines)
+        logged = self._curve(
+            "training, batches" if self._last("floor") else "loss", _single_sample if removed else _of("loss")
+        )
+        others = [
+            self._curve("training, fixed noise", _of("fixed_loss")),
+            self._curve("held out, fixed noise", _of("held_out_loss"), _of("held_out_loss_error")),
+        ]
+        if removed and not any(others):
+            others = [self._curve("stable target's loss", _of("loss"))]
+        floor = self._curve("floor", _of("floor"))
+        lines = [line for line in (logged, *others) if line is not None]
+        if floor is not None:
+            lines.append(dataclasses.replace(floor, low=None, high=None, reference=True))
+        if lines:
+            found["loss"] = _chart(lines, "loss", "Loss", zero=False)
+        above = [
+            self._curve("training, batches", _of("loss_minus_floor")),
+            self._curve("training, fixed noise", _of("fixed_loss_minus_floor")),
+            self._curve("held out, fixed noise", _of("held_out_loss_minus_floor")),
+        ]
+        if floor is not None and any(above):
+            found["excess"] = _chart([line for line in above if line], "loss minus floor", "Loss minus floor")
+        distance = self._curve("samples", _of("frechet"), _of("frechet_error"))
+        if distance is not None:
+            real = self._curve("as many real images", _of("frechet_floor"))
+            lines = [distance] + ([] if real is None else [dataclasses.replace(real, reference=True)])
+            found["frechet"] = _chart(lines, "Frechet distance", "Frechet distance")
+        speed = self._curve("images per second", _of("images_per_second"))
+        if speed is not None and recipe.steps > 1:
+            found["speed"] = _chart([speed], "images per second", "Speed", zero=True)
+        return found
+
+    def page(self) -> Page:
+        """The report."""
+        charts = self.charts()
+        learning = tuple(
+            Figure(
+                dataclasses.replace(charts[name], title=""), alt=alt, title=f"{charts[name].title}.", caption=caption
+            )
+            for name, alt, caption in (
+                ("loss", "Losses against the step.", self._about_losses()),
+                ("excess", "Losses minus their floor against the step.", _ABOUT_EXCESS),
+                ("frechet", "Frechet distance of samples against the step.", _ABOUT_FRECHET),
+            )
+            if name in charts
+        )
+        speed = [
+            Figure(dataclasses.replace(charts["speed"], title=""), alt="Images per second against the step.")
+            for _ in range("speed" in charts)
+        ]
+        environment: list[Block] = [self._where()] if self.environment else []
+        sections = [
+            ("Learning", learning),
+            ("Samples", self._samples()),
+            ("Settings", (self._settings(), json_details("Every setting", encode(self.config.recipe)))),
+            ("Speed and environment", (*speed, *environment)),
+        ]
+        return Page(
+            title=self.path.resolve().name,
+            summary=self.summary,
+            blocks=(
+                KeyFigures(self._key_figures()),
+                *(Section(title, tuple(blocks)) for title, blocks in sections if blocks),
+            ),
+            footer=f"Written {datetime.now():%Y-%m-%d %H:%M:%S}"
+            + (", again at the next look; the page loads it" if self.training else ""),
+            refresh=REFRESH if self.training else None,
+        )
+
+    def _last(self, name: str) -> float | None:
+        return next((float(line[name]) for line in reversed(self.lines) if name in line), None)
+
+    def _key_figures(self) -> tuple[KeyFigure, ...]:
+        recipe = self.config.recipe
+        found = [
+            KeyFigure(value=f"{self.step:,}", label="steps", note=f"of {recipe.steps:,}, {recipe.batch} images each")
+        ]
+        for name, label, note in (
+            ("held_out_loss", "held-out loss", "averaged weights, fixed noise"),
+            ("fixed_loss", "loss on training samples", "averaged weights, fixed noise"),
+            ("loss", "training loss", "means over batches"),
+            ("frechet", "Frechet distance", "of a few samples"),
+        ):
+            value, error = self._last(name), self._last(f"{name}_error")
+            if value is not None and not (name == "loss" and self._last("fixed_loss") is not None):
+                found.append(
+                    KeyFigure(value=value if error is None else Estimate(value, error), label=label, note=note)
+                )
+        speed = self._last("images_per_second")
+        if speed:
+            left = self.seconds_left if self.training else None
+            share = self._last("target_share")
+            note = f"about {duration(left)} left" if left else f"noise and target take {share:.0%}" if share else ""
+            found.append(KeyFigure(value=round(speed), label="images per second", note=note))
+        return tuple(found)
+
+    def _figures(self) -> list[tuple[str, str]]:
+        rows: list[tuple[str, str]] = []
+        names = ("loss", "loss_minus_floor", "fixed_loss", "held_out_loss", "held_out_gap", "floor", "frechet")
+        for name in (*names, "images_per_second"):
+            value, error = self._last(name), self._last(f"{name}_error")
+            if value is not None:
+                rows.append((name.replace("_", " "), f"{value:.4g}" + (f" ± {error:.1g}" if error else "")))
+        return rows
+
+    def _curve(self, label: str, value: "_Getter", error: "_Getter | None" = None) -> Line | None:
+        """A line over the steps, thinned by means, with a band of two standard errors; None without values."""
+        points = [
+            (line["step"], y, None if error is None else error(line))
+            for line in self.lines
+            if (y := value(line)) is not None
+        ]
+        if not points:
+            return None
+        parts = np.array_split(np.arange(len(points)), min(_POINTS, len(points)))
+        x = [float(points[part[-1]][0]) for part in parts]
+        y = [math.fsum(points[k][1] for k in part) / len(part) for part in parts]
+        errors = [points[part[-1]][2] or 0.0 for part in parts]
+        if not any(errors):
+            return Line(label=label, x=x, y=y)
+        low, high = ([a + sign * 2 * b for a, b in zip(y, errors, strict=True)] for sign in (-1, 1))
+        return Line(label=label, x=x, y=y, low=low, high=high)
+
+    def _about_losses(self) -> str:
+        text = "Batches: means since the last line of the log"
+        if self.config.recipe.target == "stf":
+            text += ", with the variance that the stable target removes, so that all lines are losses to single samples"
+        if self.config.held_out is None:
+            return f"{text}."
+        return (
+            f"{text}. Fixed noise: the averaged weights on the same noisy rows at every look, bands of two standard errors. "
+            "Floor: what a perfect network would keep of the training loss."
+        )
+
+    def _samples(self) -> tuple[Block, ...]:
+        """The newest grid, and a few earlier ones of the same seeds."""
+        found = grid_steps(self.path / "samples", self.step if self.lines else None)
+        steps = picked(list(found), _GRIDS)
+        figures: dict[int, Figure] = {}
+        for step in steps:
+            try:
+                grid = read_grid(found[step])
+            except (OSError, ValueError):
+                continue  # such as one that was being replaced
+            newest = step == steps[-1]
+            figures[step] = grid_figure(
+                grid,
+                self._ground(grid),
+                alt=f"Samples after {step:,} steps.",
+                title=f"Step {step:,}.",
+                caption="The averaged weights; the same seeds at every step." if newest else "",
+                width=None if newest else _SMALL,
+            )
+        if not figures:
+            return ()
+        *earlier, last = figures.values()
+        return (last, SideBySide(tuple(earlier))) if len(earlier) > 1 else (last, *earlier)
+
+    def _ground(self, grid: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
+        """The same grid of black images, if it is laid out as the run lays them out."""
+        shape, classes = self.config.picture_shape or self.config.shape, self.config.classes
+        labels = np.arange(SEEDS) % classes if classes else None
+        if len(shape) != 3 or math.prod(shape) * SEEDS > 2**26 or shape[0] != grid.shape[2]:
+            return None
+        ground = class_grid(np.zeros((SEEDS, *shape), np.uint8), labels, self.config.class_names)
+        return ground if ground.shape == grid.shape else None
+
+    def _settings(self) -> Table:
+        config, recipe = self.config, self.config.recipe
+        count = config.manifest.get("count", 0)
+        sizes = "x".join(map(str, config.shape))
+        rows = [
+            ("data", f"{config.data}: {count:,} of {sizes}" if isinstance(count, int) else config.data),
+            ("network", str(recipe.network)),
+            ("target", _target(recipe)),
+            ("steps", f"{recipe.steps:,} of {recipe.batch} images, seed {recipe.seed}"),
+            ("learning rate", f"{recipe.learning_rate:g}, ramp {recipe.ramp_images:,} images"),
+            ("averages", f"half-life {recipe.ema_half_life:,.0f} images"),
+        ]
+        if config.classes:
+            rows.append(("classes", f"{config.classes}, label dropout {recipe.label_dropout:g}"))
+        if config.held_out is not None:
+            rows.append(("held out", config.held_out.describe(recipe)))
+        if config.initial is not None:
+            rows.append(("weights of", f"{config.initial.source} ({config.initial.weights})"))
+        rows += [(f"at step {e.step:,}", f"{e.after:,} steps instead of {e.before:,}") for e in config.extensions]
+        return Table(columns=("setting", "value"), rows=tuple(rows))
+
+    def _where(self) -> Table:
+        names = ("started", "device", "processes", "torch", "python", "stablefield")
+        return Table(
+            columns=("from step", *names),
+            rows=tuple((f"{entry['step']:,}", *(str(entry[name]) for name in names)) for entry in self.environment),
+            caption="Each time that the training began or was resumed; times in UTC.",
+        )
+
+
+_Getter = Callable[[Mapping[str, Any]], float | None]
+_ABOUT_EXCESS = (
+    "What training can still lower. On a logarithmic axis, where the lines allow it. A held-out loss that rises while the "
+    "others fall shows memorisation."
+)
+_ABOUT_FRECHET = "Of a few samples to the data, with bands of two standard errors. Lower is better."
+
+
+def read_report(folder: RunFolder, config: RunConfig | None = None, *, training: bool) -> RunReport:
+    """Read what a run has written so far.
+
+    Args:
+        folder: the run's folder.
+        config: its configuration, if known.
+        training: whether it is being trained.
+    """
+    entries = (
+        {name: entry[name] for name in _ENVIRONMENT}
+        for entry in read_lines(folder.path / "environment.jsonl")
+        if all(isinstance(entry.get(name), kind) for name, kind in _ENVIRONMENT.items())
+    )
+    lines: dict[int, dict[str, Any]] = {}
+    for line in folder.metrics():
+        lines[line["step"]] = lines.get(line["step"], {}) | line
+    return RunReport(
+        path=folder.path,
+        config=folder.config() if config is None else config,
+        lines=tuple(lines[step] for step in sorted(lines)),
+        environment=tuple(entries),
+        best=folder.best(),
+        training=training,
+    )
+
+
+def log_environment(folder: RunFolder, step: int, device: torch.device, processes: int) -> None:
+    """Append where a run is trained from now on to its environment.jsonl."""
+    threads = torch.get_num_threads()
+    hardware = f"{platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    entry = {
+        "step": step,
+        "started": f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
+        "device": f"{device} ({hardware})",
+        "processes": processes,
+        "stablefield": stablefield.__version__,
+        "torch": torch.__version__,
+        "python": f"{platform.python_version()}, {platform.system()}",
+    }
+    append_line(folder.path / "environment.jsonl", entry)
+
+
+def report_seconds(seconds: float) -> float:
+    """What the last report and the animation take, with the packages' import, of a training of so many seconds."""
+    return _DRAWN if seconds > FIRST and _drawable() else 0.0
+
+
+class ReportWriter:
+    """Writes RUN/report.html during training, as often as its time allows; nothing without matplotlib and Jinja2."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder, self._path = folder, folder.path / "report.html"
+        self._began = time.monotonic()
+        self._next = self._began + FIRST
+
+    def write(self, config: RunConfig, *, training: bool) -> None:
+        """Write the report, if it is time; at the end of a training, if it has taken as long as the first report waits for.
+
+        Args:
+            config: the run's configuration now.
+            training: whether the training goes on.
+        """
+        began = time.monotonic()
+        if not _drawable() or began < (self._next if training else self._began + FIRST):
+            return
+        try:
+            read_report(self._folder, config, training=training).save(self._path)
+        except (OSError, ValueError) as error:
+            warnings.warn(f"{self._path} was not written: {error}", stacklevel=2)
+        now = time.monotonic()
+        self._next = now + (now - began) / SHARE
+
+
+def _drawable() -> bool:
+    return all(find_spec(name) is not None for name in ("matplotlib", "jinja2", "PIL"))
+
+
+def _target(recipe: Recipe) -> str:
+    if recipe.target == "dsm":
+        return "the single sample (dsm)"
+    band = recipe.noise_band if isinstance(recipe.noise_band, str) else f"{recipe.noise_band:.3g}"
+    return f"the stable target (stf), references: {recipe.references}, noise band from {band}"
+
+
+def _of(name: str) -> _Getter:
+    return lambda line: line.get(name)
+
+
+def _single_sample(line: Mapping[str, Any]) -> float | None:
+    return line["loss"] + line.get("variance_removed", 0.0) if "loss" in line else None
+
+
+def _chart(lines: Sequence[Line], label: str, title: str, *, zero: bool = False) -> LineChart:
+    values = [float(value) for line in lines for value in np.asarray(line.y)]
+    return LineChart(
+        lines=tuple(lines),
+        x_label="step",
+        y_label=label,
+        log_y=not zero and min(values) > 0,
+        y_min=0.0 if zero else None,
+        title=title,
+    )

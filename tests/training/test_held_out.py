@@ -1,0 +1,258 @@
+"""Held-out samples are never trained on; the loss on them is that of a direct computation; the best checkpoint is kept."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import stablefield as sf
+import stablefield.training._loop
+from stablefield.cli.entry import main
+from stablefield.data._digits import open_digits
+from stablefield.training._checkpoint import State, Trained
+from stablefield.training._feed import Feed
+from stablefield.training._held_out import LEVELS, HeldOut, HeldOutLoss
+from stablefield.training._placement import Placement
+from stablefield.training._plan import make_plan
+from stablefield.training._recipe import MLPConfig, Recipe
+from stablefield.training._seeding import Purpose, seed_for
+
+CPU = torch.device("cpu")
+TINY = Recipe(
+    steps=40,
+    batch=16,
+    noise_band=0.5,
+    network=MLPConfig(width=16, depth=1),
+    sample_every=0,
+    checkpoint_every=25,
+    keep_last=1,
+    log_every=5,
+)
+
+
+@pytest.fixture(autouse=True)
+def few_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look at few rows, which is quick."""
+    if "cost" not in request.node.name:
+        monkeypatch.setattr("stablefield.training._held_out.ROWS", 16)
+
+
+def measured(run: sf.Run) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    clock = ("images_per_second", "target_share")
+    return [{name: value for name, value in line.items() if name not in clock} for line in run.metrics()]
+
+
+def looks(run: sf.Run) -> dict[int, float]:
+    return {line["step"]: line["held_out_loss"] for line in run.metrics() if "held_out_loss" in line}
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_the_logged_losses_are_those_of_a_direct_computation_in_float64(tmp_path: Path, conditional: bool) -> None:
+    recipe = dataclasses.replace(TINY, steps=5, conditional=conditional, label_dropout=0.0, seed=3)
+    run = sf.train("digits", out=tmp_path / "run", recipe=recipe, held_out=0.1, device="cpu")
+    (line,) = [line for line in run.metrics() if "held_out_loss" in line]
+    network = run.model().denoiser.double()
+    held_out = run.config.held_out
+    assert held_out is not None
+    digits = open_digits()
+    assert digits.labels is not None
+    x = torch.from_numpy(digits.images).double().flatten(1) / 127.5 - 1
+    sets = [torch.from_numpy(rows) for rows in held_out.split(len(x), recipe.seed)]
+    generator = torch.Generator().manual_seed(seed_for(recipe.seed, Purpose.HELD_OUT))
+    found: dict[str, list[float]] = {"fixed_loss": [], "held_out_loss": [], "floor": []}
+    for k in range(LEVELS):
+        rows = held_out.rows
+        u = (k + (torch.arange(rows) + torch.rand(rows, generator=generator, dtype=torch.float64)) / rows) / LEVELS
+        s = torch.exp(-1.2 + 1.2 * torch.special.ndtri(u))
+        noise = torch.randn(rows, 64, generator=generator).double()
+        weight = (s**2 + 0.25) / (0.5 * s) ** 2 / 64
+        for name, members in zip(("fixed_loss", "held_out_loss"), sets, strict=True):
+            order = [torch.randperm(len(members), generator=generator) for _ in range(-(-rows // len(members)))]
+            index = members[torch.cat(order)[:rows]]
+            labels = torch.from_numpy(digits.labels)[index]
+            noisy = x[index] + s[:, None] * noise
+            with torch.no_grad():
+                images = noisy.reshape(-1, 1, 8, 8)
+                clean = (network(images, s, labels) if conditional else network(images, s)).flatten(1)
+            found[name].append(float((weight * (clean - x[index]).square().sum(1)).mean()))
+            if name == "held_out_loss":
+                continue
+            logits = -torch.cdist(noisy, x[members]).square() / (2 * s[:, None] ** 2)
+            if conditional:
+                logits[labels[:, None] != torch.from_numpy(digits.labels)[members]] = -torch.inf
+            posterior = torch.softmax(logits, 1)
+            variance = posterior @ x[members].square() - (posterior @ x[members]).square()
+            found["floor"].append(float((weight * variance.sum(1)).mean()))
+    for name, values in found.items():
+        assert line[name] == pytest.approx(np.mean(values), rel=1e-5), name
+    for name in ("fixed", "held_out"):
+        assert line[f"{name}_loss_minus_floor"] == pytest.approx(line[f"{name}_loss"] - line["floor"], rel=1e-9)
+    assert line["loss_minus_floor"] == pytest.approx(line["loss"] + line["variance_removed"] - line["floor"], rel=1e-9)
+
+
+@pytest.mark.parametrize(("placement", "references"), [("resident", "all"), ("resident", 24), ("loaded", 24)])
+def test_held_out_rows_are_in_no_batch_and_no_reference(placement: Placement, references: int | str) -> None:
+    # The pixels of each image say which row it is.
+    count = 120
+    images = np.arange(count, dtype=np.uint8).repeat(4).reshape(count, 1, 2, 2)
+    recipe = dataclasses.replace(TINY, references=references, mirror=True)
+    plan = make_plan(sf.data.make_image_set(images, None, sf.data.Origin(name="x", source="x")), recipe, held_out=0.25)
+    training = plan.config.training_rows(count)
+    assert training is not None
+    assert plan.config.held_out is not None
+    held = set(range(count)) - set(training.tolist())
+    assert len(held) == plan.config.held_out.count == 30
+    drawn: set[int] = set()
+    feed = Feed(plan.data, plan.config.recipe, CPU, labelled=False, placement=placement, rows=training)
+    for step in range(6):
+        rows = feed.rows(step, slice(0, 16))
+        assert isinstance(rows.pool, sf.Pool)
+        drawn |= set(rows.pixels[:, 0, 0, 0].tolist())
+        of_step = set(torch.as_tensor(rows.pool.data)[:, 0, 0, 0].tolist())
+        assert not of_step & held
+        assert torch.equal(torch.as_tensor(rows.pool.data)[rows.index], rows.pixels)
+    feed.close()
+    assert not drawn & held
+    assert len(drawn) >= 0.9 * len(training)
+    look = HeldOutLoss(plan.config.held_out, plan.config.recipe, plan.data, None, labelled=False, device=CPU)
+    for part in look._excess._bins:
+        assert part.held_out is not None
+        for rows, inside in ((part.rows, set(training.tolist())), (part.held_out, held)):
+            assert set(((rows.x0[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()) <= inside
+    assert look.population == len(training)
+
+
+def test_the_share_is_a_function_of_the_seed_and_of_nothing_else() -> None:
+    digits = open_digits()
+    kept = HeldOut.part(0.05, digits, TINY)
+    training, held = kept.split(1797, 0)
+    assert sorted([*training, *held]) == list(range(1797))
+    assert len(held) == 90
+    again = HeldOut.part(0.05, digits, dataclasses.replace(TINY, batch=64, target="dsm")).split(1797, 0)[1]
+    np.testing.assert_array_equal(held, again)
+    assert set(held) != set(kept.split(1797, 1)[1])
+
+
+def test_a_run_that_was_stopped_has_the_looks_and_the_best_checkpoint_of_the_whole_run(tmp_path: Path) -> None:
+    whole, cut = (
+        sf.train("digits", out=tmp_path / name, recipe=TINY, held_out=0.05, device="cpu", every=1, stop=stop)
+        for name, stop in (("whole", lambda: False), ("cut", iter([False] * 16 + [True]).__next__))
+    )
+    assert cut.step == 17
+    cut.resume(device="cpu")
+    assert [line["step"] for line in measured(cut)] == [5, 10, 15, 17, 20, 25, 30, 35, 40]
+    assert looks(cut) == looks(whole)
+    assert len(looks(whole)) == 4
+    assert whole.best == cut.best == min(looks(whole), key=looks(whole).__getitem__)
+    assert all(len(list(run.path.glob("checkpoints/*/ema.safetensors"))) <= 2 for run in (whole, cut))
+
+
+def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept_and_drawn_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {10: 3.0, 20: 1.0, 30: 2.0, 40: 1.5}
+    monkeypatch.setattr(HeldOutLoss, "__call__", lambda _, step, __: {"held_out_loss": told[step]})
+    run = sf.train("digits", out=tmp_path / "run", recipe=TINY, held_out=0.05, device="cpu")
+    assert run.best == 20
+    assert sorted(path.name for path in (run.path / "checkpoints").iterdir()) == ["step-00000020", "step-00000040"]
+    best, newest = (run.model(checkpoint=which) for which in ("best", "newest"))
+    assert (best.step, newest.step) == (20, 40)
+    assert run.model(checkpoint="20").step == 20
+    drawn = run.sample(2, steps=2, checkpoint="best", device="cpu")
+    assert drawn.ema == "half-life, step 20"
+    assert not np.array_equal(drawn.images, run.sample(2, steps=2, device="cpu").images)
+    with pytest.raises(ValueError, match=r"^checkpoint=30: this run has no such checkpoint; .* 20, 40\.$"):
+        run.model(checkpoint="30")
+    with pytest.raises(ValueError, match=r"^checkpoint='latest': pass newest, best, or a step"):
+        run.sample(2, checkpoint="latest")
+
+
+def test_other_data_are_held_out_and_found_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    digits = open_digits()
+    for name, part in (("a", slice(0, 300)), ("b", slice(300, 400))):
+        np.save(tmp_path / f"{name}.npy", digits.images[part])
+    flags = ["--steps", "4", "--batch", "8", "--network.width", "8", "--network.depth", "1", "--device", "cpu"]
+    flags += ["--sample-every", "0", "--recipe", "digits", "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", str(tmp_path / "a.npy"), *flags, "--held-out", str(tmp_path / "b.npy")])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "b.npy, never trained on; a look every 50 steps costs" in shown
+    assert "best: step 4, with a held-out loss of" in shown
+    run = sf.Run(tmp_path / "run")
+    assert run.config.held_out is not None
+    assert (run.config.held_out.count, run.config.held_out.share) == (100, None)
+    moved = (tmp_path / "b.npy").rename(tmp_path / "c.npy")
+    with pytest.raises(ValueError, match=r"^held_out is missing: the run's own data, .*b\.npy, do not exist"):
+        run.resume(steps=6, device="cpu")
+    with pytest.raises(ValueError, match=r"^held_out=a is not what this run holds out"):
+        run.resume(steps=6, held_out=tmp_path / "a.npy", device="cpu")
+    run.resume(steps=6, held_out=moved, device="cpu")
+    assert sorted(looks(run)) == [4, 6]
+
+
+def test_what_cannot_be_held_out_is_refused(tmp_path: Path) -> None:
+    digits = open_digits()
+    coloured = np.zeros((5, 3, 8, 8), np.uint8)
+    for wrong, words in (
+        (1.5, r"^held_out=1\.5: pass a share between 0 and 1"),
+        (0, r"^held_out=0: pass a share"),
+        (0.9999, r"^held_out=0\.9999 of 1797 samples leaves 0 to train on"),
+        (0.995, r"^batch=16 is above the 9 images"),
+        ("digits", r"^held_out=digits is the training data itself"),
+        (coloured, r"^held_out has samples of 3 x 8 x 8, the training data of 1 x 8 x 8"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make_plan(digits, TINY, held_out=wrong, device="cpu")
+    plan = make_plan(digits, TINY, held_out=0.1, device="cpu")
+    with pytest.raises(ValueError, match=r"^images is a Plan"):
+        sf.train(plan, held_out=0.1)
+    run = sf.train(plan, out=tmp_path / "run", stop=lambda: True)
+    path = run.path / "config.json"
+    record = {name: value for name, value in json.loads(path.read_text()).items() if name != "checksum"}
+    for change in ({"count": 1}, {"every": 0}, {"rows": 10**9}, {"share": 2.0}, {"more": 1}, {"count": "5"}):
+        path.write_text(json.dumps(record | {"held_out": record["held_out"] | change}))
+        with pytest.raises(ValueError, match="held_out"):
+            _ = run.config
+
+
+def test_looks_cost_two_percent_unless_that_would_be_too_few_or_too_many() -> None:
+    digits = open_digits()
+    for steps, batch, expected in ((400_000, 512, 40), (40_000, 16, 18), (4_000, 128, 14), (400, 128, 5)):
+        recipe = dataclasses.replace(TINY, steps=steps, batch=batch, log_every=10)
+        held_out = HeldOut.part(0.05, digits, recipe)
+        assert held_out.every % 10 == 0
+        assert steps // held_out.every == expected
+        if steps > 400:
+            assert held_out.cost(recipe) <= 0.02
+            # By hand: rows of both sets at every look, against three evaluations of a batch in every step.
+            assert held_out.cost(recipe) == pytest.approx(2 * 8 * 128 / (held_out.every * 3 * batch))
+
+
+def test_a_run_that_dies_between_a_look_and_its_checkpoint_ends_as_the_whole_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {10: 3.0, 20: 1.0, 30: 2.0, 40: 1.5}
+    monkeypatch.setattr(HeldOutLoss, "__call__", lambda _, step, __: {"held_out_loss": told[step]})
+    save = stablefield.training._loop.save
+
+    def dies(folder: Path, state: State, trained: Trained) -> None:
+        if state.step == 20:
+            raise OSError("the machine is gone")
+        save(folder, state, trained)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stablefield.training._loop.save", dies)
+        with pytest.raises(sf.training.TrainingError, match="the machine is gone"):
+            sf.train("digits", out=tmp_path / "run", recipe=TINY, held_out=0.05, device="cpu")
+    run = sf.Run(tmp_path / "run")
+    assert looks(run) == {10: 3.0, 20: 1.0}
+    assert run.best == run.step == 10
+    run.resume(device="cpu")
+    assert looks(run) == told
+    assert run.best == 20
+    assert run.model(checkpoint="best").step == 20
