@@ -85,7 +85,7 @@ class Clock:
     ("flags", "slowest"),
     [
         (("--samples", "900", "--batch", "100"), "drawing"),
-        (("--samples", "260", "--batch", "100", "--class-label", "1", "--guidance-scale", "2"), "drawing"),
+        (("--samples", "260", "--batch", "100", "--class", "1", "--guidance-scale", "2"), "drawing"),
         (("--samples", "90", "--sampler", "pc-ve", "--steps", "9"), "drawing"),
         (("--samples", "400", "--repeats", "2"), "metrics"),
         (("--samples", "400"), "features"),

@@ -36,7 +36,7 @@ def test_command_of_a_comparison_is_read_back_as_the_same(flags: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", ["", "--references 4,all --plan ve --by-class --aim 0.2", "--resolution 8 --skip-broken"]
+    "flags", ["", "--references 4,all --plan ve --by-class --aim 0.2", "--resolution 8x12 --colour grey --skip-broken"]
 )
 def test_command_of_a_probe_is_read_back_as_the_same(flags: str) -> None:
     verb = parse(["probe", "my photos", *flags.split()])

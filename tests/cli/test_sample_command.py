@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import stablefield as sf
 from forks import Fork
 from pictures import whole_pictures
 from stablefield import sampling
@@ -194,7 +195,7 @@ def test_averages_of_other_lengths_are_made_of_a_runs_snapshots(
 def test_a_conditional_run_draws_the_class_of_the_seed_or_the_one_asked_for(conditional: Path, tmp_path: Path) -> None:
     arrays = drawn(conditional, tmp_path / "a.npz", "--seeds", "0-29")
     assert arrays["labels"].tolist() == [seed % 10 for seed in range(30)]
-    sevens = drawn(conditional, tmp_path / "b.npz", "--seeds", "0-29", "--class-label", "7")
+    sevens = drawn(conditional, tmp_path / "b.npz", "--seeds", "0-29", "--class", "7")
     assert set(sevens["labels"].tolist()) == {7}
     same = (arrays["arr_0"] == sevens["arr_0"]).all((1, 2, 3))
     assert same[[7, 17, 27]].all()
@@ -213,6 +214,18 @@ def test_classifier_free_guidance_acts_in_its_interval_and_counts_both_evaluatio
     ]
     assert ": 35 network evaluations" in capsys.readouterr().out
     assert np.array_equal(outside, plain)
+
+
+def test_guidance_of_a_run_that_never_dropped_a_label_is_refused(
+    conditional: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(conditional, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    record["recipe"]["label_dropout"] = 0.0
+    del record["checksum"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(record))
+    assert status("sample", str(tmp_path / "run"), "--guidance-scale", "2") == 2
+    assert "trained without dropping labels, so its network never learned" in " ".join(capsys.readouterr().err.split())
 
 
 def test_autoguidance_extrapolates_from_the_guides_run(run: Path, worse: Path, tmp_path: Path) -> None:
@@ -234,7 +247,7 @@ def test_autoguidance_extrapolates_from_the_guides_run(run: Path, worse: Path, t
         (["--sampler", "rk45", "--steps", "9"], ["--steps 9", "--rtol"]),
         (["--grid", "vp", "--sigma-min", "0.1"], ["--sigma-min 0.1", "--grid vp"]),
         (["--sigma-min", "90"], ["--sigma-min 90.0", "--sigma-max 80.0"]),
-        (["--class-label", "3"], ["--class-label 3", "leave it out"]),
+        (["--class", "3"], ["--class 3", "leave it out"]),
         (["--guidance-scale", "2"], ["--guidance-scale 2", "--guide RUN"]),
         (["--guidance-interval", "1", "2"], ["--guidance-interval 1.0 2.0 does nothing at --guidance-scale 1"]),
         (["--guide", "{run}"], ["--guide", "does nothing at --guidance-scale 1"]),
@@ -258,8 +271,8 @@ def test_wrong_use_is_one_paragraph_that_says_what_to_do(
 
 
 def test_a_class_that_the_run_does_not_know_is_refused(conditional: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert status("sample", str(conditional), "--class-label", "10") == 2
-    assert "--class-label 10: the run has classes 0 to 9, or -1 for none" in capsys.readouterr().err
+    assert status("sample", str(conditional), "--class", "10") == 2
+    assert "--class 10: the run has classes 0 to 9, or -1 for none" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -288,15 +301,46 @@ def test_a_class_is_named_by_its_name_or_else_its_number_and_told_by_both(
         ("0", 0, "class 0 (1)"),
         ("-1", -1, "no class"),
     ):
-        arrays = drawn(run, tmp_path / "a.npz", "--seeds", "0-3", "--steps", "2", "--class-label", name)
+        arrays = drawn(run, tmp_path / "a.npz", "--seeds", "0-3", "--steps", "2", "--class", name)
         assert arrays["labels"].tolist() == [number] * 4
         assert arrays["class_names"].tolist() == [*map(str, range(1, 11)), "[red]cat"]
         assert told in capsys.readouterr().out.splitlines()
-    assert status("sample", str(run), "--class-label", "redcat") == 2
+    assert status("sample", str(run), "--class", "redcat") == 2
     message = capsys.readouterr().err
-    assert "--class-label redcat: the run has classes 0 (1), 1 (2), " in message
+    assert "--class redcat: the run has classes 0 (1), 1 (2), " in message
     assert "10 ([red]cat), or -1 for none. Did you mean [red]cat?" in message
-    assert status("sample", str(run), "--class-label", "11") == 2
+    assert status("sample", str(run), "--class", "11") == 2
+
+
+def test_several_classes_take_turns_and_their_images_are_those_of_each_class_alone(
+    pets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--seeds", "0-5", "--steps", "2", "--class")
+    both = drawn(pets / "run", tmp_path / "a.npz", *words, "[red]cat", "1")
+    assert both["labels"].tolist() == [10, 0] * 3
+    assert "classes 10 ([red]cat), 0 (1) in turn: seed k has the one at place k modulo 2" in capsys.readouterr().out
+    for name, place in (("[red]cat", 0), ("1", 1)):
+        alone = drawn(pets / "run", tmp_path / "b.npz", *words, name)["arr_0"]
+        assert np.array_equal(both["arr_0"][place::2], alone[place::2])
+    found = sf.Run(pets / "run").sample(6, steps=2, class_label=("[red]cat", 0), device="cpu")
+    assert np.array_equal(found.images.transpose(0, 2, 3, 1), both["arr_0"])
+    with pytest.raises(ValueError, match=r"class_label=\[red\]cats: .* Did you mean \[red\]cat\?"):
+        sf.Run(pets / "run").sample(6, class_label=["1", "[red]cats"])
+
+
+def test_a_folder_with_classes_says_so_with_names_counts_and_the_flags_that_use_them(
+    pets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status("data", "inspect", str(pets / "data"), "--out", str(tmp_path / "a.png")) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert all(f"class {number} ({number + 1}) 4" in told for number in range(1, 10))
+    assert "class 10 ([red]cat) 4" in told
+    assert "train --conditional, then sample --class" in told
+    with whole_pictures():
+        assert status("train", str(pets / "data"), "--recipe", "digits", "--print") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "classes: 11: 1 (4), 2 (4), 3 (4), 4 (4), 5 (4), 6 (4), 7 (4), 8 (4), ... (4 images each); not" in told
+    assert "to draw by class: --conditional" in told
 
 
 def test_grids_of_a_conditional_run_are_in_the_order_of_the_classes_with_the_names(pets: Path, tmp_path: Path) -> None:
@@ -327,7 +371,7 @@ def test_a_run_whose_classes_were_numbered_by_their_letters_goes_on_with_these_n
     record["recipe"]["steps"] = 31
     del record["checksum"]
     (run / "config.json").write_text(json.dumps(record))
-    assert drawn(run, tmp_path / "a.npz", "--class-label", "10", "--seeds", "0-1")["labels"].tolist() == [1, 1]
+    assert drawn(run, tmp_path / "a.npz", "--class", "10", "--seeds", "0-1")["labels"].tolist() == [1, 1]
     assert status("sample", str(run), "--guidance-scale", "2", "--guide", str(pets / "run")) == 2
     assert "numbers its classes differently, 0 (1), 1 (2), 2 (3)" in capsys.readouterr().err
     assert status("train", "--resume", "--out", str(run)) == 0

@@ -277,7 +277,7 @@ def test_images_of_one_size_that_are_not_square_are_trained_on_in_their_shape(
     pixels = np.random.default_rng(0).integers(0, 256, (8, 32, 48, 1), dtype=np.uint8)
     flags = [*QUICK, "--recipe", "imagefolder", "--network.multipliers", "1", "1", "--device", "cpu"]
     for name, side, said in (
-        ("kept", 16, "images:     24 x 16, as they are"),
+        ("kept", 16, "images:     24 wide, 16 high, as they are"),
         (
             "smaller",
             32,

@@ -516,6 +516,62 @@ def test_transparency_is_composited_over_white(tmp_path):
     assert open_images(tmp_path).manifest["conversions"] == {"transparency composited over white": 1}
 
 
+@pytest.mark.parametrize(
+    ("background", "ground", "told"),
+    [("black", (0, 0, 0), "black"), ("#FF8000", (255, 128, 0), "#ff8000"), ("#ffffff", (255, 255, 255), "white")],
+)
+def test_a_background_lies_below_transparent_pixels_as_by_pillows_alpha_composite(tmp_path, background, ground, told):
+    layers = {"a.png": Image.fromarray(pixels((6, 8, 4))), "c.png": Image.fromarray(pixels((6, 8, 3)))}
+    layers["b.webp"] = Image.merge("RGBA", [Image.fromarray(pixels((6, 8)))] * 3 + [Image.fromarray(pixels((6, 8)))])
+    for name, image in layers.items():
+        image.save(tmp_path / name, lossless=True)
+    opened = open_images(tmp_path, background=background)
+    for found, (_, image) in zip(opened.images, sorted(layers.items()), strict=True):
+        below = Image.new("RGBA", (8, 6), (*ground, 255))
+        expected = chw(np.asarray(Image.alpha_composite(below, image.convert("RGBA")).convert("RGB")))
+        assert abs(found.astype(int) - expected).max() <= 1
+    assert opened.manifest["conversions"] == {f"transparency composited over {told}": 2}
+    assert opened.opening is not None
+    again = open_images(**opened.opening)
+    assert again.manifest["sha256"] == opened.manifest["sha256"]
+    # The packed file of large sets is another one, too.
+    small = {"memory_budget": 0, "cache": tmp_path / "cache"}
+    packed = [open_images(tmp_path, background=one, **small) for one in ("white", background)]
+    assert packed[1].manifest["sha256"] == opened.manifest["sha256"]
+    assert (packed[0].file == packed[1].file) == (told == "white")
+
+
+def test_colour_makes_files_and_arrays_greyscale_or_rgb_as_pillow_does(tmp_path):
+    grey, rgb, layered = pixels((6, 8)), pixels((6, 8, 3)), pixels((6, 8, 4))
+    for name, array in (("a.png", grey), ("b.png", rgb), ("c.png", layered)):
+        save(tmp_path / "in" / name, array)
+    over = Image.new("RGB", (8, 6), (0, 255, 0))
+    over.paste(Image.fromarray(layered).convert("RGB"), mask=Image.fromarray(layered).getchannel("A"))
+    opened = open_images(tmp_path / "in", colour="grey", background="#00ff00")
+    wanted = [grey, np.asarray(Image.fromarray(rgb).convert("L")), np.asarray(over.convert("L"))]
+    np.testing.assert_array_equal(opened.images[:, 0], wanted)
+    assert opened.manifest["conversions"] == {
+        "colour converted to greyscale": 2,
+        "transparency composited over #00ff00": 1,
+    }
+    assert opened.opening is not None
+    assert opened.opening | {"colour": "grey", "background": "#00ff00"} == opened.opening
+    save(tmp_path / "grey" / "a.png", grey)
+    np.testing.assert_array_equal(open_images(tmp_path / "grey", colour="rgb").images[0], np.stack([grey] * 3))
+    np.save(tmp_path / "a.npy", rgb[None])
+    np.save(tmp_path / "b.npy", grey[None])
+    np.testing.assert_array_equal(open_images(tmp_path / "a.npy", colour="grey").images, wanted[1][None, None])
+    repeated = open_images(tmp_path / "b.npy", colour="rgb")
+    np.testing.assert_array_equal(repeated.images[0], np.stack([grey] * 3))
+    assert repeated.manifest["conversions"] == {"greyscale repeated to RGB": 1}
+    np.save(tmp_path / "c.npy", np.ones((3, 4), np.float32) * np.arange(3)[:, None])
+    with pytest.raises(ValueError, match=r"colour=grey: .* leave colour out"):
+        open_images(tmp_path / "c.npy", colour="grey")
+    for wrong in ({"colour": "gray"}, {"background": "red"}, {"background": "#12345"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            open_images(tmp_path / "in", **wrong)
+
+
 def test_opaque_alpha_is_dropped_without_a_word(tmp_path):
     array = pixels((6, 8, 4))
     array[..., 3] = 255

@@ -135,8 +135,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         def told(x, s, denoiser=denoiser, labels=labels):
             return denoiser(x, s, labels)
 
+        guided = {}
+        if name in ("ve", "diffusers"):
+            for solver in (sf.sampling.heun, sf.sampling.euler):
+                extrapolated = sf.sampling.classifier_free(denoiser, labels, 2.5, (0.1, 5.0))
+                guided[f"guided {solver.__name__}"] = solver(extrapolated, 80 * z, sigmas)
         torch.save(
             {"z": z, "labels": labels}
+            | guided
             | {solver.__name__: solver(told, 80 * z, sigmas) for solver in (sf.sampling.heun, sf.sampling.euler)},
             folder / f"{name}.pt",
         )
@@ -158,6 +164,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
             options = dict(latents=ours["z"], class_labels=ours["labels"])
             found = {"heun": pipe(output_type="pt", **options).images}
             found["euler"] = pipe(output_type="pt", solver="scheduler", **options).images
+            if name in ("ve", "diffusers"):
+                options |= dict(guidance_scale=2.5, guidance_interval=(0.1, 5.0))
+                found["guided heun"] = pipe(output_type="pt", **options).images
+                found["guided euler"] = pipe(output_type="pt", solver="scheduler", **options).images
+                options = dict(latents=ours["z"], class_labels=ours["labels"])
             found |= {"training": pipe.unet.training, "distrusting": distrusting}
             if name not in ("edm", "ddpmpp"):
                 torch.save(found, name + "-alone.pt")
@@ -190,6 +201,14 @@ NAMES = pytest.mark.parametrize("name", ["edm", "vp", "ve", "ddpmpp", "ncsnpp", 
 
 def both(folder: Path, name: str) -> tuple[dict, dict]:
     return torch.load(folder / f"{name}.pt"), torch.load(folder / f"{name}-alone.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("solver", ["guided heun", "guided euler"])
+@pytest.mark.parametrize("name", ["ve", "diffusers"])
+def test_guidance_of_the_pipeline_is_ours_in_its_interval_to_1e_4(exported: Path, name: str, solver: str) -> None:
+    ours, found = both(exported, name)
+    torch.testing.assert_close(found[solver].double(), ours[solver], rtol=1e-4, atol=1e-4)
+    assert (ours[solver] - ours[solver.removeprefix("guided ")]).abs().max() > 1e-2
 
 
 @NAMES
@@ -356,8 +375,16 @@ def test_exports_carry_the_names_of_the_classes(tmp_path: Path) -> None:
     options = {"latents": latents, "num_inference_steps": 2, "output_type": "pt"}
     named = pipe(class_labels=["bee", "0", -1], **options).images
     torch.testing.assert_close(named, pipe(class_labels=[1, 2, -1], **options).images, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="'cat': pass classes among ant, bee, 0"):
-        pipe(class_labels=["cat"])
+    torch.testing.assert_close(
+        pipe(class_labels="bee", **options).images, pipe(class_labels=[1] * 3, **options).images, rtol=0, atol=0
+    )
+    assert len(pipe(class_labels=["bee", "0"], num_inference_steps=2).images) == 2
+    with pytest.raises(ValueError, match=r"'beee': pass classes among ant, bee, 0\. Did you mean bee\?"):
+        pipe(class_labels=["beee"])
+    with pytest.raises(ValueError, match="holds 2 classes for 3 images"):
+        pipe(class_labels=["bee", 0], **options)
+    with pytest.raises(ValueError, match=r"guidance_scale is 2\.0: guidance takes a network with classes"):
+        pipe(guidance_scale=2.0, **options)
 
 
 @pytest.mark.parametrize(

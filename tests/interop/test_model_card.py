@@ -92,7 +92,7 @@ def test_the_card_of_a_conditional_run_lists_its_classes_by_number_and_name(name
     plain, kinds = shown(conditional("ant", "bee"))
     place = plain.index("number")
     assert plain[place - 2 : place + 6] == [
-        "Classes", "Pass a class by its number, 0 to 1, or -1 for none.", "number", "name",
+        "Classes", "Pass a class by its name or its number, 0 to 1, or -1 for none.", "number", "name",
         "0", "ant", "1", "bee",
     ]  # fmt: skip
     texts, found = shown(conditional("ant", name))
@@ -106,6 +106,14 @@ def test_the_card_says_where_classes_have_no_names_and_nothing_where_there_are_n
     assert (
         "0 to 6, or -1 for none. The names of the classes are unknown." in ModelCard(classes=7, **sizes, **told).text()
     )
+    named = ModelCard(classes=2, class_names=("`odd`", "red cats"), **sizes, **told).text()
+    call = 'pipe(batch_size=16, num_inference_steps=18, class_labels="red cats", guidance_scale=2.0).images'
+    assert call in named
+    without = ModelCard(
+        classes=2, class_names=("`odd`", "$"), **sizes, **(told | {"recipe": Recipe(label_dropout=0)})
+    ).text()
+    assert "pipe(batch_size=16, num_inference_steps=18, class_labels=0).images" in without
+    assert "guidance" not in without.split("## Use")[1]
     assert "Classes" not in ModelCard(classes=0, **sizes, **told).text()
 
 

@@ -276,7 +276,7 @@ def test_import_makes_a_run_that_samples_and_exports(kind: str, tmp_path: Path, 
     x, labels = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(2)), torch.tensor([1, -1])
     expected = sf.Denoiser(made, preconditioning)(x, 3.0, labels)
     assert torch.equal(model.denoiser(x, 3.0, labels), expected)
-    words = ("--seeds", "0-3", "--steps", 3, "--class-label", 1, "--guidance-scale", 2)
+    words = ("--seeds", "0-3", "--steps", 3, "--class", 1, "--guidance-scale", 2)
     assert status("sample", tmp_path / "run", *words, "--out", tmp_path / "images") == 0
     assert len(list((tmp_path / "images").glob("*.png"))) >= 4
     write_plain(tmp_path / "plain", model.denoiser, (1, 8, 8))

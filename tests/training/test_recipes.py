@@ -131,7 +131,7 @@ def test_transformer_has_the_smallest_patches_that_its_device_affords(side: int,
 
 
 def test_transformer_names_patches_and_resolution_for_images_that_do_not_divide() -> None:
-    with pytest.raises(ValueError, match=r"pass network\.patch_size=5, or resolution=28 for squares"):
+    with pytest.raises(ValueError, match=r"pass network\.patch_size=5, or resolution=\(28, 40\)\."):
         SiTConfig(patch_size=4).build((3, 30, 40), 0, 0, torch.Generator())
     with pytest.raises(ValueError, match="augmentation needs"):
         SiTConfig().build((3, 32, 32), 0, 9, torch.Generator())
@@ -160,7 +160,10 @@ def test_limits_of_resolution_follow_recipe_and_device() -> None:
 
 
 def test_unet_names_the_resolution_for_images_that_it_does_not_fit() -> None:
-    for shape, words in (((3, 30, 30), "resolution=28"), ((3, 42, 64), "resolution=40")):
+    for shape, words in (
+        ((3, 30, 30), "resolution=28, or at most 2 levels"),
+        ((3, 42, 64), r"resolution=\(40, 64\), or at most 2"),
+    ):
         with pytest.raises(ValueError, match=words):
             SongUNetConfig().build(shape, 0, 0, torch.Generator())
 

@@ -120,7 +120,10 @@ class Inspect(_Reading):
         if self.seed < 0:
             raise ValueError(f"--seed is {self.seed}: it must not be negative.")
         images = self.open(split=self.split)
-        print_rows(summary(images))
+        rows = summary(images)
+        if images.classes > 1:
+            rows.append(("use of classes", "train --conditional, then sample --class and evaluate --per-class"))
+        print_rows(rows)
         if images.autoencoder is None and not is_picture(images.shape):
             console.print("no picture: these samples are not (1, H, W) or (3, H, W)")
             return 0

@@ -12,11 +12,14 @@ from rich.markup import escape
 from stablefield._distributed import Ranks
 from stablefield._shapes import found_device
 from stablefield.cli.console import console, relative, shown_warnings
+from stablefield.cli.drawing import DrawingFlags
 from stablefield.cli.extractors import ExtractorFlags
+from stablefield.cli.parser import parse_resolution
 from stablefield.cli.places import check_file, check_folder, check_free, unused
 from stablefield.cli.progress import StageBar
 from stablefield.cli.sources import open_data
 from stablefield.cli.usage import as_flags
+from stablefield.data._colour import Colour, background_name
 from stablefield.data._image_set import ImageSet
 from stablefield.data._latents import is_encoded
 from stablefield.data._resizing import Resize
@@ -29,7 +32,6 @@ from stablefield.report._extra import require
 from stablefield.training._run import Run
 from stablefield.training._run_probe import is_run
 from stablefield.training._run_source import RunSource, data_of
-from stablefield.training._sampler import SamplerOptions
 
 if TYPE_CHECKING:
     MetricName = str
@@ -56,6 +58,8 @@ class Evaluate:
     """Samples per repeat: by default 5,000 of a run, or all given images. Published FIDs take 50,000."""
     repeats: int = 1
     """How many times to measure, each time on fresh samples; 3 gives minimum, mean and spread, as papers report."""
+    per_class: bool = False
+    """Also measure the samples of each class against the real images of that class."""
     first_seed: int = 0
     """Seed of the first sample; the others count up from it."""
     images_split: Literal["train", "test"] = "train"
@@ -80,17 +84,21 @@ class Evaluate:
     """Number of real images, drawn at random; all by default."""
     held_out: str = ""
     """Real images outside the training data, the control for nearest; by default the test split of --data, if any."""
-    resolution: int | None = None
-    """Resize real images to this many pixels a side; by default as in the run's training."""
+    resolution: str = ""
+    """Resize real images to this many pixels a side, or to height x width; by default as in the run's training."""
     resize: Resize = "crop"
-    """To make squares: crop to the largest centred square first, or squash the whole image."""
+    """To change the shape: crop to the largest centred part of the new shape first, or squash the whole image."""
+    colour: Colour = "auto"
+    """Make all images greyscale or RGB, the given ones as the real ones; by default as in the run's training."""
+    background: str = "white"
+    """Colour behind transparent pixels of both: white, black or #rrggbb; by default as in the run's training."""
     cache: Path | None = None
     """Folder for the features of real images; the user's cache folder by default."""
     no_cache: bool = False
     """Neither read nor write features in the cache."""
     extractor: Annotated[ExtractorFlags, tyro.conf.arg(name="")] = field(default_factory=ExtractorFlags)
     """The network that measures the images."""
-    drawing: Annotated[SamplerOptions, tyro.conf.arg(name="")] = field(default_factory=SamplerOptions)
+    drawing: Annotated[DrawingFlags, tyro.conf.arg(name="")] = field(default_factory=DrawingFlags)
     """How to draw a run's samples."""
 
     def run(self) -> int:
@@ -109,6 +117,8 @@ class Evaluate:
     def _check(self) -> None:
         """Check, before any computation, that the flags fit together and the results can be written."""
         self.drawing.check()
+        parse_resolution(self.resolution)
+        background_name(self.background)
         self.extractor.check()
         if self.report is not None:
             require("jinja2", "--report")
@@ -128,8 +138,10 @@ class Evaluate:
                 self._samples_of_run(device) if is_run(self.source) else (self._images(), self.data, {})
             )
             # Resize real images as in the run's training, unless the flags say otherwise.
-            if self.resolution is not None or not opening:
-                opening = {"resolution": self.resolution, "resize": self.resize}
+            resolution = parse_resolution(self.resolution)
+            if resolution is not None or not opening:
+                opening = {**opening, "resolution": resolution, "resize": self.resize}
+            opening = {**opening, **self._conversions()}
 
             def real(split: str, name: str = name) -> ImageSet:
                 return open_data(name, split=split, **opening)
@@ -149,6 +161,7 @@ class Evaluate:
                 held_out=real("train", self.held_out) if self.held_out else None,
                 repeats=self.repeats,
                 seed=self.first_seed,
+                per_class=self.per_class,
                 device=device,
                 batch=self.feature_batch,
                 cache=False if self.no_cache else self.cache or True,
@@ -173,10 +186,18 @@ class Evaluate:
             raise ValueError(f"RUN_OR_IMAGES is {self.source}, which is not a file or folder: name a run or images.")
         if not self.data:
             raise ValueError("--data is missing: name the real images to measure against, such as --data digits.")
-        return open_data(self.source, split=self.images_split)
+        return open_data(self.source, split=self.images_split, **self._conversions())
+
+    def _conversions(self) -> dict[str, str]:
+        """The conversions of images that the flags ask for."""
+        background = background_name(self.background)
+        found = {"colour": self.colour} if self.colour != "auto" else {}
+        return found | ({"background": background} if background != "white" else {})
 
     def _finish(self, found: Evaluation) -> None:
         console.print(found.table(), markup=False)
+        if found.classes:
+            console.print(f"\n{found.class_table()}\n", markup=False)
         for line in found.protocol_lines():
             console.print(line, style="dim", markup=False)
         for note in found.notes():

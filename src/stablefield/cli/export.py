@@ -12,6 +12,7 @@ from stablefield.cli.console import console, relative, shown_warnings
 from stablefield.cli.places import check_new_folder
 from stablefield.interop._export import Format
 from stablefield.interop._hub import push_folder
+from stablefield.interop._model_card import class_argument
 from stablefield.training._run import Run
 
 __all__ = ["Export"]
@@ -69,6 +70,10 @@ class Export:
             console.print("  from diffusers import DiffusionPipeline")
             path = escape(repr(relative(self.out)) if '"' in relative(self.out) else f'"{relative(self.out)}"')
             console.print(f"  pipe = DiffusionPipeline.from_pretrained({path}, trust_remote_code=True)")
+            if run.config.classes:
+                name = class_argument(run.config.class_names)
+                guidance = ", guidance_scale=2.0" if run.config.recipe.label_dropout else ""
+                console.print(f"  images = pipe(batch_size=4, class_labels={escape(name)}{guidance}).images")
         if self.push:
             console.print(f"pushed: {escape(push_folder(self.out, self.push, private=self.private))}")
         return 0

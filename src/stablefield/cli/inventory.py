@@ -28,15 +28,15 @@ __all__ = ["inventory"]
 _COMMON = {
     "train": "out recipe steps batch learning-rate resolution conditional target device resume",
     "compare": "out seeds recipe steps batch learning-rate resolution evaluations samples device",
-    "sample": "out overwrite seeds sampler steps class-label guidance-scale ema checkpoint batch device",
-    "evaluate": "data metrics samples repeats extractor out overwrite report against sampler steps device",
+    "sample": "out overwrite seeds sampler steps class guidance-scale ema checkpoint batch device",
+    "evaluate": "data metrics samples repeats per-class extractor out overwrite report against sampler steps device",
     "probe": "references noise-levels plan batch aim tolerance by-class seed out device",
 }
 # The other flags, under these titles; a word that ends in a dot means all flags that begin with it.
 _GROUPS = {
     "Before a run": "time held-out dry-run print",
-    "Real images": "split references held-out resolution resize cache no-cache images-split",
-    "Data": "resolution resize skip-broken max-images sources augmentation mirror",
+    "Real images": "split references held-out resolution resize colour background cache no-cache images-split",
+    "Data": "resolution resize colour background skip-broken max-images sources augmentation mirror",
     "Model": "init conditional label-dropout ema checkpoint",
     "Latents of images": "latent-scaling vae decode no-decode",
     "Target": "references noise-band",
@@ -51,7 +51,7 @@ _GROUPS = {
     "extractor-scale classifier feature-batch first-seed batch",
     "Noise levels of sampling": "grid sigma-min sigma-max rho",
     "Options of some samplers": "churn churn-range churn-noise eta predictor corrector-steps snr rtol atol",
-    "Guidance": "class-label guidance-scale guidance-interval guide guide-ema",
+    "Guidance": "class guidance-scale guidance-interval guide guide-ema",
     "Bias check": "check-bias false-alarm",
 }
 # Parts of a recipe that come in several kinds, with their own flags.

@@ -17,6 +17,8 @@ _SAME = {
     "--num-iterations --num-inference-steps",
     "--out": "-o --output --output-dir --output-path --out-dir --outdir --save-dir",
     "--resolution": "--image-size --img-size --imgsize --size --res",
+    "--colour": "--color --color-mode --colour-mode --mode",
+    "--background": "--background-color --background-colour --bg --bg-color --alpha-color",
     "--max-grad-norm": "--clip --grad-clip --clip-grad --gradient-clip --gradient-clip-val",
     "--gradient-accumulation-steps": "--accumulate --grad-accum --accumulation-steps --accumulate-grad-batches",
     "--nan-to-num": "--mend-gradients",
@@ -25,7 +27,7 @@ _SAME = {
     "--label-dropout": "--class-dropout --class-dropout-prob --cfg-dropout",
     "--guidance-scale": "--guidance --cfg --cfg-scale",
     "--guidance-interval": "--interval",
-    "--class-label": "--class --class-idx --label",
+    "--class": "--class-label --class-labels --classes --class-idx --class-name --label",
     "--evaluations": "--looks --num-evaluations",
     "--sampler": "--solver",
     "--checkpoint-every": "--save-every --save-interval --checkpoint-interval --checkpointing-steps",
@@ -66,6 +68,8 @@ _OTHER = {
         "--ema-half-life",
         "give --ema-half-life, in images; the trainer always averages the weights",
     ),
+    "--grayscale --greyscale --grey --gray": ("--colour", "give --colour grey"),
+    "--rgb": ("--colour", "give --colour rgb"),
     "--warmup --warmup-steps --lr-warmup-steps --lr-warmup": (
         "--ramp-images",
         "give --ramp-images, steps x batch size",
@@ -119,6 +123,7 @@ def checked(arguments: Sequence[str]) -> list[str]:
     found: list[str] = []
     plain: list[str] = []
     given: set[str] = set()
+    greedy = ""
     place = 0
     while place < len(rest):
         word = rest[place]
@@ -140,6 +145,8 @@ def checked(arguments: Sequence[str]) -> list[str]:
             values.append(rest[place])
             found.append(rest[place])
             place += 1
+        if many < 0 and len(values) > 1:
+            greedy = f" {name} took {values[-1]}, too: name what has no flag first."
         if equals:
             found.append(f"{name}={value}")
         else:
@@ -147,7 +154,7 @@ def checked(arguments: Sequence[str]) -> list[str]:
         for value in values:
             if not any(_takes(flag, value) for flag in variants):
                 raise ValueError(f"{name} is {value}: it takes {expects(variants[0])}.")
-    _check_rest(verb, plain, given)
+    _check_rest(verb, plain, given, greedy)
     return [*verb.name.split(), *plain, *found]
 
 
@@ -258,8 +265,15 @@ def _flag_for(verb: VerbFlags, extra: str) -> str:
     return f"give {meant} {extra}, " if meant is not None else ""
 
 
-def _check_rest(verb: VerbFlags, plain: Sequence[str], given: "set[str]") -> None:
-    """Check the arguments without a flag, and that all required ones are present."""
+def _check_rest(verb: VerbFlags, plain: Sequence[str], given: "set[str]", greedy: str) -> None:
+    """Check the arguments without a flag, and that all required ones are present.
+
+    Args:
+        verb: the verb.
+        plain: the arguments without a flag.
+        given: the flags.
+        greedy: what to say of a flag that may have taken an argument as one of its values.
+    """
     if len(plain) > len(verb.arguments):
         extra = plain[len(verb.arguments)]
         if not verb.arguments:
@@ -271,7 +285,9 @@ def _check_rest(verb: VerbFlags, plain: Sequence[str], given: "set[str]") -> Non
         )
     for argument in verb.arguments[len(plain) :]:
         if argument.required:
-            raise ValueError(f"{argument.name} is missing: {argument.help} Help: stablefield {verb.name} --help")
+            raise ValueError(
+                f"{argument.name} is missing: {argument.help}{greedy} Help: stablefield {verb.name} --help"
+            )
     for group in verb.groups:
         for flag in group.flags:
             if flag.required and flag.name not in given:

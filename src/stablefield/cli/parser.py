@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-__all__ = ["given", "parse_seeds", "read", "words_of"]
+__all__ = ["given", "parse_resolution", "parse_seeds", "read", "words_of"]
 
 Kind = TypeVar("Kind")
 
@@ -118,3 +118,20 @@ def parse_seeds(text: str) -> list[int]:
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds {text}: name every seed once.")
     return seeds
+
+
+def parse_resolution(text: str, flag: str = "--resolution") -> int | tuple[int, int] | None:
+    """The side of squares, or (height, width), in a text such as "32" or "32x48"; None if it is empty.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    if not text:
+        return None
+    found = re.fullmatch("([0-9]{1,9})(?:[xX\u00d7]([0-9]{1,9}))?", text)
+    sides = [int(side) for side in found.groups() if side] if found else [0]
+    if min(sides) < 1:
+        raise ValueError(
+            f"{flag} is {text}: give the side of squares in pixels, such as 32, or height x width, such as 32x48."
+        )
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])

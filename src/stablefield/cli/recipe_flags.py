@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 import tyro
 
-from stablefield.cli.parser import given, read
-from stablefield.cli.sources import DataFlags, print_reading
+from stablefield.cli.parser import given, parse_resolution, read
+from stablefield.cli.sources import DataFlags, print_classes, print_reading
+from stablefield.data._colour import background_name
 from stablefield.data._image_set import ImageSet
 from stablefield.diffusion._noise_levels import LogNormal, LogUniform, Uniform
 from stablefield.diffusion._process import EDM, VE, RectifiedFlow
@@ -111,6 +112,8 @@ class TrainingFlags(DataFlags):
             ValueError: naming the flag.
             ImportError: if a package is missing.
         """
+        parse_resolution(self.resolution)
+        background_name(self.background)
         base = with_distribution(base_of(self.recipe, self.data), self.noise_distribution)
         self.config.check(self.recipe, base)
 
@@ -140,6 +143,7 @@ class TrainingFlags(DataFlags):
             name, base = named_recipe(self.recipe, data, accelerated=accelerated)
         base = with_distribution(base, self.noise_distribution)
         recipe, notes = self.config.on(base, data.shape if self.resolution else None)
+        print_classes(data, conditional=recipe.conditional)
         return Chosen(data, name, base, recipe, notes, device)
 
 
@@ -281,9 +285,10 @@ def with_fewer_levels(
         return recipe, ()
     changes: dict[str, Any] = {name: tuple(sizes[:fitting])}
     fewer = dataclasses.replace(network, **changes)
+    size = str(shape[-1]) if shape[-2] == shape[-1] else f"{shape[-2]}x{shape[-1]}"
     note = (
-        f"--resolution {shape[-1]} wins over the recipe's {flag} {' '.join(map(str, sizes))}, which is "
-        f"{' '.join(map(str, sizes[:fitting]))} now: {shape[-1]} can be halved {fitting - 1} times."
+        f"--resolution {size} wins over the recipe's {flag} {' '.join(map(str, sizes))}, which is "
+        f"{' '.join(map(str, sizes[:fitting]))} now: {size} can be halved {fitting - 1} times."
     )
     return dataclasses.replace(recipe, network=fewer), (note,)
 

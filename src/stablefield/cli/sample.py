@@ -10,12 +10,12 @@ from rich.markup import escape
 
 from stablefield._distributed import Ranks
 from stablefield.cli.console import console, relative, shown_warnings
+from stablefield.cli.drawing import DrawingFlags
 from stablefield.cli.parser import parse_seeds
 from stablefield.cli.places import check_file, check_folder, check_free, check_suffix, looks_like_file, unused
 from stablefield.cli.progress import StageBar
 from stablefield.data._png import PICTURES, is_picture
 from stablefield.training._run import Run
-from stablefield.training._sampler import SamplerOptions
 
 __all__ = ["Sample"]
 
@@ -40,7 +40,7 @@ class Sample:
     """Replace a file that exists; write among the files of a folder that is not empty."""
     device: str = ""
     """Where to compute; by default a GPU if there is one."""
-    drawing: Annotated[SamplerOptions, tyro.conf.arg(name="")] = field(default_factory=SamplerOptions)
+    drawing: Annotated[DrawingFlags, tyro.conf.arg(name="")] = field(default_factory=DrawingFlags)
     """How to draw."""
 
     def run(self) -> int:

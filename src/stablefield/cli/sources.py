@@ -7,11 +7,13 @@ import tyro
 from rich.markup import escape
 
 from stablefield.cli.console import console
+from stablefield.cli.parser import parse_resolution
 from stablefield.cli.progress import StageBar
 from stablefield.data._image_set import ImageSet
+from stablefield.data._inspect import classes_text
 from stablefield.data._source import open_images
 
-__all__ = ["DataFlags", "open_data", "print_reading"]
+__all__ = ["DataFlags", "open_data", "print_classes", "print_reading"]
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,15 @@ class DataFlags:
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
     """Images: digits (built in), a folder or .zip of images, .npy, .npz, idx, parquet or CIFAR-10 files, a packed file,
     hf:OWNER/NAME. Or float data, such as latents: .npy, .npz (data, labels) or .safetensors files."""
-    resolution: int | None = None
-    """Resize every image to this many pixels a side; if sizes differ, train chooses it."""
+    resolution: str = ""
+    """Resize every image to this many pixels a side, such as 32, or to height x width, such as 32x48. By default images of
+    one size keep their shape; if sizes differ, train chooses squares."""
     resize: Literal["crop", "squash"] = "crop"
-    """To make squares: crop to the largest centred square first, or squash the whole image."""
+    """To change the shape: crop to the largest centred part of the new shape first, or squash the whole image."""
+    colour: Literal["auto", "grey", "rgb"] = "auto"
+    """Make all images greyscale or RGB; auto makes image files greyscale only if all of them are."""
+    background: str = "white"
+    """Colour behind the transparent pixels of image files: white, black or #rrggbb."""
     skip_broken: bool = False
     """Skip unreadable files, and count them."""
 
@@ -40,8 +47,10 @@ class DataFlags:
         """
         return open_data(
             self.data,
-            resolution=self.resolution,
+            resolution=parse_resolution(self.resolution),
             resize=self.resize,
+            colour=self.colour,
+            background=self.background,
             skip_broken=self.skip_broken,
             limit=limit,
             split=split,
@@ -65,6 +74,13 @@ def print_reading(data: ImageSet) -> None:
     if resized != "no":
         console.print(f"images:     {escape(resized)}")
     elif height != width:
-        console.print(f"images:     {width} x {height}, as they are; --resolution makes squares of them")
+        console.print(f"images:     {width} wide, {height} high, as they are; --resolution changes that, such as 32x48")
     for note in data.notes:
         console.print(f"[yellow]note:[/] {escape(note)}")
+
+
+def print_classes(data: ImageSet, *, conditional: bool) -> None:
+    """Print the classes of training data, and how to use them if the recipe does not."""
+    if data.classes > 1:
+        use = "the network is conditioned on them" if conditional else "not used; to draw by class: --conditional"
+        console.print(f"classes:    {escape(classes_text(data))}; {use}")

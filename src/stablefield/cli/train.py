@@ -195,7 +195,7 @@ class Train(TrainingFlags):
             )
         if self.time:
             raise ValueError("--time with --resume: a run continues to its last step; give --steps to change it.")
-        for name in ("resolution", "resize", "skip_broken"):
+        for name in ("resolution", "resize", "colour", "background", "skip_broken"):
             if getattr(self, name) != getattr(type(self), name):
                 raise ValueError(
                     f"--{name.replace('_', '-')} with --resume: a run opens its data as at its start; leave it out."
@@ -351,3 +351,6 @@ def _held(run: Run, wanted: bool) -> Generator[None]:
 
 def _print_sampling(run: Run) -> None:
     console.print(f"draw more:  {quoted('stablefield', 'sample', run.path, '--seeds', '0-63')}")
+    if run.config.classes:
+        name = (run.config.class_names or ("0",))[0]
+        console.print(f"of a class: {quoted('stablefield', 'sample', run.path, '--class', name)}")

@@ -20,6 +20,8 @@ _PARTS = (
     "The recipe chooses the network, the process and the noise levels: stablefield {verb} --recipe NAME --help shows the "
     "flags and defaults of one."
 )
+# Arguments whose flags have other names: `class` is a word of Python.
+_RENAMED = {"class_label": "--class"}
 # If a flag's words are longer than this, list them in its help text.
 _FEW = 24
 
@@ -102,8 +104,10 @@ def as_flags(message: str, renamed: Mapping[str, str] | None = None, verb: str =
     verbs = all_verbs()
     known = {name for one in ([verbs[verb]] if verb in verbs else verbs.values()) for name in one.flags()}
 
+    others = _RENAMED | dict(renamed or {})
+
     def flag_of(argument: str) -> str | None:
-        name = (renamed or {}).get(argument) or f"--{argument.replace('_', '-')}"
+        name = others.get(argument) or f"--{argument.replace('_', '-')}"
         return name if name in known or argument in (renamed or {}) else None
 
     message = re.sub(r"^([a-z][\w.]*)(?= (is|has|and|needs) )", lambda found: flag_of(found[0]) or found[0], message)
@@ -116,6 +120,8 @@ def as_flags(message: str, renamed: Mapping[str, str] | None = None, verb: str =
         message,
     )
     message = re.sub(r"(?<!\S)(--[\w.-]+|[A-Z]+) '([^'\s]*)'", r"\1 \2", message)  # as the user typed it
+    # A height and a width, as --resolution takes them.
+    message = re.sub(r"(?<=--resolution )\((\d+), (\d+)\)", r"\1x\2", message)
     # Words with underscores are always names.
     return re.sub(r"(?<![\w./-])[a-z]+(?:_[a-z]+)+(?![\w./(-])", lambda found: flag_of(found[0]) or found[0], message)
 

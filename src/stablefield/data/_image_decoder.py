@@ -4,11 +4,10 @@ The manifest counts how often each of these rules changed an image:
 
 - Orientation: a picture is turned as its EXIF or XMP tag says, wherever Pillow finds it.
 - Colour: modes 1 and L (also with alpha) are greyscale; RGB, palette, CMYK and YCbCr images become RGB by Pillow's
-  conversion; colour profiles are not applied. A set is greyscale only if all of its images are.
-- Transparency: composited over white.
+  conversion; colour profiles are not applied. Unless asked otherwise, a set is greyscale only if all of its images are.
+- Transparency: composited over the background, white unless asked otherwise, before greyscale is made of it.
 - Depth: 8 bits per channel. Greyscale of 16 or 32 bits is refused, because only its owner knows which value maps to 255; of
-a
-  colour PNG of 16 bits, Pillow reads the high bytes.
+  a colour PNG of 16 bits, Pillow reads the high bytes.
 - Animations: the first frame.
 - Size: kept, or brought to a resolution (see `_resizing`).
 - An image of more than 89,478,485 pixels (Pillow's own limit) is refused as a decompression bomb, and so is one that would
@@ -30,6 +29,7 @@ from numpy.typing import NDArray
 
 from stablefield.data._archive import EntryFile
 from stablefield.data._bounded_file import BoundedFile
+from stablefield.data._colour import GREYED, REPEATED, rgb_of
 from stablefield.data._image_set import PIXEL_LIMIT, size_text
 from stablefield.data._resizing import Resize, Resolution, fit, height_and_width
 
@@ -111,15 +111,20 @@ def read_header(
 
 
 def decode(
-    file: BinaryIO | EntryFile, channels: int, resolution: Resolution | None = None, resize: Resize = "crop"
+    file: BinaryIO | EntryFile,
+    channels: int,
+    resolution: Resolution | None = None,
+    resize: Resize = "crop",
+    background: str = "white",
 ) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
     """Decode an image file.
 
     Args:
         file: an image file whose header was read, open at its start.
-        channels: 1 or 3; pass 1 only for a greyscale image.
+        channels: 1 for greyscale or 3 for RGB.
         resolution: bring it to this side or height and width; None keeps its size.
         resize: how.
+        background: the colour behind transparent pixels, a name of `background_name`.
 
     Returns:
         The pixels, shape (C, H, W), uint8, and the changes made, for the manifest.
@@ -157,17 +162,18 @@ def decode(
             for box in _strips(plain):
                 strip = plain.crop(box)
                 if plain.has_transparency_data:
-                    strip, any_transparent = _over_white(strip, "L" if grey else "RGB")
+                    strip, any_transparent = _over(rgb_of(background), strip)
                     transparent |= any_transparent
-                converted.paste(strip.convert(target), box)
+                # Pillow makes greyscale of RGB alone.
+                converted.paste((strip if strip.mode in GREY_MODES else strip.convert("RGB")).convert(target), box)
             plain = converted
-            notes += ["transparency composited over white"] * transparent
+            notes += [f"transparency composited over {background}"] * transparent
         if plain is not image:
             image.close()
         if mode in ("CMYK", "YCbCr"):
             notes.append(f"{mode} converted to RGB")
-        if grey and channels == 3:
-            notes.append("greyscale repeated to RGB")
+        if grey == (channels == 3):
+            notes.append(REPEATED if grey else GREYED)
         if resolution is not None:
             height, width = height_and_width(resolution)
             if plain.height < height or plain.width < width:
@@ -298,14 +304,14 @@ def _says_more_after_pixels(file: BoundedFile) -> bool:
         file.seek(start)
 
 
-def _over_white(image: Image, mode: str) -> tuple[Image, bool]:
-    """Composite over white; also returns whether any pixel was transparent."""
+def _over(ground: tuple[int, int, int], image: Image) -> tuple[Image, bool]:
+    """Composite over a colour, as RGB; also returns whether any pixel was transparent."""
     from PIL.Image import new
 
     layered = image.convert("RGBA")
     alpha = layered.getchannel("A")
     if alpha.getextrema() == (255, 255):
-        return layered.convert(mode), False
-    ground = new("RGB", image.size, (255, 255, 255))
-    ground.paste(layered.convert("RGB"), mask=alpha)
-    return ground.convert(mode), True
+        return layered.convert("RGB"), False
+    below = new("RGB", image.size, ground)
+    below.paste(layered.convert("RGB"), mask=alpha)
+    return below, True

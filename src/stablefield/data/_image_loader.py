@@ -1,7 +1,8 @@
 """Turn image files into an image set: a few threads read every header, then decode every file, in order.
 
-The first pass reads only headers and determines the shape: greyscale if all images are, their one size or the requested
-resolution. The second decodes into a `Collector`. Both go through all files before they report those that cannot be read.
+The first pass reads only headers and determines the shape: greyscale if all images are or if asked for, their one size or
+the requested resolution. The second decodes into a `Collector`. Both go through all files before they report those that
+cannot be read.
 
 Beside the set itself, reading takes no more than 1 GiB of memory, whatever the files hold: decoders share
 `DECODING_MEMORY`, from which each reserves what its image needs before it begins, and at most 128 MiB of decoded images wait
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from stablefield._progress import Progress
 from stablefield._regular_file import reason
 from stablefield.data._collector import Collector, cached
+from stablefield.data._colour import Colour, channels_of
 from stablefield.data._image_decoder import DECODING_MEMORY, Header, decode, read_header
 from stablefield.data._image_files import ImageFiles
 from stablefield.data._image_set import ImageSet, Origin, labels_sha256
@@ -56,6 +58,8 @@ def load_image_files(
     resolution: Resolution | None,
     limit: int | None,
     resize: Resize,
+    colour: Colour,
+    background: str,
     skip_broken: bool,
     progress: Callable[[Progress], object] | None,
     memory_budget: int,
@@ -68,6 +72,8 @@ def load_image_files(
         resolution: bring every image to this side or height and width; None keeps the images' one size.
         limit: without a resolution, choose the natural one up to this (see `natural_resolution`).
         resize: how.
+        colour: greyscale or RGB for all images; "auto" is greyscale only if all of them are.
+        background: the colour behind transparent pixels, a name of `background_name`.
         skip_broken: skip files that cannot be read, and count them in the manifest.
         progress: called as files are done, from the caller's thread.
         memory_budget: bytes of pixels that may be kept in memory.
@@ -93,10 +99,11 @@ def load_image_files(
         if resolution is None and limit is not None:
             sizes = [(header.height, header.width) for header in headers if isinstance(header, Header)]
             resolution = natural_resolution(sizes, limit) if sizes else None
-        shape, resized = _common_shape(files.names, headers, resolution, resize)
+        shape, resized = _common_shape(files.names, headers, resolution, resize, colour)
         file = cache
         if len(headers) * math.prod(shape) > memory_budget:
             parts = [files.fingerprint(), labels_sha256(files.labels), files.class_names, files.notes, shape, resized]
+            parts += [background] * (background != "white")
             file, found = cached(cache, json.dumps(parts))
             if found is not None and (skip_broken or found.manifest.get("skipped") == 0):
                 return found
@@ -112,7 +119,7 @@ def load_image_files(
                 if isinstance(header, _Broken):
                     return header
                 with room.taken(header.memory):
-                    return _pixels(files, i, shape, wanted)
+                    return _pixels(files, i, shape, wanted, background)
 
             window = min(WINDOW, max(1, WINDOW_BYTES // math.prod(shape)))
             with closing(_reported("decoding", progress, decoded, len(headers), window)) as results:
@@ -140,14 +147,18 @@ def load_image_files(
 
 
 def _common_shape(
-    names: Sequence[str], headers: Sequence[Header | _Broken], resolution: Resolution | None, resize: Resize
+    names: Sequence[str],
+    headers: Sequence[Header | _Broken],
+    resolution: Resolution | None,
+    resize: Resize,
+    colour: Colour,
 ) -> tuple[tuple[int, int, int], str]:
     """The shape of the set, and how its images are resized to it."""
     good = [(name, header) for name, header in zip(names, headers, strict=True) if isinstance(header, Header)]
     if not good:
         reasons = [f"{n} ({h.reason})" for n, h in zip(names, headers, strict=True) if isinstance(h, _Broken)]
         raise ValueError(_broken_text(reasons, len(names)))
-    channels = 1 if all(header.grey for _, header in good) else 3
+    channels = channels_of(colour, grey=all(header.grey for _, header in good))
     sizes = Counter((header.height, header.width) for _, header in good)
     if resolution is not None:
         size = height_and_width(resolution)
@@ -158,8 +169,8 @@ def _common_shape(
         smallest = min(min(size) for size in sizes)
         raise ValueError(
             f"images differ in size ({len(sizes):,} sizes in {len(good):,} images): {name} has {first.width} x "
-            f"{first.height} pixels, {other} has {second.width} x {second.height}. Pass a resolution to bring all of "
-            f"them to one square size (resolution=N; the shortest side among them is {smallest})."
+            f"{first.height} pixels, {other} has {second.width} x {second.height}. Pass a resolution to bring all of them "
+            f"to one size (resolution=N for squares, of which the shortest side is {smallest}, or height and width)."
         )
     height, width = next(iter(sizes))
     return (channels, height, width), "no"
@@ -174,11 +185,16 @@ def _header(files: ImageFiles, i: int, room: "_Room") -> Header | _Broken:
 
 
 def _pixels(
-    files: ImageFiles, i: int, shape: tuple[int, int, int], wanted: tuple[Resolution, Resize] | None
+    files: ImageFiles,
+    i: int,
+    shape: tuple[int, int, int],
+    wanted: tuple[Resolution, Resize] | None,
+    background: str,
 ) -> tuple[NDArray[np.uint8], tuple[str, ...]] | _Broken:
     def read() -> tuple[NDArray[np.uint8], tuple[str, ...]]:
         with files.open(i) as file:
-            pixels, notes = decode(file, shape[0], *wanted) if wanted else decode(file, shape[0])
+            resolution, resize = wanted or (None, "crop")
+            pixels, notes = decode(file, shape[0], resolution, resize, background)
         if pixels.shape != shape:
             raise ValueError(f"it decodes to shape {pixels.shape}, but its header promised {shape}")
         return pixels, notes

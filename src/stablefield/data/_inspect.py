@@ -13,9 +13,10 @@ from stablefield.data._image_set import ImageSet, class_text, size_text
 from stablefield.data._png import as_pictures, tile
 from stablefield.data._scaling import chunks
 
-__all__ = ["sample_grid", "summary", "value_counts"]
+__all__ = ["classes_text", "sample_grid", "summary", "value_counts"]
 
 CLASSES_SHOWN = 20
+_IN_A_LINE = 8
 
 
 def value_counts(images: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -78,6 +79,18 @@ def summary(images: ImageSet) -> list[tuple[str, str]]:
         rest = per_class[CLASSES_SHOWN:]
         rows.append((f"  {len(rest):,} more classes", f"{rest.min():,} to {rest.max():,} each"))
     return rows
+
+
+def classes_text(images: ImageSet) -> str:
+    """The classes of a set on one line: how many, and name and number of images of each; empty without labels."""
+    if images.labels is None:
+        return ""
+    per_class = np.bincount(images.labels, minlength=images.classes)
+    names = images.class_names or [str(number) for number in range(images.classes)]
+    shown = ", ".join(f"{name} ({count:,})" for name, count in zip(names[:_IN_A_LINE], per_class, strict=False))
+    low, high = per_class.min(), per_class.max()
+    each = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    return f"{images.classes:,}: {shown}" + (f", ... ({each} images each)" if images.classes > _IN_A_LINE else "")
 
 
 def _image_rows(images: ImageSet) -> list[tuple[str, str]]:

@@ -35,6 +35,7 @@ __all__ = [
     "gathered_set",
     "height_and_width",
     "natural_resolution",
+    "origin_of",
     "resize_text",
     "resized_set",
 ]
@@ -55,10 +56,12 @@ def height_and_width(resolution: Resolution) -> tuple[int, int]:
 def check_resize(resolution: Resolution | None, resize: Resize) -> None:
     """Refuse a resolution below 1 and an unknown way of resizing."""
     if resolution is not None and not all(1 <= side <= 8192 for side in height_and_width(resolution)):
-        raise ValueError(f"resolution={resolution}: pass the side of the images in pixels, 1 to 8192.")
+        raise ValueError(
+            f"resolution={resolution}: pass the side of the images, or (height, width), in pixels, 1 to 8192."
+        )
     check_kind("resize", resize, str, "'crop' or 'squash'")
     if resize not in ("crop", "squash"):
-        raise ValueError(f'resize={resize!r}: pass "crop" (largest centred square) or "squash" (the whole image).')
+        raise ValueError(f'resize={resize!r}: pass "crop" (the largest centred part) or "squash" (the whole image).')
 
 
 def natural_resolution(sizes: Iterable[tuple[int, int]], limit: int) -> Resolution | None:
@@ -154,28 +157,33 @@ def resized_set(
     if images.shape[1:] == height_and_width(resolution):
         return images
     before = images.manifest
-    origin = Origin(
-        name=images.name,
-        source=str(before.get("source", "")),
-        class_names=images.class_names,
-        resized=str(before.get("resized", "no")),
-        conversions=dict(before.get("conversions", {})),
-        skipped=int(before.get("skipped", 0)),
-        skipped_files=tuple(before.get("skipped_files", ())),
-        notes=images.notes,
-    )
     return gathered_set(
         chunks(images.images),
         len(images),
         images.shape,
         lambda: images.labels,
-        origin,
+        origin_of(images),
         key=[before["sha256"], before["labels_sha256"], images.class_names, images.notes, images.shape],
         resolution=resolution,
         limit=None,
         resize=resize,
         memory_budget=memory_budget,
         cache=cache,
+    )
+
+
+def origin_of(images: ImageSet) -> Origin:
+    """Where a set came from, from its manifest."""
+    manifest = images.manifest
+    return Origin(
+        name=images.name,
+        source=str(manifest.get("source", "")),
+        class_names=images.class_names,
+        resized=str(manifest.get("resized", "no")),
+        conversions=dict(manifest.get("conversions", {})),
+        skipped=int(manifest.get("skipped", 0)),
+        skipped_files=tuple(manifest.get("skipped_files", ())),
+        notes=images.notes,
     )
 
 

@@ -20,6 +20,7 @@ from stablefield.data._archive import Archive, is_archive
 from stablefield.data._arrays import open_npy, open_npz
 from stablefield.data._cifar10 import cifar10_folder, open_cifar10
 from stablefield.data._collector import MEMORY_BUDGET, cache_folder
+from stablefield.data._colour import Colour, background_name, check_colour, converted_set
 from stablefield.data._digits import open_digits
 from stablefield.data._hub import hub_files
 from stablefield.data._idx import idx_images, is_idx, open_idx
@@ -43,6 +44,8 @@ class Request:
     resolution: Resolution | None
     limit: int | None
     resize: Resize
+    colour: Colour
+    background: str
     split: str
     skip_broken: bool
     progress: Callable[[Progress], object] | None
@@ -56,6 +59,8 @@ class Request:
             resolution=self.resolution,
             limit=self.limit,
             resize=self.resize,
+            colour=self.colour,
+            background=self.background,
             skip_broken=self.skip_broken,
             progress=self.progress,
             memory_budget=self.memory_budget,
@@ -77,6 +82,17 @@ class Request:
         if resolution is None:
             return images
         return resized_set(images, resolution, self.resize, memory_budget=self.memory_budget, cache=self.cache)
+
+    def coloured(self, images: ImageSet) -> ImageSet:
+        """Make greyscale or RGB images of those that came as arrays; image files already have the requested colour."""
+        if images.scaling is not None:
+            if self.colour != "auto":
+                raise ValueError(
+                    f"colour={self.colour}: {self.source} holds {images.images.dtype} data, which stay as they are: leave "
+                    "colour out, or save images as uint8."
+                )
+            return images
+        return converted_set(images, self.colour, memory_budget=self.memory_budget, cache=self.cache)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -227,6 +243,8 @@ def open_images(
     resolution: Resolution | None = None,
     limit: int | None = None,
     resize: Resize = "crop",
+    colour: Colour = "auto",
+    background: str = "white",
     split: str = "train",
     skip_broken: bool = False,
     progress: Callable[[Progress], object] | None = None,
@@ -243,6 +261,10 @@ def open_images(
             it, or their shape, if it can be halved (see `natural_resolution`).
         resize: "crop" first cuts out the largest centred square, or part with the shape of `resolution`; "squash" takes the
             whole image.
+        colour: "grey" or "rgb" makes all images greyscale (ITU-R 601, as Pillow) or RGB; "auto" makes a set of image files
+            greyscale only if all of them are, and keeps arrays as they are.
+        background: the colour behind the transparent pixels of image files, "white", "black" or "#rrggbb"; in greyscale, its
+            luma.
         split: which split, for sources that have several.
         skip_broken: skip files that cannot be read, and count them in the manifest.
         progress: called with the stage ("reading headers", "decoding") and how many files are done.
@@ -275,12 +297,16 @@ def open_images(
     if progress is not None:
         check_callable("progress", progress, "progress(report), with a Progress")
     check_resize(resolution, resize)
+    check_colour(colour)
+    background = background_name(background)
     request = Request(
         source=source,
         path=Path(source).expanduser(),
         resolution=resolution,
         limit=limit,
         resize=resize,
+        colour=colour,
+        background=background,
         split=split,
         skip_broken=skip_broken,
         progress=progress,
@@ -289,7 +315,7 @@ def open_images(
     )
     kind = _kind(source, request.path)
     try:
-        images = kind.open(request)
+        images = request.coloured(kind.open(request))
     except ValueError as error:
         # Code that checks labels or sizes does not know the file: name it here.
         if request.path.name in str(error) or kind in (_DIGITS, _HUB):
@@ -302,6 +328,9 @@ def open_images(
         _, height, width = images.shape
         side = height if height == width else (height, width)
     opening = {"source": str(source), "resolution": side, "resize": resize, "skip_broken": skip_broken}
+    # Earlier versions read the configuration of a run that leaves them out.
+    opening |= {"colour": colour} if colour != "auto" else {}
+    opening |= {"background": background} if background != "white" else {}
     return dataclasses.replace(images, opening=opening)
 
 

@@ -21,6 +21,7 @@ from stablefield.evaluation._memorisation import nearest_ratio as nearest_ratio
 from stablefield.evaluation._metric import Metric as Metric
 from stablefield.evaluation._metric import MetricInput as MetricInput
 from stablefield.evaluation._metric import Value as Value
+from stablefield.evaluation._per_class import ClassScores as ClassScores
 from stablefield.evaluation._precision_recall import Coverage as Coverage
 from stablefield.evaluation._precision_recall import Density as Density
 from stablefield.evaluation._precision_recall import Precision as Precision

@@ -5,7 +5,7 @@ An evaluation takes the name of a metric in `METRICS`, or any `Metric`.
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import fsum, sqrt
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from torch import Tensor
 from stablefield._commit import running_commit
 from stablefield._distributed import Ranks
 from stablefield._progress import Progress
-from stablefield._shapes import check_callable, check_kind, found_device, whole_number
+from stablefield._shapes import check_callable, check_kind, flag, found_device, whole_number
 from stablefield.data._collector import cache_folder
-from stablefield.data._image_set import ImageSet
+from stablefield.data._image_set import ImageSet, class_text
 from stablefield.data._latents import decode
 from stablefield.data._png import is_picture
 from stablefield.evaluation._extraction import Batch, ExtractorPass, extract, image_batches, pass_for
@@ -30,6 +30,7 @@ from stablefield.evaluation._inception_score import ClassifierScore
 from stablefield.evaluation._kid import Kernel
 from stablefield.evaluation._memorisation import Nearest
 from stablefield.evaluation._metric import Features, Metric, MetricInput, Value
+from stablefield.evaluation._per_class import ClassScores, matched_classes, of_class, values_of_class
 from stablefield.evaluation._precision_recall import Coverage, Density, Precision, Recall
 from stablefield.evaluation._protocol import Protocol, Score
 from stablefield.evaluation._reference import ReferenceSet, is_kept, measure_reference
@@ -79,6 +80,7 @@ def evaluate(
     held_out: Images | None = None,
     repeats: int = 1,
     seed: int = 0,
+    per_class: bool = False,
     device: str | torch.device | None = None,
     batch: int = 64,
     cache: bool | str | Path = True,
@@ -106,6 +108,8 @@ def evaluate(
             name and has one.
         repeats: how many times to measure, each time on fresh samples; 3 gives minimum, mean and spread, as papers report.
         seed: seed of the choice of images for each repeat, if `samples` are images.
+        per_class: also measure the samples of each class against the real images of that class, by the metrics that read the
+            extractor; samples and real images need classes, matched by name, or by number if either has no names.
         device: where FID's Inception runs; a GPU if there is one.
         batch: images at a time in the extractor.
         cache: folder for the features of real images; the user's cache folder if True, none if False.
@@ -113,7 +117,8 @@ def evaluate(
         on_estimate: called with the estimated time, before drawing begins; the estimate takes a few batches.
 
     Raises:
-        ValueError: if there are too few images for a metric, images differ in size, or features are not finite.
+        ValueError: if there are too few images for a metric, images differ in size, features are not finite, or `per_class`
+            is set and samples or real images have no classes.
         TypeError: if an argument has the wrong type.
         ImportError: if the extractor's package, or safetensors with a cache, is not installed.
 
@@ -139,6 +144,7 @@ def evaluate(
     for name, hook in (("progress", progress), ("on_estimate", on_estimate)):
         if hook is not None:
             check_callable(name, hook, f"{name}(report)")
+    flag("per_class", per_class)
     device = found_device(device)
     if isinstance(samples, str | Path | ImageSet | np.ndarray | Tensor):
         # Check the known counts before opening any file.
@@ -173,6 +179,13 @@ def evaluate(
         parts = part if isinstance(data, str | Path) or callable(data) else None
         images = check_size("data", part(split), source.shape, floating=source.floating)
         some = ReferenceSet(images=images, split=split, count=references)
+        if per_class:
+            matched_classes(images, source.class_names)  # fails here, before any measurement
+            if source.labels(0, torch.arange(1)) is None:
+                raise ValueError(
+                    f"per_class=True: {source.name} has no classes; evaluate a conditional run or images with classes, or "
+                    "leave it out."
+                )
         groups: list[_Group] = []
         for reads, network in (("extractor", extractor), ("pixels", None), ("classifier", classifier)):
             its = tuple(metric for metric in chosen if metric.reads == reads)
@@ -194,7 +207,13 @@ def evaluate(
                         f"{reads}={network.name} measures 8-bit images, and these are {images.images.dtype} data: leave it "
                         "out to measure the values themselves, or decode the data to images first."
                     )
-                group = _Group(extractor=network, metrics=its, references=some, cache=kept)
+                group = _Group(
+                    extractor=network,
+                    metrics=its,
+                    references=some,
+                    cache=kept,
+                    per_class=per_class and reads == "extractor",
+                )
             check_counts(its, source.count, len(group.references))
             groups.append(group)
         run = _Measurement(source, repeats, batch, ranks, progress)
@@ -264,10 +283,12 @@ class _Group:
     references: ReferenceSet
     cache: Path | None = None
     held_out: ImageSet | None = None
+    per_class: bool = False
 
     @property
     def wanted(self) -> ExtractorPass:
-        return pass_for(self.extractor, self.metrics)
+        found = pass_for(self.extractor, self.metrics)
+        return replace(found, rows=True) if self.per_class else found
 
 
 @dataclass(frozen=True)
@@ -291,7 +312,9 @@ class _Measurement:
             once = (0 if is_kept(real, wanted, group.cache) else len(real)) + control
             images = torch.from_numpy(np.array(real.images.images[: self.batch]))
             features += (repeats * n + once) * feature_seconds(wanted, images, device)
-            metrics += metric_seconds(group.extractor, group.metrics, n, len(real), control, repeats)
+            metrics += metric_seconds(group.extractor, group.metrics, n, len(real), control, repeats) * (
+                2 if group.per_class else 1
+            )
         sampling = repeats * self.source.seconds()
         return TimeEstimate(sampling=sampling / count, features=features / count, metrics=metrics)
 
@@ -299,6 +322,7 @@ class _Measurement:
         """Every metric on every repeat, in the first process; each process gets the scores."""
         real = [self._real(group) for group in groups]
         values: list[list[list[Value]]] = [[] for _ in groups]
+        kept: list[list[Features]] = [[] for _ in groups]
         for repeat in range(self.repeats):
             passes = [group.wanted for group in groups]
             features = extract(self._batches(repeat), passes, "sample", at_once=self.batch, ranks=self.ranks)
@@ -309,15 +333,54 @@ class _Measurement:
             for group, (references, control), samples, found in zip(groups, real, features, values, strict=True):
                 given = MetricInput(samples=samples, references=references, extractor=group.extractor, held_out=control)
                 found.append([value for metric in group.metrics for value in metric(given)])
+            for group, samples, own in zip(groups, features, kept, strict=True):
+                if group.per_class:
+                    own.append(samples)
         record = self.source.record(self.ranks)
         scores = [
             score for group, found in zip(groups, values, strict=True) for score in self._scores(group, found, record)
         ]
+        classes = [
+            one
+            for group, own, (references, _) in zip(groups, kept, real, strict=True)
+            if own
+            for one in self._classes(group, own, references, record)
+        ]
         if self.ranks.world_size > 1:
-            text = self.ranks.broadcast(json.dumps([score.to_dict() for score in scores]), "to compute the metrics")
-            scores = [Score.from_dict(one) for one in json.loads(text)]
+            records = [[one.to_dict() for one in found] for found in (scores, classes)]
+            text = self.ranks.broadcast(json.dumps(records), "to compute the metrics")
+            scores = [Score.from_dict(one) for one in json.loads(text)[0]]
+            classes = [ClassScores.from_dict(one) for one in json.loads(text)[1]]
         samples, references = self._pictures(groups[0].references)
-        return Evaluation(name=self.source.name, scores=tuple(scores), samples=samples, references=references)
+        return Evaluation(
+            name=self.source.name,
+            scores=tuple(scores),
+            classes=tuple(classes),
+            samples=samples,
+            references=references,
+        )
+
+    def _classes(
+        self, group: _Group, repeats: Sequence[Features], real: Features, record: SamplingRecord
+    ) -> Iterator[ClassScores]:
+        """The scores of each class, in the order of the real images' classes."""
+        images = group.references.images
+        numbered = matched_classes(images, self.source.class_names)
+        assert images.labels is not None
+        wanted, every = images.labels[group.references.rows], torch.arange(self.source.count)
+        own = [numbered(labels) for r in range(self.repeats) if (labels := self.source.labels(r, every)) is not None]
+        for number in range(images.classes):
+            if self.progress is not None:
+                self.progress(Progress(stage="classes", done=number, total=images.classes))
+            references = of_class(real.matrix(), wanted, number)
+            samples = [of_class(one.matrix(), labels, number) for one, labels in zip(repeats, own, strict=True)]
+            # Every value is on the same number of samples.
+            count = min(map(len, samples))
+            values = values_of_class(group.metrics, group.extractor, [rows[:count] for rows in samples], references)
+            counts = {"sample_count": count, "reference_count": len(references)}
+            name = images.class_names[number] if images.class_names is not None else str(number)
+            scores = self._scores(group, values, record, counts, {"class": class_text(number, images.class_names)})
+            yield ClassScores(number=number, name=name, samples=count, references=len(references), scores=tuple(scores))
 
     def _real(self, group: _Group) -> tuple[Features, Tensor | None]:
         """Features of the real images, and of the held-out ones."""
@@ -343,16 +406,24 @@ class _Measurement:
                 self.shown.append((images, self.source.labels(repeat, numbers)))
             yield images, numbers
 
-    def _scores(self, group: _Group, repeats: Sequence[Sequence[Value]], record: SamplingRecord) -> Iterator[Score]:
-        """One score per number, from the values of every repeat."""
+    def _scores(
+        self,
+        group: _Group,
+        repeats: Sequence[Sequence[Value]],
+        record: SamplingRecord,
+        counts: Mapping[str, int] | None = None,
+        settings: Mapping[str, str] | None = None,
+    ) -> Iterator[Score]:
+        """One score per number, from the values of every repeat; `counts` and `settings` add to the protocol."""
         seeds = tuple(found for repeat in range(self.repeats) if (found := self.source.seeds(repeat)) is not None)
         measured: dict[str, Any] = group.references.record(group.extractor) | asdict(record)
+        measured |= {"sample_count": self.source.count, **(counts or {})}
         for same in zip(*repeats, strict=True):
             first, errors = same[0], [value.standard_error for value in same if value.standard_error is not None]
             # Root mean square of the repeats' standard errors, if all have one.
             error = sqrt(fsum(one**2 for one in errors) / len(errors)) if len(errors) == len(same) else None
             protocol = Protocol(
-                metric=first.name, settings=first.settings, sample_count=self.source.count, seeds=seeds, **measured
+                metric=first.name, settings={**first.settings, **(settings or {})}, seeds=seeds, **measured
             )
             values = tuple(value.value for value in same)
             yield Score(values=values, standard_error=error, better=first.better, protocol=protocol)

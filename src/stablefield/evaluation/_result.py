@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from stablefield._regular_file import JSON_LIMIT, open_regular, reason
 from stablefield.evaluation._metric import HIGHER, LOWER
+from stablefield.evaluation._per_class import ClassScores, class_columns, class_notes
 from stablefield.evaluation._protocol import Protocol, Score, ScoreComparison
 from stablefield.report._cells import Cell, Estimate, text_table
 from stablefield.report._chart import Chart
@@ -44,6 +45,8 @@ _FORMAT = 1
 _KEY_FIGURES = 4
 _HASH_SHOWN = 12
 _WIDTH = 80
+_CLASS = 20
+"""Columns that a class's name may take before it is cut."""
 _ARROWS = {LOWER: " ↓", HIGHER: " ↑"}
 _BIASED = ("FID", "Frechet")
 _NO_WEIGHTS = hashlib.sha256(b"").hexdigest()
@@ -83,6 +86,8 @@ class Evaluation(Result):
     """Name of the evaluated run or images."""
     scores: tuple[Score, ...]
     """The scores; at least one."""
+    classes: tuple[ClassScores, ...] = ()
+    """The scores of each class, if asked for."""
     samples: Pictures | None = None
     """Some of the samples."""
     references: Pictures | None = None
@@ -126,7 +131,11 @@ class Evaluation(Result):
             # Older files without a checksum have exactly these entries.
             if found != _checksum(record) and (found is not None or set(record) != {"format", "subject", "results"}):
                 raise ValueError("it is damaged: its checksum does not match its content")
-            return cls(name=str(record["subject"]), scores=tuple(map(Score.from_dict, record["results"])))
+            return cls(
+                name=str(record["subject"]),
+                scores=tuple(map(Score.from_dict, record["results"])),
+                classes=tuple(map(ClassScores.from_dict, record.get("classes", ()))),
+            )
         # Also catches numbers beyond float64, and lists nested a thousand deep.
         except (OSError, KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
             why = (error.strerror or error) if isinstance(error, OSError) else reason(error)
@@ -153,6 +162,8 @@ class Evaluation(Result):
         """Scores with their protocol and a checksum; neither images nor the earlier evaluation."""
         results = [score.to_dict() for score in self.scores]
         record: dict[str, Any] = {"format": _FORMAT, "subject": self.name, "results": results}
+        if self.classes:
+            record["classes"] = [one.to_dict() for one in self.classes]
         return record | {"checksum": _checksum(record)}
 
     def charts(self) -> Mapping[str, Chart]:
@@ -165,12 +176,27 @@ class Evaluation(Result):
         lines = [*self.protocol_lines(), *(f"note: {note}" for note in self.notes())]
         wrapped = (textwrap.fill(line, _WIDTH, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
         parts = [self.table(), *wrapped]
+        parts[1:1] = ["", self.class_table(), ""] if self.classes else []
         return "\n".join([*parts, "", self.comparison_table()] if self.earlier is not None else parts)
 
     def table(self) -> str:
         """A line per number, at most 80 columns; ↓ and ↑ say which direction is better."""
         columns, rows = self._numbers()
         return _text([("↓ lower, ↑ higher is better", *columns[1:]), *rows])
+
+    def class_table(self) -> str:
+        """A line per class with its scores, at most 80 columns: further scores follow below; empty without classes."""
+        if not self.classes:
+            return ""
+        head, rows = class_columns(self.classes)
+        longest = max(len(str(line[0])) for line in (head, *rows))
+        left, parts = min(_CLASS, longest) + sum(len(name) + 2 for name in head[1:3]), list[list[int]]()
+        for column in range(3, len(head)):
+            if not parts or left + sum(len(head[k]) + 2 for k in [*parts[-1], column]) > _WIDTH:
+                parts.append([])
+            parts[-1].append(column)
+        tables = ([[line[k] for k in (0, 1, 2, *columns)] for line in (head, *rows)] for columns in parts or [[]])
+        return "\n\n".join(map(_text, tables))
 
     def comparison_table(self) -> str:
         """The scores that both evaluations have, with a warning for different measurements."""
@@ -199,7 +225,7 @@ class Evaluation(Result):
             f"on {one.sample_count:,} samples only."
             for one in (score.protocol for score in self.scores)
             if one.metric.startswith(_BIASED) and min(one.sample_count, one.reference_count) < 10_000
-        ]
+        ] + class_notes(self.classes)
 
     def page(self) -> Page:
         """The numbers, samples beside real images, the earlier evaluation, and every protocol.
@@ -226,6 +252,11 @@ class Evaluation(Result):
             blocks.append(Section("Samples beside real images", (SideBySide(tuple(figures)),)))
         elif figures:
             blocks.append(Section("Samples", tuple(figures)))
+        if self.classes:
+            head, lines = class_columns(self.classes)
+            table = Table(columns=tuple(head), rows=tuple(map(tuple, lines)), digits=4)
+            cautions = class_notes(self.classes)
+            blocks.append(Section("Class by class", (table, *([Bullets(tuple(cautions))] if cautions else []))))
         if self.earlier is not None:
             beside, warnings = self._beside()
             heads = ("Metric", "Here", "There", "Difference", "Measured alike")
@@ -308,6 +339,8 @@ def _text(lines: Sequence[Sequence[Cell]]) -> str:
 
 
 def _shown(cell: Cell) -> str:
+    if cell is None:
+        return "-"
     if isinstance(cell, float):
         return f"{cell:.4f}" if abs(cell) < 10 else f"{cell:,.2f}"
     return str(cell)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -116,10 +117,10 @@ def check_size(name: str, images: ImageSet, shape: Sequence[int], *, floating: b
     if floating:
         raise ValueError(f"{name}={images.name} has samples of {found}, and the others are {wanted}: pass one shape.")
     _, height, width = shape
-    remedy = f"; resolution={height} resizes them, if the channels agree" if height == width else ""
+    size = height if height == width else (height, width)
     raise ValueError(
         f"{name}={images.name} has images of {found} (C x H x W), and the samples are {wanted}: measure images of one "
-        f"size{remedy}."
+        f"size; resolution={size} resizes them, if the channels agree."
     )
 
 
@@ -137,6 +138,7 @@ class ImageSource(SampleSource):
         self._batch = batch
         self.name = str(samples) if isinstance(samples, str | Path) else self._images.name
         self.shape, self.floating = self._images.shape, self._images.scaling is not None
+        self.class_names = self._images.class_names
         n = len(self._images)
         self.count = n // repeats if count is None else count
         if self.count * repeats > n or self.count < 1:
@@ -152,3 +154,8 @@ class ImageSource(SampleSource):
         """This process's images of a repeat."""
         stage = self._images.name if len(self._rows) == 1 else f"{self._images.name}, repeat {repeat + 1}"
         return image_batches(self._images.images, self._rows[repeat], self._batch, ranks, progress, stage)
+
+    def labels(self, repeat: int, numbers: Tensor) -> Tensor | None:
+        """Classes of images of a repeat, by their numbers (B,); None if the images have none."""
+        labels = self._images.labels
+        return None if labels is None else torch.from_numpy(labels[self._rows[repeat][numbers.numpy()]])

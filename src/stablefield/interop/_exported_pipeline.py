@@ -5,9 +5,11 @@ This file is exported with the weights as `pipeline.py`; it needs only torch and
 References:
     Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022,
     algorithm 1 (the solver) and equation 7 (the preconditioning, which the scheduler applies).
+    Ho, Salimans, "Classifier-Free Diffusion Guidance", 2022, equation 6 (with w there = guidance_scale - 1).
 """
 
 from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any, cast
 
 import torch
@@ -51,9 +53,11 @@ class StablefieldPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         num_inference_steps: int = 18,
-        class_labels: Tensor | list[int] | list[str] | None = None,
+        class_labels: Tensor | list[int] | list[str] | int | str | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         solver: str = "heun",
@@ -63,9 +67,11 @@ class StablefieldPipeline(DiffusionPipeline):
         """Draw `batch_size` images.
 
         Args:
-            batch_size: how many, unless `latents` is given.
+            batch_size: how many, unless `latents` is given; by default one per class, or per generator, in a list.
             num_inference_steps: steps N of the solver; Heun evaluates the network 2 N - 1 times.
-            class_labels: a class per image: its number, its name in `labels`, or -1 for none.
+            class_labels: the class of all images, or one per image: its number, its name in `labels`, or -1 for none.
+            guidance_scale: w of classifier-free guidance, which takes classes; 1 for none. It doubles the evaluations.
+            guidance_interval: noise levels (lo, hi] to guide in, such as (0.19, 1.61); all by default.
             generator: draws the latents; a list has one per image.
             latents: standard normal noise, shape (B, C, H, W), instead of drawing it.
             solver: "heun", in float64 if the device has it, or "scheduler" for the scheduler's own steps.
@@ -75,7 +81,8 @@ class StablefieldPipeline(DiffusionPipeline):
             return_dict: return an object with `images`, or a tuple.
 
         Raises:
-            ValueError: for an unknown solver, output or class name.
+            ValueError: for an unknown solver, output or class name, guidance without classes, or another number of classes
+                than of images.
         """
         floating = self.scaling is not None and self.vae is None
         if output_type is None:
@@ -88,6 +95,10 @@ class StablefieldPipeline(DiffusionPipeline):
                 f"solver is {solver} and output_type {output_type}: pass heun or scheduler, and pil, np or pt."
             )
         config, device = self.unet.config, self._execution_device
+        classes = None if class_labels is None else self._numbers(class_labels)
+        if batch_size is None:
+            lists = (classes, generator if isinstance(generator, list) else None)
+            batch_size = next((len(one) for one in lists if one is not None and not isinstance(one, int)), 1)
         if latents is None:
             size = config.sample_size
             shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))
@@ -97,16 +108,18 @@ class StablefieldPipeline(DiffusionPipeline):
             else:
                 place = device if generator is None else generator.device
                 latents = torch.randn((batch_size, *shape), generator=generator, device=place).to(device)
-        labels = None if class_labels is None else torch.as_tensor(self._numbers(class_labels), device=device)
-        embeddings = getattr(config, "num_class_embeds", None)
-        if embeddings:  # diffusers' own model, whose last embedding means no class
-            unknown = torch.full((len(latents),), -1, device=device)
-            labels = unknown if labels is None else labels
-            labels = torch.where(labels < 0, embeddings - 1, labels)
+        if isinstance(classes, int):
+            classes = [classes] * len(latents)
+        if classes is not None and len(classes) != len(latents):
+            raise ValueError(
+                f"class_labels holds {len(classes)} classes for {len(latents)} images: pass one per image."
+            )
+        labels = None if classes is None else torch.as_tensor(classes, device=device)
+        guidance = self._guidance(labels, guidance_scale, guidance_interval)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         wide = torch.float32 if device.type == "mps" else torch.float64
         x = latents.to(device, wide) * self.scheduler.sigmas[0].to(wide)
-        x = self._heun(x, labels) if solver == "heun" else self._own_steps(x, labels)
+        x = self._heun(x, labels, guidance) if solver == "heun" else self._own_steps(x, labels, guidance)
         if self.scaling is not None:
             per_channel = (-1, *(1,) * (x.ndim - 2))
             mean, std = (torch.tensor(self.scaling[name]).to(x).reshape(per_channel) for name in ("mean", "std"))
@@ -125,21 +138,58 @@ class StablefieldPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=cast("Any", images)) if return_dict else (images,)
 
     def _numbers(self, classes: Any) -> Any:
-        if isinstance(classes, Tensor):
+        if isinstance(classes, Tensor | int):
             return classes
-        unknown = [name for name in classes if isinstance(name, str) and name not in self.labels]
-        if unknown:
-            raise ValueError(
-                f"class_labels holds {unknown[0]!r}: pass classes among {', '.join(self.labels) or 'numbers'}."
-            )
-        return [self.labels[name] if isinstance(name, str) else name for name in classes]
+        named = [classes] if isinstance(classes, str) else classes
+        for name in named:
+            if isinstance(name, str) and name not in self.labels:
+                listed = [*self.labels][:20] + ["..."] * (len(self.labels) > 20)
+                near = get_close_matches(name, self.labels, 3)
+                raise ValueError(
+                    f"class_labels holds {name!r}: pass classes among {', '.join(listed) or 'numbers'}."
+                    + (f" Did you mean {' or '.join(near)}?" if near else "")
+                )
+        numbers = [self.labels[name] if isinstance(name, str) else name for name in named]
+        return numbers[0] if isinstance(classes, str) else numbers
 
-    def _denoise(self, x: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+    def _guidance(
+        self, labels: Tensor | None, scale: float, interval: tuple[float, float] | None
+    ) -> tuple[float, float, float]:
+        """The scale of guidance, and the ends of its interval."""
+        low, high = (0.0, float("inf")) if interval is None else interval
+        config = self.unet.config
+        if not 0 <= low < high:
+            raise ValueError(f"guidance_interval is {interval}: pass noise levels (lo, hi) with 0 <= lo < hi.")
+        if scale != 1 and (labels is None or not (getattr(config, "num_classes", 0) or self._embeddings)):
+            raise ValueError(f"guidance_scale is {scale}: guidance takes a network with classes, and class_labels.")
+        return scale, low, high
+
+    @property
+    def _embeddings(self) -> int:
+        """The embeddings of diffusers' own model, of which the last means no class; 0 for ours."""
+        return getattr(self.unet.config, "num_class_embeds", None) or 0
+
+    def _raw(self, x: Tensor, label: Tensor, labels: Tensor | None, sigma: Tensor, guidance: Any) -> Tensor:
+        """The network's output for one noise level, guided: the preconditioning is linear in it."""
+        scale, low, high = guidance
+        good = self._network(x, label, labels)
+        if scale == 1 or labels is None or not low < float(sigma) <= high:
+            return good
+        bad = self._network(x, label, torch.full_like(labels, -1))
+        return bad + scale * (good - bad)
+
+    def _network(self, x: Tensor, label: Tensor, labels: Tensor | None) -> Tensor:
+        if self._embeddings:
+            labels = torch.full((len(x),), -1, device=x.device) if labels is None else labels
+            labels = torch.where(labels < 0, self._embeddings - 1, labels)
+        return self.unet(x, label, class_labels=labels).sample
+
+    def _denoise(self, x: Tensor, sigma: Tensor, labels: Tensor | None, guidance: Any) -> Tensor:
         """D(x; sigma) for one noise level, in the dtype of `x`."""
         inner = self.unet.dtype
         label = self.scheduler.precondition_noise(sigma).to(inner).expand(len(x))
         scaled = self.scheduler.precondition_inputs(x, sigma).to(inner)
-        raw = self.unet(scaled, label, class_labels=labels).sample
+        raw = self._raw(scaled, label, labels, sigma, guidance)
         return self.scheduler.precondition_outputs(x, raw.to(x.dtype), sigma)
 
     def _shown(self, steps: Iterable[Any]) -> Iterable[Any]:
@@ -147,22 +197,22 @@ class StablefieldPipeline(DiffusionPipeline):
         bar: Any = self.progress_bar
         return bar(steps)
 
-    def _heun(self, x: Tensor, labels: Tensor | None) -> Tensor:
+    def _heun(self, x: Tensor, labels: Tensor | None, guidance: Any) -> Tensor:
         sigmas = self.scheduler.sigmas.to(x.device, x.dtype)
         for step in self._shown(range(len(sigmas) - 1)):
             sigma, following = sigmas[step], sigmas[step + 1]
-            slope = (x - self._denoise(x, sigma, labels)) / sigma
+            slope = (x - self._denoise(x, sigma, labels, guidance)) / sigma
             end = x + (following - sigma) * slope
             if following > 0:
-                slope_end = (end - self._denoise(end, following, labels)) / following
+                slope_end = (end - self._denoise(end, following, labels, guidance)) / following
                 end = x + (following - sigma) * (slope + slope_end) / 2
             x = end
         return x
 
-    def _own_steps(self, x: Tensor, labels: Tensor | None) -> Tensor:
+    def _own_steps(self, x: Tensor, labels: Tensor | None, guidance: Any) -> Tensor:
         inner = self.unet.dtype
         x = x.to(inner)
-        for t in self._shown(self.scheduler.timesteps):
-            raw = self.unet(self.scheduler.scale_model_input(x, t), t.to(inner), class_labels=labels).sample
+        for t, sigma in self._shown([*zip(self.scheduler.timesteps, self.scheduler.sigmas, strict=False)]):
+            raw = self._raw(self.scheduler.scale_model_input(x, t), t.to(inner), labels, sigma, guidance)
             x = self.scheduler.step(raw, t, x).prev_sample
         return x

@@ -16,7 +16,7 @@ from stablefield.evaluation._result import Evaluation
 from stablefield.interop._inert import plain_text
 from stablefield.training._recipe import Recipe
 
-__all__ = ["ModelCard", "literal", "public_name", "results_of_run"]
+__all__ = ["ModelCard", "class_argument", "literal", "public_name", "results_of_run"]
 
 # Characters that begin or end markup: Markdown, its tables, HTML, formulas between dollars, mentions and bare links.
 _MARKS = re.compile(r"[\\`*_{}\[\]<>#+!|~&@$^:]|(?<=www)\.", re.IGNORECASE)
@@ -110,7 +110,8 @@ class ModelCard:
         """The classes by number: what a user passes, and its meaning."""
         if not self.classes:
             return ""
-        head = f"## Classes\n\nPass a class by its number, 0 to {self.classes - 1}, or -1 for none."
+        name = "its name or its number" if self.pipeline and self.class_names is not None else "its number"
+        head = f"## Classes\n\nPass a class by {name}, 0 to {self.classes - 1}, or -1 for none."
         if self.class_names is None:
             return f"{head} The names of the classes are unknown."
         rows = [(str(number), name) for number, name in enumerate(self.class_names)]
@@ -175,17 +176,34 @@ class ModelCard:
                 "## Use\n\n`model.safetensors` holds the network's state, `config.json` its options and preconditioning. "
                 "`stablefield import model.safetensors` reads a U-Net or a SiT back."
             )
-        labels = ", class_labels=[0] * 16" if self.classes else ""
+        call, guided = "batch_size=16, num_inference_steps=18", ""
+        if self.classes:
+            call += f", class_labels={class_argument(self.class_names)}"
+            if self.recipe.label_dropout or not self.step:
+                call += ", guidance_scale=2.0"
+                guided = (
+                    "`class_labels` is one class for all images, or a list with one per image. `guidance_scale` above 1 "
+                    "strengthens the class by classifier-free guidance, with one more evaluation each; "
+                    "`guidance_interval=(0.19, 1.61)` guides at these noise levels only.\n\n"
+                )
+            else:
+                guided = "`class_labels` is one class for all images, or a list with one per image.\n\n"
         floating = self.floating and self.autoencoder is None
         name, units = ("samples", "  # a tensor, in the units of the data") if floating else ("images", "")
         return (
             "## Use\n\nThe folder holds `pipeline.py` and `unet/network.py`, which diffusers runs: read them, then\n\n"
             "```python\nfrom diffusers import DiffusionPipeline\n\n"
             'pipe = DiffusionPipeline.from_pretrained("PATH OR NAME", trust_remote_code=True)\n'
-            f"{name} = pipe(batch_size=16, num_inference_steps=18{labels}).images{units}\n```\n\n"
+            f"{name} = pipe({call}).images{units}\n```\n\n{guided}"
             '18 steps of Heun\'s method are 35 network evaluations. `solver="scheduler"` takes the steps of '
             "`pipe.scheduler` instead: diffusers' `EDMEulerScheduler`, or another EDM scheduler that you set."
         )
+
+
+def class_argument(class_names: Sequence[str] | None) -> str:
+    """A class in Python, for the example of a call: the first name that can stand in any code, else the number 0."""
+    plain = (name for name in class_names or () if re.fullmatch(r"\w[\w .-]{0,40}", name, re.ASCII))
+    return f'"{found}"' if (found := next(plain, None)) is not None else "0"
 
 
 def literal(text: str) -> str:

@@ -205,9 +205,9 @@ class SiTConfig:
             common = math.gcd(height, width)
             divisors = (side for side in range(1, common + 1) if common % side == 0)
             raise ValueError(
-                f"images of {width} x {height} pixels do not divide into patches of {self.patch_size} x {self.patch_size}: "
+                f"images {height} high and {width} wide do not divide into patches of side {self.patch_size}: "
                 f"pass network.patch_size={min(divisors, key=lambda side: abs(side - self.patch_size))}, or "
-                f"resolution={_near(min(height, width), self.patch_size)} for squares."
+                f"resolution={_near(shape, self.patch_size)}."
             )
         return SiT(
             (height, width),
@@ -423,11 +423,15 @@ def _require_halves(shape: Shape, levels: int) -> None:
     _, height, width = shape
     halvings = 2 ** (levels - 1)
     if height % halvings or width % halvings:
+        fitting = math.gcd(height, width)
         raise ValueError(
-            f"images of {width} x {height} pixels do not fit a U-Net of {levels} levels, which takes sides that are "
-            f"multiples of {halvings}: pass resolution={_near(min(height, width), halvings)} for squares, or fewer levels."
+            f"images {height} high and {width} wide do not fit a U-Net of {levels} levels, which takes sides that are "
+            f"multiples of {halvings}: pass resolution={_near(shape, halvings)}, or at most "
+            f"{(fitting & -fitting).bit_length()} levels."
         )
 
 
-def _near(side: int, unit: int) -> int:
-    return max(unit, side // unit * unit)
+def _near(shape: Shape, unit: int) -> int | tuple[int, int]:
+    """The largest size within a shape whose sides are multiples of `unit`, as an argument `resolution`."""
+    height, width = (max(unit, side // unit * unit) for side in shape[1:])
+    return height if height == width else (height, width)

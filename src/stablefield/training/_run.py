@@ -125,7 +125,7 @@ class Run:
         sampler: SamplerName | SamplerOptions | RunSampler = "heun",
         steps: int | None = None,
         guidance_scale: float = 1.0,
-        class_label: str | int | None = None,
+        class_label: str | int | Sequence[str | int] | None = None,
         ema: str = "half-life",
         checkpoint: str = "newest",
         batch: int = 256,
@@ -143,8 +143,8 @@ class Run:
             sampler: the solver's name, all options of a solver, or a `RunSampler` that `Run.sampler` returned.
             steps: number of solver steps; 18 by default, 1,000 for euler-maruyama, pc-ve and pc-vp.
             guidance_scale: scale of classifier-free guidance; 1 for none.
-            class_label: name or number of the class of all images, -1 for none; by default seed k has class k modulo the
-                number of classes.
+            class_label: name or number of the class of all images, or several that the seeds take in turn; -1 for none. By
+                default seed k has class k modulo the number of classes.
             ema: which average of the weights, as for `model`.
             checkpoint: which checkpoint, as for `model`.
             batch: images at a time.
@@ -181,7 +181,7 @@ class Run:
         sampler: SamplerName | SamplerOptions = "heun",
         steps: int | None = None,
         guidance_scale: float = 1.0,
-        class_label: str | int | None = None,
+        class_label: str | int | Sequence[str | int] | None = None,
         ema: str = "half-life",
         batch: int = 256,
         device: torch.device | str | None = None,
@@ -204,7 +204,7 @@ class Run:
                 sampler=sampler,
                 steps=steps,
                 guidance_scale=guidance_scale,
-                class_label="" if class_label is None else str(class_label),
+                class_label=() if class_label is None else class_label,
                 ema=ema,
                 batch=batch,
                 checkpoint=checkpoint,
@@ -229,6 +229,7 @@ class Run:
         held_out: Images | None = None,
         repeats: int = 1,
         seed: int = 0,
+        per_class: bool = False,
         vae: str | Path = "",
         device: torch.device | str | None = None,
         feature_batch: int = 64,
@@ -254,6 +255,7 @@ class Run:
             held_out: real images that the run did not train on, for "nearest".
             repeats: how many times to measure, each time on fresh samples.
             seed: seed of the first sample; the others count up from it.
+            per_class: also measure the samples of each class against the real images of that class.
             vae: as for `sample`.
             device: where to compute; a GPU if there is one.
             feature_batch: images at a time in the extractor.
@@ -280,6 +282,7 @@ class Run:
             held_out=held_out,
             repeats=repeats,
             seed=seed,
+            per_class=per_class,
             device=opened.device,
             batch=feature_batch,
             cache=cache,

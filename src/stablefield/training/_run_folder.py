@@ -42,7 +42,13 @@ _BEGINNINGS = re.compile(rf"{re.escape(_LOCK)}|\.config\.json\.(\d+\.)?tmp")
 _FORMER = frozenset({"format", "stablefield", "data", "shape", "classes", "opening", "manifest", "recipe"})
 _OPTIONAL = frozenset({"extensions", "initial", "held_out"})
 _TYPES = {"stablefield": str, "data": str, "shape": tuple[int, ...], "classes": int, "recipe": Recipe}
-_OPENING = {"resolution": int | tuple[int, int] | None, "resize": Literal["crop", "squash"], "skip_broken": bool}
+_OPENING = {
+    "resolution": int | tuple[int, int] | None,
+    "resize": Literal["crop", "squash"],
+    "skip_broken": bool,
+    "colour": Literal["auto", "grey", "rgb"],
+    "background": str,
+}
 
 
 class HasFolder(Protocol):
@@ -80,7 +86,7 @@ class RunConfig:
         manifest: description of the data.
         recipe: all settings of the training.
         version: version of the library that wrote the file.
-        opening: further arguments that opened the data: resolution, resize, skip_broken.
+        opening: further arguments that opened the data: resolution, resize, skip_broken, colour, background.
         extensions: changes of recipe.steps since the start, in order.
         initial: the origin of the first weights, if they were those of another network.
         held_out: the samples that are not trained on, if any are held out.

@@ -34,9 +34,9 @@ _LISTED = 20
 class SamplerOptions(SolverOptions):
     """How to draw images from a run."""
 
-    class_label: str = ""
-    """Class of all images of a conditional run: its name, or its number if no class has that name; -1 for none. By
-    default seed k has class k modulo the number of classes."""
+    class_label: str | int | Sequence[str | int] = ()
+    """Class of all images of a conditional run, or several that the seeds take in turn: names, or numbers if no class has
+    that name; -1 for none. By default seed k has class k modulo the number of classes."""
     guidance_scale: float = 1.0
     """Scale of classifier-free guidance, or of guidance by a worse run (guide); 1 for none."""
     guidance_interval: tuple[float, float] | None = None
@@ -91,11 +91,19 @@ class SamplerOptions(SolverOptions):
         own = open_model(Path(run), self.ema, device, self.checkpoint)
         guide = None if self.guide is None else open_model(self.guide, self.guide_ema, device)
         classes = own.config.classes
-        number = self.class_number(own.config)
-        if self.guidance_scale != 1 and guide is None and (classes == 0 or number == -1):
+        numbers = self.class_numbers(own.config)
+        if self.guidance_scale != 1 and guide is None and set(numbers or ()) <= {-1}:
             raise ValueError(
                 f"guidance_scale={self.guidance_scale:g}: classifier-free guidance takes a run with classes, and images "
                 "with one; guide by a worse run with guide=RUN."
+            )
+        # An imported network (step 0), or the source of the first weights, may have learned without labels.
+        learned = own.config.recipe.label_dropout > 0 or own.step == 0 or own.config.initial is not None
+        if self.guidance_scale != 1 and guide is None and not learned:
+            raise ValueError(
+                f"guidance_scale={self.guidance_scale:g}: the run was trained without dropping labels, so its network never "
+                "learned to draw without a class, which guidance needs: train with a label dropout such as 0.1, or guide by "
+                "a worse run with guide=RUN."
             )
         if guide is not None and (guide.config.shape != own.config.shape or guide.config.classes != classes):
             raise ValueError(
@@ -132,46 +140,35 @@ class SamplerOptions(SolverOptions):
             )
         return found
 
-    def class_number(self, config: RunConfig) -> int | None:
-        """The number of the class of all images, -1 for none; None if the seeds take the classes in turn.
+    def class_numbers(self, config: RunConfig) -> tuple[int, ...] | None:
+        """The numbers of the classes that the seeds take in turn, -1 for none; None for a run without classes.
 
         Raises:
             ValueError: if the run has no such class; lists its classes.
         """
-        wanted, classes, names = self.class_label, config.classes, config.class_names or ()
-        if not wanted:
+        wanted = [self.class_label] if isinstance(self.class_label, str | int) else self.class_label
+        if config.classes == 0:
+            if wanted:
+                raise ValueError(f"class_label={option_text(tuple(wanted))}: the run has no classes; leave it out.")
             return None
-        if classes == 0:
-            raise ValueError(f"class_label={wanted}: the run has no classes; leave it out.")
-        if wanted in names:
-            return names.index(wanted)
-        if wanted == "-1" or (re.fullmatch("[0-9]{1,9}", wanted) and int(wanted) < classes):
-            return int(wanted)
-        near = [] if wanted.isdecimal() else get_close_matches(wanted, names, 1)
-        raise ValueError(
-            f"class_label={wanted}: the run has classes {_listed(classes, names)}, or -1 for none."
-            + (f" Did you mean {near[0]}?" if near else "")
-        )
+        return tuple(_class_number(str(one), config) for one in wanted) or tuple(range(config.classes))
 
     def labels(self, seeds: Tensor, config: RunConfig) -> Tensor | None:
         """The class of each seed's image, shape (B,), or None for a run without classes."""
-        if config.classes == 0:
-            return None
-        number = self.class_number(config)
-        return seeds % config.classes if number is None else torch.full_like(seeds, number)
+        numbers = self.class_numbers(config)
+        return None if numbers is None else torch.tensor(numbers, device=seeds.device)[seeds % len(numbers)]
 
     def describe_classes(self, config: RunConfig) -> str | None:
         """The classes of the images, in words; None for a run without classes."""
-        if config.classes == 0:
+        numbers = self.class_numbers(config)
+        if numbers is None:
             return None
-        number = self.class_number(config)
-        return (
-            f"classes 0 to {config.classes - 1} in turn: seed k has class k modulo {config.classes}"
-            if number is None
-            else "no class"
-            if number == -1
-            else f"class {class_text(number, config.class_names)}"
-        )
+        if len(numbers) == 1:
+            return "no class" if numbers[0] == -1 else f"class {class_text(numbers[0], config.class_names)}"
+        if numbers == tuple(range(config.classes)):
+            return f"classes 0 to {config.classes - 1} in turn: seed k has class k modulo {config.classes}"
+        listed = ", ".join(class_text(number, config.class_names) for number in numbers)
+        return f"classes {listed} in turn: seed k has the one at place k modulo {len(numbers)}"
 
     def describe(self, config: RunConfig) -> str:
         """The sampler with every setting that affects the images, for the protocol."""
@@ -297,6 +294,20 @@ class RunSampler:
     def ema(self) -> str:
         """The average of the weights and its step, for the protocol."""
         return f"{self.model.ema}, step {self.model.step}"
+
+
+def _class_number(wanted: str, config: RunConfig) -> int:
+    """The number of a class by its name or number."""
+    classes, names = config.classes, config.class_names or ()
+    if wanted in names:
+        return names.index(wanted)
+    if wanted == "-1" or (re.fullmatch("[0-9]{1,9}", wanted) and int(wanted) < classes):
+        return int(wanted)
+    near = [] if wanted.isdecimal() else get_close_matches(wanted, names, 3)
+    raise ValueError(
+        f"class_label={wanted}: the run has classes {_listed(classes, names)}, or -1 for none."
+        + (f" Did you mean {' or '.join(near)}?" if near else "")
+    )
 
 
 def _listed(classes: int, names: Sequence[str]) -> str:

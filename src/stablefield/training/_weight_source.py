@@ -310,9 +310,7 @@ def _remedy(source: WeightSource, config: RunConfig) -> str:
     if source.shape[0] != config.shape[0]:
         return f"train on images of {source.shape[0]} channels, as the source"
     height, width = source.shape[1:]
-    if height != width:
-        return f"train on images of {width} x {height} pixels, as the source"
-    return f"train on images of its size, resolution={height}"
+    return f"train on images of its size, resolution={height if height == width else (height, width)}"
 
 
 def _some(names: Collection[str]) -> str:
