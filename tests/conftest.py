@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from forks import Fork, Server
-from pictures import draw_small_pictures
+from pictures import draw_small_pictures, empty_charts
 
 draw_small_pictures()
 # Nothing is garbage until all tests are collected.
@@ -56,6 +56,13 @@ def at_most_two_threads() -> Iterator[None]:
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(found, 2))
     yield
     torch.set_num_threads(found)
+
+
+@pytest.fixture
+def without_charts() -> Iterator[None]:
+    """For tests of the numbers of a command that also draws them."""
+    with empty_charts():
+        yield
 
 
 @pytest.fixture
@@ -108,19 +115,19 @@ def smooth_images() -> Callable[..., Tensor]:
 
 
 @pytest.fixture(scope="session")
-def _fork_server() -> Iterator[Server]:
+def fork_server() -> Iterator[Server]:
     server = Server()
     yield server
     server.close()
 
 
 @pytest.fixture
-def fork(_fork_server: Server) -> Iterator[Callable[..., Fork]]:
+def fork(fork_server: Server) -> Iterator[Callable[..., Fork]]:
     """Start `code` in a process of its own, see `forks`; what still runs at the test's end is killed."""
     begun: list[Fork] = []
 
     def start(code: str, *arguments: object, cwd: Path | None = None, **environment: str) -> Fork:
-        begun.append(_fork_server.start(code, [str(argument) for argument in arguments], cwd, environment))
+        begun.append(fork_server.start(code, [str(argument) for argument in arguments], cwd, environment))
         return begun[-1]
 
     yield start

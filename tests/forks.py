@@ -23,6 +23,13 @@ from typing import Any
 
 COMMAND = "from stablefield.cli.entry import program; program()"
 """What `python -m stablefield` runs."""
+FILE = """
+import os, runpy, sys
+
+del sys.argv[0]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 class Fork:
@@ -106,6 +113,10 @@ class Server:
             for message in self._messages(60.0):
                 if "began" in message:
                     return Fork(self, message["began"], folder)
+
+    def start_file(self, path: Path, arguments: Sequence[str]) -> Fork:
+        """Fork a process that runs a file of Python with `arguments`, as `python FILE ARGUMENTS` does."""
+        return self.start(FILE, [str(path), *arguments], None, {})
 
     def status(self, pid: int) -> int | None:
         """The exit status of a process that has ended."""

@@ -1,6 +1,6 @@
-"""The picture that a run draws of its samples: a small one in tests, of which most only need that there is one.
+"""Pictures beside what a test is about: small or empty, where it only needs that there is one.
 
-What it shows is held by tests that ask for `whole_pictures`.
+What they show is held by tests that ask for `whole_pictures`, and by those of charts and pages.
 """
 
 import math
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from unittest.mock import patch
 
+from stablefield.report import _drawing
 from stablefield.sampling import edm_sigmas
 from stablefield.training import _loop, _run_report
 
@@ -26,4 +27,11 @@ def draw_small_pictures() -> None:
 def whole_pictures() -> Generator[None]:
     """Draw the pictures that users see."""
     with patch.multiple(_loop, **_WHOLE):
+        yield
+
+
+@contextmanager
+def empty_charts() -> Generator[None]:
+    """Leave charts empty: matplotlib takes a fifth of a second for each that it draws, and a command draws up to six."""
+    with patch.object(_drawing, "_draw", lambda *_: None):
         yield

@@ -1,7 +1,9 @@
 """The benchmarks measure what they say, and the cost of the target keeps to its bound, as ratios within one run."""
 
+import dataclasses
 import importlib
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -137,7 +139,7 @@ def test_bench_prints_a_table_that_fits_and_writes_its_numbers(
     assert isinstance(verb, Bench)
     assert verb.run() == 0
     printed = capsys.readouterr().out.splitlines()
-    assert any("target  products  ratio" in line and line.endswith("naive  its memory") for line in printed)
+    assert any(re.search(r"target +products +ratio", line) and line.endswith("naive  its memory") for line in printed)
     assert all(len(line) <= 80 for line in printed if not line.startswith("written"))
     record = json.loads((tmp_path / "found" / "bench.json").read_text("utf-8"))
     assert [(cost["batch"], cost["references"], cost["dim"]) for cost in record["costs"]] == [(4, 64, 64)]
@@ -159,11 +161,14 @@ def test_the_proof_measures_both_targets_after_equal_times(
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     quality = importlib.import_module("quality")
+    recipe, *levels = quality.RECIPES[process]
+    small = dataclasses.replace(recipe, network=dataclasses.replace(recipe.network, multipliers=(1, 1)))
+    monkeypatch.setitem(quality.RECIPES, process, (small, *levels))
     images = torch.randint(0, 256, (60, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     data = ImageSet(images=images.numpy(), labels=None, class_names=None, name="noise", manifest={})
     variances = ("dsm", "stf", "stf antithetic")
     budget = quality.Budget(
-        seconds=0.5,
+        seconds=0.1,
         marks=2,
         samples=6,
         batch=8,
@@ -177,7 +182,7 @@ def test_the_proof_measures_both_targets_after_equal_times(
     found = quality.proof(data, RandomConvolutions(), process, budget, torch.device("cpu"), told.append)
     assert found == told
     assert [row["target"] for row in found] == ["dsm", "dsm", "stf", "stf"]
-    for row, seconds in zip(found, (0.25, 0.5, 0.25, 0.5), strict=True):
+    for row, seconds in zip(found, (0.05, 0.1, 0.05, 0.1), strict=True):
         assert seconds <= row["seconds"] < seconds + 30  # a step that began in time
         assert row["images"] == 8 * row["steps"] > 0
         assert row["heun_nfe"] == 35

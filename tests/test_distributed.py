@@ -118,9 +118,9 @@ def test_the_core_works_where_torch_was_built_without_torch_distributed() -> Non
 
 
 @pytest.fixture(scope="module")
-def both(_fork_server: Server) -> dict[str, list[str]]:
+def both(fork_server: Server) -> dict[str, list[str]]:
     """The reports of a rank that is late and of a store that is stopped, which are waited for together."""
-    started = {what: start(_fork_server, what) for what in ("late", "stopped")}
+    started = {what: start(fork_server, what) for what in ("late", "stopped")}
     try:
         for _, *ranks in started.values():
             assert [rank.wait() for rank in ranks] == [0, 0], [rank.stderr for rank in ranks]

@@ -1,6 +1,7 @@
 """Claims on the house itself: which way imports point, what an import costs, and what the sources may hold."""
 
 import ast
+import functools
 import graphlib
 import importlib
 import importlib.metadata
@@ -62,10 +63,15 @@ def modules_of(source):
     return {module_name(path, source): path for path in sorted(source.rglob("*.py"))}
 
 
+@functools.cache
+def tree_of(path):
+    return ast.parse(path.read_text("utf-8"))
+
+
 def imports_of(name, path, modules):
     """Modules of ours that a module imports, anywhere in it."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -320,7 +326,7 @@ def test_every_public_name_exists_and_has_a_docstring_of_its_own(name):
 
 @pytest.mark.parametrize("path", [pytest.param(p, id=n) for n, p in modules_of(SOURCE).items()])
 def test_every_module_says_what_it_is_and_exports_names_that_it_has(path):
-    tree = ast.parse(path.read_text("utf-8"))
+    tree = tree_of(path)
     assert ast.get_docstring(tree)
     defined = set()
     exported = []
@@ -467,7 +473,7 @@ def test_the_version_is_written_in_one_place():
 
 def strings_of(path):
     """The string constants of a module that are no docstrings, with their lines."""
-    tree = ast.parse(path.read_text("utf-8"))
+    tree = tree_of(path)
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     described = {
         id(statement.value)

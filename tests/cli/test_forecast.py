@@ -123,6 +123,7 @@ def test_what_evaluate_foretells_is_what_it_takes(
     assert foretold == pytest.approx(took, rel=0.3)
 
 
+@pytest.mark.usefixtures("without_charts")
 @pytest.mark.parametrize(
     ("flags", "slowest"),
     [

@@ -58,6 +58,7 @@ def test_a_probe_leaves_numbers_pictures_and_a_report(probed: Path) -> None:
     assert "stablefield probe" in page
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_pictures_of_many_sizes_are_probed_as_train_would_take_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +94,7 @@ def test_the_json_and_the_table_hold_the_same_numbers(probed: Path) -> None:
     assert 0 < record["advice"]["share_of_batch_in_band"] < 1
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_the_advice_is_a_few_lines(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--references", "32", "--noise-levels", "0.01,0.3,1,30", "--plan", "ve", "--by-class")
     assert status("probe", str(few), *arguments, "--out", str(tmp_path / "out")) == 0
@@ -113,6 +115,7 @@ def test_the_advice_is_a_few_lines(few: Path, tmp_path: Path, capsys: pytest.Cap
     assert [level["noise_level"] for level in record["variance"]["levels"]] == pytest.approx([0.01, 0.3, 1, 30])
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_the_first_line_says_what_to_expect_of_each_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Samples far from each other: few compete at the noise levels of EDM's training, more at VE's."""
     rng = np.random.default_rng(0)
@@ -131,6 +134,7 @@ def test_the_first_line_says_what_to_expect_of_each_plan(tmp_path: Path, capsys:
         assert float(shown[1]) == pytest.approx(100 * record["sizes"][-1]["batch_variance"], abs=0.5)
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_the_verdict_is_of_the_batch_and_not_of_the_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Pictures nearly black or nearly white: those of one kind compete in nearly every row, and differ by next to nothing.
 
@@ -150,6 +154,7 @@ def test_the_verdict_is_of_the_batch_and_not_of_the_row(tmp_path: Path, capsys: 
     assert float(rows.split()[4]) > 50
 
 
+@pytest.mark.usefixtures("without_charts")
 @pytest.mark.parametrize(("given", "batch"), [((), 64), (("--batch", "24"), 24)])
 def test_the_batch_is_that_of_the_recipe_unless_it_is_given(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], given: tuple[str, ...], batch: int
@@ -163,6 +168,7 @@ def test_the_batch_is_that_of_the_recipe_unless_it_is_given(
     assert record["command"].endswith("--sources 8" if not given else "--batch 24 --sources 8")
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_references_that_train_reads_with_each_batch_decide_the_verdict(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +191,7 @@ def test_references_that_train_reads_with_each_batch_decide_the_verdict(
         assert f": {100 * expected:.0f} ± " in figure
 
 
+@pytest.mark.usefixtures("without_charts")
 @pytest.mark.parametrize("given", [(), ("--by-class",)])
 def test_probe_and_train_have_one_noise_band(
     few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: tuple[str, ...]
@@ -203,6 +210,7 @@ def test_probe_and_train_have_one_noise_band(
     assert words[1] in printed
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_a_part_of_the_images_is_said_to_be_one(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--max-images", "40", "--references", "8", "--noise-levels", "0.5,1")
     assert status("probe", str(few), *arguments, "--out", str(tmp_path / "out")) == 0
@@ -210,6 +218,7 @@ def test_a_part_of_the_images_is_said_to_be_one(few: Path, tmp_path: Path, capsy
     assert json.loads((tmp_path / "out" / "probe.json").read_text())["variance"]["drawn_from"] == 90
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_the_bias_check_passes_the_policies_and_sees_the_faults(
     few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,11 +6,13 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from rich.table import Table
 
+from forks import COMMAND, Fork
 from stablefield._progress import Progress
 from stablefield.cli import entry, verbs
 from stablefield.cli.console import console, quoted
@@ -18,6 +20,7 @@ from stablefield.cli.progress import StageBar
 from stablefield.cli.terminal import clean
 
 NAME = "\x1b]0;evil\x07\x9b31m\u202egpj.\x7f\udcff"
+WITHOUT_A_READER = f"import os; here, there = os.pipe(); os.close(here); os.dup2(there, 1); {COMMAND}"
 PLAIN = "\ufffd]0;evil\ufffd\ufffd31m\ufffdgpj.\ufffd\ufffd"
 
 
@@ -115,10 +118,12 @@ def test_closed_and_full_streams_end_without_a_traceback(line: str, code: int, t
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
 @pytest.mark.slow
-def test_a_run_whose_reader_has_left_goes_on_and_does_not_write_into_its_files(tmp_path: Path) -> None:
+def test_a_run_whose_reader_has_left_goes_on_and_does_not_write_into_its_files(
+    tmp_path: Path, fork: Callable[..., Fork]
+) -> None:
     flags = "--steps 2 --batch 4 --network.width 8 --network.depth 1 --sample-every 0 --device cpu"
-    done = shell(f"STABLEFIELD train digits {flags} --out a | true; exit ${{PIPESTATUS[0]}}", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
+    left = fork(WITHOUT_A_READER, "train", "digits", *flags.split(), "--out", "a", cwd=tmp_path)
+    assert (left.wait(), left.stderr) == (0, "")
     assert (tmp_path / "a" / "checkpoints" / "step-00000002").is_dir()
     done = shell(f"STABLEFIELD train digits {flags} --out b >&- 2>&-", cwd=tmp_path)
     assert done.returncode == 0

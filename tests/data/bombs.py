@@ -16,18 +16,21 @@ MIB = 2**20
 PIECE = 16 * MIB
 
 PROGRAM = """
-import json, os, sys
+import importlib, json, os, sys
 import numpy, PIL.Image
 from stablefield.data import open_images, summary
 
 PIL.Image.init()
+apart, *imports = sys.argv[1:]
+for name in imports:
+    importlib.import_module(name)
 
 def status(key):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(key)) / 1024
 
 for line in sys.stdin:
-    if "apart" in sys.argv and (child := os.fork()):
+    if apart == "apart" and (child := os.fork()):
         assert os.waitpid(child, 0)[1] == 0
         continue
     name, source, options = json.loads(line)
@@ -42,13 +45,15 @@ for line in sys.stdin:
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
     print(json.dumps([name, said, status("VmHWM") - before]), flush=True)
-    if "apart" in sys.argv:
+    if apart == "apart":
         os._exit(0)
 """
 
 
-def opened(sources, timeout=240, *, apart=False):
+def opened(sources, timeout=240, *, apart=False, imports=()):
     """Open sources, {name: (path, options)}, one after the other in one process, or each in a process `apart`.
+
+    The process has imported `imports` before, so that each need not, and no peak is theirs.
 
     Returns:
         For each name what came of it ("5 images" or the error's type and text), and by how many MiB the memory of the
@@ -56,7 +61,7 @@ def opened(sources, timeout=240, *, apart=False):
     """
     lines = [json.dumps([name, str(path), options]) for name, (path, options) in sources.items()]
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *(["apart"] if apart else [])],
+        [sys.executable, "-c", PROGRAM, "apart" if apart else "together", *imports],
         input="\n".join(lines),
         capture_output=True,
         text=True,

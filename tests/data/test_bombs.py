@@ -45,9 +45,9 @@ def unpacked(where):
     yield "npz labels", path, {}, r"labels for 2 images", 64
     names = {"labels.npy": (npy((2,), "<i8") + bytes(16), 0), "class_names.npy": (npy((huge // 4,), "<U1"), huge)}
     yield "npz names", bombs.zipped(where / "c.npz", {"images.npy": two, **names}), {}, "class_names has dtype <U1", 64
-    small = npy((2**15, 8, 8)) + bytes(2**21)
+    small = npy((2**14, 8, 8)) + bytes(2**20)
     path = bombs.zipped(where / "e.npz", {"images.npy": (small, 0)})
-    yield "npz enlarged as it is read", path, {"resolution": (64, 96)}, "^32768 images$", 350
+    yield "npz enlarged as it is read", path, {"resolution": (64, 96)}, "^16384 images$", 250
     path = bombs.zipped(where / "h.npz", {"images.npy": (b"\x93NUMPY\2\0" + struct.pack("<I", huge), huge)})
     yield "npz header", path, {}, "images is cut short or damaged", 64
     path = bombs.zipped(where / "n.npz", {"images.npy": (npy((2**30, 1, 2)), 0), "labels.npy": (npy((2**30,)), 0)})

@@ -6,8 +6,10 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -293,12 +295,18 @@ def of_the_gpu_benchmark() -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     data = ImageSet(images=images[:100].numpy(), labels=None, class_names=None, name="noise", manifest={})
     grid = sampling.edm_sigmas
-    with mock.patch.object(sampling, "edm_sigmas", lambda _, **options: grid(4, **options)):
+    recipe, *levels = quality.RECIPES["ve"]
+    small = replace(recipe, network=replace(recipe.network, multipliers=(1, 1)))
+    few_steps = mock.patch.object(sampling, "edm_sigmas", lambda _, **options: grid(4, **options))
+    with few_steps, mock.patch.dict(quality.RECIPES, ve=(small, *levels)):
         quality.proof(data, extractor, "ve", budget, FAR, rows.append)
+    smaller = partial(gpu.SongUNet.ddpmpp, multipliers=(1, 1), blocks=1)
+    with mock.patch.object(gpu, "SongUNet", SimpleNamespace(ddpmpp=smaller)):
+        throughput = gpu.throughput(there, 1, 8, 8, ("float32", "bf16"), warmup=0)
     return {
         "accuracy": max(row["relative_error"] for row in gpu.accuracy(there)),
         "cost": len(gpu.cost(there[:, :, :4, :4].contiguous(), 1)),  # its naive form takes long here
-        "throughput": len(gpu.throughput(there, 1, 8, 8, ("float32", "bf16"), warmup=0)),
+        "throughput": len(throughput),
         "sanity": quality.sanity(images[:300].to(FAR), images[300:500], extractor)["distance"],
         "proof": [row["target"] for row in rows],
     }

@@ -5,8 +5,6 @@ how fast, only a GPU tells: `pytest -m gpu` and benchmarks/gpu.py.
 """
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,8 @@ from typing import Any
 import pytest
 from names import LAUNCHES, SAMPLERS, STEPS, TARGETS
 from torch.utils import backend_registration
+
+from forks import Server
 
 pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
@@ -23,12 +23,11 @@ STATIC = [kind for kind in TARGETS if kind != "drawn"]
 
 
 @pytest.fixture(scope="module")
-def seen() -> dict[str, dict[str, Any]]:
+def seen(fork_server: Server) -> dict[str, dict[str, Any]]:
     # Torch knows one device written in Python per process, and keeps its name: it has a process of its own.
-    script = Path(__file__).with_name("scenarios.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    process = fork_server.start_file(Path(__file__).with_name("scenarios.py"), [])
+    assert process.wait(300) == 0, process.stderr[-3000:]
+    return json.loads(process.stdout)
 
 
 def looks(waits: dict[str, int]) -> int:

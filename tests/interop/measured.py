@@ -1,6 +1,6 @@
 """Reading files one by one, each in a process of its own, and what that took: run as a program by the tests.
 
-The process imports what reading needs and then forks for each file, so that a file's peak of memory is its own and not that
+The process has imported what reading needs and forks for each file, so that a file's peak of memory is its own and not that
 of torch, and none can take the test's process with it.
 
     python measured.py LIMIT_SECONDS FILE...    one line of JSON a file
@@ -10,11 +10,14 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from forks import Server
 
 # Beyond what any file may take: a fault ends the child, not the machine.
 _ADDRESSES = 4 * 2**30
@@ -34,17 +37,10 @@ class Reading:
     peak: int
 
 
-def measure(paths: Sequence[Path], limit: int = 20) -> dict[Path, Reading]:
+def measure(server: "Server", paths: Sequence[Path], limit: int = 20) -> dict[Path, Reading]:
     """Read files by `read_published` in processes of their own."""
-    done = subprocess.run(
-        [sys.executable, __file__, str(limit), *map(str, paths)],
-        capture_output=True,
-        text=True,
-        timeout=60 + limit * len(paths),
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = server.start_file(Path(__file__), [str(limit), *map(str, paths)])
+    assert done.wait(60 + limit * len(paths)) == 0, done.stderr[-2000:]
     return {path: Reading(*json.loads(line)) for path, line in zip(paths, done.stdout.splitlines(), strict=True)}
 
 

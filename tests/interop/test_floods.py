@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import fuzzed
@@ -13,6 +11,7 @@ import pytest
 import torch
 from floods import FLOODS, plain, state, unet
 
+from forks import Server
 from stablefield.cli.entry import main
 from stablefield.interop._inert import RefusedError
 from stablefield.interop._published import read_published
@@ -23,13 +22,13 @@ CONSTANT, TIMES, SECONDS = 256 * 2**20, 8, 20
 
 
 @pytest.fixture(scope="module")
-def readings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, measured.Reading]]:
+def readings(tmp_path_factory: pytest.TempPathFactory, fork_server: Server) -> dict[str, tuple[Path, measured.Reading]]:
     """Every flood as a file, and what reading it took."""
     folder, paths = tmp_path_factory.mktemp("floods"), {}
     for number, (name, make) in enumerate(FLOODS.items()):
         paths[name] = folder / f"network-{number}.pkl"
         paths[name].write_bytes(make())
-    found = measured.measure(list(paths.values()), SECONDS)
+    found = measured.measure(fork_server, list(paths.values()), SECONDS)
     return {name: (path, found[path]) for name, path in paths.items()}
 
 
@@ -161,17 +160,12 @@ def test_name_of_a_file_reaches_neither_terminal_nor_run_with_its_control_charac
 
 
 @pytest.mark.parametrize("first", [0])
-def test_damaged_files_give_a_network_or_one_sentence_and_nothing_else(first: int, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, fuzzed.__file__, str(tmp_path), str(first), "490"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def test_damaged_files_give_a_network_or_one_sentence_and_nothing_else(
+    first: int, tmp_path: Path, fork_server: Server
+) -> None:
+    done = fork_server.start_file(Path(fuzzed.__file__), [str(tmp_path), str(first), "490"])
     # The last line is the number of the file at which it ended.
-    assert done.returncode == 0, done.stderr[-300:]
+    assert done.wait(300) == 0, done.stderr[-300:]
     found = json.loads(done.stdout)
     assert found["faults"] == []
     assert found["peak"] < TIMES * found["largest"] + CONSTANT

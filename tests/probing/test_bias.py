@@ -41,13 +41,13 @@ def test_a_class_conditional_source_with_dropped_labels_passes(by_class):
 
 @pytest.mark.parametrize("size", [128, None])
 def test_each_planted_fault_is_flagged(plain, by_class, size):
-    for target, population in (
-        (SourceLeftOut(plain, size), plain),
-        (SourceLeftOut(by_class, None), by_class),
-        (ClassesMixed(by_class, size), by_class),
-        (SourceTwice(plain, size), plain),
+    for target, population, batches in (
+        (SourceLeftOut(plain, size), plain, 60),
+        (SourceLeftOut(by_class, None), by_class, 60),
+        (ClassesMixed(by_class, size), by_class, 60),
+        (SourceTwice(plain, size), plain, 120),  # the smallest of the faults
     ):
-        result = check_bias(target, population, false_alarm=0.01, **SETTINGS)
+        result = check_bias(target, population, false_alarm=0.01, **{**SETTINGS, "batches": batches})
         assert not result.passed, type(target).__name__
         assert result.p_value <= 0.01
 

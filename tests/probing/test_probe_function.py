@@ -85,6 +85,7 @@ def test_what_is_printed_fits_a_terminal(found):
     assert all(len(line) <= 80 for line in lines)
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_a_probe_saves_itself_and_shows_itself_in_a_notebook(found, tmp_path):
     record = json.loads(found.save(tmp_path / "probe.json").read_text())
     assert record == json.loads(json.dumps(found.to_dict()))
@@ -158,6 +159,7 @@ def test_errors_name_the_argument(named, message):
         sf.probe("nowhere")
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_a_network_of_ones_own_is_held_against_the_optimum(digits, tmp_path):
     class Mean:
         """D(x, sigma) = 0: far from the optimum where noise is small, at it where only the mean is left."""

@@ -63,7 +63,8 @@ def install(interpreter: Path, wheel: Path, extra: str = "") -> None:
     asked = f"{wheel}[{extra}]" if extra else str(wheel)
     quiet = ("--quiet", "--disable-pip-version-check", "--no-compile", "--force-reinstall", "--no-deps")
     pip = (sys.executable, "-m", "pip", "--python", str(interpreter))
-    _run(*pip, "install", *quiet, str(wheel), cwd=site)
+    if not list(site.glob(f"{wheel.name.partition('-')[0]}-*.dist-info")):
+        _run(*pip, "install", *quiet, str(wheel), cwd=site)
     # All that is asked for is there, so pip has nothing to fetch.
     _run(*pip, "install", "--quiet", "--disable-pip-version-check", "--no-index", asked, cwd=site)
 

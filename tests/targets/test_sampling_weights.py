@@ -124,19 +124,21 @@ def uniform(rng: torch.Generator) -> Tensor:
 
 def test_draws_that_the_pool_does_not_expect_are_warned_of_once(rng: torch.Generator) -> None:
     cases = {
-        "balanced": (sf.Pool(IMAGES), lambda: (balanced(rng), None)),
-        "a part": (sf.Pool(IMAGES), lambda: (torch.randint(N // 2, (32,), generator=rng), None)),
+        "balanced": (sf.Pool(IMAGES), lambda: (balanced(rng), None), 80),
+        "a part": (sf.Pool(IMAGES), lambda: (torch.randint(N // 2, (32,), generator=rng), None), 80),
         "weights that are not those of the sampler": (
             sf.Pool(IMAGES, weights=1.0 + CLASSES),
             lambda: (uniform(rng), None),
+            250,
         ),
         "labels dropped by sample": (
             sf.Pool(IMAGES, labels=CLASSES),
             lambda: (index := uniform(rng), torch.where(index % 2 == 0, -1, CLASSES[index])),
+            80,
         ),
     }
-    for name, (pool, draw) in cases.items():
-        found = run(pool, iter(draw, None), rng, 250)
+    for name, (pool, draw, steps) in cases.items():
+        found = run(pool, iter(draw, None), rng, steps)
         assert len(found) == 1, name
         assert "were not drawn from the Pool as it assumes" in found[0]
 

@@ -185,6 +185,7 @@ def test_the_headline_gives_the_spread_the_digits_that_it_has(gains: list[float]
     assert ("± is the standard error over" in told) != one
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_all_runs_of_a_comparison_share_one_pass_for_the_posterior_mean(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

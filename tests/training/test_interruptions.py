@@ -1,17 +1,15 @@
 """Nothing is lost: kills, full disks and damaged files leave a run that goes on to the same bytes."""
 
 import dataclasses
-import os
 import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from forks import Server
 from stablefield.data._digits import open_digits
 from stablefield.training._checkpoint import CheckpointError, State, Trained, read_state, restore, save, sweep
 from stablefield.training._loop import TrainingError, fit
@@ -45,18 +43,9 @@ def go(folder: RunFolder) -> None:
     fit(folder, folder.config(), open_digits(), device=torch.device("cpu"))
 
 
-def test_a_run_killed_at_random_moments_ends_in_the_bytes_of_a_quiet_one(tmp_path: Path) -> None:
-    program = Path(__file__).with_name("kills.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(program), "5", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+def test_a_run_killed_at_random_moments_ends_in_the_bytes_of_a_quiet_one(tmp_path: Path, fork_server: Server) -> None:
+    done = fork_server.start_file(Path(__file__).with_name("kills.py"), ["5", str(tmp_path)])
+    assert done.wait(300) == 0, done.stderr
     assert done.stdout.startswith("5 kills")
 
 

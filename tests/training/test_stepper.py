@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 SMALL = dataclasses.replace(
     DIGITS, references="all", noise_band=0.0, steps=12, batch=36, network=MLPConfig(width=32, depth=1)
 )
-TINY_UNET = SongUNetConfig(base_channels=8, multipliers=(1, 2), blocks=1, dropout=0.0)
+TINY_UNET = SongUNetConfig(base_channels=8, multipliers=(1,), blocks=1, dropout=0.0)
 
 
 PAIRS = {"draws_per_image": 2, "antithetic": True, "noise_levels": sf.LogNormal(stratified=True)}
