@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -446,6 +447,17 @@ def test_scaling_by_the_autoencoders_own_factor_is_that_of_published_networks(la
     assert plan.data.scaling == plan.config.scaling
     with pytest.raises(ValueError, match="latent_scaling=autoencoder is for latents of images"):
         make_plan(sf.data.open_images("digits"), Recipe(latent_scaling="autoencoder"), device="cpu")
+
+
+def test_a_run_within_a_time_leaves_time_to_decode_its_pictures(latents, monkeypatch):
+    def slow(self, latents):
+        time.sleep(0.02 * len(latents))
+        return plain(self, latents)
+
+    plain = Autoencoder.decode
+    plan = make_plan(sf.data.open_images(latents), RECIPE, device="cpu")
+    monkeypatch.setattr(Autoencoder, "decode", slow)
+    assert plan.within("100s", "cpu").costs.picture > 64 * 0.02
 
 
 def test_mirrored_latents_must_be_encoded(images, vae, tmp_path):

@@ -130,7 +130,7 @@ class Train(TrainingFlags):
         if plan.config.initial is not None:
             print_rows(plan.config.initial.rows())
         if self.time:
-            plan = plan.within(max(1e-3, began + seconds_of(self.time) - clock()), found.device)
+            plan = plan.within(max(1e-3, began + seconds_of(self.time) - clock()), found.device, self.vae)
             _print_budget(plan, found.recipe)
         if plan.config.held_out is not None:
             console.print(f"held out:   {plan.config.held_out.describe(plan.config.recipe)}", markup=False)

@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import json
 import math
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -255,6 +256,15 @@ class Autoencoder:
         parts = [torch.empty((0, *self.image_shape(tuple(given.shape[1:]))))]
         parts += [self.model.decode(part.to(self.device).float()).sample.float().cpu() for part in given.split(size)]
         return to_uint8(torch.cat(parts))
+
+    def decoding_seconds(self, shape: tuple[int, ...], count: int) -> float:
+        """Estimate how long decoding takes for `count` latents of `shape`, from a trial."""
+        few = min(4, count)
+        latents = torch.zeros(few, *shape)
+        self.decode(latents)  # the first call is slower
+        began = time.perf_counter()
+        self.decode(latents)
+        return (time.perf_counter() - began) * count / few
 
 
 def _checksum(model: Any) -> str:

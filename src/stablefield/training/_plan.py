@@ -28,7 +28,7 @@ from stablefield.training._recipe import Recipe
 from stablefield.training._recipes import largest_resolution, recipe_for
 from stablefield.training._run_folder import HasFolder, RunConfig
 from stablefield.training._run_report import report_seconds
-from stablefield.training._time_budget import costs_of, seconds_of, within
+from stablefield.training._time_budget import PICTURE, costs_of, seconds_of, within
 from stablefield.training._weight_source import WeightSource, copied_weights, open_weights, side_of
 
 __all__ = ["Images", "Plan", "images_and_recipe", "make_plan", "place"]
@@ -62,7 +62,7 @@ class Plan:
     seconds: float | None = None
     costs: Costs | None = field(default=None, repr=False)
 
-    def within(self, time: str | float, device: torch.device | str | None = None) -> Plan:
+    def within(self, time: str | float, device: torch.device | str | None = None, vae: str | Path = "") -> Plan:
         """The plan of a run that ends in time, with a picture.
 
         Trial steps show how many steps the time allows. The ramp of the learning rate and the half-life of the averages
@@ -72,6 +72,7 @@ class Plan:
         Args:
             time: seconds, or a text such as "90s", "10m" or "2h", which begins now.
             device: where to compute; a GPU if there is one.
+            vae: as for `train`.
 
         Raises:
             ValueError: if the time is too short.
@@ -79,6 +80,10 @@ class Plan:
         began, given = clock(), seconds_of(time)
         where, ranks = place(device)
         costs = costs_of(self.config.recipe, estimate_run(self.config, self.data, where))
+        autoencoder = self.config.autoencoder
+        if autoencoder is not None:
+            decoding = autoencoder.open(vae, where).decoding_seconds(self.config.shape, PICTURE)
+            costs = dataclasses.replace(costs, picture=costs.picture + decoding)
         left = given - (clock() - began)
         costs = dataclasses.replace(costs, report=report_seconds(left))
         left, costs = ranks.broadcast((left, costs), "to share out the time")

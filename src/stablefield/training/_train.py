@@ -110,7 +110,7 @@ def train(
             data, recipe = images_and_recipe(images, labels, recipe, steps, where, source)
         plan = make_plan(data, recipe, init=init, held_out=held_out, device=where)
         if seconds is not None:
-            plan = plan.within(max(1e-3, seconds - (clock() - began)), where)
+            plan = plan.within(max(1e-3, seconds - (clock() - began)), where, vae)
     else:
         given = {"recipe": recipe, "steps": steps, "labels": labels, "init": init, "time": time, "held_out": held_out}
         if any(value is not None for value in given.values()):
