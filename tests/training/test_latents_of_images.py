@@ -19,7 +19,8 @@ from stablefield._progress import Progress
 from stablefield.cli.entry import main
 from stablefield.data._augmentation import Augmentation
 from stablefield.data._autoencoder import Autoencoder
-from stablefield.data._latents import encode, open_latents
+from stablefield.data._latent_folder import open_latents
+from stablefield.data._latents import encode
 from stablefield.evaluation import RandomConvolutions
 from stablefield.sampling._noise import SampleNoise
 from stablefield.targets._moments import Moments

@@ -21,7 +21,7 @@ from stablefield.cli.sources import open_data
 from stablefield.cli.usage import as_flags
 from stablefield.data._colour import Colour, background_name
 from stablefield.data._image_set import ImageSet
-from stablefield.data._latents import is_encoded
+from stablefield.data._latent_folder import is_encoded
 from stablefield.data._resizing import Resize
 from stablefield.evaluation._evaluate import DEFAULT_METRICS, METRICS, check_counts, evaluate
 from stablefield.evaluation._reference import ProtocolWarning

@@ -5,8 +5,8 @@ v means v / 127.5 - 1. Labels are class numbers counted from 0. The pixels may b
 read-only, so use `ImageSet.batch` to copy rows.
 
 Other data are float16, float32 or float64: latents (n, C, H, W), signals (n, C, L) or vectors (n, d). Such a set has a
-`Scaling`, and `ImageSet.scaled` gives what the network sees of it. Encoded images (see `_latents`) also have the `moments`
-of each latent; their `images` are one draw of each.
+`Scaling`, and `ImageSet.scaled` gives what the network sees of it. Encoded images (see `_latent_folder`) also have the
+`moments` of each latent; their `images` are one draw of each.
 
 The manifest is a dictionary of JSON values: `count`, `shape` (C, H, W), `classes`, `source`, `resized`, `conversions`
 and two checksums. `sha256` is that of the pixels as n * C * H * W bytes in that order, `labels_sha256` that of the labels as

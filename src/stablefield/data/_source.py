@@ -27,7 +27,7 @@ from stablefield.data._idx import idx_images, is_idx, open_idx
 from stablefield.data._image_files import ImageFiles, folder_files, zip_files
 from stablefield.data._image_loader import load_image_files
 from stablefield.data._image_set import ImageSet, Origin, make_image_set
-from stablefield.data._latents import is_encoded, open_latents
+from stablefield.data._latent_folder import is_encoded, open_latents
 from stablefield.data._packed import is_packed, open_tensors
 from stablefield.data._resizing import Resize, Resolution, check_resize, natural_resolution, resized_set
 from stablefield.data._tables import is_saved, parquet_files, saved_files
