@@ -64,6 +64,8 @@ NOT_CALLED = {
     "train": "trains: tests/training/test_run.py",
     "ShardedPool": "needs processes",
     "DiffusersUNet": "needs diffusers",
+    "encode": "needs diffusers: tests/training/test_latents_of_images.py",
+    "decode": "needs diffusers: tests/training/test_latents_of_images.py",
 }
 
 
@@ -684,6 +686,8 @@ CASES = {
             "manifest": lambda s: {},
             "opening": either(None, {}),
             "scaling": either(None),
+            "moments": either(None),
+            "flipped": either(None),
         },
     ),
     "ImageSet.scaled": Case(
@@ -693,7 +697,7 @@ CASES = {
     "IndexStream": Case(lambda s: data.IndexStream, {"size": either(10), "batch": either(3), **SEED}),
     "IndexStream.batch_at": Case(lambda s: data.IndexStream(10, 3, 0).batch_at, {"step": either(0, 7)}),
     "summary": Case(lambda s: data.summary, IMAGES),
-    "sample_grid": Case(lambda s: data.sample_grid, {**IMAGES, "count": either(4, 64), **SEED}),
+    "sample_grid": Case(lambda s: data.sample_grid, {**IMAGES, "count": either(4, 64), **SEED, "vae": either("")}),
     "tile": Case(
         lambda s: data.tile,
         {"images": lambda s: s.images, "columns": either(None, 2), "scale": either(None, 1), "padding": either(2, 0)},

@@ -17,7 +17,7 @@ from stablefield.cli.usage import as_flags
         ("generate runs/a", ["Did you mean sample?"]),
         ("photos", ["no verb photos", "The verbs: train"]),
         ("--device cpu train digits", ["--device stands before the verb"]),
-        ("data pakc a b", ["pack or inspect, not pakc", "data pack"]),
+        ("data pakc a b", ["pack, encode or inspect, not pakc", "data pack"]),
         ("train digits --stepz 3", ["no flag --stepz", "did you mean --steps (Optimiser steps)?", "train --help"]),
         (
             "train digits --accumlate 2",

@@ -100,6 +100,8 @@ def test_every_flag_can_be_given_with_every_recipe() -> None:
         ("sit", "--network.patch-size"),
         # One value a level, and the recipe's levels are three.
         ("unet2d", "--network.attention"),
+        # Only latents of images have an autoencoder.
+        *((name, "--latent-scaling") for name in KINDS),
     }
     seen = 0
     for name, arguments in cases():

@@ -83,7 +83,7 @@ def test_every_command_in_a_block_is_run_or_parsed_by_the_test_above() -> None:
 def helps() -> dict[str, str]:
     """The help of every verb."""
     found = {}
-    for verb in [*VERBS, "data inspect", "data pack"]:
+    for verb in [*VERBS, "data inspect", "data pack", "data encode"]:
         with contextlib.redirect_stdout(io.StringIO()) as out:
             assert run([*verb.split(), "--help"]) == 0
         found[verb] = out.getvalue()

@@ -10,12 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
 import stablefield as sf
 from stablefield.cli.entry import main
+from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._digits import open_digits
+from stablefield.data._scaling import Scaling
 from stablefield.evaluation._protocol import Protocol, Score
 from stablefield.interop import _source_bundle as source_bundle
 from stablefield.interop._model_card import ModelCard
@@ -89,6 +92,26 @@ def transformer(preconditioning, **options) -> sf.Denoiser:
     return sf.Denoiser(network, preconditioning).eval()
 
 
+def write_latents(folder: Path, sigmas: torch.Tensor) -> None:
+    """A pipeline of latents with their autoencoder, and the images of ours for given noise."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    model = AutoencoderKL(block_out_channels=(4, 8), norm_num_groups=2, mid_block_add_attention=False, **blocks)
+    denoiser = sf.Denoiser(MLP((4, 4, 6), 16, 1, classes=2, generator=torch.Generator().manual_seed(0))).eval()
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    scaling = Scaling(mean=(0.1, -2.0, 3.0, 0.0), std=(1.0, 0.5, 2.0, 4.0), dtype="float32")
+    options = {"class_names": ("a", "b"), "scaling": scaling, "autoencoder": Autoencoder(model, device="cpu")}
+    write_pipeline(folder / "latents", denoiser, (4, 4, 6), **options)
+    z = torch.randn(4, 4, 4, 6, dtype=torch.float64)
+    x = sf.sampling.heun(lambda x, s: denoiser(x, s, torch.tensor([1, 0, 1, 0])), 80 * z, sigmas)
+    latents = scaling.undo(x)
+    with torch.no_grad():
+        images = model.decode(latents).sample
+    torch.save({"z": z, "latents": latents, "images": images}, folder / "latents.pt")
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight pipelines, the samples of ours for given latents, and those of a process with diffusers alone."""
@@ -123,6 +146,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
             | {solver.__name__: solver(told, 80 * z, sigmas) for solver in (sf.sampling.heun, sf.sampling.euler)},
             folder / f"{name}.pt",
         )
+    write_latents(folder, sigmas)
     python(
         ALONE
         + """
@@ -159,6 +183,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pipe.scheduler = EDMDPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
             found["dpm"] = pipe(output_type="pt", solver="scheduler", num_inference_steps=40, **options).images
             torch.save(found, name + "-alone.pt")
+
+        z = torch.load("latents.pt")["z"]
+        pipe = DiffusionPipeline.from_pretrained("latents", trust_remote_code=True)
+        options = dict(latents=z, class_labels=["b", "a", "b", "a"])
+        found = {kind: pipe(output_type=kind, **options).images for kind in ("pt", "np", "latent")}
+        found["pil"] = [image.size for image in pipe(num_inference_steps=2, **options).images]
+        torch.save(found, "latents-alone.pt")
         """.replace("\n        ", "\n"),
         folder,
     )
@@ -208,6 +239,19 @@ def test_pictures_of_the_pipeline_are_those_of_its_numbers(exported: Path, name:
 def test_image_of_a_generator_does_not_depend_on_its_batch(exported: Path, name: str) -> None:
     _, source_only = both(exported, name)
     torch.testing.assert_close(source_only["seeded"][1:], source_only["again"], rtol=0, atol=1e-4)
+
+
+def test_a_pipeline_of_latents_holds_its_autoencoder_and_decodes_with_diffusers_alone(exported: Path) -> None:
+    ours, found = both(exported, "latents")
+    assert ours["images"].std() > 0.1
+    torch.testing.assert_close(found["latent"], ours["latents"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found["pt"], ours["images"], rtol=1e-3, atol=1e-3)
+    expected = (ours["images"].permute(0, 2, 3, 1) / 2 + 0.5).clamp(0, 1).numpy()
+    np.testing.assert_allclose(found["np"], expected, atol=1e-3)
+    assert found["pil"] == [(12, 8)] * 4
+    files = {str(path.relative_to(exported / "latents")) for path in (exported / "latents").rglob("*.*")}
+    assert files >= {"vae/config.json", "vae/diffusion_pytorch_model.safetensors", "model_index.json", "pipeline.py"}
+    assert "_name_or_path" not in json.loads((exported / "latents" / "vae" / "config.json").read_text())
 
 
 def test_another_edm_scheduler_of_diffusers_takes_the_place_of_the_first(exported: Path) -> None:

@@ -21,6 +21,7 @@ from stablefield.cli.sources import open_data
 from stablefield.cli.usage import as_flags
 from stablefield.data._colour import Colour, background_name
 from stablefield.data._image_set import ImageSet
+from stablefield.data._latent_folder import is_encoded
 from stablefield.data._resizing import Resize
 from stablefield.evaluation._evaluate import DEFAULT_METRICS, METRICS, check_counts, evaluate
 from stablefield.evaluation._reference import ProtocolWarning
@@ -76,7 +77,7 @@ class Evaluate:
     device: str = ""
     """Where to compute; by default a GPU if there is one."""
     data: str = ""
-    """Real images to measure against, as for train; by default the run's training data."""
+    """Real images to measure against, as for train; by default the run's training data, decoded if they are latents."""
     split: Literal["train", "test"] = "train"
     """Which split of the real images, if there are several."""
     references: int | None = None
@@ -173,7 +174,12 @@ class Evaluate:
         """The run's samples, the name of its training data, and the arguments that opened them."""
         sampler = Run(self.source).sampler(self.drawing, device=device)
         samples = RunSource(sampler, self.source, self.samples or 5000, self.first_seed)
-        return samples, self.data or data_of(sampler.config), sampler.config.opening
+        opening = sampler.config.opening
+        if self.data and sampler.autoencoder is not None and not is_encoded(Path(self.data)):
+            # The images of the latents had this size.
+            height, width = sampler.shape[1:]
+            opening = {"resolution": height if height == width else (height, width), "resize": self.resize}
+        return samples, self.data or data_of(sampler.config), opening
 
     def _images(self) -> ImageSet:
         if not (Path(self.source).exists() or self.source == "digits" or self.source.startswith("hf:")):
@@ -208,7 +214,9 @@ class Evaluate:
             return self.out
         if not is_run(self.source):
             return unused(Path("evaluation.json"))
-        extractor = self.extractor.named(floating=Run(self.source).config.scaling is not None)
+        config, decoded = Run(self.source).config, self.drawing.decode
+        floating = config.scaling is not None and not (decoded and config.autoencoder is not None)
+        extractor = self.extractor.named(floating=floating)
         return unused(Path(self.source, "evaluations", f"{extractor}-{self.drawing.sampler}.json"))
 
 

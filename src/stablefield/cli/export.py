@@ -38,6 +38,8 @@ class Export:
     """Number of images in the card's picture; 0 for none."""
     steps: int = 18
     """Steps of Heun's method for these images."""
+    vae: str = ""
+    """The autoencoder's folder or name on a hub, if it has moved; a pipeline of a run on latents of images includes it."""
     push: str = ""
     """Also upload to this repository of a model hub, OWNER/NAME."""
     private: bool = False
@@ -60,6 +62,7 @@ class Export:
                 name=self.name,
                 samples=self.samples,
                 steps=self.steps,
+                vae=self.vae,
             )
         console.print(f"written: {escape(relative(self.out))}")
         if self.format == "diffusers":

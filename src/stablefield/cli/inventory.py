@@ -38,6 +38,7 @@ _GROUPS = {
     "Real images": "split references held-out resolution resize colour background cache no-cache images-split",
     "Data": "resolution resize colour background skip-broken max-images sources augmentation mirror",
     "Model": "init conditional label-dropout ema checkpoint",
+    "Latents of images": "latent-scaling vae decode no-decode",
     "Target": "references noise-band",
     "Variance of a batch": "draws-per-image antithetic no-antithetic importance-sampling no-importance-sampling",
     "Optimisation": (

@@ -104,6 +104,7 @@ _VERBS = {
     "convert": "import",
     "pack": "data pack",
     "inspect": "data inspect",
+    "encode": "data encode",
     "check": "doctor",
 }
 _NUMBER = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
@@ -170,7 +171,7 @@ def _verb(arguments: Sequence[str]) -> tuple[VerbFlags, list[str]]:
         other = arguments[1] if len(arguments) > 1 else "nothing"
         nearest = _nearest(other, below)
         hint = f" Did you mean {first} {nearest[0]}?" if nearest else ""
-        raise ValueError(f"{first} takes {' or '.join(below)}, not {other}.{hint}")
+        raise ValueError(f"{first} takes {', '.join(below[:-1])} or {below[-1]}, not {other}.{hint}")
     if first.startswith("-"):
         raise ValueError(
             f"{first} stands before the verb: name the verb first, such as stablefield train. {_all(heads)}"

@@ -24,6 +24,8 @@ __all__ = ["Sample"]
 class Sample:
     """Draw images from a run: a grid as one picture, a folder of PNG files, or an .npz file; or float data as .npz or .npy.
 
+    Of a run on latents of images, the images are decoded; --no-decode writes the latents.
+
     Started by torchrun or `accelerate launch`, the processes share the seeds; the images are the same.
     """
 
@@ -54,8 +56,11 @@ class Sample:
         run = Run(self.run_folder)
         steps = "" if options.steps_taken is None else f"-{options.steps_taken}"
         config = run.config
-        what = "images" if config.scaling is None else "samples"
-        allowed = (*(PICTURES if is_picture(config.shape) else ()), ".npz", *((".npy",) if config.scaling else ()))
+        decoded = bool(options.vae) or (options.decode and config.autoencoder is not None)
+        floating = config.scaling is not None and not decoded
+        what = "samples" if floating else "images"
+        pictures = decoded or is_picture(config.shape)
+        allowed = (*(PICTURES if pictures else ()), ".npz", *((".npy",) if floating else ()))
         out = self.out or unused(run.path / "samples" / f"{options.sampler}{steps}{allowed[0]}")
         single = out.suffix.lower() in allowed
         if looks_like_file(out):

@@ -56,6 +56,8 @@ class Train(TrainingFlags):
     init: Annotated[Path | None, tyro.conf.arg(metavar="RUN|FILE")] = None
     """Begin with the weights of a run (its averaged ones, and its recipe), an export, or a file with a state dict. Prints
     what it copies. The data may differ, in classes and size too if the network takes them."""
+    vae: str = ""
+    """Of latents of images: the autoencoder's folder or name on a hub, if it has moved. It decodes the run's pictures."""
     time: str = ""
     """Time that the command may take, such as 90s, 10m or 2h, in place of --steps. A few trial steps show how many steps
     that is; the ramp of the learning rate, the averages, pictures and checkpoints follow, and the run keeps its pace."""
@@ -129,7 +131,7 @@ class Train(TrainingFlags):
         if plan.config.initial is not None:
             print_rows(plan.config.initial.rows())
         if self.time:
-            plan = plan.within(max(1e-3, began + seconds_of(self.time) - clock()), found.device)
+            plan = plan.within(max(1e-3, began + seconds_of(self.time) - clock()), found.device, self.vae)
             _print_budget(plan, found.recipe)
         if plan.config.held_out is not None:
             console.print(f"held out:   {plan.config.held_out.describe(plan.config.recipe)}", markup=False)
@@ -139,7 +141,8 @@ class Train(TrainingFlags):
         def call(**options: Any) -> Run:
             # The observers have taken of the time.
             left = began + seconds_of(self.time) - clock() if self.time else None
-            return train(dataclasses.replace(plan, seconds=left), out=self.out, device=found.device, **options)
+            plan_now = dataclasses.replace(plan, seconds=left)
+            return train(plan_now, out=self.out, vae=self.vae, device=found.device, **options)
 
         return self._trained(found.data, found.device, 0, plan.config.recipe.steps, call)
 
@@ -168,7 +171,7 @@ class Train(TrainingFlags):
             if self.dry_run:
                 return print_rows(estimate_run(config, data, device, done).rows())
             held_out = self._opened(self.held_out, config.opening) if self.held_out and ranks.first else None
-            call = partial(run.resume, steps=steps, data=data, held_out=held_out, device=device)
+            call = partial(run.resume, steps=steps, data=data, held_out=held_out, vae=self.vae, device=device)
             return self._trained(data, device, done, config.recipe.steps, call)
 
     def _check_nothing_changes(self) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from stablefield.cli.bench import Bench
 from stablefield.cli.compare import Compare
-from stablefield.cli.data import Inspect, Pack
+from stablefield.cli.data import Encode, Inspect, Pack
 from stablefield.cli.doctor import Doctor
 from stablefield.cli.ema import Ema
 from stablefield.cli.evaluate import Evaluate
@@ -32,6 +32,7 @@ VERBS: dict[str, type] = {
     "probe": Probe,
     "bench": Bench,
     "data pack": Pack,
+    "data encode": Encode,
     "data inspect": Inspect,
     "export": Export,
     "import": Import,

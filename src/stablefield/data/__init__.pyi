@@ -4,6 +4,8 @@ from stablefield.data._image_set import make_image_set as make_image_set
 from stablefield.data._index_stream import IndexStream as IndexStream
 from stablefield.data._inspect import sample_grid as sample_grid
 from stablefield.data._inspect import summary as summary
+from stablefield.data._latents import decode as decode
+from stablefield.data._latents import encode as encode
 from stablefield.data._packed import open_packed as open_packed
 from stablefield.data._packed import pack as pack
 from stablefield.data._packed_writer import PackedWriter as PackedWriter

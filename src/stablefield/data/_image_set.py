@@ -5,7 +5,8 @@ v means v / 127.5 - 1. Labels are class numbers counted from 0. The pixels may b
 read-only, so use `ImageSet.batch` to copy rows.
 
 Other data are float16, float32 or float64: latents (n, C, H, W), signals (n, C, L) or vectors (n, d). Such a set has a
-`Scaling`, and `ImageSet.scaled` gives what the network sees of it.
+`Scaling`, and `ImageSet.scaled` gives what the network sees of it. Encoded images (see `_latent_folder`) also have the
+`moments` of each latent; their `images` are one draw of each.
 
 The manifest is a dictionary of JSON values: `count`, `shape` (C, H, W), `classes`, `source`, `resized`, `conversions`
 and two checksums. `sha256` is that of the pixels as n * C * H * W bytes in that order, `labels_sha256` that of the labels as
@@ -25,7 +26,9 @@ from numpy.typing import DTypeLike, NDArray
 
 from stablefield._shapes import check_kind, whole_number
 from stablefield.data._archive import Readable
+from stablefield.data._autoencoder import AutoencoderRecord
 from stablefield.data._scaling import CHUNK_BYTES, Scaling, check_floats, chunks
+from stablefield.targets._moments import Moments
 
 __all__ = [
     "CLASS_LIMIT",
@@ -120,6 +123,10 @@ class ImageSet:
     """The arguments with which `open_images` opens this set again; None for a set made from arrays."""
     scaling: Scaling | None = None
     """The scaling of float data; None for images."""
+    moments: Moments | None = None
+    """Of encoded images, the moments of each latent, arrays of the shape of `images`; None for other data."""
+    flipped: Moments | None = None
+    """Of encoded images, the moments of the mirrored images' latents, if they are encoded, too."""
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -137,6 +144,15 @@ class ImageSet:
         else:
             check_kind("scaling", self.scaling, Scaling, "a Scaling, or None for images")
             check_floats("images", images.dtype, images.shape)
+        for name, moments in (("moments", self.moments), ("flipped", self.flipped)):
+            if moments is None:
+                continue
+            check_kind(name, moments, Moments, "Moments of two arrays, or None")
+            if self.scaling is None or moments.mean.shape != images.shape or self.moments is None:
+                raise ValueError(
+                    f"{name} has means of shape {tuple(moments.mean.shape)}, the {images.dtype} data {images.shape}: pass "
+                    "those of float data of the same shape, and flipped only with moments."
+                )
         if labels is None:
             return
         if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
@@ -197,6 +213,36 @@ class ImageSet:
         rows = self.images[index if isinstance(index, slice) else self._places(index)]
         return rows if self.scaling is None else self.scaling.apply(rows)
 
+    def scaled_moments(
+        self, index: slice | NDArray[np.int64], *, flipped: bool = False
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Means and standard deviations of the latents of some rows, as the network sees them.
+
+        Args:
+            index: a slice, or row numbers, shape (B,).
+            flipped: of the mirrored images.
+
+        Returns:
+            Two arrays (B, ...) in new memory, of the dtype of `scaled`.
+
+        Raises:
+            ValueError: if the set has no such moments, or an index is out of range.
+        """
+        moments = self.flipped if flipped else self.moments
+        if moments is None or self.scaling is None:
+            raise ValueError(
+                f"{self.name} has no moments{' of mirrored images' if flipped else ''}: encode images by "
+                f"stablefield.data.encode(images, out, vae=...{', mirror=True' if flipped else ''})."
+            )
+        rows = index if isinstance(index, slice) else self._places(index)
+        mean, std = (np.asarray(values[rows]) for values in (moments.mean, moments.std))
+        return self.scaling.apply(mean), self.scaling.apply(std, deviations=True)
+
+    @property
+    def autoencoder(self) -> AutoencoderRecord | None:
+        """The autoencoder of encoded images; None for other data."""
+        return AutoencoderRecord.of_manifest(self.manifest)
+
     def batch(self, index: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64] | None]:
         """Copy rows into fresh, writable, contiguous memory.
 
@@ -241,7 +287,8 @@ class ImageSet:
             channels, height, width = self.shape
             what = f"{'greyscale' if channels == 1 else 'RGB'} images of {width} x {height}"
         else:
-            what = f"samples of {' x '.join(map(str, self.shape))} {self.images.dtype} values"
+            kind = "samples" if self.moments is None else "latents"
+            what = f"{kind} of {' x '.join(map(str, self.shape))} {self.images.dtype} values"
         classes = f", {self.classes} classes" if self.labels is not None else ""
         where = f"mapped from {self.file}" if self.file is not None else "in memory"
         size = size_text(self.images.nbytes)
@@ -260,6 +307,11 @@ class ImageSet:
                     f"{self.name}: {key} is {value}, but the manifest says {self.manifest.get(key)}: "
                     "the data have changed or are damaged; make the file again from its source."
                 )
+        for prefix, moments in (("", self.moments), ("flipped_", self.flipped)):
+            for name in () if moments is None else ("mean", "std"):
+                value = pixels_sha256(np.asarray(getattr(moments, name)))
+                if value != self.manifest.get("moments_sha256", {}).get(f"{prefix}{name}"):
+                    raise ValueError(f"{self.name}: {prefix}{name} has changed or is damaged: encode the images again.")
 
 
 def _check_images(images: NDArray[Any]) -> None:

@@ -3,6 +3,8 @@
 Means and standard deviations are exact: they come from the counts of the 256 values per channel, taken in one pass.
 """
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,6 +43,15 @@ def summary(images: ImageSet) -> list[tuple[str, str]]:
             ("values", str(images.images.dtype)),
             ("mean", _listed(images.scaling.mean)),
             ("standard deviation", _listed(images.scaling.std)),
+        ]
+    autoencoder = images.autoencoder
+    if autoencoder is not None:
+        rows += [
+            ("autoencoder", autoencoder.place),
+            ("  of sha256", autoencoder.sha256),
+            ("  its images", " x ".join(map(str, autoencoder.shape))),
+            ("  its scaling", f"{autoencoder.scaling_factor:g}, shift {autoencoder.shift_factor:g}"),
+            ("mirrored images", "none" if images.flipped is None else "encoded, too"),
         ]
     manifest = images.manifest
     rows = [
@@ -98,30 +109,37 @@ def _image_rows(images: ImageSet) -> list[tuple[str, str]]:
     ]
 
 
-def sample_grid(images: ImageSet, count: int = 64, seed: int = 0) -> NDArray[np.uint8]:
+def sample_grid(images: ImageSet, count: int = 64, seed: int = 0, vae: str | Path = "") -> NDArray[np.uint8]:
     """A picture of `count` images drawn without replacement (all, if there are fewer), in the order of the set.
+
+    Latents of images are decoded.
 
     Args:
         images: the set.
         count: how many.
         seed: of the draw.
+        vae: the autoencoder's place, if it has moved.
 
     Returns:
         The picture, shape (height, width, C), uint8 (see `tile`).
 
     Raises:
-        ValueError: if `count` is below 1, or the samples are no pictures, (1, H, W) or (3, H, W).
+        ValueError: if `count` is below 1, the samples are no pictures, (1, H, W) or (3, H, W), or the autoencoder of latents
+            is not there.
     """
     check_kind("images", images, ImageSet, "an ImageSet, as open_images returns")
     whole_number("count", count)
     whole_number("seed", seed, 0)
+    check_kind("vae", vae, (str, Path), "the place of the autoencoder")
     if count < 1:
         raise ValueError(f"count={count}: a picture takes at least 1 image.")
     drawn = np.random.default_rng(seed).choice(len(images), min(count, len(images)), replace=False)
     drawn = np.sort(drawn)
     if images.labels is not None:
         drawn = drawn[np.argsort(images.labels[drawn], kind="stable")]
-    return tile(as_pictures(images.batch(drawn)[0]))
+    values, _ = images.batch(drawn)
+    autoencoder = images.autoencoder
+    return tile(as_pictures(values) if autoencoder is None else autoencoder.open(vae).decode(values).numpy())
 
 
 def _listed(values: tuple[float, ...]) -> str:

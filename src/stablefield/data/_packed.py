@@ -31,7 +31,7 @@ from stablefield.data._image_set import ImageSet, Origin, check_label_count, lab
 from stablefield.data._packed_writer import METADATA_KEY, PackedWriter, room_for
 from stablefield.data._scaling import check_floats, chunks
 
-__all__ = ["is_packed", "open_packed", "open_tensors", "pack"]
+__all__ = ["found_tensor", "is_packed", "open_packed", "open_tensors", "pack", "read_header"]
 
 _FLOATS = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 _WHOLE = {"I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "U8": np.dtype("u1")}
@@ -107,7 +107,7 @@ def open_tensors(path: Path) -> ImageSet:
     """
     try:
         with open_regular(path) as file:
-            header, start = _read_header(path, file)
+            header, start = read_header(path, file)
             names = [name for name in ("data", "latents") if name in header]
             if names:
                 return _float_set(path, file, header, start, names)
@@ -120,11 +120,11 @@ def _float_set(path: Path, file: BinaryIO, header: dict[str, Any], start: int, n
     if len(names) > 1:
         raise ValueError(f"{path} holds both data and latents: save one of them.")
     size = file.seek(0, os.SEEK_END) - start
-    dtype, shape, begin = _found(path, names[0], header[names[0]], _FLOATS, size)
+    dtype, shape, begin = found_tensor(path, names[0], header[names[0]], _FLOATS, size)
     check_floats(f"{path}: {names[0]}", dtype, shape)
     labels = None
     if "labels" in header:
-        whole, count, place = _found(path, "labels", header["labels"], _WHOLE, size)
+        whole, count, place = found_tensor(path, "labels", header["labels"], _WHOLE, size)
         if count != shape[:1]:
             raise ValueError(
                 f"{path} has labels of shape {count} for {shape[0]:,} samples: save one class number per sample, "
@@ -137,7 +137,7 @@ def _float_set(path: Path, file: BinaryIO, header: dict[str, Any], start: int, n
     return make_image_set(values, labels, Origin(name=path.stem, source=f"tensor {names[0]} of {path.name}"))
 
 
-def _found(
+def found_tensor(
     path: Path, name: str, entry: Any, kinds: dict[str, np.dtype[Any]], size: int
 ) -> tuple[np.dtype[Any], tuple[int, ...], int]:
     """Dtype, shape and first byte of a tensor, from its entry in the header of a file with `size` bytes of tensors."""
@@ -166,7 +166,7 @@ def is_packed(path: Path) -> bool:
 
 
 def _opened(path: Path, file: BinaryIO) -> ImageSet:
-    header, start = _read_header(path, file)
+    header, start = read_header(path, file)
     manifest = _manifest(path, header)
     names = sorted(header)
     if names not in (["__metadata__", "images"], ["__metadata__", "images", "labels"]):
@@ -204,7 +204,7 @@ def _opened(path: Path, file: BinaryIO) -> ImageSet:
         raise _damaged(path, str(error)) from error
 
 
-def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
+def read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
     """The header's JSON object, and where the tensors begin."""
     head = file.read(8)
     length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0

@@ -118,12 +118,18 @@ class Scaling:
         """The scaling as JSON values, for a manifest."""
         return {"mean": list(self.mean), "std": list(self.std), "dtype": self.dtype}
 
-    def apply(self, values: NDArray[Any], dtype: DTypeLike | None = None) -> NDArray[Any]:
+    @classmethod
+    def of_factor(cls, factor: float, shift: float, channels: int, dtype: str) -> "Scaling":
+        """The scaling by which a network sees (v - shift) * factor, as the autoencoder of published networks states it."""
+        return cls(mean=(shift,) * channels, std=(0.5 / factor,) * channels, dtype=dtype)
+
+    def apply(self, values: NDArray[Any], dtype: DTypeLike | None = None, *, deviations: bool = False) -> NDArray[Any]:
         """What a network sees of data (k, ...).
 
         Args:
             values: rows of the data.
             dtype: of the result; by default float16 for float16 data, else float32.
+            deviations: whether the values are standard deviations of data, which have no mean.
 
         Returns:
             New memory. In float64, `undo` gives the data back to the last bit, except beside a mean 10^8 times as large.
@@ -134,7 +140,7 @@ class Scaling:
         wide = np.float32 if half and scaled.dtype != np.float64 else np.float64
         std = np.array(self.std)
         factor = _beside(np.divide(0.5, std, out=np.zeros_like(std), where=std > 0).astype(wide), values.ndim)
-        mean = _beside(np.array(self.mean).astype(wide), values.ndim)
+        mean = _beside((0.0 if deviations else 1.0) * np.array(self.mean).astype(wide), values.ndim)
         start = 0
         for chunk in chunks(values):
             scaled[start : start + len(chunk)] = (chunk.astype(wide) - mean) * factor

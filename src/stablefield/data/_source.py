@@ -27,6 +27,7 @@ from stablefield.data._idx import idx_images, is_idx, open_idx
 from stablefield.data._image_files import ImageFiles, folder_files, zip_files
 from stablefield.data._image_loader import load_image_files
 from stablefield.data._image_set import ImageSet, Origin, make_image_set
+from stablefield.data._latent_folder import is_encoded, open_latents
 from stablefield.data._packed import is_packed, open_tensors
 from stablefield.data._resizing import Resize, Resolution, check_resize, natural_resolution, resized_set
 from stablefield.data._tables import is_saved, parquet_files, saved_files
@@ -188,6 +189,11 @@ _HUB = Source(
     text="hf:OWNER/NAME for a data set of the Hugging Face hub",
 )
 SOURCES: tuple[Source, ...] = (
+    Source(
+        recognise=lambda place: place.folder and is_encoded(place.path),
+        open=whole(open_latents),
+        text="a folder of latents that `stablefield data encode` made",
+    ),
     Source(
         recognise=lambda place: place.folder and is_saved(place.path),
         open=lambda request: request.decoded(saved_files(request.path, request.split)),

@@ -20,6 +20,7 @@ from stablefield._progress import Progress
 from stablefield._shapes import check_callable, check_kind, flag, found_device, whole_number
 from stablefield.data._collector import cache_folder
 from stablefield.data._image_set import ImageSet, class_text
+from stablefield.data._latents import decode
 from stablefield.data._png import is_picture
 from stablefield.evaluation._extraction import Batch, ExtractorPass, extract, image_batches, pass_for
 from stablefield.evaluation._extractor import Extractor, RandomConvolutions, RawPixels, raw
@@ -94,7 +95,8 @@ def evaluate(
     Args:
         samples: images, float data, or a source that draws them, such as a run's `RunSource`.
         data: real images to measure against; or a function from the name of a split to an image set, also called for
-            "train" (the whole training set, for memorisation) and "test" (held-out images, if there are any).
+            "train" (the whole training set, for memorisation) and "test" (held-out images, if there are any). Latents of
+            images are decoded, if the samples are images.
         metrics: names in `METRICS`, or metrics. "frechet" is FID and "kernel" KID on FID's own Inception; "nearest" is
             memorisation, in pixels.
         extractor: maps images to features; by default FID's own Inception, and of float data the values themselves.
@@ -164,7 +166,13 @@ def evaluate(
     kept = cache_folder() / "references" if cache is True else Path(cache) if cache else None
 
     def part(name: str) -> ImageSet:
-        return opened("data", data(name) if callable(data) else data, name, progress)
+        return decoded(opened("data", data(name) if callable(data) else data, name, progress))
+
+    def decoded(found: ImageSet) -> ImageSet:
+        """Images: those of latents, if the samples are images."""
+        if found.moments is None or source.floating:
+            return found
+        return decode(found, vae=source.autoencoder, device=device, progress=progress)
 
     with Ranks.launched() as ranks:
         # An array or an image set has no other splits.
@@ -186,7 +194,8 @@ def evaluate(
             if reads == "pixels":
                 # Memorisation needs the whole training set. Pixels need no cache.
                 whole = ReferenceSet(images=parts("train") if parts and split != "train" else images, split="train")
-                control = _held_out(held_out, parts, source, progress)
+                given = None if held_out is None else decoded(opened("held_out", held_out, "train", progress))
+                control = _held_out(given, parts, source)
                 group = _Group(extractor=raw(images), metrics=its, references=whole, held_out=control)
             else:
                 if network is None:
@@ -214,13 +223,11 @@ def evaluate(
 
 
 def _held_out(
-    images: Images | None, parts: Callable[[str], ImageSet] | None, source: SampleSource, progress: Report | None
+    images: ImageSet | None, parts: Callable[[str], ImageSet] | None, source: SampleSource
 ) -> ImageSet | None:
     """Images outside the training data; None if there are none."""
     if images is not None:
-        return check_size(
-            "held_out", opened("held_out", images, "train", progress), source.shape, floating=source.floating
-        )
+        return check_size("held_out", images, source.shape, floating=source.floating)
     try:
         found = None if parts is None else parts("test")
     except ValueError:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stablefield._distributed import Ranks
 from stablefield._progress import Progress
+from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._image_set import ImageSet
 from stablefield.data._source import as_image_set, open_images
 from stablefield.evaluation._extraction import Batch, image_batches
@@ -50,6 +51,7 @@ class SampleSource(ABC):
         shape: (C, H, W) of the samples, or another shape of float data.
         count: samples per repeat.
         floating: whether they are float data rather than 8-bit images.
+        autoencoder: that decodes them; None if they are not decoded.
         class_names: names of the classes, if known.
     """
 
@@ -57,6 +59,7 @@ class SampleSource(ABC):
     shape: tuple[int, ...]
     count: int
     floating: bool = False
+    autoencoder: Autoencoder | None = None
     class_names: tuple[str, ...] | None = None
 
     @abstractmethod

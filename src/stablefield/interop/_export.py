@@ -8,7 +8,7 @@ import torch
 
 from stablefield import sampling
 from stablefield._shapes import whole_number
-from stablefield.data._png import class_grid, is_picture, write_png
+from stablefield.data._png import class_grid, write_png
 from stablefield.interop._model_card import ModelCard, public_name, results_of_run
 from stablefield.interop._pipeline_folder import write_pipeline
 from stablefield.interop._plain_export import write_plain
@@ -30,6 +30,7 @@ def export_run(
     name: str = "",
     samples: int = 64,
     steps: int = 18,
+    vae: str | Path = "",
 ) -> Path:
     """Write a run's model for other programs; arguments and errors as for `Run.export`.
 
@@ -41,6 +42,7 @@ def export_run(
         name: of the model on its card; the name of the run's folder if empty.
         samples: images in the card's picture; 0 for none, as of data that are no pictures.
         steps: of Heun's method for them.
+        vae: the autoencoder's place, if it has moved.
 
     Returns:
         The folder.
@@ -51,14 +53,36 @@ def export_run(
     sigmas = sampling.edm_sigmas(steps)
     config, denoiser = model.config, model.denoiser
     results = results_of_run(run)
-    write = write_pipeline if format == "diffusers" else write_plain
-    write(folder, denoiser, config.shape, class_names=config.class_names, scaling=config.scaling)
-    pictures = samples > 0 and is_picture(config.shape)
+    pictures = samples > 0 and config.picture_shape is not None
+    record, cpu = config.autoencoder, torch.device("cpu")
+    # A pipeline includes the autoencoder, and the card's picture is decoded.
+    autoencoder = record.open(vae, cpu) if record is not None and (pictures or format == "diffusers") else None
+    if format == "diffusers":
+        write_pipeline(
+            folder,
+            denoiser,
+            config.shape,
+            class_names=config.class_names,
+            scaling=config.scaling,
+            autoencoder=autoencoder,
+        )
+    else:
+        write_plain(
+            folder, denoiser, config.shape, class_names=config.class_names, scaling=config.scaling, autoencoder=record
+        )
     if pictures:
         # The picture of a network with classes cycles through them.
         labels = torch.arange(samples) % config.classes if config.classes else None
-        seeds, cpu, scaling = range(samples), torch.device("cpu"), config.scaling
-        images = draw(denoiser, config.shape, seeds, cpu, labels, sigmas=sigmas, scaling=scaling).numpy()
+        images = draw(
+            denoiser,
+            config.shape,
+            range(samples),
+            cpu,
+            labels,
+            sigmas=sigmas,
+            scaling=config.scaling,
+            autoencoder=autoencoder,
+        ).numpy()
         numbers = None if labels is None else labels.numpy()
         write_png(folder / _GRID, class_grid(images, numbers, config.class_names))
     card = ModelCard(
@@ -75,6 +99,8 @@ def export_run(
         results=results,
         grid=_GRID if pictures else None,
         floating=config.scaling is not None,
+        autoencoder=config.autoencoder,
+        scaling=config.scaling,
         pipeline=format == "diffusers",
     )
     (folder / "README.md").write_text(card.text(), "utf-8")

@@ -27,10 +27,14 @@ class StablefieldPipeline(DiffusionPipeline):
         scheduler: an EDM scheduler: the grid of noise levels, and the preconditioning around the network.
         id2label: class names by number; None if unknown.
         scaling: of data that are not images, the `mean` and `std` of each channel; None for images.
+        vae: an AutoencoderKL that decodes latents to images; None if the network draws no latents of images.
     """
 
     unet: Any
     scheduler: Any
+    vae: Any
+    _optional_components = ["vae"]  # noqa: RUF012
+    model_cpu_offload_seq = "unet->vae"
 
     def __init__(
         self,
@@ -38,9 +42,10 @@ class StablefieldPipeline(DiffusionPipeline):
         scheduler: Any,
         id2label: dict[str, str] | None = None,
         scaling: dict[str, Any] | None = None,
+        vae: Any = None,
     ) -> None:
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
         self.register_to_config(id2label=id2label, scaling=scaling)
         self.scaling = scaling
         self.labels = {name: int(number) for number, name in (id2label or {}).items()}
@@ -71,18 +76,21 @@ class StablefieldPipeline(DiffusionPipeline):
             latents: standard normal noise, shape (B, C, H, W), instead of drawing it.
             solver: "heun", in float64 if the device has it, or "scheduler" for the scheduler's own steps.
             output_type: "pil", the default, "np" (B, H, W, C) in [0, 1], or "pt", (B, C, H, W) in [-1, 1] as in training. Of
-                data that are not images: "pt", the default, or "np", both (B, ...) in the units of the training data.
+                data that are not images: "pt", the default, or "np", both (B, ...) in the units of the training data. With
+                an autoencoder also "latent", (B, C, h, w) in its units, not decoded.
             return_dict: return an object with `images`, or a tuple.
 
         Raises:
             ValueError: for an unknown solver, output or class name, guidance without classes, or another number of classes
                 than of images.
         """
+        floating = self.scaling is not None and self.vae is None
         if output_type is None:
-            output_type = "pil" if self.scaling is None else "pt"
-        if self.scaling is not None and output_type == "pil":
+            output_type = "pt" if floating else "pil"
+        if floating and output_type == "pil":
             raise ValueError("output_type is pil, and this model draws no images: pass pt or np.")
-        if solver not in ("heun", "scheduler") or output_type not in ("pil", "np", "pt"):
+        outputs = ("pil", "np", "pt", *(() if self.vae is None else ("latent",)))
+        if solver not in ("heun", "scheduler") or output_type not in outputs:
             raise ValueError(
                 f"solver is {solver} and output_type {output_type}: pass heun or scheduler, and pil, np or pt."
             )
@@ -115,8 +123,13 @@ class StablefieldPipeline(DiffusionPipeline):
         if self.scaling is not None:
             per_channel = (-1, *(1,) * (x.ndim - 2))
             mean, std = (torch.tensor(self.scaling[name]).to(x).reshape(per_channel) for name in ("mean", "std"))
-            images: Any = (x * (2 * std) + mean).float()
-            images = images.cpu().numpy() if output_type == "np" else images
+            x = (x * (2 * std) + mean).float()
+        if self.vae is not None and output_type != "latent":
+            # One at a time: a decoder takes far more memory than the network.
+            x = torch.cat([self.vae.decode(one[None].to(self.vae.dtype)).sample for one in x])
+        images: Any
+        if floating or output_type == "latent":
+            images = x.cpu().numpy() if output_type == "np" else x
         elif output_type == "pt":
             images = x.to(self.unet.dtype)
         else:

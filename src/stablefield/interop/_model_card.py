@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from stablefield.data._autoencoder import AutoencoderRecord
+from stablefield.data._scaling import Scaling
 from stablefield.evaluation._protocol import Score
 from stablefield.evaluation._result import Evaluation
 from stablefield.interop._inert import plain_text
@@ -40,6 +42,8 @@ class ModelCard:
         grid: file of sample images beside the card, or none.
         pipeline: whether diffusers loads the folder; else it holds plain safetensors.
         floating: whether the data are floats rather than 8-bit images.
+        autoencoder: of latents of images; None for other data.
+        scaling: of float data.
     """
 
     name: str
@@ -56,18 +60,26 @@ class ModelCard:
     pipeline: bool = True
     class_names: Sequence[str] | None = None
     floating: bool = False
+    autoencoder: AutoencoderRecord | None = None
+    scaling: Scaling | None = None
 
     def text(self) -> str:
         """The card as Markdown with a YAML head."""
         return (
-            "\n\n".join(filter(None, [self._head(), self._classes(), self._training(), self._metrics(), self._use()]))
+            "\n\n".join(
+                filter(
+                    None,
+                    [self._head(), self._classes(), self._latents(), self._training(), self._metrics(), self._use()],
+                )
+            )
             + "\n"
         )
 
     def _head(self) -> str:
         library = "diffusers" if self.pipeline else "stablefield"
         kind = "class-conditional-image-generation" if self.classes else "unconditional-image-generation"
-        tags = ["diffusion", *([] if self.floating else [kind]), "stable-target-field", "edm"]
+        images = not self.floating or self.autoencoder is not None
+        tags = ["diffusion", *([kind] if images else []), "stable-target-field", "edm"]
         lines = [
             "---",
             f"library_name: {library}",
@@ -80,6 +92,9 @@ class ModelCard:
         ]
         size = " x ".join(map(str, self.shape))
         what = f"float data of {size} values" if self.floating else f"images of {size} (channels, height, width)"
+        if self.autoencoder is not None:
+            pixels = " x ".join(map(str, self.autoencoder.shape))
+            what = f"latents of {size} values, decoded to images of {pixels} (channels, height, width)"
         conditions = f", conditioned on one of {self.classes} classes" if self.classes else ""
         data = literal(public_name(self.data) or "private data")
         origin = f"trained on {data}" if self.step else data
@@ -101,6 +116,23 @@ class ModelCard:
             return f"{head} The names of the classes are unknown."
         rows = [(str(number), name) for number, name in enumerate(self.class_names)]
         return f"{head}\n\n{_table(('number', 'name'), rows)}"
+
+    def _latents(self) -> str:
+        """The autoencoder, and how the network's values become latents."""
+        found = self.autoencoder
+        if found is None or self.scaling is None:
+            return ""
+        place = literal(public_name(found.place) or "a private folder")
+        where = "`vae/` holds it" if self.pipeline else "This folder does not hold it"
+        rows = [
+            (str(channel), f"{mean:.6g}", f"{2 * std:.6g}")
+            for channel, (mean, std) in enumerate(zip(self.scaling.mean, self.scaling.std, strict=True))
+        ]
+        return (
+            f"## Autoencoder\n\nThe latents are those of {place}, an AutoencoderKL of sha256 (weights and settings) "
+            f"{found.sha256}. {where}. A latent is shift + scale x, for the network's x:\n\n"
+            f"{_table(('channel', 'shift', 'scale'), rows)}"
+        )
 
     def _training(self) -> str:
         recipe = self.recipe
@@ -156,7 +188,8 @@ class ModelCard:
                 )
             else:
                 guided = "`class_labels` is one class for all images, or a list with one per image.\n\n"
-        name, units = ("samples", "  # a tensor, in the units of the data") if self.floating else ("images", "")
+        floating = self.floating and self.autoencoder is None
+        name, units = ("samples", "  # a tensor, in the units of the data") if floating else ("images", "")
         return (
             "## Use\n\nThe folder holds `pipeline.py` and `unet/network.py`, which diffusers runs: read them, then\n\n"
             "```python\nfrom diffusers import DiffusionPipeline\n\n"

@@ -3,6 +3,7 @@
     model_index.json  pipeline.py
     unet/       config.json  diffusion_pytorch_model.safetensors  network.py
     scheduler/  scheduler_config.json
+    vae/        config.json  diffusion_pytorch_model.safetensors     of a model of latents of images
 
 `pipeline.py` and `network.py` are code, so diffusers loads the folder only with `trust_remote_code=True`. The scheduler is
 diffusers' own `EDMEulerScheduler`; its other EDM schedulers work too.
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 
 from stablefield import _shapes as shapes
+from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._scaling import Scaling
 from stablefield.diffusion import _preconditioning as preconditioning
 from stablefield.diffusion._preconditioning import (
@@ -61,6 +63,7 @@ def write_pipeline(
     rho: float = 7.0,
     class_names: Sequence[str] | None = None,
     scaling: Scaling | None = None,
+    autoencoder: Autoencoder | None = None,
 ) -> None:
     """Write the folder.
 
@@ -73,6 +76,7 @@ def write_pipeline(
         rho: of its grid, as in `edm_sigmas`.
         class_names: class names, for the pipeline's `id2label`; None if unknown.
         scaling: of data that are not images; the pipeline then returns data in their own units.
+        autoencoder: decodes them to images, which the pipeline then returns.
 
     Raises:
         ImportError: if diffusers is not installed.
@@ -122,6 +126,8 @@ def write_pipeline(
         index["id2label"] = {str(number): name for number, name in enumerate(class_names)}
     if scaling is not None:
         index["scaling"] = scaling.record
+    if autoencoder is not None:
+        index["vae"] = ["diffusers", "AutoencoderKL"]
     assert exported_pipeline.__file__ is not None
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -130,6 +136,9 @@ def write_pipeline(
         unet.save_pretrained(path / "unet", safe_serialization=True)
         _forget_origin(path / "unet" / "config.json")
         scheduler.save_pretrained(path / "scheduler")
+        if autoencoder is not None:
+            autoencoder.model.save_pretrained(path / "vae", safe_serialization=True)
+            _forget_origin(path / "vae" / "config.json")
         if code is not None:
             (path / "unet" / "network.py").write_text(code, "utf-8")
         (path / "pipeline.py").write_text(Path(exported_pipeline.__file__).read_text("utf-8"), "utf-8")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stablefield.data._autoencoder import AutoencoderRecord
 from stablefield.data._scaling import Scaling
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.interop._pipeline_folder import network_options, preconditioning_options
@@ -22,6 +23,7 @@ def write_plain(
     *,
     class_names: Sequence[str] | None = None,
     scaling: Scaling | None = None,
+    autoencoder: AutoencoderRecord | None = None,
 ) -> None:
     """Write the files.
 
@@ -31,6 +33,7 @@ def write_plain(
         shape: of one image, (C, H, W).
         class_names: class names; None if unknown.
         scaling: of data that are not images.
+        autoencoder: that decodes latents of images; it is named, and not included.
 
     Raises:
         ValueError: if the folder is not empty or cannot be written, or the kind of network or preconditioning is not
@@ -49,6 +52,9 @@ def write_plain(
     }
     if scaling is not None:
         record["scaling"] = scaling.record | {"data": "2 std x + mean, per channel"}
+    if autoencoder is not None:
+        # Its place may be a folder of this machine.
+        record["autoencoder"] = {key: value for key, value in autoencoder.record.items() if key != "place"}
     try:
         path.mkdir(parents=True, exist_ok=True)
         if any(path.iterdir()):

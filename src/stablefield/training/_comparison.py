@@ -14,7 +14,6 @@ import torch
 
 from stablefield._atomic_file import write_atomically
 from stablefield.data._image_set import class_text
-from stablefield.data._png import is_picture
 from stablefield.report import Code, Page, Section, json_details
 from stablefield.report._cells import text_table
 from stablefield.report._chart import Chart
@@ -124,7 +123,7 @@ class Comparison(Result):
                 title=title, summary=self.summary, blocks=(Section("Protocol", (Code(self.command), protocol)),)
             )
         config = RunFolder(self.outcomes[0].folder).config()
-        first = [o for o in self.outcomes if o.seed == self.seeds[0]] if is_picture(config.shape) else []
+        first = [o for o in self.outcomes if o.seed == self.seeds[0]] if config.picture_shape is not None else []
         names = [class_text(number, config.class_names) for number in range(min(config.classes, _SHOWN))]
         in_order = f", in the order of the classes {', '.join(names)}" if names else ""
         grids = [

@@ -21,6 +21,7 @@ from stablefield.data._image_set import ImageSet
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.probing._excess_loss import ExcessLoss
 from stablefield.training._config import fits
+from stablefield.training._latents import LatentMoments
 from stablefield.training._recipe import Recipe
 from stablefield.training._seeding import Purpose, generator_for, seed_for
 
@@ -184,10 +185,11 @@ class HeldOutLoss:
         rows, own = held_out.split(len(data), recipe.seed)
         seed = seed_for(recipe.seed, Purpose.HELD_OUT)
         most = max(2, min(POPULATION, _KEPT // data.images[:1].nbytes))
-        values, labels = _samples(data, _drawn(rows, most, seed), labelled=labelled)
+        rows = _drawn(rows, most, seed)
+        values, labels = _samples(data, rows, labelled=labelled)
         self.population = len(values)
         if recipe.mirror:
-            values = torch.cat([values, values.flip(-1)])
+            values = torch.cat([values, _mirrored(data, rows, values, seed)])
             labels = None if labels is None else torch.cat([labels, labels])
         held, held_labels = (
             _samples(data, own, labelled=labelled)
@@ -270,6 +272,15 @@ def _drawn(rows: NDArray[np.int64], most: int, seed: int) -> NDArray[np.int64]:
 def _samples(data: ImageSet, rows: NDArray[np.int64], *, labelled: bool) -> tuple[Tensor, Tensor | None]:
     labels = torch.from_numpy(data.labels[rows]) if labelled and data.labels is not None else None
     return torch.from_numpy(np.ascontiguousarray(data.scaled(rows))), labels
+
+
+def _mirrored(data: ImageSet, rows: NDArray[np.int64], values: Tensor, seed: int) -> Tensor:
+    """The mirror images of some rows; of latents of images a draw of the mirrored images' ones."""
+    if data.moments is None:
+        return values.flip(-1)
+    pool = LatentMoments.load(data, rows, torch.device("cpu"), mirrored=True, seed=seed).pool(None, 0)
+    assert isinstance(pool.flipped, Tensor)
+    return pool.flipped
 
 
 def _identity(x: Tensor, *_: object) -> Tensor:

@@ -12,12 +12,14 @@ import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
 
 from stablefield._distributed import RankError, Ranks
+from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._image_set import ImageSet
 from stablefield.data._png import is_picture, write_png
 from stablefield.diffusion._preconditioning import Denoiser
@@ -101,7 +103,19 @@ def check_fit(recipe: Recipe, data: ImageSet, held_out: int = 0) -> None:
                 f"references={recipe.references} is below batch={recipe.batch}: every image of a batch is among its "
                 f"references, so pass at least {recipe.images_per_step}, or target=dsm for none."
             )
-    if not is_picture(data.shape) and (recipe.mirror or recipe.augmentation):
+    if recipe.latent_scaling == "autoencoder" and data.autoencoder is None:
+        raise ValueError(
+            "latent_scaling=autoencoder is for latents of images, which stablefield.data.encode makes, and the data are no "
+            "such latents: leave it out."
+        )
+    if data.moments is not None and recipe.augmentation:
+        raise ValueError(
+            f"augmentation={recipe.augmentation:g} flips and turns pictures, and the data are latents of images: pass "
+            "augmentation=0."
+        )
+    if data.moments is not None and recipe.mirror and data.flipped is None:
+        raise ValueError("mirror=True needs the latents of the mirrored images: encode the images with mirror=True.")
+    if data.moments is None and not is_picture(data.shape) and (recipe.mirror or recipe.augmentation):
         what = "mirror=True" if recipe.mirror else f"augmentation={recipe.augmentation:g}"
         remedy = "leave it out" if recipe.mirror else "pass augmentation=0"
         sizes = " x ".join(map(str, data.shape))
@@ -199,6 +213,7 @@ def fit(
     pace: Pace | None = None,
     held_out: ImageSet | None = None,
     page: bool = True,
+    vae: str | Path = "",
 ) -> int:
     """Train the run in `folder` to its last step, from its newest checkpoint if it has one.
 
@@ -216,6 +231,7 @@ def fit(
         pace: of a run that is to end in time; it may change the number of steps.
         held_out: other data that the run holds out, if it does; only the first process needs them.
         page: whether to write RUN/report.html on the way.
+        vae: the place of the autoencoder of a run on latents of images, if it has moved.
 
     Returns:
         The steps done.
@@ -230,6 +246,10 @@ def fit(
     accelerator = accelerator or make_accelerator(device, tracker, folder)
     device = accelerator.device
     ranks = Ranks.launched(device)
+    record, autoencoder = config.autoencoder, None
+    if record is not None:
+        with ranks.rank_0_first("to open the autoencoder"):
+            autoencoder = record.open(vae, device) if ranks.first else None
     try:
         with folder.locked() if ranks.first else nullcontext():
             placement = placed(recipe, data, device, ranks.world_size)
@@ -239,7 +259,7 @@ def fit(
                 if config.held_out is not None and ranks.first:
                     others = None if config.held_out.share is not None else held_out_data(config, held_out)
                     look = HeldOutLoss(config.held_out, recipe, data, others, labelled=labelled, device=device)
-                loop = _Loop(folder, config, feed, accelerator, observers, look)
+                loop = _Loop(folder, config, feed, accelerator, observers, look, autoencoder)
                 with _tracking(accelerator, tracker, {"run": folder.path.name, "data": config.data}):
                     return loop.run(report, every, stop, pace, page=page)
     except ArithmeticError as error:
@@ -280,7 +300,9 @@ class _Loop:
         accelerator: Accelerator,
         observers: Sequence[Observer],
         look: HeldOutLoss | None = None,
+        autoencoder: Autoencoder | None = None,
     ) -> None:
+        self._autoencoder = autoencoder
         self._folder, self._config, self._recipe = folder, config, config.recipe
         self._accelerator, self._look = accelerator, look
         self._observers = [look, *observers] if look is not None else observers
@@ -522,13 +544,19 @@ class _Loop:
         labels = torch.tensor(SAMPLE_SEEDS) % config.classes if config.classes else None
         drawn = Samples(
             images=samples(
-                ema, config.shape, SAMPLE_SEEDS, self._accelerator.device, labels, scaling=config.scaling
+                ema,
+                config.shape,
+                SAMPLE_SEEDS,
+                self._accelerator.device,
+                labels,
+                scaling=config.scaling,
+                autoencoder=self._autoencoder,
             ).numpy(),
             seeds=tuple(SAMPLE_SEEDS),
             labels=None if labels is None else labels.numpy(),
             class_names=config.class_names,
         )
-        if not is_picture(config.shape):
+        if config.picture_shape is None:
             drawn.save(self._folder.picture(step, ".npz"))
             return
         grid = drawn.grid()

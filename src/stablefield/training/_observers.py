@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._image_set import ImageSet
 from stablefield.data._scaling import Scaling
 from stablefield.diffusion._preconditioning import Denoiser
@@ -34,7 +35,7 @@ from stablefield.evaluation._features import Gaussian, checked, fit_features, in
 from stablefield.evaluation._fid import distance_between
 from stablefield.evaluation._inception import metric_name
 from stablefield.evaluation._reference import ReferenceSet
-from stablefield.sampling._seeded_images import chunks_of, draw
+from stablefield.sampling._seeded_images import chunks_of, draw, to_uint8
 from stablefield.sampling._solvers import SolverOptions
 
 __all__ = ["FrechetObserver", "Reading", "SelfCheck", "check_samples", "jackknife_error", "samples"]
@@ -50,6 +51,7 @@ def samples(
     labels: Tensor | None = None,
     sigmas: Tensor | None = None,
     scaling: Scaling | None = None,
+    autoencoder: Autoencoder | None = None,
 ) -> Tensor:
     """Images of `seeds` by Heun's method, uint8, shape (len(seeds), C, H, W), or other data.
 
@@ -61,7 +63,13 @@ def samples(
         labels: classes of the images, shape (len(seeds),); None for a network without classes.
         sigmas: the grid; EDM's of 18 steps by default.
         scaling: of data that are not images.
+        autoencoder: decodes latents of images; None for the latents.
     """
+
+    def finish(x: Tensor) -> Tensor:
+        found = to_uint8(x) if scaling is None else scaling.undo(x)
+        return found if autoencoder is None else autoencoder.decode(found)
+
     options = SolverOptions(steps=STEPS)
     classes = None if labels is None else labels.to(device)
     ((_, images, _),) = draw(
@@ -71,7 +79,7 @@ def samples(
         chunks_of(seeds, len(seeds)),
         shape=shape,
         device=device,
-        finish=None if scaling is None else scaling.undo,
+        finish=finish,
     )
     return images
 

@@ -15,6 +15,7 @@ from stablefield._memory import free_bytes
 from stablefield.data._image_set import ImageSet, size_text
 from stablefield.targets._band import pick_noise_band
 from stablefield.targets._pool import Pool
+from stablefield.training._latents import LatentMoments
 from stablefield.training._recipe import Recipe
 
 __all__ = ["LOADED_REFERENCES", "Placement", "fits", "placed", "resolve_band", "resolve_references"]
@@ -25,6 +26,13 @@ LOADED_REFERENCES = 4096
 """References per step if the data do not fit on the device."""
 RESIDENT_SHARE = 0.5
 """Share of the device's free memory that resident pixels may take."""
+_PROBED = 2**16
+
+
+def _size(data: ImageSet) -> int:
+    """Bytes of the pixels; of latents, those of the moments and of a draw, and of the mirrored images' ones."""
+    copies = 1 if data.moments is None else 3 if data.flipped is None else 6
+    return copies * data.images.nbytes
 
 
 def fits(data: ImageSet, device: torch.device, processes: int = 1) -> bool:
@@ -33,7 +41,7 @@ def fits(data: ImageSet, device: torch.device, processes: int = 1) -> bool:
     Processes on the CPU of one machine share its memory.
     """
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
-    return data.images.nbytes * sharing <= RESIDENT_SHARE * free_bytes(device) * processes
+    return _size(data) * sharing <= RESIDENT_SHARE * free_bytes(device) * processes
 
 
 def placed(recipe: Recipe, data: ImageSet, device: torch.device, processes: int = 1) -> Placement:
@@ -51,7 +59,7 @@ def placed(recipe: Recipe, data: ImageSet, device: torch.device, processes: int 
             return "sharded"
         if not fits(data, device):
             raise ValueError(
-                f"the references of this run are sharded over several processes, and the {size_text(data.images.nbytes)} "
+                f"the references of this run are sharded over several processes, and the {size_text(_size(data))} "
                 f"of its data are more than half of the free memory on {device}: continue with several processes."
             )
         return "resident"
@@ -73,11 +81,16 @@ def resolve_references(
     Raises:
         ValueError: if all are requested but do not fit on the device, or on those of all processes.
     """
-    size, free, count = size_text(data.images.nbytes), size_text(free_bytes(device)), len(data) - held_out
+    size, free, count = size_text(_size(data)), size_text(free_bytes(device)), len(data) - held_out
     if recipe.target == "dsm":
         return 1, "one, the sample itself"
     if isinstance(recipe.references, int):
         return recipe.references, f"{recipe.references:,} drawn for each step"
+    if data.moments is not None and recipe.references == "sharded":
+        raise ValueError(
+            "references=sharded: latents of images are drawn anew, and are not split over processes: pass a number, such as "
+            f"{min(count, max(LOADED_REFERENCES, recipe.images_per_step))}, to draw with each batch, or all."
+        )
     if recipe.references == "sharded" and processes == 1:
         raise ValueError(
             "references=sharded needs several processes, each with a part of the data: start them with torchrun "
@@ -85,7 +98,7 @@ def resolve_references(
         )
     if recipe.references != "sharded" and fits(data, device):
         return "all", f"all {count:,} (resident: {size}, at most half of the {free} free on {device})"
-    if processes > 1 and fits(data, device, processes):
+    if processes > 1 and data.moments is None and fits(data, device, processes):
         return "sharded", f"all {count:,}, a part of the {size} on each of {processes} processes"
     number = min(count, max(LOADED_REFERENCES, recipe.images_per_step))
     if recipe.references in ("all", "sharded"):
@@ -113,6 +126,27 @@ def resolve_band(
     if recipe.noise_band != "auto":
         return recipe.noise_band, f"from {recipe.noise_band:g}, as given"
     labels = torch.from_numpy(data.labels) if recipe.conditional and data.labels is not None else None
+    if data.moments is None:
+        pool, total = _stored_pool(data, recipe, device, labels, training), None
+    else:
+        pool, total = _drawn_pool(data, recipe, labels, training)
+    found = pick_noise_band(pool, total=total, device=device)
+    if found.level == float("inf"):
+        return found.level, "none: every sample is its own only reference"
+    return found.level, (
+        f"from {found.level:.3g}: below it references take less than {found.tolerance:.0%} of the weight, by "
+        f"{found.rows:,} probed"
+    )
+
+
+def _stored_pool(
+    data: ImageSet,
+    recipe: Recipe,
+    device: torch.device,
+    labels: torch.Tensor | None,
+    training: NDArray[np.int64] | None,
+) -> Pool:
+    """The training set, or as much of it as fits."""
     size = recipe.references if isinstance(recipe.references, int) else None
     rows: slice | NDArray[np.int64] = slice(None) if training is None else training
     if (data.scaling is not None or training is not None) and size is not None and not fits(data, device):
@@ -121,10 +155,16 @@ def resolve_band(
         rows, size = np.sort(np.random.default_rng(recipe.seed).choice(every, size, replace=False)), None
     if labels is not None and not isinstance(rows, slice):
         labels = labels[torch.from_numpy(rows)]
-    found = pick_noise_band(Pool(data.scaled(rows), size, labels, mirrored=recipe.mirror), device=device)
-    if found.level == float("inf"):
-        return found.level, "none: every sample is its own only reference"
-    return found.level, (
-        f"from {found.level:.3g}: below it references take less than {found.tolerance:.0%} of the weight, by "
-        f"{found.rows:,} probed"
-    )
+    return Pool(data.scaled(rows), size, labels, mirrored=recipe.mirror)
+
+
+def _drawn_pool(
+    data: ImageSet, recipe: Recipe, labels: torch.Tensor | None, training: NDArray[np.int64] | None
+) -> tuple[Pool, int]:
+    """A draw of as many latents of images as a probe looks at, and the number of references that they stand for."""
+    every = np.arange(len(data)) if training is None else training
+    total = recipe.references if isinstance(recipe.references, int) else len(every)
+    rows = np.sort(np.random.default_rng(recipe.seed).choice(every, min(total, _PROBED), replace=False))
+    cpu = torch.device("cpu")
+    moments = LatentMoments.load(data, rows, cpu, mirrored=recipe.mirror, seed=recipe.seed)
+    return moments.pool(None if labels is None else labels[torch.from_numpy(rows)], 0), total

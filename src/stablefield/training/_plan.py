@@ -16,6 +16,7 @@ import stablefield
 from stablefield._distributed import Ranks
 from stablefield._shapes import check_kind, found_device, whole_number
 from stablefield.data._image_set import ImageSet
+from stablefield.data._scaling import Scaling
 from stablefield.data._source import as_image_set, open_images
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.training._estimate import Estimate, estimate_run
@@ -28,7 +29,7 @@ from stablefield.training._recipe import Recipe
 from stablefield.training._recipes import largest_resolution, recipe_for
 from stablefield.training._run_folder import HasFolder, RunConfig
 from stablefield.training._run_report import report_seconds
-from stablefield.training._time_budget import costs_of, seconds_of, within
+from stablefield.training._time_budget import PICTURE, costs_of, seconds_of, within
 from stablefield.training._weight_source import WeightSource, copied_weights, open_weights, side_of
 
 __all__ = ["Images", "Plan", "images_and_recipe", "make_plan", "place"]
@@ -62,7 +63,7 @@ class Plan:
     seconds: float | None = None
     costs: Costs | None = field(default=None, repr=False)
 
-    def within(self, time: str | float, device: torch.device | str | None = None) -> Plan:
+    def within(self, time: str | float, device: torch.device | str | None = None, vae: str | Path = "") -> Plan:
         """The plan of a run that ends in time, with a picture.
 
         Trial steps show how many steps the time allows. The ramp of the learning rate and the half-life of the averages
@@ -72,6 +73,7 @@ class Plan:
         Args:
             time: seconds, or a text such as "90s", "10m" or "2h", which begins now.
             device: where to compute; a GPU if there is one.
+            vae: as for `train`.
 
         Raises:
             ValueError: if the time is too short.
@@ -79,6 +81,10 @@ class Plan:
         began, given = clock(), seconds_of(time)
         where, ranks = place(device)
         costs = costs_of(self.config.recipe, estimate_run(self.config, self.data, where))
+        autoencoder = self.config.autoencoder
+        if autoencoder is not None:
+            decoding = autoencoder.open(vae, where).decoding_seconds(self.config.shape, PICTURE)
+            costs = dataclasses.replace(costs, picture=costs.picture + decoding)
         left = given - (clock() - began)
         costs = dataclasses.replace(costs, report=report_seconds(left))
         left, costs = ranks.broadcast((left, costs), "to share out the time")
@@ -128,6 +134,7 @@ def make_plan(
         ValueError: if the recipe does not fit the data, naming its field, or `init` does not fit the network.
     """
     where, ranks = place(device)
+    data = _scaled(data, recipe)
     decided, initial, others = None, None, None
     if ranks.first:
         record, others = _held_out(held_out, data, recipe)
@@ -144,6 +151,16 @@ def make_plan(
     return Plan(
         data=data, config=config, references=references, noise_band=noise_band, held_out=others, initial=initial
     )
+
+
+def _scaled(data: ImageSet, recipe: Recipe) -> ImageSet:
+    """The data with the scaling that the recipe asks for."""
+    autoencoder = data.autoencoder
+    if recipe.latent_scaling == "measured" or autoencoder is None:
+        return data
+    factor, shift = autoencoder.scaling_factor, autoencoder.shift_factor
+    scaling = Scaling.of_factor(factor, shift, data.shape[0], str(data.images.dtype))
+    return dataclasses.replace(data, scaling=scaling, manifest=data.manifest | {"scaling": scaling.record})
 
 
 def _held_out(

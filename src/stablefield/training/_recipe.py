@@ -269,7 +269,10 @@ class Recipe:
     augmentation: float = 0.0
     """Probability of the non-leaking augmentation, which also conditions the network; 0 for none."""
     mirror: bool = False
-    """Double the data by their mirror images, left and right swapped."""
+    """Double the data by their mirror images, left and right swapped; of encoded images, by those of the mirrored ones."""
+    latent_scaling: Literal["measured", "autoencoder"] = "measured"
+    """Scaling of encoded images: the measured mean and standard deviation of each channel, or the autoencoder's own factor
+    and shift, which published networks expect."""
     importance_sampling: bool = False
     """Draw noise levels with large gradients more often, with importance weights, which keep the loss unbiased."""
     conditional: bool = False

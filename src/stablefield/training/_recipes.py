@@ -136,11 +136,12 @@ def named_recipe(name: str, images: ImageSet, *, accelerated: bool) -> tuple[str
         return name, RECIPES[name]
     make = {"unet2d": unet2d, "sit": sit}.get(name, imagefolder)
     recipe = make(images.shape, len(images), accelerated=accelerated)
-    return name, recipe if images.scaling is None else _for_floats(recipe, images.shape)
+    return name, recipe if images.scaling is None else _for_floats(recipe, images)
 
 
-def _for_floats(recipe: Recipe, shape: Shape) -> Recipe:
+def _for_floats(recipe: Recipe, images: ImageSet) -> Recipe:
     """The recipe with as many levels as latents allow, which are never resized, and flips and turns for pictures alone."""
+    shape = images.shape
     network = recipe.network
     if isinstance(network, SongUNetConfig | DiffusersUNetConfig):
         halvings = gcd(*shape[1:])
@@ -149,8 +150,9 @@ def _for_floats(recipe: Recipe, shape: Shape) -> Recipe:
             network = dataclasses.replace(network, multipliers=network.multipliers[:levels])
         else:
             network = dataclasses.replace(network, widths=network.widths[:levels])
-    augmentation = recipe.augmentation if is_picture(shape) else 0.0
-    return dataclasses.replace(recipe, network=network, augmentation=augmentation)
+    augmentation = recipe.augmentation if is_picture(shape) and images.moments is None else 0.0
+    mirror = images.flipped is not None
+    return dataclasses.replace(recipe, network=network, augmentation=augmentation, mirror=mirror)
 
 
 def largest_resolution(name: str = "auto", *, accelerated: bool) -> int | None:

@@ -25,7 +25,6 @@ from stablefield._distributed import Ranks
 from stablefield._progress import Progress
 from stablefield._shapes import found_device, whole_number
 from stablefield.data._image_set import ImageSet
-from stablefield.data._png import is_picture
 from stablefield.data._source import as_image_set, open_images
 from stablefield.evaluation._evaluate import DEFAULT_METRICS, evaluate
 from stablefield.evaluation._metric import Metric
@@ -88,7 +87,7 @@ class Run:
     @property
     def drawn(self) -> Path:
         """The file of the samples of the last step: a picture, or .npz of data that are no pictures."""
-        return self.folder.picture(self.step, ".png" if is_picture(self.config.shape) else ".npz")
+        return self.folder.picture(self.step, ".npz" if self.config.picture_shape is None else ".png")
 
     @property
     def best(self) -> int | None:
@@ -130,6 +129,8 @@ class Run:
         ema: str = "half-life",
         checkpoint: str = "newest",
         batch: int = 256,
+        decode: bool = True,
+        vae: str | Path = "",
         device: torch.device | str | None = None,
         progress: Callable[[Progress], object] | None = None,
     ) -> Samples:
@@ -147,6 +148,8 @@ class Run:
             ema: which average of the weights, as for `model`.
             checkpoint: which checkpoint, as for `model`.
             batch: images at a time.
+            decode: whether to decode the samples of a run on latents of images; else they are the latents.
+            vae: the autoencoder's place, if it has moved; or of one that decodes what an imported network draws.
             device: where to compute; a GPU if there is one.
             progress: called with the number of images drawn so far.
 
@@ -156,15 +159,17 @@ class Run:
         opened = (
             sampler
             if isinstance(sampler, RunSampler)
-            else self.sampler(sampler, steps, guidance_scale, class_label, ema, batch, device, checkpoint)
+            else self.sampler(
+                sampler, steps, guidance_scale, class_label, ema, batch, device, checkpoint, decode=decode, vae=vae
+            )
         )
         wanted = _seeds(seeds)
         with Ranks.launched() as ranks:
             purpose = "to draw their images"
             parts = list(opened.draw(wanted, ranks, progress))
             nfe, count = ranks.total(sum(part.nfe for part in parts), len(parts), purpose=purpose)
-            scaling = opened.config.scaling
-            none = np.zeros((0, *opened.config.shape), np.uint8 if scaling is None else scaling.dtype)
+            scaling = opened.config.scaling if opened.floating else None
+            none = np.zeros((0, *opened.shape), np.uint8 if scaling is None else scaling.dtype)
             drawn = torch.from_numpy(np.concatenate([none, *(part.images for part in parts)]))
             images = ranks.all_gather_rows(drawn, purpose)
             own = torch.tensor([seed for part in parts for seed in part.seeds], dtype=torch.int64)
@@ -181,14 +186,17 @@ class Run:
         batch: int = 256,
         device: torch.device | str | None = None,
         checkpoint: str = "newest",
+        *,
+        decode: bool = True,
+        vae: str | Path = "",
     ) -> RunSampler:
         """Load the model with a solver; arguments and errors as for `sample`."""
         if isinstance(sampler, SamplerOptions):
-            given = (steps, guidance_scale, class_label, ema, batch, checkpoint)
-            if given != (None, 1.0, None, "half-life", 256, "newest"):
+            given = (steps, guidance_scale, class_label, ema, batch, checkpoint, decode, vae)
+            if given != (None, 1.0, None, "half-life", 256, "newest", True, ""):
                 raise ValueError(
-                    "sampler holds all options: set steps, guidance_scale, class_label, ema, batch and checkpoint in its "
-                    "SamplerOptions."
+                    "sampler holds all options: set steps, guidance_scale, class_label, ema, batch, checkpoint, decode and "
+                    "vae in its SamplerOptions."
                 )
             options = sampler
         else:
@@ -200,6 +208,8 @@ class Run:
                 ema=ema,
                 batch=batch,
                 checkpoint=checkpoint,
+                decode=decode,
+                vae=str(vae),
             )
         opened = options.open(self.path, found_device(device))
         _warn(opened.model)
@@ -220,6 +230,7 @@ class Run:
         repeats: int = 1,
         seed: int = 0,
         per_class: bool = False,
+        vae: str | Path = "",
         device: torch.device | str | None = None,
         feature_batch: int = 64,
         cache: bool | str | Path = True,
@@ -228,9 +239,13 @@ class Run:
     ) -> Evaluation:
         """Measure the run's samples against real images: FID and more, each number with its protocol.
 
+        Samples of a run on latents of images are decoded, and so are the latents that they are measured against: the numbers
+        are those of the run alone. With the images themselves as `data`, the error of the autoencoder counts, too, as in
+        published numbers. `sampler=SamplerOptions(decode=False)` measures the latents.
+
         Args:
             samples: number of samples per repeat; published FIDs take 50,000.
-            data: real images; by default the run's training data, resized as in training.
+            data: real images; by default the run's training data, resized as in training, or decoded.
             metrics: names in `stablefield.evaluation.METRICS`, or metrics.
             extractor: maps images to features; FID's own Inception by default.
             classifier: maps images to logits, for "classifier-score".
@@ -241,6 +256,7 @@ class Run:
             repeats: how many times to measure, each time on fresh samples.
             seed: seed of the first sample; the others count up from it.
             per_class: also measure the samples of each class against the real images of that class.
+            vae: as for `sample`.
             device: where to compute; a GPU if there is one.
             feature_batch: images at a time in the extractor.
             cache: folder for the features of real images; the user's cache folder if True, none if False.
@@ -251,7 +267,7 @@ class Run:
             ValueError: if there are too few images for a metric, or the options do not fit the run.
             ImportError: if the extractor's package is not installed.
         """
-        opened = sampler if isinstance(sampler, RunSampler) else self.sampler(sampler, device=device)
+        opened = sampler if isinstance(sampler, RunSampler) else self.sampler(sampler, device=device, vae=vae)
         config = self.config
         if data is None:
             data = partial(_part, data_of(config), config)
@@ -321,6 +337,7 @@ class Run:
         name: str = "",
         samples: int = 64,
         steps: int = 18,
+        vae: str | Path = "",
     ) -> Path:
         """Write the model for other programs, with a model card and samples.
 
@@ -332,6 +349,7 @@ class Run:
             name: model name on the card; the run folder's by default.
             samples: number of images in the card's picture; 0 for none.
             steps: steps of Heun's method for these images.
+            vae: the autoencoder's place, if it has moved; a pipeline of a run on latents of images includes it.
 
         Returns:
             The folder.
@@ -343,7 +361,9 @@ class Run:
         from stablefield.interop._export import export_run
 
         model = self.model(ema, checkpoint=checkpoint)
-        return export_run(self.path, model, Path(folder), format=format, name=name, samples=samples, steps=steps)
+        return export_run(
+            self.path, model, Path(folder), format=format, name=name, samples=samples, steps=steps, vae=vae
+        )
 
     def report(self) -> RunReport:
         """The run so far: losses with their floor, evaluations, samples over training, speed, settings and environment.
@@ -389,6 +409,7 @@ class Run:
         steps: int | None = None,
         data: Images | None = None,
         held_out: Images | None = None,
+        vae: str | Path = "",
         device: torch.device | str | None = None,
         tracker: Tracker = "none",
         observers: Sequence[Observer] = (),
@@ -408,6 +429,7 @@ class Run:
             steps: number of steps of the whole run from now on, those that are done among them.
             data: the new place of the images, if they have moved, or the images.
             held_out: the same for other images that the run holds out.
+            vae: the autoencoder's place, if it has moved.
             device: where to compute; a GPU if there is one.
             tracker: as for `train`.
             observers: as for `train`.
@@ -438,7 +460,7 @@ class Run:
                     if ranks.first:
                         self.folder.extend(extended)
         others = self._others(held_out) if ranks.first else None
-        fit_run(self, images, where, tracker, observers, on_start, progress, every, stop, held_out=others)
+        fit_run(self, images, where, tracker, observers, on_start, progress, every, stop, held_out=others, vae=vae)
         return self
 
     def _others(self, held_out: Images | None) -> ImageSet | None:
@@ -486,6 +508,7 @@ def fit_run(
     stop: Callable[[], bool],
     pace: Pace | None = None,
     held_out: ImageSet | None = None,
+    vae: str | Path = "",
 ) -> None:
     """Train a run on its data to its last step; arguments and errors as for `train`."""
     run.device = device
@@ -504,6 +527,7 @@ def fit_run(
         accelerator=make_accelerator(device, tracker, run.folder),
         pace=pace,
         held_out=held_out,
+        vae=vae,
     )
 
 

@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 
 from stablefield._regular_file import reason
 from stablefield._shapes import whole_number
+from stablefield.data._autoencoder import AutoencoderRecord
 from stablefield.data._image_set import ImageSet, renumbered
+from stablefield.data._png import is_picture
 from stablefield.data._scaling import Scaling
 from stablefield.training._checkpoint import CheckpointError, State, read_state, remove
 from stablefield.training._config import decode, encode, fits
@@ -132,6 +134,17 @@ class RunConfig:
     def scaling(self) -> Scaling | None:
         """How the network's values become data; None for images."""
         return Scaling.of_manifest(self.manifest)
+
+    @property
+    def autoencoder(self) -> AutoencoderRecord | None:
+        """The autoencoder of a run on latents of images; None for other data."""
+        return AutoencoderRecord.of_manifest(self.manifest)
+
+    @property
+    def picture_shape(self) -> tuple[int, ...] | None:
+        """Shape (C, H, W) of the pictures that show samples, decoded if they are latents of images; None without."""
+        shape = self.shape if self.autoencoder is None else self.autoencoder.shape
+        return shape if is_picture(shape) else None
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -456,6 +469,8 @@ def _config(record: Mapping[str, Any]) -> RunConfig:
     scaling = Scaling.of_manifest(cast("dict[str, Any]", manifest))
     if len(found["shape"]) != 3 if scaling is None else len(scaling.mean) != found["shape"][0]:
         raise ValueError(f"its shape is {found['shape']}, which does not fit its data")
+    if AutoencoderRecord.of_manifest(cast("dict[str, Any]", manifest)) is not None and scaling is None:
+        raise ValueError("it has an autoencoder, and no scaling of latents")
     for name, value in cast("dict[str, Any]", opening).items():
         plain = tuple(cast("list[Any]", value)) if isinstance(value, list) else value
         if name not in _OPENING or not fits(plain, _OPENING[name]):

@@ -296,7 +296,7 @@ class RunReport(Result):
 
     def _ground(self, grid: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
         """The same grid of black images, if it is laid out as the run lays them out."""
-        shape, classes = self.config.shape, self.config.classes
+        shape, classes = self.config.picture_shape or self.config.shape, self.config.classes
         labels = np.arange(SEEDS) % classes if classes else None
         if len(shape) != 3 or math.prod(shape) * SEEDS > 2**26 or shape[0] != grid.shape[2]:
             return None

@@ -43,7 +43,7 @@ class RunSource(SampleSource):
         self._sampler, self._seed = sampler, seed
         config = sampler.config
         self.name, self.count, self.class_names = name, samples, config.class_names
-        self.shape, self.floating = config.shape, config.scaling is not None
+        self.shape, self.floating, self.autoencoder = sampler.shape, sampler.floating, sampler.autoencoder
         self._evaluations, self._chunks = 0.0, 0
         self._start(0)
 

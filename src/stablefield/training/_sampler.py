@@ -14,9 +14,10 @@ from torch import Tensor
 
 from stablefield._distributed import Ranks
 from stablefield._progress import Progress
+from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._image_set import class_text
 from stablefield.sampling._guidance import autoguidance, classifier_free
-from stablefield.sampling._seeded_images import chunks_of, draw
+from stablefield.sampling._seeded_images import chunks_of, draw, to_uint8
 from stablefield.sampling._solver_loop import Denoise
 from stablefield.sampling._solvers import SolverOptions, option_text
 from stablefield.training._model import OpenModel, open_model
@@ -50,6 +51,10 @@ class SamplerOptions(SolverOptions):
     """Which checkpoint: newest, best for the one with the lowest held-out loss, or a step that is kept."""
     batch: int = 256
     """Images at a time; changes the images only by the network's rounding."""
+    decode: bool = True
+    """Decode the samples of a run on latents of images; otherwise they are the latents, in the autoencoder's units."""
+    vae: str = ""
+    """The autoencoder's folder or name on a hub, if it has moved, or for an imported network, which knows none."""
 
     def check(self) -> None:
         """Check that the options fit together, before loading anything.
@@ -60,6 +65,8 @@ class SamplerOptions(SolverOptions):
         super().check()
         if self.batch < 1:
             raise ValueError(f"batch={self.batch}: it must be at least 1.")
+        if self.vae and not self.decode:
+            raise ValueError(f"vae={self.vae} does nothing at decode=False: leave one of the two out.")
         if self.checkpoint not in ("newest", "best") and not self.checkpoint.isdecimal():
             raise ValueError(f"checkpoint={self.checkpoint!r:.40}: pass newest, best, or a step.")
         for name in ("guide", "guidance_interval"):
@@ -113,7 +120,25 @@ class SamplerOptions(SolverOptions):
                 f"guide={self.guide} numbers its classes differently, {_listed(classes, other)}, from the run, "
                 f"{_listed(classes, own.config.class_names)}: take a run of the same data and version."
             )
-        return RunSampler(options=self, model=own, guide=guide, device=device)
+        return RunSampler(
+            options=self, model=own, guide=guide, device=device, autoencoder=self._autoencoder(own.config, device)
+        )
+
+    def _autoencoder(self, config: RunConfig, device: torch.device) -> Autoencoder | None:
+        """The autoencoder that decodes the samples; None if they are not decoded."""
+        record = config.autoencoder
+        if record is not None:
+            return record.open(self.vae, device) if self.decode else None
+        if not self.vae:
+            return None
+        found = Autoencoder.open(self.vae, device)
+        if config.scaling is not None or len(config.shape) != 3 or found.channels != config.shape[0]:
+            shape = " x ".join(map(str, config.shape))
+            raise ValueError(
+                f"vae={self.vae} decodes latents of {found.channels} channels, and the run's samples, {shape}, are no such "
+                "latents: leave it out."
+            )
+        return found
 
     def class_numbers(self, config: RunConfig) -> tuple[int, ...] | None:
         """The numbers of the classes that the seeds take in turn, -1 for none; None for a run without classes.
@@ -163,6 +188,8 @@ class SamplerOptions(SolverOptions):
                 else f" in {self.guidance_interval[0]:g} to {self.guidance_interval[1]:g}"
             )
             parts.append(f"{kind} {self.guidance_scale:g}{inside}")
+        if self.decode and config.autoencoder is not None:
+            parts.append(f"decoded by the autoencoder {config.autoencoder.sha256:.12}")
         return f"{self.sampler} ({'; '.join(parts)})"
 
 
@@ -175,12 +202,31 @@ class RunSampler:
         model: the run's model.
         guide: the worse model that guides it, if any.
         device: of both models.
+        autoencoder: decodes the samples; None if they are not decoded.
     """
 
     options: SamplerOptions
     model: OpenModel
     guide: OpenModel | None
     device: torch.device
+    autoencoder: Autoencoder | None = None
+
+    @property
+    def floating(self) -> bool:
+        """Whether samples are float data rather than images."""
+        return self.config.scaling is not None and self.autoencoder is None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample: of a decoded image, or as in the training data."""
+        return self.config.shape if self.autoencoder is None else self.autoencoder.image_shape(self.config.shape)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """Samples, on the CPU, of what the solver returned, (B, ...)."""
+        scaling, decoder = self.config.scaling, self.autoencoder
+        if decoder is None:
+            return to_uint8(x) if scaling is None else scaling.undo(x)
+        return decoder.decode(decoder.unscaled(x) if scaling is None else scaling.undo(x))
 
     @property
     def config(self) -> RunConfig:
@@ -215,7 +261,7 @@ class RunSampler:
             shape=self.config.shape,
             device=self.device,
             progress=None if progress is None else report,
-            finish=None if self.config.scaling is None else self.config.scaling.undo,
+            finish=self.finish,
         ):
             yield self.samples(own, images, evaluations)
 

@@ -392,4 +392,13 @@ def samples_of(outcome: Outcome, seeds: Sequence[int], device: torch.device) -> 
     if classes:
         seeds = sorted(seeds, key=lambda seed: seed % classes)
     labels = torch.tensor(seeds) % classes if classes else None
-    return samples(opened.denoiser, opened.config.shape, seeds, device, labels, scaling=opened.config.scaling).numpy()
+    config, autoencoder = opened.config, opened.config.autoencoder
+    return samples(
+        opened.denoiser,
+        config.shape,
+        seeds,
+        device,
+        labels,
+        scaling=config.scaling,
+        autoencoder=None if autoencoder is None else autoencoder.open(device=device),
+    ).numpy()

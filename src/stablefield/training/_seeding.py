@@ -20,6 +20,7 @@ class Purpose(IntEnum):
     REFERENCES = 3
     AUGMENTATION = 4
     HELD_OUT = 5
+    LATENTS = 6
 
 
 def seed_for(seed: int, purpose: Purpose, step: int = 0, part: int = 0) -> int:

@@ -133,20 +133,22 @@ class Stepper:
         augmentation = self._drawn_augmentation(step)
         self.target_watch.stop()
         for part in self._parts():
-            rows = self._feed.rows(step, part)
+            parameters = None if augmentation is None else augmentation[part]
+            flips = None if parameters is None else parameters.flips.to(device, non_blocking=True)
+            if flips is not None and self._feed.drawn:
+                flips = flips[:, 0]  # which rows are latents of mirrored images
+            rows = self._feed.rows(step, part, flips)
             self.target_watch.start()
             x0 = rows.pixels.float()
             if rows.pixels.dtype == torch.uint8:
                 x0 = x0.div_(127.5).sub_(1)
-            flips, source_only, augment_labels = None, None, None
-            if augmentation is not None:
-                parameters = augmentation[part]
-                flips = parameters.flips.to(device, non_blocking=True)
+            source_only, augment_labels = None, None
+            if parameters is not None and flips is not None:
                 if self._augmentation is not None:
                     x0 = self._augmentation.apply(x0, parameters)
                     source_only = parameters.own.to(device, non_blocking=True)
                     augment_labels = parameters.labels.to(device, non_blocking=True)
-                else:
+                elif not self._feed.drawn:
                     x0 = flip(x0, flips)
             example = self._example
             if self._graphs is not None and rows.pool is self._feed.whole:

@@ -10,11 +10,13 @@ from stablefield.training._held_out import HeldOut
 from stablefield.training._pace import FREE, Costs
 from stablefield.training._recipe import Recipe
 
-__all__ = ["costs_of", "seconds_of", "within"]
+__all__ = ["PICTURE", "costs_of", "seconds_of", "within"]
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86_400.0}
-# A picture is of 64 images, by 35 evaluations of the network. A training step takes three evaluations of its rows.
-_PICTURE, _NFE, _TRAINED = 64, 35, 3
+PICTURE = 64
+"""Images of a sample grid."""
+# A picture takes 35 evaluations of the network. A training step takes three evaluations of its rows.
+_NFE, _TRAINED = 35, 3
 # Bytes per second that a checkpoint is written with, its checksum included.
 _WRITTEN = 2e8
 # Shares of the time for pictures and checkpoints on the way, and the most of each.
@@ -46,7 +48,7 @@ def costs_of(recipe: Recipe, estimate: Estimate) -> Costs:
     return Costs(
         setup=estimate.setup_seconds,
         step=estimate.seconds_per_step,
-        picture=_NFE * _PICTURE * row,
+        picture=_NFE * PICTURE * row,
         checkpoint=estimate.state_bytes / _WRITTEN,
         row=row,
     )

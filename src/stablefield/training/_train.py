@@ -35,6 +35,7 @@ def train(
     held_out: float | Images | None = None,
     steps: int | None = None,
     time: str | float | None = None,
+    vae: str | Path = "",
     device: torch.device | str | None = None,
     tracker: Tracker = "none",
     observers: Sequence[Observer] = (),
@@ -80,6 +81,7 @@ def train(
         steps: training steps, in place of the recipe's.
         time: time that the call may take, such as 600, "10m" or "2h", in place of `steps`; `Plan.within` says what it
             determines.
+        vae: the autoencoder's place, if it has moved, of latents of images; it decodes the run's pictures.
         device: where to compute; a GPU if there is one.
         tracker: mirror metrics.jsonl to "tensorboard" or "wandb".
         observers: further metrics, measured during the run.
@@ -108,7 +110,7 @@ def train(
             data, recipe = images_and_recipe(images, labels, recipe, steps, where, source)
         plan = make_plan(data, recipe, init=init, held_out=held_out, device=where)
         if seconds is not None:
-            plan = plan.within(max(1e-3, seconds - (clock() - began)), where)
+            plan = plan.within(max(1e-3, seconds - (clock() - began)), where, vae)
     else:
         given = {"recipe": recipe, "steps": steps, "labels": labels, "init": init, "time": time, "held_out": held_out}
         if any(value is not None for value in given.values()):
@@ -121,7 +123,20 @@ def train(
         folder = Path(out) if out is not None else _unused_folder(f"{plan.data.name}-{config.recipe.target}")
         path = str(_begun(RunFolder.create(folder, config), plan).path)
     run = Run(ranks.broadcast(path, "to make the run's folder"))
-    fit_run(run, plan.data, where, tracker, observers, on_start, progress, every, stop, pace, plan.held_out)
+    fit_run(
+        run,
+        plan.data,
+        where,
+        tracker,
+        observers,
+        on_start,
+        progress,
+        every,
+        stop,
+        pace,
+        held_out=plan.held_out,
+        vae=vae,
+    )
     return run
 
 
