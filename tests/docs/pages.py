@@ -10,8 +10,8 @@ DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if path.parent.name != "api")
 
 # A comment before a block says what the tests do with its commands: `<!-- run: FLAGS -->` runs them with further flags
-# that make them small, `<!-- parse -->` only reads them as the command would.
-_BLOCK = re.compile(r"(?:^<!-- (run|parse)(?:: (.*?))? -->\n)?^```(\w+)\n(.*?)^```$", re.M | re.S)
+# that make them small, `<!-- parse -->` only reads them as the command would. `<!-- alone -->` hides stablefield from Python.
+_BLOCK = re.compile(r"(?:^<!-- (run|parse|alone)(?:: (.*?))? -->\n)?^```(\w+)\n(.*?)^```$", re.M | re.S)
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Block:
     Attributes:
         language: what stands behind its opening fence.
         text: what is in it.
-        mark: "run", "parse" or "".
+        mark: "run", "parse", "alone" or "".
         flags: further flags for its commands.
     """
 
@@ -34,6 +34,12 @@ class Block:
     def commands(self) -> list[list[str]]:
         """Arguments of `stablefield` in each line that calls it."""
         lines = [line[2:] for line in self.text.splitlines() if line.startswith("$ stablefield ")]
+        return [shlex.split(line, comments=True)[1:] for line in lines]
+
+    @property
+    def scripts(self) -> list[list[str]]:
+        """A script of `examples` with its arguments, for each line that runs one."""
+        lines = [line[2:] for line in self.text.splitlines() if line.startswith("$ python examples/")]
         return [shlex.split(line, comments=True)[1:] for line in lines]
 
 

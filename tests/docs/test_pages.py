@@ -5,6 +5,9 @@ import importlib
 import io
 import json
 import re
+import runpy
+import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +44,13 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(modules, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     photos(tmp_path / "photos")
+    for number, name in enumerate(("ankle boot", "bag", "coat")):
+        folder = tmp_path / "clothes" / name
+        folder.mkdir(parents=True)
+        for k in range(8):
+            pixels = np.full((28, 28), 80 * number, np.uint8)
+            pixels[k : k + 9] += 60
+            Image.fromarray(pixels).save(folder / f"{k}.png")
     return tmp_path
 
 
@@ -51,20 +61,39 @@ def run(arguments: list[str]) -> int:
     return exit_.value.code
 
 
+@contextlib.contextmanager
+def without_stablefield() -> Generator[None]:
+    """A program that has no stablefield, as far as an import can tell."""
+    ours = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "stablefield"}
+    for name in ours:
+        del sys.modules[name]
+    sys.modules["stablefield"] = None  # pyrefly: ignore[unsupported-operation]
+    try:
+        yield
+    finally:
+        sys.modules.update(ours)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
-def test_code_on_the_page_runs_in_order_and_prints_what_the_page_says(page: Path, desk: Path) -> None:
+def test_code_on_the_page_runs_in_order_and_prints_what_the_page_says(
+    page: Path, desk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     names: dict[str, object] = {"__name__": "page"}
     printed = ""
     last = ""
     for block in blocks(page):
         if block.language == "python":
-            with contextlib.redirect_stdout(io.StringIO()) as out:
-                exec(compile(block.text, str(page), "exec"), names)
+            hidden = without_stablefield() if block.mark == "alone" else contextlib.nullcontext()
+            with contextlib.redirect_stdout(io.StringIO()) as out, hidden:
+                exec(compile(block.text, str(page), "exec"), {} if block.mark == "alone" else names)
             printed = out.getvalue()
         elif block.language == "text" and last == "python":
             assert block.text == printed
+        for script, *arguments in block.scripts:
+            monkeypatch.setattr(sys, "argv", [script, *arguments, *block.flags])
+            runpy.run_path(str(ROOT / script), run_name="__main__")
         for command in block.commands:
             parse(command)
             if block.mark == "run":

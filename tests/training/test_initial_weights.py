@@ -336,7 +336,7 @@ def test_what_holds_no_weights_is_refused(source: sf.Run, tmp_path: Path) -> Non
         sf.train(images(), init=tmp_path / "young", out=tmp_path / "no", device="cpu")
     with pytest.raises(TypeError, match=r"^init is int: pass a run"):
         sf.train(images(), init=3, out=tmp_path / "no", device="cpu")
-    with pytest.raises(ValueError, match="labels, init and time, too"):
+    with pytest.raises(ValueError, match="holds all settings: leave init out"):
         sf.train(sf.training.make_plan(images(), TINY, device="cpu"), init=source)
     assert not (tmp_path / "no").exists()
 

@@ -113,8 +113,8 @@ def train(
             plan = plan.within(max(1e-3, seconds - (clock() - began)), where, vae)
     else:
         given = {"recipe": recipe, "steps": steps, "labels": labels, "init": init, "time": time, "held_out": held_out}
-        if any(value is not None for value in given.values()):
-            raise ValueError(f"images is a Plan, which holds its recipe and steps: leave {', '.join(given)} out.")
+        if superfluous := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"images is a Plan, which holds all settings: leave {' and '.join(superfluous)} out.")
         plan = images
     pace = None if plan.seconds is None or plan.costs is None else Pace(plan.seconds, plan.costs)
     path = ""
