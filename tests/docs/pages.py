@@ -10,7 +10,8 @@ DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if path.parent.name != "api")
 
 # A comment before a block says what the tests do with its commands: `<!-- run: FLAGS -->` runs them with further flags
-# that make them small, `<!-- parse -->` only reads them as the command would. `<!-- alone -->` hides stablefield from Python.
+# that make them small, `<!-- parse -->` only reads them as the command would. `<!-- alone -->` hides
+# stablefield from Python.
 _BLOCK = re.compile(r"(?:^<!-- (run|parse|alone)(?:: (.*?))? -->\n)?^```(\w+)\n(.*?)^```$", re.M | re.S)
 
 
