@@ -23,7 +23,7 @@ from stablefield.training._allocator import keep_freed_memory
 from stablefield.training._feed import Feed
 from stablefield.training._recipe import MLPConfig, Recipe, SongUNetConfig
 from stablefield.training._recipes import DIGITS
-from stablefield.training._run_folder import RunConfig
+from stablefield.training._run_config import RunConfig
 from stablefield.training._stepper import Stepper
 
 GROUP = 3

@@ -25,7 +25,7 @@ from stablefield.training._ema import follower
 from stablefield.training._feed import Feed
 from stablefield.training._recipe import Recipe, SongUNetConfig
 from stablefield.training._recipes import CIFAR10_EDM, CIFAR10_VE
-from stablefield.training._run_folder import RunConfig
+from stablefield.training._run_config import RunConfig
 from stablefield.training._stepper import Stepper
 
 __all__ = ["ARMS", "RECIPES", "Budget", "proof", "sanity"]

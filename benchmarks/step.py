@@ -26,7 +26,7 @@ from stablefield.training._feed import Feed
 from stablefield.training._placement import resolve_band
 from stablefield.training._recipe import Recipe, SongUNetConfig
 from stablefield.training._recipes import CIFAR10_EDM
-from stablefield.training._run_folder import RunConfig
+from stablefield.training._run_config import RunConfig
 from stablefield.training._stepper import Stepper
 
 # Names of operators, in part, and what they are for; the first that fits counts.

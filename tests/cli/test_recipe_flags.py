@@ -15,9 +15,9 @@ from stablefield.cli.recipe_flags import BASES, RecipeFlags, with_distribution, 
 from stablefield.data._image_set import ImageSet
 from stablefield.diffusion._noise_levels import LogNormal, LogUniform, NoiseLevels, Uniform
 from stablefield.diffusion._process import VE, RectifiedFlow
-from stablefield.training._loop import check_fit
 from stablefield.training._recipe import MLPConfig, Recipe
 from stablefield.training._recipes import imagefolder
+from stablefield.training._run_data import check_fit
 
 KINDS = {
     **BASES,

@@ -9,7 +9,7 @@ from stablefield.data._digits import open_digits
 from stablefield.training._feed import Feed
 from stablefield.training._recipe import Recipe, SongUNetConfig
 from stablefield.training._recipes import DIGITS
-from stablefield.training._run_folder import RunConfig
+from stablefield.training._run_config import RunConfig
 from stablefield.training._stepper import Stepper
 
 

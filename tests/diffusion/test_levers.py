@@ -10,8 +10,8 @@ import stablefield as sf
 from stablefield.data._digits import open_digits
 from stablefield.diffusion._noise_levels import NoiseLevels, times_at
 from stablefield.diffusion._objective import Draws
-from stablefield.training._loop import check_fit
 from stablefield.training._meter import Meter, Stopwatch, bin_edges
+from stablefield.training._run_data import check_fit
 
 DATA = torch.tensor([[-1.0, 0.3], [0.2, 0.9], [0.8, -0.7]], dtype=torch.float64)
 LEVELS = (0.4, 1.1)

@@ -188,6 +188,19 @@ def test_the_ledger_on_the_page_is_the_committed_one() -> None:
         assert f" {lever['lever']} {single} {stable} {1 / lever['stable_target']['share']:.2f} x" in text
 
 
+def test_the_distances_of_the_clothes_are_the_committed_ones() -> None:
+    record = json.loads((DOCS / "assets/clothes-evaluation.json").read_text())
+    page = (DOCS / "guided-latents.md").read_text("utf-8")
+    assert f"the Frechet distance was {record['results'][0]['mean']:.2f}." in page
+    for one in record["classes"]:
+        assert one["results"][0]["protocol"]["metric"] == "Frechet distance (pixels)"
+        distance = one["results"][0]["mean"]
+        assert f"| {one['name']} | {one['samples']} | {one['references']:,} | {distance:.2f} |" in page
+    assert len(record["classes"]) == 10
+    assert "3,565 steps" in page
+    assert record["results"][0]["protocol"]["ema"] == "half-life, step 3565"
+
+
 def test_the_probe_of_the_digits_is_of_the_batch_that_train_takes() -> None:
     record = json.loads((DOCS / "assets/digits-probe.json").read_text())
     assert record["batch"] == record["advice"]["batch"] == DIGITS.batch

@@ -20,7 +20,8 @@ from stablefield.data._digits import open_digits
 from stablefield.training._loop import fit
 from stablefield.training._recipe import SongUNetConfig
 from stablefield.training._recipes import DIGITS
-from stablefield.training._run_folder import RunConfig, RunFolder
+from stablefield.training._run_config import RunConfig
+from stablefield.training._run_folder import RunFolder
 
 STEPS = 30
 RECIPE = dataclasses.replace(

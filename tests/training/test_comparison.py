@@ -22,7 +22,8 @@ from stablefield.training._model import open_model
 from stablefield.training._observers import SelfCheck
 from stablefield.training._recipe import MLPConfig
 from stablefield.training._recipes import DIGITS
-from stablefield.training._run_folder import RunConfig, RunFolder
+from stablefield.training._run_config import RunConfig
+from stablefield.training._run_folder import RunFolder
 from stablefield.training._scoring import LEVELS, Outcome, Score, plan_scoring, read_scores, run_one, spread
 
 CPU = torch.device("cpu")

@@ -18,7 +18,8 @@ from stablefield.training._data_parallel import overlaps
 from stablefield.training._loop import _Loop, fit
 from stablefield.training._recipe import MLPConfig, Recipe, SongUNetConfig
 from stablefield.training._recipes import DIGITS
-from stablefield.training._run_folder import RunConfig, RunFolder
+from stablefield.training._run_config import RunConfig
+from stablefield.training._run_folder import RunFolder
 
 CPU = torch.device("cpu")
 STEPS, STOP = 5, 2

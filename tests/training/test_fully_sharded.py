@@ -21,7 +21,8 @@ from stablefield.training._fully_sharded import shards
 from stablefield.training._loop import fit
 from stablefield.training._recipe import Recipe, SiTConfig
 from stablefield.training._recipes import DIGITS
-from stablefield.training._run_folder import RunConfig, RunFolder
+from stablefield.training._run_config import RunConfig
+from stablefield.training._run_folder import RunFolder
 
 CPU = torch.device("cpu")
 STEPS = 4

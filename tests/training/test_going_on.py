@@ -15,7 +15,7 @@ from stablefield.cli.entry import main
 from stablefield.data._digits import open_digits
 from stablefield.training._recipe import MLPConfig, Recipe
 from stablefield.training._recipes import RECIPES, imagefolder, unet2d
-from stablefield.training._run_folder import Extension
+from stablefield.training._run_config import Extension
 
 TINY = Recipe(
     batch=16,

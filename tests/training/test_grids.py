@@ -15,7 +15,8 @@ from PIL import Image
 import stablefield as sf
 from pictures import whole_pictures
 from stablefield.data._png import class_grid
-from stablefield.training._loop import fit, make_accelerator
+from stablefield.training._accelerator import make_accelerator
+from stablefield.training._loop import fit
 from stablefield.training._plan import make_plan
 from stablefield.training._recipe import MLPConfig, Recipe
 from stablefield.training._run_folder import RunFolder

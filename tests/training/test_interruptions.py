@@ -15,7 +15,8 @@ from stablefield.training._checkpoint import CheckpointError, State, Trained, re
 from stablefield.training._loop import TrainingError, fit
 from stablefield.training._recipe import MLPConfig
 from stablefield.training._recipes import DIGITS
-from stablefield.training._run_folder import RunConfig, RunFolder
+from stablefield.training._run_config import RunConfig
+from stablefield.training._run_folder import RunFolder
 
 SMALL = dataclasses.replace(
     DIGITS,

@@ -24,9 +24,9 @@ from stablefield.data._latents import encode
 from stablefield.evaluation import RandomConvolutions
 from stablefield.sampling._noise import SampleNoise
 from stablefield.targets._moments import Moments
+from stablefield.training._accelerator import make_accelerator
 from stablefield.training._feed import Feed
 from stablefield.training._held_out import _mirrored
-from stablefield.training._loop import make_accelerator
 from stablefield.training._plan import make_plan
 from stablefield.training._recipe import MLPConfig, Recipe
 from stablefield.training._sampler import SamplerOptions

@@ -14,10 +14,13 @@ import stablefield
 from pictures import whole_pictures
 from stablefield._distributed import RankError, Ranks
 from stablefield.data._digits import open_digits
-from stablefield.training._loop import TrainingError, check_fit, fit, make_accelerator
+from stablefield.training._accelerator import make_accelerator
+from stablefield.training._loop import TrainingError, fit
 from stablefield.training._recipe import MLPConfig, Recipe, SongUNetConfig
 from stablefield.training._recipes import DIGITS
-from stablefield.training._run_folder import RunConfig, RunFolder
+from stablefield.training._run_config import RunConfig
+from stablefield.training._run_data import check_fit
+from stablefield.training._run_folder import RunFolder
 from stablefield.training._stepper import Stepper
 
 SMALL = dataclasses.replace(
@@ -209,8 +212,8 @@ def test_numbers_of_the_picture_are_the_samples_of_the_run(tmp_path: Path) -> No
 
 def test_processes_that_accelerate_does_not_count_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     # As where a job manager sets WORLD_SIZE and no LOCAL_RANK: each process would train alone, in one folder.
-    monkeypatch.setattr("stablefield.training._loop.Ranks.launched", lambda device: Ranks(0, 2))
-    monkeypatch.setattr("stablefield.training._loop.Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    monkeypatch.setattr("stablefield.training._accelerator.Ranks.launched", lambda device: Ranks(0, 2))
+    monkeypatch.setattr("stablefield.training._accelerator.Accelerator", lambda **_: SimpleNamespace(num_processes=1))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="WORLD_SIZE=2 in the environment, and Accelerate counts 1 processes"):
         make_accelerator(torch.device("cpu"))

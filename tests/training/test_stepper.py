@@ -25,7 +25,8 @@ from stablefield.training._loop import fit
 from stablefield.training._meter import BINS, Meter, Stopwatch, bin_edges
 from stablefield.training._recipe import MLPConfig, Recipe, SongUNetConfig
 from stablefield.training._recipes import CIFAR10_EDM, DIGITS
-from stablefield.training._run_folder import RunConfig, RunFolder
+from stablefield.training._run_config import RunConfig
+from stablefield.training._run_folder import RunFolder
 from stablefield.training._stepper import Stepper, band_capacity
 
 CPU = torch.device("cpu")

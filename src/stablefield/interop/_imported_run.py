@@ -20,7 +20,8 @@ from stablefield.interop._sit_architecture import SiTArchitecture
 from stablefield.training._checkpoint import State, Trained, save
 from stablefield.training._recipe import Recipe, SiTConfig, SongUNetConfig
 from stablefield.training._run import Run
-from stablefield.training._run_folder import RunConfig, RunFolder
+from stablefield.training._run_config import RunConfig
+from stablefield.training._run_folder import RunFolder
 
 __all__ = ["import_run", "write_imported_run"]
 

@@ -42,8 +42,8 @@ from stablefield.training._recipes import (
     unet2d as unet2d,
 )
 from stablefield.training._run import Run as Run
-from stablefield.training._run_folder import Extension as Extension
-from stablefield.training._run_folder import RunConfig as RunConfig
+from stablefield.training._run_config import Extension as Extension
+from stablefield.training._run_config import RunConfig as RunConfig
 from stablefield.training._run_folder import RunFolder as RunFolder
 from stablefield.training._run_report import RunReport as RunReport
 from stablefield.training._sampler import SamplerOptions as SamplerOptions

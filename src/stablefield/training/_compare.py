@@ -30,7 +30,8 @@ from stablefield.training._loop import Report
 from stablefield.training._observers import SelfCheck, check_samples
 from stablefield.training._plan import Images, images_and_recipe, make_plan
 from stablefield.training._recipe import Recipe
-from stablefield.training._run_folder import RunConfig, RunFolder
+from stablefield.training._run_config import RunConfig
+from stablefield.training._run_folder import RunFolder
 from stablefield.training._scoring import (
     LEVELS,
     MIDDLE,

@@ -11,10 +11,10 @@ import torch
 from stablefield._distributed import Ranks
 from stablefield.data._image_set import ImageSet, size_text
 from stablefield.report._cells import duration
+from stablefield.training._accelerator import make_accelerator
 from stablefield.training._feed import Feed
-from stablefield.training._loop import make_accelerator
 from stablefield.training._placement import placed
-from stablefield.training._run_folder import RunConfig
+from stablefield.training._run_config import RunConfig
 from stablefield.training._stepper import Stepper
 
 __all__ = ["Estimate", "estimate_run"]

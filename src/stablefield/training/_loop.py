@@ -7,13 +7,11 @@ and observers, none of which affects the steps. One process or many run it in th
 import dataclasses
 import errno
 import math
-import os
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -21,8 +19,9 @@ from accelerate import Accelerator
 from stablefield._distributed import RankError, Ranks
 from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._image_set import ImageSet
-from stablefield.data._png import is_picture, write_png
+from stablefield.data._png import write_png
 from stablefield.diffusion._preconditioning import Denoiser
+from stablefield.training._accelerator import Tracker, log_picture, make_accelerator, tracking
 from stablefield.training._checkpoint import State, restore, save, sweep
 from stablefield.training._ema import follower
 from stablefield.training._feed import Feed
@@ -35,28 +34,16 @@ from stablefield.training._observers import samples
 from stablefield.training._pace import Pace
 from stablefield.training._placement import placed
 from stablefield.training._post_hoc import take_snapshot
-from stablefield.training._recipe import Recipe
-from stablefield.training._run_folder import RunConfig, RunFolder
+from stablefield.training._run_config import RunConfig
+from stablefield.training._run_data import held_out_data, training_data
+from stablefield.training._run_folder import RunFolder
 from stablefield.training._run_report import ReportWriter, log_environment
 from stablefield.training._samples import Samples
 from stablefield.training._stepper import Stepper
 
-__all__ = [
-    "Observer",
-    "Report",
-    "Tracker",
-    "TrainingError",
-    "check_fit",
-    "check_tracker",
-    "fit",
-    "held_out_data",
-    "make_accelerator",
-    "training_data",
-]
+__all__ = ["Observer", "Report", "TrainingError", "fit"]
 
 SAMPLE_SEEDS = range(64)
-
-Tracker = Literal["none", "tensorboard", "wandb"]
 
 
 class TrainingError(Exception):
@@ -74,128 +61,6 @@ class Observer(Protocol):
     def __call__(self, step: int, denoiser: Denoiser) -> dict[str, float]:
         """Measure the averaged model after `step` steps, and return the entries for metrics.jsonl."""
         ...
-
-
-def check_fit(recipe: Recipe, data: ImageSet, held_out: int = 0) -> None:
-    """Check a recipe against the data before anything is made.
-
-    Args:
-        recipe: the recipe.
-        data: the run's data.
-        held_out: how many of them are held out.
-
-    Raises:
-        ValueError: if the batch or the references are larger than the data, references fewer than the batch, or the recipe
-            needs classes that the data lack.
-    """
-    n = len(data) - held_out
-    if recipe.images_per_step > n:
-        most = n * recipe.draws_per_image
-        draws = f" of {recipe.images_per_step} images" if recipe.draws_per_image > 1 else ""
-        raise ValueError(f"batch={recipe.batch}{draws} is above the {n} images of the data: pass batch={most} or less.")
-    if isinstance(recipe.references, int) and recipe.target == "stf":
-        if recipe.references > n:
-            raise ValueError(
-                f"references={recipe.references} is above the {n} images of the data: pass at most {n}, or all."
-            )
-        if recipe.references < recipe.images_per_step:
-            raise ValueError(
-                f"references={recipe.references} is below batch={recipe.batch}: every image of a batch is among its "
-                f"references, so pass at least {recipe.images_per_step}, or target=dsm for none."
-            )
-    if recipe.latent_scaling == "autoencoder" and data.autoencoder is None:
-        raise ValueError(
-            "latent_scaling=autoencoder is for latents of images, which stablefield.data.encode makes, and the data are no "
-            "such latents: leave it out."
-        )
-    if data.moments is not None and recipe.augmentation:
-        raise ValueError(
-            f"augmentation={recipe.augmentation:g} flips and turns pictures, and the data are latents of images: pass "
-            "augmentation=0."
-        )
-    if data.moments is not None and recipe.mirror and data.flipped is None:
-        raise ValueError("mirror=True needs the latents of the mirrored images: encode the images with mirror=True.")
-    if data.moments is None and not is_picture(data.shape) and (recipe.mirror or recipe.augmentation):
-        what = "mirror=True" if recipe.mirror else f"augmentation={recipe.augmentation:g}"
-        remedy = "leave it out" if recipe.mirror else "pass augmentation=0"
-        sizes = " x ".join(map(str, data.shape))
-        raise ValueError(f"{what} flips and turns pictures, and the data are samples of {sizes}: {remedy}.")
-    if recipe.conditional and data.labels is None:
-        raise ValueError(
-            " ".join(["conditional=True needs classes, but the data have no labels: leave it out.", *data.notes])
-        )
-
-
-def check_tracker(tracker: Tracker) -> None:
-    """Check that the package of a tracker is installed.
-
-    Raises:
-        ImportError: if it is not, with the command that installs it.
-    """
-    if tracker != "none" and find_spec(tracker) is None:
-        extra = 'pip install "stablefield[tensorboard]"' if tracker == "tensorboard" else "pip install wandb"
-        raise ImportError(f"tracker={tracker} needs a package that is not installed: {extra}.")
-
-
-def make_accelerator(device: torch.device, tracker: Tracker = "none", folder: RunFolder | None = None) -> Accelerator:
-    """The processes of this run with their devices and tracker.
-
-    The stepper sets the precision, because Accelerate fixes it once for a whole program, which may train several runs.
-
-    Args:
-        device: of a run on one process; with several, each takes its own GPU, or the CPU if this is the CPU.
-        tracker: the tracker that mirrors metrics.jsonl.
-        folder: the folder to which a tracker may write.
-
-    Raises:
-        ValueError: if the environment and Accelerate count different numbers of processes.
-    """
-    check_tracker(tracker)
-    ranks = Ranks.launched(device)  # Accelerate joins a group that it finds
-    accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision="no",
-        log_with=None if tracker == "none" else tracker,
-        project_dir=None if folder is None else str(folder.path),
-    )
-    if accelerator.num_processes != ranks.world_size:
-        raise ValueError(
-            f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} in the environment, and Accelerate counts "
-            f"{accelerator.num_processes} processes: start them with torchrun or accelerate launch."
-        )
-    return accelerator
-
-
-def training_data(config: RunConfig, data: ImageSet) -> ImageSet:
-    """Check that the data are those of a run, and number their classes, and scale float data, as at its start.
-
-    Raises:
-        ValueError: if they are not.
-    """
-    if data.manifest["sha256"] != config.manifest.get("sha256"):
-        raise ValueError(f"{config.data} is not what this run was started with (its pixels' sha256 differs).")
-    # The run may have started with the classes numbered in another order.
-    data = config.numbered(data)
-    if config.classes and data.manifest["labels_sha256"] != config.manifest.get("labels_sha256"):
-        raise ValueError(f"{config.data} is not what this run was started with (its labels' sha256 differs).")
-    return data
-
-
-def held_out_data(config: RunConfig, others: ImageSet | None) -> ImageSet:
-    """Check that these are the other data that a run holds out, with classes and scaling as those of its data.
-
-    Raises:
-        ValueError: if they are not.
-    """
-    assert config.held_out is not None
-    if others is None:
-        raise ValueError(f"held_out is missing: this run holds out {config.held_out.data}; pass these data.")
-    if others.manifest["sha256"] != config.held_out.sha256:
-        raise ValueError(f"held_out={others.name} is not what this run holds out (its pixels' sha256 differs).")
-    others = config.numbered(others)
-    if config.classes and (others.labels is None or int(others.labels.max()) >= config.classes):
-        raise ValueError(f"held_out={others.name} needs labels of the run's {config.classes} classes, from 0.")
-    return others
 
 
 def fit(
@@ -260,7 +125,7 @@ def fit(
                     others = None if config.held_out.share is not None else held_out_data(config, held_out)
                     look = HeldOutLoss(config.held_out, recipe, data, others, labelled=labelled, device=device)
                 loop = _Loop(folder, config, feed, accelerator, observers, look, autoencoder)
-                with _tracking(accelerator, tracker, {"run": folder.path.name, "data": config.data}):
+                with tracking(accelerator, tracker, {"run": folder.path.name, "data": config.data}):
                     return loop.run(report, every, stop, pace, page=page)
     except ArithmeticError as error:
         raise TrainingError(
@@ -275,18 +140,6 @@ def fit(
             f"the run cannot be written ({error.strerror or error}): {remedy}, then resume it. "
             "Earlier checkpoints are intact."
         ) from error
-
-
-@contextmanager
-def _tracking(accelerator: Accelerator, tracker: Tracker, run: dict[str, str]) -> Generator[None]:
-    if tracker == "none":
-        yield
-        return
-    accelerator.init_trackers("stablefield", run)
-    try:
-        yield
-    finally:
-        accelerator.end_training()
 
 
 class _Loop:
@@ -561,13 +414,7 @@ class _Loop:
             return
         grid = drawn.grid()
         write_png(self._folder.picture(step), grid)
-        colours = grid if grid.shape[2] == 3 else grid.repeat(3, axis=2)
-        for tracker in self._accelerator.trackers:
-            # TensorBoard takes arrays of any layout, if it is named.
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            log_images = getattr(tracker, "log_images", None)
-            if log_images is not None:
-                log_images({"samples": colours[None]}, step=step, **layout)
+        log_picture(self._accelerator, step, grid)
 
 
 def _or_none(value: float) -> float | None:

@@ -13,7 +13,8 @@ from stablefield.training._ema import LENGTHS, follower
 from stablefield.training._files import tensor_shapes
 from stablefield.training._fully_sharded import shard
 from stablefield.training._post_hoc import combine, snapshot_steps
-from stablefield.training._run_folder import RunConfig, RunFolder
+from stablefield.training._run_config import RunConfig
+from stablefield.training._run_folder import RunFolder
 from stablefield.training._seeding import Purpose, generator_for
 
 __all__ = ["OpenModel", "build_denoiser", "open_model", "require_fit", "untrained"]

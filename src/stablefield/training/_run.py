@@ -30,15 +30,18 @@ from stablefield.evaluation._evaluate import DEFAULT_METRICS, evaluate
 from stablefield.evaluation._metric import Metric
 from stablefield.evaluation._result import Evaluation
 from stablefield.sampling._solvers import SamplerName
+from stablefield.training._accelerator import Tracker, make_accelerator
 from stablefield.training._ema import power_exponent
 from stablefield.training._files import write_tensors
 from stablefield.training._grids import write_animation
-from stablefield.training._loop import Observer, Report, Tracker, fit, held_out_data, make_accelerator, training_data
+from stablefield.training._loop import Observer, Report, fit
 from stablefield.training._model import OpenModel, open_model
 from stablefield.training._pace import Pace
 from stablefield.training._plan import Images, place
 from stablefield.training._post_hoc import combine, snapshot_steps
-from stablefield.training._run_folder import RunConfig, RunFolder
+from stablefield.training._run_config import RunConfig
+from stablefield.training._run_data import held_out_data, training_data
+from stablefield.training._run_folder import RunFolder
 from stablefield.training._run_report import RunReport, read_report
 from stablefield.training._run_source import RunSource, data_of, existing
 from stablefield.training._sampler import RunSampler, SamplerOptions

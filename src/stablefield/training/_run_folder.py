@@ -5,50 +5,26 @@ environment.jsonl  report.html  samples/training.gif
 and, during training, .stablefield.lock
 """
 
-import dataclasses
 import math
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
-import numpy as np
-from numpy.typing import NDArray
-
-from stablefield._regular_file import reason
-from stablefield._shapes import whole_number
-from stablefield.data._autoencoder import AutoencoderRecord
-from stablefield.data._image_set import ImageSet, renumbered
-from stablefield.data._png import is_picture
-from stablefield.data._scaling import Scaling
 from stablefield.training._checkpoint import CheckpointError, State, read_state, remove
-from stablefield.training._config import decode, encode, fits
-from stablefield.training._held_out import HeldOut
-from stablefield.training._initial_weights import InitialWeights
+from stablefield.training._config import fits
 from stablefield.training._lock import Holder, Lock
-from stablefield.training._recipe import Recipe
-from stablefield.training._records import append_line, is_count, read_lines, read_record, write_lines, write_record
+from stablefield.training._records import append_line, is_count, read_lines, write_lines, write_record
+from stablefield.training._run_config import RunConfig
 
-__all__ = ["Extension", "HasFolder", "RunConfig", "RunFolder"]
+__all__ = ["HasFolder", "RunFolder"]
 
-_FORMAT = 1
 _LOCK = ".stablefield.lock"
 _ATTEMPTS = 10
 # Files that a kill may leave in a new folder: a run can start there again.
 _BEGINNINGS = re.compile(rf"{re.escape(_LOCK)}|\.config\.json\.(\d+\.)?tmp")
-_FORMER = frozenset({"format", "stablefield", "data", "shape", "classes", "opening", "manifest", "recipe"})
-_OPTIONAL = frozenset({"extensions", "initial", "held_out"})
-_TYPES = {"stablefield": str, "data": str, "shape": tuple[int, ...], "classes": int, "recipe": Recipe}
-_OPENING = {
-    "resolution": int | tuple[int, int] | None,
-    "resize": Literal["crop", "squash"],
-    "skip_broken": bool,
-    "colour": Literal["auto", "grey", "rgb"],
-    "background": str,
-}
 
 
 class HasFolder(Protocol):
@@ -58,115 +34,6 @@ class HasFolder(Protocol):
     def path(self) -> Path:
         """The folder."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Extension:
-    """A change of a run's number of steps, after its start.
-
-    Attributes:
-        step: steps that were done then.
-        before: number of steps that the run had until then.
-        after: number of steps that it has from then on.
-    """
-
-    step: int
-    before: int
-    after: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """The content of config.json.
-
-    Attributes:
-        data: path or name of the data, as the caller gave it.
-        shape: shape of one image, (C, H, W), or of another sample.
-        classes: number of classes that the network is conditioned on; 0 for none.
-        manifest: description of the data.
-        recipe: all settings of the training.
-        version: version of the library that wrote the file.
-        opening: further arguments that opened the data: resolution, resize, skip_broken, colour, background.
-        extensions: changes of recipe.steps since the start, in order.
-        initial: the origin of the first weights, if they were those of another network.
-        held_out: the samples that are not trained on, if any are held out.
-    """
-
-    data: str
-    shape: tuple[int, ...]
-    classes: int
-    manifest: Mapping[str, Any]
-    recipe: Recipe
-    version: str
-    opening: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    extensions: tuple[Extension, ...] = ()
-    initial: InitialWeights | None = None
-    held_out: HeldOut | None = None
-
-    def extended(self, done: int, steps: int) -> "RunConfig":
-        """The configuration of this run with another number of steps; the same if it has that number already.
-
-        Args:
-            done: steps done.
-            steps: number of steps of the whole run from now on.
-
-        Raises:
-            ValueError: if `steps` is not above the steps that are done.
-        """
-        before = self.recipe.steps
-        if whole_number("steps", steps, 1) == before:
-            return self
-        if steps <= done:
-            raise ValueError(
-                f"steps={steps}: {done:,} of this run's {before:,} steps are done, and steps counts those, too: pass more "
-                f"than {done}, such as {2 * done}."
-            )
-        extension = Extension(step=done, before=before, after=steps)
-        recipe = dataclasses.replace(self.recipe, steps=steps)
-        return dataclasses.replace(self, recipe=recipe, extensions=(*self.extensions, extension))
-
-    def training_rows(self, size: int) -> NDArray[np.int64] | None:
-        """The rows of data of this size to train on, in order, if a share is held out; None for all."""
-        held_out = self.held_out
-        return None if held_out is None or held_out.share is None else held_out.split(size, self.recipe.seed)[0]
-
-    @property
-    def scaling(self) -> Scaling | None:
-        """How the network's values become data; None for images."""
-        return Scaling.of_manifest(self.manifest)
-
-    @property
-    def autoencoder(self) -> AutoencoderRecord | None:
-        """The autoencoder of a run on latents of images; None for other data."""
-        return AutoencoderRecord.of_manifest(self.manifest)
-
-    @property
-    def picture_shape(self) -> tuple[int, ...] | None:
-        """Shape (C, H, W) of the pictures that show samples, decoded if they are latents of images; None without."""
-        shape = self.shape if self.autoencoder is None else self.autoencoder.shape
-        return shape if is_picture(shape) else None
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """Names of the network's classes, if known."""
-        names: Any = self.manifest.get("class_names")
-        if not self.classes or not isinstance(names, list | tuple):
-            return None
-        named = tuple(str(name) for name in cast("Sequence[Any]", names))
-        return named if len(named) == self.classes else None
-
-    def numbered(self, data: ImageSet) -> ImageSet:
-        """The run's data, opened again, with the scaling and the numbers of the classes that the run began with.
-
-        Raises:
-            ValueError: if the data have other classes.
-        """
-        if data.scaling is not None:
-            # Another machine may sum in another order.
-            data = dataclasses.replace(data, scaling=self.scaling)
-        if self.class_names is None:
-            return data
-        return renumbered(data, self.class_names)
 
 
 Value = TypeVar("Value")
@@ -231,23 +98,7 @@ class RunFolder:
             ) from error
 
     def _write_config(self, config: RunConfig) -> None:
-        record = {
-            "format": _FORMAT,
-            "stablefield": config.version,
-            "data": config.data,
-            "shape": list(config.shape),
-            "classes": config.classes,
-            "opening": dict(config.opening),
-            "manifest": dict(config.manifest),
-            "recipe": encode(config.recipe),
-        }
-        if config.extensions:
-            record["extensions"] = [dataclasses.asdict(extension) for extension in config.extensions]
-        if config.initial is not None:
-            record["initial"] = config.initial.record()
-        if config.held_out is not None:
-            record["held_out"] = config.held_out.record()
-        write_record(self.path / "config.json", record)
+        write_record(self.path / "config.json", config.record())
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
@@ -293,19 +144,8 @@ class RunFolder:
         return None if self._lock is None else self._lock.successor
 
     def config(self) -> RunConfig:
-        """Read config.json.
-
-        Raises:
-            ValueError: if the file cannot be read, is damaged, has another format, or holds invalid values.
-        """
-        path = self.path / "config.json"
-        try:
-            return _config(read_record(path, _FORMER, _OPTIONAL))
-        except (OSError, ValueError) as error:
-            advice = ""
-            if "checksum" in str(error):
-                advice = ' If you changed it on purpose, remove its entry "checksum".'
-            raise ValueError(f"{path} cannot be used: {reason(error)}.{advice}") from error
+        """Read config.json; errors as for `RunConfig.read`."""
+        return RunConfig.read(self.path / "config.json")
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Append a line to metrics.jsonl, without the numbers that are not finite."""
@@ -444,59 +284,6 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_ino, status.st_mtime_ns
-
-
-def _config(record: Mapping[str, Any]) -> RunConfig:
-    """The configuration in a record.
-
-    Raises:
-        ValueError: if an entry is missing or has the wrong type.
-    """
-    missing = ", ".join(sorted(_FORMER - set(record)))
-    if missing:
-        raise ValueError(f"it has no {missing}")
-    if record["format"] != _FORMAT:
-        raise ValueError(f"its format is {record['format']}, this version reads {_FORMAT}")
-    found = {name: decode(record[name]) if name in ("shape", "recipe") else record[name] for name in _TYPES}
-    for name, kind in _TYPES.items():
-        if not fits(found[name], kind):
-            raise ValueError(f"its {name} has the wrong type")
-    if min(found["shape"], default=0) < 1 or found["classes"] < 0:
-        raise ValueError(f"its shape is {found['shape']} and its classes are {found['classes']}")
-    opening, manifest = record["opening"], record["manifest"]
-    if not isinstance(opening, dict) or not isinstance(manifest, dict):
-        raise ValueError("its opening or its manifest is not a JSON object")
-    scaling = Scaling.of_manifest(cast("dict[str, Any]", manifest))
-    if len(found["shape"]) != 3 if scaling is None else len(scaling.mean) != found["shape"][0]:
-        raise ValueError(f"its shape is {found['shape']}, which does not fit its data")
-    if AutoencoderRecord.of_manifest(cast("dict[str, Any]", manifest)) is not None and scaling is None:
-        raise ValueError("it has an autoencoder, and no scaling of latents")
-    for name, value in cast("dict[str, Any]", opening).items():
-        plain = tuple(cast("list[Any]", value)) if isinstance(value, list) else value
-        if name not in _OPENING or not fits(plain, _OPENING[name]):
-            raise ValueError(f"its opening has {name} = {str(value)[:80]}, which this version does not know")
-    return RunConfig(
-        data=found["data"],
-        shape=found["shape"],
-        classes=found["classes"],
-        manifest=cast("dict[str, Any]", manifest),
-        recipe=found["recipe"],
-        version=found["stablefield"],
-        opening=cast("dict[str, Any]", opening),
-        extensions=_extensions(record.get("extensions", [])),
-        initial=InitialWeights.of(record["initial"]) if "initial" in record else None,
-        held_out=HeldOut.of(record["held_out"]) if "held_out" in record else None,
-    )
-
-
-def _extensions(entries: Any) -> tuple[Extension, ...]:
-    names = {field.name for field in dataclasses.fields(Extension)}
-    found: list[Extension] = []
-    for entry in cast("list[Any]", entries) if isinstance(entries, list) else [None]:
-        if not isinstance(entry, dict) or set(entry) != names or not all(map(is_count, entry.values())):
-            raise ValueError("its extensions are not a list of step, before and after")
-        found.append(Extension(**cast("dict[str, int]", entry)))
-    return tuple(found)
 
 
 def _is_metrics(entry: Mapping[str, Any]) -> bool:

@@ -43,7 +43,8 @@ from stablefield.training._config import encode
 from stablefield.training._grids import grid_steps, picked, read_grid
 from stablefield.training._recipe import Recipe
 from stablefield.training._records import append_line, read_lines
-from stablefield.training._run_folder import RunConfig, RunFolder
+from stablefield.training._run_config import RunConfig
+from stablefield.training._run_folder import RunFolder
 
 __all__ = ["ReportWriter", "RunReport", "log_environment", "read_report", "report_seconds"]
 

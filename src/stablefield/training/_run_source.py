@@ -15,7 +15,7 @@ from stablefield._progress import Progress
 from stablefield._shapes import whole_number
 from stablefield.evaluation._sample_source import SampleSource, SamplingRecord
 from stablefield.sampling._seeded_images import chunks_of
-from stablefield.training._run_folder import RunConfig
+from stablefield.training._run_config import RunConfig
 from stablefield.training._sampler import RunSampler
 
 __all__ = ["RunSource", "data_of", "existing"]

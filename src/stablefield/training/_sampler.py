@@ -21,7 +21,7 @@ from stablefield.sampling._seeded_images import chunks_of, draw, to_uint8
 from stablefield.sampling._solver_loop import Denoise
 from stablefield.sampling._solvers import SolverOptions, option_text
 from stablefield.training._model import OpenModel, open_model
-from stablefield.training._run_folder import RunConfig
+from stablefield.training._run_config import RunConfig
 from stablefield.training._samples import Samples
 
 __all__ = ["RunSampler", "SamplerOptions"]

@@ -35,15 +35,17 @@ from stablefield.data._image_set import ImageSet
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.probing._fit import Optimum, find_optimum
 from stablefield.probing._population import Population
+from stablefield.training._accelerator import make_accelerator
 from stablefield.training._config import fits
 from stablefield.training._feed import Feed
-from stablefield.training._loop import Report, fit, make_accelerator
+from stablefield.training._loop import Report, fit
 from stablefield.training._model import open_model
 from stablefield.training._observers import SelfCheck, samples
 from stablefield.training._placement import placed
 from stablefield.training._recipe import Recipe
 from stablefield.training._records import append_line, read_lines
-from stablefield.training._run_folder import RunConfig, RunFolder
+from stablefield.training._run_config import RunConfig
+from stablefield.training._run_folder import RunFolder
 from stablefield.training._stepper import Stepper
 
 __all__ = [

@@ -39,7 +39,7 @@ from stablefield.training._fully_sharded import own_part, shards
 from stablefield.training._meter import Stopwatch
 from stablefield.training._model import untrained
 from stablefield.training._recipe import Recipe
-from stablefield.training._run_folder import RunConfig
+from stablefield.training._run_config import RunConfig
 from stablefield.training._seeding import Purpose, generator_for, seed_for
 
 __all__ = ["Stepper", "band_capacity"]

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stablefield.data._image_set import ImageSet
+from stablefield.training._accelerator import Tracker
 from stablefield.training._checkpoint import State, save
-from stablefield.training._loop import Observer, Report, Tracker
+from stablefield.training._loop import Observer, Report
 from stablefield.training._model import untrained
 from stablefield.training._pace import Pace, clock
 from stablefield.training._plan import Images, Plan, images_and_recipe, make_plan, place

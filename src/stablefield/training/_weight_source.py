@@ -29,7 +29,8 @@ from stablefield.training._initial_weights import InitialWeights
 from stablefield.training._model import build_denoiser
 from stablefield.training._recipe import Recipe
 from stablefield.training._records import parse
-from stablefield.training._run_folder import HasFolder, RunConfig, RunFolder
+from stablefield.training._run_config import RunConfig
+from stablefield.training._run_folder import HasFolder, RunFolder
 
 __all__ = ["WeightSource", "copied_weights", "open_weights", "side_of"]
 

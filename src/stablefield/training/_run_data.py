@@ -1,0 +1,90 @@
+"""The data of a run: whether they fit its recipe, and whether they are those that it was started with."""
+
+from stablefield.data._image_set import ImageSet
+from stablefield.data._png import is_picture
+from stablefield.training._recipe import Recipe
+from stablefield.training._run_config import RunConfig
+
+__all__ = ["check_fit", "held_out_data", "training_data"]
+
+
+def check_fit(recipe: Recipe, data: ImageSet, held_out: int = 0) -> None:
+    """Check a recipe against the data before anything is made.
+
+    Args:
+        recipe: the recipe.
+        data: the run's data.
+        held_out: how many of them are held out.
+
+    Raises:
+        ValueError: if the batch or the references are larger than the data, references fewer than the batch, or the recipe
+            needs classes that the data lack.
+    """
+    n = len(data) - held_out
+    if recipe.images_per_step > n:
+        most = n * recipe.draws_per_image
+        draws = f" of {recipe.images_per_step} images" if recipe.draws_per_image > 1 else ""
+        raise ValueError(f"batch={recipe.batch}{draws} is above the {n} images of the data: pass batch={most} or less.")
+    if isinstance(recipe.references, int) and recipe.target == "stf":
+        if recipe.references > n:
+            raise ValueError(
+                f"references={recipe.references} is above the {n} images of the data: pass at most {n}, or all."
+            )
+        if recipe.references < recipe.images_per_step:
+            raise ValueError(
+                f"references={recipe.references} is below batch={recipe.batch}: every image of a batch is among its "
+                f"references, so pass at least {recipe.images_per_step}, or target=dsm for none."
+            )
+    if recipe.latent_scaling == "autoencoder" and data.autoencoder is None:
+        raise ValueError(
+            "latent_scaling=autoencoder is for latents of images, which stablefield.data.encode makes, and the data are no "
+            "such latents: leave it out."
+        )
+    if data.moments is not None and recipe.augmentation:
+        raise ValueError(
+            f"augmentation={recipe.augmentation:g} flips and turns pictures, and the data are latents of images: pass "
+            "augmentation=0."
+        )
+    if data.moments is not None and recipe.mirror and data.flipped is None:
+        raise ValueError("mirror=True needs the latents of the mirrored images: encode the images with mirror=True.")
+    if data.moments is None and not is_picture(data.shape) and (recipe.mirror or recipe.augmentation):
+        what = "mirror=True" if recipe.mirror else f"augmentation={recipe.augmentation:g}"
+        remedy = "leave it out" if recipe.mirror else "pass augmentation=0"
+        sizes = " x ".join(map(str, data.shape))
+        raise ValueError(f"{what} flips and turns pictures, and the data are samples of {sizes}: {remedy}.")
+    if recipe.conditional and data.labels is None:
+        raise ValueError(
+            " ".join(["conditional=True needs classes, but the data have no labels: leave it out.", *data.notes])
+        )
+
+
+def training_data(config: RunConfig, data: ImageSet) -> ImageSet:
+    """Check that the data are those of a run, and number their classes, and scale float data, as at its start.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    if data.manifest["sha256"] != config.manifest.get("sha256"):
+        raise ValueError(f"{config.data} is not what this run was started with (its pixels' sha256 differs).")
+    # The run may have started with the classes numbered in another order.
+    data = config.numbered(data)
+    if config.classes and data.manifest["labels_sha256"] != config.manifest.get("labels_sha256"):
+        raise ValueError(f"{config.data} is not what this run was started with (its labels' sha256 differs).")
+    return data
+
+
+def held_out_data(config: RunConfig, others: ImageSet | None) -> ImageSet:
+    """Check that these are the other data that a run holds out, with classes and scaling as those of its data.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    assert config.held_out is not None
+    if others is None:
+        raise ValueError(f"held_out is missing: this run holds out {config.held_out.data}; pass these data.")
+    if others.manifest["sha256"] != config.held_out.sha256:
+        raise ValueError(f"held_out={others.name} is not what this run holds out (its pixels' sha256 differs).")
+    others = config.numbered(others)
+    if config.classes and (others.labels is None or int(others.labels.max()) >= config.classes):
+        raise ValueError(f"held_out={others.name} needs labels of the run's {config.classes} classes, from 0.")
+    return others
