@@ -201,6 +201,18 @@ def test_the_distances_of_the_clothes_are_the_committed_ones() -> None:
     assert record["results"][0]["protocol"]["ema"] == "half-life, step 3565"
 
 
+def test_what_ten_minutes_buy_is_what_the_committed_benchmark_says() -> None:
+    record = json.loads((ROOT / "benchmarks/results/time_budget.json").read_text())
+    page = (DOCS / "tutorial.md").read_text("utf-8")
+    for row in record["rows"]:
+        assert row["seconds"] < 1.05 * 600
+        cells = [f"{row['width']}", f"{row['parameters'] / 1e6:.2f} million", f"{row['steps']:,}"]
+        cells += [f"{row['seconds']:.0f} s", f"{row['distance']:.3f}"]
+        assert f"| {' | '.join(cells)} |" in page
+    widths = {row["width"]: row["distance"] for row in record["rows"]}
+    assert min(widths, key=widths.__getitem__) == min(widths)
+
+
 def test_the_probe_of_the_digits_is_of_the_batch_that_train_takes() -> None:
     record = json.loads((DOCS / "assets/digits-probe.json").read_text())
     assert record["batch"] == record["advice"]["batch"] == DIGITS.batch
