@@ -109,7 +109,7 @@ with Ranks.launched() as ranks:
         try:
             parallel.backward(parallel.network(x))
         except (ValueError, RankError) as error:
-            print(error)
+            print(error, flush=True)  # `os._exit` drops what is buffered
         ranks.first and name == "left" and os._exit(0)
 """
 
