@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 from stablefield.report import _drawing
 from stablefield.sampling import edm_sigmas
-from stablefield.training import _loop, _run_report
+from stablefield.training import _loop, _report_writer
 
 _WHOLE = {"SAMPLE_SEEDS": _loop.SAMPLE_SEEDS, "samples": _loop.samples}
 
@@ -19,7 +19,7 @@ _WHOLE = {"SAMPLE_SEEDS": _loop.SAMPLE_SEEDS, "samples": _loop.samples}
 def draw_small_pictures() -> None:
     """Draw four images in two steps instead of 64 in 18, and no reports on the way, for the rest of this process."""
     _loop.SAMPLE_SEEDS = range(4)
-    _run_report.FIRST = math.inf
+    _report_writer.FIRST = math.inf
     _loop.samples = partial(_loop.samples, sigmas=edm_sigmas(2))
 
 

@@ -11,12 +11,12 @@ from stablefield.cli.entry import main
 from stablefield.cli.flags import Flag
 from stablefield.cli.inventory import inventory
 from stablefield.cli.parser import given
-from stablefield.cli.recipe_flags import BASES, RecipeFlags, with_distribution, yielding
+from stablefield.cli.recipe_flags import BASES, RecipeFlags, yielding
 from stablefield.data._image_set import ImageSet
 from stablefield.diffusion._noise_levels import LogNormal, LogUniform, NoiseLevels, Uniform
 from stablefield.diffusion._process import VE, RectifiedFlow
 from stablefield.training._recipe import MLPConfig, Recipe
-from stablefield.training._recipes import imagefolder
+from stablefield.training._recipes import NoiseDistribution, imagefolder, with_noise_distribution
 from stablefield.training._run_data import check_fit
 
 KINDS = {
@@ -184,15 +184,17 @@ def test_processes_with_an_end_are_all_known_to_yield() -> None:
         ("cifar10-ve", "uniform", Uniform(1e-5, 1.0)),
     ],
 )
-def test_a_recipe_takes_another_distribution_of_noise(name: str, distribution: str, expected: NoiseLevels) -> None:
-    assert with_distribution(BASES[name], distribution).noise_levels == expected
+def test_a_recipe_takes_another_distribution_of_noise(
+    name: str, distribution: NoiseDistribution, expected: NoiseLevels
+) -> None:
+    assert with_noise_distribution(BASES[name], distribution).noise_levels == expected
     stratified = dataclasses.replace(BASES[name].noise_levels, stratified=True)
-    kept = with_distribution(dataclasses.replace(BASES[name], noise_levels=stratified), distribution)
+    kept = with_noise_distribution(dataclasses.replace(BASES[name], noise_levels=stratified), distribution)
     assert kept.noise_levels == dataclasses.replace(expected, stratified=True)
 
 
 def test_the_lognormal_distribution_of_a_flow_is_the_logit_normal_one_of_its_times() -> None:
-    levels = with_distribution(BASES["sit"], "lognormal").noise_levels
+    levels = with_noise_distribution(BASES["sit"], "lognormal").noise_levels
     u = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
     expected = torch.sigmoid(torch.distributions.Normal(0.0, 1.0).icdf(u))
     torch.testing.assert_close(levels.quantile(u, RectifiedFlow()), expected)

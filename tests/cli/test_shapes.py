@@ -9,20 +9,12 @@ import torch
 from PIL import Image
 
 import stablefield as sf
-from stablefield.cli.entry import main
+from commands import status
 from stablefield.cli.parser import parse_resolution
 from stablefield.cli.usage import as_flags
 from stablefield.evaluation import RawPixels
 
 TINY = ["--recipe", "digits", "--network.width", "8", "--network.depth", "1", "--batch", "8", "--decay-share", "0"]
-
-
-def status(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as exit_:
-        main([str(argument) for argument in arguments])
-    code = exit_.value.code
-    assert isinstance(code, int)
-    return code
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:

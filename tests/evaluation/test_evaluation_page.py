@@ -102,7 +102,7 @@ def test_a_notebook_shows_the_page_and_a_file_of_each_kind_is_written(tmp_path):
     it.save(tmp_path / "r.html")
     assert Evaluation.load(it.save(tmp_path / "r.json")).scores == it.scores
     assert it["FID"] is FID
-    with pytest.raises(KeyError, match="there is no score 'KID'; there are FID"):
+    with pytest.raises(KeyError, match="the evaluation has no score 'KID'; it has FID"):
         it["KID"]
 
 

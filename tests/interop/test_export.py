@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import stablefield as sf
-from stablefield.cli.entry import main
+from commands import status
 from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._digits import open_digits
 from stablefield.data._scaling import Scaling
@@ -31,14 +31,6 @@ from stablefield.training._recipe import Recipe
 LABELS = torch.tensor([0, 7, -1, 3])
 # A process in which this library cannot be imported.
 ALONE = "import sys; sys.modules['stablefield'] = None\n"
-
-
-def status(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as exit_:
-        main([str(argument) for argument in arguments])
-    code = exit_.value.code
-    assert isinstance(code, int)
-    return code
 
 
 def python(code: str, folder: Path, **environment: str) -> str:

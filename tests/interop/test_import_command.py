@@ -9,17 +9,9 @@ import torch
 from PIL import Image
 
 import stablefield as sf
-from stablefield.cli.entry import main
+from commands import status
 from stablefield.networks import SongUNet
 from stablefield.training._model import open_model
-
-
-def status(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as exit_:
-        main([str(argument) for argument in arguments])
-    code = exit_.value.code
-    assert isinstance(code, int)
-    return code
 
 
 def published(path: Path, make=SongUNet.ncsnpp, class_name: str = "EDMPrecond", **options) -> SongUNet:

@@ -11,21 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import stablefield as sf
-from stablefield.cli.entry import main
+from commands import status
 from stablefield.interop._inert import RefusedError
 from stablefield.interop._plain_export import write_plain
 from stablefield.interop._published import read_published
 from stablefield.interop._sit_architecture import infer_sit
 from stablefield.networks import SiT
 from stablefield.training._model import open_model
-
-
-def status(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as exit_:
-        main([str(argument) for argument in arguments])
-    code = exit_.value.code
-    assert isinstance(code, int)
-    return code
 
 
 def network(*sizes, seed: int = 0, **options) -> SiT:

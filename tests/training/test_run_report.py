@@ -14,7 +14,7 @@ from PIL import Image
 import stablefield as sf
 from stablefield.cli.entry import main
 from stablefield.data._png import write_png
-from stablefield.training import _grids, _run_report
+from stablefield.training import _grids, _report_writer, _run_report
 from stablefield.training._grids import picked, write_animation
 from stablefield.training._recipe import MLPConfig, Recipe
 
@@ -40,8 +40,8 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[sf.Run, list[str
                 seen.append(text)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_run_report, "FIRST", 0.0)
-        patch.setattr(_run_report, "SHARE", 1e9)
+        patch.setattr(_report_writer, "FIRST", 0.0)
+        patch.setattr(_report_writer, "SHARE", 1e9)
         patch.setattr("stablefield.training._held_out.ROWS", 16)
         run = sf.train(
             "digits", out=path, recipe=TINY, held_out=0.1, device="cpu", progress=look, every=1, stop=_stops(25)
@@ -153,7 +153,7 @@ def test_a_run_of_a_few_seconds_writes_no_report_and_one_that_cannot_be_drawn_go
     run = sf.train("digits", out=tmp_path / "short", recipe=recipe, device="cpu")
     assert not (run.path / "report.html").exists()
     assert run.report().charts().keys() == {"loss", "speed"}
-    monkeypatch.setattr(_run_report, "FIRST", 0.0)
+    monkeypatch.setattr(_report_writer, "FIRST", 0.0)
 
     def fail(*_: object, **__: object) -> None:
         raise OSError("the disk is full")

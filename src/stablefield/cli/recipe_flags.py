@@ -17,11 +17,20 @@ from stablefield.cli.parser import given, parse_resolution, read
 from stablefield.cli.sources import DataFlags, print_classes, print_reading
 from stablefield.data._colour import background_name
 from stablefield.data._image_set import ImageSet
-from stablefield.diffusion._noise_levels import LogNormal, LogUniform, Uniform
-from stablefield.diffusion._process import EDM, VE, RectifiedFlow
+from stablefield.diffusion._noise_levels import LogUniform
+from stablefield.diffusion._process import VE
 from stablefield.training._plan import place
 from stablefield.training._recipe import DiffusersUNetConfig, Recipe, SongUNetConfig
-from stablefield.training._recipes import RECIPES, imagefolder, largest_resolution, named_recipe, sit, unet2d
+from stablefield.training._recipes import (
+    RECIPES,
+    NoiseDistribution,
+    imagefolder,
+    largest_resolution,
+    named_recipe,
+    sit,
+    unet2d,
+    with_noise_distribution,
+)
 from stablefield.training._weight_source import WeightSource, side_of
 
 __all__ = ["BASES", "Chosen", "RecipeFlags", "TrainingFlags", "base_of"]
@@ -97,9 +106,9 @@ class TrainingFlags(DataFlags):
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA", help_behavior_hint="")] = ""
     recipe: RecipeName = "auto"
     """Which settings to start from; the flags below change them. auto chooses one for the data."""
-    noise_distribution: Literal["recipe", "lognormal", "loguniform", "uniform"] = "recipe"
-    """Distribution of the training noise levels: lognormal is EDM's, for a flow logit-normal times; loguniform that of VE;
-    uniform draws the time uniformly; recipe is the recipe's own. Flags such as --noise-levels.mean set its numbers."""
+    noise_distribution: NoiseDistribution = "recipe"
+    """Distribution of the training noise levels: lognormal (EDM's; logit-normal times in a flow), loguniform (VE's), uniform
+    times, or the recipe's own. Flags such as --noise-levels.mean set its numbers."""
     device: str = ""
     """Where to compute, such as cpu or cuda; by default a GPU if there is one."""
     config: tyro.conf.Suppress[RecipeFlags] = RecipeFlags()
@@ -114,7 +123,7 @@ class TrainingFlags(DataFlags):
         """
         parse_resolution(self.resolution)
         background_name(self.background)
-        base = with_distribution(base_of(self.recipe, self.data), self.noise_distribution)
+        base = with_noise_distribution(base_of(self.recipe, self.data), self.noise_distribution)
         self.config.check(self.recipe, base)
 
     def chosen(self, source: WeightSource | None = None) -> "Chosen":
@@ -141,7 +150,7 @@ class TrainingFlags(DataFlags):
             name, base = f"that of {source.path}", theirs
         else:
             name, base = named_recipe(self.recipe, data, accelerated=accelerated)
-        base = with_distribution(base, self.noise_distribution)
+        base = with_noise_distribution(base, self.noise_distribution)
         recipe, notes = self.config.on(base, data.shape if self.resolution else None)
         print_classes(data, conditional=recipe.conditional)
         return Chosen(data, name, base, recipe, notes, device)
@@ -231,34 +240,6 @@ def yielding(recipe: Recipe, flags: Mapping[str, Sequence[str]]) -> tuple[Recipe
             elif other and here not in flags and _ordered(found.process, process, other):
                 change(there, process.replace("-", "_"), other, "the process has to reach that noise level")
     return found, tuple(notes)
-
-
-def with_distribution(recipe: Recipe, name: str) -> Recipe:
-    """The recipe with another distribution of the training noise levels.
-
-    Args:
-        recipe: the recipe to change.
-        name: lognormal, loguniform or uniform; or recipe, for the recipe's own.
-
-    Raises:
-        ValueError: if times of the recipe's process have no uniform distribution.
-    """
-    old, process = recipe.noise_levels, recipe.process
-    if name == "uniform" and isinstance(process, EDM):
-        raise ValueError(
-            "--noise-distribution uniform: the time of an EDM process is its noise level, which has no end. Pass lognormal "
-            "or loguniform, or a recipe of a flow, such as --recipe sit."
-        )
-    flow = isinstance(process, RectifiedFlow)
-    if name == "lognormal":
-        new = LogNormal(0.0, 1.0) if flow else LogNormal()
-    elif name == "loguniform":
-        new = LogUniform(process.sigma_min, process.sigma_max) if isinstance(process, VE) else LogUniform()
-    else:
-        new = Uniform(0.0, 1.0) if flow else Uniform()
-    if name == "recipe" or type(new) is type(old):
-        return recipe
-    return dataclasses.replace(recipe, noise_levels=dataclasses.replace(new, stratified=old.stratified))
 
 
 def with_fewer_levels(

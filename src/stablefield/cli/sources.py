@@ -22,7 +22,8 @@ class DataFlags:
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
     """Images: digits (built in), a folder or .zip of images, .npy, .npz, idx, parquet or CIFAR-10 files, a packed file,
-    hf:OWNER/NAME. Or float data, such as latents: .npy, .npz (data, labels) or .safetensors files."""
+    hf:OWNER/NAME. Or float data: .npy, .npz (data, labels) or .safetensors files, or a folder of
+    latents from data encode."""
     resolution: str = ""
     """Resize every image to this many pixels a side, such as 32, or to height x width, such as 32x48. By default images of
     one size keep their shape; if sizes differ, train chooses squares."""

@@ -113,6 +113,11 @@ def as_flags(message: str, renamed: Mapping[str, str] | None = None, verb: str =
     message = re.sub(r"^([a-z][\w.]*)(?= (is|has|and|needs) )", lambda found: flag_of(found[0]) or found[0], message)
     # A switch has no value.
     message = re.sub(r"(?<![\w.-])([a-z][\w.]*)=True\b", lambda found: flag_of(found[1]) or found[0], message)
+    message = re.sub(
+        r"(?<![\w.-])([a-z]\w*)=False\b",
+        lambda found: flag_of(f"no_{found[1]}") or flag_of(found[1]) or found[0],
+        message,
+    )
     # Without a space before the value: `a = b` is a formula.
     message = re.sub(
         r"(?<![\w.-])([a-z][\w.]*)=(?=[^\s=])",

@@ -87,10 +87,11 @@ def classes_text(images: ImageSet) -> str:
         return ""
     per_class = np.bincount(images.labels, minlength=images.classes)
     names = images.class_names or [str(number) for number in range(images.classes)]
+    low, high, more = per_class.min(), per_class.max(), images.classes > _IN_A_LINE
+    if more and low == high:
+        return f"{images.classes:,}: {', '.join(names[:_IN_A_LINE])}, ... ({low:,} images each)"
     shown = ", ".join(f"{name} ({count:,})" for name, count in zip(names[:_IN_A_LINE], per_class, strict=False))
-    low, high = per_class.min(), per_class.max()
-    each = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-    return f"{images.classes:,}: {shown}" + (f", ... ({each} images each)" if images.classes > _IN_A_LINE else "")
+    return f"{images.classes:,}: {shown}" + (f", ... ({low:,} to {high:,} images each)" if more else "")
 
 
 def _image_rows(images: ImageSet) -> list[tuple[str, str]]:

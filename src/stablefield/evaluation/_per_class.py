@@ -20,7 +20,7 @@ from stablefield.data._image_set import ImageSet, class_text
 from stablefield.evaluation._extractor import Extractor
 from stablefield.evaluation._features import Gaussian, fit_features, moments_of
 from stablefield.evaluation._metric import HIGHER, LOWER, Features, Metric, MetricInput, Value
-from stablefield.evaluation._protocol import Score
+from stablefield.evaluation._protocol import Score, score_of
 from stablefield.report._cells import Cell
 
 __all__ = ["ClassScores", "class_columns", "class_notes", "matched_classes", "of_class", "values_of_class"]
@@ -50,10 +50,7 @@ class ClassScores:
         Raises:
             KeyError: if there is none; lists the others.
         """
-        found = {score.protocol.metric: score for score in self.scores}
-        if metric not in found:
-            raise KeyError(f"class {self.name} has no score {metric!r}; it has {', '.join(found) or 'none'}.")
-        return found[metric]
+        return score_of(self.scores, metric, f"class {self.name}")
 
     def to_dict(self) -> dict[str, Any]:
         """The scores as plain objects, for JSON."""

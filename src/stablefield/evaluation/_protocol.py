@@ -12,12 +12,12 @@ import dataclasses
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Self
 
-__all__ = ["MADE", "Protocol", "Score", "ScoreComparison", "differences"]
+__all__ = ["MADE", "Protocol", "Score", "ScoreComparison", "differences", "score_of"]
 
 Setting = str | int | float
 
@@ -253,3 +253,15 @@ class ScoreComparison:
         if made := "; ".join(text for name, text in found.items() if name in MADE):
             parts.append(f"Their samples were made differently: {made}.")
         return " ".join(parts)
+
+
+def score_of(scores: Sequence[Score], metric: str, of: str) -> Score:
+    """The score of a metric, such as "FID".
+
+    Raises:
+        KeyError: if there is none; says what has none, `of`, and lists the others.
+    """
+    found = {score.protocol.metric: score for score in scores}
+    if metric not in found:
+        raise KeyError(f"{of} has no score {metric!r}; it has {', '.join(found) or 'none'}.")
+    return found[metric]

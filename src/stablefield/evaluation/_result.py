@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from stablefield._regular_file import JSON_LIMIT, open_regular, reason
 from stablefield.evaluation._metric import HIGHER, LOWER
 from stablefield.evaluation._per_class import ClassScores, class_columns, class_notes
-from stablefield.evaluation._protocol import Protocol, Score, ScoreComparison
+from stablefield.evaluation._protocol import Protocol, Score, ScoreComparison, score_of
 from stablefield.report._cells import Cell, Estimate, text_table
 from stablefield.report._chart import Chart
 from stablefield.report._images import image_figure
@@ -106,10 +106,7 @@ class Evaluation(Result):
         Raises:
             KeyError: if there is none; lists the others.
         """
-        found = {score.protocol.metric: score for score in self.scores}
-        if metric not in found:
-            raise KeyError(f"there is no score {metric!r}; there are {', '.join(found)}.")
-        return found[metric]
+        return score_of(self.scores, metric, "the evaluation")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -127,7 +127,7 @@ class Pool:
                 "resampled latents are not mirror images of others: pass mirrored=False, and the latents of the mirrored "
                 "images as flipped=."
             )
-        check_label_sizes(n, size, labels, label_size=label_size, unlabelled_size=unlabelled_size)
+        check_label_sizes(n, size, labels, {"label_size": label_size, "unlabelled_size": unlabelled_size})
         self.size = size
         self.labels = labels
         self.mirrored = mirrored

@@ -1,5 +1,6 @@
 """Checks of a pool's arguments: its samples, labels, sizes and weights."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -78,7 +79,7 @@ def check_flipped(flipped: Any, data: Tensor | NDArray[Any], mirrored: bool) -> 
         raise ValueError("mirrored=True adds the mirror images, flipped= other samples for them: pass one of the two.")
 
 
-def check_label_sizes(n: int, size: int | None, labels: Tensor | None, **sizes: int | None) -> None:
+def check_label_sizes(n: int, size: int | None, labels: Tensor | None, sizes: Mapping[str, int | None]) -> None:
     """Check the `sizes` that depend on a row's label, `label_size` and `unlabelled_size`, for a pool of `n` samples.
 
     Raises:

@@ -34,10 +34,10 @@ from stablefield.training._observers import samples
 from stablefield.training._pace import Pace
 from stablefield.training._placement import placed
 from stablefield.training._post_hoc import take_snapshot
+from stablefield.training._report_writer import ReportWriter, log_environment
 from stablefield.training._run_config import RunConfig
 from stablefield.training._run_data import held_out_data, training_data
 from stablefield.training._run_folder import RunFolder
-from stablefield.training._run_report import ReportWriter, log_environment
 from stablefield.training._samples import Samples
 from stablefield.training._stepper import Stepper
 

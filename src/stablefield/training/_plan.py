@@ -26,10 +26,10 @@ from stablefield.training._pace import Costs, clock
 from stablefield.training._placement import resolve_band, resolve_references
 from stablefield.training._recipe import Recipe
 from stablefield.training._recipes import largest_resolution, recipe_for
+from stablefield.training._report_writer import report_seconds
 from stablefield.training._run_config import RunConfig
 from stablefield.training._run_data import check_fit, held_out_data
 from stablefield.training._run_folder import HasFolder
-from stablefield.training._run_report import report_seconds
 from stablefield.training._time_budget import PICTURE, costs_of, seconds_of, within
 from stablefield.training._weight_source import WeightSource, copied_weights, open_weights, side_of
 

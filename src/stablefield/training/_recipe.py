@@ -380,11 +380,14 @@ class Recipe:
             raise ValueError(f"noise_band is {self.noise_band}: it must not be negative, or auto.")
         if isinstance(self.references, int) and self.references < 1:
             raise ValueError(f"references is {self.references}: it must be at least 1, or all, or auto.")
-        if self.fsdp and (self.exact or self.compile):
-            other = "exact" if self.exact else "compile"
+        if self.fsdp and self.exact:
             raise ValueError(
-                f"fsdp=True and {other}=True: FSDP2 gathers weights and sums gradients in its own order, between the blocks "
-                "of a network, where compiled code cannot: leave one of the two out."
+                "fsdp=True and exact=True: FSDP2 sums gradients in its own order; leave one of the two out."
+            )
+        if self.fsdp and self.compile:
+            raise ValueError(
+                "fsdp=True and compile=True: FSDP2 gathers weights between the blocks of a network, where compiled code "
+                "cannot stop; leave one of the two out."
             )
         if self.mirror and self.augmentation:
             raise ValueError(

@@ -12,12 +12,13 @@ References:
 
 import dataclasses
 from math import gcd
+from typing import Literal, TypeAlias
 
 from stablefield.data._image_set import ImageSet
 from stablefield.data._png import is_picture
 from stablefield.diffusion._noise_levels import LogNormal, LogUniform, Uniform
 from stablefield.diffusion._preconditioning import FlowPreconditioning, VEPreconditioning, VPPreconditioning
-from stablefield.diffusion._process import VE, VP, RectifiedFlow
+from stablefield.diffusion._process import EDM, VE, VP, RectifiedFlow
 from stablefield.diffusion._weighting import FlowWeighting, SNRWeighting
 from stablefield.training._recipe import DiffusersUNetConfig, MLPConfig, Recipe, Shape, SiTConfig, SongUNetConfig
 
@@ -29,13 +30,17 @@ __all__ = [
     "DIGITS",
     "MNIST28",
     "RECIPES",
+    "NoiseDistribution",
     "imagefolder",
     "largest_resolution",
     "named_recipe",
     "recipe_for",
     "sit",
     "unet2d",
+    "with_noise_distribution",
 ]
+
+NoiseDistribution: TypeAlias = Literal["recipe", "lognormal", "loguniform", "uniform"]
 
 DIGITS = Recipe(network=MLPConfig())
 """The built-in digits: a few minutes on two CPU cores."""
@@ -153,6 +158,34 @@ def _for_floats(recipe: Recipe, images: ImageSet) -> Recipe:
     augmentation = recipe.augmentation if is_picture(shape) and images.moments is None else 0.0
     mirror = images.flipped is not None
     return dataclasses.replace(recipe, network=network, augmentation=augmentation, mirror=mirror)
+
+
+def with_noise_distribution(recipe: Recipe, name: NoiseDistribution) -> Recipe:
+    """The recipe with another distribution of the training noise levels, of the numbers that are usual for its process.
+
+    Args:
+        recipe: the recipe to change.
+        name: of the distribution; "recipe" for the recipe's own.
+
+    Raises:
+        ValueError: if times of the recipe's process have no uniform distribution.
+    """
+    old, process = recipe.noise_levels, recipe.process
+    if name == "uniform" and isinstance(process, EDM):
+        raise ValueError(
+            "noise_distribution=uniform: the time of an EDM process is its noise level, which has no end. Pass lognormal "
+            "or loguniform, or a recipe of a flow, such as sit."
+        )
+    flow = isinstance(process, RectifiedFlow)
+    if name == "lognormal":
+        new = LogNormal(0.0, 1.0) if flow else LogNormal()
+    elif name == "loguniform":
+        new = LogUniform(process.sigma_min, process.sigma_max) if isinstance(process, VE) else LogUniform()
+    else:
+        new = Uniform(0.0, 1.0) if flow else Uniform()
+    if name == "recipe" or type(new) is type(old):
+        return recipe
+    return dataclasses.replace(recipe, noise_levels=dataclasses.replace(new, stratified=old.stratified))
 
 
 def largest_resolution(name: str = "auto", *, accelerated: bool) -> int | None:

@@ -66,7 +66,7 @@ class SamplerOptions(SolverOptions):
         if self.batch < 1:
             raise ValueError(f"batch={self.batch}: it must be at least 1.")
         if self.vae and not self.decode:
-            raise ValueError(f"vae={self.vae} does nothing at decode=False: leave one of the two out.")
+            raise ValueError(f"vae={self.vae} does nothing with decode=False: leave one of the two out.")
         if self.checkpoint not in ("newest", "best") and not self.checkpoint.isdecimal():
             raise ValueError(f"checkpoint={self.checkpoint!r:.40}: pass newest, best, or a step.")
         for name in ("guide", "guidance_interval"):
