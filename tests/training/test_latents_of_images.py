@@ -407,7 +407,7 @@ def test_an_imported_network_is_decoded_by_the_autoencoder_that_the_caller_names
     x = torch.randn(3, 4, 4, 6)
     found = imported.sampler(vae=vae, device="cpu").finish(x).numpy().astype(int)
     assert np.abs(found - decoded(model, x.numpy() / 0.7 + 0.2)).max() <= 1
-    with pytest.raises(ValueError, match=r"vae=.* does nothing at decode=False"):
+    with pytest.raises(ValueError, match=r"vae=.* does nothing with decode=False"):
         run.sample(2, vae=vae, decode=False)
     autoencoder(latent_channels=3).save_pretrained(tmp_path / "three")
     with pytest.raises(ValueError, match="decodes latents of 3 channels, and the run's samples, 4 x 4 x 6, are no"):
