@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 import stablefield as sf
 
-__all__ = ["LEVERS", "OURS", "PEERS", "RUNNERS", "Levers", "Runner", "make_runner"]
+__all__ = ["FLOWS", "LEVERS", "OURS", "PEERS", "RUNNERS", "Levers", "Runner", "make_runner"]
 
 Network = Callable[[Tensor, Tensor], Tensor]
 
@@ -185,8 +185,61 @@ class Diffusers:
         return x, len(self._solver.timesteps)
 
 
-class TorchCfm:
-    """torchcfm's flow matching, and the midpoint rule.
+class Velocity:
+    """A network that estimates the velocity from noise, at time 0, to data, at time 1, and the midpoint rule."""
+
+    def __init__(self, *, timesteps: bool) -> None:
+        self._timesteps = timesteps
+
+    def label(self, t: Tensor) -> Tensor:
+        """What the network sees of times (B,): as for diffusers time steps, or numbers of order one."""
+        return 999 * t if self._timesteps else 2 * t - 1
+
+    def sample(self, network: Network, noise: Tensor, evaluations: int) -> tuple[Tensor, int]:
+        """See `Runner`."""
+        steps = evaluations // 2
+
+        def velocity(x: Tensor, t: float) -> Tensor:
+            return network(x, self.label(torch.full((len(x),), t)))
+
+        x = noise
+        for k in range(steps):
+            middle = x + velocity(x, k / steps) / (2 * steps)
+            x = x + velocity(middle, (k + 0.5) / steps) / steps
+        return x, 2 * steps
+
+
+class Flow(Velocity):
+    """Flow matching with the stable target and with our levers: stratified times and antithetic pairs.
+
+    Args:
+        lognormal: logit-normal times (ln sigma / alpha is normal), instead of uniform ones.
+    """
+
+    def __init__(self, data: Tensor, batch: int, generator: Generator, *, lognormal: bool, timesteps: bool) -> None:
+        super().__init__(timesteps=timesteps)
+        process = sf.RectifiedFlow()
+        self._objective = sf.Objective(
+            process,
+            target=stable_target(process, data),
+            noise_levels=sf.LogNormal(0.0, 1.0, stratified=True)
+            if lognormal
+            else sf.Uniform(0.0, 1.0, stratified=True),
+            weighting=sf.FlowWeighting(),
+            draws_per_image=2,
+            antithetic=True,
+        )
+        self._generator = generator
+        self.images = batch // 2
+
+    def loss(self, network: Network, x0: Tensor, index: Tensor) -> Tensor:
+        # FlowPreconditioning has the same times and velocity.
+        denoiser = sf.Denoiser(Relabelled(network, self.label), sf.FlowPreconditioning())
+        return self._objective(denoiser, x0, index=index, generator=self._generator).loss
+
+
+class TorchCfm(Velocity):
+    """torchcfm's flow matching.
 
     Args:
         optimal: pair noise and images of a batch by optimal transport.
@@ -196,32 +249,17 @@ class TorchCfm:
     def __init__(self, batch: int, *, optimal: bool, timesteps: bool, target: sf.StableTarget | None = None) -> None:
         from torchcfm import ConditionalFlowMatcher, ExactOptimalTransportConditionalFlowMatcher
 
+        super().__init__(timesteps=timesteps)
         self._matcher = (ExactOptimalTransportConditionalFlowMatcher if optimal else ConditionalFlowMatcher)(sigma=0.0)
-        self._timesteps, self._target = timesteps, target
+        self._target = target
         self.images = batch
-
-    def _label(self, t: Tensor) -> Tensor:
-        # As for diffusers: time steps, or numbers of order one.
-        return 999 * t if self._timesteps else 2 * t - 1
 
     def loss(self, network: Network, x0: Tensor, index: Tensor) -> Tensor:
         # The package draws from torch's and numpy's global generators. It calls noise x0 and data x1, at time 1.
         t, x_t, velocity = self._matcher.sample_location_and_conditional_flow(torch.randn_like(x0), x0)
         if self._target is not None:
             velocity = -self._target(x0, x_t, 1 - t, index=index).velocity
-        return (network(x_t, self._label(t)) - velocity).square().mean()
-
-    def sample(self, network: Network, noise: Tensor, evaluations: int) -> tuple[Tensor, int]:
-        steps = evaluations // 2
-
-        def velocity(x: Tensor, t: float) -> Tensor:
-            return network(x, self._label(torch.full((len(x),), t)))
-
-        x = noise
-        for k in range(steps):
-            middle = x + velocity(x, k / steps) / (2 * steps)
-            x = x + velocity(middle, (k + 0.5) / steps) / steps
-        return x, 2 * steps
+        return (network(x_t, self.label(t)) - velocity).square().mean()
 
 
 def stable_target(process: sf.Process, data: Tensor) -> sf.StableTarget:
@@ -269,7 +307,9 @@ PEERS = (
     "torchcfm-ot",
 )
 """What people would pick instead of us: EDM's plain loss and the others' packages."""
-RUNNERS = (*LEVERS, "torchcfm-stf", *PEERS[1:])
+FLOWS = ("torchcfm-stf", "ours-flow", "ours-flow-lognormal")
+"""Flow matching with the stable target: in torchcfm's own loop, and with all levers."""
+RUNNERS = (*LEVERS, *FLOWS, *PEERS[1:])
 
 
 def make_runner(name: str, data: Tensor, batch: int, generator: Generator, *, timesteps: bool) -> Runner:
@@ -289,6 +329,8 @@ def make_runner(name: str, data: Tensor, batch: int, generator: Generator, *, ti
             return Diffusers("v_prediction", 5.0, batch, generator, timesteps=timesteps)
         case "torchcfm-stf":
             return TorchCfm(batch, optimal=False, timesteps=timesteps, target=stable_target(sf.RectifiedFlow(), data))
+        case "ours-flow" | "ours-flow-lognormal":
+            return Flow(data, batch, generator, lognormal=name != "ours-flow", timesteps=timesteps)
         case "torchcfm" | "torchcfm-ot":
             return TorchCfm(batch, optimal=name == "torchcfm-ot", timesteps=timesteps)
         case _:

@@ -41,7 +41,7 @@ def one_thread() -> Iterator[None]:
 
 # The label of a time: a number of order one, or for packages with time steps, these.
 CASES = [(name, False) for name in runners.RUNNERS] + [
-    (name, True) for name in (*runners.PEERS, "torchcfm-stf", "ours-steps") if name not in ("edm", "immiscible")
+    (name, True) for name in (*runners.PEERS, *runners.FLOWS, "ours-steps") if name not in ("edm", "immiscible")
 ]
 
 
@@ -66,7 +66,7 @@ class Exact(nn.Module):
             numbered = self.runner == "ours-steps" and self.timesteps
             # From ln(0.002) / 4 to ln(81) / 4.
             out = self._edm(x, torch.exp(4 * (label / 999 * 2.65 - 1.55) if numbered else 4 * label))
-        elif self.runner.startswith("torchcfm"):
+        elif self.runner.startswith("torchcfm") or self.runner in runners.FLOWS:
             t = label / 999 if self.timesteps else (label + 1) / 2
             data, noise = self._expected(x, t, 1 - t)
             out = data - noise

@@ -149,6 +149,7 @@ def test_a_run_whose_terminal_is_closed_is_saved(tmp_path: Path) -> None:
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(tmp_path)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored
         os.execvpe(sys.executable, [sys.executable, "-m", "stablefield", *FLAGS, "--out", str(run)], environment())
     try:
         os.set_blocking(terminal, False)

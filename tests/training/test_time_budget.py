@@ -5,6 +5,7 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,10 +13,13 @@ import stablefield as sf
 from pictures import whole_pictures
 from stablefield.cli.entry import main
 from stablefield.data._digits import open_digits
+from stablefield.data._source import as_image_set
 from stablefield.training._held_out import HeldOut
 from stablefield.training._pace import Costs, Pace
-from stablefield.training._recipe import MLPConfig, Recipe
-from stablefield.training._time_budget import seconds_of, within
+from stablefield.training._plan import make_plan
+from stablefield.training._recipe import MLPConfig, Recipe, SongUNetConfig
+from stablefield.training._recipes import recipe_for
+from stablefield.training._time_budget import narrowed, seconds_of, within
 
 TINY = Recipe(batch=32, references=32, noise_band=0.0, network=MLPConfig(width=16, depth=1))
 FLAGS = ("--network.width", "16", "--network.depth", "1", "--batch", "32", "--references", "32", "--device", "cpu")
@@ -31,18 +35,18 @@ def status(*arguments: str) -> int:
 class Machine:
     """A machine whose clock moves on with the rows that the network sees: in training three times as far as in sampling."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, kind: type[torch.nn.Module] = sf.networks.MLP) -> None:
         self.now, self.row = 0.0, 4e-3
         self.slower_after, self.slower = math.inf, 1.0
-        forward = sf.networks.MLP.forward
+        forward = kind.forward
         monkeypatch.setattr("time.perf_counter", lambda: self.now)
 
-        def charged(network: torch.nn.Module, x: torch.Tensor, *given: object) -> torch.Tensor:
+        def charged(network: torch.nn.Module, x: torch.Tensor, *given: object, **more: object) -> torch.Tensor:
             factor = self.slower if self.now > self.slower_after else 1.0
             self.now += factor * self.row * len(x) * (3 if torch.is_grad_enabled() else 1)
-            return forward(network, x, *given)
+            return forward(network, x, *given, **more)
 
-        monkeypatch.setattr(sf.networks.MLP, "forward", charged)
+        monkeypatch.setattr(kind, "forward", charged)
 
 
 @pytest.mark.parametrize("given", [60, "60", "60s", "1m", "1 min", "1.0m"])
@@ -197,3 +201,54 @@ def test_the_command_says_what_it_makes_of_the_time(
     assert "--time is too short" in capsys.readouterr().err
     assert machine.now > before
     assert not (tmp_path / "no").exists()
+
+
+UNET = SongUNetConfig(base_channels=64, multipliers=(1, 2, 2), blocks=1, dropout=0.0)
+
+
+@pytest.mark.parametrize(("step", "width"), [(0.1, None), (0.59, None), (0.61, 32)])
+def test_a_u_net_is_halved_if_the_time_allows_fewer_than_a_thousand_steps(step: float, width: int | None) -> None:
+    costs = Costs(setup=1.0, step=step, picture=1.0, checkpoint=0.1)
+    recipe = dataclasses.replace(TINY, network=UNET)
+    found = narrowed(recipe, 590.0, costs)
+    if width is None:
+        assert found is None
+    else:
+        assert found == dataclasses.replace(recipe, network=dataclasses.replace(UNET, base_channels=width))
+    # A perceptron has another unit of width, and is fast.
+    assert narrowed(TINY, 590.0, costs) is None
+
+
+def test_the_narrowest_u_net_has_16_base_channels() -> None:
+    costs = Costs(setup=1.0, step=10.0, picture=1.0, checkpoint=0.1)
+    recipe = dataclasses.replace(TINY, network=UNET)
+    widths = list[int]()
+    while (narrower := narrowed(recipe, 60.0, costs)) is not None:
+        assert isinstance(narrower.network, SongUNetConfig)
+        widths.append(narrower.network.base_channels)
+        recipe = narrower
+    assert widths == [32, 16]
+
+
+def test_a_run_that_chooses_its_recipe_fits_the_width_to_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine = Machine(monkeypatch, sf.networks.SongUNet)
+    machine.row = 0.05  # a step takes 1.2 s, so three are enough to try
+    images = torch.randint(0, 256, (8, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "images.npy", images.numpy())
+    run = sf.train(images, out=tmp_path / "run", time=300, device="cpu", stop=lambda: True)
+    assert isinstance(run.config.recipe.network, SongUNetConfig)
+    assert run.config.recipe.network.base_channels == 16
+    # Both networks were tried; the steps are those of the narrow one.
+    assert 2 * 3 * 3 * 8 * machine.row < machine.now < 30
+    # A recipe, or a network that the command names, stays as it is.
+    recipe = recipe_for(as_image_set("images", images), accelerated=False)
+    plan = make_plan(as_image_set("images", images), recipe, device="cpu")
+    assert plan.within(300, "cpu").config.recipe.network == recipe.network
+    for flags, words in (((), "16 base channels instead of 32"), (("--network.base-channels", "32"), "")):
+        out = str(tmp_path / f"out{len(flags)}")
+        assert status("train", str(tmp_path / "images.npy"), "--time", "300s", *flags, "--out", out, "--dry-run") == 0
+        told = " ".join(capsys.readouterr().out.split())
+        assert words in told
+        assert ("network:" in told) == (words != "")

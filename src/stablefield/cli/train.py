@@ -33,7 +33,7 @@ from stablefield.training._fully_sharded import shards
 from stablefield.training._observers import FrechetObserver, Reading, SelfCheck, check_samples
 from stablefield.training._pace import clock
 from stablefield.training._plan import Plan, make_plan, place
-from stablefield.training._recipe import Recipe
+from stablefield.training._recipe import Recipe, SongUNetConfig
 from stablefield.training._recipes import RECIPES
 from stablefield.training._run import Run
 from stablefield.training._run_config import RunConfig
@@ -61,7 +61,8 @@ class Train(TrainingFlags):
     """Of latents of images: the autoencoder's folder or name on a hub, if it has moved. It decodes the run's pictures."""
     time: str = ""
     """Time that the command may take, such as 90s, 10m or 2h, in place of --steps. A few trial steps show how many steps
-    that is; the ramp of the learning rate, the averages, pictures and checkpoints follow, and the run keeps its pace."""
+    that is; the ramp of the learning rate, the averages, pictures and checkpoints follow, and the run keeps its pace.
+    A U-Net becomes narrower if the time is short for it, unless --recipe, --init or a flag of the network is given."""
     held_out: Annotated[str, tyro.conf.arg(metavar="SHARE|DATA")] = ""
     """Do not train on these: a share of the data, such as 0.05, or other data of the same kind. Logs the loss on them at
     fixed noise, and keeps the checkpoint with the lowest one, for --checkpoint best."""
@@ -132,7 +133,10 @@ class Train(TrainingFlags):
         if plan.config.initial is not None:
             print_rows(plan.config.initial.rows())
         if self.time:
-            plan = plan.within(max(1e-3, began + seconds_of(self.time) - clock()), found.device, self.vae)
+            left = max(1e-3, began + seconds_of(self.time) - clock())
+            fixed = [flag for flag in given(self.config.words) if flag.startswith("--network.")]
+            fit = self.recipe == "auto" and self.init is None and not fixed
+            plan = plan.within(left, found.device, self.vae, fit_width=fit)
             _print_budget(plan, found.recipe)
         if plan.config.held_out is not None:
             console.print(f"held out:   {plan.config.held_out.describe(plan.config.recipe)}", markup=False)
@@ -270,6 +274,12 @@ def _print_budget(plan: Plan, recipe: Recipe) -> None:
     """Print how a run uses its time, in comparison with the recipe."""
     found = plan.config.recipe
     left = duration(plan.seconds or 0)
+    network, usual = found.network, recipe.network
+    if isinstance(network, SongUNetConfig) and isinstance(usual, SongUNetConfig) and network != usual:
+        console.print(
+            f"network:    {network.base_channels} base channels instead of {usual.base_channels}, to take more steps in "
+            "this time (to choose: --network.base-channels)"
+        )
     console.print(f"time:       {left} left, for about {found.steps:,} steps (the recipe: {recipe.steps:,})")
     looks = f"a picture every {found.sample_every:,} steps" if found.sample_every else "one picture, at the end"
     if found.sample_every >= found.steps:

@@ -8,9 +8,9 @@ from stablefield._shapes import number
 from stablefield.training._estimate import Estimate
 from stablefield.training._held_out import HeldOut
 from stablefield.training._pace import FREE, Costs
-from stablefield.training._recipe import Recipe
+from stablefield.training._recipe import Recipe, SongUNetConfig
 
-__all__ = ["PICTURE", "costs_of", "seconds_of", "within"]
+__all__ = ["PICTURE", "costs_of", "narrowed", "seconds_of", "within"]
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86_400.0}
 PICTURE = 64
@@ -23,6 +23,9 @@ _WRITTEN = 2e8
 _LOOKING, _SAVING, _LOOKS, _SAVES, _EARLY = 0.05, 0.02, 8, 10, 4
 # Shares of the images: for the ramp of the learning rate and the half-life of the averages, at most.
 _RAMP, _HALF_LIFE = 0.05, 0.05
+# Steps below which a network of half the width makes better pictures, and the width of the narrowest one. Measured by
+# benchmarks/time_budget.py.
+_STEPS, _NARROWEST = 1000, 16
 
 
 def seconds_of(given: str | float) -> float:
@@ -52,6 +55,20 @@ def costs_of(recipe: Recipe, estimate: Estimate) -> Costs:
         checkpoint=estimate.state_bytes / _WRITTEN,
         row=row,
     )
+
+
+def narrowed(recipe: Recipe, seconds: float, costs: Costs) -> Recipe | None:
+    """The recipe with half the width of its U-Net, if the time allows too few steps of it.
+
+    Returns:
+        None if the time allows enough steps, or the network is as narrow as it may be, or no `SongUNet`.
+    """
+    network = recipe.network
+    if not isinstance(network, SongUNetConfig) or network.base_channels < 2 * _NARROWEST:
+        return None
+    if seconds >= _STEPS * costs.step:
+        return None
+    return replace(recipe, network=replace(network, base_channels=network.base_channels // 2))
 
 
 def within(recipe: Recipe, seconds: float, costs: Costs, held_out: HeldOut | None = None) -> Recipe:

@@ -107,11 +107,12 @@ def train(
         if seconds is not None and steps is not None:
             raise ValueError(f"steps={steps} and time={time}: pass one of the two.")
         source = None if init is None else open_weights(init)
+        chosen = recipe is None and source is None
         with ranks.rank_0_first("to open the data"):
             data, recipe = images_and_recipe(images, labels, recipe, steps, where, source)
         plan = make_plan(data, recipe, init=init, held_out=held_out, device=where)
         if seconds is not None:
-            plan = plan.within(max(1e-3, seconds - (clock() - began)), where, vae)
+            plan = plan.within(max(1e-3, seconds - (clock() - began)), where, vae, fit_width=chosen)
     else:
         given = {"recipe": recipe, "steps": steps, "labels": labels, "init": init, "time": time, "held_out": held_out}
         if superfluous := [name for name, value in given.items() if value is not None]:
