@@ -149,10 +149,16 @@ def train(name: str, data: Tensor, setting: Setting, seed: int, seconds: float) 
     steps, order = 0, torch.empty(0, dtype=torch.int64)
     began = time.process_time()
     runner = runner_of(name, data, setting, generator)
+    ahead: deque[Tensor] = deque()
     while (spent := time.process_time() - began) < seconds:
-        if len(order) < runner.images:
-            order = torch.randperm(len(data), generator=generator)
-        index, order = order[: runner.images], order[runner.images :]
+        if not ahead:
+            while len(ahead) < runner.ahead:
+                if len(order) < runner.images:
+                    order = torch.randperm(len(data), generator=generator)
+                ahead.append(order[: runner.images])
+                order = order[runner.images :]
+            runner.prepare([(scaled(data, index), index) for index in ahead])
+        index = ahead.popleft()
         optimizer.param_groups[0]["lr"] = setting.learning_rate * learning_rate(spent / seconds)
         step_of(runner, network, optimizer, data, index)
         steps += 1
@@ -165,8 +171,13 @@ def adam(network: nn.Module, setting: Setting) -> torch.optim.Optimizer:
     return torch.optim.Adam(network.parameters(), lr=setting.learning_rate, fused=True)
 
 
+def scaled(data: Tensor, index: Tensor) -> Tensor:
+    """Rows of the data in [-1, 1]."""
+    return data[index].float() / 127.5 - 1
+
+
 def step_of(runner: Runner, network: nn.Module, optimizer: torch.optim.Optimizer, data: Tensor, index: Tensor) -> None:
-    loss = runner.loss(network, data[index].float() / 127.5 - 1, index)
+    loss = runner.loss(network, scaled(data, index), index)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP)

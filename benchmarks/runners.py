@@ -3,7 +3,8 @@
 All run through their own packages, but for immiscible noise, which no package has.
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -11,6 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 import stablefield as sf
+from stablefield.diffusion._objective import Draws, Example
 
 __all__ = ["FLOWS", "LEVERS", "OURS", "PEERS", "RUNNERS", "Levers", "Runner", "make_runner"]
 
@@ -22,9 +24,15 @@ class Runner(Protocol):
 
     Attributes:
         images: different images per step.
+        ahead: batches that `prepare` takes.
     """
 
     images: int
+    ahead: int
+
+    def prepare(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Do what several batches (x0, index) have in common; calls of `loss` with them follow, in order."""
+        ...
 
     def loss(self, network: Network, x0: Tensor, index: Tensor) -> Tensor:
         """The loss of a batch x0 (B, C, H, W) in [-1, 1], the rows `index` of the data."""
@@ -59,7 +67,49 @@ OURS = Levers(references=True, levels=(-0.4, 1.0), stratified=True, antithetic=T
 """All that helps together."""
 
 
-class Edm:
+class Separate:
+    """What batches of other packages have in common: nothing."""
+
+    ahead = 1
+
+    def prepare(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """See `Runner`."""
+
+
+class Together:
+    """Batches of an objective of ours, whose targets are computed in one call, as stablefield's trainer does on a CPU."""
+
+    ahead = 8
+
+    def __init__(self, objective: sf.Objective, batch: int, generator: Generator) -> None:
+        self._objective, self._generator = objective, generator
+        self._ready: deque[Example] = deque()
+        self.images = batch // objective.draws_per_image
+
+    def prepare(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """See `Runner`."""
+        draws_per_image = self._objective.draws_per_image
+        draws = [self._objective.draw((draws_per_image * len(x0), *x0.shape[1:]), self._generator) for x0, _ in batches]
+        x0, index = (
+            torch.cat([batch[part] for batch in batches]).repeat_interleave(draws_per_image, 0) for part in (0, 1)
+        )
+        both = Draws(torch.cat([one.t for one in draws]), torch.cat([one.noise for one in draws]))
+        whole = self._objective.example(x0, both, index=index)
+        rows = draws_per_image * self.images
+        self._ready.extend(whole[first : first + rows] for first in range(0, len(x0), rows))
+
+    def denoiser(self, network: Network) -> Network:
+        """The denoiser around the network."""
+        raise NotImplementedError
+
+    def loss(self, network: Network, x0: Tensor, index: Tensor) -> Tensor:
+        """See `Runner`."""
+        if not self._ready:
+            self.prepare([(x0, index)])
+        return self._objective.evaluate(self.denoiser(network), self._ready.popleft()).loss
+
+
+class Edm(Together):
     """EDM's preconditioning, noise levels and Heun's method, with our levers."""
 
     def __init__(self, levers: Levers, data: Tensor, batch: int, generator: Generator, *, timesteps: bool) -> None:
@@ -67,7 +117,7 @@ class Edm:
         target = stable_target(process, data) if levers.references else sf.DenoisingTarget(process)
         draws = 2 if levers.antithetic else 1
         mean, std = levers.levels
-        self._objective = sf.Objective(
+        objective = sf.Objective(
             process,
             target=target,
             noise_levels=sf.LogNormal(mean, std, stratified=levers.stratified),
@@ -75,9 +125,8 @@ class Edm:
             draws_per_image=draws,
             antithetic=levers.antithetic,
         )
-        self._generator = generator
+        super().__init__(objective, batch, generator)
         self._steps = levers.steps and timesteps
-        self.images = batch // draws
 
     def _numbered(self, network: Network) -> Network:
         if not self._steps:
@@ -85,9 +134,8 @@ class Edm:
         # EDM's grid, 0.002 to 80, has labels from -1.55 to 1.1.
         return Relabelled(network, lambda label: 999 * ((label + 1.55) / 2.65).clamp(0, 1))
 
-    def loss(self, network: Network, x0: Tensor, index: Tensor) -> Tensor:
-        denoiser = preconditioned(self._numbered(network))
-        return self._objective(denoiser, x0, index=index, generator=self._generator).loss
+    def denoiser(self, network: Network) -> Network:
+        return preconditioned(self._numbered(network))
 
     def sample(self, network: Network, noise: Tensor, evaluations: int) -> tuple[Tensor, int]:
         return edm_samples(self._numbered(network), noise, evaluations)
@@ -105,7 +153,7 @@ class Relabelled(nn.Module):
         return self._network(x, self._label(noise_label))
 
 
-class Immiscible:
+class Immiscible(Separate):
     """Immiscible diffusion (Li et al., arXiv 2406.12303) on EDM's single-sample loss.
 
     No package has it; this is our implementation of the paper's algorithm: within a batch, noise is assigned to images so
@@ -133,7 +181,7 @@ class Immiscible:
         return edm_samples(network, noise, evaluations)
 
 
-class Diffusers:
+class Diffusers(Separate):
     """The training loop of diffusers' examples, with the cosine table, and its DPM-Solver++.
 
     The solver has the options that its documentation asks for. Without `lambda_min_clipped` it begins where the cosine table
@@ -209,7 +257,7 @@ class Velocity:
         return x, 2 * steps
 
 
-class Flow(Velocity):
+class Flow(Velocity, Together):
     """Flow matching with the stable target and with our levers: stratified times and antithetic pairs.
 
     Args:
@@ -217,9 +265,9 @@ class Flow(Velocity):
     """
 
     def __init__(self, data: Tensor, batch: int, generator: Generator, *, lognormal: bool, timesteps: bool) -> None:
-        super().__init__(timesteps=timesteps)
+        Velocity.__init__(self, timesteps=timesteps)
         process = sf.RectifiedFlow()
-        self._objective = sf.Objective(
+        objective = sf.Objective(
             process,
             target=stable_target(process, data),
             noise_levels=sf.LogNormal(0.0, 1.0, stratified=True)
@@ -229,16 +277,14 @@ class Flow(Velocity):
             draws_per_image=2,
             antithetic=True,
         )
-        self._generator = generator
-        self.images = batch // 2
+        Together.__init__(self, objective, batch, generator)
 
-    def loss(self, network: Network, x0: Tensor, index: Tensor) -> Tensor:
+    def denoiser(self, network: Network) -> Network:
         # FlowPreconditioning has the same times and velocity.
-        denoiser = sf.Denoiser(Relabelled(network, self.label), sf.FlowPreconditioning())
-        return self._objective(denoiser, x0, index=index, generator=self._generator).loss
+        return sf.Denoiser(Relabelled(network, self.label), sf.FlowPreconditioning())
 
 
-class TorchCfm(Velocity):
+class TorchCfm(Velocity, Separate):
     """torchcfm's flow matching.
 
     Args:

@@ -10,9 +10,11 @@ step_gpu.json where there is one.
 import argparse
 import dataclasses
 import itertools
+import math
 import statistics
 import sys
 import time
+from unittest import mock
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from stablefield.data._image_set import ImageSet
 from stablefield.data._source import open_images
+from stablefield.training import _target_blocks
 from stablefield.training._allocator import keep_freed_memory
 from stablefield.training._feed import Feed
 from stablefield.training._placement import resolve_band
@@ -57,8 +60,14 @@ def wait(device: torch.device) -> None:
 
 
 def speed(found: Stepper, batch: int, steps: int, device: torch.device, warm: int = 2) -> dict[str, float]:
-    """Images per second, from the median step, and the target's share of the time."""
+    """Images per second, from the median step, and the target's share of the time.
+
+    Where several steps share a call of the target, from the mean over the steps of whole calls.
+    """
     seconds: list[float] = []
+    together = found.steps_together
+    if together > 1:
+        warm, steps = together, math.ceil(steps / together) * together
     before = 0.0
     for step in range(warm + steps):
         if step == warm:
@@ -68,7 +77,7 @@ def speed(found: Stepper, batch: int, steps: int, device: torch.device, warm: in
         found.take(step)
         wait(device)
         seconds.append(time.perf_counter() - start)
-    middle = statistics.median(seconds[warm:])
+    middle = statistics.median(seconds[warm:]) if together == 1 else statistics.fmean(seconds[warm:])
     share = (found.target_watch.seconds() - before) / sum(seconds[warm:])
     return {"seconds": middle, "images_per_second": batch / middle, "target_share": share}
 
@@ -116,6 +125,8 @@ def main() -> None:
     if device.type == "cpu":
         measure("float32, freed memory given back", recipe)
         keep_freed_memory()  # as the command does
+        with mock.patch.object(_target_blocks, "_STEPS", 1):
+            measure("float32, each step's target by itself", recipe)
     for precision, compiled in itertools.product(("float32", "bf16"), (False, True) if options.compile else (False,)):
         name = precision + (", compiled" if compiled else "")
         measure(name, dataclasses.replace(recipe, precision=precision, compile=compiled))

@@ -152,6 +152,27 @@ def test_the_exact_network_has_the_least_loss(
         assert abs(step * (low - high) / (low + high - 2 * middle) / 2) < 0.03
 
 
+@pytest.mark.parametrize("name", [*runners.LEVERS, *runners.FLOWS])
+def test_batches_whose_targets_are_computed_together_have_the_losses_of_each(name: str, band: Any, monkeypatch) -> None:
+    monkeypatch.setattr(runners.sf, "pick_noise_band", lambda _: band)
+    images = gaussian_images(2000)
+    network = Exact(name, MEAN + 0.1, SPREAD, timesteps=False)
+    together, alone = (
+        race.make_runner(name, images, 12, Generator().manual_seed(5), timesteps=False) for _ in range(2)
+    )
+    count = together.images
+    order = torch.randperm(2000, generator=Generator().manual_seed(6))
+    batches = [(race.scaled(images, index), index) for index in order[: 3 * count].split(count)]
+    together.prepare(batches)
+    seeds = iter((7, 7, 8, 8, 9, 9))
+    for x0, index in batches:
+        found: list[float] = []
+        for runner in together, alone:
+            torch.manual_seed(next(seeds))  # torchcfm draws from it
+            found.append(runner.loss(network, x0, index).item())
+        assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 @pytest.mark.parametrize("name", runners.RUNNERS)
 def test_one_image_is_learned_exactly(name: str) -> None:
     images = torch.full((64, *SHAPE), 153, dtype=torch.uint8)  # 0.2

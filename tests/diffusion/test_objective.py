@@ -11,6 +11,7 @@ import torch
 
 import stablefield as sf
 from stablefield.diffusion._noise_levels import NoiseLevels
+from stablefield.diffusion._objective import Draws
 
 PROCESSES = [sf.EDM(), sf.VE(), sf.VP(), sf.Cosine(), sf.RectifiedFlow()]
 WEIGHTINGS = [sf.EDMWeighting(), sf.SNRWeighting(), sf.FlowWeighting()]
@@ -457,6 +458,27 @@ def test_the_value_is_a_function_of_the_generator_alone(references):
     torch.manual_seed(99)
     assert same(value(3), one)
     assert not same(value(4), one)
+
+
+def test_one_call_for_several_batches_is_cut_into_their_examples():
+    data = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(50) % 2
+    target = sf.StableTarget(sf.EDM(), references=sf.Pool(data, labels=labels))
+    objective = sf.Objective(sf.EDM(), target=target, label_dropout=0.4)
+    generator = torch.Generator().manual_seed(1)
+    batches = torch.randperm(50, generator=generator)[:24].split(8)
+    draws = [objective.draw((8, 3), generator, labelled=True) for _ in batches]
+    index = torch.cat(batches)
+    joined = Draws(*(torch.cat([getattr(one, name) for one in draws]) for name in ("t", "noise", "hidden")))
+    whole = objective.example(data[index], joined, labels[index], index)
+    for number, rows in enumerate(batches):
+        found = whole[8 * number : 8 * number + 8]
+        truth = objective.example(data[rows], draws[number], labels[rows], rows)
+        for name in "x", "noise_level", "seen":
+            assert torch.equal(getattr(found, name), getattr(truth, name))
+        for name in "x0", "variance", "ess", "source_weight", "noise", "score", "v", "source", "x_t", "t":
+            torch.testing.assert_close(getattr(found.target, name), getattr(truth.target, name), rtol=1e-5, atol=1e-6)
+        assert (found.weight, found.target.process) == (None, sf.EDM())
 
 
 def test_without_a_generator_torchs_global_one_is_used():

@@ -17,9 +17,12 @@ import stablefield as sf
 from forks import COMMAND, Fork
 from stablefield.data._digits import open_digits
 from stablefield.data._image_set import ImageSet, Origin, make_image_set
+from stablefield.diffusion._noise_levels import LogNormal
 from stablefield.diffusion._objective import Draws
+from stablefield.training import _target_blocks
 from stablefield.training._allocator import keep_freed_memory
 from stablefield.training._cuda_graph import _layout, _tensors, mapped
+from stablefield.training._estimate import estimate_run
 from stablefield.training._feed import Feed
 from stablefield.training._loop import fit
 from stablefield.training._meter import BINS, Meter, Stopwatch, bin_edges
@@ -27,7 +30,8 @@ from stablefield.training._recipe import MLPConfig, Recipe, SongUNetConfig
 from stablefield.training._recipes import CIFAR10_EDM, DIGITS
 from stablefield.training._run_config import RunConfig
 from stablefield.training._run_folder import RunFolder
-from stablefield.training._stepper import Stepper, band_capacity
+from stablefield.training._stepper import Stepper
+from stablefield.training._target_blocks import band_capacity, steps_together
 
 CPU = torch.device("cpu")
 SMALL = dataclasses.replace(
@@ -87,6 +91,104 @@ def test_losses_do_not_depend_on_the_parts_of_a_step(digits: ImageSet, change: d
         assert losses(dataclasses.replace(recipe, gradient_accumulation_steps=parts), digits, 4) == pytest.approx(
             whole, rel=1e-4
         )
+
+
+SOME = LogNormal().quantile(torch.tensor([0.9], dtype=torch.float64), sf.EDM()).item()
+"""A noise band with a tenth of the rows."""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"conditional": True, "label_dropout": 0.3},
+        {"network": TINY_UNET, "augmentation": 0.3, "gradient_accumulation_steps": 5},
+        {**PAIRS, "mirror": True},
+    ],
+)
+def test_targets_of_several_steps_in_one_call_are_those_of_each(
+    digits: ImageSet, change: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = dataclasses.replace(SMALL, noise_band=SOME, **change)
+    calls = list[int]()
+    call = sf.StableTarget.__call__
+
+    def counted(target: sf.StableTarget, x0: torch.Tensor, *given: object, **more: object) -> sf.Target:
+        calls.append(len(x0))
+        return call(target, x0, *given, **more)
+
+    monkeypatch.setattr(sf.StableTarget, "__call__", counted)
+    together = stepper(recipe, digits)
+    assert together.steps_together == 16  # of 3.6 rows each
+    found = [part for step in range(20) for part in together.examples(step)]
+    assert calls == [16 * 36, 16 * 36]
+    with monkeypatch.context() as patch:
+        patch.setattr(_target_blocks, "_STEPS", 1)
+        one = stepper(recipe, digits)
+    alone = [part for step in range(20) for part in one.examples(step)]
+    parts = recipe.gradient_accumulation_steps
+    assert len(calls) == 2 + 20 * parts
+    assert len(found) == len(alone) == 20 * parts
+    removed = 0.0
+    for (example, augment_labels), (expected, expected_labels) in zip(found, alone, strict=True):
+        for name in "x", "noise_level", "seen":
+            value = getattr(expected, name)
+            assert getattr(example, name) is None if value is None else torch.equal(getattr(example, name), value)
+        assert augment_labels is None if expected_labels is None else torch.equal(augment_labels, expected_labels)
+        for name in "x0", "variance", "source_weight":
+            torch.testing.assert_close(
+                getattr(example.target, name), getattr(expected.target, name), rtol=1e-4, atol=1e-5
+            )
+        removed += float(example.target.variance.sum())
+    assert removed > 0
+    # A resumed run begins within a block, with the same bits.
+    resumed = stepper(recipe, digits)
+    for step in 13, 18:
+        for (example, _), (expected, _) in zip(
+            resumed.examples(step), found[parts * step : parts * (step + 1)], strict=True
+        ):
+            assert torch.equal(example.target.x0, expected.target.x0)
+            assert torch.equal(example.x, expected.x)
+
+
+def test_so_many_steps_share_a_call_that_64_rows_are_in_the_band(digits: ImageSet) -> None:
+    def steps(shape: tuple[int, ...] = (1, 8, 8), device: torch.device = CPU, **change: object) -> int:
+        recipe = dataclasses.replace(SMALL, **{"noise_band": SOME, **change})
+        feed = Feed(digits, recipe, CPU, labelled=False, placement="resident")
+        return steps_together(recipe, shape, device, feed)
+
+    assert steps(batch=128) == 5  # 12.8 rows each
+    assert steps(batch=640) == steps(batch=36, noise_band=0.0, shape=(1, 600, 600)) == 1
+    assert steps(batch=36, noise_band=0.0) == 2
+    # At most 32 MiB of float32 rows.
+    assert steps(batch=64, shape=(3, 128, 128)) == 2
+    # Where there is nothing to gain, or what is drawn depends on the steps before.
+    assert steps(target="dsm") == steps(references=64) == steps(importance_sampling=True) == 1
+    assert steps(device=torch.device("cuda")) == 1
+
+
+def test_the_trial_of_a_step_has_its_share_of_a_target_for_several(
+    digits: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def delay(kind: type, name: str, seconds: float) -> None:
+        call = getattr(kind, name)
+
+        def delayed(*given: object, **more: object) -> object:
+            now[0] += seconds
+            return call(*given, **more)
+
+        monkeypatch.setattr(kind, name, delayed)
+
+    delay(sf.StableTarget, "__call__", 8.0)
+    delay(sf.networks.MLP, "forward", 1.0)
+    for change, target in ({}, 8 / 16), ({"references": 64}, 8.0):
+        recipe = dataclasses.replace(SMALL, noise_band=SOME, **change)
+        found = estimate_run(configured(recipe, digits), digits, CPU)
+        assert found.target_seconds == pytest.approx(target)
+        assert found.seconds_per_step == pytest.approx(1 + target)
 
 
 def test_the_draws_of_an_image_are_rows_beside_each_other(digits: ImageSet) -> None:

@@ -114,6 +114,11 @@ class Example:
     target: Target
     weight: Tensor | None = None
 
+    def __getitem__(self, rows: slice) -> "Example":
+        """The example of a part of the batch, such as one of several batches whose target one call computed."""
+        seen, weight = (None if value is None else value[rows] for value in (self.seen, self.weight))
+        return Example(self.x[rows], self.noise_level[rows], seen, self.target[rows], weight)
+
 
 @dataclass(frozen=True)
 class Objective:

@@ -10,7 +10,7 @@ Every common regression target is affine in the target for x0, so one of them se
 | velocity | $\dot\alpha \hat x_0 + \dot\sigma \hat\varepsilon$                    |
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -75,6 +75,11 @@ class Target:
     t: Tensor
     kernel: PerturbationKernel = field(default_factory=GaussianKernel)
     given_noise: Tensor | None = None
+
+    def __getitem__(self, rows: slice) -> "Target":
+        """The target of a part of the batch."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return replace(self, **{name: value[rows] for name, value in values.items() if isinstance(value, Tensor)})
 
     @property
     def source_noise(self) -> Tensor:

@@ -1,6 +1,7 @@
 """Estimate what a run would cost, from a few trial steps that are discarded."""
 
 import resource
+import statistics
 import sys
 import time
 from contextlib import closing
@@ -120,7 +121,10 @@ def estimate_run(config: RunConfig, data: ImageSet, device: torch.device, done: 
 
 
 def _timed(stepper: Stepper, device: torch.device) -> tuple[float, float]:
-    """Seconds per step, and for its noise and target: the median over a few steps."""
+    """Seconds per step, and for its noise and target: the median over a few steps.
+
+    Of a target that is computed for several steps together, each step has its share.
+    """
     times, ranks = list[tuple[float, float]](), Ranks.launched(device)
     for step in range(MOST):
         enough = sum(taken for taken, _ in times) > ENOUGH
@@ -132,7 +136,14 @@ def _timed(stepper: Stepper, device: torch.device) -> tuple[float, float]:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append((time.perf_counter() - began, stepper.target_watch.seconds() - target_began))
-    return sorted(times[1:])[len(times[1:]) // 2]
+    together = stepper.steps_together
+    if together == 1:
+        return sorted(times[1:])[len(times[1:]) // 2]
+    network = statistics.median(taken - target for taken, target in times[1:])
+    began = stepper.target_watch.seconds()
+    list(stepper.examples(MOST * together))
+    target = (stepper.target_watch.seconds() - began) / together
+    return network + target, target
 
 
 def _peak(device: torch.device) -> int:

@@ -10,11 +10,12 @@ With `exact`, one all-reduce after the pass sums all gradients in the order of t
 version of torch. With `fsdp`, each process holds a part of all that training changes (`_fully_sharded`). A resumed run
 repeats each of the three bit for bit.
 
+On a CPU the targets of several steps are computed together (`_target_blocks`).
+
 On a GPU a compiled step is replayed as two CUDA graphs: one prepares the example with its target, one computes the loss and
 its gradient. Python then no longer limits the speed of a small network, and a target takes only the time of its arithmetic.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -38,11 +39,11 @@ from stablefield.training._feed import Feed
 from stablefield.training._fully_sharded import own_part, shards
 from stablefield.training._meter import Stopwatch
 from stablefield.training._model import untrained
-from stablefield.training._recipe import Recipe
 from stablefield.training._run_config import RunConfig
 from stablefield.training._seeding import Purpose, generator_for, seed_for
+from stablefield.training._target_blocks import Inputs, band_capacity, joined, steps_together
 
-__all__ = ["Stepper", "band_capacity"]
+__all__ = ["Stepper"]
 
 
 class Stepper:
@@ -56,6 +57,7 @@ class Stepper:
     Attributes:
         trained: the state that every step changes.
         target_watch: the stopwatch for noise and targets.
+        steps_together: number of steps whose targets are computed in one call.
     """
 
     def __init__(self, config: RunConfig, feed: Feed, accelerator: Accelerator) -> None:
@@ -84,6 +86,8 @@ class Stepper:
                 assert isinstance(pixels, Tensor)
                 feed.whole.matrix(pixels.device).norms(torch.float32)
             self._graphs = CudaGraph(self._example, self._device), CudaGraph(self._loss_and_gradient, self._device)
+        self.steps_together = steps_together(recipe, config.shape, self._device, feed)
+        self._prepared: dict[int, list[tuple[Example, Tensor | None]]] = {}
         self.target_watch = Stopwatch(self._device)
 
     def take(self, step: int) -> list[ObjectiveValue]:
@@ -124,6 +128,39 @@ class Stepper:
 
     def examples(self, step: int) -> Iterator[tuple[Example, Tensor | None]]:
         """This process's prepared parts of the batch of `step`, each with its augmentation labels."""
+        if self.steps_together > 1:
+            if step not in self._prepared:
+                first = step - step % self.steps_together
+                self._prepared = self._prepare(range(first, first + self.steps_together))
+            yield from self._prepared[step]
+            return
+        for pool, inputs, augment_labels in self._inputs(step):
+            self.target_watch.start()
+            example = self._example
+            if self._graphs is not None and pool is self._feed.whole:
+                example = self._graphs[0]
+            prepared = example(pool, *inputs)
+            self.target_watch.stop()
+            yield prepared, augment_labels
+
+    def _prepare(self, steps: range) -> dict[int, list[tuple[Example, Tensor | None]]]:
+        """The examples of several steps, by one call of the target."""
+        found = [(step, *part) for step in steps for part in self._inputs(step)]
+        if not found:  # a process without rows
+            return {step: [] for step in steps}
+        self.target_watch.start()
+        whole = self._example(found[0][1], *joined([inputs for _, _, inputs, _ in found]))
+        prepared: dict[int, list[tuple[Example, Tensor | None]]] = {step: [] for step in steps}
+        first = 0
+        for step, _, inputs, augment_labels in found:
+            rows = slice(first, first + len(inputs.x0))
+            prepared[step].append((whole[rows], augment_labels))
+            first = rows.stop
+        self.target_watch.stop()
+        return prepared
+
+    def _inputs(self, step: int) -> Iterator[tuple[References, Inputs, Tensor | None]]:
+        """The references, the inputs of `_example` and the augmentation labels of this process's parts of a batch."""
         recipe, device = self._recipe, self._device
         generator = generator_for(recipe.seed, Purpose.OBJECTIVE, step, device)
         self.target_watch.start()
@@ -150,12 +187,8 @@ class Stepper:
                     augment_labels = parameters.labels.to(device, non_blocking=True)
                 elif not self._feed.drawn:
                     x0 = flip(x0, flips)
-            example = self._example
-            if self._graphs is not None and rows.pool is self._feed.whole:
-                example = self._graphs[0]
-            prepared = example(rows.pool, x0, draws[part], rows.labels, rows.index, flips, source_only)
             self.target_watch.stop()
-            yield prepared, augment_labels
+            yield rows.pool, Inputs(x0, draws[part], rows.labels, rows.index, flips, source_only), augment_labels
 
     def gradient(self, step: int) -> Tensor:
         """The gradient of the batch of `step` at the current weights, in evaluation mode, as one vector."""
@@ -318,20 +351,3 @@ class Stepper:
             else:
                 decay_now = decay
             update_ema(average, model, decay_now)
-
-
-def band_capacity(recipe: Recipe) -> int | None:
-    """Rows that a recorded target computes in each part of a batch: as many as the noise band ever holds; None for all.
-
-    It is the expected number and six standard deviations, which not one batch in ten million exceeds. Even then the target
-    stays unbiased, because noise levels alone choose the rows.
-    """
-    assert recipe.noise_band != "auto"
-    middles = (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096
-    levels = recipe.process.noise_level(recipe.noise_levels.quantile(middles, recipe.process))
-    share = float((levels >= recipe.noise_band).double().mean())
-    rows = -(-recipe.batch // recipe.gradient_accumulation_steps)
-    # An antithetic pair is in the band with both of its rows or with none.
-    draws = rows * share + 6 * math.sqrt((2 if recipe.antithetic else 1) * rows * share * (1 - share))
-    capacity = 8 * math.ceil((draws + 1) / 8)
-    return None if capacity >= rows else capacity
