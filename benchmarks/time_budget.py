@@ -1,6 +1,7 @@
 """What `stablefield train DATA --time 10m` makes of its time, with networks of several widths.
 
-    python benchmarks/time_budget.py fashion-mnist cifar-10 --time 10m --widths 16 32 64
+    python benchmarks/time_budget.py fashion-mnist --time 10m --widths 16 32 64
+    python benchmarks/time_budget.py cifar-10 --time 10m --widths 8 16 32 --out time_budget_cifar10
 
 Each DATA is trained once with each width of the recipe's U-Net, by the command itself, in a process of its own, one after
 the other: leave the machine alone meanwhile. Seconds are those of the whole command. The samples, 1,000 of the averaged

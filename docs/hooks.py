@@ -16,6 +16,7 @@ mkdocs calls the functions named `on_...`. On a page, a comment on its own line 
     <!-- samplers -->                               the table of results/samplers.json
     <!-- race digits -->                            results/race_digits.json, distances of all runners at each time
     <!-- race fashion_mnist -->                     results/race_fashion_mnist.json, the same
+    <!-- race cifar10 -->                           results/race_cifar10.json, the same
     <!-- verbs -->                                  the verbs of the command and their flags, from its flags.json
 """
 
@@ -45,6 +46,7 @@ __all__ = [
     "on_post_page",
     "on_post_template",
     "own_weight",
+    "race_cifar10",
     "race_digits",
     "race_fashion_mnist",
     "samplers",
@@ -74,6 +76,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         "gpu proof flow": gpu_proof_flow,
         "samplers": samplers,
         "race digits": race_digits,
+        "race cifar10": race_cifar10,
         "race fashion_mnist": race_fashion_mnist,
         "verbs": verbs,
     }
@@ -297,6 +300,8 @@ RUNNERS = {
     "torchcfm": "torchcfm, independent pairs",
     "torchcfm-stf": "stable target in the loop of torchcfm",
     "torchcfm-ot": "torchcfm, optimal transport",
+    "ours-flow": "stable target, flow matching, all levers",
+    "ours-flow-lognormal": "stable target, flow matching, all levers, logit-normal times",
 }
 
 
@@ -308,6 +313,11 @@ def race_digits() -> str:
 def race_fashion_mnist() -> str:
     """The committed race on Fashion-MNIST."""
     return _race("race_fashion_mnist")
+
+
+def race_cifar10() -> str:
+    """The committed race on CIFAR-10."""
+    return _race("race_cifar10")
 
 
 def _race(name: str) -> str:
