@@ -332,6 +332,7 @@ def edm_samples(network: Network, noise: Tensor, evaluations: int) -> tuple[Tens
 
 LEVERS: dict[str, Levers] = {
     "ours": OURS,
+    "ours-wide": replace(OURS, levels=(0.0, 1.4)),
     "ours-steps": replace(OURS, steps=True),
     "edm": Levers(),
     "stf": Levers(references=True),
