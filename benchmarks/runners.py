@@ -49,6 +49,7 @@ class Levers:
 
     Attributes:
         references: the whole data set as references of the stable target, instead of the single sample.
+        size: with `references`, draw so many of them for every eight batches; None for all.
         levels: mean and standard deviation of ln sigma.
         stratified: stratify the noise levels of a batch.
         antithetic: make pairs of opposite noise of half as many images.
@@ -57,6 +58,7 @@ class Levers:
     """
 
     references: bool = False
+    size: int | None = None
     levels: tuple[float, float] = (-1.2, 1.2)
     stratified: bool = False
     antithetic: bool = False
@@ -94,7 +96,7 @@ class Together:
             torch.cat([batch[part] for batch in batches]).repeat_interleave(draws_per_image, 0) for part in (0, 1)
         )
         both = Draws(torch.cat([one.t for one in draws]), torch.cat([one.noise for one in draws]))
-        whole = self._objective.example(x0, both, index=index)
+        whole = self._objective.example(x0, both, index=index, generator=self._generator)
         rows = draws_per_image * self.images
         self._ready.extend(whole[first : first + rows] for first in range(0, len(x0), rows))
 
@@ -114,7 +116,7 @@ class Edm(Together):
 
     def __init__(self, levers: Levers, data: Tensor, batch: int, generator: Generator, *, timesteps: bool) -> None:
         process = sf.EDM()
-        target = stable_target(process, data) if levers.references else sf.DenoisingTarget(process)
+        target = stable_target(process, data, levers.size) if levers.references else sf.DenoisingTarget(process)
         draws = 2 if levers.antithetic else 1
         mean, std = levers.levels
         objective = sf.Objective(
@@ -308,9 +310,9 @@ class TorchCfm(Velocity, Separate):
         return (network(x_t, self.label(t)) - velocity).square().mean()
 
 
-def stable_target(process: sf.Process, data: Tensor) -> sf.StableTarget:
-    """The stable target with the whole data set as references."""
-    pool = sf.Pool(data)
+def stable_target(process: sf.Process, data: Tensor, size: int | None = None) -> sf.StableTarget:
+    """The stable target with the whole data set as references, or a number of them drawn for each call."""
+    pool = sf.Pool(data, None if size is None else min(size, len(data)))
     return sf.StableTarget(process, references=pool, noise_band=sf.pick_noise_band(pool).level)
 
 
@@ -333,6 +335,7 @@ def edm_samples(network: Network, noise: Tensor, evaluations: int) -> tuple[Tens
 LEVERS: dict[str, Levers] = {
     "ours": OURS,
     "ours-wide": replace(OURS, levels=(0.0, 1.4)),
+    "ours-wide-4096": replace(OURS, levels=(0.0, 1.4), size=4096),
     "ours-steps": replace(OURS, steps=True),
     "edm": Levers(),
     "stf": Levers(references=True),
