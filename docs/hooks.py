@@ -327,7 +327,10 @@ def _race(name: str) -> str:
     record = _record(name)
     rows = [row for row in record["rows"] if "error" not in row]
     times = sorted({row["seconds"] for row in rows})
-    seeds = len({row["seed"] for row in rows})
+    seeds = {
+        runner: len({row["seed"] for row in rows if row["runner"] == runner}) for runner in {r["runner"] for r in rows}
+    }
+    many = " or ".join(map(str, sorted(set(seeds.values()))))
     parts: list[str] = []
     for evaluations in sorted({row["evaluations"] for row in rows}, reverse=True):
         found: dict[str, dict[float, list[float]]] = {}
@@ -346,7 +349,7 @@ def _race(name: str) -> str:
             for runner in sorted(last, key=last.__getitem__)
         ]
         parts += [
-            f"Distances at {evaluations} evaluations of the network, means over {seeds} seeds (least to most):",
+            f"Distances at {evaluations} evaluations of the network, means over {many} seeds (least to most):",
             _table(("loss", *(f"{t:g} s" for t in times)), lines, record if evaluations == 10 else None),
         ]
         if len(times) > 1:
