@@ -284,7 +284,7 @@ def samplers() -> str:
 RUNNERS = {
     "ours": "stable target and all levers",
     "ours-wide": "stable target and all levers, ln sigma ~ N(0, 1.4²)",
-    "ours-wide-4096": "the same with 4,096 references",
+    "ours-wide-4096": "stable target of 4,096 references and all levers, ln sigma ~ N(0, 1.4²)",
     "ours-steps": "stable target, all levers, noise labels from 0 to 999",
     "stf": "stable target alone",
     "stf-stratified": "stable target, stratified noise levels",

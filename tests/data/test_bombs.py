@@ -80,8 +80,9 @@ def claimed(where):
     yield "npy image", where / "d.npy", {}, "up to 89,478,485 pixels", 64
     yield "safetensors header", bombs.safetensors(where / "h", packed.ljust(99_000_000, b"[")), {}, "its header has", 64
     lists = packed + b"[" + b"[]," * (2**22 // 3 - 60) + b"[]]}"
-    # 1.4 million lists of Python take 64 bytes each, and as much again while they are read.
-    yield "safetensors lists", bombs.safetensors(where / "l", lists), {}, "damaged or foreign", 250
+    yield "safetensors lists", bombs.safetensors(where / "l", lists), {}, "its header has 1,398,0.* lists", 64
+    lists = packed + b"[" + b"[]," * 499_990 + b"[]]}"
+    yield "fewer safetensors lists", bombs.safetensors(where / "f", lists), {}, "its manifest says", 128
     lists = b'{"labels": [' + b"{}," * (2**22 // 3 - 10) + b"{}]}"
     yield (
         "dataset.json lists",

@@ -39,6 +39,10 @@ _WHOLE = {"I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "U8": np.dtype("u1")}
 SAFETENSORS_LIMIT = 100_000_000
 """The longest header that safetensors itself accepts, in bytes."""
 
+# Lists and objects in a header, each of which takes far more memory than its text. A header of the longest length that
+# names skipped files such as "a[1].png" has fewer brackets.
+_NESTED = 500_000
+
 
 def pack(images: ImageSet, destination: str | Path, *, overwrite: bool = False) -> Path:
     """Write an image set as one memory-mappable file.
@@ -215,6 +219,9 @@ def read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], int]:
     text = file.read(length)
     if len(text) < length:
         raise _damaged(path, f"its header should have {length:,} bytes, but has {len(text):,}")
+    nested = text.count(b"[") + text.count(b"{")
+    if nested > _NESTED:
+        raise _damaged(path, f"its header has {nested:,} lists and objects, above {_NESTED:,}")
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
