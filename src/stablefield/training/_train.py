@@ -81,7 +81,7 @@ def train(
             with the averaged weights, and keeps the checkpoint with the lowest one.
         steps: training steps, in place of the recipe's.
         time: time that the call may take, such as 600, "10m" or "2h", in place of `steps`; `Plan.within` says what it
-            determines.
+            determines. Without `recipe` and `init`, it also determines the width of a U-Net.
         vae: the autoencoder's place, if it has moved, of latents of images; it decodes the run's pictures.
         device: where to compute; a GPU if there is one.
         tracker: mirror metrics.jsonl to "tensorboard" or "wandb".
