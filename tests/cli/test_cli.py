@@ -37,7 +37,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "digits"
     # In few steps as good as in twice as many by the recipe's own learning rate and average.
     quick = ("--steps", "350", "--learning-rate", "0.003", "--ema-half-life", "2500")
-    assert status("train", "digits", *quick, "--network.width", "256", "--out", str(path)) == 0
+    network = ("--network.width", "256", "--network.depth", "2")
+    assert status("train", "digits", *quick, *network, "--out", str(path)) == 0
     return path
 
 

@@ -23,6 +23,12 @@ def status(*arguments: str) -> int:
     return code
 
 
+@pytest.fixture
+def few_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what is said and not of how exactly the variance of a whole batch is known."""
+    monkeypatch.setattr("stablefield.probing._batch._MOST", 8)
+
+
 @pytest.fixture(scope="module")
 def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ninety small images of three classes."""
@@ -58,7 +64,7 @@ def test_a_probe_leaves_numbers_pictures_and_a_report(probed: Path) -> None:
     assert "stablefield probe" in page
 
 
-@pytest.mark.usefixtures("without_charts")
+@pytest.mark.usefixtures("without_charts", "few_batches")
 def test_pictures_of_many_sizes_are_probed_as_train_would_take_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,7 +100,7 @@ def test_the_json_and_the_table_hold_the_same_numbers(probed: Path) -> None:
     assert 0 < record["advice"]["share_of_batch_in_band"] < 1
 
 
-@pytest.mark.usefixtures("without_charts")
+@pytest.mark.usefixtures("without_charts", "few_batches")
 def test_the_advice_is_a_few_lines(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--references", "32", "--noise-levels", "0.01,0.3,1,30", "--plan", "ve", "--by-class")
     assert status("probe", str(few), *arguments, "--out", str(tmp_path / "out")) == 0
@@ -154,7 +160,7 @@ def test_the_verdict_is_of_the_batch_and_not_of_the_row(tmp_path: Path, capsys: 
     assert float(rows.split()[4]) > 50
 
 
-@pytest.mark.usefixtures("without_charts")
+@pytest.mark.usefixtures("without_charts", "few_batches")
 @pytest.mark.parametrize(("given", "batch"), [((), 64), (("--batch", "24"), 24)])
 def test_the_batch_is_that_of_the_recipe_unless_it_is_given(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], given: tuple[str, ...], batch: int
@@ -168,7 +174,7 @@ def test_the_batch_is_that_of_the_recipe_unless_it_is_given(
     assert record["command"].endswith("--sources 8" if not given else "--batch 24 --sources 8")
 
 
-@pytest.mark.usefixtures("without_charts")
+@pytest.mark.usefixtures("without_charts", "few_batches")
 def test_references_that_train_reads_with_each_batch_decide_the_verdict(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,7 +197,7 @@ def test_references_that_train_reads_with_each_batch_decide_the_verdict(
         assert f": {100 * expected:.0f} ± " in figure
 
 
-@pytest.mark.usefixtures("without_charts")
+@pytest.mark.usefixtures("without_charts", "few_batches")
 @pytest.mark.parametrize("given", [(), ("--by-class",)])
 def test_probe_and_train_have_one_noise_band(
     few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: tuple[str, ...]
@@ -210,7 +216,7 @@ def test_probe_and_train_have_one_noise_band(
     assert words[1] in printed
 
 
-@pytest.mark.usefixtures("without_charts")
+@pytest.mark.usefixtures("without_charts", "few_batches")
 def test_a_part_of_the_images_is_said_to_be_one(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--max-images", "40", "--references", "8", "--noise-levels", "0.5,1")
     assert status("probe", str(few), *arguments, "--out", str(tmp_path / "out")) == 0

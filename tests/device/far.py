@@ -111,13 +111,6 @@ def far_device() -> Generator[torch.device]:
             setattr(torch, name, value)
 
 
-def launched(function: Callable[[], Any]) -> int:
-    """How many operations the device has to do while `function` runs; what makes no numbers is none."""
-    launches.clear()
-    function()
-    return launches.total()
-
-
 def _made_near(function: Callable[..., Tensor], copied: bool) -> Callable[..., Tensor]:
     def made(*args: Any, device: Any = None, **options: Any) -> Tensor:
         found = function(*args, **options)

@@ -7,7 +7,7 @@ import torch
 
 from stablefield.data._digits import open_digits
 from stablefield.training._feed import Feed
-from stablefield.training._recipe import Recipe, SongUNetConfig
+from stablefield.training._recipe import MLPConfig, Recipe, SongUNetConfig
 from stablefield.training._recipes import DIGITS
 from stablefield.training._run_config import RunConfig
 from stablefield.training._stepper import Stepper
@@ -24,17 +24,18 @@ def stepper(recipe: Recipe, device: torch.device) -> Stepper:
 
 
 UNET = SongUNetConfig(base_channels=8, multipliers=(1, 2), blocks=1, dropout=0.0)
+SMALL = dataclasses.replace(DIGITS, network=MLPConfig(width=64, depth=2))
 RECIPES = {
-    "perceptron": dataclasses.replace(DIGITS, references="all", noise_band=0.3, batch=64),
+    "perceptron": dataclasses.replace(SMALL, references="all", noise_band=0.3, batch=64),
     "unet": dataclasses.replace(DIGITS, references="all", noise_band=0.3, batch=32, network=UNET, mirror=True),
     "augmented": dataclasses.replace(
         DIGITS, references="all", noise_band=0.3, batch=32, network=UNET, augmentation=0.3
     ),
     "conditional": dataclasses.replace(
-        DIGITS, references="all", noise_band=0.3, batch=64, conditional=True, label_dropout=0.2
+        SMALL, references="all", noise_band=0.3, batch=64, conditional=True, label_dropout=0.2
     ),
     "accumulated": dataclasses.replace(
-        DIGITS, references="all", noise_band=0.3, batch=64, gradient_accumulation_steps=2
+        SMALL, references="all", noise_band=0.3, batch=64, gradient_accumulation_steps=2
     ),
-    "DSM": dataclasses.replace(DIGITS, target="dsm", batch=64),
+    "DSM": dataclasses.replace(SMALL, target="dsm", batch=64),
 }
