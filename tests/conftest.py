@@ -2,7 +2,6 @@
 
 import gc
 import os
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import torch
 from torch import Tensor
 
-from forks import Fork, Server
+from forks import Fork, Server, group_of
 from pictures import draw_small_pictures, empty_charts
 
 draw_small_pictures()
@@ -140,11 +139,6 @@ def fork_ranks(fork: Callable[..., Fork]) -> Callable[..., list[Fork]]:
     """Start `code` in a number of processes of one group, with the environment that torchrun gives them."""
 
     def start(count: int, code: str, *arguments: object, cwd: Path | None = None, **environment: str) -> list[Fork]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
-        ranks = map(str, range(count))
-        return [fork(code, *arguments, cwd=cwd, RANK=rank, LOCAL_RANK=rank, **group) for rank in ranks]
+        return [fork(code, *arguments, cwd=cwd, **{**rank, **environment}) for rank in group_of(count)]
 
     return start

@@ -71,6 +71,7 @@ def test_every_verb_has_its_call() -> None:
     assert {name.partition(" ")[0] for name in CALLS} == {name.partition(" ")[0] for name in VERBS}
 
 
+@pytest.mark.usefixtures("without_charts")
 @pytest.mark.parametrize("verb", CALLS)
 def test_a_notebook_does_what_a_verb_does_in_one_call(verb: str, run: sf.Run, place: Path) -> None:
     found = CALLS[verb](run, place)

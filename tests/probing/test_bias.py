@@ -41,12 +41,14 @@ def test_a_class_conditional_source_with_dropped_labels_passes(by_class):
 
 @pytest.mark.parametrize("size", [128, None])
 def test_each_planted_fault_is_flagged(plain, by_class, size):
-    for target, population, batches in (
+    faults = [
         (SourceLeftOut(plain, size), plain, 60),
-        (SourceLeftOut(by_class, None), by_class, 60),
         (ClassesMixed(by_class, size), by_class, 60),
         (SourceTwice(plain, size), plain, 120),  # the smallest of the faults
-    ):
+    ]
+    if size is None:
+        faults.append((SourceLeftOut(by_class, None), by_class, 60))
+    for target, population, batches in faults:
         result = check_bias(target, population, false_alarm=0.01, **{**SETTINGS, "batches": batches})
         assert not result.passed, type(target).__name__
         assert result.p_value <= 0.01
@@ -87,7 +89,7 @@ def test_unbiased_targets_fail_at_the_stated_rate():
     target = sf.StableTarget(sf.EDM(), references=sf.InBatch())
     failed = sum(
         not check_bias(
-            target, population, batch=8, batches=30, noise_levels=[0.3, 1.0], false_alarm=0.1, seed=seed
+            target, population, batch=8, batches=20, noise_levels=[0.3, 1.0], false_alarm=0.1, seed=seed
         ).passed
         for seed in range(25)
     )

@@ -13,11 +13,20 @@ import torch
 import stablefield as sf
 from stablefield._progress import Progress
 from stablefield.data._image_set import Origin, make_image_set
+from stablefield.probing import _batch as batch
 from stablefield.probing import _bias_probe as bias_probe
 from stablefield.report import render_page
 from stablefield.training._run_probe import usual_training
 
 FEW = {"references": (4, 16), "noise_levels": [0.5, 2.0, 30.0], "sources": 16, "device": "cpu"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fewest_batches():
+    """As of data so large that more would take too long: the tests of `measure_batch` hold what the batches show."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch, "_MOST", batch._FEWEST)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -90,21 +90,21 @@ def warned(kind):
     target = sf.StableTarget(sf.EDM(), references=pool, noise_band=0.5, validate_args="not asked" not in kind)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(30):
-            index = torch.randint(n, (64,), generator=rng)
+        for _ in range(12):
+            index = torch.randint(n, (160,), generator=rng)
             if "part" in kind:
                 index = index % bounds[1]
             if "half of a shard" in kind:
                 index = torch.where(index < bounds[1], index % (bounds[1] // 2), index)
             if "as weighed" in kind:
-                index = torch.multinomial(weights, 64, replacement=True, generator=rng)
+                index = torch.multinomial(weights, 160, replacement=True, generator=rng)
             if "balanced" in kind:
-                index = torch.multinomial(1.0 + 9 * (labels == 1), 64, replacement=True, generator=rng)
+                index = torch.multinomial(1.0 + 9 * (labels == 1), 160, replacement=True, generator=rng)
             seen = labels[index] if "labels" in kind else None
             if "dropped" in kind:
-                seen = torch.where(index % 2 == 0 if "by sample" in kind else torch.arange(64) % 2 == 0, -1, seen)
+                seen = torch.where(index % 2 == 0 if "by sample" in kind else torch.arange(160) % 2 == 0, -1, seen)
             x0 = case["data"][index] / 127.5 - 1
-            t = torch.rand(64, generator=rng) + 0.2  # some of them below the band
+            t = torch.rand(160, generator=rng) + 0.2  # some of them below the band
             target(x0, sf.EDM().perturb(x0, t, generator=rng), t, seen, index)
     return [str(warning.message) for warning in caught]
 

@@ -343,10 +343,10 @@ def _axes(matrix: ReferenceMatrix, mean: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _distinct(n: int, count: int, generator: torch.Generator) -> Tensor:
-    if 4 * count > n:
+    if count**2 > n:
         return torch.randperm(n, generator=generator)[:count]
     while True:
-        # A few out of many: repeats are rare, so draw again if there is one.
+        # A few out of many: most draws have no repeat, so draw again if there is one.
         drawn = torch.randint(n, (count,), generator=generator)
         if len(torch.unique(drawn)) == count:
             return drawn

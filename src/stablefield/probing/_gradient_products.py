@@ -219,7 +219,7 @@ class GradientSampler:
         if references is None:
             mean = self._posterior(x_t, alpha, sigma, index).posterior.mean
         else:
-            target = StableTarget(training.process, references=references)
+            target = StableTarget(training.process, references=references, validate_args=False)
             mean = target(x0, x_t, t, labels, noise=noise, generator=self._generator).x0
         level = sigma / alpha
         return _Rows(
