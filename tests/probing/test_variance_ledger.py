@@ -160,14 +160,15 @@ def gratings():
 
 
 @functools.cache
-def trained(kind):
-    """A network after a few steps, and its data: a perceptron on digits, or a U-Net on gratings."""
+def trained(kind, data_name):
+    """A network after a few steps, and its data."""
     generator = torch.Generator().manual_seed(0)
-    if kind == "MLP":
+    data = gratings()
+    if data_name == "digits":
         data = torch.tensor(sf.data.open_images("digits").images[:300]).float() / 127.5 - 1
+    if kind == "MLP":
         network = MLP((1, 8, 8), 64, 2, generator=generator)
     else:
-        data = gratings()
         network = SongUNet.ddpmpp((8, 8), 1, 8, (1,), 1, dropout=0.1, generator=generator)
     denoiser = sf.Denoiser(network)
     optimizer = torch.optim.Adam(denoiser.parameters(), 2e-3)
@@ -213,10 +214,11 @@ def fitted(denoiser, data, objective):
     return importance
 
 
+@pytest.mark.parametrize("data_name", ["digits", "gratings"])
 @pytest.mark.parametrize("kind", ["MLP", "SongUNet"])
-def test_terms_add_up_to_the_variance_of_batches_with_and_without_levers(kind):
+def test_terms_add_up_to_the_variance_of_batches_with_and_without_levers(kind, data_name):
     """Independent batches, through the objective and backpropagation; the ledger takes derivatives along directions."""
-    denoiser, data = trained(kind)
+    denoiser, data = trained(kind, data_name)
     denoiser.eval()
     found = measure_ledger(denoiser, Population(data), Training(batch=16), groups=48 if kind == "MLP" else 16)
     assert found is not None
@@ -255,7 +257,7 @@ def test_terms_add_up_to_the_variance_of_batches_with_and_without_levers(kind):
 
 @pytest.mark.parametrize("kind", ["MLP", "SongUNet"])
 def test_derivatives_along_a_direction_are_those_of_backpropagation(kind):
-    denoiser, data = trained(kind)
+    denoiser, data = trained(kind, "digits")
     denoiser.eval()
     sampler = GradientSampler(denoiser, Population(data), Training(batch=4), False, torch.Generator().manual_seed(0))
     index, u = torch.arange(6), torch.linspace(0.02, 0.98, 6, dtype=torch.float64)
@@ -274,7 +276,7 @@ def test_derivatives_along_a_direction_are_those_of_backpropagation(kind):
 
 
 def test_a_network_of_lower_precision_is_measured_in_float32():
-    denoiser, data = trained("MLP")
+    denoiser, data = trained("MLP", "digits")
     half = copy.deepcopy(denoiser).bfloat16()
     wide = copy.deepcopy(half).float()
     one, two = (measure_ledger(network, Population(data), Training(batch=8), groups=3) for network in (half, wide))
@@ -317,7 +319,7 @@ def test_antithetic_pairs_remove_all_of_a_gradient_that_is_linear_in_the_noise()
 def test_a_seed_decides_every_figure_and_the_network_stays_as_it_was(monkeypatch):
     # Rows that importance sampling is fitted to: a tenth of them depends on the seed as well as all.
     monkeypatch.setattr(_gradient_products, "_ROWS_OF_BIN", 4)
-    denoiser, data = trained("SongUNet")
+    denoiser, data = trained("SongUNet", "gratings")
     denoiser = copy.deepcopy(denoiser).train()
     denoiser.network.dec.eval()
     before = {name: value.clone() for name, value in denoiser.state_dict().items()}
@@ -372,7 +374,7 @@ def test_a_network_sees_the_classes_and_its_images_those_of_their_class():
 
 @pytest.mark.usefixtures("without_charts")
 def test_a_probe_of_a_network_has_the_ledger_in_print_json_and_page(tmp_path):
-    denoiser, data = trained("MLP")
+    denoiser, data = trained("MLP", "digits")
     training = Training(batch=32)
     seen = []
     found = sf.probe(
@@ -402,7 +404,7 @@ def test_a_probe_of_a_network_has_the_ledger_in_print_json_and_page(tmp_path):
 
 
 def test_the_sentence_names_the_lever_with_the_least_variance():
-    denoiser, data = trained("MLP")
+    denoiser, data = trained("MLP", "digits")
     found = measure_ledger(denoiser.eval(), Population(data), Training(batch=32), groups=24)
     figures = {lever.name: lever.stable.value for lever in found.levers}
     best = min(figures, key=figures.get)
