@@ -240,6 +240,17 @@ def test_noise_is_assigned_to_images_at_the_least_cost() -> None:
     assert cost.trace() < 0.99 * cost.mean() * 32
 
 
+def test_recipes_for_a_cpu_draw_the_noise_levels_that_won_the_race() -> None:
+    photos = sf.training.imagefolder((3, 32, 32), 500, accelerated=False)
+    for runner, recipe in (
+        ("ours", sf.training.DIGITS),
+        ("ours-wide", sf.training.MNIST28),
+        ("ours-wide", photos),
+    ):
+        mean, std = runners.LEVERS[runner].levels
+        assert recipe.noise_levels == sf.LogNormal(mean, std, stratified=runners.LEVERS[runner].stratified)
+
+
 def test_the_distance_is_that_of_gaussians() -> None:
     # Averages of 4 x 4 independent pixels have a quarter of their spread.
     generator = Generator().manual_seed(0)

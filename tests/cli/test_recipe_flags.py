@@ -1,6 +1,7 @@
 """A flag wins over what a recipe sets, for every recipe and every flag, and what is changed is printed."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
 
@@ -60,10 +61,11 @@ def changed(recipe: Recipe, arguments: list[str]) -> Recipe:
     """The recipe with a flag applied, as the parser applies it."""
     name, *words = arguments
     part, _, field = name.removeprefix("--").replace("-", "_").rpartition(".")
-    old = value_at(recipe, f"--{part}.{field}" if part else f"--{field.removeprefix('no_')}")
+    plain = field.removeprefix("no_")
+    old = value_at(recipe, f"--{part}.{plain}" if part else f"--{plain}")
     value: Any
     if isinstance(old, bool):
-        field, value = field.removeprefix("no_"), not field.startswith("no_")
+        field, value = plain, not field.startswith("no_")
     elif isinstance(old, tuple) or old is None:
         value = tuple(float(word) if "." in word else int(word) for word in words)
     elif isinstance(old, float) or "." in words[0]:
@@ -79,7 +81,7 @@ def cases() -> Iterator[tuple[str, list[str]]]:
     fields = {field.name for field in dataclasses.fields(Recipe)}
     for name, recipe in KINDS.items():
         for flag_name, (flag, *_) in inventory(recipe)["train"].flags().items():
-            bare = flag_name.removeprefix("--").replace("-", "_").removeprefix("no_")
+            bare = re.sub(r"(^|\.)no_", r"\1", flag_name.removeprefix("--").replace("-", "_"))
             if bare.partition(".")[0] in fields:
                 for values in values_of(flag, value_at(recipe, f"--{bare}")):
                     yield name, [flag_name, *values]
@@ -177,6 +179,7 @@ def test_processes_with_an_end_are_all_known_to_yield() -> None:
     [
         ("sit", "uniform", Uniform(0.0, 1.0)),
         ("sit", "lognormal", LogNormal(0.0, 1.0)),
+        ("digits", "lognormal", LogNormal(-1.2, 1.2)),
         ("digits", "loguniform", LogUniform()),
         ("cifar10-ve", "loguniform", LogUniform(0.02, 100.0)),
         ("cifar10-ve", "lognormal", LogNormal(-1.2, 1.2)),
@@ -187,10 +190,10 @@ def test_processes_with_an_end_are_all_known_to_yield() -> None:
 def test_a_recipe_takes_another_distribution_of_noise(
     name: str, distribution: NoiseDistribution, expected: NoiseLevels
 ) -> None:
-    assert with_noise_distribution(BASES[name], distribution).noise_levels == expected
-    stratified = dataclasses.replace(BASES[name].noise_levels, stratified=True)
-    kept = with_noise_distribution(dataclasses.replace(BASES[name], noise_levels=stratified), distribution)
-    assert kept.noise_levels == dataclasses.replace(expected, stratified=True)
+    for stratified in (False, True):
+        levels = dataclasses.replace(BASES[name].noise_levels, stratified=stratified)
+        found = with_noise_distribution(dataclasses.replace(BASES[name], noise_levels=levels), distribution)
+        assert found.noise_levels == dataclasses.replace(expected, stratified=stratified)
 
 
 def test_the_lognormal_distribution_of_a_flow_is_the_logit_normal_one_of_its_times() -> None:

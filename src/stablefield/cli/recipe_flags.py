@@ -107,8 +107,8 @@ class TrainingFlags(DataFlags):
     recipe: RecipeName = "auto"
     """Which settings to start from; the flags below change them. auto chooses one for the data."""
     noise_distribution: NoiseDistribution = "recipe"
-    """Distribution of the training noise levels: lognormal (EDM's; logit-normal times in a flow), loguniform (VE's), uniform
-    times, or the recipe's own. Flags such as --noise-levels.mean set its numbers."""
+    """Distribution of the training noise levels: lognormal (with EDM's numbers; logit-normal times in a flow), loguniform
+    (VE's), uniform times, or the recipe's own. Flags such as --noise-levels.mean set its numbers."""
     device: str = ""
     """Where to compute, such as cpu or cuda; by default a GPU if there is one."""
     config: tyro.conf.Suppress[RecipeFlags] = RecipeFlags()
