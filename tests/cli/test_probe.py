@@ -149,7 +149,7 @@ def test_the_verdict_is_of_the_batch_and_not_of_the_row(tmp_path: Path, capsys: 
     rng = np.random.default_rng(0)
     kinds = np.where(np.arange(40) % 2, 16, 239)[:, None, None]
     np.save(tmp_path / "two.npy", (kinds + rng.integers(-8, 9, (40, 16, 16))).astype(np.uint8))
-    flags = ("--references", "16,all", "--noise-levels", "0.02,0.1,0.5,2,8,30")
+    flags = ("--references", "16,all", "--noise-levels", "0.02,0.1,0.5,2,8,30", "--plan", "edm")
     assert status("probe", str(tmp_path / "two.npy"), *flags, "--out", str(tmp_path / "out")) == 0
     first, figure, rows = capsys.readouterr().out.splitlines()[:3]
     record = json.loads((tmp_path / "out" / "probe.json").read_text())["advice"]

@@ -82,7 +82,10 @@ def test_a_training_of_ones_own_is_advised_on(found, digits):
     training = sf.probing.Training(process=sf.VE(), noise_levels=sf.LogUniform(), weighting=sf.SNRWeighting(), batch=32)
     other = sf.probe(digits, training=training, **FEW)
     assert other.summary.startswith("VE training, batches of 32, all 1,797 as references")
-    assert other.advice.share > found.advice.share
+    # Of noise levels log-uniform from 0.02 to 100, and of ln sigma ~ N(-0.4, 1), those above the band.
+    band = other.advice.band
+    assert other.advice.share == pytest.approx(math.log(100 / band) / math.log(100 / 0.02), abs=1e-3)
+    assert found.advice.share == pytest.approx(math.erfc((math.log(found.advice.band) + 0.4) / 2**0.5) / 2, abs=1e-3)
     assert sf.probe(digits, training=training, batch=16, **FEW).batch.batch == 16
     assert usual_training(digits, torch.device("cpu")).batch == 128
 

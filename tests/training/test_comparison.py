@@ -103,7 +103,7 @@ def test_gradient_variance_is_that_of_the_gradients_themselves(
         ("dsm", sf.DenoisingTarget(recipe.process)),
         ("stf", sf.StableTarget(recipe.process, references=sf.Pool(torch.from_numpy(data.images)))),
     ):
-        objective = sf.Objective(recipe.process, target=target)
+        objective = sf.Objective(recipe.process, target=target, noise_levels=recipe.noise_levels)
         gradients = []
         for step in range(16):
             index = torch.from_numpy(stream.batch_at(step))

@@ -34,7 +34,13 @@ from stablefield.training._target_blocks import band_capacity, steps_together
 
 CPU = torch.device("cpu")
 SMALL = dataclasses.replace(
-    DIGITS, references="all", noise_band=0.0, steps=12, batch=36, network=MLPConfig(width=32, depth=1)
+    DIGITS,
+    references="all",
+    noise_band=0.0,
+    steps=12,
+    batch=36,
+    network=MLPConfig(width=32, depth=1),
+    noise_levels=LogNormal(),
 )
 TINY_UNET = SongUNetConfig(base_channels=8, multipliers=(1,), blocks=1, dropout=0.0)
 
