@@ -16,6 +16,7 @@ mkdocs calls the functions named `on_...`. On a page, a comment on its own line 
     <!-- samplers -->                               the table of results/samplers.json
     <!-- race digits -->                            results/race_digits.json, distances of all runners at each time
     <!-- race fashion_mnist -->                     results/race_fashion_mnist.json, the same
+    <!-- race fashion_mnist_wide -->                results/race_fashion_mnist_wide.json, the same
     <!-- race cifar10 -->                           results/race_cifar10.json, the same
     <!-- verbs -->                                  the verbs of the command and their flags, from its flags.json
 """
@@ -26,6 +27,7 @@ import itertools
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +48,7 @@ __all__ = [
     "on_post_page",
     "on_post_template",
     "own_weight",
-    "race_cifar10",
-    "race_digits",
-    "race_fashion_mnist",
+    "race",
     "samplers",
     "script",
     "step",
@@ -75,10 +75,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         "gpu proof": gpu_proof,
         "gpu proof flow": gpu_proof_flow,
         "samplers": samplers,
-        "race digits": race_digits,
-        "race cifar10": race_cifar10,
-        "race fashion_mnist": race_fashion_mnist,
         "verbs": verbs,
+        **{f"race {data}": partial(race, data) for data in RACES},
     }
     return re.sub(rf"^<!-- ({'|'.join(tables)}) -->$", lambda m: tables[m[1]](), markdown, flags=re.M)
 
@@ -281,6 +279,7 @@ def samplers() -> str:
     return _table(head, rows, record, "".join(f", {name} {version}" for name, version in record["libraries"].items()))
 
 
+RACES = ("digits", "fashion_mnist", "fashion_mnist_wide", "cifar10")
 RUNNERS = {
     "ours": "stable target and all levers",
     "ours-wide": "stable target and all levers, ln sigma ~ N(0, 1.4²)",
@@ -307,24 +306,9 @@ RUNNERS = {
 }
 
 
-def race_digits() -> str:
-    """The committed race on the digits."""
-    return _race("race_digits")
-
-
-def race_fashion_mnist() -> str:
-    """The committed race on Fashion-MNIST."""
-    return _race("race_fashion_mnist")
-
-
-def race_cifar10() -> str:
-    """The committed race on CIFAR-10."""
-    return _race("race_cifar10")
-
-
-def _race(name: str) -> str:
-    """A committed race, as a table for each number of evaluations, the best first."""
-    record = _record(name)
+def race(data: str) -> str:
+    """The committed race on some data, as a table for each number of evaluations, the best first."""
+    record = _record(f"race_{data}")
     rows = [row for row in record["rows"] if "error" not in row]
     times = sorted({row["seconds"] for row in rows})
     seeds = {
@@ -362,8 +346,7 @@ def _sooner(means: dict[str, dict[float, float]], last: float) -> str:
     """When our curve of means reaches the last value of the best peer, interpolated in log distance."""
     with_ours = {name for name in means if name.startswith(("ours", "stf")) or name.endswith("-stf")}
     best = min((name for name in means.keys() - with_ours if last in means[name]), key=lambda name: means[name][last])
-    # All levers, or what was measured at several times.
-    own = "ours" if len(means["ours"]) > 1 else min(name for name in with_ours if len(means[name]) > 1)
+    own = min((name for name in with_ours if len(means[name]) > 1), key=lambda name: means[name][last])
     goal, curve = means[best][last], sorted(means[own].items())
     reached = f"in less than {curve[0][0]:g} s"
     for (t, before), (later, after) in itertools.pairwise(curve):
@@ -371,7 +354,7 @@ def _sooner(means: dict[str, dict[float, float]], last: float) -> str:
             found = t + (later - t) * math.log(before / goal) / math.log(before / after)
             reached = f"after {found:.0f} s, {found / last:.0%} of the time"
     end = f"The best of the others, {RUNNERS[best]}, ends at {goal:.3f} after {last:g} s."
-    return f"{end} The {RUNNERS[own]} {'reach' if own == 'ours' else 'reaches'} this value {reached}.".replace(
+    return f"{end} The {RUNNERS[own]} {'reach' if own.startswith('ours') else 'reaches'} this value {reached}.".replace(
         "%", " %"
     )
 
