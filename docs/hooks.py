@@ -346,7 +346,9 @@ def _sooner(means: dict[str, dict[float, float]], last: float) -> str:
     """When our curve of means reaches the last value of the best peer, interpolated in log distance."""
     with_ours = {name for name in means if name.startswith(("ours", "stf")) or name.endswith("-stf")}
     best = min((name for name in means.keys() - with_ours if last in means[name]), key=lambda name: means[name][last])
-    own = min((name for name in with_ours if len(means[name]) > 1), key=lambda name: means[name][last])
+    # All levers, or the best that was measured at several times.
+    several = {name: means[name][last] for name in with_ours if len(means[name]) > 1}
+    own = "ours" if "ours" in several else min(several, key=several.__getitem__)
     goal, curve = means[best][last], sorted(means[own].items())
     reached = f"in less than {curve[0][0]:g} s"
     for (t, before), (later, after) in itertools.pairwise(curve):
