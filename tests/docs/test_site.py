@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import re
@@ -204,6 +205,15 @@ def test_the_page_of_the_race_says_of_cifar10_what_was_measured() -> None:
     assert 0.17 < fewer < 0.2
     assert 0.4 < 350 * 64 / 50_000 < 0.5
     assert all(280 < number < 400 for number in steps.values())
+    more = json.loads((ROOT / "benchmarks/results/race_cifar10_more_seeds.json").read_text())["rows"]
+    later = {(row["runner"], row["seed"], row["evaluations"]): row["distance"] for row in more}
+    ours, theirs = ([later[name, seed, 35] for seed in (3, 4)] for name in ("ours-wide-4096", "torchcfm"))
+    shown = [f"{one[0]:.3f} and {one[1]:.3f} for {name}" for one, name in ((ours, "it"), (theirs, "torchcfm"))]
+    assert f"{', '.join(shown)}, at 35 evaluations" in said
+    for seed, evaluations in itertools.product((3, 4), (35, 10)):  # "better in every seed"
+        assert later["ours-wide-4096", seed, evaluations] < later["torchcfm", seed, evaluations]
+    assert "some 280 steps in the time" in said
+    assert 275 < statistics.fmean(row["steps"] for row in more) < 285
 
 
 def test_the_page_of_the_race_says_of_fashion_mnist_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
