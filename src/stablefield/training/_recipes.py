@@ -42,8 +42,8 @@ __all__ = [
 
 NoiseDistribution: TypeAlias = Literal["recipe", "lognormal", "loguniform", "uniform"]
 
-# On a CPU trainings end after minutes or hours, in which images get their coarse structure, which high noise decides. With
-# stable targets these levels beat EDM's N(-1.2, 1.2^2) there (benchmarks/race.py).
+# On a CPU trainings end after minutes or hours, in which images get their coarse structure, which high noise decides. These
+# levels won the races on images in so short a time (docs/race.md).
 _BRIEF = LogNormal(0.0, 1.4, stratified=True)
 
 DIGITS = Recipe(network=MLPConfig(), noise_levels=LogNormal(-0.4, 1.0, stratified=True))
@@ -175,6 +175,8 @@ def with_noise_distribution(recipe: Recipe, name: NoiseDistribution) -> Recipe:
     Raises:
         ValueError: if times of the recipe's process have no uniform distribution.
     """
+    if name == "recipe":
+        return recipe
     old, process = recipe.noise_levels, recipe.process
     if name == "uniform" and isinstance(process, EDM):
         raise ValueError(
@@ -188,8 +190,6 @@ def with_noise_distribution(recipe: Recipe, name: NoiseDistribution) -> Recipe:
         new = LogUniform(process.sigma_min, process.sigma_max) if isinstance(process, VE) else LogUniform()
     else:
         new = Uniform(0.0, 1.0) if flow else Uniform()
-    if name == "recipe":
-        return recipe
     return dataclasses.replace(recipe, noise_levels=dataclasses.replace(new, stratified=old.stratified))
 
 
