@@ -95,6 +95,57 @@ def test_rows_of_a_class_share_the_references_of_their_class() -> None:
     assert 0.98 < float(found.in_batch.mean) < 1.02
 
 
+@pytest.mark.parametrize("levels", [None, [1.0], [0.5, 2.0]])
+def test_the_advice_is_about_all_noise_levels_of_the_training_whatever_levels_are_shown(
+    levels: list[float] | None,
+) -> None:
+    """What 16 references and the whole set leave of the variance of atoms -1 and +1: by quadrature and enumeration."""
+    training = Training(batch=8)
+    found = sf.probing.probe_data(
+        ATOMS.data[:600], training=training, references=[16], noise_levels=levels, sources=600, device="cpu"
+    )
+    z, w = np.polynomial.hermite_e.hermegauss(60)
+    w = w / w.sum()
+    sigma = training.levels(2000).numpy()[:, None, None]
+    x = 1 + sigma * z
+    exact = np.tanh(x / sigma**2)
+    of_one = ((1 - exact) ** 2 @ w)[:, 0]
+    # The other 15 references are drawn without replacement from the 599 other samples, 299 of which are +1.
+    plus = np.arange(16)
+    chance = np.array([math.comb(299, k) * math.comb(300, 15 - k) / math.comb(599, 15) for k in plus])
+    with np.errstate(divide="ignore"):
+        odds = np.log(plus + 1) - np.log(15 - plus)
+    of_16 = (np.tanh((odds[:, None] + 2 * x / sigma**2) / 2) - exact) ** 2 @ w @ chance
+    weight = (sigma[:, 0, 0] ** 2 + 0.25) / (0.5 * sigma[:, 0, 0]) ** 2
+    of_size = found.advice.sizes[0]
+    assert of_size.error < 0.005
+    assert of_size.left == pytest.approx((weight @ of_16) / (weight @ of_one), abs=4 * of_size.error)
+    assert found.noise_band.level < 0.2
+    # E (1 - tanh)^2 = 1 - E tanh^2: the posterior's mean is calibrated.
+    whole = float(found.batch.whole.mean)
+    assert whole == pytest.approx(1 - of_one.mean(), abs=4 * float(found.batch.whole.error) + 0.002)
+    assert found.phases.single_below is not None
+    below = float(np.interp(0.01, of_one, sigma[:, 0, 0]))
+    assert found.phases.single_below.noise_level == pytest.approx(below, rel=0.05)
+    assert len(found.curve.noise_level) == (21 if levels is None else len(levels))
+
+
+def test_a_curve_that_leaves_out_noise_levels_of_the_training_is_refused() -> None:
+    for levels, left_out in (
+        ([1.0], "from 0.[0-9]* to "),
+        ([0.1, 0.5, 1.0, 2.0, 4.0, 8.0], "from 0.1 to 0.5:"),
+        ([0.1, 0.2, 0.4, 0.8], "from 0.801 to "),
+        ([0.8, 1.6, 3.2, 6.4], "from 0.0[0-9]* to 0.8:"),
+    ):
+        curve = measure_variance(ATOMS, levels, sizes=(), sources=256, draws=1)
+        for call in (
+            lambda curve=curve: measure_batch(ATOMS, curve, Training(), band=0.0),
+            lambda curve=curve: advise(curve, Training(), band=0.0),
+        ):
+            with pytest.raises(ValueError, match=f"say too little about those of the training {left_out}"):
+                call()
+
+
 def test_two_batches_are_refused() -> None:
     curve = measure_variance(ATOMS, [1.0], sizes=(), sources=8, draws=1)
     with pytest.raises(ValueError, match="batches is 2"):

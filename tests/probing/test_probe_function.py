@@ -15,6 +15,9 @@ from stablefield._progress import Progress
 from stablefield.data._image_set import Origin, make_image_set
 from stablefield.probing import _batch as batch
 from stablefield.probing import _bias_probe as bias_probe
+from stablefield.probing._floor import LossFloor
+from stablefield.probing._population import Population
+from stablefield.probing._variance import measure_variance
 from stablefield.report import render_page
 from stablefield.training._run_probe import usual_training
 
@@ -196,6 +199,27 @@ def test_a_network_of_ones_own_is_held_against_the_optimum(digits, tmp_path):
     assert all(len(line) <= 80 for line in str(found).splitlines())
     names = [path.name for path in found.save_all(tmp_path, "probe")]
     assert names == ["probe.json", "fit.csv", "distance.png", "excess.png", "report.html"]
+
+
+def test_the_loss_above_the_floor_over_training_does_not_depend_on_the_levels_that_are_shown(two_gaussians):
+    """A network off by 0.2 in every number has an excess of 0.04 at any level; a log of its floor has one of 0.04, too."""
+    population = Population(two_gaussians[:400])
+    training = sf.probing.Training(noise_levels=sf.LogUniform(0.3, 5), weighting=sf.SNRWeighting(power=0), batch=32)
+    curve = measure_variance(population, torch.logspace(-1.2, 1.2, 60), sizes=(), sources=400, draws=8)
+    edges = (0.6, 1.5)
+    floor = LossFloor.of(curve, training.weighting).bins(edges, training)
+    log = [{"step": 3, "bin_edges": list(edges), "bin_loss": (floor + 0.04).tolist()}]
+    for levels in (None, [1.0], [0.4, 2.0]):
+        found = sf.probing.probe_network(
+            lambda x, sigma, class_labels=None: x,
+            two_gaussians[:400],
+            training=training,
+            noise_levels=levels,
+            sources=400,
+            log=log,
+            device="cpu",
+        )
+        assert found.logged[0].excess == pytest.approx((0.04,) * 3, abs=0.02), levels
 
 
 def test_the_bias_check_is_one_call(tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ class Probe(DataFlags):
     references: str = "16,64,256,1024,4096,all"
     """Sizes of reference sets to measure; the whole set leaves no variance and is not sampled."""
     noise_levels: str = ""
-    """Noise levels to measure at, such as 0.5,1,2,5; by default chosen from the data."""
+    """Noise levels to show, such as 0.5,1,2,5; by default chosen from the data, as always for the advice."""
     plan: Literal["auto", "edm", "ve", "vp", "flow"] = "auto"
     """The training to advise on, with its noise levels and loss weights; auto is what train does with these data."""
     batch: int | None = None

@@ -80,14 +80,14 @@ def advise(
     """The smallest reference set that leaves at most `aim` of each row's variance and lowers that of the batch.
 
     Args:
-        curve: the measurement.
+        curve: the measurement; its noise levels must span those of the training.
         training: its noise levels and their weights.
         band: noise level from which rows use references, from `stablefield.pick_noise_band`.
         batch: the variance of the sums of whole batches; without it, only rows decide.
         aim: share of the variance that may remain, between 0 and 1.
 
     Raises:
-        ValueError: if `aim` is not between 0 and 1, or `band` is negative.
+        ValueError: if `aim` is not between 0 and 1, `band` is negative, or the curve leaves out levels of the training.
     """
     check_kind("curve", curve, VarianceCurve, "what measure_variance returns")
     check_kind("training", training, Training, "a Training, such as Training()")
@@ -99,6 +99,7 @@ def advise(
         raise ValueError(f"aim is {aim}: pass the share of the variance that may remain, between 0 and 1.")
     share = share_above(band, training.noise_levels, training.process)
     level = training.levels(_POINTS)
+    curve.check_covers(level)
     weight = training.weighting(level).double()
     whole = float((weight * interpolate(level, curve.noise_level, curve.dsm.mean)).sum())
     sizes: list[SizeAdvice] = []

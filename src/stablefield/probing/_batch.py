@@ -76,7 +76,7 @@ def measure_batch(
 
     Args:
         population: the data.
-        curve: their variance row by row; its sizes are measured.
+        curve: their variance row by row; its sizes are measured, and its noise levels must span those of the training.
         training: rows per step and the distribution of their noise levels.
         band: noise level below which rows use only their source.
         batches: number of batches for each size; by default as many as a few seconds allow.
@@ -84,11 +84,12 @@ def measure_batch(
         progress: called as sizes are done.
 
     Raises:
-        ValueError: if `batches` is below 3.
+        ValueError: if `batches` is below 3, or the curve leaves out noise levels of the training.
     """
     if batches is not None and batches < 3:
         raise ValueError(f"batches is {batches}: pass at least 3, to estimate the error.")
     job = _Job(population, training, band)
+    curve.check_covers(training.levels(_POINTS))
     n, rows = len(population), training.batch
     sizes = [size for size in curve.stf if rows < size < n]
     found: list[Series] = []

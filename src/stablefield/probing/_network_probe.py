@@ -22,7 +22,7 @@ from stablefield.probing._population import MOST, Samples, described, draw_popul
 from stablefield.probing._probe import sampled, spaced, with_error
 from stablefield.probing._record import fit_record, fit_table
 from stablefield.probing._training import Training
-from stablefield.probing._variance import find_noise_levels
+from stablefield.probing._variance import find_noise_levels, measure_variance
 from stablefield.probing._variance_ledger import VarianceLedger, measure_ledger
 from stablefield.report._cells import text_table
 from stablefield.report._chart import LineChart
@@ -232,6 +232,12 @@ def probe_network(
             progress=progress,
         )
     floor = LossFloor(noise_level=fit.noise_level, variance=fit.floor.mean, dim=fit.dim, weighting=training.weighting)
+    if log and noise_levels is not None:
+        # A bin of the log holds all noise levels of the training, of which these may leave out some.
+        overall = measure_variance(
+            population, process=training.process, sizes=(), sources=min(sources, len(population)), seed=seed
+        )
+        floor = LossFloor.of(overall, training.weighting)
     return NetworkProbe(
         name=name,
         description=described(images)[1],

@@ -207,7 +207,8 @@ def probe_data(
         training: the training that the advice is for; if None, EDM in batches of 512, or of all samples if they are fewer.
         references: sizes of reference sets to measure; the whole set leaves no variance and is not sampled.
         references_in_training: references that the training takes per step; None for all.
-        noise_levels: where to measure, sigma / alpha, shape (L,); chosen from the data if None.
+        noise_levels: where to show the variance, sigma / alpha, shape (L,); chosen from the data if None. The advice always
+            rests on levels chosen from the data.
         aim: share of each row's variance that may remain, between 0 and 1.
         max_images: samples that represent the data set, drawn at random if there are more.
         sources: samples to make noisy rows from; if None, all of a small set, else as many as two minutes allow.
@@ -238,15 +239,20 @@ def probe_data(
     band = pick_noise_band(Pool(values, references_in_training, classes), device=device)
     if references_in_training is not None:  # measure this size, too
         sizes.add(references_in_training)
-    curve = measure_variance(
-        population,
-        noise_levels,
-        process=training.process,
-        sizes=sorted(sizes),
-        sources=sources,
-        seed=seed,
-        progress=progress,
-    )
+
+    def measured(levels: Sequence[float] | Tensor | None) -> VarianceCurve:
+        return measure_variance(
+            population,
+            levels,
+            process=training.process,
+            sizes=sorted(sizes),
+            sources=sources,
+            seed=seed,
+            progress=progress,
+        )
+
+    # The advice is about all noise levels of the training; those to be shown may leave out some.
+    curve = measured(None)
     batch = measure_batch(population, curve, training, band=band.level, seed=seed, progress=progress)
     name, description, manifest = described(images)
     return Probe(
@@ -256,7 +262,7 @@ def probe_data(
         training=training,
         references=references_in_training,
         noise_band=band,
-        curve=curve,
+        curve=curve if noise_levels is None else measured(noise_levels),
         batch=batch,
         phases=find_phases(curve),
         advice=advise(curve, training, band=band.level, batch=batch, aim=aim),

@@ -60,6 +60,12 @@ _QUERIES = 2048
 _SMALL, _PAIRS, _NUMBERS, _SET_PAIRS = 512, 2**20, 2**21, 2**16
 # Minimum number of reference sets to draw for each size, and maximum number of rows that share one.
 _SETS, _SHARING = 32, 64
+# Largest ratio of neighbouring noise levels that may be interpolated; that of the levels chosen by default is below 1.7.
+_STEP = 2.0
+# Shares of the data's variance that count as none below the lowest level, and as all of it above the highest.
+_NONE, _ALL = 0.01, 0.9
+# float32 may have rounded a level.
+_ROUNDED = 1 + 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +131,31 @@ class VarianceCurve:
         stf, dsm = self.stf[size], self.dsm
         ratio = stf.mean / dsm.mean
         return Series(ratio, torch.hypot(stf.error / dsm.mean, ratio * dsm.error / dsm.mean))
+
+    def check_covers(self, noise_level: Tensor) -> None:
+        """Check that the curve tells the variance at these noise levels, shape (L,), such as those of a training.
+
+        Raises:
+            ValueError: if some of them lie in a gap, or beyond an end where the variance is neither 0 nor that of the data.
+        """
+        at = noise_level.double().cpu()
+        first, last = float(self.noise_level[0]), float(self.noise_level[-1])
+        left_out = torch.zeros_like(at, dtype=torch.bool)
+        if float(self.dsm.mean[0]) > _NONE * self.total:
+            left_out |= at < first / _ROUNDED
+        # Few sources may have less variance than the data.
+        if float(self.dsm.mean[-1] + 3 * self.dsm.error[-1].nan_to_num(math.inf)) < _ALL * self.total:
+            left_out |= at > last * _ROUNDED
+        low, high = self.noise_level[:-1], self.noise_level[1:]
+        for gap in (high > _STEP * _ROUNDED * low).nonzero()[:, 0].tolist():
+            left_out |= (at > low[gap] * _ROUNDED) & (at < high[gap] / _ROUNDED)
+        if bool(left_out.any()):
+            there = at[left_out]
+            raise ValueError(
+                f"curve was measured at {len(self.noise_level)} noise levels from {first:.3g} to {last:.3g}, which say too "
+                f"little about those of the training from {float(there.min()):.3g} to {float(there.max()):.3g}: measure "
+                "without noise_levels, or at levels that span these, each at most twice the one below."
+            )
 
 
 @torch.no_grad()
