@@ -877,7 +877,7 @@ CASES = {
         lambda s: advice.advise,
         {
             "curve": State.curve,
-            "training": lambda s: advice.Training(),
+            "training": either(lambda s: advice.Training(noise_levels=sf.LogUniform(1.0, 1.0 + 1e-6))),
             "band": either(0.3, 0.0),
             "batch": either(None),
             "aim": either(0.1),
