@@ -75,7 +75,7 @@ def test_pictures_of_many_sizes_are_probed_as_train_would_take_them(
         width, height = rng.integers(20, 40, 2)
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{k}.png")
     (folder / "broken.png").write_bytes(b"no picture")
-    flags = ("--references", "4,all", "--noise-levels", "1,8")
+    flags = ("--references", "4,all", "--noise-levels", "1,8", "--sources", "8")
     assert status("probe", str(folder), *flags, "--out", str(tmp_path / "a")) == 2
     assert "broken.png" in capsys.readouterr().err
     for out, more, side in (("a", (), 16), ("b", ("--resolution", "8", "--resize", "squash"), 8)):
@@ -102,7 +102,8 @@ def test_the_json_and_the_table_hold_the_same_numbers(probed: Path) -> None:
 
 @pytest.mark.usefixtures("without_charts", "few_batches")
 def test_the_advice_is_a_few_lines(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("--references", "32", "--noise-levels", "0.01,0.3,1,30", "--plan", "ve", "--by-class")
+    levels = ("--noise-levels", "0.01,0.3,1,30")
+    arguments = ("--references", "32", *levels, "--sources", "32", "--plan", "ve", "--by-class")
     assert status("probe", str(few), *arguments, "--out", str(tmp_path / "out")) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "VE training, batches of 90, all 90 as references: worth it."
@@ -117,7 +118,7 @@ def test_the_advice_is_a_few_lines(few: Path, tmp_path: Path, capsys: pytest.Cap
     assert len(lines) < 20
     assert all(len(line) <= 84 for line in lines[:-1])
     record = json.loads((tmp_path / "out" / "probe.json").read_text())
-    assert record["command"].endswith("--plan ve --by-class")
+    assert record["command"].endswith("--plan ve --by-class --sources 32")
     assert [level["noise_level"] for level in record["variance"]["levels"]] == pytest.approx([0.01, 0.3, 1, 30])
 
 
@@ -127,7 +128,7 @@ def test_the_first_line_says_what_to_expect_of_each_plan(tmp_path: Path, capsys:
     rng = np.random.default_rng(0)
     np.save(tmp_path / "far.npy", rng.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8))
     for plan, said in (("edm", "expect nothing"), ("ve", "worth it")):
-        flags = ("--references", "all", "--noise-levels", "1,8,30", "--plan", plan, "--batch", "8")
+        flags = ("--references", "all", "--sources", "24", "--plan", plan, "--batch", "8")
         assert status("probe", str(tmp_path / "far.npy"), *flags, "--out", str(tmp_path / plan)) == 0
         first, figure, rows = capsys.readouterr().out.splitlines()[:3]
         assert first.startswith(f"{plan.upper()} training, batches of 8, all 40 as references: {said}")
@@ -149,7 +150,7 @@ def test_the_verdict_is_of_the_batch_and_not_of_the_row(tmp_path: Path, capsys: 
     rng = np.random.default_rng(0)
     kinds = np.where(np.arange(40) % 2, 16, 239)[:, None, None]
     np.save(tmp_path / "two.npy", (kinds + rng.integers(-8, 9, (40, 16, 16))).astype(np.uint8))
-    flags = ("--references", "16,all", "--noise-levels", "0.02,0.1,0.5,2,8,30", "--plan", "edm")
+    flags = ("--references", "16,all", "--sources", "24", "--plan", "edm")
     assert status("probe", str(tmp_path / "two.npy"), *flags, "--out", str(tmp_path / "out")) == 0
     first, figure, rows = capsys.readouterr().out.splitlines()[:3]
     record = json.loads((tmp_path / "out" / "probe.json").read_text())["advice"]
@@ -166,7 +167,7 @@ def test_the_batch_is_that_of_the_recipe_unless_it_is_given(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], given: tuple[str, ...], batch: int
 ) -> None:
     np.save(tmp_path / "grey.npy", np.random.default_rng(0).integers(0, 256, (80, 28, 28), dtype=np.uint8))
-    flags = ("--references", "all", "--noise-levels", "1,8", "--sources", "8", *given)
+    flags = ("--references", "all", "--sources", "8", *given)
     assert status("probe", str(tmp_path / "grey.npy"), *flags, "--out", str(tmp_path / "out")) == 0
     assert capsys.readouterr().out.startswith(f"EDM training, batches of {batch}, all 80 as references: ")
     record = json.loads((tmp_path / "out" / "probe.json").read_text())
@@ -183,7 +184,7 @@ def test_references_that_train_reads_with_each_batch_decide_the_verdict(
     monkeypatch.setattr(placement, "fits", lambda *_: False)
     monkeypatch.setattr(placement, "LOADED_REFERENCES", 70)
     np.save(tmp_path / "grey.npy", np.random.default_rng(0).integers(0, 256, (90, 28, 28), dtype=np.uint8))
-    flags = ("--references", "all", "--noise-levels", "1,8,30", "--sources", "8")
+    flags = ("--references", "all", "--sources", "8")
     for batch in (64, 80):
         assert (
             status("probe", str(tmp_path / "grey.npy"), *flags, "--batch", str(batch), "--out", str(tmp_path / "o"))
@@ -202,7 +203,7 @@ def test_references_that_train_reads_with_each_batch_decide_the_verdict(
 def test_probe_and_train_have_one_noise_band(
     few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: tuple[str, ...]
 ) -> None:
-    flags = ("--references", "all", "--noise-levels", "0.5,1", "--batch", "16")
+    flags = ("--references", "all", "--sources", "8", "--batch", "16")
     assert status("probe", str(few), *flags, *given, "--out", str(tmp_path / "out")) == 0
     told = " ".join(capsys.readouterr().out.split())
     tiny = ("--steps", "1", "--network.width", "16", "--network.depth", "1", "--sample-every", "0")
@@ -218,7 +219,7 @@ def test_probe_and_train_have_one_noise_band(
 
 @pytest.mark.usefixtures("without_charts", "few_batches")
 def test_a_part_of_the_images_is_said_to_be_one(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("--max-images", "40", "--references", "8", "--noise-levels", "0.5,1")
+    arguments = ("--max-images", "40", "--references", "8", "--sources", "8")
     assert status("probe", str(few), *arguments, "--out", str(tmp_path / "out")) == 0
     assert "sampled: 40 of 90 images represent the data set" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "probe.json").read_text())["variance"]["drawn_from"] == 90

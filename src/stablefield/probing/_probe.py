@@ -252,6 +252,7 @@ def probe_data(
         )
 
     # The advice is about all noise levels of the training; those to be shown may leave out some.
+    shown = None if noise_levels is None else measured(noise_levels)
     curve = measured(None)
     batch = measure_batch(population, curve, training, band=band.level, seed=seed, progress=progress)
     name, description, manifest = described(images)
@@ -262,7 +263,7 @@ def probe_data(
         training=training,
         references=references_in_training,
         noise_band=band,
-        curve=curve if noise_levels is None else measured(noise_levels),
+        curve=curve if shown is None else shown,
         batch=batch,
         phases=find_phases(curve),
         advice=advise(curve, training, band=band.level, batch=batch, aim=aim),
