@@ -4,8 +4,8 @@
 
 Both are measured in turn in one process, on the same batch: random references, all rows with a label, one noise level, at
 which many references have weight. Writes results/labels.json: milliseconds, the ratio, the largest difference, and the time
-in which the processor can read the references once. A batch of rows with nearly all labels needs at least that, so `masked_ms`
-over `read_ms` bounds the ratio.
+in which the processor can read the references once. A batch with rows of nearly all labels needs at least that time, so
+`masked_ms` over `read_ms` bounds the ratio.
 """
 
 import argparse

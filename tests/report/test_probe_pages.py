@@ -59,7 +59,9 @@ def test_a_measurement_of_any_kind_makes_a_page_and_pictures(tmp_path, sizes, le
         batch=10, in_batch=shares, pools=dict.fromkeys((n for n in sizes if n > 10), shares), whole=shares
     )
     # As in the probe: the advice rests on levels of its own.
-    advice = advise(curve(torch.logspace(-3, 2, 40).tolist(), sizes, dsm), Training(), band=levels[0] * 2, batch=together)
+    advice = advise(
+        curve(torch.logspace(-3, 2, 40).tolist(), sizes, dsm), Training(), band=levels[0] * 2, batch=together
+    )
     said = ["Take them.", "All."]
     page = variance_page("x", "an example", measured, phases, advice, together, said, "stablefield probe x")
     text = render_page(page)
