@@ -209,9 +209,11 @@ def measure(runner: Runner, network: nn.Module, data: Tensor, setting: Setting, 
     return found
 
 
-def run_one(name: str, source: str, seed: int, seconds: float, samples: int | None = None) -> list[Row]:
+def run_one(
+    name: str, source: str, seed: int, seconds: float, samples: int | None = None, batch: int | None = None
+) -> list[Row]:
     """One training and its rows, in this process."""
-    data, setting = open_data(source, samples)
+    data, setting = open_data(source, samples, batch)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         runner, network, took = train(name, data, setting, seed, seconds)
@@ -219,13 +221,14 @@ def run_one(name: str, source: str, seed: int, seconds: float, samples: int | No
     return [{"runner": name, "seed": seed, "seconds": seconds, **took, **row} for row in found]
 
 
-def open_data(source: str, samples: int | None = None) -> tuple[Tensor, Setting]:
-    """Images, uint8 (n, C, H, W), and the setting for them, with another number of samples if it is given."""
+def open_data(source: str, samples: int | None = None, batch: int | None = None) -> tuple[Tensor, Setting]:
+    """Images, uint8 (n, C, H, W), and the setting for them, with other numbers of samples and rows if they are given."""
     images = sf.data.open_images(source)
     if images.shape not in SETTINGS:
         raise SystemExit(f"{source} has images of shape {images.shape}: there are settings for {list(SETTINGS)}.")
     setting = SETTINGS[images.shape]
-    return torch.from_numpy(np.array(images.images)), replace(setting, samples=samples or setting.samples)
+    setting = replace(setting, samples=samples or setting.samples, batch=batch or setting.batch)
+    return torch.from_numpy(np.array(images.images)), setting
 
 
 @dataclass
@@ -337,17 +340,18 @@ def main() -> None:
     parser.add_argument("--fractions", nargs="+", type=Fraction, default=[Fraction(k, 3) for k in (1, 2, 3)])
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, one thread each")
     parser.add_argument("--samples", type=int, help="images per measurement, instead of the setting's number")
+    parser.add_argument("--batch", type=int, help="rows of the network per step, instead of the setting's number")
     parser.add_argument("--out", help="name of the file in results/, or a path without .json")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.one:
         name, seed, seconds = args.one
-        print(json.dumps(run_one(name, args.data, int(seed), float(seconds), args.samples)))
+        print(json.dumps(run_one(name, args.data, int(seed), float(seconds), args.samples, args.batch)))
         return
     # A race that is stopped ends its trainings.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    data, setting = open_data(args.data, args.samples)
+    data, setting = open_data(args.data, args.samples, args.batch)
     path = RESULTS / f"{args.out or f'race_{setting.name}'}.json"
     found: Row = json.loads(path.read_text("utf-8")) if path.exists() else {"rows": []}
     network = setting.network(tuple(data.shape[1:]), Generator())
@@ -370,7 +374,8 @@ def main() -> None:
         for seed in args.seeds.split(",")
         for name in args.runners
     ]
-    arguments = [args.data, *(("--samples", str(args.samples)) if args.samples else ())]
+    given = {"--samples": args.samples, "--batch": args.batch}
+    arguments = [args.data, *(text for flag, value in given.items() if value for text in (flag, str(value)))]
     try:
         Race(arguments, jobs=args.jobs, rows=rows, save=save).run(wanted)
     finally:

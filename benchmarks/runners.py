@@ -49,7 +49,7 @@ class Levers:
 
     Attributes:
         references: the whole data set as references of the stable target, instead of the single sample.
-        size: with `references`, draw so many of them for every eight batches; None for all.
+        size: with `references`, draw so many of them for each call, which several batches share; None for all.
         levels: mean and standard deviation of ln sigma.
         stratified: stratify the noise levels of a batch.
         antithetic: make pairs of opposite noise of half as many images.
@@ -79,11 +79,13 @@ class Separate:
 
 
 class Together:
-    """Batches of an objective of ours, whose targets are computed in one call, as stablefield's trainer does on a CPU."""
+    """Batches of an objective of ours, whose targets are computed in one call, as stablefield's trainer does on a CPU.
 
-    ahead = 8
+    Eight batches share a call, or 16 if they are of 32 rows or fewer.
+    """
 
     def __init__(self, objective: sf.Objective, batch: int, generator: Generator) -> None:
+        self.ahead = 16 if batch <= 32 else 8
         self._objective, self._generator = objective, generator
         self._ready: deque[Example] = deque()
         self.images = batch // objective.draws_per_image

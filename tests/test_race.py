@@ -263,7 +263,8 @@ def test_the_distance_is_that_of_gaussians() -> None:
 
 
 def test_a_measurement_counts_what_the_sampler_spends_and_does_not_depend_on_chunks() -> None:
-    data, setting = race.open_data("digits", samples=30)
+    data, setting = race.open_data("digits", samples=30, batch=16)
+    assert (setting.samples, setting.batch) == (30, 16)
     setting = dataclasses.replace(setting, network=small)
     runner, network, _ = race.train("torchcfm", data, setting, seed=0, seconds=0.0)
     calls: list[int] = []
