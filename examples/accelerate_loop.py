@@ -2,7 +2,7 @@
 
 Lines that end in `# +` were added; lines that begin with `# -` show what they replace.
 
-    pip install stablefield accelerate
+    pip install . accelerate  # in a checkout of the project
 """
 
 import torch

@@ -8,7 +8,7 @@ The loss is the squared error of the reconstruction plus a small weight times th
 distribution from the standard normal (Kingma, Welling, "Auto-Encoding Variational Bayes", 2014; Rombach et al.,
 "High-Resolution Image Synthesis with Latent Diffusion Models", 2022, which adds perceptual and adversarial losses).
 
-    pip install "stablefield[train,diffusers]"
+    pip install ".[train,diffusers]"  # in a checkout of the project
     python examples/autoencoder.py photos vae --resolution 32
     stablefield data encode photos latents --vae vae --resolution 32
 """

@@ -3,7 +3,7 @@
 Lines that end in `# +` were added; lines that begin with `# -` show what they replace. `sf.from_diffusers` knows whether the
 scheduler predicts the noise, v or the sample, so the loop's three cases become one line.
 
-    pip install "stablefield[diffusers]" accelerate
+    pip install ".[diffusers]" accelerate  # in a checkout of the project
 """
 
 import torch

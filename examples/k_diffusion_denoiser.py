@@ -3,7 +3,7 @@
 Its loss compares the network's raw output with (x0 - c_skip x_t) / c_out; the stable target replaces x0.
 Lines that end in `# +` were added; lines that begin with `# -` show what they replace.
 
-    pip install stablefield
+    pip install .  # in a checkout of the project
 """
 
 import torch

@@ -8,7 +8,7 @@ condition rules out.
 The encoder here is a principal component analysis instead of an autoencoder. Lines that end in `# +` were added; lines that
 begin with `# -` show what they replace.
 
-    pip install stablefield
+    pip install .  # in a checkout of the project
 """
 
 import torch

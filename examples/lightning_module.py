@@ -3,7 +3,7 @@
 The recipe for any parameterisation: where the loss has the clean data and the noise, put `target.x0` and `target.noise`.
 Lines that end in `# +` were added; lines that begin with `# -` show what they replace.
 
-    pip install stablefield lightning
+    pip install . lightning  # in a checkout of the project
 """
 
 import math

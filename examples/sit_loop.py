@@ -10,7 +10,7 @@ and a row without one may use all. So the loop drops the labels, with the same r
 The encoder is a principal component analysis of 2 x 2 pixels instead of an autoencoder. Lines that end in `# +` were added;
 lines that begin with `# -` show what they replace.
 
-    pip install stablefield
+    pip install .  # in a checkout of the project
 """
 
 import torch

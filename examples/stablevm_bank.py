@@ -10,7 +10,7 @@ A pool of all latents replaces the bank: there is nothing to fill or update, and
 With a bank that holds all latents, both versions give the same losses up to rounding. Lines that end in `# +` were added;
 lines that begin with `# -` show what they replace.
 
-    pip install stablefield
+    pip install .  # in a checkout of the project
 """
 
 import torch

@@ -7,7 +7,7 @@ depend on the data, which changes the posterior over references.
 
 Lines that end in `# +` were added; lines that begin with `# -` show what they replace.
 
-    pip install stablefield pot; pip install --no-deps torchcfm
+    pip install . pot; pip install --no-deps torchcfm  # in a checkout of the project
 
 (torchcfm's own requirements bring torchdyn and, through it, torchvision; its flow matchers need torch and pot only.)
 """

@@ -1,8 +1,8 @@
 """The allocator of the process: what a training step frees, the next one will want again.
 
 A step on a CPU makes and frees some gigabytes of activations. glibc gives large blocks back to the system at once, which
-clears every page of them before it hands them out again: a tenth of the time of a step of a U-Net, and most of its
-variation.
+clears every page of them before it hands them out again. On some machines that is a tenth of the time of a step of a U-Net
+and most of its variation; on others it does not show.
 """
 
 import ctypes
