@@ -1,17 +1,20 @@
 """`stablefield probe`: numbers, pictures and a report from data or a run, and wrong use told of."""
 
 import csv
+import dataclasses
 import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch import Tensor
 
 import stablefield as sf
 from stablefield.cli.entry import main
+from stablefield.diffusion._objective import DenoiserLike
 from stablefield.training._run_folder import RunFolder
 
 
@@ -271,10 +274,6 @@ def test_a_run_is_held_against_the_optimum(
         spread = 5 * level["loss_se"] + 1e-6
         assert abs(level["loss"] - level["distance_to_mean"] - level["floor"]) < spread
     assert max(level["distance_to_mean"] for level in levels) > 0.1
-    found = sf.probe(RunFolder(run), noise_levels=[0.5], sources=16, device="cpu")
-    assert isinstance(found, sf.probing.NetworkProbe)
-    assert (found.name, found.step, len(found.logged)) == ("run", 30, 3)
-    assert found.ledger is not None
 
     def nothing(
         x: Tensor,
@@ -283,6 +282,17 @@ def test_a_run_is_held_against_the_optimum(
         augment_labels: Tensor | None = None,
     ) -> Tensor:
         return 0 * x
+
+    found = sf.probe(RunFolder(run), noise_levels=[0.5], sources=16, device="cpu")
+    assert isinstance(found, sf.probing.NetworkProbe)
+    assert (found.name, found.step, len(found.logged)) == ("run", 30, 3)
+    assert "note: measured at the given noise levels only; it may be worse at others" in str(found).splitlines()
+    for given in ({"aim": 0.2, "batch": 8}, {"by_class": True}, {"labels": np.zeros(90)}, {"references": (4,)}):
+        with pytest.raises(ValueError, match=f"^{', '.join(given)}: without effect for a run"):
+            sf.probe(run, **given)
+    with pytest.raises(ValueError, match=r"^aim: without effect for data with a network"):
+        sf.probe(few, network=nothing, aim=0.2)
+    assert found.ledger is not None
 
     own = sf.probe(run, network=nothing, noise_levels=[0.5], sources=16, device="cpu")
     assert isinstance(own, sf.probing.NetworkProbe)
@@ -311,6 +321,74 @@ def test_wrong_use_is_told_in_one_paragraph(
     error = capsys.readouterr().err
     assert words in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("of_run", "arguments", "words"),
+    [
+        (True, ("--check-bias",), "--check-bias tests reference policies on data"),
+        (
+            True,
+            ("--plan", "ve", "--by-class", "--resolution", "8"),
+            "--resolution, --plan, --by-class: without effect for a run",
+        ),
+        (
+            False,
+            ("--check-bias", "--sources", "8", "--aim", "0.2"),
+            "--aim, --sources: without effect for --check-bias",
+        ),
+        (False, ("--false-alarm", "0.01"), "--false-alarm: without effect for data without --check-bias"),
+    ],
+)
+def test_flags_without_effect_are_refused(
+    few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], of_run: bool, arguments: tuple[str, ...], words: str
+) -> None:
+    data = few
+    if of_run:
+        data = tmp_path / "run"
+        data.mkdir()
+        (data / "config.json").write_text("{}")  # not read
+    assert status("probe", str(data), *arguments, "--out", str(tmp_path / "out")) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_optimum_of_a_run_with_mirrored_images_has_them(few: Path, tmp_path: Path) -> None:
+    """The posterior mean over the images and their mirror images has no distance to it, and that over the images has."""
+    images = sf.data.open_images(few)
+    data = torch.from_numpy(np.array(images.images)).float() / 127.5 - 1
+    recipe = dataclasses.replace(
+        sf.training.DIGITS, steps=1, batch=8, mirror=True, network=sf.training.MLPConfig(width=8, depth=1)
+    )
+    sf.train(images, out=tmp_path / "run", recipe=recipe, device="cpu")
+
+    def exact(references: Tensor) -> DenoiserLike:
+        def mean(
+            x: Tensor,
+            sigma: Tensor,
+            class_labels: Tensor | None = None,
+            augment_labels: Tensor | None = None,
+        ) -> Tensor:
+            return sf.posterior(x, 1.0, sigma, references).mean
+
+        return mean
+
+    both, one = (
+        sf.probe(tmp_path / "run", network=exact(references), noise_levels=[0.5], sources=40, device="cpu")
+        for references in (torch.cat([data, data.flip(-1)]), data)
+    )
+    assert float(both.fit.distance.mean[0]) < 1e-6 * float(both.fit.floor.mean[0])
+    assert float(one.fit.distance.mean[0]) > 1e-2 * float(one.fit.floor.mean[0])
+
+
+def test_a_run_is_not_measured_on_other_data_than_it_was_trained_on(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (40, 4, 4), np.uint8)
+    np.save(tmp_path / "x.npy", images)
+    recipe = dataclasses.replace(sf.training.DIGITS, steps=1, batch=8, network=sf.training.MLPConfig(width=8, depth=1))
+    sf.train(tmp_path / "x.npy", out=tmp_path / "run", recipe=recipe, device="cpu")
+    np.save(tmp_path / "x.npy", 255 - images)
+    with pytest.raises(ValueError, match="is not what this run was started with"):
+        sf.probe(tmp_path / "run", noise_levels=[0.5], sources=8, device="cpu")
 
 
 @pytest.mark.parametrize(

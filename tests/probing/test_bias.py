@@ -3,8 +3,9 @@ import torch
 
 import stablefield as sf
 from stablefield.probing._bias import check_bias, largest_t
-from stablefield.probing._bias_probe import ClassesMixed, SourceLeftOut, SourceTwice
+from stablefield.probing._bias_probe import BiasProbe, ClassesMixed, SourceLeftOut, SourceTwice
 from stablefield.probing._population import Population, draw_population
+from stablefield.report import render_page
 
 SETTINGS = {"batch": 64, "batches": 120, "noise_levels": [0.6, 0.9, 1.4]}
 
@@ -135,3 +136,22 @@ def test_wrong_arguments_are_named(plain):
             check_bias(target, plain, **arguments)
     with pytest.raises(ValueError, match="the target has shape"):
         check_bias(lambda x0, *a, **k: x0[:, :, 1:], plain, noise_levels=[1.0])
+
+
+def test_more_noise_levels_than_rows_are_refused(plain):
+    with pytest.raises(ValueError, match="noise_levels has 3 levels for a batch of 2 rows"):
+        check_bias(sf.DenoisingTarget(sf.EDM()), plain, batch=2, batches=20, noise_levels=[0.5, 1.0, 2.0])
+
+
+def test_a_planted_fault_that_is_not_detected_is_named():
+    one = check_bias(sf.DenoisingTarget(sf.EDM()), Population(torch.randn(40, 3)), batches=20, noise_levels=[1.0])
+    found = BiasProbe(
+        name="x",
+        manifest={},
+        checks={"the batch": one, "source left out": one},
+        planted=("source left out",),
+        false_alarm=0.001,
+        seed=0,
+    )
+    assert str(found).endswith("It did not detect: source left out. A policy with this fault would pass, too.")
+    assert "It did not detect: source left out" in render_page(found.page())

@@ -48,5 +48,12 @@ def test_wrong_arguments_are_named(two_gaussians):
     ):
         with pytest.raises(ValueError, match=words):
             measure_fit(lambda x, s: x, population, **arguments)
-    with pytest.raises(ValueError, match=r"returned shape \(256, 63\)"):
+    with pytest.raises(ValueError, match=r"returned shape \(1, 63\)"):
         measure_fit(lambda x, s: x[:, 1:], population, [1.0])
+
+
+def test_a_network_that_does_not_fit_is_refused_before_the_posteriors_are_computed(two_gaussians):
+    seen = []
+    with pytest.raises(ValueError, match="return the shape of the rows"):
+        measure_fit(lambda x, s: x[:, 1:], Population(two_gaussians), [0.5, 1.0], progress=seen.append)
+    assert seen == []

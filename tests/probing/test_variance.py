@@ -159,6 +159,35 @@ def test_the_noise_levels_chosen_span_the_three_phases(digits):
     assert ends.divergence.mean[1] < 0.01 * math.log(len(population))
 
 
+@pytest.mark.parametrize(("rare", "far"), [(2, 14.0), (1, 31.0)])
+def test_the_noise_levels_chosen_reach_to_where_rare_samples_count(rare, far):
+    """Of 1,000 numbers near 0 a few lie far off: V_DSM is the variance of all only with noise as large as their distance."""
+    data = torch.randn(1000, 1, generator=torch.Generator().manual_seed(0)) * 0.1
+    data[:rare] = far
+    population = Population(data)
+    levels = find_noise_levels(population)
+    assert population.radius() == pytest.approx(far - float(data.mean()), rel=1e-6)
+    assert float(levels[-1]) == pytest.approx(population.radius(), rel=1e-9)
+    assert float((levels[1:] / levels[:-1]).max()) < 1.901
+    curve = measure_variance(population, levels, sizes=(), sources=1000, draws=2)
+    assert float(curve.dsm.mean[-1]) > 0.9 * population.variance()
+    curve.check_covers(sf.probing.Training(process=sf.RectifiedFlow(), noise_levels=sf.Uniform(0.0, 1.0)).levels(4096))
+
+
+def test_a_table_has_one_level_for_all_that_are_nearest_to_it(two_gaussians):
+    table = sf.Discrete(torch.linspace(0.99, 0.01, 50))
+    curve = measure_variance(Population(two_gaussians[:50]), [1e-4, 1e-3, 1e-2, 0.5, 2.0], sizes=(4,), process=table)
+    assert bool((curve.noise_level.diff() > 0).all())
+    assert len(curve.noise_level) == len(curve.dsm.mean) == len(curve.stf[4].mean) == 3
+    found = sf.probing.probe_data(
+        two_gaussians[:50],
+        training=sf.probing.Training(process=table, noise_levels=sf.LogNormal(), batch=8),
+        references=[4],
+        device="cpu",
+    )
+    assert 0 < found.advice.sizes[0].left < 1
+
+
 def test_the_same_seed_gives_the_same_curves(two_gaussians):
     first, second = (measure_variance(Population(two_gaussians[:80]), sizes=(16,), draws=2, seed=7) for _ in range(2))
     assert torch.equal(first.dsm.mean, second.dsm.mean)
@@ -190,7 +219,7 @@ def test_progress_runs_to_one(two_gaussians):
         ({"noise_levels": [math.nan]}, "noise_levels=\\["),
         ({"noise_levels": []}, "noise_levels=\\["),
         ({"noise_levels": [1.0], "sizes": (0,)}, "sizes are"),
-        ({"noise_levels": [1.0], "sources": 1}, "sources is 1"),
+        ({"noise_levels": [1.0], "sources": 2}, "sources is 2: pass at least 3"),
         ({"noise_levels": [1.0], "draws": 0}, "draws is 0"),
         ({"noise_levels": [1.0], "draws": 1}, "draws is 1, with every sample"),
     ],

@@ -25,6 +25,8 @@ from stablefield.training._run_probe import is_run, probe, usual_training
 
 __all__ = ["Probe"]
 
+# Flags that say how the data are read.
+_READING = {field.name for field in dataclasses.fields(DataFlags)}
 _TRAININGS = {training.name.lower(): training for training in TRAININGS}
 
 
@@ -37,7 +39,8 @@ class Probe(DataFlags):
     references: str = "16,64,256,1024,4096,all"
     """Sizes of reference sets to measure; the whole set leaves no variance and is not sampled."""
     noise_levels: str = ""
-    """Noise levels to show, such as 0.5,1,2,5; by default chosen from the data, as always for the advice."""
+    """Noise levels to show, or to measure a run at, such as 0.5,1,2,5; by default chosen from the data, as always for the
+    advice."""
     plan: Literal["auto", "edm", "ve", "vp", "flow"] = "auto"
     """The training to advise on, with its noise levels and loss weights; auto is what train does with these data."""
     batch: int | None = None
@@ -64,6 +67,7 @@ class Probe(DataFlags):
     def run(self) -> int:
         """Measure, print the result, and write the files."""
         of_run = is_run(self.data)
+        self._check_use(of_run)
         check_folder("--out", self.out or (Path(self.data, "probe") if of_run else Path("probes", "new")))
         for package in ("matplotlib", "jinja2"):
             require(package, "the report of a probe")
@@ -76,6 +80,24 @@ class Probe(DataFlags):
         names = [path.name for path in result.save_all(out, "probe")]
         console.print(f"written to {relative(out)}: {', '.join(names)}", markup=False)
         return 0
+
+    def _check_use(self, of_run: bool) -> None:
+        """Refuse flags that would have no effect."""
+        if of_run and self.check_bias:
+            raise ValueError(f"--check-bias tests reference policies on data, and {self.data} is a run: name its data.")
+        used = {"data", "out", "device", "seed", "max_images"}
+        if self.check_bias:
+            what, used = "--check-bias", used | {"check_bias", "false_alarm", "plan", "by_class"} | _READING
+        elif of_run:
+            what, used = "a run, which has its own data and training", used | {"noise_levels", "sources"}
+        else:
+            what, used = (
+                "data without --check-bias",
+                {field.name for field in dataclasses.fields(self)} - {"false_alarm"},
+            )
+        unused = [word for word in words_of(self, Probe(""), besides=used) if word.startswith("--")]
+        if unused:
+            raise ValueError(f"{', '.join(unused)}: without effect for {what}; leave out what has none.")
 
     def _measured(self, of_run: bool) -> Probed | NetworkProbe | BiasProbe:
         device = found_device(self.device or None)

@@ -163,6 +163,11 @@ def check_bias(
     if len(levels) == 0 or not bool(((levels > 0) & levels.isfinite()).all()):
         raise ValueError(f"noise_levels={levels.tolist()}: pass at least one, all positive and finite.")
     if batch < len(levels):
+        if noise_levels is not None:
+            raise ValueError(
+                f"noise_levels has {len(levels)} levels for a batch of {batch} rows, each of which has one of them: pass at "
+                f"most {batch} levels."
+            )
         levels = levels[torch.linspace(0, len(levels) - 1, batch).round().long()]
     generator = torch.Generator().manual_seed(seed)
     device = population.data.device

@@ -101,9 +101,11 @@ class BiasProbe(Result):
 
     def _explained(self) -> str:
         rows = next(iter(self.checks.values())).rows
+        missed = [name for name in self.planted if self.checks[name].passed]
         return (
             f"{rows:,} training rows each; an unbiased policy fails at a rate of {self.false_alarm:g}.\n"
             "The faults are planted, to show what the test detects on these data."
+            + (f"\nIt did not detect: {', '.join(missed)}. A policy with this fault would pass, too." if missed else "")
         )
 
 

@@ -207,8 +207,9 @@ class ExcessLoss:
     def of(self, row_loss: Tensor, noise_level: Tensor) -> Tensor:
         """The loss of a training loop's own rows minus the floor at their noise levels, in the shape of `row_loss`.
 
-        Its mean over many steps estimates the same as `Excess.distance`, with the noise of the loop. The first call computes
-        the floor; on a GPU each call waits for the noise levels.
+        Its mean over many steps estimates the same as `Excess.distance`, with the noise of the loop, and with the error of
+        the floor, which more steps do not lower: the first call computes it from at most 256 rows, which all noise levels
+        share. On a GPU each call waits for the noise levels.
 
         Args:
             row_loss: weighted squared error per dimension of each row against the single sample, in the units of the

@@ -209,5 +209,8 @@ def measure_fit(
     check_kind("population", population, Population, "a Population of the data, Population(data)")
     if labelled and population.labels is None:
         raise ValueError("labelled is set, but the population has no labels: pass them.")
+    if rows >= 2 and len(population) >= 2:
+        # A network that does not fit is refused before the posteriors take their time.
+        find_optimum(population, [1.0], rows=2, batch=1, seed=seed).fit(denoiser, labelled=labelled)
     found = find_optimum(population, noise_levels, rows=rows, batch=batch, seed=seed, progress=progress)
     return found.fit(denoiser, labelled=labelled, progress=progress)

@@ -232,12 +232,19 @@ def probe_network(
             progress=progress,
         )
     floor = LossFloor(noise_level=fit.noise_level, variance=fit.floor.mean, dim=fit.dim, weighting=training.weighting)
-    if log and noise_levels is not None:
-        # A bin of the log holds all noise levels of the training, of which these may leave out some.
-        overall = measure_variance(
-            population, process=training.process, sizes=(), sources=min(sources, len(population)), seed=seed
-        )
-        floor = LossFloor.of(overall, training.weighting)
+    if noise_levels is not None:
+        notes = [*notes, "measured at the given noise levels only; it may be worse at others"]
+        if any("bin_edges" in entry for entry in log):
+            # A bin of the log holds all noise levels of the training, of which these may leave out some.
+            whole = measure_variance(
+                population,
+                process=training.process,
+                sizes=(),
+                sources=max(3, min(sources, len(population))),
+                seed=seed,
+                progress=progress,
+            )
+            floor = LossFloor.of(whole, training.weighting)
     return NetworkProbe(
         name=name,
         description=described(images)[1],

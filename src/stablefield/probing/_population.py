@@ -4,6 +4,7 @@ The posterior over a set costs a pass over it for every row, so a probe draws a 
 hold for a data set of that size, and the population records the size of the set it was drawn from.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from stablefield._shapes import check_kind, check_tensor, flag, whole_number
 from stablefield.data._image_set import ImageSet
-from stablefield.targets._engine.reference_matrix import ReferenceMatrix
+from stablefield.targets._engine.reference_matrix import ReferenceMatrix, wide_dtype
 
 __all__ = ["MOST", "Population", "Samples", "described", "draw_population"]
 
@@ -97,22 +98,33 @@ class Population:
 
     def variance(self) -> float:
         """Trace of the covariance of the samples, within classes if there are labels: V_DSM at infinite noise."""
-        matrix = ReferenceMatrix(self.data)
+        total, count, _ = self._sums()
+        square = sum(float(rows.square().sum()) for _, rows in self._shifted())
+        return max(0.0, (square - float((total.square().sum(1) / count).sum())) / len(self))
+
+    def radius(self) -> float:
+        """Largest distance of a sample from the mean, of its class if there are labels."""
+        total, count, place = self._sums()
+        mean = total / count[:, None]
+        return max(float((rows - mean[place[where]]).square().sum(1).max()) for where, rows in self._shifted()) ** 0.5
+
+    def _sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each class the sum of its samples, relative to the first of all, and their number; each sample's class."""
         labels = torch.zeros(len(self), dtype=torch.long) if self.labels is None else self.labels.cpu()
         _, place = torch.unique(labels, return_inverse=True)
         place = place.to(self.data.device)
         kinds = int(place.max()) + 1
-        wide = torch.float32 if self.data.device.type == "mps" else torch.float64
-        # Relative to the first sample, so that data far from zero lose no digits.
+        total = torch.zeros(kinds, self.dim, dtype=wide_dtype(self.data.device), device=self.data.device)
+        for where, rows in self._shifted():
+            total.index_add_(0, place[where], rows)
+        return total, torch.bincount(place, minlength=kinds).to(total), place
+
+    def _shifted(self) -> Iterator[tuple[slice, Tensor]]:
+        """The samples in the widest dtype, relative to the first, so that data far from zero lose no digits."""
+        matrix = ReferenceMatrix(self.data)
         centre = matrix.rows(torch.zeros(1, dtype=torch.long, device=self.data.device), matrix.dtype)
-        total = torch.zeros(kinds, self.dim, dtype=wide, device=self.data.device)
-        square = 0.0
         for where, rows in matrix.chunks(matrix.chunk_size(1), matrix.dtype):
-            wider = (rows - centre).to(wide)
-            total.index_add_(0, place[where], wider)
-            square += float(wider.square().sum())
-        count = torch.bincount(place, minlength=kinds).to(wide)
-        return max(0.0, (square - float((total.square().sum(1) / count).sum())) / len(self))
+            yield where, (rows - centre).to(wide_dtype(self.data.device))
 
 
 def draw_population(

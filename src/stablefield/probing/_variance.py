@@ -60,10 +60,10 @@ _QUERIES = 2048
 _SMALL, _PAIRS, _NUMBERS, _SET_PAIRS = 512, 2**20, 2**21, 2**16
 # Minimum number of reference sets to draw for each size, and maximum number of rows that share one.
 _SETS, _SHARING = 32, 64
-# Largest ratio of neighbouring noise levels that may be interpolated; that of the levels chosen by default is below 1.7.
-_STEP = 2.0
+# Largest ratio of neighbouring noise levels that may be interpolated, and of those chosen by default.
+_STEP, _NEAR = 2.0, 1.9
 # Shares of the data's variance that count as none below the lowest level, and as all of it above the highest.
-_NONE, _ALL = 0.01, 0.9
+_NONE, _ALL = 1e-3, 0.9
 # float32 may have rounded a level.
 _ROUNDED = 1 + 1e-5
 
@@ -204,7 +204,9 @@ def measure_variance(
     _check(asked, sizes, sources, draws)
     t = process.time(asked)
     level, order = process.noise_level(t).double().sort()
-    t = t[order]
+    # A table has one level for several that were asked for.
+    distinct = level.diff(prepend=level[:1] - 1) > 0
+    level, t = level[distinct], t[order][distinct]
     if not bool(((level > 0) & level.isfinite()).all()):
         raise ValueError(f"noise_levels={asked.tolist()}: under {process} they must be positive and finite.")
     n = len(population)
@@ -280,10 +282,16 @@ def measure_variance(
 
 @torch.no_grad()
 def find_noise_levels(population: Population, count: int = 21, *, seed: int = 0) -> Tensor:
-    """Noise levels that span the three phases, evenly on a logarithmic axis, shape (`count`,), float64.
+    """Noise levels that span the three phases, evenly on a logarithmic axis, shape (`count` or more,), float64.
 
     From half the level where a few rows first show variance to where the posterior is the prior to about a percent: at high
-    noise D is S^2 / 2 sigma^2 for data of spread S, and four times S is enough except for very few samples.
+    noise D is S^2 / 2 sigma^2 for data of spread S, and four times S is enough except for very few samples. A rare sample
+    at a distance R from the mean counts in every row from about sigma = R on.
+
+    Args:
+        population: the data.
+        count: how many; more if their ratio would be above 1.9.
+        seed: of the rows.
 
     Raises:
         ValueError: if `count` is below 2.
@@ -298,7 +306,9 @@ def find_noise_levels(population: Population, count: int = 21, *, seed: int = 0)
     generator = torch.Generator().manual_seed(seed)
     job = _Job(EDM(), torch.zeros(1), whole, len(population), generator)
     low = math.sqrt(total) / 2
-    top = math.sqrt(total) * max(4.0, 1.4 * math.sqrt(1 / (2 * 0.01 * math.log(len(population)))))
+    top = max(
+        population.radius(), math.sqrt(total) * max(4.0, 1.4 * math.sqrt(1 / (2 * 0.01 * math.log(len(population)))))
+    )
     index = torch.randperm(len(population), generator=generator)[:32]
     # Near-duplicates have variance at all levels above their distance; 2^-12 of the spread is below what images resolve.
     for _ in range(12):
@@ -307,6 +317,7 @@ def find_noise_levels(population: Population, count: int = 21, *, seed: int = 0)
         if float(whole(rows.x_t, rows.alpha, rows.sigma, rows.source).posterior.variance.mean()) < 1e-4 * total:
             break
         low /= 2
+    count = max(count, 1 + math.ceil(math.log(2 * top / low) / math.log(_NEAR)))
     return torch.logspace(math.log10(low / 2), math.log10(top), count, dtype=torch.float64)
 
 
@@ -433,7 +444,7 @@ def _check(levels: Tensor, sizes: Sequence[int], sources: int | None, draws: int
         raise ValueError(f"noise_levels={levels.tolist()}: pass 1e-60 or more; variances of the score overflow below.")
     if any(size < 1 for size in sizes):
         raise ValueError(f"sizes are {tuple(sizes)}: pass sizes of at least 1.")
-    if sources is not None and sources < 2:
-        raise ValueError(f"sources is {sources}: pass at least 2, to estimate the error.")
+    if sources is not None and sources < 3:
+        raise ValueError(f"sources is {sources}: pass at least 3, to estimate the error.")
     if draws is not None and draws < 1:
         raise ValueError(f"draws is {draws}: pass at least 1.")

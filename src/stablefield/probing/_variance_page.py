@@ -64,7 +64,7 @@ def phases_chart(curve: VarianceCurve, phases: Phases) -> LineChart:
             _line("V_DSM / variance of the data", level, curve.dsm, curve.total),
             _line("divergence D / log N", level, curve.divergence, math.log(curve.samples)),
             _line("source weight", level, curve.source_weight, 1.0),
-            Line(label="V_DSM of the score / its peak", x=level.numpy(), y=(score / peak).numpy()),
+            Line(label="V_DSM of the score / its largest", x=level.numpy(), y=(score / peak).numpy()),
         ),
         x_label="noise level sigma / alpha",
         y_label="share",

@@ -24,6 +24,7 @@ from stablefield.training._model import open_model
 from stablefield.training._placement import resolve_references
 from stablefield.training._recipe import Recipe
 from stablefield.training._recipes import imagefolder, largest_resolution, recipe_for
+from stablefield.training._run_data import training_data
 from stablefield.training._run_folder import HasFolder, RunFolder
 
 __all__ = ["is_run", "probe", "usual_training"]
@@ -139,7 +140,22 @@ def probe(
         device = next((weight.device for weight in network.parameters()), None)
     device = found_device(device)
     folder = data if isinstance(data, str | Path) else getattr(data, "path", None)
-    if isinstance(folder, str | Path) and is_run(folder):
+    of_run = isinstance(folder, str | Path) and is_run(folder)
+    given = {"references": tuple(references) != SIZES, "aim": aim != 0.1} if of_run or network is not None else {}
+    if of_run:
+        given |= {
+            "labels": labels is not None,
+            "by_class": by_class,
+            "training": training is not None,
+            "batch": batch is not None,
+        }
+    if names := [name for name, is_given in given.items() if is_given]:
+        what = "a run, which has its own data and training" if of_run else "data with a network"
+        raise ValueError(
+            f"{', '.join(names)}: without effect for {what}; leave out what has none, or probe the data alone."
+        )
+    if of_run:
+        assert isinstance(folder, str | Path)
         return _probe_run(Path(folder), network, noise_levels, max_images, sources, seed, device, progress)
     if isinstance(data, str | Path):
         data = open_images(data, limit=largest_resolution(accelerated=device.type == "cuda"), progress=progress)
@@ -223,11 +239,18 @@ def _probe_run(
 ) -> NetworkProbe:
     model = open_model(folder, device=device)
     config = model.config
-    images = config.numbered(open_images(config.data, **config.opening, progress=progress))
+    images = training_data(config, open_images(config.data, **config.opening, progress=progress))
     rows = config.training_rows(len(images))
     if rows is not None:  # the optimum is that of the samples that were trained on
         values, labels = images.batch(rows)
-        images = dataclasses.replace(images, images=values, labels=labels)
+        images = dataclasses.replace(images, images=values, labels=labels, moments=None, flipped=None)
+    notes = [f"skipped: {complaint}" for complaint in model.complaints] if network is None else []
+    if config.autoencoder is not None:
+        notes.append("the optimum is that of one draw of the latents, and training draws them anew")
+    elif config.recipe.mirror:
+        both = np.concatenate([images.images, images.images[..., ::-1]])
+        labels = None if images.labels is None else np.concatenate([images.labels, images.labels])
+        images = dataclasses.replace(images, images=both, labels=labels)
     return probe_network(
         model.denoiser if network is None else network,
         images,
@@ -239,7 +262,7 @@ def _probe_run(
         log=list(RunFolder(folder).metrics()),
         name=folder.name,
         step=model.step if network is None else None,
-        notes=[f"skipped: {complaint}" for complaint in model.complaints] if network is None else (),
+        notes=notes,
         seed=seed,
         device=device,
         progress=progress,
