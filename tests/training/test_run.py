@@ -122,7 +122,9 @@ def test_options_stand_in_one_place(run: sf.Run) -> None:
         run.sample(2, sampler=options, device="cpu").images,
         run.sample(2, sampler="euler", steps=2, device="cpu").images,
     )
-    with pytest.raises(ValueError, match="sampler holds all options"):
+    with pytest.raises(
+        ValueError, match=r"^steps=3: sampler is a SamplerOptions, and sampler holds all options: set them"
+    ):
         run.sample(2, sampler=options, steps=3)
     with pytest.raises(ValueError, match=r"^churn=3 is an option of heun, not of euler"):
         run.sample(2, sampler=SamplerOptions(sampler="euler", churn=3), device="cpu")
@@ -130,6 +132,26 @@ def test_options_stand_in_one_place(run: sf.Run) -> None:
         run.sample(2, guidance_scale=2.0, device="cpu")
     with pytest.raises(ValueError, match="seeds holds 2 seeds, 1 of them different"):
         run.sample([1, 1])
+
+
+def test_options_beside_a_loaded_sampler_are_named_and_refused(run: sf.Run) -> None:
+    opened = run.sampler("euler", steps=2, device="cpu")
+    np.testing.assert_array_equal(
+        run.sample(2, sampler=opened, device="cpu").images, run.sample(2, sampler="euler", steps=2, device="cpu").images
+    )
+    found = r"^steps=100, guidance_scale=3, checkpoint=best: sampler is a RunSampler, .*: pass them to Run\.sampler\.$"
+    with pytest.raises(ValueError, match=found):
+        run.sample(2, sampler=opened, steps=100, guidance_scale=3, checkpoint="best")
+    others = {"class_label": [0], "ema": "none", "batch": 1, "decode": False, "vae": "x"}
+    for name, value in others.items():
+        with pytest.raises(ValueError, match=rf"^{name}={re.escape(str(value))}: sampler is a RunSampler"):
+            run.sample(2, sampler=opened, **{name: value})
+    with pytest.raises(ValueError, match=r"^vae=x: sampler is a RunSampler"):
+        run.evaluate(samples=4, sampler=opened, vae="x")
+    elsewhere = dataclasses.replace(opened, device=torch.device("cuda:0"))
+    for call in (run.sample, run.evaluate):
+        with pytest.raises(ValueError, match=r"^device=cpu: sampler is a RunSampler"):
+            call(sampler=elsewhere, device="cpu")
 
 
 def test_an_evaluation_is_of_the_runs_samples_and_data(run: sf.Run, tmp_path: Path) -> None:
