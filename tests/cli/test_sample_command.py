@@ -246,6 +246,23 @@ def test_autoguidance_extrapolates_from_the_guides_run(run: Path, worse: Path, t
         (["--snr", "0.1"], ["--snr 0.1 is an option of pc-ve and pc-vp, not of heun"]),
         (["--sampler", "rk45", "--steps", "9"], ["--steps 9", "--rtol"]),
         (["--grid", "vp", "--sigma-min", "0.1"], ["--sigma-min 0.1", "--grid vp"]),
+        (["--grid", "ve", "--rho", "3"], ["--rho 3 is an option of --grid edm, not of --grid ve: leave it out"]),
+        (["--sampler", "pc-vp", "--rho", "3"], ["--rho 3 is an option of --grid edm, not of --grid vp: leave it out"]),
+        (
+            ["--sampler", "rk45", "--rho", "3"],
+            ["--rho 3 does nothing with rk45, which chooses its steps: leave it out"],
+        ),
+        (["--churn-noise", "1.007"], ["--churn-noise 1.007 does nothing at --churn 0: pass more, such as --churn 40"]),
+        (["--churn-range", "0.05", "50"], ["--churn-range 0.05 50.0 does nothing at --churn 0: pass more"]),
+        (
+            ["--churn", "40", "--churn-range", "50", "0.05"],
+            ["--churn-range 50.0 0.05 holds no noise level: pass the lower one first"],
+        ),
+        (
+            ["--sampler", "pc-ve", "--corrector-steps", "0", "--snr", "0.1"],
+            ["--snr 0.1 does nothing at --corrector-steps 0: pass more, such as --corrector-steps 1"],
+        ),
+        (["--guide-ema", "none"], ["--guide-ema none does nothing without a guide: name its run, --guide RUN"]),
         (["--sigma-min", "90"], ["--sigma-min 90.0", "--sigma-max 80.0"]),
         (["--class", "3"], ["--class 3", "leave it out"]),
         (["--guidance-scale", "2"], ["--guidance-scale 2", "--guide RUN"]),
