@@ -189,7 +189,17 @@ def test_averages_of_other_lengths_are_made_of_a_runs_snapshots(
     )
     assert (half_life != long).any()
     assert (short != long).any()
-    assert "(EMA 0.10)" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "(EMA 0.10)" in shown
+    assert "warning" not in shown
+    # One of a kept length is exact, and one far from them is told with its error.
+    drawn(path, tmp_path / "b.npz", "--seeds", "0-3", "--ema", "0.25")
+    shown = capsys.readouterr().out
+    error = open_model(path, "0.25").ema_error
+    assert 0.2 < error < 0.3
+    assert f"warning: --ema 0.25: the average of the run's snapshots differs by {error:.1%} from one of that" in shown
+    assert "train with a smaller --ema-snapshot-every, or pass a length nearer to 0.05 or 0.1" in shown
+    assert f"(EMA 0.25 (profile {error:.1%} off))" in shown
 
 
 def test_a_conditional_run_draws_the_class_of_the_seed_or_the_one_asked_for(conditional: Path, tmp_path: Path) -> None:

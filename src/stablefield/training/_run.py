@@ -31,7 +31,7 @@ from stablefield.evaluation._metric import Metric
 from stablefield.evaluation._result import Evaluation
 from stablefield.sampling._solvers import SamplerName
 from stablefield.training._accelerator import Tracker, make_accelerator
-from stablefield.training._ema import power_exponent
+from stablefield.training._ema import LENGTHS, power_exponent
 from stablefield.training._files import write_tensors
 from stablefield.training._grids import write_animation
 from stablefield.training._loop import Observer, Report, fit
@@ -51,6 +51,9 @@ if TYPE_CHECKING:
     from stablefield.evaluation._extractor import Extractor
 
 __all__ = ["Run", "fit_run"]
+
+# Relative error of an average's profile above which it is no longer the average that was asked for.
+_OFF = 0.05
 
 
 class Run:
@@ -109,7 +112,7 @@ class Run:
 
         Args:
             ema: "half-life" for the average by EDM's rule, "none" for the weights of the last step, or a length such as
-                "0.1" for an average made from the run's snapshots.
+                "0.1" for an average made from the run's snapshots; warns if it differs by more than 5 % from that length.
             device: where to load it.
             checkpoint: "newest"; "best" for the one with the lowest held-out loss, in a run with `held_out`; or a step that
                 is kept, such as "4000".
@@ -233,6 +236,8 @@ class Run:
             )
         opened = options.open(self.path, found_device(device))
         _warn(opened.model)
+        if opened.guide is not None:
+            _warn(opened.guide, "guide_ema")
         return opened
 
     def evaluate(
@@ -599,6 +604,13 @@ def _part(source: str, config: RunConfig, split: str) -> ImageSet:
     return open_images(source, split=split, **config.opening)
 
 
-def _warn(model: OpenModel) -> None:
+def _warn(model: OpenModel, argument: str = "ema") -> None:
     for complaint in model.complaints:
         warnings.warn(f"skipped a newer checkpoint: {complaint}", stacklevel=3)
+    if model.ema_error > _OFF:
+        warnings.warn(
+            f"{argument}={model.ema}: the average of the run's snapshots differs by {model.ema_error:.1%} from one of that "
+            "length, in the L2 norm of its profile: train with a smaller ema_snapshot_every, or pass a length nearer to "
+            f"{' or '.join(map(str, LENGTHS))}, which are kept.",
+            stacklevel=3,
+        )

@@ -298,7 +298,7 @@ class RunSampler:
     @property
     def ema(self) -> str:
         """The average of the weights and its step, for the protocol."""
-        return f"{self.model.ema}, step {self.model.step}"
+        return f"{self.model.average}, step {self.model.step}"
 
 
 def _class_number(wanted: str, config: RunConfig) -> int:
