@@ -189,7 +189,17 @@ def test_averages_of_other_lengths_are_made_of_a_runs_snapshots(
     )
     assert (half_life != long).any()
     assert (short != long).any()
-    assert "(EMA 0.10)" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "(EMA 0.10)" in shown
+    assert "warning" not in shown
+    # One of a kept length is exact, and one far from them is told with its error.
+    drawn(path, tmp_path / "b.npz", "--seeds", "0-3", "--ema", "0.25")
+    shown = capsys.readouterr().out
+    error = open_model(path, "0.25").ema_error
+    assert 0.2 < error < 0.3
+    assert f"warning: --ema 0.25: the average of the run's snapshots differs by {error:.1%} from one of that" in shown
+    assert "train with a smaller --ema-snapshot-every, or pass a length nearer to 0.05 or 0.1" in shown
+    assert f"(EMA 0.25 (profile {error:.1%} off))" in shown
 
 
 def test_a_conditional_run_draws_the_class_of_the_seed_or_the_one_asked_for(conditional: Path, tmp_path: Path) -> None:
@@ -246,6 +256,23 @@ def test_autoguidance_extrapolates_from_the_guides_run(run: Path, worse: Path, t
         (["--snr", "0.1"], ["--snr 0.1 is an option of pc-ve and pc-vp, not of heun"]),
         (["--sampler", "rk45", "--steps", "9"], ["--steps 9", "--rtol"]),
         (["--grid", "vp", "--sigma-min", "0.1"], ["--sigma-min 0.1", "--grid vp"]),
+        (["--grid", "ve", "--rho", "3"], ["--rho 3 is an option of --grid edm, not of --grid ve: leave it out"]),
+        (["--sampler", "pc-vp", "--rho", "3"], ["--rho 3 is an option of --grid edm, not of --grid vp: leave it out"]),
+        (
+            ["--sampler", "rk45", "--rho", "3"],
+            ["--rho 3 does nothing with rk45, which chooses its steps: leave it out"],
+        ),
+        (["--churn-noise", "1.007"], ["--churn-noise 1.007 does nothing at --churn 0: pass more, such as --churn 40"]),
+        (["--churn-range", "0.05", "50"], ["--churn-range 0.05 50.0 does nothing at --churn 0: pass more"]),
+        (
+            ["--churn", "40", "--churn-range", "50", "0.05"],
+            ["--churn-range 50.0 0.05 holds no noise level: pass the lower one first"],
+        ),
+        (
+            ["--sampler", "pc-ve", "--corrector-steps", "0", "--snr", "0.1"],
+            ["--snr 0.1 does nothing at --corrector-steps 0: pass more, such as --corrector-steps 1"],
+        ),
+        (["--guide-ema", "none"], ["--guide-ema none does nothing without a guide: name its run, --guide RUN"]),
         (["--sigma-min", "90"], ["--sigma-min 90.0", "--sigma-max 80.0"]),
         (["--class", "3"], ["--class 3", "leave it out"]),
         (["--guidance-scale", "2"], ["--guidance-scale 2", "--guide RUN"]),

@@ -113,3 +113,9 @@ def test_likelihood_works_inside_no_grad_and_inference_mode(mixture, generator):
 def test_nonsense_is_refused_by_name(arguments, mixture, generator):
     with pytest.raises(ValueError, match=f"{next(iter(arguments))}="):
         sampling.log_likelihood(mixture, mixture.sample(2, 0.05, generator), GRID, **arguments)
+
+
+def test_probes_beside_the_exact_trace_are_refused(mixture, generator):
+    x = mixture.sample(2, 0.05, generator)
+    with pytest.raises(ValueError, match=r"^log_likelihood: probes=100 does nothing with exact=True: leave one"):
+        sampling.log_likelihood(mixture, x, GRID, exact=True, probes=100)

@@ -130,6 +130,7 @@ def test_the_samplers_are_imported_without_scipy():
     ("call", "message"),
     [
         (partial(sampling.heun, s_churn=-1.0), "s_churn=-1.0"),
+        (partial(sampling.heun, s_churn=3.0, s_min=50.0, s_max=0.05), r"s_min=50.0 is above s_max=0.05, so no noise"),
         (partial(sampling.heun, s_noise=math.nan), "s_noise=nan"),
         (partial(sampling.dpmpp_2m_sde, eta=-0.5), "eta=-0.5"),
         (partial(sampling.predictor_corrector, process="sub-vp"), "process='sub-vp'"),

@@ -128,6 +128,30 @@ def test_held_out_rows_are_in_no_batch_and_no_reference(placement: Placement, re
     assert look.population == len(training)
 
 
+def test_a_floor_of_a_sample_says_of_how_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--steps", "4", "--batch", "8", "--network.width", "8", "--network.depth", "1", "--device", "cpu"]
+    flags += ["--sample-every", "0", "--recipe", "digits", "--held-out", "0.1"]
+    floors, told = list[float](), ["", ""]
+    for k, population in enumerate((1617, 100)):
+        monkeypatch.setattr("stablefield.training._held_out.POPULATION", population)
+        with pytest.raises(SystemExit, match="0"):
+            main(["train", "digits", *flags, "--out", str(tmp_path / str(k))])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert ("; the floor is that of 100 of the 1,617 training samples, lower on average" in shown) == (k == 1)
+        run = sf.Run(tmp_path / str(k))
+        (line,) = [line for line in run.metrics() if "floor" in line]
+        assert line.get("floor_samples") == (None, 100)[k]
+        floors.append(line["floor"])
+        told[k] = run.report().save(tmp_path / f"{k}.html").read_text("utf-8")
+    assert floors[1] < floors[0]
+    assert "what a perfect network would keep of the training loss." in told[0]
+    assert (
+        "would keep of the loss if 100 of the training samples, drawn at random, were all: lower on average" in told[1]
+    )
+
+
 def test_the_share_is_a_function_of_the_seed_and_of_nothing_else() -> None:
     digits = open_digits()
     kept = HeldOut.part(0.05, digits, TINY)

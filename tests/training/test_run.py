@@ -15,6 +15,7 @@ import stablefield as sf
 from stablefield._distributed import Ranks
 from stablefield.data._digits import open_digits
 from stablefield.evaluation._extractor import RawPixels
+from stablefield.training._ema import power_exponent
 from stablefield.training._loop import Report
 from stablefield.training._recipe import MLPConfig, Recipe
 from stablefield.training._sampler import SamplerOptions
@@ -122,7 +123,9 @@ def test_options_stand_in_one_place(run: sf.Run) -> None:
         run.sample(2, sampler=options, device="cpu").images,
         run.sample(2, sampler="euler", steps=2, device="cpu").images,
     )
-    with pytest.raises(ValueError, match="sampler holds all options"):
+    with pytest.raises(
+        ValueError, match=r"^steps=3: sampler is a SamplerOptions, and sampler holds all options: set them"
+    ):
         run.sample(2, sampler=options, steps=3)
     with pytest.raises(ValueError, match=r"^churn=3 is an option of heun, not of euler"):
         run.sample(2, sampler=SamplerOptions(sampler="euler", churn=3), device="cpu")
@@ -130,6 +133,26 @@ def test_options_stand_in_one_place(run: sf.Run) -> None:
         run.sample(2, guidance_scale=2.0, device="cpu")
     with pytest.raises(ValueError, match="seeds holds 2 seeds, 1 of them different"):
         run.sample([1, 1])
+
+
+def test_options_beside_a_loaded_sampler_are_named_and_refused(run: sf.Run) -> None:
+    opened = run.sampler("euler", steps=2, device="cpu")
+    np.testing.assert_array_equal(
+        run.sample(2, sampler=opened, device="cpu").images, run.sample(2, sampler="euler", steps=2, device="cpu").images
+    )
+    found = r"^steps=100, guidance_scale=3, checkpoint=best: sampler is a RunSampler, .*: pass them to Run\.sampler\.$"
+    with pytest.raises(ValueError, match=found):
+        run.sample(2, sampler=opened, steps=100, guidance_scale=3, checkpoint="best")
+    others = {"class_label": [0], "ema": "none", "batch": 1, "decode": False, "vae": "x"}
+    for name, value in others.items():
+        with pytest.raises(ValueError, match=rf"^{name}={re.escape(str(value))}: sampler is a RunSampler"):
+            run.sample(2, sampler=opened, **{name: value})
+    with pytest.raises(ValueError, match=r"^vae=x: sampler is a RunSampler"):
+        run.evaluate(samples=4, sampler=opened, vae="x")
+    elsewhere = dataclasses.replace(opened, device=torch.device("cuda:0"))
+    for call in (run.sample, run.evaluate):
+        with pytest.raises(ValueError, match=r"^device=cpu: sampler is a RunSampler"):
+            call(sampler=elsewhere, device="cpu")
 
 
 def test_an_evaluation_is_of_the_runs_samples_and_data(run: sf.Run, tmp_path: Path) -> None:
@@ -151,6 +174,37 @@ def test_an_average_is_written_beside_the_snapshots(run: sf.Run) -> None:
     assert 0 <= error < 0.2
     with pytest.raises(ValueError, match="length"):
         run.average(0.5)
+
+
+def test_an_average_far_from_the_lengths_that_are_kept_is_told_with_its_error(run: sf.Run, tmp_path: Path) -> None:
+    def profile(step: int, length: float) -> np.ndarray:
+        gamma, tau = power_exponent(length), (np.arange(120_000) + 0.5) / 1e4
+        return np.where(tau < step, (gamma + 1) * tau**gamma / step ** (gamma + 1), 0)
+
+    # Least squares on a fine grid, with coefficients that sum to 1.
+    first, *others = (profile(step, length) for step in (4, 8, 12) for length in (0.05, 0.1))
+    wanted = profile(12, 0.25)
+    differences = np.stack([other - first for other in others], 1)
+    shares = np.linalg.lstsq(differences, wanted - first, rcond=None)[0]
+    error = np.linalg.norm(wanted - first - differences @ shares) / np.linalg.norm(wanted)
+    told = (
+        rf"^ema=0\.25: .* differs by {error:.1%} from one of that .* smaller ema_snapshot_every, or .* 0\.05 or 0\.1,"
+    )
+    with pytest.warns(UserWarning, match=told):
+        model = run.model("0.25")
+    assert model.ema_error == pytest.approx(error, rel=1e-3)
+    with pytest.warns(UserWarning, match=told):
+        samples = run.sample(2, steps=2, ema="0.25", device="cpu")
+    assert samples.ema == f"0.25 (profile {error:.1%} off), step 12"
+    with pytest.warns(UserWarning, match=told):
+        run.export(tmp_path / "plain", format="plain", samples=0, ema="0.25")
+    card = (tmp_path / "plain" / "README.md").read_text().replace("\\", "")
+    assert f"average: 0.25 (profile {error:.1%} off)" in card
+    with pytest.warns(UserWarning, match=r"^guide_ema=0\.25: .* differs by"):
+        run.sampler(SamplerOptions(guide=run.path, guide_ema="0.25", guidance_scale=2), device="cpu")
+    # Those that are kept are exact, and told without an error or a warning.
+    assert run.sample(2, steps=2, ema="0.05", device="cpu").ema == "0.05, step 12"
+    assert run.model("0.08").ema_error == pytest.approx(run.average(0.08)[1])
 
 
 def test_an_export_is_a_folder_with_a_card(run: sf.Run, tmp_path: Path) -> None:

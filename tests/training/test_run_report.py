@@ -109,6 +109,14 @@ def test_the_command_writes_the_report_and_the_animation(
         with pytest.raises(SystemExit, match="2"):
             main(["report", str(run.path), *flags])
         assert words in capsys.readouterr().err
+    # A call that is refused writes nothing, not the report either.
+    page = run.path / "report.html"
+    before = page.stat().st_mtime_ns
+    with pytest.raises(SystemExit, match="2"):
+        main(["report", str(run.path), "--gif", str(tmp_path / "a.gif")])
+    assert page.stat().st_mtime_ns == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert capsys.readouterr().out == ""
     run.resume(device="cpu")
     # The last step made it from the grids of 20 and 40, and the command makes the same.
     with Image.open(run.path / "samples" / "training.gif") as film:

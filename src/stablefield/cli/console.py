@@ -15,6 +15,7 @@ from rich.segment import Segment
 from rich.table import Table
 
 from stablefield.cli.terminal import clean, silence
+from stablefield.cli.usage import as_flags
 
 __all__ = ["console", "print_rows", "print_table", "quoted", "relative", "shown_warnings"]
 
@@ -115,7 +116,7 @@ def quoted(*words: str | Path) -> str:
 
 @contextmanager
 def shown_warnings(remedies: Mapping[type[Warning], str] | None = None) -> Generator[None]:
-    """Print the warnings of this block as lines of the command, each with its remedy.
+    """Print the warnings of this block as lines of the command, with flags for arguments, each with its remedy.
 
     Args:
         remedies: text to append to warnings of a category.
@@ -123,7 +124,7 @@ def shown_warnings(remedies: Mapping[type[Warning], str] | None = None) -> Gener
 
     def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
         added = next((text for kind, text in (remedies or {}).items() if issubclass(category, kind)), "")
-        console.print(f"[yellow]warning:[/] {escape(str(message))}{added}")
+        console.print(f"[yellow]warning:[/] {escape(as_flags(str(message)))}{added}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)

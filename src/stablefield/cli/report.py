@@ -45,8 +45,9 @@ class Report:
             require("jinja2", "a report")
             require("matplotlib", "a report")
         report = run.report()
+        # Before the report, since a run of fewer than two grids has none.
+        animation = [] if self.gif is None else [run.animation(self.gif)]
         console.print(str(report), markup=False)
-        console.print(f"written: {escape(relative(report.save(out)))}")
-        if self.gif is not None:
-            console.print(f"written: {escape(relative(run.animation(self.gif)))}")
+        for path in (report.save(out), *animation):
+            console.print(f"written: {escape(relative(path))}")
         return 0

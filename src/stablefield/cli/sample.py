@@ -89,8 +89,8 @@ class Sample:
         together = "" if ranks.world_size == 1 else f" in {ranks.world_size} processes"
         model = sampler.model
         console.print(
-            f"{len(seeds):,} {what} of step {model.step:,} (EMA {model.ema}), {options.sampler}{steps}: {nfe:,.4g} network "
-            f"evaluations each (NFE), {seconds:.1f} s{together}"
+            f"{len(seeds):,} {what} of step {model.step:,} (EMA {model.average}), {options.sampler}{steps}: {nfe:,.4g} "
+            f"network evaluations each (NFE), {seconds:.1f} s{together}"
         )
         classes = options.describe_classes(model.config)
         if classes is not None:

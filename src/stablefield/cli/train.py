@@ -139,7 +139,7 @@ class Train(TrainingFlags):
             plan = plan.within(left, found.device, self.vae, fit_width=fit)
             _print_budget(plan, found.recipe)
         if plan.config.held_out is not None:
-            console.print(f"held out:   {plan.config.held_out.describe(plan.config.recipe)}", markup=False)
+            console.print(f"held out:   {plan.config.held_out.describe(plan.config.recipe, plan.data)}", markup=False)
         if self.dry_run:
             return print_rows(plan.estimate(found.device).rows())
 

@@ -94,7 +94,7 @@ def export_run(
         parameters=sum(parameter.numel() for parameter in denoiser.parameters()),
         recipe=config.recipe,
         step=model.step,
-        ema=model.ema,
+        ema=model.average,
         version=config.version,
         results=results,
         grid=_GRID if pictures else None,

@@ -98,6 +98,10 @@ def heun(
         number(f"heun: {name}", value)
     if math.isnan(s_min) or math.isnan(s_max):
         raise ValueError(f"heun: s_min={s_min}, s_max={s_max}: neither may be NaN.")
+    if s_min > s_max:
+        raise ValueError(
+            f"heun: s_min={s_min} is above s_max={s_max}, so no noise is added: pass the lower level as s_min."
+        )
     if not 0 <= s_churn < math.inf or not 0 <= s_noise < math.inf:
         raise ValueError(f"heun: s_churn={s_churn}, s_noise={s_noise}: neither may be negative or infinite.")
     gamma = min(s_churn / (len(loop.levels) - 1), math.sqrt(2) - 1)

@@ -113,6 +113,8 @@ def log_likelihood(
     std = sigma_max if prior_std is None else prior_std
     if probes < 1 or not 0 < std < math.inf:
         raise ValueError(f"log_likelihood: probes={probes}, prior_std={prior_std}: both must be positive.")
+    if exact and probes != 1:
+        raise ValueError(f"log_likelihood: probes={probes} does nothing with exact=True: leave one of the two out.")
     draw = normal_source(noise, generator)
     vectors = _unit_vectors(x) if exact else [torch.where(draw(x) < 0, -1.0, 1.0).to(x) for _ in range(probes)]
     rows, size = x.shape[0], x[0].numel()

@@ -32,6 +32,9 @@ Solve = Callable[[Denoise, Tensor, Tensor], Tensor]
 """A solver: from the denoiser, x at the first noise level (B, ...) and the grid of noise levels (steps + 1,) to the samples
 (B, ...)."""
 
+# Options without effect where another one is 0, and a usual value of that one.
+_NEEDED = {"churn_range": ("churn", 40), "churn_noise": ("churn", 40), "snr": ("corrector_steps", 1)}
+
 # Rough number of network evaluations of rk45 at its usual tolerances.
 _ADAPTIVE = 150
 
@@ -166,6 +169,25 @@ class SolverOptions:
                     f"{name}={option_text(value)} is an option of {owners}, not of {self.sampler}: leave it out, or choose "
                     "that sampler."
                 )
+        for name, (needed, usual) in _NEEDED.items():
+            value = getattr(self, name)
+            if name in self.solver.options and getattr(self, needed) == 0 and value != defaults[name]:
+                raise ValueError(
+                    f"{name}={option_text(value)} does nothing at {needed}=0: pass more, such as {needed}={usual}, or leave "
+                    "it out."
+                )
+        low, high = self.churn_range
+        if low > high:
+            raise ValueError(f"churn_range={low} {high} holds no noise level: pass the lower one first.")
+        if self.rho != defaults["rho"] and self._grid_name != "edm":
+            raise ValueError(
+                f"rho={self.rho:g} is an option of grid=edm, not of grid={self._grid_name}: leave it out, or choose that "
+                "grid."
+            )
+        if self.rho != defaults["rho"] and self.solver.steps is None:
+            raise ValueError(
+                f"rho={self.rho:g} does nothing with {self.sampler}, which chooses its steps: leave it out."
+            )
         if self.solver.steps is None and self.steps is not None:
             instead = " and ".join(f"{name}=..." for name in self.solver.options)
             raise ValueError(f"steps={self.steps}: {self.sampler} chooses its own; set {instead} instead.")

@@ -138,12 +138,23 @@ class HeldOut:
         """The share of the network's evaluations in training that looks take."""
         return self.evaluations / (_TRAINED * recipe.batch * min(self.every, recipe.steps))
 
-    def describe(self, recipe: Recipe) -> str:
-        """What is held out, and what looks cost, in words."""
+    def population(self, data: ImageSet) -> int:
+        """Training samples whose posterior is the floor: all of the run's data but those held out, or as many as fit."""
+        return min(len(data) - (0 if self.share is None else self.count), _most(data))
+
+    def describe(self, recipe: Recipe, data: ImageSet | None = None) -> str:
+        """What is held out, and what looks cost, in words; with the data also of how many of them the floor is."""
         what = (
             f"{self.count:,} of {self.data}" if self.share is None else f"{self.count:,} ({self.share:g} of the data)"
         )
-        return f"{what}, never trained on; a look every {self.every:,} steps costs {self.cost(recipe):.1%} of training"
+        text = f"{what}, never trained on; a look every {self.every:,} steps costs {self.cost(recipe):.1%} of training"
+        if data is None:
+            return text
+        trained, sampled = len(data) - (0 if self.share is None else self.count), self.population(data)
+        few = (
+            f"; the floor is that of {sampled:,} of the {trained:,} training samples, lower on average than that of all"
+        )
+        return text + (few if sampled < trained else "")
 
     def split(self, size: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Row numbers to train on and to hold out, in order, of data of this size: all and none without a share."""
@@ -184,7 +195,7 @@ class HeldOutLoss:
         self._every = held_out.every
         rows, own = held_out.split(len(data), recipe.seed)
         seed = seed_for(recipe.seed, Purpose.HELD_OUT)
-        most = max(2, min(POPULATION, _KEPT // data.images[:1].nbytes))
+        most, self._trained = _most(data), len(rows)
         rows = _drawn(rows, most, seed)
         values, labels = _samples(data, rows, labelled=labelled)
         self.population = len(values)
@@ -218,7 +229,10 @@ class HeldOutLoss:
         return self._every
 
     def __call__(self, step: int, denoiser: Denoiser) -> dict[str, float]:  # noqa: ARG002
-        """Measure the model: the losses, each also minus the floor, with standard errors."""
+        """Measure the model: the losses, each also minus the floor, with standard errors.
+
+        `floor_samples` is there if the floor is not that of all training samples.
+        """
         found = self._excess(denoiser)
         loss, floor, held_out, gap = (found.total(name) for name in ("loss", "floor", "held_out", "gap"))
         return {
@@ -232,6 +246,7 @@ class HeldOutLoss:
             "held_out_gap_error": gap.error,
             "floor": floor.value,
             "floor_error": floor.error,
+            **({"floor_samples": self.population} if self.population < self._trained else {}),
         }
 
     def _logged_floor(
@@ -261,6 +276,10 @@ class HeldOutLoss:
 def _rows(shape: tuple[int, ...]) -> int:
     """Rows per bin: noisy rows, samples and posterior means of two sets fit the memory that is set aside."""
     return max(2, min(ROWS, _KEPT // (5 * 4 * LEVELS * math.prod(shape))))
+
+
+def _most(data: ImageSet) -> int:
+    return max(2, min(POPULATION, _KEPT // data.images[:1].nbytes))
 
 
 def _drawn(rows: NDArray[np.int64], most: int, seed: int) -> NDArray[np.int64]:

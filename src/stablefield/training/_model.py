@@ -28,8 +28,9 @@ class OpenModel:
         denoiser: D(x, sigma, class_labels=None) in noise-to-signal units, in evaluation mode.
         config: of its run.
         step: steps it was trained for.
-        ema: which average of the weights it is, for a protocol: "half-life", "none", or the length "0.1".
+        ema: which average of the weights it is: "half-life", "none", or the length "0.1".
         complaints: what was wrong with newer checkpoints, which were passed over.
+        ema_error: the relative L2 error of the profile of an average that was made of snapshots.
     """
 
     denoiser: Denoiser
@@ -37,6 +38,13 @@ class OpenModel:
     step: int
     ema: str
     complaints: tuple[str, ...] = ()
+    ema_error: float = 0.0
+
+    @property
+    def average(self) -> str:
+        """`ema` with the error of its profile, for a protocol."""
+        error = f"{self.ema_error:.1%}"
+        return self.ema if error == "0.0%" else f"{self.ema} (profile {error} off)"
 
 
 def build_denoiser(config: RunConfig) -> Denoiser:
@@ -110,8 +118,8 @@ def open_model(
     if found is None:
         raise ValueError(f"{path} has no checkpoint yet: let it train for longer.")
     denoiser, state, complaints = found
-    step = state.step if ema in ("half-life", "none") else _load_power_average(folder, ema, denoiser)
-    return OpenModel(denoiser.eval().requires_grad_(False).to(device), config, step, ema, tuple(complaints))
+    step, error = (state.step, 0.0) if ema in ("half-life", "none") else _load_power_average(folder, ema, denoiser)
+    return OpenModel(denoiser.eval().requires_grad_(False).to(device), config, step, ema, tuple(complaints), error)
 
 
 def require_fit(config: RunConfig, checkpoint: Path) -> None:
@@ -141,7 +149,8 @@ def require_fit(config: RunConfig, checkpoint: Path) -> None:
         )
 
 
-def _load_power_average(folder: RunFolder, ema: str, denoiser: Denoiser) -> int:
+def _load_power_average(folder: RunFolder, ema: str, denoiser: Denoiser) -> tuple[int, float]:
+    """Load an average made of the snapshots; returns its step and the error of its profile."""
     steps = snapshot_steps(folder.snapshots)
     there = "half-life, none"
     if steps:
@@ -154,10 +163,10 @@ def _load_power_average(folder: RunFolder, ema: str, denoiser: Denoiser) -> int:
         raise ValueError(
             f"ema={ema}: this run has {there}; averages of other lengths need ema_snapshot_every=STEPS in training."
         )
-    parameters, _ = combine(folder.snapshots, length)
+    parameters, error = combine(folder.snapshots, length)
     # Buffers are constants of the architecture and the seed, and are not averaged.
     try:
         denoiser.load_state_dict({**denoiser.state_dict(), **parameters})
     except RuntimeError as error:
         raise ValueError(f"the snapshots in {folder.snapshots} do not fit the run's config.json: {error}") from error
-    return steps[-1]
+    return steps[-1], error

@@ -31,7 +31,7 @@ from stablefield.evaluation._metric import Metric
 from stablefield.evaluation._result import Evaluation
 from stablefield.sampling._solvers import SamplerName
 from stablefield.training._accelerator import Tracker, make_accelerator
-from stablefield.training._ema import power_exponent
+from stablefield.training._ema import LENGTHS, power_exponent
 from stablefield.training._files import write_tensors
 from stablefield.training._grids import write_animation
 from stablefield.training._loop import Observer, Report, fit
@@ -51,6 +51,9 @@ if TYPE_CHECKING:
     from stablefield.evaluation._extractor import Extractor
 
 __all__ = ["Run", "fit_run"]
+
+# Relative error of an average's profile above which it is no longer the average that was asked for.
+_OFF = 0.05
 
 
 class Run:
@@ -109,7 +112,7 @@ class Run:
 
         Args:
             ema: "half-life" for the average by EDM's rule, "none" for the weights of the last step, or a length such as
-                "0.1" for an average made from the run's snapshots.
+                "0.1" for an average made from the run's snapshots; warns if it differs by more than 5 % from that length.
             device: where to load it.
             checkpoint: "newest"; "best" for the one with the lowest held-out loss, in a run with `held_out`; or a step that
                 is kept, such as "4000".
@@ -143,7 +146,8 @@ class Run:
 
         Args:
             seeds: which images, or how many: 64 means seeds 0 to 63. A seed always gives the same image.
-            sampler: the solver's name, all options of a solver, or a `RunSampler` that `Run.sampler` returned.
+            sampler: the solver's name, all options of a solver, or a `RunSampler` that `Run.sampler` returned. An
+                option that the latter two hold is an error here.
             steps: number of solver steps; 18 by default, 1,000 for euler-maruyama, pc-ve and pc-vp.
             guidance_scale: scale of classifier-free guidance; 1 for none.
             class_label: name or number of the class of all images, or several that the seeds take in turn; -1 for none. By
@@ -159,13 +163,24 @@ class Run:
         Raises:
             ValueError: if the options do not fit the run or one another.
         """
-        opened = (
-            sampler
-            if isinstance(sampler, RunSampler)
-            else self.sampler(
+        if isinstance(sampler, RunSampler):
+            opened = sampler
+            _require_unset(
+                opened,
+                device,
+                steps=steps,
+                guidance_scale=guidance_scale,
+                class_label=class_label,
+                ema=ema,
+                checkpoint=checkpoint,
+                batch=batch,
+                decode=decode,
+                vae=vae,
+            )
+        else:
+            opened = self.sampler(
                 sampler, steps, guidance_scale, class_label, ema, batch, device, checkpoint, decode=decode, vae=vae
             )
-        )
         wanted = _seeds(seeds)
         with Ranks.launched() as ranks:
             purpose = "to draw their images"
@@ -195,12 +210,17 @@ class Run:
     ) -> RunSampler:
         """Load the model with a solver; arguments and errors as for `sample`."""
         if isinstance(sampler, SamplerOptions):
-            given = (steps, guidance_scale, class_label, ema, batch, checkpoint, decode, vae)
-            if given != (None, 1.0, None, "half-life", 256, "newest", True, ""):
-                raise ValueError(
-                    "sampler holds all options: set steps, guidance_scale, class_label, ema, batch, checkpoint, decode and "
-                    "vae in its SamplerOptions."
-                )
+            _require_unset(
+                sampler,
+                steps=steps,
+                guidance_scale=guidance_scale,
+                class_label=class_label,
+                ema=ema,
+                checkpoint=checkpoint,
+                batch=batch,
+                decode=decode,
+                vae=vae,
+            )
             options = sampler
         else:
             options = SamplerOptions(
@@ -216,6 +236,8 @@ class Run:
             )
         opened = options.open(self.path, found_device(device))
         _warn(opened.model)
+        if opened.guide is not None:
+            _warn(opened.guide, "guide_ema")
         return opened
 
     def evaluate(
@@ -252,7 +274,7 @@ class Run:
             metrics: names in `stablefield.evaluation.METRICS`, or metrics.
             extractor: maps images to features; FID's own Inception by default.
             classifier: maps images to logits, for "classifier-score".
-            sampler: the solver's name, or all its options.
+            sampler: the solver's name, all its options, or a `RunSampler` that `Run.sampler` returned.
             references: how many real images, drawn at random; all by default.
             split: which split of the real images, "train" or "test".
             held_out: real images that the run did not train on, for "nearest".
@@ -267,10 +289,14 @@ class Run:
             on_estimate: called with the estimated time, before drawing begins.
 
         Raises:
-            ValueError: if there are too few images for a metric, or the options do not fit the run.
+            ValueError: if there are too few images for a metric, or the options do not fit the run or one another.
             ImportError: if the extractor's package is not installed.
         """
-        opened = sampler if isinstance(sampler, RunSampler) else self.sampler(sampler, device=device, vae=vae)
+        if isinstance(sampler, RunSampler):
+            opened = sampler
+            _require_unset(opened, device, vae=vae)
+        else:
+            opened = self.sampler(sampler, device=device, vae=vae)
         config = self.config
         if data is None:
             data = partial(_part, data_of(config), config)
@@ -534,6 +560,37 @@ def fit_run(
     )
 
 
+# Of the options of `Run.sample`.
+_DEFAULTS = {"guidance_scale": 1.0, "ema": "half-life", "checkpoint": "newest", "batch": 256, "decode": True, "vae": ""}
+
+
+def _require_unset(
+    sampler: SamplerOptions | RunSampler, device: torch.device | str | None = None, **options: object
+) -> None:
+    """Refuse options beside a sampler that holds its own, since they would be ignored.
+
+    Raises:
+        ValueError: naming those that are not the defaults.
+    """
+    defaults = {name: _DEFAULTS.get(name) for name in options}
+    given = [
+        f"{name}={value}"
+        for name, value in options.items()
+        if value is not defaults[name] and (defaults[name] is None or value != defaults[name])
+    ]
+    if isinstance(sampler, RunSampler):
+        where = None if device is None else found_device(device)
+        # "cuda" is any of the GPUs.
+        indices = {place.index for place in (where, sampler.device) if place is not None and place.index is not None}
+        if where is not None and (where.type != sampler.device.type or len(indices) > 1):
+            given.append(f"device={device}")
+        remedy = "which Run.sampler loaded with its own: pass them to Run.sampler"
+    else:
+        remedy = "and sampler holds all options: set them in its SamplerOptions"
+    if given:
+        raise ValueError(f"{', '.join(given)}: sampler is a {type(sampler).__name__}, {remedy}.")
+
+
 def _seeds(seeds: int | Sequence[int]) -> list[int]:
     if isinstance(seeds, int):
         return list(range(whole_number("seeds", seeds, 1)))
@@ -547,6 +604,13 @@ def _part(source: str, config: RunConfig, split: str) -> ImageSet:
     return open_images(source, split=split, **config.opening)
 
 
-def _warn(model: OpenModel) -> None:
+def _warn(model: OpenModel, argument: str = "ema") -> None:
     for complaint in model.complaints:
         warnings.warn(f"skipped a newer checkpoint: {complaint}", stacklevel=3)
+    if model.ema_error > _OFF:
+        warnings.warn(
+            f"{argument}={model.ema}: the average of the run's snapshots differs by {model.ema_error:.1%} from one of that "
+            "length, in the L2 norm of its profile: train with a smaller ema_snapshot_every, or pass a length nearer to "
+            f"{' or '.join(map(str, LENGTHS))}, which are kept.",
+            stacklevel=3,
+        )

@@ -251,9 +251,15 @@ class RunReport(Result):
             text += ", with the variance that the stable target removes, so that all lines are losses to single samples"
         if self.config.held_out is None:
             return f"{text}."
+        text += (
+            ". Fixed noise: the averaged weights on the same noisy rows at every look, bands of two standard errors."
+        )
+        sampled = self._last("floor_samples")
+        if sampled is None:
+            return f"{text} Floor: what a perfect network would keep of the training loss."
         return (
-            f"{text}. Fixed noise: the averaged weights on the same noisy rows at every look, bands of two standard errors. "
-            "Floor: what a perfect network would keep of the training loss."
+            f"{text} Floor: what a perfect network would keep of the loss if {sampled:,.0f} of the training samples, drawn "
+            "at random, were all: lower on average than with all of them, so training can lower less than is shown."
         )
 
     def _samples(self) -> tuple[Block, ...]:

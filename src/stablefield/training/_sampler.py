@@ -76,6 +76,11 @@ class SamplerOptions(SolverOptions):
                     f"{name}={option_text(value)} does nothing at guidance_scale=1: pass a scale, such as guidance_scale=2."
                 )
 
+        if self.guide is None and self.guide_ema != "half-life":
+            raise ValueError(
+                f"guide_ema={self.guide_ema} does nothing without a guide: name its run, guide=RUN, or leave it out."
+            )
+
     def open(self, run: str | Path, device: torch.device | str = "cpu") -> "RunSampler":
         """Open a run's model, and the guide's.
 
@@ -293,7 +298,7 @@ class RunSampler:
     @property
     def ema(self) -> str:
         """The average of the weights and its step, for the protocol."""
-        return f"{self.model.ema}, step {self.model.step}"
+        return f"{self.model.average}, step {self.model.step}"
 
 
 def _class_number(wanted: str, config: RunConfig) -> int:
