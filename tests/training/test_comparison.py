@@ -19,6 +19,7 @@ from stablefield.probing import _fit as fit
 from stablefield.probing._exact import Exact, ExactPosterior
 from stablefield.probing._fit import Optimum, measure_fit
 from stablefield.probing._population import Population
+from stablefield.training._compare import ComparisonPlan
 from stablefield.training._comparison import summary
 from stablefield.training._model import open_model
 from stablefield.training._observers import SelfCheck
@@ -158,6 +159,50 @@ def test_evaluations_and_samples_that_are_asked_for_are_kept() -> None:
     assert plan_scoring(short, 50_000, evaluations=3).count == 3
     assert plan_scoring(short, 50_000, samples=700).count == 1
     assert plan_scoring(short, 150).samples == 150
+
+
+@pytest.mark.parametrize(
+    ("steps", "wanted", "every", "count"),
+    [(100, 60, 2, 50), (100, 8, 13, 8), (10, 4, 3, 4), (10, 6, 2, 5), (60, 3, 20, 3), (4, 9, 1, 4), (7, 1, 7, 1)],
+)
+def test_there_are_never_more_scores_than_asked_for(steps: int, wanted: int, every: int, count: int) -> None:
+    scoring = plan_scoring(dataclasses.replace(DIGITS, steps=steps), 50_000, evaluations=wanted)
+    assert (scoring.every, scoring.count) == (every, count)
+    # As the loop scores: at every such step, and after the last one.
+    assert len({*range(every, steps + 1, every), steps}) == count <= wanted
+
+
+@pytest.fixture
+def cheap_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that make many scores, or of the plan."""
+    monkeypatch.setattr("stablefield.training._scoring.GRADIENTS", 2)
+    monkeypatch.setattr("stablefield.training._compare._seconds", lambda *_: (0.0, 0.0, 0.0))
+
+
+@pytest.mark.usefixtures("cheap_scores")
+def test_a_comparison_makes_the_scores_that_it_plans_and_one_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    plans: list[ComparisonPlan] = []
+
+    def scored(out: Path) -> list[list[int]]:
+        found = sf.compare(
+            open_digits().images[:100], seeds=1, out=out, recipe=RECIPE, steps=10, evaluations=4, samples=40, device="cpu",
+            on_start=plans.append,
+        )  # fmt: skip
+        return [[score.step for score in outcome.scores] for outcome in found.outcomes]
+
+    assert scored(tmp_path / "new") == [[3, 6, 9, 10]] * 2
+    assert plans[-1].scoring.count == 4
+    config = RunFolder(tmp_path / "new" / "stf-seed0").config()
+    assert config.recipe.checkpoint_every == 3
+    # Earlier versions scored every 10 // 4 steps, which makes five scores. The run that is there decides for all runs.
+    former = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, checkpoint_every=2))
+    RunFolder.create(tmp_path / "old" / "stf-seed0", former)
+    assert scored(tmp_path / "old") == [[2, 4, 6, 8, 10]] * 2
+    assert plans[-1].scoring.count == 5
+    other = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, target="dsm", checkpoint_every=5))
+    RunFolder.create(tmp_path / "other" / "dsm-seed0", other)
+    with pytest.raises(ValueError, match="other settings"):
+        scored(tmp_path / "other")
 
 
 def test_a_spread_is_the_standard_error_over_seeds_and_one_seed_has_none() -> None:

@@ -33,7 +33,7 @@ class Compare(TrainingFlags):
     seeds: str = "0,1,2"
     """Seeds of weights, batches and noise, such as 0,1,2 or 0-2; two runs each."""
     evaluations: int | None = None
-    """Number of scores per run; by default up to 8, so that scoring takes no longer than training."""
+    """Most scores per run, evenly spaced; by default up to 8, so that scoring takes no longer than training."""
     samples: int | None = None
     """Samples per Frechet distance; by default 200 to 1,000, so that scoring takes no longer than training."""
     measure: ExtractorFlags = field(default_factory=lambda: ExtractorFlags(extractor="pixels"))

@@ -6,6 +6,7 @@ Both targets train from the same seeds on the same batches and noise; `_scoring`
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ def compare(
         out: folder of the comparison, compare/DATA by default. An interrupted comparison continues.
         recipe: how to train; by default one that suits the data and the device. Its target and seed are not used.
         steps: training steps of each run, in place of the recipe's.
-        evaluations: number of scores per run; by default up to 8, so that scoring takes no longer than training.
+        evaluations: most scores per run, evenly spaced; by default up to 8, so that scoring takes no longer than training.
         samples: samples per Frechet distance; by default 200 to 1,000, so that scoring takes no longer than training.
         extractor: maps images to features; raw pixels by default.
         device: where to compute; a GPU if there is one.
@@ -149,7 +150,11 @@ def compare(
     folder = Path("compare") / data.name if out is None else Path(out)
     base = make_plan(data, dataclasses.replace(chosen, target="stf"), device=where)
     scoring = plan_scoring(base.config.recipe, len(data), evaluations=evaluations, samples=samples)
-    runs = _runs(base.config, wanted, max(1, chosen.steps // scoring.count))
+    runs, former = (_runs(base.config, wanted, every) for every in (scoring.every, scoring.former))
+    if any(_begun(folder, run) == run.config.recipe for run in former):
+        # All runs of a comparison are scored at the same steps, so one of an earlier version goes on as it began.
+        count = math.ceil(chosen.steps / scoring.former)
+        runs, scoring = former, dataclasses.replace(scoring, count=count, every=scoring.former)
     extractor = raw(data) if extractor is None else extractor
     check = SelfCheck.prepare(data, extractor, samples=min(scoring.samples, len(data)))
     if on_start is not None:
@@ -237,6 +242,12 @@ def _runs(config: RunConfig, seeds: Sequence[int], every: int) -> list[PlannedRu
 
 def _path(out: Path, run: PlannedRun) -> Path:
     return out / f"{run.target}-seed{run.seed}"
+
+
+def _begun(out: Path, run: PlannedRun) -> Recipe | None:
+    """The recipe of the run in the run's folder; None if there is none."""
+    path = _path(out, run)
+    return RunFolder(path).config().recipe if (path / "config.json").is_file() else None
 
 
 def _folder(out: Path, run: PlannedRun, data: ImageSet) -> RunFolder:

@@ -177,12 +177,16 @@ class Scoring:
 
     Attributes:
         count: scores over training, the last one at its end.
+        every: steps between scores.
+        former: steps between scores for the same arguments in earlier versions, which could make more scores than asked for.
         samples: samples per score.
         rows: rows through the network per score; a gradient's rows count three times.
         training: rows through the network for the whole training, counted the same way.
     """
 
     count: int
+    every: int
+    former: int
     samples: int
     rows: int
     training: int
@@ -194,7 +198,7 @@ def plan_scoring(recipe: Recipe, images: int, *, evaluations: int | None = None,
     Args:
         recipe: the run's recipe.
         images: number of images in the data, the upper bound of samples.
-        evaluations: number of scores; 1 to 8 if None.
+        evaluations: most scores; 1 to 8 if None.
         samples: samples per score; 200 to 1,000 if None.
     """
     training = _BACKWARD * recipe.steps * recipe.batch
@@ -205,7 +209,9 @@ def plan_scoring(recipe: Recipe, images: int, *, evaluations: int | None = None,
     one = fixed + NFE * samples
     if evaluations is None:
         evaluations = max(1, min(_MOST_SCORES, training // one))
-    return Scoring(min(evaluations, recipe.steps), samples, one, training)
+    every = math.ceil(recipe.steps / evaluations)
+    former = max(1, recipe.steps // evaluations)
+    return Scoring(math.ceil(recipe.steps / every), every, former, samples, one, training)
 
 
 def rows_of(data: ImageSet) -> int:
