@@ -23,7 +23,7 @@ from stablefield.training._compare import ComparisonPlan
 from stablefield.training._comparison import summary
 from stablefield.training._model import open_model
 from stablefield.training._observers import SelfCheck
-from stablefield.training._recipe import MLPConfig
+from stablefield.training._recipe import MLPConfig, Recipe
 from stablefield.training._recipes import DIGITS
 from stablefield.training._run_config import RunConfig
 from stablefield.training._run_folder import RunFolder
@@ -55,15 +55,15 @@ def optimum() -> Optimum:
 
 
 def run(
-    path: Path, target: str, check: SelfCheck, optimum: Optimum | None = None
+    path: Path, target: str, check: SelfCheck, optimum: Optimum | None = None, recipe: Recipe = RECIPE
 ) -> tuple[RunFolder, tuple[Score, ...]]:
     data = open_digits()
     config = RunConfig(
         data="digits",
         shape=data.shape,
-        classes=0,
+        classes=10 if recipe.conditional else 0,
         manifest=data.manifest,
-        recipe=dataclasses.replace(RECIPE, target=target),
+        recipe=dataclasses.replace(recipe, target=target),
         version="test",
     )
     folder = RunFolder.create(path, config)
@@ -285,6 +285,30 @@ def status(*arguments: str) -> int:
     code = exit_.value.code
     assert isinstance(code, int)
     return code
+
+
+def frechet_of_evaluate(path: Path, check: SelfCheck) -> float:
+    """The Frechet distance of the samples that `stablefield evaluate` draws from a run."""
+    run = sf.Run(path)
+    return check.read(lambda seeds: torch.from_numpy(run.sample(seeds).images)).value
+
+
+@pytest.mark.usefixtures("cheap_scores")
+def test_scores_of_a_conditional_run_measure_the_classes_that_evaluate_draws(tmp_path: Path, check: SelfCheck) -> None:
+    recipe = dataclasses.replace(RECIPE, conditional=True, label_dropout=0.0, learning_rate=0.02, steps=40)
+    folder, scores = run(tmp_path / "run", "dsm", check, recipe=recipe)
+    assert scores[-1].frechet == pytest.approx(frechet_of_evaluate(folder.path, check), rel=1e-4)
+
+
+def test_a_conditional_run_measures_itself_on_the_classes_that_evaluate_draws(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    flags = ("--network.width", "32", "--network.depth", "1", "--sample-every", "0")
+    conditional = ("--conditional", "--label-dropout", "0", "--learning-rate", "0.02", "--ramp-images", "500")
+    measure = ("--evaluate-every", "40", "--evaluate-samples", "100", "--measure.extractor", "pixels")
+    assert status("train", "digits", "--steps", "40", *flags, *conditional, *measure, "--out", str(out)) == 0
+    measured = [entry["frechet"] for entry in RunFolder(out).metrics() if "frechet" in entry]
+    check = SelfCheck.prepare(open_digits(), RawPixels((1, 8, 8)), samples=100)
+    assert measured[-1] == pytest.approx(frechet_of_evaluate(out, check), rel=1e-4)
 
 
 @pytest.mark.slow

@@ -4,7 +4,8 @@ Both runs of a seed begin with the same weights and see the same rows, noise lev
 regression target differs. At regular steps, a score of the averaged model takes
 
 - its mean squared distance to the exact posterior mean over the whole training set, at several noise levels;
-- the Frechet distance of samples of fixed seeds, with its jackknife error;
+- the Frechet distance of samples of fixed seeds, with its jackknife error; in a conditional run the seeds take the classes
+  in turn, as for `evaluate`;
 - the variance of the gradient from batch to batch, $E|g - E g|^2$ summed over the parameters, for both targets at the same
   weights: the stable target is there to lower it.
 
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
+from torch import Tensor
 
 from stablefield.data._image_set import ImageSet
 from stablefield.diffusion._preconditioning import Denoiser
@@ -40,7 +42,7 @@ from stablefield.training._config import fits
 from stablefield.training._feed import Feed
 from stablefield.training._loop import Report, fit
 from stablefield.training._model import open_model
-from stablefield.training._observers import SelfCheck, samples
+from stablefield.training._observers import SelfCheck, classes_in_turn, samples
 from stablefield.training._placement import placed
 from stablefield.training._recipe import Recipe
 from stablefield.training._records import append_line, read_lines
@@ -288,8 +290,7 @@ class Scorer:
     def __call__(self, step: int, denoiser: Denoiser) -> dict[str, float]:
         """Score the model, and add a line to scores.jsonl."""
         self._seconds += time.perf_counter() - self._began
-        shape, scaling = self._config.shape, self._config.scaling
-        reading = self._check.read(lambda seeds: samples(denoiser, shape, seeds, self._device, scaling=scaling))
+        reading = self._check.read(lambda seeds: self._samples(denoiser, seeds))
         variances = {target: self._gradient_variance(stepper, denoiser) for target, stepper in self._steppers.items()}
         fit = self._optimum.fit(denoiser, labelled=self._config.classes > 0)
         score = Score(
@@ -307,6 +308,10 @@ class Scorer:
         append_line(self._path, dataclasses.asdict(score))
         self._began = time.perf_counter()
         return {"frechet": score.frechet, "distance_to_optimum": score.middle}
+
+    def _samples(self, denoiser: Denoiser, seeds: Sequence[int]) -> Tensor:
+        config, labels = self._config, classes_in_turn(seeds, self._config.classes)
+        return samples(denoiser, config.shape, seeds, self._device, labels, scaling=config.scaling)
 
     def _gradient_variance(self, stepper: Stepper, denoiser: Denoiser) -> float:
         """E|g - E g|^2 over the batches of the first steps, unbiased, at the weights of `denoiser`."""
@@ -399,7 +404,7 @@ def samples_of(outcome: Outcome, seeds: Sequence[int], device: torch.device) -> 
     classes = opened.config.classes
     if classes:
         seeds = sorted(seeds, key=lambda seed: seed % classes)
-    labels = torch.tensor(seeds) % classes if classes else None
+    labels = classes_in_turn(seeds, classes)
     config, autoencoder = opened.config, opened.config.autoencoder
     return samples(
         opened.denoiser,
