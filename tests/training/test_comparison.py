@@ -14,7 +14,7 @@ import stablefield as sf
 from pictures import empty_charts
 from stablefield.cli.entry import main
 from stablefield.data._digits import open_digits
-from stablefield.evaluation._extractor import RawPixels
+from stablefield.evaluation._extractor import RandomConvolutions, RawPixels
 from stablefield.probing import _fit as fit
 from stablefield.probing._exact import Exact, ExactPosterior
 from stablefield.probing._fit import Optimum, measure_fit
@@ -203,6 +203,73 @@ def test_a_comparison_makes_the_scores_that_it_plans_and_one_of_an_earlier_versi
     RunFolder.create(tmp_path / "other" / "dsm-seed0", other)
     with pytest.raises(ValueError, match="other settings"):
         scored(tmp_path / "other")
+
+
+@pytest.mark.usefixtures("cheap_scores")
+def test_scores_of_other_settings_are_refused_and_unknown_ones_told(tmp_path: Path) -> None:
+    out = tmp_path / "c"
+    options = {"seeds": 1, "out": out, "recipe": RECIPE, "steps": 2, "evaluations": 1, "device": "cpu"}
+    images = open_digits().images[:100]
+    first = sf.compare(images, **options, samples=60)
+    record = json.loads((out / "stf-seed0" / "scoring.json").read_text())
+    assert (record["extractor"], record["samples"]) == ("pixels", 60)
+    lines = (out / "stf-seed0" / "scores.jsonl").read_text()
+    for others, words in (
+        ({"samples": 50}, r"samples 60 there, 50 here\. Pass another out=FOLDER"),
+        (
+            {"samples": 60, "extractor": RandomConvolutions()},
+            r"dsm-seed0 holds scores of other settings: extractor pixels there, random convolutions \(seed 0\) here; sha256",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sf.compare(images, **options, **others)
+    # A run without a score yet takes any settings, but the others of its comparison do not.
+    (out / "stf-seed0" / "scores.jsonl").unlink()
+    with pytest.raises(ValueError, match="dsm-seed0 holds scores of other settings"):
+        sf.compare(images, **options, samples=50)
+    (out / "stf-seed0" / "scores.jsonl").write_text(lines)
+    again = sf.compare(images, **options, samples=60)
+    assert [o.scores for o in again.outcomes] == [o.scores for o in first.outcomes]
+    assert again.protocol == first.protocol
+    # As earlier versions left it.
+    (out / "stf-seed0" / "scoring.json").unlink()
+    with pytest.warns(UserWarning, match="holds scores of an earlier version, in stf-seed0: it kept no record"):
+        old = sf.compare(images, **options, samples=60)
+    assert [o.scores for o in old.outcomes] == [o.scores for o in first.outcomes]
+    assert old.protocol["frechet"]["settings_unknown"] == ["stf-seed0"]
+    (out / "dsm-seed0" / "scoring.json").write_text("{")
+    with pytest.raises(ValueError, match=r"scoring.json cannot be used: .*pass another out=FOLDER"):
+        sf.compare(images, **options, samples=60)
+
+
+@pytest.mark.usefixtures("cheap_scores", "without_charts")
+def test_the_command_refuses_to_show_scores_under_the_name_of_another_extractor(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "c"
+    flags = ("--seeds", "0", "--steps", "2", "--evaluations", "1", "--samples", "60", *FLAGS[6:], "--out", str(out))
+    assert status("compare", "digits", *flags) == 0
+    capsys.readouterr()
+    assert status("compare", "digits", *flags, "--measure.extractor", "random") == 2
+    told = capsys.readouterr().err
+    assert "extractor pixels there, random convolutions (seed 0) here" in told
+    assert "another --out FOLDER" in told
+    for path in out.glob("*/scoring.json"):
+        path.unlink()
+    assert status("compare", "digits", *flags, "--measure.extractor", "random") == 0
+    assert "holds scores of an earlier version, in dsm-seed0, stf-seed0" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("cheap_scores")
+def test_finished_runs_on_other_labels_are_refused(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, conditional=True)
+    options = {"seeds": 1, "out": tmp_path, "recipe": recipe, "steps": 2, "evaluations": 1, "samples": 40}
+    digits = open_digits()
+    assert digits.labels is not None
+    images, labels = digits.images[:100], digits.labels[:100]
+    sf.compare(images, labels=labels, **options, device="cpu")
+    with pytest.raises(ValueError, match="its labels' sha256 differs"):
+        sf.compare(images, labels=labels[::-1].copy(), **options, device="cpu")
 
 
 def test_a_spread_is_the_standard_error_over_seeds_and_one_seed_has_none() -> None:

@@ -9,7 +9,8 @@ regression target differs. At regular steps, a score of the averaged model takes
 - the variance of the gradient from batch to batch, $E|g - E g|^2$ summed over the parameters, for both targets at the same
   weights: the stable target is there to lower it.
 
-Each score is a line of a file in the run's folder, so an interrupted comparison continues.
+Each score is a line of a file in the run's folder, so an interrupted comparison continues. A record beside that file keeps
+the settings of the scores: numbers of other extractors or other numbers of samples never stand under one name.
 
 A score is expensive: 1,000 samples by Heun's method in 18 steps are 35,000 rows through the network, as many as in some
 hundred training steps. So `plan_scoring` chooses the number of scores and samples such that scoring takes no longer than
@@ -22,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_type_hints
@@ -33,8 +34,10 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stablefield._regular_file import reason
 from stablefield.data._image_set import ImageSet
 from stablefield.diffusion._preconditioning import Denoiser
+from stablefield.evaluation._extractor import Extractor
 from stablefield.probing._fit import Optimum, find_optimum
 from stablefield.probing._population import Population
 from stablefield.training._accelerator import make_accelerator
@@ -45,7 +48,7 @@ from stablefield.training._model import open_model
 from stablefield.training._observers import SelfCheck, classes_in_turn, samples
 from stablefield.training._placement import placed
 from stablefield.training._recipe import Recipe
-from stablefield.training._records import append_line, read_lines
+from stablefield.training._records import append_line, read_lines, read_record, write_record
 from stablefield.training._run_config import RunConfig
 from stablefield.training._run_folder import RunFolder
 from stablefield.training._stepper import Stepper
@@ -54,19 +57,23 @@ __all__ = [
     "LEVELS",
     "MIDDLE",
     "NFE",
+    "SAMPLER",
     "Outcome",
     "Score",
     "Scorer",
     "Scoring",
     "Spread",
     "TargetName",
+    "check_settings",
     "improvement",
     "is_done",
+    "keep_settings",
     "optimum_of",
     "plan_scoring",
     "rows_of",
     "run_one",
     "samples_of",
+    "settings_of",
     "spread",
 ]  # fmt: skip
 
@@ -80,12 +87,16 @@ ROWS = 1024
 """Noisy rows per noise level for the distance to the posterior mean."""
 NFE = 35
 """Network evaluations per sample."""
+SAMPLER = f"heun, 18 steps, NFE {NFE}"
+"""The sampler of the samples."""
 # Fewest samples whose Frechet distance shows a much better target, and most by default.
 _FEWEST, _MOST = 200, 1000
 # Most scores by default.
 _MOST_SCORES = 8
 # A gradient costs three evaluations.
 _BACKWARD = 3
+# The record of the settings in a run's folder.
+_SETTINGS = "scoring.json"
 # Bytes for the posterior means.
 _KEPT = 2**28
 
@@ -337,6 +348,82 @@ def read_scores(folder: Path) -> list[Score]:
             score = Score(**entries)
             found[score.step] = score
     return [found[step] for step in sorted(found)]
+
+
+def settings_of(config: RunConfig, data: ImageSet, extractor: Extractor, samples: int) -> dict[str, Any]:
+    """What a run's scores depend on besides its training, as JSON values.
+
+    Args:
+        config: the run's configuration.
+        data: the images.
+        extractor: maps images to features.
+        samples: samples per score.
+    """
+    return {
+        "extractor": extractor.name,
+        "sha256": extractor.sha256,
+        "resize": extractor.resize,
+        "features": extractor.dim,
+        "samples": samples,
+        "seeds": "from 0",
+        "sampler": SAMPLER,
+        "classes": f"seed k has class k modulo {config.classes}" if config.classes else "none",
+        "levels": list(LEVELS),
+        "rows": rows_of(data),
+        "gradients": GRADIENTS,
+    }
+
+
+def check_settings(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Check that the scores in a run's folder, if any, have these settings.
+
+    Returns:
+        Whether that is known: earlier versions kept no record.
+
+    Raises:
+        ValueError: if the scores have other settings, or the record is damaged.
+    """
+    path = folder / _SETTINGS
+    if not read_scores(folder):
+        return True
+    if not path.exists():
+        return False
+    try:
+        found = read_record(path, frozenset())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be used: {reason(error)}. It keeps the settings of this run's scores: pass another out=FOLDER "
+            "for this comparison."
+        ) from error
+    names = dict.fromkeys([*settings, *found])
+    other = [
+        f"{name} {found.get(name, 'unknown')!s:.40} there, {settings.get(name, 'unknown')!s:.40} here"
+        for name in names
+        if name not in found or name not in settings or found[name] != settings[name]
+    ]
+    if other:
+        raise ValueError(
+            f"{folder} holds scores of other settings: {'; '.join(other)}. Pass another out=FOLDER for this comparison, or "
+            "the same settings."
+        )
+    return True
+
+
+def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Record the settings of the scores in a run's folder, before the first one.
+
+    Raises:
+        ValueError: if it cannot be written.
+    """
+    if read_scores(folder):
+        return
+    try:
+        write_record(folder / _SETTINGS, settings)
+    except OSError as error:
+        raise ValueError(
+            f"{folder / _SETTINGS} cannot be written ({error.strerror}): free some space, or pass another out=FOLDER for "
+            "this comparison."
+        ) from error
 
 
 def is_done(folder: RunFolder) -> bool:
