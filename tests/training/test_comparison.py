@@ -14,15 +14,16 @@ import stablefield as sf
 from pictures import empty_charts
 from stablefield.cli.entry import main
 from stablefield.data._digits import open_digits
-from stablefield.evaluation._extractor import RawPixels
+from stablefield.evaluation._extractor import RandomConvolutions, RawPixels
 from stablefield.probing import _fit as fit
 from stablefield.probing._exact import Exact, ExactPosterior
 from stablefield.probing._fit import Optimum, measure_fit
 from stablefield.probing._population import Population
+from stablefield.training._compare import ComparisonPlan
 from stablefield.training._comparison import summary
 from stablefield.training._model import open_model
 from stablefield.training._observers import SelfCheck
-from stablefield.training._recipe import MLPConfig
+from stablefield.training._recipe import MLPConfig, Recipe
 from stablefield.training._recipes import DIGITS
 from stablefield.training._run_config import RunConfig
 from stablefield.training._run_folder import RunFolder
@@ -54,15 +55,15 @@ def optimum() -> Optimum:
 
 
 def run(
-    path: Path, target: str, check: SelfCheck, optimum: Optimum | None = None
+    path: Path, target: str, check: SelfCheck, optimum: Optimum | None = None, recipe: Recipe = RECIPE
 ) -> tuple[RunFolder, tuple[Score, ...]]:
     data = open_digits()
     config = RunConfig(
         data="digits",
         shape=data.shape,
-        classes=0,
+        classes=10 if recipe.conditional else 0,
         manifest=data.manifest,
-        recipe=dataclasses.replace(RECIPE, target=target),
+        recipe=dataclasses.replace(recipe, target=target),
         version="test",
     )
     folder = RunFolder.create(path, config)
@@ -160,6 +161,117 @@ def test_evaluations_and_samples_that_are_asked_for_are_kept() -> None:
     assert plan_scoring(short, 150).samples == 150
 
 
+@pytest.mark.parametrize(
+    ("steps", "wanted", "every", "count"),
+    [(100, 60, 2, 50), (100, 8, 13, 8), (10, 4, 3, 4), (10, 6, 2, 5), (60, 3, 20, 3), (4, 9, 1, 4), (7, 1, 7, 1)],
+)
+def test_there_are_never_more_scores_than_asked_for(steps: int, wanted: int, every: int, count: int) -> None:
+    scoring = plan_scoring(dataclasses.replace(DIGITS, steps=steps), 50_000, evaluations=wanted)
+    assert (scoring.every, scoring.count) == (every, count)
+    # As the loop scores: at every such step, and after the last one.
+    assert len({*range(every, steps + 1, every), steps}) == count <= wanted
+
+
+@pytest.fixture
+def cheap_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that make many scores, or of the plan."""
+    monkeypatch.setattr("stablefield.training._scoring.GRADIENTS", 2)
+    monkeypatch.setattr("stablefield.training._compare._seconds", lambda *_: (0.0, 0.0, 0.0))
+
+
+@pytest.mark.usefixtures("cheap_scores")
+def test_a_comparison_makes_the_scores_that_it_plans_and_one_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    plans: list[ComparisonPlan] = []
+
+    def scored(out: Path) -> list[list[int]]:
+        found = sf.compare(
+            open_digits().images[:100], seeds=1, out=out, recipe=RECIPE, steps=10, evaluations=4, samples=40, device="cpu",
+            on_start=plans.append,
+        )  # fmt: skip
+        return [[score.step for score in outcome.scores] for outcome in found.outcomes]
+
+    assert scored(tmp_path / "new") == [[3, 6, 9, 10]] * 2
+    assert plans[-1].scoring.count == 4
+    config = RunFolder(tmp_path / "new" / "stf-seed0").config()
+    assert config.recipe.checkpoint_every == 3
+    # Earlier versions scored every 10 // 4 steps, which makes five scores. The run that is there decides for all runs.
+    former = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, checkpoint_every=2))
+    RunFolder.create(tmp_path / "old" / "stf-seed0", former)
+    assert scored(tmp_path / "old") == [[2, 4, 6, 8, 10]] * 2
+    assert plans[-1].scoring.count == 5
+    other = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, target="dsm", checkpoint_every=5))
+    RunFolder.create(tmp_path / "other" / "dsm-seed0", other)
+    with pytest.raises(ValueError, match="other settings"):
+        scored(tmp_path / "other")
+
+
+@pytest.mark.usefixtures("cheap_scores")
+def test_scores_of_other_settings_are_refused_and_unknown_ones_told(tmp_path: Path) -> None:
+    out = tmp_path / "c"
+    options = {"seeds": 1, "out": out, "recipe": RECIPE, "steps": 2, "evaluations": 1, "device": "cpu"}
+    images = open_digits().images[:100]
+    first = sf.compare(images, **options, samples=60)
+    record = json.loads((out / "stf-seed0" / "scoring.json").read_text())
+    assert (record["extractor"], record["samples"]) == ("pixels", 60)
+    lines = (out / "stf-seed0" / "scores.jsonl").read_text()
+    for others, words in (
+        ({"samples": 50}, r"samples 60 there, 50 here\. Pass another out=FOLDER"),
+        (
+            {"samples": 60, "extractor": RandomConvolutions()},
+            r"dsm-seed0 holds scores of other settings: extractor pixels there, random convolutions \(seed 0\) here; sha256",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sf.compare(images, **options, **others)
+    # A run without a score yet takes any settings, but the others of its comparison do not.
+    (out / "stf-seed0" / "scores.jsonl").unlink()
+    with pytest.raises(ValueError, match="dsm-seed0 holds scores of other settings"):
+        sf.compare(images, **options, samples=50)
+    (out / "stf-seed0" / "scores.jsonl").write_text(lines)
+    again = sf.compare(images, **options, samples=60)
+    assert [o.scores for o in again.outcomes] == [o.scores for o in first.outcomes]
+    assert again.protocol == first.protocol
+    # As earlier versions left it.
+    (out / "stf-seed0" / "scoring.json").unlink()
+    with pytest.warns(UserWarning, match="holds scores of an earlier version, in stf-seed0: it kept no record"):
+        old = sf.compare(images, **options, samples=60)
+    assert [o.scores for o in old.outcomes] == [o.scores for o in first.outcomes]
+    assert old.protocol["frechet"]["settings_unknown"] == ["stf-seed0"]
+    (out / "dsm-seed0" / "scoring.json").write_text("{")
+    with pytest.raises(ValueError, match=r"scoring.json cannot be used: .*pass another out=FOLDER"):
+        sf.compare(images, **options, samples=60)
+
+
+@pytest.mark.usefixtures("cheap_scores", "without_charts")
+def test_the_command_refuses_to_show_scores_under_the_name_of_another_extractor(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "c"
+    flags = ("--seeds", "0", "--steps", "2", "--evaluations", "1", "--samples", "60", *FLAGS[6:], "--out", str(out))
+    assert status("compare", "digits", *flags) == 0
+    capsys.readouterr()
+    assert status("compare", "digits", *flags, "--measure.extractor", "random") == 2
+    told = capsys.readouterr().err
+    assert "extractor pixels there, random convolutions (seed 0) here" in told
+    assert "another --out FOLDER" in told
+    for path in out.glob("*/scoring.json"):
+        path.unlink()
+    assert status("compare", "digits", *flags, "--measure.extractor", "random") == 0
+    assert "holds scores of an earlier version, in dsm-seed0, stf-seed0" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("cheap_scores")
+def test_finished_runs_on_other_labels_are_refused(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, conditional=True)
+    options = {"seeds": 1, "out": tmp_path, "recipe": recipe, "steps": 2, "evaluations": 1, "samples": 40}
+    digits = open_digits()
+    assert digits.labels is not None
+    images, labels = digits.images[:100], digits.labels[:100]
+    sf.compare(images, labels=labels, **options, device="cpu")
+    with pytest.raises(ValueError, match="its labels' sha256 differs"):
+        sf.compare(images, labels=labels[::-1].copy(), **options, device="cpu")
+
+
 def test_a_spread_is_the_standard_error_over_seeds_and_one_seed_has_none() -> None:
     found = spread([0.1, 0.2, 0.6])
     assert (found.mean, found.least, found.most) == (pytest.approx(0.3), 0.1, 0.6)
@@ -240,6 +352,30 @@ def status(*arguments: str) -> int:
     code = exit_.value.code
     assert isinstance(code, int)
     return code
+
+
+def frechet_of_evaluate(path: Path, check: SelfCheck) -> float:
+    """The Frechet distance of the samples that `stablefield evaluate` draws from a run."""
+    run = sf.Run(path)
+    return check.read(lambda seeds: torch.from_numpy(run.sample(seeds).images)).value
+
+
+@pytest.mark.usefixtures("cheap_scores")
+def test_scores_of_a_conditional_run_measure_the_classes_that_evaluate_draws(tmp_path: Path, check: SelfCheck) -> None:
+    recipe = dataclasses.replace(RECIPE, conditional=True, label_dropout=0.0, learning_rate=0.02, steps=40)
+    folder, scores = run(tmp_path / "run", "dsm", check, recipe=recipe)
+    assert scores[-1].frechet == pytest.approx(frechet_of_evaluate(folder.path, check), rel=1e-4)
+
+
+def test_a_conditional_run_measures_itself_on_the_classes_that_evaluate_draws(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    flags = ("--network.width", "32", "--network.depth", "1", "--sample-every", "0")
+    conditional = ("--conditional", "--label-dropout", "0", "--learning-rate", "0.02", "--ramp-images", "500")
+    measure = ("--evaluate-every", "40", "--evaluate-samples", "100", "--measure.extractor", "pixels")
+    assert status("train", "digits", "--steps", "40", *flags, *conditional, *measure, "--out", str(out)) == 0
+    measured = [entry["frechet"] for entry in RunFolder(out).metrics() if "frechet" in entry]
+    check = SelfCheck.prepare(open_digits(), RawPixels((1, 8, 8)), samples=100)
+    assert measured[-1] == pytest.approx(frechet_of_evaluate(out, check), rel=1e-4)
 
 
 @pytest.mark.slow

@@ -8,7 +8,10 @@ from stablefield.data._image_set import Origin, make_image_set
 from stablefield.evaluation._extractor import RawPixels
 from stablefield.evaluation._features import fit_features, fit_moments
 from stablefield.evaluation._fid import distance_between, frechet_distance, frechet_distance_from_features
-from stablefield.training._observers import SelfCheck, jackknife_error
+from stablefield.training._observers import FrechetObserver, SelfCheck, jackknife_error
+from stablefield.training._recipe import Recipe
+from stablefield.training._run_config import RunConfig
+from stablefield.training._sampler import SamplerOptions
 
 DIGITS = open_digits()
 
@@ -63,6 +66,29 @@ def test_a_reading_is_value_error_and_floor_on_as_many_images() -> None:
     assert perfect.floor == check.floor > 0.1
     assert (perfect.name, perfect.count) == ("Frechet distance (pixels)", 300)
     assert "300 samples (as many real images: " in str(perfect)
+
+
+@pytest.mark.parametrize("classes", [0, 3, 10])
+def test_samples_of_a_check_take_the_classes_in_turn_as_those_of_evaluate(classes: int) -> None:
+    seen: list[Tensor] = []
+
+    def denoiser(x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        assert (class_labels is None) == (classes == 0)
+        # Class c draws the grey value 25 c.
+        grey = torch.zeros(len(x)) if class_labels is None else 25 * class_labels
+        return (grey / 127.5 - 1).reshape(-1, 1, 1, 1).expand_as(x)
+
+    class Recorded(RawPixels):
+        def __call__(self, images: Tensor) -> Tensor:
+            seen.append(images)
+            return super().__call__(images)
+
+    check = SelfCheck.prepare(DIGITS, Recorded((1, 8, 8)), samples=100, batch=30)
+    seen.clear()
+    FrechetObserver(check, 1, (1, 8, 8), torch.device("cpu"), classes=classes)(1, denoiser)
+    config = RunConfig(data="digits", shape=(1, 8, 8), classes=classes, manifest={}, recipe=Recipe(), version="test")
+    labels = SamplerOptions().labels(torch.arange(100), config)
+    assert torch.cat(seen)[:, 0, 4, 4].tolist() == ([0] * 100 if labels is None else (25 * labels).tolist())
 
 
 def test_the_floor_falls_with_the_number_of_samples_and_is_that_of_a_real_subset() -> None:

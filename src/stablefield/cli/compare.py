@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from stablefield.cli.console import console, print_table, quoted, relative
+from stablefield.cli.console import console, print_table, quoted, relative, shown_warnings
 from stablefield.cli.extractors import ExtractorFlags
 from stablefield.cli.interruption import Interruption
 from stablefield.cli.parser import parse_seeds, words_of
@@ -29,11 +29,11 @@ class Compare(TrainingFlags):
     """Train with the single-sample target and the stable one from the same seeds, and report the results."""
 
     out: Path | None = None
-    """Folder of the comparison; compare/DATA by default. An interrupted comparison continues."""
+    """Folder of the comparison; compare/DATA by default. An interrupted comparison continues, with the same settings."""
     seeds: str = "0,1,2"
     """Seeds of weights, batches and noise, such as 0,1,2 or 0-2; two runs each."""
     evaluations: int | None = None
-    """Number of scores per run; by default up to 8, so that scoring takes no longer than training."""
+    """Most scores per run, evenly spaced; by default up to 8, so that scoring takes no longer than training."""
     samples: int | None = None
     """Samples per Frechet distance; by default 200 to 1,000, so that scoring takes no longer than training."""
     measure: ExtractorFlags = field(default_factory=lambda: ExtractorFlags(extractor="pixels"))
@@ -64,7 +64,7 @@ class Compare(TrainingFlags):
         data, device = chosen.data, chosen.device
         out = self.out or Path("compare") / data.name
         check_file("--out", out / "report.html")
-        with Interruption() as interruption, StageBar() as bar:
+        with Interruption() as interruption, StageBar() as bar, shown_warnings():
             found = compare(
                 data,
                 seeds=seeds,

@@ -149,7 +149,7 @@ class Train(TrainingFlags):
             plan_now = dataclasses.replace(plan, seconds=left)
             return train(plan_now, out=self.out, vae=self.vae, device=found.device, **options)
 
-        return self._trained(found.data, found.device, 0, plan.config.recipe.steps, call)
+        return self._trained(found.data, found.device, 0, plan.config, call)
 
     def _resume(self) -> int:
         self._check_nothing_changes()
@@ -177,7 +177,7 @@ class Train(TrainingFlags):
                 return print_rows(estimate_run(config, data, device, done).rows())
             held_out = self._opened(self.held_out, config.opening) if self.held_out and ranks.first else None
             call = partial(run.resume, steps=steps, data=data, held_out=held_out, vae=self.vae, device=device)
-            return self._trained(data, device, done, config.recipe.steps, call)
+            return self._trained(data, device, done, config, call)
 
     def _check_nothing_changes(self) -> None:
         """Reject flags that a resumed run would ignore.
@@ -227,9 +227,12 @@ class Train(TrainingFlags):
         if self.evaluate_every:
             check_samples(f"--evaluate-samples {self.evaluate_samples}", self.evaluate_samples, images)
 
-    def _trained(self, data: ImageSet, device: torch.device, done: int, steps: int, call: Callable[..., Run]) -> int:
+    def _trained(
+        self, data: ImageSet, device: torch.device, done: int, config: RunConfig, call: Callable[..., Run]
+    ) -> int:
         """Train from step `done` by a call of the library, with a bar, and return the exit status."""
-        observers, began = self._observers(data, device), time.monotonic()
+        steps, observers = config.recipe.steps, self._observers(data, device, config.classes)
+        began = time.monotonic()
         # From here on Ctrl-C saves the run: once the command prints that a run has begun, users can rely on that.
         with Interruption() as interruption, TrainingBar(steps, done) as bar:
             run = call(
@@ -244,7 +247,7 @@ class Train(TrainingFlags):
         # For a shell or a scheduler, an unfinished run is not a success.
         return interruption.status if run.step < steps else 0
 
-    def _observers(self, data: ImageSet, device: torch.device) -> list[FrechetObserver]:
+    def _observers(self, data: ImageSet, device: torch.device, classes: int) -> list[FrechetObserver]:
         if not self.evaluate_every or not Ranks.launched(device).first:
             return []
         self.measure.check()
@@ -254,7 +257,7 @@ class Train(TrainingFlags):
         def tell(step: int, reading: Reading) -> None:
             console.print(f"step {step:,}: {reading}")
 
-        return [FrechetObserver(check, self.evaluate_every, data.shape, device, tell, data.scaling)]
+        return [FrechetObserver(check, self.evaluate_every, data.shape, device, tell, data.scaling, classes)]
 
 
 def _print_recipe(recipe: Recipe, notes: Sequence[str]) -> int:

@@ -6,11 +6,14 @@ Both targets train from the same seeds on the same batches and noise; `_scoring`
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,19 +34,24 @@ from stablefield.training._observers import SelfCheck, check_samples
 from stablefield.training._plan import Images, images_and_recipe, make_plan
 from stablefield.training._recipe import Recipe
 from stablefield.training._run_config import RunConfig
+from stablefield.training._run_data import training_data
 from stablefield.training._run_folder import RunFolder
 from stablefield.training._scoring import (
     LEVELS,
     MIDDLE,
     NFE,
+    SAMPLER,
     Outcome,
     Scoring,
     TargetName,
+    check_settings,
     is_done,
+    keep_settings,
     optimum_of,
     plan_scoring,
     rows_of,
     run_one,
+    settings_of,
 )
 
 __all__ = ["ComparisonPlan", "PlannedRun", "compare"]
@@ -114,10 +122,10 @@ def compare(
         images: the training data, as for `train`.
         labels: as for `train`.
         seeds: seeds of weights, batches and noise, or their number: 3 means seeds 0 to 2; two runs each.
-        out: folder of the comparison, compare/DATA by default. An interrupted comparison continues.
+        out: folder of the comparison, compare/DATA by default. An interrupted comparison continues, with the same settings.
         recipe: how to train; by default one that suits the data and the device. Its target and seed are not used.
         steps: training steps of each run, in place of the recipe's.
-        evaluations: number of scores per run; by default up to 8, so that scoring takes no longer than training.
+        evaluations: most scores per run, evenly spaced; by default up to 8, so that scoring takes no longer than training.
         samples: samples per Frechet distance; by default 200 to 1,000, so that scoring takes no longer than training.
         extractor: maps images to features; raw pixels by default.
         device: where to compute; a GPU if there is one.
@@ -132,7 +140,7 @@ def compare(
         continues with them.
 
     Raises:
-        ValueError: if an argument does not fit the data, or the folder holds runs with other settings.
+        ValueError: if an argument does not fit the data, or the folder holds runs or scores with other settings.
         TrainingError: if a loss is not finite or the disk is full.
     """
     if isinstance(seeds, int):
@@ -149,8 +157,21 @@ def compare(
     folder = Path("compare") / data.name if out is None else Path(out)
     base = make_plan(data, dataclasses.replace(chosen, target="stf"), device=where)
     scoring = plan_scoring(base.config.recipe, len(data), evaluations=evaluations, samples=samples)
-    runs = _runs(base.config, wanted, max(1, chosen.steps // scoring.count))
+    runs, former = (_runs(base.config, wanted, every) for every in (scoring.every, scoring.former))
+    if any((begun := _begun(folder, run)) and begun.recipe == run.config.recipe for run in former):
+        # All runs of a comparison are scored at the same steps, so one of an earlier version goes on as it began.
+        count = math.ceil(chosen.steps / scoring.former)
+        runs, scoring = former, dataclasses.replace(scoring, count=count, every=scoring.former)
     extractor = raw(data) if extractor is None else extractor
+    settings = settings_of(runs[0].config, data, extractor, min(scoring.samples, len(data)))
+    unknown = _check_begun(folder, runs, data, settings)
+    if unknown:
+        warnings.warn(
+            f"{folder} holds scores of an earlier version, in {', '.join(unknown)}: it kept no record of the extractor and "
+            "the number of samples, which may be others than those of this comparison, and drew samples of runs with "
+            "classes without a class. To have all scores alike, compare in another folder.",
+            stacklevel=2,
+        )
     check = SelfCheck.prepare(data, extractor, samples=min(scoring.samples, len(data)))
     if on_start is not None:
         training, scored, other = _seconds(runs, scoring, data, check, where, folder)
@@ -170,7 +191,7 @@ def compare(
     outcomes: list[Outcome] = []
     optimum = None
     for run in runs:
-        place = _folder(folder, run, data)
+        place = _folder(folder, run, settings)
         if optimum is None and not is_done(place):
             optimum = optimum_of(data, where, labelled=run.config.classes > 0)
         outcome = run_one(
@@ -202,7 +223,8 @@ def compare(
             "name": name,
             "samples": len(check.seeds),
             "floor": check.floor,
-            "sampler": "heun, 18 steps, NFE 35",
+            "sampler": SAMPLER,
+            **({"settings_unknown": unknown} if unknown else {}),
         },
         "noise_levels": list(LEVELS),
         "middle": list(MIDDLE),
@@ -239,17 +261,39 @@ def _path(out: Path, run: PlannedRun) -> Path:
     return out / f"{run.target}-seed{run.seed}"
 
 
-def _folder(out: Path, run: PlannedRun, data: ImageSet) -> RunFolder:
-    """The run's folder, created if it does not exist.
+def _begun(out: Path, run: PlannedRun) -> RunConfig | None:
+    """The configuration in the run's folder; None if it has not begun."""
+    path = _path(out, run)
+    return RunFolder(path).config() if (path / "config.json").is_file() else None
+
+
+def _check_begun(out: Path, runs: Sequence[PlannedRun], data: ImageSet, settings: Mapping[str, Any]) -> list[str]:
+    """Check, before any work, that the runs in the comparison's folder are these, and their scores of these settings.
+
+    Returns:
+        Names of the runs with scores of unknown settings.
 
     Raises:
-        ValueError: if it holds a run with other settings.
+        ValueError: if a run or its scores have other settings.
     """
+    unknown: list[str] = []
+    for run in runs:
+        path, found = _path(out, run), _begun(out, run)
+        if found is None:
+            continue
+        if found.recipe != run.config.recipe or found.manifest["sha256"] != data.manifest["sha256"]:
+            raise ValueError(f"{path} holds a run with other settings: pass another out=FOLDER for this comparison.")
+        training_data(found, data)  # of the labels; a run that has ended opens no data
+        if not check_settings(path, settings):
+            unknown.append(path.name)
+    return unknown
+
+
+def _folder(out: Path, run: PlannedRun, settings: Mapping[str, Any]) -> RunFolder:
+    """The run's folder, created if it does not exist, with the settings of its scores."""
     path = _path(out, run)
-    folder = RunFolder(path) if (path / "config.json").is_file() else RunFolder.create(path, run.config)
-    found = folder.config()
-    if found.recipe != run.config.recipe or found.manifest["sha256"] != data.manifest["sha256"]:
-        raise ValueError(f"{path} holds a run with other settings: pass another out=FOLDER for this comparison.")
+    folder = RunFolder.create(path, run.config) if _begun(out, run) is None else RunFolder(path)
+    keep_settings(path, settings)
     return folder
 
 

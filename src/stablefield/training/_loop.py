@@ -30,7 +30,7 @@ from stablefield.training._grids import write_animation
 from stablefield.training._held_out import HeldOutLoss
 from stablefield.training._meter import Meter, Report, bin_edges
 from stablefield.training._model import build_denoiser, require_fit
-from stablefield.training._observers import samples
+from stablefield.training._observers import classes_in_turn, samples
 from stablefield.training._pace import Pace
 from stablefield.training._placement import placed
 from stablefield.training._post_hoc import take_snapshot
@@ -393,8 +393,7 @@ class _Loop:
 
     def _draw(self, ema: Denoiser, step: int) -> None:
         config = self._config
-        # The picture of a network with classes cycles through them.
-        labels = torch.tensor(SAMPLE_SEEDS) % config.classes if config.classes else None
+        labels = classes_in_turn(SAMPLE_SEEDS, config.classes)
         drawn = Samples(
             images=samples(
                 ema,

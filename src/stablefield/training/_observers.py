@@ -38,7 +38,15 @@ from stablefield.evaluation._reference import ReferenceSet
 from stablefield.sampling._seeded_images import chunks_of, draw, to_uint8
 from stablefield.sampling._solvers import SolverOptions
 
-__all__ = ["FrechetObserver", "Reading", "SelfCheck", "check_samples", "jackknife_error", "samples"]
+__all__ = [
+    "FrechetObserver",
+    "Reading",
+    "SelfCheck",
+    "check_samples",
+    "classes_in_turn",
+    "jackknife_error",
+    "samples",
+]
 
 STEPS = 18
 
@@ -82,6 +90,11 @@ def samples(
         finish=finish,
     )
     return images
+
+
+def classes_in_turn(seeds: Sequence[int], classes: int) -> Tensor | None:
+    """Classes of the images of `seeds`: seed k has class k modulo `classes`, as in `SamplerOptions`; None without any."""
+    return torch.tensor(seeds, dtype=torch.int64) % classes if classes else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +274,7 @@ class FrechetObserver:
         device: where to compute.
         tell: called with the step and the reading.
         scaling: of data that are not images.
+        classes: number of classes that the network is conditioned on, which the seeds take in turn; 0 for none.
     """
 
     def __init__(
@@ -271,8 +285,9 @@ class FrechetObserver:
         device: torch.device,
         tell: Callable[[int, Reading], None] | None = None,
         scaling: Scaling | None = None,
+        classes: int = 0,
     ) -> None:
-        self._scaling = scaling
+        self._scaling, self._classes = scaling, classes
         self._check, self._every, self._shape, self._device, self._tell = check, every, shape, device, tell
 
     @property
@@ -288,4 +303,5 @@ class FrechetObserver:
         return {"frechet": reading.value, "frechet_error": reading.standard_error, "frechet_floor": reading.floor}
 
     def _samples(self, denoiser: Denoiser, seeds: Sequence[int]) -> Tensor:
-        return samples(denoiser, self._shape, seeds, self._device, scaling=self._scaling)
+        labels = classes_in_turn(seeds, self._classes)
+        return samples(denoiser, self._shape, seeds, self._device, labels, scaling=self._scaling)

@@ -4,11 +4,13 @@ Both runs of a seed begin with the same weights and see the same rows, noise lev
 regression target differs. At regular steps, a score of the averaged model takes
 
 - its mean squared distance to the exact posterior mean over the whole training set, at several noise levels;
-- the Frechet distance of samples of fixed seeds, with its jackknife error;
+- the Frechet distance of samples of fixed seeds, with its jackknife error; in a conditional run the seeds take the classes
+  in turn, as for `evaluate`;
 - the variance of the gradient from batch to batch, $E|g - E g|^2$ summed over the parameters, for both targets at the same
   weights: the stable target is there to lower it.
 
-Each score is a line of a file in the run's folder, so an interrupted comparison continues.
+Each score is a line of a file in the run's folder, so an interrupted comparison continues. A record beside that file keeps
+the settings of the scores: numbers of other extractors or other numbers of samples never stand under one name.
 
 A score is expensive: 1,000 samples by Heun's method in 18 steps are 35,000 rows through the network, as many as in some
 hundred training steps. So `plan_scoring` chooses the number of scores and samples such that scoring takes no longer than
@@ -21,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_type_hints
@@ -30,9 +32,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
+from torch import Tensor
 
+from stablefield._regular_file import reason
 from stablefield.data._image_set import ImageSet
 from stablefield.diffusion._preconditioning import Denoiser
+from stablefield.evaluation._extractor import Extractor
 from stablefield.probing._fit import Optimum, find_optimum
 from stablefield.probing._population import Population
 from stablefield.training._accelerator import make_accelerator
@@ -40,10 +45,10 @@ from stablefield.training._config import fits
 from stablefield.training._feed import Feed
 from stablefield.training._loop import Report, fit
 from stablefield.training._model import open_model
-from stablefield.training._observers import SelfCheck, samples
+from stablefield.training._observers import SelfCheck, classes_in_turn, samples
 from stablefield.training._placement import placed
 from stablefield.training._recipe import Recipe
-from stablefield.training._records import append_line, read_lines
+from stablefield.training._records import append_line, read_lines, read_record, write_record
 from stablefield.training._run_config import RunConfig
 from stablefield.training._run_folder import RunFolder
 from stablefield.training._stepper import Stepper
@@ -52,19 +57,23 @@ __all__ = [
     "LEVELS",
     "MIDDLE",
     "NFE",
+    "SAMPLER",
     "Outcome",
     "Score",
     "Scorer",
     "Scoring",
     "Spread",
     "TargetName",
+    "check_settings",
     "improvement",
     "is_done",
+    "keep_settings",
     "optimum_of",
     "plan_scoring",
     "rows_of",
     "run_one",
     "samples_of",
+    "settings_of",
     "spread",
 ]  # fmt: skip
 
@@ -78,12 +87,16 @@ ROWS = 1024
 """Noisy rows per noise level for the distance to the posterior mean."""
 NFE = 35
 """Network evaluations per sample."""
+SAMPLER = f"heun, 18 steps, NFE {NFE}"
+"""The sampler of the samples."""
 # Fewest samples whose Frechet distance shows a much better target, and most by default.
 _FEWEST, _MOST = 200, 1000
 # Most scores by default.
 _MOST_SCORES = 8
 # A gradient costs three evaluations.
 _BACKWARD = 3
+# The record of the settings in a run's folder.
+_SETTINGS = "scoring.json"
 # Bytes for the posterior means.
 _KEPT = 2**28
 
@@ -177,12 +190,16 @@ class Scoring:
 
     Attributes:
         count: scores over training, the last one at its end.
+        every: steps between scores.
+        former: steps between scores for the same arguments in earlier versions, which could make more scores than asked for.
         samples: samples per score.
         rows: rows through the network per score; a gradient's rows count three times.
         training: rows through the network for the whole training, counted the same way.
     """
 
     count: int
+    every: int
+    former: int
     samples: int
     rows: int
     training: int
@@ -194,7 +211,7 @@ def plan_scoring(recipe: Recipe, images: int, *, evaluations: int | None = None,
     Args:
         recipe: the run's recipe.
         images: number of images in the data, the upper bound of samples.
-        evaluations: number of scores; 1 to 8 if None.
+        evaluations: most scores; 1 to 8 if None.
         samples: samples per score; 200 to 1,000 if None.
     """
     training = _BACKWARD * recipe.steps * recipe.batch
@@ -205,7 +222,9 @@ def plan_scoring(recipe: Recipe, images: int, *, evaluations: int | None = None,
     one = fixed + NFE * samples
     if evaluations is None:
         evaluations = max(1, min(_MOST_SCORES, training // one))
-    return Scoring(min(evaluations, recipe.steps), samples, one, training)
+    every = math.ceil(recipe.steps / evaluations)
+    former = max(1, recipe.steps // evaluations)
+    return Scoring(math.ceil(recipe.steps / every), every, former, samples, one, training)
 
 
 def rows_of(data: ImageSet) -> int:
@@ -282,8 +301,7 @@ class Scorer:
     def __call__(self, step: int, denoiser: Denoiser) -> dict[str, float]:
         """Score the model, and add a line to scores.jsonl."""
         self._seconds += time.perf_counter() - self._began
-        shape, scaling = self._config.shape, self._config.scaling
-        reading = self._check.read(lambda seeds: samples(denoiser, shape, seeds, self._device, scaling=scaling))
+        reading = self._check.read(lambda seeds: self._samples(denoiser, seeds))
         variances = {target: self._gradient_variance(stepper, denoiser) for target, stepper in self._steppers.items()}
         fit = self._optimum.fit(denoiser, labelled=self._config.classes > 0)
         score = Score(
@@ -301,6 +319,10 @@ class Scorer:
         append_line(self._path, dataclasses.asdict(score))
         self._began = time.perf_counter()
         return {"frechet": score.frechet, "distance_to_optimum": score.middle}
+
+    def _samples(self, denoiser: Denoiser, seeds: Sequence[int]) -> Tensor:
+        config, labels = self._config, classes_in_turn(seeds, self._config.classes)
+        return samples(denoiser, config.shape, seeds, self._device, labels, scaling=config.scaling)
 
     def _gradient_variance(self, stepper: Stepper, denoiser: Denoiser) -> float:
         """E|g - E g|^2 over the batches of the first steps, unbiased, at the weights of `denoiser`."""
@@ -326,6 +348,82 @@ def read_scores(folder: Path) -> list[Score]:
             score = Score(**entries)
             found[score.step] = score
     return [found[step] for step in sorted(found)]
+
+
+def settings_of(config: RunConfig, data: ImageSet, extractor: Extractor, samples: int) -> dict[str, Any]:
+    """What a run's scores depend on besides its training, as JSON values.
+
+    Args:
+        config: the run's configuration.
+        data: the images.
+        extractor: maps images to features.
+        samples: samples per score.
+    """
+    return {
+        "extractor": extractor.name,
+        "sha256": extractor.sha256,
+        "resize": extractor.resize,
+        "features": extractor.dim,
+        "samples": samples,
+        "seeds": "from 0",
+        "sampler": SAMPLER,
+        "classes": f"seed k has class k modulo {config.classes}" if config.classes else "none",
+        "levels": list(LEVELS),
+        "rows": rows_of(data),
+        "gradients": GRADIENTS,
+    }
+
+
+def check_settings(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Check that the scores in a run's folder, if any, have these settings.
+
+    Returns:
+        Whether that is known: earlier versions kept no record.
+
+    Raises:
+        ValueError: if the scores have other settings, or the record is damaged.
+    """
+    path = folder / _SETTINGS
+    if not read_scores(folder):
+        return True
+    if not path.exists():
+        return False
+    try:
+        found = read_record(path, frozenset())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be used: {reason(error)}. It keeps the settings of this run's scores: pass another out=FOLDER "
+            "for this comparison."
+        ) from error
+    names = dict.fromkeys([*settings, *found])
+    other = [
+        f"{name} {found.get(name, 'unknown')!s:.40} there, {settings.get(name, 'unknown')!s:.40} here"
+        for name in names
+        if name not in found or name not in settings or found[name] != settings[name]
+    ]
+    if other:
+        raise ValueError(
+            f"{folder} holds scores of other settings: {'; '.join(other)}. Pass another out=FOLDER for this comparison, or "
+            "the same settings."
+        )
+    return True
+
+
+def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Record the settings of the scores in a run's folder, before the first one.
+
+    Raises:
+        ValueError: if it cannot be written.
+    """
+    if read_scores(folder):
+        return
+    try:
+        write_record(folder / _SETTINGS, settings)
+    except OSError as error:
+        raise ValueError(
+            f"{folder / _SETTINGS} cannot be written ({error.strerror}): free some space, or pass another out=FOLDER for "
+            "this comparison."
+        ) from error
 
 
 def is_done(folder: RunFolder) -> bool:
@@ -393,7 +491,7 @@ def samples_of(outcome: Outcome, seeds: Sequence[int], device: torch.device) -> 
     classes = opened.config.classes
     if classes:
         seeds = sorted(seeds, key=lambda seed: seed % classes)
-    labels = torch.tensor(seeds) % classes if classes else None
+    labels = classes_in_turn(seeds, classes)
     config, autoencoder = opened.config, opened.config.autoencoder
     return samples(
         opened.denoiser,
