@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import stablefield as sf
 from stablefield.evaluation._extractor import Extractor, RandomConvolutions, RawPixels, full_precision
 from stablefield.evaluation._torchscript import (
     AntialiasedBicubic,
@@ -123,11 +124,38 @@ def test_a_torchscript_file_gets_resized_and_normalised_images(scripted: Callabl
         [10.0, 20.0, 30.0]
     )[:, None, None]
     assert torch.equal(extract(x), Pool()(normalised))
-    assert (extract.dim, extract.name, extract.resize) == (108, "pool", "tensorflow1-bilinear-24x24")
+    rule = "tensorflow1-bilinear-24x24, (x - (1, 2, 3)) / (10, 20, 30)"
+    assert (extract.dim, extract.name, extract.resize) == (108, "pool", rule)
     kept = TorchScriptExtractor(path, name="pool", resize=None, offset=(0.0,) * 3, scale=(1.0,) * 3)
     assert torch.equal(kept(x), Pool()(x.float()))
-    assert kept.resize == "none"
+    assert kept.resize == "none, (x - 0) / 1"
     assert extract.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_cached_features_of_another_normalisation_are_not_taken_for_these(
+    scripted: Callable[[nn.Module], Path], tmp_path: Path
+) -> None:
+    """Features half as large have a quarter of the Frechet distance."""
+    path = scripted(Pool())
+    real, drawn = (part.numpy() for part in images(80).split(40))
+    found = [
+        sf.evaluate(
+            drawn,
+            data=real,
+            metrics=["frechet"],
+            extractor=TorchScriptExtractor(
+                path, name="pool", resize=AntialiasedBicubic(16), offset=(0.0,) * 3, scale=(scale,) * 3
+            ),
+            cache=tmp_path / "cache",
+            device="cpu",
+        )
+        for scale in (100.0, 200.0)
+    ]
+    first, second = (one.scores[0].mean for one in found)
+    assert second == pytest.approx(first / 4, rel=1e-3)
+    assert [one.scores[0].protocol.resize for one in found] == [
+        f"antialiased-bicubic-16x16, (x - 0) / {scale}" for scale in (100, 200)
+    ]
 
 
 def test_dinov2_prepares_images_as_imagenet_networks_want_them(scripted: Callable[[nn.Module], Path]) -> None:

@@ -126,7 +126,9 @@ class TorchScriptExtractor:
         path = Path(path)
         if not path.exists():
             raise ValueError(f"{name}: there is no file {path}: pass the path of a TorchScript file.")
-        self.name, self.resize, self.sha256 = name, resize.rule if resize else "none", sha256(path)
+        # Another normalisation makes other features: cached ones must not be taken for them.
+        self.resize = (resize.rule if resize else "none") + _normalisation(offset, scale)
+        self.name, self.sha256 = name, sha256(path)
         self._resize, self._device = resize, torch.device(device)
         self._network = _load(path, self._device)
         self._offset = torch.tensor(offset, device=self._device).reshape(1, 3, 1, 1)
@@ -176,6 +178,16 @@ def dinov2(
         scale=IMAGENET[1],
         device=device,
     )
+
+
+def _normalisation(offset: Channels, scale: Channels) -> str:
+    """What the record says of it besides the resize rule: nothing of ImageNet's, the usual one."""
+    if (offset, scale) == IMAGENET:
+        return ""
+    parts = (
+        ", ".join(f"{value:g}" for value in (part[:1] if len(set(part)) == 1 else part)) for part in (offset, scale)
+    )
+    return ", (x - {}) / {}".format(*(part if "," not in part else f"({part})" for part in parts))
 
 
 def _load(path: Path, device: torch.device) -> torch.jit.ScriptModule:
