@@ -142,6 +142,26 @@ def test_memorisation_is_of_the_whole_training_set_and_held_out_images_are_the_t
     assert it.scores[0].protocol.reference_count == 897
 
 
+def test_only_the_absence_of_a_test_split_takes_the_control_away_in_silence(tmp_path: Path) -> None:
+    given = {"metrics": ["nearest"], "batch": 512}
+    for split, images in (("train", DIGITS.images[:40]), ("test", DIGITS.images[40:80])):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for k, image in enumerate(images):
+            Image.fromarray(image[0]).save(tmp_path / "data" / split / f"{k}.png")
+    measured = {"memorised share", "nearer than held-out images", "memorised share of held-out images"}
+    found = evaluate(DIGITS.images[:30], data=tmp_path / "data", **given)
+    assert {score.protocol.metric for score in found.scores} == measured
+    (tmp_path / "data" / "test" / "7.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match=r"7\.png"):
+        evaluate(DIGITS.images[:30], data=tmp_path / "data", **given)
+    np.savez(tmp_path / "one.npz", images=DIGITS.images[:40])
+    for without in ("digits", tmp_path / "data" / "train", tmp_path / "one.npz"):
+        with pytest.raises(sf.data.MissingSplitError):
+            sf.data.open_images(without, split="test")
+        found = evaluate(DIGITS.images[:30], data=without, **given)
+        assert [score.protocol.metric for score in found.scores] == ["memorised share"]
+
+
 def replace_images(images: np.ndarray, name: str) -> sf.data.ImageSet:
     return sf.data.make_image_set(images, None, sf.data.Origin(name=name, source="digits"))
 

@@ -19,7 +19,7 @@ from stablefield._distributed import Ranks
 from stablefield._progress import Progress
 from stablefield._shapes import check_callable, check_kind, flag, found_device, whole_number
 from stablefield.data._collector import cache_folder
-from stablefield.data._image_set import ImageSet, class_text
+from stablefield.data._image_set import ImageSet, MissingSplitError, class_text
 from stablefield.data._latents import decode
 from stablefield.data._png import is_picture
 from stablefield.evaluation._extraction import Batch, ExtractorPass, extract, image_batches, pass_for
@@ -95,8 +95,8 @@ def evaluate(
     Args:
         samples: images, float data, or a source that draws them, such as a run's `RunSource`.
         data: real images to measure against; or a function from the name of a split to an image set, also called for
-            "train" (the whole training set, for memorisation) and "test" (held-out images, if there are any). Latents of
-            images are decoded, if the samples are images.
+            "train" (the whole training set, for memorisation) and "test" (held-out images; it raises MissingSplitError if
+            there are none). Latents of images are decoded, if the samples are images.
         metrics: names in `METRICS`, or metrics. "frechet" is FID and "kernel" KID on FID's own Inception; "nearest" is
             memorisation, in pixels.
         extractor: maps images to features; by default FID's own Inception, and of float data the values themselves.
@@ -117,8 +117,8 @@ def evaluate(
         on_estimate: called with the estimated time, before drawing begins; the estimate takes a few batches.
 
     Raises:
-        ValueError: if there are too few images for a metric, images differ in size, features are not finite, or `per_class`
-            is set and samples or real images have no classes.
+        ValueError: if there are too few images for a metric, images differ in size or cannot be read, features are not
+            finite, or `per_class` is set and samples or real images have no classes.
         TypeError: if an argument has the wrong type.
         ImportError: if the extractor's package, or safetensors with a cache, is not installed.
 
@@ -230,7 +230,8 @@ def _held_out(
         return check_size("held_out", images, source.shape, floating=source.floating)
     try:
         found = None if parts is None else parts("test")
-    except ValueError:
+    except MissingSplitError:
+        # Any other error, such as that of a damaged split, would otherwise take the control away in silence.
         return None
     return None if found is None else check_size("held_out", found, source.shape, floating=source.floating)
 
