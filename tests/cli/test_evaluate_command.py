@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from stablefield.cli.console import console
 from stablefield.cli.entry import main
 from stablefield.data._digits import open_digits
+from stablefield.data._source import open_images
 from stablefield.evaluation._extractor import RandomConvolutions, RawPixels
 from stablefield.evaluation._fid import frechet_distance_from_features
 from stablefield.evaluation._inception_score import inception_score
@@ -244,6 +246,33 @@ def test_real_images_are_brought_to_the_size_that_the_run_was_trained_at(tmp_pat
     assert result["values"] == same["values"]
 
 
+def test_flags_set_aside_what_the_runs_training_chose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data").mkdir()
+    for k, grey in enumerate(open_digits().images[:60, 0]):
+        # Wide, grey and half transparent: every choice of the training shows in the pixels.
+        image = np.stack([grey, np.full_like(grey, 128)], -1).repeat(2, axis=1)
+        Image.fromarray(image).save(tmp_path / "data" / f"{k:02d}.png")
+    path = tmp_path / "run"
+    trained = ("--resolution", "8", "--resize", "squash", "--background", "black", "--colour", "rgb", "--batch", "30")
+    assert status("train", str(tmp_path / "data"), "--recipe", "digits", *trained, *TINY, "--out", str(path)) == 0
+    usual = ("--samples", "20", "--extractor", "random", "--metrics", "frechet", "--no-cache")
+
+    def real(*flags: str) -> str:
+        (result,) = measured(tmp_path / "r.json", str(path), *usual, *flags).values()
+        return result["protocol"]["reference_sha256"]
+
+    def opened(**opening: str) -> str:
+        given: dict[str, Any] = {"resize": "squash", "background": "black", "colour": "rgb"} | opening
+        return open_images(tmp_path / "data", resolution=8, **given).manifest["sha256"]
+
+    assert real() == real("--resolution", "8") == opened()
+    assert real("--resize", "crop") == opened(resize="crop")
+    assert real("--background", "white") == opened(background="white")
+    assert status("evaluate", str(path), *usual, "--colour", "auto") == 2
+    assert "has images of 1 x 8 x 8" in " ".join(capsys.readouterr().err.split())
+    assert len({opened(), opened(resize="crop"), opened(background="white")}) == 3
+
+
 def test_results_without_a_name_never_overwrite_each_other(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("random-ancestral.json", "random-ancestral-2.json"):
         assert status("evaluate", str(run), *QUICK, "--metrics", "recall", "--sampler", "ancestral") == 0
@@ -303,6 +332,15 @@ def test_a_users_network_is_an_extractor_or_a_classifier_under_its_own_name(
         (["{run}", "--first-seed", "4294967290"], ["--first-seed 4294967290: the last sample's seed"]),
         (["{run}", "--out", "{file}/r.json"], ["cannot be written"]),
         (["{run}", "--split", "test"], ["split"]),
+        (["{run}", "--resize", "squash"], ["--resize squash: nothing resizes the real images; add --resolution"]),
+        (["{wide}", "--data", "digits", "--resize", "crop"], ["--resize crop: nothing resizes the real images"]),
+        (["{run}", "--images-split", "train"], ["--images-split train:", "is a run, whose samples have no splits"]),
+        (["{run}", "--per-class", "--metrics", "nearest"], ["--per-class: only metrics that read the extractor"]),
+        (
+            ["{run}", "--held-out", "{wide}", "--metrics", "recall"],
+            ["--held-out", "is the control for --metrics nearest: add nearest, or leave"],
+        ),
+        (["{run}", "--cache", "x", "--no-cache"], ["--cache x and --no-cache: pass one"]),
         (["{run}", "--data", "nowhere"], ["nowhere does not exist. Supported sources"]),
         (["nowhere"], ["RUN_OR_IMAGES is nowhere"]),
         (["{wide}"], ["--data is missing"]),

@@ -230,6 +230,8 @@ def test_features_of_real_images_are_kept_unless_told_otherwise(cache: Path, tmp
         ({"data": np.zeros((9, 1, 16, 16), np.uint8)}, "data=data has images of 1 x 16 x 16.*resolution=8"),
         ({"data": DIGITS.images / 255}, "^data has dtype float64: pass uint8"),
         ({"repeats": 0}, "repeats=0"),
+        ({"per_class": True, "metrics": ["nearest"]}, "per_class=True: only metrics that read the extractor"),
+        ({"held_out": DIGITS, "metrics": ["frechet"]}, "^held_out is the control for nearest"),
         ({"device": "gpu"}, "device='gpu'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

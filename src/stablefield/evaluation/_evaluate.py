@@ -118,7 +118,8 @@ def evaluate(
 
     Raises:
         ValueError: if there are too few images for a metric, images differ in size or cannot be read, features are not
-            finite, or `per_class` is set and samples or real images have no classes.
+            finite, `per_class` is set and samples or real images have no classes, or no metric takes `per_class` or
+            `held_out`.
         TypeError: if an argument has the wrong type.
         ImportError: if the extractor's package, or safetensors with a cache, is not installed.
 
@@ -145,6 +146,15 @@ def evaluate(
         if hook is not None:
             check_callable(name, hook, f"{name}(report)")
     flag("per_class", per_class)
+    if per_class and not any(metric.reads == "extractor" for metric in chosen):
+        raise ValueError(
+            "per_class=True: only metrics that read the extractor have scores by class, and metrics holds none: add one, "
+            "such as frechet, or leave it out."
+        )
+    if held_out is not None and not any(metric.reads == "pixels" for metric in chosen):
+        raise ValueError(
+            "held_out is the control for nearest, and metrics holds none that reads pixels: add nearest, or leave it out."
+        )
     device = found_device(device)
     if isinstance(samples, str | Path | ImageSet | np.ndarray | Tensor):
         # Check the known counts before opening any file.
