@@ -24,6 +24,7 @@ from stablefield.evaluation._metric import LOWER, Metric, MetricInput, Value
 from stablefield.evaluation._result import Evaluation
 from stablefield.evaluation._sample_source import SampleSource, SamplingRecord
 from stablefield.evaluation._time_estimate import TimeEstimate
+from stablefield.targets._moments import Moments
 
 DIGITS = open_digits()
 NET = RandomConvolutions()
@@ -53,7 +54,7 @@ class Draws(SampleSource):
     def seeds(self, repeat: int) -> str:
         return f"{30 * repeat}-{30 * repeat + 29}"
 
-    def labels(self, repeat: int, numbers: Tensor) -> Tensor:  # noqa: ARG002
+    def labels(self, repeat: int, numbers: Tensor) -> Tensor | None:  # noqa: ARG002
         return numbers % 2
 
     def record(self, ranks: Ranks) -> SamplingRecord:  # noqa: ARG002
@@ -240,6 +241,39 @@ def test_what_cannot_be_measured_names_the_argument(change: dict[str, object], w
     usual = {"data": DIGITS, "extractor": NET}
     with pytest.raises((ValueError, TypeError), match=words):
         evaluate(DIGITS.images[:90], **(usual | change))
+
+
+class Unconditional(Draws):
+    """Samples without classes."""
+
+    def labels(self, repeat: int, numbers: Tensor) -> None:  # noqa: ARG002
+        return None
+
+
+@pytest.mark.parametrize(
+    ("source", "change", "words"),
+    [
+        (Unconditional(), {"per_class": True}, "per_class=True: draws has no classes"),
+        (Draws(), {"per_class": True}, "per_class=True: the samples have the class 'a', which data=latents lacks"),
+        (Draws(), {"references": 41}, "references=41: latents has 40 images; pass 2 to 40"),
+    ],
+)
+def test_what_cannot_be_measured_is_known_before_latents_are_decoded(
+    monkeypatch: pytest.MonkeyPatch, source: SampleSource, change: dict[str, object], words: str
+) -> None:
+    def decode(found: sf.data.ImageSet, **options: object) -> sf.data.ImageSet:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("stablefield.evaluation._evaluate.decode", decode)
+    origin = sf.data.Origin(name="latents", source="made", class_names=("c", "d"))
+    values = np.random.default_rng(0).normal(size=(40, 4, 2, 2)).astype(np.float32)
+    latents = sf.data.make_image_set(values, np.arange(40) % 2, origin)
+    latents = replace(latents, moments=Moments(values, np.ones_like(values)))
+    usual = {"metrics": ["frechet"], "extractor": NET}
+    with pytest.raises(ValueError, match=words):
+        evaluate(source, data=latents, **usual, **change)
+    with pytest.raises(AssertionError, match="decoded"):
+        evaluate(source, data=latents, **usual)
 
 
 def test_a_run_and_a_source_with_a_count_are_told_what_to_do_instead(tmp_path: Path) -> None:

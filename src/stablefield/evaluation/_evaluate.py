@@ -173,10 +173,18 @@ def evaluate(
     check_counts(chosen, source.count, references)
     for repeat in range(repeats):
         source.seeds(repeat)  # fails here, before any measurement, if seeds run out
+    if per_class and source.labels(0, torch.arange(1)) is None:
+        raise ValueError(
+            f"per_class=True: {source.name} has no classes; evaluate a conditional run or images with classes, or leave it "
+            "out."
+        )
     kept = cache_folder() / "references" if cache is True else Path(cache) if cache else None
 
+    def stored(name: str) -> ImageSet:
+        return opened("data", data(name) if callable(data) else data, name, progress)
+
     def part(name: str) -> ImageSet:
-        return decoded(opened("data", data(name) if callable(data) else data, name, progress))
+        return decoded(stored(name))
 
     def decoded(found: ImageSet) -> ImageSet:
         """Images: those of latents, if the samples are images."""
@@ -187,15 +195,13 @@ def evaluate(
     with Ranks.launched() as ranks:
         # An array or an image set has no other splits.
         parts = part if isinstance(data, str | Path) or callable(data) else None
-        images = check_size("data", part(split), source.shape, floating=source.floating)
-        some = ReferenceSet(images=images, split=split, count=references)
+        found = stored(split)
+        # Both fail here, before latents are decoded and anything is measured.
+        ReferenceSet(images=found, split=split, count=references)
         if per_class:
-            matched_classes(images, source.class_names)  # fails here, before any measurement
-            if source.labels(0, torch.arange(1)) is None:
-                raise ValueError(
-                    f"per_class=True: {source.name} has no classes; evaluate a conditional run or images with classes, or "
-                    "leave it out."
-                )
+            matched_classes(found, source.class_names)
+        images = check_size("data", decoded(found), source.shape, floating=source.floating)
+        some = ReferenceSet(images=images, split=split, count=references)
         groups: list[_Group] = []
         for reads, network in (("extractor", extractor), ("pixels", None), ("classifier", classifier)):
             its = tuple(metric for metric in chosen if metric.reads == reads)
