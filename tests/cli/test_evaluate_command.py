@@ -21,6 +21,7 @@ from stablefield.evaluation._fid import frechet_distance_from_features
 from stablefield.evaluation._inception_score import inception_score
 from stablefield.evaluation._memorisation import nearest_ratio
 from stablefield.evaluation._precision_recall import recall
+from stablefield.training._run import Run
 from stablefield.training._run_source import RunSource
 from stablefield.training._sampler import SamplerOptions
 
@@ -73,6 +74,24 @@ def test_a_runs_numbers_are_the_metrics_of_the_images_that_sample_draws(run: Pat
     }
     assert {name: got[name]["mean"] for name in expected} == pytest.approx(expected, rel=1e-4)
     assert set(got) == {*expected, f"kernel distance ({net.name})", "precision", "density", "coverage"}
+
+
+def test_memorisation_of_a_run_is_not_measured_on_what_it_held_out(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    assert status("train", "digits", *TINY, "--held-out", "0.1", "--out", str(path)) == 0
+    got = measured(tmp_path / "r.json", str(path), *QUICK, "--metrics", "nearest", "frechet")
+    assert status("sample", str(path), "--seeds", "0-59", "--out", str(tmp_path / "a.npz")) == 0
+    config, pixels = Run(path).config, RawPixels((1, 8, 8))
+    assert config.held_out is not None
+    trained, outside = config.held_out.split(1797, config.recipe.seed)
+    assert len(outside) == 180
+    real = pixels(torch.from_numpy(open_digits().images))
+    ratio = nearest_ratio(pixels(pixels_of(tmp_path / "a.npz")), real[trained], real[outside])
+    assert got["memorised share"]["mean"] == pytest.approx(ratio.memorised)
+    assert got["memorised share of held-out images"]["mean"] == pytest.approx(ratio.held_out_memorised)
+    assert got["nearer than held-out images"]["mean"] == pytest.approx(ratio.closer)
+    assert got["memorised share"]["protocol"]["reference_count"] == 1617
+    assert [one["protocol"]["reference_count"] for name, one in got.items() if "Frechet" in name] == [1797]
 
 
 def test_every_number_has_the_whole_protocol_beside_it(run: Path, tmp_path: Path) -> None:

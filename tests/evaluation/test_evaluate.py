@@ -20,6 +20,7 @@ from stablefield.evaluation._evaluate import METRICS, evaluate
 from stablefield.evaluation._extractor import RandomConvolutions, RawPixels
 from stablefield.evaluation._fid import Frechet, frechet_distance_from_features
 from stablefield.evaluation._kid import Kernel
+from stablefield.evaluation._memorisation import nearest_ratio
 from stablefield.evaluation._metric import LOWER, Metric, MetricInput, Value
 from stablefield.evaluation._result import Evaluation
 from stablefield.evaluation._sample_source import SampleSource, SamplingRecord
@@ -141,6 +142,29 @@ def test_memorisation_is_of_the_whole_training_set_and_held_out_images_are_the_t
     assert it["memorised share"].mean == 1  # these samples are training images
     assert it["nearer than held-out images"].mean > 0.9
     assert it.scores[0].protocol.reference_count == 897
+
+
+class Trained(Draws):
+    """Samples of a model that held out the first 300 digits."""
+
+    def held_out(self, images: sf.data.ImageSet) -> np.ndarray | None:
+        return np.arange(300) if images.manifest["sha256"] == DIGITS.manifest["sha256"] else None
+
+
+def test_what_a_model_held_out_is_the_control_and_no_training_data() -> None:
+    pixels = torch.from_numpy(DIGITS.images).flatten(1) / 127.5 - 1
+    it = evaluate(Trained(), data=DIGITS, metrics=["nearest"])
+    expected = nearest_ratio(pixels[:30], pixels[300:], pixels[:300])
+    assert it["memorised share"].mean == pytest.approx(expected.memorised)
+    assert it["memorised share of held-out images"].mean == pytest.approx(expected.held_out_memorised)
+    assert it["nearer than held-out images"].mean == pytest.approx(expected.closer)
+    protocol = it["memorised share"].protocol
+    assert (protocol.reference_count, protocol.split) == (1497, "train, 1497 of 1797 (without the held-out images)")
+    # The samples are these very images: with all digits as training data every one of them is remembered.
+    assert evaluate(Draws(), data=DIGITS, metrics=["nearest"])["memorised share"].mean == 1 > expected.memorised
+    given = evaluate(Trained(), data=DIGITS, metrics=["nearest"], held_out=DIGITS.images[:50])
+    assert given["memorised share"].mean == pytest.approx(expected.memorised)
+    assert given["nearer than held-out images"].protocol.settings["held_out"] == 50
 
 
 def test_only_the_absence_of_a_test_split_takes_the_control_away_in_silence(tmp_path: Path) -> None:

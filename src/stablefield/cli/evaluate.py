@@ -83,7 +83,8 @@ class Evaluate:
     references: int | None = None
     """Number of real images, drawn at random; all by default."""
     held_out: str = ""
-    """Real images outside the training data, the control for nearest; by default the test split of --data, if any."""
+    """Real images outside the training data, the control for nearest; by default the test split of --data, if any, or what
+    the run held out of its data."""
     resolution: str = ""
     """Resize real images to this many pixels a side, or to height x width; by default as in the run's training."""
     resize: Resize | None = None

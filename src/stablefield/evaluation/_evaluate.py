@@ -105,7 +105,7 @@ def evaluate(
         references: number of real images, drawn at random; all by default.
         split: which split of `data`, if it is a name.
         held_out: real images outside the training data, for "nearest"; by default the "test" split of `data`, if it is a
-            name and has one.
+            name and has one, or else the part of its data that a run held out, which is never counted as training data.
         repeats: how many times to measure, each time on fresh samples; 3 gives minimum, mean and spread, as papers report.
         seed: seed of the choice of images for each repeat, if `samples` are images.
         per_class: also measure the samples of each class against the real images of that class, by the metrics that read the
@@ -209,9 +209,18 @@ def evaluate(
                 continue
             if reads == "pixels":
                 # Memorisation needs the whole training set. Pixels need no cache.
-                whole = ReferenceSet(images=parts("train") if parts and split != "train" else images, split="train")
+                own = stored("train") if parts and split != "train" else found
+                train = images if own is found else decoded(own)
                 given = None if held_out is None else decoded(opened("held_out", held_out, "train", progress))
-                control = _held_out(given, parts, source)
+                others, outside = _held_out(given, parts, source), source.held_out(own)
+                whole = ReferenceSet(images=train, split="train")
+                control = None if others is None else ReferenceSet(images=others, split="test")
+                if outside is not None:
+                    # No model can remember what it never saw, so these are no training images but their control.
+                    trained = np.delete(np.arange(len(train)), outside)
+                    whole = replace(whole, chosen=trained, choice="without the held-out images")
+                    if control is None:
+                        control = ReferenceSet(images=train, split="train", chosen=outside)
                 group = _Group(extractor=raw(images), metrics=its, references=whole, held_out=control)
             else:
                 if network is None:
@@ -299,7 +308,7 @@ class _Group:
     metrics: tuple[Metric, ...]
     references: ReferenceSet
     cache: Path | None = None
-    held_out: ImageSet | None = None
+    held_out: ReferenceSet | None = None
     per_class: bool = False
 
     @property
@@ -412,7 +421,8 @@ class _Measurement:
         )
         if group.held_out is None:
             return found, None
-        batches = image_batches(group.held_out.images, np.arange(len(group.held_out)), self.batch, self.ranks)
+        control = group.held_out
+        batches = image_batches(control.images.images, control.rows, self.batch, self.ranks)
         only_rows = ExtractorPass(extractor=group.extractor, moments=False)
         return found, extract(batches, [only_rows], "held-out image", ranks=self.ranks)[0].matrix()
 
