@@ -777,7 +777,7 @@ CASES = {
     ),
     "inception_score": Case(
         lambda s: inception_score,
-        {"probabilities": lambda s: torch.softmax(s.normal(12, 4), 1), "splits": either(1, 4)},
+        {"probabilities": lambda s: torch.softmax(s.normal(12, 4), 1), "splits": either(1, 4), "seed": either(0, None)},
     ),
     "evaluate": Case(
         lambda s: sf.evaluate,

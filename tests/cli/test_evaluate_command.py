@@ -9,16 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from stablefield.cli.console import console
 from stablefield.cli.entry import main
 from stablefield.data._digits import open_digits
+from stablefield.data._source import open_images
 from stablefield.evaluation._extractor import RandomConvolutions, RawPixels
 from stablefield.evaluation._fid import frechet_distance_from_features
 from stablefield.evaluation._inception_score import inception_score
 from stablefield.evaluation._memorisation import nearest_ratio
 from stablefield.evaluation._precision_recall import recall
+from stablefield.training._run import Run
 from stablefield.training._run_source import RunSource
 from stablefield.training._sampler import SamplerOptions
 
@@ -71,6 +74,24 @@ def test_a_runs_numbers_are_the_metrics_of_the_images_that_sample_draws(run: Pat
     }
     assert {name: got[name]["mean"] for name in expected} == pytest.approx(expected, rel=1e-4)
     assert set(got) == {*expected, f"kernel distance ({net.name})", "precision", "density", "coverage"}
+
+
+def test_memorisation_of_a_run_is_not_measured_on_what_it_held_out(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    assert status("train", "digits", *TINY, "--held-out", "0.1", "--out", str(path)) == 0
+    got = measured(tmp_path / "r.json", str(path), *QUICK, "--metrics", "nearest", "frechet")
+    assert status("sample", str(path), "--seeds", "0-59", "--out", str(tmp_path / "a.npz")) == 0
+    config, pixels = Run(path).config, RawPixels((1, 8, 8))
+    assert config.held_out is not None
+    trained, outside = config.held_out.split(1797, config.recipe.seed)
+    assert len(outside) == 180
+    real = pixels(torch.from_numpy(open_digits().images))
+    ratio = nearest_ratio(pixels(pixels_of(tmp_path / "a.npz")), real[trained], real[outside])
+    assert got["memorised share"]["mean"] == pytest.approx(ratio.memorised)
+    assert got["memorised share of held-out images"]["mean"] == pytest.approx(ratio.held_out_memorised)
+    assert got["nearer than held-out images"]["mean"] == pytest.approx(ratio.closer)
+    assert got["memorised share"]["protocol"]["reference_count"] == 1617
+    assert [one["protocol"]["reference_count"] for name, one in got.items() if "Frechet" in name] == [1797]
 
 
 def test_every_number_has_the_whole_protocol_beside_it(run: Path, tmp_path: Path) -> None:
@@ -244,6 +265,33 @@ def test_real_images_are_brought_to_the_size_that_the_run_was_trained_at(tmp_pat
     assert result["values"] == same["values"]
 
 
+def test_flags_set_aside_what_the_runs_training_chose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data").mkdir()
+    for k, grey in enumerate(open_digits().images[:60, 0]):
+        # Wide, grey and half transparent: every choice of the training shows in the pixels.
+        image = np.stack([grey, np.full_like(grey, 128)], -1).repeat(2, axis=1)
+        Image.fromarray(image).save(tmp_path / "data" / f"{k:02d}.png")
+    path = tmp_path / "run"
+    trained = ("--resolution", "8", "--resize", "squash", "--background", "black", "--colour", "rgb", "--batch", "30")
+    assert status("train", str(tmp_path / "data"), "--recipe", "digits", *trained, *TINY, "--out", str(path)) == 0
+    usual = ("--samples", "20", "--extractor", "random", "--metrics", "frechet", "--no-cache")
+
+    def real(*flags: str) -> str:
+        (result,) = measured(tmp_path / "r.json", str(path), *usual, *flags).values()
+        return result["protocol"]["reference_sha256"]
+
+    def opened(**opening: str) -> str:
+        given: dict[str, Any] = {"resize": "squash", "background": "black", "colour": "rgb"} | opening
+        return open_images(tmp_path / "data", resolution=8, **given).manifest["sha256"]
+
+    assert real() == real("--resolution", "8") == opened()
+    assert real("--resize", "crop") == opened(resize="crop")
+    assert real("--background", "white") == opened(background="white")
+    assert status("evaluate", str(path), *usual, "--colour", "auto") == 2
+    assert "has images of 1 x 8 x 8" in " ".join(capsys.readouterr().err.split())
+    assert len({opened(), opened(resize="crop"), opened(background="white")}) == 3
+
+
 def test_results_without_a_name_never_overwrite_each_other(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("random-ancestral.json", "random-ancestral-2.json"):
         assert status("evaluate", str(run), *QUICK, "--metrics", "recall", "--sampler", "ancestral") == 0
@@ -303,6 +351,15 @@ def test_a_users_network_is_an_extractor_or_a_classifier_under_its_own_name(
         (["{run}", "--first-seed", "4294967290"], ["--first-seed 4294967290: the last sample's seed"]),
         (["{run}", "--out", "{file}/r.json"], ["cannot be written"]),
         (["{run}", "--split", "test"], ["split"]),
+        (["{run}", "--resize", "squash"], ["--resize squash: nothing resizes the real images; add --resolution"]),
+        (["{wide}", "--data", "digits", "--resize", "crop"], ["--resize crop: nothing resizes the real images"]),
+        (["{run}", "--images-split", "train"], ["--images-split train:", "is a run, whose samples have no splits"]),
+        (["{run}", "--per-class", "--metrics", "nearest"], ["--per-class: only metrics that read the extractor"]),
+        (
+            ["{run}", "--held-out", "{wide}", "--metrics", "recall"],
+            ["--held-out", "is the control for --metrics nearest: add nearest, or leave"],
+        ),
+        (["{run}", "--cache", "x", "--no-cache"], ["--cache x and --no-cache: pass one"]),
         (["{run}", "--data", "nowhere"], ["nowhere does not exist. Supported sources"]),
         (["nowhere"], ["RUN_OR_IMAGES is nowhere"]),
         (["{wide}"], ["--data is missing"]),

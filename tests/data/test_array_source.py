@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stablefield.data import open_images
+from stablefield.data import MissingSplitError, open_images
 
 
 def noise(shape, seed=0):
@@ -46,7 +46,7 @@ def test_cifar10_gives_its_batches_in_order(tmp_path, place):
 
 def test_an_incomplete_or_cut_cifar10_is_refused(tmp_path):
     cifar(tmp_path / "c")
-    with pytest.raises(ValueError, match="split='val'"):
+    with pytest.raises(MissingSplitError, match="split='val'"):
         open_images(tmp_path / "c", split="val")
     path = tmp_path / "c" / "data_batch_3.bin"
     whole = path.read_bytes()
@@ -91,7 +91,7 @@ def test_a_folder_of_idx_files_gives_its_splits_with_labels(mnist):
         opened = open_images(folder, split=split)
         np.testing.assert_array_equal(opened.images[:, 0], data[key][0])
         np.testing.assert_array_equal(opened.labels, data[key][1])
-    with pytest.raises(ValueError, match="split='val'"):
+    with pytest.raises(MissingSplitError, match="split='val'"):
         open_images(folder, split="val")
 
 
@@ -353,7 +353,7 @@ def test_a_data_set_saved_to_disk_is_read_by_its_split(tmp_path):
     np.testing.assert_array_equal(opened.images, [noise((5, 6, 3), seed).transpose(2, 0, 1) for seed in range(4)])
     np.testing.assert_array_equal(opened.labels, [1, 0, 1, 0])
     assert (opened.name, opened.class_names) == ("pets", ("cat", "dog"))
-    with pytest.raises(ValueError, match="has no splits; leave split out"):
+    with pytest.raises(MissingSplitError, match="has no splits; leave split out"):
         open_images(folder, split="test")
     several = tmp_path / "several"
     save(several / "training", table_of([1, 0]))
@@ -361,7 +361,7 @@ def test_a_data_set_saved_to_disk_is_read_by_its_split(tmp_path):
     (several / "dataset_dict.json").write_text('{"splits": ["training", "test"]}')
     assert len(open_images(several)) == 2
     assert len(open_images(several, split="test")) == 1
-    with pytest.raises(ValueError, match="has the splits training, test; pass one"):
+    with pytest.raises(MissingSplitError, match="has the splits training, test; pass one"):
         open_images(several, split="val")
     (folder / "data-1.arrow").write_bytes(b"no table")
     with pytest.raises(ValueError, match=r"data-1\.arrow cannot be read"):
@@ -386,7 +386,7 @@ def test_parquet_files_are_read_by_the_split_that_their_names_begin_with(tmp_pat
     put("one/b.parquet", "one/a.parquet")
     assert read(tmp_path / "one") == (["one/a.parquet", "one/b.parquet"], "2 parquet files in one")
     assert read(tmp_path / "one/b.parquet") == (["one/b.parquet"], "1 parquet file in b")
-    with pytest.raises(ValueError, match="has no splits"):
+    with pytest.raises(MissingSplitError, match="has no splits"):
         open_images(tmp_path / "one", split="test")
     names = ["two/data/train-00000-of-00002.parquet", "two/data/train-00001-of-00002.parquet"]
     put(*names, "two/data/validation-00000-of-00001.parquet", "two/test/0000.parquet")

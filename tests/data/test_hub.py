@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stablefield.data import open_images
+from stablefield.data import MissingSplitError, open_images
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 errors = pytest.importorskip("huggingface_hub.errors")
@@ -125,7 +125,9 @@ def test_pixels_labels_and_class_names_of_the_split_are_read_and_only_its_files_
     assert (opened.name, opened.class_names, opened.notes) == ("pets", ("cat", "dog"), ())
     assert opened.manifest["source"] == "Hugging Face owner/pets, 2 parquet files, split train"
     np.testing.assert_array_equal(open_images("hf:owner/pets", split="val").images, pixels(3, 4))
-    with pytest.raises(ValueError, match="split='test': hf:owner/pets has the splits train, validation; pass one"):
+    with pytest.raises(
+        MissingSplitError, match="split='test': hf:owner/pets has the splits train, validation; pass one"
+    ):
         open_images("hf:owner/pets", split="test")
 
 
@@ -211,7 +213,7 @@ def test_configurations_and_splits_are_those_that_the_card_declares(hub, source,
     hub.put({"README.md": (CARD % "").encode()})
     with pytest.raises(ValueError, match="has several configurations: there are small, large, one; name one"):
         open_images("hf:owner/pets")
-    with pytest.raises(ValueError, match="has the splits train, test; pass one"):
+    with pytest.raises(MissingSplitError, match="has the splits train, test; pass one"):
         open_images("hf:owner/pets:small", split="validation")
 
 
@@ -280,7 +282,7 @@ def test_folders_of_images_are_read_with_the_classes_of_the_training_split(hub):
     assert (opened.labels.tolist(), opened.class_names, opened.name) == ([2, 1], ("cat", "dog", "cow"), "pets")
     # What was fetched before lies beside, and is not of this split.
     np.testing.assert_array_equal(open_images("hf:owner/pets").images, pixels(0, 1))
-    with pytest.raises(ValueError, match="split='val': hf:owner/pets holds the splits test, train"):
+    with pytest.raises(MissingSplitError, match="split='val': hf:owner/pets holds the splits test, train"):
         open_images("hf:owner/pets", split="val")
     hub.put({"test/dog/2.png": b"?"})
     with pytest.raises(ValueError, match=r"1 of 3 .*owner/pets/test/dog/2\.png"):

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
+from stablefield.data import MissingSplitError, open_images, pack, summary
 from stablefield.data import _image_loader as image_loader
-from stablefield.data import open_images, pack, summary
 from stablefield.data._resizing import natural_resolution
 
 
@@ -110,9 +110,9 @@ def test_folders_named_after_splits_are_splits_and_not_classes(tmp_path):
     np.testing.assert_array_equal(val.images, [chw(pixels(seed=seed)) for seed in (2, 3)])
     assert train.class_names == val.class_names == ("cat", "dog")
     assert train.manifest["source"].endswith("split train")
-    with pytest.raises(ValueError, match=r"split='test'.*train, val"):
+    with pytest.raises(MissingSplitError, match=r"split='test'.*train, val"):
         open_images(tmp_path, split="test")
-    with pytest.raises(ValueError, match="has no splits"):
+    with pytest.raises(MissingSplitError, match="has no splits"):
         open_images(tmp_path / "train", split="val")
 
 

@@ -20,10 +20,12 @@ from stablefield.evaluation._evaluate import METRICS, evaluate
 from stablefield.evaluation._extractor import RandomConvolutions, RawPixels
 from stablefield.evaluation._fid import Frechet, frechet_distance_from_features
 from stablefield.evaluation._kid import Kernel
+from stablefield.evaluation._memorisation import nearest_ratio
 from stablefield.evaluation._metric import LOWER, Metric, MetricInput, Value
 from stablefield.evaluation._result import Evaluation
 from stablefield.evaluation._sample_source import SampleSource, SamplingRecord
 from stablefield.evaluation._time_estimate import TimeEstimate
+from stablefield.targets._moments import Moments
 
 DIGITS = open_digits()
 NET = RandomConvolutions()
@@ -53,7 +55,7 @@ class Draws(SampleSource):
     def seeds(self, repeat: int) -> str:
         return f"{30 * repeat}-{30 * repeat + 29}"
 
-    def labels(self, repeat: int, numbers: Tensor) -> Tensor:  # noqa: ARG002
+    def labels(self, repeat: int, numbers: Tensor) -> Tensor | None:  # noqa: ARG002
         return numbers % 2
 
     def record(self, ranks: Ranks) -> SamplingRecord:  # noqa: ARG002
@@ -142,6 +144,49 @@ def test_memorisation_is_of_the_whole_training_set_and_held_out_images_are_the_t
     assert it.scores[0].protocol.reference_count == 897
 
 
+class Trained(Draws):
+    """Samples of a model that held out the first 300 digits."""
+
+    def held_out(self, images: sf.data.ImageSet) -> np.ndarray | None:
+        return np.arange(300) if images.manifest["sha256"] == DIGITS.manifest["sha256"] else None
+
+
+def test_what_a_model_held_out_is_the_control_and_no_training_data() -> None:
+    pixels = torch.from_numpy(DIGITS.images).flatten(1) / 127.5 - 1
+    it = evaluate(Trained(), data=DIGITS, metrics=["nearest"])
+    expected = nearest_ratio(pixels[:30], pixels[300:], pixels[:300])
+    assert it["memorised share"].mean == pytest.approx(expected.memorised)
+    assert it["memorised share of held-out images"].mean == pytest.approx(expected.held_out_memorised)
+    assert it["nearer than held-out images"].mean == pytest.approx(expected.closer)
+    protocol = it["memorised share"].protocol
+    assert (protocol.reference_count, protocol.split) == (1497, "train, 1497 of 1797 (without the held-out images)")
+    # The samples are these very images: with all digits as training data every one of them is remembered.
+    assert evaluate(Draws(), data=DIGITS, metrics=["nearest"])["memorised share"].mean == 1 > expected.memorised
+    given = evaluate(Trained(), data=DIGITS, metrics=["nearest"], held_out=DIGITS.images[:50])
+    assert given["memorised share"].mean == pytest.approx(expected.memorised)
+    assert given["nearer than held-out images"].protocol.settings["held_out"] == 50
+
+
+def test_only_the_absence_of_a_test_split_takes_the_control_away_in_silence(tmp_path: Path) -> None:
+    given = {"metrics": ["nearest"], "batch": 512}
+    for split, images in (("train", DIGITS.images[:40]), ("test", DIGITS.images[40:80])):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for k, image in enumerate(images):
+            Image.fromarray(image[0]).save(tmp_path / "data" / split / f"{k}.png")
+    measured = {"memorised share", "nearer than held-out images", "memorised share of held-out images"}
+    found = evaluate(DIGITS.images[:30], data=tmp_path / "data", **given)
+    assert {score.protocol.metric for score in found.scores} == measured
+    (tmp_path / "data" / "test" / "7.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match=r"7\.png"):
+        evaluate(DIGITS.images[:30], data=tmp_path / "data", **given)
+    np.savez(tmp_path / "one.npz", images=DIGITS.images[:40])
+    for without in ("digits", tmp_path / "data" / "train", tmp_path / "one.npz"):
+        with pytest.raises(sf.data.MissingSplitError):
+            sf.data.open_images(without, split="test")
+        found = evaluate(DIGITS.images[:30], data=without, **given)
+        assert [score.protocol.metric for score in found.scores] == ["memorised share"]
+
+
 def replace_images(images: np.ndarray, name: str) -> sf.data.ImageSet:
     return sf.data.make_image_set(images, None, sf.data.Origin(name=name, source="digits"))
 
@@ -210,6 +255,8 @@ def test_features_of_real_images_are_kept_unless_told_otherwise(cache: Path, tmp
         ({"data": np.zeros((9, 1, 16, 16), np.uint8)}, "data=data has images of 1 x 16 x 16.*resolution=8"),
         ({"data": DIGITS.images / 255}, "^data has dtype float64: pass uint8"),
         ({"repeats": 0}, "repeats=0"),
+        ({"per_class": True, "metrics": ["nearest"]}, "per_class=True: only metrics that read the extractor"),
+        ({"held_out": DIGITS, "metrics": ["frechet"]}, "^held_out is the control for nearest"),
         ({"device": "gpu"}, "device='gpu'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -218,6 +265,39 @@ def test_what_cannot_be_measured_names_the_argument(change: dict[str, object], w
     usual = {"data": DIGITS, "extractor": NET}
     with pytest.raises((ValueError, TypeError), match=words):
         evaluate(DIGITS.images[:90], **(usual | change))
+
+
+class Unconditional(Draws):
+    """Samples without classes."""
+
+    def labels(self, repeat: int, numbers: Tensor) -> None:  # noqa: ARG002
+        return None
+
+
+@pytest.mark.parametrize(
+    ("source", "change", "words"),
+    [
+        (Unconditional(), {"per_class": True}, "per_class=True: draws has no classes"),
+        (Draws(), {"per_class": True}, "per_class=True: the samples have the class 'a', which data=latents lacks"),
+        (Draws(), {"references": 41}, "references=41: latents has 40 images; pass 2 to 40"),
+    ],
+)
+def test_what_cannot_be_measured_is_known_before_latents_are_decoded(
+    monkeypatch: pytest.MonkeyPatch, source: SampleSource, change: dict[str, object], words: str
+) -> None:
+    def decode(found: sf.data.ImageSet, **options: object) -> sf.data.ImageSet:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("stablefield.evaluation._evaluate.decode", decode)
+    origin = sf.data.Origin(name="latents", source="made", class_names=("c", "d"))
+    values = np.random.default_rng(0).normal(size=(40, 4, 2, 2)).astype(np.float32)
+    latents = sf.data.make_image_set(values, np.arange(40) % 2, origin)
+    latents = replace(latents, moments=Moments(values, np.ones_like(values)))
+    usual = {"metrics": ["frechet"], "extractor": NET}
+    with pytest.raises(ValueError, match=words):
+        evaluate(source, data=latents, **usual, **change)
+    with pytest.raises(AssertionError, match="decoded"):
+        evaluate(source, data=latents, **usual)
 
 
 def test_a_run_and_a_source_with_a_count_are_told_what_to_do_instead(tmp_path: Path) -> None:

@@ -60,6 +60,17 @@ def test_numbers_samples_beside_real_images_and_protocols_are_on_the_page():
     assert "FID (lower is better) is 3.375 on 500 samples, the mean of 2 repeats" in text
 
 
+def test_the_cautions_of_the_terminal_are_on_the_page_too():
+    few = evaluation(FID, KID)
+    (caution,) = few.notes()
+    assert "on few samples is biased upwards" in caution
+    assert few.page().blocks[2] == Bullets((caution,))
+    many = Score(
+        values=(3.5,), protocol=replace(PROTOCOL, sample_count=10_000, reference_count=50_000, seeds=("0-9999",))
+    )
+    assert "biased" not in render_page(evaluation(many).page())
+
+
 def test_samples_without_real_images_are_shown_alone():
     page = evaluation(FID, samples=Pictures(images=np.zeros((9, 1, 8, 8), np.uint8))).page()
     assert isinstance(section(page, "Samples").blocks[0], Figure)

@@ -11,6 +11,7 @@ from torch import nn
 
 import stablefield as sf
 from stablefield.probing._prediction import OutputWeighting, Prediction
+from stablefield.report import render_page
 
 KINDS = ("denoiser", "x0", "epsilon", "v", "velocity")
 PROCESSES = (sf.EDM(), sf.VE(), sf.VP(), sf.Cosine(), sf.RectifiedFlow())
@@ -254,7 +255,11 @@ def test_a_sample_stands_for_the_data_and_the_result_says_so(digits):
     assert (found.samples, found.drawn_from) == (100, 1797)
     assert "100 of 1,797 images represent" in str(found)
     assert found.to_dict()["drawn_from"] == 1797
-    assert whole(lambda x, sigma: x).drawn_from is None
+    note = "sampled: 100 of 1,797 images represent the data set: the floor is theirs, and not exactly the training"
+    assert note in render_page(found.page())
+    every = whole(lambda x, sigma: x)
+    assert every.drawn_from is None
+    assert "represent the data set" not in render_page(every.page())
 
 
 def test_the_result_saves_itself_and_fits_a_terminal(digits, tmp_path):

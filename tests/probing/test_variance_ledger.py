@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -401,6 +402,11 @@ def test_a_probe_of_a_network_has_the_ledger_in_print_json_and_page(tmp_path):
     assert "Variance of the gradient" in page
     assert "antithetic pairs, stratified" in page
     assert "ledger" in found._repr_html_()
+    assert "represent the data set" not in page
+    part = replace(found, drawn_from=50_000, notes=("skipped: step-9.pt is damaged",))
+    page, sampled = render_page(part.page()), f"sampled: {found.fit.samples:,} of 50,000 images represent the data set"
+    for caution in ("skipped: step-9.pt is damaged", f"{sampled}: the posterior mean over them is not exactly"):
+        assert caution in page
 
 
 def test_the_sentence_names_the_lever_with_the_least_variance():

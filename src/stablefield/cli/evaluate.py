@@ -62,8 +62,8 @@ class Evaluate:
     """Also measure the samples of each class against the real images of that class."""
     first_seed: int = 0
     """Seed of the first sample; the others count up from it."""
-    images_split: Literal["train", "test"] = "train"
-    """Which split of RUN_OR_IMAGES, if images have several."""
+    images_split: Literal["train", "test"] | None = None
+    """Which split of RUN_OR_IMAGES, if images have several; by default train."""
     against: Path | None = None
     """An earlier result file to compare with."""
     out: Path | None = None
@@ -83,15 +83,17 @@ class Evaluate:
     references: int | None = None
     """Number of real images, drawn at random; all by default."""
     held_out: str = ""
-    """Real images outside the training data, the control for nearest; by default the test split of --data, if any."""
+    """Real images outside the training data, the control for nearest; by default the test split of --data, if any, or what
+    the run held out of its data."""
     resolution: str = ""
     """Resize real images to this many pixels a side, or to height x width; by default as in the run's training."""
-    resize: Resize = "crop"
-    """To change the shape: crop to the largest centred part of the new shape first, or squash the whole image."""
-    colour: Colour = "auto"
-    """Make all images greyscale or RGB, the given ones as the real ones; by default as in the run's training."""
-    background: str = "white"
-    """Colour behind transparent pixels of both: white, black or #rrggbb; by default as in the run's training."""
+    resize: Resize | None = None
+    """To change the shape: crop to the largest centred part of the new shape first, or squash the whole image; by default as
+    in the run's training, or crop."""
+    colour: Colour | None = None
+    """Make all images greyscale or RGB, the given ones as the real ones; by default as in the run's training, or auto."""
+    background: str = ""
+    """Colour behind transparent pixels of both: white, black or #rrggbb; by default as in the run's training, or white."""
     cache: Path | None = None
     """Folder for the features of real images; the user's cache folder by default."""
     no_cache: bool = False
@@ -117,8 +119,21 @@ class Evaluate:
     def _check(self) -> None:
         """Check, before any computation, that the flags fit together and the results can be written."""
         self.drawing.check()
+        if not is_run(self.source):
+            self._opening({})
+        elif self.images_split is not None:
+            raise ValueError(
+                f"--images-split {self.images_split}: {self.source} is a run, whose samples have no splits; leave it out, "
+                "or pass --split for the real images."
+            )
         parse_resolution(self.resolution)
-        background_name(self.background)
+        self._conversions()
+        if self.held_out and not any(METRICS[name].reads == "pixels" for name in self.metrics):
+            raise ValueError(
+                f"--held-out {self.held_out} is the control for --metrics nearest: add nearest, or leave --held-out out."
+            )
+        if self.cache is not None and self.no_cache:
+            raise ValueError(f"--cache {self.cache} and --no-cache: pass one of them.")
         self.extractor.check()
         if self.report is not None:
             require("jinja2", "--report")
@@ -137,11 +152,7 @@ class Evaluate:
             samples, name, opening = (
                 self._samples_of_run(device) if is_run(self.source) else (self._images(), self.data, {})
             )
-            # Resize real images as in the run's training, unless the flags say otherwise.
-            resolution = parse_resolution(self.resolution)
-            if resolution is not None or not opening:
-                opening = {**opening, "resolution": resolution, "resize": self.resize}
-            opening = {**opening, **self._conversions()}
+            opening = self._opening(opening)
 
             def real(split: str, name: str = name) -> ImageSet:
                 return open_data(name, split=split, **opening)
@@ -178,7 +189,7 @@ class Evaluate:
         if self.data and sampler.autoencoder is not None and not is_encoded(Path(self.data)):
             # The images of the latents had this size.
             height, width = sampler.shape[1:]
-            opening = {"resolution": height if height == width else (height, width), "resize": self.resize}
+            opening = {"resolution": height if height == width else (height, width)}
         return samples, self.data or data_of(sampler.config), opening
 
     def _images(self) -> ImageSet:
@@ -186,13 +197,25 @@ class Evaluate:
             raise ValueError(f"RUN_OR_IMAGES is {self.source}, which is not a file or folder: name a run or images.")
         if not self.data:
             raise ValueError("--data is missing: name the real images to measure against, such as --data digits.")
-        return open_data(self.source, split=self.images_split, **self._conversions())
+        return open_data(self.source, split=self.images_split or "train", **self._conversions())
+
+    def _opening(self, trained: Mapping[str, Any]) -> dict[str, Any]:
+        """How to open real images: as in a run's training, unless the flags say otherwise."""
+        opening, resolution = dict(trained), parse_resolution(self.resolution)
+        if resolution is not None:
+            opening["resolution"] = resolution
+        if self.resize is not None:
+            if opening.get("resolution") is None:
+                raise ValueError(
+                    f"--resize {self.resize}: nothing resizes the real images; add --resolution, or leave --resize out."
+                )
+            opening["resize"] = self.resize
+        return opening | self._conversions()
 
     def _conversions(self) -> dict[str, str]:
         """The conversions of images that the flags ask for."""
-        background = background_name(self.background)
-        found = {"colour": self.colour} if self.colour != "auto" else {}
-        return found | ({"background": background} if background != "white" else {})
+        found = {} if self.colour is None else {"colour": self.colour}
+        return found | ({"background": background_name(self.background)} if self.background else {})
 
     def _finish(self, found: Evaluation) -> None:
         console.print(found.table(), markup=False)

@@ -1,4 +1,5 @@
 from stablefield.data._image_set import ImageSet as ImageSet
+from stablefield.data._image_set import MissingSplitError as MissingSplitError
 from stablefield.data._image_set import Origin as Origin
 from stablefield.data._image_set import make_image_set as make_image_set
 from stablefield.data._index_stream import IndexStream as IndexStream

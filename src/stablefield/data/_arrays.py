@@ -28,6 +28,7 @@ from stablefield.data._image_set import (
     CLASS_LIMIT,
     PIXEL_LIMIT,
     ImageSet,
+    MissingSplitError,
     Origin,
     check_label_count,
     make_image_set,
@@ -195,7 +196,8 @@ def _keys(path: Path, names: set[str], split: str) -> tuple[str, str | None]:
     plain = ("images", "x", "arr_0", "data", "latents") if split == "train" else ()
     images = [key for key in (*plain, f"{split}_images", f"x_{split}") if key in names]
     if len(images) != 1:
-        raise ValueError(
+        wrong = ValueError if images or split == "train" else MissingSplitError
+        raise wrong(
             f"{path} holds the arrays {', '.join(sorted(names))}: exactly one of them should hold the images of split "
             f"{split!r} and be called images (or x, arr_0, {split}_images, x_{split}, or data or latents for float data)."
         )

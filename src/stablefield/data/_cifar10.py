@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from stablefield._regular_file import open_regular
-from stablefield.data._image_set import ImageSet, Origin, make_image_set
+from stablefield.data._image_set import ImageSet, MissingSplitError, Origin, make_image_set
 
 __all__ = ["cifar10_folder", "open_cifar10"]
 
@@ -42,10 +42,11 @@ def open_cifar10(folder: Path, split: str = "train") -> ImageSet:
         ValueError: if there is no such split, or a file is missing, cut short, or holds a label above 9.
     """
     if split not in FILES:
-        raise ValueError(f"split={split!r}: CIFAR-10 has the splits train and test.")
+        raise MissingSplitError(f"split={split!r}: CIFAR-10 has the splits train and test.")
     missing = [file for file in FILES[split] if not (folder / file).is_file()]
     if missing:
-        raise ValueError(f"{folder} lacks {', '.join(missing)}: unpack CIFAR-10's binary archive again.")
+        lacking = MissingSplitError if missing == list(FILES[split]) else ValueError
+        raise lacking(f"{folder} lacks {', '.join(missing)}: unpack CIFAR-10's binary archive again.")
     parts: list[np.ndarray] = []
     for file in FILES[split]:
         path = folder / file

@@ -27,6 +27,7 @@ from stablefield.data._image_files import stamp
 from stablefield.data._image_set import (
     PIXEL_LIMIT,
     ImageSet,
+    MissingSplitError,
     Origin,
     check_label_count,
     make_image_set,
@@ -79,19 +80,20 @@ def open_idx(
     source = path
     if path.is_dir():
         if split not in SPLITS:
-            raise ValueError(f"split={split!r}: a folder of idx files has the splits train and test.")
+            raise MissingSplitError(f"split={split!r}: a folder of idx files has the splits train and test.")
         images = idx_images(path)
         fitting = [file for file in images if any(word in file.name for word in SPLITS[split])]
         # A file and its gzipped twin hold the same images; the plain one needs no unpacking.
         fitting = [file for file in fitting if not (file.suffix == ".gz" and file.with_suffix("") in fitting)]
         if len(fitting) != 1:
             names = ", ".join(file.name for file in fitting or images)
-            raise ValueError(
+            wrong = ValueError if fitting else MissingSplitError
+            raise wrong(
                 f"split={split!r}: {path} has {len(fitting)} idx files of images for it ({names}): name the file itself."
             )
         source = fitting[0]
     elif split != "train":
-        raise ValueError(f"split={split!r}: {path} is one file; name the file of the split, or the folder.")
+        raise MissingSplitError(f"split={split!r}: {path} is one file; name the file of the split, or the folder.")
     partner = _labels_of(source)
     text = f"idx file {source.name}" + ("" if partner is None else f" with labels {partner.name}")
     name = path.resolve().name if path.is_dir() else path.name.removesuffix(".gz")

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from stablefield._regular_file import JSON_LIMIT, open_regular
 from stablefield.data._archive import Archive, EntryFile
+from stablefield.data._image_set import MissingSplitError
 
 __all__ = [
     "NOTED",
@@ -266,7 +267,8 @@ def choose_files(names: list[str], documents: dict[str, bytes], where: Path | st
     if len(first) >= 2 and all(word.lower() in words for word in first):
         kept = [word for word in first if words[word.lower()] == words.get(split.lower(), split)]
         if len(kept) != 1:
-            raise ValueError(f"split={split!r}: {where} holds the splits {', '.join(sorted(first))}; pass one of them.")
+            wrong = ValueError if kept else MissingSplitError
+            raise wrong(f"split={split!r}: {where} holds the splits {', '.join(sorted(first))}; pass one of them.")
         training = [
             name
             for word in first
@@ -277,7 +279,7 @@ def choose_files(names: list[str], documents: dict[str, bytes], where: Path | st
         names = [name for name in names if name.startswith(f"{root}{kept[0]}/")]
         root, note = common_folder(names), f", split {kept[0]}"
     elif split != "train":
-        raise ValueError(
+        raise MissingSplitError(
             f"split={split!r}: {where} has no splits; leave split out, or name the folder with the images."
         )
     for name, document in sorted(documents.items(), key=lambda item: len(item[0])):

@@ -34,6 +34,7 @@ __all__ = [
     "CLASS_LIMIT",
     "PIXEL_LIMIT",
     "ImageSet",
+    "MissingSplitError",
     "Origin",
     "check_label_count",
     "chunks",
@@ -53,6 +54,10 @@ LABEL_LIMIT = 2**26
 """How many images may have labels, which are kept in memory."""
 CLASS_LIMIT = 2**16
 """How many classes there may be, if there are not more images: later stages take memory for each class."""
+
+
+class MissingSplitError(ValueError):
+    """A source has no such split; a damaged one is another ValueError."""
 
 
 @dataclass(frozen=True, kw_only=True)

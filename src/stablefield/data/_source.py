@@ -26,7 +26,7 @@ from stablefield.data._hub import hub_files
 from stablefield.data._idx import idx_images, is_idx, open_idx
 from stablefield.data._image_files import ImageFiles, folder_files, zip_files
 from stablefield.data._image_loader import load_image_files
-from stablefield.data._image_set import ImageSet, Origin, make_image_set
+from stablefield.data._image_set import ImageSet, MissingSplitError, Origin, make_image_set
 from stablefield.data._latent_folder import is_encoded, open_latents
 from stablefield.data._packed import is_packed, open_tensors
 from stablefield.data._resizing import Resize, Resolution, check_resize, natural_resolution, resized_set
@@ -122,7 +122,7 @@ def whole(open_file: Callable[[Path], ImageSet]) -> Callable[[Request], ImageSet
 
     def opened(request: Request) -> ImageSet:
         if request.split != "train":
-            raise ValueError(f"split={request.split!r}: {request.source} has no splits; leave split out.")
+            raise MissingSplitError(f"split={request.split!r}: {request.source} has no splits; leave split out.")
         return request.sized(open_file(request.path))
 
     return opened
@@ -275,7 +275,8 @@ def open_images(
         The set, in an order that depends only on the source.
 
     Raises:
-        ValueError: if the source is not supported, damaged, empty, lacks the split, or its images differ in size.
+        MissingSplitError: if the source lacks the split.
+        ValueError: if the source is not supported, damaged or empty, or its images differ in size.
         ImportError: if a package is missing, with the command that installs it.
     """
     check_kind("source", source, (str, Path), "the name or path of a source of images")
@@ -320,7 +321,8 @@ def open_images(
         # Code that checks labels or sizes does not know the file: name it here.
         if request.path.name in str(error) or kind in (_DIGITS, _HUB):
             raise
-        raise ValueError(f"{source}: {error}") from error
+        kept = MissingSplitError if isinstance(error, MissingSplitError) else ValueError
+        raise kept(f"{source}: {error}") from error
     if split != "train":
         return images
     side: Resolution | None = None

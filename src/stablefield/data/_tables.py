@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from stablefield._regular_file import JSON_LIMIT, open_regular
 from stablefield.data._columns import image_column, label_column, read_labels
 from stablefield.data._image_files import SPLITS, ImageFiles, stamp
-from stablefield.data._image_set import check_label_count
+from stablefield.data._image_set import MissingSplitError, check_label_count
 from stablefield.data._table_file import Table, arrow_table, parquet_table, return_free_memory
 
 __all__ = ["is_saved", "parquet_files", "parquet_rows", "require_pyarrow", "saved_files", "split_of", "split_word"]
@@ -259,5 +259,6 @@ def _only(place: Path | str, there: Sequence[str], split: str) -> str:
     if len(found) != 1:
         known = ", ".join(filter(None, there))
         remedy = f"has the splits {known}; pass one of them." if known else "has no splits; leave split out."
-        raise ValueError(f"split={split!r}: {place} {remedy}")
+        wrong = ValueError if found else MissingSplitError
+        raise wrong(f"split={split!r}: {place} {remedy}")
     return found[0]

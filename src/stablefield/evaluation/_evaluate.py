@@ -19,7 +19,7 @@ from stablefield._distributed import Ranks
 from stablefield._progress import Progress
 from stablefield._shapes import check_callable, check_kind, flag, found_device, whole_number
 from stablefield.data._collector import cache_folder
-from stablefield.data._image_set import ImageSet, class_text
+from stablefield.data._image_set import ImageSet, MissingSplitError, class_text
 from stablefield.data._latents import decode
 from stablefield.data._png import is_picture
 from stablefield.evaluation._extraction import Batch, ExtractorPass, extract, image_batches, pass_for
@@ -95,8 +95,8 @@ def evaluate(
     Args:
         samples: images, float data, or a source that draws them, such as a run's `RunSource`.
         data: real images to measure against; or a function from the name of a split to an image set, also called for
-            "train" (the whole training set, for memorisation) and "test" (held-out images, if there are any). Latents of
-            images are decoded, if the samples are images.
+            "train" (the whole training set, for memorisation) and "test" (held-out images; it raises MissingSplitError if
+            there are none). Latents of images are decoded, if the samples are images.
         metrics: names in `METRICS`, or metrics. "frechet" is FID and "kernel" KID on FID's own Inception; "nearest" is
             memorisation, in pixels.
         extractor: maps images to features; by default FID's own Inception, and of float data the values themselves.
@@ -105,7 +105,7 @@ def evaluate(
         references: number of real images, drawn at random; all by default.
         split: which split of `data`, if it is a name.
         held_out: real images outside the training data, for "nearest"; by default the "test" split of `data`, if it is a
-            name and has one.
+            name and has one, or else the part of its data that a run held out, which is never counted as training data.
         repeats: how many times to measure, each time on fresh samples; 3 gives minimum, mean and spread, as papers report.
         seed: seed of the choice of images for each repeat, if `samples` are images.
         per_class: also measure the samples of each class against the real images of that class, by the metrics that read the
@@ -117,8 +117,9 @@ def evaluate(
         on_estimate: called with the estimated time, before drawing begins; the estimate takes a few batches.
 
     Raises:
-        ValueError: if there are too few images for a metric, images differ in size, features are not finite, or `per_class`
-            is set and samples or real images have no classes.
+        ValueError: if there are too few images for a metric, images differ in size or cannot be read, features are not
+            finite, `per_class` is set and samples or real images have no classes, or no metric takes `per_class` or
+            `held_out`.
         TypeError: if an argument has the wrong type.
         ImportError: if the extractor's package, or safetensors with a cache, is not installed.
 
@@ -145,6 +146,15 @@ def evaluate(
         if hook is not None:
             check_callable(name, hook, f"{name}(report)")
     flag("per_class", per_class)
+    if per_class and not any(metric.reads == "extractor" for metric in chosen):
+        raise ValueError(
+            "per_class=True: only metrics that read the extractor have scores by class, and metrics holds none: add one, "
+            "such as frechet, or leave it out."
+        )
+    if held_out is not None and not any(metric.reads == "pixels" for metric in chosen):
+        raise ValueError(
+            "held_out is the control for nearest, and metrics holds none that reads pixels: add nearest, or leave it out."
+        )
     device = found_device(device)
     if isinstance(samples, str | Path | ImageSet | np.ndarray | Tensor):
         # Check the known counts before opening any file.
@@ -163,10 +173,18 @@ def evaluate(
     check_counts(chosen, source.count, references)
     for repeat in range(repeats):
         source.seeds(repeat)  # fails here, before any measurement, if seeds run out
+    if per_class and source.labels(0, torch.arange(1)) is None:
+        raise ValueError(
+            f"per_class=True: {source.name} has no classes; evaluate a conditional run or images with classes, or leave it "
+            "out."
+        )
     kept = cache_folder() / "references" if cache is True else Path(cache) if cache else None
 
+    def stored(name: str) -> ImageSet:
+        return opened("data", data(name) if callable(data) else data, name, progress)
+
     def part(name: str) -> ImageSet:
-        return decoded(opened("data", data(name) if callable(data) else data, name, progress))
+        return decoded(stored(name))
 
     def decoded(found: ImageSet) -> ImageSet:
         """Images: those of latents, if the samples are images."""
@@ -177,15 +195,13 @@ def evaluate(
     with Ranks.launched() as ranks:
         # An array or an image set has no other splits.
         parts = part if isinstance(data, str | Path) or callable(data) else None
-        images = check_size("data", part(split), source.shape, floating=source.floating)
-        some = ReferenceSet(images=images, split=split, count=references)
+        found = stored(split)
+        # Both fail here, before latents are decoded and anything is measured.
+        ReferenceSet(images=found, split=split, count=references)
         if per_class:
-            matched_classes(images, source.class_names)  # fails here, before any measurement
-            if source.labels(0, torch.arange(1)) is None:
-                raise ValueError(
-                    f"per_class=True: {source.name} has no classes; evaluate a conditional run or images with classes, or "
-                    "leave it out."
-                )
+            matched_classes(found, source.class_names)
+        images = check_size("data", decoded(found), source.shape, floating=source.floating)
+        some = ReferenceSet(images=images, split=split, count=references)
         groups: list[_Group] = []
         for reads, network in (("extractor", extractor), ("pixels", None), ("classifier", classifier)):
             its = tuple(metric for metric in chosen if metric.reads == reads)
@@ -193,9 +209,18 @@ def evaluate(
                 continue
             if reads == "pixels":
                 # Memorisation needs the whole training set. Pixels need no cache.
-                whole = ReferenceSet(images=parts("train") if parts and split != "train" else images, split="train")
+                own = stored("train") if parts and split != "train" else found
+                train = images if own is found else decoded(own)
                 given = None if held_out is None else decoded(opened("held_out", held_out, "train", progress))
-                control = _held_out(given, parts, source)
+                others, outside = _held_out(given, parts, source), source.held_out(own)
+                whole = ReferenceSet(images=train, split="train")
+                control = None if others is None else ReferenceSet(images=others, split="test")
+                if outside is not None:
+                    # No model can remember what it never saw, so these are no training images but their control.
+                    trained = np.delete(np.arange(len(train)), outside)
+                    whole = replace(whole, chosen=trained, choice="without the held-out images")
+                    if control is None:
+                        control = ReferenceSet(images=train, split="train", chosen=outside)
                 group = _Group(extractor=raw(images), metrics=its, references=whole, held_out=control)
             else:
                 if network is None:
@@ -230,7 +255,8 @@ def _held_out(
         return check_size("held_out", images, source.shape, floating=source.floating)
     try:
         found = None if parts is None else parts("test")
-    except ValueError:
+    except MissingSplitError:
+        # Any other error, such as that of a damaged split, would otherwise take the control away in silence.
         return None
     return None if found is None else check_size("held_out", found, source.shape, floating=source.floating)
 
@@ -282,7 +308,7 @@ class _Group:
     metrics: tuple[Metric, ...]
     references: ReferenceSet
     cache: Path | None = None
-    held_out: ImageSet | None = None
+    held_out: ReferenceSet | None = None
     per_class: bool = False
 
     @property
@@ -395,7 +421,8 @@ class _Measurement:
         )
         if group.held_out is None:
             return found, None
-        batches = image_batches(group.held_out.images, np.arange(len(group.held_out)), self.batch, self.ranks)
+        control = group.held_out
+        batches = image_batches(control.images.images, control.rows, self.batch, self.ranks)
         only_rows = ExtractorPass(extractor=group.extractor, moments=False)
         return found, extract(batches, [only_rows], "held-out image", ranks=self.ranks)[0].matrix()
 

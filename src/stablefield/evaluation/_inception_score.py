@@ -3,7 +3,7 @@ r"""The Inception Score: how certain and how diverse a classifier's predictions 
 $$ \mathrm{IS} = \exp \Big( \frac{1}{n} \sum_i \mathrm{KL}\big( p(y \mid x_i) \,\|\, \bar p(y) \big) \Big), \qquad
    \bar p(y) = \frac{1}{n} \sum_i p(y \mid x_i), $$
 
-between 1 and the number of classes, over each of several equal splits of the samples in their order. It uses no reference
+between 1 and the number of classes, over each of several equal splits of the samples in random order. It uses no reference
 images. The name belongs to the probabilities of the 2015 Inception-v3: with another classifier the same formula gives
 numbers that compare with no published ones.
 
@@ -38,17 +38,21 @@ class InceptionScore:
     """Number of splits."""
 
 
-def inception_score(probabilities: Tensor, splits: int = 10) -> InceptionScore:
+def inception_score(probabilities: Tensor, splits: int = 10, seed: int | None = 0) -> InceptionScore:
     """Score of class probabilities.
 
     Args:
-        probabilities: one distribution over classes per sample, shape (n, classes), in a random order; rows sum to 1.
+        probabilities: one distribution over classes per sample, shape (n, classes), in any order; rows sum to 1.
         splits: number of parts, each of n // splits rows or one more.
+        seed: of the random order in which rows are cut into parts. None keeps the order of the rows: for rows in random
+            order only, since parts of sorted rows hold few classes each and score near 1.
 
     Raises:
         ValueError: if `probabilities` is not a valid array of distributions, or has fewer rows than `splits`.
     """
     whole_number("splits", splits)
+    if seed is not None:
+        whole_number("seed", seed, 0)
     if splits < 1:
         raise ValueError(f"splits is {splits}: pass at least 1.")
     p = in_float64(checked("probabilities", probabilities, splits, f"each of {splits} splits must hold a sample"))
@@ -60,6 +64,9 @@ def inception_score(probabilities: Tensor, splits: int = 10) -> InceptionScore:
             f"probabilities: row {row} sums to {float(p[row].sum()):.6g} with least entry {float(p[row].min()):.3g}: "
             "pass probabilities (softmax of the logits), not logits."
         )
+    if seed is not None:
+        # Sets are often sorted by class.
+        p = p[torch.randperm(len(p), generator=torch.Generator().manual_seed(seed)).to(p.device)]
     bounds = [len(p) * i // splits for i in range(splits + 1)]
     scores = torch.stack([_score(p[start:end]) for start, end in pairwise(bounds)])
     return InceptionScore(mean=float(scores.mean()), standard_deviation=float(scores.std(correction=0)), splits=splits)
@@ -80,6 +87,8 @@ class ClassifierScore(Metric):
 
     splits: int = 10
     """Number of splits to score separately."""
+    seed: int = 0
+    """Seed of the order in which samples are split, so that files sorted by class do not matter."""
 
     reads = "classifier"
 
@@ -88,10 +97,10 @@ class ClassifierScore(Metric):
         return self.splits
 
     def __call__(self, given: MetricInput) -> tuple[Value, ...]:
-        score = inception_score(torch.softmax(given.samples.matrix().double(), dim=1), self.splits)
+        score = inception_score(torch.softmax(given.samples.matrix().double(), dim=1), self.splits, self.seed)
         error = score.standard_deviation / math.sqrt(self.splits - 1) if self.splits > 1 else None
         name = f"classifier score ({given.extractor.name})"
-        settings = {"splits": self.splits}
+        settings = {"splits": self.splits, "seed": self.seed}
         return (Value(name=name, value=score.mean, better=HIGHER, standard_error=error, settings=settings),)
 
     def cost(self, samples: int, references: int, held_out: int, dim: int) -> tuple[float, float]:  # noqa: ARG002

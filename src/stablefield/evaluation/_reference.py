@@ -66,6 +66,10 @@ class ReferenceSet:
     """Name of their split of the data."""
     count: int | None = None
     """Number of images to use; all if None."""
+    chosen: NDArray[np.int64] | None = None
+    """Indices of the images to use instead, in increasing order."""
+    choice: str = ""
+    """What is chosen, for the record."""
 
     def __post_init__(self) -> None:
         if self.count is not None and not 2 <= self.count <= len(self.images):
@@ -75,11 +79,15 @@ class ReferenceSet:
             )
 
     def __len__(self) -> int:
+        if self.chosen is not None:
+            return len(self.chosen)
         return len(self.images) if self.count is None else self.count
 
     @property
     def rows(self) -> NDArray[np.int64]:
         """Indices of the images to use, shape (count,), in increasing order."""
+        if self.chosen is not None:
+            return self.chosen
         n = len(self.images)
         if len(self) == n:
             return np.arange(n)
@@ -87,7 +95,7 @@ class ReferenceSet:
 
     def record(self, extractor: Extractor) -> dict[str, Any]:
         """All that the features depend on: the fields of `Protocol` for real images."""
-        n = len(self.images)
+        n, choice = len(self.images), self.choice or f"seed {_SUBSET_SEED}"
         return {
             "extractor": extractor.name,
             "extractor_sha256": extractor.sha256,
@@ -95,7 +103,7 @@ class ReferenceSet:
             "reference": self.images.name,
             "reference_sha256": str(self.images.manifest["sha256"]),
             "reference_count": len(self),
-            "split": self.split if len(self) == n else f"{self.split}, {len(self)} of {n} (seed {_SUBSET_SEED})",
+            "split": self.split if len(self) == n else f"{self.split}, {len(self)} of {n} ({choice})",
         }
 
 

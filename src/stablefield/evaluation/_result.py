@@ -217,12 +217,16 @@ class Evaluation(Result):
 
     def notes(self) -> list[str]:
         """Cautions for readers of these numbers."""
+        return self._own_notes() + class_notes(self.classes)
+
+    def _own_notes(self) -> list[str]:
+        """The cautions without those for the scores of classes."""
         return [
             f"{one.metric} on few samples is biased upwards, by about one over their number: compare this one with others "
             f"on {one.sample_count:,} samples only."
             for one in (score.protocol for score in self.scores)
             if one.metric.startswith(_BIASED) and min(one.sample_count, one.reference_count) < 10_000
-        ] + class_notes(self.classes)
+        ]
 
     def page(self) -> Page:
         """The numbers, samples beside real images, the earlier evaluation, and every protocol.
@@ -240,6 +244,8 @@ class Evaluation(Result):
             digits=4,
         )
         blocks: list[Block] = [KeyFigures(tuple(_key_figure(score) for score in self.scores[:_KEY_FIGURES])), numbers]
+        if notes := self._own_notes():
+            blocks.append(Bullets(tuple(notes)))
         figures = [
             pictures.figure(what)
             for pictures, what in ((self.samples, "samples"), (self.references, "real images"))

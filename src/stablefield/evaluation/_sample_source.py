@@ -74,6 +74,13 @@ class SampleSource(ABC):
         """Classes (B,) of samples of a repeat, by their numbers; None without classes."""
         return None
 
+    def held_out(self, images: ImageSet) -> NDArray[np.int64] | None:  # noqa: ARG002
+        """Indices, in increasing order, of those of its training images that it did not train on.
+
+        None if there are none, or `images` are not its training images as they were opened for the training.
+        """
+        return None
+
     def seconds(self) -> float:
         """Estimate how long one process draws the samples of a repeat; 0 for given images."""
         return 0.0

@@ -100,10 +100,13 @@ class Excess(Result):
         return found
 
     def __str__(self) -> str:
-        notes: list[str] = []
-        if self.drawn_from is not None:
-            notes = [f"{sampled(self.samples, self.drawn_from)}:\nthe floor is theirs, and not exactly the training's"]
-        return "\n".join([*notes, self.summary, self._table()])
+        return "\n".join([*self._notes(), self.summary, self._table()])
+
+    def _notes(self) -> list[str]:
+        """Cautions for readers of these numbers, in lines that fit a terminal."""
+        if self.drawn_from is None:
+            return []
+        return [f"{sampled(self.samples, self.drawn_from)}:\nthe floor is theirs, and not exactly the training's"]
 
     @property
     def summary(self) -> str:
@@ -200,6 +203,7 @@ class Excess(Result):
             summary=self.summary.replace("\n", " "),
             blocks=(
                 KeyFigures(tuple(key)),
+                *(Text(f"{note}.".replace("\n", " ")) for note in self._notes()),
                 Section("By noise level", (*figures, table, Text(_TWO_WAYS))),
                 Section("Numbers", (json_details("All figures", self.to_dict()),)),
             ),

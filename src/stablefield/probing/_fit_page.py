@@ -9,6 +9,7 @@ from stablefield.probing._floor import LoggedExcess
 from stablefield.probing._record import fit_record
 from stablefield.probing._variance_ledger import VarianceLedger
 from stablefield.report import (
+    Bullets,
     Code,
     Estimate,
     Figure,
@@ -111,6 +112,7 @@ def fit_page(
     *,
     over_training: LineChart | None = None,
     ledger: VarianceLedger | None = None,
+    notes: Sequence[str] = (),
 ) -> Page:
     """The page.
 
@@ -123,6 +125,7 @@ def fit_page(
         command: the command that made it; empty if there is none.
         over_training: `logged_chart` of the run's log, if there is one.
         ledger: where the variance of a batch's gradient comes from, if measured.
+        notes: cautions for readers of the numbers.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -147,6 +150,7 @@ def fit_page(
                     ),
                 )
             ),
+            *((Bullets(tuple(notes)),) if notes else ()),
             Section(
                 "Distance to the posterior mean",
                 (

@@ -127,6 +127,12 @@ class NetworkProbe(Result):
         """The report."""
         name = self.name if self.step is None else f"{self.name}, step {self.step:,}"
         over_training = logged_chart(self.logged)
+        notes = list(self.notes)
+        if self.drawn_from is not None:
+            notes.append(
+                f"{sampled(self.fit.samples, self.drawn_from)}: the posterior mean over them is not exactly the network's "
+                "optimum."
+            )
         return fit_page(
             name,
             self.description,
@@ -136,6 +142,7 @@ class NetworkProbe(Result):
             self.command,
             over_training=over_training,
             ledger=self.ledger,
+            notes=notes,
         )
 
     def _weight(self) -> Tensor:

@@ -277,7 +277,8 @@ class Run:
             sampler: the solver's name, all its options, or a `RunSampler` that `Run.sampler` returned.
             references: how many real images, drawn at random; all by default.
             split: which split of the real images, "train" or "test".
-            held_out: real images that the run did not train on, for "nearest".
+            held_out: real images that the run did not train on, for "nearest"; by default the "test" split of the data, or
+                else what the run held out of them.
             repeats: how many times to measure, each time on fresh samples.
             seed: seed of the first sample; the others count up from it.
             per_class: also measure the samples of each class against the real images of that class.

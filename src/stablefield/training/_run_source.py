@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stablefield._commit import running_commit
@@ -13,6 +15,7 @@ from stablefield._cost import wait_for
 from stablefield._distributed import Ranks
 from stablefield._progress import Progress
 from stablefield._shapes import whole_number
+from stablefield.data._image_set import ImageSet
 from stablefield.evaluation._sample_source import SampleSource, SamplingRecord
 from stablefield.sampling._seeded_images import chunks_of
 from stablefield.training._run_config import RunConfig
@@ -74,6 +77,15 @@ class RunSource(SampleSource):
     def labels(self, repeat: int, numbers: Tensor) -> Tensor | None:
         """Classes of samples of a repeat, by their numbers (B,); None for a run without classes."""
         return self._sampler.options.labels(self._start(repeat) + numbers, self._sampler.config)
+
+    def held_out(self, images: ImageSet) -> NDArray[np.int64] | None:
+        """Indices of the run's training images that it held out; None without them, or if `images` are others."""
+        config = self._sampler.config
+        if config.held_out is None or config.held_out.share is None:
+            return None
+        if images.manifest["sha256"] != config.manifest.get("sha256"):
+            return None
+        return config.held_out.split(len(images), config.recipe.seed)[1]
 
     def seconds(self) -> float:
         """Estimate how long one process takes for the samples of a repeat, from a few trial evaluations."""
