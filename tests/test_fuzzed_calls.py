@@ -57,6 +57,7 @@ NOT_CALLED = {
     "Likelihood": "a result",
     "Counted": "made by counted",
     "RankError": "an error",
+    "MissingSplitError": "an error",
     "Run": "tests/training/test_run.py",
     "benchmark": "takes seconds: tests/test_benchmarks.py and tests/cli/test_verbs_from_python.py",
     "check_machine": "takes no arguments",

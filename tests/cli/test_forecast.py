@@ -116,7 +116,8 @@ def test_what_evaluate_foretells_is_what_it_takes(
         clock.charge(f"stablefield.evaluation.{place}", lambda a, b: dear["metrics"] * 1e-6 * len(a) * len(b))
     clock.charge("stablefield.evaluation._kid._unbiased", lambda x, _: dear["metrics"] * 1e-6 * len(x) ** 2)
     clock.charge("stablefield.evaluation._fid.distance_between", lambda *_: dear["metrics"] * 0.5)
-    given = ("--extractor", "random", "--device", "cpu", "--held-out", str(tmp_path / "others.npy"), *flags)
+    control = () if "--metrics" in flags else ("--held-out", str(tmp_path / "others.npy"))  # of nearest
+    given = ("--extractor", "random", "--device", "cpu", *control, *flags)
     assert status("evaluate", str(run), *given, "--out", str(tmp_path / "r.json")) == 0
     foretold, took = clock.foretold()
     assert took > 10

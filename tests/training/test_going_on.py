@@ -14,7 +14,7 @@ from forks import Fork
 from stablefield.cli.entry import main
 from stablefield.data._digits import open_digits
 from stablefield.training._recipe import MLPConfig, Recipe
-from stablefield.training._recipes import RECIPES, imagefolder, unet2d
+from stablefield.training._recipes import DIGITS, RECIPES, imagefolder, sit, unet2d
 from stablefield.training._run_config import Extension
 
 TINY = Recipe(
@@ -146,10 +146,14 @@ def test_recipes_decay_over_the_share_that_the_tutorial_names() -> None:
     }
     own = {name: recipe.decay_share for name, recipe in RECIPES.items()}
     for accelerated in (False, True):
-        for make in (imagefolder, unet2d):
+        for make in (imagefolder, unet2d, sit):
             assert named[make.__name__] == make((3, 32, 32), 1000, accelerated=accelerated).decay_share
+            # "For images below 16 pixels a side, `imagefolder` and `sit` take the training settings of `digits`, so 30%."
+            small = make((3, 8, 8), 1000, accelerated=accelerated)
+            assert (small.decay_share == DIGITS.decay_share == 0.3) == (make is not unet2d)
+    assert "`imagefolder` and `sit` take the training settings of `digits`, so 30%." in text
     assert named.items() >= own.items()
-    assert len(named) == len(own) + 2
+    assert len(named) == len(own) + 3
 
 
 def test_steps_that_are_done_cannot_be_taken_back(whole: sf.Run) -> None:

@@ -181,8 +181,8 @@ def dinov2(
 
 
 def _normalisation(offset: Channels, scale: Channels) -> str:
-    """What the record says of it besides the resize rule: nothing of ImageNet's, the usual one."""
-    if (offset, scale) == IMAGENET:
+    """What the record says of it besides the resize rule: nothing of the usual ones, ImageNet's and FID's."""
+    if (offset, scale) in (IMAGENET, ((128.0,) * 3,) * 2):
         return ""
     parts = (
         ", ".join(f"{value:g}" for value in (part[:1] if len(set(part)) == 1 else part)) for part in (offset, scale)

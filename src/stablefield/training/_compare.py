@@ -6,7 +6,6 @@ Both targets train from the same seeds on the same batches and noise; `_scoring`
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -157,11 +156,7 @@ def compare(
     folder = Path("compare") / data.name if out is None else Path(out)
     base = make_plan(data, dataclasses.replace(chosen, target="stf"), device=where)
     scoring = plan_scoring(base.config.recipe, len(data), evaluations=evaluations, samples=samples)
-    runs, former = (_runs(base.config, wanted, every) for every in (scoring.every, scoring.former))
-    if any((begun := _begun(folder, run)) and begun.recipe == run.config.recipe for run in former):
-        # All runs of a comparison are scored at the same steps, so one of an earlier version goes on as it began.
-        count = math.ceil(chosen.steps / scoring.former)
-        runs, scoring = former, dataclasses.replace(scoring, count=count, every=scoring.former)
+    runs = _runs(base.config, wanted, scoring.every)
     extractor = raw(data) if extractor is None else extractor
     settings = settings_of(runs[0].config, data, extractor, min(scoring.samples, len(data)))
     unknown = _check_begun(folder, runs, data, settings)

@@ -191,7 +191,6 @@ class Scoring:
     Attributes:
         count: scores over training, the last one at its end.
         every: steps between scores.
-        former: steps between scores for the same arguments in earlier versions, which could make more scores than asked for.
         samples: samples per score.
         rows: rows through the network per score; a gradient's rows count three times.
         training: rows through the network for the whole training, counted the same way.
@@ -199,7 +198,6 @@ class Scoring:
 
     count: int
     every: int
-    former: int
     samples: int
     rows: int
     training: int
@@ -223,8 +221,7 @@ def plan_scoring(recipe: Recipe, images: int, *, evaluations: int | None = None,
     if evaluations is None:
         evaluations = max(1, min(_MOST_SCORES, training // one))
     every = math.ceil(recipe.steps / evaluations)
-    former = max(1, recipe.steps // evaluations)
-    return Scoring(math.ceil(recipe.steps / every), every, former, samples, one, training)
+    return Scoring(math.ceil(recipe.steps / every), every, samples, one, training)
 
 
 def rows_of(data: ImageSet) -> int:
