@@ -15,6 +15,7 @@ mkdocs calls the functions named `on_...`. On a page, a comment on its own line 
     <!-- gpu proof flow -->                         results/gpu_proof_flow.json (flow matching), the same
     <!-- samplers -->                               the table of results/samplers.json
     <!-- race digits -->                            results/race_digits.json, distances of all runners at each time
+    <!-- race digits_long -->                       results/race_digits_long.json, the same
     <!-- race fashion_mnist -->                     results/race_fashion_mnist.json, the same
     <!-- race fashion_mnist_wide -->                results/race_fashion_mnist_wide.json, the same
     <!-- race cifar10 -->                           results/race_cifar10.json, the same
@@ -279,7 +280,7 @@ def samplers() -> str:
     return _table(head, rows, record, "".join(f", {name} {version}" for name, version in record["libraries"].items()))
 
 
-RACES = ("digits", "fashion_mnist", "fashion_mnist_wide", "cifar10")
+RACES = ("digits", "digits_long", "fashion_mnist", "fashion_mnist_wide", "cifar10")
 RUNNERS = {
     "ours": "stable target and all levers",
     "ours-wide": "stable target and all levers, ln sigma ~ N(0, 1.4²)",

@@ -175,7 +175,7 @@ def test_the_tables_of_the_gpu_are_the_committed_measurements(site: Path) -> Non
     assert page.count(f"{record['machine']}, torch {record['torch']}, {record['date']}") == 2  # and flow matching's
 
 
-@pytest.mark.parametrize("data", ["digits", "fashion_mnist", "fashion_mnist_wide", "cifar10"])
+@pytest.mark.parametrize("data", ["digits", "digits_long", "fashion_mnist", "fashion_mnist_wide", "cifar10"])
 def test_the_table_of_the_race_is_the_committed_measurement(site: Path, data: str) -> None:
     shown = cells((site / "race.html").read_text("utf-8"))
     record = json.loads((ROOT / f"benchmarks/results/race_{data}.json").read_text())
@@ -266,6 +266,31 @@ def test_the_page_of_the_race_says_of_wide_levels_on_fashion_mnist_what_was_meas
     assert 130 < steps[110] < 150
     assert "half of the time is 60 steps" in said
     assert 57 < steps[55] < 63
+
+
+def test_the_page_of_the_race_says_of_a_longer_race_on_the_digits_what_was_measured() -> None:
+    rows = json.loads((ROOT / "benchmarks/results/race_digits_long.json").read_text())["rows"]
+    said = " ".join((ROOT / "docs/race.md").read_text("utf-8").split())
+    found = {(row["runner"], row["seed"], row["seconds"], row["evaluations"]): row["distance"] for row in rows}
+    assert "after equal time, and still better with half of the time, in every seed." in said
+    assert "At 10 evaluations half of the time is enough on average." in said
+    half, equal, edm = (
+        [[found[runner, seed, seconds, evaluations] for seed in range(5)] for evaluations in (35, 10)]
+        for runner, seconds in (("ours", 135.0), ("ours", 270.0), ("edm", 270.0))
+    )
+    assert max(half[0]) < min(edm[0])
+    assert "it passes EDM's single-sample loss in less than half of the time" in " ".join(
+        (ROOT / "README.md").read_text("utf-8").split()
+    )
+    assert max(equal[0]) < min(edm[0])
+    assert statistics.fmean(half[1]) < statistics.fmean(edm[1])
+    assert all(edm[0][seed] < found["torchcfm", seed, 270.0, 35] for seed in (0, 1))  # the best peer
+    assert "some 3,300 steps of the recipe's 4,000" in said
+    assert sf.training.DIGITS.steps == 4000
+    assert 3200 < statistics.fmean(row["steps"] for row in rows if row["seconds"] == 270) < 3450
+    assert "These 45 s are a fifth of the steps of the recipe" in said
+    short = json.loads((ROOT / "benchmarks/results/race_digits.json").read_text())["rows"]
+    assert 0.19 < statistics.fmean(row["steps"] for row in short if row["seconds"] == 45) / 4000 < 0.23
 
 
 def test_the_page_of_the_race_says_when_the_best_peer_is_reached(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
