@@ -288,9 +288,9 @@ def test_a_run_is_held_against_the_optimum(
     assert (found.name, found.step, len(found.logged)) == ("run", 30, 3)
     assert "note: measured at the given noise levels only; it may be worse at others" in str(found).splitlines()
     for given in ({"aim": 0.2, "batch": 8}, {"by_class": True}, {"labels": np.zeros(90)}, {"references": (4,)}):
-        with pytest.raises(ValueError, match=f"^{', '.join(given)}: without effect for a run"):
+        with pytest.raises(ValueError, match=f"^{', '.join(given)}: no effect on a run"):
             sf.probe(run, **given)
-    with pytest.raises(ValueError, match=r"^aim: without effect for data with a network"):
+    with pytest.raises(ValueError, match=r"^aim: no effect on data with a network"):
         sf.probe(few, network=nothing, aim=0.2)
     assert found.ledger is not None
 
@@ -330,14 +330,14 @@ def test_wrong_use_is_told_in_one_paragraph(
         (
             True,
             ("--plan", "ve", "--by-class", "--resolution", "8"),
-            "--resolution, --plan, --by-class: without effect for a run",
+            "--resolution, --plan, --by-class: no effect on a run",
         ),
         (
             False,
             ("--check-bias", "--sources", "8", "--aim", "0.2"),
-            "--aim, --sources: without effect for --check-bias",
+            "--aim, --sources: no effect on --check-bias",
         ),
-        (False, ("--false-alarm", "0.01"), "--false-alarm: without effect for data without --check-bias"),
+        (False, ("--false-alarm", "0.01"), "--false-alarm: no effect on data without --check-bias"),
     ],
 )
 def test_flags_without_effect_are_refused(

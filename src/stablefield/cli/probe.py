@@ -97,7 +97,7 @@ class Probe(DataFlags):
             )
         unused = [word for word in words_of(self, Probe(""), besides=used) if word.startswith("--")]
         if unused:
-            raise ValueError(f"{', '.join(unused)}: without effect for {what}; leave out what has none.")
+            raise ValueError(f"{', '.join(unused)}: no effect on {what}; leave this out.")
 
     def _measured(self, of_run: bool) -> Probed | NetworkProbe | BiasProbe:
         device = found_device(self.device or None)

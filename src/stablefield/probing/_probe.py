@@ -52,7 +52,7 @@ class Probe(Result):
         training: the training that the advice is for.
         references: references that the training takes per step; None for all samples.
         noise_band: where references begin to matter, and how that was found.
-        curve: the variance against the noise level.
+        curve: the variance at the noise levels to show; phases and advice rest on levels chosen from the data.
         batch: the variance of a batch's sum of targets.
         phases: where one sample decides, and where the posterior is the prior.
         advice: how many references to take.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import html
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -163,24 +164,9 @@ class Run:
         Raises:
             ValueError: if the options do not fit the run or one another.
         """
-        if isinstance(sampler, RunSampler):
-            opened = sampler
-            _require_unset(
-                opened,
-                device,
-                steps=steps,
-                guidance_scale=guidance_scale,
-                class_label=class_label,
-                ema=ema,
-                checkpoint=checkpoint,
-                batch=batch,
-                decode=decode,
-                vae=vae,
-            )
-        else:
-            opened = self.sampler(
-                sampler, steps, guidance_scale, class_label, ema, batch, device, checkpoint, decode=decode, vae=vae
-            )
+        opened = self.sampler(
+            sampler, steps, guidance_scale, class_label, ema, batch, device, checkpoint, decode=decode, vae=vae
+        )
         wanted = _seeds(seeds)
         with Ranks.launched() as ranks:
             purpose = "to draw their images"
@@ -196,7 +182,7 @@ class Run:
 
     def sampler(
         self,
-        sampler: SamplerName | SamplerOptions = "heun",
+        sampler: SamplerName | SamplerOptions | RunSampler = "heun",
         steps: int | None = None,
         guidance_scale: float = 1.0,
         class_label: str | int | Sequence[str | int] | None = None,
@@ -208,10 +194,11 @@ class Run:
         decode: bool = True,
         vae: str | Path = "",
     ) -> RunSampler:
-        """Load the model with a solver; arguments and errors as for `sample`."""
-        if isinstance(sampler, SamplerOptions):
+        """Load the model with a solver; arguments and errors as for `sample`. One that is loaded is returned as it is."""
+        if isinstance(sampler, SamplerOptions | RunSampler):
             _require_unset(
                 sampler,
+                device,
                 steps=steps,
                 guidance_scale=guidance_scale,
                 class_label=class_label,
@@ -221,10 +208,12 @@ class Run:
                 decode=decode,
                 vae=vae,
             )
-            options = sampler
-        else:
+        if isinstance(sampler, RunSampler):
+            return sampler
+        options = sampler
+        if not isinstance(options, SamplerOptions):
             options = SamplerOptions(
-                sampler=sampler,
+                sampler=options,
                 steps=steps,
                 guidance_scale=guidance_scale,
                 class_label=() if class_label is None else class_label,
@@ -293,11 +282,7 @@ class Run:
             ValueError: if there are too few images for a metric, or the options do not fit the run or one another.
             ImportError: if the extractor's package is not installed.
         """
-        if isinstance(sampler, RunSampler):
-            opened = sampler
-            _require_unset(opened, device, vae=vae)
-        else:
-            opened = self.sampler(sampler, device=device, vae=vae)
+        opened = self.sampler(sampler, device=device, vae=vae)
         config = self.config
         if data is None:
             data = partial(_part, data_of(config), config)
@@ -561,24 +546,19 @@ def fit_run(
     )
 
 
-# Of the options of `Run.sample`.
-_DEFAULTS = {"guidance_scale": 1.0, "ema": "half-life", "checkpoint": "newest", "batch": 256, "decode": True, "vae": ""}
+def _same(value: object, default: object) -> bool:
+    """Whether an option is its default; an array of classes is not None, and is not compared with it."""
+    return value is default or (default is not None and value == default)
 
 
-def _require_unset(
-    sampler: SamplerOptions | RunSampler, device: torch.device | str | None = None, **options: object
-) -> None:
-    """Refuse options beside a sampler that holds its own, since they would be ignored.
+def _require_unset(sampler: SamplerOptions | RunSampler, device: torch.device | str | None, **options: object) -> None:
+    """Refuse options of `Run.sampler` beside a sampler that holds its own, since they would be ignored.
 
     Raises:
         ValueError: naming those that are not the defaults.
     """
-    defaults = {name: _DEFAULTS.get(name) for name in options}
-    given = [
-        f"{name}={value}"
-        for name, value in options.items()
-        if value is not defaults[name] and (defaults[name] is None or value != defaults[name])
-    ]
+    defaults = inspect.signature(Run.sampler).parameters
+    given = [f"{name}={value}" for name, value in options.items() if not _same(value, defaults[name].default)]
     if isinstance(sampler, RunSampler):
         where = None if device is None else found_device(device)
         # "cuda" is any of the GPUs.

@@ -119,7 +119,8 @@ def probe(
         batch: rows per training step; the training's if None. Data only.
         references: sizes of reference sets to measure; the whole set leaves no variance and is not sampled. Data without a
             network only.
-        noise_levels: where to measure, sigma / alpha, shape (L,); chosen from the data if None.
+        noise_levels: where to show the variance of data, or to measure a network, sigma / alpha, shape (L,); chosen from the
+            data if None, as always for the advice.
         aim: share of each row's variance that may remain, between 0 and 1. Data without a network only.
         max_images: samples that represent the data set, drawn at random if there are more.
         sources: samples to make noisy rows from; if None, all of a small set, else as many as two minutes allow, and 512
@@ -133,7 +134,8 @@ def probe(
         `to_dict` and `save`.
 
     Raises:
-        ValueError: if the data or the run cannot be opened, have nothing to measure, or an argument does not fit.
+        ValueError: if the data or the run cannot be opened, have nothing to measure, or are not those that the run was
+            started with, or if an argument does not fit or has no effect.
         TypeError: if an argument has the wrong type.
     """
     if device is None and isinstance(network, nn.Module):
@@ -151,9 +153,7 @@ def probe(
         }
     if names := [name for name, is_given in given.items() if is_given]:
         what = "a run, which has its own data and training" if of_run else "data with a network"
-        raise ValueError(
-            f"{', '.join(names)}: without effect for {what}; leave out what has none, or probe the data alone."
-        )
+        raise ValueError(f"{', '.join(names)}: no effect on {what}; leave this out, or probe the data alone.")
     if of_run:
         assert isinstance(folder, str | Path)
         return _probe_run(Path(folder), network, noise_levels, max_images, sources, seed, device, progress)
