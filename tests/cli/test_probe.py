@@ -335,9 +335,9 @@ def test_wrong_use_is_told_in_one_paragraph(
         (
             False,
             ("--check-bias", "--sources", "8", "--aim", "0.2"),
-            "--aim, --sources: no effect on --check-bias",
+            "--aim, --sources: no effect with --check-bias",
         ),
-        (False, ("--false-alarm", "0.01"), "--false-alarm: no effect on data without --check-bias"),
+        (False, ("--false-alarm", "0.01"), "--false-alarm: no effect without --check-bias"),
     ],
 )
 def test_flags_without_effect_are_refused(

@@ -87,17 +87,14 @@ class Probe(DataFlags):
             raise ValueError(f"--check-bias tests reference policies on data, and {self.data} is a run: name its data.")
         used = {"data", "out", "device", "seed", "max_images"}
         if self.check_bias:
-            what, used = "--check-bias", used | {"check_bias", "false_alarm", "plan", "by_class"} | _READING
+            where, used = "with --check-bias", used | {"check_bias", "false_alarm", "plan", "by_class"} | _READING
         elif of_run:
-            what, used = "a run, which has its own data and training", used | {"noise_levels", "sources"}
+            where, used = "on a run, which has its own data and training", used | {"noise_levels", "sources"}
         else:
-            what, used = (
-                "data without --check-bias",
-                {field.name for field in dataclasses.fields(self)} - {"false_alarm"},
-            )
+            where, used = "without --check-bias", {field.name for field in dataclasses.fields(self)} - {"false_alarm"}
         unused = [word for word in words_of(self, Probe(""), besides=used) if word.startswith("--")]
         if unused:
-            raise ValueError(f"{', '.join(unused)}: no effect on {what}; leave this out.")
+            raise ValueError(f"{', '.join(unused)}: no effect {where}; leave this out.")
 
     def _measured(self, of_run: bool) -> Probed | NetworkProbe | BiasProbe:
         device = found_device(self.device or None)
