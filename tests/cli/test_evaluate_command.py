@@ -344,6 +344,21 @@ def test_a_users_network_is_an_extractor_or_a_classifier_under_its_own_name(
         (["{run}", "--held-out", "{wide}"], ["--held-out", "1 x 16 x 16"]),
         (["{run}", "--extractor", "dinov2"], ["--extractor dinov2 needs --extractor-file"]),
         (["{run}", "--extractor", "inception", "--extractor-file", "none.pt"], ["there is no file none.pt"]),
+        (
+            ["{run}", "--extractor-size", "9"],
+            ["--extractor-size 9 does nothing with --extractor random, which prepares"],
+        ),
+        (["{run}", "--extractor-scale", "unit"], ["--extractor-scale unit does nothing with --extractor random"]),
+        (
+            ["{run}", "--extractor", "torchscript", "--extractor-file", "x.pt", "--extractor-resize", "tensorflow"],
+            ["--extractor-resize tensorflow does nothing without --extractor-size: pass a size, or leave it out"],
+        ),
+        (["digits", "--data", "digits", "--sampler", "euler"], ["--sampler says how to draw the samples of a run"]),
+        (
+            ["digits", "--data", "digits", "--class", "3"],
+            ["--class says how to draw", "digits is not a run: leave it out"],
+        ),
+        (["digits", "--data", "digits", "--no-decode"], ["--no-decode says how to draw the samples of a run"]),
         (["{run}", "--extractor-file", "x.pt"], ["--extractor-file x.pt: --extractor random reads no file"]),
         (["{run}", "--metrics", "classifier-score"], ["--metrics classifier-score goes with --classifier"]),
         (["{run}", "--metrics", "recall", "recall"], ["each once"]),

@@ -262,6 +262,14 @@ def test_autoguidance_extrapolates_from_the_guides_run(run: Path, worse: Path, t
             ["--sampler", "rk45", "--rho", "3"],
             ["--rho 3 does nothing with rk45, which chooses its steps: leave it out"],
         ),
+        (
+            ["--sampler", "rk45", "--grid", "cosine"],
+            ["--grid cosine does nothing with rk45, which chooses its steps between the same ends: leave it out"],
+        ),
+        (
+            ["--guidance-scale", "2", "--guidance-interval", "2", "1"],
+            ["--guidance-interval 2.0 1.0 holds no noise level: pass the lower one first, such as"],
+        ),
         (["--churn-noise", "1.007"], ["--churn-noise 1.007 does nothing at --churn 0: pass more, such as --churn 40"]),
         (["--churn-range", "0.05", "50"], ["--churn-range 0.05 50.0 does nothing at --churn 0: pass more"]),
         (

@@ -119,3 +119,11 @@ def test_probes_beside_the_exact_trace_are_refused(mixture, generator):
     x = mixture.sample(2, 0.05, generator)
     with pytest.raises(ValueError, match=r"^log_likelihood: probes=100 does nothing with exact=True: leave one"):
         sampling.log_likelihood(mixture, x, GRID, exact=True, probes=100)
+
+
+def test_a_source_of_signs_beside_the_exact_trace_is_refused(mixture, generator):
+    x = mixture.sample(2, 0.05, generator)
+    with pytest.raises(ValueError, match=r"^log_likelihood: generator does nothing with exact=True, which draws no"):
+        sampling.log_likelihood(mixture, x, GRID, exact=True, generator=generator)
+    with pytest.raises(ValueError, match=r"^log_likelihood: noise does nothing with exact=True"):
+        sampling.log_likelihood(mixture, x, GRID, exact=True, noise=sampling.SampleNoise([0, 1]))

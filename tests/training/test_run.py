@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -135,7 +136,7 @@ def test_options_stand_in_one_place(run: sf.Run) -> None:
         run.sample([1, 1])
 
 
-def test_options_beside_a_loaded_sampler_are_named_and_refused(run: sf.Run) -> None:
+def test_options_beside_a_loaded_sampler_are_named_and_refused(run: sf.Run, tmp_path: Path) -> None:
     opened = run.sampler("euler", steps=2, device="cpu")
     np.testing.assert_array_equal(
         run.sample(2, sampler=opened, device="cpu").images, run.sample(2, sampler="euler", steps=2, device="cpu").images
@@ -149,6 +150,13 @@ def test_options_beside_a_loaded_sampler_are_named_and_refused(run: sf.Run) -> N
             run.sample(2, sampler=opened, **{name: value})
     with pytest.raises(ValueError, match=r"^vae=x: sampler is a RunSampler"):
         run.evaluate(samples=4, sampler=opened, vae="x")
+    other = tmp_path / "other"
+    shutil.copytree(run.path, other)
+    for call in (sf.Run(other).sample, sf.Run(other).evaluate, sf.Run(other).sampler):
+        with pytest.raises(
+            ValueError, match=rf"^sampler draws from the run {re.escape(str(run.path))}, and this run is"
+        ):
+            call(sampler=opened)
     elsewhere = dataclasses.replace(opened, device=torch.device("cuda:0"))
     for call in (run.sample, run.evaluate):
         with pytest.raises(ValueError, match=r"^device=cpu: sampler is a RunSampler"):

@@ -14,7 +14,7 @@ from stablefield._shapes import found_device
 from stablefield.cli.console import console, relative, shown_warnings
 from stablefield.cli.drawing import DrawingFlags
 from stablefield.cli.extractors import ExtractorFlags
-from stablefield.cli.parser import parse_resolution
+from stablefield.cli.parser import parse_resolution, words_of
 from stablefield.cli.places import check_file, check_folder, check_free, unused
 from stablefield.cli.progress import StageBar
 from stablefield.cli.sources import open_data
@@ -98,6 +98,8 @@ class Evaluate:
     """Folder for the features of real images; the user's cache folder by default."""
     no_cache: bool = False
     """Neither read nor write features in the cache."""
+    classifier: Path | None = None
+    """TorchScript file of a classifier that returns logits, for classifier-score; images as for --extractor torchscript."""
     extractor: Annotated[ExtractorFlags, tyro.conf.arg(name="")] = field(default_factory=ExtractorFlags)
     """The network that measures the images."""
     drawing: Annotated[DrawingFlags, tyro.conf.arg(name="")] = field(default_factory=DrawingFlags)
@@ -121,6 +123,7 @@ class Evaluate:
         self.drawing.check()
         if not is_run(self.source):
             self._opening({})
+            self._check_nothing_drawn()
         elif self.images_split is not None:
             raise ValueError(
                 f"--images-split {self.images_split}: {self.source} is a run, whose samples have no splits; leave it out, "
@@ -134,7 +137,7 @@ class Evaluate:
             )
         if self.cache is not None and self.no_cache:
             raise ValueError(f"--cache {self.cache} and --no-cache: pass one of them.")
-        self.extractor.check()
+        self.extractor.check(self.classifier)
         if self.report is not None:
             require("jinja2", "--report")
         for flag, place in (("--report", self.report), ("--out", self.out)):
@@ -145,6 +148,15 @@ class Evaluate:
         if self.out is None:
             check_folder("--out", self._place().parent)
         check_counts([METRICS[name] for name in self.metrics], self.samples, self.references)
+
+    def _check_nothing_drawn(self) -> None:
+        """Reject flags of drawing beside images, for which they would do nothing."""
+        words = words_of(self.drawing, DrawingFlags())
+        if words:
+            flag = {"--class-label": "--class"}.get(words[0], words[0])
+            raise ValueError(
+                f"{flag} says how to draw the samples of a run, and {self.source} is not a run: leave it out."
+            )
 
     def _evaluate(self) -> Evaluation:
         device = found_device(self.device or None)
@@ -165,7 +177,7 @@ class Evaluate:
                 extractor=self.extractor.open(samples.shape, device, floating=_floating(samples))
                 if uses_extractor
                 else None,
-                classifier=self.extractor.open_classifier(device),
+                classifier=None if self.classifier is None else self.extractor.network(self.classifier, device),
                 count=None if is_run(self.source) else self.samples,
                 references=self.references,
                 split=self.split,

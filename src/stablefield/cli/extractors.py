@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -18,7 +18,7 @@ from stablefield.evaluation._torchscript import (
     dinov2,
 )
 
-__all__ = ["ExtractorFlags"]
+__all__ = ["ExtractorFlags", "MeasureFlags"]
 
 Name = Literal["auto", "inception", "dinov2", "torchscript", "pixels", "random"]
 
@@ -33,6 +33,9 @@ _SCALES: dict[str, tuple[Channels, Channels]] = {
 class ExtractorFlags:
     """The network that measures the images."""
 
+    prefix: ClassVar[str] = "--"
+    """What the flags' names begin with."""
+
     extractor: Name = "auto"
     """inception is FID's own (extra stablefield[fid]); dinov2 and torchscript need --extractor-file; random: a small net;
     pixels: the values themselves. auto: inception (for train random), and of float data the values."""
@@ -44,27 +47,41 @@ class ExtractorFlags:
     """Kernel that resizes to --extractor-size: antialiased bicubic, or TensorFlow 1's bilinear."""
     extractor_scale: Literal["unit", "symmetric", "imagenet"] = "imagenet"
     """Scaling for --extractor torchscript: to 0..1, to -1..1, or by ImageNet's mean and deviation."""
-    classifier: Path | None = None
-    """TorchScript file of a classifier that returns logits, for classifier-score; images as for --extractor torchscript."""
 
-    def check(self) -> None:
+    def check(self, classifier: Path | None = None) -> None:
         """Check that the flags fit together.
+
+        Args:
+            classifier: the file of a classifier, whose images these flags prepare, too.
 
         Raises:
             ValueError: naming the flag.
         """
+        flag = self.prefix
         if self.extractor in ("dinov2", "torchscript") and self.extractor_file is None:
             raise ValueError(
-                f"--extractor {self.extractor} needs --extractor-file: the TorchScript file of the network, which this "
-                "package does not include."
+                f"{flag}extractor {self.extractor} needs {flag}extractor-file: the TorchScript file of the network, which "
+                "this package does not include."
             )
         if self.extractor in ("pixels", "random") and self.extractor_file is not None:
             raise ValueError(
-                f"--extractor-file {self.extractor_file}: --extractor {self.extractor} reads no file; pass inception, "
-                "dinov2 or torchscript."
+                f"{flag}extractor-file {self.extractor_file}: {flag}extractor {self.extractor} reads no file; pass "
+                "inception, dinov2 or torchscript."
             )
         if self.extractor_size is not None and self.extractor_size < 1:
-            raise ValueError(f"--extractor-size is {self.extractor_size}: pass a positive number of pixels.")
+            raise ValueError(f"{flag}extractor-size is {self.extractor_size}: pass a positive number of pixels.")
+        for name in ("extractor_size", "extractor_scale"):
+            value = getattr(self, name)
+            if value != getattr(ExtractorFlags, name) and self.extractor != "torchscript" and classifier is None:
+                raise ValueError(
+                    f"{flag}{name.replace('_', '-')} {value} does nothing with {flag}extractor {self.extractor}, which "
+                    f"prepares images in its own way: leave it out, or pass {flag}extractor torchscript."
+                )
+        if self.extractor_resize != ExtractorFlags.extractor_resize and self.extractor_size is None:
+            raise ValueError(
+                f"{flag}extractor-resize {self.extractor_resize} does nothing without {flag}extractor-size: pass a size, "
+                "or leave it out."
+            )
 
     def named(self, *, floating: bool, usual: Name = "inception") -> Name:
         """The name of the extractor for float data or images; `usual` is that of "auto" for images without a file."""
@@ -86,35 +103,39 @@ class ExtractorFlags:
         file, name = self.extractor_file, self.named(floating=floating, usual=usual)
         if floating and name != "pixels":
             raise ValueError(
-                f"--extractor {name} measures 8-bit images, and these are float data: leave it out, to measure the values "
-                "themselves, or decode the data to images first."
+                f"{self.prefix}extractor {name} measures 8-bit images, and these are float data: leave it out, to measure "
+                "the values themselves, or decode the data to images first."
             )
         if name == "inception":
             try:
                 return Inception(file, device=device)
             except ImportError as error:
                 raise ImportError(
-                    f"{error} Other extractors need no download: --extractor pixels, --extractor random.",
+                    f"{error} Other extractors need no download: {self.prefix}extractor pixels, {self.prefix}extractor "
+                    "random.",
                     name=error.name,
                 ) from error
         if name == "pixels":
             return RawValues(shape) if floating else RawPixels(shape)
         if name == "random" or file is None:
             return RandomConvolutions(device=device)
-        return dinov2(file, device=device) if name == "dinov2" else self._network(file, device)
+        return dinov2(file, device=device) if name == "dinov2" else self.network(file, device)
 
-    def open_classifier(self, device: torch.device) -> Extractor | None:
-        """The classifier, if --classifier names one.
+    def network(self, file: Path, device: torch.device) -> TorchScriptExtractor:
+        """The network in a TorchScript file, which gets images as --extractor torchscript does.
 
         Raises:
-            ValueError: if its file is missing or not a network.
+            ValueError: if the file is missing or not a network.
         """
-        return None if self.classifier is None else self._network(self.classifier, device)
-
-    def _network(self, file: Path, device: torch.device) -> TorchScriptExtractor:
         resize: Resize | None = None
         if self.extractor_size is not None:
             kernels = {"bicubic": AntialiasedBicubic, "tensorflow": TensorFlowBilinear}
             resize = kernels[self.extractor_resize](self.extractor_size)
         offset, scale = _SCALES[self.extractor_scale]
         return TorchScriptExtractor(file, name=file.stem, resize=resize, offset=offset, scale=scale, device=device)
+
+
+class MeasureFlags(ExtractorFlags):
+    """The network that measures a training's samples."""
+
+    prefix: ClassVar[str] = "--measure."

@@ -17,9 +17,9 @@ from rich.markup import escape
 
 from stablefield._distributed import Ranks
 from stablefield.cli.console import console, print_rows, quoted, relative
-from stablefield.cli.extractors import ExtractorFlags
+from stablefield.cli.extractors import MeasureFlags
 from stablefield.cli.interruption import Interruption
-from stablefield.cli.parser import given
+from stablefield.cli.parser import given, words_of
 from stablefield.cli.places import check_new_folder
 from stablefield.cli.progress import EVERY, TrainingBar
 from stablefield.cli.recipe_flags import TrainingFlags
@@ -76,7 +76,7 @@ class Train(TrainingFlags):
     """Steps between Frechet distances of a few samples, logged to metrics.jsonl; 0 for none."""
     evaluate_samples: int = 500
     """Samples per Frechet distance; more are less noisy."""
-    measure: ExtractorFlags = dataclasses.field(default_factory=ExtractorFlags)
+    measure: MeasureFlags = dataclasses.field(default_factory=MeasureFlags)
     """The network that measures those samples."""
 
     def check(self) -> None:
@@ -89,9 +89,7 @@ class Train(TrainingFlags):
         super().check()
         if self.evaluate_every < 0:
             raise ValueError(f"--evaluate-every is {self.evaluate_every}: it must not be negative.")
-        if self.evaluate_every:
-            self.measure.check()
-        self._check_samples(None)
+        self._check_measure()
         check_tracker(self.tracker)
         if self.init is not None:
             open_weights(self.init)
@@ -222,6 +220,21 @@ class Train(TrainingFlags):
     def _opened(self, name: str, opening: Mapping[str, Any]) -> ImageSet:
         """Other data that are held out, opened as the training data were."""
         return open_data(name, **{key: value for key, value in opening.items() if key != "source"})
+
+    def _check_measure(self) -> None:
+        """Check the flags of the Frechet distances; without --evaluate-every none of them does anything."""
+        if self.evaluate_every:
+            self.measure.check()
+        elif self.evaluate_samples != Train.evaluate_samples or self.measure != MeasureFlags():
+            besides = [
+                field.name for field in dataclasses.fields(self) if field.name not in ("evaluate_samples", "measure")
+            ]
+            flag, *values = words_of(self, Train(), besides=besides)
+            raise ValueError(
+                f"{flag} {values[0]} does nothing without --evaluate-every: pass the steps between Frechet distances, such "
+                "as --evaluate-every 1000, or leave it out."
+            )
+        self._check_samples(None)
 
     def _check_samples(self, images: int | None) -> None:
         if self.evaluate_every:

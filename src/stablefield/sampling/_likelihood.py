@@ -115,6 +115,11 @@ def log_likelihood(
         raise ValueError(f"log_likelihood: probes={probes}, prior_std={prior_std}: both must be positive.")
     if exact and probes != 1:
         raise ValueError(f"log_likelihood: probes={probes} does nothing with exact=True: leave one of the two out.")
+    for name, value in (("noise", noise), ("generator", generator)):
+        if exact and value is not None:
+            raise ValueError(
+                f"log_likelihood: {name} does nothing with exact=True, which draws no signs: leave it out."
+            )
     draw = normal_source(noise, generator)
     vectors = _unit_vectors(x) if exact else [torch.where(draw(x) < 0, -1.0, 1.0).to(x) for _ in range(probes)]
     rows, size = x.shape[0], x[0].numel()

@@ -188,6 +188,10 @@ class SolverOptions:
             raise ValueError(
                 f"rho={self.rho:g} does nothing with {self.sampler}, which chooses its steps: leave it out."
             )
+        if self.grid == "cosine" and self.solver.steps is None:
+            raise ValueError(
+                f"grid=cosine does nothing with {self.sampler}, which chooses its steps between the same ends: leave it out."
+            )
         if self.solver.steps is None and self.steps is not None:
             instead = " and ".join(f"{name}=..." for name in self.solver.options)
             raise ValueError(f"steps={self.steps}: {self.sampler} chooses its own; set {instead} instead.")

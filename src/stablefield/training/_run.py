@@ -209,6 +209,11 @@ class Run:
                 vae=vae,
             )
         if isinstance(sampler, RunSampler):
+            if sampler.path.resolve() != self.path.resolve():
+                raise ValueError(
+                    f"sampler draws from the run {sampler.path}, and this run is {self.path}: pass one that this run's "
+                    "Run.sampler returned."
+                )
             return sampler
         options = sampler
         if not isinstance(options, SamplerOptions):

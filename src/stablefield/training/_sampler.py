@@ -75,7 +75,11 @@ class SamplerOptions(SolverOptions):
                 raise ValueError(
                     f"{name}={option_text(value)} does nothing at guidance_scale=1: pass a scale, such as guidance_scale=2."
                 )
-
+        if self.guidance_interval is not None and not 0 <= self.guidance_interval[0] < self.guidance_interval[1]:
+            raise ValueError(
+                f"guidance_interval={option_text(self.guidance_interval)} holds no noise level: pass the lower one first, "
+                "such as guidance_interval=0.19 1.61."
+            )
         if self.guide is None and self.guide_ema != "half-life":
             raise ValueError(
                 f"guide_ema={self.guide_ema} does nothing without a guide: name its run, guide=RUN, or leave it out."
@@ -126,7 +130,12 @@ class SamplerOptions(SolverOptions):
                 f"{_listed(classes, own.config.class_names)}: take a run of the same data and version."
             )
         return RunSampler(
-            options=self, model=own, guide=guide, device=device, autoencoder=self._autoencoder(own.config, device)
+            options=self,
+            path=Path(run),
+            model=own,
+            guide=guide,
+            device=device,
+            autoencoder=self._autoencoder(own.config, device),
         )
 
     def _autoencoder(self, config: RunConfig, device: torch.device) -> Autoencoder | None:
@@ -204,6 +213,7 @@ class RunSampler:
 
     Attributes:
         options: how to draw.
+        path: the run's folder.
         model: the run's model.
         guide: the worse model that guides it, if any.
         device: of both models.
@@ -211,6 +221,7 @@ class RunSampler:
     """
 
     options: SamplerOptions
+    path: Path
     model: OpenModel
     guide: OpenModel | None
     device: torch.device
