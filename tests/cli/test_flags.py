@@ -33,12 +33,26 @@ def test_the_table_is_that_of_the_verbs() -> None:
     assert all_verbs() == inventory()
 
 
+def test_every_word_of_the_groups_is_a_flag_that_stands_there() -> None:
+    from stablefield.cli import inventory as module
+
+    shown = {name: verb.groups for name, verb in inventory().items()}
+    for title, words in module._GROUPS.items():
+        groups = [group for verb in shown.values() for group in verb if group.title in ("", title)]
+        flags = {flag.name for group in groups for flag in group.flags}
+        assert {f"--{word}" for word in words.split()} <= flags, title
+    for name, words in module._COMMON.items():
+        first = {flag.name for group in shown[name] if not group.title for flag in group.flags}
+        assert {f"--{word}" for word in words.split()} == first, name
+
+
 @pytest.mark.parametrize("recipe", [DIGITS, RECIPES["cifar10-ve"], RECIPES["cifar10-vp"]], ids=["digits", "ve", "vp"])
 def test_the_flags_are_those_that_the_parser_takes(recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     import tyro
 
     decided_by_compare = {"--target", "--seed", "--sample-every", "--checkpoint-every"}
+    decided_by_compare |= {"--exact", "--no-exact", "--fsdp", "--no-fsdp"}  # of many processes
     for name, verb in inventory(recipe).items():
         calls = [(VERBS[name], {})]
         if issubclass(VERBS[name], TrainingFlags):

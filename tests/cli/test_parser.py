@@ -15,7 +15,7 @@ from stablefield.cli.verbs import parse
     [
         "",
         "--seeds 0,4 --steps 30 --batch 32 --evaluations 2 --samples 300",
-        "--recipe digits --network.width 64 --mirror --learning-rate 0.002 --measure.extractor random",
+        "--recipe digits --network.width 64 --mirror --learning-rate 0.002 --extractor random",
         "--recipe imagefolder --resolution 16 --network.base-channels 16 --network.multipliers 1 2 --no-augmentation",
         "--conditional --weighting.sigma-data 0.25 --noise-levels.mean -1.5 --references 256",
     ],

@@ -280,6 +280,10 @@ def test_autoguidance_extrapolates_from_the_guides_run(run: Path, worse: Path, t
             ["--sampler", "pc-ve", "--corrector-steps", "0", "--snr", "0.1"],
             ["--snr 0.1 does nothing at --corrector-steps 0: pass more, such as --corrector-steps 1"],
         ),
+        (
+            ["--churn", "40", "--churn-range", "100", "200"],
+            ["--churn-range 100.0 200.0 holds none of the grid's noise levels, 0.002 to 80, so there is no churn"],
+        ),
         (["--guide-ema", "none"], ["--guide-ema none does nothing without a guide: name its run, --guide RUN"]),
         (["--sigma-min", "90"], ["--sigma-min 90.0", "--sigma-max 80.0"]),
         (["--class", "3"], ["--class 3", "leave it out"]),

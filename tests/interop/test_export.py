@@ -375,6 +375,12 @@ def test_exports_carry_the_names_of_the_classes(tmp_path: Path) -> None:
         pipe(class_labels=["beee"])
     with pytest.raises(ValueError, match="holds 2 classes for 3 images"):
         pipe(class_labels=["bee", 0], **options)
+    with pytest.raises(ValueError, match="generator holds 2 generators for 3 images: pass one per image"):
+        pipe(batch_size=3, generator=[torch.Generator(), torch.Generator()])
+    write_pipeline(tmp_path / "without", sf.Denoiser(MLP((1, 8, 8), 8, 1)).eval(), (1, 8, 8))
+    without = DiffusionPipeline.from_pretrained(tmp_path / "without", trust_remote_code=True)
+    with pytest.raises(ValueError, match="class_labels is 3, and this model has no classes: leave it out"):
+        without(class_labels=3)
     with pytest.raises(ValueError, match=r"guidance_scale is 2\.0: guidance takes a network with classes"):
         pipe(guidance_scale=2.0, **options)
 
@@ -423,6 +429,37 @@ def test_wrong_use_of_export_is_told_and_writes_nothing(
     assert status("export", *(argument.format(**places) for argument in arguments)) == 2
     assert words in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "x").exists()
+
+
+def test_what_the_config_of_a_plain_export_states_is_imported_with_its_weights(tmp_path: Path) -> None:
+    from stablefield.interop._plain_export import write_plain
+
+    network = SiT((8, 12), 2, 3, 16, 1, 2, classes=2, generator=torch.Generator().manual_seed(0))
+    denoiser = sf.Denoiser(network, sf.FlowPreconditioning(label_scale=1000.0)).eval()
+    scaling = Scaling(mean=(0.5, 0.0, -1.0), std=(2.0, 1.0, 0.1), dtype="float32")
+    write_plain(tmp_path / "plain", denoiser, (3, 8, 12), class_names=("ant", "bee"), scaling=scaling)
+    file = tmp_path / "plain" / "model.safetensors"
+    assert oct(file.stat().st_mode & 0o777) == oct((tmp_path / "plain" / "config.json").stat().st_mode & 0o777)
+    run = sf.interop.import_run(file, tmp_path / "run")
+    x, sigma, labels = torch.randn(2, 3, 8, 12), torch.tensor([0.5, 3.0]), torch.tensor([0, 1])
+    torch.testing.assert_close(run.model().denoiser(x, sigma, labels), denoiser(x, sigma, labels))
+    assert run.config.scaling == scaling
+    assert run.config.class_names == ("ant", "bee")
+    assert run.sample(2, steps=2, class_label="bee", device="cpu").images.dtype == np.float32
+    with pytest.raises(ValueError, match=r"preconditioning=edm contradicts the config\.json beside model\.safetensors"):
+        read_published(file, "edm")
+    record = json.loads((tmp_path / "plain" / "config.json").read_text())
+    for damage in (
+        {"kind": "edm", "options": {"sigma_date": 1}},
+        {"kind": "flow", "options": {"label_scale": -1}},
+        {"kind": 3},
+    ):
+        (tmp_path / "plain" / "config.json").write_text(json.dumps(record | {"preconditioning": damage}))
+        with pytest.raises(ValueError, match=r"the config\.json beside it cannot be used: "):
+            read_published(file)
+    (tmp_path / "plain" / "config.json").write_text('{"model_type": "of another library"}')
+    with pytest.raises(ValueError, match="holds only weights and does not state their preconditioning"):
+        read_published(file, heads=2)
 
 
 def test_card_of_an_imported_network_claims_nothing_of_its_training() -> None:

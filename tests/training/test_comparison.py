@@ -1,6 +1,7 @@
 """A comparison: equal starts, equal batches, scores that mean what they say, and nothing done twice."""
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -49,25 +50,24 @@ def check() -> SelfCheck:
     return SelfCheck.prepare(open_digits(), RawPixels((1, 8, 8)), samples=100)
 
 
+def config_of(recipe: Recipe) -> RunConfig:
+    data = open_digits()
+    classes = 10 if recipe.conditional else 0
+    return RunConfig(
+        data="digits", shape=data.shape, classes=classes, manifest=data.manifest, recipe=recipe, version="test"
+    )
+
+
 @pytest.fixture(scope="module")
 def optimum() -> Optimum:
-    return optimum_of(open_digits(), CPU, labelled=False)
+    return optimum_of(config_of(RECIPE), open_digits(), CPU)
 
 
 def run(
     path: Path, target: str, check: SelfCheck, optimum: Optimum | None = None, recipe: Recipe = RECIPE
 ) -> tuple[RunFolder, tuple[Score, ...]]:
-    data = open_digits()
-    config = RunConfig(
-        data="digits",
-        shape=data.shape,
-        classes=10 if recipe.conditional else 0,
-        manifest=data.manifest,
-        recipe=dataclasses.replace(recipe, target=target),
-        version="test",
-    )
-    folder = RunFolder.create(path, config)
-    outcome = run_one(folder, data, check, 10, CPU, optimum=optimum)
+    folder = RunFolder.create(path, config_of(dataclasses.replace(recipe, target=target)))
+    outcome = run_one(folder, open_digits(), check, 10, CPU, optimum=optimum)
     assert outcome is not None
     return folder, outcome.scores
 
@@ -86,6 +86,38 @@ def test_scores_are_those_of_the_saved_model(stable: tuple[RunFolder, tuple[Scor
     found = measure_fit(denoiser, population, LEVELS, rows=1024)
     assert scores[-1].distance == pytest.approx((found.distance.mean / 64).tolist(), rel=1e-4)
     assert scores[1].seconds > scores[0].seconds > 0
+
+
+def test_the_optimum_of_mirrored_runs_has_the_mirror_images() -> None:
+    """The posterior mean over images and mirror images has no distance to it, and that over the images alone has."""
+    data = open_digits()
+    x = torch.from_numpy(data.images).float() / 127.5 - 1
+    optimum = optimum_of(config_of(dataclasses.replace(RECIPE, mirror=True)), data, CPU, rows=48)
+    both, alone = (
+        optimum.fit(lambda x_t, sigma, *_, pool=pool: sf.posterior(x_t, 1.0, sigma, pool).mean)
+        for pool in (torch.cat([x, x.flip(-1)]), x)
+    )
+    middle = [k for k, level in enumerate(LEVELS) if 1 <= level <= 3]
+    assert float(both.distance.mean[middle].max()) < 1e-6 * float(both.floor.mean[middle].max())
+    assert float(alone.distance.mean[middle].min()) > 0.1
+
+
+def test_the_time_before_a_stop_between_two_scores_counts(
+    tmp_path: Path, check: SelfCheck, optimum: Optimum, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr("stablefield.training._scoring.time.perf_counter", lambda: float(next(clock)))
+    folder = RunFolder.create(tmp_path / "dsm", config_of(dataclasses.replace(RECIPE, target="dsm")))
+    steps = itertools.count(1)
+    assert run_one(folder, open_digits(), check, 10, CPU, optimum=optimum, stop=lambda: next(steps) == 15) is None
+    (before,) = read_scores(folder.path)
+    last = json.loads((folder.path / "scores.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 15
+    assert last["seconds"] > before.seconds
+    outcome = run_one(folder, open_digits(), check, 10, CPU, optimum=optimum)
+    assert outcome is not None
+    assert [score.step for score in outcome.scores] == [10, 20]
+    assert outcome.scores[-1].seconds > last["seconds"]
 
 
 def test_gradient_variance_is_that_of_the_gradients_themselves(
@@ -245,13 +277,13 @@ def test_the_command_refuses_to_show_scores_under_the_name_of_another_extractor(
     flags = ("--seeds", "0", "--steps", "2", "--evaluations", "1", "--samples", "60", *FLAGS[6:], "--out", str(out))
     assert status("compare", "digits", *flags) == 0
     capsys.readouterr()
-    assert status("compare", "digits", *flags, "--measure.extractor", "random") == 2
+    assert status("compare", "digits", *flags, "--extractor", "random") == 2
     told = capsys.readouterr().err
     assert "extractor pixels there, random convolutions (seed 0) here" in told
     assert "another --out FOLDER" in told
     for path in out.glob("*/scoring.json"):
         path.unlink()
-    assert status("compare", "digits", *flags, "--measure.extractor", "random") == 0
+    assert status("compare", "digits", *flags, "--extractor", "random") == 0
     assert "holds scores of an earlier version, in dsm-seed0, stf-seed0" in capsys.readouterr().out
 
 
@@ -366,7 +398,7 @@ def test_a_conditional_run_measures_itself_on_the_classes_that_evaluate_draws(tm
     out = tmp_path / "run"
     flags = ("--network.width", "32", "--network.depth", "1", "--sample-every", "0")
     conditional = ("--conditional", "--label-dropout", "0", "--learning-rate", "0.02", "--ramp-images", "500")
-    measure = ("--evaluate-every", "40", "--evaluate-samples", "100", "--measure.extractor", "pixels")
+    measure = ("--evaluate-every", "40", "--evaluate-samples", "100", "--extractor", "pixels")
     assert status("train", "digits", "--steps", "40", *flags, *conditional, *measure, "--out", str(out)) == 0
     measured = [entry["frechet"] for entry in RunFolder(out).metrics() if "frechet" in entry]
     check = SelfCheck.prepare(open_digits(), RawPixels((1, 8, 8)), samples=100)
@@ -415,7 +447,7 @@ def test_a_run_can_measure_itself_and_says_how_noisy_that_is(
 ) -> None:
     out = tmp_path / "run"
     flags = ("--network.width", "32", "--network.depth", "1", "--sample-every", "0", "--log-every", "2")
-    measure = ("--evaluate-every", "2", "--evaluate-samples", "60", "--measure.extractor", "pixels")
+    measure = ("--evaluate-every", "2", "--evaluate-samples", "60", "--extractor", "pixels")
     assert status("train", "digits", "--steps", "4", *flags, *measure, "--out", str(out)) == 0
     text = capsys.readouterr().out
     assert "on 60 samples (as many real images:" in text

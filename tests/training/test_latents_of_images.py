@@ -407,6 +407,15 @@ def test_an_imported_network_is_decoded_by_the_autoencoder_that_the_caller_names
     x = torch.randn(3, 4, 4, 6)
     found = imported.sampler(vae=vae, device="cpu").finish(x).numpy().astype(int)
     assert np.abs(found - decoded(model, x.numpy() / 0.7 + 0.2)).max() <= 1
+    # The pipeline of an export includes it, and draws the same images.
+    folder = imported.export(tmp_path / "exported", samples=2, steps=2, vae=vae)
+    pipe = DiffusionPipeline.from_pretrained(str(folder), trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    z = SampleNoise((0, 1)).latents((4, 4, 6), dtype=torch.float64)
+    theirs = pipe(latents=z, class_labels=[0, 1], num_inference_steps=3, output_type="np").images
+    ours = imported.sample(2, steps=3, vae=vae, device="cpu").images.transpose(0, 2, 3, 1)
+    assert np.abs(255 * theirs - ours).max() < 2
+    assert "decoded to images of 3 x 8 x 12" in (folder / "README.md").read_text()
     with pytest.raises(ValueError, match=r"vae=.* does nothing with decode=False"):
         run.sample(2, vae=vae, decode=False)
     autoencoder(latent_channels=3).save_pretrained(tmp_path / "three")

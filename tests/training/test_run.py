@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import stablefield as sf
+from commands import status
 from stablefield._distributed import Ranks
 from stablefield.data._digits import open_digits
 from stablefield.evaluation._extractor import RawPixels
@@ -130,6 +131,9 @@ def test_options_stand_in_one_place(run: sf.Run) -> None:
         run.sample(2, sampler=options, steps=3)
     with pytest.raises(ValueError, match=r"^churn=3 is an option of heun, not of euler"):
         run.sample(2, sampler=SamplerOptions(sampler="euler", churn=3), device="cpu")
+    for name, value in {"grid": "VP", "predictor": "euler"}.items():
+        with pytest.raises(ValueError, match=rf"^{name}='{value}' is none of \w+, .*: pass one of these"):
+            run.sample(2, sampler=SamplerOptions(sampler="pc-ve", **{name: value}), device="cpu")
     with pytest.raises(ValueError, match=r"guidance_scale=2: classifier-free guidance takes a run with classes"):
         run.sample(2, guidance_scale=2.0, device="cpu")
     with pytest.raises(ValueError, match="seeds holds 2 seeds, 1 of them different"):
@@ -314,3 +318,70 @@ def test_a_plan_says_what_its_run_would_take_and_writes_nothing(
     assert [name for name, _ in found.rows()] == names
     assert [line[:12].strip() for line in str(found).splitlines()] == names
     assert list(tmp_path.iterdir()) == []
+
+
+def test_snapshots_of_steps_that_are_taken_back_do_not_stay(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(
+        sf.training.DIGITS,
+        steps=6,
+        batch=8,
+        checkpoint_every=3,
+        ema_snapshot_every=1,
+        sample_every=1,
+        network=sf.training.MLPConfig(width=8, depth=1),
+    )
+    run = sf.train("digits", out=tmp_path / "run", recipe=recipe, device="cpu")
+    shutil.rmtree(run.folder.checkpoint(6))  # as if it had been killed before
+    assert sf.Run(run.path).step == 3
+    shorter = sf.Run(run.path).resume(steps=4, device="cpu")
+    assert shorter.snapshot_steps() == [1, 2, 3, 4]
+    assert shorter.model(ema="0.1").step == 4
+    with Image.open(shorter.animation(tmp_path / "a.gif")) as picture:
+        assert picture.n_frames <= 4
+
+
+def test_an_evaluation_refuses_other_images_at_the_place_of_the_runs_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    digits = sf.data.open_images("digits").images
+    recipe = dataclasses.replace(sf.training.DIGITS, steps=1, batch=8, network=sf.training.MLPConfig(width=8, depth=1))
+    run = sf.train(digits[:100], out="run", recipe=recipe, device="cpu")  # an array: the data have no place
+    np.save("images", digits[100:200])
+    (tmp_path / "images.npy").rename(tmp_path / run.config.data)
+    arguments = {"metrics": ("frechet",), "extractor": RawPixels((1, 8, 8)), "device": "cpu", "cache": False}
+    with pytest.raises(
+        ValueError, match=r"images is not what this run was started with .*: to measure against other im"
+    ):
+        run.evaluate(samples=20, sampler="euler", **arguments)
+    run.evaluate(samples=20, sampler="euler", data=digits[100:200], **arguments)
+    flags = ("--samples", "20", "--extractor", "pixels", "--device", "cpu", "--metrics", "frechet")
+    assert status("evaluate", "run", *flags) == 2
+    assert "to measure against other images, pass --data IMAGES" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_autoencoder_beside_pictures_is_refused(run: sf.Run, tmp_path: Path) -> None:
+    digits = sf.data.open_images("digits").images[:100]
+    calls = {
+        "train": lambda: sf.train(digits, out=tmp_path / "run", vae="no/such", steps=1, device="cpu"),
+        "in time": lambda: sf.train(digits, out=tmp_path / "run", vae="no/such", time=9, device="cpu"),
+        "resume": lambda: run.resume(vae="no/such", device="cpu"),
+    }
+    for call in calls.values():
+        with pytest.raises(
+            ValueError, match=r"^vae=no/such does nothing: the run's data are no latents .* Leave it out"
+        ):
+            call()
+    assert not (tmp_path / "run").exists()
+
+
+def test_observers_do_not_replace_what_the_log_has(tmp_path: Path) -> None:
+    class Observer:
+        every = 1
+
+        def __call__(self, *_: object) -> dict[str, float]:
+            return {"loss": 0.0}
+
+    recipe = dataclasses.replace(sf.training.DIGITS, steps=2, batch=8, network=sf.training.MLPConfig(width=8, depth=1))
+    with pytest.raises(ValueError, match=r"^observers: Observer returned loss, which metrics\.jsonl has from another"):
+        sf.train("digits", out=tmp_path / "run", recipe=recipe, device="cpu", observers=[Observer()])

@@ -28,6 +28,25 @@ def test_standard_error_is_the_spread_over_fresh_samples(n: int, d: int, shift: 
     assert 0.85 < claimed / spread < 1.4
 
 
+def test_standard_error_of_samples_that_take_classes_in_turn_is_the_spread_over_fresh_samples() -> None:
+    """Ten classes far apart, in turn: groups of one class each would show the differences between classes."""
+    generator = torch.Generator().manual_seed(3)
+    centres = 3 * torch.randn(10, 4, generator=generator, dtype=torch.float64)
+    labels = torch.arange(200) % 10
+    real = centres[labels] + torch.randn(200, 4, generator=generator, dtype=torch.float64)
+    reference = fit_features(real)
+    draws = [
+        centres[labels] + 0.4 + 1.1 * torch.randn(200, 4, generator=generator, dtype=torch.float64) for _ in range(80)
+    ]
+    spread = np.std([distance_between(fit_features(x), reference).value for x in draws], ddof=1)
+    claimed, mixed = (
+        np.sqrt(np.mean([jackknife_error(x, reference, labels=given) ** 2 for x in draws[:20]]))
+        for given in (labels, None)
+    )
+    assert 0.8 < claimed / spread < 1.4
+    assert mixed > 2 * spread
+
+
 @pytest.mark.parametrize("d", [3, 20])
 def test_the_jackknife_is_that_of_its_definition(d: int) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -91,13 +110,20 @@ def test_samples_of_a_check_take_the_classes_in_turn_as_those_of_evaluate(classe
     assert torch.cat(seen)[:, 0, 4, 4].tolist() == ([0] * 100 if labels is None else (25 * labels).tolist())
 
 
-def test_the_floor_falls_with_the_number_of_samples_and_is_that_of_a_real_subset() -> None:
+def test_the_floor_falls_with_the_number_of_samples_and_is_what_a_perfect_model_reads() -> None:
     extractor = RawPixels((1, 8, 8))
-    few, many = (SelfCheck.prepare(DIGITS, extractor, samples=n).floor for n in (200, 800))
-    assert few > 2.5 * many
     whole = extractor(torch.from_numpy(DIGITS.images))
-    rows = np.sort(np.random.default_rng(0).choice(len(DIGITS), 200, replace=False))
-    assert few == pytest.approx(frechet_distance_from_features(whole[rows], whole).value, rel=1e-6)
+    generator, floors = torch.Generator().manual_seed(5), []
+    for n in (200, 800, len(DIGITS)):
+        floor = SelfCheck.prepare(DIGITS, extractor, samples=n).floor
+        perfect = [
+            frechet_distance_from_features(whole[torch.randint(len(whole), (n,), generator=generator)], whole).value
+            for _ in range(8)
+        ]
+        # Also with as many samples as there are images: different images of the set would have no distance to it.
+        assert floor == pytest.approx(np.mean(perfect), rel=5 * np.std(perfect) / np.mean(perfect))
+        floors.append(floor)
+    assert floors[0] > 2.5 * floors[1] > 2.5 * floors[2] > 0
 
 
 def test_too_few_samples_or_images_are_refused() -> None:

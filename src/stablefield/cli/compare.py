@@ -4,11 +4,13 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
+import tyro
 from rich.markup import escape
 
 from stablefield.cli.console import console, print_table, quoted, relative, shown_warnings
-from stablefield.cli.extractors import MeasureFlags
+from stablefield.cli.extractors import ExtractorFlags
 from stablefield.cli.interruption import Interruption
 from stablefield.cli.parser import parse_seeds, words_of
 from stablefield.cli.places import check_file, check_folder
@@ -36,7 +38,9 @@ class Compare(TrainingFlags):
     """Most scores per run, evenly spaced; by default up to 8, so that scoring takes no longer than training."""
     samples: int | None = None
     """Samples per Frechet distance; by default 200 to 1,000, so that scoring takes no longer than training."""
-    measure: MeasureFlags = field(default_factory=lambda: MeasureFlags(extractor="pixels"))
+    measure: Annotated[ExtractorFlags, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: ExtractorFlags(extractor="pixels")
+    )
     """The network that measures the samples."""
 
     def check(self) -> None:

@@ -30,8 +30,9 @@ from stablefield.evaluation._time_estimate import TimeEstimate
 from stablefield.report._cells import duration
 from stablefield.report._extra import require
 from stablefield.training._run import Run
+from stablefield.training._run_data import OTHERS, data_of, require_same
 from stablefield.training._run_probe import is_run
-from stablefield.training._run_source import RunSource, data_of
+from stablefield.training._run_source import RunSource
 
 if TYPE_CHECKING:
     MetricName = str
@@ -164,10 +165,13 @@ class Evaluate:
             samples, name, opening = (
                 self._samples_of_run(device) if is_run(self.source) else (self._images(), self.data, {})
             )
-            opening = self._opening(opening)
+            trained, opening = dict(opening), self._opening(opening)
 
             def real(split: str, name: str = name) -> ImageSet:
-                return open_data(name, split=split, **opening)
+                found = open_data(name, split=split, **opening)
+                if isinstance(samples, RunSource) and split == "train" and not self.data and opening == trained:
+                    require_same(samples.config, found, OTHERS)
+                return found
 
             uses_extractor = any(METRICS[name].reads == "extractor" for name in self.metrics)
             found = evaluate(
@@ -181,7 +185,7 @@ class Evaluate:
                 count=None if is_run(self.source) else self.samples,
                 references=self.references,
                 split=self.split,
-                held_out=real("train", self.held_out) if self.held_out else None,
+                held_out=open_data(self.held_out, **opening) if self.held_out else None,
                 repeats=self.repeats,
                 seed=self.first_seed,
                 per_class=self.per_class,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
@@ -18,7 +18,7 @@ from stablefield.evaluation._torchscript import (
     dinov2,
 )
 
-__all__ = ["ExtractorFlags", "MeasureFlags"]
+__all__ = ["ExtractorFlags"]
 
 Name = Literal["auto", "inception", "dinov2", "torchscript", "pixels", "random"]
 
@@ -32,9 +32,6 @@ _SCALES: dict[str, tuple[Channels, Channels]] = {
 @dataclass(frozen=True)
 class ExtractorFlags:
     """The network that measures the images."""
-
-    prefix: ClassVar[str] = "--"
-    """What the flags' names begin with."""
 
     extractor: Name = "auto"
     """inception is FID's own (extra stablefield[fid]); dinov2 and torchscript need --extractor-file; random: a small net;
@@ -57,29 +54,28 @@ class ExtractorFlags:
         Raises:
             ValueError: naming the flag.
         """
-        flag = self.prefix
         if self.extractor in ("dinov2", "torchscript") and self.extractor_file is None:
             raise ValueError(
-                f"{flag}extractor {self.extractor} needs {flag}extractor-file: the TorchScript file of the network, which "
+                f"--extractor {self.extractor} needs --extractor-file: the TorchScript file of the network, which "
                 "this package does not include."
             )
         if self.extractor in ("pixels", "random") and self.extractor_file is not None:
             raise ValueError(
-                f"{flag}extractor-file {self.extractor_file}: {flag}extractor {self.extractor} reads no file; pass "
+                f"--extractor-file {self.extractor_file}: --extractor {self.extractor} reads no file; pass "
                 "inception, dinov2 or torchscript."
             )
         if self.extractor_size is not None and self.extractor_size < 1:
-            raise ValueError(f"{flag}extractor-size is {self.extractor_size}: pass a positive number of pixels.")
+            raise ValueError(f"--extractor-size is {self.extractor_size}: pass a positive number of pixels.")
         for name in ("extractor_size", "extractor_scale"):
             value = getattr(self, name)
             if value != getattr(ExtractorFlags, name) and self.extractor != "torchscript" and classifier is None:
                 raise ValueError(
-                    f"{flag}{name.replace('_', '-')} {value} does nothing with {flag}extractor {self.extractor}, which "
-                    f"prepares images in its own way: leave it out, or pass {flag}extractor torchscript."
+                    f"--{name.replace('_', '-')} {value} does nothing with --extractor {self.extractor}, which "
+                    f"prepares images in its own way: leave it out, or pass --extractor torchscript."
                 )
         if self.extractor_resize != ExtractorFlags.extractor_resize and self.extractor_size is None:
             raise ValueError(
-                f"{flag}extractor-resize {self.extractor_resize} does nothing without {flag}extractor-size: pass a size, "
+                f"--extractor-resize {self.extractor_resize} does nothing without --extractor-size: pass a size, "
                 "or leave it out."
             )
 
@@ -103,7 +99,7 @@ class ExtractorFlags:
         file, name = self.extractor_file, self.named(floating=floating, usual=usual)
         if floating and name != "pixels":
             raise ValueError(
-                f"{self.prefix}extractor {name} measures 8-bit images, and these are float data: leave it out, to measure "
+                f"--extractor {name} measures 8-bit images, and these are float data: leave it out, to measure "
                 "the values themselves, or decode the data to images first."
             )
         if name == "inception":
@@ -111,8 +107,7 @@ class ExtractorFlags:
                 return Inception(file, device=device)
             except ImportError as error:
                 raise ImportError(
-                    f"{error} Other extractors need no download: {self.prefix}extractor pixels, {self.prefix}extractor "
-                    "random.",
+                    f"{error} Other extractors need no download: --extractor pixels, --extractor random.",
                     name=error.name,
                 ) from error
         if name == "pixels":
@@ -133,9 +128,3 @@ class ExtractorFlags:
             resize = kernels[self.extractor_resize](self.extractor_size)
         offset, scale = _SCALES[self.extractor_scale]
         return TorchScriptExtractor(file, name=file.stem, resize=resize, offset=offset, scale=scale, device=device)
-
-
-class MeasureFlags(ExtractorFlags):
-    """The network that measures a training's samples."""
-
-    prefix: ClassVar[str] = "--measure."

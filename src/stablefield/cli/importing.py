@@ -24,8 +24,8 @@ class Import:
     out: Path
     """Folder of the run, new or empty."""
     preconditioning: Scaling | None = None
-    """Preconditioning of the network's training; needed if the file does not say, as with a plain state dict: flow for SiT's
-    weights, ddpm for DiT's."""
+    """Preconditioning of the network's training; needed if neither the file nor the config.json of an export beside it says
+    so: flow for SiT's weights, ddpm for DiT's."""
     heads: int | None = None
     """Heads of a SiT's or DiT's attention; needed for other widths than those of the published networks."""
 

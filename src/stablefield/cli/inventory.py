@@ -30,24 +30,24 @@ _COMMON = {
     "compare": "out seeds recipe steps batch learning-rate resolution evaluations samples device",
     "sample": "out overwrite seeds sampler steps class guidance-scale ema checkpoint batch device",
     "evaluate": "data metrics samples repeats per-class extractor out overwrite report against sampler steps device",
-    "probe": "references noise-levels plan batch aim tolerance by-class seed out device",
+    "probe": "references noise-levels plan batch aim by-class seed out device",
 }
-# The other flags, under these titles; a word that ends in a dot means all flags that begin with it.
+# The other flags, under these titles.
 _GROUPS = {
     "Before a run": "time held-out dry-run print",
     "Real images": "split references held-out resolution resize colour background cache no-cache images-split",
     "Data": "resolution resize colour background skip-broken max-images sources augmentation mirror",
     "Model": "init conditional label-dropout ema checkpoint",
-    "Latents of images": "latent-scaling vae decode no-decode",
+    "Latents of images": "latent-scaling vae no-decode",
     "Target": "references noise-band",
-    "Variance of a batch": "draws-per-image antithetic no-antithetic importance-sampling no-importance-sampling",
+    "Variance of a batch": "draws-per-image antithetic importance-sampling",
     "Optimisation": (
         "learning-rate noise-distribution ramp-images decay-share max-grad-norm nan-to-num no-nan-to-num "
         "gradient-accumulation-steps seed precision compile exact fsdp"
     ),
     "Averages of the weights": "ema-half-life ema-ramp ema-snapshot-every",
     "Output, and how often": "log-every sample-every checkpoint-every keep-last keep-every tracker",
-    "Measuring": "evaluate-every evaluate-samples measure. extractor-file extractor-size extractor-resize "
+    "Measuring": "evaluate-every evaluate-samples extractor extractor-file extractor-size extractor-resize "
     "extractor-scale classifier feature-batch first-seed batch",
     "Noise levels of sampling": "grid sigma-min sigma-max rho",
     "Options of some samplers": "churn churn-range churn-noise eta predictor corrector-steps snr rtol atol",
@@ -62,10 +62,15 @@ _PARTS = {
     "weighting": "Weights of the loss",
     "preconditioning": "Scalings around the network",
 }
-_OWNERS = {"Real images": ("evaluate",), "Target": ("train", "compare"), "Variance of a batch": ("train", "compare")}
+_OWNERS = {
+    "Before a run": ("train",),
+    "Real images": ("evaluate",),
+    "Target": ("train", "compare"),
+    "Variance of a batch": ("train", "compare"),
+}
 _MORE = "More"
 # Flags that `compare` sets itself: it trains with both targets from several seeds, and saves with every score.
-_NOT_IN = {"compare": ("target", "seed", "sample-every", "checkpoint-every")}
+_NOT_IN = {"compare": ("target", "seed", "sample-every", "checkpoint-every", "exact", "fsdp")}
 
 
 def inventory(recipe: Recipe | None = None) -> dict[str, VerbFlags]:
@@ -115,9 +120,7 @@ def _title(verb: str, part: str, name: str) -> str:
     if part:
         return part
     for title, words in _GROUPS.items():
-        if verb in _OWNERS.get(title, (verb,)) and any(
-            word == known or (known.endswith(".") and word.startswith(known)) for known in words.split()
-        ):
+        if verb in _OWNERS.get(title, (verb,)) and word in words.split():
             return title
     return _MORE
 

@@ -5,7 +5,7 @@ import io
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import tyro
 
@@ -78,13 +78,17 @@ def words_of(value: Any, base: Any, *, besides: Collection[str] = (), prefix: st
         prefix: prefix of the flags' names.
     """
     words: list[str] = []
+    hints = get_type_hints(type(value), include_extras=True)
     for field in fields(value):
         new, old = getattr(value, field.name), getattr(base, field.name)
         if field.name in besides or new == old:
             continue
         name = f"{prefix}{field.name.replace('_', '-')}"
         if is_dataclass(new):
-            words += words_of(new, old, prefix=f"{name}.")
+            # As tyro names them: the flags of some parts have no prefix.
+            notes = getattr(hints[field.name], "__metadata__", ())
+            unprefixed = any(getattr(note, "name", None) == "" for note in notes)
+            words += words_of(new, old, prefix=prefix if unprefixed else f"{name}.")
         elif isinstance(new, bool):
             words.append(f"--{name}" if new else f"--no-{name}")
         else:

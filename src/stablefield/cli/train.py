@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from stablefield._distributed import Ranks
 from stablefield.cli.console import console, print_rows, quoted, relative
-from stablefield.cli.extractors import MeasureFlags
+from stablefield.cli.extractors import ExtractorFlags
 from stablefield.cli.interruption import Interruption
 from stablefield.cli.parser import given, words_of
 from stablefield.cli.places import check_new_folder
@@ -76,7 +76,7 @@ class Train(TrainingFlags):
     """Steps between Frechet distances of a few samples, logged to metrics.jsonl; 0 for none."""
     evaluate_samples: int = 500
     """Samples per Frechet distance; more are less noisy."""
-    measure: MeasureFlags = dataclasses.field(default_factory=MeasureFlags)
+    measure: Annotated[ExtractorFlags, tyro.conf.arg(name="")] = dataclasses.field(default_factory=ExtractorFlags)
     """The network that measures those samples."""
 
     def check(self) -> None:
@@ -225,7 +225,7 @@ class Train(TrainingFlags):
         """Check the flags of the Frechet distances; without --evaluate-every none of them does anything."""
         if self.evaluate_every:
             self.measure.check()
-        elif self.evaluate_samples != Train.evaluate_samples or self.measure != MeasureFlags():
+        elif self.evaluate_samples != Train.evaluate_samples or self.measure != ExtractorFlags():
             besides = [
                 field.name for field in dataclasses.fields(self) if field.name not in ("evaluate_samples", "measure")
             ]

@@ -9,11 +9,13 @@ import torch
 from stablefield import sampling
 from stablefield._shapes import whole_number
 from stablefield.data._png import class_grid, write_png
+from stablefield.data._scaling import Scaling
 from stablefield.interop._model_card import ModelCard, public_name, results_of_run
 from stablefield.interop._pipeline_folder import write_pipeline
 from stablefield.interop._plain_export import write_plain
 from stablefield.training._model import OpenModel
 from stablefield.training._observers import samples as draw
+from stablefield.training._sampler import SamplerOptions
 
 __all__ = ["Format", "export_run"]
 
@@ -42,7 +44,7 @@ def export_run(
         name: of the model on its card; the name of the run's folder if empty.
         samples: images in the card's picture; 0 for none, as of data that are no pictures.
         steps: of Heun's method for them.
-        vae: the autoencoder's place, if it has moved.
+        vae: the autoencoder's place, if it has moved, or of one that decodes what an imported network draws.
 
     Returns:
         The folder.
@@ -53,23 +55,27 @@ def export_run(
     sigmas = sampling.edm_sigmas(steps)
     config, denoiser = model.config, model.denoiser
     results = results_of_run(run)
+    record, scaling, cpu = config.autoencoder, config.scaling, torch.device("cpu")
     pictures = samples > 0 and config.picture_shape is not None
-    record, cpu = config.autoencoder, torch.device("cpu")
     # A pipeline includes the autoencoder, and the card's picture is decoded.
     autoencoder = record.open(vae, cpu) if record is not None and (pictures or format == "diffusers") else None
+    if vae and record is None:
+        # An imported network, which knows no autoencoder, sees latents as the autoencoder itself scales them.
+        autoencoder = SamplerOptions(vae=str(vae)).autoencoder(config, cpu)
+        assert autoencoder is not None
+        record, pictures = autoencoder.record(autoencoder.image_shape(config.shape)), samples > 0
+        scaling = Scaling.of_factor(record.scaling_factor, record.shift_factor, config.shape[0], "float32")
     if format == "diffusers":
         write_pipeline(
             folder,
             denoiser,
             config.shape,
             class_names=config.class_names,
-            scaling=config.scaling,
+            scaling=scaling,
             autoencoder=autoencoder,
         )
     else:
-        write_plain(
-            folder, denoiser, config.shape, class_names=config.class_names, scaling=config.scaling, autoencoder=record
-        )
+        write_plain(folder, denoiser, config.shape, class_names=config.class_names, scaling=scaling, autoencoder=record)
     if pictures:
         # The picture of a network with classes cycles through them.
         labels = torch.arange(samples) % config.classes if config.classes else None
@@ -80,7 +86,7 @@ def export_run(
             cpu,
             labels,
             sigmas=sigmas,
-            scaling=config.scaling,
+            scaling=scaling,
             autoencoder=autoencoder,
         ).numpy()
         numbers = None if labels is None else labels.numpy()
@@ -98,9 +104,9 @@ def export_run(
         version=config.version,
         results=results,
         grid=_GRID if pictures else None,
-        floating=config.scaling is not None,
-        autoencoder=config.autoencoder,
-        scaling=config.scaling,
+        floating=scaling is not None,
+        autoencoder=record,
+        scaling=scaling,
         pipeline=format == "diffusers",
     )
     (folder / "README.md").write_text(card.text(), "utf-8")

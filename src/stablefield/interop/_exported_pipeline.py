@@ -81,8 +81,8 @@ class StablefieldPipeline(DiffusionPipeline):
             return_dict: return an object with `images`, or a tuple.
 
         Raises:
-            ValueError: for an unknown solver, output or class name, guidance without classes, or another number of classes
-                than of images.
+            ValueError: for an unknown solver, output or class name, classes or guidance of a model without classes, or
+                another number of classes or generators than of images.
         """
         floating = self.scaling is not None and self.vae is None
         if output_type is None:
@@ -96,6 +96,8 @@ class StablefieldPipeline(DiffusionPipeline):
             )
         config, device = self.unet.config, self._execution_device
         classes = None if class_labels is None else self._numbers(class_labels)
+        if classes is not None and not (getattr(config, "num_classes", 0) or self._embeddings):
+            raise ValueError(f"class_labels is {class_labels}, and this model has no classes: leave it out.")
         if batch_size is None:
             lists = (classes, generator if isinstance(generator, list) else None)
             batch_size = next((len(one) for one in lists if one is not None and not isinstance(one, int)), 1)
@@ -103,6 +105,10 @@ class StablefieldPipeline(DiffusionPipeline):
             size = config.sample_size
             shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))
             if isinstance(generator, list):
+                if len(generator) != batch_size:
+                    raise ValueError(
+                        f"generator holds {len(generator)} generators for {batch_size} images: pass one per image."
+                    )
                 rows = [torch.randn(shape, generator=one, device=one.device).to(device) for one in generator]
                 latents = torch.stack(rows)
             else:

@@ -15,7 +15,8 @@ from stablefield.diffusion._process import EDM, VE, VP, RectifiedFlow
 from stablefield.diffusion._weighting import EDMWeighting, FlowWeighting, SNRWeighting
 from stablefield.interop._architecture import Architecture
 from stablefield.interop._inert import plain_text
-from stablefield.interop._published import Preconditionings, PublishedNetwork, Scaling, read_published
+from stablefield.interop._plain_export import Preconditionings
+from stablefield.interop._published import PublishedNetwork, Scaling, read_published
 from stablefield.interop._sit_architecture import SiTArchitecture
 from stablefield.training._checkpoint import State, Trained, save
 from stablefield.training._recipe import Recipe, SiTConfig, SongUNetConfig
@@ -38,9 +39,9 @@ def import_run(
     Args:
         file: a pickle of the EDM family (.pkl), a torch file (.pt, .pth) or safetensors.
         out: folder of the run, new or empty.
-        preconditioning: the preconditioning that the network was trained with; needed if the file does not state it: "flow"
-            for SiT's weights, "ddpm" for DiT's.
-        heads: of the attention of a SiT or DiT; needed for other widths than those of the published networks.
+        preconditioning: the preconditioning that the network was trained with; needed if neither the file states it nor the
+            config.json beside it, as `Run.export` writes it: "flow" for SiT's weights, "ddpm" for DiT's.
+        heads: of the attention of a SiT or DiT; needed likewise for other widths than those of the published networks.
 
     Raises:
         ValueError: if the file holds no such network, or the folder is not empty or cannot be written.
@@ -70,7 +71,12 @@ def write_imported_run(path: Path, network: PublishedNetwork, source: Path) -> R
         data=f"imported from {plain_text(source.name)}",
         shape=(architecture.channels, *architecture.size),
         classes=architecture.classes,
-        manifest={"imported": plain_text(source.name), "sha256": sha256(source), "origin": network.origin},
+        manifest={
+            **network.manifest,
+            "imported": plain_text(source.name),
+            "sha256": sha256(source),
+            "origin": network.origin,
+        },
         recipe=recipe,
         version=stablefield.__version__,
     )

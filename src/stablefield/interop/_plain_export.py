@@ -1,19 +1,61 @@
 """A denoiser as plain files: its network's state in safetensors and its options in JSON, no code.
 
 model.safetensors  config.json
+
+`read_plain_config` reads back what config.json states, which the weights do not: the preconditioning with its numbers, a
+transformer's heads, the scaling of float data, the names of the classes.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from stablefield._regular_file import JSON_LIMIT, open_regular, reason
 from stablefield.data._autoencoder import AutoencoderRecord
 from stablefield.data._scaling import Scaling
-from stablefield.diffusion._preconditioning import Denoiser
+from stablefield.diffusion._preconditioning import (
+    DDPMPreconditioning,
+    Denoiser,
+    EDMPreconditioning,
+    FlowPreconditioning,
+    VEPreconditioning,
+    VPPreconditioning,
+)
 from stablefield.interop._pipeline_folder import network_options, preconditioning_options
+from stablefield.training._files import write_tensors
+from stablefield.training._records import parse
 
-__all__ = ["write_plain"]
+__all__ = ["PlainConfig", "Preconditionings", "read_plain_config", "write_plain"]
+
+Preconditionings = (
+    EDMPreconditioning | VPPreconditioning | VEPreconditioning | FlowPreconditioning | DDPMPreconditioning
+)
+_KINDS: Mapping[str, type[Preconditionings]] = {
+    "edm": EDMPreconditioning,
+    "vp": VPPreconditioning,
+    "ve": VEPreconditioning,
+    "flow": FlowPreconditioning,
+    "ddpm": DDPMPreconditioning,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainConfig:
+    """What a config.json states of the network beside it.
+
+    Attributes:
+        kind: of the preconditioning, such as "edm".
+        preconditioning: with its numbers.
+        heads: of a transformer's attention; None for other networks.
+        manifest: of the data: the names of the classes, and the scaling of float data, if there are any.
+    """
+
+    kind: str
+    preconditioning: Preconditionings
+    heads: int | None
+    manifest: Mapping[str, Any]
 
 
 def write_plain(
@@ -39,8 +81,6 @@ def write_plain(
         ValueError: if the folder is not empty or cannot be written, or the kind of network or preconditioning is not
             supported.
     """
-    from safetensors.torch import save_file
-
     kind, options = network_options(denoiser.network)
     name, arguments = preconditioning_options(denoiser)
     record: dict[str, Any] = {
@@ -60,7 +100,48 @@ def write_plain(
         if any(path.iterdir()):
             raise ValueError(f"out={path} is not empty: name a new folder.")
         state = denoiser.network.state_dict()
-        save_file({key: value.contiguous().cpu() for key, value in state.items()}, path / "model.safetensors")
+        write_tensors(path / "model.safetensors", {key: value.contiguous().cpu() for key, value in state.items()})
         (path / "config.json").write_text(json.dumps(record, indent=2) + "\n")
     except OSError as error:
         raise ValueError(f"out={path} cannot be written ({error.strerror}): name another place.") from error
+
+
+def read_plain_config(weights: Path) -> PlainConfig | None:
+    """Read the config.json beside a file of weights.
+
+    Returns:
+        Its content; None if there is none, or it is not one of `write_plain`.
+
+    Raises:
+        ValueError: if it is too long or damaged, or what it states cannot be used.
+    """
+    path = weights.with_name("config.json")
+    try:
+        with open_regular(path) as file:
+            text = file.read(JSON_LIMIT + 1)
+        if len(text) > JSON_LIMIT:
+            raise ValueError(f"it is longer than {JSON_LIMIT:,} bytes")
+        return _plain_config(parse(text))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"the config.json beside it cannot be used: {reason(error)}.") from error
+
+
+def _plain_config(record: Mapping[str, Any]) -> PlainConfig | None:
+    stated = record.get("preconditioning")
+    if not isinstance(stated, dict) or "denoiser" not in record:
+        return None
+    entries = cast("dict[str, Any]", stated)
+    kind, options = entries.get("kind"), entries.get("options")
+    if kind not in _KINDS or not isinstance(options, dict):
+        raise ValueError(f"its preconditioning is {str(entries)[:80]}")
+    manifest = {name: record[name] for name in ("class_names", "autoencoder") if record.get(name) is not None}
+    scaling = Scaling.of_manifest(record)
+    if scaling is not None:
+        manifest["scaling"] = scaling.record
+    network: Any = record.get("network")
+    heads = network["options"].get("heads") if isinstance(network, dict) and network.get("kind") == "sit" else None
+    return PlainConfig(
+        kind=kind, preconditioning=_KINDS[kind](**cast("dict[str, Any]", options)), heads=heads, manifest=manifest
+    )

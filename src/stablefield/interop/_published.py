@@ -3,7 +3,8 @@ r"""Published networks: read a file of the EDM family, or a plain state dict, in
 A file of the EDM family is a pickled dict whose `ema` is an object of a preconditioning class that is saved with its source
 text: `EDMPrecond`, `VPPrecond` or `VEPrecond`, with the U-Net as its submodule `model`. This module uses only the class's
 name, its plain attributes and the tensors, never the source text. A file of SiT or DiT is a state dict, or a dict with one
-as `ema`; SiT's checkpoints have the options of the training beside it, which name path and prediction.
+as `ema`; SiT's checkpoints have the options of the training beside it, which name path and prediction. The config.json
+beside an export as plain files states all that its weights do not.
 
 References:
     Karras, Aittala, Aila, Laine, "Elucidating the Design Space of Diffusion-Based Generative Models", NeurIPS 2022,
@@ -15,7 +16,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from stablefield.diffusion._preconditioning import (
 )
 from stablefield.interop._architecture import Architecture, infer_architecture
 from stablefield.interop._inert import MAX_AXES, Array, Node, RefusedError, TensorView, plain_text
+from stablefield.interop._plain_export import Preconditionings, read_plain_config
 from stablefield.interop._sit_architecture import SiTArchitecture, infer_sit, is_sit
 from stablefield.interop._weight_files import MAX_TENSORS, read_weight_file
 
@@ -37,10 +39,6 @@ __all__ = ["Preconditionings", "PublishedNetwork", "Scaling", "read_published", 
 
 Scaling = Literal["edm", "vp", "ve", "flow", "ddpm"]
 """The kind of preconditioning, for files that do not state it: flow for SiT's published weights, ddpm for DiT's."""
-
-Preconditionings = (
-    EDMPreconditioning | VPPreconditioning | VEPreconditioning | FlowPreconditioning | DDPMPreconditioning
-)
 
 _CLASSES: Mapping[str, Scaling] = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve"}
 # Prefixes that a wrapper may have added to the names of the network's own state, outermost first.
@@ -67,12 +65,14 @@ class PublishedNetwork:
         preconditioning: the scalings around it.
         state: the network's tensors, float32, under the names of `SongUNet` or `SiT`.
         origin: their location in the file, and the source of the preconditioning.
+        manifest: of the data, if config.json states it: the names of the classes, the scaling of float data.
     """
 
     architecture: Architecture | SiTArchitecture
     preconditioning: Preconditionings
     state: Mapping[str, Tensor]
     origin: str
+    manifest: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def denoiser(self) -> Denoiser:
         """The denoiser with these weights, in evaluation mode."""
@@ -93,7 +93,8 @@ def read_published(path: Path, scaling: Scaling | None = None, heads: int | None
     Args:
         path: a pickle of the EDM family, a `torch.save` file with such an object or a state dict, or a safetensors file.
         scaling: the preconditioning that the network was trained with; the file's own if not given.
-        heads: of the attention of a SiT or DiT; by default those of the published network of its width.
+        heads: of the attention of a SiT or DiT; by default those that config.json states, or of the published network of its
+            width.
 
     Returns:
         The network, with its averaged weights if the file has them.
@@ -111,6 +112,9 @@ def read_published(path: Path, scaling: Scaling | None = None, heads: int | None
         transformer = is_sit(state)
         if heads is not None and not transformer:
             raise ValueError(f"heads={heads}: {name} holds a U-Net, which shows its own attention; leave heads out.")
+        stated = read_plain_config(path) if not found.class_name else None
+        if stated is not None and transformer and heads is None:
+            heads = stated.heads
         architecture = infer_sit(state, heads) if transformer else infer_architecture(state)
         known = _CLASSES.get(found.class_name) or _of_options(found.options)
         if found.class_name and known is None:
@@ -121,6 +125,19 @@ def read_published(path: Path, scaling: Scaling | None = None, heads: int | None
         preconditioning = _preconditioning(known or scaling or "edm", found.attributes)
     except RefusedError as error:
         raise RefusedError(f"{name} is refused: {error}") from error
+    if stated is not None:
+        if scaling not in (None, stated.kind):
+            raise ValueError(
+                f"preconditioning={scaling} contradicts the config.json beside {name}, which states {stated.kind}: leave it "
+                "out."
+            )
+        return PublishedNetwork(
+            architecture=architecture,
+            preconditioning=stated.preconditioning,
+            state=tensors,
+            origin=f"{where}; preconditioning of its config.json",
+            manifest=stated.manifest,
+        )
     if known is None and scaling is None:
         choices = "flow for SiT's weights, or ddpm for DiT's" if transformer else "edm, vp or ve"
         raise ValueError(

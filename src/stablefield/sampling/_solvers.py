@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from stablefield.sampling._solver_loop import Denoise
 __all__ = ["SOLVERS", "Grid", "SamplerName", "Solve", "Solver", "SolverOptions", "option_text"]
 
 Grid = Literal["edm", "ve", "vp", "cosine"]
+Predictor = Literal["reverse_diffusion", "ancestral"]
 
 Solve = Callable[[Denoise, Tensor, Tensor], Tensor]
 """A solver: from the denoiser, x at the first noise level (B, ...) and the grid of noise levels (steps + 1,) to the samples
@@ -136,7 +137,7 @@ class SolverOptions:
     """Standard deviation of the churn noise."""
     eta: float = 1.0
     """Share of noise in dpmpp-2m-sde; 0 is dpmpp-2m."""
-    predictor: Literal["reverse_diffusion", "ancestral"] = "reverse_diffusion"
+    predictor: Predictor = "reverse_diffusion"
     """Rule of pc-ve and pc-vp for a step to the next noise level."""
     corrector_steps: int = 1
     """Langevin steps per level of pc-ve and pc-vp. Each image's own norm sets their size, so that a seed gives the same
@@ -161,6 +162,10 @@ class SolverOptions:
                 f"sampler={self.sampler!r} is none of {', '.join(SOLVERS)}: pass one of these."
                 + (f" Did you mean {near[0]}?" if near else "")
             )
+        for name, kind in (("grid", Grid), ("predictor", Predictor)):
+            value = getattr(self, name)
+            if value is not None and value not in get_args(kind):
+                raise ValueError(f"{name}={value!r:.40} is none of {', '.join(get_args(kind))}: pass one of these.")
         for name in dict.fromkeys(name for solver in SOLVERS.values() for name in solver.options):
             value = getattr(self, name)
             if name not in self.solver.options and value != defaults[name]:
@@ -195,7 +200,12 @@ class SolverOptions:
         if self.solver.steps is None and self.steps is not None:
             instead = " and ".join(f"{name}=..." for name in self.solver.options)
             raise ValueError(f"steps={self.steps}: {self.sampler} chooses its own; set {instead} instead.")
-        self.sigmas(None)
+        sigmas = self.sigmas(None)
+        if self.churn and not bool(((sigmas >= low) & (sigmas <= high) & (sigmas > 0)).any()):
+            raise ValueError(
+                f"churn_range={option_text(self.churn_range)} holds none of the grid's noise levels, "
+                f"{float(sigmas[-2]):.3g} to {float(sigmas[0]):.3g}, so there is no churn: pass a wider range."
+            )
 
     @property
     def solver(self) -> Solver:

@@ -188,7 +188,7 @@ def compare(
     for run in runs:
         place = _folder(folder, run, settings)
         if optimum is None and not is_done(place):
-            optimum = optimum_of(data, where, labelled=run.config.classes > 0)
+            optimum = optimum_of(run.config, data, where)
         outcome = run_one(
             place,
             data,
@@ -316,7 +316,7 @@ def _seconds(
     # A run builds three networks, its own and one per target for gradients, and draws a picture; the report draws two more.
     rest = begun * (3 * found.setup_seconds + NFE * _PICTURE * per_row) + 2 * NFE * _PICTURE * per_row + _REPORT
     if begun:
-        rest += _optimum_seconds(data, device, labelled=config.classes > 0)
+        rest += _optimum_seconds(config, data, device)
     return training, scores, rest
 
 
@@ -328,12 +328,12 @@ def _reading_seconds(check: SelfCheck, data: ImageSet, device: torch.device) -> 
     return time.perf_counter() - began
 
 
-def _optimum_seconds(data: ImageSet, device: torch.device, *, labelled: bool) -> float:
+def _optimum_seconds(config: RunConfig, data: ImageSet, device: torch.device) -> float:
     """Time for the exact posterior mean of all rows: a constant part, and a part per row."""
     times: list[float] = []
     for rows in (_FEW, _FEW, _SOME):  # the first call is slower
         began = time.perf_counter()
-        optimum_of(data, device, labelled=labelled, rows=rows)
+        optimum_of(config, data, device, rows=rows)
         times.append(time.perf_counter() - began)
     each = max(0.0, (times[2] - times[1]) / (_SOME - _FEW))
     return times[2] + each * (rows_of(data) - min(_SOME, len(data)))

@@ -33,10 +33,10 @@ from stablefield.training._model import build_denoiser, require_fit
 from stablefield.training._observers import classes_in_turn, samples
 from stablefield.training._pace import Pace
 from stablefield.training._placement import placed
-from stablefield.training._post_hoc import take_snapshot
+from stablefield.training._post_hoc import remove_snapshots, take_snapshot
 from stablefield.training._report_writer import ReportWriter, log_environment
 from stablefield.training._run_config import RunConfig
-from stablefield.training._run_data import held_out_data, training_data
+from stablefield.training._run_data import check_vae, held_out_data, training_data
 from stablefield.training._run_folder import RunFolder
 from stablefield.training._samples import Samples
 from stablefield.training._stepper import Stepper
@@ -44,6 +44,11 @@ from stablefield.training._stepper import Stepper
 __all__ = ["Observer", "Report", "TrainingError", "fit"]
 
 SAMPLE_SEEDS = range(64)
+# Entries of metrics.jsonl that are the loop's own.
+_LOGGED = (
+    "step", "images", "loss", "variance_removed", "loss_minus_floor", "images_per_second", "target_share", "learning_rate",
+    "bin_edges", "bin_loss", "bin_variance_removed",
+)  # fmt: skip
 
 
 class TrainingError(Exception):
@@ -111,6 +116,7 @@ def fit(
     accelerator = accelerator or make_accelerator(device, tracker, folder)
     device = accelerator.device
     ranks = Ranks.launched(device)
+    check_vae(vae, config)
     record, autoencoder = config.autoencoder, None
     if record is not None:
         with ranks.rank_0_first("to open the autoencoder"):
@@ -181,6 +187,8 @@ class _Loop:
         if self._main:
             # Newer checkpoints are damaged, or they would have been used: they must not count among those to keep.
             folder.remove_after(self._state.step)
+            # The steps that made them are taken back, and will be taken again.
+            remove_snapshots(folder.snapshots, self._state.step)
             sweep(folder.path)
             folder.rewind_log(self._state.step)
         self._reported, self._logged = self._meter(), self._meter()
@@ -312,7 +320,13 @@ class _Loop:
         with self._average() as ema:
             for observer in self._observers:
                 if ema is not None and (last or done % observer.every == 0):
-                    found |= observer(done, ema)
+                    new = observer(done, ema)
+                    if taken := [name for name in new if name in found or name in _LOGGED]:
+                        raise ValueError(
+                            f"observers: {type(observer).__name__} returned {', '.join(taken)}, which metrics.jsonl has "
+                            "from another source: return another name."
+                        )
+                    found |= new
         if found:
             self._pause()
         return found

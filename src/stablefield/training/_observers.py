@@ -7,8 +7,12 @@ A Frechet distance on n samples is biased upwards, by about c / n, and noisy. So
 - the value;
 - its standard error, by the jackknife over g groups: with $\theta_{-j}$ the value without group j and $\bar\theta$
   their mean, $s^2 = \frac{g - 1}{g} \sum_j (\theta_{-j} - \bar\theta)^2$;
-- the floor: the distance of n real images, drawn from the set, to the whole set. A perfect model reads about the
-  floor, so judge a model by its excess over the floor, in units of the standard error.
+- the floor: the distance of n real images, drawn from the set with replacement, to the whole set. A perfect model reads
+  about the floor, so judge a model by its excess over the floor, in units of the standard error. (n different images of a
+  set of N read less than a perfect model, and nothing at n = N.)
+
+The seeds take classes in turn, so each group of the jackknife has about the same share of every class: otherwise its error
+would be that of the differences between classes.
 
 Every check uses the same seeds, so the readings of a run differ by the model, not by the draw.
 
@@ -34,7 +38,6 @@ from stablefield.evaluation._extractor import Extractor
 from stablefield.evaluation._features import Gaussian, checked, fit_features, in_float64
 from stablefield.evaluation._fid import distance_between
 from stablefield.evaluation._inception import metric_name
-from stablefield.evaluation._reference import ReferenceSet
 from stablefield.sampling._seeded_images import chunks_of, draw, to_uint8
 from stablefield.sampling._solvers import SolverOptions
 
@@ -108,7 +111,7 @@ class Reading:
     standard_error: float
     """Standard error of the value, over fresh samples of the same number."""
     floor: float
-    """The value of as many real images."""
+    """The value of as many real images, drawn with replacement."""
     count: int
     """Number of samples."""
 
@@ -132,7 +135,7 @@ class SelfCheck:
     reference: Gaussian
     """Gaussian fit to the features of the whole set."""
     floor: float
-    """The distance of as many real images."""
+    """The distance of as many real images, drawn with replacement."""
     seeds: tuple[int, ...]
     """Seeds of the samples of every check."""
     batch: int = 250
@@ -166,7 +169,7 @@ class SelfCheck:
         batches = image_batches(images.images, np.arange(len(images)), batch)
         (real,) = extract(batches, [ExtractorPass(extractor=extractor)], "real image")
         gaussian = real.gaussian
-        part = ReferenceSet(images=images, split="train", count=samples).rows
+        part = np.random.default_rng(0).integers(len(images), size=samples)
         floor = distance_between(fit_features(real.matrix()[torch.from_numpy(part)]), gaussian).value
         return cls(
             extractor=extractor,
@@ -177,11 +180,12 @@ class SelfCheck:
             groups=groups,
         )
 
-    def read(self, draw: Callable[[Sequence[int]], Tensor]) -> Reading:
+    def read(self, draw: Callable[[Sequence[int]], Tensor], labels: Tensor | None = None) -> Reading:
         """Draw the samples and measure them.
 
         Args:
             draw: maps seeds to images, uint8, shape (len(seeds), C, H, W).
+            labels: classes that the seeds are given, shape (len(self.seeds),); None without.
 
         Raises:
             ValueError: if the extractor rejects the images, or their features are not finite.
@@ -196,7 +200,7 @@ class SelfCheck:
         return Reading(
             name=metric_name("FID", "Frechet distance", self.extractor),
             value=distance_between(fit_features(features), self.reference).value,
-            standard_error=jackknife_error(features, self.reference, self.groups),
+            standard_error=jackknife_error(features, self.reference, self.groups, labels),
             floor=self.floor,
             count=len(features),
         )
@@ -232,13 +236,15 @@ def check_samples(given: str, samples: int, images: int | None = None, groups: i
         )
 
 
-def jackknife_error(features: Tensor, reference: Gaussian, groups: int = 20) -> float:
+def jackknife_error(features: Tensor, reference: Gaussian, groups: int = 20, labels: Tensor | None = None) -> float:
     """Standard error of the squared Frechet distance of `features` to `reference`, over fresh samples.
 
     Args:
-        features: shape (n, d), n >= 2 groups; n may be below d. Row k is in group k mod `groups`.
+        features: shape (n, d), n >= 2 groups; n may be below d. Row k is in group k mod `groups`, counted in the order of
+            the labels if there are any.
         reference: the other Gaussian, taken as exact.
         groups: number of groups, at least 2.
+        labels: classes of the rows, shape (n,), if fresh samples have as many of each; None without.
 
     Raises:
         ValueError: if the features are not a valid array, or there are too few rows for the groups.
@@ -247,6 +253,8 @@ def jackknife_error(features: Tensor, reference: Gaussian, groups: int = 20) -> 
         raise ValueError(f"groups={groups}: a jackknife takes at least 2.")
     x = in_float64(checked("features", features, 2 * groups, f"each of {groups} groups takes 2 rows"))
     group = torch.arange(len(x), device=x.device) % groups
+    if labels is not None:
+        group[labels.to(x.device).argsort(stable=True)] = group.clone()
     # The cross term depends only on the rows times the reference's factor. n rows span at most n dimensions: in
     # coordinates of these the singular values are the same, and cheaper if there are fewer rows than columns.
     z = x @ reference.factor.T
@@ -297,7 +305,8 @@ class FrechetObserver:
 
     def __call__(self, step: int, denoiser: Denoiser) -> dict[str, float]:
         """Measure the model."""
-        reading = self._check.read(lambda seeds: self._samples(denoiser, seeds))
+        labels = classes_in_turn(self._check.seeds, self._classes)
+        reading = self._check.read(lambda seeds: self._samples(denoiser, seeds), labels)
         if self._tell is not None:
             self._tell(step, reading)
         return {"frechet": reading.value, "frechet_error": reading.standard_error, "frechet_floor": reading.floor}

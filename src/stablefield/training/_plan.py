@@ -28,7 +28,7 @@ from stablefield.training._recipe import Recipe
 from stablefield.training._recipes import largest_resolution, recipe_for
 from stablefield.training._report_writer import report_seconds
 from stablefield.training._run_config import RunConfig
-from stablefield.training._run_data import check_fit, held_out_data
+from stablefield.training._run_data import check_fit, check_vae, held_out_data
 from stablefield.training._run_folder import HasFolder
 from stablefield.training._time_budget import PICTURE, costs_of, narrowed, seconds_of, within
 from stablefield.training._weight_source import WeightSource, copied_weights, open_weights, side_of
@@ -99,6 +99,7 @@ class Plan:
                 break
             config = dataclasses.replace(config, recipe=narrower)
             costs = costs_of(narrower, estimate_run(config, self.data, where))
+        check_vae(vae, config)
         autoencoder = config.autoencoder
         if autoencoder is not None:
             decoding = autoencoder.open(vae, where).decoding_seconds(config.shape, PICTURE)

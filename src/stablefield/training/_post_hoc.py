@@ -19,6 +19,7 @@ References:
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ from stablefield.training._files import write_tensors
 from stablefield.training._fully_sharded import whole
 from stablefield.training._records import is_count, parse, seal, unseal
 
-__all__ = ["Profile", "combine", "mixture", "snapshot_steps", "take_snapshot"]
+__all__ = ["Profile", "combine", "mixture", "remove_snapshots", "snapshot_steps", "take_snapshot"]
 
 
 class Profile(NamedTuple):
@@ -102,6 +103,14 @@ def take_snapshot(
     metadata = {"averages": json.dumps(seal(record))}
     write_atomically(path, lambda temporary: write_tensors(temporary, tensors, metadata))
     return path
+
+
+def remove_snapshots(folder: Path, after: int) -> None:
+    """Delete the snapshots of later steps than `after`."""
+    for path in folder.glob("step-*.safetensors"):
+        named = re.fullmatch(r"step-(\d+)\.safetensors", path.name)
+        if named is not None and int(named[1]) > after:
+            path.unlink()
 
 
 def snapshot_steps(folder: Path) -> list[int]:

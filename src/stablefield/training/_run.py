@@ -41,10 +41,10 @@ from stablefield.training._pace import Pace
 from stablefield.training._plan import Images, place
 from stablefield.training._post_hoc import combine, snapshot_steps
 from stablefield.training._run_config import RunConfig
-from stablefield.training._run_data import held_out_data, training_data
+from stablefield.training._run_data import data_of, existing, held_out_data, open_part, training_data
 from stablefield.training._run_folder import RunFolder
 from stablefield.training._run_report import RunReport, read_report
-from stablefield.training._run_source import RunSource, data_of, existing
+from stablefield.training._run_source import RunSource
 from stablefield.training._sampler import RunSampler, SamplerOptions
 from stablefield.training._samples import Samples
 
@@ -290,7 +290,7 @@ class Run:
         opened = self.sampler(sampler, device=device, vae=vae)
         config = self.config
         if data is None:
-            data = partial(_part, data_of(config), config)
+            data = partial(open_part, config)
         return evaluate(
             RunSource(opened, str(self.path), samples, seed),
             data=data,
@@ -369,7 +369,8 @@ class Run:
             name: model name on the card; the run folder's by default.
             samples: number of images in the card's picture; 0 for none.
             steps: steps of Heun's method for these images.
-            vae: the autoencoder's place, if it has moved; a pipeline of a run on latents of images includes it.
+            vae: the autoencoder's place, if it has moved, or of one that decodes what an imported network draws; a pipeline
+                of latents of images includes it.
 
         Returns:
             The folder.
@@ -419,7 +420,7 @@ class Run:
             ImportError: if Pillow is not installed.
         """
         path = self.path / "samples" / "training.gif" if path is None else Path(path)
-        if not write_animation(self.path / "samples", path):
+        if not write_animation(self.path / "samples", path, self.step):
             raise ValueError(f"{self.path} has fewer than two sample grids: train with a smaller sample_every.")
         return path
 
@@ -584,10 +585,6 @@ def _seeds(seeds: int | Sequence[int]) -> list[int]:
     if not wanted or len(set(wanted)) < len(wanted):
         raise ValueError(f"seeds holds {len(wanted)} seeds, {len(set(wanted))} of them different: pass each once.")
     return wanted
-
-
-def _part(source: str, config: RunConfig, split: str) -> ImageSet:
-    return open_images(source, split=split, **config.opening)
 
 
 def _warn(model: OpenModel, argument: str = "ema") -> None:

@@ -1,11 +1,31 @@
 """The data of a run: whether they fit its recipe, and whether they are those that it was started with."""
 
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
 from stablefield.data._image_set import ImageSet
 from stablefield.data._png import is_picture
+from stablefield.data._source import open_images
 from stablefield.training._recipe import Recipe
 from stablefield.training._run_config import RunConfig
 
-__all__ = ["check_fit", "held_out_data", "training_data"]
+__all__ = [
+    "OTHERS",
+    "check_fit",
+    "check_vae",
+    "data_of",
+    "existing",
+    "held_out_data",
+    "open_part",
+    "optimum_data",
+    "require_same",
+    "training_data",
+]
+
+OTHERS = ": to measure against other images, pass data=IMAGES"
+"""What to do in an evaluation if a run's data have changed."""
 
 
 def check_fit(recipe: Recipe, data: ImageSet, held_out: int = 0) -> None:
@@ -58,19 +78,73 @@ def check_fit(recipe: Recipe, data: ImageSet, held_out: int = 0) -> None:
         )
 
 
+def check_vae(vae: str | Path, config: RunConfig) -> None:
+    """Check that the data are latents if the place of their autoencoder is given.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    if vae and config.autoencoder is None:
+        raise ValueError(
+            f"vae={vae} does nothing: the run's data are no latents that stablefield.data.encode made. Leave it out; to "
+            "train on latents of images, encode them first."
+        )
+
+
 def training_data(config: RunConfig, data: ImageSet) -> ImageSet:
     """Check that the data are those of a run, and number their classes, and scale float data, as at its start.
 
     Raises:
         ValueError: if they are not.
     """
-    if data.manifest["sha256"] != config.manifest.get("sha256"):
-        raise ValueError(f"{config.data} is not what this run was started with (its pixels' sha256 differs).")
+    require_same(config, data)
     # The run may have started with the classes numbered in another order.
     data = config.numbered(data)
     if config.classes and data.manifest["labels_sha256"] != config.manifest.get("labels_sha256"):
         raise ValueError(f"{config.data} is not what this run was started with (its labels' sha256 differs).")
     return data
+
+
+def require_same(config: RunConfig, data: ImageSet, remedy: str = "") -> None:
+    """Check that data are those of a run, by their checksum; an error ends with the remedy.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    if data.manifest["sha256"] != config.manifest.get("sha256"):
+        raise ValueError(f"{config.data} is not what this run was started with (its pixels' sha256 differs){remedy}.")
+
+
+def open_part(config: RunConfig, split: str) -> ImageSet:
+    """Open a split of a run's own data, as in its training.
+
+    Raises:
+        ValueError: if the data are missing, or those of the training have changed.
+    """
+    found = open_images(data_of(config), split=split, **config.opening)
+    if split == "train":
+        require_same(config, found, OTHERS)
+    return found
+
+
+def data_of(config: RunConfig) -> str:
+    """A run's training data, as a name for `open_images`.
+
+    Raises:
+        ValueError: if the data are missing.
+    """
+    return existing("data", config.data)
+
+
+def existing(name: str, place: str) -> str:
+    """The place of a run's data, for the argument `name`.
+
+    Raises:
+        ValueError: if there are no data.
+    """
+    if place != "digits" and not place.startswith("hf:") and not Path(place).exists():
+        raise ValueError(f"{name} is missing: the run's own data, {place}, do not exist; name their new place.")
+    return place
 
 
 def held_out_data(config: RunConfig, others: ImageSet | None) -> ImageSet:
@@ -88,3 +162,29 @@ def held_out_data(config: RunConfig, others: ImageSet | None) -> ImageSet:
     if config.classes and (others.labels is None or int(others.labels.max()) >= config.classes):
         raise ValueError(f"held_out={others.name} needs labels of the run's {config.classes} classes, from 0.")
     return others
+
+
+def optimum_data(config: RunConfig, data: ImageSet) -> ImageSet:
+    """The samples whose posterior mean is the optimum of a run: those that it trains on, with their mirror images if it has.
+
+    Latents of images, which training draws anew, are one draw here.
+
+    Args:
+        config: of the run.
+        data: the run's data, all of them.
+    """
+    data = config.numbered(data)
+    images, labels, flipped = data.images, data.labels, data.flipped
+    rows = config.training_rows(len(data))
+    if rows is not None:
+        images, labels = data.batch(rows)
+    if config.recipe.mirror:
+        if flipped is None:
+            mirrored = images[..., ::-1]
+        else:
+            rows = slice(None) if rows is None else rows
+            noise = np.random.default_rng(config.recipe.seed).standard_normal(images.shape, np.float32)
+            mirrored = (flipped.mean[rows] + flipped.std[rows] * noise).astype(images.dtype)
+        images = np.concatenate([images, mirrored])
+        labels = None if labels is None else np.concatenate([labels, labels])
+    return dataclasses.replace(data, images=images, labels=labels, moments=None, flipped=None)

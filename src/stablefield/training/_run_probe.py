@@ -24,7 +24,7 @@ from stablefield.training._model import open_model
 from stablefield.training._placement import resolve_references
 from stablefield.training._recipe import Recipe
 from stablefield.training._recipes import imagefolder, largest_resolution, recipe_for
-from stablefield.training._run_data import training_data
+from stablefield.training._run_data import optimum_data, training_data
 from stablefield.training._run_folder import HasFolder, RunFolder
 
 __all__ = ["is_run", "probe", "usual_training"]
@@ -240,20 +240,12 @@ def _probe_run(
     model = open_model(folder, device=device)
     config = model.config
     images = training_data(config, open_images(config.data, **config.opening, progress=progress))
-    rows = config.training_rows(len(images))
-    if rows is not None:  # the optimum is that of the samples that were trained on
-        values, labels = images.batch(rows)
-        images = dataclasses.replace(images, images=values, labels=labels, moments=None, flipped=None)
     notes = [f"skipped: {complaint}" for complaint in model.complaints] if network is None else []
     if config.autoencoder is not None:
         notes.append("the optimum is that of one draw of the latents, and training draws them anew")
-    elif config.recipe.mirror:
-        both = np.concatenate([images.images, images.images[..., ::-1]])
-        labels = None if images.labels is None else np.concatenate([images.labels, images.labels])
-        images = dataclasses.replace(images, images=both, labels=labels)
     return probe_network(
         model.denoiser if network is None else network,
-        images,
+        optimum_data(config, images),
         by_class=config.classes > 0,
         training=_training_of(config.recipe),
         noise_levels=noise_levels,

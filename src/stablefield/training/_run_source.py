@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,10 +17,9 @@ from stablefield._shapes import whole_number
 from stablefield.data._image_set import ImageSet
 from stablefield.evaluation._sample_source import SampleSource, SamplingRecord
 from stablefield.sampling._seeded_images import chunks_of
-from stablefield.training._run_config import RunConfig
 from stablefield.training._sampler import RunSampler
 
-__all__ = ["RunSource", "data_of", "existing"]
+__all__ = ["RunSource"]
 
 # Network evaluations to time, without the first.
 _TIMED = 4
@@ -47,6 +45,7 @@ class RunSource(SampleSource):
         config = sampler.config
         self.name, self.count, self.class_names = name, samples, config.class_names
         self.shape, self.floating, self.autoencoder = sampler.shape, sampler.floating, sampler.autoencoder
+        self.config = config
         self._evaluations, self._chunks = 0.0, 0
         self._start(0)
 
@@ -130,26 +129,6 @@ class RunSource(SampleSource):
                 f"seed={self._seed}: the last sample's seed, {last}, is above 2^32 - 1; pass a smaller seed."
             )
         return start
-
-
-def data_of(config: RunConfig) -> str:
-    """A run's training data, as a name for `open_images`.
-
-    Raises:
-        ValueError: if the data are missing.
-    """
-    return existing("data", config.data)
-
-
-def existing(name: str, place: str) -> str:
-    """The place of a run's data, for the argument `name`.
-
-    Raises:
-        ValueError: if there are no data.
-    """
-    if place != "digits" and not place.startswith("hf:") and not Path(place).exists():
-        raise ValueError(f"{name} is missing: the run's own data, {place}, do not exist; name their new place.")
-    return place
 
 
 class _EnoughError(Exception):

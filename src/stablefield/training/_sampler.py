@@ -135,11 +135,15 @@ class SamplerOptions(SolverOptions):
             model=own,
             guide=guide,
             device=device,
-            autoencoder=self._autoencoder(own.config, device),
+            autoencoder=self.autoencoder(own.config, device),
         )
 
-    def _autoencoder(self, config: RunConfig, device: torch.device) -> Autoencoder | None:
-        """The autoencoder that decodes the samples; None if they are not decoded."""
+    def autoencoder(self, config: RunConfig, device: torch.device) -> Autoencoder | None:
+        """The autoencoder that decodes the samples; None if they are not decoded.
+
+        Raises:
+            ValueError: if it cannot be opened, or the samples are no latents that it decodes.
+        """
         record = config.autoencoder
         if record is not None:
             return record.open(self.vae, device) if self.decode else None

@@ -50,6 +50,7 @@ from stablefield.training._placement import placed
 from stablefield.training._recipe import Recipe
 from stablefield.training._records import append_line, read_lines, read_record, write_record
 from stablefield.training._run_config import RunConfig
+from stablefield.training._run_data import optimum_data
 from stablefield.training._run_folder import RunFolder
 from stablefield.training._stepper import Stepper
 
@@ -229,19 +230,21 @@ def rows_of(data: ImageSet) -> int:
     return min(len(data), ROWS, max(64, _KEPT // (4 * len(LEVELS) * math.prod(data.shape))))
 
 
-def optimum_of(data: ImageSet, device: torch.device, *, labelled: bool, rows: int | None = None) -> Optimum:
-    """Noisy rows of `data` at `LEVELS` with their exact posterior mean, for all scores of all runs.
+def optimum_of(config: RunConfig, data: ImageSet, device: torch.device, *, rows: int | None = None) -> Optimum:
+    """Noisy rows of a run's data at `LEVELS` with their exact posterior mean, for all scores of all runs.
 
     Args:
+        config: of one of the runs; the optimum has the mirror images and the classes of its training.
         data: the images.
         device: the networks' device.
-        labelled: whether the posterior stays within classes.
         rows: rows per level; `rows_of(data)` if None.
     """
-    labels = torch.from_numpy(data.labels) if labelled and data.labels is not None else None
+    rows = rows_of(data) if rows is None else rows
+    data = optimum_data(config, data)
+    labels = torch.from_numpy(data.labels) if config.classes and data.labels is not None else None
     values = data.images.copy() if data.scaling is None else data.scaled(slice(None))
     population = Population(torch.from_numpy(values).to(device), None if labels is None else labels.to(device))
-    return find_optimum(population, LEVELS, rows=rows_of(data) if rows is None else rows)
+    return find_optimum(population, LEVELS, rows=rows)
 
 
 class Scorer:
@@ -287,7 +290,7 @@ class Scorer:
         }
         newest = folder.newest()
         started = newest[1].step if newest is not None else 0
-        self._seconds = max((score.seconds for score in read_scores(folder.path) if score.step <= started), default=0.0)
+        self._seconds = _seconds_until(self._path, started)
         self._began = time.perf_counter()
 
     @property
@@ -298,7 +301,8 @@ class Scorer:
     def __call__(self, step: int, denoiser: Denoiser) -> dict[str, float]:
         """Score the model, and add a line to scores.jsonl."""
         self._seconds += time.perf_counter() - self._began
-        reading = self._check.read(lambda seeds: self._samples(denoiser, seeds))
+        labels = classes_in_turn(self._check.seeds, self._config.classes)
+        reading = self._check.read(lambda seeds: self._samples(denoiser, seeds), labels)
         variances = {target: self._gradient_variance(stepper, denoiser) for target, stepper in self._steppers.items()}
         fit = self._optimum.fit(denoiser, labelled=self._config.classes > 0)
         score = Score(
@@ -316,6 +320,11 @@ class Scorer:
         append_line(self._path, dataclasses.asdict(score))
         self._began = time.perf_counter()
         return {"frechet": score.frechet, "distance_to_optimum": score.middle}
+
+    def stop(self, step: int) -> None:
+        """Keep the training time up to a stop between two scores, in a line of scores.jsonl that is no score."""
+        self._seconds += time.perf_counter() - self._began
+        append_line(self._path, {"step": step, "seconds": self._seconds})
 
     def _samples(self, denoiser: Denoiser, seeds: Sequence[int]) -> Tensor:
         config, labels = self._config, classes_in_turn(seeds, self._config.classes)
@@ -347,6 +356,16 @@ def read_scores(folder: Path) -> list[Score]:
     return [found[step] for step in sorted(found)]
 
 
+def _seconds_until(path: Path, step: int) -> float:
+    """Training time up to a step, from the lines of scores and stops."""
+    found = [0.0]
+    for record in read_lines(path):
+        seconds = record.get("seconds")
+        if isinstance(seconds, float) and isinstance(record.get("step"), int) and record["step"] <= step:
+            found.append(seconds)
+    return max(found)
+
+
 def settings_of(config: RunConfig, data: ImageSet, extractor: Extractor, samples: int) -> dict[str, Any]:
     """What a run's scores depend on besides its training, as JSON values.
 
@@ -368,6 +387,7 @@ def settings_of(config: RunConfig, data: ImageSet, extractor: Extractor, samples
         "levels": list(LEVELS),
         "rows": rows_of(data),
         "gradients": GRADIENTS,
+        **({"optimum": "with the mirror images"} if config.recipe.mirror else {}),
     }
 
 
@@ -458,7 +478,7 @@ def run_one(
     data = config.numbered(data)
     if not is_done(folder):
         accelerator = make_accelerator(device)
-        optimum = optimum or optimum_of(data, accelerator.device, labelled=config.classes > 0)
+        optimum = optimum or optimum_of(config, data, accelerator.device)
         scorer = Scorer(folder, config, data, check, every, accelerator, optimum)
         done = fit(
             folder,
@@ -472,6 +492,7 @@ def run_one(
             page=False,  # it would count as time of training
         )
         if done < config.recipe.steps:
+            scorer.stop(done)
             return None
         scores = read_scores(folder.path)
         if not scores or scores[-1].step < done:  # the last line of a finished run is damaged

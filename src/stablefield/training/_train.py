@@ -19,6 +19,7 @@ from stablefield.training._pace import Pace, clock
 from stablefield.training._plan import Images, Plan, images_and_recipe, make_plan, place
 from stablefield.training._recipe import Recipe
 from stablefield.training._run import Run, fit_run
+from stablefield.training._run_data import check_vae
 from stablefield.training._run_folder import HasFolder, RunFolder
 from stablefield.training._time_budget import seconds_of
 from stablefield.training._weight_source import open_weights
@@ -118,6 +119,7 @@ def train(
         if superfluous := [name for name, value in given.items() if value is not None]:
             raise ValueError(f"images is a Plan, which holds all settings: leave {' and '.join(superfluous)} out.")
         plan = images
+    check_vae(vae, plan.config)
     pace = None if plan.seconds is None or plan.costs is None else Pace(plan.seconds, plan.costs)
     path = ""
     if ranks.first:
