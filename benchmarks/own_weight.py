@@ -8,7 +8,6 @@ below 50,000 the references are the rows' own images and others drawn without re
 
 import json
 import platform
-import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 import stablefield as sf
+from stablefield._commit import running_commit
 
 LEVELS = (1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0)
 SIZES = (1024, 4096, 50_000)
@@ -42,13 +42,12 @@ def main(folder: Path) -> None:
             row[f"variance_removed_{size}"] = float(target.variance.mean())
         rows.append(row)
         print(f"noise level {level:g}: source weight {row['own_weight_50000']:.4f} among all images")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     record = {
         "command": "python benchmarks/own_weight.py CIFAR_FOLDER",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit,
+        "commit": running_commit(),
         "rows_per_level": ROWS,
         "levels": rows,
     }

@@ -40,11 +40,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import RESULTS, write
+from record import RESULTS, machine, write
 from runners import OURS, PEERS, RUNNERS, Runner, make_runner
 from torch import Generator, Tensor, nn
 
 import stablefield as sf
+from stablefield._commit import running_commit
 from stablefield.evaluation._features import Gaussian, fit_features
 from stablefield.evaluation._fid import distance_between
 from stablefield.sampling._seeded_images import to_uint8
@@ -269,7 +270,8 @@ class Race:
     def _add(self, job: tuple[str, int, float], out: str, err: str, status: int) -> None:
         name, seed, seconds = job
         if status == 0:
-            rows: list[Row] = json.loads(out.splitlines()[-1])
+            made = {"machine": machine(), "commit": running_commit()}  # a race may go on elsewhere
+            rows: list[Row] = [row | made for row in json.loads(out.splitlines()[-1])]
         else:
             error = (err.strip().splitlines() or [f"exit status {status}"])[-1]
             rows = [{"runner": name, "seed": seed, "seconds": seconds, "error": error}]
@@ -358,7 +360,8 @@ def main() -> None:
     weights = sum(weight.numel() for weight in network.parameters())
     shared = {**asdict(setting), "network": f"{type(network).__name__}, {weights:,} weights", "images": len(data)}
     shared |= {"ramp": RAMP, "decay": DECAY, "clip": CLIP, "half_life": HALF_LIFE}
-    if found.get("setting", shared) != shared:
+    ours = json.loads(json.dumps(asdict(OURS)))
+    if found.get("setting", shared) != shared or ours | found.get("ours", {}) != ours:
         raise SystemExit(f"{path} holds a race under other settings: delete it, or name another file with --out.")
     rows: list[Row] = found["rows"]
     command = " ".join(["python benchmarks/race.py", *sys.argv[1:]])

@@ -2,12 +2,13 @@
 
 import json
 import platform
-import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from stablefield._commit import running_commit
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -21,20 +22,21 @@ def processor() -> str:
         return platform.machine()
 
 
+def machine() -> str:
+    """The processor and its threads, and the GPU if there is one."""
+    found = f"{processor()}, {torch.get_num_threads()} threads"
+    return f"{torch.cuda.get_device_name()}; {found}" if torch.cuda.is_available() else found
+
+
 def write(name: str, command: str, values: dict[str, Any]) -> Path:
     """Write results/NAME.json."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    machine = f"{processor()}, {torch.get_num_threads()} threads"
-    if torch.cuda.is_available():
-        machine = f"{torch.cuda.get_device_name()}; {machine}"
     record = {
         "command": command,
-        "machine": machine,
+        "machine": machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit or None,
+        "commit": running_commit(),
         **values,
     }
     RESULTS.mkdir(exist_ok=True)

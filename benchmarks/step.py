@@ -83,11 +83,17 @@ def speed(found: Stepper, batch: int, steps: int, device: torch.device, warm: in
 
 
 def shares(found: Stepper, device: torch.device) -> dict[str, float]:
-    """Shares of a step's time by what the operators are for; of the device's time on a GPU."""
+    """Shares of a step's time by what the operators are for; of the device's time on a GPU.
+
+    Over as many steps as share a call of the target.
+    """
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    found.take(0)
+    together = found.steps_together
+    for step in range(together):
+        found.take(step)
     with profile(activities=activities) as profiled:
-        found.take(1)
+        for step in range(together, 2 * together):
+            found.take(step)
         wait(device)
     totals = dict.fromkeys([*KINDS, "all else"], 0.0)
     for event in profiled.key_averages():

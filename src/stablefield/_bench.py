@@ -151,7 +151,8 @@ class Benchmark(Result):
             Figure(chart, alt=f"Milliseconds per call against {chart.x_label}", title=f"{chart.title}.")
             for chart in self.charts().values()
         ]
-        summary = self.step_text.replace("\n", ": ") or "one call, all rows above the noise band."
+        measured = [text.replace("\n", ": ") for text in (self.step_text, self.transformer_text) if text]
+        summary = "; ".join(measured) or "one call, all rows above the noise band."
         table = Table(
             columns=(
                 *("batch B", "references n", "numbers d", "target, ms", "products, ms", "ratio", "memory, MB"),

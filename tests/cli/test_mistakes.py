@@ -52,6 +52,8 @@ from stablefield.cli.usage import as_flags
         ("sample run --count 4", ["--seeds 0-63"]),
         ("data pack photos --out p.safetensors", ["name it after DATA"]),
         ("doctor now", ["doctor takes no now"]),
+        ("sample run --class one --class three", ["--class is given twice: give all of its values after one"]),
+        ("evaluate run --metrics frechet --metrics kernel", ["--metrics is given twice"]),
         ("sample", ["RUN is missing", "The run's folder"]),
         ("sample --class shoes runs/a", ["RUN is missing", "--class took runs/a, too: name what has no flag first"]),
         ("export run", ["--out is missing"]),

@@ -22,6 +22,7 @@ from stablefield.evaluation._fid import Frechet, frechet_distance_from_features
 from stablefield.evaluation._kid import Kernel
 from stablefield.evaluation._memorisation import nearest_ratio
 from stablefield.evaluation._metric import LOWER, Metric, MetricInput, Value
+from stablefield.evaluation._precision_recall import Precision
 from stablefield.evaluation._result import Evaluation
 from stablefield.evaluation._sample_source import SampleSource, SamplingRecord
 from stablefield.evaluation._time_estimate import TimeEstimate
@@ -119,14 +120,26 @@ def test_samples_are_kept_with_their_classes_beside_as_many_real_images() -> Non
     it = evaluate(Draws(), data=DIGITS, metrics=["frechet"], extractor=NET, repeats=3)
     assert it.samples is not None
     assert it.references is not None
-    assert np.array_equal(it.samples.images, DIGITS.images[:64])
+    drawn = {image.tobytes(): number for number, image in enumerate(DIGITS.images[:30])}  # the first repeat
+    numbers = [drawn[image.tobytes()] for image in it.samples.images]
+    assert sorted(numbers) == list(range(30))
     assert it.samples.labels is not None
-    assert it.samples.labels[:4].tolist() == [0, 1, 0, 1]
+    assert it.samples.labels.tolist() == [number % 2 for number in numbers]
     assert it.samples.class_names == ("a", "b")
     assert it.references.images.shape == (64, 1, 8, 8)
     real = {image.tobytes() for image in DIGITS.images}
     assert all(image.tobytes() in real for image in it.references.images)
     assert it.references.labels is not None
+
+
+def test_samples_that_are_shown_are_a_random_choice_of_sorted_images() -> None:
+    labels = DIGITS.labels
+    assert labels is not None
+    order = np.argsort(labels, kind="stable")
+    it = evaluate(DIGITS.images[order], data=DIGITS, metrics=["frechet"], extractor=NET)
+    assert it.samples is not None
+    digit = {image.tobytes(): label for image, label in zip(DIGITS.images, labels, strict=True)}
+    assert {digit[image.tobytes()] for image in it.samples.images} == set(range(10))
 
 
 def test_memorisation_is_of_the_whole_training_set_and_held_out_images_are_the_test_split() -> None:
@@ -159,12 +172,25 @@ def test_what_a_model_held_out_is_the_control_and_no_training_data() -> None:
     assert it["memorised share of held-out images"].mean == pytest.approx(expected.held_out_memorised)
     assert it["nearer than held-out images"].mean == pytest.approx(expected.closer)
     protocol = it["memorised share"].protocol
-    assert (protocol.reference_count, protocol.split) == (1497, "train, 1497 of 1797 (without the held-out images)")
+    assert protocol.reference_count == 1497
+    assert re.fullmatch(r"train, 1497 of 1797 \(without the held-out images, indices [0-9a-f]{8}\)", protocol.split)
     # The samples are these very images: with all digits as training data every one of them is remembered.
     assert evaluate(Draws(), data=DIGITS, metrics=["nearest"])["memorised share"].mean == 1 > expected.memorised
     given = evaluate(Trained(), data=DIGITS, metrics=["nearest"], held_out=DIGITS.images[:50])
     assert given["memorised share"].mean == pytest.approx(expected.memorised)
     assert given["nearer than held-out images"].protocol.settings["held_out"] == 50
+
+
+def test_numbers_with_another_control_do_not_compare() -> None:
+    one, other, again = (
+        evaluate(DIGITS.images[:50], data=DIGITS, metrics=["nearest"], held_out=DIGITS.images[first : first + 40])
+        for first in (100, 900, 100)
+    )
+    assert all(pair.comparable for pair in one.compare(again).comparisons())
+    by_name = {pair.first.protocol.metric: pair for pair in one.compare(other).comparisons()}
+    assert by_name["memorised share"].comparable
+    assert not by_name["nearer than held-out images"].comparable
+    assert "held_out_images" in by_name["nearer than held-out images"].warning
 
 
 def test_only_the_absence_of_a_test_split_takes_the_control_away_in_silence(tmp_path: Path) -> None:
@@ -257,6 +283,8 @@ def test_features_of_real_images_are_kept_unless_told_otherwise(cache: Path, tmp
         ({"repeats": 0}, "repeats=0"),
         ({"per_class": True, "metrics": ["nearest"]}, "per_class=True: only metrics that read the extractor"),
         ({"held_out": DIGITS, "metrics": ["frechet"]}, "^held_out is the control for nearest"),
+        ({"split": "test"}, "^split='test' has no effect on data that are images already"),
+        ({"metrics": [Precision(3), Precision(5)]}, "^metrics holds several of Precision, which would have one name"),
         ({"device": "gpu"}, "device='gpu'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -38,7 +38,9 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.told.append((self.path, self.headers.get("Authorization"), b""))
-        self.answer(404, {"error": f"no {self.path} here"})
+        if self.path == "/api/models/ada/digits":
+            return self.answer(200, {"id": "ada/digits", "private": not self.server.public})
+        return self.answer(404, {"error": f"no {self.path} here"})
 
     def answer(self, code: int, content: dict) -> None:
         data = json.dumps(content).encode()
@@ -55,7 +57,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub() -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.told, server.refusing = [], False
+    server.told, server.refusing, server.public = [], False, False
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -83,6 +85,11 @@ def export(
     done = fork(COMMAND, "export", run, *flags, **environment)
     done.wait()
     return done
+
+
+@pytest.fixture
+def public(hub: ThreadingHTTPServer) -> None:
+    hub.public = True
 
 
 @pytest.fixture
@@ -123,3 +130,11 @@ def test_hub_that_refuses_is_a_failure_with_its_reason_and_the_export_stays(expo
     assert "\n" not in export.stderr.strip()
     assert "Traceback" not in export.stderr
     assert (tmp_path / "pipe" / "README.md").is_file()
+
+
+@pytest.mark.usefixtures("public")
+def test_nothing_is_uploaded_to_a_public_repository_that_was_to_be_private(export: Fork, hub) -> None:
+    assert export.returncode == 1
+    assert "--push ada/digits failed" in export.stderr
+    assert "the repository exists and is public: make it private on the hub" in export.stderr
+    assert not any("commit" in path or "preupload" in path for path, *_ in hub.told)

@@ -93,3 +93,25 @@ def test_model_that_cannot_be_a_denoiser_is_refused(options, message):
 def test_labels_for_a_model_without_classes_are_refused(x):
     with pytest.raises(ValueError, match="without classes"):
         DiffusersUNet(unet())(x, torch.zeros(4), torch.zeros(4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("kind", ["MLP", "SongUNet", "SiT", "DiffusersUNet"])
+def test_labels_that_a_network_cannot_see_are_refused(kind: str) -> None:
+    generator, shape = torch.Generator().manual_seed(0), (1, 8, 8)
+
+    def make(classes: int) -> torch.nn.Module:
+        match kind:
+            case "MLP":
+                return sf.networks.MLP(shape, width=8, depth=1, classes=classes, generator=generator)
+            case "SongUNet":
+                return sf.networks.SongUNet.ddpmpp((8, 8), 1, 8, (1,), blocks=1, classes=classes, generator=generator)
+            case "SiT":
+                return sf.networks.SiT((8, 8), 4, 1, 16, 1, 2, classes=classes, generator=generator)
+            case _:
+                return DiffusersUNet.sized(8, 1, (8, 8), 1, classes=classes, groups=4)
+
+    x, label = torch.zeros(2, *shape), torch.zeros(2)
+    make(3)(x, label, torch.tensor([2, -1]))
+    for classes, labels in ((0, [0, 1]), (3, [3, 0]), (3, [0, -2])):
+        with pytest.raises(ValueError, match=r"class|label"):
+            make(classes)(x, label, torch.tensor(labels))

@@ -57,3 +57,35 @@ def test_a_network_that_does_not_fit_is_refused_before_the_posteriors_are_comput
     with pytest.raises(ValueError, match="return the shape of the rows"):
         measure_fit(lambda x, s: x[:, 1:], Population(two_gaussians), [0.5, 1.0], progress=seen.append)
     assert seen == []
+
+
+def test_a_network_in_training_is_measured_in_evaluation_mode_and_left_as_it_was(two_gaussians):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.BatchNorm1d(64), torch.nn.Dropout(0.5), torch.nn.Linear(64, 64))
+
+    class Denoised(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network
+
+        def forward(self, x, sigma):  # noqa: ARG002
+            return self.inner(x)
+
+    model, state = Denoised().train(), torch.get_rng_state()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = measure_fit(model, Population(two_gaussians), [0.5, 1.0], rows=32)
+    assert model.training
+    assert network[1].training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    expected = measure_fit(model.eval(), Population(two_gaussians), [0.5, 1.0], rows=32)
+    assert torch.equal(found.distance.mean, expected.distance.mean)
+
+
+def test_labels_of_another_length_are_refused_also_where_samples_are_drawn(digits):
+    data, labels = torch.from_numpy(digits.images)[:100], torch.zeros(200, dtype=torch.int64)
+    for most in (50, 1000):
+        with pytest.raises(
+            ValueError, match=r"^labels has shape \(200,\): pass one integer per sample, shape \(100,\)"
+        ):
+            draw_population(data, labels, by_class=True, max_images=most)

@@ -1,6 +1,7 @@
 """The probe as one call: of images, tensors and runs, with results that print, save and show themselves."""
 
 import csv
+import dataclasses
 import functools
 import json
 import math
@@ -172,6 +173,71 @@ def test_errors_name_the_argument(named, message):
         sf.probe(7)
     with pytest.raises(ValueError, match="nowhere does not exist"):
         sf.probe("nowhere")
+
+
+def test_the_floor_of_a_log_with_dropped_labels_is_that_of_the_run(tmp_path) -> None:
+    """Rows whose label was dropped have all classes for their posterior: the run's own log mixes both floors."""
+    recipe = dataclasses.replace(
+        sf.training.DIGITS,
+        steps=4,
+        batch=512,
+        log_every=2,
+        sample_every=0,
+        conditional=True,
+        label_dropout=0.5,
+        network=sf.training.MLPConfig(width=8, depth=1),
+    )
+    run = sf.train("digits", out=tmp_path / "run", recipe=recipe, held_out=0.1, device="cpu")
+    own = run.metrics()[-1]["loss_minus_floor"]
+    found = sf.probe(run.path, sources=300, device="cpu")
+    assert isinstance(found, sf.probing.NetworkProbe)
+    line = run.metrics()[-1]
+    edges = torch.tensor(line["bin_edges"], dtype=torch.float64)
+    levels = recipe.process.noise_level(
+        recipe.noise_levels.quantile((torch.arange(4096, dtype=torch.float64) + 0.5) / 4096, recipe.process)
+    )
+    weights = torch.bincount(torch.bucketize(levels, edges), minlength=len(edges) + 1) / len(levels)
+    mean = sum(float(w) * e for w, e in zip(weights, found.logged[-1].excess, strict=True) if e is not None)
+    assert mean == pytest.approx(own, abs=0.02)
+    augmented = dataclasses.replace(
+        recipe,
+        augmentation=0.1,
+        conditional=False,
+        label_dropout=0.0,
+        steps=2,
+        batch=16,
+        network=sf.training.SongUNetConfig(base_channels=8, multipliers=(1,), blocks=1),
+    )
+    other = sf.train("digits", out=tmp_path / "other", recipe=augmented, device="cpu")
+    found = sf.probe(other.path, sources=32, device="cpu")
+    assert found.logged == ()
+    assert "augmentation changes the data" in str(found)
+
+
+def test_the_record_says_for_which_training_the_advice_is(digits) -> None:
+    records = [
+        sf.probe(digits, **FEW, training=sf.probing.Training(noise_levels=levels, batch=16)).to_dict()
+        for levels in (sf.LogNormal(), sf.LogNormal(-0.4, 1.0))
+    ]
+    assert [record["training"]["noise_levels"] for record in records] == [
+        str(sf.LogNormal()),
+        str(sf.LogNormal(-0.4, 1.0)),
+    ]
+    assert all({"process", "weighting", "batch"} < set(record["training"]) for record in records)
+    assert all(record["noise_band"]["level"] > 0 for record in records)
+
+
+def test_labels_of_the_callers_have_no_names_of_the_sets_classes(digits) -> None:
+    few = sf.data.make_image_set(
+        digits.images[:120],
+        digits.labels[:120] % 2,
+        sf.data.Origin(name="pets", source="made", class_names=("cat", "dog")),
+    )
+    dark = (few.images.mean((1, 2, 3)) > few.images.mean()).astype(np.int64)
+    named = sf.probe(few, **FEW, by_class=True)
+    mine = sf.probe(few, **FEW, labels=dark)
+    assert [label.name for label in named.labels[:2]] == ["cat", "dog"]
+    assert [label.name for label in mine.labels[:2]] == ["0", "1"]
 
 
 @pytest.mark.usefixtures("without_charts")

@@ -13,6 +13,7 @@ import torch
 
 import stablefield as sf
 from pictures import empty_charts
+from stablefield._distributed import Ranks
 from stablefield.cli.entry import main
 from stablefield.data._digits import open_digits
 from stablefield.evaluation._extractor import RandomConvolutions, RawPixels
@@ -28,6 +29,7 @@ from stablefield.training._recipe import MLPConfig, Recipe
 from stablefield.training._recipes import DIGITS
 from stablefield.training._run_config import RunConfig
 from stablefield.training._run_folder import RunFolder
+from stablefield.training._run_source import RunSource
 from stablefield.training._scoring import LEVELS, Outcome, Score, optimum_of, plan_scoring, read_scores, run_one, spread
 
 CPU = torch.device("cpu")
@@ -383,8 +385,9 @@ def status(*arguments: str) -> int:
 
 def frechet_of_evaluate(path: Path, check: SelfCheck) -> float:
     """The Frechet distance of the samples that `stablefield evaluate` draws from a run."""
-    run = sf.Run(path)
-    return check.read(lambda seeds: torch.from_numpy(run.sample(seeds).images)).value
+    source = RunSource(sf.Run(path).sampler(device="cpu"), "run", len(check.seeds))
+    images = torch.cat([part for part, _ in source.batches(0, Ranks(), None)])
+    return check.read(lambda seeds: images[torch.tensor(seeds)]).value
 
 
 @pytest.mark.usefixtures("cheap_scores")

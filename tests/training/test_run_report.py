@@ -93,6 +93,29 @@ def test_the_report_says_what_the_log_says(followed: tuple[sf.Run, list[str]], t
     assert dict(zip(columns, rows[1], strict=True))["held_out_loss"] == held_out[10]
 
 
+def test_what_the_report_calls_a_loss_is_one(followed: tuple[sf.Run, list[str]]) -> None:
+    run, _ = followed
+    with_looks = run.report()
+    without = dataclasses.replace(
+        with_looks,
+        config=dataclasses.replace(with_looks.config, held_out=None),
+        lines=tuple(
+            {k: v for k, v in line.items() if "fixed" not in k and "held" not in k and "floor" not in k}
+            | {"images_per_second": 0.37}
+            for line in with_looks.lines
+        ),
+    )
+    assert [line.label for line in without.charts()["loss"].lines] == [
+        "loss to single samples",
+        "loss to stable targets",
+    ]
+    assert "all lines are losses to single samples" in with_looks._about_losses()
+    assert "all lines are losses" not in without._about_losses()
+    figures = {figure.label: figure for figure in without._key_figures()}
+    assert figures["training loss"].note == "to stable targets, means over batches"
+    assert figures["images per second"].value == 0.37
+
+
 def test_the_command_writes_the_report_and_the_animation(
     followed: tuple[sf.Run, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,6 @@ from stablefield.evaluation._fid import distance_between, frechet_distance, frec
 from stablefield.training._observers import FrechetObserver, SelfCheck, jackknife_error
 from stablefield.training._recipe import Recipe
 from stablefield.training._run_config import RunConfig
-from stablefield.training._sampler import SamplerOptions
 
 DIGITS = open_digits()
 
@@ -88,7 +89,7 @@ def test_a_reading_is_value_error_and_floor_on_as_many_images() -> None:
 
 
 @pytest.mark.parametrize("classes", [0, 3, 10])
-def test_samples_of_a_check_take_the_classes_in_turn_as_those_of_evaluate(classes: int) -> None:
+def test_samples_of_a_check_take_the_classes_in_turn(classes: int) -> None:
     seen: list[Tensor] = []
 
     def denoiser(x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
@@ -104,10 +105,38 @@ def test_samples_of_a_check_take_the_classes_in_turn_as_those_of_evaluate(classe
 
     check = SelfCheck.prepare(DIGITS, Recorded((1, 8, 8)), samples=100, batch=30)
     seen.clear()
-    FrechetObserver(check, 1, (1, 8, 8), torch.device("cpu"), classes=classes)(1, denoiser)
     config = RunConfig(data="digits", shape=(1, 8, 8), classes=classes, manifest={}, recipe=Recipe(), version="test")
-    labels = SamplerOptions().labels(torch.arange(100), config)
+    FrechetObserver(check, 1, config, torch.device("cpu"))(1, denoiser)
+    labels = torch.arange(100) % classes if classes else None
     assert torch.cat(seen)[:, 0, 4, 4].tolist() == ([0] * 100 if labels is None else (25 * labels).tolist())
+
+
+def test_a_perfect_model_of_classes_of_unequal_numbers_reads_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classes in turn would measure the difference to the proportions of the data."""
+    labels = DIGITS.labels
+    assert labels is not None
+    rows = np.concatenate([np.flatnonzero(labels == c)[: 170 if c == 0 else 15] for c in range(10)])
+    data = make_image_set(DIGITS.images[rows], labels[rows], Origin(name="few", source="here"))
+    counts = [170, *[15] * 9]
+    config = RunConfig(
+        data="few", shape=(1, 8, 8), classes=10, manifest={"class_counts": counts}, recipe=Recipe(), version="test"
+    )
+    assert np.bincount(config.mixed_classes).tolist() == counts
+    # Every part of the sequence has about the same proportions.
+    assert 55 <= config.mixed_classes[:100].count(0) <= 59
+    by_class = [data.images[data.labels == c] for c in range(10)]
+    generator = np.random.default_rng(0)
+
+    def perfect(_, config, seeds, device, classes) -> Tensor:
+        wanted = np.array(classes or range(10))[np.array(seeds) % len(classes or range(10))]
+        return torch.from_numpy(np.stack([generator.choice(by_class[c]) for c in wanted]))
+
+    monkeypatch.setattr("stablefield.training._observers.samples", perfect)
+    check = SelfCheck.prepare(data, RawPixels((1, 8, 8)), samples=300)
+    found = check.read_model(None, config, torch.device("cpu"))
+    assert abs(found.value - found.floor) < 4 * found.standard_error
+    without = check.read_model(None, dataclasses.replace(config, manifest={}), torch.device("cpu"))
+    assert without.value > 10 * found.floor
 
 
 def test_the_floor_falls_with_the_number_of_samples_and_is_what_a_perfect_model_reads() -> None:

@@ -28,6 +28,10 @@ class Ema:
 
     def run(self) -> int:
         """Write one file of weights per length."""
+        if self.step is not None and not self.length:
+            raise ValueError(
+                f"--step {self.step} does nothing without --length: name lengths, such as --length 0.05 0.1."
+            )
         for length in self.length:
             power_exponent(length)
         run = Run(self.run_folder)

@@ -43,12 +43,20 @@ class Export:
     push: str = ""
     """Also upload to this repository of a model hub, OWNER/NAME."""
     private: bool = False
-    """Make that repository private."""
+    """Make that repository private; one that exists and is public is refused."""
 
     def run(self) -> int:
         """Write the folder, and print how to load it."""
         if self.push and self.push.count("/") != 1:
             raise ValueError(f"--push {self.push} is not the name of a repository: write OWNER/NAME.")
+        if self.private and not self.push:
+            raise ValueError(
+                "--private is about the repository of --push: name one, --push OWNER/NAME, or leave it out."
+            )
+        if self.samples == 0 and self.steps != Export.steps:
+            raise ValueError(
+                f"--steps {self.steps} does nothing with --samples 0, which draws none: leave one of them out."
+            )
         if self.push and find_spec("huggingface_hub") is None:
             raise ImportError('--push needs huggingface_hub: pip install "stablefield[diffusers]".')
         check_new_folder("--out", self.out)

@@ -135,6 +135,8 @@ def checked(arguments: Sequence[str]) -> list[str]:
         name = _known(name, verb, flags)
         if not equals:
             found.append(name)
+        if name in given and (flags.get(name) or flags[_opposite(name)])[0].count not in (0, 1):
+            raise ValueError(f"{name} is given twice: give all of its values after one, such as {name} A B.")
         given.add(name)
         variants = flags.get(name) or flags[_opposite(name)]
         values = [value] if equals else []

@@ -98,7 +98,10 @@ class Probe(DataFlags):
 
     def _measured(self, of_run: bool) -> Probed | NetworkProbe | BiasProbe:
         device = found_device(self.device or None)
-        references = [int(size) for size in _numbers("--references", self.references, "16,256,all")]
+        sizes = _numbers("--references", self.references, "16,256,all")
+        if odd := [size for size in sizes if size != int(size)]:
+            raise ValueError(f"--references holds {odd[0]:g}: pass whole numbers.")
+        references = [int(size) for size in sizes]
         levels = _numbers("--noise-levels", self.noise_levels, "0.5,1,2") or None
         images, training = self.data, _TRAININGS.get(self.plan)
         if not of_run:

@@ -92,7 +92,7 @@ class Sample:
             f"{len(seeds):,} {what} of step {model.step:,} (EMA {model.average}), {options.sampler}{steps}: {nfe:,.4g} "
             f"network evaluations each (NFE), {seconds:.1f} s{together}"
         )
-        classes = options.describe_classes(model.config)
+        classes = sampler.describe_classes()
         if classes is not None:
             console.print(escape(classes))
         console.print(f"written: {escape(relative(out))}")

@@ -244,7 +244,7 @@ class Train(TrainingFlags):
         self, data: ImageSet, device: torch.device, done: int, config: RunConfig, call: Callable[..., Run]
     ) -> int:
         """Train from step `done` by a call of the library, with a bar, and return the exit status."""
-        steps, observers = config.recipe.steps, self._observers(data, device, config.classes)
+        steps, observers = config.recipe.steps, self._observers(data, device, config)
         began = time.monotonic()
         # From here on Ctrl-C saves the run: once the command prints that a run has begun, users can rely on that.
         with Interruption() as interruption, TrainingBar(steps, done) as bar:
@@ -260,7 +260,7 @@ class Train(TrainingFlags):
         # For a shell or a scheduler, an unfinished run is not a success.
         return interruption.status if run.step < steps else 0
 
-    def _observers(self, data: ImageSet, device: torch.device, classes: int) -> list[FrechetObserver]:
+    def _observers(self, data: ImageSet, device: torch.device, config: RunConfig) -> list[FrechetObserver]:
         if not self.evaluate_every or not Ranks.launched(device).first:
             return []
         self.measure.check()
@@ -270,7 +270,7 @@ class Train(TrainingFlags):
         def tell(step: int, reading: Reading) -> None:
             console.print(f"step {step:,}: {reading}")
 
-        return [FrechetObserver(check, self.evaluate_every, data.shape, device, tell, data.scaling, classes)]
+        return [FrechetObserver(check, self.evaluate_every, config, device, tell)]
 
 
 def _print_recipe(recipe: Recipe, notes: Sequence[str]) -> int:

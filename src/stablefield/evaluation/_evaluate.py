@@ -155,6 +155,11 @@ def evaluate(
         raise ValueError(
             "held_out is the control for nearest, and metrics holds none that reads pixels: add nearest, or leave it out."
         )
+    if split != "train" and not (isinstance(data, str | Path) or callable(data)):
+        raise ValueError(
+            f"split={split!r} has no effect on data that are images already: pass the images of that split, or the name of "
+            "the data."
+        )
     device = found_device(device)
     if isinstance(samples, str | Path | ImageSet | np.ndarray | Tensor):
         # Check the known counts before opening any file.
@@ -214,13 +219,15 @@ def evaluate(
                 given = None if held_out is None else decoded(opened("held_out", held_out, "train", progress))
                 others, outside = _held_out(given, parts, source), source.held_out(own)
                 whole = ReferenceSet(images=train, split="train")
-                control = None if others is None else ReferenceSet(images=others, split="test")
+                control = None
+                if others is not None:
+                    control = ReferenceSet(images=others, split="given" if held_out is not None else "test")
                 if outside is not None:
                     # No model can remember what it never saw, so these are no training images but their control.
                     trained = np.delete(np.arange(len(train)), outside)
                     whole = replace(whole, chosen=trained, choice="without the held-out images")
                     if control is None:
-                        control = ReferenceSet(images=train, split="train", chosen=outside)
+                        control = ReferenceSet(images=train, split="train", chosen=outside, choice="held out")
                 group = _Group(extractor=raw(images), metrics=its, references=whole, held_out=control)
             else:
                 if network is None:
@@ -292,6 +299,12 @@ def _chosen(metrics: Sequence[str | Metric], classifier: Extractor | None) -> tu
     if not metrics or len(set(metrics)) < len(metrics):
         raise ValueError(f"metrics={' '.join(map(str, metrics))}: name at least one, and each once.")
     chosen = tuple(METRICS[one] if isinstance(one, str) else one for one in metrics)
+    kinds = [type(metric) for metric in chosen if any(type(metric) is type(known) for known in METRICS.values())]
+    if twice := sorted({kind.__name__ for kind in kinds if kinds.count(kind) > 1}):
+        raise ValueError(
+            f"metrics holds several of {', '.join(twice)}, which would have one name in the results: measure them in "
+            "several calls."
+        )
     if any(metric.reads == "classifier" for metric in chosen) != (classifier is not None):
         raise ValueError(
             "metrics=classifier-score goes with classifier=NETWORK: the score needs the probabilities of a classifier, "
@@ -427,11 +440,19 @@ class _Measurement:
         return found, extract(batches, [only_rows], "held-out image", ranks=self.ranks)[0].matrix()
 
     def _batches(self, repeat: int) -> Iterator[Batch]:
-        """The batches of a repeat; keep the first images, with their classes, to show."""
+        """The batches of a repeat; keep some images of the first one, with their classes, to show."""
         for images, numbers in self.source.batches(repeat, self.ranks, self.progress):
-            if sum(len(batch) for batch, _ in self.shown) < _SHOWN:
-                self.shown.append((images, self.source.labels(repeat, numbers)))
+            if repeat == 0:
+                self._show(images, numbers)
             yield images, numbers
+
+    def _show(self, images: Tensor, numbers: Tensor) -> None:
+        """Keep those images of a batch that are among the samples to show: a random choice, since images may be sorted."""
+        chosen = np.random.default_rng(0).permutation(self.source.count)[:_SHOWN]
+        here = torch.from_numpy(np.isin(numbers.numpy(), chosen))
+        if bool(here.any()):
+            labels = self.source.labels(0, numbers[here])
+            self.shown.append((images[here], labels))
 
     def _scores(
         self,
@@ -446,12 +467,15 @@ class _Measurement:
         measured: dict[str, Any] = group.references.record(group.extractor) | asdict(record)
         measured |= {"sample_count": self.source.count, **(counts or {})}
         for same in zip(*repeats, strict=True):
-            first, errors = same[0], [value.standard_error for value in same if value.standard_error is not None]
+            first, about = same[0], dict(settings or {})
+            if group.held_out is not None and "held_out" in first.settings:
+                # Numbers with another control are not comparable.
+                of = group.held_out.record(group.extractor)
+                about["held_out_images"] = f"{of['reference']}, {of['split']}, sha256 {of['reference_sha256']:.12}"
+            errors = [value.standard_error for value in same if value.standard_error is not None]
             # Root mean square of the repeats' standard errors, if all have one.
             error = sqrt(fsum(one**2 for one in errors) / len(errors)) if len(errors) == len(same) else None
-            protocol = Protocol(
-                metric=first.name, settings={**first.settings, **(settings or {})}, seeds=seeds, **measured
-            )
+            protocol = Protocol(metric=first.name, settings={**first.settings, **about}, seeds=seeds, **measured)
             values = tuple(value.value for value in same)
             yield Score(values=values, standard_error=error, better=first.better, protocol=protocol)
 

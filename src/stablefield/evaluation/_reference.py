@@ -96,6 +96,8 @@ class ReferenceSet:
     def record(self, extractor: Extractor) -> dict[str, Any]:
         """All that the features depend on: the fields of `Protocol` for real images."""
         n, choice = len(self.images), self.choice or f"seed {_SUBSET_SEED}"
+        if self.chosen is not None:
+            choice += f", indices {hashlib.sha256(self.chosen.astype(np.int64).tobytes()).hexdigest():.8}"
         return {
             "extractor": extractor.name,
             "extractor_sha256": extractor.sha256,

@@ -1,5 +1,6 @@
 """Export a run's model as a diffusers pipeline or plain files, with a model card and a picture of samples."""
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,7 @@ from stablefield.data._scaling import Scaling
 from stablefield.interop._model_card import ModelCard, public_name, results_of_run
 from stablefield.interop._pipeline_folder import write_pipeline
 from stablefield.interop._plain_export import write_plain
+from stablefield.sampling._seeded_images import in_turn
 from stablefield.training._model import OpenModel
 from stablefield.training._observers import samples as draw
 from stablefield.training._sampler import SamplerOptions
@@ -55,41 +57,41 @@ def export_run(
     sigmas = sampling.edm_sigmas(steps)
     config, denoiser = model.config, model.denoiser
     results = results_of_run(run)
-    record, scaling, cpu = config.autoencoder, config.scaling, torch.device("cpu")
-    pictures = samples > 0 and config.picture_shape is not None
-    # A pipeline includes the autoencoder, and the card's picture is decoded.
-    autoencoder = record.open(vae, cpu) if record is not None and (pictures or format == "diffusers") else None
-    if vae and record is None:
+    cpu, autoencoder = torch.device("cpu"), None
+    if vae and config.autoencoder is None:
         # An imported network, which knows no autoencoder, sees latents as the autoencoder itself scales them.
         autoencoder = SamplerOptions(vae=str(vae)).autoencoder(config, cpu)
         assert autoencoder is not None
-        record, pictures = autoencoder.record(autoencoder.image_shape(config.shape)), samples > 0
+        record = autoencoder.record(autoencoder.image_shape(config.shape))
         scaling = Scaling.of_factor(record.scaling_factor, record.shift_factor, config.shape[0], "float32")
+        known = {"autoencoder": record.record, "scaling": scaling.record}
+        config = replace(config, manifest={**config.manifest, **known})
+    pictures = samples > 0 and config.picture_shape is not None
+    if autoencoder is None and config.autoencoder is not None and (pictures or format == "diffusers"):
+        # A pipeline includes the autoencoder, and the card's picture is decoded.
+        autoencoder = config.autoencoder.open(vae, cpu)
     if format == "diffusers":
         write_pipeline(
             folder,
             denoiser,
             config.shape,
             class_names=config.class_names,
-            scaling=scaling,
+            scaling=config.scaling,
             autoencoder=autoencoder,
         )
     else:
-        write_plain(folder, denoiser, config.shape, class_names=config.class_names, scaling=scaling, autoencoder=record)
-    if pictures:
-        # The picture of a network with classes cycles through them.
-        labels = torch.arange(samples) % config.classes if config.classes else None
-        images = draw(
+        write_plain(
+            folder,
             denoiser,
             config.shape,
-            range(samples),
-            cpu,
-            labels,
-            sigmas=sigmas,
-            scaling=scaling,
-            autoencoder=autoencoder,
-        ).numpy()
-        numbers = None if labels is None else labels.numpy()
+            class_names=config.class_names,
+            scaling=config.scaling,
+            autoencoder=config.autoencoder,
+        )
+    if pictures:
+        # The picture of a network with classes cycles through them.
+        numbers = in_turn(range(config.classes), range(samples)).numpy() if config.classes else None
+        images = draw(denoiser, config, range(samples), cpu, sigmas=sigmas, autoencoder=autoencoder).numpy()
         write_png(folder / _GRID, class_grid(images, numbers, config.class_names))
     card = ModelCard(
         name=name or public_name(str(run.resolve())) or "model",
@@ -104,9 +106,9 @@ def export_run(
         version=config.version,
         results=results,
         grid=_GRID if pictures else None,
-        floating=scaling is not None,
-        autoencoder=record,
-        scaling=scaling,
+        floating=config.scaling is not None,
+        autoencoder=config.autoencoder,
+        scaling=config.scaling,
         pipeline=format == "diffusers",
     )
     (folder / "README.md").write_text(card.text(), "utf-8")

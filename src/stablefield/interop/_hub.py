@@ -14,7 +14,7 @@ def push_folder(path: Path, name: str, *, private: bool = False) -> str:
     Args:
         path: the folder.
         name: of the repository, OWNER/NAME.
-        private: whether a new repository is private.
+        private: whether the repository is to be private; a public one that exists is refused.
 
     Returns:
         The address of the commit.
@@ -32,6 +32,10 @@ def push_folder(path: Path, name: str, *, private: bool = False) -> str:
     api = HfApi()
     try:
         api.create_repo(name, private=private, exist_ok=True)
+        if private and not api.repo_info(name).private:
+            raise PermissionError(
+                "the repository exists and is public: make it private on the hub, or name a new one. Nothing was uploaded"
+            )
         commit = api.upload_folder(repo_id=name, folder_path=path, commit_message="Export from stablefield")
     except HFValidationError as error:
         raise ValueError(f"push={name} is not a valid repository name: {error}") from error

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
+from stablefield.networks._embedding import class_numbers
+
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d import UNet2DModel
 
@@ -112,14 +114,12 @@ class DiffusersUNet(nn.Module):
             class_labels: integers (B,), -1 for no class; None for no class in any row.
 
         Raises:
-            ValueError: if labels are given to a model without classes.
+            ValueError: if labels are given to a model without classes, or one is out of range.
         """
         time = noise_label.exp() if self._takes_logarithm else noise_label
         if not self.classes:
             if class_labels is not None:
                 raise ValueError("class_labels were given to a UNet2DModel without classes: build it with them.")
             return self.unet(x, time).sample
-        if class_labels is None:
-            class_labels = torch.full((len(x),), -1, device=x.device)
-        seen = torch.where(class_labels < 0, self.classes, class_labels)
+        seen, _ = class_numbers(class_labels, self.classes, x)
         return self.unet(x, time, class_labels=seen).sample

@@ -87,6 +87,8 @@ class MLP(nn.Module):
             )
         if class_labels is not None:
             check_tensor("class_labels", class_labels)
+            if self.embed_class is None:
+                raise ValueError("class_labels were given to an MLP without classes: build it with them.")
         silu = nn.functional.silu
         e = self.embed_noise(self.embed(noise_label).to(x.dtype))
         if self.embed_class is not None:

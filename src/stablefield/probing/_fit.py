@@ -19,6 +19,7 @@ from stablefield._shapes import array_of_numbers, check_callable, check_kind, ch
 from stablefield.diffusion._objective import DenoiserLike
 from stablefield.probing._exact import ExactPosterior
 from stablefield.probing._population import Population
+from stablefield.probing._prediction import evaluated
 from stablefield.probing._series import Series
 
 __all__ = ["Fit", "Optimum", "find_optimum", "measure_fit"]
@@ -84,7 +85,7 @@ class Optimum:
         labelled: bool = False,
         progress: Callable[[Progress], object] | None = None,
     ) -> Fit:
-        """Compare `denoiser` with the posterior mean.
+        """Compare `denoiser`, in evaluation mode if it is a module, with the posterior mean.
 
         Args:
             denoiser: D(x, sigma, class_labels=None) in noise-to-signal units, on the device of the population.
@@ -95,13 +96,14 @@ class Optimum:
             ValueError: if labels are missing, or the network returns another shape.
         """
         found: list[Tensor] = []
-        for done, part in enumerate(self.parts):
-            if labelled and part.labels is None:
-                raise ValueError("labelled is set, but the population has no labels: pass them.")
-            levels = [self._at(k, part, denoiser, labelled) for k in range(len(self.noise_level))]
-            found.append(torch.stack(levels, 2).double().cpu())
-            if progress is not None:
-                progress(Progress(stage="measuring the network", done=done + 1, total=len(self.parts)))
+        with evaluated(denoiser):
+            for done, part in enumerate(self.parts):
+                if labelled and part.labels is None:
+                    raise ValueError("labelled is set, but the population has no labels: pass them.")
+                levels = [self._at(k, part, denoiser, labelled) for k in range(len(self.noise_level))]
+                found.append(torch.stack(levels, 2).double().cpu())
+                if progress is not None:
+                    progress(Progress(stage="measuring the network", done=done + 1, total=len(self.parts)))
         distance, loss, floor = (Series.of_sources(column[None], complete=False) for column in torch.cat(found, 1))
         return Fit(
             noise_level=self.noise_level,

@@ -98,6 +98,8 @@ class NetworkProbe(Result):
             "stablefield": stablefield.__version__,
             "command": self.command,
             "run": self.name,
+            "data": self.description,
+            "weighting": str(self.weighting),
             "step": self.step,
             "seed": self.seed,
             "seconds": self.seconds,
@@ -175,6 +177,7 @@ def probe_network(
     max_images: int = MOST,
     sources: int | None = None,
     log: Sequence[Mapping[str, Any]] = (),
+    label_dropout: float = 0.0,
     name: str = "network",
     step: int | None = None,
     notes: Sequence[str] = (),
@@ -196,6 +199,7 @@ def probe_network(
         max_images: samples that represent the data set, drawn at random if there are more.
         sources: samples to make noisy rows from at each noise level, 512 if None; the ledger has 12 rows for each.
         log: lines of a run's metrics.jsonl, for the loss above the floor over training.
+        label_dropout: share of the rows of that log whose label the network did not see.
         name: of the network, for the report.
         step: of training, for the report.
         notes: notes on the network, for the report.
@@ -241,17 +245,27 @@ def probe_network(
     floor = LossFloor(noise_level=fit.noise_level, variance=fit.floor.mean, dim=fit.dim, weighting=training.weighting)
     if noise_levels is not None:
         notes = [*notes, "measured at the given noise levels only; it may be worse at others"]
-        if any("bin_edges" in entry for entry in log):
-            # A bin of the log holds all noise levels of the training, of which these may leave out some.
-            whole = measure_variance(
-                population,
+    hidden = label_dropout if population.labels is not None else 0.0
+    if any("bin_edges" in entry for entry in log) and (noise_levels is not None or hidden):
+        # A bin of the log holds all noise levels of the training, of which the given ones may leave out some. Rows whose
+        # label the network does not see have all classes for their posterior.
+        whole = replace(population, labels=None)
+        wide = find_noise_levels(whole, seed=seed)
+        parts = [(whole, hidden), (population, 1 - hidden)] if hidden else [(population, 1.0)]
+        floors = [
+            share
+            * measure_variance(
+                part,
+                wide,
                 process=training.process,
                 sizes=(),
                 sources=max(3, min(sources, len(population))),
                 seed=seed,
                 progress=progress,
-            )
-            floor = LossFloor.of(whole, training.weighting)
+            ).dsm.mean
+            for part, share in parts
+        ]
+        floor = replace(floor, noise_level=wide.double(), variance=torch.stack(floors).sum(0))
     return NetworkProbe(
         name=name,
         description=described(images)[1],

@@ -164,6 +164,8 @@ def draw_population(
         check_tensor("labels", found, numbers=True)
     classes = torch.as_tensor(found) if by_class and found is not None else None
     count = len(images)
+    if classes is not None and classes.shape != (count,):
+        raise ValueError(f"labels has shape {tuple(classes.shape)}: pass one integer per sample, shape ({count},).")
     if count <= max_images:
         values = images.scaled(slice(None)) if isinstance(images, ImageSet) else images
         # A copy, because the set may be mapped read-only, and every row is read many times.

@@ -2,7 +2,7 @@
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -144,7 +144,10 @@ class Probe(Result):
             "seed": self.seed,
             "plan": self.training.name.lower(),
             "batch": self.training.batch,
+            "training": self.training.record(),
+            "noise_band": asdict(self.noise_band),
             "device": self.device,
+            "summary": self.summary,
             "phases": phases_record(self.phases),
             "advice": advice_record(self.advice, self.batch),
             **({"labels": label_record(self.labels)} if self.labels else {}),
@@ -230,12 +233,13 @@ def probe_data(
     by_class = by_class or labels is not None
     population = draw_population(images, labels, max_images=max_images, by_class=by_class, seed=seed).to(device)
     training = Training(batch=min(512, len(images))) if training is None else training
+    # The caller's labels are no classes of the set.
+    names = images.class_names if isinstance(images, ImageSet) and labels is None else None
     if isinstance(images, ImageSet):
         values, labels = images.scaled(slice(None)), images.labels if labels is None else labels
     else:
         values = images
     classes = torch.as_tensor(labels) if by_class and labels is not None else None
-    names = images.class_names if isinstance(images, ImageSet) else None
     band = pick_noise_band(Pool(values, references_in_training, classes), device=device)
     if references_in_training is not None:  # measure this size, too
         sizes.add(references_in_training)

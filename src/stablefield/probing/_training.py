@@ -1,6 +1,7 @@
 """The planned training, which decides how much each noise level counts."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,15 @@ class Training:
     def name(self) -> str:
         """Its name in sentences: EDM, VE, VP, flow."""
         return "flow" if isinstance(self.process, RectifiedFlow) else type(self.process).__name__
+
+    def record(self) -> dict[str, Any]:
+        """The training as JSON values."""
+        return {
+            "process": str(self.process),
+            "noise_levels": str(self.noise_levels),
+            "weighting": str(self.weighting),
+            "batch": self.batch,
+        }
 
     def levels(self, count: int) -> Tensor:
         """Noise levels in the middle of `count` equally probable parts of their distribution, float64, increasing.

@@ -19,7 +19,7 @@ from stablefield.sampling._noise import SampleNoise
 from stablefield.sampling._solver_loop import Denoise
 from stablefield.sampling._solvers import SolverOptions
 
-__all__ = ["BLOCK", "Chunk", "chunks_of", "draw", "to_uint8"]
+__all__ = ["BLOCK", "Chunk", "chunks_of", "draw", "in_turn", "to_uint8"]
 
 BLOCK = 32
 """Seeds per block: few, because the solver also runs the unwanted ones, but enough to fill a small batch."""
@@ -67,6 +67,12 @@ def chunks_of(seeds: Sequence[int], batch: int, *, coupled: bool = False) -> lis
     return [
         Chunk(tuple(range(BLOCK * number, BLOCK * (number + 1))), tuple(places)) for number, places in blocks.items()
     ]
+
+
+def in_turn(classes: Sequence[int], seeds: Sequence[int] | Tensor) -> Tensor:
+    """The class of each seed, shape (B,): seed k has the one at place k modulo their number."""
+    wanted = torch.as_tensor(seeds, dtype=torch.int64)
+    return torch.tensor(classes, device=wanted.device)[wanted % len(classes)]
 
 
 def draw(

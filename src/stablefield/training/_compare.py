@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import stablefield
 from stablefield._progress import Progress
 from stablefield._shapes import found_device, whole_number
 from stablefield.data._image_set import ImageSet
@@ -32,6 +31,7 @@ from stablefield.training._loop import Report
 from stablefield.training._observers import SelfCheck, check_samples
 from stablefield.training._plan import Images, images_and_recipe, make_plan
 from stablefield.training._recipe import Recipe
+from stablefield.training._records import read_lines
 from stablefield.training._run_config import RunConfig
 from stablefield.training._run_data import training_data
 from stablefield.training._run_folder import RunFolder
@@ -207,10 +207,7 @@ def compare(
     done = [seed for seed in wanted if sum(outcome.seed == seed for outcome in outcomes) == 2]
     name = metric_name("FID", "Frechet distance", extractor)
     protocol = {
-        "stablefield": stablefield.__version__,
-        "torch": torch.__version__,
-        "device": str(where),
-        "threads": torch.get_num_threads(),
+        "environments": _environments([outcome.folder for outcome in outcomes]),
         "data": {key: data.manifest[key] for key in ("name", "count", "shape", "sha256")},
         "recipe": encode(runs[0].config.recipe),
         "seeds": wanted,
@@ -233,6 +230,17 @@ def compare(
         command=command,
         device=where,
     )
+
+
+def _environments(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """Where the runs were trained: the different entries of their environment.jsonl."""
+    found: list[dict[str, Any]] = []
+    for folder in folders:
+        for line in read_lines(folder / "environment.jsonl"):
+            entry = {name: value for name, value in line.items() if name not in ("step", "started")}
+            if entry not in found:
+                found.append(entry)
+    return found
 
 
 def _report(progress: Callable[[Progress], object], run: PlannedRun, report: Report) -> None:

@@ -21,6 +21,7 @@ from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._image_set import ImageSet
 from stablefield.data._png import write_png
 from stablefield.diffusion._preconditioning import Denoiser
+from stablefield.sampling._seeded_images import in_turn
 from stablefield.training._accelerator import Tracker, log_picture, make_accelerator, tracking
 from stablefield.training._checkpoint import State, restore, save, sweep
 from stablefield.training._ema import follower
@@ -30,7 +31,7 @@ from stablefield.training._grids import write_animation
 from stablefield.training._held_out import HeldOutLoss
 from stablefield.training._meter import Meter, Report, bin_edges
 from stablefield.training._model import build_denoiser, require_fit
-from stablefield.training._observers import classes_in_turn, samples
+from stablefield.training._observers import samples
 from stablefield.training._pace import Pace
 from stablefield.training._placement import placed
 from stablefield.training._post_hoc import remove_snapshots, take_snapshot
@@ -407,17 +408,9 @@ class _Loop:
 
     def _draw(self, ema: Denoiser, step: int) -> None:
         config = self._config
-        labels = classes_in_turn(SAMPLE_SEEDS, config.classes)
+        labels = in_turn(range(config.classes), SAMPLE_SEEDS) if config.classes else None
         drawn = Samples(
-            images=samples(
-                ema,
-                config.shape,
-                SAMPLE_SEEDS,
-                self._accelerator.device,
-                labels,
-                scaling=config.scaling,
-                autoencoder=self._autoencoder,
-            ).numpy(),
+            images=samples(ema, config, SAMPLE_SEEDS, self._accelerator.device, autoencoder=self._autoencoder).numpy(),
             seeds=tuple(SAMPLE_SEEDS),
             labels=None if labels is None else labels.numpy(),
             class_names=config.class_names,

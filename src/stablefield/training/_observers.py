@@ -11,8 +11,8 @@ A Frechet distance on n samples is biased upwards, by about c / n, and noisy. So
   about the floor, so judge a model by its excess over the floor, in units of the standard error. (n different images of a
   set of N read less than a perfect model, and nothing at n = N.)
 
-The seeds take classes in turn, so each group of the jackknife has about the same share of every class: otherwise its error
-would be that of the differences between classes.
+The seeds take classes in turn, in the proportions of the training data, so each group of the jackknife gets about the same
+share of every class: otherwise its error would be that of the differences between classes.
 
 Every check uses the same seeds, so the readings of a run differ by the model, not by the draw.
 
@@ -31,22 +31,21 @@ from torch import Tensor
 
 from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._image_set import ImageSet
-from stablefield.data._scaling import Scaling
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.evaluation._extraction import ExtractorPass, extract, image_batches
 from stablefield.evaluation._extractor import Extractor
 from stablefield.evaluation._features import Gaussian, checked, fit_features, in_float64
 from stablefield.evaluation._fid import distance_between
 from stablefield.evaluation._inception import metric_name
-from stablefield.sampling._seeded_images import chunks_of, draw, to_uint8
+from stablefield.sampling._seeded_images import chunks_of, draw, in_turn, to_uint8
 from stablefield.sampling._solvers import SolverOptions
+from stablefield.training._run_config import RunConfig
 
 __all__ = [
     "FrechetObserver",
     "Reading",
     "SelfCheck",
     "check_samples",
-    "classes_in_turn",
     "jackknife_error",
     "samples",
 ]
@@ -56,48 +55,45 @@ STEPS = 18
 
 def samples(
     denoiser: Denoiser,
-    shape: Sequence[int],
+    config: RunConfig,
     seeds: Sequence[int],
     device: torch.device,
-    labels: Tensor | None = None,
+    classes: Sequence[int] | None = None,
+    *,
     sigmas: Tensor | None = None,
-    scaling: Scaling | None = None,
     autoencoder: Autoencoder | None = None,
 ) -> Tensor:
     """Images of `seeds` by Heun's method, uint8, shape (len(seeds), C, H, W), or other data.
 
     Args:
         denoiser: D(x, sigma, class_labels=None).
-        shape: shape of one image, (C, H, W).
+        config: of the run.
         seeds: image k is a function of seeds[k].
         device: where to compute.
-        labels: classes of the images, shape (len(seeds),); None for a network without classes.
+        classes: that the seeds take in turn; all classes of the run by default.
         sigmas: the grid; EDM's of 18 steps by default.
-        scaling: of data that are not images.
         autoencoder: decodes latents of images; None for the latents.
     """
+    scaling = config.scaling
 
     def finish(x: Tensor) -> Tensor:
         found = to_uint8(x) if scaling is None else scaling.undo(x)
         return found if autoencoder is None else autoencoder.decode(found)
 
     options = SolverOptions(steps=STEPS)
-    classes = None if labels is None else labels.to(device)
+    labels = None
+    if config.classes:
+        labels = in_turn(range(config.classes) if classes is None else classes, seeds).to(device)
     ((_, images, _),) = draw(
-        lambda _: denoiser if classes is None else lambda x, sigma: denoiser(x, sigma, classes),
+        lambda _: denoiser if labels is None else lambda x, sigma: denoiser(x, sigma, labels),
         options,
         options.sigmas() if sigmas is None else sigmas,
         chunks_of(seeds, len(seeds)),
-        shape=shape,
+        shape=config.shape,
         device=device,
         finish=finish,
     )
     return images
-
-
-def classes_in_turn(seeds: Sequence[int], classes: int) -> Tensor | None:
-    """Classes of the images of `seeds`: seed k has class k modulo `classes`, as in `SamplerOptions`; None without any."""
-    return torch.tensor(seeds, dtype=torch.int64) % classes if classes else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +175,12 @@ class SelfCheck:
             batch=batch,
             groups=groups,
         )
+
+    def read_model(self, denoiser: Denoiser, config: RunConfig, device: torch.device) -> Reading:
+        """Measure a run's model, of a conditional run on classes in the proportions of the training data."""
+        classes = config.mixed_classes
+        labels = None if classes is None else in_turn(classes, self.seeds)
+        return self.read(lambda seeds: samples(denoiser, config, seeds, device, classes), labels)
 
     def read(self, draw: Callable[[Sequence[int]], Tensor], labels: Tensor | None = None) -> Reading:
         """Draw the samples and measure them.
@@ -278,25 +280,20 @@ class FrechetObserver:
     Args:
         check: measures them.
         every: steps between checks.
-        shape: shape of one image.
+        config: of the run.
         device: where to compute.
         tell: called with the step and the reading.
-        scaling: of data that are not images.
-        classes: number of classes that the network is conditioned on, which the seeds take in turn; 0 for none.
     """
 
     def __init__(
         self,
         check: SelfCheck,
         every: int,
-        shape: Sequence[int],
+        config: RunConfig,
         device: torch.device,
         tell: Callable[[int, Reading], None] | None = None,
-        scaling: Scaling | None = None,
-        classes: int = 0,
     ) -> None:
-        self._scaling, self._classes = scaling, classes
-        self._check, self._every, self._shape, self._device, self._tell = check, every, shape, device, tell
+        self._check, self._every, self._config, self._device, self._tell = check, every, config, device, tell
 
     @property
     def every(self) -> int:
@@ -305,12 +302,7 @@ class FrechetObserver:
 
     def __call__(self, step: int, denoiser: Denoiser) -> dict[str, float]:
         """Measure the model."""
-        labels = classes_in_turn(self._check.seeds, self._classes)
-        reading = self._check.read(lambda seeds: self._samples(denoiser, seeds), labels)
+        reading = self._check.read_model(denoiser, self._config, self._device)
         if self._tell is not None:
             self._tell(step, reading)
         return {"frechet": reading.value, "frechet_error": reading.standard_error, "frechet_floor": reading.floor}
-
-    def _samples(self, denoiser: Denoiser, seeds: Sequence[int]) -> Tensor:
-        labels = classes_in_turn(seeds, self._classes)
-        return samples(denoiser, self._shape, seeds, self._device, labels, scaling=self._scaling)

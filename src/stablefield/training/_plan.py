@@ -214,11 +214,15 @@ def _decide(
     recipe = dataclasses.replace(recipe, noise_band=band)
     check_fit(recipe, data, left_out)
     opening = dict(data.opening or {})
+    counts = None
+    if classes and data.labels is not None:
+        own = data.labels if training is None else data.labels[training]
+        counts = np.bincount(own, minlength=classes).tolist()
     config = RunConfig(
         data=str(opening.pop("source", data.name)),
         shape=data.shape,
         classes=classes,
-        manifest=data.manifest,
+        manifest=data.manifest if counts is None else data.manifest | {"class_counts": counts},
         recipe=recipe,
         version=stablefield.__version__,
         opening=opening,

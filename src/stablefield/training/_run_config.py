@@ -24,6 +24,8 @@ from stablefield.training._records import is_count, read_record
 __all__ = ["Extension", "RunConfig"]
 
 _FORMAT = 1
+# Most classes that seeds take in turn.
+_MIXED = 2**16
 _REQUIRED = frozenset({"format", "stablefield", "data", "shape", "classes", "opening", "manifest", "recipe"})
 _OPTIONAL = frozenset({"extensions", "initial", "held_out"})
 _TYPES = {"stablefield": str, "data": str, "shape": tuple[int, ...], "classes": int, "recipe": Recipe}
@@ -130,6 +132,27 @@ class RunConfig:
             return None
         named = tuple(str(name) for name in cast("Sequence[Any]", names))
         return named if len(named) == self.classes else None
+
+    @property
+    def mixed_classes(self) -> tuple[int, ...] | None:
+        """Classes in the proportions of the training data, evenly mixed, for seeds to take in turn; None without classes.
+
+        With equally many samples of each class they are 0, 1, 2, ..., over and over. Runs that keep no numbers of samples,
+        such as imported networks, count as such.
+        """
+        if not self.classes:
+            return None
+        counts: Any = self.manifest.get("class_counts")
+        if not isinstance(counts, list | tuple) or len(counts) != self.classes or not all(map(is_count, counts)):
+            return tuple(range(self.classes))
+        found = np.array(counts, np.float64)
+        if found.sum() > _MIXED:
+            found = np.ceil(found * (_MIXED / found.sum()))
+        numbers = np.repeat(np.arange(self.classes), found.astype(np.int64))
+        # Entry j of a class with n of them is at (j + 1/2) / n of the whole.
+        place = np.concatenate([(np.arange(count) + 0.5) / count for count in found])
+        order = np.argsort(place, kind="stable")
+        return tuple(numbers[order].tolist())
 
     def numbered(self, data: ImageSet) -> ImageSet:
         """The run's data, opened again, with the scaling and the numbers of the classes that the run began with.

@@ -241,6 +241,12 @@ def _probe_run(
     config = model.config
     images = training_data(config, open_images(config.data, **config.opening, progress=progress))
     notes = [f"skipped: {complaint}" for complaint in model.complaints] if network is None else []
+    log = list(RunFolder(folder).metrics())
+    if config.recipe.augmentation:
+        notes.append(
+            "no loss minus floor over training: augmentation changes the data, and so the floor of the logged loss"
+        )
+        log = []
     if config.autoencoder is not None:
         notes.append("the optimum is that of one draw of the latents, and training draws them anew")
     return probe_network(
@@ -251,7 +257,8 @@ def _probe_run(
         noise_levels=noise_levels,
         max_images=max_images,
         sources=sources,
-        log=list(RunFolder(folder).metrics()),
+        log=log,
+        label_dropout=config.recipe.label_dropout,
         name=folder.name,
         step=model.step if network is None else None,
         notes=notes,

@@ -123,14 +123,15 @@ class RunReport(Result):
         recipe, found = self.config.recipe, dict[str, LineChart]()
         removed = any(line.get("variance_removed") for line in self.lines)
         logged = self._curve(
-            "training, batches" if self._last("floor") else "loss", _single_sample if removed else _of("loss")
+            "training, batches" if self._last("floor") else "loss to single samples" if removed else "loss",
+            _single_sample if removed else _of("loss"),
         )
         others = [
             self._curve("training, fixed noise", _of("fixed_loss")),
             self._curve("held out, fixed noise", _of("held_out_loss"), _of("held_out_loss_error")),
         ]
         if removed and not any(others):
-            others = [self._curve("stable target's loss", _of("loss"))]
+            others = [self._curve("loss to stable targets", _of("loss"))]
         floor = self._curve("floor", _of("floor"))
         lines = [line for line in (logged, *others) if line is not None]
         if floor is not None:
@@ -202,7 +203,7 @@ class RunReport(Result):
         for name, label, note in (
             ("held_out_loss", "held-out loss", "averaged weights, fixed noise"),
             ("fixed_loss", "loss on training samples", "averaged weights, fixed noise"),
-            ("loss", "training loss", "means over batches"),
+            ("loss", "training loss", f"to {_TARGETS[recipe.target]}, means over batches"),
             ("frechet", "Frechet distance", "of a few samples"),
         ):
             value, error = self._last(name), self._last(f"{name}_error")
@@ -215,7 +216,11 @@ class RunReport(Result):
             left = self.seconds_left if self.training else None
             share = self._last("target_share")
             note = f"about {duration(left)} left" if left else f"noise and target take {share:.0%}" if share else ""
-            found.append(KeyFigure(value=round(speed), label="images per second", note=note))
+            found.append(
+                KeyFigure(
+                    value=round(speed) if speed >= 10 else float(f"{speed:.2g}"), label="images per second", note=note
+                )
+            )
         return tuple(found)
 
     def _figures(self) -> list[tuple[str, str]]:
@@ -247,8 +252,11 @@ class RunReport(Result):
 
     def _about_losses(self) -> str:
         text = "Batches: means since the last line of the log"
-        if self.config.recipe.target == "stf":
+        stable, looked = self.config.recipe.target == "stf", self._last("fixed_loss") is not None
+        if stable and looked:
             text += ", with the variance that the stable target removes, so that all lines are losses to single samples"
+        elif stable:
+            text += ". The loss to single samples is that to the stable target plus the variance that this one removes"
         if self.config.held_out is None:
             return f"{text}."
         text += (
@@ -326,6 +334,8 @@ class RunReport(Result):
 
 
 _Getter = Callable[[Mapping[str, Any]], float | None]
+# What a logged loss is to, by the target.
+_TARGETS = {"stf": "stable targets", "dsm": "single samples"}
 _ABOUT_EXCESS = (
     "What training can still lower. On a logarithmic axis, where the lines allow it. A held-out loss that rises while the "
     "others fall shows memorisation."

@@ -29,7 +29,7 @@ class RunSource(SampleSource):
     """Samples drawn from a run.
 
     Args:
-        sampler: the run's model with a solver.
+        sampler: the run's model with a solver; draws classes in the proportions of the training data, unless it names some.
         name: name of the run in a report, such as its folder.
         samples: number of samples per repeat.
         seed: seed of the first sample of the first repeat; the others count up from it.
@@ -41,6 +41,7 @@ class RunSource(SampleSource):
     def __init__(self, sampler: RunSampler, name: str, samples: int = 5000, seed: int = 0) -> None:
         whole_number("samples", samples, 1)
         whole_number("seed", seed, 0)
+        sampler = sampler.in_proportion()
         self._sampler, self._seed = sampler, seed
         config = sampler.config
         self.name, self.count, self.class_names = name, samples, config.class_names
@@ -75,7 +76,7 @@ class RunSource(SampleSource):
 
     def labels(self, repeat: int, numbers: Tensor) -> Tensor | None:
         """Classes of samples of a repeat, by their numbers (B,); None for a run without classes."""
-        return self._sampler.options.labels(self._start(repeat) + numbers, self._sampler.config)
+        return self._sampler.labels(self._start(repeat) + numbers)
 
     def held_out(self, images: ImageSet) -> NDArray[np.int64] | None:
         """Indices of the run's training images that it held out; None without them, or if `images` are others."""
@@ -113,7 +114,7 @@ class RunSource(SampleSource):
         evaluations, chunks = ranks.total(self._evaluations, self._chunks, purpose="to count their network evaluations")
         options = self._sampler.options
         return SamplingRecord(
-            sampler=options.describe(self._sampler.config),
+            sampler=self._sampler.describe(),
             steps=options.steps_taken,
             nfe=evaluations / chunks,
             ema=self._sampler.ema,

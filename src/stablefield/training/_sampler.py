@@ -3,9 +3,10 @@
 `SamplerOptions.open` loads a run's model and returns the `RunSampler` that draws the images of given seeds.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from stablefield._progress import Progress
 from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._image_set import class_text
 from stablefield.sampling._guidance import autoguidance, classifier_free
-from stablefield.sampling._seeded_images import chunks_of, draw, to_uint8
+from stablefield.sampling._seeded_images import chunks_of, draw, in_turn, to_uint8
 from stablefield.sampling._solver_loop import Denoise
 from stablefield.sampling._solvers import SolverOptions, option_text
 from stablefield.training._model import OpenModel, open_model
@@ -36,7 +37,8 @@ class SamplerOptions(SolverOptions):
 
     class_label: str | int | Sequence[str | int] = ()
     """Class of all images of a conditional run, or several that the seeds take in turn: names, or numbers if no class has
-    that name; -1 for none. By default seed k has class k modulo the number of classes."""
+    that name; -1 for none. By default seed k has class k modulo the number of classes, and in an evaluation the classes
+    have the proportions of the training data."""
     guidance_scale: float = 1.0
     """Scale of classifier-free guidance, or of guidance by a worse run (guide); 1 for none."""
     guidance_interval: tuple[float, float] | None = None
@@ -131,6 +133,7 @@ class SamplerOptions(SolverOptions):
             )
         return RunSampler(
             options=self,
+            classes=numbers,
             path=Path(run),
             model=own,
             guide=guide,
@@ -171,45 +174,6 @@ class SamplerOptions(SolverOptions):
             return None
         return tuple(_class_number(str(one), config) for one in wanted) or tuple(range(config.classes))
 
-    def labels(self, seeds: Tensor, config: RunConfig) -> Tensor | None:
-        """The class of each seed's image, shape (B,), or None for a run without classes."""
-        numbers = self.class_numbers(config)
-        return None if numbers is None else torch.tensor(numbers, device=seeds.device)[seeds % len(numbers)]
-
-    def describe_classes(self, config: RunConfig) -> str | None:
-        """The classes of the images, in words; None for a run without classes."""
-        numbers = self.class_numbers(config)
-        if numbers is None:
-            return None
-        if len(numbers) == 1:
-            return "no class" if numbers[0] == -1 else f"class {class_text(numbers[0], config.class_names)}"
-        if numbers == tuple(range(config.classes)):
-            return f"classes 0 to {config.classes - 1} in turn: seed k has class k modulo {config.classes}"
-        listed = ", ".join(class_text(number, config.class_names) for number in numbers)
-        return f"classes {listed} in turn: seed k has the one at place k modulo {len(numbers)}"
-
-    def describe(self, config: RunConfig) -> str:
-        """The sampler with every setting that affects the images, for the protocol."""
-        parts = self.settings(config.recipe.process)
-        classes = self.describe_classes(config)
-        if classes is not None:
-            parts.append(classes)
-        if self.guidance_scale != 1:
-            kind = (
-                "classifier-free guidance"
-                if self.guide is None
-                else f"autoguidance by {self.guide.name} (EMA {self.guide_ema})"
-            )
-            inside = (
-                ""
-                if self.guidance_interval is None
-                else f" in {self.guidance_interval[0]:g} to {self.guidance_interval[1]:g}"
-            )
-            parts.append(f"{kind} {self.guidance_scale:g}{inside}")
-        if self.decode and config.autoencoder is not None:
-            parts.append(f"decoded by the autoencoder {config.autoencoder.sha256:.12}")
-        return f"{self.sampler} ({'; '.join(parts)})"
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunSampler:
@@ -217,6 +181,7 @@ class RunSampler:
 
     Attributes:
         options: how to draw.
+        classes: numbers of the classes that the seeds take in turn, -1 for none; None for a run without classes.
         path: the run's folder.
         model: the run's model.
         guide: the worse model that guides it, if any.
@@ -225,6 +190,7 @@ class RunSampler:
     """
 
     options: SamplerOptions
+    classes: tuple[int, ...] | None
     path: Path
     model: OpenModel
     guide: OpenModel | None
@@ -240,6 +206,48 @@ class RunSampler:
     def shape(self) -> tuple[int, ...]:
         """Shape of one sample: of a decoded image, or as in the training data."""
         return self.config.shape if self.autoencoder is None else self.autoencoder.image_shape(self.config.shape)
+
+    def in_proportion(self) -> "RunSampler":
+        """The same with classes in the proportions of the training data, unless the options name classes."""
+        return self if self.options.class_label else replace(self, classes=self.config.mixed_classes)
+
+    def labels(self, seeds: Tensor) -> Tensor | None:
+        """The class of each seed's image, shape (B,), or None for a run without classes."""
+        return None if self.classes is None else in_turn(self.classes, seeds)
+
+    def describe_classes(self) -> str | None:
+        """The classes of the images, in words; None for a run without classes."""
+        config, numbers = self.config, self.classes
+        if numbers is None:
+            return None
+        if len(numbers) == 1:
+            return "no class" if numbers[0] == -1 else f"class {class_text(numbers[0], config.class_names)}"
+        if numbers == tuple(range(config.classes)):
+            return f"classes 0 to {config.classes - 1} in turn: seed k has class k modulo {config.classes}"
+        if not self.options.class_label:
+            return "classes in the proportions of the training data"
+        listed = ", ".join(class_text(number, config.class_names) for number in numbers)
+        return f"classes {listed} in turn: seed k has the one at place k modulo {len(numbers)}"
+
+    def describe(self) -> str:
+        """The sampler with every setting that affects the images, for the protocol."""
+        options = self.options
+        parts = options.settings(self.config.recipe.process)
+        classes = self.describe_classes()
+        if classes is not None:
+            parts.append(classes)
+        if options.guidance_scale != 1:
+            kind = "classifier-free guidance"
+            if self.guide is not None and options.guide is not None:
+                kind = f"autoguidance by {options.guide.name} (EMA {self.guide.average}, step {self.guide.step})"
+            low, high = options.guidance_interval or (0.0, math.inf)
+            inside = "" if options.guidance_interval is None else f" in {low:g} to {high:g}"
+            parts.append(f"{kind} {options.guidance_scale:g}{inside}")
+        if self.autoencoder is not None:
+            record = self.config.autoencoder
+            checksum = self.autoencoder.sha256 if record is None else record.sha256
+            parts.append(f"decoded by the autoencoder {checksum:.12}")
+        return f"{options.sampler} ({'; '.join(parts)})"
 
     def finish(self, x: Tensor) -> Tensor:
         """Samples, on the CPU, of what the solver returned, (B, ...)."""
@@ -287,7 +295,7 @@ class RunSampler:
 
     def denoiser(self, seeds: Tensor) -> Denoise:
         """D(x, sigma) for rows with these seeds, shape (B,): the run's `Denoiser` with their classes and guidance."""
-        own, labels = self.model.denoiser, self.options.labels(seeds, self.config)
+        own, labels = self.model.denoiser, self.labels(seeds)
         scale, interval = self.options.guidance_scale, self.options.guidance_interval
         if scale != 1 and self.guide is not None:
             return autoguidance(own, self.guide.denoiser, scale, interval, class_labels=labels)
@@ -299,14 +307,14 @@ class RunSampler:
 
     def samples(self, seeds: Sequence[int], images: Tensor, nfe: float) -> Samples:
         """`Samples` of the images, uint8 (B, C, H, W), or other data, that these seeds gave."""
-        labels = self.options.labels(torch.tensor(seeds, dtype=torch.int64), self.config)
+        labels = self.labels(torch.tensor(seeds, dtype=torch.int64))
         return Samples(
             images=images.numpy(),
             seeds=tuple(seeds),
             labels=None if labels is None else labels.numpy(),
             class_names=self.config.class_names,
             nfe=nfe,
-            sampler=self.options.describe(self.config),
+            sampler=self.describe(),
             ema=self.ema,
         )
 

@@ -4,8 +4,8 @@ Both runs of a seed begin with the same weights and see the same rows, noise lev
 regression target differs. At regular steps, a score of the averaged model takes
 
 - its mean squared distance to the exact posterior mean over the whole training set, at several noise levels;
-- the Frechet distance of samples of fixed seeds, with its jackknife error; in a conditional run the seeds take the classes
-  in turn, as for `evaluate`;
+- the Frechet distance of samples of fixed seeds, with its jackknife error; in a conditional run with classes in the
+  proportions of the training data, as for `evaluate`;
 - the variance of the gradient from batch to batch, $E|g - E g|^2$ summed over the parameters, for both targets at the same
   weights: the stable target is there to lower it.
 
@@ -32,7 +32,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from torch import Tensor
 
 from stablefield._regular_file import reason
 from stablefield.data._image_set import ImageSet
@@ -45,7 +44,7 @@ from stablefield.training._config import fits
 from stablefield.training._feed import Feed
 from stablefield.training._loop import Report, fit
 from stablefield.training._model import open_model
-from stablefield.training._observers import SelfCheck, classes_in_turn, samples
+from stablefield.training._observers import SelfCheck, samples
 from stablefield.training._placement import placed
 from stablefield.training._recipe import Recipe
 from stablefield.training._records import append_line, read_lines, read_record, write_record
@@ -301,8 +300,7 @@ class Scorer:
     def __call__(self, step: int, denoiser: Denoiser) -> dict[str, float]:
         """Score the model, and add a line to scores.jsonl."""
         self._seconds += time.perf_counter() - self._began
-        labels = classes_in_turn(self._check.seeds, self._config.classes)
-        reading = self._check.read(lambda seeds: self._samples(denoiser, seeds), labels)
+        reading = self._check.read_model(denoiser, self._config, self._device)
         variances = {target: self._gradient_variance(stepper, denoiser) for target, stepper in self._steppers.items()}
         fit = self._optimum.fit(denoiser, labelled=self._config.classes > 0)
         score = Score(
@@ -325,10 +323,6 @@ class Scorer:
         """Keep the training time up to a stop between two scores, in a line of scores.jsonl that is no score."""
         self._seconds += time.perf_counter() - self._began
         append_line(self._path, {"step": step, "seconds": self._seconds})
-
-    def _samples(self, denoiser: Denoiser, seeds: Sequence[int]) -> Tensor:
-        config, labels = self._config, classes_in_turn(seeds, self._config.classes)
-        return samples(denoiser, config.shape, seeds, self._device, labels, scaling=config.scaling)
 
     def _gradient_variance(self, stepper: Stepper, denoiser: Denoiser) -> float:
         """E|g - E g|^2 over the batches of the first steps, unbiased, at the weights of `denoiser`."""
@@ -383,7 +377,7 @@ def settings_of(config: RunConfig, data: ImageSet, extractor: Extractor, samples
         "samples": samples,
         "seeds": "from 0",
         "sampler": SAMPLER,
-        "classes": f"seed k has class k modulo {config.classes}" if config.classes else "none",
+        "classes": "in the proportions of the data" if config.classes else "none",
         "levels": list(LEVELS),
         "rows": rows_of(data),
         "gradients": GRADIENTS,
@@ -509,14 +503,6 @@ def samples_of(outcome: Outcome, seeds: Sequence[int], device: torch.device) -> 
     classes = opened.config.classes
     if classes:
         seeds = sorted(seeds, key=lambda seed: seed % classes)
-    labels = classes_in_turn(seeds, classes)
-    config, autoencoder = opened.config, opened.config.autoencoder
-    return samples(
-        opened.denoiser,
-        config.shape,
-        seeds,
-        device,
-        labels,
-        scaling=config.scaling,
-        autoencoder=None if autoencoder is None else autoencoder.open(device=device),
-    ).numpy()
+    autoencoder = opened.config.autoencoder
+    decoder = None if autoencoder is None else autoencoder.open(device=device)
+    return samples(opened.denoiser, opened.config, seeds, device, autoencoder=decoder).numpy()
