@@ -13,14 +13,14 @@ from stablefield.report import _drawing
 from stablefield.sampling import edm_sigmas
 from stablefield.training import _loop, _report_writer
 
-_WHOLE = {"SAMPLE_SEEDS": _loop.SAMPLE_SEEDS, "samples": _loop.samples}
+_WHOLE = {"SAMPLE_SEEDS": _loop.SAMPLE_SEEDS, "draw_samples": _loop.draw_samples}
 
 
 def draw_small_pictures() -> None:
     """Draw four images in two steps instead of 64 in 18, and no reports on the way, for the rest of this process."""
     _loop.SAMPLE_SEEDS = range(4)
     _report_writer.FIRST = math.inf
-    _loop.samples = partial(_loop.samples, sigmas=edm_sigmas(2))
+    _loop.draw_samples = partial(_loop.draw_samples, sigmas=edm_sigmas(2))
 
 
 @contextmanager

@@ -149,7 +149,7 @@ def test_what_compare_foretells_is_what_it_takes(
         5.0,
     )
     clock.charge("stablefield.evaluation._extractor.RawPixels.__call__", lambda _, x: dear["features"] * 1e-2 * len(x))
-    clock.charge("stablefield.training._observers.jackknife_error", lambda *_: dear["distance"])
+    clock.charge("stablefield.training._self_check.jackknife_error", lambda *_: dear["distance"])
     clock.charge(
         "stablefield.probing._exact.ExactPosterior.__call__", lambda _, x, *__: dear["posterior"] * 1e-3 * len(x)
     )

@@ -24,13 +24,15 @@ from stablefield.probing._population import Population
 from stablefield.training._compare import ComparisonPlan
 from stablefield.training._comparison import summary
 from stablefield.training._model import open_model
-from stablefield.training._observers import SelfCheck
 from stablefield.training._recipe import MLPConfig, Recipe
 from stablefield.training._recipes import DIGITS
 from stablefield.training._run_config import RunConfig
 from stablefield.training._run_folder import RunFolder
 from stablefield.training._run_source import RunSource
-from stablefield.training._scoring import LEVELS, Outcome, Score, optimum_of, plan_scoring, read_scores, run_one, spread
+from stablefield.training._scorer import optimum_of, run_one
+from stablefield.training._scores import LEVELS, Outcome, Score, read_scores, spread
+from stablefield.training._scoring_plan import plan_scoring
+from stablefield.training._self_check import SelfCheck
 
 CPU = torch.device("cpu")
 RECIPE = dataclasses.replace(
@@ -108,7 +110,7 @@ def test_the_time_before_a_stop_between_two_scores_counts(
     tmp_path: Path, check: SelfCheck, optimum: Optimum, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = itertools.count()
-    monkeypatch.setattr("stablefield.training._scoring.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("stablefield.training._scorer.time.perf_counter", lambda: float(next(clock)))
     folder = RunFolder.create(tmp_path / "dsm", config_of(dataclasses.replace(RECIPE, target="dsm")))
     steps = itertools.count(1)
     assert run_one(folder, open_digits(), check, 10, CPU, optimum=optimum, stop=lambda: next(steps) == 15) is None
@@ -209,7 +211,7 @@ def test_there_are_never_more_scores_than_asked_for(steps: int, wanted: int, eve
 @pytest.fixture
 def cheap_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that make many scores, or of the plan."""
-    monkeypatch.setattr("stablefield.training._scoring.GRADIENTS", 2)
+    monkeypatch.setattr("stablefield.training._scorer.GRADIENTS", 2)
     monkeypatch.setattr("stablefield.training._compare._seconds", lambda *_: (0.0, 0.0, 0.0))
 
 

@@ -10,9 +10,9 @@ from stablefield.data._image_set import Origin, make_image_set
 from stablefield.evaluation._extractor import RawPixels
 from stablefield.evaluation._features import fit_features, fit_moments
 from stablefield.evaluation._fid import distance_between, frechet_distance, frechet_distance_from_features
-from stablefield.training._observers import FrechetObserver, SelfCheck, jackknife_error
 from stablefield.training._recipe import Recipe
 from stablefield.training._run_config import RunConfig
+from stablefield.training._self_check import FrechetObserver, SelfCheck, jackknife_error
 
 DIGITS = open_digits()
 
@@ -131,7 +131,7 @@ def test_a_perfect_model_of_classes_of_unequal_numbers_reads_the_floor(monkeypat
         wanted = np.array(classes or range(10))[np.array(seeds) % len(classes or range(10))]
         return torch.from_numpy(np.stack([generator.choice(by_class[c]) for c in wanted]))
 
-    monkeypatch.setattr("stablefield.training._observers.samples", perfect)
+    monkeypatch.setattr("stablefield.training._self_check.draw_samples", perfect)
     check = SelfCheck.prepare(data, RawPixels((1, 8, 8)), samples=300)
     found = check.read_model(None, config, torch.device("cpu"))
     assert abs(found.value - found.floor) < 4 * found.standard_error

@@ -20,8 +20,8 @@ from stablefield.report._cells import duration
 from stablefield.report._extra import require
 from stablefield.training._compare import ComparisonPlan, compare
 from stablefield.training._comparison import DISTANCE
-from stablefield.training._observers import check_samples
-from stablefield.training._scoring import Outcome
+from stablefield.training._scores import Outcome
+from stablefield.training._self_check import check_samples
 
 __all__ = ["Compare"]
 

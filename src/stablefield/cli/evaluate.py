@@ -31,7 +31,7 @@ from stablefield.report._cells import duration
 from stablefield.report._extra import require
 from stablefield.training._run import Run
 from stablefield.training._run_data import OTHERS, data_of, require_same
-from stablefield.training._run_probe import is_run
+from stablefield.training._run_folder import is_run
 from stablefield.training._run_source import RunSource
 
 if TYPE_CHECKING:

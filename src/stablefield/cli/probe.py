@@ -21,7 +21,8 @@ from stablefield.probing._probe import Probe as Probed
 from stablefield.probing._training import TRAININGS
 from stablefield.report._extra import require
 from stablefield.training._recipes import largest_resolution
-from stablefield.training._run_probe import is_run, probe, usual_training
+from stablefield.training._run_folder import is_run
+from stablefield.training._run_probe import probe, usual_training
 
 __all__ = ["Probe"]
 

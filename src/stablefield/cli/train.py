@@ -30,7 +30,6 @@ from stablefield.training._accelerator import Tracker, check_tracker
 from stablefield.training._data_parallel import overlaps
 from stablefield.training._estimate import estimate_run
 from stablefield.training._fully_sharded import shards
-from stablefield.training._observers import FrechetObserver, Reading, SelfCheck, check_samples
 from stablefield.training._pace import clock
 from stablefield.training._plan import Plan, make_plan, place
 from stablefield.training._recipe import Recipe, SongUNetConfig
@@ -38,6 +37,7 @@ from stablefield.training._recipes import RECIPES
 from stablefield.training._run import Run
 from stablefield.training._run_config import RunConfig
 from stablefield.training._run_folder import RunFolder
+from stablefield.training._self_check import FrechetObserver, Reading, SelfCheck, check_samples
 from stablefield.training._time_budget import seconds_of
 from stablefield.training._train import train
 from stablefield.training._weight_source import open_weights

@@ -16,8 +16,8 @@ from stablefield.interop._pipeline_folder import write_pipeline
 from stablefield.interop._plain_export import write_plain
 from stablefield.sampling._seeded_images import in_turn
 from stablefield.training._model import OpenModel
-from stablefield.training._observers import samples as draw
 from stablefield.training._sampler import SamplerOptions
+from stablefield.training._samples import draw_samples
 
 __all__ = ["Format", "export_run"]
 
@@ -91,7 +91,7 @@ def export_run(
     if pictures:
         # The picture of a network with classes cycles through them.
         numbers = in_turn(range(config.classes), range(samples)).numpy() if config.classes else None
-        images = draw(denoiser, config, range(samples), cpu, sigmas=sigmas, autoencoder=autoencoder).numpy()
+        images = draw_samples(denoiser, config, range(samples), cpu, sigmas=sigmas, autoencoder=autoencoder).numpy()
         write_png(folder / _GRID, class_grid(images, numbers, config.class_names))
     card = ModelCard(
         name=name or public_name(str(run.resolve())) or "model",

@@ -1,6 +1,6 @@
 """Compare the single-sample target with the stable one on your data: `compare` trains, scores and reports.
 
-Both targets train from the same seeds on the same batches and noise; `_scoring` defines the score.
+Both targets train from the same seeds on the same batches and noise; `_scorer` defines the score.
 """
 
 from __future__ import annotations
@@ -28,30 +28,25 @@ from stablefield.training._comparison import Comparison
 from stablefield.training._config import encode
 from stablefield.training._estimate import estimate_run
 from stablefield.training._loop import Report
-from stablefield.training._observers import SelfCheck, check_samples
 from stablefield.training._plan import Images, images_and_recipe, make_plan
 from stablefield.training._recipe import Recipe
 from stablefield.training._records import read_lines
 from stablefield.training._run_config import RunConfig
 from stablefield.training._run_data import training_data
-from stablefield.training._run_folder import RunFolder
-from stablefield.training._scoring import (
-    LEVELS,
-    MIDDLE,
+from stablefield.training._run_folder import RunFolder, is_run
+from stablefield.training._scorer import is_done, optimum_of, run_one
+from stablefield.training._scores import LEVELS, MIDDLE, Outcome, TargetName
+from stablefield.training._scoring_plan import (
     NFE,
     SAMPLER,
-    Outcome,
     Scoring,
-    TargetName,
     check_settings,
-    is_done,
     keep_settings,
-    optimum_of,
     plan_scoring,
     rows_of,
-    run_one,
     settings_of,
 )
+from stablefield.training._self_check import SelfCheck, check_samples
 
 __all__ = ["ComparisonPlan", "PlannedRun", "compare"]
 
@@ -267,7 +262,7 @@ def _path(out: Path, run: PlannedRun) -> Path:
 def _begun(out: Path, run: PlannedRun) -> RunConfig | None:
     """The configuration in the run's folder; None if it has not begun."""
     path = _path(out, run)
-    return RunFolder(path).config() if (path / "config.json").is_file() else None
+    return RunFolder(path).config() if is_run(path) else None
 
 
 def _check_begun(out: Path, runs: Sequence[PlannedRun], data: ImageSet, settings: Mapping[str, Any]) -> list[str]:
@@ -313,7 +308,7 @@ def _seconds(
     left, begun = 0.0, 0
     for run in runs:
         folder = RunFolder(_path(out, run))
-        newest = folder.newest() if (folder.path / "config.json").is_file() else None
+        newest = folder.newest() if is_run(folder.path) else None
         rest = 1 - (0 if newest is None else min(1, newest[1].step / run.config.recipe.steps))
         left, begun = left + rest, begun + (rest > 0)
     found = estimate_run(config, data, device)

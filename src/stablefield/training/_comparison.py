@@ -20,7 +20,8 @@ from stablefield.report._chart import Chart
 from stablefield.report._result import Result
 from stablefield.training._comparison_page import comparison_page, distance_chart, level_chart
 from stablefield.training._run_folder import RunFolder
-from stablefield.training._scoring import LEVELS, MIDDLE, Outcome, improvement, samples_of, spread
+from stablefield.training._scorer import samples_of
+from stablefield.training._scores import LEVELS, MIDDLE, Outcome, improvement, spread
 
 __all__ = ["DISTANCE", "Comparison", "summary"]
 

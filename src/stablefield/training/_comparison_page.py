@@ -23,7 +23,7 @@ from stablefield.report import (
     image_figure,
     json_details,
 )
-from stablefield.training._scoring import LEVELS, MIDDLE, Outcome, Score, improvement, spread
+from stablefield.training._scores import LEVELS, MIDDLE, Outcome, Score, improvement, spread
 
 __all__ = ["comparison_page", "distance_chart", "level_chart"]
 

@@ -31,7 +31,6 @@ from stablefield.training._grids import write_animation
 from stablefield.training._held_out import HeldOutLoss
 from stablefield.training._meter import Meter, Report, bin_edges
 from stablefield.training._model import build_denoiser, require_fit
-from stablefield.training._observers import samples
 from stablefield.training._pace import Pace
 from stablefield.training._placement import placed
 from stablefield.training._post_hoc import remove_snapshots, take_snapshot
@@ -39,7 +38,7 @@ from stablefield.training._report_writer import ReportWriter, log_environment
 from stablefield.training._run_config import RunConfig
 from stablefield.training._run_data import check_vae, held_out_data, training_data
 from stablefield.training._run_folder import RunFolder
-from stablefield.training._samples import Samples
+from stablefield.training._samples import Samples, draw_samples
 from stablefield.training._stepper import Stepper
 
 __all__ = ["Observer", "Report", "TrainingError", "fit"]
@@ -410,7 +409,9 @@ class _Loop:
         config = self._config
         labels = in_turn(range(config.classes), SAMPLE_SEEDS) if config.classes else None
         drawn = Samples(
-            images=samples(ema, config, SAMPLE_SEEDS, self._accelerator.device, autoencoder=self._autoencoder).numpy(),
+            images=draw_samples(
+                ema, config, SAMPLE_SEEDS, self._accelerator.device, autoencoder=self._autoencoder
+            ).numpy(),
             seeds=tuple(SAMPLE_SEEDS),
             labels=None if labels is None else labels.numpy(),
             class_names=config.class_names,

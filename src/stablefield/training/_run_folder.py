@@ -19,7 +19,7 @@ from stablefield.training._lock import Holder, Lock
 from stablefield.training._records import append_line, is_count, read_lines, write_lines, write_record
 from stablefield.training._run_config import RunConfig
 
-__all__ = ["HasFolder", "RunFolder"]
+__all__ = ["HasFolder", "RunFolder", "is_run"]
 
 _LOCK = ".stablefield.lock"
 _ATTEMPTS = 10
@@ -37,6 +37,11 @@ class HasFolder(Protocol):
 
 
 Value = TypeVar("Value")
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether this is the folder of a run."""
+    return (Path(path) / "config.json").is_file()
 
 
 class RunFolder:

@@ -25,9 +25,9 @@ from stablefield.training._placement import resolve_references
 from stablefield.training._recipe import Recipe
 from stablefield.training._recipes import imagefolder, largest_resolution, recipe_for
 from stablefield.training._run_data import optimum_data, training_data
-from stablefield.training._run_folder import HasFolder, RunFolder
+from stablefield.training._run_folder import HasFolder, RunFolder, is_run
 
-__all__ = ["is_run", "probe", "usual_training"]
+__all__ = ["probe", "usual_training"]
 
 
 @overload
@@ -198,11 +198,6 @@ def probe(
         device=device,
         progress=progress,
     )
-
-
-def is_run(path: str | Path) -> bool:
-    """Whether this is the folder of a run."""
-    return (Path(path) / "config.json").is_file()
 
 
 def usual_training(data: Samples, device: torch.device) -> Training:

@@ -1,19 +1,32 @@
-"""Samples: images, or other data, drawn from a run, with their seeds and classes."""
+"""Samples: images, or other data, drawn from a run, with their seeds and classes.
+
+`draw_samples` draws them for pictures and checks during training; `Run.sample` has all options.
+"""
 
 import base64
 import html
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from stablefield._atomic_file import write_atomically
+from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._png import PICTURES, class_grid, is_picture, write_picture, write_png
+from stablefield.diffusion._preconditioning import Denoiser
+from stablefield.sampling._seeded_images import chunks_of, draw, in_turn, to_uint8
+from stablefield.sampling._solvers import SolverOptions
+from stablefield.training._run_config import RunConfig
 
-__all__ = ["Samples"]
+__all__ = ["Samples", "draw_samples"]
+
+_STEPS = 18
 
 # `save("grid.gif")` asks for a file, not for a folder of that name.
 _OTHERS = (".gif", ".webp", ".bmp", ".tif", ".tiff", ".svg", ".pdf", ".pt", ".zip", ".html", ".json")
@@ -128,3 +141,46 @@ def _write_npy(path: Path, values: NDArray[Any]) -> Path:
     np.save(content, values, allow_pickle=False)
     write_atomically(path, lambda temporary: temporary.write_bytes(content.getbuffer()))
     return path
+
+
+def draw_samples(
+    denoiser: Denoiser,
+    config: RunConfig,
+    seeds: Sequence[int],
+    device: torch.device,
+    classes: Sequence[int] | None = None,
+    *,
+    sigmas: Tensor | None = None,
+    autoencoder: Autoencoder | None = None,
+) -> Tensor:
+    """Images of `seeds` by Heun's method, uint8, shape (len(seeds), C, H, W), or other data.
+
+    Args:
+        denoiser: D(x, sigma, class_labels=None).
+        config: of the run.
+        seeds: image k is a function of seeds[k].
+        device: where to compute.
+        classes: that the seeds take in turn; all classes of the run by default.
+        sigmas: the grid; EDM's of 18 steps by default.
+        autoencoder: decodes latents of images; None for the latents.
+    """
+    scaling = config.scaling
+
+    def finish(x: Tensor) -> Tensor:
+        found = to_uint8(x) if scaling is None else scaling.undo(x)
+        return found if autoencoder is None else autoencoder.decode(found)
+
+    options = SolverOptions(steps=_STEPS)
+    labels = None
+    if config.classes:
+        labels = in_turn(range(config.classes) if classes is None else classes, seeds).to(device)
+    ((_, images, _),) = draw(
+        lambda _: denoiser if labels is None else lambda x, sigma: denoiser(x, sigma, labels),
+        options,
+        options.sigmas() if sigmas is None else sigmas,
+        chunks_of(seeds, len(seeds)),
+        shape=config.shape,
+        device=device,
+        finish=finish,
+    )
+    return images

@@ -1,6 +1,4 @@
-r"""Observers: they measure a model during training.
-
-`FrechetObserver` measures a few samples by a `SelfCheck`: a Frechet distance, its error and its floor.
+r"""A run's check of itself: the Frechet distance of a few samples during training, with its error and its floor.
 
 A Frechet distance on n samples is biased upwards, by about c / n, and noisy. So a reading has three numbers:
 
@@ -29,7 +27,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._image_set import ImageSet
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.evaluation._extraction import ExtractorPass, extract, image_batches
@@ -37,63 +34,11 @@ from stablefield.evaluation._extractor import Extractor
 from stablefield.evaluation._features import Gaussian, checked, fit_features, in_float64
 from stablefield.evaluation._fid import distance_between
 from stablefield.evaluation._inception import metric_name
-from stablefield.sampling._seeded_images import chunks_of, draw, in_turn, to_uint8
-from stablefield.sampling._solvers import SolverOptions
+from stablefield.sampling._seeded_images import in_turn
 from stablefield.training._run_config import RunConfig
+from stablefield.training._samples import draw_samples
 
-__all__ = [
-    "FrechetObserver",
-    "Reading",
-    "SelfCheck",
-    "check_samples",
-    "jackknife_error",
-    "samples",
-]
-
-STEPS = 18
-
-
-def samples(
-    denoiser: Denoiser,
-    config: RunConfig,
-    seeds: Sequence[int],
-    device: torch.device,
-    classes: Sequence[int] | None = None,
-    *,
-    sigmas: Tensor | None = None,
-    autoencoder: Autoencoder | None = None,
-) -> Tensor:
-    """Images of `seeds` by Heun's method, uint8, shape (len(seeds), C, H, W), or other data.
-
-    Args:
-        denoiser: D(x, sigma, class_labels=None).
-        config: of the run.
-        seeds: image k is a function of seeds[k].
-        device: where to compute.
-        classes: that the seeds take in turn; all classes of the run by default.
-        sigmas: the grid; EDM's of 18 steps by default.
-        autoencoder: decodes latents of images; None for the latents.
-    """
-    scaling = config.scaling
-
-    def finish(x: Tensor) -> Tensor:
-        found = to_uint8(x) if scaling is None else scaling.undo(x)
-        return found if autoencoder is None else autoencoder.decode(found)
-
-    options = SolverOptions(steps=STEPS)
-    labels = None
-    if config.classes:
-        labels = in_turn(range(config.classes) if classes is None else classes, seeds).to(device)
-    ((_, images, _),) = draw(
-        lambda _: denoiser if labels is None else lambda x, sigma: denoiser(x, sigma, labels),
-        options,
-        options.sigmas() if sigmas is None else sigmas,
-        chunks_of(seeds, len(seeds)),
-        shape=config.shape,
-        device=device,
-        finish=finish,
-    )
-    return images
+__all__ = ["FrechetObserver", "Reading", "SelfCheck", "check_samples", "jackknife_error"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +125,7 @@ class SelfCheck:
         """Measure a run's model, of a conditional run on classes in the proportions of the training data."""
         classes = config.mixed_classes
         labels = None if classes is None else in_turn(classes, self.seeds)
-        return self.read(lambda seeds: samples(denoiser, config, seeds, device, classes), labels)
+        return self.read(lambda seeds: draw_samples(denoiser, config, seeds, device, classes), labels)
 
     def read(self, draw: Callable[[Sequence[int]], Tensor], labels: Tensor | None = None) -> Reading:
         """Draw the samples and measure them.
