@@ -148,7 +148,7 @@ def check_bias(
     number("label_dropout", label_dropout)
     whole_number("batch", batch, 1)
     whole_number("batches", batches)
-    whole_number("seed", seed, 0, 2**63)
+    whole_number("seed", seed, 0)
     if not 0 < false_alarm < 1:
         raise ValueError(f"false_alarm is {false_alarm}: pass a probability between 0 and 1.")
     if not 0 <= label_dropout <= 1:

@@ -137,7 +137,7 @@ class ExcessLoss:
         self._weighting = self._prediction.weighting() if weighting is None else weighting
         check_callable("weighting", self._weighting, "weighting(noise_level), such as EDMWeighting()")
         levels, self._rows = whole_number("levels", levels, 1, 1000), whole_number("rows", rows, 2)
-        self._batch, self._seed = whole_number("batch", batch, 1), whole_number("seed", seed, 0, 2**63 - 1)
+        self._batch, self._seed = whole_number("batch", batch, 1), whole_number("seed", seed, 0)
         if sample is not None:
             whole_number("sample", sample, 2)
         if progress is not None:

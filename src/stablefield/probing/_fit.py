@@ -158,7 +158,7 @@ def find_optimum(
     check_kind("population", population, Population, "a Population of the data, Population(data)")
     whole_number("rows", rows)
     whole_number("batch", batch)
-    whole_number("seed", seed, 0, 2**63)
+    whole_number("seed", seed, 0)
     levels = array_of_numbers("noise_levels", noise_levels).to(torch.float64).flatten().sort().values
     if len(levels) == 0 or not bool(((levels > 0) & levels.isfinite()).all()):
         raise ValueError(f"noise_levels={levels.tolist()}: pass at least one, all positive and finite.")

@@ -189,7 +189,7 @@ def measure_variance(
     process = EDM() if process is None else process
     check_kind("process", process, Process, "a Process, such as EDM()")
     sizes = shape_of("sizes", sizes)
-    whole_number("seed", seed, 0, 2**63)
+    whole_number("seed", seed, 0)
     if progress is not None:
         check_callable("progress", progress, "progress(report), with a Progress")
     for name, value in (("sources", sources), ("draws", draws)):
@@ -298,7 +298,7 @@ def find_noise_levels(population: Population, count: int = 21, *, seed: int = 0)
     """
     check_kind("population", population, Population, "a Population of the data, Population(data)")
     whole_number("count", count)
-    whole_number("seed", seed, 0, 2**63)
+    whole_number("seed", seed, 0)
     if count < 2:
         raise ValueError(f"count is {count}: pass at least 2.")
     total = population.variance()

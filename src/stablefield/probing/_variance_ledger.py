@@ -177,7 +177,7 @@ def measure_ledger(
     check_kind("population", population, Population, "a Population of the data, Population(data)")
     check_kind("training", training, Training, "a Training, such as Training()")
     whole_number("groups", groups, 3, _MOST)
-    whole_number("seed", seed, 0, 2**63 - 1)
+    whole_number("seed", seed, 0)
     if flag("labelled", labelled) and population.labels is None:
         raise ValueError("labelled is set, but the population has no labels: pass them.")
     if progress is not None:

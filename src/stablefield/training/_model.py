@@ -1,5 +1,6 @@
 """The model of a run: from its configuration and a checkpoint to a denoiser."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from stablefield.training._run_folder import RunFolder
 from stablefield.training._seeding import Purpose, generator_for
 
 __all__ = ["OpenModel", "build_denoiser", "open_model", "require_fit", "untrained"]
+
+# Relative error of an average's profile above which it is no longer the average that was asked for.
+_OFF = 0.05
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,18 @@ class OpenModel:
         """`ema` with the error of its profile, for a protocol."""
         error = f"{self.ema_error:.1%}"
         return self.ema if error == "0.0%" else f"{self.ema} (profile {error} off)"
+
+    def warn(self, argument: str = "ema") -> None:
+        """Warn of newer checkpoints that were passed over, and of an average far from the one that `argument` asked for."""
+        for complaint in self.complaints:
+            warnings.warn(f"skipped a newer checkpoint: {complaint}", stacklevel=3)
+        if self.ema_error > _OFF:
+            warnings.warn(
+                f"{argument}={self.ema}: the average of the run's snapshots differs by {self.ema_error:.1%} from one of "
+                "that length, in the L2 norm of its profile: train with a smaller ema_snapshot_every, or pass a length nearer to "
+                f"{' or '.join(map(str, LENGTHS))}, which are kept.",
+                stacklevel=3,
+            )
 
 
 def build_denoiser(config: RunConfig) -> Denoiser:

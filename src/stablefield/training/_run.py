@@ -11,20 +11,16 @@ from __future__ import annotations
 
 import base64
 import html
-import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 
 from stablefield._atomic_file import write_atomically
-from stablefield._distributed import Ranks
 from stablefield._progress import Progress
-from stablefield._shapes import found_device, whole_number
+from stablefield._shapes import whole_number
 from stablefield.data._image_set import ImageSet
 from stablefield.data._source import as_image_set, open_images
 from stablefield.evaluation._evaluate import DEFAULT_METRICS, evaluate
@@ -32,7 +28,7 @@ from stablefield.evaluation._metric import Metric
 from stablefield.evaluation._result import Evaluation
 from stablefield.sampling._solvers import SamplerName
 from stablefield.training._accelerator import Tracker, make_accelerator
-from stablefield.training._ema import LENGTHS, power_exponent
+from stablefield.training._ema import power_exponent
 from stablefield.training._files import write_tensors
 from stablefield.training._grids import write_animation
 from stablefield.training._loop import Observer, Report, fit
@@ -45,16 +41,13 @@ from stablefield.training._run_data import data_of, existing, held_out_data, ope
 from stablefield.training._run_folder import RunFolder
 from stablefield.training._run_report import RunReport, read_report
 from stablefield.training._run_source import RunSource
-from stablefield.training._sampler import RunSampler, SamplerOptions
+from stablefield.training._sampler import RunSampler, SamplerOptions, open_sampler
 from stablefield.training._samples import Samples
 
 if TYPE_CHECKING:
     from stablefield.evaluation._extractor import Extractor
 
 __all__ = ["Run", "fit_run"]
-
-# Relative error of an average's profile above which it is no longer the average that was asked for.
-_OFF = 0.05
 
 
 class Run:
@@ -122,7 +115,7 @@ class Run:
             ValueError: if the run has no intact checkpoint, or no such checkpoint or average.
         """
         model = open_model(self.path, ema, device, checkpoint)
-        _warn(model)
+        model.warn()
         return model
 
     def sample(
@@ -167,18 +160,7 @@ class Run:
         opened = self.sampler(
             sampler, steps, guidance_scale, class_label, ema, batch, device, checkpoint, decode=decode, vae=vae
         )
-        wanted = _seeds(seeds)
-        with Ranks.launched() as ranks:
-            purpose = "to draw their images"
-            parts = list(opened.draw(wanted, ranks, progress))
-            nfe, count = ranks.total(sum(part.nfe for part in parts), len(parts), purpose=purpose)
-            scaling = opened.config.scaling if opened.floating else None
-            none = np.zeros((0, *opened.shape), np.uint8 if scaling is None else scaling.dtype)
-            drawn = torch.from_numpy(np.concatenate([none, *(part.images for part in parts)]))
-            images = ranks.all_gather_rows(drawn, purpose)
-            own = torch.tensor([seed for part in parts for seed in part.seeds], dtype=torch.int64)
-            row = {seed: place for place, seed in enumerate(ranks.all_gather_rows(own, purpose).tolist())}
-        return opened.samples(wanted, images[[row[seed] for seed in wanted]], nfe / count)
+        return opened.sample(seeds, progress)
 
     def sampler(
         self,
@@ -195,44 +177,19 @@ class Run:
         vae: str | Path = "",
     ) -> RunSampler:
         """Load the model with a solver; arguments and errors as for `sample`. One that is loaded is returned as it is."""
-        if isinstance(sampler, SamplerOptions | RunSampler):
-            _require_unset(
-                sampler,
-                device,
-                steps=steps,
-                guidance_scale=guidance_scale,
-                class_label=class_label,
-                ema=ema,
-                checkpoint=checkpoint,
-                batch=batch,
-                decode=decode,
-                vae=vae,
-            )
-        if isinstance(sampler, RunSampler):
-            if sampler.path.resolve() != self.path.resolve():
-                raise ValueError(
-                    f"sampler draws from the run {sampler.path}, and this run is {self.path}: pass one that this run's "
-                    "Run.sampler returned."
-                )
-            return sampler
-        options = sampler
-        if not isinstance(options, SamplerOptions):
-            options = SamplerOptions(
-                sampler=options,
-                steps=steps,
-                guidance_scale=guidance_scale,
-                class_label=() if class_label is None else class_label,
-                ema=ema,
-                batch=batch,
-                checkpoint=checkpoint,
-                decode=decode,
-                vae=str(vae),
-            )
-        opened = options.open(self.path, found_device(device))
-        _warn(opened.model)
-        if opened.guide is not None:
-            _warn(opened.guide, "guide_ema")
-        return opened
+        return open_sampler(
+            self.path,
+            sampler,
+            device,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            class_label=() if class_label is None else class_label,
+            ema=ema,
+            batch=batch,
+            checkpoint=checkpoint,
+            decode=decode,
+            vae=str(vae),
+        )
 
     def evaluate(
         self,
@@ -550,50 +507,3 @@ def fit_run(
         held_out=held_out,
         vae=vae,
     )
-
-
-def _same(value: object, default: object) -> bool:
-    """Whether an option is its default; an array of classes is not None, and is not compared with it."""
-    return value is default or (default is not None and value == default)
-
-
-def _require_unset(sampler: SamplerOptions | RunSampler, device: torch.device | str | None, **options: object) -> None:
-    """Refuse options of `Run.sampler` beside a sampler that holds its own, since they would be ignored.
-
-    Raises:
-        ValueError: naming those that are not the defaults.
-    """
-    defaults = inspect.signature(Run.sampler).parameters
-    given = [f"{name}={value}" for name, value in options.items() if not _same(value, defaults[name].default)]
-    if isinstance(sampler, RunSampler):
-        where = None if device is None else found_device(device)
-        # "cuda" is any of the GPUs.
-        indices = {place.index for place in (where, sampler.device) if place is not None and place.index is not None}
-        if where is not None and (where.type != sampler.device.type or len(indices) > 1):
-            given.append(f"device={device}")
-        remedy = "which Run.sampler loaded with its own: pass them to Run.sampler"
-    else:
-        remedy = "and sampler holds all options: set them in its SamplerOptions"
-    if given:
-        raise ValueError(f"{', '.join(given)}: sampler is a {type(sampler).__name__}, {remedy}.")
-
-
-def _seeds(seeds: int | Sequence[int]) -> list[int]:
-    if isinstance(seeds, int):
-        return list(range(whole_number("seeds", seeds, 1)))
-    wanted = [whole_number(f"seeds[{k}]", seed, 0) for k, seed in enumerate(seeds)]
-    if not wanted or len(set(wanted)) < len(wanted):
-        raise ValueError(f"seeds holds {len(wanted)} seeds, {len(set(wanted))} of them different: pass each once.")
-    return wanted
-
-
-def _warn(model: OpenModel, argument: str = "ema") -> None:
-    for complaint in model.complaints:
-        warnings.warn(f"skipped a newer checkpoint: {complaint}", stacklevel=3)
-    if model.ema_error > _OFF:
-        warnings.warn(
-            f"{argument}={model.ema}: the average of the run's snapshots differs by {model.ema_error:.1%} from one of that "
-            "length, in the L2 norm of its profile: train with a smaller ema_snapshot_every, or pass a length nearer to "
-            f"{' or '.join(map(str, LENGTHS))}, which are kept.",
-            stacklevel=3,
-        )

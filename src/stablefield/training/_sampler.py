@@ -6,26 +6,29 @@
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stablefield._distributed import Ranks
 from stablefield._progress import Progress
+from stablefield._shapes import found_device, whole_number
 from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._image_set import class_text
 from stablefield.sampling._guidance import autoguidance, classifier_free
 from stablefield.sampling._seeded_images import chunks_of, draw, in_turn, to_uint8
 from stablefield.sampling._solver_loop import Denoise
-from stablefield.sampling._solvers import SolverOptions, option_text
+from stablefield.sampling._solvers import SamplerName, SolverOptions, option_text
 from stablefield.training._model import OpenModel, open_model
 from stablefield.training._run_config import RunConfig
 from stablefield.training._samples import Samples
 
-__all__ = ["RunSampler", "SamplerOptions"]
+__all__ = ["RunSampler", "SamplerOptions", "open_sampler"]
 
 # Most classes that an error lists.
 _LISTED = 20
@@ -261,6 +264,25 @@ class RunSampler:
         """The run's configuration."""
         return self.model.config
 
+    def sample(self, seeds: int | Sequence[int], progress: Callable[[Progress], object] | None = None) -> Samples:
+        """Draw the images of seeds, or of so many seeds from 0 on; processes share them, and each gets all.
+
+        Raises:
+            ValueError: if a seed is no whole number from 0 on, or is there twice.
+        """
+        wanted = _seeds(seeds)
+        with Ranks.launched() as ranks:
+            purpose = "to draw their images"
+            parts = list(self.draw(wanted, ranks, progress))
+            nfe, count = ranks.total(sum(part.nfe for part in parts), len(parts), purpose=purpose)
+            scaling = self.config.scaling if self.floating else None
+            none = np.zeros((0, *self.shape), np.uint8 if scaling is None else scaling.dtype)
+            drawn = torch.from_numpy(np.concatenate([none, *(part.images for part in parts)]))
+            images = ranks.all_gather_rows(drawn, purpose)
+            own = torch.tensor([seed for part in parts for seed in part.seeds], dtype=torch.int64)
+            row = {seed: place for place, seed in enumerate(ranks.all_gather_rows(own, purpose).tolist())}
+        return self.samples(wanted, images[[row[seed] for seed in wanted]], nfe / count)
+
     def draw(
         self,
         seeds: Sequence[int],
@@ -322,6 +344,66 @@ class RunSampler:
     def ema(self) -> str:
         """The average of the weights and its step, for the protocol."""
         return f"{self.model.average}, step {self.model.step}"
+
+
+def open_sampler(
+    path: Path,
+    sampler: SamplerName | SamplerOptions | RunSampler,
+    device: torch.device | str | None,
+    **options: Any,
+) -> RunSampler:
+    """Load a run's model with a solver, for `Run.sampler`.
+
+    Args:
+        path: the run's folder.
+        sampler: the solver's name, all options of a solver, or a sampler of this run, which is returned as it is.
+        device: where to compute; a GPU if there is one.
+        options: further fields of `SamplerOptions`, with the solver's name only.
+
+    Raises:
+        ValueError: if the options do not fit the run or one another, or options are given beside a sampler that holds its
+            own, since they would be ignored.
+    """
+    usual = {field.name: field.default for field in fields(SamplerOptions)}
+    # An array of classes is not compared.
+    given = [
+        f"{name}={value}"
+        for name, value in options.items()
+        if value is not usual[name] and (isinstance(value, np.ndarray | Tensor) or value != usual[name])
+    ]
+    remedy = "and sampler holds all options: set them in its SamplerOptions"
+    if isinstance(sampler, RunSampler):
+        where = None if device is None else found_device(device)
+        # "cuda" is any of the GPUs.
+        indices = {place.index for place in (where, sampler.device) if place is not None and place.index is not None}
+        if where is not None and (where.type != sampler.device.type or len(indices) > 1):
+            given.append(f"device={device}")
+        remedy = "which Run.sampler loaded with its own: pass them to Run.sampler"
+    if given and not isinstance(sampler, str):
+        raise ValueError(f"{', '.join(given)}: sampler is a {type(sampler).__name__}, {remedy}.")
+    if isinstance(sampler, RunSampler):
+        if sampler.path.resolve() != path.resolve():
+            raise ValueError(
+                f"sampler draws from the run {sampler.path}, and this run is {path}: pass one that this run's Run.sampler "
+                "returned."
+            )
+        return sampler
+    if not isinstance(sampler, SamplerOptions):
+        sampler = SamplerOptions(sampler=sampler, **options)
+    opened = sampler.open(path, found_device(device))
+    opened.model.warn()
+    if opened.guide is not None:
+        opened.guide.warn("guide_ema")
+    return opened
+
+
+def _seeds(seeds: int | Sequence[int]) -> list[int]:
+    if isinstance(seeds, int):
+        return list(range(whole_number("seeds", seeds, 1)))
+    wanted = [whole_number(f"seeds[{k}]", seed, 0) for k, seed in enumerate(seeds)]
+    if not wanted or len(set(wanted)) < len(wanted):
+        raise ValueError(f"seeds holds {len(wanted)} seeds, {len(set(wanted))} of them different: pass each once.")
+    return wanted
 
 
 def _class_number(wanted: str, config: RunConfig) -> int:

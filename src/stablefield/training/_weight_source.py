@@ -209,7 +209,10 @@ def _averages(checkpoint: Path) -> tuple[dict[str, Tensor], str]:
 
 def _json(path: Path) -> dict[str, Any]:
     with open_regular(path) as file:
-        return parse(file.read(JSON_LIMIT))
+        text = file.read(JSON_LIMIT + 1)
+    if len(text) > JSON_LIMIT:
+        raise ValueError(f"{path} has more than {JSON_LIMIT:,} bytes: it is none of an export.")
+    return parse(text)
 
 
 def _names(entry: object) -> tuple[str, ...] | None:
