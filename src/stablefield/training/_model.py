@@ -57,8 +57,8 @@ class OpenModel:
         if self.ema_error > _OFF:
             warnings.warn(
                 f"{argument}={self.ema}: the average of the run's snapshots differs by {self.ema_error:.1%} from one of "
-                "that length, in the L2 norm of its profile: train with a smaller ema_snapshot_every, or pass a length nearer to "
-                f"{' or '.join(map(str, LENGTHS))}, which are kept.",
+                "that length, in the L2 norm of its profile: train with a smaller ema_snapshot_every, or pass a length "
+                f"nearer to {' or '.join(map(str, LENGTHS))}, which are kept.",
                 stacklevel=3,
             )
 
