@@ -44,9 +44,10 @@ def main(steps: int = 400) -> list[float]:
     # - loader = DataLoader(TensorDataset(images), 64, shuffle=True, drop_last=True)
     loader = DataLoader(TensorDataset(images, torch.arange(len(images))), 64, shuffle=True, drop_last=True)  # +
     network, optimizer, loader = accelerator.prepare(network, optimizer, loader)
+    set_seed(0, device_specific=True)  # each process draws noise of its own
     pool = sf.Pool(images.to(accelerator.device), size=512)  # +
     stable = sf.StableTarget(sf.EDM(), references=pool, noise_band=0.3)  # +
-    generator = torch.Generator(accelerator.device).manual_seed(1)  # +
+    generator = torch.Generator(accelerator.device).manual_seed(1 + accelerator.process_index)  # +
 
     losses: list[float] = []
     while len(losses) < steps:

@@ -42,6 +42,7 @@ def main(steps: int = 400, prediction_type: str = "epsilon", draw: int = 4) -> l
     ema = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True)
     accelerator = Accelerator()
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
+    set_seed(0, device_specific=True)  # each process draws noise of its own
 
     losses: list[float] = []
     while len(losses) < steps:

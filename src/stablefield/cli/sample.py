@@ -82,9 +82,8 @@ class Sample:
                 found: list[float] = []
                 for batch in sampler.draw(seeds, ranks, bar.update):
                     batch.save(out)
-                    found.append(batch.nfe)
-                evaluations, count = ranks.total(sum(found), len(found), purpose="to draw their images")
-                nfe = evaluations / count
+                    found.append(batch.nfe * len(batch))
+                nfe = ranks.total(sum(found), purpose="to draw their images")[0] / len(seeds)
         seconds = time.perf_counter() - began
         together = "" if ranks.world_size == 1 else f" in {ranks.world_size} processes"
         model = sampler.model

@@ -47,7 +47,7 @@ class RunSource(SampleSource):
         self.name, self.count, self.class_names = name, samples, config.class_names
         self.shape, self.floating, self.autoencoder = sampler.shape, sampler.floating, sampler.autoencoder
         self.config = config
-        self._evaluations, self._chunks = 0.0, 0
+        self._evaluations, self._drawn = 0.0, 0
         self._start(0)
 
     def seeds(self, repeat: int) -> str:
@@ -71,8 +71,8 @@ class RunSource(SampleSource):
 
         for samples in sampler.draw(seeds, ranks, None if progress is None else report):
             yield torch.from_numpy(samples.images), torch.tensor(samples.seeds) - start
-            self._evaluations += samples.nfe
-            self._chunks += 1
+            self._evaluations += samples.nfe * len(samples)
+            self._drawn += len(samples)
 
     def labels(self, repeat: int, numbers: Tensor) -> Tensor | None:
         """Classes of samples of a repeat, by their numbers (B,); None for a run without classes."""
@@ -111,12 +111,12 @@ class RunSource(SampleSource):
 
     def record(self, ranks: Ranks) -> SamplingRecord:
         """The protocol of the sampling."""
-        evaluations, chunks = ranks.total(self._evaluations, self._chunks, purpose="to count their network evaluations")
+        evaluations, drawn = ranks.total(self._evaluations, self._drawn, purpose="to count their network evaluations")
         options = self._sampler.options
         return SamplingRecord(
             sampler=self._sampler.describe(),
             steps=options.steps_taken,
-            nfe=evaluations / chunks,
+            nfe=evaluations / drawn,
             ema=self._sampler.ema,
             commit=running_commit(),
         )

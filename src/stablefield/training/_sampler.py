@@ -274,14 +274,14 @@ class RunSampler:
         with Ranks.launched() as ranks:
             purpose = "to draw their images"
             parts = list(self.draw(wanted, ranks, progress))
-            nfe, count = ranks.total(sum(part.nfe for part in parts), len(parts), purpose=purpose)
+            evaluations = ranks.total(sum(part.nfe * len(part) for part in parts), purpose=purpose)[0]
             scaling = self.config.scaling if self.floating else None
             none = np.zeros((0, *self.shape), np.uint8 if scaling is None else scaling.dtype)
             drawn = torch.from_numpy(np.concatenate([none, *(part.images for part in parts)]))
             images = ranks.all_gather_rows(drawn, purpose)
             own = torch.tensor([seed for part in parts for seed in part.seeds], dtype=torch.int64)
             row = {seed: place for place, seed in enumerate(ranks.all_gather_rows(own, purpose).tolist())}
-        return self.samples(wanted, images[[row[seed] for seed in wanted]], nfe / count)
+        return self.samples(wanted, images[[row[seed] for seed in wanted]], evaluations / len(wanted))
 
     def draw(
         self,
