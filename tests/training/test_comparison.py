@@ -262,12 +262,17 @@ def test_scores_of_other_settings_are_refused_and_unknown_ones_told(tmp_path: Pa
     again = sf.compare(images, **options, samples=60)
     assert [o.scores for o in again.outcomes] == [o.scores for o in first.outcomes]
     assert again.protocol == first.protocol
-    # As earlier versions left it.
+    (where,) = again.protocol["environments"]
+    assert where["torch"] == torch.__version__
+    assert "do not compare" not in again.summary
+    with (out / "dsm-seed0" / "environment.jsonl").open("a") as file:
+        file.write(json.dumps(where | {"step": 1, "started": "later", "device": "another machine"}) + "\n")
+    moved = sf.compare(images, **options, samples=60)
+    assert [place["device"] for place in moved.protocol["environments"]] == [where["device"], "another machine"]
+    assert "so their times do not compare" in moved.summary
     (out / "stf-seed0" / "scoring.json").unlink()
-    with pytest.warns(UserWarning, match="holds scores of an earlier version, in stf-seed0: it kept no record"):
-        old = sf.compare(images, **options, samples=60)
-    assert [o.scores for o in old.outcomes] == [o.scores for o in first.outcomes]
-    assert old.protocol["frechet"]["settings_unknown"] == ["stf-seed0"]
+    with pytest.raises(ValueError, match=r"scoring.json cannot be used: .*No such file.*pass another out=FOLDER"):
+        sf.compare(images, **options, samples=60)
     (out / "dsm-seed0" / "scoring.json").write_text("{")
     with pytest.raises(ValueError, match=r"scoring.json cannot be used: .*pass another out=FOLDER"):
         sf.compare(images, **options, samples=60)
@@ -285,10 +290,6 @@ def test_the_command_refuses_to_show_scores_under_the_name_of_another_extractor(
     told = capsys.readouterr().err
     assert "extractor pixels there, random convolutions (seed 0) here" in told
     assert "another --out FOLDER" in told
-    for path in out.glob("*/scoring.json"):
-        path.unlink()
-    assert status("compare", "digits", *flags, "--extractor", "random") == 0
-    assert "holds scores of an earlier version, in dsm-seed0, stf-seed0" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("cheap_scores")

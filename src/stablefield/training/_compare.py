@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -154,14 +153,7 @@ def compare(
     runs = _runs(base.config, wanted, scoring.every)
     extractor = raw(data) if extractor is None else extractor
     settings = settings_of(runs[0].config, data, extractor, min(scoring.samples, len(data)))
-    unknown = _check_begun(folder, runs, data, settings)
-    if unknown:
-        warnings.warn(
-            f"{folder} holds scores of an earlier version, in {', '.join(unknown)}: it kept no record of the extractor and "
-            "the number of samples, which may be others than those of this comparison, and drew samples of runs with "
-            "classes without a class. To have all scores alike, compare in another folder.",
-            stacklevel=2,
-        )
+    _check_begun(folder, runs, data, settings)
     check = SelfCheck.prepare(data, extractor, samples=min(scoring.samples, len(data)))
     if on_start is not None:
         training, scored, other = _seconds(runs, scoring, data, check, where, folder)
@@ -211,7 +203,6 @@ def compare(
             "samples": len(check.seeds),
             "floor": check.floor,
             "sampler": SAMPLER,
-            **({"settings_unknown": unknown} if unknown else {}),
         },
         "noise_levels": list(LEVELS),
         "middle": list(MIDDLE),
@@ -265,16 +256,12 @@ def _begun(out: Path, run: PlannedRun) -> RunConfig | None:
     return RunFolder(path).config() if is_run(path) else None
 
 
-def _check_begun(out: Path, runs: Sequence[PlannedRun], data: ImageSet, settings: Mapping[str, Any]) -> list[str]:
+def _check_begun(out: Path, runs: Sequence[PlannedRun], data: ImageSet, settings: Mapping[str, Any]) -> None:
     """Check, before any work, that the runs in the comparison's folder are these, and their scores of these settings.
-
-    Returns:
-        Names of the runs with scores of unknown settings.
 
     Raises:
         ValueError: if a run or its scores have other settings.
     """
-    unknown: list[str] = []
     for run in runs:
         path, found = _path(out, run), _begun(out, run)
         if found is None:
@@ -282,9 +269,7 @@ def _check_begun(out: Path, runs: Sequence[PlannedRun], data: ImageSet, settings
         if found.recipe != run.config.recipe or found.manifest["sha256"] != data.manifest["sha256"]:
             raise ValueError(f"{path} holds a run with other settings: pass another out=FOLDER for this comparison.")
         training_data(found, data)  # of the labels; a run that has ended opens no data
-        if not check_settings(path, settings):
-            unknown.append(path.name)
-    return unknown
+        check_settings(path, settings)
 
 
 def _folder(out: Path, run: PlannedRun, settings: Mapping[str, Any]) -> RunFolder:

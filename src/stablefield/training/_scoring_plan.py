@@ -127,20 +127,15 @@ def settings_of(config: RunConfig, data: ImageSet, extractor: Extractor, samples
     }
 
 
-def check_settings(folder: Path, settings: Mapping[str, Any]) -> bool:
+def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Check that the scores in a run's folder, if any, have these settings.
 
-    Returns:
-        Whether that is known: earlier versions kept no record.
-
     Raises:
-        ValueError: if the scores have other settings, or the record is damaged.
+        ValueError: if the scores have other settings, or their record is missing or damaged.
     """
     path = folder / _SETTINGS
     if not read_scores(folder):
-        return True
-    if not path.exists():
-        return False
+        return
     try:
         found = read_record(path, frozenset())
     except (OSError, ValueError) as error:
@@ -159,7 +154,6 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> bool:
             f"{folder} holds scores of other settings: {'; '.join(other)}. Pass another out=FOLDER for this comparison, or "
             "the same settings."
         )
-    return True
 
 
 def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
