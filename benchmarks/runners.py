@@ -338,6 +338,7 @@ LEVERS: dict[str, Levers] = {
     "ours": OURS,
     "ours-wide": replace(OURS, levels=(0.0, 1.4)),
     "ours-wide-4096": replace(OURS, levels=(0.0, 1.4), size=4096),
+    "ours-unpaired": replace(OURS, levels=(0.0, 1.4), size=4096, antithetic=False),
     "ours-steps": replace(OURS, steps=True),
     "edm": Levers(),
     "stf": Levers(references=True),
