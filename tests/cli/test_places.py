@@ -120,14 +120,10 @@ def test_too_few_images_for_the_samples_are_found_before_anything_is_computed(
 
     monkeypatch.setattr("stablefield.training._plan.resolve_band", work)
     number = {"compare": "--samples {}", "train": "--evaluate-every 1 --evaluate-samples {}"}[verb]
-    for count, wanted, words in (
-        (39, "40", "the data have 39 images"),
-        (50, "51", "is above the 50 images of the data"),
-    ):
-        np.save(tmp_path / "few.npy", np.random.default_rng(0).integers(0, 256, (count, 8, 8), dtype=np.uint8))
-        assert status(f"{verb} '{tmp_path}/few.npy' {number.format(wanted)} --out '{tmp_path}/out' --device cpu") == 2
-        assert words in capsys.readouterr().err
-        assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+    np.save(tmp_path / "few.npy", np.random.default_rng(0).integers(0, 256, (39, 8, 8), dtype=np.uint8))
+    assert status(f"{verb} '{tmp_path}/few.npy' {number.format(40)} --out '{tmp_path}/out' --device cpu") == 2
+    assert "the data have 39 images" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("name", ["grid.jpg", "grid.JPEG", "grid.png"])

@@ -455,8 +455,28 @@ def test_what_the_config_of_a_plain_export_states_is_imported_with_its_weights(t
         {"kind": 3},
     ):
         (tmp_path / "plain" / "config.json").write_text(json.dumps(record | {"preconditioning": damage}))
-        with pytest.raises(ValueError, match=r"the config\.json beside it cannot be used: "):
+        with pytest.raises(ValueError, match=r"config\.json cannot be used: .*move it away and pass preconditioning="):
             read_published(file)
+    damaged: list[dict[str, object]] = [
+        {"network": {"kind": "sit"}},
+        {"network": {"kind": "sit", "options": {"heads": "2"}}},
+        {"scaling": {"mean": [0.0], "std": [1.0], "dtype": "float32"}},
+        {"autoencoder": {"x": 1}},
+        {"autoencoder": 3},
+        {"shape": 3},
+    ]
+    for change in damaged:
+        (tmp_path / "plain" / "config.json").write_text(json.dumps(record | change))
+        with pytest.raises(ValueError, match=r"config\.json cannot be used: "):
+            read_published(file)
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(record | {"shape": [3, 8, 8]}))
+    with pytest.raises(ValueError, match=r"states samples of \(3, 8, 8\), and the network takes \(3, 8, 12\)"):
+        read_published(file)
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(record))
+    with pytest.raises(
+        ValueError, match=r"^heads=4 contradicts the config\.json beside model\.safetensors, which states 2"
+    ):
+        read_published(file, heads=4)
     (tmp_path / "plain" / "config.json").write_text('{"model_type": "of another library"}')
     with pytest.raises(ValueError, match="holds only weights and does not state their preconditioning"):
         read_published(file, heads=2)

@@ -385,3 +385,40 @@ def test_observers_do_not_replace_what_the_log_has(tmp_path: Path) -> None:
     recipe = dataclasses.replace(sf.training.DIGITS, steps=2, batch=8, network=sf.training.MLPConfig(width=8, depth=1))
     with pytest.raises(ValueError, match=r"^observers: Observer returned loss, which metrics\.jsonl has from another"):
         sf.train("digits", out=tmp_path / "run", recipe=recipe, device="cpu", observers=[Observer()])
+
+
+def test_class_0_and_an_array_of_classes_are_named_classes(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(
+        sf.training.DIGITS,
+        steps=1,
+        batch=8,
+        conditional=True,
+        network=sf.training.MLPConfig(width=8, depth=1),
+    )
+    run = sf.train("digits", out=tmp_path / "run", recipe=recipe, device="cpu")
+    for label, classes in ((0, (0,)), (np.array([0, 3]), (0, 3)), ("7", (7,)), (-1, (-1,))):
+        sampler = run.sampler(class_label=label, steps=2, device="cpu")
+        assert sampler.in_proportion().classes == sampler.classes == classes
+        assert "proportions" not in sampler.describe()
+    unnamed = run.sampler(steps=2, device="cpu")
+    assert unnamed.classes == tuple(range(10))
+    counts = np.bincount(unnamed.in_proportion().classes)
+    assert counts.tolist() == np.bincount(sf.data.open_images("digits").labels).tolist()
+    assert "classes in the proportions of the training data" in unnamed.in_proportion().describe()
+
+
+def test_the_animation_of_a_run_in_progress_has_the_grids_since_its_checkpoint(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(
+        sf.training.DIGITS,
+        steps=8,
+        batch=8,
+        log_every=1,
+        checkpoint_every=8,
+        sample_every=2,
+        network=sf.training.MLPConfig(width=8, depth=1),
+    )
+    run = sf.train("digits", out=tmp_path / "run", recipe=recipe, device="cpu")
+    shutil.rmtree(run.folder.checkpoint(8))
+    shutil.rmtree(run.path / "checkpoints")
+    with Image.open(run.animation(tmp_path / "a.gif")) as picture:
+        assert picture.n_frames > 1

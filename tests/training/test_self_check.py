@@ -132,7 +132,11 @@ def test_a_perfect_model_of_classes_of_unequal_numbers_reads_the_floor(monkeypat
         return torch.from_numpy(np.stack([generator.choice(by_class[c]) for c in wanted]))
 
     monkeypatch.setattr("stablefield.training._self_check.draw_samples", perfect)
-    check = SelfCheck.prepare(data, RawPixels((1, 8, 8)), samples=300)
+    check = SelfCheck.prepare(data, RawPixels((1, 8, 8)), samples=300, classes=config.mixed_classes)
+    readings = [check.read_model(None, config, torch.device("cpu")).value for _ in range(8)]
+    assert check.floor == pytest.approx(np.mean(readings), rel=0.25)
+    unaware = SelfCheck.prepare(data, RawPixels((1, 8, 8)), samples=300)
+    assert unaware.floor > 1.3 * np.mean(readings)  # its classes are not in proportion
     found = check.read_model(None, config, torch.device("cpu"))
     assert abs(found.value - found.floor) < 4 * found.standard_error
     without = check.read_model(None, dataclasses.replace(config, manifest={}), torch.device("cpu"))
@@ -161,7 +165,10 @@ def test_too_few_samples_or_images_are_refused() -> None:
         ValueError, match=r"samples=39: a self-check takes at least 2 groups of 2 samples, and 40 samples in 20 groups"
     ):
         SelfCheck.prepare(DIGITS, RawPixels((1, 8, 8)), samples=39)
-    with pytest.raises(ValueError, match="samples=500 is above the 100 images of the data"):
-        SelfCheck.prepare(small, RawPixels((1, 8, 8)))
+    # More samples than images are fine, since a perfect model draws images more than once.
+    assert SelfCheck.prepare(small, RawPixels((1, 8, 8))).floor > 0
+    few = make_image_set(DIGITS.images[:39], None, Origin(name="few", source="here"))
+    with pytest.raises(ValueError, match="the data have 39 images: a self-check takes at least 40 samples"):
+        SelfCheck.prepare(few, RawPixels((1, 8, 8)))
     with pytest.raises(ValueError, match="features has 30 rows, but at least 40"):
         jackknife_error(torch.zeros(30, 2), fit_moments(torch.zeros(2), torch.eye(2)))

@@ -166,10 +166,12 @@ class Evaluate:
                 self._samples_of_run(device) if is_run(self.source) else (self._images(), self.data, {})
             )
             trained, opening = dict(opening), self._opening(opening)
+            usual = {"colour": "auto", "background": "white", "resize": "crop", "resolution": None}
 
             def real(split: str, name: str = name) -> ImageSet:
                 found = open_data(name, split=split, **opening)
-                if isinstance(samples, RunSource) and split == "train" and not self.data and opening == trained:
+                own = not self.data and usual | opening == usual | trained
+                if isinstance(samples, RunSource) and split == "train" and own:
                     require_same(samples.config, found, OTHERS)
                 return found
 

@@ -447,8 +447,11 @@ class _Measurement:
             yield images, numbers
 
     def _show(self, images: Tensor, numbers: Tensor) -> None:
-        """Keep those images of a batch that are among the samples to show: a random choice, since images may be sorted."""
-        chosen = np.random.default_rng(0).permutation(self.source.count)[:_SHOWN]
+        """Keep those images of a batch that are among the samples to show: a random choice, since images may be sorted.
+
+        Each process keeps about as many as the first one shows.
+        """
+        chosen = np.random.default_rng(0).permutation(self.source.count)[: _SHOWN * self.ranks.world_size]
         here = torch.from_numpy(np.isin(numbers.numpy(), chosen))
         if bool(here.any()):
             labels = self.source.labels(0, numbers[here])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from stablefield._regular_file import JSON_LIMIT, open_regular, reason
+from stablefield._regular_file import JSON_LIMIT, open_regular
 from stablefield.data._autoencoder import AutoencoderRecord
 from stablefield.data._scaling import Scaling
 from stablefield.diffusion._preconditioning import (
@@ -23,6 +23,7 @@ from stablefield.diffusion._preconditioning import (
     VEPreconditioning,
     VPPreconditioning,
 )
+from stablefield.interop._inert import plain_text
 from stablefield.interop._pipeline_folder import network_options, preconditioning_options
 from stablefield.training._files import write_tensors
 from stablefield.training._records import parse
@@ -49,12 +50,14 @@ class PlainConfig:
         kind: of the preconditioning, such as "edm".
         preconditioning: with its numbers.
         heads: of a transformer's attention; None for other networks.
+        shape: of one sample.
         manifest: of the data: the names of the classes, and the scaling of float data, if there are any.
     """
 
     kind: str
     preconditioning: Preconditionings
     heads: int | None
+    shape: tuple[int, ...]
     manifest: Mapping[str, Any]
 
 
@@ -113,35 +116,58 @@ def read_plain_config(weights: Path) -> PlainConfig | None:
         Its content; None if there is none, or it is not one of `write_plain`.
 
     Raises:
-        ValueError: if it is too long or damaged, or what it states cannot be used.
+        ValueError: if it is one of `write_plain`, and what it states cannot be used.
     """
     path = weights.with_name("config.json")
     try:
         with open_regular(path) as file:
             text = file.read(JSON_LIMIT + 1)
-        if len(text) > JSON_LIMIT:
-            raise ValueError(f"it is longer than {JSON_LIMIT:,} bytes")
-        return _plain_config(parse(text))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"the config.json beside it cannot be used: {reason(error)}.") from error
-
-
-def _plain_config(record: Mapping[str, Any]) -> PlainConfig | None:
+        record = parse(text) if len(text) <= JSON_LIMIT else {}
+    except (OSError, ValueError):
+        return None  # of another program, or none
     stated = record.get("preconditioning")
-    if not isinstance(stated, dict) or "denoiser" not in record:
+    if not isinstance(stated, dict) or not {"denoiser", "network"} <= set(record):
         return None
-    entries = cast("dict[str, Any]", stated)
-    kind, options = entries.get("kind"), entries.get("options")
+    try:
+        return _plain_config(record, cast("dict[str, Any]", stated))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"{path} cannot be used: {str(error).removesuffix('.')}. It states what the weights beside it do not: export "
+            "them again, or move it away and pass preconditioning=."
+        ) from error
+
+
+def _plain_config(record: Mapping[str, Any], stated: Mapping[str, Any]) -> PlainConfig:
+    kind, options, network = stated.get("kind"), stated.get("options"), record["network"]
     if kind not in _KINDS or not isinstance(options, dict):
-        raise ValueError(f"its preconditioning is {str(entries)[:80]}")
-    manifest = {name: record[name] for name in ("class_names", "autoencoder") if record.get(name) is not None}
-    scaling = Scaling.of_manifest(record)
+        raise ValueError(f"its preconditioning is {str(stated)[:80]}")
+    if not isinstance(network, dict) or not isinstance(found := network.get("options"), dict):
+        raise ValueError(f"its network is {str(network)[:80]}")
+    heads: Any = cast("dict[str, Any]", found).get("heads") if network.get("kind") == "sit" else None
+    if heads is not None and (not isinstance(heads, int) or isinstance(heads, bool) or heads < 1):
+        raise ValueError(f"its network has heads {str(heads)[:40]}")
+    shape: Any = record.get("shape")
+    if not isinstance(shape, list) or not shape or not all(type(size) is int and size > 0 for size in shape):
+        raise ValueError(f"its shape is {str(shape)[:40]}")
+    manifest: dict[str, Any] = {}
+    names: Any = record.get("class_names")
+    if isinstance(names, list):
+        manifest["class_names"] = [plain_text(str(name)) for name in names]
+    scaling, place = Scaling.of_manifest(record), record.get("autoencoder")
     if scaling is not None:
+        if len(scaling.mean) != shape[0]:
+            raise ValueError(f"its scaling has {len(scaling.mean)} channels, and its samples have {shape[0]}")
         manifest["scaling"] = scaling.record
-    network: Any = record.get("network")
-    heads = network["options"].get("heads") if isinstance(network, dict) and network.get("kind") == "sit" else None
+    if place is not None and scaling is not None:
+        # The export leaves out where it was.
+        known = AutoencoderRecord.of_manifest(
+            {"autoencoder": {"place": "", **place} if isinstance(place, dict) else place}
+        )
+        manifest["autoencoder"] = known.record if known is not None else None
     return PlainConfig(
-        kind=kind, preconditioning=_KINDS[kind](**cast("dict[str, Any]", options)), heads=heads, manifest=manifest
+        kind=kind,
+        preconditioning=_KINDS[kind](**cast("dict[str, Any]", options)),
+        heads=heads,
+        shape=tuple(cast("list[int]", shape)),
+        manifest=manifest,
     )

@@ -113,7 +113,11 @@ def read_published(path: Path, scaling: Scaling | None = None, heads: int | None
         if heads is not None and not transformer:
             raise ValueError(f"heads={heads}: {name} holds a U-Net, which shows its own attention; leave heads out.")
         stated = read_plain_config(path) if not found.class_name else None
-        if stated is not None and transformer and heads is None:
+        if stated is not None and transformer:
+            if heads not in (None, stated.heads):
+                raise ValueError(
+                    f"heads={heads} contradicts the config.json beside {name}, which states {stated.heads}: leave it out."
+                )
             heads = stated.heads
         architecture = infer_sit(state, heads) if transformer else infer_architecture(state)
         known = _CLASSES.get(found.class_name) or _of_options(found.options)
@@ -130,6 +134,12 @@ def read_published(path: Path, scaling: Scaling | None = None, heads: int | None
             raise ValueError(
                 f"preconditioning={scaling} contradicts the config.json beside {name}, which states {stated.kind}: leave it "
                 "out."
+            )
+        own = (architecture.channels, *architecture.size)
+        if stated.shape != own:
+            raise ValueError(
+                f"the config.json beside {name} states samples of {stated.shape}, and the network takes {own}: one of the "
+                "two is of another export."
             )
         return PublishedNetwork(
             architecture=architecture,

@@ -3,11 +3,13 @@
 It imports diffusers only when you make a network, so you can import this module without it.
 """
 
+import math
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from stablefield._shapes import per_row
 from stablefield.networks._embedding import class_numbers
 
 if TYPE_CHECKING:
@@ -121,5 +123,7 @@ class DiffusersUNet(nn.Module):
             if class_labels is not None:
                 raise ValueError("class_labels were given to a UNet2DModel without classes: build it with them.")
             return self.unet(x, time).sample
-        seen, _ = class_numbers(class_labels, self.classes, x)
-        return self.unet(x, time, class_labels=seen).sample
+        seen, valid = class_numbers(class_labels, self.classes, x)
+        out = self.unet(x, time, class_labels=seen).sample
+        # Where values may not be read, a wrong label makes its row nan.
+        return out if valid is None else torch.where(per_row(valid, out).bool(), out, math.nan)

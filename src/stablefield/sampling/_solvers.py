@@ -200,7 +200,15 @@ class SolverOptions:
         if self.solver.steps is None and self.steps is not None:
             instead = " and ".join(f"{name}=..." for name in self.solver.options)
             raise ValueError(f"steps={self.steps}: {self.sampler} chooses its own; set {instead} instead.")
-        sigmas = self.sigmas(None)
+        self.sigmas(None)
+
+    def check_churn(self, process: Process | None) -> None:
+        """Check that the churn meets a noise level of the grid, of which a run's process may set the ends.
+
+        Raises:
+            ValueError: naming churn_range.
+        """
+        (low, high), sigmas = self.churn_range, self.sigmas(process)
         if self.churn and not bool(((sigmas >= low) & (sigmas <= high) & (sigmas > 0)).any()):
             raise ValueError(
                 f"churn_range={option_text(self.churn_range)} holds none of the grid's noise levels, "

@@ -152,9 +152,10 @@ def compare(
     scoring = plan_scoring(base.config.recipe, len(data), evaluations=evaluations, samples=samples)
     runs = _runs(base.config, wanted, scoring.every)
     extractor = raw(data) if extractor is None else extractor
-    settings = settings_of(runs[0].config, data, extractor, min(scoring.samples, len(data)))
+    settings = settings_of(runs[0].config, data, extractor, scoring.samples)
     _check_begun(folder, runs, data, settings)
-    check = SelfCheck.prepare(data, extractor, samples=min(scoring.samples, len(data)))
+    numbered = runs[0].config.numbered(data)
+    check = SelfCheck.prepare(numbered, extractor, samples=scoring.samples, classes=runs[0].config.mixed_classes)
     if on_start is not None:
         training, scored, other = _seconds(runs, scoring, data, check, where, folder)
         on_start(

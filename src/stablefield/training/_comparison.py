@@ -68,10 +68,8 @@ class Comparison(Result):
             f"Stopped before seed {', '.join(map(str, self.missing))}: the same call continues." if self.missing else ""
         )
         found = summary(self.outcomes, self.seeds, self.frechet_name) if self.outcomes else ""
-        if len(self.protocol.get("environments", ())) > 1:
-            found += (
-                " The runs were trained on several machines or under several versions, so their times do not compare."
-            )
+        if self.outcomes and len(self.protocol.get("environments", ())) > 1:
+            found += " The runs were trained in several environments, so their times do not compare."
         return f"{found} {left}".strip()
 
     def rows(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -50,16 +50,21 @@ class OpenModel:
         error = f"{self.ema_error:.1%}"
         return self.ema if error == "0.0%" else f"{self.ema} (profile {error} off)"
 
-    def warn(self, argument: str = "ema") -> None:
-        """Warn of newer checkpoints that were passed over, and of an average far from the one that `argument` asked for."""
+    def warn(self, argument: str = "ema", depth: int = 3) -> None:
+        """Warn of newer checkpoints that were passed over, and of an average far from the one that `argument` asked for.
+
+        Args:
+            argument: that chose the average.
+            depth: calls from here to the one that the warning points to.
+        """
         for complaint in self.complaints:
-            warnings.warn(f"skipped a newer checkpoint: {complaint}", stacklevel=3)
+            warnings.warn(f"skipped a newer checkpoint: {complaint}", stacklevel=depth)
         if self.ema_error > _OFF:
             warnings.warn(
                 f"{argument}={self.ema}: the average of the run's snapshots differs by {self.ema_error:.1%} from one of "
                 "that length, in the L2 norm of its profile: train with a smaller ema_snapshot_every, or pass a length "
                 f"nearer to {' or '.join(map(str, LENGTHS))}, which are kept.",
-                stacklevel=3,
+                stacklevel=depth,
             )
 
 

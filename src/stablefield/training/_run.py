@@ -377,7 +377,8 @@ class Run:
             ImportError: if Pillow is not installed.
         """
         path = self.path / "samples" / "training.gif" if path is None else Path(path)
-        if not write_animation(self.path / "samples", path, self.step):
+        last = max((line["step"] for line in self.metrics()), default=self.step)
+        if not write_animation(self.path / "samples", path, max(last, self.step)):
             raise ValueError(f"{self.path} has fewer than two sample grids: train with a smaller sample_every.")
         return path
 

@@ -145,6 +145,8 @@ class RunConfig:
         counts: Any = self.manifest.get("class_counts")
         if not isinstance(counts, list | tuple) or len(counts) != self.classes or not all(map(is_count, counts)):
             return tuple(range(self.classes))
+        if len(set(counts)) == 1 or not sum(counts):
+            return tuple(range(self.classes))
         found = np.array(counts, np.float64)
         if found.sum() > _MIXED:
             found = np.ceil(found * (_MIXED / found.sum()))

@@ -24,6 +24,8 @@ __all__ = [
     "training_data",
 ]
 
+# Latents whose mirrored draws are made at a time.
+_CHUNK = 4096
 OTHERS = ": to measure against other images, pass data=IMAGES"
 """What to do in an evaluation if a run's data have changed."""
 
@@ -164,7 +166,7 @@ def held_out_data(config: RunConfig, others: ImageSet | None) -> ImageSet:
     return others
 
 
-def optimum_data(config: RunConfig, data: ImageSet) -> ImageSet:
+def optimum_data(config: RunConfig, data: ImageSet, most: int | None = None) -> ImageSet:
     """The samples whose posterior mean is the optimum of a run: those that it trains on, with their mirror images if it has.
 
     Latents of images, which training draws anew, are one draw here.
@@ -172,19 +174,27 @@ def optimum_data(config: RunConfig, data: ImageSet) -> ImageSet:
     Args:
         config: of the run.
         data: the run's data, all of them.
+        most: of mirrored data, draw so many at random if there are more; None for all.
     """
     data = config.numbered(data)
-    images, labels, flipped = data.images, data.labels, data.flipped
     rows = config.training_rows(len(data))
-    if rows is not None:
+    if not config.recipe.mirror:
+        if rows is None:
+            return dataclasses.replace(data, moments=None, flipped=None)
         images, labels = data.batch(rows)
-    if config.recipe.mirror:
-        if flipped is None:
-            mirrored = images[..., ::-1]
-        else:
-            rows = slice(None) if rows is None else rows
-            noise = np.random.default_rng(config.recipe.seed).standard_normal(images.shape, np.float32)
-            mirrored = (flipped.mean[rows] + flipped.std[rows] * noise).astype(images.dtype)
-        images = np.concatenate([images, mirrored])
-        labels = None if labels is None else np.concatenate([labels, labels])
+        return dataclasses.replace(data, images=images, labels=labels, moments=None, flipped=None)
+    rows, rng = np.arange(len(data)) if rows is None else rows, np.random.default_rng(config.recipe.seed)
+    plain = flipped = rows
+    if most is not None and most < 2 * len(rows):
+        chosen = np.sort(rng.choice(2 * len(rows), most, replace=False))
+        plain, flipped = rows[chosen[chosen < len(rows)]], rows[chosen[chosen >= len(rows)] - len(rows)]
+    images, labels = data.batch(np.concatenate([plain, flipped]))
+    if data.flipped is None:
+        images[len(plain) :] = images[len(plain) :, ..., ::-1].copy()
+    for start in range(0, len(flipped) if data.flipped is not None else 0, _CHUNK):
+        assert data.flipped is not None
+        part = flipped[start : start + _CHUNK]
+        noise = rng.standard_normal((len(part), *data.shape), np.float32)
+        first = len(plain) + start
+        images[first : first + len(part)] = data.flipped.mean[part] + data.flipped.std[part] * noise
     return dataclasses.replace(data, images=images, labels=labels, moments=None, flipped=None)

@@ -236,6 +236,13 @@ def _probe_run(
     config = model.config
     images = training_data(config, open_images(config.data, **config.opening, progress=progress))
     notes = [f"skipped: {complaint}" for complaint in model.complaints] if network is None else []
+    found = optimum_data(config, images, max_images)
+    trained = len(images) if (rows := config.training_rows(len(images))) is None else len(rows)
+    if config.recipe.mirror and len(found) < 2 * trained:
+        notes.append(
+            f"{len(found):,} images and mirror images, drawn at random, stand for all {2 * trained:,}: the posterior mean "
+            "over them is not exactly the network's optimum"
+        )
     log = list(RunFolder(folder).metrics())
     if config.recipe.augmentation:
         notes.append(
@@ -246,7 +253,7 @@ def _probe_run(
         notes.append("the optimum is that of one draw of the latents, and training draws them anew")
     return probe_network(
         model.denoiser if network is None else network,
-        optimum_data(config, images),
+        found,
         by_class=config.classes > 0,
         training=_training_of(config.recipe),
         noise_levels=noise_levels,

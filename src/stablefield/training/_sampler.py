@@ -26,6 +26,7 @@ from stablefield.sampling._solver_loop import Denoise
 from stablefield.sampling._solvers import SamplerName, SolverOptions, option_text
 from stablefield.training._model import OpenModel, open_model
 from stablefield.training._run_config import RunConfig
+from stablefield.training._run_data import check_vae
 from stablefield.training._samples import Samples
 
 __all__ = ["RunSampler", "SamplerOptions", "open_sampler"]
@@ -103,6 +104,7 @@ class SamplerOptions(SolverOptions):
         self.check()
         device = torch.device(device)
         own = open_model(Path(run), self.ema, device, self.checkpoint)
+        self.check_churn(own.config.recipe.process)
         guide = None if self.guide is None else open_model(self.guide, self.guide_ema, device)
         classes = own.config.classes
         numbers = self.class_numbers(own.config)
@@ -155,6 +157,8 @@ class SamplerOptions(SolverOptions):
             return record.open(self.vae, device) if self.decode else None
         if not self.vae:
             return None
+        if "imported" not in config.manifest:
+            check_vae(self.vae, config)
         found = Autoencoder.open(self.vae, device)
         if config.scaling is not None or len(config.shape) != 3 or found.channels != config.shape[0]:
             shape = " x ".join(map(str, config.shape))
@@ -164,6 +168,11 @@ class SamplerOptions(SolverOptions):
             )
         return found
 
+    @property
+    def names_classes(self) -> bool:
+        """Whether classes are named, among which class 0 counts."""
+        return isinstance(self.class_label, str | int) or len(self.class_label) > 0
+
     def class_numbers(self, config: RunConfig) -> tuple[int, ...] | None:
         """The numbers of the classes that the seeds take in turn, -1 for none; None for a run without classes.
 
@@ -172,7 +181,7 @@ class SamplerOptions(SolverOptions):
         """
         wanted = [self.class_label] if isinstance(self.class_label, str | int) else self.class_label
         if config.classes == 0:
-            if wanted:
+            if self.names_classes:
                 raise ValueError(f"class_label={option_text(tuple(wanted))}: the run has no classes; leave it out.")
             return None
         return tuple(_class_number(str(one), config) for one in wanted) or tuple(range(config.classes))
@@ -212,7 +221,7 @@ class RunSampler:
 
     def in_proportion(self) -> "RunSampler":
         """The same with classes in the proportions of the training data, unless the options name classes."""
-        return self if self.options.class_label else replace(self, classes=self.config.mixed_classes)
+        return self if self.options.names_classes else replace(self, classes=self.config.mixed_classes)
 
     def labels(self, seeds: Tensor) -> Tensor | None:
         """The class of each seed's image, shape (B,), or None for a run without classes."""
@@ -227,7 +236,7 @@ class RunSampler:
             return "no class" if numbers[0] == -1 else f"class {class_text(numbers[0], config.class_names)}"
         if numbers == tuple(range(config.classes)):
             return f"classes 0 to {config.classes - 1} in turn: seed k has class k modulo {config.classes}"
-        if not self.options.class_label:
+        if not self.options.names_classes:
             return "classes in the proportions of the training data"
         listed = ", ".join(class_text(number, config.class_names) for number in numbers)
         return f"classes {listed} in turn: seed k has the one at place k modulo {len(numbers)}"
@@ -379,7 +388,7 @@ def open_sampler(
         if where is not None and (where.type != sampler.device.type or len(indices) > 1):
             given.append(f"device={device}")
         remedy = "which Run.sampler loaded with its own: pass them to Run.sampler"
-    if given and not isinstance(sampler, str):
+    if given and isinstance(sampler, SamplerOptions | RunSampler):
         raise ValueError(f"{', '.join(given)}: sampler is a {type(sampler).__name__}, {remedy}.")
     if isinstance(sampler, RunSampler):
         if sampler.path.resolve() != path.resolve():
@@ -391,9 +400,9 @@ def open_sampler(
     if not isinstance(sampler, SamplerOptions):
         sampler = SamplerOptions(sampler=sampler, **options)
     opened = sampler.open(path, found_device(device))
-    opened.model.warn()
+    opened.model.warn(depth=4)
     if opened.guide is not None:
-        opened.guide.warn("guide_ema")
+        opened.guide.warn("guide_ema", depth=4)
     return opened
 
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
@@ -60,7 +61,7 @@ def optimum_of(config: RunConfig, data: ImageSet, device: torch.device, *, rows:
     rows = rows_of(data) if rows is None else rows
     data = optimum_data(config, data)
     labels = torch.from_numpy(data.labels) if config.classes and data.labels is not None else None
-    values = data.images.copy() if data.scaling is None else data.scaled(slice(None))
+    values = np.array(data.images) if data.scaling is None else data.scaled(slice(None))
     population = Population(torch.from_numpy(values).to(device), None if labels is None else labels.to(device))
     return find_optimum(population, LEVELS, rows=rows)
 

@@ -5,7 +5,8 @@ A Frechet distance on n samples is biased upwards, by about c / n, and noisy. So
 - the value;
 - its standard error, by the jackknife over g groups: with $\theta_{-j}$ the value without group j and $\bar\theta$
   their mean, $s^2 = \frac{g - 1}{g} \sum_j (\theta_{-j} - \bar\theta)^2$;
-- the floor: the distance of n real images, drawn from the set with replacement, to the whole set. A perfect model reads
+- the floor: the distance of n real images, drawn from the set (from the class of each seed, if a run has classes) with
+  replacement, to the whole set. A perfect model reads
   about the floor, so judge a model by its excess over the floor, in units of the standard error. (n different images of a
   set of N read less than a perfect model, and nothing at n = N.)
 
@@ -67,7 +68,7 @@ class Reading:
 class SelfCheck:
     """Measures a few samples of a model in training; `prepare` makes one per run.
 
-    Any function of seeds that returns uint8 images (len(seeds), C, H, W) may draw them, such as `samples` of this module
+    Any function of seeds that returns uint8 images (len(seeds), C, H, W) may draw them, such as `draw_samples`
     with a denoiser.
     """
 
@@ -91,6 +92,7 @@ class SelfCheck:
         extractor: Extractor,
         *,
         samples: int = 500,
+        classes: Sequence[int] | None = None,
         batch: int = 250,
         groups: int = 20,
     ) -> "SelfCheck":
@@ -100,17 +102,30 @@ class SelfCheck:
             images: the training set.
             extractor: maps images to features.
             samples: samples per check; seeds 0 to samples - 1.
+            classes: that the seeds take in turn, in a run that is conditioned on the images' classes; None without.
             batch: images at a time.
             groups: groups of the jackknife, at least 2.
 
         Raises:
-            ValueError: if there are fewer than two samples per group, or fewer real images than samples.
+            ValueError: if there are fewer than two samples, or real images, per group.
         """
         check_samples(f"samples={samples}", samples, len(images), groups)
         batches = image_batches(images.images, np.arange(len(images)), batch)
         (real,) = extract(batches, [ExtractorPass(extractor=extractor)], "real image")
         gaussian = real.gaussian
-        part = np.random.default_rng(0).integers(len(images), size=samples)
+        rng = np.random.default_rng(0)
+        part = rng.integers(len(images), size=samples)
+        if classes is not None and images.labels is not None:
+            # As a perfect conditional model: a random image of the class of each seed.
+            wanted = in_turn(classes, range(samples)).numpy()
+            order, counts = (
+                np.argsort(images.labels, kind="stable"),
+                np.bincount(images.labels, minlength=max(classes) + 1),
+            )
+            first = np.cumsum(counts) - counts
+            here = counts[wanted] > 0
+            place = first[wanted] + rng.integers(np.maximum(counts[wanted], 1))
+            part[here] = order[place[here]]
         floor = distance_between(fit_features(real.matrix()[torch.from_numpy(part)]), gaussian).value
         return cls(
             extractor=extractor,
@@ -163,23 +178,18 @@ def check_samples(given: str, samples: int, images: int | None = None, groups: i
         groups: groups of the jackknife.
 
     Raises:
-        ValueError: if there are fewer than two samples per group, or fewer real images than samples.
+        ValueError: if there are fewer than two samples, or real images, per group.
     """
     least = 2 * groups
     if images is not None and images < least:
         raise ValueError(
-            f"the data have {images} images: a self-check takes at least {least} samples, and as many real images. "
+            f"the data have {images} images: a self-check takes at least {least} samples, and at least as many real images. "
             "Use more images."
         )
     if groups < 2 or samples < least:
         raise ValueError(
             f"{given}: a self-check takes at least 2 groups of 2 samples, and {least} samples in {groups} groups; pass "
             "500 or more."
-        )
-    if images is not None and samples > images:
-        raise ValueError(
-            f"{given} is above the {images} images of the data, and a self-check measures as many real images: pass at "
-            f"most {images}."
         )
 
 
