@@ -283,7 +283,10 @@ def test_features_of_real_images_are_kept_unless_told_otherwise(cache: Path, tmp
         ({"repeats": 0}, "repeats=0"),
         ({"per_class": True, "metrics": ["nearest"]}, "per_class=True: only metrics that read the extractor"),
         ({"held_out": DIGITS, "metrics": ["frechet"]}, "^held_out is the control for nearest"),
-        ({"split": "test"}, "^split='test' has no effect on data that are images already"),
+        (
+            {"split": "test", "metrics": ["nearest"]},
+            "^split='test': nearest compares samples with the training images, and",
+        ),
         ({"metrics": [Precision(3), Precision(5)]}, "^metrics holds several of Precision, which would have one name"),
         ({"device": "gpu"}, "device='gpu'"),
     ],

@@ -455,7 +455,9 @@ def test_what_the_config_of_a_plain_export_states_is_imported_with_its_weights(t
         {"kind": 3},
     ):
         (tmp_path / "plain" / "config.json").write_text(json.dumps(record | {"preconditioning": damage}))
-        with pytest.raises(ValueError, match=r"config\.json cannot be used: .*move it away and pass preconditioning="):
+        with pytest.raises(
+            ValueError, match=r"config\.json cannot be used: .*move it away and name the preconditioning"
+        ):
             read_published(file)
     damaged: list[dict[str, object]] = [
         {"network": {"kind": "sit"}},

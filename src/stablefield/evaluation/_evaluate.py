@@ -103,7 +103,7 @@ def evaluate(
         classifier: maps images to logits, for "classifier-score".
         count: samples per repeat; by default all images, split among the repeats. A source has its own.
         references: number of real images, drawn at random; all by default.
-        split: which split of `data`, if it is a name.
+        split: which split of `data`; of images that are given, the name under which the protocol records them.
         held_out: real images outside the training data, for "nearest"; by default the "test" split of `data`, if it is a
             name and has one, or else the part of its data that a run held out, which is never counted as training data.
         repeats: how many times to measure, each time on fresh samples; 3 gives minimum, mean and spread, as papers report.
@@ -155,10 +155,11 @@ def evaluate(
         raise ValueError(
             "held_out is the control for nearest, and metrics holds none that reads pixels: add nearest, or leave it out."
         )
-    if split != "train" and not (isinstance(data, str | Path) or callable(data)):
+    opens = isinstance(data, str | Path) or callable(data)
+    if split != "train" and not opens and any(metric.reads == "pixels" for metric in chosen):
         raise ValueError(
-            f"split={split!r} has no effect on data that are images already: pass the images of that split, or the name of "
-            "the data."
+            f"split={split!r}: nearest compares samples with the training images, and data are other images: pass the name "
+            "of the data or a function of the split, or leave one of the two out."
         )
     device = found_device(device)
     if isinstance(samples, str | Path | ImageSet | np.ndarray | Tensor):

@@ -133,7 +133,7 @@ def read_plain_config(weights: Path) -> PlainConfig | None:
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(
             f"{path} cannot be used: {str(error).removesuffix('.')}. It states what the weights beside it do not: export "
-            "them again, or move it away and pass preconditioning=."
+            "them again, or move it away and name the preconditioning."
         ) from error
 
 

@@ -6,9 +6,8 @@ A Frechet distance on n samples is biased upwards, by about c / n, and noisy. So
 - its standard error, by the jackknife over g groups: with $\theta_{-j}$ the value without group j and $\bar\theta$
   their mean, $s^2 = \frac{g - 1}{g} \sum_j (\theta_{-j} - \bar\theta)^2$;
 - the floor: the distance of n real images, drawn from the set (from the class of each seed, if a run has classes) with
-  replacement, to the whole set. A perfect model reads
-  about the floor, so judge a model by its excess over the floor, in units of the standard error. (n different images of a
-  set of N read less than a perfect model, and nothing at n = N.)
+  replacement, to the whole set. A perfect model reads about the floor, so judge a model by its excess over the floor, in
+  units of the standard error. (n different images of a set of N read less than a perfect model, and nothing at n = N.)
 
 The seeds take classes in turn, in the proportions of the training data, so each group of the jackknife gets about the same
 share of every class: otherwise its error would be that of the differences between classes.
