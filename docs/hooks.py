@@ -18,6 +18,7 @@ mkdocs calls the functions named `on_...`. On a page, a comment on its own line 
     <!-- race digits_long -->                       results/race_digits_long.json, the same
     <!-- race fashion_mnist -->                     results/race_fashion_mnist.json, the same
     <!-- race fashion_mnist_wide -->                results/race_fashion_mnist_wide.json, the same
+    <!-- race fashion_mnist_long -->                results/race_fashion_mnist_long.json, the same
     <!-- race cifar10 -->                           results/race_cifar10.json, the same
     <!-- verbs -->                                  the verbs of the command and their flags, from its flags.json
 """
@@ -280,11 +281,12 @@ def samplers() -> str:
     return _table(head, rows, record, "".join(f", {name} {version}" for name, version in record["libraries"].items()))
 
 
-RACES = ("digits", "digits_long", "fashion_mnist", "fashion_mnist_wide", "cifar10")
+RACES = ("digits", "digits_long", "fashion_mnist", "fashion_mnist_wide", "fashion_mnist_long", "cifar10")
 RUNNERS = {
     "ours": "stable target and all levers",
     "ours-wide": "stable target and all levers, ln sigma ~ N(0, 1.4²)",
     "ours-wide-4096": "stable target of 4,096 references and all levers, ln sigma ~ N(0, 1.4²)",
+    "ours-unpaired": "stable target of 4,096 references, stratified ln sigma ~ N(0, 1.4²)",
     "ours-steps": "stable target, all levers, noise labels from 0 to 999",
     "stf": "stable target alone",
     "stf-stratified": "stable target, stratified noise levels",

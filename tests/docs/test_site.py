@@ -175,7 +175,9 @@ def test_the_tables_of_the_gpu_are_the_committed_measurements(site: Path) -> Non
     assert page.count(f"{record['machine']}, torch {record['torch']}, {record['date']}") == 2  # and flow matching's
 
 
-@pytest.mark.parametrize("data", ["digits", "digits_long", "fashion_mnist", "fashion_mnist_wide", "cifar10"])
+@pytest.mark.parametrize(
+    "data", ["digits", "digits_long", "fashion_mnist", "fashion_mnist_wide", "fashion_mnist_long", "cifar10"]
+)
 def test_the_table_of_the_race_is_the_committed_measurement(site: Path, data: str) -> None:
     shown = cells((site / "race.html").read_text("utf-8"))
     record = json.loads((ROOT / f"benchmarks/results/race_{data}.json").read_text())
@@ -266,6 +268,33 @@ def test_the_page_of_the_race_says_of_wide_levels_on_fashion_mnist_what_was_meas
     assert 130 < steps[110] < 150
     assert "half of the time is 60 steps" in said
     assert 57 < steps[55] < 63
+
+
+def test_the_page_of_the_race_says_of_a_longer_race_on_fashion_mnist_what_was_measured() -> None:
+    results = ROOT / "benchmarks/results"
+    said = " ".join((ROOT / "docs/race.md").read_text("utf-8").split())
+    rows = json.loads((results / "race_fashion_mnist_long.json").read_text())["rows"]
+    found = {(row["runner"], row["seed"], row["seconds"], row["evaluations"]): row["distance"] for row in rows}
+    ours, half, theirs, edm = (
+        [[found[runner, seed, seconds, evaluations] for seed in (0, 1)] for evaluations in (35, 10)]
+        for runner, seconds in (("ours-wide-4096", 900), ("ours-wide-4096", 450), ("torchcfm", 900), ("edm", 900))
+    )
+    assert "better than torchcfm after equal time in both seeds, and EDM's loss is far behind both" in said
+    assert all(a < b < 0.5 * c for a, b, c in zip(ours[0], theirs[0], edm[0], strict=True))
+    assert (
+        "it comes within 5 % of torchcfm's last value on average, below it in one seed and above it in the other"
+        in said
+    )
+    assert 1 < statistics.fmean(half[0]) / statistics.fmean(theirs[0]) < 1.05
+    assert [a < b for a, b in zip(half[0], theirs[0], strict=True)] == [True, False]
+    assert "At 10 evaluations the two end alike." in said
+    assert statistics.fmean(ours[1]) == pytest.approx(statistics.fmean(theirs[1]), rel=0.01)
+    assert "2,900 to 3,700 steps" in said
+    steps = [row["steps"] for row in rows if row["seconds"] == 900]
+    assert 2900 < min(steps) < max(steps) < 3700
+    unpaired = json.loads((results / "race_fashion_mnist_unpaired.json").read_text())["rows"]
+    assert [f"{row['distance']:.3f}" for row in unpaired if row["evaluations"] == 35] == ["0.202", "0.228"]
+    assert "0.202 and 0.228 at 35 evaluations" in said
 
 
 def test_the_page_of_the_race_says_of_a_longer_race_on_the_digits_what_was_measured() -> None:
