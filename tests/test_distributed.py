@@ -5,11 +5,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+import stablefield as sf
 from forks import Fork, Server
 from stablefield._distributed import Ranks
 
@@ -150,3 +152,56 @@ def test_a_wait_is_reported_although_the_store_does_not_answer(both: dict[str, l
     first, _ = both["stopped"]
     assert "to come late: which of them is unknown, since the store" in first, first
     assert "rank 0 goes on after" in first
+
+
+REPEATED = """
+import torch.distributed as dist
+from stablefield._distributed import Ranks, alone
+from stablefield.evaluation._evaluate import evaluate
+from stablefield.evaluation._extractor import RawPixels
+from stablefield.data._digits import open_digits
+
+def measured():
+    found = evaluate(
+        open_digits().images[:40], data="digits", metrics=["frechet"], extractor=RawPixels((1, 8, 8)), cache=False
+    )
+    return found.scores[0].mean
+
+first, second, third = measured(), measured(), measured()
+assert first == second == third
+assert Ranks.launched().world_size == 2
+if Ranks.launched().first:
+    with alone():
+        # As an observer of a training, which only this process calls.
+        assert Ranks.launched().world_size == 1
+        assert abs(measured() - first) < 1e-6 * first
+Ranks.launched().barrier("to end")
+"""
+
+
+def test_several_calls_in_a_script_of_several_processes_share_their_group_and_one_may_be_of_one_process(
+    fork_ranks: Callable[..., list[Fork]],
+) -> None:
+    """A group that is started again may meet the addresses of the one before."""
+    ranks = fork_ranks(2, REPEATED)
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].stderr + ranks[1].stderr
+
+
+def test_a_gpu_without_a_number_is_that_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stablefield import _shapes
+
+    monkeypatch.setattr(_shapes, "as_device", lambda _, device: torch.device(device))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert _shapes.found_device("cuda") == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert _shapes.found_device("cuda") == _shapes.found_device(None) == torch.device("cuda:3")
+
+
+def test_a_comparison_by_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        ValueError, match=r"^compare runs in one process, and several were started: start it without torch"
+    ):
+        sf.compare("digits", out=tmp_path, device="cpu")

@@ -295,7 +295,8 @@ def found_device(device: torch.device | str | None) -> torch.device:
             raise ValueError("device='meta' cannot be used here: it holds no numbers. Pass 'cpu'.")
         if str(found).startswith("cuda:"):
             torch.cuda.set_device(found)
-        return found
+        if str(found) != "cuda" or "LOCAL_RANK" not in os.environ:
+            return found
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device(f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}")

@@ -237,7 +237,7 @@ def test_a_comparison_makes_the_scores_that_it_plans_and_a_folder_with_others_is
 
 
 @pytest.mark.usefixtures("cheap_scores")
-def test_scores_of_other_settings_are_refused_and_unknown_ones_told(tmp_path: Path) -> None:
+def test_scores_of_other_settings_and_of_unknown_ones_are_refused(tmp_path: Path) -> None:
     out = tmp_path / "c"
     options = {"seeds": 1, "out": out, "recipe": RECIPE, "steps": 2, "evaluations": 1, "device": "cpu"}
     images = open_digits().images[:100]

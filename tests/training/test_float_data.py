@@ -281,7 +281,7 @@ def test_evaluate_measures_the_values_themselves(points):
     )
     by_name = {score.protocol.metric: score for score in found.scores}
     frechet = by_name["Frechet distance (values)"]
-    drawn = points.sample(200, device="cpu", steps=6).images
+    drawn = points.sampler(device="cpu", steps=6).in_proportion().sample(200).images
     expected = sf.evaluation.frechet_distance_from_features(torch.from_numpy(drawn), torch.from_numpy(values))
     assert frechet.values[0] == pytest.approx(expected.value, rel=1e-5)
     assert by_name["memorised share"].protocol.extractor == "values"

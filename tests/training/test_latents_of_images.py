@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -152,6 +153,30 @@ def test_an_encoding_that_was_stopped_does_not_open_and_goes_on_to_the_same_byte
         )
     # A third call finds all done.
     encode(images, tmp_path / "out", **arguments, progress=lambda _: pytest.fail("encoded again"))
+
+
+def test_a_second_call_that_begins_and_stops_takes_nothing_from_the_first(images, latents, vae, tmp_path, monkeypatch):
+    """It begins when the first batch is written and not yet recorded."""
+    arguments = {"vae": Autoencoder.open(vae, "cpu"), "batch": 16, "mirror": True}
+    fsync, seen = os.fsync, []
+
+    def second(descriptor: int) -> None:
+        fsync(descriptor)
+        if Path(f"/proc/self/fd/{descriptor}").resolve().name == "latents.safetensors":
+            seen.append(descriptor)
+        if len(seen) == 2:  # the file was made, and then its first batch written
+            monkeypatch.setattr("stablefield.data._latent_folder.LatentFolder.encode", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                encode(images, tmp_path / "out", **arguments)
+            monkeypatch.undo()
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stablefield.data._latent_folder.os.fsync", second)
+    encode(images, tmp_path / "out", **arguments)
+    assert len(seen) >= 2
+    assert (tmp_path / "out" / "latents.safetensors").read_bytes() == (latents / "latents.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("changed", ["images", "labels", "vae", "mirror", "dtype"])

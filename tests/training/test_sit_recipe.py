@@ -61,11 +61,14 @@ def test_run_is_exported_as_plain_weights_under_the_published_names(run: Path, t
     words = ("--format", "plain", "--samples", 4, "--steps", 2)
     assert status("export", run, "--out", tmp_path / "plain", *words) == 0
     file = tmp_path / "plain" / "model.safetensors"
+    # config.json states the preconditioning and the heads; without it, both have to be given.
+    assert status("import", file, "--out", tmp_path / "stated") == 0
+    (tmp_path / "plain" / "config.json").unlink()
     assert status("import", file, "--out", tmp_path / "run", "--preconditioning", "flow") == 2
     assert status("import", file, "--out", tmp_path / "run", "--preconditioning", "flow", "--heads", 2) == 0
     x, labels = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, -1])
-    ours, theirs = (open_model(path).denoiser(x, 0.7, labels) for path in (run, tmp_path / "run"))
-    assert torch.equal(ours, theirs)
+    ours, *theirs = (open_model(path).denoiser(x, 0.7, labels) for path in (run, tmp_path / "run", tmp_path / "stated"))
+    assert all(torch.equal(ours, one) for one in theirs)
 
 
 def test_bf16_trains_close_to_float32_and_flags_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,8 @@ class Export:
     steps: int = 18
     """Steps of Heun's method for these images."""
     vae: str = ""
-    """The autoencoder's folder or name on a hub, if it has moved; a pipeline of a run on latents of images includes it."""
+    """The autoencoder's folder or name on a hub, if it has moved, or of one that decodes what an imported network draws; a
+    pipeline of latents of images includes it."""
     push: str = ""
     """Also upload to this repository of a model hub, OWNER/NAME."""
     private: bool = False

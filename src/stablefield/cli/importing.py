@@ -27,7 +27,8 @@ class Import:
     """Preconditioning of the network's training; needed if neither the file nor the config.json of an export beside it says
     so: flow for SiT's weights, ddpm for DiT's."""
     heads: int | None = None
-    """Heads of a SiT's or DiT's attention; needed for other widths than those of the published networks."""
+    """Heads of a SiT's or DiT's attention; needed for other widths than those of the published networks, if no config.json
+    of an export beside the file states them."""
 
     def run(self) -> int:
         """Read the file, describe the network, and write the run."""

@@ -309,9 +309,14 @@ class LatentFolder:
         return struct.pack("<Q", len(text)) + text, edges[-1]
 
     def _create(self, labels: NDArray[np.int64] | None) -> None:
-        """Make the file of the tensors, in its full size, with the labels."""
+        """Make the file of the tensors, in its full size, with the labels.
+
+        Another process may have begun with the same images: what it has written into a file of this size stays.
+        """
         header, size = self._header()
-        with (self.path / _TENSORS).open("wb") as file:
+        path = self.path / _TENSORS
+        whole = path.is_file() and path.stat().st_size == len(header) + size
+        with path.open("r+b" if whole else "wb") as file:
             file.write(header)
             if labels is not None:
                 file.write(np.ascontiguousarray(labels, "<i8").data)

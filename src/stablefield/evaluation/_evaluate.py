@@ -103,7 +103,8 @@ def evaluate(
         classifier: maps images to logits, for "classifier-score".
         count: samples per repeat; by default all images, split among the repeats. A source has its own.
         references: number of real images, drawn at random; all by default.
-        split: which split of `data`; of images that are given, the name under which the protocol records them.
+        split: which split of `data`; of images that are given, the name under which the protocol records them. With
+            "nearest", another split than "train" takes the name of the data or a function of the split.
         held_out: real images outside the training data, for "nearest"; by default the "test" split of `data`, if it is a
             name and has one, or else the part of its data that a run held out, which is never counted as training data.
         repeats: how many times to measure, each time on fresh samples; 3 gives minimum, mean and spread, as papers report.
@@ -118,8 +119,8 @@ def evaluate(
 
     Raises:
         ValueError: if there are too few images for a metric, images differ in size or cannot be read, features are not
-            finite, `per_class` is set and samples or real images have no classes, or no metric takes `per_class` or
-            `held_out`.
+            finite, `per_class` is set and samples or real images have no classes, no metric takes `per_class` or
+            `held_out`, or `metrics` holds several of one kind.
         TypeError: if an argument has the wrong type.
         ImportError: if the extractor's package, or safetensors with a cache, is not installed.
 
@@ -198,61 +199,61 @@ def evaluate(
             return found
         return decode(found, vae=source.autoencoder, device=device, progress=progress)
 
-    with Ranks.launched() as ranks:
-        # An array or an image set has no other splits.
-        parts = part if isinstance(data, str | Path) or callable(data) else None
-        found = stored(split)
-        # Both fail here, before latents are decoded and anything is measured.
-        ReferenceSet(images=found, split=split, count=references)
-        if per_class:
-            matched_classes(found, source.class_names)
-        images = check_size("data", decoded(found), source.shape, floating=source.floating)
-        some = ReferenceSet(images=images, split=split, count=references)
-        groups: list[_Group] = []
-        for reads, network in (("extractor", extractor), ("pixels", None), ("classifier", classifier)):
-            its = tuple(metric for metric in chosen if metric.reads == reads)
-            if not its:
-                continue
-            if reads == "pixels":
-                # Memorisation needs the whole training set. Pixels need no cache.
-                own = stored("train") if parts and split != "train" else found
-                train = images if own is found else decoded(own)
-                given = None if held_out is None else decoded(opened("held_out", held_out, "train", progress))
-                others, outside = _held_out(given, parts, source), source.held_out(own)
-                whole = ReferenceSet(images=train, split="train")
-                control = None
-                if others is not None:
-                    control = ReferenceSet(images=others, split="given" if held_out is not None else "test")
-                if outside is not None:
-                    # No model can remember what it never saw, so these are no training images but their control.
-                    trained = np.delete(np.arange(len(train)), outside)
-                    whole = replace(whole, chosen=trained, choice="without the held-out images")
-                    if control is None:
-                        control = ReferenceSet(images=train, split="train", chosen=outside, choice="held out")
-                group = _Group(extractor=raw(images), metrics=its, references=whole, held_out=control)
-            else:
-                if network is None:
-                    network = raw(images) if source.floating else Inception(device=device)
-                elif source.floating and isinstance(
-                    network, Inception | TorchScriptExtractor | RandomConvolutions | RawPixels
-                ):
-                    raise ValueError(
-                        f"{reads}={network.name} measures 8-bit images, and these are {images.images.dtype} data: leave it "
-                        "out to measure the values themselves, or decode the data to images first."
-                    )
-                group = _Group(
-                    extractor=network,
-                    metrics=its,
-                    references=some,
-                    cache=kept,
-                    per_class=per_class and reads == "extractor",
+    ranks = Ranks.launched()
+    # An array or an image set has no other splits.
+    parts = part if isinstance(data, str | Path) or callable(data) else None
+    found = stored(split)
+    # Both fail here, before latents are decoded and anything is measured.
+    ReferenceSet(images=found, split=split, count=references)
+    if per_class:
+        matched_classes(found, source.class_names)
+    images = check_size("data", decoded(found), source.shape, floating=source.floating)
+    some = ReferenceSet(images=images, split=split, count=references)
+    groups: list[_Group] = []
+    for reads, network in (("extractor", extractor), ("pixels", None), ("classifier", classifier)):
+        its = tuple(metric for metric in chosen if metric.reads == reads)
+        if not its:
+            continue
+        if reads == "pixels":
+            # Memorisation needs the whole training set. Pixels need no cache.
+            own = stored("train") if parts and split != "train" else found
+            train = images if own is found else decoded(own)
+            given = None if held_out is None else decoded(opened("held_out", held_out, "train", progress))
+            others, outside = _held_out(given, parts, source), source.held_out(own)
+            whole = ReferenceSet(images=train, split="train")
+            control = None
+            if others is not None:
+                control = ReferenceSet(images=others, split="given" if held_out is not None else "test")
+            if outside is not None:
+                # No model can remember what it never saw, so these are no training images but their control.
+                trained = np.delete(np.arange(len(train)), outside)
+                whole = replace(whole, chosen=trained, choice="without the held-out images")
+                if control is None:
+                    control = ReferenceSet(images=train, split="train", chosen=outside, choice="held out")
+            group = _Group(extractor=raw(images), metrics=its, references=whole, held_out=control)
+        else:
+            if network is None:
+                network = raw(images) if source.floating else Inception(device=device)
+            elif source.floating and isinstance(
+                network, Inception | TorchScriptExtractor | RandomConvolutions | RawPixels
+            ):
+                raise ValueError(
+                    f"{reads}={network.name} measures 8-bit images, and these are {images.images.dtype} data: leave it "
+                    "out to measure the values themselves, or decode the data to images first."
                 )
-            check_counts(its, source.count, len(group.references))
-            groups.append(group)
-        run = _Measurement(source, repeats, batch, ranks, progress)
-        if on_estimate is not None and ranks.first:
-            on_estimate(run.estimate(groups, device))
-        return run.evaluation(groups)
+            group = _Group(
+                extractor=network,
+                metrics=its,
+                references=some,
+                cache=kept,
+                per_class=per_class and reads == "extractor",
+            )
+        check_counts(its, source.count, len(group.references))
+        groups.append(group)
+    run = _Measurement(source, repeats, batch, ranks, progress)
+    if on_estimate is not None and ranks.first:
+        on_estimate(run.estimate(groups, device))
+    return run.evaluation(groups)
 
 
 def _held_out(

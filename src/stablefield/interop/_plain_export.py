@@ -51,7 +51,7 @@ class PlainConfig:
         preconditioning: with its numbers.
         heads: of a transformer's attention; None for other networks.
         shape: of one sample.
-        manifest: of the data: the names of the classes, and the scaling of float data, if there are any.
+        manifest: of the data: the names of the classes, the scaling of float data, and the autoencoder, if there are any.
     """
 
     kind: str

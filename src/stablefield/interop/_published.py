@@ -65,7 +65,8 @@ class PublishedNetwork:
         preconditioning: the scalings around it.
         state: the network's tensors, float32, under the names of `SongUNet` or `SiT`.
         origin: their location in the file, and the source of the preconditioning.
-        manifest: of the data, if config.json states it: the names of the classes, the scaling of float data.
+        manifest: of the data, if config.json states it: the names of the classes, the scaling of float data, the
+            autoencoder.
     """
 
     architecture: Architecture | SiTArchitecture
@@ -92,7 +93,8 @@ def read_published(path: Path, scaling: Scaling | None = None, heads: int | None
 
     Args:
         path: a pickle of the EDM family, a `torch.save` file with such an object or a state dict, or a safetensors file.
-        scaling: the preconditioning that the network was trained with; the file's own if not given.
+        scaling: the preconditioning that the network was trained with; by default that of the file, or of the config.json of
+            an export beside it.
         heads: of the attention of a SiT or DiT; by default those that config.json states, or of the published network of its
             width.
 
@@ -101,8 +103,8 @@ def read_published(path: Path, scaling: Scaling | None = None, heads: int | None
 
     Raises:
         RefusedError: naming the content that is not supported or does not fit.
-        ValueError: if there is no such file, or the preconditioning or the heads are neither in the file nor given, or
-            they differ.
+        ValueError: if there is no such file, the preconditioning or the heads are neither stated nor given, or what is given
+            differs from what is stated; or if the config.json of an export beside the file cannot be used.
     """
     value, name = read_weight_file(path), plain_text(path.name)
     try:

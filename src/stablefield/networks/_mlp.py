@@ -77,6 +77,9 @@ class MLP(nn.Module):
             x: scaled noisy samples, shape (B, ...).
             noise_label: shape (B,).
             class_labels: integers (B,), -1 for no class; or one-hot (B, classes).
+
+        Raises:
+            ValueError: if shapes do not fit, a label is out of range, or labels are given to a network without classes.
         """
         check_tensor("x", x, floating=True, batch=True)
         check_tensor("noise_label", noise_label)

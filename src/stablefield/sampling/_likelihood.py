@@ -87,7 +87,7 @@ def log_likelihood(
         rtol: tolerance relative to the state.
         atol: absolute tolerance.
         max_nfe: most evaluations before an error.
-        noise: source of the probes' signs (the signs of normal noise), such as `SampleNoise`.
+        noise: source of the probes' signs (the signs of normal noise), such as `SampleNoise`; not with `exact`.
         generator: a generator instead of `noise`.
 
     Returns:

@@ -6,6 +6,7 @@ Both targets train from the same seeds on the same batches and noise; `_scorer` 
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -136,6 +137,10 @@ def compare(
         ValueError: if an argument does not fit the data, or the folder holds runs or scores with other settings.
         TrainingError: if a loss is not finite or the disk is full.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "compare runs in one process, and several were started: start it without torchrun or accelerate launch."
+        )
     if isinstance(seeds, int):
         seeds = range(whole_number("seeds", seeds, 1))
     wanted = [whole_number(f"seeds[{k}]", seed, 0) for k, seed in enumerate(seeds)]
@@ -267,7 +272,8 @@ def _check_begun(out: Path, runs: Sequence[PlannedRun], data: ImageSet, settings
         path, found = _path(out, run), _begun(out, run)
         if found is None:
             continue
-        if found.recipe != run.config.recipe or found.manifest["sha256"] != data.manifest["sha256"]:
+        same = found.recipe == run.config.recipe and found.manifest["sha256"] == data.manifest["sha256"]
+        if not same or found.mixed_classes != run.config.mixed_classes:
             raise ValueError(f"{path} holds a run with other settings: pass another out=FOLDER for this comparison.")
         training_data(found, data)  # of the labels; a run that has ended opens no data
         check_settings(path, settings)

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 
-from stablefield._distributed import RankError, Ranks
+from stablefield._distributed import RankError, Ranks, alone
 from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._image_set import ImageSet
 from stablefield.data._png import write_png
@@ -64,7 +64,10 @@ class Observer(Protocol):
         ...
 
     def __call__(self, step: int, denoiser: Denoiser) -> dict[str, float]:
-        """Measure the averaged model after `step` steps, and return the entries for metrics.jsonl."""
+        """Measure the averaged model after `step` steps; return entries for metrics.jsonl.
+
+        Their names are neither the loop's own nor another observer's.
+        """
         ...
 
 
@@ -230,7 +233,8 @@ class _Loop:
                 found = self._report(self._reported, done)
                 self._reported = self._meter()
                 if report is not None and self._main:
-                    report(found)
+                    with alone():
+                        report(found)
             looked = self._keep(done, last, stopped, self._improved(done, extra, last and not stopped))
             if self._main and last and not stopped:
                 self._animate(done)
@@ -320,7 +324,8 @@ class _Loop:
         with self._average() as ema:
             for observer in self._observers:
                 if ema is not None and (last or done % observer.every == 0):
-                    new = observer(done, ema)
+                    with alone():
+                        new = observer(done, ema)
                     if taken := [name for name in new if name in found or name in _LOGGED]:
                         raise ValueError(
                             f"observers: {type(observer).__name__} returned {', '.join(taken)}, which metrics.jsonl has "

@@ -140,7 +140,7 @@ class Run:
 
         Args:
             seeds: which images, or how many: 64 means seeds 0 to 63. A seed always gives the same image.
-            sampler: the solver's name, all options of a solver, or a `RunSampler` that `Run.sampler` returned. An
+            sampler: the solver's name, all options of a solver, or a `RunSampler` that this run's `sampler` returned. An
                 option that the latter two hold is an error here.
             steps: number of solver steps; 18 by default, 1,000 for euler-maruyama, pc-ve and pc-vp.
             guidance_scale: scale of classifier-free guidance; 1 for none.
@@ -177,10 +177,7 @@ class Run:
         vae: str | Path = "",
     ) -> RunSampler:
         """Load the model with a solver; arguments and errors as for `sample`. One that is loaded is returned as it is."""
-        return open_sampler(
-            self.path,
-            sampler,
-            device,
+        options = SamplerOptions(
             steps=steps,
             guidance_scale=guidance_scale,
             class_label=() if class_label is None else class_label,
@@ -190,6 +187,7 @@ class Run:
             decode=decode,
             vae=str(vae),
         )
+        return open_sampler(self.path, sampler, options, device)
 
     def evaluate(
         self,
@@ -221,11 +219,13 @@ class Run:
 
         Args:
             samples: number of samples per repeat; published FIDs take 50,000.
-            data: real images; by default the run's training data, resized as in training, or decoded.
+            data: real images; by default the run's training data, resized as in training, or decoded; an error if they have
+                changed since.
             metrics: names in `stablefield.evaluation.METRICS`, or metrics.
             extractor: maps images to features; FID's own Inception by default.
             classifier: maps images to logits, for "classifier-score".
-            sampler: the solver's name, all its options, or a `RunSampler` that `Run.sampler` returned.
+            sampler: the solver's name, all its options, or a `RunSampler` that this run's `sampler` returned. Unless it
+                names classes, they have the proportions of the training data, and seed k another class than in `sample`.
             references: how many real images, drawn at random; all by default.
             split: which split of the real images, "train" or "test".
             held_out: real images that the run did not train on, for "nearest"; by default the "test" split of the data, or
@@ -241,7 +241,8 @@ class Run:
             on_estimate: called with the estimated time, before drawing begins.
 
         Raises:
-            ValueError: if there are too few images for a metric, or the options do not fit the run or one another.
+            ValueError: if there are too few images for a metric, the options do not fit the run or one another, or the run's
+                own data are missing or have changed.
             ImportError: if the extractor's package is not installed.
         """
         opened = self.sampler(sampler, device=device, vae=vae)

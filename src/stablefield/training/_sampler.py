@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +59,8 @@ class SamplerOptions(SolverOptions):
     decode: bool = True
     """Decode the samples of a run on latents of images; otherwise they are the latents, in the autoencoder's units."""
     vae: str = ""
-    """The autoencoder's folder or name on a hub, if it has moved, or for an imported network, which knows none."""
+    """The autoencoder's folder or name on a hub, if it has moved, or for an imported network, which does not know its
+    place."""
 
     def check(self) -> None:
         """Check that the options fit together, before loading anything.
@@ -280,16 +280,16 @@ class RunSampler:
             ValueError: if a seed is no whole number from 0 on, or is there twice.
         """
         wanted = _seeds(seeds)
-        with Ranks.launched() as ranks:
-            purpose = "to draw their images"
-            parts = list(self.draw(wanted, ranks, progress))
-            evaluations = ranks.total(sum(part.nfe * len(part) for part in parts), purpose=purpose)[0]
-            scaling = self.config.scaling if self.floating else None
-            none = np.zeros((0, *self.shape), np.uint8 if scaling is None else scaling.dtype)
-            drawn = torch.from_numpy(np.concatenate([none, *(part.images for part in parts)]))
-            images = ranks.all_gather_rows(drawn, purpose)
-            own = torch.tensor([seed for part in parts for seed in part.seeds], dtype=torch.int64)
-            row = {seed: place for place, seed in enumerate(ranks.all_gather_rows(own, purpose).tolist())}
+        ranks = Ranks.launched()
+        purpose = "to draw their images"
+        parts = list(self.draw(wanted, ranks, progress))
+        evaluations = ranks.total(sum(part.nfe * len(part) for part in parts), purpose=purpose)[0]
+        scaling = self.config.scaling if self.floating else None
+        none = np.zeros((0, *self.shape), np.uint8 if scaling is None else scaling.dtype)
+        drawn = torch.from_numpy(np.concatenate([none, *(part.images for part in parts)]))
+        images = ranks.all_gather_rows(drawn, purpose)
+        own = torch.tensor([seed for part in parts for seed in part.seeds], dtype=torch.int64)
+        row = {seed: place for place, seed in enumerate(ranks.all_gather_rows(own, purpose).tolist())}
         return self.samples(wanted, images[[row[seed] for seed in wanted]], evaluations / len(wanted))
 
     def draw(
@@ -358,27 +358,25 @@ class RunSampler:
 def open_sampler(
     path: Path,
     sampler: SamplerName | SamplerOptions | RunSampler,
+    options: SamplerOptions,
     device: torch.device | str | None,
-    **options: Any,
 ) -> RunSampler:
     """Load a run's model with a solver, for `Run.sampler`.
 
     Args:
         path: the run's folder.
         sampler: the solver's name, all options of a solver, or a sampler of this run, which is returned as it is.
+        options: the other options, for a solver's name; the defaults beside a sampler that holds its own.
         device: where to compute; a GPU if there is one.
-        options: further fields of `SamplerOptions`, with the solver's name only.
 
     Raises:
         ValueError: if the options do not fit the run or one another, or options are given beside a sampler that holds its
             own, since they would be ignored.
     """
-    usual = {field.name: field.default for field in fields(SamplerOptions)}
+    both = [(field.name, getattr(options, field.name), field.default) for field in fields(options)]
     # An array of classes is not compared.
     given = [
-        f"{name}={value}"
-        for name, value in options.items()
-        if value is not usual[name] and (isinstance(value, np.ndarray | Tensor) or value != usual[name])
+        f"{name}={value}" for name, value, usual in both if isinstance(value, np.ndarray | Tensor) or value != usual
     ]
     remedy = "and sampler holds all options: set them in its SamplerOptions"
     if isinstance(sampler, RunSampler):
@@ -398,7 +396,7 @@ def open_sampler(
             )
         return sampler
     if not isinstance(sampler, SamplerOptions):
-        sampler = SamplerOptions(sampler=sampler, **options)
+        sampler = replace(options, sampler=sampler)
     opened = sampler.open(path, found_device(device))
     opened.model.warn(depth=4)
     if opened.guide is not None:

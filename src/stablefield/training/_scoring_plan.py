@@ -81,7 +81,7 @@ def plan_scoring(recipe: Recipe, images: int, *, evaluations: int | None = None,
 
     Args:
         recipe: the run's recipe.
-        images: number of images in the data, the upper bound of samples.
+        images: number of images in the data, the most samples by default.
         evaluations: most scores; 1 to 8 if None.
         samples: samples per score; 200 to 1,000 if None.
     """
