@@ -5,7 +5,9 @@ process alone, for which every exchange returns its argument, so that the same c
 ranks of a group must make the same exchanges in the same order.
 """
 
+import atexit
 import os
+import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -35,6 +37,15 @@ Value = TypeVar("Value")
 
 class RankError(ConnectionError):
     """Another rank has died or does not answer."""
+
+
+def _leave() -> None:
+    """End a group of Gloo with the process: its threads may abort an interpreter that shuts down around them.
+
+    NCCL would wait for ranks that may have died.
+    """
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
 
 
 @contextmanager
@@ -88,6 +99,13 @@ class Ranks:
         started = not dist.is_initialized()
         if started:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+            atexit.register(_leave)
+        elif device.type == "cuda" and dist.get_backend() == "gloo":
+            warnings.warn(
+                "an earlier call on the CPU started the processes' group, so the exchanges of GPUs go through the host: "
+                "train first, or start the group with torch.distributed.init_process_group('nccl').",
+                stacklevel=2,
+            )
         ranks = cls(dist.get_rank(), dist.get_world_size(), started=started)
         reporter = WaitReporter.current()
         if reporter is not None:

@@ -283,7 +283,8 @@ def as_device(name: str, value: Any) -> torch.device:
 def found_device(device: torch.device | str | None) -> torch.device:
     """The argument `device` of a long call; for None a GPU if there is one (this process's own, where there are several).
 
-    A GPU that is named by its number becomes the current one, which accelerate and compilers take.
+    "cuda" without a number is the process's own GPU, too. A GPU that is named by its number becomes the current one, which
+    accelerate and compilers take.
 
     Raises:
         TypeError: if it is neither a device nor its name.

@@ -179,6 +179,14 @@ def test_a_second_call_that_begins_and_stops_takes_nothing_from_the_first(images
     assert (tmp_path / "out" / "latents.safetensors").read_bytes() == (latents / "latents.safetensors").read_bytes()
 
 
+def test_latents_that_know_no_place_of_their_autoencoder_ask_for_it(latents):
+    record = dataclasses.replace(sf.data.open_images(latents).autoencoder, place="")
+    with pytest.raises(
+        ValueError, match=r"^vae is missing: these latents were imported without the place .*: name it\."
+    ):
+        record.open(device="cpu")
+
+
 @pytest.mark.parametrize("changed", ["images", "labels", "vae", "mirror", "dtype"])
 def test_a_folder_of_other_latents_is_refused(changed, images, latents, vae, tmp_path):
     arguments = {"vae": vae, "mirror": True, "dtype": "float16", "device": "cpu"}

@@ -98,6 +98,11 @@ class AutoencoderRecord:
             ImportError: if diffusers is not installed.
         """
         place = self.place if vae is None or vae == "" else str(vae)
+        if not place:
+            raise ValueError(
+                f"vae is missing: these latents were imported without the place of their autoencoder (sha256 "
+                f"{self.sha256:.12}): name it."
+            )
         moved = Path(place).is_absolute() and not Path(place).exists()
         if moved and not vae:
             raise ValueError(

@@ -174,7 +174,7 @@ class ModelCard:
         if not self.pipeline:
             return (
                 "## Use\n\n`model.safetensors` holds the network's state, `config.json` its options and preconditioning. "
-                "With both in one folder, `stablefield import model.safetensors --out RUN` reads a U-Net or a SiT back."
+                "With both in one folder, `stablefield import model.safetensors` reads a U-Net or a SiT back."
             )
         call, guided = "batch_size=16, num_inference_steps=18", ""
         if self.classes:

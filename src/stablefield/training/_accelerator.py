@@ -51,6 +51,8 @@ def make_accelerator(device: torch.device, tracker: Tracker = "none", folder: Ru
         log_with=None if tracker == "none" else tracker,
         project_dir=None if folder is None else str(folder.path),
     )
+    if ranks.world_size == 1 and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        raise ValueError("an observer or a callback that one of several processes runs cannot train: train outside it.")
     if accelerator.num_processes != ranks.world_size:
         raise ValueError(
             f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} in the environment, and Accelerate counts "

@@ -166,7 +166,7 @@ def held_out_data(config: RunConfig, others: ImageSet | None) -> ImageSet:
     return others
 
 
-def optimum_data(config: RunConfig, data: ImageSet, most: int | None = None) -> ImageSet:
+def optimum_data(config: RunConfig, data: ImageSet, most: int | None = None, seed: int = 0) -> ImageSet:
     """The samples whose posterior mean is the optimum of a run: those that it trains on, with their mirror images if it has.
 
     Latents of images, which training draws anew, are one draw here.
@@ -175,6 +175,7 @@ def optimum_data(config: RunConfig, data: ImageSet, most: int | None = None) -> 
         config: of the run.
         data: the run's data, all of them.
         most: of mirrored data, draw so many at random if there are more; None for all.
+        seed: of that draw.
     """
     data = config.numbered(data)
     rows = config.training_rows(len(data))
@@ -186,7 +187,7 @@ def optimum_data(config: RunConfig, data: ImageSet, most: int | None = None) -> 
     rows, rng = np.arange(len(data)) if rows is None else rows, np.random.default_rng(config.recipe.seed)
     plain = flipped = rows
     if most is not None and most < 2 * len(rows):
-        chosen = np.sort(rng.choice(2 * len(rows), most, replace=False))
+        chosen = np.sort(np.random.default_rng(seed).choice(2 * len(rows), most, replace=False))
         plain, flipped = rows[chosen[chosen < len(rows)]], rows[chosen[chosen >= len(rows)] - len(rows)]
     images, labels = data.batch(np.concatenate([plain, flipped]))
     if data.flipped is None:

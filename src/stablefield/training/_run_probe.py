@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stablefield._progress import Progress
-from stablefield._shapes import check_kind, found_device
+from stablefield._shapes import check_kind, found_device, whole_number
 from stablefield.data._image_set import ImageSet
 from stablefield.data._source import open_images
 from stablefield.diffusion._objective import DenoiserLike
@@ -236,13 +236,9 @@ def _probe_run(
     config = model.config
     images = training_data(config, open_images(config.data, **config.opening, progress=progress))
     notes = [f"skipped: {complaint}" for complaint in model.complaints] if network is None else []
-    found = optimum_data(config, images, max_images)
-    trained = len(images) if (rows := config.training_rows(len(images))) is None else len(rows)
-    if config.recipe.mirror and len(found) < 2 * trained:
-        notes.append(
-            f"{len(found):,} images and mirror images, drawn at random, stand for all {2 * trained:,}: the posterior mean "
-            "over them is not exactly the network's optimum"
-        )
+    found = optimum_data(config, images, whole_number("max_images", max_images, 2), seed)
+    rows = config.training_rows(len(images))
+    every = (len(images) if rows is None else len(rows)) * (2 if config.recipe.mirror else 1)
     log = list(RunFolder(folder).metrics())
     if config.recipe.augmentation:
         notes.append(
@@ -251,7 +247,7 @@ def _probe_run(
         log = []
     if config.autoencoder is not None:
         notes.append("the optimum is that of one draw of the latents, and training draws them anew")
-    return probe_network(
+    result = probe_network(
         model.denoiser if network is None else network,
         found,
         by_class=config.classes > 0,
@@ -267,4 +263,10 @@ def _probe_run(
         seed=seed,
         device=device,
         progress=progress,
+    )
+    # Of mirrored data a part was drawn before.
+    return (
+        result
+        if result.drawn_from is not None or len(found) == every
+        else dataclasses.replace(result, drawn_from=every)
     )

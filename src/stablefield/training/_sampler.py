@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stablefield._distributed import Ranks
 from stablefield._progress import Progress
-from stablefield._shapes import found_device, whole_number
+from stablefield._shapes import as_device, found_device, whole_number
 from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._image_set import class_text
 from stablefield.sampling._guidance import autoguidance, classifier_free
@@ -380,7 +380,7 @@ def open_sampler(
     ]
     remedy = "and sampler holds all options: set them in its SamplerOptions"
     if isinstance(sampler, RunSampler):
-        where = None if device is None else found_device(device)
+        where = None if device is None else as_device("device", device)
         # "cuda" is any of the GPUs.
         indices = {place.index for place in (where, sampler.device) if place is not None and place.index is not None}
         if where is not None and (where.type != sampler.device.type or len(indices) > 1):
