@@ -156,7 +156,7 @@ def test_a_wait_is_reported_although_the_store_does_not_answer(both: dict[str, l
 
 REPEATED = """
 import torch.distributed as dist
-from stablefield._distributed import Ranks, alone
+from stablefield._distributed import Ranks, single_process
 from stablefield.evaluation._evaluate import evaluate
 from stablefield.evaluation._extractor import RawPixels
 from stablefield.data._digits import open_digits
@@ -171,7 +171,7 @@ first, second, third = measured(), measured(), measured()
 assert first == second == third
 assert Ranks.launched().world_size == 2
 if Ranks.launched().first:
-    with alone():
+    with single_process():
         # As an observer of a training, which only this process calls.
         assert Ranks.launched().world_size == 1
         assert abs(measured() - first) < 1e-6 * first

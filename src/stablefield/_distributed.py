@@ -23,14 +23,14 @@ from torch import Tensor
 from stablefield._shapes import found_device
 from stablefield._wait_report import WaitReporter
 
-__all__ = ["RankError", "Ranks", "alone"]
+__all__ = ["RankError", "Ranks", "single_process"]
 
 # Rank 0 may decode a large folder or draw samples for hours while the others wait.
 _PATIENCE = timedelta(hours=12)
 _CPU = torch.device("cpu")
 
 # Whether this process makes calls that the others do not make.
-_ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+_SINGLE: ContextVar[bool] = ContextVar("single_process", default=False)
 
 Value = TypeVar("Value")
 
@@ -49,13 +49,13 @@ def _leave() -> None:
 
 
 @contextmanager
-def alone() -> Generator[None]:
+def single_process() -> Generator[None]:
     """A block that only this process runs, such as a callback on the first one: `Ranks.launched` returns `Ranks()` in it."""
-    token = _ALONE.set(True)
+    token = _SINGLE.set(True)
     try:
         yield
     finally:
-        _ALONE.reset(token)
+        _SINGLE.reset(token)
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,13 @@ class Ranks:
         """The processes that torchrun or `accelerate launch` started, or this process alone.
 
         The first call starts their group, with NCCL for GPUs of CUDA and Gloo for the CPU; later calls find it. Accelerate
-        joins a group that it finds. A call within `alone` is for this process alone. As a context manager, the result ends
-        the group if this call started it: once in a process, since torch cannot start it again reliably.
+        joins a group that it finds. A call within `single_process` is for this process alone. As a context manager, the
+        result ends the group if this call started it: once in a process, since torch cannot start it again reliably.
 
         Args:
             device: device of the tensors to exchange; on CUDA each process takes the GPU of its local rank.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _ALONE.get():
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _SINGLE.get():
             return cls()
         if device.type == "cuda":
             torch.cuda.set_device(found_device(None))

@@ -6,6 +6,7 @@ import pickle
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,11 @@ TINY = Recipe(
     ema_snapshot_every=4,
     network=MLPConfig(width=16, depth=1),
 )
+
+
+def short(**changes: Any) -> Recipe:
+    """A recipe of a few steps of a small perceptron."""
+    return dataclasses.replace(sf.training.DIGITS, batch=8, network=MLPConfig(width=8, depth=1), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -321,15 +327,7 @@ def test_a_plan_says_what_its_run_would_take_and_writes_nothing(
 
 
 def test_snapshots_of_steps_that_are_taken_back_do_not_stay(tmp_path: Path) -> None:
-    recipe = dataclasses.replace(
-        sf.training.DIGITS,
-        steps=6,
-        batch=8,
-        checkpoint_every=3,
-        ema_snapshot_every=1,
-        sample_every=1,
-        network=sf.training.MLPConfig(width=8, depth=1),
-    )
+    recipe = short(steps=6, checkpoint_every=3, ema_snapshot_every=1, sample_every=1)
     run = sf.train("digits", out=tmp_path / "run", recipe=recipe, device="cpu")
     shutil.rmtree(run.folder.checkpoint(6))  # as if it had been killed before
     assert sf.Run(run.path).step == 3
@@ -345,7 +343,7 @@ def test_an_evaluation_refuses_other_images_at_the_place_of_the_runs_data(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     digits = sf.data.open_images("digits").images
-    recipe = dataclasses.replace(sf.training.DIGITS, steps=1, batch=8, network=sf.training.MLPConfig(width=8, depth=1))
+    recipe = short(steps=1)
     run = sf.train(digits[:100], out="run", recipe=recipe, device="cpu")  # an array: the data have no place
     np.save("images", digits[100:200])
     (tmp_path / "images.npy").rename(tmp_path / run.config.data)
@@ -382,19 +380,13 @@ def test_observers_do_not_replace_what_the_log_has(tmp_path: Path) -> None:
         def __call__(self, *_: object) -> dict[str, float]:
             return {"loss": 0.0}
 
-    recipe = dataclasses.replace(sf.training.DIGITS, steps=2, batch=8, network=sf.training.MLPConfig(width=8, depth=1))
+    recipe = short(steps=2)
     with pytest.raises(ValueError, match=r"^observers: Observer returned loss, which metrics\.jsonl has from another"):
         sf.train("digits", out=tmp_path / "run", recipe=recipe, device="cpu", observers=[Observer()])
 
 
 def test_class_0_and_an_array_of_classes_are_named_classes(tmp_path: Path) -> None:
-    recipe = dataclasses.replace(
-        sf.training.DIGITS,
-        steps=1,
-        batch=8,
-        conditional=True,
-        network=sf.training.MLPConfig(width=8, depth=1),
-    )
+    recipe = short(steps=1, conditional=True)
     run = sf.train("digits", out=tmp_path / "run", recipe=recipe, device="cpu")
     for label, classes in ((0, (0,)), (np.array([0, 3]), (0, 3)), ("7", (7,)), (-1, (-1,))):
         sampler = run.sampler(class_label=label, steps=2, device="cpu")
@@ -408,15 +400,7 @@ def test_class_0_and_an_array_of_classes_are_named_classes(tmp_path: Path) -> No
 
 
 def test_the_animation_of_a_run_in_progress_has_the_grids_since_its_checkpoint(tmp_path: Path) -> None:
-    recipe = dataclasses.replace(
-        sf.training.DIGITS,
-        steps=8,
-        batch=8,
-        log_every=1,
-        checkpoint_every=8,
-        sample_every=2,
-        network=sf.training.MLPConfig(width=8, depth=1),
-    )
+    recipe = short(steps=8, log_every=1, checkpoint_every=8, sample_every=2)
     run = sf.train("digits", out=tmp_path / "run", recipe=recipe, device="cpu")
     shutil.rmtree(run.folder.checkpoint(8))
     shutil.rmtree(run.path / "checkpoints")

@@ -121,9 +121,9 @@ def test_a_perfect_model_of_classes_of_unequal_numbers_reads_the_floor(monkeypat
     config = RunConfig(
         data="few", shape=(1, 8, 8), classes=10, manifest={"class_counts": counts}, recipe=Recipe(), version="test"
     )
-    assert np.bincount(config.mixed_classes).tolist() == counts
+    assert np.bincount(config.proportional_classes).tolist() == counts
     # Every part of the sequence has about the same proportions.
-    assert 55 <= config.mixed_classes[:100].count(0) <= 59
+    assert 55 <= config.proportional_classes[:100].count(0) <= 59
     by_class = [data.images[data.labels == c] for c in range(10)]
     generator = np.random.default_rng(0)
 
@@ -132,7 +132,7 @@ def test_a_perfect_model_of_classes_of_unequal_numbers_reads_the_floor(monkeypat
         return torch.from_numpy(np.stack([generator.choice(by_class[c]) for c in wanted]))
 
     monkeypatch.setattr("stablefield.training._self_check.draw_samples", perfect)
-    check = SelfCheck.prepare(data, RawPixels((1, 8, 8)), samples=300, classes=config.mixed_classes)
+    check = SelfCheck.prepare(data, RawPixels((1, 8, 8)), samples=300, classes=config.proportional_classes)
     readings = [check.read_model(None, config, torch.device("cpu")).value for _ in range(8)]
     assert check.floor == pytest.approx(np.mean(readings), rel=0.25)
     unaware = SelfCheck.prepare(data, RawPixels((1, 8, 8)), samples=300)

@@ -30,7 +30,7 @@ from stablefield.evaluation._time_estimate import TimeEstimate
 from stablefield.report._cells import duration
 from stablefield.report._extra import require
 from stablefield.training._run import Run
-from stablefield.training._run_data import OTHERS, data_of, require_same
+from stablefield.training._run_data import MEASURE_OTHERS, data_of, require_same
 from stablefield.training._run_folder import is_run
 from stablefield.training._run_source import RunSource
 
@@ -41,6 +41,8 @@ else:
 
 __all__ = ["Evaluate"]
 
+# How images are opened if nothing else is said.
+_OPENING = {"colour": "auto", "background": "white", "resize": "crop", "resolution": None}
 _FLAGS = {"count": "--samples", "seed": "--first-seed", "batch": "--feature-batch"}
 
 
@@ -166,13 +168,12 @@ class Evaluate:
                 self._samples_of_run(device) if is_run(self.source) else (self._images(), self.data, {})
             )
             trained, opening = dict(opening), self._opening(opening)
-            usual = {"colour": "auto", "background": "white", "resize": "crop", "resolution": None}
 
             def real(split: str, name: str = name) -> ImageSet:
                 found = open_data(name, split=split, **opening)
-                own = not self.data and usual | opening == usual | trained
+                own = not self.data and _OPENING | opening == _OPENING | trained
                 if isinstance(samples, RunSource) and split == "train" and own:
-                    require_same(samples.config, found, OTHERS)
+                    require_same(samples.config, found, MEASURE_OTHERS)
                 return found
 
             uses_extractor = any(METRICS[name].reads == "extractor" for name in self.metrics)

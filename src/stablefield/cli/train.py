@@ -265,7 +265,7 @@ class Train(TrainingFlags):
             return []
         self.measure.check()
         extractor = self.measure.open(data.shape, device, floating=data.scaling is not None, usual="random")
-        data, classes = config.numbered(data), config.mixed_classes
+        data, classes = config.numbered(data), config.proportional_classes
         check = SelfCheck.prepare(data, extractor, samples=self.evaluate_samples, classes=classes)
 
         def tell(step: int, reading: Reading) -> None:

@@ -14,6 +14,7 @@ References:
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -31,6 +32,7 @@ from stablefield._shapes import (
 )
 
 __all__ = [
+    "PRECONDITIONINGS",
     "DDPMPreconditioning",
     "Denoiser",
     "EDMPreconditioning",
@@ -202,6 +204,19 @@ class DDPMPreconditioning:
         low = torch.searchsorted(logs, level, right=True).clamp(1, self.steps - 1) - 1
         step = low + (level - logs[low]) / (logs[low + 1] - logs[low])
         return step.to(sigma.dtype if sigma.is_floating_point() else torch.float32)
+
+
+NamedPreconditioning = (
+    EDMPreconditioning | VPPreconditioning | VEPreconditioning | FlowPreconditioning | DDPMPreconditioning
+)
+PRECONDITIONINGS: Mapping[str, type[NamedPreconditioning]] = {
+    "edm": EDMPreconditioning,
+    "vp": VPPreconditioning,
+    "ve": VEPreconditioning,
+    "flow": FlowPreconditioning,
+    "ddpm": DDPMPreconditioning,
+}
+"""The kinds that an export states by name."""
 
 
 class Denoiser(nn.Module):

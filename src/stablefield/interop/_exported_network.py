@@ -17,14 +17,7 @@ from diffusers.utils.outputs import BaseOutput
 from torch import Tensor
 
 from stablefield._shapes import per_row
-from stablefield.diffusion._preconditioning import (
-    DDPMPreconditioning,
-    EDMPreconditioning,
-    FlowPreconditioning,
-    Preconditioning,
-    VEPreconditioning,
-    VPPreconditioning,
-)
+from stablefield.diffusion._preconditioning import PRECONDITIONINGS, EDMPreconditioning, Preconditioning
 from stablefield.networks._mlp import MLP
 from stablefield.networks._sit import SiT
 from stablefield.networks._song_unet import SongUNet
@@ -80,13 +73,7 @@ class StablefieldUNet(ModelMixin, ConfigMixin):
         self._edm = EDMPreconditioning(sigma_data)
         self._trained: Preconditioning | None = None
         if preconditioning != "edm":
-            kinds = {
-                "vp": VPPreconditioning,
-                "ve": VEPreconditioning,
-                "flow": FlowPreconditioning,
-                "ddpm": DDPMPreconditioning,
-            }
-            self._trained = kinds[preconditioning](**arguments)
+            self._trained = PRECONDITIONINGS[preconditioning](**arguments)
         self.num_classes, self.in_channels = num_classes, in_channels
 
     def forward(

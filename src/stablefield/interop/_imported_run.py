@@ -9,13 +9,13 @@ from stablefield.diffusion._preconditioning import (
     DDPMPreconditioning,
     EDMPreconditioning,
     FlowPreconditioning,
+    NamedPreconditioning,
     VPPreconditioning,
 )
 from stablefield.diffusion._process import EDM, VE, VP, RectifiedFlow
 from stablefield.diffusion._weighting import EDMWeighting, FlowWeighting, SNRWeighting
 from stablefield.interop._architecture import Architecture
 from stablefield.interop._inert import plain_text
-from stablefield.interop._plain_export import Preconditionings
 from stablefield.interop._published import PublishedNetwork, Scaling, read_published
 from stablefield.interop._sit_architecture import SiTArchitecture
 from stablefield.training._checkpoint import State, Trained, save
@@ -85,7 +85,7 @@ def write_imported_run(path: Path, network: PublishedNetwork, source: Path) -> R
     return folder
 
 
-def _recipe(architecture: Architecture | SiTArchitecture, preconditioning: Preconditionings) -> Recipe:
+def _recipe(architecture: Architecture | SiTArchitecture, preconditioning: NamedPreconditioning) -> Recipe:
     if isinstance(architecture, SiTArchitecture):
         network, augmentation = _sit_config(architecture), 0.0
     else:

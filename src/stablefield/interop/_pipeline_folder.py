@@ -21,14 +21,7 @@ from stablefield import _shapes as shapes
 from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._scaling import Scaling
 from stablefield.diffusion import _preconditioning as preconditioning
-from stablefield.diffusion._preconditioning import (
-    DDPMPreconditioning,
-    Denoiser,
-    EDMPreconditioning,
-    FlowPreconditioning,
-    VEPreconditioning,
-    VPPreconditioning,
-)
+from stablefield.diffusion._preconditioning import PRECONDITIONINGS, Denoiser
 from stablefield.interop._architecture import infer_architecture
 from stablefield.interop._source_bundle import bundle
 from stablefield.networks import _blocks as blocks
@@ -206,18 +199,8 @@ def preconditioning_options(denoiser: Denoiser) -> tuple[str, dict[str, float]]:
     Raises:
         ValueError: if it is of another kind.
     """
-    match denoiser.preconditioning:
-        case EDMPreconditioning() as scaling:
-            return "edm", asdict(scaling)
-        case VPPreconditioning() as scaling:
-            return "vp", asdict(scaling)
-        case VEPreconditioning():
-            return "ve", {}
-        case FlowPreconditioning() as scaling:
-            return "flow", asdict(scaling)
-        case DDPMPreconditioning() as scaling:
-            return "ddpm", asdict(scaling)
-        case other:
-            raise ValueError(
-                f"the preconditioning is {other}: an export supports EDM's, VP's, VE's, DDPM's and a flow's."
-            )
+    given = denoiser.preconditioning
+    for name, kind in PRECONDITIONINGS.items():
+        if isinstance(given, kind):
+            return name, asdict(given)
+    raise ValueError(f"the preconditioning is {given}: an export supports EDM's, VP's, VE's, DDPM's and a flow's.")

@@ -15,31 +15,13 @@ from typing import Any, cast
 from stablefield._regular_file import JSON_LIMIT, open_regular
 from stablefield.data._autoencoder import AutoencoderRecord
 from stablefield.data._scaling import Scaling
-from stablefield.diffusion._preconditioning import (
-    DDPMPreconditioning,
-    Denoiser,
-    EDMPreconditioning,
-    FlowPreconditioning,
-    VEPreconditioning,
-    VPPreconditioning,
-)
+from stablefield.diffusion._preconditioning import PRECONDITIONINGS, Denoiser, NamedPreconditioning
 from stablefield.interop._inert import plain_text
 from stablefield.interop._pipeline_folder import network_options, preconditioning_options
 from stablefield.training._files import write_tensors
 from stablefield.training._records import parse
 
-__all__ = ["PlainConfig", "Preconditionings", "read_plain_config", "write_plain"]
-
-Preconditionings = (
-    EDMPreconditioning | VPPreconditioning | VEPreconditioning | FlowPreconditioning | DDPMPreconditioning
-)
-_KINDS: Mapping[str, type[Preconditionings]] = {
-    "edm": EDMPreconditioning,
-    "vp": VPPreconditioning,
-    "ve": VEPreconditioning,
-    "flow": FlowPreconditioning,
-    "ddpm": DDPMPreconditioning,
-}
+__all__ = ["PlainConfig", "read_plain_config", "write_plain"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +37,7 @@ class PlainConfig:
     """
 
     kind: str
-    preconditioning: Preconditionings
+    preconditioning: NamedPreconditioning
     heads: int | None
     shape: tuple[int, ...]
     manifest: Mapping[str, Any]
@@ -139,7 +121,7 @@ def read_plain_config(weights: Path) -> PlainConfig | None:
 
 def _plain_config(record: Mapping[str, Any], stated: Mapping[str, Any]) -> PlainConfig:
     kind, options, network = stated.get("kind"), stated.get("options"), record["network"]
-    if kind not in _KINDS or not isinstance(options, dict):
+    if not isinstance(kind, str) or kind not in PRECONDITIONINGS or not isinstance(options, dict):
         raise ValueError(f"its preconditioning is {str(stated)[:80]}")
     if not isinstance(network, dict) or not isinstance(found := network.get("options"), dict):
         raise ValueError(f"its network is {str(network)[:80]}")
@@ -166,7 +148,7 @@ def _plain_config(record: Mapping[str, Any], stated: Mapping[str, Any]) -> Plain
         manifest["autoencoder"] = known.record if known is not None else None
     return PlainConfig(
         kind=kind,
-        preconditioning=_KINDS[kind](**cast("dict[str, Any]", options)),
+        preconditioning=PRECONDITIONINGS[kind](**cast("dict[str, Any]", options)),
         heads=heads,
         shape=tuple(cast("list[int]", shape)),
         manifest=manifest,

@@ -22,20 +22,19 @@ import torch
 from torch import Tensor
 
 from stablefield.diffusion._preconditioning import (
-    DDPMPreconditioning,
+    PRECONDITIONINGS,
     Denoiser,
     EDMPreconditioning,
-    FlowPreconditioning,
-    VEPreconditioning,
+    NamedPreconditioning,
     VPPreconditioning,
 )
 from stablefield.interop._architecture import Architecture, infer_architecture
 from stablefield.interop._inert import MAX_AXES, Array, Node, RefusedError, TensorView, plain_text
-from stablefield.interop._plain_export import Preconditionings, read_plain_config
+from stablefield.interop._plain_export import read_plain_config
 from stablefield.interop._sit_architecture import SiTArchitecture, infer_sit, is_sit
 from stablefield.interop._weight_files import MAX_TENSORS, read_weight_file
 
-__all__ = ["Preconditionings", "PublishedNetwork", "Scaling", "read_published", "read_state"]
+__all__ = ["PublishedNetwork", "Scaling", "read_published", "read_state"]
 
 Scaling = Literal["edm", "vp", "ve", "flow", "ddpm"]
 """The kind of preconditioning, for files that do not state it: flow for SiT's published weights, ddpm for DiT's."""
@@ -70,7 +69,7 @@ class PublishedNetwork:
     """
 
     architecture: Architecture | SiTArchitecture
-    preconditioning: Preconditionings
+    preconditioning: NamedPreconditioning
     state: Mapping[str, Tensor]
     origin: str
     manifest: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -328,7 +327,7 @@ def _float32(name: str, value: Tensor | TensorView) -> Tensor:
     return tensor
 
 
-def _preconditioning(scaling: Scaling, attributes: Mapping[str, object]) -> Preconditionings:
+def _preconditioning(scaling: Scaling, attributes: Mapping[str, object]) -> NamedPreconditioning:
     def number(name: str, default: float) -> float:
         value = attributes.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
@@ -341,12 +340,8 @@ def _preconditioning(scaling: Scaling, attributes: Mapping[str, object]) -> Prec
                 return EDMPreconditioning(number("sigma_data", 0.5))
             case "vp":
                 return VPPreconditioning(number("beta_min", 0.1), number("beta_d", 19.9), int(number("M", 1000)))
-            case "ve":
-                return VEPreconditioning()
-            case "flow":
-                return FlowPreconditioning()
-            case "ddpm":
-                return DDPMPreconditioning()
+            case _:  # without numbers in a file
+                return PRECONDITIONINGS[scaling]()
     except RefusedError:
         raise
     except ValueError as error:

@@ -160,7 +160,7 @@ def compare(
     settings = settings_of(runs[0].config, data, extractor, scoring.samples)
     _check_begun(folder, runs, data, settings)
     numbered = runs[0].config.numbered(data)
-    check = SelfCheck.prepare(numbered, extractor, samples=scoring.samples, classes=runs[0].config.mixed_classes)
+    check = SelfCheck.prepare(numbered, extractor, samples=scoring.samples, classes=runs[0].config.proportional_classes)
     if on_start is not None:
         training, scored, other = _seconds(runs, scoring, data, check, where, folder)
         on_start(
@@ -273,7 +273,7 @@ def _check_begun(out: Path, runs: Sequence[PlannedRun], data: ImageSet, settings
         if found is None:
             continue
         same = found.recipe == run.config.recipe and found.manifest["sha256"] == data.manifest["sha256"]
-        if not same or found.mixed_classes != run.config.mixed_classes:
+        if not same or found.proportional_classes != run.config.proportional_classes:
             raise ValueError(f"{path} holds a run with other settings: pass another out=FOLDER for this comparison.")
         training_data(found, data)  # of the labels; a run that has ended opens no data
         check_settings(path, settings)

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 
-from stablefield._distributed import RankError, Ranks, alone
+from stablefield._distributed import RankError, Ranks, single_process
 from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._image_set import ImageSet
 from stablefield.data._png import write_png
@@ -233,7 +233,7 @@ class _Loop:
                 found = self._report(self._reported, done)
                 self._reported = self._meter()
                 if report is not None and self._main:
-                    with alone():
+                    with single_process():
                         report(found)
             looked = self._keep(done, last, stopped, self._improved(done, extra, last and not stopped))
             if self._main and last and not stopped:
@@ -324,7 +324,7 @@ class _Loop:
         with self._average() as ema:
             for observer in self._observers:
                 if ema is not None and (last or done % observer.every == 0):
-                    with alone():
+                    with single_process():
                         new = observer(done, ema)
                     if taken := [name for name in new if name in found or name in _LOGGED]:
                         raise ValueError(

@@ -14,13 +14,7 @@ from stablefield._shapes import flag, number, whole_number
 from stablefield.data._augmentation import LABEL_WIDTH
 from stablefield.diffusion._noise_levels import LogNormal, LogUniform, Uniform
 from stablefield.diffusion._objective import check_draws
-from stablefield.diffusion._preconditioning import (
-    DDPMPreconditioning,
-    EDMPreconditioning,
-    FlowPreconditioning,
-    VEPreconditioning,
-    VPPreconditioning,
-)
+from stablefield.diffusion._preconditioning import EDMPreconditioning, NamedPreconditioning
 from stablefield.diffusion._process import EDM, VE, VP, Cosine, RectifiedFlow
 from stablefield.diffusion._weighting import EDMWeighting, FlowWeighting, SNRWeighting
 from stablefield.networks._diffusers_unet import DiffusersUNet
@@ -307,9 +301,7 @@ class Recipe:
     """Distribution of the training noise levels."""
     weighting: EDMWeighting | SNRWeighting | FlowWeighting = field(default_factory=EDMWeighting)
     """Weight of each noise level in the loss."""
-    preconditioning: (
-        EDMPreconditioning | VPPreconditioning | VEPreconditioning | FlowPreconditioning | DDPMPreconditioning
-    ) = field(default_factory=EDMPreconditioning)
+    preconditioning: NamedPreconditioning = field(default_factory=EDMPreconditioning)
     """Scalings around the network."""
 
     def __post_init__(self) -> None:

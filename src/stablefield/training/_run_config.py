@@ -134,7 +134,7 @@ class RunConfig:
         return named if len(named) == self.classes else None
 
     @property
-    def mixed_classes(self) -> tuple[int, ...] | None:
+    def proportional_classes(self) -> tuple[int, ...] | None:
         """Classes in the proportions of the training data, evenly mixed, for seeds to take in turn; None without classes.
 
         With equally many samples of each class they are 0, 1, 2, ..., over and over. Runs that keep no numbers of samples,

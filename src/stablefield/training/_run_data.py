@@ -2,8 +2,10 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stablefield.data._image_set import ImageSet
 from stablefield.data._png import is_picture
@@ -12,7 +14,7 @@ from stablefield.training._recipe import Recipe
 from stablefield.training._run_config import RunConfig
 
 __all__ = [
-    "OTHERS",
+    "MEASURE_OTHERS",
     "check_fit",
     "check_vae",
     "data_of",
@@ -26,7 +28,7 @@ __all__ = [
 
 # Latents whose mirrored draws are made at a time.
 _CHUNK = 4096
-OTHERS = ": to measure against other images, pass data=IMAGES"
+MEASURE_OTHERS = ": to measure against other images, pass data=IMAGES"
 """What to do in an evaluation if a run's data have changed."""
 
 
@@ -125,7 +127,7 @@ def open_part(config: RunConfig, split: str) -> ImageSet:
     """
     found = open_images(data_of(config), split=split, **config.opening)
     if split == "train":
-        require_same(config, found, OTHERS)
+        require_same(config, found, MEASURE_OTHERS)
     return found
 
 
@@ -184,18 +186,23 @@ def optimum_data(config: RunConfig, data: ImageSet, most: int | None = None, see
             return dataclasses.replace(data, moments=None, flipped=None)
         images, labels = data.batch(rows)
         return dataclasses.replace(data, images=images, labels=labels, moments=None, flipped=None)
-    rows, rng = np.arange(len(data)) if rows is None else rows, np.random.default_rng(config.recipe.seed)
+    rows = np.arange(len(data)) if rows is None else rows
     plain = flipped = rows
     if most is not None and most < 2 * len(rows):
         chosen = np.sort(np.random.default_rng(seed).choice(2 * len(rows), most, replace=False))
         plain, flipped = rows[chosen[chosen < len(rows)]], rows[chosen[chosen >= len(rows)] - len(rows)]
     images, labels = data.batch(np.concatenate([plain, flipped]))
-    if data.flipped is None:
-        images[len(plain) :] = images[len(plain) :, ..., ::-1].copy()
-    for start in range(0, len(flipped) if data.flipped is not None else 0, _CHUNK):
-        assert data.flipped is not None
-        part = flipped[start : start + _CHUNK]
-        noise = rng.standard_normal((len(part), *data.shape), np.float32)
-        first = len(plain) + start
-        images[first : first + len(part)] = data.flipped.mean[part] + data.flipped.std[part] * noise
+    _mirror(images[len(plain) :], data, flipped, config.recipe.seed)
     return dataclasses.replace(data, images=images, labels=labels, moments=None, flipped=None)
+
+
+def _mirror(images: NDArray[Any], data: ImageSet, rows: NDArray[np.int64], seed: int) -> None:
+    """Replace images, those at `rows` of the data, by their mirror images; latents by draws of the mirrored images' ones."""
+    if data.flipped is None:
+        images[:] = images[..., ::-1].copy()
+        return
+    rng = np.random.default_rng(seed)
+    for start in range(0, len(rows), _CHUNK):
+        part = rows[start : start + _CHUNK]
+        noise = rng.standard_normal((len(part), *data.shape), np.float32)
+        images[start : start + len(part)] = data.flipped.mean[part] + data.flipped.std[part] * noise

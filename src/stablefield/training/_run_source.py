@@ -34,6 +34,9 @@ class RunSource(SampleSource):
         samples: number of samples per repeat.
         seed: seed of the first sample of the first repeat; the others count up from it.
 
+    Attributes:
+        config: the run's configuration.
+
     Raises:
         ValueError: if `samples` is 0, or a repeat needs seeds above 2^32 - 1.
     """

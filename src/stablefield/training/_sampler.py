@@ -221,7 +221,7 @@ class RunSampler:
 
     def in_proportion(self) -> "RunSampler":
         """The same with classes in the proportions of the training data, unless the options name classes."""
-        return self if self.options.names_classes else replace(self, classes=self.config.mixed_classes)
+        return self if self.options.names_classes else replace(self, classes=self.config.proportional_classes)
 
     def labels(self, seeds: Tensor) -> Tensor | None:
         """The class of each seed's image, shape (B,), or None for a run without classes."""
@@ -407,10 +407,7 @@ def open_sampler(
 def _seeds(seeds: int | Sequence[int]) -> list[int]:
     if isinstance(seeds, int):
         return list(range(whole_number("seeds", seeds, 1)))
-    wanted = [whole_number(f"seeds[{k}]", seed, 0) for k, seed in enumerate(seeds)]
-    if not wanted or len(set(wanted)) < len(wanted):
-        raise ValueError(f"seeds holds {len(wanted)} seeds, {len(set(wanted))} of them different: pass each once.")
-    return wanted
+    return [whole_number(f"seeds[{k}]", seed, 0) for k, seed in enumerate(seeds)]
 
 
 def _class_number(wanted: str, config: RunConfig) -> int:

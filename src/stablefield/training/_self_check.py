@@ -137,7 +137,7 @@ class SelfCheck:
 
     def read_model(self, denoiser: Denoiser, config: RunConfig, device: torch.device) -> Reading:
         """Measure a run's model, of a conditional run on classes in the proportions of the training data."""
-        classes = config.mixed_classes
+        classes = config.proportional_classes
         labels = None if classes is None else in_turn(classes, self.seeds)
         return self.read(lambda seeds: draw_samples(denoiser, config, seeds, device, classes), labels)
 
