@@ -20,6 +20,7 @@ from stablefield._regular_file import open_regular
 from stablefield.cli.entry import main
 from stablefield.data._digits import open_digits
 from stablefield.data._image_set import ImageSet
+from stablefield.data._latent_folder import LatentFolder
 from stablefield.data._packed import open_packed, pack
 from stablefield.data._source import open_images
 from stablefield.evaluation._reference import load_tensor
@@ -28,6 +29,7 @@ from stablefield.interop._weight_files import read_weight_file
 from stablefield.training._files import read_tensors, tensor_shapes
 from stablefield.training._post_hoc import snapshot_steps
 from stablefield.training._records import read_record, write_record
+from stablefield.training._weight_source import open_weights
 
 # Python parses 4 MiB of lists within lists in about a second, and 16 MiB in 5 s or more; spaces are as many bytes.
 MOST = 2**22
@@ -104,6 +106,8 @@ READERS = {
     "cached features": (lambda path: load_tensor(path, "rows", FEATURES)[0], "a.safetensors", safetensors_of),
     "record": (lambda path: read_record(path, frozenset()), "config.json", bytes),
     "results": (Evaluation.load, "results.json", bytes),
+    "initial weights": (lambda path: open_weights(path.parent).read(), "model_index.json", bytes),
+    "latents": (lambda path: LatentFolder.read(path.parent), "latents.json", bytes),
     "labels": (lambda path: open_images(path.parent), "dataset.json", bytes),
     "saved data set": (lambda path: open_images(path.parent), "state.json", bytes),
 }

@@ -13,7 +13,16 @@ from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, NoReturn, cast
 
-__all__ = ["JSON_LIMIT", "NotRegularError", "UnreadFileError", "check_safetensors", "open_regular", "reason", "sha256"]
+__all__ = [
+    "JSON_LIMIT",
+    "NotRegularError",
+    "UnreadFileError",
+    "check_safetensors",
+    "open_regular",
+    "read_limited",
+    "reason",
+    "sha256",
+]
 
 JSON_LIMIT = 2**22
 """The longest JSON text that is read, in bytes: parsing it takes a second, and up to thirty times as much memory."""
@@ -80,6 +89,24 @@ def open_regular(path: Path) -> BinaryIO:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def read_limited(path: Path, remedy: str = "") -> bytes:
+    """The bytes of a regular file of at most `JSON_LIMIT` bytes.
+
+    Args:
+        path: the file.
+        remedy: what to do about a longer one, for its error.
+
+    Raises:
+        UnreadFileError: if it is longer, or not a regular file.
+        OSError: if it cannot be read.
+    """
+    with open_regular(path) as file:
+        content = file.read(JSON_LIMIT + 1)
+    if len(content) > JSON_LIMIT:
+        raise UnreadFileError(path, f"has more than {JSON_LIMIT:,} bytes{remedy and f': {remedy}'}")
+    return content
 
 
 def sha256(path: Path) -> str:

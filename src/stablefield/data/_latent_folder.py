@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablefield._atomic_file import sync, write_atomically
-from stablefield._regular_file import JSON_LIMIT, open_regular, reason
+from stablefield._regular_file import JSON_LIMIT, open_regular, read_limited, reason
 from stablefield.data._autoencoder import Autoencoder, AutoencoderRecord
 from stablefield.data._image_set import (
     ImageSet,
@@ -147,11 +147,7 @@ class LatentFolder:
             ValueError: if its record is damaged.
         """
         try:
-            with open_regular(path / _RECORD) as file:
-                text = file.read(JSON_LIMIT + 1)
-            if len(text) > JSON_LIMIT:
-                raise ValueError(f"it has more than {JSON_LIMIT:,} bytes")
-            record: Any = json.loads(text)
+            record: Any = json.loads(read_limited(path / _RECORD))
             if not isinstance(record, dict) or record.get("format") != _FORMAT:
                 raise ValueError(f"its format is not {_FORMAT!r}")
             entries = cast("dict[str, Any]", record)

@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from stablefield._regular_file import JSON_LIMIT, open_regular
+from stablefield._regular_file import open_regular, read_limited
 from stablefield.data._columns import image_column, label_column, read_labels
 from stablefield.data._image_files import SPLITS, ImageFiles, stamp
 from stablefield.data._image_set import MissingSplitError, check_label_count
@@ -223,12 +223,9 @@ def _document(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        with open_regular(path) as file:
-            text = file.read(JSON_LIMIT + 1)
+        text = read_limited(path, "save the data set again without its notes")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
-    if len(text) > JSON_LIMIT:
-        raise ValueError(f"{path} has more than {JSON_LIMIT:,} bytes: save the data set again without its notes.")
     try:
         content: Any = json.loads(text)
     except (ValueError, RecursionError):

@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from stablefield._regular_file import JSON_LIMIT, open_regular, reason
+from stablefield._regular_file import read_limited, reason
 from stablefield.evaluation._metric import HIGHER, LOWER
 from stablefield.evaluation._per_class import ClassScores, class_columns, class_notes
 from stablefield.evaluation._protocol import Protocol, Score, ScoreComparison, score_of
@@ -117,11 +117,7 @@ class Evaluation(Result):
         """
         path = Path(path)
         try:
-            with open_regular(path) as file:
-                text = file.read(JSON_LIMIT + 1)
-            if len(text) > JSON_LIMIT:
-                raise ValueError(f"it has more than {JSON_LIMIT:,} bytes")
-            record = json.loads(text)
+            record = json.loads(read_limited(path))
             if record["format"] != _FORMAT:
                 raise ValueError(f"its format is {record['format']}, this version reads {_FORMAT}")
             found = record.pop("checksum", None)

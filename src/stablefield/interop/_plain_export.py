@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from stablefield._regular_file import JSON_LIMIT, open_regular
+from stablefield._regular_file import read_limited
 from stablefield.data._autoencoder import AutoencoderRecord
 from stablefield.data._scaling import Scaling
 from stablefield.diffusion._preconditioning import PRECONDITIONINGS, Denoiser, NamedPreconditioning
@@ -102,9 +102,7 @@ def read_plain_config(weights: Path) -> PlainConfig | None:
     """
     path = weights.with_name("config.json")
     try:
-        with open_regular(path) as file:
-            text = file.read(JSON_LIMIT + 1)
-        record = parse(text) if len(text) <= JSON_LIMIT else {}
+        record = parse(read_limited(path))
     except (OSError, ValueError):
         return None  # of another program, or none
     stated = record.get("preconditioning")

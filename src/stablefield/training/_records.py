@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeGuard, cast
 
 from stablefield._atomic_file import write_atomically
-from stablefield._regular_file import JSON_LIMIT, open_regular
+from stablefield._regular_file import JSON_LIMIT, open_regular, read_limited
 
 __all__ = [
     "append_line",
@@ -91,11 +91,7 @@ def read_record(path: Path, former: frozenset[str], optional: frozenset[str] = f
         ValueError: if it is not a regular file, or not as written.
         OSError: if it cannot be read.
     """
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > JSON_LIMIT:
-            raise ValueError(f"it takes {size:,} bytes, above the limit of {JSON_LIMIT:,}")
-        return unseal(parse(file.read(size)), former, optional)
+    return unseal(parse(read_limited(path)), former, optional)
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:

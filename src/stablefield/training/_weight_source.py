@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from stablefield._regular_file import JSON_LIMIT, open_regular, reason, sha256
+from stablefield._regular_file import read_limited, reason, sha256
 from stablefield.data._image_set import ImageSet
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.networks._song_unet import SongUNet
@@ -113,19 +113,20 @@ def open_weights(init: str | Path | HasFolder) -> WeightSource:
         raise ValueError(f"init={path} does not exist: {_WANTED}.")
     try:
         if (path / "model_index.json").is_file():
-            names: Any = _json(path / "model_index.json").get("id2label")
+            names: Any = parse(read_limited(path / "model_index.json")).get("id2label")
             ordered = [names[key] for key in sorted(names, key=int)] if isinstance(names, dict) else None
             return WeightSource(path=path, file=path / "unet" / _DIFFUSERS, class_names=_names(ordered))
         if (path / _DIFFUSERS).is_file():
             return WeightSource(path=path, file=path / _DIFFUSERS)
         if (path / "model.safetensors").is_file():
-            config = _json(path / "config.json") if (path / "config.json").is_file() else {}
+            config = parse(read_limited(path / "config.json")) if (path / "config.json").is_file() else {}
             return WeightSource(
                 path=path, file=path / "model.safetensors", class_names=_names(config.get("class_names"))
             )
         run = RunFolder.open(path).config()
     except (OSError, ValueError) as error:
-        raise ValueError(f"init={path} cannot be used: {reason(error)}. Else {_WANTED}.") from error
+        why = str(error).removesuffix(".")  # names the file in the folder
+        raise ValueError(f"init={path} cannot be used: {why}. Else {_WANTED}.") from error
     return WeightSource(path=path, recipe=run.recipe, shape=run.shape, class_names=run.class_names)
 
 
@@ -205,14 +206,6 @@ def copied_weights(source: WeightSource, config: RunConfig) -> tuple[Denoiser, I
 def _averages(checkpoint: Path) -> tuple[dict[str, Tensor], str]:
     file = checkpoint / "ema.safetensors"
     return read_tensors(file), sha256(file)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    with open_regular(path) as file:
-        text = file.read(JSON_LIMIT + 1)
-    if len(text) > JSON_LIMIT:
-        raise ValueError(f"{path} has more than {JSON_LIMIT:,} bytes: it is none of an export.")
-    return parse(text)
 
 
 def _names(entry: object) -> tuple[str, ...] | None:
