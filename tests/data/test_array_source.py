@@ -471,3 +471,13 @@ def test_a_path_that_does_not_exist_says_so(tmp_path):
         open_images(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="cannot be read: File name too long"):
         open_images("a" * 5000)
+
+
+@pytest.mark.parametrize("shape", [(6, 8, 8, 4), (6, 12, 8, 3), (6, 32, 32, 16)])
+def test_float_data_whose_channels_seem_to_come_last_have_a_note(tmp_path, shape):
+    values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    np.save(tmp_path / "x.npy", values)
+    opened = open_images(tmp_path / "x.npy")
+    assert f"have {shape[1]} channels here: if their channels come last, move them to axis 1" in opened.notes[-1]
+    np.save(tmp_path / "x.npy", values.transpose(0, 3, 1, 2))
+    assert not any("come last" in note for note in open_images(tmp_path / "x.npy").notes)

@@ -139,6 +139,25 @@ def test_an_image_beside_the_folders_of_classes_is_said_with_a_way_out(tmp_path,
     assert open_images(zipped(tmp_path / "y.zip", entries)).notes == ()
 
 
+@pytest.mark.parametrize("packing", ["folder", "zip"])
+def test_images_of_a_kind_that_is_not_read_are_counted_in_a_note(tmp_path, packing):
+    entries = {f"IMG_{k}.HEIC": b"x" for k in range(9)} | {
+        "a.png": png_bytes(pixels()),
+        "b.dng": b"y",
+        "notes.txt": b"z",
+    }
+    if packing == "zip":
+        source = zipped(tmp_path / "x.zip", entries)
+    else:
+        source = tmp_path / "x"
+        source.mkdir()
+        for name, content in entries.items():
+            (source / name).write_bytes(content)
+    opened = open_images(source)
+    assert len(opened) == 1
+    assert opened.notes == ("10 files that end in .dng, .heic are not read: save them as PNG or JPEG.",)
+
+
 def test_an_image_beside_splits_is_not_mixed_with_them(tmp_path):
     names = ["train/cat/1.png", "train/dog/1.png", "val/dog/2.png", "val/eel/2.png"]
     entries = {name: png_bytes(pixels(seed=seed)) for seed, name in enumerate(names)}

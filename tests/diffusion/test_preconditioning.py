@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import stablefield as sf
+from stablefield.networks._embedding import FourierEmbedding, PositionalEmbedding
 
+EDM = sf.EDMPreconditioning()
 SIGMAS = np.array([2e-3, 0.02, 0.1, 0.3, 0.5, 1.0, 2.0, 7.3, 20.0, 80.0, 100.0, 151.0])
 
 
@@ -236,6 +238,30 @@ def test_a_low_precision_network_gets_the_float32_label_rounded_once(preconditio
     network = Recorder(torch.sin, low)
     sf.Denoiser(network, preconditioning)(batch(), sigma)
     assert torch.equal(network.label, preconditioning(torch.full((3,), sigma)).c_noise.to(low))
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("preconditioning", "embedding"), [(sf.VPPreconditioning(), PositionalEmbedding), (EDM, FourierEmbedding)], ids=repr
+)
+def test_networks_of_ours_tell_neighbouring_noise_levels_apart_in_16_bits(preconditioning, embedding, low):
+    # 16 bits have a label of 999 in steps of 0.5 or 4, and round a frequency by up to 1 / 256 of itself.
+    generator = torch.Generator().manual_seed(0)
+    song = sf.networks.SongUNet.ddpmpp if embedding is PositionalEmbedding else sf.networks.SongUNet.ncsnpp
+    network = song(8, 1, 16, (1,), blocks=1, dropout=0.0, generator=generator).eval()
+    assert isinstance(network.map_noise, embedding)
+    seen = []
+    network.map_noise.register_forward_hook(lambda _, given, out: seen.append((given[0], out)))
+    x, sigma = torch.zeros(5, 1, 8, 8), torch.tensor([0.01, 0.5, 40.0, 40.1, 79.0])
+    denoiser = sf.Denoiser(network, preconditioning)
+    denoiser(x, sigma)
+    denoiser.to(low)(x, sigma)
+    (label, wanted), (rounded, found) = seen
+    assert torch.equal(label, rounded)
+    assert torch.equal(wanted, found)
+    assert {value.dtype for value in network.state_dict().values()} <= {low, torch.float32}
+    assert network.map_noise.freqs.dtype == torch.float32
+    assert network.double().map_noise.freqs.dtype == torch.float64
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import stablefield as sf
 import stablefield.sampling as sampling
 
 SAMPLERS = {
@@ -145,3 +146,30 @@ def test_the_samplers_are_imported_without_scipy():
 def test_options_out_of_range_are_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call(identity, torch.ones(2, 3), GRID)
+
+
+class Dropping(torch.nn.Module):
+    """A denoiser that drops values in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = torch.nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:  # noqa: ARG002
+        return self.drop(0.5 * x)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda one: one, sampling.counted, lambda one: sampling.autoguidance(one, identity, 2.0)]
+)
+def test_a_denoiser_that_drops_values_at_random_is_warned_of(wrap):
+    x = torch.ones(2, 1, 4, 4)
+    denoiser = Dropping()
+    with pytest.warns(UserWarning, match=r"training mode.* call denoiser\.eval\(\)") as seen:
+        sampling.euler(wrap(denoiser), x, GRID)
+    assert seen[0].filename == __file__
+    sampling.euler(wrap(denoiser.eval()), x, GRID)  # a warning would be an error
+    network = sf.networks.SongUNet.ddpmpp(4, 1, 8, (1,), blocks=1)
+    with pytest.warns(UserWarning, match="training mode"):
+        sampling.euler(wrap(sf.Denoiser(network)), x, GRID)
+    sampling.euler(wrap(sf.Denoiser(sf.networks.SongUNet.ddpmpp(4, 1, 8, (1,), blocks=1, dropout=0.0))), x, GRID)

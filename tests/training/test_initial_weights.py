@@ -322,6 +322,27 @@ def test_an_imported_network_is_trained_on(tmp_path: Path) -> None:
     assert sf.Run(tmp_path / "run").resume(data=images(16), device="cpu").step == 2
 
 
+def test_averages_of_any_length_have_the_frequencies_that_came_with_the_weights(source: sf.Run, tmp_path: Path) -> None:
+    # A network of another seed would draw others, with which the weights are of no use.
+    data = images(8, ("bee", "fly"))
+    recipe = dataclasses.replace(TINY, conditional=True, seed=1)
+    run = sf.train(data, init=source, recipe=recipe, out=tmp_path / "run", device="cpu")
+    wanted = load_file(source.folder.checkpoint(3) / "model.safetensors")["network.embed.freqs"]
+    for ema in ("none", "half-life", "0.1"):
+        assert torch.equal(run.model(ema).denoiser.network.embed.freqs, wanted), ema
+    exported = run.export(tmp_path / "plain", format="plain", ema="0.1", samples=0)
+    assert torch.equal(load_file(exported / "model.safetensors")["embed.freqs"], wanted)
+    # So has the file of such an average, with which another run begins.
+    average, _ = run.average(0.1)
+    weights = begin(tmp_path / "next", data, average, recipe=dataclasses.replace(recipe, seed=5))
+    assert torch.equal(weights["network.embed.freqs"], wanted)
+    # Weights alone are refused.
+    alone = {name: value for name, value in load_file(average).items() if "freqs" not in name}
+    torch.save(alone, tmp_path / "alone.pt")
+    with pytest.raises(ValueError, match=r"alone\.pt lacks embed\.freqs, which is drawn at random .* Name a run"):
+        sf.train(data, init=tmp_path / "alone.pt", recipe=recipe, out=tmp_path / "never", device="cpu")
+
+
 def test_what_holds_no_weights_is_refused(source: sf.Run, tmp_path: Path) -> None:
     torch.save({"network": {"a": torch.zeros(2)}, "step": 3}, tmp_path / "other.pt")
     (tmp_path / "text.safetensors").write_text("no weights at all")

@@ -33,6 +33,7 @@ from stablefield.training._recipe import MLPConfig, Recipe
 from stablefield.training._sampler import SamplerOptions
 from stablefield.training._seeding import Purpose, generator_for
 from stablefield.training._stepper import Stepper
+from stablefield.training._weight_source import open_weights
 
 RECIPE = Recipe(
     steps=4,
@@ -431,7 +432,7 @@ def test_an_autoencoder_that_has_moved_is_named_anew_and_another_one_is_refused(
         shutil.move(tmp_path / "moved", vae)
 
 
-def test_an_imported_network_is_decoded_by_the_autoencoder_that_the_caller_names(run, vae, model, tmp_path):
+def test_an_imported_network_is_decoded_by_the_autoencoder_that_the_caller_names(run, latents, vae, model, tmp_path):
     network = sf.networks.SiT((4, 6), 2, 4, 16, 1, 2, classes=3, generator=torch.Generator().manual_seed(0))
     save_tensors(network.state_dict(), tmp_path / "sit.safetensors")
     file = tmp_path / "sit.safetensors"
@@ -441,6 +442,10 @@ def test_an_imported_network_is_decoded_by_the_autoencoder_that_the_caller_names
     x = torch.randn(3, 4, 4, 6)
     found = imported.sampler(vae=vae, device="cpu").finish(x).numpy().astype(int)
     assert np.abs(found - decoded(model, x.numpy() / 0.7 + 0.2)).max() <= 1
+    # A run that begins with them sees latents in that scaling, in which they were trained.
+    data = sf.data.open_images(latents)
+    found = [open_weights(source).recipe_for(data).latent_scaling for source in (imported, run)]
+    assert found == ["autoencoder", "measured"]
     # The pipeline of an export includes it, and draws the same images.
     folder = imported.export(tmp_path / "exported", samples=2, steps=2, vae=vae)
     pipe = DiffusionPipeline.from_pretrained(str(folder), trust_remote_code=True)

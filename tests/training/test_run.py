@@ -297,6 +297,46 @@ def test_labels_of_an_array_are_those_of_the_run(tmp_path: Path) -> None:
         sf.train(digits, labels=digits.labels, **options)
 
 
+def test_labels_that_are_given_are_used_or_refused(tmp_path: Path) -> None:
+    digits = open_digits()
+    for compute in (sf.train, sf.compare):
+        with pytest.raises(ValueError, match="labels are given, and the recipe has conditional=False"):
+            compute(digits.images, labels=digits.labels, recipe=TINY, out=tmp_path / "never", device="cpu")
+    run = sf.train(digits.images, labels=digits.labels, out=tmp_path / "run", device="cpu", stop=lambda: True)
+    assert (run.config.recipe.conditional, run.config.classes) == (True, 10)
+    next_run = sf.train(
+        digits.images,
+        labels=digits.labels,
+        init=trained_without(tmp_path),
+        out=tmp_path / "b",
+        device="cpu",
+        stop=lambda: True,
+    )
+    assert next_run.config.classes == 10
+
+
+def trained_without(folder: Path) -> sf.Run:
+    """A run without classes."""
+    return sf.train("digits", recipe=TINY, out=folder / "without", device="cpu")
+
+
+def test_classes_without_images_are_noted_and_not_drawn(tmp_path: Path) -> None:
+    digits = open_digits()
+    recipe = dataclasses.replace(TINY, conditional=True, steps=2)
+    run = sf.train(digits.images, labels=digits.labels + 1, recipe=recipe, out=tmp_path / "run", device="cpu")
+    assert run.config.classes == 11  # 0 to 10, as numbered
+    samples = run.sample(12, steps=2, device="cpu")
+    assert samples.labels.tolist() == [*range(1, 11), 1, 2]
+    assert "the 10 classes with images in turn" in run.sampler(device="cpu").describe()
+    assert run.sample(1, class_label=0, steps=2, device="cpu").labels.tolist() == [0]  # by name it is drawn
+    from_one = sf.data.make_image_set(digits.images, digits.labels + 1, sf.data.Origin(name="x", source="y"))
+    assert from_one.notes == ("Class 0 has no images: if the labels are numbered from 1, subtract 1.",)
+    rows = (digits.labels != 3) & (digits.labels != 7)
+    some = sf.data.make_image_set(digits.images[rows], digits.labels[rows], sf.data.Origin(name="x", source="y"))
+    assert some.notes == ("2 of 10 classes have no images: 3, 7.",)
+    assert digits.notes == ()
+
+
 def test_processes_agree_on_a_plan_without_sending_each_other_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
     digits = open_digits()
     sent: list[bytes] = []

@@ -17,7 +17,7 @@ import os
 import re
 import reprlib
 import zipfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
@@ -69,6 +69,10 @@ SUFFIXES = frozenset(
         ".avif",
     ]
 )
+_UNREAD = frozenset(
+    [".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".psd", ".exr", ".hdr"]
+)
+"""Suffixes of images that are not read; a note says how many files have one."""
 NOTED = 200
 """Letters of a name in a note: notes go into the header of a packed file."""
 SPLITS = {
@@ -118,6 +122,7 @@ def folder_files(
             files.
     """
     paths: dict[str, Path] = {}
+    unread: list[str] = []
     seen: set[tuple[int, int]] = set()
 
     def refuse(error: OSError) -> None:
@@ -135,6 +140,8 @@ def folder_files(
             if not hidden(file) and (suffix in SUFFIXES or suffix == ".parquet" or file == "dataset.json"):
                 path = Path(place) / file
                 paths[path.relative_to(folder).as_posix()] = path
+            elif not hidden(file) and suffix in _UNREAD:
+                unread.append(file)
     parquet = [paths.pop(name) for name in list(paths) if name.lower().endswith(".parquet")]
     if parquet and tables is not None:
         single = next((path for name, path in paths.items() if PurePosixPath(name).name != "dataset.json"), None)
@@ -156,7 +163,7 @@ def folder_files(
         open=lambda i: open_regular(paths[chosen.names[i]]),
         labels=chosen.labels,
         class_names=chosen.class_names,
-        notes=chosen.notes,
+        notes=(*chosen.notes, *_unread_note(unread)),
         name=folder.resolve().name or "images",
         source=f"folder {folder.resolve().name} with {len(chosen.names):,} image files{chosen.note}",
         fingerprint=fingerprint,
@@ -177,6 +184,7 @@ def zip_files(path: Path, split: str = "train") -> Generator[ImageFiles, None, N
     """
     with Archive(path) as archive:
         entries: dict[str, zipfile.ZipInfo] = {}
+        unread: list[str] = []
         for entry in archive.entries:
             # Some Windows programs write backslashes.
             name = entry.filename.replace("\\", "/")
@@ -185,7 +193,10 @@ def zip_files(path: Path, split: str = "train") -> Generator[ImageFiles, None, N
                 raise ValueError(f"{path}: the entry {entry.orig_filename!r} leads out of the archive: make it again.")
             if not parts or name.endswith("/") or any(hidden(part) for part in parts):
                 continue
-            if PurePosixPath(name).suffix.lower() not in SUFFIXES and parts[-1] != "dataset.json":
+            suffix = PurePosixPath(name).suffix.lower()
+            if suffix in _UNREAD:
+                unread.append(parts[-1])
+            if suffix not in SUFFIXES and parts[-1] != "dataset.json":
                 continue
             if name in entries:
                 raise ValueError(f"{path}: the entry {name!r} occurs twice: make the archive again.")
@@ -207,7 +218,7 @@ def zip_files(path: Path, split: str = "train") -> Generator[ImageFiles, None, N
             open=lambda i: archive.open(entries[chosen.names[i]]),
             labels=chosen.labels,
             class_names=chosen.class_names,
-            notes=chosen.notes,
+            notes=(*chosen.notes, *_unread_note(unread)),
             name=path.stem,
             source=f"archive {path.name} with {len(chosen.names):,} image files{chosen.note}",
             fingerprint=fingerprint,
@@ -305,6 +316,15 @@ def choose_files(names: list[str], documents: dict[str, bytes], where: Path | st
             f"{'it' if len(stray) == 1 else 'them'} into one of the folders or away, or write a dataset.json."
         )
     return ChosenFiles(names=names, note=note, notes=tuple(notes))
+
+
+def _unread_note(names: Sequence[str]) -> tuple[str, ...]:
+    """A note on files that are images of a kind that is not read; none without such files."""
+    if not names:
+        return ()
+    suffixes = ", ".join(sorted({PurePosixPath(name).suffix.lower() for name in names}))
+    which = f"file that ends in {suffixes} is" if len(names) == 1 else f"files that end in {suffixes} are"
+    return (f"{len(names):,} {which} not read: save {'it' if len(names) == 1 else 'them'} as PNG or JPEG.",)
 
 
 def natural(name: str) -> tuple[list[tuple[int, str]], str]:

@@ -52,6 +52,10 @@ PIXEL_LIMIT = 89_478_485
 """Pixels above which an image counts as a decompression bomb; Pillow's own limit."""
 LABEL_LIMIT = 2**26
 """How many images may have labels, which are kept in memory."""
+_SHOWN = 5
+"""Classes without images that a note names."""
+_CHANNELS = 16
+"""Length of a last axis up to which it may be one of channels."""
 CLASS_LIMIT = 2**16
 """How many classes there may be, if there are not more images: later stages take memory for each class."""
 
@@ -283,8 +287,37 @@ class ImageSet:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes for the user on how the source was read, one sentence each."""
-        return tuple(map(str, self.manifest.get("notes", ())))
+        """Notes for the user on how the source was read, and on what looks wrong in it, one sentence each."""
+        recorded = map(str, self.manifest.get("notes", ()))
+        return tuple(dict.fromkeys((*recorded, *filter(None, (self._channels_last, self._empty_classes)))))
+
+    @property
+    def _channels_last(self) -> str | None:
+        """A note on float data whose channels seem to come last."""
+        if self.scaling is None or len(self.shape) != 3 or self.shape[2] > _CHANNELS:
+            return None
+        if min(self.shape[:2]) < 2 * self.shape[2]:
+            return None
+        first, height, width = self.shape
+        return (
+            f"Samples of {first} x {height} x {width} have {first} channels here: if their channels come last, move them to "
+            "axis 1, x.transpose(0, 3, 1, 2)."
+        )
+
+    @property
+    def _empty_classes(self) -> str | None:
+        """A note on classes without images, if there are any."""
+        if self.labels is None:
+            return None
+        empty = np.flatnonzero(np.bincount(self.labels, minlength=self.classes) == 0).tolist()
+        if not empty:
+            return None
+        if empty == [0]:
+            return "Class 0 has no images: if the labels are numbered from 1, subtract 1."
+        names = self.class_names or tuple(map(str, range(self.classes)))
+        more = f" and {len(empty) - _SHOWN:,} more" if len(empty) > _SHOWN else ""
+        shown = ", ".join(f"{names[k]:.40}" for k in empty[:_SHOWN])
+        return f"{len(empty):,} of {self.classes:,} classes have no images: {shown}{more}."
 
     def describe(self) -> str:
         """One line for the user: how many images of which kind, and where they are."""

@@ -224,7 +224,9 @@ class Denoiser(nn.Module):
 
     Args:
         network: called as network(x, noise_label), with the keywords class_labels and augment_labels only if they are
-            given; x of shape (B, ...), noise_label of shape (B,).
+            given; x of shape (B, ...), noise_label of shape (B,), both in the dtype of its weights. A network with an
+            attribute `float32_labels` that is true, as all of `stablefield.networks`, gets noise labels in float32 even if
+            its weights have 16 bits, which cannot tell neighbouring labels apart.
         preconditioning: the scalings around it.
     """
 
@@ -261,11 +263,12 @@ class Denoiser(nn.Module):
         inner = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), dtype)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(dtype)
-            # Compute the label in float32, as published, and round it once for a network of lower precision.
+            # Compute the label in float32, as published, and round it at most once.
             level = row_values("sigma", sigma, x)
             scale = self.preconditioning(level.to(dtype))
             exact = torch.float64 if inner == torch.float64 else torch.float32
-            label = self.preconditioning(level.to(exact)).c_noise.to(inner)
+            label = self.preconditioning(level.to(exact)).c_noise
+            label = label.to(exact if getattr(self.network, "float32_labels", False) else inner)
             scaled = (per_row(scale.c_in, x) * x).to(inner)
         if class_labels is None and augment_labels is None:
             raw = self.network(scaled, label)

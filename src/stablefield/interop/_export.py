@@ -90,7 +90,7 @@ def export_run(
         )
     if pictures:
         # The picture of a network with classes cycles through them.
-        numbers = in_turn(range(config.classes), range(samples)).numpy() if config.classes else None
+        numbers = in_turn(config.learned_classes, range(samples)).numpy() if config.classes else None
         images = draw_samples(denoiser, config, range(samples), cpu, sigmas=sigmas, autoencoder=autoencoder).numpy()
         write_png(folder / _GRID, class_grid(images, numbers, config.class_names))
     card = ModelCard(

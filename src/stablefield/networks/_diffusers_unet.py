@@ -33,6 +33,8 @@ class DiffusersUNet(nn.Module):
             channels.
     """
 
+    float32_labels = True
+
     def __init__(self, unet: "UNet2DModel") -> None:
         super().__init__()
         config: Any = unet.config

@@ -13,6 +13,8 @@ References:
 """
 
 import math
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,20 @@ from stablefield._shapes import check_tensor, is_integer
 __all__ = ["FourierEmbedding", "PositionalEmbedding", "class_numbers", "class_vectors"]
 
 
-class PositionalEmbedding(nn.Module):
+class _Frequencies(nn.Module):
+    """Sines and cosines at the frequencies `freqs`, which stay in float32 or better if the weights are cast to 16 bits."""
+
+    freqs: Tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        exact = self.freqs
+        super()._apply(fn, recurse)
+        if self.freqs.dtype.itemsize < 4:
+            self.freqs = exact.to(self.freqs.device)
+        return self
+
+
+class PositionalEmbedding(_Frequencies):
     """Sines and cosines at a geometric sequence of frequencies from 1 down to 1e-4.
 
     Args:
@@ -31,8 +46,6 @@ class PositionalEmbedding(nn.Module):
     Raises:
         ValueError: if the width is odd or below 4.
     """
-
-    freqs: Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -45,7 +58,7 @@ class PositionalEmbedding(nn.Module):
         return _waves(noise_label, self.freqs)
 
 
-class FourierEmbedding(nn.Module):
+class FourierEmbedding(_Frequencies):
     """Sines and cosines at random frequencies, which are part of the state and never trained.
 
     Args:
@@ -56,8 +69,6 @@ class FourierEmbedding(nn.Module):
     Raises:
         ValueError: if the width is odd or below 4.
     """
-
-    freqs: Tensor
 
     def __init__(self, width: int, scale: float = 16.0, generator: torch.Generator | None = None) -> None:
         super().__init__()

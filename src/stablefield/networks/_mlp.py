@@ -31,6 +31,8 @@ class MLP(nn.Module):
         ValueError: if a number is out of range.
     """
 
+    float32_labels = True
+
     def __init__(
         self,
         shape: tuple[int, ...],

@@ -77,6 +77,8 @@ class SiT(nn.Module):
         ValueError: if a size is below 1, the images do not divide into patches, or the width not into heads.
     """
 
+    float32_labels = True
+
     pos_embed: Tensor
 
     def __init__(

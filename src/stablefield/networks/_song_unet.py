@@ -78,6 +78,8 @@ class SongUNet(nn.Module):
             the network does not have, or a width does not divide into the groups of its normalisation.
     """
 
+    float32_labels = True
+
     def __init__(
         self,
         resolution: int | Sequence[int],

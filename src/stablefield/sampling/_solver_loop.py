@@ -6,14 +6,17 @@ device, cheap beside a network, and it stops a run of thousands of evaluations a
 the message.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stablefield._shapes import check_callable, check_tensor
+from stablefield.sampling._counting import Counted
+from stablefield.sampling._guidance import Guided
 
 __all__ = ["Callback", "Denoise", "SolverLoop", "derivative", "grid_levels", "start"]
 
@@ -103,6 +106,11 @@ def start(sampler: str, denoiser: Denoise, x: Tensor, sigmas: Tensor, callback: 
         )
     if not torch.isfinite(x).all():
         raise ValueError(f"{sampler}: x holds NaN or infinite values: pass sigmas[0] times standard normal noise.")
+    if _drops(denoiser):
+        warnings.warn(
+            f"{sampler}: the denoiser is in training mode, so dropout makes its output random: call denoiser.eval().",
+            stacklevel=4,  # past the decorator of the sampler
+        )
     return SolverLoop(sampler=sampler, denoiser=denoiser, levels=grid_levels(sampler, sigmas), callback=callback)
 
 
@@ -134,6 +142,20 @@ def grid_levels(sampler: str, sigmas: Tensor) -> tuple[float, ...]:
             f"{grid[k + 1]:.6g}: sort the grid from noise to data and drop repeated values."
         )
     return tuple(grid.tolist())
+
+
+def _drops(denoiser: object) -> bool:
+    """Whether a denoiser, or the one that a counter or guidance calls, is a module that drops values at random."""
+    if isinstance(denoiser, Counted):
+        return _drops(denoiser.denoiser)
+    if isinstance(denoiser, Guided):
+        return _drops(denoiser.good[0]) or _drops(denoiser.bad[0])
+    if not isinstance(denoiser, nn.Module):
+        return False
+    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+    parts = (part for part in denoiser.modules() if part.training)
+    shares = (part.p if isinstance(part, kinds) else getattr(part, "dropout", 0.0) for part in parts)
+    return any(isinstance(share, float) and share > 0 for share in shares)
 
 
 def _finite(*states: Tensor) -> bool:

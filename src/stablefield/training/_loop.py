@@ -412,7 +412,7 @@ class _Loop:
 
     def _draw(self, ema: Denoiser, step: int) -> None:
         config = self._config
-        labels = in_turn(range(config.classes), SAMPLE_SEEDS) if config.classes else None
+        labels = in_turn(config.learned_classes, SAMPLE_SEEDS) if config.classes else None
         drawn = Samples(
             images=draw_samples(
                 ema, config, SAMPLE_SEEDS, self._accelerator.device, autoencoder=self._autoencoder

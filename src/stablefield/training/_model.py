@@ -127,8 +127,8 @@ def open_model(
     def read(checkpoint: Path) -> Denoiser:
         require_fit(config, checkpoint)
         denoiser = build_denoiser(config)
-        if ema in ("half-life", "none"):
-            load_weights(checkpoint, denoiser, "ema" if ema == "half-life" else "model")
+        # With an average of snapshots: the buffers, which initial weights may have brought, and snapshots do not hold.
+        load_weights(checkpoint, denoiser, "ema" if ema == "half-life" else "model")
         return denoiser
 
     if checkpoint != "newest" and ema not in ("half-life", "none"):
@@ -185,7 +185,6 @@ def _load_power_average(folder: RunFolder, ema: str, denoiser: Denoiser) -> tupl
             f"ema={ema}: this run has {there}; averages of other lengths need ema_snapshot_every=STEPS in training."
         )
     parameters, error = combine(folder.snapshots, length)
-    # Buffers are constants of the architecture and the seed, and are not averaged.
     try:
         denoiser.load_state_dict({**denoiser.state_dict(), **parameters})
     except RuntimeError as error:

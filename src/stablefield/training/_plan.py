@@ -246,7 +246,8 @@ def images_and_recipe(
 
     Raises:
         TypeError: if an argument has the wrong type.
-        ValueError: if the images cannot be opened, or `steps` is not a positive whole number.
+        ValueError: if the images cannot be opened, the recipe does not use the labels, or `steps` is not a positive whole
+            number.
     """
     accelerated = device.type == "cuda"
     if recipe is not None:
@@ -259,8 +260,13 @@ def images_and_recipe(
         if recipe is None:
             limit = side_of(source) or largest_resolution(accelerated=accelerated)
         data = open_images(images, limit=limit)
-    if recipe is None and source is not None:
-        recipe = source.recipe_for(data)
+    if recipe is not None and labels is not None and not recipe.conditional:
+        raise ValueError(
+            "labels are given, and the recipe has conditional=False, which does not use them: replace it by True, or leave "
+            "labels out."
+        )
     if recipe is None:
-        recipe = recipe_for(data, accelerated=accelerated)
+        recipe = source.recipe_for(data) if source is not None else None
+        recipe = recipe or recipe_for(data, accelerated=accelerated)
+        recipe = recipe if labels is None else dataclasses.replace(recipe, conditional=True)
     return data, recipe if steps is None else dataclasses.replace(recipe, steps=whole_number("steps", steps, 1))

@@ -29,7 +29,7 @@ from stablefield.evaluation._result import Evaluation
 from stablefield.sampling._solvers import SamplerName
 from stablefield.training._accelerator import Tracker, make_accelerator
 from stablefield.training._ema import power_exponent
-from stablefield.training._files import write_tensors
+from stablefield.training._files import read_tensors, write_tensors
 from stablefield.training._grids import write_animation
 from stablefield.training._loop import Observer, Report, fit
 from stablefield.training._model import OpenModel, open_model
@@ -291,10 +291,16 @@ class Run:
         if not self.snapshot_steps():
             raise ValueError(f"{self.path} has no snapshots: train with ema_snapshot_every=STEPS in the recipe.")
         parameters, error = combine(self.folder.snapshots, length, step)
+        newest = self.folder.read_newest(lambda checkpoint: read_tensors(checkpoint / "model.safetensors"))
+        if newest is None:
+            raise ValueError(
+                f"{self.path} has no checkpoint yet, which holds the network's constants: train for longer."
+            )
+        tensors = newest[0] | parameters
         name = f"length-{length:g}" + ("" if step is None else f"-step-{step:08d}")
         path = self.folder.snapshots / f"{name}.safetensors"
         metadata = {"length": f"{length:g}"}
-        write_atomically(path, lambda temporary: write_tensors(temporary, parameters, metadata))
+        write_atomically(path, lambda temporary: write_tensors(temporary, tensors, metadata))
         return path, error
 
     def snapshot_steps(self) -> list[int]:

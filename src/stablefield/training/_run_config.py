@@ -134,6 +134,20 @@ class RunConfig:
         return named if len(named) == self.classes else None
 
     @property
+    def learned_classes(self) -> tuple[int, ...]:
+        """The classes that the training data have images of; all classes if the run keeps no numbers of images."""
+        counts = self._class_counts
+        return tuple(range(self.classes) if counts is None else (k for k, count in enumerate(counts) if count))
+
+    @property
+    def _class_counts(self) -> list[int] | None:
+        """The number of images of each class; None if the run does not keep them, or has no classes."""
+        counts: Any = self.manifest.get("class_counts")
+        if not isinstance(counts, list | tuple) or len(counts) != self.classes or not all(map(is_count, counts)):
+            return None
+        return list(counts) if sum(counts) else None
+
+    @property
     def proportional_classes(self) -> tuple[int, ...] | None:
         """Classes in the proportions of the training data, evenly mixed, for seeds to take in turn; None without classes.
 
@@ -142,10 +156,8 @@ class RunConfig:
         """
         if not self.classes:
             return None
-        counts: Any = self.manifest.get("class_counts")
-        if not isinstance(counts, list | tuple) or len(counts) != self.classes or not all(map(is_count, counts)):
-            return tuple(range(self.classes))
-        if len(set(counts)) == 1 or not sum(counts):
+        counts = self._class_counts
+        if counts is None or len(set(counts)) == 1:
             return tuple(range(self.classes))
         found = np.array(counts, np.float64)
         if found.sum() > _MIXED:

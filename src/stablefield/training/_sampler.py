@@ -184,7 +184,7 @@ class SamplerOptions(SolverOptions):
             if self.names_classes:
                 raise ValueError(f"class_label={option_text(tuple(wanted))}: the run has no classes; leave it out.")
             return None
-        return tuple(_class_number(str(one), config) for one in wanted) or tuple(range(config.classes))
+        return tuple(_class_number(str(one), config) for one in wanted) or config.learned_classes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +236,10 @@ class RunSampler:
             return "no class" if numbers[0] == -1 else f"class {class_text(numbers[0], config.class_names)}"
         if numbers == tuple(range(config.classes)):
             return f"classes 0 to {config.classes - 1} in turn: seed k has class k modulo {config.classes}"
+        if not self.options.names_classes and numbers == config.learned_classes:
+            return (
+                f"the {len(numbers)} classes with images in turn: seed k has the one at place k modulo {len(numbers)}"
+            )
         if not self.options.names_classes:
             return "classes in the proportions of the training data"
         listed = ", ".join(class_text(number, config.class_names) for number in numbers)

@@ -160,7 +160,7 @@ def draw_samples(
         config: of the run.
         seeds: image k is a function of seeds[k].
         device: where to compute.
-        classes: that the seeds take in turn; all classes of the run by default.
+        classes: that the seeds take in turn; all classes that the run has learned by default.
         sigmas: the grid; EDM's of 18 steps by default.
         autoencoder: decodes latents of images; None for the latents.
     """
@@ -173,7 +173,7 @@ def draw_samples(
     options = SolverOptions(steps=_STEPS)
     labels = None
     if config.classes:
-        labels = in_turn(range(config.classes) if classes is None else classes, seeds).to(device)
+        labels = in_turn(config.learned_classes if classes is None else classes, seeds).to(device)
     ((_, images, _),) = draw(
         lambda _: denoiser if labels is None else lambda x, sigma: denoiser(x, sigma, labels),
         options,

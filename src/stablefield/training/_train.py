@@ -70,7 +70,8 @@ def train(
     Args:
         images: a path or name that `open_images` opens, an image set, uint8 of shape (n, C, H, W), float data (n, ...), or
             the `Plan` of a run.
-        labels: class numbers from 0 of an array of images, shape (n,); a recipe with `conditional=True` trains with them.
+        labels: class numbers from 0 of an array of images, shape (n,), on which the network is conditioned; `recipe`, if
+            given, must have `conditional=True`.
         out: folder of the run, new or empty; by default runs/DATA-TARGET, with a number if that exists.
         recipe: how to train; by default one that suits the data and the device, or that of the run `init`.
         init: weights to begin with: a run or its folder (the averaged weights of its newest checkpoint), a folder that

@@ -49,6 +49,7 @@ class WeightSource:
         recipe: the recipe of a run.
         shape: shape of one image, (C, H, W), if known.
         class_names: names of the classes, if known.
+        published: whether the run is an imported network, without a scaling of its data.
     """
 
     path: Path
@@ -56,9 +57,13 @@ class WeightSource:
     recipe: Recipe | None = None
     shape: tuple[int, ...] | None = None
     class_names: tuple[str, ...] | None = None
+    published: bool = False
 
     def recipe_for(self, data: ImageSet) -> Recipe | None:
-        """The run's recipe for other data: references and noise band anew, classes only if the data have labels."""
+        """The run's recipe for other data: references and noise band anew, classes only if the data have labels.
+
+        A published network expects latents of images in the scaling of their autoencoder.
+        """
         recipe = self.recipe
         if recipe is None:
             return None
@@ -68,6 +73,7 @@ class WeightSource:
             noise_band="auto",
             batch=min(recipe.batch, len(data) * recipe.draws_per_image),
             conditional=recipe.conditional and data.labels is not None,
+            latent_scaling="autoencoder" if self.published and data.autoencoder is not None else recipe.latent_scaling,
         )
 
     def read(self) -> tuple[dict[str, Tensor], str, str]:
@@ -127,7 +133,8 @@ def open_weights(init: str | Path | HasFolder) -> WeightSource:
     except (OSError, ValueError) as error:
         why = str(error).removesuffix(".")  # names the file in the folder
         raise ValueError(f"init={path} cannot be used: {why}. Else {_WANTED}.") from error
-    return WeightSource(path=path, recipe=run.recipe, shape=run.shape, class_names=run.class_names)
+    published = "imported" in run.manifest and run.scaling is None
+    return WeightSource(path=path, recipe=run.recipe, shape=run.shape, class_names=run.class_names, published=published)
 
 
 def side_of(source: WeightSource | None) -> int | None:
@@ -162,6 +169,11 @@ def copied_weights(source: WeightSource, config: RunConfig) -> tuple[Denoiser, I
                 f"init={source.path} has {found} of shape {tuple(tensors[found].shape)}, and this network {name} of shape "
                 f"{tuple(state[name].shape)}: {_remedy(source, config)}."
             )
+    if random := sorted(_random_constants(config, constants & set(state) - set(matched))):
+        raise ValueError(
+            f"init={source.path} lacks {random[0]}, which is drawn at random and never trained: other weights are of no use "
+            "without it. Name a run, or the model.safetensors of a checkpoint; or make the average again."
+        )
     parts = {name: axis for name, axis in axes.items() if name in matched}
     sizes = [tensors[matched[name]].shape[axis] - _extra(state[name], axis, config) for name, axis in parts.items()]
     if len(set(sizes)) > 1:
@@ -248,6 +260,17 @@ def _levelled(names: Collection[str]) -> dict[str, str]:
         else f"{name[: place.start()]}{place[1]}.level{level[int(place[2]), int(place[3])]}_{name[place.end() :]}": name
         for name, place in places.items()
     }
+
+
+def _random_constants(config: RunConfig, names: Collection[str]) -> set[str]:
+    """Those of the network's buffers `names` that another seed changes, such as random Fourier frequencies."""
+    if not names:
+        return set()
+    one, other = (
+        build_denoiser(replace(config, recipe=replace(config.recipe, seed=seed))).network.state_dict()
+        for seed in (0, 1)
+    )
+    return {name for name in names if not torch.equal(one[name], other[name])}
 
 
 def _class_axes(config: RunConfig) -> dict[str, int]:
