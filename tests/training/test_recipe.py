@@ -60,6 +60,24 @@ def test_recipe_out_of_range_names_the_field(change: dict[str, float]) -> None:
         dataclasses.replace(DIGITS, **change)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Longer(Recipe):
+    """A recipe with numbers that no rule names."""
+
+    patience: int = 5
+    warmth: float = 0.5
+
+
+@pytest.mark.parametrize("kind", [int, float])
+def test_negative_number_is_refused_in_every_field_whatever_its_name(kind: type[float]) -> None:
+    names = [field.name for field in dataclasses.fields(Longer) if field.type is kind]
+    assert {"patience", "warmth"} & set(names)
+    for name in names:
+        for value in (-1, kind("nan")) if kind is float else (-1,):
+            with pytest.raises(ValueError, match=f"^{name} is {value}: "):
+                dataclasses.replace(Longer(), **{name: value})
+
+
 def test_seeds_of_purposes_and_steps_are_all_different() -> None:
     seeds = {seed_for(seed, purpose, step) for seed in range(3) for purpose in Purpose for step in range(300)}
     assert len(seeds) == 3 * len(Purpose) * 300

@@ -4,8 +4,9 @@ Its attribute docstrings are the help texts of the command's flags. `_recipes` h
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal, Self, TypeAlias
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Self, TypeAlias
 
 import torch
 from torch import nn
@@ -31,6 +32,24 @@ _MOST_BLOCKS = 1000
 _MOST_LEVELS = 12
 # Parts of `sample_every` after which early sample grids are drawn, and the first step with one.
 _EARLY, _EARLIEST = (16, 4, 2, 8), 10
+
+# How a field of `Recipe` is checked: by its type. A number is not negative, unless its name asks for more here.
+_CHECKS: dict[object, Callable[[str, Any], object]] = {bool: flag, int: whole_number, float: number}
+_POSITIVE = frozenset(
+    (
+        "steps",
+        "batch",
+        "draws_per_image",
+        "gradient_accumulation_steps",
+        "learning_rate",
+        "max_grad_norm",
+        "ema_half_life",
+        "log_every",
+        "checkpoint_every",
+        "keep_last",
+    )
+)
+_SHARES = frozenset(("decay_share", "ema_ramp", "label_dropout", "augmentation"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,59 +324,17 @@ class Recipe:
     """Scalings around the network."""
 
     def __post_init__(self) -> None:
-        numbers = (
-            "learning_rate",
-            "ramp_images",
-            "decay_share",
-            "max_grad_norm",
-            "ema_half_life",
-            "ema_ramp",
-            "augmentation",
-        )
-        for name in (*numbers, "label_dropout"):
-            number(name, getattr(self, name))
-        counts = (
-            "steps",
-            "batch",
-            "draws_per_image",
-            "gradient_accumulation_steps",
-            "seed",
-            "ema_snapshot_every",
-            "log_every",
-            "sample_every",
-        )
-        for name in (*counts, "checkpoint_every", "keep_last", "keep_every"):
-            whole_number(name, getattr(self, name))
-        for name in (
-            "antithetic",
-            "importance_sampling",
-            "nan_to_num",
-            "mirror",
-            "conditional",
-            "compile",
-            "exact",
-            "fsdp",
-        ):
-            flag(name, getattr(self, name))
-        positive = (
-            "steps",
-            "batch",
-            "draws_per_image",
-            "gradient_accumulation_steps",
-            "learning_rate",
-            "max_grad_norm",
-            "ema_half_life",
-            "log_every",
-        )
-        for name in (*positive, "checkpoint_every", "keep_last"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be positive.")
-        for name in ("seed", "ramp_images", "sample_every", "ema_snapshot_every", "keep_every"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative.")
-        for name in ("decay_share", "ema_ramp", "label_dropout", "augmentation"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: pass a share, 0 to 1.")
+        for entry in fields(self):
+            name, value, check = entry.name, getattr(self, entry.name), _CHECKS.get(entry.type)
+            if check is None:
+                continue
+            check(name, value)
+            if name in _POSITIVE and not value > 0:
+                raise ValueError(f"{name} is {value}: it must be positive.")
+            if name in _SHARES and not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}: pass a share, 0 to 1.")
+            if not value >= 0:
+                raise ValueError(f"{name} is {value}: it must not be negative.")
         if self.batch % self.draws_per_image:
             raise ValueError(
                 f"batch is {self.batch}: it must be a multiple of draws_per_image={self.draws_per_image}, such as "
