@@ -112,6 +112,9 @@ def test_a_notebook_shows_the_page_and_a_file_of_each_kind_is_written(tmp_path):
     assert "<iframe" in it._repr_html_()
     it.save(tmp_path / "r.html")
     assert Evaluation.load(it.save(tmp_path / "r.json")).scores == it.scores
+    for kind, missing in ((".csv", "table"), (".png", "chart")):
+        with pytest.raises(ValueError, match=f"this result has no {missing}; save it as .json or .html"):
+            it.save(tmp_path / f"r{kind}")
     assert it["FID"] is FID
     with pytest.raises(KeyError, match="the evaluation has no score 'KID'; it has FID"):
         it["KID"]

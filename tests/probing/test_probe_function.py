@@ -110,6 +110,7 @@ def test_a_probe_saves_itself_and_shows_itself_in_a_notebook(found, tmp_path):
     assert found.save(tmp_path / "probe.png").read_bytes().startswith(b"\x89PNG")
     names = [path.name for path in found.save_all(tmp_path / "new", "probe")]
     assert names == ["probe.json", "variance.csv", "variance.png", "phases.png", "references.png", "report.html"]
+    assert found.save(tmp_path / "probe.csv").read_bytes() == (tmp_path / "new" / "variance.csv").read_bytes()
     with (tmp_path / "new" / "variance.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["noise_level"]) for row in rows] == pytest.approx(FEW["noise_levels"])

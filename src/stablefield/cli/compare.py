@@ -124,7 +124,7 @@ def _print_plan(plan: ComparisonPlan, notes: Sequence[str]) -> None:
 
 
 def _print_outcome(outcome: Outcome) -> None:
-    last = outcome.scores[-1]
+    last = outcome.last
     console.print(
         f"seed {outcome.seed} {outcome.target.upper()}: distance {last.middle:.4f}, Frechet {last.frechet:.3f}, "
         f"{last.seconds:.0f} s"

@@ -1,7 +1,7 @@
 """The excess of a network's loss over its floor: the result of `ExcessLoss`."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from stablefield.report import (
     json_details,
 )
 from stablefield.report._cells import text_table
-from stablefield.report._result import Result
+from stablefield.report._result import Result, Tables
 
 __all__ = ["Excess"]
 
@@ -134,7 +134,7 @@ class Excess(Result):
             "levels": [dict(zip(columns, row, strict=True)) for row in rows],
         }
 
-    def tables(self) -> Mapping[str, tuple[Sequence[str], Sequence[Sequence[float | None]]]]:
+    def tables(self) -> Tables:
         """All figures with their errors, a row per bin of noise levels."""
         return {"excess": self._figures()}
 

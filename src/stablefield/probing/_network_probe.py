@@ -27,7 +27,7 @@ from stablefield.probing._variance_ledger import VarianceLedger, measure_ledger
 from stablefield.report._cells import text_table
 from stablefield.report._chart import LineChart
 from stablefield.report._page import Page
-from stablefield.report._result import Result
+from stablefield.report._result import Result, Tables
 
 __all__ = ["NetworkProbe", "probe_network"]
 
@@ -110,7 +110,7 @@ class NetworkProbe(Result):
             "ledger": None if self.ledger is None else self.ledger.record(),
         }
 
-    def tables(self) -> Mapping[str, tuple[Sequence[str], Sequence[Sequence[float | None]]]]:
+    def tables(self) -> Tables:
         """Distance, loss and floor, a row per noise level."""
         return {"fit": fit_table(self.fit)}
 

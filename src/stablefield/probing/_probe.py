@@ -26,7 +26,7 @@ from stablefield.probing._variance_page import phases_chart, sizes_chart, varian
 from stablefield.report._cells import text_table
 from stablefield.report._chart import LineChart
 from stablefield.report._page import Page
-from stablefield.report._result import Result
+from stablefield.report._result import Result, Tables
 from stablefield.targets._band import NoiseBand, pick_noise_band
 from stablefield.targets._pool import Pool
 
@@ -154,7 +154,7 @@ class Probe(Result):
             "variance": curve_record(self.curve),
         }
 
-    def tables(self) -> Mapping[str, tuple[Sequence[str], Sequence[Sequence[float | None]]]]:
+    def tables(self) -> Tables:
         """The curves, a row per noise level."""
         return {"variance": curve_table(self.curve)}
 

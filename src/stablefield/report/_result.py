@@ -1,4 +1,4 @@
-"""The result of an experiment: numbers that save themselves as JSON, as a report and as pictures.
+"""The result of an experiment: numbers that save themselves as JSON, as tables, as a report and as pictures.
 
 `Probe`, `Evaluation` and `Comparison` are results. Each defines its numbers, charts and page; saving and display in a
 notebook work the same way for all.
@@ -19,7 +19,10 @@ from stablefield.report._drawing import write_chart
 from stablefield.report._page import Page
 from stablefield.report._render import render_page, write_page
 
-__all__ = ["Result"]
+__all__ = ["Result", "Tables"]
+
+Tables = Mapping[str, tuple[Sequence[str], Sequence[Sequence[str | float | None]]]]
+"""Tables by name, each as its column names and its rows; None is an empty cell."""
 
 
 class Result(ABC):
@@ -48,8 +51,8 @@ class Result(ABC):
     def page(self) -> Page:
         """The report."""
 
-    def tables(self) -> Mapping[str, tuple[Sequence[str], Sequence[Sequence[float | None]]]]:
-        """Tables of numbers by name, each as its column names and its rows; none by default."""
+    def tables(self) -> Tables:
+        """The tables of numbers by name, the most important one first; none by default."""
         return {}
 
     def save_all(self, folder: str | Path, name: str) -> list[Path]:
@@ -61,14 +64,12 @@ class Result(ABC):
         folder = Path(folder)
         written = [self.save(folder / f"{name}.json")]
         for table, (columns, rows) in self.tables().items():
-            text = io.StringIO()
-            csv.writer(text, lineterminator="\n").writerows([columns, *rows])  # None is an empty cell
-            written.append(_write(folder / f"{table}.csv", text.getvalue()))
+            written.append(_write(folder / f"{table}.csv", _csv(columns, rows)))
         written += [write_chart(chart, folder / f"{title}.png") for title, chart in self.charts().items()]
         return [*written, self.save(folder / "report.html")]
 
     def save(self, path: str | Path) -> Path:
-        """Write the result: the numbers to a .json file, the report to .html, the first chart to .png.
+        """Write the numbers to a .json file, the report to .html, the first table to .csv, the first chart to .png.
 
         Args:
             path: the file, which is replaced if it exists; its suffix decides what is written. Missing folders are created.
@@ -77,7 +78,7 @@ class Result(ABC):
             The path.
 
         Raises:
-            ValueError: if the suffix is a different one, or there is no chart.
+            ValueError: if the suffix is a different one, or there is no table or chart for it.
             ImportError: if matplotlib (for .png and .html) or Jinja2 (for .html) is not installed.
         """
         path = Path(path)
@@ -86,13 +87,21 @@ class Result(ABC):
                 _write(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
             case ".html":
                 write_page(self.page(), path)
+            case ".csv":
+                tables = self.tables()
+                if not tables:
+                    raise ValueError(f"path={str(path)!r}: this result has no table; save it as .json or .html.")
+                _write(path, _csv(*next(iter(tables.values()))))
             case ".png":
                 charts = self.charts()
                 if not charts:
                     raise ValueError(f"path={str(path)!r}: this result has no chart; save it as .json or .html.")
                 write_chart(next(iter(charts.values())), path)
             case _:
-                raise ValueError(f"path={str(path)!r}: name a .json file for the numbers, .html for a report or .png.")
+                raise ValueError(
+                    f"path={str(path)!r}: name a .json file for the numbers, .html for the report, .csv for the first table "
+                    "or .png for the first chart."
+                )
         return path
 
     def _repr_png_(self) -> bytes | None:
@@ -106,6 +115,12 @@ class Result(ABC):
         # A frame keeps the page's style away from the notebook's.
         text = render_page(self.page()).replace("&", "&amp;").replace('"', "&quot;")
         return f'<iframe srcdoc="{text}" style="width: 100%; height: 40em; border: 0"></iframe>'
+
+
+def _csv(columns: Sequence[str], rows: Sequence[Sequence[str | float | None]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    return text.getvalue()
 
 
 def _write(path: Path, text: str) -> Path:

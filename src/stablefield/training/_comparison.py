@@ -1,23 +1,19 @@
 """The result of comparing the targets: table, summary, report and files."""
 
-import csv
 import dataclasses
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from stablefield._atomic_file import write_atomically
 from stablefield.data._image_set import class_text
 from stablefield.report import Code, Page, Section, json_details
 from stablefield.report._cells import text_table
 from stablefield.report._chart import Chart
-from stablefield.report._result import Result
+from stablefield.report._result import Result, Tables
 from stablefield.training._comparison_page import comparison_page, distance_chart, level_chart
 from stablefield.training._run_folder import RunFolder
 from stablefield.training._scorer import samples_of
@@ -77,7 +73,7 @@ class Comparison(Result):
         head = (
             "seed", "distance DSM", "STF", "gain", f"{self.frechet_name} DSM", "STF", "s DSM", "STF",
         )  # fmt: skip
-        last = {(o.target, o.seed): o.scores[-1] for o in self.outcomes}
+        last = {(o.target, o.seed): o.last for o in self.outcomes}
         rows: list[tuple[str, ...]] = []
         for seed in self.seeds:
             a, b = last["dsm", seed], last["stf", seed]
@@ -111,6 +107,16 @@ class Comparison(Result):
             ],
         }
 
+    def tables(self) -> Tables:
+        """Every score, a row for each run and step."""
+        head = ("target", "seed", "step", "seconds", "frechet", "frechet_error", "gradient_variance", "gradient_ratio")
+        rows: list[tuple[str | float, ...]] = []
+        for o in self.outcomes:
+            for s in o.scores:
+                numbers = (s.step, s.seconds, s.frechet, s.frechet_error, s.gradient_variance, s.gradient_ratio)
+                rows.append((o.target, o.seed, *numbers, *s.distance))
+        return {"comparison": ((*head, *(f"distance_{level:g}" for level in LEVELS)), rows)}
+
     def charts(self) -> dict[str, Chart]:
         """Distance to the optimum over training, and by noise level at its end."""
         if not self.outcomes:
@@ -141,22 +147,6 @@ class Comparison(Result):
             self.frechet_name,
             self.command,
         )
-
-    def save(self, path: str | Path) -> Path:
-        """Write the numbers to a .json or .csv file, the report to .html, or the chart to .png; see `Result.save`."""
-        path = Path(path)
-        if path.suffix.lower() != ".csv":
-            return super().save(path)
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        head = ("target", "seed", "step", "seconds", "frechet", "frechet_error", "gradient_variance", "gradient_ratio")
-        writer.writerow([*head, *(f"distance_{level:g}" for level in LEVELS)])
-        for o in self.outcomes:
-            for s in o.scores:
-                numbers = (s.step, s.seconds, s.frechet, s.frechet_error, s.gradient_variance, s.gradient_ratio)
-                writer.writerow([o.target, o.seed, *numbers, *s.distance])
-        write_atomically(path, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
-        return path
 
 
 def _places(error: float) -> int:
@@ -200,16 +190,16 @@ def summary(outcomes: Sequence[Outcome], seeds: Sequence[int], name: str) -> str
     """
     gains = [improvement(outcomes, seed) for seed in seeds]
     better = sum(gain > 0 for gain in gains)
-    frechet = {t: [o.scores[-1].frechet for o in outcomes if o.target == t] for t in ("dsm", "stf")}
-    seconds = {t: float(np.mean([o.scores[-1].seconds for o in outcomes if o.target == t])) for t in ("dsm", "stf")}
+    frechet = {t: [o.last.frechet for o in outcomes if o.target == t] for t in ("dsm", "stf")}
+    seconds = {t: float(np.mean([o.last.seconds for o in outcomes if o.target == t])) for t in ("dsm", "stf")}
     lower = sum(b < a for a, b in zip(frechet["dsm"], frechet["stf"], strict=True))
-    source_only = len(seeds) == 1
+    single = len(seeds) == 1
     spreads = (
         "One seed shows no spread: pass more, such as 0, 1, 2. "
-        if source_only
+        if single
         else f"± is the standard error over {len(seeds)} seeds. "
     )
-    many = "1 seed" if source_only else f"{len(seeds)} seeds"
+    many = "1 seed" if single else f"{len(seeds)} seeds"
     return (
         f"STF is nearer to the optimum at middle noise levels in {better} of {many}, {_gain(gains)}; its {name} is lower in "
         f"{lower} of {len(seeds)}: {_over_seeds(frechet['stf'])} against {_over_seeds(frechet['dsm'])}. {spreads}"

@@ -47,7 +47,7 @@ def level_chart(outcomes: Sequence[Outcome]) -> LineChart:
     """Distance to the posterior mean at the end of training, against the noise level."""
     lines: list[Line] = []
     for target, name in NAMES.items():
-        values = np.array([outcome.scores[-1].distance for outcome in outcomes if outcome.target == target])
+        values = np.array([outcome.last.distance for outcome in outcomes if outcome.target == target])
         lines.append(Line(label=name, x=np.array(LEVELS), y=values.mean(0), low=values.min(0), high=values.max(0)))
     return LineChart(
         lines=tuple(lines),
@@ -95,8 +95,8 @@ def comparison_page(
     gains = [improvement(outcomes, seed) for seed in seeds]
     gain = spread(gains)
     by = {target: [o for o in outcomes if o.target == target] for target in NAMES}
-    seconds = {target: float(np.mean([o.scores[-1].seconds for o in runs])) for target, runs in by.items()}
-    ratio = float(np.mean([o.scores[-1].gradient_ratio for o in outcomes]))
+    seconds = {target: float(np.mean([o.last.seconds for o in runs])) for target, runs in by.items()}
+    ratio = float(np.mean([o.last.gradient_ratio for o in outcomes]))
     figures = tuple(
         image_figure(images, alt=f"Samples of {name}.", caption=f"{name}, the same latents.") for name, images in grids
     )
@@ -158,11 +158,11 @@ def comparison_page(
                         rows=tuple(
                             (
                                 level,
-                                _estimate([o.scores[-1].distance[k] for o in by["dsm"]]),
-                                _estimate([o.scores[-1].distance[k] for o in by["stf"]]),
+                                _estimate([o.last.distance[k] for o in by["dsm"]]),
+                                _estimate([o.last.distance[k] for o in by["stf"]]),
                                 float(
-                                    np.mean([o.scores[-1].distance[k] for o in by["stf"]])
-                                    / np.mean([o.scores[-1].distance[k] for o in by["dsm"]])
+                                    np.mean([o.last.distance[k] for o in by["stf"]])
+                                    / np.mean([o.last.distance[k] for o in by["dsm"]])
                                 ),
                             )
                             for k, level in enumerate(LEVELS)
@@ -239,5 +239,5 @@ def _estimate(values: Sequence[float]) -> Estimate | float:
 
 
 def _reading(outcomes: Sequence[Outcome], target: str, seed: int) -> Estimate:
-    last = next(o.scores[-1] for o in outcomes if o.target == target and o.seed == seed)
+    last = next(o.last for o in outcomes if o.target == target and o.seed == seed)
     return Estimate(last.frechet, last.frechet_error)

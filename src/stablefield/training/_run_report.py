@@ -29,7 +29,7 @@ from stablefield.report import (
 )
 from stablefield.report._cells import duration, text_table
 from stablefield.report._images import grid_figure
-from stablefield.report._result import Result
+from stablefield.report._result import Result, Tables
 from stablefield.training._config import encode
 from stablefield.training._grids import grid_steps, picked, read_grid
 from stablefield.training._recipe import Recipe
@@ -113,7 +113,7 @@ class RunReport(Result):
             "metrics": [dict(line) for line in self.lines],
         }
 
-    def tables(self) -> Mapping[str, tuple[Sequence[str], Sequence[Sequence[float | None]]]]:
+    def tables(self) -> Tables:
         """The log without its bins, a row for each line."""
         names = dict.fromkeys(name for line in self.lines for name in line if not name.startswith("bin_"))
         return {"metrics": (tuple(names), [[line.get(name) for name in names] for line in self.lines])}

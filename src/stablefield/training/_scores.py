@@ -66,10 +66,15 @@ class Outcome:
     scores: tuple[Score, ...]
     folder: Path
 
+    @property
+    def last(self) -> Score:
+        """The score at the end of training."""
+        return self.scores[-1]
+
 
 def improvement(outcomes: Sequence[Outcome], seed: int) -> float:
     """The share by which the stable target has less distance to the posterior mean at middle noise levels."""
-    last = {outcome.target: outcome.scores[-1].middle for outcome in outcomes if outcome.seed == seed}
+    last = {outcome.target: outcome.last.middle for outcome in outcomes if outcome.seed == seed}
     return 1 - last["stf"] / last["dsm"]
 
 
