@@ -32,7 +32,10 @@ from stablefield.data._packed import is_packed, open_tensors
 from stablefield.data._resizing import Resize, Resolution, check_resize, natural_resolution, resized_set
 from stablefield.data._tables import is_saved, parquet_files, saved_files
 
-__all__ = ["SUPPORTED", "as_image_set", "open_images"]
+__all__ = ["SUPPORTED", "Images", "as_image_set", "open_images"]
+
+Images = str | Path | ImageSet | NDArray[Any] | Tensor
+"""A path or name that `open_images` opens, an image set, uint8 of shape (n, C, H, W), or float data (n, ...)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -336,11 +339,7 @@ def open_images(
     return dataclasses.replace(images, opening=opening)
 
 
-def as_image_set(
-    name: str,
-    images: "ImageSet | str | Path | NDArray[Any] | Tensor",
-    labels: NDArray[np.int64] | Tensor | None = None,
-) -> ImageSet:
+def as_image_set(name: str, images: Images, labels: NDArray[np.int64] | Tensor | None = None) -> ImageSet:
     """Turn an argument that holds images into an image set.
 
     Args:

@@ -22,6 +22,7 @@ from stablefield.data._collector import cache_folder
 from stablefield.data._image_set import ImageSet, MissingSplitError, class_text
 from stablefield.data._latents import decode
 from stablefield.data._png import is_picture
+from stablefield.data._source import Images
 from stablefield.evaluation._extraction import Batch, ExtractorPass, extract, image_batches, pass_for
 from stablefield.evaluation._extractor import Extractor, RandomConvolutions, RawPixels, raw
 from stablefield.evaluation._fid import Frechet
@@ -36,7 +37,6 @@ from stablefield.evaluation._protocol import Protocol, Score
 from stablefield.evaluation._reference import ReferenceSet, is_kept, measure_reference
 from stablefield.evaluation._result import Evaluation, Pictures
 from stablefield.evaluation._sample_source import (
-    Images,
     ImageSource,
     Report,
     SampleSource,

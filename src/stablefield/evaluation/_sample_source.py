@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +14,12 @@ from stablefield._distributed import Ranks
 from stablefield._progress import Progress
 from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._image_set import ImageSet
-from stablefield.data._source import as_image_set, open_images
+from stablefield.data._source import Images, as_image_set, open_images
 from stablefield.evaluation._extraction import Batch, image_batches
 from stablefield.evaluation._extractor import check_images
 
-__all__ = ["ImageSource", "Images", "Report", "SampleSource", "SamplingRecord", "check_size", "opened"]
+__all__ = ["ImageSource", "Report", "SampleSource", "SamplingRecord", "check_size", "opened"]
 
-Images = str | Path | ImageSet | NDArray[Any] | Tensor
-"""Images: whatever `open_images` opens, an image set, uint8 of shape (n, C, H, W), or float data (n, ...)."""
 Report = Callable[[Progress], object]
 """Called with the stage and its progress."""
 

@@ -22,13 +22,14 @@ from torch import Tensor
 from stablefield._progress import Progress
 from stablefield._shapes import found_device, whole_number
 from stablefield.data._image_set import ImageSet
+from stablefield.data._source import Images
 from stablefield.evaluation._extractor import Extractor, raw
 from stablefield.evaluation._inception import metric_name
 from stablefield.training._comparison import Comparison
 from stablefield.training._config import encode
 from stablefield.training._estimate import estimate_run
 from stablefield.training._loop import Report
-from stablefield.training._plan import Images, images_and_recipe, make_plan
+from stablefield.training._plan import images_and_recipe, make_plan
 from stablefield.training._recipe import Recipe
 from stablefield.training._records import read_lines
 from stablefield.training._run_config import RunConfig

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from stablefield._distributed import Ranks
 from stablefield._shapes import check_kind, found_device, whole_number
 from stablefield.data._image_set import ImageSet
 from stablefield.data._scaling import Scaling
-from stablefield.data._source import as_image_set, open_images
+from stablefield.data._source import Images, as_image_set, open_images
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.training._estimate import Estimate, estimate_run
 from stablefield.training._fully_sharded import shards
@@ -33,10 +32,7 @@ from stablefield.training._run_folder import HasFolder
 from stablefield.training._time_budget import PICTURE, costs_of, narrowed, seconds_of, within
 from stablefield.training._weight_source import WeightSource, copied_weights, open_weights, side_of
 
-__all__ = ["Images", "Plan", "images_and_recipe", "make_plan", "place"]
-
-Images = str | Path | ImageSet | NDArray[Any] | Tensor
-"""A path or name that `stablefield.data.open_images` opens, an image set, uint8 (n, C, H, W), or floats (n, ...)."""
+__all__ = ["Plan", "images_and_recipe", "make_plan", "place"]
 
 
 @dataclass(frozen=True, kw_only=True)

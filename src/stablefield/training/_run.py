@@ -22,7 +22,7 @@ from stablefield._atomic_file import write_atomically
 from stablefield._progress import Progress
 from stablefield._shapes import whole_number
 from stablefield.data._image_set import ImageSet
-from stablefield.data._source import as_image_set, open_images
+from stablefield.data._source import Images, as_image_set, open_images
 from stablefield.evaluation._evaluate import DEFAULT_METRICS, evaluate
 from stablefield.evaluation._metric import Metric
 from stablefield.evaluation._result import Evaluation
@@ -34,7 +34,7 @@ from stablefield.training._grids import write_animation
 from stablefield.training._loop import Observer, Report, fit
 from stablefield.training._model import OpenModel, open_model
 from stablefield.training._pace import Pace
-from stablefield.training._plan import Images, place
+from stablefield.training._plan import place
 from stablefield.training._post_hoc import combine, snapshot_steps
 from stablefield.training._run_config import RunConfig
 from stablefield.training._run_data import data_of, existing, held_out_data, open_part, training_data

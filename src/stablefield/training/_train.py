@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stablefield.data._image_set import ImageSet
+from stablefield.data._source import Images
 from stablefield.training._accelerator import Tracker
 from stablefield.training._checkpoint import State, save
 from stablefield.training._loop import Observer, Report
 from stablefield.training._model import untrained
 from stablefield.training._pace import Pace, clock
-from stablefield.training._plan import Images, Plan, images_and_recipe, make_plan, place
+from stablefield.training._plan import Plan, images_and_recipe, make_plan, place
 from stablefield.training._recipe import Recipe
 from stablefield.training._run import Run, fit_run
 from stablefield.training._run_data import check_vae
