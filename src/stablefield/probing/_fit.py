@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from stablefield._progress import Progress
-from stablefield._shapes import array_of_numbers, check_callable, check_kind, check_tensor, flag, whole_number
+from stablefield._shapes import array_of_numbers, check_callable, check_kind, flag, whole_number
 from stablefield.diffusion._objective import DenoiserLike
 from stablefield.probing._exact import ExactPosterior
 from stablefield.probing._population import Population
-from stablefield.probing._prediction import evaluated
+from stablefield.probing._prediction import checked_output, evaluated
 from stablefield.probing._series import Series
 
 __all__ = ["Fit", "Optimum", "find_optimum", "measure_fit"]
@@ -121,13 +121,7 @@ class Optimum:
         x = (part.x0 + level.to(part.x0.dtype) * part.noise).reshape(-1, *self.shape)
         sigma = level.to(x.device).expand(len(x)).to(x.dtype)
         estimate = denoiser(x, sigma) if not labelled or part.labels is None else denoiser(x, sigma, part.labels)
-        check_tensor("the denoiser's output", estimate)
-        if estimate.shape != x.shape:
-            raise ValueError(
-                f"the denoiser returned shape {tuple(estimate.shape)} for rows of shape {tuple(x.shape)}: "
-                "return the shape of the rows."
-            )
-        flat = estimate.to(part.x0.dtype).flatten(1)
+        flat = checked_output("denoiser", estimate, x).to(part.x0.dtype).flatten(1)
         to_mean = (flat - part.mean[k]).square().sum(1)
         return torch.stack([to_mean, (flat - part.x0).square().sum(1), part.variance[k].to(to_mean)])
 

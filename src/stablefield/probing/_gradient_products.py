@@ -26,11 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from stablefield._shapes import check_tensor, per_row
+from stablefield._shapes import per_row
 from stablefield.diffusion._importance_sampling import ImportanceSampling
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.probing._exact import ExactPosterior
 from stablefield.probing._population import Population
+from stablefield.probing._prediction import checked_output
 from stablefield.probing._training import Training
 from stablefield.targets._references import InBatch
 from stablefield.targets._stable_target import StableTarget
@@ -248,13 +249,7 @@ class GradientSampler:
         x = rows.x[own]
         arguments = (x, rows.level[own]) if rows.labels is None else (x, rows.level[own], rows.labels[own])
         estimate = functional_call(self._network, {**self._rest, **weights}, arguments)
-        check_tensor("the denoiser's output", estimate)
-        if estimate.shape != x.shape:
-            raise ValueError(
-                f"the denoiser returned shape {tuple(estimate.shape)} for rows of shape {tuple(x.shape)}: "
-                "return the shape of the rows."
-            )
-        return estimate
+        return checked_output("denoiser", estimate, x)
 
     def _random_signs(self, count: int) -> Tensor:
         """+1 and -1, shape (count,), int8, where the data are."""

@@ -33,7 +33,16 @@ from stablefield.diffusion._noise_levels import LogNormal, LogUniform, NoiseLeve
 from stablefield.diffusion._process import EDM, VE, Process, RectifiedFlow
 from stablefield.diffusion._weighting import EDMWeighting, Weighting
 
-__all__ = ["Kind", "OutputWeighting", "Prediction", "Steps", "evaluated", "placement", "usual_noise_levels"]
+__all__ = [
+    "Kind",
+    "OutputWeighting",
+    "Prediction",
+    "Steps",
+    "checked_output",
+    "evaluated",
+    "placement",
+    "usual_noise_levels",
+]
 
 Kind: TypeAlias = Literal["denoiser", "x0", "epsilon", "v", "velocity"]
 
@@ -107,13 +116,7 @@ class Prediction:
         # Not in 16 bits, which cannot tell neighbouring timesteps apart; networks cast their embedding of it.
         time = time.to(x_t.device, torch.int64 if whole else torch.promote_types(dtype, torch.float32))
         out = model(seen.to(dtype), time) if labels is None else model(seen.to(dtype), time, labels)
-        out = out if isinstance(out, Tensor) else getattr(out, "sample", out)
-        check_tensor("the model's output", out)
-        if out.shape != x_t.shape:
-            raise ValueError(
-                f"the model returned shape {tuple(out.shape)} for rows of shape {tuple(x_t.shape)}: return the shape of the "
-                "rows."
-            )
+        out = checked_output("model", out if isinstance(out, Tensor) else getattr(out, "sample", out), x_t)
         return self._converted(out.to(wide), x_t.to(wide), alpha, sigma, t)
 
     def _converted(self, out: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
@@ -168,6 +171,27 @@ class Steps(NoiseLevels):
         last = torch.tensor(len(process) - 1.0)
         count = len(process) - int(process.noise_level(last).isinf())
         return (u * count).floor().clamp(max=count - 1)
+
+
+def checked_output(who: str, out: Any, rows: Tensor) -> Tensor:
+    """The output of a network for `rows` (B, ...), if it has their shape.
+
+    Args:
+        who: the network in words, for errors.
+        out: what it returned.
+        rows: what it was called with.
+
+    Raises:
+        TypeError: if it returned no tensor.
+        ValueError: if it returned another shape.
+    """
+    check_tensor(f"the {who}'s output", out)
+    if out.shape != rows.shape:
+        raise ValueError(
+            f"the {who} returned shape {tuple(out.shape)} for rows of shape {tuple(rows.shape)}: return the shape of the "
+            "rows."
+        )
+    return out
 
 
 def usual_noise_levels(process: Process) -> NoiseLevels:
