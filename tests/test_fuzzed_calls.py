@@ -675,7 +675,6 @@ CASES = {
             "images": either(lambda s: s.images, lambda s: s.float_set().images),
             "labels": either(None, lambda s: s.labels, lambda s: s.labels.tolist()),
             "origin": lambda s: data.Origin(name="a", source="b"),
-            "sha256": either(None),
         },
     ),
     "ImageSet": Case(

@@ -124,7 +124,7 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def parse_resolution(text: str, flag: str = "--resolution") -> int | tuple[int, int] | None:
+def parse_resolution(text: str) -> int | tuple[int, int] | None:
     """The side of squares, or (height, width), in a text such as "32" or "32x48"; None if it is empty.
 
     Raises:
@@ -136,6 +136,6 @@ def parse_resolution(text: str, flag: str = "--resolution") -> int | tuple[int, 
     sides = [int(side) for side in found.groups() if side] if found else [0]
     if min(sides) < 1:
         raise ValueError(
-            f"{flag} is {text}: give the side of squares in pixels, such as 32, or height x width, such as 32x48."
+            f"--resolution is {text}: give the side of squares in pixels, such as 32, or height x width, such as 32x48."
         )
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])

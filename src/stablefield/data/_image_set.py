@@ -366,16 +366,13 @@ def _check_images(images: NDArray[Any]) -> None:
         )
 
 
-def make_image_set(
-    images: NDArray[Any], labels: NDArray[Any] | None, origin: Origin, *, sha256: str | None = None
-) -> ImageSet:
-    """Make an `ImageSet` and write its manifest.
+def make_image_set(images: NDArray[Any], labels: NDArray[Any] | None, origin: Origin) -> ImageSet:
+    """Make an `ImageSet` and write its manifest, with a checksum, for which it reads all values once.
 
     Args:
         images: shape (n, C, H, W), uint8; or float data, shape (n, ...), whose scaling is then measured.
         labels: whole numbers, shape (n,), or None.
         origin: where the images came from.
-        sha256: checksum of the pixels, if already known; otherwise, and of float data, this reads all values once.
 
     Returns:
         The set.
@@ -384,8 +381,6 @@ def make_image_set(
         ValueError: if a shape or dtype does not fit (see `ImageSet`), or float data hold NaN or infinite values, or are all
             equal.
     """
-    if sha256 is not None:
-        check_kind("sha256", sha256, str, "64 hexadecimal digits, or None")
     check_kind("origin", origin, Origin, "an Origin, which says where the images came from")
     if labels is not None:
         check_kind("labels", labels, (np.ndarray, list, tuple, range), "an array of class numbers, shape (n,), or None")
@@ -396,7 +391,7 @@ def make_image_set(
         if labels.dtype.kind not in "iu":
             raise ValueError(f"labels has dtype {labels.dtype}: pass whole numbers, one class number per image.")
         labels = labels.astype(np.int64)
-    scaling = None
+    scaling, sha256 = None, None
     if isinstance(images, np.ndarray) and images.dtype.kind == "f":
         check_floats(origin.name, images.dtype, images.shape)
         scaling, sha256 = Scaling.measure(images, origin.name)

@@ -12,21 +12,18 @@ __all__ = ["bundle"]
 
 _HEAD = '''"""{docstring}"""
 
-# Written by stablefield, {licence}: the modules {names}.
+# Written by stablefield, Apache-2.0: the modules {names}.
 
 '''
 
 
-def bundle(
-    modules: Sequence[ModuleType], docstring: str, package: str = "stablefield", licence: str = "Apache-2.0"
-) -> str:
+def bundle(modules: Sequence[ModuleType], docstring: str, package: str = "stablefield") -> str:
     """The source of `modules` as one module.
 
     Args:
         modules: in an order in which each uses names only of those before it.
         docstring: of the result.
         package: omit imports from this package, because the text holds what they import.
-        licence: of the modules.
 
     Raises:
         ValueError: if two of them define the same name, or one imports another module of the package.
@@ -54,7 +51,7 @@ def bundle(
                     raise ValueError(f"{name} is defined in {defined[name]} and in {module.__name__}: rename one.")
                 defined[name] = module.__name__
         bodies.append("\n".join(lines).strip("\n"))
-    head = _HEAD.format(docstring=docstring, names=", ".join(names), licence=licence)
+    head = _HEAD.format(docstring=docstring, names=", ".join(names))
     return head + "\n".join(sorted(imports)) + "\n\n\n" + "\n\n\n".join(bodies) + "\n"
 
 
