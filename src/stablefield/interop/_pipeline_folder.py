@@ -9,8 +9,9 @@
 diffusers' own `EDMEulerScheduler`; its other EDM schedulers work too.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -41,7 +42,7 @@ from stablefield.networks._song_unet import SongUNet
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d import UNet2DModel
 
-__all__ = ["network_options", "preconditioning_options", "write_pipeline"]
+__all__ = ["network_options", "new_folder", "preconditioning_options", "write_pipeline"]
 
 _MODULES = (shapes, preconditioning, layers, resample, embedding, dropout, blocks, levels, song_unet, mlp, sit)
 
@@ -122,10 +123,7 @@ def write_pipeline(
     if autoencoder is not None:
         index["vae"] = ["diffusers", "AutoencoderKL"]
     assert exported_pipeline.__file__ is not None
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
-            raise ValueError(f"out={path} is not empty: name a new folder.")
+    with new_folder(path):
         unet.save_pretrained(path / "unet", safe_serialization=True)
         _forget_origin(path / "unet" / "config.json")
         scheduler.save_pretrained(path / "scheduler")
@@ -136,6 +134,20 @@ def write_pipeline(
             (path / "unet" / "network.py").write_text(code, "utf-8")
         (path / "pipeline.py").write_text(Path(exported_pipeline.__file__).read_text("utf-8"), "utf-8")
         (path / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Generator[None]:
+    """Make the folder, or take an empty one, and write into it inside a with statement.
+
+    Raises:
+        ValueError: if the folder is not empty, or cannot be made or written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise ValueError(f"out={path} is not empty: name a new folder.")
+        yield
     except OSError as error:
         raise ValueError(f"out={path} cannot be written ({error.strerror}): name another place.") from error
 

@@ -17,7 +17,7 @@ from stablefield.data._autoencoder import AutoencoderRecord
 from stablefield.data._scaling import Scaling
 from stablefield.diffusion._preconditioning import PRECONDITIONINGS, Denoiser, NamedPreconditioning
 from stablefield.interop._inert import plain_text
-from stablefield.interop._pipeline_folder import network_options, preconditioning_options
+from stablefield.interop._pipeline_folder import network_options, new_folder, preconditioning_options
 from stablefield.training._files import write_tensors
 from stablefield.training._records import parse
 
@@ -80,15 +80,10 @@ def write_plain(
     if autoencoder is not None:
         # Its place may be a folder of this machine.
         record["autoencoder"] = {key: value for key, value in autoencoder.record.items() if key != "place"}
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
-            raise ValueError(f"out={path} is not empty: name a new folder.")
+    with new_folder(path):
         state = denoiser.network.state_dict()
         write_tensors(path / "model.safetensors", {key: value.contiguous().cpu() for key, value in state.items()})
         (path / "config.json").write_text(json.dumps(record, indent=2) + "\n")
-    except OSError as error:
-        raise ValueError(f"out={path} cannot be written ({error.strerror}): name another place.") from error
 
 
 def read_plain_config(weights: Path) -> PlainConfig | None:
