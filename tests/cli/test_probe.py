@@ -389,6 +389,9 @@ def test_a_run_is_not_measured_on_other_data_than_it_was_trained_on(tmp_path: Pa
     np.save(tmp_path / "x.npy", 255 - images)
     with pytest.raises(ValueError, match="is not what this run was started with"):
         sf.probe(tmp_path / "run", noise_levels=[0.5], sources=8, device="cpu")
+    (tmp_path / "x.npy").unlink()
+    with pytest.raises(ValueError, match=r"^data is missing: the run's own data, .*x\.npy, do not exist"):
+        sf.probe(tmp_path / "run", noise_levels=[0.5], sources=8, device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ PROGRAM = """
 import json, os, shlex, sys
 from stablefield.cli import bench, evaluate, importing, sources
 from stablefield.cli import train
-from stablefield.training import _run as run, _run_probe as run_probe, _sampler as sampler
+from stablefield.training import _run as run, _run_data as run_data, _run_probe as run_probe, _sampler as sampler
 from stablefield.cli.entry import main
 
 def work(*_, **__):
@@ -31,7 +31,7 @@ for module in (bench, evaluate, sources, train):
     module.open_data = work
 for module in (run, run_probe, sampler):
     module.open_model = work
-importing.read_published = run.combine = run_probe.open_images = work
+importing.read_published = run.combine = run_data.open_images = run_probe.open_images = work
 for line in map(json.loads, sys.stdin):
     sys.stderr.write(f"\\0{line}\\0")
     try:

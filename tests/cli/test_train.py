@@ -265,7 +265,7 @@ def test_resume_finds_data_that_moved_and_heeds_nothing_that_would_change_them(
     (tmp_path / "a.npy").rename(tmp_path / "b.npy")
     capsys.readouterr()
     assert status("train", "--resume", "--out", out) == 2
-    assert f"{tmp_path}/a.npy does not exist. Supported sources" in capsys.readouterr().err
+    assert f"data is missing: the run's own data, {tmp_path}/a.npy, do not exist" in capsys.readouterr().err
     assert status("train", str(tmp_path / "b.npy"), "--resume", "--out", out) == 0
     assert status("train", str(tmp_path / "b.npy"), "--resume", "--out", out, "--resolution", "16") == 2
     assert "--resolution with --resume" in capsys.readouterr().err

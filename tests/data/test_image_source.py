@@ -551,8 +551,8 @@ def test_a_background_lies_below_transparent_pixels_as_by_pillows_alpha_composit
         assert abs(found.astype(int) - expected).max() <= 1
     assert opened.manifest["conversions"] == {f"transparency composited over {told}": 2}
     assert opened.opening is not None
-    again = open_images(**opened.opening)
-    assert again.manifest["sha256"] == opened.manifest["sha256"]
+    for again in (open_images(**opened.opening), open_images(opened.place, **opened.reading)):
+        assert again.manifest["sha256"] == opened.manifest["sha256"]
     # The packed file of large sets is another one, too.
     small = {"memory_budget": 0, "cache": tmp_path / "cache"}
     packed = [open_images(tmp_path, background=one, **small) for one in ("white", background)]

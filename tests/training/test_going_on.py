@@ -156,6 +156,14 @@ def test_recipes_decay_over_the_share_that_the_tutorial_names() -> None:
     assert len(named) == len(own) + 3
 
 
+def test_data_in_the_home_folder_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.save(tmp_path / "x.npy", open_digits().images[:60])
+    run = sf.train("~/x.npy", out=tmp_path / "run", recipe=TINY, steps=1, device="cpu")
+    assert run.config.data == "~/x.npy"
+    assert run.resume(steps=2, device="cpu").step == 2
+
+
 def test_steps_that_are_done_cannot_be_taken_back(whole: sf.Run) -> None:
     before = (whole.path / "config.json").read_bytes()
     for steps in (3, 13):

@@ -281,3 +281,25 @@ def test_a_run_that_dies_between_a_look_and_its_checkpoint_ends_as_the_whole_run
     assert looks(run) == told
     assert run.best == 20
     assert run.model(checkpoint="best").step == 20
+
+
+def test_a_refused_resume_leaves_the_configuration_as_it_was(tmp_path: Path) -> None:
+    digits = open_digits()
+    np.save(tmp_path / "a.npy", digits.images[:60])
+    np.save(tmp_path / "b.npy", digits.images[60:80])
+    others, share = (
+        sf.train(tmp_path / "a.npy", out=tmp_path / name, recipe=TINY, steps=2, held_out=held_out, device="cpu")
+        for name, held_out in (("others", tmp_path / "b.npy"), ("share", 0.1))
+    )
+    (tmp_path / "b.npy").rename(tmp_path / "c.npy")
+    for run, given, words in (
+        (others, {}, r"^held_out is missing: the run's own data, .*b\.npy, do not exist"),
+        (others, {"held_out": tmp_path / "a.npy"}, r"^held_out=a is not what this run holds out"),
+        (share, {"held_out": tmp_path / "c.npy"}, r"^held_out is given, but the run holds out no other data"),
+        (share, {"vae": "somewhere"}, r"^vae=somewhere does nothing"),
+    ):
+        before = (run.path / "config.json").read_bytes()
+        with pytest.raises(ValueError, match=words):
+            run.resume(steps=4, device="cpu", **given)
+        assert (run.path / "config.json").read_bytes() == before
+        assert run.config.recipe.steps == 2

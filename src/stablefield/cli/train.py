@@ -4,7 +4,7 @@ import dataclasses
 import pprint
 import shlex
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from stablefield.cli.extractors import ExtractorFlags
 from stablefield.cli.interruption import Interruption
 from stablefield.cli.parser import given, words_of
 from stablefield.cli.places import check_new_folder
-from stablefield.cli.progress import EVERY, TrainingBar
+from stablefield.cli.progress import EVERY, StageBar, TrainingBar
 from stablefield.cli.recipe_flags import TrainingFlags
 from stablefield.cli.sources import open_data
 from stablefield.data._image_set import ImageSet
@@ -36,6 +36,7 @@ from stablefield.training._recipe import Recipe, SongUNetConfig
 from stablefield.training._recipes import RECIPES
 from stablefield.training._run import Run
 from stablefield.training._run_config import RunConfig
+from stablefield.training._run_data import open_own
 from stablefield.training._run_folder import RunFolder
 from stablefield.training._self_check import FrechetObserver, Reading, SelfCheck, check_samples
 from stablefield.training._time_budget import seconds_of
@@ -120,7 +121,7 @@ class Train(TrainingFlags):
         self._check_samples(len(found.data))
         held_out = self._held_out()
         if isinstance(held_out, str) and Ranks.launched(found.device).first:
-            held_out = self._opened(held_out, found.data.opening or {})
+            held_out = open_data(held_out, **found.data.reading)
         plan = make_plan(found.data, found.recipe, init=self.init, held_out=held_out, device=found.device)
         console.print(f"recipe:     {found.name} (all of it: --print)")
         for note in found.notes:
@@ -169,11 +170,11 @@ class Train(TrainingFlags):
                 _print_sampling(run)
                 return 0
             with ranks.rank_0_first("to open the data"):
-                data = open_data(self.data or config.data, **config.opening)
+                data = _opened(config, self.data)
             self._check_samples(len(data))
             if self.dry_run:
                 return print_rows(estimate_run(config, data, device, done).rows())
-            held_out = self._opened(self.held_out, config.opening) if self.held_out and ranks.first else None
+            held_out = _opened(config, self.held_out) if self.held_out and ranks.first else None
             call = partial(run.resume, steps=steps, data=data, held_out=held_out, vae=self.vae, device=device)
             return self._trained(data, device, done, config, call)
 
@@ -216,10 +217,6 @@ class Train(TrainingFlags):
             return float(self.held_out)
         except ValueError:
             return self.held_out or None
-
-    def _opened(self, name: str, opening: Mapping[str, Any]) -> ImageSet:
-        """Other data that are held out, opened as the training data were."""
-        return open_data(name, **{key: value for key, value in opening.items() if key != "source"})
 
     def _check_measure(self) -> None:
         """Check the flags of the Frechet distances; without --evaluate-every none of them does anything."""
@@ -285,6 +282,12 @@ def _print_recipe(recipe: Recipe, notes: Sequence[str]) -> int:
 def _extended(run: Run, steps: int | None) -> RunConfig:
     """The run's configuration, with another number of steps if one is given."""
     return run.config if steps is None else run.config.extended(run.step, steps)
+
+
+def _opened(config: RunConfig, place: str) -> ImageSet:
+    """Data of a run, opened with a bar; see `open_own`."""
+    with StageBar() as bar:
+        return open_own(config, place, progress=bar.update)
 
 
 def _print_budget(plan: Plan, recipe: Recipe) -> None:

@@ -198,6 +198,16 @@ class ImageSet:
         return len(self.class_names) if self.class_names is not None else int(self.labels.max()) + 1
 
     @property
+    def place(self) -> str:
+        """The path or name from which `open_images` opened this set; its short name if it was made from arrays."""
+        return str((self.opening or {}).get("source", self.name))
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The other arguments of `opening`, with which `open_images` reads further data alike; none for arrays."""
+        return {name: value for name, value in (self.opening or {}).items() if name != "source"}
+
+    @property
     def file(self) -> Path | None:
         """The file from which the pixels are mapped, or None if they are in memory."""
         base: Any = self.images

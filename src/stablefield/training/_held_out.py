@@ -99,9 +99,8 @@ class HeldOut:
             raise ValueError(f"held_out={others.name} has no labels, and the network is conditioned on classes.")
         if len(others) < 2:
             raise ValueError("held_out has 1 sample: pass at least 2.")
-        source = str((others.opening or {}).get("source", others.name))
         sha256 = str(others.manifest["sha256"])
-        return cls(count=len(others), rows=_rows(data.shape), every=1, data=source, sha256=sha256).paced(recipe)
+        return cls(count=len(others), rows=_rows(data.shape), every=1, data=others.place, sha256=sha256).paced(recipe)
 
     @classmethod
     def of(cls, record: object) -> "HeldOut":

@@ -186,8 +186,7 @@ def _held_out(
     if isinstance(held_out, int | float):
         return HeldOut.part(held_out, data, recipe), None
     if isinstance(held_out, str | Path):
-        opening = {name: value for name, value in (data.opening or {}).items() if name != "source"}
-        others = open_images(held_out, **opening)
+        others = open_images(held_out, **data.reading)
     else:
         others = as_image_set("held_out", held_out)
     return HeldOut.other(others, data, recipe), others
@@ -209,19 +208,18 @@ def _decide(
     band, finding = resolve_band(recipe, data, device, training)
     recipe = dataclasses.replace(recipe, noise_band=band)
     check_fit(recipe, data, left_out)
-    opening = dict(data.opening or {})
     counts = None
     if classes and data.labels is not None:
         own = data.labels if training is None else data.labels[training]
         counts = np.bincount(own, minlength=classes).tolist()
     config = RunConfig(
-        data=str(opening.pop("source", data.name)),
+        data=data.place,
         shape=data.shape,
         classes=classes,
         manifest=data.manifest if counts is None else data.manifest | {"class_counts": counts},
         recipe=recipe,
         version=stablefield.__version__,
-        opening=opening,
+        opening=data.reading,
         held_out=held_out,
     )
     return config, rule, finding

@@ -22,7 +22,7 @@ from stablefield._atomic_file import write_atomically
 from stablefield._progress import Progress
 from stablefield._shapes import whole_number
 from stablefield.data._image_set import ImageSet
-from stablefield.data._source import Images, as_image_set, open_images
+from stablefield.data._source import Images, as_image_set
 from stablefield.evaluation._evaluate import DEFAULT_METRICS, evaluate
 from stablefield.evaluation._metric import Metric
 from stablefield.evaluation._result import Evaluation
@@ -37,7 +37,7 @@ from stablefield.training._pace import Pace
 from stablefield.training._plan import place
 from stablefield.training._post_hoc import combine, snapshot_steps
 from stablefield.training._run_config import RunConfig
-from stablefield.training._run_data import data_of, existing, held_out_data, open_part, training_data
+from stablefield.training._run_data import check_vae, existing, held_out_data, open_own, open_part, training_data
 from stablefield.training._run_folder import RunFolder
 from stablefield.training._run_report import RunReport, read_report
 from stablefield.training._run_source import RunSource
@@ -434,18 +434,20 @@ class Run:
         """
         where, ranks = place(device)
         config = self.config
+        check_vae(vae, config)
         with ranks.rank_0_first("to open the data"):
             if data is None or isinstance(data, str | Path):
-                data = open_images(data_of(config) if data is None else data, **config.opening)
+                data = open_own(config, data or "")
         images = as_image_set("data", data)
+        # Whatever may refuse the data comes before the run changes.
+        others = self._others(held_out) if ranks.first else None
         if steps is not None:
-            images = training_data(config, images)  # before the run changes
+            images = training_data(config, images)
             extended = config.extended(self.step, steps)
             if extended != config:
                 with ranks.rank_0_first("to extend the run"):
                     if ranks.first:
                         self.folder.extend(extended)
-        others = self._others(held_out) if ranks.first else None
         fit_run(self, images, where, tracker, observers, on_start, progress, every, stop, held_out=others, vae=vae)
         return self
 
@@ -458,7 +460,7 @@ class Run:
             return None
         if held_out is None or isinstance(held_out, str | Path):
             place = existing("held_out", config.held_out.data) if held_out is None else held_out
-            held_out = open_images(place, **config.opening)
+            held_out = open_own(config, place)
         return held_out_data(config, as_image_set("held_out", held_out))
 
     def __repr__(self) -> str:

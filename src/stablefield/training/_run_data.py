@@ -1,12 +1,14 @@
-"""The data of a run: whether they fit its recipe, and whether they are those that it was started with."""
+"""The data of a run: whether they fit its recipe, how to open them, and whether they are those that it was started with."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stablefield._progress import Progress
 from stablefield.data._image_set import ImageSet
 from stablefield.data._png import is_picture
 from stablefield.data._source import open_images
@@ -20,6 +22,7 @@ __all__ = [
     "data_of",
     "existing",
     "held_out_data",
+    "open_own",
     "open_part",
     "optimum_data",
     "require_same",
@@ -119,13 +122,34 @@ def require_same(config: RunConfig, data: ImageSet, remedy: str = "") -> None:
         raise ValueError(f"{config.data} is not what this run was started with (its pixels' sha256 differs){remedy}.")
 
 
+def open_own(
+    config: RunConfig,
+    place: str | Path = "",
+    split: str = "train",
+    progress: Callable[[Progress], object] | None = None,
+) -> ImageSet:
+    """Open data of a run as at its start.
+
+    Args:
+        config: of the run.
+        place: of the data, such as of those that it holds out, or the new place of its training data; empty for the place
+            that the run knows of its training data.
+        split: which split of them.
+        progress: as for `open_images`.
+
+    Raises:
+        ValueError: if the data are missing.
+    """
+    return open_images(place or data_of(config), split=split, progress=progress, **config.opening)
+
+
 def open_part(config: RunConfig, split: str) -> ImageSet:
     """Open a split of a run's own data, as in its training.
 
     Raises:
         ValueError: if the data are missing, or those of the training have changed.
     """
-    found = open_images(data_of(config), split=split, **config.opening)
+    found = open_own(config, split=split)
     if split == "train":
         require_same(config, found, MEASURE_OTHERS)
     return found
@@ -146,7 +170,7 @@ def existing(name: str, place: str) -> str:
     Raises:
         ValueError: if there are no data.
     """
-    if place != "digits" and not place.startswith("hf:") and not Path(place).exists():
+    if place != "digits" and not place.startswith("hf:") and not Path(place).expanduser().exists():
         raise ValueError(f"{name} is missing: the run's own data, {place}, do not exist; name their new place.")
     return place
 

@@ -24,7 +24,7 @@ from stablefield.training._model import open_model
 from stablefield.training._placement import resolve_references
 from stablefield.training._recipe import Recipe
 from stablefield.training._recipes import imagefolder, largest_resolution, recipe_for
-from stablefield.training._run_data import optimum_data, training_data
+from stablefield.training._run_data import open_own, optimum_data, training_data
 from stablefield.training._run_folder import HasFolder, RunFolder, is_run
 
 __all__ = ["probe", "usual_training"]
@@ -234,7 +234,7 @@ def _probe_run(
 ) -> NetworkProbe:
     model = open_model(folder, device=device)
     config = model.config
-    images = training_data(config, open_images(config.data, **config.opening, progress=progress))
+    images = training_data(config, open_own(config, progress=progress))
     notes = [f"skipped: {complaint}" for complaint in model.complaints] if network is None else []
     found = optimum_data(config, images, whole_number("max_images", max_images, 2), seed)
     rows = config.training_rows(len(images))
