@@ -16,7 +16,8 @@ from stablefield.cli.entry import main
 from stablefield.data._digits import open_digits
 from stablefield.training._checkpoint import State, Trained
 from stablefield.training._feed import Feed
-from stablefield.training._held_out import LEVELS, HeldOut, HeldOutLoss
+from stablefield.training._held_out import LEVELS, HeldOut
+from stablefield.training._held_out_loss import HeldOutLoss
 from stablefield.training._placement import Placement
 from stablefield.training._plan import make_plan
 from stablefield.training._recipe import MLPConfig, Recipe

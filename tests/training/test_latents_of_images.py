@@ -27,7 +27,7 @@ from stablefield.sampling._noise import SampleNoise
 from stablefield.targets._moments import Moments
 from stablefield.training._accelerator import make_accelerator
 from stablefield.training._feed import Feed
-from stablefield.training._held_out import _mirrored
+from stablefield.training._held_out_loss import _mirrored
 from stablefield.training._plan import make_plan
 from stablefield.training._recipe import MLPConfig, Recipe
 from stablefield.training._sampler import SamplerOptions

@@ -28,7 +28,7 @@ from stablefield.training._ema import follower
 from stablefield.training._feed import Feed
 from stablefield.training._fully_sharded import to_first
 from stablefield.training._grids import write_animation
-from stablefield.training._held_out import HeldOutLoss
+from stablefield.training._held_out_loss import HeldOutLoss
 from stablefield.training._meter import Meter, Report, bin_edges
 from stablefield.training._model import build_denoiser, require_fit
 from stablefield.training._pace import Pace
