@@ -26,7 +26,7 @@ from stablefield.data._source import open_images
 from stablefield.training import _target_blocks
 from stablefield.training._allocator import keep_freed_memory
 from stablefield.training._feed import Feed
-from stablefield.training._placement import resolve_band
+from stablefield.training._noise_band import resolve_band
 from stablefield.training._recipe import Recipe, SongUNetConfig
 from stablefield.training._recipes import CIFAR10_EDM
 from stablefield.training._run_config import RunConfig

@@ -13,7 +13,8 @@ from stablefield.data._index_stream import IndexStream
 from stablefield.data._packed import open_packed, pack
 from stablefield.training import _placement as placement_module
 from stablefield.training._feed import Feed, Rows
-from stablefield.training._placement import resolve_band, resolve_references
+from stablefield.training._noise_band import resolve_band
+from stablefield.training._placement import resolve_references
 from stablefield.training._recipes import DIGITS
 
 CPU = torch.device("cpu")

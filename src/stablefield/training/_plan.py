@@ -21,8 +21,9 @@ from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.training._estimate import Estimate, estimate_run
 from stablefield.training._fully_sharded import shards
 from stablefield.training._held_out import HeldOut
+from stablefield.training._noise_band import resolve_band
 from stablefield.training._pace import Costs, clock
-from stablefield.training._placement import resolve_band, resolve_references
+from stablefield.training._placement import resolve_references
 from stablefield.training._recipe import Recipe
 from stablefield.training._recipes import largest_resolution, recipe_for
 from stablefield.training._report_writer import report_seconds
