@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 import stablefield
-from stablefield.probing._probe import sampled, with_error
 from stablefield.probing._series import Series
+from stablefield.probing._text import finite, sampled, with_error
 from stablefield.report import (
     Estimate,
     Figure,
@@ -129,8 +129,8 @@ class Excess(Result):
             "rows_per_level": self.rows,
             "seed": self.seed,
             "seconds": self.seconds,
-            "total": {name: _finite(total.value) for name, total in totals.items()}
-            | {f"{name}_se": _finite(total.error) for name, total in totals.items()},
+            "total": {name: finite(total.value) for name, total in totals.items()}
+            | {f"{name}_se": finite(total.error) for name, total in totals.items()},
             "levels": [dict(zip(columns, row, strict=True)) for row in rows],
         }
 
@@ -224,8 +224,8 @@ class Excess(Result):
     def _figures(self) -> tuple[tuple[str, ...], tuple[tuple[float | None, ...], ...]]:
         columns: dict[str, list[float | None]] = {"noise_level": self.noise_level.tolist()}
         for name, series in self._series().items():
-            columns[name] = [_finite(value) for value in series.mean.tolist()]
-            columns[f"{name}_se"] = [_finite(value) for value in series.error.tolist()]
+            columns[name] = [finite(value) for value in series.mean.tolist()]
+            columns[f"{name}_se"] = [finite(value) for value in series.error.tolist()]
         return tuple(columns), tuple(zip(*columns.values(), strict=True))
 
     def _line(self, label: str, series: Series) -> Line:
@@ -251,10 +251,6 @@ class Excess(Result):
                 cells.append(shown)
             rows.append(cells)
         return text_table(columns, rows)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _cell(estimate: Estimate) -> Estimate | None:

@@ -19,8 +19,8 @@ from stablefield.probing._fit import Fit, measure_fit
 from stablefield.probing._fit_page import distance_chart, excess_chart, fit_page, logged_chart
 from stablefield.probing._floor import LoggedExcess, LossFloor, logged_excess
 from stablefield.probing._population import MOST, Samples, described, draw_population
-from stablefield.probing._probe import sampled, spaced, with_error
 from stablefield.probing._record import fit_record, fit_table
+from stablefield.probing._text import sampled, spaced, with_error
 from stablefield.probing._training import Training
 from stablefield.probing._variance import find_noise_levels, measure_variance
 from stablefield.probing._variance_ledger import VarianceLedger, measure_ledger
@@ -71,13 +71,15 @@ class NetworkProbe(Result):
 
     def __str__(self) -> str:
         notes = [f"note: {note}" for note in self.notes]
-        if self.drawn_from is not None:
-            notes.append(
-                f"{sampled(self.fit.samples, self.drawn_from)}:\nthe posterior mean over them is not exactly the network's "
-                "optimum"
-            )
         ledger = [] if self.ledger is None else [str(self.ledger)]
-        return "\n".join([*notes, self.summary, self._table(), *ledger])
+        return "\n".join([*notes, *self._notes(), self.summary, self._table(), *ledger])
+
+    def _notes(self) -> list[str]:
+        """Cautions for readers of these numbers beside `notes`, in lines that fit a terminal."""
+        if self.drawn_from is None:
+            return []
+        whose = sampled(self.fit.samples, self.drawn_from)
+        return [f"{whose}:\nthe posterior mean over them is not exactly the network's optimum"]
 
     @property
     def summary(self) -> str:
@@ -129,12 +131,6 @@ class NetworkProbe(Result):
         """The report."""
         name = self.name if self.step is None else f"{self.name}, step {self.step:,}"
         over_training = logged_chart(self.logged)
-        notes = list(self.notes)
-        if self.drawn_from is not None:
-            notes.append(
-                f"{sampled(self.fit.samples, self.drawn_from)}: the posterior mean over them is not exactly the network's "
-                "optimum."
-            )
         return fit_page(
             name,
             self.description,
@@ -144,7 +140,7 @@ class NetworkProbe(Result):
             self.command,
             over_training=over_training,
             ledger=self.ledger,
-            notes=notes,
+            notes=[*self.notes, *(f"{note}.".replace("\n", " ") for note in self._notes())],
         )
 
     def _weight(self) -> Tensor:

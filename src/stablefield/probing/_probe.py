@@ -20,6 +20,7 @@ from stablefield.probing._label_shares import LabelShare, label_findings, label_
 from stablefield.probing._phases import Edge, Phases, find_phases, share_above
 from stablefield.probing._population import MOST, Samples, described, draw_population
 from stablefield.probing._record import advice_record, curve_record, curve_table, phases_record
+from stablefield.probing._text import sampled, spaced, with_error
 from stablefield.probing._training import TRAININGS, Training
 from stablefield.probing._variance import SIZES, VarianceCurve, measure_variance
 from stablefield.probing._variance_page import phases_chart, sizes_chart, variance_chart, variance_page
@@ -30,7 +31,7 @@ from stablefield.report._result import Result, Tables
 from stablefield.targets._band import NoiseBand, pick_noise_band
 from stablefield.targets._pool import Pool
 
-__all__ = ["Probe", "probe_data", "sampled", "spaced", "with_error"]
+__all__ = ["Probe", "probe_data"]
 
 # Shares of a batch's variance below which to expect nothing, or little.
 _NOTHING, _LITTLE = 0.01, 0.1
@@ -275,21 +276,6 @@ def probe_data(
         device=str(device),
         labels=() if classes is None else label_shares(band, classes, names, training),
     )
-
-
-def sampled(samples: int, drawn_from: int) -> str:
-    """A note that a sample represents the data set."""
-    return f"sampled: {samples:,} of {drawn_from:,} images represent the data set"
-
-
-def spaced(first: int, end: int, most: int) -> list[int]:
-    """At most `most` of the indices from `first` to before `end`, evenly spaced, including both ends."""
-    return sorted(set(torch.linspace(first, end - 1, min(end - first, most)).round().long().tolist()))
-
-
-def with_error(mean: float, error: float) -> str:
-    """A mean with its standard error, if there is one."""
-    return f"{mean:.3g} ± {error:.1g}" if error > 0 else f"{mean:.3g}"
 
 
 def _table(curve: VarianceCurve) -> str:

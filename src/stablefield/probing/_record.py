@@ -9,6 +9,7 @@ from stablefield.probing._bias import BiasCheck
 from stablefield.probing._fit import Fit
 from stablefield.probing._phases import Edge, Phases
 from stablefield.probing._series import Series
+from stablefield.probing._text import finite
 from stablefield.probing._variance import VarianceCurve
 
 __all__ = ["advice_record", "bias_record", "curve_record", "curve_table", "fit_record", "fit_table", "phases_record"]
@@ -57,7 +58,7 @@ def phases_record(phases: Phases) -> dict[str, Any]:
 def advice_record(advice: Advice, batch: BatchVariance) -> dict[str, Any]:
     """The advice for a training run."""
     return {
-        "band_from": _finite(advice.band),
+        "band_from": finite(advice.band),
         "share_of_batch_in_band": advice.share,
         "aim": advice.aim,
         "recommended_references": advice.recommended.size,
@@ -122,17 +123,13 @@ def _edge(edge: Edge | None) -> dict[str, float | None] | None:
     }
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def _add(columns: dict[str, list[float | None]], name: str, series: Series) -> None:
     columns[name] = _numbers(series.mean)
     columns[f"{name}_se"] = _numbers(series.error)
 
 
 def _numbers(values: Any) -> list[float | None]:
-    return [_finite(value) for value in values.double().tolist()]
+    return [finite(value) for value in values.double().tolist()]
 
 
 def _records(table: tuple[tuple[str, ...], tuple[tuple[float | None, ...], ...]]) -> list[dict[str, float | None]]:
