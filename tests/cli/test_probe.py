@@ -184,7 +184,7 @@ def test_references_that_train_reads_with_each_batch_decide_the_verdict(
 ) -> None:
     from stablefield.training import _placement as placement
 
-    monkeypatch.setattr(placement, "fits", lambda *_: False)
+    monkeypatch.setattr(placement, "can_be_resident", lambda *_: False)
     monkeypatch.setattr(placement, "LOADED_REFERENCES", 70)
     np.save(tmp_path / "grey.npy", np.random.default_rng(0).integers(0, 256, (90, 28, 28), dtype=np.uint8))
     flags = ("--references", "all", "--sources", "8")

@@ -130,10 +130,10 @@ def test_auto_takes_all_where_they_fit_and_says_the_rule(
 
 def test_processes_on_one_cpu_share_its_memory(mapped: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement_module, "free_bytes", lambda device: 3 * mapped.images.nbytes)
-    assert placement_module.fits(mapped, CPU)
+    assert placement_module.can_be_resident(mapped, CPU)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert not placement_module.fits(mapped, CPU)
-    assert placement_module.fits(mapped, CPU, processes=2)
+    assert not placement_module.can_be_resident(mapped, CPU)
+    assert placement_module.can_be_resident(mapped, CPU, processes=2)
 
 
 def test_sharded_references_of_one_process_are_refused_and_go_on_as_all(mapped: ImageSet) -> None:
@@ -157,7 +157,7 @@ def test_sharded_references_that_do_not_fit_are_refused(mapped: ImageSet, monkey
 def test_half_of_the_free_memory_is_the_limit(mapped: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     for free, fitting in ((2 * mapped.images.nbytes, True), (2 * mapped.images.nbytes - 2, False)):
         monkeypatch.setattr(placement_module, "free_bytes", lambda device, free=free: free)
-        assert placement_module.fits(mapped, CPU) is fitting
+        assert placement_module.can_be_resident(mapped, CPU) is fitting
 
 
 def test_auto_band_is_where_the_probe_of_the_references_says(digits: ImageSet) -> None:

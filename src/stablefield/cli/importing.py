@@ -10,7 +10,7 @@ from rich.markup import escape
 from stablefield.cli.console import console, print_rows, quoted, relative
 from stablefield.cli.places import check_new_folder
 from stablefield.interop._imported_run import write_imported_run
-from stablefield.interop._published import Scaling, read_published
+from stablefield.interop._published import PreconditioningName, read_published
 
 __all__ = ["Import"]
 
@@ -23,7 +23,7 @@ class Import:
     """A pickle of the EDM family (.pkl), a torch file (.pt, .pth) or safetensors."""
     out: Path
     """Folder of the run, new or empty."""
-    preconditioning: Scaling | None = None
+    preconditioning: PreconditioningName | None = None
     """Preconditioning of the network's training; needed if neither the file nor the config.json of an export beside it says
     so: flow for SiT's weights, ddpm for DiT's."""
     heads: int | None = None

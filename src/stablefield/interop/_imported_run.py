@@ -16,7 +16,7 @@ from stablefield.diffusion._process import EDM, VE, VP, RectifiedFlow
 from stablefield.diffusion._weighting import EDMWeighting, FlowWeighting, SNRWeighting
 from stablefield.interop._architecture import Architecture
 from stablefield.interop._inert import plain_text
-from stablefield.interop._published import PublishedNetwork, Scaling, read_published
+from stablefield.interop._published import PreconditioningName, PublishedNetwork, read_published
 from stablefield.interop._sit_architecture import SiTArchitecture
 from stablefield.training._checkpoint import State, Trained, save
 from stablefield.training._recipe import Recipe, SiTConfig, SongUNetConfig
@@ -30,7 +30,7 @@ _PUBLISHED_AUGMENTATION = 0.12
 
 
 def import_run(
-    file: str | Path, out: str | Path, *, preconditioning: Scaling | None = None, heads: int | None = None
+    file: str | Path, out: str | Path, *, preconditioning: PreconditioningName | None = None, heads: int | None = None
 ) -> Run:
     """Make a run from a published network: DDPM++, NCSN++, SiT or DiT. Executes nothing in the file.
 

@@ -34,12 +34,12 @@ from stablefield.interop._plain_export import read_plain_config
 from stablefield.interop._sit_architecture import SiTArchitecture, infer_sit, is_sit
 from stablefield.interop._weight_files import MAX_TENSORS, read_weight_file
 
-__all__ = ["PublishedNetwork", "Scaling", "read_published", "read_state"]
+__all__ = ["PreconditioningName", "PublishedNetwork", "read_published", "read_state"]
 
-Scaling = Literal["edm", "vp", "ve", "flow", "ddpm"]
+PreconditioningName = Literal["edm", "vp", "ve", "flow", "ddpm"]
 """The kind of preconditioning, for files that do not state it: flow for SiT's published weights, ddpm for DiT's."""
 
-_CLASSES: Mapping[str, Scaling] = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve"}
+_CLASSES: Mapping[str, PreconditioningName] = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve"}
 # Prefixes that a wrapper may have added to the names of the network's own state, outermost first.
 _PREFIXES = ("module.", "denoiser.", "network.", "model.")
 # Where a file's dict may have the network, the best first.
@@ -87,13 +87,15 @@ class PublishedNetwork:
         return Denoiser(network, self.preconditioning).eval().requires_grad_(False)
 
 
-def read_published(path: Path, scaling: Scaling | None = None, heads: int | None = None) -> PublishedNetwork:
+def read_published(
+    path: Path, preconditioning: PreconditioningName | None = None, heads: int | None = None
+) -> PublishedNetwork:
     """Read a DDPM++, NCSN++, SiT or DiT network from a file, without executing anything in it.
 
     Args:
         path: a pickle of the EDM family, a `torch.save` file with such an object or a state dict, or a safetensors file.
-        scaling: the preconditioning that the network was trained with; by default that of the file, or of the config.json of
-            an export beside it.
+        preconditioning: the one that the network was trained with; by default that of the file, or of the config.json of an
+            export beside it.
         heads: of the attention of a SiT or DiT; by default those that config.json states, or of the published network of its
             width.
 
@@ -127,14 +129,14 @@ def read_published(path: Path, scaling: Scaling | None = None, heads: int | None
                 f"its network is in a {plain_text(found.class_name)}, but only {', '.join(_CLASSES)} are supported."
             )
         tensors = {key: _float32(key, tensor) for key, tensor in state.items()}
-        preconditioning = _preconditioning(known or scaling or "edm", found.attributes)
+        found_preconditioning = _preconditioning(known or preconditioning or "edm", found.attributes)
     except RefusedError as error:
         raise RefusedError(f"{name} is refused: {error}") from error
     if stated is not None:
-        if scaling not in (None, stated.kind):
+        if preconditioning not in (None, stated.kind):
             raise ValueError(
-                f"preconditioning={scaling} contradicts the config.json beside {name}, which states {stated.kind}: leave it "
-                "out."
+                f"preconditioning={preconditioning} contradicts the config.json beside {name}, which states {stated.kind}: "
+                "leave it out."
             )
         own = (architecture.channels, *architecture.size)
         if stated.shape != own:
@@ -149,18 +151,18 @@ def read_published(path: Path, scaling: Scaling | None = None, heads: int | None
             origin=f"{where}; preconditioning of its config.json",
             manifest=stated.manifest,
         )
-    if known is None and scaling is None:
+    if known is None and preconditioning is None:
         choices = "flow for SiT's weights, or ddpm for DiT's" if transformer else "edm, vp or ve"
         raise ValueError(
             f"{name} holds only weights and does not state their preconditioning: pass preconditioning={choices}."
         )
     source = found.class_name or "training's options"
-    if known is not None and scaling not in (None, known):
-        raise ValueError(f"preconditioning={scaling} contradicts {name} and its {source}: leave it out.")
+    if known is not None and preconditioning not in (None, known):
+        raise ValueError(f"preconditioning={preconditioning} contradicts {name} and its {source}: leave it out.")
     how = f"preconditioning of its {source}" if known else "preconditioning as given"
     return PublishedNetwork(
         architecture=architecture,
-        preconditioning=preconditioning,
+        preconditioning=found_preconditioning,
         state=tensors,
         origin=f"{where}; {how}",
     )
@@ -214,7 +216,7 @@ def _network(value: object) -> tuple[_Found, str]:
     raise RefusedError("it holds neither a network nor a dict of tensors.")
 
 
-def _of_options(options: Mapping[str, object]) -> Scaling | None:
+def _of_options(options: Mapping[str, object]) -> PreconditioningName | None:
     """The preconditioning that the options of SiT's training name; None if they name none."""
     path, prediction = options.get("path_type"), options.get("prediction")
     if not isinstance(path, str) or not isinstance(prediction, str):
@@ -327,7 +329,7 @@ def _float32(name: str, value: Tensor | TensorView) -> Tensor:
     return tensor
 
 
-def _preconditioning(scaling: Scaling, attributes: Mapping[str, object]) -> NamedPreconditioning:
+def _preconditioning(kind: PreconditioningName, attributes: Mapping[str, object]) -> NamedPreconditioning:
     def number(name: str, default: float) -> float:
         value = attributes.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
@@ -335,13 +337,13 @@ def _preconditioning(scaling: Scaling, attributes: Mapping[str, object]) -> Name
         return float(value)
 
     try:
-        match scaling:
+        match kind:
             case "edm":
                 return EDMPreconditioning(number("sigma_data", 0.5))
             case "vp":
                 return VPPreconditioning(number("beta_min", 0.1), number("beta_d", 19.9), int(number("M", 1000)))
             case _:  # without numbers in a file
-                return PRECONDITIONINGS[scaling]()
+                return PRECONDITIONINGS[kind]()
     except RefusedError:
         raise
     except ValueError as error:

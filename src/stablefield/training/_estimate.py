@@ -18,14 +18,14 @@ from stablefield.training._placement import placed
 from stablefield.training._run_config import RunConfig
 from stablefield.training._stepper import Stepper
 
-__all__ = ["Estimate", "estimate_run"]
+__all__ = ["RunEstimate", "estimate_run"]
 
 # Fewest and most trial steps, and the seconds that are enough: a single step says little on a busy machine.
 STEPS, MOST, ENOUGH = 3, 30, 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class RunEstimate:
     """The estimated cost of a run; `print` shows the table.
 
     Attributes:
@@ -76,7 +76,7 @@ class Estimate:
         return "\n".join(f"{name:12}{text}" for name, text in self.rows())
 
 
-def estimate_run(config: RunConfig, data: ImageSet, device: torch.device, done: int = 0) -> Estimate:
+def estimate_run(config: RunConfig, data: ImageSet, device: torch.device, done: int = 0) -> RunEstimate:
     """Estimate what a run would cost, from a few trial steps; write nothing.
 
     Args:
@@ -104,7 +104,7 @@ def estimate_run(config: RunConfig, data: ImageSet, device: torch.device, done: 
     left = recipe.steps - done
     images, epochs = left * recipe.batch, left * recipe.images_per_step / (len(data) if rows is None else len(rows))
     many = f"all, in {accelerator.num_processes} parts" if placement == "sharded" else str(recipe.references)
-    return Estimate(
+    return RunEstimate(
         images=f"{len(data):,} of {'x'.join(map(str, data.shape))}, {size_text(data.images.nbytes)}",
         parameters=parameters,
         state_bytes=4 * copies * parameters,

@@ -8,7 +8,7 @@ from stablefield.data._image_set import ImageSet
 from stablefield.targets._band import pick_noise_band
 from stablefield.targets._pool import Pool
 from stablefield.training._latents import LatentMoments
-from stablefield.training._placement import fits
+from stablefield.training._placement import can_be_resident
 from stablefield.training._recipe import Recipe
 
 __all__ = ["resolve_band"]
@@ -56,7 +56,7 @@ def _stored_pool(
     """The training set, or as much of it as fits."""
     size = recipe.references if isinstance(recipe.references, int) else None
     rows: slice | NDArray[np.int64] = slice(None) if training is None else training
-    if (data.scaling is not None or training is not None) and size is not None and not fits(data, device):
+    if (data.scaling is not None or training is not None) and size is not None and not can_be_resident(data, device):
         # A copy of all data may not fit; as many samples as there are references have the same noise band.
         every = np.arange(len(data)) if training is None else training
         rows, size = np.sort(np.random.default_rng(recipe.seed).choice(every, size, replace=False)), None

@@ -13,7 +13,7 @@ from stablefield._memory import free_bytes
 from stablefield.data._image_set import ImageSet, size_text
 from stablefield.training._recipe import Recipe
 
-__all__ = ["LOADED_REFERENCES", "Placement", "fits", "placed", "resolve_references"]
+__all__ = ["LOADED_REFERENCES", "Placement", "can_be_resident", "placed", "resolve_references"]
 
 Placement = Literal["resident", "sharded", "loaded"]
 
@@ -29,7 +29,7 @@ def _size(data: ImageSet) -> int:
     return copies * data.images.nbytes
 
 
-def fits(data: ImageSet, device: torch.device, processes: int = 1) -> bool:
+def can_be_resident(data: ImageSet, device: torch.device, processes: int = 1) -> bool:
     """Whether the pixels, in `processes` equal parts, may be resident: a part in half of each device's free memory.
 
     Processes on the CPU of one machine share its memory.
@@ -51,13 +51,13 @@ def placed(recipe: Recipe, data: ImageSet, device: torch.device, processes: int 
     if recipe.target == "stf" and recipe.references == "sharded":
         if processes > 1:
             return "sharded"
-        if not fits(data, device):
+        if not can_be_resident(data, device):
             raise ValueError(
                 f"the references of this run are sharded over several processes, and the {size_text(_size(data))} "
                 f"of its data are more than half of the free memory on {device}: continue with several processes."
             )
         return "resident"
-    return "resident" if fits(data, device) else "loaded"
+    return "resident" if can_be_resident(data, device) else "loaded"
 
 
 def resolve_references(
@@ -90,9 +90,9 @@ def resolve_references(
             "references=sharded needs several processes, each with a part of the data: start them with torchrun "
             "or accelerate launch, or leave it out."
         )
-    if recipe.references != "sharded" and fits(data, device):
+    if recipe.references != "sharded" and can_be_resident(data, device):
         return "all", f"all {count:,} (resident: {size}, at most half of the {free} free on {device})"
-    if processes > 1 and data.moments is None and fits(data, device, processes):
+    if processes > 1 and data.moments is None and can_be_resident(data, device, processes):
         return "sharded", f"all {count:,}, a part of the {size} on each of {processes} processes"
     number = min(count, max(LOADED_REFERENCES, recipe.images_per_step))
     if recipe.references in ("all", "sharded"):

@@ -18,7 +18,7 @@ from stablefield.data._image_set import ImageSet
 from stablefield.data._scaling import Scaling
 from stablefield.data._source import Images, as_image_set, open_images
 from stablefield.diffusion._preconditioning import Denoiser
-from stablefield.training._estimate import Estimate, estimate_run
+from stablefield.training._estimate import RunEstimate, estimate_run
 from stablefield.training._fully_sharded import shards
 from stablefield.training._held_out import HeldOut
 from stablefield.training._noise_band import resolve_band
@@ -110,7 +110,7 @@ class Plan:
         config = dataclasses.replace(config, recipe=recipe, held_out=held_out)
         return dataclasses.replace(self, config=config, seconds=left, costs=costs)
 
-    def estimate(self, device: torch.device | str | None = None) -> Estimate:
+    def estimate(self, device: torch.device | str | None = None) -> RunEstimate:
         """Estimate what the run would cost, from a few trial steps that are discarded.
 
         Args:

@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 
 from stablefield._shapes import number
-from stablefield.training._estimate import Estimate
+from stablefield.training._estimate import RunEstimate
 from stablefield.training._held_out import HeldOut
 from stablefield.training._pace import FREE, Costs
 from stablefield.training._recipe import Recipe, SongUNetConfig
@@ -45,7 +45,7 @@ def seconds_of(given: str | float) -> float:
     return float(given)
 
 
-def costs_of(recipe: Recipe, estimate: Estimate) -> Costs:
+def costs_of(recipe: Recipe, estimate: RunEstimate) -> Costs:
     """The costs of a run, from trial steps."""
     row = max(0.0, estimate.seconds_per_step - estimate.target_seconds) / (_TRAINED * recipe.batch)
     return Costs(
