@@ -35,7 +35,8 @@ def loss_of(network: nn.Module, x0: torch.Tensor) -> torch.Tensor:
     return (network(sf.Cosine().perturb(x0, t, noise), t) - noise).square().mean()
 
 
-def test_accelerate_logs_every_so_many_steps_through_its_trackers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("batches", [1, 4])
+def test_accelerate_logs_every_so_many_steps_once_through_its_trackers(batches: int, tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
     from accelerate.tracking import GeneralTracker
 
@@ -54,21 +55,26 @@ def test_accelerate_logs_every_so_many_steps_through_its_trackers(tmp_path: Path
         def log(self, values: dict[str, float], step: int | None = None, **_: object) -> None:
             logged.append((step, values))
 
-    accelerator = accelerate.Accelerator(cpu=True, log_with=Memory(), project_dir=str(tmp_path))
+    accelerator = accelerate.Accelerator(
+        cpu=True, gradient_accumulation_steps=batches, log_with=Memory(), project_dir=str(tmp_path)
+    )
     accelerator.init_trackers("test")
     network = Net()
     model, optimizer = accelerator.prepare(network, torch.optim.SGD(network.parameters(), lr=0.01))
     measured = excess()
     log_excess = accelerate_callback(measured, accelerator, every=2)
-    for step in range(1, 6):
-        accelerator.backward(loss_of(model, data()))
-        optimizer.step()
-        optimizer.zero_grad()
+    step = 0
+    for _ in range(4 * batches + 2):
+        with accelerator.accumulate(model):
+            accelerator.backward(loss_of(model, data()))
+            optimizer.step()
+            optimizer.zero_grad()
+        step += accelerator.sync_gradients
         found = log_excess(model, step)
-        assert (found is not None) == (step % 2 == 0)
         if found is not None:
             assert logged[-1] == (step, found.metrics())
-    assert [step for step, _ in logged] == [2, 4]
+    # Before the first step there is a step 0 only where it takes several batches.
+    assert [step for step, _ in logged] == ([2, 4, 6] if batches == 1 else [0, 2, 4])
     assert model.training
     accelerator.end_training()
 

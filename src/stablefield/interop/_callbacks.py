@@ -20,9 +20,9 @@ def accelerate_callback(
         ...
         log_excess(model, global_step)
 
-    It unwraps the model and measures on the main process; the others go on and wait at their next collective operation, so a
-    measurement must be shorter than the process group's timeout. A model that is sharded over processes cannot be measured
-    this way.
+    With gradient accumulation you may also call it after each batch: it logs a step once. It unwraps the model and measures
+    on the main process; the others go on and wait at their next collective operation, so a measurement must be shorter than
+    the process group's timeout. A model that is sharded over processes cannot be measured this way.
 
     Args:
         excess: what to log.
@@ -43,9 +43,14 @@ def accelerate_callback(
     for name in ("log", "unwrap_model"):
         check_callable(f"accelerator.{name}", getattr(accelerator, name, None), f"accelerate.Accelerator().{name}")
 
+    last: int | None = None
+
     def log(model: Callable[..., Any], step: int) -> Excess | None:
-        if whole_number("step", step, 0) % every or not accelerator.is_main_process:
+        nonlocal last
+        # Several batches may belong to one step.
+        if whole_number("step", step, 0) % every or step == last or not accelerator.is_main_process:
             return None
+        last = step
         found = excess(accelerator.unwrap_model(model))
         accelerator.log(found.metrics(prefix), step=step)
         return found
