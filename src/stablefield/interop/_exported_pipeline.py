@@ -10,6 +10,7 @@ References:
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from operator import index
 from typing import Any, cast
 
 import torch
@@ -81,8 +82,8 @@ class StablefieldPipeline(DiffusionPipeline):
             return_dict: return an object with `images`, or a tuple.
 
         Raises:
-            ValueError: for an unknown solver, output or class name, classes or guidance of a model without classes, or
-                another number of classes or generators than of images.
+            ValueError: for an unknown solver, output or class, classes or guidance of a model without classes, or another
+                number of classes or generators than of images.
         """
         floating = self.scaling is not None and self.vae is None
         if output_type is None:
@@ -95,9 +96,9 @@ class StablefieldPipeline(DiffusionPipeline):
                 f"solver is {solver} and output_type {output_type}: pass heun or scheduler, and pil, np or pt."
             )
         config, device = self.unet.config, self._execution_device
-        classes = None if class_labels is None else self._numbers(class_labels)
-        if classes is not None and not (getattr(config, "num_classes", 0) or self._embeddings):
+        if class_labels is not None and not self._classes:
             raise ValueError(f"class_labels is {class_labels}, and this model has no classes: leave it out.")
+        classes = None if class_labels is None else self._numbers(class_labels)
         if batch_size is None:
             lists = (classes, generator if isinstance(generator, list) else None)
             batch_size = next((len(one) for one in lists if one is not None and not isinstance(one, int)), 1)
@@ -143,32 +144,47 @@ class StablefieldPipeline(DiffusionPipeline):
             images = self.numpy_to_pil(images) if output_type == "pil" else images
         return ImagePipelineOutput(images=cast("Any", images)) if return_dict else (images,)
 
-    def _numbers(self, classes: Any) -> Any:
-        if isinstance(classes, Tensor | int):
-            return classes
-        named = [classes] if isinstance(classes, str) else classes
-        for name in named:
-            if isinstance(name, str) and name not in self.labels:
-                listed = [*self.labels][:20] + ["..."] * (len(self.labels) > 20)
-                near = get_close_matches(name, self.labels, 3)
-                raise ValueError(
-                    f"class_labels holds {name!r}: pass classes among {', '.join(listed) or 'numbers'}."
-                    + (f" Did you mean {' or '.join(near)}?" if near else "")
-                )
-        numbers = [self.labels[name] if isinstance(name, str) else name for name in named]
-        return numbers[0] if isinstance(classes, str) else numbers
+    def _numbers(self, classes: Any) -> list[int] | int:
+        """The number of the class of all images, or one per image."""
+        given = classes.tolist() if hasattr(classes, "tolist") else classes
+        if isinstance(given, Iterable) and not isinstance(given, str):
+            return [self._number(one) for one in given]
+        return self._number(given)
+
+    def _number(self, given: Any) -> int:
+        """The number of a class that is given by its number or name, -1 for none."""
+        if isinstance(given, str) and given not in self.labels:
+            listed = [*self.labels][:20] + ["..."] * (len(self.labels) > 20)
+            near = get_close_matches(given, self.labels, 3)
+            raise ValueError(
+                f"class_labels holds {given!r}: pass classes among {', '.join(listed) or 'numbers'}."
+                + (f" Did you mean {' or '.join(near)}?" if near else "")
+            )
+        try:
+            number = self.labels[given] if isinstance(given, str) else index(given)
+        except TypeError:
+            number = None
+        if number is None or not -1 <= number < self._classes:
+            raise ValueError(
+                f"class_labels holds {given!r:.80}: pass whole numbers from 0 to {self._classes - 1}, or -1 for none."
+            )
+        return number
 
     def _guidance(
         self, labels: Tensor | None, scale: float, interval: tuple[float, float] | None
     ) -> tuple[float, float, float]:
         """The scale of guidance, and the ends of its interval."""
         low, high = (0.0, float("inf")) if interval is None else interval
-        config = self.unet.config
         if not 0 <= low < high:
             raise ValueError(f"guidance_interval is {interval}: pass noise levels (lo, hi) with 0 <= lo < hi.")
-        if scale != 1 and (labels is None or not (getattr(config, "num_classes", 0) or self._embeddings)):
+        if scale != 1 and labels is None:
             raise ValueError(f"guidance_scale is {scale}: guidance takes a network with classes, and class_labels.")
         return scale, low, high
+
+    @property
+    def _classes(self) -> int:
+        """The number of classes; 0 for none."""
+        return self._embeddings - 1 if self._embeddings else getattr(self.unet.config, "num_classes", None) or 0
 
     @property
     def _embeddings(self) -> int:

@@ -1,0 +1,68 @@
+"""Calls of an exported pipeline that would do something else than they say are errors."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+import stablefield as sf
+from stablefield.networks import MLP, SiT, SongUNet
+from stablefield.networks._diffusers_unet import DiffusersUNet
+
+SHAPE = (1, 8, 8)
+NETWORKS: dict[str, Callable[[int], torch.nn.Module]] = {
+    "perceptron": lambda classes: MLP(SHAPE, 8, 1, classes=classes),
+    "unet": lambda classes: SongUNet.ddpmpp(8, 1, 8, (1, 1), 1, classes=classes),
+    "sit": lambda classes: SiT((8, 8), 2, 1, 16, 1, 2, classes=classes),
+    "diffusers": lambda classes: DiffusersUNet.sized(8, 1, (8, 8), 1, classes=classes, groups=4),
+}
+
+
+def loaded(folder: Path) -> Any:
+    """The pipeline in a folder."""
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def exported(folder: Path, kind: str, classes: int = 3, **options: Any) -> Any:
+    """The pipeline of a network with random weights, of which none are 0."""
+    torch.manual_seed(0)
+    denoiser = sf.Denoiser(NETWORKS[kind](classes)).eval()
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    sf.interop.write_pipeline(folder, denoiser, SHAPE, **options)
+    return loaded(folder)
+
+
+def latents(count: int) -> torch.Tensor:
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_class_that_the_network_does_not_have_is_refused_by_its_number(kind: str, tmp_path: Path) -> None:
+    pipe = exported(tmp_path / kind, kind, class_names=("ant", "bee", "0"))
+    options = {"latents": latents(3), "num_inference_steps": 1, "output_type": "pt"}
+    expected = pipe(class_labels=[0, 2, -1], **options).images
+    assert not torch.equal(pipe(class_labels=[0, 1, -1], **options).images, expected)
+    for same in (torch.tensor([0, 2, -1]), np.array([0, 2, -1]), ("ant", np.int64(2), torch.tensor(-1))):
+        assert torch.equal(pipe(class_labels=same, **options).images, expected)
+    for wrong, told in (
+        (3, "3"),
+        (-2, "-2"),
+        (-7, "-7"),
+        ([0, 3, 1], "3"),
+        (torch.tensor([0, 1, 4]), "4"),
+        (np.array([0, -3, 1]), "-3"),
+        (1.0, r"1\.0"),
+        (torch.tensor([0.0, 1.0, 2.0]), r"0\.0"),
+        ([[0, 1, 0]] * 3, r"\[0, 1, 0\]"),
+    ):
+        message = rf"^class_labels holds {told}: pass whole numbers from 0 to 2, or -1 for none\.$"
+        with pytest.raises(ValueError, match=message):
+            pipe(class_labels=wrong, **options)
