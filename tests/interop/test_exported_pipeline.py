@@ -66,3 +66,21 @@ def test_a_class_that_the_network_does_not_have_is_refused_by_its_number(kind: s
         message = rf"^class_labels holds {told}: pass whole numbers from 0 to 2, or -1 for none\.$"
         with pytest.raises(ValueError, match=message):
             pipe(class_labels=wrong, **options)
+
+
+def test_guidance_that_would_do_nothing_is_refused(tmp_path: Path) -> None:
+    pipe = exported(tmp_path / "guided", "perceptron")
+    options = {"latents": latents(2), "num_inference_steps": 2, "output_type": "pt", "class_labels": [0, 1]}
+    plain = pipe(**options).images
+    guided = pipe(guidance_scale=2.0, guidance_interval=(0.1, 100.0), **options).images
+    assert not torch.allclose(guided, plain)
+    message = (
+        r"^guidance_interval is \(0\.1, 100\.0\) and does nothing at guidance_scale 1: pass a scale, such as guidance"
+    )
+    with pytest.raises(ValueError, match=message):
+        pipe(guidance_interval=(0.1, 100.0), **options)
+    options["class_labels"] = [0, -1]
+    assert not torch.allclose(pipe(guidance_scale=2.0, **options).images, pipe(**options).images)
+    for none in (-1, [-1, -1], torch.tensor([-1, -1])):
+        with pytest.raises(ValueError, match=r"^guidance_scale is 2\.0: .* and class_labels other than -1\.$"):
+            pipe(**options | {"class_labels": none, "guidance_scale": 2.0})

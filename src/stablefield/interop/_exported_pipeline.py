@@ -72,7 +72,7 @@ class StablefieldPipeline(DiffusionPipeline):
             num_inference_steps: steps N of the solver; Heun evaluates the network 2 N - 1 times.
             class_labels: the class of all images, or one per image: its number, its name in `labels`, or -1 for none.
             guidance_scale: w of classifier-free guidance, which takes classes; 1 for none. It doubles the evaluations.
-            guidance_interval: noise levels (lo, hi] to guide in, such as (0.19, 1.61); all by default.
+            guidance_interval: noise levels (lo, hi] to guide in by `guidance_scale`, such as (0.19, 1.61); all by default.
             generator: draws the latents; a list has one per image.
             latents: standard normal noise, shape (B, C, H, W), instead of drawing it.
             solver: "heun", in float64 if the device has it, or "scheduler" for the scheduler's own steps.
@@ -82,8 +82,8 @@ class StablefieldPipeline(DiffusionPipeline):
             return_dict: return an object with `images`, or a tuple.
 
         Raises:
-            ValueError: for an unknown solver, output or class, classes or guidance of a model without classes, or another
-                number of classes or generators than of images.
+            ValueError: for an unknown solver, output or class, classes or guidance of a model without classes, guidance that
+                does nothing, or another number of classes or generators than of images.
         """
         floating = self.scaling is not None and self.vae is None
         if output_type is None:
@@ -122,7 +122,7 @@ class StablefieldPipeline(DiffusionPipeline):
                 f"class_labels holds {len(classes)} classes for {len(latents)} images: pass one per image."
             )
         labels = None if classes is None else torch.as_tensor(classes, device=device)
-        guidance = self._guidance(labels, guidance_scale, guidance_interval)
+        guidance = self._guidance(classes, guidance_scale, guidance_interval)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         wide = torch.float32 if device.type == "mps" else torch.float64
         x = latents.to(device, wide) * self.scheduler.sigmas[0].to(wide)
@@ -171,14 +171,21 @@ class StablefieldPipeline(DiffusionPipeline):
         return number
 
     def _guidance(
-        self, labels: Tensor | None, scale: float, interval: tuple[float, float] | None
+        self, classes: list[int] | None, scale: float, interval: tuple[float, float] | None
     ) -> tuple[float, float, float]:
         """The scale of guidance, and the ends of its interval."""
         low, high = (0.0, float("inf")) if interval is None else interval
         if not 0 <= low < high:
             raise ValueError(f"guidance_interval is {interval}: pass noise levels (lo, hi) with 0 <= lo < hi.")
-        if scale != 1 and labels is None:
-            raise ValueError(f"guidance_scale is {scale}: guidance takes a network with classes, and class_labels.")
+        if scale == 1 and interval is not None:
+            raise ValueError(
+                f"guidance_interval is {interval} and does nothing at guidance_scale 1: pass a scale, such as "
+                "guidance_scale=2.0, or leave the interval out."
+            )
+        if scale != 1 and set(classes or ()) <= {-1}:
+            raise ValueError(
+                f"guidance_scale is {scale}: guidance takes a network with classes, and class_labels other than -1."
+            )
         return scale, low, high
 
     @property
