@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler
 
 import stablefield as sf
 from stablefield.networks import MLP, SiT, SongUNet
@@ -84,3 +84,43 @@ def test_guidance_that_would_do_nothing_is_refused(tmp_path: Path) -> None:
     for none in (-1, [-1, -1], torch.tensor([-1, -1])):
         with pytest.raises(ValueError, match=r"^guidance_scale is 2\.0: .* and class_labels other than -1\.$"):
             pipe(**options | {"class_labels": none, "guidance_scale": 2.0})
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_a_generator_beside_latents_is_refused_unless_the_steps_add_its_noise(tmp_path: Path) -> None:
+    pipe = exported(tmp_path / "seeded", "perceptron", 0)
+    options = {"num_inference_steps": 4, "output_type": "pt"}
+    euler, given = pipe.scheduler, latents(2)
+    dpm = EDMDPMSolverMultistepScheduler.from_config(euler.config)
+    for solver, scheduler in (("heun", euler), ("scheduler", euler), ("scheduler", dpm)):
+        pipe.scheduler = scheduler
+        for generator in (seeded(1)[0], seeded(1, 2), seeded(1, 2, 3, 4, 5)):
+            message = (
+                rf"^generator draws nothing beside latents with solver {solver}, whose steps add no noise: leave one"
+            )
+            with pytest.raises(ValueError, match=message):
+                pipe(latents=given, generator=generator, solver=solver, **options)
+        # `batch_size` counts only without latents.
+        assert len(pipe(batch_size=7, latents=given, solver=solver, **options).images) == 2
+        # Without noise of the steps the latents are all that a generator draws.
+        rows = torch.cat([torch.randn(1, *SHAPE, generator=one) for one in seeded(3, 4)])
+        found = pipe(generator=seeded(3, 4), solver=solver, **options).images
+        torch.testing.assert_close(found, pipe(latents=rows, solver=solver, **options).images)
+    pipe.scheduler = EDMDPMSolverMultistepScheduler.from_config(euler.config, algorithm_type="sde-dpmsolver++")
+    options["solver"] = "scheduler"
+    found = pipe(latents=given, generator=seeded(3, 4), **options).images
+    torch.testing.assert_close(pipe(latents=given, generator=seeded(3, 4), **options).images, found)
+    torch.testing.assert_close(pipe(latents=given[1:], generator=seeded(4), **options).images, found[1:])
+    assert not torch.allclose(pipe(latents=given, generator=seeded(5, 4), **options).images[0], found[0])
+    one = [pipe(latents=given, generator=seeded(3)[0], **options).images for _ in range(2)]
+    torch.testing.assert_close(*one)
+    both = pipe(generator=seeded(3, 4), **options).images
+    torch.testing.assert_close(pipe(generator=seeded(4), **options).images, both[1:])
+    with pytest.raises(ValueError, match=r"^generator holds 5 generators for 2 images: pass one per image"):
+        pipe(batch_size=5, latents=given, generator=seeded(1, 2, 3, 4, 5), **options)
+    # Heun's method takes no steps of the scheduler.
+    with pytest.raises(ValueError, match=r"^generator draws nothing beside latents with solver heun"):
+        pipe(latents=given, generator=seeded(3, 4), **options | {"solver": "heun"})

@@ -10,6 +10,7 @@ References:
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from inspect import signature
 from operator import index
 from typing import Any, cast
 
@@ -73,7 +74,7 @@ class StablefieldPipeline(DiffusionPipeline):
             class_labels: the class of all images, or one per image: its number, its name in `labels`, or -1 for none.
             guidance_scale: w of classifier-free guidance, which takes classes; 1 for none. It doubles the evaluations.
             guidance_interval: noise levels (lo, hi] to guide in by `guidance_scale`, such as (0.19, 1.61); all by default.
-            generator: draws the latents; a list has one per image.
+            generator: draws the latents, and the noise of a scheduler that adds some; a list has one per image.
             latents: standard normal noise, shape (B, C, H, W), instead of drawing it.
             solver: "heun", in float64 if the device has it, or "scheduler" for the scheduler's own steps.
             output_type: "pil", the default, "np" (B, H, W, C) in [0, 1], or "pt", (B, C, H, W) in [-1, 1] as in training. Of
@@ -82,8 +83,8 @@ class StablefieldPipeline(DiffusionPipeline):
             return_dict: return an object with `images`, or a tuple.
 
         Raises:
-            ValueError: for an unknown solver, output or class, classes or guidance of a model without classes, guidance that
-                does nothing, or another number of classes or generators than of images.
+            ValueError: for an unknown solver, output or class, classes or guidance of a model without classes, guidance or a
+                generator that does nothing, or another number of classes or generators than of images.
         """
         floating = self.scaling is not None and self.vae is None
         if output_type is None:
@@ -102,14 +103,19 @@ class StablefieldPipeline(DiffusionPipeline):
         if batch_size is None:
             lists = (classes, generator if isinstance(generator, list) else None)
             batch_size = next((len(one) for one in lists if one is not None and not isinstance(one, int)), 1)
+        draws = solver == "scheduler" and self._adds_noise
+        if latents is not None and generator is not None and not draws:
+            raise ValueError(
+                f"generator draws nothing beside latents with solver {solver}, whose steps add no noise: leave one of them "
+                "out."
+            )
+        count = batch_size if latents is None else len(latents)
+        if isinstance(generator, list) and len(generator) != count:
+            raise ValueError(f"generator holds {len(generator)} generators for {count} images: pass one per image.")
         if latents is None:
             size = config.sample_size
             shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))
             if isinstance(generator, list):
-                if len(generator) != batch_size:
-                    raise ValueError(
-                        f"generator holds {len(generator)} generators for {batch_size} images: pass one per image."
-                    )
                 rows = [torch.randn(shape, generator=one, device=one.device).to(device) for one in generator]
                 latents = torch.stack(rows)
             else:
@@ -126,7 +132,10 @@ class StablefieldPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         wide = torch.float32 if device.type == "mps" else torch.float64
         x = latents.to(device, wide) * self.scheduler.sigmas[0].to(wide)
-        x = self._heun(x, labels, guidance) if solver == "heun" else self._own_steps(x, labels, guidance)
+        if solver == "heun":
+            x = self._heun(x, labels, guidance)
+        else:
+            x = self._own_steps(x, labels, guidance, {"generator": generator} if draws else {})
         if self.scaling is not None:
             per_channel = (-1, *(1,) * (x.ndim - 2))
             mean, std = (torch.tensor(self.scaling[name]).to(x).reshape(per_channel) for name in ("mean", "std"))
@@ -238,10 +247,18 @@ class StablefieldPipeline(DiffusionPipeline):
             x = end
         return x
 
-    def _own_steps(self, x: Tensor, labels: Tensor | None, guidance: Any) -> Tensor:
+    @property
+    def _adds_noise(self) -> bool:
+        """Whether steps of the scheduler add noise of the generator, as those of SDE solvers do."""
+        taken = signature(self.scheduler.step).parameters
+        kind = self.scheduler.config.get("algorithm_type")
+        # Euler's steps take a generator for churn, of which there is none; DPM-Solver's for its SDE form only.
+        return "generator" in taken and "s_churn" not in taken and (kind is None or kind.startswith("sde"))
+
+    def _own_steps(self, x: Tensor, labels: Tensor | None, guidance: Any, noise: dict[str, Any]) -> Tensor:
         inner = self.unet.dtype
         x = x.to(inner)
         for t, sigma in self._shown([*zip(self.scheduler.timesteps, self.scheduler.sigmas, strict=False)]):
             raw = self._raw(self.scheduler.scale_model_input(x, t), t.to(inner), labels, sigma, guidance)
-            x = self.scheduler.step(raw, t, x).prev_sample
+            x = self.scheduler.step(raw, t, x, **noise).prev_sample
         return x
