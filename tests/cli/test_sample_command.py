@@ -234,8 +234,17 @@ def test_guidance_of_a_run_that_never_dropped_a_label_is_refused(
     record["recipe"]["label_dropout"] = 0.0
     del record["checksum"]
     (tmp_path / "run" / "config.json").write_text(json.dumps(record))
+    never = "the run was trained without dropping labels, so its network never learned to draw without a class"
     assert status("sample", str(tmp_path / "run"), "--guidance-scale", "2") == 2
-    assert "trained without dropping labels, so its network never learned" in " ".join(capsys.readouterr().err.split())
+    assert f"--guidance-scale 2: {never}" in " ".join(capsys.readouterr().err.split())
+    for classes in (["-1"], ["3", "-1"]):
+        assert status("sample", str(tmp_path / "run"), "--class", *classes) == 2
+        assert f"--class -1: {never}" in " ".join(capsys.readouterr().err.split())
+    guide = ["--guide", str(tmp_path / "run"), "--guidance-scale", "2", "--class"]
+    assert status("sample", str(conditional), *guide, "3", "-1") == 2
+    assert "was trained without dropping labels" in " ".join(capsys.readouterr().err.split())
+    assert status("sample", str(tmp_path / "run"), "--class", "10") == 2
+    assert "-1" not in capsys.readouterr().err
 
 
 def test_autoguidance_extrapolates_from_the_guides_run(run: Path, worse: Path, tmp_path: Path) -> None:

@@ -466,6 +466,9 @@ def test_what_the_config_of_a_plain_export_states_is_imported_with_its_weights(t
         {"autoencoder": {"x": 1}},
         {"autoencoder": 3},
         {"shape": 3},
+        {"label_dropout": 1.5},
+        {"label_dropout": "0"},
+        {"label_dropout": True},
     ]
     for change in damaged:
         (tmp_path / "plain" / "config.json").write_text(json.dumps(record | change))

@@ -1,5 +1,6 @@
 """Calls of an exported pipeline that would do something else than they say are errors."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler
 import stablefield as sf
 from stablefield.networks import MLP, SiT, SongUNet
 from stablefield.networks._diffusers_unet import DiffusersUNet
+from stablefield.training._recipe import Recipe, SiTConfig
 
 SHAPE = (1, 8, 8)
 NETWORKS: dict[str, Callable[[int], torch.nn.Module]] = {
@@ -124,3 +126,118 @@ def test_a_generator_beside_latents_is_refused_unless_the_steps_add_its_noise(tm
     # Heun's method takes no steps of the scheduler.
     with pytest.raises(ValueError, match=r"^generator draws nothing beside latents with solver heun"):
         pipe(latents=given, generator=seeded(3, 4), **options | {"solver": "heun"})
+
+
+NEVER = "was trained without dropping labels, so its network never learned to draw without a class"
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> sf.Run:
+    """A run that saw the class of every image."""
+    network = SiTConfig(patch_size=4, width=8, depth=1, heads=1)
+    recipe = Recipe(
+        network=network, steps=1, batch=4, sample_every=0, references=8, conditional=True, label_dropout=0.0
+    )
+    return sf.train("digits", recipe=recipe, out=tmp_path_factory.mktemp("taught") / "run", device="cpu")
+
+
+def draws_with_classes_only(run: sf.Run) -> None:
+    """The run draws its classes in turn, and refuses what takes a network that draws without them."""
+    assert run.sample(3, steps=1, device="cpu").labels.tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match=f"^guidance_scale=2: the run {NEVER}, which guidance needs"):
+        run.sample(2, steps=1, guidance_scale=2.0, device="cpu")
+    for classes in (-1, [3, -1]):
+        with pytest.raises(ValueError, match=f"^class_label=-1: the run {NEVER}: train with a label dropout"):
+            run.sample(2, steps=1, class_label=classes, device="cpu")
+
+
+def test_a_pipeline_of_a_network_that_always_saw_a_class_draws_none_without(taught: sf.Run, tmp_path: Path) -> None:
+    taught.export(tmp_path / "never", samples=0)
+    pipe = loaded(tmp_path / "never")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in pipe.unet.parameters():
+            # A longer training would make the classes differ.
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    options = {"num_inference_steps": 2, "output_type": "pt"}
+    given = torch.cat([latents(6), latents(6)])
+    found = pipe(latents=given, **options).images
+    expected = pipe(latents=given, class_labels=[*range(10), 0, 1], **options).images
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert (found[1:10] - pipe(latents=given[1:10], class_labels=0, **options).images).abs().amax(
+        (1, 2, 3)
+    ).min() > 1e-3
+    # As in `run.sample`, the class is that of the seed, whatever the batch.
+    rows = pipe(generator=seeded(13, 4), **options).images
+    expected = pipe(generator=seeded(13, 4), class_labels=[3, 4], **options).images
+    torch.testing.assert_close(rows, expected, rtol=0, atol=0)
+    torch.testing.assert_close(pipe(generator=seeded(4), **options).images, rows[1:])
+    one = [
+        pipe(batch_size=3, generator=seeded(5)[0], **options, **more).images
+        for more in ({}, {"class_labels": [0, 1, 2]})
+    ]
+    torch.testing.assert_close(*one, rtol=0, atol=0)
+    message = f"guidance_scale is 3.0: the model {NEVER}, which guidance needs: leave it out"
+    for classes in (3, None):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            pipe(class_labels=classes, guidance_scale=3.0, **options)
+    for classes in (-1, [2, -1], torch.tensor([-1])):
+        with pytest.raises(
+            ValueError, match=f"^class_labels holds -1: the model {NEVER}: pass whole numbers from 0 to 9"
+        ):
+            pipe(class_labels=classes, **options)
+    with pytest.raises(ValueError, match=r"^class_labels holds 10: pass whole numbers from 0 to 9\.$"):
+        pipe(class_labels=10, **options)
+    card = (tmp_path / "never" / "README.md").read_text()
+    assert "0 to 9.\n" in card
+    assert "-1 for none" not in card
+    assert "guidance_scale" not in card
+
+
+def test_a_pipeline_that_does_not_state_the_label_dropout_draws_without_a_class(tmp_path: Path) -> None:
+    options = {"latents": latents(2), "num_inference_steps": 2, "output_type": "pt"}
+    for kind, stated in (("perceptron", {}), ("diffusers", {"label_dropout": 0.1})):
+        pipe = exported(tmp_path / kind, kind, **stated)
+        torch.testing.assert_close(pipe(**options).images, pipe(class_labels=-1, **options).images)
+        assert not torch.allclose(pipe(**options).images, pipe(class_labels=[0, 1], **options).images)
+    index = json.loads((tmp_path / "perceptron" / "model_index.json").read_text())
+    assert "label_dropout" not in index
+
+
+def test_diffusers_own_network_that_always_saw_a_class_takes_the_classes_in_turn(tmp_path: Path) -> None:
+    pipe = exported(tmp_path / "turns", "diffusers", label_dropout=0.0)
+    options = {"latents": latents(4), "num_inference_steps": 2, "output_type": "pt"}
+    torch.testing.assert_close(pipe(**options).images, pipe(class_labels=[0, 1, 2, 0], **options).images)
+    with pytest.raises(ValueError, match=f"^class_labels holds -1: the model {NEVER}"):
+        pipe(class_labels=-1, **options)
+    pipe.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "model_index.json").read_text())["label_dropout"] == 0
+
+
+@pytest.mark.parametrize("kind", ["plain", "diffusers"])
+def test_an_import_knows_whether_the_network_always_saw_a_class(kind: str, taught: sf.Run, tmp_path: Path) -> None:
+    draws_with_classes_only(taught)
+    taught.export(tmp_path / "out", format=kind, samples=0)
+    if kind == "plain":
+        file, where, options = tmp_path / "out" / "model.safetensors", tmp_path / "out" / "config.json", {}
+    else:
+        file = tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors"
+        where, options = tmp_path / "out" / "model_index.json", {"preconditioning": "edm", "heads": 1}
+    again = sf.interop.import_run(file, tmp_path / "run", **options)
+    draws_with_classes_only(again)
+    again.export(tmp_path / "second", format="plain", samples=0)
+    assert json.loads((tmp_path / "second" / "config.json").read_text())["label_dropout"] == 0
+    assert "-1 for none" not in (tmp_path / "second" / "README.md").read_text()
+    record = json.loads(where.read_text())
+    assert record["label_dropout"] == 0
+    # Files of earlier versions do not state it.
+    where.write_text(json.dumps({key: value for key, value in record.items() if key != "label_dropout"}))
+    silent = sf.interop.import_run(file, tmp_path / "silent", **options)
+    assert silent.sample(2, steps=1, class_label=[-1, 3], guidance_scale=2.0, device="cpu").labels.tolist() == [-1, 3]
+    silent.export(tmp_path / "third", format="plain", samples=0)
+    assert "label_dropout" not in json.loads((tmp_path / "third" / "config.json").read_text())
+    assert "or -1 for none" in (tmp_path / "third" / "README.md").read_text()
+    for odd in (2, "0", [], True):
+        where.write_text(json.dumps(record | {"label_dropout": odd}))
+        with pytest.raises(ValueError, match=rf"{where.name} cannot be used: its label_dropout is"):
+            sf.interop.import_run(file, tmp_path / "odd", **options)

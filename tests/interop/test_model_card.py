@@ -102,16 +102,24 @@ def test_the_card_of_a_conditional_run_lists_its_classes_by_number_and_name(name
 
 def test_the_card_says_where_classes_have_no_names_and_nothing_where_there_are_none() -> None:
     sizes = {"shape": (1, 8, 8), "parameters": 3}
-    told = {"name": "m", "data": "x", "recipe": Recipe(), "step": 9, "ema": "none", "version": "1"}
+    told = {
+        "name": "m",
+        "data": "x",
+        "recipe": Recipe(),
+        "step": 9,
+        "ema": "none",
+        "version": "1",
+        "label_dropout": 0.1,
+    }
     assert (
         "0 to 6, or -1 for none. The names of the classes are unknown." in ModelCard(classes=7, **sizes, **told).text()
     )
     named = ModelCard(classes=2, class_names=("`odd`", "red cats"), **sizes, **told).text()
     call = 'pipe(batch_size=16, num_inference_steps=18, class_labels="red cats", guidance_scale=2.0).images'
     assert call in named
-    without = ModelCard(
-        classes=2, class_names=("`odd`", "$"), **sizes, **(told | {"recipe": Recipe(label_dropout=0)})
-    ).text()
+    without = ModelCard(classes=2, class_names=("`odd`", "$"), **sizes, **(told | {"label_dropout": 0.0})).text()
+    assert "Pass a class by its name or its number, 0 to 1.\n" in without
+    assert "Without it the images take the classes in turn." in without
     assert "pipe(batch_size=16, num_inference_steps=18, class_labels=0).images" in without
     assert "guidance" not in without.split("## Use")[1]
     assert "Classes" not in ModelCard(classes=0, **sizes, **told).text()

@@ -78,6 +78,7 @@ def export_run(
             class_names=config.class_names,
             scaling=config.scaling,
             autoencoder=autoencoder,
+            label_dropout=config.label_dropout,
         )
     else:
         write_plain(
@@ -87,6 +88,7 @@ def export_run(
             class_names=config.class_names,
             scaling=config.scaling,
             autoencoder=config.autoencoder,
+            label_dropout=config.label_dropout,
         )
     if pictures:
         # The picture of a network with classes cycles through them.
@@ -101,6 +103,7 @@ def export_run(
         class_names=config.class_names,
         parameters=sum(parameter.numel() for parameter in denoiser.parameters()),
         recipe=config.recipe,
+        label_dropout=config.label_dropout,
         step=model.step,
         ema=model.average,
         version=config.version,

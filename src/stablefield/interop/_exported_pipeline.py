@@ -20,6 +20,8 @@ from torch import Tensor
 
 __all__ = ["StablefieldPipeline"]
 
+_NEVER = "the model was trained without dropping labels, so its network never learned to draw without a class"
+
 
 class StablefieldPipeline(DiffusionPipeline):
     """Draw images from a network in EDM's preconditioning.
@@ -30,6 +32,9 @@ class StablefieldPipeline(DiffusionPipeline):
         id2label: class names by number; None if unknown.
         scaling: of data that are not images, the `mean` and `std` of each channel; None for images.
         vae: an AutoencoderKL that decodes latents to images; None if the network draws no latents of images.
+        label_dropout: share of the training's rows whose class the network did not see. At 0 it never learned to draw
+            without a class: such calls and guidance are refused, and images without `class_labels` take the classes in
+            turn. None if unknown.
     """
 
     unet: Any
@@ -45,11 +50,12 @@ class StablefieldPipeline(DiffusionPipeline):
         id2label: dict[str, str] | None = None,
         scaling: dict[str, Any] | None = None,
         vae: Any = None,
+        label_dropout: float | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
-        self.register_to_config(id2label=id2label, scaling=scaling)
-        self.scaling = scaling
+        self.register_to_config(id2label=id2label, scaling=scaling, label_dropout=label_dropout)
+        self.scaling, self.label_dropout = scaling, label_dropout
         self.labels = {name: int(number) for number, name in (id2label or {}).items()}
 
     @torch.no_grad()
@@ -71,7 +77,9 @@ class StablefieldPipeline(DiffusionPipeline):
         Args:
             batch_size: how many, unless `latents` is given; by default one per class, or per generator, in a list.
             num_inference_steps: steps N of the solver; Heun evaluates the network 2 N - 1 times.
-            class_labels: the class of all images, or one per image: its number, its name in `labels`, or -1 for none.
+            class_labels: the class of all images, or one per image: its number, its name in `labels`, or -1 for none, the
+                default. If the network never learned to draw without a class, the default is class k modulo their number for
+                the image of a generator with seed k in a list, or else for image k.
             guidance_scale: w of classifier-free guidance, which takes classes; 1 for none. It doubles the evaluations.
             guidance_interval: noise levels (lo, hi] to guide in by `guidance_scale`, such as (0.19, 1.61); all by default.
             generator: draws the latents, and the noise of a scheduler that adds some; a list has one per image.
@@ -83,8 +91,9 @@ class StablefieldPipeline(DiffusionPipeline):
             return_dict: return an object with `images`, or a tuple.
 
         Raises:
-            ValueError: for an unknown solver, output or class, classes or guidance of a model without classes, guidance or a
-                generator that does nothing, or another number of classes or generators than of images.
+            ValueError: for an unknown solver, output or class, classes or guidance of a model without classes, guidance or
+                class -1 of a model that never learned to draw without one, guidance or a generator that does nothing, or
+                another number of classes or generators than of images.
         """
         floating = self.scaling is not None and self.vae is None
         if output_type is None:
@@ -121,6 +130,9 @@ class StablefieldPipeline(DiffusionPipeline):
             else:
                 place = device if generator is None else generator.device
                 latents = torch.randn((batch_size, *shape), generator=generator, device=place).to(device)
+        if classes is None and self._classes and self.label_dropout == 0:
+            seeds = [one.initial_seed() for one in generator] if isinstance(generator, list) else range(count)
+            classes = [seed % self._classes for seed in seeds]
         if isinstance(classes, int):
             classes = [classes] * len(latents)
         if classes is not None and len(classes) != len(latents):
@@ -173,9 +185,12 @@ class StablefieldPipeline(DiffusionPipeline):
             number = self.labels[given] if isinstance(given, str) else index(given)
         except TypeError:
             number = None
+        if number == -1 and self.label_dropout == 0:
+            raise ValueError(f"class_labels holds -1: {_NEVER}: pass whole numbers from 0 to {self._classes - 1}.")
         if number is None or not -1 <= number < self._classes:
+            none = "" if self.label_dropout == 0 else ", or -1 for none"
             raise ValueError(
-                f"class_labels holds {given!r:.80}: pass whole numbers from 0 to {self._classes - 1}, or -1 for none."
+                f"class_labels holds {given!r:.80}: pass whole numbers from 0 to {self._classes - 1}{none}."
             )
         return number
 
@@ -195,6 +210,8 @@ class StablefieldPipeline(DiffusionPipeline):
             raise ValueError(
                 f"guidance_scale is {scale}: guidance takes a network with classes, and class_labels other than -1."
             )
+        if scale != 1 and self.label_dropout == 0:
+            raise ValueError(f"guidance_scale is {scale}: {_NEVER}, which guidance needs: leave it out.")
         return scale, low, high
 
     @property

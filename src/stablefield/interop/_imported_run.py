@@ -1,5 +1,6 @@
 """Make a run folder from a published network, so that every verb that opens a run can open it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import stablefield
@@ -54,7 +55,7 @@ def write_imported_run(path: Path, network: PublishedNetwork, source: Path) -> R
     """Write a run folder with the network's weights, at step 0, as both weights and their average.
 
     The recipe describes the network and the training that belongs to its preconditioning in the table of Karras et al. 2022.
-    The file does not hold the other details of its training, so they stay unknown.
+    The file does not hold the other details of its training, so they stay unknown; an export states the label dropout.
 
     Args:
         path: a new or empty folder.
@@ -66,6 +67,8 @@ def write_imported_run(path: Path, network: PublishedNetwork, source: Path) -> R
     """
     architecture = network.architecture
     recipe = _recipe(architecture, network.preconditioning)
+    if "label_dropout" in network.manifest:
+        recipe = replace(recipe, label_dropout=network.manifest["label_dropout"])
     denoiser = network.denoiser()
     config = RunConfig(
         data=f"imported from {plain_text(source.name)}",

@@ -44,6 +44,7 @@ class ModelCard:
         floating: whether the data are floats rather than 8-bit images.
         autoencoder: of latents of images; None for other data.
         scaling: of float data.
+        label_dropout: share of the training's rows whose class the network did not see; None if unknown.
     """
 
     name: str
@@ -62,6 +63,7 @@ class ModelCard:
     floating: bool = False
     autoencoder: AutoencoderRecord | None = None
     scaling: Scaling | None = None
+    label_dropout: float | None = None
 
     def text(self) -> str:
         """The card as Markdown with a YAML head."""
@@ -111,7 +113,9 @@ class ModelCard:
         if not self.classes:
             return ""
         name = "its name or its number" if self.pipeline and self.class_names is not None else "its number"
-        head = f"## Classes\n\nPass a class by {name}, 0 to {self.classes - 1}, or -1 for none."
+        # A network that always saw the class has learned nothing without one.
+        none = "" if self.label_dropout == 0 else ", or -1 for none"
+        head = f"## Classes\n\nPass a class by {name}, 0 to {self.classes - 1}{none}."
         if self.class_names is None:
             return f"{head} The names of the classes are unknown."
         rows = [(str(number), name) for number, name in enumerate(self.class_names)]
@@ -179,7 +183,7 @@ class ModelCard:
         call, guided = "batch_size=16, num_inference_steps=18", ""
         if self.classes:
             call += f", class_labels={class_argument(self.class_names)}"
-            if self.recipe.label_dropout or not self.step:
+            if self.label_dropout or (self.label_dropout is None and not self.step):
                 call += ", guidance_scale=2.0"
                 guided = (
                     "`class_labels` is one class for all images, or a list with one per image. `guidance_scale` above 1 "
@@ -187,7 +191,10 @@ class ModelCard:
                     "`guidance_interval=(0.19, 1.61)` guides at these noise levels only.\n\n"
                 )
             else:
-                guided = "`class_labels` is one class for all images, or a list with one per image.\n\n"
+                guided = "`class_labels` is one class for all images, or a list with one per image."
+                if self.label_dropout == 0:
+                    guided += " Without it the images take the classes in turn."
+                guided += "\n\n"
         floating = self.floating and self.autoencoder is None
         name, units = ("samples", "  # a tensor, in the units of the data") if floating else ("images", "")
         return (

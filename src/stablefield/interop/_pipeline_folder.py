@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 
 from stablefield import _shapes as shapes
+from stablefield._regular_file import read_limited
 from stablefield.data._autoencoder import Autoencoder
 from stablefield.data._scaling import Scaling
 from stablefield.diffusion import _preconditioning as preconditioning
@@ -38,12 +39,21 @@ from stablefield.networks._diffusers_unet import DiffusersUNet
 from stablefield.networks._mlp import MLP
 from stablefield.networks._sit import SiT
 from stablefield.networks._song_unet import SongUNet
+from stablefield.training._records import parse
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d import UNet2DModel
 
-__all__ = ["network_options", "new_folder", "preconditioning_options", "write_pipeline"]
+__all__ = [
+    "network_options",
+    "new_folder",
+    "preconditioning_options",
+    "read_pipeline_manifest",
+    "stated_label_dropout",
+    "write_pipeline",
+]
 
+_CLASS = ["pipeline", "StablefieldPipeline"]
 _MODULES = (shapes, preconditioning, layers, resample, embedding, dropout, blocks, levels, song_unet, mlp, sit)
 
 
@@ -58,6 +68,7 @@ def write_pipeline(
     class_names: Sequence[str] | None = None,
     scaling: Scaling | None = None,
     autoencoder: Autoencoder | None = None,
+    label_dropout: float | None = None,
 ) -> None:
     """Write the folder.
 
@@ -71,6 +82,8 @@ def write_pipeline(
         class_names: class names, for the pipeline's `id2label`; None if unknown.
         scaling: of data that are not images; the pipeline then returns data in their own units.
         autoencoder: decodes them to images, which the pipeline then returns.
+        label_dropout: share of the training's rows whose class the network did not see. At 0 it never learned to draw
+            without a class, and the pipeline refuses to. None if unknown.
 
     Raises:
         ImportError: if diffusers is not installed.
@@ -111,7 +124,7 @@ def write_pipeline(
         code = bundle([*_MODULES, exported_network], "The network of this export.")
     scheduler = EDMEulerScheduler(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, rho=rho)
     index: dict[str, Any] = {
-        "_class_name": ["pipeline", "StablefieldPipeline"],
+        "_class_name": _CLASS,
         "_diffusers_version": diffusers.__version__,
         "scheduler": ["diffusers", "EDMEulerScheduler"],
         "unet": [library, type(unet).__name__],
@@ -120,6 +133,8 @@ def write_pipeline(
         index["id2label"] = {str(number): name for number, name in enumerate(class_names)}
     if scaling is not None:
         index["scaling"] = scaling.record
+    if label_dropout is not None:
+        index["label_dropout"] = label_dropout
     if autoencoder is not None:
         index["vae"] = ["diffusers", "AutoencoderKL"]
     assert exported_pipeline.__file__ is not None
@@ -150,6 +165,41 @@ def new_folder(path: Path) -> Generator[None]:
         yield
     except OSError as error:
         raise ValueError(f"out={path} cannot be written ({error.strerror}): name another place.") from error
+
+
+def read_pipeline_manifest(weights: Path) -> dict[str, Any]:
+    """What the model_index.json of a pipeline states of the network whose weights are in the folder `unet` beside it.
+
+    Returns:
+        Its `label_dropout`, if that is stated; empty if there is no pipeline of `write_pipeline`.
+
+    Raises:
+        ValueError: if what it states cannot be used.
+    """
+    path = weights.absolute().parent.with_name("model_index.json")
+    try:
+        record = parse(read_limited(path))
+    except (OSError, ValueError):
+        return {}  # of another program, or none
+    if weights.absolute().parent.name != "unet" or record.get("_class_name") not in (_CLASS, _CLASS[1]):
+        return {}
+    try:
+        share = stated_label_dropout(record)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}: export the pipeline again.") from error
+    return {} if share is None else {"label_dropout": share}
+
+
+def stated_label_dropout(record: Mapping[str, Any]) -> float | None:
+    """The label dropout that the JSON of an export states; None if it states none.
+
+    Raises:
+        ValueError: if it is no share.
+    """
+    share: Any = record.get("label_dropout")
+    if share is not None and (type(share) not in (int, float) or not 0 <= share <= 1):
+        raise ValueError(f"its label_dropout is {str(share)[:40]}")
+    return None if share is None else float(share)
 
 
 def _forget_origin(path: Path) -> None:

@@ -3,7 +3,7 @@
 model.safetensors  config.json
 
 `read_plain_config` reads back what config.json states, which the weights do not: the preconditioning with its numbers, a
-transformer's heads, the scaling of float data, the names of the classes.
+transformer's heads, the scaling of float data, the names of the classes, the label dropout.
 """
 
 import json
@@ -17,7 +17,12 @@ from stablefield.data._autoencoder import AutoencoderRecord
 from stablefield.data._scaling import Scaling
 from stablefield.diffusion._preconditioning import PRECONDITIONINGS, Denoiser, NamedPreconditioning
 from stablefield.interop._inert import plain_text
-from stablefield.interop._pipeline_folder import network_options, new_folder, preconditioning_options
+from stablefield.interop._pipeline_folder import (
+    network_options,
+    new_folder,
+    preconditioning_options,
+    stated_label_dropout,
+)
 from stablefield.training._files import write_tensors
 from stablefield.training._records import parse
 
@@ -33,7 +38,8 @@ class PlainConfig:
         preconditioning: with its numbers.
         heads: of a transformer's attention; None for other networks.
         shape: of one sample.
-        manifest: of the data: the names of the classes, the scaling of float data, and the autoencoder, if there are any.
+        manifest: of the data: the names of the classes, the scaling of float data, and the autoencoder, if there are any;
+            and the label dropout of the training, if it is stated.
     """
 
     kind: str
@@ -51,6 +57,7 @@ def write_plain(
     class_names: Sequence[str] | None = None,
     scaling: Scaling | None = None,
     autoencoder: AutoencoderRecord | None = None,
+    label_dropout: float | None = None,
 ) -> None:
     """Write the files.
 
@@ -61,6 +68,8 @@ def write_plain(
         class_names: class names; None if unknown.
         scaling: of data that are not images.
         autoencoder: that decodes latents of images; it is named, and not included.
+        label_dropout: share of the training's rows whose class the network did not see; at 0 it never learned to draw
+            without a class. None if unknown.
 
     Raises:
         ValueError: if the folder is not empty or cannot be written, or the kind of network or preconditioning is not
@@ -75,6 +84,8 @@ def write_plain(
         "class_names": None if class_names is None else list(class_names),
         "denoiser": "c_skip x + c_out F(c_in x; c_noise), x = x_t / alpha, sigma = noise level sigma / alpha",
     }
+    if label_dropout is not None:
+        record["label_dropout"] = label_dropout
     if scaling is not None:
         record["scaling"] = scaling.record | {"data": "2 std x + mean, per channel"}
     if autoencoder is not None:
@@ -128,6 +139,8 @@ def _plain_config(record: Mapping[str, Any], stated: Mapping[str, Any]) -> Plain
     names: Any = record.get("class_names")
     if isinstance(names, list):
         manifest["class_names"] = [plain_text(str(name)) for name in names]
+    if (share := stated_label_dropout(record)) is not None:
+        manifest["label_dropout"] = share
     scaling, place = Scaling.of_manifest(record), record.get("autoencoder")
     if scaling is not None:
         if len(scaling.mean) != shape[0]:

@@ -30,6 +30,7 @@ from stablefield.diffusion._preconditioning import (
 )
 from stablefield.interop._architecture import Architecture, infer_architecture
 from stablefield.interop._inert import MAX_AXES, Array, Node, RefusedError, TensorView, plain_text
+from stablefield.interop._pipeline_folder import read_pipeline_manifest
 from stablefield.interop._plain_export import read_plain_config
 from stablefield.interop._sit_architecture import SiTArchitecture, infer_sit, is_sit
 from stablefield.interop._weight_files import MAX_TENSORS, read_weight_file
@@ -65,7 +66,7 @@ class PublishedNetwork:
         state: the network's tensors, float32, under the names of `SongUNet` or `SiT`.
         origin: their location in the file, and the source of the preconditioning.
         manifest: of the data, if config.json states it: the names of the classes, the scaling of float data, the
-            autoencoder.
+            autoencoder; and the label dropout of the training, if that file or the model_index.json of a pipeline states it.
     """
 
     architecture: Architecture | SiTArchitecture
@@ -105,7 +106,7 @@ def read_published(
     Raises:
         RefusedError: naming the content that is not supported or does not fit.
         ValueError: if there is no such file, the preconditioning or the heads are neither stated nor given, or what is given
-            differs from what is stated; or if the config.json of an export beside the file cannot be used.
+            differs from what is stated; or if the config.json or the model_index.json of an export cannot be used.
     """
     value, name = read_weight_file(path), plain_text(path.name)
     try:
@@ -165,6 +166,7 @@ def read_published(
         preconditioning=found_preconditioning,
         state=tensors,
         origin=f"{where}; {how}",
+        manifest={} if found.class_name else read_pipeline_manifest(path),
     )
 
 

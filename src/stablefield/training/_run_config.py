@@ -148,6 +148,19 @@ class RunConfig:
         return list(counts) if sum(counts) else None
 
     @property
+    def label_dropout(self) -> float | None:
+        """Share of the training's rows whose class the network did not see; at 0 it never learned to draw without a class.
+
+        None if unknown: of an imported network of which no file states it, and of weights that began as those of another
+        network, which may have learned it, and have seen all classes since. None also without classes.
+        """
+        share = self.recipe.label_dropout
+        imported = "imported" in self.manifest and "label_dropout" not in self.manifest
+        if not self.classes or imported or (share == 0 and self.initial is not None):
+            return None
+        return share
+
+    @property
     def proportional_classes(self) -> tuple[int, ...] | None:
         """Classes in the proportions of the training data, evenly mixed, for seeds to take in turn; None without classes.
 

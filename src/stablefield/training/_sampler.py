@@ -32,6 +32,7 @@ __all__ = ["RunSampler", "SamplerOptions", "open_sampler"]
 
 # Most classes that an error lists.
 _LISTED = 20
+_NEVER = "was trained without dropping labels, so its network never learned to draw without a class"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,18 +109,20 @@ class SamplerOptions(SolverOptions):
         guide = None if self.guide is None else open_model(self.guide, self.guide_ema, device)
         classes = own.config.classes
         numbers = self.class_numbers(own.config)
+        for opened, who in ((own, "the run"), (guide, f"guide={self.guide}")):
+            if opened is not None and opened.config.label_dropout == 0 and -1 in (numbers or ()):
+                raise ValueError(
+                    f"class_label=-1: {who} {_NEVER}: train with a label dropout such as 0.1, or name classes."
+                )
         if self.guidance_scale != 1 and guide is None and set(numbers or ()) <= {-1}:
             raise ValueError(
                 f"guidance_scale={self.guidance_scale:g}: classifier-free guidance takes a run with classes, and images "
                 "with one; guide by a worse run with guide=RUN."
             )
-        # An imported network (step 0), or the source of the first weights, may have learned without labels.
-        learned = own.config.recipe.label_dropout > 0 or own.step == 0 or own.config.initial is not None
-        if self.guidance_scale != 1 and guide is None and not learned:
+        if self.guidance_scale != 1 and guide is None and own.config.label_dropout == 0:
             raise ValueError(
-                f"guidance_scale={self.guidance_scale:g}: the run was trained without dropping labels, so its network never "
-                "learned to draw without a class, which guidance needs: train with a label dropout such as 0.1, or guide by "
-                "a worse run with guide=RUN."
+                f"guidance_scale={self.guidance_scale:g}: the run {_NEVER}, which guidance needs: train with a label "
+                "dropout such as 0.1, or guide by a worse run with guide=RUN."
             )
         if guide is not None and (guide.config.shape != own.config.shape or guide.config.classes != classes):
             raise ValueError(
@@ -422,8 +425,9 @@ def _class_number(wanted: str, config: RunConfig) -> int:
     if wanted == "-1" or (re.fullmatch("[0-9]{1,9}", wanted) and int(wanted) < classes):
         return int(wanted)
     near = [] if wanted.isdecimal() else get_close_matches(wanted, names, 3)
+    none = "" if config.label_dropout == 0 else ", or -1 for none"
     raise ValueError(
-        f"class_label={wanted}: the run has classes {_listed(classes, names)}, or -1 for none."
+        f"class_label={wanted}: the run has classes {_listed(classes, names)}{none}."
         + (f" Did you mean {' or '.join(near)}?" if near else "")
     )
 
