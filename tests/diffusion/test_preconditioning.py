@@ -259,9 +259,26 @@ def test_networks_of_ours_tell_neighbouring_noise_levels_apart_in_16_bits(precon
     (label, wanted), (rounded, found) = seen
     assert torch.equal(label, rounded)
     assert torch.equal(wanted, found)
-    assert {value.dtype for value in network.state_dict().values()} <= {low, torch.float32}
     assert network.map_noise.freqs.dtype == torch.float32
     assert network.double().map_noise.freqs.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda: sf.networks.MLP((1, 8, 8), 8, 1),
+        lambda: sf.networks.SiT((8, 8), 2, 1, 16, 1, 2),
+        lambda: sf.networks.DiffusersUNet.sized(8, 1, (8, 8), 1, groups=4),
+    ],
+    ids=["MLP", "SiT", "DiffusersUNet"],
+)
+def test_all_networks_of_ours_get_labels_in_float32(network):
+    network = network().bfloat16().eval()
+    seen = []
+    network.register_forward_pre_hook(lambda _, given: seen.append(given[1]))
+    out = sf.Denoiser(network, sf.VPPreconditioning())(torch.zeros(2, 1, 8, 8), torch.tensor([40.0, 40.1]))
+    assert torch.equal(seen[0], sf.VPPreconditioning()(torch.tensor([40.0, 40.1])).c_noise)
+    assert out.isfinite().all()
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])

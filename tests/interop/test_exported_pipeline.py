@@ -241,3 +241,32 @@ def test_an_import_knows_whether_the_network_always_saw_a_class(kind: str, taugh
         where.write_text(json.dumps(record | {"label_dropout": odd}))
         with pytest.raises(ValueError, match=rf"{where.name} cannot be used: its label_dropout is"):
             sf.interop.import_run(file, tmp_path / "odd", **options)
+
+
+@pytest.mark.parametrize("preconditioning", [sf.EDMPreconditioning(), sf.VPPreconditioning()], ids=["edm", "vp"])
+@pytest.mark.parametrize("kind", ["perceptron", "unet", "sit"])
+def test_weights_of_16_bits_see_noise_labels_and_frequencies_in_float32(kind, preconditioning, tmp_path: Path) -> None:
+    # In bfloat16 a label of VP's, up to 999, would be off by 2, and a frequency by the 256th part.
+    torch.manual_seed(0)
+    sf.interop.write_pipeline(tmp_path / kind, sf.Denoiser(NETWORKS[kind](0), preconditioning).eval(), SHAPE)
+    pipes = [loaded(tmp_path / kind) for _ in range(2)]
+    pipes[1].to(torch.bfloat16)
+    pipes.append(DiffusionPipeline.from_pretrained(tmp_path / kind, trust_remote_code=True, dtype=torch.bfloat16))
+    seen: list[torch.Tensor] = []
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+        first = next(
+            module
+            for name, module in pipe.unet.named_modules()
+            if name.rpartition(".")[2] in ("map_noise", "embed", "t_embedder", "time_proj")
+        )
+        # What it is given, and of a Fourier or positional embedding what it makes of it.
+        first.register_forward_hook(
+            lambda module, given, out: seen.append(out if hasattr(module, "freqs") else given[0])
+        )
+        pipe(latents=latents(1), num_inference_steps=3, output_type="pt")
+    each = len(seen) // 3
+    for k in range(each):
+        for other in (seen[each + k], seen[2 * each + k]):
+            assert other.dtype == torch.float32
+            torch.testing.assert_close(other, seen[k], rtol=1e-6, atol=1e-5)

@@ -160,7 +160,14 @@ class Dropping(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda one: one, sampling.counted, lambda one: sampling.autoguidance(one, identity, 2.0)]
+    "wrap",
+    [
+        lambda one: one,
+        sampling.counted,
+        lambda one: sampling.autoguidance(one, identity, 2.0),
+        partial,
+        lambda one: one.forward,
+    ],
 )
 def test_a_denoiser_that_drops_values_at_random_is_warned_of(wrap):
     x = torch.ones(2, 1, 4, 4)
@@ -173,3 +180,13 @@ def test_a_denoiser_that_drops_values_at_random_is_warned_of(wrap):
     with pytest.warns(UserWarning, match="training mode"):
         sampling.euler(wrap(sf.Denoiser(network)), x, GRID)
     sampling.euler(wrap(sf.Denoiser(sf.networks.SongUNet.ddpmpp(4, 1, 8, (1,), blocks=1, dropout=0.0))), x, GRID)
+
+
+def test_a_network_of_diffusers_is_asked_for_its_dropout_without_a_warning_of_its_own():
+    pytest.importorskip("diffusers")
+    x = torch.ones(2, 1, 8, 8)
+    network = sf.networks.DiffusersUNet.sized(8, 1, (8, 8), 1, groups=4)
+    sampling.euler(sf.Denoiser(network), x, GRID)
+    network = sf.networks.DiffusersUNet.sized(8, 1, (8, 8), 1, groups=4, dropout=0.1)
+    with pytest.warns(UserWarning, match="training mode"):
+        sampling.euler(sf.Denoiser(network), x, GRID)

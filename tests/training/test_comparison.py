@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,7 +30,7 @@ from stablefield.training._recipes import DIGITS
 from stablefield.training._run_config import RunConfig
 from stablefield.training._run_folder import RunFolder
 from stablefield.training._run_source import RunSource
-from stablefield.training._scorer import optimum_of, run_one
+from stablefield.training._scorer import optimum_of, run_one, samples_of
 from stablefield.training._scores import LEVELS, Outcome, Score, read_scores, spread
 from stablefield.training._scoring_plan import plan_scoring
 from stablefield.training._self_check import SelfCheck
@@ -290,6 +291,20 @@ def test_the_command_refuses_to_show_scores_under_the_name_of_another_extractor(
     told = capsys.readouterr().err
     assert "extractor pixels there, random convolutions (seed 0) here" in told
     assert "another --out FOLDER" in told
+
+
+@pytest.mark.usefixtures("cheap_scores")
+def test_pictures_are_in_the_order_of_the_classes_that_have_images(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, conditional=True)
+    digits = open_digits()
+    images, labels = digits.images[:100], digits.labels[:100] + 1  # so that class 0 has none
+    options = {"seeds": 1, "recipe": recipe, "steps": 2, "evaluations": 1, "samples": 40, "device": "cpu"}
+    outcome = sf.compare(images, labels=labels, out=tmp_path, **options).outcomes[0]
+    drawn = sf.Run(outcome.folder).sample(20, device="cpu")
+    order = np.argsort(drawn.labels, kind="stable")
+    assert drawn.labels[order].tolist() == sorted([*range(1, 11)] * 2)
+    found = samples_of(outcome, range(20), torch.device("cpu"))
+    assert np.abs(found.astype(int) - drawn.images[order]).max() <= 1
 
 
 @pytest.mark.usefixtures("cheap_scores")

@@ -462,6 +462,16 @@ def test_an_imported_network_is_decoded_by_the_autoencoder_that_the_caller_names
         imported.sample(2, vae=tmp_path / "three")
 
 
+def test_a_resume_that_refuses_the_autoencoder_leaves_the_configuration_as_it_was(run, tmp_path):
+    shutil.copytree(run.path, tmp_path / "copy")
+    autoencoder(seed=1).save_pretrained(tmp_path / "other")
+    before = (tmp_path / "copy" / "config.json").read_bytes()
+    for vae, words in ((tmp_path / "other", "has weights or settings of sha256"), (tmp_path / "none", "none")):
+        with pytest.raises(ValueError, match=words):
+            sf.Run(tmp_path / "copy").resume(steps=9, vae=vae, device="cpu")
+        assert (tmp_path / "copy" / "config.json").read_bytes() == before
+
+
 def test_exports_hold_the_autoencoder_or_name_it(run, vae, tmp_path):
     folder = run.export(tmp_path / "pipeline", samples=6, steps=2)
     pipe = DiffusionPipeline.from_pretrained(str(folder), trust_remote_code=True)

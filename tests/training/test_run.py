@@ -334,6 +334,12 @@ def test_classes_without_images_are_noted_and_not_drawn(tmp_path: Path) -> None:
     rows = (digits.labels != 3) & (digits.labels != 7)
     some = sf.data.make_image_set(digits.images[rows], digits.labels[rows], sf.data.Origin(name="x", source="y"))
     assert some.notes == ("2 of 10 classes have no images: 3, 7.",)
+    named = sf.data.make_image_set(
+        digits.images[:1], np.array([1]), sf.data.Origin(name="x", source="y", class_names=("cat", "dog"))
+    )
+    assert named.notes == ("1 of 2 classes has no images: cat.",)
+    # They are derived from the labels: the keys of caches and manifests hold what was recorded.
+    assert named.recorded_notes == ()
     assert digits.notes == ()
 
 

@@ -80,7 +80,7 @@ class Export:
             path = escape(repr(relative(self.out)) if '"' in relative(self.out) else f'"{relative(self.out)}"')
             console.print(f"  pipe = DiffusionPipeline.from_pretrained({path}, trust_remote_code=True)")
             if run.config.classes:
-                name = class_argument(run.config.class_names)
+                name = class_argument(run.config.class_names, run.config.learned_classes)
                 guidance = ", guidance_scale=2.0" if run.config.recipe.label_dropout else ""
                 console.print(f"  images = pipe(batch_size=4, class_labels={escape(name)}{guidance}).images")
         if self.push:

@@ -389,5 +389,6 @@ def _held(run: Run, wanted: bool) -> Generator[None]:
 def _print_sampling(run: Run) -> None:
     console.print(f"draw more:  {quoted('stablefield', 'sample', run.path, '--seeds', '0-63')}")
     if run.config.classes:
-        name = (run.config.class_names or ("0",))[0]
+        number, names = run.config.learned_classes[0], run.config.class_names
+        name = str(number) if names is None else names[number]
         console.print(f"of a class: {quoted('stablefield', 'sample', run.path, '--class', name)}")

@@ -84,7 +84,7 @@ def converted_set(images: ImageSet, colour: Colour, *, memory_budget: int, cache
         (wanted, height, width),
         lambda: images.labels,
         replace(origin, conversions=origin.conversions | {change: len(images)}),
-        key=[manifest["sha256"], manifest["labels_sha256"], images.class_names, images.notes, wanted],
+        key=[manifest["sha256"], manifest["labels_sha256"], images.class_names, images.recorded_notes, wanted],
         resolution=None,
         limit=None,
         resize="crop",

@@ -298,8 +298,12 @@ class ImageSet:
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the user on how the source was read, and on what looks wrong in it, one sentence each."""
-        recorded = map(str, self.manifest.get("notes", ()))
-        return tuple(dict.fromkeys((*recorded, *filter(None, (self._channels_last, self._empty_classes)))))
+        return (*self.recorded_notes, *filter(None, (self._channels_last, self._empty_classes)))
+
+    @property
+    def recorded_notes(self) -> tuple[str, ...]:
+        """Those of the manifest, on how the source was read."""
+        return tuple(map(str, self.manifest.get("notes", ())))
 
     @property
     def _channels_last(self) -> str | None:
@@ -322,12 +326,13 @@ class ImageSet:
         empty = np.flatnonzero(np.bincount(self.labels, minlength=self.classes) == 0).tolist()
         if not empty:
             return None
-        if empty == [0]:
+        if empty == [0] and self.class_names is None:
             return "Class 0 has no images: if the labels are numbered from 1, subtract 1."
         names = self.class_names or tuple(map(str, range(self.classes)))
         more = f" and {len(empty) - _SHOWN:,} more" if len(empty) > _SHOWN else ""
         shown = ", ".join(f"{names[k]:.40}" for k in empty[:_SHOWN])
-        return f"{len(empty):,} of {self.classes:,} classes have no images: {shown}{more}."
+        verb = "has" if len(empty) == 1 else "have"
+        return f"{len(empty):,} of {self.classes:,} classes {verb} no images: {shown}{more}."
 
     def describe(self) -> str:
         """One line for the user: how many images of which kind, and where they are."""

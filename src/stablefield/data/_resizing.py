@@ -163,7 +163,7 @@ def resized_set(
         images.shape,
         lambda: images.labels,
         origin_of(images),
-        key=[before["sha256"], before["labels_sha256"], images.class_names, images.notes, images.shape],
+        key=[before["sha256"], before["labels_sha256"], images.class_names, images.recorded_notes, images.shape],
         resolution=resolution,
         limit=None,
         resize=resize,
@@ -183,7 +183,7 @@ def origin_of(images: ImageSet) -> Origin:
         conversions=dict(manifest.get("conversions", {})),
         skipped=int(manifest.get("skipped", 0)),
         skipped_files=tuple(manifest.get("skipped_files", ())),
-        notes=images.notes,
+        notes=images.recorded_notes,
     )
 
 

@@ -104,6 +104,7 @@ def export_run(
         parameters=sum(parameter.numel() for parameter in denoiser.parameters()),
         recipe=config.recipe,
         label_dropout=config.label_dropout,
+        learned_classes=config.learned_classes,
         step=model.step,
         ema=model.average,
         version=config.version,

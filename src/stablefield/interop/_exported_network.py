@@ -48,6 +48,8 @@ class StablefieldUNet(ModelMixin, ConfigMixin):
     """
 
     network: torch.nn.Module
+    # Read by diffusers: weights of 16 bits keep their frequencies in float32.
+    _keep_in_fp32_modules = ["freqs"]  # noqa: RUF012, as in the base class
 
     @register_to_config
     def __init__(
@@ -91,15 +93,17 @@ class StablefieldUNet(ModelMixin, ConfigMixin):
             class_labels: integers (B,), -1 for no class.
             return_dict: return an object with `sample`, or a tuple.
         """
-        label = torch.as_tensor(timestep, device=sample.device).to(sample.dtype).reshape(-1).expand(len(sample))
+        label = torch.as_tensor(timestep, device=sample.device)
+        # 16 bits cannot tell neighbouring noise levels apart, and the networks take labels in float32.
+        label = label.to(torch.promote_types(sample.dtype, torch.float32)).reshape(-1).expand(len(sample))
         arguments = {} if class_labels is None or not self.num_classes else {"class_labels": class_labels}
         if self._trained is None:
             raw = self.network(sample, label, **arguments)
         else:
-            sigma = torch.exp(4 * label.to(torch.promote_types(label.dtype, torch.float32)))
+            sigma = torch.exp(4 * label)
             edm, trained = self._edm(sigma), self._trained(sigma)
             x = sample / per_row(edm.c_in, sample)
-            raw = self.network(per_row(trained.c_in, x) * x, trained.c_noise.to(sample.dtype), **arguments)
+            raw = self.network(per_row(trained.c_in, x) * x, trained.c_noise, **arguments)
             skip, out = (trained.c_skip - edm.c_skip) / edm.c_out, trained.c_out / edm.c_out
             raw = per_row(skip, x) * x + per_row(out, x) * raw
         return StablefieldOutput(sample=raw) if return_dict else (raw,)

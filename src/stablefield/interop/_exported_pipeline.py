@@ -239,10 +239,14 @@ class StablefieldPipeline(DiffusionPipeline):
             labels = torch.where(labels < 0, self._embeddings - 1, labels)
         return self.unet(x, label, class_labels=labels).sample
 
+    def _label(self, noise_label: Tensor) -> Tensor:
+        """A noise label as all networks of exports take it: 16 bits cannot tell neighbouring noise levels apart."""
+        return noise_label.to(torch.promote_types(self.unet.dtype, torch.float32))
+
     def _denoise(self, x: Tensor, sigma: Tensor, labels: Tensor | None, guidance: Any) -> Tensor:
         """D(x; sigma) for one noise level, in the dtype of `x`."""
         inner = self.unet.dtype
-        label = self.scheduler.precondition_noise(sigma).to(inner).expand(len(x))
+        label = self._label(self.scheduler.precondition_noise(sigma)).expand(len(x))
         scaled = self.scheduler.precondition_inputs(x, sigma).to(inner)
         raw = self._raw(scaled, label, labels, sigma, guidance)
         return self.scheduler.precondition_outputs(x, raw.to(x.dtype), sigma)
@@ -276,6 +280,6 @@ class StablefieldPipeline(DiffusionPipeline):
         inner = self.unet.dtype
         x = x.to(inner)
         for t, sigma in self._shown([*zip(self.scheduler.timesteps, self.scheduler.sigmas, strict=False)]):
-            raw = self._raw(self.scheduler.scale_model_input(x, t), t.to(inner), labels, sigma, guidance)
+            raw = self._raw(self.scheduler.scale_model_input(x, t), self._label(t), labels, sigma, guidance)
             x = self.scheduler.step(raw, t, x, **noise).prev_sample
         return x

@@ -45,6 +45,7 @@ class ModelCard:
         autoencoder: of latents of images; None for other data.
         scaling: of float data.
         label_dropout: share of the training's rows whose class the network did not see; None if unknown.
+        learned_classes: numbers of the classes that the training data had images of; None if unknown.
     """
 
     name: str
@@ -64,6 +65,7 @@ class ModelCard:
     autoencoder: AutoencoderRecord | None = None
     scaling: Scaling | None = None
     label_dropout: float | None = None
+    learned_classes: Sequence[int] | None = None
 
     def text(self) -> str:
         """The card as Markdown with a YAML head."""
@@ -182,7 +184,7 @@ class ModelCard:
             )
         call, guided = "batch_size=16, num_inference_steps=18", ""
         if self.classes:
-            call += f", class_labels={class_argument(self.class_names)}"
+            call += f", class_labels={class_argument(self.class_names, self.learned_classes)}"
             if self.label_dropout or (self.label_dropout is None and not self.step):
                 call += ", guidance_scale=2.0"
                 guided = (
@@ -207,10 +209,17 @@ class ModelCard:
         )
 
 
-def class_argument(class_names: Sequence[str] | None) -> str:
-    """A class in Python, for the example of a call: the first name that can stand in any code, else the number 0."""
-    plain = (name for name in class_names or () if re.fullmatch(r"\w[\w .-]{0,40}", name, re.ASCII))
-    return f'"{found}"' if (found := next(plain, None)) is not None else "0"
+def class_argument(class_names: Sequence[str] | None, learned: Sequence[int] | None = None) -> str:
+    """A class in Python, for the example of a call: the first name that can stand in any code, else a number.
+
+    Args:
+        class_names: names of the classes, if known.
+        learned: numbers of the classes that the network has learned; None for all.
+    """
+    names = class_names or ()
+    named = names if learned is None else [names[number] for number in learned if number < len(names)]
+    plain = (name for name in named if re.fullmatch(r"\w[\w .-]{0,40}", name, re.ASCII))
+    return f'"{found}"' if (found := next(plain, None)) is not None else str(learned[0] if learned else 0)
 
 
 def literal(text: str) -> str:

@@ -9,7 +9,9 @@ the message.
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -145,16 +147,21 @@ def grid_levels(sampler: str, sigmas: Tensor) -> tuple[float, ...]:
 
 
 def _drops(denoiser: object) -> bool:
-    """Whether a denoiser, or the one that a counter or guidance calls, is a module that drops values at random."""
+    """Whether a denoiser, or the one that a counter, guidance or a partial call calls, is a module that drops values."""
     if isinstance(denoiser, Counted):
         return _drops(denoiser.denoiser)
+    if isinstance(denoiser, partial):
+        return _drops(denoiser.func)
+    if isinstance(denoiser, MethodType):
+        return _drops(denoiser.__self__)
     if isinstance(denoiser, Guided):
         return _drops(denoiser.good[0]) or _drops(denoiser.bad[0])
     if not isinstance(denoiser, nn.Module):
         return False
     kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
     parts = (part for part in denoiser.modules() if part.training)
-    shares = (part.p if isinstance(part, kinds) else getattr(part, "dropout", 0.0) for part in parts)
+    # Not by getattr, of which diffusers' models warn.
+    shares = (part.p if isinstance(part, kinds) else part.__dict__.get("dropout", 0.0) for part in parts)
     return any(isinstance(share, float) and share > 0 for share in shares)
 
 

@@ -133,7 +133,7 @@ class Comparison(Result):
             )
         config = RunFolder(self.outcomes[0].folder).config()
         first = [o for o in self.outcomes if o.seed == self.seeds[0]] if config.picture_shape is not None else []
-        names = [class_text(number, config.class_names) for number in range(min(config.classes, _SHOWN))]
+        names = [class_text(number, config.class_names) for number in config.learned_classes[:_SHOWN]]
         in_order = f", in the order of the classes {', '.join(names)}" if names else ""
         grids = [
             (f"{o.target.upper()}, seed {o.seed}{in_order}", samples_of(o, range(_SHOWN), self.device)) for o in first

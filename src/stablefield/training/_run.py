@@ -145,7 +145,7 @@ class Run:
             steps: number of solver steps; 18 by default, 1,000 for euler-maruyama, pc-ve and pc-vp.
             guidance_scale: scale of classifier-free guidance; 1 for none.
             class_label: name or number of the class of all images, or several that the seeds take in turn; -1 for none. By
-                default seed k has class k modulo the number of classes.
+                default they take all classes in turn that the training data have images of.
             ema: which average of the weights, as for `model`.
             checkpoint: which checkpoint, as for `model`.
             batch: images at a time.
@@ -439,7 +439,9 @@ class Run:
             if data is None or isinstance(data, str | Path):
                 data = open_own(config, data or "")
         images = as_image_set("data", data)
-        # Whatever may refuse the data comes before the run changes.
+        # Whatever may refuse an argument comes before the run changes.
+        if steps is not None and config.autoencoder is not None and ranks.first:
+            config.autoencoder.open(vae, torch.device("cpu"))
         others = self._others(held_out) if ranks.first else None
         if steps is not None:
             images = training_data(config, images)

@@ -226,12 +226,12 @@ def run_one(
 def samples_of(outcome: Outcome, seeds: Sequence[int], device: torch.device) -> NDArray[Any]:
     """Images that the run's averaged model draws from `seeds`, uint8, shape (len(seeds), C, H, W), or other data.
 
-    In a conditional run seed k has class k modulo the number of classes, and the images are sorted by class.
+    In a conditional run the seeds take in turn the classes that it has learned, and the images are sorted by class.
     """
     opened = open_model(outcome.folder, device=device)
-    classes = opened.config.classes
-    if classes:
-        seeds = sorted(seeds, key=lambda seed: seed % classes)
+    count = len(opened.config.learned_classes)
+    if count:
+        seeds = sorted(seeds, key=lambda seed: seed % count)
     autoencoder = opened.config.autoencoder
     decoder = None if autoencoder is None else autoencoder.open(device=device)
     return draw_samples(opened.denoiser, opened.config, seeds, device, autoencoder=decoder).numpy()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from stablefield._regular_file import read_limited, reason, sha256
 from stablefield.data._image_set import ImageSet
+from stablefield.data._scaling import Scaling
 from stablefield.diffusion._preconditioning import Denoiser
 from stablefield.networks._song_unet import SongUNet
 from stablefield.training._files import read_tensors
@@ -49,7 +50,8 @@ class WeightSource:
         recipe: the recipe of a run.
         shape: shape of one image, (C, H, W), if known.
         class_names: names of the classes, if known.
-        published: whether the run is an imported network, without a scaling of its data.
+        published: whether the run is an imported network that sees latents in the scaling of their autoencoder, as far as
+            its file states one.
     """
 
     path: Path
@@ -133,7 +135,11 @@ def open_weights(init: str | Path | HasFolder) -> WeightSource:
     except (OSError, ValueError) as error:
         why = str(error).removesuffix(".")  # names the file in the folder
         raise ValueError(f"init={path} cannot be used: {why}. Else {_WANTED}.") from error
-    published = "imported" in run.manifest and run.scaling is None
+    scaling, record = run.scaling, run.autoencoder
+    published = "imported" in run.manifest
+    if published and scaling is not None:
+        factors = None if record is None else (record.scaling_factor, record.shift_factor, run.shape[0], scaling.dtype)
+        published = factors is not None and scaling == Scaling.of_factor(*factors)
     return WeightSource(path=path, recipe=run.recipe, shape=run.shape, class_names=run.class_names, published=published)
 
 
