@@ -8,8 +8,9 @@ from types import UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from stablefield.training._recipe import Recipe
+from stablefield.training._records import has_type
 
-__all__ = ["decode", "encode", "fits"]
+__all__ = ["decode", "encode"]
 
 _KINDS: dict[str, type] = {
     kind.__name__: kind
@@ -61,7 +62,7 @@ def decode(data: Any) -> Any:
     for name, value in entries.items():
         if name not in hints:
             raise ValueError(f"config.json does not fit this version: {kind} has no {name}.")
-        if not fits(value, hints[name]):
+        if not has_type(value, hints[name]):
             raise ValueError(
                 f"config.json has {_short(value)} for the {name} of {kind}, which must be {_named(hints[name])}."
             )
@@ -69,28 +70,6 @@ def decode(data: Any) -> Any:
         return _KINDS[kind](**entries)
     except TypeError as error:
         raise ValueError(f"config.json does not fit this version: {kind}: {error}.") from error
-
-
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a value, with tuples for lists, has a type: a class, a literal, a tuple, or a union of these.
-
-    Integers count as numbers if they fit 64 bits; booleans do not.
-    """
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return any(value == one and type(value) is type(one) for one in inner)
-    if origin in (Union, UnionType):
-        return any(fits(value, one) for one in inner)
-    if origin is tuple:
-        items = cast("tuple[Any, ...]", value)
-        if not isinstance(value, tuple):
-            return False
-        if inner[-1] is ...:
-            return all(fits(item, inner[0]) for item in items)
-        return len(items) == len(inner) and all(fits(item, one) for item, one in zip(items, inner, strict=True))
-    if isinstance(value, int) and kind in (int, float):
-        return not isinstance(value, bool) and abs(value) < 2**63
-    return isinstance(value, kind)
 
 
 def _named(kind: Any) -> str:

@@ -5,9 +5,8 @@ They are a share of the data, chosen by the seed, or other data.
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +14,8 @@ from numpy.typing import NDArray
 
 from stablefield._shapes import number
 from stablefield.data._image_set import ImageSet
-from stablefield.training._config import fits
 from stablefield.training._recipe import Recipe
+from stablefield.training._records import from_record
 from stablefield.training._seeding import Purpose, generator_for
 
 __all__ = ["LEVELS", "HeldOut", "most_samples"]
@@ -103,11 +102,10 @@ class HeldOut:
         Raises:
             ValueError: if the record has other entries.
         """
-        hints = get_type_hints(cls)
-        entries = cast("Mapping[str, Any]", record) if isinstance(record, dict) else {}
-        if set(entries) != set(hints) or not all(fits(entries[name], hint) for name, hint in hints.items()):
-            raise ValueError("its held_out is not a record of held-out samples")
-        found = cls(**entries)
+        try:
+            found = from_record(cls, record)
+        except ValueError as error:
+            raise ValueError(f"its held_out is not a record of held-out samples: {error}") from error
         if found.count < 2 or not 2 <= found.rows <= 2**16 or found.every < 1 or not 0 < (found.share or 0.5) < 1:
             raise ValueError("its held_out holds a number that is out of range")
         return found

@@ -2,9 +2,9 @@
 
 import textwrap
 from dataclasses import asdict, dataclass
-from typing import Any, cast, get_type_hints
+from typing import Any
 
-from stablefield.training._config import fits
+from stablefield.training._records import from_record
 
 __all__ = ["InitialWeights"]
 
@@ -76,17 +76,10 @@ class InitialWeights:
         Raises:
             ValueError: if an entry is missing or has the wrong type.
         """
-        hints = get_type_hints(cls)
-        if not isinstance(record, dict) or set(record) != set(hints):
-            raise ValueError("its initial weights are not described as this version does it")
-        entries: dict[str, Any] = {
-            name: tuple(cast("list[Any]", value)) if isinstance(value, list) else value
-            for name, value in cast("dict[str, Any]", record).items()
-        }
-        for name, kind in hints.items():
-            if not fits(entries[name], kind):
-                raise ValueError(f"the {name} of its initial weights has the wrong type")
-        return cls(**entries)
+        try:
+            return from_record(cls, record)
+        except ValueError as error:
+            raise ValueError(f"its initial weights are not described as this version does it: {error}") from error
 
 
 def _listed(items: tuple[str, ...]) -> str:

@@ -11,13 +11,16 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeGuard, cast
+from types import UnionType
+from typing import Any, Literal, NoReturn, TypeGuard, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from stablefield._atomic_file import write_atomically
 from stablefield._regular_file import JSON_LIMIT, open_regular, read_limited
 
 __all__ = [
     "append_line",
+    "from_record",
+    "has_type",
     "is_count",
     "parse",
     "read_lines",
@@ -27,6 +30,8 @@ __all__ = [
     "write_lines",
     "write_record",
 ]
+
+Made = TypeVar("Made")
 
 _LONGEST_LINE = 2**20
 _DEEPEST = 32
@@ -168,6 +173,49 @@ def write_lines(path: Path, records: Iterator[Mapping[str, Any]]) -> None:
             file.writelines(_line(record) for record in records)
 
     write_atomically(path, write)
+
+
+def from_record(kind: type[Made], record: object) -> Made:
+    """A dataclass from the JSON object of its attributes, with tuples for lists.
+
+    Raises:
+        ValueError: naming the entry, if one is missing, unknown or has the wrong type.
+    """
+    if not isinstance(record, dict):
+        raise ValueError("it is not a JSON object")
+    hints = get_type_hints(kind)
+    entries: dict[str, Any] = {
+        name: tuple(cast("list[Any]", value)) if isinstance(value, list) else value
+        for name, value in cast("dict[str, Any]", record).items()
+    }
+    if odd := sorted({*entries} ^ {*hints}):
+        raise ValueError(f"it has no {odd[0]}" if odd[0] in hints else f"it has {odd[0]:.80}, which is unknown")
+    for name, hint in hints.items():
+        if not has_type(entries[name], hint):
+            raise ValueError(f"its {name} has the wrong type")
+    return kind(**entries)
+
+
+def has_type(value: Any, kind: Any) -> bool:
+    """Whether a value, with tuples for lists, has a type: a class, a literal, a tuple, or a union of these.
+
+    Integers count as numbers if they fit 64 bits; booleans do not.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return any(value == one and type(value) is type(one) for one in inner)
+    if origin in (Union, UnionType):
+        return any(has_type(value, one) for one in inner)
+    if origin is tuple:
+        items = cast("tuple[Any, ...]", value)
+        if not isinstance(value, tuple):
+            return False
+        if inner[-1] is ...:
+            return all(has_type(item, inner[0]) for item in items)
+        return len(items) == len(inner) and all(has_type(item, one) for item, one in zip(items, inner, strict=True))
+    if isinstance(value, int) and kind in (int, float):
+        return not isinstance(value, bool) and abs(value) < 2**63
+    return isinstance(value, kind)
 
 
 def is_count(value: object) -> TypeGuard[int]:

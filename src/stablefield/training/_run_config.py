@@ -15,11 +15,11 @@ from stablefield.data._autoencoder import AutoencoderRecord
 from stablefield.data._image_set import ImageSet, renumbered
 from stablefield.data._png import is_picture
 from stablefield.data._scaling import Scaling
-from stablefield.training._config import decode, encode, fits
+from stablefield.training._config import decode, encode
 from stablefield.training._held_out import HeldOut
 from stablefield.training._initial_weights import InitialWeights
 from stablefield.training._recipe import Recipe
-from stablefield.training._records import is_count, read_record
+from stablefield.training._records import from_record, has_type, is_count, read_record
 
 __all__ = ["Extension", "RunConfig"]
 
@@ -243,7 +243,7 @@ def _config(record: Mapping[str, Any]) -> RunConfig:
         raise ValueError(f"its format is {record['format']}, this version reads {_FORMAT}")
     found = {name: decode(record[name]) if name in ("shape", "recipe") else record[name] for name in _TYPES}
     for name, kind in _TYPES.items():
-        if not fits(found[name], kind):
+        if not has_type(found[name], kind):
             raise ValueError(f"its {name} has the wrong type")
     if min(found["shape"], default=0) < 1 or found["classes"] < 0:
         raise ValueError(f"its shape is {found['shape']} and its classes are {found['classes']}")
@@ -257,7 +257,7 @@ def _config(record: Mapping[str, Any]) -> RunConfig:
         raise ValueError("it has an autoencoder, and no scaling of latents")
     for name, value in cast("dict[str, Any]", opening).items():
         plain = tuple(cast("list[Any]", value)) if isinstance(value, list) else value
-        if name not in _OPENING or not fits(plain, _OPENING[name]):
+        if name not in _OPENING or not has_type(plain, _OPENING[name]):
             raise ValueError(f"its opening has {name} = {str(value)[:80]}, which this version does not know")
     return RunConfig(
         data=found["data"],
@@ -274,10 +274,11 @@ def _config(record: Mapping[str, Any]) -> RunConfig:
 
 
 def _extensions(entries: Any) -> tuple[Extension, ...]:
-    names = {field.name for field in dataclasses.fields(Extension)}
-    found: list[Extension] = []
-    for entry in cast("list[Any]", entries) if isinstance(entries, list) else [None]:
-        if not isinstance(entry, dict) or set(entry) != names or not all(map(is_count, entry.values())):
-            raise ValueError("its extensions are not a list of step, before and after")
-        found.append(Extension(**cast("dict[str, int]", entry)))
+    try:
+        listed = cast("list[Any]", entries) if isinstance(entries, list) else [None]
+        found = [from_record(Extension, entry) for entry in listed]
+    except ValueError as error:
+        raise ValueError(f"its extensions are not a list of step, before and after: {error}") from error
+    if any(min(dataclasses.astuple(extension)) < 0 for extension in found):
+        raise ValueError("its extensions hold a negative number")
     return tuple(found)

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 from stablefield.training._checkpoint import CheckpointError, State, read_state, remove
-from stablefield.training._config import fits
 from stablefield.training._lock import Holder, Lock
-from stablefield.training._records import append_line, is_count, read_lines, write_lines, write_record
+from stablefield.training._records import append_line, has_type, is_count, read_lines, write_lines, write_record
 from stablefield.training._run_config import RunConfig
 
 __all__ = ["HasFolder", "RunFolder", "is_run"]
@@ -297,14 +296,14 @@ def _is_metrics(entry: Mapping[str, Any]) -> bool:
     edges = entry.get("bin_edges", [])
     for name, value in entry.items():
         if not name.startswith("bin_"):
-            if not fits(value, float):
+            if not has_type(value, float):
                 return False
             continue
         row = tuple(cast("list[Any]", value)) if isinstance(value, list) else None
         if name == "bin_edges":
-            if not fits(row, tuple[float, ...]) or any(a >= b for a, b in pairwise(row or ())):
+            if not has_type(row, tuple[float, ...]) or any(a >= b for a, b in pairwise(row or ())):
                 return False
-        elif not fits(row, tuple[float | None, ...]) or len(row or ()) != len(edges) + 1:
+        elif not has_type(row, tuple[float | None, ...]) or len(row or ()) != len(edges) + 1:
             return False
     return True
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_type_hints
+from typing import Literal
 
 import numpy as np
 
-from stablefield.training._config import fits
-from stablefield.training._records import read_lines
+from stablefield.training._records import from_record, read_lines
 
 __all__ = ["LEVELS", "MIDDLE", "Outcome", "Score", "Spread", "TargetName", "improvement", "read_scores", "spread"]
 
@@ -110,12 +109,10 @@ def spread(values: Sequence[float]) -> Spread:
 def read_scores(folder: Path) -> list[Score]:
     """The scores in a run's folder, in order, without damaged lines; for a step with two scores, the later one."""
     found: dict[int, Score] = {}
-    hints = get_type_hints(Score)
     for record in read_lines(folder / "scores.jsonl"):
-        entries: dict[str, Any] = {
-            name: tuple(cast("list[Any]", v)) if isinstance(v, list) else v for name, v in record.items()
-        }
-        if set(entries) == set(hints) and all(fits(entries[name], hint) for name, hint in hints.items()):
-            score = Score(**entries)
-            found[score.step] = score
+        try:
+            score = from_record(Score, record)
+        except ValueError:
+            continue  # another kind of line
+        found[score.step] = score
     return [found[step] for step in sorted(found)]
