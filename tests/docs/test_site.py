@@ -276,19 +276,26 @@ def test_the_page_of_the_race_says_of_a_longer_race_on_fashion_mnist_what_was_me
     rows = json.loads((results / "race_fashion_mnist_long.json").read_text())["rows"]
     found = {(row["runner"], row["seed"], row["seconds"], row["evaluations"]): row["distance"] for row in rows}
     ours, half, theirs, edm = (
-        [[found[runner, seed, seconds, evaluations] for seed in (0, 1)] for evaluations in (35, 10)]
-        for runner, seconds in (("ours-wide-4096", 900), ("ours-wide-4096", 450), ("torchcfm", 900), ("edm", 900))
+        [[found[runner, seed, seconds, evaluations] for seed in range(seeds)] for evaluations in (35, 10)]
+        for runner, seconds, seeds in (
+            ("ours-wide-4096", 900, 3),
+            ("ours-wide-4096", 450, 2),
+            ("torchcfm", 900, 3),
+            ("edm", 900, 2),
+        )
     )
-    assert "better than torchcfm after equal time in both seeds, and EDM's loss is far behind both" in said
-    assert all(a < b < 0.5 * c for a, b, c in zip(ours[0], theirs[0], edm[0], strict=True))
+    assert "better than torchcfm after equal time in all three seeds, and EDM's loss is far behind both" in said
+    assert all(a < b for a, b in zip(ours[0], theirs[0], strict=True))
+    assert max(theirs[0]) < 0.5 * min(edm[0])
     assert (
-        "it comes within 5 % of torchcfm's last value on average, below it in one seed and above it in the other"
+        "it comes within 8 % of torchcfm's last value on average, below it in one seed and above it in the other"
         in said
     )
-    assert 1 < statistics.fmean(half[0]) / statistics.fmean(theirs[0]) < 1.05
-    assert [a < b for a, b in zip(half[0], theirs[0], strict=True)] == [True, False]
-    assert "At 10 evaluations the two end alike." in said
-    assert statistics.fmean(ours[1]) == pytest.approx(statistics.fmean(theirs[1]), rel=0.01)
+    assert 1 < statistics.fmean(half[0]) / statistics.fmean(theirs[0]) < 1.08
+    assert [a < b for a, b in zip(half[0], theirs[0][:2], strict=True)] == [True, False]
+    assert "At 10 evaluations torchcfm ends 5 % better on average, in two of the three seeds." in said
+    assert statistics.fmean(theirs[1]) / statistics.fmean(ours[1]) == pytest.approx(0.95, abs=0.005)
+    assert [b < a for a, b in zip(ours[1], theirs[1], strict=True)] == [False, True, True]
     assert "2,900 to 3,600 steps" in said
     steps = [row["steps"] for row in rows if row["seconds"] == 900]
     assert 2900 < min(steps) < max(steps) < 3600
