@@ -1,6 +1,7 @@
 """A benchmark of the target on this machine: `benchmark` measures costs, as `_cost` defines them, and their growth."""
 
 import dataclasses
+import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -116,9 +117,9 @@ class Benchmark(Result):
             "pairs": self.pairs,
             "costs": [dataclasses.asdict(cost) for cost in self.costs],
             "growth": {name: [dataclasses.asdict(cost) for cost in found] for name, found in self.growth.items()},
-            "step": None if self.step is None else dataclasses.asdict(self.step),
-            "transformer": None if self.transformer is None else dataclasses.asdict(self.transformer),
-            "noise_band": dataclasses.asdict(self.noise_band),
+            "step": None if self.step is None else _step_record(self.step),
+            "transformer": None if self.transformer is None else _step_record(self.transformer),
+            "noise_band": self.noise_band.record(),
         }
 
     def charts(self) -> Mapping[str, LineChart]:
@@ -268,6 +269,10 @@ def _machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _step_record(step: StepShare) -> dict[str, Any]:
+    return dataclasses.asdict(step) | {"noise_band": step.noise_band if step.noise_band < math.inf else None}
 
 
 def _cells(cost: Cost) -> tuple[str, ...]:

@@ -125,6 +125,22 @@ def test_the_advice_is_a_few_lines(few: Path, tmp_path: Path, capsys: pytest.Cap
     assert [level["noise_level"] for level in record["variance"]["levels"]] == pytest.approx([0.01, 0.3, 1, 30])
 
 
+@pytest.mark.usefixtures("without_charts", "few_batches")
+def test_classes_of_no_sample_or_of_one_leave_the_measurement_whole(tmp_path: Path) -> None:
+    """Labels from 1 on leave class 0 empty; the last class has one sample. Neither has a noise band."""
+    path = tmp_path / "some.npz"
+    images = np.random.default_rng(0).integers(0, 256, (41, 4, 4), dtype=np.uint8)
+    np.savez(path, images=images, labels=np.array([*(np.arange(40) % 3 + 1), 4]))
+    flags = ("--by-class", "--references", "4,all", "--noise-levels", "1,8", "--sources", "8")
+    assert status("probe", str(path), *flags, "--out", str(tmp_path / "out")) == 0
+    record = json.loads((tmp_path / "out" / "probe.json").read_text())
+    empty, *some, single = record["noise_band"]["by_label"]
+    assert empty is single is None
+    assert len(some) == 3
+    assert all(level > 0 for level in some)
+    assert (tmp_path / "out" / "report.html").exists()
+
+
 @pytest.mark.usefixtures("without_charts")
 def test_the_first_line_says_what_to_expect_of_each_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Samples far from each other: few compete at the noise levels of EDM's training, more at VE's."""

@@ -1,5 +1,6 @@
 """What each verb of the command does, a notebook does in one call."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,7 @@ def test_a_benchmark_prints_saves_and_draws_what_it_measured(tmp_path: Path) -> 
         assert found.save(tmp_path / name).stat().st_size > 100
     with pytest.raises(ValueError, match=r"^batch\[0\]"):
         sf.benchmark(images, batch=[0])
+    # The only reference has all the weight at every level.
+    lonely = sf.benchmark(images.images[:1], batch=[2], references=[8], pairs=1, growth=False, device="cpu")
+    record = json.loads(lonely.save(tmp_path / "lonely.json").read_text())
+    assert record["noise_band"]["level"] is record["noise_band"]["nearest"] is record["step"]["noise_band"] is None

@@ -2,7 +2,7 @@
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -146,7 +146,7 @@ class Probe(Result):
             "plan": self.training.name.lower(),
             "batch": self.training.batch,
             "training": self.training.record(),
-            "noise_band": asdict(self.noise_band),
+            "noise_band": self.noise_band.record(),
             "device": self.device,
             "summary": self.summary,
             "phases": phases_record(self.phases),

@@ -23,6 +23,7 @@ level, so the target stays exactly unbiased, whatever the number.
 import math
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,6 +78,19 @@ class NoiseBand:
 
     def __float__(self) -> float:
         return self.level
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values: None stands for an infinite level or distance."""
+        return {
+            "level": _finite(self.level),
+            "tolerance": self.tolerance,
+            "lost": self.lost,
+            "rows": self.rows,
+            "references": self.references,
+            "nearest": _finite(self.nearest),
+            "by_label": None if self.by_label is None else [_finite(level) for level in self.by_label],
+            "unlabelled": None if self.unlabelled is None else _finite(self.unlabelled),
+        }
 
 
 @torch.no_grad()
@@ -254,6 +268,10 @@ def _drawn(n: int, weights: Tensor | None, rows: int, generator: torch.Generator
     drawn = torch.searchsorted(reached, (torch.arange(rows) + start) / rows * reached[-1], right=True).clamp(max=n - 1)
     index, times = drawn.unique(return_counts=True)
     return index, times / times.sum().double()
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _median(values: Tensor, shares: Tensor) -> float:
