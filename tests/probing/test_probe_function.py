@@ -18,7 +18,7 @@ from stablefield.probing import _batch as batch
 from stablefield.probing import _bias_probe as bias_probe
 from stablefield.probing._floor import LossFloor
 from stablefield.probing._population import Population
-from stablefield.probing._variance import measure_variance
+from stablefield.probing._variance import find_noise_levels, measure_variance
 from stablefield.report import render_page
 from stablefield.training._run_probe import usual_training
 
@@ -266,6 +266,42 @@ def test_a_network_of_ones_own_is_held_against_the_optimum(digits, tmp_path):
     assert all(len(line) <= 80 for line in str(found).splitlines())
     names = [path.name for path in found.save_all(tmp_path, "probe")]
     assert names == ["probe.json", "fit.csv", "distance.png", "excess.png", "report.html"]
+
+
+def test_a_network_is_measured_where_its_training_has_noise(rng):
+    """Samples so far from each other that they have no variance at nine tenths of EDM's noise levels."""
+    data = 3 * torch.randn(64, 3, 8, 8, generator=rng)
+    few = {"sources": 16, "device": "cpu"}
+    one_of_100, one_of_1000 = math.exp(-1.2 - 1.2 * 2.3263), math.exp(-1.2 + 1.2 * 3.0902)
+
+    def wrong_at_high_noise(x, sigma, class_labels=None):
+        return x + sigma[:, None, None, None]
+
+    levels = find_noise_levels(Population(data))
+    assert float(levels[0]) > 1
+    assert float(levels[-1]) > 2 * one_of_1000
+    found = sf.probing.probe_network(wrong_at_high_noise, data, **few)
+    measured = found.fit.noise_level
+    assert float(measured[0]) == pytest.approx(one_of_100, rel=1e-3)
+    assert measured[-len(levels) :].tolist() == levels.tolist()
+    assert float((measured[1:] / measured[:-1]).max()) < 1.91
+    assert found.trained == pytest.approx((one_of_100, one_of_1000), rel=1e-3)
+    inside = measured[measured <= one_of_1000]
+    assert f"farthest from the optimum at noise level {float(inside[-1]):.2g}," in found.summary
+    assert f"at noise level {float(inside[-1]):.2g}" in str(found.page().blocks[0])
+    # A wider training, whose end lies beyond the data's levels.
+    flow = sf.probing.Training(process=sf.RectifiedFlow(), noise_levels=sf.Uniform(0.0, 1.0))
+    wide = sf.probing.probe_network(wrong_at_high_noise, data, training=flow, **few)
+    assert wide.trained == pytest.approx((1 / 99, 999), rel=1e-3)
+    assert float(wide.fit.noise_level[-1]) == pytest.approx(999, rel=1e-3)
+    # Levels that are given remain as they are; of these only the second is in the training, of those none.
+    given = sf.probing.probe_network(wrong_at_high_noise, data, noise_levels=[0.001, 5.0, 80.0], **few)
+    assert given.fit.noise_level.tolist() == [0.001, 5.0, 80.0]
+    assert "at noise level 5," in given.summary
+    assert "training hardly draws" not in str(given)
+    outside = sf.probing.probe_network(wrong_at_high_noise, data, noise_levels=[60.0, 80.0], **few)
+    assert "note: training hardly draws these noise levels: it draws 0.018 to 12" in str(outside).splitlines()
+    assert "at noise level 80," in outside.summary
 
 
 def test_the_loss_above_the_floor_over_training_does_not_depend_on_the_levels_that_are_shown(two_gaussians):

@@ -24,10 +24,22 @@ from stablefield.report import (
     json_details,
 )
 
-__all__ = ["distance_chart", "excess_chart", "fit_page", "logged_chart"]
+__all__ = ["distance_chart", "excess_chart", "farthest", "fit_page", "logged_chart"]
 
 # A distance of 0 is drawn here on a logarithmic axis: below what float32 resolves.
 _LEAST = 1e-14
+
+
+def farthest(fit: Fit, weighting: Weighting, trained: tuple[float, float]) -> int:
+    """Index of the level with the largest excess loss, among those from `trained[0]` to `trained[1]` if there are any.
+
+    Training can lower no loss at noise levels that it does not draw.
+    """
+    excess = weighting(fit.noise_level) * fit.distance.mean
+    # float32 may have rounded a level.
+    low, high = trained[0] / (1 + 1e-5), trained[1] * (1 + 1e-5)
+    inside = (fit.noise_level >= low) & (fit.noise_level <= high)
+    return int((excess.where(inside, -math.inf) if bool(inside.any()) else excess).argmax())
 
 
 def distance_chart(fit: Fit) -> LineChart:
@@ -110,6 +122,7 @@ def fit_page(
     summary: str,
     command: str,
     *,
+    trained: tuple[float, float] = (0.0, math.inf),
     over_training: LineChart | None = None,
     ledger: VarianceLedger | None = None,
     notes: Sequence[str] = (),
@@ -123,6 +136,7 @@ def fit_page(
         weighting: of the run's loss.
         summary: the main result.
         command: the command that made it; empty if there is none.
+        trained: lowest and highest noise level of the training; the largest excess is looked for between them.
         over_training: `logged_chart` of the run's log, if there is one.
         ledger: where the variance of a batch's gradient comes from, if measured.
         notes: cautions for readers of the numbers.
@@ -132,7 +146,7 @@ def fit_page(
     """
     weight = weighting(fit.noise_level) / fit.dim
     excess, loss = weight * fit.distance.mean, weight * fit.loss.mean
-    worst = int(excess.argmax())
+    worst = farthest(fit, weighting, trained)
     return Page(
         title=f"{name} against the optimum",
         summary=summary,

@@ -16,13 +16,13 @@ from stablefield._shapes import array_of_numbers, check_callable, found_device, 
 from stablefield.diffusion._objective import DenoiserLike
 from stablefield.diffusion._weighting import Weighting
 from stablefield.probing._fit import Fit, measure_fit
-from stablefield.probing._fit_page import distance_chart, excess_chart, fit_page, logged_chart
+from stablefield.probing._fit_page import distance_chart, excess_chart, farthest, fit_page, logged_chart
 from stablefield.probing._floor import LoggedExcess, LossFloor, logged_excess
 from stablefield.probing._population import MOST, Samples, described, draw_population
 from stablefield.probing._record import fit_record, fit_table
 from stablefield.probing._text import sampled, spaced, with_error
 from stablefield.probing._training import Training
-from stablefield.probing._variance import find_noise_levels, measure_variance
+from stablefield.probing._variance import find_noise_levels, measure_variance, widened
 from stablefield.probing._variance_ledger import VarianceLedger, measure_ledger
 from stablefield.report._cells import text_table
 from stablefield.report._chart import LineChart
@@ -35,6 +35,8 @@ __all__ = ["NetworkProbe", "probe_network"]
 _LINES = 12
 # Beyond these, more sources make the ledger no more accurate.
 _MOST_SOURCES = 2048
+# Noise levels that represent the training distribution.
+_POINTS = 16_384
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -47,6 +49,7 @@ class NetworkProbe(Result):
         step: its training step; None if unknown.
         fit: distance, loss and floor against the noise level.
         weighting: of the training loss.
+        trained: noise levels of the training, its 1 % and its 99.9 % quantile.
         logged: loss minus floor over training, from a run's log.
         ledger: where the variance of a batch's gradient comes from; None for a network that is no module with weights.
         drawn_from: size of the data set, if the posterior is over a part of it.
@@ -61,6 +64,7 @@ class NetworkProbe(Result):
     step: int | None
     fit: Fit
     weighting: Weighting
+    trained: tuple[float, float]
     logged: tuple[LoggedExcess, ...]
     ledger: VarianceLedger | None
     drawn_from: int | None
@@ -83,10 +87,10 @@ class NetworkProbe(Result):
 
     @property
     def summary(self) -> str:
-        """Where training can still gain most, in a sentence."""
+        """Where training can still gain most, among the noise levels that it draws, in a sentence."""
         fit, weight = self.fit, self._weight()
         excess = weight * fit.distance.mean
-        worst = int(excess.argmax())
+        worst = farthest(fit, self.weighting, self.trained)
         step = "The" if self.step is None else f"Step {self.step:,}: the"
         return (
             f"{step} network is farthest from the optimum at noise level {float(fit.noise_level[worst]):.2g},\nwhere "
@@ -102,6 +106,7 @@ class NetworkProbe(Result):
             "run": self.name,
             "data": self.description,
             "weighting": str(self.weighting),
+            "noise_levels_of_training": list(self.trained),
             "step": self.step,
             "seed": self.seed,
             "seconds": self.seconds,
@@ -138,6 +143,7 @@ class NetworkProbe(Result):
             self.weighting,
             self.summary,
             self.command,
+            trained=self.trained,
             over_training=over_training,
             ledger=self.ledger,
             notes=[*self.notes, *(f"{note}.".replace("\n", " ") for note in self._notes())],
@@ -191,7 +197,7 @@ def probe_network(
         labels: class of each sample, integers of shape (n,), if the network sees the classes.
         by_class: the same with the classes of an image set.
         training: gives the loss weights, the noise levels and the batch; EDM's, and 512 rows or all samples, if None.
-        noise_levels: where to measure, sigma / alpha, shape (L,); chosen from the data if None.
+        noise_levels: where to measure, sigma / alpha, shape (L,); chosen from the data and the training if None.
         max_images: samples that represent the data set, drawn at random if there are more.
         sources: samples to make noisy rows from at each noise level, 512 if None; the ledger has 12 rows for each.
         log: lines of a run's metrics.jsonl, for the loss above the floor over training.
@@ -213,8 +219,9 @@ def probe_network(
     population = population.to(found_device(device))
     training = Training(batch=min(512, len(population))) if training is None else training
     sources = 512 if sources is None else whole_number("sources", sources)
+    trained = _trained(training)
     levels = (
-        find_noise_levels(population, seed=seed)
+        widened(find_noise_levels(population, seed=seed), *trained)
         if noise_levels is None
         else array_of_numbers("noise_levels", noise_levels)
     )
@@ -239,6 +246,9 @@ def probe_network(
             progress=progress,
         )
     floor = LossFloor(noise_level=fit.noise_level, variance=fit.floor.mean, dim=fit.dim, weighting=training.weighting)
+    low, high = trained
+    if not bool(((fit.noise_level >= low) & (fit.noise_level <= high)).any()):
+        notes = [*notes, f"training hardly draws these noise levels: it draws {low:.2g} to {high:.2g}"]
     if noise_levels is not None:
         notes = [*notes, "measured at the given noise levels only; it may be worse at others"]
     hidden = label_dropout if population.labels is not None else 0.0
@@ -268,6 +278,7 @@ def probe_network(
         step=step,
         fit=fit,
         weighting=training.weighting,
+        trained=trained,
         logged=tuple(logged_excess(log, floor, training)),
         ledger=ledger,
         drawn_from=population.drawn_from,
@@ -275,3 +286,13 @@ def probe_network(
         seed=seed,
         seconds=time.monotonic() - began,
     )
+
+
+def _trained(training: Training) -> tuple[float, float]:
+    """The 1 % and the 99.9 % quantile of the noise levels that a training draws, positive and finite."""
+    u = torch.tensor([0.01, 0.999], dtype=torch.float64)
+    level = training.process.noise_level(training.noise_levels.quantile(u, training.process)).double()
+    # The time range may end where there is no noise, or no signal.
+    drawn = training.levels(_POINTS)
+    low, high = level.clamp(drawn.min(), drawn.max()).tolist()
+    return low, high

@@ -40,7 +40,7 @@ from stablefield.probing._population import Population
 from stablefield.probing._series import Series
 from stablefield.targets._posterior import Posterior
 
-__all__ = ["SIZES", "VarianceCurve", "find_noise_levels", "measure_variance"]
+__all__ = ["SIZES", "VarianceCurve", "find_noise_levels", "measure_variance", "widened"]
 
 SIZES = (16, 64, 256, 1024, 4096)
 """Sizes of reference sets that are measured by default."""
@@ -319,6 +319,19 @@ def find_noise_levels(population: Population, count: int = 21, *, seed: int = 0)
         low /= 2
     count = max(count, 1 + math.ceil(math.log(2 * top / low) / math.log(_NEAR)))
     return torch.logspace(math.log10(low / 2), math.log10(top), count, dtype=torch.float64)
+
+
+def widened(noise_level: Tensor, low: float, high: float) -> Tensor:
+    """Noise levels (L,), increasing, with more on either side where these end short of `low` or `high`, both positive."""
+    first, last = float(noise_level[0]), float(noise_level[-1])
+    below, above = _spaced_levels(first, min(first, low)), _spaced_levels(last, max(last, high))
+    return torch.cat([below.flip(0), noise_level, above])
+
+
+def _spaced_levels(start: float, end: float) -> Tensor:
+    """Levels from after `start` to `end`, at ratios of at most 1.9."""
+    count = math.ceil(abs(math.log(end / start)) / math.log(_NEAR))
+    return torch.logspace(math.log10(start), math.log10(end), count + 1, dtype=torch.float64)[1:]
 
 
 @dataclass

@@ -120,7 +120,7 @@ def probe(
         references: sizes of reference sets to measure; the whole set leaves no variance and is not sampled. Data without a
             network only.
         noise_levels: where to show the variance of data, or to measure a network, sigma / alpha, shape (L,); chosen from the
-            data if None, as always for the advice.
+            data if None, as always for the advice, and for a network from its training, too.
         aim: share of each row's variance that may remain, between 0 and 1. Data without a network only.
         max_images: samples that represent the data set, drawn at random if there are more.
         sources: samples to make noisy rows from; if None, all of a small set, else as many as two minutes allow, and 512
