@@ -17,8 +17,8 @@ from stablefield.probing import _gradient_products
 from stablefield.probing._gradient_products import GradientSampler
 from stablefield.probing._population import Population
 from stablefield.probing._training import Training
-from stablefield.probing._variance_ledger import measure_ledger
-from stablefield.report import render_page
+from stablefield.probing._variance_ledger import Lever, VarianceLedger, measure_ledger
+from stablefield.report import Estimate, render_page
 
 TERMS = ["noise level", "image", "noise", "target"]
 
@@ -416,6 +416,24 @@ def test_the_sentence_names_the_lever_with_the_least_variance():
     best = min(figures, key=figures.get)
     assert f"What pays most here: {best}, stable target." in found.summary
     assert f"It is worth a batch {1 / figures[best]:.2f} times as large." in found.summary
+
+
+def test_a_lever_that_is_too_noisy_to_tell_hides_no_other_one():
+    """75 ± 30 % may be no gain; 80 ± 2 % is one."""
+    levers = {"none": (1.0, 0.01), "antithetic pairs": (0.8, 0.02), "references from the batch": (0.75, 0.3)}
+    ledger = VarianceLedger(
+        batch=8,
+        variance=Estimate(1.0, 0.1),
+        terms={name: Estimate(0.25, 0.01) for name in TERMS},
+        levers=tuple(Lever(name=name, single=None, stable=Estimate(*figures)) for name, figures in levers.items()),
+        measured=Estimate(1.0, 0.1),
+        images=4,
+        rows=128,
+        batches=6,
+    )
+    assert "What pays most here: antithetic pairs, stable target.\nIt is worth a batch 1.25 times" in ledger.summary
+    noisy = replace(ledger, levers=tuple(lever for lever in ledger.levers if lever.name != "antithetic pairs"))
+    assert noisy.summary.endswith("No lever lowers it by more than twice its standard error.")
 
 
 def test_networks_without_a_gradient_have_no_ledger():

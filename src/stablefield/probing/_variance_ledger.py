@@ -98,9 +98,11 @@ class VarianceLedger:
         plain, *levers = self.levers
         found = [("the stable target", plain.stable), *((f"{x.name}, stable target", x.stable) for x in levers)]
         found += [(f"{x.name}, single sample", x.single) for x in levers if x.single is not None]
-        name, share = min(found, key=lambda entry: entry[1].value)
-        if share.value > 1 - 2 * share.error:
+        # Of many levers, a noisy one may have the least variance.
+        sure = [entry for entry in found if entry[1].value < 1 - 2 * entry[1].error]
+        if not sure:
             return f"{source}\nNo lever lowers it by more than twice its standard error."
+        name, share = min(sure, key=lambda entry: entry[1].value)
         worth = f"It is worth a batch {1 / share.value:.2f} times as large." if share.value > 0 else ""
         return f"{source}\nWhat pays most here: {name}.\n{worth}".rstrip()
 
