@@ -87,3 +87,13 @@ def test_a_fit_of_any_kind_makes_a_page(distance):
     )
     page = fit_page("run", "an example", fit, sf.EDMWeighting(), "It fits.", "stablefield probe run")
     assert render_page(page).count("<svg") >= 2
+
+
+def test_the_share_of_the_floor_has_no_noise_of_the_samples():
+    """The loss, measured at few samples, may lie below the floor; the floor is no more than all of what is expected."""
+    level = torch.tensor([1.0, 10.0], dtype=torch.float64)
+    parts = {"distance": series(0 * level + 0.25), "floor": series(0 * level + 4.75), "loss": series(0 * level + 4.6)}
+    fit = Fit(noise_level=level, dim=12, samples=500, rows=64, **parts)
+    page = render_page(fit_page("run", "an example", fit, sf.EDMWeighting(), "It fits.", ""))
+    assert "95.0%" in page
+    assert "103.3%" not in page

@@ -159,7 +159,7 @@ def fit_page(
                         note=f"at noise level {float(fit.noise_level[worst]):.2g}",
                     ),
                     KeyFigure(
-                        value=f"{float(fit.floor.mean[-1] / fit.loss.mean[-1]):.1%}",
+                        value=f"{_share(float(fit.floor.mean[-1]), float(fit.distance.mean[-1])):.1%}",
                         label="of the loss is floor at the highest noise",
                     ),
                 )
@@ -215,6 +215,11 @@ def fit_page(
         ),
         footer=f"{description}. `{command}`" if command else description,
     )
+
+
+def _share(floor: float, distance: float) -> float:
+    """Share of the floor in the loss, 0 if there is no loss; the measured loss has the noise of the samples besides."""
+    return floor / (floor + distance) if floor + distance > 0 else 0.0
 
 
 def _training_section(chart: LineChart | None) -> tuple[Section, ...]:
