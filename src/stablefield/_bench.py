@@ -175,7 +175,7 @@ class Benchmark(Result):
 
 
 def benchmark(
-    images: ImageSet | Tensor | NDArray[np.uint8] | None = None,
+    images: ImageSet | Tensor | NDArray[Any] | None = None,
     *,
     batch: Sequence[int] = (64, 512),
     references: Sequence[int] = (1024, 4096, 50_000),
@@ -189,7 +189,8 @@ def benchmark(
     """Measure time and memory of the target, its share of a training step, and how the cost grows.
 
     Args:
-        images: images to take references from, uint8 of shape (n, C, H, W); random pixels of CIFAR-10's shape if None.
+        images: what to take references from, shape (n, C, H, W), uint8 that means x / 127.5 - 1, or floating point as the
+            network sees it; random pixels of CIFAR-10's shape if None.
         batch: batch sizes in the table.
         references: numbers of references in the table; at most the number of images.
         pairs: how many times to time the target and its baseline in turn.

@@ -246,7 +246,7 @@ def measure_step(
     Both kinds of step see the same rows and noise.
 
     Args:
-        images: uint8 images, shape (n, C, H, W) with H = W a multiple of 4.
+        images: the references, float32 or uint8, shape (n, C, H, W) with H = W a multiple of 4.
         noise_band: as for `StableTarget`.
         batch: images per step.
         width: base channels; 64 make 4.7 M parameters.
@@ -266,7 +266,8 @@ def measure_step(
         generator = torch.Generator(device).manual_seed(drawn[kind])
         drawn[kind] += 1
         index = torch.randint(len(images), (batch,), generator=generator, device=device)
-        x0 = images[index].float().div_(127.5).sub_(1)
+        x0 = images[index].float()
+        x0 = x0 if images.is_floating_point() else x0.div_(127.5).sub_(1)
         optimizer.zero_grad(set_to_none=True)
         objective(denoiser, x0, index=index, generator=generator).loss.backward()
         optimizer.step()

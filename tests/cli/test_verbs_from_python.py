@@ -102,6 +102,12 @@ def test_a_benchmark_prints_saves_and_draws_what_it_measured(tmp_path: Path) -> 
         assert found.save(tmp_path / name).stat().st_size > 100
     with pytest.raises(ValueError, match=r"^batch\[0\]"):
         sf.benchmark(images, batch=[0])
+    # Numbers that are scaled already, such as latents.
+    latents = np.random.default_rng(0).standard_normal((16, 4, 4, 4), dtype=np.float32)
+    floats = sf.benchmark(latents, batch=[2], references=[8], pairs=1, growth=False, device="cpu")
+    assert [cost.pool for cost in floats.costs] == ["float32"]
+    assert floats.step is not None
+    assert floats.step.references == 16
     # The only reference has all the weight at every level.
     lonely = sf.benchmark(images.images[:1], batch=[2], references=[8], pairs=1, growth=False, device="cpu")
     record = json.loads(lonely.save(tmp_path / "lonely.json").read_text())
