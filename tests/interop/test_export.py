@@ -431,6 +431,19 @@ def test_wrong_use_of_export_is_told_and_writes_nothing(
     assert not (tmp_path / "x").exists()
 
 
+def test_the_functions_take_a_place_as_a_string_or_a_path(tmp_path: Path) -> None:
+    interop, denoiser = sf.interop, sf.Denoiser(MLP((1, 8, 8), 8, 1)).eval()
+    plain, weights = str(tmp_path / "plain"), str(tmp_path / "plain" / "model.safetensors")
+    interop.write_pipeline(str(tmp_path / "pipe"), denoiser, (1, 8, 8))
+    assert (tmp_path / "pipe" / "model_index.json").exists()
+    interop.write_plain(plain, transformer(sf.FlowPreconditioning()), (3, 8, 12))
+    for kind in (str, Path):
+        assert isinstance(interop.read_weight_file(kind(weights)), dict)
+        read = interop.read_published(kind(weights))
+        interop.write_imported_run(kind(tmp_path / kind.__name__), read, kind(weights))
+        assert sf.Run(tmp_path / kind.__name__).config.data == "imported from model.safetensors"
+
+
 def test_what_the_config_of_a_plain_export_states_is_imported_with_its_weights(tmp_path: Path) -> None:
     from stablefield.interop._plain_export import write_plain
 

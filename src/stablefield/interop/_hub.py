@@ -8,7 +8,7 @@ from pathlib import Path
 __all__ = ["push_folder"]
 
 
-def push_folder(path: Path, name: str, *, private: bool = False) -> str:
+def push_folder(path: str | Path, name: str, *, private: bool = False) -> str:
     """Upload a folder as a model repository; creates the repository if it does not exist.
 
     Args:

@@ -51,7 +51,7 @@ def import_run(
     return Run(write_imported_run(Path(out), read_published(file, preconditioning, heads), file).path)
 
 
-def write_imported_run(path: Path, network: PublishedNetwork, source: Path) -> RunFolder:
+def write_imported_run(path: str | Path, network: PublishedNetwork, source: str | Path) -> RunFolder:
     """Write a run folder with the network's weights, at step 0, as both weights and their average.
 
     The recipe describes the network and the training that belongs to its preconditioning in the table of Karras et al. 2022.
@@ -65,6 +65,7 @@ def write_imported_run(path: Path, network: PublishedNetwork, source: Path) -> R
     Raises:
         ValueError: if the folder is not empty or cannot be written, or no recipe can describe the network.
     """
+    path, source = Path(path), Path(source)
     architecture = network.architecture
     recipe = _recipe(architecture, network.preconditioning)
     if "label_dropout" in network.manifest:

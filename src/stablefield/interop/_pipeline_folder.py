@@ -58,7 +58,7 @@ _MODULES = (shapes, preconditioning, layers, resample, embedding, dropout, block
 
 
 def write_pipeline(
-    path: Path,
+    path: str | Path,
     denoiser: Denoiser,
     shape: tuple[int, ...],
     *,
@@ -100,6 +100,7 @@ def write_pipeline(
     except ImportError as error:
         raise ImportError('format=diffusers needs diffusers: pip install "stablefield[diffusers]".') from error
 
+    path = Path(path)
     name, arguments = preconditioning_options(denoiser)
     sigma_data = arguments["sigma_data"] if name == "edm" else 0.5
     code = None

@@ -50,7 +50,7 @@ class PlainConfig:
 
 
 def write_plain(
-    path: Path,
+    path: str | Path,
     denoiser: Denoiser,
     shape: tuple[int, ...],
     *,
@@ -75,6 +75,7 @@ def write_plain(
         ValueError: if the folder is not empty or cannot be written, or the kind of network or preconditioning is not
             supported.
     """
+    path = Path(path)
     kind, options = network_options(denoiser.network)
     name, arguments = preconditioning_options(denoiser)
     record: dict[str, Any] = {

@@ -89,7 +89,7 @@ class PublishedNetwork:
 
 
 def read_published(
-    path: Path, preconditioning: PreconditioningName | None = None, heads: int | None = None
+    path: str | Path, preconditioning: PreconditioningName | None = None, heads: int | None = None
 ) -> PublishedNetwork:
     """Read a DDPM++, NCSN++, SiT or DiT network from a file, without executing anything in it.
 
@@ -108,6 +108,7 @@ def read_published(
         ValueError: if there is no such file, the preconditioning or the heads are neither stated nor given, or what is given
             differs from what is stated; or if the config.json or the model_index.json of an export cannot be used.
     """
+    path = Path(path)
     value, name = read_weight_file(path), plain_text(path.name)
     try:
         found, where = _network(value)

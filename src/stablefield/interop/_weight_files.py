@@ -43,7 +43,7 @@ _SMALL = 2_000
 _MAX_LIST = 4 * 2**20
 
 
-def read_weight_file(path: Path) -> object:
+def read_weight_file(path: str | Path) -> object:
     """Read the file's content without executing anything in it.
 
     Args:
@@ -56,6 +56,7 @@ def read_weight_file(path: Path) -> object:
         RefusedError: naming the content that is not supported.
         ValueError: if there is no such file, it may not be read, or it is not a regular file.
     """
+    path = Path(path)
     shown = plain_text(str(path), 400)
     if sys.byteorder != "little":
         raise ValueError(
