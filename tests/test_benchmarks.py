@@ -39,11 +39,10 @@ def one_thread() -> Iterator[None]:
 def test_the_changelog_says_of_labels_what_was_measured() -> None:
     rows = json.loads((ROOT / "benchmarks" / "results" / "labels.json").read_text())["rows"]
     said = " ".join((ROOT / "CHANGELOG.md").read_text().split())
-    assert "100 labels a call takes less than 0.4 of the time" in said
     assert "1,000 labels less than 0.1" in said
     share = {(row["labels"], row["dtype"], row["sorted"]): row["by_label_ms"] / row["masked_ms"] for row in rows}
-    for dtype in ("float32", "uint8"):
-        assert share[100, dtype, False] < 0.4
+    hundred = [1 / row["ratio"] for row in rows if row["labels"] == 100]  # over the pairs
+    assert f"with 100 labels a call takes {min(hundred):.2f} to {max(hundred):.2f} of the time" in said
     assert max(share[1000, "float32", False], share[1000, "float32", True]) < 0.1
     assert max(row["gap"] for row in rows) < 1e-6
 
