@@ -9,6 +9,7 @@ from stablefield.diffusion._from_diffusers import from_diffusers as from_diffuse
 from stablefield.diffusion._importance_sampling import ImportanceSampling as ImportanceSampling
 from stablefield.diffusion._noise_levels import LogNormal as LogNormal
 from stablefield.diffusion._noise_levels import LogUniform as LogUniform
+from stablefield.diffusion._noise_levels import NoiseLevels as NoiseLevels
 from stablefield.diffusion._noise_levels import Uniform as Uniform
 from stablefield.diffusion._objective import Objective as Objective
 from stablefield.diffusion._objective import ObjectiveValue as ObjectiveValue

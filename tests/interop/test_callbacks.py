@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +118,31 @@ def test_lightning_logs_every_so_many_steps_of_the_optimiser(package: str, tmp_p
     assert {"excess_loss/loss", "excess_loss/floor", "excess_loss/distance_se"} <= rows[0].keys()
     # Trained on, it has another excess than at step 4.
     assert float(rows[1]["excess_loss/distance"]) != measured(module.net).total("distance").value
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # Lightning's own
+def test_callbacks_measure_functions_around_a_network_in_evaluation_mode(tmp_path: Path) -> None:
+    class Dropping(Net):
+        def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return nn.functional.dropout(super().forward(x_t, t), 0.5, self.training)
+
+    network, measured = Dropping(), excess()
+    expected = measured(network.eval()).metrics()
+    network.train()
+    lightning = pytest.importorskip("lightning")
+    logged: list[dict[str, float]] = []
+    logger = SimpleNamespace(log_metrics=lambda metrics, step: logged.append(metrics))
+    callback = lightning_callback(measured, every=1, network=lambda module: lambda x, t: module.net(x, t))
+    module = lightning.LightningModule()
+    module.net = network
+    callback.on_train_batch_end(SimpleNamespace(global_step=1, is_global_zero=True, loggers=[logger]), module)
+    assert logged == [expected]
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, project_dir=str(tmp_path))
+    found = accelerate_callback(measured, accelerator, every=1)(lambda x, t: network(x, t), 1)
+    assert found is not None
+    assert found.metrics() == expected
+    assert network.training
 
 
 def test_the_three_lines_in_the_unconditional_script_of_diffusers() -> None:

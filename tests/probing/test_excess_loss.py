@@ -2,6 +2,8 @@
 
 import json
 import math
+from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +12,8 @@ import torch
 from torch import nn
 
 import stablefield as sf
-from stablefield.probing._prediction import OutputWeighting, Prediction
+from stablefield._modules import modules_of
+from stablefield.probing._prediction import OutputWeighting, Prediction, ScheduledSteps
 from stablefield.report import render_page
 
 KINDS = ("denoiser", "x0", "epsilon", "v", "velocity")
@@ -157,6 +160,25 @@ def test_a_network_that_remembers_has_a_gap_to_held_out_samples(digits):
     assert found.metrics()["excess_loss/gap"] == gap.value
 
 
+def test_held_out_float_data_have_the_scaling_of_the_training_data():
+    generator = np.random.default_rng(0)
+    train, test = generator.normal(3, 2, (80, 6)), generator.normal(5, 4, (50, 6))
+    # What the network sees, by the definition of the scaling, in float64.
+    seen, held = ((values - train.mean(0)) / (2 * train.std(0)) for values in (train, test))
+    sets = [sf.data.make_image_set(part, None, sf.data.Origin(name="a", source="a")) for part in (train, test)]
+
+    def network(x, sigma):
+        return sf.posterior(x, 1.0, sigma, torch.from_numpy(seen).to(x)).mean
+
+    found = sf.ExcessLoss(sets[0], held_out=sets[1], rows=50, levels=3)(network)
+    expected = sf.ExcessLoss(seen, held_out=held, rows=50, levels=3)(network)
+    for name in ("loss", "held_out", "gap"):
+        assert found.total(name).value == pytest.approx(expected.total(name).value, rel=1e-4), name
+    other = sf.data.make_image_set(test[:, :5], None, sf.data.Origin(name="a", source="a"))
+    with pytest.raises(ValueError, match=r"held_out has samples of shape \(5,\)"):
+        sf.ExcessLoss(sets[0], held_out=other)
+
+
 def test_labels_go_to_the_network_and_keep_the_posterior_within_classes(digits):
     pool = torch.from_numpy(digits.images.copy()).float() / 127.5 - 1
     labels = torch.from_numpy(digits.labels.copy()).long()
@@ -242,6 +264,96 @@ def test_mode_random_state_and_buffers_stay_and_rows_come_in_chunks(dtype):
     with pytest.raises(RuntimeError, match="fails"):
         excess(Failing())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+GLOBAL = {"net": Net()}
+
+
+class Wrapper:
+    """An object that keeps its network where only its methods look."""
+
+    def __init__(self, net):
+        self.inner = SimpleNamespace(net=net)
+
+    def __call__(self, x, t):
+        return self._raw(x, t)
+
+    def _raw(self, x, t):
+        return self.inner.net(x, t)
+
+    def method(self, x, t):
+        return self(x, t)
+
+
+def through_a_default(net):
+    return lambda x, t, net=net: net(x, t)
+
+
+def through_two_closures(net):
+    def inner(x, t):
+        return net(x, t)
+
+    return lambda x, t: inner(x, t)
+
+
+def through_a_global(net):
+    GLOBAL["net"] = net
+    return lambda x, t: GLOBAL["net"](x, t)
+
+
+def through_self(net):
+    wrapper = Wrapper(net)
+    return lambda x, t: wrapper.inner.net(x, t)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda net: lambda x, t: net(x, t),
+        lambda net: net.forward,
+        lambda net: partial(lambda model, x, t: model(x, t), net),
+        Wrapper,
+        lambda net: Wrapper(net).method,
+        through_a_default,
+        through_two_closures,
+        through_a_global,
+        through_self,
+        lambda net: sf.sampling.counted(lambda x, t: net(x, t).sample),
+        lambda net: lambda x, t: [net][0](x, t),
+    ],
+)
+def test_a_function_around_a_network_is_measured_as_the_network_itself(wrap):
+    network = Net()
+    network.norm.running_mean += 0.3
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    excess = sf.ExcessLoss(torch.randn(30, 4, generator=torch.Generator().manual_seed(0)), levels=2, rows=10)
+    # By hand in evaluation mode.
+    by_hand = excess(network.eval()).metrics()
+    network.train()
+    network.norm.eval()  # each part keeps a mode of its own
+    assert excess(wrap(network)).metrics() == by_hand
+    assert (network.training, network.norm.training, network.drop.training) == (True, False, True)
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert modules_of(wrap(network)) == [network]
+
+
+def test_a_search_for_modules_ends_and_runs_nothing():
+    loop = SimpleNamespace(calls=0)
+    loop.loop, loop.net = loop, [loop]
+
+    class Touchy:
+        @property
+        def net(self):
+            raise AssertionError
+
+    def model(x, t):
+        return loop.net.loop.calls + Touchy().net + torch.tanh(x) + np.tanh(t) + model(x, t)
+
+    assert modules_of(model) == []
+    assert modules_of(lambda x, t: touchy.net(x, t)) == []
+    touchy = Touchy()
+    assert modules_of(lambda x, t: touchy.net(x, t)) == []
+    assert modules_of(torch.tanh) == []
 
 
 class Failing(nn.Module):
@@ -358,11 +470,136 @@ def test_schedulers_of_diffusers_say_what_the_network_predicts_and_what_time_it_
 
     scaled = sf.ExcessLoss(data, process=flow, levels=3, rows=50)(velocity)
     assert 990 < float(torch.cat(seen).max()) < 1000
-    plain = sf.ExcessLoss(data, process=sf.RectifiedFlow(), prediction="velocity", levels=3, rows=50)
+    steps = ScheduledSteps(tuple(k / 1000 for k in range(1, 1000)))
+    plain = sf.ExcessLoss(
+        data, process=sf.RectifiedFlow(), noise_levels=steps, prediction="velocity", levels=3, rows=50
+    )
     raw = as_kind(lambda x, s: x / (1 + rowed(s, x) ** 2), sf.RectifiedFlow(), "velocity")
     assert plain(raw).metrics() == pytest.approx(scaled.metrics(), rel=1e-6)
     with pytest.raises(ValueError, match="clock 'log level'"):
         sf.ExcessLoss(data, process=sf.from_diffusers(diffusers.EDMEulerScheduler()))
+
+
+@pytest.mark.parametrize("settings", [{}, {"shift": 3.0}, {"use_karras_sigmas": True}, {"num_train_timesteps": 50}])
+def test_the_steps_of_a_flow_scheduler_are_those_of_a_loop_that_draws_its_timesteps_by_index(settings):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**settings)
+    if "use_karras_sigmas" in settings:
+        scheduler.set_timesteps(100)  # a table
+    data = torch.randn(40, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 3
+    regression = sf.from_diffusers(scheduler)
+    raw = regression.clock == "share"
+    excess = sf.ExcessLoss(
+        data,
+        process=regression,
+        prediction=None if raw else "denoiser",
+        weighting=OutputWeighting(sf.RectifiedFlow(), "velocity"),
+        rows=400,
+    )
+
+    def velocity(x, t):
+        return 0.3 * x - t[:, None] / 2000
+
+    def denoiser(x, sigma):
+        t = sigma[:, None] / (1 + sigma[:, None])
+        return (1 - t) * x - t * velocity((1 - t) * x, t[:, 0] * scheduler.config.num_train_timesteps)
+
+    found = excess(velocity if raw else denoiser).total("loss")
+    generator = torch.Generator().manual_seed(1)
+    index = torch.randint(len(scheduler.timesteps), (40_000,), generator=generator)
+    noise = torch.randn(40_000, 4, generator=generator, dtype=torch.float64)
+    x0, t = data.repeat(1000, 1), scheduler.timesteps[index].double()
+    alone = scheduler.sigmas[: len(scheduler.timesteps)].double()[index][:, None]
+    rows = (velocity((1 - alone) * x0 + alone * noise, t) - noise + x0).square().mean(1)
+    # The step without signal is left out, of which a loop draws one in 50 to 1,000.
+    rows = rows[alone[:, 0] < 1]
+    assert abs(found.value - float(rows.mean())) < 4 * math.hypot(found.error, float(rows.std()) / 200)
+    by_index = scheduler.sigmas[: len(scheduler.timesteps)].double().sort().values
+    level = (by_index / (1 - by_index))[by_index < 1]
+    # 8 bins of equally many steps, each with its middle.
+    torch.testing.assert_close(
+        excess._median, level[((torch.arange(8) + 0.5) / 8 * len(level)).long()], rtol=1e-4, atol=0
+    )
+
+
+def test_noise_levels_of_a_training_that_is_unknown_are_asked_for():
+    diffusers = pytest.importorskip("diffusers")
+    data = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    regression = sf.from_diffusers(diffusers.EDMEulerScheduler())
+    with pytest.raises(ValueError, match=r"noise_levels=None: the scheduler .* pass noise_levels=LogNormal"):
+        sf.ExcessLoss(data, process=regression, prediction="denoiser")
+
+    @dataclass(frozen=True)
+    class ByIndex(sf.NoiseLevels):
+        def quantile(self, u, process):  # noqa: ARG002
+            return regression.times[(u * len(regression.times)).long()]
+
+    excess = sf.ExcessLoss(data, process=regression, prediction="denoiser", noise_levels=ByIndex(), levels=4)
+    sigmas = diffusers.EDMEulerScheduler().sigmas[:-1].double().sort().values
+    torch.testing.assert_close(excess._median, sigmas[[125, 375, 625, 875]], rtol=1e-5, atol=0)
+    by_hand = sf.Regression(sf.RectifiedFlow(), "velocity", "share", 1000)
+    with pytest.raises(ValueError, match="noise_levels=None"):
+        sf.ExcessLoss(data, process=by_hand)
+
+
+class Circle(sf.Process):
+    """A process of the caller's: a quarter circle of which the time is the angle."""
+
+    def alpha(self, t):
+        return torch.cos(t)
+
+    def sigma(self, t):
+        return torch.sin(t)
+
+    def alpha_dot(self, t):
+        return -torch.sin(t)
+
+    def sigma_dot(self, t):
+        return torch.cos(t)
+
+    def time(self, noise_level):
+        return torch.atan(noise_level)
+
+
+class BoundedCircle(Circle):
+    time_range = (0.0, math.pi / 2)
+
+
+class Backwards(BoundedCircle):
+    def alpha(self, t):
+        return torch.sin(t)
+
+    def sigma(self, t):
+        return torch.cos(t)
+
+    def time(self, noise_level):
+        return math.pi / 2 - torch.atan(noise_level)
+
+
+def test_a_process_of_the_callers_has_the_times_of_its_range_or_says_how_it_draws_them():
+    data = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    excess = sf.ExcessLoss(data, process=BoundedCircle(), levels=4)
+    expected = torch.tan((torch.arange(4, dtype=torch.float64) + 0.5) / 8 * math.pi)
+    torch.testing.assert_close(excess._median, expected, rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match=r"noise_levels=None: .*time_range is from -inf to inf: pass noise_levels="):
+        sf.ExcessLoss(data, process=Circle())
+    with pytest.raises(ValueError, match=r"process=Backwards: its time runs from noise to data"):
+        sf.ExcessLoss(data, process=Backwards())
+    # With levels that are stated it is the same process.
+    settings = {"noise_levels": sf.LogNormal(), "levels": 3, "rows": 40}
+    found, same = (
+        sf.ExcessLoss(data, process=process, **settings)(lambda x, sigma: 0.5 * x).total("loss").value
+        for process in (Backwards(), Circle())
+    )
+    assert found == pytest.approx(same, rel=1e-4)
+
+    @dataclass(frozen=True)
+    class Falling(sf.NoiseLevels):
+        def quantile(self, u, process):  # noqa: ARG002
+            return 1 - u
+
+    with pytest.raises(ValueError, match=r"noise_levels=.*Falling\(.*: its noise level falls .* let quantile"):
+        sf.ExcessLoss(data, process=sf.Cosine(), noise_levels=Falling())
 
 
 def test_the_population_may_be_an_array_and_the_denoiser_that_of_another_process():

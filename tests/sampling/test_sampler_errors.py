@@ -167,6 +167,8 @@ class Dropping(torch.nn.Module):
         lambda one: sampling.autoguidance(one, identity, 2.0),
         partial,
         lambda one: one.forward,
+        lambda one: lambda x, sigma: one(x, sigma),
+        lambda one: sampling.counted(lambda x, sigma: 2 * one(x, sigma)),
     ],
 )
 def test_a_denoiser_that_drops_values_at_random_is_warned_of(wrap):

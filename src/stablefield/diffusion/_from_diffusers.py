@@ -53,7 +53,8 @@ class Regression:
         clock: how a timestep of the scheduler determines the process's time: it is the time ("step"); exp(4 timestep)
             ("log level"); timestep / steps ("share"); or by the scheduler's table ("table").
         steps: the scheduler's number of timesteps in training.
-        timesteps: the scheduler's timesteps in ascending order, shape (T,), float64, if the clock is its table.
+        timesteps: the scheduler's timesteps in ascending order, shape (T,), float64, of EDM and flow matching; the clock
+            "table" needs them.
         times: the process's time at each of them, shape (T,), float64.
     """
 
@@ -71,8 +72,9 @@ class Regression:
             if value not in words:
                 raise ValueError(f"{name} is {value!r:.40}: pass one of {', '.join(words)}.")
         whole_number("steps", self.steps, 1)
-        if (self.clock == "table") != (self.timesteps is not None and self.times is not None):
-            raise ValueError("timesteps and times are the table of the clock 'table': pass both with it, else neither.")
+        given = [table is not None for table in (self.timesteps, self.times)]
+        if given not in ([True, True], [False, False]) or (self.clock == "table" and not all(given)):
+            raise ValueError("timesteps and times are one table, which the clock 'table' needs: pass both, or neither.")
 
     def time(self, timesteps: Tensor) -> Tensor:
         """The process's times of the scheduler's timesteps (B,), for `StableTarget`.
@@ -235,9 +237,7 @@ def _clocked(
     process: Process, view: View, clock: Clock, timesteps: Tensor, times: Tensor, formula: Tensor, steps: int
 ) -> Regression:
     """The regression with the clock's formula if the scheduler follows it, else with its table."""
-    if _close(times, formula):
-        return Regression(process, view, clock, steps)
-    return Regression(process, view, "table", steps, timesteps, times)
+    return Regression(process, view, clock if _close(times, formula) else "table", steps, timesteps, times)
 
 
 def _asked(scheduler: Any, kind: str, remedy: str) -> tuple[Tensor, Tensor, Tensor]:

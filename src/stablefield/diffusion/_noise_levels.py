@@ -23,6 +23,13 @@ __all__ = ["LogNormal", "LogUniform", "NoiseLevels", "Uniform", "times_at", "uni
 class NoiseLevels(ABC):
     """A distribution of noise over training rows.
 
+    State your own by its `quantile`:
+
+        @dataclass(frozen=True)
+        class Squared(sf.NoiseLevels):
+            def quantile(self, u, process):
+                return u**2  # times in [0, 1], most of them near the data
+
     Args:
         stratified: draw one row from each of B equally probable parts of the distribution, in random order. This keeps each
             row's distribution, but the batch covers it evenly, which lowers the variance of the loss.
@@ -36,7 +43,7 @@ class NoiseLevels(ABC):
 
     @abstractmethod
     def quantile(self, u: Tensor, process: Process) -> Tensor:
-        """Times of `process` at the probabilities `u` in (0, 1), of the shape of `u`."""
+        """Times of `process` at the probabilities `u` in (0, 1), of the shape of `u`; the noise grows with `u`."""
 
     def sample(
         self,

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 from stablefield._shapes import check_callable, check_kind, whole_number
 from stablefield.probing._excess import Excess
 from stablefield.probing._excess_loss import ExcessLoss
@@ -22,7 +24,8 @@ def accelerate_callback(
 
     With gradient accumulation you may also call it after each batch: it logs a step once. It unwraps the model and measures
     on the main process; the others go on and wait at their next collective operation, so a measurement must be shorter than
-    the process group's timeout. A model that is sharded over processes cannot be measured this way.
+    the process group's timeout. A model that is sharded over processes cannot be measured this way. A function around a
+    network is measured as it is: with several processes let it call `accelerator.unwrap_model(model)`.
 
     Args:
         excess: what to log.
@@ -51,7 +54,8 @@ def accelerate_callback(
         if whole_number("step", step, 0) % every or step == last or not accelerator.is_main_process:
             return None
         last = step
-        found = excess(accelerator.unwrap_model(model))
+        # Accelerate unwraps modules only.
+        found = excess(accelerator.unwrap_model(model) if isinstance(model, nn.Module) else model)
         accelerator.log(found.metrics(prefix), step=step)
         return found
 

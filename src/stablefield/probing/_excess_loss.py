@@ -11,6 +11,7 @@ References:
     2506.13763, which calls the floor the optimal loss value.
 """
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from stablefield._progress import Progress
 from stablefield._shapes import check_callable, check_kind, check_tensor, found_device, whole_number
+from stablefield.data._image_set import ImageSet
 from stablefield.diffusion._from_diffusers import Regression
 from stablefield.diffusion._noise_levels import NoiseLevels, times_at
 from stablefield.diffusion._process import EDM, Process
@@ -80,13 +82,17 @@ class ExcessLoss:
         process: how training makes x_t; or the result of `from_diffusers(scheduler)`, which also gives what the network
             predicts, and its timesteps.
         noise_levels: distribution of the noise levels in training; None for the usual ones of the process: `LogNormal()` for
-            EDM, uniform times for VP, flows and tables of steps, `LogUniform()` for VE.
+            EDM, uniform times for VP, flows and tables of steps, `LogUniform()` for VE, times uniform over a finite
+            `time_range` for a process of your own, and every step equally often for a scheduler, as where timesteps are
+            drawn uniformly by index. An EDM scheduler needs it, and so does a process with an infinite `time_range`. For
+            any other training, write a `NoiseLevels`.
         weighting: of the loss of x0; None for `EDMWeighting()` with a denoiser, and for the plain mean squared error of the
             output with any other prediction.
         prediction: "denoiser", called as D(x_t / alpha, sigma / alpha); or what a raw model(x_t, t) returns: "x0",
             "epsilon" (the noise), "v" (alpha noise - sigma x0) or "velocity" (dx_t / dt, towards noise). None for a
             denoiser, or for what the scheduler says.
-        held_out: samples of the same shape that are not trained on, for their loss at the same noise.
+        held_out: samples of the same shape that are not trained on, for their loss at the same noise. A set of float data
+            gets the scaling of `data`, if that is such a set, too.
         labels: class of each sample, integers (n,): passed to the network as a third argument, and the posterior stays
             within classes.
         held_out_labels: class of each held-out sample.
@@ -101,7 +107,8 @@ class ExcessLoss:
 
     Raises:
         TypeError: if an argument is of another type.
-        ValueError: if an argument is out of range, shapes do not fit, labels are missing, or a noise level is 0 or infinite.
+        ValueError: if an argument is out of range, shapes do not fit, labels are missing, a noise level is 0 or infinite, or
+            the noise levels of training are unknown.
     """
 
     def __init__(
@@ -123,14 +130,14 @@ class ExcessLoss:
         device: torch.device | str | None = None,
         progress: Callable[[Progress], object] | None = None,
     ) -> None:
-        process = EDM() if process is None else process
+        process = given = EDM() if process is None else process
         check_kind("process", process, (Process, Regression), "a Process, such as EDM(), or from_diffusers(scheduler)")
         if isinstance(process, Regression):
             self._prediction = Prediction.of_scheduler(process, prediction)
         else:
             self._prediction = Prediction(process, "denoiser" if prediction is None else prediction)
         self._process = self._prediction.process
-        self._noise_levels = usual_noise_levels(self._process) if noise_levels is None else noise_levels
+        self._noise_levels = usual_noise_levels(given) if noise_levels is None else noise_levels
         check_kind(
             "noise_levels", self._noise_levels, NoiseLevels, "a distribution of noise levels, such as LogNormal()"
         )
@@ -146,11 +153,11 @@ class ExcessLoss:
             raise ValueError("labels and held_out_labels: pass the classes of both sets, or of neither.")
         self._population = _population(data, labels, sample, seed).to(found_device(device))
         others = (
-            None if held_out is None else _held_out(held_out, held_out_labels, self._population.data.shape[1:], seed)
+            None
+            if held_out is None
+            else _held_out(held_out, held_out_labels, data, self._population.data.shape[1:], seed)
         )
-        self._median = self._levels((torch.arange(levels, dtype=torch.float64) + 0.5) / levels)
-        if not bool((self._median.diff() > 0).all()):
-            raise ValueError(f"levels={levels} is more than the noise levels of training can fill: pass fewer.")
+        self._median = self._medians(levels)
         self._bins = tuple(self._drawn(levels, others, progress))
 
     @torch.no_grad()
@@ -158,7 +165,10 @@ class ExcessLoss:
         """Compare a network with the optimum.
 
         A module runs in evaluation mode, without gradients, on its own device and in its own dtype; its mode and torch's
-        random state are afterwards as before.
+        random state are afterwards as before. The modules that a function calls, such as the `net` of `lambda x, t: -net(1
+        - t, x)`, are in evaluation mode too, as far as they are variables, defaults, globals or attributes that its code
+        names; rows then come on the device of the population and in its dtype. A row whose label was dropped is never
+        measured: with `labels` the network sees every label.
 
         Args:
             model: what `prediction` says; with labels called with them as a third argument. It returns a tensor, or an
@@ -244,6 +254,26 @@ class ExcessLoss:
             noise_level=optimum.noise_level, variance=variance, dim=self._population.dim, weighting=self._weighting
         )
 
+    def _medians(self, levels: int) -> Tensor:
+        """The noise level in the middle of each bin, (L,), increasing."""
+        u = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
+        found = self._levels(u)
+        if bool((found.diff() > 0).all()):
+            return found
+        if bool((found.diff() < 0).all()):
+            t = times_at(self._noise_levels, u, self._process)
+            if bool((t.diff() > 0).all()):
+                raise ValueError(
+                    f"process={_name(self._process)}: its time runs from noise to data, as the noise level falls from "
+                    f"{found[0]:.4g} to {found[-1]:.4g} between t = {t[0]:.4g} and {t[-1]:.4g}. Pass a process whose noise "
+                    "grows with its time, with 1 - t for this t, and a model that takes it."
+                )
+            raise ValueError(
+                f"noise_levels={_name(self._noise_levels)}: its noise level falls from {found[0]:.4g} to {found[-1]:.4g} "
+                "between the probabilities 0 and 1: let quantile(u, process) return times of more noise at larger u."
+            )
+        raise ValueError(f"levels={levels} is more than the noise levels of training can fill: pass fewer.")
+
     def _levels(self, u: Tensor) -> Tensor:
         return self._process.noise_level(times_at(self._noise_levels, u, self._process).double())
 
@@ -321,7 +351,13 @@ def _population(data: Samples, labels: Tensor | NDArray[np.int64] | None, sample
     return draw_population(data, labels, max_images=most, by_class=labels is not None, seed=seed)
 
 
-def _held_out(held_out: Samples, labels: Tensor | NDArray[np.int64] | None, shape: torch.Size, seed: int) -> Population:
+def _held_out(
+    held_out: Samples, labels: Tensor | NDArray[np.int64] | None, data: Samples, shape: torch.Size, seed: int
+) -> Population:
+    scaling = data.scaling if isinstance(data, ImageSet) else None
+    if isinstance(held_out, ImageSet) and held_out.scaling is not None and held_out.shape == shape:
+        # The network was trained in the scaling of the training data; that of the held-out data is another one.
+        held_out = dataclasses.replace(held_out, scaling=scaling or held_out.scaling)
     try:
         found = _population(held_out, labels, None, seed)
     except (TypeError, ValueError) as error:

@@ -19,25 +19,29 @@ References:
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
+from stablefield._modules import modules_of
 from stablefield._shapes import check_kind, check_tensor, per_row
 from stablefield.diffusion._discrete import Discrete
 from stablefield.diffusion._from_diffusers import Regression
 from stablefield.diffusion._noise_levels import LogNormal, LogUniform, NoiseLevels, Uniform
-from stablefield.diffusion._process import EDM, VE, Process, RectifiedFlow
+from stablefield.diffusion._process import EDM, VE, VP, Cosine, Process, RectifiedFlow
 from stablefield.diffusion._weighting import EDMWeighting, Weighting
 
 __all__ = [
     "Kind",
     "OutputWeighting",
     "Prediction",
+    "ScheduledSteps",
     "Steps",
+    "WholeRange",
     "checked_output",
     "evaluated",
     "placement",
@@ -173,6 +177,27 @@ class Steps(NoiseLevels):
         return (u * count).floor().clamp(max=count - 1)
 
 
+@dataclass(frozen=True)
+class ScheduledSteps(NoiseLevels):
+    """Every step of a scheduler equally often: its process's `times`, increasing, each with noise and signal."""
+
+    times: tuple[float, ...] = field(repr=False)
+
+    def quantile(self, u: Tensor, process: Process) -> Tensor:  # noqa: ARG002
+        count = len(self.times)
+        place = (u * count).floor().clamp(max=count - 1).long()
+        return torch.tensor(self.times, dtype=u.dtype, device=u.device)[place]
+
+
+@dataclass(frozen=True)
+class WholeRange(NoiseLevels):
+    """Time uniform over the `time_range` of a process."""
+
+    def quantile(self, u: Tensor, process: Process) -> Tensor:
+        first, last = process.time_range
+        return first + u * (last - first)
+
+
 def checked_output(who: str, out: Any, rows: Tensor) -> Tensor:
     """The output of a network for `rows` (B, ...), if it has their shape.
 
@@ -194,15 +219,50 @@ def checked_output(who: str, out: Any, rows: Tensor) -> Tensor:
     return out
 
 
-def usual_noise_levels(process: Process) -> NoiseLevels:
-    """The noise levels with which each process is usually trained."""
+def usual_noise_levels(process: Process | Regression) -> NoiseLevels:
+    """The noise levels with which each process is usually trained; of a scheduler its steps, equally often.
+
+    Raises:
+        ValueError: if they are unknown: for EDM schedulers, and for a process of the caller's without a finite `time_range`.
+    """
+    if isinstance(process, Regression):
+        return _of_scheduler(process)
     if isinstance(process, Discrete):
         return Steps()
     if isinstance(process, EDM):
         return LogNormal()
     if isinstance(process, VE):
         return LogUniform()
-    return Uniform(0.0, 1.0) if isinstance(process, RectifiedFlow) else Uniform()
+    if isinstance(process, RectifiedFlow):
+        return Uniform(0.0, 1.0)
+    if isinstance(process, VP | Cosine):
+        return Uniform()
+    first, last = process.time_range
+    if not (math.isfinite(first) and math.isfinite(last) and first < last):
+        raise ValueError(
+            f"noise_levels=None: how training draws the times of {process} is unknown, since its time_range is from "
+            f"{first:g} to {last:g}: pass noise_levels=Uniform(start, end), or another distribution of your training."
+        )
+    return WholeRange()
+
+
+def _of_scheduler(regression: Regression) -> NoiseLevels:
+    if isinstance(regression.process, Discrete):
+        return Steps()
+    if isinstance(regression.process, EDM) or regression.times is None:
+        raise ValueError(
+            f"noise_levels=None: the scheduler of process={regression} does not say how training draws its steps, by the "
+            "log-normal distribution of EDM or equally often: pass noise_levels=LogNormal(), or a NoiseLevels of your "
+            "own whose quantile returns regression.times[(u * len(regression.times)).long()]."
+        )
+    level = regression.process.noise_level(regression.times)
+    times = regression.times[(level > 0) & level.isfinite()]
+    if len(times) == 0:
+        raise ValueError(
+            f"process={regression} has no step with both noise and signal: call from_diffusers(scheduler) with the "
+            "scheduler as in training."
+        )
+    return ScheduledSteps(tuple(times.tolist()))
 
 
 def placement(model: object, x: Tensor) -> tuple[torch.device, torch.dtype]:
@@ -216,10 +276,14 @@ def placement(model: object, x: Tensor) -> tuple[torch.device, torch.dtype]:
 
 @contextlib.contextmanager
 def evaluated(model: Callable[..., Any]) -> Generator[None]:
-    """A module in evaluation mode; its mode and torch's random state as before, afterwards."""
-    modules = {module: module.training for module in model.modules()} if isinstance(model, nn.Module) else {}
-    device, _ = placement(model, torch.empty(0))
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    """The modules that a model calls (see `modules_of`) in evaluation mode.
+
+    The mode of each of their parts and torch's random state are as before, afterwards.
+    """
+    found = modules_of(model)
+    modules = {part: part.training for module in found for part in module.modules()}
+    devices = {placement(module, torch.empty(0))[0] for module in found}
+    with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
         for module in modules:
             module.training = False
         try:

@@ -9,16 +9,13 @@ the message.
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
-from types import MethodType
 
 import torch
 from torch import Tensor, nn
 
+from stablefield._modules import modules_of
 from stablefield._shapes import check_callable, check_tensor
-from stablefield.sampling._counting import Counted
-from stablefield.sampling._guidance import Guided
 
 __all__ = ["Callback", "Denoise", "SolverLoop", "derivative", "grid_levels", "start"]
 
@@ -110,7 +107,8 @@ def start(sampler: str, denoiser: Denoise, x: Tensor, sigmas: Tensor, callback: 
         raise ValueError(f"{sampler}: x holds NaN or infinite values: pass sigmas[0] times standard normal noise.")
     if _drops(denoiser):
         warnings.warn(
-            f"{sampler}: the denoiser is in training mode, so dropout makes its output random: call denoiser.eval().",
+            f"{sampler}: the denoiser, or a network that it calls, is in training mode, so dropout makes its output random: "
+            "call denoiser.eval(), or eval() of the network.",
             stacklevel=4,  # past the decorator of the sampler
         )
     return SolverLoop(sampler=sampler, denoiser=denoiser, levels=grid_levels(sampler, sigmas), callback=callback)
@@ -147,19 +145,9 @@ def grid_levels(sampler: str, sigmas: Tensor) -> tuple[float, ...]:
 
 
 def _drops(denoiser: object) -> bool:
-    """Whether a denoiser, or the one that a counter, guidance or a partial call calls, is a module that drops values."""
-    if isinstance(denoiser, Counted):
-        return _drops(denoiser.denoiser)
-    if isinstance(denoiser, partial):
-        return _drops(denoiser.func)
-    if isinstance(denoiser, MethodType):
-        return _drops(denoiser.__self__)
-    if isinstance(denoiser, Guided):
-        return _drops(denoiser.good[0]) or _drops(denoiser.bad[0])
-    if not isinstance(denoiser, nn.Module):
-        return False
+    """Whether a module that the denoiser is or calls drops values at random."""
     kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-    parts = (part for part in denoiser.modules() if part.training)
+    parts = (part for module in modules_of(denoiser) for part in module.modules() if part.training)
     # Not by getattr, of which diffusers' models warn.
     shares = (part.p if isinstance(part, kinds) else part.__dict__.get("dropout", 0.0) for part in parts)
     return any(isinstance(share, float) and share > 0 for share in shares)

@@ -1,0 +1,120 @@
+"""The modules that a denoiser calls, also where it is a function around them.
+
+A module in training mode drops values at random and changes its statistics, so whoever measures or samples wants to know all
+that a call reaches: `lambda x, t: -net(1 - t, x)` as much as `net`.
+"""
+
+import dis
+import inspect
+from collections import deque
+from collections.abc import Iterator
+from functools import cached_property, partial
+from types import CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["modules_of"]
+
+# Objects to look at, nearest first: a closure may reach a whole program.
+_MOST = 500
+
+
+def modules_of(call: object) -> list[nn.Module]:
+    """The modules that a call of `call` may reach, each without its parts.
+
+    It follows partial calls and their arguments, bound methods and callable objects; of functions the defaults, the
+    variables of enclosing functions, and the globals that their code loads; tuples, lists and dictionaries; and of other
+    objects the attributes that the code names. It calls nothing. A module that the code reaches in another way, such as by
+    an import in the function, is not found.
+    """
+    found: dict[int, nn.Module] = {}
+    seen: dict[tuple[int, frozenset[str]], object] = {}  # with the objects, so that no identity is used again
+    waiting: deque[tuple[object, frozenset[str]]] = deque([(call, frozenset())])
+    while waiting and len(seen) < _MOST:
+        thing, names = waiting.popleft()
+        if isinstance(thing, nn.Module):
+            found[id(thing)] = thing
+        elif (id(thing), names) not in seen:
+            seen[id(thing), names] = thing
+            waiting.extend(_within(thing, names))
+    return list(found.values())
+
+
+def _within(thing: object, names: frozenset[str]) -> Iterator[tuple[object, frozenset[str]]]:
+    """What a call of `thing` may reach next, with the attributes of it that the code names."""
+    match thing:
+        case partial():
+            for part in (thing.func, *thing.args, *thing.keywords.values()):
+                yield part, names
+        case MethodType():
+            yield thing.__self__, names
+            yield from _of_function(thing.__func__, thing.__self__)
+        case FunctionType():
+            yield from _of_function(thing)
+        case tuple() | list():
+            for part in thing[:_MOST]:
+                yield part, names
+        case dict():
+            for part in list(thing.values())[:_MOST]:
+                yield part, names
+        case ModuleType() | type():
+            # Not the functions of a library.
+            for name in sorted(names):
+                if isinstance(part := vars(thing).get(name), nn.Module):
+                    yield part, names
+        case Tensor() | str() | bytes() | int() | float() | None:
+            pass
+        case _:
+            for name in (*sorted(names), *(("__call__", "__wrapped__") if callable(thing) else ())):
+                yield from _of_attribute(thing, name, names)
+
+
+def _of_function(function: Any, owner: object = None) -> Iterator[tuple[object, frozenset[str]]]:
+    """What a function holds and loads; `owner` is the object whose method it is."""
+    if not isinstance(function, FunctionType):
+        return
+    names, loaded = _names_of(function.__code__)
+    if owner is not None:
+        yield owner, names
+    for part in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+        yield part, names
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents, names
+        except ValueError:  # a variable that has no value yet
+            continue
+    for name in sorted(loaded):
+        if name in function.__globals__:
+            yield function.__globals__[name], names
+
+
+def _of_attribute(thing: object, name: str, names: frozenset[str]) -> Iterator[tuple[object, frozenset[str]]]:
+    """The attribute `name` of an object, without a call of its own code; of its methods and properties what they reach."""
+    value = inspect.getattr_static(thing, name, None)
+    if isinstance(value, MemberDescriptorType):  # of __slots__
+        value = getattr(thing, name, None)
+    if isinstance(value, property):
+        value = value.fget
+    elif isinstance(value, cached_property):
+        value = value.func
+    elif isinstance(value, staticmethod | classmethod):
+        value = value.__func__
+    if isinstance(value, FunctionType) and name not in getattr(thing, "__dict__", {}):
+        yield from _of_function(value, thing)
+    elif not (inspect.isbuiltin(value) or inspect.ismethoddescriptor(value) or inspect.isdatadescriptor(value)):
+        yield value, names
+
+
+def _names_of(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    """The names that a code and those within it use, and the globals among them that they load."""
+    names, loaded = set(code.co_names), set[str]()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "LOAD_GLOBAL":
+            loaded.add(str(instruction.argval))
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            more, also = _names_of(part)
+            names |= more
+            loaded |= also
+    return frozenset(names), frozenset(loaded)
