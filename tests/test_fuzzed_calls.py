@@ -915,7 +915,7 @@ CASES = {
     ),
     "ExcessLoss.of": Case(
         lambda s: sf.ExcessLoss(s.data, levels=2, rows=4).of,
-        {"row_loss": lambda s: s.t, "noise_level": lambda s: s.t + 0.1},
+        {"row_loss": lambda s: s.t, "noise_level": lambda s: s.t + 0.1, "labels": either(None)},
         local=True,
     ),
     "check_bias": Case(

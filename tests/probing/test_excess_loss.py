@@ -21,6 +21,40 @@ PROCESSES = (sf.EDM(), sf.VE(), sf.VP(), sf.Cosine(), sf.RectifiedFlow())
 TWO = torch.tensor([[-0.5], [0.5]], dtype=torch.float64)
 
 
+class Circle(sf.Process):
+    """A process of the caller's: a quarter circle of which the time is the angle."""
+
+    def alpha(self, t):
+        return torch.cos(t)
+
+    def sigma(self, t):
+        return torch.sin(t)
+
+    def alpha_dot(self, t):
+        return -torch.sin(t)
+
+    def sigma_dot(self, t):
+        return torch.cos(t)
+
+    def time(self, noise_level):
+        return torch.atan(noise_level)
+
+
+class BoundedCircle(Circle):
+    time_range = (0.0, math.pi / 2)
+
+
+class Backwards(BoundedCircle):
+    def alpha(self, t):
+        return torch.sin(t)
+
+    def sigma(self, t):
+        return torch.cos(t)
+
+    def time(self, noise_level):
+        return math.pi / 2 - torch.atan(noise_level)
+
+
 def rowed(values, x):
     return values.reshape(-1, *(1,) * (x.ndim - 1))
 
@@ -215,6 +249,91 @@ def test_the_loss_of_your_own_rows_minus_the_floor_is_the_distance(two_gaussians
     loss = torch.ones(3, requires_grad=True)
     excess.of(loss, torch.ones(3)).sum().backward()
     assert torch.equal(loss.grad, torch.ones(3))
+
+
+def test_rows_with_a_dropped_label_have_the_floor_of_all_samples():
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.arange(240) % 3
+    data = 0.4 * (labels[:, None] - 1) + 0.15 * torch.randn(240, 4, generator=generator, dtype=torch.float64)
+    excess = sf.ExcessLoss(data, labels=labels, noise_levels=sf.LogNormal(-1.0, 1.0), rows=240)
+    # A training with half of the labels dropped, and a network that is perfect: posterior means by enumeration.
+    index = torch.arange(24_000) % 240
+    level = torch.exp(-1 + torch.randn(24_000, generator=generator, dtype=torch.float64))
+    noise = torch.randn(24_000, 4, generator=generator, dtype=torch.float64)
+    x_t = data[index] + level[:, None] * noise
+    seen = torch.where(torch.rand(24_000, generator=generator) < 0.5, -1, labels[index])
+    logits = -torch.cdist(x_t, data).square() / (2 * level[:, None] ** 2)
+    logits = logits.masked_fill((seen[:, None] >= 0) & (labels != seen[:, None]), -math.inf)
+    mean = logits.softmax(1) @ data
+    row_loss = (4 + 1 / level**2) * (mean - data[index]).square().mean(1)
+    rows = excess.of(row_loss, level, seen)
+    for part in (seen == -1, seen >= 0, seen >= -1):
+        floor = float((row_loss - rows)[part].mean())
+        assert abs(float(rows[part].mean())) < 4 * float(rows[part].std()) / int(part.sum()) ** 0.5 + 0.03 * floor
+    # The difference that it makes is far outside of that.
+    assert float(excess.of(row_loss, level).mean()) > 0.05
+    assert torch.equal(excess.of(row_loss, level, labels[index]), excess.of(row_loss, level))
+    shaped = excess.of(
+        row_loss.reshape(-1, 6).float(), level.reshape(-1, 6).float(), seen.to(torch.int8).reshape(-1, 6)
+    )
+    torch.testing.assert_close(shaped.flatten().double(), rows, rtol=1e-4, atol=1e-5)
+    with pytest.raises(
+        ValueError, match=r"labels has shape \(3,\) and dtype torch.int64, row_loss has shape \(24000,\)"
+    ):
+        excess.of(row_loss, level, seen[:3])
+    with pytest.raises(ValueError, match=r"labels has .* dtype torch\.float32"):
+        excess.of(row_loss, level, seen.float())
+    with pytest.raises(ValueError, match="labels holds -2: pass classes from 0, and -1 for a dropped label"):
+        excess.of(row_loss, level, seen - 1)
+    with pytest.raises(ValueError, match="this ExcessLoss was made without labels"):
+        sf.ExcessLoss(data).of(row_loss, level, seen)
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=lambda process: type(process).__name__)
+@pytest.mark.parametrize("weighting", [None, sf.SNRWeighting(), sf.EDMWeighting()])
+def test_at_a_noise_level_of_0_there_is_no_floor(process, weighting):
+    excess = sf.ExcessLoss(TWO, process=process, weighting=weighting, prediction="epsilon", levels=2, rows=4)
+    level, loss = torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0.5, 2.0, 0.0])
+    found = excess.of(loss, level)
+    assert torch.equal(found[level == 0], loss[level == 0])
+    assert float(found[1]) < 2
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, np.uint8, np.uint16])
+def test_labels_of_all_integers_go_to_an_embedding(dtype):
+    data = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(20) % 4
+
+    class Embedded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(4, 3, _weight=torch.arange(12.0).reshape(4, 3))
+
+        def forward(self, x, sigma, classes):
+            return x / (1 + sigma[:, None]) + 0.01 * self.embedding(classes)
+
+    given = labels.to(dtype) if isinstance(dtype, torch.dtype) else labels.numpy().astype(dtype)
+    found, same = (
+        sf.ExcessLoss(data, labels=each, held_out=data, held_out_labels=each, levels=2, rows=8)(Embedded()).metrics()
+        for each in (given, labels)
+    )
+    assert found == same
+
+
+@pytest.mark.parametrize("one", [1.0, torch.tensor(1.0), torch.ones(1), np.ones(5)])
+@pytest.mark.parametrize("name", ["alpha", "sigma"])
+def test_a_process_whose_scales_are_not_one_for_each_row_is_named(name, one):
+    wrong = type("Wrong", (BoundedCircle,), {name: lambda self, t: one, "__repr__": lambda self: "Wrong()"})()
+    x0 = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    t, circle = torch.full((5,), 0.5), BoundedCircle()
+    for call in (
+        lambda: wrong.perturb(x0, t),
+        lambda: sf.StableTarget(wrong, references=sf.Pool(x0))(x0, circle.perturb(x0, t), t, index=torch.arange(5)),
+        lambda: sf.DenoisingTarget(wrong)(x0, circle.perturb(x0, t), t),
+        lambda: sf.ExcessLoss(x0, process=wrong),
+    ):
+        with pytest.raises((TypeError, ValueError), match=rf"^{name} of Wrong\(\) .* one value per row, shape \(B,\)"):
+            call()
 
 
 def test_the_errors_are_those_of_many_seeds(two_gaussians):
@@ -540,40 +659,6 @@ def test_noise_levels_of_a_training_that_is_unknown_are_asked_for():
     by_hand = sf.Regression(sf.RectifiedFlow(), "velocity", "share", 1000)
     with pytest.raises(ValueError, match="noise_levels=None"):
         sf.ExcessLoss(data, process=by_hand)
-
-
-class Circle(sf.Process):
-    """A process of the caller's: a quarter circle of which the time is the angle."""
-
-    def alpha(self, t):
-        return torch.cos(t)
-
-    def sigma(self, t):
-        return torch.sin(t)
-
-    def alpha_dot(self, t):
-        return -torch.sin(t)
-
-    def sigma_dot(self, t):
-        return torch.cos(t)
-
-    def time(self, noise_level):
-        return torch.atan(noise_level)
-
-
-class BoundedCircle(Circle):
-    time_range = (0.0, math.pi / 2)
-
-
-class Backwards(BoundedCircle):
-    def alpha(self, t):
-        return torch.sin(t)
-
-    def sigma(self, t):
-        return torch.cos(t)
-
-    def time(self, noise_level):
-        return math.pi / 2 - torch.atan(noise_level)
 
 
 def test_a_process_of_the_callers_has_the_times_of_its_range_or_says_how_it_draws_them():

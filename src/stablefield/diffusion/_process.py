@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from stablefield._reading import readable
-from stablefield._shapes import check_generator, check_numbers, check_tensor, per_row, row_values
+from stablefield._shapes import check_generator, check_kind, check_numbers, check_tensor, per_row, row_values
 
-__all__ = ["EDM", "VE", "VP", "Cosine", "Process", "RectifiedFlow"]
+__all__ = ["EDM", "VE", "VP", "Cosine", "Process", "RectifiedFlow", "scales"]
 
 # How far rounding may take a time out of the range of its process.
 _MARGIN = 1e-6
@@ -32,11 +32,11 @@ class Process(ABC):
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
-        """Scale of the data at time `t`."""
+        """Scale of the data at time `t`, of the shape of `t`."""
 
     @abstractmethod
     def sigma(self, t: Tensor) -> Tensor:
-        """Standard deviation of the noise at time `t`."""
+        """Standard deviation of the noise at time `t`, of the shape of `t`."""
 
     @abstractmethod
     def alpha_dot(self, t: Tensor) -> Tensor:
@@ -63,7 +63,8 @@ class Process(ABC):
     def noise_level(self, t: Tensor) -> Tensor:
         """Noise-to-signal ratio sigma / alpha at time `t`."""
         check_tensor("t", t, real=True)
-        return self.sigma(t) / self.alpha(t)
+        alpha, sigma = scales(self, t)
+        return sigma / alpha
 
     def perturb(
         self, x0: Tensor, t: float | Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None
@@ -107,7 +108,26 @@ class Process(ABC):
                     f"t runs from {t.min().item():g} to {t.max().item():g}, but the times of {self} run from {low:g} to "
                     f"{high:g}: pass times of this process."
                 )
-        return per_row(self.alpha(t), x0) * x0 + per_row(self.sigma(t), x0) * noise.to(x0.dtype)
+        alpha, sigma = scales(self, t)
+        return per_row(alpha, x0) * x0 + per_row(sigma, x0) * noise.to(x0.dtype)
+
+
+def scales(process: Process, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The scales alpha and sigma of `process` at times `t` (B,), each (B,).
+
+    Raises:
+        TypeError: if the process returns one that is not a tensor.
+        ValueError: if it returns one of another shape.
+    """
+    found = process.alpha(t), process.sigma(t)
+    for name, value in zip(("alpha", "sigma"), found, strict=True):
+        remedy = f"return one value per row, shape (B,), here {tuple(t.shape)}, such as torch.ones_like(t) for 1"
+        check_kind(f"{name} of {process}", value, Tensor, f"a tensor: {remedy}")
+        if value.shape != t.shape:
+            raise ValueError(
+                f"{name} of {process} has shape {tuple(value.shape)} at t of shape {tuple(t.shape)}: {remedy}."
+            )
+    return found
 
 
 @dataclass(frozen=True)

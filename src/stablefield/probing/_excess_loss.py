@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stablefield._progress import Progress
-from stablefield._shapes import check_callable, check_kind, check_tensor, found_device, whole_number
+from stablefield._shapes import check_callable, check_kind, check_tensor, found_device, is_integer, whole_number
 from stablefield.data._image_set import ImageSet
 from stablefield.diffusion._from_diffusers import Regression
 from stablefield.diffusion._noise_levels import NoiseLevels, times_at
-from stablefield.diffusion._process import EDM, Process
+from stablefield.diffusion._process import EDM, Process, scales
 from stablefield.diffusion._weighting import Weighting
 from stablefield.probing._exact import ExactPosterior
 from stablefield.probing._excess import Excess
@@ -73,6 +73,9 @@ class ExcessLoss:
     mean, by noise level and over all of training, each with its standard error, and the held-out loss if there are held-out
     samples. `excess.of(row_loss, noise_level)` subtracts the floor from the loss of your own rows.
 
+    With `labels` the network sees the class of every row that `excess(model)` measures. It never measures a row whose label
+    is dropped for guidance; `excess.of(row_loss, noise_level, labels)` takes such rows, with a floor of their own.
+
     The posterior costs a pass over the population for every row, once, here; a call costs the network on `levels` x `rows`
     rows, twice that with `held_out`. It keeps levels x rows noisy samples, with their sources and means, on the device.
 
@@ -93,8 +96,8 @@ class ExcessLoss:
             denoiser, or for what the scheduler says.
         held_out: samples of the same shape that are not trained on, for their loss at the same noise. A set of float data
             gets the scaling of `data`, if that is such a set, too.
-        labels: class of each sample, integers (n,): passed to the network as a third argument, and the posterior stays
-            within classes.
+        labels: class of each sample, integers (n,): passed to the network as a third argument, int64, and the posterior
+            stays within classes.
         held_out_labels: class of each held-out sample.
         levels: equally probable bins of the training noise.
         rows: in each bin, 2 or more. Errors fall with the root of it.
@@ -167,8 +170,8 @@ class ExcessLoss:
         A module runs in evaluation mode, without gradients, on its own device and in its own dtype; its mode and torch's
         random state are afterwards as before. The modules that a function calls, such as the `net` of `lambda x, t: -net(1
         - t, x)`, are in evaluation mode too, as far as they are variables, defaults, globals or attributes that its code
-        names; rows then come on the device of the population and in its dtype. A row whose label was dropped is never
-        measured: with `labels` the network sees every label.
+        names; rows then come on the device of the population and in its dtype. With `labels` the
+        network gets every row's class; rows with a dropped label are never measured.
 
         Args:
             model: what `prediction` says; with labels called with them as a third argument. It returns a tensor, or an
@@ -214,21 +217,27 @@ class ExcessLoss:
             seconds=time.monotonic() - began,
         )
 
-    def of(self, row_loss: Tensor, noise_level: Tensor) -> Tensor:
+    def of(self, row_loss: Tensor, noise_level: Tensor, labels: Tensor | None = None) -> Tensor:
         """The loss of a training loop's own rows minus the floor at their noise levels, in the shape of `row_loss`.
 
         Its mean over many steps estimates the same as `Excess.distance`, with the noise of the loop, and with the error of
         the floor, which more steps do not lower: the first call computes it from at most 256 rows, which all noise levels
         share. On a GPU each call waits for the noise levels.
 
+        With label dropout pass `labels`: a row whose label the network does not see has all samples for its posterior, and
+        so a higher floor than within its class. The mean is then the distance over all rows, also those without a label.
+
         Args:
             row_loss: weighted squared error per dimension of each row against the single sample, in the units of the
                 `weighting`, any shape. Of an `ObjectiveValue` it is `row_loss + variance_removed`, divided by its `weight`
                 if it has one.
-            noise_level: sigma / alpha of each row, of one shape with it.
+            noise_level: sigma / alpha of each row, of one shape with it; at 0 there is no floor.
+            labels: what the network sees of each row's class, integers of one shape with it, -1 for a dropped label; None
+                if it sees all of them. Only for an `ExcessLoss` with labels.
 
         Raises:
-            ValueError: if shapes differ.
+            TypeError: if an argument is not a tensor.
+            ValueError: if shapes differ, or labels are below -1, or given to an `ExcessLoss` without labels.
         """
         check_tensor("row_loss", row_loss, real=True, numbers=True)
         check_tensor("noise_level", noise_level, real=True, numbers=True)
@@ -237,21 +246,53 @@ class ExcessLoss:
                 f"row_loss has shape {tuple(row_loss.shape)}, noise_level {tuple(noise_level.shape)}: pass one level for "
                 "each loss."
             )
-        return row_loss - self.floor(noise_level.detach().cpu()).to(row_loss)
+        level = noise_level.detach().cpu()
+        floor = self.floor(level)
+        if labels is not None:
+            hidden = self._hidden(labels, row_loss)
+            if bool(hidden.any()):
+                floor = torch.where(hidden, self._floor_without_labels(level), floor)
+        return row_loss - floor.to(row_loss)
+
+    def _hidden(self, labels: Tensor, row_loss: Tensor) -> Tensor:
+        """Which rows have a dropped label, bool, on the CPU."""
+        check_tensor("labels", labels, numbers=True)
+        if not is_integer(labels.dtype) or labels.shape != row_loss.shape:
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}, row_loss has shape "
+                f"{tuple(row_loss.shape)}: pass one integer for each loss, -1 for a dropped label."
+            )
+        if self._population.labels is None:
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)}, but this ExcessLoss was made without labels, so its floor is that "
+                "of all samples for every row: leave labels out, or pass the classes, ExcessLoss(data, labels=...)."
+            )
+        labels = labels.detach().cpu()
+        if bool((labels < -1).any()):
+            raise ValueError(f"labels holds {int(labels.min())}: pass classes from 0, and -1 for a dropped label.")
+        return labels == -1
 
     @cached_property
     def floor(self) -> LossFloor:
-        """The floor as a function of the noise level."""
+        """The floor as a function of the noise level; with labels that of rows whose label the network sees."""
+        return self._floor_over(self._population)
+
+    @cached_property
+    def _floor_without_labels(self) -> LossFloor:
+        """The floor of rows whose label the network does not see."""
+        return self._floor_over(dataclasses.replace(self._population, labels=None))
+
+    def _floor_over(self, population: Population) -> LossFloor:
         u = (1 + _FLOOR_SHARE * torch.linspace(-1, 1, _FLOOR_LEVELS, dtype=torch.float64)) / 2
         level = self._levels(u)
         # Evenly spaced on the axis on which the floor is interpolated.
         low, high = (math.log10(float(end)) for end in (level.min(), level.max()))
         level = torch.logspace(low, high, _FLOOR_LEVELS, dtype=torch.float64)
         rows = min(self._rows, 256)
-        optimum = find_optimum(self._population, level.unique(), rows=rows, batch=self._batch, seed=self._seed)
+        optimum = find_optimum(population, level.unique(), rows=rows, batch=self._batch, seed=self._seed)
         variance = torch.cat([part.variance for part in optimum.parts], 1).double().mean(1).cpu()
         return LossFloor(
-            noise_level=optimum.noise_level, variance=variance, dim=self._population.dim, weighting=self._weighting
+            noise_level=optimum.noise_level, variance=variance, dim=population.dim, weighting=self._weighting
         )
 
     def _medians(self, levels: int) -> Tensor:
@@ -309,7 +350,7 @@ class ExcessLoss:
             means: list[Tensor] = []
             variances: list[Tensor] = []
             for part in torch.arange(self._rows).split(self._batch):
-                alpha, sigma = (scale(t[part]).to(rows.x_t) for scale in (self._process.alpha, self._process.sigma))
+                alpha, sigma = (scale.to(rows.x_t) for scale in scales(self._process, t[part]))
                 found = exact(rows.x_t[part], alpha, sigma, index[part]).posterior
                 means.append(found.mean)
                 variances.append(found.variance.double().cpu())
@@ -326,7 +367,7 @@ class ExcessLoss:
         index = torch.cat(order)[: len(t)].to(population.data.device)
         dtype = exact.matrix.dtype
         x0 = exact.matrix.rows(index, dtype)
-        alpha, sigma = (scale(t).to(x0)[:, None] for scale in (self._process.alpha, self._process.sigma))
+        alpha, sigma = (scale.to(x0)[:, None] for scale in scales(self._process, t))
         shape = (len(t), *population.data.shape[1:])
         labels = None if population.labels is None else population.labels[index]
         x_t = alpha * x0 + sigma * noise.to(x0)

@@ -67,9 +67,13 @@ class LossFloor:
         return cls(noise_level=curve.noise_level, variance=variance, dim=curve.dim, weighting=weighting)
 
     def __call__(self, noise_level: Tensor) -> Tensor:
-        """w(s) V(s) / d at `noise_level`, any shape, float64; see `interpolate` for levels beyond those measured."""
+        """w(s) V(s) / d at `noise_level`, any shape, float64; see `interpolate` for levels beyond those measured.
+
+        It is 0 where the variance is, also at a noise level of 0 with a weight that is infinite there.
+        """
         level = noise_level.double()
-        return self.weighting(level) * interpolate(level, self.noise_level, self.variance) / self.dim
+        variance = interpolate(level, self.noise_level, self.variance)
+        return torch.where(variance == 0, 0, self.weighting(level) * variance) / self.dim
 
     def bins(self, edges: Sequence[float], training: Training) -> Tensor:
         """Mean floor of the training rows in each bin of a trainer's log, shape (len(edges) + 1,), float64.

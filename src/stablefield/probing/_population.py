@@ -32,7 +32,7 @@ class Population:
 
     Args:
         data: shape (N, ...), floating point, or uint8 images that mean data / 127.5 - 1.
-        labels: class of each sample, integers of shape (N,), to keep posteriors within classes; else None.
+        labels: class of each sample, integers of shape (N,), to keep posteriors within classes; kept as int64; else None.
         drawn_from: size of the set that the samples were drawn from; None if they are all of it.
 
     Raises:
@@ -70,6 +70,9 @@ class Population:
                 f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}: pass one integer per sample, "
                 f"shape ({len(data)},)."
             )
+        if labels is not None and labels.dtype != torch.int64:
+            # Embeddings take no other integers than int32 and these.
+            object.__setattr__(self, "labels", labels.long())
         if data.is_floating_point():
             for start in range(0, len(data), 4096):
                 finite = data[start : start + 4096].flatten(1).isfinite().all(1)

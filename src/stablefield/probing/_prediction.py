@@ -32,7 +32,7 @@ from stablefield._shapes import check_kind, check_tensor, per_row
 from stablefield.diffusion._discrete import Discrete
 from stablefield.diffusion._from_diffusers import Regression
 from stablefield.diffusion._noise_levels import LogNormal, LogUniform, NoiseLevels, Uniform
-from stablefield.diffusion._process import EDM, VE, VP, Cosine, Process, RectifiedFlow
+from stablefield.diffusion._process import EDM, VE, VP, Cosine, Process, RectifiedFlow, scales
 from stablefield.diffusion._weighting import EDMWeighting, Weighting
 
 __all__ = [
@@ -111,9 +111,7 @@ class Prediction:
             ValueError: if it returns another shape.
         """
         wide = torch.float32 if x_t.device.type == "mps" else torch.float64
-        alpha, sigma = (
-            per_row(scale(t).to(x_t.device, wide), x_t.to(wide)) for scale in (self.process.alpha, self.process.sigma)
-        )
+        alpha, sigma = (per_row(scale.to(x_t.device, wide), x_t.to(wide)) for scale in scales(self.process, t))
         seen = x_t.to(wide) / alpha if self.kind == "denoiser" else x_t
         time = self.process.noise_level(t) if self.kind == "denoiser" else t * (self.steps or 1)
         whole = self.kind != "denoiser" and isinstance(self.process, Discrete)

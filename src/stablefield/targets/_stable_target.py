@@ -30,7 +30,7 @@ from stablefield._shapes import (
     row_values,
     whole_number,
 )
-from stablefield.diffusion._process import Process
+from stablefield.diffusion._process import Process, scales
 from stablefield.targets._band import NoiseBand
 from stablefield.targets._checks import (
     check_pair,
@@ -163,7 +163,7 @@ class StableTarget:
         t = row_values("t", t, x0)
         if t.is_floating_point() and t.dtype.itemsize < 4:
             t = t.float()  # or alpha and sigma would be rounded as well
-        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        alpha, sigma = scales(self.process, t)
         check_generator("generator", generator)
         host = host_access(x0.device)
         for name, value in (("labels", labels), ("reference_labels", reference_labels), ("index", index)):
