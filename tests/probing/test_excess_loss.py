@@ -336,6 +336,17 @@ def test_a_process_whose_scales_are_not_one_for_each_row_is_named(name, one):
             call()
 
 
+@pytest.mark.parametrize("name", ["alpha_dot", "sigma_dot"])
+def test_a_process_whose_rates_are_not_one_for_each_row_is_named(name):
+    wrong = type("Wrong", (BoundedCircle,), {name: lambda self, t: 0.0, "__repr__": lambda self: "Wrong()"})()
+    x0 = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    t = torch.full((5,), 0.5)
+    target = sf.DenoisingTarget(wrong)(x0, wrong.perturb(x0, t), t)
+    for call in (lambda: target.velocity, lambda: sf.ExcessLoss(x0, process=wrong, prediction="velocity")):
+        with pytest.raises(TypeError, match=rf"^{name} of Wrong\(\) is a float: .* one value per row, shape \(B,\)"):
+            call()
+
+
 def test_the_errors_are_those_of_many_seeds(two_gaussians):
     def shrunk(x, sigma):
         return 0.7 * sf.posterior(x, 1.0, sigma, two_gaussians).mean

@@ -21,7 +21,7 @@ from torch import Tensor
 from stablefield._reading import readable
 from stablefield._shapes import check_generator, check_kind, check_numbers, check_tensor, per_row, row_values
 
-__all__ = ["EDM", "VE", "VP", "Cosine", "Process", "RectifiedFlow", "scales"]
+__all__ = ["EDM", "VE", "VP", "Cosine", "Process", "RectifiedFlow", "rates", "scales"]
 
 # How far rounding may take a time out of the range of its process.
 _MARGIN = 1e-6
@@ -40,11 +40,11 @@ class Process(ABC):
 
     @abstractmethod
     def alpha_dot(self, t: Tensor) -> Tensor:
-        """Derivative of `alpha` with respect to time."""
+        """Derivative of `alpha` with respect to time, of the shape of `t`."""
 
     @abstractmethod
     def sigma_dot(self, t: Tensor) -> Tensor:
-        """Derivative of `sigma` with respect to time."""
+        """Derivative of `sigma` with respect to time, of the shape of `t`."""
 
     @abstractmethod
     def time(self, noise_level: Tensor) -> Tensor:
@@ -120,14 +120,27 @@ def scales(process: Process, t: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: if it returns one of another shape.
     """
     found = process.alpha(t), process.sigma(t)
-    for name, value in zip(("alpha", "sigma"), found, strict=True):
-        remedy = f"return one value per row, shape (B,), here {tuple(t.shape)}, such as torch.ones_like(t) for 1"
-        check_kind(f"{name} of {process}", value, Tensor, f"a tensor: {remedy}")
-        if value.shape != t.shape:
-            raise ValueError(
-                f"{name} of {process} has shape {tuple(value.shape)} at t of shape {tuple(t.shape)}: {remedy}."
-            )
+    _check_rows(process, ("alpha", "sigma"), found, t)
     return found
+
+
+def rates(process: Process, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Their derivatives alpha_dot and sigma_dot at times `t` (B,), each (B,); errors as of `scales`."""
+    found = process.alpha_dot(t), process.sigma_dot(t)
+    _check_rows(process, ("alpha_dot", "sigma_dot"), found, t)
+    return found
+
+
+def _check_rows(process: Process, names: tuple[str, str], values: tuple[Tensor, Tensor], t: Tensor) -> None:
+    for name, value in zip(names, values, strict=True):
+        # The words are made only for an error, so that a compiled program has no text.
+        if isinstance(value, Tensor) and value.shape == t.shape:
+            continue
+        remedy = f"return one value per row, shape (B,), here {tuple(t.shape)}, such as torch.full_like(t, 1.0)"
+        check_kind(f"{name} of {process}", value, Tensor, f"a tensor: {remedy}")
+        raise ValueError(
+            f"{name} of {process} has shape {tuple(value.shape)} at t of shape {tuple(t.shape)}: {remedy}."
+        )
 
 
 @dataclass(frozen=True)

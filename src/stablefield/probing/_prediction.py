@@ -32,7 +32,7 @@ from stablefield._shapes import check_kind, check_tensor, per_row
 from stablefield.diffusion._discrete import Discrete
 from stablefield.diffusion._from_diffusers import Regression
 from stablefield.diffusion._noise_levels import LogNormal, LogUniform, NoiseLevels, Uniform
-from stablefield.diffusion._process import EDM, VE, VP, Cosine, Process, RectifiedFlow, scales
+from stablefield.diffusion._process import EDM, VE, VP, Cosine, Process, RectifiedFlow, rates, scales
 from stablefield.diffusion._weighting import EDMWeighting, Weighting
 
 __all__ = [
@@ -76,7 +76,7 @@ class Prediction:
         if self.kind not in get_args(Kind):
             raise ValueError(f"prediction={self.kind[:40]!r}: pass one of {', '.join(get_args(Kind))}.")
         if self.kind == "velocity":
-            self.process.alpha_dot(torch.zeros(1, dtype=torch.float64))  # raises if there is none
+            rates(self.process, torch.zeros(1, dtype=torch.float64))  # raises if there are none
 
     @classmethod
     def of_scheduler(cls, regression: Regression, kind: Kind | None) -> "Prediction":
@@ -130,9 +130,7 @@ class Prediction:
             case "v":
                 return (alpha * x_t - sigma * out) / (alpha**2 + sigma**2)
             case "velocity":
-                alpha_dot, sigma_dot = (
-                    per_row(rate(t).to(x_t.device), x_t) for rate in (self.process.alpha_dot, self.process.sigma_dot)
-                )
+                alpha_dot, sigma_dot = (per_row(rate.to(x_t.device), x_t) for rate in rates(self.process, t))
                 return (sigma_dot * x_t - sigma * out) / (sigma_dot * alpha - alpha_dot * sigma)
 
     def weighting(self) -> Weighting:

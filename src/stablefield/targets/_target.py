@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stablefield._shapes import per_row
-from stablefield.diffusion._process import Process
+from stablefield.diffusion._process import Process, rates
 from stablefield.targets._perturbation_kernel import GaussianKernel, PerturbationKernel
 
 __all__ = ["Posterior", "Target"]
@@ -127,5 +127,5 @@ class Target:
 
         For time that runs from noise to data, as in torchcfm, negate it.
         """
-        alpha_dot, sigma_dot = self.process.alpha_dot(self.t), self.process.sigma_dot(self.t)
+        alpha_dot, sigma_dot = rates(self.process, self.t)
         return per_row(alpha_dot, self.x0) * self.x0 + per_row(sigma_dot, self.x0) * self.noise
