@@ -253,6 +253,34 @@ def test_pairing_shows_over_several_small_batches(rng: torch.Generator) -> None:
         several()
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["noise", "no noise"])
+def test_one_batch_can_be_overfitted_with_the_same_noise(given: bool) -> None:
+    """The correlation of one batch is within four standard errors, however often it comes, at times of one's choice."""
+    for seed in range(15):
+        rng = torch.Generator().manual_seed(seed)
+        x0, noise = (torch.randn(16, 3, 8, 8, generator=rng) for _ in range(2))
+        stable = sf.StableTarget(sf.EDM(), references=sf.InBatch(), noise_band=100.0)
+        for _ in range(200):
+            t = 0.5 + torch.rand(16, generator=rng)
+            order = torch.randperm(16, generator=rng)
+            x_t = sf.EDM().perturb(x0, t, noise)
+            stable(x0[order], x_t[order], t[order], noise=noise[order] if given else None)
+
+
+def test_pairs_of_one_number_show_though_their_correlation_is_the_same_in_each_batch(rng: torch.Generator) -> None:
+    """Of two atoms the noise's sign decides which: each batch of two rows has a correlation of exactly 2."""
+    stable = sf.StableTarget(sf.EDM(), references=sf.InBatch())
+    noise = torch.randn(200, 1, generator=rng).abs() * torch.tensor([[-1.0], [1.0]]).repeat(100, 1)
+    x0 = noise.sign()
+
+    def several() -> None:
+        for some in torch.arange(200).split(2):
+            stable(x0[some], x0[some] + noise[some], 1.0, noise=noise[some])
+
+    with pytest.raises(ValueError, match="not independent of x0"):
+        several()
+
+
 def test_the_same_images_and_noise_at_many_levels_are_accepted(rng: torch.Generator) -> None:
     process, levels = sf.EDM(), torch.exp(torch.linspace(-1, 3, 50))
     for k in range(40):

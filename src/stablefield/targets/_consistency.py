@@ -45,6 +45,9 @@ _LOST = 32
 _SAME = 1e-5
 # Number of pixels from which the mean over a channel is informative.
 _PIXELS = 16
+# Batches are the same if their noise's mean norm differs by less than this, relatively, and their correlation in standard
+# deviations.
+_SAME_BATCH = 1e-4
 # Rows over which the correlation of noise and data is summed. Correlation from rounding stays far below the bound.
 _WINDOW = 1024
 
@@ -55,15 +58,25 @@ class Correlation:
     def __init__(self) -> None:
         self._along = self._variance = 0.0
         self._rows = 0
+        self._last = (0.0, 0.0, 0)
 
-    def add(self, along: float, variance: float, rows: int) -> float:
+    def add(self, along: float, variance: float, rows: int, norm: float) -> float:
         """Add a batch, and return the sum so far in standard deviations; after enough rows a new sum begins.
+
+        The same data with the same noise as in the call before, such as of a loop that overfits one batch, say nothing new
+        and are not added.
 
         Args:
             along: sum of the rows' standardised cosines.
             variance: its expected variance.
             rows: of the batch.
+            norm: sum of the norms of the rows' noise.
         """
+        spread = math.sqrt(max(self._variance, 1.0))
+        last, self._last = self._last, (along, norm, rows)
+        near = abs(along - last[0]) <= _SAME_BATCH * math.sqrt(max(variance, 1.0))
+        if near and abs(norm - last[1]) <= _SAME_BATCH * norm and rows == last[2]:
+            return self._along / spread
         if self._rows >= _WINDOW:
             self._along, self._variance, self._rows = 0.0, 0.0, 0
         self._along, self._variance, self._rows = self._along + along, self._variance + variance, self._rows + rows
@@ -191,7 +204,8 @@ def consistency_checks(
     usable = (sigma * math.sqrt(d) > _LOST * eps * size) & (rounding < _SLACK / 2) & finite & found.residual.isfinite()
     scale = torch.where(usable, 1 / sigma, 0)
     square = torch.where(usable, found.residual * scale, 0).square()
-    repeats = _repeats(torch.where(usable, found.drawn if noise is not None else found.residual * scale, 0), usable)
+    drawn = torch.where(usable, found.drawn if noise is not None else found.residual * scale, 0)
+    repeats = _repeats(drawn, usable)
     law = _law(kernel, square, usable, d, repeats)
     if law is not None:
         deviation, mean = law
@@ -208,7 +222,8 @@ def consistency_checks(
     comparable = comparable if source_only is None else comparable & ~source_only
     cosine = torch.where(comparable, found.along / norms, 0)
     correlation = Correlation() if correlation is None else correlation
-    spreads = correlation.add(float(cosine.sum()) * math.sqrt(d), float(comparable.sum() * repeats), len(x0))
+    along, variance = float(cosine.sum()) * math.sqrt(d), float(comparable.sum() * repeats)
+    spreads = correlation.add(along, variance, len(x0), float(drawn.sum()))
     checks.append(Check(torch.tensor([not abs(spreads) > _SPREADS]), lambda _: _pairing_message(spreads)))
     return checks
 
