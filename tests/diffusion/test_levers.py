@@ -286,12 +286,17 @@ def test_references_of_an_image_count_its_draws_once() -> None:
         check_fit(many, open_digits())
 
 
-def test_several_draws_of_an_image_are_refused_with_references_from_the_batch():
-    process = sf.EDM()
-    target = sf.StableTarget(process, references=sf.InBatch())
-    with pytest.raises(ValueError, match=r"InBatch\(\) would count it as that many references.*use Pool"):
-        sf.Objective(process, target=target, draws_per_image=2)
-    sf.Objective(process, target=sf.DenoisingTarget(process), draws_per_image=2)
+def test_references_from_the_batch_hold_all_rows_of_each_image():
+    process, x0 = sf.EDM(), torch.randn(6, 2)
+    for target in (sf.StableTarget(process, references=sf.InBatch()), sf.DenoisingTarget(process)):
+        made = sf.Objective(process, target=target, draws_per_image=2)
+        draws = made.draw(x0.shape)
+        made.example(x0, draws)
+        if isinstance(target, sf.DenoisingTarget):
+            made.example(x0[:5], draws[:5])
+            continue
+        with pytest.raises(ValueError, match=r"x0 has 5 rows, and draws_per_image=2: InBatch\(\) .*use Pool"):
+            made.example(x0[:5], draws[:5])
 
 
 def test_rows_that_are_no_multiple_of_the_draws_are_refused():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import stablefield as sf
+from stablefield.diffusion._objective import Draws as DrawnRows
 
 ATOMS = torch.tensor([-1.0, 0.3, 2.0], dtype=torch.float64)
 PRIOR = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
@@ -100,6 +101,49 @@ def test_unbiased_for_each_row_of_a_batch_that_is_its_own_reference_set(row: int
             yield PRIOR[k].prod() * near[:, k[row]], torch.stack(found)
 
     assert_unbiased(draws(), true_mean(ATOMS, PRIOR, alpha, sigma))
+
+
+@pytest.mark.parametrize("row", [0, 1, 2, 3])
+def test_unbiased_with_references_from_a_batch_that_holds_each_image_equally_often(row: int) -> None:
+    """Two images, which may be the same atom, with two rows each, through the objective that repeats them."""
+    process = sf.EDM()
+    target = sf.StableTarget(process, references=sf.InBatch(), validate_args=False)
+    objective = sf.Objective(process, target=target, draws_per_image=2)
+    t = torch.full((4,), SIGMA, dtype=torch.float64)
+    near = likelihood(ATOMS, 1.0, SIGMA)
+
+    def draws() -> Iterator[tuple[Tensor, Tensor]]:
+        for members in product(range(3), repeat=2):
+            k = torch.tensor(members).repeat_interleave(2)
+            found = []
+            for x in X_T:
+                noise = torch.full((4, 1), 0.3, dtype=torch.float64)
+                noise[row] = (x - ATOMS[k[row]]) / SIGMA
+                found.append(objective.example(ATOMS[k][:, None], DrawnRows(t, noise, None, None)).target.x0[row, 0])
+            yield PRIOR[list(members)].prod() * near[:, k[row]], torch.stack(found)
+
+    assert_unbiased(draws(), true_mean(ATOMS, PRIOR, 1.0, SIGMA))
+
+
+def test_references_from_a_batch_with_each_image_k_times_are_those_of_the_images(rng: torch.Generator) -> None:
+    """Images of two classes, dropped labels, flips and rows with their source only: against the set without copies."""
+    process, k = sf.EDM(), 3
+    images = torch.randn(8, 1, 2, 3, generator=rng, dtype=torch.float64)
+    classes = torch.arange(8) % 2
+    x0, truth = images.repeat_interleave(k, 0), classes.repeat_interleave(k)
+    flip = (torch.rand(8, generator=rng) < 0.5).repeat_interleave(k)
+    alone = (torch.arange(8) == 5).repeat_interleave(k)
+    seen = torch.where(torch.rand(8 * k, generator=rng) < 0.3, -1, truth)
+    shown = torch.where(flip[:, None, None, None], x0.flip(-1), x0)
+    x_t = process.perturb(shown, 1.5, generator=rng)
+    stable = sf.StableTarget(process, references=sf.InBatch())
+    found = stable(shown, x_t, 1.5, seen, reference_labels=truth, flip=flip, source_only=alone).x0
+    unflipped = torch.where(flip[:, None, None, None], x_t.flip(-1), x_t)
+    others = torch.arange(8) != 5
+    plain = sf.posterior(unflipped, 1.0, 1.5, images[others], None, seen, classes[others]).mean
+    expected = torch.where(flip[:, None, None, None], plain.flip(-1), plain)
+    expected = torch.where(alone[:, None, None, None], shown, expected)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])

@@ -134,8 +134,9 @@ class Objective:
         target: the regression target, such as `StableTarget(process, references=Pool(images))`; `DenoisingTarget(process)`
             is the usual single-sample loss.
         label_dropout: share of rows whose class label is hidden from the network (-1), for classifier-free guidance.
-        draws_per_image: noisy samples k made from each image: a batch of B images has k B rows. Needs references that hold
-            no image twice, such as a `Pool`.
+        draws_per_image: noisy samples k made from each image: a batch of B images has k B rows. `InBatch` references then
+            hold each image k times, so it keeps its share of the weight; the target's ESS counts every copy, and its source
+            weight is that of one.
         antithetic: make the draws of an image in pairs, with one noise level and with noise of opposite signs. Where the
             network's error is nearly linear in the noise, its odd part cancels in the mean over a pair. `draws_per_image` is
             then even.
@@ -147,7 +148,7 @@ class Objective:
 
     Raises:
         ValueError: if `label_dropout` is not a probability, the target is for another process, `draws_per_image` is
-            below 1, odd with `antithetic`, or above 1 with `InBatch` references, or `importance` is for other noise levels.
+            below 1 or odd with `antithetic`, or `importance` is for other noise levels.
     """
 
     process: Process
@@ -181,15 +182,6 @@ class Objective:
                     f"importance is for {made_for[0]} of {made_for[1]}, the objective has {self.noise_levels} of "
                     f"{self.process}: use one of each."
                 )
-        if (
-            self.draws_per_image > 1
-            and isinstance(self.target.references, InBatch)
-            and float(self.target.noise_band) < math.inf
-        ):
-            raise ValueError(
-                f"draws_per_image={self.draws_per_image} puts each image into a batch that often, and InBatch() would count "
-                "it as that many references, which biases the target: use Pool(images)."
-            )
 
     def __call__(
         self,
@@ -319,9 +311,19 @@ class Objective:
         The arguments are those of `__call__`, for every row of `draws` its own.
 
         Raises:
-            ValueError: as `StableTarget`.
+            ValueError: as `StableTarget`; or if `InBatch` references would hold images unequally often, because the rows are
+                no multiple of `draws_per_image`.
         """
         _check_data(x0)
+        if (
+            len(x0) % self.draws_per_image
+            and isinstance(self.target.references, InBatch)
+            and float(self.target.noise_band) < math.inf
+        ):
+            raise ValueError(
+                f"x0 has {len(x0)} rows, and draws_per_image={self.draws_per_image}: InBatch() must hold each image equally "
+                "often, or the target is biased, so pass all rows of each image, or use Pool(images)."
+            )
         for name, value in (("index", index), ("flip", flip), ("source_only", source_only)):
             if value is not None:
                 check_tensor(name, value, numbers=True)
