@@ -256,3 +256,27 @@ def test_biased_when_the_source_is_held_twice() -> None:
     bias = expectation(draws()) - true_mean(ATOMS, PRIOR)
     assert bias.abs().min() > 0.004
     assert bias.abs().max() > 0.02
+
+
+@pytest.mark.parametrize("given", ["labels", "source_only", "nothing"])
+def test_masked_data_are_unbiased_given_the_mask_as_the_label_or_with_the_source_only(given: str) -> None:
+    """Rows of one or two numbers, padded with zeros; each row of x_t has noise in its own numbers only."""
+    data = torch.tensor([[-1.0, 0.5], [0.3, 2.0], [0.8, 0.0], [1.5, 0.0]], dtype=torch.float64)
+    masks = torch.tensor([0, 0, 1, 1])
+    references = sf.Pool(data, labels=masks if given == "labels" else None)
+    target = sf.StableTarget(sf.EDM(), references=references, validate_args=False)
+    worst = 0.0
+    for mask, x_t in ((0, [0.2, 0.7]), (1, [1.1, 0.0])):
+        members = (masks == mask).nonzero()[:, 0]
+        x = torch.tensor([x_t], dtype=torch.float64)
+        density = torch.exp(-(x - data[members]).square().sum(1) / (2 * SIGMA**2))[:, None]
+        options = {
+            "labels": {"labels": masks[members]},
+            "source_only": {"source_only": torch.ones(2, dtype=torch.bool)},
+            "nothing": {},
+        }[given]
+        found = target(data[members], x.repeat(2, 1), SIGMA, index=members, **options).x0
+        gap = (density * (found - data[members])).sum(0) / density.sum()
+        worst = max(worst, float(gap.abs().max()))
+    assert (worst < 1e-13) == (given != "nothing")
+    assert given != "nothing" or worst > 0.1

@@ -74,8 +74,9 @@ class StableTarget:
             band, and makes the work of a call the same for all batches. A compiled or captured function, whose work cannot
             depend on how many rows are in the band, needs it to profit from a band. Ties in noise are broken at random.
         validate_args: check x_t against x0, t and noise, as `_consistency` describes, and the frequency of samples against
-            the `Pool`'s assumption. Pass False for rows that you choose yourself, such as a grid of noisy samples, or that
-            the process did not make in every dimension, such as masked data. All other checks remain.
+            the `Pool`'s assumption. Pass False for rows that you choose yourself, such as a grid of noisy samples. All other
+            checks remain. It does not make masked or padded data right, which have noise in some dimensions only: the mask
+            is a condition, so pass `labels=` with one number per mask, here and to the `Pool`, or `source_only=`.
 
     Raises:
         ValueError: if `noise_band` is negative or NaN, or `capacity` is not a whole number from 1.
