@@ -77,6 +77,40 @@ def test_a_class_balanced_sampler_needs_its_weights() -> None:
         torch.testing.assert_close(found.x0, torch.full_like(x_t, mean), rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("sigma", [0.3, 1.0, 300.0])
+@pytest.mark.parametrize("size", [None, 1])
+def test_drawing_in_proportion_to_loss_weights_has_the_minimiser_of_the_weighted_loss(
+    size: int | None, sigma: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two atoms with loss weights 1 and 9, by enumeration of the source and of the references that can be drawn."""
+    data = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
+    weights = torch.tensor([1.0, 9.0], dtype=torch.float64)
+    x_t = sigma * torch.tensor([[-0.7], [0.0], [0.4]], dtype=torch.float64)
+    near = torch.exp(-((x_t - data.T) ** 2) / (2 * sigma**2))
+    # The zero of the derivative of sum_k w_k p(x_t | k) |D - x_k|^2.
+    minimiser = (near * weights) @ data / (near @ weights)[:, None]
+
+    def found(pool: sf.Pool, shares: Tensor) -> Tensor:
+        """The minimiser of the loss on the target, if the atoms' shares of it are so."""
+        stable = sf.StableTarget(sf.EDM(), references=pool, validate_args=False)
+        total, mass = torch.zeros(3, 1, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64)
+        for source, drawn in product(range(2), range(2)):
+            monkeypatch.setattr(pools, "others", lambda *_, drawn=drawn: torch.tensor([drawn]))
+            index = torch.full((3,), source)
+            share = shares[source] * near[:, source, None]
+            total, mass = total + share * stable(data[index], x_t, sigma, index=index).x0, mass + share
+        return total / mass
+
+    # Weights in the sampler and none in the loss, or the other way round, have the same shares.
+    torch.testing.assert_close(found(sf.Pool(data, size, weights=weights), weights), minimiser, rtol=0, atol=1e-12)
+    if size is None:
+        undone = found(sf.Pool(data), weights)
+        torch.testing.assert_close(undone, near @ data / near.sum(1, keepdim=True), rtol=0, atol=1e-12)
+        if sigma == 300:
+            torch.testing.assert_close(minimiser[1], torch.tensor([0.8]).double(), rtol=0, atol=1e-5)
+            assert undone.abs().max() < 0.003
+
+
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
