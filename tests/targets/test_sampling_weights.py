@@ -274,3 +274,51 @@ def test_rows_that_are_not_counted_are_no_repeats(rng: torch.Generator) -> None:
         index = torch.randint(n, (16,), generator=rng).repeat(2)
         check = counts.add(torch.cat([index, index]), None, torch.arange(64) < 32)
         assert check is None or check.holds.all()
+
+
+@pytest.mark.parametrize("calls", [2, 4])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_calls_in_a_row_with_one_batch_are_one_draw(calls: int, labelled: bool, rng: torch.Generator) -> None:
+    """As of loops that accumulate gradients over draws of noise, and of dropped labels."""
+    n, pool_labels = 1000, torch.arange(1000) % 3
+    data = torch.randn(n, 4, generator=rng)
+    stable = sf.StableTarget(sf.EDM(), references=sf.Pool(data, labels=pool_labels if labelled else None))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(200):
+            index = torch.randint(n, (50,), generator=rng)
+            for _ in range(calls):
+                seen = torch.where(torch.rand(50, generator=rng) < 0.3, -1, pool_labels[index]) if labelled else None
+                stable(data[index], sf.EDM().perturb(data[index], 1.0, generator=rng), 1.0, seen, index)
+
+
+@pytest.mark.parametrize("fault", ["half", "one batch"])
+@pytest.mark.parametrize("calls", [1, 4])
+def test_draws_from_a_part_are_warned_of_though_calls_repeat_their_batch(
+    calls: int, fault: str, rng: torch.Generator
+) -> None:
+    n = 1000
+    fixed = torch.randint(n, (50,), generator=rng)
+
+    def batches() -> Iterator[Tensor]:
+        while True:
+            index = fixed if fault == "one batch" else torch.randint(n // 2, (50,), generator=rng)
+            yield from (index for _ in range(calls))
+
+    assert 0 < checks_of(n, batches(), 1000) <= 20
+
+
+def test_overfitting_one_batch_that_is_the_pool_is_not_warned_of(rng: torch.Generator) -> None:
+    assert checks_of(16, iter(lambda: torch.arange(16), None), 1000) == 0
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_the_same_batch_by_chance_is_no_repeat(rows: int, rng: torch.Generator) -> None:
+    """Two samples, one of them drawn nine times as often: half of the batches of one row, counted once, would be its."""
+    from stablefield.targets._draws import Frequencies
+
+    weights = torch.tensor([1.0, 9.0], dtype=torch.float64)
+    counts = Frequencies(weights, None)
+    for _ in range(4000):
+        check = counts.add(torch.multinomial(weights, rows, replacement=True, generator=rng), None, None)
+        assert check is None or check.holds.all()

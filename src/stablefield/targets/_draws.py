@@ -7,7 +7,8 @@ statistic
 $$ X^2 = \sum_k \frac{(c_k - e_k)^2}{e_k} $$
 
 summed over the samples with an expected count of at least 1, is chi-square if the draws are as assumed; sampling in epochs
-makes it smaller. If a batch makes r rows of each sample, the statistic grows by a factor r, so r is measured. The number of
+makes it smaller. If a batch makes r rows of each sample, the statistic grows by a factor r, so r is measured. Calls in a
+row with the same samples, such as those that accumulate the gradients of several draws of noise, are one draw. The number of
 samples never drawn should be about $\sum_k e^{-e_k}$, and 0 after an epoch. Rows with a label are compared with the other
 samples of that label, because the posterior sees no others; rows without one, with all.
 
@@ -38,6 +39,10 @@ _SPREADS = 12.0
 _DEVIATION = 0.01
 # Draws for each sample before the first comparison; later ones follow whenever the draws have doubled.
 _FIRST = 4
+# Calls in a row with the same samples that are one draw. Longer runs train on one batch, a draw in each step.
+_SAME_CALLS = 64
+# Probability of the same samples by chance, as in tiny pools, from which on calls are separate draws.
+_COINCIDENCE = 1e-3
 
 
 class Frequencies:
@@ -69,24 +74,32 @@ class Frequencies:
         self._rows, self._pairs = torch.zeros_like(self._squares), torch.zeros_like(self._squares)
         self._chance = (weights.square().sum() / weights.sum().square()).to(weights.dtype)
         self._drawn = 0
-        self._next = first or _FIRST * len(weights)
+        self._first = self._next = first or _FIRST * len(weights)
+        self._repeated = _Repeated(self._chance)
+        # The drawn rows without those of repeated calls.
+        self._fresh = torch.zeros((), dtype=torch.long, device=weights.device)
         self._name = name
 
-    def add(self, index: Tensor, labelled: Tensor | None, counted: Tensor | None) -> Check | None:
+    def add(
+        self, index: Tensor, labelled: Tensor | None, counted: Tensor | None, fresh: Tensor | None = None
+    ) -> Check | None:
         """Count a batch, and check whether all draws so far are as assumed; None if it is too early, or after a warning.
 
         Args:
             index: the drawn samples, integers (B,).
             labelled: which rows have a label, bool (B,); None if no sample has one.
             counted: which rows to count, bool (B,); None for all.
+            fresh: whether the batch is a new draw, a bool; None to ask whether it has the samples of the call before.
         """
         if self._next == 0:
             return None
         count = len(self._weights)
+        fresh = ~self._repeated(index) if fresh is None else fresh
+        self._fresh += fresh * len(index)
         place = index.clamp(0, count - 1)
         if labelled is not None:
             place = place + count * labelled.long()
-        one = torch.ones_like(place, dtype=torch.int32) if counted is None else counted.int()
+        one = fresh.int().expand(len(place)) if counted is None else fresh.int() * counted.int()
         self._counts.view(-1).index_add_(0, place, one)
         rows = one.sum().to(self._squares)
         self._squares += _repeats(place, one.to(self._weights.dtype))
@@ -97,7 +110,7 @@ class Frequencies:
             return None
         self._next = 2 * self._drawn
         deviations = torch.stack([self._deviation(kind) for kind in range(len(self._counts))])
-        return Check(deviations <= 1, self._message, warning=True)
+        return Check((deviations <= 1) | (self._fresh < self._first), self._message, warning=True)
 
     def _deviation(self, kind: int) -> Tensor:
         """The deviation of the draws with a label (kind 1) or without (kind 0) from the assumption, over the bound."""
@@ -140,6 +153,32 @@ class Frequencies:
             "or if you made the same draws twice, such as in a second run from the same seed with this Pool. For calls "
             "outside training pass StableTarget(..., validate_args=False)."
         )
+
+
+class _Repeated:
+    """Whether calls have the same samples as the call before.
+
+    Args:
+        chance: probability that two independent rows have the same sample.
+    """
+
+    def __init__(self, chance: Tensor) -> None:
+        self._chance = chance
+        self._last: Tensor | None = None
+        self._calls = torch.zeros((), dtype=torch.long, device=chance.device)
+
+    def __call__(self, index: Tensor) -> Tensor:
+        """Whether the samples at `index` (B,) are those of the last call, and the run is not too long: a bool on its device.
+
+        `torch.equal` would wait for a GPU.
+        """
+        last, self._last = self._last, index.clone()
+        if last is None or last.shape != index.shape:
+            self._calls = torch.zeros_like(self._calls)
+        else:
+            same = (last == index).all() & (self._chance ** len(index) < _COINCIDENCE)
+            self._calls = torch.where(same, self._calls + 1, 0)
+        return (self._calls > 0) & (self._calls < _SAME_CALLS)
 
 
 def _numbered(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,6 +260,7 @@ class Draws:
         # A sampler that reads the data part by part needs some passes before all samples have come.
         first = _FIRST * total
         self._distinct = None if labels is None else shares.distinct.to(device)
+        self._repeated = _Repeated(torch.full_like(here[0], 1 / total))
         self._within = Frequencies(weights, labels, first, lambda place: f"sample {start + place}")
         whole = torch.tensor([shares.own, shares.rest], dtype=here.dtype, device=device)
         self._between = Frequencies(
@@ -236,17 +276,25 @@ class Draws:
 
             self._of_label = Frequencies(torch.cat([here, elsewhere]), kinds, first, name)
 
-    def add(self, place: Tensor, here: Tensor, labels: Tensor | None) -> list[Check]:
-        """Count the rows of all ranks: their indices in the shard, (B,), whether they are in it, and their labels, or -1."""
+    def add(self, place: Tensor, here: Tensor, labels: Tensor | None, source: Tensor) -> list[Check]:
+        """Count the rows of all ranks.
+
+        Args:
+            place: their indices in the shard, (B,).
+            here: whether they are in it, bool (B,).
+            labels: their labels, (B,), or -1; or None.
+            source: their indices in the whole set, (B,).
+        """
         if not len(place):
             return []
+        fresh = ~self._repeated(source)
         labelled = None if labels is None else labels >= 0
-        found = [self._within.add(place, None if self._distinct is None else labelled, here)]
+        found = [self._within.add(place, None if self._distinct is None else labelled, here, fresh)]
         where = (~here).long()
-        found.append(self._between.add(where, None, None if labelled is None else ~labelled))
+        found.append(self._between.add(where, None, None if labelled is None else ~labelled, fresh))
         if self._of_label is not None and self._distinct is not None and labels is not None:
             kind, known = _among(self._distinct, labels)
-            found.append(self._of_label.add(kind + len(self._distinct) * where, labels >= 0, known))
+            found.append(self._of_label.add(kind + len(self._distinct) * where, labels >= 0, known, fresh))
         return [_of_all_ranks(check) for check in found if check is not None]
 
 

@@ -353,7 +353,7 @@ class _Exchange:
             mislabelled = (seen != -1) & (seen != self.reference_labels[own])
         prior = torch.zeros_like(alpha) if log_prior is None else log_prior[own]
         status = torch.stack([gap.to(alpha.dtype), wrong.to(alpha.dtype), mislabelled.to(alpha.dtype), prior], 1)
-        frequent = [] if self.draws is None else self.draws.add(own, here, seen)
+        frequent = [] if self.draws is None else self.draws.add(own, here, seen, source)
         return softmax, torch.where(here[:, None], status, 0), frequent
 
     def _summed(self, asked: Query, plan: Plan, seed: int) -> OnlineSoftmax:
