@@ -141,8 +141,37 @@ def test_rows_that_cannot_be_draws_of_their_samples_are_refused(
         target(x0, x0 + noise, 1.0, index=index, flip=index == 3)
 
 
+@pytest.mark.parametrize("fault", ["modes", "std in other units", "flipped modes"])
+def test_rows_nearer_to_their_means_than_draws_are_refused(fault: str, rng: torch.Generator) -> None:
+    mean, std = torch.randn(2, 20, 4, 8, 8, generator=rng), 0.1 + 0.2 * torch.rand(2, 20, 4, 8, 8, generator=rng)
+    scale = 5.5 if fault == "std in other units" else 1.0
+    pool = sf.Pool.from_moments(mean[0], scale * std[0], flipped_mean=mean[1], flipped_std=scale * std[1])
+    target = sf.StableTarget(sf.EDM(), references=pool, validate_args=False)
+    index, noise = torch.arange(8), torch.randn(8, 4, 8, 8, generator=rng)
+    flip = torch.full((8,), fault == "flipped modes")
+    right = mean[int(flip[0]), :8] + scale * std[int(flip[0]), :8] * noise
+    target(right, right + noise, 1.0, index=index, flip=flip)
+    wrong = right - scale * std[int(flip[0]), :8] * noise if "modes" in fault else mean[0, :8] + std[0, :8] * noise
+    message = r"a draw is not so near.*latent_dist\.mode\(\).*use Pool\(mean\).*scale std like mean"
+    with pytest.raises(ValueError, match=message):
+        target(wrong, wrong + noise, 1.0, index=index, flip=flip)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("std", [0.0, 1e-4, 1e-3, 4e-3, 0.02, 1.0])
+def test_draws_are_not_refused_as_too_near_whatever_rounding_does(
+    std: float, dtype: torch.dtype, rng: torch.Generator
+) -> None:
+    mean = 1 + torch.rand(500, 400, generator=rng)
+    pool = sf.Pool.from_moments(mean, torch.full_like(mean, std))
+    x0 = (mean + std * torch.randn(mean.shape, generator=rng)).to(dtype).float()
+    distances = pool._moments[0].distance(x0, torch.arange(500))
+    check_distances(distances, torch.arange(500), 400)
+    assert bool((distances[2] > 0).all()) == (std >= 0.02)
+
+
 def test_of_a_million_draws_none_is_refused(rng: torch.Generator) -> None:
-    for dim in (1, 3, 100):
+    for dim in (1, 3, 100, 1000):
         mean = torch.zeros(2, dim)
         pool = sf.Pool.from_moments(mean, torch.tensor([[1.0], [0.0]]).expand(2, dim).contiguous())
 

@@ -16,6 +16,8 @@ __all__ = ["Moments", "check_distances"]
 _BLOCK = 2**22
 # A draw is refused with a probability of at most e^-36: see `Moments.distance`.
 _FAR = 36.0
+# Relative error of rounding to bfloat16.
+_ROUNDING = 2.0**-8
 
 
 @dataclass(frozen=True)
@@ -80,33 +82,46 @@ class Moments:
         """How far rows x0 (B, ...) are from the means of the samples at `index` (B,).
 
         Returns:
-            Shape (3, B): the squared distance; that which a draw exceeds with a probability below e^-36; and the trace of
-            the variance.
+            Shape (4, B): the squared distance; those which a draw exceeds, or stays below, with a probability of at most
+            e^-36; and the trace of the variance.
         """
         mean, std = (_floats(_taken(value, index)).to(x0.device) for value in (self.mean, self.std))
         gap = (x0.float() - mean).flatten(1)
         # Besides the draw's variance, that of rounding to bfloat16.
-        variance = std.flatten(1).square() + (2**-8 * mean.flatten(1)).square()
+        variance = std.flatten(1).square() + (_ROUNDING * mean.flatten(1)).square()
         # Laurent and Massart, "Adaptive estimation of a quadratic functional by model selection", 2000, lemma 1.
         spread, largest = variance.square().sum(1).sqrt(), variance.amax(1)
         most = variance.sum(1) + 2 * spread * _FAR**0.5 + 2 * largest * _FAR
-        return torch.stack([gap.square().sum(1), most, std.flatten(1).square().sum(1)])
+        # In the other direction rounding cannot be counted on: it may move a draw towards its mean.
+        drawn = std.flatten(1).square()
+        trace = drawn.sum(1)
+        least = (trace - 2 * drawn.square().sum(1).sqrt() * _FAR**0.5).clamp(min=0).sqrt()
+        rounded = 2 * _ROUNDING * mean.flatten(1).norm(dim=1)
+        least = (least - rounded).clamp(min=0) / (1 + 2 * _ROUNDING)
+        return torch.stack([gap.square().sum(1), most, least.square(), trace])
 
 
 def check_distances(distances: Tensor, index: Tensor, dim: int) -> None:
-    """Check that rows can be draws of the samples at `index` (B,), by their `Moments.distance` (3, B).
+    """Check that rows can be draws of the samples at `index` (B,), by their `Moments.distance` (4, B).
 
     Raises:
-        ValueError: if a row is too far from its sample's mean.
+        ValueError: if a row is too far from its sample's mean, or too near.
     """
-    square, most, variance = distances
-    far = ~(square <= most)
-    if bool(far.any()):
-        row = int(far.nonzero()[0, 0])
+    square, most, least, variance = distances
+    far, near = ~(square <= most), square < least
+    wrong = far | near
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0, 0])
         away, std = (float(value[row] / dim) ** 0.5 for value in (square, variance))
+        remedy = (
+            "pass the right index, and flip= for flipped samples."
+            if bool(far[row])
+            else "a draw is not so near. If x0 holds the means themselves (latent_dist.mode()), they are samples: use "
+            "Pool(mean). If they are draws, mean + std * noise, scale std like mean, by the same scaling_factor."
+        )
         raise ValueError(
             f"a row of x0 with index {int(index[row])} is {away:.3g} from that sample's mean, whose std is {std:.3g} (root "
-            "mean squares): pass the right index, and flip= for flipped samples."
+            f"mean squares): {remedy}"
         )
 
 
