@@ -16,11 +16,19 @@ The rows of all ranks reach each shard of a `ShardedPool`, so it sees how often 
 compares these with each other, and the shard as a whole with the rest, because each shard may hold one class. So every pair
 of samples is compared, and no rank counts more than its own samples.
 
+A pool that holds mirror images or flipped samples assumes that a row is a flipped one with probability 1/2. Let $f_i$ be 1/2
+if row i is flipped, and -1/2 otherwise. Rows of one sample g in a batch may share their flip; those of different samples do
+not. Then $\sum_g f_g$ with $f_g = \sum_{i \in g} f_i$ has mean 0, and its variance is the expectation of $\sum_g f_g^2$. The
+sum exceeds s roots of the latter with a probability of at most $2 e^{-s^2 / 2}$, by Hoeffding's inequality, since each term
+is as likely as its negative.
+
 References:
     Pearson, "On the Criterion that a Given System of Deviations...", Philosophical Magazine 1900; Wilson, Hilferty, "The
-    Distribution of Chi-Square", PNAS 1931.
+    Distribution of Chi-Square", PNAS 1931; Hoeffding, "Probability Inequalities for Sums of Bounded Random Variables", JASA
+    1963.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -31,12 +39,14 @@ from stablefield._distributed import Ranks
 from stablefield.targets._checks import Check
 from stablefield.targets._engine.reference_matrix import wide_dtype
 
-__all__ = ["Draws", "Frequencies", "Shares"]
+__all__ = ["Draws", "Flips", "Frequencies", "Shares"]
 
 # Standard deviations beyond which draws are not as assumed; chance never reaches them.
 _SPREADS = 12.0
 # Mean squared relative deviation of the probabilities that deserves a warning: 10 % each.
 _DEVIATION = 0.01
+# The same for the share of flipped rows, and its deviation from 1/2 that deserves a warning.
+_FLIP_SPREADS, _FLIP_DEVIATION = 5.0, 0.01
 # Draws for each sample before the first comparison; later ones follow whenever the draws have doubled.
 _FIRST = 4
 # Calls in a row with the same samples that are one draw. Longer runs train on one batch, a draw in each step.
@@ -152,6 +162,76 @@ class Frequencies:
             "the sample. Ignore this if each process draws from its own part of the Pool and the parts together cover it, "
             "or if you made the same draws twice, such as in a second run from the same seed with this Pool. For calls "
             "outside training pass StableTarget(..., validate_args=False)."
+        )
+
+
+class Flips:
+    """Counts of the rows that are flipped samples.
+
+    Args:
+        count: number of samples.
+    """
+
+    def __init__(self, count: int) -> None:
+        # Sums over the batches of each sample's flipped rows less its others, of the squares of this, and of its rows.
+        self._sums = torch.zeros(3, count, dtype=torch.long)
+        self._drawn = 0
+        # A loader that reads the samples and then the flipped ones needs two passes until the share is 1/2.
+        self._next = _FIRST * count
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+        self._own: Tensor | None = None
+
+    def add(
+        self, index: Tensor, flipped: Tensor | None, counted: Tensor, own: Callable[[Tensor], Tensor]
+    ) -> Check | None:
+        """Count a batch, and check the share of flipped rows; None if it is too early, or after a warning.
+
+        Args:
+            index: the drawn samples, integers (B,), on the host, as all.
+            flipped: which rows are flipped, bool (B,); None if no row says so: then none is, because the pool compares rows
+                with its samples.
+            counted: which rows to count, bool (B,).
+            own: finds which of the samples at an index (m,) are their own flips, bool (m,): they count for neither.
+        """
+        if self._next == 0:
+            return None
+        given, flipped = flipped is not None, torch.zeros_like(counted) if flipped is None else flipped
+        last, self._last = self._last, (index.clone(), flipped.clone(), counted.clone())
+        if last is not None and all(torch.equal(one, other) for one, other in zip(last, self._last, strict=True)):
+            return None  # the same draw, such as to accumulate gradients over draws of noise
+        samples, place = torch.unique(index[counted], return_inverse=True)
+        signs = 2 * flipped[counted].long() - 1
+        sums = torch.zeros(2, len(samples), dtype=torch.long).index_add_(1, place, torch.stack([signs, signs.abs()]))
+        self._sums[:, samples] += torch.stack([sums[0], sums[0].square(), sums[1]])
+        self._drawn += len(place)
+        if self._drawn < self._next:
+            return None
+        self._next = 2 * self._drawn
+        if self._uneven() and self._own is None:  # it reads samples, so only now
+            self._own = torch.zeros(self._sums.shape[1], dtype=torch.bool)
+            there = self._sums[2].nonzero()[:, 0]
+            self._own[there] = own(there)
+        return Check(torch.tensor([not self._uneven()]), lambda _: self._message(given), warning=True)
+
+    def _totals(self) -> list[int]:
+        sums = self._sums if self._own is None else self._sums[:, ~self._own]
+        return sums.sum(1).tolist()
+
+    def _uneven(self) -> bool:
+        total, square, rows = self._totals()
+        return abs(total) > max(_FLIP_SPREADS * math.sqrt(square), 2 * _FLIP_DEVIATION * rows)
+
+    def _message(self, given: bool) -> str:
+        self._next = 0  # one warning is enough
+        total, square, rows = self._totals()
+        how = (
+            "say flip=" if given else "are flipped (no flip= was given, and rows are compared with the Pool's samples)"
+        )
+        return (
+            f"{(rows + total) // 2} of {rows} rows {how}, {abs(total) / math.sqrt(square):.3g} standard errors from half of "
+            "them. The Pool holds each sample and its flip, and takes both for equally likely: the targets are biased. "
+            "Flip each row with probability 1/2 and pass flip=, or make the Pool without mirrored=True, flipped= or "
+            "flipped_mean=. For calls outside training pass StableTarget(..., validate_args=False)."
         )
 
 

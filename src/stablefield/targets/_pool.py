@@ -13,9 +13,9 @@ from torch import Tensor
 
 from stablefield._shapes import check_floating_dtype, flag, whole_number
 from stablefield.targets._checks import Check, require, value_check
-from stablefield.targets._draws import Frequencies
+from stablefield.targets._draws import Flips, Frequencies
 from stablefield.targets._engine.query import Host
-from stablefield.targets._engine.reference_matrix import ReferenceMatrix, tensor_version, wide_dtype
+from stablefield.targets._engine.reference_matrix import ReferenceMatrix, bits_of, tensor_version, wide_dtype
 from stablefield.targets._moments import Moments, check_distances
 from stablefield.targets._pool_arguments import (
     check_data,
@@ -31,6 +31,10 @@ __all__ = ["OTHER_LABEL", "WITHOUT_WEIGHT", "Pool"]
 
 OTHER_LABEL = "the Pool has another label for the row's own sample; pass the label of each row, or -1 for none"
 WITHOUT_WEIGHT = "its weight in the Pool is 0, so it cannot have been drawn; give the weights that your sampler uses"
+
+
+# Samples that are compared with their flips at a time.
+_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,14 @@ class _Held:
     is_flipped: Tensor | None
 
 
+def _rows(value: Tensor | NDArray[Any], index: Tensor) -> Tensor:
+    """The samples at `index` (m,), which is on the host, or their bits."""
+    if isinstance(value, Tensor):
+        return value[index.to(value.device)]
+    rows = bits_of(value)[index.numpy()]
+    return torch.from_numpy(rows.view(np.int16) if rows.dtype == np.uint16 else rows)
+
+
 class Pool:
     """References from an array: the batch's own rows and others drawn without replacement, or the whole array.
 
@@ -68,10 +80,11 @@ class Pool:
             samples of its label only; data sorted by label are then read without a copy. Give samples of unknown label a
             separate one (such as the largest plus 1), because the fact that it is missing is information.
         mirrored: use the mirror image (last axis) of each reference, too. For data sets doubled by random flips that the
-            network does not see; the set then has 2 `size` members.
+            network does not see; the set then has 2 `size` members. Each row must be flipped with probability 1/2, whatever
+            its sample: the target is biased if the rows are never flipped.
         flipped: the flipped samples, of the shape and dtype of `data`, if they are not its mirror images, as the latents of
             flipped images are not. Both are references, 2 n in all; `flip` in the call of a `StableTarget` says which rows
-            are flipped samples. For a network that does not see the flip.
+            are flipped samples. For a network that does not see the flip. Each row must be flipped with probability 1/2.
         label_size: for rows with a label, the number of references of that label, drawn anew for each batch; each row's own
             sample is added for that row. None for all of the label. What is drawn is copied in each step, which pays for
             well below half of the samples.
@@ -140,6 +153,7 @@ class Pool:
         self._elsewhere: dict[tuple[int, torch.device], tuple[int, ReferenceMatrix]] = {}
         self._moved: dict[tuple[str, torch.device], tuple[int, Tensor]] = {}
         self._frequencies: Frequencies | None = None
+        self._flips: Flips | None = None
         self._moments: tuple[Moments, ...] = ()
         self._seed, self._draw = 0, 0
 
@@ -168,7 +182,8 @@ class Pool:
                 whose latents are drawn to the CPU.
             std: the standard deviations, of the same kind and shape.
             labels: as in `Pool`.
-            flipped_mean: the means of the flipped samples, with `flipped_std`; see `flipped` of `Pool`.
+            flipped_mean: the means of the flipped samples, with `flipped_std`; see `flipped` of `Pool`. Each row must be
+                flipped with probability 1/2.
             flipped_std: their standard deviations.
             label_size: as in `Pool`.
             unlabelled_size: as in `Pool`.
@@ -298,7 +313,32 @@ class Pool:
             self._frequencies = Frequencies(uniform if weights is None else weights, self._on("labels", device))
         counted = None if source_only is None else ~source_only
         frequent = self._frequencies.add(index, None if labels is None else labels >= 0, counted)
-        return checks if frequent is None else [*checks, frequent]
+        even = self.flip_check(place, batch, ~exempt)
+        return [*checks, *(check for check in (frequent, even) if check is not None)]
+
+    def flip_check(self, place: Tensor, batch: Batch, counted: Tensor) -> Check | None:
+        """Count the flips of the rows with samples `place` (B,) that are `counted`, bool (B,), if the pool holds flips."""
+        if not self.mirrored and self._flipped is None:
+            return None
+        if self._flips is None:
+            self._flips = Flips(len(self._matrix))
+        flips = batch.mirrored if self.mirrored else batch.flipped
+        return self._flips.add(place, flips, counted, self._own_flips)
+
+    def _own_flips(self, index: Tensor) -> Tensor:
+        """Which samples at `index` (m,), on the host, are the same as their flips, bool (m,)."""
+        ones, others = (self.data,), (self.flipped,)
+        if self._moments:
+            ones, others = ((moments.mean, moments.std) for moments in self._moments)
+        found = []
+        for some in index.split(_BLOCK):
+            same = torch.ones(len(some), dtype=torch.bool)
+            for one, other in zip(ones, others, strict=True):
+                rows = _rows(one, some)
+                flips = rows.flip(-1) if other is None else _rows(other, some)
+                same &= (rows == flips).flatten(1).all(1).cpu()
+            found.append(same)
+        return torch.cat(found)
 
     def select(self, batch: Batch, generator: torch.Generator | None, host: Host) -> Selection:
         """Choose the references of a batch, as described at `References`.
@@ -476,5 +516,5 @@ class Pool:
         part._matrix, part._elsewhere, part._moved = self._matrix.take(index), {}, {}
         part._flipped = None if self._flipped is None else self._flipped.take(index)
         part._moments, part._seed, part._draw = (), 0, 0
-        part._frequencies, part._unchecked_labels = None, self._unchecked_labels
+        part._frequencies, part._flips, part._unchecked_labels = None, None, self._unchecked_labels
         return part

@@ -39,6 +39,7 @@ class Batch:
         index: each row's index in the data set, shape (B,), or None.
         source_only: rows that use only their source and serve no other row, bool (B,), or None.
         flipped: rows whose source is the flipped sample, bool (B,), if the references hold flipped samples of their own.
+        mirrored: rows of the call that were mirror images (last axis), bool (B,), or None.
     """
 
     x0: Tensor
@@ -50,6 +51,7 @@ class Batch:
     index: Tensor | None
     source_only: Tensor | None = None
     flipped: Tensor | None = None
+    mirrored: Tensor | None = None
 
     @property
     def truth(self) -> Tensor | None:

@@ -55,7 +55,7 @@ class ShardedPool:
         data: this rank's samples, shape (n_r, ...), as for `Pool`: a tensor on the device of the batches, or a numpy array
             (also memory-mapped). At least one.
         labels: condition of each of them, integers of shape (n_r,), or None; on all ranks or on none.
-        mirrored: use the mirror image of each reference, too, as `Pool` does.
+        mirrored: use the mirror image of each reference, too, as `Pool` does; rows must be flipped with probability 1/2.
         unlabelled_size: for rows without a label, the number of references, drawn from all ranks' samples, as for `Pool`.
         resampled: whether rows are drawn anew from their samples' distributions, as for `Pool`.
         weights: how likely each of them is to be drawn, shape (n_r,), as for `Pool`, on one scale for all ranks; on all
@@ -161,7 +161,16 @@ class ShardedPool:
         """
         self._counts = count
         rule = f"the ranks hold samples 0 to {self.total - 1} together"
-        return self.pool.index_checks(self._index(batch), batch.source_only, self.total, rule)
+        index = self._index(batch)
+        checks = self.pool.index_checks(index, batch.source_only, self.total, rule)
+        if not count or not self.pool.mirrored:
+            return checks
+        # Each rank counts its own rows, of its own samples, of which it can tell the symmetric ones.
+        place = index - self.start
+        counted = (place >= 0) & (place < len(self.pool.data))
+        counted = counted if batch.source_only is None else counted & ~batch.source_only
+        even = self.pool.flip_check(place.clamp(0, len(self.pool.data) - 1), batch, counted)
+        return checks if even is None else [*checks, even]
 
     def select(self, batch: Batch, generator: torch.Generator | None, host: Host) -> Selection:
         """The shard and the exchange with the other ranks, as described at `References`.

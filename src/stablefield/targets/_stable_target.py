@@ -158,7 +158,8 @@ class StableTarget:
                 x_t does not fit the process, x0 and t, or the references cannot be chosen.
 
         Warns:
-            UserWarning: once, if the rows so far were not drawn from a `Pool` as it assumes.
+            UserWarning: once, if the rows so far were not drawn from a `Pool` as it assumes, or not flipped with probability
+                1/2 where it holds flipped samples.
         """
         check_pair(x0, x_t, noise)
         t = row_values("t", t, x0)
@@ -203,6 +204,7 @@ class StableTarget:
             index=index,
             source_only=source_only,
             flipped=flipped,
+            mirrored=None if mirror is None else mirror[:, 0],
         )
         # The values that decide which rows use references, if the host may read them.
         known = batch if host is Host.NEVER else self._checked(batch, t, noise)
@@ -275,10 +277,10 @@ class StableTarget:
             measured = tuple(torch.linalg.vector_norm(x.flatten(1).to(dtype), dim=1) for x in (x0, x_t))
         given, optional = to_host(
             (t, batch.alpha, batch.sigma, *measured),
-            (batch.labels, batch.reference_labels, batch.index, batch.source_only, batch.flipped),
+            (batch.labels, batch.reference_labels, batch.index, batch.source_only, batch.flipped, batch.mirrored),
         )
         t, alpha, sigma, *measured = given
-        labels, reference_labels, index, source_only, flipped = optional
+        labels, reference_labels, index, source_only, flipped, flips = optional
         checks = [
             value_check((sigma >= 0) & sigma.isfinite(), "sigma", sigma, "it must not be negative: check t"),
             value_check(alpha.isfinite(), "alpha", alpha, "it must be finite: check t"),
@@ -300,6 +302,7 @@ class StableTarget:
             index=index,
             source_only=source_only,
             flipped=flipped,
+            mirrored=flips,
         )
         if self._least_level != math.inf:  # rows may use references
             checks += self.references.checks(known, self.validate_args)
