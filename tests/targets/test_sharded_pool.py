@@ -85,6 +85,7 @@ def warned(kind):
     pool = sf.ShardedPool(
         case["data"][mine],
         labels[mine] if "labels" in kind else None,
+        mirrored="mirrored" in kind,
         weights=None if weights is None else weights[mine],
     )
     target = sf.StableTarget(sf.EDM(), references=pool, noise_band=0.5, validate_args="not asked" not in kind)
@@ -104,8 +105,10 @@ def warned(kind):
             if "dropped" in kind:
                 seen = torch.where(index % 2 == 0 if "by sample" in kind else torch.arange(160) % 2 == 0, -1, seen)
             x0 = case["data"][index] / 127.5 - 1
+            flip = torch.rand(160, generator=rng) < 0.5 if "flipped at random" in kind else None
+            x0 = x0 if flip is None else torch.where(flip.view(-1, *[1] * (x0.ndim - 1)), x0.flip(-1), x0)
             t = torch.rand(160, generator=rng) + 0.2  # some of them below the band
-            target(x0, sf.EDM().perturb(x0, t, generator=rng), t, seen, index)
+            target(x0, sf.EDM().perturb(x0, t, generator=rng), t, seen, index, flip=flip)
     return [str(warning.message) for warning in caught]
 
 try:
@@ -344,3 +347,15 @@ def test_draws_that_the_shards_do_not_expect_are_warned_of_by_a_rank_that_holds_
     assert re.search("one of the samples (elsewhere came 0|0 to 39 came [0-9]+) times", found[0]["part"][0])
     assert re.search("assumes: sample ([0-9]|[123][0-9]) came", found[0]["half of a shard"][0])
     assert re.search("one with label [012] (elsewhere|among the samples 40 to 100) came", found[1]["part, labels"][0])
+
+
+def test_rows_that_are_never_flipped_are_warned_of_by_each_rank_of_mirrored_shards(
+    case: dict[str, torch.Tensor], run: Run, tmp_path: Path
+) -> None:
+    expected = {"mirrored, flipped at random": 0, "mirrored, never flipped": 1, "mirrored, not asked": 0}
+    done = run(2, "draws: " + "; ".join(expected))
+    assert [rank.returncode for rank in done] == [0, 0], done[-1].stderr
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"warned-{rank}.pt", weights_only=True)
+        assert {kind: len(texts) for kind, texts in found.items()} == expected
+        assert found["mirrored, never flipped"][0].startswith("0 of ")
