@@ -1,22 +1,28 @@
-"""The variance of a batch's sum of targets, against enumeration."""
+"""The variance of a batch's gradient, against enumeration, batches drawn one by one, and the ledger of a network."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 import stablefield as sf
 from stablefield.probing._advice import Training, advise
 from stablefield.probing._batch import measure_batch
 from stablefield.probing._population import Population
+from stablefield.probing._training import TRAININGS
 from stablefield.probing._variance import measure_variance
+from stablefield.probing._variance_ledger import measure_ledger
 
 ATOMS = Population(torch.tensor([-1.0, 1.0]).repeat(2000)[:, None])
 
 
 def at_noise_level(level: float, batch: int) -> Training:
-    return Training(noise_levels=sf.LogUniform(level, level * (1 + 1e-6)), batch=batch)
+    """All levels weigh the same, and nothing is known of the network: the gradient is the plain sum of the targets."""
+    levels = sf.LogUniform(level, level * (1 + 1e-6))
+    return Training(noise_levels=levels, weighting=sf.SNRWeighting(power=0), batch=batch)
 
 
 def enumerated(batch: int, references: int, sigma: float = 1.0) -> float:
@@ -121,9 +127,11 @@ def test_the_advice_is_about_all_noise_levels_of_the_training_whatever_levels_ar
     assert of_size.error < 0.005
     assert of_size.left == pytest.approx((weight @ of_16) / (weight @ of_one), abs=4 * of_size.error)
     assert found.noise_band.level < 0.2
-    # E (1 - tanh)^2 = 1 - E tanh^2: the posterior's mean is calibrated.
+    # The gradient of EDM's loss at the start has variance weight ((1 - c_skip)^2 + c_skip^2 s^2), and the data mean 0.
+    skip = 0.25 / (sigma[:, 0, 0] ** 2 + 0.25)
+    of_gradient = weight @ ((1 - skip) ** 2 + skip**2 * sigma[:, 0, 0] ** 2)
     whole = float(found.batch.whole.mean)
-    assert whole == pytest.approx(1 - of_one.mean(), abs=4 * float(found.batch.whole.error) + 0.002)
+    assert whole == pytest.approx(1 - weight @ of_one / of_gradient, abs=4 * float(found.batch.whole.error) + 0.002)
     assert found.phases.single_below is not None
     below = float(np.interp(0.01, of_one, sigma[:, 0, 0]))
     assert found.phases.single_below.noise_level == pytest.approx(below, rel=0.05)
@@ -150,3 +158,115 @@ def test_two_batches_are_refused() -> None:
     curve = measure_variance(ATOMS, [1.0], sizes=(), sources=8, draws=1)
     with pytest.raises(ValueError, match="batches is 2"):
         measure_batch(ATOMS, curve, Training(), band=0.0, batches=2)
+
+
+def test_weights_without_a_variance_are_refused() -> None:
+    curve = measure_variance(ATOMS, [1.0], sizes=(), sources=8, draws=1)
+    for weighting in (lambda s: 0 * s, lambda s: -s, lambda s: s / 0):
+        training = Training(noise_levels=sf.LogUniform(1.0, 1.0 + 1e-6), weighting=weighting)
+        with pytest.raises(ValueError, match="training.weighting is .* not negative, and not 0 everywhere"):
+            measure_batch(ATOMS, curve, training, band=0.0, batches=3)
+
+
+USUAL = pytest.mark.parametrize("usual", TRAININGS, ids=[usual.name for usual in TRAININGS])
+
+
+def gradients(name: str, s: Tensor, x0: Tensor, noise: Tensor, target: Tensor) -> Tensor:
+    """Of the loss with respect to the network's output, where that is 0; written as each parameterisation has it."""
+    if name in ("VE", "VP"):  # predicts the noise, so the target is (x - target) / s, and the output 0
+        return (target - x0) / s - noise
+    if name == "flow":  # predicts the velocity x0 - noise
+        return (target - x0) * (1 + 1 / s) + x0 - noise
+    # EDM, equation 8: the network's target has the scale of 1.
+    c_skip, c_out = 0.25 / (s**2 + 0.25), 0.5 * s / torch.sqrt(s**2 + 0.25)
+    return (target - c_skip * (x0 + s * noise)) / c_out
+
+
+def drawn_one_by_one(usual: Training, data: Tensor, size: int | None) -> tuple[float, float]:
+    """Var(sum of gradients), stable over single, from batches of 3 with `size` references, and its standard error."""
+    generator = torch.Generator().manual_seed(5)
+    count, rows, n = 60_000, 3, len(data)
+    index = torch.randint(n, (count, rows), generator=generator)
+    if size is None:
+        found = index
+    else:
+        order = torch.rand(count, n, generator=generator).scatter_(1, index, -1.0)
+        found = order.argsort(1)[:, :size]  # the rows of the batch, each once, and others
+    u = torch.rand(count, rows, generator=generator, dtype=torch.float64)
+    s = usual.process.noise_level(usual.noise_levels.quantile(u, usual.process))[..., None]
+    noise = torch.randn(count, rows, data.shape[1], generator=generator, dtype=torch.float64)
+    x0, references = data[index], data[found]
+    logits = -((x0 + s * noise)[:, :, None] - references[:, None]).square().sum(-1) / (2 * s**2)
+    mean = logits.softmax(-1) @ references
+    sums = torch.stack([gradients(usual.name, s, x0, noise, target).sum(1) for target in (mean, x0)])
+    parts = (sums - sums.mean(1, keepdim=True)).square().sum(2).unflatten(1, (60, -1)).mean(2)
+    ratio = float(parts[0].mean() / parts[1].mean())
+    error = (parts[0] - ratio * parts[1]).std() / parts[1].mean() / 60**0.5
+    return ratio, float(error)
+
+
+@USUAL
+def test_the_variance_is_that_of_the_gradient_of_the_trainings_own_loss(usual: Training) -> None:
+    data = 0.3 + 0.5 * torch.randn(12, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    population, training = Population(data), replace(usual, batch=3)
+    curve = measure_variance(population, process=usual.process, sizes=(6,), draws=400)
+    measured = measure_batch(population, curve, training, band=0.0, batches=600)
+    for size, series in ((None, measured.in_batch), (6, measured.pools[6]), (12, measured.whole)):
+        ratio, error = drawn_one_by_one(usual, data, size)
+        assert max(error, float(series.error)) < 0.03
+        assert float(series.mean) == pytest.approx(ratio, abs=4 * math.hypot(error, float(series.error)) + 0.002), size
+
+
+class Bias(nn.Module):
+    """A network that returns one number per pixel, 0 at the start."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002
+        return self.bias.reshape(x.shape[1:]) + 0 * x
+
+
+PRECONDITIONINGS = {
+    "EDM": sf.EDMPreconditioning(),
+    "VE": sf.VEPreconditioning(),
+    "VP": sf.VPPreconditioning(),
+    "flow": sf.FlowPreconditioning(),
+}
+
+
+@USUAL
+@pytest.mark.parametrize("stratified", [False, True], ids=["independent", "stratified"])
+def test_the_ledger_of_a_network_that_returns_its_bias_says_the_same(
+    usual: Training, stratified: bool, digits: sf.data.ImageSet
+) -> None:
+    levels = replace(usual.noise_levels, stratified=stratified)
+    training, population = replace(usual, noise_levels=levels, batch=64), Population(torch.tensor(digits.images))
+    curve = measure_variance(population, process=usual.process, sizes=(), sources=600)
+    measured = measure_batch(population, curve, training, band=0.0, batches=100)
+    network = sf.Denoiser(Bias(population.dim), PRECONDITIONINGS[usual.name])
+    ledger = measure_ledger(network, population, training, groups=96)
+    assert ledger is not None
+    plain, strata, *_, in_batch = ledger.levers
+    found = strata if stratified else plain
+    assert found.single is not None
+    share = found.stable.value / found.single.value
+    assert float(measured.whole.mean) == pytest.approx(
+        share, abs=4 * math.hypot(found.stable.error, float(measured.whole.error))
+    )
+    if not stratified:  # the ledger's whole batches have independent levels
+        assert float(measured.in_batch.mean) == pytest.approx(
+            in_batch.stable.value, abs=4 * math.hypot(in_batch.stable.error, float(measured.in_batch.error))
+        )
+
+
+def test_the_parameterisation_follows_from_the_loss_weight() -> None:
+    """The loss weighs the error of the network's output equally at all noise levels: weight c_out^2 = 1."""
+    level = torch.logspace(-3, 3, 50, dtype=torch.float64)
+    for weighting in (sf.EDMWeighting(0.7), sf.SNRWeighting(), sf.FlowWeighting()):
+        scalings = Training(weighting=weighting).preconditioning
+        assert scalings is not None
+        torch.testing.assert_close(weighting(level) * scalings(level).c_out ** 2, torch.ones_like(level))
+    for weighting in (sf.SNRWeighting(maximum=5), sf.SNRWeighting(power=0), lambda s: 1 / s):
+        assert Training(weighting=weighting).preconditioning is None

@@ -1,16 +1,31 @@
-r"""The variance of a batch's sum of targets, which determines that of the gradient.
+r"""The variance of the gradient of a batch, at the start of training, and the share of it that references leave.
 
 References never raise the variance of one row's target. But the rows of a batch share them, so their targets are correlated,
-and a training step follows the sum over rows:
+and a training step follows the sum over rows. What it sums depends on the loss: with the weight $\lambda(s)$ of $|D -
+\hat x_0|^2$ at the noise level s, and $D = c_{skip}(s)\, x + c_{out}(s)\, F$ with $\lambda c_{out}^2 = 1$, the gradient with
+respect to the network's output F is $\sqrt\lambda\, (D - \hat x_0)$ up to a factor. At the start F is 0, as networks begin, and
+D is $c_{skip}\, x$. So
 
-$$ R = \frac{\operatorname{Tr} \operatorname{Var}(\sum_i \hat x_0^i)}{\operatorname{Tr} \operatorname{Var}(\sum_i x_0^i)} $$
+$$ R = \frac{\operatorname{Tr} \operatorname{Var}(\sum_i \sqrt{\lambda_i}\, (\hat x_0^i - c_{skip}^i x^i))}
+   {\operatorname{Tr} \operatorname{Var}(\sum_i \sqrt{\lambda_i}\, (x_0^i - c_{skip}^i x^i))} $$
 
 over sources, noise levels, noise and references: the variance of the gradient of an output bias with the stable target,
-divided by that with the single sample. With the batch as its own references R may exceed 1. With the whole data set the
-targets are a fixed function of each noisy row, the rows are independent, and R = 1 - E[V_DSM] / Tr Cov(x_0), below 1.
+divided by that with the single sample. `Training.preconditioning` says how c_skip follows from the loss weight.
 
-Rows are drawn independently, so the denominator is known, B Tr Cov(x_0), and the batch's sum of x_0 serves as a control
-variate. Rows below the noise band count with their single sample, as in training.
+Here $x = x_t / \alpha = x_0 + s \varepsilon$, and the noise stays in the gradient whatever the target: where c_skip is near 1,
+as in noise prediction, it is most of the variance, and references can remove little.
+
+With the batch as its own references R may exceed 1. With the whole data set the targets are a fixed function of each noisy
+row, the rows are independent, and with the mean $m$ and the variance $v = \operatorname{Tr} \operatorname{Cov}(x_0)$
+
+$$ R = 1 - E[\lambda V_{DSM}] / w \le 1, \qquad
+   w = E[\lambda\, ((1 - c_{skip})^2 v + c_{skip}^2 s^2 d)] + |m|^2 \operatorname{Var}(\sqrt\lambda\, (1 - c_{skip})). $$
+
+The last term, the variance between noise levels, is 0 for noise prediction and flows. Stratified noise levels remove it, and
+then it is left out.
+
+Rows are drawn independently, so the denominator is known, B w. The same sum with the single samples
+serves as a control variate. Rows below the noise band count with their single sample, as in training.
 """
 
 from collections.abc import Callable
@@ -20,6 +35,7 @@ import torch
 from torch import Tensor
 
 from stablefield._progress import Progress
+from stablefield.diffusion._noise_levels import uniform_numbers
 from stablefield.probing._population import Population
 from stablefield.probing._series import Series, interpolate
 from stablefield.probing._training import Training
@@ -42,7 +58,7 @@ _POINTS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class BatchVariance:
-    """Variances of a batch's sum of targets, as shares of that with the single sample.
+    """Variances of a batch's gradient at the start of training, as shares of that with the single sample.
 
     Attributes:
         batch: rows, B.
@@ -72,19 +88,20 @@ def measure_batch(
     seed: int = 0,
     progress: Callable[[Progress], object] | None = None,
 ) -> BatchVariance:
-    """Measure how much the targets of a whole batch vary together.
+    """Measure how much the gradient of a whole batch varies at the start of training, with each set of references.
 
     Args:
         population: the data.
         curve: their variance row by row; its sizes are measured, and its noise levels must span those of the training.
-        training: rows per step and the distribution of their noise levels.
+        training: rows per step, the distribution of their noise levels, and the weights of the loss.
         band: noise level below which rows use only their source.
         batches: number of batches for each size; by default as many as a few seconds allow.
         seed: of all random draws.
         progress: called as sizes are done.
 
     Raises:
-        ValueError: if `batches` is below 3, or the curve leaves out noise levels of the training.
+        ValueError: if `batches` is below 3, the curve leaves out noise levels of the training, or a weight of the loss is
+            negative or not finite, or all are 0.
     """
     if batches is not None and batches < 3:
         raise ValueError(f"batches is {batches}: pass at least 3, to estimate the error.")
@@ -112,8 +129,23 @@ class _Job:
         self._level = training.levels(_POINTS)
         self.share = float((self._level >= band).double().mean())
         # Rows come from all classes, so the denominator includes the variance between them.
-        self._total = Population(population.data).variance() if population.labels is not None else population.variance()
+        total = Population(population.data).variance() if population.labels is not None else population.variance()
         self._mean = _mean(self._matrix)
+        self._weight = training.weighting(self._level).double()
+        if not bool((self._weight >= 0).all() and self._weight.isfinite().all() and self._weight.any()):
+            raise ValueError(
+                f"training.weighting is {training.weighting}, with weights from {float(self._weight.min()):g} to "
+                f"{float(self._weight.max()):g}: pass one that is finite and not negative, and not 0 everywhere."
+            )
+        scalings = training.preconditioning
+        self._skip = torch.zeros_like(self._level) if scalings is None else scalings(self._level).c_skip
+        noise = (self._skip * self._level) ** 2 * population.dim
+        # The mean of a row's gradient, as a multiple of that of the data. At stratified levels, its sum does not vary.
+        slope = self._weight.sqrt() * (1 - self._skip)
+        self._drift = torch.zeros_like(slope) if training.noise_levels.stratified else slope - slope.mean()
+        between = float(self._mean.double().square().sum() * self._drift.square().mean())
+        # Variance of a row's gradient with the single sample.
+        self._single = float((self._weight * ((1 - self._skip) ** 2 * total + noise)).mean()) + between
 
     def measure(self, references: References, batches: int, seed: int) -> Series:
         """R with these references, from this many batches."""
@@ -125,25 +157,40 @@ class _Job:
         sums: list[Tensor] = []
         for _ in range(batches):
             index = torch.randint(len(population), (rows,), generator=generator)
-            level = self._level[torch.randint(len(self._level), (rows,), generator=generator)]
-            t = process.time(level).to(device)
+            place = (uniform_numbers(training.noise_levels, rows, generator) * len(self._level)).long()
+            t = process.time(self._level[place]).to(device)
             index = index.to(device)
             flat = self._matrix.rows(index, self._matrix.dtype)
             x0 = flat.reshape(rows, *population.data.shape[1:])
-            x_t = process.perturb(x0, t, torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(device))
+            noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(device)
             labels = None if population.labels is None else population.labels[index]
-            mean = target(x0, x_t, t, labels, index, generator=generator).x0
-            sums.append(torch.stack([(part.flatten(1) - self._mean).double().sum(0) for part in (mean, flat)]))
-        squares = torch.stack(sums).square().sum(2).cpu() / (rows * self._total)
+            mean = target(x0, process.perturb(x0, t, noise), t, labels, index, generator=generator).x0
+            sums.append(torch.stack(self._gradients(place, flat, noise.flatten(1), mean.flatten(1))))
+        squares = torch.stack(sums).square().sum(2).cpu() / (rows * self._single)
         stable, single = squares[:, :1], squares[:, 1:]
-        # The second estimate subtracts the deviation of the batch's sum of x_0 from its known variance.
+        # The second estimate subtracts the deviation of the single samples' sum from its known variance.
         return Series.of_sets(stable, stable - single + 1, torch.ones(batches, dtype=torch.float64))
+
+    def _gradients(self, place: Tensor, x0: Tensor, noise: Tensor, target: Tensor) -> list[Tensor]:
+        """The batch's sums of sqrt(lambda) (target - c_skip x), less their expectation: the stable target's, the x0's."""
+        weight, skip, level = (values[place, None] for values in (self._weight, self._skip, self._level))
+        # No row differs from its expectation by x0 itself, so data far from zero lose no digits.
+        of_image, of_noise, removed = (
+            (factor.to(part) * part).double().sum(0)
+            for factor, part in (
+                (weight.sqrt() * (1 - skip), x0 - self._mean),
+                (weight.sqrt() * skip * level, noise),
+                (weight.sqrt(), target - x0),
+            )
+        )
+        single = of_image - of_noise + float(self._drift[place].sum()) * self._mean
+        return [single + removed, single]
 
     def whole(self, curve: VarianceCurve) -> Series:
         """R with the whole population: the rows are independent."""
-        inside = self._level >= self._band
+        weight = torch.where(self._level >= self._band, self._weight, 0)
         removed, error = (
-            float(torch.where(inside, interpolate(self._level, curve.noise_level, values), 0).mean()) / self._total
+            float((weight * interpolate(self._level, curve.noise_level, values)).mean()) / self._single
             for values in (curve.dsm.mean, curve.dsm.error.nan_to_num(0))
         )
         return Series(torch.tensor([1 - removed]).double(), torch.tensor([error]).double())

@@ -1,6 +1,6 @@
 """The planned training, which decides how much each noise level counts."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -8,6 +8,12 @@ from torch import Tensor
 
 from stablefield._shapes import check_callable, check_kind, whole_number
 from stablefield.diffusion._noise_levels import LogNormal, LogUniform, NoiseLevels, Uniform
+from stablefield.diffusion._preconditioning import (
+    EDMPreconditioning,
+    FlowPreconditioning,
+    Preconditioning,
+    VEPreconditioning,
+)
 from stablefield.diffusion._process import EDM, VE, VP, Process, RectifiedFlow
 from stablefield.diffusion._weighting import EDMWeighting, FlowWeighting, SNRWeighting, Weighting
 
@@ -42,6 +48,37 @@ class Training:
     def name(self) -> str:
         """Its name in sentences: EDM, VE, VP, flow."""
         return "flow" if isinstance(self.process, RectifiedFlow) else type(self.process).__name__
+
+    @property
+    def noise(self) -> str:
+        """Its distribution of noise levels in sentences, such as LogNormal(-1.2, 1.2)."""
+        levels = self.noise_levels
+        if not isinstance(levels, LogNormal | LogUniform | Uniform):
+            return str(levels)
+        kind = type(levels).__name__
+        first, second = (getattr(levels, field.name) for field in fields(levels) if field.name != "stratified")
+        return f"{kind}({first:g}, {second:g})"
+
+    @property
+    def preconditioning(self) -> Preconditioning | None:
+        """The scalings around the network whose output this loss weights equally at all noise levels; None if unknown.
+
+        The weighting tells them, by weight c_out^2 = 1: those of `EDMPreconditioning` with the same sigma_data for
+        `EDMWeighting`, of noise prediction (c_skip = 1) for `SNRWeighting()`, of `FlowPreconditioning` for `FlowWeighting`.
+        For any other weighting nothing is known of the network, and the probe takes c_skip = 0: a network that returns x0
+        over the root of the weight.
+        """
+        weighting = self.weighting
+        if isinstance(weighting, EDMWeighting):
+            return EDMPreconditioning(weighting.sigma_data)
+        if isinstance(weighting, FlowWeighting):
+            return FlowPreconditioning()
+        return VEPreconditioning() if weighting == SNRWeighting() else None
+
+    def same_noise(self, other: "Training") -> bool:
+        """Whether both draw noise levels from the same distribution, stratified or not."""
+        mine, others = self.levels(64), other.levels(64)
+        return mine.shape == others.shape and torch.allclose(mine, others)
 
     def record(self) -> dict[str, Any]:
         """The training as JSON values."""
