@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -67,6 +68,69 @@ def test_tensors_and_arrays_of_any_shape_are_probed():
     assert "sampled: 50 of 200 images represent the data set" in str(part)
 
 
+def test_float_data_are_measured_as_they_are_and_said_to_be_unless_train_would_not_scale_them(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    values = 7 + 3 * torch.randn(200, 2, 3, 3, generator=generator)
+    np.save(tmp_path / "values.npy", values.numpy())
+    opened = sf.data.open_images(tmp_path / "values.npy")
+    as_given, scaled = sf.probe(values, **FEW), sf.probe(opened, **FEW)
+    assert as_given.noise_band.level > 3 * scaled.noise_band.level
+    for found, said in (
+        (as_given, "Noise band for these values as they are; train scales float data first, as open_images does:"),
+        (scaled, "Noise band that train uses:"),
+        (sf.probe(torch.tensor(opened.scaled(slice(None))), **FEW), "Noise band that train uses:"),
+        (sf.probe(torch.randint(256, (50, 1, 4, 4), dtype=torch.uint8), **FEW), "Noise band that train uses:"),
+    ):
+        assert said in " ".join(str(found).split())
+        assert found.to_dict()["values_as_given"] == found.as_given == ("as they are" in said)
+        assert str(found).count("Noise band") == 1
+    notes = [figure.note for figure in as_given.page().blocks[0].figures]
+    assert notes[0] == "for these values as they are"
+
+
+@pytest.mark.usefixtures("without_charts")
+def test_a_sample_of_the_data_is_never_called_all_of_them(digits):
+    """With 200 of the 1,797 digits, which no measured size stands for, the advice is the whole set or as many as fit."""
+    found = sf.probe(digits, **FEW, max_images=200)
+    text, page = " ".join(str(found).split()), render_page(found.page())
+    assert "batches of 128, all 1,797 as references: " in text
+    assert "of the single sample's, by a sample of 200." in text
+    assert "Take all 1,797 references, or as many as fit: a sample of 200 cannot say how many are enough" in text
+    assert re.search(r"% with the batch alone, [\d.]+ ± [\d.]+ % with the 200 sampled\.", text)
+    for words in (text, page):
+        assert "all 200" not in words
+        assert "leave none" not in words
+        assert "remains with them" not in words
+    assert "all samples as references it is 0" not in page
+    assert found.advice.recommended.size == found.advice.sizes[-1].size == 1797
+    # Of the cost of the whole set, and not that of the sample.
+    small, whole = found.advice.sizes[0], found.advice.recommended
+    assert whole.seconds / small.seconds == pytest.approx(1797 / 4)
+    record = found.to_dict()["advice"]
+    assert record["recommended_references"] == record["sizes"][-1]["references"] == 1797
+    # A size that is enough for the sample is recommended as before.
+    few = sf.probe(digits, **FEW, max_images=200, aim=0.9, batch=4)
+    text = " ".join(str(few).split())
+    assert re.search(r"Take 16 references: they leave [\d.]+% \(±", text)
+    assert "% with 16, " in text
+    assert "all 200" not in text
+    assert "leave none" not in text
+
+
+def test_two_trainings_of_one_name_are_told_apart_by_their_noise_levels(digits):
+    edm, mild = (
+        sf.probe(digits, training=sf.probing.Training(noise_levels=levels, batch=128), **FEW)
+        for levels in (sf.LogNormal(stratified=True), sf.LogNormal(-0.4, 1.0))
+    )
+    assert edm.summary.startswith("EDM training, LogNormal(-1.2, 1.2), batches of 128, ")
+    assert mild.summary.startswith("EDM training, LogNormal(-0.4, 1), batches of 128, ")
+    # Stratified or not, the levels are equal.
+    assert re.search(r"can gain: \d+ %; VE \d+ %, VP \d+ %, flow \d+ %\.$", edm.summary)
+    shown = re.search(r"can gain: \d+ %; usual EDM (\d+) %, VE \d+ %, VP \d+ %, flow \d+ %\.$", mild.summary)
+    assert shown is not None
+    assert float(shown[1]) == pytest.approx(100 * edm.advice.share, abs=0.5)
+
+
 def test_labels_keep_posteriors_within_classes():
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(120) % 2
@@ -85,7 +149,7 @@ def test_labels_keep_posteriors_within_classes():
 def test_a_training_of_ones_own_is_advised_on(found, digits):
     training = sf.probing.Training(process=sf.VE(), noise_levels=sf.LogUniform(), weighting=sf.SNRWeighting(), batch=32)
     other = sf.probe(digits, training=training, **FEW)
-    assert other.summary.startswith("VE training, batches of 32, all 1,797 as references")
+    assert other.summary.startswith("VE training, LogUniform(0.02, 100), batches of 32, all 1,797 as references")
     # Of noise levels log-uniform from 0.02 to 100, and of ln sigma ~ N(-0.4, 1), those above the band.
     band = other.advice.band
     assert other.advice.share == pytest.approx(math.log(100 / band) / math.log(100 / 0.02), abs=1e-3)
@@ -96,7 +160,9 @@ def test_a_training_of_ones_own_is_advised_on(found, digits):
 
 def test_what_is_printed_fits_a_terminal(found):
     lines = str(found).splitlines()
-    assert lines[0].startswith("EDM training, batches of 128, all 1,797 as references: ")
+    first = " ".join(lines[:2])
+    assert first.startswith("EDM training, LogNormal(-0.4, 1), batches of 128, all 1,797 as references: ")
+    assert any(re.match(r"Gradient's variance when training starts: [\d.]+ ± [\d.]+ % of the single", x) for x in lines)
     assert len(lines) > 10
     assert all(len(line) <= 80 for line in lines)
 

@@ -8,8 +8,11 @@ $$ \frac{E_s[w(s) V_{STF}(n, s)]}{E_s[w(s) V_{DSM}(s)]} $$
 over the distribution of the noise levels. Only rows in the noise band cost anything: two matrix products of
 2 (rows) n d flops each.
 
-This is for each row alone. Rows of a batch share their references, so `_batch` measures the variance of their sum
-separately, and `advise` recommends a set only if it lowers that, too.
+This is for each row alone. Rows of a batch share their references, so `_batch` measures the variance of the batch's
+gradient separately, and `advise` recommends a set only if it lowers that, too.
+
+If no size does, the advice is the whole set. Of a population that is a sample, no size stands for all: with the sample as
+references the variance is not 0, but unknown.
 """
 
 from dataclasses import dataclass
@@ -32,10 +35,11 @@ class SizeAdvice:
     """The effect of a reference set of one size.
 
     Attributes:
-        size: n.
+        size: n; of the whole set, its number of samples, whether the population is all of them or a sample.
         left: share of each row's variance that remains, weighted as in training.
         error: a bound on its standard error (the sum over levels).
-        batch: variance of a batch's sum of targets, as a share of that with the single sample; None if not measured.
+        batch: variance of a batch's gradient when training starts, as a share of that with the single sample; None if not
+            measured. Of the whole set, that with the whole population.
         batch_error: its standard error.
         flops: of the target per training step.
         seconds: of the target per training step on this machine, at the speed of the probe.
@@ -57,7 +61,7 @@ class Advice:
     Attributes:
         band: noise level where the band begins; 0 if it holds all levels, infinite if none.
         share: share of a batch in the band: the rows that can gain.
-        sizes: every measured size, and the whole population, in order.
+        sizes: every measured size, and the whole set, in order.
         recommended: the one to take.
         aim: share of the variance that may remain.
     """
@@ -83,7 +87,7 @@ def advise(
         curve: the measurement; its noise levels must span those of the training.
         training: its noise levels and their weights.
         band: noise level from which rows use references, from `stablefield.pick_noise_band`.
-        batch: the variance of the sums of whole batches; without it, only rows decide.
+        batch: the variance of the gradients of whole batches; without it, only rows decide.
         aim: share of the variance that may remain, between 0 and 1.
 
     Raises:
@@ -103,7 +107,7 @@ def advise(
     weight = training.weighting(level).double()
     whole = float((weight * interpolate(level, curve.noise_level, curve.dsm.mean)).sum())
     sizes: list[SizeAdvice] = []
-    for size in (*curve.stf, curve.samples):
+    for size in (*curve.stf, curve.set_size):
         left = error = 0.0
         if size in curve.stf and whole > 0:
             stf = curve.stf[size]

@@ -3,8 +3,8 @@ r"""The variance of the gradient of a batch, at the start of training, and the s
 References never raise the variance of one row's target. But the rows of a batch share them, so their targets are correlated,
 and a training step follows the sum over rows. What it sums depends on the loss: with the weight $\lambda(s)$ of $|D -
 \hat x_0|^2$ at the noise level s, and $D = c_{skip}(s)\, x + c_{out}(s)\, F$ with $\lambda c_{out}^2 = 1$, the gradient with
-respect to the network's output F is $\sqrt\lambda\, (D - \hat x_0)$ up to a factor. At the start F is 0, as networks begin, and
-D is $c_{skip}\, x$. So
+respect to the network's output F is $\sqrt\lambda\, (D - \hat x_0)$ up to a factor. Networks start with an output of 0, so
+$D = c_{skip}\, x$, and we measure
 
 $$ R = \frac{\operatorname{Tr} \operatorname{Var}(\sum_i \sqrt{\lambda_i}\, (\hat x_0^i - c_{skip}^i x^i))}
    {\operatorname{Tr} \operatorname{Var}(\sum_i \sqrt{\lambda_i}\, (x_0^i - c_{skip}^i x^i))} $$
@@ -12,8 +12,8 @@ $$ R = \frac{\operatorname{Tr} \operatorname{Var}(\sum_i \sqrt{\lambda_i}\, (\ha
 over sources, noise levels, noise and references: the variance of the gradient of an output bias with the stable target,
 divided by that with the single sample. `Training.preconditioning` says how c_skip follows from the loss weight.
 
-Here $x = x_t / \alpha = x_0 + s \varepsilon$, and the noise stays in the gradient whatever the target: where c_skip is near 1,
-as in noise prediction, it is most of the variance, and references can remove little.
+Here $x = x_t / \alpha = x_0 + s \varepsilon$. Its noise stays in the gradient whatever the target is. With c_skip near 1, as
+in noise prediction, it is most of the variance, and references can remove little.
 
 With the batch as its own references R may exceed 1. With the whole data set the targets are a fixed function of each noisy
 row, the rows are independent, and with the mean $m$ and the variance $v = \operatorname{Tr} \operatorname{Cov}(x_0)$

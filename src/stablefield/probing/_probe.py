@@ -33,8 +33,10 @@ from stablefield.targets._pool import Pool
 
 __all__ = ["Probe", "probe_data"]
 
-# Shares of a batch's variance below which to expect nothing, or little.
+# Shares of the variance of a batch's gradient below which to expect nothing, or little.
 _NOTHING, _LITTLE = 0.01, 0.1
+# How near the mean and standard deviation of float data are to those that `train` gives them, if they need no scaling.
+_NEAR = 0.01
 # Lines of the table that fit a terminal.
 _LINES = 8
 
@@ -54,12 +56,13 @@ class Probe(Result):
         references: references that the training takes per step; None for all samples.
         noise_band: where references begin to matter, and how that was found.
         curve: the variance at the noise levels to show; phases and advice rest on levels chosen from the data.
-        batch: the variance of a batch's sum of targets.
+        batch: the variance of a batch's gradient at the start of training.
         phases: where one sample decides, and where the posterior is the prior.
         advice: how many references to take.
         labels: how much of the rows of each label can gain, and of rows without one; empty without labels.
         seed: of all random draws.
         device: where it was measured.
+        as_given: whether the data are floats that `stablefield.train` would scale first, and that were measured as they are.
         command: the command line that made it, for the report; empty for a call from Python.
     """
 
@@ -76,6 +79,7 @@ class Probe(Result):
     seed: int
     device: str
     labels: tuple[LabelShare, ...] = ()
+    as_given: bool = False
     command: str = ""
 
     def __str__(self) -> str:
@@ -87,21 +91,24 @@ class Probe(Result):
         """Whether to expect a gain from stable targets in this training, with the figures; three lines."""
         curve, batch, training = self.curve, self.batch, self.training
         taken = curve.samples if self.references is None else max(self.references, batch.batch)
-        references = f"all {curve.samples:,}" if taken >= curve.samples else f"{taken:,}"
+        # References beyond a sample of the set are measured as the whole set.
+        references = f"all {curve.set_size:,}" if taken >= curve.samples else f"{taken:,}"
         # A set that is no larger than the batch is the batch.
         found = batch.in_batch if taken == batch.batch < curve.samples else batch.of(taken, curve.samples)
         assert found is not None
         left, error = float(found.mean), float(found.error)
         shares = [
-            f"{other.name} {_percent(share_above(self.advice.band, other.noise_levels, other.process))}"
+            f"{'usual ' if other.name == training.name else ''}{other.name} "
+            f"{_percent(share_above(self.advice.band, other.noise_levels, other.process))}"
             for other in TRAININGS
-            if other.name != training.name
+            if other.name != training.name or not other.same_noise(training)
         ]
         own = _percent(share_above(self.advice.band, training.noise_levels, training.process))
         return (
-            f"{training.name} training, batches of {batch.batch:,}, {references} as references: "
+            f"{training.name} training, {training.noise}, batches of {batch.batch:,}, {references} as references: "
             f"{_expect(1 - left, error)}.\n"
-            f"Variance of the sum over a batch: {_ratio(left, error)} of the single sample's.\n"
+            f"Gradient's variance when training starts: {_ratio(left, error)} of the single sample's"
+            f"{'' if curve.drawn_from is None else f', by a sample of {curve.samples:,}'}.\n"
             f"Rows that can gain: {own}; {', '.join(shares)}."
         )
 
@@ -109,19 +116,28 @@ class Probe(Result):
     def findings(self) -> tuple[str, ...]:
         """Further advice, a sentence or two each."""
         curve, batch, best, whole = self.curve, self.batch, self.advice.recommended, self.advice.sizes[-1]
-        everything = best.size >= curve.samples
-        size = f"all {curve.samples:,}" if everything else f"{best.size:,}"
+        everything, is_sample = best.size >= curve.samples, curve.drawn_from is not None
+        every = f"all {curve.set_size:,}"
+        size = every if everything else f"{best.size:,}"
         left = "none" if everything else f"{best.left:.1%} (± {best.error:.1%})"
+        taken = f"the {curve.samples:,} sampled" if is_sample else every
         beside = [f"{_ratio(batch.in_batch.mean, batch.in_batch.error)} with the batch alone"]
-        beside.append(f"{_ratio(best.batch, best.batch_error)} with {size}")
         if not everything:
-            beside.append(f"{_ratio(whole.batch, whole.batch_error)} with all {curve.samples:,}")
+            beside.append(f"{_ratio(best.batch, best.batch_error)} with {size}")
+        beside.append(f"{_ratio(whole.batch, whole.batch_error)} with {taken}")
         single, prior, band = self.phases.single_below, self.phases.prior_above, self.noise_band
         lines = [
-            f"Take {size} references: they leave {left} of a row's variance in {self.training.name} training.",
-            f"Variance of the sum over a batch of {batch.batch:,}, single sample 100 %:\n{', '.join(beside)}.",
+            f"Take {size} references, or as many as fit: "
+            f"a sample of {curve.samples:,} cannot say how many are enough in {self.training.name} training."
+            if everything and is_sample
+            else f"Take {size} references: they leave {left} of a row's variance in {self.training.name} training.",
+            f"Gradient's variance with batches of {batch.batch:,}, single sample 100 %:\n{', '.join(beside)}.",
             f"Phases: one sample below noise level {_level(single)}, the prior above {_level(prior)}.",
-            "Noise band that train uses:\n"
+            (
+                "Noise band for these values as they are; train scales float data first, as open_images does:\n"
+                if self.as_given
+                else "Noise band that train uses:\n"
+            )
             + (
                 "none: every sample is its own only reference."
                 if band.level == float("inf")
@@ -129,7 +145,11 @@ class Probe(Result):
                 f"{band.rows:,} probed."
             ),
             f"Cost per step here: {_seconds(best.seconds)} for {size}"
-            + ("." if everything else f", {_seconds(whole.seconds)} for all {curve.samples:,}, which leave none."),
+            + (
+                "."
+                if everything
+                else f", {_seconds(whole.seconds)} for {every}{'' if is_sample else ', which leave none'}."
+            ),
         ]
         lines += label_findings(self.labels)
         if curve.drawn_from is not None:
@@ -147,6 +167,7 @@ class Probe(Result):
             "batch": self.training.batch,
             "training": self.training.record(),
             "noise_band": self.noise_band.record(),
+            "values_as_given": self.as_given,
             "device": self.device,
             "summary": self.summary,
             "phases": phases_record(self.phases),
@@ -181,6 +202,7 @@ class Probe(Result):
             (self.summary, *self.findings),
             self.command,
             self.labels,
+            as_given=self.as_given,
         )
 
 
@@ -205,7 +227,8 @@ def probe_data(
     `stablefield.probe` calls this with the training that `stablefield.train` would choose for the data.
 
     Args:
-        images: an image set, or a tensor or array of shape (n, ...), floating point, or uint8 that means x / 127.5 - 1.
+        images: an image set, or a tensor or array of shape (n, ...), floating point as your network sees it, or uint8 that
+            means x / 127.5 - 1.
         labels: class of each sample, integers of shape (n,), to keep posteriors within classes.
         by_class: the same with the classes of an image set.
         training: the training that the advice is for; if None, EDM in batches of 512, or of all samples if they are fewer.
@@ -275,6 +298,7 @@ def probe_data(
         seed=seed,
         device=str(device),
         labels=() if classes is None else label_shares(band, classes, names, training),
+        as_given=not isinstance(images, ImageSet) and not _scaled(population.data),
     )
 
 
@@ -300,6 +324,17 @@ def _table(curve: VarianceCurve) -> str:
     return f"V_DSM, and what is left of it with n references:\n{text_table(columns, rows)}"
 
 
+def _scaled(values: Tensor) -> bool:
+    """Whether the channels of float data have mean 0 and standard deviation 0.5, as `train` scales them; images have."""
+    if values.dtype == torch.uint8:
+        return True
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    std, mean = torch.std_mean(values, (0, *range(2, values.ndim)), correction=0)
+    # A constant channel is 0.
+    near = ((std - 0.5).abs() < _NEAR) | (std == 0)
+    return bool((near & (mean.abs() < _NEAR)).all())
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.1f} %"
 
@@ -314,7 +349,7 @@ def _expect(gain: float, error: float) -> str:
 def _ratio(mean: float | Tensor | None, error: float | Tensor | None) -> str:
     assert mean is not None
     assert error is not None
-    return f"{100 * float(mean):.0f} ± {max(1, round(100 * float(error)))} %"
+    return f"{100 * float(mean):.1f} ± {max(0.1, 100 * float(error)):.1f} %"
 
 
 def _level(edge: Edge | None) -> str:

@@ -105,6 +105,11 @@ class VarianceCurve:
     seconds: float
 
     @property
+    def set_size(self) -> int:
+        """Size of the data set, whether the population is all of it or a sample."""
+        return self.samples if self.drawn_from is None else self.drawn_from
+
+    @property
     def complete(self) -> bool:
         """Whether every sample of the population was a source."""
         return self.sources == self.samples

@@ -109,6 +109,8 @@ def variance_page(
     sentences: Sequence[str],
     command: str,
     labels: Sequence[LabelShare] = (),
+    *,
+    as_given: bool = False,
 ) -> Page:
     """The page.
 
@@ -118,27 +120,40 @@ def variance_page(
         curve: the measurement.
         phases: its phases.
         advice: the advice.
-        together: the variance of whole batches.
+        together: the variance of the gradients of whole batches.
         sentences: the advice in words, line by line.
         command: the command that made it; empty if there is none.
         labels: what the rows of each label can gain.
+        as_given: whether the data are floats that `train` would scale first.
 
     Raises:
         ImportError: if matplotlib is not installed.
     """
     best = advice.recommended
     band = f"{advice.band:.3g}" if 0 < advice.band < math.inf else "everywhere" if advice.band == 0 else "nowhere"
-    everything = best.size >= curve.samples
+    everything, is_sample = best.size >= curve.samples, curve.drawn_from is not None
     shown = _some(tuple(curve.stf), 4)
-    size = f"all {curve.samples:,}" if everything else f"{best.size:,}"
+    size = f"all {curve.set_size:,}" if everything else f"{best.size:,}"
     left = 0.0 if everything else Estimate(best.left, best.error)
+    # How much remains with as many of a larger set as fit is unknown.
+    remains = (
+        () if everything and is_sample else (KeyFigure(value=left, label="of each row's variance remains with them"),)
+    )
     blocks: list[Block] = [
         KeyFigures(
             (
-                KeyFigure(value=band, label="noise band from", note="as train uses it"),
+                KeyFigure(
+                    value=band,
+                    label="noise band from",
+                    note="for these values as they are" if as_given else "as train uses it",
+                ),
                 KeyFigure(value=f"{advice.share:.1%}", label="of a training batch can gain", note="rows in the band"),
-                KeyFigure(value=size, label="references recommended"),
-                KeyFigure(value=left, label="of each row's variance remains with them"),
+                KeyFigure(
+                    value=size,
+                    label="references recommended",
+                    note="or as many as fit" if everything and is_sample else "",
+                ),
+                *remains,
             )
         ),
         Text("\n\n".join(sentences[1:])),
@@ -150,7 +165,8 @@ def variance_page(
                     alt="Variance of the target against the noise level, for the single sample and for sets of references. "
                     "All rise from nothing; the more references, the later and the lower.",
                     title="Variance of the target.",
-                    caption=f"{_protocol(curve)} Bands: two standard errors. With all samples as references it is 0.",
+                    caption=f"{_protocol(curve)} Bands: two standard errors."
+                    + ("" if is_sample else " With all samples as references it is 0."),
                 ),
                 Table(
                     columns=(
@@ -214,7 +230,7 @@ def variance_page(
 
 
 def _sizes(curve: VarianceCurve, advice: Advice, together: BatchVariance) -> tuple[Block, ...]:
-    """The variance of a row and of a batch that each size leaves, and its cost."""
+    """The variance of a row and of a batch's gradient that each size leaves, and its cost."""
     rows: list[tuple[str | float | Estimate | None, ...]] = [
         (f"the batch, {together.batch:,}", None, _estimate(together.in_batch, 0), None, None)
     ]
@@ -222,7 +238,7 @@ def _sizes(curve: VarianceCurve, advice: Advice, together: BatchVariance) -> tup
         batch = None if entry.batch is None else Estimate(entry.batch, entry.batch_error or 0.0)
         rows.append(
             (
-                "all" if entry.size >= curve.samples else f"{entry.size:,}",
+                f"all {entry.size:,}" if entry.size >= curve.samples else f"{entry.size:,}",
                 Estimate(entry.left, entry.error) if entry.error else entry.left,
                 batch if batch is None or batch.error else batch.value,
                 entry.flops / 1e9,
@@ -230,12 +246,15 @@ def _sizes(curve: VarianceCurve, advice: Advice, together: BatchVariance) -> tup
             )
         )
     table = Table(
-        columns=("references", "row variance left", "batch variance", "Gflop per step", "ms per step here"),
+        columns=("references", "row variance left", "gradient's variance", "Gflop per step", "ms per step here"),
         rows=tuple(rows),
         caption="What a training run sees. Row variance: the share of each row's variance that remains, weighted by noise "
-        f"levels and loss weights. Batch variance: that of the sum of targets over {together.batch:,} rows, divided by that "
-        "with the single sample. Rows share references, so it can be above 1, and it falls only with references well beyond "
-        "the batch; a pool cannot be smaller than the batch. Cost: of the target for the rows in the band.",
+        "levels and loss weights. Gradient's variance: that of the loss's gradient with respect to the network's output when "
+        f"training starts, summed over {together.batch:,} rows, divided by that with the single sample. Rows share "
+        "references, so it can be above 1, and it falls only with references well beyond the batch; a pool cannot be "
+        "smaller than the batch."
+        + (f" That with all is of the {curve.samples:,} sampled." if curve.drawn_from is not None else "")
+        + " Cost: of the target for the rows in the band.",
         marked=1 + advice.sizes.index(advice.recommended),
     )
     chart = sizes_chart(curve)

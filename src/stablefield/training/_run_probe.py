@@ -109,7 +109,8 @@ def probe(
 
     Args:
         data: images that `stablefield.data.open_images` returned, or a path or name that it opens; a tensor or array of
-            shape (n, ...), floating point, or uint8 that means x / 127.5 - 1; or a run, or its folder.
+            shape (n, ...), floating point as your network sees it, or uint8 that means x / 127.5 - 1; or a run, or its
+            folder. `train` scales float data first, and so does `open_images` of their file.
         network: D(x, sigma, class_labels=None) in noise-to-signal units, such as a `Denoiser`, to measure on the data; for a
             run, in place of its newest checkpoint.
         labels: class of each sample, integers of shape (n,), to keep posteriors within classes. Data only.
