@@ -29,7 +29,9 @@ def status(*arguments: str) -> int:
 def headed(printed: str) -> tuple[str, str, str]:
     """The first three lines of a probe, of which a terminal may break the first."""
     first, figure, rows = re.findall(
-        r"\A(.* training, .*?\.)\n(Gradient's variance .*?\.)\n(Rows that can gain.*?\.)\n", printed, re.DOTALL
+        r"^(\w+, \w+\(.*?\.)\n(Gradient's variance .*?\.)\n(Rows that can gain.*?\.)\n",
+        printed,
+        re.DOTALL | re.MULTILINE,
     )[0]
     return " ".join(first.split()), " ".join(figure.split()), rows
 
@@ -118,7 +120,7 @@ def test_the_advice_is_a_few_lines(few: Path, tmp_path: Path, capsys: pytest.Cap
     assert status("probe", str(few), *arguments, "--out", str(tmp_path / "out")) == 0
     lines = capsys.readouterr().out.splitlines()
     first, figure, rows = headed("\n".join(lines))
-    assert first == "VE training, LogUniform(0.02, 100), batches of 90, all 90 as references: expect little."
+    assert first == "VE, LogUniform(0.02, 100), batches of 90, all 90 references: expect little."
     assert re.match(r"Gradient's variance when training starts: [\d.]+ ± [\d.]+ % of the single sample's\.$", figure)
     assert re.match(r"Rows that can gain: \d+ %; EDM \d+ %, VP \d+ %, flow \d+ %\.$", rows)
     assert lines[lines.index(rows) + 1].startswith("Take ")
@@ -160,10 +162,10 @@ def test_the_first_line_says_what_to_expect_of_each_plan(tmp_path: Path, capsys:
     np.save(tmp_path / "far.npy", rng.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8))
     np.save(tmp_path / "near.npy", rng.integers(0, 256, (40, 2, 2), dtype=np.uint8))
     for name, plan, said in (
-        ("far", "edm", "EDM training, LogNormal(-1.2, 1.2), batches of 8, all 40 as references: expect nothing."),
-        ("far", "ve", "VE training, LogUniform(0.02, 100), batches of 8, all 40 as references: expect nothing."),
-        ("far", "flow", "flow training, Uniform(0, 1), batches of 8, all 40 as references: expect little."),
-        ("near", "flow", "flow training, Uniform(0, 1), batches of 8, all 40 as references: worth it."),
+        ("far", "edm", "EDM, LogNormal(-1.2, 1.2), batches of 8, all 40 references: expect nothing."),
+        ("far", "ve", "VE, LogUniform(0.02, 100), batches of 8, all 40 references: expect nothing."),
+        ("far", "flow", "flow, Uniform(0, 1), batches of 8, all 40 references: expect little."),
+        ("near", "flow", "flow, Uniform(0, 1), batches of 8, all 40 references: worth it."),
     ):
         flags = ("--references", "all", "--sources", "24", "--plan", plan, "--batch", "8")
         assert status("probe", str(tmp_path / f"{name}.npy"), *flags, "--out", str(tmp_path / plan)) == 0
@@ -193,7 +195,7 @@ def test_the_verdict_is_of_the_batch_and_not_of_the_row(tmp_path: Path, capsys: 
     record = json.loads((tmp_path / "out" / "probe.json").read_text())["advice"]
     assert record["share_of_batch_in_band"] > 0.5
     assert record["sizes"][-1]["batch_variance"] > 0.98
-    assert first.endswith("all 40 as references: expect nothing.")
+    assert first.endswith("all 40 references: expect nothing.")
     assert re.match(r"Gradient's variance when training starts: (99\.\d|100\.0) ± 0.1 %", figure)
     assert float(rows.split()[4]) > 50
 
@@ -207,7 +209,7 @@ def test_the_batch_is_that_of_the_recipe_unless_it_is_given(
     flags = ("--references", "all", "--sources", "8", *given)
     assert status("probe", str(tmp_path / "grey.npy"), *flags, "--out", str(tmp_path / "out")) == 0
     first, *_ = headed(capsys.readouterr().out)
-    assert re.match(rf"EDM training, LogNormal\([-.\d]+, [.\d]+\), batches of {batch}, all 80 as references: ", first)
+    assert re.match(rf"EDM, LogNormal\([-.\d]+, [.\d]+\), batches of {batch}, all 80 references: ", first)
     record = json.loads((tmp_path / "out" / "probe.json").read_text())
     assert record["batch"] == record["advice"]["batch"] == batch
     assert record["command"].endswith("--sources 8" if not given else "--batch 24 --sources 8")
@@ -231,7 +233,7 @@ def test_references_that_train_reads_with_each_batch_decide_the_verdict(
         first, figure, _ = headed(capsys.readouterr().out)
         advice = json.loads((tmp_path / "o" / "probe.json").read_text())["advice"]
         of_pool = next(entry["batch_variance"] for entry in advice["sizes"] if entry["references"] == 70)
-        assert f"batches of {batch}, {max(70, batch)} as references: " in first
+        assert f"batches of {batch}, {max(70, batch)} references: " in first
         expected = of_pool if batch < 70 else advice["batch_variance_in_batch"]
         assert f": {100 * expected:.1f} ± " in figure
 

@@ -93,7 +93,7 @@ def test_a_sample_of_the_data_is_never_called_all_of_them(digits):
     """With 200 of the 1,797 digits, which no measured size stands for, the advice is the whole set or as many as fit."""
     found = sf.probe(digits, **FEW, max_images=200)
     text, page = " ".join(str(found).split()), render_page(found.page())
-    assert "batches of 128, all 1,797 as references: " in text
+    assert "batches of 128, all 1,797 references: " in text
     assert "of the single sample's, by a sample of 200." in text
     assert "Take all 1,797 references, or as many as fit: a sample of 200 cannot say how many are enough" in text
     assert re.search(r"% with the batch alone, [\d.]+ ± [\d.]+ % with the 200 sampled\.", text)
@@ -122,8 +122,8 @@ def test_two_trainings_of_one_name_are_told_apart_by_their_noise_levels(digits):
         sf.probe(digits, training=sf.probing.Training(noise_levels=levels, batch=128), **FEW)
         for levels in (sf.LogNormal(stratified=True), sf.LogNormal(-0.4, 1.0))
     )
-    assert edm.summary.startswith("EDM training, LogNormal(-1.2, 1.2), batches of 128, ")
-    assert mild.summary.startswith("EDM training, LogNormal(-0.4, 1), batches of 128, ")
+    assert edm.summary.startswith("EDM, LogNormal(-1.2, 1.2), batches of 128, ")
+    assert mild.summary.startswith("EDM, LogNormal(-0.4, 1), batches of 128, ")
     # Stratified or not, the levels are equal.
     assert re.search(r"can gain: \d+ %; VE \d+ %, VP \d+ %, flow \d+ %\.$", edm.summary)
     shown = re.search(r"can gain: \d+ %; usual EDM (\d+) %, VE \d+ %, VP \d+ %, flow \d+ %\.$", mild.summary)
@@ -149,7 +149,7 @@ def test_labels_keep_posteriors_within_classes():
 def test_a_training_of_ones_own_is_advised_on(found, digits):
     training = sf.probing.Training(process=sf.VE(), noise_levels=sf.LogUniform(), weighting=sf.SNRWeighting(), batch=32)
     other = sf.probe(digits, training=training, **FEW)
-    assert other.summary.startswith("VE training, LogUniform(0.02, 100), batches of 32, all 1,797 as references")
+    assert other.summary.startswith("VE, LogUniform(0.02, 100), batches of 32, all 1,797 references")
     # Of noise levels log-uniform from 0.02 to 100, and of ln sigma ~ N(-0.4, 1), those above the band.
     band = other.advice.band
     assert other.advice.share == pytest.approx(math.log(100 / band) / math.log(100 / 0.02), abs=1e-3)
@@ -161,7 +161,7 @@ def test_a_training_of_ones_own_is_advised_on(found, digits):
 def test_what_is_printed_fits_a_terminal(found):
     lines = str(found).splitlines()
     first = " ".join(lines[:2])
-    assert first.startswith("EDM training, LogNormal(-0.4, 1), batches of 128, all 1,797 as references: ")
+    assert first.startswith("EDM, LogNormal(-0.4, 1), batches of 128, all 1,797 references: ")
     assert any(re.match(r"Gradient's variance when training starts: [\d.]+ ± [\d.]+ % of the single", x) for x in lines)
     assert len(lines) > 10
     assert all(len(line) <= 80 for line in lines)

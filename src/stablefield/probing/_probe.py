@@ -105,7 +105,7 @@ class Probe(Result):
         ]
         own = _percent(share_above(self.advice.band, training.noise_levels, training.process))
         return (
-            f"{training.name} training, {training.noise}, batches of {batch.batch:,}, {references} as references: "
+            f"{training.name}, {training.noise}, batches of {batch.batch:,}, {references} references: "
             f"{_expect(1 - left, error)}.\n"
             f"Gradient's variance when training starts: {_ratio(left, error)} of the single sample's"
             f"{'' if curve.drawn_from is None else f', by a sample of {curve.samples:,}'}.\n"

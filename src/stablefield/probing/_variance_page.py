@@ -249,8 +249,8 @@ def _sizes(curve: VarianceCurve, advice: Advice, together: BatchVariance) -> tup
         columns=("references", "row variance left", "gradient's variance", "Gflop per step", "ms per step here"),
         rows=tuple(rows),
         caption="What a training run sees. Row variance: the share of each row's variance that remains, weighted by noise "
-        "levels and loss weights. Gradient's variance: that of the loss's gradient with respect to the network's output when "
-        f"training starts, summed over {together.batch:,} rows, divided by that with the single sample. Rows share "
+        "levels and loss weights. Gradient's variance: that of the loss's gradient with respect to the network's output "
+        f"when training starts, summed over {together.batch:,} rows, divided by that with the single sample. Rows share "
         "references, so it can be above 1, and it falls only with references well beyond the batch; a pool cannot be "
         "smaller than the batch."
         + (f" That with all is of the {curve.samples:,} sampled." if curve.drawn_from is not None else "")
