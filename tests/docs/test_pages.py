@@ -161,13 +161,18 @@ def test_the_answer_of_the_probe_is_the_committed_one() -> None:
     size = next(s for s in advice["sizes"] if s["references"] == advice["recommended_references"])
     text = " ".join((DOCS / "choosing.md").read_text("utf-8").split())
     whole = advice["sizes"][-1]
-    assert f"EDM training, batches of {advice['batch']}, all {whole['references']:,} as references: worth it." in text
-    assert f"Variance of the sum over a batch: {100 * whole['batch_variance']:.0f} ± " in text
-    assert f"Rows that can gain: {100 * advice['share_of_batch_in_band']:.0f} %; VE" in text
-    assert f"Variance of the sum over a batch of {advice['batch']}, single sample 100 %:" in text
+    found = record["training"]["noise_levels"]
+    levels = f"LogNormal({DIGITS.noise_levels.mean:g}, {DIGITS.noise_levels.std:g})"
+    assert found == str(DIGITS.noise_levels)
+    assert f"EDM, {levels}, batches of {advice['batch']}, all {whole['references']:,} references: worth it." in text
+    assert f"Gradient's variance when training starts: {100 * whole['batch_variance']:.1f} ± " in text
+    assert f"Rows that can gain: {100 * advice['share_of_batch_in_band']:.0f} %; usual EDM" in text
+    assert f"Gradient's variance with batches of {advice['batch']}, single sample 100 %:" in text
     assert f"Take {size['references']:,} references: they leave {size['variance_left']:.1%} " in text
-    assert f"{100 * advice['batch_variance_in_batch']:.0f} ± " in text
-    assert f"{100 * size['batch_variance']:.0f} ± " in text
+    assert text.count(f"{100 * advice['batch_variance_in_batch']:.1f} ± ") == 1
+    assert f"The {100 * advice['batch_variance_in_batch']:.1f} % that the probe of the data prints" in text
+    assert f"{100 * size['batch_variance']:.1f} ± " in text
+    assert record["summary"].splitlines()[0] in text
     below, above = phases["one_sample_below"]["noise_level"], phases["prior_above"]["noise_level"]
     assert f"below noise level {below:.2g}, the prior above {above:.2g}." in text
     assert f"that train uses: from {advice['band_from']:.3g}: below" in text
