@@ -356,7 +356,7 @@ def test_the_label_is_the_one_called_label_or_the_only_one(hub, features, column
     opened = open_images("hf:owner/pets")
     assert (None if opened.labels is None else opened.labels.tolist()) == expected
     assert opened.class_names == names
-    assert len(opened.notes) == bool(note)
+    assert len(opened.recorded_notes) == bool(note)
     assert "".join(opened.notes).startswith(note)
 
 

@@ -280,5 +280,5 @@ def _extensions(entries: Any) -> tuple[Extension, ...]:
     except ValueError as error:
         raise ValueError(f"its extensions are not a list of step, before and after: {error}") from error
     if any(min(dataclasses.astuple(extension)) < 0 for extension in found):
-        raise ValueError("its extensions hold a negative number")
+        raise ValueError("its extensions are not a list of step, before and after: one holds a negative number")
     return tuple(found)
