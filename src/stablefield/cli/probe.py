@@ -41,7 +41,7 @@ class Probe(DataFlags):
     """Sizes of reference sets to measure; the whole set leaves no variance and is not sampled."""
     noise_levels: str = ""
     """Noise levels to show, or to measure a run at, such as 0.5,1,2,5; by default chosen from the data, as always for the
-    advice."""
+    advice, and for a run also from its training."""
     plan: Literal["auto", "edm", "ve", "vp", "flow"] = "auto"
     """The training to advise on, with its noise levels and loss weights; auto is what train does with these data."""
     batch: int | None = None
