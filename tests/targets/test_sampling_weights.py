@@ -285,7 +285,7 @@ def test_calls_in_a_row_with_one_batch_are_one_draw(calls: int, labelled: bool, 
     stable = sf.StableTarget(sf.EDM(), references=sf.Pool(data, labels=pool_labels if labelled else None))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for _ in range(200):
+        for _ in range(100):
             index = torch.randint(n, (50,), generator=rng)
             for _ in range(calls):
                 seen = torch.where(torch.rand(50, generator=rng) < 0.3, -1, pool_labels[index]) if labelled else None
