@@ -286,7 +286,7 @@ def test_the_page_of_the_race_says_of_a_longer_race_on_fashion_mnist_what_was_me
         [[found[runner, seed, seconds, evaluations] for seed in range(seeds)] for evaluations in (35, 10)]
         for runner, seconds, seeds in (
             ("ours-wide-4096", 900, 3),
-            ("ours-wide-4096", 450, 2),
+            ("ours-wide-4096", 450, 3),
             ("torchcfm", 900, 3),
             ("edm", 900, 2),
         )
@@ -294,12 +294,9 @@ def test_the_page_of_the_race_says_of_a_longer_race_on_fashion_mnist_what_was_me
     assert "better than torchcfm after equal time in all three seeds, and EDM's loss is far behind both" in said
     assert all(a < b for a, b in zip(ours[0], theirs[0], strict=True))
     assert max(theirs[0]) < 0.5 * min(edm[0])
-    assert (
-        "it comes within 8 % of torchcfm's last value on average, below it in one seed and above it in the other"
-        in said
-    )
+    assert "it comes within 8 % of torchcfm's last value on average, below it in one of the three seeds" in said
     assert 1 < statistics.fmean(half[0]) / statistics.fmean(theirs[0]) < 1.08
-    assert [a < b for a, b in zip(half[0], theirs[0][:2], strict=True)] == [True, False]
+    assert [a < b for a, b in zip(half[0], theirs[0], strict=True)] == [True, False, False]
     assert "At 10 evaluations torchcfm ends 5 % better on average, in two of the three seeds." in said
     assert statistics.fmean(theirs[1]) / statistics.fmean(ours[1]) == pytest.approx(0.95, abs=0.005)
     assert [b < a for a, b in zip(ours[1], theirs[1], strict=True)] == [False, True, True]
