@@ -168,10 +168,10 @@ class ExcessLoss:
         """Compare a network with the optimum.
 
         A module runs in evaluation mode, without gradients, on its own device and in its own dtype; its mode and torch's
-        random state are afterwards as before. The modules that a function calls, such as the `net` of `lambda x, t: -net(1
-        - t, x)`, are in evaluation mode too, as far as they are variables, defaults, globals or attributes that its code
-        names; rows then come on the device of the population and in its dtype. With `labels` the
-        network gets every row's class; rows with a dropped label are never measured.
+        random state are afterwards as before. The modules that a function calls, such as `net` in `lambda x, t: -net(1 - t,
+        x)`, are in evaluation mode, too. They are found among the variables, defaults, globals and attributes that its code
+        names. A function gets rows on the device of the population and in its dtype. With `labels` the network gets every
+        row's class; rows with a dropped label are never measured.
 
         Args:
             model: what `prediction` says; with labels called with them as a third argument. It returns a tensor, or an

@@ -257,8 +257,8 @@ def images_and_recipe(
         data = open_images(images, limit=limit)
     if recipe is not None and labels is not None and not recipe.conditional:
         raise ValueError(
-            "labels are given, and the recipe has conditional=False, which does not use them: replace it by True, or leave "
-            "labels out."
+            "labels are given, and the recipe has conditional=False, which ignores them: set it to True, or leave labels "
+            "out."
         )
     if recipe is None:
         recipe = source.recipe_for(data) if source is not None else None
