@@ -1,4 +1,4 @@
-"""Free memory for new tensors, on a device or within the limits of a container."""
+"""Memory: what is free for new tensors, on a device or within the limits of a container, and sizes as text."""
 
 import os
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch
 
 from stablefield._reading import readable
 
-__all__ = ["free_bytes"]
+__all__ = ["free_bytes", "size_text"]
 
 # Assumed to be free if the system does not report it: 4 GB.
 _UNKNOWN = 2**32
@@ -116,3 +116,12 @@ def _entry(file: Path, name: str) -> int | None:
         if words[:1] == [name] and len(words) > 1 and words[1].isdecimal():
             return int(words[1])
     return None
+
+
+def size_text(size: float) -> str:
+    """A number of bytes as text: 1536 is "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from stablefield._memory import size_text
 from stablefield._regular_file import open_regular
 from stablefield.data._archive import Archive, Readable
 from stablefield.data._image_files import stamp
@@ -32,10 +33,8 @@ from stablefield.data._image_set import (
     Origin,
     check_label_count,
     make_image_set,
-    mapped,
-    read_rows,
-    size_text,
 )
+from stablefield.data._raw_array import mapped, read_rows
 from stablefield.data._resizing import Resize, Resolution, gathered_set
 from stablefield.data._scaling import check_floats
 

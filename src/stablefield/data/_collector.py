@@ -16,7 +16,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from stablefield.data._image_set import ImageSet, Origin, make_image_set, size_text
+from stablefield._memory import size_text
+from stablefield.data._image_set import ImageSet, Origin, make_image_set
 from stablefield.data._packed import open_packed
 from stablefield.data._packed_writer import PackedWriter, room_for
 

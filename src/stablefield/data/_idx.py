@@ -31,9 +31,8 @@ from stablefield.data._image_set import (
     Origin,
     check_label_count,
     make_image_set,
-    mapped,
-    read_rows,
 )
+from stablefield.data._raw_array import mapped, read_rows
 from stablefield.data._resizing import Resize, Resolution, gathered_set
 
 __all__ = ["idx_images", "is_idx", "open_idx"]

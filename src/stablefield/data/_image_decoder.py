@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from stablefield._memory import size_text
 from stablefield.data._archive import EntryFile
 from stablefield.data._bounded_file import BoundedFile
 from stablefield.data._colour import GREYED, REPEATED, rgb_of
-from stablefield.data._image_set import PIXEL_LIMIT, size_text
+from stablefield.data._image_set import PIXEL_LIMIT
 from stablefield.data._resizing import Resize, Resolution, fit, height_and_width
 
 if TYPE_CHECKING:

@@ -15,19 +15,18 @@ little-endian int64. Equal sets have equal checksums, whatever file they came fr
 
 import dataclasses
 import hashlib
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
+from stablefield._memory import size_text
 from stablefield._shapes import check_kind, whole_number
-from stablefield.data._archive import Readable
 from stablefield.data._autoencoder import AutoencoderRecord
-from stablefield.data._scaling import CHUNK_BYTES, Scaling, check_floats, chunks
+from stablefield.data._scaling import Scaling, check_floats, chunks
 from stablefield.targets._moments import Moments
 
 __all__ = [
@@ -41,11 +40,8 @@ __all__ = [
     "class_text",
     "labels_sha256",
     "make_image_set",
-    "mapped",
     "pixels_sha256",
-    "read_rows",
     "renumbered",
-    "size_text",
 ]
 
 PIXEL_LIMIT = 89_478_485
@@ -456,49 +452,6 @@ def renumbered(images: ImageSet, class_names: Sequence[str]) -> ImageSet:
     return dataclasses.replace(images, labels=changed, class_names=names, manifest=manifest)
 
 
-def read_rows(file: Readable, count: int, shape: tuple[int, ...], what: str) -> Iterator[NDArray[np.uint8]]:
-    """Read `count` arrays of `shape`, contiguous bytes, in pieces (k, *shape) of about 16 MiB.
-
-    Args:
-        file: open at the start of the first.
-        count: how many there should be.
-        shape: of one.
-        what: the file's name, for the error.
-
-    Raises:
-        ValueError: if some are missing, or reading fails: unpacking finds damage.
-    """
-    size = math.prod(shape)
-    rows = max(1, CHUNK_BYTES // size)
-    for start in range(0, count, rows):
-        wanted = min(rows, count - start) * size
-        try:
-            content = file.read(wanted)
-            if len(content) != wanted:
-                raise EOFError("it ends early")
-        except Exception as error:
-            raise ValueError(
-                f"{what} is cut short or damaged: its length is not what its header says, or it cannot be unpacked "
-                f"({error}); fetch or save it again."
-            ) from error
-        yield np.frombuffer(content, np.uint8).reshape(-1, *shape)
-
-
-def mapped(
-    file: BinaryIO,
-    path: Path,
-    start: int,
-    shape: tuple[int, ...],
-    order: Literal["C", "F"] = "C",
-    dtype: DTypeLike = np.uint8,
-) -> NDArray[Any]:
-    """Map an array in an open file into memory, read-only; the map gives `path` as its file name."""
-    # NumPy would open a path again, and by then another file may be there.
-    array = np.memmap(file, dtype, "r", start, shape, order)
-    array.filename = str(path.resolve())
-    return array
-
-
 def check_label_count(count: int, where: Path | str) -> None:
     """Refuse more labels than may be kept in memory, before they are read."""
     if count > LABEL_LIMIT:
@@ -516,12 +469,3 @@ def pixels_sha256(images: NDArray[Any]) -> str:
 def labels_sha256(labels: NDArray[np.int64] | None) -> str | None:
     """Checksum of the labels as little-endian int64; None without labels."""
     return None if labels is None else hashlib.sha256(np.ascontiguousarray(labels, "<i8").data).hexdigest()
-
-
-def size_text(size: float) -> str:
-    """A number of bytes as text: 1536 is "1.5 KiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from stablefield._memory import size_text
 from stablefield._shapes import check_kind, whole_number
-from stablefield.data._image_set import ImageSet, class_text, size_text
+from stablefield.data._image_set import ImageSet, class_text
 from stablefield.data._png import as_pictures, tile
 from stablefield.data._scaling import chunks
 

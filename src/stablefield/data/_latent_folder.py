@@ -25,18 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stablefield._atomic_file import sync, write_atomically
+from stablefield._memory import size_text
 from stablefield._regular_file import JSON_LIMIT, open_regular, read_limited, reason
 from stablefield.data._autoencoder import Autoencoder, AutoencoderRecord
-from stablefield.data._image_set import (
-    ImageSet,
-    Origin,
-    labels_sha256,
-    make_image_set,
-    mapped,
-    pixels_sha256,
-    size_text,
-)
+from stablefield.data._image_set import ImageSet, Origin, labels_sha256, make_image_set, pixels_sha256
 from stablefield.data._packed import found_tensor, read_header
+from stablefield.data._raw_array import mapped
 from stablefield.data._scaling import Scaling
 from stablefield.targets._moments import Moments
 

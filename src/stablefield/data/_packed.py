@@ -27,8 +27,9 @@ import numpy as np
 
 from stablefield._regular_file import JSON_LIMIT, open_regular
 from stablefield._shapes import check_kind, flag
-from stablefield.data._image_set import ImageSet, Origin, check_label_count, labels_sha256, make_image_set, mapped
+from stablefield.data._image_set import ImageSet, Origin, check_label_count, labels_sha256, make_image_set
 from stablefield.data._packed_writer import METADATA_KEY, PackedWriter, room_for
+from stablefield.data._raw_array import mapped
 from stablefield.data._scaling import check_floats, chunks
 
 __all__ = ["found_tensor", "is_packed", "open_packed", "open_tensors", "pack", "read_header"]

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from stablefield._distributed import Ranks
-from stablefield.data._image_set import ImageSet, size_text
+from stablefield._memory import size_text
+from stablefield.data._image_set import ImageSet
 from stablefield.report._cells import duration
 from stablefield.training._accelerator import make_accelerator
 from stablefield.training._feed import Feed

@@ -9,8 +9,8 @@ from typing import Literal
 
 import torch
 
-from stablefield._memory import free_bytes
-from stablefield.data._image_set import ImageSet, size_text
+from stablefield._memory import free_bytes, size_text
+from stablefield.data._image_set import ImageSet
 from stablefield.training._recipe import Recipe
 
 __all__ = ["LOADED_REFERENCES", "Placement", "can_be_resident", "placed", "resolve_references"]
